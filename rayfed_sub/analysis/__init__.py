@@ -1,0 +1,1 @@
+"""Looking at runs from outside: ranks of changes (diagnostics, memory plan and report live here too).  No Ray."""

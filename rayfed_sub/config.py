@@ -1,0 +1,225 @@
+"""The configuration: YAML plus dotted overrides, checked key by key, stored resolved with every run.
+
+Each default lives here and nowhere else (a method's own fields have theirs in the method's file).
+Nothing heavy is imported: reading a configuration takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from rayfed_sub.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+R = TypeVar("R", bound=BaseModel)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(_Record):
+    """path: hub id, local folder, `package:NAME/FILE.gguf`, a preset of `rayfed-sub list models`, or `random`,
+    which builds the architecture `random.type` from the other numbers in `random` with seeded weights.
+    targets: `lower-mlp` (the architecture's preset) or a regular expression over module names."""
+
+    path: str = "smollm2-135m"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    targets: str = "lower-mlp"
+    random: dict[str, Any] = {}
+
+
+class Task(_Record):
+    """name: `python-docs`, or `table` for any `datasets` source at `path` (hub id, Parquet, JSONL or CSV file).
+    A table row becomes a prompt by `prompt` (a format string over column names) and either an `answer`
+    column (language modelling) or a `label` column (classification).  Lengths are tokens, held_out a share."""
+
+    name: Literal["python-docs", "table"] = "python-docs"
+    path: str | None = None
+    split: str = "train"
+    prompt: str | None = None
+    answer: str | None = None
+    label: str | None = None
+    max_length: Annotated[int, Field(ge=8)] = 128
+    max_rows: Count | None = None
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    mask_prompt: bool = True
+
+
+class Partition(_Record):
+    """How rows are dealt out.  column: one client per value of `column`, the largest values first.
+    dirichlet: shares over the values of `column` drawn from Dirichlet(alpha).  iid: equal shares.
+    pool: one client holds all."""
+
+    kind: Literal["column", "dirichlet", "iid", "pool"] = "column"
+    column: str | None = None
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+
+
+class Federation(_Record):
+    """clients in all, sampled per round (None: all); rounds, or epochs over all training rows;
+    local_steps is the paper's T_agg: optimiser steps between two averagings."""
+
+    clients: Count = 8
+    sampled: Count | None = None
+    rounds: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    local_steps: Count = 4
+    batch_size: Count = 4
+    partition: Partition = Partition()
+    weights: Literal["samples", "uniform"] = "samples"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Federation:
+        if self.rounds is not None and self.epochs is not None:
+            raise ValueError("rounds|one of rounds and epochs, not both|remove one of them")
+        if self.sampled is not None and self.sampled > self.clients:
+            raise ValueError(f"sampled|1 to federation.clients={self.clients}|lower it or raise federation.clients")
+        if self.partition.kind == "pool" and self.clients != 1:
+            raise ValueError("clients|1 with partition.kind=pool|set federation.clients=1")
+        return self
+
+
+class Optimizer(_Record):
+    """AdamW as galore-torch computes it (eps before bias correction, decay after the step) or SGD with momentum.
+    clip_norm bounds each client's own gradient norm over its trained tensors (None: no clipping)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(ge=0)] = 1e-3
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+
+
+class Evaluation(_Record):
+    """every: rounds between held-out evaluations (the first and last state are always evaluated);
+    examples: held-out rows for loss; generate: held-out rows answered greedily for ROUGE-L, before and after."""
+
+    every: Count = 1
+    examples: Count = 64
+    generate: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Count = 40
+    batch_size: Count = 16
+
+
+class Resources(_Record):
+    """workers hold clients and train packs of pack_size side by side; torch threads = max(1, floor(cpus_per_worker)).
+    executor: `pack`, or `reference` (one client at a time with peft and galore-torch; slow, the tests' oracle)."""
+
+    workers: Count = 2
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    pack_size: Count = 4
+    executor: Literal["pack", "reference"] = "pack"
+    deterministic: bool = False
+
+
+class Checkpoint(_Record):
+    """every: rounds between checkpoints (0: only at the end)."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+
+
+class Config(_Record):
+    """One run.  `method` holds `name` and the method's own fields (`rayfed-sub list methods`)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: Model = Model()
+    task: Task = Task()
+    federation: Federation = Federation()
+    method: dict[str, Any] = {"name": "fedftg"}
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+    checkpoint: Checkpoint = Checkpoint()
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration from a YAML file (or a mapping) and `dotted.key=value` overrides.
+
+    Raises UserError, one line, for a missing file, broken YAML, an unknown key, a wrong type or a value out of range.
+
+    >>> load_config({"federation": {"rounds": 3}}, ["federation.local_steps=10"]).federation.local_steps
+    10
+    """
+    tree = _read(Path(source)) if isinstance(source, str | Path) else _copied(source)
+    for override in overrides:
+        _override(tree, override)
+    return check(Config, tree)
+
+
+def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
+    """`tree` as a `cls`, or a UserError for its first fault, named `prefix.field`."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise user_error(error.errors()[0], prefix, _keys(cls, error.errors()[0])) from None
+
+
+def user_error(fault: ErrorDetails, prefix: str, keys: Sequence[str]) -> UserError:
+    """One pydantic fault as one line; `keys` are the names that would have been known at that place."""
+    path = ".".join(str(part) for part in ([prefix] if prefix else []) + list(fault["loc"]))
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = get_close_matches(str(fault["loc"][-1]), keys, n=1)
+        advice = f"did you mean {near[0]}?" if near else "remove it"
+        return UserError(path, fault["input"], f"no such key; known keys here: {', '.join(keys)}", advice)
+    if fault["type"] == "value_error":  # our own checks: field|what is allowed|advice
+        field, allowed, advice = str(fault["ctx"]["error"]).split("|")
+        value = fault["input"].get(field) if isinstance(fault["input"], Mapping) else fault["input"]
+        return UserError(f"{path}.{field}" if path else field, value, allowed, advice)
+    allowed = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return UserError(path, fault["input"], allowed, f"change {path}")
+
+
+def _keys(cls: type[BaseModel], fault: ErrorDetails) -> list[str]:
+    for part in fault["loc"][:-1]:
+        nested = cls.model_fields[str(part)].annotation if str(part) in cls.model_fields else None
+        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+            break
+        cls = nested
+    return list(cls.model_fields)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("CONFIG", str(path), "valid YAML", str(error)) from None
+    if not isinstance(tree, dict):
+        raise UserError("CONFIG", str(path), "a YAML mapping of keys to values", "see experiments/tiny.yaml")
+    return tree
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError("override", override, "dotted.key=value", "e.g. method.rank=8")
+    *parents, leaf = path.split(".")
+    for depth, parent in enumerate(parents):
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(".".join(parents[: depth + 1]), tree, "a group of keys", f"remove {override}")
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(path, text, "a YAML value", "quote it") from None
+    # Length of training is said once: naming one way on the command line replaces the other.
+    other = {"federation.rounds": "epochs", "federation.epochs": "rounds"}.get(path)
+    if other:
+        tree.pop(other, None)

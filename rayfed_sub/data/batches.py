@@ -1,0 +1,115 @@
+"""Batches of a client, by number: any step of its whole life can be asked for, and no state is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.streams import stream
+
+IGNORED = -100
+"""The label that no loss counts, as in torch and Hugging Face."""
+
+
+def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int) -> Ints:
+    """The rows of the client's batch number `step`, counted from 0 over its whole life.
+
+    Batches are cut, one after the other, from an endless run of permutations of `rows`; each permutation has
+    a stream of its own, so a resumed run needs only the number.  Returns min(batch_size, len(rows)) rows.
+
+    >>> batch_rows(0, 7, np.array([4, 5, 6]), batch_size=3, step=9).shape
+    (3,)
+    """
+    size = min(batch_size, len(rows))
+    epoch, begin = divmod(step * size, len(rows))
+    # A batch is never longer than a permutation, so it touches two of them at most.
+    run = [stream(seed, "batches", client, epoch).permutation(rows)[begin : begin + size]]
+    if begin + size > len(rows):
+        run.append(stream(seed, "batches", client, epoch + 1).permutation(rows)[: begin + size - len(rows)])
+    return np.concatenate(run)
+
+
+def collate(rows: Rows, indices: Ints, *, mask_prompt: bool, pad: int) -> dict[str, Tensor]:
+    """The rows at `indices` as one batch, padded on the right to its longest row.
+
+    Language modelling: input_ids and labels int64 (B, T).  labels[b, t] is the token at t itself (the loss
+    shifts), or -100 on padding and, with mask_prompt, on the prompt.  There is no attention mask: tokens only
+    look to the left.
+    Classification (rows with classes): input_ids and attention_mask int64 (B, T), labels int64 (B,).
+    """
+    lengths = rows.offsets[indices + 1] - rows.offsets[indices]
+    places = np.arange(int(lengths.max()))[None, :]
+    filled = places < lengths[:, None]
+    input_ids = np.full(filled.shape, pad, np.int64)
+    input_ids[filled] = np.concatenate([rows.row(int(index)) for index in indices])
+    if len(rows.classes):
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": filled.astype(np.int64),
+            "labels": rows.classes[indices],
+        }
+    else:
+        learned = filled & (places >= rows.prompts[indices][:, None]) if mask_prompt else filled
+        batch = {"input_ids": input_ids, "labels": np.where(learned, input_ids, IGNORED)}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class ClientBatches:
+    """`steps` batches of a client, the first being number `cursor` of its life; made when asked for.
+
+    indices int64: the client's rows among `rows`.
+    """
+
+    rows: Rows
+    indices: Ints
+    seed: int
+    client: int
+    batch_size: int
+    cursor: int
+    steps: int
+    mask_prompt: bool
+    pad: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Batch `index`, 0 <= index < steps, as `collate` gives it.  Raises IndexError outside."""
+        if not 0 <= index < self.steps:
+            raise IndexError(index)
+        chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, self.cursor + index)
+        return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(self.steps))
+
+
+def merge(batches: Sequence[Mapping[str, Tensor]], pad: int) -> dict[str, Tensor]:
+    """The batches of G clients as one: every (B_g, ...) filled up to the largest (B, ...), then (G * B, ...).
+
+    What is filled in counts for nothing: `pad` in input_ids, -100 in labels, 0 elsewhere (attention_mask,
+    pixel_values).  A missing row looks at its first token all the same: attention over nothing is NaN.
+    All batches hold the same names.
+    """
+    merged = {
+        name: _stacked([batch[name] for batch in batches], {"input_ids": pad, "labels": IGNORED}.get(name, 0))
+        for name in batches[0]
+    }
+    if "attention_mask" in merged:
+        mask_NT = merged["attention_mask"]
+        mask_NT[:, 0] = torch.where(mask_NT.any(dim=1), mask_NT[:, 0], 1)
+    return merged
+
+
+def _stacked(tensors: Sequence[Tensor], fill: int) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    stacked = tensors[0].new_full((len(tensors), *shape), fill)
+    for slot, tensor in zip(stacked, tensors, strict=True):
+        slot[tuple(slice(size) for size in tensor.shape)] = tensor
+    return stacked.flatten(0, 1)

@@ -1,0 +1,148 @@
+"""Which rows are held out, and which client holds which of the others.
+
+Everything is an array of row numbers: no row is copied, and each draw has a stream of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rayfed_sub.config import Federation, Task
+from rayfed_sub.data import python_docs
+from rayfed_sub.data.rows import Ints
+from rayfed_sub.errors import UserError
+from rayfed_sub.streams import stream
+
+DIRICHLET_DRAWS = 10
+"""Dirichlet shares are drawn again, this many times at most, while they leave a client without rows."""
+
+
+def key_column(task: Task, federation: Federation) -> str | None:
+    """The column whose values deal out the rows, or by which held-out rows are spread; None: there is none.
+
+    Raises UserError (federation.partition.column) where the partition needs a column and none is named.
+    """
+    column, kind = federation.partition.column, federation.partition.kind
+    if task.name == "python-docs":
+        if column not in (None, python_docs.COLUMN):
+            allowed = f"{python_docs.COLUMN} with task.name=python-docs"
+            raise UserError("federation.partition.column", column, allowed, "remove it")
+        return python_docs.COLUMN
+    if column is None and (kind == "column" or (kind == "dirichlet" and task.label is None)):
+        allowed = f"a column of the table with partition.kind={kind}"
+        advice = "name one, or set federation.partition.kind=iid"
+        raise UserError("federation.partition.column", column, allowed, advice)
+    return column or task.label
+
+
+def largest_keys(keys: Sequence[str], clients: int) -> tuple[str, ...]:
+    """The `clients` values that occur most often, most frequent first, equals by name.
+
+    Raises UserError (federation.clients) where there are fewer values.
+
+    >>> largest_keys(["b", "a", "c", "b"], 2)
+    ('b', 'a')
+    """
+    counts = Counter(keys)
+    if clients > len(counts):
+        allowed = f"1 to {len(counts)}, the number of values of the partition's column"
+        raise UserError("federation.clients", clients, allowed, f"set federation.clients={len(counts)}")
+    return tuple(sorted(counts, key=lambda key: (-counts[key], key))[:clients])
+
+
+def held_out_rows(keys: Sequence[str], share: float, seed: int) -> Ints:
+    """The held-out row numbers, sorted: round(share * rows) of them, spread over the keys in proportion.
+
+    Each key gives the whole part of its share; what is missing then comes from the keys with the largest
+    remainders.  No key gives its last row, so that no client is left without any.
+    Raises UserError (task.held_out) where nothing would be held out.
+    """
+    names = sorted(set(keys))
+    number = {name: index for index, name in enumerate(names)}
+    key_of = np.fromiter((number[key] for key in keys), np.int64, len(keys))
+    sizes = np.bincount(key_of, minlength=len(names))
+    quotas = share * sizes
+    counts = np.floor(quotas).astype(np.int64)
+    by_remainder = np.argsort(counts - quotas, kind="stable")
+    able = by_remainder[counts[by_remainder] < sizes[by_remainder] - 1]
+    counts[able[: max(0, round(share * len(keys)) - int(counts.sum()))]] += 1
+    if not counts.sum():
+        allowed = f"a share that holds out at least one of the {len(keys)} rows (each key keeps one for training)"
+        raise UserError("task.held_out", share, allowed, "raise task.held_out or use more rows")
+    drawn = [
+        stream(seed, "held-out", name).permutation(np.flatnonzero(key_of == index))[:count]
+        for index, (name, count) in enumerate(zip(names, counts, strict=True))
+    ]
+    return np.sort(np.concatenate(drawn))
+
+
+def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federation, seed: int) -> list[Ints]:
+    """Each client's row numbers, sorted.  keys: the training rows'; names: the clients' (kind=column: keys).
+
+    `iid` and `dirichlet` are flwr-datasets' partitioners over the shuffled rows; `column` and `pool` need
+    one line of numpy each, and not the seconds of importing it.
+    Raises UserError (federation.clients) for more clients than rows or a client without rows.
+    """
+    clients, kind = federation.clients, federation.partition.kind
+    if clients > len(keys):
+        allowed = f"1 to {len(keys)}, the number of training rows"
+        raise UserError("federation.clients", clients, allowed, "lower federation.clients or use more rows")
+    if kind == "column":
+        column = np.asarray(keys, dtype=object)
+        parts = [np.flatnonzero(column == name) for name in names]
+    elif kind == "pool":
+        parts = [np.arange(len(keys))]
+    elif kind == "iid":
+        parts = _iid(len(keys), clients, seed)
+    else:
+        parts = _dirichlet(keys, clients, federation.partition.alpha, seed)
+    for name, part in zip(names, parts, strict=True):
+        if not len(part):
+            allowed = f"at least one row for every client ({name} has none)"
+            more = " or raise federation.partition.alpha" if kind == "dirichlet" else " or use more rows"
+            raise UserError("federation.clients", clients, allowed, f"lower federation.clients{more}")
+    return parts
+
+
+def _iid(rows: int, clients: int, seed: int) -> list[Ints]:
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return _dealt(IidPartitioner(clients), stream(seed, "partition").permutation(rows), None)
+
+
+def _dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int) -> list[Ints]:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    order = stream(seed, "partition").permutation(len(keys))
+    parts: list[Ints] = []
+    for draw in range(DIRICHLET_DRAWS):
+        partitioner = DirichletPartitioner(
+            num_partitions=clients,
+            partition_by="key",
+            alpha=alpha,
+            min_partition_size=0,  # its own retries warn each time and do not say which client stayed empty
+            shuffle=False,
+            seed=int(stream(seed, "partition", "dirichlet", draw).integers(2**63)),
+        )
+        parts = _dealt(partitioner, order, [keys[row] for row in order])
+        if all(len(part) for part in parts):
+            break
+    return parts
+
+
+def _dealt(partitioner: Any, order: Ints, keys: list[str] | None) -> list[Ints]:
+    """The row numbers `order` as flwr-datasets' partitioner deals them out."""
+    import datasets
+
+    partitioner.dataset = datasets.Dataset.from_dict({"row": order, **({"key": keys} if keys else {})})
+    parts = [partitioner.load_partition(client) for client in range(partitioner.num_partitions)]
+    return [np.sort(np.asarray(part["row"][:], dtype=np.int64)) for part in parts]
+
+
+def offsets_of(parts: Sequence[Ints]) -> Ints:
+    """Where each part begins and ends once they are joined, int64 (parts + 1,)."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum([len(part) for part in parts], dtype=np.int64)])

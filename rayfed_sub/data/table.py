@@ -1,0 +1,137 @@
+"""A table from a local file or the hub, as columns of Python values.  Readers are imported when used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rayfed_sub.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """names: every column there is; columns: the cells of those that were read, all of one length;
+    class_names: the names behind the numbers of `ClassLabel` columns."""
+
+    names: tuple[str, ...]
+    columns: Mapping[str, Sequence[Any]]
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def column(self, field: str, name: str) -> Sequence[Any]:
+        """The cells of column `name`; UserError for the configuration's `field` where there is none."""
+        if name not in self.columns:
+            known = ", ".join(self.names) or "it has none"
+            raise UserError(field, name, f"a column of the table: {known}", f"change {field}")
+        return self.columns[name]
+
+
+def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
+    """The table at `path`: a .parquet, .jsonl, .json or .csv file, else what `datasets.load_dataset` finds.
+
+    columns: those that will be asked for; a Parquet file or hub data set is read only there.
+    Raises UserError (task.path, task.split) for what cannot be read.
+    """
+    file = Path(path).expanduser()
+    reader = READERS.get(file.suffix.lower())
+    if file.is_dir() or (reader is None and not file.is_file() and HUB_ID.fullmatch(path)):
+        return _from_datasets(path, split, columns)
+    kinds = ", ".join(READERS)
+    if not file.is_file():
+        raise UserError("task.path", path, f"a file that exists ({kinds}) or a hub id", "check the path")
+    if reader is None:
+        raise UserError("task.path", path, f"a file ending in {kinds}, or a hub id", "convert the file")
+    if split != "train":
+        raise UserError("task.split", split, "train where task.path is one file", "remove task.split")
+    try:
+        return reader(file, columns)
+    except (
+        ValueError,
+        OSError,
+        NotImplementedError,
+    ) as error:  # Arrow's, pandas' and json's errors are these
+        cause = str(error).partition("\n")[0][:200]
+        raise UserError("task.path", path, f"a readable {file.suffix} file", cause) from None
+
+
+def _parquet(file: Path, columns: frozenset[str]) -> Table:
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    schema = pq.read_schema(file)
+    wanted = [name for name in schema.names if name in columns]
+    table = pq.read_table(file, columns=wanted)
+    cells = {name: table.column(name).to_pylist() for name in wanted}
+    # Where `datasets` wrote the file, it left the names of its classes in the schema.
+    notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = notes.get("info", {}).get("features", {})
+    names = {
+        name: tuple(feature["names"])
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+    return Table(tuple(schema.names), cells, names)
+
+
+def _json_lines(file: Path, columns: frozenset[str]) -> Table:
+    with file.open(encoding="utf-8") as lines:
+        return _from_records([json.loads(line) for line in lines if line.strip()])
+
+
+def _json(file: Path, columns: frozenset[str]) -> Table:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, list):
+        raise ValueError("a .json file must hold one list of records; name it .jsonl if it has one record a line")
+    return _from_records(content)
+
+
+def _csv(file: Path, columns: frozenset[str]) -> Table:
+    import pandas as pd
+
+    # Every cell stays the text that stands in the file: no guessing at numbers, dates or "NA".
+    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+    cells = {str(name): frame[name].tolist() for name in frame.columns}
+    return Table(tuple(cells), cells)
+
+
+READERS: Mapping[str, Callable[[Path, frozenset[str]], Table]] = {
+    ".parquet": _parquet,
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+}
+
+
+def _from_records(records: Sequence[object]) -> Table:
+    names: dict[str, None] = {}
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(f"record {number} is not a mapping of columns to values")
+        names.update(dict.fromkeys(record))
+    rows = [record for record in records if isinstance(record, dict)]
+    return Table(tuple(names), {name: [row.get(name) for row in rows] for name in names})
+
+
+def _from_datasets(path: str, split: str, columns: frozenset[str]) -> Table:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(path, split=split)
+    except Exception as error:  # the hub's client raises several families of errors; all mean the same to a person
+        cause = str(error).partition("\n")[0][:200]
+        if "split" in cause.lower():
+            raise UserError("task.split", split, f"a split of {path}", cause) from error
+        raise UserError(
+            "task.path", path, "a hub id or file that can be loaded", cause or type(error).__name__
+        ) from error
+    wanted = [name for name in data.column_names if name in columns]
+    names = {
+        name: tuple(feature.names)
+        for name, feature in data.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    return Table(tuple(data.column_names), {name: data[name][:] for name in wanted}, names)

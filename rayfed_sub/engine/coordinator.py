@@ -1,0 +1,250 @@
+"""The server: an actor that owns the global state and walks the rounds.
+
+One round reads like the paper's algorithm: sample clients, broadcast, train packs, fold in order, finish, evaluate.
+Workers never call the coordinator; the caller only reads the stream of records that `run_round` yields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from rayfed_sub.analysis.ranks import change_rank
+from rayfed_sub.data.codec import Codec
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
+from rayfed_sub.engine.folder import ClientRow, RoundRow
+from rayfed_sub.engine.memory import PeakMemory
+from rayfed_sub.engine.schedule import Piece, in_order
+from rayfed_sub.engine.workers import PackedState, PackOutcome, Spec, Worker
+from rayfed_sub.errors import RunError
+from rayfed_sub.metrics import rouge_l
+
+from rayfed_sub.models.weights import target_weights
+from rayfed_sub.records import Change, ServerState, Tensors, Update
+from rayfed_sub.streams import stream
+
+_START_SECONDS = 300.0  # a worker that has not mapped the backbone by then never will
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One pack of a round is folded: what a live display shows."""
+
+    round: int
+    clients_done: int
+    clients: int
+    loss: float
+    labels: int
+    seconds: float
+    uplink_bytes: int
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """A round is over; row and client_rows go to the run folder."""
+
+    row: RoundRow
+    client_rows: tuple[ClientRow, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a checkpoint holds."""
+
+    round: int
+    server: Packed
+    clients: dict[int, PackedState]
+
+
+class Coordinator:
+    """Wrapped by `ray.remote(num_cpus=0)`."""
+
+    def __init__(self, spec: Spec, codec: Codec, backbone: Sequence[Any], dataset: Sequence[Any]) -> None:
+        # References come inside a list, so that they reach the workers as references and not as copies.
+        (self._backbone,), (self._dataset_ref,) = backbone, dataset
+        config = spec.config
+        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+        self._memory = PeakMemory()
+        self._spec, self._codec, self._method, self._shape = spec, codec, spec.method, spec.skeleton.shape
+        self._workers = [self._worker() for _ in range(config.resources.workers)]
+        self._dataset: Dataset = ray.get(self._dataset_ref)
+        arrays: Packed = ray.get(self._backbone)
+        self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
+        self._pretrained = target_weights(spec.skeleton, unpacked(arrays))
+        self._server = self._method.init_server(self._pretrained, self._shape, config.seed)
+        self._states: dict[int, tuple[int, Any]] = {}  # client -> (round, reference to its PackedState)
+        self._home: dict[int, int] = {}
+        self._synchronised: dict[int, int] = {}
+        self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
+        self._await_workers()
+
+    def _worker(self) -> Any:
+        resources = self._spec.config.resources
+        options = worker_options(resources.cpus_per_worker, resources.gpus_per_worker)
+        actor = ray.remote(Worker).options(**options)
+        return actor.remote(self._spec, self._backbone, self._dataset_ref, resources.gpus_per_worker)
+
+    def _await_workers(self) -> None:
+        ready = [worker.ready.remote() for worker in self._workers]
+        done, _ = ray.wait(ready, num_returns=len(ready), timeout=_START_SECONDS)
+        if len(done) < len(ready):
+            raise RunError("start", f"{len(ready) - len(done)} of {len(ready)} workers not ready in {_START_SECONDS:.0f} s")
+        ray.get(done)
+
+    def run_round(self, n: int) -> Iterator[Progress | RoundDone]:
+        """Round n, counted from 0; repeatable as long as the server has finished exactly n rounds."""
+        assert n == self._server.round, f"round {n} asked of a server that has finished {self._server.round}"
+        began = time.perf_counter()
+        config, method, shape = self._spec.config, self._method, self._shape
+        cohort = self._sample(n)
+        broadcast = self._broadcast()
+        down = {client: method.download_bytes(self._server, shape, self._synchronised.get(client, -1)) for client in cohort}
+        packs = [cohort[i : i + config.resources.pack_size] for i in range(0, len(cohort), config.resources.pack_size)]
+        pieces = [self._train_piece(n, pack, i, broadcast) for i, pack in enumerate(packs)]
+
+        total, rows, states = method.zero(self._server, shape), [], {}
+        for done in in_order(self._workers, pieces, f"round {n}, local training"):
+            outcome: PackOutcome = done.result
+            for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
+                update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
+                total = method.fold(total, update, shape)
+                rows.append(ClientRow(n, client, update.weight, update.wire_bytes, down[client], **sent.metrics))
+                states[client] = (state.round, ray.put(state))
+                self._home[client] = done.worker
+            yield _progress(n, rows, len(cohort), time.perf_counter() - began)
+
+        before = self._server
+        self._server = method.finish(before, total, shape)
+        self._states |= states
+        self._synchronised |= dict.fromkeys(cohort, n)
+        train_seconds = time.perf_counter() - began
+        due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
+        row = RoundRow(
+            round=n,
+            clients=len(cohort),
+            loss=statistics.fmean(r.loss for r in rows),
+            held_out_loss=self.held_out_loss() if due else None,
+            uplink_bytes=sum(r.uplink_bytes for r in rows),
+            downlink_bytes=sum(down.values()),
+            labels=int(sum(r.labels for r in rows)),
+            change_rank=self._rank(before),
+            train_seconds=train_seconds,
+            seconds=time.perf_counter() - began,
+        )
+        self._verify()
+        yield RoundDone(row, tuple(rows))
+
+    def held_out_loss(self) -> float:
+        """Mean held-out loss (nats per label) of the global model, on fixed shards, folded in order."""
+        rows = self._held_out(self._spec.config.evaluation.examples)
+        shards = self._evaluate(rows, lambda worker: worker.evaluate, "held-out loss")
+        return sum(loss for loss, _ in shards) / max(1, sum(count for _, count in shards))
+
+    def held_out_rouge(self) -> float | None:
+        """ROUGE-L (0..1) of greedy answers to held-out questions; None when the configuration asks for none."""
+        rows = self._held_out(self._spec.config.evaluation.generate)
+        if not rows:
+            return None
+        shards = self._evaluate(rows, lambda worker: worker.generate, "generated answers")
+        told = [self._codec.decode(tokens) for shard in shards for tokens in shard]
+        return rouge_l(told, [self._dataset.references[row] for row in rows])
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over everything learned: effective target weights, then the server's tensors by name."""
+        digest = hashlib.sha256()
+        for name, weight in self._effective(self._server):
+            digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+        for name in sorted(self._server.tensors):
+            digest.update(name.encode() + self._server.tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def snapshot(self) -> Snapshot:
+        """The server's and the clients' states, for a checkpoint."""
+        clients = {client: ray.get(reference) for client, (_, reference) in sorted(self._states.items())}
+        return Snapshot(self._server.round, packed(self._server.tensors), clients)
+
+    def peak_memory(self) -> int:
+        """Bytes: the sum of the peaks of this process and all workers."""
+        return self._memory.peak + sum(ray.get([w.peak_memory.remote() for w in self._workers], timeout=60))
+
+    def _sample(self, n: int) -> list[int]:
+        """The round's cohort, sorted."""
+        federation = self._spec.config.federation
+        drawn = stream(self._spec.config.seed, "cohort", n).choice(
+            federation.clients, federation.sampled or federation.clients, replace=False
+        )
+        return sorted(drawn.tolist())
+
+    def _broadcast(self) -> Any:
+        """The current broadcast in the object store; training and evaluation of one state share it."""
+        if self._sent is None or self._sent[0] != self._server.round:
+            arrays = packed(self._method.broadcast(self._server).tensors)
+            self._sent = (self._server.round, ray.put(arrays), checksum(arrays))
+        return self._sent[1]
+
+    def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any) -> Piece:
+        states = [self._states.get(client) for client in clients]
+        home = self._home.get(clients[0], index % len(self._workers))
+        lr = self._spec.config.optimizer.lr
+        return Piece(
+            lambda worker: worker.train.remote(n, clients, states, broadcast, lr), home, f"clients {clients[0]}-{clients[-1]}"
+        )
+
+    def _evaluate(self, rows: list[int], call: Callable[[Any], Any], stage: str) -> list[Any]:
+        size, n, broadcast = self._spec.config.evaluation.batch_size, self._server.round, self._broadcast()
+        shards = [rows[i : i + size] for i in range(0, len(rows), size)]
+        pieces = [
+            Piece(lambda worker, s=shard: call(worker).remote(n, s, broadcast), i % len(self._workers), f"shard {i}")  # type: ignore[misc]
+            for i, shard in enumerate(shards)
+        ]
+        return [done.result for done in in_order(self._workers, pieces, stage)]
+
+    def _held_out(self, most: int) -> list[int]:
+        """A fixed, seeded choice of held-out rows; a longer choice contains the shorter one."""
+        rows = stream(self._spec.config.seed, "held-out choice").permutation(len(self._dataset.held_out))
+        return sorted(rows[:most].tolist())
+
+    def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:
+        changes = self._method.model(server, self._shape)
+        for layer in self._shape.targets:
+            change: Change = changes[layer.name]
+            yield layer.name, change.apply(self._pretrained[f"{layer.name}/weight"])
+
+    def _rank(self, before: ServerState) -> float:
+        """Median over the targets of the rank of the round's aggregated change."""
+        pairs = zip(self._effective(before), self._effective(self._server), strict=True)
+        return statistics.median(change_rank(old, new) for (_, old), (_, new) in pairs)
+
+    def _verify(self) -> None:
+        """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
+        if checksum(self._backbone_arrays) != self._backbone_sum:
+            raise RunError("shared memory", "the backbone's bytes changed", round=self._server.round)
+        if self._sent is not None and checksum(ray.get(self._sent[1])) != self._sent[2]:
+            raise RunError("shared memory", "the broadcast's bytes changed", round=self._server.round)
+
+
+def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
+    """Ray's options of a worker: a restart brings it back empty, and the coordinator alone decides what runs again."""
+    return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
+
+
+def _progress(n: int, rows: Sequence[ClientRow], clients: int, seconds: float) -> Progress:
+    return Progress(
+        round=n,
+        clients_done=len(rows),
+        clients=clients,
+        loss=statistics.fmean(row.loss for row in rows),
+        labels=int(sum(row.labels for row in rows)),
+        seconds=seconds,
+        uplink_bytes=sum(row.uplink_bytes for row in rows),
+    )
+
+

@@ -1,0 +1,87 @@
+"""Tensors across process borders.
+
+The object store hands numpy arrays to every process of a node without copying them; torch tensors it would pickle.
+What comes out of it is shared by all readers and writable to torch, so shared tensors are guarded: by torch's own
+version counters in the process that uses them, and by a checksum of the bytes in the coordinator.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayfed_sub.errors import RunError
+from rayfed_sub.records import Tensors
+
+Packed = dict[str, tuple[str, "np.ndarray[Any, Any]"]]
+"""Tensor name -> (torch dtype's name, array); bfloat16, which numpy lacks, travels as int16 bits."""
+
+_ALIGNMENT = 64  # torch's own allocations; matrix products give other bits on differently aligned inputs
+
+
+def packed(tensors: Tensors) -> Packed:
+    """The tensors as contiguous numpy arrays of their own (a view of a large storage would drag all of it along)."""
+    out: Packed = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        bits = own.view(torch.int16) if own.dtype == torch.bfloat16 else own
+        out[name] = (str(own.dtype).removeprefix("torch."), bits.numpy())
+    return out
+
+
+def unpacked(arrays: Packed) -> dict[str, Tensor]:
+    """The tensors over the same memory, aligned to 64 bytes (copied where they are not)."""
+    out = {}
+    with warnings.catch_warnings():
+        # Arrays from the object store are read-only, which torch cannot express; `Guard` watches instead.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for name, (dtype, array) in arrays.items():
+            tensor = torch.from_numpy(array)
+            if tensor.data_ptr() % _ALIGNMENT:
+                tensor = tensor.clone()
+            out[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    return out
+
+
+class Guard:
+    """Notices in-place writes to shared tensors through torch's version counters (views share their base's counter).
+
+    >>> shared = torch.zeros(3); guard = Guard({"w": shared}.items())
+    >>> guard.check(); _ = shared[1:].add_(1)
+    >>> guard.check()
+    Traceback (most recent call last):
+    rayfed_sub.errors.RunError: shared memory: tensor w was written in place; shared tensors are read-only
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._own = _versions(tensors)
+        self._watched: list[tuple[str, Tensor, int]] = []
+
+    def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Watches these tensors as well, in place of those given to the last call."""
+        self._watched = _versions(tensors)
+
+    def check(self) -> None:
+        """Raises RunError naming the first tensor that was written since the guard was set."""
+        for name, tensor, version in self._own + self._watched:
+            if tensor._version != version:
+                raise RunError("shared memory", f"tensor {name} was written in place; shared tensors are read-only")
+
+
+def _versions(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor, int]]:
+    return [(name, tensor, tensor._version) for name, tensor in tensors]
+
+
+def checksum(arrays: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) -> int:
+    """A sum over the bytes, to notice writes that went around torch's counters; about 10 GB/s."""
+    total = 0
+    for name in sorted(arrays):
+        flat = np.ascontiguousarray(arrays[name][1]).reshape(-1).view(np.uint8)
+        body = len(flat) // 8 * 8
+        total += int(flat[:body].view(np.uint64).sum(dtype=np.uint64)) + int(flat[body:].sum(dtype=np.uint64))
+    return total % 2**64

@@ -1,0 +1,83 @@
+"""A run before Ray starts: everything that can be wrong with a configuration is found here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from rayfed_sub.config import Config
+from rayfed_sub.data.codec import Codec
+from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.errors import UserError
+from rayfed_sub.methods import build
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.codecs import load_codec
+from rayfed_sub.models.skeleton import Skeleton, skeleton
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A checked run.  config is resolved: every default filled in, rounds counted."""
+
+    config: Config
+    method: Method
+    skeleton: Skeleton
+    codec: Codec
+    dataset: Dataset
+
+    @property
+    def cohort(self) -> int:
+        """Clients per round."""
+        return self.config.federation.sampled or self.config.federation.clients
+
+
+def prepare(config: Config) -> Job:
+    """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
+    method = build(config.method)
+    codec = load_codec(config.model)
+    dataset = load_dataset(config.task, config.federation, codec, config.seed)
+    kind = "causal-lm" if dataset.kind == "causal-lm" else "text-classification"
+    bones = skeleton(config.model, kind, len(dataset.class_names), codec.vocabulary, codec.pad)
+    method.check(bones.shape)
+    if config.evaluation.generate and dataset.kind != "causal-lm":
+        raise UserError("evaluation.generate", config.evaluation.generate, "0 for a classification task", "remove it")
+    federation = config.federation.model_copy(update={"rounds": _rounds(config, dataset), "epochs": None})
+    resolved = config.model_copy(
+        update={"federation": federation, "method": {"name": config.method["name"], **asdict(method)}}
+    )
+    return Job(resolved, method, bones, codec, dataset)
+
+
+def _rounds(config: Config, dataset: Dataset) -> int:
+    """Rounds as configured, or as many as push `epochs` times all training rows through the cohorts."""
+    federation = config.federation
+    if federation.epochs is None:
+        return federation.rounds or 3
+    per_round = (federation.sampled or federation.clients) * federation.local_steps * federation.batch_size
+    return math.ceil(federation.epochs * len(dataset.client_rows) / per_round)
+
+
+def check_resources(config: Config, available: Mapping[str, float]) -> None:
+    """UserError where the asked workers can never be placed; Ray would let them wait in silence.
+
+    available: the machine's or cluster's "CPU" and "GPU".
+    """
+    resources = config.resources
+    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
+    if resources.workers * resources.cpus_per_worker > cpus:
+        most = int(cpus / resources.cpus_per_worker)
+        allowed = f"at most {most} with cpus_per_worker={resources.cpus_per_worker:g} on {cpus:g} CPUs"
+        raise UserError("resources.workers", resources.workers, allowed, "lower workers or cpus_per_worker")
+    per_worker = resources.gpus_per_worker
+    if per_worker > 1 and per_worker % 1:
+        raise UserError("resources.gpus_per_worker", per_worker, "a fraction up to 1, or a whole number", "round it")
+    if per_worker and not gpus:
+        raise UserError("resources.gpus_per_worker", per_worker, "0: no GPU found", "set resources.gpus_per_worker=0")
+    placed = math.floor(1 / per_worker) * gpus if 0 < per_worker <= 1 else gpus // (per_worker or 1)
+    if per_worker and resources.workers > placed:
+        allowed = f"at most {placed:g} with gpus_per_worker={per_worker:g} on {gpus:g} GPUs"
+        raise UserError("resources.workers", resources.workers, allowed, "lower workers or gpus_per_worker")
+    if per_worker and resources.executor == "reference":
+        advice = "the reference executor runs on CPUs"
+        raise UserError("resources.executor", "reference", "pack where gpus_per_worker > 0", advice)

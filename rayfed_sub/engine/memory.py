@@ -1,0 +1,31 @@
+"""Memory of one process as its node feels it: proportional set size, in which shared pages count by their share."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+
+
+class PeakMemory:
+    """Samples this process's PSS in a daemon thread; `peak` is the largest value seen, in bytes."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self._process = psutil.Process()
+        self._seconds = seconds
+        self._peak = 0
+        threading.Thread(target=self._watch, daemon=True, name="peak-memory").start()
+
+    @property
+    def peak(self) -> int:
+        self._sample()
+        return self._peak
+
+    def _sample(self) -> None:
+        memory = self._process.memory_full_info()
+        self._peak = max(self._peak, getattr(memory, "pss", memory.uss))
+
+    def _watch(self) -> None:
+        while True:
+            self._sample()
+            threading.Event().wait(self._seconds)

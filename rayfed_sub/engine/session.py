@@ -1,0 +1,197 @@
+"""One run from configuration to summary: checks first, then Ray, then the coordinator's stream of records."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rayfed_sub.config import Config
+from rayfed_sub.engine import checkpoints
+from rayfed_sub.engine.folder import RoundRow, RunFolder, Summary, fresh
+from rayfed_sub.engine.job import Job, check_resources, prepare
+from rayfed_sub.errors import RunError
+
+_CALL_SECONDS = 3600.0  # no single call to the coordinator takes longer
+_LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
+
+
+@dataclass(frozen=True)
+class Started:
+    """The initial state is evaluated; training begins."""
+
+    config: Config
+    folder: Path
+    held_out_loss: float
+    rouge_l: float | None
+    target_bytes: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is going on before the first round."""
+
+    text: str
+
+
+Listener = Callable[[Any], None]
+"""Is shown Stage, Started, Progress and RoundDone records as they come."""
+
+
+def run(config: Config, out: str | Path | None = None, listener: Listener | None = None) -> Summary:
+    """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
+
+    Uses the Ray cluster this process is connected to, or starts a local one of its own and shuts it down again.
+    Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
+    """
+    tell = listener or (lambda record: None)
+    began = time.perf_counter()
+    folder_path = fresh(None if out is None else Path(out), config.name)
+    check_resources(config, _available())
+    tell(Stage("reading task and model"))
+    job = prepare(config)
+    folder = RunFolder(folder_path, job.config)
+    tell(Stage("starting Ray, loading weights"))
+    with ThreadPoolExecutor(1) as pool:
+        backbone = pool.submit(_load_backbone, job)
+        with _ray(job.config):
+            return _rounds(job, folder, backbone.result(), tell, began)
+
+
+def _rounds(job: Job, folder: RunFolder, backbone: Any, tell: Listener, began: float) -> Summary:
+    import ray
+
+    from rayfed_sub.engine.coordinator import Coordinator, RoundDone
+    from rayfed_sub.engine.workers import Spec
+
+    config = job.config
+    spec = Spec(config, job.method, job.skeleton, job.codec.pad, job.codec.eos)
+    references = [ray.put(backbone)], [ray.put(job.dataset)]
+    del backbone
+    coordinator = ray.remote(num_cpus=0)(Coordinator).remote(spec, job.codec, *references)
+
+    def ask(name: str) -> Any:
+        return _asked(getattr(coordinator, name).remote(), name)
+
+    tell(Stage("evaluating the initial model"))
+    first = {"held_out_loss": ask("held_out_loss"), "rouge_l": ask("held_out_rouge")}
+    targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
+    tell(Started(config, folder.path, first["held_out_loss"], first["rouge_l"], targets))
+    rows: list[RoundRow] = []
+    for n in range(config.federation.rounds or 0):
+        for reference in coordinator.run_round.options(num_returns="streaming").remote(n):
+            record = _asked(reference, f"round {n}")
+            if isinstance(record, RoundDone):
+                rows.append(record.row)
+                folder.add(record.row, record.client_rows)
+            tell(record)
+        if config.checkpoint.every and (n + 1) % config.checkpoint.every == 0:
+            folder.write_tables()
+            checkpoints.write(folder.path, ask("snapshot"))
+    last = {"held_out_loss": rows[-1].held_out_loss, "rouge_l": ask("held_out_rouge")}
+    folder.write_tables()
+    checkpoints.write(folder.path, ask("snapshot"))
+    summary = Summary(
+        name=config.name,
+        method=str(config.method["name"]),
+        rounds=len(rows),
+        weights_sha256=ask("weights_sha256"),
+        uplink_bytes=sum(row.uplink_bytes for row in rows),
+        downlink_bytes=sum(row.downlink_bytes for row in rows),
+        dense_bytes=sum(row.clients for row in rows) * targets,
+        change_rank=rows[-1].change_rank,
+        wall_seconds=time.perf_counter() - began,
+        train_seconds=sum(row.train_seconds for row in rows),
+        peak_memory_bytes=ask("peak_memory"),
+        metrics={**{f"{k}_before": v for k, v in first.items()}, **last},
+        versions={name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
+        environment=_environment(config),
+        folder=str(folder.path),
+    )
+    ray.kill(coordinator)  # its workers are its children and go with it
+    folder.write_summary(summary)
+    return summary
+
+
+def _asked(reference: Any, stage: str) -> Any:
+    """The coordinator's answer, or the cause of its failure."""
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return ray.get(reference, timeout=_CALL_SECONDS)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, RunError) else error from None
+    except RayActorError as error:
+        raise RunError(stage, f"the coordinator died: {str(error).strip().splitlines()[0]}") from None
+
+
+def _load_backbone(job: Job) -> Any:
+    from rayfed_sub.engine.exchange import packed
+    from rayfed_sub.models.weights import load_weights
+
+    return packed(load_weights(job.config.model, job.skeleton, job.config.seed))
+
+
+def _available() -> dict[str, float]:
+    """CPUs and GPUs of the cluster in use, or of this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return dict(ray.cluster_resources())
+    import torch
+
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
+@contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """A Ray session: the one there is, or a local one for this run alone (never somebody's cluster by accident)."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level="error")
+    _tighten_token()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _tighten_token() -> None:
+    """Ray writes its token readable by everyone; it opens the cluster to whoever has it."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        token.chmod(0o600)
+
+
+def _environment(config: Config) -> dict[str, Any]:
+    """What the bits depend on besides configuration and versions."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "threads": max(1, int(config.resources.cpus_per_worker)),
+        "pack_size": config.resources.pack_size,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        return names[0] if names else platform.processor()
+    return platform.processor()

@@ -1,0 +1,237 @@
+"""The worker actor: one frozen backbone mapped from shared memory, clients that stay resident, packs trained side by side."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayfed_sub.config import Config
+from rayfed_sub.data.batches import ClientBatches, collate
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.engine.exchange import Guard, Packed, packed, unpacked
+from rayfed_sub.engine.memory import PeakMemory
+from rayfed_sub.errors import RunError
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.skeleton import Skeleton
+from rayfed_sub.models.weights import assemble, target_weights
+from rayfed_sub.records import Broadcast, ClientState, LocalResult, ServerState, Start, Update, wire_bytes
+from rayfed_sub.training.evaluation import answers, global_model, held_out_loss
+from rayfed_sub.training.layers import based_on, install
+from rayfed_sub.training.pack import train_pack
+
+_RESIDENT_BYTES = 256 * 2**20  # client states a worker keeps at hand; older ones are read from the object store again
+_FETCH_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every worker needs to know besides the shared memory; small and picklable."""
+
+    config: Config
+    method: Method
+    skeleton: Skeleton
+    pad: int
+    eos: int
+
+
+@dataclass(frozen=True)
+class PackedState:
+    """A ClientState on its way through the object store."""
+
+    round: int
+    cursor: int
+    step: int
+    tensors: Packed
+
+
+@dataclass(frozen=True)
+class PackedUpdate:
+    """An Update on its way through the object store."""
+
+    client: int
+    weight: float
+    tensors: Packed
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PackOutcome:
+    """What a worker returns for a pack: the uploads, the new states, its seconds and the worker that did it."""
+
+    updates: tuple[PackedUpdate, ...]
+    states: tuple[PackedState, ...]
+    seconds: float
+
+
+class Worker:
+    """Wrapped by `ray.remote`; plain, so that it can be tested without Ray."""
+
+    def __init__(self, spec: Spec, backbone: Packed, dataset: Dataset, gpu_share: float = 0.0) -> None:
+        torch.set_num_threads(max(1, int(spec.config.resources.cpus_per_worker)))
+        self._memory = PeakMemory()
+        self._spec, self._dataset = spec, dataset
+        self._device = _device(gpu_share, spec.config.resources.deterministic)
+        self._tensors = {name: tensor.to(self._device) for name, tensor in unpacked(backbone).items()}
+        self._model = assemble(spec.skeleton, self._tensors)
+        self._layers = install(self._model, spec.skeleton.shape)
+        held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        self._guard = Guard([*held.items(), *((name, layer.weight) for name, layer in self._layers.items())])
+        self._broadcast: tuple[int, dict[str, Tensor]] | None = None
+        self._resident: OrderedDict[int, ClientState] = OrderedDict()
+
+    def ready(self) -> str:
+        """The device in words, once the backbone is mapped."""
+        return str(self._device)
+
+    def peak_memory(self) -> int:
+        """Largest proportional set size seen so far, bytes."""
+        return self._memory.peak
+
+    def train(
+        self, round: int, clients: Sequence[int], states: Sequence[Any], broadcast: Packed, lr: float
+    ) -> PackOutcome:
+        """One pack's round.  states: per client None (its first round) or an object reference, fetched only when the
+        state is not resident.  Raises RunError naming client, round and stage when a client fails."""
+        began = time.perf_counter()
+        method, shape = self._spec.method, self._spec.skeleton.shape
+        received = Broadcast(round, self._received(round, broadcast))
+        before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
+        starts = [method.start_client(received, state, shape) for state in before]
+        batches = [self._batches(c, s.cursor if s else 0) for c, s in zip(clients, before, strict=True)]
+        results = self._train(received, starts, clients, batches, lr)
+        for result in results:
+            if result.failure is not None:
+                raise RunError("local training", result.failure, round=round, client=result.client)
+        updates, kept = [], []
+        for result, state in zip(results, before, strict=True):
+            update = method.upload(result, self._weight(result.client), shape)
+            cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
+            new = ClientState(round + 1, cursor, result.step, method.keep(result, shape))
+            self._remember(result.client, new)
+            updates.append(PackedUpdate(update.client, update.weight, packed(update.tensors), update.metrics))
+            kept.append(PackedState(new.round, new.cursor, new.step, packed(new.tensors)))
+        self._guard.check()
+        return PackOutcome(tuple(updates), tuple(kept), time.perf_counter() - began)
+
+    def evaluate(self, round: int, rows: Sequence[int], broadcast: Packed) -> tuple[float, int]:
+        """Summed held-out loss and labels of the given held-out rows under the global model of `round`."""
+        indices = np.asarray(rows, dtype=np.int64)
+        mask = self._spec.config.task.mask_prompt
+        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.pad)
+        on_device = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        with self._global(round, broadcast):
+            out = held_out_loss(self._model, on_device)
+        self._guard.check()
+        return out
+
+    def generate(self, round: int, rows: Sequence[int], broadcast: Packed) -> list[list[int]]:
+        """Greedy answers (token ids) to the questions of the given held-out rows."""
+        held_out = self._dataset.held_out
+        prompts = [held_out.row(row)[: held_out.prompts[row]].tolist() for row in rows]
+        limit = self._spec.config.evaluation.max_new_tokens
+        with self._global(round, broadcast):
+            out = answers(self._model, prompts, pad=self._spec.pad, eos=self._spec.eos, limit=limit)
+        self._guard.check()
+        return out
+
+    def _received(self, round: int, broadcast: Packed) -> dict[str, Tensor]:
+        """The round's broadcast on this worker's device; kept, because several packs and shards read the same."""
+        if self._broadcast is None or self._broadcast[0] != round:
+            self._broadcast = None  # let go of the last one first
+            shared = unpacked(broadcast)
+            self._guard.watch(shared.items())
+            self._broadcast = (round, {name: tensor.to(self._device) for name, tensor in shared.items()})
+        return self._broadcast[1]
+
+    @contextmanager
+    def _global(self, round: int, broadcast: Packed) -> Iterator[None]:
+        method, shape = self._spec.method, self._spec.skeleton.shape
+        tensors = self._received(round, broadcast)
+        with global_model(self._layers, shape, method.model(ServerState(round, tensors), shape), tensors):
+            yield
+
+    def _train(
+        self,
+        received: Broadcast,
+        starts: Sequence[Start],
+        clients: Sequence[int],
+        batches: Sequence[ClientBatches],
+        lr: float,
+    ) -> list[LocalResult]:
+        config, shape, pad = self._spec.config, self._spec.skeleton.shape, self._spec.pad
+        bases = {
+            layer.name: received.tensors[f"{layer.name}/weight"]
+            for layer in shape.targets
+            if f"{layer.name}/weight" in received.tensors
+        }
+        if config.resources.executor == "reference":
+            from rayfed_sub.training.reference import train_reference
+
+            weights = {**target_weights(self._spec.skeleton, self._tensors), **{f"{n}/weight": w for n, w in bases.items()}}
+            plain = assemble(self._spec.skeleton, self._tensors)
+            return train_reference(plain, shape, weights, starts, clients, batches, config.optimizer, lr=lr, seed=config.seed)
+        with based_on(self._layers, bases):
+            return train_pack(
+                self._model, self._layers, shape, starts, clients, batches, config.optimizer, lr=lr, seed=config.seed, pad=pad
+            )
+
+    def _batches(self, client: int, cursor: int) -> ClientBatches:
+        config, dataset = self._spec.config, self._dataset
+        federation = config.federation
+        return ClientBatches(
+            dataset.train,
+            dataset.rows_of(client),
+            config.seed,
+            client,
+            federation.batch_size,
+            cursor,
+            federation.local_steps,
+            config.task.mask_prompt,
+            self._spec.pad,
+        )
+
+    def _weight(self, client: int) -> float:
+        """p_k before normalisation."""
+        return float(len(self._dataset.rows_of(client))) if self._spec.config.federation.weights == "samples" else 1.0
+
+    def _state(self, client: int, stored: Any) -> ClientState | None:
+        """The client's state: resident when this worker trained it last, else fetched from the object store."""
+        if stored is None:
+            return None
+        round, reference = stored
+        resident = self._resident.get(client)
+        if resident is not None and resident.round == round:
+            return resident
+        import ray
+
+        state: PackedState = ray.get(reference, timeout=_FETCH_SECONDS)
+        return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
+
+    def _remember(self, client: int, state: ClientState) -> None:
+        self._resident[client] = state
+        self._resident.move_to_end(client)
+        while sum(wire_bytes(s.tensors) for s in self._resident.values()) > _RESIDENT_BYTES and len(self._resident) > 1:
+            self._resident.popitem(last=False)
+
+
+def _device(gpu_share: float, deterministic: bool) -> torch.device:
+    """This worker's device; on a GPU its share of the memory is a hard limit, which Ray itself does not enforce."""
+    if not gpu_share:
+        return torch.device("cpu")
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+    if gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(gpu_share)
+    return torch.device("cuda")

@@ -1,0 +1,50 @@
+"""The table of methods, and how a configuration's `method` becomes one.  A new method is one file and one line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from rayfed_sub.config import user_error
+from rayfed_sub.errors import UserError
+from rayfed_sub.methods.protocol import Method
+
+METHODS = {
+    "fedftg": "rayfed_sub.methods.fedftg:FedFTG",
+    "fedavg": "rayfed_sub.methods.fedavg:FedAvg",
+    "fedit": "rayfed_sub.methods.fedit:FedIT",
+    "ffa-lora": "rayfed_sub.methods.ffa_lora:FFALoRA",
+}
+
+
+def build(fields: Mapping[str, Any]) -> Method:
+    """The method named by `fields["name"]` (a name of the table, or `package.module:Class`) with its own fields set.
+
+    Raises UserError for an unknown name, an unknown field or a value out of range.
+
+    >>> build({"name": "fedftg", "rank": 4}).rank
+    4
+    """
+    known = ", ".join(METHODS)
+    name = str(fields.get("name"))
+    if name not in METHODS and ":" not in name:
+        raise UserError("method.name", fields.get("name"), f"{known}, or package.module:Class", "pick one of them")
+    module, _, attribute = METHODS.get(name, name).partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError("method.name", name, f"an importable class, or one of {known}", str(error)) from None
+    own = {key: value for key, value in fields.items() if key != "name"}
+    keys = [field.name for field in dataclasses.fields(cls)]
+    for key, value in own.items():
+        if key not in keys:
+            fault = {"type": "extra_forbidden", "loc": (key,), "msg": "", "input": value}
+            raise user_error(cast(Any, fault), "method", keys)
+    try:
+        return cast(Method, TypeAdapter(cls).validate_python(own))
+    except ValidationError as error:
+        raise user_error(error.errors()[0], "method", keys) from None

@@ -1,0 +1,76 @@
+"""What the engine asks of a federated method.  A method is a frozen dataclass of hyperparameters with pure
+functions: it owns no state, does no I/O, draws no unnamed random number and never knows where it runs.
+
+One round, as the engine walks it:
+    broadcast(server)                         server -> shared memory, once
+    start_client(broadcast, state, client)    what each client trains, and from where
+    ... local training (training/) ...
+    upload(result)                            client -> server: exactly the tensors that travel
+    keep(result)                              what the client stores for its next round
+    zero / fold / finish                      the weighted mean, folded in a fixed order, normalised at the end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+from rayfed_sub.records import (
+    Broadcast,
+    Change,
+    ClientState,
+    Fold,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+)
+
+
+class Method(Protocol):
+    """The protocol, structural: nothing inherits from it."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    trained: ClassVar[str]
+    """What a client trains, in words, for the table of methods."""
+    exact: ClassVar[bool]
+    """Whether the server's change equals sum p_k dW_k to rounding."""
+    wire: ClassVar[str]
+    """Numbers per layer, client and round, up / down, as a formula."""
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises UserError where the hyperparameters do not fit the model (a rank above the matrix)."""
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        """The server before round 0.  weights: the pretrained `<target>/weight` (m, n) and the head, float32."""
+
+    def broadcast(self, server: ServerState) -> Broadcast:
+        """What the clients of the coming round read; may depend on server.round."""
+
+    def download_bytes(self, server: ServerState, shape: ModelShape, since: int) -> int:
+        """Bytes one client would receive before round server.round, having last synchronised at the start of round
+        `since` (-1: never; it then holds the pretrained weights)."""
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, shape: ModelShape) -> Start:
+        """What a client begins the round with; state is None in its first round."""
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        """Exactly the tensors that travel; weight is the client's raw weight (its rows, or 1)."""
+
+    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
+        """The tensors the client stores for its next round."""
+
+    def zero(self, server: ServerState, shape: ModelShape) -> Fold:
+        """The empty sum."""
+
+    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+        """One more update; called in a fixed order."""
+
+    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+        """The server after the round; divides by the total weight."""
+
+    def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
+        """The global model: per target layer its change relative to the backbone's weight."""

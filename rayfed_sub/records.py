@@ -1,0 +1,205 @@
+"""The records that travel between the layers: plain, frozen, made of named tensors.
+
+Shape legend (used in every file):
+    m, n   output and input size of a target layer; its weight is (m, n) whatever the library stores
+    r      rank            R  summed rank of several blocks
+    G      clients of a pack    B  rows of a client's batch    T  tokens of a row    N = B * T
+
+Tensor names are `<module>/<role>`, where module is the layer's dotted name in the model and role is one of
+    weight  dense matrix (m, n)          bias   dense vector (m,)
+    left    factor (m, r)                right  factor (r, n)            core  factor (r, r)
+A low-rank change of a layer is `scale * left @ core @ right` (core: identity when absent).  LoRA's B is
+`left`, its A is `right`; GaLore's basis is the one of the two that is not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer whose weight is (m, n) = (out, in)."""
+
+    name: str
+    m: int
+    n: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a method may know of a model: its target layers and its dense trained head (often empty)."""
+
+    targets: tuple[Layer, ...]
+    head: tuple[Layer, ...] = ()
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Tensor names of the head: every weight, and the bias where there is one."""
+        return tuple(f"{layer.name}/{role}" for layer in self.head for role in ("weight", "bias")[: 1 + layer.bias])
+
+
+@dataclass(frozen=True)
+class Block:
+    """A low-rank term `scale * left @ core @ right`; left (m, r), right (r, n), core (r, r) or None."""
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+    core: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The (m, n) matrix."""
+        left = self.left if self.core is None else self.left @ self.core
+        return self.scale * (left @ self.right)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A layer's weight relative to a given W (m, n): `base_scale * W + sum of blocks`, or `dense` in its place.
+
+    >>> import torch
+    >>> W = torch.eye(2); u = torch.tensor([[1.0], [0.0]])
+    >>> Change(base_scale=0.5, blocks=(Block(u, u.T, scale=2.0),)).apply(W)
+    tensor([[2.5000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+
+    base_scale: float = 1.0
+    blocks: tuple[Block, ...] = ()
+    dense: Tensor | None = None
+
+    def apply(self, W: Tensor) -> Tensor:
+        """The changed weight, (m, n), a new float32 tensor (W itself is never written)."""
+        out = (W if self.dense is None else self.dense).float() * self.base_scale
+        for block in self.blocks:
+            out = out + block.dense()
+        return out
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """GaLore's rule for the fixed factor: where it comes from and how often it is renewed.
+
+    refresh_every counts the client's own optimiser steps.  moments: what happens to Adam's moments at a
+    refresh (`keep` as galore-torch, `rotate` as LDAdam, `reset`).
+    """
+
+    rank: int
+    refresh_every: int
+    projector: str = "exact"
+    moments: str = "keep"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What one client begins its round with, chosen by the method.
+
+    tensors: every local tensor by name (both factors of a block, dense weights, the head); trained: those the
+    optimiser steps; scale multiplies every block; moments: `<name>/m1`, `<name>/m2` (absent = zeros); step:
+    optimiser steps already taken with these moments; subspace: set for GaLore (a missing or all-zero fixed
+    factor is filled at the first step, which is always a refresh when step = 0).
+    decays_base: weight decay shrinks the whole weight, as GaLore's does, and not only what is trained.
+    """
+
+    tensors: Tensors
+    trained: tuple[str, ...]
+    scale: float = 1.0
+    moments: Tensors = field(default_factory=dict)
+    step: int = 0
+    subspace: Subspace | None = None
+    decays_base: bool = False
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What one client ends its round with, whichever executor trained it.
+
+    tensors, moments, step: as in `Start`, after the round.  blocks: per target layer the whole change of the
+    round as (left (m, R), right (R, n)), scale folded into left, closed and open periods alike; empty for
+    methods without a subspace.  base_scale: the factor c that weight decay left on the weight the round began with.
+    periods: projector periods touched, at least 1.
+    """
+
+    client: int
+    tensors: Tensors
+    moments: Tensors
+    step: int
+    blocks: Mapping[str, tuple[Tensor, Tensor]]
+    base_scale: float
+    periods: int
+    metrics: Mapping[str, float]
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What a client keeps between rounds: tensors only, so it can be stored, moved, hashed and spilled.
+
+    cursor: local steps ever taken; it says which batch comes next and survives an optimiser reset.
+    """
+
+    round: int
+    cursor: int
+    step: int
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends: the tensors a real deployment would upload, its raw weight, its metrics."""
+
+    client: int
+    weight: float
+    tensors: Tensors
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def wire_bytes(self) -> int:
+        return wire_bytes(self.tensors)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the server puts into shared memory once a round; every client of the round reads the same."""
+
+    round: int
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The server between rounds.  `round` counts finished rounds.  Names ending in `/weight` of a target layer
+    hold its current dense weight (float32), so that the backbone itself never changes."""
+
+    round: int
+    tensors: Tensors
+
+    def advance(self, tensors: Tensors) -> ServerState:
+        """The next round's state, with `tensors` replacing those of the same name."""
+        return replace(self, round=self.round + 1, tensors={**self.tensors, **tensors})
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A running weighted sum: total weight and per name the sum of weight * tensor (normalised at the end)."""
+
+    weight: float
+    tensors: Tensors
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+
+def wire_bytes(tensors: Tensors) -> int:
+    """Bytes of the tensors as sent.
+
+    >>> import torch
+    >>> wire_bytes({"a/left": torch.zeros(3, 2), "a/right": torch.zeros(2, 5)})  # (6 + 10) * 4
+    64
+    """
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,82 @@
+"""The global model on held-out rows: mean loss, and greedy answers.  No gradient, no client terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayfed_sub.records import Change, ModelShape, Tensors
+from rayfed_sub.training.layers import PackLinear, Terms, based_on
+from rayfed_sub.training.losses import client_losses
+
+
+@contextmanager
+def global_model(
+    layers: Mapping[str, PackLinear], shape: ModelShape, changes: Mapping[str, Change], head: Tensors
+) -> Iterator[None]:
+    """Binds the global model to the layers: blocks as low-rank terms, dense changes in the weight's place.
+
+    changes: per target its change relative to the layer's own weight; head: `<layer>/weight` (m, n), `<layer>/bias` (m,).
+    """
+    dense = {name: change.dense for name, change in changes.items() if change.dense is not None}
+    try:
+        for name, change in changes.items():
+            layers[name].terms = _terms(change, layers[name].weight.device)
+        for spec in shape.head:
+            weight, bias = head[f"{spec.name}/weight"], head.get(f"{spec.name}/bias")
+            device = layers[spec.name].weight.device
+            bias_Gm = None if bias is None else bias[None].to(device)
+            layers[spec.name].terms = Terms(1, weight_Gmn=weight[None].to(device), bias_Gm=bias_Gm)
+        with based_on(layers, dense):
+            yield
+    finally:
+        for layer in layers.values():
+            layer.terms = None
+
+
+def _terms(change: Change, device: torch.device) -> Terms | None:
+    if not change.blocks and change.base_scale == 1.0:
+        return None
+    lefts = [block.scale * (block.left if block.core is None else block.left @ block.core) for block in change.blocks]
+    rights = [block.right for block in change.blocks]
+    return Terms(
+        clients=1,
+        closed_left_GmR=torch.cat(lefts, dim=1)[None].to(device) if lefts else None,
+        closed_right_GRn=torch.cat(rights, dim=0)[None].to(device) if rights else None,
+        base_scale_G=torch.tensor([change.base_scale], device=device),
+    )
+
+
+@torch.inference_mode()
+def held_out_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, int]:
+    """Summed loss (nats) and number of labels of one held-out batch under the bound global model."""
+    loss_G, count_G = client_losses(model, batch, clients=1)
+    count = int(count_G[0])
+    return float(loss_G[0]) * count, count
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, eos: int, limit: int) -> list[list[int]]:
+    """Greedy answers, at most `limit` tokens each, cut before `eos`; prompts are padded on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    device = next(iter(model.parameters())).device
+    ids_BT = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    generator: Any = model
+    out_BT = generator.generate(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    return [_until(row, eos) for row in out_BT[:, width:].tolist()]
+
+
+def _until(tokens: list[int], eos: int) -> list[int]:
+    return tokens[: tokens.index(eos)] if eos in tokens else tokens

@@ -1,0 +1,127 @@
+"""A linear layer that many clients use at once: one shared frozen weight, one small term per client.
+
+Legend: G clients, B rows, T tokens, N = B * T, m outputs, n inputs, r rank, R summed rank of closed blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rayfed_sub.records import ModelShape
+
+Capture = Callable[[Tensor, Tensor], None]
+
+
+@dataclass
+class Terms:
+    """What G clients add to one layer.  All tensors float32 and private to the pack; None where not in use.
+
+    output = base_scale * (x W^T) + scale * x (left core right)^T + x (closed_left closed_right)^T + bias
+    with x W^T replaced by x weight^T where the clients own a dense weight.
+    """
+
+    clients: int
+    weight_Gmn: Tensor | None = None
+    bias_Gm: Tensor | None = None
+    left_Gmr: Tensor | None = None
+    right_Grn: Tensor | None = None
+    core_Grr: Tensor | None = None
+    scale_G: Tensor | None = None
+    closed_left_GmR: Tensor | None = None
+    closed_right_GRn: Tensor | None = None
+    base_scale_G: Tensor | None = None
+    capture: Capture | None = None
+    """Called in the backward pass with this layer's (x, d), each (G, N, size)."""
+
+
+class PackLinear(nn.Module):
+    """y = x W^T + bias for a frozen shared W (m, n), plus the `terms` of the pack that is bound at the moment.
+
+    Input (G * B, ..., n), client-major; output (G * B, ..., m) in the input's dtype.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        # Plain attributes, not parameters: the tensors are shared memory and nothing may collect them for training.
+        self.weight, self.bias = weight, bias
+        self.terms: Terms | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        terms = self.terms
+        if terms is None:
+            return functional.linear(x, self.weight, self.bias)
+        x_GNn = x.reshape(terms.clients, -1, x.shape[-1])
+        y_GNm = self._base(x_GNn, terms)
+        low_GNm = _low_rank(x_GNn.float(), terms)
+        if low_GNm is not None:
+            y_GNm = y_GNm + low_GNm.to(y_GNm.dtype)
+        if terms.capture is not None and y_GNm.requires_grad:
+            capture, kept_GNn = terms.capture, x_GNn.detach()
+            y_GNm.register_hook(lambda d_GNm: capture(kept_GNn, d_GNm))
+        return y_GNm.reshape(*x.shape[:-1], -1)
+
+    def _base(self, x_GNn: Tensor, terms: Terms) -> Tensor:
+        bias = self.bias if terms.bias_Gm is None else terms.bias_Gm[:, None].to(x_GNn.dtype)
+        if terms.weight_Gmn is not None:
+            y_GNm = torch.bmm(x_GNn, terms.weight_Gmn.to(x_GNn.dtype).transpose(1, 2))
+        elif terms.base_scale_G is None and terms.bias_Gm is None:
+            return functional.linear(x_GNn, self.weight, self.bias)
+        else:
+            y_GNm = functional.linear(x_GNn, self.weight)
+        if terms.base_scale_G is not None:
+            y_GNm = y_GNm * terms.base_scale_G[:, None, None].to(y_GNm.dtype)
+        return y_GNm if bias is None else y_GNm + bias
+
+
+def _low_rank(x_GNn: Tensor, terms: Terms) -> Tensor | None:
+    """The blocks' output (G, N, m) through the small side: the (m, n) products are never formed."""
+    low_GNm = None
+    if terms.left_Gmr is not None and terms.right_Grn is not None and terms.scale_G is not None:
+        z_GNr = torch.bmm(x_GNn, terms.right_Grn.transpose(1, 2)) * terms.scale_G[:, None, None]
+        if terms.core_Grr is not None:
+            z_GNr = torch.bmm(z_GNr, terms.core_Grr.transpose(1, 2))
+        low_GNm = torch.bmm(z_GNr, terms.left_Gmr.transpose(1, 2))
+    if terms.closed_left_GmR is not None and terms.closed_right_GRn is not None:
+        z_GNR = torch.bmm(x_GNn, terms.closed_right_GRn.transpose(1, 2))
+        closed_GNm = torch.bmm(z_GNR, terms.closed_left_GmR.transpose(1, 2))
+        low_GNm = closed_GNm if low_GNm is None else low_GNm + closed_GNm
+    return low_GNm
+
+
+def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
+    """Replaces the target and head layers of `module` by PackLinear over the same weights (no copy); by layer name.
+
+    GPT-2's Conv1D stores (n, m); its transposed view serves as (m, n).
+    """
+    layers = {}
+    for layer in (*shape.targets, *shape.head):
+        parent_name, _, child = layer.name.rpartition(".")
+        parent = module.get_submodule(parent_name)
+        old = parent.get_submodule(child)
+        stored, bias = old.weight, old.bias
+        assert isinstance(stored, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
+        weight = stored.detach() if isinstance(old, nn.Linear) else stored.detach().T
+        assert weight.shape == (layer.m, layer.n), layer
+        layers[layer.name] = PackLinear(weight, None if bias is None else bias.detach())
+        parent.register_module(child, layers[layer.name])
+    return layers
+
+
+@contextmanager
+def based_on(layers: Mapping[str, PackLinear], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts the round's base weights (m, n) in place of the backbone's; a layer without one keeps its own."""
+    own = {name: layers[name].weight for name in weights}
+    try:
+        for name, weight in weights.items():
+            layers[name].weight = weight.to(own[name])
+        yield
+    finally:
+        for name, weight in own.items():
+            layers[name].weight = weight

@@ -1,0 +1,184 @@
+"""One client inside the real libraries: `peft` holds LoRA's factors, `galore_torch` projects and steps, torch does SGD.
+
+Legend: m, n layer sizes, r rank, k = size of the projected side (n on the right, m on the left), l = the other side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayfed_sub.config import Optimizer
+from rayfed_sub.records import Layer, ModelShape, Start, Tensors
+from rayfed_sub.streams import stream
+from rayfed_sub.training.projectors import basis, signed
+from rayfed_sub.training.subspaces import sides
+
+_SINGULAR_CUT = 1e-7  # singular values below this share of the largest are float32 rounding: rank(G) < r
+_STATE = {"adamw": {"m1": "exp_avg", "m2": "exp_avg_sq"}, "sgd": {"m1": "momentum_buffer"}}
+
+
+@dataclass
+class Moving:
+    """One trained tensor: its name, the parameter that autograd differentiates, and the one the optimiser steps.
+
+    They are the same, except for GaLore under SGD: galore_torch has no such optimiser, so torch's SGD steps a zero
+    matrix of the projected shape, which is then projected back onto the weight.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    stepped: nn.Parameter
+    projector: Any = None  # galore_torch.galore_projector.GaLoreProjector
+
+
+def moving_tensors(
+    model: nn.Module,
+    shape: ModelShape,
+    begun: Tensors,
+    start: Start,
+    names: tuple[int, int],
+    optimizer: Optimizer,
+) -> list[Moving]:
+    """Puts the client's tensors into `model` and returns those that are trained, in the Start's order."""
+    parameters: dict[str, Any] = {}
+    layers: dict[str, Layer] = {}
+    for layer in shape.targets:
+        weight, left = f"{layer.name}/weight", f"{layer.name}/left"
+        if start.subspace is None and left in begun:
+            _load(model.get_submodule(layer.name), begun[weight])
+            continue
+        linear = _linear(model, layer, begun[weight], None)
+        trained = weight if start.subspace is None else sides(layer)[1]
+        parameters[trained], layers[trained] = linear.weight, layer
+    for layer in shape.head:
+        weight, bias = f"{layer.name}/weight", f"{layer.name}/bias"
+        linear = _linear(model, layer, begun[weight], begun.get(bias))
+        parameters[weight], parameters[bias] = linear.weight, linear.bias
+    if start.subspace is None and any(name.endswith("/left") for name in start.tensors):
+        parameters |= _lora(model, shape, start)
+    moving = []
+    for name in start.trained:
+        parameter = stepped = parameters[name]
+        parameter.requires_grad_(True)
+        projector = None
+        if start.subspace is not None and name in layers:
+            projector = _projector(layers[name], start, names, parameter.device)
+            if optimizer.name == "sgd":
+                stepped = nn.Parameter(torch.zeros_like(start.tensors[name], device=parameter.device))
+        moving.append(Moving(name, parameter, stepped, projector))
+    return moving
+
+
+def _load(module: nn.Module, W_mn: Tensor) -> None:
+    """Writes a canonical weight into a layer in place; GPT-2's Conv1D stores it transposed."""
+    stored = module.weight
+    assert isinstance(stored, Tensor)
+    stored.data.copy_(W_mn if isinstance(module, nn.Linear) else W_mn.T)
+
+
+def _linear(model: nn.Module, layer: Layer, W_mn: Tensor, bias_m: Tensor | None) -> nn.Linear:
+    """Replaces a layer by a plain nn.Linear: galore_torch chooses its side by the stored shape: it must be (m, n)."""
+    old = model.get_submodule(layer.name)
+    bias: Any = old.bias if bias_m is None else bias_m
+    stored = old.weight
+    assert isinstance(stored, Tensor)
+    linear = nn.Linear(layer.n, layer.m, bias=bias is not None, device=stored.device).requires_grad_(False)
+    linear.weight.data.copy_(W_mn)
+    if bias is not None:
+        linear.bias.data.copy_(bias)
+    model.set_submodule(layer.name, linear)
+    return linear
+
+
+def _lora(model: nn.Module, shape: ModelShape, start: Start) -> dict[str, nn.Parameter]:
+    """Injects peft's LoRA with the client's factors; every target has its own rank r and alpha = scale * r."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ranks = {re.escape(layer.name): start.tensors[f"{layer.name}/left"].shape[1] for layer in shape.targets}
+    first = model.get_submodule(shape.targets[0].name)
+    config = LoraConfig(
+        target_modules=[layer.name for layer in shape.targets],
+        rank_pattern=ranks,
+        alpha_pattern={name: start.scale * rank for name, rank in ranks.items()},
+        lora_dropout=0.0,
+        fan_in_fan_out=not isinstance(first, nn.Linear),
+    )
+    inject_adapter_in_model(config, model)
+    model.eval().requires_grad_(False)
+    parameters = {}
+    for layer in shape.targets:
+        adapted: Any = model.get_submodule(layer.name)
+        for role, part in (("left", adapted.lora_B["default"]), ("right", adapted.lora_A["default"])):
+            part.weight.data.copy_(start.tensors[f"{layer.name}/{role}"])
+            parameters[f"{layer.name}/{role}"] = part.weight
+    return parameters
+
+
+def _projector(layer: Layer, start: Start, names: tuple[int, int], device: torch.device) -> Any:
+    """A galore_torch projector that goes on from the client's basis; other kinds than `svd` bring their own rule."""
+    from galore_torch.galore_projector import GaLoreProjector
+
+    subspace = start.subspace
+    assert subspace is not None
+    projector = GaLoreProjector(subspace.rank, update_proj_gap=subspace.refresh_every, scale=start.scale)
+    projector.ortho_matrix = start.tensors[sides(layer)[0]].to(device)
+    projector.taken = start.step  # the client's optimiser steps, kept up to date by `_step`
+
+    def orthogonal(G_mn: Tensor, rank: int, type: str) -> Tensor:
+        G_lk, old = (G_mn, projector.ortho_matrix) if type == "right" else (G_mn.T, projector.ortho_matrix.T)
+        old_rk = old if old.any() else None
+        if subspace.projector == "exact":
+            _, s_q, V_qk = torch.linalg.svd(G_lk.double(), full_matrices=False)
+            kept_r = s_q[:rank] > _SINGULAR_CUT * s_q[0]
+            new_rk = signed(V_qk[:rank].float() * kept_r[:, None], old_rk)
+        else:
+            seed, client = names
+            rng = stream(seed, "projector", layer.name, client, projector.taken)
+            new_rk = basis(subspace.projector, G_lk, torch.eye(len(G_lk), device=device), rank, old_rk, rng)
+        return new_rk if type == "right" else new_rk.T
+
+    if subspace.projector != "svd":
+        projector.get_orthogonal_matrix = orthogonal
+    return projector
+
+
+def stepper_of(moving: Sequence[Moving], start: Start, optimizer: Optimizer, lr: float) -> torch.optim.Optimizer:
+    """The library's optimiser with the client's moments and step count put back."""
+    from galore_torch import GaLoreAdamW
+
+    groups: list[dict[str, Any]] = []
+    for x in moving:
+        p = x.projector
+        galore = {} if p is None else {"rank": p.rank, "update_proj_gap": p.update_proj_gap, "scale": p.scale}
+        groups.append({"params": [x.stepped], **galore, "proj_type": "std"})
+    stepper: torch.optim.Optimizer
+    if optimizer.name == "adamw":
+        decay, eps = optimizer.weight_decay, optimizer.eps
+        stepper = GaLoreAdamW(
+            groups, lr=lr, betas=optimizer.betas, eps=eps, weight_decay=decay, no_deprecation_warning=True
+        )
+    else:
+        stepper = torch.optim.SGD(groups, lr=lr, momentum=optimizer.momentum)
+    for x in moving:
+        state = stepper.state[x.stepped]
+        for role, key in roles(optimizer).items():
+            moment = start.moments.get(f"{x.name}/{role}", torch.zeros_like(start.tensors[x.name]))
+            state[key] = moment.to(x.parameter.device, copy=True)
+        if optimizer.name == "adamw":
+            state["step"] = start.step
+            if x.projector is not None:
+                state["projector"] = x.projector
+                if start.subspace is not None and start.subspace.moments == "reset":
+                    state["step"] = start.step % start.subspace.refresh_every
+    return stepper
+
+
+def roles(optimizer: Optimizer) -> dict[str, str]:
+    """Moment role -> the key under which the library's optimiser keeps it."""
+    return _STATE[optimizer.name] if optimizer.name == "adamw" or optimizer.momentum else {}

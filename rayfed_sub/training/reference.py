@@ -1,0 +1,204 @@
+"""The reference executor: one client at a time, on a float32 copy of the plain model, with the real libraries.
+
+It is slow and stores every gradient; it exists to be believed.  The pack executor must agree with it, and tests hold
+it to that.  How a client's tensors get into the libraries stands in `libraries.py`.
+
+Legend: m, n layer sizes, r rank, l = size of the side that is not projected.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rayfed_sub.config import Optimizer
+from rayfed_sub.errors import UserError
+from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
+from rayfed_sub.training.pack import Batches
+from rayfed_sub.training.subspaces import sides
+
+
+def train_reference(
+    model: nn.Module,
+    shape: ModelShape,
+    weights: Tensors,
+    starts: Sequence[Start],
+    clients: Sequence[int],
+    batches: Sequence[Batches],
+    optimizer: Optimizer,
+    *,
+    lr: float,
+    seed: int,
+) -> list[LocalResult]:
+    """Trains client i from starts[i] for len(batches[i]) optimiser steps, one batch each; results in the given order.
+
+    model: the plain transformers model, left as it is.  weights: `<target>/weight` (m, n) float32 with which the round
+    begins, where a Start has none of its own.  The results are as `train_pack`'s, with two differences of form: a
+    GaLore client's blocks are its whole dense change times a unit matrix, and its trained factor comes back as zeros
+    (what it held is in the blocks).  A client stops at its first non-finite loss or gradient and has `failure` set.
+
+    Raises UserError for methods with an inner factor (`core`), which neither library knows.
+    """
+    if any(name.endswith("/core") for start in starts for name in start.tensors):
+        covered = "pack for this method: reference covers dense weights, LoRA's two factors and GaLore"
+        raise UserError("resources.executor", "reference", covered, "set resources.executor=pack")
+    return [
+        _client(model, shape, weights, start, client, own_batches, optimizer, lr, seed)
+        for start, client, own_batches in zip(starts, clients, batches, strict=True)
+    ]
+
+
+def _client(
+    model: nn.Module,
+    shape: ModelShape,
+    weights: Tensors,
+    start: Start,
+    client: int,
+    batches: Batches,
+    optimizer: Optimizer,
+    lr: float,
+    seed: int,
+) -> LocalResult:
+    model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    begun = {**weights, **start.tensors}
+    moving = moving_tensors(model, shape, begun, start, (seed, client), optimizer)
+    stepper = stepper_of(moving, start, optimizer, lr)
+    losses: list[float] = []
+    labels, periods, step, base_scale = 0, 0, start.step, 1.0
+    failure = None
+    for t, batch in enumerate(batches):
+        model.zero_grad()
+        loss, count = _loss(model, batch)
+        losses.append(loss.item())
+        labels += count
+        loss.backward()
+        failure = _not_finite(t, losses[-1], moving)
+        if failure:
+            break
+        due = start.subspace is not None and step % start.subspace.refresh_every == 0
+        _step(stepper, moving, start, optimizer, lr, step, due)
+        periods += due or t == 0
+        step += 1
+        base_scale *= 1 - lr * optimizer.weight_decay if start.decays_base else 1.0
+    tensors = {name: tensor.cpu().clone() for name, tensor in start.tensors.items()}
+    moments, blocks = {}, {}
+    for x in moving:
+        for role, key in roles(optimizer).items():
+            moments[f"{x.name}/{role}"] = stepper.state[x.stepped][key].detach().cpu().clone()
+        tensors[x.name] = x.parameter.detach().cpu().clone()
+    for layer in shape.targets if start.subspace is not None else ():
+        fixed, trained = sides(layer)
+        x = next(x for x in moving if x.name == trained)
+        tensors[fixed] = x.projector.ortho_matrix.cpu().contiguous().clone()
+        change_mn = tensors[trained] - base_scale * begun[f"{layer.name}/weight"].cpu()
+        unit = torch.eye(min(layer.m, layer.n))
+        blocks[layer.name] = (change_mn, unit) if layer.n <= layer.m else (unit, change_mn)
+        tensors[trained] = torch.zeros_like(start.tensors[trained])
+    bad = next((f"non-finite values in {name}" for name, x in tensors.items() if not torch.isfinite(x).all()), None)
+    metrics = {
+        "loss": sum(losses) / max(1, len(losses)),
+        "loss_last": losses[-1] if losses else 0.0,
+        "labels": float(labels),
+        "steps": float(len(losses)),
+        "periods": float(max(1, periods)),
+    }
+    periods = max(1, periods)
+    return LocalResult(client, tensors, moments, step, blocks, base_scale, periods, metrics, failure or bad)
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """The mean cross-entropy over labelled tokens (or rows), and how many there are; without labels 0."""
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits.float()
+    if labels.dim() == 2:  # a token is predicted from those before it
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    count = int((labels != -100).sum())
+    return functional.cross_entropy(logits, labels) if count else 0.0 * logits.sum(), count
+
+
+def _not_finite(t: int, loss: float, moving: Sequence[Moving]) -> str | None:
+    """Why the client cannot go on; a parameter without a part in the loss gets a zero gradient on the way."""
+    if not math.isfinite(loss):
+        return f"non-finite loss at local step {t}"
+    for x in moving:
+        if x.parameter.grad is None:
+            x.parameter.grad = torch.zeros_like(x.parameter)
+        if not torch.isfinite(x.parameter.grad).all():
+            return f"non-finite gradient in {x.name.rpartition('/')[0]}"
+    return None
+
+
+@torch.no_grad()
+def _step(
+    stepper: torch.optim.Optimizer,
+    moving: Sequence[Moving],
+    start: Start,
+    optimizer: Optimizer,
+    lr: float,
+    step: int,
+    due: bool,
+) -> None:
+    """One optimiser step: gradients clipped, moments moved into the new basis, the library's step, SGD's decay."""
+    projected = [x for x in moving if x.projector is not None]
+    for x in projected:
+        x.projector.taken = step
+    if optimizer.clip_norm is not None:
+        _clip(moving, optimizer.clip_norm, step)
+    if due and start.subspace is not None and start.subspace.moments != "keep":
+        for x in projected:
+            ahead = copy.copy(x.projector)
+            ahead.project(x.parameter.grad, step)
+            right, old, new = x.name.endswith("/left"), x.projector.ortho_matrix, ahead.ortho_matrix
+            C_rr = new @ old.T if right else new.T @ old
+            _move_moments(stepper.state[x.stepped], C_rr, right, start.subspace.moments, optimizer, step)
+    for x in projected if optimizer.name == "sgd" else ():
+        x.stepped.grad = x.projector.project(x.parameter.grad, step)
+    stepper.step()
+    if optimizer.name == "sgd":
+        for x in projected:
+            x.parameter.add_(x.projector.project_back(x.stepped))
+            x.stepped.zero_()
+        for x in moving:
+            x.parameter.mul_(1 - lr * optimizer.weight_decay)
+
+
+def _clip(moving: Sequence[Moving], norm: float, step: int) -> None:
+    """Scales all gradients so that their joint norm, GaLore's measured in its subspace, is at most `norm`."""
+    squares = 0.0
+    for x in moving:
+        grad: Any = x.parameter.grad
+        if x.projector is not None:
+            grad = copy.copy(x.projector).project(grad, step)
+        squares += float(grad.square().sum())
+    for x in moving:
+        assert x.parameter.grad is not None
+        x.parameter.grad.mul_(min(1.0, norm / (math.sqrt(squares) + 1e-6)))
+
+
+def _move_moments(state: dict[str, Any], C_rr: Tensor, right: bool, rule: str, optimizer: Optimizer, step: int) -> None:
+    """`reset`: zeros, and Adam's bias correction begins anew.  `rotate`: LDAdam's rule (arXiv 2410.16103) for
+    coordinates along the last axis, C = Q_new Q_old^T, bias-corrected by the steps that the moments have seen."""
+    keys = roles(optimizer)
+    if rule == "reset":
+        for key in keys.values():
+            state[key] = torch.zeros_like(state[key])
+        state["step"] = 0
+        return
+    moments = {role: state[key] if right else state[key].T for role, key in keys.items()}
+    moved = {role: x_lr @ C_rr.T for role, x_lr in moments.items()}
+    if "m2" in moments:
+        seen1, seen2 = (1 - b ** max(1, step) for b in optimizer.betas)
+        mean_lr, square_lr = moments["m1"] / seen1, moments["m2"] / seen2
+        variance_lr = (square_lr - mean_lr.square()) @ C_rr.square().T
+        moved["m2"] = seen2 * (variance_lr + (mean_lr @ C_rr.T).square()).abs()
+    for role, key in keys.items():
+        state[key] = moved[role] if right else moved[role].T.contiguous()

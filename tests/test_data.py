@@ -1,0 +1,322 @@
+"""From a task to rows: tokens, cuts, the built-in task, and the whole of `load_dataset`."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from rayfed_sub.config import Federation, Partition, Task
+from rayfed_sub.data.codec import Codec
+from rayfed_sub.data.dataset import Dataset, build_dataset, load_dataset, load_pairs
+from rayfed_sub.data.pairs import Pairs, capped, distinct
+from rayfed_sub.data.python_docs import python_docs
+from rayfed_sub.data.rows import Rows
+from rayfed_sub.data.stdlib_docs import SKIPPED, callables, first_paragraph
+from rayfed_sub.data.tokens import tokenised
+from rayfed_sub.errors import UserError
+
+PAD, EOS, ASK, CLS = 256, 257, 258, 259
+
+
+@dataclass(frozen=True)
+class ByteCodec:
+    """A byte is a token; a prompt ends with ASK, an answer and a text with EOS, a text begins with CLS."""
+
+    pad: int = PAD
+    eos: int = EOS
+
+    def prompt(self, text: str) -> list[int]:
+        return [*text.encode(), ASK]
+
+    def answer(self, text: str) -> list[int]:
+        return [*text.encode(), EOS]
+
+    def text(self, text: str) -> list[int]:
+        return [CLS, *text.encode(), EOS]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode()
+
+
+CODEC: Codec = ByteCodec()
+
+
+@dataclass(frozen=True)
+class SilentCodec(ByteCodec):
+    """Has no tokens for the answer "-"."""
+
+    def answer(self, text: str) -> list[int]:
+        return [] if text == "-" else super().answer(text)
+
+
+def spoken(*pairs: tuple[str, str], keys: Sequence[str] | None = None) -> Pairs:
+    questions, answers = zip(*pairs, strict=True)
+    return Pairs("causal-lm", questions, answers, tuple(keys or [""] * len(pairs)))
+
+
+def numbered(sizes: dict[str, int]) -> Pairs:
+    """Pairs that are all different; sizes[key] of them with each key."""
+    keys = [key for key, size in sizes.items() for _ in range(size)]
+    return spoken(*((f"q{i}", f"a{i}") for i in range(len(keys))), keys=keys)
+
+
+def federation(kind: str, clients: int) -> Federation:
+    return Federation(clients=clients, partition=Partition.model_validate({"kind": kind}))
+
+
+def as_text(rows: Rows) -> list[tuple[str, str]]:
+    cut = [(rows.row(i).tolist(), rows.prompts[i]) for i in range(len(rows))]
+    return [(CODEC.decode(row[:prompt]), CODEC.decode(row[prompt:])) for row, prompt in cut]
+
+
+# --- rows
+
+
+def test_rows_are_flat_arrays_of_stated_types() -> None:
+    rows = Rows.of([[1, 2, 3], [], [4]], prompts=[1, 0, 0], classes=[2, 0, 1])
+    assert rows.tokens.tolist() == [1, 2, 3, 4]
+    assert rows.offsets.tolist() == [0, 3, 3, 4]
+    types = [rows.tokens.dtype, rows.offsets.dtype, rows.prompts.dtype, rows.classes.dtype]
+    assert types == [np.int32, np.int64, np.int32, np.int64]
+    taken = rows.take(np.array([2, 0]))
+    assert [taken.row(i).tolist() for i in range(2)] == [[4], [1, 2, 3]]
+    assert (taken.prompts.tolist(), taken.classes.tolist()) == ([0, 1], [1, 2])
+
+
+def test_no_rows() -> None:
+    assert len(Rows.of([], [])) == 0
+    assert len(Rows.of([[1]], [0]).take(np.array([], np.int64))) == 0
+
+
+# --- tokens
+
+
+def test_a_short_row_is_prompt_then_answer() -> None:
+    rows, _ = tokenised(spoken(("ab", "cd")), CODEC, max_length=8)
+    assert rows.row(0).tolist() == [97, 98, ASK, 99, 100, EOS]
+    assert rows.prompts.tolist() == [3]
+
+
+def test_a_long_answer_keeps_its_start_and_loses_its_end_token() -> None:
+    rows, _ = tokenised(spoken(("ab", "cdefghij")), CODEC, max_length=8)
+    assert rows.row(0).tolist() == [97, 98, ASK, *b"cdefg"]  # 3 + 5 = 8
+    assert rows.prompts.tolist() == [3]
+
+
+@pytest.mark.parametrize(("letters", "kept"), [(6, "012345"), (7, "123456"), (20, "efghij")])
+def test_a_long_prompt_loses_its_beginning_to_leave_one_answer_token(letters: int, kept: str) -> None:
+    question = "0123456789abcdefghij"[:letters]
+    rows, _ = tokenised(spoken((question, "xyz")), CODEC, max_length=8)
+    assert rows.row(0).tolist() == [*kept.encode(), ASK, ord("x")]  # 6 + 1 + 1 = 8
+    assert rows.prompts.tolist() == [7]
+
+
+def test_rows_without_answer_tokens_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        rows, kept = tokenised(spoken(("a", "-"), ("b", "B"), ("c", "-")), SilentCodec(), max_length=8)
+    assert (len(rows), kept.tolist()) == (1, [1])
+    assert [record.getMessage() for record in caplog.records] == ["2 of 3 rows have no tokens to learn from; dropped"]
+
+
+def test_a_long_text_keeps_its_closing_token_and_its_class() -> None:
+    pairs = Pairs("classification", ("abcdefghij", "ab"), ("no", "yes"), ("", ""), ("yes", "no"))
+    rows, _ = tokenised(pairs, CODEC, max_length=8)
+    assert rows.row(0).tolist() == [CLS, *b"abcdef", EOS]
+    assert rows.row(1).tolist() == [CLS, *b"ab", EOS]
+    assert rows.classes.tolist() == [1, 0]
+
+
+# --- pairs
+
+
+def test_distinct_compares_question_and_answer_together() -> None:
+    pairs = spoken(("q", "a"), ("q", "b"), ("p", "a"), ("q", "a"))
+    assert distinct(pairs).take(np.arange(3)) == pairs.take(np.array([0, 1, 2]))
+    assert len(distinct(pairs)) == 3
+
+
+def test_a_cap_draws_by_seed_and_keeps_the_order() -> None:
+    pairs = numbered({"k": 100})
+    chosen = [int(question[1:]) for question in capped(pairs, 10, seed=0).questions]
+    assert len(set(chosen)) == 10
+    assert chosen == sorted(chosen)
+    assert chosen != list(range(10))
+    assert capped(pairs, 10, seed=0) == capped(pairs, 10, seed=0) != capped(pairs, 10, seed=1)
+    assert capped(pairs, 100, seed=0) is pairs
+
+
+# --- python-docs
+
+
+@pytest.fixture(scope="module")
+def docs() -> Pairs:
+    return python_docs()
+
+
+def test_python_docs_hold_thousands_of_rows_of_many_modules(docs: Pairs) -> None:
+    assert len(docs) > 2500
+    assert len(set(docs.keys)) > 120
+    assert not {name for name in docs.keys if name.startswith("_") or name in SKIPPED}
+    assert list(docs.keys) == sorted(docs.keys)
+
+
+def test_python_docs_know_python_and_c(docs: Pairs) -> None:
+    answer = dict(zip(docs.questions, docs.answers, strict=True))
+    assert answer["What does `textwrap.dedent` do?"].startswith("Remove any common leading whitespace from every")
+    assert answer["What does `math.ceil` do?"].startswith("Return the ceiling of x as an Integral")
+    assert "What does `os.mkdir` do?" in answer
+
+
+def test_python_docs_say_each_answer_once_in_single_spaces(docs: Pairs) -> None:
+    assert len(set(docs.answers)) == len(docs) == len(set(docs.questions))
+    assert all(answer == " ".join(answer.split()) and len(answer.split()) > 2 for answer in docs.answers)
+
+
+def test_python_docs_are_the_same_whatever_this_process_did(docs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textwrap.dedent.__doc__", "Something that was patched in.")
+    assert python_docs() == docs
+
+
+def test_a_module_s_callables_are_its_own_under_their_own_names() -> None:
+    module = ModuleType("toys")
+    code = "def spin(): pass\ndef _hidden(): pass\nclass Top:\n  def turn(self): pass\n  def __len__(self): return 0\n"
+    exec(code + "whirl = spin\nfrom textwrap import dedent\nsize = 3", module.__dict__)
+    assert [name for name, _ in callables(module)] == ["Top", "Top.turn", "spin"]
+
+
+@pytest.mark.parametrize(
+    ("doc", "text"),
+    [
+        ("Does  this\nand that.\n\nMore.", "Does this and that."),
+        ("f(x) -> int\n\nDoes this and that.", "Does this and that."),
+        ("f(x[, y])\nf(x, (y, z)) -> list\nDoes this and that.", "Does this and that."),
+        ("f(x) -> None.  Does this and that.", "Does this and that."),
+        ("f(x) -- does this and that", "does this and that"),
+        ("f(x) --> new object", ""),
+        ("Point(x, y)", ""),
+        (">>> f(1) + 2", ""),
+        ("Too short.", ""),
+        ("", ""),
+        (None, ""),
+        (3, ""),
+    ],
+)
+def test_first_paragraph(doc: object, text: str) -> None:
+    assert first_paragraph(doc) == text
+
+
+# --- the whole
+
+
+def same(one: Dataset, other: Dataset) -> bool:
+    def content(data: Dataset) -> list[list[int]]:
+        arrays = (data.train.tokens, data.held_out.tokens, data.client_rows, data.client_offsets)
+        return [array.tolist() for array in arrays]
+
+    return content(one) == content(other)
+
+
+@pytest.mark.parametrize("kind", ["column", "dirichlet", "iid", "pool"])
+def test_training_rows_are_dealt_out_whole_and_apart_from_the_held_out(kind: str) -> None:
+    pairs = numbered({"x": 40, "y": 30, "z": 10})
+    clients = 1 if kind == "pool" else 3
+
+    def build(seed: int) -> Dataset:
+        return build_dataset(pairs, Task(held_out=0.2), federation(kind, clients), CODEC, seed)
+
+    data = build(0)
+    assert (len(data.train), len(data.held_out)) == (64, 16)
+    assert sorted(data.client_rows.tolist()) == list(range(64))  # disjoint and complete
+    assert data.client_offsets[[0, -1]].tolist() == [0, 64]
+    assert all(len(data.rows_of(client)) > 0 for client in range(clients))
+    assert not set(as_text(data.train)) & set(as_text(data.held_out))
+    assert list(zip(data.questions, data.references, strict=True)) == as_text(data.held_out)
+    assert same(data, build(0))
+    assert not same(data, build(1))
+
+
+def test_a_column_makes_the_largest_values_clients_and_leaves_the_rest_out() -> None:
+    sizes = {"small": 3, "large": 30, "middle": 10, "other": 10}
+    data = build_dataset(numbered(sizes), Task(held_out=0.1), federation("column", 3), CODEC, seed=0)
+    assert data.client_names == ("large", "middle", "other")
+    # 0.1 of 30, 10 and 10 rows are held out; "small" (q0, q1, q2) is nowhere.
+    assert [len(data.rows_of(client)) for client in range(3)] == [27, 9, 9]
+    seen = {question for question, _ in as_text(data.train)} | set(data.questions)
+    assert seen == {f"q{i}" for i in range(3, 53)}
+    first = {as_text(data.train)[row][0] for row in data.rows_of(0)}
+    assert first <= {f"q{i}" for i in range(3, 33)}
+
+
+def test_repeats_never_stand_on_both_sides(tmp_path: Path) -> None:
+    file = f"{tmp_path}/rows.jsonl"
+    with open(file, "w", encoding="utf-8") as lines:
+        for i in range(300):  # 30 different rows, ten of each
+            print(json.dumps({"q": f"q{i % 30}", "a": "a"}), file=lines)
+    task = Task(name="table", path=file, prompt="{q}", answer="a", held_out=0.3)
+    data = load_dataset(task, federation("iid", 2), CODEC, seed=0)
+    assert (len(data.train), len(data.held_out)) == (21, 9)
+    assert not set(as_text(data.train)) & set(as_text(data.held_out))
+
+
+def test_classes_from_a_table(tmp_path: Path) -> None:
+    file = f"{tmp_path}/rows.jsonl"
+    with open(file, "w", encoding="utf-8") as lines:
+        for i in range(40):
+            print(json.dumps({"text": f"t{i}", "mood": "glad" if i % 4 else "sad"}), file=lines)
+    task = Task(name="table", path=file, prompt="{text}", label="mood", held_out=0.2)
+    data = load_dataset(task, federation("iid", 4), CODEC, seed=0)
+    assert (data.kind, data.class_names, data.questions, data.references) == (
+        "classification",
+        ("glad", "sad"),
+        (),
+        (),
+    )
+    assert data.client_names == ("client 0", "client 1", "client 2", "client 3")
+    # Held-out rows are spread over the classes: 0.2 of 30 glad and of 10 sad rows.
+    assert np.bincount(data.held_out.classes).tolist() == [6, 2]
+    assert np.bincount(data.train.classes).tolist() == [24, 8]
+    for i in range(len(data.train)):
+        number = int(CODEC.decode(data.train.row(i).tolist())[1:])
+        assert data.train.classes[i] == (0 if number % 4 else 1)
+
+
+def test_max_rows_counts_training_and_held_out_rows() -> None:
+    task = Task(max_rows=20, held_out=0.25)
+    data = build_dataset(numbered({"k": 100}), task, federation("iid", 2), CODEC, seed=0)
+    assert (len(data.train), len(data.held_out)) == (15, 5)
+
+
+def test_one_row_clients() -> None:
+    sizes = {"a": 1, "b": 1, "c": 4}
+    data = build_dataset(numbered(sizes), Task(held_out=0.25), federation("column", 3), CODEC, seed=0)
+    # 0.25 * 6 rounds to 2; "a" and "b" must keep their only row.
+    assert [len(data.rows_of(client)) for client in range(3)] == [2, 1, 1]
+    assert len(data.held_out) == 2
+
+
+def test_python_docs_as_a_federation() -> None:
+    task, shares = Task(max_length=64), federation("column", 8)
+    pairs = load_pairs(task, shares)
+    data = build_dataset(pairs, task, shares, CODEC, seed=0)
+    assert "builtins" in data.client_names
+    sizes = [list(pairs.keys).count(name) for name in data.client_names]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(data.train) + len(data.held_out) == sum(sizes)
+    assert (data.train.offsets[1:] - data.train.offsets[:-1]).max() == 64
+
+
+def test_the_built_in_task_refuses_a_table_s_fields() -> None:
+    with pytest.raises(UserError, match=r"set task\.name=table") as caught:
+        load_dataset(Task(path="rows.csv"), federation("iid", 2), CODEC, seed=0)
+    assert caught.value.field == "task.name"
+
+
+def test_rows_without_any_tokens_are_an_error() -> None:
+    with pytest.raises(UserError) as caught:
+        build_dataset(spoken(("q", "-")), Task(), federation("iid", 1), SilentCodec(), seed=0)
+    assert caught.value.field == "task.path"

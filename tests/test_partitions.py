@@ -1,0 +1,169 @@
+"""Who holds what: held-out shares, and the rows of the clients."""
+
+import numpy as np
+import pytest
+
+from rayfed_sub.config import Federation, Partition, Task
+from rayfed_sub.data.partitions import held_out_rows, key_column, largest_keys, partitioned
+from rayfed_sub.errors import UserError
+
+NAMES = tuple(f"client {client}" for client in range(100))
+
+
+def federation(kind: str, clients: int, **more: object) -> Federation:
+    return Federation(clients=clients, partition=Partition.model_validate({"kind": kind, **more}))
+
+
+def parts_of(kind: str, clients: int, keys: list[str], seed: int = 0, **more: object) -> list[list[int]]:
+    shares = federation(kind, clients, **more)
+    return [part.tolist() for part in partitioned(keys, NAMES[:clients], shares, seed)]
+
+
+# --- held-out rows
+
+
+def test_held_out_rows_come_from_every_key_in_proportion() -> None:
+    keys = ["a"] * 50 + ["b"] * 30 + ["c"] * 20
+    held_out = held_out_rows(keys, 0.1, seed=0)
+    assert [sum(keys[row] == key for row in held_out) for key in "abc"] == [5, 3, 2]
+    assert held_out.tolist() == sorted(set(held_out.tolist()))
+
+
+def test_what_rounding_leaves_over_goes_to_the_largest_remainders() -> None:
+    keys = ["a"] * 14 + ["b"] * 18 + ["c"] * 11
+    # Shares 1.4, 1.8 and 1.1 of round(4.3) = 4 rows: one each, and the fourth from "b".
+    assert [sum(keys[row] == key for row in held_out_rows(keys, 0.1, 0)) for key in "abc"] == [1, 2, 1]
+
+
+def test_no_key_gives_its_last_row() -> None:
+    keys = ["a", "b", "c", "c"]
+    # Shares 0.9, 0.9 and 1.8 of round(3.6) = 4 rows, but only "c" has a row to spare.
+    assert [keys[row] for row in held_out_rows(keys, 0.9, seed=0)] == ["c"]
+
+
+def test_held_out_rows_follow_the_seed() -> None:
+    keys = ["a"] * 100
+    assert held_out_rows(keys, 0.1, 0).tolist() == held_out_rows(keys, 0.1, 0).tolist()
+    assert held_out_rows(keys, 0.1, 0).tolist() != held_out_rows(keys, 0.1, 1).tolist()
+
+
+@pytest.mark.parametrize(("keys", "share"), [(["a"] * 4, 0.1), (["a", "b", "c"], 0.5)])
+def test_an_empty_held_out_set_is_an_error(keys: list[str], share: float) -> None:
+    with pytest.raises(UserError) as caught:
+        held_out_rows(keys, share, seed=0)
+    assert caught.value.field == "task.held_out"
+
+
+# --- clients
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_every_row_has_one_client_by_seed(kind: str) -> None:
+    keys = ["a", "b", "c"] * 40
+    parts = parts_of(kind, 5, keys)
+    assert sorted(row for part in parts for row in part) == list(range(120))
+    assert all(part == sorted(part) for part in parts)
+    assert parts == parts_of(kind, 5, keys, seed=0) != parts_of(kind, 5, keys, seed=1)
+
+
+def test_iid_shares_are_equal_to_one_row_and_mixed() -> None:
+    keys = ["a"] * 50 + ["b"] * 52
+    parts = parts_of("iid", 4, keys)
+    assert sorted(map(len, parts)) == [25, 25, 26, 26]
+    assert all({keys[row] for row in part} == {"a", "b"} for part in parts)
+
+
+def test_a_small_alpha_concentrates_keys_and_a_large_one_spreads_them() -> None:
+    keys = [str(i % 4) for i in range(400)]
+
+    def largest_share(alpha: float) -> float:
+        parts = parts_of("dirichlet", 4, keys, alpha=alpha)
+        tops = [max(np.bincount([int(keys[row]) for row in part])) / len(part) for part in parts]
+        return float(np.mean(tops))
+
+    # Equal shares would give 0.25; Dirichlet(1000) is within a few per cent of that.
+    assert largest_share(1000) < 0.3
+    assert largest_share(0.1) > 0.6
+
+
+def test_dirichlet_draws_again_before_it_gives_up() -> None:
+    # With three clients and 12 rows a single draw often leaves a client empty.
+    for seed in range(20):
+        assert all(parts_of("dirichlet", 3, ["a", "b"] * 6, seed=seed))
+
+
+def test_a_column_s_clients_hold_their_value() -> None:
+    parts = partitioned(["y", "x", "y", "x", "x"], ("x", "y"), federation("column", 2), seed=0)
+    assert [part.tolist() for part in parts] == [[1, 3, 4], [0, 2]]
+
+
+def test_a_pool_holds_all() -> None:
+    assert parts_of("pool", 1, ["a", "b", "c"]) == [[0, 1, 2]]
+
+
+def test_the_largest_keys_come_first_and_equals_by_name() -> None:
+    assert largest_keys(["c", "b", "a", "c", "a", "b", "d", "e", "e", "e"], 3) == ("e", "a", "b")
+
+
+# --- errors
+
+
+def test_more_clients_than_rows() -> None:
+    with pytest.raises(UserError, match="allowed: 1 to 2,") as caught:
+        parts_of("iid", 3, ["a", "a"])
+    assert caught.value.field == "federation.clients"
+
+
+def test_more_clients_than_values() -> None:
+    with pytest.raises(UserError, match="allowed: 1 to 2,") as caught:
+        largest_keys(["a", "b", "a"], 3)
+    assert caught.value.field == "federation.clients"
+
+
+def test_an_empty_client_is_named_with_the_keys_to_turn() -> None:
+    # One key and alpha 1e-4: one client gets everything, in each of the draws.
+    with pytest.raises(UserError, match=r"client \d has none.*lower federation.clients or raise") as caught:
+        parts_of("dirichlet", 4, ["a"] * 8, alpha=1e-4)
+    assert caught.value.field == "federation.clients"
+    assert "federation.partition.alpha" in str(caught.value)
+
+
+def test_a_column_client_without_rows_is_named() -> None:
+    with pytest.raises(UserError, match="y has none") as caught:
+        partitioned(["x", "x"], ("x", "y"), federation("column", 2), seed=0)
+    assert caught.value.field == "federation.clients"
+
+
+# --- the column
+
+
+TABLE = Task(name="table", path="rows.csv", prompt="{q}", answer="a")
+
+
+@pytest.mark.parametrize(
+    ("task", "shares", "column"),
+    [
+        (Task(), federation("column", 8), "module"),
+        (Task(), federation("iid", 8), "module"),
+        (TABLE, federation("column", 8, column="by"), "by"),
+        (TABLE, federation("iid", 8), None),
+        (TABLE.model_copy(update={"label": "mood"}), federation("dirichlet", 8), "mood"),
+        (TABLE.model_copy(update={"label": "mood"}), federation("dirichlet", 8, column="by"), "by"),
+    ],
+)
+def test_key_column(task: Task, shares: Federation, column: str | None) -> None:
+    assert key_column(task, shares) == column
+
+
+@pytest.mark.parametrize(
+    ("task", "shares"),
+    [
+        (TABLE, federation("column", 8)),
+        (TABLE, federation("dirichlet", 8)),
+        (Task(), federation("column", 8, column="package")),
+    ],
+)
+def test_a_missing_or_unknown_column(task: Task, shares: Federation) -> None:
+    with pytest.raises(UserError) as caught:
+        key_column(task, shares)
+    assert caught.value.field == "federation.partition.column"
