@@ -13,7 +13,7 @@ from rayfed_sub.config import Config, load_config
 from rayfed_sub.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from rayfed_sub.engine.folder import Summary
+    from rayfed_sub.engine.journal import Summary
     from rayfed_sub.engine.session import Listener
 
 __all__ = ["Config", "RunError", "UserError", "load_config", "run"]

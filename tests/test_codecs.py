@@ -43,9 +43,7 @@ def tokenizer(template: str | None = None, **special: str) -> Any:
     words = Tokenizer(WordLevel({word: token for token, word in enumerate(WORDS)}, unk_token="<pad>"))
     words.pre_tokenizer = WhitespaceSplit()
     special = {"eos_token": "<eos>", "bos_token": "<bos>"} | special
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=words, extra_special_tokens=["<turn>", "<end>"], **special
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=["<turn>", "<end>"], **special)
     made.chat_template = template
     return made
 
@@ -89,9 +87,7 @@ def test_template_and_end_of_turn() -> None:
     assert spell(codec.answer("so be it")) == "so be it <end>"
     assert codec.eos == 4
     whole = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
-    assert codec.prompt("why") + codec.answer("so") == codec.tokenizer.apply_chat_template(
-        whole, return_dict=False
-    )
+    assert codec.prompt("why") + codec.answer("so") == codec.tokenizer.apply_chat_template(whole, return_dict=False)
     assert codec.prompts(["why", "so"]) == [codec.prompt("why"), codec.prompt("so")]
     assert codec.answers([]) == codec.prompts([]) == []
 
@@ -120,9 +116,7 @@ def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     codec = load_codec(Model(path=str(tmp_path)))
     assert isinstance(codec, HubCodec)
-    assert (
-        spell(codec.prompt("why") + codec.answer("so")) == "<turn> user why <end> <turn> assistant so <end>"
-    )
+    assert spell(codec.prompt("why") + codec.answer("so")) == "<turn> user why <end> <turn> assistant so <end>"
 
 
 def test_model_without_a_tokenizer(tmp_path: Path) -> None:

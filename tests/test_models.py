@@ -83,9 +83,7 @@ def test_lower_mlp_is_the_projection_up_of_every_block(name: str) -> None:
     # Canonical shape (m, n) = (out, in) = (inner, 32), for GPT-2's Conv1D too, which stores (32, inner).
     bias = name != "llama"
     assert bones.shape.targets == tuple(Layer(target.format(block), inner, 32, bias) for block in (0, 1))
-    assert bones.transposed == (
-        frozenset(target.format(block) for block in (0, 1)) if name == "gpt2" else frozenset()
-    )
+    assert bones.transposed == (frozenset(target.format(block) for block in (0, 1)) if name == "gpt2" else frozenset())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -148,9 +146,7 @@ def test_every_target_preset_is_a_model_type_and_an_expression() -> None:
 
 def test_targets_by_regular_expression_leave_the_output_out() -> None:
     model = random_model({**LLAMA, "tie_word_embeddings": False}, targets=r"layers\.1\.mlp|lm_head")
-    names = [
-        layer.name.removeprefix("model.layers.1.mlp.") for layer in skeleton(model, "causal-lm").shape.targets
-    ]
+    names = [layer.name.removeprefix("model.layers.1.mlp.") for layer in skeleton(model, "causal-lm").shape.targets]
     assert names == ["gate_proj", "up_proj", "down_proj"]  # the module's order
 
 
@@ -289,9 +285,7 @@ def test_target_weights_are_canonical() -> None:
     model, bones = small("vit")
     tensors = load_weights(model, bones, seed=0)
     weights = target_weights(bones, tensors)
-    assert (
-        weights["vit.layers.0.mlp.fc1/weight"].data_ptr() == tensors["vit.layers.0.mlp.fc1.weight"].data_ptr()
-    )
+    assert weights["vit.layers.0.mlp.fc1/weight"].data_ptr() == tensors["vit.layers.0.mlp.fc1.weight"].data_ptr()
     assert list(weights) == [
         "vit.layers.0.mlp.fc1/weight",
         "vit.layers.1.mlp.fc1/weight",
@@ -370,18 +364,14 @@ def test_target_errors(targets: str, expected: str) -> None:
 def test_architecture_without_a_preset_asks_for_an_expression() -> None:
     numbers = {"type": "xglm", "d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 2}
     message = refusal(random_model(numbers))
-    assert re.match(
-        "model.targets: .*regular expression, for models of type xglm.*model.layers.0.fc1", message
-    )
+    assert re.match("model.targets: .*regular expression, for models of type xglm.*model.layers.0.fc1", message)
     assert len(skeleton(random_model(numbers, targets=r"\.fc1$"), "causal-lm").shape.targets) == 1
 
 
 def test_kind_errors() -> None:
     message = refusal(random_model(LLAMA), "image-classification", 3)
     assert re.match("model.random: .*for image-classification; llama is not one", message)
-    assert refusal(random_model(BERT), "text-classification", 1).startswith(
-        "task.label: got 1; allowed: at least 2"
-    )
+    assert refusal(random_model(BERT), "text-classification", 1).startswith("task.label: got 1; allowed: at least 2")
 
 
 def test_vocabulary_errors() -> None:
@@ -422,9 +412,7 @@ def test_missing_preset_package_tells_the_command(monkeypatch: pytest.MonkeyPatc
 def test_unreachable_hub_is_the_persons_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert locate("nobody/nothing") == Source("nobody/nothing")
-    assert refusal(Model(path="nobody/nothing")).startswith(
-        "model.path: got 'nobody/nothing'; allowed: a model that"
-    )
+    assert refusal(Model(path="nobody/nothing")).startswith("model.path: got 'nobody/nothing'; allowed: a model that")
 
 
 def test_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -511,9 +499,7 @@ def test_gguf_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     model, bones = small("llama")
     tensors = load_weights(model, bones, seed=0)
     (tmp_path / "tiny_gguf_package").mkdir()
-    (tmp_path / "tiny_gguf_package" / "__init__.py").write_text(
-        "raise ImportError('it is not to be imported')"
-    )
+    (tmp_path / "tiny_gguf_package" / "__init__.py").write_text("raise ImportError('it is not to be imported')")
     # random numbers in which head_dim is 32 / 2 = 16, so that halves are 8 long
     write_gguf(tmp_path / "tiny_gguf_package" / "tiny.gguf", tensors)
     monkeypatch.syspath_prepend(str(tmp_path))

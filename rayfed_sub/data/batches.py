@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,16 @@ from rayfed_sub.streams import stream
 
 IGNORED = -100
 """The label that no loss counts, as in torch and Hugging Face."""
+
+
+class Batches(Protocol):
+    """A client's batches of one round: as many as it takes local steps, each a dict of tensors (B, ...)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
 
 
 def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int) -> Ints:

@@ -1,6 +1,6 @@
 """Checkpoints: the server's and every client's tensors as safetensors, and a manifest that is written last.
 
-    checkpoints/round-000003/manifest.json  server.safetensors  clients/000012.safetensors ...
+checkpoints/round-000003/manifest.json  server.safetensors  clients/000012.safetensors ...
 """
 
 from __future__ import annotations

@@ -20,39 +20,17 @@ from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
-from rayfed_sub.engine.folder import ClientRow, RoundRow
+from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
 from rayfed_sub.engine.memory import PeakMemory
 from rayfed_sub.engine.schedule import Piece, in_order
 from rayfed_sub.engine.workers import PackedState, PackOutcome, Spec, Worker
 from rayfed_sub.errors import RunError
 from rayfed_sub.metrics import rouge_l
-
 from rayfed_sub.models.weights import target_weights
-from rayfed_sub.records import Change, ServerState, Tensors, Update
+from rayfed_sub.records import Change, ServerState, Update
 from rayfed_sub.streams import stream
 
 _START_SECONDS = 300.0  # a worker that has not mapped the backbone by then never will
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One pack of a round is folded: what a live display shows."""
-
-    round: int
-    clients_done: int
-    clients: int
-    loss: float
-    labels: int
-    seconds: float
-    uplink_bytes: int
-
-
-@dataclass(frozen=True)
-class RoundDone:
-    """A round is over; row and client_rows go to the run folder."""
-
-    row: RoundRow
-    client_rows: tuple[ClientRow, ...]
 
 
 @dataclass(frozen=True)
@@ -96,18 +74,21 @@ class Coordinator:
         ready = [worker.ready.remote() for worker in self._workers]
         done, _ = ray.wait(ready, num_returns=len(ready), timeout=_START_SECONDS)
         if len(done) < len(ready):
-            raise RunError("start", f"{len(ready) - len(done)} of {len(ready)} workers not ready in {_START_SECONDS:.0f} s")
+            late = len(ready) - len(done)
+            raise RunError("start", f"{late} of {len(ready)} workers not ready in {_START_SECONDS:.0f} s")
         ray.get(done)
 
-    def run_round(self, n: int) -> Iterator[Progress | RoundDone]:
+    def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
         """Round n, counted from 0; repeatable as long as the server has finished exactly n rounds."""
         assert n == self._server.round, f"round {n} asked of a server that has finished {self._server.round}"
         began = time.perf_counter()
         config, method, shape = self._spec.config, self._method, self._shape
         cohort = self._sample(n)
         broadcast = self._broadcast()
-        down = {client: method.download_bytes(self._server, shape, self._synchronised.get(client, -1)) for client in cohort}
-        packs = [cohort[i : i + config.resources.pack_size] for i in range(0, len(cohort), config.resources.pack_size)]
+        since = {client: self._synchronised.get(client, -1) for client in cohort}
+        down = {client: method.download_bytes(self._server, shape, since[client]) for client in cohort}
+        size = config.resources.pack_size
+        packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
         pieces = [self._train_piece(n, pack, i, broadcast) for i, pack in enumerate(packs)]
 
         total, rows, states = method.zero(self._server, shape), [], {}
@@ -146,7 +127,8 @@ class Coordinator:
         """Mean held-out loss (nats per label) of the global model, on fixed shards, folded in order."""
         rows = self._held_out(self._spec.config.evaluation.examples)
         shards = self._evaluate(rows, lambda worker: worker.evaluate, "held-out loss")
-        return sum(loss for loss, _ in shards) / max(1, sum(count for _, count in shards))
+        total, labels = (sum(column) for column in zip(*shards, strict=True))
+        return float(total) / max(1, int(labels))
 
     def held_out_rouge(self) -> float | None:
         """ROUGE-L (0..1) of greedy answers to held-out questions; None when the configuration asks for none."""
@@ -173,7 +155,8 @@ class Coordinator:
 
     def peak_memory(self) -> int:
         """Bytes: the sum of the peaks of this process and all workers."""
-        return self._memory.peak + sum(ray.get([w.peak_memory.remote() for w in self._workers], timeout=60))
+        peaks: list[int] = ray.get([worker.peak_memory.remote() for worker in self._workers], timeout=60)
+        return self._memory.peak + sum(peaks)
 
     def _sample(self, n: int) -> list[int]:
         """The round's cohort, sorted."""
@@ -194,17 +177,19 @@ class Coordinator:
         states = [self._states.get(client) for client in clients]
         home = self._home.get(clients[0], index % len(self._workers))
         lr = self._spec.config.optimizer.lr
-        return Piece(
-            lambda worker: worker.train.remote(n, clients, states, broadcast, lr), home, f"clients {clients[0]}-{clients[-1]}"
-        )
+        label = f"clients {clients[0]}-{clients[-1]}"
+        return Piece(lambda worker: worker.train.remote(n, clients, states, broadcast, lr), home, label)
 
     def _evaluate(self, rows: list[int], call: Callable[[Any], Any], stage: str) -> list[Any]:
         size, n, broadcast = self._spec.config.evaluation.batch_size, self._server.round, self._broadcast()
         shards = [rows[i : i + size] for i in range(0, len(rows), size)]
-        pieces = [
-            Piece(lambda worker, s=shard: call(worker).remote(n, s, broadcast), i % len(self._workers), f"shard {i}")  # type: ignore[misc]
-            for i, shard in enumerate(shards)
-        ]
+
+        def piece(index: int, shard: list[int]) -> Piece:
+            return Piece(
+                lambda worker: call(worker).remote(n, shard, broadcast), index % len(self._workers), f"shard {index}"
+            )
+
+        pieces = [piece(index, shard) for index, shard in enumerate(shards)]
         return [done.result for done in in_order(self._workers, pieces, stage)]
 
     def _held_out(self, most: int) -> list[int]:
@@ -236,8 +221,8 @@ def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
     return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
 
 
-def _progress(n: int, rows: Sequence[ClientRow], clients: int, seconds: float) -> Progress:
-    return Progress(
+def _progress(n: int, rows: Sequence[ClientRow], clients: int, seconds: float) -> PackDone:
+    return PackDone(
         round=n,
         clients_done=len(rows),
         clients=clients,
@@ -246,5 +231,3 @@ def _progress(n: int, rows: Sequence[ClientRow], clients: int, seconds: float) -
         seconds=seconds,
         uplink_bytes=sum(row.uplink_bytes for row in rows),
     )
-
-

@@ -10,69 +10,15 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rayfed_sub.config import Config, load_config
+from rayfed_sub.engine.journal import ClientRow, RoundRow, Summary
 from rayfed_sub.errors import UserError
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    """One round.  Bytes are wire bytes of the whole cohort; losses in nats per label; labels: tokens that carried loss;
-    change_rank: median over the target layers of the rank of the aggregated change; seconds include evaluation."""
-
-    round: int
-    clients: int
-    loss: float
-    held_out_loss: float | None
-    uplink_bytes: int
-    downlink_bytes: int
-    labels: int
-    change_rank: float
-    train_seconds: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ClientRow:
-    """One client's round.  loss: mean over its local steps; loss_last: at its last step, before that step."""
-
-    round: int
-    client: int
-    weight: float
-    uplink_bytes: int
-    downlink_bytes: int
-    loss: float
-    loss_last: float
-    labels: float
-    steps: float
-    periods: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The finished run, as summary.json.  metrics: held_out_loss and rouge_l before and after; dense_bytes: what one
-    direction would have cost with dense target weights."""
-
-    name: str
-    method: str
-    rounds: int
-    weights_sha256: str
-    uplink_bytes: int
-    downlink_bytes: int
-    dense_bytes: int
-    change_rank: float
-    wall_seconds: float
-    train_seconds: float
-    peak_memory_bytes: int
-    metrics: dict[str, float | None]
-    versions: dict[str, str]
-    environment: dict[str, Any]
-    folder: str = field(default="", compare=False)
 
 
 class RunFolder:
@@ -111,10 +57,10 @@ class RunFolder:
 
 
 def fresh(path: Path | None, name: str) -> Path:
-    """The folder of a new run: `path`, which must not hold a run yet, or the first free of runs/<name>, runs/<name>-2, ..."""
+    """A new run's folder: `path`, which must not hold a run yet, or the first free of runs/<name>, runs/<name>-2 ..."""
     if path is not None:
         if (path / "config.yaml").exists():
-            raise UserError("--out", str(path), "a folder without a run in it", "choose another folder or delete this one")
+            raise UserError("--out", str(path), "a folder without a run in it", "choose another or delete it")
         if path.exists() and not path.is_dir():
             raise UserError("--out", str(path), "a folder", "choose another path")
         return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 from rayfed_sub.config import Config
 from rayfed_sub.data.codec import Codec
@@ -42,10 +43,9 @@ def prepare(config: Config) -> Job:
     method.check(bones.shape)
     if config.evaluation.generate and dataset.kind != "causal-lm":
         raise UserError("evaluation.generate", config.evaluation.generate, "0 for a classification task", "remove it")
+    fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, dataset), "epochs": None})
-    resolved = config.model_copy(
-        update={"federation": federation, "method": {"name": config.method["name"], **asdict(method)}}
-    )
+    resolved = config.model_copy(update={"federation": federation, "method": {"name": config.method["name"], **fields}})
     return Job(resolved, method, bones, codec, dataset)
 
 

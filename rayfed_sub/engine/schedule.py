@@ -81,7 +81,7 @@ def _launch(
     load: list[int],
     horizon: int,
 ) -> None:
-    """Fills free places with pieces below `horizon`: a worker takes those it is home to first, then the first in line."""
+    """Fills free places with pieces below `horizon`: a worker takes those it is home to, then the first in line."""
     while min(load) < _IN_FLIGHT and (near := [index for index in waiting if index < horizon]):
         homes = {pieces[index].home for index in near}
         worker = min(range(len(workers)), key=lambda w: (load[w], w not in homes))

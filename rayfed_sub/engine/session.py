@@ -8,41 +8,23 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints
-from rayfed_sub.engine.folder import RoundRow, RunFolder, Summary, fresh
+from rayfed_sub.engine.folder import RunFolder, fresh
 from rayfed_sub.engine.job import Job, check_resources, prepare
+from rayfed_sub.engine.journal import PackDone, RoundDone, RoundRow, Stage, Started, Summary
 from rayfed_sub.errors import RunError
 
 _CALL_SECONDS = 3600.0  # no single call to the coordinator takes longer
 _LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
 
 
-@dataclass(frozen=True)
-class Started:
-    """The initial state is evaluated; training begins."""
-
-    config: Config
-    folder: Path
-    held_out_loss: float
-    rouge_l: float | None
-    target_bytes: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is going on before the first round."""
-
-    text: str
-
-
-Listener = Callable[[Any], None]
-"""Is shown Stage, Started, Progress and RoundDone records as they come."""
+Listener = Callable[[Stage | Started | PackDone | RoundDone], None]
+"""Is shown the journal's records as they come."""
 
 
 def run(config: Config, out: str | Path | None = None, listener: Listener | None = None) -> Summary:
@@ -68,7 +50,7 @@ def run(config: Config, out: str | Path | None = None, listener: Listener | None
 def _rounds(job: Job, folder: RunFolder, backbone: Any, tell: Listener, began: float) -> Summary:
     import ray
 
-    from rayfed_sub.engine.coordinator import Coordinator, RoundDone
+    from rayfed_sub.engine.coordinator import Coordinator
     from rayfed_sub.engine.workers import Spec
 
     config = job.config
@@ -161,7 +143,7 @@ def _ray(config: Config) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level="error")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
     _tighten_token()
     try:
         yield
@@ -192,6 +174,7 @@ def _environment(config: Config) -> dict[str, Any]:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = info.read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         return names[0] if names else platform.processor()
     return platform.processor()

@@ -1,4 +1,4 @@
-"""The worker actor: one frozen backbone mapped from shared memory, clients that stay resident, packs trained side by side."""
+"""The worker actor: a frozen backbone mapped from shared memory, resident clients, packs trained side by side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rayfed_sub.errors import RunError
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import Skeleton
 from rayfed_sub.models.weights import assemble, target_weights
-from rayfed_sub.records import Broadcast, ClientState, LocalResult, ServerState, Start, Update, wire_bytes
+from rayfed_sub.records import Broadcast, ClientState, LocalResult, ServerState, Start, wire_bytes
 from rayfed_sub.training.evaluation import answers, global_model, held_out_loss
 from rayfed_sub.training.layers import based_on, install
 from rayfed_sub.training.pack import train_pack
@@ -176,13 +176,13 @@ class Worker:
         if config.resources.executor == "reference":
             from rayfed_sub.training.reference import train_reference
 
-            weights = {**target_weights(self._spec.skeleton, self._tensors), **{f"{n}/weight": w for n, w in bases.items()}}
+            weights = target_weights(self._spec.skeleton, self._tensors) | {f"{n}/weight": w for n, w in bases.items()}
             plain = assemble(self._spec.skeleton, self._tensors)
-            return train_reference(plain, shape, weights, starts, clients, batches, config.optimizer, lr=lr, seed=config.seed)
+            rest = (starts, clients, batches, config.optimizer)
+            return train_reference(plain, shape, weights, *rest, lr=lr, seed=config.seed)
         with based_on(self._layers, bases):
-            return train_pack(
-                self._model, self._layers, shape, starts, clients, batches, config.optimizer, lr=lr, seed=config.seed, pad=pad
-            )
+            rest = (starts, clients, batches, config.optimizer)
+            return train_pack(self._model, self._layers, shape, *rest, lr=lr, seed=config.seed, pad=pad)
 
     def _batches(self, client: int, cursor: int) -> ClientBatches:
         config, dataset = self._spec.config, self._dataset

@@ -79,9 +79,7 @@ class HubCodec:
         return self.texts([text])[0]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        decoded: str = self.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        decoded: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decoded
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -105,9 +103,7 @@ class HubCodec:
         if not texts:
             return []
         # verbose=False: cutting rows to length is the data layer's work, so no word about long ones.
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=special, verbose=False, return_attention_mask=False
-        )
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False, return_attention_mask=False)
         return [list(tokens) for tokens in encoded["input_ids"]]
 
 

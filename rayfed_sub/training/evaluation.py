@@ -20,7 +20,7 @@ def global_model(
 ) -> Iterator[None]:
     """Binds the global model to the layers: blocks as low-rank terms, dense changes in the weight's place.
 
-    changes: per target its change relative to the layer's own weight; head: `<layer>/weight` (m, n), `<layer>/bias` (m,).
+    changes: per target its change to the layer's own weight; head: `<layer>/weight` (m, n), `<layer>/bias` (m,).
     """
     dense = {name: change.dense for name, change in changes.items() if change.dense is not None}
     try:

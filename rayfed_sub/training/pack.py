@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.config import Optimizer
-from rayfed_sub.data.batches import merge
+from rayfed_sub.data.batches import Batches, merge
 from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.layers import PackLinear, Terms
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.subspaces import Closed, Refresh, padded, renew
-
-Batches = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass

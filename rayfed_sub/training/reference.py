@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayfed_sub.config import Optimizer
+from rayfed_sub.data.batches import Batches
 from rayfed_sub.errors import UserError
 from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
-from rayfed_sub.training.pack import Batches
 from rayfed_sub.training.subspaces import sides
 
 

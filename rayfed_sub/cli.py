@@ -1,0 +1,82 @@
+"""The command line.  Heavy libraries are imported inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rayfed_sub.config import load_config
+from rayfed_sub.errors import RunError, UserError
+
+app = typer.Typer(
+    name="rayfed-sub",
+    help="Federated fine-tuning in gradient subspaces, simulated on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.rank=4")]
+Out = Annotated[Path | None, typer.Option("--out", help="the run folder (default: runs/<name>)")]
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Run a federated job to the end."""
+    checked = load_config(config, overrides or [])
+    from rayfed_sub.display import Display
+    from rayfed_sub.engine import session
+
+    with Display() as display:
+        summary = session.run(checked, out, display.show)
+    display.table(summary)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    to: Annotated[Path, typer.Option("--to", help="the folder to write")],
+    format: Annotated[Literal["hf"], typer.Option("--format", help="hf: a transformers model folder")] = "hf",
+) -> None:
+    """Write the trained model so that transformers loads it."""
+    from rayfed_sub.export import export_hf
+
+    export_hf(run_dir, to)
+    typer.echo(f"{to}: load it with transformers' from_pretrained")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[Literal["methods", "tasks", "models"], typer.Argument()],
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """List the methods, tasks or model presets."""
+    from rayfed_sub.listing import LISTINGS
+
+    columns, rows = LISTINGS[what]()
+    if as_json:
+        typer.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
+    else:
+        from rayfed_sub.display import print_table
+
+        print_table(columns, rows)
+
+
+def main() -> None:
+    """Exit codes: 0 done; 1 the run could not go on; 2 something for the person to mend; 130 interrupted."""
+    try:
+        app()
+    except UserError as error:
+        print(f"rayfed-sub: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"rayfed-sub: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("rayfed-sub: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,103 @@
+"""The records of what happens in a run: told to whoever listens, kept as rows in the run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rayfed_sub.config import Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is going on before the first round."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """The initial state is evaluated; training begins."""
+
+    config: Config
+    folder: Path
+    held_out_loss: float
+    rouge_l: float | None
+    target_bytes: int
+
+
+@dataclass(frozen=True)
+class PackDone:
+    """One pack of a round is folded: what a live display shows."""
+
+    round: int
+    clients_done: int
+    clients: int
+    loss: float
+    labels: int
+    seconds: float
+    uplink_bytes: int
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One round.  Bytes are wire bytes of the whole cohort; losses in nats per label; labels: tokens that carried loss;
+    change_rank: median over the target layers of the rank of the aggregated change; seconds include evaluation."""
+
+    round: int
+    clients: int
+    loss: float
+    held_out_loss: float | None
+    uplink_bytes: int
+    downlink_bytes: int
+    labels: int
+    change_rank: float
+    train_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """One client's round.  loss: mean over its local steps; loss_last: at its last step, before that step."""
+
+    round: int
+    client: int
+    weight: float
+    uplink_bytes: int
+    downlink_bytes: int
+    loss: float
+    loss_last: float
+    labels: float
+    steps: float
+    periods: float
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """A round is over; row and client_rows go to the run folder."""
+
+    row: RoundRow
+    client_rows: tuple[ClientRow, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The finished run, as summary.json.  metrics: held_out_loss and rouge_l before and after; dense_bytes: what one
+    direction would have cost with dense target weights."""
+
+    name: str
+    method: str
+    rounds: int
+    weights_sha256: str
+    uplink_bytes: int
+    downlink_bytes: int
+    dense_bytes: int
+    change_rank: float
+    wall_seconds: float
+    train_seconds: float
+    peak_memory_bytes: int
+    metrics: dict[str, float | None]
+    versions: dict[str, str]
+    environment: dict[str, Any]
+    folder: str = field(default="", compare=False)

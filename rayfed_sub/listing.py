@@ -1,0 +1,34 @@
+"""What `rayfed-sub list` shows: columns and rows of methods, tasks and model presets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Listing = tuple[tuple[str, ...], list[tuple[object, ...]]]
+
+
+def methods() -> Listing:
+    """Name, paper, what is trained, exact or not, and wire cost: numbers per layer, client and round, up / down."""
+    from rayfed_sub.methods import METHODS, build
+
+    built = [build({"name": name}) for name in METHODS]
+    return ("name", "paper", "trained", "exact", "wire"), [(m.name, m.paper, m.trained, m.exact, m.wire) for m in built]
+
+
+def tasks() -> Listing:
+    """Name and what it is."""
+    return ("name", "what"), [
+        ("python-docs", "questions and answers from the standard library's docstrings, keyed by module (built in)"),
+        ("table", "any datasets source at task.path: hub id, Parquet, JSONL or CSV, with task.prompt and columns"),
+    ]
+
+
+def models() -> Listing:
+    """Preset, where it comes from, and a note; any hub id, folder or GGUF file works as model.path too."""
+    from rayfed_sub.models.presets import MODELS
+
+    rows: list[tuple[object, ...]] = [(name, preset.path, preset.kind, preset.note) for name, preset in MODELS.items()]
+    return ("name", "path", "kind", "note"), rows
+
+
+LISTINGS: dict[str, Callable[[], Listing]] = {"methods": methods, "tasks": tasks, "models": models}
