@@ -16,9 +16,9 @@ def change_rank(before_mn: Tensor, after_mn: Tensor) -> int:
     >>> change_rank(W, W + torch.ones(4, 1) @ torch.ones(1, 3))
     1
     """
-    change = (after_mn.double() - before_mn.double()).numpy()
-    change_mn = torch.from_numpy(change)
+    change_mn = after_mn.double() - before_mn.double()
     m, n = change_mn.shape
     short = change_mn.T @ change_mn if n <= m else change_mn @ change_mn.T
     noise = 2 * torch.finfo(torch.float32).eps * float(after_mn.abs().max()) * (m**0.5 + n**0.5)
-    return int((torch.linalg.eigvalsh(short) > max(noise, 1e-30) ** 2).sum())
+    noise = max(noise, 1e-30)  # all-zero weights have no rounding
+    return int((torch.linalg.eigvalsh(short) > noise**2).sum())

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError
 
 from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.data.codec import Codec
@@ -62,7 +63,6 @@ class Coordinator:
         self._home: dict[int, int] = {}
         self._synchronised: dict[int, int] = {}
         self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
-        self._await_workers()
 
     def _worker(self) -> Any:
         resources = self._spec.config.resources
@@ -70,13 +70,18 @@ class Coordinator:
         actor = ray.remote(Worker).options(**options)
         return actor.remote(self._spec, self._backbone, self._dataset_ref, resources.gpus_per_worker)
 
-    def _await_workers(self) -> None:
+    def start(self) -> list[str]:
+        """Waits until every worker has mapped the backbone; their devices.  Raises RunError where one cannot."""
         ready = [worker.ready.remote() for worker in self._workers]
         done, _ = ray.wait(ready, num_returns=len(ready), timeout=_START_SECONDS)
         if len(done) < len(ready):
             late = len(ready) - len(done)
             raise RunError("start", f"{late} of {len(ready)} workers not ready in {_START_SECONDS:.0f} s")
-        ray.get(done)
+        try:
+            devices: list[str] = ray.get(ready)
+        except RayError as error:
+            raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
+        return devices
 
     def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
         """Round n, counted from 0; repeatable as long as the server has finished exactly n rounds."""
@@ -104,6 +109,7 @@ class Coordinator:
 
         before = self._server
         self._server = method.finish(before, total, shape)
+        _check_finite(self._server, n)
         self._states |= states
         self._synchronised |= dict.fromkeys(cohort, n)
         train_seconds = time.perf_counter() - began
@@ -219,6 +225,12 @@ class Coordinator:
 def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
     """Ray's options of a worker: a restart brings it back empty, and the coordinator alone decides what runs again."""
     return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
+
+
+def _check_finite(server: ServerState, n: int) -> None:
+    for name, tensor in server.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise RunError("aggregation", f"non-finite values in {name}; lower optimizer.lr", round=n)
 
 
 def _progress(n: int, rows: Sequence[ClientRow], clients: int, seconds: float) -> PackDone:

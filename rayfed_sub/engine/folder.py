@@ -26,7 +26,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+        make(path, "--out")
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         _atomically(path / "config.yaml", text.encode())
         self._rounds: list[RoundRow] = []
@@ -68,6 +68,14 @@ def fresh(path: Path | None, name: str) -> Path:
     while (candidate := base if number == 1 else base.with_name(f"{name}-{number}")).exists():
         number += 1
     return candidate
+
+
+def make(path: Path, field: str) -> None:
+    """Makes the folder, and those above it.  Raises UserError, naming `field`, where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(field, str(path), "a folder that can be made", f"{error.strerror}: {error.filename}") from None
 
 
 def finished(path: Path) -> tuple[Config, dict[str, Any]]:

@@ -65,18 +65,27 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
     """
     resources = config.resources
     cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    if resources.workers * resources.cpus_per_worker > cpus:
-        most = int(cpus / resources.cpus_per_worker)
-        allowed = f"at most {most} with cpus_per_worker={resources.cpus_per_worker:g} on {cpus:g} CPUs"
+    per_worker = resources.cpus_per_worker
+    if per_worker > cpus:
+        advice = f"set resources.cpus_per_worker={cpus:g} or less"
+        raise UserError("resources.cpus_per_worker", per_worker, f"a number > 0 and <= {cpus:g}, the CPUs here", advice)
+    if resources.workers * per_worker > cpus:
+        allowed = f"1 to {cpus // per_worker:g} with cpus_per_worker={per_worker:g} on {cpus:g} CPUs"
         raise UserError("resources.workers", resources.workers, allowed, "lower workers or cpus_per_worker")
     per_worker = resources.gpus_per_worker
     if per_worker > 1 and per_worker % 1:
         raise UserError("resources.gpus_per_worker", per_worker, "a fraction up to 1, or a whole number", "round it")
     if per_worker and not gpus:
-        raise UserError("resources.gpus_per_worker", per_worker, "0: no GPU found", "set resources.gpus_per_worker=0")
+        raise UserError(
+            "resources.gpus_per_worker", per_worker, "0, for no GPU is found", "set resources.gpus_per_worker=0"
+        )
+    if per_worker > max(1, gpus):
+        allowed = f"a number >= 0 and <= {gpus:g}, the GPUs here"
+        raise UserError("resources.gpus_per_worker", per_worker, allowed, f"set resources.gpus_per_worker={gpus:g}")
+    # A fraction lies on one GPU: 0.3 fits three times on each, and the rests are no fourth place.
     placed = math.floor(1 / per_worker) * gpus if 0 < per_worker <= 1 else gpus // (per_worker or 1)
     if per_worker and resources.workers > placed:
-        allowed = f"at most {placed:g} with gpus_per_worker={per_worker:g} on {gpus:g} GPUs"
+        allowed = f"1 to {placed:g} with gpus_per_worker={per_worker:g} on {gpus:g} GPUs"
         raise UserError("resources.workers", resources.workers, allowed, "lower workers or gpus_per_worker")
     if per_worker and resources.executor == "reference":
         advice = "the reference executor runs on CPUs"

@@ -62,6 +62,7 @@ def _rounds(job: Job, folder: RunFolder, backbone: Any, tell: Listener, began: f
     def ask(name: str) -> Any:
         return _asked(getattr(coordinator, name).remote(), name)
 
+    ask("start")
     tell(Stage("evaluating the initial model"))
     first = {"held_out_loss": ask("held_out_loss"), "rouge_l": ask("held_out_rouge")}
     targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
@@ -143,7 +144,9 @@ def _ray(config: Config) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+    # In a container Ray may count fewer CPUs than `check_resources` saw, and workers would wait for the rest for ever.
+    cpus = int(_available()["CPU"])
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     _tighten_token()
     try:
         yield

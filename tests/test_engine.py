@@ -1,0 +1,250 @@
+"""The engine on Ray: the same bits for any number of workers and after a death; shared memory, placement."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from rayfed_sub import load_config, run
+from rayfed_sub.config import Config
+from rayfed_sub.engine.exchange import packed
+from rayfed_sub.engine.journal import PackDone, RoundDone, Summary
+from rayfed_sub.errors import RunError, UserError
+
+TINY = Path(__file__).parents[1] / "experiments" / "tiny.yaml"
+SMALL = [
+    "model.random.hidden_size=32",
+    "model.random.intermediate_size=96",
+    "model.random.num_hidden_layers=2",
+    "optimizer.lr=0.01",
+]
+FOUR_PACKS = ["resources.pack_size=2", "resources.cpus_per_worker=0.5", "evaluation.batch_size=8"]
+
+
+def small(*overrides: str) -> Config:
+    return load_config(TINY, [*SMALL, *FOUR_PACKS, "federation.rounds=2", *overrides])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return run(small("resources.workers=1"), tmp_path_factory.mktemp("run") / "one")
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_final_weights_do_not_depend_on_the_number_of_workers(
+    undisturbed: Summary, workers: int, tmp_path: Path
+) -> None:
+    summary = run(small(f"resources.workers={workers}"), tmp_path / "run")
+    assert summary.weights_sha256 == undisturbed.weights_sha256
+    assert summary.metrics == undisturbed.metrics
+
+
+def test_another_seed_gives_other_weights(undisturbed: Summary, tmp_path: Path) -> None:
+    assert run(small("seed=1"), tmp_path / "run").weights_sha256 != undisturbed.weights_sha256
+
+
+def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(undisturbed: Summary, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_one(record: Any) -> None:
+        if isinstance(record, PackDone) and not killed:  # the first pack is folded; the round's other three are not
+            workers = [p for p in psutil.Process().children(recursive=True) if "ray::Worker" in p.name() + _title(p)]
+            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.append(workers[0].pid)
+
+    summary = run(small("resources.workers=2"), tmp_path / "run", kill_one)
+    assert killed
+    assert summary.weights_sha256 == undisturbed.weights_sha256
+    clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    assert sorted(clients.client) == sorted(list(range(8)) * 2)  # every client once a round: none lost, none twice
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def test_the_folder_of_a_run(undisturbed: Summary) -> None:
+    folder = Path(undisturbed.folder)
+    assert {p.name for p in folder.iterdir()} == {
+        *("config.yaml", "summary.json", "rounds.parquet", "clients.parquet", "log.jsonl", "checkpoints")
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    for key in (
+        *("method", "rounds", "weights_sha256", "uplink_bytes", "downlink_bytes", "wall_seconds", "train_seconds"),
+        *("peak_memory_bytes", "metrics", "versions"),
+    ):
+        assert key in summary
+    assert load_config(folder / "config.yaml") == load_config(folder / "config.yaml", ["federation.rounds=2"])
+
+
+def test_wire_bytes_of_fedftg_by_hand(undisturbed: Summary) -> None:
+    """Two layers of 96 x 32, rank 4, 8 clients, 2 rounds of 4 steps, a refresh every 8 steps: one period a round."""
+    up = 2 * 4 * (96 + 32) * 4  # layers x r x (m + n) x bytes
+    assert undisturbed.uplink_bytes == 2 * 8 * up
+    # Before round 0 a client holds everything; before round 1 it misses 8 clients' blocks of rank 4: rank 32 in all,
+    # 32 * (96 + 32) = 4,096 numbers, but the matrix itself has only 96 * 32 = 3,072.
+    assert undisturbed.downlink_bytes == 8 * 2 * 96 * 32 * 4
+
+
+def test_training_helps(undisturbed: Summary) -> None:
+    assert undisturbed.metrics["held_out_loss"] < undisturbed.metrics["held_out_loss_before"] - 0.05
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedit", "ffa-lora"])
+def test_every_method_runs_without_a_word_about_it_in_the_engine(
+    method: str, ray_session: None, tmp_path: Path
+) -> None:
+    fields = "{name: fedavg}" if method == "fedavg" else f"{{name: {method}, rank: 4}}"
+    summary = run(small(f"method={fields}", "resources.workers=2"), tmp_path / "run")
+    assert summary.metrics["held_out_loss"] < summary.metrics["held_out_loss_before"]
+    engine = Path(__file__).parents[1] / "rayfed_sub" / "engine"
+    assert not any(method in path.read_text() for path in engine.glob("*.py"))
+
+
+def test_the_reference_executor_ends_where_the_packs_do(undisturbed: Summary, tmp_path: Path) -> None:
+    summary = run(small("resources.executor=reference", "resources.workers=2"), tmp_path / "run")
+    assert summary.metrics["held_out_loss"] == pytest.approx(undisturbed.metrics["held_out_loss"], rel=1e-4)
+
+
+def test_a_sampled_cohort_trains_only_its_clients(ray_session: None, tmp_path: Path) -> None:
+    run(small("federation.sampled=3", "federation.rounds=3"), tmp_path / "run")
+    clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    assert (clients.groupby("round").client.nunique() == 3).all()
+    first_time = clients.sort_values("round").drop_duplicates("client")
+    # A newcomer holds the pretrained weights: it needs all blocks of the rounds before, 3 clients x rank 4 each.
+    for row in first_time.itertuples():
+        assert row.downlink_bytes == 2 * min(96 * 32, row.round * 3 * 4 * (96 + 32)) * 4
+
+
+def test_a_client_that_fails_is_named_with_round_and_stage(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"round \d+, client \d+, local training: non-finite"):
+        run(small("optimizer={lr: 3.0e+38}"), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()  # a run that did not finish does not look finished
+
+
+def test_a_run_does_not_overwrite_another(undisturbed: Summary) -> None:
+    with pytest.raises(UserError, match="--out"):
+        run(small(), undisturbed.folder)
+
+
+def test_workers_share_a_gpu_by_fractions(ray_session: None) -> None:
+    """Four workers of a quarter GPU are placed at once on the one GPU there is (a counter here), a fifth waits."""
+    import ray
+
+    from rayfed_sub.engine.coordinator import worker_options
+
+    class Probe:
+        def visible(self) -> str:
+            return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    actors = [ray.remote(Probe).options(**worker_options(0.25, 0.25)).remote() for _ in range(5)]
+    calls = [actor.visible.remote() for actor in actors]
+    done, waiting = ray.wait(calls, num_returns=5, timeout=15)
+    assert ray.get(done) == ["0"] * 4
+    assert len(waiting) == 1
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_a_backbone_costs_a_worker_no_private_memory(ray_session: None) -> None:
+    """400 MB of weights: USS after loading minus USS before grows by less than 15 % of them (60 MB)."""
+    import ray
+
+    class Reader:
+        def uss(self) -> int:
+            return int(psutil.Process().memory_full_info().uss)
+
+        def load(self, references: list[Any]) -> float:
+            from torch import nn
+
+            from rayfed_sub.engine.exchange import unpacked
+            from rayfed_sub.models.weights import assemble  # the worker's own imports, before measuring
+
+            self.before = self.uss()
+            tensors = unpacked(ray.get(references[0]))
+            with torch.device("meta"):
+                self.module = nn.ModuleList([nn.Linear(1000, 10_000, bias=False) for _ in range(10)])
+            self.module.load_state_dict(tensors, assign=True)
+            assert assemble
+            return float(sum(parameter.sum() for parameter in self.module.parameters()))  # every page is touched
+
+        def grown(self) -> int:
+            return self.uss() - self.before
+
+    weights = {f"{i}.weight": torch.full((10_000, 1000), 1e-7 * (i + 1)) for i in range(10)}
+    reference = ray.put(packed(weights))
+    actors = [ray.remote(num_cpus=1)(Reader).remote() for _ in range(2)]
+    ray.get([actor.load.remote([reference]) for actor in actors], timeout=120)
+    grown = ray.get([actor.grown.remote() for actor in actors], timeout=60)
+    print(f"private growth of two workers with 400 MB: {[f'{g / 1e6:.1f} MB' for g in grown]}")
+    assert max(grown) < 0.15 * 400e6
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_an_in_place_write_to_shared_memory_stops_the_run(ray_session: None, tmp_path: Path) -> None:
+    """A method that scribbles on the broadcast: the worker notices, names the tensor, and the run ends."""
+    package = tmp_path / "scribble.py"
+    package.write_text(
+        "from dataclasses import dataclass\n"
+        "from rayfed_sub.methods.fedavg import FedAvg\n"
+        "@dataclass(frozen=True)\n"
+        "class Scribble(FedAvg):\n"
+        "    def start_client(self, broadcast, state, shape):\n"
+        "        next(iter(broadcast.tensors.values())).mul_(2.0)\n"
+        "        return super().start_client(broadcast, state, shape)\n"
+    )
+    import sys
+
+    import ray
+    from ray import cloudpickle
+
+    sys.path.insert(0, str(tmp_path))
+    try:
+        import scribble
+
+        cloudpickle.register_pickle_by_value(scribble)  # the actors cannot import a file of this test
+        with pytest.raises(RunError, match=r"tensor model\.layers\.0\.mlp\.up_proj/weight was written in place"):
+            run(small("method={name: 'scribble:Scribble'}"), tmp_path / "run")
+        cloudpickle.unregister_pickle_by_value(scribble)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert ray.is_initialized()
+
+
+def test_progress_is_told_while_it_happens(ray_session: None, tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    run(small("federation.rounds=1"), tmp_path / "run", lambda r: told.append((type(r).__name__, time.monotonic())))
+    kinds = [kind for kind, _ in told]
+    assert kinds[-5:] == ["PackDone"] * 4 + ["RoundDone"]
+    assert kinds[:3] == ["Stage"] * 3
+    assert "Started" in kinds
+    assert RoundDone.__name__ in kinds
+
+
+def test_the_result_is_exported_and_loaded_by_transformers(undisturbed: Summary, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from rayfed_sub.engine.checkpoints import read
+    from rayfed_sub.export import export_hf
+
+    export_hf(Path(undisturbed.folder), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    server, clients = read(Path(undisturbed.folder))
+    assert torch.equal(
+        model.get_parameter("model.layers.0.mlp.up_proj.weight"), server.tensors["model.layers.0.mlp.up_proj/weight"]
+    )
+    assert sorted(clients) == list(range(8))
+    assert {state.cursor for state in clients.values()} == {8}  # 2 rounds x 4 steps
