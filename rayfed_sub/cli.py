@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer.exceptions import TyperException
 
 from rayfed_sub.config import load_config
 from rayfed_sub.errors import RunError, UserError
@@ -29,6 +31,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="the run folder (default
 def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
     """Run a federated job to the end."""
     checked = load_config(config, overrides or [])
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # transformers reads a GGUF file under a bar of its own, 30 lines in ours
     from rayfed_sub.display import Display
     from rayfed_sub.engine import session
 
@@ -69,14 +74,27 @@ def list_(
 
 def main() -> None:
     """Exit codes: 0 done; 1 the run could not go on; 2 something for the person to mend; 130 interrupted."""
+    sys.exit(_code())
+
+
+def _code() -> int:
     try:
-        app()
+        code: int | None = app(standalone_mode=False)  # a number where it ends early: 0 after --help, 130 with Ctrl-C
     except UserError as error:
         print(f"rayfed-sub: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except TyperException as error:
+        said = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+        if said:  # nothing where Typer has shown the help because nothing was asked for
+            print(f"rayfed-sub: {' '.join(said.split()).rstrip('.')}; see rayfed-sub --help", file=sys.stderr)
+        return 2
     except RunError as error:
         print(f"rayfed-sub: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
+        return 1
+    if code == 130:
         print("rayfed-sub: interrupted", file=sys.stderr)
-        sys.exit(130)
+    return code or 0
+
+
+if __name__ == "__main__":
+    main()

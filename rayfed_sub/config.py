@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from rayfed_sub.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
-R = TypeVar("R", bound=BaseModel)
+R = TypeVar("R")
 
 
 class _Record(BaseModel):
@@ -132,7 +132,7 @@ class Checkpoint(_Record):
 class Config(_Record):
     """One run.  `method` holds `name` and the method's own fields (`rayfed-sub list methods`)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "run"
     seed: Annotated[int, Field(ge=0)] = 0
     model: Model = Model()
     task: Task = Task()
@@ -159,47 +159,118 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
-    """`tree` as a `cls`, or a UserError for its first fault, named `prefix.field`."""
+    """`tree` as a `cls` (a pydantic model or a dataclass), or a UserError for its first fault, named `prefix.field`.
+
+    >>> check(Checkpoint, {"every": -1}, "checkpoint")
+    Traceback (most recent call last):
+    rayfed_sub.errors.UserError: checkpoint.every: got -1; allowed: an integer >= 0; e.g. checkpoint.every=0
+    """
+    adapter = TypeAdapter(cls)
     try:
-        return cls.model_validate(tree)
+        return adapter.validate_python(tree)
     except ValidationError as error:
-        raise user_error(error.errors()[0], prefix, _keys(cls, error.errors()[0])) from None
+        raise _user_error(error.errors()[0], adapter.json_schema(), tree, prefix) from None
+
+
+def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
+    """The refusal of a key; `keys` are those known at its place."""
+    near = get_close_matches(path.rpartition(".")[2], keys, n=1)
+    advice = f"did you mean {near[0]}?" if near else "remove it"
+    return UserError(path, value, f"no such key; known keys here: {', '.join(keys)}", advice)
 
 
 def user_error(fault: ErrorDetails, prefix: str, keys: Sequence[str]) -> UserError:
-    """One pydantic fault as one line; `keys` are the names that would have been known at that place."""
-    path = ".".join(str(part) for part in ([prefix] if prefix else []) + list(fault["loc"]))
-    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = get_close_matches(str(fault["loc"][-1]), keys, n=1)
-        advice = f"did you mean {near[0]}?" if near else "remove it"
-        return UserError(path, fault["input"], f"no such key; known keys here: {', '.join(keys)}", advice)
+    """For methods/__init__.py until it uses `check` and `unknown_key`."""
+    path = ".".join(map(str, (prefix, *fault["loc"])))
+    if fault["type"] == "extra_forbidden":
+        return unknown_key(path, fault["input"], keys)
+    return UserError(path, fault["input"], fault["msg"].removeprefix("Input should be "), f"change {path}")
+
+
+def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, prefix: str) -> UserError:
+    """One pydantic fault as one line; schema: the JSON schema of what `tree` should be."""
+    place, path = _resolved(schema, schema), prefix
+    for part in fault["loc"]:
+        path = f"{path}.{part}" if path else str(part)
+        if fault["type"] in ("extra_forbidden", "invalid_key") and part not in place["properties"]:
+            return unknown_key(path, fault["input"], list(place["properties"]))
+        place = _resolved(place["properties"][part], schema)
+        tree = tree.get(part) if isinstance(tree, Mapping) else tree
+        if "properties" not in place:  # what is inside a list is told with the list
+            break
     if fault["type"] == "value_error":  # our own checks: field|what is allowed|advice
         field, allowed, advice = str(fault["ctx"]["error"]).split("|")
-        value = fault["input"].get(field) if isinstance(fault["input"], Mapping) else fault["input"]
+        value = cast(Any, tree).get(field, place["properties"][field].get("default"))
         return UserError(f"{path}.{field}" if path else field, value, allowed, advice)
-    allowed = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return UserError(path, fault["input"], allowed, f"change {path}")
+    allowed = _meaning(place, schema)
+    if fault["type"] == "finite_number":
+        allowed = allowed.replace("a number", "a finite number")
+    advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
+    if fault["type"] == "string_type" and tree is not None:  # YAML takes 5, yes or {column} for something else than text
+        advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"
+    return UserError(path, tree, allowed, advice)
 
 
-def _keys(cls: type[BaseModel], fault: ErrorDetails) -> list[str]:
-    for part in fault["loc"][:-1]:
-        nested = cls.model_fields[str(part)].annotation if str(part) in cls.model_fields else None
-        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
-            break
-        cls = nested
-    return list(cls.model_fields)
+def _resolved(place: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    return schema["$defs"][place["$ref"].rpartition("/")[2]] if "$ref" in place else place
+
+
+def _meaning(place: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """A part of a JSON schema in words, such as "a number > 0 and < 1"."""
+    if "anyOf" in place:
+        return ", or ".join(_meaning(_resolved(choice, schema), schema) for choice in place["anyOf"])
+    if "enum" in place:
+        return ", ".join(map(str, place["enum"][:-1])) + f" or {place['enum'][-1]}"
+    if "const" in place:
+        return str(place["const"])
+    if "properties" in place:
+        return f"keys with values: {', '.join(place['properties'])}"
+    if "prefixItems" in place:
+        inner = [_meaning(_resolved(item, schema), schema) for item in place["prefixItems"]]
+        return f"a list of {len(inner)}, {f'each {inner[0]}' if len(set(inner)) == 1 else ', '.join(inner)}"
+    if "pattern" in place:
+        return f"text that matches {place['pattern']}"
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = " and ".join(f"{sign} {place[name]:g}" for name, sign in bounds.items() if name in place)
+    return f"{_KINDS.get(place.get('type', ''), 'another value')} {limits}".strip()
+
+
+_KINDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+    "array": "a list",
+    "object": "keys with values",
+}
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("CONFIG", str(path), "valid YAML", str(error)) from None
+        text = path.read_text(encoding="utf-8")
+        tree, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        cause = str(error).replace('"<unicode string>", ', "")
+        raise UserError("CONFIG", str(path), "a readable file of valid YAML", cause) from None
     if not isinstance(tree, dict):
         raise UserError("CONFIG", str(path), "a YAML mapping of keys to values", "see experiments/tiny.yaml")
+    _check_repeats(path, root)
     return tree
+
+
+def _check_repeats(path: Path, node: yaml.Node | None, parent: str = "") -> None:
+    """UserError for a key that stands twice in one place: YAML would silently take the last."""
+    seen = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{parent}{key.value}"
+        if name in seen:
+            allowed = f"each key once; {name} stands again in line {key.start_mark.line + 1}"
+            raise UserError("CONFIG", str(path), allowed, "put them together")
+        seen.add(name)
+        _check_repeats(path, value, f"{name}.")
 
 
 def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,13 +279,14 @@ def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path:
+    if not equals or not all(path.split(".")):
         raise UserError("override", override, "dotted.key=value", "e.g. method.rank=8")
     *parents, leaf = path.split(".")
     for depth, parent in enumerate(parents):
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise UserError(".".join(parents[: depth + 1]), tree, "a group of keys", f"remove {override}")
+            field = ".".join(parents[: depth + 1])
+            raise UserError(field, tree, "a single value, without keys below it", f"remove {override}")
     try:
         tree[leaf] = yaml.safe_load(text)
     except yaml.YAMLError:

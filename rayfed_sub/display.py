@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: a live line per round while it runs, a table at the end."""
+"""What a person sees in the terminal: a live line while it runs, a line per finished round, a table at the end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from rayfed_sub.engine.journal import PackDone, RoundDone, Stage, Started, Summary
+
+_ROUND = "{:>8}  {:>7}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}  {:>7}"
+"""A round's columns, 76 characters in all."""
 
 
 class Display:
@@ -17,17 +21,18 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
+        line = Column(no_wrap=True)
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", markup=False, table_column=line),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=line),
             console=self._console,
+            expand=True,
             transient=True,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, note="")
-        self._rounds = self._done = self._labels = self._bytes = 0
-        self._held_out = ""
+        self._rounds = self._first = self._bytes = 0
         self._began = 0.0
 
     def __enter__(self) -> Display:
@@ -52,56 +57,64 @@ class Display:
     def _stage(self, record: Stage) -> None:
         self._bar.update(self._task, description=record.text)
         if not self._console.is_terminal:
-            self._console.print(record.text)
+            self._print(record.text)
 
     def _started(self, record: Started) -> None:
-        config = record.config
-        self._rounds, self._began = config.federation.rounds or 0, time.monotonic()
-        cohort = config.federation.sampled or config.federation.clients
-        federation = config.federation
-        self._console.print(
-            f"[bold]{config.name}[/]: {config.method['name']}, {cohort} of {federation.clients} clients a round, "
-            f"{self._rounds} rounds of {federation.local_steps} local steps; into {record.folder}",
-            highlight=False,
+        federation, method = record.config.federation, record.config.method["name"]
+        self._rounds, self._began = federation.rounds or 0, time.monotonic()
+        cohort = federation.sampled or federation.clients
+        self._print(
+            f"{record.config.name}: {method}, {self._rounds} rounds of {federation.local_steps} local steps, "
+            f"{cohort} of {federation.clients} clients each; into {record.folder}"
         )
-        self._held_out = f"{record.held_out_loss:.3f}"
-        self._console.print(f"before   held-out loss {self._held_out}", highlight=False)
-        self._bar.update(self._task, description="round 1", total=self._rounds * cohort, completed=0)
+        self._print(_ROUND.format("round", "loss", "held-out", "tokens/s", "up", "down", "time", "left"), "dim")
+        self._print(_ROUND.format("before", "", f"{record.held_out_loss:.3f}", *[""] * 5).rstrip())
+        self._bar.update(self._task, description="training", total=self._rounds * cohort, completed=0)
 
     def _pack(self, record: PackDone) -> None:
+        if not self._bytes:
+            self._first = record.round  # more than 0 in a run that was taken up again
         done = record.round * record.clients + record.clients_done
-        elapsed = time.monotonic() - self._began
-        left = elapsed / done * (self._rounds * record.clients - done)
-        speed = record.labels / record.seconds
-        sent = self._bytes + record.uplink_bytes
+        elapsed, here = time.monotonic() - self._began, done - self._first * record.clients
+        left = elapsed / here * (self._rounds * record.clients - done)
         self._bar.update(
             self._task,
             description=f"round {record.round + 1}/{self._rounds}  clients {record.clients_done}/{record.clients}",
             completed=done,
-            note=f"loss {record.loss:.3f}  {speed:,.0f} tokens/s  up {size(sent)}  {clock(left)} left",
+            note=f"loss {record.loss:.3f}  {record.labels / record.seconds:,.0f} tokens/s  "
+            f"up {size(self._bytes + record.uplink_bytes)}  {clock(left)} left",
         )
 
     def _round(self, record: RoundDone) -> None:
         row = record.row
         self._bytes += row.uplink_bytes
-        held_out = "" if row.held_out_loss is None else f"  held-out loss {row.held_out_loss:.3f}"
-        left = (time.monotonic() - self._began) / (row.round + 1) * (self._rounds - row.round - 1)
-        self._console.print(
-            f"round {row.round + 1:>3}/{self._rounds}  clients {row.clients}  loss {row.loss:.3f}{held_out}  "
-            f"{row.labels / row.train_seconds:,.0f} tokens/s  up {size(row.uplink_bytes)}  "
-            f"down {size(row.downlink_bytes)}  {row.seconds:.1f} s  {clock(left)} left",
-            highlight=False,
+        elapsed, here = time.monotonic() - self._began, row.round + 1 - self._first
+        self._print(
+            _ROUND.format(
+                f"{row.round + 1}/{self._rounds}",
+                f"{row.loss:.3f}",
+                "" if row.held_out_loss is None else f"{row.held_out_loss:.3f}",
+                f"{row.labels / row.train_seconds:,.0f}",
+                size(row.uplink_bytes),
+                size(row.downlink_bytes),
+                f"{row.seconds:.1f} s",
+                clock(elapsed / here * (self._rounds - row.round - 1)),
+            )
         )
+
+    def _print(self, line: str, style: str = "") -> None:
+        # Text, not str: a folder's name may hold [brackets] that Rich would take for markup.
+        self._console.print(Text(line, style), soft_wrap=True)
 
     def table(self, summary: Summary) -> None:
         """The final table of a run."""
         metrics = summary.metrics
         rows = [
-            ("held-out loss (nats/token)", _change(metrics["held_out_loss_before"], metrics["held_out_loss"])),
+            ("held-out loss (nats/label)", _change(metrics["held_out_loss_before"], metrics["held_out_loss"])),
             ("ROUGE-L of greedy answers", _change(metrics["rouge_l_before"], metrics["rouge_l"])),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_bytes)),
-            ("rank of the last aggregated change", f"{summary.change_rank:g} (median over target layers)"),
+            ("rank of the last change", f"{summary.change_rank:g} (median over target layers)"),
             ("seconds", f"{summary.wall_seconds:.1f} in all, {summary.train_seconds:.1f} training"),
             ("peak memory, all processes", size(summary.peak_memory_bytes)),
             ("weights_sha256", summary.weights_sha256),
@@ -111,11 +124,16 @@ class Display:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:
-    """Rows under columns, as wide as they need."""
-    table = Table(*columns)
+    """Rows under columns, as wide as they need; folded only where a terminal is narrower."""
+    console = console or Console()
+    if not console.is_terminal:  # Rich would assume 80 columns
+        console = Console(file=console.file, width=1000)
+    table = Table(*(Column(Text(name), overflow="fold") for name in columns))
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    (console or Console()).print(table)
+        table.add_row(
+            *(Text({True: "yes", False: "no"}[cell] if isinstance(cell, bool) else str(cell)) for cell in row)
+        )
+    console.print(table)
 
 
 def size(count: float) -> str:
@@ -134,10 +152,12 @@ def size(count: float) -> str:
 def clock(seconds: float) -> str:
     """Time left for people.
 
-    >>> clock(75)
-    '1:15'
+    >>> clock(75), clock(3675)
+    ('1:15', '1:01:15')
     """
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _change(before: float | None, after: float | None) -> str:
@@ -145,5 +165,7 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 def _against(sent: int, dense: int) -> str:
-    share = f", {dense / sent:.1f}x less than" if sent else "; against"
-    return f"{size(sent)}{share} {size(dense)} of dense target weights"
+    if not sent:
+        return f"nothing; {size(dense)} of dense target weights"
+    share = f"{dense / sent:.1f}x less than" if sent < dense else f"{sent / dense:.1f}x"
+    return f"{size(sent)}, {share} {size(dense)} of dense target weights"

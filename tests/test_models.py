@@ -251,7 +251,9 @@ def test_bfloat16_rounds_parameters_and_leaves_buffers() -> None:
     assert torch.equal(tensors["model.embed_tokens.weight"], exact["model.embed_tokens.weight"].bfloat16())
     assert tensors["model.rotary_emb.inv_freq"].dtype == torch.float32
     assert torch.equal(tensors["model.rotary_emb.inv_freq"], exact["model.rotary_emb.inv_freq"])
-    assert {weight.dtype for weight in target_weights(bones, tensors).values()} == {torch.float32}
+    assert {weight.dtype for weight in target_weights(bones.shape, bones.transposed, tensors).values()} == {
+        torch.float32
+    }
 
 
 def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
 def test_target_weights_are_canonical() -> None:
     model, bones = small("gpt2")
     tensors = load_weights(model, bones, seed=0)
-    weights = target_weights(bones, tensors)
+    weights = target_weights(bones.shape, bones.transposed, tensors)
     name = "transformer.h.1.mlp.c_fc"
     module: Any = assemble(bones, tensors).get_submodule(name)
     assert isinstance(module, Conv1D)
@@ -284,7 +286,7 @@ def test_target_weights_are_canonical() -> None:
 
     model, bones = small("vit")
     tensors = load_weights(model, bones, seed=0)
-    weights = target_weights(bones, tensors)
+    weights = target_weights(bones.shape, bones.transposed, tensors)
     assert weights["vit.layers.0.mlp.fc1/weight"].data_ptr() == tensors["vit.layers.0.mlp.fc1.weight"].data_ptr()
     assert list(weights) == [
         "vit.layers.0.mlp.fc1/weight",
@@ -298,7 +300,7 @@ def test_target_weights_are_canonical() -> None:
 def test_written_folder_holds_the_new_targets(name: str, tmp_path: Path) -> None:
     model, bones = small(name)
     tensors = load_weights(model, bones, seed=0)
-    changed = {key: weight + 1 for key, weight in target_weights(bones, tensors).items()}
+    changed = {key: weight + 1 for key, weight in target_weights(bones.shape, bones.transposed, tensors).items()}
     write_folder(bones, tensors, changed, tmp_path)
 
     loaded: Any = getattr(transformers, AUTO_CLASSES[bones.kind]).from_pretrained(tmp_path)
@@ -313,7 +315,7 @@ def test_written_folder_holds_the_new_targets(name: str, tmp_path: Path) -> None
 def test_written_dtype_can_be_chosen(tmp_path: Path) -> None:
     model, bones = small("llama", dtype="bfloat16")
     tensors = load_weights(model, bones, seed=0)
-    fine = {key: weight + 1e-4 for key, weight in target_weights(bones, tensors).items()}
+    fine = {key: weight + 1e-4 for key, weight in target_weights(bones.shape, bones.transposed, tensors).items()}
     write_folder(bones, tensors, fine, tmp_path / "narrow")
     write_folder(bones, tensors, {}, tmp_path / "wide", dtype=torch.float32)
     for folder, dtype in (("narrow", torch.bfloat16), ("wide", torch.float32)):

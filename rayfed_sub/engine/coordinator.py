@@ -18,17 +18,18 @@ import torch
 from ray.exceptions import RayError
 
 from rayfed_sub.analysis.ranks import change_rank
-from rayfed_sub.data.codec import Codec
+from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
 from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
 from rayfed_sub.engine.memory import PeakMemory
 from rayfed_sub.engine.schedule import Piece, in_order
-from rayfed_sub.engine.workers import PackedState, PackOutcome, Spec, Worker
+from rayfed_sub.engine.workers import PackedState, PackOutcome, Worker
 from rayfed_sub.errors import RunError
+from rayfed_sub.methods.protocol import Method
 from rayfed_sub.metrics import rouge_l
 from rayfed_sub.models.weights import target_weights
-from rayfed_sub.records import Change, ServerState, Update
+from rayfed_sub.records import Change, ModelShape, ServerState, Update
 from rayfed_sub.streams import stream
 
 _START_SECONDS = 300.0  # a worker that has not mapped the backbone by then never will
@@ -43,21 +44,30 @@ class Snapshot:
     clients: dict[int, PackedState]
 
 
+@dataclass(frozen=True)
+class Shared:
+    """References into the object store, owned by the process that started the run, so that they outlive the
+    coordinator.  A record, because Ray would replace bare references in a call by what they refer to."""
+
+    spec: Any
+    backbone: Any
+    dataset: Any
+
+
 class Coordinator:
     """Wrapped by `ray.remote(num_cpus=0)`."""
 
-    def __init__(self, spec: Spec, codec: Codec, backbone: Sequence[Any], dataset: Sequence[Any]) -> None:
-        # References come inside a list, so that they reach the workers as references and not as copies.
-        (self._backbone,), (self._dataset_ref,) = backbone, dataset
-        config = spec.config
+    def __init__(
+        self, config: Config, method: Method, shape: ModelShape, transposed: frozenset[str], shared: Shared
+    ) -> None:
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
         self._memory = PeakMemory()
-        self._spec, self._codec, self._method, self._shape = spec, codec, spec.method, spec.skeleton.shape
+        self._config, self._method, self._shape, self._shared = config, method, shape, shared
         self._workers = [self._worker() for _ in range(config.resources.workers)]
-        self._dataset: Dataset = ray.get(self._dataset_ref)
-        arrays: Packed = ray.get(self._backbone)
+        self._dataset: Dataset = ray.get(shared.dataset)
+        arrays: Packed = ray.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
-        self._pretrained = target_weights(spec.skeleton, unpacked(arrays))
+        self._pretrained = target_weights(shape, transposed, unpacked(arrays))
         self._server = self._method.init_server(self._pretrained, self._shape, config.seed)
         self._states: dict[int, tuple[int, Any]] = {}  # client -> (round, reference to its PackedState)
         self._home: dict[int, int] = {}
@@ -65,10 +75,10 @@ class Coordinator:
         self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
 
     def _worker(self) -> Any:
-        resources = self._spec.config.resources
+        resources, shared = self._config.resources, self._shared
         options = worker_options(resources.cpus_per_worker, resources.gpus_per_worker)
         actor = ray.remote(Worker).options(**options)
-        return actor.remote(self._spec, self._backbone, self._dataset_ref, resources.gpus_per_worker)
+        return actor.remote(shared.spec, shared.backbone, shared.dataset, resources.gpus_per_worker)
 
     def start(self) -> list[str]:
         """Waits until every worker has mapped the backbone; their devices.  Raises RunError where one cannot."""
@@ -87,7 +97,7 @@ class Coordinator:
         """Round n, counted from 0; repeatable as long as the server has finished exactly n rounds."""
         assert n == self._server.round, f"round {n} asked of a server that has finished {self._server.round}"
         began = time.perf_counter()
-        config, method, shape = self._spec.config, self._method, self._shape
+        config, method, shape = self._config, self._method, self._shape
         cohort = self._sample(n)
         broadcast = self._broadcast()
         since = {client: self._synchronised.get(client, -1) for client in cohort}
@@ -131,19 +141,18 @@ class Coordinator:
 
     def held_out_loss(self) -> float:
         """Mean held-out loss (nats per label) of the global model, on fixed shards, folded in order."""
-        rows = self._held_out(self._spec.config.evaluation.examples)
+        rows = self._held_out(self._config.evaluation.examples)
         shards = self._evaluate(rows, lambda worker: worker.evaluate, "held-out loss")
         total, labels = (sum(column) for column in zip(*shards, strict=True))
         return float(total) / max(1, int(labels))
 
     def held_out_rouge(self) -> float | None:
         """ROUGE-L (0..1) of greedy answers to held-out questions; None when the configuration asks for none."""
-        rows = self._held_out(self._spec.config.evaluation.generate)
+        rows = self._held_out(self._config.evaluation.generate)
         if not rows:
             return None
         shards = self._evaluate(rows, lambda worker: worker.generate, "generated answers")
-        told = [self._codec.decode(tokens) for shard in shards for tokens in shard]
-        return rouge_l(told, [self._dataset.references[row] for row in rows])
+        return rouge_l([text for shard in shards for text in shard], [self._dataset.references[row] for row in rows])
 
     def weights_sha256(self) -> str:
         """SHA-256 over everything learned: effective target weights, then the server's tensors by name."""
@@ -166,8 +175,8 @@ class Coordinator:
 
     def _sample(self, n: int) -> list[int]:
         """The round's cohort, sorted."""
-        federation = self._spec.config.federation
-        drawn = stream(self._spec.config.seed, "cohort", n).choice(
+        federation = self._config.federation
+        drawn = stream(self._config.seed, "cohort", n).choice(
             federation.clients, federation.sampled or federation.clients, replace=False
         )
         return sorted(drawn.tolist())
@@ -182,12 +191,12 @@ class Coordinator:
     def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any) -> Piece:
         states = [self._states.get(client) for client in clients]
         home = self._home.get(clients[0], index % len(self._workers))
-        lr = self._spec.config.optimizer.lr
+        lr = self._config.optimizer.lr
         label = f"clients {clients[0]}-{clients[-1]}"
         return Piece(lambda worker: worker.train.remote(n, clients, states, broadcast, lr), home, label)
 
     def _evaluate(self, rows: list[int], call: Callable[[Any], Any], stage: str) -> list[Any]:
-        size, n, broadcast = self._spec.config.evaluation.batch_size, self._server.round, self._broadcast()
+        size, n, broadcast = self._config.evaluation.batch_size, self._server.round, self._broadcast()
         shards = [rows[i : i + size] for i in range(0, len(rows), size)]
 
         def piece(index: int, shard: list[int]) -> Piece:
@@ -200,7 +209,7 @@ class Coordinator:
 
     def _held_out(self, most: int) -> list[int]:
         """A fixed, seeded choice of held-out rows; a longer choice contains the shorter one."""
-        rows = stream(self._spec.config.seed, "held-out choice").permutation(len(self._dataset.held_out))
+        rows = stream(self._config.seed, "held-out choice").permutation(len(self._dataset.held_out))
         return sorted(rows[:most].tolist())
 
     def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:

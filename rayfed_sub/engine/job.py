@@ -64,29 +64,28 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
     available: the machine's or cluster's "CPU" and "GPU".
     """
     resources = config.resources
-    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    per_worker = resources.cpus_per_worker
-    if per_worker > cpus:
-        advice = f"set resources.cpus_per_worker={cpus:g} or less"
-        raise UserError("resources.cpus_per_worker", per_worker, f"a number > 0 and <= {cpus:g}, the CPUs here", advice)
-    if resources.workers * per_worker > cpus:
-        allowed = f"1 to {cpus // per_worker:g} with cpus_per_worker={per_worker:g} on {cpus:g} CPUs"
-        raise UserError("resources.workers", resources.workers, allowed, "lower workers or cpus_per_worker")
-    per_worker = resources.gpus_per_worker
+    _check_placed("cpus", "CPUs", resources.workers, resources.cpus_per_worker, available.get("CPU", 0.0))
+    gpus, per_worker = available.get("GPU", 0.0), resources.gpus_per_worker
+    if not per_worker:
+        return
+    field = "resources.gpus_per_worker"
+    if not gpus:
+        raise UserError(field, per_worker, "0, for no GPU is found", f"set {field}=0")
     if per_worker > 1 and per_worker % 1:
-        raise UserError("resources.gpus_per_worker", per_worker, "a fraction up to 1, or a whole number", "round it")
-    if per_worker and not gpus:
-        raise UserError(
-            "resources.gpus_per_worker", per_worker, "0, for no GPU is found", "set resources.gpus_per_worker=0"
-        )
-    if per_worker > max(1, gpus):
-        allowed = f"a number >= 0 and <= {gpus:g}, the GPUs here"
-        raise UserError("resources.gpus_per_worker", per_worker, allowed, f"set resources.gpus_per_worker={gpus:g}")
-    # A fraction lies on one GPU: 0.3 fits three times on each, and the rests are no fourth place.
-    placed = math.floor(1 / per_worker) * gpus if 0 < per_worker <= 1 else gpus // (per_worker or 1)
-    if per_worker and resources.workers > placed:
-        allowed = f"1 to {placed:g} with gpus_per_worker={per_worker:g} on {gpus:g} GPUs"
-        raise UserError("resources.workers", resources.workers, allowed, "lower workers or gpus_per_worker")
-    if per_worker and resources.executor == "reference":
+        raise UserError(field, per_worker, "a fraction up to 1, or a whole number", "round it")
+    _check_placed("gpus", "GPUs", resources.workers, per_worker, gpus)
+    if resources.executor == "reference":
         advice = "the reference executor runs on CPUs"
         raise UserError("resources.executor", "reference", "pack where gpus_per_worker > 0", advice)
+
+
+def _check_placed(kind: str, units: str, workers: int, per_worker: float, there: float) -> None:
+    if per_worker > there:
+        field = f"resources.{kind}_per_worker"
+        raise UserError(field, per_worker, f"at most {there:g}, the {units} here", f"set {field}={there:g} or less")
+    # A worker's fraction of a GPU lies on one GPU: 0.3 fits three times on each, and what is left adds up to nothing.
+    whole = there if kind == "gpus" and per_worker < 1 else 1
+    most = math.floor(there / whole / per_worker + 1e-9) * whole  # 1e-9: 0.3 / 0.1 is a little below 3
+    if workers > most:
+        allowed = f"1 to {most:g} with {kind}_per_worker={per_worker:g} on {there:g} {units}"
+        raise UserError("resources.workers", workers, allowed, f"lower workers or {kind}_per_worker")

@@ -50,14 +50,15 @@ def run(config: Config, out: str | Path | None = None, listener: Listener | None
 def _rounds(job: Job, folder: RunFolder, backbone: Any, tell: Listener, began: float) -> Summary:
     import ray
 
-    from rayfed_sub.engine.coordinator import Coordinator
+    from rayfed_sub.engine.coordinator import Coordinator, Shared
     from rayfed_sub.engine.workers import Spec
 
     config = job.config
-    spec = Spec(config, job.method, job.skeleton, job.codec.pad, job.codec.eos)
-    references = [ray.put(backbone)], [ray.put(job.dataset)]
+    spec = Spec(config, job.method, job.skeleton, job.codec)
+    shared = Shared(ray.put(spec), ray.put(backbone), ray.put(job.dataset))
     del backbone
-    coordinator = ray.remote(num_cpus=0)(Coordinator).remote(spec, job.codec, *references)
+    parts = (job.method, job.skeleton.shape, job.skeleton.transposed)
+    coordinator = ray.remote(num_cpus=0)(Coordinator).remote(config, *parts, shared)
 
     def ask(name: str) -> Any:
         return _asked(getattr(coordinator, name).remote(), name)
@@ -144,8 +145,10 @@ def _ray(config: Config) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # In a container Ray may count fewer CPUs than `check_resources` saw, and workers would wait for the rest for ever.
-    cpus = int(_available()["CPU"])
+    # Processes that wait for actors import these while the weights load here.
+    os.environ.setdefault("RAY_preload_python_modules", "rayfed_sub.engine.coordinator,transformers.modeling_utils")
+    # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
+    cpus = os.cpu_count()
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     _tighten_token()
     try:

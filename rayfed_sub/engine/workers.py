@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rayfed_sub.config import Config
 from rayfed_sub.data.batches import ClientBatches, collate
+from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine.exchange import Guard, Packed, packed, unpacked
 from rayfed_sub.engine.memory import PeakMemory
@@ -34,13 +35,15 @@ _FETCH_SECONDS = 120
 
 @dataclass(frozen=True)
 class Spec:
-    """What every worker needs to know besides the shared memory; small and picklable."""
+    """What every worker needs to know besides the shared memory; small and picklable.
+
+    Reading it imports transformers: the coordinator only passes it on.
+    """
 
     config: Config
     method: Method
     skeleton: Skeleton
-    pad: int
-    eos: int
+    codec: Codec
 
 
 @dataclass(frozen=True)
@@ -126,22 +129,22 @@ class Worker:
         """Summed held-out loss and labels of the given held-out rows under the global model of `round`."""
         indices = np.asarray(rows, dtype=np.int64)
         mask = self._spec.config.task.mask_prompt
-        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.pad)
+        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.codec.pad)
         on_device = {name: tensor.to(self._device) for name, tensor in batch.items()}
         with self._global(round, broadcast):
             out = held_out_loss(self._model, on_device)
         self._guard.check()
         return out
 
-    def generate(self, round: int, rows: Sequence[int], broadcast: Packed) -> list[list[int]]:
-        """Greedy answers (token ids) to the questions of the given held-out rows."""
-        held_out = self._dataset.held_out
+    def generate(self, round: int, rows: Sequence[int], broadcast: Packed) -> list[str]:
+        """Greedy answers to the questions of the given held-out rows."""
+        held_out, codec = self._dataset.held_out, self._spec.codec
         prompts = [held_out.row(row)[: held_out.prompts[row]].tolist() for row in rows]
         limit = self._spec.config.evaluation.max_new_tokens
         with self._global(round, broadcast):
-            out = answers(self._model, prompts, pad=self._spec.pad, eos=self._spec.eos, limit=limit)
+            tokens = answers(self._model, prompts, pad=codec.pad, eos=codec.eos, limit=limit)
         self._guard.check()
-        return out
+        return [codec.decode(row) for row in tokens]
 
     def _received(self, round: int, broadcast: Packed) -> dict[str, Tensor]:
         """The round's broadcast on this worker's device; kept, because several packs and shards read the same."""
@@ -167,7 +170,7 @@ class Worker:
         batches: Sequence[ClientBatches],
         lr: float,
     ) -> list[LocalResult]:
-        config, shape, pad = self._spec.config, self._spec.skeleton.shape, self._spec.pad
+        config, shape, pad = self._spec.config, self._spec.skeleton.shape, self._spec.codec.pad
         bases = {
             layer.name: received.tensors[f"{layer.name}/weight"]
             for layer in shape.targets
@@ -176,7 +179,8 @@ class Worker:
         if config.resources.executor == "reference":
             from rayfed_sub.training.reference import train_reference
 
-            weights = target_weights(self._spec.skeleton, self._tensors) | {f"{n}/weight": w for n, w in bases.items()}
+            weights = target_weights(shape, self._spec.skeleton.transposed, self._tensors)
+            weights |= {f"{name}/weight": weight for name, weight in bases.items()}
             plain = assemble(self._spec.skeleton, self._tensors)
             rest = (starts, clients, batches, config.optimizer)
             return train_reference(plain, shape, weights, *rest, lr=lr, seed=config.seed)
@@ -196,7 +200,7 @@ class Worker:
             cursor,
             federation.local_steps,
             config.task.mask_prompt,
-            self._spec.pad,
+            self._spec.codec.pad,
         )
 
     def _weight(self, client: int) -> float:

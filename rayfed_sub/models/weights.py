@@ -18,7 +18,7 @@ from rayfed_sub.models.codecs import HubCodec
 from rayfed_sub.models.quiet import quiet
 from rayfed_sub.models.skeleton import AUTO_CLASSES, Skeleton, build, reason
 from rayfed_sub.models.sources import RANDOM, locate
-from rayfed_sub.records import Tensors
+from rayfed_sub.records import ModelShape, Tensors
 from rayfed_sub.streams import stream
 
 
@@ -60,18 +60,19 @@ def assemble(skeleton: Skeleton, tensors: Tensors) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def target_weights(skeleton: Skeleton, tensors: Tensors) -> dict[str, Tensor]:
+def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tensors) -> dict[str, Tensor]:
     """What methods start from: `<layer>/weight` (m, n) of targets and head, `<layer>/bias` (m,) of the head; float32.
+    transposed: the skeleton's.
 
     A float32 nn.Linear weight is the given tensor itself; the others are copies.
     """
     weights = {}
-    for layer in skeleton.shape.targets:
+    for layer in shape.targets:
         weight = tensors[f"{layer.name}.weight"]
-        if layer.name in skeleton.transposed:
+        if layer.name in transposed:
             weight = weight.T.contiguous()
         weights[f"{layer.name}/weight"] = weight.float()
-    for name in skeleton.shape.head_names:
+    for name in shape.head_names:
         weights[name] = tensors[name.replace("/", ".")].float()
     return weights
 
@@ -94,7 +95,7 @@ def write_folder(
         layer, _, role = name.rpartition("/")
         plain = f"{layer}.{role}"
         turned = tensor.T if role == "weight" and layer in skeleton.transposed else tensor
-        stored[plain] = turned.to(tensors[plain].dtype).contiguous()
+        stored[plain] = turned.to(dtype or tensors[plain].dtype).contiguous()
     module: Any = assemble(skeleton, stored)
     if dtype is not None:
         module = module.to(dtype)
