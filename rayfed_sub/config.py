@@ -206,7 +206,7 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
     if fault["type"] == "finite_number":
         allowed = allowed.replace("a number", "a finite number")
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
-    if fault["type"] == "string_type" and tree is not None:  # YAML takes 5, yes or {column} for something else than text
+    if fault["type"] == "string_type" and tree is not None:  # YAML takes 5, yes and {column} for no text
         advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"
     return UserError(path, tree, allowed, advice)
 

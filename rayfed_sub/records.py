@@ -139,6 +139,14 @@ class LocalResult:
 
 
 @dataclass(frozen=True)
+class Client:
+    """Who trains: the client's number and the run's seed, for draws that server and client share without sending."""
+
+    id: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class ClientState:
     """What a client keeps between rounds: tensors only, so it can be stored, moved, hashed and spilled.
 

@@ -227,9 +227,9 @@ def test_an_in_place_write_to_shared_memory_stops_the_run(ray_session: None, tmp
         "from rayfed_sub.methods.fedavg import FedAvg\n"
         "@dataclass(frozen=True)\n"
         "class Scribble(FedAvg):\n"
-        "    def start_client(self, broadcast, state, shape):\n"
+        "    def start_client(self, broadcast, state, client, shape):\n"
         "        next(iter(broadcast.tensors.values())).mul_(2.0)\n"
-        "        return super().start_client(broadcast, state, shape)\n"
+        "        return super().start_client(broadcast, state, client, shape)\n"
     )
     import sys
 

@@ -17,7 +17,7 @@ from rayfed_sub.engine.exchange import packed, unpacked
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.records import ClientState, LocalResult, ServerState, Start, Tensors, Update, wire_bytes
+from rayfed_sub.records import Client, ClientState, LocalResult, ServerState, Start, Tensors, Update, wire_bytes
 from tests.tiny_models import Tiny, bert, distance, draw_batches, gpt2, llama, run_pack, run_reference, vit
 
 RANK, STEPS = 2, 3
@@ -58,7 +58,7 @@ def walk(
     shape, clients = tiny.shape, range(len(data))
     broadcast = method.broadcast(server)
     before = list(states or [None] * len(data))
-    starts = [method.start_client(broadcast, state, shape) for state in before]
+    starts = [method.start_client(broadcast, state, Client(k, 0), shape) for k, state in enumerate(before)]
     base = {name: tensor for name, tensor in broadcast.tensors.items() if name.endswith("/weight")}
     results: list[LocalResult] = []
     for pack in packs or [clients]:
@@ -255,7 +255,7 @@ def test_uploads_weigh_what_the_formulas_say() -> None:
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
         done = walk(method, tiny, server, clients_data(tiny, 1), weights=[1])
         assert done.updates[0].wire_bytes == wire_bytes(done.updates[0].tensors) == 4 * numbers
-        down = method.download_bytes(done.server, tiny.shape, since=0)
+        down = method.download_bytes(done.server, tiny.shape, Client(0, 0), since=0)
         assert down == 4 * numbers  # fedftg: one client's block was missed
 
 
@@ -281,7 +281,7 @@ def test_fedftg_downloads_what_a_returning_client_missed() -> None:
         server = walk(method, tiny, server, clients_data(tiny, 2, seed=10 * seed), weights=[1, 1]).server
     for since, rounds in ((-1, 3), (0, 3), (1, 2), (2, 1)):
         numbers = sum(min(t.m * t.n, 4 * rounds * (t.m + t.n)) for t in tiny.shape.targets)
-        assert method.download_bytes(server, tiny.shape, since) == 4 * numbers
+        assert method.download_bytes(server, tiny.shape, Client(0, 0), since) == 4 * numbers
 
 
 def test_fedit_misses_exactly_the_cross_term() -> None:
@@ -321,7 +321,7 @@ def test_averaged_moments_are_the_weighted_mean_and_travel(name: str) -> None:
     method, tiny = made(name, state="average"), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     done = walk(method, tiny, server, clients_data(tiny, 2), weights=[1, 3])
-    again = method.start_client(method.broadcast(done.server), done.states[0], tiny.shape)
+    again = method.start_client(method.broadcast(done.server), done.states[0], Client(0, 0), tiny.shape)
     for moment in done.results[0].moments:
         mean = (done.results[0].moments[moment] + 3 * done.results[1].moments[moment]) / 4
         assert torch.allclose(again.moments[moment], mean, atol=1e-7)
@@ -343,7 +343,7 @@ def test_reset_forgets_the_optimiser_and_keep_remembers_it(name: str) -> None:
         method = made(name, state=rule)
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
         done = walk(method, tiny, server, clients_data(tiny, 1), weights=[1])
-        start = method.start_client(method.broadcast(done.server), done.states[0], tiny.shape)
+        start = method.start_client(method.broadcast(done.server), done.states[0], Client(0, 0), tiny.shape)
         assert start.step == step
         assert bool(start.moments) == (rule == "keep")
         if rule == "keep":
@@ -385,7 +385,7 @@ def test_ranks_may_differ_within_a_pack() -> None:
     for rank in (1, 3):
         method = made("fedftg", rank=rank)
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
-        starts.append(method.start_client(method.broadcast(server), None, tiny.shape))
+        starts.append(method.start_client(method.broadcast(server), None, Client(0, 0), tiny.shape))
     together = run_pack(tiny, starts, data, OPTIMIZER, lr=0.01)
     for k in range(2):
         alone = run_pack(tiny, [starts[k]], [data[k]], OPTIMIZER, lr=0.01, clients=[k])[0]

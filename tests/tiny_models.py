@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -28,6 +30,8 @@ from rayfed_sub.training.layers import install
 from rayfed_sub.training.pack import train_pack
 from rayfed_sub.training.reference import train_reference
 from rayfed_sub.training.subspaces import sides
+
+torch.set_num_threads(1)  # matrices of 16 x 24: a second thread only waits (ten times slower on a busy machine)
 
 Batch = dict[str, Tensor]
 
@@ -87,6 +91,32 @@ def gpt2(targets: str = r"(mlp\.c_fc|mlp\.c_proj|attn\.c_proj)$") -> Tiny:
     return _tiny(GPT2LMHeadModel, config, targets, "", _tokens)
 
 
+def bent(name: str) -> Tiny:
+    """Models that do more to their logits than a matrix product: soft-capping (`gemma2`), a factor (the others)."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    bends = {
+        "gemma2": {"final_logit_softcapping": 2.0},
+        "cohere": {"logit_scale": 0.3},
+        "granite": {"logits_scaling": 3.0},
+        "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    }
+    config = AutoConfig.for_model(name, **sizes, **bends[name])
+    return _tiny(AutoModelForCausalLM.from_config, config, r"up_proj$", "", _tokens)
+
+
 def bert(targets: str = r"(intermediate\.dense|\d\.output\.dense)$") -> Tiny:
     """Sequence classification: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
     config = BertConfig(
@@ -117,7 +147,9 @@ def vit(targets: str = r"(fc1|fc2)$") -> Tiny:
     return _tiny(ViTForImageClassification, config, targets, "classifier", _images)
 
 
-def _tiny(architecture: type, config: object, targets: str, head: str, draw: Callable[..., Batch]) -> Tiny:
+def _tiny(
+    architecture: Callable[..., nn.Module], config: object, targets: str, head: str, draw: Callable[..., Batch]
+) -> Tiny:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = architecture(config).eval().requires_grad_(False)

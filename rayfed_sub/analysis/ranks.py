@@ -1,4 +1,4 @@
-"""Numerical rank of what a round changed (rank inflation: PAPER Prop. 1)."""
+"""Numerical rank of what a round changed (rank inflation: Prop. 1 of arXiv 2410.23111)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     manifest = {"round": snapshot.round, "clients": clients}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     replace_folder(temporary, final)
-    for other in final.parent.iterdir():
+    for other in final.parent.glob("*round-*"):  # older ones, and what an interrupted write left behind
         if other != final:
             shutil.rmtree(other)
     return final

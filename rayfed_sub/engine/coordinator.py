@@ -29,7 +29,7 @@ from rayfed_sub.errors import RunError
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.metrics import rouge_l
 from rayfed_sub.models.weights import target_weights
-from rayfed_sub.records import Change, ModelShape, ServerState, Update
+from rayfed_sub.records import Change, Client, ModelShape, ServerState, Update
 from rayfed_sub.streams import stream
 
 _START_SECONDS = 300.0  # a worker that has not mapped the backbone by then never will
@@ -101,7 +101,10 @@ class Coordinator:
         cohort = self._sample(n)
         broadcast = self._broadcast()
         since = {client: self._synchronised.get(client, -1) for client in cohort}
-        down = {client: method.download_bytes(self._server, shape, since[client]) for client in cohort}
+        down = {
+            client: method.download_bytes(self._server, shape, Client(client, config.seed), since[client])
+            for client in cohort
+        }
         size = config.resources.pack_size
         packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
         pieces = [self._train_piece(n, pack, i, broadcast) for i, pack in enumerate(packs)]
@@ -187,6 +190,10 @@ class Coordinator:
             arrays = packed(self._method.broadcast(self._server).tensors)
             self._sent = (self._server.round, ray.put(arrays), checksum(arrays))
         return self._sent[1]
+
+    def _download_bytes(self, client: int) -> int:
+        who, since = Client(client, self._config.seed), self._synchronised.get(client, -1)
+        return self._method.download_bytes(self._server, self._shape, who, since)
 
     def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any) -> Piece:
         states = [self._states.get(client) for client in clients]

@@ -22,11 +22,10 @@ from rayfed_sub.errors import UserError
 
 
 class RunFolder:
-    """A run's folder, owned by the process that started the run."""
+    """A run's folder, which is there already, owned by the process that started the run."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
-        make(path, "--out")
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         _atomically(path / "config.yaml", text.encode())
         self._rounds: list[RoundRow] = []
@@ -56,18 +55,30 @@ class RunFolder:
         _atomically(self.path / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
+def check_free(path: Path) -> None:
+    """UserError where `path` cannot be a new run's folder."""
+    if (path / "config.yaml").exists():
+        raise UserError("--out", str(path), "a folder without a run in it", "choose another or delete it")
+    if path.exists() and not path.is_dir():
+        raise UserError("--out", str(path), "a folder", "choose another path")
+
+
 def fresh(path: Path | None, name: str) -> Path:
-    """A new run's folder: `path`, which must not hold a run yet, or the first free of runs/<name>, runs/<name>-2 ..."""
+    """Makes a new run's folder: `path`, which must be free, or the first free of runs/<name>, runs/<name>-2 ..."""
     if path is not None:
-        if (path / "config.yaml").exists():
-            raise UserError("--out", str(path), "a folder without a run in it", "choose another or delete it")
-        if path.exists() and not path.is_dir():
-            raise UserError("--out", str(path), "a folder", "choose another path")
+        check_free(path)
+        make(path, "--out")
         return path
     base, number = Path("runs") / name, 1
-    while (candidate := base if number == 1 else base.with_name(f"{name}-{number}")).exists():
-        number += 1
-    return candidate
+    make(base.parent, "--out")
+    while True:
+        candidate = base if number == 1 else base.with_name(f"{name}-{number}")
+        try:
+            candidate.mkdir()  # makes and claims it in one, for runs that start at the same time
+        except FileExistsError:
+            number += 1
+        else:
+            return candidate
 
 
 def make(path: Path, field: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints
-from rayfed_sub.engine.folder import RunFolder, fresh
+from rayfed_sub.engine.folder import RunFolder, check_free, fresh
 from rayfed_sub.engine.job import Job, check_resources, prepare
 from rayfed_sub.engine.journal import PackDone, RoundDone, RoundRow, Stage, Started, Summary
 from rayfed_sub.errors import RunError
@@ -35,11 +35,13 @@ def run(config: Config, out: str | Path | None = None, listener: Listener | None
     """
     tell = listener or (lambda record: None)
     began = time.perf_counter()
-    folder_path = fresh(None if out is None else Path(out), config.name)
+    path = None if out is None else Path(out)
+    if path is not None:
+        check_free(path)
     check_resources(config, _available())
     tell(Stage("reading task and model"))
     job = prepare(config)
-    folder = RunFolder(folder_path, job.config)
+    folder = RunFolder(fresh(path, config.name), job.config)
     tell(Stage("starting Ray, loading weights"))
     with ThreadPoolExecutor(1) as pool:
         backbone = pool.submit(_load_backbone, job)

@@ -24,7 +24,7 @@ from rayfed_sub.errors import RunError
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import Skeleton
 from rayfed_sub.models.weights import assemble, target_weights
-from rayfed_sub.records import Broadcast, ClientState, LocalResult, ServerState, Start, wire_bytes
+from rayfed_sub.records import Broadcast, Client, ClientState, LocalResult, ServerState, Start, wire_bytes
 from rayfed_sub.training.evaluation import answers, global_model, held_out_loss
 from rayfed_sub.training.layers import based_on, install
 from rayfed_sub.training.pack import train_pack
@@ -108,7 +108,11 @@ class Worker:
         method, shape = self._spec.method, self._spec.skeleton.shape
         received = Broadcast(round, self._received(round, broadcast))
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
-        starts = [method.start_client(received, state, shape) for state in before]
+        seed = self._spec.config.seed
+        starts = [
+            method.start_client(received, state, Client(client, seed), shape)
+            for client, state in zip(clients, before, strict=True)
+        ]
         batches = [self._batches(c, s.cursor if s else 0) for c, s in zip(clients, before, strict=True)]
         results = self._train(received, starts, clients, batches, lr)
         for result in results:

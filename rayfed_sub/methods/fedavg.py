@@ -6,23 +6,20 @@ galore-torch's `rank`, so nothing is projected.  Wire, numbers per layer: m n up
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from rayfed_sub.methods import common
 from rayfed_sub.records import (
     Broadcast,
-    Change,
+    Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
     Start,
     Tensors,
     Update,
-    wire_bytes,
 )
 
 
@@ -44,14 +41,11 @@ class FedAvg:
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         return ServerState(0, dict(weights))
 
-    def broadcast(self, server: ServerState) -> Broadcast:
-        return Broadcast(server.round, server.tensors)
+    broadcast = common.broadcast
+    download_bytes = common.download_all
 
-    def download_bytes(self, server: ServerState, shape: ModelShape, since: int) -> int:
-        return wire_bytes(server.tensors)
-
-    def start_client(self, broadcast: Broadcast, state: ClientState | None, shape: ModelShape) -> Start:
-        names = (*(f"{layer.name}/weight" for layer in shape.targets), *shape.head_names)
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        names = common.tensor_names(shape, "weight")
         moments, step = common.moments_to_start(self.state, broadcast, state)
         return Start({name: broadcast.tensors[name] for name in names}, names, moments=moments, step=step)
 
@@ -59,17 +53,8 @@ class FedAvg:
         tensors = {**result.tensors, **common.moments_to_send(self.state, result)}
         return Update(result.client, weight, tensors, result.metrics)
 
-    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
-        return common.moments_to_keep(self.state, result)
-
-    def zero(self, server: ServerState, shape: ModelShape) -> Fold:
-        return Fold(0.0, {})
-
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
-        return common.add(total, update.tensors, update.weight)
-
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
-        return server.advance(common.mean(total))
-
-    def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
-        return {t.name: Change(dense=server.tensors[f"{t.name}/weight"]) for t in shape.targets}
+    keep = common.keep
+    zero = common.zero
+    fold = common.fold
+    finish = common.finish
+    model = common.dense_model

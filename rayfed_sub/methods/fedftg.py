@@ -9,7 +9,6 @@ client last synchronised (never more than m n).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,7 +17,7 @@ import torch
 from rayfed_sub.methods import common
 from rayfed_sub.records import (
     Broadcast,
-    Change,
+    Client,
     ClientState,
     Fold,
     LocalResult,
@@ -54,7 +53,7 @@ class FedFTG:
     state: common.Memory = "keep"
 
     def check(self, shape: ModelShape) -> None:
-        common.check_rank(self.rank, shape)
+        common.check_fits(self.rank, shape)
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         return ServerState(0, {**weights, _RANKS: torch.zeros(0, len(shape.targets), dtype=torch.int64)})
@@ -62,12 +61,12 @@ class FedFTG:
     def broadcast(self, server: ServerState) -> Broadcast:
         return Broadcast(server.round, {n: t for n, t in server.tensors.items() if n != _RANKS})
 
-    def download_bytes(self, server: ServerState, shape: ModelShape, since: int) -> int:
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         missed: list[int] = server.tensors[_RANKS][max(since, 0) :].sum(0).tolist()
         numbers = sum(min(t.m * t.n, rank * (t.m + t.n)) for t, rank in zip(shape.targets, missed, strict=True))
         return 4 * numbers + wire_bytes(common.head(shape, server.tensors))
 
-    def start_client(self, broadcast: Broadcast, state: ClientState | None, shape: ModelShape) -> Start:
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         kept = state.tensors if state is not None and self.state == "keep" else {}
         tensors = common.head(shape, broadcast.tensors)
         trained = list(tensors)
@@ -128,5 +127,4 @@ class FedFTG:
                 changed[name] = kept * server.tensors[name] + changed[name]
         return server.advance({**changed, _RANKS: torch.cat([server.tensors[_RANKS], ranks])})
 
-    def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
-        return {t.name: Change(dense=server.tensors[f"{t.name}/weight"]) for t in shape.targets}
+    model = common.dense_model

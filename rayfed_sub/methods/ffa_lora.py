@@ -6,21 +6,18 @@ Wire, numbers per layer: r m up, r m down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from rayfed_sub.methods import common
 from rayfed_sub.records import (
     Broadcast,
-    Change,
+    Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
     Start,
-    Tensors,
     Update,
     wire_bytes,
 )
@@ -41,39 +38,26 @@ class FFALoRA:
     alpha: common.Positive = 16.0
     state: common.SharedMemory = "keep"
 
-    def check(self, shape: ModelShape) -> None:
-        common.check_rank(self.rank, shape)
+    check = common.check_rank
+    init_server = common.init_factors
+    broadcast = common.broadcast
 
-    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-        return ServerState(0, common.lora_server(weights, shape, self.rank, seed))
-
-    def broadcast(self, server: ServerState) -> Broadcast:
-        return Broadcast(server.round, server.tensors)
-
-    def download_bytes(self, server: ServerState, shape: ModelShape, since: int) -> int:
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         # The frozen A comes from the run's shared seed: it never travels.
-        return wire_bytes({n: t for n, t in server.tensors.items() if not n.endswith("/right")})
+        return wire_bytes({name: t for name, t in server.tensors.items() if not name.endswith("/right")})
 
-    def start_client(self, broadcast: Broadcast, state: ClientState | None, shape: ModelShape) -> Start:
-        tensors = {name: broadcast.tensors[name] for name in common.factors(shape, "left", "right")}
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
         moments, step = common.moments_to_start(self.state, broadcast, state)
-        return Start(tensors, common.factors(shape, "left"), self.alpha / self.rank, moments, step)
+        return Start(tensors, common.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {name: result.tensors[name] for name in common.factors(shape, "left")}
-        return Update(result.client, weight, tensors | common.moments_to_send(self.state, result), result.metrics)
+        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left")}
+        tensors |= common.moments_to_send(self.state, result)
+        return Update(result.client, weight, tensors, result.metrics)
 
-    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
-        return common.moments_to_keep(self.state, result)
-
-    def zero(self, server: ServerState, shape: ModelShape) -> Fold:
-        return Fold(0.0, {})
-
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
-        return common.add(total, update.tensors, update.weight)
-
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
-        return server.advance(common.mean(total))
-
-    def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
-        return common.lora_model(server, shape, self.alpha / self.rank)
+    keep = common.keep
+    zero = common.zero
+    fold = common.fold
+    finish = common.finish
+    model = common.lora_model

@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol
 from rayfed_sub.records import (
     Broadcast,
     Change,
+    Client,
     ClientState,
     Fold,
     LocalResult,
@@ -50,11 +51,11 @@ class Method(Protocol):
     def broadcast(self, server: ServerState) -> Broadcast:
         """What the clients of the coming round read; may depend on server.round."""
 
-    def download_bytes(self, server: ServerState, shape: ModelShape, since: int) -> int:
-        """Bytes one client would receive before round server.round, having last synchronised at the start of round
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+        """Bytes the client would receive before round server.round, having last synchronised at the start of round
         `since` (-1: never; it then holds the pretrained weights)."""
 
-    def start_client(self, broadcast: Broadcast, state: ClientState | None, shape: ModelShape) -> Start:
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         """What a client begins the round with; state is None in its first round."""
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:

@@ -54,8 +54,9 @@ def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels_RT: Ten
 
 
 def _scaled_logits(config: Any) -> bool:
-    """Whether the model does more to its logits than a matrix product and soft-capping (Cohere, Granite)."""
-    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in ("logit_scale", "logits_scaling"))
+    """Whether the model does more to its logits than a matrix product and soft-capping (Cohere, Granite, Falcon-H1)."""
+    factors = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in factors)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The four ways to pick GaLore's basis from a batch (PAPER: GaLore, arXiv 2403.03507; GoLore 2410.11289 for `random`).
+"""The four ways to pick GaLore's basis from a batch (GaLore, arXiv 2403.03507; `random`: GoLore, 2410.11289).
 
 A layer's gradient for one client is G = d^T x (m, n), where x (N, n) is the layer's input and d (N, m) the
 gradient of its output; neither `exact`, `randomized` nor `random` forms G while N < min(m, n).

@@ -1,0 +1,310 @@
+"""The documents say what is there: files, links, commands, tables, and code that runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import typer
+import yaml
+
+import rayfed_sub
+from rayfed_sub import load_config
+from rayfed_sub.cli import app
+from rayfed_sub.engine.journal import RoundRow, Summary
+from rayfed_sub.listing import LISTINGS
+from rayfed_sub.methods import METHODS, build
+from rayfed_sub.records import Client, Layer, LocalResult, ModelShape, Tensors
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rayfed_sub"
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "rayfed_sub/methods/README.md")
+# Files that the documents name and that are made by a run or by the reader.
+MADE = {"config.yaml", "momentum.py", "answers.parquet"}
+
+documents = pytest.mark.parametrize("document", DOCUMENTS)
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The fenced blocks in `language`."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(document), re.DOTALL | re.MULTILINE)
+
+
+def prose(document: str) -> str:
+    """The document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(document: str) -> Iterator[list[str]]:
+    """The command lines of the shell blocks, in words, without comments and variables set in front."""
+    for block in blocks(document, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            if words:
+                yield words
+
+
+def table(document: str, title: str) -> list[list[str]]:
+    """The rows of the table whose first column is called `title`, without its two head lines."""
+    lines = text_of(document).splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith(f"| {title} |"))
+    rows = []
+    for line in lines[begin + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+# --- files and links
+
+
+@documents
+def test_links_lead_somewhere(document: str) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(document))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not ((ROOT / document).parent / target).exists()] == []
+
+
+@documents
+def test_files_that_are_named_are_there(document: str) -> None:
+    """In backticks, from the root, from the package or from the document's own folder."""
+    names = set(re.findall(r"`([\w./-]+\.(?:py|md|yaml|toml|ipynb|txt))`", prose(document))) - MADE
+    places = (ROOT, PACKAGE, (ROOT / document).parent)
+    assert [name for name in sorted(names) if not any((place / name).exists() for place in places)] == []
+
+
+def tree(block: str) -> dict[str, str]:
+    """A tree listing as path -> phrase: two spaces a level, folders end with a slash."""
+    found, parents = {}, [""]
+    for line in block.splitlines():
+        name, _, phrase = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = parents[depth] + name
+        parents[depth + 1 :] = [path]
+        if not name.endswith("/"):
+            found[path] = phrase.strip()
+    return found
+
+
+def test_the_tree_in_the_readme_is_the_package() -> None:
+    """Every file but the `__init__.py` that hold no more than a docstring; each with a phrase."""
+    (listing,) = (block for block in blocks("README.md", "text") if block.startswith("rayfed_sub/\n"))
+    named = tree(listing)
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and path.suffix != ".pyc" and not (path.name == "__init__.py" and only_docstring(path))
+    }
+    assert sorted(named) == sorted(files)
+    assert [path for path, phrase in named.items() if not phrase] == []
+
+
+def only_docstring(path: Path) -> bool:
+    """
+    >>> only_docstring(PACKAGE / "data" / "__init__.py"), only_docstring(PACKAGE / "methods" / "__init__.py")
+    (True, False)
+    """
+    return all(isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body)
+
+
+# --- commands
+
+
+@documents
+def test_commands_are_understood(document: str) -> None:
+    """rayfed-sub's arguments parse and its configurations load; make's verbs exist."""
+    verbs = set(re.findall(r"^([a-z-]+):.*## ", text_of("Makefile"), re.MULTILINE))
+    program: Any = typer.main.get_command(app)
+    for words in commands(document):
+        if words[0] == "make":
+            assert set(words[1:]) <= verbs, words
+        if words[0] != "rayfed-sub":
+            continue
+        verb, *arguments = words[1:]
+        given = program.commands[verb].make_context(verb, list(arguments)).params  # parses, runs nothing
+        if verb == "run":
+            config = load_config(ROOT / given["config"], given["overrides"] or ())
+            if config.method["name"].partition(":")[0] + ".py" not in MADE:
+                build(config.method)
+        if verb == "list":
+            assert LISTINGS[given["what"]]()[1], words
+
+
+@documents
+def test_settings_that_are_shown_load(document: str) -> None:
+    for block in blocks(document, "yaml"):
+        build(load_config(yaml.safe_load(block)).method)
+
+
+def test_make_prints_its_verbs() -> None:
+    """The default is help, which lists what has a `## ` comment: that must be every phony verb."""
+    phony = re.search(r"^\.PHONY: (.*)$", text_of("Makefile"), re.MULTILINE)
+    assert phony is not None
+    assert set(phony[1].split()) == set(re.findall(r"^([a-z-]+):.*## ", text_of("Makefile"), re.MULTILINE))
+    assert ".DEFAULT_GOAL := help" in text_of("Makefile")
+
+
+@documents
+def test_prose_names_verbs_that_exist(document: str) -> None:
+    verbs = set(re.findall(r"^([a-z-]+):.*## ", text_of("Makefile"), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)`", prose(document))) <= verbs
+
+
+# --- tables and code
+
+
+def test_the_table_of_methods_is_that_of_the_code() -> None:
+    _, rows = LISTINGS["methods"]()
+    expected = [[name, paper, trained, "yes" if exact else "no", wire] for name, paper, trained, exact, wire in rows]
+    assert [[cell.replace("`", "") for cell in row] for row in table("README.md", "method")] == expected
+    assert len(expected) == len(METHODS)
+
+
+def stand_in(folder: Path) -> Any:
+    """`rayfed_sub.run` without the running: checks the configuration, leaves a table, gives a summary."""
+
+    def run(config: rayfed_sub.Config, out: str | Path | None = None, listener: Any = None) -> Summary:
+        build(config.method)
+        row = RoundRow(0, 8, 3.0, 2.5, 64, 64, 10, 4.0, 1.0, 1.0)
+        pd.DataFrame([vars(row)]).to_parquet(folder / "rounds.parquet")
+        metrics = {"held_out_loss_before": 3.0, "held_out_loss": 2.5, "rouge_l_before": None, "rouge_l": None}
+        name = str(config.method["name"])
+        return Summary(config.name, name, 1, "0" * 64, 64, 64, 256, 4.0, 1.0, 1.0, 1, metrics, {}, {}, str(folder))
+
+    return run
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rayfed_sub, "run", stand_in(tmp_path))
+    monkeypatch.chdir(ROOT)
+    found = blocks("README.md", "python")
+    assert found
+    for block in found:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_notebook_runs_and_holds_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        assert (notebook["nbformat"], len(notebook["cells"]) > 1) == (4, True)
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert [(cell["outputs"], cell["execution_count"]) for cell in code] == [([], None)] * len(code)
+        monkeypatch.setattr(rayfed_sub, "run", stand_in(tmp_path))
+        monkeypatch.chdir(path.parent)  # as Jupyter does
+        names: dict[str, Any] = {}
+        for cell in code:
+            exec(compile("".join(cell["source"]), path.name, "exec"), names)
+
+
+def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of 2 x 3, rank 1, alpha 1, momentum 1/2; two clients, one with three times the rows of the other."""
+    (source,) = blocks("rayfed_sub/methods/README.md", "python")
+    (tmp_path / "momentum.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    method = build({"name": "momentum:FFALoRAM", "rank": 1, "alpha": 1.0, "momentum": 0.5})
+    shape = ModelShape((Layer("up", m=2, n=3),))
+    method.check(shape)
+    server = method.init_server({"up/weight": torch.zeros(2, 3)}, shape, seed=0)
+    A = server.tensors["up/right"]
+    assert server.tensors["up/left"].tolist() == [[0.0], [0.0]]
+
+    def a_round(left_of: dict[int, list[float]], rows_of: dict[int, float]) -> None:
+        """Each client comes back from training with the B of `left_of`, whatever it began with."""
+        nonlocal server
+        broadcast = method.broadcast(server)
+        assert set(broadcast.tensors) == {"up/left", "up/right"}  # no client sees the velocity
+        total = method.zero(server, shape)
+        for client, left in left_of.items():
+            start = method.start_client(broadcast, None, Client(client, 0), shape)
+            assert start.trained == ("up/left",)
+            trained: Tensors = {**start.tensors, "up/left": torch.tensor(left)[:, None]}
+            result = LocalResult(client, trained, {}, 4, {}, 1.0, 1, {})
+            update = method.upload(result, rows_of[client], shape)
+            assert update.wire_bytes == 2 * 4  # r m float32 numbers; A stays where it is
+            assert not method.keep(result, shape)
+            total = method.fold(total, update, shape)
+        server = method.finish(server, total, shape)
+
+    # p = 1/4, 3/4.  Mean B = [1, 0]/4 + 3 [0, 1]/4 = [1/4, 3/4]; it began at 0, so v = [1/4, 3/4] and B = v.
+    a_round({0: [1.0, 0.0], 1: [0.0, 1.0]}, {0: 5.0, 1: 15.0})
+    assert server.tensors["up/left"].flatten().tolist() == [0.25, 0.75]
+    # All clients come back with B as it was: the mean step is 0, v = v/2 = [1/8, 3/8], B = [3/8, 9/8].
+    a_round({0: [0.25, 0.75], 1: [0.25, 0.75]}, {0: 5.0, 1: 15.0})
+    assert server.tensors["up/left"].flatten().tolist() == [0.375, 1.125]
+    assert server.round == 2
+    assert method.download_bytes(server, shape, Client(0, 0), since=0) == 8
+    # s = alpha / r = 1: the change is B A.
+    change = method.model(server, shape)["up"].apply(torch.zeros(2, 3))
+    torch.testing.assert_close(change, torch.tensor([[0.375], [1.125]]) @ A)
+
+
+# --- the cluster
+
+
+def cluster() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(text_of("cluster.yaml"))
+    return content
+
+
+def test_ray_accepts_the_cluster() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(cluster())
+    validate_config(prepared)
+    assert set(prepared) - set(cluster()) <= {
+        *("upscaling_speed", "cluster_synced_files", "file_mounts_sync_continuously", "rsync_exclude", "rsync_filter")
+    }, "what matters is said in the file and not left to Ray's defaults"
+
+
+def test_what_ray_does_not_check_about_the_cluster() -> None:
+    config = cluster()
+    assert [local for local in config["file_mounts"].values() if not local.startswith("~")] != []
+    assert [
+        local for local in config["file_mounts"].values() if not local.startswith("~") and not (ROOT / local).exists()
+    ] == []
+    starts = [config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]]
+    assert all("RAY_AUTH_MODE=token" in start for start in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    (pin,) = re.findall(r"^ray==(.*)$", text_of("constraints.txt"), re.MULTILINE)
+    assert any(f"ray[default,tune]=={pin}" in command for command in config["setup_commands"])
+    head, worker = (config["available_node_types"][name]["node_config"] for name in ("head", "worker"))
+    assert "InstanceMarketOptions" not in head
+    assert worker["InstanceMarketOptions"] == {"MarketType": "spot"}
+
+
+# --- the package as it is installed
+
+
+def test_constraints_pin_what_the_package_asks_for() -> None:
+    """Every direct dependency has exactly one pin, and the pin is in its range."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
+    pins: dict[str, str] = {}
+    for line in text_of("constraints.txt").splitlines():
+        if not line.startswith("#"):
+            name, _, version = line.partition("==")
+            assert canonicalize_name(name) not in pins, line
+            pins[canonicalize_name(name)] = version
+    asked = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    assert [str(need) for need in asked if not need.specifier.contains(pins[canonicalize_name(need.name)])] == []
