@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# The tests' matrices are tiny: more threads only wait for each other.  Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
