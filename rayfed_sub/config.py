@@ -63,18 +63,37 @@ class Partition(_Record):
     alpha: Annotated[float, Field(gt=0)] = 0.5
 
 
+class StepRange(_Record):
+    """Local steps from low to high, both included: clients of different speed."""
+
+    low: Count
+    high: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> StepRange:
+        if self.high < self.low:
+            raise ValueError(f"high|{self.low} or more|raise it or lower low")
+        return self
+
+
 class Federation(_Record):
-    """clients in all, sampled per round (None: all); rounds, or epochs over all training rows;
-    local_steps is the paper's T_agg: optimiser steps between two averagings."""
+    """clients in all, sampled per round (None: all); rounds, or epochs over all training rows.
+    local_steps is the paper's T_agg, optimiser steps between two averagings: a number, a list (client i has entry
+    i modulo its length), or {low, high}, from which every client draws its own once.
+    availability: the chance that a sampled client takes part.  proximal: FedProx's mu.  normalise_steps: FedNova, which
+    weighs a client's change by its steps."""
 
     clients: Count = 8
     sampled: Count | None = None
     rounds: Count | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    local_steps: Count = 4
+    local_steps: Count | Annotated[tuple[Count, ...], Field(min_length=1)] | StepRange = 4
     batch_size: Count = 4
     partition: Partition = Partition()
     weights: Literal["samples", "uniform"] = "samples"
+    availability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    normalise_steps: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
@@ -89,7 +108,8 @@ class Federation(_Record):
 
 class Optimizer(_Record):
     """AdamW as galore-torch computes it (eps before bias correction, decay after the step) or SGD with momentum.
-    clip_norm bounds each client's own gradient norm over its trained tensors (None: no clipping)."""
+    clip_norm bounds each client's own gradient norm over its trained tensors (None: no clipping).
+    schedule: the learning rate over rounds, after warmup_rounds of linear growth; it falls to lr * final."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(ge=0)] = 1e-3
@@ -98,6 +118,20 @@ class Optimizer(_Record):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Server(_Record):
+    """What the server does with a round's mean change d: `plain` adds lr * d, `momentum` lr * v with v = momentum v + d
+    (FedAvgM, arXiv 1909.06335), `adam` is FedAdam (arXiv 2003.00295) with betas and tau."""
+
+    optimizer: Literal["plain", "momentum", "adam"] = "plain"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    tau: Annotated[float, Field(gt=0)] = 1e-3
 
 
 class Evaluation(_Record):
@@ -139,6 +173,7 @@ class Config(_Record):
     federation: Federation = Federation()
     method: dict[str, Any] = {"name": "fedftg"}
     optimizer: Optimizer = Optimizer()
+    server: Server = Server()
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     checkpoint: Checkpoint = Checkpoint()
@@ -153,9 +188,11 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     10
     """
     tree = _read(Path(source)) if isinstance(source, str | Path) else _copied(source)
+    written = dict(tree["method"]) if isinstance(tree.get("method"), dict) else {}
     for override in overrides:
         _override(tree, override)
-    return check(Config, tree)
+    _note_inherited(tree, written, overrides)
+    return check(Config, _centralised(tree))
 
 
 def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
@@ -169,7 +206,10 @@ def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
-        raise _user_error(error.errors()[0], adapter.json_schema(), tree, prefix) from None
+        faults = error.errors()
+        # Where a field may be one of several things, each says why it is not; our own checks know best.
+        fault = next((fault for fault in faults if fault["type"] == "value_error"), faults[0])
+        raise _user_error(fault, adapter.json_schema(), tree, prefix) from None
 
 
 def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
@@ -177,14 +217,6 @@ def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
     near = get_close_matches(path.rpartition(".")[2], keys, n=1)
     advice = f"did you mean {near[0]}?" if near else "remove it"
     return UserError(path, value, f"no such key; known keys here: {', '.join(keys)}", advice)
-
-
-def user_error(fault: ErrorDetails, prefix: str, keys: Sequence[str]) -> UserError:
-    """For methods/__init__.py until it uses `check` and `unknown_key`."""
-    path = ".".join(map(str, (prefix, *fault["loc"])))
-    if fault["type"] == "extra_forbidden":
-        return unknown_key(path, fault["input"], keys)
-    return UserError(path, fault["input"], fault["msg"].removeprefix("Input should be "), f"change {path}")
 
 
 def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, prefix: str) -> UserError:
@@ -200,7 +232,7 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
             break
     if fault["type"] == "value_error":  # our own checks: field|what is allowed|advice
         field, allowed, advice = str(fault["ctx"]["error"]).split("|")
-        value = cast(Any, tree).get(field, place["properties"][field].get("default"))
+        value = cast(Any, tree).get(field, place.get("properties", {}).get(field, {}).get("default"))
         return UserError(f"{path}.{field}" if path else field, value, allowed, advice)
     allowed = _meaning(place, schema)
     if fault["type"] == "finite_number":
@@ -228,6 +260,8 @@ def _meaning(place: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if "prefixItems" in place:
         inner = [_meaning(_resolved(item, schema), schema) for item in place["prefixItems"]]
         return f"a list of {len(inner)}, {f'each {inner[0]}' if len(set(inner)) == 1 else ', '.join(inner)}"
+    if "items" in place:
+        return f"a list, each {_meaning(_resolved(place['items'], schema), schema)}"
     if "pattern" in place:
         return f"text that matches {place['pattern']}"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -295,3 +329,24 @@ def _override(tree: dict[str, Any], override: str) -> None:
     other = {"federation.rounds": "epochs", "federation.epochs": "rounds"}.get(path)
     if other:
         tree.pop(other, None)
+
+
+def _note_inherited(tree: dict[str, Any], written: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """With another method named on the command line, the file's fields for the old one count only where they fit: they
+    are listed under `inherited`, for `methods.build`, which knows every method's fields."""
+    method = tree.get("method")
+    if not isinstance(method, dict) or written.get("name") in (None, method.get("name")):
+        return
+    given = {override.partition("=")[0] for override in overrides}
+    inherited = [key for key in written if key != "name" and f"method.{key}" not in given]
+    if inherited and "method" not in given:
+        method["inherited"] = inherited
+
+
+def _centralised(tree: dict[str, Any]) -> dict[str, Any]:
+    """`method.name: centralized` is FedFTG's local training with all data at one client, the upper reference."""
+    method, federation = tree.get("method"), tree.get("federation", {})
+    if not isinstance(method, dict) or method.get("name") != "centralized" or not isinstance(federation, dict):
+        return tree
+    pooled = {**federation, "clients": 1, "sampled": None, "partition": {"kind": "pool"}}
+    return {**tree, "method": {**method, "name": "fedftg"}, "federation": pooled}

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from rayfed_sub.config import StepRange
 from rayfed_sub.engine.journal import PackDone, RoundDone, Stage, Started, Summary
 
 _ROUND = "{:>8}  {:>7}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}  {:>7}"
@@ -21,11 +22,10 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
-        line = Column(no_wrap=True)
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False, table_column=line),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            TextColumn("{task.fields[note]}", markup=False, table_column=line),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             expand=True,
             transient=True,
@@ -64,19 +64,19 @@ class Display:
         self._rounds, self._began = federation.rounds or 0, time.monotonic()
         cohort = federation.sampled or federation.clients
         self._print(
-            f"{record.config.name}: {method}, {self._rounds} rounds of {federation.local_steps} local steps, "
+            f"{record.config.name}: {method}, {self._rounds} rounds of {_steps(federation.local_steps)} local steps, "
             f"{cohort} of {federation.clients} clients each; into {record.folder}"
         )
         self._print(_ROUND.format("round", "loss", "held-out", "tokens/s", "up", "down", "time", "left"), "dim")
         self._print(_ROUND.format("before", "", f"{record.held_out_loss:.3f}", *[""] * 5).rstrip())
-        self._bar.update(self._task, description="training", total=self._rounds * cohort, completed=0)
+        self._bar.update(self._task, description="training", total=self._rounds, completed=0)
 
     def _pack(self, record: PackDone) -> None:
         if not self._bytes:
             self._first = record.round  # more than 0 in a run that was taken up again
-        done = record.round * record.clients + record.clients_done
-        elapsed, here = time.monotonic() - self._began, done - self._first * record.clients
-        left = elapsed / here * (self._rounds * record.clients - done)
+        # In rounds: not every sampled client takes part in each.
+        done = record.round + record.clients_done / record.clients
+        left = (time.monotonic() - self._began) / (done - self._first) * (self._rounds - done)
         self._bar.update(
             self._task,
             description=f"round {record.round + 1}/{self._rounds}  clients {record.clients_done}/{record.clients}",
@@ -92,7 +92,7 @@ class Display:
         self._print(
             _ROUND.format(
                 f"{row.round + 1}/{self._rounds}",
-                f"{row.loss:.3f}",
+                "-" if row.loss is None else f"{row.loss:.3f}",
                 "" if row.held_out_loss is None else f"{row.held_out_loss:.3f}",
                 f"{row.labels / row.train_seconds:,.0f}",
                 size(row.uplink_bytes),
@@ -169,3 +169,9 @@ def _against(sent: int, dense: int) -> str:
         return f"nothing; {size(dense)} of dense target weights"
     share = f"{dense / sent:.1f}x less than" if sent < dense else f"{sent / dense:.1f}x"
     return f"{size(sent)}, {share} {size(dense)} of dense target weights"
+
+
+def _steps(steps: object) -> str:
+    if isinstance(steps, StepRange):
+        return f"{steps.low} to {steps.high}"
+    return ", ".join(map(str, steps)) if isinstance(steps, tuple) else str(steps)

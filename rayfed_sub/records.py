@@ -14,7 +14,7 @@ A low-rank change of a layer is `scale * left @ core @ right` (core: identity wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -87,8 +87,8 @@ class Change:
 class Subspace:
     """GaLore's rule for the fixed factor: where it comes from and how often it is renewed.
 
-    refresh_every counts the client's own optimiser steps.  moments: what happens to Adam's moments at a
-    refresh (`keep` as galore-torch, `rotate` as LDAdam, `reset`).
+    refresh_every counts the client's own optimiser steps; 0: never, the Start's fixed factor stays as it is.
+    moments: what happens to Adam's moments at a refresh (`keep` as galore-torch, `rotate` as LDAdam, `reset`).
     """
 
     rank: int
@@ -106,6 +106,7 @@ class Start:
     optimiser steps already taken with these moments; subspace: set for GaLore (a missing or all-zero fixed
     factor is filled at the first step, which is always a refresh when step = 0).
     decays_base: weight decay shrinks the whole weight, as GaLore's does, and not only what is trained.
+    penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
     """
 
     tensors: Tensors
@@ -115,6 +116,7 @@ class Start:
     step: int = 0
     subspace: Subspace | None = None
     decays_base: bool = False
+    penalty: Callable[[Tensors], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class LocalResult:
     tensors, moments, step: as in `Start`, after the round.  blocks: per target layer the whole change of the
     round as (left (m, R), right (R, n)), scale folded into left, closed and open periods alike; empty for
     methods without a subspace.  base_scale: the factor c that weight decay left on the weight the round began with.
-    periods: projector periods touched, at least 1.
+    periods: projector periods touched, at least 1.  trained: as in `Start`.
     """
 
     client: int
@@ -136,6 +138,7 @@ class LocalResult:
     periods: int
     metrics: Mapping[str, float]
     failure: str | None = None
+    trained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,8 @@ class Dataset:
 
     questions, references: the held-out rows as text, empty for classification; class_names: in the order of
     the class numbers, empty for language modelling; client_names: the value of the partition's column,
-    or "client 3"; client_rows int64: indices into train, all clients one after the other;
+    or "client 3"; held_out_clients int64: the client whose key a held-out row carries, -1 where keys name no client;
+    client_rows int64: indices into train, all clients one after the other;
     client_offsets int64 (clients + 1,).
     """
 
@@ -34,6 +36,7 @@ class Dataset:
     references: tuple[str, ...]
     class_names: tuple[str, ...]
     client_names: tuple[str, ...]
+    held_out_clients: Ints
     client_rows: Ints
     client_offsets: Ints
 
@@ -86,6 +89,13 @@ def build_dataset(pairs: Pairs, task: Task, federation: Federation, codec: Codec
         references=shown.answers if shown else (),
         class_names=pairs.class_names,
         client_names=names,
+        held_out_clients=_owners(pairs.take(held_out).keys, names),
         client_rows=np.concatenate(parts),
         client_offsets=offsets_of(parts),
     )
+
+
+def _owners(keys: Sequence[str], names: Sequence[str]) -> Ints:
+    """For each key the client of that name, or -1."""
+    number = {name: client for client, name in enumerate(names)}
+    return np.asarray([number.get(key, -1) for key in keys], dtype=np.int64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from ray.exceptions import RayError
 from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.engine import cohorts
+from rayfed_sub.engine.evaluations import Model, held_out_loss, held_out_rouge
 from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
 from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
 from rayfed_sub.engine.memory import PeakMemory
@@ -27,10 +29,9 @@ from rayfed_sub.engine.schedule import Piece, in_order
 from rayfed_sub.engine.workers import PackedState, PackOutcome, Worker
 from rayfed_sub.errors import RunError
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.metrics import rouge_l
+from rayfed_sub.methods.server import advance, download_bytes, nova_factor
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.records import Change, Client, ModelShape, ServerState, Update
-from rayfed_sub.streams import stream
 
 _START_SECONDS = 300.0  # a worker that has not mapped the backbone by then never will
 
@@ -69,6 +70,7 @@ class Coordinator:
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
         self._pretrained = target_weights(shape, transposed, unpacked(arrays))
         self._server = self._method.init_server(self._pretrained, self._shape, config.seed)
+        self._memory_of_server: dict[str, torch.Tensor] = {}
         self._states: dict[int, tuple[int, Any]] = {}  # client -> (round, reference to its PackedState)
         self._home: dict[int, int] = {}
         self._synchronised: dict[int, int] = {}
@@ -98,13 +100,9 @@ class Coordinator:
         assert n == self._server.round, f"round {n} asked of a server that has finished {self._server.round}"
         began = time.perf_counter()
         config, method, shape = self._config, self._method, self._shape
-        cohort = self._sample(n)
+        cohort = cohorts.cohort(config, n)
         broadcast = self._broadcast()
-        since = {client: self._synchronised.get(client, -1) for client in cohort}
-        down = {
-            client: method.download_bytes(self._server, shape, Client(client, config.seed), since[client])
-            for client in cohort
-        }
+        down = {client: self._download_bytes(client) for client in cohort}
         size = config.resources.pack_size
         packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
         pieces = [self._train_piece(n, pack, i, broadcast) for i, pack in enumerate(packs)]
@@ -120,8 +118,9 @@ class Coordinator:
                 self._home[client] = done.worker
             yield _progress(n, rows, len(cohort), time.perf_counter() - began)
 
-        before = self._server
-        self._server = method.finish(before, total, shape)
+        before, after = self._server, method.finish(self._server, total, shape)
+        factor = _nova_factor(rows) if config.federation.normalise_steps else 1.0
+        self._server, self._memory_of_server = advance(config.server, before, after, self._memory_of_server, factor)
         _check_finite(self._server, n)
         self._states |= states
         self._synchronised |= dict.fromkeys(cohort, n)
@@ -130,7 +129,7 @@ class Coordinator:
         row = RoundRow(
             round=n,
             clients=len(cohort),
-            loss=statistics.fmean(r.loss for r in rows),
+            loss=statistics.fmean(r.loss for r in rows) if rows else None,
             held_out_loss=self.held_out_loss() if due else None,
             uplink_bytes=sum(r.uplink_bytes for r in rows),
             downlink_bytes=sum(down.values()),
@@ -143,46 +142,38 @@ class Coordinator:
         yield RoundDone(row, tuple(rows))
 
     def held_out_loss(self) -> float:
-        """Mean held-out loss (nats per label) of the global model, on fixed shards, folded in order."""
-        rows = self._held_out(self._config.evaluation.examples)
-        shards = self._evaluate(rows, lambda worker: worker.evaluate, "held-out loss")
-        total, labels = (sum(column) for column in zip(*shards, strict=True))
-        return float(total) / max(1, int(labels))
+        """Mean held-out loss of the current model, see `evaluations`."""
+        return held_out_loss(self._workers, self._config, self._dataset, self._model())
 
     def held_out_rouge(self) -> float | None:
-        """ROUGE-L (0..1) of greedy answers to held-out questions; None when the configuration asks for none."""
-        rows = self._held_out(self._config.evaluation.generate)
-        if not rows:
-            return None
-        shards = self._evaluate(rows, lambda worker: worker.generate, "generated answers")
-        return rouge_l([text for shard in shards for text in shard], [self._dataset.references[row] for row in rows])
+        """ROUGE-L of the current model's answers, see `evaluations`."""
+        return held_out_rouge(self._workers, self._config, self._dataset, self._model())
 
     def weights_sha256(self) -> str:
-        """SHA-256 over everything learned: effective target weights, then the server's tensors by name."""
+        """SHA-256 over everything learned: effective target weights, the server's tensors, personal clients' states."""
         digest = hashlib.sha256()
         for name, weight in self._effective(self._server):
             digest.update(name.encode() + weight.contiguous().numpy().tobytes())
         for name in sorted(self._server.tensors):
             digest.update(name.encode() + self._server.tensors[name].contiguous().numpy().tobytes())
+        for client, (_, reference) in sorted(self._states.items()) if self._method.personal else ():
+            for name, tensor in sorted(unpacked(ray.get(reference).tensors).items()):
+                digest.update(f"{client}/{name}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def snapshot(self) -> Snapshot:
         """The server's and the clients' states, for a checkpoint."""
         clients = {client: ray.get(reference) for client, (_, reference) in sorted(self._states.items())}
-        return Snapshot(self._server.round, packed(self._server.tensors), clients)
+        memory = {f"server/{name}": tensor for name, tensor in self._memory_of_server.items()}
+        return Snapshot(self._server.round, packed({**self._server.tensors, **memory}), clients)
 
     def peak_memory(self) -> int:
         """Bytes: the sum of the peaks of this process and all workers."""
         peaks: list[int] = ray.get([worker.peak_memory.remote() for worker in self._workers], timeout=60)
         return self._memory.peak + sum(peaks)
 
-    def _sample(self, n: int) -> list[int]:
-        """The round's cohort, sorted."""
-        federation = self._config.federation
-        drawn = stream(self._config.seed, "cohort", n).choice(
-            federation.clients, federation.sampled or federation.clients, replace=False
-        )
-        return sorted(drawn.tolist())
+    def _model(self) -> Model:
+        return Model(self._server.round, self._broadcast(), self._states if self._method.personal else None)
 
     def _broadcast(self) -> Any:
         """The current broadcast in the object store; training and evaluation of one state share it."""
@@ -193,31 +184,16 @@ class Coordinator:
 
     def _download_bytes(self, client: int) -> int:
         who, since = Client(client, self._config.seed), self._synchronised.get(client, -1)
-        return self._method.download_bytes(self._server, self._shape, who, since)
+        counted = self._method.download_bytes(self._server, self._shape, who, since)
+        sent, targets = self._method.broadcast(self._server).tensors, [layer.name for layer in self._shape.targets]
+        return download_bytes(self._config.server, sent, targets, counted)
 
     def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any) -> Piece:
         states = [self._states.get(client) for client in clients]
         home = self._home.get(clients[0], index % len(self._workers))
-        lr = self._config.optimizer.lr
+        lr = cohorts.learning_rate(self._config, n)
         label = f"clients {clients[0]}-{clients[-1]}"
         return Piece(lambda worker: worker.train.remote(n, clients, states, broadcast, lr), home, label)
-
-    def _evaluate(self, rows: list[int], call: Callable[[Any], Any], stage: str) -> list[Any]:
-        size, n, broadcast = self._config.evaluation.batch_size, self._server.round, self._broadcast()
-        shards = [rows[i : i + size] for i in range(0, len(rows), size)]
-
-        def piece(index: int, shard: list[int]) -> Piece:
-            return Piece(
-                lambda worker: call(worker).remote(n, shard, broadcast), index % len(self._workers), f"shard {index}"
-            )
-
-        pieces = [piece(index, shard) for index, shard in enumerate(shards)]
-        return [done.result for done in in_order(self._workers, pieces, stage)]
-
-    def _held_out(self, most: int) -> list[int]:
-        """A fixed, seeded choice of held-out rows; a longer choice contains the shorter one."""
-        rows = stream(self._config.seed, "held-out choice").permutation(len(self._dataset.held_out))
-        return sorted(rows[:most].tolist())
 
     def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:
         changes = self._method.model(server, self._shape)
@@ -241,6 +217,12 @@ class Coordinator:
 def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
     """Ray's options of a worker: a restart brings it back empty, and the coordinator alone decides what runs again."""
     return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
+
+
+def _nova_factor(rows: Sequence[ClientRow]) -> float:
+    """The rows' weights are already per step; w_k is that times the steps."""
+    steps = [int(row.steps) for row in rows]
+    return nova_factor([row.weight * tau for row, tau in zip(rows, steps, strict=True)], steps) if rows else 1.0
 
 
 def _check_finite(server: ServerState, n: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from rayfed_sub.config import Config
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods import build
 from rayfed_sub.methods.protocol import Method
@@ -41,6 +42,7 @@ def prepare(config: Config) -> Job:
     kind = "causal-lm" if dataset.kind == "causal-lm" else "text-classification"
     bones = skeleton(config.model, kind, len(dataset.class_names), codec.vocabulary, codec.pad)
     method.check(bones.shape)
+    _check_server(config, method)
     if config.evaluation.generate and dataset.kind != "causal-lm":
         raise UserError("evaluation.generate", config.evaluation.generate, "0 for a classification task", "remove it")
     fields = asdict(cast(Any, method))
@@ -49,12 +51,30 @@ def prepare(config: Config) -> Job:
     return Job(resolved, method, bones, codec, dataset)
 
 
+def _check_server(config: Config, method: Method) -> None:
+    """UserError where a server rule or a local term does not fit the method or the executor."""
+    server, federation = config.server, config.federation
+    asked = {
+        "server.optimizer": (server.optimizer, server.optimizer != "plain", "plain"),
+        "server.lr": (server.lr, server.lr != 1.0, "1.0"),
+        "federation.normalise_steps": (True, federation.normalise_steps, "false"),
+    }
+    for field, (value, used, plain) in asked.items():
+        if used and not method.linear:
+            allowed = f"{plain} with method.name={config.method['name']}, whose factors change their basis every round"
+            raise UserError(field, value, allowed, "remove it or choose another method")
+    if federation.proximal and config.resources.executor == "reference":
+        raise UserError("federation.proximal", federation.proximal, "0 with resources.executor=reference", "remove it")
+
+
 def _rounds(config: Config, dataset: Dataset) -> int:
     """Rounds as configured, or as many as push `epochs` times all training rows through the cohorts."""
     federation = config.federation
     if federation.epochs is None:
         return federation.rounds or 3
-    per_round = (federation.sampled or federation.clients) * federation.local_steps * federation.batch_size
+    steps = [local_steps(config, client) for client in range(federation.clients)]
+    share = (federation.sampled or federation.clients) / federation.clients * federation.availability
+    per_round = share * sum(steps) * federation.batch_size
     return math.ceil(federation.epochs * len(dataset.client_rows) / per_round)
 
 

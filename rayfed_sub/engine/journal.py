@@ -47,7 +47,7 @@ class RoundRow:
 
     round: int
     clients: int
-    loss: float
+    loss: float | None
     held_out_loss: float | None
     uplink_bytes: int
     downlink_bytes: int

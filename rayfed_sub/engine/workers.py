@@ -18,6 +18,7 @@ from rayfed_sub.config import Config
 from rayfed_sub.data.batches import ClientBatches, collate
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.engine.exchange import Guard, Packed, packed, unpacked
 from rayfed_sub.engine.memory import PeakMemory
 from rayfed_sub.errors import RunError
@@ -129,23 +130,26 @@ class Worker:
         self._guard.check()
         return PackOutcome(tuple(updates), tuple(kept), time.perf_counter() - began)
 
-    def evaluate(self, round: int, rows: Sequence[int], broadcast: Packed) -> tuple[float, int]:
-        """Summed held-out loss and labels of the given held-out rows under the global model of `round`."""
+    def evaluate(
+        self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
+    ) -> tuple[float, int]:
+        """Summed held-out loss and labels of the given held-out rows under the model of `round`: the global one, or the
+        client's own where `client` is given (state as in `train`)."""
         indices = np.asarray(rows, dtype=np.int64)
         mask = self._spec.config.task.mask_prompt
         batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.codec.pad)
         on_device = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        with self._global(round, broadcast):
+        with self._judged(round, broadcast, client, state):
             out = held_out_loss(self._model, on_device)
         self._guard.check()
         return out
 
-    def generate(self, round: int, rows: Sequence[int], broadcast: Packed) -> list[str]:
-        """Greedy answers to the questions of the given held-out rows."""
+    def generate(self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any) -> list[str]:
+        """Greedy answers to the questions of the given held-out rows; arguments as in `evaluate`."""
         held_out, codec = self._dataset.held_out, self._spec.codec
         prompts = [held_out.row(row)[: held_out.prompts[row]].tolist() for row in rows]
         limit = self._spec.config.evaluation.max_new_tokens
-        with self._global(round, broadcast):
+        with self._judged(round, broadcast, client, state):
             tokens = answers(self._model, prompts, pad=codec.pad, eos=codec.eos, limit=limit)
         self._guard.check()
         return [codec.decode(row) for row in tokens]
@@ -160,10 +164,14 @@ class Worker:
         return self._broadcast[1]
 
     @contextmanager
-    def _global(self, round: int, broadcast: Packed) -> Iterator[None]:
+    def _judged(self, round: int, broadcast: Packed, client: int | None, state: Any) -> Iterator[None]:
         method, shape = self._spec.method, self._spec.skeleton.shape
-        tensors = self._received(round, broadcast)
-        with global_model(self._layers, shape, method.model(ServerState(round, tensors), shape), tensors):
+        server = ServerState(round, self._received(round, broadcast))
+        if client is None:
+            changes = method.model(server, shape)
+        else:
+            changes = method.personal_model(server, self._state(client, state), shape)
+        with global_model(self._layers, shape, changes, server.tensors):
             yield
 
     def _train(
@@ -188,9 +196,10 @@ class Worker:
             plain = assemble(self._spec.skeleton, self._tensors)
             rest = (starts, clients, batches, config.optimizer)
             return train_reference(plain, shape, weights, *rest, lr=lr, seed=config.seed)
+        mu = config.federation.proximal
         with based_on(self._layers, bases):
             rest = (starts, clients, batches, config.optimizer)
-            return train_pack(self._model, self._layers, shape, *rest, lr=lr, seed=config.seed, pad=pad)
+            return train_pack(self._model, self._layers, shape, *rest, lr=lr, seed=config.seed, pad=pad, proximal=mu)
 
     def _batches(self, client: int, cursor: int) -> ClientBatches:
         config, dataset = self._spec.config, self._dataset
@@ -202,14 +211,16 @@ class Worker:
             client,
             federation.batch_size,
             cursor,
-            federation.local_steps,
+            local_steps(config, client),
             config.task.mask_prompt,
             self._spec.codec.pad,
         )
 
     def _weight(self, client: int) -> float:
-        """p_k before normalisation."""
-        return float(len(self._dataset.rows_of(client))) if self._spec.config.federation.weights == "samples" else 1.0
+        """p_k before normalisation; under FedNova its share per local step."""
+        federation = self._spec.config.federation
+        weight = float(len(self._dataset.rows_of(client))) if federation.weights == "samples" else 1.0
+        return weight / local_steps(self._spec.config, client) if federation.normalise_steps else weight
 
     def _state(self, client: int, stored: Any) -> ClientState | None:
         """The client's state: resident when this worker trained it last, else fetched from the object store."""

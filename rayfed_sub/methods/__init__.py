@@ -7,9 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from pydantic import TypeAdapter, ValidationError
-
-from rayfed_sub.config import user_error
+from rayfed_sub.config import check, unknown_key
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods.protocol import Method
 
@@ -24,6 +22,7 @@ METHODS = {
 def build(fields: Mapping[str, Any]) -> Method:
     """The method named by `fields["name"]` (a name of the table, or `package.module:Class`) with its own fields set.
 
+    `inherited` lists fields that were written for another method; those that this one lacks are dropped.
     Raises UserError for an unknown name, an unknown field or a value out of range.
 
     >>> build({"name": "fedftg", "rank": 4}).rank
@@ -33,18 +32,15 @@ def build(fields: Mapping[str, Any]) -> Method:
     name = str(fields.get("name"))
     if name not in METHODS and ":" not in name:
         raise UserError("method.name", fields.get("name"), f"{known}, or package.module:Class", "pick one of them")
-    module, _, attribute = METHODS.get(name, name).partition(":")
     try:
+        module, _, attribute = METHODS.get(name, name).partition(":")
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError("method.name", name, f"an importable class, or one of {known}", str(error)) from None
-    own = {key: value for key, value in fields.items() if key != "name"}
     keys = [field.name for field in dataclasses.fields(cls)]
+    dropped = {"name", "inherited", *(key for key in fields.get("inherited", ()) if key not in keys)}
+    own = {key: value for key, value in fields.items() if key not in dropped}
     for key, value in own.items():
         if key not in keys:
-            fault = {"type": "extra_forbidden", "loc": (key,), "msg": "", "input": value}
-            raise user_error(cast(Any, fault), "method", keys)
-    try:
-        return cast(Method, TypeAdapter(cls).validate_python(own))
-    except ValidationError as error:
-        raise user_error(error.errors()[0], "method", keys) from None
+            raise unknown_key(f"method.{key}", value, keys)
+    return cast(Method, check(cls, own, "method"))

@@ -1,4 +1,5 @@
-"""What several methods do alike: the weighted mean, the trained head, moments between rounds, LoRA's factors.
+"""What several methods do alike: the weighted mean, the trained head, moments between rounds, LoRA's factors, ranks
+per client, changes that travel as blocks and what of them a returning client has missed.
 
 Plain functions.  Those whose first argument is `method` are whole answers to a question of the protocol: a method
 takes one over by assigning it in its class body, as in `fold = common.fold`.
@@ -6,6 +7,7 @@ takes one over by assigning it in its class body, as in `fold = common.fold`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -34,6 +36,10 @@ Rank = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Memory = Literal["keep", "reset"]
 SharedMemory = Literal["keep", "reset", "average"]
+ClientRanks = Annotated[tuple[Rank, ...], Field(min_length=1)] | None
+
+RANKS = "history/ranks"
+"""Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
 
 
 def add(total: Fold, tensors: Tensors, weight: float) -> Fold:
@@ -90,9 +96,10 @@ def _moments(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.endswith(("/m1", "/m2"))}
 
 
-def lora_right(layer: Layer, rank: int, seed: int) -> Tensor:
-    """LoRA's initial A (r, n), uniform in +-1/sqrt(n) as peft draws it, from the run's seed, for all clients."""
-    draw = stream(seed, "lora A", layer.name).uniform(-1, 1, (rank, layer.n)) / layer.n**0.5
+def lora_right(layer: Layer, rank: int, seed: int, *whose: int | str) -> Tensor:
+    """LoRA's initial A (r, n), uniform in +-1/sqrt(n) as peft draws it, from the run's seed: one for all clients, or
+    one for each `whose`."""
+    draw = stream(seed, "lora A", layer.name, *whose).uniform(-1, 1, (rank, layer.n)) / layer.n**0.5
     return torch.from_numpy(draw).float()
 
 
@@ -112,7 +119,7 @@ class _Remembers(Protocol):
     def state(self) -> str: ...
 
 
-class _LoRA(_Remembers, Protocol):
+class _LoRA(Protocol):
     """A method with LoRA's fields; s = alpha / rank."""
 
     @property
@@ -121,9 +128,78 @@ class _LoRA(_Remembers, Protocol):
     def alpha(self) -> float: ...
 
 
+class _Ranks(Protocol):
+    """A method with a largest rank and, where client_ranks is set, a rank for each client."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def client_ranks(self) -> tuple[int, ...] | None: ...
+
+
 def check_rank(method: _LoRA, shape: ModelShape) -> None:
     """UserError where the rank exceeds a target matrix."""
     check_fits(method.rank, shape)
+
+
+def check_ranks(method: _Ranks, shape: ModelShape) -> None:
+    """UserError where `rank` exceeds a target matrix, or a client's rank exceeds `rank`."""
+    check_fits(method.rank, shape)
+    if max(method.client_ranks or (1,)) > method.rank:
+        allowed = f"ranks from 1 to method.rank={method.rank}"
+        raise UserError("method.client_ranks", method.client_ranks, allowed, "raise method.rank or lower them")
+
+
+def rank_of(method: _Ranks, client: int) -> int:
+    """The rank of a client: entry `client` of client_ranks, modulo its length, or the rank of all."""
+    return method.client_ranks[client % len(method.client_ranks)] if method.client_ranks else method.rank
+
+
+def cut(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
+    """The first `rank` components of every target's two factors: left (m, rank), right (rank, n), views."""
+    factors = {}
+    for layer in shape.targets:
+        factors[f"{layer.name}/left"] = tensors[f"{layer.name}/left"][:, :rank]
+        factors[f"{layer.name}/right"] = tensors[f"{layer.name}/right"][:rank]
+    return factors
+
+
+def change_to_send(layer: Layer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """The change left @ right as it travels: its factors, or the matrix `<layer>/weight` where that is smaller."""
+    if left.shape[1] * (layer.m + layer.n) < layer.m * layer.n:
+        return {f"{layer.name}/left": left, f"{layer.name}/right": right}
+    return {f"{layer.name}/weight": left @ right}
+
+
+def add_changes(total: Fold, update: Update, shape: ModelShape) -> Fold:
+    """The running sum with the update's changes (as `change_to_send` sends them) in the dense sums `<layer>/weight`,
+    and their ranks in `counts` by layer; the total weight is left to `add`."""
+    sent, sums, ranks = update.tensors, dict(total.tensors), dict(total.counts)
+    for layer in shape.targets:
+        name, left = f"{layer.name}/weight", sent.get(f"{layer.name}/left")
+        so_far = sums.get(name, torch.zeros(layer.m, layer.n))
+        if left is None:
+            sums[name] = so_far + update.weight * sent[name]
+        else:
+            sums[name] = torch.addmm(so_far, left, sent[f"{layer.name}/right"], alpha=update.weight)
+        ranks[layer.name] = ranks.get(layer.name, 0.0) + (min(layer.m, layer.n) if left is None else left.shape[1])
+    return Fold(total.weight, sums, ranks)
+
+
+def no_history(shape: ModelShape) -> dict[str, Tensor]:
+    """The history before round 0."""
+    return {RANKS: torch.zeros(0, len(shape.targets), dtype=torch.int64)}
+
+
+def longer_history(server: ServerState, ranks: Sequence[float]) -> dict[str, Tensor]:
+    """The history with a round that added blocks of these summed ranks, one per target."""
+    return {RANKS: torch.cat([server.tensors[RANKS], torch.tensor([ranks]).to(torch.int64)])}
+
+
+def missed_bytes(server: ServerState, shape: ModelShape, since: int) -> int:
+    """Bytes of the blocks added since the start of round `since`; never more than the matrix."""
+    missed: list[int] = server.tensors[RANKS][max(since, 0) :].sum(0).tolist()
+    return 4 * sum(min(t.m * t.n, rank * (t.m + t.n)) for t, rank in zip(shape.targets, missed, strict=True))
 
 
 def init_factors(method: _LoRA, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
@@ -136,8 +212,8 @@ def init_factors(method: _LoRA, weights: Tensors, shape: ModelShape, seed: int) 
 
 
 def broadcast(method: object, server: ServerState) -> Broadcast:
-    """All of the server's tensors."""
-    return Broadcast(server.round, server.tensors)
+    """All of the server's tensors but its notes about the past, `history/...`."""
+    return Broadcast(server.round, {n: t for n, t in server.tensors.items() if not n.startswith("history/")})
 
 
 def download_all(method: object, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
@@ -148,6 +224,11 @@ def download_all(method: object, server: ServerState, shape: ModelShape, client:
 def keep(method: _Remembers, result: LocalResult, shape: ModelShape) -> Tensors:
     """Adam's moments, where the client keeps them."""
     return moments_to_keep(method.state, result)
+
+
+def keep_nothing(method: object, result: LocalResult, shape: ModelShape) -> Tensors:
+    """For clients that begin every round anew."""
+    return {}
 
 
 def zero(method: object, server: ServerState, shape: ModelShape) -> Fold:
@@ -175,3 +256,10 @@ def lora_model(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[st
     tensors, scale = server.tensors, method.alpha / method.rank
     blocks = {t.name: Block(tensors[f"{t.name}/left"], tensors[f"{t.name}/right"], scale) for t in shape.targets}
     return {name: Change(blocks=(block,)) for name, block in blocks.items()}
+
+
+def no_personal_model(
+    method: object, server: ServerState, state: ClientState | None, shape: ModelShape
+) -> dict[str, Change]:
+    """For methods with one model for all."""
+    raise AssertionError(f"{type(method).__name__} has one model for all clients")

@@ -31,6 +31,8 @@ class FedAvg:
     paper: ClassVar[str] = "arXiv 1602.05629"
     trained: ClassVar[str] = "the dense target weights"
     exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
     wire: ClassVar[str] = "m n / m n"
 
     state: common.SharedMemory = "keep"
@@ -58,3 +60,4 @@ class FedAvg:
     fold = common.fold
     finish = common.finish
     model = common.dense_model
+    personal_model = common.no_personal_model

@@ -43,6 +43,8 @@ class FedFTG:
     paper: ClassVar[str] = "arXiv 2410.23111"
     trained: ClassVar[str] = "GaLore coefficients in the client's own gradient subspace"
     exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
     wire: ClassVar[str] = "k r (m + n) / min(m n, blocks missed)"
 
     rank: common.Rank = 8
@@ -128,3 +130,4 @@ class FedFTG:
         return server.advance({**changed, _RANKS: torch.cat([server.tensors[_RANKS], ranks])})
 
     model = common.dense_model
+    personal_model = common.no_personal_model

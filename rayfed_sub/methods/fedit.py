@@ -22,6 +22,8 @@ class FedIT:
     paper: ClassVar[str] = "arXiv 2305.05644"
     trained: ClassVar[str] = "LoRA's A and B"
     exact: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
 
     rank: common.Rank = 8
@@ -48,3 +50,4 @@ class FedIT:
     fold = common.fold
     finish = common.finish
     model = common.lora_model
+    personal_model = common.no_personal_model

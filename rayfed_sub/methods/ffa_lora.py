@@ -32,6 +32,8 @@ class FFALoRA:
     paper: ClassVar[str] = "arXiv 2403.12313"
     trained: ClassVar[str] = "LoRA's B, over one frozen A"
     exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r m / r m"
 
     rank: common.Rank = 8
@@ -61,3 +63,4 @@ class FFALoRA:
     fold = common.fold
     finish = common.finish
     model = common.lora_model
+    personal_model = common.no_personal_model

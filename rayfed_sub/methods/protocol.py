@@ -39,6 +39,10 @@ class Method(Protocol):
     """What a client trains, in words, for the table of methods."""
     exact: ClassVar[bool]
     """Whether the server's change equals sum p_k dW_k to rounding."""
+    linear: ClassVar[bool]
+    """Whether the server's tensors keep their basis and move with the mean update, so that server optimisers fit."""
+    personal: ClassVar[bool]
+    """Whether every client has a model of its own, see `personal_model`."""
     wire: ClassVar[str]
     """Numbers per layer, client and round, up / down, as a formula."""
 
@@ -75,3 +79,6 @@ class Method(Protocol):
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         """The global model: per target layer its change relative to the backbone's weight."""
+
+    def personal_model(self, server: ServerState, state: ClientState | None, shape: ModelShape) -> Mapping[str, Change]:
+        """One client's model, like `model`; asked of methods with `personal` set.  state None: it never trained."""

@@ -1,4 +1,5 @@
 """One client inside the real libraries: `peft` holds LoRA's factors, `galore_torch` projects and steps, torch does SGD.
+An inner factor (`core`), which neither library knows, is plain autograd: left, core and right multiplied out.
 
 Legend: m, n layer sizes, r rank, k = size of the projected side (n on the right, m on the left), l = the other side.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rayfed_sub.config import Optimizer
 from rayfed_sub.records import Layer, ModelShape, Start, Tensors
@@ -49,7 +51,10 @@ def moving_tensors(
     parameters: dict[str, Any] = {}
     layers: dict[str, Layer] = {}
     for layer in shape.targets:
-        weight, left = f"{layer.name}/weight", f"{layer.name}/left"
+        weight, left, core = (f"{layer.name}/{role}" for role in ("weight", "left", "core"))
+        if core in begun:
+            parameters |= _cored(model, layer, begun, start.scale)
+            continue
         if start.subspace is None and left in begun:
             _load(model.get_submodule(layer.name), begun[weight])
             continue
@@ -60,7 +65,8 @@ def moving_tensors(
         weight, bias = f"{layer.name}/weight", f"{layer.name}/bias"
         linear = _linear(model, layer, begun[weight], begun.get(bias))
         parameters[weight], parameters[bias] = linear.weight, linear.bias
-    if start.subspace is None and any(name.endswith("/left") for name in start.tensors):
+    has = {name.rpartition("/")[2] for name in start.tensors}
+    if start.subspace is None and "left" in has and "core" not in has:
         parameters |= _lora(model, shape, start)
     moving = []
     for name in start.trained:
@@ -96,6 +102,28 @@ def _linear(model: nn.Module, layer: Layer, W_mn: Tensor, bias_m: Tensor | None)
     return linear
 
 
+class _Cored(nn.Module):
+    """A linear layer plus `scale * left @ core @ right`; the product is formed (m, n), as one reads it."""
+
+    def __init__(self, linear: nn.Linear, factors: Sequence[nn.Parameter], scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.left, self.core, self.right = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        change_mn = self.scale * (self.left @ self.core @ self.right)
+        return functional.linear(x, self.linear.weight + change_mn, self.linear.bias)
+
+
+def _cored(model: nn.Module, layer: Layer, begun: Tensors, scale: float) -> dict[str, nn.Parameter]:
+    """Puts the client's three factors around a layer, as parameters."""
+    linear = _linear(model, layer, begun[f"{layer.name}/weight"], None)
+    names = [f"{layer.name}/{role}" for role in ("left", "core", "right")]
+    factors = [nn.Parameter(begun[n].to(linear.weight.device, copy=True), requires_grad=False) for n in names]
+    model.set_submodule(layer.name, _Cored(linear, factors, scale))
+    return dict(zip(names, factors, strict=True))
+
+
 def _lora(model: nn.Module, shape: ModelShape, start: Start) -> dict[str, nn.Parameter]:
     """Injects peft's LoRA with the client's factors; every target has its own rank r and alpha = scale * r."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -126,11 +154,14 @@ def _projector(layer: Layer, start: Start, names: tuple[int, int], device: torch
 
     subspace = start.subspace
     assert subspace is not None
-    projector = GaLoreProjector(subspace.rank, update_proj_gap=subspace.refresh_every, scale=start.scale)
+    # galore_torch knows no "never": it then renews at every step, and gets the same basis each time.
+    projector = GaLoreProjector(subspace.rank, update_proj_gap=subspace.refresh_every or 1, scale=start.scale)
     projector.ortho_matrix = start.tensors[sides(layer)[0]].to(device)
     projector.taken = start.step  # the client's optimiser steps, kept up to date by `_step`
 
     def orthogonal(G_mn: Tensor, rank: int, type: str) -> Tensor:
+        if not subspace.refresh_every:
+            return projector.ortho_matrix
         G_lk, old = (G_mn, projector.ortho_matrix) if type == "right" else (G_mn.T, projector.ortho_matrix.T)
         old_rk = old if old.any() else None
         if subspace.projector == "exact":
@@ -143,7 +174,7 @@ def _projector(layer: Layer, start: Start, names: tuple[int, int], device: torch
             new_rk = basis(subspace.projector, G_lk, torch.eye(len(G_lk), device=device), rank, old_rk, rng)
         return new_rk if type == "right" else new_rk.T
 
-    if subspace.projector != "svd":
+    if subspace.projector != "svd" or not subspace.refresh_every:
         projector.get_orthogonal_matrix = orthogonal
     return projector
 
@@ -174,7 +205,7 @@ def stepper_of(moving: Sequence[Moving], start: Start, optimizer: Optimizer, lr:
             state["step"] = start.step
             if x.projector is not None:
                 state["projector"] = x.projector
-                if start.subspace is not None and start.subspace.moments == "reset":
+                if start.subspace is not None and start.subspace.moments == "reset" and start.subspace.refresh_every:
                     state["step"] = start.step % start.subspace.refresh_every
     return stepper
 

@@ -22,6 +22,7 @@ from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.layers import PackLinear, Terms
 from rayfed_sub.training.losses import client_losses
+from rayfed_sub.training.proximal import pull
 from rayfed_sub.training.subspaces import Closed, Refresh, padded, renew
 
 
@@ -49,6 +50,7 @@ class Pack:
     moments: dict[str, dict[str, Tensor]]
     closed: dict[str, Closed]
     losses: Tensor  # (steps so far, G)
+    anchors: dict[str, Tensor]  # the trained tensors as the round began, for FedProx
 
 
 def train_pack(
@@ -63,11 +65,13 @@ def train_pack(
     lr: float,
     seed: int,
     pad: int,
+    proximal: float = 0.0,
 ) -> list[LocalResult]:
     """Trains client i from starts[i] for len(batches[i]) optimiser steps, one batch each; results in the given order.
 
     model: the frozen model with `layers` installed; layers' weights are the round's base weights.  Ranks, scales, step
     counts and numbers of steps may differ between clients; `trained`, `decays_base` and the kind of subspace may not.
+    proximal: FedProx's mu (see `proximal.pull`).
     A client whose loss, gradient or result is not finite comes back with `failure` set and does not touch the others.
     """
     device = next(iter(layers.values())).weight.device
@@ -78,7 +82,7 @@ def train_pack(
         pack = _without_finished(pack, t, shape, results)
         merged = merge([trainee.batches[t] for trainee in pack.trainees], pad)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in merged.items()}
-        _step(model, layers, shape, pack, batch, optimizer, lr, seed)
+        _step(model, layers, shape, pack, batch, optimizer, lr, seed, proximal)
     _without_finished(pack, None, shape, results)
     return [results[client] for client in clients]
 
@@ -92,6 +96,7 @@ def _step(
     optimizer: Optimizer,
     lr: float,
     seed: int,
+    proximal: float,
 ) -> None:
     """One forward, backward and optimiser step of every client in the pack."""
     trainees, first = pack.trainees, pack.trainees[0].start
@@ -101,7 +106,7 @@ def _step(
     _bind(layers, shape, pack, {**pack.tensors, **leaves}, scale_G, refresh)
     try:
         loss_G, count_G = client_losses(model, batch, len(trainees))
-        grads = _gradients(loss_G, leaves)
+        grads = _gradients(loss_G.sum() + _penalties(trainees, {**pack.tensors, **leaves}), leaves)
     finally:
         for layer in layers.values():
             layer.terms = None
@@ -117,12 +122,14 @@ def _step(
             grads[name] = grads[name] / scale_G[:, None, None]
     if refresh is not None:
         _new_period(pack, shape, refresh, grads, scale_G, optimizer)
+    if proximal:
+        pull(proximal, shape, first, pack.tensors, pack.anchors, pack.closed, grads, scale_G)
     if optimizer.clip_norm is not None:
         optimizers.clip(list(grads.values()), optimizer.clip_norm)
     step_G = [trainee.step for trainee in trainees]
     since_G = step_G
     if first.subspace is not None and first.subspace.moments == "reset":  # bias correction starts anew with the moments
-        since_G = [trainee.step % _period(trainee) for trainee in trainees]
+        since_G = [trainee.step % (_period(trainee) or trainee.step + 1) for trainee in trainees]
     others = [name for name in first.trained if name not in factors]
     for names, taken_G in ((factors, since_G), (others, step_G)):
         moments = {role: [tensors[name] for name in names] for role, tensors in pack.moments.items()}
@@ -207,11 +214,26 @@ def _bind(
         layers[layer.name].terms = Terms(clients=G, weight_Gmn=weight, bias_Gm=bias)
 
 
-def _gradients(loss_G: Tensor, leaves: Tensors) -> dict[str, Tensor]:
+def _penalties(trainees: Sequence[Trainee], tensors: Tensors) -> Tensor | float:
+    """The sum of the clients' own penalties, each over its own tensors without padding."""
+    terms = [
+        trainee.start.penalty({name: own(tensors[name][g], start) for name, start in trainee.start.tensors.items()})
+        for g, trainee in enumerate(trainees)
+        if trainee.start.penalty is not None
+    ]
+    return torch.stack(terms).sum() if terms else 0.0
+
+
+def own(tensor: Tensor, like: Tensor) -> Tensor:
+    """A client's tensor without the padding to the pack's largest rank."""
+    return tensor[tuple(slice(size) for size in like.shape)]
+
+
+def _gradients(loss: Tensor, leaves: Tensors) -> dict[str, Tensor]:
     """Gradients of the summed loss; zero where a tensor took no part in it."""
-    if not loss_G.requires_grad:  # no label in any client's batch
+    if not loss.requires_grad:  # no label in any client's batch
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    grads = torch.autograd.grad(loss_G.sum(), list(leaves.values()), allow_unused=True)
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if grad is None else grad
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
@@ -235,7 +257,8 @@ def _stack(trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, dev
         for role in optimizers.moment_roles(optimizer)
     }
     closed = {layer.name: Closed() for layer in shape.targets}
-    return Pack(list(trainees), tensors, moments, closed, torch.zeros(0, len(trainees), device=device))
+    anchors = {name: tensors[name].clone() for name in starts[0].trained}
+    return Pack(list(trainees), tensors, moments, closed, torch.zeros(0, len(trainees), device=device), anchors)
 
 
 def _without_finished(pack: Pack, t: int | None, shape: ModelShape, results: dict[int, LocalResult]) -> Pack:
@@ -254,6 +277,7 @@ def _without_finished(pack: Pack, t: int | None, shape: ModelShape, results: dic
         {role: {name: tensor[index] for name, tensor in tensors.items()} for role, tensors in pack.moments.items()},
         pack.closed,
         pack.losses[:, index],
+        {name: tensor[index] for name, tensor in pack.anchors.items()},
     )
 
 
@@ -262,13 +286,12 @@ def _result(pack: Pack, g: int, shape: ModelShape) -> LocalResult:
     trainee = pack.trainees[g]
     start = trainee.start
 
-    def own(name: str, tensor: Tensor) -> Tensor:
-        return tensor[g][tuple(slice(size) for size in start.tensors[name].shape)].cpu().clone()
+    def alone(name: str, tensor: Tensor) -> Tensor:
+        return own(tensor[g], start.tensors[name]).cpu().clone()
 
-    tensors = {name: own(name, tensor) for name, tensor in pack.tensors.items()}
-    moments = {
-        f"{name}/{role}": own(name, named[name]) for role, named in pack.moments.items() for name in start.trained
-    }
+    tensors = {name: alone(name, tensor) for name, tensor in pack.tensors.items()}
+    moved = {f"{name}/{role}": alone(name, at[name]) for role, at in pack.moments.items() for name in start.trained}
+    moments = {**start.moments, **moved}  # of a factor at rest they stay as they were
     blocks = {}
     if start.subspace is not None:
         for layer in shape.targets:
@@ -296,6 +319,7 @@ def _result(pack: Pack, g: int, shape: ModelShape) -> LocalResult:
         periods=max(1, trainee.periods),
         metrics=metrics,
         failure=trainee.failure or _not_finite(tensors),
+        trained=start.trained,
     )
 
 

@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from rayfed_sub.config import Optimizer
 from rayfed_sub.data.batches import Batches
-from rayfed_sub.errors import UserError
 from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
 from rayfed_sub.training.subspaces import sides
@@ -42,13 +41,9 @@ def train_reference(
     model: the plain transformers model, left as it is.  weights: `<target>/weight` (m, n) float32 with which the round
     begins, where a Start has none of its own.  The results are as `train_pack`'s, with two differences of form: a
     GaLore client's blocks are its whole dense change times a unit matrix, and its trained factor comes back as zeros
-    (what it held is in the blocks).  A client stops at its first non-finite loss or gradient and has `failure` set.
-
-    Raises UserError for methods with an inner factor (`core`), which neither library knows.
+    where the basis is renewed (what it held is in the blocks).  A client stops at its first non-finite loss or gradient
+    and has `failure` set.
     """
-    if any(name.endswith("/core") for start in starts for name in start.tensors):
-        covered = "pack for this method: reference covers dense weights, LoRA's two factors and GaLore"
-        raise UserError("resources.executor", "reference", covered, "set resources.executor=pack")
     return [
         _client(model, shape, weights, start, client, own_batches, optimizer, lr, seed)
         for start, client, own_batches in zip(starts, clients, batches, strict=True)
@@ -78,11 +73,14 @@ def _client(
         loss, count = _loss(model, batch)
         losses.append(loss.item())
         labels += count
+        if start.penalty is not None:
+            loss = loss + start.penalty({**start.tensors, **{x.name: x.parameter for x in moving}})
         loss.backward()
         failure = _not_finite(t, losses[-1], moving)
         if failure:
             break
-        due = start.subspace is not None and step % start.subspace.refresh_every == 0
+        period = 0 if start.subspace is None else start.subspace.refresh_every
+        due = bool(period) and step % period == 0
         _step(stepper, moving, start, optimizer, lr, step, due)
         periods += due or t == 0
         step += 1
@@ -100,7 +98,11 @@ def _client(
         change_mn = tensors[trained] - base_scale * begun[f"{layer.name}/weight"].cpu()
         unit = torch.eye(min(layer.m, layer.n))
         blocks[layer.name] = (change_mn, unit) if layer.n <= layer.m else (unit, change_mn)
-        tensors[trained] = torch.zeros_like(start.tensors[trained])
+        if start.subspace is not None and start.subspace.refresh_every:
+            tensors[trained] = torch.zeros_like(start.tensors[trained])
+        else:  # one orthonormal basis Q all along: change = scale L Q
+            Q = tensors[fixed].T
+            tensors[trained] = (change_mn @ Q if layer.n <= layer.m else Q @ change_mn) / start.scale
     bad = next((f"non-finite values in {name}" for name, x in tensors.items() if not torch.isfinite(x).all()), None)
     metrics = {
         "loss": sum(losses) / max(1, len(losses)),
@@ -110,7 +112,9 @@ def _client(
         "periods": float(max(1, periods)),
     }
     periods = max(1, periods)
-    return LocalResult(client, tensors, moments, step, blocks, base_scale, periods, metrics, failure or bad)
+    moments = {**start.moments, **moments}  # of a factor at rest they stay as they were
+    failure = failure or bad
+    return LocalResult(client, tensors, moments, step, blocks, base_scale, periods, metrics, failure, start.trained)
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

@@ -1,0 +1,48 @@
+"""Who takes part in a round, with how many local steps, at what learning rate: functions of configuration and seed."""
+
+from __future__ import annotations
+
+import math
+
+from rayfed_sub.config import Config, StepRange
+from rayfed_sub.streams import stream
+
+
+def cohort(config: Config, n: int) -> list[int]:
+    """The clients of round n, sorted: sampled without replacement, less those that are not available.
+
+    It may be empty when federation.availability is small; the server then stays as it is.
+    """
+    federation = config.federation
+    size = federation.sampled or federation.clients
+    drawn = stream(config.seed, "cohort", n).choice(federation.clients, size, replace=False)
+    present = stream(config.seed, "availability", n).random(size) < federation.availability
+    return sorted(drawn[present].tolist())
+
+
+def local_steps(config: Config, client: int) -> int:
+    """The client's local steps in every round: its own, the same from round to round (a slow client stays slow)."""
+    steps = config.federation.local_steps
+    if isinstance(steps, int):
+        return steps
+    if isinstance(steps, StepRange):
+        return int(stream(config.seed, "local steps", client).integers(steps.low, steps.high, endpoint=True))
+    return steps[client % len(steps)]
+
+
+def learning_rate(config: Config, n: int) -> float:
+    """The learning rate of round n, counted from 0.
+
+    >>> from rayfed_sub.config import load_config
+    >>> config = load_config({"federation": {"rounds": 5}, "optimizer": {"lr": 1.0, "schedule": "linear"}})
+    >>> [learning_rate(config, n) for n in range(5)]
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    optimizer, rounds = config.optimizer, config.federation.rounds or 1
+    if n < optimizer.warmup_rounds:
+        return optimizer.lr * (n + 1) / (optimizer.warmup_rounds + 1)
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    done = (n - optimizer.warmup_rounds) / max(1, rounds - 1 - optimizer.warmup_rounds)
+    left = 1 - done if optimizer.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return optimizer.lr * (optimizer.final + (1 - optimizer.final) * left)

@@ -1,0 +1,73 @@
+"""What the server does with a round's mean change, whatever the method: plain, momentum or Adam.
+
+Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295 (FedAdam); Hsu, Qi, Brown, arXiv 1909.06335 (FedAvgM);
+Wang et al., arXiv 2007.07481 (FedNova).  All of them move the tensors that the method's `finish` changed, so they fit
+methods whose server tensors keep their basis from round to round: those with `linear` set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.config import Server
+from rayfed_sub.records import ServerState, Tensors, wire_bytes
+
+
+def advance(
+    rule: Server, before: ServerState, after: ServerState, memory: Tensors, factor: float = 1.0
+) -> tuple[ServerState, dict[str, Tensor]]:
+    """The server after the round, and the rule's memory: `<name>/v` (momentum) or `<name>/m`, `<name>/v` (adam).
+
+    after: what the method's `finish` made of `before`.  factor scales the change first (FedNova).
+    """
+    if rule.optimizer == "plain" and rule.lr * factor == 1.0:
+        return after, {}
+    tensors, kept = dict(after.tensors), dict(memory)
+    for name in moved(before, after):
+        old = before.tensors[name]
+        d = factor * (after.tensors[name] - old)
+        if rule.optimizer == "momentum":
+            d = kept[f"{name}/v"] = rule.momentum * memory.get(f"{name}/v", torch.zeros_like(d)) + d
+        elif rule.optimizer == "adam":
+            b1, b2 = rule.betas
+            m = kept[f"{name}/m"] = b1 * memory.get(f"{name}/m", torch.zeros_like(d)) + (1 - b1) * d
+            v = kept[f"{name}/v"] = b2 * memory.get(f"{name}/v", torch.zeros_like(d)) + (1 - b2) * d.square()
+            d = m / (v.sqrt() + rule.tau)
+        tensors[name] = old + rule.lr * d
+    return ServerState(after.round, tensors), kept
+
+
+def moved(before: ServerState, after: ServerState) -> list[str]:
+    """The learned tensors that `finish` replaced: factors, weights and head; not moments, counters or histories."""
+    learned = ("/weight", "/left", "/right", "/core", "/bias")
+    return [
+        name
+        for name, tensor in after.tensors.items()
+        if name.endswith(learned) and name in before.tensors and tensor is not before.tensors[name]
+    ]
+
+
+def nova_factor(weights: Sequence[float], steps: Sequence[int]) -> float:
+    """FedNova's factor on the mean of changes weighed by w_k / tau_k, so that it becomes tau_eff sum p_k d_k / tau_k:
+
+    (sum w_k / tau_k) (sum w_k tau_k) / (sum w_k)^2, at least 1.
+
+    >>> nova_factor([1.0, 1.0], [1, 3])  # (1 + 1/3) (1 + 3) / 4
+    1.3333333333333333
+    """
+    per_step = sum(w / tau for w, tau in zip(weights, steps, strict=True))
+    steps_of_all = sum(w * tau for w, tau in zip(weights, steps, strict=True))
+    return per_step * steps_of_all / sum(weights) ** 2
+
+
+def download_bytes(rule: Server, sent: Tensors, targets: Sequence[str], counted: int) -> int:
+    """What a client downloads under this rule: a moved dense weight is no sum of the cohort's blocks any more.
+
+    sent: the broadcast; targets: names of the target layers; counted: the method's own count.
+    """
+    if rule.optimizer == "plain" or not any(f"{name}/weight" in sent for name in targets):
+        return counted
+    return wire_bytes(sent)
