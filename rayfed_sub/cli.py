@@ -31,9 +31,6 @@ Out = Annotated[Path | None, typer.Option("--out", help="the run folder (default
 def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
     """Run a federated job to the end."""
     checked = load_config(config, overrides or [])
-    os.environ.setdefault(
-        "TQDM_DISABLE", "1"
-    )  # transformers reads a GGUF file under a bar of its own, 30 lines in ours
     from rayfed_sub.display import Display
     from rayfed_sub.engine import session
 
@@ -46,13 +43,26 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> Non
 def export(
     run_dir: Annotated[Path, typer.Argument(help="the folder of a finished run")],
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],
-    format: Annotated[Literal["hf"], typer.Option("--format", help="hf: a transformers model folder")] = "hf",
+    format: Annotated[
+        Literal["hf", "peft"],
+        typer.Option("--format", help="hf: a transformers model folder; peft: a LoRA adapter, which is much smaller"),
+    ] = "hf",
+    client: Annotated[
+        int | None, typer.Option("--client", help="whose model, with methods that give every client its own")
+    ] = None,
 ) -> None:
-    """Write the trained model so that transformers loads it."""
-    from rayfed_sub.export import export_hf
+    """Write the trained model so that transformers or peft loads it.
 
-    export_hf(run_dir, to)
-    typer.echo(f"{to}: load it with transformers' from_pretrained")
+    A peft adapter names the model that it changes, which must be loaded first.
+    Where transformers could not load that by a name (random, GGUF, with a
+    classification head), it is written beside the adapter, to the folder base.
+    """
+    from rayfed_sub.export import export_hf, export_peft
+
+    written = (export_peft if format == "peft" else export_hf)(run_dir, to, client)
+    if written.warning is not None:
+        typer.echo(f"rayfed-sub: {written.warning}", err=True)
+    typer.echo(written.loading)
 
 
 @app.command("list")
@@ -78,6 +88,9 @@ def main() -> None:
 
 
 def _code() -> int:
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # transformers reads GGUF files under a bar, which makes 30 lines in ours
     try:
         code: int | None = app(standalone_mode=False)  # a number where it ends early: 0 after --help, 130 with Ctrl-C
     except UserError as error:

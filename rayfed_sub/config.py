@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from rayfed_sub.errors import UserError
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 R = TypeVar("R")
 
 
@@ -94,6 +94,14 @@ class Federation(_Record):
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     proximal: Annotated[float, Field(ge=0)] = 0.0
     normalise_steps: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _long_enough(cls, tree: Any) -> Any:
+        """Three rounds where nothing is said of the length."""
+        if isinstance(tree, Mapping) and tree.get("rounds") is None and tree.get("epochs") is None:
+            return {**tree, "rounds": 3}
+        return tree
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:

@@ -64,7 +64,7 @@ class Display:
         self._rounds, self._began = federation.rounds or 0, time.monotonic()
         cohort = federation.sampled or federation.clients
         self._print(
-            f"{record.config.name}: {method}, {self._rounds} rounds of {_steps(federation.local_steps)} local steps, "
+            f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
             f"{cohort} of {federation.clients} clients each; into {record.folder}"
         )
         self._print(_ROUND.format("round", "loss", "held-out", "tokens/s", "up", "down", "time", "left"), "dim")
@@ -120,7 +120,7 @@ class Display:
             ("weights_sha256", summary.weights_sha256),
             ("run folder", summary.folder),
         ]
-        print_table((f"{summary.name}: {summary.method}", f"{summary.rounds} rounds"), rows, self._console)
+        print_table((f"{summary.name}: {summary.method}", _rounds(summary.rounds)), rows, self._console)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:
@@ -166,9 +166,13 @@ def _change(before: float | None, after: float | None) -> str:
 
 def _against(sent: int, dense: int) -> str:
     if not sent:
-        return f"nothing; {size(dense)} of dense target weights"
+        return f"nothing, against {size(dense)} of dense target weights"
     share = f"{dense / sent:.1f}x less than" if sent < dense else f"{sent / dense:.1f}x"
     return f"{size(sent)}, {share} {size(dense)} of dense target weights"
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' if count != 1 else ''}"
 
 
 def _steps(steps: object) -> str:

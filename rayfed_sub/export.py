@@ -1,33 +1,178 @@
-"""The trained model of a finished run, written for other tools."""
+"""The trained model of a finished run, written for other tools: whole for transformers, or its change for peft."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.engine import checkpoints
 from rayfed_sub.engine.folder import finished, make
-from rayfed_sub.engine.job import prepare
+from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.errors import UserError
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.skeleton import AUTO_CLASSES
+from rayfed_sub.models.sources import RANDOM, locate
 from rayfed_sub.models.weights import load_weights, target_weights, write_folder
+from rayfed_sub.records import Change, ClientState, ModelShape, ServerState
+from rayfed_sub.training.adapters import Factors, write_adapter
 
 
-def export_hf(run_dir: Path, to: Path) -> None:
+@dataclass(frozen=True)
+class Export:
+    """What was written: how to load it, and what the person should know, in a line each."""
+
+    loading: str
+    warning: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """A finished run's result.  tensors: the pretrained model by dotted name; weights: its `<target>/weight` (m, n);
+    changes: per target, relative to those; head: `<layer>/weight` and `<layer>/bias` as trained."""
+
+    job: Job
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    changes: Mapping[str, Change]
+    head: Mapping[str, Tensor]
+
+
+def export_hf(run_dir: Path, to: Path, client: int | None = None) -> Export:
     """Writes a folder that transformers' from_pretrained loads, with the run's target weights merged in, as float32.
 
-    Raises UserError where run_dir holds no finished run or `to` is not empty.
+    client: whose model, for methods with a model of its own for every client.
+    Raises UserError where run_dir holds no finished run, `to` is not empty, or `client` does not fit the method.
     """
+    trained = _read(run_dir, to, client)
+    skeleton, codec = trained.job.skeleton, trained.job.codec
+    merged = {f"{t.name}/weight": _changed(trained, t.name) for t in skeleton.shape.targets}
+    write_folder(skeleton, trained.tensors, merged | dict(trained.head), to, codec, dtype=torch.float32)
+    return Export(f"{to}: load it with transformers' {AUTO_CLASSES[skeleton.kind]}.from_pretrained")
+
+
+def export_peft(run_dir: Path, to: Path, client: int | None = None) -> Export:
+    """Writes a LoRA adapter that peft's PeftModel.from_pretrained loads: the change of every target, and the head.
+
+    Low-rank terms are written as they are, several of a layer side by side, their scale and core in B.  The change of a
+    dense weight is written at its numerical rank.  The adapter names its base, a causal language model, where that is a
+    folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its own dtype.
+    Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
+    would be no smaller than they are.
+    """
+    trained = _read(run_dir, to, client)
+    factors, ranks = _factors(trained)
+    skeleton = trained.job.skeleton
+    base, turned = _base(trained, to), bool(skeleton.transposed)
+    write_adapter(to, factors, trained.head, kind=skeleton.kind, base=base, transposed=turned)
+    loading = f"{to}: load it with peft's PeftModel.from_pretrained, over the model {base}"
+    if not ranks:
+        return Export(loading)
+    span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}"
+    return Export(loading, f"the change of dense weights is written at its numerical rank, {span} a layer")
+
+
+def _read(run_dir: Path, to: Path, client: int | None) -> _Trained:
     config, _ = finished(run_dir)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
     make(to, "--to")
     job = prepare(config)
-    server, _ = checkpoints.read(run_dir)
-    tensors = load_weights(config.model, job.skeleton, config.seed)
-    pretrained = target_weights(job.skeleton.shape, job.skeleton.transposed, tensors)
     shape = job.skeleton.shape
-    changes = job.method.model(server, shape)
-    merged = {f"{t.name}/weight": changes[t.name].apply(pretrained[f"{t.name}/weight"]) for t in shape.targets}
-    head = {name: server.tensors[name] for name in shape.head_names}
-    write_folder(job.skeleton, tensors, merged | head, to, job.codec, dtype=torch.float32)
+    server, clients = checkpoints.read(run_dir)
+    changes = _changes(job.method, server, clients, client, shape)
+    tensors = load_weights(config.model, job.skeleton, config.seed)
+    weights = target_weights(shape, job.skeleton.transposed, tensors)
+    return _Trained(job, tensors, weights, changes, {name: server.tensors[name] for name in shape.head_names})
+
+
+def _changes(
+    method: Method, server: ServerState, clients: Mapping[int, ClientState], client: int | None, shape: ModelShape
+) -> Mapping[str, Change]:
+    if not method.personal:
+        if client is not None:
+            raise UserError("--client", client, f"nothing, for {method.name} has one model for all", "leave it out")
+        return method.model(server, shape)
+    if client is None or client not in clients:
+        took_part = ", ".join(map(str, sorted(clients)))
+        allowed = f"one of the clients that took part, for each has its own model with {method.name}: {took_part}"
+        raise UserError("--client", client, allowed, f"e.g. --client {min(clients)}" if clients else "")
+    return method.personal_model(server, clients[client], shape)
+
+
+def _changed(trained: _Trained, target: str) -> Tensor:
+    return trained.changes[target].apply(trained.weights[f"{target}/weight"])
+
+
+def _factors(trained: _Trained) -> tuple[Factors, list[int]]:
+    """Every target's change as left (m, r) and right (r, n), and the ranks of those that had to be factorised."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    dense, most, numbers, size = [], (0, ""), 0, 0
+    for layer in trained.job.skeleton.shape.targets:
+        change = trained.changes[layer.name]
+        if change.blocks and change.dense is None and change.base_scale == 1.0:
+            factors[layer.name] = _side_by_side(change)
+            continue
+        rank = change_rank(trained.weights[f"{layer.name}/weight"], _changed(trained, layer.name))
+        dense.append((layer.name, max(1, rank)))  # peft knows no rank 0
+        most = max(most, (rank, f"{layer.name}, {layer.m} x {layer.n}"))
+        numbers, size = numbers + rank * (layer.m + layer.n), size + layer.m * layer.n
+    if dense and numbers >= size:
+        allowed = f"hf, for {trained.job.method.name} changed {most[1]}, by rank {most[0]}, too high for an adapter"
+        raise UserError("--format", "peft", allowed, "use --format hf")
+    for name, rank in dense:
+        W_mn = trained.weights[f"{name}/weight"]
+        factors[name] = factorised(_changed(trained, name).double() - W_mn.double(), rank)
+    return factors, [rank for _, rank in dense]
+
+
+def _side_by_side(change: Change) -> tuple[Tensor, Tensor]:
+    lefts = [b.scale * (b.left if b.core is None else b.left @ b.core) for b in change.blocks]
+    return torch.cat(lefts, dim=1), torch.cat([block.right for block in change.blocks])
+
+
+def factorised(change_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a float64 matrix (m, n) of the given rank, as left (m, rank), right (rank, n), float32.
+
+    >>> left, right = factorised(torch.tensor([[3.0, 4.0], [6.0, 8.0]], dtype=torch.float64), 1)
+    >>> left.shape, right.shape, (left @ right).round(decimals=5).tolist()
+    (torch.Size([2, 1]), torch.Size([1, 2]), [[3.0, 4.0], [6.0, 8.0]])
+    """
+    m, n = change_mn.shape
+    if m < n:
+        left, right = factorised(change_mn.T, rank)
+        return right.T, left.T
+    # The smaller Gram matrix has the right singular vectors as eigenvectors.  Squaring costs half of float64's digits,
+    # which leaves as many as float32 has, and saves most of the time of a singular value decomposition.
+    _, V_nn = torch.linalg.eigh(change_mn.T @ change_mn)
+    V_nr = V_nn[:, n - rank :]  # eigenvalues ascend
+    return (change_mn @ V_nr).float(), V_nr.T.float()
+
+
+def _base(trained: _Trained, to: Path) -> str:
+    """The name by which transformers loads the pretrained model, which is written to `to`/base where it has none."""
+    job = trained.job
+    name = loadable(job.config.model.path, job.skeleton.kind)
+    if name is None:
+        write_folder(job.skeleton, trained.tensors, {}, to / "base", job.codec)
+    return name or str((to / "base").resolve())
+
+
+def loadable(path: str, kind: str) -> str | None:
+    """The folder or hub id whose from_pretrained gives the model of `model.path` as a run begins with it, if any.
+
+    >>> loadable("gpt2", "causal-lm"), loadable("random", "causal-lm"), loadable("bert-base", "text-classification")
+    ('openai-community/gpt2', None, None)
+    """
+    # A classifier's head, and often its pooler, are in no file but ours: they were drawn.
+    if path == RANDOM or kind != "causal-lm":
+        return None
+    source = locate(path)
+    if source.gguf is not None:
+        return None
+    folder = Path(source.name)
+    return str(folder.resolve()) if folder.is_dir() else source.name

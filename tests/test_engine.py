@@ -19,6 +19,7 @@ from rayfed_sub.config import Config
 from rayfed_sub.engine.exchange import packed
 from rayfed_sub.engine.journal import PackDone, RoundDone, Summary
 from rayfed_sub.errors import RunError, UserError
+from rayfed_sub.methods import METHODS
 
 TINY = Path(__file__).parents[1] / "experiments" / "tiny.yaml"
 SMALL = [
@@ -106,15 +107,43 @@ def test_training_helps(undisturbed: Summary) -> None:
     assert undisturbed.metrics["held_out_loss"] < undisturbed.metrics["held_out_loss_before"] - 0.02
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedit", "ffa-lora"])
-def test_every_method_runs_without_a_word_about_it_in_the_engine(
-    method: str, ray_session: None, tmp_path: Path
-) -> None:
-    fields = "{name: fedavg}" if method == "fedavg" else f"{{name: {method}, rank: 4}}"
-    summary = run(small(f"method={fields}", "resources.workers=2"), tmp_path / "run")
+M, N, R = 96, 32, 4  # both targets of the small model are 96 x 32; rank 4
+UPLOADS = {  # numbers per layer and client in rounds 0 and 1 (PAPER's table of methods)
+    "fedftg": (R * (M + N), R * (M + N)),
+    "fedavg": (M * N, M * N),
+    "fedit": (R * (M + N), R * (M + N)),
+    "ffa-lora": (R * M, R * M),
+    "flexlora": (R * (M + N), R * (M + N)),
+    "flora": (R * (M + N), R * (M + N)),
+    "hetlora": (R * (M + N), R * (M + N)),
+    "fedex-lora": (R * (M + N), R * (M + N)),
+    "rolora": (R * M, R * N),  # B, then A
+    "fedsa-lora": (R * N, R * N),
+    "fedsvd": (R * M, R * M),
+    "lora-fair": (R * (M + N), R * (M + N)),
+    "fed-sb": (R * R, R * R),
+    "shared-galore": (R * M, R * M),
+    "centralized": (R * (M + N), R * (M + N)),  # one client, FedFTG's local training
+}
+
+
+def test_the_table_of_uploads_names_every_method() -> None:
+    assert set(UPLOADS) == {*METHODS, "centralized"}
+
+
+@pytest.mark.parametrize("name", [name for name in UPLOADS if name != "fedftg"])
+def test_every_method_runs_by_its_name_and_counts_its_bytes(name: str, ray_session: None, tmp_path: Path) -> None:
+    """With nothing but the name replaced; fedftg itself is `undisturbed`."""
+    summary = run(small(f"method.name={name}", "resources.workers=1"), tmp_path / "run")
+    clients = 1 if name == "centralized" else 8
+    assert summary.uplink_bytes == clients * 2 * 4 * sum(UPLOADS[name])  # clients x layers x bytes
     assert summary.metrics["held_out_loss"] < summary.metrics["held_out_loss_before"]
+
+
+def test_no_method_is_named_in_the_engine() -> None:
     engine = Path(__file__).parents[1] / "rayfed_sub" / "engine"
-    assert not any(method in path.read_text() for path in engine.glob("*.py"))
+    words = "\n".join(path.read_text() for path in engine.glob("*.py"))
+    assert not [name for name in METHODS if name in words]
 
 
 def test_the_reference_executor_ends_where_the_packs_do(undisturbed: Summary, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rayfed_sub.engine.exchange import packed, unpacked
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.records import Client, ClientState, LocalResult, ServerState, Start, Tensors, Update, wire_bytes
+from rayfed_sub.records import Block, Client, ClientState, LocalResult, ServerState, Start, Tensors, Update, wire_bytes
 from tests.tiny_models import Tiny, bert, distance, draw_batches, gpt2, llama, run_pack, run_reference, vit
 
 RANK, STEPS = 2, 3
@@ -53,12 +53,15 @@ def walk(
     optimizer: Optimizer = OPTIMIZER,
     packs: Sequence[Sequence[int]] | None = None,
     trainer: object = run_pack,
+    ids: Sequence[int] | None = None,
 ) -> Round:
-    """start_client, local training, upload, keep, fold, finish."""
+    """start_client, local training, upload, keep, fold, finish.  ids: the clients' numbers, from 0 if not given; equal
+    numbers make equal private draws."""
     shape, clients = tiny.shape, range(len(data))
     broadcast = method.broadcast(server)
     before = list(states or [None] * len(data))
-    starts = [method.start_client(broadcast, state, Client(k, 0), shape) for k, state in enumerate(before)]
+    who = [Client(k, 0) for k in ids or clients]
+    starts = [method.start_client(broadcast, state, w, shape) for w, state in zip(who, before, strict=True)]
     base = {name: tensor for name, tensor in broadcast.tensors.items() if name.endswith("/weight")}
     results: list[LocalResult] = []
     for pack in packs or [clients]:
@@ -76,10 +79,18 @@ def walk(
 
 
 def effective(method: Method, tiny: Tiny, server: ServerState) -> dict[str, Tensor]:
-    """The global model's weights: every target (m, n), and the head."""
-    changes = method.model(server, tiny.shape)
+    """The global model's weights, or those of one fixed client's own model: every target (m, n), and the head."""
+    changes = method.personal_model(server, somebody(tiny), tiny.shape) if method.personal else None
+    changes = changes or method.model(server, tiny.shape)
     weights = {t.name: changes[t.name].apply(tiny.weights[f"{t.name}/weight"]) for t in tiny.shape.targets}
     return weights | {name: server.tensors[name] for name in tiny.shape.head_names}
+
+
+def somebody(tiny: Tiny) -> ClientState:
+    """The state of a client that sits out the round: a B that is not zero."""
+    rng = torch.Generator().manual_seed(7)
+    left = {f"{t.name}/left": 0.1 * torch.randn(t.m, RANK, generator=rng) for t in tiny.shape.targets}
+    return ClientState(1, STEPS, STEPS, left)
 
 
 def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: str) -> Tensor:
@@ -93,7 +104,8 @@ def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: st
         return result.tensors[f"{layer}/weight"] - start.tensors[f"{layer}/weight"]
 
     def product(tensors: Tensors) -> Tensor:
-        return start.scale * tensors[f"{layer}/left"] @ tensors[f"{layer}/right"]
+        left, right = tensors[f"{layer}/left"], tensors[f"{layer}/right"]
+        return Block(left, right, start.scale, tensors.get(f"{layer}/core")).dense()
 
     return product(result.tensors) - product(start.tensors)
 
@@ -146,7 +158,7 @@ def test_identical_clients_are_one_client(name: str) -> None:
     method, tiny = made(name), llama()
     server, data = begun(method, tiny), clients_data(tiny, 1)
     one = effective(method, tiny, walk(method, tiny, server, data, weights=[1]).server)
-    four = effective(method, tiny, walk(method, tiny, server, list(data) * 4, weights=[1, 2, 3, 4]).server)
+    four = effective(method, tiny, walk(method, tiny, server, list(data) * 4, weights=[1, 2, 3, 4], ids=[0] * 4).server)
     before = effective(method, tiny, server)
     for layer in one:
         assert distance(four[layer] - before[layer], one[layer] - before[layer]) < 1e-4
@@ -249,14 +261,19 @@ def test_uploads_weigh_what_the_formulas_say() -> None:
     dense = sum(t.m * t.n for t in tiny.shape.targets)
     both = sum(t.m + t.n for t in tiny.shape.targets)
     rows = sum(t.m for t in tiny.shape.targets)
+    columns, longer = (sum(sizes) for sizes in zip(*((t.n, max(t.m, t.n)) for t in tiny.shape.targets), strict=True))
     formulas = {"fedftg": RANK * both, "fedavg": dense, "fedit": RANK * both, "ffa-lora": RANK * rows}
+    formulas |= {"rolora": RANK * rows, "fedsa-lora": RANK * columns, "fedsvd": RANK * rows, "lora-fair": RANK * both}
+    formulas |= {"fed-sb": RANK**2 * len(tiny.shape.targets), "shared-galore": RANK * longer}
+    downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
+    formulas |= dict.fromkeys(("flexlora", "flora", "hetlora", "fedex-lora"), RANK * both)  # one client: no residual
     for name, numbers in formulas.items():
         method = made(name)
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
         done = walk(method, tiny, server, clients_data(tiny, 1), weights=[1])
         assert done.updates[0].wire_bytes == wire_bytes(done.updates[0].tensors) == 4 * numbers
         down = method.download_bytes(done.server, tiny.shape, Client(0, 0), since=0)
-        assert down == 4 * numbers  # fedftg: one client's block was missed
+        assert down == 4 * downward.get(name, numbers)  # fedftg: one client's block was missed
 
 
 def test_fedftg_sends_the_matrix_where_its_blocks_are_larger() -> None:
@@ -316,7 +333,7 @@ def test_rank_inflation_is_kept_not_truncated() -> None:
         assert torch.linalg.matrix_rank(change, rtol=1e-4) == 4 * RANK
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedit", "ffa-lora"])
+@pytest.mark.parametrize("name", ["fedavg", "fedit", "ffa-lora", "lora-fair", "fed-sb", "shared-galore"])
 def test_averaged_moments_are_the_weighted_mean_and_travel(name: str) -> None:
     method, tiny = made(name, state="average"), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -332,15 +349,28 @@ def test_averaged_moments_are_the_weighted_mean_and_travel(name: str) -> None:
 
 
 def test_fedftg_refuses_to_average_moments_of_different_subspaces() -> None:
-    with pytest.raises(UserError, match=r"method\.state: got 'average'; allowed: 'keep' or 'reset'"):
+    with pytest.raises(UserError, match=r"method\.state: got 'average'; allowed: keep or reset"):
         made("fedftg", state="average")
 
 
-@every_method
+def remembers(name: str) -> bool:
+    """Whether it is left open what a new round does to Adam's moments."""
+    return hasattr(made(name), "state")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not remembers(name)])
+def test_methods_that_always_reset(name: str) -> None:
+    method, tiny = made(name), llama()
+    done = walk(method, tiny, begun(method, tiny), clients_data(tiny, 1), weights=[1])
+    start = method.start_client(method.broadcast(done.server), done.states[0], Client(0, 0), tiny.shape)
+    assert (start.step, start.moments) == (0, {})
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if remembers(name)])
 def test_reset_forgets_the_optimiser_and_keep_remembers_it(name: str) -> None:
     tiny = llama()
     for rule, step in (("keep", STEPS), ("reset", 0)):
-        method = made(name, state=rule)
+        method = made(name, state=rule, **({"period": 2} if name == "fedsvd" else {}))  # no factorisation in between
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
         done = walk(method, tiny, server, clients_data(tiny, 1), weights=[1])
         start = method.start_client(method.broadcast(done.server), done.states[0], Client(0, 0), tiny.shape)

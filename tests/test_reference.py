@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from rayfed_sub.config import Optimizer
-from rayfed_sub.errors import UserError
 from rayfed_sub.records import LocalResult, Start, Subspace
 from rayfed_sub.training.subspaces import sides
 from tests.tiny_models import (
@@ -125,7 +124,7 @@ def test_fedftgs_trajectory_is_galore_torchs(decay, seed):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("kind", ["lora", "ffa", "dense", "exact"])
+@pytest.mark.parametrize("kind", ["lora", "ffa", "core", "dense", "exact", "shared"])
 @pytest.mark.parametrize("make", [llama, gpt2, bert, vit])
 def test_pack_is_the_reference(make, kind, name):
     tiny = make()
@@ -314,13 +313,18 @@ def test_failures_and_idle_clients_are_told_as_the_pack_tells_them(kind):
     assert ours[1].metrics == theirs[1].metrics
 
 
-def test_the_reference_refuses_inner_factors():
+def test_a_basis_that_is_never_renewed_stays_and_says_what_was_learned():
+    """Step 0 is a refresh under any other rule.  Both executors give back Q as it was, and the L that was learned."""
     tiny = llama()
-    start = lora_start(tiny, 2)
-    name = f"{tiny.shape.targets[0].name}/core"
-    inner = replace(start, tensors={**start.tensors, name: torch.eye(2)}, trained=(name,))
-    with pytest.raises(UserError, match=r"^resources\.executor: got 'reference'; allowed: pack for this method"):
-        run_reference(tiny, [inner], [draw_batches(tiny, 0, 1)], Optimizer(), lr=1e-2)
+    start = replace(start_of("shared", tiny), step=0)
+    for result in compare(tiny, start, *OPTIMIZERS["adamw"]):
+        deltas = change(tiny, start, result, moved_weights(tiny))
+        for layer in tiny.shape.targets:
+            fixed, moving = sides(layer)
+            assert torch.equal(result.tensors[fixed], start.tensors[fixed])
+            assert result.tensors[moving].norm() > 1e-3
+            assert distance(start.scale * product(layer, result.tensors), deltas[layer.name]) < 1e-4
+        assert result.periods == 1
 
 
 def test_a_lora_start_is_not_at_zero():

@@ -211,6 +211,13 @@ def lora_start(tiny: Tiny, rank: int, *, roles: Sequence[str] = ("left", "right"
     return Start(tensors, tuple(trained), scale)
 
 
+def core_start(tiny: Tiny, rank: int, *, scale: float = 3.0) -> Start:
+    """A trained core, neither zero nor symmetric, between two factors at rest."""
+    start, rng = lora_start(tiny, rank, roles=(), scale=scale), torch.Generator().manual_seed(rank)
+    cores = {f"{layer.name}/core": torch.randn(rank, rank, generator=rng) for layer in tiny.shape.targets}
+    return replace(start, tensors={**start.tensors, **cores}, trained=(*start.trained, *cores))
+
+
 def dense_start(tiny: Tiny) -> Start:
     """Every target and head tensor trained as it is."""
     tensors = {name: tensor.clone() for name, tensor in tiny.weights.items()}
@@ -243,9 +250,14 @@ def next_start(start: Start, result: LocalResult, tiny: Tiny) -> Start:
 
 
 def start_of(kind: str, tiny: Tiny) -> Start:
-    """One start of each kind, by name: `dense`, `lora`, `ffa` (left only), or `galore` (rank 2, every 2 steps)."""
+    """One start of each kind, by name: `dense`, `lora`, `ffa` (left only), `core`, `galore` (rank 2, every 2 steps), or
+    `shared` (GaLore in a basis that is never renewed)."""
     if kind == "dense":
         return dense_start(tiny)
+    if kind == "core":
+        return core_start(tiny, 3)
+    if kind == "shared":
+        return galore_start(tiny, Subspace(2, 0), step=1)
     if kind == "galore":
         return galore_start(tiny, Subspace(2, 2))
     return lora_start(tiny, 2, roles=("left",) if kind == "ffa" else ("left", "right"))
@@ -310,7 +322,7 @@ def change(tiny: Tiny, start: Start, result: LocalResult, weights: Tensors | Non
         if start.subspace is not None:
             left, right = result.blocks[layer.name]
             changes[layer.name] = result.base_scale * W_mn + left @ right - W_mn
-        elif f"{layer.name}/left" in start.tensors:
+        elif f"{layer.name}/left" in start.tensors:  # with or without a core
             changes[layer.name] = start.scale * (product(layer, result.tensors) - product(layer, start.tensors))
         else:
             changes[layer.name] = result.tensors[f"{layer.name}/weight"] - W_mn
@@ -318,7 +330,8 @@ def change(tiny: Tiny, start: Start, result: LocalResult, weights: Tensors | Non
 
 
 def product(layer: Layer, tensors: Tensors) -> Tensor:
-    return tensors[f"{layer.name}/left"] @ tensors[f"{layer.name}/right"]
+    left, core, right = (tensors.get(f"{layer.name}/{role}") for role in ("left", "core", "right"))
+    return left @ right if core is None else left @ core @ right
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

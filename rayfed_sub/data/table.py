@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
     columns: those that will be asked for; a Parquet file or hub data set is read only there.
     Raises UserError (task.path, task.split) for what cannot be read.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     reader = READERS.get(file.suffix.lower())
     if file.is_dir() or (reader is None and not file.is_file() and HUB_ID.fullmatch(path)):
         return _from_datasets(path, split, columns)

@@ -71,7 +71,8 @@ def _rounds(config: Config, dataset: Dataset) -> int:
     """Rounds as configured, or as many as push `epochs` times all training rows through the cohorts."""
     federation = config.federation
     if federation.epochs is None:
-        return federation.rounds or 3
+        assert federation.rounds is not None, "the configuration says one of rounds and epochs"
+        return federation.rounds
     steps = [local_steps(config, client) for client in range(federation.clients)]
     share = (federation.sampled or federation.clients) / federation.clients * federation.availability
     per_round = share * sum(steps) * federation.batch_size

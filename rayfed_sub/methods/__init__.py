@@ -16,6 +16,16 @@ METHODS = {
     "fedavg": "rayfed_sub.methods.fedavg:FedAvg",
     "fedit": "rayfed_sub.methods.fedit:FedIT",
     "ffa-lora": "rayfed_sub.methods.ffa_lora:FFALoRA",
+    "flexlora": "rayfed_sub.methods.flexlora:FlexLoRA",
+    "flora": "rayfed_sub.methods.flora:FLoRA",
+    "hetlora": "rayfed_sub.methods.hetlora:HetLoRA",
+    "fedex-lora": "rayfed_sub.methods.fedex_lora:FedExLoRA",
+    "rolora": "rayfed_sub.methods.rolora:RoLoRA",
+    "fedsa-lora": "rayfed_sub.methods.fedsa_lora:FedSALoRA",
+    "fedsvd": "rayfed_sub.methods.fedsvd:FedSVD",
+    "lora-fair": "rayfed_sub.methods.lora_fair:LoRAFAIR",
+    "fed-sb": "rayfed_sub.methods.fed_sb:FedSB",
+    "shared-galore": "rayfed_sub.methods.shared_galore:SharedGaLore",
 }
 
 
@@ -35,8 +45,11 @@ def build(fields: Mapping[str, Any]) -> Method:
     try:
         module, _, attribute = METHODS.get(name, name).partition(":")
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError("method.name", name, f"an importable class, or one of {known}", str(error)) from None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "start_client")):
+        advice = "see rayfed_sub/methods/README.md"
+        raise UserError("method.name", name, "a dataclass with a method's functions", advice)
     keys = [field.name for field in dataclasses.fields(cls)]
     dropped = {"name", "inherited", *(key for key in fields.get("inherited", ()) if key not in keys)}
     own = {key: value for key, value in fields.items() if key not in dropped}

@@ -7,7 +7,6 @@ takes one over by assigning it in its class body, as in `fold = common.fold`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -32,7 +31,7 @@ from rayfed_sub.records import (
 )
 from rayfed_sub.streams import stream
 
-Rank = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Memory = Literal["keep", "reset"]
 SharedMemory = Literal["keep", "reset", "average"]
@@ -164,15 +163,15 @@ def cut(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
     return factors
 
 
-def change_to_send(layer: Layer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """The change left @ right as it travels: its factors, or the matrix `<layer>/weight` where that is smaller."""
+def compact(layer: Layer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """The change left @ right by name in the smaller form: its factors, or the matrix as `<layer>/weight`."""
     if left.shape[1] * (layer.m + layer.n) < layer.m * layer.n:
         return {f"{layer.name}/left": left, f"{layer.name}/right": right}
     return {f"{layer.name}/weight": left @ right}
 
 
 def add_changes(total: Fold, update: Update, shape: ModelShape) -> Fold:
-    """The running sum with the update's changes (as `change_to_send` sends them) in the dense sums `<layer>/weight`,
+    """The running sum with the update's changes (in either form of `compact`) in the dense sums `<layer>/weight`,
     and their ranks in `counts` by layer; the total weight is left to `add`."""
     sent, sums, ranks = update.tensors, dict(total.tensors), dict(total.counts)
     for layer in shape.targets:
@@ -191,9 +190,10 @@ def no_history(shape: ModelShape) -> dict[str, Tensor]:
     return {RANKS: torch.zeros(0, len(shape.targets), dtype=torch.int64)}
 
 
-def longer_history(server: ServerState, ranks: Sequence[float]) -> dict[str, Tensor]:
-    """The history with a round that added blocks of these summed ranks, one per target."""
-    return {RANKS: torch.cat([server.tensors[RANKS], torch.tensor([ranks]).to(torch.int64)])}
+def longer_history(server: ServerState, total: Fold, shape: ModelShape, less: int = 0) -> dict[str, Tensor]:
+    """The history with the round that `total` is the sum of; `less`: what its blocks' summed rank is known to lack."""
+    ranks = [max(0, int(total.counts.get(layer.name, 0)) - less) for layer in shape.targets]
+    return {RANKS: torch.cat([server.tensors[RANKS], torch.tensor([ranks], dtype=torch.int64)])}
 
 
 def missed_bytes(server: ServerState, shape: ModelShape, since: int) -> int:

@@ -31,8 +31,6 @@ from rayfed_sub.records import (
 )
 from rayfed_sub.training.subspaces import sides
 
-_RANKS = "history/ranks"  # server tensor (rounds, targets) int64: summed rank of the round's blocks per target
-
 
 @dataclass(frozen=True)
 class FedFTG:
@@ -58,15 +56,12 @@ class FedFTG:
         common.check_fits(self.rank, shape)
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-        return ServerState(0, {**weights, _RANKS: torch.zeros(0, len(shape.targets), dtype=torch.int64)})
+        return ServerState(0, {**weights, **common.no_history(shape)})
 
-    def broadcast(self, server: ServerState) -> Broadcast:
-        return Broadcast(server.round, {n: t for n, t in server.tensors.items() if n != _RANKS})
+    broadcast = common.broadcast
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        missed: list[int] = server.tensors[_RANKS][max(since, 0) :].sum(0).tolist()
-        numbers = sum(min(t.m * t.n, rank * (t.m + t.n)) for t, rank in zip(shape.targets, missed, strict=True))
-        return 4 * numbers + wire_bytes(common.head(shape, server.tensors))
+        return common.missed_bytes(server, shape, since) + wire_bytes(common.head(shape, server.tensors))
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         kept = state.tensors if state is not None and self.state == "keep" else {}
@@ -85,11 +80,7 @@ class FedFTG:
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = common.head(shape, result.tensors)
         for layer in shape.targets:
-            left, right = result.blocks[layer.name]
-            if left.shape[1] * (layer.m + layer.n) < layer.m * layer.n:
-                tensors |= {f"{layer.name}/left": left, f"{layer.name}/right": right}
-            else:  # so many periods that the matrix itself is smaller
-                tensors[f"{layer.name}/weight"] = left @ right
+            tensors |= common.compact(layer, *result.blocks[layer.name])
         if result.base_scale != 1.0:
             tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
         return Update(result.client, weight, tensors, result.metrics)
@@ -100,34 +91,20 @@ class FedFTG:
         bases = {name: result.tensors[name] for name, _ in map(sides, shape.targets)}
         return bases | common.moments_to_keep(self.state, result)
 
-    def zero(self, server: ServerState, shape: ModelShape) -> Fold:
-        return Fold(0.0, {}, {t.name: 0.0 for t in shape.targets})
+    zero = common.zero
 
     def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
-        sent, ranks = update.tensors, dict(total.counts)
-        kept = sent.get("base_scale", torch.tensor(1.0, dtype=torch.float64))
-        added = common.add(total, {**common.head(shape, sent), "base_scale": kept}, update.weight)
-        sums = dict(added.tensors)
-        for layer in shape.targets:
-            name, left = f"{layer.name}/weight", sent.get(f"{layer.name}/left")
-            so_far = sums.get(name, torch.zeros(layer.m, layer.n))
-            if left is None:
-                sums[name] = so_far + update.weight * sent[name]
-                ranks[layer.name] += min(layer.m, layer.n)
-            else:
-                sums[name] = torch.addmm(so_far, left, sent[f"{layer.name}/right"], alpha=update.weight)
-                ranks[layer.name] += left.shape[1]
-        return Fold(added.weight, sums, ranks)
+        kept = update.tensors.get("base_scale", torch.tensor(1.0, dtype=torch.float64))
+        added = common.add(total, {**common.head(shape, update.tensors), "base_scale": kept}, update.weight)
+        return common.add_changes(added, update, shape)
 
     def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
         changed = common.mean(total)
-        ranks = torch.tensor([[int(total.counts[t.name]) for t in shape.targets]], dtype=torch.int64)
-        if changed:
-            kept = float(changed.pop("base_scale"))
-            for layer in shape.targets:
-                name = f"{layer.name}/weight"
-                changed[name] = kept * server.tensors[name] + changed[name]
-        return server.advance({**changed, _RANKS: torch.cat([server.tensors[_RANKS], ranks])})
+        kept = float(changed.pop("base_scale", 1.0))
+        for layer in shape.targets if changed else ():
+            name = f"{layer.name}/weight"
+            changed[name] = kept * server.tensors[name] + changed[name]
+        return server.advance({**changed, **common.longer_history(server, total, shape)})
 
     model = common.dense_model
     personal_model = common.no_personal_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def locate(path: str) -> Source:
     meant = MODELS[path].path if path in MODELS else path
     if meant.startswith("package:"):
         return _in_package(path, meant.removeprefix("package:"))
-    place = Path(meant).expanduser()
+    place = Path(os.path.expanduser(meant))
     if meant.endswith(".gguf"):
         if not place.is_file():
             raise UserError("model.path", path, "a GGUF file that exists", "check the path")

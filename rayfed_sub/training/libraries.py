@@ -112,7 +112,8 @@ class _Cored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         change_mn = self.scale * (self.left @ self.core @ self.right)
-        return functional.linear(x, self.linear.weight + change_mn, self.linear.bias)
+        y: Tensor = functional.linear(x, self.linear.weight + change_mn, self.linear.bias)
+        return y
 
 
 def _cored(model: nn.Module, layer: Layer, begun: Tensors, scale: float) -> dict[str, nn.Parameter]:
@@ -160,8 +161,9 @@ def _projector(layer: Layer, start: Start, names: tuple[int, int], device: torch
     projector.taken = start.step  # the client's optimiser steps, kept up to date by `_step`
 
     def orthogonal(G_mn: Tensor, rank: int, type: str) -> Tensor:
+        kept: Tensor = projector.ortho_matrix
         if not subspace.refresh_every:
-            return projector.ortho_matrix
+            return kept
         G_lk, old = (G_mn, projector.ortho_matrix) if type == "right" else (G_mn.T, projector.ortho_matrix.T)
         old_rk = old if old.any() else None
         if subspace.projector == "exact":

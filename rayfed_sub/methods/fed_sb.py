@@ -1,0 +1,117 @@
+"""Fed-SB: an r x r core between two frozen factors (Singhal et al., arXiv 2502.15436).
+
+Rule: dW = s U_r C V_r^T with U_r, V_r the top singular vectors of the pretrained weight; clients train C alone, from
+zero, and C' = sum_k p_k C_k.  Exact, for the outer factors are one and the same.  Every client derives them from the
+backbone that it holds (float64, signed by a fixed reference vector): they never travel.  The paper takes them from the
+first step's full gradient instead (LoRA-SB's initialisation), which would need a pass over data before round 0.
+The basis never changes, so kept or averaged Adam moments stay meaningful.
+Wire, numbers per layer: r^2 up, r^2 down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import (
+    Block,
+    Broadcast,
+    Change,
+    Client,
+    ClientState,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+    wire_bytes,
+)
+from rayfed_sub.training.projectors import signed
+
+_CUT = 1e-7  # singular values below this share of the largest are float32 rounding
+
+
+@dataclass(frozen=True)
+class FedSB:
+    """rank r, and alpha with s = alpha / r.
+    state: what a new round does to Adam's moments (`average`: the factors are shared, so the server may)."""
+
+    name: ClassVar[str] = "fed-sb"
+    paper: ClassVar[str] = "arXiv 2502.15436"
+    trained: ClassVar[str] = "an r x r core between the pretrained weight's top singular vectors"
+    exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
+    wire: ClassVar[str] = "r^2 / r^2"
+
+    rank: common.Rank = 8
+    alpha: common.Positive = 16.0
+    state: common.SharedMemory = "keep"
+
+    check = common.check_rank
+    broadcast = common.broadcast
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        tensors = common.head(shape, weights)
+        for layer in shape.targets:
+            left, right = outer_factors(weights[f"{layer.name}/weight"], self.rank)
+            core = torch.zeros(self.rank, self.rank)
+            tensors |= {f"{layer.name}/left": left, f"{layer.name}/core": core, f"{layer.name}/right": right}
+        return ServerState(0, tensors)
+
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+        sent = {n: t for n, t in server.tensors.items() if not n.endswith(("/left", "/right"))}
+        return wire_bytes(sent)
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        names = common.tensor_names(shape, "left", "core", "right")
+        tensors = {name: broadcast.tensors[name] for name in names}
+        moments, step = common.moments_to_start(self.state, broadcast, state)
+        return Start(tensors, common.tensor_names(shape, "core"), self.alpha / self.rank, moments, step)
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "core")}
+        tensors |= common.moments_to_send(self.state, result)
+        return Update(result.client, weight, tensors, result.metrics)
+
+    keep = common.keep
+    zero = common.zero
+    fold = common.fold
+    finish = common.finish
+
+    def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
+        changes = {}
+        for layer in shape.targets:
+            left, core, right = (server.tensors[f"{layer.name}/{role}"] for role in ("left", "core", "right"))
+            changes[layer.name] = Change(blocks=(Block(left, right, self.alpha / self.rank, core),))
+        return changes
+
+    personal_model = common.no_personal_model
+
+
+def outer_factors(W_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(U_r (m, r), V_r^T (r, n)) of W's top singular vectors, float32, from the Gram of its shorter side in float64.
+
+    Where W has a lower rank the missing vectors are zero, and so is what the core does there.
+
+    >>> left, right = outer_factors(torch.tensor([[0.0, 3.0], [0.0, 0.0], [2.0, 0.0]]), 1)
+    >>> (left @ right)[0, 1]  # the singular value 3 sits there; u v^T is unique, whatever the signs
+    tensor(1.)
+    """
+    W = W_mn.double()
+    tall = W.shape[0] >= W.shape[1]
+    W_lk = W if tall else W.T  # l >= k
+    _, E_kk = torch.linalg.eigh(W_lk.T @ W_lk)
+    short_rk = signed(E_kk.flip(1).T[:rank], None)
+    long_lr = W_lk @ short_rk.T
+    size_r = long_lr.norm(dim=0)
+    kept_r = (size_r > _CUT * size_r[0]).double()
+    short_rk, long_lr = kept_r[:, None] * short_rk, long_lr * (kept_r / size_r.clamp_min(torch.finfo(W.dtype).tiny))
+    left, right = (long_lr, short_rk) if tall else (short_rk.T, long_lr.T)
+    return left.float().contiguous(), right.float().contiguous()

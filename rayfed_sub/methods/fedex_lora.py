@@ -1,0 +1,89 @@
+"""FedEx-LoRA: federated LoRA with the averages' error put into the frozen weight (Singhal et al., arXiv 2410.09432).
+
+Rule: B' = sum_k p_k B_k, A' = sum_k p_k A_k, and W <- W + s (sum_k p_k B_k A_k - B'A').  Exact: W + s B'A' has moved by
+sum_k p_k dW_k.  The residual is sum_k p_k (B_k - B')(A_k - A'), of rank (N - 1) r or less for N clients.
+A' and B' are means in the clients' own coordinates, as in FedIT, so Adam's moments may stay as they are (`keep`).
+Wire, numbers per layer: up r (m + n); down r (m + n), and the residuals missed since the client last synchronised, in
+factors of rank (N - 1) r, together never more than m n.  The average's factors are trained on, so they always travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import (
+    Broadcast,
+    Change,
+    Client,
+    ClientState,
+    Fold,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+    wire_bytes,
+)
+
+
+@dataclass(frozen=True)
+class FedExLoRA:
+    """rank r, and alpha with s = alpha / r.
+    state: what a new round does to Adam's moments (`average`: the server averages them too)."""
+
+    name: ClassVar[str] = "fedex-lora"
+    paper: ClassVar[str] = "arXiv 2410.09432"
+    trained: ClassVar[str] = "LoRA's A and B, over a weight that takes up the averages' error"
+    exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
+    wire: ClassVar[str] = "r (m + n) / r (m + n) + min(m n, residuals missed)"
+
+    rank: common.Rank = 8
+    alpha: common.Positive = 16.0
+    state: common.SharedMemory = "keep"
+
+    check = common.check_rank
+    broadcast = common.broadcast
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        factors = common.init_factors(self, weights, shape, seed).tensors
+        return ServerState(0, {**weights, **factors, **common.no_history(shape)})
+
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+        known = {common.RANKS, *(f"{layer.name}/weight" for layer in shape.targets)}
+        factors = {name: tensor for name, tensor in server.tensors.items() if name not in known}
+        return common.missed_bytes(server, shape, since) + wire_bytes(factors)
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
+        moments, step = common.moments_to_start(self.state, broadcast, state)
+        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left", "right")}
+        tensors |= common.moments_to_send(self.state, result)
+        return Update(result.client, weight, tensors, result.metrics)
+
+    keep = common.keep
+    zero = common.zero
+
+    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+        """The factors' sums beside the sums of their products, under `<layer>/weight`."""
+        return common.add_changes(common.add(total, update.tensors, update.weight), update, shape)
+
+    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+        changed, scale = common.mean(total), self.alpha / self.rank
+        for layer in shape.targets if changed else ():
+            name, product = f"{layer.name}/weight", changed[f"{layer.name}/left"] @ changed[f"{layer.name}/right"]
+            changed[name] = server.tensors[name] + scale * (changed[name] - product)
+        return server.advance({**changed, **common.longer_history(server, total, shape, less=self.rank)})
+
+    def model(self, server: ServerState, shape: ModelShape) -> dict[str, Change]:
+        adapted, based = common.lora_model(self, server, shape), common.dense_model(self, server, shape)
+        return {name: Change(dense=based[name].dense, blocks=adapted[name].blocks) for name in adapted}
+
+    personal_model = common.no_personal_model

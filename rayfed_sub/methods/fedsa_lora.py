@@ -1,0 +1,90 @@
+"""FedSA-LoRA: A is shared, B stays with its client (Guo et al., ICLR 2025, arXiv 2410.01463).
+
+Rule: every client trains both factors; A' = sum_k p_k A_k, and B_k never leaves client k, whose model is W + s B_k A'.
+Not exact: after the averaging a client's own B meets an A that it was not trained with.  A client that never trained
+has B = 0, the backbone, which is also the global model.  A trained head is averaged as always.
+Kept Adam moments go on as in FedIT: no factor changes its basis.
+Wire, numbers per layer: r n up, r n down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import (
+    Block,
+    Broadcast,
+    Change,
+    Client,
+    ClientState,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class FedSALoRA:
+    """rank r, and alpha with s = alpha / r.
+    state: what a new round does to Adam's moments; B itself is always kept."""
+
+    name: ClassVar[str] = "fedsa-lora"
+    paper: ClassVar[str] = "arXiv 2410.01463"
+    trained: ClassVar[str] = "LoRA's A, shared, and a B of each client's own"
+    exact: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = True
+    wire: ClassVar[str] = "r n / r n"
+
+    rank: common.Rank = 8
+    alpha: common.Positive = 16.0
+    state: common.Memory = "keep"
+
+    check = common.check_rank
+    broadcast = common.broadcast
+    download_bytes = common.download_all
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        tensors = common.init_factors(self, weights, shape, seed).tensors
+        return ServerState(0, {name: tensors[name] for name in common.tensor_names(shape, "right")})
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "right")}
+        for layer in shape.targets:
+            name = f"{layer.name}/left"
+            tensors[name] = torch.zeros(layer.m, self.rank) if state is None else state.tensors[name]
+        moments, step = common.moments_to_start(self.state, broadcast, state)
+        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "right")}
+        return Update(result.client, weight, tensors, result.metrics)
+
+    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
+        own = {f"{layer.name}/left": result.tensors[f"{layer.name}/left"] for layer in shape.targets}
+        return own | common.moments_to_keep(self.state, result)
+
+    zero = common.zero
+    fold = common.fold
+    finish = common.finish
+
+    def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
+        return self.personal_model(server, None, shape)
+
+    def personal_model(self, server: ServerState, state: ClientState | None, shape: ModelShape) -> Mapping[str, Change]:
+        if state is None:
+            return {layer.name: Change() for layer in shape.targets}
+        changes = {}
+        for layer in shape.targets:
+            right = server.tensors[f"{layer.name}/right"]
+            left = state.tensors[f"{layer.name}/left"].to(right)
+            changes[layer.name] = Change(blocks=(Block(left, right, self.alpha / self.rank),))
+        return changes

@@ -1,0 +1,89 @@
+"""FLoRA: federated LoRA by stacking (Wang et al., arXiv 2409.05976).
+
+Rule: with the stacks B = [p_1 s_1 B_1, ..., p_N s_N B_N] and A = [A_1; ...; A_N], W <- W + B A.  Exact, for clients of
+different ranks too: B A = sum_k p_k s_k B_k A_k, and s_k = alpha / r_k.  The server adds the products as they come.
+Every round begins anew with B = 0 and an A of the client's own, drawn from (seed, round, client): nobody sends it.
+Adam's moments of the last round's factors say nothing about the new ones: they are reset.
+Wire, numbers per layer: up r_k (m + n), down the stacks missed since the client last synchronised, sum_k r_k (m + n) a
+round; neither more than m n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import (
+    Broadcast,
+    Client,
+    ClientState,
+    Fold,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+    wire_bytes,
+)
+
+
+@dataclass(frozen=True)
+class FLoRA:
+    """rank r, the largest; client_ranks: client i has entry i modulo its length (none: all have r);
+    alpha with s_k = alpha / r_k."""
+
+    name: ClassVar[str] = "flora"
+    paper: ClassVar[str] = "arXiv 2409.05976"
+    trained: ClassVar[str] = "LoRA's A and B, anew every round, r per client"
+    exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
+    wire: ClassVar[str] = "r (m + n) / min(m n, stacks missed)"
+
+    rank: common.Rank = 8
+    client_ranks: common.ClientRanks = None
+    alpha: common.Positive = 16.0
+
+    check = common.check_ranks
+    broadcast = common.broadcast
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        return ServerState(0, {**weights, **common.no_history(shape)})
+
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+        return common.missed_bytes(server, shape, since) + wire_bytes(common.head(shape, server.tensors))
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        rank, tensors = common.rank_of(self, client.id), common.head(shape, broadcast.tensors)
+        for layer in shape.targets:
+            tensors[f"{layer.name}/left"] = torch.zeros(layer.m, rank)
+            tensors[f"{layer.name}/right"] = common.lora_right(layer, rank, client.seed, broadcast.round, client.id)
+        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / rank)
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        sent = common.head(shape, result.tensors)
+        for layer in shape.targets:
+            left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
+            sent |= common.compact(layer, self.alpha / left.shape[1] * left, right)
+        return Update(result.client, weight, sent, result.metrics)
+
+    keep = common.keep_nothing
+    zero = common.zero
+
+    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+        added = common.add(total, common.head(shape, update.tensors), update.weight)
+        return common.add_changes(added, update, shape)
+
+    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+        changed = common.mean(total)
+        for layer in shape.targets if changed else ():
+            name = f"{layer.name}/weight"
+            changed[name] = server.tensors[name] + changed[name]
+        return server.advance({**changed, **common.longer_history(server, total, shape)})
+
+    model = common.dense_model
+    personal_model = common.no_personal_model

@@ -1,0 +1,158 @@
+"""HetLoRA: federated LoRA with clients of different ranks that prune themselves (Cho et al., arXiv 2401.06432).
+
+Rule: factors are padded with zeros to rank r and averaged apart, B' = sum_k q_k B_k, A' = sum_k q_k A_k, with weights
+q_k ~ p_k ||dW_k||_F, dW_k = B_k A_k over all layers; a client receives the first r_k components of both.  Not exact.
+Pruning: a client's tail are its components from floor(gamma r_k) on.  Its loss grows by penalty * tail, where tail is
+sum over layers of ||B_tail||_F ||A_tail||_F; where the round made the tail smaller, the client drops it before it
+sends, and its rank stays lower.  At least one component remains; B = 0 in round 0 prunes nobody.
+The paper leaves open, or we chose: it has no p_k (set federation.weights=uniform for its rule), no trained head
+(averaged by p_k here) and no alpha (s = alpha / r for all, as a padded client is one of rank r); all norms zero: q = p;
+gamma is the paper's, the penalty's weight is ours.
+Components change length, weight and number between rounds, so Adam's moments are reset.
+Wire, numbers per layer: r_k (m + n) up, r_k (m + n) down.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import (
+    Broadcast,
+    Client,
+    ClientState,
+    Fold,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+    wire_bytes,
+)
+from rayfed_sub.training.subspaces import padded
+
+_PRUNED = "history/pruned"  # server tensor (clients seen, 2) int64: a client's number and the rank it last sent
+_TAIL = "tail"  # client tensor (1,): the tail as the round began
+_ROUNDING = 1e-6  # a tail that differs by less, relatively, has not moved
+
+
+@dataclass(frozen=True)
+class HetLoRA:
+    """rank r, the server's and the largest; client_ranks: client i begins with entry i modulo its length (none: r);
+    alpha with s = alpha / r for all; gamma: the share of its rank that a pruning client keeps (1: no pruning);
+    penalty: the weight of the tail in the local loss."""
+
+    name: ClassVar[str] = "hetlora"
+    paper: ClassVar[str] = "arXiv 2401.06432"
+    trained: ClassVar[str] = "LoRA's A and B, r per client, pruned by the client"
+    exact: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
+    wire: ClassVar[str] = "r (m + n) / r (m + n)"
+
+    rank: common.Rank = 8
+    client_ranks: common.ClientRanks = None
+    alpha: common.Positive = 16.0
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
+    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.001
+
+    check = common.check_ranks
+    broadcast = common.broadcast
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        factors = common.init_factors(self, weights, shape, seed).tensors
+        return ServerState(0, {**factors, _PRUNED: torch.zeros(0, 2, dtype=torch.int64)})
+
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+        rank = dict(server.tensors[_PRUNED].tolist()).get(client.id, common.rank_of(self, client.id))
+        return wire_bytes({**common.cut(server.tensors, shape, rank), **common.head(shape, server.tensors)})
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        rank = common.rank_of(self, client.id) if state is None else int(state.tensors["rank"])
+        tensors = common.cut(broadcast.tensors, shape, rank) | common.head(shape, broadcast.tensors)
+        trained = common.tensor_names(shape, "left", "right")
+        kept = self._kept(rank)
+        penalty = partial(_penalty, self.penalty, shape, kept) if self.penalty and kept < rank else None
+        begun = {**tensors, _TAIL: tail(tensors, shape, kept)}
+        return Start(begun, trained, self.alpha / self.rank, penalty=penalty)
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        sent = common.cut(result.tensors, shape, self._pruned(result, shape)) | common.head(shape, result.tensors)
+        return Update(result.client, weight, sent, result.metrics)
+
+    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
+        return {"rank": torch.tensor(self._pruned(result, shape))}
+
+    zero = common.zero
+
+    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+        sent, sums, so_far = update.tensors, total.tensors, total.counts.get("strength", 0.0)
+        strength = update.weight * change_norm(sent, shape)
+        if strength and not so_far:  # beside a client with a change, those without count for nothing
+            sums = {name: tensor for name, tensor in sums.items() if name in shape.head_names}
+        added = common.add(Fold(total.weight, sums), common.head(shape, sent), update.weight)
+        share = strength if strength or so_far else update.weight
+        factors = common.add(added, _padded(sent, shape, self.rank), share).tensors
+        rank = sent[f"{shape.targets[0].name}/left"].shape[1]
+        counts = {**total.counts, "strength": so_far + strength, f"rank/{update.client}": float(rank)}
+        return Fold(added.weight, factors, counts)
+
+    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+        shares = total.counts.get("strength", 0.0) or total.weight
+        changed = common.mean(Fold(shares, total.tensors))
+        changed |= common.mean(Fold(total.weight, common.head(shape, total.tensors))) if total.weight else {}
+        ranks = {int(name[len("rank/") :]): int(r) for name, r in total.counts.items() if name.startswith("rank/")}
+        pruned = sorted({**dict(server.tensors[_PRUNED].tolist()), **ranks}.items())
+        return server.advance({**changed, _PRUNED: torch.tensor(pruned, dtype=torch.int64).reshape(-1, 2)})
+
+    model = common.lora_model
+    personal_model = common.no_personal_model
+
+    def _kept(self, rank: int) -> int:
+        return max(1, math.floor(self.gamma * rank))
+
+    def _pruned(self, result: LocalResult, shape: ModelShape) -> int:
+        """The client's rank after the round."""
+        rank = result.tensors[f"{shape.targets[0].name}/left"].shape[1]
+        kept = self._kept(rank)
+        before, after = float(result.tensors[_TAIL]), float(tail(result.tensors, shape, kept))
+        return kept if after < (1 - _ROUNDING) * before else rank
+
+
+def tail(tensors: Tensors, shape: ModelShape, kept: int) -> Tensor:
+    """Sum over layers of ||B_tail||_F ||A_tail||_F, (1,) float32, of the components from `kept` on; 0 if none are."""
+    norms = []
+    for layer in shape.targets:
+        left_mr, right_rn = tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"]
+        norms.append(torch.linalg.vector_norm(left_mr[:, kept:]) * torch.linalg.vector_norm(right_rn[kept:]))
+    return torch.stack(norms).sum()[None]
+
+
+def change_norm(tensors: Tensors, shape: ModelShape) -> float:
+    """||B A||_F over all layers: its square is the sum over them of tr(B^T B A A^T)."""
+    square = 0.0
+    for layer in shape.targets:
+        left_mr, right_rn = tensors[f"{layer.name}/left"].double(), tensors[f"{layer.name}/right"].double()
+        square += float(((left_mr.T @ left_mr) * (right_rn @ right_rn.T)).sum())
+    return math.sqrt(max(0.0, square))
+
+
+def _penalty(weight: float, shape: ModelShape, kept: int, tensors: Tensors) -> Tensor:
+    return weight * tail(tensors, shape, kept)[0]
+
+
+def _padded(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
+    """Every target's factors with zeros appended up to `rank`."""
+    factors: dict[str, Tensor] = {}
+    for layer in shape.targets:
+        left, right = f"{layer.name}/left", f"{layer.name}/right"
+        factors |= {left: padded(tensors[left], (layer.m, rank)), right: padded(tensors[right], (rank, layer.n))}
+    return factors

@@ -1,0 +1,126 @@
+"""LoRA-FAIR: factors averaged apart, and B' corrected towards the mean change (Bian et al., arXiv 2411.14961).
+
+Rule: A' = sum_k p_k A_k, B' = sum_k p_k B_k, and the server hands out A' and X = B' + dB, where X minimises
+1 - cos(dW, X A') + penalty |X - B'|^2, with dW = sum_k p_k B_k A_k.  Not exact: X A' stays in the row space of A'.
+Of all multiples of a direction Z the penalty is smallest at X = t Z, t = <B', Z> / |Z|^2, and the cosine is the same
+for all: what is left is a function of Z's direction alone, minimised by L-BFGS in float64 from Z = B'.
+Where dW or B'A' is zero, or no direction is better than B', B' goes out as it is.
+Adam's moments go on as in FedIT: dB moves B within the same basis.
+Wire, numbers per layer: r (m + n) up, r (m + n) down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import Broadcast, Client, ClientState, Fold, LocalResult, ModelShape, ServerState, Start, Update
+
+_SENT = "sent:"  # in the fold: one client's own factors
+_STEPS = 200  # L-BFGS iterations at most; tens suffice
+_ZERO = 1e-12  # a norm below this share of its factors' norms is rounding
+
+
+@dataclass(frozen=True)
+class LoRAFAIR:
+    """rank r, and alpha with s = alpha / r; penalty: the weight of |dB|^2.
+    state: what a new round does to Adam's moments (`average`: the server averages them too)."""
+
+    name: ClassVar[str] = "lora-fair"
+    paper: ClassVar[str] = "arXiv 2411.14961"
+    trained: ClassVar[str] = "LoRA's A and B, B corrected by the server"
+    exact: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
+    wire: ClassVar[str] = "r (m + n) / r (m + n)"
+
+    rank: common.Rank = 8
+    alpha: common.Positive = 16.0
+    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    state: common.SharedMemory = "keep"
+
+    check = common.check_rank
+    init_server = common.init_factors
+    broadcast = common.broadcast
+    download_bytes = common.download_all
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
+        moments, step = common.moments_to_start(self.state, broadcast, state)
+        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left", "right")}
+        tensors |= common.moments_to_send(self.state, result)
+        return Update(result.client, weight, tensors, result.metrics)
+
+    keep = common.keep
+    zero = common.zero
+
+    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+        # Beside the sums, every client's factors: w_k B_k and A_k, under its number in the fold.
+        added, k = common.add(total, update.tensors, update.weight), int(total.counts.get("updates", 0))
+        sent: dict[str, Tensor] = {}
+        for layer in shape.targets:
+            left, right = f"{layer.name}/left", f"{layer.name}/right"
+            sent[f"{_SENT}{k}/{left}"] = update.weight * update.tensors[left]
+            sent[f"{_SENT}{k}/{right}"] = update.tensors[right]
+        return Fold(added.weight, {**added.tensors, **sent}, {"updates": k + 1})
+
+    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+        sums = {name: x for name, x in total.tensors.items() if not name.startswith(_SENT)}
+        means = common.mean(Fold(total.weight, sums))
+        for layer in shape.targets if means else ():
+            left, right = f"{layer.name}/left", f"{layer.name}/right"
+            updates = range(int(total.counts["updates"]))
+            L_mR = torch.cat([total.tensors[f"{_SENT}{k}/{left}"] for k in updates], dim=1) / total.weight
+            R_Rn = torch.cat([total.tensors[f"{_SENT}{k}/{right}"] for k in updates])
+            means[left] = corrected(means[left], means[right], L_mR, R_Rn, self.penalty)
+        return server.advance(means)
+
+    model = common.lora_model
+    personal_model = common.no_personal_model
+
+
+def corrected(B_mr: Tensor, A_rn: Tensor, L_mR: Tensor, R_Rn: Tensor, penalty: float) -> Tensor:
+    """The X (m, r), float32, that minimises 1 - cos(L R, X A) + penalty |X - B|^2, L R being (m, n) and never formed.
+
+    All that enters is P = dW A^T with <dW, X A> = <P, X>, G = A A^T with |X A|^2 = <X G, X>, and |dW|; the minimum
+    lies in the columns of B and P, 2 r numbers high, and the search takes place there.
+    """
+    B, A, L, R = (x.double() for x in (B_mr, A_rn, L_mR, R_Rn))
+    P, G = L @ (R @ A.T), A @ A.T
+    size = (L @ torch.linalg.qr(R.T).R.T).norm()  # |L R| = |L T^T| with R^T = Q T
+    start = (B @ G * B).sum().clamp_min(0).sqrt()
+    if size <= _ZERO * L.norm() * R.norm() or start <= _ZERO * B.norm() * A.norm():
+        return B_mr
+    Q = torch.linalg.qr(torch.cat([B, P], dim=1)).Q
+    b, p = Q.T @ B, Q.T @ P / size
+
+    def objective(Z: Tensor) -> Tensor:
+        along, cosine = (b * Z).sum().clamp_min(0), (p * Z).sum() / (Z @ G * Z).sum().sqrt()
+        value: Tensor = 1 - cosine + penalty * (b.square().sum() - along**2 / Z.square().sum())
+        return value
+
+    Z = (b / b.norm()).requires_grad_()
+    search = torch.optim.LBFGS(
+        [Z], max_iter=_STEPS, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        loss = objective(Z)
+        loss.backward()
+        return loss
+
+    search.step(closure)
+    found, along = Z.detach(), (b * Z.detach()).sum()
+    if not (objective(found) < objective(b) and along > 0):
+        return B_mr
+    X: Tensor = Q @ found * (along / found.square().sum())
+    return X.float()

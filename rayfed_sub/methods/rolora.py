@@ -1,0 +1,74 @@
+"""RoLoRA: federated LoRA that trains one factor at a time (Chen et al., arXiv 2502.01755).
+
+Rule: in even rounds all clients train and average B over one shared A, in odd rounds A over one shared B.  Exact, for
+one factor is the same everywhere: sum_k p_k s B_k A = s B'A.  B goes first: it is zero, which kills A's gradient.
+Adam's moments begin anew every round: the two factors have seen different numbers of steps, a Start has one count.
+Wire, numbers per layer: up r m in even rounds, r n in odd ones; down the factors averaged since the client last
+synchronised, one of them or both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import (
+    Broadcast,
+    Client,
+    ClientState,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+    wire_bytes,
+)
+
+
+@dataclass(frozen=True)
+class RoLoRA:
+    """rank r, and alpha with s = alpha / r."""
+
+    name: ClassVar[str] = "rolora"
+    paper: ClassVar[str] = "arXiv 2502.01755"
+    trained: ClassVar[str] = "LoRA's B in even rounds, its A in odd ones"
+    exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
+    wire: ClassVar[str] = "r m, r n in turn / the factors averaged since"
+
+    rank: common.Rank = 8
+    alpha: common.Positive = 16.0
+
+    check = common.check_rank
+    init_server = common.init_factors
+    broadcast = common.broadcast
+
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+        # Before round 0 there is nothing to send: B is zero, and A comes from the run's shared seed.
+        roles = sorted({_role(done) for done in range(max(since, 0), server.round)})
+        return wire_bytes({name: server.tensors[name] for name in common.tensor_names(shape, *roles)})
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
+        return Start(tensors, common.tensor_names(shape, _role(broadcast.round)), self.alpha / self.rank)
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        tensors = {name: result.tensors[name] for name in result.trained}
+        return Update(result.client, weight, tensors, result.metrics)
+
+    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
+        return {}
+
+    zero = common.zero
+    fold = common.fold
+    finish = common.finish
+    model = common.lora_model
+    personal_model = common.no_personal_model
+
+
+def _role(round: int) -> str:
+    """The factor that round `round` trains."""
+    return "right" if round % 2 else "left"

@@ -1,0 +1,161 @@
+"""GaLore in one subspace for all clients (FedLore; FedGaLore, arXiv 2602.01746, synchronises second moments too).
+
+Rule: W_k = W + scale L_k Q with one orthonormal Q for everybody; W <- W + scale (sum_k p_k L_k) Q.  Exact, with one
+side of each block.  Q is drawn from the run's seed, anew every `refresh_every` rounds: an average of coefficients never
+leaves span(Q), so no basis can be learned from it.  GaLore's step on L: Adam on R = (1/scale) dLoss/dL.
+`state: average` synchronises Adam's moments, first and second.  (FedGaLore keeps a subspace per client and sends second
+moments only: that is another method.)
+A new Q finds kept moments in a stale basis: `moments` says what becomes of them.  `reset`: zeros (the head's too, for
+there is one step count).  `rotate`, with C = Q_new Q_old^T: m <- m C^T and v <- v (C*C)^T, LDAdam's rule (arXiv
+2410.16103) without its mean term.  `keep`: they stay as they are.
+Wire, numbers per layer: r max(m, n) up; down as much per period missed, for the rounds of one period add up in one L
+(never more than m n).  Q never travels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import (
+    Broadcast,
+    Client,
+    ClientState,
+    Fold,
+    Layer,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Subspace,
+    Tensors,
+    Update,
+    wire_bytes,
+)
+from rayfed_sub.streams import stream
+from rayfed_sub.training.subspaces import sides
+
+_SEED = "seed"  # server tensor int64: the run's seed, for the coming bases
+
+
+@dataclass(frozen=True)
+class SharedGaLore:
+    """rank r and scale as in GaLore; refresh_every counts rounds; moments: what a new basis does to Adam's moments;
+    state: what a new round does to them (`average`: all clients share Q, so the server may)."""
+
+    name: ClassVar[str] = "shared-galore"
+    paper: ClassVar[str] = "arXiv 2602.01746"
+    trained: ClassVar[str] = "GaLore coefficients in one random subspace for all"
+    exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
+    wire: ClassVar[str] = "r max(m, n) / min(m n, r max(m, n) per period missed)"
+
+    rank: common.Rank = 8
+    scale: common.Positive = 1.0
+    refresh_every: common.Rank = 10
+    moments: Literal["reset", "rotate", "keep"] = "reset"
+    state: common.SharedMemory = "keep"
+
+    def check(self, shape: ModelShape) -> None:
+        common.check_fits(self.rank, shape)
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        return ServerState(0, {**weights, _SEED: torch.tensor(seed)})
+
+    def broadcast(self, server: ServerState) -> Broadcast:
+        return Broadcast(server.round, {n: t for n, t in server.tensors.items() if n != _SEED})
+
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+        missed = {done // self.refresh_every for done in range(max(since, 0), server.round)}
+        numbers = sum(min(t.m * t.n, len(missed) * self.rank * max(t.m, t.n)) for t in shape.targets)
+        counted = {_SEED, *(f"{t.name}/weight" for t in shape.targets)}
+        return 4 * numbers + wire_bytes({n: t for n, t in server.tensors.items() if n not in counted})
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        moments, step = common.moments_to_start(self.state, broadcast, state)
+        period = broadcast.round // self.refresh_every
+        if self.state == "keep" and state is not None:
+            kept = (state.round - 1) // self.refresh_every
+            moments, step = moved(self, moments, step, client.seed, shape, kept, period)
+        tensors = common.head(shape, broadcast.tensors)
+        trained = list(tensors)
+        for layer in shape.targets:
+            fixed, moving = sides(layer)
+            Q = basis(client.seed, period, layer, self.rank)
+            right = fixed.endswith("/right")
+            tensors[fixed] = Q if right else Q.T
+            tensors[moving] = torch.zeros(layer.m, self.rank) if right else torch.zeros(self.rank, layer.n)
+            trained.append(moving)
+        never = Subspace(self.rank, refresh_every=0)
+        return Start(tensors, tuple(trained), self.scale, moments, step, never, decays_base=True)
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        tensors = {name: result.tensors[name] for name in result.trained}
+        tensors |= common.moments_to_send(self.state, result)
+        if result.base_scale != 1.0:
+            tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
+        return Update(result.client, weight, tensors, result.metrics)
+
+    keep = common.keep
+    zero = common.zero
+
+    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+        whole = {"base_scale": torch.tensor(1.0, dtype=torch.float64), **update.tensors}
+        return common.add(total, whole, update.weight)
+
+    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+        changed = common.mean(total)
+        if not changed:
+            return server.advance({})
+        now, soon = (t // self.refresh_every for t in (server.round, server.round + 1))
+        seed = int(server.tensors[_SEED])
+        kept = float(changed.pop("base_scale"))
+        for layer in shape.targets:
+            name, moving = f"{layer.name}/weight", sides(layer)[1]
+            L, Q = changed.pop(moving), basis(seed, now, layer, self.rank)
+            change = L @ Q if moving.endswith("/left") else Q.T @ L
+            changed[name] = kept * server.tensors[name] + self.scale * change
+        if self.state == "average":
+            moments = {n: t for n, t in changed.items() if n.endswith(("/m1", "/m2"))}
+            moments, step = moved(self, moments, round(float(changed["step"])), seed, shape, now, soon)
+            changed |= {**moments, "step": torch.tensor(float(step), dtype=torch.float64)}
+        return server.advance(changed)
+
+    model = common.dense_model
+    personal_model = common.no_personal_model
+
+
+def basis(seed: int, period: int, layer: Layer, rank: int) -> Tensor:
+    """The period's orthonormal rows (r, k) for the layer's shorter side k, float32, uniformly distributed.
+
+    >>> Q = basis(0, 0, Layer("up", m=8, n=4), 2)
+    >>> torch.allclose(Q @ Q.T, torch.eye(2), atol=1e-6)
+    True
+    """
+    draw = stream(seed, "shared basis", period, layer.name).standard_normal((min(layer.m, layer.n), rank))
+    Q_kr: Tensor = torch.linalg.qr(torch.from_numpy(draw)).Q
+    return Q_kr.T.float().contiguous()
+
+
+def moved(
+    method: SharedGaLore, moments: Tensors, step: int, seed: int, shape: ModelShape, old: int, new: int
+) -> tuple[dict[str, Tensor], int]:
+    """Adam's moments and step count of period `old`, as period `new` begins with them."""
+    if old == new or method.moments == "keep":
+        return dict(moments), step
+    if method.moments == "reset":
+        return {name: torch.zeros_like(moment) for name, moment in moments.items()}, 0
+    turned = dict(moments)  # the head's moments have no basis
+    for layer in shape.targets:
+        name = sides(layer)[1]
+        C_rr = basis(seed, new, layer, method.rank) @ basis(seed, old, layer, method.rank).T
+        for role, turn_rr in (("m1", C_rr), ("m2", C_rr.square())):
+            if f"{name}/{role}" in moments:
+                moment = moments[f"{name}/{role}"]
+                turned[f"{name}/{role}"] = moment @ turn_rr.T if name.endswith("/left") else turn_rr @ moment
+    return turned, step

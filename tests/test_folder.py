@@ -1,0 +1,148 @@
+"""The run folder: names, atomic files, tables, and what counts as finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rayfed_sub.config import load_config
+from rayfed_sub.engine.folder import RunFolder, check_free, finished, fresh, make, replace_folder
+from rayfed_sub.engine.journal import ClientRow, RoundRow, Summary
+from rayfed_sub.errors import UserError
+
+CONFIG = load_config({"name": "kept", "federation": {"rounds": 2}})
+
+
+def round_row(n: int, held_out: float | None) -> RoundRow:
+    return RoundRow(n, 2, 2.5, held_out, 100, 200, 50, 8.0, 1.5, 2.0)
+
+
+def client_row(n: int, client: int) -> ClientRow:
+    return ClientRow(n, client, 3.0, 50, 100, 2.5, 2.25, 25.0, 4.0, 1.0)
+
+
+def summary(folder: Path) -> Summary:
+    metrics: dict[str, float | None] = {"held_out_loss": 2.0, "rouge_l": None}
+    return Summary("kept", "fedftg", 2, "ab" * 32, 1, 2, 3, 8.0, 2.0, 1.0, 4, metrics, {}, {}, str(folder))
+
+
+def test_names_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = [fresh(None, "tiny") for _ in range(3)]
+    assert made == [Path("runs/tiny"), Path("runs/tiny-2"), Path("runs/tiny-3")]
+    made[1].rmdir()
+    assert fresh(None, "tiny") == Path("runs/tiny-2")
+    assert fresh(None, "other") == Path("runs/other")
+    assert all(path.is_dir() for path in made)
+
+
+def test_runs_that_start_at_the_same_time_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: fresh(None, "tiny"), range(40)))
+    assert len(set(made)) == 40
+
+
+def test_a_folder_that_is_named_is_taken_with_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    assert fresh(tmp_path, "tiny") == tmp_path
+    assert fresh(tmp_path / "a" / "b", "tiny").is_dir()
+
+
+def test_a_folder_with_a_run_and_a_file_are_refused(tmp_path: Path) -> None:
+    RunFolder(tmp_path, CONFIG)
+    for path, allowed in ((tmp_path, "a folder without a run in it"), (tmp_path / "config.yaml", "a folder")):
+        for refuse in (check_free, lambda path: fresh(path, "tiny")):
+            with pytest.raises(UserError) as caught:
+                refuse(path)
+            assert (caught.value.field, caught.value.value, caught.value.allowed) == ("--out", str(path), allowed)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_under_the_given_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"^--to: got '.*file/sub'; allowed: a folder that can be made; Not a directory"
+    ):
+        make(tmp_path / "file" / "sub", "--to")
+
+
+def test_every_file_of_a_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, CONFIG)
+    assert load_config(tmp_path / "config.yaml") == CONFIG
+    folder.write_tables()  # before the first round is over: columns without rows
+    assert list(pd.read_parquet(tmp_path / "rounds.parquet").columns) == list(RoundRow.__dataclass_fields__)
+    assert len(pd.read_parquet(tmp_path / "clients.parquet")) == 0
+
+    folder.add(round_row(0, None), [client_row(0, 1), client_row(0, 5)])
+    folder.add(round_row(1, 2.0), [client_row(1, 1)])
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(entry["event"], entry["round"], entry["held_out_loss"]) for entry in log] == [
+        ("round", 0, None),
+        ("round", 1, 2.0),
+    ]
+    folder.write_tables()
+    rounds, clients = pd.read_parquet(tmp_path / "rounds.parquet"), pd.read_parquet(tmp_path / "clients.parquet")
+    assert rounds["round"].tolist() == [0, 1]
+    assert rounds["held_out_loss"].isna().tolist() == [True, False]
+    assert list(zip(clients["round"], clients["client"], strict=True)) == [(0, 1), (0, 5), (1, 1)]
+    assert [RoundRow(**row) for row in rounds.iloc[1:].to_dict("records")] == [round_row(1, 2.0)]
+
+    folder.write_summary(summary(tmp_path))
+    told = json.loads((tmp_path / "summary.json").read_text())
+    assert told["metrics"] == {"held_out_loss": 2.0, "rouge_l": None}
+    assert "folder" not in told  # a run may be moved
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("clients.parquet", "config.yaml", "log.jsonl", "rounds.parquet", "summary.json")
+    ]
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "rounds.parquet", "summary.json"])
+def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path, CONFIG)
+    folder.add(round_row(0, 3.0), [client_row(0, 1)])
+    folder.write_tables()
+    folder.write_summary(summary(tmp_path))
+    before = (tmp_path / file).read_bytes()
+
+    def cut_off(source: Path, target: Path) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    folder.add(round_row(1, 2.0), [])
+    writes = {
+        "config.yaml": lambda: RunFolder(tmp_path, load_config({"name": "another"})),
+        "rounds.parquet": folder.write_tables,
+        "summary.json": lambda: folder.write_summary(Summary(**{**vars(summary(tmp_path)), "rounds": 9})),
+    }
+    with pytest.raises(InterruptedError):
+        writes[file]()
+    assert (tmp_path / file).read_bytes() == before
+
+
+def test_a_run_is_finished_once_it_has_its_summary(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, CONFIG)
+    folder.write_tables()
+    with pytest.raises(UserError, match="the folder of a finished run"):
+        finished(tmp_path)
+    folder.write_summary(summary(tmp_path))
+    config, told = finished(tmp_path)
+    assert (config, told["rounds"]) == (CONFIG, 2)
+
+
+def test_a_complete_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder, file in ((new, "a"), (old, "b")):
+        folder.mkdir()
+        (folder / file).write_text(file, encoding="utf-8")
+    replace_folder(new, old)
+    assert [path.name for path in old.iterdir()] == ["a"]
+    assert not new.exists()

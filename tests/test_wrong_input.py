@@ -1,0 +1,326 @@
+"""Wrong input ends before Ray starts: one line on stderr that names field, value and what is allowed; exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rayfed_sub import cli
+
+TINY = str(Path(__file__).parent.parent / "experiments" / "tiny.yaml")
+Refusal = Callable[[Sequence[str]], str]
+TABLE = (
+    "task.name=table",
+    "task.path=rows.parquet",
+    "task.prompt='{q}'",
+    "task.answer=a",
+    "federation.partition.column=by",
+    "federation.clients=2",
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows: `by` is x 12 times and y 8 times, `n` is 0 or 1, `same` is always s; and files that nobody can use."""
+    folder = tmp_path_factory.mktemp("files")
+    numbers = range(20)
+    columns = {
+        "q": [f"what {i}" for i in numbers],
+        "a": [f"answer {i}" for i in numbers],
+        "by": ["x"] * 12 + ["y"] * 8,
+        "n": [i % 2 for i in numbers],
+        "same": ["s"] * 20,
+    }
+    pd.DataFrame(columns).to_parquet(folder / "rows.parquet")
+    pd.DataFrame({name: [] for name in columns}).to_parquet(folder / "empty.parquet")
+    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
+    for name, text in {
+        "no_rows.csv": "q,a,by\n",
+        "nothing.csv": "",
+        "rows.txt": "q a by",
+        "one_record.json": '{"q": 1}',
+        "broken.jsonl": '{"q": 1}\n{"q": \n',
+        "broken.yaml": "seed: [1, 2\nname: }",
+        "list.yaml": "- seed\n- 1\n",
+        "empty.yaml": "",
+        "repeated.yaml": "federation: {clients: 8}\nseed: 1\nfederation: {rounds: 2}\n",
+        "both.yaml": "federation: {rounds: 3, epochs: 1}\n",
+        "pool.yaml": "federation:\n  partition: {kind: pool}\n",
+        "numbers.yaml": "federation: {2: 3}\n",
+        "date.yaml": "name: 2024-01-01\n",
+    }.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "latin.yaml").write_bytes(b"name: \xff\n")
+    for name in ("nothing_in_it", "a_run", "full"):
+        (folder / name).mkdir()
+    (folder / "a_run" / "config.yaml").write_text("name: tiny\n", encoding="utf-8")
+    (folder / "full" / "file").write_text("", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def refusal(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """What `rayfed-sub ARGUMENTS` says on stderr as it refuses, on a machine of 2 CPUs without a GPU, in the folder of
+    the files.  Starting Ray fails the test, and so does a run folder that is left behind."""
+    import ray
+    import torch
+
+    def started(*args: object, **options: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(ray, "init", started)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests keep a session
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def refusal(arguments: Sequence[str]) -> str:
+        monkeypatch.setattr(sys, "argv", ["rayfed-sub", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert said.startswith("rayfed-sub: ")
+        assert said.endswith("\n")
+        assert said.count("\n") == 1, said
+        assert not Path("runs").exists()
+        return said.removeprefix("rayfed-sub: ")
+
+    return refusal
+
+
+# For `rayfed-sub run experiments/tiny.yaml OVERRIDES`: the overrides, and what the line begins with and contains.
+SINGLE = {
+    "unknown key": ("colour=red", "colour: got 'red'; allowed: no such key", "known keys here: name, seed, model"),
+    "misspelt key": ("federation.round=3", "federation.round: got 3", "did you mean rounds?"),
+    "misspelt key, deeper": ("federation.partition.kinds=iid", "federation.partition.kinds:", "did you mean kind?"),
+    "unknown method": ("method.name=fedfgt", "method.name: got 'fedfgt'", "fedftg, fedavg, fedit, ffa-lora"),
+    "method without a name": ("method={}", "method.name: got None", "fedftg, fedavg"),
+    "method that is no method": ("method.name=json:JSONDecoder", "method.name: got 'json:JSONDecoder'", "method"),
+    "method that is nowhere": ("method.name=nowhere:Nothing", "method.name: got 'nowhere:Nothing'", "importable"),
+    "method as a word": ("method=fedftg", "method: got 'fedftg'", "keys with values; e.g. method={'name': 'fedftg'}"),
+    "misspelt field of a method": ("method.ranks=3", "method.ranks: got 3", "did you mean rank?"),
+    "field of another method": ('method={"name":"fedavg","rank":4}', "method.rank: got 4", "known keys here: state"),
+    "rank of nothing": ("method.rank=0", "method.rank: got 0", "1; "),
+    "rank above the matrix": ("method.rank=129", "method.rank: got 129", "1 to 128 (model.layers.0.mlp.up_proj is 384"),
+    "rank in words": ("method.rank=eight", "method.rank: got 'eight'", "integer"),
+    "infinite scale": ("method.scale=.inf", "method.scale: got inf", "a finite number"),
+    "unknown projector": ("method.projector=best", "method.projector: got 'best'", "randomized"),
+    "FedFTG does not average": ("method.state=average", "method.state: got 'average'", "reset"),
+    "negative rate": ("optimizer.lr=-1", "optimizer.lr: got -1", "a number >= 0; e.g. optimizer.lr=0.001"),
+    "rate that is no number": ("optimizer.lr=.nan", "optimizer.lr: got nan", "a finite number >= 0"),
+    "rate in words": ("optimizer.lr=fast", "optimizer.lr: got 'fast'", "a number >= 0"),
+    "beta of 1": ("optimizer.betas=[0.9,1.0]", "optimizer.betas: got [0.9, 1.0]", "each a number >= 0 and < 1"),
+    "one beta": ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9]", "a list of 2"),
+    "beta by number": ("optimizer.betas.0=0.8", "optimizer.betas: got {'0': 0.8}", "a list of 2"),
+    "unknown optimiser": ("optimizer.name=adam", "optimizer.name: got 'adam'", "adamw or sgd"),
+    "negative seed": ("seed=-1", "seed: got -1", "an integer >= 0"),
+    "name of a path": ("name=a/b", "name: got 'a/b'", "text that matches"),
+    "name of the folder above": ("name=..", "name: got '..'", "text that matches"),
+    "name of nothing": ("name=", "name: got None", "e.g. name=run"),
+    "no local steps": ("federation.local_steps=0", "federation.local_steps: got 0", "an integer >= 1"),
+    "no batch": ("federation.batch_size=0", "federation.batch_size: got 0", "an integer >= 1"),
+    "half a round": ("federation.rounds=2.5", "federation.rounds: got 2.5", "an integer >= 1, or null"),
+    "more sampled than there are": ("federation.sampled=9", "federation.sampled: got 9", "1 to federation.clients=8"),
+    "none sampled": ("federation.sampled=0", "federation.sampled: got 0", "an integer >= 1, or null"),
+    "a pool of many": ("federation.partition.kind=pool", "federation.clients: got 8", "1 with partition.kind=pool"),
+    "section as a word": ("federation.partition=iid", "federation.partition: got 'iid'", "kind, column, alpha"),
+    "empty section": ("federation=", "federation: got None", "keys with values: clients, sampled"),
+    "unknown weights": ("federation.weights=rows", "federation.weights: got 'rows'", "samples or uniform"),
+    "alpha of 0": ("federation.partition.alpha=0", "federation.partition.alpha: got 0", "a number > 0"),
+    "more clients than modules": ("federation.clients=9999", "federation.clients: got 9999", "the number of values of"),
+    "held out more than all": ("task.held_out=1.5", "task.held_out: got 1.5", "a number > 0 and < 1"),
+    "short rows": ("task.max_length=7", "task.max_length: got 7", "an integer >= 8"),
+    "neither true nor false": ("task.mask_prompt=maybe", "task.mask_prompt: got 'maybe'", "true or false"),
+    "unknown task": ("task.name=tables", "task.name: got 'tables'", "python-docs or table"),
+    "table without a path": (
+        "task.name=table federation.partition.kind=iid",
+        "task.path: got None",
+        "a file or hub id",
+    ),
+    "path without a table": ("task.path=rows.parquet", "task.name: got 'python-docs'", "table where task.path is set"),
+    "column of the built-in task": ("federation.partition.column=q", "federation.partition.column: got 'q'", "module"),
+    "unknown dtype": ("model.dtype=float16", "model.dtype: got 'float16'", "float32 or bfloat16"),
+    "model folder that is missing": ("model.path=./none", "model.path: got './none'", "a model folder"),
+    "folder without a model": ("model.path=nothing_in_it", "model.path: got 'nothing_in_it'", "a config.json"),
+    "GGUF file that is missing": ("model.path=none.gguf", "model.path: got 'none.gguf'", "a GGUF file that exists"),
+    "package that is missing": (
+        "model.path=package:none/a.gguf",
+        "model.path: got 'package:none/a.gguf'",
+        "package none",
+    ),
+    "random without a type": ("model.random={}", "model.random.type: got None", "model.random.type=llama"),
+    "random of another type": ("model.random.type=lama", "model.random.type: got 'lama'", "did you mean llama?"),
+    "random with another key": ("model.random.sizes=3", "model.random.sizes: got 3", "a key of LlamaConfig"),
+    "heads that do not divide": ("model.random.num_attention_heads=3", "model.random: got {'type'", "fit together"),
+    "broken pattern": ("model.targets=(", "model.targets: got '('", "a regular expression"),
+    "pattern of nothing": ("model.targets=conv", "model.targets: got 'conv'", "it matches no module; linear layers: "),
+    "pattern of norms": (
+        "model.targets=norm$",
+        "model.targets: got 'norm$'",
+        "it matches only model.layers.0.input_la",
+    ),
+    "text that YAML takes for a number": ("model.targets=5", "model.targets: got 5", "put it in quotes"),
+    "more workers than CPUs": ("resources.workers=3", "resources.workers: got 3", "1 to 2 with cpus_per_worker=1 on 2"),
+    "a worker above all CPUs": ("resources.cpus_per_worker=4", "resources.cpus_per_worker: got 4.0", "at most 2, the"),
+    "a GPU where none is": ("resources.gpus_per_worker=1", "resources.gpus_per_worker: got 1.0", "0, for no GPU is"),
+    "no CPU": ("resources.cpus_per_worker=0", "resources.cpus_per_worker: got 0", "a number > 0"),
+    "unknown executor": ("resources.executor=fast", "resources.executor: got 'fast'", "pack or reference"),
+    "no evaluation": ("evaluation.every=0", "evaluation.every: got 0", "an integer >= 1"),
+    "negative checkpoint": ("checkpoint.every=-1", "checkpoint.every: got -1", "an integer >= 0"),
+    "no override": ("rank", "override: got 'rank'", "dotted.key=value; e.g. method.rank=8"),
+    "override of nothing": ("federation..clients=3", "override: got 'federation..clients=3'", "dotted.key=value"),
+    "override below a number": ("seed.x=1", "seed: got 0", "a single value, without keys below it; remove seed.x=1"),
+    "override with broken YAML": ("name=[a", "name: got '[a'", "a YAML value"),
+}
+
+
+@pytest.mark.parametrize(("asked", "begins", "contains"), SINGLE.values(), ids=SINGLE.keys())
+def test_override(asked: str, begins: str, contains: str, refusal: Refusal) -> None:
+    said = refusal(["run", TINY, *asked.split()])
+    assert said.startswith(begins)
+    assert contains in said
+    assert "; allowed: " in said
+
+
+# The same for a table of 20 rows in two clients.
+TABLES = {
+    "no such file": ("task.path=none.parquet", "task.path: got 'none.parquet'", "a file that exists (.parquet, .jsonl"),
+    "unknown kind of file": ("task.path=rows.txt", "task.path: got 'rows.txt'", "a file ending in .parquet, .jsonl,"),
+    "folder without data": ("task.path=nothing_in_it", "task.path: got 'nothing_in_it'", "can be loaded"),
+    "broken Parquet": ("task.path=broken.parquet", "task.path: got 'broken.parquet'", "a readable .parquet file"),
+    "broken JSON": ("task.path=broken.jsonl", "task.path: got 'broken.jsonl'", "a readable .jsonl file"),
+    "record without a list": ("task.path=one_record.json", "task.path: got 'one_record.json'", "one list of records"),
+    "table without rows": ("task.path=empty.parquet", "task.path: got 'empty.parquet'", "a table with rows"),
+    "header alone": ("task.path=no_rows.csv", "task.path: got 'no_rows.csv'", "a table with rows"),
+    "empty file": ("task.path=nothing.csv", "task.path: got 'nothing.csv'", "a readable .csv file"),
+    "split of a file": ("task.split=test", "task.split: got 'test'", "train where task.path is one file"),
+    "no such answer": ("task.answer=b", "task.answer: got 'b'", "a column of the table: q, a, by, n, same"),
+    "no such label": ("task.answer=null task.label=b", "task.label: got 'b'", "a column of the table: q, a, by, n"),
+    "answer and label": (
+        "task.label=n",
+        "task.answer: got 'a'",
+        "one of task.answer (language modelling) and task.label",
+    ),
+    "one class": ("task.answer=null task.label=same", "task.label: got 1", "at least 2 classes"),
+    "no such column in the prompt": ("task.prompt='{qq}'", "task.prompt: got 'qq'", "a column of the table: q, a, by"),
+    "prompt without a column": ("task.prompt=what?", "task.prompt: got 'what?'", "text with {column} in it"),
+    "prompt with a loose brace": ("task.prompt='{q'", "task.prompt: got '{q'", "text with {column} in it"),
+    "prompt that YAML takes for keys": ("task.prompt={q}", "task.prompt: got {'q': None}", "put it in quotes"),
+    "no prompt": ("task.prompt=null", "task.prompt: got None", "a template"),
+    "no such column to divide by": (
+        "federation.partition.column=c",
+        "federation.partition.column: got 'c'",
+        "q, a, by",
+    ),
+    "no column to divide by": ("federation.partition.column=null", "federation.partition.column: got None", "a column"),
+    "more clients than values": ("federation.clients=3", "federation.clients: got 3", "1 to 2, the number of values"),
+    # round(20 * 0.1) = 2 rows are held out
+    "more clients than rows": (
+        "federation.clients=19 federation.partition.kind=iid",
+        "federation.clients: got 19",
+        "1 to 18, the number of training rows",
+    ),
+    "client without rows": (
+        "federation.clients=6 federation.partition.kind=dirichlet federation.partition.alpha=0.0001",
+        "federation.clients: got 6",
+        "at least one row for every client",
+    ),
+    "nothing held out": ("task.held_out=0.001", "task.held_out: got 0.001", "holds out at least one of the 20 rows"),
+    "answers to classify": (
+        "task.answer=null task.label=n evaluation.generate=4",
+        "evaluation.generate: got 4",
+        "0 for a classification task",
+    ),
+}
+
+
+@pytest.mark.parametrize(("asked", "begins", "contains"), TABLES.values(), ids=TABLES.keys())
+def test_table(asked: str, begins: str, contains: str, refusal: Refusal) -> None:
+    said = refusal(["run", TINY, *TABLE, *asked.split()])
+    assert said.startswith(begins)
+    assert contains in said
+
+
+# Whole command lines.
+COMMANDS = {
+    "config that is missing": ("run none.yaml", "CONFIG: got 'none.yaml'", "a YAML file that exists"),
+    "config that is a folder": ("run full", "CONFIG: got 'full'", "a YAML file that exists"),
+    "broken YAML": ("run broken.yaml", "CONFIG: got 'broken.yaml'", "line 2, column 5"),
+    "no UTF-8": ("run latin.yaml", "CONFIG: got 'latin.yaml'", "a readable file of valid YAML"),
+    "YAML list": ("run list.yaml", "CONFIG: got 'list.yaml'", "a YAML mapping of keys to values"),
+    "empty YAML": ("run empty.yaml", "CONFIG: got 'empty.yaml'", "a YAML mapping of keys to values"),
+    "key twice": ("run repeated.yaml", "CONFIG: got 'repeated.yaml'", "federation stands again in line 3"),
+    "rounds and epochs": ("run both.yaml", "federation.rounds: got 3", "one of rounds and epochs, not both"),
+    "pool with the default clients": ("run pool.yaml", "federation.clients: got 8", "1 with partition.kind=pool"),
+    "number as a key": ("run numbers.yaml", "federation.2: got 2", "no such key"),
+    "date as a name": ("run date.yaml", "name: got datetime.date(2024, 1, 1)", "put it in quotes"),
+    "folder that holds a run": (f"run {TINY} --out a_run", "--out: got 'a_run'", "a folder without a run in it"),
+    "folder that is a file": (f"run {TINY} --out rows.txt", "--out: got 'rows.txt'", "a folder"),
+    "folder in a file": (f"run {TINY} --out rows.txt/run", "--out: got 'rows.txt/run'", "a folder that can be made"),
+    "export of no run": ("export full --to new", "RUN: got 'full'", "the folder of a finished run"),
+    "export of an open run": ("export a_run --to new", "RUN: got 'a_run'", "the folder of a finished run"),
+    "export of nothing": ("export none --to new", "RUN: got 'none'", "the folder of a finished run"),
+    "export to nowhere": ("export a_run", "Missing option '--to'", "see rayfed-sub --help"),
+    "export as something else": ("export a_run --to new --format gguf", "Invalid value for '--format'", "'hf'"),
+    "no config": ("run", "Missing argument 'CONFIG.yaml'", "see rayfed-sub --help"),
+    "unknown option": (f"run {TINY} --colour", "No such option: --colour", "see rayfed-sub --help"),
+    "unknown command": ("ruin", "No such command 'ruin'", "see rayfed-sub --help"),
+    "unknown list": ("list foo", "Invalid value for 'what': ", "'methods', 'tasks', 'models'"),
+}
+
+
+@pytest.mark.parametrize(("asked", "begins", "contains"), COMMANDS.values(), ids=COMMANDS.keys())
+def test_command(asked: str, begins: str, contains: str, refusal: Refusal) -> None:
+    said = refusal(asked.split())
+    assert said.startswith(begins)
+    assert contains in said
+
+
+@pytest.mark.parametrize("to", ["full", "rows.txt", "rows.txt/new"])
+def test_export_into_something_else(to: str, refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: done\n", encoding="utf-8")
+    (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
+    said = refusal(["export", str(tmp_path), "--to", to])
+    assert said.startswith(f"--to: got '{to}'; allowed: a ")
+
+
+def outcome(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rayfed_sub.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begins"),
+    [
+        (["run", TINY, "method.rank=0"], "method.rank: got 0"),
+        (["run", TINY, "--colour"], "No such option"),
+        (["run", TINY, "model.path=nobody/nothing"], "model.path: got 'nobody/nothing'"),
+    ],
+    ids=["wrong value", "wrong option", "hub id without a network"],
+)
+def test_as_its_own_process(arguments: list[str], begins: str, files: Path) -> None:
+    done = outcome(*arguments, folder=files)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"rayfed-sub: {begins}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_as_its_own_process_when_all_is_well(files: Path) -> None:
+    done = outcome("list", "tasks", "--json", folder=files)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row["name"] for row in json.loads(done.stdout)] == ["python-docs", "table"]
