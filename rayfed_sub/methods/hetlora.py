@@ -7,7 +7,7 @@ sum over layers of ||B_tail||_F ||A_tail||_F; where the round made the tail smal
 sends, and its rank stays lower.  At least one component remains; B = 0 in round 0 prunes nobody.
 The paper leaves open, or we chose: it has no p_k (set federation.weights=uniform for its rule), no trained head
 (averaged by p_k here) and no alpha (s = alpha / r for all, as a padded client is one of rank r); all norms zero: q = p;
-gamma is the paper's, the penalty's weight is ours.
+gamma is what public implementations use, the penalty's weight is ours.
 Components change length, weight and number between rounds, so Adam's moments are reset.
 Wire, numbers per layer: r_k (m + n) up, r_k (m + n) down.
 """
