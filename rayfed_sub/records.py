@@ -103,8 +103,8 @@ class Start:
 
     tensors: every local tensor by name (both factors of a block, dense weights, the head); trained: those the
     optimiser steps; scale multiplies every block; moments: `<name>/m1`, `<name>/m2` (absent = zeros); step:
-    optimiser steps already taken with these moments; subspace: set for GaLore (a missing or all-zero fixed
-    factor is filled at the first step, which is always a refresh when step = 0).
+    optimiser steps already taken with these moments; subspace: set for GaLore (the fixed factor may be all
+    zeros at step 0, whose refresh fills it; a zero row moves nothing until the next refresh).
     decays_base: weight decay shrinks the whole weight, as GaLore's does, and not only what is trained.
     penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,7 @@ def test_no_method_is_named_in_the_engine() -> None:
 def test_the_reference_executor_ends_where_the_packs_do(undisturbed: Summary, tmp_path: Path) -> None:
     summary = run(small("resources.executor=reference", "resources.workers=2"), tmp_path / "run")
     assert summary.metrics["held_out_loss"] == pytest.approx(undisturbed.metrics["held_out_loss"], rel=1e-4)
+    assert summary.uplink_bytes == undisturbed.uplink_bytes
 
 
 @pytest.mark.parametrize("method", ["fedftg", "fedit"])
@@ -248,34 +251,39 @@ def test_a_backbone_costs_a_worker_no_private_memory(ray_session: None) -> None:
         ray.kill(actor)
 
 
-def test_an_in_place_write_to_shared_memory_stops_the_run(ray_session: None, tmp_path: Path) -> None:
-    """A method that scribbles on the broadcast: the worker notices, names the tensor, and the run ends."""
-    package = tmp_path / "scribble.py"
-    package.write_text(
+@pytest.mark.parametrize(
+    ("write", "noticed"),
+    [
+        # torch's version counters notice it in the worker, by name
+        (".mul_(2.0)", r"tensor model\.layers\.0\.mlp\.up_proj/weight was written in place"),
+        # around torch: the coordinator's checksum notices it before the round counts
+        (".numpy().__imul__(2.0)", r"round 0, shared memory: the broadcast's bytes changed"),
+    ],
+)
+def test_an_in_place_write_to_shared_memory_stops_the_run(
+    write: str, noticed: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method that scribbles on the broadcast."""
+    from ray import cloudpickle
+
+    (tmp_path / "scribble.py").write_text(
         "from dataclasses import dataclass\n"
         "from rayfed_sub.methods.fedavg import FedAvg\n"
         "@dataclass(frozen=True)\n"
         "class Scribble(FedAvg):\n"
         "    def start_client(self, broadcast, state, client, shape):\n"
-        "        next(iter(broadcast.tensors.values())).mul_(2.0)\n"
+        f"        next(iter(broadcast.tensors.values())){write}\n"
         "        return super().start_client(broadcast, state, client, shape)\n"
     )
-    import sys
-
-    import ray
-    from ray import cloudpickle
-
-    sys.path.insert(0, str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "scribble", raising=False)
+    scribble = importlib.import_module("scribble")
+    cloudpickle.register_pickle_by_value(scribble)  # the actors cannot import a file of this test
     try:
-        import scribble
-
-        cloudpickle.register_pickle_by_value(scribble)  # the actors cannot import a file of this test
-        with pytest.raises(RunError, match=r"tensor model\.layers\.0\.mlp\.up_proj/weight was written in place"):
+        with pytest.raises(RunError, match=noticed):
             run(small("method={name: 'scribble:Scribble'}"), tmp_path / "run")
-        cloudpickle.unregister_pickle_by_value(scribble)
     finally:
-        sys.path.remove(str(tmp_path))
-    assert ray.is_initialized()
+        cloudpickle.unregister_pickle_by_value(scribble)
 
 
 def test_progress_is_told_while_it_happens(ray_session: None, tmp_path: Path) -> None:

@@ -36,13 +36,13 @@ def learning_rate(config: Config, n: int) -> float:
     >>> from rayfed_sub.config import load_config
     >>> config = load_config({"federation": {"rounds": 5}, "optimizer": {"lr": 1.0, "schedule": "linear"}})
     >>> [learning_rate(config, n) for n in range(5)]
-    [1.0, 0.75, 0.5, 0.25, 0.0]
+    [1.0, 0.8, 0.6, 0.4, 0.2]
     """
     optimizer, rounds = config.optimizer, config.federation.rounds or 1
     if n < optimizer.warmup_rounds:
         return optimizer.lr * (n + 1) / (optimizer.warmup_rounds + 1)
     if optimizer.schedule == "constant":
         return optimizer.lr
-    done = (n - optimizer.warmup_rounds) / max(1, rounds - 1 - optimizer.warmup_rounds)
+    done = (n - optimizer.warmup_rounds) / (rounds - optimizer.warmup_rounds)  # below 1: no round at rate zero
     left = 1 - done if optimizer.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return optimizer.lr * (optimizer.final + (1 - optimizer.final) * left)

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.config import Config
@@ -25,7 +25,7 @@ from rayfed_sub.engine.evaluations import Model, held_out_loss, held_out_rouge
 from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
 from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
 from rayfed_sub.engine.memory import PeakMemory
-from rayfed_sub.engine.schedule import Piece, in_order
+from rayfed_sub.engine.schedule import Crew, Piece, in_order
 from rayfed_sub.engine.workers import PackedState, PackOutcome, Worker
 from rayfed_sub.errors import RunError
 from rayfed_sub.methods.protocol import Method
@@ -65,6 +65,7 @@ class Coordinator:
         self._memory = PeakMemory()
         self._config, self._method, self._shape, self._shared = config, method, shape, shared
         self._workers = [self._worker() for _ in range(config.resources.workers)]
+        self._crew = Crew(self._workers)
         self._dataset: Dataset = ray.get(shared.dataset)
         arrays: Packed = ray.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
@@ -96,19 +97,19 @@ class Coordinator:
         return devices
 
     def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
-        """Round n, counted from 0; repeatable as long as the server has finished exactly n rounds."""
+        """Round n, counted from 0; it can be asked for again as long as it has not reached its evaluation."""
         assert n == self._server.round, f"round {n} asked of a server that has finished {self._server.round}"
         began = time.perf_counter()
         config, method, shape = self._config, self._method, self._shape
         cohort = cohorts.cohort(config, n)
         broadcast = self._broadcast()
-        down = {client: self._download_bytes(client) for client in cohort}
+        down = self._download_bytes(cohort)
         size = config.resources.pack_size
         packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
         pieces = [self._train_piece(n, pack, i, broadcast) for i, pack in enumerate(packs)]
 
         total, rows, states = method.zero(self._server, shape), [], {}
-        for done in in_order(self._workers, pieces, f"round {n}, local training"):
+        for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
                 update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
@@ -117,11 +118,13 @@ class Coordinator:
                 states[client] = (state.round, ray.put(state))
                 self._home[client] = done.worker
             yield _progress(n, rows, len(cohort), time.perf_counter() - began)
+        self._verify()
 
         before, after = self._server, method.finish(self._server, total, shape)
         factor = _nova_factor(rows) if config.federation.normalise_steps else 1.0
-        self._server, self._memory_of_server = advance(config.server, before, after, self._memory_of_server, factor)
-        _check_finite(self._server, n)
+        after, memory = advance(config.server, before, after, self._memory_of_server, factor)
+        _check_finite(after, n)
+        self._server, self._memory_of_server = after, memory
         self._states |= states
         self._synchronised |= dict.fromkeys(cohort, n)
         train_seconds = time.perf_counter() - began
@@ -134,7 +137,7 @@ class Coordinator:
             uplink_bytes=sum(r.uplink_bytes for r in rows),
             downlink_bytes=sum(down.values()),
             labels=int(sum(r.labels for r in rows)),
-            change_rank=self._rank(before),
+            change_rank=self._rank(before) if due else None,
             train_seconds=train_seconds,
             seconds=time.perf_counter() - began,
         )
@@ -143,11 +146,11 @@ class Coordinator:
 
     def held_out_loss(self) -> float:
         """Mean held-out loss of the current model, see `evaluations`."""
-        return held_out_loss(self._workers, self._config, self._dataset, self._model())
+        return held_out_loss(self._crew, self._config, self._dataset, self._model())
 
     def held_out_rouge(self) -> float | None:
         """ROUGE-L of the current model's answers, see `evaluations`."""
-        return held_out_rouge(self._workers, self._config, self._dataset, self._model())
+        return held_out_rouge(self._crew, self._config, self._dataset, self._model())
 
     def weights_sha256(self) -> str:
         """SHA-256 over everything learned: effective target weights, the server's tensors, personal clients' states."""
@@ -168,9 +171,10 @@ class Coordinator:
         return Snapshot(self._server.round, packed({**self._server.tensors, **memory}), clients)
 
     def peak_memory(self) -> int:
-        """Bytes: the sum of the peaks of this process and all workers."""
-        peaks: list[int] = ray.get([worker.peak_memory.remote() for worker in self._workers], timeout=60)
-        return self._memory.peak + sum(peaks)
+        """Bytes: the sum of the peaks, each as sampled, of this process and of the workers that answer."""
+        asked = [worker.peak_memory.remote() for worker in self._workers]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=30)
+        return self._memory.peak + sum(_peak(reference) for reference in answered)
 
     def _model(self) -> Model:
         return Model(self._server.round, self._broadcast(), self._states if self._method.personal else None)
@@ -182,11 +186,16 @@ class Coordinator:
             self._sent = (self._server.round, ray.put(arrays), checksum(arrays))
         return self._sent[1]
 
-    def _download_bytes(self, client: int) -> int:
-        who, since = Client(client, self._config.seed), self._synchronised.get(client, -1)
-        counted = self._method.download_bytes(self._server, self._shape, who, since)
-        sent, targets = self._method.broadcast(self._server).tensors, [layer.name for layer in self._shape.targets]
-        return download_bytes(self._config.server, sent, targets, counted)
+    def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
+        """Wire bytes to every client of the cohort, given when it last took part."""
+        server, shape, rule = self._server, self._shape, self._config.server
+        sent, targets = self._method.broadcast(server).tensors, [layer.name for layer in shape.targets]
+        down = {}
+        for client in cohort:
+            who, since = Client(client, self._config.seed), self._synchronised.get(client, -1)
+            counted = self._method.download_bytes(server, shape, who, since)
+            down[client] = download_bytes(rule, sent, targets, counted)
+        return down
 
     def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any) -> Piece:
         states = [self._states.get(client) for client in clients]
@@ -212,6 +221,13 @@ class Coordinator:
             raise RunError("shared memory", "the backbone's bytes changed", round=self._server.round)
         if self._sent is not None and checksum(ray.get(self._sent[1])) != self._sent[2]:
             raise RunError("shared memory", "the broadcast's bytes changed", round=self._server.round)
+
+
+def _peak(reference: Any) -> int:
+    try:
+        return int(ray.get(reference, timeout=30))
+    except RayActorError:  # a worker that died at the very end must not cost the finished run
+        return 0
 
 
 def worker_options(cpus: float, gpus: float) -> dict[str, Any]:

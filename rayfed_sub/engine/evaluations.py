@@ -12,7 +12,7 @@ from typing import Any
 
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.engine.schedule import Piece, in_order
+from rayfed_sub.engine.schedule import Crew, Piece, in_order
 from rayfed_sub.metrics import rouge_l
 from rayfed_sub.streams import stream
 
@@ -27,20 +27,20 @@ class Model:
     states: Mapping[int, Any] | None
 
 
-def held_out_loss(workers: Sequence[Any], config: Config, dataset: Dataset, model: Model) -> float:
+def held_out_loss(crew: Crew, config: Config, dataset: Dataset, model: Model) -> float:
     """Mean loss (nats per label) on `evaluation.examples` held-out rows."""
     shards = _shards(config, dataset, config.evaluation.examples, model)
-    done = _each(workers, shards, model, lambda worker: worker.evaluate, "held-out loss")
+    done = _each(crew, shards, model, lambda worker: worker.evaluate, "held-out loss")
     total, labels = (sum(column) for column in zip(*done, strict=True))
     return float(total) / max(1, int(labels))
 
 
-def held_out_rouge(workers: Sequence[Any], config: Config, dataset: Dataset, model: Model) -> float | None:
+def held_out_rouge(crew: Crew, config: Config, dataset: Dataset, model: Model) -> float | None:
     """ROUGE-L (0..1) of greedy answers to `evaluation.generate` held-out questions; None when none are asked for."""
     if not config.evaluation.generate:
         return None
     shards = _shards(config, dataset, config.evaluation.generate, model)
-    done = _each(workers, shards, model, lambda worker: worker.generate, "generated answers")
+    done = _each(crew, shards, model, lambda worker: worker.generate, "generated answers")
     told = [text for texts in done for text in texts]
     return rouge_l(told, [dataset.references[row] for _, rows in shards for row in rows])
 
@@ -52,14 +52,14 @@ def _shards(config: Config, dataset: Dataset, most: int, model: Model) -> list[t
     if model.states is None:
         return [(None, chosen[i : i + size]) for i in range(0, len(chosen), size)]
     owned: dict[int, list[int]] = {}
-    for place, row in enumerate(chosen):
+    for row in chosen:
         owner = int(dataset.held_out_clients[row])
-        owned.setdefault(owner if owner >= 0 else place % config.federation.clients, []).append(row)
+        owned.setdefault(owner if owner >= 0 else row % config.federation.clients, []).append(row)
     return [(k, rows[i : i + size]) for k, rows in sorted(owned.items()) for i in range(0, len(rows), size)]
 
 
 def _each(
-    workers: Sequence[Any],
+    crew: Crew,
     shards: Sequence[tuple[int | None, list[int]]],
     model: Model,
     call: Callable[[Any], Any],
@@ -68,7 +68,7 @@ def _each(
     def piece(index: int, client: int | None, rows: list[int]) -> Piece:
         state = None if client is None or model.states is None else model.states.get(client)
         arguments = (model.round, rows, model.broadcast, client, state)
-        return Piece(lambda worker: call(worker).remote(*arguments), index % len(workers), f"shard {index}")
+        return Piece(lambda worker: call(worker).remote(*arguments), index % len(crew.workers), f"shard {index}")
 
     pieces = [piece(index, client, rows) for index, (client, rows) in enumerate(shards)]
-    return [done.result for done in in_order(workers, pieces, stage)]
+    return [done.result for done in in_order(crew, pieces, stage)]

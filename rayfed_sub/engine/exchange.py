@@ -25,7 +25,7 @@ _ALIGNMENT = 64  # torch's own allocations; matrix products give other bits on d
 
 
 def packed(tensors: Tensors) -> Packed:
-    """The tensors as contiguous numpy arrays of their own (a view of a large storage would drag all of it along)."""
+    """The tensors as contiguous numpy arrays (a torch view of a large storage would drag all of it along)."""
     out: Packed = {}
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()

@@ -103,7 +103,9 @@ def _atomically(path: Path, content: bytes) -> None:
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Puts a complete folder in its place."""
+    """Puts a complete folder in its place; an older one of that name is only deleted after that."""
+    old = final.with_name(f".old-{final.name}")
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, old)
     os.replace(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -73,10 +73,12 @@ def _rounds(config: Config, dataset: Dataset) -> int:
     if federation.epochs is None:
         assert federation.rounds is not None, "the configuration says one of rounds and epochs"
         return federation.rounds
-    steps = [local_steps(config, client) for client in range(federation.clients)]
-    share = (federation.sampled or federation.clients) / federation.clients * federation.availability
-    per_round = share * sum(steps) * federation.batch_size
-    return math.ceil(federation.epochs * len(dataset.client_rows) / per_round)
+    rows = [len(dataset.rows_of(client)) for client in range(federation.clients)]
+    batches = [min(federation.batch_size, own) for own in rows]
+    a_round_of_all = sum(local_steps(config, client) * size for client, size in enumerate(batches))
+    present = (federation.sampled or federation.clients) * federation.availability  # clients, on average
+    needed = federation.epochs * sum(rows) * federation.clients / (a_round_of_all * present)
+    return math.ceil(needed - 1e-9)  # rounding must not add a round
 
 
 def check_resources(config: Config, available: Mapping[str, float]) -> None:
@@ -92,8 +94,8 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
     field = "resources.gpus_per_worker"
     if not gpus:
         raise UserError(field, per_worker, "0, for no GPU is found", f"set {field}=0")
-    if per_worker > 1 and per_worker % 1:
-        raise UserError(field, per_worker, "a fraction up to 1, or a whole number", "round it")
+    if per_worker > 1:
+        raise UserError(field, per_worker, "at most 1: a worker uses one GPU", "set 1 or less")
     _check_placed("gpus", "GPUs", resources.workers, per_worker, gpus)
     if resources.executor == "reference":
         advice = "the reference executor runs on CPUs"

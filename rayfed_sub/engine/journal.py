@@ -52,7 +52,7 @@ class RoundRow:
     uplink_bytes: int
     downlink_bytes: int
     labels: int
-    change_rank: float
+    change_rank: float | None
     train_seconds: float
     seconds: float
 
@@ -93,7 +93,7 @@ class Summary:
     uplink_bytes: int
     downlink_bytes: int
     dense_bytes: int
-    change_rank: float
+    change_rank: float | None
     wall_seconds: float
     train_seconds: float
     peak_memory_bytes: int

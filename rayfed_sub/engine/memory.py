@@ -8,7 +8,8 @@ import psutil
 
 
 class PeakMemory:
-    """Samples this process's PSS in a daemon thread; `peak` is the largest value seen, in bytes."""
+    """Samples this process's PSS in a daemon thread; `peak` is the largest value seen, in bytes: a lower
+    bound, since a peak may fall between two samples and a restarted process begins anew."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         self._process = psutil.Process()

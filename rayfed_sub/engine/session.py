@@ -6,22 +6,26 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints
 from rayfed_sub.engine.folder import RunFolder, check_free, fresh
 from rayfed_sub.engine.job import Job, check_resources, prepare
 from rayfed_sub.engine.journal import PackDone, RoundDone, RoundRow, Stage, Started, Summary
-from rayfed_sub.errors import RunError
+from rayfed_sub.engine.memory import PeakMemory
+from rayfed_sub.errors import RunError, UserError
 
-_CALL_SECONDS = 3600.0  # no single call to the coordinator takes longer
+_CALL_SECONDS = 3600.0  # no evaluation or snapshot takes longer; a round may, it reports pack by pack
 _LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
-
 
 Listener = Callable[[Stage | Started | PackDone | RoundDone], None]
 """Is shown the journal's records as they come."""
@@ -34,7 +38,7 @@ def run(config: Config, out: str | Path | None = None, listener: Listener | None
     Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
     """
     tell = listener or (lambda record: None)
-    began = time.perf_counter()
+    began, memory = time.perf_counter(), PeakMemory()
     path = None if out is None else Path(out)
     if path is not None:
         check_free(path)
@@ -44,23 +48,36 @@ def run(config: Config, out: str | Path | None = None, listener: Listener | None
     folder = RunFolder(fresh(path, config.name), job.config)
     tell(Stage("starting Ray, loading weights"))
     with ThreadPoolExecutor(1) as pool:
-        backbone = pool.submit(_load_backbone, job)
-        with _ray(job.config):
-            return _rounds(job, folder, backbone.result(), tell, began)
+        loading = [pool.submit(_load_backbone, job)]
+        with _ray():
+            coordinator = _coordinator(job, loading.pop())  # no name here may hold the weights for the whole run
+            try:
+                summary = _rounds(job, folder, coordinator, tell)
+            finally:
+                ray.kill(coordinator)  # its workers are its children and go with it
+    whole = replace(
+        summary,
+        wall_seconds=time.perf_counter() - began,
+        peak_memory_bytes=summary.peak_memory_bytes + memory.peak,
+    )
+    folder.write_summary(whole)
+    return whole
 
 
-def _rounds(job: Job, folder: RunFolder, backbone: Any, tell: Listener, began: float) -> Summary:
-    import ray
-
+def _coordinator(job: Job, backbone: Future[Any]) -> Any:
+    """The coordinator actor, with all that it shares already in the object store."""
     from rayfed_sub.engine.coordinator import Coordinator, Shared
     from rayfed_sub.engine.workers import Spec
 
-    config = job.config
-    spec = Spec(config, job.method, job.skeleton, job.codec)
-    shared = Shared(ray.put(spec), ray.put(backbone), ray.put(job.dataset))
-    del backbone
+    spec = Spec(job.config, job.method, job.skeleton, job.codec)
+    shared = Shared(ray.put(spec), ray.put(backbone.result()), ray.put(job.dataset))
     parts = (job.method, job.skeleton.shape, job.skeleton.transposed)
-    coordinator = ray.remote(num_cpus=0)(Coordinator).remote(config, *parts, shared)
+    return ray.remote(num_cpus=0)(Coordinator).remote(job.config, *parts, shared)
+
+
+def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Summary:
+    """Walks the rounds and writes tables and checkpoints; the summary without the time and memory of this process."""
+    config = job.config
 
     def ask(name: str) -> Any:
         return _asked(getattr(coordinator, name).remote(), name)
@@ -71,20 +88,21 @@ def _rounds(job: Job, folder: RunFolder, backbone: Any, tell: Listener, began: f
     targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
     tell(Started(config, folder.path, first["held_out_loss"], first["rouge_l"], targets))
     rows: list[RoundRow] = []
-    for n in range(config.federation.rounds or 0):
+    rounds, every = config.federation.rounds or 0, config.checkpoint.every
+    for n in range(rounds):
         for reference in coordinator.run_round.options(num_returns="streaming").remote(n):
             record = _asked(reference, f"round {n}")
             if isinstance(record, RoundDone):
                 rows.append(record.row)
                 folder.add(record.row, record.client_rows)
             tell(record)
-        if config.checkpoint.every and (n + 1) % config.checkpoint.every == 0:
+        if every and (n + 1) % every == 0 and n + 1 < rounds:  # the last one is written below
             folder.write_tables()
             checkpoints.write(folder.path, ask("snapshot"))
     last = {"held_out_loss": rows[-1].held_out_loss, "rouge_l": ask("held_out_rouge")}
     folder.write_tables()
     checkpoints.write(folder.path, ask("snapshot"))
-    summary = Summary(
+    return Summary(
         name=config.name,
         method=str(config.method["name"]),
         rounds=len(rows),
@@ -93,7 +111,7 @@ def _rounds(job: Job, folder: RunFolder, backbone: Any, tell: Listener, began: f
         downlink_bytes=sum(row.downlink_bytes for row in rows),
         dense_bytes=sum(row.clients for row in rows) * targets,
         change_rank=rows[-1].change_rank,
-        wall_seconds=time.perf_counter() - began,
+        wall_seconds=0.0,
         train_seconds=sum(row.train_seconds for row in rows),
         peak_memory_bytes=ask("peak_memory"),
         metrics={**{f"{k}_before": v for k, v in first.items()}, **last},
@@ -101,22 +119,18 @@ def _rounds(job: Job, folder: RunFolder, backbone: Any, tell: Listener, began: f
         environment=_environment(config),
         folder=str(folder.path),
     )
-    ray.kill(coordinator)  # its workers are its children and go with it
-    folder.write_summary(summary)
-    return summary
 
 
 def _asked(reference: Any, stage: str) -> Any:
     """The coordinator's answer, or the cause of its failure."""
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
     try:
         return ray.get(reference, timeout=_CALL_SECONDS)
     except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, RunError) else error from None
+        raise error.cause if isinstance(error.cause, RunError | UserError) else error from None
+    except GetTimeoutError:
+        raise RunError(stage, f"no answer from the coordinator for {_CALL_SECONDS:.0f} s") from None
     except RayActorError as error:
-        raise RunError(stage, f"the coordinator died: {str(error).strip().splitlines()[0]}") from None
+        raise RunError(stage, f"the coordinator died: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
 def _load_backbone(job: Job) -> Any:
@@ -128,8 +142,6 @@ def _load_backbone(job: Job) -> Any:
 
 def _available() -> dict[str, float]:
     """CPUs and GPUs of the cluster in use, or of this machine."""
-    import ray
-
     if ray.is_initialized():
         return dict(ray.cluster_resources())
     import torch
@@ -138,10 +150,8 @@ def _available() -> dict[str, float]:
 
 
 @contextmanager
-def _ray(config: Config) -> Iterator[None]:
+def _ray() -> Iterator[None]:
     """A Ray session: the one there is, or a local one for this run alone (never somebody's cluster by accident)."""
-    import ray
-
     if ray.is_initialized():
         yield
         return

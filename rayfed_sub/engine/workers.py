@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,11 +68,10 @@ class PackedUpdate:
 
 @dataclass(frozen=True)
 class PackOutcome:
-    """What a worker returns for a pack: the uploads, the new states, its seconds and the worker that did it."""
+    """What a worker returns for a pack: the uploads and the new states, in the pack's order."""
 
     updates: tuple[PackedUpdate, ...]
     states: tuple[PackedState, ...]
-    seconds: float
 
 
 class Worker:
@@ -105,10 +103,10 @@ class Worker:
     ) -> PackOutcome:
         """One pack's round.  states: per client None (its first round) or an object reference, fetched only when the
         state is not resident.  Raises RunError naming client, round and stage when a client fails."""
-        began = time.perf_counter()
         method, shape = self._spec.method, self._spec.skeleton.shape
         received = Broadcast(round, self._received(round, broadcast))
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
+        stored = Guard(item for state in before if state is not None for item in state.tensors.items())
         seed = self._spec.config.seed
         starts = [
             method.start_client(received, state, Client(client, seed), shape)
@@ -127,8 +125,9 @@ class Worker:
             self._remember(result.client, new)
             updates.append(PackedUpdate(update.client, update.weight, packed(update.tensors), update.metrics))
             kept.append(PackedState(new.round, new.cursor, new.step, packed(new.tensors)))
+        stored.check()
         self._guard.check()
-        return PackOutcome(tuple(updates), tuple(kept), time.perf_counter() - began)
+        return PackOutcome(tuple(updates), tuple(kept))
 
     def evaluate(
         self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any

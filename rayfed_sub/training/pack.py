@@ -50,7 +50,7 @@ class Pack:
     moments: dict[str, dict[str, Tensor]]
     closed: dict[str, Closed]
     losses: Tensor  # (steps so far, G)
-    anchors: dict[str, Tensor]  # the trained tensors as the round began, for FedProx
+    anchors: dict[str, Tensor]  # the trained tensors as the round began; empty without FedProx
 
 
 def train_pack(
@@ -76,7 +76,7 @@ def train_pack(
     """
     device = next(iter(layers.values())).weight.device
     trainees = [Trainee(c, s, b, s.step) for c, s, b in zip(clients, starts, batches, strict=True)]
-    pack = _stack(trainees, shape, optimizer, device)
+    pack = _stack(trainees, shape, optimizer, device, anchored=proximal > 0)
     results: dict[int, LocalResult] = {}
     for t in range(max(len(b) for b in batches)):
         pack = _without_finished(pack, t, shape, results)
@@ -240,7 +240,9 @@ def _gradients(loss: Tensor, leaves: Tensors) -> dict[str, Tensor]:
     }
 
 
-def _stack(trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device) -> Pack:
+def _stack(
+    trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
+) -> Pack:
     """The clients' tensors side by side, padded to the largest rank, in fresh memory: equal packs, equal bits."""
     starts = [trainee.start for trainee in trainees]
 
@@ -257,7 +259,7 @@ def _stack(trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, dev
         for role in optimizers.moment_roles(optimizer)
     }
     closed = {layer.name: Closed() for layer in shape.targets}
-    anchors = {name: tensors[name].clone() for name in starts[0].trained}
+    anchors = {name: tensors[name].clone() for name in starts[0].trained} if anchored else {}
     return Pack(list(trainees), tensors, moments, closed, torch.zeros(0, len(trainees), device=device), anchors)
 
 

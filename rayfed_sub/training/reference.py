@@ -93,11 +93,13 @@ def _client(
         tensors[x.name] = x.parameter.detach().cpu().clone()
     for layer in shape.targets if start.subspace is not None else ():
         fixed, trained = sides(layer)
+        assert start.subspace is not None
         x = next(x for x in moving if x.name == trained)
         tensors[fixed] = x.projector.ortho_matrix.cpu().contiguous().clone()
         change_mn = tensors[trained] - base_scale * begun[f"{layer.name}/weight"].cpu()
-        unit = torch.eye(min(layer.m, layer.n))
-        blocks[layer.name] = (change_mn, unit) if layer.n <= layer.m else (unit, change_mn)
+        U_mq, S_q, V_qn = torch.linalg.svd(change_mn.double(), full_matrices=False)
+        R = min(len(S_q), max(1, periods) * start.subspace.rank)  # a period adds r; beyond that is rounding
+        blocks[layer.name] = ((U_mq * S_q)[:, :R].float(), V_qn[:R].float())
         if start.subspace is not None and start.subspace.refresh_every:
             tensors[trained] = torch.zeros_like(start.tensors[trained])
         else:  # one orthonormal basis Q all along: change = scale L Q
