@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rayfed_sub.config import Checkpoint, Config, check, load_config
+from rayfed_sub.config import Checkpoint, Config, load_config
 from rayfed_sub.engine.job import check_resources, prepare
 from rayfed_sub.errors import UserError
+from rayfed_sub.faults import check
 
 TINY = Path(__file__).parent.parent / "experiments" / "tiny.yaml"
 SMALL = {

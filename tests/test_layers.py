@@ -20,7 +20,7 @@ LAYERS = (
     ("methods",),
     ("training",),
     ("data", "models", "metrics"),
-    ("config", "records", "streams", "errors"),
+    ("config", "records", "streams", "errors", "faults"),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

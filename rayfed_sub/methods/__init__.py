@@ -7,8 +7,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from rayfed_sub.config import check, unknown_key
 from rayfed_sub.errors import UserError
+from rayfed_sub.faults import check, unknown_key
 from rayfed_sub.methods.protocol import Method
 
 METHODS = {
