@@ -36,7 +36,7 @@ def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
     """The refusal of a key; `keys` are those known at its place."""
     near = get_close_matches(path.rpartition(".")[2], keys, n=1)
     advice = f"did you mean {near[0]}?" if near else "remove it"
-    return UserError(path, value, f"no such key; known keys here: {', '.join(keys)}", advice)
+    return UserError(path, value, f"these keys here: {', '.join(keys)}", advice)
 
 
 def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, prefix: str) -> UserError:

@@ -19,7 +19,10 @@ def tasks() -> Listing:
     """Name and what it is."""
     return ("name", "what"), [
         ("python-docs", "questions and answers from the standard library's docstrings, keyed by module (built in)"),
-        ("table", "any datasets source at task.path: hub id, Parquet, JSONL or CSV, with task.prompt and columns"),
+        (
+            "table",
+            "any datasets source at task.path: hub id, Parquet, JSONL or CSV, with task.prompt and columns",
+        ),
     ]
 
 

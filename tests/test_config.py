@@ -113,7 +113,7 @@ def test_a_configuration_cannot_be_written_to() -> None:
 def test_an_unknown_key_is_refused_with_those_known_in_its_place(tree: Any, field: str, known: str) -> None:
     refused = fault(load_config, tree)
     assert refused.field == field
-    assert refused.allowed.startswith(f"no such key; known keys here: {known}")
+    assert refused.allowed.startswith(f"these keys here: {known}")
 
 
 def test_a_key_that_stands_twice_is_refused_where_yaml_would_take_the_last(tmp_path: Path) -> None:

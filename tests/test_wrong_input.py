@@ -98,7 +98,7 @@ def refusal(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 # For `rayfed-sub run experiments/tiny.yaml OVERRIDES`: the overrides, and what the line begins with and contains.
 SINGLE = {
-    "unknown key": ("colour=red", "colour: got 'red'; allowed: no such key", "known keys here: name, seed, model"),
+    "unknown key": ("colour=red", "colour: got 'red'; allowed: these keys here", "these keys here: name, seed, model"),
     "misspelt key": ("federation.round=3", "federation.round: got 3", "did you mean rounds?"),
     "misspelt key, deeper": ("federation.partition.kinds=iid", "federation.partition.kinds:", "did you mean kind?"),
     "unknown method": ("method.name=fedfgt", "method.name: got 'fedfgt'", "fedftg, fedavg, fedit, ffa-lora"),
@@ -107,7 +107,7 @@ SINGLE = {
     "method that is nowhere": ("method.name=nowhere:Nothing", "method.name: got 'nowhere:Nothing'", "importable"),
     "method as a word": ("method=fedftg", "method: got 'fedftg'", "keys with values; e.g. method={'name': 'fedftg'}"),
     "misspelt field of a method": ("method.ranks=3", "method.ranks: got 3", "did you mean rank?"),
-    "field of another method": ('method={"name":"fedavg","rank":4}', "method.rank: got 4", "known keys here: state"),
+    "field of another method": ('method={"name":"fedavg","rank":4}', "method.rank: got 4", "these keys here: state"),
     "rank of nothing": ("method.rank=0", "method.rank: got 0", "1; "),
     "rank above the matrix": ("method.rank=129", "method.rank: got 129", "1 to 128 (model.layers.0.mlp.up_proj is 384"),
     "rank in words": ("method.rank=eight", "method.rank: got 'eight'", "integer"),
@@ -260,7 +260,7 @@ COMMANDS = {
     "key twice": ("run repeated.yaml", "CONFIG: got 'repeated.yaml'", "federation stands again in line 3"),
     "rounds and epochs": ("run both.yaml", "federation.rounds: got 3", "one of rounds and epochs, not both"),
     "pool with the default clients": ("run pool.yaml", "federation.clients: got 8", "1 with partition.kind=pool"),
-    "number as a key": ("run numbers.yaml", "federation.2: got 2", "no such key"),
+    "number as a key": ("run numbers.yaml", "federation.2: got 2", "these keys here"),
     "date as a name": ("run date.yaml", "name: got datetime.date(2024, 1, 1)", "put it in quotes"),
     "folder that holds a run": (f"run {TINY} --out a_run", "--out: got 'a_run'", "a folder without a run in it"),
     "folder that is a file": (f"run {TINY} --out rows.txt", "--out: got 'rows.txt'", "a folder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, cast
 
 from rayfed_sub.errors import UserError
@@ -41,7 +42,9 @@ def build(fields: Mapping[str, Any]) -> Method:
     known = ", ".join(METHODS)
     name = str(fields.get("name"))
     if name not in METHODS and ":" not in name:
-        raise UserError("method.name", fields.get("name"), f"{known}, or package.module:Class", "pick one of them")
+        near = get_close_matches(name.lower(), METHODS, n=1)
+        advice = f"did you mean {near[0]}?" if near else "pick one of them"
+        raise UserError("method.name", fields.get("name"), f"{known}, or package.module:Class", advice)
     try:
         module, _, attribute = METHODS.get(name, name).partition(":")
         cls = getattr(importlib.import_module(module), attribute)
