@@ -35,7 +35,7 @@ def learning_rate(config: Config, n: int) -> float:
 
     >>> from rayfed_sub.config import load_config
     >>> config = load_config({"federation": {"rounds": 5}, "optimizer": {"lr": 1.0, "schedule": "linear"}})
-    >>> [learning_rate(config, n) for n in range(5)]
+    >>> [round(learning_rate(config, n), 2) for n in range(5)]
     [1.0, 0.8, 0.6, 0.4, 0.2]
     """
     optimizer, rounds = config.optimizer, config.federation.rounds or 1
