@@ -115,7 +115,7 @@ def _factors(trained: _Trained) -> tuple[Factors, list[int]]:
     for layer in trained.job.skeleton.shape.targets:
         change = trained.changes[layer.name]
         if change.blocks and change.dense is None and change.base_scale == 1.0:
-            factors[layer.name] = _side_by_side(change)
+            factors[layer.name] = change.factors()
             continue
         rank = change_rank(trained.weights[f"{layer.name}/weight"], _changed(trained, layer.name))
         dense.append((layer.name, max(1, rank)))  # peft knows no rank 0
@@ -128,11 +128,6 @@ def _factors(trained: _Trained) -> tuple[Factors, list[int]]:
         W_mn = trained.weights[f"{name}/weight"]
         factors[name] = factorised(_changed(trained, name).double() - W_mn.double(), rank)
     return factors, [rank for _, rank in dense]
-
-
-def _side_by_side(change: Change) -> tuple[Tensor, Tensor]:
-    lefts = [b.scale * (b.left if b.core is None else b.left @ b.core) for b in change.blocks]
-    return torch.cat(lefts, dim=1), torch.cat([block.right for block in change.blocks])
 
 
 def factorised(change_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
@@ -64,7 +65,6 @@ class Block:
 class Change:
     """A layer's weight relative to a given W (m, n): `base_scale * W + sum of blocks`, or `dense` in its place.
 
-    >>> import torch
     >>> W = torch.eye(2); u = torch.tensor([[1.0], [0.0]])
     >>> Change(base_scale=0.5, blocks=(Block(u, u.T, scale=2.0),)).apply(W)
     tensor([[2.5000, 0.0000],
@@ -74,6 +74,11 @@ class Change:
     base_scale: float = 1.0
     blocks: tuple[Block, ...] = ()
     dense: Tensor | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The blocks, one at least, side by side: left (m, R) and right (R, n), scale and core folded into left."""
+        lefts = [b.scale * (b.left if b.core is None else b.left @ b.core) for b in self.blocks]
+        return torch.cat(lefts, dim=1), torch.cat([block.right for block in self.blocks], dim=0)
 
     def apply(self, W: Tensor) -> Tensor:
         """The changed weight, (m, n), a new float32 tensor (W itself is never written)."""

@@ -51,11 +51,7 @@ def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
         raise UserError("task.split", split, "train where task.path is one file", "remove task.split")
     try:
         return reader(file, columns)
-    except (
-        ValueError,
-        OSError,
-        NotImplementedError,
-    ) as error:  # Arrow's, pandas' and json's errors are these
+    except (ValueError, OSError, NotImplementedError) as error:  # Arrow's, pandas' and json's errors are these
         cause = str(error).partition("\n")[0][:200]
         raise UserError("task.path", path, f"a readable {file.suffix} file", cause) from None
 

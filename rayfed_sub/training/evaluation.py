@@ -41,12 +41,11 @@ def global_model(
 def _terms(change: Change, device: torch.device) -> Terms | None:
     if not change.blocks and change.base_scale == 1.0:
         return None
-    lefts = [block.scale * (block.left if block.core is None else block.left @ block.core) for block in change.blocks]
-    rights = [block.right for block in change.blocks]
+    left, right = change.factors() if change.blocks else (None, None)
     return Terms(
         clients=1,
-        closed_left_GmR=torch.cat(lefts, dim=1)[None].to(device) if lefts else None,
-        closed_right_GRn=torch.cat(rights, dim=0)[None].to(device) if rights else None,
+        closed_left_GmR=None if left is None else left[None].to(device),
+        closed_right_GRn=None if right is None else right[None].to(device),
         base_scale_G=torch.tensor([change.base_scale], device=device),
     )
 

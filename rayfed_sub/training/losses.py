@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rayfed_sub.data.batches import IGNORED
+
 _CHUNK = 128  # labelled tokens whose logits exist at the same time
-IGNORED = -100
 
 
 def client_losses(model: nn.Module, batch: Mapping[str, Tensor], clients: int) -> tuple[Tensor, Tensor]:
