@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from rayfed_sub.errors import UserError
 from rayfed_sub.faults import check
@@ -54,11 +54,20 @@ class Task(_Record):
 class Partition(_Record):
     """How rows are dealt out.  column: one client per value of `column`, the largest values first.
     dirichlet: shares over the values of `column` drawn from Dirichlet(alpha).  iid: equal shares.
-    pool: one client holds all."""
+    resample: every client draws `rows_per_client` different rows of its own from all of them, so clients overlap and
+    may outnumber the rows.  pool: one client holds all."""
 
-    kind: Literal["column", "dirichlet", "iid", "pool"] = "column"
+    kind: Literal["column", "dirichlet", "iid", "resample", "pool"] = "column"
     column: str | None = None
     alpha: Annotated[float, Field(gt=0)] = 0.5
+    rows_per_client: Count | None = None
+
+    @model_validator(mode="after")
+    def _resampled(self) -> Partition:
+        if (self.kind == "resample") != (self.rows_per_client is not None):
+            needed = "a number of rows with" if self.kind == "resample" else "nothing without"
+            raise ValueError(f"rows_per_client|{needed} partition.kind=resample|e.g. 32 with kind=resample, else none")
+        return self
 
 
 class StepRange(_Record):
@@ -79,7 +88,8 @@ class Federation(_Record):
     local_steps is the paper's T_agg, optimiser steps between two averagings: a number, a list (client i has entry
     i modulo its length), or {low, high}, from which every client draws its own once.
     availability: the chance that a sampled client takes part.  proximal: FedProx's mu.  normalise_steps: FedNova, which
-    weighs a client's change by its steps."""
+    weighs a client's change by its steps.  on_client_failure: a client that fails twice (a loss that is not finite, data
+    that cannot be read) stops the run, or is skipped for the round at weight 0."""
 
     clients: Count = 8
     sampled: Count | None = None
@@ -92,6 +102,7 @@ class Federation(_Record):
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     proximal: Annotated[float, Field(ge=0)] = 0.0
     normalise_steps: bool = False
+    on_client_failure: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="before")
     @classmethod
@@ -140,6 +151,27 @@ class Server(_Record):
     tau: Annotated[float, Field(gt=0)] = 1e-3
 
 
+class Privacy(_Record):
+    """Central differential privacy (DP-FedAvg, arXiv 1710.06963), on where clip is set: every client's change is scaled
+    down to L2 norm `clip`, Gaussian noise of standard deviation noise * clip goes onto the sum, clients are drawn by
+    Poisson sampling, and the mean has the expected cohort as its denominator.  noise, or the epsilon that all rounds
+    together may spend, for which the noise is found.  The noise comes from the run's seed, so that runs repeat: a
+    deployment would draw it from a secret source."""
+
+    clip: Annotated[float, Field(gt=0)] | None = None
+    noise: Annotated[float, Field(gt=0)] | None = None
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Privacy:
+        if self.clip is None and (self.noise, self.epsilon) != (None, None):
+            raise ValueError("clip|a number > 0 where privacy.noise or privacy.epsilon is set|e.g. privacy.clip=1.0")
+        if self.clip is not None and (self.noise is None) == (self.epsilon is None):
+            raise ValueError("noise|one of privacy.noise and privacy.epsilon|e.g. privacy.noise=1.0")
+        return self
+
+
 class Evaluation(_Record):
     """every: rounds between held-out evaluations (the first and last state are always evaluated);
     examples: held-out rows for loss; generate: held-out rows answered greedily for ROUGE-L, before and after."""
@@ -153,7 +185,10 @@ class Evaluation(_Record):
 
 class Resources(_Record):
     """workers hold clients and train packs of pack_size side by side; torch threads = max(1, floor(cpus_per_worker)).
-    executor: `pack`, or `reference` (one client at a time with peft and galore-torch; slow, the tests' oracle)."""
+    executor: `pack`, or `reference` (one client at a time with peft and galore-torch; slow, the tests' oracle).
+    state_memory: bytes, or text such as 2GB: what stored client states may take in memory before the longest unused lie
+    on disk alone.  deadline: seconds that a pack, or a shard of an evaluation, may take before its worker is replaced and
+    the work given to another."""
 
     workers: Count = 2
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
@@ -161,12 +196,14 @@ class Resources(_Record):
     pack_size: Count = 4
     executor: Literal["pack", "reference"] = "pack"
     deterministic: bool = False
+    state_memory: ByteSize = ByteSize(10**9)
+    deadline: Annotated[float, Field(gt=0)] = 3600.0
 
 
 class Checkpoint(_Record):
-    """every: rounds between checkpoints (0: only at the end)."""
+    """every: rounds between checkpoints (0: only at the end, or when interrupted)."""
 
-    every: Annotated[int, Field(ge=0)] = 0
+    every: Annotated[int, Field(ge=0)] = 1
 
 
 class Config(_Record):
@@ -180,6 +217,7 @@ class Config(_Record):
     method: dict[str, Any] = {"name": "fedftg"}
     optimizer: Optimizer = Optimizer()
     server: Server = Server()
+    privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     checkpoint: Checkpoint = Checkpoint()

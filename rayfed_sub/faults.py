@@ -57,6 +57,8 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
     allowed = _meaning(place, schema)
     if fault["type"] == "finite_number":
         allowed = allowed.replace("a number", "a finite number")
+    if fault["type"] == "byte_size":
+        allowed = "a number of bytes, or text such as 500MB or 2GiB"
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
     if fault["type"] == "string_type" and tree is not None:  # YAML takes 5, yes and {column} for no text
         advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"
