@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 MODEL := .venv/.model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs-check clean
+.PHONY: help demo test test-slow chaos lint docs-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ test: lint $(MODEL) ## lint, then doctests and all tests but the slow ones
 
 test-slow: $(INSTALLED) $(MODEL) ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(INSTALLED) ## the table of fifteen equal hashes, and 200 rounds under fire
+	$(BIN)/python -m tests.chaos
 
 lint: $(INSTALLED) ## style, format and types
 	$(BIN)/ruff check

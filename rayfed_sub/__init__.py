@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Config", "RunError", "UserError", "load_config", "run"]
 
 
-def run(config: Config, out: str | Path | None = None, listener: Listener | None = None) -> Summary:
-    """Runs a federated job to the end; see `rayfed_sub.engine.session.run`."""
+def run(
+    config: Config, out: str | Path | None = None, listener: Listener | None = None, *, resume: bool = False
+) -> Summary:
+    """Runs a federated job to the end, or goes on with one; see `rayfed_sub.engine.session.run`."""
     from rayfed_sub.engine import session  # heavy: torch and Ray
 
-    return session.run(config, out, listener)
+    return session.run(config, out, listener, resume=resume)

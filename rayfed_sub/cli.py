@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,19 +25,54 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.rank=4")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in the run folder")]
 Out = Annotated[Path | None, typer.Option("--out", help="the run folder (default: runs/<name>)")]
 
 
 @app.command()
-def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
-    """Run a federated job to the end."""
+def run(config: ConfigFile, overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+    """Run a federated job to the end; Ctrl-C leaves a checkpoint to go on from."""
     checked = load_config(config, overrides or [])
     from rayfed_sub.display import Display
     from rayfed_sub.engine import session
 
     with Display() as display:
-        summary = session.run(checked, out, display.show)
+        summary = session.run(checked, out, display.show, resume=resume)
     display.table(summary)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="time a few local steps as well")] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="GPU", help="what fits on a GPU, e.g. a100-80gb, l4, or 24GB")
+    ] = None,
+) -> None:
+    """Bytes, memory, disk and what fits, before anything starts."""
+    checked = load_config(config, overrides or [])
+    from dataclasses import replace
+
+    from rayfed_sub.analysis.plan import as_dict
+    from rayfed_sub.engine.job import prepare
+    from rayfed_sub.engine.planning import check, plan_of
+
+    job = prepare(checked)
+    check(job, on=on)
+    planned = plan_of(job, on)
+    if probe:
+        from rayfed_sub.engine import probe as timing
+
+        fitting = {fit.pack_size for fit in planned.fits if fit.workers}
+        planned = replace(planned, speed=timing.probe(job, [size for size in timing.PACKS if size in fitting]))
+    if as_json:
+        typer.echo(json.dumps(as_dict(planned), indent=2))
+    else:
+        from rayfed_sub.plan_tables import show
+
+        show(planned)
 
 
 @app.command()
@@ -91,6 +127,7 @@ def _code() -> int:
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
     )  # transformers reads GGUF files under a bar, which makes 30 lines in ours
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a machine that is taken away asks like Ctrl-C
     try:
         code: int | None = app(standalone_mode=False)  # a number where it ends early: 0 after --help, 130 with Ctrl-C
     except UserError as error:

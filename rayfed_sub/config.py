@@ -88,8 +88,8 @@ class Federation(_Record):
     local_steps is the paper's T_agg, optimiser steps between two averagings: a number, a list (client i has entry
     i modulo its length), or {low, high}, from which every client draws its own once.
     availability: the chance that a sampled client takes part.  proximal: FedProx's mu.  normalise_steps: FedNova, which
-    weighs a client's change by its steps.  on_client_failure: a client that fails twice (a loss that is not finite, data
-    that cannot be read) stops the run, or is skipped for the round at weight 0."""
+    weighs a client's change by its steps.  on_client_failure: a client that fails twice in a round (a loss that is not
+    finite, data that cannot be read) stops the run, or is skipped for the round at weight 0."""
 
     clients: Count = 8
     sampled: Count | None = None
@@ -186,9 +186,9 @@ class Evaluation(_Record):
 class Resources(_Record):
     """workers hold clients and train packs of pack_size side by side; torch threads = max(1, floor(cpus_per_worker)).
     executor: `pack`, or `reference` (one client at a time with peft and galore-torch; slow, the tests' oracle).
-    state_memory: bytes, or text such as 2GB: what stored client states may take in memory before the longest unused lie
-    on disk alone.  deadline: seconds that a pack, or a shard of an evaluation, may take before its worker is replaced and
-    the work given to another."""
+    state_memory: bytes, or text such as 2GB: what stored client states may take in memory before the longest unused
+    lie on disk alone.  deadline: seconds that a pack, or a shard of an evaluation, may take before its worker is
+    replaced and the work given to another."""
 
     workers: Count = 2
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from rayfed_sub.config import StepRange
-from rayfed_sub.engine.journal import PackDone, RoundDone, Stage, Started, Summary
+from rayfed_sub.engine.journal import Notice, PackDone, RoundDone, Stage, Started, Summary
 
 _ROUND = "{:>8}  {:>7}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}  {:>7}"
 """A round's columns, 76 characters in all."""
@@ -42,11 +42,13 @@ class Display:
     def __exit__(self, *raised: object) -> None:
         self._bar.stop()
 
-    def show(self, record: Stage | Started | PackDone | RoundDone) -> None:
+    def show(self, record: Stage | Notice | Started | PackDone | RoundDone) -> None:
         """One record of the journal."""
         match record:
             case Stage():
                 self._stage(record)
+            case Notice():
+                self._print(record.text)
             case Started():
                 self._started(record)
             case PackDone():
@@ -68,12 +70,12 @@ class Display:
             f"{cohort} of {federation.clients} clients each; into {record.folder}"
         )
         self._print(_ROUND.format("round", "loss", "held-out", "tokens/s", "up", "down", "time", "left"), "dim")
-        self._print(_ROUND.format("before", "", f"{record.held_out_loss:.3f}", *[""] * 5).rstrip())
-        self._bar.update(self._task, description="training", total=self._rounds, completed=0)
+        if not record.round:
+            self._print(_ROUND.format("before", "", f"{record.held_out_loss:.3f}", *[""] * 5).rstrip())
+        self._first = record.round  # more than 0 in a run that was taken up again
+        self._bar.update(self._task, description="training", total=self._rounds, completed=record.round)
 
     def _pack(self, record: PackDone) -> None:
-        if not self._bytes:
-            self._first = record.round  # more than 0 in a run that was taken up again
         # In rounds: not every sampled client takes part in each.
         done = record.round + record.clients_done / record.clients
         left = (time.monotonic() - self._began) / (done - self._first) * (self._rounds - done)
@@ -81,7 +83,7 @@ class Display:
             self._task,
             description=f"round {record.round + 1}/{self._rounds}  clients {record.clients_done}/{record.clients}",
             completed=done,
-            note=f"loss {record.loss:.3f}  {record.labels / record.seconds:,.0f} tokens/s  "
+            note=f"loss {_loss(record.loss)}  {record.labels / record.seconds:,.0f} tokens/s  "
             f"up {size(self._bytes + record.uplink_bytes)}  {clock(left)} left",
         )
 
@@ -92,7 +94,7 @@ class Display:
         self._print(
             _ROUND.format(
                 f"{row.round + 1}/{self._rounds}",
-                "-" if row.loss is None else f"{row.loss:.3f}",
+                _loss(row.loss),
                 "" if row.held_out_loss is None else f"{row.held_out_loss:.3f}",
                 f"{row.labels / row.train_seconds:,.0f}",
                 size(row.uplink_bytes),
@@ -101,6 +103,10 @@ class Display:
                 clock(elapsed / here * (self._rounds - row.round - 1)),
             )
         )
+
+        for client in record.client_rows:
+            if client.failure is not None:
+                self._print(f"round {row.round + 1}: client {client.client} skipped: {client.failure}")
 
     def _print(self, line: str, style: str = "") -> None:
         # Text, not str: a folder's name may hold [brackets] that Rich would take for markup.
@@ -116,6 +122,7 @@ class Display:
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_bytes)),
             ("rank of the last change", f"{summary.change_rank:g} (median over target layers)"),
             ("seconds", f"{summary.wall_seconds:.1f} in all, {summary.train_seconds:.1f} training"),
+            *([("privacy", _privacy(summary.privacy))] if summary.privacy else []),
             ("peak memory, all processes", size(summary.peak_memory_bytes)),
             ("weights_sha256", summary.weights_sha256),
             ("run folder", summary.folder),
@@ -162,6 +169,14 @@ def clock(seconds: float) -> str:
 
 def _change(before: float | None, after: float | None) -> str:
     return "not asked for" if before is None or after is None else f"{before:.4f} -> {after:.4f}"
+
+
+def _privacy(spent: Mapping[str, float]) -> str:
+    return f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}, for the server's tensors"
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
 
 
 def _against(sent: int, dense: int) -> str:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.engine import checkpoints
+from rayfed_sub.engine.exchange import unpacked
 from rayfed_sub.engine.folder import finished, make
 from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.errors import UserError
-from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import AUTO_CLASSES
 from rayfed_sub.models.sources import RANDOM, locate
 from rayfed_sub.models.weights import load_weights, target_weights, write_folder
-from rayfed_sub.records import Change, ClientState, ModelShape, ServerState
+from rayfed_sub.records import Change, ServerState
 from rayfed_sub.training.adapters import Factors, write_adapter
 
 
@@ -83,25 +83,29 @@ def _read(run_dir: Path, to: Path, client: int | None) -> _Trained:
     make(to, "--to")
     job = prepare(config)
     shape = job.skeleton.shape
-    server, clients = checkpoints.read(run_dir)
-    changes = _changes(job.method, server, clients, client, shape)
+    server, changes = _changes(run_dir, job, client)
     tensors = load_weights(config.model, job.skeleton, config.seed)
     weights = target_weights(shape, job.skeleton.transposed, tensors)
     return _Trained(job, tensors, weights, changes, {name: server.tensors[name] for name in shape.head_names})
 
 
-def _changes(
-    method: Method, server: ServerState, clients: Mapping[int, ClientState], client: int | None, shape: ModelShape
-) -> Mapping[str, Change]:
+def _changes(run_dir: Path, job: Job, client: int | None) -> tuple[ServerState, Mapping[str, Change]]:
+    """The trained server, and the changes of the model of all or of the client's."""
+    found, method, shape = checkpoints.read(run_dir), job.method, job.skeleton.shape
+    if found is None:
+        raise UserError("RUN", str(run_dir), "a run folder with a checkpoint", "check the path")
+    server = ServerState(found.round, unpacked(found.server))
     if not method.personal:
         if client is not None:
             raise UserError("--client", client, f"nothing, for {method.name} has one model for all", "leave it out")
-        return method.model(server, shape)
+        return server, method.model(server, shape)
+    clients = sorted(client for client, _ in found.notes)
     if client is None or client not in clients:
-        took_part = ", ".join(map(str, sorted(clients)))
+        took_part = ", ".join(map(str, clients))
         allowed = f"one of the clients that took part, for each has its own model with {method.name}: {took_part}"
-        raise UserError("--client", client, allowed, f"e.g. --client {min(clients)}" if clients else "")
-    return method.personal_model(server, clients[client], shape)
+        raise UserError("--client", client, allowed, f"e.g. --client {clients[0]}" if clients else "")
+    state = checkpoints.client_state(run_dir, found, client)
+    return server, method.personal_model(server, state, shape)
 
 
 def _changed(trained: _Trained, target: str) -> Tensor:

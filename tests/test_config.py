@@ -138,7 +138,7 @@ class Fields:
 @pytest.mark.parametrize(
     ("cls", "tree", "message"),
     [
-        (Checkpoint, {"every": -1}, "at.every: got -1; allowed: an integer >= 0; e.g. at.every=0"),
+        (Checkpoint, {"every": -1}, "at.every: got -1; allowed: an integer >= 0; e.g. at.every=1"),
         (Fields, {"size": "x"}, "at.size: got 'x'; allowed: an integer; change at.size"),
         (Fields, {}, "at.size: got None; allowed: an integer; change at.size"),
         (Fields, {"size": 1, "words": 3}, "at.words: got 3; allowed: a list, each text; e.g. at.words=[]"),

@@ -78,12 +78,14 @@ def round_done(n: int, held_out: float | None = 3.5, loss: float | None = 2.5) -
     row = RoundRow(
         round=n,
         clients=8,
+        failed=0,
         loss=loss,
         held_out_loss=held_out,
         uplink_bytes=200_000,
         downlink_bytes=1_600_000,
         labels=12_000,
         change_rank=32.0,
+        epsilon=None,
         train_seconds=4.0,
         seconds=5.0,
     )
@@ -136,7 +138,7 @@ def test_the_live_line_stays_one_line(width: int) -> None:
 def test_a_run_that_was_taken_up_again_does_not_count_the_rounds_before(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
-        shown.show(Started(CONFIG, Path("runs/look"), 4.0, None, 10**6))
+        shown.show(Started(CONFIG, Path("runs/look"), 4.0, None, 10**6, round=3))
         clock.now += 10
         shown.show(pack(3, 8))
         shown._bar.refresh()

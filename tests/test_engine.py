@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import pytest
 import torch
 
 from rayfed_sub import load_config, run
+from rayfed_sub.analysis.privacy import epsilon
 from rayfed_sub.config import Config
-from rayfed_sub.engine.exchange import packed
+from rayfed_sub.engine.exchange import packed, unpacked
 from rayfed_sub.engine.journal import PackDone, RoundDone, Summary
 from rayfed_sub.errors import RunError, UserError
 from rayfed_sub.methods import METHODS
@@ -46,7 +49,7 @@ def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> 
     return run(small("resources.workers=1"), tmp_path_factory.mktemp("run") / "one")
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_final_weights_do_not_depend_on_the_number_of_workers(
     undisturbed: Summary, workers: int, tmp_path: Path
 ) -> None:
@@ -133,7 +136,11 @@ def test_the_table_of_uploads_names_every_method() -> None:
     assert set(UPLOADS) == {*METHODS, "centralized"}
 
 
-@pytest.mark.parametrize("name", [name for name in UPLOADS if name != "fedftg"])
+QUICK = ("fedavg", "rolora", "fedsa-lora", "centralized")  # dense, in turns, personal, one client; a run takes seconds
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in UPLOADS if name != "fedftg"]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_every_method_runs_by_its_name_and_counts_its_bytes(name: str, ray_session: None, tmp_path: Path) -> None:
     """With nothing but the name replaced; fedftg itself is `undisturbed`."""
     summary = run(small(f"method.name={name}", "resources.workers=1"), tmp_path / "run")
@@ -251,6 +258,30 @@ def test_a_backbone_costs_a_worker_no_private_memory(ray_session: None) -> None:
         ray.kill(actor)
 
 
+@contextmanager
+def own_method(start_client: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a method that is FedAvg but for the given body of `start_client`."""
+    from ray import cloudpickle
+
+    (folder / "own.py").write_text(
+        f"""
+from dataclasses import dataclass, replace
+from rayfed_sub.methods.fedavg import FedAvg
+@dataclass(frozen=True)
+class Own(FedAvg):
+    def start_client(self, broadcast, state, client, shape):{start_client}
+"""
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    own = importlib.import_module("own")
+    cloudpickle.register_pickle_by_value(own)  # the actors cannot import a file of this test
+    try:
+        yield "own:Own"
+    finally:
+        cloudpickle.unregister_pickle_by_value(own)
+
+
 @pytest.mark.parametrize(
     ("write", "noticed"),
     [
@@ -264,26 +295,11 @@ def test_an_in_place_write_to_shared_memory_stops_the_run(
     write: str, noticed: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A method that scribbles on the broadcast."""
-    from ray import cloudpickle
-
-    (tmp_path / "scribble.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from rayfed_sub.methods.fedavg import FedAvg\n"
-        "@dataclass(frozen=True)\n"
-        "class Scribble(FedAvg):\n"
-        "    def start_client(self, broadcast, state, client, shape):\n"
-        f"        next(iter(broadcast.tensors.values())){write}\n"
-        "        return super().start_client(broadcast, state, client, shape)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "scribble", raising=False)
-    scribble = importlib.import_module("scribble")
-    cloudpickle.register_pickle_by_value(scribble)  # the actors cannot import a file of this test
-    try:
-        with pytest.raises(RunError, match=noticed):
-            run(small("method={name: 'scribble:Scribble'}"), tmp_path / "run")
-    finally:
-        cloudpickle.unregister_pickle_by_value(scribble)
+    start_client = f"""
+        next(iter(broadcast.tensors.values())){write}
+        return super().start_client(broadcast, state, client, shape)"""
+    with own_method(start_client, tmp_path, monkeypatch) as name, pytest.raises(RunError, match=noticed):
+        run(small(f"method={{name: '{name}'}}"), tmp_path / "run")
 
 
 def test_progress_is_told_while_it_happens(ray_session: None, tmp_path: Path) -> None:
@@ -304,9 +320,47 @@ def test_the_result_is_exported_and_loaded_by_transformers(undisturbed: Summary,
 
     export_hf(Path(undisturbed.folder), tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    server, clients = read(Path(undisturbed.folder))
-    assert torch.equal(
-        model.get_parameter("model.layers.0.mlp.up_proj.weight"), server.tensors["model.layers.0.mlp.up_proj/weight"]
-    )
-    assert sorted(clients) == list(range(8))
-    assert {state.cursor for state in clients.values()} == {8}  # 2 rounds x 4 steps
+    found = read(Path(undisturbed.folder))
+    assert found is not None
+    weight = unpacked(found.server)["model.layers.0.mlp.up_proj/weight"]
+    assert torch.equal(model.get_parameter("model.layers.0.mlp.up_proj.weight"), weight)
+    assert sorted(client for client, _ in found.notes) == list(range(8))
+    assert {note.cursor for note in found.notes.values()} == {8}  # 2 rounds x 4 steps
+
+
+def test_privacy_adds_noise_and_says_what_was_spent(ray_session: None, tmp_path: Path) -> None:
+    """Poisson cohorts of 3 of 8 on average, noise that drowns what they learn; the same bits for one worker and two."""
+    private = ["federation.sampled=3", "federation.weights=uniform", "privacy={clip: 0.1, noise: 50, delta: 1.0e-3}"]
+    one, two = (run(small(*private, f"resources.workers={w}"), tmp_path / f"{w}") for w in (1, 2))
+    assert one.weights_sha256 == two.weights_sha256
+    assert one.metrics["held_out_loss"] > one.metrics["held_out_loss_before"]
+    rounds = pd.read_parquet(tmp_path / "1" / "rounds.parquet")
+    assert rounds.epsilon.tolist() == [epsilon(50, 3 / 8, n, 1e-3) for n in (1, 2)]
+    assert one.privacy == {"epsilon": rounds.epsilon[1], "delta": 1e-3}
+    clients = pd.read_parquet(tmp_path / "1" / "clients.parquet")
+    assert (clients.weight < 1).any()  # somebody was clipped
+
+
+def test_a_client_that_always_fails_is_skipped_where_that_is_allowed(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client 3 starts with factors that are not finite; the others' rounds count."""
+    start_client = """
+        start = super().start_client(broadcast, state, client, shape)
+        spoiled = {name: tensor * float("nan") for name, tensor in start.tensors.items()}
+        return replace(start, tensors=spoiled) if client.id == 3 else start"""
+    with own_method(start_client, tmp_path, monkeypatch) as name:
+        named = f"method={{name: '{name}'}}"
+        skipping = [named, "federation.on_client_failure=skip"]
+        run(small(*skipping), tmp_path / "skip")
+        message = r"round 0, client 3, local training: non-finite loss.*federation.on_client_failure=skip would"
+        with pytest.raises(RunError, match=message):
+            run(small(named), tmp_path / "stop")
+    rounds, clients = (pd.read_parquet(tmp_path / "skip" / f"{name}.parquet") for name in ("rounds", "clients"))
+    assert rounds.failed.tolist() == [1, 1]
+    failed = clients[clients.client == 3]
+    assert failed.weight.tolist() == failed.uplink_bytes.tolist() == [0, 0]
+    assert failed.failure.str.startswith("non-finite loss at local step 0").all()
+    others = clients[clients.client != 3]
+    assert len(others) == 14
+    assert others.failure.isna().all()

@@ -22,17 +22,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayfed_sub import cli, load_config
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints
-from rayfed_sub.engine.coordinator import Snapshot
-from rayfed_sub.engine.exchange import packed, unpacked
-from rayfed_sub.engine.folder import RunFolder
+from rayfed_sub.engine.exchange import PackedState, packed, unpacked
+from rayfed_sub.engine.folder import create
 from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.engine.journal import Summary
-from rayfed_sub.engine.workers import PackedState, Spec, Worker
+from rayfed_sub.engine.ledger import Ledger
+from rayfed_sub.engine.workers import Spec, Worker
 from rayfed_sub.errors import UserError
 from rayfed_sub.export import export_hf, export_peft, factorised, loadable
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.weights import assemble, load_weights, target_weights
-from rayfed_sub.records import Change, ServerState, Update
+from rayfed_sub.records import Change, ClientState, ServerState, Update
 from rayfed_sub.training.evaluation import global_model
 from rayfed_sub.training.layers import install
 
@@ -97,12 +97,24 @@ def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fi
 def write_run(folder: Path, config: Config, server: ServerState, states: Mapping[int, PackedState]) -> Path:
     """A finished run's folder."""
     folder.mkdir()
-    written = RunFolder(folder, config)
-    checkpoints.write(folder, Snapshot(server.round, packed(server.tensors), dict(states)))
+    written = create(folder, config)
+    book = Ledger(folder, 10**9, lambda: server, lambda state: [state], lambda box: box[0])
+    for client, state in states.items():
+        book.add(client, state)
+    book.commit(server, {}, {client: state.round for client, state in states.items()})
+    book.checkpoint()
     written.write_summary(
         Summary(config.name, str(config.method["name"]), 2, "0" * 64, 1, 1, 1, 1.0, 1.0, 1.0, 1, {}, {}, {})
     )
     return folder
+
+
+def stored(run: Path) -> tuple[ServerState, dict[int, ClientState]]:
+    """What a run's checkpoint holds."""
+    found = checkpoints.read(run)
+    assert found is not None
+    clients = {client: checkpoints.client_state(run, found, client) for client, _ in found.notes}
+    return ServerState(found.round, unpacked(found.server)), clients
 
 
 def trained(folder: Path, config: Config, clients: Sequence[int] = (0, 1)) -> Path:
@@ -160,7 +172,7 @@ def ours(run: Path, client: int | None = None) -> tuple[Tensor, Tensor]:
     """The logits of our own evaluation: of the pretrained model, and of the trained one."""
     job = job_of(run)
     shape = job.skeleton.shape
-    server, states = checkpoints.read(run)
+    server, states = stored(run)
     backbone = load_weights(job.config.model, job.skeleton, job.config.seed)
     model = assemble(job.skeleton, backbone)
     before = logits(model)
@@ -202,7 +214,7 @@ def test_every_format_gives_the_logits_of_our_own_evaluation(
 ) -> None:
     run, client = runs(method), client_of(method)
     warning = agree(run, tmp_path, client)
-    job, (server, states) = job_of(run), checkpoints.read(run)
+    job, (server, states) = job_of(run), stored(run)
     shape = job.skeleton.shape
     changes = job.method.model(server, shape) if client is None else None
     changes = changes or job.method.personal_model(server, states[client or 0], shape)
@@ -240,7 +252,7 @@ def test_the_factors_are_the_servers_own_with_the_scale_in_b(runs: Callable[[str
     """fedit: alpha 16 over rank 2 is a scale of 8, and alpha = r afterwards, a scale of 1."""
     run, name = runs("fedit"), "model.layers.1.mlp.down_proj"
     export_peft(run, tmp_path / "peft")
-    adapter, (server, _) = adapter_of(tmp_path / "peft"), checkpoints.read(run)
+    adapter, (server, _) = adapter_of(tmp_path / "peft"), stored(run)
     assert torch.equal(adapter[f"base_model.model.{name}.lora_A.weight"], server.tensors[f"{name}/right"])
     assert torch.equal(adapter[f"base_model.model.{name}.lora_B.weight"], 8 * server.tensors[f"{name}/left"])
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())

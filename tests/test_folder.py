@@ -9,17 +9,31 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from pyarrow import parquet
 
 from rayfed_sub.config import load_config
-from rayfed_sub.engine.folder import RunFolder, check_free, finished, fresh, make, replace_folder
-from rayfed_sub.engine.journal import ClientRow, RoundRow, Summary
-from rayfed_sub.errors import UserError
+from rayfed_sub.engine.folder import (
+    check_free,
+    create,
+    finished,
+    fresh,
+    latest,
+    make,
+    reopen,
+    summary_of,
+)
+from rayfed_sub.engine.journal import Beginning, ClientRow, RoundRow, Summary
+from rayfed_sub.errors import RunError, UserError
 
 CONFIG = load_config({"name": "kept", "federation": {"rounds": 2}})
 
 
 def round_row(n: int, held_out: float | None) -> RoundRow:
-    return RoundRow(n, 2, 2.5, held_out, 100, 200, 50, 8.0, 1.5, 2.0)
+    return RoundRow(n, 2, 0, 2.5, held_out, 100, 200, 50, 8.0, None, 1.5, 2.0)
+
+
+def round_rows(folder: Path) -> list[RoundRow]:
+    return [RoundRow(**row) for row in parquet.read_table(folder / "rounds.parquet").to_pylist()]
 
 
 def client_row(n: int, client: int) -> ClientRow:
@@ -28,7 +42,7 @@ def client_row(n: int, client: int) -> ClientRow:
 
 def summary(folder: Path) -> Summary:
     metrics: dict[str, float | None] = {"held_out_loss": 2.0, "rouge_l": None}
-    return Summary("kept", "fedftg", 2, "ab" * 32, 1, 2, 3, 8.0, 2.0, 1.0, 4, metrics, {}, {}, str(folder))
+    return Summary("kept", "fedftg", 2, "ab" * 32, 1, 2, 3, 8.0, 2.0, 1.0, 4, metrics, {}, {}, folder=str(folder))
 
 
 def test_names_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +71,7 @@ def test_a_folder_that_is_named_is_taken_with_what_is_in_it(tmp_path: Path) -> N
 
 
 def test_a_folder_with_a_run_and_a_file_are_refused(tmp_path: Path) -> None:
-    RunFolder(tmp_path, CONFIG)
+    create(tmp_path, CONFIG)
     for path, allowed in ((tmp_path, "a folder without a run in it"), (tmp_path / "config.yaml", "a folder")):
         for refuse in (check_free, lambda path: fresh(path, "tiny")):
             with pytest.raises(UserError) as caught:
@@ -74,7 +88,7 @@ def test_a_folder_that_cannot_be_made_is_refused_under_the_given_name(tmp_path: 
 
 
 def test_every_file_of_a_run(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, CONFIG)
+    folder = create(tmp_path, CONFIG)
     assert load_config(tmp_path / "config.yaml") == CONFIG
     folder.write_tables()  # before the first round is over: columns without rows
     assert list(pd.read_parquet(tmp_path / "rounds.parquet").columns) == list(RoundRow.__dataclass_fields__)
@@ -92,7 +106,7 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
     assert rounds["round"].tolist() == [0, 1]
     assert rounds["held_out_loss"].isna().tolist() == [True, False]
     assert list(zip(clients["round"], clients["client"], strict=True)) == [(0, 1), (0, 5), (1, 1)]
-    assert [RoundRow(**row) for row in rounds.iloc[1:].to_dict("records")] == [round_row(1, 2.0)]
+    assert round_rows(tmp_path) == [round_row(0, None), round_row(1, 2.0)]
 
     folder.write_summary(summary(tmp_path))
     told = json.loads((tmp_path / "summary.json").read_text())
@@ -107,29 +121,30 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
 def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(tmp_path, CONFIG)
+    folder = create(tmp_path, CONFIG)
     folder.add(round_row(0, 3.0), [client_row(0, 1)])
     folder.write_tables()
     folder.write_summary(summary(tmp_path))
     before = (tmp_path / file).read_bytes()
 
     def cut_off(source: Path, target: Path) -> None:
-        raise InterruptedError
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", cut_off)
     folder.add(round_row(1, 2.0), [])
     writes = {
-        "config.yaml": lambda: RunFolder(tmp_path, load_config({"name": "another"})),
+        "config.yaml": lambda: create(tmp_path, load_config({"name": "another"})),
         "rounds.parquet": folder.write_tables,
         "summary.json": lambda: folder.write_summary(Summary(**{**vars(summary(tmp_path)), "rounds": 9})),
     }
-    with pytest.raises(InterruptedError):
+    with pytest.raises(RunError, match=rf"writing files: .*{file}: No space left on device"):
         writes[file]()
     assert (tmp_path / file).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))  # what was begun takes no space either
 
 
 def test_a_run_is_finished_once_it_has_its_summary(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, CONFIG)
+    folder = create(tmp_path, CONFIG)
     folder.write_tables()
     with pytest.raises(UserError, match="the folder of a finished run"):
         finished(tmp_path)
@@ -138,11 +153,66 @@ def test_a_run_is_finished_once_it_has_its_summary(tmp_path: Path) -> None:
     assert (config, told["rounds"]) == (CONFIG, 2)
 
 
-def test_a_complete_folder_takes_the_place_of_another(tmp_path: Path) -> None:
-    new, old = tmp_path / "new", tmp_path / "old"
-    for folder, file in ((new, "a"), (old, "b")):
-        folder.mkdir()
-        (folder / file).write_text(file, encoding="utf-8")
-    replace_folder(new, old)
-    assert [path.name for path in old.iterdir()] == ["a"]
-    assert not new.exists()
+BEGINNING = Beginning(4.0, None, {"torch": "2.13"}, {"threads": 1})
+
+
+def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: Path) -> None:
+    """Three rounds were run, the tables were written after two of them, the checkpoint holds one."""
+    first = create(tmp_path, CONFIG)
+    assert not first.begun()
+    first.begin(BEGINNING)
+    for n in range(3):
+        first.add(round_row(n, 2.0), [client_row(n, 1), client_row(n, 5)])
+        if n == 1:
+            first.write_tables()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"event": "rou')  # the process died while it wrote
+
+    again = reopen(tmp_path, CONFIG)
+    assert again.begun()
+    assert again.go_on(1) == BEGINNING
+    assert again.rounds["round"].to_pylist() == [0]
+    for n in (1, 2):
+        again.add(round_row(n, 1.0), [client_row(n, 2)])
+    again.write_tables()
+    assert round_rows(tmp_path) == [round_row(0, 2.0), round_row(1, 1.0), round_row(2, 1.0)]
+    clients = pd.read_parquet(tmp_path / "clients.parquet")
+    assert list(zip(clients["round"], clients["client"], strict=True)) == [(0, 1), (0, 5), (1, 2), (2, 2)]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(entry["event"], entry.get("round")) for entry in log] == [
+        *(("started", None), ("round", 0), ("resumed", 1), ("round", 1), ("round", 2))
+    ]
+    assert again.resumed() == (1,)
+
+
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
+    create(tmp_path, CONFIG)
+    free = ["resources.workers=7", "resources.state_memory=3MB", "resources.deadline=5", "checkpoint.every=4"]
+    settings = {"name": "kept", "federation": {"rounds": 2}}
+    assert reopen(tmp_path, load_config(settings, free)).path == tmp_path
+    for override, message in {
+        "seed=3": f"seed: got 3; allowed: 0, with which the run in {tmp_path} began; set that, or begin anew",
+        "optimizer.lr=2": "optimizer.lr: got 2.0; allowed: 0.001, with which",
+        "federation.rounds=9": "federation.rounds: got 9; allowed: 2, with which",
+        "resources.pack_size=9": "resources.pack_size: got 9; allowed: 4, with which",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            reopen(tmp_path, load_config(settings, [override]))
+        assert str(caught.value).startswith(message)
+
+
+def test_a_finished_run_gives_its_summary_again(tmp_path: Path) -> None:
+    folder = create(tmp_path, CONFIG)
+    assert summary_of(tmp_path, CONFIG) is None
+    folder.write_summary(summary(tmp_path))
+    assert summary_of(tmp_path, CONFIG) == summary(tmp_path)
+
+
+def test_the_newest_run_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert latest("tiny") is None
+    for _ in range(11):
+        create(fresh(None, "tiny"), CONFIG)
+    (tmp_path / "runs" / "tiny-12").mkdir()  # claimed, but nothing in it
+    create(fresh(Path("runs/tiny-large"), "tiny"), CONFIG)
+    assert latest("tiny") == Path("runs/tiny-11")

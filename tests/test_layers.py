@@ -14,7 +14,7 @@ PACKAGE = Path(rayfed_sub.__file__).parent
 
 # From top to bottom.  A file may import from its own layer and from those below.
 LAYERS = (
-    ("cli", "display", "export", "listing", "__init__"),
+    ("cli", "display", "export", "listing", "plan_tables", "__init__"),
     ("engine",),
     ("analysis",),
     ("methods",),
@@ -29,17 +29,29 @@ HOMES = {
     "ray": ("engine",),
     "galore_torch": ("training",),
     "peft": ("training",),
+    "dp_accounting": ("analysis",),
+    "absl": ("analysis",),
     "bitsandbytes": ("training",),
     "transformers": ("models",),
     "flwr_datasets": ("data",),
     "datasets": ("data", "metrics"),
     "evaluate": ("metrics",),
     "rouge_score": ("metrics",),
-    "rich": ("display",),
+    "rich": ("display", "plan_tables"),
     "typer": ("cli",),
 }
 # Importing one of these takes seconds, so it happens inside the function that needs it.
-SLOW = ("galore_torch", "peft", "bitsandbytes", "transformers", "flwr_datasets", "datasets", "evaluate", "rouge_score")
+SLOW = (
+    "galore_torch",
+    "peft",
+    "bitsandbytes",
+    "transformers",
+    "flwr_datasets",
+    "datasets",
+    "dp_accounting",
+    "evaluate",
+    "rouge_score",
+)
 
 
 def files() -> list[Path]:

@@ -116,6 +116,69 @@ def test_a_client_with_nan_fails_alone(kind, where):
         assert error < 1e-6
 
 
+class Torn(list):
+    """Batches of which number `at` cannot be read, nor any after it."""
+
+    at = 0
+
+    def __getitem__(self, index):
+        if index >= self.at:
+            raise ValueError("row 17:\n  not UTF-8")
+        return super().__getitem__(index)
+
+
+def torn(batches: list[dict[str, torch.Tensor]], at: int) -> Torn:
+    out = Torn(batches)
+    out.at = at
+    return out
+
+
+@pytest.mark.parametrize("run", [run_pack, run_reference])
+@pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_client_whose_data_raise_fails_alone(kind, at, run):
+    tiny = llama()
+    start, optimizer = start_of(kind, tiny), Optimizer(clip_norm=0.5)
+    whole = [draw_batches(tiny, seed, 5) for seed in range(3)]
+    good = run(tiny, [start] * 3, whole, optimizer, lr=LR)
+    cut = [whole[0], torn(whole[1], at), whole[2]]
+    first, bad, last = run(tiny, [start] * 3, cut, optimizer, lr=LR)
+    assert bad.failure == f"batch of local step {at}: ValueError: row 17: not UTF-8"
+    assert bad.metrics["steps"] == at
+    # It stays what it was up to there: the mean of the steps that it took.
+    (short,) = run(tiny, [start], [whole[1][:at]], optimizer, lr=LR)
+    assert bad.metrics["loss"] == pytest.approx(short.metrics["loss"], rel=1e-5)
+    for ours, theirs in ((first, good[0]), (last, good[2])):
+        assert ours.failure is None
+        error = worst(change(tiny, start, ours), change(tiny, start, theirs))
+        assert error < 1e-5
+    again = run(tiny, [start] * 3, cut, optimizer, lr=LR)
+    for ours, theirs in zip((first, last), again[::2], strict=True):  # same failure, same composition, same bits
+        assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in ours.tensors)
+
+
+@pytest.mark.parametrize("run", [run_pack, run_reference])
+def test_a_pack_whose_clients_all_fail_ends(run):
+    tiny = llama()
+    whole = [draw_batches(tiny, seed, 5) for seed in range(2)]
+    whole[0][1]["labels"] = torch.full_like(whole[0][1]["labels"], 10**6)  # would raise: it must not be reached
+    cut = [torn(whole[0], 1), torn(whole[1], 0)]
+    one, two = run(tiny, [lora_start(tiny, 2)] * 2, cut, Optimizer(), lr=LR)
+    assert [one.metrics["steps"], two.metrics["steps"]] == [1, 0]
+    assert one.failure.startswith("batch of local step 1")
+    assert two.failure.startswith("batch of local step 0")
+
+
+def test_a_client_with_nan_leaves_the_pack():
+    """Its later batches are not even drawn."""
+    tiny = vit()
+    batches = [draw_batches(tiny, seed, 5) for seed in range(2)]
+    batches[1][1]["pixel_values"][0] = float("nan")
+    _, bad = run_pack(tiny, [lora_start(tiny, 2)] * 2, [batches[0], torn(batches[1], 2)], Optimizer(), lr=LR)
+    assert bad.failure == "non-finite loss at local step 1"
+    assert bad.metrics["steps"] == 2
+
+
 @pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
 @pytest.mark.parametrize("make", [llama, bert])
 def test_a_client_without_labels_stays_put(make, kind):

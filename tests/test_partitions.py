@@ -1,5 +1,7 @@
 """Who holds what: held-out shares, and the rows of the clients."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -105,7 +107,41 @@ def test_the_largest_keys_come_first_and_equals_by_name() -> None:
     assert largest_keys(["c", "b", "a", "c", "a", "b", "d", "e", "e", "e"], 3) == ("e", "a", "b")
 
 
+def test_resampled_clients_draw_different_rows_by_seed() -> None:
+    """More clients than rows; that two of 100 draw the same 16 of 80 rows is a chance of 4,950 in 2.7e16."""
+    parts = parts_of("resample", 100, ["a"] * 80, rows_per_client=16)
+    assert all(len(part) == 16 and part == sorted(set(part)) and set(part) <= set(range(80)) for part in parts)
+    assert len(set(map(tuple, parts))) == 100
+    assert parts == parts_of("resample", 100, ["a"] * 80, seed=0, rows_per_client=16)
+    assert parts != parts_of("resample", 100, ["a"] * 80, seed=1, rows_per_client=16)
+    assert parts_of("resample", 2, ["a"] * 3, rows_per_client=3) == [[0, 1, 2]] * 2
+
+
+def resampled(rows: int, clients: int, each: int) -> list[tuple[int, ...]]:
+    shares = federation("resample", clients, rows_per_client=each)
+    return [tuple(part.tolist()) for part in partitioned(["a"] * rows, [""] * clients, shares, seed=0)]
+
+
+def test_every_subset_is_drawn_equally_often() -> None:
+    """The 6 pairs of 4 rows among 6,000 clients: 1,000 each, standard deviation sqrt(6000 * 1/6 * 5/6) = 29."""
+    counts = Counter(resampled(4, 6000, 2))
+    assert len(counts) == 6
+    assert all(abs(count - 1000) < 5 * 29 for count in counts.values())
+
+
+def test_every_row_is_held_equally_often() -> None:
+    """5,000 clients with 8 of 40 rows: 1,000 holders a row, standard deviation sqrt(5000 * 1/5 * 4/5) = 28."""
+    counts = np.bincount([row for part in resampled(40, 5000, 8) for row in part], minlength=40)
+    assert abs(counts - 1000).max() < 5 * 28
+
+
 # --- errors
+
+
+def test_more_rows_a_client_than_there_are() -> None:
+    with pytest.raises(UserError, match="got 3; allowed: 1 to 2, the number of training rows") as caught:
+        parts_of("resample", 1, ["a", "a"], rows_per_client=3)
+    assert caught.value.field == "federation.partition.rows_per_client"
 
 
 def test_more_clients_than_rows() -> None:
@@ -147,6 +183,8 @@ TABLE = Task(name="table", path="rows.csv", prompt="{q}", answer="a")
         (Task(), federation("iid", 8), "module"),
         (TABLE, federation("column", 8, column="by"), "by"),
         (TABLE, federation("iid", 8), None),
+        (TABLE, federation("resample", 8, rows_per_client=2), None),
+        (TABLE.model_copy(update={"label": "mood"}), federation("resample", 8, rows_per_client=2), "mood"),
         (TABLE.model_copy(update={"label": "mood"}), federation("dirichlet", 8), "mood"),
         (TABLE.model_copy(update={"label": "mood"}), federation("dirichlet", 8, column="by"), "by"),
     ],

@@ -134,6 +134,41 @@ SINGLE = {
     "section as a word": ("federation.partition=iid", "federation.partition: got 'iid'", "kind, column, alpha"),
     "empty section": ("federation=", "federation: got None", "keys with values: clients, sampled"),
     "unknown weights": ("federation.weights=rows", "federation.weights: got 'rows'", "samples or uniform"),
+    "privacy with weights by rows": (
+        'privacy={"clip":1,"noise":1}',
+        "federation.weights: got 'samples'",
+        "uniform with privacy.clip: every client counts the same; set federation.weights=uniform",
+    ),
+    "privacy of a method that factorises": (
+        'privacy={"clip":1,"noise":1} method.name=fedsvd',
+        "privacy.clip: got 1",
+        "nothing with method.name=fedsvd",
+    ),
+    "privacy with averaged moments": (
+        'privacy={"clip":1,"noise":1} method.name=fedit method.state=average',
+        "method.state: got 'average'",
+        "keep or reset with privacy.clip",
+    ),
+    "privacy of clients that stay away": (
+        'privacy={"clip":1,"noise":1} federation.weights=uniform federation.availability=0.5',
+        "federation.availability: got 0.5",
+        "1.0 with privacy.clip",
+    ),
+    "privacy with normalised steps": (
+        'privacy={"clip":1,"noise":1} federation.weights=uniform federation.normalise_steps=true',
+        "federation.normalise_steps: got True",
+        "false with privacy.clip: the denominator is fixed; set federation.normalise_steps=false",
+    ),
+    "noise of nothing": (
+        'privacy={"clip":1,"noise":1e-160} federation.weights=uniform',
+        "privacy.noise: got 1e-160",
+        "1e-06 to 1e+06, what the accountant can judge",
+    ),
+    "budget that no noise keeps": (
+        'privacy={"clip":1,"epsilon":1e-9,"delta":1e-12} federation.weights=uniform',
+        "privacy.epsilon: got 1e-09",
+        "a budget that 3 rounds can keep at privacy.delta=1e-12",
+    ),
     "alpha of 0": ("federation.partition.alpha=0", "federation.partition.alpha: got 0", "a number > 0"),
     "more clients than modules": ("federation.clients=9999", "federation.clients: got 9999", "the number of values of"),
     "held out more than all": ("task.held_out=1.5", "task.held_out: got 1.5", "a number > 0 and < 1"),
@@ -232,6 +267,11 @@ TABLES = {
         "federation.clients=6 federation.partition.kind=dirichlet federation.partition.alpha=0.0001",
         "federation.clients: got 6",
         "at least one row for every client",
+    ),
+    "more rows a client than there are": (
+        'federation.partition={"kind":"resample","rows_per_client":19} federation.clients=50',
+        "federation.partition.rows_per_client: got 19",
+        "1 to 18, the number of training rows",
     ),
     "nothing held out": ("task.held_out=0.001", "task.held_out: got 0.001", "holds out at least one of the 20 rows"),
     "answers to classify": (

@@ -83,11 +83,14 @@ def held_out_rows(keys: Sequence[str], share: float, seed: int) -> Ints:
 def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federation, seed: int) -> list[Ints]:
     """Each client's row numbers, sorted.  keys: the training rows'; names: the clients' (kind=column: keys).
 
-    `iid` and `dirichlet` are flwr-datasets' partitioners over the shuffled rows; `column` and `pool` need
-    one line of numpy each, and not the seconds of importing it.
-    Raises UserError (federation.clients) for more clients than rows or a client without rows.
+    Disjoint, except with `resample`.  `iid` and `dirichlet` are flwr-datasets' partitioners over the shuffled rows;
+    `column` and `pool` need one line of numpy each, and not the seconds of importing it.
+    Raises UserError (federation.clients) for more clients than rows or a client without rows, and
+    (federation.partition.rows_per_client) where that is above the number of rows.
     """
     clients, kind = federation.clients, federation.partition.kind
+    if federation.partition.rows_per_client is not None:  # kind=resample
+        return _resampled(len(keys), clients, federation.partition.rows_per_client, seed)
     if clients > len(keys):
         allowed = f"1 to {len(keys)}, the number of training rows"
         raise UserError("federation.clients", clients, allowed, "lower federation.clients or use more rows")
@@ -106,6 +109,20 @@ def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federatio
             more = " or raise federation.partition.alpha" if kind == "dirichlet" else " or use more rows"
             raise UserError("federation.clients", clients, allowed, f"lower federation.clients{more}")
     return parts
+
+
+def _resampled(rows: int, clients: int, each: int, seed: int) -> list[Ints]:
+    """`each` different rows for every client, every subset equally likely: Floyd's algorithm (Bentley and Floyd, CACM
+    30(9), 1987), all clients at a time.  Draw t comes from the first rows - each + t + 1 rows; one that the client has
+    already gives way to the last of them, which it cannot have."""
+    if each > rows:
+        field, allowed = "federation.partition.rows_per_client", f"1 to {rows}, the number of training rows"
+        raise UserError(field, each, allowed, "lower it or use more rows")
+    last_k = np.arange(rows - each, rows)[:, None]
+    drawn_kc = stream(seed, "partition").integers(0, last_k, (each, clients), endpoint=True)
+    for drawn_c, last, before_kc in ((drawn_kc[t], last_k[t], drawn_kc[:t]) for t in range(each)):
+        drawn_c[(before_kc == drawn_c).any(axis=0)] = last
+    return list(np.sort(drawn_kc.T, axis=1))
 
 
 def _iid(rows: int, clients: int, seed: int) -> list[Ints]:

@@ -57,7 +57,7 @@ def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
 
 
 def _parquet(file: Path, columns: frozenset[str]) -> Table:
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     schema = pq.read_schema(file)
     wanted = [name for name in schema.names if name in columns]

@@ -1,55 +1,154 @@
-"""Checkpoints: the server's and every client's tensors as safetensors, and a manifest that is written last.
+"""Checkpoints: the server's tensors and the clients' states as safetensors, and a manifest that is written last.
 
-checkpoints/round-000003/manifest.json  server.safetensors  clients/000012.safetensors ...
+    checkpoints/manifest-000003.json               round, files with their lengths and sums
+                server-000003.safetensors          the server's tensors, and its optimiser's as `server/...`
+                clients/000012-000003.safetensors  client 12's state for round 3, see engine/states.py
+
+Only what changed since the last checkpoint is written.  The one before the newest stays whole as well.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
-from rayfed_sub.engine.exchange import unpacked
-from rayfed_sub.engine.folder import replace_folder
+from rayfed_sub.engine import files, states
+from rayfed_sub.engine.exchange import Packed, packed, unpacked
+from rayfed_sub.engine.states import Key, Note
 from rayfed_sub.errors import UserError
-from rayfed_sub.records import ClientState, ServerState
+from rayfed_sub.records import ClientState
 
-if TYPE_CHECKING:
-    from rayfed_sub.engine.coordinator import Snapshot
-
-
-def write(folder: Path, snapshot: Snapshot) -> Path:
-    """Writes a snapshot under `folder`/checkpoints and removes older ones once it is complete."""
-    final = folder / "checkpoints" / f"round-{snapshot.round:06d}"
-    temporary = final.with_name(f".{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "clients").mkdir(parents=True)
-    save_file(unpacked(snapshot.server), temporary / "server.safetensors")
-    clients = {}
-    for client, state in snapshot.clients.items():
-        save_file(unpacked(state.tensors), temporary / "clients" / f"{client:06d}.safetensors")
-        clients[client] = {"round": state.round, "cursor": state.cursor, "step": state.step}
-    manifest = {"round": snapshot.round, "clients": clients}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    replace_folder(temporary, final)
-    for other in final.parent.glob("*round-*"):  # older ones, and what an interrupted write left behind
-        if other != final:
-            shutil.rmtree(other)
-    return final
+KEPT = 2
 
 
-def read(folder: Path) -> tuple[ServerState, dict[int, ClientState]]:
-    """The newest checkpoint under `folder`/checkpoints.  Raises UserError where there is none."""
-    complete = sorted((folder / "checkpoints").glob("round-*/manifest.json"))
-    if not complete:
-        raise UserError("RUN", str(folder), "a run folder with a checkpoint", "check the path")
-    root = complete[-1].parent
-    manifest = json.loads(complete[-1].read_text(encoding="utf-8"))
-    clients = {
-        int(client): ClientState(**entry, tensors=load_file(root / "clients" / f"{int(client):06d}.safetensors"))
-        for client, entry in manifest["clients"].items()
+@dataclass(frozen=True)
+class Checkpoint:
+    """Rounds finished, the server's tensors, and of each client that has trained its state's key and file."""
+
+    round: int
+    server: Packed
+    notes: Mapping[Key, Note]
+
+
+def root(folder: Path) -> Path:
+    """Where a run folder's checkpoints lie."""
+    return folder / "checkpoints"
+
+
+def clients(folder: Path) -> Path:
+    """Where a run folder's client states lie."""
+    return root(folder) / "clients"
+
+
+def make(folder: Path) -> None:
+    """The two folders."""
+    clients(folder).mkdir(parents=True, exist_ok=True)
+
+
+def claim(folder: Path, seconds: float) -> IO[bytes]:
+    """The right to write here, see `files.claim`."""
+    make(folder)
+    return files.claim(root(folder) / ".lock", seconds)
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes server and manifest (the states' files are there already) and forgets all but the newest `KEPT`.
+
+    Raises RunError where the disk is full; the checkpoints that were there are then as good as before.
+    """
+    content = save(unpacked(checkpoint.server))
+    files.write(_server(folder, checkpoint.round), content)
+    manifest = {
+        "round": checkpoint.round,
+        "server": [len(content), zlib.crc32(content)],
+        "clients": [[*key, *astuple(note)] for key, note in sorted(checkpoint.notes.items())],
     }
-    return ServerState(manifest["round"], load_file(root / "server.safetensors")), clients
+    files.write(root(folder) / f"manifest-{checkpoint.round:06d}.json", json.dumps(manifest).encode())
+    for old in _manifests(folder)[:-KEPT]:
+        old.unlink()
+    kept = {_server(folder, _round(manifest)) for manifest in _manifests(folder)}
+    for file in root(folder).glob("*server-*"):  # what an interrupted write left behind, too
+        if file not in kept:
+            file.unlink()
+
+
+def read(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint; None where there is none.
+
+    Raises UserError, naming the file and what to go on with, where it is torn.
+    """
+    found = _manifests(folder)
+    return _read(folder, found[-1]) if found else None
+
+
+def newest(folder: Path) -> int | None:
+    """The rounds that the newest checkpoint holds; None where there is none."""
+    found = _manifests(folder)
+    return _round(found[-1]) if found else None
+
+
+def older(folder: Path) -> set[Key]:
+    """The states that the checkpoints before the newest name; a torn one names none."""
+    keys: set[Key] = set()
+    for manifest in _manifests(folder)[:-1]:
+        try:
+            keys |= {(entry[0], entry[1]) for entry in json.loads(manifest.read_bytes())["clients"]}
+        except (ValueError, KeyError):  # of no use any more; the newest is whole
+            manifest.unlink()
+    return keys
+
+
+def sweep(folder: Path, kept: set[Key]) -> None:
+    """Deletes state files that nothing names: of a round that was cut off, or half written."""
+    names = {states.path(clients(folder), key).name for key in kept}
+    for file in clients(folder).iterdir():
+        if file.name not in names:
+            file.unlink()
+
+
+def client_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientState:
+    """One client's state.  Raises KeyError for a client that never trained, RunError where its file is not whole."""
+    key = next(key for key in checkpoint.notes if key[0] == client)
+    state = states.read(clients(folder), key, checkpoint.notes[key])
+    return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
+
+
+def _read(folder: Path, manifest: Path) -> Checkpoint:
+    try:
+        tree = json.loads(manifest.read_bytes())
+        notes = {(client, round): Note(*note) for client, round, *note in tree["clients"]}
+        server, expected = _server(folder, tree["round"]), tree["server"]
+        content = server.read_bytes()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise _torn(folder, manifest, str(error).partition("\n")[0]) from None
+    if [len(content), zlib.crc32(content)] != expected:
+        raise _torn(folder, manifest, f"{server.name} is not as it was written")
+    for key, note in notes.items():
+        file = states.path(clients(folder), key)
+        if not file.exists() or file.stat().st_size != note.size:
+            raise _torn(folder, manifest, f"{file.name} is cut or gone")
+    return Checkpoint(tree["round"], packed(load(content)), notes)
+
+
+def _torn(folder: Path, manifest: Path, why: str) -> UserError:
+    before = _manifests(folder)[-2:-1]
+    advice = f"delete it to go on from round {_round(before[0])}" if before else "begin anew in another folder"
+    return UserError("--resume", str(manifest), f"a whole checkpoint: {why}", advice)
+
+
+def _manifests(folder: Path) -> list[Path]:
+    return sorted(root(folder).glob("manifest-*.json"), key=_round)
+
+
+def _round(manifest: Path) -> int:
+    return int(manifest.stem.rpartition("-")[2])
+
+
+def _server(folder: Path, round: int) -> Path:
+    return root(folder) / f"server-{round:06d}.safetensors"

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from rayfed_sub.config import Config, StepRange
 from rayfed_sub.streams import stream
 
 
 def cohort(config: Config, n: int) -> list[int]:
-    """The clients of round n, sorted: sampled without replacement, less those that are not available.
+    """The clients of round n, sorted: sampled without replacement, less those that are not available.  With privacy
+    every client is drawn by itself (Poisson sampling), so that federation.sampled is the mean size.
 
-    It may be empty when federation.availability is small; the server then stays as it is.
+    It may be empty when federation.availability is small, and under Poisson sampling.
     """
     federation = config.federation
     size = federation.sampled or federation.clients
+    if config.privacy.clip is not None:
+        chances = stream(config.seed, "cohort", n).random(federation.clients)
+        return np.flatnonzero(chances < size / federation.clients).tolist()
     drawn = stream(config.seed, "cohort", n).choice(federation.clients, size, replace=False)
     present = stream(config.seed, "availability", n).random(size) < federation.availability
     return sorted(drawn[present].tolist())

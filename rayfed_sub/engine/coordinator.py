@@ -1,7 +1,8 @@
 """The server: an actor that owns the global state and walks the rounds.
 
 One round reads like the paper's algorithm: sample clients, broadcast, train packs, fold in order, finish, evaluate.
-Workers never call the coordinator; the caller only reads the stream of records that `run_round` yields.
+Workers never call the coordinator; the caller only reads the stream of records that `run_round` yields.  Whatever dies,
+the newest checkpoint in the run folder is where a new coordinator goes on.
 """
 
 from __future__ import annotations
@@ -11,38 +12,35 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from rayfed_sub.analysis.privacy import spent
 from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.engine import cohorts
+from rayfed_sub.engine import checkpoints, cohorts
 from rayfed_sub.engine.evaluations import Model, held_out_loss, held_out_rouge
 from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
 from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
+from rayfed_sub.engine.ledger import Ledger
 from rayfed_sub.engine.memory import PeakMemory
 from rayfed_sub.engine.schedule import Crew, Piece, in_order
-from rayfed_sub.engine.workers import PackedState, PackOutcome, Worker
+from rayfed_sub.engine.workers import PackedUpdate, PackOutcome, Worker
 from rayfed_sub.errors import RunError
+from rayfed_sub.methods import privacy
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server import advance, download_bytes, nova_factor
+from rayfed_sub.methods.server import Noise, advance, download_bytes, nova_factor
 from rayfed_sub.models.weights import target_weights
-from rayfed_sub.records import Change, Client, ModelShape, ServerState, Update
+from rayfed_sub.records import Change, Client, Fold, ModelShape, ServerState, Update
 
+_CLAIM_SECONDS = 60.0
 _START_SECONDS = 300.0  # a worker that has not mapped the backbone by then never will
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything a checkpoint holds."""
-
-    round: int
-    server: Packed
-    clients: dict[int, PackedState]
 
 
 @dataclass(frozen=True)
@@ -56,25 +54,28 @@ class Shared:
 
 
 class Coordinator:
-    """Wrapped by `ray.remote(num_cpus=0)`."""
+    """Wrapped by `ray.remote(num_cpus=0, max_concurrency=2)`: a second thread answers in the middle of a round."""
 
     def __init__(
-        self, config: Config, method: Method, shape: ModelShape, transposed: frozenset[str], shared: Shared
+        self,
+        config: Config,
+        method: Method,
+        shape: ModelShape,
+        transposed: frozenset[str],
+        shared: Shared,
+        folder: Path,
     ) -> None:
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
         self._memory = PeakMemory()
         self._config, self._method, self._shape, self._shared = config, method, shape, shared
+        self._folder = folder
         self._workers = [self._worker() for _ in range(config.resources.workers)]
-        self._crew = Crew(self._workers)
+        self._crew = Crew(self._workers, config.resources.deadline)
         self._dataset: Dataset = ray.get(shared.dataset)
         arrays: Packed = ray.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
         self._pretrained = target_weights(shape, transposed, unpacked(arrays))
-        self._server = self._method.init_server(self._pretrained, self._shape, config.seed)
-        self._memory_of_server: dict[str, torch.Tensor] = {}
-        self._states: dict[int, tuple[int, Any]] = {}  # client -> (round, reference to its PackedState)
         self._home: dict[int, int] = {}
-        self._synchronised: dict[int, int] = {}
         self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
 
     def _worker(self) -> Any:
@@ -83,22 +84,50 @@ class Coordinator:
         actor = ray.remote(Worker).options(**options)
         return actor.remote(shared.spec, shared.backbone, shared.dataset, resources.gpus_per_worker)
 
-    def start(self) -> list[str]:
-        """Waits until every worker has mapped the backbone; their devices.  Raises RunError where one cannot."""
-        ready = [worker.ready.remote() for worker in self._workers]
-        done, _ = ray.wait(ready, num_returns=len(ready), timeout=_START_SECONDS)
-        if len(done) < len(ready):
-            late = len(ready) - len(done)
-            raise RunError("start", f"{late} of {len(ready)} workers not ready in {_START_SECONDS:.0f} s")
-        try:
-            devices: list[str] = ray.get(ready)
-        except RayError as error:
-            raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
-        return devices
+    def _initial(self) -> ServerState:
+        return self._method.init_server(self._pretrained, self._shape, self._config.seed)
+
+    def start(self) -> int:
+        """Takes up the newest checkpoint, if there is one, and waits until every worker has mapped the backbone; the
+        number of rounds that are finished already.
+
+        Raises RunError where another run is at work in the folder, and where a worker cannot start; one that is killed
+        meanwhile is brought back by Ray."""
+        # The coordinator of a run that was killed may still be writing.
+        self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
+        memory = self._config.resources.state_memory
+        self._ledger = Ledger(self._folder, memory, self._initial, ray.put, ray.get)
+        asked, until = {worker.ready.remote(): worker for worker in self._workers}, time.monotonic() + _START_SECONDS
+        while asked:
+            done, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            if not done:
+                late = f"{len(asked)} of {len(self._workers)} workers not ready"
+                raise RunError("start", f"{late} in {_START_SECONDS:.0f} s")
+            worker = asked.pop(done[0])
+            try:
+                ray.get(done[0])
+            except ActorUnavailableError:
+                asked[worker.ready.remote()] = worker
+            except RayError as error:
+                raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
+        return self.finished()
+
+    def finished(self) -> int:
+        """The number of finished rounds."""
+        return self._ledger.standing.server.round
+
+    def halt(self) -> int:
+        """From here on no round is finished any more; the number of those that are."""
+        return self._ledger.halt()
+
+    def checkpoint(self) -> None:
+        """A checkpoint of the last finished round.  Raises RunError where the disk is full."""
+        self._ledger.checkpoint()
 
     def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
         """Round n, counted from 0; it can be asked for again as long as it has not reached its evaluation."""
-        assert n == self._server.round, f"round {n} asked of a server that has finished {self._server.round}"
+        standing = self._ledger.standing
+        assert n == standing.server.round, f"round {n} asked of a server that has finished {standing.server.round}"
         began = time.perf_counter()
         config, method, shape = self._config, self._method, self._shape
         cohort = cohorts.cohort(config, n)
@@ -108,36 +137,41 @@ class Coordinator:
         packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
         pieces = [self._train_piece(n, pack, i, broadcast) for i, pack in enumerate(packs)]
 
-        total, rows, states = method.zero(self._server, shape), [], {}
+        total, rows, trained = self._zero(), [], {}
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
+                self._home[client] = done.worker
+                if sent.failure is not None or state is None:
+                    rows.append(self._skipped(n, sent, down[client]))
+                    continue
                 update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
                 total = method.fold(total, update, shape)
-                rows.append(ClientRow(n, client, update.weight, update.wire_bytes, down[client], **sent.metrics))
-                states[client] = (state.round, ray.put(state))
-                self._home[client] = done.worker
+                rows.append(_row(n, sent, update.wire_bytes, down[client]))
+                self._ledger.add(client, state)
+                trained[client] = state.round
             yield _progress(n, rows, len(cohort), time.perf_counter() - began)
         self._verify()
 
-        before, after = self._server, method.finish(self._server, total, shape)
-        factor = _nova_factor(rows) if config.federation.normalise_steps else 1.0
-        after, memory = advance(config.server, before, after, self._memory_of_server, factor)
+        before, after = standing.server, method.finish(standing.server, total, shape)
+        factor, noise = self._rule(n, rows, total.weight)
+        after, memory = advance(config.server, before, after, standing.memory, factor, noise)
         _check_finite(after, n)
-        self._server, self._memory_of_server = after, memory
-        self._states |= states
-        self._synchronised |= dict.fromkeys(cohort, n)
+        if not self._ledger.commit(after, memory, trained):
+            return  # the run is being interrupted
         train_seconds = time.perf_counter() - began
         due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
         row = RoundRow(
             round=n,
             clients=len(cohort),
-            loss=statistics.fmean(r.loss for r in rows) if rows else None,
+            failed=sum(r.failure is not None for r in rows),
+            loss=_mean_loss(rows),
             held_out_loss=self.held_out_loss() if due else None,
             uplink_bytes=sum(r.uplink_bytes for r in rows),
             downlink_bytes=sum(down.values()),
             labels=int(sum(r.labels for r in rows)),
             change_rank=self._rank(before) if due else None,
+            epsilon=spent(config, n + 1),
             train_seconds=train_seconds,
             seconds=time.perf_counter() - began,
         )
@@ -155,20 +189,16 @@ class Coordinator:
     def weights_sha256(self) -> str:
         """SHA-256 over everything learned: effective target weights, the server's tensors, personal clients' states."""
         digest = hashlib.sha256()
-        for name, weight in self._effective(self._server):
+        standing = self._ledger.standing
+        for name, weight in self._effective(standing.server):
             digest.update(name.encode() + weight.contiguous().numpy().tobytes())
-        for name in sorted(self._server.tensors):
-            digest.update(name.encode() + self._server.tensors[name].contiguous().numpy().tobytes())
-        for client, (_, reference) in sorted(self._states.items()) if self._method.personal else ():
+        for name in sorted(standing.server.tensors):
+            digest.update(name.encode() + standing.server.tensors[name].contiguous().numpy().tobytes())
+        for client in sorted(standing.states) if self._method.personal else ():
+            _, reference = cast(Any, self._ledger.stored(client))
             for name, tensor in sorted(unpacked(ray.get(reference).tensors).items()):
                 digest.update(f"{client}/{name}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-    def snapshot(self) -> Snapshot:
-        """The server's and the clients' states, for a checkpoint."""
-        clients = {client: ray.get(reference) for client, (_, reference) in sorted(self._states.items())}
-        memory = {f"server/{name}": tensor for name, tensor in self._memory_of_server.items()}
-        return Snapshot(self._server.round, packed({**self._server.tensors, **memory}), clients)
 
     def peak_memory(self) -> int:
         """Bytes: the sum of the peaks, each as sampled, of this process and of the workers that answer."""
@@ -176,33 +206,70 @@ class Coordinator:
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=30)
         return self._memory.peak + sum(_peak(reference) for reference in answered)
 
+    @property
+    def _private(self) -> bool:
+        return self._config.privacy.clip is not None
+
+    def _zero(self) -> Fold:
+        """The empty sum; with privacy it holds an update at rest, so that noise is released for an empty cohort too."""
+        method, shape, server = self._method, self._shape, self._ledger.standing.server
+        total = method.zero(server, shape)
+        if not self._private:
+            return total
+        return method.fold(total, privacy.at_rest(method, server, shape, self._config.seed), shape)
+
+    def _rule(self, n: int, rows: Sequence[ClientRow], weight: float) -> tuple[float, Noise | None]:
+        """What `advance` does to the mean change besides the server's own rule: a factor, and noise by tensor.
+
+        weight: the sum's.  The fixed denominator of privacy is the expected cohort."""
+        federation, private = self._config.federation, self._config.privacy
+        if private.clip is not None and private.noise is not None:
+            expected = federation.sampled or federation.clients
+            deviation = private.noise * private.clip / expected
+            return weight / expected, partial(privacy.noise, self._config.seed, n, deviation)
+        return _nova_factor(rows) if federation.normalise_steps else 1.0, None
+
+    def _skipped(self, n: int, sent: PackedUpdate, down: int) -> ClientRow:
+        """The row of a client that failed.  Raises RunError where the configuration does not let it be skipped."""
+        cause = str(sent.failure)
+        if self._config.federation.on_client_failure == "stop":
+            advice = "federation.on_client_failure=skip would go on without it"
+            raise RunError("local training", f"{cause}; {advice}", round=n, client=sent.client)
+        return _row(n, sent, 0, down)
+
     def _model(self) -> Model:
-        return Model(self._server.round, self._broadcast(), self._states if self._method.personal else None)
+        return Model(self.finished(), self._broadcast(), self._ledger.stored if self._method.personal else None)
 
     def _broadcast(self) -> Any:
         """The current broadcast in the object store; training and evaluation of one state share it."""
-        if self._sent is None or self._sent[0] != self._server.round:
-            arrays = packed(self._method.broadcast(self._server).tensors)
-            self._sent = (self._server.round, ray.put(arrays), checksum(arrays))
+        server = self._ledger.standing.server
+        if self._sent is None or self._sent[0] != server.round:
+            notes = server.tensors if self._private else {}  # clipping asks for `finish`, which reads them
+            arrays = packed({**notes, **self._method.broadcast(server).tensors})
+            self._sent = (server.round, ray.put(arrays), checksum(arrays))
         return self._sent[1]
 
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
         """Wire bytes to every client of the cohort, given when it last took part."""
-        server, shape, rule = self._server, self._shape, self._config.server
+        states, server = self._ledger.standing.states, self._ledger.standing.server
+        shape, rule = self._shape, self._config.server
         sent, targets = self._method.broadcast(server).tensors, [layer.name for layer in shape.targets]
         down = {}
         for client in cohort:
-            who, since = Client(client, self._config.seed), self._synchronised.get(client, -1)
+            who = Client(client, self._config.seed)
+            since = states.get(client, 0) - 1  # a state is for the round after the one that made it
             counted = self._method.download_bytes(server, shape, who, since)
-            down[client] = download_bytes(rule, sent, targets, counted)
+            down[client] = download_bytes(rule, sent, targets, counted, noisy=self._private)
         return down
 
     def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any) -> Piece:
-        states = [self._states.get(client) for client in clients]
         home = self._home.get(clients[0], index % len(self._workers))
         lr = cohorts.learning_rate(self._config, n)
-        label = f"clients {clients[0]}-{clients[-1]}"
-        return Piece(lambda worker: worker.train.remote(n, clients, states, broadcast, lr), home, label)
+
+        def submit(worker: Any) -> Any:  # states come to memory when their turn has come
+            return worker.train.remote(n, clients, [self._ledger.stored(client) for client in clients], broadcast, lr)
+
+        return Piece(submit, home, f"clients {clients[0]}-{clients[-1]}", _sound)
 
     def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:
         changes = self._method.model(server, self._shape)
@@ -212,15 +279,15 @@ class Coordinator:
 
     def _rank(self, before: ServerState) -> float:
         """Median over the targets of the rank of the round's aggregated change."""
-        pairs = zip(self._effective(before), self._effective(self._server), strict=True)
+        pairs = zip(self._effective(before), self._effective(self._ledger.standing.server), strict=True)
         return statistics.median(change_rank(old, new) for (_, old), (_, new) in pairs)
 
     def _verify(self) -> None:
         """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
         if checksum(self._backbone_arrays) != self._backbone_sum:
-            raise RunError("shared memory", "the backbone's bytes changed", round=self._server.round)
+            raise RunError("shared memory", "the backbone's bytes changed", round=self.finished())
         if self._sent is not None and checksum(ray.get(self._sent[1])) != self._sent[2]:
-            raise RunError("shared memory", "the broadcast's bytes changed", round=self._server.round)
+            raise RunError("shared memory", "the broadcast's bytes changed", round=self.finished())
 
 
 def _peak(reference: Any) -> int:
@@ -237,8 +304,23 @@ def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
 
 def _nova_factor(rows: Sequence[ClientRow]) -> float:
     """The rows' weights are already per step; w_k is that times the steps."""
-    steps = [int(row.steps) for row in rows]
-    return nova_factor([row.weight * tau for row, tau in zip(rows, steps, strict=True)], steps) if rows else 1.0
+    trained = [row for row in rows if row.failure is None]
+    steps = [int(row.steps) for row in trained]
+    return nova_factor([row.weight * tau for row, tau in zip(trained, steps, strict=True)], steps) if trained else 1.0
+
+
+def _sound(outcome: PackOutcome) -> bool:
+    return all(update.failure is None for update in outcome.updates)
+
+
+def _row(n: int, sent: PackedUpdate, up: int, down: int) -> ClientRow:
+    measured: dict[str, Any] = dict(sent.metrics)
+    return ClientRow(n, sent.client, sent.weight, up, down, **measured, failure=sent.failure)
+
+
+def _mean_loss(rows: Sequence[ClientRow]) -> float | None:
+    losses = [row.loss for row in rows if row.loss is not None]
+    return statistics.fmean(losses) if losses else None
 
 
 def _check_finite(server: ServerState, n: int) -> None:
@@ -252,7 +334,7 @@ def _progress(n: int, rows: Sequence[ClientRow], clients: int, seconds: float) -
         round=n,
         clients_done=len(rows),
         clients=clients,
-        loss=statistics.fmean(row.loss for row in rows),
+        loss=_mean_loss(rows),
         labels=int(sum(row.labels for row in rows)),
         seconds=seconds,
         uplink_bytes=sum(row.uplink_bytes for row in rows),

@@ -6,7 +6,7 @@ row is judged by the client whose partition key it carries, or, without such key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from rayfed_sub.streams import stream
 
 @dataclass(frozen=True)
 class Model:
-    """The model to judge: the broadcast of finished round `round`; states: client -> its stored state, for methods
-    whose clients have models of their own (None: one model for all)."""
+    """The model to judge: the broadcast of finished round `round`; stored: a client's stored state, for methods whose
+    clients have models of their own (None: one model for all)."""
 
     round: int
     broadcast: Any
-    states: Mapping[int, Any] | None
+    stored: Callable[[int], Any] | None
 
 
 def held_out_loss(crew: Crew, config: Config, dataset: Dataset, model: Model) -> float:
@@ -49,7 +49,7 @@ def _shards(config: Config, dataset: Dataset, most: int, model: Model) -> list[t
     """(client or None, rows): a fixed, seeded choice of held-out rows; a longer choice contains the shorter one."""
     chosen = sorted(stream(config.seed, "held-out choice").permutation(len(dataset.held_out))[:most].tolist())
     size = config.evaluation.batch_size
-    if model.states is None:
+    if model.stored is None:
         return [(None, chosen[i : i + size]) for i in range(0, len(chosen), size)]
     owned: dict[int, list[int]] = {}
     for row in chosen:
@@ -66,9 +66,11 @@ def _each(
     stage: str,
 ) -> list[Any]:
     def piece(index: int, client: int | None, rows: list[int]) -> Piece:
-        state = None if client is None or model.states is None else model.states.get(client)
-        arguments = (model.round, rows, model.broadcast, client, state)
-        return Piece(lambda worker: call(worker).remote(*arguments), index % len(crew.workers), f"shard {index}")
+        def submit(worker: Any) -> Any:
+            state = None if client is None or model.stored is None else model.stored(client)
+            return call(worker).remote(model.round, rows, model.broadcast, client, state)
+
+        return Piece(submit, index % len(crew.workers), f"shard {index}")
 
     pieces = [piece(index, client, rows) for index, (client, rows) in enumerate(shards)]
     return [done.result for done in in_order(crew, pieces, stage)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,17 @@ from rayfed_sub.records import Tensors
 
 Packed = dict[str, tuple[str, "np.ndarray[Any, Any]"]]
 """Tensor name -> (torch dtype's name, array); bfloat16, which numpy lacks, travels as int16 bits."""
+
+
+@dataclass(frozen=True)
+class PackedState:
+    """A ClientState on its way through the object store or to disk."""
+
+    round: int
+    cursor: int
+    step: int
+    tensors: Packed
+
 
 _ALIGNMENT = 64  # torch's own allocations; matrix products give other bits on differently aligned inputs
 

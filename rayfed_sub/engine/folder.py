@@ -1,64 +1,141 @@
 """What a run leaves behind: config.yaml, log.jsonl, rounds.parquet, clients.parquet, checkpoints/, summary.json.
 
-Every file appears whole or not at all (written beside its place, then renamed); summary.json comes last of all, so a
-folder that has it holds a finished run.
+Every file appears whole or not at all; summary.json comes last of all, so a folder that has it holds a finished run.
+The tables never lack a round that a checkpoint has finished; rounds that they have beyond it are cut off when the run
+is taken up again.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import shutil
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
+from pyarrow import parquet
 
 from rayfed_sub.config import Config, load_config
-from rayfed_sub.engine.journal import ClientRow, RoundRow, Summary
+from rayfed_sub.engine import files
+from rayfed_sub.engine.journal import Beginning, ClientRow, RoundRow, Summary
 from rayfed_sub.errors import UserError
+
+FREE = ("resources.workers", "resources.state_memory", "resources.deadline", "checkpoint.every")
+"""Settings that may differ when a run is taken up again: they change no bits."""
 
 
 class RunFolder:
     """A run's folder, which is there already, owned by the process that started the run."""
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        _atomically(path / "config.yaml", text.encode())
-        self._rounds: list[RoundRow] = []
-        self._clients: list[ClientRow] = []
+        self.rounds = _empty(RoundRow)
+        self._clients = _empty(ClientRow)
+
+    def begin(self, beginning: Beginning) -> None:
+        """Notes the first line of the log."""
+        self._log("started", asdict(beginning))
 
     def add(self, row: RoundRow, clients: Sequence[ClientRow]) -> None:
         """Notes a finished round; the log has it at once, the tables with the next `write_tables`."""
-        self._rounds.append(row)
-        self._clients.extend(clients)
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"event": "round", **asdict(row)}) + "\n")
+        self.rounds = pa.concat_tables([self.rounds, _table(RoundRow, [row])])
+        self._clients = pa.concat_tables([self._clients, _table(ClientRow, clients)])
+        self._log("round", asdict(row))
+
+    def go_on(self, round: int) -> Beginning:
+        """Cuts off what the log and the tables know of `round` and later; how the run began."""
+        self.rounds = _before(round, self._read("rounds", RoundRow))
+        self._clients = _before(round, self._read("clients", ClientRow))
+        told = [entry for entry in self._entries() if entry["event"] != "round" or entry["round"] < round]
+        files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in told).encode())
+        self._log("resumed", {"round": round})
+        first = next(entry for entry in told if entry["event"] == "started")
+        return Beginning(**{field.name: first[field.name] for field in fields(Beginning)})
+
+    def resumed(self) -> tuple[int, ...]:
+        """The rounds with which the run was taken up again."""
+        return tuple(entry["round"] for entry in self._entries() if entry["event"] == "resumed")
+
+    def begun(self) -> bool:
+        """Whether the initial model was evaluated before the run was cut off."""
+        return any(entry["event"] == "started" for entry in self._entries())
 
     def write_tables(self) -> None:
         """rounds.parquet and clients.parquet with all rows so far."""
-        import pandas as pd
-
-        for name, rows, kind in (("rounds", self._rounds, RoundRow), ("clients", self._clients, ClientRow)):
-            columns = [f.name for f in fields(kind)]
-            table = pd.DataFrame([asdict(row) for row in rows], columns=columns)
-            temporary = self.path / f".{name}.parquet"
-            table.to_parquet(temporary, index=False)
-            os.replace(temporary, self.path / f"{name}.parquet")
+        for name, table in (("rounds", self.rounds), ("clients", self._clients)):
+            content = io.BytesIO()
+            parquet.write_table(table, content)
+            files.write(self.path / f"{name}.parquet", content.getvalue())
 
     def write_summary(self, summary: Summary) -> None:
         """summary.json, the last file of a run."""
         content = {key: value for key, value in asdict(summary).items() if key != "folder"}
-        _atomically(self.path / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
+        files.write(self.path / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
+
+    def _log(self, event: str, entry: Mapping[str, Any]) -> None:
+        files.append(self.path / "log.jsonl", json.dumps({"event": event, **entry}))
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """The log's whole lines; a last one that was cut off does not count."""
+        log = self.path / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+    def _read(self, name: str, kind: type) -> pa.Table:
+        file = self.path / f"{name}.parquet"
+        return parquet.read_table(file, schema=_schema(kind)) if file.exists() else _empty(kind)
+
+
+def create(path: Path, config: Config) -> RunFolder:
+    """A new run's folder, which is there already; config.yaml is its first file."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    files.write(path / "config.yaml", text.encode())
+    return RunFolder(path)
+
+
+def reopen(path: Path, config: Config) -> RunFolder:
+    """The folder of a run that was begun with `config`.
+
+    Raises UserError naming the first setting that differs, apart from those in `FREE`.
+    """
+    old = _flat(load_config(path / "config.yaml").model_dump(mode="json"))
+    new = _flat(config.model_dump(mode="json"))
+    for key in [*old, *(key for key in new if key not in old)]:
+        if key not in FREE and old.get(key) != new.get(key):
+            allowed = f"{old.get(key)!r}, with which the run in {path} began"
+            raise UserError(key, new.get(key), allowed, "set that, or begin anew in another folder")
+    return RunFolder(path)
+
+
+def summary_of(path: Path, config: Config) -> Summary | None:
+    """The summary of a finished run; None where it is not finished.  Raises UserError as `reopen`."""
+    reopen(path, config)
+    if not (path / "summary.json").exists():
+        return None
+    told = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return Summary(**{**told, "resumed": tuple(told["resumed"])}, folder=str(path))
+
+
+def latest(name: str) -> Path | None:
+    """The newest folder of a run of this name under runs/, by number; None where there is none."""
+    found = [(1, Path("runs") / name)]
+    found += [
+        (int(number), path)
+        for path in Path("runs").glob(f"{name}-*")
+        if (number := path.name.removeprefix(f"{name}-")).isdigit()
+    ]
+    return next((path for _, path in sorted(found, reverse=True) if (path / "config.yaml").exists()), None)
 
 
 def check_free(path: Path) -> None:
     """UserError where `path` cannot be a new run's folder."""
     if (path / "config.yaml").exists():
-        raise UserError("--out", str(path), "a folder without a run in it", "choose another or delete it")
+        raise UserError("--out", str(path), "a folder without a run in it", "choose another, or go on with --resume")
     if path.exists() and not path.is_dir():
         raise UserError("--out", str(path), "a folder", "choose another path")
 
@@ -96,16 +173,34 @@ def finished(path: Path) -> tuple[Config, dict[str, Any]]:
     return load_config(path / "config.yaml"), json.loads((path / "summary.json").read_text(encoding="utf-8"))
 
 
-def _atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _schema(kind: type) -> pa.Schema:
+    """The columns of a record: numbers and texts, any of which may be missing where the record says `| None`."""
+    arrow = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    hints = typing.get_type_hints(kind)
+    plain = {name: hint.__args__[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints.items()}
+    return pa.schema([(field.name, arrow[plain[field.name]]) for field in fields(kind)])
 
 
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Puts a complete folder in its place; an older one of that name is only deleted after that."""
-    old = final.with_name(f".old-{final.name}")
-    if final.exists():
-        os.replace(final, old)
-    os.replace(temporary, final)
-    shutil.rmtree(old, ignore_errors=True)
+def _table(kind: type, rows: Sequence[Any]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=_schema(kind))
+
+
+def _empty(kind: type) -> pa.Table:
+    return _table(kind, [])
+
+
+def _before(round: int, table: pa.Table) -> pa.Table:
+    return table.filter(pa.compute.less(table["round"], round))
+
+
+def _flat(tree: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones.
+
+    >>> _flat({"a": {"b": 1, "c": {}}, "d": [2]})
+    {'a.b': 1, 'a.c': {}, 'd': [2]}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{parent}{key}.") if inner else {f"{parent}{key}": value}
+    return flat

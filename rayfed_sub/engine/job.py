@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from rayfed_sub.config import Config
+import numpy as np
+
+from rayfed_sub.analysis.privacy import NOISES, noise_for
+from rayfed_sub.config import Config, Federation, Privacy
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.engine.cohorts import local_steps
@@ -43,11 +46,15 @@ def prepare(config: Config) -> Job:
     bones = skeleton(config.model, kind, len(dataset.class_names), codec.vocabulary, codec.pad)
     method.check(bones.shape)
     _check_server(config, method)
+    _check_privacy(config, method)
     if config.evaluation.generate and dataset.kind != "causal-lm":
         raise UserError("evaluation.generate", config.evaluation.generate, "0 for a classification task", "remove it")
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, dataset), "epochs": None})
-    resolved = config.model_copy(update={"federation": federation, "method": {"name": config.method["name"], **fields}})
+    own = {"name": config.method["name"], **fields}
+    resolved = config.model_copy(
+        update={"federation": federation, "method": own, "privacy": _privacy(config.privacy, federation)}
+    )
     return Job(resolved, method, bones, codec, dataset)
 
 
@@ -67,13 +74,49 @@ def _check_server(config: Config, method: Method) -> None:
         raise UserError("federation.proximal", federation.proximal, "0 with resources.executor=reference", "remove it")
 
 
+def _check_privacy(config: Config, method: Method) -> None:
+    """UserError where something does not keep what the accountant assumes: see `methods/privacy.py`."""
+    clip, noise, federation, name = config.privacy.clip, config.privacy.noise, config.federation, config.method["name"]
+    if clip is None:
+        return
+    if noise is not None and not NOISES[0] <= noise <= NOISES[1]:
+        allowed = f"{NOISES[0]:g} to {NOISES[1]:g}, what the accountant can judge"
+        raise UserError("privacy.noise", noise, allowed, "e.g. privacy.noise=1.0")
+    if not method.linear:
+        allowed = f"nothing with method.name={name}, whose server does not move with the mean of clipped changes"
+        raise UserError("privacy.clip", clip, allowed, "remove it or choose another method")
+    if getattr(method, "state", None) == "average":
+        allowed = "keep or reset with privacy.clip: moments would be released without noise"
+        raise UserError("method.state", "average", allowed, "set method.state=keep")
+    assumed = {
+        "weights": ("uniform", "every client counts the same"),
+        "availability": (1.0, "every client is drawn by itself, whatever the others do"),
+        "normalise_steps": (False, "the denominator is fixed"),
+    }
+    for field, (value, why) in assumed.items():
+        if getattr(federation, field) != value:
+            shown = str(value).lower()
+            key, allowed = f"federation.{field}", f"{shown} with privacy.clip: {why}"
+            raise UserError(key, getattr(federation, field), allowed, f"set {key}={shown}")
+
+
+def _privacy(privacy: Privacy, federation: Federation) -> Privacy:
+    """The same with the noise that keeps its epsilon over all rounds, where that is what was asked for."""
+    if privacy.epsilon is None:
+        return privacy
+    assert federation.rounds is not None, "rounds are counted by now"
+    q = (federation.sampled or federation.clients) / federation.clients
+    noise = noise_for(privacy.epsilon, privacy.delta, q, federation.rounds)
+    return privacy.model_copy(update={"noise": noise, "epsilon": None})
+
+
 def _rounds(config: Config, dataset: Dataset) -> int:
-    """Rounds as configured, or as many as push `epochs` times all training rows through the cohorts."""
+    """Rounds as configured, or as many as push `epochs` times all clients' rows through the cohorts."""
     federation = config.federation
     if federation.epochs is None:
         assert federation.rounds is not None, "the configuration says one of rounds and epochs"
         return federation.rounds
-    rows = [len(dataset.rows_of(client)) for client in range(federation.clients)]
+    rows: list[int] = np.diff(dataset.client_offsets).tolist()
     batches = [min(federation.batch_size, own) for own in rows]
     a_round_of_all = sum(local_steps(config, client) * size for client, size in enumerate(batches))
     present = (federation.sampled or federation.clients) * federation.availability  # clients, on average

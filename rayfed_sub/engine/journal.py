@@ -17,14 +17,33 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something out of the ordinary, worth a line that stays: a client skipped, a run taken up again."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run that is taken up again has to know of its first sitting: the initial model's scores, and what the bits
+    depend on besides the configuration."""
+
+    held_out_loss: float
+    rouge_l: float | None
+    versions: dict[str, str]
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Started:
-    """The initial state is evaluated; training begins."""
+    """The initial state is evaluated; training begins, or goes on, with round `round`."""
 
     config: Config
     folder: Path
     held_out_loss: float
     rouge_l: float | None
     target_bytes: int
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +53,7 @@ class PackDone:
     round: int
     clients_done: int
     clients: int
-    loss: float
+    loss: float | None
     labels: int
     seconds: float
     uplink_bytes: int
@@ -42,35 +61,40 @@ class PackDone:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One round.  Bytes are wire bytes of the whole cohort; losses in nats per label; labels: tokens that carried loss;
-    change_rank: median over the target layers of the rank of the aggregated change; seconds include evaluation."""
+    """One round.  clients: sampled, those skipped among them; failed: skipped.  Bytes are wire bytes of the whole
+    cohort; losses in nats per label; labels: tokens that carried loss; change_rank: median over the target layers of
+    the rank of the aggregated change; epsilon: privacy spent up to here; seconds include evaluation."""
 
     round: int
     clients: int
+    failed: int
     loss: float | None
     held_out_loss: float | None
     uplink_bytes: int
     downlink_bytes: int
     labels: int
     change_rank: float | None
+    epsilon: float | None
     train_seconds: float
     seconds: float
 
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client's round.  loss: mean over its local steps; loss_last: at its last step, before that step."""
+    """One client's round.  loss: mean over its local steps; loss_last: at its last step, before that step.  A client
+    that was skipped has weight 0, sent nothing, and has its failure in words."""
 
     round: int
     client: int
     weight: float
     uplink_bytes: int
     downlink_bytes: int
-    loss: float
-    loss_last: float
-    labels: float
-    steps: float
-    periods: float
+    loss: float | None = None
+    loss_last: float | None = None
+    labels: float = 0.0
+    steps: float = 0.0
+    periods: float = 0.0
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,8 @@ class RoundDone:
 @dataclass(frozen=True)
 class Summary:
     """The finished run, as summary.json.  metrics: held_out_loss and rouge_l before and after; dense_bytes: what one
-    direction would have cost with dense target weights."""
+    direction would have cost with dense target weights; privacy: epsilon and delta spent; wall_seconds and
+    peak_memory_bytes: of the last sitting; resumed: the rounds with which earlier sittings were taken up again."""
 
     name: str
     method: str
@@ -100,4 +125,6 @@ class Summary:
     metrics: dict[str, float | None]
     versions: dict[str, str]
     environment: dict[str, Any]
+    privacy: dict[str, float] | None = None
+    resumed: tuple[int, ...] = ()
     folder: str = field(default="", compare=False)

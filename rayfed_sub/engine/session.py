@@ -1,13 +1,18 @@
-"""One run from configuration to summary: checks first, then Ray, then the coordinator's stream of records."""
+"""One run from configuration to summary: checks first, then Ray, then the coordinator's stream of records.
+
+The run folder is where a run goes on from, whatever ended it: a new coordinator after the last one died, or a new
+process after this one did, takes up the newest checkpoint, and the tables are cut to the rounds that it holds.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,46 +20,64 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayfed_sub.config import Config
-from rayfed_sub.engine import checkpoints
-from rayfed_sub.engine.folder import RunFolder, check_free, fresh
+from rayfed_sub.engine import checkpoints, planning
+from rayfed_sub.engine.folder import RunFolder, check_free, create, fresh, latest, reopen, summary_of
 from rayfed_sub.engine.job import Job, check_resources, prepare
-from rayfed_sub.engine.journal import PackDone, RoundDone, RoundRow, Stage, Started, Summary
+from rayfed_sub.engine.journal import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.engine.memory import PeakMemory
 from rayfed_sub.errors import RunError, UserError
 
-_CALL_SECONDS = 3600.0  # no evaluation or snapshot takes longer; a round may, it reports pack by pack
+_LIVES = 5  # coordinators that may die in a row without a checkpoint between them
 _LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
 
-Listener = Callable[[Stage | Started | PackDone | RoundDone], None]
+Listener = Callable[[Stage | Notice | Started | PackDone | RoundDone], None]
 """Is shown the journal's records as they come."""
 
 
-def run(config: Config, out: str | Path | None = None, listener: Listener | None = None) -> Summary:
+def run(
+    config: Config, out: str | Path | None = None, listener: Listener | None = None, *, resume: bool = False
+) -> Summary:
     """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
 
+    resume: go on with the run in `out` (default: the newest of this name) from its newest checkpoint, to the weights
+    that it would have had undisturbed; begins it where there is none, and returns the summary of one that is finished.
     Uses the Ray cluster this process is connected to, or starts a local one of its own and shuts it down again.
     Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
+    An interruption (Ctrl-C) leaves a checkpoint.
     """
     tell = listener or (lambda record: None)
     began, memory = time.perf_counter(), PeakMemory()
     path = None if out is None else Path(out)
-    if path is not None:
+    old = _to_resume(path, config.name) if resume else None
+    if path is not None and old is None:
         check_free(path)
     check_resources(config, _available())
     tell(Stage("reading task and model"))
     job = prepare(config)
-    folder = RunFolder(fresh(path, config.name), job.config)
+    if old is not None and (summary := summary_of(old, job.config)) is not None:
+        tell(Notice(f"{old} is finished already"))
+        return summary
+    if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
+        planning.check(job, old or path or Path())
+    folder = create(fresh(path, config.name), job.config) if old is None else reopen(old, job.config)
+    checkpoints.make(folder.path)
+    checkpoints.read(folder.path)  # a torn one is told before anything starts
     tell(Stage("starting Ray, loading weights"))
     with ThreadPoolExecutor(1) as pool:
         loading = [pool.submit(_load_backbone, job)]
         with _ray():
-            coordinator = _coordinator(job, loading.pop())  # no name here may hold the weights for the whole run
+            shared = _shared(job, loading.pop().result())  # no name here may hold the weights for the whole run
             try:
-                summary = _rounds(job, folder, coordinator, tell)
-            finally:
-                ray.kill(coordinator)  # its workers are its children and go with it
+                summary = _through_deaths(job, folder, shared, tell)
+            except RunError as error:
+                told = f"{error.cause}{_hint(folder)}"
+                raise RunError(error.stage, told, round=error.round, client=error.client) from None
+            except KeyboardInterrupt:
+                tell(Notice(f"interrupted{_hint(folder)}"))
+                raise
     whole = replace(
         summary,
         wall_seconds=time.perf_counter() - began,
@@ -64,73 +87,164 @@ def run(config: Config, out: str | Path | None = None, listener: Listener | None
     return whole
 
 
-def _coordinator(job: Job, backbone: Future[Any]) -> Any:
-    """The coordinator actor, with all that it shares already in the object store."""
-    from rayfed_sub.engine.coordinator import Coordinator, Shared
+def _to_resume(path: Path | None, name: str) -> Path | None:
+    """The folder of the run to go on with; None where none has begun."""
+    return latest(name) if path is None else path if (path / "config.yaml").exists() else None
+
+
+def _hint(folder: RunFolder) -> str:
+    """How to go on, where there is something to go on from."""
+    if checkpoints.newest(folder.path) is None:
+        return ""
+    path = shlex.quote(str(folder.path))
+    return f"; go on with: rayfed-sub run {path}/config.yaml --out {path} --resume"
+
+
+def _shared(job: Job, backbone: Any) -> Any:
+    """All that coordinator and workers share, in the object store."""
+    from rayfed_sub.engine.coordinator import Shared
     from rayfed_sub.engine.workers import Spec
 
     spec = Spec(job.config, job.method, job.skeleton, job.codec)
-    shared = Shared(ray.put(spec), ray.put(backbone.result()), ray.put(job.dataset))
-    parts = (job.method, job.skeleton.shape, job.skeleton.transposed)
-    return ray.remote(num_cpus=0)(Coordinator).remote(job.config, *parts, shared)
+    return Shared(ray.put(spec), ray.put(backbone), ray.put(job.dataset))
+
+
+def _through_deaths(job: Job, folder: RunFolder, shared: Any, tell: Listener) -> Summary:
+    """The run under one coordinator after another, each from the newest checkpoint on."""
+    lives, reached = _LIVES, checkpoints.newest(folder.path)
+    while True:
+        coordinator = _coordinator(job, folder, shared)
+        try:
+            return _rounds(job, folder, coordinator, tell)
+        except RayActorError as error:
+            cause = str(error).strip().splitlines()[-1].strip()
+            before, reached = reached, checkpoints.newest(folder.path)
+            lives = lives - 1 if reached == before else _LIVES - 1
+            if not lives:
+                raise RunError("coordinator", f"died {_LIVES} times without a checkpoint in between: {cause}") from None
+            tell(Notice(f"the coordinator died; another goes on from the last checkpoint ({cause})"))
+        finally:
+            ray.kill(coordinator)  # its workers are its children and go with it
+
+
+def _coordinator(job: Job, folder: RunFolder, shared: Any) -> Any:
+    """The coordinator actor, on this node, where the run folder is."""
+    from rayfed_sub.engine.coordinator import Coordinator
+
+    parts = (job.config, job.method, job.skeleton.shape, job.skeleton.transposed, shared, folder.path.absolute())
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_concurrency=2, scheduling_strategy=here)(Coordinator)
+    return actor.remote(*parts)
 
 
 def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Summary:
-    """Walks the rounds and writes tables and checkpoints; the summary without the time and memory of this process."""
+    """Walks the rounds that are left, and writes tables and checkpoints; the summary without this process's time and
+    memory.  Raises RayActorError where the coordinator dies."""
     config = job.config
+    patience = 4 * config.resources.deadline + 600  # it notices by itself when a worker hangs
 
     def ask(name: str) -> Any:
-        return _asked(getattr(coordinator, name).remote(), name)
+        return _asked(getattr(coordinator, name).remote(), name, patience)
 
-    ask("start")
-    tell(Stage("evaluating the initial model"))
-    first = {"held_out_loss": ask("held_out_loss"), "rouge_l": ask("held_out_rouge")}
+    done = ask("start")
+    first = _beginning(done, folder, config, ask, tell)
     targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
-    tell(Started(config, folder.path, first["held_out_loss"], first["rouge_l"], targets))
-    rows: list[RoundRow] = []
+    tell(Started(config, folder.path, first.held_out_loss, first.rouge_l, targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
-    for n in range(rounds):
-        for reference in coordinator.run_round.options(num_returns="streaming").remote(n):
-            record = _asked(reference, f"round {n}")
-            if isinstance(record, RoundDone):
-                rows.append(record.row)
-                folder.add(record.row, record.client_rows)
-            tell(record)
-        if every and (n + 1) % every == 0 and n + 1 < rounds:  # the last one is written below
-            folder.write_tables()
-            checkpoints.write(folder.path, ask("snapshot"))
-    last = {"held_out_loss": rows[-1].held_out_loss, "rouge_l": ask("held_out_rouge")}
+    stream: Iterable[Any] = ()
+    try:
+        for n in range(done, rounds):
+            stream = coordinator.run_round.options(num_returns="streaming").remote(n)
+            _follow(stream, folder, n, patience, tell)
+            if n + 1 == rounds or (every and (n + 1) % every == 0):
+                folder.write_tables()
+                ask("checkpoint")
+        last = {"held_out_loss": folder.rounds["held_out_loss"][-1].as_py(), "rouge_l": ask("held_out_rouge")}
+        return _summary(job, folder, first, last, ask, targets)
+    except KeyboardInterrupt:
+        _leave(folder, stream, patience, ask)
+        raise
+    except RunError:
+        with suppress(RunError, RayActorError):  # a full disk stays full; the first trouble is the one to tell
+            _leave(folder, stream, patience, ask)
+        raise
+
+
+def _beginning(done: int, folder: RunFolder, config: Config, ask: Callable[[str], Any], tell: Listener) -> Beginning:
+    """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count."""
+    versions = {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+    environment = _environment(config)
+    if not folder.begun():
+        tell(Stage("evaluating the initial model"))
+        beginning = Beginning(ask("held_out_loss"), ask("held_out_rouge"), versions, environment)
+        folder.begin(beginning)
+        return beginning
+    beginning = folder.go_on(done)
+    tell(Notice(f"going on with round {done + 1} of {config.federation.rounds}"))
+    before, now = {**beginning.versions, **beginning.environment}, {**versions, **environment}
+    other = [f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
+    if other:
+        tell(Notice(f"the bits may differ from an undisturbed run's: {'; '.join(other)}"))
+    return beginning
+
+
+def _follow(stream: Iterable[Any], folder: RunFolder, n: int, patience: float, tell: Listener) -> None:
+    """Reads a round to its end and notes its rows."""
+    for reference in stream:
+        record = _asked(reference, f"round {n}", patience)
+        if isinstance(record, RoundDone):
+            folder.add(record.row, record.client_rows)
+        tell(record)
+
+
+def _leave(folder: RunFolder, stream: Iterable[Any], patience: float, ask: Callable[[str], Any]) -> None:
+    """A checkpoint of the last finished round, and the tables up to it."""
+    finished = ask("halt")
+    if folder.rounds.num_rows < finished:  # it ended while nobody listened
+        _follow(stream, folder, finished - 1, patience, lambda record: None)
     folder.write_tables()
-    checkpoints.write(folder.path, ask("snapshot"))
+    ask("checkpoint")
+
+
+def _summary(
+    job: Job,
+    folder: RunFolder,
+    first: Beginning,
+    last: dict[str, float | None],
+    ask: Callable[[str], Any],
+    targets: int,
+) -> Summary:
+    rows, config = folder.rounds.to_pylist(), job.config
+    epsilon = rows[-1]["epsilon"]
     return Summary(
         name=config.name,
         method=str(config.method["name"]),
         rounds=len(rows),
         weights_sha256=ask("weights_sha256"),
-        uplink_bytes=sum(row.uplink_bytes for row in rows),
-        downlink_bytes=sum(row.downlink_bytes for row in rows),
-        dense_bytes=sum(row.clients for row in rows) * targets,
-        change_rank=rows[-1].change_rank,
+        uplink_bytes=sum(row["uplink_bytes"] for row in rows),
+        downlink_bytes=sum(row["downlink_bytes"] for row in rows),
+        dense_bytes=sum(row["clients"] for row in rows) * targets,
+        change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,
-        train_seconds=sum(row.train_seconds for row in rows),
+        train_seconds=sum(row["train_seconds"] for row in rows),
         peak_memory_bytes=ask("peak_memory"),
-        metrics={**{f"{k}_before": v for k, v in first.items()}, **last},
-        versions={name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
-        environment=_environment(config),
+        metrics={"held_out_loss_before": first.held_out_loss, "rouge_l_before": first.rouge_l, **last},
+        versions=first.versions,
+        environment=first.environment,
+        privacy=None if epsilon is None else {"epsilon": epsilon, "delta": config.privacy.delta},
+        resumed=folder.resumed(),
         folder=str(folder.path),
     )
 
 
-def _asked(reference: Any, stage: str) -> Any:
+def _asked(reference: Any, stage: str, patience: float) -> Any:
     """The coordinator's answer, or the cause of its failure."""
     try:
-        return ray.get(reference, timeout=_CALL_SECONDS)
+        return ray.get(reference, timeout=patience)
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, RunError | UserError) else error from None
     except GetTimeoutError:
-        raise RunError(stage, f"no answer from the coordinator for {_CALL_SECONDS:.0f} s") from None
-    except RayActorError as error:
-        raise RunError(stage, f"the coordinator died: {str(error).strip().splitlines()[-1].strip()}") from None
+        raise RunError(stage, f"no answer from the coordinator for {patience:.0f} s") from None
 
 
 def _load_backbone(job: Job) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +19,15 @@ from rayfed_sub.data.batches import ClientBatches, collate
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine.cohorts import local_steps
-from rayfed_sub.engine.exchange import Guard, Packed, packed, unpacked
+from rayfed_sub.engine.exchange import Guard, Packed, PackedState, packed, unpacked
 from rayfed_sub.engine.memory import PeakMemory
-from rayfed_sub.errors import RunError
+from rayfed_sub.methods.privacy import clipped
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import Skeleton
 from rayfed_sub.models.weights import assemble, target_weights
-from rayfed_sub.records import Broadcast, Client, ClientState, LocalResult, ServerState, Start, wire_bytes
+from rayfed_sub.records import Broadcast, Client, ClientState, LocalResult, ServerState, Start, Update, wire_bytes
 from rayfed_sub.training.evaluation import answers, global_model, held_out_loss
+from rayfed_sub.training.failures import not_finite
 from rayfed_sub.training.layers import based_on, install
 from rayfed_sub.training.pack import train_pack
 
@@ -47,31 +49,24 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class PackedState:
-    """A ClientState on its way through the object store."""
-
-    round: int
-    cursor: int
-    step: int
-    tensors: Packed
-
-
-@dataclass(frozen=True)
 class PackedUpdate:
-    """An Update on its way through the object store."""
+    """An Update on its way through the object store.  Of a client that failed: why, weight 0, no tensors, and of its
+    metrics those that are finite."""
 
     client: int
     weight: float
     tensors: Packed
     metrics: Mapping[str, float]
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
 class PackOutcome:
-    """What a worker returns for a pack: the uploads and the new states, in the pack's order."""
+    """What a worker returns for a pack: the uploads and the new states, in the pack's order.  A client that failed has
+    none: it keeps the one it had."""
 
     updates: tuple[PackedUpdate, ...]
-    states: tuple[PackedState, ...]
+    states: tuple[PackedState | None, ...]
 
 
 class Worker:
@@ -102,7 +97,7 @@ class Worker:
         self, round: int, clients: Sequence[int], states: Sequence[Any], broadcast: Packed, lr: float
     ) -> PackOutcome:
         """One pack's round.  states: per client None (its first round) or an object reference, fetched only when the
-        state is not resident.  Raises RunError naming client, round and stage when a client fails."""
+        state is not resident.  A client that fails by itself says so in its update."""
         method, shape = self._spec.method, self._spec.skeleton.shape
         received = Broadcast(round, self._received(round, broadcast))
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
@@ -114,17 +109,23 @@ class Worker:
         ]
         batches = [self._batches(c, s.cursor if s else 0) for c, s in zip(clients, before, strict=True)]
         results = self._train(received, starts, clients, batches, lr)
-        for result in results:
-            if result.failure is not None:
-                raise RunError("local training", result.failure, round=round, client=result.client)
-        updates, kept = [], []
+        updates: list[PackedUpdate] = []
+        kept: list[PackedState | None] = []
+        fresh: dict[int, ClientState] = {}
         for result, state in zip(results, before, strict=True):
-            update = method.upload(result, self._weight(result.client), shape)
-            cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
-            new = ClientState(round + 1, cursor, result.step, method.keep(result, shape))
-            self._remember(result.client, new)
+            ended = self._ended(round, result, state, broadcast)
+            if isinstance(ended, str):
+                updates.append(_failed(result, ended))
+                kept.append(None)
+                continue
+            update, new = ended
+            fresh[result.client] = new
             updates.append(PackedUpdate(update.client, update.weight, packed(update.tensors), update.metrics))
             kept.append(PackedState(new.round, new.cursor, new.step, packed(new.tensors)))
+        # A pack with a failure runs again; if the failure stays away then, the others may end with other bits.
+        if len(fresh) == len(results):
+            for client, new in fresh.items():
+                self._remember(client, new)
         stored.check()
         self._guard.check()
         return PackOutcome(tuple(updates), tuple(kept))
@@ -200,6 +201,23 @@ class Worker:
             rest = (starts, clients, batches, config.optimizer)
             return train_pack(self._model, self._layers, shape, *rest, lr=lr, seed=config.seed, pad=pad, proximal=mu)
 
+    def _ended(
+        self, round: int, result: LocalResult, state: ClientState | None, broadcast: Packed
+    ) -> tuple[Update, ClientState] | str:
+        """A client's update and next state, or why it failed."""
+        method, shape, clip = self._spec.method, self._spec.skeleton.shape, self._spec.config.privacy.clip
+        if result.failure is not None:
+            return result.failure
+        update = method.upload(result, self._weight(result.client), shape)
+        cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
+        new = ClientState(round + 1, cursor, result.step, method.keep(result, shape))
+        failure = not_finite(update.tensors) or not_finite(new.tensors)
+        if failure is not None:
+            return failure
+        if clip is not None:
+            update = clipped(method, ServerState(round, unpacked(broadcast)), update, shape, clip)
+        return update, new
+
     def _batches(self, client: int, cursor: int) -> ClientBatches:
         config, dataset = self._spec.config, self._dataset
         federation = config.federation
@@ -239,6 +257,13 @@ class Worker:
         self._resident.move_to_end(client)
         while sum(wire_bytes(s.tensors) for s in self._resident.values()) > _RESIDENT_BYTES and len(self._resident) > 1:
             self._resident.popitem(last=False)
+
+
+def _failed(result: LocalResult, failure: str) -> PackedUpdate:
+    """What a client that failed sends: nothing but why; a mean over no step says nothing and stays away."""
+    metrics = result.metrics if result.metrics["steps"] else {"steps": 0.0}
+    told = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return PackedUpdate(result.client, 0.0, {}, told, failure)
 
 
 def _device(gpu_share: float, deterministic: bool) -> torch.device:

@@ -7,7 +7,7 @@ methods whose server tensors keep their basis from round to round: those with `l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,20 +15,31 @@ from torch import Tensor
 from rayfed_sub.config import Server
 from rayfed_sub.records import ServerState, Tensors, wire_bytes
 
+Noise = Callable[[str, Sequence[int]], Tensor]
+"""A tensor's name and shape -> what is added to its change."""
+
 
 def advance(
-    rule: Server, before: ServerState, after: ServerState, memory: Tensors, factor: float = 1.0
+    rule: Server,
+    before: ServerState,
+    after: ServerState,
+    memory: Tensors,
+    factor: float = 1.0,
+    noise: Noise | None = None,
 ) -> tuple[ServerState, dict[str, Tensor]]:
     """The server after the round, and the rule's memory: `<name>/v` (momentum) or `<name>/m`, `<name>/v` (adam).
 
-    after: what the method's `finish` made of `before`.  factor scales the change first (FedNova).
+    after: what the method's `finish` made of `before`.  factor scales the change first (FedNova, a fixed denominator);
+    noise, by a tensor's name and shape, is then added to it (`methods/privacy.py`), before momentum and Adam.
     """
-    if rule.optimizer == "plain" and rule.lr * factor == 1.0:
+    if noise is None and rule.optimizer == "plain" and rule.lr * factor == 1.0:
         return after, {}
     tensors, kept = dict(after.tensors), dict(memory)
     for name in moved(before, after):
         old = before.tensors[name]
         d = factor * (after.tensors[name] - old)
+        if noise is not None:
+            d = d + noise(name, d.shape)
         if rule.optimizer == "momentum":
             d = kept[f"{name}/v"] = rule.momentum * memory.get(f"{name}/v", torch.zeros_like(d)) + d
         elif rule.optimizer == "adam":
@@ -63,11 +74,12 @@ def nova_factor(weights: Sequence[float], steps: Sequence[int]) -> float:
     return per_step * steps_of_all / sum(weights) ** 2
 
 
-def download_bytes(rule: Server, sent: Tensors, targets: Sequence[str], counted: int) -> int:
-    """What a client downloads under this rule: a moved dense weight is no sum of the cohort's blocks any more.
+def download_bytes(rule: Server, sent: Tensors, targets: Sequence[str], counted: int, *, noisy: bool = False) -> int:
+    """What a client downloads under this rule: a moved dense weight is no sum of the cohort's blocks any more, nor is
+    one with noise on it.
 
     sent: the broadcast; targets: names of the target layers; counted: the method's own count.
     """
-    if rule.optimizer == "plain" or not any(f"{name}/weight" in sent for name in targets):
+    if (rule.optimizer == "plain" and not noisy) or not any(f"{name}/weight" in sent for name in targets):
         return counted
     return wire_bytes(sent)

@@ -54,7 +54,7 @@ def assemble(skeleton: Skeleton, tensors: Tensors) -> nn.Module:
     for alias, name in skeleton.tied.items():
         owner, leaf = _owner(module, alias)
         owner.register_parameter(leaf, module.get_parameter(name))
-    empty = [name for name, tensor in _all_tensors(module) if tensor.is_meta]
+    empty = [name for name, tensor in all_tensors(module) if tensor.is_meta]
     if empty:
         raise ValueError(f"no tensor for {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}")
     return module.requires_grad_(False).eval()
@@ -158,13 +158,13 @@ def _collected(module: nn.Module, model: Model, skeleton: Skeleton) -> Iterator[
             allowed = "a checkpoint whose tied weights are equal, as its configuration says"
             raise UserError("model.path", model.path, allowed, f"{alias} differs from {name}")
     dtype = getattr(torch, model.dtype)
-    for name, tensor in _all_tensors(module):
+    for name, tensor in all_tensors(module):
         if name not in skeleton.tied:
             cast = tensor.to(dtype) if name in parameters and tensor.is_floating_point() else tensor
             yield name, cast.detach().contiguous()
 
 
-def _all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers and plain tensor attributes by dotted name; a shared one under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)

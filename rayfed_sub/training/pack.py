@@ -20,6 +20,7 @@ from rayfed_sub.config import Optimizer
 from rayfed_sub.data.batches import Batches, merge
 from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.training import optimizers
+from rayfed_sub.training.failures import drawn, not_finite
 from rayfed_sub.training.layers import PackLinear, Terms
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.proximal import pull
@@ -72,19 +73,36 @@ def train_pack(
     model: the frozen model with `layers` installed; layers' weights are the round's base weights.  Ranks, scales, step
     counts and numbers of steps may differ between clients; `trained`, `decays_base` and the kind of subspace may not.
     proximal: FedProx's mu (see `proximal.pull`).
-    A client whose loss, gradient or result is not finite comes back with `failure` set and does not touch the others.
+    A client whose batch cannot be drawn, or whose loss, gradient or result is not finite, leaves the pack, the others
+    unharmed, and comes back with `failure` set; what it holds besides that and its metrics means nothing.
     """
     device = next(iter(layers.values())).weight.device
     trainees = [Trainee(c, s, b, s.step) for c, s, b in zip(clients, starts, batches, strict=True)]
     pack = _stack(trainees, shape, optimizer, device, anchored=proximal > 0)
     results: dict[int, LocalResult] = {}
     for t in range(max(len(b) for b in batches)):
+        own_batches = _draw(pack, t)
         pack = _without_finished(pack, t, shape, results)
-        merged = merge([trainee.batches[t] for trainee in pack.trainees], pad)
+        if not pack.trainees:  # all have failed
+            break
+        merged = merge([own_batches[trainee.client] for trainee in pack.trainees], pad)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in merged.items()}
         _step(model, layers, shape, pack, batch, optimizer, lr, seed, proximal)
     _without_finished(pack, None, shape, results)
     return [results[client] for client in clients]
+
+
+def _draw(pack: Pack, t: int) -> dict[int, Tensors]:
+    """Batch number t of the clients that have one; a client whose data raise has failed."""
+    found = {}
+    for trainee in pack.trainees:
+        if trainee.failure is None and t < len(trainee.batches):
+            batch = drawn(trainee.batches, t)
+            if isinstance(batch, str):
+                trainee.failure = batch
+            else:
+                found[trainee.client] = batch
+    return found
 
 
 def _step(
@@ -264,8 +282,9 @@ def _stack(
 
 
 def _without_finished(pack: Pack, t: int | None, shape: ModelShape, results: dict[int, LocalResult]) -> Pack:
-    """The pack without the clients that have no batch number t; their results are noted.  t = None: all are done."""
-    kept = [g for g, trainee in enumerate(pack.trainees) if t is not None and len(trainee.batches) > t]
+    """The pack without the clients that failed or have no batch number t; their results are noted.  t = None: all are
+    done."""
+    kept = [g for g, x in enumerate(pack.trainees) if t is not None and t < len(x.batches) and x.failure is None]
     if len(kept) == len(pack.trainees):
         return pack
     for g in set(range(len(pack.trainees))) - set(kept):
@@ -320,10 +339,6 @@ def _result(pack: Pack, g: int, shape: ModelShape) -> LocalResult:
         base_scale=trainee.base_scale,
         periods=max(1, trainee.periods),
         metrics=metrics,
-        failure=trainee.failure or _not_finite(tensors),
+        failure=trainee.failure or not_finite(tensors),
         trained=start.trained,
     )
-
-
-def _not_finite(tensors: Tensors) -> str | None:
-    return next((f"non-finite values in {name}" for name, x in tensors.items() if not torch.isfinite(x).all()), None)

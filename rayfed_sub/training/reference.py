@@ -20,6 +20,7 @@ from torch.nn import functional
 from rayfed_sub.config import Optimizer
 from rayfed_sub.data.batches import Batches
 from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.training.failures import drawn, not_finite
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
 from rayfed_sub.training.subspaces import sides
 
@@ -41,8 +42,8 @@ def train_reference(
     model: the plain transformers model, left as it is.  weights: `<target>/weight` (m, n) float32 with which the round
     begins, where a Start has none of its own.  The results are as `train_pack`'s, with two differences of form: a
     GaLore client's blocks are its whole dense change times a unit matrix, and its trained factor comes back as zeros
-    where the basis is renewed (what it held is in the blocks).  A client stops at its first non-finite loss or gradient
-    and has `failure` set.
+    where the basis is renewed (what it held is in the blocks).  A client stops at its first batch that cannot be drawn,
+    or its first non-finite loss or gradient, and has `failure` set.
     """
     return [
         _client(model, shape, weights, start, client, own_batches, optimizer, lr, seed)
@@ -68,7 +69,11 @@ def _client(
     losses: list[float] = []
     labels, periods, step, base_scale = 0, 0, start.step, 1.0
     failure = None
-    for t, batch in enumerate(batches):
+    for t in range(len(batches)):
+        batch = drawn(batches, t)
+        if isinstance(batch, str):
+            failure = batch
+            break
         model.zero_grad()
         loss, count = _loss(model, batch)
         losses.append(loss.item())
@@ -85,6 +90,18 @@ def _client(
         periods += due or t == 0
         step += 1
         base_scale *= 1 - lr * optimizer.weight_decay if start.decays_base else 1.0
+    metrics = {
+        "loss": sum(losses) / max(1, len(losses)),
+        "loss_last": losses[-1] if losses else 0.0,
+        "labels": float(labels),
+        "steps": float(len(losses)),
+        "periods": float(max(1, periods)),
+    }
+    failure = failure or not_finite({x.name: x.parameter for x in moving})
+    if failure:
+        return LocalResult(
+            client, start.tensors, start.moments, step, {}, base_scale, 1, metrics, failure, start.trained
+        )
     tensors = {name: tensor.cpu().clone() for name, tensor in start.tensors.items()}
     moments, blocks = {}, {}
     for x in moving:
@@ -105,18 +122,9 @@ def _client(
         else:  # one orthonormal basis Q all along: change = scale L Q
             Q = tensors[fixed].T
             tensors[trained] = (change_mn @ Q if layer.n <= layer.m else Q @ change_mn) / start.scale
-    bad = next((f"non-finite values in {name}" for name, x in tensors.items() if not torch.isfinite(x).all()), None)
-    metrics = {
-        "loss": sum(losses) / max(1, len(losses)),
-        "loss_last": losses[-1] if losses else 0.0,
-        "labels": float(labels),
-        "steps": float(len(losses)),
-        "periods": float(max(1, periods)),
-    }
-    periods = max(1, periods)
     moments = {**start.moments, **moments}  # of a factor at rest they stay as they were
-    failure = failure or bad
-    return LocalResult(client, tensors, moments, step, blocks, base_scale, periods, metrics, failure, start.trained)
+    periods = max(1, periods)
+    return LocalResult(client, tensors, moments, step, blocks, base_scale, periods, metrics, None, start.trained)
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

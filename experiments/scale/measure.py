@@ -1,0 +1,86 @@
+"""Memory over rounds and over client counts, measured: writes memory.csv beside this file and prints a table.
+
+    python experiments/scale/measure.py [KEY=VALUE ...]
+
+One run for each number of registered clients, 100 of them sampled a round.  Memory is what the processes of the run
+take, shared pages by their share (PSS), and what of it is private (USS); disk is what the run folder holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+
+from rayfed_sub import load_config, run
+from rayfed_sub.display import print_table, size
+from rayfed_sub.engine.journal import RoundDone, Started
+
+HERE = Path(__file__).parent
+COUNTS = (100, 1_000, 10_000)
+COLUMNS = ("clients", "round", "driver_pss", "coordinator_pss", "workers_pss", "uss", "disk", "seconds")
+
+
+class Meter:
+    """A listener that notes one row for every finished round, bytes and seconds."""
+
+    def __init__(self, clients: int) -> None:
+        self.rows: list[tuple[float, ...]] = []
+        self.began, self.started, self._clients = time.perf_counter(), 0.0, clients
+        self._folder = Path()
+
+    def __call__(self, record: Any) -> None:
+        if isinstance(record, Started):
+            self.started, self._folder = time.perf_counter() - self.began, record.folder
+        if isinstance(record, RoundDone):
+            pss, uss = _memory()
+            disk = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+            row = (self._clients, record.row.round + 1, *pss, uss, disk, record.row.seconds)
+            self.rows.append(row)
+            print(*row, flush=True)
+
+    def growth(self) -> float:
+        """Bytes a round: the slope of a straight line through the second half of the rounds."""
+        pss = np.asarray([sum(row[2:5]) for row in self.rows[len(self.rows) // 2 :]])
+        return float(np.polyfit(np.arange(len(pss)), pss, 1)[0])
+
+
+def _memory() -> tuple[list[int], int]:
+    """PSS of this process, of the coordinator, of the workers; USS of all."""
+    titles = {"": [psutil.Process()], "ray::Coordinator": [], "ray::Worker": []}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            title = next((t for t in titles if t and " ".join(process.cmdline()).startswith(t)), None)
+            if title:
+                titles[title].append(process)
+    memory = {title: [process.memory_full_info() for process in found] for title, found in titles.items()}
+    return [sum(m.pss for m in found) for found in memory.values()], sum(m.uss for f in memory.values() for m in f)
+
+
+def main(overrides: list[str]) -> None:
+    rows, table = [], []
+    for clients in COUNTS:
+        config = load_config(HERE / "clients.yaml", [f"federation.clients={clients}", *overrides])
+        meter = Meter(clients)
+        with TemporaryDirectory(dir=".") as folder:
+            run(config, Path(folder) / "run", meter)
+        rows += meter.rows
+        pss, last = max(sum(row[2:5]) for row in meter.rows), meter.rows[-1]
+        seconds = float(np.median([row[-1] for row in meter.rows[1:]]))
+        growth = f"{meter.growth() / 1e6:+.1f} MB"
+        memory = [size(value) for value in (pss, last[5], last[6])]
+        table.append((f"{clients:,}", f"{meter.started:.0f} s", f"{seconds:.0f} s", memory[0], growth, *memory[1:]))
+    with (HERE / "memory.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    print_table(("clients", "start", "a round", "largest PSS", "growth a round", "USS", "disk"), table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Files that appear whole or not at all, and are still there after the machine has lost its power; one run a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import IO
+
+from rayfed_sub.errors import RunError
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes beside its place, forces it to the disk, then renames: whoever reads `path` sees the old bytes or the new.
+
+    Raises RunError naming the file where the disk is full or refuses; `path` is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError("writing files", f"{path}: {error.strerror or error}") from None
+
+
+def append(path: Path, line: str) -> None:
+    """Adds a line.  Raises RunError naming the file where the disk is full or refuses."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise RunError("writing files", f"{path}: {error.strerror or error}") from None
+
+
+def claim(path: Path, seconds: float) -> IO[bytes]:
+    """A lock that lasts as long as the returned file is open, and no longer than this process, however that ends.
+
+    Waits for another holder, which may be on its way out.  Raises RunError after `seconds`.
+    """
+    file, until = path.open("wb"), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise RunError("start", f"{path.parent}: another run is at work here") from None
+            time.sleep(0.1)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,68 @@
+"""A job and this machine, put before `analysis/plan.py`.  No Ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from rayfed_sub.analysis.plan import Machine, Plan, check_fits, machine_named, plan
+from rayfed_sub.config import Config
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.engine.cohorts import cohort, local_steps
+from rayfed_sub.engine.job import Job
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.skeleton import Skeleton
+
+Parts = tuple[Config, Method, Skeleton, Dataset, list[list[int]], Callable[[int], int]]
+"""Resolved configuration, method, skeleton, data; the clients of every round, and how many local steps each takes."""
+
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+_USED = ("memory.current", "memory/memory.usage_in_bytes")
+
+
+def plan_of(job: Job, on: str | None = None, folder: Path = Path()) -> Plan:
+    """The plan of a job on this machine, or with the GPU `on` (see `machine_named`).
+
+    Raises UserError for a GPU that it does not know; what does not fit is said in the plan, and refused by `check`.
+    """
+    machine = here(job, folder)
+    return plan(*job_parts(job), machine if on is None else machine_named(on, machine))
+
+
+def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
+    """UserError where the job cannot fit this machine; folder: where the run's files will lie, or a parent of it."""
+    machine = here(job, folder)
+    check_fits(*job_parts(job), machine if on is None else machine_named(on, machine))
+
+
+def here(job: Job, folder: Path = Path()) -> Machine:
+    """This machine, with its GPU where the job uses one."""
+    gpu = None
+    if job.config.resources.gpus_per_worker and torch.cuda.is_available():
+        gpu = torch.cuda.mem_get_info()[1]
+    while not folder.exists():
+        folder = folder.parent
+    name = "this machine" if gpu is None else torch.cuda.get_device_name()
+    return Machine(name, _free_memory(), float(os.cpu_count() or 1), shutil.disk_usage(folder).free, gpu)
+
+
+def job_parts(job: Job) -> Parts:
+    """What `analysis/plan.py` asks of a job."""
+    config = job.config
+    cohorts = [cohort(config, n) for n in range(config.federation.rounds or 0)]
+    return config, job.method, job.skeleton, job.dataset, cohorts, lambda client: local_steps(config, client)
+
+
+def _free_memory() -> int:
+    """Bytes that new processes can have: the machine's, or what a container's limit leaves of them."""
+    free = psutil.virtual_memory().available
+    root = Path("/sys/fs/cgroup")
+    for limit, used in zip(_LIMITS, _USED, strict=True):
+        if (root / limit).exists() and (text := (root / limit).read_text().strip()).isdigit():
+            free = min(free, int(text) - int((root / used).read_text()))
+    return free

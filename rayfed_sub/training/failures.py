@@ -1,0 +1,33 @@
+"""What makes a client fail by itself, in one line each; both executors and the worker say it alike."""
+
+from __future__ import annotations
+
+import textwrap
+
+import torch
+
+from rayfed_sub.data.batches import Batches
+from rayfed_sub.records import Tensors
+
+_LENGTH = 300  # characters; an error message may hold whole records
+
+
+def drawn(batches: Batches, t: int) -> Tensors | str:
+    """Batch number t, or why it cannot be drawn: a client's data may raise, and that is the client's failure alone.
+
+    >>> drawn([{}, {}], 2)
+    'batch of local step 2: IndexError: list index out of range'
+    """
+    try:
+        return batches[t]
+    except Exception as error:
+        return textwrap.shorten(f"batch of local step {t}: {type(error).__name__}: {error}", _LENGTH)
+
+
+def not_finite(tensors: Tensors) -> str | None:
+    """The first tensor with a NaN or an infinity, None where there is none.
+
+    >>> not_finite({"a/left": torch.zeros(2), "a/right": torch.tensor([0.0, float("inf")])})
+    'non-finite values in a/right'
+    """
+    return next((f"non-finite values in {name}" for name, x in tensors.items() if not torch.isfinite(x).all()), None)
