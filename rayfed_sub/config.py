@@ -104,6 +104,11 @@ class Federation(_Record):
     normalise_steps: bool = False
     on_client_failure: Literal["stop", "skip"] = "stop"
 
+    @property
+    def cohort(self) -> int:
+        """Clients drawn for a round; their mean number under Poisson sampling."""
+        return self.sampled or self.clients
+
     @model_validator(mode="before")
     @classmethod
     def _long_enough(cls, tree: Any) -> Any:

@@ -32,7 +32,8 @@ class Display:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, note="")
-        self._rounds = self._first = self._bytes = 0
+        self._rounds = self._first = 0
+        self._bytes: dict[int, int] = {}  # by round: one may be run twice
         self._began = 0.0
 
     def __enter__(self) -> Display:
@@ -64,7 +65,7 @@ class Display:
     def _started(self, record: Started) -> None:
         federation, method = record.config.federation, record.config.method["name"]
         self._rounds, self._began = federation.rounds or 0, time.monotonic()
-        cohort = federation.sampled or federation.clients
+        cohort = federation.cohort
         self._print(
             f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
             f"{cohort} of {federation.clients} clients each; into {record.folder}"
@@ -84,12 +85,12 @@ class Display:
             description=f"round {record.round + 1}/{self._rounds}  clients {record.clients_done}/{record.clients}",
             completed=done,
             note=f"loss {_loss(record.loss)}  {record.labels / record.seconds:,.0f} tokens/s  "
-            f"up {size(self._bytes + record.uplink_bytes)}  {clock(left)} left",
+            f"up {size(sum(self._bytes.values()) + record.uplink_bytes)}  {clock(left)} left",
         )
 
     def _round(self, record: RoundDone) -> None:
         row = record.row
-        self._bytes += row.uplink_bytes
+        self._bytes[row.round] = row.uplink_bytes
         elapsed, here = time.monotonic() - self._began, row.round + 1 - self._first
         self._print(
             _ROUND.format(

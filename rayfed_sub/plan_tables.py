@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
-from rayfed_sub.analysis.plan import MANY, RANKS, MethodBytes, Plan
+from rayfed_sub.analysis.comparison import RANKS, MethodBytes
+from rayfed_sub.analysis.plan import Plan
 from rayfed_sub.display import clock, print_table, size
 from rayfed_sub.engine.probe import Speed
+
+_CLIENTS = (100, 1000, 10_000)
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
@@ -75,7 +78,7 @@ def _ranks(plan: Plan) -> list[int]:
 
 def _states(plan: Plan) -> Iterable[tuple[str, ...]]:
     own: dict[int | None, MethodBytes] = {row.rank: row for row in plan.ranks if row.method == plan.method}
-    for clients in sorted({*plan.clients[:2], 100, 1000, MANY}):
+    for clients in sorted({*plan.clients[:2], *_CLIENTS}):
         yield f"{clients:,}", *(size(clients * own[rank].state) for rank in _ranks(plan))
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -364,3 +365,10 @@ def test_a_client_that_always_fails_is_skipped_where_that_is_allowed(
     others = clients[clients.client != 3]
     assert len(others) == 14
     assert others.failure.isna().all()
+
+
+def test_a_run_leaves_no_thread_behind(undisturbed: Summary, tmp_path: Path) -> None:
+    """Many runs in one process, as in a sweep."""
+    before = set(threading.enumerate())
+    run(small("federation.rounds=1"), tmp_path / "run")
+    assert {thread.name for thread in threading.enumerate() if thread not in before} == set()

@@ -185,6 +185,23 @@ def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: 
     assert again.resumed() == (1,)
 
 
+def test_a_first_line_that_was_torn_is_written_anew(tmp_path: Path) -> None:
+    folder = create(tmp_path, CONFIG)
+    (tmp_path / "log.jsonl").write_text('{"event": "star')
+    assert not folder.begun()
+    folder.begin(BEGINNING)
+    assert reopen(tmp_path, CONFIG).go_on(0) == BEGINNING
+
+
+def test_tables_that_lack_a_finished_round_are_refused(tmp_path: Path) -> None:
+    folder = create(tmp_path, CONFIG)
+    folder.begin(BEGINNING)
+    folder.add(round_row(0, 2.0), [])
+    folder.write_tables()
+    with pytest.raises(UserError, match=r"--resume: got .*; allowed: a run folder with 2 rounds in rounds.parquet"):
+        reopen(tmp_path, CONFIG).go_on(2)
+
+
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
     create(tmp_path, CONFIG)
     free = ["resources.workers=7", "resources.state_memory=3MB", "resources.deadline=5", "checkpoint.every=4"]
@@ -216,3 +233,5 @@ def test_the_newest_run_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "runs" / "tiny-12").mkdir()  # claimed, but nothing in it
     create(fresh(Path("runs/tiny-large"), "tiny"), CONFIG)
     assert latest("tiny") == Path("runs/tiny-11")
+    os.utime("runs/tiny/config.yaml", (2**31, 2**31))  # the first folder was deleted, and its name given again
+    assert latest("tiny") == Path("runs/tiny")

@@ -190,6 +190,15 @@ def test_memory_stays_within_its_budget(tmp_path: Path) -> None:
     assert (tmp_path / "000003-000001.safetensors").exists()
 
 
+def test_a_state_that_is_added_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    """A round that is run again in the same process, with no room for two states."""
+    states = States(tmp_path, 402, lambda value: [value], lambda box: box[0])
+    for step in (4, 99):
+        states.add(0, PackedState(1, 4, step, state(0, 1).tensors))
+    states.add(1, state(1, 1))  # client 0 goes to disk
+    assert states.reference(0, 1)[0].step == 99
+
+
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     book = ledger(tmp_path)
     walk(book, [[0]])
@@ -229,7 +238,7 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_is_good(file: str, said
     torn.write_bytes(torn.read_bytes()[:-10] if not file.startswith("manifest") else b"")
     with pytest.raises(UserError) as caught:
         ledger(tmp_path)
-    assert caught.value.field == "--resume"
+    assert caught.value.field == "checkpoint"
     assert said in caught.value.allowed
     assert caught.value.advice == "delete it to go on from round 1"
     Path(str(caught.value.value)).unlink()
@@ -266,7 +275,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 def test_settled_tensors_are_the_same_numbers_in_memory_of_their_own_kind() -> None:
     """A transposed view becomes contiguous, as it would be when read from a file."""
     before = server(3)
-    after = settled(before)
-    assert after.tensors["layer/weight"].is_contiguous()
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in after.tensors.values())
-    assert bits(after.tensors) == bits(before.tensors)
+    after = settled(before.tensors)
+    assert after["layer/weight"].is_contiguous()
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in after.values())
+    assert bits(after) == bits(before.tensors)

@@ -14,7 +14,10 @@ import torch
 
 from rayfed_sub import load_config, run
 from rayfed_sub.analysis.footprint import backbone_bytes
-from rayfed_sub.analysis.plan import Machine, as_dict, check_fits, machine_named, need
+from rayfed_sub.analysis.machines import Machine, machine_named
+from rayfed_sub.analysis.needs import need
+from rayfed_sub.analysis.plan import as_dict
+from rayfed_sub.analysis.refusals import check_fits
 from rayfed_sub.analysis.traffic import traffic
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints
@@ -67,15 +70,20 @@ def test_bytes_are_those_of_real_training(name: str, model: Any) -> None:
     "overrides",
     [
         ["federation.sampled=3", "method.refresh_every=3", "optimizer.weight_decay=0.01"],
-        ["method={name: fedit, state: average}", "server.optimizer=adam", "server.lr=0.01"],
-        ["method={name: flora, client_ranks: [1, 3]}", "federation.sampled=5", "server.optimizer=momentum"],
+        pytest.param(
+            ["method={name: fedit, state: average}", "server.optimizer=adam", "server.lr=0.01"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["method={name: flora, client_ranks: [1, 3]}", "federation.sampled=5", "server.optimizer=momentum"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_bytes_are_those_of_a_run(overrides: list[str], ray_session: None, tmp_path: Path) -> None:
     """clients.parquet, and the states in the last checkpoint."""
     config = small("federation.rounds=3", "resources.workers=2", *overrides)
     job = prepare(config)
-    found = traffic(job.method, job.skeleton.shape, job.config, *job_parts(job)[4:])
+    found = job_parts(job).traffic()
     run(config, tmp_path / "run")
     rows = pd.read_parquet(tmp_path / "run" / "clients.parquet")
     for row in rows.itertuples():
@@ -117,14 +125,14 @@ def refused(machine: Machine, *overrides: str) -> tuple[UserError, list[str]]:
     """The refusal, and its advice as overrides."""
     job = prepare(small(*overrides))
     with pytest.raises(UserError) as caught:
-        check_fits(*job_parts(job), machine)
+        check_fits(job_parts(job), machine)
     assert "\n" not in str(caught.value)
     words = caught.value.advice.partition("set ")[2].partition(",")[0]
     return caught.value, words.split()
 
 
 def fitting(machine: Machine, *overrides: str) -> None:
-    check_fits(*job_parts(prepare(small(*overrides))), machine)
+    check_fits(job_parts(prepare(small(*overrides))), machine)
 
 
 MB, PLENTY = 10**6, 10**12
@@ -161,7 +169,7 @@ def test_a_gpu_that_is_too_small() -> None:
 
 def test_a_pack_is_no_larger_than_a_cohort() -> None:
     """Eight clients make one pack of eight, however large packs may be."""
-    eight, more = (need(*job_parts(prepare(small(f"resources.pack_size={n}")))) for n in (8, 512))
+    eight, more = (need(job_parts(prepare(small(f"resources.pack_size={n}")))) for n in (8, 512))
     assert eight.worker(8) == more.worker(512)
 
 
@@ -231,7 +239,7 @@ def test_a_classifier_is_planned_too(tmp_path: Path) -> None:
 def test_a_worker_takes_the_memory_that_was_planned(overrides: list[str], tmp_path: Path) -> None:
     """SmolLM2-135M, 4 clients x 4 rows x 64 tokens, within 15 % of what a real worker grows by."""
     job = prepare(load_config(ROOT / "experiments" / "quickstart.yaml", [*LIKE, *overrides]))
-    planned = need(*job_parts(job)).worker(4).process
+    planned = need(job_parts(job)).worker(4).process
     prepared(job, tmp_path)
     command = [sys.executable, "-m", "tests.measured_worker", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280, cwd=ROOT)

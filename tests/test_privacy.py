@@ -21,11 +21,11 @@ from rayfed_sub.engine.exchange import packed, unpacked
 from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.engine.workers import Spec, Worker
 from rayfed_sub.errors import RunError, UserError
-from rayfed_sub.methods import METHODS
+from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.fedit import FedIT
 from rayfed_sub.methods.privacy import at_rest, change, clipped, noise
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server import advance, download_bytes, moved
+from rayfed_sub.methods.server import advance, moved
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.records import Client, Fold, Layer, LocalResult, ModelShape, ServerState, Update
 from tests.test_methods import begun, clients_data, made, walk
@@ -161,10 +161,12 @@ def test_noise_is_added_before_the_server_s_rule() -> None:
     assert moved.tensors["up/weight"].tolist() == [[1 + 2 * 10.5, 2 + 2 * 20.0]]
 
 
-def test_a_noisy_dense_weight_is_downloaded_whole() -> None:
-    sent = {"up/weight": torch.zeros(3, 5)}
-    assert download_bytes(Server(), sent, ["up"], 12, noisy=True) == 3 * 5 * 4
-    assert download_bytes(Server(), {"up/left": torch.zeros(3, 1)}, ["up"], 12, noisy=True) == 12
+def test_a_change_that_is_not_finite_has_no_weight() -> None:
+    """Finite factors whose product overflows float32: 1e30 * 1e30."""
+    method, shape = build({"name": "fedftg", "rank": 1}), ModelShape((Layer("up", 2, 1),))
+    server = method.init_server({"up/weight": torch.zeros(2, 1)}, shape, 0)
+    huge = {"up/left": torch.full((2, 1), 1e30), "up/right": torch.full((1, 1), 1e30)}
+    assert math.isnan(clipped(method, server, Update(0, 1.0, huge), shape, 1.0).weight)
 
 
 # --- what every linear method must keep

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayfed_sub.config import Optimizer, Server
+from rayfed_sub.config import Optimizer, Privacy, Server
 from rayfed_sub.methods import build
-from rayfed_sub.methods.server import advance, download_bytes, nova_factor
-from rayfed_sub.records import Client, ServerState, Subspace
+from rayfed_sub.methods.server import advance, mixed_bytes, mixes, nova_factor
+from rayfed_sub.records import Client, Layer, ModelShape, ServerState, Subspace
 from rayfed_sub.training.pack import train_pack
 from tests.tiny_models import PAD, change, distance, draw_batches, galore_start, installed, llama, start_of
 
@@ -57,10 +57,13 @@ def test_fednova_makes_the_mean_of_changes_per_step() -> None:
 
 
 def test_a_moved_dense_weight_is_downloaded_whole() -> None:
-    sent = {"up/weight": torch.zeros(3, 5)}
-    assert download_bytes(Server(), sent, ["up"], 12) == 12
-    assert download_bytes(Server(optimizer="adam"), sent, ["up"], 12) == 3 * 5 * 4
-    assert download_bytes(Server(optimizer="adam"), {"up/left": torch.zeros(3, 1)}, ["up"], 12) == 12
+    """By momentum, Adam or noise: it is no sum of the cohort's blocks any more."""
+    shape = ModelShape((Layer("up", 3, 5),))
+    assert mixed_bytes({"up/weight": torch.zeros(3, 5)}, shape, 12) == 3 * 5 * 4
+    assert mixed_bytes({"up/left": torch.zeros(3, 1)}, shape, 12) == 12
+    assert not mixes(Server(lr=2.0), Privacy())
+    assert mixes(Server(optimizer="adam"), Privacy())
+    assert mixes(Server(), Privacy(clip=1.0, noise=1.0))
 
 
 def pulled(kind: str, mu: float, steps: int = 4):

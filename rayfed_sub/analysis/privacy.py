@@ -27,7 +27,7 @@ def spent(config: Config, rounds: int) -> float | None:
     privacy, federation = config.privacy, config.federation
     if privacy.noise is None:
         return None
-    q = (federation.sampled or federation.clients) / federation.clients
+    q = federation.cohort / federation.clients
     return epsilon(privacy.noise, q, rounds, privacy.delta)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rayfed_sub.config import Config
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server import advance, download_bytes
+from rayfed_sub.methods.server import advance, mixed_bytes, mixes
 from rayfed_sub.records import (
     Client,
     ClientState,
@@ -129,12 +129,12 @@ def _walk(
     steps: Callable[[int], int],
 ) -> _Figures:
     """All figures of the small model by name."""
-    rule, noisy, targets = config.server, config.privacy.clip is not None, [layer.name for layer in shape.targets]
+    rule, mixed = config.server, mixes(config.server, config.privacy)
     weights = _weights(shape)
     server = method.init_server(weights, shape, config.seed)
     memory: dict[str, Tensor] = {}
     states: dict[int, ClientState] = {}
-    dense = any(f"{name}/weight" in method.broadcast(server).tensors for name in targets)
+    dense = any(f"{layer.name}/weight" in method.broadcast(server).tensors for layer in shape.targets)
     found: _Figures = {("server", 0): wire_bytes(server.tensors), ("dense",): int(dense)}
     for n, cohort in enumerate(cohorts):
         broadcast, total = method.broadcast(server), method.zero(server, shape)
@@ -155,7 +155,7 @@ def _walk(
             held = _own([start.tensors], given) + _own([update.tensors, kept], [*given, *ended])
             figures = (
                 update.wire_bytes,
-                download_bytes(rule, broadcast.tensors, targets, counted, noisy=noisy),
+                mixed_bytes(broadcast.tensors, shape, counted) if mixed else counted,
                 wire_bytes(kept),
                 _resident(start, config),
                 held,

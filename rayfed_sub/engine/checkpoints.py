@@ -47,8 +47,9 @@ def clients(folder: Path) -> Path:
 
 
 def make(folder: Path) -> None:
-    """The two folders."""
-    clients(folder).mkdir(parents=True, exist_ok=True)
+    """The two folders.  Raises RunError where they cannot be."""
+    with files.told(clients(folder)):
+        clients(folder).mkdir(parents=True, exist_ok=True)
 
 
 def claim(folder: Path, seconds: float) -> IO[bytes]:
@@ -73,7 +74,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     for old in _manifests(folder)[:-KEPT]:
         old.unlink()
     kept = {_server(folder, _round(manifest)) for manifest in _manifests(folder)}
-    for file in root(folder).glob("*server-*"):  # what an interrupted write left behind, too
+    for file in (*root(folder).glob("server-*"), *root(folder).glob(".*-*")):  # .: what an interrupted write left
         if file not in kept:
             file.unlink()
 
@@ -113,7 +114,7 @@ def sweep(folder: Path, kept: set[Key]) -> None:
 
 
 def client_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientState:
-    """One client's state.  Raises KeyError for a client that never trained, RunError where its file is not whole."""
+    """The state of a client that has trained.  Raises RunError where its file is not whole."""
     key = next(key for key in checkpoint.notes if key[0] == client)
     state = states.read(clients(folder), key, checkpoint.notes[key])
     return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
@@ -139,7 +140,7 @@ def _read(folder: Path, manifest: Path) -> Checkpoint:
 def _torn(folder: Path, manifest: Path, why: str) -> UserError:
     before = _manifests(folder)[-2:-1]
     advice = f"delete it to go on from round {_round(before[0])}" if before else "begin anew in another folder"
-    return UserError("--resume", str(manifest), f"a whole checkpoint: {why}", advice)
+    return UserError("checkpoint", str(manifest), f"a whole checkpoint: {why}", advice)
 
 
 def _manifests(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ def cohort(config: Config, n: int) -> list[int]:
     It may be empty when federation.availability is small, and under Poisson sampling.
     """
     federation = config.federation
-    size = federation.sampled or federation.clients
+    size = federation.cohort
     if config.privacy.clip is not None:
         chances = stream(config.seed, "cohort", n).random(federation.clients)
         return np.flatnonzero(chances < size / federation.clients).tolist()

@@ -35,11 +35,12 @@ from rayfed_sub.engine.workers import PackedUpdate, PackOutcome, Worker
 from rayfed_sub.errors import RunError
 from rayfed_sub.methods import privacy
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server import Noise, advance, download_bytes, nova_factor
+from rayfed_sub.methods.server import Noise, advance, mixed_bytes, mixes, nova_factor
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.records import Change, Client, Fold, ModelShape, ServerState, Update
 
 _CLAIM_SECONDS = 60.0
+_RETRY_SECONDS = 0.2
 _START_SECONDS = 300.0  # a worker that has not mapped the backbone by then never will
 
 
@@ -54,7 +55,8 @@ class Shared:
 
 
 class Coordinator:
-    """Wrapped by `ray.remote(num_cpus=0, max_concurrency=2)`: a second thread answers in the middle of a round."""
+    """Wrapped by `ray.remote(num_cpus=0, concurrency_groups={"aside": 1})`: one thread does all the arithmetic, another
+    answers in the middle of a round."""
 
     def __init__(
         self,
@@ -65,7 +67,6 @@ class Coordinator:
         shared: Shared,
         folder: Path,
     ) -> None:
-        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
         self._memory = PeakMemory()
         self._config, self._method, self._shape, self._shared = config, method, shape, shared
         self._folder = folder
@@ -93,6 +94,7 @@ class Coordinator:
 
         Raises RunError where another run is at work in the folder, and where a worker cannot start; one that is killed
         meanwhile is brought back by Ray."""
+        torch.set_num_threads(max(1, int(self._config.resources.cpus_per_worker)))  # of this thread
         # The coordinator of a run that was killed may still be writing.
         self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
         memory = self._config.resources.state_memory
@@ -107,19 +109,22 @@ class Coordinator:
             try:
                 ray.get(done[0])
             except ActorUnavailableError:
+                time.sleep(_RETRY_SECONDS)
                 asked[worker.ready.remote()] = worker
             except RayError as error:
                 raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
-        return self.finished()
-
-    def finished(self) -> int:
-        """The number of finished rounds."""
         return self._ledger.standing.server.round
 
+    @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
+    def alive(self) -> None:
+        """Answers."""
+
+    @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def halt(self) -> int:
         """From here on no round is finished any more; the number of those that are."""
         return self._ledger.halt()
 
+    @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def checkpoint(self) -> None:
         """A checkpoint of the last finished round.  Raises RunError where the disk is full."""
         self._ledger.checkpoint()
@@ -224,9 +229,8 @@ class Coordinator:
         weight: the sum's.  The fixed denominator of privacy is the expected cohort."""
         federation, private = self._config.federation, self._config.privacy
         if private.clip is not None and private.noise is not None:
-            expected = federation.sampled or federation.clients
-            deviation = private.noise * private.clip / expected
-            return weight / expected, partial(privacy.noise, self._config.seed, n, deviation)
+            deviation = private.noise * private.clip / federation.cohort
+            return weight / federation.cohort, partial(privacy.noise, self._config.seed, n, deviation)
         return _nova_factor(rows) if federation.normalise_steps else 1.0, None
 
     def _skipped(self, n: int, sent: PackedUpdate, down: int) -> ClientRow:
@@ -238,7 +242,8 @@ class Coordinator:
         return _row(n, sent, 0, down)
 
     def _model(self) -> Model:
-        return Model(self.finished(), self._broadcast(), self._ledger.stored if self._method.personal else None)
+        stored = self._ledger.stored if self._method.personal else None
+        return Model(self._ledger.standing.server.round, self._broadcast(), stored)
 
     def _broadcast(self) -> Any:
         """The current broadcast in the object store; training and evaluation of one state share it."""
@@ -252,14 +257,15 @@ class Coordinator:
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
         """Wire bytes to every client of the cohort, given when it last took part."""
         states, server = self._ledger.standing.states, self._ledger.standing.server
-        shape, rule = self._shape, self._config.server
-        sent, targets = self._method.broadcast(server).tensors, [layer.name for layer in shape.targets]
+        shape = self._shape
+        sent = self._method.broadcast(server).tensors
+        mixed = mixes(self._config.server, self._config.privacy)
         down = {}
         for client in cohort:
             who = Client(client, self._config.seed)
             since = states.get(client, 0) - 1  # a state is for the round after the one that made it
             counted = self._method.download_bytes(server, shape, who, since)
-            down[client] = download_bytes(rule, sent, targets, counted, noisy=self._private)
+            down[client] = mixed_bytes(sent, shape, counted) if mixed else counted
         return down
 
     def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any) -> Piece:
@@ -285,9 +291,9 @@ class Coordinator:
     def _verify(self) -> None:
         """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
         if checksum(self._backbone_arrays) != self._backbone_sum:
-            raise RunError("shared memory", "the backbone's bytes changed", round=self.finished())
+            raise RunError("shared memory", "the backbone's bytes changed", round=self._ledger.standing.server.round)
         if self._sent is not None and checksum(ray.get(self._sent[1])) != self._sent[2]:
-            raise RunError("shared memory", "the broadcast's bytes changed", round=self.finished())
+            raise RunError("shared memory", "the broadcast's bytes changed", round=self._ledger.standing.server.round)
 
 
 def _peak(reference: Any) -> int:

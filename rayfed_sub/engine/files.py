@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,25 +19,25 @@ def write(path: Path, content: bytes) -> None:
     Raises RunError naming the file where the disk is full or refuses; `path` is then as it was.
     """
     temporary = path.with_name(f".{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with told(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError("writing files", f"{path}: {error.strerror or error}") from None
 
 
 def append(path: Path, line: str) -> None:
     """Adds a line.  Raises RunError naming the file where the disk is full or refuses."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise RunError("writing files", f"{path}: {error.strerror or error}") from None
+    with told(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def claim(path: Path, seconds: float) -> IO[bytes]:
@@ -43,15 +45,25 @@ def claim(path: Path, seconds: float) -> IO[bytes]:
 
     Waits for another holder, which may be on its way out.  Raises RunError after `seconds`.
     """
-    file, until = path.open("wb"), time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise RunError("start", f"{path.parent}: another run is at work here") from None
-            time.sleep(0.1)
+    with told(path):
+        file, until = path.open("wb"), time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise RunError("start", f"{path.parent}: another run is at work here") from None
+                time.sleep(0.1)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What the system refuses, as a RunError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError("writing files", f"{path}: {error.strerror or error}") from None
 
 
 def _sync_folder(folder: Path) -> None:

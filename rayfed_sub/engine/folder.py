@@ -25,8 +25,11 @@ from rayfed_sub.engine import files
 from rayfed_sub.engine.journal import Beginning, ClientRow, RoundRow, Summary
 from rayfed_sub.errors import UserError
 
-FREE = ("resources.workers", "resources.state_memory", "resources.deadline", "checkpoint.every")
-"""Settings that may differ when a run is taken up again: they change no bits."""
+FREE = (
+    *("resources.workers", "resources.state_memory", "resources.deadline"),
+    *("checkpoint.every", "federation.on_client_failure"),
+)
+"""Settings that may differ when a run is taken up again: they change no bits of the rounds that are finished."""
 
 
 class RunFolder:
@@ -39,21 +42,28 @@ class RunFolder:
 
     def begin(self, beginning: Beginning) -> None:
         """Notes the first line of the log."""
-        self._log("started", asdict(beginning))
+        files.write(self.path / "log.jsonl", _line("started", asdict(beginning)).encode() + b"\n")
 
     def add(self, row: RoundRow, clients: Sequence[ClientRow]) -> None:
         """Notes a finished round; the log has it at once, the tables with the next `write_tables`."""
-        self.rounds = pa.concat_tables([self.rounds, _table(RoundRow, [row])])
+        files.append(self.path / "log.jsonl", _line("round", asdict(row)))
+        rounds = pa.concat_tables([self.rounds, _table(RoundRow, [row])])
         self._clients = pa.concat_tables([self._clients, _table(ClientRow, clients)])
-        self._log("round", asdict(row))
+        self.rounds = rounds  # last: it is what tells whether the round was noted
 
     def go_on(self, round: int) -> Beginning:
-        """Cuts off what the log and the tables know of `round` and later; how the run began."""
+        """Cuts off what the log and the tables know of `round` and later; how the run began.
+
+        Raises UserError where they lack a round before it.
+        """
         self.rounds = _before(round, self._read("rounds", RoundRow))
+        if self.rounds.num_rows != round or not self.begun():
+            allowed = f"a run folder with {round} rounds in rounds.parquet, as its checkpoint has, and its log"
+            raise UserError("--resume", str(self.path), allowed, "begin anew in another folder")
         self._clients = _before(round, self._read("clients", ClientRow))
         told = [entry for entry in self._entries() if entry["event"] != "round" or entry["round"] < round]
         files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in told).encode())
-        self._log("resumed", {"round": round})
+        files.append(self.path / "log.jsonl", _line("resumed", {"round": round}))
         first = next(entry for entry in told if entry["event"] == "started")
         return Beginning(**{field.name: first[field.name] for field in fields(Beginning)})
 
@@ -76,9 +86,6 @@ class RunFolder:
         """summary.json, the last file of a run."""
         content = {key: value for key, value in asdict(summary).items() if key != "folder"}
         files.write(self.path / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
-
-    def _log(self, event: str, entry: Mapping[str, Any]) -> None:
-        files.append(self.path / "log.jsonl", json.dumps({"event": event, **entry}))
 
     def _entries(self) -> list[dict[str, Any]]:
         """The log's whole lines; a last one that was cut off does not count."""
@@ -122,14 +129,11 @@ def summary_of(path: Path, config: Config) -> Summary | None:
 
 
 def latest(name: str) -> Path | None:
-    """The newest folder of a run of this name under runs/, by number; None where there is none."""
-    found = [(1, Path("runs") / name)]
-    found += [
-        (int(number), path)
-        for path in Path("runs").glob(f"{name}-*")
-        if (number := path.name.removeprefix(f"{name}-")).isdigit()
-    ]
-    return next((path for _, path in sorted(found, reverse=True) if (path / "config.yaml").exists()), None)
+    """The run of this name under runs/ that was begun last; None where there is none."""
+    found = [Path("runs") / name]
+    found += [path for path in Path("runs").glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
+    begun = [path / "config.yaml" for path in found if (path / "config.yaml").exists()]
+    return max(begun, key=lambda file: file.stat().st_mtime_ns).parent if begun else None
 
 
 def check_free(path: Path) -> None:
@@ -171,6 +175,10 @@ def finished(path: Path) -> tuple[Config, dict[str, Any]]:
     if not (path / "summary.json").is_file():
         raise UserError("RUN", str(path), "the folder of a finished run (it has a summary.json)", "check the path")
     return load_config(path / "config.yaml"), json.loads((path / "summary.json").read_text(encoding="utf-8"))
+
+
+def _line(event: str, entry: Mapping[str, Any]) -> str:
+    return json.dumps({"event": event, **entry})
 
 
 def _schema(kind: type) -> pa.Schema:

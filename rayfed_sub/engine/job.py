@@ -31,11 +31,6 @@ class Job:
     codec: Codec
     dataset: Dataset
 
-    @property
-    def cohort(self) -> int:
-        """Clients per round."""
-        return self.config.federation.sampled or self.config.federation.clients
-
 
 def prepare(config: Config) -> Job:
     """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
@@ -105,7 +100,7 @@ def _privacy(privacy: Privacy, federation: Federation) -> Privacy:
     if privacy.epsilon is None:
         return privacy
     assert federation.rounds is not None, "rounds are counted by now"
-    q = (federation.sampled or federation.clients) / federation.clients
+    q = federation.cohort / federation.clients
     noise = noise_for(privacy.epsilon, privacy.delta, q, federation.rounds)
     return privacy.model_copy(update={"noise": noise, "epsilon": None})
 
@@ -119,7 +114,7 @@ def _rounds(config: Config, dataset: Dataset) -> int:
     rows: list[int] = np.diff(dataset.client_offsets).tolist()
     batches = [min(federation.batch_size, own) for own in rows]
     a_round_of_all = sum(local_steps(config, client) * size for client, size in enumerate(batches))
-    present = (federation.sampled or federation.clients) * federation.availability  # clients, on average
+    present = federation.cohort * federation.availability  # clients, on average
     needed = federation.epochs * sum(rows) * federation.clients / (a_round_of_all * present)
     return math.ceil(needed - 1e-9)  # rounding must not add a round
 

@@ -18,7 +18,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something out of the ordinary, worth a line that stays: a client skipped, a run taken up again."""
+    """Something out of the ordinary, worth a line that stays: an interruption, a run taken up again."""
 
     text: str
 

@@ -58,7 +58,8 @@ class Ledger:
         self._states = States(checkpoints.clients(folder), budget, put, get)
         self._named: deque[frozenset[Key]] = deque(maxlen=checkpoints.KEPT)  # states of the checkpoints on disk
         if found is None:
-            self.standing = Standing(settled(begin()))
+            server = begin()
+            self.standing = Standing(ServerState(server.round, settled(server.tensors)))
         else:
             self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.notes)])
             self._states.recall(found.notes)
@@ -85,7 +86,8 @@ class Ledger:
         with self._lock:
             if self._halted:
                 return False
-            new = Standing(settled(server), memory, {**self.standing.states, **trained})
+            whole = ServerState(server.round, settled(server.tensors))
+            new = Standing(whole, settled(memory), {**self.standing.states, **trained})
             left, named = self.standing.keys - new.keys, frozenset().union(*self._named)
             self.standing = new
             self._states.release(left & named)
@@ -123,7 +125,7 @@ def _standing(found: Checkpoint) -> Standing:
     return Standing(ServerState(found.round, server), memory, dict(found.notes.keys()))
 
 
-def settled(server: ServerState) -> ServerState:
+def settled(tensors: Tensors) -> Tensors:
     """The same tensors, contiguous and aligned as they will be when they come from a checkpoint: equal inputs, equal
     bits."""
-    return ServerState(server.round, unpacked(packed(server.tensors)))
+    return unpacked(packed(tensors))

@@ -8,25 +8,31 @@ import psutil
 
 
 class PeakMemory:
-    """Samples this process's PSS in a daemon thread; `peak` is the largest value seen, in bytes: a lower
+    """Samples this process's PSS in a daemon thread until `close`; `peak` is the largest value seen, in bytes: a lower
     bound, since a peak may fall between two samples and a restarted process begins anew."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         self._process = psutil.Process()
         self._seconds = seconds
         self._peak = 0
-        threading.Thread(target=self._watch, daemon=True, name="peak-memory").start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-memory")
+        self._thread.start()
 
     @property
     def peak(self) -> int:
         self._sample()
         return self._peak
 
+    def close(self) -> None:
+        """Ends the thread; a process that makes many runs would gather them."""
+        self._over.set()
+        self._thread.join()
+
     def _sample(self) -> None:
         memory = self._process.memory_full_info()
         self._peak = max(self._peak, getattr(memory, "pss", memory.uss))
 
     def _watch(self) -> None:
-        while True:
+        while not self._over.wait(self._seconds):
             self._sample()
-            threading.Event().wait(self._seconds)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
-from rayfed_sub.analysis.plan import Machine, Plan, check_fits, machine_named, plan
-from rayfed_sub.config import Config
-from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.analysis.machines import Machine, machine_named
+from rayfed_sub.analysis.parts import Parts
+from rayfed_sub.analysis.plan import Plan, plan
+from rayfed_sub.analysis.refusals import check_fits
 from rayfed_sub.engine.cohorts import cohort, local_steps
 from rayfed_sub.engine.job import Job
-from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.skeleton import Skeleton
-
-Parts = tuple[Config, Method, Skeleton, Dataset, list[list[int]], Callable[[int], int]]
-"""Resolved configuration, method, skeleton, data; the clients of every round, and how many local steps each takes."""
 
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 _USED = ("memory.current", "memory/memory.usage_in_bytes")
@@ -31,13 +26,13 @@ def plan_of(job: Job, on: str | None = None, folder: Path = Path()) -> Plan:
     Raises UserError for a GPU that it does not know; what does not fit is said in the plan, and refused by `check`.
     """
     machine = here(job, folder)
-    return plan(*job_parts(job), machine if on is None else machine_named(on, machine))
+    return plan(job_parts(job), machine if on is None else machine_named(on, machine))
 
 
 def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
     """UserError where the job cannot fit this machine; folder: where the run's files will lie, or a parent of it."""
     machine = here(job, folder)
-    check_fits(*job_parts(job), machine if on is None else machine_named(on, machine))
+    check_fits(job_parts(job), machine if on is None else machine_named(on, machine))
 
 
 def here(job: Job, folder: Path = Path()) -> Machine:
@@ -52,10 +47,10 @@ def here(job: Job, folder: Path = Path()) -> Machine:
 
 
 def job_parts(job: Job) -> Parts:
-    """What `analysis/plan.py` asks of a job."""
+    """What a plan is made from."""
     config = job.config
     cohorts = [cohort(config, n) for n in range(config.federation.rounds or 0)]
-    return config, job.method, job.skeleton, job.dataset, cohorts, lambda client: local_steps(config, client)
+    return Parts(config, job.method, job.skeleton, job.dataset, cohorts, lambda client: local_steps(config, client))
 
 
 def _free_memory() -> int:

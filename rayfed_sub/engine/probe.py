@@ -45,7 +45,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     Takes the backbone into this process, and about ten local steps of each size.
     """
     config = job.config
-    sizes = sorted({min(size, job.cohort) for size in (*sizes, config.resources.pack_size)})
+    sizes = sorted({min(size, config.federation.cohort) for size in (*sizes, config.resources.pack_size)})
     backbone = packed(load_weights(config.model, job.skeleton, config.seed))
     broadcast = _broadcast(job, backbone)
     short, long = (_worker(job, backbone, steps) for steps in (1, _STEPS))
@@ -62,7 +62,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     def run(speed: PackSpeed) -> float:
         return rounds * _round(job, speed) + evaluations * judging
 
-    now = next(speed for speed in timed if speed.pack_size == min(config.resources.pack_size, job.cohort))
+    now = next(speed for speed in timed if speed.pack_size == min(config.resources.pack_size, config.federation.cohort))
     best = min(timed, key=lambda speed: _round(job, speed))
     return Speed(tuple(timed), best.pack_size, _round(job, now) + judging, run(now), run(best))
 
@@ -99,6 +99,6 @@ def _evaluation(job: Job, worker: Worker, broadcast: Packed) -> float:
 def _round(job: Job, speed: PackSpeed) -> float:
     """Seconds until the slowest worker has trained its packs, with one refresh in each; fewer are the rule."""
     config, size = job.config, speed.pack_size
-    steps = max(local_steps(config, client) for client in range(min(job.cohort, config.federation.clients)))
-    turns = math.ceil(math.ceil(job.cohort / size) / config.resources.workers)
+    steps = max(local_steps(config, client) for client in range(config.federation.cohort))
+    turns = math.ceil(math.ceil(config.federation.cohort / size) / config.resources.workers)
     return turns * size * (steps * speed.step + speed.refresh)

@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray import ObjectRefGenerator
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayfed_sub.config import Config
@@ -30,6 +33,7 @@ from rayfed_sub.engine.journal import Beginning, Notice, PackDone, RoundDone, St
 from rayfed_sub.engine.memory import PeakMemory
 from rayfed_sub.errors import RunError, UserError
 
+_ANSWER_SECONDS = 600.0  # for an answer that takes no work
 _LIVES = 5  # coordinators that may die in a row without a checkpoint between them
 _LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
 
@@ -49,7 +53,7 @@ def run(
     An interruption (Ctrl-C) leaves a checkpoint.
     """
     tell = listener or (lambda record: None)
-    began, memory = time.perf_counter(), PeakMemory()
+    began = time.perf_counter()
     path = None if out is None else Path(out)
     old = _to_resume(path, config.name) if resume else None
     if path is not None and old is None:
@@ -66,24 +70,24 @@ def run(
     checkpoints.make(folder.path)
     checkpoints.read(folder.path)  # a torn one is told before anything starts
     tell(Stage("starting Ray, loading weights"))
-    with ThreadPoolExecutor(1) as pool:
+    with closing(PeakMemory()) as memory, ThreadPoolExecutor(1) as pool:
         loading = [pool.submit(_load_backbone, job)]
         with _ray():
             shared = _shared(job, loading.pop().result())  # no name here may hold the weights for the whole run
             try:
                 summary = _through_deaths(job, folder, shared, tell)
+                whole = replace(
+                    summary,
+                    wall_seconds=time.perf_counter() - began,
+                    peak_memory_bytes=summary.peak_memory_bytes + memory.peak,
+                )
+                folder.write_summary(whole)
             except RunError as error:
                 told = f"{error.cause}{_hint(folder)}"
                 raise RunError(error.stage, told, round=error.round, client=error.client) from None
             except KeyboardInterrupt:
                 tell(Notice(f"interrupted{_hint(folder)}"))
                 raise
-    whole = replace(
-        summary,
-        wall_seconds=time.perf_counter() - began,
-        peak_memory_bytes=summary.peak_memory_bytes + memory.peak,
-    )
-    folder.write_summary(whole)
     return whole
 
 
@@ -117,6 +121,8 @@ def _through_deaths(job: Job, folder: RunFolder, shared: Any, tell: Listener) ->
         try:
             return _rounds(job, folder, coordinator, tell)
         except RayActorError as error:
+            if error.actor_init_failed:
+                raise
             cause = str(error).strip().splitlines()[-1].strip()
             before, reached = reached, checkpoints.newest(folder.path)
             lives = lives - 1 if reached == before else _LIVES - 1
@@ -133,7 +139,7 @@ def _coordinator(job: Job, folder: RunFolder, shared: Any) -> Any:
 
     parts = (job.config, job.method, job.skeleton.shape, job.skeleton.transposed, shared, folder.path.absolute())
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_concurrency=2, scheduling_strategy=here)(Coordinator)
+    actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=here)(Coordinator)
     return actor.remote(*parts)
 
 
@@ -141,32 +147,37 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
     """Walks the rounds that are left, and writes tables and checkpoints; the summary without this process's time and
     memory.  Raises RayActorError where the coordinator dies."""
     config = job.config
-    patience = 4 * config.resources.deadline + 600  # it notices by itself when a worker hangs
 
     def ask(name: str) -> Any:
-        return _asked(getattr(coordinator, name).remote(), name, patience)
+        return _asked(coordinator, getattr(coordinator, name).remote(), name)
+
+    def follow(stream: ObjectRefGenerator, n: int) -> None:
+        """Reads a round to its end and notes its rows."""
+        for reference in _awaited(coordinator, stream, f"round {n}"):
+            record = _asked(coordinator, reference, f"round {n}")
+            if isinstance(record, RoundDone):
+                folder.add(record.row, record.client_rows)
+            tell(record)
 
     done = ask("start")
     first = _beginning(done, folder, config, ask, tell)
     targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
     tell(Started(config, folder.path, first.held_out_loss, first.rouge_l, targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
-    stream: Iterable[Any] = ()
+    stream: ObjectRefGenerator | None = None
     try:
         for n in range(done, rounds):
             stream = coordinator.run_round.options(num_returns="streaming").remote(n)
-            _follow(stream, folder, n, patience, tell)
+            follow(stream, n)
             if n + 1 == rounds or (every and (n + 1) % every == 0):
                 folder.write_tables()
                 ask("checkpoint")
         last = {"held_out_loss": folder.rounds["held_out_loss"][-1].as_py(), "rouge_l": ask("held_out_rouge")}
         return _summary(job, folder, first, last, ask, targets)
-    except KeyboardInterrupt:
-        _leave(folder, stream, patience, ask)
-        raise
-    except RunError:
-        with suppress(RunError, RayActorError):  # a full disk stays full; the first trouble is the one to tell
-            _leave(folder, stream, patience, ask)
+    except (KeyboardInterrupt, RunError):
+        tell(Stage("stopping: a checkpoint first"))
+        with suppress(RunError, RayError):  # a full disk stays full: the first trouble is the one to tell
+            leave(folder, ask, lambda n: follow(stream, n) if stream is not None else None)
         raise
 
 
@@ -174,7 +185,7 @@ def _beginning(done: int, folder: RunFolder, config: Config, ask: Callable[[str]
     """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count."""
     versions = {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
     environment = _environment(config)
-    if not folder.begun():
+    if not folder.begun() and not done:
         tell(Stage("evaluating the initial model"))
         beginning = Beginning(ask("held_out_loss"), ask("held_out_rouge"), versions, environment)
         folder.begin(beginning)
@@ -188,22 +199,17 @@ def _beginning(done: int, folder: RunFolder, config: Config, ask: Callable[[str]
     return beginning
 
 
-def _follow(stream: Iterable[Any], folder: RunFolder, n: int, patience: float, tell: Listener) -> None:
-    """Reads a round to its end and notes its rows."""
-    for reference in stream:
-        record = _asked(reference, f"round {n}", patience)
-        if isinstance(record, RoundDone):
-            folder.add(record.row, record.client_rows)
-        tell(record)
+def leave(folder: RunFolder, ask: Callable[[str], Any], follow: Callable[[int], None]) -> None:
+    """A checkpoint of the last finished round, and the tables up to it; follow: reads the rest of a round's stream.
 
-
-def _leave(folder: RunFolder, stream: Iterable[Any], patience: float, ask: Callable[[str], Any]) -> None:
-    """A checkpoint of the last finished round, and the tables up to it."""
+    A round that was finished but whose rows never came does not count: the checkpoint before it stands.
+    """
     finished = ask("halt")
     if folder.rounds.num_rows < finished:  # it ended while nobody listened
-        _follow(stream, folder, finished - 1, patience, lambda record: None)
-    folder.write_tables()
-    ask("checkpoint")
+        follow(finished - 1)
+    if folder.rounds.num_rows == finished:
+        folder.write_tables()
+        ask("checkpoint")
 
 
 def _summary(
@@ -237,14 +243,33 @@ def _summary(
     )
 
 
-def _asked(reference: Any, stage: str, patience: float) -> Any:
+def _asked(coordinator: Any, reference: Any, stage: str) -> Any:
     """The coordinator's answer, or the cause of its failure."""
+    _wait(coordinator, reference, stage)
     try:
-        return ray.get(reference, timeout=patience)
+        return ray.get(reference, timeout=_ANSWER_SECONDS)
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, RunError | UserError) else error from None
-    except GetTimeoutError:
-        raise RunError(stage, f"no answer from the coordinator for {patience:.0f} s") from None
+
+
+def _awaited(coordinator: Any, stream: ObjectRefGenerator, stage: str) -> Iterator[Any]:
+    """The stream's references as they come."""
+    while True:
+        _wait(coordinator, stream, stage)
+        try:
+            yield next(stream)
+        except StopIteration:
+            return
+
+
+def _wait(coordinator: Any, coming: Any, stage: str) -> None:
+    """Waits for a reference, or for a stream's next, as long as the coordinator is alive: its second thread says so.
+
+    Raises RunError where it hangs.
+    """
+    while not ray.wait([coming], timeout=_ANSWER_SECONDS)[0]:
+        if not ray.wait([coordinator.alive.remote()], timeout=_ANSWER_SECONDS)[0]:
+            raise RunError(stage, f"the coordinator has not answered for {_ANSWER_SECONDS:.0f} s")
 
 
 def _load_backbone(job: Job) -> Any:
@@ -274,8 +299,10 @@ def _ray() -> Iterator[None]:
     # Processes that wait for actors import these while the weights load here.
     os.environ.setdefault("RAY_preload_python_modules", "rayfed_sub.engine.coordinator,transformers.modeling_utils")
     # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
-    cpus = os.cpu_count()
+    cpus, ours = os.cpu_count(), signal.getsignal(signal.SIGTERM)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)  # Ray's own ends the process without a checkpoint
     _tighten_token()
     try:
         yield

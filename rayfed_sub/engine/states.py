@@ -86,12 +86,12 @@ class States:
 
     def _hold(self, key: Key, state: PackedState) -> Any:
         size = sum(array.nbytes for _, array in state.tensors.values())
+        self._let_go(key)
         while self._held and self._total + size > self._budget:
             oldest = next(iter(self._held))
             if oldest not in self._notes:
                 self._write(oldest)
             self._let_go(oldest)
-        self._let_go(key)
         reference = self._put(state)
         self._held[key] = (reference, size)
         self._total += size
@@ -128,6 +128,7 @@ def read(folder: Path, key: Key, note: Note) -> PackedState:
     except OSError as error:
         raise RunError("reading a client's state", f"{file}: {error.strerror}", round=round, client=client) from None
     if (len(content), zlib.crc32(content)) != (note.size, note.crc):
-        cause = f"{file}: not as it was written ({len(content)} of {note.size} bytes)"
+        cut = f"{len(content)} of {note.size} bytes" if len(content) != note.size else "its checksum differs"
+        cause = f"{file}: not as it was written ({cut})"
         raise RunError("reading a client's state", cause, round=round, client=client)
     return PackedState(round, note.cursor, note.step, packed(load(content)))

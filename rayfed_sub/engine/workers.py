@@ -216,6 +216,8 @@ class Worker:
             return failure
         if clip is not None:
             update = clipped(method, ServerState(round, unpacked(broadcast)), update, shape, clip)
+            if not math.isfinite(update.weight):
+                return "the norm of its change is not finite"
         return update, new
 
     def _batches(self, client: int, cursor: int) -> ClientBatches:

@@ -18,6 +18,7 @@ attack.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,13 +36,16 @@ from rayfed_sub.streams import stream
 def clipped(method: Method, server: ServerState, update: Update, shape: ModelShape, clip: float) -> Update:
     """The update at weight c = min(1, clip / |d|); its tensors stay as they are.
 
-    server: all of its tensors, its notes included.  Raises RunError where the method would release anything else.
+    server: all of its tensors, its notes included.  The weight is NaN where |d| is not finite.  Raises RunError where
+    the method would release anything else.
     """
     square = sum(
         float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
         for d in change(method, server, update, shape).values()
     )
     norm = square**0.5
+    if not math.isfinite(norm):
+        return replace(update, weight=math.nan)
     return replace(update, weight=clip / norm if norm > clip else 1.0)
 
 

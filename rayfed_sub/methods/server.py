@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rayfed_sub.config import Server
-from rayfed_sub.records import ServerState, Tensors, wire_bytes
+from rayfed_sub.config import Privacy, Server
+from rayfed_sub.records import ModelShape, ServerState, Tensors, wire_bytes
 
 Noise = Callable[[str, Sequence[int]], Tensor]
 """A tensor's name and shape -> what is added to its change."""
@@ -74,12 +74,13 @@ def nova_factor(weights: Sequence[float], steps: Sequence[int]) -> float:
     return per_step * steps_of_all / sum(weights) ** 2
 
 
-def download_bytes(rule: Server, sent: Tensors, targets: Sequence[str], counted: int, *, noisy: bool = False) -> int:
-    """What a client downloads under this rule: a moved dense weight is no sum of the cohort's blocks any more, nor is
-    one with noise on it.
+def mixes(rule: Server, privacy: Privacy) -> bool:
+    """Whether a round moves the server by anything but the mean of its updates."""
+    return rule.optimizer != "plain" or privacy.clip is not None
 
-    sent: the broadcast; targets: names of the target layers; counted: the method's own count.
-    """
-    if (rule.optimizer == "plain" and not noisy) or not any(f"{name}/weight" in sent for name in targets):
-        return counted
-    return wire_bytes(sent)
+
+def mixed_bytes(sent: Tensors, shape: ModelShape, counted: int) -> int:
+    """What a client downloads where the server mixes (see `mixes`): a dense weight is then no sum of the cohort's
+    blocks any more, and the whole broadcast `sent` travels; without one the method's own count stays."""
+    dense = any(f"{layer.name}/weight" in sent for layer in shape.targets)
+    return wire_bytes(sent) if dense else counted
