@@ -20,7 +20,7 @@ def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
     >>> from rayfed_sub.config import Checkpoint
     >>> check(Checkpoint, {"every": -1}, "checkpoint")
     Traceback (most recent call last):
-    rayfed_sub.errors.UserError: checkpoint.every: got -1; allowed: an integer >= 0; e.g. checkpoint.every=0
+    rayfed_sub.errors.UserError: checkpoint.every: got -1; allowed: an integer >= 0; e.g. checkpoint.every=1
     """
     adapter = TypeAdapter(cls)
     try:

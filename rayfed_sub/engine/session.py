@@ -7,7 +7,6 @@ process after this one did, takes up the newest checkpoint, and the tables are c
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import signal
 import threading
@@ -16,26 +15,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import ObjectRefGenerator
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints, planning
+from rayfed_sub.engine.answers import answer, stream_of
+from rayfed_sub.engine.environment import environment, versions
 from rayfed_sub.engine.folder import RunFolder, check_free, create, fresh, latest, reopen, summary_of
 from rayfed_sub.engine.job import Job, check_resources, prepare
 from rayfed_sub.engine.journal import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.engine.memory import PeakMemory
-from rayfed_sub.errors import RunError, UserError
+from rayfed_sub.errors import RunError
 
-_ANSWER_SECONDS = 600.0  # for an answer that takes no work
 _LIVES = 5  # coordinators that may die in a row without a checkpoint between them
-_LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
 
 Listener = Callable[[Stage | Notice | Started | PackDone | RoundDone], None]
 """Is shown the journal's records as they come."""
@@ -149,12 +147,12 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
     config = job.config
 
     def ask(name: str) -> Any:
-        return _asked(coordinator, getattr(coordinator, name).remote(), name)
+        return answer(coordinator, getattr(coordinator, name).remote(), name)
 
     def follow(stream: ObjectRefGenerator, n: int) -> None:
         """Reads a round to its end and notes its rows."""
-        for reference in _awaited(coordinator, stream, f"round {n}"):
-            record = _asked(coordinator, reference, f"round {n}")
+        for reference in stream_of(coordinator, stream, f"round {n}"):
+            record = answer(coordinator, reference, f"round {n}")
             if isinstance(record, RoundDone):
                 folder.add(record.row, record.client_rows)
             tell(record)
@@ -183,17 +181,17 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
 
 def _beginning(done: int, folder: RunFolder, config: Config, ask: Callable[[str], Any], tell: Listener) -> Beginning:
     """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count."""
-    versions = {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
-    environment = _environment(config)
+    now = {"versions": versions(), "environment": environment(config)}
     if not folder.begun() and not done:
         tell(Stage("evaluating the initial model"))
-        beginning = Beginning(ask("held_out_loss"), ask("held_out_rouge"), versions, environment)
+        beginning = Beginning(ask("held_out_loss"), ask("held_out_rouge"), **now)
         folder.begin(beginning)
         return beginning
     beginning = folder.go_on(done)
-    tell(Notice(f"going on with round {done + 1} of {config.federation.rounds}"))
-    before, now = {**beginning.versions, **beginning.environment}, {**versions, **environment}
-    other = [f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
+    tell(Notice(f"going on after round {done} of {config.federation.rounds}"))
+    before = {**beginning.versions, **beginning.environment}
+    after = {**now["versions"], **now["environment"]}
+    other = [f"{name} {before.get(name)} then, {after[name]} now" for name in after if before.get(name) != after[name]]
     if other:
         tell(Notice(f"the bits may differ from an undisturbed run's: {'; '.join(other)}"))
     return beginning
@@ -243,35 +241,6 @@ def _summary(
     )
 
 
-def _asked(coordinator: Any, reference: Any, stage: str) -> Any:
-    """The coordinator's answer, or the cause of its failure."""
-    _wait(coordinator, reference, stage)
-    try:
-        return ray.get(reference, timeout=_ANSWER_SECONDS)
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, RunError | UserError) else error from None
-
-
-def _awaited(coordinator: Any, stream: ObjectRefGenerator, stage: str) -> Iterator[Any]:
-    """The stream's references as they come."""
-    while True:
-        _wait(coordinator, stream, stage)
-        try:
-            yield next(stream)
-        except StopIteration:
-            return
-
-
-def _wait(coordinator: Any, coming: Any, stage: str) -> None:
-    """Waits for a reference, or for a stream's next, as long as the coordinator is alive: its second thread says so.
-
-    Raises RunError where it hangs.
-    """
-    while not ray.wait([coming], timeout=_ANSWER_SECONDS)[0]:
-        if not ray.wait([coordinator.alive.remote()], timeout=_ANSWER_SECONDS)[0]:
-            raise RunError(stage, f"the coordinator has not answered for {_ANSWER_SECONDS:.0f} s")
-
-
 def _load_backbone(job: Job) -> Any:
     from rayfed_sub.engine.exchange import packed
     from rayfed_sub.models.weights import load_weights
@@ -315,25 +284,3 @@ def _tighten_token() -> None:
     token = Path.home() / ".ray" / "auth_token"
     if token.exists():
         token.chmod(0o600)
-
-
-def _environment(config: Config) -> dict[str, Any]:
-    """What the bits depend on besides configuration and versions."""
-    import torch
-
-    return {
-        "processor": _processor(),
-        "threads": max(1, int(config.resources.cpus_per_worker)),
-        "pack_size": config.resources.pack_size,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return names[0] if names else platform.processor()
-    return platform.processor()
