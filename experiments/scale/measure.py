@@ -3,20 +3,21 @@
     python experiments/scale/measure.py [KEY=VALUE ...]
 
 One run for each number of registered clients, 100 of them sampled a round.  Memory is what the processes of the run
-take, shared pages by their share (PSS), and what of it is private (USS); disk is what the run folder holds.
+take: what is private to them (USS), and that with shared pages by their share (PSS), which moves from Ray's own
+processes to these as they come to read more of the object store's pages.  Disk is what the run folder holds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import statistics
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import psutil
 
 from rayfed_sub import load_config, run
@@ -46,11 +47,6 @@ class Meter:
             self.rows.append(row)
             print(*row, flush=True)
 
-    def growth(self) -> float:
-        """Bytes a round: the slope of a straight line through the second half of the rounds."""
-        pss = np.asarray([sum(row[2:5]) for row in self.rows[len(self.rows) // 2 :]])
-        return float(np.polyfit(np.arange(len(pss)), pss, 1)[0])
-
 
 def _memory() -> tuple[list[int], int]:
     """PSS of this process, of the coordinator, of the workers; USS of all."""
@@ -72,14 +68,14 @@ def main(overrides: list[str]) -> None:
         with TemporaryDirectory(dir=".") as folder:
             run(config, Path(folder) / "run", meter)
         rows += meter.rows
-        pss, last = max(sum(row[2:5]) for row in meter.rows), meter.rows[-1]
-        seconds = float(np.median([row[-1] for row in meter.rows[1:]]))
-        growth = f"{meter.growth() / 1e6:+.1f} MB"
-        memory = [size(value) for value in (pss, last[5], last[6])]
-        table.append((f"{clients:,}", f"{meter.started:.0f} s", f"{seconds:.0f} s", memory[0], growth, *memory[1:]))
+        half, last = meter.rows[len(meter.rows) // 2 - 1], meter.rows[-1]
+        seconds = statistics.median(row[-1] for row in meter.rows[1:])
+        memory = [size(value) for value in (half[5], last[5], max(sum(row[2:5]) for row in meter.rows), last[6])]
+        table.append((f"{clients:,}", f"{meter.started:.0f} s", f"{seconds:.0f} s", *memory))
     with (HERE / "memory.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
-    print_table(("clients", "start", "a round", "largest PSS", "growth a round", "USS", "disk"), table)
+    columns = ("clients", "start", "a round", "USS, halfway", "USS, at the end", "largest PSS", "disk")
+    print_table(columns, table)
 
 
 if __name__ == "__main__":
