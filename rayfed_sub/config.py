@@ -173,7 +173,9 @@ class Privacy(_Record):
         if self.clip is None and (self.noise, self.epsilon) != (None, None):
             raise ValueError("clip|a number > 0 where privacy.noise or privacy.epsilon is set|e.g. privacy.clip=1.0")
         if self.clip is not None and (self.noise is None) == (self.epsilon is None):
-            raise ValueError("noise|one of privacy.noise and privacy.epsilon|e.g. privacy.noise=1.0")
+            raise ValueError(
+                "noise|one of privacy.noise and privacy.epsilon, not both|set one of them, e.g. privacy.noise=1.0"
+            )
         return self
 
 

@@ -115,14 +115,14 @@ class Display:
 
     def table(self, summary: Summary) -> None:
         """The final table of a run."""
-        metrics = summary.metrics
+        metrics, sitting = summary.metrics, "since it went on" if summary.resumed else "in all"
         rows = [
             ("held-out loss (nats/label)", _change(metrics["held_out_loss_before"], metrics["held_out_loss"])),
             ("ROUGE-L of greedy answers", _change(metrics["rouge_l_before"], metrics["rouge_l"])),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_bytes)),
             ("rank of the last change", f"{summary.change_rank:g} (median over target layers)"),
-            ("seconds", f"{summary.wall_seconds:.1f} in all, {summary.train_seconds:.1f} training"),
+            ("seconds", f"{summary.wall_seconds:.1f} {sitting}, {summary.train_seconds:.1f} training"),
             *([("privacy", _privacy(summary.privacy))] if summary.privacy else []),
             ("peak memory, all processes", size(summary.peak_memory_bytes)),
             ("weights_sha256", summary.weights_sha256),

@@ -38,7 +38,7 @@ JOB = [
     *("method.refresh_every=6", "server.optimizer=momentum", "optimizer.lr=0.01"),
     *("resources.pack_size=2", "resources.cpus_per_worker=0.5", "evaluation.batch_size=8"),
 ]
-PAUSE = 4.0  # seconds between two deaths, at least: a pack takes 0.1 s, and a worker some five to come back
+PAUSE = 2.5  # seconds between two deaths, at least: a pack takes 0.1 s, and a worker some three to come back
 Kill = Callable[[], object]
 
 

@@ -240,7 +240,7 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_is_good(file: str, said
         ledger(tmp_path)
     assert caught.value.field == "checkpoint"
     assert said in caught.value.allowed
-    assert caught.value.advice == "delete it to go on from round 1"
+    assert caught.value.advice == "delete manifest-000002.json to go on from round 1"
     Path(str(caught.value.value)).unlink()
     again = ledger(tmp_path)
     check(again, [[0], [1]], 1)

@@ -113,12 +113,12 @@ def test_fifteen_hashes_are_one(ray_session: None, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_soak_under_fire(ray_session: None, tmp_path: Path) -> None:
-    """200 rounds; a pack takes about 0.1 s, somebody dies every 4 to 8 s."""
+    """200 rounds; a pack takes about 0.1 s, somebody dies every 2.5 to 5 s."""
     calm, quiet = chaos.soak(200, 0, tmp_path / "calm")
     fierce, fire = chaos.soak(200, chaos.PAUSE, tmp_path / "fierce")
     same(fierce, calm)
     print(f"{len(fire.deaths)} deaths; growth {quiet.growth(20) / 1e3:.0f} and {fire.growth(20) / 1e3:.0f} kB a round")
-    assert len(fire.deaths) >= 20
+    assert len(fire.deaths) >= 10  # one of them the coordinator
     assert quiet.growth(20) < 1e6
     assert fire.growth(20) < 1e6
 
@@ -146,7 +146,7 @@ def test_the_command_is_ended_cleanly(signal_: signal.Signals, tmp_path: Path) -
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "rayfed_sub.cli", "run", "experiments/tiny.yaml", *chaos.settings(2)]
     process = subprocess.Popen(
-        [*command, "checkpoint.every=0", "--out", str(folder)],
+        [*command, "checkpoint.every=0", "federation.rounds=60", "--out", str(folder)],
         cwd=chaos.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -155,7 +155,7 @@ def test_the_command_is_ended_cleanly(signal_: signal.Signals, tmp_path: Path) -
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.strip().startswith("1/4"):
+        if line.strip().startswith("1/60"):
             break
     if signal_ == signal.SIGINT:
         os.killpg(process.pid, signal_)

@@ -139,7 +139,9 @@ def _read(folder: Path, manifest: Path) -> Checkpoint:
 
 def _torn(folder: Path, manifest: Path, why: str) -> UserError:
     before = _manifests(folder)[-2:-1]
-    advice = f"delete it to go on from round {_round(before[0])}" if before else "begin anew in another folder"
+    advice = (
+        f"delete {manifest.name} to go on from round {_round(before[0])}" if before else "begin anew in another folder"
+    )
     return UserError("checkpoint", str(manifest), f"a whole checkpoint: {why}", advice)
 
 

@@ -54,6 +54,8 @@ def run(
     began = time.perf_counter()
     path = None if out is None else Path(out)
     old = _to_resume(path, config.name) if resume else None
+    if resume and old is None:
+        tell(Notice("nothing to go on with: a new run begins"))
     if path is not None and old is None:
         check_free(path)
     check_resources(config, _available())
@@ -68,11 +70,11 @@ def run(
     checkpoints.make(folder.path)
     checkpoints.read(folder.path)  # a torn one is told before anything starts
     tell(Stage("starting Ray, loading weights"))
-    with closing(PeakMemory()) as memory, ThreadPoolExecutor(1) as pool:
-        loading = [pool.submit(_load_backbone, job)]
-        with _ray():
-            shared = _shared(job, loading.pop().result())  # no name here may hold the weights for the whole run
-            try:
+    try:
+        with closing(PeakMemory()) as memory, ThreadPoolExecutor(1) as pool:
+            loading = [pool.submit(_load_backbone, job)]
+            with _ray():
+                shared = _shared(job, loading.pop().result())  # no name here may hold the weights for the whole run
                 summary = _through_deaths(job, folder, shared, tell)
                 whole = replace(
                     summary,
@@ -80,12 +82,12 @@ def run(
                     peak_memory_bytes=summary.peak_memory_bytes + memory.peak,
                 )
                 folder.write_summary(whole)
-            except RunError as error:
-                told = f"{error.cause}{_hint(folder)}"
-                raise RunError(error.stage, told, round=error.round, client=error.client) from None
-            except KeyboardInterrupt:
-                tell(Notice(f"interrupted{_hint(folder)}"))
-                raise
+    except RunError as error:
+        hint = "" if checkpoints.newest(folder.path) is None else f"; {_hint(folder)}"
+        raise RunError(error.stage, error.cause + hint, round=error.round, client=error.client) from None
+    except KeyboardInterrupt:
+        tell(Notice(f"interrupted; {_hint(folder)}"))
+        raise
     return whole
 
 
@@ -95,11 +97,8 @@ def _to_resume(path: Path | None, name: str) -> Path | None:
 
 
 def _hint(folder: RunFolder) -> str:
-    """How to go on, where there is something to go on from."""
-    if checkpoints.newest(folder.path) is None:
-        return ""
     path = shlex.quote(str(folder.path))
-    return f"; go on with: rayfed-sub run {path}/config.yaml --out {path} --resume"
+    return f"go on with: rayfed-sub run {path}/config.yaml --out {path} --resume"
 
 
 def _shared(job: Job, backbone: Any) -> Any:
