@@ -76,6 +76,34 @@ def plan(
 
 
 @app.command()
+def data(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.png|.svg|.pdf", help="write the picture to a file as well")
+    ] = None,
+) -> None:
+    """Who holds what: rows, tokens and classes of every client, before anything starts."""
+    checked = load_config(config, overrides or [])
+    from rayfed_sub.analysis.holdings import as_dict, read_holdings
+    from rayfed_sub.engine.job import codec_of
+    from rayfed_sub.partition_picture import check_path, draw
+
+    if out is not None:
+        check_path(out)
+    held = read_holdings(checked, codec_of(checked)[1])
+    if out is not None:
+        draw(held, out)
+    if as_json:
+        typer.echo(json.dumps(as_dict(held), indent=2))
+    else:
+        from rayfed_sub.partition_tables import show
+
+        show(held)
+
+
+@app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="the folder of a finished run")],
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],

@@ -35,31 +35,47 @@ class Model(_Record):
 
 
 class Task(_Record):
-    """name: `python-docs`, or `table` for any `datasets` source at `path` (hub id, Parquet, JSONL or CSV file).
-    A table row becomes a prompt by `prompt` (a format string over column names) and either an `answer`
-    column (language modelling) or a `label` column (classification).  Lengths are tokens, held_out a share."""
+    """name: a task of `rayfed-sub list tasks`, which knows its source, columns and prompt; or `table` for any
+    `datasets` source.  path: hub id, or a Parquet, JSONL or CSV file, in place of the task's own source.
+    A table row becomes a prompt by `prompt` (a format string over column names) and either an `answer` column
+    (language modelling) or a `label` column (classification); or its `image` column goes with a `label`.
+    max_length: tokens; image_size: pixels, the side of the square (None: the model's own).  held_out and validation:
+    shares of all rows that nobody trains on; `evaluation.on` says which of the two is judged."""
 
-    name: Literal["python-docs", "table"] = "python-docs"
+    name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"] = "python-docs"
     path: str | None = None
     split: str = "train"
     prompt: str | None = None
     answer: str | None = None
     label: str | None = None
+    image: str | None = None
+    image_size: Count | None = None
     max_length: Annotated[int, Field(ge=8)] = 128
     max_rows: Count | None = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mask_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _some_left(self) -> Task:
+        if self.held_out + self.validation >= 1:
+            raise ValueError(f"validation|less than {1 - self.held_out:g}, what task.held_out leaves|e.g. 0.05")
+        return self
 
 
 class Partition(_Record):
     """How rows are dealt out.  column: one client per value of `column`, the largest values first.
-    dirichlet: shares over the values of `column` drawn from Dirichlet(alpha).  iid: equal shares.
+    dirichlet: shares over the values of `column` drawn from Dirichlet(alpha).  shards: the rows sorted by `column` are
+    cut into equal shards, of which every client draws `shards_per_client`.  power-law: the i-th largest client has a
+    share proportional to i ** -exponent, rows at random.  iid: equal shares.
     resample: every client draws `rows_per_client` different rows of its own from all of them, so clients overlap and
     may outnumber the rows.  pool: one client holds all."""
 
-    kind: Literal["column", "dirichlet", "iid", "resample", "pool"] = "column"
+    kind: Literal["column", "dirichlet", "shards", "power-law", "iid", "resample", "pool"] = "column"
     column: str | None = None
     alpha: Annotated[float, Field(gt=0)] = 0.5
+    shards_per_client: Count = 2
+    exponent: Annotated[float, Field(ge=0)] = 1.0
     rows_per_client: Count | None = None
 
     @model_validator(mode="after")
@@ -181,9 +197,12 @@ class Privacy(_Record):
 
 class Evaluation(_Record):
     """every: rounds between held-out evaluations (the first and last state are always evaluated);
-    examples: held-out rows for loss; generate: held-out rows answered greedily for ROUGE-L, before and after."""
+    on: which rows are judged, the held-out ones or, to choose settings by, the validation ones of `task.validation`.
+    examples: rows for loss, accuracy and F1; generate: rows answered greedily, before and after, for ROUGE-L and
+    BLEU-4."""
 
     every: Count = 1
+    on: Literal["held-out", "validation"] = "held-out"
     examples: Count = 64
     generate: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Count = 40
@@ -205,6 +224,11 @@ class Resources(_Record):
     deterministic: bool = False
     state_memory: ByteSize = ByteSize(10**9)
     deadline: Annotated[float, Field(gt=0)] = 3600.0
+
+    @property
+    def threads(self) -> int:
+        """torch's threads in a worker, and in the coordinator."""
+        return max(1, int(self.cpus_per_worker))
 
 
 class Checkpoint(_Record):
@@ -228,6 +252,12 @@ class Config(_Record):
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _judged(self) -> Config:
+        if self.evaluation.on == "validation" and not self.task.validation:
+            raise ValueError("evaluation.on|held-out where task.validation is 0|set a share, e.g. task.validation=0.05")
+        return self
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -10,11 +10,22 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from rayfed_sub.analysis.scores import overall
 from rayfed_sub.config import StepRange
 from rayfed_sub.engine.journal import Notice, PackDone, RoundDone, Stage, Started, Summary
 
-_ROUND = "{:>8}  {:>7}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}  {:>7}"
-"""A round's columns, 76 characters in all."""
+_ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
+"""A round's columns, 78 characters in all."""
+
+_SCORES = {
+    "held_out_loss": "held-out loss (nats/label)",
+    "token_accuracy": "accuracy of the next token",
+    "rouge_l": "ROUGE-L of greedy answers",
+    "bleu_4": "BLEU-4 of greedy answers",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+}
+"""What the final table shows of a run's scores; summary.json has all."""
 
 
 class Display:
@@ -35,6 +46,7 @@ class Display:
         self._rounds = self._first = 0
         self._bytes: dict[int, int] = {}  # by round: one may be run twice
         self._began = 0.0
+        self._score = self._speed = ""  # what the task is judged by from round to round, and what it is counted in
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -70,9 +82,12 @@ class Display:
             f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
             f"{cohort} of {federation.clients} clients each; into {record.folder}"
         )
-        self._print(_ROUND.format("round", "loss", "held-out", "tokens/s", "up", "down", "time", "left"), "dim")
+        classes = "macro_f1" in record.metrics
+        self._score, title = ("macro_f1", "macro F1") if classes else ("token_accuracy", "accuracy")
+        self._speed = "rows/s" if classes else "tokens/s"
+        self._print(_ROUND.format("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left"), "dim")
         if not record.round:
-            self._print(_ROUND.format("before", "", f"{record.held_out_loss:.3f}", *[""] * 5).rstrip())
+            self._print(_ROUND.format("before", "", *self._judged(record.metrics), *[""] * 5).rstrip())
         self._first = record.round  # more than 0 in a run that was taken up again
         self._bar.update(self._task, description="training", total=self._rounds, completed=record.round)
 
@@ -84,7 +99,7 @@ class Display:
             self._task,
             description=f"round {record.round + 1}/{self._rounds}  clients {record.clients_done}/{record.clients}",
             completed=done,
-            note=f"loss {_loss(record.loss)}  {record.labels / record.seconds:,.0f} tokens/s  "
+            note=f"loss {_loss(record.loss)}  {record.labels / record.seconds:,.0f} {self._speed}  "
             f"up {size(sum(self._bytes.values()) + record.uplink_bytes)}  {clock(left)} left",
         )
 
@@ -96,7 +111,7 @@ class Display:
             _ROUND.format(
                 f"{row.round + 1}/{self._rounds}",
                 _loss(row.loss),
-                "" if row.held_out_loss is None else f"{row.held_out_loss:.3f}",
+                *self._judged(overall(record.scores)),
                 f"{row.labels / row.train_seconds:,.0f}",
                 size(row.uplink_bytes),
                 size(row.downlink_bytes),
@@ -109,6 +124,11 @@ class Display:
             if client.failure is not None:
                 self._print(f"round {row.round + 1}: client {client.client} skipped: {client.failure}")
 
+    def _judged(self, metrics: Mapping[str, float]) -> tuple[str, str]:
+        """Held-out loss and headline score; empty where there was no evaluation."""
+        loss, score = metrics.get("held_out_loss"), metrics.get(self._score)
+        return "" if loss is None else f"{loss:.3f}", "" if score is None else f"{score:.3f}"
+
     def _print(self, line: str, style: str = "") -> None:
         # Text, not str: a folder's name may hold [brackets] that Rich would take for markup.
         self._console.print(Text(line, style), soft_wrap=True)
@@ -117,8 +137,11 @@ class Display:
         """The final table of a run."""
         metrics, sitting = summary.metrics, "since it went on" if summary.resumed else "in all"
         rows = [
-            ("held-out loss (nats/label)", _change(metrics["held_out_loss_before"], metrics["held_out_loss"])),
-            ("ROUGE-L of greedy answers", _change(metrics["rouge_l_before"], metrics["rouge_l"])),
+            *(
+                (title, f"{metrics[f'{name}_before']:.4f} -> {metrics[name]:.4f}")
+                for name, title in _SCORES.items()
+                if name in metrics
+            ),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_bytes)),
             ("rank of the last change", f"{summary.change_rank:g} (median over target layers)"),
@@ -166,10 +189,6 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _change(before: float | None, after: float | None) -> str:
-    return "not asked for" if before is None or after is None else f"{before:.4f} -> {after:.4f}"
 
 
 def _privacy(spent: Mapping[str, float]) -> str:

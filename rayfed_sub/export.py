@@ -77,7 +77,7 @@ def export_peft(run_dir: Path, to: Path, client: int | None = None) -> Export:
 
 
 def _read(run_dir: Path, to: Path, client: int | None) -> _Trained:
-    config, _ = finished(run_dir)
+    config = finished(run_dir)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
     make(to, "--to")

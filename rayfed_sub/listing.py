@@ -16,14 +16,15 @@ def methods() -> Listing:
 
 
 def tasks() -> Listing:
-    """Name and what it is."""
-    return ("name", "what"), [
-        ("python-docs", "questions and answers from the standard library's docstrings, keyed by module (built in)"),
-        (
-            "table",
-            "any datasets source at task.path: hub id, Parquet, JSONL or CSV, with task.prompt and columns",
-        ),
-    ]
+    """Name, data set's hub id, what it is, the column that deals out the rows where none is named, licence."""
+    from rayfed_sub.data.python_docs import COLUMN
+    from rayfed_sub.data.tasks import TASKS
+
+    docs = "questions and answers from the standard library's docstrings, keyed by module"
+    table = "any datasets source at task.path: hub id, Parquet, JSONL or CSV, with task.prompt or task.image"
+    rows: list[tuple[object, ...]] = [("python-docs", "built in", docs, COLUMN, "PSF-2.0")]
+    rows += [(name, task.hub, task.what, task.key, task.licence) for name, task in TASKS.items()]
+    return ("name", "hub id", "what", "column", "licence"), [*rows, ("table", "yours", table, "none", "yours")]
 
 
 def models() -> Listing:

@@ -40,7 +40,10 @@ def _overview(plan: Plan) -> Iterable[tuple[str, str]]:
     every, cohort, trained = plan.clients
     memory, machine = plan.worker, plan.machine
     yield "clients", f"{every}, {cohort} a round, {trained} ever train"
-    yield "longest row", f"{plan.rows.tokens} tokens, {plan.rows.labels} of them labels"
+    if plan.rows.side:
+        yield "images", f"{plan.rows.side} x {plan.rows.side} pixels"
+    else:
+        yield "longest row", f"{plan.rows.tokens} tokens, {plan.rows.labels} of them labels"
     yield "backbone, once per node", size(plan.backbone)
     yield "data set, once per node", size(plan.data)
     yield "broadcast, once per node and round", size(plan.broadcast)

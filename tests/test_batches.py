@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rayfed_sub.data.batches import ClientBatches, batch_rows, collate, merge
-from rayfed_sub.data.rows import Rows
+from rayfed_sub.data.batches import POOL, ClientBatches, batch_rows, collate, merge
+from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.streams import stream
 
 PAD = 9
 SPOKEN = Rows.of([[1, 2, 3, 4], [5, 6], [7, 8, 1]], prompts=[2, 1, 0])
@@ -42,6 +43,117 @@ def test_a_batch_needs_only_its_number() -> None:
     backward = [batch_rows(3, 1, mine, 4, step).tolist() for step in reversed(range(40))]
     assert forward == backward[::-1]
     assert len(batch_rows(3, 1, mine, 4, 10**12)) == 4
+
+
+# --- which rows, by length
+
+
+def life(rows: int, batch_size: int, client: int = 5, seed: int = 0, epochs: int = 4) -> tuple[Ints, list[list[int]]]:
+    """Lengths of `rows` rows, which are numbered from 100, and the client's batches."""
+    lengths = stream(0, "lengths").integers(1, 500, 100 + rows)
+    steps = rows * epochs // min(batch_size, rows)
+    mine = np.arange(100, 100 + rows)
+    return lengths, [batch_rows(seed, client, mine, batch_size, step, lengths).tolist() for step in range(steps)]
+
+
+def pools(rows: int, size: int, epoch: int) -> list[range]:
+    """Numbers of the batches that lie inside one epoch, in pools: batch t covers places t * size to (t + 1) * size of
+    the run, and the epoch covers the places from epoch * rows to (epoch + 1) * rows."""
+    whole = [t for t in range((epoch + 1) * rows) if epoch * rows <= t * size and (t + 1) * size <= (epoch + 1) * rows]
+    return [range(whole[i], whole[min(i + POOL, len(whole)) - 1] + 1) for i in range(0, len(whole), POOL)]
+
+
+SIZES = [(12, 4), (10, 4), (7, 3), (3, 8), (1, 4), (5, 1), (100, 4), (64, 4), (101, 8), (37, 36)]
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), SIZES)
+def test_every_epoch_is_a_permutation_with_lengths_too(rows: int, batch_size: int) -> None:
+    """Each place of the run is filled once, though within a pool the places change."""
+    _, batches = life(rows, batch_size)
+    size = min(batch_size, rows)
+    assert {len(batch) for batch in batches} == {size}
+    for epoch in range(3):
+        inside = [row for pool in pools(rows, size, epoch) for t in pool for row in batches[t]]
+        border = []  # (place in the run, row) of batches that touch the next or the last epoch
+        for t, batch in enumerate(batches):
+            if t * size // rows != ((t + 1) * size - 1) // rows:
+                border += [(t * size + i, row) for i, row in enumerate(batch)]
+        inside += [row for place, row in border if place // rows == epoch]
+        assert sorted(inside) == list(range(100, 100 + rows))
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), SIZES)
+def test_a_pool_is_cut_from_its_sorted_rows(rows: int, batch_size: int) -> None:
+    lengths, batches = life(rows, batch_size)
+    for epoch in range(3):
+        for pool in pools(rows, min(batch_size, rows), epoch):
+            by_rank = sorted((batches[t] for t in pool), key=lambda batch: [int(lengths[row]) for row in batch])
+            told = [int(lengths[row]) for batch in by_rank for row in batch]
+            assert told == sorted(told)
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), SIZES)
+def test_pools_and_borders_hold_the_rows_that_they_would_hold_unsorted(rows: int, batch_size: int) -> None:
+    _, batches = life(rows, batch_size)
+    size, mine = min(batch_size, rows), np.arange(100, 100 + rows)
+    plain = [batch_rows(0, 5, mine, batch_size, step).tolist() for step in range(len(batches))]
+    pooled = [pool for epoch in range(3) for pool in pools(rows, size, epoch)]
+    for pool in pooled:
+        assert sorted(row for t in pool for row in batches[t]) == sorted(row for t in pool for row in plain[t])
+    inside = {t for pool in pooled for t in pool}
+    borders = [t for t in range(3 * rows // size) if t not in inside]
+    assert [batches[t] for t in borders] == [plain[t] for t in borders]
+    assert bool(borders) == bool(rows % size)
+
+
+def test_equal_lengths_keep_the_order_of_the_run() -> None:
+    mine, lengths = np.arange(32), np.arange(32) % 2
+    pool = [row for step in range(8) for row in batch_rows(0, 5, mine, 4, step).tolist()]
+    batches = [batch_rows(0, 5, mine, 4, step, lengths).tolist() for step in range(8)]
+    pool.sort(key=lambda row: row % 2)  # Python's sort is stable
+    assert sorted(batches) == sorted(pool[i : i + 4] for i in range(0, 32, 4))
+
+
+def ranks(rows: int, client: int, pool: int = 0, seed: int = 0) -> list[int]:
+    """By step of a pool: the place of its batch among the pool's batches by length, where lengths all differ."""
+    lengths = np.arange(rows)
+    steps = range(pool * POOL, min((pool + 1) * POOL, rows // 4))
+    longest = [int(batch_rows(seed, client, np.arange(rows), 4, step, lengths).max()) for step in steps]
+    return [sorted(longest).index(one) for one in longest]
+
+
+def test_clients_meet_short_and_long_batches_at_the_same_time() -> None:
+    """Pools of 8 batches of 4 rows; 72 rows are two whole pools and one of 2 batches."""
+    assert sorted(ranks(72, client=0)) == list(range(8))
+    assert ranks(72, client=0) == ranks(72, client=1) == ranks(32, client=2)
+    assert ranks(72, client=0, pool=1) == ranks(72, client=3, pool=1) != ranks(72, client=0)
+    assert ranks(72, client=0, seed=1) != ranks(72, client=0)
+    assert sorted(ranks(72, client=0, pool=2)) == [0, 1]
+    # A client of 20 rows has 5 batches; they stand to each other as the first 5 of those with 8.
+    first = ranks(72, client=0)[:5]
+    assert ranks(20, client=4) == [sorted(first).index(rank) for rank in first]
+
+
+def test_a_pack_is_padded_less() -> None:
+    """4 clients of 64 rows with lengths 1 to 64, a batch of 4 rows each.  The longest of 16 rows at random is about
+    16/17 of 64, so 46 % of a pack is padding: 1 - 32.5 / 60.  Sorted, a batch holds an eighth of a pool's lengths,
+    about 8 of 64, and were all clients' eighths the same, the mean longest would be 36: 1 - 32.5 / 36 = 10 %."""
+    lengths = np.arange(1, 65)
+
+    def padding(known: Ints | None) -> float:
+        packs = [[lengths[batch_rows(0, k, np.arange(64), 4, t, known)] for k in range(4)] for t in range(16)]
+        return 1 - sum(np.sum(pack) for pack in packs) / sum(16 * np.max(pack) for pack in packs)
+
+    assert padding(None) > 0.4
+    assert padding(lengths) < 0.2
+
+
+def test_a_sorted_batch_needs_only_its_number() -> None:
+    lengths, mine = np.arange(10)[::-1] * 3, np.arange(10)
+    forward = [batch_rows(3, 1, mine, 4, step, lengths).tolist() for step in range(40)]
+    backward = [batch_rows(3, 1, mine, 4, step, lengths).tolist() for step in reversed(range(40))]
+    assert forward == backward[::-1]
+    assert len(batch_rows(3, 1, mine, 4, 10**12, lengths)) == 4
 
 
 # --- as tensors
@@ -85,8 +197,15 @@ def test_client_batches_go_on_where_they_stopped() -> None:
     first, rest = client_batches(0, 4), client_batches(4, 2)
     assert (len(first), len(rest)) == (4, 2)
     assert whole == [batch["input_ids"].flatten().tolist() for part in (first, rest) for batch in part]
-    expected = batch_rows(0, 2, np.arange(3, 13), 4, step=5)
+    expected = batch_rows(0, 2, np.arange(3, 13), 4, step=5, lengths=np.ones(20, np.int64))
     assert rest[1]["input_ids"].flatten().tolist() == expected.tolist()  # row i holds token i
+
+
+def test_client_batches_know_the_lengths_of_their_rows() -> None:
+    rows = Rows.of([[i] * (i + 1) for i in range(16)], prompts=[0] * 16)
+    batches = ClientBatches(rows, np.arange(16), 0, 2, 4, 0, 4, mask_prompt=True, pad=PAD)
+    # Rows of 1 to 16 tokens, one pool of 4 batches: the widths are those of sorted rows.
+    assert sorted(batch["input_ids"].shape[1] for batch in batches) == [4, 8, 12, 16]
 
 
 @pytest.mark.parametrize("index", [-1, 2])

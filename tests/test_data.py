@@ -39,6 +39,15 @@ class ByteCodec:
     def text(self, text: str) -> list[int]:
         return [CLS, *text.encode(), EOS]
 
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.prompt(text) for text in texts]
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.answer(text) for text in texts]
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.text(text) for text in texts]
+
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode()
 
@@ -216,12 +225,13 @@ def test_first_paragraph(doc: object, text: str) -> None:
 def same(one: Dataset, other: Dataset) -> bool:
     def content(data: Dataset) -> list[list[int]]:
         arrays = (data.train.tokens, data.held_out.tokens, data.client_rows, data.client_offsets)
+        arrays = (*arrays, data.held_out_clients, data.train_keys)
         return [array.tolist() for array in arrays]
 
     return content(one) == content(other)
 
 
-@pytest.mark.parametrize("kind", ["column", "dirichlet", "iid", "pool"])
+@pytest.mark.parametrize("kind", ["column", "dirichlet", "shards", "power-law", "iid", "pool"])
 def test_training_rows_are_dealt_out_whole_and_apart_from_the_held_out(kind: str) -> None:
     pairs = numbered({"x": 40, "y": 30, "z": 10})
     clients = 1 if kind == "pool" else 3
@@ -235,7 +245,6 @@ def test_training_rows_are_dealt_out_whole_and_apart_from_the_held_out(kind: str
     assert data.client_offsets[[0, -1]].tolist() == [0, 64]
     assert all(len(data.rows_of(client)) > 0 for client in range(clients))
     assert not set(as_text(data.train)) & set(as_text(data.held_out))
-    assert list(zip(data.questions, data.references, strict=True)) == as_text(data.held_out)
     assert same(data, build(0))
     assert not same(data, build(1))
 
@@ -246,7 +255,7 @@ def test_a_column_makes_the_largest_values_clients_and_leaves_the_rest_out() -> 
     assert data.client_names == ("large", "middle", "other")
     # 0.1 of 30, 10 and 10 rows are held out; "small" (q0, q1, q2) is nowhere.
     assert [len(data.rows_of(client)) for client in range(3)] == [27, 9, 9]
-    seen = {question for question, _ in as_text(data.train)} | set(data.questions)
+    seen = {question for rows in (data.train, data.held_out) for question, _ in as_text(rows)}
     assert seen == {f"q{i}" for i in range(3, 53)}
     first = {as_text(data.train)[row][0] for row in data.rows_of(0)}
     assert first <= {f"q{i}" for i in range(3, 33)}
@@ -270,12 +279,7 @@ def test_classes_from_a_table(tmp_path: Path) -> None:
             print(json.dumps({"text": f"t{i}", "mood": "glad" if i % 4 else "sad"}), file=lines)
     task = Task(name="table", path=file, prompt="{text}", label="mood", held_out=0.2)
     data = load_dataset(task, federation("iid", 4), CODEC, seed=0)
-    assert (data.kind, data.class_names, data.questions, data.references) == (
-        "classification",
-        ("glad", "sad"),
-        (),
-        (),
-    )
+    assert (data.kind, data.class_names) == ("classification", ("glad", "sad"))
     assert data.client_names == ("client 0", "client 1", "client 2", "client 3")
     # Held-out rows are spread over the classes: 0.2 of 30 glad and of 10 sad rows.
     assert np.bincount(data.held_out.classes).tolist() == [6, 2]
@@ -283,6 +287,62 @@ def test_classes_from_a_table(tmp_path: Path) -> None:
     for i in range(len(data.train)):
         number = int(CODEC.decode(data.train.row(i).tolist())[1:])
         assert data.train.classes[i] == (0 if number % 4 else 1)
+
+
+def test_keys_of_training_rows_and_the_clients_that_judged_rows_are_like() -> None:
+    """40, 30 and 10 rows of x, y and z; a tenth is held out: 4, 3 and 1."""
+    data = build_dataset(numbered({"x": 40, "y": 30, "z": 10}), Task(), federation("column", 3), CODEC, seed=0)
+    assert data.key_names == ("x", "y", "z")
+    assert data.train_keys.dtype == np.int32
+    number = [int(question[1:]) for question, _ in as_text(data.train)]
+    assert data.train_keys.tolist() == [0 if i < 40 else 1 if i < 70 else 2 for i in number]
+    asked = [int(question[1:]) for question, _ in as_text(data.held_out)]
+    assert data.held_out_clients.dtype == np.int64
+    assert data.held_out_clients.tolist() == [0 if i < 40 else 1 if i < 70 else 2 for i in asked]
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "shards", "power-law", "iid"])
+def test_judged_rows_are_dealt_out_like_the_training_rows_of_their_key(kind: str) -> None:
+    pairs = numbered({"x": 400, "y": 300, "z": 100})
+    data = build_dataset(pairs, Task(held_out=0.2), federation(kind, 4), CODEC, seed=0)
+    counts = np.stack([np.bincount(data.train_keys[data.rows_of(client)], minlength=3) for client in range(4)])
+    asked = [int(question[1:]) for question, _ in as_text(data.held_out)]
+    judged_keys = np.asarray([0 if i < 400 else 1 if i < 700 else 2 for i in asked])
+    for key, held_out in enumerate((80, 60, 20)):
+        dealt = np.bincount(data.held_out_clients[judged_keys == key], minlength=4)
+        exact = held_out * counts[:, key] / counts[:, key].sum()
+        assert dealt.sum() == held_out
+        assert (abs(dealt - exact) < 1).all()  # largest remainders: the whole part, or one more
+
+
+def test_validation_rows_can_be_judged_in_place_of_the_held_out() -> None:
+    pairs, task = numbered({"x": 60, "y": 40}), Task(held_out=0.2, validation=0.1)
+    held_out = build_dataset(pairs, task, federation("column", 2), CODEC, seed=0)
+    validation = build_dataset(pairs, task, federation("column", 2), CODEC, 0, "validation")
+    assert (len(held_out.train), len(held_out.held_out), len(validation.held_out)) == (70, 20, 10)
+    assert as_text(held_out.train) == as_text(validation.train)
+    assert held_out.client_rows.tolist() == validation.client_rows.tolist()
+    assert not set(as_text(validation.held_out)) & set(as_text(held_out.held_out))
+    assert np.bincount(validation.held_out_clients).tolist() == [6, 4]
+
+
+def test_the_census_accounts_for_every_row() -> None:
+    """120 rows: 20 beyond max_rows, then those of "z"; a silent one among x; the question of q0 stands twice."""
+    pairs = numbered({"x": 70, "y": 40, "z": 10})
+    questions = [*pairs.questions[:69], "Q0", *pairs.questions[70:]]
+    answers = ["a0", "-", *pairs.answers[2:]]
+    pairs = Pairs("causal-lm", tuple(questions), tuple(answers), pairs.keys)
+    for seed in range(5):
+        task = Task(max_rows=100, held_out=0.3, validation=0.1)
+        census = build_dataset(pairs, task, federation("column", 2), SilentCodec(), seed).census
+        parts = (census.capped, census.strange, census.silent, census.repeated)
+        assert sum(parts) + census.train + census.validation + census.held_out == census.read == 120
+        assert census.capped == 20
+        assert 0 < census.strange <= 10
+        assert census.silent <= 1
+        assert census.repeated <= 1
+    whole = build_dataset(pairs, Task(), federation("column", 2), SilentCodec(), 0).census
+    assert (whole.capped, whole.strange, whole.silent) == (0, 10, 1)
 
 
 def test_max_rows_counts_training_and_held_out_rows() -> None:

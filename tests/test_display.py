@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rayfed_sub import cli, display
+from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import load_config
 from rayfed_sub.display import Display, print_table
 from rayfed_sub.engine.journal import PackDone, RoundDone, RoundRow, Stage, Started, Summary
@@ -40,11 +41,15 @@ SUMMARY = Summary(
     wall_seconds=61.04,
     train_seconds=42.25,
     peak_memory_bytes=1_234_567_890,
-    metrics={"held_out_loss_before": 4.0, "held_out_loss": 3.25, "rouge_l_before": 0.1, "rouge_l": 0.234},
+    metrics={"held_out_loss_before": 4.0, "held_out_loss": 3.25, "rouge_l_before": 0.1, "rouge_l": 0.234, "x": 1.0},
     versions={},
     environment={},
     folder="runs/[look]",
 )
+
+
+SCORE = "token_accuracy"
+BEFORE = {"held_out_loss": 4.0, SCORE: 0.125}
 
 
 class Clock:
@@ -89,7 +94,8 @@ def round_done(n: int, held_out: float | None = 3.5, loss: float | None = 2.5) -
         train_seconds=4.0,
         seconds=5.0,
     )
-    return RoundDone(row, ())
+    scores = [] if held_out is None else [Score(None, "held_out_loss", held_out, 9), Score(None, SCORE, 0.25, 9)]
+    return RoundDone(row, (), (*scores, *(Score(3, score.metric, 9.9, 1) for score in scores)))
 
 
 def plain(text: str) -> str:
@@ -101,7 +107,7 @@ def test_the_live_line_says_where_the_run_is(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
         shown.show(Stage("reading task and model"))
-        shown.show(Started(CONFIG, Path("runs/look"), 4.0, None, 10**6))
+        shown.show(Started(CONFIG, Path("runs/look"), BEFORE, 10**6))
         clock.now += 4
         shown.show(pack(0, 8))
         clock.now += 1
@@ -124,7 +130,7 @@ def test_the_live_line_stays_one_line(width: int) -> None:
     """A long run's numbers: what does not fit is cut, not folded."""
     terminal, text = console(terminal=True, width=width)
     with Display(terminal) as shown:
-        shown.show(Started(CONFIG, Path("runs/look"), 4.0, None, 10**6))
+        shown.show(Started(CONFIG, Path("runs/look"), BEFORE, 10**6))
         shown.show(PackDone(4, 8, 8, loss=12.345, labels=999_999, seconds=1.0, uplink_bytes=987_654_321))
         text.seek(0)
         text.truncate()
@@ -138,7 +144,7 @@ def test_the_live_line_stays_one_line(width: int) -> None:
 def test_a_run_that_was_taken_up_again_does_not_count_the_rounds_before(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
-        shown.show(Started(CONFIG, Path("runs/look"), 4.0, None, 10**6, round=3))
+        shown.show(Started(CONFIG, Path("runs/look"), BEFORE, 10**6, round=3))
         clock.now += 10
         shown.show(pack(3, 8))
         shown._bar.refresh()
@@ -150,7 +156,7 @@ def test_without_a_terminal_each_round_is_one_plain_line(clock: Clock) -> None:
     pipe, text = console(terminal=False, width=40)
     with Display(pipe) as shown:
         shown.show(Stage("reading task and model"))
-        shown.show(Started(CONFIG, Path("runs/[look]"), 4.0, None, 10**6))
+        shown.show(Started(CONFIG, Path("runs/[look]"), BEFORE, 10**6))
         for n in range(2):
             clock.now += 4
             shown.show(pack(n, 4))
@@ -162,22 +168,30 @@ def test_without_a_terminal_each_round_is_one_plain_line(clock: Clock) -> None:
     assert text.getvalue().splitlines() == [
         "reading task and model",
         "look: fedftg, 5 rounds of 4 local steps, 8 of 100 clients each; into runs/[look]",
-        "   round     loss  held-out  tokens/s        up      down      time     left",
-        "  before              4.000",
-        "     1/5    2.500     3.500     3,000  200.0 kB    1.6 MB     5.0 s     0:20",  # 5 s each, four more
-        "     2/5    2.500               3,000  200.0 kB    1.6 MB     5.0 s     0:15",
-        "     3/5        -     3.500     3,000  200.0 kB    1.6 MB     5.0 s     0:10",
+        "  round    loss  held-out  accuracy tokens/s       up     down    time    left",
+        " before             4.000     0.125",
+        "    1/5   2.500     3.500     0.250    3,000 200.0 kB   1.6 MB   5.0 s    0:20",  # 5 s each, four more
+        "    2/5   2.500                        3,000 200.0 kB   1.6 MB   5.0 s    0:15",
+        "    3/5       -     3.500     0.250    3,000 200.0 kB   1.6 MB   5.0 s    0:10",
     ]
 
 
 def test_rounds_stay_above_the_live_line_in_a_terminal_too(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
-        shown.show(Started(CONFIG, Path("runs/look"), 4.0, None, 10**6))
+        shown.show(Started(CONFIG, Path("runs/look"), BEFORE, 10**6))
         clock.now += 5
         shown.show(pack(0, 8))
         shown.show(round_done(0))
-    assert "     1/5    2.500     3.500     3,000  200.0 kB    1.6 MB     5.0 s     0:20\n" in plain(text.getvalue())
+    assert "    1/5   2.500     3.500     0.250    3,000 200.0 kB   1.6 MB   5.0 s    0:20\n" in plain(text.getvalue())
+
+
+def test_a_classifier_is_followed_by_its_macro_f1_and_counted_in_rows() -> None:
+    pipe, text = console(terminal=False)
+    with Display(pipe) as shown:
+        shown.show(Started(CONFIG, Path("runs/look"), {"held_out_loss": 1.4, "accuracy": 0.5, "macro_f1": 0.3}, 10**6))
+    title, before = text.getvalue().splitlines()[-2:]
+    assert (title.split()[3:6], before.split()) == (["macro", "F1", "rows/s"], ["before", "1.400", "0.300"])
 
 
 def test_the_final_table(clock: Clock) -> None:
@@ -201,12 +215,14 @@ def test_the_final_table(clock: Clock) -> None:
         assert tuple(cells) == row
 
 
-def test_a_table_that_was_not_asked_for_answers_says_so() -> None:
+def test_the_table_shows_the_scores_there_are() -> None:
     pipe, text = console(terminal=False)
-    metrics = {**SUMMARY.metrics, "rouge_l_before": None, "rouge_l": None}
+    metrics = {"accuracy_before": 0.25, "accuracy": 0.5, "macro_f1_before": 0.2, "macro_f1": 0.75}
     Display(pipe).table(Summary(**{**vars(SUMMARY), "metrics": metrics, "downlink_bytes": 0}))
-    assert "not asked for" in text.getvalue()
-    assert "nothing, against 25.0 MB of dense target weights" in text.getvalue()
+    said = text.getvalue()
+    assert all(cell in said for cell in ("macro F1", "0.2000 -> 0.7500", "0.2500 -> 0.5000"))
+    assert "ROUGE-L" not in said
+    assert "nothing, against 25.0 MB of dense target weights" in said
 
 
 def test_at_100_columns_the_checksum_is_on_one_line() -> None:

@@ -183,7 +183,7 @@ def stand_in(folder: Path) -> Any:
         build(config.method)
         row = RoundRow(0, 8, 0, 3.0, 2.5, 64, 64, 10, 4.0, None, 1.0, 1.0)
         pd.DataFrame([vars(row)]).to_parquet(folder / "rounds.parquet")
-        metrics = {"held_out_loss_before": 3.0, "held_out_loss": 2.5, "rouge_l_before": None, "rouge_l": None}
+        metrics = {"held_out_loss_before": 3.0, "held_out_loss": 2.5}
         name = str(config.method["name"])
         return Summary(
             config.name, name, 1, "0" * 64, 64, 64, 256, 4.0, 1.0, 1.0, 1, metrics, {}, {}, folder=str(folder)

@@ -89,7 +89,8 @@ def _title(process: psutil.Process) -> str:
 def test_the_folder_of_a_run(undisturbed: Summary) -> None:
     folder = Path(undisturbed.folder)
     assert {p.name for p in folder.iterdir()} == {
-        *("config.yaml", "summary.json", "rounds.parquet", "clients.parquet", "log.jsonl", "checkpoints")
+        *("rounds.parquet", "clients.parquet", "scores.parquet"),
+        *("config.yaml", "summary.json", "log.jsonl", "checkpoints"),
     }
     summary = json.loads((folder / "summary.json").read_text())
     for key in (

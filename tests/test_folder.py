@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from pyarrow import parquet
 
+from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import load_config
 from rayfed_sub.engine.folder import (
     check_free,
@@ -22,7 +23,7 @@ from rayfed_sub.engine.folder import (
     reopen,
     summary_of,
 )
-from rayfed_sub.engine.journal import Beginning, ClientRow, RoundRow, Summary
+from rayfed_sub.engine.journal import Beginning, ClientRow, RoundDone, RoundRow, Summary
 from rayfed_sub.errors import RunError, UserError
 
 CONFIG = load_config({"name": "kept", "federation": {"rounds": 2}})
@@ -40,8 +41,19 @@ def client_row(n: int, client: int) -> ClientRow:
     return ClientRow(n, client, 3.0, 50, 100, 2.5, 2.25, 25.0, 4.0, 1.0)
 
 
+def done(n: int, held_out: float | None, *clients: int) -> RoundDone:
+    """Round n of these clients, after which client 1 and all together have the loss `held_out`."""
+    scores = [] if held_out is None else [Score(who, "held_out_loss", held_out, 50) for who in (None, 1)]
+    return RoundDone(round_row(n, held_out), tuple(client_row(n, client) for client in clients), tuple(scores))
+
+
+def score_rows(folder: Path) -> list[tuple[int, int | None, float]]:
+    rows = parquet.read_table(folder / "scores.parquet").to_pylist()
+    return [(row["rounds"], row["client"], row["value"]) for row in rows]
+
+
 def summary(folder: Path) -> Summary:
-    metrics: dict[str, float | None] = {"held_out_loss": 2.0, "rouge_l": None}
+    metrics = {"held_out_loss_before": 4.0, "held_out_loss": 2.0}
     return Summary("kept", "fedftg", 2, "ab" * 32, 1, 2, 3, 8.0, 2.0, 1.0, 4, metrics, {}, {}, folder=str(folder))
 
 
@@ -94,8 +106,8 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
     assert list(pd.read_parquet(tmp_path / "rounds.parquet").columns) == list(RoundRow.__dataclass_fields__)
     assert len(pd.read_parquet(tmp_path / "clients.parquet")) == 0
 
-    folder.add(round_row(0, None), [client_row(0, 1), client_row(0, 5)])
-    folder.add(round_row(1, 2.0), [client_row(1, 1)])
+    folder.add(done(0, None, 1, 5))
+    folder.add(done(1, 2.0, 1))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(entry["event"], entry["round"], entry["held_out_loss"]) for entry in log] == [
         ("round", 0, None),
@@ -107,13 +119,15 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
     assert rounds["held_out_loss"].isna().tolist() == [True, False]
     assert list(zip(clients["round"], clients["client"], strict=True)) == [(0, 1), (0, 5), (1, 1)]
     assert round_rows(tmp_path) == [round_row(0, None), round_row(1, 2.0)]
+    assert score_rows(tmp_path) == [(2, None, 2.0), (2, 1, 2.0)]  # after two rounds, over all rows and client 1's
+    assert folder.scores(2) == [Score(None, "held_out_loss", 2.0, 50), Score(1, "held_out_loss", 2.0, 50)]
 
     folder.write_summary(summary(tmp_path))
     told = json.loads((tmp_path / "summary.json").read_text())
-    assert told["metrics"] == {"held_out_loss": 2.0, "rouge_l": None}
+    assert told["metrics"] == {"held_out_loss_before": 4.0, "held_out_loss": 2.0}
     assert "folder" not in told  # a run may be moved
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("clients.parquet", "config.yaml", "log.jsonl", "rounds.parquet", "summary.json")
+        *("clients.parquet", "config.yaml", "log.jsonl", "rounds.parquet", "scores.parquet", "summary.json")
     ]
 
 
@@ -122,7 +136,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = create(tmp_path, CONFIG)
-    folder.add(round_row(0, 3.0), [client_row(0, 1)])
+    folder.add(done(0, 3.0, 1))
     folder.write_tables()
     folder.write_summary(summary(tmp_path))
     before = (tmp_path / file).read_bytes()
@@ -131,7 +145,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", cut_off)
-    folder.add(round_row(1, 2.0), [])
+    folder.add(done(1, 2.0))
     writes = {
         "config.yaml": lambda: create(tmp_path, load_config({"name": "another"})),
         "rounds.parquet": folder.write_tables,
@@ -149,11 +163,10 @@ def test_a_run_is_finished_once_it_has_its_summary(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder of a finished run"):
         finished(tmp_path)
     folder.write_summary(summary(tmp_path))
-    config, told = finished(tmp_path)
-    assert (config, told["rounds"]) == (CONFIG, 2)
+    assert finished(tmp_path) == CONFIG
 
 
-BEGINNING = Beginning(4.0, None, {"torch": "2.13"}, {"threads": 1})
+BEGINNING = Beginning((Score(None, "held_out_loss", 4.0, 50),), {"torch": "2.13"}, {"threads": 1})
 
 
 def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: Path) -> None:
@@ -162,7 +175,7 @@ def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: 
     assert not first.begun()
     first.begin(BEGINNING)
     for n in range(3):
-        first.add(round_row(n, 2.0), [client_row(n, 1), client_row(n, 5)])
+        first.add(done(n, 2.0, 1, 5))
         if n == 1:
             first.write_tables()
     with (tmp_path / "log.jsonl").open("a") as log:
@@ -173,11 +186,15 @@ def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: 
     assert again.go_on(1) == BEGINNING
     assert again.rounds["round"].to_pylist() == [0]
     for n in (1, 2):
-        again.add(round_row(n, 1.0), [client_row(n, 2)])
+        again.add(done(n, 1.0, 2))
     again.write_tables()
     assert round_rows(tmp_path) == [round_row(0, 2.0), round_row(1, 1.0), round_row(2, 1.0)]
     clients = pd.read_parquet(tmp_path / "clients.parquet")
     assert list(zip(clients["round"], clients["client"], strict=True)) == [(0, 1), (0, 5), (1, 2), (2, 2)]
+    assert score_rows(tmp_path) == [
+        *((0, None, 4.0), (1, None, 2.0), (1, 1, 2.0)),
+        *((2, None, 1.0), (2, 1, 1.0), (3, None, 1.0), (3, 1, 1.0)),
+    ]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(entry["event"], entry.get("round")) for entry in log] == [
         *(("started", None), ("round", 0), ("resumed", 1), ("round", 1), ("round", 2))
@@ -196,7 +213,7 @@ def test_a_first_line_that_was_torn_is_written_anew(tmp_path: Path) -> None:
 def test_tables_that_lack_a_finished_round_are_refused(tmp_path: Path) -> None:
     folder = create(tmp_path, CONFIG)
     folder.begin(BEGINNING)
-    folder.add(round_row(0, 2.0), [])
+    folder.add(done(0, 2.0))
     folder.write_tables()
     with pytest.raises(UserError, match=r"--resume: got .*; allowed: a run folder with 2 rounds in rounds.parquet"):
         reopen(tmp_path, CONFIG).go_on(2)

@@ -14,7 +14,7 @@ PACKAGE = Path(rayfed_sub.__file__).parent
 
 # From top to bottom.  A file may import from its own layer and from those below.
 LAYERS = (
-    ("cli", "display", "export", "listing", "plan_tables", "__init__"),
+    ("cli", "display", "export", "listing", "plan_tables", "partition_picture", "partition_tables", "__init__"),
     ("engine",),
     ("analysis",),
     ("methods",),
@@ -33,11 +33,15 @@ HOMES = {
     "absl": ("analysis",),
     "bitsandbytes": ("training",),
     "transformers": ("models",),
+    "PIL": ("data", "models"),
     "flwr_datasets": ("data",),
     "datasets": ("data", "metrics"),
     "evaluate": ("metrics",),
     "rouge_score": ("metrics",),
-    "rich": ("display", "plan_tables"),
+    "sacrebleu": ("metrics",),
+    "sklearn": ("metrics",),
+    "rich": ("display", "plan_tables", "partition_tables"),
+    "matplotlib": ("partition_picture",),
     "typer": ("cli",),
 }
 # Importing one of these takes seconds, so it happens inside the function that needs it.
@@ -50,7 +54,10 @@ SLOW = (
     "datasets",
     "dp_accounting",
     "evaluate",
+    "matplotlib",
     "rouge_score",
+    "sacrebleu",
+    "sklearn",
 )
 
 

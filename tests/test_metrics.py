@@ -1,13 +1,22 @@
-"""ROUGE-L against rouge_score itself and against a longest common subsequence worked out here."""
+"""The scores against the libraries that define them, and against arithmetic shown here."""
 
+from __future__ import annotations
+
+import math
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 
-from rayfed_sub.metrics import rouge_l, rouge_l_metric
+from rayfed_sub.metrics.classes import class_scores, confusion
+from rayfed_sub.metrics.evaluate_metrics import METRICS, metric
+from rayfed_sub.metrics.texts import bleu_4, rouge_l
+from rayfed_sub.metrics.tokens import perplexity, token_accuracy
 
 PREDICTIONS = ["The cat sat on the mat.", "Return the sum of a and b", "", "nothing alike"]
 REFERENCES = ["the cat lay on a mat", "Return a and b, the sum of them.", "an answer", "something else"]
@@ -42,31 +51,203 @@ def test_rouge_l_agrees_with_rouge_score_and_the_subsequence() -> None:
     assert rouge_l(PREDICTIONS, REFERENCES) == pytest.approx(sum(theirs) / 4)
 
 
-def test_rouge_l_of_equal_texts_is_one() -> None:
-    assert rouge_l(["a b c", "d"], ["a b c", "d"]) == 1.0
+def test_bleu_4_by_hand() -> None:
+    """Two pairs, counted together.
+
+    told "the cat sat on the mat" (6 words), wanted "the cat sat on a red mat" (7); told "a b c d e", wanted the same.
+    1-grams: the, cat, sat, on, mat of 6 (the second "the" is not wanted twice), and 5 of 5: 10 of 11.
+    2-grams: the cat, cat sat, sat on of 5, and 4 of 4: 7 of 9.    3-grams: 2 of 4, and 3 of 3: 5 of 7.
+    4-grams: "the cat sat on" of 3, and 2 of 2: 3 of 5.    11 words told for 12: times exp(1 - 12/11).
+    """
+    told, wanted = ["the cat sat on the mat", "a b c d e"], ["the cat sat on a red mat", "a b c d e"]
+    by_hand = math.exp(1 - 12 / 11) * (10 / 11 * 7 / 9 * 5 / 7 * 3 / 5) ** (1 / 4)
+    assert bleu_4(told, wanted) == pytest.approx(by_hand)
+    # Told longer than wanted costs no more than the words that are too many: 7 words for 6, precisions turned round.
+    by_hand = (10 / 12 * 7 / 10 * 5 / 8 * 3 / 6) ** (1 / 4)
+    assert bleu_4(wanted, told) == pytest.approx(by_hand)
 
 
-def test_the_metric_is_evaluate_s_and_takes_batches(tmp_path: Path) -> None:
+def test_bleu_4_of_few_matches_is_smoothed() -> None:
+    # "a b c x": 1-grams 3 of 4, 2-grams 2 of 3, 3-grams 1 of 2, 4-grams none: half of one.
+    assert bleu_4(["a b c x"], ["a b c d"]) == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * (1 / 2) / 1) ** (1 / 4))
+    # "a x y z": 1 of 4; then 1/2 of 3, 1/4 of 2 and 1/8 of 1.
+    assert bleu_4(["a x y z"], ["a b c d"]) == pytest.approx((1 / 4 * 1 / 6 * 1 / 8 * 1 / 8) ** (1 / 4))
+
+
+def test_bleu_4_agrees_with_sacrebleu() -> None:
+    theirs = sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score
+    assert 0 < theirs < 100
+    assert bleu_4(PREDICTIONS, REFERENCES) == theirs / 100
+    # It is of the corpus: the mean over the pairs is another number.
+    each = [bleu_4([told], [wanted]) for told, wanted in zip(PREDICTIONS, REFERENCES, strict=True)]
+    assert abs(sum(each) / len(each) - theirs / 100) > 0.01
+    assert bleu_4(["A b c d"], ["a b c d"]) < 1  # capitals count
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted", "rouge", "bleu"),
+    [
+        (["a b c d", "e"], ["a b c d", "e"], 1.0, 1.0),  # equal
+        (["a b c"], ["a b c"], 1.0, 0.0),  # equal, but the whole corpus has no 4-gram
+        ([""], ["a b c d"], 0.0, 0.0),  # an empty answer
+        (["a b c d"], [""], 0.0, 0.0),
+        ([""], [""], 0.0, 0.0),  # nothing at all counts as wrong, equal or not
+        (["", "a b c d"], ["", "a b c d"], 0.5, 1.0),  # an empty pair is a pair of the mean, but no words of the corpus
+        (["e f g h"], ["a b c d"], 0.0, 0.0),  # no smoothing where no word is right
+        (["été à la"], ["été à la"], 1.0, 0.0),  # ROUGE sees "t" and "la"
+        (["äöü"], ["äöü"], 0.0, 0.0),  # and here nothing
+    ],
+)
+def test_texts_at_the_edges(told: list[str], wanted: list[str], rouge: float, bleu: float) -> None:
+    assert (rouge_l(told, wanted), bleu_4(told, wanted)) == (rouge, bleu)
+
+
+@pytest.mark.parametrize("score", [rouge_l, bleu_4])
+@pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"]), ([], ["a"]), (["a"], [])])
+def test_texts_that_do_not_match(score: Any, predictions: list[str], references: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"{len(predictions)} predictions for {len(references)} references"):
+        score(predictions, references)
+
+
+def test_perplexity() -> None:
+    assert perplexity(math.log(50)) == pytest.approx(50)  # as unsure as among 50 equally likely tokens
+    assert perplexity(709.0) < math.inf
+    assert perplexity(710.0) == perplexity(math.inf) == math.inf  # e^709.8 is the largest float
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_token_accuracy() -> None:
+    assert token_accuracy(3, 4) == 0.75
+    assert token_accuracy(0, 4) == 0.0
+    assert token_accuracy(0, 0) is None
+
+
+# Class 0: 2 of 3 found.  1: both found, and the third row of 0 was called so too.  2: its one row was called 3.
+LABELS, PREDICTED, NAMES = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 3], ["glioma", "none", "pituitary", "other", "never"]
+
+
+def test_class_scores_by_hand() -> None:
+    """F1 = 2 tp / (2 tp + fp + fn)."""
+    scores = class_scores(LABELS, PREDICTED, NAMES)
+    first, second = 4 / (4 + 0 + 1), 4 / (4 + 1 + 0)
+    assert scores == pytest.approx(
+        {
+            "accuracy": 4 / 6,
+            "macro_f1": (first + second + 0 + 0) / 4,  # over 0, 1, 2 and 3; nobody has or names "never"
+            "f1/glioma": first,
+            "f1/none": second,
+            "f1/pituitary": 0.0,
+            "f1/other": 0.0,
+            "f1/never": 0.0,
+        }
+    )
+    assert list(scores) == ["accuracy", "macro_f1", *(f"f1/{name}" for name in NAMES)]
+    assert all(type(score) is float for score in scores.values())  # summary.json can hold them
+
+
+def test_class_scores_agree_with_scikit_learn() -> None:
+    scores = class_scores(LABELS, PREDICTED, NAMES)
+    assert scores["accuracy"] == accuracy_score(LABELS, PREDICTED)
+    assert scores["macro_f1"] == f1_score(LABELS, PREDICTED, average="macro", zero_division=0)
+    report = classification_report(
+        LABELS, PREDICTED, labels=range(5), target_names=NAMES, output_dict=True, zero_division=0
+    )
+    assert {name: scores[f"f1/{name}"] for name in NAMES} == {name: report[name]["f1-score"] for name in NAMES}
+
+
+def test_a_client_is_judged_on_the_classes_that_it_meets() -> None:
+    """Two of four classes, all right: 1, not 1/2.  A third class, wrongly named once, counts."""
+    names = list("abcd")
+    assert class_scores([1, 3, 3], [1, 3, 3], names)["macro_f1"] == 1.0
+    assert class_scores([1, 3, 3], [1, 3, 0], names)["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_confusion() -> None:
+    told = confusion(LABELS, PREDICTED, 5)
+    assert told == [[2, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 0, 1, 0], [0] * 5, [0] * 5]
+    assert told == confusion_matrix(LABELS, PREDICTED, labels=range(5)).tolist()
+    assert type(told[0][0]) is int
+
+
+@pytest.mark.parametrize(
+    ("labels", "predicted", "message"),
+    [
+        ([], [], "0 predictions for 0 labels"),
+        ([0], [0, 1], "2 predictions for 1 labels"),
+        ([0, 2], [0, 1], r"classes \[2\] of 2"),
+        ([0, 1], [0, -1], r"classes \[-1\] of 2"),
+    ],
+)
+def test_classes_that_do_not_match(labels: list[int], predicted: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        class_scores(labels, predicted, ["no", "yes"])
+    with pytest.raises(ValueError, match=message):
+        confusion(labels, predicted, 2)
+
+
+# name -> batches of columns, what compute wants besides, what it must give.
+USES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]] = {
+    "rouge_l": (
+        {"predictions": PREDICTIONS, "references": REFERENCES},
+        {},
+        {"rouge_l": rouge_l(PREDICTIONS, REFERENCES)},
+    ),
+    "bleu_4": (
+        {"predictions": PREDICTIONS, "references": REFERENCES},
+        {},
+        {"bleu_4": bleu_4(PREDICTIONS, REFERENCES)},
+    ),
+    "token_accuracy": (  # -100 is no label: 2 of 3
+        {"predictions": [5, 6, 7, 8], "references": [-100, 6, 7, 9]},
+        {},
+        {"token_accuracy": 2 / 3},
+    ),
+    "perplexity": (  # the mean of 1, 2 and 3
+        {"predictions": [1.0, 2.0, 3.0]},
+        {},
+        {"perplexity": math.exp(2)},
+    ),
+    "macro_f1": (
+        {"predictions": PREDICTED, "references": LABELS},
+        {"names": NAMES},
+        {**class_scores(LABELS, PREDICTED, NAMES), "confusion": confusion(LABELS, PREDICTED, 5)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_evaluate_metrics_take_batches_and_leave_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import evaluate
 
-    metric = rouge_l_metric(str(tmp_path))
-    assert isinstance(metric, evaluate.Metric)
-    for prediction, reference in zip(PREDICTIONS, REFERENCES, strict=True):
-        metric.add_batch(predictions=[prediction], references=[reference])
-    assert metric.compute()["rouge_l"] == pytest.approx(rouge_l(PREDICTIONS, REFERENCES))
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    elsewhere, own = tmp_path / "elsewhere", tmp_path / "own"
+    elsewhere.mkdir()
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(elsewhere))
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    columns, more, expected = USES[name]
+    built = metric(name, str(own))
+    assert isinstance(built, evaluate.Metric)
+    assert built.name == name
+    for _ in range(2):  # what was computed is forgotten
+        for i in range(0, len(columns["predictions"]), 2):
+            built.add_batch(**{column: values[i : i + 2] for column, values in columns.items()})
+        assert built.compute(**more) == expected
+    assert built.compute(**columns, **more) == expected
+    assert [path for path in own.rglob("*") if path.is_file()] == []
+    assert list(elsewhere.rglob("*")) == []
 
 
-def test_nothing_is_left_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import evaluate
-
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
+def test_the_functions_touch_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     rouge_l(["a"], ["a"])
+    bleu_4(["a"], ["a"])
+    class_scores([0], [0], ["a"])
     assert list(tmp_path.rglob("*")) == []
 
 
-@pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"])])
-def test_rouge_l_of_lists_that_do_not_match(predictions: list[str], references: list[str]) -> None:
-    with pytest.raises(ValueError, match="predictions for"):
-        rouge_l(predictions, references)
+def test_an_unknown_metric(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="metric 'rouge'; there are rouge_l, bleu_4, token_accuracy, perplexity, mac"):
+        metric("rouge", str(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rayfed_sub.models.weights import assemble, load_weights, target_weights, wr
 from rayfed_sub.records import Layer
 from rayfed_sub.streams import stream
 
+THREE = ("few", "some", "many")  # classes
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -59,7 +61,7 @@ def random_model(numbers: dict[str, Any], **fields: Any) -> Model:
 def small(name: str, **fields: Any) -> tuple[Model, Any]:
     numbers, kind, _, _ = ARCHITECTURES[name]
     model = random_model(numbers, **fields)
-    return model, skeleton(model, kind, classes=0 if kind == "causal-lm" else 3)
+    return model, skeleton(model, kind, () if kind == "causal-lm" else THREE)
 
 
 def logits(module: torch.nn.Module, kind: str) -> torch.Tensor:
@@ -107,12 +109,12 @@ def test_head_is_the_classifier(name: str) -> None:
     ],
 )
 def test_heads_of_other_text_models(numbers: dict[str, Any], head: tuple[str, ...]) -> None:
-    assert tuple(x.name for x in skeleton(random_model(numbers), "text-classification", 3).shape.head) == head
+    assert tuple(x.name for x in skeleton(random_model(numbers), "text-classification", THREE).shape.head) == head
 
 
 def test_siglip_pooling_head_is_not_a_block() -> None:
     vision = {**SMALL, "image_size": 32, "patch_size": 8}
-    bones = skeleton(random_model({"type": "siglip", "vision_config": vision}), "image-classification", 3)
+    bones = skeleton(random_model({"type": "siglip", "vision_config": vision}), "image-classification", THREE)
     assert [layer.name for layer in bones.shape.targets] == [
         "vision_model.encoder.layers.0.mlp.fc1",
         "vision_model.encoder.layers.1.mlp.fc1",
@@ -132,7 +134,7 @@ def test_presets_name_layers_that_there_are(kind: str, name: str) -> None:
     default = transformers.AutoConfig.for_model(name)
     known = set(default.to_dict()) | set(default.attribute_map)
     numbers = {key: value for key, value in {**SMALL, "pad_token_id": 0}.items() if key in known}
-    bones = skeleton(random_model({"type": name, **numbers}), kind, 3 * (kind != "causal-lm"))
+    bones = skeleton(random_model({"type": name, **numbers}), kind, THREE if kind != "causal-lm" else ())
     blocks = 1 if name == "albert" else 2  # ALBERT's blocks are one and the same
     assert len(bones.shape.targets) == blocks
     assert all(layer.n == 32 and layer.m > 32 for layer in bones.shape.targets)
@@ -188,7 +190,7 @@ def test_assembled_module_is_the_loaded_one_on_the_given_memory(name: str, tmp_p
     loaded = auto.from_pretrained(tmp_path).eval()
 
     again = Model(path=str(tmp_path))
-    bones = skeleton(again, bones.kind, classes=len(bones.shape.head) and 3)
+    bones = skeleton(again, bones.kind, THREE if bones.shape.head else ())
     tensors = load_weights(again, bones, seed=2)
     module = assemble(bones, tensors)
 
@@ -264,7 +266,7 @@ def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
     kept = load_weights(Model(path=str(tmp_path)), bones, seed=2)
     assert torch.equal(kept["classifier.weight"], tensors["classifier.weight"])  # it fits
 
-    five = skeleton(Model(path=str(tmp_path)), "text-classification", classes=5)
+    five = skeleton(Model(path=str(tmp_path)), "text-classification", "abcde")
     drawn = load_weights(Model(path=str(tmp_path)), five, seed=2)
     expected = stream(2, "weights", "classifier.weight").standard_normal((5, 32), dtype=np.float32)
     np.testing.assert_array_equal(drawn["classifier.weight"].numpy(), expected * np.float32(0.02))
@@ -325,7 +327,7 @@ def test_written_dtype_can_be_chosen(tmp_path: Path) -> None:
 # What a person can get wrong
 
 
-def refusal(model: Model, kind: str = "causal-lm", classes: int = 0, **more: Any) -> str:
+def refusal(model: Model, kind: str = "causal-lm", classes: Sequence[str] = (), **more: Any) -> str:
     with pytest.raises(UserError) as caught:
         skeleton(model, kind, classes, **more)
     assert "\n" not in str(caught.value)
@@ -371,9 +373,11 @@ def test_architecture_without_a_preset_asks_for_an_expression() -> None:
 
 
 def test_kind_errors() -> None:
-    message = refusal(random_model(LLAMA), "image-classification", 3)
+    message = refusal(random_model(LLAMA), "image-classification", THREE)
     assert re.match("model.random: .*for image-classification; llama is not one", message)
-    assert refusal(random_model(BERT), "text-classification", 1).startswith("task.label: got 1; allowed: at least 2")
+    assert refusal(random_model(BERT), "text-classification", ["a"]).startswith(
+        "task.label: got 1; allowed: at least 2"
+    )
 
 
 def test_vocabulary_errors() -> None:

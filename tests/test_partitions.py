@@ -1,4 +1,4 @@
-"""Who holds what: held-out shares, and the rows of the clients."""
+"""Who holds what: the rows of the clients."""
 
 from collections import Counter
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rayfed_sub.config import Federation, Partition, Task
-from rayfed_sub.data.partitions import held_out_rows, key_column, largest_keys, partitioned
+from rayfed_sub.data.partitions import key_column, largest_keys, partitioned, power_law_sizes
 from rayfed_sub.errors import UserError
+from rayfed_sub.streams import stream
 
 NAMES = tuple(f"client {client}" for client in range(100))
 
@@ -21,45 +22,10 @@ def parts_of(kind: str, clients: int, keys: list[str], seed: int = 0, **more: ob
     return [part.tolist() for part in partitioned(keys, NAMES[:clients], shares, seed)]
 
 
-# --- held-out rows
-
-
-def test_held_out_rows_come_from_every_key_in_proportion() -> None:
-    keys = ["a"] * 50 + ["b"] * 30 + ["c"] * 20
-    held_out = held_out_rows(keys, 0.1, seed=0)
-    assert [sum(keys[row] == key for row in held_out) for key in "abc"] == [5, 3, 2]
-    assert held_out.tolist() == sorted(set(held_out.tolist()))
-
-
-def test_what_rounding_leaves_over_goes_to_the_largest_remainders() -> None:
-    keys = ["a"] * 14 + ["b"] * 18 + ["c"] * 11
-    # Shares 1.4, 1.8 and 1.1 of round(4.3) = 4 rows: one each, and the fourth from "b".
-    assert [sum(keys[row] == key for row in held_out_rows(keys, 0.1, 0)) for key in "abc"] == [1, 2, 1]
-
-
-def test_no_key_gives_its_last_row() -> None:
-    keys = ["a", "b", "c", "c"]
-    # Shares 0.9, 0.9 and 1.8 of round(3.6) = 4 rows, but only "c" has a row to spare.
-    assert [keys[row] for row in held_out_rows(keys, 0.9, seed=0)] == ["c"]
-
-
-def test_held_out_rows_follow_the_seed() -> None:
-    keys = ["a"] * 100
-    assert held_out_rows(keys, 0.1, 0).tolist() == held_out_rows(keys, 0.1, 0).tolist()
-    assert held_out_rows(keys, 0.1, 0).tolist() != held_out_rows(keys, 0.1, 1).tolist()
-
-
-@pytest.mark.parametrize(("keys", "share"), [(["a"] * 4, 0.1), (["a", "b", "c"], 0.5)])
-def test_an_empty_held_out_set_is_an_error(keys: list[str], share: float) -> None:
-    with pytest.raises(UserError) as caught:
-        held_out_rows(keys, share, seed=0)
-    assert caught.value.field == "task.held_out"
-
-
 # --- clients
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "shards", "power-law"])
 def test_every_row_has_one_client_by_seed(kind: str) -> None:
     keys = ["a", "b", "c"] * 40
     parts = parts_of(kind, 5, keys)
@@ -92,6 +58,79 @@ def test_dirichlet_draws_again_before_it_gives_up() -> None:
     # With three clients and 12 rows a single draw often leaves a client empty.
     for seed in range(20):
         assert all(parts_of("dirichlet", 3, ["a", "b"] * 6, seed=seed))
+
+
+@pytest.mark.parametrize("kind", ["iid", "shards", "power-law"])
+@pytest.mark.parametrize("rows", [7, 10, 13])
+def test_numbers_that_do_not_divide_leave_no_row_over(kind: str, rows: int) -> None:
+    parts = parts_of(kind, 3, [str(i % 2) for i in range(rows)])
+    assert sorted(row for part in parts for row in part) == list(range(rows))
+
+
+@pytest.mark.parametrize(("kind", "more"), [("iid", {}), ("shards", {"shards_per_client": 1}), ("power-law", {})])
+def test_clients_of_one_row(kind: str, more: dict[str, object]) -> None:
+    assert sorted(parts_of(kind, 4, ["a", "b", "a", "c"], **more)) == [[0], [1], [2], [3]]
+
+
+def test_shards_are_runs_of_the_sorted_rows() -> None:
+    """24 rows, 8 of each of 3 keys, for 4 clients with 2 shards of 3 rows: sorted, aaa aaa aab bbb bbb bcc ccc ccc.
+    Whatever the seed, the clients' keys are those of such pairs of shards."""
+    keys, shards = ["c", "a", "b"] * 8, ("aaa", "aaa", "aab", "bbb", "bbb", "bcc", "ccc", "ccc")
+    ways = {tuple(sorted("".join(pair) for pair in deal)) for deal in _deals(shards)}
+    seen = set()
+    for seed in range(5):
+        parts = parts_of("shards", 4, keys, seed=seed, shards_per_client=2)
+        assert tuple(sorted("".join(sorted(keys[row] for row in part)) for part in parts)) in ways
+        seen.add(tuple(map(tuple, parts)))
+    assert len(seen) == 5
+
+
+def _deals(shards: tuple[str, ...]) -> list[list[tuple[str, str]]]:
+    """Every way to pair up the (sorted) shards."""
+    if not shards:
+        return [[]]
+    first, rest = shards[0], shards[1:]
+    return [[(first, rest[i]), *deal] for i in range(len(rest)) for deal in _deals(rest[:i] + rest[i + 1 :])]
+
+
+def test_where_shards_divide_the_rows_they_are_those_of_flwr_datasets() -> None:
+    """Its partitioner over rows that are sorted already, with the seed that ours takes from the stream."""
+    from datasets import Dataset
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    keys = [str(i // 10) for i in range(60)]
+    seed = int(stream(3, "partition", "shards").integers(2**63))
+    theirs = ShardPartitioner(5, partition_by="key", num_shards_per_partition=3, shuffle=False, seed=seed)
+    order = stream(3, "partition").permutation(60)
+    order = np.asarray(sorted(order.tolist(), key=lambda row: keys[row]))  # Python's sort is stable
+    theirs.dataset = Dataset.from_dict({"row": order, "key": [keys[row] for row in order]})
+    expected = [sorted(theirs.load_partition(client)["row"][:]) for client in range(5)]
+    assert parts_of("shards", 5, keys, seed=3, shards_per_client=3) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "clients", "exponent", "sizes"),
+    [
+        (12, 3, 0.0, [4, 4, 4]),
+        (11, 3, 0.0, [4, 4, 3]),  # equal remainders: the first ones
+        (1100, 3, 1.0, [600, 300, 200]),  # 6/11, 3/11, 2/11
+        (490, 3, 2.0, [360, 90, 40]),  # 36/49, 9/49, 4/49
+        (6, 5, 3.0, [2, 1, 1, 1, 1]),
+        (5, 5, 3.0, [1, 1, 1, 1, 1]),
+        (9, 1, 1.0, [9]),
+        (9, 3, 2000.0, [7, 1, 1]),  # 2 ** -2000 is 0 in float64
+    ],
+)
+def test_power_law_sizes(rows: int, clients: int, exponent: float, sizes: list[int]) -> None:
+    assert power_law_sizes(rows, clients, exponent) == sizes
+
+
+def test_power_law_clients_have_these_sizes_and_mixed_rows() -> None:
+    keys = ["a"] * 550 + ["b"] * 550
+    parts = parts_of("power-law", 3, keys, exponent=1.0)
+    assert [len(part) for part in parts] == [600, 300, 200]
+    # Of 200 rows at random 100 are "a", standard deviation sqrt(200 / 4 * 900 / 1099) = 6.4.
+    assert abs(sum(keys[row] == "a" for row in parts[2]) - 100) < 5 * 6.4
 
 
 def test_a_column_s_clients_hold_their_value() -> None:
@@ -144,10 +183,17 @@ def test_more_rows_a_client_than_there_are() -> None:
     assert caught.value.field == "federation.partition.rows_per_client"
 
 
-def test_more_clients_than_rows() -> None:
-    with pytest.raises(UserError, match="allowed: 1 to 2,") as caught:
-        parts_of("iid", 3, ["a", "a"])
+@pytest.mark.parametrize("kind", ["iid", "shards", "power-law", "dirichlet"])
+def test_more_clients_than_rows(kind: str) -> None:
+    with pytest.raises(UserError, match="got 3; allowed: 1 to 2,") as caught:
+        parts_of(kind, 3, ["a", "a"])
     assert caught.value.field == "federation.clients"
+
+
+def test_more_shards_than_rows() -> None:
+    with pytest.raises(UserError, match="got 4; allowed: 1 to 3: 10 training rows for 3 clients") as caught:
+        parts_of("shards", 3, ["a"] * 10, shards_per_client=4)
+    assert caught.value.field == "federation.partition.shards_per_client"
 
 
 def test_more_clients_than_values() -> None:
@@ -183,6 +229,8 @@ TABLE = Task(name="table", path="rows.csv", prompt="{q}", answer="a")
         (Task(), federation("iid", 8), "module"),
         (TABLE, federation("column", 8, column="by"), "by"),
         (TABLE, federation("iid", 8), None),
+        (TABLE, federation("power-law", 8), None),
+        (TABLE.model_copy(update={"label": "mood"}), federation("shards", 8), "mood"),
         (TABLE, federation("resample", 8, rows_per_client=2), None),
         (TABLE.model_copy(update={"label": "mood"}), federation("resample", 8, rows_per_client=2), "mood"),
         (TABLE.model_copy(update={"label": "mood"}), federation("dirichlet", 8), "mood"),
@@ -198,6 +246,7 @@ def test_key_column(task: Task, shares: Federation, column: str | None) -> None:
     [
         (TABLE, federation("column", 8)),
         (TABLE, federation("dirichlet", 8)),
+        (TABLE, federation("shards", 8)),
         (Task(), federation("column", 8, column="package")),
     ],
 )

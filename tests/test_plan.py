@@ -23,6 +23,7 @@ from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints
 from rayfed_sub.engine.job import prepare
 from rayfed_sub.engine.planning import here, job_parts, plan_of
+from rayfed_sub.engine.probe import probe
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods import METHODS
 from rayfed_sub.models.weights import load_weights
@@ -215,6 +216,14 @@ def test_a_plan_starts_no_ray() -> None:
     )
     assert done.stderr.strip().splitlines()[-1] == "False"
     assert json.loads(done.stdout)["method"] == "fedftg"
+
+
+def test_a_private_run_is_timed_as_it_will_run() -> None:
+    """Workers clip with the server's own notes, which `fedftg` needs for its ranks, so they must be sent."""
+    private = ["federation.sampled=4", "federation.weights=uniform", "privacy.clip=0.5", "privacy.noise=1"]
+    speed = probe(prepare(small(*private)), [1])
+    assert [timed.pack_size for timed in speed.packs] == [1, 2]
+    assert speed.round > 0
 
 
 def test_a_classifier_is_planned_too(tmp_path: Path) -> None:

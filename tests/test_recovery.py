@@ -134,7 +134,7 @@ def test_a_round_whose_rows_never_came_does_not_count(tmp_path: Path) -> None:
     leave(folder, ask, lambda n: None)
     assert asked == ["halt"]
     row = RoundRow(0, 8, 0, 3.0, 2.5, 64, 64, 10, 4.0, None, 1.0, 1.0)
-    leave(folder, ask, lambda n: folder.add(row, ()))  # it had only not been read
+    leave(folder, ask, lambda n: folder.add(RoundDone(row, ())))  # it had only not been read
     assert asked == ["halt", "halt", "checkpoint"]
     assert pd.read_parquet(tmp_path / "rounds.parquet")["round"].tolist() == [0]
 

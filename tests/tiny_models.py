@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -145,6 +147,22 @@ def vit(targets: str = r"(fc1|fc2)$") -> Tiny:
         initializer_range=0.3,
     )
     return _tiny(ViTForImageClassification, config, targets, "classifier", _images)
+
+
+def dinov2(targets: str = r"(fc1|fc2)$") -> Tiny:
+    """Image classification at 8 x 8 pixels, to which the positions of a 12 x 12 model are fitted: 32 x 16, 16 x 32,
+    and a trained head 3 x 32 with bias, over the class token and the mean of the patches."""
+    config = Dinov2Config(
+        hidden_size=16,
+        mlp_ratio=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=12,
+        patch_size=2,
+        num_labels=CLASSES,
+        initializer_range=0.3,
+    )
+    return _tiny(Dinov2ForImageClassification, config, targets, "classifier", _images)
 
 
 def _tiny(

@@ -38,10 +38,8 @@ def by_method(parts: Parts) -> Iterable[MethodBytes]:
 
 def by_rank(parts: Parts, client: int) -> Iterable[MethodBytes]:
     """Every method with every rank that the targets allow, over one round of one client."""
-    lone, most = (
-        replace(parts, cohorts=[[client]]),
-        min(min(layer.m, layer.n) for layer in parts.skeleton.shape.targets),
-    )
+    lone = replace(parts, cohorts=[[client]])
+    most = min(min(layer.m, layer.n) for layer in parts.skeleton.shape.targets)
     for name in _names(parts):
         for rank in RANKS:
             if rank <= most:

@@ -22,11 +22,13 @@ from rayfed_sub.analysis.traffic import closed_blocks
 from rayfed_sub.config import Config
 from rayfed_sub.data.batches import IGNORED
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.images import Images
 from rayfed_sub.models.skeleton import Skeleton, build
 from rayfed_sub.models.weights import all_tensors
 from rayfed_sub.records import Change, ModelShape, Start
-from rayfed_sub.training.evaluation import global_model, held_out_loss
+from rayfed_sub.training.evaluation import global_model
 from rayfed_sub.training.layers import PackLinear, based_on, install
+from rayfed_sub.training.losses import predicted
 from rayfed_sub.training.pack import train_pack
 
 KERNELS = 40_000_000
@@ -44,18 +46,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The longest rows of a data set, in tokens: a row, its labels, and a held-out question."""
+    """The longest rows of a data set, in tokens: a row, its labels, and a held-out question.  side: of its images, in
+    pixels, where it has any."""
 
     tokens: int
     labels: int
     prompt: int
+    side: int = 0
 
 
 def lengths(dataset: Dataset, config: Config) -> Lengths:
     """The longest rows of both parts."""
+    if isinstance(dataset.train, Images):
+        return Lengths(1, 1, 1, dataset.train.pixels.shape[-1])
     longest, labels, prompt = 1, 1, 1
     for rows in (dataset.train, dataset.held_out):
-        if not len(rows):
+        if isinstance(rows, Images) or not len(rows):
             continue
         sizes = rows.offsets[1:] - rows.offsets[:-1]
         masked = rows.prompts if config.task.mask_prompt else 0 * rows.prompts
@@ -103,7 +109,8 @@ def activations(config: Config, skeleton: Skeleton, size: Lengths, pack: int) ->
     seen = Allocations(x for _, x in all_tensors(model))
     with torch.no_grad(), FusedAttention(), seen:
         getattr(model, "base_model", model)(**batch)
-    vocabulary = getattr(skeleton.hf_config.get_text_config(), "vocab_size", 0)
+    # SigLIP has a vocabulary though its classifier, as any other, has none.
+    vocabulary = 0 if skeleton.shape.head else getattr(skeleton.hf_config.get_text_config(), "vocab_size", 0)
     dense = sum(4 * layer.m * layer.n for layer in skeleton.shape.targets)
     return 4 * (sum(made for _, made in seen.events if made > 0) + 128 * 4 * vocabulary) + dense
 
@@ -144,7 +151,7 @@ def _evaluate(
     evaluation = config.evaluation
     changes = {name: Change(dense=weight) for name, weight in bases.items()}
     with global_model(layers, skeleton.shape, changes, heads):
-        held_out_loss(model, _batch(skeleton.shape, evaluation.batch_size, size))
+        predicted(model, _batch(skeleton.shape, evaluation.batch_size, size))
         if evaluation.generate:
             rows = min(evaluation.batch_size, evaluation.generate)
             ids = torch.zeros(rows, size.prompt + evaluation.max_new_tokens, dtype=torch.int64)
@@ -153,7 +160,10 @@ def _evaluate(
 
 
 def _batch(shape: ModelShape, rows: int, size: Lengths) -> dict[str, Tensor]:
-    """Rows as long as the longest, with as many labels as any has."""
+    """Rows as long as the longest, with as many labels as any has; or images."""
+    if size.side:
+        pixels = torch.zeros(rows, 3, size.side, size.side)
+        return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.int64)}
     ids = torch.zeros(rows, size.tokens, dtype=torch.int64)
     if shape.head:
         return {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.zeros(rows, dtype=torch.int64)}

@@ -140,8 +140,7 @@ def _pretrained(skeleton: Skeleton, config: Config) -> int:
 
 
 def _data(dataset: Dataset) -> int:
-    """Bytes of both parts, of who holds what, and of the held-out text."""
+    """Bytes of both parts, and of who holds what."""
     parts = (dataset.train, dataset.held_out)
-    rows = sum(rows.tokens.nbytes + rows.offsets.nbytes + rows.prompts.nbytes for rows in parts)
-    text = sum(len(text) for texts in (dataset.questions, dataset.references) for text in texts)
-    return rows + dataset.client_rows.nbytes + dataset.client_offsets.nbytes + text
+    rows = sum(rows.nbytes for rows in parts)
+    return rows + dataset.client_rows.nbytes + dataset.client_offsets.nbytes

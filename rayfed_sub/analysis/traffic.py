@@ -75,13 +75,11 @@ def traffic(
     steps: Callable[[int], int],
 ) -> Traffic:
     """The bytes of the rounds whose clients are `cohorts`; steps: a client's local steps."""
-    kinds: dict[tuple[int, int, bool], list[Layer]] = defaultdict(list)
-    for layer in shape.targets:
-        kinds[layer.m, layer.n, layer.bias].append(layer)
-    firsts = [layers[0] for layers in kinds.values()]
+    kinds = _alike(shape.targets)
+    firsts = [layers[0] for layers in kinds]
     one = _walk(method, ModelShape(tuple(firsts), shape.head), config, cohorts, steps)
     figures = Counter(one)
-    for layers in kinds.values():
+    for layers in kinds:
         if len(layers) > 1:
             two = _walk(method, ModelShape((*firsts, layers[1]), shape.head), config, cohorts, steps)
             for key, size in one.items():
@@ -103,22 +101,26 @@ _CLIENT = ("up", "down", "state", "resident", "held")
 
 def first_start(method: Method, shape: ModelShape, config: Config, client: int) -> Start:
     """What a client begins its first round with, for all targets, on the `meta` device; the small model tells it."""
-    alike = {(layer.m, layer.n, layer.bias): layer for layer in reversed(shape.targets)}
-    firsts = [layer for layer in shape.targets if alike[layer.m, layer.n, layer.bias] == layer]
-    small = ModelShape(tuple(firsts), shape.head)
+    kinds = {layers[0].name: layers for layers in _alike(shape.targets)}
+    small = ModelShape(tuple(layers[0] for layers in kinds.values()), shape.head)
     server = method.init_server(_weights(small), small, config.seed)
     start = method.start_client(method.broadcast(server), None, Client(client, config.seed), small)
 
     def everywhere(name: str) -> list[str]:
         own, _, role = name.rpartition("/")
-        first = next((layer for layer in firsts if layer.name == own), None)
-        if first is None:
-            return [name]
-        return [f"{layer.name}/{role}" for layer in shape.targets if alike[layer.m, layer.n, layer.bias] == first]
+        return [f"{layer.name}/{role}" for layer in kinds[own]] if own in kinds else [name]
 
     tensors = {name: tensor.to("meta") for old, tensor in start.tensors.items() for name in everywhere(old)}
     trained = tuple(name for old in start.trained for name in everywhere(old))
     return replace(start, tensors=tensors, trained=trained, moments={})
+
+
+def _alike(targets: Iterable[Layer]) -> list[list[Layer]]:
+    """The targets of each shape, in the order of their first ones."""
+    kinds: dict[tuple[int, int, bool], list[Layer]] = defaultdict(list)
+    for layer in targets:
+        kinds[layer.m, layer.n, layer.bias].append(layer)
+    return list(kinds.values())
 
 
 def _walk(

@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayfed_sub.data.images import Images
 from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.streams import stream
 
 IGNORED = -100
 """The label that no loss counts, as in torch and Hugging Face."""
+POOL = 8
+"""Batches among which rows are sorted by length: more would pad less, and mix rows of unlike length less."""
 
 
 class Batches(Protocol):
@@ -27,32 +30,54 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
 
 
-def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int) -> Ints:
-    """The rows of the client's batch number `step`, counted from 0 over its whole life.
+def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int, lengths: Ints | None = None) -> Ints:
+    """The rows of the client's batch number `step`, counted from 0 over its whole life: min(batch_size, len(rows)).
 
-    Batches are cut, one after the other, from an endless run of permutations of `rows`; each permutation has
-    a stream of its own, so a resumed run needs only the number.  Returns min(batch_size, len(rows)) rows.
+    Batches are cut, one after the other, from an endless run of permutations of `rows`, the epochs; each permutation
+    has a stream of its own, so a resumed run needs only the number.  lengths (one for each row that there is, by row
+    number): batches that lie in one epoch are made of rows of like length.  In pools of POOL consecutive ones the
+    rows are sorted by length and cut anew; which of a pool's batches is short and which long, the seed, epoch and pool
+    say, and not the client, so that clients trained side by side meet them at the same time and pad each other little.
 
-    >>> batch_rows(0, 7, np.array([4, 5, 6]), batch_size=3, step=9).shape
-    (3,)
+    >>> sizes = np.array([1, 9, 1, 9])
+    >>> sorted(sizes[batch_rows(0, 7, np.arange(4), 2, step, sizes)].tolist() for step in (0, 1))
+    [[1, 1], [9, 9]]
     """
-    size = min(batch_size, len(rows))
-    epoch, begin = divmod(step * size, len(rows))
-    # A batch is never longer than a permutation, so it touches two of them at most.
-    run = [stream(seed, "batches", client, epoch).permutation(rows)[begin : begin + size]]
-    if begin + size > len(rows):
-        run.append(stream(seed, "batches", client, epoch + 1).permutation(rows)[: begin + size - len(rows)])
-    return np.concatenate(run)
+    count = len(rows)
+    size = min(batch_size, count)
+    epoch, begin = divmod(step * size, count)
+    order = stream(seed, "batches", client, epoch).permutation(rows)
+    if begin + size > count:  # a batch is never longer than an epoch, so it touches two of them at most
+        after = stream(seed, "batches", client, epoch + 1).permutation(rows)
+        return np.concatenate([order[begin:], after[: begin + size - count]])
+    if lengths is None:
+        return order[begin : begin + size]
+    inside, lead = begin // size, begin % size  # `lead` rows of the epoch belong to the batch before its first own one
+    pool, place = divmod(inside, POOL)
+    low = lead + pool * POOL * size
+    held = min(POOL, (count - low) // size)
+    pooled = order[low : low + held * size]
+    pooled = pooled[np.argsort(lengths[pooled], kind="stable")]
+    # The ranks of the first `held` of POOL places: a client with a shorter pool follows the others as far as it goes.
+    places = stream(seed, "buckets", epoch, pool).permutation(POOL)[:held]
+    rank = int((places < places[place]).sum())
+    return pooled[rank * size : (rank + 1) * size]
 
 
-def collate(rows: Rows, indices: Ints, *, mask_prompt: bool, pad: int) -> dict[str, Tensor]:
+def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) -> dict[str, Tensor]:
     """The rows at `indices` as one batch, padded on the right to its longest row.
 
     Language modelling: input_ids and labels int64 (B, T).  labels[b, t] is the token at t itself (the loss
     shifts), or -100 on padding and, with mask_prompt, on the prompt.  There is no attention mask: tokens only
     look to the left.
     Classification (rows with classes): input_ids and attention_mask int64 (B, T), labels int64 (B,).
+    Images: pixel_values float32 (B, 3, side, side), labels int64 (B,).
     """
+    if isinstance(rows, Images):
+        return {
+            "pixel_values": torch.from_numpy(rows.inputs(indices)),
+            "labels": torch.from_numpy(rows.classes[indices]),
+        }
     lengths = rows.offsets[indices + 1] - rows.offsets[indices]
     places = np.arange(int(lengths.max()))[None, :]
     filled = places < lengths[:, None]
@@ -77,7 +102,7 @@ class ClientBatches:
     indices int64: the client's rows among `rows`.
     """
 
-    rows: Rows
+    rows: Rows | Images
     indices: Ints
     seed: int
     client: int
@@ -94,7 +119,8 @@ class ClientBatches:
         """Batch `index`, 0 <= index < steps, as `collate` gives it.  Raises IndexError outside."""
         if not 0 <= index < self.steps:
             raise IndexError(index)
-        chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, self.cursor + index)
+        lengths = np.diff(self.rows.offsets) if isinstance(self.rows, Rows) else None
+        chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, self.cursor + index, lengths)
         return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

@@ -1,13 +1,15 @@
-"""What the data layer asks of a tokenizer."""
+"""What the data layer asks of a tokenizer, or of what takes its place for images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from rayfed_sub.data.images import Pixels
 
 
-class Codec(Protocol):
-    """Text to tokens and back, for one model."""
+class TextCodec(Protocol):
+    """Text to tokens and back, for one model.  Many texts at a time: tokenizers are an order faster so."""
 
     @property
     def pad(self) -> int:
@@ -17,14 +19,41 @@ class Codec(Protocol):
     def eos(self) -> int:
         """The token that closes an answer or a text."""
 
-    def prompt(self, text: str) -> list[int]:
-        """The question, in the model's chat template where it has one, ready for the answer to follow."""
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The questions, in the model's chat template where it has one, ready for the answers to follow."""
 
-    def answer(self, text: str) -> list[int]:
-        """The answer, closed by the end-of-turn token."""
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """The answers, each closed by the end-of-turn token."""
 
-    def text(self, text: str) -> list[int]:
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Plain text for classification, with the special tokens the model was trained with."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special tokens."""
+
+
+@runtime_checkable
+class PixelCodec(Protocol):
+    """Images to pixels, for one model."""
+
+    @property
+    def pad(self) -> int:
+        """0: nothing is filled up."""
+
+    @property
+    def eos(self) -> int:
+        """0: nothing is closed."""
+
+    @property
+    def mean(self) -> Sequence[float]:
+        """Of the model's inputs, for values from 0 to 1: red, green, blue."""
+
+    @property
+    def std(self) -> Sequence[float]:
+        """As `mean`."""
+
+    def pixels(self, content: bytes) -> Pixels:
+        """The image of an encoded file as a square, uint8 (1 or 3, side, side).  Raises ValueError for a broken one."""
+
+
+Codec = TextCodec | PixelCodec

@@ -1,101 +1,124 @@
-"""A task ready to train on: token rows, held-out rows, and who holds what."""
+"""A task ready to train on: rows of tokens or pixels, held-out rows, and who holds what."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayfed_sub.config import Federation, Task
 from rayfed_sub.data.codec import Codec
+from rayfed_sub.data.images import Images
 from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys
-from rayfed_sub.data.partitions import held_out_rows, key_column, largest_keys, offsets_of, partitioned
+from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.data.splits import Judged, judged_clients, numbered, split_rows
 from rayfed_sub.data.table_pairs import table_pairs
+from rayfed_sub.data.tasks import filled
 from rayfed_sub.data.tokens import tokenised
 from rayfed_sub.errors import UserError
 
 
+@dataclass(frozen=True)
+class Census:
+    """Where the rows went: their sum is `read`, the rows without repeats.
+
+    capped: left out by task.max_rows; strange: of values of the column that are no client; silent: without tokens;
+    repeated: left out so that no question stands in two splits.
+    """
+
+    read: int
+    capped: int
+    strange: int
+    silent: int
+    repeated: int
+    train: int
+    validation: int
+    held_out: int
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """train and held_out share no (question, answer).
+    """train and held_out share no question.  held_out: the rows that are judged, which may be those of validation.
 
-    questions, references: the held-out rows as text, empty for classification; class_names: in the order of
-    the class numbers, empty for language modelling; client_names: the value of the partition's column,
-    or "client 3"; held_out_clients int64: the client whose key a held-out row carries, -1 where keys name no client;
-    client_rows int64: indices into train, all clients one after the other;
-    client_offsets int64 (clients + 1,).
+    class_names: in the order of the class numbers, empty for language modelling; client_names: the value of the
+    partition's column, or "client 3"; held_out_clients int64: the client whose data a held-out row resembles
+    (`judged_clients`); train_keys int32: key_names[train_keys[i]] is the value of the partition's column in training
+    row i, "" without one; client_rows int64: indices into train, all clients one after the other; client_offsets int64
+    (clients + 1,).
     """
 
     kind: Kind
-    train: Rows
-    held_out: Rows
-    questions: tuple[str, ...]
-    references: tuple[str, ...]
+    train: Rows | Images
+    held_out: Rows | Images
     class_names: tuple[str, ...]
     client_names: tuple[str, ...]
     held_out_clients: Ints
+    train_keys: NDArray[np.int32]
+    key_names: tuple[str, ...]
     client_rows: Ints
     client_offsets: Ints
+    census: Census
 
     def rows_of(self, client: int) -> Ints:
         """The client's indices into train, int64, sorted, a view."""
         return self.client_rows[self.client_offsets[client] : self.client_offsets[client + 1]]
 
 
-def load_dataset(task: Task, federation: Federation, codec: Codec, seed: int) -> Dataset:
+def load_dataset(task: Task, federation: Federation, codec: Codec, seed: int, judged: Judged = "held-out") -> Dataset:
     """Reads, cuts, holds out and deals out the rows of `task`; equal arguments give equal rows everywhere.
+    judged: the split that `held_out` holds.
 
     Raises UserError naming the field of `task` or `federation` that does not fit.
     """
-    return build_dataset(load_pairs(task, federation), task, federation, codec, seed)
+    return build_dataset(load_pairs(task, federation), task, federation, codec, seed, judged)
 
 
 def load_pairs(task: Task, federation: Federation) -> Pairs:
     """The task's rows as text, with the keys by which `federation` deals them out; repeats are dropped."""
-    column = key_column(task, federation)
-    if task.name == "table":
-        return distinct(table_pairs(task, column))
-    for name in ("path", "prompt", "answer", "label"):
-        if getattr(task, name) is not None:
-            advice = f"set task.name=table or remove task.{name}"
-            raise UserError("task.name", task.name, f"table where task.{name} is set", advice)
-    return distinct(python_docs())
+    column, task = key_column(task, federation), filled(task)
+    return distinct(python_docs() if task.name == "python-docs" else table_pairs(task, column))
 
 
-def build_dataset(pairs: Pairs, task: Task, federation: Federation, codec: Codec, seed: int) -> Dataset:
+def build_dataset(
+    pairs: Pairs, task: Task, federation: Federation, codec: Codec, seed: int, judged: Judged = "held-out"
+) -> Dataset:
     """The data set of at most task.max_rows of `pairs`; with kind=column, those of the largest keys."""
+    passed = [len(pairs)]
     pairs = capped(pairs, task.max_rows, seed)
+    passed.append(len(pairs))
     names = tuple(f"client {client}" for client in range(federation.clients))
     if federation.partition.kind == "column":
         names = largest_keys(pairs.keys, federation.clients)
         pairs = of_keys(pairs, names)
+    passed.append(len(pairs))
     rows, kept = tokenised(pairs, codec, task.max_length)
     if not len(rows):
         raise UserError("task.path", task.path, "a task with rows that have tokens", "check task.prompt")
     pairs = pairs.take(kept)
+    passed.append(len(pairs))
 
-    held_out = held_out_rows(pairs.keys, task.held_out, seed)
-    trained = np.setdiff1d(np.arange(len(rows)), held_out)
-    parts = partitioned(pairs.take(trained).keys, names, federation, seed)
-    shown = pairs.take(held_out) if pairs.kind == "causal-lm" else None
+    splits = split_rows(pairs.questions, pairs.keys, task, seed)
+    chosen = splits.held_out if judged == "held-out" else splits.validation
+    key_names, keys = numbered(pairs.keys)
+    parts = partitioned([pairs.keys[row] for row in splits.train], names, federation, seed)
     return Dataset(
         kind=pairs.kind,
-        train=rows.take(trained),
-        held_out=rows.take(held_out),
-        questions=shown.questions if shown else (),
-        references=shown.answers if shown else (),
+        train=rows.take(splits.train),
+        held_out=rows.take(chosen),
         class_names=pairs.class_names,
         client_names=names,
-        held_out_clients=_owners(pairs.take(held_out).keys, names),
+        held_out_clients=judged_clients(keys[chosen], keys[splits.train], key_names, parts, seed),
+        train_keys=keys[splits.train],
+        key_names=key_names,
         client_rows=np.concatenate(parts),
         client_offsets=offsets_of(parts),
+        census=Census(
+            passed[0],
+            *(before - after for before, after in pairwise(passed)),
+            *map(len, (splits.repeated, splits.train, splits.validation, splits.held_out)),
+        ),
     )
-
-
-def _owners(keys: Sequence[str], names: Sequence[str]) -> Ints:
-    """For each key the client of that name, or -1."""
-    number = {name: client for client, name in enumerate(names)}
-    return np.asarray([number.get(key, -1) for key in keys], dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from itertools import compress
 from typing import Literal
@@ -14,17 +15,22 @@ from rayfed_sub.streams import stream
 Kind = Literal["causal-lm", "classification"]
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Rows as text.  answers: what is to be said, or the name of the class; keys: the value by which a row
     may be dealt out (such as its module), "" where the task has none; class_names is empty for
-    language modelling, else in the order of the class numbers."""
+    language modelling, else in the order of the class numbers.
+    images: of an image classification each row's image as in its file; questions are then digests of their pixels."""
 
     kind: Kind
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     keys: tuple[str, ...]
     class_names: tuple[str, ...] = ()
+    images: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -34,18 +40,29 @@ class Pairs:
         questions, answers, keys = (
             tuple(column[int(index)] for index in indices) for column in (self.questions, self.answers, self.keys)
         )
-        return Pairs(self.kind, questions, answers, keys, self.class_names)
+        images = tuple(self.images[int(index)] for index in indices) if self.images else ()
+        return Pairs(self.kind, questions, answers, keys, self.class_names, images)
 
 
 def distinct(pairs: Pairs) -> Pairs:
-    """Each (question, answer) once, the first: copies could stand in training and held-out rows at once.
+    """Each (question, answer) once, of a classification each question: the first.  Copies could stand in training and
+    held-out rows at once, and those with another label contradict each other.  One warning says how many were dropped.
 
     >>> distinct(Pairs("causal-lm", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"))).keys
     ('1', '2')
+    >>> distinct(Pairs("classification", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"), ("a", "b"))).keys
+    ('1',)
     """
-    first: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, ...], int] = {}
+    contradicting = 0
     for index, pair in enumerate(zip(pairs.questions, pairs.answers, strict=True)):
-        first.setdefault(pair, index)
+        kept = first.setdefault(pair if pairs.kind == "causal-lm" else pair[:1], index)
+        contradicting += pairs.answers[kept] != pair[1]
+    if len(first) < len(pairs):
+        what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else "prompt and answer"
+        other = f" ({contradicting} of them with another label)" if contradicting else ""
+        repeats = len(pairs) - len(first)
+        log.warning("%d of %d rows have the %s of a row before them; dropped%s", repeats, len(pairs), what, other)
     return pairs.take(np.fromiter(first.values(), np.int64, len(first)))
 
 

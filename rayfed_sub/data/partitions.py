@@ -1,10 +1,11 @@
-"""Which rows are held out, and which client holds which of the others.
+"""Which client holds which of the training rows.
 
 Everything is an array of row numbers: no row is copied, and each draw has a stream of its own.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from rayfed_sub.config import Federation, Task
 from rayfed_sub.data import python_docs
 from rayfed_sub.data.rows import Ints
+from rayfed_sub.data.tasks import TASKS
 from rayfed_sub.errors import UserError
 from rayfed_sub.streams import stream
 
@@ -32,7 +34,9 @@ def key_column(task: Task, federation: Federation) -> str | None:
             allowed = f"{python_docs.COLUMN} with task.name=python-docs"
             raise UserError("federation.partition.column", column, allowed, "remove it")
         return python_docs.COLUMN
-    if column is None and (kind == "column" or (kind == "dirichlet" and task.label is None)):
+    if task.name in TASKS:
+        return column or TASKS[task.name].key
+    if column is None and (kind == "column" or (kind in ("dirichlet", "shards") and task.label is None)):
         allowed = f"a column of the table with partition.kind={kind}"
         advice = "name one, or set federation.partition.kind=iid"
         raise UserError("federation.partition.column", column, allowed, advice)
@@ -54,39 +58,15 @@ def largest_keys(keys: Sequence[str], clients: int) -> tuple[str, ...]:
     return tuple(sorted(counts, key=lambda key: (-counts[key], key))[:clients])
 
 
-def held_out_rows(keys: Sequence[str], share: float, seed: int) -> Ints:
-    """The held-out row numbers, sorted: round(share * rows) of them, spread over the keys in proportion.
-
-    Each key gives the whole part of its share; what is missing then comes from the keys with the largest
-    remainders.  No key gives its last row, so that no client is left without any.
-    Raises UserError (task.held_out) where nothing would be held out.
-    """
-    names = sorted(set(keys))
-    number = {name: index for index, name in enumerate(names)}
-    key_of = np.fromiter((number[key] for key in keys), np.int64, len(keys))
-    sizes = np.bincount(key_of, minlength=len(names))
-    quotas = share * sizes
-    counts = np.floor(quotas).astype(np.int64)
-    by_remainder = np.argsort(counts - quotas, kind="stable")
-    able = by_remainder[counts[by_remainder] < sizes[by_remainder] - 1]
-    counts[able[: max(0, round(share * len(keys)) - int(counts.sum()))]] += 1
-    if not counts.sum():
-        allowed = f"a share that holds out at least one of the {len(keys)} rows (each key keeps one for training)"
-        raise UserError("task.held_out", share, allowed, "raise task.held_out or use more rows")
-    drawn = [
-        stream(seed, "held-out", name).permutation(np.flatnonzero(key_of == index))[:count]
-        for index, (name, count) in enumerate(zip(names, counts, strict=True))
-    ]
-    return np.sort(np.concatenate(drawn))
-
-
 def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federation, seed: int) -> list[Ints]:
     """Each client's row numbers, sorted.  keys: the training rows'; names: the clients' (kind=column: keys).
 
-    Disjoint, except with `resample`.  `iid` and `dirichlet` are flwr-datasets' partitioners over the shuffled rows;
-    `column` and `pool` need one line of numpy each, and not the seconds of importing it.
-    Raises UserError (federation.clients) for more clients than rows or a client without rows, and
-    (federation.partition.rows_per_client) where that is above the number of rows.
+    Disjoint, except with `resample`, and complete.  `iid`, `dirichlet`, `shards` and `power-law` are flwr-datasets'
+    partitioners over the shuffled rows; `column` and `pool` need one line of numpy each, and not the seconds of
+    importing it.
+    Raises UserError (federation.clients) for more clients than rows or a client without rows,
+    (federation.partition.rows_per_client) where that is above the number of rows, and
+    (federation.partition.shards_per_client) for more shards than rows.
     """
     clients, kind = federation.clients, federation.partition.kind
     if federation.partition.rows_per_client is not None:  # kind=resample
@@ -101,6 +81,10 @@ def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federatio
         parts = [np.arange(len(keys))]
     elif kind == "iid":
         parts = _iid(len(keys), clients, seed)
+    elif kind == "shards":
+        parts = _shards(keys, clients, federation.partition.shards_per_client, seed)
+    elif kind == "power-law":
+        parts = _sized(power_law_sizes(len(keys), clients, federation.partition.exponent), seed)
     else:
         parts = _dirichlet(keys, clients, federation.partition.alpha, seed)
     for name, part in zip(names, parts, strict=True):
@@ -131,6 +115,60 @@ def _iid(rows: int, clients: int, seed: int) -> list[Ints]:
     return _dealt(IidPartitioner(clients), stream(seed, "partition").permutation(rows), None)
 
 
+def _shards(keys: Sequence[str], clients: int, each: int, seed: int) -> list[Ints]:
+    """The rows sorted by key, equals in seeded order, in clients * each shards that differ by one row at most.
+
+    flwr-datasets deals out the shards, not the rows: from these it would make shards of equal size and leave the last
+    rows, which are those of the last key, to nobody.  Where the shards divide the rows, the result is its own.
+    """
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    shards = clients * each
+    if shards > len(keys):
+        allowed = f"1 to {len(keys) // clients}: {len(keys)} training rows for {clients} clients"
+        raise UserError("federation.partition.shards_per_client", each, allowed, "lower it or federation.clients")
+    order = stream(seed, "partition").permutation(len(keys))
+    ordered = order[np.argsort(np.asarray(keys)[order], kind="stable")]
+    partitioner = ShardPartitioner(
+        num_partitions=clients,
+        partition_by="key",
+        num_shards_per_partition=each,
+        shuffle=False,
+        seed=int(stream(seed, "partition", "shards").integers(2**63)),
+    )
+    cut = np.array_split(ordered, shards)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Specifying null_placement", FutureWarning)  # datasets' way of calling Arrow
+        dealt = _dealt(partitioner, np.arange(shards), list(range(shards)))
+    return [np.sort(np.concatenate([cut[shard] for shard in part])) for part in dealt]
+
+
+def power_law_sizes(rows: int, clients: int, exponent: float) -> list[int]:
+    """How many of at least `clients` rows each client gets: in proportion to i ** -exponent for the i-th, i from 1, by
+    largest remainders.  Clients whose share is below one row get one, and the others share the rest.
+
+    >>> power_law_sizes(10, 3, exponent=1.0)  # shares 5.45, 2.73, 1.82
+    [5, 3, 2]
+    >>> power_law_sizes(10, 4, exponent=3.0)  # shares 8.49, 1.06, 0.31, 0.13; then 7.11 and 0.89; then 7
+    [7, 1, 1, 1]
+    """
+    weights = np.arange(1, clients + 1, dtype=np.float64) ** -exponent
+    # With the last clients - m at one row each, client m would have this many.
+    smallest = (rows - np.arange(clients)[::-1]) * weights / np.cumsum(weights)
+    large = int(np.flatnonzero(smallest >= 1)[-1]) + 1
+    shares = (rows - clients + large) * weights[:large] / weights[:large].sum()
+    sizes = np.floor(shares).astype(np.int64)
+    left = rows - clients + large - int(sizes.sum())
+    sizes[np.argsort(sizes - shares, kind="stable")[:left]] += 1
+    return [*sizes.tolist(), *[1] * (clients - large)]
+
+
+def _sized(sizes: list[int], seed: int) -> list[Ints]:
+    from flwr_datasets.partitioner import SizePartitioner
+
+    return _dealt(SizePartitioner(sizes), stream(seed, "partition").permutation(sum(sizes)), None)
+
+
 def _dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int) -> list[Ints]:
     from flwr_datasets.partitioner import DirichletPartitioner
 
@@ -151,7 +189,7 @@ def _dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int) -> li
     return parts
 
 
-def _dealt(partitioner: Any, order: Ints, keys: list[str] | None) -> list[Ints]:
+def _dealt(partitioner: Any, order: Ints, keys: Sequence[str | int] | None) -> list[Ints]:
     """The row numbers `order` as flwr-datasets' partitioner deals them out."""
     import datasets
 

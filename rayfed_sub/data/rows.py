@@ -41,6 +41,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in (self.tokens, self.offsets, self.prompts, self.classes))
+
     def row(self, index: int) -> NDArray[np.int32]:
         """The tokens of one row, a view."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]

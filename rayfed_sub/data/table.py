@@ -32,6 +32,16 @@ class Table:
         return self.columns[name]
 
 
+def renamed(table: Table, renames: Mapping[str, str]) -> Table:
+    """The table with columns under other names (old -> new), where it has none of the new name."""
+    new = {old: name for old, name in renames.items() if old in table.names and name not in table.names}
+    return Table(
+        tuple(new.get(name, name) for name in table.names),
+        {new.get(name, name): cells for name, cells in table.columns.items()},
+        {new.get(name, name): names for name, names in table.class_names.items()},
+    )
+
+
 def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
     """The table at `path`: a .parquet, .jsonl, .json or .csv file, else what `datasets.load_dataset` finds.
 
@@ -126,6 +136,9 @@ def _from_datasets(path: str, split: str, columns: frozenset[str]) -> Table:
             "task.path", path, "a hub id or file that can be loaded", cause or type(error).__name__
         ) from error
     wanted = [name for name in data.column_names if name in columns]
+    for name in wanted:
+        if isinstance(data.features[name], datasets.Image):  # its file's bytes will do, nobody needs the pixels yet
+            data = data.cast_column(name, datasets.Image(decode=False))
     names = {
         name: tuple(feature.names)
         for name, feature in data.features.items()

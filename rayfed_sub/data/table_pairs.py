@@ -1,26 +1,36 @@
-"""A table's rows as pairs: a template makes the question, a column is the answer or the class."""
+"""A table's rows as pairs: a template or an image makes the question, a column is the answer or the class."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from string import Formatter
+from typing import Any
 
 import numpy as np
 
 from rayfed_sub.config import Task
+from rayfed_sub.data.images import decoded, digest, encoded
 from rayfed_sub.data.pairs import Pairs
-from rayfed_sub.data.table import Table, read_table
+from rayfed_sub.data.table import Table, read_table, renamed
+from rayfed_sub.data.tasks import TASKS
 from rayfed_sub.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_FILES = ("file", "path")  # columns that may name an image's file
+_NAMED = 3  # broken images named in a warning
+
 
 def table_pairs(task: Task, key: str | None) -> Pairs:
-    """The pairs of the table that `task` describes; key: the column whose values are the pairs' keys.
+    """The pairs of the table that `task`, `filled`, describes; key: the column whose values are the pairs' keys.
 
-    Rows without a question, an answer (or label) or a key are dropped, and counted in one warning.
-    Raises UserError (task.path, .split, .prompt, .answer, .label, federation.partition.column).
+    Rows without a question, an answer (or label) or a key are dropped, and counted in one warning; so are, in another
+    one that names some, images that cannot be read: by column `file` or `path`, the image's own path, or its number,
+    counted from 1.
+    Raises UserError (task.path, .split, .prompt, .answer, .label, .image, federation.partition.column).
 
     >>> import tempfile; file = tempfile.NamedTemporaryFile("w", suffix=".jsonl")
     >>> print('{"q": "one?", "by": "A", "a": 1}', file=file, flush=True)
@@ -28,40 +38,100 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     >>> pairs.questions, pairs.answers, pairs.keys
     (('A: one?',), ('1',), ('A',))
     """
-    if not task.path:
-        raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
-    if (task.answer is None) == (task.label is None):
-        given = "neither" if task.answer is None else "both"
-        allowed = f"one of task.answer (language modelling) and task.label (classification), not {given}"
-        raise UserError("task.answer", task.answer, allowed, "name one column in one of them")
-    if not task.prompt:
-        raise UserError("task.prompt", task.prompt, "a template such as '{question}'", "set task.prompt")
+    path = _checked(task)
+    pieces = _pieces(task.prompt) if task.prompt else []
+    known = TASKS.get(task.name)
+    named = {name for _, name in pieces if name is not None} | {task.answer, task.label, task.image, key}
+    asked = {name for name in named if name is not None} | (set(_FILES) if task.image else set())
+    renames = {old: name for old, name in known.renames.items() if name in asked} if known else {}
+    table = renamed(read_table(path, task.split, frozenset({*asked, *renames})), renames)
+    for name in (task.label, key):
+        table = _whole(table, name) if name else table
 
-    pieces = _pieces(task.prompt)
-    named = {name for _, name in pieces if name is not None} | {task.answer, task.label, key}
-    table = read_table(task.path, task.split, frozenset(name for name in named if name is not None))
-    questions = _questions(table, pieces)
+    images: list[bytes] = []
+    if task.image is not None:
+        questions, images = _images(table, task.image)
+    else:
+        questions = _questions(table, pieces)
     if task.label is not None:
+        table = _with_names(table, task.label, known.class_names if known else ())
         answers, class_names = _classes(table, task.label)
     else:
         answers, class_names = _texts(table, "task.answer", str(task.answer)), ()
     keys = _texts(table, "federation.partition.column", key) if key else ["*"] * len(questions)
+    if known and known.tidy:
+        questions, answers = ([" ".join(text.split()) for text in texts] for texts in (questions, answers))
 
     full = [all(row) for row in zip(questions, answers, keys, strict=True)]
-    missing = len(full) - sum(full)
+    broken = questions.count("") if task.image else 0
+    missing = len(full) - sum(full) - broken
     if not any(full):
+        had = "an image" if task.image else "a prompt"
         said = "an answer" if task.label is None else "a label"
-        raise UserError("task.path", task.path, f"a table with rows that have a prompt and {said}", "check the columns")
+        raise UserError("task.path", task.path, f"a table with rows that have {had} and {said}", "check the columns")
     if missing:
-        log.warning("task.path: %d of %d rows have no prompt, answer or key; dropped", missing, len(full))
+        what = "label" if task.image else "prompt, answer"
+        log.warning("task.path: %d of %d rows have no %s or key; dropped", missing, len(full), what)
     pairs = Pairs(
         "classification" if task.label is not None else "causal-lm",
         tuple(questions),
         tuple(answers),
         tuple(keys if key else [""] * len(keys)),
         class_names,
+        tuple(images),
     )
     return pairs.take(np.flatnonzero(full))
+
+
+def _checked(task: Task) -> str:
+    """The table's path; UserError where the task does not say what a row's input and output are."""
+    if not task.path:
+        raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
+    if task.image is not None:
+        if task.label is None:
+            raise UserError("task.label", task.label, "the column of classes where task.image is set", "set task.label")
+        for name in ("prompt", "answer"):
+            if (value := getattr(task, name)) is not None:
+                allowed = "nothing where task.image is set, which goes with task.label"
+                raise UserError(f"task.{name}", value, allowed, f"remove task.{name}")
+        return task.path
+    if (task.answer is None) == (task.label is None):
+        given = "neither" if task.answer is None else "both"
+        allowed = f"one of task.answer (language modelling) and task.label (classification), not {given}"
+        raise UserError("task.answer", task.answer, allowed, "name one column in one of them")
+    if not task.prompt:
+        raise UserError("task.prompt", task.prompt, "a template such as '{question}'", "set task.prompt")
+    return task.path
+
+
+def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
+    """The digest of each image's pixels, "" where it cannot be read, and the image as in its file."""
+    digests, contents, broken = [], [], []
+    cells = table.column("task.image", name)
+    for row, cell in enumerate(cells):
+        content = b""
+        try:
+            content = encoded(cell)
+            digests.append(digest(decoded(content)))
+        except (ValueError, OSError) as error:
+            digests.append("")
+            broken.append(f"{_file(table, cell, row)} ({error})")
+        contents.append(content)
+    some = ", ".join(broken[:_NAMED]) + (", ..." if len(broken) > _NAMED else "")
+    if len(broken) == len(cells):
+        raise UserError(
+            "task.image", name, "a column of images in a format that Pillow knows", some or "it has no rows"
+        )
+    if broken:
+        log.warning("task.image: %d of %d images cannot be read; skipped: %s", len(broken), len(cells), some)
+    return digests, contents
+
+
+def _file(table: Table, cell: Any, row: int) -> str:
+    """What a person calls the image of a row."""
+    own = [cell.get("path")] if isinstance(cell, Mapping) else []
+    names = [*(table.columns[name][row] for name in _FILES if name in table.columns), *own]
+    return next((str(name) for name in names if name), f"row {row + 1}")
 
 
 def _pieces(template: str) -> list[tuple[str, str | None]]:
@@ -94,7 +164,7 @@ def _questions(table: Table, pieces: Sequence[tuple[str, str | None]]) -> list[s
 
 def _texts(table: Table, field: str, name: str) -> list[str]:
     """A column as stripped text: "" for a missing cell, the class's name for a `ClassLabel`."""
-    cells = table.column(field, name)
+    cells = [None if _missing(cell) else cell for cell in table.column(field, name)]
     if name in table.class_names:
         names = table.class_names[name]
         return ["" if cell is None or cell < 0 else names[cell] for cell in cells]  # -1 is "no label"
@@ -106,5 +176,30 @@ def _classes(table: Table, name: str) -> tuple[list[str], tuple[str, ...]]:
     texts = _texts(table, "task.label", name)
     if name in table.class_names:
         return texts, table.class_names[name]
-    numbers = all(type(cell) is int for cell in table.column("task.label", name) if cell is not None)
+    numbers = all(type(cell) is int for cell in _present(table, name))
     return texts, tuple(sorted(set(texts) - {""}, key=(lambda text: (int(text), text)) if numbers else None))
+
+
+def _whole(table: Table, name: str) -> Table:
+    """The table with integers in a column of floats without a fraction: so pandas keeps integers with missing cells."""
+    cells = _present(table, name)
+    if not cells or not all(isinstance(cell, float) and cell.is_integer() for cell in cells):
+        return table
+    whole = [None if _missing(cell) else int(cell) for cell in table.columns[name]]
+    return replace(table, columns={**table.columns, name: whole})
+
+
+def _with_names(table: Table, name: str, class_names: tuple[str, ...]) -> Table:
+    """The table with names for the numbers of a column that has none of its own, where they fit."""
+    cells = _present(table, name)
+    if name in table.class_names or not all(type(cell) is int and cell < len(class_names) for cell in cells):
+        return table
+    return replace(table, class_names={**table.class_names, name: class_names})
+
+
+def _present(table: Table, name: str) -> list[Any]:
+    return [cell for cell in table.columns.get(name, ()) if not _missing(cell)]
+
+
+def _missing(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))  # NaN is how pandas says None

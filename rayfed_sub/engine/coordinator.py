@@ -22,16 +22,17 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from rayfed_sub.analysis.privacy import spent
 from rayfed_sub.analysis.ranks import change_rank
+from rayfed_sub.analysis.scores import Score, overall
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.engine import checkpoints, cohorts
-from rayfed_sub.engine.evaluations import Model, held_out_loss, held_out_rouge
-from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
+from rayfed_sub.engine import checkpoints, cohorts, evaluations
+from rayfed_sub.engine.evaluations import Model
+from rayfed_sub.engine.exchange import Packed, checksum, unpacked
 from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
 from rayfed_sub.engine.ledger import Ledger
 from rayfed_sub.engine.memory import PeakMemory
 from rayfed_sub.engine.schedule import Crew, Piece, in_order
-from rayfed_sub.engine.workers import PackedUpdate, PackOutcome, Worker
+from rayfed_sub.engine.workers import PackedUpdate, PackOutcome, Worker, broadcast_of
 from rayfed_sub.errors import RunError
 from rayfed_sub.methods import privacy
 from rayfed_sub.methods.protocol import Method
@@ -94,7 +95,7 @@ class Coordinator:
 
         Raises RunError where another run is at work in the folder, and where a worker cannot start; one that is killed
         meanwhile is brought back by Ray."""
-        torch.set_num_threads(max(1, int(self._config.resources.cpus_per_worker)))  # of this thread
+        torch.set_num_threads(self._config.resources.threads)  # of this thread
         # The coordinator of a run that was killed may still be writing.
         self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
         memory = self._config.resources.state_memory
@@ -166,12 +167,13 @@ class Coordinator:
             return  # the run is being interrupted
         train_seconds = time.perf_counter() - began
         due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
+        scores = self.scores() if due else ()
         row = RoundRow(
             round=n,
             clients=len(cohort),
             failed=sum(r.failure is not None for r in rows),
             loss=_mean_loss(rows),
-            held_out_loss=self.held_out_loss() if due else None,
+            held_out_loss=overall(scores).get("held_out_loss"),
             uplink_bytes=sum(r.uplink_bytes for r in rows),
             downlink_bytes=sum(down.values()),
             labels=int(sum(r.labels for r in rows)),
@@ -181,15 +183,13 @@ class Coordinator:
             seconds=time.perf_counter() - began,
         )
         self._verify()
-        yield RoundDone(row, tuple(rows))
+        yield RoundDone(row, tuple(rows), scores)
 
-    def held_out_loss(self) -> float:
-        """Mean held-out loss of the current model, see `evaluations`."""
-        return held_out_loss(self._crew, self._config, self._dataset, self._model())
-
-    def held_out_rouge(self) -> float | None:
-        """ROUGE-L of the current model's answers, see `evaluations`."""
-        return held_out_rouge(self._crew, self._config, self._dataset, self._model())
+    def scores(self) -> tuple[Score, ...]:
+        """The current model's; of its answers too before training and after it."""
+        judged = (self._crew, self._config, self._dataset, self._model())
+        ends = self._ledger.standing.server.round in (0, self._config.federation.rounds)
+        return (*evaluations.scores(*judged), *(evaluations.answer_scores(*judged) if ends else ()))
 
     def weights_sha256(self) -> str:
         """SHA-256 over everything learned: effective target weights, the server's tensors, personal clients' states."""
@@ -249,8 +249,7 @@ class Coordinator:
         """The current broadcast in the object store; training and evaluation of one state share it."""
         server = self._ledger.standing.server
         if self._sent is None or self._sent[0] != server.round:
-            notes = server.tensors if self._private else {}  # clipping asks for `finish`, which reads them
-            arrays = packed({**notes, **self._method.broadcast(server).tensors})
+            arrays = broadcast_of(self._config, self._method, server)
             self._sent = (server.round, ray.put(arrays), checksum(arrays))
         return self._sent[1]
 

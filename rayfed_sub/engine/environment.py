@@ -23,7 +23,7 @@ def environment(config: Config) -> dict[str, Any]:
 
     return {
         "processor": _processor(),
-        "threads": max(1, int(config.resources.cpus_per_worker)),
+        "threads": config.resources.threads,
         "pack_size": config.resources.pack_size,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

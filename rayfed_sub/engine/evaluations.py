@@ -1,20 +1,22 @@
 """Held-out evaluation by the workers, on fixed shards, folded in order: the same numbers for any number of workers.
 
 Methods with one model for all are judged on shards of the chosen rows.  Where every client has a model of its own, each
-row is judged by the client whose partition key it carries, or, without such keys, by the clients in turn.
+row is judged by the client whose data it is like (`Dataset.held_out_clients`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from rayfed_sub.analysis.scores import Answered, Judged, Score, label_scores, text_scores, token_scores
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine.schedule import Crew, Piece, in_order
-from rayfed_sub.metrics import rouge_l
 from rayfed_sub.streams import stream
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,34 @@ class Model:
     stored: Callable[[int], Any] | None
 
 
-def held_out_loss(crew: Crew, config: Config, dataset: Dataset, model: Model) -> float:
-    """Mean loss (nats per label) on `evaluation.examples` held-out rows."""
+def scores(crew: Crew, config: Config, dataset: Dataset, model: Model) -> list[Score]:
+    """The scores of `evaluation.examples` held-out rows."""
     shards = _shards(config, dataset, config.evaluation.examples, model)
-    done = _each(crew, shards, model, lambda worker: worker.evaluate, "held-out loss")
-    total, labels = (sum(column) for column in zip(*done, strict=True))
-    return float(total) / max(1, int(labels))
+    done = _each(crew, shards, model, lambda worker: worker.evaluate, "held-out rows")
+    rows = [
+        Judged(int(dataset.held_out_clients[row]), verdict.loss, verdict.said, verdict.true)
+        for row, verdict in _by_row(shards, done)
+    ]
+    return list(label_scores(rows, dataset.class_names) if dataset.class_names else token_scores(rows))
 
 
-def held_out_rouge(crew: Crew, config: Config, dataset: Dataset, model: Model) -> float | None:
-    """ROUGE-L (0..1) of greedy answers to `evaluation.generate` held-out questions; None when none are asked for."""
+def answer_scores(crew: Crew, config: Config, dataset: Dataset, model: Model) -> list[Score]:
+    """The scores of the answers to `evaluation.generate` held-out questions; none where none are asked for."""
     if not config.evaluation.generate:
-        return None
+        return []
     shards = _shards(config, dataset, config.evaluation.generate, model)
     done = _each(crew, shards, model, lambda worker: worker.generate, "generated answers")
-    told = [text for texts in done for text in texts]
-    return rouge_l(told, [dataset.references[row] for _, rows in shards for row in rows])
+    rows = [
+        Answered(int(dataset.held_out_clients[row]), told.said, told.reference, told.forced, told.true)
+        for row, told in _by_row(shards, done)
+    ]
+    return list(text_scores(rows))
+
+
+def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Sequence[T]]) -> Iterator[tuple[int, T]]:
+    """Each held-out row with what was found for it."""
+    pairs = zip(shards, done, strict=True)
+    return ((row, found) for (_, rows), all_found in pairs for row, found in zip(rows, all_found, strict=True))
 
 
 def _shards(config: Config, dataset: Dataset, most: int, model: Model) -> list[tuple[int | None, list[int]]]:
@@ -53,8 +67,7 @@ def _shards(config: Config, dataset: Dataset, most: int, model: Model) -> list[t
         return [(None, chosen[i : i + size]) for i in range(0, len(chosen), size)]
     owned: dict[int, list[int]] = {}
     for row in chosen:
-        owner = int(dataset.held_out_clients[row])
-        owned.setdefault(owner if owner >= 0 else row % config.federation.clients, []).append(row)
+        owned.setdefault(int(dataset.held_out_clients[row]), []).append(row)
     return [(k, rows[i : i + size]) for k, rows in sorted(owned.items()) for i in range(0, len(rows), size)]
 
 

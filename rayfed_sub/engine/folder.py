@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.yaml, log.jsonl, rounds.parquet, clients.parquet, checkpoints/, summary.json.
+"""What a run leaves behind: config.yaml, log.jsonl, {rounds,clients,scores}.parquet, checkpoints/, summary.json.
 
 Every file appears whole or not at all; summary.json comes last of all, so a folder that has it holds a finished run.
 The tables never lack a round that a checkpoint has finished; rounds that they have beyond it are cut off when the run
@@ -20,9 +20,10 @@ import pyarrow as pa
 import yaml
 from pyarrow import parquet
 
+from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import Config, load_config
 from rayfed_sub.engine import files
-from rayfed_sub.engine.journal import Beginning, ClientRow, RoundRow, Summary
+from rayfed_sub.engine.journal import Beginning, ClientRow, RoundDone, RoundRow, ScoreRow, Summary
 from rayfed_sub.errors import UserError
 
 FREE = (
@@ -39,16 +40,19 @@ class RunFolder:
         self.path = path
         self.rounds = _empty(RoundRow)
         self._clients = _empty(ClientRow)
+        self._scores = _empty(ScoreRow)
 
     def begin(self, beginning: Beginning) -> None:
-        """Notes the first line of the log."""
+        """Notes the first line of the log, and the initial model's scores."""
+        self._scores = _scored(0, beginning.scores)
         files.write(self.path / "log.jsonl", _line("started", asdict(beginning)).encode() + b"\n")
 
-    def add(self, row: RoundRow, clients: Sequence[ClientRow]) -> None:
+    def add(self, done: RoundDone) -> None:
         """Notes a finished round; the log has it at once, the tables with the next `write_tables`."""
-        files.append(self.path / "log.jsonl", _line("round", asdict(row)))
-        rounds = pa.concat_tables([self.rounds, _table(RoundRow, [row])])
-        self._clients = pa.concat_tables([self._clients, _table(ClientRow, clients)])
+        files.append(self.path / "log.jsonl", _line("round", asdict(done.row)))
+        rounds = pa.concat_tables([self.rounds, _table(RoundRow, [done.row])])
+        self._clients = pa.concat_tables([self._clients, _table(ClientRow, done.client_rows)])
+        self._scores = pa.concat_tables([self._scores, _scored(done.row.round + 1, done.scores)])
         self.rounds = rounds  # last: it is what tells whether the round was noted
 
     def go_on(self, round: int) -> Beginning:
@@ -61,11 +65,21 @@ class RunFolder:
             allowed = f"a run folder with {round} rounds in rounds.parquet, as its checkpoint has, and its log"
             raise UserError("--resume", str(self.path), allowed, "begin anew in another folder")
         self._clients = _before(round, self._read("clients", ClientRow))
+        scores = self._read("scores", ScoreRow)
         told = [entry for entry in self._entries() if entry["event"] != "round" or entry["round"] < round]
         files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in told).encode())
         files.append(self.path / "log.jsonl", _line("resumed", {"round": round}))
         first = next(entry for entry in told if entry["event"] == "started")
-        return Beginning(**{field.name: first[field.name] for field in fields(Beginning)})
+        told_then = {field.name: first[field.name] for field in fields(Beginning)}
+        beginning = Beginning(**{**told_then, "scores": tuple(Score(**score) for score in first["scores"])})
+        later = pa.compute.and_(pa.compute.greater(scores["rounds"], 0), pa.compute.less_equal(scores["rounds"], round))
+        self._scores = pa.concat_tables([_scored(0, beginning.scores), scores.filter(later)])
+        return beginning
+
+    def scores(self, rounds: int) -> list[Score]:
+        """The scores after so many finished rounds."""
+        rows = self._scores.filter(pa.compute.equal(self._scores["rounds"], rounds)).drop_columns(["rounds"])
+        return [Score(**row) for row in rows.to_pylist()]
 
     def resumed(self) -> tuple[int, ...]:
         """The rounds with which the run was taken up again."""
@@ -76,8 +90,8 @@ class RunFolder:
         return any(entry["event"] == "started" for entry in self._entries())
 
     def write_tables(self) -> None:
-        """rounds.parquet and clients.parquet with all rows so far."""
-        for name, table in (("rounds", self.rounds), ("clients", self._clients)):
+        """rounds.parquet, clients.parquet and scores.parquet with all rows so far."""
+        for name, table in (("rounds", self.rounds), ("clients", self._clients), ("scores", self._scores)):
             content = io.BytesIO()
             parquet.write_table(table, content)
             files.write(self.path / f"{name}.parquet", content.getvalue())
@@ -170,11 +184,11 @@ def make(path: Path, field: str) -> None:
         raise UserError(field, str(path), "a folder that can be made", f"{error.strerror}: {error.filename}") from None
 
 
-def finished(path: Path) -> tuple[Config, dict[str, Any]]:
-    """Configuration and summary of a finished run.  Raises UserError where there is none."""
+def finished(path: Path) -> Config:
+    """The configuration of a finished run.  Raises UserError where there is none."""
     if not (path / "summary.json").is_file():
         raise UserError("RUN", str(path), "the folder of a finished run (it has a summary.json)", "check the path")
-    return load_config(path / "config.yaml"), json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return load_config(path / "config.yaml")
 
 
 def _line(event: str, entry: Mapping[str, Any]) -> str:
@@ -191,6 +205,10 @@ def _schema(kind: type) -> pa.Schema:
 
 def _table(kind: type, rows: Sequence[Any]) -> pa.Table:
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=_schema(kind))
+
+
+def _scored(rounds: int, scores: Sequence[Score]) -> pa.Table:
+    return _table(ScoreRow, [ScoreRow(rounds, **asdict(score)) for score in scores])
 
 
 def _empty(kind: type) -> pa.Table:

@@ -13,11 +13,13 @@ from rayfed_sub.analysis.privacy import NOISES, noise_for
 from rayfed_sub.config import Config, Federation, Privacy
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.data.tasks import filled
 from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods import build
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.codecs import load_codec
+from rayfed_sub.models.codecs import ByteCodec, HubCodec, load_codec
+from rayfed_sub.models.image_codecs import ImageCodec, load_image_codec
 from rayfed_sub.models.skeleton import Skeleton, skeleton
 
 
@@ -35,10 +37,9 @@ class Job:
 def prepare(config: Config) -> Job:
     """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
     method = build(config.method)
-    codec = load_codec(config.model)
-    dataset = load_dataset(config.task, config.federation, codec, config.seed)
-    kind = "causal-lm" if dataset.kind == "causal-lm" else "text-classification"
-    bones = skeleton(config.model, kind, len(dataset.class_names), codec.vocabulary, codec.pad)
+    kind, codec = codec_of(config)
+    dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
+    bones = skeleton(config.model, kind, dataset.class_names, codec.vocabulary, codec.pad)
     method.check(bones.shape)
     _check_server(config, method)
     _check_privacy(config, method)
@@ -51,6 +52,16 @@ def prepare(config: Config) -> Job:
         update={"federation": federation, "method": own, "privacy": _privacy(config.privacy, federation)}
     )
     return Job(resolved, method, bones, codec, dataset)
+
+
+def codec_of(config: Config) -> tuple[str, HubCodec | ByteCodec | ImageCodec]:
+    """What kind of model the task asks for, and what makes its inputs."""
+    task = filled(config.task)
+    if task.image is not None:
+        return "image-classification", load_image_codec(config.model, task.image_size)
+    if task.image_size is not None:
+        raise UserError("task.image_size", task.image_size, "nothing where the task has no images", "remove it")
+    return "causal-lm" if task.label is None else "text-classification", load_codec(config.model)
 
 
 def _check_server(config: Config, method: Method) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import Config
 
 
@@ -28,8 +30,7 @@ class Beginning:
     """What a run that is taken up again has to know of its first sitting: the initial model's scores, and what the bits
     depend on besides the configuration."""
 
-    held_out_loss: float
-    rouge_l: float | None
+    scores: tuple[Score, ...]
     versions: dict[str, str]
     environment: dict[str, Any]
 
@@ -40,8 +41,7 @@ class Started:
 
     config: Config
     folder: Path
-    held_out_loss: float
-    rouge_l: float | None
+    metrics: Mapping[str, float]
     target_bytes: int
     round: int = 0
 
@@ -98,16 +98,29 @@ class ClientRow:
 
 
 @dataclass(frozen=True)
+class ScoreRow:
+    """A `Score` of the model after so many finished rounds."""
+
+    rounds: int
+    client: int | None
+    metric: str
+    value: float
+    count: int
+
+
+@dataclass(frozen=True)
 class RoundDone:
-    """A round is over; row and client_rows go to the run folder."""
+    """A round is over; row, client_rows and scores (none where no evaluation was due) go to the run folder."""
 
     row: RoundRow
     client_rows: tuple[ClientRow, ...]
+    scores: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The finished run, as summary.json.  metrics: held_out_loss and rouge_l before and after; dense_bytes: what one
+    """The finished run, as summary.json.  metrics: the scores over all held-out rows, `<metric>_before` training and
+    `<metric>` after, which `analysis/scores.py` defines; dense_bytes: what one
     direction would have cost with dense target weights; privacy: epsilon and delta spent; wall_seconds and
     peak_memory_bytes: of the last sitting; resumed: the rounds with which earlier sittings were taken up again."""
 
@@ -122,7 +135,7 @@ class Summary:
     wall_seconds: float
     train_seconds: float
     peak_memory_bytes: int
-    metrics: dict[str, float | None]
+    metrics: dict[str, float]
     versions: dict[str, str]
     environment: dict[str, Any]
     privacy: dict[str, float] | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.engine.exchange import Packed, packed, unpacked
 from rayfed_sub.engine.job import Job
-from rayfed_sub.engine.workers import Spec, Worker
+from rayfed_sub.engine.workers import Spec, Worker, broadcast_of
 from rayfed_sub.models.weights import load_weights, target_weights
 
 PACKS = (1, 2, 4, 8)
@@ -77,7 +77,7 @@ def _worker(job: Job, backbone: Packed, steps: int) -> Worker:
 def _broadcast(job: Job, backbone: Packed) -> Packed:
     pretrained = target_weights(job.skeleton.shape, job.skeleton.transposed, unpacked(backbone))
     server = job.method.init_server(pretrained, job.skeleton.shape, job.config.seed)
-    return packed(job.method.broadcast(server).tensors)
+    return broadcast_of(job.config, job.method, server)
 
 
 def _seconds(worker: Worker, size: int, broadcast: Packed) -> float:

@@ -23,6 +23,7 @@ from ray import ObjectRefGenerator
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayfed_sub.analysis.scores import overall
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints, planning
 from rayfed_sub.engine.answers import answer, stream_of
@@ -73,7 +74,7 @@ def run(
     try:
         with closing(PeakMemory()) as memory, ThreadPoolExecutor(1) as pool:
             loading = [pool.submit(_load_backbone, job)]
-            with _ray():
+            with ray_session():
                 shared = _shared(job, loading.pop().result())  # no name here may hold the weights for the whole run
                 summary = _through_deaths(job, folder, shared, tell)
                 whole = replace(
@@ -153,13 +154,13 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
         for reference in stream_of(coordinator, stream, f"round {n}"):
             record = answer(coordinator, reference, f"round {n}")
             if isinstance(record, RoundDone):
-                folder.add(record.row, record.client_rows)
+                folder.add(record)
             tell(record)
 
     done = ask("start")
     first = _beginning(done, folder, config, ask, tell)
     targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
-    tell(Started(config, folder.path, first.held_out_loss, first.rouge_l, targets, done))
+    tell(Started(config, folder.path, overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     stream: ObjectRefGenerator | None = None
     try:
@@ -169,8 +170,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
             if n + 1 == rounds or (every and (n + 1) % every == 0):
                 folder.write_tables()
                 ask("checkpoint")
-        last = {"held_out_loss": folder.rounds["held_out_loss"][-1].as_py(), "rouge_l": ask("held_out_rouge")}
-        return _summary(job, folder, first, last, ask, targets)
+        return _summary(job, folder, first, ask, targets)
     except (KeyboardInterrupt, RunError):
         tell(Stage("stopping: a checkpoint first"))
         with suppress(RunError, RayError):  # a full disk stays full: the first trouble is the one to tell
@@ -183,7 +183,7 @@ def _beginning(done: int, folder: RunFolder, config: Config, ask: Callable[[str]
     now = {"versions": versions(), "environment": environment(config)}
     if not folder.begun() and not done:
         tell(Stage("evaluating the initial model"))
-        beginning = Beginning(ask("held_out_loss"), ask("held_out_rouge"), **now)
+        beginning = Beginning(ask("scores"), **now)
         folder.begin(beginning)
         return beginning
     beginning = folder.go_on(done)
@@ -213,12 +213,11 @@ def _summary(
     job: Job,
     folder: RunFolder,
     first: Beginning,
-    last: dict[str, float | None],
     ask: Callable[[str], Any],
     targets: int,
 ) -> Summary:
     rows, config = folder.rounds.to_pylist(), job.config
-    epsilon = rows[-1]["epsilon"]
+    epsilon, before = rows[-1]["epsilon"], overall(first.scores)
     return Summary(
         name=config.name,
         method=str(config.method["name"]),
@@ -231,7 +230,7 @@ def _summary(
         wall_seconds=0.0,
         train_seconds=sum(row["train_seconds"] for row in rows),
         peak_memory_bytes=ask("peak_memory"),
-        metrics={"held_out_loss_before": first.held_out_loss, "rouge_l_before": first.rouge_l, **last},
+        metrics={f"{name}_before": value for name, value in before.items()} | overall(folder.scores(len(rows))),
         versions=first.versions,
         environment=first.environment,
         privacy=None if epsilon is None else {"epsilon": epsilon, "delta": config.privacy.delta},
@@ -257,7 +256,7 @@ def _available() -> dict[str, float]:
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """A Ray session: the one there is, or a local one for this run alone (never somebody's cluster by accident)."""
     if ray.is_initialized():
         yield

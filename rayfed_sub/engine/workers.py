@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rayfed_sub.config import Config
 from rayfed_sub.data.batches import ClientBatches, collate
-from rayfed_sub.data.codec import Codec
+from rayfed_sub.data.codec import Codec, PixelCodec
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.rows import Rows
 from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.engine.exchange import Guard, Packed, PackedState, packed, unpacked
 from rayfed_sub.engine.memory import PeakMemory
@@ -26,7 +27,7 @@ from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import Skeleton
 from rayfed_sub.models.weights import assemble, target_weights
 from rayfed_sub.records import Broadcast, Client, ClientState, LocalResult, ServerState, Start, Update, wire_bytes
-from rayfed_sub.training.evaluation import answers, global_model, held_out_loss
+from rayfed_sub.training.evaluation import Verdict, answers, global_model, verdicts
 from rayfed_sub.training.failures import not_finite
 from rayfed_sub.training.layers import based_on, install
 from rayfed_sub.training.pack import train_pack
@@ -69,11 +70,29 @@ class PackOutcome:
     states: tuple[PackedState | None, ...]
 
 
+@dataclass(frozen=True)
+class Told:
+    """A model's words on a question: its greedy answer, and the reference, cut to `task.max_length` as in training; the
+    likeliest token at each label, given the true ones before it, and the labels themselves."""
+
+    said: str
+    reference: str
+    forced: str
+    true: str
+
+
+def broadcast_of(config: Config, method: Method, server: ServerState) -> Packed:
+    """What workers read of the server's state: the method's broadcast, and under privacy the server's notes as well,
+    because clipping asks for `finish`, which reads them."""
+    notes = server.tensors if config.privacy.clip is not None else {}
+    return packed({**notes, **method.broadcast(server).tensors})
+
+
 class Worker:
     """Wrapped by `ray.remote`; plain, so that it can be tested without Ray."""
 
     def __init__(self, spec: Spec, backbone: Packed, dataset: Dataset, gpu_share: float = 0.0) -> None:
-        torch.set_num_threads(max(1, int(spec.config.resources.cpus_per_worker)))
+        torch.set_num_threads(spec.config.resources.threads)
         self._memory = PeakMemory()
         self._spec, self._dataset = spec, dataset
         self._device = _device(gpu_share, spec.config.resources.deterministic)
@@ -132,27 +151,35 @@ class Worker:
 
     def evaluate(
         self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
-    ) -> tuple[float, int]:
-        """Summed held-out loss and labels of the given held-out rows under the model of `round`: the global one, or the
-        client's own where `client` is given (state as in `train`)."""
-        indices = np.asarray(rows, dtype=np.int64)
-        mask = self._spec.config.task.mask_prompt
-        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.codec.pad)
-        on_device = {name: tensor.to(self._device) for name, tensor in batch.items()}
+    ) -> list[Verdict]:
+        """Verdicts on the given held-out rows by the model of `round`: the global one, or the client's own where
+        `client` is given (state as in `train`)."""
         with self._judged(round, broadcast, client, state):
-            out = held_out_loss(self._model, on_device)
+            out = verdicts(self._model, self._held_out(rows))
         self._guard.check()
         return out
 
-    def generate(self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any) -> list[str]:
-        """Greedy answers to the questions of the given held-out rows; arguments as in `evaluate`."""
+    def generate(
+        self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
+    ) -> list[Told]:
+        """Answers to the questions of the given held-out rows; arguments as in `evaluate`."""
         held_out, codec = self._dataset.held_out, self._spec.codec
+        assert isinstance(held_out, Rows)
+        assert not isinstance(codec, PixelCodec)
         prompts = [held_out.row(row)[: held_out.prompts[row]].tolist() for row in rows]
+        references = [held_out.row(row)[held_out.prompts[row] :].tolist() for row in rows]
         limit = self._spec.config.evaluation.max_new_tokens
         with self._judged(round, broadcast, client, state):
             tokens = answers(self._model, prompts, pad=codec.pad, eos=codec.eos, limit=limit)
+            forced = verdicts(self._model, self._held_out(rows))
         self._guard.check()
-        return [codec.decode(row) for row in tokens]
+        texts = zip(tokens, references, (v.said for v in forced), (v.true for v in forced), strict=True)
+        return [Told(*map(codec.decode, row)) for row in texts]
+
+    def _held_out(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        indices, mask = np.asarray(rows, dtype=np.int64), self._spec.config.task.mask_prompt
+        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.codec.pad)
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def _received(self, round: int, broadcast: Packed) -> dict[str, Tensor]:
         """The round's broadcast on this worker's device; kept, because several packs and shards read the same."""

@@ -65,3 +65,6 @@ _MODEL_TYPES = {
 LOWER_MLP = {name: pattern for pattern, names in _MODEL_TYPES.items() for name in names}
 """Per `config.model_type` the regular expression of `model.targets=lower-mlp`: in every transformer block the
 projection from the hidden size up to the MLP's inner size."""
+
+ANY_PATCHES = ("dinov2", "dinov2_with_registers")
+"""Model types that fit their position encoding to an image of any number of patches; others read one size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -49,21 +49,22 @@ class Skeleton:
 
 
 def skeleton(
-    model: Model, kind: str, classes: int = 0, vocabulary: int | None = None, pad: int | None = None
+    model: Model, kind: str, class_names: Sequence[str] = (), vocabulary: int | None = None, pad: int | None = None
 ) -> Skeleton:
     """The skeleton of `model` as a `causal-lm`, `text-classification` or `image-classification` model.
 
-    Reads the model's configuration only.  classes: of a classification.  vocabulary: tokens the codec can
+    Reads the model's configuration only.  class_names: of a classification, in order.  vocabulary: tokens the codec can
     give; the model must have as many.  pad: the codec's padding token, which decoders that classify need.
     Raises UserError on model.path, model.targets, model.random or one of its keys, task.label.
     """
-    if kind != "causal-lm" and classes < 2:
-        raise UserError("task.label", classes, "at least 2 classes", "choose a column with more values")
-    hf_config = _random_config(model, kind, vocabulary) if model.path == RANDOM else _read_config(model)
+    if kind != "causal-lm" and len(class_names) < 2:
+        raise UserError("task.label", len(class_names), "at least 2 classes", "choose a column with more values")
+    hf_config = bare_config(model, kind, vocabulary)
     hf_config.dtype = getattr(torch, model.dtype)
     _check_vocabulary(model, kind, hf_config, vocabulary)
     if kind != "causal-lm":
-        hf_config.num_labels = classes
+        hf_config.id2label = dict(enumerate(class_names))  # their number follows
+        hf_config.label2id = {name: number for number, name in enumerate(class_names)}
         hf_config.problem_type = "single_label_classification"
     if kind == "text-classification":
         hf_config.pad_token_id = _pad(hf_config) if pad is None else pad
@@ -82,6 +83,14 @@ def skeleton(
         dict(_tied(module)),
         frozenset(name for name, layer in targets.items() if not isinstance(layer, nn.Linear)),
     )
+
+
+def bare_config(model: Model, kind: str, vocabulary: int | None = None) -> Any:
+    """The transformers configuration of `model` as it comes, for a codec of so many tokens.
+
+    Raises UserError on model.path, model.random or one of its keys.
+    """
+    return _random_config(model, kind, vocabulary) if model.path == RANDOM else _read_config(model)
 
 
 def build(hf_config: Any, kind: str, device: str = "meta") -> nn.Module:

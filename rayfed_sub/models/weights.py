@@ -15,6 +15,7 @@ from rayfed_sub.config import Model
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.errors import UserError
 from rayfed_sub.models.codecs import HubCodec
+from rayfed_sub.models.image_codecs import ImageCodec
 from rayfed_sub.models.quiet import quiet
 from rayfed_sub.models.skeleton import AUTO_CLASSES, Skeleton, build, reason
 from rayfed_sub.models.sources import RANDOM, locate
@@ -85,7 +86,7 @@ def write_folder(
     codec: Codec | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a folder that transformers' from_pretrained loads: config, safetensors, the codec's tokenizer.
+    """Writes a folder that transformers' from_pretrained loads: config, safetensors, the tokenizer or image processor.
 
     targets: canonical `<layer>/weight` and `<layer>/bias` that take the place of the model's own; may be some.
     dtype of all weights in the files: None keeps the backbone's, to which float32 targets are then rounded.
@@ -104,6 +105,8 @@ def write_folder(
         module.save_pretrained(folder)
         if isinstance(codec, HubCodec):
             codec.tokenizer.save_pretrained(folder)
+        if isinstance(codec, ImageCodec):
+            codec.save(folder)
 
 
 def _random(skeleton: Skeleton) -> tuple[nn.Module, set[str]]:

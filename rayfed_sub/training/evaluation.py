@@ -1,9 +1,11 @@
-"""The global model on held-out rows: mean loss, and greedy answers.  No gradient, no client terms."""
+"""The global model on held-out rows: loss and predictions, and greedy answers.  No gradient, no client terms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from rayfed_sub.records import Change, ModelShape, Tensors
 from rayfed_sub.training.layers import PackLinear, Terms, based_on
-from rayfed_sub.training.losses import client_losses
+from rayfed_sub.training.losses import predicted
 
 
 @contextmanager
@@ -50,12 +52,29 @@ def _terms(change: Change, device: torch.device) -> Terms | None:
     )
 
 
-@torch.inference_mode()
-def held_out_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, int]:
-    """Summed loss (nats) and number of labels of one held-out batch under the bound global model."""
-    loss_G, count_G = client_losses(model, batch, clients=1)
-    count = int(count_G[0])
-    return float(loss_G[0]) * count, count
+@dataclass(frozen=True)
+class Verdict:
+    """One held-out row: its summed loss (nats), what was said at each label and what is true:
+    tokens, given the true ones before them, or one class."""
+
+    loss: float
+    said: tuple[int, ...]
+    true: tuple[int, ...]
+
+
+def verdicts(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Verdict]:
+    """One per row of a held-out batch, under the bound global model."""
+    seen = predicted(model, batch)
+    rows = len(batch["labels"])
+    loss_R = seen.loss_L.new_zeros(rows).index_add(0, seen.row_L, seen.loss_L)
+    counts = torch.bincount(seen.row_L, minlength=rows).tolist()
+    said, true = (tuple(map(tuple, _split(column.tolist(), counts))) for column in (seen.best_L, seen.label_L))
+    return [Verdict(*row) for row in zip(loss_R.tolist(), said, true, strict=True)]
+
+
+def _split(flat: list[int], counts: Sequence[int]) -> list[list[int]]:
+    ends = list(accumulate(counts))
+    return [flat[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 @torch.inference_mode()

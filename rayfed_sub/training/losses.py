@@ -8,7 +8,8 @@ Legend: G clients, L labelled tokens, h hidden size, V vocabulary, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,34 +31,97 @@ def client_losses(model: nn.Module, batch: Mapping[str, Tensor], clients: int) -
     if labels.dim() == 2:
         loss_L, row_L = _token_losses(model, inputs, labels)
     else:
-        logits_RC = model(**inputs).logits.float()
-        row_L = (labels != IGNORED).nonzero()[:, 0]
-        loss_L = functional.cross_entropy(logits_RC[row_L], labels[row_L], reduction="none")
+        logits_LC, row_L = _class_logits(model, inputs, labels)
+        loss_L = functional.cross_entropy(logits_LC, labels[row_L], reduction="none")
     client_L = row_L // (len(labels) // clients)
     count_G = torch.bincount(client_L, minlength=clients)
     total_G = loss_L.new_zeros(clients).index_add(0, client_L, loss_L)
     return total_G / count_G.clamp_min(1), count_G
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says at every label of a batch: loss (nats) float32, row, the label itself and the likeliest one,
+    int64, all (L,), row by row."""
+
+    loss_L: Tensor
+    row_L: Tensor
+    label_L: Tensor
+    best_L: Tensor
+
+
+@torch.inference_mode()
+def predicted(model: nn.Module, batch: Mapping[str, Tensor]) -> Predicted:
+    """The model's verdict on each label of the batch, as for `client_losses`; for language modelling, each token given
+    the true ones before it (teacher forcing)."""
+    labels = batch["labels"]
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if labels.dim() == 1:
+        logits_LC, row_L = _class_logits(model, inputs, labels)
+        loss_L = functional.cross_entropy(logits_LC, labels[row_L], reduction="none")
+        return Predicted(loss_L, row_L, labels[row_L], logits_LC.argmax(dim=-1))
+    row_L, before_L = _places(labels)
+    label_L = labels[row_L, before_L + 1]
+    head = _plain_head(model)
+    losses, best = [], []
+    if head is None:
+        chunks = cast(Any, model)(**inputs, use_cache=False).logits[row_L, before_L].float().split(_CHUNK)
+    else:
+        hidden_Lh, cap = _hidden(model, inputs, row_L, before_L)
+        chunks = (_logits(hidden_ch, head.weight, cap) for hidden_ch in hidden_Lh.split(_CHUNK))
+    for logits_cV, label_c in zip(chunks, label_L.split(_CHUNK), strict=True):
+        losses.append(functional.cross_entropy(logits_cV, label_c, reduction="none"))
+        best.append(logits_cV.argmax(dim=-1))
+    return Predicted(torch.cat(losses), row_L, label_L, torch.cat(best))
+
+
+def _class_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (L, C) of the labelled rows, and which rows those are."""
+    row_L = (labels_R != IGNORED).nonzero()[:, 0]
+    return model(**inputs).logits.float()[row_L], row_L
+
+
 def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels_RT: Tensor) -> tuple[Tensor, Tensor]:
     """Loss (L,) of every labelled token and the row it stands in."""
-    row_L, before_L = (labels_RT[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    row_L, before_L = _places(labels_RT)
     label_L = labels_RT[row_L, before_L + 1]
-    causal: Any = model
-    head = causal.get_output_embeddings()
-    if _scaled_logits(causal.config) or not isinstance(head, nn.Linear) or head.bias is not None:
-        logits_LV = causal(**inputs, use_cache=False).logits[row_L, before_L].float()
+    head = _plain_head(model)
+    if head is None:
+        logits_LV = cast(Any, model)(**inputs, use_cache=False).logits[row_L, before_L].float()
         return functional.cross_entropy(logits_LV, label_L, reduction="none"), row_L
-    hidden_RTh = causal.base_model(**inputs, use_cache=False).last_hidden_state
-    cap = getattr(causal.config, "final_logit_softcapping", None)
-    loss_L: Tensor = _HeadLoss.apply(hidden_RTh[row_L, before_L], head.weight, label_L, cap)
+    hidden_Lh, cap = _hidden(model, inputs, row_L, before_L)
+    loss_L: Tensor = _HeadLoss.apply(hidden_Lh, head.weight, label_L, cap)  # type: ignore[no-untyped-call]
     return loss_L, row_L
 
 
-def _scaled_logits(config: Any) -> bool:
-    """Whether the model does more to its logits than a matrix product and soft-capping (Cohere, Granite, Falcon-H1)."""
+def _places(labels_RT: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and place of the token before every labelled one: what is said there is judged by the label."""
+    row_L, before_L = (labels_RT[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return row_L, before_L
+
+
+def _plain_head(model: nn.Module) -> nn.Linear | None:
+    """The output layer, where the model's logits are a matrix product and at most soft-capping; None where it does more
+    to them (Cohere, Granite, Falcon-H1)."""
+    causal: Any = model
+    head = causal.get_output_embeddings()
     factors = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in factors)
+    scaled = any(getattr(causal.config, name, None) not in (None, 1, 1.0) for name in factors)
+    return head if isinstance(head, nn.Linear) and head.bias is None and not scaled else None
+
+
+def _hidden(
+    model: nn.Module, inputs: Mapping[str, Tensor], row_L: Tensor, place_L: Tensor
+) -> tuple[Tensor, float | None]:
+    """The last hidden states (L, h) at those places, and the soft cap of the logits if there is one."""
+    causal: Any = model
+    hidden_RTh = causal.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden_RTh[row_L, place_L], getattr(causal.config, "final_logit_softcapping", None)
+
+
+def _logits(hidden_ch: Tensor, head_Vh: Tensor, cap: float | None) -> Tensor:
+    logits_cV = functional.linear(hidden_ch, head_Vh).float()
+    return logits_cV if cap is None else torch.tanh(logits_cV / cap) * cap
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -67,12 +131,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_Lh: Tensor, head_Vh: Tensor, label_L: Tensor, cap: float | None) -> Tensor:
         grads, losses = [], []
         for hidden_ch, label_c in zip(hidden_Lh.split(_CHUNK), label_L.split(_CHUNK), strict=True):
-            logits_cV = functional.linear(hidden_ch, head_Vh).float()
-            slope_cV = None
-            if cap is not None:
-                logits_cV = torch.tanh(logits_cV / cap)
-                slope_cV = 1 - logits_cV.square()
-                logits_cV = logits_cV * cap
+            logits_cV = _logits(hidden_ch, head_Vh, cap)
+            slope_cV = None if cap is None else 1 - (logits_cV / cap).square()  # of the soft cap
             log_p_cV = functional.log_softmax(logits_cV, dim=-1)
             losses.append(-log_p_cV.gather(1, label_c[:, None])[:, 0])
             if ctx.needs_input_grad[0]:

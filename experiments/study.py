@@ -1,0 +1,294 @@
+"""A study: one claim, several variants of one configuration, several seeds, settings tuned on validation rows first.
+
+    python experiments/study.py experiments/studies/NAME.yaml [key=value ...] [--runs DIR] [--jobs N] [--show]
+
+Every run is a folder of its own below DIR (runs/studies); a study that was stopped goes on where it was.  Beside the
+YAML it leaves NAME.csv, a row for every run, and NAME-curves.csv, a row for every evaluated round.
+
+A study's keys:
+    claim     what is to be tested, and by whom it is claimed
+    base      the configuration, relative to the study's file
+    set       overrides for all runs
+    variants  name: overrides
+    seeds     of the runs that count
+    tune      optional: key, values, seeds, set (overrides of the trials, such as fewer rounds); each variant takes the
+              value with the lowest mean held-out loss on the validation rows, and never sees the held-out ones
+    equal_bytes  optional: a variant whose traffic is the budget of the column of equal bytes
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import multiprocessing.util
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from rayfed_sub import RunError, UserError, load_config, run
+from rayfed_sub.engine.session import ray_session
+
+SCORES = ("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "teacher_forced_rouge_l", "accuracy", "macro_f1")
+SENT = ("rounds", "uplink_bytes", "downlink_bytes", "change_rank", "weights_sha256")
+COLUMNS = (
+    *("variant", "seed", "tuning", "value"),
+    *(*SCORES, *(f"{name}_before" for name in SCORES)),
+    *(*SENT, "failure"),
+)
+
+
+@dataclass(frozen=True)
+class Tune:
+    key: str
+    values: tuple[Any, ...]
+    seeds: tuple[int, ...] = (0,)
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    file: Path
+    claim: str
+    base: Path
+    seeds: tuple[int, ...]
+    variants: Mapping[str, Sequence[str]]
+    set: tuple[str, ...] = ()
+    tune: Tune | None = None
+    equal_bytes: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study.  value: of the tuned key; tuning: it only serves to choose that."""
+
+    variant: str
+    seed: int
+    value: Any
+    tuning: bool
+    overrides: tuple[str, ...] = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        value = "" if self.value is None else f"-{self.value}"
+        return Path(self.variant) / f"{'tuning' if self.tuning else 'run'}{value}-{self.seed}"
+
+
+def read_study(file: Path) -> Study:
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tuned = tree.pop("tune", None)
+    tune = Tune(**{key: tuple(v) if isinstance(v, list) else v for key, v in tuned.items()}) if tuned else None
+    base, set_ = file.parent / tree.pop("base"), tuple(tree.pop("set", ()))
+    return Study(file.stem, file, base=base, set=set_, tune=tune, **{**tree, "seeds": tuple(tree["seeds"])})
+
+
+def trials(study: Study, variant: str, more: Sequence[str], chosen: Any, tuning: bool) -> Iterator[Trial]:
+    """The variant's runs: those that tune it, or those that count, with the `chosen` value."""
+    own = (*study.set, *study.variants[variant])
+    if tuning:
+        assert study.tune is not None
+        for value in study.tune.values:
+            for seed in study.tune.seeds:
+                settings = (*study.tune.set, "evaluation.on=validation", "evaluation.generate=0")
+                key = f"{study.tune.key}={value}"
+                yield Trial(variant, seed, value, True, (*own, *settings, key, f"seed={seed}", *more))
+        return
+    key = () if study.tune is None else (f"{study.tune.key}={chosen}",)
+    for seed in study.seeds:
+        yield Trial(variant, seed, chosen, False, (*own, *key, f"seed={seed}", *more))
+
+
+def carry_out(study: Study, trial: Trial, runs: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Runs the trial, or goes on with it; its row and its curve.  One that diverges has its failure in the row."""
+    config = load_config(study.base, [*trial.overrides, f"name={study.name}"])
+    folder = runs / study.name / trial.folder
+    told = {"variant": trial.variant, "seed": trial.seed, "tuning": trial.tuning, "value": trial.value}
+    try:
+        summary = run(config, folder, resume=True)
+    except RunError as error:
+        if "non-finite" not in error.cause:
+            raise
+        return {**dict.fromkeys(COLUMNS), **told, "failure": str(error).partition(";")[0]}, []
+    scores = {name: summary.metrics.get(name) for name in (*SCORES, *(f"{name}_before" for name in SCORES))}
+    sent = {name: getattr(summary, name) for name in SENT}
+    row = {**told, **scores, **sent, "failure": None}
+    return row, list(_curve(folder, told))
+
+
+def _curve(folder: Path, told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Scores over all held-out rows against the bytes sent so far, both ways, for every evaluated state."""
+    rounds = pq.read_table(folder / "rounds.parquet").to_pylist()
+    sent = [0]
+    for row in rounds:
+        sent.append(sent[-1] + row["uplink_bytes"] + row["downlink_bytes"])
+    scores: dict[int, dict[str, float]] = {}
+    for score in pq.read_table(folder / "scores.parquet").to_pylist():
+        if score["client"] is None and score["metric"] in ("held_out_loss", "macro_f1"):
+            scores.setdefault(score["rounds"], {})[score["metric"]] = score["value"]
+    for done, found in sorted(scores.items()):
+        yield {
+            **told,
+            "rounds": done,
+            "bytes": sent[done],
+            "held_out_loss": found.get("held_out_loss"),
+            "macro_f1": found.get("macro_f1"),
+        }
+
+
+def best(rows: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> Any:
+    """The value whose trials have the lowest mean loss; one of whose trials diverged is out."""
+    losses = {value: [row["held_out_loss"] for row in rows if row["value"] == value] for value in values}
+    means = {value: statistics.fmean(own) for value, own in losses.items() if None not in own}
+    return min(means, key=lambda value: means[value])
+
+
+def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[Mapping[str, str]]) -> list[str]:
+    """The study's table: mean ± standard deviation over seeds, from the cells of its two CSV files.
+
+    The column of equal bytes is the held-out loss when `equal_bytes`' variant's whole traffic (up and down, all
+    clients) has been sent, linear between evaluated rounds; methods that send less are taken at their end.
+    """
+    counted = [row for row in rows if row["tuning"] == "False"]
+    shown = [name for name in SCORES if any(row[name] for row in counted)]
+    limit = _traffic(counted, study.equal_bytes) if study.equal_bytes else None
+    columns = ["variant", *([study.tune.key] if study.tune else []), *(name.replace("_", " ") for name in shown)]
+    columns += [*([f"loss at {limit / 1e6:.3g} MB"] if limit else []), "MB up", "MB down", "runs"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for variant in study.variants:
+        all_ = [row for row in counted if row["variant"] == variant]
+        own = [row for row in all_ if not row["failure"]]
+        if not own:
+            continue
+        cells = [variant, *([_edged(study.tune, own[0]["value"])] if study.tune else [])]
+        cells += [_spread([float(row[name]) for row in own]) for name in shown]
+        if limit:
+            ends = [
+                [c for c in curves if (c["variant"], c["seed"], c["tuning"]) == (variant, row["seed"], "False")]
+                for row in own
+            ]
+            cells.append(_spread([_loss_at(end, limit) for end in ends]))
+        cells += [f"{statistics.fmean(float(row[name]) for row in own) / 1e6:.3g}" for name in SENT[1:3]]
+        lines.append("| " + " | ".join([*cells, f"{len(own)} of {len(all_)}"]) + " |")
+    return lines
+
+
+def _traffic(rows: Sequence[Mapping[str, str]], variant: str) -> float:
+    return statistics.fmean(
+        float(r["uplink_bytes"]) + float(r["downlink_bytes"]) for r in rows if r["variant"] == variant
+    )
+
+
+def _loss_at(curve: Sequence[Mapping[str, str]], sent: float) -> float:
+    points = sorted((float(point["bytes"]), float(point["held_out_loss"])) for point in curve)
+    return float(np.interp(sent, *zip(*points, strict=True)))
+
+
+def _edged(tune: Tune, value: str) -> str:
+    """The tuned value, marked where it stands at the grid's edge: a better one may lie outside."""
+    return f"{value} (edge)" if value in (str(tune.values[0]), str(tune.values[-1])) else value
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def tables(file: Path) -> list[str]:
+    """The Markdown table of the study in `file`, from what its runs left."""
+    study = read_study(file)
+    return markdown(study, read(file.with_suffix(".csv")), read(file.with_name(f"{study.name}-curves.csv")))
+
+
+def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    def place(row: Mapping[str, Any]) -> Any:
+        return row["variant"], not row["tuning"], str(row["value"]), row["seed"], row["rounds"] or 0
+
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=place))
+
+
+def carry_out_all(study: Study, todo: Sequence[Trial], runs: Path, pool: Executor, results: Results) -> None:
+    """Runs the trials, as many at a time as the pool has processes, and writes both tables after each."""
+    left = {pool.submit(carry_out, study, trial, runs): trial for trial in todo}
+    for done in as_completed(left):
+        trial = left[done]
+        row, curve = done.result()
+        results.rows.append(row)
+        results.curves.extend(curve)
+        write(study.file.with_suffix(".csv"), results.rows)
+        if results.curves:
+            write(study.file.with_name(f"{study.name}-curves.csv"), results.curves)
+        what = "tuning" if trial.tuning else "run"
+        print(f"{what} {trial.variant} seed {trial.seed} {trial.value}: {row['failure'] or row['held_out_loss']}")
+
+
+def _begin() -> None:
+    """A Ray session for all the runs of one process: starting one takes longer than many a run."""
+    stack = ExitStack()
+    stack.enter_context(ray_session())
+    multiprocessing.util.Finalize(None, stack.close, exitpriority=0)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows of both tables so far."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, e.g. task.path=FILE.parquet")
+    parser.add_argument("--runs", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--show", action="store_true", help="run nothing: the table of what is there")
+    given = parser.parse_args()
+    if given.show:
+        print(*tables(given.study), sep="\n")
+        return
+    study, results = read_study(given.study), Results()
+    print(study.claim.strip())
+
+    def of_all(tuning: bool, chosen: Mapping[str, Any]) -> list[Trial]:
+        return [
+            trial
+            for variant in study.variants
+            for trial in trials(study, variant, given.overrides, chosen.get(variant), tuning)
+        ]
+
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn"), _begin) as pool:
+        chosen: dict[str, Any] = {}
+        if study.tune is not None:
+            carry_out_all(study, of_all(True, {}), given.runs, pool, results)
+            for variant in study.variants:
+                own = [row for row in results.rows if row["variant"] == variant]
+                chosen[variant] = best(own, study.tune.values)
+                print(f"{variant}: {study.tune.key}={_edged(study.tune, str(chosen[variant]))}")
+        carry_out_all(study, of_all(False, chosen), given.runs, pool, results)
+    print(*tables(given.study), sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"study: {error}")

@@ -1,0 +1,109 @@
+"""What a model is worth, from its verdicts on held-out rows: over all rows, and over the rows like each client's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rayfed_sub.metrics.classes import class_scores, confusion
+from rayfed_sub.metrics.texts import bleu_4, rouge_l
+from rayfed_sub.metrics.tokens import perplexity, token_accuracy
+
+
+@dataclass(frozen=True)
+class Score:
+    """client: over the rows dealt to it, None: over all.  count: rows; of the loss and the accuracy of tokens, labels.
+
+    metric: `held_out_loss`, nats per label.  Language modelling: `perplexity`, `token_accuracy`; of texts `rouge_l` and
+    `bleu_4` (greedy answers against references cut to task.max_length), `teacher_forced_rouge_l` and
+    `teacher_forced_bleu_4` (the likeliest token at every label, given the true ones before it, against the labels).
+    Classification: `accuracy`, `macro_f1`, `f1/<class>`, and over all rows `confusion/<true>/<predicted>` where not 0.
+    """
+
+    client: int | None
+    metric: str
+    value: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A held-out row after its verdict.  client: whose data it is like; loss: summed, nats; said, true: tokens at the
+    labels, or one class."""
+
+    client: int
+    loss: float
+    said: Sequence[int]
+    true: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A held-out question after it was answered: freely (said, reference) and under teacher forcing (forced, true)."""
+
+    client: int
+    said: str
+    reference: str
+    forced: str
+    true: str
+
+
+R = TypeVar("R", Judged, Answered)
+
+
+def token_scores(rows: Sequence[Judged]) -> Iterator[Score]:
+    """Loss, perplexity and accuracy of a language model; clients without a label have none."""
+    for client, own in _groups(rows).items():
+        labels = sum(len(row.true) for row in own)
+        hits = sum(said == true for row in own for said, true in zip(row.said, row.true, strict=True))
+        accuracy = token_accuracy(hits, labels)
+        if accuracy is None:
+            continue
+        loss = math.fsum(row.loss for row in own) / labels
+        yield Score(client, "held_out_loss", loss, labels)
+        yield Score(client, "perplexity", perplexity(loss), labels)
+        yield Score(client, "token_accuracy", accuracy, labels)
+
+
+def label_scores(rows: Sequence[Judged], names: Sequence[str]) -> Iterator[Score]:
+    """Loss, accuracy and F1 of a classifier whose class i is called names[i], and the confusion matrix of all rows."""
+    for client, own in _groups(rows).items():
+        true, said = [row.true[0] for row in own], [row.said[0] for row in own]
+        yield Score(client, "held_out_loss", math.fsum(row.loss for row in own) / len(own), len(own))
+        for metric, value in class_scores(true, said, names).items():
+            yield Score(client, metric, value, len(own))
+        if client is None:
+            for name, counts in zip(names, confusion(true, said, len(names)), strict=True):
+                for other, count in zip(names, counts, strict=True):
+                    if count:
+                        yield Score(None, f"confusion/{name}/{other}", float(count), len(own))
+
+
+def text_scores(rows: Sequence[Answered]) -> Iterator[Score]:
+    """ROUGE-L and BLEU-4 of answers."""
+    for client, own in _groups(rows).items():
+        for prefix, said, true in (
+            ("", [row.said for row in own], [row.reference for row in own]),
+            ("teacher_forced_", [row.forced for row in own], [row.true for row in own]),
+        ):
+            yield Score(client, f"{prefix}rouge_l", rouge_l(said, true), len(own))
+            yield Score(client, f"{prefix}bleu_4", bleu_4(said, true), len(own))
+
+
+def overall(scores: Sequence[Score]) -> dict[str, float]:
+    """The scores over all rows by name, without the confusion matrix.
+
+    >>> overall([Score(None, "accuracy", 0.5, 2), Score(3, "accuracy", 1.0, 1), Score(None, "confusion/a/b", 1.0, 2)])
+    {'accuracy': 0.5}
+    """
+    return {s.metric: s.value for s in scores if s.client is None and not s.metric.startswith("confusion/")}
+
+
+def _groups(rows: Sequence[R]) -> dict[int | None, list[R]]:
+    """All rows, then each client's."""
+    groups: dict[int | None, list[R]] = {None: list(rows)}
+    for row in sorted(rows, key=lambda row: row.client):
+        groups.setdefault(row.client, []).append(row)
+    return groups

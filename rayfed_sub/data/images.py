@@ -1,0 +1,105 @@
+"""Images as their files hold them, and as rows of pixels.
+
+Legend: B rows of a batch, c channels (1 gray, 3 RGB), s pixels of a square's side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayfed_sub.data.rows import Ints
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Rows of square images with a class each.
+
+    pixels uint8 (rows, channels, side, side), one channel where all images are gray, else 3; classes int64 (rows,);
+    mean, std float32 (3,): of the model's inputs, for values from 0 to 1.
+    """
+
+    pixels: Pixels
+    classes: Ints
+    mean: Floats
+    std: Floats
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.pixels.nbytes + self.classes.nbytes
+
+    def take(self, indices: Ints) -> Images:
+        """The rows at `indices`, in that order, as new arrays."""
+        return Images(self.pixels[indices], self.classes[indices], self.mean, self.std)
+
+    def inputs(self, indices: Ints) -> Floats:
+        """What a model reads of the rows at `indices`: (pixels / 255 - mean) / std, (B, 3, s, s), gray three times.
+
+        >>> gray = np.full((1, 1, 1, 1), 51, np.uint8)
+        >>> images = Images(gray, np.zeros(1, np.int64), np.float32([0.0, 0.2, 0.4]), np.float32([1.0, 1.0, 0.5]))
+        >>> images.inputs(np.array([0])).ravel().astype(float).round(3).tolist()
+        [0.2, 0.0, -0.4]
+        """
+        values_Bcss = self.pixels[indices].astype(np.float32) / np.float32(255)
+        inputs_B3ss: Floats = (values_Bcss - self.mean[:, None, None]) / self.std[:, None, None]
+        return inputs_B3ss
+
+
+def encoded(cell: Any) -> bytes:
+    """The bytes of an image's file, from a table's cell: bytes, {"bytes", "path"} as `datasets` has it, or a PIL image
+    (as PNG).  b"" for an empty cell.  Raises OSError for a path that cannot be read."""
+    if isinstance(cell, Mapping):
+        content, path = cell.get("bytes"), cell.get("path")
+        return Path(path).read_bytes() if not content and path else content or b""
+    if hasattr(cell, "save"):
+        file = io.BytesIO()
+        cell.save(file, format="PNG")
+        return file.getvalue()
+    return cell if isinstance(cell, bytes) else b""
+
+
+def decoded(content: bytes) -> Any:
+    """The image of an encoded file as a PIL image, upright, in mode L where all its pixels are gray, else RGB.
+
+    Raises ValueError, with the reason in a few words, for what Pillow cannot read.
+    """
+    from PIL import Image, ImageOps
+
+    if not content:
+        raise ValueError("empty")
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # Pillow would cut off what is brighter than 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("1", "L", "LA", "I", "F"):
+                return image.convert("L")
+            image = image.convert("RGB")
+    except Exception as error:  # a broken file makes Pillow and its codecs raise nearly anything
+        raise ValueError(str(error).replace("\n", " ") or type(error).__name__) from error
+    red, green, blue = image.split()
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
+
+
+def digest(image: Any) -> str:
+    """The SHA-256 of a decoded image's size and pixels, in hex: the same for every file that holds just these.
+
+    >>> from PIL import Image
+    >>> digest(Image.new("L", (2, 3))) == digest(Image.new("L", (3, 2)))
+    False
+    """
+    return hashlib.sha256(f"{image.width}x{image.height} {image.mode} ".encode() + image.tobytes()).hexdigest()

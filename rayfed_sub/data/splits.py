@@ -1,0 +1,174 @@
+"""Training, validation and held-out rows: no question stands in two of them; and whose data judged rows are like.
+
+Everything is an array of row numbers: no row is copied, and each draw has a stream of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayfed_sub.config import Task
+from rayfed_sub.data.rows import Ints
+from rayfed_sub.errors import UserError
+from rayfed_sub.streams import stream
+
+log = logging.getLogger(__name__)
+
+Judged = Literal["held-out", "validation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Row numbers int64, each sorted.  repeated: rows that belong nowhere, because their question stands in a split
+    that comes before theirs: held-out before validation before training."""
+
+    train: Ints
+    validation: Ints
+    held_out: Ints
+    repeated: Ints
+
+
+def split_rows(questions: Sequence[str], keys: Sequence[str], task: Task, seed: int) -> Splits:
+    """The rows of each split; how many were left out to keep questions apart is said in one warning.
+
+    Raises UserError (task.held_out, task.validation) where a split that is asked for would be empty.
+
+    >>> splits = split_rows(["a?", "b?", "c?", "d?"], [""] * 4, Task(held_out=0.25, validation=0.25), seed=0)
+    >>> [len(part) for part in (splits.train, splits.validation, splits.held_out, splits.repeated)]
+    [2, 1, 1, 0]
+    """
+    held_out = held_out_rows(keys, task.held_out, seed)
+    validation = np.empty(0, np.int64)
+    if task.validation:
+        validation = held_out_rows(keys, task.validation, seed, "validation", held_out)
+    train = np.setdiff1d(np.arange(len(keys)), np.concatenate([held_out, validation]))
+
+    asked = _question_numbers(questions)
+    checked = validation[~np.isin(asked[validation], asked[held_out])]
+    if task.validation and not len(checked):
+        allowed = f"a share that leaves questions which are not held out ({len(validation)} rows, all of them are)"
+        raise UserError("task.validation", task.validation, allowed, "raise task.validation or lower task.held_out")
+    kept = train[~np.isin(asked[train], asked[np.concatenate([held_out, checked])])]
+    if not len(kept):
+        allowed = "a share that leaves questions to train on; every training row asks what is held out or validation"
+        raise UserError("task.held_out", task.held_out, allowed, "lower it, or let task.prompt tell rows apart")
+    lost = {"training": len(train) - len(kept), "validation": len(validation) - len(checked)}
+    if any(lost.values()):
+        log.warning(
+            "%s rows left out: their question, but for case and spaces, stands in a split that is kept from them",
+            " and ".join(f"{count} {name}" for name, count in lost.items() if count),
+        )
+    repeated = np.setdiff1d(np.arange(len(keys)), np.concatenate([kept, checked, held_out]))
+    return Splits(kept, checked, held_out, repeated)
+
+
+def held_out_rows(
+    keys: Sequence[str], share: float, seed: int, purpose: Judged = "held-out", taken: Ints | None = None
+) -> Ints:
+    """The row numbers of a split, sorted: round(share * rows) of them, spread over the keys in proportion.
+
+    Each key gives the whole part of its share of all its rows; what is missing then comes from the keys with the
+    largest remainders.  No key gives its last row, so that no client is left without any.  taken: rows that another
+    split has.
+    Raises UserError (task.held_out or task.validation) where nothing would be drawn.
+
+    >>> rows = held_out_rows(["a"] * 10 + ["b"] * 20, 0.2, seed=0)
+    >>> len(rows), int((rows < 10).sum())
+    (6, 2)
+    """
+    names, key_of = numbered(keys)
+    sizes = np.bincount(key_of, minlength=len(names))
+    free = np.ones(len(keys), bool)
+    if taken is not None:
+        free[taken] = False
+    spare = np.bincount(key_of[free], minlength=len(names)) - 1
+    quotas = share * sizes
+    whole = np.floor(quotas).astype(np.int64)
+    counts = np.clip(whole, 0, np.maximum(spare, 0))
+    by_remainder = np.argsort(whole - quotas, kind="stable")
+    able = by_remainder[counts[by_remainder] < spare[by_remainder]]
+    counts[able[: max(0, round(share * len(keys)) - int(counts.sum()))]] += 1
+    if not counts.sum():
+        field, what = f"task.{purpose.replace('-', '_')}", "holds out" if purpose == "held-out" else "sets aside"
+        allowed = f"a share that {what} at least one of the {len(keys)} rows (each key keeps one for training)"
+        raise UserError(field, share, allowed, f"raise {field} or use more rows")
+    drawn = [
+        stream(seed, purpose, name).permutation(rows)[:count]
+        for name, rows, count in zip(names, _by_number(key_of, len(names), free), counts, strict=True)
+        if count
+    ]
+    return np.sort(np.concatenate(drawn))
+
+
+def judged_clients(
+    judged_keys: NDArray[np.int32],
+    train_keys: NDArray[np.int32],
+    key_names: Sequence[str],
+    parts: Sequence[Ints],
+    seed: int,
+) -> Ints:
+    """For each judged row the client whose data it resembles, int64 (judged rows,).
+
+    The rows of each key are dealt out in proportion to the clients' shares of that key's training rows, by largest
+    remainders, equals to the lower client; in which order is the seed's.  A key without training rows counts as all
+    keys together.  judged_keys, train_keys: numbers into key_names; parts: the clients' training rows.
+
+    >>> keys = np.array([0, 0, 0, 0, 1, 1], np.int32)
+    >>> parts = [np.array([0, 1, 2]), np.array([3, 4, 5])]
+    >>> judged_clients(np.array([1, 1, 0], np.int32), keys, ("x", "y"), parts, seed=0).tolist()
+    [1, 1, 0]
+    """
+    sizes = np.asarray([len(part) for part in parts], np.int64)
+    holders = np.repeat(np.arange(len(parts)), sizes)
+    # Pairs of key and client as one number each: a table of all of them would be large with many keys.
+    held, counts = np.unique(train_keys[np.concatenate(parts)] * np.int64(len(parts)) + holders, return_counts=True)
+    owners = np.empty(len(judged_keys), np.int64)
+    for key, rows in enumerate(_by_number(judged_keys, len(key_names))):
+        if not len(rows):
+            continue
+        low, high = np.searchsorted(held, [key * len(parts), (key + 1) * len(parts)])
+        clients, weights = held[low:high] - key * len(parts), counts[low:high]
+        if low == high:
+            clients, weights = np.arange(len(parts)), sizes
+        dealt = np.repeat(clients, _apportioned(len(rows), weights))
+        owners[stream(seed, "judged rows", key_names[key]).permutation(rows)] = dealt
+    return owners
+
+
+def numbered(keys: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int32]]:
+    """The different keys, sorted, and for each row the number of its key.
+
+    >>> names, numbers = numbered(["b", "a", "b"])
+    >>> names, numbers.tolist()
+    (('a', 'b'), [1, 0, 1])
+    """
+    names = tuple(sorted(set(keys)))
+    number = {name: index for index, name in enumerate(names)}
+    return names, np.fromiter((number[key] for key in keys), np.int32, len(keys))
+
+
+def _apportioned(rows: int, weights: Ints) -> Ints:
+    """`rows` in proportion to whole weights, exactly: largest remainders, equals to the lower index."""
+    shares, remainders = np.divmod(rows * weights, weights.sum())
+    shares[np.argsort(-remainders, kind="stable")[: rows - int(shares.sum())]] += 1
+    return shares
+
+
+def _by_number(numbers: NDArray[np.int32], count: int, among: NDArray[np.bool_] | None = None) -> list[Ints]:
+    """The row numbers, ascending, at which each of 0 .. count - 1 stands, among all rows or those marked."""
+    rows = np.argsort(numbers, kind="stable")
+    rows = rows if among is None else rows[among[rows]]
+    return np.split(rows, np.searchsorted(numbers[rows], np.arange(1, count)))
+
+
+def _question_numbers(questions: Sequence[str]) -> Ints:
+    """Equal numbers for questions that differ in case and white space alone."""
+    number: dict[str, int] = {}
+    plain = (" ".join(question.casefold().split()) for question in questions)
+    return np.fromiter((number.setdefault(question, len(number)) for question in plain), np.int64, len(questions))

@@ -1,0 +1,85 @@
+"""The tasks that have a name: where each comes from, which of its columns are what, and under which licence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rayfed_sub.config import Task
+from rayfed_sub.errors import UserError
+
+_OWN = ("prompt", "answer", "label", "image")
+"""Fields of `Task` that a named task fills in itself."""
+
+
+@dataclass(frozen=True)
+class NamedTask:
+    """What a `table` task would have to say.  hub: the data set's id on the Hugging Face hub; key: the column that
+    deals out the rows where the configuration names none; renames: columns that the hub's copy calls otherwise (its
+    name -> ours); class_names: of a column of numbers that comes without names; tidy: runs of white space in texts
+    become one space."""
+
+    hub: str
+    what: str
+    licence: str
+    key: str
+    prompt: str | None = None
+    answer: str | None = None
+    label: str | None = None
+    image: str | None = None
+    renames: Mapping[str, str] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    tidy: bool = False
+
+
+TASKS = {
+    "medquad": NamedTask(
+        hub="lavita/MedQuAD",
+        what="medical questions, answered by pages of the US National Institutes of Health, keyed by source",
+        licence="CC BY 4.0",
+        key="source",
+        prompt="{question}",
+        answer="answer",
+        renames={"document_source": "source", "question_focus": "focus"},
+        tidy=True,
+    ),
+    "dolly-15k": NamedTask(
+        hub="databricks/databricks-dolly-15k",
+        what="instructions with and without a context, answered by people, keyed by category",
+        licence="CC BY-SA 3.0",
+        key="category",
+        prompt="{instruction}\n\n{context}",  # the ends of a prompt are stripped, so that no context leaves no trace
+        answer="response",
+    ),
+    "brain-tumor": NamedTask(
+        hub="Hemg/Brain-Tumor-MRI-Dataset",
+        what="MRI slices of the head: three kinds of tumour or none, keyed by class",
+        licence="CC0, as its mirrors say",
+        key="label",
+        image="image",
+        label="label",
+        class_names=("glioma", "meningioma", "notumor", "pituitary"),
+    ),
+}
+
+
+def filled(task: Task) -> Task:
+    """`task` with the source and columns that its name stands for; a `table` comes back as it is.
+
+    Raises UserError (task.name) where the person names columns of a task that has its own.
+
+    >>> task = filled(Task(name="medquad"))
+    >>> task.path, task.prompt, task.answer
+    ('lavita/MedQuAD', '{question}', 'answer')
+    """
+    if task.name == "table":
+        return task
+    known = TASKS.get(task.name)
+    for name in _OWN if known else ("path", *_OWN):
+        if getattr(task, name) is not None:
+            advice = f"set task.name=table or remove task.{name}"
+            raise UserError("task.name", task.name, f"table where task.{name} is set", advice)
+    if known is None:
+        return task
+    own = {name: getattr(known, name) for name in _OWN}
+    return task.model_copy(update={"path": task.path or known.hub, **own})

@@ -1,0 +1,47 @@
+"""Verdicts on held-out rows against the plain model's own logits and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rayfed_sub.data.batches import IGNORED
+from rayfed_sub.training.evaluation import verdicts
+from tests.tiny_models import Tiny, bent, bert, dinov2, draw_batches, gpt2, llama
+
+LANGUAGE: list[Callable[[], Tiny]] = [llama, gpt2, *(lambda name=name: bent(name) for name in ("gemma2", "cohere"))]
+
+
+@pytest.mark.parametrize("model", LANGUAGE, ids=["llama", "gpt2", "gemma2", "cohere"])
+def test_a_token_is_judged_by_the_logits_before_it(model: Callable[[], Tiny]) -> None:
+    tiny = model()
+    (batch,) = draw_batches(tiny, seed=3, steps=1, rows=4)
+    batch["labels"][2] = IGNORED  # a row that asks for nothing
+    with torch.no_grad():
+        logits_RTV = tiny.model(input_ids=batch["input_ids"]).logits.float()
+    for row, verdict in enumerate(verdicts(tiny.model, batch)):
+        places = (batch["labels"][row, 1:] != IGNORED).nonzero()[:, 0]
+        true_L, logits_LV = batch["labels"][row, places + 1], logits_RTV[row, places]
+        assert verdict.true == tuple(true_L.tolist())
+        assert verdict.said == tuple(logits_LV.argmax(dim=-1).tolist())
+        assert verdict.loss == pytest.approx(functional.cross_entropy(logits_LV, true_L, reduction="sum").item())
+        assert (len(verdict.true) == 0) == (row == 2)
+
+
+@pytest.mark.parametrize("model", [bert, dinov2], ids=["bert", "dinov2"])
+def test_a_row_is_judged_by_its_class(model: Callable[[], Tiny]) -> None:
+    tiny = model()
+    (batch,) = draw_batches(tiny, seed=3, steps=1, rows=4)
+    batch["labels"][1] = IGNORED
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits_RC = tiny.model(**inputs).logits
+    for row, (verdict, label) in enumerate(zip(verdicts(tiny.model, batch), batch["labels"].tolist(), strict=True)):
+        if row == 1:
+            assert (verdict.loss, verdict.said, verdict.true) == (0.0, (), ())
+            continue
+        assert (verdict.said, verdict.true) == ((int(logits_RC[row].argmax()),), (label,))
+        assert verdict.loss == pytest.approx(functional.cross_entropy(logits_RC[row], torch.tensor(label)).item())

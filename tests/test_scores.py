@@ -1,0 +1,70 @@
+"""Scores of held-out rows by hand: over all rows, and over the rows that are like each client's."""
+
+import math
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from rayfed_sub.analysis.scores import Answered, Judged, Score, label_scores, overall, text_scores, token_scores
+
+
+def values(scores: list[Score], client: int | None) -> dict[str, float]:
+    return {score.metric: score.value for score in scores if score.client == client}
+
+
+def test_tokens_by_hand() -> None:
+    rows = [
+        Judged(1, 6.0, said=(5, 6, 7), true=(5, 6, 8)),  # 2 of 3
+        Judged(0, 1.0, said=(5,), true=(6,)),  # 0 of 1
+        Judged(1, 0.0, said=(9,), true=(9,)),  # 1 of 1
+    ]
+    scores = list(token_scores(rows))
+    assert values(scores, None) == pytest.approx(
+        {"held_out_loss": 7 / 5, "perplexity": math.exp(7 / 5), "token_accuracy": 3 / 5}
+    )
+    assert values(scores, 0) == pytest.approx({"held_out_loss": 1, "perplexity": math.e, "token_accuracy": 0})
+    assert values(scores, 1) == pytest.approx(
+        {"held_out_loss": 6 / 4, "perplexity": math.exp(6 / 4), "token_accuracy": 3 / 4}
+    )
+    assert {score.client: score.count for score in scores} == {None: 5, 0: 1, 1: 4}  # labels
+
+
+def test_rows_without_a_label_have_no_scores() -> None:
+    scores = list(token_scores([Judged(0, 2.0, (1, 2), (1, 3)), Judged(4, 0.0, (), ())]))
+    assert {score.client for score in scores} == {None, 0}
+    assert overall(scores)["held_out_loss"] == 1.0
+
+
+def test_classes_by_hand() -> None:
+    """True a a b, said a b b: a has tp 1, fn 1; b has tp 1, fp 1; c never occurs, and does not count."""
+    rows = [Judged(0, 0.5, (0,), (0,)), Judged(0, 1.5, (1,), (0,)), Judged(2, 1.0, (1,), (1,))]
+    scores = list(label_scores(rows, ("a", "b", "c")))
+    two_thirds = 2 / (2 + 1)
+    assert overall(scores) == pytest.approx(
+        {
+            "held_out_loss": 1,
+            "accuracy": 2 / 3,
+            "macro_f1": two_thirds,
+            "f1/a": two_thirds,
+            "f1/b": two_thirds,
+            "f1/c": 0,
+        }
+    )
+    assert values(scores, 2)["macro_f1"] == 1
+    confusion = {score.metric: score.value for score in scores if score.metric.startswith("confusion/")}
+    assert confusion == {"confusion/a/a": 1, "confusion/a/b": 1, "confusion/b/b": 1}
+
+
+def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:
+    rows = [
+        Answered(0, said="the cat sat", reference="the cat ate a fish", forced="the cat", true="the cat"),
+        Answered(1, said="a dog", reference="a dog", forced="no", true="a dog"),
+    ]
+    scores = list(text_scores(rows))
+    rouge = RougeScorer(["rougeL"])
+    first = rouge.score("the cat ate a fish", "the cat sat")["rougeL"].fmeasure
+    assert first == pytest.approx(2 * 2 / (3 + 5))  # two words in common, of three and five
+    assert values(scores, None)["rouge_l"] == pytest.approx((first + 1) / 2)
+    assert values(scores, None)["teacher_forced_rouge_l"] == pytest.approx((1 + 0) / 2)
+    assert values(scores, 1)["rouge_l"] == 1
+    assert set(values(scores, 0)) == {"rouge_l", "bleu_4", "teacher_forced_rouge_l", "teacher_forced_bleu_4"}

@@ -1,0 +1,95 @@
+"""The experiments' studies: they load, choose what they say, and their tables are those of the raw rows beside them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rayfed_sub import load_config
+from rayfed_sub.methods import build
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "experiments" / "studies").glob("*.yaml"))
+
+
+def loaded() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", ROOT / "experiments" / "study.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["study"] = module  # where its dataclasses look for their names
+    spec.loader.exec_module(module)
+    return module
+
+
+study = loaded()
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_every_run_of_a_study_has_a_configuration(file: Path) -> None:
+    read = study.read_study(file)
+    folders = []
+    for variant in read.variants:
+        chosen = read.tune.values[0] if read.tune else None
+        runs = [*study.trials(read, variant, ["task.path=x.parquet"], chosen, False)]
+        runs += study.trials(read, variant, [], None, True) if read.tune else []
+        for trial in runs:
+            config = load_config(read.base, trial.overrides)
+            build(config.method)
+            assert config.seed == trial.seed
+            assert (config.evaluation.on == "validation") == trial.tuning
+            folders.append(trial.folder)
+    assert len(set(folders)) == len(folders)
+    assert read.equal_bytes is None or read.equal_bytes in read.variants
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_the_tables_of_the_readme_are_those_of_the_raw_rows(file: Path) -> None:
+    readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    assert f"studies/{file.name}" in readme
+    if file.with_suffix(".csv").exists():
+        assert "\n".join(study.tables(file)) in readme
+
+
+def test_the_lowest_mean_validation_loss_is_chosen_and_what_diverged_is_not() -> None:
+    def row(value: float, loss: float | None) -> dict[str, Any]:
+        return {"value": value, "held_out_loss": loss}
+
+    rows = [row(0.1, 2.0), row(0.1, 4.0), row(0.2, 2.5), row(0.2, 3.0), row(0.3, 0.1), row(0.3, None)]
+    assert study.best(rows, (0.1, 0.2, 0.3)) == 0.2  # means 3 and 2.75
+
+
+def test_loss_at_equal_bytes_lies_between_the_evaluated_rounds() -> None:
+    curve = [{"bytes": str(sent), "held_out_loss": str(loss)} for sent, loss in ((0, 4.0), (100, 3.0), (300, 2.0))]
+    assert study._loss_at(curve, 150) == pytest.approx(3.0 - 50 / 200)
+    assert study._loss_at(curve, 999) == 2.0  # less was sent in all
+
+
+def test_a_table_gives_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "claim: c\nbase: b.yaml\nseeds: [0, 1]\nvariants: {a: [], b: []}\nequal_bytes: a\n"
+        "tune: {key: optimizer.lr, values: [1, 2, 3]}\n"
+    )
+    empty = dict.fromkeys(study.COLUMNS, "")
+
+    def row(variant: str, seed: int, loss: float, up: int, lr: int) -> dict[str, str]:
+        told = {"variant": variant, "seed": seed, "tuning": False, "value": lr, "held_out_loss": loss}
+        return {**empty, **{k: str(v) for k, v in {**told, "uplink_bytes": up, "downlink_bytes": up}.items()}}
+
+    rows = [row("a", 0, 1.0, 10**6, 2), row("a", 1, 2.0, 10**6, 2), row("b", 0, 3.0, 2 * 10**6, 3)]
+    rows.append({**row("b", 1, 0, 0, 3), "failure": "diverged"})
+    rows.append({**row("b", 0, 0.5, 0, 1), "tuning": "True"})
+    curves = [
+        {"variant": v, "seed": s, "tuning": "False", "bytes": str(sent), "held_out_loss": str(loss)}
+        for v, s, sent, loss in (("a", "0", 2e6, 1.0), ("a", "1", 2e6, 2.0), ("b", "0", 0, 9.0), ("b", "0", 4e6, 3.0))
+    ]
+    head, _, first, second = study.markdown(study.read_study(file), rows, curves)
+    assert head == "| variant | optimizer.lr | held out loss | loss at 2 MB | MB up | MB down | runs |"
+    assert first == "| a | 2 | 1.500 ± 0.707 | 1.500 ± 0.707 | 1 | 1 | 2 of 2 |"  # sqrt(0.5 ** 2 + 0.5 ** 2)
+    assert second == "| b | 3 (edge) | 3.000 | 6.000 | 2 | 2 | 1 of 2 |"  # half of 4 MB, so half way from 9 to 3
