@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import multiprocessing
 import multiprocessing.util
 import statistics
@@ -41,7 +42,7 @@ from rayfed_sub.engine.session import ray_session
 SCORES = ("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "teacher_forced_rouge_l", "accuracy", "macro_f1")
 SENT = ("rounds", "uplink_bytes", "downlink_bytes", "change_rank", "weights_sha256")
 COLUMNS = (
-    *("variant", "seed", "tuning", "value"),
+    *("variant", "seed", "tuning", "value", "model"),
     *(*SCORES, *(f"{name}_before" for name in SCORES)),
     *(*SENT, "failure"),
 )
@@ -92,20 +93,20 @@ def read_study(file: Path) -> Study:
     return Study(file.stem, file, base=base, set=set_, tune=tune, **{**tree, "seeds": tuple(tree["seeds"])})
 
 
-def trials(study: Study, variant: str, more: Sequence[str], chosen: Any, tuning: bool) -> Iterator[Trial]:
-    """The variant's runs: those that tune it, or those that count, with the `chosen` value."""
-    own = (*study.set, *study.variants[variant])
-    if tuning:
-        assert study.tune is not None
-        for value in study.tune.values:
-            for seed in study.tune.seeds:
-                settings = (*study.tune.set, "evaluation.on=validation", "evaluation.generate=0")
-                key = f"{study.tune.key}={value}"
-                yield Trial(variant, seed, value, True, (*own, *settings, key, f"seed={seed}", *more))
-        return
-    key = () if study.tune is None else (f"{study.tune.key}={chosen}",)
+def tuning_trials(study: Study, variant: str, more: Sequence[str]) -> Iterator[Trial]:
+    """The variant's runs that choose a value; whatever `more` says, they are judged on validation rows."""
+    for value in study.tune.values if study.tune else ():
+        for seed in study.tune.seeds if study.tune else ():
+            settings = (f"{study.tune.key}={value}", "evaluation.generate=0", "evaluation.on=validation")
+            shared = (*study.set, *study.variants[variant], *study.tune.set, f"seed={seed}", *more)
+            yield Trial(variant, seed, value, True, (*shared, *settings))
+
+
+def counted_trials(study: Study, variant: str, more: Sequence[str], value: Any) -> Iterator[Trial]:
+    """The variant's runs that count, with the chosen value where there was something to choose."""
+    key = () if study.tune is None else (f"{study.tune.key}={value}",)
     for seed in study.seeds:
-        yield Trial(variant, seed, chosen, False, (*own, *key, f"seed={seed}", *more))
+        yield Trial(variant, seed, value, False, (*study.set, *study.variants[variant], f"seed={seed}", *more, *key))
 
 
 def carry_out(study: Study, trial: Trial, runs: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -113,15 +114,16 @@ def carry_out(study: Study, trial: Trial, runs: Path) -> tuple[dict[str, Any], l
     config = load_config(study.base, [*trial.overrides, f"name={study.name}"])
     folder = runs / study.name / trial.folder
     told = {"variant": trial.variant, "seed": trial.seed, "tuning": trial.tuning, "value": trial.value}
+    model = {"model": Path(config.model.path).name}
     try:
         summary = run(config, folder, resume=True)
     except RunError as error:
-        if "non-finite" not in error.cause:
+        if "finite" not in error.cause:
             raise
-        return {**dict.fromkeys(COLUMNS), **told, "failure": str(error).partition(";")[0]}, []
+        return {**dict.fromkeys(COLUMNS), **told, **model, "failure": str(error).partition(";")[0]}, []
     scores = {name: summary.metrics.get(name) for name in (*SCORES, *(f"{name}_before" for name in SCORES))}
     sent = {name: getattr(summary, name) for name in SENT}
-    row = {**told, **scores, **sent, "failure": None}
+    row = {**told, **model, **scores, **sent, "failure": None}
     return row, list(_curve(folder, told))
 
 
@@ -146,9 +148,18 @@ def _curve(folder: Path, told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def best(rows: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> Any:
-    """The value whose trials have the lowest mean loss; one of whose trials diverged is out."""
+    """The value whose trials have the lowest mean loss; one of whose trials diverged is out.
+
+    Raises ValueError where that leaves none.
+    """
     losses = {value: [row["held_out_loss"] for row in rows if row["value"] == value] for value in values}
-    means = {value: statistics.fmean(own) for value, own in losses.items() if None not in own}
+    means = {
+        value: statistics.fmean(own)
+        for value, own in losses.items()
+        if all(loss is not None and math.isfinite(loss) for loss in own)
+    }
+    if not means:
+        raise ValueError(f"every value of {list(values)} diverged; give smaller ones")
     return min(means, key=lambda value: means[value])
 
 
@@ -159,33 +170,34 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
     clients) has been sent, linear between evaluated rounds; methods that send less are taken at their end.
     """
     counted = [row for row in rows if row["tuning"] == "False"]
-    shown = [name for name in SCORES if any(row[name] for row in counted)]
-    limit = _traffic(counted, study.equal_bytes) if study.equal_bytes else None
+    whole = [row for row in counted if not row["failure"]]
+    shown = [name for name in SCORES if any(row[name] for row in whole)]
+    sent = [float(row["uplink_bytes"]) + float(row["downlink_bytes"]) for row in _of(whole, study.equal_bytes)]
+    limit = statistics.fmean(sent) if sent else None
     columns = ["variant", *([study.tune.key] if study.tune else []), *(name.replace("_", " ") for name in shown)]
     columns += [*([f"loss at {limit / 1e6:.3g} MB"] if limit else []), "MB up", "MB down", "runs"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for variant in study.variants:
-        all_ = [row for row in counted if row["variant"] == variant]
-        own = [row for row in all_ if not row["failure"]]
+        begun, own = _of(counted, variant), _of(whole, variant)
+        if not begun:
+            continue
+        runs = f"{len(own)} of {len(begun)}"
         if not own:
+            lines.append("| " + " | ".join([variant, *["diverged"] * (len(columns) - 2), runs]) + " |")
             continue
         cells = [variant, *([_edged(study.tune, own[0]["value"])] if study.tune else [])]
-        cells += [_spread([float(row[name]) for row in own]) for name in shown]
+        cells += [_spread([float(row[name]) for row in own if row[name]]) for name in shown]
         if limit:
-            ends = [
-                [c for c in curves if (c["variant"], c["seed"], c["tuning"]) == (variant, row["seed"], "False")]
-                for row in own
-            ]
+            curve = [point for point in _of(curves, variant) if point["tuning"] == "False"]
+            ends = [[point for point in curve if point["seed"] == row["seed"]] for row in own]
             cells.append(_spread([_loss_at(end, limit) for end in ends]))
         cells += [f"{statistics.fmean(float(row[name]) for row in own) / 1e6:.3g}" for name in SENT[1:3]]
-        lines.append("| " + " | ".join([*cells, f"{len(own)} of {len(all_)}"]) + " |")
+        lines.append("| " + " | ".join([*cells, runs]) + " |")
     return lines
 
 
-def _traffic(rows: Sequence[Mapping[str, str]], variant: str) -> float:
-    return statistics.fmean(
-        float(r["uplink_bytes"]) + float(r["downlink_bytes"]) for r in rows if r["variant"] == variant
-    )
+def _of(rows: Sequence[Mapping[str, str]], variant: str | None) -> list[Mapping[str, str]]:
+    return [row for row in rows if row["variant"] == variant]
 
 
 def _loss_at(curve: Sequence[Mapping[str, str]], sent: float) -> float:
@@ -199,6 +211,8 @@ def _edged(tune: Tune, value: str) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{deviation}"
 
@@ -218,10 +232,12 @@ def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     def place(row: Mapping[str, Any]) -> Any:
         return row["variant"], not row["tuning"], str(row["value"]), row["seed"], row["rounds"] or 0
 
-    with file.open("w", newline="", encoding="utf-8") as out:
+    part = file.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=place))
+    part.replace(file)
 
 
 def carry_out_all(study: Study, todo: Sequence[Trial], runs: Path, pool: Executor, results: Results) -> None:
@@ -268,22 +284,21 @@ def main() -> None:
     study, results = read_study(given.study), Results()
     print(study.claim.strip())
 
-    def of_all(tuning: bool, chosen: Mapping[str, Any]) -> list[Trial]:
-        return [
-            trial
-            for variant in study.variants
-            for trial in trials(study, variant, given.overrides, chosen.get(variant), tuning)
-        ]
-
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn"), _begin) as pool:
         chosen: dict[str, Any] = {}
         if study.tune is not None:
-            carry_out_all(study, of_all(True, {}), given.runs, pool, results)
+            tuning = [trial for variant in study.variants for trial in tuning_trials(study, variant, given.overrides)]
+            carry_out_all(study, tuning, given.runs, pool, results)
             for variant in study.variants:
                 own = [row for row in results.rows if row["variant"] == variant]
                 chosen[variant] = best(own, study.tune.values)
                 print(f"{variant}: {study.tune.key}={_edged(study.tune, str(chosen[variant]))}")
-        carry_out_all(study, of_all(False, chosen), given.runs, pool, results)
+        counted = [
+            trial
+            for variant in study.variants
+            for trial in counted_trials(study, variant, given.overrides, chosen.get(variant))
+        ]
+        carry_out_all(study, counted, given.runs, pool, results)
     print(*tables(given.study), sep="\n")
 
 

@@ -85,14 +85,15 @@ def data(
     ] = None,
 ) -> None:
     """Who holds what: rows, tokens and classes of every client, before anything starts."""
-    checked = load_config(config, overrides or [])
-    from rayfed_sub.analysis.holdings import as_dict, read_holdings
-    from rayfed_sub.engine.job import codec_of
     from rayfed_sub.partition_picture import check_path, draw
 
     if out is not None:
         check_path(out)
-    held = read_holdings(checked, codec_of(checked)[1])
+    checked = load_config(config, overrides or [])
+    from rayfed_sub.analysis.holdings import as_dict, read_holdings
+    from rayfed_sub.engine.job import codec_of, kind_of
+
+    held = read_holdings(checked, codec_of(checked, kind_of(checked)))
     if out is not None:
         draw(held, out)
     if as_json:

@@ -40,7 +40,8 @@ class Task(_Record):
     A table row becomes a prompt by `prompt` (a format string over column names) and either an `answer` column
     (language modelling) or a `label` column (classification); or its `image` column goes with a `label`.
     max_length: tokens; image_size: pixels, the side of the square (None: the model's own).  held_out and validation:
-    shares of all rows that nobody trains on; `evaluation.on` says which of the two is judged."""
+    shares of all rows that nobody trains on; `evaluation.on` says which of the two is judged.  seed: draws these rows
+    and those that max_rows leaves (None: the run's seed); with it, runs of all seeds keep the same rows apart."""
 
     name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"] = "python-docs"
     path: str | None = None
@@ -54,6 +55,7 @@ class Task(_Record):
     max_rows: Count | None = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: Annotated[int, Field(ge=0)] | None = None
     mask_prompt: bool = True
 
     @model_validator(mode="after")
@@ -69,7 +71,8 @@ class Partition(_Record):
     cut into equal shards, of which every client draws `shards_per_client`.  power-law: the i-th largest client has a
     share proportional to i ** -exponent, rows at random.  iid: equal shares.
     resample: every client draws `rows_per_client` different rows of its own from all of them, so clients overlap and
-    may outnumber the rows.  pool: one client holds all."""
+    may outnumber the rows.  pool: one client holds all.  largest: only the rows of so many values of `column`, the
+    largest; with kind=column that is the number of clients."""
 
     kind: Literal["column", "dirichlet", "shards", "power-law", "iid", "resample", "pool"] = "column"
     column: str | None = None
@@ -77,6 +80,13 @@ class Partition(_Record):
     shards_per_client: Count = 2
     exponent: Annotated[float, Field(ge=0)] = 1.0
     rows_per_client: Count | None = None
+    largest: Count | None = None
+
+    @model_validator(mode="after")
+    def _keyed(self) -> Partition:
+        if self.kind == "column" and self.largest is not None:
+            raise ValueError("largest|nothing with partition.kind=column, which has a value for each client|remove it")
+        return self
 
     @model_validator(mode="after")
     def _resampled(self) -> Partition:
@@ -340,9 +350,16 @@ def _note_inherited(tree: dict[str, Any], written: Mapping[str, Any], overrides:
 
 
 def _centralised(tree: dict[str, Any]) -> dict[str, Any]:
-    """`method.name: centralized` is FedFTG's local training with all data at one client, the upper reference."""
+    """`method.name: centralized` is FedFTG's local training with all data at one client, the upper reference: the rows
+    that the clients have together, and the same ones held out."""
     method, federation = tree.get("method"), tree.get("federation", {})
     if not isinstance(method, dict) or method.get("name") != "centralized" or not isinstance(federation, dict):
         return tree
-    pooled = {**federation, "clients": 1, "sampled": None, "partition": {"kind": "pool"}}
+    partition = federation.get("partition") or {}
+    if not isinstance(partition, dict):
+        return tree
+    pool = {"kind": "pool", "column": partition.get("column"), "largest": partition.get("largest")}
+    if partition.get("kind", Partition().kind) == "column":
+        pool["largest"] = federation.get("clients", Federation().clients)
+    pooled = {**federation, "clients": 1, "sampled": None, "partition": pool}
     return {**tree, "method": {**method, "name": "fedftg"}, "federation": pooled}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -52,8 +52,11 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
             break
     if fault["type"] == "value_error":  # our own checks: field|what is allowed|advice
         field, allowed, advice = str(fault["ctx"]["error"]).split("|")
-        value = cast(Any, tree).get(field, place.get("properties", {}).get(field, {}).get("default"))
-        return UserError(f"{path}.{field}" if path else field, value, allowed, advice)
+        for part in field.split("."):
+            inner = place.get("properties", {}).get(part, {})
+            tree = tree.get(part, inner.get("default")) if isinstance(tree, Mapping) else inner.get("default")
+            place = _resolved(inner, schema)
+        return UserError(f"{path}.{field}" if path else field, tree, allowed, advice)
     allowed = _meaning(place, schema)
     if fault["type"] == "finite_number":
         allowed = allowed.replace("a number", "a finite number")

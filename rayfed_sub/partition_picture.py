@@ -1,12 +1,17 @@
-"""A partition as a picture file: clients by classes, and the clients' sizes beside them."""
+"""A partition as a picture file: clients by classes, and the clients' sizes beside them.
+
+What takes time to import is imported as it draws: a path is checked at once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rayfed_sub.analysis.holdings import Holdings
 from rayfed_sub.errors import UserError
-from rayfed_sub.partition_tables import cut, group_labels, title
+
+if TYPE_CHECKING:
+    from rayfed_sub.analysis.holdings import Holdings
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _LINES = 40
@@ -16,7 +21,8 @@ _LINES = 40
 def check_path(path: Path) -> None:
     """UserError (--out) where no picture can be written to `path`."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError("--out", str(path), f"a file ending in {', '.join(SUFFIXES)}", "e.g. --out partition.png")
+        allowed = f"a file ending in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise UserError("--out", str(path), allowed, "e.g. --out partition.png")
     if not path.resolve().parent.is_dir() or path.is_dir():
         raise UserError("--out", str(path), "a file in a folder that exists", "make the folder or change --out")
 
@@ -28,6 +34,8 @@ def draw(holdings: Holdings, path: Path) -> None:
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+
+    from rayfed_sub.partition_tables import cut, group_labels, title
 
     groups, classes = holdings.groups(_LINES), [cut(name, 28) for name in holdings.shown()]
     counts_GS = holdings.table(groups)

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from rayfed_sub.config import Federation, Partition, Task
+from rayfed_sub.config import Federation, Partition, Task, load_config
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, build_dataset, load_dataset, load_pairs
 from rayfed_sub.data.pairs import Pairs, capped, distinct
@@ -327,7 +327,7 @@ def test_validation_rows_can_be_judged_in_place_of_the_held_out() -> None:
 
 
 def test_the_census_accounts_for_every_row() -> None:
-    """120 rows: 20 beyond max_rows, then those of "z"; a silent one among x; the question of q0 stands twice."""
+    """120 rows: 10 of "z", then 10 beyond max_rows; a silent one among x; the question of q0 stands twice."""
     pairs = numbered({"x": 70, "y": 40, "z": 10})
     questions = [*pairs.questions[:69], "Q0", *pairs.questions[70:]]
     answers = ["a0", "-", *pairs.answers[2:]]
@@ -337,8 +337,7 @@ def test_the_census_accounts_for_every_row() -> None:
         census = build_dataset(pairs, task, federation("column", 2), SilentCodec(), seed).census
         parts = (census.capped, census.strange, census.silent, census.repeated)
         assert sum(parts) + census.train + census.validation + census.held_out == census.read == 120
-        assert census.capped == 20
-        assert 0 < census.strange <= 10
+        assert (census.strange, census.capped) == (10, 10)
         assert census.silent <= 1
         assert census.repeated <= 1
     whole = build_dataset(pairs, Task(), federation("column", 2), SilentCodec(), 0).census
@@ -349,6 +348,37 @@ def test_max_rows_counts_training_and_held_out_rows() -> None:
     task = Task(max_rows=20, held_out=0.25)
     data = build_dataset(numbered({"k": 100}), task, federation("iid", 2), CODEC, seed=0)
     assert (len(data.train), len(data.held_out)) == (15, 5)
+
+
+def test_a_seed_of_the_tasks_own_keeps_rows_apart_for_all_seeds_of_the_run() -> None:
+    """Settings chosen with one seed must not have seen what another is judged on."""
+    pairs, dirichlet = numbered({"x": 90, "y": 70, "z": 40}), federation("dirichlet", 3)
+    task = Task(max_rows=100, held_out=0.2, validation=0.2, seed=5)
+    first, second = (build_dataset(pairs, task, dirichlet, CODEC, seed) for seed in (0, 1))
+    tuned = build_dataset(pairs, task, dirichlet, CODEC, 2, "validation")
+    assert as_text(first.held_out) == as_text(second.held_out)
+    assert not set(as_text(first.held_out)) & {*as_text(tuned.train), *as_text(tuned.held_out)}
+    assert first.client_rows.tolist() != second.client_rows.tolist()  # the partition is the run's own
+    other = build_dataset(pairs, task.model_copy(update={"seed": 6}), dirichlet, CODEC, 0)
+    assert as_text(other.held_out) != as_text(first.held_out)
+
+
+def test_the_clients_of_a_column_do_not_hang_on_which_rows_max_rows_leaves() -> None:
+    pairs, task = numbered({"x": 31, "y": 30, "z": 29}), Task(max_rows=20)
+    for seed in range(5):
+        data = build_dataset(pairs, task, federation("column", 2), CODEC, seed)
+        assert data.client_names == ("x", "y")
+        assert len(data.train) + len(data.held_out) == 20
+
+
+def test_centralized_is_judged_on_the_rows_that_its_federation_is_judged_on() -> None:
+    pairs, tree = numbered({"x": 40, "y": 30, "z": 20}), {"federation": {"clients": 2}}
+    apart = build_dataset(pairs, Task(max_rows=50), load_config(tree).federation, CODEC, seed=0)
+    pooled = load_config({**tree, "method": {"name": "centralized"}}).federation
+    together = build_dataset(pairs, Task(max_rows=50), pooled, CODEC, seed=0)
+    assert pooled.partition.largest == 2
+    assert as_text(together.held_out) == as_text(apart.held_out)
+    assert len(together.rows_of(0)) == len(apart.train) == len(together.train)
 
 
 def test_one_row_clients() -> None:

@@ -184,6 +184,28 @@ def test_a_classifier_trains_its_head_with_its_targets(method: str, ray_session:
     assert summary.metrics["held_out_loss"] < 0.3
 
 
+def test_a_client_of_one_row_trains_beside_large_ones_and_validation_rows_are_judged(
+    ray_session: None, tmp_path: Path
+) -> None:
+    table = tmp_path / "rows.csv"
+    rows = [
+        f"{who} {n},answer {n} of {who},{who}" for who, count in (("a", 60), ("b", 20), ("c", 1)) for n in range(count)
+    ]
+    table.write_text("q,a,by\n" + "\n".join(rows) + "\n")
+    task = f"task={{name: table, path: {table}, prompt: '{{q}}', answer: a, held_out: 0.2, validation: 0.1}}"
+    column = "federation.partition={kind: column, column: by}"
+    settings = [task, column, "federation.clients=3", "resources.pack_size=3", "evaluation.generate=4"]
+    judged = {on: run(small(*settings, f"evaluation.on={on}"), tmp_path / on) for on in ("held-out", "validation")}
+    clients = pd.read_parquet(tmp_path / "validation" / "clients.parquet").set_index(["round", "client"])
+    # "c" has one row, which each of its 4 steps learns: "answer 0 of c" and its end are 14 bytes.
+    assert clients.loc[(0, 2), ["weight", "steps", "labels"]].tolist() == [1, 4, 4 * 14]
+    scores = {on: pd.read_parquet(tmp_path / on / "scores.parquet") for on in judged}
+    answered = {on: table[(table.metric == "rouge_l") & table.client.isna()] for on, table in scores.items()}
+    assert answered["held-out"].rounds.tolist() == answered["validation"].rounds.tolist() == [0, 2]
+    assert judged["held-out"].weights_sha256 == judged["validation"].weights_sha256  # what is judged trains nobody
+    assert judged["held-out"].metrics != judged["validation"].metrics
+
+
 def test_a_sampled_cohort_trains_only_its_clients(ray_session: None, tmp_path: Path) -> None:
     run(small("federation.sampled=3", "federation.rounds=3"), tmp_path / "run")
     clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")

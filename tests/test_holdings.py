@@ -271,6 +271,6 @@ def test_the_command_in_a_terminal_and_its_refusals(
     assert ended("federation.partition.kind=shards") == 0
     assert "tiny: 8 clients, shards, by module" in capsys.readouterr().out
     assert ended("--out", "picture.jpg") == 2
-    assert "--out: got 'picture.jpg'; allowed: a file ending in .png, .svg, .pdf" in capsys.readouterr().err
+    assert "--out: got 'picture.jpg'; allowed: a file ending in .png, .svg or .pdf" in capsys.readouterr().err
     assert ended("federation.partition.kind=shards", "federation.partition.shards_per_client=4000") == 2
     assert "federation.partition.shards_per_client: got 4000" in capsys.readouterr().err

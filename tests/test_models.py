@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rayfed_sub.config import Model
 from rayfed_sub.errors import UserError
+from rayfed_sub.models.codecs import load_codec
 from rayfed_sub.models.presets import LOWER_MLP, MODELS
 from rayfed_sub.models.skeleton import AUTO_CLASSES, build, skeleton
 from rayfed_sub.models.sources import Source, locate
@@ -378,6 +379,21 @@ def test_kind_errors() -> None:
     assert refusal(random_model(BERT), "text-classification", ["a"]).startswith(
         "task.label: got 1; allowed: at least 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("vit", "a model with a tokenizer; this one reads images; take another model or task"),
+        ("siglip", "a model with a tokenizer; this one reads images; take another model or task"),
+        ("llama", "a model with a tokenizer that transformers can load; "),
+    ],
+)
+def test_a_model_of_images_reads_no_text(name: str, says: str, tmp_path: Path) -> None:
+    transformers.AutoConfig.for_model(name).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_codec(Model(path=str(tmp_path)))
+    assert str(caught.value).startswith(f"model.path: got {str(tmp_path)!r}; allowed: {says}")
 
 
 def test_vocabulary_errors() -> None:

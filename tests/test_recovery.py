@@ -31,7 +31,7 @@ def same(summary: Summary, undisturbed: Summary) -> None:
     """The same weights, scores and rows: none lost, none doubled."""
     assert summary.weights_sha256 == undisturbed.weights_sha256
     assert summary.metrics == undisturbed.metrics
-    for table in ("rounds", "clients"):
+    for table in ("rounds", "clients", "scores"):
         ours, theirs = (pd.read_parquet(f"{run.folder}/{table}.parquet") for run in (summary, undisturbed))
         pd.testing.assert_frame_equal(
             ours.drop(columns=TIMES, errors="ignore"), theirs.drop(columns=TIMES, errors="ignore")

@@ -5,7 +5,8 @@ import math
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from rayfed_sub.analysis.scores import Answered, Judged, Score, label_scores, overall, text_scores, token_scores
+from rayfed_sub.analysis.scores import Score, label_scores, overall, text_scores, token_scores
+from rayfed_sub.training.evaluation import Told, Verdict
 
 
 def values(scores: list[Score], client: int | None) -> dict[str, float]:
@@ -14,9 +15,9 @@ def values(scores: list[Score], client: int | None) -> dict[str, float]:
 
 def test_tokens_by_hand() -> None:
     rows = [
-        Judged(1, 6.0, said=(5, 6, 7), true=(5, 6, 8)),  # 2 of 3
-        Judged(0, 1.0, said=(5,), true=(6,)),  # 0 of 1
-        Judged(1, 0.0, said=(9,), true=(9,)),  # 1 of 1
+        (1, Verdict(6.0, (5, 6, 7), (5, 6, 8))),  # 2 of 3
+        (0, Verdict(1.0, (5,), (6,))),  # 0 of 1
+        (1, Verdict(0.0, (9,), (9,))),  # 1 of 1
     ]
     scores = list(token_scores(rows))
     assert values(scores, None) == pytest.approx(
@@ -30,14 +31,14 @@ def test_tokens_by_hand() -> None:
 
 
 def test_rows_without_a_label_have_no_scores() -> None:
-    scores = list(token_scores([Judged(0, 2.0, (1, 2), (1, 3)), Judged(4, 0.0, (), ())]))
+    scores = list(token_scores([(0, Verdict(2.0, (1, 2), (1, 3))), (4, Verdict(0.0, (), ()))]))
     assert {score.client for score in scores} == {None, 0}
     assert overall(scores)["held_out_loss"] == 1.0
 
 
 def test_classes_by_hand() -> None:
     """True a a b, said a b b: a has tp 1, fn 1; b has tp 1, fp 1; c never occurs, and does not count."""
-    rows = [Judged(0, 0.5, (0,), (0,)), Judged(0, 1.5, (1,), (0,)), Judged(2, 1.0, (1,), (1,))]
+    rows = [(0, Verdict(0.5, (0,), (0,))), (0, Verdict(1.5, (1,), (0,))), (2, Verdict(1.0, (1,), (1,)))]
     scores = list(label_scores(rows, ("a", "b", "c")))
     two_thirds = 2 / (2 + 1)
     assert overall(scores) == pytest.approx(
@@ -57,8 +58,8 @@ def test_classes_by_hand() -> None:
 
 def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:
     rows = [
-        Answered(0, said="the cat sat", reference="the cat ate a fish", forced="the cat", true="the cat"),
-        Answered(1, said="a dog", reference="a dog", forced="no", true="a dog"),
+        (0, Told(said="the cat sat", reference="the cat ate a fish", forced="the cat", true="the cat")),
+        (1, Told(said="a dog", reference="a dog", forced="no", true="a dog")),
     ]
     scores = list(text_scores(rows))
     rouge = RougeScorer(["rougeL"])

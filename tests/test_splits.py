@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rayfed_sub.config import Task
-from rayfed_sub.data.splits import Splits, held_out_rows, judged_clients, split_rows
+from rayfed_sub.data.splits import Splits, drawn_rows, judged_clients, split_rows
 from rayfed_sub.errors import UserError
 
 # --- held-out rows
@@ -15,7 +15,7 @@ from rayfed_sub.errors import UserError
 
 def test_held_out_rows_come_from_every_key_in_proportion() -> None:
     keys = ["a"] * 50 + ["b"] * 30 + ["c"] * 20
-    held_out = held_out_rows(keys, 0.1, seed=0)
+    held_out = drawn_rows(keys, 0.1, seed=0)
     assert [sum(keys[row] == key for row in held_out) for key in "abc"] == [5, 3, 2]
     assert held_out.tolist() == sorted(set(held_out.tolist()))
 
@@ -23,32 +23,32 @@ def test_held_out_rows_come_from_every_key_in_proportion() -> None:
 def test_what_rounding_leaves_over_goes_to_the_largest_remainders() -> None:
     keys = ["a"] * 14 + ["b"] * 18 + ["c"] * 11
     # Shares 1.4, 1.8 and 1.1 of round(4.3) = 4 rows: one each, and the fourth from "b".
-    assert [sum(keys[row] == key for row in held_out_rows(keys, 0.1, 0)) for key in "abc"] == [1, 2, 1]
+    assert [sum(keys[row] == key for row in drawn_rows(keys, 0.1, 0)) for key in "abc"] == [1, 2, 1]
 
 
 def test_no_key_gives_its_last_row() -> None:
     keys = ["a", "b", "c", "c"]
     # Shares 0.9, 0.9 and 1.8 of round(3.6) = 4 rows, but only "c" has a row to spare.
-    assert [keys[row] for row in held_out_rows(keys, 0.9, seed=0)] == ["c"]
+    assert [keys[row] for row in drawn_rows(keys, 0.9, seed=0)] == ["c"]
 
 
 def test_held_out_rows_follow_the_seed() -> None:
     keys = ["a"] * 100
-    assert held_out_rows(keys, 0.1, 0).tolist() == held_out_rows(keys, 0.1, 0).tolist()
-    assert held_out_rows(keys, 0.1, 0).tolist() != held_out_rows(keys, 0.1, 1).tolist()
+    assert drawn_rows(keys, 0.1, 0).tolist() == drawn_rows(keys, 0.1, 0).tolist()
+    assert drawn_rows(keys, 0.1, 0).tolist() != drawn_rows(keys, 0.1, 1).tolist()
 
 
 @pytest.mark.parametrize(("keys", "share"), [(["a"] * 4, 0.1), (["a", "b", "c"], 0.5)])
 def test_an_empty_held_out_set_is_an_error(keys: list[str], share: float) -> None:
     with pytest.raises(UserError) as caught:
-        held_out_rows(keys, share, seed=0)
+        drawn_rows(keys, share, seed=0)
     assert caught.value.field == "task.held_out"
 
 
 def test_validation_rows_are_a_share_of_all_rows_apart_from_the_held_out() -> None:
     keys = ["a"] * 50 + ["b"] * 30 + ["c"] * 20
-    held_out = held_out_rows(keys, 0.1, seed=0)
-    validation = held_out_rows(keys, 0.2, 0, "validation", held_out)
+    held_out = drawn_rows(keys, 0.1, seed=0)
+    validation = drawn_rows(keys, 0.2, 0, "validation", held_out)
     # 0.2 of 50, 30 and 20 rows, not of the 45, 27 and 18 that are left.
     assert [sum(keys[row] == key for row in validation) for key in "abc"] == [10, 6, 4]
     assert not set(validation.tolist()) & set(held_out.tolist())
@@ -56,8 +56,8 @@ def test_validation_rows_are_a_share_of_all_rows_apart_from_the_held_out() -> No
 
 def test_validation_leaves_each_key_a_row_to_train_on() -> None:
     keys = ["a"] * 4 + ["b"] * 10
-    held_out = held_out_rows(keys, 0.5, seed=0)  # 2 and 5
-    validation = held_out_rows(keys, 0.49, 0, "validation", held_out)
+    held_out = drawn_rows(keys, 0.5, seed=0)  # 2 and 5
+    validation = drawn_rows(keys, 0.49, 0, "validation", held_out)
     # Shares 1.96 and 4.9 of round(6.86) = 7 rows; "a" has 2 rows left and gives 1, "b" has 5 and gives 4.
     assert [sum(keys[row] == key for row in validation) for key in "ab"] == [1, 4]
 
@@ -66,13 +66,13 @@ def test_an_empty_validation_set_is_an_error() -> None:
     with pytest.raises(
         UserError, match=r"got 0\.1; allowed: a share that sets aside at least one of the 4 rows"
     ) as caught:
-        held_out_rows(["a"] * 4, 0.1, 0, "validation")
+        drawn_rows(["a"] * 4, 0.1, 0, "validation")
     assert caught.value.field == "task.validation"
 
 
 def test_a_large_federation_is_quick() -> None:
     """50,000 rows of 10,000 keys: some tenths of a second, where a pass over all rows for each key takes many."""
-    held_out = held_out_rows([str(i % 10_000) for i in range(50_000)], 0.2, seed=0)
+    held_out = drawn_rows([str(i % 10_000) for i in range(50_000)], 0.2, seed=0)
     assert np.array_equal(np.bincount(held_out % 10_000), np.ones(10_000))
 
 
@@ -181,3 +181,10 @@ def test_which_row_goes_to_whom_is_the_seed_s() -> None:
     assert dealt(0) == dealt(0) != dealt(1)
     assert Counter(dealt(0)) == Counter(dealt(1)) == {0: 20, 1: 20}
     assert dealt(0) != sorted(dealt(0))
+
+
+def test_many_keys_of_one_row_leave_the_share_to_the_others() -> None:
+    """A fifth of 100 rows are 20; 50 keys must keep their only row, so that all come from the other one."""
+    keys = [*(f"single {i}" for i in range(50)), *["big"] * 50]
+    drawn = drawn_rows(keys, 0.2, seed=0)
+    assert (len(drawn), int(drawn.min()) >= 50) == (20, True)

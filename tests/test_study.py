@@ -36,8 +36,8 @@ def test_every_run_of_a_study_has_a_configuration(file: Path) -> None:
     folders = []
     for variant in read.variants:
         chosen = read.tune.values[0] if read.tune else None
-        runs = [*study.trials(read, variant, ["task.path=x.parquet"], chosen, False)]
-        runs += study.trials(read, variant, [], None, True) if read.tune else []
+        runs = [*study.counted_trials(read, variant, ["task.path=x.parquet"], chosen)]
+        runs += study.tuning_trials(read, variant, [])
         for trial in runs:
             config = load_config(read.base, trial.overrides)
             build(config.method)
@@ -56,12 +56,23 @@ def test_the_tables_of_the_readme_are_those_of_the_raw_rows(file: Path) -> None:
         assert "\n".join(study.tables(file)) in readme
 
 
+def test_tuning_cannot_be_talked_into_judging_held_out_rows() -> None:
+    read = study.read_study(ROOT / "experiments" / "studies" / "medquad-small.yaml")
+    for trial in study.tuning_trials(read, "fedftg", ["evaluation.on=held-out", "evaluation.generate=9"]):
+        config = load_config(read.base, trial.overrides)
+        assert (config.evaluation.on, config.evaluation.generate) == ("validation", 0)
+        assert config.task.seed == 0  # so that no seed's held-out rows are among these
+
+
 def test_the_lowest_mean_validation_loss_is_chosen_and_what_diverged_is_not() -> None:
     def row(value: float, loss: float | None) -> dict[str, Any]:
         return {"value": value, "held_out_loss": loss}
 
     rows = [row(0.1, 2.0), row(0.1, 4.0), row(0.2, 2.5), row(0.2, 3.0), row(0.3, 0.1), row(0.3, None)]
     assert study.best(rows, (0.1, 0.2, 0.3)) == 0.2  # means 3 and 2.75
+    assert study.best([row(0.1, float("nan")), row(0.2, 9.0)], (0.1, 0.2)) == 0.2
+    with pytest.raises(ValueError, match="diverged"):
+        study.best([row(0.3, None)], (0.3,))
 
 
 def test_loss_at_equal_bytes_lies_between_the_evaluated_rounds() -> None:
@@ -73,7 +84,7 @@ def test_loss_at_equal_bytes_lies_between_the_evaluated_rounds() -> None:
 def test_a_table_gives_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(
-        "claim: c\nbase: b.yaml\nseeds: [0, 1]\nvariants: {a: [], b: []}\nequal_bytes: a\n"
+        "claim: c\nbase: b.yaml\nseeds: [0, 1]\nvariants: {a: [], b: [], c: []}\nequal_bytes: a\n"
         "tune: {key: optimizer.lr, values: [1, 2, 3]}\n"
     )
     empty = dict.fromkeys(study.COLUMNS, "")
@@ -85,11 +96,13 @@ def test_a_table_gives_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path
     rows = [row("a", 0, 1.0, 10**6, 2), row("a", 1, 2.0, 10**6, 2), row("b", 0, 3.0, 2 * 10**6, 3)]
     rows.append({**row("b", 1, 0, 0, 3), "failure": "diverged"})
     rows.append({**row("b", 0, 0.5, 0, 1), "tuning": "True"})
+    rows.append({**empty, "variant": "c", "seed": "0", "tuning": "False", "failure": "diverged"})
     curves = [
         {"variant": v, "seed": s, "tuning": "False", "bytes": str(sent), "held_out_loss": str(loss)}
         for v, s, sent, loss in (("a", "0", 2e6, 1.0), ("a", "1", 2e6, 2.0), ("b", "0", 0, 9.0), ("b", "0", 4e6, 3.0))
     ]
-    head, _, first, second = study.markdown(study.read_study(file), rows, curves)
+    head, _, first, second, third = study.markdown(study.read_study(file), rows, curves)
     assert head == "| variant | optimizer.lr | held out loss | loss at 2 MB | MB up | MB down | runs |"
     assert first == "| a | 2 | 1.500 ± 0.707 | 1.500 ± 0.707 | 1 | 1 | 2 of 2 |"  # sqrt(0.5 ** 2 + 0.5 ** 2)
     assert second == "| b | 3 (edge) | 3.000 | 6.000 | 2 | 2 | 1 of 2 |"  # half of 4 MB, so half way from 9 to 3
+    assert third == "| c | diverged | diverged | diverged | diverged | diverged | 0 of 1 |"

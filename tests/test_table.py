@@ -84,6 +84,15 @@ def test_rows_without_text_are_dropped_and_counted_once(tmp_path: Path, caplog: 
     ]
 
 
+def test_rows_without_a_label_are_counted_in_thousands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"q": "one?", "y": "a"}, *({"q": f"{i}?", "y": None} for i in range(7019))]
+    with caplog.at_level(logging.WARNING):
+        table_pairs(task(written(tmp_path, ".jsonl", records), answer=None, label="y"), None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "task.path: 7,019 of 7,020 rows have no prompt, label or key; dropped"
+    ]
+
+
 def test_rows_without_a_key_are_dropped_where_a_key_is_needed(tmp_path: Path) -> None:
     path = written(tmp_path, ".jsonl")
     assert table_pairs(task(path), "about").keys == ("A", "B")
@@ -184,10 +193,15 @@ def test_no_such_column_names_those_there_are(
     assert "q, about, a, n" in str(wrong)
 
 
-@pytest.mark.parametrize("fields", [{"answer": None}, {"answer": "a", "label": "n"}])
-def test_one_of_answer_and_label(tmp_path: Path, fields: dict[str, Any]) -> None:
-    wrong = fault(task(written(tmp_path, ".csv"), **fields))
-    assert wrong.field == "task.answer"
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"answer": None}, "got None; allowed: a column of the table, here"),
+        ({"answer": "a", "label": "n"}, "got 'a'; allowed: nothing where task.label is set"),
+    ],
+)
+def test_one_of_answer_and_label(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+    assert str(fault(task(written(tmp_path, ".csv"), **fields))).startswith(f"task.answer: {says}")
 
 
 @pytest.mark.parametrize("prompt", [None, "", "no column", "{", "{}", "{q!r}", "{q:>9}"])

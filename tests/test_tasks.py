@@ -17,8 +17,9 @@ from rayfed_sub.config import Federation, Task
 from rayfed_sub.data.batches import collate
 from rayfed_sub.data.dataset import Dataset, load_dataset, load_pairs
 from rayfed_sub.data.pairs import Pairs, distinct
-from rayfed_sub.data.partitions import key_column
+from rayfed_sub.data.partitions import key_column, largest_keys
 from rayfed_sub.data.rows import Rows
+from rayfed_sub.data.splits import split_rows
 from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tasks import TASKS, filled
 from rayfed_sub.data.tokens import tokenised
@@ -141,7 +142,60 @@ def test_a_named_task_goes_all_the_way(tmp_path: Path) -> None:
     assert prepare(job.config).dataset.client_names == ("NIH", "CDC")  # as a resumed run reads it
 
 
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("medquad", "question, answer, source"),
+        ("dolly-15k", "instruction, context, response, category"),
+        ("brain-tumor", "image, label"),
+    ],
+)
+def test_a_file_without_a_named_tasks_columns_is_the_wrong_file(name: str, needed: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.parquet", [{"q": "Why?", "answer": "So.", "document_source": "NIH"}])
+    with pytest.raises(UserError) as caught:
+        load_pairs(Task.model_validate({"name": name, "path": path}), federation())
+    assert str(caught.value) == (
+        f"task.path: got {path!r}; allowed: a table with the columns {needed}, as {name} has them; "
+        "it has q, answer, document_source; give another file, or set task.name=table"
+    )
+
+
+def test_a_column_that_the_person_named_is_the_persons_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_pairs(medquad(tmp_path / "rows.parquet", "source"), federation(column="focus"))
+    assert str(caught.value).startswith("federation.partition.column: got 'focus'; allowed: a column of the table: ")
+
+
+def test_too_many_clients_are_told_the_column() -> None:
+    with pytest.raises(UserError) as caught:
+        largest_keys(["CDC", "NIH", "NIH"], 8, column="source")
+    told = "federation.clients: got 8; allowed: 1 to 2, the number of values of the column source; set "
+    assert str(caught.value) == f"{told}federation.clients=2"
+
+
 # --- repeats
+
+
+@pytest.mark.parametrize(
+    ("copies", "share", "begins"),
+    [
+        (
+            2,
+            0.25,
+            "1 training row left out: the same question, ",
+        ),  # 1 of 4 rows is held out, from "x", the first of equals
+        (2000, 0.001, "1,998 training rows left out: the same question, "),  # 2 of 2000
+    ],
+)
+def test_repeats_of_a_held_out_question_are_counted(
+    copies: int, share: float, begins: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows of key "x" all ask the same, those of "y" something else each."""
+    questions, keys = ["?"] * copies + [f"{i}?" for i in range(copies)], ["x"] * copies + ["y"] * copies
+    with caplog.at_level(logging.WARNING):
+        split_rows(questions, keys, Task(held_out=share), seed=0)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(begins)
 
 
 def test_repeats_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -174,7 +174,7 @@ SINGLE = {
     "held out more than all": ("task.held_out=1.5", "task.held_out: got 1.5", "a number > 0 and < 1"),
     "short rows": ("task.max_length=7", "task.max_length: got 7", "an integer >= 8"),
     "neither true nor false": ("task.mask_prompt=maybe", "task.mask_prompt: got 'maybe'", "true or false"),
-    "unknown task": ("task.name=tables", "task.name: got 'tables'", "python-docs or table"),
+    "unknown task": ("task.name=tables", "task.name: got 'tables'", "python-docs, medquad, dolly"),
     "table without a path": (
         "task.name=table federation.partition.kind=iid",
         "task.path: got None",
@@ -207,6 +207,11 @@ SINGLE = {
     "a worker above all CPUs": ("resources.cpus_per_worker=4", "resources.cpus_per_worker: got 4.0", "at most 2, the"),
     "a GPU where none is": ("resources.gpus_per_worker=1", "resources.gpus_per_worker: got 1.0", "0, for no GPU is"),
     "no CPU": ("resources.cpus_per_worker=0", "resources.cpus_per_worker: got 0", "a number > 0"),
+    "validation rows without any": (
+        "evaluation.on=validation",
+        "evaluation.on: got 'validation'",
+        "held-out where task.validation is 0; set a share, e.g. task.validation=0.05",
+    ),
     "unknown executor": ("resources.executor=fast", "resources.executor: got 'fast'", "pack or reference"),
     "no evaluation": ("evaluation.every=0", "evaluation.every: got 0", "an integer >= 1"),
     "negative checkpoint": ("checkpoint.every=-1", "checkpoint.every: got -1", "an integer >= 0"),
@@ -242,7 +247,12 @@ TABLES = {
     "answer and label": (
         "task.label=n",
         "task.answer: got 'a'",
-        "one of task.answer (language modelling) and task.label",
+        "nothing where task.label is set: an answer is for language modelling, a label for classification; remove one",
+    ),
+    "neither answer nor label": (
+        "task.answer=null",
+        "task.answer: got None",
+        "a column of the table, here (language modelling) or in task.label (classification); set one of them",
     ),
     "one class": ("task.answer=null task.label=same", "task.label: got 1", "at least 2 classes"),
     "no such column in the prompt": ("task.prompt='{qq}'", "task.prompt: got 'qq'", "a column of the table: q, a, by"),
@@ -279,6 +289,16 @@ TABLES = {
         "evaluation.generate: got 4",
         "0 for a classification task",
     ),
+    "answers to classify, before anything is read": (
+        "task.path=none.parquet task.answer=null task.label=n evaluation.generate=4",
+        "evaluation.generate: got 4",
+        "0 for a classification task",
+    ),
+    "images for a language model, before anything is read": (
+        "task.path=none.parquet task.prompt=null task.answer=null task.label=n task.image=q",
+        "model.random.type: got 'llama'",
+        "an architecture that transformers has for image-classification; llama is not one",
+    ),
 }
 
 
@@ -305,6 +325,21 @@ COMMANDS = {
     "folder that holds a run": (f"run {TINY} --out a_run", "--out: got 'a_run'", "a folder without a run in it"),
     "folder that is a file": (f"run {TINY} --out rows.txt", "--out: got 'rows.txt'", "a folder"),
     "folder in a file": (f"run {TINY} --out rows.txt/run", "--out: got 'rows.txt/run'", "a folder that can be made"),
+    "picture of another kind, first of all": (
+        "data none.yaml --out x.gif",
+        "--out: got 'x.gif'",
+        "a file ending in .png, .svg or .pdf; e.g. --out partition.png",
+    ),
+    "partition of images for a language model": (
+        f"data {TINY} task.name=brain-tumor task.path=none.parquet",
+        "model.random.type: got 'llama'",
+        "llama is not one",
+    ),
+    "partition of answers to classify": (
+        f"data {TINY} task.name=brain-tumor task.path=none.parquet evaluation.generate=4",
+        "evaluation.generate: got 4",
+        "0 for a classification task",
+    ),
     "export of no run": ("export full --to new", "RUN: got 'full'", "the folder of a finished run"),
     "export of an open run": ("export a_run --to new", "RUN: got 'a_run'", "the folder of a finished run"),
     "export of nothing": ("export none --to new", "RUN: got 'none'", "the folder of a finished run"),
@@ -363,4 +398,13 @@ def test_as_its_own_process(arguments: list[str], begins: str, files: Path) -> N
 def test_as_its_own_process_when_all_is_well(files: Path) -> None:
     done = outcome("list", "tasks", "--json", folder=files)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [row["name"] for row in json.loads(done.stdout)] == ["python-docs", "table"]
+    names = [row["name"] for row in json.loads(done.stdout)]
+    assert names == ["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"]
+
+
+def test_a_picture_of_another_kind_is_refused_at_once() -> None:
+    code = "import sys; from rayfed_sub.cli import _code; code = _code(); print(*sys.modules); sys.exit(code)"
+    arguments = [sys.executable, "-c", code, "data", TINY, "--out", "x.gif"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert set(done.stdout.split()) & {"matplotlib", "numpy", "torch", "transformers", "rayfed_sub.analysis"} == set()

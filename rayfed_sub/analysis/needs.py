@@ -143,4 +143,5 @@ def _data(dataset: Dataset) -> int:
     """Bytes of both parts, and of who holds what."""
     parts = (dataset.train, dataset.held_out)
     rows = sum(rows.nbytes for rows in parts)
-    return rows + dataset.client_rows.nbytes + dataset.client_offsets.nbytes
+    held = (dataset.client_rows, dataset.client_offsets, dataset.train_keys, dataset.held_out_clients)
+    return rows + sum(array.nbytes for array in held)

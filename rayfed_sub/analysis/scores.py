@@ -10,6 +10,7 @@ from typing import TypeVar
 from rayfed_sub.metrics.classes import class_scores, confusion
 from rayfed_sub.metrics.texts import bleu_4, rouge_l
 from rayfed_sub.metrics.tokens import perplexity, token_accuracy
+from rayfed_sub.training.evaluation import Told, Verdict
 
 
 @dataclass(frozen=True)
@@ -28,32 +29,12 @@ class Score:
     count: int
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A held-out row after its verdict.  client: whose data it is like; loss: summed, nats; said, true: tokens at the
-    labels, or one class."""
-
-    client: int
-    loss: float
-    said: Sequence[int]
-    true: Sequence[int]
+R = TypeVar("R")
+Rows = Sequence[tuple[int, R]]
+"""What was found for each held-out row, and the client whose data the row is like."""
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A held-out question after it was answered: freely (said, reference) and under teacher forcing (forced, true)."""
-
-    client: int
-    said: str
-    reference: str
-    forced: str
-    true: str
-
-
-R = TypeVar("R", Judged, Answered)
-
-
-def token_scores(rows: Sequence[Judged]) -> Iterator[Score]:
+def token_scores(rows: Rows[Verdict]) -> Iterator[Score]:
     """Loss, perplexity and accuracy of a language model; clients without a label have none."""
     for client, own in _groups(rows).items():
         labels = sum(len(row.true) for row in own)
@@ -67,7 +48,7 @@ def token_scores(rows: Sequence[Judged]) -> Iterator[Score]:
         yield Score(client, "token_accuracy", accuracy, labels)
 
 
-def label_scores(rows: Sequence[Judged], names: Sequence[str]) -> Iterator[Score]:
+def label_scores(rows: Rows[Verdict], names: Sequence[str]) -> Iterator[Score]:
     """Loss, accuracy and F1 of a classifier whose class i is called names[i], and the confusion matrix of all rows."""
     for client, own in _groups(rows).items():
         true, said = [row.true[0] for row in own], [row.said[0] for row in own]
@@ -81,7 +62,7 @@ def label_scores(rows: Sequence[Judged], names: Sequence[str]) -> Iterator[Score
                         yield Score(None, f"confusion/{name}/{other}", float(count), len(own))
 
 
-def text_scores(rows: Sequence[Answered]) -> Iterator[Score]:
+def text_scores(rows: Rows[Told]) -> Iterator[Score]:
     """ROUGE-L and BLEU-4 of answers."""
     for client, own in _groups(rows).items():
         for prefix, said, true in (
@@ -101,9 +82,9 @@ def overall(scores: Sequence[Score]) -> dict[str, float]:
     return {s.metric: s.value for s in scores if s.client is None and not s.metric.startswith("confusion/")}
 
 
-def _groups(rows: Sequence[R]) -> dict[int | None, list[R]]:
+def _groups(rows: Rows[R]) -> dict[int | None, list[R]]:
     """All rows, then each client's."""
-    groups: dict[int | None, list[R]] = {None: list(rows)}
-    for row in sorted(rows, key=lambda row: row.client):
-        groups.setdefault(row.client, []).append(row)
+    groups: dict[int | None, list[R]] = {None: [row for _, row in rows]}
+    for client, row in sorted(rows, key=lambda pair: pair[0]):
+        groups.setdefault(client, []).append(row)
     return groups

@@ -17,7 +17,7 @@ from rayfed_sub.streams import stream
 IGNORED = -100
 """The label that no loss counts, as in torch and Hugging Face."""
 POOL = 8
-"""Batches among which rows are sorted by length: more would pad less, and mix rows of unlike length less."""
+"""Batches among which rows are sorted by length: a larger pool pads less, but its batches are less random."""
 
 
 class Batches(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +25,13 @@ from rayfed_sub.errors import UserError
 class Census:
     """Where the rows went: their sum is `read`, the rows without repeats.
 
-    capped: left out by task.max_rows; strange: of values of the column that are no client; silent: without tokens;
+    strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
     repeated: left out so that no question stands in two splits.
     """
 
     read: int
-    capped: int
     strange: int
+    capped: int
     silent: int
     repeated: int
     train: int
@@ -86,14 +85,17 @@ def load_pairs(task: Task, federation: Federation) -> Pairs:
 def build_dataset(
     pairs: Pairs, task: Task, federation: Federation, codec: Codec, seed: int, judged: Judged = "held-out"
 ) -> Dataset:
-    """The data set of at most task.max_rows of `pairs`; with kind=column, those of the largest keys."""
+    """The data set of at most task.max_rows of `pairs`, of the largest keys where the partition says so."""
+    by_key, rows_seed = federation.partition.kind == "column", seed if task.seed is None else task.seed
     passed = [len(pairs)]
-    pairs = capped(pairs, task.max_rows, seed)
-    passed.append(len(pairs))
     names = tuple(f"client {client}" for client in range(federation.clients))
-    if federation.partition.kind == "column":
-        names = largest_keys(pairs.keys, federation.clients)
-        pairs = of_keys(pairs, names)
+    if (most := federation.clients if by_key else federation.partition.largest) is not None:
+        field = "federation.clients" if by_key else "federation.partition.largest"
+        largest = largest_keys(pairs.keys, most, field, key_column(task, federation))
+        pairs = of_keys(pairs, largest)
+        names = largest if by_key else names
+    passed.append(len(pairs))
+    pairs = capped(pairs, task.max_rows, rows_seed)
     passed.append(len(pairs))
     rows, kept = tokenised(pairs, codec, task.max_length)
     if not len(rows):
@@ -101,7 +103,7 @@ def build_dataset(
     pairs = pairs.take(kept)
     passed.append(len(pairs))
 
-    splits = split_rows(pairs.questions, pairs.keys, task, seed)
+    splits = split_rows(pairs.questions, pairs.keys, task, rows_seed)
     chosen = splits.held_out if judged == "held-out" else splits.validation
     key_names, keys = numbered(pairs.keys)
     parts = partitioned([pairs.keys[row] for row in splits.train], names, federation, seed)
@@ -117,8 +119,13 @@ def build_dataset(
         client_rows=np.concatenate(parts),
         client_offsets=offsets_of(parts),
         census=Census(
-            passed[0],
-            *(before - after for before, after in pairwise(passed)),
-            *map(len, (splits.repeated, splits.train, splits.validation, splits.held_out)),
+            read=passed[0],
+            strange=passed[0] - passed[1],
+            capped=passed[1] - passed[2],
+            silent=passed[2] - passed[3],
+            repeated=len(splits.repeated),
+            train=len(splits.train),
+            validation=len(splits.validation),
+            held_out=len(splits.held_out),
         ),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,20 @@ class Images:
     classes: Ints
     mean: Floats
     std: Floats
+
+    @classmethod
+    def of(
+        cls, pixels: Sequence[Pixels], classes: Sequence[int], mean: Sequence[float], std: Sequence[float]
+    ) -> Images:
+        """Rows from lists, one entry a row, uint8 (1 or 3, side, side): all gray, or all RGB.
+
+        >>> gray, red = np.full((1, 1, 1), 51, np.uint8), np.uint8([255, 0, 0]).reshape(3, 1, 1)
+        >>> Images.of([gray, red], [0, 1], [0.5] * 3, [0.5] * 3).pixels.reshape(2, 3).tolist()
+        [[51, 51, 51], [255, 0, 0]]
+        """
+        channels = max((len(one) for one in pixels), default=1)
+        stacked = np.stack([np.broadcast_to(one, (channels, *one.shape[1:])) for one in pixels])
+        return cls(stacked, np.asarray(classes, np.int64), np.asarray(mean, np.float32), np.asarray(std, np.float32))
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -69,6 +83,8 @@ def encoded(cell: Any) -> bytes:
         file = io.BytesIO()
         cell.save(file, format="PNG")
         return file.getvalue()
+    if isinstance(cell, str):
+        raise ValueError(f"{cell!r} is text, not an image's bytes")
     return cell if isinstance(cell, bytes) else b""
 
 
@@ -86,8 +102,10 @@ def decoded(content: bytes) -> Any:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16"):  # Pillow would cut off what is brighter than 255
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ("1", "L", "LA", "I", "F"):
+            if image.mode in ("1", "L", "LA"):
                 return image.convert("L")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"32-bit pixels (mode {image.mode}), whose black and white nobody says")
             image = image.convert("RGB")
     except Exception as error:  # a broken file makes Pillow and its codecs raise nearly anything
         raise ValueError(str(error).replace("\n", " ") or type(error).__name__) from error

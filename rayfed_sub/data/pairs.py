@@ -60,9 +60,9 @@ def distinct(pairs: Pairs) -> Pairs:
         contradicting += pairs.answers[kept] != pair[1]
     if len(first) < len(pairs):
         what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else "prompt and answer"
-        other = f" ({contradicting} of them with another label)" if contradicting else ""
-        repeats = len(pairs) - len(first)
-        log.warning("%d of %d rows have the %s of a row before them; dropped%s", repeats, len(pairs), what, other)
+        other = f" ({contradicting:,} of them with another label)" if contradicting else ""
+        counts = f"{len(pairs) - len(first):,} of {len(pairs):,} rows"
+        log.warning("%s have the %s of a row before them; dropped%s", counts, what, other)
     return pairs.take(np.fromiter(first.values(), np.int64, len(first)))
 
 

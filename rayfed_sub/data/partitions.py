@@ -43,19 +43,22 @@ def key_column(task: Task, federation: Federation) -> str | None:
     return column or task.label
 
 
-def largest_keys(keys: Sequence[str], clients: int) -> tuple[str, ...]:
-    """The `clients` values that occur most often, most frequent first, equals by name.
+def largest_keys(
+    keys: Sequence[str], most: int, field: str = "federation.clients", column: str | None = None
+) -> tuple[str, ...]:
+    """The `most` values that occur most often, most frequent first, equals by name.
 
-    Raises UserError (federation.clients) where there are fewer values.
+    Raises UserError (`field`) where there are fewer values; column: what it calls the column that they are from.
 
     >>> largest_keys(["b", "a", "c", "b"], 2)
     ('b', 'a')
     """
     counts = Counter(keys)
-    if clients > len(counts):
-        allowed = f"1 to {len(counts)}, the number of values of the partition's column"
-        raise UserError("federation.clients", clients, allowed, f"set federation.clients={len(counts)}")
-    return tuple(sorted(counts, key=lambda key: (-counts[key], key))[:clients])
+    if most > len(counts):
+        where = "the partition's column" if column is None else f"the column {column}"
+        allowed = f"1 to {len(counts)}, the number of values of {where}"
+        raise UserError(field, most, allowed, f"set {field}={len(counts)}")
+    return tuple(sorted(counts, key=lambda key: (-counts[key], key))[:most])
 
 
 def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federation, seed: int) -> list[Ints]:
@@ -125,7 +128,7 @@ def _shards(keys: Sequence[str], clients: int, each: int, seed: int) -> list[Int
 
     shards = clients * each
     if shards > len(keys):
-        allowed = f"1 to {len(keys) // clients}: {len(keys)} training rows for {clients} clients"
+        allowed = f"1 to {len(keys) // clients}: {len(keys):,} training rows for {clients:,} clients"
         raise UserError("federation.partition.shards_per_client", each, allowed, "lower it or federation.clients")
     order = stream(seed, "partition").permutation(len(keys))
     ordered = order[np.argsort(np.asarray(keys)[order], kind="stable")]

@@ -43,16 +43,16 @@ def split_rows(questions: Sequence[str], keys: Sequence[str], task: Task, seed: 
     >>> [len(part) for part in (splits.train, splits.validation, splits.held_out, splits.repeated)]
     [2, 1, 1, 0]
     """
-    held_out = held_out_rows(keys, task.held_out, seed)
+    held_out = drawn_rows(keys, task.held_out, seed)
     validation = np.empty(0, np.int64)
     if task.validation:
-        validation = held_out_rows(keys, task.validation, seed, "validation", held_out)
+        validation = drawn_rows(keys, task.validation, seed, "validation", held_out)
     train = np.setdiff1d(np.arange(len(keys)), np.concatenate([held_out, validation]))
 
     asked = _question_numbers(questions)
     checked = validation[~np.isin(asked[validation], asked[held_out])]
     if task.validation and not len(checked):
-        allowed = f"a share that leaves questions which are not held out ({len(validation)} rows, all of them are)"
+        allowed = f"a share that leaves questions which are not held out (of {len(validation):,} drawn, all are)"
         raise UserError("task.validation", task.validation, allowed, "raise task.validation or lower task.held_out")
     kept = train[~np.isin(asked[train], asked[np.concatenate([held_out, checked])])]
     if not len(kept):
@@ -61,24 +61,26 @@ def split_rows(questions: Sequence[str], keys: Sequence[str], task: Task, seed: 
     lost = {"training": len(train) - len(kept), "validation": len(validation) - len(checked)}
     if any(lost.values()):
         log.warning(
-            "%s rows left out: their question, but for case and spaces, stands in a split that is kept from them",
-            " and ".join(f"{count} {name}" for name, count in lost.items() if count),
+            "%s %s left out: the same question, but for case and spaces, stands in a split that is kept apart",
+            " and ".join(f"{count:,} {name}" for name, count in lost.items() if count),
+            "row" if sum(lost.values()) == 1 else "rows",
         )
     repeated = np.setdiff1d(np.arange(len(keys)), np.concatenate([kept, checked, held_out]))
     return Splits(kept, checked, held_out, repeated)
 
 
-def held_out_rows(
+def drawn_rows(
     keys: Sequence[str], share: float, seed: int, purpose: Judged = "held-out", taken: Ints | None = None
 ) -> Ints:
-    """The row numbers of a split, sorted: round(share * rows) of them, spread over the keys in proportion.
+    """The row numbers of a split, sorted: round(share * rows) of them, as far as there are so many to give, spread over
+    the keys in proportion.
 
     Each key gives the whole part of its share of all its rows; what is missing then comes from the keys with the
-    largest remainders.  No key gives its last row, so that no client is left without any.  taken: rows that another
+    largest remainders.  No key gives its last row.  taken: rows that another
     split has.
     Raises UserError (task.held_out or task.validation) where nothing would be drawn.
 
-    >>> rows = held_out_rows(["a"] * 10 + ["b"] * 20, 0.2, seed=0)
+    >>> rows = drawn_rows(["a"] * 10 + ["b"] * 20, 0.2, seed=0)
     >>> len(rows), int((rows < 10).sum())
     (6, 2)
     """
@@ -92,11 +94,14 @@ def held_out_rows(
     whole = np.floor(quotas).astype(np.int64)
     counts = np.clip(whole, 0, np.maximum(spare, 0))
     by_remainder = np.argsort(whole - quotas, kind="stable")
-    able = by_remainder[counts[by_remainder] < spare[by_remainder]]
-    counts[able[: max(0, round(share * len(keys)) - int(counts.sum()))]] += 1
+    while (missing := round(share * len(keys)) - int(counts.sum())) > 0:
+        able = by_remainder[counts[by_remainder] < spare[by_remainder]]
+        if not len(able):
+            break
+        counts[able[:missing]] += 1
     if not counts.sum():
         field, what = f"task.{purpose.replace('-', '_')}", "holds out" if purpose == "held-out" else "sets aside"
-        allowed = f"a share that {what} at least one of the {len(keys)} rows (each key keeps one for training)"
+        allowed = f"a share that {what} at least one of the {len(keys):,} rows (each key keeps one for training)"
         raise UserError(field, share, allowed, f"raise {field} or use more rows")
     drawn = [
         stream(seed, purpose, name).permutation(rows)[:count]

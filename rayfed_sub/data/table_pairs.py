@@ -44,7 +44,15 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     named = {name for _, name in pieces if name is not None} | {task.answer, task.label, task.image, key}
     asked = {name for name in named if name is not None} | (set(_FILES) if task.image else set())
     renames = {old: name for old, name in known.renames.items() if name in asked} if known else {}
-    table = renamed(read_table(path, task.split, frozenset({*asked, *renames})), renames)
+    read = read_table(path, task.split, frozenset({*asked, *renames}))
+    table = renamed(read, renames)
+    if known:
+        own = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
+        needed = tuple(dict.fromkeys(name for name in own if name is not None))
+        if not set(needed) <= set(table.names):
+            having = f"a table with the columns {', '.join(needed)}, as {task.name} has them"
+            allowed = f"{having}; it has {', '.join(read.names) or 'none'}"
+            raise UserError("task.path", path, allowed, "give another file, or set task.name=table")
     for name in (task.label, key):
         table = _whole(table, name) if name else table
 
@@ -70,8 +78,8 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
         said = "an answer" if task.label is None else "a label"
         raise UserError("task.path", task.path, f"a table with rows that have {had} and {said}", "check the columns")
     if missing:
-        what = "label" if task.image else "prompt, answer"
-        log.warning("task.path: %d of %d rows have no %s or key; dropped", missing, len(full), what)
+        what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
+        log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
     pairs = Pairs(
         "classification" if task.label is not None else "causal-lm",
         tuple(questions),
@@ -95,12 +103,18 @@ def _checked(task: Task) -> str:
                 allowed = "nothing where task.image is set, which goes with task.label"
                 raise UserError(f"task.{name}", value, allowed, f"remove task.{name}")
         return task.path
-    if (task.answer is None) == (task.label is None):
-        given = "neither" if task.answer is None else "both"
-        allowed = f"one of task.answer (language modelling) and task.label (classification), not {given}"
-        raise UserError("task.answer", task.answer, allowed, "name one column in one of them")
+    if task.answer is None and task.label is None:
+        allowed = "a column of the table, here (language modelling) or in task.label (classification)"
+        raise UserError("task.answer", None, allowed, "set one of them")
+    if task.answer is not None and task.label is not None:
+        allowed = "nothing where task.label is set: an answer is for language modelling, a label for classification"
+        raise UserError("task.answer", task.answer, allowed, "remove one of them")
     if not task.prompt:
         raise UserError("task.prompt", task.prompt, "a template such as '{question}'", "set task.prompt")
+    wanted = task.answer or task.label
+    if any(name == wanted for _, name in _pieces(task.prompt)):
+        allowed = f"a template without {{{wanted}}}, which is what the model is to say"
+        raise UserError("task.prompt", task.prompt, allowed, "leave that column out")
     return task.path
 
 
@@ -117,13 +131,14 @@ def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
             digests.append("")
             broken.append(f"{_file(table, cell, row)} ({error})")
         contents.append(content)
-    some = ", ".join(broken[:_NAMED]) + (", ..." if len(broken) > _NAMED else "")
     if len(broken) == len(cells):
+        some = ", ".join(broken[:_NAMED])
         raise UserError(
             "task.image", name, "a column of images in a format that Pillow knows", some or "it has no rows"
         )
     if broken:
-        log.warning("task.image: %d of %d images cannot be read; skipped: %s", len(broken), len(cells), some)
+        counts = f"{len(broken):,} of {len(cells):,}"
+        log.warning("task.image: %s images cannot be read; skipped: %s", counts, ", ".join(broken))
     return digests, contents
 
 

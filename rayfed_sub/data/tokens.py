@@ -27,7 +27,8 @@ def tokenised(pairs: Pairs, codec: Codec, max_length: int) -> tuple[Rows | Image
     a warning.  Images become pixels.
     """
     if isinstance(codec, PixelCodec):
-        return _images(pairs, codec), np.arange(len(pairs))
+        pixels = [codec.pixels(content) for content in pairs.images]
+        return Images.of(pixels, _classes(pairs), codec.mean, codec.std), np.arange(len(pairs))
     made = [
         row
         for begin in range(0, len(pairs), _AT_ONCE)
@@ -35,7 +36,7 @@ def tokenised(pairs: Pairs, codec: Codec, max_length: int) -> tuple[Rows | Image
     ]
     kept = np.flatnonzero([row is not None for row in made])
     if len(kept) < len(made):
-        log.warning("%d of %d rows have no tokens to learn from; dropped", len(made) - len(kept), len(made))
+        log.warning("%s rows have no tokens to learn from; dropped", f"{len(made) - len(kept):,} of {len(made):,}")
     rows = [row for row in made if row is not None]
     classes = _classes(pairs.take(kept))
     return Rows.of([tokens for tokens, _ in rows], [prompt for _, prompt in rows], classes), kept
@@ -66,15 +67,6 @@ def _classes(pairs: Pairs) -> list[int]:
     """The number of each pair's class; none for language modelling."""
     number = {name: index for index, name in enumerate(pairs.class_names)}
     return [number[answer] for answer in pairs.answers] if number else []
-
-
-def _images(pairs: Pairs, codec: PixelCodec) -> Images:
-    """All images gray, or all RGB."""
-    made = [codec.pixels(content) for content in pairs.images]
-    channels = max((len(pixels) for pixels in made), default=1)
-    pixels = np.stack([np.broadcast_to(one, (channels, *one.shape[1:])) for one in made])
-    mean, std = (np.asarray(values, np.float32) for values in (codec.mean, codec.std))
-    return Images(pixels, np.asarray(_classes(pairs), np.int64), mean, std)
 
 
 def _answered(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int], int] | None:

@@ -26,7 +26,7 @@ from rayfed_sub.analysis.scores import Score, overall
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine import checkpoints, cohorts, evaluations
-from rayfed_sub.engine.evaluations import Model
+from rayfed_sub.engine.evaluations import JudgedModel
 from rayfed_sub.engine.exchange import Packed, checksum, unpacked
 from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
 from rayfed_sub.engine.ledger import Ledger
@@ -241,9 +241,9 @@ class Coordinator:
             raise RunError("local training", f"{cause}; {advice}", round=n, client=sent.client)
         return _row(n, sent, 0, down)
 
-    def _model(self) -> Model:
+    def _model(self) -> JudgedModel:
         stored = self._ledger.stored if self._method.personal else None
-        return Model(self._ledger.standing.server.round, self._broadcast(), stored)
+        return JudgedModel(self._ledger.standing.server.round, self._broadcast(), stored)
 
     def _broadcast(self) -> Any:
         """The current broadcast in the object store; training and evaluation of one state share it."""

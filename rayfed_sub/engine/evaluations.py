@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rayfed_sub.analysis.scores import Answered, Judged, Score, label_scores, text_scores, token_scores
+from rayfed_sub.analysis.scores import Score, label_scores, text_scores, token_scores
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine.schedule import Crew, Piece, in_order
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Model:
+class JudgedModel:
     """The model to judge: the broadcast of finished round `round`; stored: a client's stored state, for methods whose
     clients have models of their own (None: one model for all)."""
 
@@ -29,27 +29,21 @@ class Model:
     stored: Callable[[int], Any] | None
 
 
-def scores(crew: Crew, config: Config, dataset: Dataset, model: Model) -> list[Score]:
+def scores(crew: Crew, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
     """The scores of `evaluation.examples` held-out rows."""
     shards = _shards(config, dataset, config.evaluation.examples, model)
     done = _each(crew, shards, model, lambda worker: worker.evaluate, "held-out rows")
-    rows = [
-        Judged(int(dataset.held_out_clients[row]), verdict.loss, verdict.said, verdict.true)
-        for row, verdict in _by_row(shards, done)
-    ]
+    rows = [(int(dataset.held_out_clients[row]), verdict) for row, verdict in _by_row(shards, done)]
     return list(label_scores(rows, dataset.class_names) if dataset.class_names else token_scores(rows))
 
 
-def answer_scores(crew: Crew, config: Config, dataset: Dataset, model: Model) -> list[Score]:
+def answer_scores(crew: Crew, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
     """The scores of the answers to `evaluation.generate` held-out questions; none where none are asked for."""
     if not config.evaluation.generate:
         return []
     shards = _shards(config, dataset, config.evaluation.generate, model)
     done = _each(crew, shards, model, lambda worker: worker.generate, "generated answers")
-    rows = [
-        Answered(int(dataset.held_out_clients[row]), told.said, told.reference, told.forced, told.true)
-        for row, told in _by_row(shards, done)
-    ]
+    rows = [(int(dataset.held_out_clients[row]), told) for row, told in _by_row(shards, done)]
     return list(text_scores(rows))
 
 
@@ -59,7 +53,7 @@ def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Seque
     return ((row, found) for (_, rows), all_found in pairs for row, found in zip(rows, all_found, strict=True))
 
 
-def _shards(config: Config, dataset: Dataset, most: int, model: Model) -> list[tuple[int | None, list[int]]]:
+def _shards(config: Config, dataset: Dataset, most: int, model: JudgedModel) -> list[tuple[int | None, list[int]]]:
     """(client or None, rows): a fixed, seeded choice of held-out rows; a longer choice contains the shorter one."""
     chosen = sorted(stream(config.seed, "held-out choice").permutation(len(dataset.held_out))[:most].tolist())
     size = config.evaluation.batch_size
@@ -74,7 +68,7 @@ def _shards(config: Config, dataset: Dataset, most: int, model: Model) -> list[t
 def _each(
     crew: Crew,
     shards: Sequence[tuple[int | None, list[int]]],
-    model: Model,
+    model: JudgedModel,
     call: Callable[[Any], Any],
     stage: str,
 ) -> list[Any]:

@@ -87,7 +87,7 @@ class RunFolder:
 
     def begun(self) -> bool:
         """Whether the initial model was evaluated before the run was cut off."""
-        return any(entry["event"] == "started" for entry in self._entries())
+        return any(entry["event"] == "started" and "scores" in entry for entry in self._entries())
 
     def write_tables(self) -> None:
         """rounds.parquet, clients.parquet and scores.parquet with all rows so far."""

@@ -37,14 +37,13 @@ class Job:
 def prepare(config: Config) -> Job:
     """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
     method = build(config.method)
-    kind, codec = codec_of(config)
+    kind = kind_of(config)
+    codec = codec_of(config, kind)
     dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
     bones = skeleton(config.model, kind, dataset.class_names, codec.vocabulary, codec.pad)
     method.check(bones.shape)
     _check_server(config, method)
     _check_privacy(config, method)
-    if config.evaluation.generate and dataset.kind != "causal-lm":
-        raise UserError("evaluation.generate", config.evaluation.generate, "0 for a classification task", "remove it")
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, dataset), "epochs": None})
     own = {"name": config.method["name"], **fields}
@@ -54,14 +53,23 @@ def prepare(config: Config) -> Job:
     return Job(resolved, method, bones, codec, dataset)
 
 
-def codec_of(config: Config) -> tuple[str, HubCodec | ByteCodec | ImageCodec]:
-    """What kind of model the task asks for, and what makes its inputs."""
-    task = filled(config.task)
-    if task.image is not None:
-        return "image-classification", load_image_codec(config.model, task.image_size)
-    if task.image_size is not None:
+def kind_of(config: Config) -> str:
+    """What kind of model the task asks for.  Raises UserError for settings that go with another kind."""
+    task, generate = filled(config.task), config.evaluation.generate
+    if task.image is None and task.image_size is not None:
         raise UserError("task.image_size", task.image_size, "nothing where the task has no images", "remove it")
-    return "causal-lm" if task.label is None else "text-classification", load_codec(config.model)
+    if task.image is None and task.label is None:
+        return "causal-lm"
+    if generate:
+        raise UserError("evaluation.generate", generate, "0 for a classification task", "remove it")
+    return "text-classification" if task.image is None else "image-classification"
+
+
+def codec_of(config: Config, kind: str) -> HubCodec | ByteCodec | ImageCodec:
+    """What makes the inputs of a model of this kind.  Raises UserError for a model that cannot read them."""
+    if kind == "image-classification":
+        return load_image_codec(config.model, config.task.image_size)
+    return load_codec(config.model)
 
 
 def _check_server(config: Config, method: Method) -> None:

@@ -27,7 +27,7 @@ from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import Skeleton
 from rayfed_sub.models.weights import assemble, target_weights
 from rayfed_sub.records import Broadcast, Client, ClientState, LocalResult, ServerState, Start, Update, wire_bytes
-from rayfed_sub.training.evaluation import Verdict, answers, global_model, verdicts
+from rayfed_sub.training.evaluation import Told, Verdict, answers, global_model, verdicts
 from rayfed_sub.training.failures import not_finite
 from rayfed_sub.training.layers import based_on, install
 from rayfed_sub.training.pack import train_pack
@@ -68,17 +68,6 @@ class PackOutcome:
 
     updates: tuple[PackedUpdate, ...]
     states: tuple[PackedState | None, ...]
-
-
-@dataclass(frozen=True)
-class Told:
-    """A model's words on a question: its greedy answer, and the reference, cut to `task.max_length` as in training; the
-    likeliest token at each label, given the true ones before it, and the labels themselves."""
-
-    said: str
-    reference: str
-    forced: str
-    true: str
 
 
 def broadcast_of(config: Config, method: Method, server: ServerState) -> Packed:

@@ -71,6 +71,8 @@ def _token_accuracy(predictions: Sequence[int], references: Sequence[int]) -> di
 
 
 def _perplexity(predictions: Sequence[float]) -> dict[str, float]:
+    if not predictions:
+        raise ValueError("no losses")
     return {"perplexity": perplexity(math.fsum(predictions) / len(predictions))}
 
 

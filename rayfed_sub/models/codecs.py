@@ -138,6 +138,9 @@ def load_codec(model: Model) -> HubCodec | ByteCodec:
         with quiet():
             return hub_codec(_tokenizer(source))
     except Exception as error:  # whatever a stranger's file makes the libraries say
+        if _reads_images(source):
+            allowed = "a model with a tokenizer; this one reads images"
+            raise UserError("model.path", model.path, allowed, "take another model or task") from error
         raise UserError(
             "model.path",
             model.path,
@@ -153,6 +156,19 @@ def _tokenizer(source: Source) -> Any:
         # AutoTokenizer would first build the model's configuration, ten times the work of the tokenizer.
         return PreTrainedTokenizerFast.from_pretrained(source.name, gguf_file=source.gguf)
     return AutoTokenizer.from_pretrained(source.name, trust_remote_code=False)
+
+
+def _reads_images(source: Source) -> bool:
+    """Whether the configuration says so; no where it cannot be read either."""
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
+
+    try:
+        with quiet():
+            hf_config = AutoConfig.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
+    except Exception:  # the tokenizer's error, which the caller tells, has the same cause
+        return False
+    # Perceivers classify images too, and read text.
+    return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not hasattr(hf_config, "vocab_size")
 
 
 def _opening(tokenizer: Any) -> tuple[dict[str, str], ...]:

@@ -64,9 +64,16 @@ def load_image_codec(model: Model, image_size: int | None = None) -> ImageCodec:
     """The codec of the model's own processor configuration, or of plain values where it has none.
 
     image_size: task.image_size; without it the side is what the processor or the model says it is.
-    Raises UserError on model.path, model.random or task.image_size.
+    Raises UserError on model.path, model.random or one of its keys, or task.image_size.
     """
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
     hf_config = bare_config(model, "image-classification")
+    if type(hf_config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        type_of = ("model.random.type", hf_config.model_type)
+        field, value = type_of if model.path == RANDOM else ("model.path", model.path)
+        allowed = f"an architecture that transformers has for image-classification; {hf_config.model_type} is not one"
+        raise UserError(field, value, allowed, "take another model or task")
     hf_config = getattr(hf_config, "vision_config", hf_config)
     if getattr(hf_config, "num_channels", 3) != 3:
         channels = f"a model that reads images of 3 channels; it reads {hf_config.num_channels}"

@@ -62,6 +62,17 @@ class Verdict:
     true: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Told:
+    """A model's words on a held-out question: its greedy answer, and the reference, cut to `task.max_length` as in
+    training; the likeliest token at each label, given the true ones before it, and the labels themselves."""
+
+    said: str
+    reference: str
+    forced: str
+    true: str
+
+
 def verdicts(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Verdict]:
     """One per row of a held-out batch, under the bound global model."""
     seen = predicted(model, batch)

@@ -2,7 +2,7 @@
 
 Logits are computed only where there is a label, in chunks, and their gradient at once: a vocabulary of 49,152
 costs 200 kB a token, so the full logits of a pack would be its largest tensor by far.
-Legend: G clients, L labelled tokens, h hidden size, V vocabulary, C classes.
+Legend: G clients, R rows, T tokens, L labels, c a chunk of them, h hidden size, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -76,9 +76,11 @@ def predicted(model: nn.Module, batch: Mapping[str, Tensor]) -> Predicted:
 
 
 def _class_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (L, C) of the labelled rows, and which rows those are."""
+    """Logits (L, C) of the labelled rows, and which rows those are.  Pixels take the model's own type: not every
+    architecture sees to that itself."""
     row_L = (labels_R != IGNORED).nonzero()[:, 0]
-    return model(**inputs).logits.float()[row_L], row_L
+    own = {name: x.to(cast(Any, model).dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    return model(**own).logits.float()[row_L], row_L
 
 
 def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels_RT: Tensor) -> tuple[Tensor, Tensor]:
