@@ -419,6 +419,7 @@ def test_a_run_learns_to_tell_four_kinds_of_pictures(method: str, runs: Runs) ->
     assert summary.metrics["held_out_loss"] < 0.7
 
 
+@pytest.mark.slow
 def test_a_model_of_one_size_trains_too(pictures: str, ray_session: None, tmp_path: Path) -> None:
     config = configured(pictures, SIGLIP, "fedit", max_rows=60)
     config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": 1})})
