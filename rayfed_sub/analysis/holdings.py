@@ -20,7 +20,6 @@ from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Census, Dataset, load_dataset
 from rayfed_sub.data.partitions import key_column
 from rayfed_sub.data.rows import Ints, Rows
-from rayfed_sub.models.image_codecs import ImageCodec
 
 SHOWN = 20
 """Classes in a picture; of more, the largest and "other"."""
@@ -85,7 +84,7 @@ class Holdings:
         return np.array_split(self.by_size(), most)
 
 
-def read_holdings(config: Config, codec: Codec | ImageCodec) -> Holdings:
+def read_holdings(config: Config, codec: Codec) -> Holdings:
     """The holdings that a run of `config` would begin with: its rows are read and dealt out, no weights are loaded.
 
     Raises UserError for whatever of task and federation does not fit.
