@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayfed_sub.config import Config, load_config
+from rayfed_sub.config import Config
+from rayfed_sub.config_files import load_config
 from rayfed_sub.errors import RunError, UserError
 
 if TYPE_CHECKING:

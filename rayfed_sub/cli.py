@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
-from rayfed_sub.config import load_config
+from rayfed_sub.config_files import load_config
 from rayfed_sub.errors import RunError, UserError
 
 app = typer.Typer(

@@ -1,20 +1,14 @@
-"""The configuration: YAML plus dotted overrides, checked key by key, stored resolved with every run.
+"""The configuration as records: every key, what it means, its default and what is allowed.
 
 Each default lives here and nowhere else (a method's own fields have theirs in the method's file).
-Nothing heavy is imported: reading a configuration takes milliseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
-
-from rayfed_sub.errors import UserError
-from rayfed_sub.faults import check
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -268,98 +262,3 @@ class Config(_Record):
         if self.evaluation.on == "validation" and not self.task.validation:
             raise ValueError("evaluation.on|held-out where task.validation is 0|set a share, e.g. task.validation=0.05")
         return self
-
-
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The checked configuration from a YAML file (or a mapping) and `dotted.key=value` overrides.
-
-    Raises UserError, one line, for a missing file, broken YAML, an unknown key, a wrong type or a value out of range.
-
-    >>> load_config({"federation": {"rounds": 3}}, ["federation.local_steps=10"]).federation.local_steps
-    10
-    """
-    tree = _read(Path(source)) if isinstance(source, str | Path) else _copied(source)
-    written = dict(tree["method"]) if isinstance(tree.get("method"), dict) else {}
-    for override in overrides:
-        _override(tree, override)
-    _note_inherited(tree, written, overrides)
-    return check(Config, _centralised(tree))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        cause = str(error).replace('"<unicode string>", ', "")
-        raise UserError("CONFIG", str(path), "a readable file of valid YAML", cause) from None
-    if not isinstance(tree, dict):
-        raise UserError("CONFIG", str(path), "a YAML mapping of keys to values", "see experiments/tiny.yaml")
-    _check_repeats(path, root)
-    return tree
-
-
-def _check_repeats(path: Path, node: yaml.Node | None, parent: str = "") -> None:
-    """UserError for a key that stands twice in one place: YAML would silently take the last."""
-    seen = set()
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        name = f"{parent}{key.value}"
-        if name in seen:
-            allowed = f"each key once; {name} stands again in line {key.start_mark.line + 1}"
-            raise UserError("CONFIG", str(path), allowed, "put them together")
-        seen.add(name)
-        _check_repeats(path, value, f"{name}.")
-
-
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not all(path.split(".")):
-        raise UserError("override", override, "dotted.key=value", "e.g. method.rank=8")
-    *parents, leaf = path.split(".")
-    for depth, parent in enumerate(parents):
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            field = ".".join(parents[: depth + 1])
-            raise UserError(field, tree, "a single value, without keys below it", f"remove {override}")
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(path, text, "a YAML value", "quote it") from None
-    # Length of training is said once: naming one way on the command line replaces the other.
-    other = {"federation.rounds": "epochs", "federation.epochs": "rounds"}.get(path)
-    if other:
-        tree.pop(other, None)
-
-
-def _note_inherited(tree: dict[str, Any], written: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """With another method named on the command line, the file's fields for the old one count only where they fit: they
-    are listed under `inherited`, for `methods.build`, which knows every method's fields."""
-    method = tree.get("method")
-    if not isinstance(method, dict) or written.get("name") in (None, method.get("name")):
-        return
-    given = {override.partition("=")[0] for override in overrides}
-    inherited = [key for key in written if key != "name" and f"method.{key}" not in given]
-    if inherited and "method" not in given:
-        method["inherited"] = inherited
-
-
-def _centralised(tree: dict[str, Any]) -> dict[str, Any]:
-    """`method.name: centralized` is FedFTG's local training with all data at one client, the upper reference: the rows
-    that the clients have together, and the same ones held out."""
-    method, federation = tree.get("method"), tree.get("federation", {})
-    if not isinstance(method, dict) or method.get("name") != "centralized" or not isinstance(federation, dict):
-        return tree
-    partition = federation.get("partition") or {}
-    if not isinstance(partition, dict):
-        return tree
-    pool = {"kind": "pool", "column": partition.get("column"), "largest": partition.get("largest")}
-    if partition.get("kind", Partition().kind) == "column":
-        pool["largest"] = federation.get("clients", Federation().clients)
-    pooled = {**federation, "clients": 1, "sampled": None, "partition": pool}
-    return {**tree, "method": {**method, "name": "fedftg"}, "federation": pooled}

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from rayfed_sub.config import Config, load_config
+from rayfed_sub.config import Config
+from rayfed_sub.config_files import load_config
 from rayfed_sub.engine.cohorts import cohort, learning_rate, local_steps
 from rayfed_sub.errors import UserError
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from rayfed_sub.config import Checkpoint, Config, load_config
+from rayfed_sub.config import Checkpoint, Config
+from rayfed_sub.config_files import load_config
 from rayfed_sub.engine.job import check_resources, prepare
 from rayfed_sub.errors import UserError
 from rayfed_sub.faults import check

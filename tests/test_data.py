@@ -10,7 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from rayfed_sub.config import Federation, Partition, Task, load_config
+from rayfed_sub.config import Federation, Partition, Task
+from rayfed_sub.config_files import load_config
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, build_dataset, load_dataset, load_pairs
 from rayfed_sub.data.pairs import Pairs, capped, distinct

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rayfed_sub import cli, display
 from rayfed_sub.analysis.scores import Score
-from rayfed_sub.config import load_config
+from rayfed_sub.config_files import load_config
 from rayfed_sub.display import Display, print_table
 from rayfed_sub.engine.journal import PackDone, RoundDone, RoundRow, Stage, Started, Summary
 

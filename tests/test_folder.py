@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from rayfed_sub.analysis.scores import Score
-from rayfed_sub.config import load_config
+from rayfed_sub.config_files import load_config
 from rayfed_sub.engine.folder import (
     check_free,
     create,

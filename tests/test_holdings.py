@@ -19,7 +19,8 @@ from rich.console import Console
 from rayfed_sub import cli
 from rayfed_sub.analysis.holdings import Holdings, as_dict, holdings
 from rayfed_sub.analysis.skew import distances, skew
-from rayfed_sub.config import Config, load_config
+from rayfed_sub.config import Config
+from rayfed_sub.config_files import load_config
 from rayfed_sub.data.dataset import build_dataset
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.errors import UserError

@@ -39,7 +39,7 @@ def local_steps(config: Config, client: int) -> int:
 def learning_rate(config: Config, n: int) -> float:
     """The learning rate of round n, counted from 0.
 
-    >>> from rayfed_sub.config import load_config
+    >>> from rayfed_sub.config_files import load_config
     >>> config = load_config({"federation": {"rounds": 5}, "optimizer": {"lr": 1.0, "schedule": "linear"}})
     >>> [round(learning_rate(config, n), 2) for n in range(5)]
     [1.0, 0.8, 0.6, 0.4, 0.2]

@@ -21,7 +21,8 @@ import yaml
 from pyarrow import parquet
 
 from rayfed_sub.analysis.scores import Score
-from rayfed_sub.config import Config, load_config
+from rayfed_sub.config import Config
+from rayfed_sub.config_files import load_config
 from rayfed_sub.engine import files
 from rayfed_sub.engine.journal import Beginning, ClientRow, RoundDone, RoundRow, ScoreRow, Summary
 from rayfed_sub.errors import UserError
