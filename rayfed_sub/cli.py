@@ -24,21 +24,59 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
+Anywhere = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the configuration, here or at s3://bucket/path")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.rank=4")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in the run folder")]
-Out = Annotated[Path | None, typer.Option("--out", help="the run folder (default: runs/<name>)")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with what is in the folder")]
+Out = Annotated[
+    str | None, typer.Option("--out", help="its folder, or s3://bucket/path (default: runs/<name>)", metavar="DIR")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="a Ray cluster to join: auto, or HOST:PORT (default: RAY_ADDRESS, or none)"),
+]
 
 
 @app.command()
-def run(config: ConfigFile, overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+def run(
+    config: Anywhere,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    address: Address = None,
+) -> None:
     """Run a federated job to the end; Ctrl-C leaves a checkpoint to go on from."""
-    checked = load_config(config, overrides or [])
+    from rayfed_sub.engine.mirror import at_hand
+
+    with at_hand(config, "CONFIG.yaml") as path:
+        checked = load_config(path, overrides or [])
     from rayfed_sub.display import Display
     from rayfed_sub.engine import session
 
     with Display() as display:
-        summary = session.run(checked, out, display.show, resume=resume)
+        summary = session.run(checked, out, display.show, resume=resume, address=address)
     display.table(summary)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="a configuration with a section `sweep`")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.rank=4 sweep.trials=20")
+    ] = None,
+    out: Out = None,
+    resume: Resume = False,
+    address: Address = None,
+) -> None:
+    """Run one configuration at many points of a space, side by side."""
+    from rayfed_sub.sweeps.space import load_sweep
+
+    checked = load_sweep(file, overrides or [])
+    from rayfed_sub.sweep_display import SweepDisplay
+    from rayfed_sub.sweeps.tuner import run_sweep
+
+    with SweepDisplay() as display:
+        result = run_sweep(checked, out, display.show, resume=resume, address=address)
+    display.table(result.frame, result.best[0] if result.best else None)
 
 
 @app.command()
@@ -106,7 +144,7 @@ def data(
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    run_dir: Annotated[str, typer.Argument(help="the folder of a finished run, or s3://bucket/path")],
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],
     format: Annotated[
         Literal["hf", "peft"],
@@ -122,9 +160,11 @@ def export(
     Where transformers could not load that by a name (random, GGUF, with a
     classification head), it is written beside the adapter, to the folder base.
     """
+    from rayfed_sub.engine.mirror import at_hand
     from rayfed_sub.export import export_hf, export_peft
 
-    written = (export_peft if format == "peft" else export_hf)(run_dir, to, client)
+    with at_hand(run_dir, "RUN") as folder:
+        written = (export_peft if format == "peft" else export_hf)(folder, to, client)
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
     typer.echo(written.loading)

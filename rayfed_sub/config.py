@@ -13,11 +13,13 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A group of keys: unknown ones are refused, values do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Model(_Record):
+class Model(Record):
     """path: hub id, local folder, `package:NAME/FILE.gguf`, a preset of `rayfed-sub list models`, or `random`,
     which builds the architecture `random.type` from the other numbers in `random` with seeded weights.
     targets: `lower-mlp` (the architecture's preset) or a regular expression over module names."""
@@ -28,7 +30,7 @@ class Model(_Record):
     random: dict[str, Any] = {}
 
 
-class Task(_Record):
+class Task(Record):
     """name: a task of `rayfed-sub list tasks`, which knows its source, columns and prompt; or `table` for any
     `datasets` source.  path: hub id, or a Parquet, JSONL or CSV file, in place of the task's own source.
     A table row becomes a prompt by `prompt` (a format string over column names) and either an `answer` column
@@ -59,7 +61,7 @@ class Task(_Record):
         return self
 
 
-class Partition(_Record):
+class Partition(Record):
     """How rows are dealt out.  column: one client per value of `column`, the largest values first.
     dirichlet: shares over the values of `column` drawn from Dirichlet(alpha).  shards: the rows sorted by `column` are
     cut into equal shards, of which every client draws `shards_per_client`.  power-law: the i-th largest client has a
@@ -90,7 +92,7 @@ class Partition(_Record):
         return self
 
 
-class StepRange(_Record):
+class StepRange(Record):
     """Local steps from low to high, both included: clients of different speed."""
 
     low: Count
@@ -103,7 +105,7 @@ class StepRange(_Record):
         return self
 
 
-class Federation(_Record):
+class Federation(Record):
     """clients in all, sampled per round (None: all); rounds, or epochs over all training rows.
     local_steps is the paper's T_agg, optimiser steps between two averagings: a number, a list (client i has entry
     i modulo its length), or {low, high}, from which every client draws its own once.
@@ -148,7 +150,7 @@ class Federation(_Record):
         return self
 
 
-class Optimizer(_Record):
+class Optimizer(Record):
     """AdamW as galore-torch computes it (eps before bias correction, decay after the step) or SGD with momentum.
     clip_norm bounds each client's own gradient norm over its trained tensors (None: no clipping).
     schedule: the learning rate over rounds, after warmup_rounds of linear growth; it falls to lr * final."""
@@ -165,7 +167,7 @@ class Optimizer(_Record):
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-class Server(_Record):
+class Server(Record):
     """What the server does with a round's mean change d: `plain` adds lr * d, `momentum` lr * v with v = momentum v + d
     (FedAvgM, arXiv 1909.06335), `adam` is FedAdam (arXiv 2003.00295) with betas and tau."""
 
@@ -176,7 +178,7 @@ class Server(_Record):
     tau: Annotated[float, Field(gt=0)] = 1e-3
 
 
-class Privacy(_Record):
+class Privacy(Record):
     """Central differential privacy (DP-FedAvg, arXiv 1710.06963), on where clip is set: every client's change is scaled
     down to L2 norm `clip`, Gaussian noise of standard deviation noise * clip goes onto the sum, clients are drawn by
     Poisson sampling, and the mean has the expected cohort as its denominator.  noise, or the epsilon that all rounds
@@ -199,7 +201,7 @@ class Privacy(_Record):
         return self
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """every: rounds between held-out evaluations (the first and last state are always evaluated);
     on: which rows are judged, the held-out ones or, to choose settings by, the validation ones of `task.validation`.
     examples: rows for loss, accuracy and F1; generate: rows answered greedily, before and after, for ROUGE-L and
@@ -213,7 +215,7 @@ class Evaluation(_Record):
     batch_size: Count = 16
 
 
-class Resources(_Record):
+class Resources(Record):
     """workers hold clients and train packs of pack_size side by side; torch threads = max(1, floor(cpus_per_worker)).
     executor: `pack`, or `reference` (one client at a time with peft and galore-torch; slow, the tests' oracle).
     state_memory: bytes, or text such as 2GB: what stored client states may take in memory before the longest unused
@@ -235,13 +237,13 @@ class Resources(_Record):
         return max(1, int(self.cpus_per_worker))
 
 
-class Checkpoint(_Record):
+class Checkpoint(Record):
     """every: rounds between checkpoints (0: only at the end, or when interrupted)."""
 
     every: Annotated[int, Field(ge=0)] = 1
 
 
-class Config(_Record):
+class Config(Record):
     """One run.  `method` holds `name` and the method's own fields (`rayfed-sub list methods`)."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "run"

@@ -5,6 +5,8 @@ Nothing heavy is imported: reading a configuration takes milliseconds.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,24 @@ from rayfed_sub.errors import UserError
 from rayfed_sub.faults import check
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and truths: 1e-3 is a number, and the key `on` is no `true`."""
+
+
+_LETTERS = {"bool": "tTfF", "float": "-+.0123456789"}
+_WORDS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
+}
+_TAGS = {name: f"tag:yaml.org,2002:{name}" for name in _WORDS}
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in found if tag not in _TAGS.values()]
+    for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _WORDS.items():
+    _Loader.add_implicit_resolver(_TAGS[_name], re.compile(f"^(?:{_pattern})$"), list(_LETTERS[_name]))
+
+
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The checked configuration from a YAML file (or a mapping) and `dotted.key=value` overrides.
 
@@ -24,20 +44,48 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     >>> load_config({"federation": {"rounds": 3}}, ["federation.local_steps=10"]).federation.local_steps
     10
     """
+    return check(Config, _centralised(overridden(source, overrides)))
+
+
+def overridden(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree of keys that `load_config` checks.  Raises UserError for what is no YAML, and no override."""
     tree = read_yaml(Path(source)) if isinstance(source, str | Path) else _copied(source)
     written = dict(tree["method"]) if isinstance(tree.get("method"), dict) else {}
     for override in overrides:
         _override(tree, override)
     _note_inherited(tree, written, overrides)
-    return check(Config, _centralised(tree))
+    return tree
+
+
+def as_override(key: str, value: Any) -> str:
+    """What a person would type to set the key.
+
+    >>> as_override("optimizer.lr", 1e-05), as_override("federation.local_steps", [1, 2])
+    ('optimizer.lr=1e-05', 'federation.local_steps=[1, 2]')
+    """
+    return f"{key}={json.dumps(value)}"  # JSON is YAML
+
+
+def flat(tree: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones.
+
+    >>> flat({"a": {"b": 1, "c": {}}, "d": [2]})
+    {'a.b': 1, 'a.c': {}, 'd': [2]}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping) and value
+        found |= flat(value, f"{parent}{key}.") if inner else {f"{parent}{key}": value}
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file.  Raises UserError where it is none."""
     if not path.is_file():
         raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
     try:
         text = path.read_text(encoding="utf-8")
-        tree, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        tree, root = yaml.load(text, _Loader), yaml.compose(text, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         cause = str(error).replace('"<unicode string>", ', "")
         raise UserError("CONFIG", str(path), "a readable file of valid YAML", cause) from None
@@ -74,7 +122,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             field = ".".join(parents[: depth + 1])
             raise UserError(field, tree, "a single value, without keys below it", f"remove {override}")
     try:
-        tree[leaf] = yaml.safe_load(text)
+        tree[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(path, text, "a YAML value", "quote it") from None
     # Length of training is said once: naming one way on the command line replaces the other.

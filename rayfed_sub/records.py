@@ -204,7 +204,8 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Fold:
-    """A running weighted sum: total weight and per name the sum of weight * tensor (normalised at the end)."""
+    """A running weighted sum: total weight and per name the sum of weight * tensor (normalised at the end).  Its
+    tensors belong to it alone, so that the next sum, and the mean, may take their memory."""
 
     weight: float
     tensors: Tensors

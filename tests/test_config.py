@@ -13,6 +13,7 @@ import yaml
 from rayfed_sub.config import Checkpoint, Config
 from rayfed_sub.config_files import load_config
 from rayfed_sub.engine.job import check_resources, prepare
+from rayfed_sub.engine.nodes import Node
 from rayfed_sub.errors import UserError
 from rayfed_sub.faults import check
 
@@ -242,7 +243,7 @@ def test_epochs_are_counted_in_rounds(more: str, rounds: int, tmp_path: Path) ->
     ],
 )
 def test_gpu_workers_that_fit(gpus: int, per_worker: float, most: int) -> None:
-    there = {"CPU": 16.0, "GPU": float(gpus)}
+    there = [Node(16, gpus)]
     asked = f"resources.gpus_per_worker={per_worker}"
     check_resources(load(f"{asked} resources.workers={most}"), there)
     refused = fault(check_resources, load(f"{asked} resources.workers={most + 1}"), there)
@@ -261,26 +262,46 @@ def test_gpu_workers_that_fit(gpus: int, per_worker: float, most: int) -> None:
 )
 def test_cpu_workers_that_fit(cpus: int, per_worker: float, most: int) -> None:
     asked = f"resources.cpus_per_worker={per_worker}"
-    check_resources(load(f"{asked} resources.workers={most}"), {"CPU": float(cpus)})
-    refused = fault(check_resources, load(f"{asked} resources.workers={most + 1}"), {"CPU": float(cpus)})
+    check_resources(load(f"{asked} resources.workers={most}"), [Node(cpus)])
+    refused = fault(check_resources, load(f"{asked} resources.workers={most + 1}"), [Node(cpus)])
     assert refused.allowed == f"1 to {most} with cpus_per_worker={per_worker} on {cpus} CPUs"
 
 
 @pytest.mark.parametrize(
     ("asked", "there", "field", "allowed"),
     [
-        ("gpus_per_worker=0.5", {"CPU": 8.0}, "gpus_per_worker", "0, for no GPU is found"),
-        ("gpus_per_worker=1.5", {"CPU": 8.0, "GPU": 8.0}, "gpus_per_worker", "at most 1: a worker uses one GPU"),
-        ("gpus_per_worker=2", {"CPU": 8.0, "GPU": 1.0}, "gpus_per_worker", "at most 1: a worker uses one GPU"),
-        ("cpus_per_worker=9", {"CPU": 8.0}, "cpus_per_worker", "at most 8, the CPUs here"),
+        ("gpus_per_worker=0.5", Node(8), "gpus_per_worker", "0, for no GPU is found"),
+        ("gpus_per_worker=1.5", Node(8, 8), "gpus_per_worker", "at most 1: a worker uses one GPU"),
+        ("gpus_per_worker=2", Node(8, 1), "gpus_per_worker", "at most 1: a worker uses one GPU"),
+        ("cpus_per_worker=9", Node(8), "cpus_per_worker", "at most 8, the CPUs here"),
         (
             "gpus_per_worker=0.5 resources.executor=reference",
-            {"CPU": 8.0, "GPU": 1.0},
+            Node(8, 1),
             "executor",
             "pack where gpus_per_worker > 0",
         ),
     ],
 )
-def test_resources_that_are_not_there(asked: str, there: dict[str, float], field: str, allowed: str) -> None:
-    refused = fault(check_resources, load(f"resources.{asked}"), there)
+def test_resources_that_are_not_there(asked: str, there: Node, field: str, allowed: str) -> None:
+    refused = fault(check_resources, load(f"resources.{asked}"), [there])
+    assert (refused.field, refused.allowed) == (f"resources.{field}", allowed)
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "allowed"),
+    [
+        # Nodes of 4, 4 and 1 CPUs, the last with a GPU: 2 + 2 + 0 workers of two CPUs each.
+        ("cpus_per_worker=2 resources.workers=5", "workers", "1 to 4 with cpus_per_worker=2 on 4 + 4 + 1 CPUs"),
+        # Nine CPUs in all, but no node has eight.
+        ("cpus_per_worker=8 resources.workers=1", "cpus_per_worker", "at most 4, the CPUs of the largest node"),
+        # Four halves of the two GPUs, but only one CPU beside them.
+        (
+            "gpus_per_worker=0.5 resources.workers=2",
+            "workers",
+            "1 to 1 with cpus_per_worker=1 and gpus_per_worker=0.5 on the same node",
+        ),
+    ],
+)
+def test_resources_of_several_nodes(asked: str, field: str, allowed: str) -> None:
+    refused = fault(check_resources, load(f"resources.{asked}"), [Node(4), Node(4), Node(1, 2)])
     assert (refused.field, refused.allowed) == (f"resources.{field}", allowed)

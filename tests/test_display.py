@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,7 +106,7 @@ def test_the_live_line_says_where_the_run_is(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
         shown.show(Stage("reading task and model"))
-        shown.show(Started(CONFIG, Path("runs/look"), BEFORE, 10**6))
+        shown.show(Started(CONFIG, "runs/look", BEFORE, 10**6))
         clock.now += 4
         shown.show(pack(0, 8))
         clock.now += 1
@@ -130,7 +129,7 @@ def test_the_live_line_stays_one_line(width: int) -> None:
     """A long run's numbers: what does not fit is cut, not folded."""
     terminal, text = console(terminal=True, width=width)
     with Display(terminal) as shown:
-        shown.show(Started(CONFIG, Path("runs/look"), BEFORE, 10**6))
+        shown.show(Started(CONFIG, "runs/look", BEFORE, 10**6))
         shown.show(PackDone(4, 8, 8, loss=12.345, labels=999_999, seconds=1.0, uplink_bytes=987_654_321))
         text.seek(0)
         text.truncate()
@@ -144,7 +143,7 @@ def test_the_live_line_stays_one_line(width: int) -> None:
 def test_a_run_that_was_taken_up_again_does_not_count_the_rounds_before(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
-        shown.show(Started(CONFIG, Path("runs/look"), BEFORE, 10**6, round=3))
+        shown.show(Started(CONFIG, "runs/look", BEFORE, 10**6, round=3))
         clock.now += 10
         shown.show(pack(3, 8))
         shown._bar.refresh()
@@ -156,7 +155,7 @@ def test_without_a_terminal_each_round_is_one_plain_line(clock: Clock) -> None:
     pipe, text = console(terminal=False, width=40)
     with Display(pipe) as shown:
         shown.show(Stage("reading task and model"))
-        shown.show(Started(CONFIG, Path("runs/[look]"), BEFORE, 10**6))
+        shown.show(Started(CONFIG, "runs/[look]", BEFORE, 10**6))
         for n in range(2):
             clock.now += 4
             shown.show(pack(n, 4))
@@ -179,7 +178,7 @@ def test_without_a_terminal_each_round_is_one_plain_line(clock: Clock) -> None:
 def test_rounds_stay_above_the_live_line_in_a_terminal_too(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
-        shown.show(Started(CONFIG, Path("runs/look"), BEFORE, 10**6))
+        shown.show(Started(CONFIG, "runs/look", BEFORE, 10**6))
         clock.now += 5
         shown.show(pack(0, 8))
         shown.show(round_done(0))
@@ -189,7 +188,7 @@ def test_rounds_stay_above_the_live_line_in_a_terminal_too(clock: Clock) -> None
 def test_a_classifier_is_followed_by_its_macro_f1_and_counted_in_rows() -> None:
     pipe, text = console(terminal=False)
     with Display(pipe) as shown:
-        shown.show(Started(CONFIG, Path("runs/look"), {"held_out_loss": 1.4, "accuracy": 0.5, "macro_f1": 0.3}, 10**6))
+        shown.show(Started(CONFIG, "runs/look", {"held_out_loss": 1.4, "accuracy": 0.5, "macro_f1": 0.3}, 10**6))
     title, before = text.getvalue().splitlines()[-2:]
     assert (title.split()[3:6], before.split()) == (["macro", "F1", "rows/s"], ["before", "1.400", "0.300"])
 

@@ -7,15 +7,16 @@ import importlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 import pytest
 import torch
 import typer
-import yaml
 
 import rayfed_sub
 from rayfed_sub import load_config
@@ -24,12 +25,14 @@ from rayfed_sub.engine.journal import RoundRow, Summary
 from rayfed_sub.listing import LISTINGS
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.records import Client, Layer, LocalResult, ModelShape, Tensors
+from rayfed_sub.sweeps.outcome import SweepResult
+from rayfed_sub.sweeps.space import load_sweep
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rayfed_sub"
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "rayfed_sub/methods/README.md")
 # Files that the documents name and that are made by a run or by the reader.
-MADE = {"config.yaml", "momentum.py", "answers.parquet"}
+MADE = {"config.yaml", "best.yaml", "momentum.py", "answers.parquet"}
 
 documents = pytest.mark.parametrize("document", DOCUMENTS)
 
@@ -138,7 +141,9 @@ def test_commands_are_understood(document: str) -> None:
             continue
         verb, *arguments = words[1:]
         given = program.commands[verb].make_context(verb, list(arguments)).params  # parses, runs nothing
-        if verb == "run":
+        if verb == "sweep" and (ROOT / given["file"]).exists():
+            load_sweep(ROOT / given["file"], given["overrides"] or ())
+        if verb == "run" and Path(given["config"]).name not in MADE:
             config = load_config(ROOT / given["config"], given["overrides"] or ())
             if config.method["name"].partition(":")[0] + ".py" not in MADE:
                 build(config.method)
@@ -147,9 +152,16 @@ def test_commands_are_understood(document: str) -> None:
 
 
 @documents
-def test_settings_that_are_shown_load(document: str) -> None:
+def test_settings_that_are_shown_load(document: str, tmp_path: Path) -> None:
     for block in blocks(document, "yaml"):
-        build(load_config(yaml.safe_load(block)).method)
+        shown = tmp_path / "sweeps" / "shown.yaml"  # a sweep may build on experiments/tiny.yaml
+        shown.parent.mkdir(exist_ok=True)
+        shown.write_text(block)
+        shutil.copy(ROOT / "experiments" / "tiny.yaml", tmp_path)
+        if "sweep:" in block:
+            load_sweep(shown)
+        else:
+            build(load_config(shown).method)
 
 
 def test_make_prints_its_verbs() -> None:
@@ -192,8 +204,17 @@ def stand_in(folder: Path) -> Any:
     return run
 
 
+def swept(file: str, overrides: Sequence[str], out: str) -> SweepResult:
+    """`rayfed_sub.sweep` without the running: checks the sweep, gives a table."""
+    found = load_sweep(file, overrides)
+    frame = pd.DataFrame([{"trial": 0, **found.points()[0], "held_out_loss": 2.5}])
+    grid = SimpleNamespace(get_best_result=lambda: None)
+    return SweepResult(frame, (0, found.config(found.points()[0])), cast(Any, grid), out)
+
+
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rayfed_sub, "run", stand_in(tmp_path))
+    monkeypatch.setattr(rayfed_sub, "sweep", swept)
     monkeypatch.chdir(ROOT)
     found = blocks("README.md", "python")
     assert found
@@ -255,40 +276,6 @@ def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.Monk
     # s = alpha / r = 1: the change is B A.
     change = method.model(server, shape)["up"].apply(torch.zeros(2, 3))
     torch.testing.assert_close(change, torch.tensor([[0.375], [1.125]]) @ A)
-
-
-# --- the cluster
-
-
-def cluster() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(text_of("cluster.yaml"))
-    return content
-
-
-def test_ray_accepts_the_cluster() -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    prepared = prepare_config(cluster())
-    validate_config(prepared)
-    assert set(prepared) - set(cluster()) <= {
-        *("upscaling_speed", "cluster_synced_files", "file_mounts_sync_continuously", "rsync_exclude", "rsync_filter")
-    }, "what matters is said in the file and not left to Ray's defaults"
-
-
-def test_what_ray_does_not_check_about_the_cluster() -> None:
-    config = cluster()
-    assert [local for local in config["file_mounts"].values() if not local.startswith("~")] != []
-    assert [
-        local for local in config["file_mounts"].values() if not local.startswith("~") and not (ROOT / local).exists()
-    ] == []
-    starts = [config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]]
-    assert all("RAY_AUTH_MODE=token" in start for start in starts)
-    assert "--dashboard-host=127.0.0.1" in starts[0]
-    (pin,) = re.findall(r"^ray==(.*)$", text_of("constraints.txt"), re.MULTILINE)
-    assert any(f"ray[default,tune]=={pin}" in command for command in config["setup_commands"])
-    head, worker = (config["available_node_types"][name]["node_config"] for name in ("head", "worker"))
-    assert "InstanceMarketOptions" not in head
-    assert worker["InstanceMarketOptions"] == {"MarketType": "spot"}
 
 
 # --- the package as it is installed

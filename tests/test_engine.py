@@ -22,6 +22,7 @@ import torch
 from rayfed_sub import load_config, run
 from rayfed_sub.analysis.privacy import epsilon
 from rayfed_sub.config import Config
+from rayfed_sub.engine import checkpoints
 from rayfed_sub.engine.exchange import packed, unpacked
 from rayfed_sub.engine.journal import PackDone, RoundDone, Summary
 from rayfed_sub.errors import RunError, UserError
@@ -326,6 +327,7 @@ def test_an_in_place_write_to_shared_memory_stops_the_run(
         return super().start_client(broadcast, state, client, shape)"""
     with own_method(start_client, tmp_path, monkeypatch) as name, pytest.raises(RunError, match=noticed):
         run(small(f"method={{name: '{name}'}}"), tmp_path / "run")
+    assert checkpoints.newest(tmp_path / "run") is None  # the server lies in that memory: nothing of it is kept
 
 
 def test_progress_is_told_while_it_happens(ray_session: None, tmp_path: Path) -> None:

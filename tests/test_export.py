@@ -27,6 +27,7 @@ from rayfed_sub.engine.folder import create
 from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.engine.journal import Summary
 from rayfed_sub.engine.ledger import Ledger
+from rayfed_sub.engine.mirror import Place
 from rayfed_sub.engine.workers import Spec, Worker
 from rayfed_sub.errors import UserError
 from rayfed_sub.export import export_hf, export_peft, factorised, loadable
@@ -97,7 +98,7 @@ def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fi
 def write_run(folder: Path, config: Config, server: ServerState, states: Mapping[int, PackedState]) -> Path:
     """A finished run's folder."""
     folder.mkdir()
-    written = create(folder, config)
+    written = create(Place(folder), config)
     book = Ledger(folder, 10**9, lambda: server, lambda state: [state], lambda box: box[0])
     for client, state in states.items():
         book.add(client, state)

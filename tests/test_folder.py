@@ -24,6 +24,7 @@ from rayfed_sub.engine.folder import (
     summary_of,
 )
 from rayfed_sub.engine.journal import Beginning, ClientRow, RoundDone, RoundRow, Summary
+from rayfed_sub.engine.mirror import Place
 from rayfed_sub.errors import RunError, UserError
 
 CONFIG = load_config({"name": "kept", "federation": {"rounds": 2}})
@@ -83,7 +84,7 @@ def test_a_folder_that_is_named_is_taken_with_what_is_in_it(tmp_path: Path) -> N
 
 
 def test_a_folder_with_a_run_and_a_file_are_refused(tmp_path: Path) -> None:
-    create(tmp_path, CONFIG)
+    create(Place(tmp_path), CONFIG)
     for path, allowed in ((tmp_path, "a folder without a run in it"), (tmp_path / "config.yaml", "a folder")):
         for refuse in (check_free, lambda path: fresh(path, "tiny")):
             with pytest.raises(UserError) as caught:
@@ -100,7 +101,7 @@ def test_a_folder_that_cannot_be_made_is_refused_under_the_given_name(tmp_path: 
 
 
 def test_every_file_of_a_run(tmp_path: Path) -> None:
-    folder = create(tmp_path, CONFIG)
+    folder = create(Place(tmp_path), CONFIG)
     assert load_config(tmp_path / "config.yaml") == CONFIG
     folder.write_tables()  # before the first round is over: columns without rows
     assert list(pd.read_parquet(tmp_path / "rounds.parquet").columns) == list(RoundRow.__dataclass_fields__)
@@ -135,7 +136,7 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
 def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = create(tmp_path, CONFIG)
+    folder = create(Place(tmp_path), CONFIG)
     folder.add(done(0, 3.0, 1))
     folder.write_tables()
     folder.write_summary(summary(tmp_path))
@@ -147,7 +148,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
     monkeypatch.setattr(os, "replace", cut_off)
     folder.add(done(1, 2.0))
     writes = {
-        "config.yaml": lambda: create(tmp_path, load_config({"name": "another"})),
+        "config.yaml": lambda: create(Place(tmp_path), load_config({"name": "another"})),
         "rounds.parquet": folder.write_tables,
         "summary.json": lambda: folder.write_summary(Summary(**{**vars(summary(tmp_path)), "rounds": 9})),
     }
@@ -158,7 +159,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
 
 
 def test_a_run_is_finished_once_it_has_its_summary(tmp_path: Path) -> None:
-    folder = create(tmp_path, CONFIG)
+    folder = create(Place(tmp_path), CONFIG)
     folder.write_tables()
     with pytest.raises(UserError, match="the folder of a finished run"):
         finished(tmp_path)
@@ -171,7 +172,7 @@ BEGINNING = Beginning((Score(None, "held_out_loss", 4.0, 50),), {"torch": "2.13"
 
 def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: Path) -> None:
     """Three rounds were run, the tables were written after two of them, the checkpoint holds one."""
-    first = create(tmp_path, CONFIG)
+    first = create(Place(tmp_path), CONFIG)
     assert not first.begun()
     first.begin(BEGINNING)
     for n in range(3):
@@ -181,7 +182,7 @@ def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: 
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"event": "rou')  # the process died while it wrote
 
-    again = reopen(tmp_path, CONFIG)
+    again = reopen(Place(tmp_path), CONFIG)
     assert again.begun()
     assert again.go_on(1) == BEGINNING
     assert again.rounds["round"].to_pylist() == [0]
@@ -203,27 +204,27 @@ def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: 
 
 
 def test_a_first_line_that_was_torn_is_written_anew(tmp_path: Path) -> None:
-    folder = create(tmp_path, CONFIG)
+    folder = create(Place(tmp_path), CONFIG)
     (tmp_path / "log.jsonl").write_text('{"event": "star')
     assert not folder.begun()
     folder.begin(BEGINNING)
-    assert reopen(tmp_path, CONFIG).go_on(0) == BEGINNING
+    assert reopen(Place(tmp_path), CONFIG).go_on(0) == BEGINNING
 
 
 def test_tables_that_lack_a_finished_round_are_refused(tmp_path: Path) -> None:
-    folder = create(tmp_path, CONFIG)
+    folder = create(Place(tmp_path), CONFIG)
     folder.begin(BEGINNING)
     folder.add(done(0, 2.0))
     folder.write_tables()
     with pytest.raises(UserError, match=r"--resume: got .*; allowed: a run folder with 2 rounds in rounds.parquet"):
-        reopen(tmp_path, CONFIG).go_on(2)
+        reopen(Place(tmp_path), CONFIG).go_on(2)
 
 
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
-    create(tmp_path, CONFIG)
+    create(Place(tmp_path), CONFIG)
     free = ["resources.workers=7", "resources.state_memory=3MB", "resources.deadline=5", "checkpoint.every=4"]
     settings = {"name": "kept", "federation": {"rounds": 2}}
-    assert reopen(tmp_path, load_config(settings, free)).path == tmp_path
+    assert reopen(Place(tmp_path), load_config(settings, free)).path == tmp_path
     for override, message in {
         "seed=3": f"seed: got 3; allowed: 0, with which the run in {tmp_path} began; set that, or begin anew",
         "optimizer.lr=2": "optimizer.lr: got 2.0; allowed: 0.001, with which",
@@ -231,12 +232,12 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
         "resources.pack_size=9": "resources.pack_size: got 9; allowed: 4, with which",
     }.items():
         with pytest.raises(UserError) as caught:
-            reopen(tmp_path, load_config(settings, [override]))
+            reopen(Place(tmp_path), load_config(settings, [override]))
         assert str(caught.value).startswith(message)
 
 
 def test_a_finished_run_gives_its_summary_again(tmp_path: Path) -> None:
-    folder = create(tmp_path, CONFIG)
+    folder = create(Place(tmp_path), CONFIG)
     assert summary_of(tmp_path, CONFIG) is None
     folder.write_summary(summary(tmp_path))
     assert summary_of(tmp_path, CONFIG) == summary(tmp_path)
@@ -246,9 +247,9 @@ def test_the_newest_run_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     assert latest("tiny") is None
     for _ in range(11):
-        create(fresh(None, "tiny"), CONFIG)
+        create(Place(fresh(None, "tiny")), CONFIG)
     (tmp_path / "runs" / "tiny-12").mkdir()  # claimed, but nothing in it
-    create(fresh(Path("runs/tiny-large"), "tiny"), CONFIG)
+    create(Place(fresh(Path("runs/tiny-large"), "tiny")), CONFIG)
     assert latest("tiny") == Path("runs/tiny-11")
     os.utime("runs/tiny/config.yaml", (2**31, 2**31))  # the first folder was deleted, and its name given again
     assert latest("tiny") == Path("runs/tiny")

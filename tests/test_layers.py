@@ -14,19 +14,30 @@ PACKAGE = Path(rayfed_sub.__file__).parent
 
 # From top to bottom.  A file may import from its own layer and from those below.
 LAYERS = (
-    ("cli", "display", "export", "listing", "plan_tables", "partition_picture", "partition_tables", "__init__"),
+    (
+        "cli",
+        "display",
+        "sweep_display",
+        "export",
+        "listing",
+        "plan_tables",
+        "partition_picture",
+        "partition_tables",
+        "__init__",
+    ),
+    ("sweeps",),
     ("engine",),
     ("analysis",),
     ("methods",),
     ("training",),
     ("data", "models", "metrics"),
-    ("config", "records", "streams", "errors", "faults"),
+    ("config", "config_files", "records", "streams", "errors", "faults", "page"),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
 # Where a library may be imported at all.  Libraries that are not named here may be imported anywhere.
 HOMES = {
-    "ray": ("engine",),
+    "ray": ("engine", "sweeps"),
     "galore_torch": ("training",),
     "peft": ("training",),
     "dp_accounting": ("analysis",),
@@ -40,8 +51,9 @@ HOMES = {
     "rouge_score": ("metrics",),
     "sacrebleu": ("metrics",),
     "sklearn": ("metrics",),
-    "rich": ("display", "plan_tables", "partition_tables"),
+    "rich": ("display", "sweep_display", "plan_tables", "partition_tables"),
     "matplotlib": ("partition_picture",),
+    "plotly": ("page",),
     "typer": ("cli",),
 }
 # Importing one of these takes seconds, so it happens inside the function that needs it.
@@ -55,6 +67,7 @@ SLOW = (
     "dp_accounting",
     "evaluate",
     "matplotlib",
+    "plotly",
     "rouge_score",
     "sacrebleu",
     "sklearn",

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from rayfed_sub.engine import checkpoints, files
 from rayfed_sub.engine.exchange import PackedState, packed, unpacked
@@ -124,11 +125,12 @@ def test_a_write_that_is_torn_anywhere_leaves_a_whole_checkpoint(
 
         write, unlink = files.write, Path.unlink
 
-        def torn_write(target: Path, content: bytes) -> None:
+        def torn_write(target: Path, *parts: bytes | memoryview) -> None:
             if dies():
+                content = b"".join(parts)
                 target.with_name(f".{target.name}").write_bytes(content[: len(content) // 2])
                 raise RunError("writing files", "No space left on device") if full else Crash
-            write(target, content)
+            write(target, *parts)
 
         def torn_unlink(target: Path, missing_ok: bool = False) -> None:
             if dies() and not full:
@@ -158,7 +160,7 @@ def test_only_what_changed_is_written_again(tmp_path: Path, monkeypatch: pytest.
     walk(book, [[0, 1, 2]])
     written: list[str] = []
     write = files.write
-    monkeypatch.setattr(files, "write", lambda target, content: (written.append(target.name), write(target, content)))
+    monkeypatch.setattr(files, "write", lambda target, *parts: (written.append(target.name), write(target, *parts)))
     walk(book, [[0, 1, 2], [1]])
     assert written == ["000001-000002.safetensors", "server-000002.safetensors", "manifest-000002.json"]
     book.checkpoint()  # nothing new
@@ -261,6 +263,30 @@ def test_a_manifest_names_what_it_needs(tmp_path: Path) -> None:
     tree = json.loads((checkpoints.root(tmp_path) / "manifest-000001.json").read_text())
     client, round, *note = tree["clients"][0]
     assert (client, round, Note(*note).cursor, Note(*note).step) == (7, 1, 4, 11)
+
+
+def test_the_servers_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    """Names, types and numbers; the widest numbers come first, so that all begin at multiples of their size."""
+    book = ledger(tmp_path)
+    walk(book, [[0]])
+    file = checkpoints.root(tmp_path) / "server-000001.safetensors"
+    rule = {"server/layer/weight/v": torch.full((2,), 1.0)}
+    assert bits(load_file(file)) == bits({**server(1).tensors, **rule})
+    header = json.loads(file.read_bytes()[8:].split(b"}}")[0] + b"}}")
+    assert list(header) == ["history/ranks", "step", "layer/weight", "odd", "server/layer/weight/v", "layer/half"]
+    # 2 ranks and a step of 8 bytes; 12 weights, 4 odd numbers and 2 of the rule's of 4; 8 halves of 2
+    assert [entry["data_offsets"][1] for entry in header.values()] == [16, 24, 72, 88, 96, 112]
+
+
+def test_the_server_moves_to_other_memory(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    walk(book, [[3]])
+    before = book.standing
+    there = before.server.tensors["layer/weight"].clone()
+    book.move({"layer/weight": there})
+    assert book.standing.server.tensors["layer/weight"] is there
+    assert book.standing.server.tensors["odd"] is before.server.tensors["odd"]
+    check(book, [[3]], 1)
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

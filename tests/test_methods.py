@@ -186,6 +186,21 @@ def test_only_the_ratio_of_the_weights_counts(name: str) -> None:
 
 
 @every_method
+def test_a_sum_takes_no_memory_of_what_it_is_made_from(name: str) -> None:
+    """`fold` and `finish` write to the sum's tensors: neither updates nor the server may be among them."""
+    method, tiny = made(name), llama()
+    server = begun(method, tiny)
+    updates = walk(method, tiny, server, clients_data(tiny, 2), weights=[1, 3]).updates
+    given = [server.tensors, *(update.tensors for update in updates)]
+    before = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in given]
+    total = method.zero(server, tiny.shape)
+    for update in (*updates, *updates):
+        total = method.fold(total, update, tiny.shape)
+    method.finish(server, total, tiny.shape)
+    assert all(same(old, new) for old, new in zip(before, given, strict=True))
+
+
+@every_method
 def test_a_weightless_client_counts_for_nothing(name: str) -> None:
     method, tiny = made(name), llama()
     server, data = begun(method, tiny), clients_data(tiny, 2)

@@ -140,7 +140,7 @@ MB, PLENTY = 10**6, 10**12
 
 
 @pytest.mark.parametrize(
-    ("memory", "pack", "field"), [(1700, 2, "resources.workers"), (1350, 64, "resources.pack_size")]
+    ("memory", "pack", "field"), [(1840, 2, "resources.workers"), (1490, 64, "resources.pack_size")]
 )
 def test_what_needs_too_much_memory_is_refused_with_the_nearest_that_fits(memory: int, pack: int, field: str) -> None:
     """Eight workers need eight bare processes of 320 MB."""

@@ -15,6 +15,7 @@ import pytest
 from rayfed_sub import run
 from rayfed_sub.engine.folder import create
 from rayfed_sub.engine.journal import Notice, PackDone, RoundDone, RoundRow, Summary
+from rayfed_sub.engine.mirror import Place
 from rayfed_sub.engine.session import leave
 from rayfed_sub.errors import UserError
 from tests import chaos
@@ -125,7 +126,7 @@ def test_a_soak_under_fire(ray_session: None, tmp_path: Path) -> None:
 
 def test_a_round_whose_rows_never_came_does_not_count(tmp_path: Path) -> None:
     """Its evaluation failed after the server had moved: the checkpoint before it stands, and the round runs again."""
-    folder, asked = create(tmp_path, chaos.job(1)), []
+    folder, asked = create(Place(tmp_path), chaos.job(1)), []
 
     def ask(name: str) -> Any:
         asked.append(name)

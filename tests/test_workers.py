@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -130,3 +132,15 @@ def test_an_exception_of_the_method_keeps_its_traceback(job: Job, monkeypatch: p
     monkeypatch.setattr(type(job.method), "upload", broken)
     with pytest.raises(KeyError):
         Trial(job).train(CLIENTS)
+
+
+def test_a_worker_lets_go_of_the_broadcast(job: Job) -> None:
+    """The object store keeps what any process still reads."""
+    trial = Trial(job)
+    trial.train([0])
+    trial.worker.evaluate(0, range(1), trial.broadcast, None, None)
+    arrays = [weakref.ref(array) for _, array in trial.broadcast.values()]
+    assert arrays
+    trial.broadcast.clear()
+    gc.collect()
+    assert all(array() is None for array in arrays)

@@ -39,7 +39,7 @@ class Meter:
 
     def __call__(self, record: Any) -> None:
         if isinstance(record, Started):
-            self.started, self._folder = time.perf_counter() - self.began, record.folder
+            self.started, self._folder = time.perf_counter() - self.began, Path(record.folder)
         if isinstance(record, RoundDone):
             pss, uss = _memory()
             disk = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())

@@ -19,7 +19,7 @@ from rayfed_sub.models.skeleton import Skeleton
 
 # Private bytes (USS) of the processes of a run before they hold any tensor: Python 3.11, torch 2.13, Ray 2.60 on x86.
 BARE_WORKER = 320_000_000
-BARE_COORDINATOR = 190_000_000
+BARE_COORDINATOR = 330_000_000  # as a worker: Ray's processes import the same before they know what they will be
 DRIVER = 350_000_000
 RAY = 330_000_000  # its own processes on a node
 CUDA = 600_000_000  # a process's context on a GPU, and torch's kernels there
@@ -51,8 +51,8 @@ class Need:
 
     @property
     def coordinator(self) -> int:
-        """Bytes of the coordinator's process: server, sums, and pretrained weights where those are not shared."""
-        return BARE_COORDINATOR + _pretrained(self.skeleton, self.config) + self.traffic.coordinator
+        """Bytes of the coordinator's process: at first pretrained weights, where those are not shared, later sums."""
+        return BARE_COORDINATOR + max(_pretrained(self.skeleton, self.config), self.traffic.coordinator)
 
     @property
     def states(self) -> int:
@@ -133,7 +133,8 @@ def between(pack: int, low: tuple[int, Memory], high: tuple[int, Memory]) -> Mem
 
 
 def _pretrained(skeleton: Skeleton, config: Config) -> int:
-    """Bytes of the pretrained target weights at the coordinator: float32 ones are the shared memory itself."""
+    """Bytes of the pretrained weights from which the coordinator makes the first server, which is sent, and lies in
+    shared memory, from then on; float32 weights are shared memory themselves."""
     shape, exact = skeleton.shape, config.model.dtype == "float32"
     copied = [layer for layer in shape.targets if not exact or layer.name in skeleton.transposed]
     return sum(4 * layer.m * layer.n for layer in (*copied, *(() if exact else shape.head)))

@@ -53,7 +53,8 @@ class Traffic:
     """Bytes of a method.  rounds: per walked round client -> bytes.  broadcast: the largest of a round.  server: all
     that the server holds between rounds, its optimiser's memory included, at first and after each walked round.
     coordinator: the most that lies there at once in a round (server before and after, the sum), without what it shares
-    with the pretrained weights.  dense: whether clients train over dense weights that the broadcast brings."""
+    with the pretrained weights and the broadcast.  dense: whether clients train over dense weights that the broadcast
+    brings."""
 
     rounds: tuple[Mapping[int, ClientTraffic], ...]
     broadcast: int
@@ -165,7 +166,8 @@ def _walk(
             found |= {(n, k, what): size for what, size in zip(_CLIENT, figures, strict=True)}
         states |= fresh
         after, renewed = advance(rule, server, method.finish(server, total, shape), memory)
-        found["coordinator", n] = _own([server.tensors, total.tensors, memory, after.tensors, renewed], [weights])
+        there = [server.tensors, total.tensors, memory, after.tensors, renewed]
+        found["coordinator", n] = _own(there, [weights, broadcast.tensors])
         server, memory = after, renewed
         found["server", n + 1] = wire_bytes(server.tensors) + wire_bytes(memory)
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,10 @@ from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine import checkpoints, cohorts, evaluations
 from rayfed_sub.engine.evaluations import JudgedModel
-from rayfed_sub.engine.exchange import Packed, checksum, unpacked
+from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
 from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
 from rayfed_sub.engine.ledger import Ledger
-from rayfed_sub.engine.memory import PeakMemory
+from rayfed_sub.engine.memory import PeakMemory, give_back
 from rayfed_sub.engine.schedule import Crew, Piece, in_order
 from rayfed_sub.engine.workers import PackedUpdate, PackOutcome, Worker, broadcast_of
 from rayfed_sub.errors import RunError
@@ -38,11 +38,11 @@ from rayfed_sub.methods import privacy
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server import Noise, advance, mixed_bytes, mixes, nova_factor
 from rayfed_sub.models.weights import target_weights
-from rayfed_sub.records import Change, Client, Fold, ModelShape, ServerState, Update
+from rayfed_sub.records import Change, Client, Fold, ModelShape, ServerState, Tensors, Update
 
 _CLAIM_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
-_START_SECONDS = 300.0  # a worker that has not mapped the backbone by then never will
+_START_SECONDS = 1800.0  # a cluster that has to grow boots and installs new machines first
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,15 @@ class Shared:
     spec: Any
     backbone: Any
     dataset: Any
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a round's training leaves besides the ledger; rank: of the aggregated change, where it was asked for."""
+
+    rows: list[ClientRow]
+    seconds: float
+    rank: float | None
 
 
 class Coordinator:
@@ -76,7 +85,7 @@ class Coordinator:
         self._dataset: Dataset = ray.get(shared.dataset)
         arrays: Packed = ray.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
-        self._pretrained = target_weights(shape, transposed, unpacked(arrays))
+        self._backbone, self._transposed = unpacked(arrays), transposed
         self._home: dict[int, int] = {}
         self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
 
@@ -87,7 +96,11 @@ class Coordinator:
         return actor.remote(shared.spec, shared.backbone, shared.dataset, resources.gpus_per_worker)
 
     def _initial(self) -> ServerState:
-        return self._method.init_server(self._pretrained, self._shape, self._config.seed)
+        return self._method.init_server(self._pretrained(self._shape), self._shape, self._config.seed)
+
+    def _pretrained(self, shape: ModelShape) -> Tensors:
+        """The layers' weights as a run begins with them; copies where the backbone is not float32."""
+        return target_weights(shape, self._transposed, self._backbone)
 
     def start(self) -> int:
         """Takes up the newest checkpoint, if there is one, and waits until every worker has mapped the backbone; the
@@ -127,23 +140,55 @@ class Coordinator:
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def checkpoint(self) -> None:
-        """A checkpoint of the last finished round.  Raises RunError where the disk is full."""
+        """A checkpoint of the last finished round.  Raises RunError where the disk is full, and where the broadcast, in
+        whose memory the server's tensors lie, was written to."""
+        self._verify_broadcast()
         self._ledger.checkpoint()
 
     def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
         """Round n, counted from 0; it can be asked for again as long as it has not reached its evaluation."""
-        standing = self._ledger.standing
-        assert n == standing.server.round, f"round {n} asked of a server that has finished {standing.server.round}"
+        finished = self._ledger.standing.server.round
+        assert n == finished, f"round {n} asked of a server that has finished {finished}"
         began = time.perf_counter()
-        config, method, shape = self._config, self._method, self._shape
-        cohort = cohorts.cohort(config, n)
-        broadcast = self._broadcast()
+        config, cohort = self._config, cohorts.cohort(self._config, n)
         down = self._download_bytes(cohort)
-        size = config.resources.pack_size
+        due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
+        trained = yield from self._trained(n, cohort, down, began, due)
+        if trained is None:
+            return  # the run is being interrupted
+        rows = trained.rows
+        scores = self.scores() if due else ()
+        row = RoundRow(
+            round=n,
+            clients=len(cohort),
+            failed=sum(r.failure is not None for r in rows),
+            loss=_mean_loss(rows),
+            held_out_loss=overall(scores).get("held_out_loss"),
+            uplink_bytes=sum(r.uplink_bytes for r in rows),
+            downlink_bytes=sum(down.values()),
+            labels=int(sum(r.labels for r in rows)),
+            change_rank=trained.rank,
+            epsilon=spent(config, n + 1),
+            train_seconds=trained.seconds,
+            seconds=time.perf_counter() - began,
+        )
+        self._verify()
+        yield RoundDone(row, tuple(rows), scores)
+
+    def _trained(
+        self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
+    ) -> Generator[PackDone, None, _Trained | None]:
+        """The round up to its commit; None where the run is being interrupted.  A call of its own, because the sum and
+        the last server must be gone before the next broadcast comes.
+
+        due: whether the rank of the change is asked for."""
+        config, method, shape = self._config, self._method, self._shape
+        broadcast = self._broadcast()
+        standing, size = self._ledger.standing, config.resources.pack_size
         packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
         pieces = [self._train_piece(n, pack, i, broadcast) for i, pack in enumerate(packs)]
 
-        total, rows, trained = self._zero(), [], {}
+        total, rows, trained = self._zero(), list[ClientRow](), {}
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
@@ -164,26 +209,9 @@ class Coordinator:
         after, memory = advance(config.server, before, after, standing.memory, factor, noise)
         _check_finite(after, n)
         if not self._ledger.commit(after, memory, trained):
-            return  # the run is being interrupted
-        train_seconds = time.perf_counter() - began
-        due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
-        scores = self.scores() if due else ()
-        row = RoundRow(
-            round=n,
-            clients=len(cohort),
-            failed=sum(r.failure is not None for r in rows),
-            loss=_mean_loss(rows),
-            held_out_loss=overall(scores).get("held_out_loss"),
-            uplink_bytes=sum(r.uplink_bytes for r in rows),
-            downlink_bytes=sum(down.values()),
-            labels=int(sum(r.labels for r in rows)),
-            change_rank=self._rank(before) if due else None,
-            epsilon=spent(config, n + 1),
-            train_seconds=train_seconds,
-            seconds=time.perf_counter() - began,
-        )
-        self._verify()
-        yield RoundDone(row, tuple(rows), scores)
+            return None
+        seconds = time.perf_counter() - began
+        return _Trained(rows, seconds, self._rank(before) if due else None)
 
     def scores(self) -> tuple[Score, ...]:
         """The current model's; of its answers too before training and after it."""
@@ -247,11 +275,24 @@ class Coordinator:
 
     def _broadcast(self) -> Any:
         """The current broadcast in the object store; training and evaluation of one state share it."""
-        server = self._ledger.standing.server
-        if self._sent is None or self._sent[0] != server.round:
-            arrays = broadcast_of(self._config, self._method, server)
-            self._sent = (server.round, ray.put(arrays), checksum(arrays))
+        if self._sent is None or self._sent[0] != self._ledger.standing.server.round:
+            self._sent = None  # let go of the last one first
+            give_back()
+            self._sent = self._put()
+            give_back()
         return self._sent[1]
+
+    def _put(self) -> tuple[int, Any, int]:
+        """Puts the broadcast into the object store.  Tensors of the server that are sent as they are lie there alone
+        from then on."""
+        server = self._ledger.standing.server
+        tensors = broadcast_of(self._config, self._method, server)
+        arrays = packed(tensors)
+        reference = ray.put(arrays)
+        stored = unpacked(ray.get(reference))
+        own = [name for name, tensor in tensors.items() if tensor is server.tensors.get(name)]
+        self._ledger.move({name: stored[name] for name in own})
+        return server.round, reference, checksum(arrays)
 
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
         """Wire bytes to every client of the cohort, given when it last took part."""
@@ -280,7 +321,8 @@ class Coordinator:
         changes = self._method.model(server, self._shape)
         for layer in self._shape.targets:
             change: Change = changes[layer.name]
-            yield layer.name, change.apply(self._pretrained[f"{layer.name}/weight"])
+            weights = self._pretrained(ModelShape((layer,)))
+            yield layer.name, change.apply(weights[f"{layer.name}/weight"])
 
     def _rank(self, before: ServerState) -> float:
         """Median over the targets of the rank of the round's aggregated change."""
@@ -291,7 +333,11 @@ class Coordinator:
         """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
         if checksum(self._backbone_arrays) != self._backbone_sum:
             raise RunError("shared memory", "the backbone's bytes changed", round=self._ledger.standing.server.round)
-        if self._sent is not None and checksum(ray.get(self._sent[1])) != self._sent[2]:
+        self._verify_broadcast()
+
+    def _verify_broadcast(self) -> None:
+        sent = self._sent
+        if sent is not None and checksum(ray.get(sent[1])) != sent[2]:
             raise RunError("shared memory", "the broadcast's bytes changed", round=self._ledger.standing.server.round)
 
 

@@ -71,22 +71,13 @@ class Guard:
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        self._own = _versions(tensors)
-        self._watched: list[tuple[str, Tensor, int]] = []
-
-    def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Watches these tensors as well, in place of those given to the last call."""
-        self._watched = _versions(tensors)
+        self._versions = [(name, tensor, tensor._version) for name, tensor in tensors]
 
     def check(self) -> None:
         """Raises RunError naming the first tensor that was written since the guard was set."""
-        for name, tensor, version in self._own + self._watched:
+        for name, tensor, version in self._versions:
             if tensor._version != version:
                 raise RunError("shared memory", f"tensor {name} was written in place; shared tensors are read-only")
-
-
-def _versions(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor, int]]:
-    return [(name, tensor, tensor._version) for name, tensor in tensors]
 
 
 def checksum(arrays: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) -> int:

@@ -13,8 +13,9 @@ from typing import IO
 from rayfed_sub.errors import RunError
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes beside its place, forces it to the disk, then renames: whoever reads `path` sees the old bytes or the new.
+def write(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes the parts, one after the other, beside their place, forces them to the disk, then renames: whoever reads
+    `path` sees the old bytes or the new.
 
     Raises RunError naming the file where the disk is full or refuses; `path` is then as it was.
     """
@@ -22,7 +23,7 @@ def write(path: Path, content: bytes) -> None:
     with told(path):
         try:
             with temporary.open("wb") as file:
-                file.write(content)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -22,9 +22,10 @@ from pyarrow import parquet
 
 from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import Config
-from rayfed_sub.config_files import load_config
+from rayfed_sub.config_files import flat, load_config
 from rayfed_sub.engine import files
 from rayfed_sub.engine.journal import Beginning, ClientRow, RoundDone, RoundRow, ScoreRow, Summary
+from rayfed_sub.engine.mirror import Place
 from rayfed_sub.errors import UserError
 
 FREE = (
@@ -37,8 +38,8 @@ FREE = (
 class RunFolder:
     """A run's folder, which is there already, owned by the process that started the run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, place: Place) -> None:
+        self.place, self.path = place, place.path
         self.rounds = _empty(RoundRow)
         self._clients = _empty(ClientRow)
         self._scores = _empty(ScoreRow)
@@ -113,50 +114,69 @@ class RunFolder:
         return parquet.read_table(file, schema=_schema(kind)) if file.exists() else _empty(kind)
 
 
-def create(path: Path, config: Config) -> RunFolder:
+def create(place: Place, config: Config) -> RunFolder:
     """A new run's folder, which is there already; config.yaml is its first file."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    files.write(path / "config.yaml", text.encode())
-    return RunFolder(path)
+    files.write(place.path / "config.yaml", text.encode())
+    return RunFolder(place)
 
 
-def reopen(path: Path, config: Config) -> RunFolder:
+def reopen(place: Place, config: Config) -> RunFolder:
     """The folder of a run that was begun with `config`.
 
     Raises UserError naming the first setting that differs, apart from those in `FREE`.
     """
-    old = _flat(load_config(path / "config.yaml").model_dump(mode="json"))
-    new = _flat(config.model_dump(mode="json"))
+    check_same(place.path, config)
+    return RunFolder(place)
+
+
+def check_same(path: Path, config: Config) -> None:
+    """UserError as `reopen`."""
+    old = flat(load_config(path / "config.yaml").model_dump(mode="json"))
+    new = flat(config.model_dump(mode="json"))
     for key in [*old, *(key for key in new if key not in old)]:
         if key not in FREE and old.get(key) != new.get(key):
             allowed = f"{old.get(key)!r}, with which the run in {path} began"
             raise UserError(key, new.get(key), allowed, "set that, or begin anew in another folder")
-    return RunFolder(path)
 
 
 def summary_of(path: Path, config: Config) -> Summary | None:
     """The summary of a finished run; None where it is not finished.  Raises UserError as `reopen`."""
-    reopen(path, config)
+    check_same(path, config)
     if not (path / "summary.json").exists():
         return None
     told = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     return Summary(**{**told, "resumed": tuple(told["resumed"])}, folder=str(path))
 
 
-def latest(name: str) -> Path | None:
-    """The run of this name under runs/ that was begun last; None where there is none."""
+def opened(place: Place, config: Config) -> RunFolder:
+    """The folder of a run that goes on where it was, or begins.  Raises UserError as `reopen` and `make`."""
+    if (place.path / "config.yaml").exists():
+        return reopen(place, config)
+    make(place.path, "--out")
+    return create(place, config)
+
+
+def latest(name: str, file: str = "config.yaml") -> Path | None:
+    """The run of this name under runs/ that was begun last, or the sweep, by its first `file`; None where none was."""
     found = [Path("runs") / name]
     found += [path for path in Path("runs").glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
-    begun = [path / "config.yaml" for path in found if (path / "config.yaml").exists()]
+    begun = [path / file for path in found if (path / file).exists()]
     return max(begun, key=lambda file: file.stat().st_mtime_ns).parent if begun else None
 
 
 def check_free(path: Path) -> None:
-    """UserError where `path` cannot be a new run's folder."""
-    if (path / "config.yaml").exists():
+    """UserError where `path` cannot be a new run's or sweep's folder."""
+    if any((path / file).exists() for file in ("config.yaml", "sweep.yaml")):
         raise UserError("--out", str(path), "a folder without a run in it", "choose another, or go on with --resume")
     if path.exists() and not path.is_dir():
         raise UserError("--out", str(path), "a folder", "choose another path")
+
+
+def new(place: Place | None, name: str) -> Place:
+    """The place that was asked for, its folder made, or a fresh one of this machine."""
+    path = fresh(None if place is None else place.path, name)
+    return Place(path, None if place is None else place.mirror)
 
 
 def fresh(path: Path | None, name: str) -> Path:
@@ -218,16 +238,3 @@ def _empty(kind: type) -> pa.Table:
 
 def _before(round: int, table: pa.Table) -> pa.Table:
     return table.filter(pa.compute.less(table["round"], round))
-
-
-def _flat(tree: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones.
-
-    >>> _flat({"a": {"b": 1, "c": {}}, "d": [2]})
-    {'a.b': 1, 'a.c': {}, 'd': [2]}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{parent}{key}.") if inner else {f"{parent}{key}": value}
-    return flat

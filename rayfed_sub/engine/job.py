@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.engine.cohorts import local_steps
+from rayfed_sub.engine.nodes import Node, most_workers
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods import build
 from rayfed_sub.methods.protocol import Method
@@ -34,23 +35,42 @@ class Job:
     dataset: Dataset
 
 
+@dataclass(frozen=True, eq=False)
+class Foundation:
+    """What a job stands on: the model without its weights, and the task's rows."""
+
+    skeleton: Skeleton
+    codec: Codec
+    dataset: Dataset
+
+
 def prepare(config: Config) -> Job:
     """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
-    method = build(config.method)
+    build(config.method)  # a typing error there shows before the rows are read
+    return job_on(foundation(config), config)
+
+
+def foundation(config: Config) -> Foundation:
+    """Reads task and model.  Raises UserError for what cannot be read or does not go together."""
     kind = kind_of(config)
     codec = codec_of(config, kind)
     dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
-    bones = skeleton(config.model, kind, dataset.class_names, codec.vocabulary, codec.pad)
-    method.check(bones.shape)
+    return Foundation(skeleton(config.model, kind, dataset.class_names, codec.vocabulary, codec.pad), codec, dataset)
+
+
+def job_on(base: Foundation, config: Config) -> Job:
+    """The job of a configuration on its foundation.  Raises UserError for whatever does not fit."""
+    method = build(config.method)
+    method.check(base.skeleton.shape)
     _check_server(config, method)
     _check_privacy(config, method)
     fields = asdict(cast(Any, method))
-    federation = config.federation.model_copy(update={"rounds": _rounds(config, dataset), "epochs": None})
+    federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     own = {"name": config.method["name"], **fields}
     resolved = config.model_copy(
         update={"federation": federation, "method": own, "privacy": _privacy(config.privacy, federation)}
     )
-    return Job(resolved, method, bones, codec, dataset)
+    return Job(resolved, method, base.skeleton, base.codec, base.dataset)
 
 
 def kind_of(config: Config) -> str:
@@ -138,34 +158,37 @@ def _rounds(config: Config, dataset: Dataset) -> int:
     return math.ceil(needed - 1e-9)  # rounding must not add a round
 
 
-def check_resources(config: Config, available: Mapping[str, float]) -> None:
-    """UserError where the asked workers can never be placed; Ray would let them wait in silence.
-
-    available: the machine's or cluster's "CPU" and "GPU".
-    """
+def check_resources(config: Config, there: Sequence[Node]) -> None:
+    """UserError where the asked workers can never be placed on these nodes; Ray would let them wait in silence."""
     resources = config.resources
-    _check_placed("cpus", "CPUs", resources.workers, resources.cpus_per_worker, available.get("CPU", 0.0))
-    gpus, per_worker = available.get("GPU", 0.0), resources.gpus_per_worker
-    if not per_worker:
+    workers, cpus, gpus = resources.workers, resources.cpus_per_worker, resources.gpus_per_worker
+    _check_placed("cpus", cpus, workers, [(node.cpus, node.places(cpus, 0)) for node in there])
+    if not gpus:
         return
     field = "resources.gpus_per_worker"
-    if not gpus:
-        raise UserError(field, per_worker, "0, for no GPU is found", f"set {field}=0")
-    if per_worker > 1:
-        raise UserError(field, per_worker, "at most 1: a worker uses one GPU", "set 1 or less")
-    _check_placed("gpus", "GPUs", resources.workers, per_worker, gpus)
+    if not any(node.gpus for node in there):
+        raise UserError(field, gpus, "0, for no GPU is found", f"set {field}=0")
+    if gpus > 1:
+        raise UserError(field, gpus, "at most 1: a worker uses one GPU", "set 1 or less")
+    _check_placed("gpus", gpus, workers, [(node.gpus, node.gpu_places(gpus)) for node in there])
+    most = most_workers(there, cpus, gpus)
+    if workers > most:
+        allowed = f"1 to {most} with cpus_per_worker={cpus:g} and gpus_per_worker={gpus:g} on the same node"
+        raise UserError("resources.workers", workers, allowed, "lower workers, cpus_per_worker or gpus_per_worker")
     if resources.executor == "reference":
         advice = "the reference executor runs on CPUs"
         raise UserError("resources.executor", "reference", "pack where gpus_per_worker > 0", advice)
 
 
-def _check_placed(kind: str, units: str, workers: int, per_worker: float, there: float) -> None:
-    if per_worker > there:
-        field = f"resources.{kind}_per_worker"
-        raise UserError(field, per_worker, f"at most {there:g}, the {units} here", f"set {field}={there:g} or less")
-    # A worker's fraction of a GPU lies on one GPU: 0.3 fits three times on each, and what is left adds up to nothing.
-    whole = there if kind == "gpus" and per_worker < 1 else 1
-    most = math.floor(there / whole / per_worker + 1e-9) * whole  # 1e-9: 0.3 / 0.1 is a little below 3
+def _check_placed(kind: str, per_worker: float, workers: int, nodes: Sequence[tuple[float, int]]) -> None:
+    """nodes: units and workers that fit, of each."""
+    units, largest, most = kind.upper().replace("S", "s"), max(own for own, _ in nodes), sum(fit for _, fit in nodes)
+    if not most:
+        field, whose = f"resources.{kind}_per_worker", "here" if len(nodes) == 1 else "of the largest node"
+        advice = f"set {field}={largest:g} or less"
+        raise UserError(field, per_worker, f"at most {largest:g}, the {units} {whose}", advice)
     if workers > most:
-        allowed = f"1 to {most:g} with {kind}_per_worker={per_worker:g} on {there:g} {units}"
+        own = [f"{units_:g}" for units_, _ in nodes]
+        where = f"on {' + '.join(own) if len(own) < 5 else f'{len(own)} nodes with {own[0]} to {own[-1]}'} {units}"
+        allowed = f"1 to {most} with {kind}_per_worker={per_worker:g} {where}"
         raise UserError("resources.workers", workers, allowed, f"lower workers or {kind}_per_worker")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rayfed_sub.analysis.scores import Score
@@ -37,10 +36,10 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Started:
-    """The initial state is evaluated; training begins, or goes on, with round `round`."""
+    """The initial state is evaluated; training begins, or goes on, with round `round`.  folder: as people call it."""
 
     config: Config
-    folder: Path
+    folder: str
     metrics: Mapping[str, float]
     target_bytes: int
     round: int = 0

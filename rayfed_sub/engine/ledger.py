@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,13 @@ class Ledger:
             self._states.release(left & named)
             self._states.drop(left - named)
             return True
+
+    def move(self, tensors: Tensors) -> None:
+        """The same server, with these tensors of equal numbers in the place of those of their names."""
+        with self._lock:
+            server = self.standing.server
+            whole = ServerState(server.round, {**server.tensors, **tensors})
+            self.standing = replace(self.standing, server=whole)
 
     def halt(self) -> int:
         """From here on no round is committed any more; the number of those that are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import psutil
@@ -36,3 +37,11 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._over.wait(self._seconds):
             self._sample()
+
+
+def give_back() -> None:
+    """Hands freed memory back to the system.  glibc's malloc keeps it for the process, which may wait for long while
+    others on the node are at work; elsewhere nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -77,7 +77,7 @@ def _worker(job: Job, backbone: Packed, steps: int) -> Worker:
 def _broadcast(job: Job, backbone: Packed) -> Packed:
     pretrained = target_weights(job.skeleton.shape, job.skeleton.transposed, unpacked(backbone))
     server = job.method.init_server(pretrained, job.skeleton.shape, job.config.seed)
-    return broadcast_of(job.config, job.method, server)
+    return packed(broadcast_of(job.config, job.method, server))
 
 
 def _seconds(worker: Worker, size: int, broadcast: Packed) -> float:

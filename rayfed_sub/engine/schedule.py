@@ -22,7 +22,7 @@ from rayfed_sub.errors import RunError, UserError
 _IN_FLIGHT = 2  # one computing, one waiting at the worker's door
 _AHEAD = 4  # pieces per worker that may be done before their turn: bounds what the coordinator holds
 _RETRY_SECONDS = 0.02  # Ray itself takes two seconds to say that a worker is still coming back
-_RETURN_SECONDS = 300.0  # with no worker up: how long one may take to come back
+_RETURN_SECONDS = 1800.0  # with no worker up: how long one may take to come back, a new machine included
 _FETCH_SECONDS = 60  # a result that is there but cannot be had
 _LIVES = 3  # a piece that was lost this often in a row is the likely cause
 _GRACE = 1.0  # waited for at least: time for finished results to come over from another node

@@ -6,10 +6,7 @@ process after this one did, takes up the newest checkpoint, and the tables are c
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +18,26 @@ from typing import Any
 import ray
 from ray import ObjectRefGenerator
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayfed_sub.analysis.scores import overall
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints, planning
 from rayfed_sub.engine.answers import answer, stream_of
+from rayfed_sub.engine.coordinator import Coordinator, Shared
 from rayfed_sub.engine.environment import environment, versions
-from rayfed_sub.engine.folder import RunFolder, check_free, create, fresh, latest, reopen, summary_of
+from rayfed_sub.engine.exchange import Packed, packed
+from rayfed_sub.engine.folder import RunFolder, check_free, create, latest, new, reopen, summary_of
 from rayfed_sub.engine.job import Job, check_resources, prepare
 from rayfed_sub.engine.journal import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.engine.memory import PeakMemory
+from rayfed_sub.engine.mirror import Place, placed
+from rayfed_sub.engine.nodes import nodes
+from rayfed_sub.engine.ray_session import joined, ray_session
+from rayfed_sub.engine.workers import Spec
 from rayfed_sub.errors import RunError
+from rayfed_sub.models.weights import load_weights
 
 _LIVES = 5  # coordinators that may die in a row without a checkpoint between them
 
@@ -41,77 +46,107 @@ Listener = Callable[[Stage | Notice | Started | PackDone | RoundDone], None]
 
 
 def run(
-    config: Config, out: str | Path | None = None, listener: Listener | None = None, *, resume: bool = False
+    config: Config,
+    out: str | Path | None = None,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
 ) -> Summary:
     """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
 
+    out: a path, or s3://bucket/path or gs://bucket/path, to which the files go as they come (engine/mirror.py).
     resume: go on with the run in `out` (default: the newest of this name) from its newest checkpoint, to the weights
     that it would have had undisturbed; begins it where there is none, and returns the summary of one that is finished.
-    Uses the Ray cluster this process is connected to, or starts a local one of its own and shuts it down again.
+    address: of a Ray cluster to join (`auto`: the one that this machine belongs to), by default that in the environment
+    variable RAY_ADDRESS.  Without either it uses the cluster that this process is connected to, or starts a local one
+    of its own and shuts it down again.
     Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
     An interruption (Ctrl-C) leaves a checkpoint.
     """
     tell = listener or (lambda record: None)
+    if out is None:
+        return _run(config, None, tell, resume, address)
+    with placed(out, tell, resume=resume) as place:
+        return _run(config, place, tell, resume, address)
+
+
+def _run(config: Config, place: Place | None, tell: Listener, resume: bool, address: str | None) -> Summary:
     began = time.perf_counter()
-    path = None if out is None else Path(out)
-    old = _to_resume(path, config.name) if resume else None
+    old = _to_resume(place, config.name) if resume else None
     if resume and old is None:
         tell(Notice("nothing to go on with: a new run begins"))
-    if path is not None and old is None:
-        check_free(path)
-    check_resources(config, _available())
-    tell(Stage("reading task and model"))
-    job = prepare(config)
-    if old is not None and (summary := summary_of(old, job.config)) is not None:
-        tell(Notice(f"{old} is finished already"))
-        return summary
-    if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
-        planning.check(job, old or path or Path())
-    folder = create(fresh(path, config.name), job.config) if old is None else reopen(old, job.config)
-    checkpoints.make(folder.path)
-    checkpoints.read(folder.path)  # a torn one is told before anything starts
-    tell(Stage("starting Ray, loading weights"))
-    try:
-        with closing(PeakMemory()) as memory, ThreadPoolExecutor(1) as pool:
-            loading = [pool.submit(_load_backbone, job)]
+    if place is not None and old is None:
+        check_free(place.path)
+    with joined(address):
+        check_resources(config, nodes())
+        tell(Stage("reading task and model"))
+        job = prepare(config)
+        if old is not None and (summary := summary_of(old.path, job.config)) is not None:
+            tell(Notice(f"{old.called()} is finished already"))
+            return replace(summary, folder=old.called())
+        if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
+            planning.check(job, (old or place or Place(Path())).path)
+        folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
+        checkpoints.make(folder.path)
+        checkpoints.read(folder.path)  # a torn one is told before anything starts
+        folder.place.saved()
+        tell(Stage("starting Ray, loading weights"))
+        with _hinted(folder, tell), ThreadPoolExecutor(1) as pool:
+            loading = [pool.submit(load_backbone, job)]
             with ray_session():
-                shared = _shared(job, loading.pop().result())  # no name here may hold the weights for the whole run
-                summary = _through_deaths(job, folder, shared, tell)
-                whole = replace(
-                    summary,
-                    wall_seconds=time.perf_counter() - began,
-                    peak_memory_bytes=summary.peak_memory_bytes + memory.peak,
-                )
-                folder.write_summary(whole)
-    except RunError as error:
-        hint = "" if checkpoints.newest(folder.path) is None else f"; {_hint(folder)}"
-        raise RunError(error.stage, error.cause + hint, round=error.round, client=error.client) from None
-    except KeyboardInterrupt:
-        tell(Notice(f"interrupted; {_hint(folder)}"))
-        raise
+                # No name here may hold the weights for the whole run.
+                shared = Shared(ray.put(spec_of(job)), ray.put(loading.pop().result()), ray.put(job.dataset))
+                return carry_out(job, shared, folder, tell, began)
+
+
+def carry_out(job: Job, shared: Shared, folder: RunFolder, tell: Listener, began: float) -> Summary:
+    """The job in its folder, from the newest checkpoint on, in the Ray session that there is; its summary, written.
+
+    began: `time.perf_counter()` then.  Raises RunError where the run cannot go on.
+    """
+    with closing(PeakMemory()) as memory:
+        summary = _through_deaths(job, folder, shared, tell)
+        peak = summary.peak_memory_bytes + memory.peak
+        whole = replace(summary, wall_seconds=time.perf_counter() - began, peak_memory_bytes=peak)
+        folder.write_summary(whole)
     return whole
 
 
-def _to_resume(path: Path | None, name: str) -> Path | None:
-    """The folder of the run to go on with; None where none has begun."""
-    return latest(name) if path is None else path if (path / "config.yaml").exists() else None
+@contextmanager
+def _hinted(folder: RunFolder, tell: Listener) -> Iterator[None]:
+    """Says with what words a run that was cut off goes on."""
+    path, out = shlex.quote(folder.place.called("config.yaml")), shlex.quote(folder.place.called())
+    hint = f"go on with: rayfed-sub run {path} --out {out} --resume"
+    try:
+        yield
+    except RunError as error:
+        more = "" if checkpoints.newest(folder.path) is None else f"; {hint}"
+        raise RunError(error.stage, error.cause + more, round=error.round, client=error.client) from None
+    except KeyboardInterrupt:
+        tell(Notice(f"interrupted; {hint}"))
+        raise
 
 
-def _hint(folder: RunFolder) -> str:
-    path = shlex.quote(str(folder.path))
-    return f"go on with: rayfed-sub run {path}/config.yaml --out {path} --resume"
+def _to_resume(place: Place | None, name: str) -> Place | None:
+    """Where the run is that is to go on; None where none has begun."""
+    if place is not None:
+        return place if (place.path / "config.yaml").exists() else None
+    path = latest(name)
+    return None if path is None else Place(path)
 
 
-def _shared(job: Job, backbone: Any) -> Any:
-    """All that coordinator and workers share, in the object store."""
-    from rayfed_sub.engine.coordinator import Shared
-    from rayfed_sub.engine.workers import Spec
-
-    spec = Spec(job.config, job.method, job.skeleton, job.codec)
-    return Shared(ray.put(spec), ray.put(backbone), ray.put(job.dataset))
+def spec_of(job: Job) -> Spec:
+    """What the job's workers need to know."""
+    return Spec(job.config, job.method, job.skeleton, job.codec)
 
 
-def _through_deaths(job: Job, folder: RunFolder, shared: Any, tell: Listener) -> Summary:
+def load_backbone(job: Job) -> Packed:
+    """The model's weights as they go into the object store."""
+    return packed(load_weights(job.config.model, job.skeleton, job.config.seed))
+
+
+def _through_deaths(job: Job, folder: RunFolder, shared: Shared, tell: Listener) -> Summary:
     """The run under one coordinator after another, each from the newest checkpoint on."""
     lives, reached = _LIVES, checkpoints.newest(folder.path)
     while True:
@@ -131,14 +166,22 @@ def _through_deaths(job: Job, folder: RunFolder, shared: Any, tell: Listener) ->
             ray.kill(coordinator)  # its workers are its children and go with it
 
 
-def _coordinator(job: Job, folder: RunFolder, shared: Any) -> Any:
+def _coordinator(job: Job, folder: RunFolder, shared: Shared) -> Any:
     """The coordinator actor, on this node, where the run folder is."""
-    from rayfed_sub.engine.coordinator import Coordinator
-
     parts = (job.config, job.method, job.skeleton.shape, job.skeleton.transposed, shared, folder.path.absolute())
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=here)(Coordinator)
+    actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=_here())(Coordinator)
     return actor.remote(*parts)
+
+
+def _here() -> NodeAffinitySchedulingStrategy | PlacementGroupSchedulingStrategy:
+    """This node; in a trial of a sweep the first bundle of its placement group, which lies here, and from which the
+    workers are placed into the others."""
+    group = get_current_placement_group()
+    if group is None:
+        return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+    )
 
 
 def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Summary:
@@ -160,7 +203,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
     done = ask("start")
     first = _beginning(done, folder, config, ask, tell)
     targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
-    tell(Started(config, folder.path, overall(first.scores), targets, done))
+    tell(Started(config, folder.place.called(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     stream: ObjectRefGenerator | None = None
     try:
@@ -170,6 +213,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
             if n + 1 == rounds or (every and (n + 1) % every == 0):
                 folder.write_tables()
                 ask("checkpoint")
+                folder.place.saved()
         return _summary(job, folder, first, ask, targets)
     except (KeyboardInterrupt, RunError):
         tell(Stage("stopping: a checkpoint first"))
@@ -235,50 +279,5 @@ def _summary(
         environment=first.environment,
         privacy=None if epsilon is None else {"epsilon": epsilon, "delta": config.privacy.delta},
         resumed=folder.resumed(),
-        folder=str(folder.path),
+        folder=folder.place.called(),
     )
-
-
-def _load_backbone(job: Job) -> Any:
-    from rayfed_sub.engine.exchange import packed
-    from rayfed_sub.models.weights import load_weights
-
-    return packed(load_weights(job.config.model, job.skeleton, job.config.seed))
-
-
-def _available() -> dict[str, float]:
-    """CPUs and GPUs of the cluster in use, or of this machine."""
-    if ray.is_initialized():
-        return dict(ray.cluster_resources())
-    import torch
-
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """A Ray session: the one there is, or a local one for this run alone (never somebody's cluster by accident)."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Processes that wait for actors import these while the weights load here.
-    os.environ.setdefault("RAY_preload_python_modules", "rayfed_sub.engine.coordinator,transformers.modeling_utils")
-    # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
-    cpus, ours = os.cpu_count(), signal.getsignal(signal.SIGTERM)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, ours)  # Ray's own ends the process without a checkpoint
-    _tighten_token()
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _tighten_token() -> None:
-    """Ray writes its token readable by everyone; it opens the cluster to whoever has it."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.exists():
-        token.chmod(0o600)

@@ -21,12 +21,22 @@ from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.engine.exchange import Guard, Packed, PackedState, packed, unpacked
-from rayfed_sub.engine.memory import PeakMemory
+from rayfed_sub.engine.memory import PeakMemory, give_back
 from rayfed_sub.methods.privacy import clipped
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import Skeleton
 from rayfed_sub.models.weights import assemble, target_weights
-from rayfed_sub.records import Broadcast, Client, ClientState, LocalResult, ServerState, Start, Update, wire_bytes
+from rayfed_sub.records import (
+    Broadcast,
+    Client,
+    ClientState,
+    LocalResult,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+    wire_bytes,
+)
 from rayfed_sub.training.evaluation import Told, Verdict, answers, global_model, verdicts
 from rayfed_sub.training.failures import not_finite
 from rayfed_sub.training.layers import based_on, install
@@ -70,11 +80,11 @@ class PackOutcome:
     states: tuple[PackedState | None, ...]
 
 
-def broadcast_of(config: Config, method: Method, server: ServerState) -> Packed:
+def broadcast_of(config: Config, method: Method, server: ServerState) -> Tensors:
     """What workers read of the server's state: the method's broadcast, and under privacy the server's notes as well,
     because clipping asks for `finish`, which reads them."""
     notes = server.tensors if config.privacy.clip is not None else {}
-    return packed({**notes, **method.broadcast(server).tensors})
+    return {**notes, **method.broadcast(server).tensors}
 
 
 class Worker:
@@ -90,7 +100,7 @@ class Worker:
         self._layers = install(self._model, spec.skeleton.shape)
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         self._guard = Guard([*held.items(), *((name, layer.weight) for name, layer in self._layers.items())])
-        self._broadcast: tuple[int, dict[str, Tensor]] | None = None
+        self._broadcast: tuple[int, dict[str, Tensor]] | None = None  # a GPU's copy
         self._resident: OrderedDict[int, ClientState] = OrderedDict()
 
     def ready(self) -> str:
@@ -109,7 +119,8 @@ class Worker:
         method, shape = self._spec.method, self._spec.skeleton.shape
         received = Broadcast(round, self._received(round, broadcast))
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
-        stored = Guard(item for state in before if state is not None for item in state.tensors.items())
+        states_of = (state.tensors for state in before if state is not None)
+        given = Guard(item for tensors in (received.tensors, *states_of) for item in tensors.items())
         seed = self._spec.config.seed
         starts = [
             method.start_client(received, state, Client(client, seed), shape)
@@ -134,8 +145,9 @@ class Worker:
         if len(fresh) == len(results):
             for client, new in fresh.items():
                 self._remember(client, new)
-        stored.check()
+        given.check()
         self._guard.check()
+        give_back()
         return PackOutcome(tuple(updates), tuple(kept))
 
     def evaluate(
@@ -145,7 +157,7 @@ class Worker:
         `client` is given (state as in `train`)."""
         with self._judged(round, broadcast, client, state):
             out = verdicts(self._model, self._held_out(rows))
-        self._guard.check()
+        give_back()
         return out
 
     def generate(
@@ -161,7 +173,7 @@ class Worker:
         with self._judged(round, broadcast, client, state):
             tokens = answers(self._model, prompts, pad=codec.pad, eos=codec.eos, limit=limit)
             forced = verdicts(self._model, self._held_out(rows))
-        self._guard.check()
+        give_back()
         texts = zip(tokens, references, (v.said for v in forced), (v.true for v in forced), strict=True)
         return [Told(*map(codec.decode, row)) for row in texts]
 
@@ -171,24 +183,28 @@ class Worker:
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def _received(self, round: int, broadcast: Packed) -> dict[str, Tensor]:
-        """The round's broadcast on this worker's device; kept, because several packs and shards read the same."""
+        """The round's broadcast on this worker's device.  A GPU keeps its copy, because several packs and shards read
+        the same; shared memory is not held on to, or the store could not let go of a round that is over."""
+        if self._device.type == "cpu":
+            return unpacked(broadcast)
         if self._broadcast is None or self._broadcast[0] != round:
             self._broadcast = None  # let go of the last one first
-            shared = unpacked(broadcast)
-            self._guard.watch(shared.items())
-            self._broadcast = (round, {name: tensor.to(self._device) for name, tensor in shared.items()})
+            self._broadcast = (round, {name: x.to(self._device) for name, x in unpacked(broadcast).items()})
         return self._broadcast[1]
 
     @contextmanager
     def _judged(self, round: int, broadcast: Packed, client: int | None, state: Any) -> Iterator[None]:
         method, shape = self._spec.method, self._spec.skeleton.shape
         server = ServerState(round, self._received(round, broadcast))
+        given = Guard(server.tensors.items())
         if client is None:
             changes = method.model(server, shape)
         else:
             changes = method.personal_model(server, self._state(client, state), shape)
         with global_model(self._layers, shape, changes, server.tensors):
             yield
+        given.check()
+        self._guard.check()
 
     def _train(
         self,

@@ -42,17 +42,17 @@ RANKS = "history/ranks"
 
 
 def add(total: Fold, tensors: Tensors, weight: float) -> Fold:
-    """The running sum with `weight * tensor` added under every name; sums are new tensors, float32 (float64 stays)."""
+    """The running sum with `weight * tensor` added under every name, in place; float32 (float64 stays)."""
     sums = dict(total.tensors)
     for name, tensor in tensors.items():
         term = weight * tensor
-        sums[name] = sums[name] + term if name in sums else term
+        sums[name] = sums[name].add_(term) if name in sums else term
     return Fold(total.weight + weight, sums, total.counts)
 
 
 def mean(total: Fold) -> dict[str, Tensor]:
-    """The weighted mean; empty when no update arrived (the server then stays as it is)."""
-    return {name: tensor / total.weight for name, tensor in total.tensors.items()} if total.weight else {}
+    """The weighted mean, in the sums' own memory; empty when no update arrived (the server then stays as it is)."""
+    return {name: tensor.div_(total.weight) for name, tensor in total.tensors.items()} if total.weight else {}
 
 
 def head(shape: ModelShape, tensors: Tensors) -> dict[str, Tensor]:
@@ -171,16 +171,16 @@ def compact(layer: Layer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
 
 
 def add_changes(total: Fold, update: Update, shape: ModelShape) -> Fold:
-    """The running sum with the update's changes (in either form of `compact`) in the dense sums `<layer>/weight`,
-    and their ranks in `counts` by layer; the total weight is left to `add`."""
+    """The running sum with the update's changes (in either form of `compact`) added in place to the dense sums
+    `<layer>/weight`, and their ranks in `counts` by layer; the total weight is left to `add`."""
     sent, sums, ranks = update.tensors, dict(total.tensors), dict(total.counts)
     for layer in shape.targets:
         name, left = f"{layer.name}/weight", sent.get(f"{layer.name}/left")
-        so_far = sums.get(name, torch.zeros(layer.m, layer.n))
+        so_far = sums[name] if name in sums else torch.zeros(layer.m, layer.n)
         if left is None:
-            sums[name] = so_far + update.weight * sent[name]
+            sums[name] = so_far.add_(update.weight * sent[name])
         else:
-            sums[name] = torch.addmm(so_far, left, sent[f"{layer.name}/right"], alpha=update.weight)
+            sums[name] = so_far.addmm_(left, sent[f"{layer.name}/right"], alpha=update.weight)
         ranks[layer.name] = ranks.get(layer.name, 0.0) + (min(layer.m, layer.n) if left is None else left.shape[1])
     return Fold(total.weight, sums, ranks)
 

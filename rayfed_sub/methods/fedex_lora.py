@@ -79,7 +79,7 @@ class FedExLoRA:
         changed, scale = common.mean(total), self.alpha / self.rank
         for layer in shape.targets if changed else ():
             name, product = f"{layer.name}/weight", changed[f"{layer.name}/left"] @ changed[f"{layer.name}/right"]
-            changed[name] = server.tensors[name] + scale * (changed[name] - product)
+            changed[name].sub_(product).mul_(scale).add_(server.tensors[name])
         return server.advance({**changed, **common.longer_history(server, total, shape, less=self.rank)})
 
     def model(self, server: ServerState, shape: ModelShape) -> dict[str, Change]:

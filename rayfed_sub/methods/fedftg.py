@@ -103,7 +103,7 @@ class FedFTG:
         kept = float(changed.pop("base_scale", 1.0))
         for layer in shape.targets if changed else ():
             name = f"{layer.name}/weight"
-            changed[name] = kept * server.tensors[name] + changed[name]
+            changed[name].add_(kept * server.tensors[name])
         return server.advance({**changed, **common.longer_history(server, total, shape)})
 
     model = common.dense_model

@@ -82,7 +82,7 @@ class FLoRA:
         changed = common.mean(total)
         for layer in shape.targets if changed else ():
             name = f"{layer.name}/weight"
-            changed[name] = server.tensors[name] + changed[name]
+            changed[name].add_(server.tensors[name])
         return server.advance({**changed, **common.longer_history(server, total, shape)})
 
     model = common.dense_model

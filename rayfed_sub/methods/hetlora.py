@@ -107,8 +107,9 @@ class HetLoRA:
 
     def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
         shares = total.counts.get("strength", 0.0) or total.weight
-        changed = common.mean(Fold(shares, total.tensors))
-        changed |= common.mean(Fold(total.weight, common.head(shape, total.tensors))) if total.weight else {}
+        heads = {name: tensor for name, tensor in total.tensors.items() if name in shape.head_names}
+        factors = {name: tensor for name, tensor in total.tensors.items() if name not in heads}
+        changed = common.mean(Fold(shares, factors)) | common.mean(Fold(total.weight, heads))
         ranks = {int(name[len("rank/") :]): int(r) for name, r in total.counts.items() if name.startswith("rank/")}
         pruned = sorted({**dict(server.tensors[_PRUNED].tolist()), **ranks}.items())
         return server.advance({**changed, _PRUNED: torch.tensor(pruned, dtype=torch.int64).reshape(-1, 2)})

@@ -72,10 +72,10 @@ class Method(Protocol):
         """The empty sum."""
 
     def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
-        """One more update; called in a fixed order."""
+        """One more update; called in a fixed order.  Uses `total` up: its tensors may be written."""
 
     def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
-        """The server after the round; divides by the total weight."""
+        """The server after the round; divides by the total weight.  Uses `total` up: its tensors may be written."""
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         """The global model: per target layer its change relative to the backbone's weight."""

@@ -1,0 +1,87 @@
+"""The nodes that a run can have: this machine, or those of the cluster that this process is connected to."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HEAD = "node:__internal_head__"
+_BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the cluster's file, on its head
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of a node."""
+
+    cpus: float
+    gpus: float = 0.0
+
+    def places(self, cpus: float, gpus: float) -> int:
+        """How many workers of this shape fit.
+
+        >>> Node(8, 2).places(1, 0.3), Node(8, 2).places(1.5, 0), Node(2, 0).places(1, 1)
+        (6, 5, 0)
+        """
+        by_cpu = _fit(self.cpus, cpus)
+        return min(by_cpu, self.gpu_places(gpus)) if gpus else by_cpu
+
+    def gpu_places(self, gpus: float) -> int:
+        """How many fit its GPUs.  A fraction lies on one GPU: 0.3 fits three times on each, and what is left adds up
+        to nothing."""
+        return _fit(1, gpus) * math.floor(self.gpus)
+
+
+def _fit(there: float, each: float) -> int:
+    return math.floor(there / each + 1e-9)  # 0.3 / 0.1 is a little below 3
+
+
+def nodes() -> tuple[Node, ...]:
+    """The nodes that are there, and those that the cluster's autoscaler may add."""
+    import ray  # `plan` does without
+
+    if not ray.is_initialized():
+        import torch
+
+        return (Node(float(os.cpu_count() or 1), float(torch.cuda.device_count())),)
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    file = _BOOTSTRAP.expanduser()
+    if any(HEAD in resources for resources in there) and file.exists():
+        grown = grown_by(yaml.safe_load(file.read_text(encoding="utf-8")))
+        heads = [resources for resources in there if HEAD in resources]
+        there = max([*heads, *grown], there, key=len)
+    return tuple(Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there)
+
+
+def grown_by(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The resources of the worker nodes of a grown cluster, given what `ray up` made of its YAML file; the largest
+    first, where it may not have all of them at once.
+
+    >>> grown_by({"max_workers": 3, "head_node_type": "head", "available_node_types": {
+    ...     "head": {"resources": {"CPU": 2}, "max_workers": 0},
+    ...     "small": {"resources": {"CPU": 4}, "max_workers": 2},
+    ...     "large": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 2}}})
+    [{'CPU': 8, 'GPU': 1}, {'CPU': 8, 'GPU': 1}, {'CPU': 4}]
+    """
+    most = int(cluster.get("max_workers", 2))  # Ray's own default
+    return sorted(_workers(cluster, most), key=_size, reverse=True)[:most]
+
+
+def _workers(cluster: Mapping[str, Any], most: int) -> Iterator[Mapping[str, Any]]:
+    for name, kind in cluster.get("available_node_types", {}).items():
+        own = kind.get("max_workers", 0 if name == cluster.get("head_node_type") else most)
+        yield from [kind.get("resources", {})] * own
+
+
+def _size(resources: Mapping[str, Any]) -> tuple[float, float]:
+    return float(resources.get("GPU", 0)), float(resources.get("CPU", 0))
+
+
+def most_workers(there: Sequence[Node], cpus: float, gpus: float) -> int:
+    """How many workers of this shape the nodes hold together."""
+    return sum(node.places(cpus, gpus) for node in there)

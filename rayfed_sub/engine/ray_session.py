@@ -1,0 +1,85 @@
+"""The Ray session that a run works in: a cluster that is joined, the session there is, or a local one of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from rayfed_sub.errors import UserError
+
+
+@contextmanager
+def joined(address: str | None = None) -> Iterator[None]:
+    """Joins the cluster at `address`, or at that in the environment variable RAY_ADDRESS; does nothing where there is
+    neither, or where this process is connected already.
+
+    Raises UserError where no such cluster can be joined.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized() or address in (None, "", "local"):
+        yield
+        return
+    allowed = "auto, or HOST:PORT of a Ray cluster that this machine belongs to"
+    if "://" in str(address):
+        advice = "run this on a node of the cluster, e.g. by ray job submit"
+        raise UserError("--address", address, allowed, advice)
+    _set_up()
+    try:
+        with _our_signals():
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError("--address", address, allowed, str(error).strip().partition("\n")[0]) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """A Ray session: the one there is, or a local one for this run alone (never somebody's cluster by accident)."""
+    if ray.is_initialized():
+        yield
+        return
+    _set_up()
+    # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
+    cpus = os.cpu_count()
+    with _our_signals():
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+    _tighten_token()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_up() -> None:
+    """What Ray reads of the environment when it starts."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray frees in batches, up to a second late: meanwhile each new broadcast takes new pages, which stay taken.
+    os.environ.setdefault("RAY_free_objects_batch_size", "1")
+    # Processes that wait for actors import these while the weights load here.
+    os.environ.setdefault("RAY_preload_python_modules", "rayfed_sub.engine.coordinator,transformers.modeling_utils")
+
+
+@contextmanager
+def _our_signals() -> Iterator[None]:
+    """Keeps what a terminating signal does here: Ray's own would end the process without a checkpoint."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+
+
+def _tighten_token() -> None:
+    """Ray writes its token readable by everyone; it opens the cluster to whoever has it."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        token.chmod(0o600)

@@ -1,0 +1,42 @@
+"""How many trials go side by side: what their workers' places, and the memory of this machine, allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rayfed_sub.analysis.machines import Machine
+from rayfed_sub.analysis.needs import BARE_WORKER, DRIVER, RAY, Need, need
+from rayfed_sub.analysis.parts import FEW
+from rayfed_sub.engine.job import Job
+from rayfed_sub.engine.nodes import Node, most_workers
+from rayfed_sub.engine.planning import here, job_parts
+
+
+def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int) -> int:
+    """Trials side by side, at least 1 and at most `most`, if all were the most demanding of `jobs`.
+
+    On a cluster the memory of its other nodes is not known: there workers' places alone count, and here the trials'
+    own processes.
+    """
+    return max(1, min(most, *(_places(job, there) for job in jobs), *(_memory(job, there) for job in jobs)))
+
+
+def _places(job: Job, there: Sequence[Node]) -> int:
+    resources = job.config.resources
+    return most_workers(there, resources.cpus_per_worker, resources.gpus_per_worker) // resources.workers
+
+
+def _memory(job: Job, there: Sequence[Node]) -> int:
+    needed, machine = need(job_parts(job), rounds=2, most=FEW), here(job)
+    once = needed.backbone + needed.data + DRIVER + RAY
+    return int((machine.memory - once) // trial_bytes(needed, machine, workers_here=len(there) == 1))
+
+
+def trial_bytes(needed: Need, machine: Machine, workers_here: bool) -> int:
+    """Bytes of one trial more on this machine: its own process, its coordinator, its workers where they are here."""
+    resources = needed.config.resources
+    own = needed.fixed(resources.workers, resources.pack_size) - needed.backbone - needed.data - RAY
+    if not workers_here:
+        return own
+    process = 0 if machine.gpu is not None else needed.worker(resources.pack_size).process
+    return own + resources.workers * (BARE_WORKER + process)

@@ -1,0 +1,54 @@
+"""What a sweep leaves: trials.parquet, best.yaml, report.html."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from ray.tune import ResultGrid
+
+from rayfed_sub.config import Config
+from rayfed_sub.engine import files
+from rayfed_sub.engine.mirror import Place
+from rayfed_sub.sweeps.report import best, write_report
+from rayfed_sub.sweeps.space import METRICS, Sweep
+from rayfed_sub.sweeps.table import Ended, table, write
+from rayfed_sub.sweeps.trial import values_of
+from rayfed_sub.sweeps.watcher import failure_of
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """frame: see `table`; best: number and configuration of the best trial, None where none has the metric; grid: Ray
+    Tune's own."""
+
+    frame: pd.DataFrame
+    best: tuple[int, Config] | None
+    grid: ResultGrid
+    folder: str
+
+
+def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
+    """Table, best configuration and report, from what Tune knows of the trials."""
+    search, folder = sweep.search, place.path
+    ended = [
+        Ended(int(Path(one.path).name), values_of(one.config), one.metrics or {}, failure_of(one.error)) for one in grid
+    ]
+    known = [name for name in METRICS if any(name in trial.told for trial in ended)]
+    frame = table(ended, [column for name in known for column in (f"{name}_before", name)])
+    write(frame, folder / "trials.parquet")
+    values = {trial.number: trial.values for trial in ended}
+    number = best(frame, search.metric, search.mode)
+    found = None
+    if number is not None:
+        config = sweep.config(values[number]).model_copy(update={"name": f"{sweep.name}-best"})
+        text = f"# Trial {number} of {sweep.name}, the best by {search.metric}.\n"
+        files.write(
+            folder / "best.yaml", (text + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)).encode()
+        )
+        found = (number, config)
+    settings = search.model_dump(mode="json", exclude_none=True)
+    write_report(frame, list(search.space), search.metric, search.mode, sweep.name, folder / "report.html", settings)
+    return SweepResult(frame, found, grid, place.called())

@@ -1,0 +1,242 @@
+"""What a sweep varies: SWEEP.yaml is a configuration, the file that it builds on, and a section `sweep`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from operator import le
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from rayfed_sub.config import Config, Count, Record
+from rayfed_sub.config_files import as_override, flat, load_config, overridden, read_yaml
+from rayfed_sub.errors import UserError
+from rayfed_sub.faults import check
+from rayfed_sub.methods import build
+from rayfed_sub.streams import stream
+
+METRICS = {
+    **{"held_out_loss": "min", "perplexity": "min", "token_accuracy": "max", "accuracy": "max", "macro_f1": "max"},
+    **{"rouge_l": "max", "bleu_4": "max", "teacher_forced_rouge_l": "max", "teacher_forced_bleu_4": "max"},
+}
+"""What trials are compared by, and whether less or more of it is better."""
+
+_CLASSES = ("accuracy", "macro_f1")
+_TEXTS = ("rouge_l", "bleu_4", "teacher_forced_rouge_l", "teacher_forced_bleu_4")
+_SECTION = "sweep."
+
+
+class Axis(Record):
+    """One key's values.  grid: every one of them, with every point of the other grids; choice: drawn from these;
+    uniform, loguniform: drawn between two numbers, or between their logarithms."""
+
+    grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Axis:
+        given = [kind for kind in Axis.model_fields if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{(given or ['grid'])[-1]}|one of grid, choice, uniform and loguniform|e.g. grid: [1, 2]")
+        low, high = self.between or (0.0, 1.0)
+        if low >= high:
+            raise ValueError(f"{given[0]}|a lower and a higher number|e.g. {given[0]}: [0.1, 1.0]")
+        return self
+
+    @property
+    def between(self) -> tuple[float, float] | None:
+        """The two ends of what is drawn between."""
+        return self.uniform or self.loguniform
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """All values, or the two ends."""
+        return self.grid or self.choice or cast(tuple[float, float], self.between)
+
+    def drawn(self, draws: np.random.Generator) -> Any:
+        """One of its values."""
+        if self.choice:
+            return self.choice[int(draws.integers(len(self.choice)))]
+        low, high = cast(tuple[float, float], self.between)
+        if self.loguniform:
+            return math.exp(draws.uniform(math.log(low), math.log(high)))
+        return float(draws.uniform(low, high))
+
+
+class Search(Record):
+    """The section `sweep`.  space: dotted keys of the configuration and their values.  metric: what trials are compared
+    by.  trials: draws per point of the grid, from `seed`.  scheduler: asha stops the worse half of the trials at rounds
+    grace, 2 grace, 4 grace ...; median stops a trial that is worse than the median at the same round, from round grace
+    on.  searcher: random, or optuna (TPE), which has no grid.  concurrent: trials at a time at most (None: as many as
+    fit).  retries: how often a trial that failed goes on from its last round.  loggers: besides the sweep's own table;
+    wandb and mlflow must be installed."""
+
+    space: Annotated[dict[str, Axis], Field(min_length=1)]
+    metric: Literal[
+        "held_out_loss",
+        "perplexity",
+        "token_accuracy",
+        "accuracy",
+        "macro_f1",
+        "rouge_l",
+        "bleu_4",
+        "teacher_forced_rouge_l",
+        "teacher_forced_bleu_4",
+    ] = "held_out_loss"
+    trials: Count = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    scheduler: Literal["none", "asha", "median"] = "none"
+    grace: Count = 1
+    searcher: Literal["random", "optuna"] = "random"
+    concurrent: Count | None = None
+    retries: Annotated[int, Field(ge=0)] = 2
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+
+    @model_validator(mode="after")
+    def _together(self) -> Search:
+        if self.searcher == "optuna" and any(axis.grid for axis in self.space.values()):
+            raise ValueError("searcher|random where the space has a grid|write choice: in place of grid:")
+        if self.scheduler != "none" and self.metric in _TEXTS:
+            raise ValueError(f"scheduler|none with metric={self.metric}, known at a trial's end|use held_out_loss")
+        return self
+
+    @property
+    def mode(self) -> str:
+        """min or max: which end of the metric is the better one."""
+        return METRICS[self.metric]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """tree: the keys of the configuration that all trials share."""
+
+    tree: Mapping[str, Any]
+    search: Search
+
+    @property
+    def name(self) -> str:
+        """The configuration's."""
+        return load_config(self.tree).name
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """The configuration of a trial.  Raises UserError where the values do not go together."""
+        return load_config(self.tree, [as_override(key, value) for key, value in values.items()])
+
+    def points(self) -> list[dict[str, Any]]:
+        """The values of every trial; with optuna, which finds them as it goes, the corners between which it looks."""
+        space, seed = self.search.space, self.search.seed
+        if self.search.searcher == "optuna":
+            return [dict(zip(space, values, strict=True)) for values in product(*(a.values for a in space.values()))]
+        grids = {key: axis.grid for key, axis in space.items() if axis.grid}
+        found: list[dict[str, Any]] = []
+        for _ in range(self.search.trials):
+            for point in product(*grids.values()):
+                given, draws = dict(zip(grids, point, strict=True)), stream(seed, "sweep", len(found))
+                drawn = {key: axis.drawn(draws) for key, axis in space.items() if not axis.grid}
+                found.append({key: {**given, **drawn}[key] for key in space})
+        return found
+
+    @property
+    def count(self) -> int:
+        """How many trials there will be."""
+        return self.search.trials * math.prod(len(axis.grid) for axis in self.search.space.values() if axis.grid)
+
+
+def largest(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the points those that may take the most: whole numbers are sizes, of which more is more, but for those of
+    `resources`; of what is no size every value counts, and of other numbers none.
+
+    >>> largest([{"method.rank": 4, "optimizer.lr": 0.1}, {"method.rank": 8, "optimizer.lr": 0.2}])
+    [{'method.rank': 8, 'optimizer.lr': 0.2}]
+    """
+    kinds: dict[str, list[tuple[tuple[int, ...], Mapping[str, Any]]]] = {}
+    for point in points:
+        sizes = tuple(value for key, value in point.items() if _is_size(key, value))
+        others = {k: v for k, v in point.items() if not _is_size(k, v) and (k.startswith("resources.") or not _real(v))}
+        kinds.setdefault(json.dumps(others), []).append((sizes, point))
+    found = []
+    for alike in kinds.values():
+        by_size = dict(reversed(alike))
+        found += [by_size[own] for own in by_size if not any(own != o and all(map(le, own, o)) for o in by_size)]
+    return found
+
+
+def _is_size(key: str, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and not key.startswith("resources.")
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, float)
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """The checked sweep from its YAML file and overrides: `sweep.trials=20` of the section, others of all trials.
+
+    Raises UserError, one line, for whatever does not fit: a file, a key of the space, a combination of values.
+    """
+    tree = read_yaml(Path(path))
+    section = [override for override in overrides if override.startswith(_SECTION)]
+    if not isinstance(tree.get("sweep"), Mapping) and not section:
+        raise UserError("sweep", tree.get("sweep"), "a section with a space", "see experiments/sweeps")
+    own = {key: value for key, value in tree.items() if key not in ("sweep", "base")}
+    base = tree.get("base")
+    if base is not None:
+        own = overridden(Path(path).parent / str(base), [as_override(*item) for item in flat(own).items()])
+    found = overridden({"sweep": tree.get("sweep", {})}, section)
+    shared = overridden(own, [override for override in overrides if override not in section])
+    load_config(shared)  # what is wrong without any value of the space is told as such
+    for key, axis in found["sweep"]["space"].items() if isinstance(found["sweep"].get("space"), Mapping) else ():
+        check(Axis, axis, f"sweep.space.{key}")  # each by itself, so that the key is named
+    search = check(Search, found["sweep"], "sweep")
+    space = {key: _settled(shared, key, axis) for key, axis in search.space.items()}
+    sweep = Sweep(shared, search.model_copy(update={"space": space}))
+    for point in sweep.points():
+        config = sweep.config(point)
+        build(config.method)
+    _check_metric(sweep)
+    return sweep
+
+
+def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
+    """The axis with its values as the configuration takes them.
+
+    Raises UserError for a key that the configuration does not have, and a value that the key does not take.
+    """
+    if key == "name":
+        raise UserError("sweep.space", key, "keys that change what a trial does", "remove it")
+    values = tuple(_taken(tree, key, value) for value in axis.values)
+    kind = next(kind for kind in Axis.model_fields if getattr(axis, kind) is not None)
+    return Axis(**{kind: values})
+
+
+def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
+    """What the configuration makes of a value: 3 where 3.0 was written for a whole number, 1.0 for 1."""
+    config = load_config(tree, [as_override(key, value)])
+    found: Any = {**config.model_dump(), "method": {**config.method, **asdict(cast(Any, build(config.method)))}}
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if isinstance(found, bool | int | float | str) else value
+
+
+def _check_metric(sweep: Sweep) -> None:
+    """UserError for a metric that the trials will not have."""
+    from rayfed_sub.data.tasks import filled
+
+    config, metric = load_config(sweep.tree), sweep.search.metric
+    classes = filled(config.task).label is not None
+    if classes and metric not in (*_CLASSES, "held_out_loss"):
+        raise UserError(
+            "sweep.metric", metric, "held_out_loss, accuracy or macro_f1 for classes", "change sweep.metric"
+        )
+    if not classes and metric in _CLASSES:
+        raise UserError("sweep.metric", metric, "a metric of texts, for this task has no classes", "e.g. held_out_loss")
+    if metric in _TEXTS and not config.evaluation.generate:
+        raise UserError("sweep.metric", metric, "a metric that is measured", "set evaluation.generate, e.g. 32")

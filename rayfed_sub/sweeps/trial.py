@@ -1,0 +1,63 @@
+"""A trial: one federated run in a folder of its own, told to Ray Tune round by round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from rayfed_sub.analysis.scores import overall
+from rayfed_sub.engine.folder import opened, summary_of
+from rayfed_sub.engine.journal import RoundDone, Started, Summary
+from rayfed_sub.engine.mirror import inside, placed
+from rayfed_sub.engine.session import carry_out
+from rayfed_sub.sweeps.commons import Commons
+from rayfed_sub.sweeps.space import Sweep
+
+SENT = ("uplink_bytes", "downlink_bytes", "weights_sha256")
+
+
+NUMBER = "number"
+
+
+def values_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The trial's values of the space's keys, out of what Tune hands over."""
+    return {key: value for key, value in given["trial"].items() if key != NUMBER}
+
+
+def trial(given: Mapping[str, Any], sweep: Sweep, commons: Commons, trials: str) -> None:
+    """Runs the trial, or goes on with it, at `trials`/<the name of Tune's own folder for it>, a path or a URI.
+
+    Raises what the run raises: Tune then begins the trial again, and it goes on from its last checkpoint.
+    """
+    began = time.perf_counter()
+    out = inside(trials, Path(tune.get_context().get_trial_dir()).name)
+    job, shared = commons.job(sweep.config(values_of(given)))
+    rounds = job.config.federation.rounds or 0
+
+    def tell(record: object) -> None:
+        """The last round is told with the summary."""
+        if isinstance(record, Started) and not record.round:
+            tune.report(_told(0, rounds, record.metrics))
+        if isinstance(record, RoundDone) and record.scores and record.row.round + 1 != rounds:
+            tune.report(_told(record.row.round + 1, rounds, overall(record.scores)))
+
+    with placed(out, tell, resume=True) as place:
+        if (place.path / "config.yaml").exists() and (done := summary_of(place.path, job.config)) is not None:
+            tune.report(_end(done))
+        else:
+            tune.report(_end(carry_out(job, shared, opened(place, job.config), tell, began)))
+
+
+def _told(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    return {"rounds": round, "of_rounds": rounds, "finished": False, **metrics}
+
+
+def _end(summary: Summary) -> dict[str, Any]:
+    told = asdict(summary)
+    sent = {name: told[name] for name in SENT}
+    return {"rounds": summary.rounds, "of_rounds": summary.rounds, "finished": True, **summary.metrics, **sent}

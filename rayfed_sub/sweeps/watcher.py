@@ -1,0 +1,83 @@
+"""What Ray Tune tells of its trials, as records of ours."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+
+from rayfed_sub.sweeps.journal import TrialNow
+from rayfed_sub.sweeps.trial import values_of
+
+
+class Watcher(Callback):  # type: ignore[misc]
+    """Tells of trials what Tune tells of them.  A trial that Tune begins again after a failure is `retried`."""
+
+    def __init__(self, metric: str, tell: Callable[[TrialNow], None]) -> None:
+        self._metric, self._tell = metric, tell
+        self._began: dict[int, float] = {}
+        self._told = set[int]()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Trials that were through in an earlier sitting are told as well."""
+        for trial in trials:
+            if trial.is_finished() and place_of(trial) not in self._told:
+                self._show(trial, "failed" if trial.get_error() else _end(trial))
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self.on_step_begin(0, trials)  # with nothing left to do there was no step
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._began[place_of(trial)] = time.monotonic()
+        self._show(trial, "running")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._show(trial, "running", result)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._show(trial, "retried")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._show(trial, _end(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._show(trial, "failed")
+
+    def _show(self, trial: Any, status: str, result: Mapping[str, Any] | None = None) -> None:
+        self._told.add(place_of(trial))
+        told, number = result or trial.last_result or {}, place_of(trial)
+        self._tell(
+            TrialNow(
+                number=number,
+                values=values_of(trial.config),
+                status=status,
+                round=told.get("rounds", 0),
+                rounds=told.get("of_rounds", 0),
+                metric=told.get(self._metric),
+                seconds=time.monotonic() - self._began.get(number, time.monotonic()),
+                failure=failure_of(trial.get_error()) if status in ("failed", "retried") else None,
+            )
+        )
+
+
+def _end(trial: Any) -> str:
+    return "finished" if (trial.last_result or {}).get("finished") else "stopped"
+
+
+def place_of(trial: Any) -> int:
+    """The number of one of Tune's trials, which is the name of its folder."""
+    return int(Path(trial.local_path).name)
+
+
+def failure_of(error: Exception | None) -> str | None:
+    """Why a trial failed, in one line: of Ray's traceback the last."""
+    if error is None:
+        return None
+    last = [line.strip() for line in str(error).splitlines() if line.strip()][-1:] or [type(error).__name__]
+    return re.sub(r"^[\w.]+Error: ", "", last[0])
