@@ -222,10 +222,16 @@ def read(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+def csv_files(study: Study) -> tuple[Path, Path]:
+    """Where a study's rows and curves stand."""
+    return study.file.with_suffix(".csv"), study.file.with_name(f"{study.name}-curves.csv")
+
+
 def tables(file: Path) -> list[str]:
     """The Markdown table of the study in `file`, from what its runs left."""
     study = read_study(file)
-    return markdown(study, read(file.with_suffix(".csv")), read(file.with_name(f"{study.name}-curves.csv")))
+    rows, curves = map(read, csv_files(study))
+    return markdown(study, rows, curves)
 
 
 def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -246,11 +252,11 @@ def carry_out_all(study: Study, todo: Sequence[Trial], runs: Path, pool: Executo
     for done in as_completed(left):
         trial = left[done]
         row, curve = done.result()
-        results.rows.append(row)
-        results.curves.extend(curve)
-        write(study.file.with_suffix(".csv"), results.rows)
+        results.take(row, curve)
+        rows, curves = csv_files(study)
+        write(rows, results.rows)
         if results.curves:
-            write(study.file.with_name(f"{study.name}-curves.csv"), results.curves)
+            write(curves, results.curves)
         what = "tuning" if trial.tuning else "run"
         print(f"{what} {trial.variant} seed {trial.seed} {trial.value}: {row['failure'] or row['held_out_loss']}")
 
@@ -262,12 +268,42 @@ def _begin() -> None:
     multiprocessing.util.Finalize(None, stack.close, exitpriority=0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Results:
-    """Rows of both tables so far."""
+    """Rows of both tables so far, those of earlier sittings too."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    curves: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]]
+    curves: list[dict[str, Any]]
+
+    def take(self, row: dict[str, Any], curve: list[dict[str, Any]]) -> None:
+        """A trial's row and curve, in the place of those that it had."""
+        self.rows = [*(old for old in self.rows if _which(old) != _which(row)), row]
+        self.curves = [*(old for old in self.curves if _which(old) != _which(row)), *curve]
+
+
+def _which(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The trial that a row is of."""
+    return tuple(row[name] for name in ("variant", "seed", "tuning", "value"))
+
+
+def _earlier(file: Path, study: Study) -> list[dict[str, Any]]:
+    """The rows that an earlier sitting left of variants that the study still has."""
+    rows = read(file) if file.exists() else []
+    return [{key: _parsed(cell) for key, cell in row.items()} for row in rows if row["variant"] in study.variants]
+
+
+def _parsed(cell: str) -> Any:
+    """What was written as this cell.
+
+    >>> [_parsed(cell) for cell in ("", "True", "3", "0.003", "fedit")]
+    [None, True, 3, 0.003, 'fedit']
+    """
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            pass
+    return {"": None, "True": True, "False": False}.get(cell, cell)
 
 
 def main() -> None:
@@ -281,7 +317,8 @@ def main() -> None:
     if given.show:
         print(*tables(given.study), sep="\n")
         return
-    study, results = read_study(given.study), Results()
+    study = read_study(given.study)
+    results = Results(*(_earlier(file, study) for file in csv_files(study)))
     print(study.claim.strip())
 
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn"), _begin) as pool:
@@ -290,7 +327,7 @@ def main() -> None:
             tuning = [trial for variant in study.variants for trial in tuning_trials(study, variant, given.overrides)]
             carry_out_all(study, tuning, given.runs, pool, results)
             for variant in study.variants:
-                own = [row for row in results.rows if row["variant"] == variant]
+                own = [row for row in results.rows if row["variant"] == variant and row["tuning"]]
                 chosen[variant] = best(own, study.tune.values)
                 print(f"{variant}: {study.tune.key}={_edged(study.tune, str(chosen[variant]))}")
         counted = [

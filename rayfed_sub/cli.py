@@ -59,7 +59,7 @@ def run(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="a configuration with a section `sweep`")],
+    file: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a configuration with a section `sweep`")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.rank=4 sweep.trials=20")
     ] = None,
@@ -68,9 +68,11 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Run one configuration at many points of a space, side by side."""
+    from rayfed_sub.engine.mirror import at_hand
     from rayfed_sub.sweeps.space import load_sweep
 
-    checked = load_sweep(file, overrides or [])
+    with at_hand(file, "SWEEP.yaml") as path:
+        checked = load_sweep(path, overrides or [])
     from rayfed_sub.sweep_display import SweepDisplay
     from rayfed_sub.sweeps.tuner import run_sweep
 

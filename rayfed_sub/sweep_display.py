@@ -131,7 +131,7 @@ class SweepDisplay:
         said = " ".join(f"{head}={worded(trial.values[key])}" for key, head in self._heads.items())
         best = self._best(list(self._trials.values()))
         ended = f"failed: {trial.failure}" if trial.status == "failed" else trial.status
-        parts = [f"{done}/{sweep.total}", f"trial {trial.number}", said, ended, f"round {trial.round}/{trial.rounds}"]
+        parts = [f"{done}/{sweep.total}", f"trial {trial.number}", said, ended, f"round {_of(trial)}"]
         if trial.metric is not None:
             parts.append(f"{sweep.metric} {_score(trial.metric)}{' (best so far)' if trial is best else ''}")
         return "  ".join([*parts, clock(trial.seconds)])
@@ -161,7 +161,7 @@ class SweepDisplay:
             table.add(
                 [f"{trial.number}", *(worded(trial.values[key]) for key in self._heads), trial.status],
                 [
-                    "" if waiting else f"{trial.round}/{trial.rounds}",
+                    "" if waiting else _of(trial),
                     _score(trial.metric) + _mark(trial is best),
                 ],
                 ["" if waiting else clock(self._seconds(trial))],
@@ -204,9 +204,14 @@ class SweepDisplay:
         self._console.print(Text(line, style), soft_wrap=True)
 
 
+def _of(trial: TrialNow) -> str:
+    """Finished rounds of how many, once that is known."""
+    return f"{trial.round}/{trial.rounds}" if trial.rounds else "-"
+
+
 def _progress(trial: TrialNow) -> float:
     """How much of the trial is done, 1 at its end, wherever that was."""
-    return 1.0 if trial.status in _ENDED else trial.round / trial.rounds
+    return 1.0 if trial.status in _ENDED else trial.round / max(1, trial.rounds)
 
 
 def _merited(trial: TrialNow) -> bool:

@@ -87,6 +87,12 @@ def test_running_trials_stand_on_top_then_the_best() -> None:
     assert lines[-1].startswith("4/10 done  2 running  1 failed  best 2.5000 (trial 5)")
 
 
+def test_a_trial_that_has_not_said_how_long_it_is() -> None:
+    begun = TrialNow(0, dict.fromkeys(KEYS, 1), "running", round=0, rounds=0, metric=None, seconds=0.0)
+    display, _ = shown([begun])
+    assert "running      -" in "\n".join(screen(display))
+
+
 def test_a_higher_metric_may_be_better() -> None:
     display, _ = shown([trial(0, "finished", metric=0.25), trial(1, "finished", metric=0.75)], mode="max")
     assert numbers(screen(display)[2:-1]) == [1, 0]

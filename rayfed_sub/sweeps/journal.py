@@ -26,8 +26,8 @@ class TrialNow:
     """A trial as it stands.
 
     values: the space's keys by dotted name.  status: "waiting", "running", "retried" (runs again after a failure),
-    or at its end "finished", "stopped" (by the scheduler) or "failed".  round: finished rounds of `rounds`.
-    metric: the sweep's own, None before the first evaluation.  seconds: since the trial began.
+    or at its end "finished", "stopped" (by the scheduler) or "failed".  round: finished rounds of `rounds`, which are
+    0 until they are known.  metric: the sweep's own, None before the first evaluation.  seconds: since the trial began.
     """
 
     number: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -103,7 +104,12 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
             search = sweep.search
             keys = tuple(search.space)
             tell(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.called()))
-            return outcome(sweep, _fitted(sweep, commons, here, side_by_side, tell), here)
+            try:
+                return outcome(sweep, _fitted(sweep, commons, here, side_by_side, tell), here)
+            except KeyboardInterrupt:
+                file, folder = shlex.quote(here.called(_FILE)), shlex.quote(here.called())
+                tell(Notice(f"interrupted; go on with: rayfed-sub sweep {file} --out {folder} --resume"))
+                raise
 
 
 def _to_resume(place: Place | None, name: str) -> Place | None:

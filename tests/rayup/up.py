@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pandas as pd
 import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
 HOME = Path("/home/ubuntu")  # of every node
 DASHBOARD = "http://127.0.0.1:8266"  # the head's port 8265, forwarded
-JOB = "tiny"
-# One CPU a worker, so that a node holds one worker.
-RUN = ("tiny.yaml", "federation.rounds=12", "resources.workers=2", "resources.cpus_per_worker=1")
+JOB = "grid"
+# Two trials of one worker with one CPU, so that each has a node of its own.
+GRID = ("sweeps/tagg-rank-lr.yaml", "federation.rounds=20", "sweep.space={method.rank: {grid: [2, 4]}}")
+TRIALS = ("00000", "00001")
 PATIENCE = 400  # seconds; the machine may have other things to do
 
 
@@ -52,7 +54,7 @@ def adapted(cluster: dict[str, Any], image: str) -> tuple[dict[str, Any], list[s
     changed["worker_start_ray_commands"] = [*before, f"unshare --mount bash -c {shlex.quote(f'{apart} && {start}')}"]
     return changed, [
         f"ImageId: {image}, which moto knows, for the placeholder",
-        "workers: CPU: 1 for 8, so that two workers need two nodes; their GPU is a figure only",
+        "workers: CPU: 1 for 8, so that two trials need two nodes; their GPU is a figure only",
         "idle_timeout_minutes: 1 for 5",
         "provider.use_internal_ips: true, so that a node is reached at the address that it has in the cluster",
         "setup commands: none that installs something, since there is no network; ~/venv is this Python's",
@@ -94,14 +96,14 @@ def call(*words: str, log: Path, **environment: str) -> None:
     assert ended == 0, f"{' '.join(words)} ended with {ended}:\n{log.read_text()[-3000:]}"
 
 
-def answer(token: str | None) -> tuple[int, Any]:
-    """What the dashboard says to a question for its jobs, and our job, if it knows of one."""
-    request = urllib.request.Request(f"{DASHBOARD}/api/jobs/")
+def answer(token: str | None, about: str = "") -> tuple[int, Any]:
+    """What the dashboard says to a question about its jobs, a job, or what a job has printed (`<job>/logs`)."""
+    request = urllib.request.Request(f"{DASHBOARD}/api/jobs/{about}")
     if token is not None:
         request.add_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:
-            return reply.status, next((job for job in json.load(reply) if job["submission_id"] == JOB), None)
+            return reply.status, json.load(reply)
     except urllib.error.HTTPError as error:
         return error.code, None
     except OSError:
@@ -194,39 +196,72 @@ def come_up(stage: Stage) -> subprocess.Popen[bytes]:
     return forwarded
 
 
-def survive(stage: Stage) -> str:
-    """A run that begins without a worker and loses all in the middle; the sum of its weights."""
-    run, ec2 = HOME / "runs/tiny", stage.ec2
+def submit(stage: Stage, job: str, *words: str) -> None:
+    """Hands the cluster a sweep, which goes on by itself."""
+    command = ("ray", "job", "submit", "--no-wait", "--submission-id", job, "--address", DASHBOARD)
+    sweep = ("--working-dir", "experiments", "--", "rayfed-sub", "sweep", *words)
+    call(*command, *sweep, log=stage.log, RAY_AUTH_MODE="token")
+
+
+def status(stage: Stage, job: str) -> Any:
+    _, told = answer(stage.token, job)
+    return told and told["status"]
+
+
+def printed(stage: Stage, job: str) -> str:
+    _, told = answer(stage.token, f"{job}/logs")
+    return str(told["logs"])
+
+
+def be_refused(stage: Stage) -> None:
+    """More workers than the cluster may ever have: one line at once, and nothing is started for them."""
+    with step("a sweep for 99 workers") as found:
+        submit(stage, "99", *GRID, "resources.workers=99", "--out", str(HOME / "runs/99"))
+        until(lambda: status(stage, "99") == "FAILED", "the refusal")
+        ray = ("job_manager.py", "Running entrypoint")  # what Ray itself adds
+        said = [line for line in printed(stage, "99").splitlines() if not any(its in line for its in ray)]
+        assert len(said) == 1, said
+        assert "resources.workers: got 99; allowed: 1 to 4 with cpus_per_worker=1" in said[0], said
+        assert not (HOME / "runs/99").exists()
+        assert workers(stage.ec2) == []
+        found.append(said[0])
+
+
+def survive(stage: Stage) -> pd.DataFrame:
+    """A sweep that begins without a worker and loses all in the middle; its table."""
+    sweep, ec2 = HOME / "runs/grid", stage.ec2
 
     def there(file: str) -> bool:
-        _, job = answer(stage.token)
-        assert job is None or job["status"] not in ("FAILED", "STOPPED"), job
-        return (run / file).exists()
+        """In both trials."""
+        assert status(stage, JOB) not in ("FAILED", "STOPPED"), printed(stage, JOB)
+        return all((sweep / "trials" / trial / file).exists() for trial in TRIALS)
 
     def up(kind: str) -> int:
         return sum(kind_of(node) == kind and raylet(node) is not None for node in workers(ec2))
 
     with step("ray job submit"):
-        job = ("rayfed-sub", "run", *RUN, "--out", str(run))
-        submit = ("ray", "job", "submit", "--no-wait", "--submission-id", JOB, "--address", DASHBOARD)
-        call(*submit, "--working-dir", "experiments", "--", *job, log=stage.log, RAY_AUTH_MODE="token")
-    with step("two spot workers, where there was none"):
+        submit(stage, JOB, *GRID, "--out", str(sweep))
+    with step("two spot workers, where there was none: both trials at once"):
         until(lambda: up("gpu-spot") == 2, "two workers")
-    with step("the first round"):
-        until(lambda: there("rounds.parquet"), "the first round")
+        assert ", 2 at once, " in printed(stage, JOB)
+    with step("the first rounds"):
+        until(lambda: there("rounds.parquet"), "the first rounds")
     with step("both lost in the middle, spot refused from now on: two workers on demand"):
         stage.no_spot.touch()
         for node in workers(ec2):
             lose(ec2, node)
+        assert not [trial for trial in TRIALS if (sweep / "trials" / trial / "summary.json").exists()]
         until(lambda: up("gpu-on-demand") == 2, "two others")
         assert up("gpu-spot") == 0
-        assert not there("summary.json")
-    with step("the run to its end"):
-        until(lambda: there("summary.json"), "the run's end")
+    with step("the sweep to its end"):
+        until(lambda: there("summary.json") and status(stage, JOB) == "SUCCEEDED", "the sweep's end")
     with step("ray rsync-down") as found:
-        call("ray", "rsync-down", stage.cluster, f"{run}/", str(stage.folder / "fetched"), log=stage.log)
-        found.append(weights(stage.folder / "fetched")[:16])
-    return weights(stage.folder / "fetched")
+        call("ray", "rsync-down", stage.cluster, f"{sweep}/", str(stage.folder / "fetched"), log=stage.log)
+        found.extend(short(table(stage.folder / "fetched")))
+    for trial in TRIALS:
+        ended = json.loads((stage.folder / "fetched/trials" / trial / "summary.json").read_text())
+        assert ended["resumed"] == [], "a trial that loses its worker waits for another, and does not begin again"
+    return table(stage.folder / "fetched")
 
 
 def go(stage: Stage) -> None:
@@ -239,8 +274,15 @@ def go(stage: Stage) -> None:
         found.append("no instance left")
 
 
-def weights(run: Path) -> str:
-    return str(json.loads((run / "summary.json").read_text())["weights_sha256"])
+def table(sweep: Path) -> pd.DataFrame:
+    """What the sweep left; all its trials are finished."""
+    frame = pd.read_parquet(sweep / "trials.parquet")
+    assert list(frame["status"]) == ["finished"] * len(TRIALS), frame
+    return frame
+
+
+def short(frame: pd.DataFrame) -> list[str]:
+    return [str(weights)[:16] for weights in frame["weights_sha256"]]
 
 
 def main(folder: Path) -> None:
@@ -248,16 +290,19 @@ def main(folder: Path) -> None:
     background = [open_cloud(stage)]
     try:
         background.append(come_up(stage))
+        be_refused(stage)
         survived = survive(stage)
         go(stage)
     finally:
         started("cp", "-r", "/tmp/ray", str(folder / "ray"), log=stage.log).wait()  # its logs, to look at afterwards
         for process in background:
             process.terminate()
-    with step("the same run on one machine, undisturbed, to the same weights") as found:
-        call("rayfed-sub", "run", f"experiments/{RUN[0]}", *RUN[1:], "--out", str(folder / "local"), log=stage.log)
-        assert weights(folder / "local") == survived
-        found.append(survived[:16])
+    with step("the same sweep on one machine, undisturbed, to the same table") as found:
+        file, *overrides = GRID
+        words = ("rayfed-sub", "sweep", f"experiments/{file}", *overrides, "--out", str(folder / "local"))
+        call(*words, log=stage.log)
+        pd.testing.assert_frame_equal(table(folder / "local"), survived)  # the sums of the weights, too
+        found.extend(short(survived))
 
 
 def images(ec2: Any) -> str | None:
