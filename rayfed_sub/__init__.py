@@ -44,11 +44,11 @@ def sweep(
     resume: bool = False,
     address: str | None = None,
 ) -> SweepResult:
-    """Runs the sweep that a YAML file describes, or goes on with it; see `rayfed_sub.sweeps.tuner.run_sweep`.
+    """Runs the sweep that a YAML file describes, or goes on with it; see `rayfed_sub.sweeps.session.run_sweep`.
 
     The result has the table of trials as a pandas DataFrame, the best configuration, and Ray Tune's ResultGrid.
     """
+    from rayfed_sub.sweeps.session import run_sweep
     from rayfed_sub.sweeps.space import load_sweep
-    from rayfed_sub.sweeps.tuner import run_sweep
 
     return run_sweep(load_sweep(file, overrides), out, resume=resume, address=address)

@@ -74,7 +74,7 @@ def sweep(
     with at_hand(file, "SWEEP.yaml") as path:
         checked = load_sweep(path, overrides or [])
     from rayfed_sub.sweep_display import SweepDisplay
-    from rayfed_sub.sweeps.tuner import run_sweep
+    from rayfed_sub.sweeps.session import run_sweep
 
     with SweepDisplay() as display:
         result = run_sweep(checked, out, display.show, resume=resume, address=address)

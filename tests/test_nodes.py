@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+import yaml
 
 from rayfed_sub import cli
+from rayfed_sub.engine import nodes
 from rayfed_sub.engine.nodes import Node, grown_by, most_workers
 
 TINY = Path(__file__).parents[1] / "experiments" / "tiny.yaml"
@@ -38,6 +42,30 @@ def test_a_cluster_may_grow_to_its_files_limits() -> None:
     assert grown == [{"CPU": 8, "GPU": 1}] * 4
 
 
+@pytest.mark.parametrize(
+    ("there", "kinds", "sizes"),
+    [
+        # A head, and three machines of one's own, of whose sizes Ray's file says nothing.
+        ([0, 8, 8, 8], {"local.cluster.node": {"resources": {}, "max_workers": 3}}, [0, 8, 8, 8]),
+        # A head alone, and spot nodes that may come.
+        ([0], {"spot": {"resources": {"CPU": 8}, "max_workers": 2}}, [0, 8, 8]),
+        # One of them is there already.
+        ([0, 8], {"spot": {"resources": {"CPU": 8}, "max_workers": 2}}, [0, 8, 8]),
+    ],
+)
+def test_the_nodes_of_a_cluster(
+    there: list[int], kinds: dict[str, Any], sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in there]
+    alive[0]["Resources"][nodes.HEAD] = 1.0  # type: ignore[index]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: alive)
+    file = tmp_path / "bootstrap.yaml"
+    file.write_text(yaml.safe_dump({"max_workers": 3, "available_node_types": kinds}))
+    monkeypatch.setattr(nodes, "_BOOTSTRAP", file)
+    assert [node.cpus for node in nodes.nodes()] == sizes
+
+
 def test_workers_of_one_shape_on_unlike_nodes() -> None:
     # 8 // 3 + 4 // 3 + 2 // 3, and not 14 // 3 = 4.
     assert most_workers([Node(8), Node(4), Node(2)], 3, 0) == 3
@@ -59,21 +87,26 @@ def two_nodes(tmp_path: Path) -> Iterator[str]:
         process.communicate("", timeout=60)
 
 
-def ran(out: Path, *overrides: str, address: str | None = None) -> dict[str, str]:
-    """A small run's summary; in a process of its own, as a person starts it."""
-    command = [sys.executable, "-m", cli.__name__, "run", str(TINY), *SMALL, *overrides, "--out", str(out)]
+def done(command: str, out: Path, *overrides: str, address: str | None = None) -> None:
+    """A small run or sweep to its end; in a process of its own, as a person starts it."""
+    words = [sys.executable, "-m", cli.__name__, command, str(TINY), *SMALL, *overrides, "--out", str(out)]
     own = {"RAY_ADDRESS": address} if address else {}
-    told = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=False)
+    told = subprocess.run(words, env={**os.environ, **own}, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
-    summary: dict[str, str] = json.loads((out / "summary.json").read_text())
-    return summary
+
+
+def weights(run: Path) -> str:
+    return str(json.loads((run / "summary.json").read_text())["weights_sha256"])
 
 
 @pytest.mark.slow
 def test_two_nodes_give_the_bits_of_one(two_nodes: str, tmp_path: Path) -> None:
-    apart = ran(tmp_path / "apart", address=two_nodes)
-    together = ran(tmp_path / "together")
-    assert apart["weights_sha256"] == together["weights_sha256"]
+    done("run", tmp_path / "apart", address=two_nodes)
+    done("run", tmp_path / "together")
+    assert weights(tmp_path / "apart") == weights(tmp_path / "together")
+    # A trial, whose placement group spans both nodes; 4 is the rank of the file.
+    done("sweep", tmp_path / "sweep", "sweep.space={method.rank: {grid: [4]}}", address=two_nodes)
+    assert weights(tmp_path / "sweep/trials/00000") == weights(tmp_path / "together")
 
 
 @pytest.mark.slow

@@ -86,11 +86,16 @@ def test_every_point_of_the_grid_has_so_many_draws() -> None:
     assert len({point["optimizer.lr"] for point in sweep.points()}) == 6
 
 
-def test_optunas_points_are_the_corners() -> None:
+def test_optunas_points_are_each_value_beside_the_ends_of_the_others() -> None:
     text = "optimizer.lr: {loguniform: [1e-3, 1e-1]}, method.rank: {choice: [2, 4, 8]}"
     points = space(text, "sweep.searcher=optuna", "sweep.trials=50").points()
-    assert len(points) == 6  # 2 ends * 3 choices
-    assert {point["optimizer.lr"] for point in points} == {0.001, 0.1}
+    pairs = {(point["optimizer.lr"], point["method.rank"]) for point in points}
+    assert pairs == {(0.001, 2), (0.001, 4), (0.001, 8), (0.1, 2), (0.1, 4), (0.1, 8)}
+
+
+def test_many_choices_for_optuna_are_few_points() -> None:
+    text = ", ".join(f"model.random.{key}: {{choice: [4, 8, 16, 32]}}" for key in ("hidden_size", "intermediate_size"))
+    assert len(space(text, "sweep.searcher=optuna").points()) == 2 * (4 + 4)  # and not their product
 
 
 # What is refused
@@ -138,9 +143,18 @@ def test_a_section_that_does_not_fit(override: str, field: str) -> None:
     assert refused.value.field == field
 
 
-def test_a_scheduler_cannot_wait_for_answers() -> None:
+@pytest.mark.parametrize("who", ["sweep.scheduler=asha", "sweep.searcher=optuna"])
+def test_nobody_can_wait_for_answers(who: str) -> None:
+    more = ("sweep.metric=rouge_l", "evaluation.generate=4", who)
     with pytest.raises(UserError, match="known at a trial's end"):
-        load_sweep(GRID, ["sweep.metric=rouge_l", "evaluation.generate=4", "sweep.scheduler=asha"])
+        space("optimizer.lr: {choice: [0.1, 0.2]}", *more)
+
+
+def test_every_point_must_have_the_metric() -> None:
+    text = "evaluation.generate: {grid: [8, 0]}"
+    with pytest.raises(UserError, match=r"sweep\.metric: got 'rouge_l'; allowed: a metric that is measured"):
+        space(text, "sweep.metric=rouge_l")
+    assert space("evaluation.generate: {grid: [8, 16]}", "sweep.metric=rouge_l").count == 2
 
 
 def test_a_configuration_is_no_sweep() -> None:

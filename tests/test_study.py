@@ -75,6 +75,19 @@ def test_the_lowest_mean_validation_loss_is_chosen_and_what_diverged_is_not() ->
         study.best([row(0.3, None)], (0.3,))
 
 
+def test_rows_of_an_earlier_sitting_count_only_for_trials_that_there_still_are() -> None:
+    def row(seed: int, value: float, tuning: bool = False) -> dict[str, Any]:
+        return {"variant": "a", "seed": seed, "tuning": tuning, "value": value}
+
+    before = [row(0, 0.03), row(1, 0.03), row(0, 0.03, tuning=True)]
+    results = study.Results(list(before), list(before))
+    results.keep([study.Trial("a", 0, 0.1, False, ()), study.Trial("a", 0, 0.03, False, ())], tuning=False)
+    assert results.rows == results.curves == [row(0, 0.03), row(0, 0.03, tuning=True)]
+    results.take({**row(0, 0.03), "rounds": 7}, [])
+    assert results.rows == [row(0, 0.03, tuning=True), {**row(0, 0.03), "rounds": 7}]
+    assert results.curves == [row(0, 0.03, tuning=True)]
+
+
 def test_loss_at_equal_bytes_lies_between_the_evaluated_rounds() -> None:
     curve = [{"bytes": str(sent), "held_out_loss": str(loss)} for sent, loss in ((0, 4.0), (100, 3.0), (300, 2.0))]
     assert study._loss_at(curve, 150) == pytest.approx(3.0 - 50 / 200)

@@ -16,8 +16,8 @@ import pytest
 from rayfed_sub import UserError, cli, load_config, run, sweep
 from rayfed_sub.engine.journal import Notice
 from rayfed_sub.sweeps.journal import Begun, TrialNow
+from rayfed_sub.sweeps.session import run_sweep
 from rayfed_sub.sweeps.space import load_sweep
-from rayfed_sub.sweeps.tuner import run_sweep
 
 GRID = Path(__file__).parents[1] / "experiments" / "sweeps" / "tagg-rank-lr.yaml"
 # Two rounds of two clients: nearly all of a trial's time is the start of its processes.
@@ -30,40 +30,38 @@ def space(text: str, *overrides: str) -> list[str]:
 
 def test_trials_are_the_runs_of_their_configurations(ray_session: None, tmp_path: Path) -> None:
     told: list[Any] = []
-    text = "optimizer.lr: {grid: [0.003, 1e39]}, method.rank: {grid: [2, 4]}"  # 1e39 is infinite in float32
-    checked = load_sweep(GRID, space(text, "sweep.retries=1", "sweep.concurrent=2"))
+    text = "optimizer.lr: {grid: [0.003, 1e39]}"  # 1e39 is infinite in float32
+    checked = load_sweep(GRID, space(text, "sweep.retries=1"))
     result = run_sweep(checked, tmp_path / "sweep", told.append)
 
-    frame = result.frame.set_index("trial")
-    assert list(frame["status"]) == ["finished", "finished", "failed", "failed"]
+    frame = result.frame
+    assert list(frame["status"]) == ["finished", "failed"]
     cause = "round 0, client 0, local training: non-finite values in model.layers.0.mlp.up_proj/left; "
-    assert frame["failure"][2] == f"{cause}federation.on_client_failure=skip would go on without it"
-    for number, rank in ((0, 2), (1, 4)):
-        alone = run(checked.config({"optimizer.lr": 0.003, "method.rank": rank}), tmp_path / f"alone-{number}")
-        assert frame["weights_sha256"][number] == alone.weights_sha256
-        assert frame["held_out_loss"][number] == alone.metrics["held_out_loss"]
-        assert frame["uplink_bytes"][number] == alone.uplink_bytes
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "sweep" / "trials.parquet"), result.frame)
+    assert frame["failure"][1] == f"{cause}federation.on_client_failure=skip would go on without it"
+    alone = run(checked.config({"optimizer.lr": 0.003}), tmp_path / "alone")
+    assert frame["weights_sha256"][0] == alone.weights_sha256
+    assert frame["held_out_loss"][0] == alone.metrics["held_out_loss"]
+    assert frame["uplink_bytes"][0] == alone.uplink_bytes
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "sweep" / "trials.parquet"), frame)
 
     assert result.best is not None
     number, config = result.best
-    assert frame["held_out_loss"][number] == frame["held_out_loss"].min()
+    assert number == 0
     assert load_config(tmp_path / "sweep" / "best.yaml") == config
-    assert config.method["rank"] == frame["method.rank"][number]
+    assert config.optimizer.lr == 0.003
     assert (tmp_path / "sweep" / "report.html").exists()
     assert list((tmp_path / "sweep" / "tune").glob("00000/events.*"))  # TensorBoard's
 
     (begun,) = (record for record in told if isinstance(record, Begun))
-    assert (begun.total, begun.at_once) == (4, 2)
-    ends = {r.number: r.status for r in told if isinstance(r, TrialNow)}
-    assert ends == {0: "finished", 1: "finished", 2: "failed", 3: "failed"}
-    assert {r.number for r in told if isinstance(r, TrialNow) and r.status == "retried"} == {2, 3}
+    assert (begun.total, begun.at_once) == (2, 2)
+    assert {r.number: r.status for r in told if isinstance(r, TrialNow)} == {0: "finished", 1: "failed"}
+    assert {r.number for r in told if isinstance(r, TrialNow) and r.status == "retried"} == {1}
 
     # Taken up again: what is through is told and stays.
     again: list[Any] = []
     resumed = run_sweep(checked, tmp_path / "sweep", again.append, resume=True)
     pd.testing.assert_frame_equal(resumed.frame, result.frame)
-    assert {r.number for r in again if isinstance(r, TrialNow) and r.status == "finished"} == {0, 1}
+    assert {r.number for r in again if isinstance(r, TrialNow) and r.status == "finished"} == {0}
     with pytest.raises(UserError, match=r"optimizer\.eps: got 0\.1; allowed: None, with which the sweep in"):
         run_sweep(load_sweep(GRID, space(text, "optimizer.eps=0.1")), tmp_path / "sweep", resume=True)
     with pytest.raises(UserError, match="a folder without a run in it"):
@@ -81,6 +79,7 @@ def test_nothing_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
     text = "federation.local_steps: {grid: [1, 2]}, optimizer.lr: {loguniform: [1e-3, 1e-2]}"
     asked = [str(GRID), *space(text, "sweep.trials=2"), "--out"]
@@ -102,6 +101,7 @@ def test_a_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
 def test_schedulers_stop_the_worse_trials(ray_session: None, tmp_path: Path, scheduler: str) -> None:
     # One after the other, the best first: what follows is worse at the same round.
@@ -124,6 +124,7 @@ def test_optuna_finds_trials_as_it_goes(ray_session: None, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_sweep_in_an_object_store(bucket: str, tmp_path: Path) -> None:
     import boto3
 

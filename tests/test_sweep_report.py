@@ -195,6 +195,14 @@ def test_the_line_of_traffic_joins_what_none_beats() -> None:
 # --- odd sweeps
 
 
+def test_a_stopped_trial_whose_bytes_nobody_knows_is_no_bargain() -> None:
+    stopped = {RANK: 2, "held_out_loss": 1.0, "status": "stopped", "uplink_bytes": None, "downlink_bytes": None}
+    found = report(trials({RANK: 4, "held_out_loss": 2.0}, stopped), (RANK,))
+    (figure,) = found["Quality against traffic"]
+    assert figure.label.endswith("than trial 0, 3.00 MB: 2.0000.")
+    assert [len(trace["x"]) for trace in figure.data] == [1, 1]  # the line, the marks
+
+
 def test_words_truths_and_nothing_are_values() -> None:
     frame = trials(
         *(

@@ -126,23 +126,28 @@ def reopen(place: Place, config: Config) -> RunFolder:
 
     Raises UserError naming the first setting that differs, apart from those in `FREE`.
     """
-    check_same(place.path, config)
+    _check_config(place.path, config)
     return RunFolder(place)
 
 
-def check_same(path: Path, config: Config) -> None:
-    """UserError as `reopen`."""
-    old = flat(load_config(path / "config.yaml").model_dump(mode="json"))
-    new = flat(config.model_dump(mode="json"))
-    for key in [*old, *(key for key in new if key not in old)]:
-        if key not in FREE and old.get(key) != new.get(key):
-            allowed = f"{old.get(key)!r}, with which the run in {path} began"
-            raise UserError(key, new.get(key), allowed, "set that, or begin anew in another folder")
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], where: str) -> None:
+    """UserError naming the first key whose value differs, apart from the free ones; where: what began with
+    the old, e.g. the run in a folder."""
+    before, now = flat(old), flat(new)
+    for key in [*before, *(key for key in now if key not in before)]:
+        if key not in free and before.get(key) != now.get(key):
+            allowed = f"{before.get(key)!r}, with which {where} began"
+            raise UserError(key, now.get(key), allowed, "set that, or begin anew in another folder")
+
+
+def _check_config(path: Path, config: Config) -> None:
+    old = load_config(path / "config.yaml")
+    check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), FREE, f"the run in {path}")
 
 
 def summary_of(path: Path, config: Config) -> Summary | None:
     """The summary of a finished run; None where it is not finished.  Raises UserError as `reopen`."""
-    check_same(path, config)
+    _check_config(path, config)
     if not (path / "summary.json").exists():
         return None
     told = json.loads((path / "summary.json").read_text(encoding="utf-8"))

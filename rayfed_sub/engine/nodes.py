@@ -49,12 +49,11 @@ def nodes() -> tuple[Node, ...]:
         import torch
 
         return (Node(float(os.cpu_count() or 1), float(torch.cuda.device_count())),)
-    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    file = _BOOTSTRAP.expanduser()
-    if any(HEAD in resources for resources in there) and file.exists():
-        grown = grown_by(yaml.safe_load(file.read_text(encoding="utf-8")))
-        heads = [resources for resources in there if HEAD in resources]
-        there = max([*heads, *grown], there, key=len)
+    there: list[Mapping[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    heads, file = [resources for resources in there if HEAD in resources], _BOOTSTRAP.expanduser()
+    if heads and file.exists():
+        grown = [*heads, *grown_by(yaml.safe_load(file.read_text(encoding="utf-8")))]
+        there = max(there, grown, key=_sizes)  # the file of machines of one's own says nothing of their sizes
     return tuple(Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there)
 
 
@@ -76,6 +75,10 @@ def _workers(cluster: Mapping[str, Any], most: int) -> Iterator[Mapping[str, Any
     for name, kind in cluster.get("available_node_types", {}).items():
         own = kind.get("max_workers", 0 if name == cluster.get("head_node_type") else most)
         yield from [kind.get("resources", {})] * own
+
+
+def _sizes(nodes: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    return sum(_size(own)[0] for own in nodes), sum(_size(own)[1] for own in nodes)
 
 
 def _size(resources: Mapping[str, Any]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rayfed_sub.analysis.machines import Machine
 from rayfed_sub.analysis.needs import BARE_WORKER, DRIVER, RAY, Need, need
@@ -10,6 +11,7 @@ from rayfed_sub.analysis.parts import FEW
 from rayfed_sub.engine.job import Job
 from rayfed_sub.engine.nodes import Node, most_workers
 from rayfed_sub.engine.planning import here, job_parts
+from rayfed_sub.errors import UserError
 
 
 def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int) -> int:
@@ -19,6 +21,15 @@ def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int) -> int:
     own processes.
     """
     return max(1, min(most, *(_places(job, there) for job in jobs), *(_memory(job, there) for job in jobs)))
+
+
+def check_disk(jobs: Sequence[Job], count: int, folder: Path) -> None:
+    """UserError where the run folders of so many trials do not fit the folder's disk."""
+    there = here(jobs[0], folder).disk
+    taken = count * max(need(job_parts(job), rounds=2, most=FEW).disk for job in jobs)
+    if taken > there:
+        allowed = f"what fits into {there / 1e9:.1f} GB of disk; {count} run folders may take {taken / 1e9:.1f} GB"
+        raise UserError("sweep.trials", count, allowed, "make fewer, or choose --out on a larger disk")
 
 
 def _places(job: Job, there: Sequence[Node]) -> int:

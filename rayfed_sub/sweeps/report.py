@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from rayfed_sub.engine import files
 from rayfed_sub.page import Cell, Facts, Figure, Section, Table, Text, page, plain
 from rayfed_sub.sweeps.labels import headings, worded
 
@@ -35,7 +36,7 @@ def write_report(
     keys: the columns of the space.  mode: "min" or "max".  settings: what the sweep was told, shown as it is; its
     `space`, if it has one, maps each key to where its values come from, e.g. {"loguniform": [low, high]}.
     """
-    path.write_text(page(title, sections(frame, keys, metric, mode, settings)), encoding="utf-8")
+    files.write(path, page(title, sections(frame, keys, metric, mode, settings)).encode())
 
 
 def sections(
@@ -68,8 +69,9 @@ def sections(
             found.append(Section("One key at a time", [_points(swept, key) for key in alone]))
         if len(keys) > 1 and len(swept.judged) > 1:
             found.append(Section("All keys at once", [_parallel(swept)]))
-        if any(trial.sent for trial in swept.judged):
-            found.append(Section("Quality against traffic", [_traffic(swept)]))
+        sent = [(trial, trial.sent) for trial in swept.judged if trial.sent is not None]
+        if any(count for _, count in sent):
+            found.append(Section("Quality against traffic", [_traffic(swept, sent)]))
     failed = [trial for trial in swept.ranked if trial.status == "failed"]
     if failed:
         found.append(Section("Failures", [_failures(swept, failed)]))
@@ -105,7 +107,8 @@ def _comparable(frame: pd.DataFrame, metric: str) -> pd.Series[float]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A row of the table as the figures need it; metric: NaN where it cannot be compared; sent: bytes up and down."""
+    """A row of the table as the figures need it; metric: NaN where it cannot be compared; sent: bytes up and down, of a
+    trial that was stopped unknown."""
 
     number: int
     values: Mapping[str, Any]
@@ -113,7 +116,7 @@ class _Trial:
     rounds: int
     metric: float
     before: float
-    sent: int
+    sent: int | None
     failure: str
     folder: str
 
@@ -177,7 +180,7 @@ def _trial(row: Mapping[Any, Any], values: Mapping[str, Any], metric: str, value
         rounds=int(known.get("rounds", 0)),
         metric=value,
         before=float(known.get(f"{metric}_before", math.nan)),
-        sent=int(known.get("uplink_bytes", 0)) + int(known.get("downlink_bytes", 0)),
+        sent=int(known["uplink_bytes"] + known["downlink_bytes"]) if "uplink_bytes" in known else None,
         failure=str(known.get("failure", "")),
         folder=str(known.get("folder", "")),
     )
@@ -200,7 +203,8 @@ def _result(swept: _Swept) -> list[Text | Facts]:
         facts["next"] = f"trial {second.number}, {swept.said(second)}: {_score(second.metric)}"
         facts["ahead of the next by"] = _lead(first.metric, second.metric)
         facts["ahead of the median by"] = f"{_lead(first.metric, middle)}; the median is {_score(middle)}"
-    facts["sent up and down"] = _megabytes(first.sent)
+    if first.sent is not None:
+        facts["sent up and down"] = _megabytes(first.sent)
     facts["run folder"] = first.folder
     better = {"min": "lower", "max": "higher"}[swept.mode]
     return [Text(f"{summary} {swept.metric}: {better} is better."), Facts(facts)]
@@ -315,7 +319,10 @@ def _points(swept: _Swept, key: str) -> Figure:
         f"{'.' if few else ', and so on.'}",
         caption=f"{swept.metric} of every trial{'; the line joins the best of each value' if few else ''}."
         f"{_legend(swept)}",
-        data=[*([line] if few else []), _marks(swept, [place[trial.values[key]] for trial in swept.judged])],
+        data=[
+            *([line] if few else []),
+            _marks(swept, swept.judged, [place[trial.values[key]] for trial in swept.judged]),
+        ],
         layout={
             "height": 360,
             "showlegend": False,
@@ -325,15 +332,15 @@ def _points(swept: _Swept, key: str) -> Figure:
     )
 
 
-def _traffic(swept: _Swept) -> Figure:
-    """Every trial's metric over the bytes that were sent, and the trials that none beats in both."""
-    front: list[_Trial] = []
+def _traffic(swept: _Swept, sent: Sequence[tuple[_Trial, int]]) -> Figure:
+    """The metric over the bytes that were sent, for trials with their bytes, and those that none beats in both."""
+    front: list[tuple[_Trial, int]] = []
     sign = {"min": 1, "max": -1}[swept.mode]
-    for trial in sorted(swept.judged, key=lambda trial: (trial.sent, sign * trial.metric)):
-        if not front or sign * trial.metric < sign * front[-1].metric:
-            front.append(trial)
-    sent = [trial.sent / 1e6 for trial in swept.judged]
-    said = "; ".join(f"trial {trial.number}, {_megabytes(trial.sent)}: {_score(trial.metric)}" for trial in front)
+    for trial, count in sorted(sent, key=lambda pair: (pair[1], sign * pair[0].metric)):
+        if not front or sign * trial.metric < sign * front[-1][0].metric:
+            front.append((trial, count))
+    counts = [count for _, count in sent]
+    said = "; ".join(f"trial {trial.number}, {_megabytes(count)}: {_score(trial.metric)}" for trial, count in front)
     return Figure(
         label=f"{swept.metric} of every trial over the bytes sent. No trial does better with fewer bytes than {said}.",
         caption="What all clients sent and were sent over the whole run. The line joins the trials that no other "
@@ -342,21 +349,21 @@ def _traffic(swept: _Swept) -> Figure:
             {
                 "type": "scatter",
                 "mode": "lines+text",
-                "x": [trial.sent / 1e6 for trial in front],
-                "y": [swept.drawn(trial) for trial in front],
-                "text": [f"{trial.number}" for trial in front],
+                "x": [count / 1e6 for _, count in front],
+                "y": [swept.drawn(trial) for trial, _ in front],
+                "text": [f"{trial.number}" for trial, _ in front],
                 "textposition": "bottom left" if swept.mode == "min" else "top left",
                 "line": {"color": "--mark", "shape": "hv"},
                 "hoverinfo": "skip",
             },
-            _marks(swept, sent),
+            _marks(swept, [trial for trial, _ in sent], [count / 1e6 for count in counts]),
         ],
         layout={
             "height": 400,
             "showlegend": False,
             "xaxis": {
                 "title": {"text": "sent up and down (MB)"},
-                "type": "log" if 0 < 10 * min(sent) <= max(sent) else "linear",
+                "type": "log" if 0 < 10 * min(counts) <= max(counts) else "linear",
                 "tickformat": ",~r",
                 "nticks": 6,
             },
@@ -365,24 +372,24 @@ def _traffic(swept: _Swept) -> Figure:
     )
 
 
-def _marks(swept: _Swept, x: Sequence[Any]) -> dict[str, Any]:
-    """A mark per comparable trial at `x`."""
+def _marks(swept: _Swept, trials: Sequence[_Trial], x: Sequence[Any]) -> dict[str, Any]:
+    """A mark per trial at `x`."""
     edge = {"min": "triangle-up", "max": "triangle-down"}[swept.mode]
-    shapes = [edge if swept.drawn(trial) != trial.metric else "circle" for trial in swept.judged]
+    shapes = [edge if swept.drawn(trial) != trial.metric else "circle" for trial in trials]
     return {
         "type": "scatter",
         "mode": "markers",
         "x": x,
-        "y": [swept.drawn(trial) for trial in swept.judged],
+        "y": [swept.drawn(trial) for trial in trials],
         "marker": {
             "color": "--accent",
             "size": 9,
             "symbol": [
                 f"{shape}-open" if trial.status == "stopped" else shape
-                for shape, trial in zip(shapes, swept.judged, strict=True)
+                for shape, trial in zip(shapes, trials, strict=True)
             ],
         },
-        "hovertext": [swept.hover(trial) for trial in swept.judged],
+        "hovertext": [swept.hover(trial) for trial in trials],
         "hoverinfo": "text",
         "cliponaxis": False,
     }

@@ -74,10 +74,10 @@ class Axis(Record):
 class Search(Record):
     """The section `sweep`.  space: dotted keys of the configuration and their values.  metric: what trials are compared
     by.  trials: draws per point of the grid, from `seed`.  scheduler: asha stops the worse half of the trials at rounds
-    grace, 2 grace, 4 grace ...; median stops a trial that is worse than the median at the same round, from round grace
-    on.  searcher: random, or optuna (TPE), which has no grid.  concurrent: trials at a time at most (None: as many as
-    fit).  retries: how often a trial that failed goes on from its last round.  loggers: besides the sweep's own table;
-    wandb and mlflow must be installed."""
+    grace, 2 grace, 4 grace ...; median stops a trial whose best so far is worse than the median of what at least three
+    others were on average up to that round, from round grace on.  searcher: random, or optuna (TPE), which has no grid.
+    concurrent: trials at a time at most (None: as many as fit).  retries: how often a trial that failed goes on from
+    its last round.  loggers: besides the sweep's own table; wandb and mlflow must be installed."""
 
     space: Annotated[dict[str, Axis], Field(min_length=1)]
     metric: Literal[
@@ -104,8 +104,10 @@ class Search(Record):
     def _together(self) -> Search:
         if self.searcher == "optuna" and any(axis.grid for axis in self.space.values()):
             raise ValueError("searcher|random where the space has a grid|write choice: in place of grid:")
-        if self.scheduler != "none" and self.metric in _TEXTS:
-            raise ValueError(f"scheduler|none with metric={self.metric}, known at a trial's end|use held_out_loss")
+        for field, asks in (("scheduler", self.scheduler != "none"), ("searcher", self.searcher == "optuna")):
+            if asks and self.metric in _TEXTS:
+                allowed = f"{Search.model_fields[field].default} with metric={self.metric}, known at a trial's end"
+                raise ValueError(f"{field}|{allowed}|use held_out_loss")
         return self
 
     @property
@@ -131,10 +133,12 @@ class Sweep:
         return load_config(self.tree, [as_override(key, value) for key, value in values.items()])
 
     def points(self) -> list[dict[str, Any]]:
-        """The values of every trial; with optuna, which finds them as it goes, the corners between which it looks."""
+        """The values of every trial; with optuna, which finds them as it goes, each value beside the first or the last
+        of all others."""
         space, seed = self.search.space, self.search.seed
         if self.search.searcher == "optuna":
-            return [dict(zip(space, values, strict=True)) for values in product(*(a.values for a in space.values()))]
+            ends = [{key: axis.values[end] for key, axis in space.items()} for end in (0, -1)]
+            return [{**end, key: value} for end in ends for key, axis in space.items() for value in axis.values]
         grids = {key: axis.grid for key, axis in space.items() if axis.grid}
         found: list[dict[str, Any]] = []
         for _ in range(self.search.trials):
@@ -198,10 +202,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     search = check(Search, found["sweep"], "sweep")
     space = {key: _settled(shared, key, axis) for key, axis in search.space.items()}
     sweep = Sweep(shared, search.model_copy(update={"space": space}))
-    for point in sweep.points():
-        config = sweep.config(point)
+    for config in map(sweep.config, sweep.points()):
         build(config.method)
-    _check_metric(sweep)
+        _check_metric(search.metric, config)
     return sweep
 
 
@@ -226,11 +229,10 @@ def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
     return found if isinstance(found, bool | int | float | str) else value
 
 
-def _check_metric(sweep: Sweep) -> None:
-    """UserError for a metric that the trials will not have."""
+def _check_metric(metric: str, config: Config) -> None:
+    """UserError for a metric that a trial will not have."""
     from rayfed_sub.data.tasks import filled
 
-    config, metric = load_config(sweep.tree), sweep.search.metric
     classes = filled(config.task).label is not None
     if classes and metric not in (*_CLASSES, "held_out_loss"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The table of a sweep's trials: what each was given and what came of it, the same however often it was interrupted."""
+"""The table of a sweep's trials: what each was given and what came of it; without times, so that it can be compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pandas as pd
 
 from rayfed_sub.engine import files
 
-_SENT = ("uplink_bytes", "downlink_bytes")
+SENT = ("uplink_bytes", "downlink_bytes")
+"""What a run sent in all, as its summary calls it."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
         told = trial.told
         values = {key: value if _plain(value) else json.dumps(value) for key, value in trial.values.items()}
         row = {"trial": trial.number, **values, "status": trial.status, "rounds": told.get("rounds", 0)}
-        row |= {name: told.get(name) for name in (*metrics, *_SENT, "weights_sha256")}
+        row |= {name: told.get(name) for name in (*metrics, *SENT, "weights_sha256")}
         rows.append({**row, "failure": trial.failure, "folder": f"trials/{trial.number:05d}"})
-    whole = dict.fromkeys(_SENT, "Int64") | dict.fromkeys(metrics, "float64")
+    whole = dict.fromkeys(SENT, "Int64") | dict.fromkeys(metrics, "float64")
     return pd.DataFrame(rows).astype({**whole, "weights_sha256": "string", "failure": "string"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,9 +18,7 @@ from rayfed_sub.engine.mirror import inside, placed
 from rayfed_sub.engine.session import carry_out
 from rayfed_sub.sweeps.commons import Commons
 from rayfed_sub.sweeps.space import Sweep
-
-SENT = ("uplink_bytes", "downlink_bytes", "weights_sha256")
-
+from rayfed_sub.sweeps.table import SENT
 
 NUMBER = "number"
 
@@ -34,6 +33,8 @@ def trial(given: Mapping[str, Any], sweep: Sweep, commons: Commons, trials: str)
 
     Raises what the run raises: Tune then begins the trial again, and it goes on from its last checkpoint.
     """
+    # Tune waits so long for a stopped trial to end before it takes its process for the next, which it else gives up.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     began = time.perf_counter()
     out = inside(trials, Path(tune.get_context().get_trial_dir()).name)
     job, shared = commons.job(sweep.config(values_of(given)))
@@ -59,5 +60,5 @@ def _told(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, An
 
 def _end(summary: Summary) -> dict[str, Any]:
     told = asdict(summary)
-    sent = {name: told[name] for name in SENT}
+    sent = {name: told[name] for name in (*SENT, "weights_sha256")}
     return {"rounds": summary.rounds, "of_rounds": summary.rounds, "finished": True, **summary.metrics, **sent}

@@ -10,23 +10,41 @@ from typing import Any
 
 from ray.tune import Callback
 
+from rayfed_sub.engine.journal import Notice
+from rayfed_sub.errors import RunError
 from rayfed_sub.sweeps.journal import TrialNow
 from rayfed_sub.sweeps.trial import values_of
+
+_TELL = 60.0  # seconds without any trial going on
+_PATIENCE = 1800.0
 
 
 class Watcher(Callback):  # type: ignore[misc]
     """Tells of trials what Tune tells of them.  A trial that Tune begins again after a failure is `retried`."""
 
-    def __init__(self, metric: str, tell: Callable[[TrialNow], None]) -> None:
+    def __init__(self, metric: str, tell: Callable[[Notice | TrialNow], None]) -> None:
         self._metric, self._tell = metric, tell
         self._began: dict[int, float] = {}
         self._told = set[int]()
+        self._idle, self._warned = time.monotonic(), False  # since when nothing goes on
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Trials that were through in an earlier sitting are told as well."""
+        self._check_going(trials)
         for trial in trials:
             if trial.is_finished() and place_of(trial) not in self._told:
                 self._show(trial, "failed" if trial.get_error() else _end(trial))
+
+    def _check_going(self, trials: list[Any]) -> None:
+        """Tune would wait in silence for a cluster that does not grow.  Raises RunError after `_PATIENCE`."""
+        now = time.monotonic()
+        if not trials or any(trial.status != "PENDING" for trial in trials if not trial.is_finished()):
+            self._idle, self._warned = now, False
+        if now - self._idle > _PATIENCE:
+            raise RunError("sweep", f"no trial could be placed for {_PATIENCE:.0f} s; look at `ray status`")
+        if now - self._idle > _TELL and not self._warned:
+            self._warned = True
+            self._tell(Notice("waiting for a place for the next trial, e.g. for the cluster to grow"))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         self.on_step_begin(0, trials)  # with nothing left to do there was no step

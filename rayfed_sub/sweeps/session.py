@@ -1,0 +1,126 @@
+"""One sweep from its definition to its table: checks first, then Ray, then the trials under Ray Tune."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ray
+import yaml
+
+from rayfed_sub.config import Config
+from rayfed_sub.config_files import read_yaml
+from rayfed_sub.engine import files, planning
+from rayfed_sub.engine.folder import FREE, check_free, check_same, latest, new
+from rayfed_sub.engine.job import Foundation, check_resources, job_on
+from rayfed_sub.engine.journal import Notice, Stage
+from rayfed_sub.engine.mirror import SWEEP, Place, placed
+from rayfed_sub.engine.nodes import HEAD, nodes
+from rayfed_sub.engine.ray_session import joined, ray_session
+from rayfed_sub.errors import UserError
+from rayfed_sub.sweeps.capacity import at_once, check_disk
+from rayfed_sub.sweeps.commons import foundations, ground_key, shared
+from rayfed_sub.sweeps.journal import Begun, TrialNow
+from rayfed_sub.sweeps.outcome import SweepResult, outcome
+from rayfed_sub.sweeps.space import Sweep, largest
+from rayfed_sub.sweeps.tuner import loggers, searcher, tuned
+from rayfed_sub.sweeps.watcher import Watcher
+
+Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
+"""Is shown the records as they come."""
+
+_FILE = "sweep.yaml"
+_FREE = ("sweep.concurrent", "sweep.retries", *FREE)
+"""Settings that may differ when a sweep is taken up again."""
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: str | Path | None = None,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+) -> SweepResult:
+    """Runs all trials and leaves trials.parquet, best.yaml and report.html in the sweep's folder `out` (default:
+    runs/<name>, or the next free).
+
+    resume: go on with the sweep in `out` (default: the newest of this name): trials that are through stay as they are,
+    others go on from their last checkpoints, failed ones as well.  address: as in `run`.
+    Raises UserError before anything starts where the sweep does not fit: a configuration, the machine or cluster.
+    """
+    tell = listener or (lambda record: None)
+    if out is None:
+        return _run(sweep, None, tell, resume, address)
+    with placed(out, tell, resume=resume, order=SWEEP) as place:
+        return _run(sweep, place, tell, resume, address)
+
+
+def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, address: str | None) -> SweepResult:
+    old = _to_resume(place, sweep.name) if resume else None
+    if resume and old is None:
+        tell(Notice("nothing to go on with: a new sweep begins"))
+    if old is not None:
+        check_same(read_yaml(old.path / _FILE), yaml.safe_load(_text(sweep)), _FREE, f"the sweep in {old.called()}")
+    elif place is not None:
+        check_free(place.path)
+    search = sweep.search
+    callbacks, finder = [Watcher(search.metric, tell), *loggers(sweep)], searcher(search)
+    with joined(address):
+        grounds, side_by_side = _checked(sweep, (old or place or Place(Path())).path, tell)
+        here = old or new(place, sweep.name)
+        files.write(here.path / _FILE, _text(sweep))
+        here.saved()
+        tell(Stage("starting Ray, loading weights"))
+        with ray_session():
+            _check_head()
+            commons = shared(grounds)
+            del grounds  # the object store has them now
+            keys = tuple(search.space)
+            tell(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.called()))
+            try:
+                grid = tuned(sweep, commons, here, side_by_side, finder, callbacks)
+            except KeyboardInterrupt:
+                file, folder = shlex.quote(here.called(_FILE)), shlex.quote(here.called())
+                tell(Notice(f"interrupted; go on with: rayfed-sub sweep {file} --out {folder} --resume"))
+                raise
+            return outcome(sweep, grid, here)
+
+
+def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, tuple[Config, Foundation]], int]:
+    """What trials stand on, and how many of them go side by side.  Raises UserError for whatever cannot work."""
+    there, points = nodes(), sweep.points()
+    for config in map(sweep.config, points):
+        check_resources(config, there)
+    tell(Stage("reading tasks and models"))
+    grounds = foundations(map(sweep.config, points))
+    for config in map(sweep.config, points):
+        job_on(grounds[ground_key(config)][1], config)
+    jobs = [job_on(grounds[ground_key(own)][1], own) for own in map(sweep.config, largest(points))]
+    if len(there) == 1:  # of a cluster's nodes no plan knows the memory
+        for job in jobs:
+            planning.check(job, folder)
+    check_disk(jobs, sweep.count, folder)
+    return grounds, at_once(jobs, there, min(sweep.count, sweep.search.concurrent or sweep.count))
+
+
+def _to_resume(place: Place | None, name: str) -> Place | None:
+    """Where the sweep is that is to go on; None where none has begun."""
+    if place is not None:
+        return place if (place.path / _FILE).exists() else None
+    path = latest(name, _FILE)
+    return None if path is None else Place(path)
+
+
+def _text(sweep: Sweep) -> bytes:
+    section = sweep.search.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump({**sweep.tree, "sweep": section}, sort_keys=False).encode()
+
+
+def _check_head() -> None:
+    here = ray.get_runtime_context().get_node_id()
+    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    if HEAD not in resources:
+        advice = "start the sweep there, e.g. by ray job submit"
+        raise UserError("--address", "a worker node", "the cluster's head, where trials keep their folders", advice)
