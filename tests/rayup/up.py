@@ -204,12 +204,13 @@ def submit(stage: Stage, job: str, *words: str) -> None:
 
 
 def status(stage: Stage, job: str) -> Any:
+    """In Ray's words; None where it gives no answer just now."""
     _, told = answer(stage.token, job)
     return told and told["status"]
 
 
 def printed(stage: Stage, job: str) -> str:
-    _, told = answer(stage.token, f"{job}/logs")
+    told = until(lambda: answer(stage.token, f"{job}/logs")[1], "what the job has printed")
     return str(told["logs"])
 
 
@@ -237,6 +238,7 @@ def survive(stage: Stage) -> pd.DataFrame:
         return all((sweep / "trials" / trial / file).exists() for trial in TRIALS)
 
     def up(kind: str) -> int:
+        assert status(stage, JOB) not in ("FAILED", "STOPPED", "SUCCEEDED"), printed(stage, JOB)
         return sum(kind_of(node) == kind and raylet(node) is not None for node in workers(ec2))
 
     with step("ray job submit"):
