@@ -22,6 +22,10 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and truths: 1e-3 is a number, and the key `on` is no `true`."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what the loader would not take for text."""
+
+
 _LETTERS = {"bool": "tTfF", "float": "-+.0123456789"}
 _WORDS = {
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -33,7 +37,8 @@ _Loader.yaml_implicit_resolvers = {
     for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, _pattern in _WORDS.items():
-    _Loader.add_implicit_resolver(_TAGS[_name], re.compile(f"^(?:{_pattern})$"), list(_LETTERS[_name]))
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_TAGS[_name], re.compile(f"^(?:{_pattern})$"), list(_LETTERS[_name]))
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -77,6 +82,15 @@ def flat(tree: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping) and value
         found |= flat(value, f"{parent}{key}.") if inner else {f"{parent}{key}": value}
     return found
+
+
+def yaml_text(tree: Mapping[str, Any]) -> str:
+    """What `read_yaml` reads as `tree`.
+
+    >>> yaml_text({"name": "1e5", "optimizer": {"lr": 1e-05}})
+    "name: '1e5'\\noptimizer:\\n  lr: 1.0e-05\\n"
+    """
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

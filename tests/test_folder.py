@@ -253,3 +253,9 @@ def test_the_newest_run_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert latest("tiny") == Path("runs/tiny-11")
     os.utime("runs/tiny/config.yaml", (2**31, 2**31))  # the first folder was deleted, and its name given again
     assert latest("tiny") == Path("runs/tiny")
+
+
+def test_text_that_looks_like_a_number_comes_back_as_text(tmp_path: Path) -> None:
+    config = load_config({"name": "1e5"})
+    create(Place(tmp_path), config)
+    assert load_config(tmp_path / "config.yaml") == config

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
 from pyarrow import parquet
 
 from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import Config
-from rayfed_sub.config_files import flat, load_config
+from rayfed_sub.config_files import flat, load_config, yaml_text
 from rayfed_sub.engine import files
 from rayfed_sub.engine.journal import Beginning, ClientRow, RoundDone, RoundRow, ScoreRow, Summary
 from rayfed_sub.engine.mirror import Place
@@ -116,8 +115,7 @@ class RunFolder:
 
 def create(place: Place, config: Config) -> RunFolder:
     """A new run's folder, which is there already; config.yaml is its first file."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    files.write(place.path / "config.yaml", text.encode())
+    files.write(place.path / "config.yaml", yaml_text(config.model_dump(mode="json")).encode())
     return RunFolder(place)
 
 
@@ -160,6 +158,14 @@ def opened(place: Place, config: Config) -> RunFolder:
         return reopen(place, config)
     make(place.path, "--out")
     return create(place, config)
+
+
+def to_resume(place: Place | None, name: str, file: str = "config.yaml") -> Place | None:
+    """Where the run is that is to go on, or the sweep, by its first `file`; None where none has begun."""
+    if place is not None:
+        return place if (place.path / file).exists() else None
+    path = latest(name, file)
+    return None if path is None else Place(path)
 
 
 def latest(name: str, file: str = "config.yaml") -> Path | None:

@@ -28,7 +28,7 @@ from rayfed_sub.engine.answers import answer, stream_of
 from rayfed_sub.engine.coordinator import Coordinator, Shared
 from rayfed_sub.engine.environment import environment, versions
 from rayfed_sub.engine.exchange import Packed, packed
-from rayfed_sub.engine.folder import RunFolder, check_free, create, latest, new, reopen, summary_of
+from rayfed_sub.engine.folder import RunFolder, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.engine.job import Job, check_resources, prepare
 from rayfed_sub.engine.journal import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.engine.memory import PeakMemory
@@ -73,7 +73,7 @@ def run(
 
 def _run(config: Config, place: Place | None, tell: Listener, resume: bool, address: str | None) -> Summary:
     began = time.perf_counter()
-    old = _to_resume(place, config.name) if resume else None
+    old = to_resume(place, config.name) if resume else None
     if resume and old is None:
         tell(Notice("nothing to go on with: a new run begins"))
     if place is not None and old is None:
@@ -126,14 +126,6 @@ def _hinted(folder: RunFolder, tell: Listener) -> Iterator[None]:
     except KeyboardInterrupt:
         tell(Notice(f"interrupted; {hint}"))
         raise
-
-
-def _to_resume(place: Place | None, name: str) -> Place | None:
-    """Where the run is that is to go on; None where none has begun."""
-    if place is not None:
-        return place if (place.path / "config.yaml").exists() else None
-    path = latest(name)
-    return None if path is None else Place(path)
 
 
 def spec_of(job: Job) -> Spec:

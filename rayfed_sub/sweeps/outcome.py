@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from ray.tune import ResultGrid
 
 from rayfed_sub.config import Config
+from rayfed_sub.config_files import yaml_text
 from rayfed_sub.engine import files
 from rayfed_sub.engine.mirror import Place
 from rayfed_sub.sweeps.report import best, write_report
@@ -45,9 +45,7 @@ def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
     if number is not None:
         config = sweep.config(values[number]).model_copy(update={"name": f"{sweep.name}-best"})
         text = f"# Trial {number} of {sweep.name}, the best by {search.metric}.\n"
-        files.write(
-            folder / "best.yaml", (text + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)).encode()
-        )
+        files.write(folder / "best.yaml", (text + yaml_text(config.model_dump(mode="json"))).encode())
         found = (number, config)
     settings = search.model_dump(mode="json", exclude_none=True)
     write_report(frame, list(search.space), search.metric, search.mode, sweep.name, folder / "report.html", settings)

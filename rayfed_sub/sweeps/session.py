@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
-import yaml
 
 from rayfed_sub.config import Config
-from rayfed_sub.config_files import read_yaml
+from rayfed_sub.config_files import read_yaml, yaml_text
 from rayfed_sub.engine import files, planning
-from rayfed_sub.engine.folder import FREE, check_free, check_same, latest, new
+from rayfed_sub.engine.folder import FREE, check_free, check_same, new, to_resume
 from rayfed_sub.engine.job import Foundation, check_resources, job_on
 from rayfed_sub.engine.journal import Notice, Stage
 from rayfed_sub.engine.mirror import SWEEP, Place, placed
@@ -58,11 +58,11 @@ def run_sweep(
 
 
 def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, address: str | None) -> SweepResult:
-    old = _to_resume(place, sweep.name) if resume else None
+    old = to_resume(place, sweep.name, _FILE) if resume else None
     if resume and old is None:
         tell(Notice("nothing to go on with: a new sweep begins"))
     if old is not None:
-        check_same(read_yaml(old.path / _FILE), yaml.safe_load(_text(sweep)), _FREE, f"the sweep in {old.called()}")
+        check_same(read_yaml(old.path / _FILE), _tree(sweep), _FREE, f"the sweep in {old.called()}")
     elif place is not None:
         check_free(place.path)
     search = sweep.search
@@ -70,7 +70,7 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
     with joined(address):
         grounds, side_by_side = _checked(sweep, (old or place or Place(Path())).path, tell)
         here = old or new(place, sweep.name)
-        files.write(here.path / _FILE, _text(sweep))
+        files.write(here.path / _FILE, yaml_text(_tree(sweep)).encode())
         here.saved()
         tell(Stage("starting Ray, loading weights"))
         with ray_session():
@@ -91,11 +91,12 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
 def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, tuple[Config, Foundation]], int]:
     """What trials stand on, and how many of them go side by side.  Raises UserError for whatever cannot work."""
     there, points = nodes(), sweep.points()
-    for config in map(sweep.config, points):
+    configs = [sweep.config(point) for point in points]
+    for config in configs:
         check_resources(config, there)
     tell(Stage("reading tasks and models"))
-    grounds = foundations(map(sweep.config, points))
-    for config in map(sweep.config, points):
+    grounds = foundations(configs)
+    for config in configs:
         job_on(grounds[ground_key(config)][1], config)
     jobs = [job_on(grounds[ground_key(own)][1], own) for own in map(sweep.config, largest(points))]
     if len(there) == 1:  # of a cluster's nodes no plan knows the memory
@@ -105,17 +106,9 @@ def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, t
     return grounds, at_once(jobs, there, min(sweep.count, sweep.search.concurrent or sweep.count))
 
 
-def _to_resume(place: Place | None, name: str) -> Place | None:
-    """Where the sweep is that is to go on; None where none has begun."""
-    if place is not None:
-        return place if (place.path / _FILE).exists() else None
-    path = latest(name, _FILE)
-    return None if path is None else Place(path)
-
-
-def _text(sweep: Sweep) -> bytes:
-    section = sweep.search.model_dump(mode="json", exclude_none=True)
-    return yaml.safe_dump({**sweep.tree, "sweep": section}, sort_keys=False).encode()
+def _tree(sweep: Sweep) -> dict[str, Any]:
+    """What sweep.yaml says."""
+    return {**sweep.tree, "sweep": sweep.search.model_dump(mode="json", exclude_none=True)}
 
 
 def _check_head() -> None:
