@@ -145,6 +145,34 @@ def data(
 
 
 @app.command()
+def report(
+    run_dirs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="folders of runs, finished or not, or s3://bucket/path")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.html", help="the file (default: report.html, in a single run)")
+    ] = None,
+) -> None:
+    """Write one run, or several side by side, as a page for a browser; it needs no network."""
+    from contextlib import ExitStack
+
+    from rayfed_sub.engine.folder import make
+    from rayfed_sub.engine.mirror import at_hand, uri_of
+    from rayfed_sub.reports.report import write_report
+    from rayfed_sub.reports.source import read_run
+
+    alone = len(run_dirs) == 1 and uri_of(run_dirs[0]) is None
+    path = out or (Path(run_dirs[0]) if alone else Path()) / "report.html"
+    if path.is_dir():
+        raise UserError("--out", str(path), "a file", f"e.g. {path / 'report.html'}")
+    with ExitStack() as stack:
+        runs = [read_run(stack.enter_context(at_hand(place, "RUN"))) for place in run_dirs]
+        make(path.parent, "--out")
+        write_report(runs, path)
+    typer.echo(path)
+
+
+@app.command()
 def export(
     run_dir: Annotated[str, typer.Argument(help="the folder of a finished run, or s3://bucket/path")],
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],

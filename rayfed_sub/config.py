@@ -215,6 +215,17 @@ class Evaluation(Record):
     batch_size: Count = 16
 
 
+class Diagnostics(Record):
+    """What is looked at while clients train: ranks, drift, overlap (`analysis/diagnostics.py`), and how low-rank their
+    gradients are (`training/gradients.py`).  It changes no bits.  every: rounds between looks (0: never); clients: of a
+    cohort at most so many, evenly spaced; gradient_layers: target layers whose gradients are looked at, evenly spaced,
+    for one client of a pack (0: none)."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+    clients: Count = 8
+    gradient_layers: Annotated[int, Field(ge=0)] = 4
+
+
 class Resources(Record):
     """workers hold clients and train packs of pack_size side by side; torch threads = max(1, floor(cpus_per_worker)).
     executor: `pack`, or `reference` (one client at a time with peft and galore-torch; slow, the tests' oracle).
@@ -256,6 +267,7 @@ class Config(Record):
     server: Server = Server()
     privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
+    diagnostics: Diagnostics = Diagnostics()
     resources: Resources = Resources()
     checkpoint: Checkpoint = Checkpoint()
 

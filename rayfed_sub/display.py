@@ -150,6 +150,7 @@ class Display:
             ("peak memory, all processes", size(summary.peak_memory_bytes)),
             ("weights_sha256", summary.weights_sha256),
             ("run folder", summary.folder),
+            ("report", f"{summary.folder}/report.html"),
         ]
         print_table((f"{summary.name}: {summary.method}", _rounds(summary.rounds)), rows, self._console)
 

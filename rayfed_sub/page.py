@@ -11,10 +11,27 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from rayfed_sub.page_script import SCRIPT
+from rayfed_sub.page_style import RUN_COLOURS, STYLE
+
 _LONG = 10
 """A table with more rows gets a box that filters them."""
 _WRAPPED = 60
 """Characters from which a table's cell is folded."""
+_LARGE = 200
+"""A table with more rows is stored as columns, and shown a page at a time."""
+_DASHES = {"solid": "", "dash": "9 5", "dot": "2 4", "dashdot": "9 4 2 4", "longdash": "15 5"}
+"""Plotly's dashes, and the same for SVG."""
+_MARKS = {
+    "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
+    "square": "M-4 -4H4V4H-4z",
+    "diamond": "M0 -5L5 0L0 5L-5 0z",
+    "triangle-up": "M0 -5L5 4H-5z",
+    "cross": "M-1.5 -5H1.5V-1.5H5V1.5H1.5V5H-1.5V1.5H-5V-1.5H-1.5z",
+    "triangle-down": "M0 5L5 -4H-5z",
+    "star": "M0 -6L1.8 -1.9L5.7 -1.9L2.6 0.9L3.5 4.9L0 2.6L-3.5 4.9L-2.6 0.9L-5.7 -1.9L-1.8 -1.9z",
+}
+"""Plotly's symbols, and the same for SVG."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +70,11 @@ class Figure:
     """A figure as plotly.js takes it: traces and layout, both only of what JSON knows, without NaN.
 
     label: what it shows, in words, for who cannot see it.  caption: how to read it.  width: in pixels; a narrower
-    screen scrolls.  A property "color" may name one of the page's own colours, which follow light and dark: "--text",
-    "--dim", "--accent", "--mark".  `layout.coloraxis` runs from faint to strong; text on its lower half is legible in
-    "--on-faint", on its upper half in "--on-strong".  Text that may hold "<" goes through `plain`.
+    screen scrolls.  title: a heading above it, if any.  A property "color", or one that ends so, may name one of the
+    page's own colours, which follow light and dark: "--text", "--dim", "--accent", "--mark", "--run-0" ...
+    `layout.coloraxis` runs from faint to strong; text on its lower half is legible in "--on-faint", on its upper half
+    in "--on-strong".  A trace whose "meta" is a number belongs to that place in the page's legend.  Text that may hold
+    "<" goes through `plain`.
     """
 
     label: str
@@ -63,6 +82,27 @@ class Figure:
     data: Sequence[Mapping[str, Any]]
     layout: Mapping[str, Any]
     width: int = 0
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Legend:
+    """Names of what the page's figures overlay, each with its line and mark (see `line_style`); a press on one hides it
+    in all figures, or shows it again."""
+
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Parts behind a line that opens them."""
+
+    title: str
+    parts: Sequence[Text | Facts | Table | Figure]
+    opened: bool = False
+
+
+Part = Text | Facts | Table | Figure | Legend | Details
 
 
 @dataclass(frozen=True)
@@ -70,21 +110,37 @@ class Section:
     """A heading and what stands under it; figures stand side by side where there is room."""
 
     title: str
-    parts: Sequence[Text | Facts | Table | Figure]
+    parts: Sequence[Part]
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """The document; plotly.js, 4.8 MB, is in it once if there is a figure."""
-    figures = any(isinstance(part, Figure) for section in sections for part in section.parts)
+    parts = [part for section in sections for part in section.parts]
+    inner = [inside for part in parts if isinstance(part, Details) for inside in part.parts]
+    figures = any(isinstance(part, Figure) for part in [*parts, *inner])
+    links = "".join(f"<li><a href='#s{at}'>{escape(section.title)}</a></li>" for at, section in enumerate(sections))
     return _DOCUMENT.format(
         title=escape(title),
         policy=_POLICY,
-        style=_STYLE,
-        body="\n".join(map(_section, sections)),
-        scripts=f"<script>{_plotly()}</script>\n<script>{_SCRIPT}</script>"
-        if figures
-        else f"<script>{_SCRIPT}</script>",
+        style=STYLE,
+        links=links,
+        body="\n".join(_section(at, section) for at, section in enumerate(sections)),
+        scripts=f"{f'<script>{_plotly()}</script>' if figures else ''}\n<script>{SCRIPT}</script>",
     )
+
+
+def line_style(at: int) -> dict[str, dict[str, str]]:
+    """How the legend's `at`-th name is drawn, as a trace's `line` and `marker`: by colour, dash and mark, of which
+    colours repeat after six, dashes after five and marks after seven.
+
+    >>> line_style(7)
+    {'line': {'color': '--run-1', 'dash': 'dot'}, 'marker': {'color': '--run-1', 'symbol': 'circle'}}
+    """
+    colour = f"--run-{at % RUN_COLOURS}"
+    return {
+        "line": {"color": colour, "dash": list(_DASHES)[at % len(_DASHES)]},
+        "marker": {"color": colour, "symbol": list(_MARKS)[at % len(_MARKS)]},
+    }
 
 
 def plain(text: str) -> str:
@@ -96,12 +152,15 @@ def plain(text: str) -> str:
     return escape(text, quote=False)
 
 
-def _section(section: Section) -> str:
-    parts = [_part(part) for part in section.parts]
-    return f"<section>\n<h2>{escape(section.title)}</h2>\n<div class='parts'>{''.join(parts)}</div>\n</section>"
+def _section(at: int, section: Section) -> str:
+    return f"<section id='s{at}'>\n<h2>{escape(section.title)}</h2>\n{_parts(section.parts)}\n</section>"
 
 
-def _part(part: Text | Facts | Table | Figure) -> str:
+def _parts(parts: Sequence[Part]) -> str:
+    return f"<div class='parts'>{''.join(map(_part, parts))}</div>"
+
+
+def _part(part: Part) -> str:
     match part:
         case Text():
             return f"<p>{escape(part.text)}</p>\n"
@@ -112,6 +171,11 @@ def _part(part: Text | Facts | Table | Figure) -> str:
             return _table(part)
         case Figure():
             return _figure(part)
+        case Legend():
+            return _legend(part)
+        case Details():
+            opened = " open" if part.opened else ""
+            return f"<details{opened}><summary>{escape(part.title)}</summary>{_parts(part.parts)}</details>\n"
 
 
 def _table(table: Table) -> str:
@@ -119,17 +183,44 @@ def _table(table: Table) -> str:
         f"<th scope='col' aria-sort='none'><button type='button'>{escape(column)}</button></th>"
         for column in table.columns
     )
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in table.rows)
-    box = (
-        "<label>Show only rows with <input type='search'></label> <output></output>" if len(table.rows) > _LONG else ""
-    )
+    large, box, after = len(table.rows) > _LARGE, "", ""
+    if len(table.rows) > _LONG:
+        more = f" (also, as {escape(table.columns[0])} &gt; 5; commas join several)" if large else ""
+        box = f"<label>Show only rows with <input type='search'>{more}</label> <output></output>"
+    if large:
+        buttons = "".join(f"<button type='button'>{name}</button>" for name in ("first", "previous", "next", "last"))
+        after = (
+            f"<div class='pages' role='group' aria-label='Pages of the table'>{buttons}<output></output></div>"
+            f"<script type='application/json'>{_json(_columns(table))}</script>"
+        )
+    rows = "" if large else "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in table.rows)
     # A region that scrolls must be reachable by keyboard, and then has to have a name.
     return (
-        f"<div class='table'>{box if len(table.rows) > _LONG else ''}"
+        f"<div class='table'>{box}<p class='caption'>{escape(table.caption)}</p>"
         f"<div class='scroll' role='region' tabindex='0' aria-label='{escape(table.caption)}'>"
-        f"<table><caption>{escape(table.caption)}</caption>"
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></div>\n"
+        f"<table aria-label='{escape(table.caption)}'>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{after}</div>\n"
     )
+
+
+def _columns(table: Table) -> list[dict[str, Any]]:
+    """The cells by column: their texts and, where they have any, their values, which are `true` where each is what its
+    text says."""
+    columns = []
+    for cells in zip(*table.rows, strict=True):
+        column: dict[str, Any] = {"texts": [cell if isinstance(cell, str) else cell.text for cell in cells]}
+        values = [None if isinstance(cell, str) else cell.value for cell in cells]
+        if any(isinstance(cell, Cell) for cell in cells):
+            column["values"] = values if values != list(map(_said, column["texts"])) else True
+        columns.append(column)
+    return columns
+
+
+def _said(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
 
 
 def _cell(cell: Cell | str) -> str:
@@ -139,14 +230,36 @@ def _cell(cell: Cell | str) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    # Within <script> nothing is escaped but what could end it.
-    drawn = json.dumps({"data": figure.data, "layout": figure.layout}, allow_nan=False, separators=(",", ":"))
-    drawn = drawn.replace("<", "\\u003c")
-    width = f" style='min-width:{figure.width}px'" if figure.width else ""
+    title = f"<h3>{escape(figure.title)}</h3>" if figure.title else ""
+    # As high as it will be: what stands below must not jump when it is drawn.
+    size = f"min-height:{figure.layout.get('height', 450)}px" + (f";min-width:{figure.width}px" if figure.width else "")
     return (
-        f"<figure aria-label='{escape(figure.label)}'><div class='scroll'><div class='plot'{width}></div>"
-        f"<script type='application/json'>{drawn}</script></div>"
+        f"<figure aria-label='{escape(figure.label)}'>{title}<div class='scroll'><div class='plot' style='{size}'>"
+        f"</div><script type='application/json'>{_json({'data': figure.data, 'layout': figure.layout})}</script></div>"
         f"<figcaption>{escape(figure.caption)}</figcaption></figure>\n"
+    )
+
+
+def _json(found: object) -> str:
+    """Within <script> nothing is escaped but what could end it."""
+    return json.dumps(found, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _legend(legend: Legend) -> str:
+    buttons = "".join(
+        f"<button type='button' aria-pressed='true' data-at='{at}'>{_swatch(at)}{escape(name)}</button>"
+        for at, name in enumerate(legend.names)
+    )
+    return f"<div class='legend' role='group' aria-label='Runs in the figures: press to hide or show'>{buttons}</div>\n"
+
+
+def _swatch(at: int) -> str:
+    style = line_style(at)
+    colour, dashes = style["line"]["color"], _DASHES[style["line"]["dash"]]
+    return (
+        f"<svg width='44' height='14' viewBox='-22 -7 44 14' aria-hidden='true'>"
+        f"<path d='M-22 0H22' stroke='var({colour})' stroke-width='2' stroke-dasharray='{dashes}'/>"
+        f"<path d='{_MARKS[style['marker']['symbol']]}' fill='var({colour})'/></svg>"
     )
 
 
@@ -170,6 +283,7 @@ _DOCUMENT = """<!DOCTYPE html>
 <body>
 <main>
 <h1>{title}</h1>
+<nav aria-label="Sections"><ul>{links}</ul></nav>
 {body}
 </main>
 {scripts}
@@ -183,104 +297,3 @@ _POLICY = (
 )
 """The browser itself sees to it that the page neither loads nor sends anything.  Parallel coordinates are drawn by
 WebGL code that plotly.js evaluates."""
-
-_STYLE = """
-:root { --page: #ffffff; --text: #1a1d21; --dim: #555d66; --line: #d5dae0; --accent: #175390; --mark: #b3470b;
-  --faint: #d5e3f0; --middle: #3a7ab0; --strong: #08306b; --on-faint: #000000; --on-strong: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171a; --text: #e8eaed; --dim: #a5adb6; --line: #3a4048; --accent: #82b1d4; --mark: #f0a060;
-    --faint: #22364d; --middle: #3a7ab0; --strong: #d5e3f0; --on-faint: #ffffff; --on-strong: #000000; } }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 76rem; margin: auto; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin-top: 2.5rem; padding-top: 0.75rem; border-top: 1px solid var(--line); }
-.parts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0.5rem 2rem; }
-.parts > :not(figure) { grid-column: 1 / -1; min-width: 0; }
-p { margin: 0; max-width: 44rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: 0.25rem 1.25rem; margin: 0; }
-dt { color: var(--dim); overflow-wrap: anywhere; }
-dd { margin: 0; min-width: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-figure { margin: 0.5rem 0; min-width: 0; }
-figcaption, caption, output { color: var(--dim); font-size: 0.9rem; }
-caption { text-align: left; padding: 0.25rem 0; max-width: calc(100vw - 3rem); }
-.scroll { overflow-x: auto; }
-.table .scroll { max-height: 40rem; overflow-y: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  white-space: nowrap; }
-td[data-value] { text-align: right; }
-td.long { min-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
-th { position: sticky; top: 0; background: var(--page); }
-th button { all: unset; cursor: pointer; font-weight: 600; }
-th button::after { content: " \\2195"; color: var(--dim); }
-th[aria-sort=ascending] button::after { content: " \\2191"; color: var(--accent); }
-th[aria-sort=descending] button::after { content: " \\2193"; color: var(--accent); }
-input { font: inherit; color: inherit; background: transparent; border: 1px solid var(--dim); border-radius: 4px;
-  padding: 0.1rem 0.4rem; margin-bottom: 0.25rem; }
-.parcoords .axis path { stroke: var(--dim) !important; }
-:focus-visible, th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-"""
-
-_SCRIPT = """
-"use strict";
-const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-// On a touch screen a finger on a figure has to scroll the page.
-const coarse = matchMedia("(pointer: coarse)").matches;
-
-function template() {
-  const axis = {gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true,
-    title: {standoff: 12}};
-  const font = {color: colour("--text"), size: 13, family: "system-ui, sans-serif"};
-  const colorscale = [[0, colour("--faint")], [0.5, colour("--middle")], [1, colour("--strong")]];
-  return {layout: {
-    font, colorway: [colour("--accent"), colour("--mark"), colour("--dim")],
-    paper_bgcolor: colour("--page"), plot_bgcolor: colour("--page"), xaxis: axis, yaxis: axis,
-    coloraxis: {colorscale, colorbar: {thickness: 12, outlinewidth: 0}},
-    hoverlabel: {align: "left", bgcolor: colour("--page"), bordercolor: colour("--dim"), font},
-    margin: {l: 60, r: 20, t: 30, b: 50}, dragmode: coarse ? false : "zoom",
-  }};
-}
-
-function draw() {
-  for (const plot of document.querySelectorAll(".plot")) {
-    const own = (key, value) => key === "color" && String(value).startsWith("--") ? colour(value) : value;
-    const {data, layout} = JSON.parse(plot.nextElementSibling.textContent, own);
-    Plotly.react(plot, data, {...layout, template: template()},
-      {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
-       // Its button would send the figure's data to a server.
-       showSendToCloud: false, plotlyServerURL: ""});
-    // The figure's label says it; a drawing's loose words do not.
-    for (const drawing of plot.querySelectorAll("svg.main-svg")) drawing.setAttribute("aria-hidden", "true");
-  }
-}
-
-function order(table, head) {
-  const at = [...head.parentNode.children].indexOf(head), up = head.getAttribute("aria-sort") !== "ascending";
-  for (const other of head.parentNode.children) other.setAttribute("aria-sort", "none");
-  head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const value = row => {
-    const cell = row.children[at], number = cell.dataset.value;
-    return number === undefined ? cell.textContent : number === "" ? null : Number(number);
-  };
-  const compare = (a, b) => {
-    if (a === null || b === null) return (a === null) - (b === null);
-    const less = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
-    return up ? less : -less;
-  };
-  table.tBodies[0].append(...[...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b))));
-}
-
-for (const part of document.querySelectorAll(".table")) {
-  const table = part.querySelector("table"), rows = [...table.tBodies[0].rows];
-  for (const head of table.tHead.rows[0].cells)
-    head.firstChild.addEventListener("click", () => order(table, head));
-  part.querySelector("input")?.addEventListener("input", event => {
-    const wanted = event.target.value.toLowerCase();
-    for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
-    part.querySelector("output").textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length} rows`;
-  });
-}
-
-draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-"""

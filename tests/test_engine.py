@@ -90,8 +90,9 @@ def _title(process: psutil.Process) -> str:
 def test_the_folder_of_a_run(undisturbed: Summary) -> None:
     folder = Path(undisturbed.folder)
     assert {p.name for p in folder.iterdir()} == {
-        *("rounds.parquet", "clients.parquet", "scores.parquet"),
-        *("config.yaml", "summary.json", "log.jsonl", "checkpoints"),
+        *("rounds.parquet", "clients.parquet", "packs.parquet", "scores.parquet"),
+        *("layers.parquet", "client_layers.parquet"),
+        *("config.yaml", "summary.json", "log.jsonl", "checkpoints", "tensorboard", "report.html"),
     }
     summary = json.loads((folder / "summary.json").read_text())
     for key in (
@@ -100,6 +101,37 @@ def test_the_folder_of_a_run(undisturbed: Summary) -> None:
     ):
         assert key in summary
     assert load_config(folder / "config.yaml") == load_config(folder / "config.yaml", ["federation.rounds=2"])
+
+
+def test_diagnostics_change_no_bits(undisturbed: Summary, tmp_path: Path) -> None:
+    without = run(small("resources.workers=1", "diagnostics.every=0"), tmp_path / "run")
+    assert without.weights_sha256 == undisturbed.weights_sha256
+    assert without.change_rank == undisturbed.change_rank
+    assert len(pd.read_parquet(tmp_path / "run" / "layers.parquet")) == 0
+
+
+def test_diagnostics_tell_of_every_layer_round_and_client(undisturbed: Summary) -> None:
+    """Two layers of 96 x 32, two rounds of 8 clients, whose changes have rank 4 each."""
+    folder = Path(undisturbed.folder)
+    layers, clients, packs = (
+        pd.read_parquet(folder / f"{name}.parquet") for name in ("layers", "client_layers", "packs")
+    )
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    assert list(zip(layers["round"], layers["layer"], strict=True)) == [(n, name) for n in range(2) for name in names]
+    assert layers["clients"].tolist() == [8] * 4
+    assert layers["rank_sum"].tolist() == [8 * 4] * 4
+    assert layers["rank"].tolist() == layers["server_rank"].tolist(), "fedftg applies the mean change as it is"
+    assert (layers["accumulated"] > 0).all()
+    assert len(clients) == 2 * 2 * 8
+    assert clients["rank"].eq(4).all()
+    # One client of each of four packs, in both layers (4 are asked for, there are 2).
+    assert clients["gradient_energy"].notna().sum() == 2 * 4 * 2
+    assert clients["gradient_energy"].dropna().between(0, 1).all()
+    assert list(zip(packs["round"], packs["pack"], packs["first"], strict=True)) == [
+        (n, i, 2 * i) for n in range(2) for i in range(4)
+    ]
+    assert packs["attempts"].eq(1).all()
+    assert packs["seconds"].gt(0).all()
 
 
 def test_wire_bytes_of_fedftg_by_hand(undisturbed: Summary) -> None:

@@ -128,7 +128,8 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
     assert told["metrics"] == {"held_out_loss_before": 4.0, "held_out_loss": 2.0}
     assert "folder" not in told  # a run may be moved
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("clients.parquet", "config.yaml", "log.jsonl", "rounds.parquet", "scores.parquet", "summary.json")
+        *("client_layers.parquet", "clients.parquet", "config.yaml", "layers.parquet", "log.jsonl", "packs.parquet"),
+        *("rounds.parquet", "scores.parquet", "summary.json"),
     ]
 
 

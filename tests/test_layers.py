@@ -27,17 +27,19 @@ LAYERS = (
     ),
     ("sweeps",),
     ("engine",),
+    ("reports",),
     ("analysis",),
     ("methods",),
     ("training",),
     ("data", "models", "metrics"),
-    ("config", "config_files", "records", "streams", "errors", "faults", "page"),
+    ("config", "config_files", "records", "streams", "errors", "faults", "page", "page_script", "page_style"),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
 # Where a library may be imported at all.  Libraries that are not named here may be imported anywhere.
 HOMES = {
     "ray": ("engine", "sweeps"),
+    "tensorboardX": ("engine",),
     "galore_torch": ("training",),
     "peft": ("training",),
     "dp_accounting": ("analysis",),
@@ -71,6 +73,7 @@ SLOW = (
     "rouge_score",
     "sacrebleu",
     "sklearn",
+    "tensorboardX",
 )
 
 

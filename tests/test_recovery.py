@@ -20,7 +20,8 @@ from rayfed_sub.engine.session import leave
 from rayfed_sub.errors import UserError
 from tests import chaos
 
-TIMES = ["train_seconds", "seconds"]
+TIMES = ["train_seconds", "seconds", "retries", "memory_bytes"]
+"""What may differ: times, and what tells of the disturbance."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def same(summary: Summary, undisturbed: Summary) -> None:
     """The same weights, scores and rows: none lost, none doubled."""
     assert summary.weights_sha256 == undisturbed.weights_sha256
     assert summary.metrics == undisturbed.metrics
-    for table in ("rounds", "clients", "scores"):
+    for table in ("rounds", "clients", "scores", "layers", "client_layers"):
         ours, theirs = (pd.read_parquet(f"{run.folder}/{table}.parquet") for run in (summary, undisturbed))
         pd.testing.assert_frame_equal(
             ours.drop(columns=TIMES, errors="ignore"), theirs.drop(columns=TIMES, errors="ignore")

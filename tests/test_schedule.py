@@ -128,6 +128,14 @@ def results(crew: Crew, work: Sequence[Piece]) -> list[Any]:
     return [d.result for d in done]
 
 
+def test_a_piece_tells_when_it_was_done_and_what_troubled_it(clock: Clock) -> None:
+    """Piece 0 takes 2 s, is lost on the way back once and takes 3 s then; piece 1 waits at the door meanwhile."""
+    worker = Worker(After(2.0, ObjectLostError("00" * 28, None, "")), After(1.0, "b"), After(3.0, "a"))
+    first, second = in_order(crew_of(clock, worker), pieces(2), "stage")
+    assert (second.began, second.ended, second.troubles) == (2.0, 3.0, ())
+    assert (first.began, first.ended, len(first.troubles)) == (3.0, 6.0, 1)
+
+
 def gone(text: str = "killed") -> ActorUnavailableError:
     return ActorUnavailableError(text, actor_id=None)
 

@@ -380,6 +380,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     frame.loc[3, ["status", "held_out_loss", "failure"]] = ["failed", math.nan, "round 1: loss is NaN"]
     write_report(frame, KEYS, "held_out_loss", "min", "look", path, {})
     asked = """<script>
+      dispatchEvent(new Event("beforeprint"));  // draws what is out of sight, too
       const table = [...document.querySelectorAll("table")].at(-1), said = {};
       const column = at => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[at].textContent);
       const press = at => table.tHead.rows[0].cells[at].firstChild.click();

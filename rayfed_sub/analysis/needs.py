@@ -94,6 +94,12 @@ class Need:
         coordinator = self.coordinator + round((HOLES - 1) * self.traffic.coordinator)
         return self.store(workers, pack) + DRIVER + RAY + coordinator
 
+    def node(self) -> int:
+        """Bytes of a node that holds all processes of the run; of workers on a GPU the bare process."""
+        resources = self.config.resources
+        above = 0 if resources.gpus_per_worker else self.worker(resources.pack_size).process
+        return self.fixed(resources.workers, resources.pack_size) + resources.workers * (BARE_WORKER + above)
+
     def on_gpu(self, tensors: int) -> int:
         """Bytes of a worker on a GPU, where backbone and broadcast are copied to."""
         return CUDA + self.backbone + self.traffic.broadcast + round(HOLES * tensors)

@@ -25,13 +25,14 @@ from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.analysis.scores import Score, overall
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.engine import checkpoints, cohorts, evaluations
+from rayfed_sub.engine import checkpoints, cohorts, diagnosis, evaluations
+from rayfed_sub.engine.diagnosis import Looked
 from rayfed_sub.engine.evaluations import JudgedModel
 from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
-from rayfed_sub.engine.journal import ClientRow, PackDone, RoundDone, RoundRow
+from rayfed_sub.engine.journal import ClientRow, PackDone, PackRow, RoundDone, RoundRow
 from rayfed_sub.engine.ledger import Ledger
 from rayfed_sub.engine.memory import PeakMemory, give_back
-from rayfed_sub.engine.schedule import Crew, Piece, in_order
+from rayfed_sub.engine.schedule import Crew, Done, Piece, in_order
 from rayfed_sub.engine.workers import PackedUpdate, PackOutcome, Worker, broadcast_of
 from rayfed_sub.errors import RunError
 from rayfed_sub.methods import privacy
@@ -57,11 +58,14 @@ class Shared:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What a round's training leaves besides the ledger; rank: of the aggregated change, where it was asked for."""
+    """What a round's training leaves besides the ledger.  moved: by target the rank of the server's own change, and how
+    far the weight has come since it was pretrained, |W - W0| / |W0|; empty where it was not asked for."""
 
     rows: list[ClientRow]
     seconds: float
-    rank: float | None
+    moved: dict[str, tuple[int, float]]
+    packs: list[PackRow]
+    looks: list[Looked]
 
 
 class Coordinator:
@@ -156,7 +160,8 @@ class Coordinator:
         trained = yield from self._trained(n, cohort, down, began, due)
         if trained is None:
             return  # the run is being interrupted
-        rows = trained.rows
+        rows, moved = trained.rows, trained.moved
+        layers, client_layers = diagnosis.rows(n, self._shape, trained.looks, moved)
         scores = self.scores() if due else ()
         row = RoundRow(
             round=n,
@@ -167,13 +172,15 @@ class Coordinator:
             uplink_bytes=sum(r.uplink_bytes for r in rows),
             downlink_bytes=sum(down.values()),
             labels=int(sum(r.labels for r in rows)),
-            change_rank=trained.rank,
+            change_rank=statistics.median(rank for rank, _ in moved.values()) if moved else None,
             epsilon=spent(config, n + 1),
             train_seconds=trained.seconds,
+            retries=sum(pack.attempts - 1 for pack in trained.packs),
+            memory_bytes=self._memory_now(),
             seconds=time.perf_counter() - began,
         )
         self._verify()
-        yield RoundDone(row, tuple(rows), scores)
+        yield RoundDone(row, tuple(rows), scores, tuple(trained.packs), layers, client_layers)
 
     def _trained(
         self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
@@ -181,16 +188,20 @@ class Coordinator:
         """The round up to its commit; None where the run is being interrupted.  A call of its own, because the sum and
         the last server must be gone before the next broadcast comes.
 
-        due: whether the rank of the change is asked for."""
+        due: whether it is asked how far the server has moved."""
         config, method, shape = self._config, self._method, self._shape
         broadcast = self._broadcast()
         standing, size = self._ledger.standing, config.resources.pack_size
         packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
-        pieces = [self._train_piece(n, pack, i, broadcast) for i, pack in enumerate(packs)]
+        watched = diagnosis.watched(config.diagnostics, n, cohort)
+        pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
 
         total, rows, trained = self._zero(), list[ClientRow](), {}
+        pack_rows, looks = list[PackRow](), list[Looked]()
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
+            pack_rows.append(_pack_row(n, packs[done.index], done))
+            looks += outcome.looks
             for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
                 self._home[client] = done.worker
                 if sent.failure is not None or state is None:
@@ -211,7 +222,7 @@ class Coordinator:
         if not self._ledger.commit(after, memory, trained):
             return None
         seconds = time.perf_counter() - began
-        return _Trained(rows, seconds, self._rank(before) if due else None)
+        return _Trained(rows, seconds, self._moved(before) if due else {}, pack_rows, looks)
 
     def scores(self) -> tuple[Score, ...]:
         """The current model's; of its answers too before training and after it."""
@@ -235,9 +246,18 @@ class Coordinator:
 
     def peak_memory(self) -> int:
         """Bytes: the sum of the peaks, each as sampled, of this process and of the workers that answer."""
-        asked = [worker.peak_memory.remote() for worker in self._workers]
-        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=30)
-        return self._memory.peak + sum(_peak(reference) for reference in answered)
+        return self._memory.peak + sum(peak for _, peak in self._workers_memory(30))
+
+    def _memory_now(self) -> int | None:
+        """Bytes as last sampled, of this process and its workers; None where one of them does not answer."""
+        told = self._workers_memory(1)
+        return self._memory.last + sum(last for last, _ in told) if len(told) == len(self._workers) else None
+
+    def _workers_memory(self, seconds: float) -> list[tuple[int, int]]:
+        """What the workers say that answer within so many seconds."""
+        asked = [worker.memory.remote() for worker in self._workers]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
+        return [told for reference in answered if (told := _told(reference)) is not None]
 
     @property
     def _private(self) -> bool:
@@ -308,12 +328,13 @@ class Coordinator:
             down[client] = mixed_bytes(sent, shape, counted) if mixed else counted
         return down
 
-    def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any) -> Piece:
+    def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> Piece:
         home = self._home.get(clients[0], index % len(self._workers))
         lr = cohorts.learning_rate(self._config, n)
 
         def submit(worker: Any) -> Any:  # states come to memory when their turn has come
-            return worker.train.remote(n, clients, [self._ledger.stored(client) for client in clients], broadcast, lr)
+            states = [self._ledger.stored(client) for client in clients]
+            return worker.train.remote(n, clients, states, broadcast, lr, watched)
 
         return Piece(submit, home, f"clients {clients[0]}-{clients[-1]}", _sound)
 
@@ -324,10 +345,16 @@ class Coordinator:
             weights = self._pretrained(ModelShape((layer,)))
             yield layer.name, change.apply(weights[f"{layer.name}/weight"])
 
-    def _rank(self, before: ServerState) -> float:
-        """Median over the targets of the rank of the round's aggregated change."""
-        pairs = zip(self._effective(before), self._effective(self._ledger.standing.server), strict=True)
-        return statistics.median(change_rank(old, new) for (_, old), (_, new) in pairs)
+    def _moved(self, before: ServerState) -> dict[str, tuple[int, float]]:
+        """See `_Trained`."""
+        then, now = (self._method.model(server, self._shape) for server in (before, self._ledger.standing.server))
+        moved = {}
+        for layer in self._shape.targets:
+            pretrained = self._pretrained(ModelShape((layer,)))[f"{layer.name}/weight"]
+            old, new = (changes[layer.name].apply(pretrained) for changes in (then, now))
+            far = torch.dist(new, pretrained) / pretrained.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            moved[layer.name] = change_rank(old, new), float(far)
+        return moved
 
     def _verify(self) -> None:
         """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
@@ -341,11 +368,19 @@ class Coordinator:
             raise RunError("shared memory", "the broadcast's bytes changed", round=self._ledger.standing.server.round)
 
 
-def _peak(reference: Any) -> int:
+def _told(reference: Any) -> Any:
     try:
-        return int(ray.get(reference, timeout=30))
+        return ray.get(reference, timeout=30)
     except RayActorError:  # a worker that died at the very end must not cost the finished run
-        return 0
+        return None
+
+
+def _pack_row(n: int, pack: Sequence[int], done: Done) -> PackRow:
+    # Ray's answers are timed by a clock that has no date.
+    began = time.time() - (time.monotonic() - done.began)
+    trouble = "; ".join(dict.fromkeys(done.troubles)) or None
+    seconds, attempts = done.ended - done.began, len(done.troubles) + 1
+    return PackRow(n, done.index, len(pack), pack[0], done.worker, began, seconds, attempts, trouble)
 
 
 def worker_options(cpus: float, gpus: float) -> dict[str, Any]:

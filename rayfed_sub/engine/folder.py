@@ -1,4 +1,7 @@
-"""What a run leaves behind: config.yaml, log.jsonl, {rounds,clients,scores}.parquet, checkpoints/, summary.json.
+"""What a run leaves behind: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
+
+The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, and, of diagnostics, layers.parquet and
+client_layers.parquet.
 
 Every file appears whole or not at all; summary.json comes last of all, so a folder that has it holds a finished run.
 The tables never lack a round that a checkpoint has finished; rounds that they have beyond it are cut off when the run
@@ -19,11 +22,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer
 from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import Config
 from rayfed_sub.config_files import flat, load_config, yaml_text
 from rayfed_sub.engine import files
-from rayfed_sub.engine.journal import Beginning, ClientRow, RoundDone, RoundRow, ScoreRow, Summary
+from rayfed_sub.engine.journal import Beginning, ClientRow, PackRow, RoundDone, RoundRow, ScoreRow, Summary
 from rayfed_sub.engine.mirror import Place
 from rayfed_sub.errors import UserError
 
@@ -34,14 +38,18 @@ FREE = (
 """Settings that may differ when a run is taken up again: they change no bits of the rounds that are finished."""
 
 
+_OTHERS = {"clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer}
+"""Tables whose rows belong to a round each, by their names."""
+
+
 class RunFolder:
     """A run's folder, which is there already, owned by the process that started the run."""
 
     def __init__(self, place: Place) -> None:
         self.place, self.path = place, place.path
         self.rounds = _empty(RoundRow)
-        self._clients = _empty(ClientRow)
         self._scores = _empty(ScoreRow)
+        self._others = {name: _empty(kind) for name, kind in _OTHERS.items()}
 
     def begin(self, beginning: Beginning) -> None:
         """Notes the first line of the log, and the initial model's scores."""
@@ -52,7 +60,10 @@ class RunFolder:
         """Notes a finished round; the log has it at once, the tables with the next `write_tables`."""
         files.append(self.path / "log.jsonl", _line("round", asdict(done.row)))
         rounds = pa.concat_tables([self.rounds, _table(RoundRow, [done.row])])
-        self._clients = pa.concat_tables([self._clients, _table(ClientRow, done.client_rows)])
+        added = {"clients": done.client_rows, "packs": done.packs}
+        added |= {"layers": done.layers, "client_layers": done.client_layers}
+        for name, kind in _OTHERS.items():
+            self._others[name] = pa.concat_tables([self._others[name], _table(kind, added[name])])
         self._scores = pa.concat_tables([self._scores, _scored(done.row.round + 1, done.scores)])
         self.rounds = rounds  # last: it is what tells whether the round was noted
 
@@ -65,7 +76,7 @@ class RunFolder:
         if self.rounds.num_rows != round or not self.begun():
             allowed = f"a run folder with {round} rounds in rounds.parquet, as its checkpoint has, and its log"
             raise UserError("--resume", str(self.path), allowed, "begin anew in another folder")
-        self._clients = _before(round, self._read("clients", ClientRow))
+        self._others = {name: _before(round, self._read(name, kind)) for name, kind in _OTHERS.items()}
         scores = self._read("scores", ScoreRow)
         told = [entry for entry in self._entries() if entry["event"] != "round" or entry["round"] < round]
         files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in told).encode())
@@ -91,8 +102,8 @@ class RunFolder:
         return any(entry["event"] == "started" and "scores" in entry for entry in self._entries())
 
     def write_tables(self) -> None:
-        """rounds.parquet, clients.parquet and scores.parquet with all rows so far."""
-        for name, table in (("rounds", self.rounds), ("clients", self._clients), ("scores", self._scores)):
+        """All tables with all rows so far."""
+        for name, table in {"rounds": self.rounds, "scores": self._scores, **self._others}.items():
             content = io.BytesIO()
             parquet.write_table(table, content)
             files.write(self.path / f"{name}.parquet", content.getvalue())
@@ -229,7 +240,7 @@ def _line(event: str, entry: Mapping[str, Any]) -> str:
 
 def _schema(kind: type) -> pa.Schema:
     """The columns of a record: numbers and texts, any of which may be missing where the record says `| None`."""
-    arrow = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    arrow = {int: pa.int64(), float: pa.float64(), str: pa.string(), tuple[float, ...]: pa.list_(pa.float64())}
     hints = typing.get_type_hints(kind)
     plain = {name: hint.__args__[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints.items()}
     return pa.schema([(field.name, arrow[plain[field.name]]) for field in fields(kind)])

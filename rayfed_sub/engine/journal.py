@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer
 from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import Config
 
@@ -62,8 +63,9 @@ class PackDone:
 class RoundRow:
     """One round.  clients: sampled, those skipped among them; failed: skipped.  Bytes are wire bytes of the whole
     cohort; losses in nats per label; labels: tokens, or classified rows, that carried loss; change_rank: median over
-    the target layers of the rank of the aggregated change; epsilon: privacy spent up to here; seconds include
-    evaluation.
+    the target layers of the rank of the aggregated change; epsilon: privacy spent up to here; retries: packs' results
+    that were lost or unsound, and made again; memory_bytes: of coordinator and workers at the round's end; seconds
+    include evaluation.
     """
 
     round: int
@@ -78,6 +80,25 @@ class RoundRow:
     epsilon: float | None
     train_seconds: float
     seconds: float
+    retries: int = 0
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class PackRow:
+    """One pack's training: its number in the round, its clients and the first of them, which worker; began: Unix time
+    when the worker set about it, seconds until the result was there; attempts, and what troubled those before the last.
+    """
+
+    round: int
+    pack: int
+    clients: int
+    first: int
+    worker: int
+    began: float
+    seconds: float
+    attempts: int = 1
+    trouble: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +132,15 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round is over; row, client_rows and scores (none where no evaluation was due) go to the run folder."""
+    """A round is over; all of it goes to the run folder.  scores: none where no evaluation was due; layers and
+    client_layers: none where diagnostics did not look."""
 
     row: RoundRow
     client_rows: tuple[ClientRow, ...]
     scores: tuple[Score, ...] = ()
+    packs: tuple[PackRow, ...] = ()
+    layers: tuple[CohortLayer, ...] = ()
+    client_layers: tuple[ClientLayer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +148,8 @@ class Summary:
     """The finished run, as summary.json.  metrics: the scores over all held-out rows, `<metric>_before` training and
     `<metric>` after, which `analysis/scores.py` defines; dense_bytes: what one
     direction would have cost with dense target weights; privacy: epsilon and delta spent; wall_seconds and
-    peak_memory_bytes: of the last sitting; resumed: the rounds with which earlier sittings were taken up again."""
+    peak_memory_bytes: of the last sitting; planned_memory_bytes: what `plan` gives for all processes of a run on one
+    machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again."""
 
     name: str
     method: str
@@ -140,5 +166,6 @@ class Summary:
     versions: dict[str, str]
     environment: dict[str, Any]
     privacy: dict[str, float] | None = None
+    planned_memory_bytes: int | None = None
     resumed: tuple[int, ...] = ()
     folder: str = field(default="", compare=False)

@@ -9,13 +9,13 @@ import psutil
 
 
 class PeakMemory:
-    """Samples this process's PSS in a daemon thread until `close`; `peak` is the largest value seen, in bytes: a lower
-    bound, since a peak may fall between two samples and a restarted process begins anew."""
+    """Samples this process's PSS in a daemon thread until `close`; `last` is the newest value, `peak` the largest seen,
+    in bytes: a lower bound, since a peak may fall between two samples and a restarted process begins anew."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         self._process = psutil.Process()
         self._seconds = seconds
-        self._peak = 0
+        self.last = self._peak = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-memory")
         self._thread.start()
@@ -32,7 +32,8 @@ class PeakMemory:
 
     def _sample(self) -> None:
         memory = self._process.memory_full_info()
-        self._peak = max(self._peak, getattr(memory, "pss", memory.uss))
+        self.last = getattr(memory, "pss", memory.uss)
+        self._peak = max(self._peak, self.last)
 
     def _watch(self) -> None:
         while not self._over.wait(self._seconds):

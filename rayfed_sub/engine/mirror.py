@@ -29,7 +29,10 @@ from pyarrow import fs
 from rayfed_sub.errors import RunError, UserError
 
 _MANIFESTS = ("checkpoints/manifest-*.json",)
-_NEEDED = ("checkpoints/clients/[0-9]*.safetensors", "checkpoints/server-*.safetensors", "log.jsonl", "*.parquet")
+_NEEDED = (
+    *("checkpoints/clients/[0-9]*.safetensors", "checkpoints/server-*.safetensors", "log.jsonl", "*.parquet"),
+    *("report.html", "tensorboard/*"),  # for people: nothing is missing where summary.json is there
+)
 
 Order = tuple[tuple[str, ...], ...]
 """Patterns of the files that are sent, group by group; what is gone is deleted before the last.  Nothing else in the

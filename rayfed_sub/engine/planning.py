@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from rayfed_sub.analysis.machines import Machine, machine_named
-from rayfed_sub.analysis.parts import Parts
+from rayfed_sub.analysis.needs import need
+from rayfed_sub.analysis.parts import FEW, Parts
 from rayfed_sub.analysis.plan import Plan, plan
 from rayfed_sub.analysis.refusals import check_fits
 from rayfed_sub.engine.cohorts import cohort, local_steps
@@ -33,6 +34,11 @@ def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
     """UserError where the job cannot fit this machine; folder: where the run's files will lie, or a parent of it."""
     machine = here(job, folder)
     check_fits(job_parts(job), machine if on is None else machine_named(on, machine))
+
+
+def memory(job: Job) -> int:
+    """Bytes that all processes of the run take on one machine, as in its plan; some seconds for a large model."""
+    return need(job_parts(job), rounds=2, most=FEW).node()
 
 
 def here(job: Job, folder: Path = Path()) -> Machine:

@@ -53,6 +53,7 @@ def ray_session() -> Iterator[None]:
     with _our_signals():
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     _tighten_token()
+    _announce()
     try:
         yield
     finally:
@@ -76,6 +77,14 @@ def _our_signals() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)
+
+
+def _announce() -> None:
+    """Writes the file by which Prometheus finds this session's metrics; Ray itself does so with its dashboard only."""
+    from ray._private.metrics_agent import PrometheusServiceDiscoveryWriter
+
+    node = ray._private.worker._global_node
+    PrometheusServiceDiscoveryWriter(node.gcs_address, node.temp_dir, node.get_session_dir_path()).write()
 
 
 def _tighten_token() -> None:

@@ -46,11 +46,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished piece: its number, its result, the worker that did it."""
+    """A finished piece: its number, its result, the worker that did it.
+
+    began, ended: when the worker set about it and when its result was there, `time.monotonic()`.  troubles: why it did
+    not do at first, a line for each time that it was lost or unsound.
+    """
 
     index: int
     result: Any
     worker: int
+    began: float = 0.0
+    ended: float = 0.0
+    troubles: tuple[str, ...] = ()
 
 
 class Crew:
@@ -98,14 +105,15 @@ class Crew:
             self._welcome(moved[0])
         return None
 
-    def land(self, reference: ray.ObjectRef) -> int:
-        """A piece is over, one way or the other, and its worker goes on to the next: the piece's number."""
+    def land(self, reference: ray.ObjectRef) -> tuple[int, float]:
+        """A piece is over, one way or the other, and its worker goes on to the next: the piece's number, and when the
+        worker set about it."""
         index, worker = self.flying.pop(reference)
         self.load[worker] -= 1
-        del self._began[worker]
+        began = self._began.pop(worker)
         if self.load[worker]:
             self._began[worker] = time.monotonic()
-        return index
+        return index, began
 
     def overdue(self) -> list[int]:
         """The workers that have taken longer than the deadline over one piece."""
@@ -149,7 +157,8 @@ def in_order(crew: Crew, pieces: Sequence[Piece], stage: str) -> Iterator[Done]:
     the deadline, on its way back), and when no worker answers any more.
     """
     waiting = deque(range(len(pieces)))  # a retry goes to the front
-    losses: list[list[str]] = [[] for _ in pieces]
+    losses: list[list[str]] = [[] for _ in pieces]  # in a row
+    troubles: list[list[str]] = [[] for _ in pieces]
     spoiled: dict[int, int] = {}  # piece -> the worker that gave an unsound result
     ready: dict[int, Done] = {}
     next_out = 0
@@ -158,6 +167,7 @@ def in_order(crew: Crew, pieces: Sequence[Piece], stage: str) -> Iterator[Done]:
         """The first of the lost was at work, and may be the cause; those that waited at the door lost nothing."""
         causes = losses[lost[0]]
         causes.append(cause)
+        troubles[lost[0]].append(cause)
         if len(causes) == _LIVES:
             why = "; ".join(dict.fromkeys(causes))
             raise RunError(stage, f"{pieces[lost[0]].label} lost {_LIVES} times in a row: {why}")
@@ -179,14 +189,15 @@ def in_order(crew: Crew, pieces: Sequence[Piece], stage: str) -> Iterator[Done]:
         except RayError as error:
             cause = _lost(error)
             died = not isinstance(error, ObjectLostError | GetTimeoutError)
-            again(crew.rest(worker, cause) if died else [crew.land(moved)], cause)
+            again(crew.rest(worker, cause) if died else [crew.land(moved)[0]], cause)
             continue
-        index = crew.land(moved)
+        index, began = crew.land(moved)
         if index in spoiled or pieces[index].sound(result):
-            ready[index] = Done(index, result, worker)
+            ready[index] = Done(index, result, worker, began, time.monotonic(), tuple(troubles[index]))
         else:
             spoiled[index] = worker
             losses[index].clear()
+            troubles[index].append("a client failed")
             waiting.appendleft(index)
         while next_out in ready:
             yield ready.pop(next_out)

@@ -31,13 +31,17 @@ from rayfed_sub.engine.exchange import Packed, packed
 from rayfed_sub.engine.folder import RunFolder, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.engine.job import Job, check_resources, prepare
 from rayfed_sub.engine.journal import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
+from rayfed_sub.engine.live import Live
 from rayfed_sub.engine.memory import PeakMemory
 from rayfed_sub.engine.mirror import Place, placed
 from rayfed_sub.engine.nodes import nodes
 from rayfed_sub.engine.ray_session import joined, ray_session
+from rayfed_sub.engine.watch import Watch
 from rayfed_sub.engine.workers import Spec
 from rayfed_sub.errors import RunError
 from rayfed_sub.models.weights import load_weights
+from rayfed_sub.reports.report import write_report
+from rayfed_sub.reports.source import read_run
 
 _LIVES = 5  # coordinators that may die in a row without a checkpoint between them
 
@@ -93,22 +97,32 @@ def _run(config: Config, place: Place | None, tell: Listener, resume: bool, addr
         folder.place.saved()
         tell(Stage("starting Ray, loading weights"))
         with _hinted(folder, tell), ThreadPoolExecutor(1) as pool:
-            loading = [pool.submit(load_backbone, job)]
+            loading, planned = [pool.submit(load_backbone, job)], pool.submit(planning.memory, job)
             with ray_session():
                 # No name here may hold the weights for the whole run.
                 shared = Shared(ray.put(spec_of(job)), ray.put(loading.pop().result()), ray.put(job.dataset))
-                return carry_out(job, shared, folder, tell, began)
+                summary = carry_out(job, shared, folder, tell, began, planned.result)
+        write_report([read_run(folder.path)], folder.path / "report.html")
+    return summary
 
 
-def carry_out(job: Job, shared: Shared, folder: RunFolder, tell: Listener, began: float) -> Summary:
+def carry_out(
+    job: Job,
+    shared: Shared,
+    folder: RunFolder,
+    tell: Listener,
+    began: float,
+    planned: Callable[[], int | None] = lambda: None,
+) -> Summary:
     """The job in its folder, from the newest checkpoint on, in the Ray session that there is; its summary, written.
 
-    began: `time.perf_counter()` then.  Raises RunError where the run cannot go on.
+    began: `time.perf_counter()` then.  planned: bytes of memory.  Raises RunError where the run cannot go on.
     """
     with closing(PeakMemory()) as memory:
         summary = _through_deaths(job, folder, shared, tell)
         peak = summary.peak_memory_bytes + memory.peak
-        whole = replace(summary, wall_seconds=time.perf_counter() - began, peak_memory_bytes=peak)
+        wall = time.perf_counter() - began
+        whole = replace(summary, wall_seconds=wall, peak_memory_bytes=peak, planned_memory_bytes=planned())
         folder.write_summary(whole)
     return whole
 
@@ -190,7 +204,10 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
             record = answer(coordinator, reference, f"round {n}")
             if isinstance(record, RoundDone):
                 folder.add(record)
+                live.add(record)
             tell(record)
+            for symptom in watch.add(record) if isinstance(record, RoundDone) else ():
+                tell(Notice(symptom.text))
 
     done = ask("start")
     first = _beginning(done, folder, config, ask, tell)
@@ -198,6 +215,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
     tell(Started(config, folder.place.called(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     stream: ObjectRefGenerator | None = None
+    live, watch = Live(folder, config), Watch(folder, config)
     try:
         for n in range(done, rounds):
             stream = coordinator.run_round.options(num_returns="streaming").remote(n)
@@ -212,6 +230,8 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
         with suppress(RunError, RayError):  # a full disk stays full: the first trouble is the one to tell
             leave(folder, ask, lambda n: follow(stream, n) if stream is not None else None)
         raise
+    finally:
+        live.close()
 
 
 def _beginning(done: int, folder: RunFolder, config: Config, ask: Callable[[str], Any], tell: Listener) -> Beginning:

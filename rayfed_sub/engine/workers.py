@@ -20,6 +20,7 @@ from rayfed_sub.data.codec import Codec, PixelCodec
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.engine.cohorts import local_steps
+from rayfed_sub.engine.diagnosis import Looked, gradient_watch, looked
 from rayfed_sub.engine.exchange import Guard, Packed, PackedState, packed, unpacked
 from rayfed_sub.engine.memory import PeakMemory, give_back
 from rayfed_sub.methods.privacy import clipped
@@ -39,6 +40,7 @@ from rayfed_sub.records import (
 )
 from rayfed_sub.training.evaluation import Told, Verdict, answers, global_model, verdicts
 from rayfed_sub.training.failures import not_finite
+from rayfed_sub.training.gradients import GradientWatch
 from rayfed_sub.training.layers import based_on, install
 from rayfed_sub.training.pack import train_pack
 
@@ -74,10 +76,11 @@ class PackedUpdate:
 @dataclass(frozen=True)
 class PackOutcome:
     """What a worker returns for a pack: the uploads and the new states, in the pack's order.  A client that failed has
-    none: it keeps the one it had."""
+    none: it keeps the one it had.  looks: of the clients that are looked at."""
 
     updates: tuple[PackedUpdate, ...]
     states: tuple[PackedState | None, ...]
+    looks: tuple[Looked, ...] = ()
 
 
 def broadcast_of(config: Config, method: Method, server: ServerState) -> Tensors:
@@ -107,15 +110,22 @@ class Worker:
         """The device in words, once the backbone is mapped."""
         return str(self._device)
 
-    def peak_memory(self) -> int:
-        """Largest proportional set size seen so far, bytes."""
-        return self._memory.peak
+    def memory(self) -> tuple[int, int]:
+        """Proportional set size, bytes: as last sampled, and the largest seen so far."""
+        return self._memory.last, self._memory.peak
 
     def train(
-        self, round: int, clients: Sequence[int], states: Sequence[Any], broadcast: Packed, lr: float
+        self,
+        round: int,
+        clients: Sequence[int],
+        states: Sequence[Any],
+        broadcast: Packed,
+        lr: float,
+        watched: Sequence[int] = (),
     ) -> PackOutcome:
         """One pack's round.  states: per client None (its first round) or an object reference, fetched only when the
-        state is not resident.  A client that fails by itself says so in its update."""
+        state is not resident.  watched: whom diagnostics look at.  A client that fails by itself says so in its
+        update."""
         method, shape = self._spec.method, self._spec.skeleton.shape
         received = Broadcast(round, self._received(round, broadcast))
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
@@ -127,11 +137,13 @@ class Worker:
             for client, state in zip(clients, before, strict=True)
         ]
         batches = [self._batches(c, s.cursor if s else 0) for c, s in zip(clients, before, strict=True)]
-        results = self._train(received, starts, clients, batches, lr)
+        watch = gradient_watch(self._spec.config.diagnostics, shape, clients, starts, watched)
+        results = self._train(received, starts, clients, batches, lr, watch)
         updates: list[PackedUpdate] = []
         kept: list[PackedState | None] = []
+        looks: list[Looked] = []
         fresh: dict[int, ClientState] = {}
-        for result, state in zip(results, before, strict=True):
+        for result, state, start in zip(results, before, starts, strict=True):
             ended = self._ended(round, result, state, broadcast)
             if isinstance(ended, str):
                 updates.append(_failed(result, ended))
@@ -141,6 +153,8 @@ class Worker:
             fresh[result.client] = new
             updates.append(PackedUpdate(update.client, update.weight, packed(update.tensors), update.metrics))
             kept.append(PackedState(new.round, new.cursor, new.step, packed(new.tensors)))
+            if result.client in watched:
+                looks.append(looked(shape, start, result, update.weight, watch))
         # A pack with a failure runs again; if the failure stays away then, the others may end with other bits.
         if len(fresh) == len(results):
             for client, new in fresh.items():
@@ -148,7 +162,7 @@ class Worker:
         given.check()
         self._guard.check()
         give_back()
-        return PackOutcome(tuple(updates), tuple(kept))
+        return PackOutcome(tuple(updates), tuple(kept), tuple(looks))
 
     def evaluate(
         self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
@@ -213,6 +227,7 @@ class Worker:
         clients: Sequence[int],
         batches: Sequence[ClientBatches],
         lr: float,
+        watch: GradientWatch,
     ) -> list[LocalResult]:
         config, shape, pad = self._spec.config, self._spec.skeleton.shape, self._spec.codec.pad
         bases = {
@@ -231,7 +246,9 @@ class Worker:
         mu = config.federation.proximal
         with based_on(self._layers, bases):
             rest = (starts, clients, batches, config.optimizer)
-            return train_pack(self._model, self._layers, shape, *rest, lr=lr, seed=config.seed, pad=pad, proximal=mu)
+            return train_pack(
+                self._model, self._layers, shape, *rest, lr=lr, seed=config.seed, pad=pad, proximal=mu, watch=watch
+            )
 
     def _ended(
         self, round: int, result: LocalResult, state: ClientState | None, broadcast: Packed

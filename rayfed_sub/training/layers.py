@@ -5,7 +5,7 @@ Legend: G clients, B rows, T tokens, N = B * T, m outputs, n inputs, r rank, R s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class Terms:
     closed_left_GmR: Tensor | None = None
     closed_right_GRn: Tensor | None = None
     base_scale_G: Tensor | None = None
-    capture: Capture | None = None
+    captures: Sequence[Capture] = ()
     """Called in the backward pass with this layer's (x, d), each (G, N, size)."""
 
 
@@ -61,9 +61,9 @@ class PackLinear(nn.Module):
         low_GNm = _low_rank(x_GNn.float(), terms)
         if low_GNm is not None:
             y_GNm = y_GNm + low_GNm.to(y_GNm.dtype)
-        if terms.capture is not None and y_GNm.requires_grad:
-            capture, kept_GNn = terms.capture, x_GNn.detach()
-            y_GNm.register_hook(lambda d_GNm: capture(kept_GNn, d_GNm))
+        if terms.captures and y_GNm.requires_grad:
+            captures, kept_GNn = terms.captures, x_GNn.detach()
+            y_GNm.register_hook(lambda d_GNm: _show(captures, kept_GNn, d_GNm))
         return y_GNm.reshape(*x.shape[:-1], -1)
 
     def _base(self, x_GNn: Tensor, terms: Terms) -> Tensor:
@@ -77,6 +77,11 @@ class PackLinear(nn.Module):
         if terms.base_scale_G is not None:
             y_GNm = y_GNm * terms.base_scale_G[:, None, None].to(y_GNm.dtype)
         return y_GNm if bias is None else y_GNm + bias
+
+
+def _show(captures: Sequence[Capture], x_GNn: Tensor, d_GNm: Tensor) -> None:
+    for capture in captures:
+        capture(x_GNn, d_GNm)
 
 
 def _low_rank(x_GNn: Tensor, terms: Terms) -> Tensor | None:

@@ -21,6 +21,7 @@ from rayfed_sub.data.batches import Batches, merge
 from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.failures import drawn, not_finite
+from rayfed_sub.training.gradients import GradientWatch
 from rayfed_sub.training.layers import PackLinear, Terms
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.proximal import pull
@@ -67,12 +68,13 @@ def train_pack(
     seed: int,
     pad: int,
     proximal: float = 0.0,
+    watch: GradientWatch | None = None,
 ) -> list[LocalResult]:
     """Trains client i from starts[i] for len(batches[i]) optimiser steps, one batch each; results in the given order.
 
     model: the frozen model with `layers` installed; layers' weights are the round's base weights.  Ranks, scales, step
     counts and numbers of steps may differ between clients; `trained`, `decays_base` and the kind of subspace may not.
-    proximal: FedProx's mu (see `proximal.pull`).
+    proximal: FedProx's mu (see `proximal.pull`).  watch: sees the gradients of the first local step.
     A client whose batch cannot be drawn, or whose loss, gradient or result is not finite, leaves the pack, the others
     unharmed, and comes back with `failure` set; what it holds besides that and its metrics means nothing.
     """
@@ -87,7 +89,7 @@ def train_pack(
             break
         merged = merge([own_batches[trainee.client] for trainee in pack.trainees], pad)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in merged.items()}
-        _step(model, layers, shape, pack, batch, optimizer, lr, seed, proximal)
+        _step(model, layers, shape, pack, batch, optimizer, lr, seed, proximal, watch if t == 0 else None)
     _without_finished(pack, None, shape, results)
     return [results[client] for client in clients]
 
@@ -115,13 +117,14 @@ def _step(
     lr: float,
     seed: int,
     proximal: float,
+    watch: GradientWatch | None,
 ) -> None:
     """One forward, backward and optimiser step of every client in the pack."""
     trainees, first = pack.trainees, pack.trainees[0].start
     scale_G = torch.tensor([trainee.start.scale for trainee in trainees], device=batch["labels"].device)
     leaves = {name: pack.tensors[name].detach().requires_grad_() for name in first.trained}
     refresh = _refresh(pack, seed)
-    _bind(layers, shape, pack, {**pack.tensors, **leaves}, scale_G, refresh)
+    _bind(layers, shape, pack, {**pack.tensors, **leaves}, scale_G, refresh, watch)
     try:
         loss_G, count_G = client_losses(model, batch, len(trainees))
         grads = _gradients(loss_G.sum() + _penalties(trainees, {**pack.tensors, **leaves}), leaves)
@@ -208,13 +211,17 @@ def _bind(
     tensors: Tensors,
     scale_G: Tensor,
     refresh: Refresh | None,
+    watch: GradientWatch | None,
 ) -> None:
     """Hands every layer its clients' terms for one forward pass."""
     G = len(pack.trainees)
     base_scales = [trainee.base_scale for trainee in pack.trainees]
     base_scale_G = scale_G.new_tensor(base_scales) if any(c != 1.0 for c in base_scales) else None
+    clients = [trainee.client for trainee in pack.trainees]
     for layer in shape.targets:
         closed = pack.closed[layer.name]
+        hooks = [] if refresh is None else [refresh.capture(layer)]
+        hooks += [] if watch is None else watch.hooks(layer.name, clients)
         layers[layer.name].terms = Terms(
             clients=G,
             weight_Gmn=tensors.get(f"{layer.name}/weight"),
@@ -225,7 +232,7 @@ def _bind(
             closed_left_GmR=closed.left_GmR,
             closed_right_GRn=closed.right_GRn,
             base_scale_G=base_scale_G,
-            capture=None if refresh is None else refresh.capture(layer),
+            captures=hooks,
         )
     for layer in shape.head:
         weight, bias = tensors[f"{layer.name}/weight"], tensors.get(f"{layer.name}/bias")

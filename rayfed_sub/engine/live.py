@@ -1,0 +1,150 @@
+"""A run's numbers while it runs: TensorBoard's scalars in the run folder, gauges on Ray's Prometheus endpoints."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyarrow import compute
+from ray.util.metrics import Gauge
+
+from rayfed_sub.config import Config
+from rayfed_sub.engine import files
+from rayfed_sub.engine.folder import RunFolder
+from rayfed_sub.engine.journal import RoundDone
+from rayfed_sub.engine.scalars import FIGURES, SCORES, SUMMED, judged, scalars
+
+_PREFIX = "rayfed_sub_"  # Ray puts its own ray_ in front
+_SECONDS = 1.0  # no emitter reports more often
+
+
+class Live:
+    """Shows the rounds of a sitting, which begins after those that the folder's tables hold.
+
+    To be closed before Ray is shut down.  Raises RunError where the disk is full.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config) -> None:
+        done = folder.rounds.num_rows
+        sums = {tag: compute.sum(folder.rounds[column]).as_py() for tag, column in SUMMED.items()}
+        self._sums = {tag: float(total or 0) for tag, total in sums.items()}  # None: of nothing
+        start = {"round/finished": float(done), **self._sums, **judged(folder.scores(done))}
+        self._events = Events(folder.path / "tensorboard", done + 1 if done else 0)
+        if not done:
+            self._events.add(0, start)
+        tags = {"run": config.name, "method": str(config.method["name"]), "folder": folder.place.called()}
+        self._gauges = Gauges(tags)
+        self._gauges.show(start)
+
+    def add(self, done: RoundDone) -> None:
+        """Shows a finished round.  Raises RunError where the disk is full."""
+        values = scalars(done, self._sums)
+        self._sums = {tag: values[tag] for tag in SUMMED}
+        self._gauges.show(values)
+        self._events.add(done.row.round + 1, values)
+
+    def close(self) -> None:
+        """Ends what repeats the gauges."""
+        self._gauges.close()
+
+
+class Events:
+    """TensorBoard's event files, one for each sitting, in the order of their names.
+
+    first: the step that comes first; TensorBoard forgets what earlier sittings said of it and of later ones.  Written
+    here and not by tensorboardX's own writer, whose thread would die of a full disk, and its caller wait for ever.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        with files.told(folder):
+            folder.mkdir(exist_ok=True)
+            sitting = sum(1 for _ in folder.glob("*.tfevents.*"))
+        self._path = folder / f"events.out.tfevents.{sitting:06d}"
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(file_version="brain.Event:2"), Event(step=first, session_log=start))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Notes values by name after `step` finished rounds.  Raises RunError where the disk is full."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        told = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=told)))
+
+    def _write(self, *events: Any) -> None:
+        now = time.time()
+        for event in events:
+            event.wall_time = now
+        with files.told(self._path), self._path.open("ab") as file:
+            file.write(b"".join(_framed(event.SerializeToString()) for event in events))
+
+
+class Gauges:
+    """Gauges of this process, which must be connected to Ray; on the endpoint of its node as `ray_rayfed_sub_...`.
+
+    Ray hands a gauge's value on once and forgets it two reports later, so that what ended is seen to have ended: a
+    daemon thread sets each anew every second until `close`.  tags: of all gauges.
+    """
+
+    def __init__(self, tags: Mapping[str, str]) -> None:
+        self._tags = {key: _ascii(value) for key, value in tags.items()}
+        keys = tuple(self._tags)
+        self._gauges = {_PREFIX + SCORES: Gauge(_PREFIX + SCORES, "over all held-out rows", (*keys, "score"))}
+        for tag, meaning in FIGURES.items():
+            name, _ = gauge_of(tag)
+            self._gauges[name] = Gauge(name, meaning, keys)
+        self._values: dict[str, float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, daemon=True, name="gauges")
+        self._thread.start()
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Sets the gauges of these names; others stay as they are."""
+        self._values = {**self._values, **values}  # another dict: the thread may be walking through that one
+
+    def close(self) -> None:
+        """Ends the thread; Ray forgets the values within half a minute."""
+        self._over.set()
+        self._thread.join()
+
+    def _repeat(self) -> None:
+        while not self._over.wait(_SECONDS):
+            for tag, value in self._values.items():
+                name, score = gauge_of(tag)
+                self._gauges[name].set(value, self._tags if score is None else {**self._tags, "score": _ascii(score)})
+
+
+def gauge_of(tag: str) -> tuple[str, str | None]:
+    """The gauge of a number's name, and which score it is.
+
+    >>> gauge_of("loss/training"), gauge_of("scores/f1/cat")
+    (('rayfed_sub_loss_training', None), ('rayfed_sub_scores', 'f1/cat'))
+    """
+    group, _, name = tag.partition("/")
+    return (_PREFIX + SCORES, name) if group == SCORES else (_PREFIX + tag.replace("/", "_"), None)
+
+
+def _ascii(text: str) -> str:
+    """Ray takes no other characters.
+
+    >>> _ascii("größe")
+    'gr\\\\xf6\\\\xdfe'
+    """
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _framed(record: bytes) -> bytes:
+    """A record of a TFRecord file: its length, the record, and a checksum of each.
+
+    https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
+    """
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(record))
+    return length + struct.pack("<I", masked_crc32c(length)) + record + struct.pack("<I", masked_crc32c(record))

@@ -1,0 +1,1 @@
+"""Reports about runs: from their folders to one HTML page."""

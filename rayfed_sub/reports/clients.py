@@ -1,0 +1,140 @@
+"""Clients: how unequal they are, and a table of them."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from rayfed_sub.page import Cell, Details, Figure, Section, Table, Text
+from rayfed_sub.reports.curves import legend
+from rayfed_sub.reports.layers import DETAILED
+from rayfed_sub.reports.lines import ROUNDS, Axis, Curve, overlay
+from rayfed_sub.reports.source import Run, Runs
+from rayfed_sub.reports.words import LOWER, SCORES, cell, count, evenly, number, rounded, score
+
+_SHARES = 201
+"""Points of a curve over clients."""
+
+
+def clients(runs: Runs) -> Section | None:
+    """Scores of clients from best to worst, and for each run their losses over rounds and their table."""
+    shown = [name for name, run in runs.items() if len(run.clients)][:DETAILED]
+    if not shown:
+        return None
+    unequal = [figure for metric in ("held_out_loss", "accuracy") for figure in _unequal(runs, metric)]
+    details = [
+        Details(
+            count("client", runs[name].clients["client"].nunique())
+            if len(runs) == 1
+            else f"{name}: {count('client', runs[name].clients['client'].nunique())}",
+            [*_spread(runs[name]), table(runs[name])],
+            opened=len(runs) == 1,
+        )
+        for name in shown
+    ]
+    few = [Text(f"Tables of the first {DETAILED} runs.")] if len(shown) < len(runs) else []
+    return Section("Clients", [*(legend(runs) if unequal else []), *unequal, *few, *details])
+
+
+def table(run: Run) -> Table:
+    """A row per client that was sampled at least once."""
+    by_client = per_client(run)
+    heads = {
+        **{"rounds": "times trained", "skipped": "skipped", "weight": "weight", "steps": "local steps"},
+        **{"up": "up (MB)", "down": "down (MB)", "loss_first": "first loss", "loss_last": "last loss"},
+        **{"cosine": "cosine to mean", "distance": "distance to mean", "turned": "subspace kept"},
+    }
+    columns = ["client", *(str(name) for name in by_client if by_client[name].notna().any())]
+    rows: list[list[Cell | str]] = [
+        [Cell(f"{client}", float(client)), *map(cell, values)]
+        for client, *values in by_client[columns[1:]].itertuples(name=None)
+    ]
+    said = "Each client that was sampled. weight: what it counted for when it last took part, its rows or 1. Losses: "
+    said += "means over its local steps, in nats per label. "
+    if "cosine" in columns:
+        said += "cosine, distance: of its change to the cohort's mean change, over the layers and rounds looked at. "
+    if {*SCORES} & {*columns}:
+        said += "Scores: at the last evaluation, over held-out rows like its own."
+    return Table(said.strip(), [heads.get(name, score(name).partition(" (")[0]) for name in columns], rows)
+
+
+def per_client(run: Run) -> pd.DataFrame:
+    """What is known of each client over the whole run, float64, by client; columns as in `table`."""
+    rows = run.clients.astype({name: "float64" for name in run.clients if name not in ("failure", "round", "client")})
+    skipped = rows["failure"].notna()
+    trained = rows[~skipped].sort_values("round", kind="stable").groupby("client")
+    every = rows.assign(skipped=skipped.astype("float64")).groupby("client")
+    found = pd.DataFrame(
+        {
+            "rounds": trained.size().astype("float64"),
+            "skipped": every["skipped"].sum(),
+            "weight": trained["weight"].last(),
+            "steps": trained["steps"].sum(),
+            "up": every["uplink_bytes"].sum() / 1e6,
+            "down": every["downlink_bytes"].sum() / 1e6,
+            "loss_first": trained["loss"].first(),
+            "loss_last": trained["loss"].last(),
+        }
+    ).sort_index()
+    found["rounds"] = found["rounds"].fillna(0.0)
+    if not found["skipped"].any():
+        found = found.drop(columns="skipped")
+    looked = ["cosine", "distance", "turned"]
+    seen = run.client_layers[["client", *looked]].astype(dict.fromkeys(looked, "float64"))
+    found = found.join(seen.groupby("client")[looked].mean())
+    scores = last_scores(run)
+    return found.join(scores[[metric for metric in SCORES if metric in scores]])
+
+
+def last_scores(run: Run) -> pd.DataFrame:
+    """Each client's scores at the last evaluation, by client; no classes' own."""
+    own = run.scores[run.scores["client"].notna() & ~run.scores["metric"].astype("str").str.contains("/")]
+    own = own[own["rounds"] == own["rounds"].max()]
+    found = own.astype({"client": "int64", "value": "float64"})
+    table: pd.DataFrame = found.pivot_table(index="client", columns="metric", values="value")
+    return table
+
+
+def _unequal(runs: Runs, metric: str) -> list[Figure]:
+    """A score of all clients, sorted: a flat curve is a model that serves all alike."""
+    curves = []
+    for at, (name, run) in enumerate(runs.items()):
+        scores = last_scores(run)
+        values = sorted(scores[metric].dropna().tolist(), reverse=metric not in LOWER) if metric in scores else []
+        if len(values) > 1:
+            kept = evenly(range(len(values)), _SHARES)
+            x, y = [100 * place / (len(values) - 1) for place in kept], [values[place] for place in kept]
+            curves.append(Curve(at, name, x, y, f"best {number(y[0])}, worst {number(y[-1])}"))
+    title = f"{score(metric)[0].upper()}{score(metric)[1:]} of clients, best to worst"
+    axis = Axis("share of clients (%)", {"nticks": 6})
+    caption = "At the last evaluation, over held-out rows like each client's own: the flatter, the more alike."
+    return [overlay(title, axis, Axis(""), curves, caption)] if curves else []
+
+
+def _spread(run: Run) -> list[Figure]:
+    """The middle and the ends of clients' losses over rounds."""
+    losses = run.clients.dropna(subset=["loss"]).astype({"loss": "float64"}).groupby("round")["loss"]
+    if losses.ngroups < 2 or losses.size().max() < 2:
+        return []
+    low, middle, high = (losses.quantile(share) for share in (0.1, 0.5, 0.9))
+    rounds = evenly(middle.index.tolist(), _SHARES)
+    said = f"Median {number(middle.iloc[0])} in the first round, {number(middle.iloc[-1])} in the last; from "
+    said += f"{number(low.iloc[-1])} to {number(high.iloc[-1])} there"
+    figure = overlay(
+        "Training loss of clients (nats/label)",
+        ROUNDS,
+        Axis(""),
+        [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], said)],
+        "Median over the round's clients; the band holds the middle four fifths of them.",
+    )
+    band = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [round + 1 for round in rounds] + [round + 1 for round in rounds[::-1]],
+        "y": [rounded(high[round]) for round in rounds] + [rounded(low[round]) for round in rounds[::-1]],
+        "fill": "toself",
+        "fillcolor": "--faint",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
+    median = {key: value for key, value in figure.data[0].items() if key != "meta"}  # no run of the legend
+    return [Figure(figure.label, figure.caption, [band, median], figure.layout, title=figure.title)]

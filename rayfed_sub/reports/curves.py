@@ -1,0 +1,135 @@
+"""Quality over rounds and against bytes, all runs in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from rayfed_sub.page import Cell, Details, Figure, Legend, Section, Table
+from rayfed_sub.reports.lines import ROUNDS, Axis, Curve, log_where_wide, overlay
+from rayfed_sub.reports.source import Run, Runs
+from rayfed_sub.reports.words import LOWER, SCORES, cell, count, number, score
+
+AGAINST_BYTES = ("held_out_loss", "token_accuracy", "rouge_l", "accuracy", "macro_f1")
+"""The scores that are also drawn against what was sent."""
+
+
+def quality(runs: Runs) -> Section | None:
+    """Every score over all held-out rows, and the training loss, over rounds."""
+    figures: list[Figure] = []
+    for metric in _metrics(runs):
+        figures += _scores(runs, metric)
+    figures += _training_loss(runs)
+    classes = _classes(runs)
+    if not figures:
+        return None
+    return Section("Quality over rounds", [*legend(runs), *figures, *classes])
+
+
+def traffic(runs: Runs) -> Section | None:
+    """Scores against the bytes sent until then."""
+    figures = [
+        figure for metric in _metrics(runs) if metric in AGAINST_BYTES for figure in _against_bytes(runs, metric)
+    ]
+    return Section("Quality against traffic", [*legend(runs), *figures]) if figures else None
+
+
+def legend(runs: Runs) -> list[Legend]:
+    """The key to figures of several runs."""
+    return [Legend(list(runs))] if len(runs) > 1 else []
+
+
+def overall(run: Run, metric: str) -> pd.Series[float]:
+    """A score over all held-out rows by finished rounds."""
+    scores = run.scores
+    rows = scores[(scores["metric"] == metric) & scores["client"].isna()]
+    if rows.empty and metric == "held_out_loss":  # a run that was cut off has its rounds in the log alone
+        rows = run.rounds[run.rounds["held_out_loss"].notna()]
+        return pd.Series(rows["held_out_loss"].to_numpy("float64"), index=rows["round"].to_numpy("int64") + 1)
+    found = pd.Series(rows["value"].to_numpy("float64"), index=rows["rounds"].to_numpy("int64"))
+    return found.dropna().sort_index()
+
+
+def change(metric: str, values: Sequence[float], rounds: Sequence[int]) -> str:
+    """A score's way, in words."""
+    begun = f"after {count('round', rounds[0])}" if rounds[0] else "before training"
+    before = f"{number(values[0])} {begun}"
+    if len(values) == 1:
+        return before
+    best = min(values) if metric in LOWER else max(values)
+    top = "" if best == values[-1] else f", best {number(best)} after {rounds[list(values).index(best)]}"
+    return f"{before}, {number(values[-1])} after {count('round', rounds[-1])}{top}"
+
+
+def _metrics(runs: Runs) -> list[str]:
+    """The scores that any run has, but for classes' own."""
+    found = {metric for run in runs.values() for metric in run.scores["metric"].dropna().unique() if "/" not in metric}
+    found |= {"held_out_loss" for run in runs.values() if run.rounds["held_out_loss"].notna().any()}
+    return [*(metric for metric in SCORES if metric in found), *sorted(found - set(SCORES))]
+
+
+def _scores(runs: Runs, metric: str) -> list[Figure]:
+    curves = []
+    for at, (name, run) in enumerate(runs.items()):
+        values = overall(run, metric)
+        if len(values):
+            x, y = values.index.tolist(), values.tolist()
+            curves.append(Curve(at, name, x, y, change(metric, y, x)))
+    better = "lower" if metric in LOWER else "higher"
+    caption = f"Over all held-out rows; {better} is better."
+    return [overlay(_title(metric), ROUNDS, Axis(""), curves, caption)] if curves else []
+
+
+def _training_loss(runs: Runs) -> list[Figure]:
+    curves = []
+    for at, (name, run) in enumerate(runs.items()):
+        rows = run.rounds[run.rounds["loss"].notna()]
+        if len(rows):
+            x, y = (rows["round"] + 1).tolist(), rows["loss"].tolist()
+            curves.append(Curve(at, name, x, y, f"{number(y[0])} in the first round, {number(y[-1])} in the last"))
+    caption = "Mean over the clients' local steps of a round, each on its own rows."
+    return [overlay("Training loss (nats/label)", ROUNDS, Axis(""), curves, caption)] if curves else []
+
+
+def _against_bytes(runs: Runs, metric: str) -> list[Figure]:
+    curves = []
+    for at, (name, run) in enumerate(runs.items()):
+        values, total = overall(run, metric), sent(run)
+        known = [rounds for rounds in values.index if rounds == 0 or rounds in total.index]
+        if any(known) and total.max():
+            x = [total[rounds] / 1e6 if rounds else 0.0 for rounds in known]
+            y = [values[rounds] for rounds in known]
+            curves.append(Curve(at, name, x, y, f"{number(y[-1])} for {number(x[-1])} MB"))
+    if not curves:
+        return []
+    layout = log_where_wide([curve.x[-1] for curve in curves])
+    if layout.get("type") == "log":  # on which the state before training, at 0 bytes, has no place
+        curves = [replace(curve, x=curve.x[not curve.x[0] :], y=curve.y[not curve.x[0] :]) for curve in curves]
+    caption = "Wire bytes of all clients, up and down together, from the first round to that evaluation."
+    return [overlay(_title(metric), Axis("MB sent up and down", layout), Axis(""), curves, caption)]
+
+
+def sent(run: Run) -> pd.Series[float]:
+    """Bytes up and down until so many rounds were finished."""
+    total = (run.rounds["uplink_bytes"] + run.rounds["downlink_bytes"]).astype("float64").cumsum()
+    return pd.Series(total.to_numpy(), index=run.rounds["round"].to_numpy("int64") + 1)
+
+
+def _classes(runs: Runs) -> list[Details]:
+    """F1 of every class at the end."""
+    rows: list[list[Cell | str]] = []
+    for name, run in runs.items():
+        for metric in sorted(metric for metric in run.scores["metric"].unique() if metric.startswith("f1/")):
+            values = overall(run, metric)
+            first = values.get(0)
+            rows.append([name, metric.removeprefix("f1/"), cell(first), cell(values.iloc[-1]), cell(values.max())])
+    columns = ["run", "class", "before training", "last", "best"]
+    table = Table("F1 of each class over all held-out rows.", columns, rows)
+    return [Details("F1 of each class", [table])] if rows else []
+
+
+def _title(metric: str) -> str:
+    said = score(metric)
+    return said[0].upper() + said[1:]

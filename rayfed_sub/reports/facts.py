@@ -1,0 +1,96 @@
+"""What was run and what came of it, in short: facts of one run, a table of several."""
+
+from __future__ import annotations
+
+from rayfed_sub.page import Cell, Facts, Section, Table
+from rayfed_sub.reports.curves import change, overall
+from rayfed_sub.reports.source import Run, Runs
+from rayfed_sub.reports.words import SCORES, cell, count, duration, megabytes, score
+
+_HEADLINES = ("held_out_loss", "token_accuracy", "rouge_l", "accuracy", "macro_f1")
+
+
+def results(runs: Runs) -> Section:
+    """One run: what was run and how it ended.  Several: a row of each."""
+    if len(runs) == 1:
+        return Section("Result", [Facts(_facts(run)) for run in runs.values()])
+    return Section("Results", [_table(runs)])
+
+
+def state(run: Run) -> str:
+    """How far a run is."""
+    planned = run.config.federation.rounds
+    if run.summary:
+        again = f", taken up again {count('time', len(run.resumed))}" if run.resumed else ""
+        return f"finished: {count('round', run.done)}{again}"
+    return f"not finished: {run.done:,} of {f'{planned:,}' if planned else '?'} rounds so far"
+
+
+def _facts(run: Run) -> dict[str, str]:
+    config, federation = run.config, run.config.federation
+    cohort = f", {federation.cohort:,} in a round" if federation.cohort != federation.clients else ""
+    found = {"state": state(run)}
+    for metric in SCORES:
+        values = overall(run, metric)
+        if len(values):
+            found[score(metric)] = change(metric, values.tolist(), values.index.tolist())
+    found |= {
+        "method": _method(run),
+        "model": f"{config.model.path}, {config.model.dtype}",
+        "task": config.task.name,
+        "clients": f"{federation.clients:,}{cohort}",
+        "local steps": _steps(run),
+        "partition": config.federation.partition.kind,
+    }
+    if run.done:
+        found["sent up"] = _bytes(run, "uplink_bytes")
+        found["sent down"] = _bytes(run, "downlink_bytes")
+        seconds, training = run.rounds["seconds"].sum(), run.rounds["train_seconds"].sum()
+        found["time in rounds"] = f"{duration(seconds)}, {duration(training)} of it training"
+    if run.rounds["epsilon"].notna().any():
+        found["privacy"] = f"epsilon {run.rounds['epsilon'].max():.3g} at delta {config.privacy.delta:g}"
+    if "weights_sha256" in run.summary:
+        found["weights_sha256"] = str(run.summary["weights_sha256"])
+    return found | {"seed": str(config.seed), "folder": str(run.folder)}
+
+
+def _method(run: Run) -> str:
+    rank = run.config.method.get("rank")
+    return run.method if rank is None else f"{run.method}, rank {rank}"
+
+
+def _steps(run: Run) -> str:
+    steps = run.config.federation.model_dump(mode="json")["local_steps"]
+    if isinstance(steps, dict):
+        return f"{steps['low']} to {steps['high']}"
+    return ", ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
+
+
+def _bytes(run: Run, direction: str) -> str:
+    total, dense = int(run.rounds[direction].sum()), run.summary.get("dense_bytes")
+    if not dense or not total:
+        return megabytes(total)
+    share = f"{dense / total:.1f} times less than" if total < dense else f"{total / dense:.1f} times"
+    return f"{megabytes(total)}, {share} the {megabytes(dense)} of dense target weights"
+
+
+def _table(runs: Runs) -> Table:
+    scores = [metric for metric in _HEADLINES if any(len(overall(run, metric)) for run in runs.values())]
+    called = [score(metric).partition(" (")[0] for metric in scores]
+    heads = ["run", "method", "rank", *called, "up (MB)", "down (MB)", "time in rounds (s)", "state", "rounds"]
+    heads += ["clients", "in a round", "local steps", "seed", "weights"]
+    rows: list[list[Cell | str]] = []
+    for name, run in runs.items():
+        federation, rank = run.config.federation, run.config.method.get("rank")
+        values = [overall(run, metric) for metric in scores]
+        rows.append(
+            [
+                *(name, run.method, cell(rank if isinstance(rank, int) else None)),
+                *(cell(found.iloc[-1] if len(found) else None) for found in values),
+                *(cell(run.rounds[way].sum() / 1e6) for way in ("uplink_bytes", "downlink_bytes")),
+                *(cell(run.rounds["seconds"].sum()), "finished" if run.summary else "not finished", cell(run.done)),
+                *(cell(federation.clients), cell(federation.cohort), _steps(run), cell(run.config.seed)),
+                str(run.summary.get("weights_sha256", "-"))[:12],
+            ]
+        )
+    return Table("A row for each run; scores as at its last evaluation.", heads, rows)

@@ -1,0 +1,35 @@
+"""What went wrong and was mended or left out: skipped clients, packs trained again, runs taken up again."""
+
+from __future__ import annotations
+
+from rayfed_sub.page import Cell, Section, Table, Text
+from rayfed_sub.reports.source import Run, Runs
+from rayfed_sub.reports.words import count
+
+
+def failures(runs: Runs) -> Section | None:
+    """A row for each, None where all went well."""
+    rows = [[*([name] if len(runs) > 1 else []), *row] for name, run in runs.items() for row in _rows(run)]
+    retries = {name: int(run.rounds["retries"].fillna(0).sum()) for name, run in runs.items()}
+    told = [f"{name}: {count('result', lost)} made again." for name, lost in retries.items() if lost]
+    if not rows:
+        return Section("Failures and retries", [Text(" ".join(told))]) if told else None
+    columns = [*(["run"] if len(runs) > 1 else []), "round", "what", "who", "attempts", "cause"]
+    caption = (
+        "Clients that were skipped, packs that were trained again, and rounds with which a run was taken up again."
+    )
+    return Section("Failures and retries", [*([Text(" ".join(told))] if told else []), Table(caption, columns, rows)])
+
+
+def _rows(run: Run) -> list[list[Cell | str]]:
+    rows: list[tuple[int, list[Cell | str]]] = []
+    for row in run.clients[run.clients["failure"].notna()].to_dict("records"):
+        rows.append((row["round"], ["client skipped", f"client {row['client']}", Cell("-", None), str(row["failure"])]))
+    packs = run.packs[(run.packs["attempts"].fillna(1) > 1) | run.packs["trouble"].notna()]
+    for row in packs.to_dict("records"):
+        attempts = Cell(f"{row['attempts']:g}", float(row["attempts"]))
+        cause = row["trouble"] if isinstance(row["trouble"], str) else ""
+        rows.append((row["round"], ["pack again", f"pack {row['pack']}, worker {row['worker']}", attempts, cause]))
+    for round in run.resumed:
+        rows.append((round, ["run taken up again", "", Cell("-", None), ""]))
+    return [[Cell(f"{round + 1}", float(round + 1)), *cells] for round, cells in sorted(rows, key=lambda row: row[0])]

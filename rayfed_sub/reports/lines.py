@@ -1,0 +1,82 @@
+"""Curves of all runs in one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayfed_sub.page import Figure, line_style, plain
+from rayfed_sub.reports.words import evenly, listed, rounded
+
+_POINTS = 300
+"""Points of a curve; one with more is thinned."""
+_MARKED = 40
+"""A curve with more points has no marks on it but at its end."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's curve.  at: its place in the legend; said: what of it a label tells, in words and numbers; style: what
+    its line has other than the run's."""
+
+    at: int
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    said: str = ""
+    style: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """title: what is on it, with its unit; the layout's keys for the rest."""
+
+    title: str
+    layout: Mapping[str, Any] = field(default_factory=dict)
+
+
+ROUNDS = Axis("finished rounds", {"tickformat": ",d", "nticks": 8})
+
+
+def overlay(title: str, x: Axis, y: Axis, curves: Sequence[Curve], caption: str) -> Figure:
+    """The curves over one x-axis."""
+    spoken = [f"{curve.name}: {curve.said}" for curve in curves if curve.said]
+    return Figure(
+        title=title,
+        label=f"{title} over {x.title}. {listed(spoken)}",
+        caption=caption,
+        data=[_trace(curve, y.title) for curve in curves],
+        layout={
+            "height": 300,
+            "showlegend": False,
+            "margin": {"l": 60, "r": 20, "t": 30, "b": 50},
+            "xaxis": {"title": {"text": plain(x.title)}, **x.layout},
+            "yaxis": {"title": {"text": plain(y.title)}, "nticks": 6, **y.layout},
+        },
+    )
+
+
+def log_where_wide(values: Sequence[float]) -> dict[str, Any]:
+    """An axis of amounts: by their logarithm where they span more than a decade."""
+    amounts = [value for value in values if value > 0]
+    wide = amounts and max(amounts) >= 10 * min(amounts)
+    return {"type": "log", "dtick": 1} if wide else {"nticks": 6}
+
+
+def _trace(curve: Curve, unit: str) -> dict[str, Any]:
+    kept = evenly(range(len(curve.x)), _POINTS)
+    style = line_style(curve.at)
+    marked = len(kept) <= _MARKED
+    size: int | list[int] = 7 if marked else [0] * (len(kept) - 1) + [8]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "meta": curve.at,
+        "name": plain(curve.name),
+        "x": [rounded(curve.x[at]) for at in kept],
+        "y": [rounded(curve.y[at]) for at in kept],
+        "line": {"width": 2, **style["line"], **curve.style},
+        "marker": {"size": size, **style["marker"]},
+        "hovertemplate": f"{plain(curve.name)}<br>%{{x}}: %{{y}} {plain(unit)}<extra></extra>",
+    }

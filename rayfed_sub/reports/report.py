@@ -1,0 +1,62 @@
+"""Runs as one HTML file: what was noticed, what was run, curves of all runs, layers, clients, workers, failures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rayfed_sub.errors import UserError
+from rayfed_sub.page import Section, page
+from rayfed_sub.reports.clients import clients
+from rayfed_sub.reports.curves import quality, traffic
+from rayfed_sub.reports.differences import differences
+from rayfed_sub.reports.facts import results
+from rayfed_sub.reports.failures import failures
+from rayfed_sub.reports.layers import layers
+from rayfed_sub.reports.memory import memory
+from rayfed_sub.reports.noticed import noticed
+from rayfed_sub.reports.source import Run, Runs, named
+from rayfed_sub.reports.surroundings import surroundings
+from rayfed_sub.reports.timeline import timeline
+
+
+def write_report(runs: Sequence[Run], path: Path) -> None:
+    """Writes the page about the runs, one at least, to `path`: 5 MB, nearly all of it plotly.js, and up to 1 MB for a
+    run of 10,000 clients.
+
+    The file appears whole or not at all.  Raises UserError where it cannot be written.
+    """
+    known = named(runs)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page(_title(known), sections(known)), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError("--out", str(path), "a file that can be written", error.strerror or str(error)) from None
+
+
+def sections(runs: Runs) -> list[Section]:
+    """What the report says, in the order in which people ask; parts of which the runs hold nothing are left out."""
+    found = [
+        noticed(runs),
+        results(runs),
+        differences(runs),
+        quality(runs),
+        traffic(runs),
+        layers(runs),
+        clients(runs),
+        timeline(runs),
+        memory(runs),
+        failures(runs),
+        surroundings(runs),
+    ]
+    return [section for section in found if section is not None]
+
+
+def _title(runs: Runs) -> str:
+    if len(runs) == 1:
+        ((name, run),) = runs.items()
+        return f"{name}: {run.method}"
+    return f"{len(runs)} runs: {', '.join(list(runs)[:4])}{', …' if len(runs) > 4 else ''}"

@@ -1,0 +1,143 @@
+"""Which worker trained which clients when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from rayfed_sub.page import Details, Figure, Section, plain
+from rayfed_sub.reports.layers import DETAILED
+from rayfed_sub.reports.source import Run, Runs
+from rayfed_sub.reports.words import count, duration, rounded
+
+_BARS = 1000
+"""Bars that a browser draws at once; of more packs, those of a worker are drawn as one."""
+
+
+def timeline(runs: Runs) -> Section | None:
+    """A bar per pack and worker, for each run."""
+    shown = [name for name, run in runs.items() if len(run.packs)][:DETAILED]
+    if not shown:
+        return None
+    if len(runs) == 1:
+        return Section("Workers", [_figure(run) for run in runs.values()])
+    return Section("Workers", [Details(name, [_figure(runs[name])], opened=name == shown[0]) for name in shown])
+
+
+def clocked(run: Run) -> pd.DataFrame:
+    """The packs with `began` in seconds since the first one; where the run was taken up again, the time between its
+    sittings is left out."""
+    packs = run.packs.astype({"began": "float64", "seconds": "float64"})
+    sitting = packs["round"].map(lambda round: sum(again <= round for again in set(run.resumed)))
+    began, end = packs["began"].copy(), 0.0
+    for _, rows in packs.groupby(sitting):
+        own = rows["began"] - rows["began"].min() + end
+        began.loc[rows.index] = own
+        end = float((own + rows["seconds"]).max())
+    return packs.assign(began=began)
+
+
+def bars(packs: pd.DataFrame, most: int = _BARS) -> tuple[pd.DataFrame, str]:
+    """What is drawn, with columns worker, began, end, round, last (round), clients, packs; and what a bar is."""
+    packs = packs.assign(end=packs["began"] + packs["seconds"], last=packs["round"], packs=1)
+    columns = ["worker", "round", "last", "began", "end", "clients", "packs", "first"]
+    if len(packs) <= most:
+        return packs[columns], "a pack of clients"
+    rounds, workers = packs["round"].max() + 1, packs["worker"].nunique()
+    together = max(1, -(-rounds * workers // most))
+    groups = packs.assign(group=packs["round"] // together).groupby(["group", "worker"], as_index=False)
+    drawn = groups.agg(
+        round=("round", "min"),
+        last=("last", "max"),
+        began=("began", "min"),
+        end=("end", "max"),
+        clients=("clients", "sum"),
+        packs=("packs", "sum"),
+        first=("first", "first"),
+    )
+    return drawn[columns], f"a worker's packs of {'one round' if together == 1 else f'{together} rounds'}"
+
+
+def _figure(run: Run) -> Figure:
+    packs = clocked(run)
+    drawn, what = bars(packs)
+    troubled = packs[(packs["attempts"].fillna(1) > 1) | packs["trouble"].notna()]
+    workers = sorted({int(worker) for worker in packs["worker"]})
+    whole = float((packs["began"] + packs["seconds"]).max())
+    busy = float(packs["seconds"].sum()) / (whole * len(workers)) if whole else 0.0
+    again = f" {count('pack', len(troubled))} had to be trained again." if len(troubled) else ""
+    said = f"{count('pack', len(packs))} on {count('worker', len(workers))} in {duration(whole)}; workers trained for "
+    said += f"{min(busy, 1.0):.0%} of that time."
+    turn = drawn["round"].rank(method="dense")
+    # Rounds in turn are strong and faint, so that their borders show.
+    parity = [(drawn[turn % 2 == side], colour) for side, colour in ((0, "--accent"), (1, "--dim"))]
+    marks = [_marks(troubled)] if len(troubled) else []
+    return Figure(
+        title="Packs by worker",
+        label=f"Timeline of workers: {said}{again}",
+        caption=f"{said} Each bar: {what}; rounds alternate in colour; the rest is evaluation, aggregation and "
+        f"waiting.{again}{' A cross marks where.' if again else ''}",
+        data=[*(_bars(rows, colour) for rows, colour in parity if len(rows)), *marks],
+        layout={
+            "height": 110 + max(26 * len(workers), 60),
+            "barmode": "overlay",
+            "bargap": 0.25,
+            "showlegend": False,
+            "margin": {"l": 60, "r": 20, "t": 30, "b": 50},
+            "xaxis": {"title": {"text": "seconds since the first pack"}, "nticks": 8, "rangemode": "tozero"},
+            "yaxis": {
+                "type": "category",
+                "categoryorder": "array",
+                "categoryarray": [_worker(worker) for worker in workers],
+                "range": [len(workers) - 0.5, -0.5],
+                "showgrid": False,
+            },
+        },
+    )
+
+
+def _bars(rows: pd.DataFrame, colour: str) -> dict[str, Any]:
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": [_worker(worker) for worker in rows["worker"]],
+        "base": [rounded(began) for began in rows["began"]],
+        "x": [rounded(end - began) for began, end in zip(rows["began"], rows["end"], strict=True)],
+        "marker": {"color": colour, "line": {"width": 1, "color": "--page"}},
+        "hovertext": [_told(row) for row in rows.to_dict("records")],
+        "hoverinfo": "text",
+    }
+
+
+def _told(row: dict[Any, Any]) -> str:
+    rounds = (
+        f"round {row['round'] + 1}"
+        if row["round"] == row["last"]
+        else f"rounds {row['round'] + 1} to {row['last'] + 1}"
+    )
+    packs = f"{count('pack', int(row['packs']))}, " if row["packs"] > 1 else ""
+    first = f" from client {row['first']}" if row["packs"] == 1 else ""
+    return f"{rounds}<br>{packs}{count('client', int(row['clients']))}{first}<br>{duration(row['end'] - row['began'])}"
+
+
+def _marks(troubled: pd.DataFrame) -> dict[str, Any]:
+    told = []
+    for row in troubled.fillna({"attempts": 1}).to_dict("records"):
+        trouble = [plain(row["trouble"])] if isinstance(row["trouble"], str) else []
+        attempts = f"round {row['round'] + 1}, pack {row['pack']}: {count('attempt', int(row['attempts']))}"
+        told.append("<br>".join([attempts, *trouble]))
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [rounded(began) for began in troubled["began"]],
+        "y": [_worker(worker) for worker in troubled["worker"]],
+        "marker": {"symbol": "x", "size": 11, "color": "--mark", "line": {"width": 1, "color": "--page"}},
+        "hovertext": told,
+        "hoverinfo": "text",
+        "cliponaxis": False,
+    }
+
+
+def _worker(worker: int) -> str:
+    return f"worker {worker}"

@@ -1,0 +1,149 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from rayfed_sub.page import Cell
+
+T = TypeVar("T")
+
+SCORES = {
+    "held_out_loss": "held-out loss (nats/label)",
+    "perplexity": "perplexity",
+    "token_accuracy": "accuracy of the next token",
+    "rouge_l": "ROUGE-L of greedy answers",
+    "bleu_4": "BLEU-4 of greedy answers",
+    "teacher_forced_rouge_l": "ROUGE-L of likeliest tokens",
+    "teacher_forced_bleu_4": "BLEU-4 of likeliest tokens",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+}
+"""The scores of `analysis/scores.py`, but for classes' own, in the order in which people ask for them."""
+LOWER = ("held_out_loss", "perplexity")
+"""Scores of which less is better."""
+_MOST = 6
+"""Runs that a figure's label tells of."""
+
+
+def number(value: float | None) -> str:
+    """To four digits; whole numbers whole; "-" for none.
+
+    >>> [number(value) for value in (2.27208, 0.000123, 1600.0, 12345.6, None)]
+    ['2.272', '0.000123', '1,600', '1.235e+04', '-']
+    """
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+
+
+def rounded(value: float | None) -> float | None:
+    """To four digits, for a figure; None for what cannot be drawn.
+
+    >>> rounded(2.272084), rounded(float("nan"))
+    (2.272, None)
+    """
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def cell(value: float | None) -> Cell:
+    """A number in a table."""
+    return Cell("-", None) if value is None or not math.isfinite(value) else Cell(number(value), float(value))
+
+
+def megabytes(count: float) -> str:
+    """Bytes.
+
+    >>> megabytes(3_473_920), megabytes(1.563e9), megabytes(0)
+    ('3.474 MB', '1,563 MB', '0 MB')
+    """
+    return f"{count / 1e6:,.0f} MB" if count >= 1e9 else f"{number(count / 1e6)} MB"
+
+
+def duration(seconds: float) -> str:
+    """Time that something took.
+
+    >>> duration(8.25), duration(75), duration(3675)
+    ('8.2 s', '1 min 15 s', '1 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def count(noun: str, number: int) -> str:
+    """
+    >>> count("round", 1), count("round", 1200)
+    ('1 round', '1,200 rounds')
+    """
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
+def score(metric: str) -> str:
+    """A score's name in words.
+
+    >>> score("macro_f1"), score("f1/glioma"), score("my_score")
+    ('macro F1', 'F1 of glioma', 'my score')
+    """
+    kind, _, name = metric.partition("/")
+    return SCORES.get(metric, f"F1 of {name}" if kind == "f1" else metric.replace("_", " "))
+
+
+def listed(said: Sequence[str], noun: str = "run") -> str:
+    """What is to be said of each of several, as far as a label reaches.
+
+    >>> listed(["a: 1", "b: 2"])
+    'a: 1; b: 2.'
+    """
+    more = f"; and {count(noun, len(said) - _MOST)} more" if len(said) > _MOST else ""
+    return f"{'; '.join(said[:_MOST])}{more}."
+
+
+def evenly(places: Sequence[T], most: int) -> list[T]:
+    """At most so many of the places, evenly spaced, the first and the last among them.
+
+    >>> evenly(range(9), 3), evenly(range(2), 3)
+    ([0, 4, 8], [0, 1])
+    """
+    if len(places) <= most:
+        return list(places)
+    return [places[round(at * (len(places) - 1) / (most - 1))] for at in range(most)]
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Of dotted names the parts in which they differ.
+
+    >>> short_names(["model.layers.0.mlp.up_proj", "model.layers.11.mlp.up_proj"])
+    {'model.layers.0.mlp.up_proj': '0', 'model.layers.11.mlp.up_proj': '11'}
+    >>> short_names(["layers.0.mlp.up", "layers.0.mlp.down"])
+    {'layers.0.mlp.up': 'up', 'layers.0.mlp.down': 'down'}
+    >>> short_names(["a.b", "c"]), short_names(["model.mlp"])
+    ({'a.b': 'a.b', 'c': 'c'}, {'model.mlp': 'model.mlp'})
+    """
+    split = [name.split(".") for name in names]
+    if len(names) < 2 or len({len(parts) for parts in split}) > 1:
+        return {name: name for name in names}
+    differ = [len(set(column)) > 1 for column in zip(*split, strict=True)]
+    return {
+        name: ".".join(part for part, differs in zip(parts, differ, strict=True) if differs)
+        for name, parts in zip(names, split, strict=True)
+    }
+
+
+def first_distinct(candidates: Iterable[Sequence[str]]) -> list[str]:
+    """The first of several ways to call some things by which none is called as another; numbered where there is none.
+
+    >>> first_distinct([["run", "run"], ["fedit", "fedftg"]])
+    ['fedit', 'fedftg']
+    >>> first_distinct([["run", "run"]])
+    ['run 1', 'run 2']
+    """
+    names: Sequence[str] = ()
+    for names in candidates:
+        if len(set(names)) == len(names):
+            return list(names)
+    return [f"{name} {at + 1}" for at, name in enumerate(names)]
