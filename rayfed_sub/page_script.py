@@ -4,7 +4,9 @@ from __future__ import annotations
 
 SCRIPT = """
 "use strict";
-const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+let colours = {};
+const colour = name =>
+  colours[name] ??= getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 // On a touch screen a finger on a figure has to scroll the page.
 const coarse = matchMedia("(pointer: coarse)").matches;
 const plots = [...document.querySelectorAll(".plot")];
@@ -146,7 +148,10 @@ for (const button of document.querySelectorAll(".legend button"))
   });
 
 redraw(plots);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw(plots));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  colours = {};
+  redraw(plots);
+});
 // What was drawn behind a closed line may have got another width or other colours since.
 document.addEventListener("toggle", event => {
   if (event.target.open) redraw(event.target.querySelectorAll(".plot"));

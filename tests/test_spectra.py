@@ -35,8 +35,8 @@ def test_singular_values_are_those_of_the_dense_product(m: int, n: int, R: int, 
 
 
 def test_pairs_of_very_different_lengths_keep_their_digits() -> None:
-    """Pairs (w_i u_i) (v_i / w_i)^T / 1e9 of a product U V^T / 1e9, w = 1e-9, 1, 1e-9, 1, beside a pair with a zero, for
-    which the left Gram goes through eigenvectors.  Unbalanced, its entries of 1e-18 would be lost beside those of 1."""
+    """Pairs (w_i u_i) (v_i / w_i)^T / 1e9 of a product U V^T / 1e9, w = 1e-9, 1, 1e-9, 1, beside a pair with a zero, so
+    that the left Gram goes through eigenvectors.  Unbalanced, its entries of 1e-18 would be lost beside those of 1."""
     U, V = drawn(9, 4).double(), drawn(7, 4, seed=1).double()
     w = torch.tensor([1e-9, 1.0, 1e-9, 1.0], dtype=torch.float64)
     left = torch.cat([U * w, torch.zeros(9, 1)], dim=1)

@@ -66,7 +66,8 @@ def movement(
     if layer.name in result.blocks:
         tensors: Tensors = dict(zip(("left", "right"), result.blocks[layer.name], strict=True))
         if tensors["left"].shape[1] > WIDEST:
-            tensors, norm = _sample(layer, tensors["left"].double() @ tensors["right"].double())
+            change = tensors["left"] @ tensors["right"]
+            tensors, norm = _sample(layer, change, torch.zeros_like(change))
         else:
             norm = _norm(tensors)
         return Movement("galore", tensors, norm, _turned(layer, start, result), energy, gradient_rank)
@@ -80,7 +81,7 @@ def movement(
         kind: Literal["lora", "core"] = "core" if core in start.tensors else "lora"
         return Movement(kind, tensors, _norm(tensors), _turned(layer, start, result), energy, gradient_rank)
     if weight in start.tensors:
-        tensors, norm = _sample(layer, result.tensors[weight].double() - start.tensors[weight].double())
+        tensors, norm = _sample(layer, result.tensors[weight], start.tensors[weight])
         return Movement("dense", tensors, norm, None, energy, gradient_rank)
     return None
 
@@ -110,9 +111,11 @@ def _norm(tensors: Tensors) -> float:
     return float(((left_mR.T @ left_mR) * (right_Rn @ right_Rn.T)).sum().clamp_min(0).sqrt())
 
 
-def _sample(layer: Layer, change_mn: Tensor) -> tuple[dict[str, Tensor], float]:
+def _sample(layer: Layer, after_mn: Tensor, before_mn: Tensor) -> tuple[dict[str, Tensor], float]:
+    """(rows of after - before, scaled, and its norm)."""
     index, scale = _chosen(layer)
-    return {"rows": (scale * change_mn[index]).float()}, float(change_mn.norm())
+    rows_sn = scale * (after_mn[index].float() - before_mn[index].float())
+    return {"rows": rows_sn}, float(torch.dist(after_mn.float(), before_mn.float()))
 
 
 def _chosen(layer: Layer) -> tuple[Tensor, float]:

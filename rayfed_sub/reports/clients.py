@@ -107,7 +107,7 @@ def _unequal(runs: Runs, metric: str) -> list[Figure]:
     title = f"{score(metric)[0].upper()}{score(metric)[1:]} of clients, best to worst"
     axis = Axis("share of clients (%)", {"nticks": 6})
     caption = "At the last evaluation, over held-out rows like each client's own: the flatter, the more alike."
-    return [overlay(title, axis, Axis(""), curves, caption)] if curves else []
+    return [overlay(title, axis, curves, caption)] if curves else []
 
 
 def _spread(run: Run) -> list[Figure]:
@@ -122,7 +122,6 @@ def _spread(run: Run) -> list[Figure]:
     figure = overlay(
         "Training loss of clients (nats/label)",
         ROUNDS,
-        Axis(""),
         [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], said)],
         "Median over the round's clients; the band holds the middle four fifths of them.",
     )

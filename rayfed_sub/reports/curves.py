@@ -79,7 +79,7 @@ def _scores(runs: Runs, metric: str) -> list[Figure]:
             curves.append(Curve(at, name, x, y, change(metric, y, x)))
     better = "lower" if metric in LOWER else "higher"
     caption = f"Over all held-out rows; {better} is better."
-    return [overlay(_title(metric), ROUNDS, Axis(""), curves, caption)] if curves else []
+    return [overlay(_title(metric), ROUNDS, curves, caption)] if curves else []
 
 
 def _training_loss(runs: Runs) -> list[Figure]:
@@ -90,7 +90,7 @@ def _training_loss(runs: Runs) -> list[Figure]:
             x, y = (rows["round"] + 1).tolist(), rows["loss"].tolist()
             curves.append(Curve(at, name, x, y, f"{number(y[0])} in the first round, {number(y[-1])} in the last"))
     caption = "Mean over the clients' local steps of a round, each on its own rows."
-    return [overlay("Training loss (nats/label)", ROUNDS, Axis(""), curves, caption)] if curves else []
+    return [overlay("Training loss (nats/label)", ROUNDS, curves, caption)] if curves else []
 
 
 def _against_bytes(runs: Runs, metric: str) -> list[Figure]:
@@ -108,7 +108,7 @@ def _against_bytes(runs: Runs, metric: str) -> list[Figure]:
     if layout.get("type") == "log":  # on which the state before training, at 0 bytes, has no place
         curves = [replace(curve, x=curve.x[not curve.x[0] :], y=curve.y[not curve.x[0] :]) for curve in curves]
     caption = "Wire bytes of all clients, up and down together, from the first round to that evaluation."
-    return [overlay(_title(metric), Axis("MB sent up and down", layout), Axis(""), curves, caption)]
+    return [overlay(_title(metric), Axis("MB sent up and down", layout), curves, caption)]
 
 
 def sent(run: Run) -> pd.Series[float]:

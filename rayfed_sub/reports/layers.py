@@ -10,7 +10,7 @@ import pandas as pd
 
 from rayfed_sub.page import Details, Figure, Section, Text, line_style, plain
 from rayfed_sub.reports.curves import legend
-from rayfed_sub.reports.lines import ROUNDS, Axis, Curve, overlay
+from rayfed_sub.reports.lines import FRAME, FROM_ZERO, ROUNDS, Axis, Curve, overlay
 from rayfed_sub.reports.quantities import QUANTITIES, Quantity, figures
 from rayfed_sub.reports.source import Run, Runs
 from rayfed_sub.reports.words import count, evenly, listed, number, rounded, short_names
@@ -23,6 +23,8 @@ _NAMED = 20
 """Layers that are named beside a heat map."""
 _NAME = 22
 """Characters of a layer's name there."""
+_WIDE = 8
+"""Pixels of a character there."""
 _SPECTRA = 3
 """Layers whose spectrum is drawn."""
 
@@ -65,18 +67,10 @@ def _median(known: Mapping[str, pd.DataFrame], quantity: Quantity) -> Figure | N
                 curves.append(Curve(1, "bound", (bounds.index + 1).tolist(), bounds.tolist(), said))
     if not curves:
         return None
-    beside = (
-        " The dashed line: its bound, the sum of the clients' ranks or the full rank."
-        if len(curves) > len(known)
-        else ""
-    )
-    return overlay(
-        quantity.title,
-        ROUNDS,
-        Axis("", {"rangemode": "tozero"}),
-        curves,
-        f"Median over layers. {quantity.meaning}{beside}",
-    )
+    caption = f"Median over layers. {quantity.meaning}"
+    if len(curves) > len(known):
+        caption += " The dashed line: its bound, the sum of the clients' ranks or the full rank."
+    return overlay(quantity.title, ROUNDS, curves, caption, FROM_ZERO)
 
 
 def _against_steps(runs: Runs, known: Mapping[str, pd.DataFrame]) -> list[Figure]:
@@ -89,11 +83,11 @@ def _against_steps(runs: Runs, known: Mapping[str, pd.DataFrame]) -> list[Figure
         if at_hand:
             x, y = [steps[round] for round in at_hand], [values[round] for round in at_hand]
             curves.append(Curve(at, name, x, y, f"{number(y[-1])} after {number(x[-1])} steps"))
-    axis = Axis("local steps of a client", {"rangemode": "tozero", "nticks": 6})
+    axis = Axis("local steps of a client", {"nticks": 6})
     caption = "Median over layers of how far the weights have moved, against a client's optimiser steps until then: "
     caption += "mean over the round's clients, added up."
     title = "Accumulated change against local steps"
-    return [overlay(title, axis, Axis("", {"rangemode": "tozero"}), curves, caption)] if curves else []
+    return [overlay(title, axis, curves, caption, FROM_ZERO)] if curves else []
 
 
 def steps_until(run: Run) -> pd.Series[float]:
@@ -135,6 +129,7 @@ def _heat_map(
     rows, rounds = [called[name] for name in grid.index], [int(round) + 1 for round in grid.columns]
     low, high = ends
     named = list(range(0, len(rows), -(-len(rows) // _NAMED)))
+    ticks = [rows[at][-_NAME:] for at in named]
     top = known.iloc[int(known[quantity.name].to_numpy().argmax())]
     last = known[known["round"] == known["round"].max()][quantity.name]
     return Figure(
@@ -157,12 +152,19 @@ def _heat_map(
         ],
         layout={
             "height": 110 + max(16 * len(rows), 90),
-            "margin": {"l": 60, "r": 10, "t": 30, "b": 50},
-            "xaxis": {"title": {"text": "round"}, "tickformat": ",d", "nticks": 8, "showgrid": False},
+            "margin": {**FRAME["margin"], "l": 24 + _WIDE * max(map(len, ticks)), "r": 70},
+            "xaxis": {
+                "title": {"text": "round"},
+                "automargin": False,
+                "tickformat": ",d",
+                "nticks": 8,
+                "showgrid": False,
+            },
             "yaxis": {
                 "type": "category",
                 "tickvals": named,
-                "ticktext": [plain(rows[at][-_NAME:]) for at in named],
+                "ticktext": [plain(tick) for tick in ticks],
+                "automargin": False,
                 "range": [len(rows) - 0.5, -0.5],
                 "showgrid": False,
             },
@@ -199,9 +201,9 @@ def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[F
             data=data,
             layout={
                 "height": 380,
-                "margin": {"l": 60, "r": 10, "t": 30, "b": 50},
-                "xaxis": {"title": {"text": "singular value"}, "tickformat": ",d", "nticks": 8},
-                "yaxis": {"type": "log", "exponentformat": "power", "dtick": -(-decades // 6)},
+                "margin": {**FRAME["margin"], "b": 130},
+                "xaxis": {"title": {"text": "singular value"}, "automargin": False, "tickformat": ",d", "nticks": 8},
+                "yaxis": {"type": "log", "automargin": False, "exponentformat": "power", "dtick": -(-decades // 6)},
                 "legend": {"orientation": "h", "y": -0.25, "yanchor": "top"},
             },
         )

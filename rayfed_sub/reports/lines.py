@@ -30,29 +30,33 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """title: what is on it, with its unit; the layout's keys for the rest."""
+    """title: what is on it, with its unit; layout: plotly's keys for the rest."""
 
     title: str
     layout: Mapping[str, Any] = field(default_factory=dict)
 
 
+FRAME = {"margin": {"l": 60, "r": 20, "t": 30, "b": 50}}
+"""Room for ticks.  A figure that finds out for itself how much they need, with "automargin", takes twice as long."""
+FROM_ZERO = {"rangemode": "tozero"}
+
 ROUNDS = Axis("finished rounds", {"tickformat": ",d", "nticks": 8})
 
 
-def overlay(title: str, x: Axis, y: Axis, curves: Sequence[Curve], caption: str) -> Figure:
-    """The curves over one x-axis."""
+def overlay(title: str, x: Axis, curves: Sequence[Curve], caption: str, y: Mapping[str, Any] | None = None) -> Figure:
+    """The curves over one x-axis.  title: what is on the y-axis, with its unit; y: plotly's keys for it."""
     spoken = [f"{curve.name}: {curve.said}" for curve in curves if curve.said]
     return Figure(
         title=title,
         label=f"{title} over {x.title}. {listed(spoken)}",
         caption=caption,
-        data=[_trace(curve, y.title) for curve in curves],
+        data=[_trace(curve) for curve in curves],
         layout={
             "height": 300,
             "showlegend": False,
-            "margin": {"l": 60, "r": 20, "t": 30, "b": 50},
-            "xaxis": {"title": {"text": plain(x.title)}, **x.layout},
-            "yaxis": {"title": {"text": plain(y.title)}, "nticks": 6, **y.layout},
+            **FRAME,
+            "xaxis": {"title": {"text": plain(x.title)}, "automargin": False, **x.layout},
+            "yaxis": {"automargin": False, "nticks": 6, **(y or {})},
         },
     )
 
@@ -64,7 +68,7 @@ def log_where_wide(values: Sequence[float]) -> dict[str, Any]:
     return {"type": "log", "dtick": 1} if wide else {"nticks": 6}
 
 
-def _trace(curve: Curve, unit: str) -> dict[str, Any]:
+def _trace(curve: Curve) -> dict[str, Any]:
     kept = evenly(range(len(curve.x)), _POINTS)
     style = line_style(curve.at)
     marked = len(kept) <= _MARKED
@@ -78,5 +82,5 @@ def _trace(curve: Curve, unit: str) -> dict[str, Any]:
         "y": [rounded(curve.y[at]) for at in kept],
         "line": {"width": 2, **style["line"], **curve.style},
         "marker": {"size": size, **style["marker"]},
-        "hovertemplate": f"{plain(curve.name)}<br>%{{x}}: %{{y}} {plain(unit)}<extra></extra>",
+        "hovertemplate": f"{plain(curve.name)}<br>%{{x}}: %{{y}}<extra></extra>",
     }

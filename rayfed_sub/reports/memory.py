@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rayfed_sub.page import Cell, Figure, Section, Table
 from rayfed_sub.reports.curves import legend
-from rayfed_sub.reports.lines import ROUNDS, Axis, Curve, overlay
+from rayfed_sub.reports.lines import FROM_ZERO, ROUNDS, Curve, overlay
 from rayfed_sub.reports.source import Run, Runs
 from rayfed_sub.reports.words import cell, number
 
@@ -44,5 +44,4 @@ def _over_rounds(runs: Runs) -> list[Figure]:
             curves.append(Curve(1, "planned", [x[0], x[-1]], [planned / 1e6] * 2))
     caption = "At each round's end."
     caption += " The dashed line: what was planned at most." if any(curve.name == "planned" for curve in curves) else ""
-    axis = Axis("", {"rangemode": "tozero"})
-    return [overlay("Memory of all processes (MB)", ROUNDS, axis, curves, caption)] if curves else []
+    return [overlay("Memory of all processes (MB)", ROUNDS, curves, caption, FROM_ZERO)] if curves else []

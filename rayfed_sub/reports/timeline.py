@@ -8,6 +8,7 @@ import pandas as pd
 
 from rayfed_sub.page import Details, Figure, Section, plain
 from rayfed_sub.reports.layers import DETAILED
+from rayfed_sub.reports.lines import FRAME
 from rayfed_sub.reports.source import Run, Runs
 from rayfed_sub.reports.words import count, duration, rounded
 
@@ -84,10 +85,16 @@ def _figure(run: Run) -> Figure:
             "barmode": "overlay",
             "bargap": 0.25,
             "showlegend": False,
-            "margin": {"l": 60, "r": 20, "t": 30, "b": 50},
-            "xaxis": {"title": {"text": "seconds since the first pack"}, "nticks": 8, "rangemode": "tozero"},
+            "margin": {**FRAME["margin"], "l": 90},
+            "xaxis": {
+                "title": {"text": "seconds since the first pack"},
+                "automargin": False,
+                "nticks": 8,
+                "rangemode": "tozero",
+            },
             "yaxis": {
                 "type": "category",
+                "automargin": False,
                 "categoryorder": "array",
                 "categoryarray": [_worker(worker) for worker in workers],
                 "range": [len(workers) - 0.5, -0.5],
