@@ -163,10 +163,10 @@ def report(
 
     alone = len(run_dirs) == 1 and uri_of(run_dirs[0]) is None
     path = out or (Path(run_dirs[0]) if alone else Path()) / "report.html"
-    if path.is_dir():
-        raise UserError("--out", str(path), "a file", f"e.g. {path / 'report.html'}")
+    if path.is_dir() or uri_of(path) is not None:
+        raise UserError("--out", str(path), "a file of this machine", "e.g. --out report.html")
     with ExitStack() as stack:
-        runs = [read_run(stack.enter_context(at_hand(place, "RUN"))) for place in run_dirs]
+        runs = [read_run(stack.enter_context(at_hand(place, "RUN")), place) for place in run_dirs]
         make(path.parent, "--out")
         write_report(runs, path)
     typer.echo(path)

@@ -13,6 +13,7 @@ from rich.text import Text
 from rayfed_sub.analysis.scores import overall
 from rayfed_sub.config import StepRange
 from rayfed_sub.engine.journal import Notice, PackDone, RoundDone, Stage, Started, Summary
+from rayfed_sub.engine.mirror import inside
 
 _ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
 """A round's columns, 78 characters in all."""
@@ -150,7 +151,7 @@ class Display:
             ("peak memory, all processes", size(summary.peak_memory_bytes)),
             ("weights_sha256", summary.weights_sha256),
             ("run folder", summary.folder),
-            ("report", f"{summary.folder}/report.html"),
+            ("report", inside(summary.folder, "report.html")),
         ]
         print_table((f"{summary.name}: {summary.method}", _rounds(summary.rounds)), rows, self._console)
 

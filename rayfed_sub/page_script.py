@@ -160,7 +160,12 @@ let closed = [];
 addEventListener("beforeprint", () => {
   closed = [...document.querySelectorAll("details:not([open])")];
   for (const details of closed) details.open = true;
+  document.body.classList.add("printing");  // as wide as a sheet of paper, on which figures do not shrink
   plots.forEach(draw);
 });
-addEventListener("afterprint", () => { for (const details of closed) details.open = false; });
+addEventListener("afterprint", () => {
+  for (const details of closed) details.open = false;
+  document.body.classList.remove("printing");
+  redraw(plots);
+});
 """

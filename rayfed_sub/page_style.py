@@ -63,16 +63,18 @@ input { min-width: 0; max-width: 100%; box-sizing: border-box; }
 .pages { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.5rem; padding-top: 0.5rem; }
 .pages button, .legend button { cursor: pointer; min-height: 2rem; }
 .pages button:disabled { opacity: 0.5; cursor: default; }
-.legend { display: flex; flex-wrap: wrap; gap: 0.25rem 0.5rem; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.25rem 0.5rem; max-height: 10rem; overflow-y: auto; padding: 3px; }
 .legend button { display: flex; align-items: center; gap: 0.4rem; overflow-wrap: anywhere; text-align: left; }
 .legend svg { flex: none; }
 .legend button[aria-pressed=false] { text-decoration: line-through; border-style: dashed; }
 .legend button[aria-pressed=false] svg { visibility: hidden; }
 .parcoords .axis path { stroke: var(--dim) !important; }
 :focus-visible, th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.printing main { width: 44rem; padding: 0; }
+.printing .parts { grid-template-columns: 1fr 1fr; }
 @media print {
-  nav, .pages button, label { display: none; }
-  .scroll, .table .scroll { overflow: visible; max-height: none; }
+  nav, .pages button, label, .modebar { display: none !important; }
+  .scroll, .table .scroll, .legend { overflow: visible; max-height: none; }
   figure, tr { break-inside: avoid; }
 }
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import re
 import shlex
 import shutil
@@ -220,19 +219,6 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert found
     for block in found:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-
-
-def test_the_notebook_runs_and_holds_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        assert (notebook["nbformat"], len(notebook["cells"]) > 1) == (4, True)
-        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        assert [(cell["outputs"], cell["execution_count"]) for cell in code] == [([], None)] * len(code)
-        monkeypatch.setattr(rayfed_sub, "run", stand_in(tmp_path))
-        monkeypatch.chdir(path.parent)  # as Jupyter does
-        names: dict[str, Any] = {}
-        for cell in code:
-            exec(compile("".join(cell["source"]), path.name, "exec"), names)
 
 
 def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,9 @@ import pytest
 
 from rayfed_sub.page import Cell, Facts, Figure, Section, Table, Text, page
 from rayfed_sub.sweeps.report import best, best_first, sections, write_report
+from tests.browser import CHROMIUM, Outline, browse
 
 STEPS, RANK, LR = KEYS = ("federation.local_steps", "method.rank", "optimizer.lr")
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
 
 
 def trials(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -268,37 +263,6 @@ def test_plotly_knows_every_property() -> None:
 
 # --- the document
 
-VOID = {"meta", "link", "input", "br"}
-
-
-class Outline(HTMLParser):
-    """The elements of a document, each with its attributes and text; a wrong nesting is an error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.texts.append(data)
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.found if name == tag]
-
-
 NASTY = "</script><b>\"'&$x$ <img src=x onerror=alert(1)>"
 
 
@@ -352,25 +316,6 @@ def test_a_page_without_figures_needs_no_plotly() -> None:
 # --- in a browser
 
 
-def browse(path: Path, *options: str) -> tuple[str, list[str]]:
-    """The document as Chromium leaves it, and what its console said."""
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *("--headless=new", "--no-sandbox", "--enable-unsafe-swiftshader", "--virtual-time-budget=20000"),
-            *("--enable-logging=stderr", f"--user-data-dir={path.parent / 'profile'}", *options),
-            *("--dump-dom", path.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    # What drawing without a graphics card says is no fault of the page.
-    said = [line for line in done.stderr.splitlines() if ":CONSOLE" in line and "GL Driver Message" not in line]
-    return done.stdout, said
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_in_a_browser(tmp_path: Path) -> None:
@@ -380,7 +325,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     frame.loc[3, ["status", "held_out_loss", "failure"]] = ["failed", math.nan, "round 1: loss is NaN"]
     write_report(frame, KEYS, "held_out_loss", "min", "look", path, {})
     asked = """<script>
-      dispatchEvent(new Event("beforeprint"));  // draws what is out of sight, too
+      plots.forEach(draw);  // also what is out of sight
       const table = [...document.querySelectorAll("table")].at(-1), said = {};
       const column = at => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[at].textContent);
       const press = at => table.tHead.rows[0].cells[at].firstChild.click();

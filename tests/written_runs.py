@@ -35,12 +35,16 @@ def write_run(
     again: tuple[tuple[int, int], ...] = (),
     resumed: tuple[int, ...] = (),
     diagnostics: bool = True,
+    cross: float = 0.05,
     seed: int = 0,
 ) -> Path:
-    """The folder of a run.  every: rounds between evaluations; done: rounds that are finished, where not all are, of
-    which the last is only in the log; skipped: (round, client) pairs that failed; again: (round, pack) pairs that were
-    trained twice; diagnostics: whether layers were looked at.  Losses fall from round to round, and are the worse the
-    higher a client's number."""
+    """The folder of a run.
+
+    every: rounds between evaluations; done: rounds that are finished, where not all are, of which the last is only in
+    the log; skipped: (round, client) pairs that failed; again: (round, pack) pairs that were trained twice;
+    diagnostics: whether layers were looked at; cross: the least cross term.  Losses fall from round to round, and are
+    the worse the higher a client's number.
+    """
     config = load_config(
         {
             "name": folder.name,
@@ -62,7 +66,7 @@ def write_run(
     told = _rounds(config, taken, packs, scores)
     tables = {"rounds": told, "clients": taken, "packs": packs, "scores": scores}
     if diagnostics:
-        tables["layers"] = _layers(config, layers, finished, judged, draw)
+        tables["layers"] = _layers(config, layers, finished, judged, cross, draw)
         tables["client_layers"] = _client_layers(config, tables["layers"], taken, draw)
     began = scores[scores["rounds"] == 0].drop(columns="rounds")
     _log(folder, told, began, resumed)
@@ -177,7 +181,7 @@ def _rounds(config: Config, taken: pd.DataFrame, packs: pd.DataFrame, scores: pd
     return pd.DataFrame(rows).astype({"held_out_loss": "float64", "change_rank": "float64", "epsilon": "float64"})
 
 
-def _layers(config: Config, layers: int, rounds: int, judged: list[int], draw: Any) -> pd.DataFrame:
+def _layers(config: Config, layers: int, rounds: int, judged: list[int], cross: float, draw: Any) -> pd.DataFrame:
     """Each client's rank is the configured one, the aggregate's all of them together less one."""
     watched, rows = min(8, config.federation.cohort), []
     for round in range(rounds):
@@ -194,7 +198,7 @@ def _layers(config: Config, layers: int, rounds: int, judged: list[int], draw: A
                     "stable_rank": float((sigma**2).sum() / sigma[0] ** 2),
                     "effective_rank": float(draw.uniform(6, 9)),
                     "truncated": float(0.2 + 0.1 * draw.random() + 0.05 * layer / layers),
-                    "cross_term": float(0.05 + 0.02 * draw.random()),
+                    "cross_term": float(cross + 0.02 * draw.random()),
                     "overlap": float(0.3 + 0.1 * draw.random()),
                     "agreement": float(0.5 - 0.3 * round / max(rounds, 1) - 0.1 * draw.random()),
                     "drift": float(1.0 + round / max(rounds, 1) + 0.2 * draw.random()),

@@ -51,8 +51,20 @@ class Need:
 
     @property
     def coordinator(self) -> int:
-        """Bytes of the coordinator's process: at first pretrained weights, where those are not shared, later sums."""
-        return BARE_COORDINATOR + max(_pretrained(self.skeleton, self.config), self.traffic.coordinator)
+        """Bytes of the coordinator's process: at first pretrained weights, where those are not shared, later sums and
+        what diagnostics look at."""
+        later = self.traffic.coordinator + self.looked
+        return BARE_COORDINATOR + max(_pretrained(self.skeleton, self.config), later)
+
+    @property
+    def looked(self) -> int:
+        """Bytes of the factors that diagnostics hold in a round: of a client's LoRA before and after it.  Dense changes
+        send a few rows only."""
+        asked, sent = self.config.diagnostics, self.most(lambda client: client.up)
+        layers = self.skeleton.shape.targets
+        if not asked.every or sent >= sum(4 * layer.m * layer.n for layer in layers):
+            return 0
+        return 2 * sent * min(asked.clients, self.cohort) * min(asked.layers, len(layers)) // len(layers)
 
     @property
     def states(self) -> int:
@@ -94,11 +106,10 @@ class Need:
         coordinator = self.coordinator + round((HOLES - 1) * self.traffic.coordinator)
         return self.store(workers, pack) + DRIVER + RAY + coordinator
 
-    def node(self) -> int:
-        """Bytes of a node that holds all processes of the run; of workers on a GPU the bare process."""
+    def node(self, worker: int) -> int:
+        """Bytes of a node that holds all processes of the run; worker: what each takes above the bare process."""
         resources = self.config.resources
-        above = 0 if resources.gpus_per_worker else self.worker(resources.pack_size).process
-        return self.fixed(resources.workers, resources.pack_size) + resources.workers * (BARE_WORKER + above)
+        return self.fixed(resources.workers, resources.pack_size) + resources.workers * (BARE_WORKER + worker)
 
     def on_gpu(self, tensors: int) -> int:
         """Bytes of a worker on a GPU, where backbone and broadcast are copied to."""

@@ -68,7 +68,6 @@ def plan(parts: Parts, machine: Machine) -> Plan:
     found, wide = needed.traffic, roomy(needed)
     one, four = wide.worker(1), wide.worker(4)
     worker = {1: one, 4: four}.get(min(resources.pack_size, needed.cohort)) or needed.worker(resources.pack_size)
-    processes = resources.workers * (BARE_WORKER + (0 if machine.gpu else worker.process))
     return Plan(
         name=parts.config.name,
         method=parts.name,
@@ -86,7 +85,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         server=(found.server[0], found.server[-1]),
         coordinator=needed.coordinator,
         store=needed.store(resources.workers, resources.pack_size),
-        node=needed.fixed(resources.workers, resources.pack_size) + processes,
+        node=needed.node(0 if machine.gpu else worker.process),
         disk=needed.disk,
         machine=machine,
         fits=tuple(fits(wide, one, four, machine)),

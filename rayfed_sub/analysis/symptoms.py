@@ -24,7 +24,7 @@ _NATS = 0.02  # a loss that moves by less (nats per label) stands still, however
 _JUDGED = 3  # evaluations after training, before anything is said of the loss
 
 # What diagnostics must show, in so many looks in a row: one cohort may be an unlucky draw.
-_LOOKS = 3
+LOOKS = 3
 # Mean cosine of two clients' changes.  At 0.05 the mean of eight is 41 % as long as one of them, at 0 it is 35 %.
 # Healthy runs come there too as they near their end: it is a symptom only where the loss has stopped falling.
 _AGREEMENT = 0.05
@@ -38,7 +38,7 @@ _GROWING = 6  # rounds in a row in which memory grows; caches and heaps settle w
 _SKIPPED = 0.1  # share of clients' rounds: with more, the mean is one over other data
 _FEW = 3  # failures or retries that may be accidents
 
-_APART = ("fedit", "hetlora")
+_APART = ("fedit",)
 _TRUNCATES = ("flexlora",)
 _SENDS_BLOCKS = ("fedftg", "flora")
 _OWN_BASIS = ("fedftg",)
@@ -112,7 +112,8 @@ def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> It
     (last, now), newest = judged[-1], [loss for _, loss in judged[-2:]]
     if min(newest) > best * (1 + _WORSE) and min(newest) > best + _NATS:
         since = max((n for n, loss in judged if loss == best), default=-1)
-        told = f"held-out loss is {now:.3g} after round {last}, {now / best - 1:.0%} above its best {best:.3g}"
+        above = f"{now / best - 1:.0%} above its best" if best > 0 else "above its best,"
+        told = f"held-out loss is {now:.3g} after round {last}, {above} {best:.3g}"
         trend = _trend([row for row in rounds if row.round >= since])
         if trend is not None and trend < -_LEAST:
             cause = "while the training loss still falls: clients overfit; end earlier (federation.rounds)"
@@ -255,7 +256,7 @@ def _newest(rows: Sequence[Any]) -> list[list[Any]]:
     rounds: dict[int, list[Any]] = {}
     for row in rows:
         rounds.setdefault(row.round, []).append(row)
-    return [rounds[n] for n in sorted(rounds)[-_LOOKS:]] if len(rounds) >= _LOOKS else []
+    return [rounds[n] for n in sorted(rounds)[-LOOKS:]] if len(rounds) >= LOOKS else []
 
 
 def _median(rows: Sequence[Any], figure: str) -> float | None:
@@ -270,8 +271,8 @@ def _shown(figures: Sequence[float | None], threshold: float) -> bool:
 
 
 def _number(figure: Any) -> float | None:
-    """A figure, or None where it is missing in whatever way a table tells that."""
-    return float(figure) if isinstance(figure, Real) and not math.isnan(figure) else None
+    """A figure, or None where it is missing in whatever way a table tells that, or not finite."""
+    return float(figure) if isinstance(figure, Real) and math.isfinite(figure) else None
 
 
 def _gb(size: float) -> str:

@@ -20,6 +20,7 @@ import ray
 import torch
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer
 from rayfed_sub.analysis.privacy import spent
 from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.analysis.scores import Score, overall
@@ -65,7 +66,8 @@ class _Trained:
     seconds: float
     moved: dict[str, tuple[int, float]]
     packs: list[PackRow]
-    looks: list[Looked]
+    layers: tuple[CohortLayer, ...]
+    client_layers: tuple[ClientLayer, ...]
 
 
 class Coordinator:
@@ -161,7 +163,6 @@ class Coordinator:
         if trained is None:
             return  # the run is being interrupted
         rows, moved = trained.rows, trained.moved
-        layers, client_layers = diagnosis.rows(n, self._shape, trained.looks, moved)
         scores = self.scores() if due else ()
         row = RoundRow(
             round=n,
@@ -180,7 +181,7 @@ class Coordinator:
             seconds=time.perf_counter() - began,
         )
         self._verify()
-        yield RoundDone(row, tuple(rows), scores, tuple(trained.packs), layers, client_layers)
+        yield RoundDone(row, tuple(rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
 
     def _trained(
         self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
@@ -193,7 +194,7 @@ class Coordinator:
         broadcast = self._broadcast()
         standing, size = self._ledger.standing, config.resources.pack_size
         packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
-        watched = diagnosis.watched(config.diagnostics, n, cohort)
+        watched = diagnosis.watched(config.diagnostics, n, config.federation.rounds or 0, cohort)
         pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
 
         total, rows, trained = self._zero(), list[ClientRow](), {}
@@ -201,7 +202,7 @@ class Coordinator:
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             pack_rows.append(_pack_row(n, packs[done.index], done))
-            looks += outcome.looks
+            looks += map(diagnosis.kept, outcome.looks)
             for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
                 self._home[client] = done.worker
                 if sent.failure is not None or state is None:
@@ -222,7 +223,8 @@ class Coordinator:
         if not self._ledger.commit(after, memory, trained):
             return None
         seconds = time.perf_counter() - began
-        return _Trained(rows, seconds, self._moved(before) if due else {}, pack_rows, looks)
+        moved = self._moved(before) if due else {}
+        return _Trained(rows, seconds, moved, pack_rows, *diagnosis.rows(n, shape, looks, moved))
 
     def scores(self) -> tuple[Score, ...]:
         """The current model's; of its answers too before training and after it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer, diagnose
 from rayfed_sub.analysis.movements import Movement, movement
@@ -14,6 +15,8 @@ from rayfed_sub.config import Diagnostics
 from rayfed_sub.engine.exchange import Packed, packed, unpacked
 from rayfed_sub.records import LocalResult, ModelShape, Start
 from rayfed_sub.training.gradients import GradientWatch
+
+T = TypeVar("T")
 
 _DENSE_RANK = 8  # whose share of a gradient's energy is told for methods that train whole matrices
 
@@ -27,24 +30,32 @@ class Looked:
     layers: Mapping[str, tuple[Movement, Packed]]
 
 
-def watched(asked: Diagnostics, n: int, cohort: Sequence[int]) -> list[int]:
-    """The clients of round n that are looked at, evenly spaced.
+def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> list[int]:
+    """The clients of round n, counted from 0, that are looked at: when an evaluation of the same `every` is due.
 
-    >>> watched(Diagnostics(clients=3), 0, [10, 11, 12, 13, 14, 15]), watched(Diagnostics(every=2), 1, [10, 11])
-    ([10, 12, 14], [])
+    >>> cohort = [10, 11, 12, 13, 14, 15]
+    >>> [watched(Diagnostics(clients=3, every=2), n, 3, cohort) for n in range(3)]
+    [[], [10, 12, 14], [10, 12, 14]]
     """
-    if not asked.every or n % asked.every or not cohort:
-        return []
-    few = min(asked.clients, len(cohort))
-    return [cohort[i * len(cohort) // few] for i in range(few)]
+    due = asked.every and ((n + 1) % asked.every == 0 or n + 1 == rounds)
+    return spaced(cohort, asked.clients) if due else []
+
+
+def spaced(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, evenly spaced.
+
+    >>> spaced("abcdef", 4), spaced("ab", 4), spaced("ab", 0)
+    (['a', 'b', 'd', 'e'], ['a', 'b'], [])
+    """
+    few = min(most, len(items))
+    return [items[i * len(items) // few] for i in range(few)]
 
 
 def gradient_watch(
     asked: Diagnostics, shape: ModelShape, clients: Sequence[int], starts: Sequence[Start], chosen: Sequence[int]
 ) -> GradientWatch:
-    """Looks at the first chosen client of a pack, in evenly spaced layers."""
-    few = min(asked.gradient_layers, len(shape.targets))
-    layers = frozenset(shape.targets[i * len(shape.targets) // few].name for i in range(few))
+    """Looks at the first chosen client of a pack."""
+    layers = frozenset(layer.name for layer in spaced(spaced(shape.targets, asked.layers), asked.gradient_layers))
     left = f"{shape.targets[0].name}/left"
     ranks = {
         client: start.tensors[left].shape[1] if left in start.tensors else _DENSE_RANK
@@ -54,14 +65,28 @@ def gradient_watch(
     return GradientWatch(dict(list(ranks.items())[:1]), layers)
 
 
-def looked(shape: ModelShape, start: Start, result: LocalResult, weight: float, watch: GradientWatch) -> Looked:
+def looked(
+    asked: Diagnostics, shape: ModelShape, start: Start, result: LocalResult, weight: float, watch: GradientWatch
+) -> Looked:
     """One client's round as it is sent."""
-    layers = {}
-    for layer in shape.targets:
+    layers, targets = {}, spaced(shape.targets, asked.layers)
+    wanted = tuple(f"{layer.name}/" for layer in targets)
+    # What a client begins with lies on the worker's device, what it ends with does not.
+    start = replace(start, tensors={name: x.cpu() for name, x in start.tensors.items() if name.startswith(wanted)})
+    for layer in targets:
         moved = movement(layer, start, result, watch.seen.get((result.client, layer.name)))
         if moved is not None:
             layers[layer.name] = replace(moved, tensors={}), packed(moved.tensors)
     return Looked(result.client, weight, layers)
+
+
+def kept(look: Looked) -> Looked:
+    """The same in memory of its own: a view into the object store would keep the whole pack's results there."""
+    layers = {
+        name: (found, {role: (dtype, array.copy()) for role, (dtype, array) in tensors.items()})
+        for name, (found, tensors) in look.layers.items()
+    }
+    return replace(look, layers=layers)
 
 
 def rows(

@@ -1,7 +1,7 @@
 """What a run leaves behind: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
 
 The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, and, of diagnostics, layers.parquet and
-client_layers.parquet.
+client_layers.parquet.  The report, which is made from all of it, comes after the end.
 
 Every file appears whole or not at all; summary.json comes last of all, so a folder that has it holds a finished run.
 The tables never lack a round that a checkpoint has finished; rounds that they have beyond it are cut off when the run
@@ -34,8 +34,9 @@ from rayfed_sub.errors import UserError
 FREE = (
     *("resources.workers", "resources.state_memory", "resources.deadline"),
     *("checkpoint.every", "federation.on_client_failure"),
+    *("diagnostics.every", "diagnostics.clients", "diagnostics.layers", "diagnostics.gradient_layers"),
 )
-"""Settings that may differ when a run is taken up again: they change no bits of the rounds that are finished."""
+"""Settings that may differ when a run is taken up again: they change no bits of what is learned."""
 
 
 _OTHERS = {"clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer}
@@ -92,6 +93,17 @@ class RunFolder:
         """The scores after so many finished rounds."""
         rows = self._scores.filter(pa.compute.equal(self._scores["rounds"], rounds)).drop_columns(["rounds"])
         return [Score(**row) for row in rows.to_pylist()]
+
+    def looks(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
+        """Diagnostics of the newest rounds that were looked at, of so many at most, in order."""
+        newest = sorted(set(self._others["layers"]["round"].to_pylist()))[-most:]
+        return [
+            (
+                tuple(CohortLayer(**row) for row in _of(n, self._others["layers"]).to_pylist()),
+                tuple(ClientLayer(**row) for row in _of(n, self._others["client_layers"]).to_pylist()),
+            )
+            for n in newest
+        ]
 
     def resumed(self) -> tuple[int, ...]:
         """The rounds with which the run was taken up again."""
@@ -256,6 +268,10 @@ def _scored(rounds: int, scores: Sequence[Score]) -> pa.Table:
 
 def _empty(kind: type) -> pa.Table:
     return _table(kind, [])
+
+
+def _of(round: int, table: pa.Table) -> pa.Table:
+    return table.filter(pa.compute.equal(table["round"], round))
 
 
 def _before(round: int, table: pa.Table) -> pa.Table:

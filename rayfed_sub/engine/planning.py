@@ -38,7 +38,8 @@ def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
 
 def memory(job: Job) -> int:
     """Bytes that all processes of the run take on one machine, as in its plan; some seconds for a large model."""
-    return need(job_parts(job), rounds=2, most=FEW).node()
+    needed, resources = need(job_parts(job), rounds=2, most=FEW), job.config.resources
+    return needed.node(0 if resources.gpus_per_worker else needed.worker(resources.pack_size).process)
 
 
 def here(job: Job, folder: Path = Path()) -> Machine:

@@ -52,9 +52,9 @@ def ray_session() -> Iterator[None]:
     cpus = os.cpu_count()
     with _our_signals():
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
-    _tighten_token()
-    _announce()
     try:
+        _tighten_token()
+        _announce()
         yield
     finally:
         ray.shutdown()

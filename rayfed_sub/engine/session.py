@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +88,8 @@ def _run(config: Config, place: Place | None, tell: Listener, resume: bool, addr
         job = prepare(config)
         if old is not None and (summary := summary_of(old.path, job.config)) is not None:
             tell(Notice(f"{old.called()} is finished already"))
+            if not (old.path / "report.html").exists():
+                _report(old, tell)
             return replace(summary, folder=old.called())
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
             planning.check(job, (old or place or Place(Path())).path)
@@ -101,9 +103,27 @@ def _run(config: Config, place: Place | None, tell: Listener, resume: bool, addr
             with ray_session():
                 # No name here may hold the weights for the whole run.
                 shared = Shared(ray.put(spec_of(job)), ray.put(loading.pop().result()), ray.put(job.dataset))
-                summary = carry_out(job, shared, folder, tell, began, planned.result)
-        write_report([read_run(folder.path)], folder.path / "report.html")
+                summary = carry_out(job, shared, folder, tell, began, lambda: _figure(planned, tell))
+        _report(folder.place, tell)
     return summary
+
+
+def _figure(planned: Future[int], tell: Listener) -> int | None:
+    """What a finished run does not depend on, may fail: of a method of the user's own there may be no plan."""
+    error = planned.exception()
+    if error is None:
+        return planned.result()
+    tell(Notice(f"memory was not planned: {type(error).__name__}: {error}"))
+    return None
+
+
+def _report(place: Place, tell: Listener) -> None:
+    """report.html of a finished run, which counts as finished without it too."""
+    try:
+        write_report([read_run(place.path, place.called())], place.path / "report.html")
+    except Exception as error:
+        again = f"rayfed-sub report {shlex.quote(place.called())}"
+        tell(Notice(f"no report: {type(error).__name__}: {error}; {again} tries again"))
 
 
 def carry_out(
@@ -215,7 +235,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
     tell(Started(config, folder.place.called(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     stream: ObjectRefGenerator | None = None
-    live, watch = Live(folder, config), Watch(folder, config)
+    watch, live = Watch(folder, config), Live(folder, config)
     try:
         for n in range(done, rounds):
             stream = coordinator.run_round.options(num_returns="streaming").remote(n)

@@ -112,7 +112,8 @@ class Worker:
 
     def memory(self) -> tuple[int, int]:
         """Proportional set size, bytes: as last sampled, and the largest seen so far."""
-        return self._memory.last, self._memory.peak
+        peak = self._memory.peak  # takes a sample
+        return self._memory.last, peak
 
     def train(
         self,
@@ -137,7 +138,8 @@ class Worker:
             for client, state in zip(clients, before, strict=True)
         ]
         batches = [self._batches(c, s.cursor if s else 0) for c, s in zip(clients, before, strict=True)]
-        watch = gradient_watch(self._spec.config.diagnostics, shape, clients, starts, watched)
+        asked = self._spec.config.diagnostics
+        watch = gradient_watch(asked, shape, clients, starts, watched)
         results = self._train(received, starts, clients, batches, lr, watch)
         updates: list[PackedUpdate] = []
         kept: list[PackedState | None] = []
@@ -154,7 +156,7 @@ class Worker:
             updates.append(PackedUpdate(update.client, update.weight, packed(update.tensors), update.metrics))
             kept.append(PackedState(new.round, new.cursor, new.step, packed(new.tensors)))
             if result.client in watched:
-                looks.append(looked(shape, start, result, update.weight, watch))
+                looks.append(looked(asked, shape, start, result, update.weight, watch))
         # A pack with a failure runs again; if the failure stays away then, the others may end with other bits.
         if len(fresh) == len(results):
             for client, new in fresh.items():

@@ -51,7 +51,7 @@ def _facts(run: Run) -> dict[str, str]:
         found["privacy"] = f"epsilon {run.rounds['epsilon'].max():.3g} at delta {config.privacy.delta:g}"
     if "weights_sha256" in run.summary:
         found["weights_sha256"] = str(run.summary["weights_sha256"])
-    return found | {"seed": str(config.seed), "folder": str(run.folder)}
+    return found | {"seed": str(config.seed)}
 
 
 def _method(run: Run) -> str:

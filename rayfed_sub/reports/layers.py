@@ -10,7 +10,7 @@ import pandas as pd
 
 from rayfed_sub.page import Details, Figure, Section, Text, line_style, plain
 from rayfed_sub.reports.curves import legend
-from rayfed_sub.reports.lines import FRAME, FROM_ZERO, ROUNDS, Axis, Curve, overlay
+from rayfed_sub.reports.lines import FRAME, FROM_ZERO, ROUNDS, Axis, Curve, overlay, whole_ticks
 from rayfed_sub.reports.quantities import QUANTITIES, Quantity, figures
 from rayfed_sub.reports.source import Run, Runs
 from rayfed_sub.reports.words import count, evenly, listed, number, rounded, short_names
@@ -63,8 +63,8 @@ def _median(known: Mapping[str, pd.DataFrame], quantity: Quantity) -> Figure | N
             curves.append(Curve(at, name, (values.index + 1).tolist(), y, said))
             if quantity.name == "rank" and len(known) == 1:
                 bounds = frame.groupby("round")["bound"].median().dropna()
-                said = f"{number(bounds.iloc[-1])} in round {last}"
-                curves.append(Curve(1, "bound", (bounds.index + 1).tolist(), bounds.tolist(), said))
+                said = f"{number(bounds.iloc[-1])} in round {last}" if len(bounds) else ""
+                curves += [Curve(1, "bound", (bounds.index + 1).tolist(), bounds.tolist(), said)] if said else []
     if not curves:
         return None
     caption = f"Median over layers. {quantity.meaning}"
@@ -151,13 +151,12 @@ def _heat_map(
             }
         ],
         layout={
-            "height": 110 + max(16 * len(rows), 90),
-            "margin": {**FRAME["margin"], "l": 24 + _WIDE * max(map(len, ticks)), "r": 70},
+            "height": 120 + max(16 * len(rows), 90),
+            "margin": {**FRAME["margin"], "l": 24 + _WIDE * max(map(len, ticks)), "r": 70, "b": 60},
             "xaxis": {
                 "title": {"text": "round"},
                 "automargin": False,
-                "tickformat": ",d",
-                "nticks": 8,
+                **whole_ticks(rounds),
                 "showgrid": False,
             },
             "yaxis": {
@@ -176,9 +175,7 @@ def _heat_map(
 def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[Figure]:
     """Singular values of the aggregate in a few layers, in the first and the last round that was looked at."""
     rows = run.layers[[len(values) > 0 for values in run.layers["spectrum"].map(_values)]]
-    if rows.empty:
-        return []
-    rounds = sorted({int(rows["round"].min()), int(rows["round"].max())})
+    rounds = sorted({*rows["round"].head(1), *rows["round"].tail(1)})
     chosen = [names[at] for at in evenly(range(len(names)), _SPECTRA)]
     data: list[dict[str, Any]] = []
     spoken = []
@@ -190,8 +187,11 @@ def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[F
                 said = f"{short[name]}, round {round + 1}"
                 data.append(_spectrum(at, said, values, "dot" if round == rounds[0] != rounds[-1] else "solid"))
                 spoken.append(f"{said}: {number(values[0])} falling to {number(values[-1])} over {len(values)}")
-    drawn = [value for trace in data for value in trace["y"]]
-    decades = max(1, math.ceil(math.log10(max(drawn) / min(drawn)))) if drawn else 1
+    if not data:
+        return []
+    drawn, places = ([value for trace in data for value in trace[axis]] for axis in ("y", "x"))
+    decades = math.log10(max(drawn) / min(drawn))
+    ticks = {"dtick": math.ceil(decades / 6)} if decades > 1 else {"nticks": 6}
     return [
         Figure(
             title="Spectrum of the aggregate",
@@ -202,8 +202,8 @@ def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[F
             layout={
                 "height": 380,
                 "margin": {**FRAME["margin"], "b": 130},
-                "xaxis": {"title": {"text": "singular value"}, "automargin": False, "tickformat": ",d", "nticks": 8},
-                "yaxis": {"type": "log", "automargin": False, "exponentformat": "power", "dtick": -(-decades // 6)},
+                "xaxis": {"title": {"text": "singular value"}, "automargin": False, **whole_ticks(places)},
+                "yaxis": {"type": "log", "automargin": False, "exponentformat": "power", **ticks},
                 "legend": {"orientation": "h", "y": -0.25, "yanchor": "top"},
             },
         )

@@ -17,34 +17,34 @@ _MARKED = 40
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's curve.  at: its place in the legend; said: what of it a label tells, in words and numbers; style: what
-    its line has other than the run's."""
+    """A run's curve.  at: its place in the legend; said: what of it a label tells, in words and numbers."""
 
     at: int
     name: str
     x: Sequence[float]
     y: Sequence[float]
     said: str = ""
-    style: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """title: what is on it, with its unit; layout: plotly's keys for the rest."""
+    """title: what is on it, with its unit; layout: plotly's keys for the rest; whole: whether it counts."""
 
     title: str
     layout: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
 
 FRAME = {"margin": {"l": 60, "r": 20, "t": 30, "b": 50}}
 """Room for ticks.  A figure that finds out for itself how much they need, with "automargin", takes twice as long."""
 FROM_ZERO = {"rangemode": "tozero"}
 
-ROUNDS = Axis("finished rounds", {"tickformat": ",d", "nticks": 8})
+ROUNDS = Axis("finished rounds", whole=True)
 
 
 def overlay(title: str, x: Axis, curves: Sequence[Curve], caption: str, y: Mapping[str, Any] | None = None) -> Figure:
     """The curves over one x-axis.  title: what is on the y-axis, with its unit; y: plotly's keys for it."""
+    ticks = whole_ticks([value for curve in curves for value in curve.x]) if x.whole else {}
     spoken = [f"{curve.name}: {curve.said}" for curve in curves if curve.said]
     return Figure(
         title=title,
@@ -55,10 +55,15 @@ def overlay(title: str, x: Axis, curves: Sequence[Curve], caption: str, y: Mappi
             "height": 300,
             "showlegend": False,
             **FRAME,
-            "xaxis": {"title": {"text": plain(x.title)}, "automargin": False, **x.layout},
+            "xaxis": {"title": {"text": plain(x.title)}, "automargin": False, **ticks, **x.layout},
             "yaxis": {"automargin": False, "nticks": 6, **(y or {})},
         },
     )
+
+
+def whole_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """Ticks of an axis that counts: at whole numbers, none of which stands there twice."""
+    return {"dtick": 1} if max(values) - min(values) < 8 else {"tickformat": ",d", "nticks": 8}
 
 
 def log_where_wide(values: Sequence[float]) -> dict[str, Any]:
@@ -78,9 +83,9 @@ def _trace(curve: Curve) -> dict[str, Any]:
         "mode": "lines+markers",
         "meta": curve.at,
         "name": plain(curve.name),
-        "x": [rounded(curve.x[at]) for at in kept],
+        "x": [rounded(curve.x[at], 7) for at in kept],
         "y": [rounded(curve.y[at]) for at in kept],
-        "line": {"width": 2, **style["line"], **curve.style},
+        "line": {"width": 2, **style["line"]},
         "marker": {"size": size, **style["marker"]},
         "hovertemplate": f"{plain(curve.name)}<br>%{{x}}: %{{y}}<extra></extra>",
     }

@@ -43,5 +43,6 @@ def _over_rounds(runs: Runs) -> list[Figure]:
         if planned and len(runs) == 1:
             curves.append(Curve(1, "planned", [x[0], x[-1]], [planned / 1e6] * 2))
     caption = "At each round's end."
-    caption += " The dashed line: what was planned at most." if any(curve.name == "planned" for curve in curves) else ""
-    return [overlay("Memory of all processes (MB)", ROUNDS, curves, caption, FROM_ZERO)] if curves else []
+    if any(curve.name == "planned" for curve in curves):
+        caption += " The dashed line: what was planned at most, with Ray and the command's own process."
+    return [overlay("Memory of coordinator and workers (MB)", ROUNDS, curves, caption, FROM_ZERO)] if curves else []

@@ -7,13 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from rayfed_sub.analysis.symptoms import Symptom, symptoms
+from rayfed_sub.analysis.symptoms import LOOKS, Symptom, symptoms
 from rayfed_sub.page import Facts, Section, Table
 from rayfed_sub.reports.curves import overall
 from rayfed_sub.reports.source import Run, Runs
-
-_LOOKS = 3
-"""Rounds of diagnostics that are judged."""
 
 
 def noticed(runs: Runs) -> Section | None:
@@ -42,7 +39,7 @@ def symptoms_of(run: Run) -> list[Symptom]:
 
 
 def _newest(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame[frame["round"].isin(sorted(frame["round"].unique())[-_LOOKS:])]
+    return frame[frame["round"].isin(sorted(frame["round"].unique())[-LOOKS:])]
 
 
 def _rows(frame: pd.DataFrame) -> Sequence[Any]:

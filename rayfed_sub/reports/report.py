@@ -20,6 +20,9 @@ from rayfed_sub.reports.source import Run, Runs, named
 from rayfed_sub.reports.surroundings import surroundings
 from rayfed_sub.reports.timeline import timeline
 
+_TITLED = 4
+"""Runs that the title names."""
+
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
     """Writes the page about the runs, one at least, to `path`: 5 MB, nearly all of it plotly.js, and up to 1 MB for a
@@ -59,4 +62,6 @@ def _title(runs: Runs) -> str:
     if len(runs) == 1:
         ((name, run),) = runs.items()
         return f"{name}: {run.method}"
-    return f"{len(runs)} runs: {', '.join(list(runs)[:4])}{', …' if len(runs) > 4 else ''}"
+    common = {run.config.name for run in runs.values()}
+    what = f"{common.pop()}: " if len(common) == 1 else ""
+    return f"{what}{len(runs)} runs" + (f", {', '.join(runs)}" if len(runs) <= _TITLED else "")

@@ -74,8 +74,11 @@ Runs = Mapping[str, Run]
 """Runs by what the report calls them, in the order in which they were asked for."""
 
 
-def read_run(folder: Path) -> Run:
-    """The run in a folder, as far as it went.  Raises UserError where there is none, or where it cannot be read."""
+def read_run(folder: Path, called: str | None = None) -> Run:
+    """The run in a folder, as far as it went.  called: the folder as people call it, where that is not its path.
+
+    Raises UserError where there is none, or where it cannot be read.
+    """
     if not (folder / "config.yaml").is_file():
         sweep = (folder / "sweep.yaml").is_file()
         advice = f"a sweep's own report is {folder / 'report.html'}" if sweep else "check the path"
@@ -95,7 +98,7 @@ def read_run(folder: Path) -> Run:
     if tables["scores"].empty and first.get("scores"):
         tables["scores"] = _framed([{"rounds": 0, **score} for score in first["scores"]], _COLUMNS["scores"])
     return Run(
-        folder=folder,
+        folder=Path(called or folder),
         config=config,
         summary=summary,
         **tables,

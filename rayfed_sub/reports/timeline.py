@@ -109,7 +109,7 @@ def _bars(rows: pd.DataFrame, colour: str) -> dict[str, Any]:
         "type": "bar",
         "orientation": "h",
         "y": [_worker(worker) for worker in rows["worker"]],
-        "base": [rounded(began) for began in rows["began"]],
+        "base": [rounded(began, 7) for began in rows["began"]],
         "x": [rounded(end - began) for began, end in zip(rows["began"], rows["end"], strict=True)],
         "marker": {"color": colour, "line": {"width": 1, "color": "--page"}},
         "hovertext": [_told(row) for row in rows.to_dict("records")],
@@ -137,7 +137,7 @@ def _marks(troubled: pd.DataFrame) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers",
-        "x": [rounded(began) for began in troubled["began"]],
+        "x": [rounded(began, 7) for began in troubled["began"]],
         "y": [_worker(worker) for worker in troubled["worker"]],
         "marker": {"symbol": "x", "size": 11, "color": "--mark", "line": {"width": 1, "color": "--page"}},
         "hovertext": told,

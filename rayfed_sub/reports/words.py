@@ -39,13 +39,13 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
-def rounded(value: float | None) -> float | None:
-    """To four digits, for a figure; None for what cannot be drawn.
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """To so many digits, for a figure; None for what cannot be drawn.
 
     >>> rounded(2.272084), rounded(float("nan"))
     (2.272, None)
     """
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
 def cell(value: float | None) -> Cell:
@@ -135,15 +135,14 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def first_distinct(candidates: Iterable[Sequence[str]]) -> list[str]:
-    """The first of several ways to call some things by which none is called as another; numbered where there is none.
+    """The first of several ways to call some things by which none is called as another; where there is none, the very
+    first, numbered.
 
     >>> first_distinct([["run", "run"], ["fedit", "fedftg"]])
     ['fedit', 'fedftg']
     >>> first_distinct([["run", "run"]])
     ['run 1', 'run 2']
     """
-    names: Sequence[str] = ()
-    for names in candidates:
-        if len(set(names)) == len(names):
-            return list(names)
-    return [f"{name} {at + 1}" for at, name in enumerate(names)]
+    ways = [list(names) for names in candidates]
+    numbered = [f"{name} {at + 1}" for at, name in enumerate(ways[0])]
+    return next((names for names in ways if len(set(names)) == len(names)), numbered)

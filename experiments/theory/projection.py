@@ -1,0 +1,109 @@
+"""What projecting onto r directions costs where clients are alike and where they are not: FedFTG on the convex problem.
+Writes projection.csv, projection.svg and its table in README.md.
+
+    python experiments/theory/projection.py [--jobs N] [--show]
+
+The gradient of ten classes has rank 9, so that r = 9 projects nothing away.  Learning rate and rounds are those of
+`uneven_clients.py`.  Goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from excess_risk import CLIENTS, SEEDS, STEPS, chosen
+from federation import changes, dealt, rounds, weight_of
+from pictures import lines, picture
+from problem import Classifier, digits
+from sheets import markdown, mean_and_spread, read, stand, write
+from uneven_clients import ALPHAS, ROUNDS
+
+from rayfed_sub.config import Optimizer
+from rayfed_sub.methods import build
+
+RANKS = (1, 2, 4, 9)
+KEYS = ("alpha", "rank", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    alpha: float
+    rank: int
+    seed: int
+    lr: float
+
+
+def carry_out(run: Run) -> dict[str, Any]:
+    """Its row.  excess: F(W) - F(W*) at the end.  beyond: share of ||D||^2 of the first round's mean change D that lies
+    beyond its r largest singular values, which no single client's change has."""
+    import torch
+
+    torch.set_num_threads(1)
+    problem, method = digits(), build({"name": "fedftg", "rank": run.rank, "refresh_every": 10})
+    parts = dealt(problem, CLIENTS, run.alpha, run.seed)
+    share_N = np.array([len(rows) for rows in parts]) / len(problem.y_R)
+    model = Classifier(problem)
+    shape, optimizer = model.shape, Optimizer(name="sgd", lr=run.lr)
+    going = rounds(model, shape, problem, method, parts, [STEPS] * CLIENTS, optimizer, seed=run.seed)
+    done = next(going)
+    squares = np.linalg.svd(np.tensordot(share_N, np.stack(changes(done)), 1), compute_uv=False) ** 2
+    for _ in range(ROUNDS - 1):
+        done = next(going)
+    figures = {
+        "excess": problem.excess(weight_of(method, done.server, shape)),
+        "beyond": squares[run.rank :].sum() / squares.sum(),
+    }
+    return {**asdict(run), **{key: float(f"{value:.6g}") for key, value in figures.items()}}
+
+
+def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[Run]:
+    """What has no row yet, seed by seed."""
+    there, lr = {tuple(row[key] for key in KEYS) for row in rows}, chosen(read("excess_risk"), "sgd", "fedftg")
+    points = ((alpha, rank, seed) for seed in SEEDS for alpha in ALPHAS for rank in RANKS)
+    return (Run(*point, lr) for point in points if point not in there)
+
+
+def tables() -> dict[str, str]:
+    """The table of README.md from the rows that are there."""
+    rows, table = read("projection"), []
+    for alpha in ALPHAS:
+        groups = [[row for row in rows if (row["alpha"], row["rank"]) == (alpha, rank)] for rank in RANKS]
+        excess = [mean_and_spread([row["excess"] for row in group]) for group in groups]
+        beyond = [f"{100 * statistics.fmean(row['beyond'] for row in group):.2g} %" for group in groups[:-1]]
+        table.append([f"{alpha:g}", *excess, *beyond])
+    columns = [*(f"r = {rank}" for rank in RANKS), *(f"beyond r = {rank}" for rank in RANKS[:-1])]
+    return {"projection": markdown(["alpha", *columns], table)}
+
+
+def draw() -> None:
+    """projection.svg: excess risk over rank, a line an alpha."""
+    rows = read("projection")
+    with picture("projection", 1, 1) as axes:
+        axis = axes[0, 0]
+        for alpha in ALPHAS:
+            lines(axis, [(row["rank"], row["excess"]) for row in rows if row["alpha"] == alpha], f"alpha {alpha:g}")
+        axis.set(yscale="log", xlabel="rank", ylabel="excess risk", xticks=RANKS)
+        axis.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--show", action="store_true", help="run nothing: table and picture of what is there")
+    given = parser.parse_args()
+    if not given.show:
+        rows = read("projection")
+        with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(carry_out, run) for run in todo(rows)]):
+                rows.append(done.result())
+                write("projection", rows, KEYS)
+                print(*rows[-1].values(), flush=True)
+    draw()
+    stand(tables())
