@@ -182,7 +182,7 @@ def test_everything_is_drawn_in_light_and_dark(tmp_path: Path) -> None:
         )
         assert console == []
         look = told(dom)
-        assert look["plots"] > 60
+        assert look["plots"] > 50
         assert look["printed"][:3] == [0, look["plots"], 704], scheme  # 44 rem
         assert look["printed"][3] <= 4, "all figures have one of the sheet's widths"
         assert look["shut"][0] == look["shut"][1] > 0
@@ -274,7 +274,7 @@ def test_ten_thousand_clients_open_at_once(tmp_path: Path, rounds: int, sampled:
     path = tmp_path / "report.html"
     write_report([read_run(folder)], path)
     # From the start of the navigation until every figure is drawn, also those out of sight.
-    script = f"""dispatchEvent(new Event("beforeprint")); said.drawn = {DRAWN}; said.plots = plots.length;
+    script = f"""plots.forEach(draw); said.drawn = {DRAWN}; said.plots = plots.length;
       document.body.offsetHeight; said.seconds = performance.now() / 1000;"""
     page_asked, best = asked(path, script), float("inf")
     for _ in range(8):  # other processes take the processor at times, and the quickest shows what the page needs

@@ -138,7 +138,7 @@ def test_divergence_is_told_after_two_bad_evaluations() -> None:
     assert symptoms(rounds([2.5, 2.0, 2.2, 2.09]), [], [], config()) == []
     assert symptoms(rounds([2.5, 2.0, 2.05, 2.2]), [], [], config()) == []
     text = only(symptoms(rounds([2.5, 2.0, 2.11, 2.2]), [], [], config(lr=0.1)), "divergence")
-    assert "2.2 after round 3, 10% above its best 2" in text
+    assert "2.2 after round 4, 10% above its best 2" in text
     assert "optimizer.lr=0.1 or federation.local_steps" in text
 
 
@@ -170,7 +170,7 @@ def test_no_progress_and_its_causes(loss: list[float | None], words: str) -> Non
     found = symptoms(rounds([3.0, 2.99, 3.0, 3.01], loss), [], [], config(lr=1e-5))
     text = only(found, "no progress")
     assert words in text
-    assert "held-out loss is 3.01 after round 3, at best 2.99, and was 3: no progress" in text
+    assert "held-out loss is 3.01 after round 4, at best 2.99, was 3: no progress" in text
 
 
 def test_one_percent_is_progress_and_a_tiny_loss_needs_none() -> None:
@@ -223,7 +223,7 @@ def test_a_large_cross_term() -> None:
 
 def test_a_loss_that_was_zero_and_losses_that_are_not_finite() -> None:
     text = only(symptoms(rounds([0.5, 0.0, 0.05, 0.06]), [], [], config("fedavg")), "divergence")
-    assert "held-out loss is 0.06 after round 3, above its best, 0" in text
+    assert "held-out loss is 0.06 after round 4, above its best, 0" in text
     assert symptoms(rounds([3.0, 2.0, float("inf"), float("inf")]), [], [], config("fedavg")) == []
 
 

@@ -113,7 +113,7 @@ def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> It
     if min(newest) > best * (1 + _WORSE) and min(newest) > best + _NATS:
         since = max((n for n, loss in judged if loss == best), default=-1)
         above = f"{now / best - 1:.0%} above its best" if best > 0 else "above its best,"
-        told = f"held-out loss is {now:.3g} after round {last}, {above} {best:.3g}"
+        told = f"held-out loss is {now:.3g} after round {last + 1}, {above} {best:.3g}"
         trend = _trend([row for row in rounds if row.round >= since])
         if trend is not None and trend < -_LEAST:
             cause = "while the training loss still falls: clients overfit; end earlier (federation.rounds)"
@@ -124,7 +124,7 @@ def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> It
         return
     lowest = min(loss for _, loss in judged)
     if lowest > first * (1 - _LEAST) and first > _NATS:
-        seen = f"held-out loss is {now:.3g} after round {last}, at best {lowest:.3g}, and was {first:.3g}: no progress"
+        seen = f"held-out loss is {now:.3g} after round {last + 1}, at best {lowest:.3g}, was {first:.3g}: no progress"
         trend, lr = _trend(rounds), f"optimizer.lr={config.optimizer.lr:g}"
         if trend is None or abs(trend) <= _LEAST:
             yield Symptom("no progress", f"{seen}, and the training loss stands still: steps are too short; raise {lr}")

@@ -108,7 +108,7 @@ def _pictures(run: Run, frame: pd.DataFrame, ends: Mapping[str, tuple[float, flo
     short = short_names(names)
     shown = evenly(range(len(names)), _LAYERS)
     called = {names[at]: short[names[at]] for at in shown}
-    maps = [_heat_map(frame, quantity, called, ends[quantity.name]) for quantity in QUANTITIES]
+    maps = [_heat_map(frame, quantity, called, ends[quantity.name]) for quantity in QUANTITIES if quantity.mapped]
     found: list[Text | Figure] = [picture for picture in maps if picture is not None]
     found += _spectra(run, names, short)
     if len(shown) < len(names):
@@ -184,7 +184,7 @@ def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[F
             found = rows[(rows["layer"] == name) & (rows["round"] == round)]["spectrum"].map(_values)
             values = [value for value in (found.iloc[0] if len(found) else []) if value > 0]
             if values:
-                said = f"{short[name]}, round {round + 1}"
+                said = f"layer {short[name]}, round {round + 1}"
                 data.append(_spectrum(at, said, values, "dot" if round == rounds[0] != rounds[-1] else "solid"))
                 spoken.append(f"{said}: {number(values[0])} falling to {number(values[-1])} over {len(values)}")
     if not data:

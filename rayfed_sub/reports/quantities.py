@@ -11,11 +11,12 @@ from rayfed_sub.reports.source import Run
 
 @dataclass(frozen=True)
 class Quantity:
-    """name: a column of `figures`.  meaning: how to read it, for a caption."""
+    """name: a column of `figures`.  meaning: how to read it, for a caption.  mapped: whether it has a heat map, too."""
 
     name: str
     title: str
     meaning: str
+    mapped: bool = True
 
 
 QUANTITIES = (
@@ -29,7 +30,7 @@ QUANTITIES = (
     Quantity("stable_rank", "Stable rank of the aggregate", "Squared Frobenius norm over squared largest singular "
              "value: near 1 where one direction dominates."),
     Quantity("server_rank", "Rank of the server's change", "Of what the server changed in the round, evaluated rounds "
-             "only: after aggregation, truncation and merging."),
+             "only: after aggregation, truncation and merging.", mapped=False),
     Quantity("drift", "Client drift", "Distance of the clients' changes from their mean, over the mean's norm: 0 where "
              "all are alike; sqrt(clients - 1) where they are orthogonal."),
     Quantity("agreement", "Agreement of the clients", "Mean cosine between two clients' changes: 1 where they point "
@@ -43,11 +44,11 @@ QUANTITIES = (
     Quantity("gradient_energy", "Gradient energy in the subspace's rank", "Share of a client's squared gradient norm "
              "in its strongest r directions: near 1 where gradients are low-rank. Mean over the clients looked at."),
     Quantity("gradient_rank", "Effective rank of the gradients", "Of a client's first gradient in the round. Mean over "
-             "the clients looked at."),
+             "the clients looked at.", mapped=False),
     Quantity("turned", "Kept by the clients' subspaces", "1 where a client's subspace is the same after its round as "
-             "before; mean over the clients looked at."),
+             "before; mean over the clients looked at.", mapped=False),
     Quantity("norm", "Norm of the aggregate", "Frobenius norm of the clients' mean change in the round, in the "
-             "weights' unit."),
+             "weights' unit.", mapped=False),
     Quantity("accumulated", "Accumulated change", "Norm of what the weight has moved from the pretrained one, over the "
              "pretrained one's norm; evaluated rounds only."),
 )  # fmt: skip
