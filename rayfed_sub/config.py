@@ -226,7 +226,7 @@ class Diagnostics(Record):
     every: Annotated[int, Field(ge=0)] = 1
     clients: Count = 8
     layers: Count = 32
-    gradient_layers: Annotated[int, Field(ge=0)] = 4
+    gradient_layers: Annotated[int, Field(ge=0)] = 2
 
 
 class Resources(Record):

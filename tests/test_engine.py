@@ -124,7 +124,7 @@ def test_diagnostics_tell_of_every_layer_round_and_client(undisturbed: Summary) 
     assert (layers["accumulated"] > 0).all()
     assert len(clients) == 2 * 2 * 8
     assert clients["rank"].eq(4).all()
-    # One client of each of four packs, in both layers (4 are asked for, there are 2).
+    # One client of each of four packs, in both layers.
     assert clients["gradient_energy"].notna().sum() == 2 * 4 * 2
     assert clients["gradient_energy"].dropna().between(0, 1).all()
     assert list(zip(packs["round"], packs["pack"], packs["first"], strict=True)) == [
