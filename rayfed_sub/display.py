@@ -14,18 +14,12 @@ from rayfed_sub.analysis.scores import overall
 from rayfed_sub.config import StepRange
 from rayfed_sub.engine.journal import Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.engine.mirror import inside
+from rayfed_sub.reports.words import score
 
 _ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
 """A round's columns, 78 characters in all."""
 
-_SCORES = {
-    "held_out_loss": "held-out loss (nats/label)",
-    "token_accuracy": "accuracy of the next token",
-    "rouge_l": "ROUGE-L of greedy answers",
-    "bleu_4": "BLEU-4 of greedy answers",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-}
+_SCORES = ("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "accuracy", "macro_f1")
 """What the final table shows of a run's scores; summary.json has all."""
 
 
@@ -139,8 +133,8 @@ class Display:
         metrics, sitting = summary.metrics, "since it went on" if summary.resumed else "in all"
         rows = [
             *(
-                (title, f"{metrics[f'{name}_before']:.4f} -> {metrics[name]:.4f}")
-                for name, title in _SCORES.items()
+                (score(name), f"{metrics[f'{name}_before']:.4f} -> {metrics[name]:.4f}")
+                for name in _SCORES
                 if name in metrics
             ),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),

@@ -9,8 +9,6 @@ has, and then fixed, as the theory has them.
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from commands import parallel, processes
 from exponents import exponent
 from federation import as_array, changes, dealt, rounds, weight_of
 from pictures import lines, picture
@@ -320,15 +319,12 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--show", action="store_true", help="run nothing: tables and picture of what is there")
-    given = parser.parse_args()
+    given = parallel(__doc__).parse_args()
     if not given.show:
         if not read("reach"):
             write_reach()
         found = read("excess_risk")
-        with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as workers:
+        with processes(given.jobs) as workers:
             carry_out_all([*tuning(list(METHODS))], workers, found)
             carry_out_all([*counted(found)], workers, found)
     draw()

@@ -9,12 +9,12 @@ stands beside its formula.  Legend: m, n layer sizes, r rank, N clients, L layer
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from commands import command
 from pictures import picture
 from sheets import markdown, read, stand, write
 
@@ -123,9 +123,7 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", action="store_true", help="count nothing: tables and picture of what is there")
-    if not parser.parse_args().show:
+    if not command(__doc__).parse_args().show:
         torch.set_num_threads(1)
         rows = read("memory")
         there = {tuple(row[key] for key in KEYS) for row in rows}

@@ -9,20 +9,18 @@ The gradient of ten classes has rank 9, so that r = 9 projects nothing away.  Le
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from commands import carry_on, parallel
 from excess_risk import CLIENTS, SEEDS, STEPS, chosen
 from federation import changes, dealt, rounds, weight_of
 from pictures import lines, picture
 from problem import Classifier, digits
-from sheets import markdown, mean_and_spread, read, stand, write
+from sheets import markdown, mean_and_spread, read, stand
 from uneven_clients import ALPHAS, ROUNDS
 
 from rayfed_sub.config import Optimizer
@@ -94,16 +92,8 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--show", action="store_true", help="run nothing: table and picture of what is there")
-    given = parser.parse_args()
+    given = parallel(__doc__).parse_args()
     if not given.show:
-        rows = read("projection")
-        with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(carry_out, run) for run in todo(rows)]):
-                rows.append(done.result())
-                write("projection", rows, KEYS)
-                print(*rows[-1].values(), flush=True)
+        carry_on("projection", KEYS, todo, carry_out, given.jobs)
     draw()
     stand(tables())

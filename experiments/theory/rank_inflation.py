@@ -10,13 +10,13 @@ to N = 32 at rank 4.  The figures are the engine's own diagnostics of all client
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from commands import command
 from exponents import exponent
 from federation import rounds
 from pictures import lines, picture
@@ -166,9 +166,7 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", action="store_true", help="run nothing: tables and picture of what is there")
-    if not parser.parse_args().show:
+    if not command(__doc__).parse_args().show:
         torch.set_num_threads(1)
         rows, problem = read("rank_inflation"), digits()
         for point in [*todo(rows)]:

@@ -10,19 +10,17 @@ local steps from equal to 15 times as many, always 8 on average, with and withou
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from commands import carry_on, parallel
 from excess_risk import CLIENTS, METHODS, SEEDS, chosen
 from federation import dealt, rounds, weight_of
 from pictures import lines, picture
 from problem import Classifier, digits
-from sheets import markdown, mean_and_spread, read, stand, write
+from sheets import markdown, mean_and_spread, read, stand
 
 from rayfed_sub.config import Optimizer
 from rayfed_sub.methods import build
@@ -121,17 +119,8 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--show", action="store_true", help="run nothing: tables and picture of what is there")
-    given = parser.parse_args()
+    given = parallel(__doc__).parse_args()
     if not given.show:
-        rows = read("uneven_clients")
-        with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
-            left = {pool.submit(carry_out, run): run for run in todo(rows)}
-            for done in as_completed(left):
-                rows.append(done.result())
-                write("uneven_clients", rows, KEYS)
-                print(*rows[-1].values(), flush=True)
+        carry_on("uneven_clients", KEYS, todo, carry_out, given.jobs)
     draw()
     stand(tables())

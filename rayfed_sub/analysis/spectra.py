@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rayfed_sub.training.grams import root
+
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -97,19 +99,9 @@ def _core(far_RR: Tensor, near_RR: Tensor) -> tuple[Tensor, Tensor]:
     ratio_R = torch.where(alive_R, near_R, 1.0) / torch.where(alive_R, far_R, 1.0)
     far_scale_R = torch.where(alive_R, ratio_R.sqrt(), 0.0)
     near_scale_R = torch.where(alive_R, 1 / ratio_R.sqrt(), 0.0)
-    root_RR = _root(far_RR * far_scale_R[..., None] * far_scale_R[..., None, :])
+    root_RR = root(far_RR * far_scale_R[..., None] * far_scale_R[..., None, :])
     turn_RR = root_RR.mT * near_scale_R[..., None, :]
     return turn_RR @ near_RR @ turn_RR.mT, turn_RR
-
-
-def _root(gram_RR: Tensor) -> Tensor:
-    """F (..., R, R) with F F^T the Gram; by eigenvectors, which take ten times longer, where one is singular."""
-    root_RR: Tensor
-    root_RR, failed = torch.linalg.cholesky_ex(gram_RR)
-    if failed.any():
-        w_R, U_RR = torch.linalg.eigh(gram_RR)
-        root_RR = U_RR * w_R.clamp_min(0).sqrt()[..., None, :]
-    return root_RR
 
 
 def _roots(squares: Tensor) -> Tensor:

@@ -55,9 +55,9 @@ class Done:
     index: int
     result: Any
     worker: int
-    began: float = 0.0
-    ended: float = 0.0
-    troubles: tuple[str, ...] = ()
+    began: float
+    ended: float
+    troubles: tuple[str, ...]
 
 
 class Crew:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rayfed_sub.training.grams import root
+
 
 @dataclass
 class GradientWatch:
@@ -56,7 +58,7 @@ def energy(x_Nn: Tensor, d_Nm: Tensor, rank: int) -> tuple[float, float] | None:
         return None
     x_Nn, d_Nm = x_Nn / x_Nn.abs().max(), d_Nm / d_Nm.abs().max()  # shares do not change, and nothing underflows
     if len(x_Nn) < min(x_Nn.shape[1], d_Nm.shape[1]):
-        C_NN = _root((d_Nm @ d_Nm.T).double())
+        C_NN = root((d_Nm @ d_Nm.T).double())
         gram = C_NN.T @ (x_Nn @ x_Nn.T).double() @ C_NN
     else:
         G_mn = d_Nm.T @ x_Nn
@@ -68,13 +70,3 @@ def energy(x_Nn: Tensor, d_Nm: Tensor, rank: int) -> tuple[float, float] | None:
     values_q = squares_q.sqrt()
     shares_q = values_q / values_q.sum()
     return float(squares_q[:rank].sum()) / total, float(torch.special.entr(shares_q).sum().exp())
-
-
-def _root(gram_NN: Tensor) -> Tensor:
-    """C (N, N) with C C^T the Gram, or its positive part where rounding made it indefinite."""
-    C_NN, failed = torch.linalg.cholesky_ex(gram_NN)
-    if failed:
-        w_N, E_NN = torch.linalg.eigh(gram_NN)
-        C_NN = E_NN * w_N.clamp_min(0).sqrt()
-    root: Tensor = C_NN
-    return root

@@ -1,0 +1,48 @@
+"""What the scripts have in common as commands: their options, and runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+from sheets import read, write
+
+Rows = list[dict[str, Any]]
+
+
+def command(doc: str | None) -> argparse.ArgumentParser:
+    """A script's options; doc: what it does."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true", help="run nothing: tables and pictures of what is there")
+    return parser
+
+
+def parallel(doc: str | None) -> argparse.ArgumentParser:
+    """The same for a script that uses processes."""
+    parser = command(doc)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    return parser
+
+
+def processes(jobs: int) -> ProcessPoolExecutor:
+    """Fresh ones: forked ones would inherit torch's threads."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+
+
+def carry_on(
+    name: str,
+    keys: Sequence[str],
+    todo: Callable[[Rows], Iterable[Any]],
+    carry_out: Callable[[Any], dict[str, Any]],
+    jobs: int,
+) -> None:
+    """Runs what NAME.csv has no row of yet, and writes it after each."""
+    rows = read(name)
+    with processes(jobs) as pool:
+        for done in as_completed([pool.submit(carry_out, run) for run in todo(rows)]):
+            rows.append(done.result())
+            write(name, rows, keys)
+            print(*rows[-1].values(), flush=True)
