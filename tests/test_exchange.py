@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayfed_sub.engine.exchange import Guard, checksum, packed, unpacked
+from rayfed_sub.engine.exchange import Guard, PackedState, checksum, get, packed, put, unpacked
 from rayfed_sub.errors import RunError
 
 TENSORS = {
@@ -50,6 +50,15 @@ def test_the_same_bits_come_back(name: str) -> None:
 def test_a_small_view_does_not_drag_its_storage_along() -> None:
     large = torch.zeros(1000, 1000)
     assert len(pickle.dumps(packed({"row": large[3]}))) < 10_000  # 4 kB of numbers, not 4 MB
+
+
+def test_a_small_state_travels_by_itself_and_keeps_nothing_else_in_memory() -> None:
+    result = np.zeros(10_000, np.float32)  # what a worker returned for a whole pack
+    state = PackedState(3, 8, 8, {"a/m1": ("float32", result[:24])})  # 96 bytes of it: no object in the store
+    kept = get(put(state))
+    assert (kept.round, kept.cursor, kept.step) == (3, 8, 8)
+    assert np.array_equal(kept.tensors["a/m1"][1], state.tensors["a/m1"][1])
+    assert not np.shares_memory(kept.tensors["a/m1"][1], result)
 
 
 def test_a_trained_tensor_travels_without_its_graph() -> None:

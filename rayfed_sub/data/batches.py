@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -59,9 +60,15 @@ def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int, l
     pooled = order[low : low + held * size]
     pooled = pooled[np.argsort(lengths[pooled], kind="stable")]
     # The ranks of the first `held` of POOL places: a client with a shorter pool follows the others as far as it goes.
-    places = stream(seed, "buckets", epoch, pool).permutation(POOL)[:held]
+    places = _bucket(seed, epoch, pool)[:held]
     rank = int((places < places[place]).sum())
     return pooled[rank * size : (rank + 1) * size]
+
+
+@lru_cache(maxsize=256)
+def _bucket(seed: int, epoch: int, pool: int) -> Ints:
+    """In which order the batches of a pool come, by length; all clients ask for the same."""
+    return stream(seed, "buckets", epoch, pool).permutation(POOL)
 
 
 def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) -> dict[str, Tensor]:
@@ -78,7 +85,7 @@ def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) 
             "pixel_values": torch.from_numpy(rows.inputs(indices)),
             "labels": torch.from_numpy(rows.classes[indices]),
         }
-    lengths = rows.offsets[indices + 1] - rows.offsets[indices]
+    lengths = rows.lengths[indices]
     places = np.arange(int(lengths.max()))[None, :]
     filled = places < lengths[:, None]
     input_ids = np.full(filled.shape, pad, np.int64)
@@ -119,7 +126,7 @@ class ClientBatches:
         """Batch `index`, 0 <= index < steps, as `collate` gives it.  Raises IndexError outside."""
         if not 0 <= index < self.steps:
             raise IndexError(index)
-        lengths = np.diff(self.rows.offsets) if isinstance(self.rows, Rows) else None
+        lengths = self.rows.lengths if isinstance(self.rows, Rows) else None
         chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, self.cursor + index, lengths)
         return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad)
 

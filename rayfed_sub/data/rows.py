@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Tokens of every row, (rows,)."""
+        return np.diff(self.offsets)
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,7 @@ from rayfed_sub.analysis.ranks import change_rank
 from rayfed_sub.analysis.scores import Score, overall
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.engine import checkpoints, cohorts, diagnosis, evaluations
+from rayfed_sub.engine import checkpoints, cohorts, diagnosis, evaluations, exchange
 from rayfed_sub.engine.diagnosis import Looked
 from rayfed_sub.engine.evaluations import JudgedModel
 from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
@@ -118,7 +118,7 @@ class Coordinator:
         # The coordinator of a run that was killed may still be writing.
         self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
         memory = self._config.resources.state_memory
-        self._ledger = Ledger(self._folder, memory, self._initial, ray.put, ray.get)
+        self._ledger = Ledger(self._folder, memory, self._initial, exchange.put, exchange.get)
         asked, until = {worker.ready.remote(): worker for worker in self._workers}, time.monotonic() + _START_SECONDS
         while asked:
             done, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
@@ -242,7 +242,7 @@ class Coordinator:
             digest.update(name.encode() + standing.server.tensors[name].contiguous().numpy().tobytes())
         for client in sorted(standing.states) if self._method.personal else ():
             _, reference = cast(Any, self._ledger.stored(client))
-            for name, tensor in sorted(unpacked(ray.get(reference).tensors).items()):
+            for name, tensor in sorted(unpacked(exchange.get(reference).tensors).items()):
                 digest.update(f"{client}/{name}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class PackedState:
     step: int
     tensors: Packed
 
+
+_SMALL = 100_000
+"""Bytes of a state below which it travels by itself: Ray, too, sends objects of that size along with a call."""
 
 _ALIGNMENT = 64  # torch's own allocations; matrix products give other bits on differently aligned inputs
 
@@ -58,6 +61,26 @@ def unpacked(arrays: Packed) -> dict[str, Tensor]:
                 tensor = tensor.clone()
             out[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
     return out
+
+
+def put(state: PackedState) -> Any:
+    """What `get` gives the state back for: a reference into the object store, or, of a small one, itself in memory of
+    its own.  An object in the store costs most of a millisecond whatever its size; a view into one keeps all of it."""
+    if sum(array.nbytes for _, array in state.tensors.values()) < _SMALL:
+        return replace(state, tensors={name: (dtype, array.copy()) for name, (dtype, array) in state.tensors.items()})
+    import ray
+
+    return ray.put(state)
+
+
+def get(stored: Any, timeout: float | None = None) -> PackedState:
+    """The state behind what `put` gave.  Raises ray's GetTimeoutError after so many seconds."""
+    if isinstance(stored, PackedState):
+        return stored
+    import ray
+
+    state: PackedState = ray.get(stored, timeout=timeout)
+    return state
 
 
 class Guard:

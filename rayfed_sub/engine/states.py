@@ -35,7 +35,7 @@ class Note:
 
 
 class States:
-    """put, get: into shared memory and out of it (`ray.put`, `ray.get`); budget: bytes of tensors held there."""
+    """put, get: into memory and out of it (exchange.put, exchange.get); budget: bytes of tensors held there."""
 
     def __init__(self, folder: Path, budget: int, put: Callable[[Any], Any], get: Callable[[Any], Any]) -> None:
         self._folder, self._budget, self._put, self._get = folder, budget, put, get

@@ -19,10 +19,11 @@ from rayfed_sub.data.batches import ClientBatches, collate
 from rayfed_sub.data.codec import Codec, PixelCodec
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.rows import Rows
+from rayfed_sub.engine import exchange
 from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.engine.diagnosis import Looked, gradient_watch, looked
 from rayfed_sub.engine.exchange import Guard, Packed, PackedState, packed, unpacked
-from rayfed_sub.engine.memory import PeakMemory, give_back
+from rayfed_sub.engine.memory import PeakMemory, give_back, keep_freed
 from rayfed_sub.methods.privacy import clipped
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import Skeleton
@@ -95,6 +96,7 @@ class Worker:
 
     def __init__(self, spec: Spec, backbone: Packed, dataset: Dataset, gpu_share: float = 0.0) -> None:
         torch.set_num_threads(spec.config.resources.threads)
+        keep_freed()
         self._memory = PeakMemory()
         self._spec, self._dataset = spec, dataset
         self._device = _device(gpu_share, spec.config.resources.deterministic)
@@ -124,9 +126,9 @@ class Worker:
         lr: float,
         watched: Sequence[int] = (),
     ) -> PackOutcome:
-        """One pack's round.  states: per client None (its first round) or an object reference, fetched only when the
-        state is not resident.  watched: whom diagnostics look at.  A client that fails by itself says so in its
-        update."""
+        """One pack's round.  states: per client None (its first round), or the round and what `exchange.get` takes,
+        fetched only when the state is not resident.  watched: whom diagnostics look at.  A client that fails by itself
+        says so in its update."""
         method, shape = self._spec.method, self._spec.skeleton.shape
         received = Broadcast(round, self._received(round, broadcast))
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
@@ -163,7 +165,6 @@ class Worker:
                 self._remember(client, new)
         given.check()
         self._guard.check()
-        give_back()
         return PackOutcome(tuple(updates), tuple(kept), tuple(looks))
 
     def evaluate(
@@ -296,13 +297,11 @@ class Worker:
         """The client's state: resident when this worker trained it last, else fetched from the object store."""
         if stored is None:
             return None
-        round, reference = stored
+        round, where = stored
         resident = self._resident.get(client)
         if resident is not None and resident.round == round:
             return resident
-        import ray
-
-        state: PackedState = ray.get(reference, timeout=_FETCH_SECONDS)
+        state = exchange.get(where, _FETCH_SECONDS)
         return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
 
     def _remember(self, client: int, state: ClientState) -> None:

@@ -57,10 +57,7 @@ class PackLinear(nn.Module):
         if terms is None:
             return functional.linear(x, self.weight, self.bias)
         x_GNn = x.reshape(terms.clients, -1, x.shape[-1])
-        y_GNm = self._base(x_GNn, terms)
-        low_GNm = _low_rank(x_GNn.float(), terms)
-        if low_GNm is not None:
-            y_GNm = y_GNm + low_GNm.to(y_GNm.dtype)
+        y_GNm = _with_blocks(self._base(x_GNn, terms), x_GNn.float(), terms)
         if terms.captures and y_GNm.requires_grad:
             captures, kept_GNn = terms.captures, x_GNn.detach()
             y_GNm.register_hook(lambda d_GNm: _show(captures, kept_GNn, d_GNm))
@@ -84,19 +81,23 @@ def _show(captures: Sequence[Capture], x_GNn: Tensor, d_GNm: Tensor) -> None:
         capture(x_GNn, d_GNm)
 
 
-def _low_rank(x_GNn: Tensor, terms: Terms) -> Tensor | None:
-    """The blocks' output (G, N, m) through the small side: the (m, n) products are never formed."""
-    low_GNm = None
+def _with_blocks(y_GNm: Tensor, x_GNn: Tensor, terms: Terms) -> Tensor:
+    """y with the blocks' output added, in place in float32, through the small side: the (m, n) products are never
+    formed."""
     if terms.left_Gmr is not None and terms.right_Grn is not None and terms.scale_G is not None:
-        z_GNr = torch.bmm(x_GNn, terms.right_Grn.transpose(1, 2)) * terms.scale_G[:, None, None]
+        z_GNr = torch.bmm(x_GNn, terms.right_Grn.mT) * terms.scale_G[:, None, None]
         if terms.core_Grr is not None:
-            z_GNr = torch.bmm(z_GNr, terms.core_Grr.transpose(1, 2))
-        low_GNm = torch.bmm(z_GNr, terms.left_Gmr.transpose(1, 2))
+            z_GNr = torch.bmm(z_GNr, terms.core_Grr.mT)
+        y_GNm = _added(y_GNm, z_GNr, terms.left_Gmr)
     if terms.closed_left_GmR is not None and terms.closed_right_GRn is not None:
-        z_GNR = torch.bmm(x_GNn, terms.closed_right_GRn.transpose(1, 2))
-        closed_GNm = torch.bmm(z_GNR, terms.closed_left_GmR.transpose(1, 2))
-        low_GNm = closed_GNm if low_GNm is None else low_GNm + closed_GNm
-    return low_GNm
+        y_GNm = _added(y_GNm, torch.bmm(x_GNn, terms.closed_right_GRn.mT), terms.closed_left_GmR)
+    return y_GNm
+
+
+def _added(y_GNm: Tensor, z_GNr: Tensor, left_Gmr: Tensor) -> Tensor:
+    if y_GNm.dtype == z_GNr.dtype:
+        return y_GNm.baddbmm_(z_GNr, left_Gmr.mT)
+    return y_GNm + torch.bmm(z_GNr, left_Gmr.mT).to(y_GNm.dtype)
 
 
 def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:

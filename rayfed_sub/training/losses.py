@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from rayfed_sub.data.batches import IGNORED
 
-_CHUNK = 128  # labelled tokens whose logits exist at the same time
+_TOKENS, _LOGITS = 128, 2**20  # a chunk of logits is as many numbers as that, or those of as many tokens if more
 
 
 def client_losses(model: nn.Module, batch: Mapping[str, Tensor], clients: int) -> tuple[Tensor, Tensor]:
@@ -65,11 +65,14 @@ def predicted(model: nn.Module, batch: Mapping[str, Tensor]) -> Predicted:
     head = _plain_head(model)
     losses, best = [], []
     if head is None:
-        chunks = cast(Any, model)(**inputs, use_cache=False).logits[row_L, before_L].float().split(_CHUNK)
+        logits_LV = cast(Any, model)(**inputs, use_cache=False).logits[row_L, before_L].float()
+        chunk = _chunk(logits_LV.shape[1])
+        chunks = iter(logits_LV.split(chunk))
     else:
         hidden_Lh, cap = _hidden(model, inputs, row_L, before_L)
-        chunks = (_logits(hidden_ch, head.weight, cap) for hidden_ch in hidden_Lh.split(_CHUNK))
-    for logits_cV, label_c in zip(chunks, label_L.split(_CHUNK), strict=True):
+        chunk = _chunk(len(head.weight))
+        chunks = (_logits(hidden_ch, head.weight, cap) for hidden_ch in hidden_Lh.split(chunk))
+    for logits_cV, label_c in zip(chunks, label_L.split(chunk), strict=True):
         losses.append(functional.cross_entropy(logits_cV, label_c, reduction="none"))
         best.append(logits_cV.argmax(dim=-1))
     return Predicted(torch.cat(losses), row_L, label_L, torch.cat(best))
@@ -121,6 +124,15 @@ def _hidden(
     return hidden_RTh[row_L, place_L], getattr(causal.config, "final_logit_softcapping", None)
 
 
+def _chunk(vocabulary: int) -> int:
+    """Labelled tokens whose logits exist at the same time: small products would waste a small vocabulary's time.
+
+    >>> _chunk(512), _chunk(49152)
+    (2048, 128)
+    """
+    return max(_TOKENS, _LOGITS // vocabulary)
+
+
 def _logits(hidden_ch: Tensor, head_Vh: Tensor, cap: float | None) -> Tensor:
     logits_cV = functional.linear(hidden_ch, head_Vh).float()
     return logits_cV if cap is None else torch.tanh(logits_cV / cap) * cap
@@ -132,13 +144,16 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_Lh: Tensor, head_Vh: Tensor, label_L: Tensor, cap: float | None) -> Tensor:
         grads, losses = [], []
-        for hidden_ch, label_c in zip(hidden_Lh.split(_CHUNK), label_L.split(_CHUNK), strict=True):
+        chunk = _chunk(len(head_Vh))
+        for hidden_ch, label_c in zip(hidden_Lh.split(chunk), label_L.split(chunk), strict=True):
             logits_cV = _logits(hidden_ch, head_Vh, cap)
             slope_cV = None if cap is None else 1 - (logits_cV / cap).square()  # of the soft cap
-            log_p_cV = functional.log_softmax(logits_cV, dim=-1)
-            losses.append(-log_p_cV.gather(1, label_c[:, None])[:, 0])
+            # The probabilities are the gradient too; the likeliest one says what all were divided by.
+            p_cV = functional.softmax(logits_cV, dim=-1)
+            total_c = logits_cV.amax(dim=-1) - p_cV.amax(dim=-1).log()
+            losses.append(total_c - logits_cV.gather(1, label_c[:, None])[:, 0])
             if ctx.needs_input_grad[0]:
-                grad_cV = log_p_cV.exp_()
+                grad_cV = p_cV
                 grad_cV[torch.arange(len(label_c), device=label_c.device), label_c] -= 1
                 if slope_cV is not None:
                     grad_cV *= slope_cV

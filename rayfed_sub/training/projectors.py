@@ -5,10 +5,14 @@ gradient of its output; neither `exact`, `randomized` nor `random` forms G while
 The basis is returned as rows, (r, k): for the right side (m >= n, k = n) these are G's top right singular
 vectors; for the left side (m < n, k = m) call with x and d swapped, which transposes G.
 
-Legend: N tokens (rows of x and d), m, n layer sizes, r rank, k = size of the projected side, q = kept directions.
+Legend: G clients, g of them of like size, N tokens (rows of x and d), m, n layer sizes, r rank,
+k = size of the projected side, q = kept directions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from numpy.random import Generator
@@ -22,45 +26,62 @@ _OVERSAMPLE = 4  # extra directions of the randomised range finder
 _POWER_STEPS = 2  # its subspace iterations
 
 
+def bases(
+    kind: str,
+    x_GNn: Tensor,
+    d_GNm: Tensor,
+    ranks: Sequence[int],
+    old_Grn: Tensor,
+    draw: Callable[[int], Generator],
+    *,
+    swapped: bool = False,
+) -> Tensor:
+    """The orthonormal row bases (G, r, n) of the clients' gradients d^T x, float32, r the largest rank; a client's rows
+    beyond its own rank, and beyond that of its gradient, are zero.
+
+    kind: `exact` | `svd` | `randomized` | `random`.  old_Grn: the bases so far (zero rows: none); new rows are signed
+    to agree with them, except for `svd`, which is torch's answer untouched, as galore-torch uses it.  draw: the stream
+    of the client at a position, for the random projectors.  swapped: x and d have changed places, for the left side
+    (only `svd` minds: torch gives a matrix and its transpose other signs, and galore-torch factorises the gradient as
+    it lies).  A gradient of zero gives a basis of zeros; the caller has already refused non-finite input.
+    """
+    rows_Grn = torch.zeros_like(old_Grn)
+    # Padding and masked tokens send no gradient; on the left side x is what the gradient flows through.
+    used_GN = (d_GNm != 0).any(dim=2) & (x_GNn != 0).any(dim=2)
+    count_G: list[int] = used_GN.sum(dim=1).tolist()
+    if kind != "exact":
+        for g, rank in enumerate(ranks):
+            if count_G[g] or kind == "random":
+                x_Nn, d_Nm, old_rn = x_GNn[g, used_GN[g]], d_GNm[g, used_GN[g]], old_Grn[g, :rank]
+                rows_Grn[g, :rank] = _one(kind, x_Nn, d_Nm, rank, old_rn, draw(g), swapped)
+        return rows_Grn if kind == "svd" else signed(rows_Grn, old_Grn)
+    for count in sorted({count for count in count_G if count}):  # clients of like size share their factorisations
+        alike = [g for g in range(len(ranks)) if count_G[g] == count]
+        token_gN = used_GN[alike].nonzero()[:, 1].view(len(alike), count)
+        client_g1 = torch.tensor(alike, device=token_gN.device)[:, None]
+        found_grn = _exact(x_GNn[client_g1, token_gN], d_GNm[client_g1, token_gN], old_Grn.shape[1])
+        for g, rows_rn in zip(alike, found_grn, strict=True):
+            rows_Grn[g, : ranks[g]] = rows_rn[: ranks[g]]
+    return signed(rows_Grn, old_Grn)
+
+
 def basis(
     kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor | None, rng: Generator, *, swapped: bool = False
 ) -> Tensor:
-    """The (rank, n) orthonormal row basis of one client's gradient d^T x, in float32; rows beyond rank(G) are zero.
-
-    kind: `exact` | `svd` | `randomized` | `random`.  old_rn: the basis so far (None or zero rows: none); new rows
-    are signed to agree with it, except for `svd`, which is torch's answer untouched, as galore-torch uses it.
-    rng: the random projectors' draws.  swapped: x and d have changed places, for the left side (only `svd` minds: torch
-    gives a matrix and its transpose other signs, and galore-torch factorises the gradient as it lies).
-    A gradient of zero gives a basis of zeros; the caller has already refused non-finite input.
+    """The basis (rank, n) of one client, as `bases` gives it.
 
     >>> x, d = torch.eye(3)[:2], torch.tensor([[3.0, 0, 0, 0], [0, 2.0, 0, 0]])   # G has singular values 3 and 2
     >>> basis("exact", x, d, 1, None, stream(0)).abs()
     tensor([[1., 0., 0.]])
     """
-    # Padding and masked tokens send no gradient; on the left side x is what the gradient flows through.
-    used_N = (d_Nm != 0).any(dim=1) & (x_Nn != 0).any(dim=1)
-    x_Nn, d_Nm = x_Nn[used_N], d_Nm[used_N]
-    n = x_Nn.shape[1]
-    if kind == "random":
-        new_rn = _orthonormal(torch.from_numpy(rng.standard_normal((rank, n))).to(x_Nn.device))
-    elif not len(x_Nn):
-        return x_Nn.new_zeros(rank, n, dtype=torch.float32)
-    elif kind == "exact":
-        new_rn = _exact(x_Nn, d_Nm, rank)
-    elif kind == "svd":
-        G_mn = d_Nm.float().T @ x_Nn.float()
-        if swapped:
-            return _padded(torch.linalg.svd(G_mn.T, full_matrices=False).U.T[:rank], rank)
-        return _padded(torch.linalg.svd(G_mn, full_matrices=False).Vh[:rank], rank)
-    elif kind == "randomized":
-        new_rn = _randomized(x_Nn, d_Nm, rank, old_rn, rng)
-    else:
-        raise AssertionError(f"unknown projector {kind}")
-    return signed(_padded(new_rn.float(), rank), old_rn)
+    old_1rn = x_Nn.new_zeros(1, rank, x_Nn.shape[1], dtype=torch.float32)
+    if old_rn is not None:
+        old_1rn[0] = old_rn
+    return bases(kind, x_Nn[None], d_Nm[None], [rank], old_1rn, lambda g: rng, swapped=swapped)[0]
 
 
 def signed(new_rk: Tensor, old_rk: Tensor | None) -> Tensor:
-    """`new_rk` with each row's sign chosen to agree with the old basis: diag(new old^T) > 0.
+    """`new_rk`, (..., r, k), with each row's sign chosen to agree with the old basis: diag(new old^T) > 0.
 
     Singular vectors are defined up to sign, but Adam's moments kept over a refresh live in that basis.  Where there
     is no old row, or it is orthogonal to the new one, a fixed reference vector takes its place.
@@ -68,46 +89,80 @@ def signed(new_rk: Tensor, old_rk: Tensor | None) -> Tensor:
     >>> signed(torch.tensor([[-1.0, 0.0]]), torch.tensor([[0.6, 0.8]]))
     tensor([[1., -0.]])
     """
-    reference_k = torch.from_numpy(stream(0, "sign reference").standard_normal(new_rk.shape[1])).to(new_rk)
-    agree_r = new_rk @ reference_k
+    agree_r = new_rk @ _reference(new_rk.shape[-1]).to(new_rk)
     if old_rk is not None:
-        old_agree_r = (new_rk * old_rk).sum(dim=1)
+        old_agree_r = (new_rk * old_rk).sum(dim=-1)
         agree_r = torch.where(old_agree_r != 0, old_agree_r, agree_r)
-    return torch.where(agree_r < 0, -1.0, 1.0)[:, None] * new_rk
+    return torch.where(agree_r < 0, -1.0, 1.0)[..., None] * new_rk
 
 
-def _exact(x_Nn: Tensor, d_Nm: Tensor, rank: int) -> Tensor:
-    """Top right singular vectors of d^T x from token Grams: with d d^T = C C^T, (C^T x)(C^T x)^T = M is (N, N), and M's
-    eigenvectors E with eigenvalues w give V = w^-1/2 E^T C^T x.  float64, because the Grams square the condition."""
-    (N, n), m = x_Nn.shape, d_Nm.shape[1]
-    x_Nn, d_Nm = x_Nn.double(), d_Nm.double()
-    if min(m, n) <= N:  # the Gram would be larger than the matrix itself: form G, then the Gram of its short side
-        G_mn = d_Nm.T @ x_Nn
-        if n <= m:
-            _, E_nn = torch.linalg.eigh(_scaled(G_mn.T @ G_mn))
-            rows_qn = E_nn.flip(1).T[:rank]
-            energy_q = (G_mn @ rows_qn.T).square().sum(0)
+@cache
+def _reference(k: int) -> Tensor:
+    """The vector (k,) float64 that a sign without a past goes by."""
+    return torch.from_numpy(stream(0, "sign reference").standard_normal(k))
+
+
+def _one(kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: Generator, swapped: bool) -> Tensor:
+    """One client's basis (rank, n), unsigned, by a rule that takes clients one at a time."""
+    n = x_Nn.shape[1]
+    if kind == "random":
+        new_rn = _orthonormal(torch.from_numpy(rng.standard_normal((rank, n))).to(x_Nn.device))
+    elif kind == "svd":
+        G_mn = d_Nm.float().T @ x_Nn.float()
+        if swapped:
+            new_rn = torch.linalg.svd(G_mn.T, full_matrices=False).U.T[:rank]
         else:
-            _, E_mm = torch.linalg.eigh(_scaled(G_mn @ G_mn.T))
-            rows_qn = E_mm.flip(1).T[:rank] @ G_mn
-            energy_q = rows_qn.square().sum(1)
-        return _orthonormal(rows_qn[energy_q > _ENERGY_CUT * energy_q[0]])
-    D_NN = _scaled(d_Nm @ d_Nm.T)
-    C_NN, failed = torch.linalg.cholesky_ex(D_NN)
-    if failed:  # linearly dependent output gradients: the positive part is all there is
-        s_N, U_NN = torch.linalg.eigh(D_NN)
-        kept_N = s_N > _GRAM_CUT * s_N[-1]
-        C_NN = U_NN[:, kept_N] * s_N[kept_N].sqrt()
-    M_NN = C_NN.T @ (x_Nn @ x_Nn.T) @ C_NN
-    w_N, E_NN = torch.linalg.eigh(_scaled(M_NN))
-    w_q, E_Nq = w_N.flip(0)[:rank], E_NN.flip(1)[:, :rank]
-    kept_q = w_q > _ENERGY_CUT * w_q[0]
-    return _orthonormal((C_NN @ E_Nq[:, kept_q]).T @ x_Nn)
+            new_rn = torch.linalg.svd(G_mn, full_matrices=False).Vh[:rank]
+    elif kind == "randomized":
+        new_rn = _randomized(x_Nn, d_Nm, rank, old_rn if old_rn.any() else None, rng)
+    else:
+        raise AssertionError(f"unknown projector {kind}")
+    return torch.nn.functional.pad(new_rn.float(), (0, 0, 0, rank - len(new_rn)))
+
+
+def _exact(x_GNn: Tensor, d_GNm: Tensor, rank: int) -> Tensor:
+    """Top right singular vectors (G, rank, n) of each d^T x, zero beyond its rank, from token Grams: with
+    d d^T = C C^T, (C^T x)(C^T x)^T = M is (N, N), and M's eigenvectors E with eigenvalues w give V = w^-1/2 E^T C^T x.
+    float64, because the Grams square the condition."""
+    (N, n), m = x_GNn.shape[1:], d_GNm.shape[2]
+    x_GNn, d_GNm = x_GNn.double(), d_GNm.double()
+    if min(m, n) > N:
+        C_GNN = _roots(d_GNm @ d_GNm.mT)
+        w_GN, E_GNN = torch.linalg.eigh(_scaled(C_GNN.mT @ (x_GNn @ x_GNn.mT) @ C_GNN))
+        energy_Gq, E_GNq = w_GN.flip(1)[:, :rank], E_GNN.flip(2)[:, :, :rank]
+        rows_Gqn = (C_GNN @ E_GNq).mT @ x_GNn
+    else:  # the Gram would be larger than the matrix itself: form G, then the Gram of its short side
+        G_Gmn = d_GNm.mT @ x_GNn
+        if n <= m:
+            _, E_Gnn = torch.linalg.eigh(_scaled(G_Gmn.mT @ G_Gmn))
+            rows_Gqn = E_Gnn.flip(2).mT[:, :rank]
+            energy_Gq = (G_Gmn @ rows_Gqn.mT).square().sum(1)
+        else:
+            _, E_Gmm = torch.linalg.eigh(_scaled(G_Gmn @ G_Gmn.mT))
+            rows_Gqn = E_Gmm.flip(2).mT[:, :rank] @ G_Gmn
+            energy_Gq = rows_Gqn.square().sum(2)
+    kept_Gq = (energy_Gq > _ENERGY_CUT * energy_Gq[:, :1]).cumprod(1).bool()
+    # What is left out comes last, so that it does not turn the rows before it.
+    rows_Gqn = _orthonormal(rows_Gqn) * kept_Gq[:, :, None]
+    return torch.nn.functional.pad(rows_Gqn.float(), (0, 0, 0, rank - rows_Gqn.shape[1]))
+
+
+def _roots(gram_GNN: Tensor) -> Tensor:
+    """C (G, N, N) with C C^T = each Gram, up to a positive factor."""
+    scaled_GNN = _scaled(gram_GNN)
+    C_GNN, failed_G = torch.linalg.cholesky_ex(scaled_GNN)
+    if failed_G.any():  # linearly dependent output gradients: the positive part is all there is
+        s_gN, U_gNN = torch.linalg.eigh(scaled_GNN[failed_G > 0])
+        s_gN = torch.where(s_gN > _GRAM_CUT * s_gN[:, -1:], s_gN, 0.0)
+        C_GNN[failed_G > 0] = U_gNN * s_gN.sqrt()[:, None]
+    roots: Tensor = C_GNN
+    return roots
 
 
 def _randomized(x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor | None, rng: Generator) -> Tensor:
     """Randomised subspace iteration (Halko, Martinsson, Tropp 2011), started from the old basis where there is one.
     G v = d^T (x v) and G^T u = x^T (d u), so G is never formed."""
+    x_Nn, d_Nm = x_Nn.double(), d_Nm.double()  # directions of like size are as unsure as the rounding
     n, size = x_Nn.shape[1], min(rank + _OVERSAMPLE, *x_Nn.shape, d_Nm.shape[1])
     start_sn = torch.from_numpy(rng.standard_normal((size, n))).to(x_Nn)
     if old_rn is not None:
@@ -118,24 +173,19 @@ def _randomized(x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor | None, rn
         U_ms = torch.linalg.qr(d_Nm.T @ (x_Nn @ V_ns)).Q
         V_ns = torch.linalg.qr(x_Nn.T @ (d_Nm @ U_ms)).Q
     GV_ms = d_Nm.T @ (x_Nn @ V_ns)
-    s_s, W_ss = torch.linalg.svd(GV_ms.double(), full_matrices=False)[1:]
-    rows_sn = W_ss @ V_ns.double().T
+    s_s, W_ss = torch.linalg.svd(GV_ms, full_matrices=False)[1:]
+    rows_sn = W_ss @ V_ns.T
     return _orthonormal(rows_sn[:rank][s_s[:rank] > 1e-7 * s_s[0]])
 
 
 def _orthonormal(rows_qn: Tensor) -> Tensor:
-    """Rows made orthonormal in order, each keeping its direction (one QR with a positive diagonal)."""
-    if not len(rows_qn):
-        return rows_qn
-    Q_nq, R_qq = torch.linalg.qr(rows_qn.T)
-    rows: Tensor = (Q_nq * torch.where(R_qq.diagonal() < 0, -1.0, 1.0)).T
+    """Rows (..., q, n) made orthonormal in order, each keeping its direction (one QR with a positive diagonal)."""
+    Q_nq, R_qq = torch.linalg.qr(rows_qn.mT)
+    rows: Tensor = (Q_nq * torch.where(R_qq.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]).mT
     return rows
 
 
-def _padded(rows_qn: Tensor, rank: int) -> Tensor:
-    return torch.nn.functional.pad(rows_qn, (0, 0, 0, rank - len(rows_qn)))
-
-
 def _scaled(gram: Tensor) -> Tensor:
-    """The Gram divided by its mean diagonal: tiny gradients must not underflow in a factorisation."""
-    return gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    """Each Gram divided by its mean diagonal: tiny gradients must not underflow in a factorisation."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return gram / mean.clamp_min(torch.finfo(gram.dtype).tiny)

@@ -4,7 +4,8 @@ Within a period a client's weight is W0 + scale * left @ right, with one factor 
 basis) and the other trained from zero.  At a refresh the old block is closed and a new one opened; the same backward
 pass gives the new basis and the first projected gradient in it, from the layer's input x and output gradient d.
 
-Legend: G clients, m, n layer sizes, r rank, k projected side (n on the right, m on the left), R closed ranks, N tokens.
+Legend: G clients, g those that are renewed, m, n layer sizes, r rank, k projected side (n on the right, m on the
+left), l the other side, R closed ranks, N tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.nn.functional import pad
 
 from rayfed_sub.config import Optimizer
 from rayfed_sub.records import Layer, Subspace, Tensors
 from rayfed_sub.streams import stream
-from rayfed_sub.training.projectors import basis
+from rayfed_sub.training.projectors import bases
 
 
 def sides(layer: Layer) -> tuple[str, str]:
@@ -55,28 +57,25 @@ class Refresh:
         old_Grk = as_rows(layer, self.tensors[fixed])
 
         def hook(x_GNn: Tensor, d_GNm: Tensor) -> None:
-            rows_Grk = torch.zeros_like(old_Grk)
-            gradient = torch.zeros_like(self.tensors[trained])
-            for g, due in enumerate(self.due_G):
-                if not due:
-                    continue
-                x_Nn, d_Nm = x_GNn[g].float(), d_GNm[g].float()
-                if not (torch.isfinite(x_Nn).all() and torch.isfinite(d_Nm).all()):
+            finite_G = (torch.isfinite(x) for x in (x_GNn, d_GNm))
+            sound_G: list[bool] = torch.stack([found.flatten(1).all(1) for found in finite_G]).all(0).tolist()
+            for g, (due, sound) in enumerate(zip(self.due_G, sound_G, strict=True)):
+                if due and not sound:
                     self.failures.setdefault(g, f"non-finite gradient in {layer.name}")
-                    continue
-                near_Nk, far_Nl = (x_Nn, d_Nm) if right else (d_Nm, x_Nn)
-                old_rk = old_Grk[g] if old_Grk[g].any() else None
-                rank, kind = self.subspaces[g].rank, self.subspaces[g].projector
-                seed, *names = self.draws[g]
-                rng = stream(seed, "projector", layer.name, *names)
-                old_rk = None if old_rk is None else old_rk[:rank]
-                rows_rk = basis(kind, near_Nk, far_Nl, rank, old_rk, rng, swapped=not right)
-                rows_Grk[g, :rank] = rows_rk
-                R_lr = far_Nl.T @ (near_Nk @ rows_rk.T)
-                if right:
-                    gradient[g, :, :rank] = R_lr
-                else:
-                    gradient[g, :rank] = R_lr.T
+            renewed = [g for g, due in enumerate(self.due_G) if due and sound_G[g]]
+            some = slice(None) if len(renewed) == len(self.due_G) else renewed  # a slice copies nothing
+            near_gNk, far_gNl = (x.float()[some] for x in ((x_GNn, d_GNm) if right else (d_GNm, x_GNn)))
+            rows_Grk, gradient = torch.zeros_like(old_Grk), torch.zeros_like(self.tensors[trained])
+            if renewed:
+                ranks, kind = [self.subspaces[g].rank for g in renewed], self.subspaces[0].projector
+
+                def draw(position: int) -> Generator:
+                    seed, *names = self.draws[renewed[position]]
+                    return stream(seed, "projector", layer.name, *names)
+
+                rows_grk = bases(kind, near_gNk, far_gNl, ranks, old_Grk[some], draw, swapped=not right)
+                R_glr = torch.bmm(far_gNl.mT, torch.bmm(near_gNk, rows_grk.mT))
+                rows_Grk[some], gradient[some] = rows_grk, R_glr if right else R_glr.mT
             self.rows[layer.name], self.gradients[layer.name] = rows_Grk, gradient
 
         return hook
