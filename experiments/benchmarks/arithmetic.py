@@ -1,0 +1,58 @@
+"""The arithmetic floor: the time that a round's matrix products would take at the rate of a plain one.
+
+Counted are those that nobody can leave out: the forward pass, and the gradients of the layers' inputs down to the
+lowest trained layer.  Not counted is what serves the subspaces, softmax, norms, and whatever is no matrix product.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cases import Case
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+_SIDE = 1024
+_SECONDS = 1.0
+
+
+def flops(case: Case, work: Path) -> int:
+    """Floating-point operations of one client's local step, a batch of full length."""
+    model: Any = AutoModelForCausalLM.from_pretrained(work / "model").eval().requires_grad_(False)
+    for name, module in model.named_modules():
+        if name.endswith("up_proj"):  # a bias needs the gradient of its output, but no product of its own
+            module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
+    ids = torch.from_numpy(np.load(work / "batches.npz")["input_ids"][0, 0, 0])
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return int(counted.get_total_flops())
+
+
+def rate(processes: int) -> float:
+    """Operations a second of plain float32 products of 1024 x 1024 matrices, one thread in each of so many processes at
+    once, all together."""
+    command = [sys.executable, __file__]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    return sum(float(process.communicate()[0]) for process in running)
+
+
+def _own_rate() -> float:
+    torch.set_num_threads(1)
+    a, out = torch.randn(_SIDE, _SIDE), torch.empty(_SIDE, _SIDE)
+    for _ in range(5):
+        torch.mm(a, a, out=out)
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < _SECONDS:
+        torch.mm(a, a, out=out)
+        done += 1
+    return done * 2 * _SIDE**3 / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    print(_own_rate())

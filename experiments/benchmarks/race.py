@@ -1,0 +1,139 @@
+"""The race: the same federated work by rayfed_sub, Flower, pfl and a bare loop, each in its own virtual environment.
+
+    python experiments/benchmarks/race.py [CASE ...] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
+
+--flower, --pfl: the Python of an environment with Flower, or with pfl; without it, that contestant stays away.  Final
+weights are compared with the bare loop's first; only where they agree are times told.  Steady rounds, the first round
+and the start-up stand apart; a contestant's steady round is the median of all but the first and the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from arithmetic import flops, rate
+from cases import CASES, Case
+from machine import told
+from meter import metered
+from work import write_work
+
+from rayfed_sub.display import print_table, size
+
+HERE = Path(__file__).parent
+WORKERS = 2
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contestant in one case.  start: seconds until the first round begins; first, steady: of a round; peak_pss:
+    bytes; away: the largest difference of a final weight from the bare loop's."""
+
+    case: str
+    contestant: str
+    start: float
+    first: float
+    steady: float
+    peak_pss: int
+    away: float
+    floor: float | None
+
+
+def commands(flower: str | None, pfl: str | None) -> dict[str, list[str]]:
+    """Every contestant's command, less what all of them are told (`marks.asked`)."""
+    own = {"bare": [sys.executable, "run_bare.py"], "rayfed_sub": [sys.executable, "run_rayfed.py"]}
+    if flower is not None:
+        own["flower"] = [flower, "run_flower.py"]
+    if pfl is not None:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(WORKERS)]
+        own |= {"pfl-1": [pfl, "run_pfl.py"], "pfl-2": [pfl, *torchrun, "run_pfl.py"]}
+    return own
+
+
+def race(case: Case, contestants: Mapping[str, Sequence[str]], folder: Path) -> list[Result]:
+    """All contestants, one after the other."""
+    work = folder / "work"
+    write_work(case, work, WORKERS)
+    floor = flops(case, work) * case.steps * case.clients / rate(WORKERS)
+    results: list[Result] = []
+    for name, command in contestants.items():
+        out = folder / name
+        out.mkdir()
+        taken = metered([*command, case.name, str(work), str(out), str(WORKERS)], HERE, folder / f"{name}.log")
+        marks: list[float] = json.loads((out / "marks.json").read_text())
+        seconds = np.diff(marks)
+        results.append(
+            Result(
+                case=case.name,
+                contestant=name,
+                start=marks[0] - taken.began,
+                first=float(seconds[0]),
+                steady=float(np.median(seconds[1:-1])),
+                peak_pss=taken.peak_pss,
+                away=_away(folder / "bare", out),
+                floor=floor if name == "rayfed_sub" else None,
+            )
+        )
+        print(f"{case.name}, {name}: {results[-1].steady:.3f} s a round", flush=True)
+    return results
+
+
+def _away(bare: Path, out: Path) -> float:
+    """The largest absolute difference of a final weight.  Raises where it is beyond the tolerance."""
+    theirs, ours = np.load(bare / "weights.npz"), np.load(out / "weights.npz")
+    assert set(theirs) == set(ours), out
+    away = max(float(np.abs(theirs[name] - ours[name]).max()) for name in theirs)
+    if not away <= TOLERANCE:
+        raise SystemExit(f"{out.name}: final weights are {away:.1e} away from the bare loop's, more than {TOLERANCE}")
+    return away
+
+
+def show(results: Sequence[Result]) -> None:
+    """One table a case."""
+    for name in dict.fromkeys(result.case for result in results):
+        own = [result for result in results if result.case == name]
+        ours = next(result for result in own if result.contestant == "rayfed_sub")
+        rows = [
+            (
+                r.contestant,
+                f"{r.steady:.3f}",
+                f"{r.steady / ours.steady:.1f}x",
+                f"{r.first:.2f}",
+                f"{r.start:.1f}",
+                size(r.peak_pss),
+                f"{r.away:.0e}",
+            )
+            for r in own
+        ]
+        columns = ("contestant", "s a round", "against us", "first round", "start-up, s", "peak memory", "weights")
+        print(f"{name}: {CASES[name].told}; arithmetic floor {ours.floor:.3f} s a round")
+        print_table(columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=list(CASES), metavar="CASE", default=["A", "B", "C", "D"])
+    parser.add_argument("--flower", metavar="PYTHON")
+    parser.add_argument("--pfl", metavar="PYTHON")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    asked = parser.parse_args()
+    results: list[Result] = []
+    for name in asked.cases:
+        with tempfile.TemporaryDirectory(prefix="race-") as folder:
+            results += race(CASES[name], commands(asked.flower, asked.pfl), Path(folder))
+    show(results)
+    if asked.out is not None:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {**told(), "results": [asdict(result) for result in results]}
+        asked.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""rayfed_sub, as a user runs it from Python.
+
+python run_rayfed.py CASE WORK OUT WORKERS
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marks import Marks, asked
+
+from rayfed_sub import load_config, run
+from rayfed_sub.engine import checkpoints
+from rayfed_sub.engine.exchange import unpacked
+from rayfed_sub.engine.journal import RoundDone, Started
+
+case, work, out = asked()
+marks = Marks()
+
+
+def listen(record: Any) -> None:
+    """The journal, as it comes."""
+    if isinstance(record, Started | RoundDone):
+        marks.mark()
+
+
+run(load_config(work / "config.yaml"), out / "run", listen)
+found = checkpoints.read(out / "run")
+assert found is not None
+weights = {name: x.numpy() for name, x in unpacked(found.server).items() if name.endswith("/weight")}
+marks.leave(out, {name.removesuffix("/weight"): weight for name, weight in weights.items()})

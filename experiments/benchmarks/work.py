@@ -1,0 +1,98 @@
+"""What all contestants are given, written by rayfed_sub itself: the initial weights and every batch, as files.
+
+<folder>/config.yaml   the run as rayfed_sub is asked for it
+<folder>/model/        the initial weights, for transformers' from_pretrained
+<folder>/targets.npz   those of the trained layers alone, by name of the module, (m, n) float32
+<folder>/batches.npz   input_ids and labels, int64 (rounds, clients, steps, batch, tokens), padding labelled -100
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from cases import BETAS, EPS, LR, RANK, SCALE, Case
+
+from rayfed_sub import load_config
+from rayfed_sub.data.batches import IGNORED, ClientBatches
+from rayfed_sub.engine.job import Job, prepare
+from rayfed_sub.models.weights import load_weights, write_folder
+
+_FRAME = len("Q: \nA: ") + 2  # tokens of a byte-coded row besides its texts: the frame, its begin and its end
+_ANSWER = 8
+
+
+def write_work(case: Case, folder: Path, workers: int) -> None:
+    """Writes the case's files into a new folder."""
+    folder.mkdir(parents=True)
+    if case.model is not None:
+        _rows(case).to_parquet(folder / "rows.parquet")
+    (folder / "config.yaml").write_text(yaml.safe_dump(_tree(case, folder, workers), sort_keys=False))
+    job = prepare(load_config(folder / "config.yaml"))
+    weights = load_weights(job.config.model, job.skeleton, job.config.seed)
+    write_folder(job.skeleton, weights, {}, folder / "model")
+    np.savez(folder / "targets.npz", **{t.name: weights[f"{t.name}.weight"] for t in job.skeleton.shape.targets})
+    np.savez(folder / "batches.npz", **_batches(job, case))
+
+
+def _tree(case: Case, folder: Path, workers: int) -> dict[str, Any]:
+    """rayfed_sub's configuration: only training, no looks at it, no checkpoint before the end."""
+    task: dict[str, Any] = {"name": "python-docs", "max_length": case.tokens}
+    model: dict[str, Any] = {}
+    if case.model is not None:
+        task |= {"name": "table", "path": str(folder / "rows.parquet"), "prompt": "{question}", "answer": "answer"}
+        model = {"path": "random", "random": {"type": "llama", **case.model}}
+    return {
+        "name": f"race-{case.name}",
+        "model": model,
+        "task": {**task, "mask_prompt": False, "held_out": 0.05},
+        "federation": {
+            "clients": case.clients,
+            "rounds": case.rounds,
+            "local_steps": case.steps,
+            "batch_size": case.batch,
+            "weights": "uniform",
+            "partition": {"kind": "column"} if case.model is None else {"kind": "column", "column": "client"},
+        },
+        "method": {"name": "fedftg", "rank": RANK, "scale": SCALE, "state": "reset"},
+        "optimizer": {"lr": LR, "betas": list(BETAS), "eps": EPS},
+        "evaluation": {"every": case.rounds, "examples": 1},
+        "diagnostics": {"every": 0},
+        "resources": {"workers": workers, "pack_size": case.pack_size},
+        "checkpoint": {"every": 0},
+    }
+
+
+def _rows(case: Case) -> pd.DataFrame:
+    """Random texts whose rows are `tokens` long each, enough of them that a client meets each batch in one epoch."""
+    rng = random.Random(0)
+
+    def text(length: int) -> str:
+        return "".join(rng.choices(string.ascii_letters, k=length))
+
+    per_client = 2 * case.steps * case.batch
+    rows = [
+        {"client": f"{client:04d}", "question": text(case.tokens - _FRAME - _ANSWER), "answer": text(_ANSWER)}
+        for client in range(case.clients)
+        for _ in range(per_client)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _batches(job: Job, case: Case) -> dict[str, np.ndarray[Any, Any]]:
+    """Every batch that rayfed_sub's clients draw, in its order."""
+    shape = (case.rounds, case.clients, case.steps, case.batch, case.tokens)
+    arrays = {"input_ids": np.full(shape, job.codec.pad), "labels": np.full(shape, IGNORED)}
+    for n in range(case.rounds):
+        for client in range(case.clients):
+            rest = (job.config.seed, client, case.batch, n * case.steps, case.steps, False, job.codec.pad)
+            for step, batch in enumerate(ClientBatches(job.dataset.train, job.dataset.rows_of(client), *rest)):
+                for name, array in arrays.items():
+                    rows, tokens = batch[name].shape
+                    array[n, client, step, :rows, :tokens] = batch[name].numpy()
+    return arrays

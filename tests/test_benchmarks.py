@@ -1,0 +1,27 @@
+"""The race's smallest case: rayfed_sub and the bare loop do the same work, whatever the time they take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "experiments" / "benchmarks"
+
+
+@pytest.mark.timeout(600)
+def test_the_race_ends_with_the_same_weights(tmp_path: Path) -> None:
+    out = tmp_path / "race.json"
+    command = [sys.executable, "race.py", "smoke", "--out", str(out)]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(out.read_text())
+    bare, ours = record["results"]
+    assert (bare["contestant"], ours["contestant"]) == ("bare", "rayfed_sub")
+    # Three rounds move weights by about 3 x 2 steps x lr = 6e-3; what is compared is rounding.
+    assert ours["away"] < 1e-5
+    assert ours["floor"] > 0
+    assert record["cores"] > 0
