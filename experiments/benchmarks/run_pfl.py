@@ -84,3 +84,6 @@ FederatedAveraging().run(
 )
 if get_framework_module().distributed.global_rank == 0:
     marks.leave(out, local.named(local.weights()))
+if torch.distributed.is_initialized():  # pfl leaves it to the end of the process, which it then may abort
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
