@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rayfed_sub.analysis.allocations import Allocations
 from rayfed_sub.streams import stream
-from rayfed_sub.training.projectors import basis, signed
+from rayfed_sub.training.projectors import bases, basis, signed
 
 RANK = 4
 # N < min(m, n) takes the token Grams, N >= min(m, n) the Gram of the gradient's short side; on the left m < n.
@@ -235,3 +236,32 @@ def test_exact_is_faster_than_the_svd_of_the_gradient(m, n, N, least, times):
     ours, theirs = (min(column) for column in zip(*pairs, strict=True))
     print(f"{m} x {n}, {N} tokens: {ours:.3f} s against {theirs:.3f} s, {theirs / ours:.1f} times faster")
     assert theirs / ours > least
+
+
+def test_a_plan_sees_every_token_of_a_refresh() -> None:
+    """Which tokens send a gradient is unknown before a run: a plan takes all 64 of each client.  The float64 copies of
+    x and d alone are 2 clients x 64 tokens x (24 + 16) numbers x 8 bytes."""
+    x_GNn, d_GNm = torch.empty(2, 64, 24, device="meta"), torch.empty(2, 64, 16, device="meta")
+    old_Grn = torch.empty(2, 4, 24, device="meta")
+    with Allocations([x_GNn, d_GNm, old_Grn]) as seen:
+        bases("exact", x_GNn, d_GNm, [4, 4], old_Grn, lambda g: stream(0))
+    assert seen.peak >= 2 * 64 * (24 + 16) * 8
+
+
+def test_clients_share_factorisations_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five clients, three of which use all 6 tokens: however many go together, each gets what it gets alone."""
+    rng = torch.Generator().manual_seed(0)
+    x_GNn, d_GNm = torch.randn(5, 6, 8, generator=rng), torch.randn(5, 6, 10, generator=rng)
+    d_GNm[1, 4:] = 0
+    d_GNm[3, 4:] = 0
+    old_Grn = torch.zeros(5, 3, 8)
+
+    def found() -> torch.Tensor:
+        return bases("exact", x_GNn, d_GNm, [3] * 5, old_Grn, lambda g: stream(0))
+
+    together = found()
+    monkeypatch.setattr("rayfed_sub.training.projectors._TOGETHER", 6 * (8 + 10))  # one at a time
+    torch.testing.assert_close(found(), together, rtol=0, atol=1e-6)
+    for g in range(5):
+        alone = basis("exact", x_GNn[g], d_GNm[g], 3, None, stream(0))
+        torch.testing.assert_close(together[g], alone, rtol=0, atol=1e-6)

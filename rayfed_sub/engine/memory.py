@@ -12,20 +12,17 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 class PeakMemory:
     """Samples this process's PSS in a daemon thread until `close`; `last` is the newest value, `peak` the largest seen,
-    in bytes: a lower bound, since a peak may fall between two samples and a restarted process begins anew."""
+    in bytes: a lower bound, since a peak may fall between two samples and a restarted process begins anew.  A sample
+    takes some 10 ms of a large process, so nobody who asks waits for one."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         self._process = psutil.Process()
         self._seconds = seconds
-        self.last = self._peak = 0
+        self.last = self.peak = 0
+        self._sample()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-memory")
         self._thread.start()
-
-    @property
-    def peak(self) -> int:
-        self._sample()
-        return self._peak
 
     def close(self) -> None:
         """Ends the thread; a process that makes many runs would gather them."""
@@ -35,7 +32,7 @@ class PeakMemory:
     def _sample(self) -> None:
         memory = self._process.memory_full_info()
         self.last = getattr(memory, "pss", memory.uss)
-        self._peak = max(self._peak, self.last)
+        self.peak = max(self.peak, self.last)
 
     def _watch(self) -> None:
         while not self._over.wait(self._seconds):

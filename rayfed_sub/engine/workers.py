@@ -114,8 +114,7 @@ class Worker:
 
     def memory(self) -> tuple[int, int]:
         """Proportional set size, bytes: as last sampled, and the largest seen so far."""
-        peak = self._memory.peak  # takes a sample
-        return self._memory.last, peak
+        return self._memory.last, self._memory.peak
 
     def train(
         self,

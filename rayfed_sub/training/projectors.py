@@ -11,7 +11,7 @@ k = size of the projected side, q = kept directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -22,6 +22,7 @@ from rayfed_sub.streams import stream
 
 _GRAM_CUT = 1e-13  # eigenvalues of d d^T below this share of the largest are rounding (float64 Gram of float32 data)
 _ENERGY_CUT = 1e-14  # squared singular values of G below this share of the largest count as zero: rank(G) < r
+_TOGETHER = 2**22  # numbers of x and d that are factorised at once: their float64 copies take 32 MiB
 _OVERSAMPLE = 4  # extra directions of the randomised range finder
 _POWER_STEPS = 2  # its subspace iterations
 
@@ -47,22 +48,42 @@ def bases(
     """
     rows_Grn = torch.zeros_like(old_Grn)
     # Padding and masked tokens send no gradient; on the left side x is what the gradient flows through.
-    used_GN = (d_GNm != 0).any(dim=2) & (x_GNn != 0).any(dim=2)
-    count_G: list[int] = used_GN.sum(dim=1).tolist()
+    used_GN = (extremes(x_GNn) != 0).any(dim=0) & (extremes(d_GNm) != 0).any(dim=0)
     if kind != "exact":
         for g, rank in enumerate(ranks):
-            if count_G[g] or kind == "random":
+            if used_GN[g].any() or kind == "random":
                 x_Nn, d_Nm, old_rn = x_GNn[g, used_GN[g]], d_GNm[g, used_GN[g]], old_Grn[g, :rank]
                 rows_Grn[g, :rank] = _one(kind, x_Nn, d_Nm, rank, old_rn, draw(g), swapped)
         return rows_Grn if kind == "svd" else signed(rows_Grn, old_Grn)
-    for count in sorted({count for count in count_G if count}):  # clients of like size share their factorisations
-        alike = [g for g in range(len(ranks)) if count_G[g] == count]
-        token_gN = used_GN[alike].nonzero()[:, 1].view(len(alike), count)
-        client_g1 = torch.tensor(alike, device=token_gN.device)[:, None]
-        found_grn = _exact(x_GNn[client_g1, token_gN], d_GNm[client_g1, token_gN], old_Grn.shape[1])
-        for g, rows_rn in zip(alike, found_grn, strict=True):
+    for alike, x_gNn, d_gNm in _alike(used_GN, x_GNn, d_GNm):
+        for g, rows_rn in zip(alike, _exact(x_gNn, d_gNm, old_Grn.shape[1]), strict=True):
             rows_Grn[g, : ranks[g]] = rows_rn[: ranks[g]]
     return signed(rows_Grn, old_Grn)
+
+
+def extremes(x_GNn: Tensor) -> Tensor:
+    """The largest and the smallest number of each row, (2, G, N); both are NaN where one is.  What they tell of a row,
+    whether it is finite or zero, a mask over all its numbers tells ten times more slowly."""
+    return torch.stack([x_GNn.amax(dim=2), x_GNn.amin(dim=2)])
+
+
+def _alike(used_GN: Tensor, x_GNn: Tensor, d_GNm: Tensor) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+    """Clients with equally many used tokens, (g, N, n) and (g, N, m) of these alone: they share their factorisations,
+    as many of them as `_TOGETHER` allows."""
+    G, N = used_GN.shape
+    counts: list[int] = [N] * G if used_GN.all() else used_GN.sum(dim=1).tolist()
+    for count in sorted({count for count in counts if count}):
+        alike = [g for g in range(G) if counts[g] == count]
+        together = max(1, _TOGETHER // (count * (x_GNn.shape[2] + d_GNm.shape[2])))
+        for some in (alike[i : i + together] for i in range(0, len(alike), together)):
+            if count == N:
+                first, last = some[0], some[-1] + 1
+                own = slice(first, last) if last - first == len(some) else some  # a slice copies nothing
+                yield some, x_GNn[own], d_GNm[own]
+            else:
+                token_gN = used_GN[some].nonzero()[:, 1].view(len(some), count)
+                client_g1 = torch.tensor(some, device=token_gN.device)[:, None]
+                yield some, x_GNn[client_g1, token_gN], d_GNm[client_g1, token_gN]
 
 
 def basis(

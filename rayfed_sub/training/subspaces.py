@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from rayfed_sub.config import Optimizer
 from rayfed_sub.records import Layer, Subspace, Tensors
 from rayfed_sub.streams import stream
-from rayfed_sub.training.projectors import bases
+from rayfed_sub.training.projectors import bases, extremes
 
 
 def sides(layer: Layer) -> tuple[str, str]:
@@ -57,8 +57,8 @@ class Refresh:
         old_Grk = as_rows(layer, self.tensors[fixed])
 
         def hook(x_GNn: Tensor, d_GNm: Tensor) -> None:
-            finite_G = (torch.isfinite(x) for x in (x_GNn, d_GNm))
-            sound_G: list[bool] = torch.stack([found.flatten(1).all(1) for found in finite_G]).all(0).tolist()
+            ends_NG = torch.cat([extremes(x).transpose(1, 2).flatten(0, 1) for x in (x_GNn, d_GNm)])
+            sound_G: list[bool] = torch.isfinite(ends_NG).all(0).tolist()
             for g, (due, sound) in enumerate(zip(self.due_G, sound_G, strict=True)):
                 if due and not sound:
                     self.failures.setdefault(g, f"non-finite gradient in {layer.name}")
