@@ -25,3 +25,30 @@ def test_the_race_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert ours["away"] < 1e-5
     assert ours["floor"] > 0
     assert record["cores"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_the_engine_alone_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    command = [sys.executable, "overhead.py", "smoke", "--out", str(out)]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(out.read_text())["rows"]
+    # Idle clients: what the store gets in a round is the broadcast, at least 16 x 16 float32.
+    assert row["clients"] * row["stored"] >= 16 * 16 * 4
+    assert row["seconds"] > 0
+
+
+def test_a_galore_step_is_compared_before_it_is_timed(tmp_path: Path) -> None:
+    out = tmp_path / "galore.csv"
+    command = [sys.executable, "galore.py", "24x16", "--out", str(out)]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(out.read_text().splitlines()) > 1
+
+
+@pytest.mark.parametrize("script", ["race.py", "overhead.py", "growth.py"])
+def test_a_wrong_name_is_refused_in_a_line(script: str) -> None:
+    done = subprocess.run([sys.executable, script, "Z"], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Z" in done.stderr.splitlines()[-1]

@@ -19,6 +19,7 @@ from rayfed_sub.engine.exchange import Packed, packed
 from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.engine.workers import PackOutcome, Spec, Worker
 from rayfed_sub.models.weights import load_weights, target_weights
+from rayfed_sub.records import ClientState
 
 CLIENTS = [0, 1, 2]
 
@@ -123,6 +124,20 @@ def test_a_pack_with_a_failure_leaves_nothing_at_hand(job: Job) -> None:
     assert not failed.worker._resident
     whole.train(CLIENTS)
     assert list(whole.worker._resident) == CLIENTS
+
+
+def test_the_states_longest_at_hand_go_first(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten numbers, 40 bytes a state, room for 100 bytes: two of them; one that comes again is the newest."""
+    monkeypatch.setattr("rayfed_sub.engine.workers._RESIDENT_BYTES", 100)
+    worker = Trial(job).worker
+    for client in (0, 1, 0, 2):
+        worker._remember(client, ClientState(1, 0, 0, {"x": torch.zeros(10)}))
+    assert list(worker._resident) == [0, 2]
+    worker._remember(3, ClientState(1, 0, 0, {"x": torch.zeros(30)}))  # too large even alone, and kept alone
+    assert list(worker._resident) == [3]
+    worker._remember(4, ClientState(1, 0, 0, {"x": torch.zeros(20)}))
+    worker._remember(5, ClientState(1, 0, 0, {"x": torch.zeros(5)}))
+    assert list(worker._resident) == [4, 5]
 
 
 def test_an_exception_of_the_method_keeps_its_traceback(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

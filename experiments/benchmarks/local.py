@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import BETAS, EPS, LR, RANK, SCALE, Case
+from cases import BETAS, EPS, LR, SCALE, Case
 from galore_torch import GaLoreAdamW
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -57,7 +57,8 @@ class Local:
     def optimizer(self) -> Any:
         """A new GaLoreAdamW over the trained weights."""
         parameters = [p for _, p in self.targets]
-        group = {"params": parameters, "rank": RANK, "update_proj_gap": _NEVER, "scale": SCALE, "proj_type": "std"}
+        projector = {"rank": self.case.rank, "update_proj_gap": _NEVER, "scale": SCALE, "proj_type": "std"}
+        group = {"params": parameters, **projector}
         return GaLoreAdamW([group], lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, no_deprecation_warning=True)
 
     def loss(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:

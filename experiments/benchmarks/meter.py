@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-_EVERY = 5.0  # seconds between two samples: reading the memory of twenty processes takes half a second of a core
+_EVERY = 5.0  # reading the memory of twenty processes takes half a second of a core
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Metered:
     peak_pss: int
 
 
-def metered(command: Sequence[str], folder: Path, log: Path) -> Metered:
-    """Runs the command in a folder, one torch thread a process, its output in the file.  Raises RuntimeError with the
-    end of that where it fails."""
+def metered(command: Sequence[str], folder: Path, log: Path, every: float = _EVERY) -> Metered:
+    """Runs the command in a folder, one torch thread a process, its output in the file.  every: seconds between two
+    looks at its memory.  Raises RuntimeError with the end of the output where it fails."""
     began = time.time()
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     peak, over = [0], threading.Event()
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env={**os.environ, **threads})
-        watcher = threading.Thread(target=_watch, args=(process.pid, peak, over))
+        watcher = threading.Thread(target=_watch, args=(process.pid, peak, over, every))
         watcher.start()
         code = process.wait()
         over.set()
@@ -43,8 +43,8 @@ def metered(command: Sequence[str], folder: Path, log: Path) -> Metered:
     return Metered(began, time.time() - began, peak[0])
 
 
-def _watch(pid: int, peak: list[int], over: threading.Event) -> None:
-    while not over.wait(_EVERY):
+def _watch(pid: int, peak: list[int], over: threading.Event, every: float) -> None:
+    while not over.wait(every):
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(pid)
             total = 0

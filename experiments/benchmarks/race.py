@@ -29,6 +29,7 @@ from rayfed_sub.display import print_table, size
 HERE = Path(__file__).parent
 WORKERS = 2
 TOLERANCE = 1e-5
+RACED = ("A", "B", "C", "D")
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,15 @@ def show(results: Sequence[Result]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=list(CASES), metavar="CASE", default=["A", "B", "C", "D"])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; {', '.join(RACED)} if none")
     parser.add_argument("--flower", metavar="PYTHON")
     parser.add_argument("--pfl", metavar="PYTHON")
     parser.add_argument("--out", type=Path, metavar="FILE")
     asked = parser.parse_args()
+    if unknown := set(asked.cases) - set(CASES):
+        parser.error(f"no case {min(unknown)}; there are {', '.join(CASES)}")
     results: list[Result] = []
-    for name in asked.cases:
+    for name in asked.cases or RACED:
         with tempfile.TemporaryDirectory(prefix="race-") as folder:
             results += race(CASES[name], commands(asked.flower, asked.pfl), Path(folder))
     show(results)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from cases import BETAS, EPS, LR, RANK, SCALE, Case
+from cases import BETAS, EPS, LR, SCALE, Case
 
 from rayfed_sub import load_config
 from rayfed_sub.data.batches import IGNORED, ClientBatches
@@ -29,15 +29,20 @@ _ANSWER = 8
 
 def write_work(case: Case, folder: Path, workers: int) -> None:
     """Writes the case's files into a new folder."""
-    folder.mkdir(parents=True)
-    if case.model is not None:
-        _rows(case).to_parquet(folder / "rows.parquet")
-    (folder / "config.yaml").write_text(yaml.safe_dump(_tree(case, folder, workers), sort_keys=False))
+    write_run(case, folder, workers)
     job = prepare(load_config(folder / "config.yaml"))
     weights = load_weights(job.config.model, job.skeleton, job.config.seed)
     write_folder(job.skeleton, weights, {}, folder / "model")
     np.savez(folder / "targets.npz", **{t.name: weights[f"{t.name}.weight"] for t in job.skeleton.shape.targets})
     np.savez(folder / "batches.npz", **_batches(job, case))
+
+
+def write_run(case: Case, folder: Path, workers: int) -> None:
+    """Writes config.yaml and the rows that it names alone, which is all that rayfed_sub reads, into a new folder."""
+    folder.mkdir(parents=True)
+    if case.model is not None:
+        _rows(case).to_parquet(folder / "rows.parquet")
+    (folder / "config.yaml").write_text(yaml.safe_dump(_tree(case, folder, workers), sort_keys=False))
 
 
 def _tree(case: Case, folder: Path, workers: int) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def _tree(case: Case, folder: Path, workers: int) -> dict[str, Any]:
             "weights": "uniform",
             "partition": {"kind": "column"} if case.model is None else {"kind": "column", "column": "client"},
         },
-        "method": {"name": "fedftg", "rank": RANK, "scale": SCALE, "state": "reset"},
+        "method": {"name": "fedftg", "rank": case.rank, "scale": SCALE, "state": "reset"},
         "optimizer": {"lr": LR, "betas": list(BETAS), "eps": EPS},
         "evaluation": {"every": case.rounds, "examples": 1},
         "diagnostics": {"every": 0},

@@ -70,6 +70,36 @@ class _Trained:
     client_layers: tuple[ClientLayer, ...]
 
 
+class _Tally:
+    """A round's clients summed as they come in: what a live display shows after every pack."""
+
+    def __init__(self, n: int, clients: int, began: float) -> None:
+        self._n, self._clients, self._began = n, clients, began
+        self._done = self._trained = self._uplink = 0
+        self._labels = self._losses = 0.0
+
+    def add(self, row: ClientRow) -> ClientRow:
+        self._done += 1
+        self._labels += row.labels
+        self._uplink += row.uplink_bytes
+        if row.loss is not None:
+            self._trained += 1
+            self._losses += row.loss
+        return row
+
+    def told(self) -> PackDone:
+        """As of now."""
+        return PackDone(
+            round=self._n,
+            clients_done=self._done,
+            clients=self._clients,
+            loss=self._losses / self._trained if self._trained else None,
+            labels=int(self._labels),
+            seconds=time.perf_counter() - self._began,
+            uplink_bytes=self._uplink,
+        )
+
+
 class Coordinator:
     """Wrapped by `ray.remote(num_cpus=0, concurrency_groups={"aside": 1})`: one thread does all the arithmetic, another
     answers in the middle of a round."""
@@ -198,7 +228,7 @@ class Coordinator:
         pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
 
         total, rows, trained = self._zero(), list[ClientRow](), {}
-        pack_rows, looks = list[PackRow](), list[Looked]()
+        pack_rows, looks, tally = list[PackRow](), list[Looked](), _Tally(n, len(cohort), began)
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             pack_rows.append(_pack_row(n, packs[done.index], done))
@@ -206,14 +236,14 @@ class Coordinator:
             for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
                 self._home[client] = done.worker
                 if sent.failure is not None or state is None:
-                    rows.append(self._skipped(n, sent, down[client]))
+                    rows.append(tally.add(self._skipped(n, sent, down[client])))
                     continue
                 update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
                 total = method.fold(total, update, shape)
-                rows.append(_row(n, sent, update.wire_bytes, down[client]))
+                rows.append(tally.add(_row(n, sent, update.wire_bytes, down[client])))
                 self._ledger.add(client, state)
                 trained[client] = state.round
-            yield _progress(n, rows, len(cohort), time.perf_counter() - began)
+            yield tally.told()
         self._verify()
 
         before, after = standing.server, method.finish(standing.server, total, shape)
@@ -415,15 +445,3 @@ def _check_finite(server: ServerState, n: int) -> None:
     for name, tensor in server.tensors.items():
         if not torch.isfinite(tensor).all():
             raise RunError("aggregation", f"non-finite values in {name}; lower optimizer.lr", round=n)
-
-
-def _progress(n: int, rows: Sequence[ClientRow], clients: int, seconds: float) -> PackDone:
-    return PackDone(
-        round=n,
-        clients_done=len(rows),
-        clients=clients,
-        loss=_mean_loss(rows),
-        labels=int(sum(row.labels for row in rows)),
-        seconds=seconds,
-        uplink_bytes=sum(row.uplink_bytes for row in rows),
-    )

@@ -107,6 +107,7 @@ class Worker:
         self._guard = Guard([*held.items(), *((name, layer.weight) for name, layer in self._layers.items())])
         self._broadcast: tuple[int, dict[str, Tensor]] | None = None  # a GPU's copy
         self._resident: OrderedDict[int, ClientState] = OrderedDict()
+        self._resident_bytes = 0
 
     def ready(self) -> str:
         """The device in words, once the backbone is mapped."""
@@ -304,10 +305,12 @@ class Worker:
         return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
 
     def _remember(self, client: int, state: ClientState) -> None:
+        old = self._resident.pop(client, None)
+        self._resident_bytes += wire_bytes(state.tensors) - (0 if old is None else wire_bytes(old.tensors))
         self._resident[client] = state
-        self._resident.move_to_end(client)
-        while sum(wire_bytes(s.tensors) for s in self._resident.values()) > _RESIDENT_BYTES and len(self._resident) > 1:
-            self._resident.popitem(last=False)
+        while self._resident_bytes > _RESIDENT_BYTES and len(self._resident) > 1:
+            _, oldest = self._resident.popitem(last=False)
+            self._resident_bytes -= wire_bytes(oldest.tensors)
 
 
 def _failed(result: LocalResult, failure: str) -> PackedUpdate:

@@ -1,0 +1,58 @@
+"""A method that trains nothing, for `method.name: idle:Idle`: what is left of a round is the engine's own work.
+
+A client draws its batch and runs it through the model, because a local step cannot be left out, and sends back its
+metrics.  The server's weights, which never change, are broadcast anew every round, as a method's are that trains them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rayfed_sub.methods import common
+from rayfed_sub.records import (
+    Broadcast,
+    Client,
+    ClientState,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Neither trains nor sends."""
+
+    name: ClassVar[str] = "idle"
+    paper: ClassVar[str] = "none"
+    trained: ClassVar[str] = "nothing"
+    exact: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
+    wire: ClassVar[str] = "0 / m n"
+
+    def check(self, shape: ModelShape) -> None:
+        """Every model fits."""
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        return ServerState(0, dict(weights))
+
+    broadcast = common.broadcast
+    download_bytes = common.download_all
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        return Start({}, ())
+
+    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        return Update(result.client, weight, {}, result.metrics)
+
+    keep = common.keep_nothing
+    zero = common.zero
+    fold = common.fold
+    finish = common.finish
+    model = common.dense_model
+    personal_model = common.no_personal_model
