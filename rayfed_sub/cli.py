@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
+from rayfed_sub.config_edits import check_editable, edited
 from rayfed_sub.config_files import load_config
 from rayfed_sub.errors import RunError, UserError
 
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+PACK_SIZE = "resources.pack_size"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
 Anywhere = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the configuration, here or at s3://bucket/path")]
@@ -86,15 +89,23 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
-    probe: Annotated[bool, typer.Option("--probe", help="time a few local steps as well")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="time a few local steps as well, and find the quickest pack size")
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="with --probe: set that pack size in CONFIG.yaml, and nothing else")
+    ] = False,
     on: Annotated[
         str | None, typer.Option("--on", metavar="GPU", help="what fits on a GPU, e.g. a100-80gb, l4, or 24GB")
     ] = None,
 ) -> None:
     """Bytes, memory, disk and what fits, before anything starts."""
     checked = load_config(config, overrides or [])
+    if write:
+        _check_write(config, overrides or [], probe, on)
     from dataclasses import replace
 
+    from rayfed_sub.analysis.fits import roomy_packs
     from rayfed_sub.analysis.plan import as_dict
     from rayfed_sub.engine.job import prepare
     from rayfed_sub.engine.planning import check, plan_of
@@ -105,14 +116,40 @@ def plan(
     if probe:
         from rayfed_sub.engine import probe as timing
 
-        fitting = {fit.pack_size for fit in planned.fits if fit.workers}
-        planned = replace(planned, speed=timing.probe(job, [size for size in timing.PACKS if size in fitting]))
+        planned = replace(planned, speed=timing.probe(job, roomy_packs(planned.fits, job.config.resources)))
     if as_json:
         typer.echo(json.dumps(as_dict(planned), indent=2))
     else:
         from rayfed_sub.plan_tables import show
 
         show(planned)
+        if probe and not write and planned.speed.best != planned.speed.now:
+            typer.echo(f"rayfed-sub plan {config} --probe --write sets it in the file")
+    if write:
+        from rayfed_sub.plan_tables import written
+
+        if planned.speed.best != planned.speed.now:
+            _set(config, PACK_SIZE, planned.speed.best)
+        typer.echo(written(config, checked.resources.pack_size, planned.speed), err=as_json)
+
+
+def _check_write(config: Path, overrides: list[str], probe: bool, on: str | None) -> None:
+    """UserError for a --write that could not be done, before minutes go into what it should write."""
+    if not probe:
+        raise UserError("--probe", False, "given with --write, which sets the pack size that it finds", "add --probe")
+    if on is not None:
+        raise UserError("--on", on, "nothing with --write, for this machine is what --probe times", "leave one out")
+    check_editable(config, PACK_SIZE, overrides)
+
+
+def _set(config: Path, key: str, number: int) -> None:
+    """Sets the key in the file that is there, or behind a link, whose rights it keeps."""
+    from rayfed_sub.engine.files import write
+
+    path = config.resolve()
+    rights = path.stat().st_mode
+    write(path, edited(path, key, number).encode())
+    path.chmod(rights)
 
 
 @app.command()

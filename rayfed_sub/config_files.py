@@ -18,7 +18,7 @@ from rayfed_sub.errors import UserError
 from rayfed_sub.faults import check
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and truths: 1e-3 is a number, and the key `on` is no `true`."""
 
 
@@ -32,12 +32,12 @@ _WORDS = {
     "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
 }
 _TAGS = {name: f"tag:yaml.org,2002:{name}" for name in _WORDS}
-_Loader.yaml_implicit_resolvers = {
+Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in found if tag not in _TAGS.values()]
     for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, _pattern in _WORDS.items():
-    for _kind in (_Loader, _Dumper):
+    for _kind in (Loader, _Dumper):
         _kind.add_implicit_resolver(_TAGS[_name], re.compile(f"^(?:{_pattern})$"), list(_LETTERS[_name]))
 
 
@@ -54,7 +54,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 def overridden(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The tree of keys that `load_config` checks.  Raises UserError for what is no YAML, and no override."""
-    tree = read_yaml(Path(source)) if isinstance(source, str | Path) else _copied(source)
+    tree = _copied(read_yaml(Path(source)) if isinstance(source, str | Path) else source)
     written = dict(tree["method"]) if isinstance(tree.get("method"), dict) else {}
     for override in overrides:
         _override(tree, override)
@@ -99,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
     try:
         text = path.read_text(encoding="utf-8")
-        tree, root = yaml.load(text, _Loader), yaml.compose(text, _Loader)
+        tree, root = yaml.load(text, Loader), yaml.compose(text, Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         cause = str(error).replace('"<unicode string>", ', "")
         raise UserError("CONFIG", str(path), "a readable file of valid YAML", cause) from None
@@ -136,7 +136,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             field = ".".join(parents[: depth + 1])
             raise UserError(field, tree, "a single value, without keys below it", f"remove {override}")
     try:
-        tree[leaf] = yaml.load(text, _Loader)
+        tree[leaf] = yaml.load(text, Loader)
     except yaml.YAMLError:
         raise UserError(path, text, "a YAML value", "quote it") from None
     # Length of training is said once: naming one way on the command line replaces the other.

@@ -36,6 +36,14 @@ def show(plan: Plan, console: Console | None = None) -> None:
         _speed(plan.speed, console)
 
 
+def written(file: object, before: int, speed: Speed) -> str:
+    """What --write has done, in a line.  before: the pack size in the file, or the default."""
+    if speed.best == speed.now:
+        return f"{file}: not changed; resources.pack_size={before} is as quick as any that was timed"
+    saved = f"{speed.round - speed.best_round:.3g} s of about {speed.round:.3g} s"
+    return f"{file}: resources.pack_size is {speed.best} now, was {before}; a round saves {saved}"
+
+
 def _overview(plan: Plan) -> Iterable[tuple[str, str]]:
     every, cohort, trained = plan.clients
     memory, machine = plan.worker, plan.machine
@@ -91,12 +99,12 @@ def _fits(plan: Plan) -> Iterable[tuple[str, ...]]:
 
 
 def _speed(speed: Speed, console: Console) -> None:
-    rows = [(str(p.pack_size), f"{p.step:.3f} s", f"{p.refresh:.3f} s") for p in speed.packs]
+    rows = [(str(p.pack_size), f"{p.step:.3g} s", f"{p.refresh:.3g} s") for p in speed.packs]
     print_table(("pack size", "a local step, per client", "a pack's first step, besides"), rows, console)
-    gain = (
-        f"; resources.pack_size={speed.best} would take {clock(speed.best_run)}" if speed.best_run < speed.run else ""
-    )
-    _say(console, f"A round takes about {speed.round:.1f} s, the run {clock(speed.run)}{gain}.")
+    _say(console, f"A round takes about {speed.round:.3g} s, the run {clock(speed.run)}.")
+    if speed.best != speed.now:
+        better = f"{speed.best_round:.3g} s and {clock(speed.best_run)}"
+        _say(console, f"resources.pack_size={speed.best} would take {better}.")
 
 
 def _say(console: Console, *sentences: str) -> None:

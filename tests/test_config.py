@@ -77,6 +77,13 @@ def test_rounds_and_epochs_together_in_one_file_are_refused() -> None:
     assert (refused.field, refused.value) == ("federation.rounds", 1)
 
 
+def test_an_override_leaves_what_shares_its_anchor(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("optimizer: &same {lr: 0.5}\nserver: *same\n")
+    config = load_config(file, ["optimizer.lr=0.25"])
+    assert (config.optimizer.lr, config.server.lr) == (0.25, 0.5)
+
+
 def test_overrides_do_not_write_into_the_mapping_they_start_from() -> None:
     source = {"method": {"name": "fedftg", "rank": 4}, "optimizer": {"lr": 0.1}}
     kept = copy.deepcopy(source)

@@ -32,7 +32,18 @@ LAYERS = (
     ("methods",),
     ("training",),
     ("data", "models", "metrics"),
-    ("config", "config_files", "records", "streams", "errors", "faults", "page", "page_script", "page_style"),
+    (
+        "config",
+        "config_edits",
+        "config_files",
+        "records",
+        "streams",
+        "errors",
+        "faults",
+        "page",
+        "page_script",
+        "page_style",
+    ),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from rayfed_sub.analysis.footprint import Memory
 from rayfed_sub.analysis.machines import Machine
 from rayfed_sub.analysis.needs import BARE_WORKER, Need, between
+from rayfed_sub.config import Resources
 
 PACKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -40,6 +41,15 @@ def fits(needed: Need, one: Memory, four: Memory, machine: Machine) -> Iterable[
             continue
         taken, most = BARE_WORKER + memory.process, int(machine.cpus / resources.cpus_per_worker + 1e-9)
         yield Fit(pack, taken, most_workers(needed, pack, taken, most, machine.memory))
+
+
+def roomy_packs(found: Iterable[Fit], resources: Resources) -> list[int]:
+    """The pack sizes at which no worker is lost: as many fit as are asked for, or as do with the configured size."""
+    fitting = {fit.pack_size: fit.workers for fit in found}
+    share = resources.gpus_per_worker
+    asked = int(1 / share) if 0 < share <= 1 else resources.workers  # fits are those of one GPU
+    least = max(1, min(asked, resources.workers, fitting[resources.pack_size]))
+    return [size for size, workers in fitting.items() if workers >= least]
 
 
 def most_workers(needed: Need, pack: int, taken: int, most: int, memory: int) -> int:
