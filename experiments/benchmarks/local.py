@@ -6,12 +6,13 @@ Only torch, transformers, numpy and galore_torch: this runs in virtual environme
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cases import BETAS, EPS, LR, SCALE, Case
+from cases import BETAS, CASES, EPS, LR, SCALE, Case
 from galore_torch import GaLoreAdamW
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -70,3 +71,10 @@ class Local:
     def named(self, weights: Sequence[np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """By name of the module."""
         return {n.removesuffix(".weight"): w for (n, _), w in zip(self.targets, weights, strict=True)}
+
+
+@cache
+def loaded(case: str, work: Path) -> Local:
+    """This process's model, loaded once.  Flower's clients come here for it, because their own module is sent along
+    with every message, and what it holds is gone with that."""
+    return Local(CASES[case], work)

@@ -143,13 +143,13 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := set(asked.parts) - set(LOADS):
         parser.error(f"no part {min(unknown)}; there are {', '.join(LOADS)}")
-    parts = asked.parts or PARTS
+    parts, measured_at = asked.parts or PARTS, told()
     rows = [row for part in parts for row in measured(part, asked.flower)]
     for part in parts:
         SHOW[part]([row for row in rows if row.part == part])
     if asked.out is not None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps({**told(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        asked.out.write_text(json.dumps({**measured_at, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

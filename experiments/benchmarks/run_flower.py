@@ -23,25 +23,17 @@ case, work, out = asked()
 workers = int(sys.argv[4])
 marks = Marks()
 final: dict[str, np.ndarray[Any, Any]] = {}
-_loaded: list[Any] = []
 
 client_app = ClientApp()
 server_app = ServerApp()
 
 
-def loaded() -> Any:
-    """The model of this client actor."""
-    if not _loaded:
-        from local import Local
-
-        _loaded.append(Local(case, work))
-    return _loaded[0]
-
-
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """One client's round."""
-    local = loaded()
+    from local import loaded
+
+    local = loaded(case.name, work)
     local.set_weights(message.content["arrays"].to_numpy_ndarrays())
     local.train(int(message.content["config"]["server-round"]) - 1, int(context.node_config["partition-id"]))
     content = {"arrays": ArrayRecord(local.weights()), "metrics": MetricRecord({"num-examples": 1})}
