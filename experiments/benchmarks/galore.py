@@ -17,10 +17,10 @@ Outside, since both have it: x W^T and d W of the frozen weight; x, d and the ou
 Outside too: the dense weight that galore_torch changes, one for all clients in turn.  rayfed_sub's change stays in its
 factors and meets the dense weight once a round: `merge`, of one client, which galore_torch has done in every step.
 
-The updates are compared first, over a refresh and two steps, so that Adam's moments count.  A singular vector's sign is
-anyone's choice and no part of an update before the next refresh: rows are compared up to sign.  galore_torch factorises
-in float32, rayfed_sub takes Grams in float64; Adam's first step is a sign, and so turns over where an entry of the
-projected gradient is as small as that rounding.
+The updates are compared before a row is told, over a refresh and two steps, so that Adam's moments count.  A singular
+vector's sign is anyone's choice and no part of an update before the next refresh: rows are compared up to sign.
+galore_torch factorises in float32, rayfed_sub takes Grams in float64; Adam's first step is a sign, and so turns over
+where an entry of the projected gradient is as small as that rounding.
 
 Times: medians, warmed up, one thread; malloc keeps what is freed as in rayfed_sub's workers, though never a tensor of
 more than 32 MiB, such as large dense gradients.  What takes more than `SLOW` seconds is run once, where memory is
@@ -56,18 +56,17 @@ from torch import Tensor
 
 from rayfed_sub.config import Optimizer
 from rayfed_sub.display import print_table, size
-from rayfed_sub.engine.memory import give_back, keep_freed
+from rayfed_sub.engine.memory import MMAP_THRESHOLD, TRIM_THRESHOLD, give_back, keep_freed
 from rayfed_sub.records import Block, Change, Layer, Subspace
 from rayfed_sub.streams import stream
 from rayfed_sub.training import optimizers
-from rayfed_sub.training.layers import Terms, _with_blocks  # PackLinear without the frozen product
+from rayfed_sub.training.layers import Terms, with_blocks  # PackLinear without the frozen product
 from rayfed_sub.training.subspaces import Closed, Refresh, renew, sides
 
 SLOW = 3.0
 UPDATE_TOLERANCE = 1e-3  # of the update's own length
 BASIS_TOLERANCE = 1e-3  # sine of the angle between two rows
 _NEVER = 10**9
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 
 Factors = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]
 """A change of a weight, left (m, r) and right (r, n); one of the two is the basis."""
@@ -163,7 +162,7 @@ class Ours:
             right_Grn=tensors["up/right"],
             scale_G=self.scale_G,
         )
-        y_GNm = _with_blocks(self.output_GNm.detach(), x_GNn, terms)
+        y_GNm = with_blocks(self.output_GNm.detach(), x_GNn, terms)
         if refresh is not None:
             hook, kept_GNn = refresh.capture(self.layer), x_GNn.detach()
             y_GNm.register_hook(lambda d: hook(kept_GNn, d))
@@ -318,8 +317,8 @@ def _status(key: str) -> int:
 def _give_all_back() -> None:
     """From here on malloc keeps nothing of what is freed, but for small pieces."""
     library = ctypes.CDLL(None)
-    library.mallopt(_MMAP_THRESHOLD, 2**16)
-    library.mallopt(_TRIM_THRESHOLD, 0)
+    library.mallopt(MMAP_THRESHOLD, 2**16)
+    library.mallopt(TRIM_THRESHOLD, 0)
 
 
 def _median(action: Callable[[], object]) -> float:

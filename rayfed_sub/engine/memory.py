@@ -7,7 +7,7 @@ import threading
 
 import psutil
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's options, from glibc's malloc.h
 
 
 class PeakMemory:
@@ -47,8 +47,8 @@ def keep_freed() -> None:
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(_MMAP_THRESHOLD, 32 * 2**20)  # the most that it can be
-        set_option(_TRIM_THRESHOLD, 2**31 - 1)
+        set_option(MMAP_THRESHOLD, 32 * 2**20)  # the most that it can be
+        set_option(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back() -> None:

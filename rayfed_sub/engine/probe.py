@@ -49,7 +49,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     """Times packs of the given sizes (as `even` makes them) and of the configured one, up to the first that gains
     nothing over the one before it.
 
-    Takes the backbone into this process, and about ten local steps of each size.
+    Takes the backbone into this process, and of each size two packs, short ones again and again for a second.
     """
     config = job.config
     cohort, workers = config.federation.cohort, config.resources.workers

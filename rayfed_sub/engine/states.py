@@ -1,4 +1,4 @@
-"""Client states between rounds, in tiers: in shared memory while there is room, in safetensors files under a budget.
+"""Client states between rounds, in tiers: in memory while there is room, in safetensors files under a budget.
 
 A state is immutable and known by its client and the round in which it will be read, so that a round that fails, or is
 run again, finds the old ones in their places: states are added under new keys, and dropped when nobody needs them.
@@ -45,7 +45,7 @@ class States:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of tensors in shared memory; above the budget only while a single state is."""
+        """Bytes of tensors in memory; above the budget only while a single state is."""
         return self._total
 
     def add(self, client: int, state: PackedState) -> None:
@@ -54,7 +54,7 @@ class States:
         self._hold((client, state.round), state)
 
     def reference(self, client: int, round: int) -> Any:
-        """A reference to the state in shared memory, read from its file where it was not there.
+        """What `put` gave for the state, read from its file where it was not there.
 
         Raises RunError, naming the client, where its file is not as it was written.
         """

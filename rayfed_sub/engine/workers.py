@@ -127,7 +127,7 @@ class Worker:
         watched: Sequence[int] = (),
     ) -> PackOutcome:
         """One pack's round.  states: per client None (its first round), or the round and what `exchange.get` takes,
-        fetched only when the state is not resident.  watched: whom diagnostics look at.  A client that fails by itself
+        asked only when the state is not resident.  watched: whom diagnostics look at.  A client that fails by itself
         says so in its update."""
         method, shape = self._spec.method, self._spec.skeleton.shape
         received = Broadcast(round, self._received(round, broadcast))

@@ -57,7 +57,7 @@ class PackLinear(nn.Module):
         if terms is None:
             return functional.linear(x, self.weight, self.bias)
         x_GNn = x.reshape(terms.clients, -1, x.shape[-1])
-        y_GNm = _with_blocks(self._base(x_GNn, terms), x_GNn.float(), terms)
+        y_GNm = with_blocks(self._base(x_GNn, terms), x_GNn.float(), terms)
         if terms.captures and y_GNm.requires_grad:
             captures, kept_GNn = terms.captures, x_GNn.detach()
             y_GNm.register_hook(lambda d_GNm: _show(captures, kept_GNn, d_GNm))
@@ -81,7 +81,7 @@ def _show(captures: Sequence[Capture], x_GNn: Tensor, d_GNm: Tensor) -> None:
         capture(x_GNn, d_GNm)
 
 
-def _with_blocks(y_GNm: Tensor, x_GNn: Tensor, terms: Terms) -> Tensor:
+def with_blocks(y_GNm: Tensor, x_GNn: Tensor, terms: Terms) -> Tensor:
     """y with the blocks' output added, in place in float32, through the small side: the (m, n) products are never
     formed."""
     if terms.left_Gmr is not None and terms.right_Grn is not None and terms.scale_G is not None:

@@ -57,8 +57,8 @@ class Refresh:
         old_Grk = as_rows(layer, self.tensors[fixed])
 
         def hook(x_GNn: Tensor, d_GNm: Tensor) -> None:
-            ends_NG = torch.cat([extremes(x).transpose(1, 2).flatten(0, 1) for x in (x_GNn, d_GNm)])
-            sound_G: list[bool] = torch.isfinite(ends_NG).all(0).tolist()
+            ends_22GN = torch.stack([extremes(x) for x in (x_GNn, d_GNm)])
+            sound_G: list[bool] = ends_22GN.isfinite().all(dim=3).all(dim=1).all(dim=0).tolist()
             for g, (due, sound) in enumerate(zip(self.due_G, sound_G, strict=True)):
                 if due and not sound:
                     self.failures.setdefault(g, f"non-finite gradient in {layer.name}")
