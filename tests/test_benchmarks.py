@@ -47,8 +47,9 @@ def test_a_galore_step_ends_where_galore_torchs_does(tmp_path: Path) -> None:
     assert len(out.read_text().splitlines()) > 1
 
 
-@pytest.mark.parametrize("script", ["race.py", "overhead.py", "growth.py"])
-def test_a_wrong_name_is_refused_in_a_line(script: str) -> None:
-    done = subprocess.run([sys.executable, script, "Z"], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("asked", ["race.py Z", "overhead.py Z", "growth.py Z", "growth.py --show --out Z"])
+def test_a_wrong_name_is_refused_in_a_line(asked: str) -> None:
+    command = [sys.executable, *asked.split()]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Z" in done.stderr.splitlines()[-1]

@@ -61,6 +61,17 @@ def test_a_small_state_travels_by_itself_and_keeps_nothing_else_in_memory() -> N
     assert not np.shares_memory(kept.tensors["a/m1"][1], result)
 
 
+def test_a_larger_state_goes_through_the_store(ray_session: None) -> None:
+    import ray
+
+    state = PackedState(3, 8, 8, packed({"a/m1": torch.arange(25_000.0)}))  # 100 kB
+    stored = put(state)
+    assert isinstance(stored, ray.ObjectRef)
+    back = get(stored, timeout=30)
+    assert (back.round, back.cursor, back.step) == (3, 8, 8)
+    assert bits(unpacked(back.tensors)["a/m1"]) == bits(torch.arange(25_000.0))
+
+
 def test_a_trained_tensor_travels_without_its_graph() -> None:
     tensor = torch.ones(2, requires_grad=True)
     assert not unpacked(packed({"w": tensor * 2}))["w"].requires_grad

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from rayfed_sub import load_config
-from rayfed_sub.analysis.needs import BARE_COORDINATOR, BARE_WORKER, need
+from rayfed_sub.analysis.footprint import KERNELS
+from rayfed_sub.analysis.needs import BARE_COORDINATOR, DRIVER, RAY, need
 from rayfed_sub.engine.job import prepare
 from rayfed_sub.engine.planning import job_parts
 from tests.measured_trials import QUICKSTART, SMALL
@@ -29,17 +30,18 @@ def measured(folder: Path, count: int) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_costs_two_copies_of_the_target_weights(tmp_path: Path) -> None:
-    """SmolLM2-135M in bfloat16 under FedFTG, two runs side by side, a coordinator and a worker each: besides the bare
-    processes two copies of the targets (the server, which is the broadcast, and the sum of its clients), states, and
-    what a worker is planned to take.  All of the model would be 2.5 copies more."""
+    """SmolLM2-135M in bfloat16 under FedFTG, two runs side by side, a coordinator and a worker each: what a run is
+    planned to take besides the backbone and the rows.  Of the targets' weights there are two copies, the server, which
+    is the broadcast, and the sum of its clients, and never a third.  All of the model would be 2.5 copies more."""
     job = prepare(load_config(QUICKSTART, SMALL))
     planned = need(job_parts(job))
     # 30 layers, query and output 576 x 576, key and value 192 x 576, 4 bytes a number
     targets = 30 * 4 * (2 * 576 * 576 + 2 * 192 * 576)
     assert targets == sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
-    allowed = BARE_COORDINATOR + BARE_WORKER + 1.15 * (2 * targets + planned.states + planned.worker(2).process)
+    alone = planned.node(planned.worker(2).process) - planned.backbone - planned.data - DRIVER - RAY
     two = measured(tmp_path, 2)
-    print(f"a run of two: {two['both'] / 2 / MB:.0f} MB, allowed {allowed / MB:.0f} MB")
-    assert two["both"] <= 2 * allowed
+    print(f"a run of two: {two['both'] / 2 / MB:.0f} MB, planned {alone / MB:.0f} MB")
+    assert two["both"] <= 2 * alone
+    assert two["coordinators"] <= 2 * (BARE_COORDINATOR + KERNELS + 2 * targets)
     assert two["store"] <= 2 * 2 * targets  # the frozen rest is there once, from before the runs
     assert len(set(two["sha256"])) == 1  # neighbours change no bits

@@ -134,8 +134,9 @@ def test_power_law_clients_have_these_sizes_and_mixed_rows() -> None:
 
 
 def test_a_column_s_clients_hold_their_value() -> None:
-    parts = partitioned(["y", "x", "y", "x", "x"], ("x", "y"), federation("column", 2), seed=0)
-    assert [part.tolist() for part in parts] == [[1, 3, 4], [0, 2]]
+    """z is nobody's."""
+    parts = partitioned(["y", "x", "z", "y", "x", "x"], ("x", "y"), federation("column", 2), seed=0)
+    assert [part.tolist() for part in parts] == [[1, 4, 5], [0, 3]]
 
 
 def test_a_pool_holds_all() -> None:

@@ -37,8 +37,15 @@ def flops(case: Case, work: Path) -> int:
 def rate(processes: int) -> float:
     """Operations a second of plain float32 products of 1024 x 1024 matrices, one thread in each of so many processes at
     once, all together."""
-    command = [sys.executable, __file__]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    command, pipe = [sys.executable, __file__], subprocess.PIPE
+    running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(processes)]
+    for process in running:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in running:  # together, or the first would be done before the last has imported torch
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
     return sum(float(process.communicate()[0]) for process in running)
 
 
@@ -47,6 +54,8 @@ def _own_rate() -> float:
     a, out = torch.randn(_SIDE, _SIDE), torch.empty(_SIDE, _SIDE)
     for _ in range(5):
         torch.mm(a, a, out=out)
+    print("ready", flush=True)
+    sys.stdin.readline()
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < _SECONDS:
         torch.mm(a, a, out=out)

@@ -216,6 +216,8 @@ def main() -> None:
     unknown = [name for name in asked.variables if name not in VALUES]
     if unknown:  # argparse's `choices` would refuse to be given none
         parser.error(f"{unknown[0]} is none of {', '.join(VALUES)}")
+    if asked.show and not asked.out.exists():
+        parser.error(f"nothing to show: there is no {asked.out}; name a table with --out")
     for variable in () if asked.show else asked.variables or VALUES:
         measure(variable, VALUES[variable], asked.out)
     rows = read(asked.out)

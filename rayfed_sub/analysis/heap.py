@@ -1,9 +1,9 @@
 """What allocations cost a process: more than the bytes alive, since freed memory comes back in holes of other sizes.
 
-A model of glibc's malloc (see mallopt(3)): the smallest hole that is large enough serves a request, neighbouring holes
-grow together, the end of the heap goes back to the system in large pieces only, and requests above a threshold are
-mapped by themselves; freeing one of those, up to 32 MiB, raises the threshold to its size.  Aligned memory is asked for
-with a margin, so that the hole that a tensor leaves is too small for its like.
+A model of glibc's malloc (see mallopt(3)) as workers set it (`engine/memory.py`): the smallest hole that is large
+enough serves a request, neighbouring holes grow together, nothing goes back to the system, and only requests above a
+threshold are mapped by themselves.  Aligned memory is asked for with a margin, so that the hole that a tensor leaves is
+too small for its like.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Hashable
 
-_THRESHOLD = 128 * 2**10
-_LARGEST = 32 * 2**20
+MMAP_BYTES = 32 * 2**20
+"""Larger requests are mapped by themselves; the most that malloc can be told."""
+
 _PAGE = 4096
 _HEAD = 16  # malloc's own, in front of each piece
 _SEARCH = 96  # posix_memalign, which torch uses with 64, looks for this much more and gives back what it cuts off
@@ -30,7 +31,6 @@ class Heap:
 
     def __init__(self) -> None:
         self.peak = 0
-        self._threshold, self._trim = _THRESHOLD, _THRESHOLD
         self._end = 0  # where the heap in use ends
         self._held = 0  # what the system has given; at least _end
         self._mapped = 0
@@ -42,7 +42,7 @@ class Heap:
     def take(self, key: Hashable, size: int) -> None:
         """Allocates `size` bytes under a name."""
         size = (size + _HEAD + 15) // 16 * 16
-        if size >= self._threshold:
+        if size >= MMAP_BYTES:
             size = -(-size // _PAGE) * _PAGE
             self._used[key] = (None, size)
             self._mapped += size
@@ -55,8 +55,6 @@ class Heap:
         address, size = self._used.pop(key)
         if address is None:
             self._mapped -= size
-            if self._threshold < size <= _LARGEST:
-                self._threshold, self._trim = size, 2 * size
             return
         if address + size in self._hole_at:
             size += self._fill(address + size)
@@ -65,8 +63,6 @@ class Heap:
             size += self._fill(address)
         if address + size == self._end:
             self._end = address
-            if self._held - self._end > self._trim:
-                self._held = self._end
         else:
             self._dig(address, size)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rayfed_sub.analysis.footprint import Lengths, Memory, backbone_bytes, lengths, worker
+from rayfed_sub.analysis.footprint import KERNELS, Lengths, Memory, backbone_bytes, lengths, worker
 from rayfed_sub.analysis.parts import Parts
 from rayfed_sub.analysis.traffic import ClientTraffic, Traffic, first_start
 from rayfed_sub.config import Config
@@ -51,10 +51,10 @@ class Need:
 
     @property
     def coordinator(self) -> int:
-        """Bytes of the coordinator's process: at first pretrained weights, where those are not shared, later sums and
-        what diagnostics look at."""
+        """Bytes of the coordinator's process: torch's kernels, at first pretrained weights, where those are not shared,
+        later sums and what diagnostics look at."""
         later = self.traffic.coordinator + self.looked
-        return BARE_COORDINATOR + max(_pretrained(self.skeleton, self.config), later)
+        return BARE_COORDINATOR + KERNELS + max(_pretrained(self.skeleton, self.config), later)
 
     @property
     def looked(self) -> int:

@@ -78,8 +78,10 @@ def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federatio
         allowed = f"1 to {len(keys)}, the number of training rows"
         raise UserError("federation.clients", clients, allowed, "lower federation.clients or use more rows")
     if kind == "column":
-        column = np.asarray(keys, dtype=object)
-        parts = [np.flatnonzero(column == name) for name in names]
+        number = {name: k for k, name in enumerate(names)}
+        client_R = np.fromiter((number.get(key, clients) for key in keys), np.int64, len(keys))
+        ends = np.cumsum(np.bincount(client_R, minlength=clients)[:clients])
+        parts = np.split(np.argsort(client_R, kind="stable"), ends)[:clients]
     elif kind == "pool":
         parts = [np.arange(len(keys))]
     elif kind == "iid":

@@ -34,6 +34,7 @@ from rayfed_sub.engine.journal import ClientRow, PackDone, PackRow, RoundDone, R
 from rayfed_sub.engine.ledger import Ledger
 from rayfed_sub.engine.memory import PeakMemory, give_back
 from rayfed_sub.engine.schedule import Crew, Done, Piece, in_order
+from rayfed_sub.engine.tally import Tally
 from rayfed_sub.engine.workers import PackedUpdate, PackOutcome, Worker, broadcast_of
 from rayfed_sub.errors import RunError
 from rayfed_sub.methods import privacy
@@ -62,42 +63,12 @@ class _Trained:
     """What a round's training leaves besides the ledger.  moved: by target the rank of the server's own change, and how
     far the weight has come since it was pretrained, |W - W0| / |W0|; empty where it was not asked for."""
 
-    rows: list[ClientRow]
+    tally: Tally
     seconds: float
     moved: dict[str, tuple[int, float]]
     packs: list[PackRow]
     layers: tuple[CohortLayer, ...]
     client_layers: tuple[ClientLayer, ...]
-
-
-class _Tally:
-    """A round's clients summed as they come in: what a live display shows after every pack."""
-
-    def __init__(self, n: int, clients: int, began: float) -> None:
-        self._n, self._clients, self._began = n, clients, began
-        self._done = self._trained = self._uplink = 0
-        self._labels = self._losses = 0.0
-
-    def add(self, row: ClientRow) -> ClientRow:
-        self._done += 1
-        self._labels += row.labels
-        self._uplink += row.uplink_bytes
-        if row.loss is not None:
-            self._trained += 1
-            self._losses += row.loss
-        return row
-
-    def told(self) -> PackDone:
-        """As of now."""
-        return PackDone(
-            round=self._n,
-            clients_done=self._done,
-            clients=self._clients,
-            loss=self._losses / self._trained if self._trained else None,
-            labels=int(self._labels),
-            seconds=time.perf_counter() - self._began,
-            uplink_bytes=self._uplink,
-        )
 
 
 class Coordinator:
@@ -192,17 +163,17 @@ class Coordinator:
         trained = yield from self._trained(n, cohort, down, began, due)
         if trained is None:
             return  # the run is being interrupted
-        rows, moved = trained.rows, trained.moved
+        tally, moved = trained.tally, trained.moved
         scores = self.scores() if due else ()
         row = RoundRow(
             round=n,
             clients=len(cohort),
-            failed=sum(r.failure is not None for r in rows),
-            loss=_mean_loss(rows),
+            failed=tally.failed,
+            loss=tally.loss,
             held_out_loss=overall(scores).get("held_out_loss"),
-            uplink_bytes=sum(r.uplink_bytes for r in rows),
+            uplink_bytes=tally.uplink_bytes,
             downlink_bytes=sum(down.values()),
-            labels=int(sum(r.labels for r in rows)),
+            labels=tally.labels,
             change_rank=statistics.median(rank for rank, _ in moved.values()) if moved else None,
             epsilon=spent(config, n + 1),
             train_seconds=trained.seconds,
@@ -211,7 +182,7 @@ class Coordinator:
             seconds=time.perf_counter() - began,
         )
         self._verify()
-        yield RoundDone(row, tuple(rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
+        yield RoundDone(row, tuple(tally.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
 
     def _trained(
         self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
@@ -227,8 +198,8 @@ class Coordinator:
         watched = diagnosis.watched(config.diagnostics, n, config.federation.rounds or 0, cohort)
         pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
 
-        total, rows, trained = self._zero(), list[ClientRow](), {}
-        pack_rows, looks, tally = list[PackRow](), list[Looked](), _Tally(n, len(cohort), began)
+        total, trained, tally = self._zero(), {}, Tally(n, len(cohort), began)
+        pack_rows, looks = list[PackRow](), list[Looked]()
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             pack_rows.append(_pack_row(n, packs[done.index], done))
@@ -236,25 +207,25 @@ class Coordinator:
             for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
                 self._home[client] = done.worker
                 if sent.failure is not None or state is None:
-                    rows.append(tally.add(self._skipped(n, sent, down[client])))
+                    tally.add(self._skipped(n, sent, down[client]))
                     continue
                 update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
                 total = method.fold(total, update, shape)
-                rows.append(tally.add(_row(n, sent, update.wire_bytes, down[client])))
+                tally.add(_row(n, sent, update.wire_bytes, down[client]))
                 self._ledger.add(client, state)
                 trained[client] = state.round
             yield tally.told()
         self._verify()
 
         before, after = standing.server, method.finish(standing.server, total, shape)
-        factor, noise = self._rule(n, rows, total.weight)
+        factor, noise = self._rule(n, tally.rows, total.weight)
         after, memory = advance(config.server, before, after, standing.memory, factor, noise)
         _check_finite(after, n)
         if not self._ledger.commit(after, memory, trained):
             return None
         seconds = time.perf_counter() - began
         moved = self._moved(before) if due else {}
-        return _Trained(rows, seconds, moved, pack_rows, *diagnosis.rows(n, shape, looks, moved))
+        return _Trained(tally, seconds, moved, pack_rows, *diagnosis.rows(n, shape, looks, moved))
 
     def scores(self) -> tuple[Score, ...]:
         """The current model's; of its answers too before training and after it."""
@@ -434,11 +405,6 @@ def _sound(outcome: PackOutcome) -> bool:
 def _row(n: int, sent: PackedUpdate, up: int, down: int) -> ClientRow:
     measured: dict[str, Any] = dict(sent.metrics)
     return ClientRow(n, sent.client, sent.weight, up, down, **measured, failure=sent.failure)
-
-
-def _mean_loss(rows: Sequence[ClientRow]) -> float | None:
-    losses = [row.loss for row in rows if row.loss is not None]
-    return statistics.fmean(losses) if losses else None
 
 
 def _check_finite(server: ServerState, n: int) -> None:

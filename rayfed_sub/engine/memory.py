@@ -7,6 +7,8 @@ import threading
 
 import psutil
 
+from rayfed_sub.analysis.heap import MMAP_BYTES
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's options, from glibc's malloc.h
 
 
@@ -47,7 +49,7 @@ def keep_freed() -> None:
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(MMAP_THRESHOLD, 32 * 2**20)  # the most that it can be
+        set_option(MMAP_THRESHOLD, MMAP_BYTES)
         set_option(TRIM_THRESHOLD, 2**31 - 1)
 
 

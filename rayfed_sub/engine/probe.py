@@ -49,16 +49,16 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     """Times packs of the given sizes (as `even` makes them) and of the configured one, up to the first that gains
     nothing over the one before it.
 
-    Takes the backbone into this process, and of each size two packs, short ones again and again for a second.
+    Takes the backbone into this process, and of each size three packs, short ones again and again for a second.
     """
     config = job.config
     cohort, workers = config.federation.cohort, config.resources.workers
     backbone = packed(load_weights(config.model, job.skeleton, config.seed))
     broadcast = _broadcast(job, backbone)
     short, long = (_worker(job, backbone, steps) for steps in (1, _STEPS))
-    short.train(0, range(1), [None], broadcast, 0.0)  # the first pass is slower than all others
 
     def timed(size: int) -> PackSpeed:
+        short.train(0, range(size), [None] * size, broadcast, 0.0)  # a size's first pass is slower than all others
         one, more = _seconds(short, size, broadcast), _seconds(long, size, broadcast)
         step = max(0.0, more - one) / (_STEPS - 1)
         return PackSpeed(size, step / size, max(0.0, one - step) / size)
