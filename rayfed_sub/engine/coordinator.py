@@ -42,6 +42,7 @@ from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server import Noise, advance, mixed_bytes, mixes, nova_factor
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.records import Change, Client, Fold, ModelShape, ServerState, Tensors, Update
+from rayfed_sub.training.failures import not_finite
 
 _CLAIM_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
@@ -408,6 +409,6 @@ def _row(n: int, sent: PackedUpdate, up: int, down: int) -> ClientRow:
 
 
 def _check_finite(server: ServerState, n: int) -> None:
-    for name, tensor in server.tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise RunError("aggregation", f"non-finite values in {name}; lower optimizer.lr", round=n)
+    failure = not_finite(server.tensors)
+    if failure is not None:
+        raise RunError("aggregation", f"{failure}; lower optimizer.lr", round=n)

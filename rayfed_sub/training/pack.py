@@ -251,6 +251,8 @@ def _penalties(trainees: Sequence[Trainee], tensors: Tensors) -> Tensor | float:
 
 def own(tensor: Tensor, like: Tensor) -> Tensor:
     """A client's tensor without the padding to the pack's largest rank."""
+    if tensor.shape == like.shape:
+        return tensor
     return tensor[tuple(slice(size) for size in like.shape)]
 
 

@@ -194,7 +194,9 @@ class Closed:
 
 
 def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """`tensor` with zeros appended on each axis up to `shape`."""
+    """`tensor` with zeros appended on each axis up to `shape`; itself where nothing is missing."""
+    if tensor.shape == torch.Size(shape):
+        return tensor
     return pad(
         tensor,
         [x for have, want in zip(tensor.shape[::-1], shape[::-1], strict=True) for x in (0, want - have)],
