@@ -22,7 +22,7 @@ test-slow: $(INSTALLED) $(MODEL) ## the slow tests alone
 chaos: $(INSTALLED) ## the table of fifteen equal hashes, and 200 rounds under fire
 	$(BIN)/python -m tests.chaos
 
-bench: $(INSTALLED) $(MODEL) .venv-flower/.installed .venv-pfl/.installed ## the race against Flower, pfl and a bare loop; an hour
+bench: $(INSTALLED) $(MODEL) .venv-flower/.installed .venv-pfl/.installed ## the race against Flower, pfl and a bare loop; an hour and a half
 	cd experiments/benchmarks && ../../$(BIN)/python race.py --out results/race-$$(date +%F).json \
 		--flower $(CURDIR)/.venv-flower/bin/python --pfl $(CURDIR)/.venv-pfl/bin/python
 	cd experiments/benchmarks && ../../$(BIN)/python overhead.py --out results/overhead-$$(date +%F).json \

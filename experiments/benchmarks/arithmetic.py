@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import Case
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -22,13 +21,24 @@ _SIDE = 1024
 _SECONDS = 1.0
 
 
-def flops(case: Case, work: Path) -> int:
-    """Floating-point operations of one client's local step, a batch of full length."""
+def flops(work: Path) -> int:
+    """Floating-point operations of one client's local step: the mean over all batches, each as long as its longest row.
+
+    They are a L + b L^2 in a row's tokens L, so that two lengths tell those of all."""
     model: Any = AutoModelForCausalLM.from_pretrained(work / "model").eval().requires_grad_(False)
     for name, module in model.named_modules():
         if name.endswith("up_proj"):  # a bias needs the gradient of its output, but no product of its own
             module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
-    ids = torch.from_numpy(np.load(work / "batches.npz")["input_ids"][0, 0, 0])
+    labels = np.load(work / "batches.npz")["labels"]
+    lengths = (labels != -100).sum(axis=-1).max(axis=-1)
+    ends = np.array([lengths.max() // 2, lengths.max()])
+    counted = [_flops(model, labels.shape[-2], int(length)) for length in ends]
+    a, b = np.linalg.solve(np.stack([ends, ends**2], axis=1).astype(float), counted)
+    return round(float(a * lengths.mean() + b * (lengths**2).mean()))
+
+
+def _flops(model: Any, rows: int, tokens: int) -> int:
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as counted:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return int(counted.get_total_flops())

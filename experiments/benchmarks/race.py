@@ -2,9 +2,11 @@
 
     python experiments/benchmarks/race.py [CASE ...] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
 
---flower, --pfl: the Python of an environment with Flower, or with pfl; without it, that contestant stays away.  Final
-weights are compared with the bare loop's first; only where they agree are times told.  Steady rounds, the first round
-and the start-up stand apart; a contestant's steady round is the median of all but the first and the last.
+--flower, --pfl: the Python of an environment with Flower, or with pfl; without it, that contestant stays away.  A
+machine's own speed changes from minute to minute, so all run in turns, several times (`Case.passes`).  Final weights
+are compared with the bare loop's first; only where they agree are times told.  Steady rounds, the first round and the
+start-up stand apart; a contestant's steady round is the median of all of its passes' rounds but each one's first and
+last.
 """
 
 from __future__ import annotations
@@ -33,18 +35,31 @@ RACED = ("A", "B", "C", "D")
 
 
 @dataclass(frozen=True)
+class Pass:
+    """One run of one contestant: seconds until the first round begins, of the first round, of each steady one; bytes at
+    most; the largest difference of a final weight from the bare loop's."""
+
+    start: float
+    first: float
+    steady: tuple[float, ...]
+    peak_pss: int
+    away: float
+
+
+@dataclass(frozen=True)
 class Result:
-    """One contestant in one case.  start: seconds until the first round begins; first, steady: of a round; peak_pss:
-    bytes; away: the largest difference of a final weight from the bare loop's."""
+    """One contestant in one case, all passes together.  start, first: medians; steady: the median of `rounds`, all
+    steady ones in order; peak_pss, away: the largest; floor: seconds of a round, the median over the passes."""
 
     case: str
     contestant: str
     start: float
     first: float
     steady: float
+    rounds: tuple[float, ...]
     peak_pss: int
     away: float
-    floor: float | None
+    floor: float
 
 
 def commands(flower: str | None, pfl: str | None) -> dict[str, list[str]]:
@@ -59,31 +74,42 @@ def commands(flower: str | None, pfl: str | None) -> dict[str, list[str]]:
 
 
 def race(case: Case, contestants: Mapping[str, Sequence[str]], folder: Path) -> list[Result]:
-    """All contestants, one after the other."""
+    """All contestants, one after the other, as often as the case asks for."""
     work = folder / "work"
     write_work(case, work, WORKERS)
-    floor = flops(case, work) * case.steps * case.clients / rate(WORKERS)
-    results: list[Result] = []
-    for name, command in contestants.items():
-        out = folder / name
-        out.mkdir()
-        taken = metered([*command, case.name, str(work), str(out), str(WORKERS)], HERE, folder / f"{name}.log")
-        marks: list[float] = json.loads((out / "marks.json").read_text())
-        seconds = np.diff(marks)
-        results.append(
-            Result(
-                case=case.name,
-                contestant=name,
-                start=marks[0] - taken.began,
-                first=float(seconds[0]),
-                steady=float(np.median(seconds[1:-1])),
-                peak_pss=taken.peak_pss,
-                away=_away(folder / "bare", out),
-                floor=floor if name == "rayfed_sub" else None,
-            )
-        )
-        print(f"{case.name}, {name}: {results[-1].steady:.3f} s a round", flush=True)
-    return results
+    counted = flops(work) * case.steps * case.clients
+    floors: list[float] = []
+    found: dict[str, list[Pass]] = {name: [] for name in contestants}
+    for n in range(case.passes):
+        floors.append(counted / rate(WORKERS))
+        for name, command in contestants.items():
+            out = folder / f"{name}-{n}"
+            out.mkdir()
+            found[name].append(_run([*command, case.name, str(work), str(out), str(WORKERS)], folder / "bare-0", out))
+            print(f"{case.name}, {name}: {np.median(found[name][-1].steady):.3f} s a round", flush=True)
+    return [_together(case.name, name, own, float(np.median(floors))) for name, own in found.items()]
+
+
+def _run(command: Sequence[str], bare: Path, out: Path) -> Pass:
+    taken = metered(command, HERE, out.with_suffix(".log"))
+    marks: list[float] = json.loads((out / "marks.json").read_text())
+    first, *steady, _ = np.diff(marks).tolist()
+    return Pass(marks[0] - taken.began, first, tuple(steady), taken.peak_pss, _away(bare, out))
+
+
+def _together(case: str, contestant: str, own: Sequence[Pass], floor: float) -> Result:
+    rounds = tuple(seconds for one in own for seconds in one.steady)
+    return Result(
+        case=case,
+        contestant=contestant,
+        start=float(np.median([one.start for one in own])),
+        first=float(np.median([one.first for one in own])),
+        steady=float(np.median(rounds)),
+        rounds=rounds,
+        peak_pss=max(one.peak_pss for one in own),
+        away=max(one.away for one in own),
+        floor=floor,
+    )
 
 
 def _away(bare: Path, out: Path) -> float:
@@ -105,6 +131,7 @@ def show(results: Sequence[Result]) -> None:
             (
                 r.contestant,
                 f"{r.steady:.3f}",
+                f"{min(r.rounds):.2f} to {max(r.rounds):.2f}",
                 f"{r.steady / ours.steady:.1f}x",
                 f"{r.first:.2f}",
                 f"{r.start:.1f}",
@@ -113,7 +140,8 @@ def show(results: Sequence[Result]) -> None:
             )
             for r in own
         ]
-        columns = ("contestant", "s a round", "against us", "first round", "start-up, s", "peak memory", "weights")
+        steady = ("s a round", "from, to", "against us")
+        columns = ("contestant", *steady, "first round", "start-up, s", "peak memory", "weights")
         print(f"{name}: {CASES[name].told}; arithmetic floor {ours.floor:.3f} s a round")
         print_table(columns, rows)
 
@@ -132,11 +160,11 @@ def main() -> None:
     for name in asked.cases or RACED:
         with tempfile.TemporaryDirectory(prefix="race-") as folder:
             results += race(CASES[name], commands(asked.flower, asked.pfl), Path(folder))
+        if asked.out is not None:  # after every case: the next one may fail
+            asked.out.parent.mkdir(parents=True, exist_ok=True)
+            measured["results"] = [asdict(result) for result in results]
+            asked.out.write_text(json.dumps(measured, indent=1) + "\n")
     show(results)
-    if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        measured["results"] = [asdict(result) for result in results]
-        asked.out.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":
