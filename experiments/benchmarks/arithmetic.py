@@ -17,6 +17,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from rayfed_sub.data.batches import IGNORED
+
 _SIDE = 1024
 _SECONDS = 1.0
 
@@ -30,7 +32,7 @@ def flops(work: Path) -> int:
         if name.endswith("up_proj"):  # a bias needs the gradient of its output, but no product of its own
             module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
     labels = np.load(work / "batches.npz")["labels"]
-    lengths = (labels != -100).sum(axis=-1).max(axis=-1)
+    lengths = (labels != IGNORED).sum(axis=-1).max(axis=-1)
     ends = np.array([lengths.max() // 2, lengths.max()])
     counted = [_flops(model, labels.shape[-2], int(length)) for length in ends]
     a, b = np.linalg.solve(np.stack([ends, ends**2], axis=1).astype(float), counted)

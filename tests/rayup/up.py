@@ -21,6 +21,7 @@ import boto3
 import pandas as pd
 import psutil
 import yaml
+from botocore.exceptions import BotoCoreError, ClientError
 
 ROOT = Path(__file__).parents[2]
 HOME = Path("/home/ubuntu")  # of every node
@@ -310,9 +311,10 @@ def main(folder: Path) -> None:
 def images(ec2: Any) -> str | None:
     """The id of an image that moto knows, once it answers."""
     try:
-        return str(ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"])
-    except Exception:
+        found = ec2.describe_images(Owners=["amazon"])["Images"]
+    except (BotoCoreError, ClientError):  # it is still starting
         return None
+    return str(found[0]["ImageId"]) if found else None
 
 
 if __name__ == "__main__":
