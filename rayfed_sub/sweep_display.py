@@ -99,7 +99,7 @@ class SweepDisplay:
 
     def table(self, frame: pd.DataFrame, best: int | None) -> None:
         """The final table of `frame`, a sweep's trials.parquet: the best trials first, then the folder."""
-        from rayfed_sub.sweeps.report import best_first
+        from rayfed_sub.sweeps.ranking import best_first
 
         sweep = self._sweep
         ranked = best_first(frame, sweep.metric, sweep.mode).head(_ROWS)

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from rayfed_sub.page import Cell, Facts, Figure, Section, Table, Text, page
-from rayfed_sub.sweeps.report import best, best_first, sections, write_report
+from rayfed_sub.sweeps.ranking import best, best_first
+from rayfed_sub.sweeps.report import sections, write_report
 from tests.browser import CHROMIUM, Outline, browse
 
 STEPS, RANK, LR = KEYS = ("federation.local_steps", "method.rank", "optimizer.lr")
@@ -93,7 +94,7 @@ def test_the_best_and_how_far_ahead_it_is() -> None:
         "next": "trial 0, rank=4 lr=1e-3: 2.5000",
         "ahead of the next by": "0.5000 (20.00%)",  # 0.5 of 2.5
         "ahead of the median by": "0.5000 (20.00%); the median is 2.5000",
-        "sent up and down": "3.00 MB",
+        "sent up and down": "3 MB",
         "run folder": "trials/00001",
     }
 
@@ -194,7 +195,7 @@ def test_a_stopped_trial_whose_bytes_nobody_knows_is_no_bargain() -> None:
     stopped = {RANK: 2, "held_out_loss": 1.0, "status": "stopped", "uplink_bytes": None, "downlink_bytes": None}
     found = report(trials({RANK: 4, "held_out_loss": 2.0}, stopped), (RANK,))
     (figure,) = found["Quality against traffic"]
-    assert figure.label.endswith("than trial 0, 3.00 MB: 2.0000.")
+    assert figure.label.endswith("than trial 0, 3 MB: 2.0000.")
     assert [len(trace["x"]) for trace in figure.data] == [1, 1]  # the line, the marks
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+_WORD = 24
+"""Characters of a value in a figure."""
+
 
 def headings(keys: Sequence[str]) -> dict[str, str]:
     """For every dotted key its last part, or as many of its last parts as tell it from the others.
@@ -30,6 +33,21 @@ def worded(value: object) -> str:
         digits, _, power = f"{value:.3e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}" if power else digits
     return f"{value:.4g}"
+
+
+def score(value: float) -> str:
+    """A metric to four digits after the point, or where that says nothing to four digits.
+
+    >>> score(2.73051), score(0.00002), score(123456.0)
+    ('2.7305', '2e-5', '1.235e5')
+    """
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e4 else worded(value)
+
+
+def short(value: object) -> str:
+    """A value in a figure."""
+    text = worded(value)
+    return text if len(text) <= _WORD else f"{text[: _WORD - 1]}…"
 
 
 def _tails(key: str) -> list[str]:

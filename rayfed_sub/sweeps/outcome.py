@@ -12,7 +12,8 @@ from rayfed_sub.config import Config
 from rayfed_sub.config_files import yaml_text
 from rayfed_sub.engine import files
 from rayfed_sub.engine.mirror import Place
-from rayfed_sub.sweeps.report import best, write_report
+from rayfed_sub.sweeps.ranking import best
+from rayfed_sub.sweeps.report import write_report
 from rayfed_sub.sweeps.space import METRICS, Sweep
 from rayfed_sub.sweeps.table import Ended, table, write
 from rayfed_sub.sweeps.trial import values_of
