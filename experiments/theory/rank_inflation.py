@@ -69,7 +69,7 @@ def _drawn(m: int, n: int) -> nn.Linear:
 def dealt(problem: Problem, clients: int, alpha: float, seed: int) -> list[Ints]:
     """The rows of those of so many clients that get any.  Of 64 clients at alpha 0.05 many get none, and the engine
     would refuse the partition: hence its inner draw."""
-    return [rows for rows in partitions._dirichlet([str(y) for y in problem.y_R], clients, alpha, seed) if len(rows)]
+    return [rows for rows in partitions.dirichlet([str(y) for y in problem.y_R], clients, alpha, seed) if len(rows)]
 
 
 def carry_out(problem: Problem, name: str, alpha: float, clients: int, seed: int) -> list[dict[str, Any]]:

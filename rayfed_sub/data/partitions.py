@@ -91,7 +91,7 @@ def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federatio
     elif kind == "power-law":
         parts = _sized(power_law_sizes(len(keys), clients, federation.partition.exponent), seed)
     else:
-        parts = _dirichlet(keys, clients, federation.partition.alpha, seed)
+        parts = dirichlet(keys, clients, federation.partition.alpha, seed)
     for name, part in zip(names, parts, strict=True):
         if not len(part):
             allowed = f"at least one row for every client ({name} has none)"
@@ -174,7 +174,12 @@ def _sized(sizes: list[int], seed: int) -> list[Ints]:
     return _dealt(SizePartitioner(sizes), stream(seed, "partition").permutation(sum(sizes)), None)
 
 
-def _dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int) -> list[Ints]:
+def dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int) -> list[Ints]:
+    """Each client's row numbers, int64 (rows of the client,), ascending: a row's key goes to clients by shares from
+    Dirichlet(alpha), flwr-datasets' `DirichletPartitioner`.
+
+    keys: of every row.  Drawn again while a client is left empty, DIRICHLET_DRAWS times at most; the last may leave one.
+    """
     from flwr_datasets.partitioner import DirichletPartitioner
 
     order = stream(seed, "partition").permutation(len(keys))
