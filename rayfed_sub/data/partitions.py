@@ -178,7 +178,7 @@ def dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int) -> lis
     """Each client's row numbers, int64 (rows of the client,), ascending: a row's key goes to clients by shares from
     Dirichlet(alpha), flwr-datasets' `DirichletPartitioner`.
 
-    keys: of every row.  Drawn again while a client is left empty, DIRICHLET_DRAWS times at most; the last may leave one.
+    keys: of every row.  Drawn up to DIRICHLET_DRAWS times while a client is left empty; the last may leave one so.
     """
     from flwr_datasets.partitioner import DirichletPartitioner
 
