@@ -1,6 +1,8 @@
 """A study: one claim, several variants of one configuration, several seeds, settings tuned on validation rows first.
 
-    python experiments/study.py experiments/studies/NAME.yaml [key=value ...] [--runs DIR] [--jobs N] [--show]
+    python experiments/study.py experiments/studies/NAME.yaml [key=value ...] [--runs DIR] [--jobs N]
+    python experiments/study.py experiments/studies/NAME.yaml --show
+    python experiments/study.py experiments/studies/NAME.yaml --against VARIANT
 
 Every run is a folder of its own below DIR (runs/studies); a study that was stopped goes on where it was.  Beside the
 YAML it leaves NAME.csv, a row for every run, and NAME-curves.csv, a row for every evaluated round.
@@ -196,6 +198,37 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
     return lines
 
 
+def paired(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) -> tuple[list[float], float]:
+    """`one`'s score less `other`'s for every seed in which both have it, and how many times the other's mean its mean
+    over these seeds is.  Raises ValueError where there is no such seed."""
+    own, theirs = (
+        {row["seed"]: float(row[score]) for row in _of(rows, variant) if row["tuning"] == "False" and row[score]}
+        for variant in (one, other)
+    )
+    seeds = sorted(own.keys() & theirs.keys(), key=int)
+    if not seeds:
+        raise ValueError(f"no seed with {score} of both {one} and {other}")
+    ratio = sum(own[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds)
+    return [own[seed] - theirs[seed] for seed in seeds], ratio
+
+
+def differences(study: Study, rows: Sequence[Mapping[str, str]], one: str) -> list[str]:
+    """A Markdown table of `paired`, seed by seed, of one variant with each of the others that has finished runs."""
+    whole = [row for row in rows if row["tuning"] == "False" and not row["failure"]]
+    shown = [name for name in SCORES if any(row[name] for row in _of(whole, one))]
+    lines = [
+        "| " + " | ".join([f"{one} less", *(name.replace("_", " ") for name in shown)]) + " |",
+        "|" + " --- |" * (len(shown) + 1),
+    ]
+    for other in study.variants:
+        if other == one or not _of(whole, other):
+            continue
+        found = [paired(whole, one, other, name) for name in shown]
+        cells = [f"{', '.join(f'{difference:+.3f}' for difference in own)}; {ratio:.2f}x" for own, ratio in found]
+        lines.append("| " + " | ".join([other, *cells]) + " |")
+    return lines
+
+
 def _of(rows: Sequence[Mapping[str, str]], variant: str | None) -> list[Mapping[str, str]]:
     return [row for row in rows if row["variant"] == variant]
 
@@ -319,11 +352,18 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--show", action="store_true", help="run nothing: the table of what is there")
+    against = "run nothing: this variant's scores less each other's, seed by seed, and their ratio"
+    parser.add_argument("--against", metavar="VARIANT", help=against)
     given = parser.parse_args()
+    study = read_study(given.study)
+    if given.against is not None:
+        if given.against not in study.variants:
+            parser.error(f"--against {given.against}: {study.name} has {'; '.join(study.variants)}")
+        print(*differences(study, read(csv_files(study)[0]), given.against), sep="\n")
+        return
     if given.show:
         print(*tables(given.study), sep="\n")
         return
-    study = read_study(given.study)
     results = Results(*(_earlier(file, study) for file in csv_files(study)))
     print(study.claim.strip())
 

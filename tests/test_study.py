@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +56,46 @@ def test_the_tables_of_the_readme_are_those_of_the_raw_rows(file: Path) -> None:
     assert f"studies/{file.name}" in readme
     if file.with_suffix(".csv").exists():
         assert "\n".join(study.tables(file)) in readme
+
+
+def test_every_three_differences_of_the_verdicts_are_two_variants_of_the_study_in_their_row() -> None:
+    """Claim by claim: a row names its study, and its figures are in that study's CSV, seed by seed."""
+    readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    claims = [line.split("|") for line in readme.partition("## Tables")[0].splitlines() if line.count("|") == 7]
+    triple = r"[+-]\d\.\d{3}, [+-]\d\.\d{3}, [+-]\d\.\d{3}"
+    told = 0
+    for _, claim, _, name, _, came_out, _, _ in claims:
+        ratios = _ratios(name.strip()) if re.search(triple, came_out) else {}
+        for times, differences in re.findall(rf"(?:(\d\.\d\d) times; )?({triple})", came_out):
+            assert differences in ratios, f"{claim}: {differences} is not in {name}"
+            assert times in ("", ratios[differences]), f"{claim}: {times} times"
+            told += 1
+    assert told >= 50
+
+
+def _ratios(name: str) -> dict[str, str]:
+    """Of any two variants of a study and any score: their ratio by their differences, as the verdicts write both."""
+    read = study.read_study(ROOT / "experiments" / "studies" / f"{name}.yaml")
+    rows = study.read(study.csv_files(read)[0])
+    found = {}
+    for score in ("held_out_loss", "rouge_l", "macro_f1"):
+        for one, other in itertools.permutations(read.variants, 2) if any(row[score] for row in rows) else ():
+            differences, ratio = study.paired(rows, one, other, score)
+            found[", ".join(f"{difference:+.3f}" for difference in differences)] = f"{ratio:.2f}"
+    return found
+
+
+def test_a_difference_is_taken_in_seeds_that_both_have() -> None:
+    def row(variant: str, seed: str, loss: str, tuning: str = "False") -> dict[str, str]:
+        return {"variant": variant, "seed": seed, "tuning": tuning, "held_out_loss": loss}
+
+    rows = [row("a", "10", "3.0"), row("a", "2", "1.0"), row("a", "0", "", "False"), row("a", "3", "5.0")]
+    rows += [row("b", "2", "2.5"), row("b", "10", "1.5"), row("b", "0", "9.0"), row("b", "2", "7.0", "True")]
+    differences, ratio = study.paired(rows, "a", "b", "held_out_loss")
+    assert differences == [1.0 - 2.5, 3.0 - 1.5]  # seeds 2 and 10
+    assert ratio == (1.0 + 3.0) / (2.5 + 1.5)
+    with pytest.raises(ValueError, match="no seed"):
+        study.paired(rows, "a", "c", "held_out_loss")
 
 
 def test_tuning_cannot_be_talked_into_judging_held_out_rows() -> None:
