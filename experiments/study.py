@@ -169,7 +169,8 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
     """The study's table: mean ± standard deviation over seeds, from the cells of its two CSV files.
 
     The column of equal bytes is the held-out loss when `equal_bytes`' variant's whole traffic (up and down, all
-    clients) has been sent, linear between evaluated rounds; methods that send less are taken at their end.
+    clients) has been sent, linear between evaluated rounds; methods that send less are taken at their end, and "-" says
+    that a method sends more before its first evaluated round.
     """
     counted = [row for row in rows if row["tuning"] == "False"]
     whole = [row for row in counted if not row["failure"]]
@@ -181,18 +182,18 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for variant in study.variants:
         begun, own = _of(counted, variant), _of(whole, variant)
-        if not begun:
-            continue
-        runs = f"{len(own)} of {len(begun)}"
+        runs = f"{len(own)} of {len(study.seeds)}"
         if not own:
-            lines.append("| " + " | ".join([variant, *["diverged"] * (len(columns) - 2), runs]) + " |")
+            why = "diverged" if begun else "not run"
+            lines.append("| " + " | ".join([variant, *[why] * (len(columns) - 2), runs]) + " |")
             continue
         cells = [variant, *([_edged(study.tune, own[0]["value"])] if study.tune else [])]
         cells += [_spread([float(row[name]) for row in own if row[name]]) for name in shown]
         if limit:
             curve = [point for point in _of(curves, variant) if point["tuning"] == "False"]
             ends = [[point for point in curve if point["seed"] == row["seed"]] for row in own]
-            cells.append(_spread([_loss_at(end, limit) for end in ends]))
+            losses = [_loss_at(end, limit) for end in ends]
+            cells.append("-" if None in losses else _spread([loss for loss in losses if loss is not None]))
         cells += [f"{statistics.fmean(float(row[name]) for row in own) / 1e6:.3g}" for name in SENT[1:3]]
         lines.append("| " + " | ".join([*cells, runs]) + " |")
     return lines
@@ -233,9 +234,11 @@ def _of(rows: Sequence[Mapping[str, str]], variant: str | None) -> list[Mapping[
     return [row for row in rows if row["variant"] == variant]
 
 
-def _loss_at(curve: Sequence[Mapping[str, str]], sent: float) -> float:
-    points = sorted((float(point["bytes"]), float(point["held_out_loss"])) for point in curve)
-    return float(np.interp(sent, *zip(*points, strict=True)))
+def _loss_at(curve: Sequence[Mapping[str, str]], sent: float) -> float | None:
+    """None before the first evaluated round: a loss falls steeply at first, far below a line from the untrained one."""
+    untrained, *points = sorted((float(point["bytes"]), float(point["held_out_loss"])) for point in curve)
+    assert untrained[0] == 0
+    return None if sent < points[0][0] else float(np.interp(sent, *zip(*points, strict=True)))
 
 
 def _edged(tune: Tune, value: str) -> str:
@@ -331,6 +334,17 @@ def _earlier(file: Path, study: Study) -> list[dict[str, Any]]:
     return [{key: _parsed(cell) for key, cell in row.items()} for row in rows if row["variant"] in study.variants]
 
 
+def check_model(study: Study, rows: Sequence[Mapping[str, Any]], more: Sequence[str]) -> None:
+    """UserError where the earlier rows are of another model than the one that would run now."""
+    (first, *_) = study.variants.values()
+    model = Path(load_config(study.base, [*study.set, *first, *more]).model.path).name
+    for other in {row["model"] for row in rows} - {model}:
+        file = csv_files(study)[0]
+        raise UserError(
+            "model.path", model, f"{other}, as in the rows of {file}", "give that model, or move the CSV away"
+        )
+
+
 def _parsed(cell: str) -> Any:
     """What was written as this cell.
 
@@ -365,6 +379,7 @@ def main() -> None:
         print(*tables(given.study), sep="\n")
         return
     results = Results(*(_earlier(file, study) for file in csv_files(study)))
+    check_model(study, results.rows, given.overrides)
     print(study.claim.strip())
 
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn"), _begin) as pool:

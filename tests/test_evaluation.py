@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from rayfed_sub.data.batches import IGNORED
-from rayfed_sub.training.evaluation import verdicts
-from tests.tiny_models import Tiny, bent, bert, dinov2, draw_batches, gpt2, llama
+from rayfed_sub.training.evaluation import answers, verdicts
+from tests.tiny_models import PAD, Tiny, bent, bert, dinov2, draw_batches, gpt2, llama
 
 LANGUAGE: list[Callable[[], Tiny]] = [llama, gpt2, *(lambda name=name: bent(name) for name in ("gemma2", "cohere"))]
 
@@ -29,6 +29,27 @@ def test_a_token_is_judged_by_the_logits_before_it(model: Callable[[], Tiny]) ->
         assert verdict.said == tuple(logits_LV.argmax(dim=-1).tolist())
         assert verdict.loss == pytest.approx(functional.cross_entropy(logits_LV, true_L, reduction="sum").item())
         assert (len(verdict.true) == 0) == (row == 2)
+
+
+@pytest.mark.parametrize("model", [llama, gpt2], ids=["llama", "gpt2"])
+def test_answers_are_the_likeliest_tokens_whatever_stands_beside_them(model: Callable[[], Tiny]) -> None:
+    """One prompt at a time and without padding, token after token: prompts of a batch are padded on the left."""
+    net = model().model
+
+    def greedy(prompt: list[int], limit: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(limit):
+            with torch.no_grad():
+                tokens.append(int(net(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        return tokens[len(prompt) :]
+
+    prompts = [[5, 9, 33], [7], [60, 61, 62, 63, 2, 3, 4]]
+    wanted = [greedy(prompt, 6) for prompt in prompts]
+    assert len({tuple(answer) for answer in wanted}) == 3
+    eos = wanted[0][3]
+    found = answers(net, prompts, pad=PAD, eos=eos, limit=6)
+    assert found == [answer[: answer.index(eos)] if eos in answer else answer for answer in wanted]
+    assert len(found[0]) <= 3
 
 
 @pytest.mark.parametrize("model", [bert, dinov2], ids=["bert", "dinov2"])

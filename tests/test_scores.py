@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from rayfed_sub.analysis.scores import Score, label_scores, overall, text_scores, token_scores
@@ -69,3 +70,14 @@ def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:
     assert values(scores, None)["teacher_forced_rouge_l"] == pytest.approx((1 + 0) / 2)
     assert values(scores, 1)["rouge_l"] == 1
     assert set(values(scores, 0)) == {"rouge_l", "bleu_4", "teacher_forced_rouge_l", "teacher_forced_bleu_4"}
+
+
+def test_bleu_takes_the_answer_for_the_hypothesis_and_the_reference_for_the_reference() -> None:
+    """BLEU, unlike ROUGE-L's F, changes when the two change places: only a short hypothesis is punished."""
+    long, short = "a b c d e f g h", "a b c d e f"
+    scores = overall(list(text_scores([(0, Told(said=short, reference=long, forced=long, true=short))])))
+    assert scores["bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([short], [[long]]).score / 100)
+    assert scores["bleu_4"] == pytest.approx(math.exp(1 - 8 / 6))  # every n-gram is right; the brevity penalty alone
+    assert scores["teacher_forced_bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([long], [[short]]).score / 100)
+    right = (6 / 8) * (5 / 7) * (4 / 6) * (3 / 5)  # of 1- to 4-grams, where the reference is the shorter one
+    assert scores["teacher_forced_bleu_4"] == pytest.approx(right ** (1 / 4))

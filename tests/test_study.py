@@ -134,12 +134,21 @@ def test_loss_at_equal_bytes_lies_between_the_evaluated_rounds() -> None:
     curve = [{"bytes": str(sent), "held_out_loss": str(loss)} for sent, loss in ((0, 4.0), (100, 3.0), (300, 2.0))]
     assert study._loss_at(curve, 150) == pytest.approx(3.0 - 50 / 200)
     assert study._loss_at(curve, 999) == 2.0  # less was sent in all
+    assert study._loss_at(curve, 99) is None  # nobody knows how it fell from the untrained model's
+
+
+def test_a_study_does_not_mix_models() -> None:
+    read = study.read_study(ROOT / "experiments" / "studies" / "t-agg.yaml")
+    rows = [{"model": "stories260K"}]
+    study.check_model(read, rows, ["model.path=models/stories260K"])
+    with pytest.raises(study.UserError, match=r"model.path: got 'other'; allowed: stories260K"):
+        study.check_model(read, rows, ["model.path=models/other"])
 
 
 def test_a_table_gives_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(
-        "claim: c\nbase: b.yaml\nseeds: [0, 1]\nvariants: {a: [], b: [], c: []}\nequal_bytes: a\n"
+        "claim: c\nbase: b.yaml\nseeds: [0, 1]\nvariants: {a: [], b: [], c: [], d: []}\nequal_bytes: a\n"
         "tune: {key: optimizer.lr, values: [1, 2, 3]}\n"
     )
     empty = dict.fromkeys(study.COLUMNS, "")
@@ -154,10 +163,16 @@ def test_a_table_gives_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path
     rows.append({**empty, "variant": "c", "seed": "0", "tuning": "False", "failure": "diverged"})
     curves = [
         {"variant": v, "seed": s, "tuning": "False", "bytes": str(sent), "held_out_loss": str(loss)}
-        for v, s, sent, loss in (("a", "0", 2e6, 1.0), ("a", "1", 2e6, 2.0), ("b", "0", 0, 9.0), ("b", "0", 4e6, 3.0))
+        for v, s, *points in (
+            ("a", "0", (0, 9.0), (2e6, 1.0)),
+            ("a", "1", (0, 9.0), (2e6, 2.0)),
+            ("b", "0", (0, 9.0), (1e6, 5.0), (4e6, 3.0)),
+        )
+        for sent, loss in points
     ]
-    head, _, first, second, third = study.markdown(study.read_study(file), rows, curves)
+    head, _, first, second, third, fourth = study.markdown(study.read_study(file), rows, curves)
     assert head == "| variant | optimizer.lr | held out loss | loss at 2 MB | MB up | MB down | runs |"
     assert first == "| a | 2 | 1.500 ± 0.707 | 1.500 ± 0.707 | 1 | 1 | 2 of 2 |"  # sqrt(0.5 ** 2 + 0.5 ** 2)
-    assert second == "| b | 3 (edge) | 3.000 | 6.000 | 2 | 2 | 1 of 2 |"  # half of 4 MB, so half way from 9 to 3
-    assert third == "| c | diverged | diverged | diverged | diverged | diverged | 0 of 1 |"
+    assert second == "| b | 3 (edge) | 3.000 | 4.333 | 2 | 2 | 1 of 2 |"  # 2 MB: a third of the way from 5 to 3
+    assert third == "| c | diverged | diverged | diverged | diverged | diverged | 0 of 2 |"
+    assert fourth == "| d | not run | not run | not run | not run | not run | 0 of 2 |"

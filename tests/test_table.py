@@ -209,6 +209,14 @@ def test_templates_that_are_none(tmp_path: Path, prompt: str | None) -> None:
     assert fault(task(written(tmp_path, ".csv"), prompt=prompt)).field == "task.prompt"
 
 
+@pytest.mark.parametrize("wanted", ["answer", "label"])
+def test_what_the_model_is_to_say_does_not_stand_in_its_prompt(tmp_path: Path, wanted: str) -> None:
+    fields = {"answer": None, wanted: "a", "prompt": "{q} {a}"}
+    wrong = fault(task(written(tmp_path, ".csv"), **fields))
+    assert wrong.field == "task.prompt"
+    assert "a template without {a}" in str(wrong)
+
+
 def test_no_rows_left(tmp_path: Path) -> None:
     wrong = fault(task(written(tmp_path, ".jsonl", [{"q": "one?", "a": None}])))
     assert wrong.field == "task.path"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rayfed_sub import load_config
-from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.dataset import Dataset, Rows
 from rayfed_sub.engine.exchange import Packed, packed
 from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.engine.workers import PackOutcome, Spec, Worker
@@ -159,3 +159,20 @@ def test_a_worker_lets_go_of_the_broadcast(job: Job) -> None:
     trial.broadcast.clear()
     gc.collect()
     assert all(array() is None for array in arrays)
+
+
+def test_an_answer_is_told_with_its_reference_cut_as_in_training_and_the_likeliest_tokens(job: Job) -> None:
+    """task.max_length is 16 bytes here: of ": 15 + 15 =\\nA: 30" the first figure of the answer is left."""
+    trial, held_out = Trial(job), job.dataset.held_out
+    rows = list(range(len(held_out)))
+    told = trial.worker.generate(0, rows, trial.broadcast, None, None)
+    judged = trial.worker.evaluate(0, rows, trial.broadcast, None, None)
+    assert isinstance(held_out, Rows)
+    for row, found, verdict in zip(rows, told, judged, strict=True):
+        prompt, _, shown = job.codec.decode(held_out.row(row).tolist()).partition("\nA: ")
+        answer = str(2 * int(prompt.removesuffix(" =").rpartition(" + ")[2]))
+        assert found.reference == found.true == shown == answer[0]
+        assert found.forced == job.codec.decode(verdict.said)
+        assert 0 < len(verdict.said) == len(shown)
+        assert len(found.said) <= job.config.evaluation.max_new_tokens
+    assert {found.reference for found in told} > {"3"}
