@@ -194,7 +194,7 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
             ends = [[point for point in curve if point["seed"] == row["seed"]] for row in own]
             losses = [_loss_at(end, limit) for end in ends]
             cells.append("-" if None in losses else _spread([loss for loss in losses if loss is not None]))
-        cells += [f"{statistics.fmean(float(row[name]) for row in own) / 1e6:.3g}" for name in SENT[1:3]]
+        cells += [_megabytes(statistics.fmean(float(row[name]) for row in own)) for name in SENT[1:3]]
         lines.append("| " + " | ".join([*cells, runs]) + " |")
     return lines
 
@@ -251,6 +251,16 @@ def _spread(values: Sequence[float]) -> str:
         return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def _megabytes(count: float) -> str:
+    """To three digits.
+
+    >>> _megabytes(3.4739e6), _megabytes(2.1234e9)
+    ('3.47', '2,120')
+    """
+    rounded = float(f"{count / 1e6:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
 
 
 def read(file: Path) -> list[dict[str, str]]:
