@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from rayfed_sub.models.frozen import freeze, product
 from rayfed_sub.records import ModelShape
+from rayfed_sub.training.blocks import add_block
 
 Capture = Callable[[Tensor, Tensor], None]
 
@@ -55,9 +56,9 @@ class PackLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         terms = self.terms
         if terms is None:
-            return functional.linear(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias)
         x_GNn = x.reshape(terms.clients, -1, x.shape[-1])
-        y_GNm = with_blocks(self._base(x_GNn, terms), x_GNn.float(), terms)
+        y_GNm = with_blocks(self._base(x_GNn, terms), x_GNn, terms)
         if terms.captures and y_GNm.requires_grad:
             captures, kept_GNn = terms.captures, x_GNn.detach()
             y_GNm.register_hook(lambda d_GNm: _show(captures, kept_GNn, d_GNm))
@@ -68,9 +69,9 @@ class PackLinear(nn.Module):
         if terms.weight_Gmn is not None:
             y_GNm = torch.bmm(x_GNn, terms.weight_Gmn.to(x_GNn.dtype).transpose(1, 2))
         elif terms.base_scale_G is None and terms.bias_Gm is None:
-            return functional.linear(x_GNn, self.weight, self.bias)
+            return product(x_GNn, self.weight, self.bias)
         else:
-            y_GNm = functional.linear(x_GNn, self.weight)
+            y_GNm = product(x_GNn, self.weight)
         if terms.base_scale_G is not None:
             y_GNm = y_GNm * terms.base_scale_G[:, None, None].to(y_GNm.dtype)
         return y_GNm if bias is None else y_GNm + bias
@@ -82,26 +83,18 @@ def _show(captures: Sequence[Capture], x_GNn: Tensor, d_GNm: Tensor) -> None:
 
 
 def with_blocks(y_GNm: Tensor, x_GNn: Tensor, terms: Terms) -> Tensor:
-    """y with the blocks' output added, in place in float32, through the small side: the (m, n) products are never
-    formed."""
-    if terms.left_Gmr is not None and terms.right_Grn is not None and terms.scale_G is not None:
-        z_GNr = torch.bmm(x_GNn, terms.right_Grn.mT) * terms.scale_G[:, None, None]
-        if terms.core_Grr is not None:
-            z_GNr = torch.bmm(z_GNr, terms.core_Grr.mT)
-        y_GNm = _added(y_GNm, z_GNr, terms.left_Gmr)
+    """y with the terms' low-rank blocks added, in place in float32."""
+    if terms.left_Gmr is not None and terms.right_Grn is not None:
+        left_Gmr = terms.left_Gmr if terms.core_Grr is None else torch.bmm(terms.left_Gmr, terms.core_Grr)
+        y_GNm = add_block(y_GNm, x_GNn, left_Gmr, terms.right_Grn, terms.scale_G)
     if terms.closed_left_GmR is not None and terms.closed_right_GRn is not None:
-        y_GNm = _added(y_GNm, torch.bmm(x_GNn, terms.closed_right_GRn.mT), terms.closed_left_GmR)
+        y_GNm = add_block(y_GNm, x_GNn, terms.closed_left_GmR, terms.closed_right_GRn)
     return y_GNm
-
-
-def _added(y_GNm: Tensor, z_GNr: Tensor, left_Gmr: Tensor) -> Tensor:
-    if y_GNm.dtype == z_GNr.dtype:
-        return y_GNm.baddbmm_(z_GNr, left_Gmr.mT)
-    return y_GNm + torch.bmm(z_GNr, left_Gmr.mT).to(y_GNm.dtype)
 
 
 def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
     """Replaces the target and head layers of `module` by PackLinear over the same weights (no copy); by layer name.
+    All other linear layers are frozen.
 
     GPT-2's Conv1D stores (n, m); its transposed view serves as (m, n).
     """
@@ -117,6 +110,7 @@ def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
         assert weight.shape == (layer.m, layer.n), layer
         layers[layer.name] = PackLinear(weight, None if bias is None else bias.detach())
         parent.register_module(child, layers[layer.name])
+    freeze(module)
     return layers
 
 

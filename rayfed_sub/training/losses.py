@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayfed_sub.data.batches import IGNORED
+from rayfed_sub.models.frozen import FrozenLinear, product
 
 _TOKENS, _LOGITS = 128, 2**20  # a chunk of logits is as many numbers as that, or those of as many tokens if more
 
@@ -105,14 +106,14 @@ def _places(labels_RT: Tensor) -> tuple[Tensor, Tensor]:
     return row_L, before_L
 
 
-def _plain_head(model: nn.Module) -> nn.Linear | None:
+def _plain_head(model: nn.Module) -> nn.Linear | FrozenLinear | None:
     """The output layer, where the model's logits are a matrix product and at most soft-capping; None where it does more
     to them (Cohere, Granite, Falcon-H1)."""
     causal: Any = model
     head = causal.get_output_embeddings()
     factors = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
     scaled = any(getattr(causal.config, name, None) not in (None, 1, 1.0) for name in factors)
-    return head if isinstance(head, nn.Linear) and head.bias is None and not scaled else None
+    return head if isinstance(head, nn.Linear | FrozenLinear) and head.bias is None and not scaled else None
 
 
 def _hidden(
@@ -134,7 +135,7 @@ def _chunk(vocabulary: int) -> int:
 
 
 def _logits(hidden_ch: Tensor, head_Vh: Tensor, cap: float | None) -> Tensor:
-    logits_cV = functional.linear(hidden_ch, head_Vh).float()
+    logits_cV = product(hidden_ch, head_Vh).float()
     return logits_cV if cap is None else torch.tanh(logits_cV / cap) * cap
 
 
@@ -158,7 +159,7 @@ class _HeadLoss(torch.autograd.Function):
                 grad_cV[torch.arange(len(label_c), device=label_c.device), label_c] -= 1
                 if slope_cV is not None:
                     grad_cV *= slope_cV
-                grads.append(grad_cV.to(head_Vh.dtype) @ head_Vh)
+                grads.append(product(grad_cV.to(head_Vh.dtype), head_Vh.mT))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_Lh))
         return torch.cat(losses) if losses else hidden_Lh.new_zeros(0, dtype=torch.float32)

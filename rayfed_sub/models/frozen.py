@@ -1,0 +1,73 @@
+"""A model's frozen linear layers, by the quickest kernel there is.
+
+On a processor torch multiplies float32 matrices with MKL, which knows AVX512 on Intel's processors only; oneDNN, which
+comes with torch as well, uses whatever the processor has.  On an AMD EPYC with AVX512 it is 2.3 times as fast, kept to
+AVX2 a tenth.  torch has it behind an operator of its compiler's, which takes a transposed view as it lies.
+
+Legend: N tokens, m outputs, n inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None = None) -> Tensor:
+    """x W^T + bias, (..., n) -> (..., m), with a gradient for x alone: W and bias are frozen."""
+    if not (_ONEDNN and x.dtype == weight_mn.dtype == torch.float32 and x.device.type == "cpu"):
+        return functional.linear(x, weight_mn, bias_m)
+    if x.requires_grad and torch.is_grad_enabled():
+        y: Tensor = _Product.apply(x, weight_mn, bias_m)  # type: ignore[no-untyped-call]
+        return y
+    return _onednn(x, weight_mn, bias_m)
+
+
+class _Product(torch.autograd.Function):
+    """`product` with its gradient d W, by the same kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight_mn)
+        return _onednn(x, weight_mn, bias_m)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (weight_mn,) = ctx.saved_tensors
+        return _onednn(outputs[0], weight_mn.mT, None), None, None
+
+
+def _onednn(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
+    y_Nm = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight_mn, bias_m, "none", [], "")
+    y: Tensor = torch.ops.aten._unsafe_view(y_Nm, (*x.shape[:-1], len(weight_mn)))  # a plain view may not be added to
+    return y
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose own parameters, those of the layer it stands for, have no gradient."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._transposed = transposed  # stored as (n, m), as GPT-2's Conv1D does
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight.T if self._transposed else self.weight, self.bias)
+
+
+def freeze(module: nn.Module) -> None:
+    """Puts a FrozenLinear in the place of every linear layer, over the same parameters; the names stay as they were.  A
+    subclass of linear layers, which may do more than multiply, is left as it is."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, layer in list(module.named_modules()):
+        if type(layer) in (nn.Linear, Conv1D):
+            parent, _, child = name.rpartition(".")
+            module.get_submodule(parent).register_module(
+                child, FrozenLinear(layer.weight, layer.bias, transposed=type(layer) is Conv1D)
+            )

@@ -1,0 +1,80 @@
+"""Frozen linear layers: oneDNN's kernel in the place of torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from rayfed_sub.models import frozen
+from rayfed_sub.models.frozen import FrozenLinear, freeze, product
+
+
+def whole(*shape: int) -> torch.Tensor:
+    """Numbers -3 to 3, so that float32 products and sums of them are exact."""
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(sum(shape))).float()
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 8), (8,), (1, 8), (0, 8), (2, 0, 8)])
+@pytest.mark.parametrize("bias", [None, whole(6)])
+def test_a_product_and_its_gradient_are_torch_s(shape: tuple[int, ...], bias: torch.Tensor | None) -> None:
+    x, weight = whole(*shape).requires_grad_(), whole(6, 8)
+    ours, theirs = product(x, weight, bias), functional.linear(x, weight, bias)
+    assert torch.equal(ours, theirs)
+    d = whole(*theirs.shape)
+    assert torch.equal(torch.autograd.grad(ours, x, d)[0], torch.autograd.grad(theirs, x, d)[0])
+
+
+@pytest.mark.parametrize(
+    "weight", [whole(8, 6).T, whole(12, 8)[::2], whole(6, 16)[:, ::2], whole(1, 8).expand(6, 8)], ids=str
+)
+def test_a_view_is_taken_as_it_lies(weight: torch.Tensor) -> None:
+    x = whole(5, 8)
+    assert torch.equal(product(x, weight), functional.linear(x, weight.contiguous()))
+
+
+def test_other_types_are_torch_s_own() -> None:
+    """Six times 1 + 2^-40, which float32 could not tell from 6."""
+    x, weight = (
+        torch.ones(2, 8, dtype=torch.float64, requires_grad=True),
+        torch.ones(6, 8, dtype=torch.float64) + 2**-40,
+    )
+    product(x, weight).sum().backward()
+    assert x.grad is not None
+    assert (x.grad == 6 + 6 * 2**-40).all()
+
+
+def kernel() -> str:
+    """What autograd calls the kernel that was taken."""
+    y = product(whole(2, 8).requires_grad_(), whole(6, 8))
+    assert y.grad_fn is not None
+    return y.grad_fn.name()
+
+
+def test_onednn_is_taken_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ("_Product" in kernel()) == torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(frozen, "_ONEDNN", False)
+    assert "_Product" not in kernel()
+
+
+def test_linear_layers_of_both_kinds_are_replaced_and_no_other() -> None:
+    class Special(nn.Linear):
+        """It may do more."""
+
+    model = nn.ModuleDict({"plain": nn.Linear(8, 6), "turned": Conv1D(6, 8), "special": Special(8, 6)})
+    model.requires_grad_(False)
+    x, before = whole(3, 8), dict(model.named_parameters())
+    outputs = {name: layer(x) for name, layer in model.items()}
+    freeze(model)
+    assert {name: type(layer) for name, layer in model.items()} == {
+        "plain": FrozenLinear,
+        "turned": FrozenLinear,
+        "special": Special,
+    }
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    for name, layer in model.items():
+        torch.testing.assert_close(layer(x), outputs[name])
