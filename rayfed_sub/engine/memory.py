@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 
 import psutil
 
 from rayfed_sub.analysis.heap import MMAP_BYTES
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's options, from glibc's malloc.h
+_SHARE = 0.005  # of the time, that samples may take
 
 
 class PeakMemory:
     """Samples this process's PSS in a daemon thread until `close`; `last` is the newest value, `peak` the largest seen,
     in bytes: a lower bound, since a peak may fall between two samples and a restarted process begins anew.  A sample
-    takes some 10 ms of a large process, so nobody who asks waits for one."""
+    takes some 10 ms of a large process, so nobody who asks waits for one, and they come at least `seconds` apart, and
+    further where they would take more than half a percent of the time."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         self._process = psutil.Process()
@@ -31,14 +34,18 @@ class PeakMemory:
         self._over.set()
         self._thread.join()
 
-    def _sample(self) -> None:
+    def _sample(self) -> float:
+        """Takes one; the seconds until the next."""
+        began = time.thread_time()
         memory = self._process.memory_full_info()
         self.last = getattr(memory, "pss", memory.uss)
         self.peak = max(self.peak, self.last)
+        return max(self._seconds, (time.thread_time() - began) / _SHARE)
 
     def _watch(self) -> None:
-        while not self._over.wait(self._seconds):
-            self._sample()
+        pause = self._seconds
+        while not self._over.wait(pause):
+            pause = self._sample()
 
 
 def keep_freed() -> None:

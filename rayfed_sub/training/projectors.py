@@ -56,8 +56,10 @@ def bases(
                 rows_Grn[g, :rank] = _one(kind, x_Nn, d_Nm, rank, old_rn, draw(g), swapped)
         return rows_Grn if kind == "svd" else signed(rows_Grn, old_Grn)
     for alike, x_gNn, d_gNm in _alike(used_GN, x_GNn, d_GNm):
-        for g, rows_rn in zip(alike, _exact(x_gNn, d_gNm, old_Grn.shape[1]), strict=True):
-            rows_Grn[g, : ranks[g]] = rows_rn[: ranks[g]]
+        rows_Grn[alike] = _exact(x_gNn, d_gNm, old_Grn.shape[1])
+    for g, rank in enumerate(ranks):
+        if rank < rows_Grn.shape[1]:
+            rows_Grn[g, rank:] = 0
     return signed(rows_Grn, old_Grn)
 
 
