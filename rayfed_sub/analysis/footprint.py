@@ -33,6 +33,8 @@ from rayfed_sub.training.pack import train_pack
 
 KERNELS = 40_000_000
 """Bytes that torch's kernels and their code keep in a process once they have run; measured on x86."""
+_PRODUCTS = 40_000_000
+"""Bytes of the kernels that oneDNN writes for a worker's products and keeps (`engine/memory.few_kernels`)."""
 _PERIODS = 4  # closed blocks beyond these are counted, not walked
 
 
@@ -97,7 +99,7 @@ def worker(
         _evaluate(config, skeleton, model, layers, bases, heads, size)
     del results
     rest = pack * (held + _closed_beyond(config, shape, start, steps))
-    return Memory(seen.peak + rest, _heap_peak(seen.events) + rest + KERNELS)
+    return Memory(seen.peak + rest, _heap_peak(seen.events) + rest + KERNELS + _PRODUCTS)
 
 
 def activations(config: Config, skeleton: Skeleton, size: Lengths, pack: int) -> int:

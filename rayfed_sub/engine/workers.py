@@ -23,7 +23,7 @@ from rayfed_sub.engine import exchange
 from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.engine.diagnosis import Looked, gradient_watch, looked
 from rayfed_sub.engine.exchange import Guard, Packed, PackedState, packed, unpacked
-from rayfed_sub.engine.memory import PeakMemory, give_back, keep_freed
+from rayfed_sub.engine.memory import PeakMemory, few_kernels, give_back, keep_freed
 from rayfed_sub.methods.privacy import clipped
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.skeleton import Skeleton
@@ -97,6 +97,7 @@ class Worker:
     def __init__(self, spec: Spec, backbone: Packed, dataset: Dataset, gpu_share: float = 0.0) -> None:
         torch.set_num_threads(spec.config.resources.threads)
         keep_freed()
+        few_kernels()
         self._memory = PeakMemory()
         self._spec, self._dataset = spec, dataset
         self._device = _device(gpu_share, spec.config.resources.deterministic)
