@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rayfed_sub.models import frozen
 from rayfed_sub.models.frozen import FrozenLinear, freeze, product
+from rayfed_sub.training.blocks import add_block
 
 
 def whole(*shape: int) -> torch.Tensor:
@@ -30,12 +31,21 @@ def test_a_product_and_its_gradient_are_torch_s(shape: tuple[int, ...], bias: to
     assert torch.equal(torch.autograd.grad(ours, x, d)[0], torch.autograd.grad(theirs, x, d)[0])
 
 
-@pytest.mark.parametrize(
-    "weight", [whole(8, 6).T, whole(12, 8)[::2], whole(6, 16)[:, ::2], whole(1, 8).expand(6, 8)], ids=str
-)
-def test_a_view_is_taken_as_it_lies(weight: torch.Tensor) -> None:
-    x = whole(5, 8)
-    assert torch.equal(product(x, weight), functional.linear(x, weight.contiguous()))
+VIEWS = {
+    "transposed": (whole(8, 6).T, True),
+    "every other row": (whole(12, 8)[::2], False),
+    "every other column": (whole(6, 16)[:, ::2], False),
+    "one row": (whole(1, 8).expand(6, 8), False),
+}
+
+
+@pytest.mark.parametrize(("weight", "dense"), VIEWS.values(), ids=VIEWS)
+def test_a_transposed_view_is_dense_and_others_are_not(weight: torch.Tensor, dense: bool) -> None:
+    x = whole(5, 8).requires_grad_()
+    y = product(x, weight)
+    assert torch.equal(y, functional.linear(x, weight.contiguous()))
+    assert y.grad_fn is not None
+    assert ("_Product" in y.grad_fn.name()) == (dense and frozen._ONEDNN)
 
 
 def test_other_types_are_torch_s_own() -> None:
@@ -83,6 +93,19 @@ def test_linear_layers_of_both_kinds_are_replaced_and_no_other() -> None:
         torch.testing.assert_close(layer(x), outputs[name])
 
 
+@pytest.mark.parametrize("onednn", [False, True])
+def test_a_block_is_added_to_either_kernel_s_product(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """y = x W^T + x (left right)^T: dy/dx = W + left right, summed over outputs; dy/dleft = the sum of right x."""
+    monkeypatch.setattr(frozen, "_ONEDNN", onednn and frozen._ONEDNN)
+    x, weight, bias = whole(2, 5, 8).requires_grad_(), whole(6, 8), whole(6)
+    left, right = whole(2, 6, 3).requires_grad_(), whole(2, 3, 8)
+    y = add_block(product(x * 1, weight, bias), x, left, right)
+    assert torch.equal(y, x @ weight.T + bias + x @ (left @ right).mT)
+    dx, dleft = torch.autograd.grad(y.sum(), [x, left])
+    assert torch.equal(dx, (weight + left @ right).sum(dim=1, keepdim=True).expand(2, 5, 8))
+    assert torch.equal(dleft, (x @ right.mT).sum(dim=1, keepdim=True).expand(2, 6, 3))
+
+
 KERNELS_OF_MANY_SHAPES = """
 import torch
 from rayfed_sub.engine.memory import few_kernels
@@ -97,6 +120,7 @@ print(sum(int(end, 16) - int(begin, 16) for begin, end in code))
 """
 
 
+@pytest.mark.skipif(not (frozen._ONEDNN and sys.platform == "linux"), reason="reads /proc, of oneDNN's kernels")
 def test_kernels_of_many_shapes_do_not_gather() -> None:
     """300 shapes, each up to 0.65 MB of code: 64 of them take 42 MB at most, all took 196."""
     done = subprocess.run([sys.executable, "-c", KERNELS_OF_MANY_SHAPES], capture_output=True, text=True, check=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -176,3 +177,9 @@ def test_an_answer_is_told_with_its_reference_cut_as_in_training_and_the_likelie
         assert 0 < len(verdict.said) == len(shown)
         assert len(found.said) <= job.config.evaluation.max_new_tokens
     assert {found.reference for found in told} > {"3"}
+
+
+def test_a_worker_sees_to_it_that_few_kernels_are_kept(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    Trial(job)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"

@@ -166,8 +166,6 @@ class Coordinator:
             return  # the run is being interrupted
         tally, moved = trained.tally, trained.moved
         scores = self.scores() if due else ()
-        if due:  # the workers have read shared memory once more
-            self._verify()
         row = RoundRow(
             round=n,
             clients=len(cohort),
@@ -184,6 +182,8 @@ class Coordinator:
             memory_bytes=self._memory_now(),
             seconds=time.perf_counter() - began,
         )
+        if due:  # the workers have read shared memory once more
+            self._verify()
         yield RoundDone(row, tuple(tally.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
 
     def _trained(

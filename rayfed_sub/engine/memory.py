@@ -13,13 +13,14 @@ from rayfed_sub.analysis.heap import MMAP_BYTES
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's options, from glibc's malloc.h
 _SHARE = 0.005  # of the time, that samples may take
+_LONGEST = 10.0  # seconds between two of them
 
 
 class PeakMemory:
     """Samples this process's PSS in a daemon thread until `close`; `last` is the newest value, `peak` the largest seen,
     in bytes: a lower bound, since a peak may fall between two samples and a restarted process begins anew.  A sample
     takes some 10 ms of a large process, so nobody who asks waits for one, and they come at least `seconds` apart, and
-    further where they would take more than half a percent of the time."""
+    further, up to ten, where they would take more than half a percent of the time."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         self._process = psutil.Process()
@@ -41,7 +42,7 @@ class PeakMemory:
         memory = self._process.memory_full_info()
         self.last = getattr(memory, "pss", memory.uss)
         self.peak = max(self.peak, self.last)
-        return max(self._seconds, (time.thread_time() - began) / _SHARE)
+        return min(max(self._seconds, (time.thread_time() - began) / _SHARE), _LONGEST)
 
     def _watch(self) -> None:
         pause = self._seconds

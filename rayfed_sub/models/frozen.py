@@ -1,8 +1,9 @@
-"""A model's frozen linear layers, by the quickest kernel there is.
+"""A model's frozen linear layers, multiplied by oneDNN.
 
 On a processor torch multiplies float32 matrices with MKL, which knows AVX512 on Intel's processors only; oneDNN, which
 comes with torch as well, uses whatever the processor has.  On an AMD EPYC with AVX512 it is 2.3 times as fast, kept to
-AVX2 a tenth.  torch has it behind an operator of its compiler's, which takes a transposed view as it lies.
+AVX2 a tenth; a call costs some 10 us more, which tiny packs of tiny models notice.  torch has it behind an operator of
+its compiler's, which takes a transposed view as it lies.
 
 Legend: N tokens, m outputs, n inputs.
 """
@@ -13,14 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def product(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None = None) -> Tensor:
-    """x W^T + bias, (..., n) -> (..., m), with a gradient for x alone: W and bias are frozen."""
-    if not (_ONEDNN and x.dtype == weight_mn.dtype == torch.float32 and x.device.type == "cpu"):
+    """x W^T + bias, (..., n) -> (..., m), with a gradient for x alone: W and bias are frozen, and must not ask for one.
+
+    oneDNN's kernel for float32 on a processor, torch's for all else, also where W lies with gaps: with those oneDNN
+    takes a thousand times as long.
+    """
+    dense = weight_mn.is_contiguous() or weight_mn.mT.is_contiguous()
+    if not (_ONEDNN and dense and x.dtype == weight_mn.dtype == torch.float32 and x.device.type == "cpu"):
         return functional.linear(x, weight_mn, bias_m)
     if x.requires_grad and torch.is_grad_enabled():
         y: Tensor = _Product.apply(x, weight_mn, bias_m)  # type: ignore[no-untyped-call]
@@ -37,6 +44,7 @@ class _Product(torch.autograd.Function):
         return _onednn(x, weight_mn, bias_m)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (weight_mn,) = ctx.saved_tensors
         return _onednn(outputs[0], weight_mn.mT, None), None, None
@@ -65,7 +73,7 @@ def freeze(module: nn.Module) -> None:
     subclass of linear layers, which may do more than multiply, is left as it is."""
     from transformers.pytorch_utils import Conv1D
 
-    for name, layer in list(module.named_modules()):
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
         if type(layer) in (nn.Linear, Conv1D):
             parent, _, child = name.rpartition(".")
             module.get_submodule(parent).register_module(

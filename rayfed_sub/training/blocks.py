@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def add_block(
@@ -39,6 +40,7 @@ class _Block(torch.autograd.Function):
         return y_GNm.baddbmm_(z_GrN.mT, left_Gmr.mT)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         left_Gmr, right_Grn, scale_G, z_GrN, x_GNn = ctx.saved_tensors
         d_GNm = outputs[0].float()

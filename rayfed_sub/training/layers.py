@@ -94,7 +94,7 @@ def with_blocks(y_GNm: Tensor, x_GNn: Tensor, terms: Terms) -> Tensor:
 
 def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
     """Replaces the target and head layers of `module` by PackLinear over the same weights (no copy); by layer name.
-    All other linear layers are frozen.
+    All other plain linear layers are frozen.
 
     GPT-2's Conv1D stores (n, m); its transposed view serves as (m, n).
     """
