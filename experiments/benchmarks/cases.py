@@ -54,5 +54,7 @@ CASES = {
     "C": Case("C", "16 clients, width 288", 16, 5, 2, 64, 4, 6, llama(288, 768, 6, 6, 8192), passes=3),
     "D": Case("D", "8 clients, SmolLM2-135M", 8, 2, 2, 128, 2, 3),
     "growth": Case("growth", "100 clients, width 64, 4 layers", 100, 1, 1, 32, 50, 40, llama(64, 172, 4, 8, 512)),
+    "few": Case("few", "100 clients of A, for memory", 100, 2, 1, 32, 50, 4, llama(64, 172, 5, 8, 512)),
+    "many": Case("many", "800 clients of A, for memory", 800, 2, 1, 32, 50, 4, llama(64, 172, 5, 8, 512)),
     "smoke": Case("smoke", "4 clients, width 32", 4, 2, 2, 32, 2, 3, llama(32, 96, 2, 2, 300)),
 }
