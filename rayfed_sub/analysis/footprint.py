@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.analysis.allocations import Allocations, Event, FusedAttention
-from rayfed_sub.analysis.heap import Heap
+from rayfed_sub.analysis.heap import PRODUCT_KERNELS, Heap
 from rayfed_sub.analysis.traffic import closed_blocks
 from rayfed_sub.config import Config
 from rayfed_sub.data.batches import IGNORED
@@ -33,8 +33,8 @@ from rayfed_sub.training.pack import train_pack
 
 KERNELS = 40_000_000
 """Bytes that torch's kernels and their code keep in a process once they have run; measured on x86."""
-_PRODUCTS = 42_000_000
-"""Bytes of the kernels that oneDNN writes for a worker's products and keeps (`engine/memory.few_kernels`)."""
+_PRODUCTS = PRODUCT_KERNELS * 660_000
+"""Bytes of the kernels that oneDNN writes for a worker's products and keeps."""
 _PERIODS = 4  # closed blocks beyond these are counted, not walked
 
 

@@ -13,6 +13,7 @@ from collections.abc import Hashable
 
 MMAP_BYTES = 32 * 2**20
 """Larger requests are mapped by themselves; the most that malloc can be told."""
+PRODUCT_KERNELS = 64  # that oneDNN keeps of those it writes, one for each shape of a product (`engine/memory.py`)
 
 _PAGE = 4096
 _HEAD = 16  # malloc's own, in front of each piece

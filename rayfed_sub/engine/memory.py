@@ -9,7 +9,7 @@ import time
 
 import psutil
 
-from rayfed_sub.analysis.heap import MMAP_BYTES
+from rayfed_sub.analysis.heap import MMAP_BYTES, PRODUCT_KERNELS
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's options, from glibc's malloc.h
 _SHARE = 0.005  # of the time, that samples may take
@@ -63,12 +63,12 @@ def keep_freed() -> None:
 
 
 def few_kernels() -> None:
-    """From here on oneDNN keeps the last 64 kernels alone, in a process that has not made its first one yet.
+    """From here on oneDNN keeps its last `PRODUCT_KERNELS` alone, in a process that has not made its first one yet.
 
     It writes one of some 0.6 MB for each shape of a product and keeps 1,024: with rows of all lengths half a gigabyte.
     A model has about a dozen shapes for each number of tokens, and a new one takes 0.2 ms.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCT_KERNELS))
 
 
 def give_back() -> None:
