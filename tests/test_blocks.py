@@ -11,28 +11,26 @@ from rayfed_sub.training.blocks import add_block
 G, N, M, K, R = 3, 5, 6, 4, 2
 
 
-def operands(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def operands() -> dict[str, Tensor]:
     shapes = {"y": (G, N, M), "x": (G, N, K), "left": (G, M, R), "right": (G, R, K)}
     rng = torch.Generator().manual_seed(0)
-    made = {name: torch.randint(-3, 4, shape, generator=rng).float() for name, shape in shapes.items()}  # exact sums
-    return {**made, "y": made["y"].to(dtype), "x": made["x"].to(dtype)}
+    return {name: torch.randint(-3, 4, shape, generator=rng).float() for name, shape in shapes.items()}  # exact sums
 
 
 def dense(y: Tensor, x: Tensor, left: Tensor, right: Tensor, scale_G: Tensor) -> Tensor:
     """The same with the (m, n) change formed."""
-    return y + (x.float() @ (scale_G[:, None, None] * left @ right).mT).to(y.dtype)
+    return y + x @ (scale_G[:, None, None] * left @ right).mT
 
 
 @pytest.mark.parametrize(
     "trained", [("left",), ("right",), ("left", "right"), ("x", "left"), ("y", "x"), ("x", "right")]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_are_those_of_the_dense_change(trained: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_gradients_are_those_of_the_dense_change(trained: tuple[str, ...]) -> None:
     scale_G = torch.tensor([0.5, 1.0, 2.0])
-    d = torch.ones(G, N, M, dtype=dtype)
+    d = torch.ones(G, N, M)
     grads = []
     for added in (add_block, dense):
-        given = operands(dtype)
+        given = operands()
         leaves = [given[name].requires_grad_() for name in trained]
         given["y"] = given["y"].clone()  # what autograd follows may be changed in place, a leaf not
         out = added(*given.values(), scale_G)
@@ -45,7 +43,7 @@ def test_without_a_scale_it_is_one() -> None:
     assert torch.equal(add_block(*operands().values()), dense(*given.values(), torch.ones(G)))
 
 
-def test_float32_is_added_in_place() -> None:
+def test_it_is_added_in_place() -> None:
     """And autograd knows."""
     given = operands()
     version = given["y"]._version

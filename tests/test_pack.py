@@ -65,8 +65,8 @@ def test_a_client_in_a_pack_of_eight_ends_where_it_ends_alone(make, kind):
     tiny = make()
     starts, batches = eight_starts(tiny, kind), eight_batches(tiny)
     # Adam's first steps are the gradient's sign, so eps = 1e-6 would show float32's rounding of coordinates near zero
-    # (2e-5 here); with 1e-4 all that is left is the pack.
-    optimizer = Optimizer(weight_decay=0.1, clip_norm=0.5, eps=1e-4)
+    # (2e-5 with AVX512, more with AVX2); with 1e-3 all that is left is the pack.
+    optimizer = Optimizer(weight_decay=0.1, clip_norm=0.5, eps=1e-3)
     together = run_pack(tiny, starts, batches, optimizer, lr=LR)
     for client, (start, ours) in enumerate(zip(starts, together, strict=True)):
         (alone,) = run_pack(tiny, [start], [batches[client]], optimizer, lr=LR, clients=[client])

@@ -21,18 +21,17 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 
 def product(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None = None) -> Tensor:
-    """x W^T + bias, (..., n) -> (..., m), with a gradient for x alone: W and bias are frozen, and must not ask for one.
+    """x W^T + bias, (..., n) -> (..., m), in x's dtype, with a gradient for x alone: W and bias are frozen, and must not
+    ask for one.  A weight of another dtype is cast for the moment, forward and back, and the copy is not kept.
 
     oneDNN's kernel for float32 on a processor, torch's for all else, also where W lies with gaps: with those oneDNN
     takes a thousand times as long.
     """
-    dense = weight_mn.is_contiguous() or weight_mn.mT.is_contiguous()
-    if not (_ONEDNN and dense and x.dtype == weight_mn.dtype == torch.float32 and x.device.type == "cpu"):
-        return functional.linear(x, weight_mn, bias_m)
-    if x.requires_grad and torch.is_grad_enabled():
+    own = x.dtype == weight_mn.dtype and not _for_onednn(x, weight_mn)
+    if x.requires_grad and torch.is_grad_enabled() and not own:
         y: Tensor = _Product.apply(x, weight_mn, bias_m)  # type: ignore[no-untyped-call]
         return y
-    return _onednn(x, weight_mn, bias_m)
+    return _multiplied(x, weight_mn, bias_m)
 
 
 class _Product(torch.autograd.Function):
@@ -41,19 +40,27 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight_mn)
-        return _onednn(x, weight_mn, bias_m)
+        return _multiplied(x, weight_mn, bias_m)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (weight_mn,) = ctx.saved_tensors
-        return _onednn(outputs[0], weight_mn.mT, None), None, None
+        return _multiplied(outputs[0], weight_mn.mT, None), None, None
 
 
-def _onednn(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
+def _multiplied(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
+    weight_mn, bias_m = weight_mn.to(x.dtype), None if bias_m is None else bias_m.to(x.dtype)
+    if not _for_onednn(x, weight_mn):
+        return functional.linear(x, weight_mn, bias_m)
     y_Nm = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight_mn, bias_m, "none", [], "")
     y: Tensor = torch.ops.aten._unsafe_view(y_Nm, (*x.shape[:-1], len(weight_mn)))  # a plain view may not be added to
     return y
+
+
+def _for_onednn(x: Tensor, weight_mn: Tensor) -> bool:
+    dense = weight_mn.is_contiguous() or weight_mn.mT.is_contiguous()
+    return _ONEDNN and dense and x.dtype == weight_mn.dtype == torch.float32 and x.device.type == "cpu"
 
 
 class FrozenLinear(nn.Module):

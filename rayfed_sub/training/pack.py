@@ -128,6 +128,9 @@ def _step(
     try:
         loss_G, count_G = client_losses(model, batch, len(trainees))
         grads = _gradients(loss_G.sum() + _penalties(trainees, {**pack.tensors, **leaves}), leaves)
+        for layer in layers.values():
+            if layer.terms is not None:
+                layer.terms.finish()
     finally:
         for layer in layers.values():
             layer.terms = None
