@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rayfed_sub.config import Optimizer
+from rayfed_sub.records import Subspace
 from rayfed_sub.training.gradients import GradientWatch, energy
+from rayfed_sub.training.pack import train_pack
+from tests.tiny_models import albert, draw_batches, galore_start, installed
 
 
 def by_hand(x_Nn: Tensor, d_Nm: Tensor, rank: int) -> tuple[float, float]:
@@ -55,3 +59,18 @@ def test_only_the_watched_are_looked_at() -> None:
     x, d = torch.randn(2, 4, 6), torch.randn(2, 4, 5)
     hook(x, d)
     assert watch.seen == {(7, "up"): energy(x[1], d[1], 1)}
+
+
+def test_all_uses_of_a_layer_count() -> None:
+    """ALBERT's two blocks are one module, whose gradient is the sum over both."""
+    tiny = albert()
+    (batch,) = draw_batches(tiny, 0, 1)
+    watch = GradientWatch({0: 2}, frozenset(layer.name for layer in tiny.shape.targets))
+    model, layers = installed(tiny)
+    start = galore_start(tiny, Subspace(2, 3))
+    train_pack(model, layers, tiny.shape, [start], [0], [[batch]], Optimizer(), lr=0.1, seed=0, pad=0, watch=watch)
+    for layer in tiny.shape.targets:
+        weight = tiny.model.get_submodule(layer.name).weight.requires_grad_()
+        (G_mn,) = torch.autograd.grad(tiny.model(**batch).loss, weight)
+        expected = by_hand(torch.eye(layer.n), G_mn.T, 2)  # x = 1, d = G^T give G
+        assert watch.seen[0, layer.name] == pytest.approx(expected, rel=1e-3)

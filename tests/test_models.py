@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from rayfed_sub.config import Model
@@ -20,7 +22,7 @@ from rayfed_sub.models.codecs import load_codec
 from rayfed_sub.models.presets import LOWER_MLP, MODELS
 from rayfed_sub.models.skeleton import AUTO_CLASSES, build, skeleton
 from rayfed_sub.models.sources import Source, locate
-from rayfed_sub.models.weights import assemble, load_weights, target_weights, write_folder
+from rayfed_sub.models.weights import assemble, check_causal, load_weights, target_weights, write_folder
 from rayfed_sub.records import Layer
 from rayfed_sub.streams import stream
 
@@ -536,3 +538,46 @@ def test_gguf_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written")
     assert "quantization_config" not in loaded.config.to_dict()
     assert torch.equal(logits(loaded.eval(), "causal-lm"), logits(assemble(bones, read), "causal-lm"))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        *(
+            {"type": kind, **SMALL}
+            for kind in ("bert", "electra", "roberta", "xlm-roberta", "camembert", "data2vec-text")
+        ),
+        {"type": "xlm", "emb_dim": 32, "n_layers": 2, "n_heads": 2},
+    ],
+    ids=lambda numbers: str(numbers["type"]),
+)
+def test_encoders_become_causal(numbers: dict[str, Any], tmp_path: Path) -> None:
+    """In training as in what is exported: the logits of a token do not change with later ones."""
+    model = random_model(numbers, targets="(intermediate.dense|lin1)$")
+    bones = skeleton(model, "causal-lm")
+    tensors = load_weights(model, bones, seed=0)
+    write_folder(bones, tensors, {}, tmp_path)
+    ids = torch.arange(3, 11).repeat(2, 1)
+    ids[1, -1] = 50
+    for module in (assemble(bones, tensors), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            first, second = module(input_ids=ids).logits
+        assert torch.equal(first[:-1], second[:-1])
+        assert not torch.equal(first[-1], second[-1])
+
+
+def test_what_cannot_be_made_causal_is_refused() -> None:
+    """XLNet's tokens see each other; no key of its configuration changes that."""
+    model = random_model({"type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}, targets="layer_1$")
+    with pytest.raises(UserError) as caught:
+        load_weights(model, skeleton(model, "causal-lm"), seed=0)
+    assert str(caught.value).startswith("model.random.type: got 'xlnet'; allowed: a causal language model")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_causality_shows_in_either_precision(dtype: str, causal: bool) -> None:
+    config = AutoConfig.for_model("bert", **SMALL, vocab_size=300, is_decoder=causal)
+    module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    with nullcontext() if causal else pytest.raises(UserError, match="see later tokens"):
+        check_causal(Model(path="some/model"), module)

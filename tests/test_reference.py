@@ -18,6 +18,7 @@ from rayfed_sub.records import LocalResult, Start, Subspace
 from rayfed_sub.training.subspaces import sides
 from tests.tiny_models import (
     Tiny,
+    albert,
     bent,
     bert,
     change,
@@ -212,11 +213,19 @@ def test_ranks_up_to_the_matrix(rank):
     compare(tiny, lora_start(tiny, rank, scale=2.0), *OPTIMIZERS["adamw"])
 
 
-@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "falcon_h1"])
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "falcon_h1", "nanochat"])
 def test_logits_that_are_capped_or_scaled(name):
     """The pack computes logits itself where they are labelled; these models do more than a matrix product."""
     tiny = bent(name)
     compare(tiny, lora_start(tiny, 2), *OPTIMIZERS["adamw"])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dense", "exact", "randomized", "random"])
+def test_a_layer_that_is_used_twice_in_a_forward_pass(kind):
+    """ALBERT's blocks are one module: its gradient is the sum over both uses, in the new basis too."""
+    tiny = albert()
+    start = start_of(kind, tiny) if kind in ("lora", "dense") else galore_start(tiny, Subspace(2, 3, kind))
+    compare(tiny, start, *OPTIMIZERS["decay"])
 
 
 def test_lora_with_another_rank_in_every_layer_over_weights_of_its_own():

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from rayfed_sub.config import Optimizer
+from rayfed_sub.models.logits import logit_rule
 from rayfed_sub.records import Layer, LocalResult, ModelShape, Start, Subspace, Tensors
 from rayfed_sub.training.layers import install
 from rayfed_sub.training.pack import train_pack
@@ -94,7 +97,8 @@ def gpt2(targets: str = r"(mlp\.c_fc|mlp\.c_proj|attn\.c_proj)$") -> Tiny:
 
 
 def bent(name: str) -> Tiny:
-    """Models that do more to their logits than a matrix product: soft-capping (`gemma2`), a factor (the others)."""
+    """Models that do more to their logits than a matrix product: soft-capping (`gemma2`, `xlstm`, `nanochat`), a factor
+    (the others)."""
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -113,10 +117,13 @@ def bent(name: str) -> Tiny:
         "gemma2": {"final_logit_softcapping": 2.0},
         "cohere": {"logit_scale": 0.3},
         "granite": {"logits_scaling": 3.0},
+        "xlstm": {"output_logit_soft_cap": 2.0, "num_heads": 2, "hidden_size": 32, "num_blocks": 2},
+        "nanochat": {"final_logit_softcapping": 2.0},
         "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
     }
-    config = AutoConfig.for_model(name, **sizes, **bends[name])
-    return _tiny(AutoModelForCausalLM.from_config, config, r"up_proj$", "", _tokens)
+    config = AutoConfig.for_model(name, **{**sizes, **bends[name]})
+    targets = {"xlstm": r"proj_up$", "nanochat": r"fc1$"}.get(name, r"up_proj$")
+    return _tiny(AutoModelForCausalLM.from_config, config, targets, "", _tokens)
 
 
 def bert(targets: str = r"(intermediate\.dense|\d\.output\.dense)$") -> Tiny:
@@ -132,6 +139,22 @@ def bert(targets: str = r"(intermediate\.dense|\d\.output\.dense)$") -> Tiny:
         initializer_range=0.3,
     )
     return _tiny(BertForSequenceClassification, config, targets, "classifier", _sentences)
+
+
+def albert(targets: str = r"albert_layers\.\d+\.(ffn|ffn_output)$") -> Tiny:
+    """Sequence classification whose two blocks are one: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
+    config = AlbertConfig(
+        vocab_size=VOCABULARY,
+        embedding_size=16,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        num_labels=CLASSES,
+        initializer_range=0.3,
+    )
+    return _tiny(AlbertForSequenceClassification, config, targets, "classifier", _sentences)
 
 
 def vit(targets: str = r"(fc1|fc2)$") -> Tiny:
@@ -323,6 +346,8 @@ def installed(tiny: Tiny, weights: Tensors | None = None):
 
     shared = {id(tensor): tensor for tensor in (*tiny.model.parameters(), *tiny.model.buffers())}
     model = copy.deepcopy(tiny.model, memo=dict(shared))
+    if not tiny.shape.head:
+        model.logit_rule = logit_rule(model)
     layers = install(model, tiny.shape)
     for name, tensor in (weights or {}).items():
         layer, _, role = name.rpartition("/")

@@ -24,7 +24,7 @@ from rayfed_sub.data.batches import IGNORED
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.images import Images
 from rayfed_sub.models.skeleton import Skeleton, build
-from rayfed_sub.models.weights import all_tensors
+from rayfed_sub.models.weights import all_tensors, ruled
 from rayfed_sub.records import Change, ModelShape, Start
 from rayfed_sub.training.evaluation import global_model
 from rayfed_sub.training.layers import PackLinear, based_on, install
@@ -203,7 +203,7 @@ def _heap_peak(events: Sequence[Event]) -> int:
 
 def _built(skeleton: Skeleton) -> tuple[nn.Module, dict[str, PackLinear]]:
     """The model on the meta device as a worker has it: tied, frozen, its targets ready for packs."""
-    model = build(skeleton.hf_config, skeleton.kind).requires_grad_(False)
+    model = ruled(build(skeleton.hf_config, skeleton.kind), skeleton).requires_grad_(False)
     for alias, name in skeleton.tied.items():
         path, _, leaf = alias.rpartition(".")
         model.get_submodule(path).register_parameter(leaf, model.get_parameter(name))

@@ -21,8 +21,8 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 
 def product(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None = None) -> Tensor:
-    """x W^T + bias, (..., n) -> (..., m), in x's dtype, with a gradient for x alone: W and bias are frozen, and must not
-    ask for one.  A weight of another dtype is cast for the moment, forward and back, and the copy is not kept.
+    """x W^T + bias, (..., n) -> (..., m), in x's dtype, with a gradient for x alone: W and bias are frozen, and must
+    not ask for one.  A weight of another dtype is cast for the moment, forward and back, and the copy is not kept.
 
     oneDNN's kernel for float32 on a processor, torch's for all else, also where W lies with gaps: with those oneDNN
     takes a thousand times as long.

@@ -15,6 +15,7 @@ from torch import nn
 from rayfed_sub.config import Model
 from rayfed_sub.errors import UserError
 from rayfed_sub.models.codecs import ByteCodec
+from rayfed_sub.models.logits import LogitRule, logit_rule
 from rayfed_sub.models.presets import LOWER_MLP
 from rayfed_sub.models.quiet import quiet
 from rayfed_sub.models.sources import RANDOM, locate
@@ -27,6 +28,8 @@ AUTO_CLASSES = {
 }
 _HEADS = ("classifier", "score", "pre_classifier", "pooler")
 """Top-level modules that classification adds to an encoder; an encoder's own pooler lies inside the encoder."""
+_CAUSAL = ("is_decoder", "causal")
+"""Keys of a transformers configuration by which an encoder's attention becomes causal."""
 _NOT_NUMBERS = {"architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"}
 """Entries of a transformers configuration that follow from the rest of ours."""
 
@@ -39,6 +42,7 @@ class Skeleton:
     shape: the target layers in the model's order, and the classification head.
     tied: names of parameters that are another parameter (alias -> the name that stays).
     transposed: target layers whose stored weight is (n, m), transformers' Conv1D of GPT-2.
+    logits: how a causal model's logits follow from its output layer; None where they are the model's own affair.
     """
 
     hf_config: Any
@@ -46,6 +50,7 @@ class Skeleton:
     shape: ModelShape
     tied: Mapping[str, str]
     transposed: frozenset[str] = frozenset()
+    logits: LogitRule | None = None
 
 
 def skeleton(
@@ -62,7 +67,11 @@ def skeleton(
     hf_config = bare_config(model, kind, vocabulary)
     hf_config.dtype = getattr(torch, model.dtype)
     _check_vocabulary(model, kind, hf_config, vocabulary)
-    if kind != "causal-lm":
+    if kind == "causal-lm":
+        for key in _CAUSAL:  # BERT's kin are encoders unless told otherwise
+            if getattr(hf_config, key, None) is False:
+                setattr(hf_config, key, True)
+    else:
         hf_config.id2label = dict(enumerate(class_names))  # their number follows
         hf_config.label2id = {name: number for number, name in enumerate(class_names)}
         hf_config.problem_type = "single_label_classification"
@@ -82,6 +91,7 @@ def skeleton(
         ),
         dict(_tied(module)),
         frozenset(name for name, layer in targets.items() if not isinstance(layer, nn.Linear)),
+        logit_rule(module) if kind == "causal-lm" else None,
     )
 
 

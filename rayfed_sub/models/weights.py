@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from rayfed_sub.models.sources import RANDOM, locate
 from rayfed_sub.records import ModelShape, Tensors
 from rayfed_sub.streams import stream
 
+_SEEN = 8  # tokens of the rows by which a model is seen to be causal
+_LEAK = 3e-4  # what earlier logits may change by, as a share of the changed tokens' own
+
 
 def load_weights(model: Model, skeleton: Skeleton, seed: int) -> dict[str, Tensor]:
     """Every tensor of the model by its dotted name, contiguous, on the CPU.
@@ -29,9 +32,12 @@ def load_weights(model: Model, skeleton: Skeleton, seed: int) -> dict[str, Tenso
     Parameters in model.dtype, tied ones once; buffers, those that files leave out included, in their own
     dtype.  What no file holds is drawn: matrices, embeddings and a new classification head N(0, std) with the
     configuration's initializer_range as std (0.02 without one) from stream(seed, "weights", name), new biases 0.
-    Raises UserError on model.path for a checkpoint that cannot be read or lacks weights.
+    Raises UserError on model.path for a checkpoint that cannot be read or lacks weights, and for a causal language
+    model whose tokens see later ones.
     """
     loaded, drawn = _random(skeleton) if model.path == RANDOM else _pretrained(model, skeleton)
+    if skeleton.kind == "causal-lm":
+        check_causal(model, loaded)
     tensors = dict(_collected(loaded, model, skeleton))
     std = float(getattr(skeleton.hf_config, "initializer_range", None) or 0.02)
     for name in sorted(drawn):
@@ -58,7 +64,13 @@ def assemble(skeleton: Skeleton, tensors: Tensors) -> nn.Module:
     empty = [name for name, tensor in all_tensors(module) if tensor.is_meta]
     if empty:
         raise ValueError(f"no tensor for {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}")
-    return module.requires_grad_(False).eval()
+    return ruled(module, skeleton).requires_grad_(False).eval()
+
+
+def ruled(module: nn.Module, skeleton: Skeleton) -> nn.Module:
+    """The module with the skeleton's `logit_rule`, which losses go by."""
+    cast(Any, module).logit_rule = skeleton.logits
+    return module
 
 
 def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tensors) -> dict[str, Tensor]:
@@ -152,6 +164,26 @@ def _pretrained(model: Model, skeleton: Skeleton) -> tuple[nn.Module, set[str]]:
             f"it lacks {some}",
         )
     return module, lacking
+
+
+@torch.no_grad()
+def check_causal(model: Model, module: Any) -> None:
+    """UserError where logits change with later tokens: two rows that differ in their last two tokens are compared.
+
+    Where attention is causal, equal tokens have equal logits to the bit; mixtures of experts may round otherwise.  An
+    encoder's differ by 3e-3 of what the changed tokens' own do at least, in fresh tiny models of all types.
+    """
+    vocabulary = module.get_input_embeddings().weight.shape[0]
+    ids_2T = torch.arange(3, 3 + _SEEN).remainder(vocabulary).repeat(2, 1)
+    ids_2T[1, -2:] = ids_2T[1, :2]
+    with quiet():
+        logits_2TV = module(input_ids=ids_2T, attention_mask=torch.ones_like(ids_2T), use_cache=False).logits.float()
+    apart_T = (logits_2TV[0] - logits_2TV[1]).abs().amax(dim=-1)
+    if apart_T[:-2].max() > _LEAK * apart_T[-2:].max():
+        kind = module.config.model_type
+        field, value = ("model.random.type", kind) if model.path == RANDOM else ("model.path", model.path)
+        allowed = "a causal language model; this one's tokens see later tokens, so it would read its own answers"
+        raise UserError(field, value, allowed, "take a decoder, or give the task a label to classify")
 
 
 def _collected(module: nn.Module, model: Model, skeleton: Skeleton) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from rayfed_sub.data.batches import IGNORED
 from rayfed_sub.models.frozen import FrozenLinear, product
+from rayfed_sub.models.logits import LogitRule, hidden_states
 
 _TOKENS, _LOGITS = 128, 2**20  # a chunk of logits is as many numbers as that, or those of as many tokens if more
 
@@ -63,16 +64,17 @@ def predicted(model: nn.Module, batch: Mapping[str, Tensor]) -> Predicted:
         return Predicted(loss_L, row_L, labels[row_L], logits_LC.argmax(dim=-1))
     row_L, before_L = _places(labels)
     label_L = labels[row_L, before_L + 1]
-    head = _plain_head(model)
+    output = _output_layer(model)
     losses, best = [], []
-    if head is None:
+    if output is None:
         logits_LV = cast(Any, model)(**inputs, use_cache=False).logits[row_L, before_L].float()
         chunk = _chunk(logits_LV.shape[1])
         chunks = iter(logits_LV.split(chunk))
     else:
-        hidden_Lh, cap = _hidden(model, inputs, row_L, before_L)
+        head, rule = output
         chunk = _chunk(len(head.weight))
-        chunks = (_logits(hidden_ch, head.weight, cap) for hidden_ch in hidden_Lh.split(chunk))
+        hidden_Lh = _hidden(model, head, inputs, row_L, before_L)
+        chunks = (_logits(hidden_ch, head.weight, head.bias, rule) for hidden_ch in hidden_Lh.split(chunk))
     for logits_cV, label_c in zip(chunks, label_L.split(chunk), strict=True):
         losses.append(functional.cross_entropy(logits_cV, label_c, reduction="none"))
         best.append(logits_cV.argmax(dim=-1))
@@ -91,12 +93,13 @@ def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels_RT: Ten
     """Loss (L,) of every labelled token and the row it stands in."""
     row_L, before_L = _places(labels_RT)
     label_L = labels_RT[row_L, before_L + 1]
-    head = _plain_head(model)
-    if head is None:
+    output = _output_layer(model)
+    if output is None:
         logits_LV = cast(Any, model)(**inputs, use_cache=False).logits[row_L, before_L].float()
         return functional.cross_entropy(logits_LV, label_L, reduction="none"), row_L
-    hidden_Lh, cap = _hidden(model, inputs, row_L, before_L)
-    loss_L: Tensor = _HeadLoss.apply(hidden_Lh, head.weight, label_L, cap)  # type: ignore[no-untyped-call]
+    head, rule = output
+    hidden_Lh = _hidden(model, head, inputs, row_L, before_L)
+    loss_L: Tensor = _HeadLoss.apply(hidden_Lh, head.weight, head.bias, label_L, rule)  # type: ignore[no-untyped-call]
     return loss_L, row_L
 
 
@@ -106,23 +109,19 @@ def _places(labels_RT: Tensor) -> tuple[Tensor, Tensor]:
     return row_L, before_L
 
 
-def _plain_head(model: nn.Module) -> nn.Linear | FrozenLinear | None:
-    """The output layer, where the model's logits are a matrix product and at most soft-capping; None where it does more
-    to them (Cohere, Granite, Falcon-H1)."""
-    causal: Any = model
-    head = causal.get_output_embeddings()
-    factors = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    scaled = any(getattr(causal.config, name, None) not in (None, 1, 1.0) for name in factors)
-    return head if isinstance(head, nn.Linear | FrozenLinear) and head.bias is None and not scaled else None
+def _output_layer(model: nn.Module) -> tuple[nn.Linear | FrozenLinear, LogitRule] | None:
+    """The output layer and the rule by which logits follow from it; None where there is none and the model must give
+    its own logits."""
+    rule, head = getattr(model, "logit_rule", None), cast(Any, model).get_output_embeddings()
+    return (head, rule) if isinstance(rule, LogitRule) and isinstance(head, nn.Linear | FrozenLinear) else None
 
 
-def _hidden(
-    model: nn.Module, inputs: Mapping[str, Tensor], row_L: Tensor, place_L: Tensor
-) -> tuple[Tensor, float | None]:
-    """The last hidden states (L, h) at those places, and the soft cap of the logits if there is one."""
-    causal: Any = model
-    hidden_RTh = causal.base_model(**inputs, use_cache=False).last_hidden_state
-    return hidden_RTh[row_L, place_L], getattr(causal.config, "final_logit_softcapping", None)
+def _hidden(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor], row_L: Tensor, place_L: Tensor) -> Tensor:
+    """The output layer's input (L, h) at those places."""
+    with hidden_states(head) as seen:
+        model(**inputs, use_cache=False)
+    (hidden_RTh,) = seen
+    return hidden_RTh[row_L, place_L]
 
 
 def _chunk(vocabulary: int) -> int:
@@ -134,21 +133,22 @@ def _chunk(vocabulary: int) -> int:
     return max(_TOKENS, _LOGITS // vocabulary)
 
 
-def _logits(hidden_ch: Tensor, head_Vh: Tensor, cap: float | None) -> Tensor:
-    logits_cV = product(hidden_ch, head_Vh).float()
-    return logits_cV if cap is None else torch.tanh(logits_cV / cap) * cap
+def _logits(hidden_ch: Tensor, head_Vh: Tensor, bias_V: Tensor | None, rule: LogitRule) -> Tensor:
+    return rule.logits(product(hidden_ch, head_Vh, bias_V).float())
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy (L,) of hidden (L, h) under a frozen output matrix (V, h), without ever holding (L, V)."""
+    """Cross-entropy (L,) of hidden (L, h) under a frozen output layer (V, h), (V,), without ever holding (L, V)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_Lh: Tensor, head_Vh: Tensor, label_L: Tensor, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden_Lh: Tensor, head_Vh: Tensor, bias_V: Tensor | None, label_L: Tensor, rule: LogitRule
+    ) -> Tensor:
         grads, losses = [], []
         chunk = _chunk(len(head_Vh))
         for hidden_ch, label_c in zip(hidden_Lh.split(chunk), label_L.split(chunk), strict=True):
-            logits_cV = _logits(hidden_ch, head_Vh, cap)
-            slope_cV = None if cap is None else 1 - (logits_cV / cap).square()  # of the soft cap
+            logits_cV = _logits(hidden_ch, head_Vh, bias_V, rule)
+            slope_cV = rule.slope(logits_cV)
             # The probabilities are the gradient too; the likeliest one says what all were divided by.  Its logarithm is
             # added last: to a logit of 20, of a loss of 1e-5 one digit would be left.
             p_cV = functional.softmax(logits_cV, dim=-1)
@@ -157,7 +157,7 @@ class _HeadLoss(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_cV = p_cV
                 grad_cV[torch.arange(len(label_c), device=label_c.device), label_c] -= 1
-                if slope_cV is not None:
+                if isinstance(slope_cV, Tensor) or slope_cV != 1.0:
                     grad_cV *= slope_cV
                 grads.append(product(grad_cV.to(head_Vh.dtype), head_Vh.mT))
         if ctx.needs_input_grad[0]:
@@ -167,4 +167,4 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_Lh,) = ctx.saved_tensors
-        return grad_Lh * outputs[0][:, None].to(grad_Lh.dtype), None, None, None
+        return grad_Lh * outputs[0][:, None].to(grad_Lh.dtype), None, None, None, None
