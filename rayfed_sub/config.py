@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, strict=True)]
+Batching = Literal["shuffled", "bucketed"]
 
 
 class Record(BaseModel):
@@ -109,6 +110,8 @@ class Federation(Record):
     """clients in all, sampled per round (None: all); rounds, or epochs over all training rows.
     local_steps is the paper's T_agg, optimiser steps between two averagings: a number, a list (client i has entry
     i modulo its length), or {low, high}, from which every client draws its own once.
+    batching: `shuffled` cuts a client's batches from a random permutation of its rows; `bucketed` makes them of rows of
+    like length, the same step long or short for all clients, which pads less but makes the order depend on lengths.
     availability: the chance that a sampled client takes part.  proximal: FedProx's mu.  normalise_steps: FedNova, which
     weighs a client's change by its steps.  on_client_failure: a client that fails twice in a round (a loss that is not
     finite, data that cannot be read) stops the run, or is skipped for the round at weight 0."""
@@ -119,6 +122,7 @@ class Federation(Record):
     epochs: Annotated[float, Field(gt=0)] | None = None
     local_steps: Count | Annotated[tuple[Count, ...], Field(min_length=1)] | StepRange = 4
     batch_size: Count = 4
+    batching: Batching = "shuffled"
     partition: Partition = Partition()
     weights: Literal["samples", "uniform"] = "samples"
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -205,7 +209,7 @@ class Evaluation(Record):
     """every: rounds between held-out evaluations (the first and last state are always evaluated);
     on: which rows are judged, the held-out ones or, to choose settings by, the validation ones of `task.validation`.
     examples: rows for loss, accuracy and F1; generate: rows answered greedily, before and after, for ROUGE-L and
-    BLEU-4."""
+    BLEU-4, as published and over the words of any script."""
 
     every: Count = 1
     on: Literal["held-out", "validation"] = "held-out"

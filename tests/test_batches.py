@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rayfed_sub.config import Batching, Config
 from rayfed_sub.data.batches import POOL, ClientBatches, batch_rows, collate, merge
 from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.streams import stream
@@ -43,6 +44,37 @@ def test_a_batch_needs_only_its_number() -> None:
     backward = [batch_rows(3, 1, mine, 4, step).tolist() for step in reversed(range(40))]
     assert forward == backward[::-1]
     assert len(batch_rows(3, 1, mine, 4, 10**12)) == 4
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (10, 4), (7, 3), (3, 8), (5, 1)])
+def test_shuffled_batches_are_the_permutations_slices(rows: int, batch_size: int) -> None:
+    """The permutations of three epochs laid end to end, cut into equal pieces."""
+    mine = np.arange(100, 100 + rows)
+    run = [row for epoch in range(3) for row in stream(0, "batches", 5, epoch).permutation(mine).tolist()]
+    size = min(batch_size, rows)
+    cut = [run[t * size : (t + 1) * size] for t in range(len(run) // size)]
+    assert [batch_rows(0, 5, mine, batch_size, step).tolist() for step in range(len(cut))] == cut
+
+
+def test_bucketed_batches_are_pinned() -> None:
+    """As commit 6313489 drew them: an epoch of a pool of 8 batches and one of 2, and batches over an epoch's end."""
+    forty, ten = np.array([5, 1, 9, 3, 7, 2, 8, 4, 6, 0] * 4), np.array([5, 1, 9, 3, 7, 2, 8, 4, 6, 0])
+    assert [batch_rows(3, 2, np.arange(40), 4, step, forty).tolist() for step in (0, 1, 2, 9, 10)] == [
+        [9, 19, 39, 11],
+        [28, 38, 34, 14],
+        [31, 1, 21, 5],
+        [16, 6, 12, 22],
+        [16, 26, 6, 36],
+    ]
+    assert [batch_rows(3, 2, np.arange(10), 3, step, ten).tolist() for step in range(7)] == [
+        [9, 1, 5],
+        [8, 4, 2],
+        [3, 7, 0],
+        [6, 1, 9],
+        [4, 6, 2],
+        [3, 7, 0],
+        [8, 5, 6],
+    ]
 
 
 # --- which rows, by length
@@ -189,7 +221,7 @@ def test_classes_come_with_attention() -> None:
 def client_batches(cursor: int, steps: int) -> ClientBatches:
     rows = Rows.of([[i] for i in range(20)], prompts=[0] * 20)
     mine = np.arange(3, 13)
-    return ClientBatches(rows, mine, 0, 2, 4, cursor, steps, mask_prompt=True, pad=PAD)
+    return ClientBatches(rows, mine, 0, 2, 4, cursor, steps, mask_prompt=True, pad=PAD, batching="shuffled")
 
 
 def test_client_batches_go_on_where_they_stopped() -> None:
@@ -197,15 +229,41 @@ def test_client_batches_go_on_where_they_stopped() -> None:
     first, rest = client_batches(0, 4), client_batches(4, 2)
     assert (len(first), len(rest)) == (4, 2)
     assert whole == [batch["input_ids"].flatten().tolist() for part in (first, rest) for batch in part]
-    expected = batch_rows(0, 2, np.arange(3, 13), 4, step=5, lengths=np.ones(20, np.int64))
+    expected = batch_rows(0, 2, np.arange(3, 13), 4, step=5)
     assert rest[1]["input_ids"].flatten().tolist() == expected.tolist()  # row i holds token i
 
 
-def test_client_batches_know_the_lengths_of_their_rows() -> None:
+def by_length(client: int, batching: Batching) -> list[list[int]]:
+    """The batches of one epoch over rows of 1 to 16 tokens, as the lengths of their rows."""
     rows = Rows.of([[i] * (i + 1) for i in range(16)], prompts=[0] * 16)
-    batches = ClientBatches(rows, np.arange(16), 0, 2, 4, 0, 4, mask_prompt=True, pad=PAD)
-    # Rows of 1 to 16 tokens, one pool of 4 batches: the widths are those of sorted rows.
-    assert sorted(batch["input_ids"].shape[1] for batch in batches) == [4, 8, 12, 16]
+    batches = ClientBatches(rows, np.arange(16), 0, client, 4, 0, 4, mask_prompt=True, pad=PAD, batching=batching)
+    return [(batch["labels"] != -100).sum(dim=1).tolist() for batch in batches]
+
+
+def test_bucketed_client_batches_know_the_lengths_of_their_rows() -> None:
+    """One pool of 4 batches: sorted rows, and the same order of lengths for every client."""
+    assert sorted(map(sorted, by_length(2, "bucketed"))) == [
+        [1, 2, 3, 4],
+        [5, 6, 7, 8],
+        [9, 10, 11, 12],
+        [13, 14, 15, 16],
+    ]
+    longest = [batch.index(max(batch, key=max)) for batch in (by_length(k, "bucketed") for k in range(20))]
+    assert len(set(longest)) == 1
+
+
+def test_shuffled_client_batches_do_not() -> None:
+    """Row i has i + 1 tokens, so lengths say which rows a batch has.  Of 20 clients, each has its longest row in a step
+    of its own: were that one of 4 for all, it would be so by chance once in 4 ** 19."""
+    expected = [[int(row) + 1 for row in batch_rows(0, 2, np.arange(16), 4, step)] for step in range(4)]
+    assert by_length(2, "shuffled") == expected
+    longest = [batch.index(max(batch, key=max)) for batch in (by_length(k, "shuffled") for k in range(20))]
+    assert set(longest) == {0, 1, 2, 3}
+
+
+def test_batches_are_shuffled_by_default() -> None:
+    assert Config().federation.batching == "shuffled"
+    assert Config.model_validate({"federation": {"batching": "bucketed"}}).federation.batching == "bucketed"
 
 
 @pytest.mark.parametrize("index", [-1, 2])

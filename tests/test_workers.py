@@ -69,6 +69,16 @@ def same(a: Packed, b: Packed) -> bool:
 
 
 @pytest.mark.parametrize("executor", ["pack", "reference"])
+def test_batches_are_drawn_as_the_configuration_says(job: Job, executor: str) -> None:
+    """Rows of different lengths are met in another order, which the weights show."""
+    ways = [job.config.federation.model_copy(update={"batching": way}) for way in ("shuffled", "bucketed", "shuffled")]
+    jobs = [replace(job, config=job.config.model_copy(update={"federation": way})) for way in ways]
+    first, second, again = (Trial(one, executor=executor).train(CLIENTS).updates[0].tensors for one in jobs)
+    assert same(first, again)
+    assert not same(first, second)
+
+
+@pytest.mark.parametrize("executor", ["pack", "reference"])
 def test_a_client_whose_rows_cannot_be_read_says_so_in_its_update(job: Job, executor: str) -> None:
     torn = without_rows(job.dataset, 1)
     outcome = Trial(job, torn, executor=executor).train(CLIENTS)

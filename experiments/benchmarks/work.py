@@ -96,7 +96,8 @@ def _batches(job: Job, case: Case) -> dict[str, np.ndarray[Any, Any]]:
     for n in range(case.rounds):
         for client in range(case.clients):
             rest = (job.config.seed, client, case.batch, n * case.steps, case.steps, False, job.codec.pad)
-            for step, batch in enumerate(ClientBatches(job.dataset.train, job.dataset.rows_of(client), *rest)):
+            how = job.config.federation.batching
+            for step, batch in enumerate(ClientBatches(job.dataset.train, job.dataset.rows_of(client), *rest, how)):
                 for name, array in arrays.items():
                     rows, tokens = batch[name].shape
                     array[n, client, step, :rows, :tokens] = batch[name].numpy()

@@ -2,7 +2,8 @@
 
 What is counted: the round's base weights where a worker holds copies of them, the pack's tensors, moments and
 gradients, activations saved for the backward pass, logits in chunks, a refresh's Grams, closed blocks, results, then
-the held-out evaluation.  All rows are taken to be as long as the longest.  On a processor the heap's holes come on top
+the held-out evaluation.  All rows of a pack are taken to be as long as the longest there is, whichever batches they
+fall into.  On a processor the heap's holes come on top
 (`heap.py`), and what the kernels themselves keep.
 """
 

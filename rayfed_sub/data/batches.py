@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayfed_sub.config import Batching
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.streams import stream
@@ -18,7 +19,7 @@ from rayfed_sub.streams import stream
 IGNORED = -100
 """The label that no loss counts, as in torch and Hugging Face."""
 POOL = 8
-"""Batches among which rows are sorted by length: a larger pool pads less, but its batches are less random."""
+"""Bucketed batches among which rows are sorted by length: a larger pool pads less, but its batches are less random."""
 
 
 class Batches(Protocol):
@@ -35,11 +36,17 @@ def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int, l
     """The rows of the client's batch number `step`, counted from 0 over its whole life: min(batch_size, len(rows)).
 
     Batches are cut, one after the other, from an endless run of permutations of `rows`, the epochs; each permutation
-    has a stream of its own, so a resumed run needs only the number.  lengths (one for each row that there is, by row
-    number): batches that lie in one epoch are made of rows of like length.  In pools of POOL consecutive ones the
-    rows are sorted by length and cut anew; which of a pool's batches is short and which long, the seed, epoch and pool
-    say, and not the client, so that clients trained side by side meet them at the same time and pad each other little.
+    has a stream of its own, so a resumed run needs only the number.  Without lengths batch `step` is the next slice of
+    that run, whatever its rows' lengths.
 
+    lengths (one for each row that there is, by row number): bucketed batches.  Those that lie in one epoch are made of
+    rows of like length: in pools of POOL consecutive ones the rows are sorted by length and cut anew.  The seed, the
+    epoch and the pool decide which of a pool's batches is short and which long, not the client, so that clients trained
+    side by side meet them at the same time and pad each other little.  The price: all clients take their steps on long
+    rows together, so the order of training depends on the rows' lengths.
+
+    >>> [batch_rows(0, 7, np.arange(4), 2, step).tolist() for step in (0, 1)]
+    [[0, 1], [2, 3]]
     >>> sizes = np.array([1, 9, 1, 9])
     >>> sorted(sizes[batch_rows(0, 7, np.arange(4), 2, step, sizes)].tolist() for step in (0, 1))
     [[1, 1], [9, 9]]
@@ -106,7 +113,8 @@ def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) 
 class ClientBatches:
     """`steps` batches of a client, the first being number `cursor` of its life; made when asked for.
 
-    indices int64: the client's rows among `rows`.
+    indices int64: the client's rows among `rows`.  batching: see `config.Federation`; images, which are of one size,
+    have no buckets.
     """
 
     rows: Rows | Images
@@ -118,6 +126,7 @@ class ClientBatches:
     steps: int
     mask_prompt: bool
     pad: int
+    batching: Batching
 
     def __len__(self) -> int:
         return self.steps
@@ -126,7 +135,7 @@ class ClientBatches:
         """Batch `index`, 0 <= index < steps, as `collate` gives it.  Raises IndexError outside."""
         if not 0 <= index < self.steps:
             raise IndexError(index)
-        lengths = self.rows.lengths if isinstance(self.rows, Rows) else None
+        lengths = self.rows.lengths if self.batching == "bucketed" and isinstance(self.rows, Rows) else None
         chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, self.cursor + index, lengths)
         return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad)
 

@@ -286,6 +286,7 @@ class Worker:
             local_steps(config, client),
             config.task.mask_prompt,
             self._spec.codec.pad,
+            federation.batching,
         )
 
     def _weight(self, client: int) -> float:
