@@ -161,7 +161,7 @@ def data(
         Path | None, typer.Option("--out", metavar="FILE.png|.svg|.pdf", help="write the picture to a file as well")
     ] = None,
 ) -> None:
-    """Who holds what: rows, tokens and classes of every client, before anything starts."""
+    """Rows, tokens and classes (without a label, keys) of every client, before anything starts."""
     from rayfed_sub.partition_picture import check_path, draw
 
     if out is not None:

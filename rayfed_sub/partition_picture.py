@@ -1,4 +1,4 @@
-"""A partition as a picture file: clients by classes, and the clients' sizes beside them.
+"""A partition as a picture file: clients by classes or keys, and the clients' sizes beside them.
 
 What takes time to import is imported as it draws: a path is checked at once.
 """
@@ -28,7 +28,7 @@ def check_path(path: Path) -> None:
 
 
 def draw(holdings: Holdings, path: Path) -> None:
-    """Writes the picture; a cell's shade is the share of the client's rows that are of the class.
+    """Writes the picture; a cell's shade is the share of the client's rows that are of the class or key.
 
     Raises UserError (--out) where it cannot be written.
     """
@@ -37,27 +37,30 @@ def draw(holdings: Holdings, path: Path) -> None:
 
     from rayfed_sub.partition_tables import cut, group_labels, title
 
-    groups, classes = holdings.groups(_LINES), [cut(name, 28) for name in holdings.shown()]
+    groups, values = holdings.groups(_LINES), [cut(name, 28) for name in holdings.shown()]
     counts_GS = holdings.table(groups)
     shares_GS = counts_GS / counts_GS.sum(axis=1, keepdims=True)
     banded = len(groups) < len(holdings.clients)
-    width, height = max(4.0, 0.62 * len(classes)), max(1.6, 0.3 * len(groups))
+    width, height = max(4.0, 0.62 * len(values)), max(1.6, 0.3 * len(groups))
     figure = Figure(figsize=(width + 5.2, height + 2.2), layout="constrained")
     # The heat map, and in narrower panels that share its lines the sizes and how unlike all clients each is.
     cells, sizes, skews = figure.subplots(1, 3, sharey=True, width_ratios=(width, 1.6, 1.0))
 
     # Light to dark in one hue: in grey print it is the same picture.  The root lets small shares show.
     image = cells.imshow(shares_GS, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
-    slanted = max(map(len, classes)) > 7
+    slanted = max(map(len, values)) > 7
     turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    cells.set_xticks(range(len(classes)), classes, parse_math=False, **turned)
+    cells.set_xticks(range(len(values)), values, parse_math=False, **turned)
     cells.set_yticks(range(len(groups)), group_labels(holdings, groups, 28), parse_math=False)
     cells.set_ylabel("clients by size" if banded else "")
-    cells.set_xlabel(holdings.column or "no column: one class", parse_math=False)
+    cells.set_xlabel(
+        f"{holdings.counted}: {holdings.value_column}" if holdings.value_column else "no label and no key",
+        parse_math=False,
+    )
     for edge in cells.spines.values():
         edge.set_visible(False)
     cells.tick_params(length=0)
-    cells.set_xticks([column - 0.5 for column in range(1, len(classes))], minor=True)
+    cells.set_xticks([column - 0.5 for column in range(1, len(values))], minor=True)
     cells.set_yticks([line - 0.5 for line in range(1, len(groups))], minor=True)
     cells.grid(which="minor", color="white", linewidth=1)
     cells.tick_params(which="minor", length=0)
@@ -82,7 +85,7 @@ def draw(holdings: Holdings, path: Path) -> None:
         panel.tick_params(axis="y", which="both", length=0)
         for name in ("top", "right", "left"):
             panel.spines[name].set_visible(False)
-    skew = f"\nskew {holdings.skew:.3f}" if holdings.column else ""
+    skew = f"\nskew {holdings.skew:.3f} of {holdings.counted}" if holdings.value_column else ""
     figure.suptitle(f"{title(holdings)}{skew}", fontsize=11, parse_math=False)
     try:
         figure.savefig(path, dpi=150)

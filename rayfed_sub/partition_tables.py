@@ -1,4 +1,4 @@
-"""A partition in the terminal: its clients as a table, and a picture of clients by classes; fits into 80 columns."""
+"""A partition in the terminal: its clients as a table, and a picture of clients by classes or keys, in 80 columns."""
 
 from __future__ import annotations
 
@@ -45,14 +45,24 @@ def title(holdings: Holdings) -> str:
     return f"{holdings.name}: {count:,} client{'s' if count != 1 else ''}, {holdings.kind}{by}"
 
 
+def counted(holdings: Holdings) -> str:
+    """What the values are: the label's classes, or the partition's keys."""
+    if holdings.counted == "classes":
+        return f"Classes: the values of the label, column {holdings.value_column}."
+    each = " Each client has one of them, so their sizes alone give the skew." if holdings.kind == "column" else ""
+    return f"Keys: the values of the column {holdings.value_column}, since the task has no label.{each}"
+
+
 def notes(holdings: Holdings) -> Iterable[str]:
     """The skew in words, what was dropped, and what was said while the rows were read."""
-    if holdings.column is None:
-        yield "No column tells the rows apart, so all are of one class; federation.partition.column names one."
+    if holdings.value_column is None:
+        yield "The rows have neither a label nor a key, so nothing is counted; federation.partition.column names one."
     else:
+        yield counted(holdings)
         yield (
-            f"Skew {holdings.skew:.3f}: the share of its rows that a client would have to change for other classes to "
-            f"look like all clients together (total-variation distance), over clients by their rows."
+            f"Skew {holdings.skew:.3f}: the share of its rows that a client would have to change for other "
+            f"{holdings.counted} to look like all clients together (total-variation distance), over clients by their "
+            f"rows."
         )
     census = holdings.census
     if holdings.kind == "resample":
@@ -65,20 +75,21 @@ def notes(holdings: Holdings) -> Iterable[str]:
 
 
 def _clients(holdings: Holdings, across: int) -> Table:
-    heads = ("client", "rows", "share", "tokens", "classes", "largest class", "skew", holdings.judged)
+    one = "class" if holdings.counted == "classes" else "key"
+    heads = ("client", "rows", "share", "tokens", holdings.counted, f"largest {one}", "skew", holdings.judged)
     total = int(holdings.rows_C.sum())
     lines = [_line(holdings, client, total) for client in _listed(holdings)]
     many = len(holdings.clients) > _LISTED
     middle = "" if holdings.tokens_C is None else f"{np.median(holdings.tokens_C):,.0f}"
-    held, judged = str(len(holdings.classes)), f"{int(holdings.judged_C.sum()):,}"
+    held, judged = str(len(holdings.values)), f"{int(holdings.judged_C.sum()):,}"
     summary = ("all", f"{total:,}", "100.0%", middle, held, "", f"{holdings.skew:.3f}", judged)
     quartiles = [("1st quartile", 25), ("median", 50), ("3rd quartile", 75)] if many else []
-    # What is too wide is taken from the names of classes, before Rich would take it from the numbers.
+    # What is too wide is taken from the names of classes or keys, before Rich would take it from the numbers.
     fixed = [max(len(line[i]) for line in [heads, summary, *lines]) for i in range(len(heads)) if i != 5]
     most = max(len(heads[5]), across - sum(fixed) - 2 * len(heads))
     table = _plain(title(holdings))
     for head in heads:
-        table.add_column(head, justify="left" if head in ("client", "largest class") else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head in (heads[0], heads[5]) else "right", no_wrap=True)
     for number, line in enumerate(lines):
         if many and number == _ENDS:
             table.add_row(*["…"] * len(heads), style="dim")
@@ -100,14 +111,14 @@ def _listed(holdings: Holdings) -> list[int]:
 
 
 def _line(holdings: Holdings, client: int, total: int) -> tuple[str, ...]:
-    rows, classes = int(holdings.rows_C[client]), holdings.classes_of(client)
-    largest, most = next(iter(classes.items()))
+    rows, counts = int(holdings.rows_C[client]), holdings.counts_of(client)
+    largest, most = next(iter(counts.items()))
     return (
         cut(holdings.clients[client], 20),
         f"{rows:,}",
         _share(rows / total),
         "-" if holdings.tokens_C is None else f"{holdings.tokens_C[client]:,.0f}",
-        str(len(classes)),
+        str(len(counts)),
         f"{most / rows:4.0%} {largest}",
         f"{holdings.distance_C[client]:.3f}",
         f"{int(holdings.judged_C[client]):,}",
@@ -125,18 +136,18 @@ def _plain(title: str | None = None) -> Table:
 
 
 def _picture(holdings: Holdings, console: Console) -> Iterable[Table | Text]:
-    """Clients by classes: a cell's shade is the share of the client's rows that are of the class."""
-    groups, classes = holdings.groups(_LISTED), holdings.shown()
+    """Clients by classes or keys: a cell's shade is the share of the client's rows that are of the column's."""
+    groups, values = holdings.groups(_LISTED), holdings.shown()
     banded = len(groups) < len(holdings.clients)
     counts_GS = holdings.table(groups)
     labels = group_labels(holdings, groups)
     across = min(console.width, 140)
     beside = max(map(len, [*labels, "client"])) + (17 if banded else 10)  # names, rows, skew, and spaces
-    room = (across - beside) // len(classes)
+    room = (across - beside) // len(values)
     width = min(max(3, room), 14)
-    heads = [cut(name, width - 1) for name in classes]
-    if width < 8 or len(set(heads)) < len(classes):
-        heads = list(ascii_letters[: len(classes)])
+    heads = [cut(name, width - 1) for name in values]
+    if width < 8 or len(set(heads)) < len(values):
+        heads = list(ascii_letters[: len(values)])
     table = Table(box=None, padding=0, pad_edge=False)
     table.add_column("by size" if banded else "client", no_wrap=True)
     table.add_column("rows", justify="right", no_wrap=True, min_width=7)
@@ -162,7 +173,7 @@ def _picture(holdings: Holdings, console: Console) -> Iterable[Table | Text]:
     said += "." if coloured else f" ({_BLOCKS[1]} from 6%, {_BLOCKS[2]} from 25%, {_BLOCKS[3]} from 56%)."
     for line in textwrap.wrap(said[0].upper() + said[1:], 78):
         yield Text(line, "dim")
-    legend = "; ".join(f"{head} {name}" for head, name in zip(heads, classes, strict=True) if head != name)
+    legend = "; ".join(f"{head} {name}" for head, name in zip(heads, values, strict=True) if head != name)
     for line in textwrap.wrap(legend, across - 2):
         yield Text(line, "dim")
 

@@ -103,12 +103,52 @@ def test_one_class_each_is_as_far_as_it_goes() -> None:
 
 def test_a_column_s_clients_hold_one_class_each() -> None:
     held = dealt(THREE)
-    assert (held.column, held.classes, held.clients) == ("by", ("x", "y", "z [b]"), ("x", "y", "z [b]"))
+    assert (held.column, held.values, held.clients) == ("by", ("x", "y", "z [b]"), ("x", "y", "z [b]"))
+    assert (held.counted, held.value_column) == ("keys", "by")  # language modelling has no classes
     assert held.rows_C.tolist() == [54, 27, 9]  # nine tenths
     assert held.judged_C.tolist() == [6, 3, 1]
-    assert [held.classes_of(client) for client in range(3)] == [{"x": 54}, {"y": 27}, {"z [b]": 9}]
+    assert [held.counts_of(client) for client in range(3)] == [{"x": 54}, {"y": 27}, {"z [b]": 9}]
     assert held.distance_C == pytest.approx([0.4, 0.7, 0.9])  # 1 - its share of all rows
     assert held.skew == pytest.approx(0.6 * 0.4 + 0.3 * 0.7 + 0.1 * 0.9)
+
+
+def moods() -> Holdings:
+    """Three clients by site; the task's label is the mood.  Of 32 rows 4 are held out."""
+    rows = [("north", "good")] * 8 + [("south", "bad")] * 8 + [("east", mood) for mood in ("good", "bad") * 8]
+    numbers = range(len(rows))
+    sites, labels = zip(*rows, strict=True)
+    pairs = Pairs("classification", tuple(f"visit {i}" for i in numbers), labels, sites, ("bad", "good", "odd"))
+    task = {"name": "table", "path": "rows.csv", "prompt": "{text}", "label": "mood", "held_out": 0.125}
+    tree = {"task": task, "federation": {"clients": 3, "partition": {"kind": "column", "column": "site"}}}
+    config = Config.model_validate(tree)
+    return holdings(config, build_dataset(pairs, config.task, config.federation, ByteCodec(), config.seed))
+
+
+def test_classes_are_the_label_s_where_clients_come_from_another_column() -> None:
+    """2 of 16 rows of east are held out, 1 of 8 of north and of south: 14, 7 and 7 to train on, of which north's are
+    good and south's bad.  East has g good ones of 14, so all have 7 + g of 28."""
+    held = moods()
+    assert held.clients == ("east", "north", "south")
+    assert (held.column, held.counted, held.value_column) == ("site", "classes", "mood")
+    good = held.counts_of(0)["good"]
+    assert good in (6, 7, 8)
+    assert [held.counts_of(client) for client in (1, 2)] == [{"good": 7}, {"bad": 7}]
+    assert set(held.values) == {"good", "bad"}  # no row is odd
+    share = (7 + good) / 28
+    assert held.distance_C == pytest.approx([abs(good / 14 - share), 1 - share, share])
+    assert held.skew == pytest.approx((14 * abs(good / 14 - share) + 7 * (1 - share) + 7 * share) / 28)
+    assert held.judged_C.tolist() == [2, 1, 1]  # by site: a held-out row of the north is like the north's
+    text = " ".join(printed(held).split())
+    assert "3 clients, column, by site" in text
+    assert "classes largest class" in text
+    assert "Classes: the values of the label, column mood." in text
+
+
+def test_keys_are_called_keys() -> None:
+    text = " ".join(printed(dealt(THREE)).split())
+    assert "keys largest key" in text
+    assert "Keys: the values of the column by, since the task has no label." in text
+    assert "class" not in text
 
 
 def test_many_classes_end_in_other() -> None:
@@ -119,7 +159,7 @@ def test_many_classes_end_in_other() -> None:
     # All training rows: nine tenths of 100 - i, rounded to the whole of all, are 90 - i or next to it.
     assert counts_GS.sum() == held.rows_C.sum() == held.census.train
     assert counts_GS.sum(axis=0)[-1] == sum(
-        sum(held.classes_of(k).get(f"class {i:02}", 0) for i in range(19, 30)) for k in range(300)
+        sum(held.counts_of(k).get(f"class {i:02}", 0) for i in range(19, 30)) for k in range(300)
     )
 
 
@@ -152,13 +192,14 @@ def test_json_holds_everything() -> None:
         "held_out": 10,
     }
     assert told["notes"] == ["a note"]
+    assert (told["counted"], told["value_column"]) == ("keys", "by")
     first = told["clients"][0]
-    assert {key: first[key] for key in ("client", "name", "rows", "judged_rows", "classes")} == {
+    assert {key: first[key] for key in ("client", "name", "rows", "judged_rows", "counts")} == {
         "client": 0,
         "name": "x",
         "rows": 54,
         "judged_rows": 6,
-        "classes": {"x": 54},
+        "counts": {"x": 54},
     }
     assert first["median_tokens"] > 0
 
@@ -210,7 +251,7 @@ def test_large_federations_show_the_ends_and_quartiles() -> None:
 
 def test_without_a_column_it_says_so() -> None:
     text = " ".join(printed(dealt(ALIKE)).split())
-    assert "No column tells the rows apart, so all are of one class" in text
+    assert "The rows have neither a label nor a key, so nothing is counted" in text
     assert "100% all" in text
     assert "Skew" not in text
 

@@ -1,6 +1,7 @@
 """Who holds what, for people to look at: rows, tokens and classes of every client.
 
-A class is a value of the partition's column.  Legend: C clients, S classes that are shown, G groups of clients.
+Counted are the classes of the task's label or, in language modelling, which has none, the keys: the values of the
+partition's column.  Legend: C clients, S classes or keys that are shown, G groups of clients.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from logging.handlers import BufferingHandler
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,27 +21,32 @@ from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Census, Dataset, load_dataset
 from rayfed_sub.data.partitions import key_column
 from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.data.tasks import filled
 
 SHOWN = 20
-"""Classes in a picture; of more, the largest and "other"."""
+"""Classes or keys in a picture; of more, the largest and "other"."""
 
 
 @dataclass(frozen=True, eq=False)
 class Holdings:
-    """name: of the run; kind: of the partition; column: None where rows have no classes; then there is one, "all".
+    """name: of the run; kind and column: of the partition, column None without one.
 
-    classes: largest first; rows_C; tokens_C: the median of a client's rows, None for images; judged_C: held-out (or
-    validation) rows that are like the client's; distance_C and skew: see `analysis/skew.py`.
-    holders, held, counts: client, class and rows of every pair that has any, by client.
+    counted: what `values` are; value_column: the column that they stand in, None where rows have neither a label nor a
+    key; then there is one value, "all".  values: largest first; rows_C; tokens_C: the median of a client's rows, None
+    for images; judged_C: held-out (or validation) rows that are like the client's, by its keys; distance_C and skew: of
+    the values, see `analysis/skew.py`.
+    holders, held, counts: client, value and rows of every pair that has any, by client.
     notes: what was said while the rows were read.
     """
 
     name: str
     kind: str
     column: str | None
+    counted: Literal["classes", "keys"]
+    value_column: str | None
     judged: str
     clients: tuple[str, ...]
-    classes: tuple[str, ...]
+    values: tuple[str, ...]
     rows_C: Ints
     tokens_C: NDArray[np.float64] | None
     judged_C: Ints
@@ -52,18 +58,18 @@ class Holdings:
     census: Census
     notes: tuple[str, ...]
 
-    def classes_of(self, client: int) -> dict[str, int]:
-        """The client's rows of each class that it has, largest first."""
+    def counts_of(self, client: int) -> dict[str, int]:
+        """The client's rows of each value that it has, largest first."""
         low, high = np.searchsorted(self.holders, [client, client + 1])
         held, counts = self.held[low:high], self.counts[low:high]
-        return {self.classes[held[i]]: int(counts[i]) for i in np.argsort(-counts, kind="stable")}
+        return {self.values[held[i]]: int(counts[i]) for i in np.argsort(-counts, kind="stable")}
 
     def shown(self) -> tuple[str, ...]:
-        """The classes of a picture: all, or the largest and "other"."""
-        return self.classes if len(self.classes) <= SHOWN else (*self.classes[: SHOWN - 1], "other")
+        """The values of a picture: all, or the largest and "other"."""
+        return self.values if len(self.values) <= SHOWN else (*self.values[: SHOWN - 1], "other")
 
     def table(self, groups: Sequence[Ints]) -> Ints:
-        """Rows of each shown class in each group of clients, int64 (G, S)."""
+        """Rows of each shown value in each group of clients, int64 (G, S)."""
         shown = len(self.shown())
         counts_CS = np.zeros((len(self.clients), shown), np.int64)
         np.add.at(counts_CS, (self.holders, np.minimum(self.held, shown - 1)), self.counts)
@@ -101,21 +107,28 @@ def read_holdings(config: Config, codec: Codec) -> Holdings:
 
 def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Holdings:
     """The holdings of the data set that `config` asks for."""
-    sizes = np.bincount(dataset.train_keys, minlength=len(dataset.key_names))
+    column, label = key_column(config.task, config.federation), filled(config.task).label
+    if label is None:
+        numbers, names = dataset.train_keys.astype(np.int64), dataset.key_names
+    else:
+        numbers, names = dataset.train.classes, dataset.class_names
+    sizes = np.bincount(numbers, minlength=len(names))
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]
     rank = np.zeros(len(sizes), np.int64)
     rank[order] = np.arange(len(order))
     rows_C = np.diff(dataset.client_offsets)
-    holder, held = np.repeat(np.arange(len(rows_C)), rows_C), rank[dataset.train_keys[dataset.client_rows]]
+    holder, held = np.repeat(np.arange(len(rows_C)), rows_C), rank[numbers[dataset.client_rows]]
     cells, counts = np.unique(holder * len(order) + held, return_counts=True)
     return Holdings(
         name=config.name,
         kind=config.federation.partition.kind,
-        column=key_column(config.task, config.federation),
+        column=column,
+        counted="keys" if label is None else "classes",
+        value_column=column if label is None else label,
         judged=config.evaluation.on,
         clients=dataset.client_names,
-        classes=tuple(dataset.key_names[key] or "all" for key in order),
+        values=tuple(names[number] or "all" for number in order),
         rows_C=rows_C,
         tokens_C=_medians(dataset, dataset.train) if isinstance(dataset.train, Rows) else None,
         judged_C=np.bincount(dataset.held_out_clients, minlength=len(rows_C)),
@@ -130,7 +143,7 @@ def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Hol
 
 
 def as_dict(holdings: Holdings) -> dict[str, Any]:
-    """All of it for JSON; clients in order, with their rows of each class."""
+    """All of it for JSON; clients in order, with their rows of each class or key."""
     tokens = [None] * len(holdings.clients) if holdings.tokens_C is None else holdings.tokens_C.tolist()
     clients = zip(
         holdings.clients,
@@ -144,6 +157,8 @@ def as_dict(holdings: Holdings) -> dict[str, Any]:
         "name": holdings.name,
         "partition": holdings.kind,
         "column": holdings.column,
+        "counted": holdings.counted,
+        "value_column": holdings.value_column,
         "judged": holdings.judged,
         "skew": holdings.skew,
         "rows": asdict(holdings.census),
@@ -156,7 +171,7 @@ def as_dict(holdings: Holdings) -> dict[str, Any]:
                 "median_tokens": median,
                 "judged_rows": judged,
                 "distance": distance,
-                "classes": holdings.classes_of(client),
+                "counts": holdings.counts_of(client),
             }
             for client, (name, rows, median, judged, distance) in enumerate(clients)
         ],
