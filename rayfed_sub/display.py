@@ -14,12 +14,15 @@ from rayfed_sub.analysis.scores import overall
 from rayfed_sub.config import StepRange
 from rayfed_sub.engine.journal import Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.engine.mirror import inside
-from rayfed_sub.reports.words import score
+from rayfed_sub.reports.words import UNREAD, published_name, score, shown
 
 _ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
 """A round's columns, 78 characters in all."""
 
-_SCORES = ("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "accuracy", "macro_f1")
+_SCORES = (
+    *("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"),
+    *("accuracy", "macro_f1"),
+)
 """What the final table shows of a run's scores; summary.json has all."""
 
 
@@ -132,11 +135,7 @@ class Display:
         """The final table of a run."""
         metrics, sitting = summary.metrics, "since it went on" if summary.resumed else "in all"
         rows = [
-            *(
-                (score(name), f"{metrics[f'{name}_before']:.4f} -> {metrics[name]:.4f}")
-                for name in _SCORES
-                if name in metrics
-            ),
+            *_scores(metrics),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_bytes)),
             ("rank of the last change", f"{summary.change_rank:g} (median over target layers)"),
@@ -148,6 +147,16 @@ class Display:
             ("report", inside(summary.folder, "report.html")),
         ]
         print_table((f"{summary.name}: {summary.method}", _rounds(summary.rounds)), rows, self._console)
+
+
+def _scores(metrics: Mapping[str, float]) -> Iterable[tuple[str, str]]:
+    """The final table's lines of scores."""
+    both = {name: (metrics[f"{name}_before"], metrics[name]) for name in _SCORES if name in metrics}
+    for name in shown(both):
+        if published_name(name) not in both:
+            yield score(published_name(name)), UNREAD
+        before, after = both[name]
+        yield score(name), f"{before:.4f} -> {after:.4f}"
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:

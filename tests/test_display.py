@@ -224,6 +224,20 @@ def test_the_table_shows_the_scores_there_are() -> None:
     assert "nothing, against 25.0 MB of dense target weights" in said
 
 
+def test_the_table_says_which_published_score_does_not_read_the_texts() -> None:
+    """Of Chinese answers rouge-score reads nothing; of English ones both scores are one, and stand there once."""
+    pipe, text = console(terminal=False)
+    chinese = {"rouge_l_unicode_before": 0.25, "rouge_l_unicode": 0.5}
+    english = {"bleu_4_before": 0.1, "bleu_4": 0.2, "bleu_4_unicode_before": 0.1, "bleu_4_unicode": 0.2}
+    Display(pipe).table(Summary(**{**vars(SUMMARY), "metrics": chinese | english}))
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.getvalue().splitlines()]
+    assert [line for line in lines if line[0].startswith(("ROUGE", "BLEU"))] == [
+        ["ROUGE-L of greedy answers", "none: its published tokenizer does not read the script"],
+        ["ROUGE-L of greedy answers, words of any script", "0.2500 -> 0.5000"],
+        ["BLEU-4 of greedy answers", "0.1000 -> 0.2000"],
+    ]
+
+
 def test_at_100_columns_the_checksum_is_on_one_line() -> None:
     terminal, text = console(terminal=True, width=100)
     Display(terminal).table(SUMMARY)

@@ -61,6 +61,7 @@ HOMES = {
     "flwr_datasets": ("data",),
     "datasets": ("data", "metrics"),
     "evaluate": ("metrics",),
+    "regex": ("metrics",),
     "rouge_score": ("metrics",),
     "sacrebleu": ("metrics",),
     "sklearn": ("metrics",),

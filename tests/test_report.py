@@ -259,6 +259,29 @@ def test_classes_have_a_table(tmp_path: Path) -> None:
     assert found.rows == [["run", "cat", Cell("0.1", 0.1), Cell("0.5", 0.5), Cell("0.6", 0.6)]]
 
 
+def test_published_scores_that_do_not_read_the_texts(tmp_path: Path) -> None:
+    """The score over words of any script is there where it is another; a published one that is not, is named."""
+    folder = write_run(tmp_path / "run", rounds=2)
+    scores = pd.read_parquet(folder / "scores.parquet")
+    again = scores[scores["metric"] == "rouge_l"].assign(metric="rouge_l_unicode")
+
+    def said(table: pd.DataFrame) -> tuple[dict[str, str], set[str]]:
+        table.to_parquet(folder / "scores.parquet")
+        found = report(read_run(folder))
+        (facts,) = [part for part in found["Result"] if isinstance(part, Facts)]
+        titles = {f"{part.title}" for part in found["Quality over rounds"] if isinstance(part, Figure)}
+        return dict(facts.pairs), {title for title in titles if title.startswith("ROUGE")}
+
+    published, unicode = "ROUGE-L of greedy answers", "ROUGE-L of greedy answers, words of any script"
+    facts, titles = said(pd.concat([scores, again]))
+    assert (published in facts, unicode in facts, titles) == (True, False, {published})
+    facts, titles = said(pd.concat([scores, again.assign(value=0.5)]))
+    assert (published in facts, unicode in facts, titles) == (True, True, {published, unicode})
+    facts, titles = said(pd.concat([scores[scores["metric"] != "rouge_l"], again]))
+    assert facts[published] == "none: its published tokenizer does not read the script"
+    assert (unicode in facts, titles) == (True, {unicode})
+
+
 # --- layers
 
 

@@ -49,10 +49,9 @@ def test_classes_by_hand() -> None:
             "macro_f1": two_thirds,
             "f1/a": two_thirds,
             "f1/b": two_thirds,
-            "f1/c": 0,
         }
     )
-    assert values(scores, 2)["macro_f1"] == 1
+    assert values(scores, 2) == {"held_out_loss": 1, "accuracy": 1, "macro_f1": 1, "f1/b": 1}  # it never met a
     confusion = {score.metric: score.value for score in scores if score.metric.startswith("confusion/")}
     assert confusion == {"confusion/a/a": 1, "confusion/a/b": 1, "confusion/b/b": 1}
 
@@ -69,7 +68,36 @@ def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:
     assert values(scores, None)["rouge_l"] == pytest.approx((first + 1) / 2)
     assert values(scores, None)["teacher_forced_rouge_l"] == pytest.approx((1 + 0) / 2)
     assert values(scores, 1)["rouge_l"] == 1
-    assert set(values(scores, 0)) == {"rouge_l", "bleu_4", "teacher_forced_rouge_l", "teacher_forced_bleu_4"}
+    names = {"rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"}
+    assert set(values(scores, 0)) == names | {f"teacher_forced_{name}" for name in names}
+    assert values(scores, None)["rouge_l_unicode"] == values(scores, None)["rouge_l"]
+
+
+def test_published_scores_are_missing_where_they_cannot_read() -> None:
+    """Hindi, equal: rouge-score would see the digits alone.  Chinese, 4 of 5 characters in order, of which the first 4
+    are the first 4: 2 * 4 / (5 + 5); 1- to 4-grams 4 of 5, 3 of 4, 2 of 3, 1 of 2."""
+    hindi, chinese = "औज़ार शेल्फ 3 पर है।", "我喜欢绿茶"
+    scores = list(text_scores([(0, Told(*[hindi] * 4)), (1, Told("我喜欢绿色", chinese, chinese, chinese))]))
+    assert values(scores, 0) == {
+        **{"rouge_l_unicode": 1, "bleu_4": 1, "bleu_4_unicode": 1},
+        **{"teacher_forced_rouge_l_unicode": 1, "teacher_forced_bleu_4": 1, "teacher_forced_bleu_4_unicode": 1},
+    }
+    assert values(scores, 1)["rouge_l_unicode"] == pytest.approx(8 / 10)
+    assert values(scores, 1)["bleu_4_unicode"] == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4))
+    assert {"rouge_l", "bleu_4"} & {score.metric for score in scores if score.client == 1} == set()
+    assert values(scores, None)["rouge_l_unicode"] == pytest.approx((1 + 8 / 10) / 2)
+
+
+def test_references_with_nothing_to_read_are_not_counted() -> None:
+    """A reference that was cut to nothing asks for nothing; its row is of neither mean nor count."""
+    nothing, right = Told("a guess", " \n", "a", "a"), Told(*["the cat sat"] * 4)
+    scores = list(text_scores([(0, nothing), (1, right)]))
+    assert [(score.value, score.count) for score in scores if score.metric == "rouge_l" and score.client is None] == [
+        (1.0, 1)
+    ]
+    assert "rouge_l" not in values(scores, 0)
+    assert values(scores, 0)["teacher_forced_rouge_l"] == 1
+    assert values(scores, None)["teacher_forced_rouge_l"] == 1
 
 
 def test_bleu_takes_the_answer_for_the_hypothesis_and_the_reference_for_the_reference() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from rayfed_sub.metrics.classes import class_scores, confusion
-from rayfed_sub.metrics.texts import bleu_4, rouge_l
+from rayfed_sub.metrics.texts import TEXT_SCORES, words
 from rayfed_sub.metrics.tokens import perplexity, token_accuracy
 from rayfed_sub.training.evaluation import Told, Verdict
 
@@ -18,9 +18,12 @@ class Score:
     """client: over the rows dealt to it, None: over all.  count: rows; of the loss and the accuracy of tokens, labels.
 
     metric: `held_out_loss`, nats per label.  Language modelling: `perplexity`, `token_accuracy`; of texts `rouge_l` and
-    `bleu_4` (greedy answers against references cut to task.max_length), `teacher_forced_rouge_l` and
-    `teacher_forced_bleu_4` (the likeliest token at every label, given the true ones before it, against the labels).
-    Classification: `accuracy`, `macro_f1`, `f1/<class>`, and over all rows `confusion/<true>/<predicted>` where not 0.
+    `bleu_4` as published, `rouge_l_unicode` and `bleu_4_unicode` over the words of any script (greedy answers against
+    references cut to task.max_length), and the same names after `teacher_forced_` (the likeliest token at every label,
+    given the true ones before it, against the labels).  Published scores are missing where they cannot read the
+    references (`metrics/texts.py`).
+    Classification: `accuracy`, `macro_f1`, `f1/<class>` of classes that a row has or is given, and over all rows
+    `confusion/<true>/<predicted>` where not 0.
     """
 
     client: int | None
@@ -63,14 +66,17 @@ def label_scores(rows: Rows[Verdict], names: Sequence[str]) -> Iterator[Score]:
 
 
 def text_scores(rows: Rows[Told]) -> Iterator[Score]:
-    """ROUGE-L and BLEU-4 of answers."""
+    """ROUGE-L and BLEU-4 of answers, over the rows whose reference has anything to read; none where no row has."""
     for client, own in _groups(rows).items():
-        for prefix, said, true in (
-            ("", [row.said for row in own], [row.reference for row in own]),
-            ("teacher_forced_", [row.forced for row in own], [row.true for row in own]),
+        for prefix, texts in (
+            ("", [(row.said, row.reference) for row in own]),
+            ("teacher_forced_", [(row.forced, row.true) for row in own]),
         ):
-            yield Score(client, f"{prefix}rouge_l", rouge_l(said, true), len(own))
-            yield Score(client, f"{prefix}bleu_4", bleu_4(said, true), len(own))
+            asked = [(said, true) for said, true in texts if words(true)]
+            for name, measured in TEXT_SCORES.items() if asked else ():
+                value = measured([said for said, _ in asked], [true for _, true in asked])
+                if value is not None:
+                    yield Score(client, f"{prefix}{name}", value, len(asked))
 
 
 def overall(scores: Sequence[Score]) -> dict[str, float]:

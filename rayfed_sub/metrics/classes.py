@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 
 def class_scores(labels: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict[str, float]:
-    """`accuracy`, `macro_f1` and `f1/<name>` for each class, all in [0, 1]; class i is called names[i].
+    """`accuracy`, `macro_f1` and `f1/<name>` for each class that occurs, all in [0, 1]; class i is called names[i].
 
-    A class's F1 is 2 tp / (2 tp + fp + fn).  macro_f1 is the plain mean over the classes that occur in `labels` or
-    `predicted`, as scikit-learn has it: a client that holds two of four classes is judged on those two, and on every
-    other one that it wrongly names.  Classes that occur in neither have F1 0 and do not count.  Raises ValueError for
-    no rows, lists of different lengths, or a class without a name.
+    A class's F1 is 2 tp / (2 tp + fp + fn), which is 0 / 0 for a class that occurs in neither `labels` nor `predicted`:
+    it has no score.  macro_f1 is the plain mean over the others, as scikit-learn has it: a client that holds two of
+    four classes is judged on those two, and on every other one that it wrongly names.  Raises ValueError for no rows,
+    lists of different lengths, or a class without a name.
 
-    >>> class_scores([0, 0, 1], [0, 1, 1], ["no", "yes", "maybe"])["f1/maybe"]
-    0.0
+    >>> sorted(class_scores([0, 0, 1], [0, 1, 1], ["no", "yes", "maybe"]))
+    ['accuracy', 'f1/no', 'f1/yes', 'macro_f1']
     """
     from sklearn.metrics import accuracy_score, f1_score
 
     _check(labels, predicted, len(names))
     present = sorted({*labels, *predicted})
-    each = f1_score(labels, predicted, labels=range(len(names)), average=None, zero_division=0)
+    each = f1_score(labels, predicted, labels=present, average=None, zero_division=0)
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "macro_f1": float(f1_score(labels, predicted, labels=present, average="macro", zero_division=0)),
-        **{f"f1/{name}": float(score) for name, score in zip(names, each, strict=True)},
+        **{f"f1/{names[index]}": float(score) for index, score in zip(present, each, strict=True)},
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rayfed_sub.data.batches import IGNORED
 from rayfed_sub.metrics.classes import class_scores, confusion
-from rayfed_sub.metrics.texts import bleu_4, rouge_l
+from rayfed_sub.metrics.texts import TEXT_SCORES
 from rayfed_sub.metrics.tokens import perplexity, token_accuracy
 
 
@@ -21,7 +21,8 @@ def metric(name: str, cache_dir: str) -> Any:
 
     Everything stays in memory, but `evaluate` makes an empty folder in cache_dir.  `compute` gives:
 
-    - rouge_l, bleu_4: {name: score} of texts.
+    - rouge_l, bleu_4: {name: score, or None} of texts, as published; rouge_l_unicode, bleu_4_unicode: over the words of
+      any script.
     - token_accuracy: {name: share, or None} of token numbers; a reference of -100 is no label.
     - perplexity: {name: value}; predictions are losses, nats of one label each, and there are no references.
     - macro_f1: `class_scores`, and `confusion`, of class numbers; wants `compute(names=[...])`, the classes' names.
@@ -57,12 +58,11 @@ class Form:
     compute: Callable[..., dict[str, Any]]
 
 
-def _rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    return {"rouge_l": rouge_l(predictions, references)}
+def _text_score(name: str) -> Callable[..., dict[str, Any]]:
+    def compute(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
+        return {name: TEXT_SCORES[name](predictions, references)}
 
-
-def _bleu_4(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    return {"bleu_4": bleu_4(predictions, references)}
+    return compute
 
 
 def _token_accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float | None]:
@@ -83,10 +83,15 @@ def _macro_f1(predictions: Sequence[int], references: Sequence[int], names: Sequ
 
 _TEXTS = {"predictions": "string", "references": "string"}
 _NUMBERS = {"predictions": "int64", "references": "int64"}
+_TEXT_DESCRIPTIONS = {
+    "rouge_l": "Mean F-measure of the longest common subsequence of words of ASCII letters and digits.",
+    "rouge_l_unicode": "Mean F-measure of the longest common subsequence of words of any script.",
+    "bleu_4": "Corpus BLEU with one reference, 0 to 1, of words as WMT's 13a cuts them.",
+    "bleu_4_unicode": "Corpus BLEU with one reference, 0 to 1, of words of any script.",
+}
 
 METRICS: Mapping[str, Form] = {
-    "rouge_l": Form("Mean F-measure of the longest common subsequence of words.", _TEXTS, _rouge_l),
-    "bleu_4": Form("Corpus BLEU with one reference, 0 to 1.", _TEXTS, _bleu_4),
+    **{name: Form(said, _TEXTS, _text_score(name)) for name, said in _TEXT_DESCRIPTIONS.items()},
     "token_accuracy": Form("Share of the labels that were foretold.", _NUMBERS, _token_accuracy),
     "perplexity": Form("exp of the mean loss in nats per label.", {"predictions": "float64"}, _perplexity),
     "macro_f1": Form("F1 of each class and their mean, accuracy, confusion matrix.", _NUMBERS, _macro_f1),

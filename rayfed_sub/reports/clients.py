@@ -9,7 +9,7 @@ from rayfed_sub.reports.curves import legend
 from rayfed_sub.reports.layers import DETAILED
 from rayfed_sub.reports.lines import ROUNDS, Axis, Curve, overlay
 from rayfed_sub.reports.source import Run, Runs
-from rayfed_sub.reports.words import LOWER, SCORES, cell, count, evenly, number, rounded, score
+from rayfed_sub.reports.words import LOWER, SCORES, cell, count, evenly, number, rounded, score, shown
 
 _SHARES = 201
 """Points of a curve over clients."""
@@ -82,7 +82,7 @@ def per_client(run: Run) -> pd.DataFrame:
     seen = run.client_layers[["client", *looked]].astype(dict.fromkeys(looked, "float64"))
     found = found.join(seen.groupby("client")[looked].mean())
     scores = last_scores(run)
-    return found.join(scores[[metric for metric in SCORES if metric in scores]])
+    return found.join(scores[shown({str(metric): scores[metric].dropna().tolist() for metric in scores})])
 
 
 def last_scores(run: Run) -> pd.DataFrame:

@@ -10,9 +10,9 @@ import pandas as pd
 from rayfed_sub.page import Cell, Details, Figure, Legend, Section, Table
 from rayfed_sub.reports.lines import ROUNDS, Axis, Curve, log_where_wide, overlay
 from rayfed_sub.reports.source import Run, Runs
-from rayfed_sub.reports.words import LOWER, SCORES, cell, count, number, score
+from rayfed_sub.reports.words import LOWER, SCORES, cell, count, number, score, shown
 
-AGAINST_BYTES = ("held_out_loss", "token_accuracy", "rouge_l", "accuracy", "macro_f1")
+AGAINST_BYTES = ("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "accuracy", "macro_f1")
 """The scores that are also drawn against what was sent."""
 
 
@@ -52,6 +52,12 @@ def overall(run: Run, metric: str) -> pd.Series[float]:
     return found.dropna().sort_index()
 
 
+def shown_scores(runs: Runs) -> list[str]:
+    """The scores of SCORES over all held-out rows that any run has, without those that say the same in every run."""
+    values = {metric: [overall(run, metric).tolist() for run in runs.values()] for metric in SCORES}
+    return shown({metric: found for metric, found in values.items() if any(found)})
+
+
 def change(metric: str, values: Sequence[float], rounds: Sequence[int]) -> str:
     """A score's way, in words."""
     begun = f"after {count('round', rounds[0])}" if rounds[0] else "before training"
@@ -66,8 +72,7 @@ def change(metric: str, values: Sequence[float], rounds: Sequence[int]) -> str:
 def _metrics(runs: Runs) -> list[str]:
     """The scores that any run has, but for classes' own."""
     found = {metric for run in runs.values() for metric in run.scores["metric"].dropna().unique() if "/" not in metric}
-    found |= {"held_out_loss" for run in runs.values() if run.rounds["held_out_loss"].notna().any()}
-    return [*(metric for metric in SCORES if metric in found), *sorted(found - set(SCORES))]
+    return [*shown_scores(runs), *sorted(found - set(SCORES))]
 
 
 def _scores(runs: Runs, metric: str) -> list[Figure]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from rayfed_sub.page import Cell, Facts, Section, Table
-from rayfed_sub.reports.curves import change, overall
+from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
 from rayfed_sub.reports.source import Run, Runs
-from rayfed_sub.reports.words import SCORES, cell, count, duration, megabytes, score
-
-_HEADLINES = ("held_out_loss", "token_accuracy", "rouge_l", "accuracy", "macro_f1")
+from rayfed_sub.reports.words import UNREAD, cell, count, duration, megabytes, published_name, score
 
 
 def results(runs: Runs) -> Section:
@@ -30,10 +28,12 @@ def _facts(run: Run) -> dict[str, str]:
     config, federation = run.config, run.config.federation
     cohort = f", {federation.cohort:,} in a round" if federation.cohort != federation.clients else ""
     found = {"state": state(run)}
-    for metric in SCORES:
+    scores = shown_scores({run.config.name: run})
+    for metric in scores:
+        if published_name(metric) not in scores:
+            found[score(published_name(metric))] = UNREAD
         values = overall(run, metric)
-        if len(values):
-            found[score(metric)] = change(metric, values.tolist(), values.index.tolist())
+        found[score(metric)] = change(metric, values.tolist(), values.index.tolist())
     found |= {
         "method": _method(run),
         "model": f"{config.model.path}, {config.model.dtype}",
@@ -75,7 +75,7 @@ def _bytes(run: Run, direction: str) -> str:
 
 
 def _table(runs: Runs) -> Table:
-    scores = [metric for metric in _HEADLINES if any(len(overall(run, metric)) for run in runs.values())]
+    scores = [metric for metric in shown_scores(runs) if metric in AGAINST_BYTES]
     called = [score(metric).partition(" (")[0] for metric in scores]
     heads = ["run", "method", "rank", *called, "up (MB)", "down (MB)", "time in rounds (s)", "state", "rounds"]
     heads += ["clients", "in a round", "local steps", "seed", "weights"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from rayfed_sub.page import Cell
@@ -15,13 +15,19 @@ SCORES = {
     "perplexity": "perplexity",
     "token_accuracy": "accuracy of the next token",
     "rouge_l": "ROUGE-L of greedy answers",
+    "rouge_l_unicode": "ROUGE-L of greedy answers, words of any script",
     "bleu_4": "BLEU-4 of greedy answers",
+    "bleu_4_unicode": "BLEU-4 of greedy answers, words of any script",
     "teacher_forced_rouge_l": "ROUGE-L of likeliest tokens",
+    "teacher_forced_rouge_l_unicode": "ROUGE-L of likeliest tokens, words of any script",
     "teacher_forced_bleu_4": "BLEU-4 of likeliest tokens",
+    "teacher_forced_bleu_4_unicode": "BLEU-4 of likeliest tokens, words of any script",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
 }
 """The scores of `analysis/scores.py`, but for classes' own, in the order in which people ask for them."""
+UNREAD = "none: its published tokenizer does not read the script"
+"""In a published score's place, where only the score over the words of any script is there (`metrics/texts.py`)."""
 LOWER = ("held_out_loss", "perplexity")
 """Scores of which less is better."""
 _MOST = 6
@@ -91,6 +97,29 @@ def score(metric: str) -> str:
     """
     kind, _, name = metric.partition("/")
     return SCORES.get(metric, f"F1 of {name}" if kind == "f1" else metric.replace("_", " "))
+
+
+def shown(scores: Mapping[str, Sequence[float]]) -> list[str]:
+    """The names of SCORES that are among these, but no score over words of any script that is the published one again.
+
+    scores: the values of each score over an evaluation, or several.
+
+    >>> shown({"rouge_l_unicode": [0.1, 0.5], "rouge_l": [0.1, 0.5], "bleu_4_unicode": [0.2, 0.3], "mine": [1.0]})
+    ['rouge_l', 'bleu_4_unicode']
+    """
+    return [
+        name
+        for name in SCORES
+        if name in scores and (name == (published := published_name(name)) or scores.get(published) != scores[name])
+    ]
+
+
+def published_name(metric: str) -> str:
+    """
+    >>> published_name("rouge_l_unicode"), published_name("accuracy")
+    ('rouge_l', 'accuracy')
+    """
+    return metric.removesuffix("_unicode")
 
 
 def listed(said: Sequence[str], noun: str = "run") -> str:

@@ -21,14 +21,18 @@ from rayfed_sub.faults import check
 from rayfed_sub.methods import build
 from rayfed_sub.streams import stream
 
+_CLASSES = ("accuracy", "macro_f1")
+_TEXTS = (
+    *("rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"),
+    *("teacher_forced_rouge_l", "teacher_forced_rouge_l_unicode"),
+    *("teacher_forced_bleu_4", "teacher_forced_bleu_4_unicode"),
+)
 METRICS = {
-    **{"held_out_loss": "min", "perplexity": "min", "token_accuracy": "max", "accuracy": "max", "macro_f1": "max"},
-    **{"rouge_l": "max", "bleu_4": "max", "teacher_forced_rouge_l": "max", "teacher_forced_bleu_4": "max"},
+    **{"held_out_loss": "min", "perplexity": "min", "token_accuracy": "max"},
+    **dict.fromkeys((*_CLASSES, *_TEXTS), "max"),
 }
 """What trials are compared by, and whether less or more of it is better."""
 
-_CLASSES = ("accuracy", "macro_f1")
-_TEXTS = ("rouge_l", "bleu_4", "teacher_forced_rouge_l", "teacher_forced_bleu_4")
 _SECTION = "sweep."
 
 
@@ -87,9 +91,13 @@ class Search(Record):
         "accuracy",
         "macro_f1",
         "rouge_l",
+        "rouge_l_unicode",
         "bleu_4",
+        "bleu_4_unicode",
         "teacher_forced_rouge_l",
+        "teacher_forced_rouge_l_unicode",
         "teacher_forced_bleu_4",
+        "teacher_forced_bleu_4_unicode",
     ] = "held_out_loss"
     trials: Count = 1
     seed: Annotated[int, Field(ge=0)] = 0
