@@ -7,6 +7,8 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from rayfed_sub.analysis.scores import Score, label_scores, overall, text_scores, token_scores
+from rayfed_sub.engine.journal import ClientRow
+from rayfed_sub.engine.tally import Tally
 from rayfed_sub.training.evaluation import Told, Verdict
 
 
@@ -54,6 +56,14 @@ def test_classes_by_hand() -> None:
     assert values(scores, 2) == {"held_out_loss": 1, "accuracy": 1, "macro_f1": 1, "f1/b": 1}  # it never met a
     confusion = {score.metric: score.value for score in scores if score.metric.startswith("confusion/")}
     assert confusion == {"confusion/a/a": 1, "confusion/a/b": 1, "confusion/b/b": 1}
+
+
+def test_a_round_s_training_loss_leaves_out_clients_that_were_skipped() -> None:
+    """2 and 4, each once; the client that diverged at a loss of 1e6 is counted, but its update is of no weight."""
+    tally, rest = Tally(0, 3, 0.0), {"loss_last": 1.0, "labels": 5.0, "steps": 2.0}
+    for client, loss, failure in ((0, 2.0, None), (1, 1e6, "non-finite loss at local step 1"), (2, 4.0, None)):
+        tally.add(ClientRow(0, client, 1.0, 10, 10, loss=loss, **rest, failure=failure))  # type: ignore[arg-type]
+    assert (tally.loss, tally.failed, tally.labels) == (3.0, 1, 15)
 
 
 def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:

@@ -26,7 +26,7 @@ class Tally:
         self.failed += row.failure is not None
         self.uplink_bytes += row.uplink_bytes
         self._labels += row.labels
-        if row.loss is not None:
+        if row.loss is not None and row.failure is None:  # a client that diverged is in its own row alone
             self._with_loss += 1
             self._losses += row.loss
 
@@ -36,7 +36,7 @@ class Tally:
 
     @property
     def loss(self) -> float | None:
-        """The mean over clients, each counting once, nats; None while nobody has one."""
+        """The mean over clients that were not skipped, each counting once, nats; None while nobody has one."""
         return self._losses / self._with_loss if self._with_loss else None
 
     def told(self) -> PackDone:

@@ -112,7 +112,8 @@ def _unequal(runs: Runs, metric: str) -> list[Figure]:
 
 def _spread(run: Run) -> list[Figure]:
     """The middle and the ends of clients' losses over rounds."""
-    losses = run.clients.dropna(subset=["loss"]).astype({"loss": "float64"}).groupby("round")["loss"]
+    trained = run.clients[run.clients["failure"].isna()]
+    losses = trained.dropna(subset=["loss"]).astype({"loss": "float64"}).groupby("round")["loss"]
     if losses.ngroups < 2 or losses.size().max() < 2:
         return []
     low, middle, high = (losses.quantile(share) for share in (0.1, 0.5, 0.9))
@@ -123,7 +124,7 @@ def _spread(run: Run) -> list[Figure]:
         "Training loss of clients (nats/label)",
         ROUNDS,
         [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], said)],
-        "Median over the round's clients; the band holds the middle four fifths of them.",
+        "Median over the round's clients that were not skipped; the band holds the middle four fifths of them.",
     )
     band = {
         "type": "scatter",
