@@ -108,7 +108,8 @@ def words(text: str) -> list[str]:
     """
     text = _normal(text).casefold()
     patterns = _patterns()
-    return patterns["word"].findall(text) or patterns["visible"].findall(text)
+    found: list[str] = patterns["word"].findall(text) or patterns["visible"].findall(text)
+    return found
 
 
 class _Words:

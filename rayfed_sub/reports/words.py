@@ -99,7 +99,7 @@ def score(metric: str) -> str:
     return SCORES.get(metric, f"F1 of {name}" if kind == "f1" else metric.replace("_", " "))
 
 
-def shown(scores: Mapping[str, Sequence[float]]) -> list[str]:
+def shown(scores: Mapping[str, Sequence[object]]) -> list[str]:
     """The names of SCORES that are among these, but no score over words of any script that is the published one again.
 
     scores: the values of each score over an evaluation, or several.
