@@ -136,6 +136,7 @@ class Display:
         metrics, sitting = summary.metrics, "since it went on" if summary.resumed else "in all"
         rows = [
             *_scores(metrics),
+            *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_bytes)),
             ("rank of the last change", f"{summary.change_rank:g} (median over target layers)"),

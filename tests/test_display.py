@@ -214,6 +214,13 @@ def test_the_final_table(clock: Clock) -> None:
         assert tuple(cells) == row
 
 
+def test_scores_of_a_bfloat16_model_are_called_so() -> None:
+    for precision, marked in (("bfloat16", True), ("float32", False)):
+        pipe, text = console(terminal=False)
+        Display(pipe).table(Summary(**{**vars(SUMMARY), "precision": precision}))
+        assert ("the bfloat16 model" in text.getvalue()) == marked
+
+
 def test_the_table_shows_the_scores_there_are() -> None:
     pipe, text = console(terminal=False)
     metrics = {"accuracy_before": 0.25, "accuracy": 0.5, "macro_f1_before": 0.2, "macro_f1": 0.75}

@@ -149,7 +149,9 @@ class Summary:
     `<metric>` after, which `analysis/scores.py` defines; dense_bytes: what one
     direction would have cost with dense target weights; privacy: epsilon and delta spent; wall_seconds and
     peak_memory_bytes: of the last sitting; planned_memory_bytes: what `plan` gives for all processes of a run on one
-    machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again."""
+    machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again; precision: of
+    the model that was judged, but for its target layers and head, which compute in float32; logits: how they follow
+    from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's)."""
 
     name: str
     method: str
@@ -168,4 +170,6 @@ class Summary:
     privacy: dict[str, float] | None = None
     planned_memory_bytes: int | None = None
     resumed: tuple[int, ...] = ()
+    precision: str = "float32"
+    logits: str | None = None
     folder: str = field(default="", compare=False)

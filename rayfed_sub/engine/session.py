@@ -311,5 +311,7 @@ def _summary(
         environment=first.environment,
         privacy=None if epsilon is None else {"epsilon": epsilon, "delta": config.privacy.delta},
         resumed=folder.resumed(),
+        precision=config.model.dtype,
+        logits=None if job.skeleton.logits is None else str(job.skeleton.logits),
         folder=folder.place.called(),
     )

@@ -34,6 +34,8 @@ def _facts(run: Run) -> dict[str, str]:
             found[score(published_name(metric))] = UNREAD
         values = overall(run, metric)
         found[score(metric)] = change(metric, values.tolist(), values.index.tolist())
+    if config.model.dtype != "float32":
+        found["scores are of"] = f"the {config.model.dtype} model"
     found |= {
         "method": _method(run),
         "model": f"{config.model.path}, {config.model.dtype}",
