@@ -223,9 +223,10 @@ def export(
 ) -> None:
     """Write the trained model so that transformers or peft loads it.
 
-    A peft adapter names the model that it changes, which must be loaded first.
-    Where transformers could not load that by a name (random, GGUF, with a
-    classification head), it is written beside the adapter, to the folder base.
+    Prints the line of Python that loads it, to be run in its folder wherever
+    that lies; README.md there has it too, with how to make a prompt. Where
+    transformers could not load an adapter's base by a name (random, GGUF, with
+    a classification head), it is written beside the adapter, to the folder base.
     """
     from rayfed_sub.engine.mirror import at_hand
     from rayfed_sub.export import export_hf, export_peft

@@ -15,16 +15,19 @@ from rayfed_sub.engine.exchange import unpacked
 from rayfed_sub.engine.folder import finished, make
 from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.errors import UserError
+from rayfed_sub.models.codecs import HubCodec
+from rayfed_sub.models.image_codecs import ImageCodec
 from rayfed_sub.models.skeleton import AUTO_CLASSES
 from rayfed_sub.models.sources import RANDOM, locate
-from rayfed_sub.models.weights import load_weights, target_weights, write_folder
+from rayfed_sub.models.weights import generation_config, load_weights, target_weights, write_codec, write_folder
 from rayfed_sub.records import Change, ServerState
 from rayfed_sub.training.adapters import Factors, write_adapter
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: how to load it, and what the person should know, in a line each."""
+    """What was written: how to load it, and what the person should know, in a line each.  loading: a line of Python
+    that works in the exported folder wherever that lies."""
 
     loading: str
     warning: str | None = None
@@ -49,31 +52,92 @@ def export_hf(run_dir: Path, to: Path, client: int | None = None) -> Export:
     Raises UserError where run_dir holds no finished run, `to` is not empty, or `client` does not fit the method.
     """
     trained = _read(run_dir, to, client)
-    skeleton, codec = trained.job.skeleton, trained.job.codec
+    skeleton, job = trained.job.skeleton, trained.job
     merged = {f"{t.name}/weight": _changed(trained, t.name) for t in skeleton.shape.targets}
-    write_folder(skeleton, trained.tensors, merged | dict(trained.head), to, codec, dtype=torch.float32)
-    return Export(f"{to}: load it with transformers' {AUTO_CLASSES[skeleton.kind]}.from_pretrained")
+    everything, generation = merged | dict(trained.head), generation_config(job.config.model, skeleton, job.codec)
+    write_folder(skeleton, trained.tensors, everything, to, job.codec, torch.float32, generation)
+    auto = AUTO_CLASSES[skeleton.kind]
+    loading = f'from transformers import {auto}; model = {auto}.from_pretrained(".")  # in the exported folder'
+    _write_readme(to, job, loading)
+    return Export(loading)
 
 
 def export_peft(run_dir: Path, to: Path, client: int | None = None) -> Export:
     """Writes a LoRA adapter that peft's PeftModel.from_pretrained loads: the change of every target, and the head.
 
     Low-rank terms are written as they are, several of a layer side by side, their scale and core in B.  The change of a
-    dense weight is written at its numerical rank.  The adapter names its base, a causal language model, where that is a
-    folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its own dtype.
+    dense weight is written at its numerical rank.  The base, a causal language model, is loaded by its name where that
+    is a folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its own
+    dtype.  Tokenizer, chat template and generation configuration are written beside the adapter, for the run trained
+    with them, whatever comes with the base.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are.
     """
     trained = _read(run_dir, to, client)
     factors, ranks = _factors(trained)
-    skeleton = trained.job.skeleton
-    base, turned = _base(trained, to), bool(skeleton.transposed)
+    job, skeleton = trained.job, trained.job.skeleton
+    generation = generation_config(job.config.model, skeleton, job.codec)
+    name = loadable(job.config.model.path, skeleton.kind)
+    if name is None:
+        write_folder(skeleton, trained.tensors, {}, to / "base", job.codec, generation=generation)
+    base, turned = name or str((to / "base").resolve()), bool(skeleton.transposed)
     write_adapter(to, factors, trained.head, kind=skeleton.kind, base=base, transposed=turned)
-    loading = f"{to}: load it with peft's PeftModel.from_pretrained, over the model {base}"
+    write_codec(job.codec, to)
+    if generation is not None:
+        generation.save_pretrained(to)
+    loading = _loading_peft(job, name)
+    _write_readme(to, job, loading)
     if not ranks:
         return Export(loading)
     span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}"
     return Export(loading, f"the change of dense weights is written at its numerical rank, {span} a layer")
+
+
+def _loading_peft(job: Job, name: str | None) -> str:
+    """A line of Python that loads the adapter in its folder; name: the base's, None where it lies in `base`.
+
+    The base gets the values that the run began with, in the run's dtype, and computes in float32, as an exported whole
+    model does.
+    """
+    auto, dtype = AUTO_CLASSES[job.skeleton.kind], job.config.model.dtype
+    generation = name is not None and job.skeleton.kind == "causal-lm"
+    imports = f"{auto}, GenerationConfig" if generation else auto
+    ends = ', generation_config=GenerationConfig.from_pretrained(".")' if generation else ""
+    wide = "" if dtype == "float32" else ".float()"
+    base = f"{auto}.from_pretrained({name or 'base'!r}, dtype={dtype!r}{ends}){wide}"
+    loaded = f'model = PeftModel.from_pretrained({base}, ".")'
+    return f"from peft import PeftModel; from transformers import {imports}; {loaded}  # in the exported folder"
+
+
+def _write_readme(to: Path, job: Job, loading: str) -> None:
+    """README.md of an export: the lines of Python that load it and make its inputs as the run did."""
+    config = job.config
+    about = f"`{config.model.path}` trained by rayfed_sub with `{config.method['name']}`, run `{config.name}`."
+    inputs = "\n".join(_inputs(job))
+    text = f"# {config.name}\n\n{about}\n\nLoad it, in this folder:\n\n```python\n{loading}\n```\n"
+    text += f"\nMake its inputs as in training:\n\n```python\n{inputs}\n```\n"
+    if job.skeleton.kind == "causal-lm":
+        text += (
+            f"\nAnswers end with token {job.codec.eos}; generation stops at {', '.join(map(str, job.codec.ends))}.\n"
+        )
+    (to / "README.md").write_text(text, encoding="utf-8")
+
+
+def _inputs(job: Job) -> list[str]:
+    """Python that makes `ids` of `text`, or `inputs` of `image`, as the run's codec does."""
+    codec, answers = job.codec, job.skeleton.kind == "causal-lm"
+    if isinstance(codec, ImageCodec):
+        make = 'from transformers import AutoImageProcessor; processor = AutoImageProcessor.from_pretrained(".")'
+        return [make, 'inputs = processor(image, return_tensors="pt")']
+    if not isinstance(codec, HubCodec):
+        shown = 'f"Q: {text}\\nA: "' if answers else "text"
+        end = "" if answers else f", {codec.eos}"
+        return [f'ids = [1, *(byte + 3 for byte in {shown}.encode("utf-8", "replace")){end}]']
+    make = 'from transformers import AutoTokenizer; tokenizer = AutoTokenizer.from_pretrained(".")'
+    if answers and codec.chat:
+        chat = '[{"role": "user", "content": text}], add_generation_prompt=True'
+        return [make, f'ids = tokenizer.apply_chat_template({chat})["input_ids"]']
+    return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if answers else 'ids = tokenizer(text)["input_ids"]']
 
 
 def _read(run_dir: Path, to: Path, client: int | None) -> _Trained:
@@ -150,15 +214,6 @@ def factorised(change_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _, V_nn = torch.linalg.eigh(change_mn.T @ change_mn)
     V_nr = V_nn[:, n - rank :]  # eigenvalues ascend
     return (change_mn @ V_nr).float(), V_nr.T.float()
-
-
-def _base(trained: _Trained, to: Path) -> str:
-    """The name by which transformers loads the pretrained model, which is written to `to`/base where it has none."""
-    job = trained.job
-    name = loadable(job.config.model.path, job.skeleton.kind)
-    if name is None:
-        write_folder(job.skeleton, trained.tensors, {}, to / "base", job.codec)
-    return name or str((to / "base").resolve())
 
 
 def loadable(path: str, kind: str) -> str | None:

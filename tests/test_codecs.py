@@ -73,7 +73,7 @@ def test_bytes_decode() -> None:
 
 def test_no_template() -> None:
     codec = hub_codec(tokenizer())
-    assert codec.opening is None
+    assert not codec.chat
     assert spell(codec.prompt("why be")) == "why be"  # the newline is no word here
     assert spell(codec.answer("so it")) == "so it <eos>"
     assert (codec.eos, codec.pad, codec.vocabulary) == (2, 2, 13)  # pad falls back to eos
@@ -100,6 +100,148 @@ def test_a_template_s_own_system_text_is_left_out() -> None:
 def test_template_without_system_messages() -> None:
     codec = hub_codec(tokenizer(REFUSES + TURNS + BEGIN))
     assert spell(codec.prompt("why")) == "<turn> user why <end> <turn> assistant"
+    assert codec.tokenizer.chat_template == REFUSES + TURNS + BEGIN  # nothing to edit
+
+
+def test_a_template_that_cannot_be_edited_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renderer that drops the second message of a conversation wherever the template was edited."""
+    made = tokenizer(POLITE + TURNS + BEGIN)
+    plain = made.apply_chat_template
+
+    def apply(chat: list[dict[str, str]], chat_template: str | None = None, **options: Any) -> Any:
+        edited = "set messages" in (chat_template or made.chat_template)
+        return plain(chat[:1] + chat[2:] if edited else chat, chat_template=chat_template, **options)
+
+    monkeypatch.setattr(made, "apply_chat_template", apply)
+    codec = hub_codec(made)
+    assert spell(codec.prompt("why")) == "<turn> system be polite <end> <turn> user why <end> <turn> assistant"
+    assert made.chat_template == POLITE + TURNS + BEGIN
+
+
+CHATML = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+HELPFUL = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML + "{% endfor %}" + ASKED
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
+    "{% endfor %}" + ASKED
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set told = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set told = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (told if loop.first else '') + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "  {%- if strftime_now is defined %}\n    {%- set date = strftime_now('%d %b %Y') %}\n  {%- else %}\n"
+    "    {%- set date = '26 Jul 2024' %}\n  {%- endif %}\n"
+    "{%- if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] %}{% set messages = messages[1:] %}"
+    "{%- else %}{% set told = 'You are Llama.' %}{%- endif %}"
+    "{{ bos_token }}<|im_start|>system\nToday: {{ date }}\n{{ told }}<|im_end|>\n"
+    "{% for m in messages %}" + CHATML + "{% endfor %}" + ASKED
+)
+NEWLINES = "\n\n" + HELPFUL
+SHOUTS = "{% for m in messages %}{{ m['content'] | upper }}{{ eos_token }}{% endfor %}"
+# What a user's `why?` becomes, where it is not obvious: by hand.
+EMPTY = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+TEMPLATES: dict[str, tuple[str | dict[str, str], str]] = {
+    "default system text": (HELPFUL, EMPTY),
+    "raises on a system message": (
+        GEMMA,
+        "<s><|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "system text inside the user's turn": (LLAMA2, "<s>[INST] why? [/INST]"),
+    "today's date and a default system text": (
+        LLAMA3,
+        EMPTY.replace("<|im_start|>system\n", "<s><|im_start|>system\nToday: 26 Jul 2024\n"),
+    ),
+    "several by name": ({"default": HELPFUL, "tool_use": LLAMA2}, EMPTY),
+    "leading line ends": (NEWLINES, "\n\n" + EMPTY),
+    "changes what is said": (SHOUTS, "WHY?</s>"),
+}
+
+
+def spelling(template: str | dict[str, str] | None, bos: bool = True) -> Any:
+    """Bytes as tokens; the tokenizer itself puts <s> in front as well, where it is asked for special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, extra_special_tokens=["<|im_start|>", "<|im_end|>"], **special
+    )
+    if bos:
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", fast.bos_token_id)]
+        )
+    fast.chat_template = template
+    return fast
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_saved_prompts_as_in_training(name: str, tmp_path: Path) -> None:
+    """The saved tokenizer with one plain user message, as every user of an exported model calls it."""
+    from transformers import AutoTokenizer
+
+    template, wanted = TEMPLATES[name]
+    source = tmp_path / "source"
+    spelling(template).save_pretrained(source)
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    assert (source / "chat_template.jinja").exists()
+    codec = load_codec(Model(path=str(source)))
+    assert isinstance(codec, HubCodec)
+    trained = codec.prompt("why?")
+    assert codec.tokenizer.decode(trained) == wanted
+    codec.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.apply_chat_template([USER], add_generation_prompt=True)["input_ids"] == trained
+    # A system message of the user's own is rendered as the model's own template renders it.
+    own, chat = AutoTokenizer.from_pretrained(source), [{"role": "system", "content": "be brief"}, USER]
+    if "raises" not in name and "date" not in name:
+        assert saved.apply_chat_template(chat, tokenize=False) == own.apply_chat_template(chat, tokenize=False)
+    if isinstance(template, dict):
+        assert saved.chat_template["tool_use"] == template["tool_use"]
+
+
+USER = {"role": "user", "content": "why?"}
+
+
+def test_names_without_a_default_are_no_template() -> None:
+    """transformers' own call refuses such a tokenizer."""
+    codec = hub_codec(spelling({"tool_use": HELPFUL, "rag": HELPFUL}))
+    assert not codec.chat
+    assert codec.tokenizer.decode(codec.prompt("why?")) == "<s>why?\n"
+
+
+def test_a_template_that_refuses_every_conversation(tmp_path: Path) -> None:
+    spelling("{{ raise_exception('no') }}").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"model\.path: .*the chat template renders no conversation that begins with"):
+        load_codec(Model(path=str(tmp_path)))
+
+
+def test_generation_stops_at_the_turn_s_end_and_at_the_model_s_own(tmp_path: Path) -> None:
+    """256 letters, then <s>, </s>, <pad>, <|im_start|>, <|im_end|> in the order in which they were added."""
+    made = spelling(HELPFUL)
+    start, turn, eos = (made.convert_tokens_to_ids(word) for word in ("<|im_start|>", "<|im_end|>", "</s>"))
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "eos_token_id": [{eos}, 7]}}')
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {start}}}')
+    codec = load_codec(Model(path=str(tmp_path)))
+    assert (codec.eos, codec.ends) == (turn, (turn, eos, 7, start))
+    assert codec.answer("x")[-1] == turn
+    assert hub_codec(spelling(SHOUTS)).ends == (eos,)  # the words are not found again: the tokenizer's own end
+    assert hub_codec(spelling(None)).ends == (eos,)
+    assert ByteCodec().ends == (2,)
 
 
 def test_hub_decode_leaves_special_tokens_out() -> None:
@@ -143,3 +285,7 @@ def test_smollm2() -> None:
     assert codec.answer("4")[-1] == codec.eos == codec.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert codec.decode(codec.answer("It is 4 .")) == "It is 4 ."
     assert codec.vocabulary == 49152
+    whole = codec.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2+2?"}], add_generation_prompt=True
+    )
+    assert whole["input_ids"] == asked

@@ -47,9 +47,13 @@ def test_answers_are_the_likeliest_tokens_whatever_stands_beside_them(model: Cal
     wanted = [greedy(prompt, 6) for prompt in prompts]
     assert len({tuple(answer) for answer in wanted}) == 3
     eos = wanted[0][3]
-    found = answers(net, prompts, pad=PAD, eos=eos, limit=6)
+    found = answers(net, prompts, pad=PAD, ends=[eos], limit=6)
     assert found == [answer[: answer.index(eos)] if eos in answer else answer for answer in wanted]
     assert len(found[0]) <= 3
+    # Any of several ends will do, whichever comes first.
+    assert answers(net, prompts[:1], pad=PAD, ends=[eos, wanted[0][1]], limit=6) == [
+        wanted[0][: wanted[0].index(wanted[0][1])]
+    ]
 
 
 @pytest.mark.parametrize("model", [bert, dinov2], ids=["bert", "dinov2"])

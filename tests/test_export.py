@@ -5,8 +5,10 @@ The runs are walked without Ray: one Worker as a plain object, two clients, two 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -205,8 +207,23 @@ def agree(run: Path, folder: Path, client: int | None = None, auto: Any = AutoMo
     written = export_peft(run, folder / "peft", client)
     for found in loaded(folder / "peft", auto):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert f"{folder / 'peft'}: load it with peft's PeftModel.from_pretrained, over the model " in written.loading
+    for name in ("hf", "peft"):  # moved, and loaded by the line in its README
+        (folder / name).rename(folder / f"moved-{name}")
+        torch.testing.assert_close(logits(by_readme(folder / f"moved-{name}")["model"]), expected, atol=1e-5, rtol=0)
+        (folder / f"moved-{name}").rename(folder / name)
+    assert written.loading in (folder / "peft" / "README.md").read_text()
     return written.warning
+
+
+def by_readme(folder: Path, **given: object) -> dict[str, Any]:
+    """The names that the Python lines of a folder's README define when they are run in it."""
+    lines = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = dict(given)
+    with contextlib.chdir(folder), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft only warns of tensors that are missing or fit nowhere
+        for line in lines if given else lines[:1]:
+            exec(line, names)
+    return names
 
 
 @pytest.mark.parametrize("method", ADAPTED)
@@ -341,8 +358,12 @@ def test_a_base_in_a_folder_is_named_and_not_written_again(
     run = trained(tmp_path / "run", config.model_copy(update={"model": model}))
     agree(run, tmp_path)
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
     config_of = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config_of["base_model_name_or_path"] == str(tmp_path / "first")
@@ -357,6 +378,69 @@ def tokenizer() -> Any:
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **names)
+
+
+CHAT = (
+    "{% if messages[0]['role'] != 'system' %}1 4 5 6 7 8 9 3 {% endif %}"
+    "{% for m in messages %}10 {{ m['content'] }} 11 {% endfor %}{% if add_generation_prompt %}12{% endif %}"
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_is_prompted_and_stopped_as_in_training(
+    dtype: str, runs: Callable[[str], Path], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model in a folder, named by a relative path, whose turns end with token 11 and whose own end is 2."""
+    export_hf(runs("fedit"), tmp_path / "first")
+    words = tokenizer()
+    words.add_special_tokens({"extra_special_tokens": ["10", "11"]})
+    words.chat_template = CHAT
+    words.save_pretrained(tmp_path / "first")
+    generation = tmp_path / "first" / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), "top_k": 33, "do_sample": True}))
+    monkeypatch.chdir(tmp_path)
+    config = configured(table, "fedit")
+    model = config.model.model_copy(update={"path": "./first", "random": {}, "dtype": dtype})
+    run = trained(tmp_path / "run", config.model_copy(update={"model": model}))
+    codec = job_of(run).codec
+    prompt = codec.prompts(["7 9"])[0]  # type: ignore[union-attr]
+    assert codec.tokenizer.decode(prompt) == "10 11 10 7 9 11 12"  # type: ignore[union-attr]
+    for name, export in {"hf": export_hf, "peft": export_peft}.items():
+        written = export(run, tmp_path / name)
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        moved = (tmp_path / name).rename(tmp_path / "moved" / name)
+        monkeypatch.chdir(tmp_path / "moved")
+        named = by_readme(moved, text="7 9")
+        assert written.loading in (moved / "README.md").read_text()
+        assert named["ids"] == prompt
+        assert named["model"].generation_config.eos_token_id == [11, 2]
+        assert (named["model"].generation_config.top_k, named["model"].generation_config.pad_token_id) == (33, 0)
+        monkeypatch.chdir(tmp_path)
+    # The adapter over its base computes what the whole model computes.
+    whole, adapted = (logits(by_readme(tmp_path / "moved" / name)["model"]) for name in ("hf", "peft"))
+    torch.testing.assert_close(adapted, whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("label", [False, True], ids=["answers", "classes"])
+def test_inputs_of_a_model_that_reads_bytes(
+    label: bool, runs: Callable[[str], Path], table: Path, tmp_path: Path
+) -> None:
+    run = trained(tmp_path / "run", configured(table, "fedit", BERT)) if label else runs("fedit")
+    codec = job_of(run).codec
+    wanted = codec.texts(["why é?"])[0] if label else codec.prompts(["why é?"])[0]  # type: ignore[union-attr]
+    for name, export in {"hf": export_hf, "peft": export_peft}.items():
+        export(run, tmp_path / name)
+        assert by_readme(tmp_path / name, text="why é?")["ids"] == wanted
+
+
+def test_inputs_of_a_tokenizer_without_a_template(runs: Callable[[str], Path], table: Path, tmp_path: Path) -> None:
+    export_hf(runs("fedit"), tmp_path / "first")
+    tokenizer().save_pretrained(tmp_path / "first")
+    config = configured(table, "fedit")
+    model = config.model.model_copy(update={"path": str(tmp_path / "first"), "random": {}})
+    run = trained(tmp_path / "run", config.model_copy(update={"model": model}))
+    export_peft(run, tmp_path / "peft")
+    assert by_readme(tmp_path / "peft", text="7 9")["ids"] == job_of(run).codec.prompts(["7 9"])[0]  # type: ignore[union-attr]
 
 
 def test_a_gguf_file_is_no_name_for_a_base(tmp_path: Path) -> None:
@@ -416,7 +500,11 @@ def test_the_command_warns_on_stderr_and_says_how_to_load(
     words = ("export", str(runs("fedftg")), "--to", str(to), "--format", "peft")
     code, out, err = said(capsys, monkeypatch, *words)
     assert (code, out.count("\n"), err.count("\n")) == (0, 1, 1)
-    assert out == f"{to}: load it with peft's PeftModel.from_pretrained, over the model {to / 'base'}\n"
+    base = "AutoModelForCausalLM.from_pretrained('base', dtype='float32')"
+    assert out == (
+        "from peft import PeftModel; from transformers import AutoModelForCausalLM; "
+        f'model = PeftModel.from_pretrained({base}, ".")  # in the exported folder\n'
+    )
     assert err.startswith("rayfed-sub: the change of dense weights is written at its numerical rank, ")
     assert (to / "adapter_config.json").exists()
     code, out, err = said(capsys, monkeypatch, *words)

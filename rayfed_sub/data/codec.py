@@ -19,6 +19,10 @@ class TextCodec(Protocol):
     def eos(self) -> int:
         """The token that closes an answer or a text."""
 
+    @property
+    def ends(self) -> Sequence[int]:
+        """The tokens at which generation stops, eos among them."""
+
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """The questions, in the model's chat template where it has one, ready for the answers to follow."""
 
@@ -43,6 +47,10 @@ class PixelCodec(Protocol):
     @property
     def eos(self) -> int:
         """0: nothing is closed."""
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """Empty: nothing is generated."""
 
     @property
     def mean(self) -> Sequence[float]:

@@ -189,7 +189,7 @@ class Worker:
         references = [held_out.row(row)[held_out.prompts[row] :].tolist() for row in rows]
         limit = self._spec.config.evaluation.max_new_tokens
         with self._judged(round, broadcast, client, state):
-            tokens = answers(self._model, prompts, pad=codec.pad, eos=codec.eos, limit=limit)
+            tokens = answers(self._model, prompts, pad=codec.pad, ends=codec.ends, limit=limit)
             forced = verdicts(self._model, self._held_out(rows))
         give_back()
         texts = zip(tokens, references, (v.said for v in forced), (v.true for v in forced), strict=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from rayfed_sub.config import Model
 from rayfed_sub.errors import UserError
+from rayfed_sub.models.chat_templates import default_template, rendered, set_default_template, trained_template
 from rayfed_sub.models.quiet import quiet
 from rayfed_sub.models.sources import RANDOM, Source, locate
 
@@ -25,6 +27,11 @@ class ByteCodec:
     bos: int = 1
     eos: int = 2
     vocabulary: int = 259
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens at which generation stops."""
+        return (self.eos,)
 
     def prompt(self, text: str) -> list[int]:
         return [self.bos, *self._tokens(f"Q: {text}\nA: ")]
@@ -60,14 +67,16 @@ class HubCodec:
 
     With a chat template a prompt is a user's message up to where the assistant speaks, and eos is the token
     that ends the assistant's turn.  Without one a prompt is the text and a newline, and eos the tokenizer's.
-    opening: the messages that come before the user's (None: no chat template).
+    chat: whether there is a chat template; the tokenizer holds the one that the run trains with, to be saved as it is.
+    ends: the tokens at which generation stops, eos first, then those with which the pretrained model ends.
     """
 
     tokenizer: Any
     pad: int
     eos: int
     vocabulary: int
-    opening: tuple[dict[str, str], ...] | None
+    chat: bool
+    ends: tuple[int, ...]
 
     def prompt(self, text: str) -> list[int]:
         return self.prompts([text])[0]
@@ -83,11 +92,11 @@ class HubCodec:
         return decoded
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        if self.opening is None:
+        if not self.chat:
             return self._tokens([f"{text}\n" for text in texts], special=True)
         rendered = [
             self.tokenizer.apply_chat_template(
-                [*self.opening, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
             )
             for text in texts
         ]
@@ -107,23 +116,32 @@ class HubCodec:
         return [list(tokens) for tokens in encoded["input_ids"]]
 
 
-def hub_codec(tokenizer: Any) -> HubCodec:
-    """The codec of a transformers tokenizer.
+def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubCodec:
+    """The codec of a transformers tokenizer, whose default chat template becomes the one that the run trains with.
 
     Some templates put in a system text of their own, SmolLM2's is 22 tokens in every row.  Where that is
-    shorter an empty system message takes its place (6 tokens for SmolLM2: rows of short documentation are 38
-    tokens long on average instead of 54, and their loss before any training is 4.04 instead of 4.13).
-    Raises ValueError where the tokenizer has no token that could end an answer.
+    shorter an empty system message is made the template's default (6 tokens for SmolLM2: rows of short documentation
+    are 38 tokens long on average instead of 54, and their loss before any training is 4.04 instead of 4.13).
+    ends: the tokens with which the pretrained model ends, besides the tokenizer's own.
+    Raises ValueError where the tokenizer has no token that could end an answer, or its template renders no user's
+    message.
     """
-    chat = getattr(tokenizer, "chat_template", None) is not None
-    opening = _opening(tokenizer) if chat else None
-    ends = [_turn_end(tokenizer, opening) if opening is not None else None]
-    ends += [tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
-    eos = next((token for token in ends if token is not None), None)
+    template, turn_end = default_template(tokenizer), None
+    if template is not None:
+        template = trained_template(tokenizer, template)
+        if rendered(tokenizer, template, [{"role": "user", "content": "?"}]) is None:
+            raise ValueError("the chat template renders no conversation that begins with a user's message")
+        set_default_template(tokenizer, template)
+        turn_end = _turn_end(tokenizer, template)
+    own = tokenizer.eos_token_id
+    eos = next(
+        (token for token in (turn_end, own, tokenizer.sep_token_id, tokenizer.pad_token_id) if token is not None), None
+    )
     if eos is None:
         raise ValueError("the tokenizer has no end, separator or padding token")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return HubCodec(tokenizer, pad, eos, len(tokenizer), opening)
+    every = tuple(dict.fromkeys(token for token in (eos, own, *ends) if token is not None))
+    return HubCodec(tokenizer, pad, eos, len(tokenizer), template is not None, every)
 
 
 def load_codec(model: Model) -> HubCodec | ByteCodec:
@@ -136,7 +154,7 @@ def load_codec(model: Model) -> HubCodec | ByteCodec:
     source = locate(model.path)
     try:
         with quiet():
-            return hub_codec(_tokenizer(source))
+            return hub_codec(_tokenizer(source), _ends(source))
     except Exception as error:  # whatever a stranger's file makes the libraries say
         if _reads_images(source):
             allowed = "a model with a tokenizer; this one reads images"
@@ -171,23 +189,24 @@ def _reads_images(source: Source) -> bool:
     return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not hasattr(hf_config, "vocab_size")
 
 
-def _opening(tokenizer: Any) -> tuple[dict[str, str], ...]:
-    from jinja2.exceptions import TemplateError
+def _ends(source: Source) -> list[int]:
+    """The end tokens that the model's own files name; a GGUF file names the tokenizer's alone."""
+    from transformers import AutoConfig, GenerationConfig
 
-    user, silence = {"role": "user", "content": "?"}, {"role": "system", "content": ""}
-    own = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
-    try:
-        empty = tokenizer.apply_chat_template([silence, user], add_generation_prompt=True, tokenize=False)
-    except TemplateError:  # how a template says that it knows no system message
-        return ()
-    return (silence,) if len(empty) < len(own) else ()
+    if source.gguf is not None:
+        return []
+    named = [AutoConfig.from_pretrained(source.name, trust_remote_code=False).get_text_config()]
+    with suppress(OSError):  # not every model has a generation_config.json
+        named.append(GenerationConfig.from_pretrained(source.name))
+    found = [getattr(config, "eos_token_id", None) for config in named]
+    return [token for ids in found if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
 
 
-def _turn_end(tokenizer: Any, opening: tuple[dict[str, str], ...]) -> int | None:
+def _turn_end(tokenizer: Any, template: str) -> int | None:
     """The first special token after the assistant's words: not every model ends a turn with its eos."""
     words = "so be it"
-    turns = [*opening, {"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
-    _, found, tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(words)
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    _, found, tail = (rendered(tokenizer, template, turns, prompt=False) or "").rpartition(words)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     tokens = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
     return next((token for token in tokens if token in special), None)

@@ -25,7 +25,7 @@ _SIDE = 224  # of models that say no size at all and read any
 @dataclass(frozen=True)
 class ImageCodec:
     """side: pixels of the square that an image becomes; mean, std: of the model's inputs, for values from 0 to 1, red,
-    green, blue.  vocabulary: there is none; pad, eos: nothing is filled up or closed."""
+    green, blue.  vocabulary: there is none; pad, eos, ends: nothing is filled up, closed or generated."""
 
     side: int
     mean: tuple[float, float, float] = _PLAIN
@@ -33,6 +33,7 @@ class ImageCodec:
     vocabulary: int | None = None
     pad: int = 0
     eos: int = 0
+    ends: tuple[int, ...] = ()
 
     def pixels(self, content: bytes) -> Pixels:
         """The whole image as a square, resized bicubically and not cut, uint8 (1, side, side) where it is gray, else

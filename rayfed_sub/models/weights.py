@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,11 +98,13 @@ def write_folder(
     folder: str | Path,
     codec: Codec | None = None,
     dtype: torch.dtype | None = None,
+    generation: Any = None,
 ) -> None:
     """Writes a folder that transformers' from_pretrained loads: config, safetensors, the tokenizer or image processor.
 
     targets: canonical `<layer>/weight` and `<layer>/bias` that take the place of the model's own; may be some.
     dtype of all weights in the files: None keeps the backbone's, to which float32 targets are then rounded.
+    generation: the generation configuration to write in place of the one that follows from the model's own.
     """
     stored = dict(tensors)
     for name, tensor in targets.items():
@@ -113,12 +116,42 @@ def write_folder(
     if dtype is not None:
         module = module.to(dtype)
         module.config.dtype = dtype
+    if generation is not None:
+        module.generation_config = generation
     with quiet():
         module.save_pretrained(folder)
-        if isinstance(codec, HubCodec):
+    write_codec(codec, folder)
+
+
+def write_codec(codec: Codec | None, folder: str | Path) -> None:
+    """Writes the tokenizer, with the chat template that the run trained with, or the image processor; bytes need
+    neither."""
+    if isinstance(codec, HubCodec):
+        with quiet():
             codec.tokenizer.save_pretrained(folder)
-        if isinstance(codec, ImageCodec):
-            codec.save(folder)
+    if isinstance(codec, ImageCodec):
+        codec.save(folder)
+
+
+def generation_config(model: Model, skeleton: Skeleton, codec: Codec) -> Any:
+    """transformers' generation configuration of a trained language model; None for other kinds.
+
+    The pretrained model's own where it has one that can be saved, else what follows from its configuration.  Either
+    way generation stops at every token of `codec.ends`: what answers were trained to end with and the model's own.
+    """
+    from transformers import GenerationConfig
+
+    if skeleton.kind != "causal-lm":
+        return None
+    found = GenerationConfig.from_model_config(skeleton.hf_config)
+    if model.path != RANDOM and (source := locate(model.path)).gguf is None:
+        # Not every model has one, and not every one passes the check with which transformers saves it.
+        with quiet(), suppress(OSError, ValueError):
+            own = GenerationConfig.from_pretrained(source.name)
+            own.validate(strict=True)
+            found = own
+    found.eos_token_id, found.pad_token_id = list(codec.ends), codec.pad
+    return found
 
 
 def _random(skeleton: Skeleton) -> tuple[nn.Module, set[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -89,8 +89,10 @@ def _split(flat: list[int], counts: Sequence[int]) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def answers(model: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, eos: int, limit: int) -> list[list[int]]:
-    """Greedy answers, at most `limit` tokens each, cut before `eos`; prompts are padded on the left."""
+def answers(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], limit: int
+) -> list[list[int]]:
+    """Greedy answers, at most `limit` tokens each, cut before the first of `ends`; prompts are padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     device = next(iter(model.parameters())).device
     ids_BT = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -101,11 +103,7 @@ def answers(model: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, eos
         attention_mask=mask_BT,
         do_sample=False,
         max_new_tokens=limit,
-        eos_token_id=eos,
+        eos_token_id=list(ends),
         pad_token_id=pad,
     )
-    return [_until(row, eos) for row in out_BT[:, width:].tolist()]
-
-
-def _until(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+    return [list(takewhile(lambda token: token not in ends, row)) for row in out_BT[:, width:].tolist()]
