@@ -62,7 +62,7 @@ def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
     try:
         return reader(file, columns)
     except (ValueError, OSError, NotImplementedError) as error:  # Arrow's, pandas' and json's errors are these
-        cause = str(error).partition("\n")[0][:200]
+        cause = _undecodable(file) if isinstance(error, UnicodeDecodeError) else str(error).partition("\n")[0][:200]
         raise UserError("task.path", path, f"a readable {file.suffix} file", cause) from None
 
 
@@ -86,14 +86,22 @@ def _parquet(file: Path, columns: frozenset[str]) -> Table:
 
 def _json_lines(file: Path, columns: frozenset[str]) -> Table:
     with file.open(encoding="utf-8") as lines:
-        return _from_records([json.loads(line) for line in lines if line.strip()])
+        numbered = [(f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    return _from_records([_parsed(where, line) for where, line in numbered], [where for where, _ in numbered])
+
+
+def _parsed(where: str, line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:  # it counts lines from the beginning of what it was given
+        raise ValueError(f"{where}: {error.msg}, column {error.colno}") from None
 
 
 def _json(file: Path, columns: frozenset[str]) -> Table:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, list):
         raise ValueError("a .json file must hold one list of records; name it .jsonl if it has one record a line")
-    return _from_records(content)
+    return _from_records(content, [f"record {number}" for number in range(1, len(content) + 1)])
 
 
 def _csv(file: Path, columns: frozenset[str]) -> Table:
@@ -113,11 +121,22 @@ READERS: Mapping[str, Callable[[Path, frozenset[str]], Table]] = {
 }
 
 
-def _from_records(records: Sequence[object]) -> Table:
+def _undecodable(file: Path) -> str:
+    """The first line that is not UTF-8."""
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return f"line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
+    return "it is not UTF-8; save it as UTF-8"
+
+
+def _from_records(records: Sequence[object], places: Sequence[str]) -> Table:
+    """places: what a person calls each record."""
     names: dict[str, None] = {}
-    for number, record in enumerate(records, 1):
+    for where, record in zip(places, records, strict=True):
         if not isinstance(record, dict):
-            raise ValueError(f"record {number} is not a mapping of columns to values")
+            raise ValueError(f"{where} is not a mapping of columns to values")
         names.update(dict.fromkeys(record))
     rows = [record for record in records if isinstance(record, dict)]
     return Table(tuple(names), {name: [row.get(name) for row in rows] for name in names})

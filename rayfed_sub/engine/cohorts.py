@@ -52,3 +52,9 @@ def learning_rate(config: Config, n: int) -> float:
     done = (n - optimizer.warmup_rounds) / (rounds - optimizer.warmup_rounds)  # below 1: no round at rate zero
     left = 1 - done if optimizer.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return optimizer.lr * (optimizer.final + (1 - optimizer.final) * left)
+
+
+def judged_rows(config: Config, rows: int, most: int) -> list[int]:
+    """A fixed, seeded choice of at most `most` of so many held-out rows; a longer choice contains the shorter one."""
+    chosen: list[int] = stream(config.seed, "held-out choice").permutation(rows)[:most].tolist()
+    return sorted(chosen)

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from rayfed_sub.analysis.scores import Score, label_scores, text_scores, token_scores
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.engine.cohorts import judged_rows
 from rayfed_sub.engine.schedule import Crew, Piece, in_order
-from rayfed_sub.streams import stream
 
 T = TypeVar("T")
 
@@ -54,8 +54,8 @@ def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Seque
 
 
 def _shards(config: Config, dataset: Dataset, most: int, model: JudgedModel) -> list[tuple[int | None, list[int]]]:
-    """(client or None, rows): a fixed, seeded choice of held-out rows; a longer choice contains the shorter one."""
-    chosen = sorted(stream(config.seed, "held-out choice").permutation(len(dataset.held_out))[:most].tolist())
+    """(client or None, rows): the judged rows, cut into shards."""
+    chosen = judged_rows(config, len(dataset.held_out), most)
     size = config.evaluation.batch_size
     if model.stored is None:
         return [(None, chosen[i : i + size]) for i in range(0, len(chosen), size)]

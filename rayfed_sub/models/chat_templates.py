@@ -73,9 +73,7 @@ def rendered(tokenizer: Any, template: str, chat: Chat, prompt: bool = True) -> 
         text: str = tokenizer.apply_chat_template(
             list(chat), chat_template=template, add_generation_prompt=prompt, tokenize=False
         )
-    except (
-        Exception
-    ):  # a template is a stranger's program: besides raise_exception it fails in every way that Jinja has
+    except Exception:  # a template is a stranger's program, and fails in every way that Jinja has
         return None
     return text
 

@@ -16,6 +16,7 @@ from rayfed_sub.config import Model
 from rayfed_sub.errors import UserError
 from rayfed_sub.models.codecs import ByteCodec
 from rayfed_sub.models.logits import LogitRule, logit_rule
+from rayfed_sub.models.positions import position_limit
 from rayfed_sub.models.presets import LOWER_MLP
 from rayfed_sub.models.quiet import quiet
 from rayfed_sub.models.sources import RANDOM, locate
@@ -43,6 +44,7 @@ class Skeleton:
     tied: names of parameters that are another parameter (alias -> the name that stays).
     transposed: target layers whose stored weight is (n, m), transformers' Conv1D of GPT-2.
     logits: how a causal model's logits follow from its output layer; None where they are the model's own affair.
+    positions: the longest row in tokens, where the model has a table of positions.
     """
 
     hf_config: Any
@@ -51,6 +53,7 @@ class Skeleton:
     tied: Mapping[str, str]
     transposed: frozenset[str] = frozenset()
     logits: LogitRule | None = None
+    positions: int | None = None
 
 
 def skeleton(
@@ -92,6 +95,7 @@ def skeleton(
         dict(_tied(module)),
         frozenset(name for name, layer in targets.items() if not isinstance(layer, nn.Linear)),
         logit_rule(module) if kind == "causal-lm" else None,
+        None if kind == "image-classification" else position_limit(module, hf_config),
     )
 
 

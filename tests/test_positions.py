@@ -1,0 +1,52 @@
+"""The longest row of models with a table of positions, against the models themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rayfed_sub.models.positions import position_limit
+
+TOKENS = {"vocab_size": 64, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+BLOCK = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+LONG = {"max_position_embeddings": 20}
+GPT = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 20}
+# Type, sizes, the longest row of a model configured for 20 positions.  RoBERTa's kind begins at padding token 1 + 1.
+MODELS: list[tuple[str, dict[str, Any], int | None]] = [
+    ("gpt2", GPT, 20),
+    ("gptj", {**GPT, "rotary_dim": 4}, 20),
+    ("opt", {**BLOCK, **LONG, "ffn_dim": 24, "word_embed_proj_dim": 16}, 20),
+    ("bert", {**BLOCK, **LONG}, 20),
+    ("distilbert", {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, **LONG}, 20),
+    ("nystromformer", {**BLOCK, **LONG, "num_landmarks": 4, "segment_means_seq_len": 4}, 20),
+    ("roberta", {**BLOCK, **LONG}, 18),
+    ("mpnet", {**BLOCK, **LONG}, 18),
+    ("llama", {**BLOCK, **LONG}, None),
+    ("modernbert", {**BLOCK, **LONG}, None),
+    ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2}, None),
+    ("xglm", {"d_model": 16, "ffn_dim": 24, "num_layers": 1, "attention_heads": 2, **LONG}, None),
+]
+CAUSAL = {"gpt2", "gptj", "opt", "llama", "bloom", "xglm"}
+
+
+@pytest.mark.parametrize(("name", "sizes", "longest"), MODELS, ids=[name for name, _, _ in MODELS])
+def test_a_row_of_the_limit_is_read_and_a_longer_one_is_not(
+    name: str, sizes: dict[str, Any], longest: int | None
+) -> None:
+    config = AutoConfig.for_model(name, **TOKENS, **sizes)
+    auto: Any = AutoModelForCausalLM if name in CAUSAL else AutoModelForSequenceClassification
+    model = auto.from_config(config).eval()
+    with torch.device("meta"):
+        assert position_limit(auto.from_config(config), config) == longest
+
+    def read(tokens: int) -> None:
+        with torch.no_grad():
+            model(input_ids=torch.full((1, tokens), 5), attention_mask=torch.ones(1, tokens, dtype=torch.long))
+
+    read(longest or 40)
+    if longest is not None:
+        with pytest.raises((IndexError, RuntimeError)):
+            read(longest + 1)
