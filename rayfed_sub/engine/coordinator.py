@@ -28,6 +28,7 @@ from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.engine import checkpoints, cohorts, diagnosis, evaluations, exchange
 from rayfed_sub.engine.diagnosis import Looked
+from rayfed_sub.engine.environment import environment, merged
 from rayfed_sub.engine.evaluations import JudgedModel
 from rayfed_sub.engine.exchange import Packed, checksum, packed, unpacked
 from rayfed_sub.engine.journal import ClientRow, PackDone, PackRow, RoundDone, RoundRow
@@ -95,6 +96,7 @@ class Coordinator:
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
         self._backbone, self._transposed = unpacked(arrays), transposed
         self._home: dict[int, int] = {}
+        self._answers: list[tuple[dict[str, str], dict[str, Any]]] = []  # versions and machine of each worker
         self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
 
     def _worker(self) -> Any:
@@ -129,13 +131,18 @@ class Coordinator:
                 raise RunError("start", f"{late} in {_START_SECONDS:.0f} s")
             worker = asked.pop(done[0])
             try:
-                ray.get(done[0])
+                self._answers.append(ray.get(done[0]))
             except ActorUnavailableError:
                 time.sleep(_RETRY_SECONDS)
                 asked[worker.ready.remote()] = worker
             except RayError as error:
                 raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
         return self._ledger.standing.server.round
+
+    def surroundings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Versions, and what the bits depend on besides, of the workers; after `start`."""
+        versions, machines = zip(*self._answers, strict=True)
+        return merged(versions), environment(self._config, machines)
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def alive(self) -> None:
@@ -290,8 +297,7 @@ class Coordinator:
         """The row of a client that failed.  Raises RunError where the configuration does not let it be skipped."""
         cause = str(sent.failure)
         if self._config.federation.on_client_failure == "stop":
-            advice = "federation.on_client_failure=skip would go on without it"
-            raise RunError("local training", f"{cause}; {advice}", round=n, client=sent.client)
+            raise client_failed(cause, n, sent.client)
         return _row(n, sent, 0, down)
 
     def _model(self) -> JudgedModel:
@@ -364,13 +370,15 @@ class Coordinator:
     def _verify(self) -> None:
         """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
         if checksum(self._backbone_arrays) != self._backbone_sum:
-            raise RunError("shared memory", "the backbone's bytes changed", round=self._ledger.standing.server.round)
+            at = self._ledger.standing.server.round
+            raise RunError("shared memory", "the backbone's bytes changed", round=at, resume=None)
         self._verify_broadcast()
 
     def _verify_broadcast(self) -> None:
         sent = self._sent
         if sent is not None and checksum(ray.get(sent[1])) != sent[2]:
-            raise RunError("shared memory", "the broadcast's bytes changed", round=self._ledger.standing.server.round)
+            at = self._ledger.standing.server.round
+            raise RunError("shared memory", "the broadcast's bytes changed", round=at, resume=None)
 
 
 def _told(reference: Any) -> Any:
@@ -412,4 +420,18 @@ def _row(n: int, sent: PackedUpdate, up: int, down: int) -> ClientRow:
 def _check_finite(server: ServerState, n: int) -> None:
     failure = not_finite(server.tensors)
     if failure is not None:
-        raise RunError("aggregation", f"{failure}; lower optimizer.lr", round=n)
+        advice = "lower optimizer.lr and begin anew in another folder"
+        raise RunError("aggregation", f"{failure}; {advice}", round=n, resume=None)
+
+
+def client_failed(cause: str, n: int, client: int) -> RunError:
+    """The end of a run whose configuration does not let a failed client be skipped.
+
+    A client fails in the same way when the run goes on from its checkpoint.  Skipping mends what is wrong with one
+    client's data; a learning rate at which losses overflow is everybody's.
+    """
+    skip = "federation.on_client_failure=skip"
+    if "finite" in cause:
+        advice = f"lower optimizer.lr and begin anew in another folder; {skip} would leave such clients out"
+        return RunError("local training", f"{cause}; {advice}", round=n, client=client, resume=None)
+    return RunError("local training", f"{cause}; {skip} would go on without it", round=n, client=client, resume=(skip,))

@@ -1,8 +1,12 @@
-"""What the bits depend on besides the configuration: kept with every run."""
+"""What the bits depend on besides the configuration, as the workers answer: kept with every run.
+
+The process that starts a run may be on a head without a GPU, and with another build of torch.
+"""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,16 +21,34 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
 
 
-def environment(config: Config) -> dict[str, Any]:
-    """What the bits depend on besides configuration and versions."""
+def machine(gpu: bool) -> dict[str, Any]:
+    """What this process computes with; gpu: whether it computes on one."""
     import torch
 
     return {
         "processor": _processor(),
-        "threads": config.resources.threads,
-        "pack_size": config.resources.pack_size,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+    }
+
+
+def environment(config: Config, machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the bits depend on besides configuration and versions; machines: the workers' own, see `machine`."""
+    found = merged(machines)
+    own = {"threads": config.resources.threads, "pack_size": config.resources.pack_size}
+    return {"processor": found.pop("processor", None), **own, **found}
+
+
+def merged(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The workers' answers as one: what they agree on, or their different values side by side.
+
+    >>> merged([{"gpu": "L4", "torch": "2.13"}, {"gpu": "A100", "torch": "2.13"}])
+    {'gpu': 'A100, L4', 'torch': '2.13'}
+    """
+    values = {key: {own.get(key) for own in answers} for key in dict.fromkeys(key for own in answers for key in own)}
+    return {
+        key: next(iter(found)) if len(found) == 1 else ", ".join(sorted("none" if x is None else str(x) for x in found))
+        for key, found in values.items()
     }
 
 

@@ -100,7 +100,8 @@ class Guard:
         """Raises RunError naming the first tensor that was written since the guard was set."""
         for name, tensor, version in self._versions:
             if tensor._version != version:
-                raise RunError("shared memory", f"tensor {name} was written in place; shared tensors are read-only")
+                cause = f"tensor {name} was written in place; shared tensors are read-only"
+                raise RunError("shared memory", cause, resume=None)
 
 
 def checksum(arrays: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) -> int:

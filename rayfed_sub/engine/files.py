@@ -54,7 +54,8 @@ def claim(path: Path, seconds: float) -> IO[bytes]:
                 return file
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise RunError("start", f"{path.parent}: another run is at work here") from None
+                    cause = f"{path.parent}: another run is at work here"
+                    raise RunError("start", cause, resume=None) from None
                 time.sleep(0.1)
 
 

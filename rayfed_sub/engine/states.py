@@ -126,9 +126,10 @@ def read(folder: Path, key: Key, note: Note) -> PackedState:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise RunError("reading a client's state", f"{file}: {error.strerror}", round=round, client=client) from None
+        cause = f"{file}: {error.strerror}; begin anew in another folder"
+        raise RunError("reading a client's state", cause, round=round, client=client, resume=None) from None
     if (len(content), zlib.crc32(content)) != (note.size, note.crc):
         cut = f"{len(content)} of {note.size} bytes" if len(content) != note.size else "its checksum differs"
-        cause = f"{file}: not as it was written ({cut})"
-        raise RunError("reading a client's state", cause, round=round, client=client)
+        cause = f"{file}: not as it was written ({cut}); begin anew in another folder"
+        raise RunError("reading a client's state", cause, round=round, client=client, resume=None)
     return PackedState(round, note.cursor, note.step, packed(load(content)))

@@ -22,6 +22,7 @@ from rayfed_sub.data.rows import Rows
 from rayfed_sub.engine import exchange
 from rayfed_sub.engine.cohorts import local_steps
 from rayfed_sub.engine.diagnosis import Looked, gradient_watch, looked
+from rayfed_sub.engine.environment import machine, versions
 from rayfed_sub.engine.exchange import Guard, Packed, PackedState, packed, unpacked
 from rayfed_sub.engine.memory import PeakMemory, few_kernels, give_back, keep_freed
 from rayfed_sub.methods.privacy import clipped
@@ -110,9 +111,9 @@ class Worker:
         self._resident: OrderedDict[int, ClientState] = OrderedDict()
         self._resident_bytes = 0
 
-    def ready(self) -> str:
-        """The device in words, once the backbone is mapped."""
-        return str(self._device)
+    def ready(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """Versions, and what this worker computes with, once the backbone is mapped."""
+        return versions(), machine(self._device.type == "cuda")
 
     def memory(self) -> tuple[int, int]:
         """Proportional set size, bytes: as last sampled, and the largest seen so far."""

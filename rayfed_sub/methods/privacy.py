@@ -59,7 +59,7 @@ def change(method: Method, server: ServerState, update: Update, shape: ModelShap
     for name, tensor in alone.tensors.items():
         if tensor is not server.tensors.get(name) and name not in names and not name.startswith("history/"):
             cause = f"the server's {name} would be released without noise; choose another method"
-            raise RunError("privacy", cause, round=server.round, client=update.client)
+            raise RunError("privacy", cause, round=server.round, client=update.client, resume=None)
     return {name: alone.tensors[name] - server.tensors[name] for name in names}
 
 
