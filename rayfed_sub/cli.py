@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from rayfed_sub.config_edits import check_editable, edited
 from rayfed_sub.config_files import load_config
-from rayfed_sub.errors import RunError, UserError
+from rayfed_sub.errors import RunError, UserError, redacted
 
 app = typer.Typer(
     name="rayfed-sub",
@@ -52,6 +52,7 @@ def run(
 
     with at_hand(config, "CONFIG.yaml") as path:
         checked = load_config(path, overrides or [])
+    _check_named(config, checked.method.get("name"), overrides or [])
     from rayfed_sub.display import Display
     from rayfed_sub.engine import session
 
@@ -75,7 +76,7 @@ def sweep(
     from rayfed_sub.sweeps.space import load_sweep
 
     with at_hand(file, "SWEEP.yaml") as path:
-        checked = load_sweep(path, overrides or [])
+        checked = load_sweep(path, overrides or [], lambda name: _check_named(file, name, overrides or []))
     from rayfed_sub.sweep_display import SweepDisplay
     from rayfed_sub.sweeps.session import run_sweep
 
@@ -101,6 +102,7 @@ def plan(
 ) -> None:
     """Bytes, memory, disk and what fits, before anything starts."""
     checked = load_config(config, overrides or [])
+    _check_named(str(config), checked.method.get("name"), overrides or [])
     if write:
         _check_write(config, overrides or [], probe, on)
     from dataclasses import replace
@@ -131,6 +133,16 @@ def plan(
         if planned.speed.best != planned.speed.now:
             _set(config, PACK_SIZE, planned.speed.best)
         typer.echo(written(config, checked.resources.pack_size, planned.speed), err=as_json)
+
+
+def _check_named(file: str, name: object, overrides: list[str]) -> None:
+    """UserError where a file that lies with a run or sweep, or in an object store, names a class that the command line
+    does not name.  Any other file is the caller's own."""
+    from rayfed_sub.methods import check_named
+
+    folder, left = Path(file).resolve().parent, ("log.jsonl", "summary.json", "checkpoints", "trials.parquet", "trials")
+    if "://" in file or any((folder / other).exists() for other in left):
+        check_named(name, overrides, file, f"method.name={name}, or give a file of your own in place of {file}")
 
 
 def _check_write(config: Path, overrides: list[str], probe: bool, on: str | None) -> None:
@@ -203,7 +215,7 @@ def report(
     if path.is_dir() or uri_of(path) is not None:
         raise UserError("--out", str(path), "a file of this machine", "e.g. --out report.html")
     with ExitStack() as stack:
-        runs = [read_run(stack.enter_context(at_hand(place, "RUN")), place) for place in run_dirs]
+        runs = [read_run(stack.enter_context(at_hand(place, "RUN")), redacted(place)) for place in run_dirs]
         make(path.parent, "--out")
         write_report(runs, path)
     typer.echo(path)
@@ -220,6 +232,10 @@ def export(
     client: Annotated[
         int | None, typer.Option("--client", help="whose model, with methods that give every client its own")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="the run's method where it is your own: package.module:Class"),
+    ] = None,
 ) -> None:
     """Write the trained model so that transformers or peft loads it.
 
@@ -232,7 +248,7 @@ def export(
     from rayfed_sub.export import export_hf, export_peft
 
     with at_hand(run_dir, "RUN") as folder:
-        written = (export_peft if format == "peft" else export_hf)(folder, to, client)
+        written = (export_peft if format == "peft" else export_hf)(folder, to, client, method)
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
     typer.echo(written.loading)

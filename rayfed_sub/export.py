@@ -15,6 +15,7 @@ from rayfed_sub.engine.exchange import unpacked
 from rayfed_sub.engine.folder import finished, make
 from rayfed_sub.engine.job import Job, prepare
 from rayfed_sub.errors import UserError
+from rayfed_sub.methods import check_named
 from rayfed_sub.models.codecs import HubCodec
 from rayfed_sub.models.image_codecs import ImageCodec
 from rayfed_sub.models.skeleton import AUTO_CLASSES
@@ -45,13 +46,14 @@ class _Trained:
     head: Mapping[str, Tensor]
 
 
-def export_hf(run_dir: Path, to: Path, client: int | None = None) -> Export:
+def export_hf(run_dir: Path, to: Path, client: int | None = None, method: str | None = None) -> Export:
     """Writes a folder that transformers' from_pretrained loads, with the run's target weights merged in, as float32.
 
-    client: whose model, for methods with a model of its own for every client.
+    client: whose model, for methods with a model of its own for every client.  method: the run's method where it is not
+    of this package, as `package.module:Class`; a class that only the folder names is not imported.
     Raises UserError where run_dir holds no finished run, `to` is not empty, or `client` does not fit the method.
     """
-    trained = _read(run_dir, to, client)
+    trained = _read(run_dir, to, client, method)
     skeleton, job = trained.job.skeleton, trained.job
     merged = {f"{t.name}/weight": _changed(trained, t.name) for t in skeleton.shape.targets}
     everything, generation = merged | dict(trained.head), generation_config(job.config.model, skeleton, job.codec)
@@ -62,7 +64,7 @@ def export_hf(run_dir: Path, to: Path, client: int | None = None) -> Export:
     return Export(loading)
 
 
-def export_peft(run_dir: Path, to: Path, client: int | None = None) -> Export:
+def export_peft(run_dir: Path, to: Path, client: int | None = None, method: str | None = None) -> Export:
     """Writes a LoRA adapter that peft's PeftModel.from_pretrained loads: the change of every target, and the head.
 
     Low-rank terms are written as they are, several of a layer side by side, their scale and core in B.  The change of a
@@ -73,7 +75,7 @@ def export_peft(run_dir: Path, to: Path, client: int | None = None) -> Export:
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are.
     """
-    trained = _read(run_dir, to, client)
+    trained = _read(run_dir, to, client, method)
     factors, ranks = _factors(trained)
     job, skeleton = trained.job, trained.job.skeleton
     generation = generation_config(job.config.model, skeleton, job.codec)
@@ -140,8 +142,12 @@ def _inputs(job: Job) -> list[str]:
     return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if answers else 'ids = tokenizer(text)["input_ids"]']
 
 
-def _read(run_dir: Path, to: Path, client: int | None) -> _Trained:
+def _read(run_dir: Path, to: Path, client: int | None, method: str | None) -> _Trained:
     config = finished(run_dir)
+    name = config.method.get("name")
+    if method is not None and method != name:
+        raise UserError("--method", method, f"{name}, the run's own", "leave it out or name that")
+    check_named(name, [method or ""], str(run_dir), f"--method {name}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
     make(to, "--to")

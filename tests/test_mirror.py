@@ -246,6 +246,41 @@ def test_a_run_there_is_at_hand_here(store: Store, temporary: Path, tmp_path: Pa
     assert not list(temporary.iterdir())
 
 
+SECRET = "s3://AKIAKEY:hush@bucket/run?region=eu-west-1&session_token=hush"
+
+
+def test_credentials_in_a_uri_are_used_and_never_repeated(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is connected to with all of the URI; the run's place is called, and fails, without the credentials."""
+    given: list[str] = []
+
+    class Files:
+        @staticmethod
+        def from_uri(uri: str) -> tuple[Any, str]:
+            given.append(uri)
+            return store, str(store.root)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror.fs, "FileSystem", Files)
+        connected = mirror.connect(SECRET)
+    assert given == [f"{SECRET}&allow_delayed_open=true"]
+    assert connected.uri == SECRET  # for the trials of a sweep, which connect as well
+    place = Place(tmp_path, connected)
+    shown = "s3://bucket/run?region=eu-west-1"
+    assert (place.called(), place.called("a")) == (shown, "s3://bucket/run/a?region=eu-west-1")
+
+    def refused(uri: str, order: object = None) -> Any:
+        raise OSError(f"cannot reach {uri}")
+
+    monkeypatch.setattr(mirror, "connect", refused)
+    with pytest.raises(UserError) as caught:
+        placed(SECRET, print, resume=False).__enter__()
+    assert "AKIAKEY" not in str(caught.value)
+    assert "hush" not in str(caught.value)
+    assert f"got '{shown}'" in str(caught.value)
+
+
 @pytest.mark.parametrize("uri", ["s4://bucket/run", "s3://", "s3:// bucket/run", "file:///tmp/run"])
 def test_a_place_that_cannot_be_is_told_before_anything_starts(uri: str) -> None:
     with pytest.raises(UserError, match=r"^--out: got '[^']*'; allowed: what an object store gives access to \("):

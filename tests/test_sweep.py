@@ -37,7 +37,8 @@ def test_trials_are_the_runs_of_their_configurations(ray_session: None, tmp_path
     frame = result.frame
     assert list(frame["status"]) == ["finished", "failed"]
     cause = "round 0, client 0, local training: non-finite values in model.layers.0.mlp.up_proj/left; "
-    assert frame["failure"][1] == f"{cause}federation.on_client_failure=skip would go on without it"
+    advice = "lower optimizer.lr and begin anew in another folder; federation.on_client_failure=skip would leave"
+    assert frame["failure"][1] == f"{cause}{advice} such clients out"
     alone = run(checked.config({"optimizer.lr": 0.003}), tmp_path / "alone")
     assert frame["weights_sha256"][0] == alone.weights_sha256
     assert frame["held_out_loss"][0] == alone.metrics["held_out_loss"]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
-from rayfed_sub import cli
+from rayfed_sub import cli, load_config
+from tests.written_runs import write_run
 
 TINY = str(Path(__file__).parent.parent / "experiments" / "tiny.yaml")
 Refusal = Callable[[Sequence[str]], str]
@@ -23,6 +27,12 @@ TABLE = (
     "task.answer=a",
     "federation.partition.column=by",
     "federation.clients=2",
+)
+
+
+GPT2 = (
+    "method.rank=2 task.max_length=48 model.random={} model.random.type=gpt2 model.random.n_layer=1 "
+    "model.random.n_head=2 model.random.n_embd=32 model.random.n_positions="
 )
 
 
@@ -47,6 +57,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rows.txt": "q a by",
         "one_record.json": '{"q": 1}',
         "broken.jsonl": '{"q": 1}\n{"q": \n',
+        "broken-41.jsonl": '{"q": "a", "a": "b", "by": "x"}\n' * 39 + '\n{"q": "a" "a": "b"}\n',
+        "list-3.jsonl": '{"q": 1}\n\n[1, 2]\n',
+        "broken-3.json": '[{"q": 1},\n{"q": 2},\n{"q" 3}]',
+        "fields-3.csv": "q,a,by\n1,2,x\n1,2,x,4\n",
         "broken.yaml": "seed: [1, 2\nname: }",
         "list.yaml": "- seed\n- 1\n",
         "empty.yaml": "",
@@ -58,8 +72,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.yaml").write_bytes(b"name: \xff\n")
-    for name in ("nothing_in_it", "a_run", "full"):
+    for name in ("latin-2.jsonl", "latin-2.json", "latin-2.csv"):
+        (folder / name).write_bytes(b'{"q": 1}\n{"q": "\xff"}\n')
+    for name in ("nothing_in_it", "a_run", "a_sweep", "full"):
         (folder / name).mkdir()
+    (folder / "a_sweep" / "sweep.yaml").write_text("name: tiny\n", encoding="utf-8")
     (folder / "a_run" / "config.yaml").write_text("name: tiny\n", encoding="utf-8")
     (folder / "full" / "file").write_text("", encoding="utf-8")
     return folder
@@ -237,6 +254,41 @@ TABLES = {
     "folder without data": ("task.path=nothing_in_it", "task.path: got 'nothing_in_it'", "can be loaded"),
     "broken Parquet": ("task.path=broken.parquet", "task.path: got 'broken.parquet'", "a readable .parquet file"),
     "broken JSON": ("task.path=broken.jsonl", "task.path: got 'broken.jsonl'", "a readable .jsonl file"),
+    "break in line 41 of JSON lines": (
+        "task.path=broken-41.jsonl",
+        "task.path: got",
+        "; line 41: Expecting",
+    ),
+    "list in line 3 of JSON lines": (
+        "task.path=list-3.jsonl",
+        "task.path: got",
+        "; line 3 is not a mapping",
+    ),
+    "break in line 3 of JSON": ("task.path=broken-3.json", "task.path: got", "Expecting ':' delimiter: line 3 column"),
+    "four fields in line 3 of three": (
+        "task.path=fields-3.csv",
+        "task.path: got",
+        "Expected 3 fields in line 3",
+    ),
+    **{
+        f"no UTF-8 in line 2 of {kind}": (
+            f"task.path=latin-2.{kind}",
+            "task.path: got",
+            "; line 2: byte 0xff is not",
+        )
+        for kind in ("jsonl", "json", "csv")
+    },
+    # "Q: what 10\nA: " is 15 tokens with bos, "answer 10" 10 with eos.
+    "rows beyond a model's positions": (
+        f"{GPT2}24",
+        "task.max_length: got 48",
+        "at most 24: random has positions for 24 tokens, and the longest row has 25; set task.max_length=24",
+    ),
+    "answers beyond a model's positions": (
+        f"{GPT2}25 evaluation.generate=2 evaluation.max_new_tokens=12",
+        "evaluation.max_new_tokens: got 12",
+        "at most 11: random has positions for 25 tokens, and the longest prompt that is answered has 15; set",
+    ),
     "record without a list": ("task.path=one_record.json", "task.path: got 'one_record.json'", "one list of records"),
     "table without rows": ("task.path=empty.parquet", "task.path: got 'empty.parquet'", "a table with rows"),
     "header alone": ("task.path=no_rows.csv", "task.path: got 'no_rows.csv'", "a table with rows"),
@@ -323,6 +375,11 @@ COMMANDS = {
     "number as a key": ("run numbers.yaml", "federation.2: got 2", "these keys here"),
     "date as a name": ("run date.yaml", "name: got datetime.date(2024, 1, 1)", "put it in quotes"),
     "folder that holds a run": (f"run {TINY} --out a_run", "--out: got 'a_run'", "a folder without a run in it"),
+    "folder that holds a sweep, which no run goes on with": (
+        f"run {TINY} --out a_sweep --resume",
+        "--out: got 'a_sweep'",
+        "a folder without a run in it; choose another\n",
+    ),
     "folder that is a file": (f"run {TINY} --out rows.txt", "--out: got 'rows.txt'", "a folder"),
     "folder in a file": (f"run {TINY} --out rows.txt/run", "--out: got 'rows.txt/run'", "a folder that can be made"),
     "picture of another kind, first of all": (
@@ -367,6 +424,43 @@ def test_export_into_something_else(to: str, refusal: Refusal, tmp_path: Path) -
     assert said.startswith(f"--to: got '{to}'; allowed: a ")
 
 
+def test_rows_that_fit_are_not_refused_for_a_longer_max_length(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 + 10 tokens in 25 positions; after a prompt of 15, generation reads all but the last of 11 tokens."""
+    from rayfed_sub.engine.job import prepare
+
+    monkeypatch.chdir(files)
+    fits = f"{GPT2}25 evaluation.generate=2 evaluation.max_new_tokens=11"
+    job = prepare(load_config(TINY, [*TABLE, *fits.split()]))
+    assert (job.skeleton.positions, job.config.task.max_length) == (25, 48)
+
+
+# What is not the address of a cluster, and where the line ends.
+ADDRESSES = {
+    "a port that is closed": ("127.0.0.1:1", "Connection refused"),
+    "a host that is nowhere": ("nowhere.invalid:6379", "nothing answers at nowhere.invalid:6379: "),
+    "no port": ("nonsense", "Invalid address format: nonsense"),
+    "a port beyond all": ("127.0.0.1:99999", "99999 is no port"),
+    "Ray's client": ("ray://127.0.0.1:10001", "run this on a node of the cluster, e.g. by ray job submit"),
+}
+
+
+@pytest.mark.parametrize(("address", "ends"), ADDRESSES.values(), ids=ADDRESSES.keys())
+def test_no_cluster_at_the_address(address: str, ends: str, refusal: Refusal) -> None:
+    began = time.monotonic()
+    said = refusal(["run", TINY, "--address", address])
+    assert said.startswith(f"--address: got '{address}'; allowed: auto, or HOST:PORT of a Ray cluster")
+    assert ends in said
+    assert time.monotonic() - began < 10
+
+
+def test_something_else_at_the_address(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener that never answers."""
+    monkeypatch.setattr("rayfed_sub.engine.ray_session._GCS_SECONDS", 1.0)
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        said = refusal(["run", TINY, "--address", f"127.0.0.1:{listener.getsockname()[1]}"])
+    assert "is not the head of a Ray cluster" in said
+
+
 def outcome(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "rayfed_sub.cli", *arguments],
@@ -408,3 +502,94 @@ def test_a_picture_of_another_kind_is_refused_at_once() -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert set(done.stdout.split()) & {"matplotlib", "numpy", "torch", "transformers", "rayfed_sub.analysis"} == set()
+
+
+# --- classes that only a run's folder names
+
+
+@pytest.fixture
+def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder, and in it a sweep's, whose method is a class of a module that cannot be imported unnoticed."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "noticed_module.py").write_text("class Noticed: ...\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.delitem(sys.modules, "noticed_module", raising=False)
+    folder = write_run(tmp_path / "strange", rounds=2)
+    configured = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    configured["method"] = {"name": "noticed_module:Noticed"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(configured), encoding="utf-8")
+    grid = {"method.name": {"grid": ["fedit", "noticed_module:Noticed"]}}
+    sweep = {"name": "s", "sweep": {"space": grid}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    return folder
+
+
+def imported() -> bool:
+    return "noticed_module" in sys.modules
+
+
+def test_reading_a_run_s_folder_imports_nothing(
+    strange: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`report` shows the name that it does not import; `data` needs no method."""
+    rows = TINY_ROWS.format(strange.parent / "rows.csv")
+    (strange.parent / "rows.csv").write_text("q,a\n" + "".join(f"{i},{i}\n" for i in range(200)), encoding="utf-8")
+    for words in (["report", str(strange)], ["list", "methods"], ["data", f"{strange}/config.yaml", *rows.split()]):
+        monkeypatch.setattr(sys, "argv", ["rayfed-sub", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert (ended.value.code, imported()) == (0, False), capsys.readouterr().err
+    assert "noticed_module:Noticed" in (strange / "report.html").read_text(encoding="utf-8")
+
+
+TINY_ROWS = (
+    "task.name=table task.path={} task.prompt='{{q}}' task.answer=a model.path=random model.random.type=llama "
+    "federation.partition.kind=iid"
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "add"),
+    [
+        ("plan {}/config.yaml", "method.name=noticed_module:Noticed"),
+        ("run {}/config.yaml", "method.name=noticed_module:Noticed"),
+        ("run {0}/config.yaml --out {0} --resume", "method.name=noticed_module:Noticed"),
+        ("sweep {0}/sweep.yaml --out {0} --resume", "method.name=noticed_module:Noticed"),
+        ("export {} --to new", "--method noticed_module:Noticed"),
+        ("export {} --to new --format peft", "--method noticed_module:Noticed"),
+    ],
+)
+def test_a_class_that_only_a_folder_names_is_not_imported(
+    asked: str, add: str, strange: Path, refusal: Refusal
+) -> None:
+    said = refusal(asked.format(strange).split())
+    assert said.startswith("method.name: got 'noticed_module:Noticed'; allowed: a method of `rayfed-sub list methods`")
+    assert f"if you trust that module, add {add}" in said
+    assert not imported()
+    said = refusal([*asked.format(strange).split(), *add.split()])  # as it was told; this class is no method
+    assert "a dataclass with a method's functions" in said
+    assert imported()
+
+
+def test_a_class_that_the_caller_s_own_file_names_is_imported(strange: Path, tmp_path: Path, refusal: Refusal) -> None:
+    (tmp_path / "own.yaml").write_bytes((strange / "config.yaml").read_bytes())
+    assert "a dataclass with a method's functions" in refusal(["run", str(tmp_path / "own.yaml")])
+    assert imported()
+
+
+def test_export_by_another_method_than_the_run_s(strange: Path, refusal: Refusal) -> None:
+    said = refusal(["export", str(strange), "--to", "new", "--method", "fedit"])
+    assert said.startswith("--method: got 'fedit'; allowed: noticed_module:Noticed, the run's own")
+    assert not imported()
+
+
+@pytest.mark.parametrize("left", ["tune", "trials"])
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["anew", "resumed"])
+def test_what_another_sweep_left_is_not_read(left: str, resume: list[str], tmp_path: Path, refusal: Refusal) -> None:
+    """Ray Tune would unpickle its files; without a sweep.yaml there is nothing to go on with."""
+    (tmp_path / "out" / left / "00000").mkdir(parents=True)
+    (tmp_path / "sweep.yaml").write_text(f"base: {TINY}\nsweep: {{space: {{method.rank: {{grid: [1, 2]}}}}}}\n")
+    said = refusal(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), *resume])
+    assert said.splitlines()[-1].startswith(
+        f"--out: got '{tmp_path / 'out'}'; allowed: a folder without {left}/, which"
+    )

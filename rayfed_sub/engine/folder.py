@@ -199,10 +199,11 @@ def latest(name: str, file: str = "config.yaml") -> Path | None:
     return max(begun, key=lambda file: file.stat().st_mtime_ns).parent if begun else None
 
 
-def check_free(path: Path) -> None:
-    """UserError where `path` cannot be a new run's or sweep's folder."""
-    if any((path / file).exists() for file in ("config.yaml", "sweep.yaml")):
-        raise UserError("--out", str(path), "a folder without a run in it", "choose another, or go on with --resume")
+def check_free(path: Path, file: str = "config.yaml") -> None:
+    """UserError where `path` cannot be a new run's folder, or a new sweep's, by its first `file`."""
+    if any((path / other).exists() for other in ("config.yaml", "sweep.yaml")):
+        advice = "choose another, or go on with --resume" if (path / file).exists() else "choose another"
+        raise UserError("--out", str(path), "a folder without a run in it", advice)
     if path.exists() and not path.is_dir():
         raise UserError("--out", str(path), "a folder", "choose another path")
 

@@ -13,8 +13,9 @@ from rayfed_sub.analysis.privacy import NOISES, noise_for
 from rayfed_sub.config import Config, Federation, Privacy
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
-from rayfed_sub.engine.cohorts import local_steps
+from rayfed_sub.engine.cohorts import judged_rows, local_steps
 from rayfed_sub.engine.nodes import Node, most_workers
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods import build
@@ -62,6 +63,7 @@ def job_on(base: Foundation, config: Config) -> Job:
     """The job of a configuration on its foundation.  Raises UserError for whatever does not fit."""
     method = build(config.method)
     method.check(base.skeleton.shape)
+    _check_positions(config, base)
     _check_server(config, method)
     _check_privacy(config, method)
     fields = asdict(cast(Any, method))
@@ -132,6 +134,25 @@ def _check_privacy(config: Config, method: Method) -> None:
             shown = str(value).lower()
             key, allowed = f"federation.{field}", f"{shown} with privacy.clip: {why}"
             raise UserError(key, getattr(federation, field), allowed, f"set {key}={shown}")
+
+
+def _check_positions(config: Config, base: Foundation) -> None:
+    """UserError where a row, or a judged prompt with its answer, is longer than the model's table of positions."""
+    limit, held_out = base.skeleton.positions, base.dataset.held_out
+    if limit is None or not isinstance(held_out, Rows) or not isinstance(base.dataset.train, Rows):
+        return
+    has = f"{config.model.path} has positions for {limit} tokens"
+    longest = max(int(rows.lengths.max(initial=0)) for rows in (base.dataset.train, held_out))
+    if longest > limit:
+        allowed = f"at most {limit}: {has}, and the longest row has {longest}"
+        raise UserError("task.max_length", config.task.max_length, allowed, f"set task.max_length={limit}")
+    asked, new = judged_rows(config, len(held_out), config.evaluation.generate), config.evaluation.max_new_tokens
+    prompt = int(held_out.prompts[asked].max(initial=0))
+    # The last token is generated and not read.
+    if asked and prompt + new - 1 > limit:
+        most, shown = limit + 1 - prompt, f"{has}, and the longest prompt that is answered has {prompt}"
+        advice = f"set evaluation.max_new_tokens={most}" if most > 0 else "set evaluation.generate=0"
+        raise UserError("evaluation.max_new_tokens", new, f"at most {most}: {shown}", advice)
 
 
 def _privacy(privacy: Privacy, federation: Federation) -> Privacy:

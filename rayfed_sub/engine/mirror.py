@@ -6,7 +6,8 @@ at all, as a file does that `files.write` has written.
 
 Where the store is and who may write there, pyarrow reads from the URI (s3://bucket/path?region=eu-central-1) and from
 the surroundings: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and their like, the machine's role;
-GOOGLE_APPLICATION_CREDENTIALS.  The local folder is a temporary one, where TMPDIR says.
+GOOGLE_APPLICATION_CREDENTIALS.  Credentials belong there: those in a URI work, but nothing that is shown or stored
+repeats them (`redacted` in `errors.py`).  The local folder is a temporary one, where TMPDIR says.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from rayfed_sub.errors import RunError, UserError
+from rayfed_sub.errors import RunError, UserError, redacted
 
 _MANIFESTS = ("checkpoints/manifest-*.json",)
 _NEEDED = (
@@ -83,8 +84,8 @@ class Mirror:
         self._known: dict[str, Sign] = {}  # files that are there, by the content that the local ones had
 
     def at(self, name: str = "") -> str:
-        """The URI of the folder, or of a file in it."""
-        return inside(self.uri, name) if name else self.uri
+        """The URI of the folder, or of a file in it, as it may be shown: `uri` itself may hold credentials."""
+        return redacted(inside(self.uri, name) if name else self.uri)
 
     def names(self) -> list[str]:
         """The run's files that are there, relative to the folder."""
@@ -149,7 +150,7 @@ class Mirror:
             _each(delete, gone - manifests)
             _each(send, summary)
         except _REFUSED as error:
-            raise RunError("writing files", f"{self.uri}: {_line(error)}") from None
+            raise RunError("writing files", f"{self.at()}: {_line(error)}") from None
 
     @staticmethod
     def _copy(source: Any, path: str, destination: Any, to: str) -> None:
@@ -203,11 +204,12 @@ def placed(out: str | Path, tell: Callable[[Any], None], *, resume: bool, order:
         mirror.try_out()
         names = mirror.names()
     if names and not (resume and order[0][0] in names):
-        raise UserError("--out", uri, "a folder without a run in it", "choose another, or go on with --resume")
+        advice = "choose another, or go on with --resume" if order[0][0] in names else "choose another"
+        raise UserError("--out", uri, "a folder without a run in it", advice)
     path, unsent = Path(tempfile.mkdtemp(prefix="rayfed-sub-")), False
     try:
         if names:
-            tell(Stage(f"fetching what is in {uri}"))
+            tell(Stage(f"fetching what is in {mirror.at()}"))
             with told(uri, "--out"):
                 mirror.pull(path)
         try:
@@ -219,7 +221,8 @@ def placed(out: str | Path, tell: Callable[[Any], None], *, resume: bool, order:
             unsent = False
     finally:
         if unsent:
-            tell(Notice(f"what could not be sent to {uri} is in {path}: go on there, with --out {path} --resume"))
+            lost = f"what could not be sent to {mirror.at()} is in {path}"
+            tell(Notice(f"{lost}: go on there, with --out {path} --resume"))
         else:
             shutil.rmtree(path, ignore_errors=True)  # an actor on its way out may still be writing
 
@@ -282,4 +285,4 @@ def told(uri: str, field: str) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return shorten(str(error), 300)  # Google's has a thousand characters
+    return shorten(redacted(str(error)), 300)  # Google's has a thousand characters

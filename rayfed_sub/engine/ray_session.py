@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +15,9 @@ from pathlib import Path
 import ray
 
 from rayfed_sub.errors import UserError
+
+_TCP_SECONDS = 5.0
+_GCS_SECONDS = 20.0  # most of them for the import of ray
 
 
 @contextmanager
@@ -31,14 +37,44 @@ def joined(address: str | None = None) -> Iterator[None]:
         raise UserError("--address", address, allowed, advice)
     _set_up()
     try:
+        found = _found(str(address))
         with _our_signals():
-            ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.init(address=found, log_to_driver=False, logging_level="error")
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError("--address", address, allowed, str(error).strip().partition("\n")[0]) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _found(address: str) -> str:
+    """HOST:PORT of a cluster that answers.  Raises OSError or ValueError within seconds where none does.
+
+    `ray.init` itself waits for a cluster that is not there for a quarter of an hour, and writes about it on the way.
+    """
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    found: str = canonicalize_bootstrap_address_or_die(address)
+    host, _, port = found.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"{port} is no port")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _TCP_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"nothing answers at {found}: {error.strerror or error}") from None
+    # Something listens there.  Whether it is a cluster's head, another process asks, which can be ended.
+    asks = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", asks, found], capture_output=True, timeout=_GCS_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        answer = None
+    # Without the cluster's token, which `ray.init` finds by itself, a head answers that it is lacking.
+    if answer is None or (answer.returncode and b"AuthToken" not in answer.stderr):
+        raise OSError(f"what answers at {found} is not the head of a Ray cluster")
+    return found
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -26,7 +26,6 @@ from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints, planning
 from rayfed_sub.engine.answers import answer, stream_of
 from rayfed_sub.engine.coordinator import Coordinator, Shared
-from rayfed_sub.engine.environment import environment, versions
 from rayfed_sub.engine.exchange import Packed, packed
 from rayfed_sub.engine.folder import RunFolder, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.engine.job import Job, check_resources, prepare
@@ -39,6 +38,7 @@ from rayfed_sub.engine.ray_session import joined, ray_session
 from rayfed_sub.engine.watch import Watch
 from rayfed_sub.engine.workers import Spec
 from rayfed_sub.errors import RunError
+from rayfed_sub.methods import METHODS
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.reports.report import write_report
 from rayfed_sub.reports.source import read_run
@@ -98,7 +98,7 @@ def _run(config: Config, place: Place | None, tell: Listener, resume: bool, addr
         checkpoints.read(folder.path)  # a torn one is told before anything starts
         folder.place.saved()
         tell(Stage("starting Ray, loading weights"))
-        with _hinted(folder, tell), ThreadPoolExecutor(1) as pool:
+        with _hinted(folder, job.config, tell), ThreadPoolExecutor(1) as pool:
             loading, planned = [pool.submit(load_backbone, job)], pool.submit(planning.memory, job)
             with ray_session():
                 # No name here may hold the weights for the whole run.
@@ -148,18 +148,25 @@ def carry_out(
 
 
 @contextmanager
-def _hinted(folder: RunFolder, tell: Listener) -> Iterator[None]:
-    """Says with what words a run that was cut off goes on."""
-    path, out = shlex.quote(folder.place.called("config.yaml")), shlex.quote(folder.place.called())
-    hint = f"go on with: rayfed-sub run {path} --out {out} --resume"
+def _hinted(folder: RunFolder, config: Config, tell: Listener) -> Iterator[None]:
+    """Add the command that takes the run up again to what ended it, where that would get further."""
     try:
         yield
     except RunError as error:
-        more = "" if checkpoints.newest(folder.path) is None else f"; {hint}"
-        raise RunError(error.stage, error.cause + more, round=error.round, client=error.client) from None
+        cause = error.cause
+        if error.resume is not None and checkpoints.newest(folder.path) is not None:
+            cause = f"{cause}; {_resume(folder, config, error.resume)}"
+        raise RunError(error.stage, cause, round=error.round, client=error.client, resume=error.resume) from None
     except KeyboardInterrupt:
-        tell(Notice(f"interrupted; {hint}"))
+        tell(Notice(f"interrupted; {_resume(folder, config)}"))
         raise
+
+
+def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
+    place, name = folder.place, str(config.method["name"])
+    own = [] if name in METHODS else [f"method.name={name}"]  # a class that only the folder names is not imported
+    words = ["rayfed-sub", "run", place.called("config.yaml"), *own, *overrides, "--out", place.called(), "--resume"]
+    return f"go on with: {shlex.join(words)}"
 
 
 def spec_of(job: Job) -> Spec:
@@ -256,7 +263,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
 
 def _beginning(done: int, folder: RunFolder, config: Config, ask: Callable[[str], Any], tell: Listener) -> Beginning:
     """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count."""
-    now = {"versions": versions(), "environment": environment(config)}
+    now = dict(zip(("versions", "environment"), ask("surroundings"), strict=True))
     if not folder.begun() and not done:
         tell(Stage("evaluating the initial model"))
         beginning = Beginning(ask("scores"), **now)

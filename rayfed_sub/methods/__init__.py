@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -28,6 +28,18 @@ METHODS = {
     "fed-sb": "rayfed_sub.methods.fed_sb:FedSB",
     "shared-galore": "rayfed_sub.methods.shared_galore:SharedGaLore",
 }
+
+
+def check_named(name: object, said: Sequence[str], place: str, add: str) -> None:
+    """UserError where `place`, which anybody may have written, names a class that the caller does not name as well.
+
+    A class outside the table is imported, and so its module is run, only where the caller asks for it.  said: the words
+    of the command line; add: what to add to them.
+    """
+    if name in METHODS or ":" not in str(name) or any(str(name) in word for word in said):
+        return
+    allowed = f"a method of `rayfed-sub list methods`, for what {place} names is not imported unless you name it too"
+    raise UserError("method.name", name, allowed, f"if you trust that module, add {add}")
 
 
 def build(fields: Mapping[str, Any]) -> Method:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 from rayfed_sub.config import Config
 from rayfed_sub.config_files import flat
-from rayfed_sub.errors import UserError
-from rayfed_sub.methods import build
+from rayfed_sub.methods import METHODS, build
 from rayfed_sub.page import Cell, Section, Table, Text
 from rayfed_sub.reports.source import Runs
 
@@ -34,13 +33,11 @@ def differences(runs: Runs) -> Section:
 
 
 def defaults(config: Config) -> dict[str, Any]:
-    """What every key would be that is not set, the method's own fields among them, if the method can be found here."""
-    try:
-        method = build({"name": config.method["name"]})
-    except UserError:
-        own: dict[str, Any] = {}
-    else:
-        own = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+    """What every key would be that is not set, the method's own fields among them where it is one of the table: a
+    report does not import what a run's configuration names."""
+    name, own = config.method["name"], dict[str, Any]()
+    if name in METHODS:
+        own = asdict(cast(Any, build({"name": name})))
     tree = Config().model_dump(mode="json")
     return flat({**tree, "method": {**own, "name": tree["method"]["name"]}})
 

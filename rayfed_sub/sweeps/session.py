@@ -19,12 +19,13 @@ from rayfed_sub.engine.mirror import SWEEP, Place, placed
 from rayfed_sub.engine.nodes import HEAD, nodes
 from rayfed_sub.engine.ray_session import joined, ray_session
 from rayfed_sub.errors import UserError
+from rayfed_sub.methods import METHODS
 from rayfed_sub.sweeps.capacity import at_once, check_disk
 from rayfed_sub.sweeps.commons import foundations, ground_key, shared
 from rayfed_sub.sweeps.journal import Begun, TrialNow
 from rayfed_sub.sweeps.outcome import SweepResult, outcome
 from rayfed_sub.sweeps.space import Sweep, largest
-from rayfed_sub.sweeps.tuner import loggers, searcher, tuned
+from rayfed_sub.sweeps.tuner import check_unused, loggers, searcher, tuned
 from rayfed_sub.sweeps.watcher import Watcher
 
 Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
@@ -64,7 +65,8 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
     if old is not None:
         check_same(read_yaml(old.path / _FILE), _tree(sweep), _FREE, f"the sweep in {old.called()}")
     elif place is not None:
-        check_free(place.path)
+        check_free(place.path, _FILE)
+        check_unused(place)
     search = sweep.search
     callbacks, finder = [Watcher(search.metric, tell), *loggers(sweep)], searcher(search)
     with joined(address):
@@ -80,10 +82,12 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
             keys = tuple(search.space)
             tell(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.called()))
             try:
-                grid = tuned(sweep, commons, here, side_by_side, finder, callbacks)
+                grid = tuned(sweep, commons, here, side_by_side, finder, callbacks, old is not None)
             except KeyboardInterrupt:
-                file, folder = shlex.quote(here.called(_FILE)), shlex.quote(here.called())
-                tell(Notice(f"interrupted; go on with: rayfed-sub sweep {file} --out {folder} --resume"))
+                name = sweep.config(sweep.points()[0]).method["name"] if "method.name" not in sweep.search.space else ""
+                own = [f"method.name={name}"] if name and name not in METHODS else []
+                words = ["rayfed-sub", "sweep", here.called(_FILE), *own, "--out", here.called(), "--resume"]
+                tell(Notice(f"interrupted; go on with: {shlex.join(words)}"))
                 raise
             return outcome(sweep, grid, here)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from operator import le
@@ -189,9 +189,12 @@ def _real(value: Any) -> bool:
     return isinstance(value, float)
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(
+    path: str | Path, overrides: Sequence[str] = (), named: Callable[[object], None] = lambda name: None
+) -> Sweep:
     """The checked sweep from its YAML file and overrides: `sweep.trials=20` of the section, others of all trials.
 
+    named: is given every method's name before its class is imported, and may refuse it.
     Raises UserError, one line, for whatever does not fit: a file, a key of the space, a combination of values.
     """
     tree = read_yaml(Path(path))
@@ -204,10 +207,13 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         own = overridden(Path(path).parent / str(base), [as_override(*item) for item in flat(own).items()])
     found = overridden({"sweep": tree.get("sweep", {})}, section)
     shared = overridden(own, [override for override in overrides if override not in section])
-    load_config(shared)  # what is wrong without any value of the space is told as such
+    named(load_config(shared).method.get("name"))  # what is wrong without any value of the space is told as such
     for key, axis in found["sweep"]["space"].items() if isinstance(found["sweep"].get("space"), Mapping) else ():
         check(Axis, axis, f"sweep.space.{key}")  # each by itself, so that the key is named
     search = check(Search, found["sweep"], "sweep")
+    for key in {"method", "method.name"} & search.space.keys():
+        for value in search.space[key].values:
+            named(value.get("name") if isinstance(value, Mapping) else value)
     space = {key: _settled(shared, key, axis) for key, axis in search.space.items()}
     sweep = Sweep(shared, search.model_copy(update={"space": space}))
     for config in map(sweep.config, sweep.points()):

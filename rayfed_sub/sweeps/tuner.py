@@ -31,15 +31,30 @@ from rayfed_sub.sweeps.commons import Commons
 from rayfed_sub.sweeps.space import Axis, Search, Sweep
 from rayfed_sub.sweeps.trial import NUMBER, trial, values_of
 
-_TUNE = "tune"
+_TUNE, _TRIALS = "tune", "trials"
 _FOREVER = 10**9  # ASHA stops a trial there, which ends by itself before
 
 
+def check_unused(place: Place) -> None:
+    """UserError where the place of a new sweep has files of another: Tune would unpickle what is in its folder."""
+    filesystem, root = _storage(place)
+    for name in (_TUNE, _TRIALS):
+        if filesystem.get_file_info(fs.FileSelector(f"{root}/{name}", allow_not_found=True)):
+            allowed = f"a folder without {name}/, which another sweep has left"
+            raise UserError("--out", place.called(), allowed, "choose another folder")
+
+
 def tuned(
-    sweep: Sweep, commons: Commons, place: Place, side_by_side: int, finder: Any, callbacks: Sequence[Callback]
+    sweep: Sweep,
+    commons: Commons,
+    place: Place,
+    side_by_side: int,
+    finder: Any,
+    callbacks: Sequence[Callback],
+    resume: bool,
 ) -> ResultGrid:
-    """All trials to their ends, from where they are.  finder: see `searcher`."""
-    search, trials = sweep.search, inside(place.called() if place.mirror else str(place.path.absolute()), "trials")
+    """All trials to their ends; resume: from where they are.  finder: see `searcher`."""
+    search, trials = sweep.search, inside(place.mirror.uri if place.mirror else str(place.path.absolute()), _TRIALS)
     filesystem, root = _storage(place)
     numbers = count(_first_free(filesystem, f"{root}/{_TUNE}"))
     share = math.floor(1e4 / side_by_side) / 1e4  # Ray counts in ten thousandths
@@ -61,7 +76,7 @@ def tuned(
             reuse_actors=True,
             trial_dirname_creator=lambda own: f"{_number(own.config, numbers):05d}",
             callbacks=callbacks,
-            resume="AUTO+ERRORED",
+            resume="AUTO+ERRORED" if resume else False,
             raise_on_failed_trial=False,
             verbose=0,
         )
