@@ -142,7 +142,9 @@ def _check_named(file: str, name: object, overrides: list[str]) -> None:
 
     folder, left = Path(file).resolve().parent, ("log.jsonl", "summary.json", "checkpoints", "trials.parquet", "trials")
     if "://" in file or any((folder / other).exists() for other in left):
-        check_named(name, overrides, file, f"method.name={name}, or give a file of your own in place of {file}")
+        parts = [override.partition("=") for override in overrides]
+        said = [value for key, _, value in parts if key in ("method", "method.name")]
+        check_named(name, said, file, f"method.name={name}, or give a file of your own in place of {file}")
 
 
 def _check_write(config: Path, overrides: list[str], probe: bool, on: str | None) -> None:

@@ -33,8 +33,8 @@ METHODS = {
 def check_named(name: object, said: Sequence[str], place: str, add: str) -> None:
     """UserError where `place`, which anybody may have written, names a class that the caller does not name as well.
 
-    A class outside the table is imported, and so its module is run, only where the caller asks for it.  said: the words
-    of the command line; add: what to add to them.
+    A class outside the table is imported, and so its module is run, only where the caller asks for it.  said: what
+    the command line says of the method; add: what to add to them.
     """
     if name in METHODS or ":" not in str(name) or any(str(name) in word for word in said):
         return
