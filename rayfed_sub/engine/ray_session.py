@@ -71,8 +71,10 @@ def _found(address: str) -> str:
         )
     except subprocess.TimeoutExpired:
         answer = None
-    # Without the cluster's token, which `ray.init` finds by itself, a head answers that it is lacking.
-    if answer is None or (answer.returncode and b"AuthToken" not in answer.stderr):
+    if answer is not None and b"AuthToken" in answer.stderr:
+        token = "the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        raise OSError(f"the cluster at {found} asks for its token: set RAY_AUTH_MODE=token, {token}")
+    if answer is None or answer.returncode:
         raise OSError(f"what answers at {found} is not the head of a Ray cluster")
     return found
 
