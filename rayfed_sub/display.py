@@ -138,7 +138,7 @@ class Display:
             *_scores(metrics),
             *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
-            ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_bytes)),
+            ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_downlink_bytes)),
             ("rank of the last change", f"{summary.change_rank:g} (median over target layers)"),
             ("seconds", f"{summary.wall_seconds:.1f} {sitting}, {summary.train_seconds:.1f} training"),
             *([("privacy", _privacy(summary.privacy))] if summary.privacy else []),

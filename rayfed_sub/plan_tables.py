@@ -22,7 +22,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     print_table((f"{plan.name}: {plan.method}", "bytes"), _overview(plan), console)
     columns = ("round", "clients", "up, each", "down, each", "up, all", "down, all")
     print_table(columns, _rounds(plan), console)
-    _say(console, *plan.notes)
+    _say(console, _free(plan), *plan.notes)
     print_table(("method", "up", "down", "training", "stored", "server"), _methods(plan), console)
     _say(
         console,
@@ -74,6 +74,17 @@ def _rounds(plan: Plan) -> Iterable[tuple[str, ...]]:
     for row in plan.rounds:
         each = (_span(row.up), _span(row.down), size(row.up_all), size(row.down_all))
         yield str(row.round + 1), str(row.clients), *each
+
+
+def _free(plan: Plan) -> str:
+    """The rule of `methods/downloads.py`, and what it saves in all rounds."""
+    down, counted = (sum(sizes) for sizes in zip(*((r.down_all, r.down_counted_all) for r in plan.rounds), strict=True))
+    most = max(row.down_counted[1] for row in plan.rounds)
+    return (
+        "What follows from the pretrained weights and the seed costs nothing: before anything is learned, nobody "
+        f"downloads. In these rounds {size(down)} go down; were every client's first download counted in full (all "
+        f"that it reads, at most {size(most)}), {size(counted)}."
+    )
 
 
 def _methods(plan: Plan) -> Iterable[tuple[str, ...]]:

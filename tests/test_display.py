@@ -36,6 +36,7 @@ SUMMARY = Summary(
     uplink_bytes=2_000_000,
     downlink_bytes=50_000_000,
     dense_bytes=25_000_000,
+    dense_downlink_bytes=20_000_000,
     change_rank=32.0,
     wall_seconds=61.04,
     train_seconds=42.25,
@@ -202,7 +203,7 @@ def test_the_final_table(clock: Clock) -> None:
         ("held-out loss (nats/label)", "4.0000 -> 3.2500"),
         ("ROUGE-L of greedy answers", "0.1000 -> 0.2340"),
         ("sent up, all clients", "2.0 MB, 12.5x less than 25.0 MB of dense target weights"),  # 25 / 2
-        ("sent down, all clients", "50.0 MB, 2.0x 25.0 MB of dense target weights"),
+        ("sent down, all clients", "50.0 MB, 2.5x 20.0 MB of dense target weights"),
         ("rank of the last change", "32 (median over target layers)"),
         ("seconds", "61.0 in all, 42.2 training"),
         ("peak memory, all processes", "1.2 GB"),
@@ -228,7 +229,7 @@ def test_the_table_shows_the_scores_there_are() -> None:
     said = text.getvalue()
     assert all(cell in said for cell in ("macro F1", "0.2000 -> 0.7500", "0.2500 -> 0.5000"))
     assert "ROUGE-L" not in said
-    assert "nothing, against 25.0 MB of dense target weights" in said
+    assert "nothing, against 20.0 MB of dense target weights" in said
 
 
 def test_the_table_says_which_published_score_does_not_read_the_texts() -> None:

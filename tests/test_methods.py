@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayfed_sub.config import Optimizer
+from rayfed_sub.analysis.traffic import traffic
+from rayfed_sub.config import Config, Optimizer
 from rayfed_sub.engine.exchange import packed, unpacked
 from rayfed_sub.errors import UserError
 from rayfed_sub.methods import METHODS, build
+from rayfed_sub.methods.downloads import downloaded
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.records import Block, Client, ClientState, LocalResult, ServerState, Start, Tensors, Update, wire_bytes
 from tests.tiny_models import Tiny, bert, distance, draw_batches, gpt2, llama, run_pack, run_reference, vit
@@ -289,6 +291,59 @@ def test_uploads_weigh_what_the_formulas_say() -> None:
         assert done.updates[0].wire_bytes == wire_bytes(done.updates[0].tensors) == 4 * numbers
         down = method.download_bytes(done.server, tiny.shape, Client(0, 0), since=0)
         assert down == 4 * downward.get(name, numbers)  # fedftg: one client's block was missed
+
+
+FIRST = {  # wire numbers per layer of a client that joins after one round of one client, which sent rank 2 blocks
+    "fedftg": lambda m, n: RANK * (m + n),
+    "fedavg": lambda m, n: m * n,
+    "fedit": lambda m, n: RANK * (m + n),
+    "ffa-lora": lambda m, n: RANK * m,  # A still follows from the seed
+    "flexlora": lambda m, n: RANK * (m + n),
+    "flora": lambda m, n: RANK * (m + n),
+    "hetlora": lambda m, n: RANK * (m + n),
+    "fedex-lora": lambda m, n: RANK * (m + n),  # one client: no residual
+    "rolora": lambda m, n: RANK * m,  # round 0 trains B
+    "fedsa-lora": lambda m, n: RANK * n,
+    "fedsvd": lambda m, n: RANK * (m + n),  # the server has factorised: A is another one
+    "lora-fair": lambda m, n: RANK * (m + n),
+    "fed-sb": lambda m, n: RANK**2,  # the outer factors follow from the pretrained weight
+    "shared-galore": lambda m, n: RANK * max(m, n),  # the basis is drawn from the seed
+}
+
+
+@every_method
+@pytest.mark.parametrize("make", [llama, bert])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_follows_from_pretrained_weights_and_seed_is_not_downloaded(name: str, make: object, mixed: bool) -> None:
+    """Before round 0 nobody downloads anything, the classifier's head included, nor after a round that taught nothing;
+    a client that joins for the first time before round 1 downloads what was learned, with the head: a server that mixes
+    sends dense weights whole."""
+    tiny: Tiny = make()  # type: ignore[operator]
+    method, new = made(name), Client(7, 0)
+    server = method.init_server(tiny.weights, tiny.shape, seed=0)
+    still = method.finish(server, method.zero(server, tiny.shape), tiny.shape)
+    assert downloaded(method, server, tiny.shape, new, -1, learned=False, mixed=mixed) == 0
+    assert downloaded(method, still, tiny.shape, new, -1, learned=False, mixed=mixed) == 0
+    after = walk(method, tiny, server, clients_data(tiny, 1), weights=[1]).server
+    head = sum(tiny.weights[key].numel() for key in tiny.shape.head_names)
+    dense = mixed and any(f"{t.name}/weight" in method.broadcast(server).tensors for t in tiny.shape.targets)
+    formula = (lambda m, n: m * n) if dense else FIRST[name]
+    more = sum(RANK * (t.m + t.n) for t in tiny.shape.targets) if dense and name == "fedex-lora" else 0
+    numbers = head + more + sum(formula(t.m, t.n) for t in tiny.shape.targets)
+    assert downloaded(method, after, tiny.shape, new, -1, learned=True, mixed=mixed) == 4 * numbers
+
+
+@every_method
+def test_a_plan_counts_no_first_download_and_says_what_it_would_be(name: str) -> None:
+    """Three clients, of whom the last comes in round 1; counted in full, a first download is the whole broadcast."""
+    tiny, method = bert(), made(name)
+    found = traffic(method, tiny.shape, Config(), [[0, 1], [1, 2]], lambda client: STEPS)
+    server = method.init_server(tiny.weights, tiny.shape, seed=0)
+    whole = wire_bytes(method.broadcast(server).tensors)
+    assert [(found.rounds[0][k].down, found.rounds[0][k].down_counted) for k in (0, 1)] == [(0, whole)] * 2
+    again, new = found.rounds[1][1], found.rounds[1][2]
+    assert again.down == again.down_counted > 0
+    assert 0 < new.down <= new.down_counted >= whole
 
 
 def test_fedftg_sends_the_matrix_where_its_blocks_are_larger() -> None:

@@ -51,10 +51,8 @@ def test_bytes_are_those_of_real_training(name: str, model: Any) -> None:
     server, states = method.init_server(tiny.weights, tiny.shape, seed=0), dict[int, ClientState]()
     assert planned.server[0] == wire_bytes(server.tensors)
     for n, cohort in enumerate(cohorts):
-        down = [
-            method.download_bytes(server, tiny.shape, Client(k, 0), states[k].round - 1 if k in states else -1)
-            for k in cohort
-        ]
+        since = {k: states[k].round - 1 if k in states else -1 for k in cohort}
+        down = [method.download_bytes(server, tiny.shape, Client(k, 0), since[k]) if n else 0 for k in cohort]
         data, before = clients_data(tiny, len(cohort), seed=10 * n), [states.get(k) for k in cohort]
         done = walk(method, tiny, server, data, weights=[1.0] * len(cohort), states=before, ids=cohort)
         for k, update, state, received in zip(cohort, done.updates, done.states, down, strict=True):
@@ -193,11 +191,16 @@ def test_a_plan_by_hand() -> None:
     up = 2 * 4 * (96 + 32) * 4
     assert [row.up_all for row in planned.rounds] == [8 * up, 8 * up]
     assert [row.down for row in planned.rounds] == [(0, 0), (2 * 96 * 32 * 4,) * 2]  # 8 blocks exceed the matrix
+    # What the first broadcast would cost, and what everybody's two downloads do.
+    assert [row.down_counted for row in planned.rounds] == [(2 * 96 * 32 * 4,) * 2] * 2
+    assert [row.down_counted_all for row in planned.rounds] == [8 * 2 * 96 * 32 * 4] * 2
     # The basis on the side of 32, two moments on the side of 96.
     assert planned.state == (2 * 4 * (32 + 2 * 96) * 4,) * 2
     # Both factors, two moments and the gradient of the trained one.
     assert planned.resident == (2 * 4 * (96 + 32 + 3 * 96) * 4,) * 2
     assert {row.method for row in planned.methods} == set(METHODS)
+    assert {row.down[0] for row in planned.methods} == {0}
+    assert next(row.down_counted for row in planned.methods if row.method == "fedit") == (up, up)
     dense = next(row for row in planned.ranks if row.method == "fedavg")
     assert (dense.state, dense.resident) == (2 * 2 * 3072 * 4, 4 * 2 * 3072 * 4)
     memory = [fit.worker for fit in planned.fits]

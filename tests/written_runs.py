@@ -258,6 +258,7 @@ def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed
         "uplink_bytes": int(rounds["uplink_bytes"].sum()),
         "downlink_bytes": int(rounds["downlink_bytes"].sum()),
         "dense_bytes": 20_000_000,
+        "dense_downlink_bytes": 16_000_000,
         "change_rank": 16.0,
         "wall_seconds": 60.0,
         "train_seconds": 40.0,

@@ -16,13 +16,15 @@ RANKS = (4, 8, 16, 64)
 
 @dataclass(frozen=True)
 class MethodBytes:
-    """A method at a rank: bytes per client up and down in the first and the second round, stored and in training; the
-    server after two rounds, and at most at the coordinator."""
+    """A method at a rank: bytes per client up and down in the first and the second round (down_counted: if pretrained
+    weights and seed gave nothing for free), stored and in training; the server after two rounds, and at most at the
+    coordinator."""
 
     method: str
     rank: int | None
     up: tuple[int, int]
     down: tuple[int, int]
+    down_counted: tuple[int, int]
     state: int
     resident: int
     server: int
@@ -76,6 +78,7 @@ def _bytes(name: str, parts: Parts) -> MethodBytes:
         rank=getattr(parts.method, "rank", None),
         up=most(lambda client: client.up),
         down=most(lambda client: client.down),
+        down_counted=most(lambda client: client.down_counted),
         state=max(client.state for client in found.clients),
         resident=max(client.resident for client in found.clients),
         server=found.server[-1],

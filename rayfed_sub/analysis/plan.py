@@ -18,7 +18,8 @@ from rayfed_sub.config import Config
 
 @dataclass(frozen=True)
 class RoundBytes:
-    """Wire bytes of a round: of the client with the least and the most, and of the cohort."""
+    """Wire bytes of a round: of the client with the least and the most, and of the cohort.  down_counted: if pretrained
+    weights and seed gave nothing for free, so that a client's first download were the whole broadcast."""
 
     round: int
     clients: int
@@ -26,6 +27,8 @@ class RoundBytes:
     down: tuple[int, int]
     up_all: int
     down_all: int
+    down_counted: tuple[int, int]
+    down_counted_all: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ def as_dict(record: Any) -> Any:
 
 def _round(n: int, walked: Mapping[int, ClientTraffic]) -> RoundBytes:
     ups, downs = [c.up for c in walked.values()], [c.down for c in walked.values()]
-    return RoundBytes(n, len(walked), _span(ups), _span(downs), sum(ups), sum(downs))
+    counted = [c.down_counted for c in walked.values()]
+    spans = {"up": _span(ups), "down": _span(downs), "down_counted": _span(counted)}
+    sums = {"up_all": sum(ups), "down_all": sum(downs), "down_counted_all": sum(counted)}
+    return RoundBytes(n, len(walked), **spans, **sums)
 
 
 def _span(sizes: Iterable[int]) -> tuple[int, int]:

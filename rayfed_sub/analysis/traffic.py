@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config import Config
+from rayfed_sub.methods.downloads import downloaded, first_counted
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server import advance, mixed_bytes, mixes
+from rayfed_sub.methods.server import advance, mixes
 from rayfed_sub.records import (
     Client,
     ClientState,
@@ -37,12 +38,14 @@ _Figures = dict[tuple[str | int, ...], int]
 
 @dataclass(frozen=True)
 class ClientTraffic:
-    """Bytes of one client: sent and received in a round; stored for its next one (`state`).  While it trains: its
-    tensors, moments and gradients side by side in the pack (`resident`), and what it holds besides them (`held`): its
-    start where that is not the broadcast itself, its upload and state where they are not the result itself."""
+    """Bytes of one client: sent and received in a round; received if pretrained weights and seed gave nothing for free
+    (`down_counted`, see `methods/downloads.py`); stored for its next one (`state`).  While it trains: its tensors,
+    moments and gradients side by side in the pack (`resident`), and what it holds besides them (`held`): its start
+    where that is not the broadcast itself, its upload and state where they are not the result itself."""
 
     up: int
     down: int
+    down_counted: int
     state: int
     resident: int
     held: int
@@ -97,7 +100,7 @@ def traffic(
     )
 
 
-_CLIENT = ("up", "down", "state", "resident", "held")
+_CLIENT = ("up", "down", "down_counted", "state", "resident", "held")
 
 
 def first_start(method: Method, shape: ModelShape, config: Config, client: int) -> Start:
@@ -143,10 +146,11 @@ def _walk(
         broadcast, total = method.broadcast(server), method.zero(server, shape)
         found["broadcast", n] = wire_bytes(broadcast.tensors)
         fresh = {}
+        learned = n > 0 and (config.privacy.clip is not None or bool(states))
         for k in cohort:
             who, state = Client(k, config.seed), states.get(k)
             since = -1 if state is None else state.round - 1
-            counted = method.download_bytes(server, shape, who, since)
+            down = downloaded(method, server, shape, who, since, learned=learned, mixed=mixed)
             start = method.start_client(broadcast, state, who, shape)
             result = _result(start, k, steps(k), shape, config)
             update = method.upload(result, 1.0, shape)
@@ -158,7 +162,8 @@ def _walk(
             held = _own([start.tensors], given) + _own([update.tensors, kept], [*given, *ended])
             figures = (
                 update.wire_bytes,
-                mixed_bytes(broadcast.tensors, shape, counted) if mixed else counted,
+                down,
+                first_counted(method, server, since, down),
                 wire_bytes(kept),
                 _resident(start, config),
                 held,

@@ -39,8 +39,9 @@ from rayfed_sub.engine.tally import Tally
 from rayfed_sub.engine.workers import PackedUpdate, PackOutcome, Worker, broadcast_of
 from rayfed_sub.errors import RunError
 from rayfed_sub.methods import privacy
+from rayfed_sub.methods.downloads import downloaded
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server import Noise, advance, mixed_bytes, mixes, nova_factor
+from rayfed_sub.methods.server import Noise, advance, mixes, nova_factor
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.records import Change, Client, Fold, ModelShape, ServerState, Tensors, Update
 from rayfed_sub.training.failures import not_finite
@@ -328,16 +329,21 @@ class Coordinator:
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
         """Wire bytes to every client of the cohort, given when it last took part."""
         states, server = self._ledger.standing.states, self._ledger.standing.server
-        shape = self._shape
-        sent = self._method.broadcast(server).tensors
         mixed = mixes(self._config.server, self._config.privacy)
         down = {}
         for client in cohort:
             who = Client(client, self._config.seed)
             since = states.get(client, 0) - 1  # a state is for the round after the one that made it
-            counted = self._method.download_bytes(server, shape, who, since)
-            down[client] = mixed_bytes(sent, shape, counted) if mixed else counted
+            down[client] = downloaded(
+                self._method, server, self._shape, who, since, learned=self._learned(), mixed=mixed
+            )
         return down
+
+    def _learned(self) -> bool:
+        """Whether any round has moved the server: one in which somebody trained, or, under privacy, any one, by its
+        noise."""
+        standing = self._ledger.standing
+        return standing.server.round > 0 and (self._private or bool(standing.states))
 
     def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> Piece:
         home = self._home.get(clients[0], index % len(self._workers))

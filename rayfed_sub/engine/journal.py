@@ -146,8 +146,9 @@ class RoundDone:
 @dataclass(frozen=True)
 class Summary:
     """The finished run, as summary.json.  metrics: the scores over all held-out rows, `<metric>_before` training and
-    `<metric>` after, which `analysis/scores.py` defines; dense_bytes: what one
-    direction would have cost with dense target weights; privacy: epsilon and delta spent; wall_seconds and
+    `<metric>` after, which `analysis/scores.py` defines; dense_bytes, dense_downlink_bytes:
+    what the same clients would have sent and received with dense target weights, by the rule of
+    `methods/downloads.py`; privacy: epsilon and delta spent; wall_seconds and
     peak_memory_bytes: of the last sitting; planned_memory_bytes: what `plan` gives for all processes of a run on one
     machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again; precision: of
     the model that was judged, but for its target layers and head, which compute in float32; logits: how they follow
@@ -167,6 +168,7 @@ class Summary:
     metrics: dict[str, float]
     versions: dict[str, str]
     environment: dict[str, Any]
+    dense_downlink_bytes: int = 0
     privacy: dict[str, float] | None = None
     planned_memory_bytes: int | None = None
     resumed: tuple[int, ...] = ()

@@ -39,6 +39,7 @@ from rayfed_sub.engine.watch import Watch
 from rayfed_sub.engine.workers import Spec
 from rayfed_sub.errors import RunError
 from rayfed_sub.methods import METHODS
+from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.reports.report import write_report
 from rayfed_sub.reports.source import read_run
@@ -301,6 +302,7 @@ def _summary(
 ) -> Summary:
     rows, config = folder.rounds.to_pylist(), job.config
     epsilon, before = rows[-1]["epsilon"], overall(first.scores)
+    clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
     return Summary(
         name=config.name,
         method=str(config.method["name"]),
@@ -308,7 +310,8 @@ def _summary(
         weights_sha256=ask("weights_sha256"),
         uplink_bytes=sum(row["uplink_bytes"] for row in rows),
         downlink_bytes=sum(row["downlink_bytes"] for row in rows),
-        dense_bytes=sum(row["clients"] for row in rows) * targets,
+        dense_bytes=sum(clients) * targets,
+        dense_downlink_bytes=dense_downloads(clients, failed, targets, private=config.privacy.clip is not None),
         change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,
         train_seconds=sum(row["train_seconds"] for row in rows),

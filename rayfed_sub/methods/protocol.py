@@ -57,7 +57,8 @@ class Method(Protocol):
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         """Bytes the client would receive before round server.round, having last synchronised at the start of round
-        `since` (-1: never; it then holds the pretrained weights)."""
+        `since` (-1: never; it then holds the pretrained weights and the seed).  Not asked before anything was learned:
+        what follows from pretrained weights and seed costs nothing, whatever the method (`downloads.py`)."""
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         """What a client begins the round with; state is None in its first round."""

@@ -69,7 +69,8 @@ def _steps(run: Run) -> str:
 
 
 def _bytes(run: Run, direction: str) -> str:
-    total, dense = int(run.rounds[direction].sum()), run.summary.get("dense_bytes")
+    yardstick = {"uplink_bytes": "dense_bytes", "downlink_bytes": "dense_downlink_bytes"}[direction]
+    total, dense = int(run.rounds[direction].sum()), run.summary.get(yardstick)
     if not dense or not total:
         return megabytes(total)
     share = f"{dense / total:.1f} times less than" if total < dense else f"{total / dense:.1f} times"

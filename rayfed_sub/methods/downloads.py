@@ -1,0 +1,50 @@
+"""Bytes that a client downloads before a round: one rule for all methods, those of the user's own among them.
+
+Rule: what follows from the pretrained weights and the run's seed costs nothing.  Every client holds both, and a head
+that was drawn from the seed, so the server's state before anything was learned never travels, for dense FedAvg as for
+LoRA.  From then on a client pays for what it lacks; which tensors these are, each method says in `download_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.methods.server import mixed_bytes
+from rayfed_sub.records import Client, ModelShape, ServerState, wire_bytes
+
+
+def downloaded(
+    method: Method, server: ServerState, shape: ModelShape, client: Client, since: int, *, learned: bool, mixed: bool
+) -> int:
+    """Wire bytes to the client before round server.round.
+
+    since: as in `Method.download_bytes`.  learned: whether any round has moved the server, so that it is not what
+    `init_server` made of the pretrained weights and the seed.  mixed: see `methods/server.py`.
+    """
+    if not learned:
+        return 0
+    counted = method.download_bytes(server, shape, client, since)
+    return mixed_bytes(method.broadcast(server).tensors, shape, counted) if mixed else counted
+
+
+def first_counted(method: Method, server: ServerState, since: int, down: int) -> int:
+    """The bytes `down` where nothing followed from pretrained weights and seed: a client that never synchronised
+    (since -1) would download all that it reads, the whole broadcast."""
+    return max(down, wire_bytes(method.broadcast(server).tensors)) if since < 0 else down
+
+
+def dense_downloads(clients: Sequence[int], skipped: Sequence[int], dense: int, *, private: bool) -> int:
+    """What dense FedAvg's clients would download in a run by the same rule: `dense` bytes each, in rounds before which
+    the server had moved.  clients, skipped: of each round; private: noise moves the server in a round without clients.
+
+    >>> dense_downloads([8, 8, 2], [0, 0, 0], 100, private=False)  # the first eight hold the pretrained weights
+    1000
+    >>> dense_downloads([8, 8, 2], [8, 0, 0], 100, private=False)  # all of them failed: the second eight hold them too
+    200
+    """
+    total, learned = 0, False
+    for count, failed in zip(clients, skipped, strict=True):
+        total += dense * count * learned
+        learned = learned or private or count > failed
+    return total
