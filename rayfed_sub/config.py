@@ -220,10 +220,11 @@ class Evaluation(Record):
 
 
 class Diagnostics(Record):
-    """What is looked at while clients train: ranks, drift, overlap (`analysis/diagnostics.py`), and how low-rank their
-    gradients are (`training/gradients.py`).  It changes no bits.  every: rounds between looks (0: never; the last round
-    is looked at as well); clients: of a cohort at most so many, evenly spaced; layers: of the target layers at most so
-    many, evenly spaced; gradient_layers: of those, where one client of a pack has its gradients looked at (0: nowhere).
+    """What is looked at while clients train: ranks, drift, overlap (`analysis/diagnostics.py`), the rank of the
+    server's own change and how far it has come (`analysis/ranks.py`), and how low-rank gradients are
+    (`training/gradients.py`).  It changes no bits.  every: rounds between looks (0: never; the last round is looked at
+    as well); clients: of a cohort at most so many, evenly spaced; layers: of the target layers at most so many, evenly
+    spaced; gradient_layers: of those, where one client of a pack has its gradients looked at (0: nowhere).
     The coordinator's time and memory grow with layers and (clients * rank)^2, the tables with rounds, layers and
     clients: runs of thousands of rounds look less often."""
 

@@ -139,7 +139,7 @@ class Display:
             *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_downlink_bytes)),
-            ("rank of the last change", f"{summary.change_rank:g} (median over target layers)"),
+            ("rank of the last change", _rank(summary.change_rank)),
             ("seconds", f"{summary.wall_seconds:.1f} {sitting}, {summary.train_seconds:.1f} training"),
             *([("privacy", _privacy(summary.privacy))] if summary.privacy else []),
             ("peak memory, all processes", size(summary.peak_memory_bytes)),
@@ -199,6 +199,10 @@ def clock(seconds: float) -> str:
 
 def _privacy(spent: Mapping[str, float]) -> str:
     return f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}, for the server's tensors"
+
+
+def _rank(rank: float | None) -> str:
+    return "not looked at: diagnostics.every=0" if rank is None else f"{rank:g} (median over target layers)"
 
 
 def _loss(loss: float | None) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config import Diagnostics
-from rayfed_sub.engine.diagnosis import Looked, gradient_watch, kept, looked, rows, watched
+from rayfed_sub.engine.diagnosis import Looked, due, gradient_watch, kept, looked, rows, sent_rank, watched
 from rayfed_sub.records import Layer, LocalResult, ModelShape, Start
 from rayfed_sub.training.gradients import GradientWatch
 
@@ -87,3 +87,15 @@ def test_gradients_are_looked_at_for_one_client_of_a_pack_in_layers_that_are() -
     assert nowhere.layers == frozenset()
     dense: Any = Start({f"{layer.name}/weight": torch.zeros(6, 4) for layer in SHAPE.targets}, ())
     assert gradient_watch(Diagnostics(), SHAPE, [3], [dense], [3]).ranks == {3: 8}
+
+
+def test_the_rank_of_factors_in_an_update() -> None:
+    """Both factors, one alone (a shared basis), the matrix itself, a core, and another layer's."""
+    tensors = {"a/left": torch.zeros(6, 2), "a/right": torch.zeros(2, 4), "b/right": torch.zeros(3, 4)}
+    tensors |= {"c/weight": torch.zeros(6, 4), "d/core": torch.zeros(2, 2), "e/left": torch.zeros(6, 5)}
+    assert [sent_rank(tensors, name) for name in "abcdef"] == [2, 3, None, None, 5, None]
+
+
+def test_rounds_that_are_looked_at() -> None:
+    assert [due(Diagnostics(every=2), n, 5) for n in range(5)] == [False, True, False, True, True]
+    assert not any(due(Diagnostics(every=0), n, 5) for n in range(5))

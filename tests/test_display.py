@@ -246,6 +246,13 @@ def test_the_table_says_which_published_score_does_not_read_the_texts() -> None:
     ]
 
 
+def test_a_rank_that_nobody_looked_at_is_no_number(clock: Clock) -> None:
+    pipe, text = console(terminal=False)
+    Display(pipe).table(Summary(**{**vars(SUMMARY), "change_rank": None}))
+    (line,) = (line for line in text.getvalue().splitlines() if "rank of the last change" in line)
+    assert "not looked at: diagnostics.every=0" in line
+
+
 def test_at_100_columns_the_checksum_is_on_one_line() -> None:
     terminal, text = console(terminal=True, width=100)
     Display(terminal).table(SUMMARY)

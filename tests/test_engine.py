@@ -106,7 +106,8 @@ def test_the_folder_of_a_run(undisturbed: Summary) -> None:
 def test_diagnostics_change_no_bits(undisturbed: Summary, tmp_path: Path) -> None:
     without = run(small("resources.workers=1", "diagnostics.every=0"), tmp_path / "run")
     assert without.weights_sha256 == undisturbed.weights_sha256
-    assert without.change_rank == undisturbed.change_rank
+    assert (without.change_rank, undisturbed.change_rank) == (None, 32.0)  # 8 clients of rank 4
+    assert pd.read_parquet(tmp_path / "run" / "rounds.parquet")["change_rank"].isna().all()
     assert len(pd.read_parquet(tmp_path / "run" / "layers.parquet")) == 0
 
 

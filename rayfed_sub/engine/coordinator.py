@@ -22,7 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer
 from rayfed_sub.analysis.privacy import spent
-from rayfed_sub.analysis.ranks import change_rank
+from rayfed_sub.analysis.ranks import moved_rank
 from rayfed_sub.analysis.scores import Score, overall
 from rayfed_sub.config import Config
 from rayfed_sub.data.dataset import Dataset
@@ -63,8 +63,9 @@ class Shared:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What a round's training leaves besides the ledger.  moved: by target the rank of the server's own change, and how
-    far the weight has come since it was pretrained, |W - W0| / |W0|; empty where it was not asked for."""
+    """What a round's training leaves besides the ledger.  moved: by target that diagnostics look at, the rank of the
+    server's own change, and how far the weight has come since it was pretrained, |W - W0| / |W0|; empty in a round that
+    they do not look at."""
 
     tally: Tally
     seconds: float
@@ -169,7 +170,7 @@ class Coordinator:
         config, cohort = self._config, cohorts.cohort(self._config, n)
         down = self._download_bytes(cohort)
         due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
-        trained = yield from self._trained(n, cohort, down, began, due)
+        trained = yield from self._trained(n, cohort, down, began)
         if trained is None:
             return  # the run is being interrupted
         tally, moved = trained.tally, trained.moved
@@ -195,12 +196,10 @@ class Coordinator:
         yield RoundDone(row, tuple(tally.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
 
     def _trained(
-        self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
+        self, n: int, cohort: list[int], down: Mapping[int, int], began: float
     ) -> Generator[PackDone, None, _Trained | None]:
         """The round up to its commit; None where the run is being interrupted.  A call of its own, because the sum and
-        the last server must be gone before the next broadcast comes.
-
-        due: whether it is asked how far the server has moved."""
+        the last server must be gone before the next broadcast comes."""
         config, method, shape = self._config, self._method, self._shape
         broadcast = self._broadcast()
         standing, size = self._ledger.standing, config.resources.pack_size
@@ -209,6 +208,7 @@ class Coordinator:
         pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
 
         total, trained, tally = self._zero(), {}, Tally(n, len(cohort), began)
+        ranks: dict[str, int | None] = dict.fromkeys(self._looked_at(n), 0)
         pack_rows, looks = list[PackRow](), list[Looked]()
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
@@ -221,6 +221,9 @@ class Coordinator:
                     continue
                 update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
                 total = method.fold(total, update, shape)
+                for name, so_far in ranks.items():
+                    own = diagnosis.sent_rank(update.tensors, name)
+                    ranks[name] = None if own is None or so_far is None else so_far + own
                 tally.add(_row(n, sent, update.wire_bytes, down[client]))
                 self._ledger.add(client, state)
                 trained[client] = state.round
@@ -234,7 +237,7 @@ class Coordinator:
         if not self._ledger.commit(after, memory, trained):
             return None
         seconds = time.perf_counter() - began
-        moved = self._moved(before) if due else {}
+        moved = self._moved(before, ranks)
         return _Trained(tally, seconds, moved, pack_rows, *diagnosis.rows(n, shape, looks, moved))
 
     def scores(self) -> tuple[Score, ...]:
@@ -362,15 +365,27 @@ class Coordinator:
             weights = self._pretrained(ModelShape((layer,)))
             yield layer.name, change.apply(weights[f"{layer.name}/weight"])
 
-    def _moved(self, before: ServerState) -> dict[str, tuple[int, float]]:
-        """See `_Trained`."""
+    def _looked_at(self, n: int) -> list[str]:
+        """The targets whose change of round n at the server diagnostics look at."""
+        asked = self._config.diagnostics
+        if not diagnosis.due(asked, n, self._config.federation.rounds or 0):
+            return []
+        return [layer.name for layer in diagnosis.spaced(self._shape.targets, asked.layers)]
+
+    def _moved(self, before: ServerState, ranks: Mapping[str, int | None]) -> dict[str, tuple[int, float]]:
+        """See `_Trained`.  ranks: by target that is looked at, the summed rank of the round's updates, if they came as
+        factors: what the server's change cannot exceed where it is their mean."""
         then, now = (self._method.model(server, self._shape) for server in (before, self._ledger.standing.server))
+        mixed = mixes(self._config.server, self._config.privacy)
         moved = {}
         for layer in self._shape.targets:
+            if layer.name not in ranks:
+                continue
             pretrained = self._pretrained(ModelShape((layer,)))[f"{layer.name}/weight"]
-            old, new = (changes[layer.name].apply(pretrained) for changes in (then, now))
-            far = torch.dist(new, pretrained) / pretrained.norm().clamp_min(torch.finfo(torch.float32).tiny)
-            moved[layer.name] = change_rank(old, new), float(far)
+            old, new, expected = then[layer.name], now[layer.name], None if mixed else ranks[layer.name]
+            after = new.apply(pretrained)
+            far = torch.dist(after, pretrained) / pretrained.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            moved[layer.name] = moved_rank(old, new, pretrained, after, expected), float(far)
         return moved
 
     def _verify(self) -> None:

@@ -13,7 +13,7 @@ from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer, diagnose
 from rayfed_sub.analysis.movements import Movement, movement
 from rayfed_sub.config import Diagnostics
 from rayfed_sub.engine.exchange import Packed, packed, unpacked
-from rayfed_sub.records import LocalResult, ModelShape, Start
+from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.training.gradients import GradientWatch
 
 T = TypeVar("T")
@@ -37,8 +37,12 @@ def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> l
     >>> [watched(Diagnostics(clients=3, every=2), n, 3, cohort) for n in range(3)]
     [[], [10, 12, 14], [10, 12, 14]]
     """
-    due = asked.every and ((n + 1) % asked.every == 0 or n + 1 == rounds)
-    return spaced(cohort, asked.clients) if due else []
+    return spaced(cohort, asked.clients) if due(asked, n, rounds) else []
+
+
+def due(asked: Diagnostics, n: int, rounds: int) -> bool:
+    """Whether round n, counted from 0, is looked at."""
+    return asked.every > 0 and ((n + 1) % asked.every == 0 or n + 1 == rounds)
 
 
 def spaced(items: Sequence[T], most: int) -> list[T]:
@@ -49,6 +53,19 @@ def spaced(items: Sequence[T], most: int) -> list[T]:
     """
     few = min(most, len(items))
     return [items[i * len(items) // few] for i in range(few)]
+
+
+def sent_rank(tensors: Tensors, layer: str) -> int | None:
+    """Rank of the factors that an update holds for the layer, of one of them at least; None where it has none.
+
+    >>> import torch
+    >>> sent_rank({"up/left": torch.zeros(5, 2), "up/right": torch.zeros(2, 3)}, "up")
+    2
+    """
+    left, right = tensors.get(f"{layer}/left"), tensors.get(f"{layer}/right")
+    if left is not None:
+        return left.shape[1]
+    return None if right is None else right.shape[0]
 
 
 def gradient_watch(
@@ -92,7 +109,7 @@ def kept(look: Looked) -> Looked:
 def rows(
     n: int, shape: ModelShape, looks: Sequence[Looked], server: Mapping[str, tuple[int, float]]
 ) -> tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]:
-    """A round's rows, layer by layer; server: by layer its rank and how far it has come, where that was asked for."""
+    """A round's rows, layer by layer; server: by layer the rank of its own change and how far it has come."""
     cohort: list[CohortLayer] = []
     clients: list[ClientLayer] = []
     for layer in shape.targets:

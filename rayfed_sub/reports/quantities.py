@@ -29,8 +29,8 @@ QUANTITIES = (
              "values: how many directions carry it, weak ones counted less."),
     Quantity("stable_rank", "Stable rank of the aggregate", "Squared Frobenius norm over squared largest singular "
              "value: near 1 where one direction dominates."),
-    Quantity("server_rank", "Rank of the server's change", "Of what the server changed in the round, evaluated rounds "
-             "only: after aggregation, truncation and merging.", mapped=False),
+    Quantity("server_rank", "Rank of the server's change", "Of what the server changed in the round, after "
+             "aggregation, truncation and merging.", mapped=False),
     Quantity("drift", "Client drift", "Distance of the clients' changes from their mean, over the mean's norm: 0 where "
              "all are alike; sqrt(clients - 1) where they are orthogonal."),
     Quantity("agreement", "Agreement of the clients", "Mean cosine between two clients' changes: 1 where they point "
@@ -50,7 +50,7 @@ QUANTITIES = (
     Quantity("norm", "Norm of the aggregate", "Frobenius norm of the clients' mean change in the round, in the "
              "weights' unit.", mapped=False),
     Quantity("accumulated", "Accumulated change", "Norm of what the weight has moved from the pretrained one, over the "
-             "pretrained one's norm; evaluated rounds only."),
+             "pretrained one's norm."),
 )  # fmt: skip
 _OF_CLIENTS = ("gradient_energy", "gradient_rank", "turned")
 
