@@ -113,7 +113,8 @@ class Federation(Record):
     batching: `shuffled` cuts a client's batches from a random permutation of its rows; `bucketed` makes them of rows of
     like length, the same step long or short for all clients, which pads less but makes the order depend on lengths.
     availability: the chance that a sampled client takes part.  proximal: FedProx's mu.  normalise_steps: FedNova, which
-    weighs a client's change by its steps.  on_client_failure: a client that fails twice in a round (a loss that is not
+    weighs a client's change by its steps, with SGD's momentum and proximal as in its paper, for optimizer.name=sgd
+    alone.  on_client_failure: a client that fails twice in a round (a loss that is not
     finite, data that cannot be read) stops the run, or is skipped for the round at weight 0."""
 
     clients: Count = 8
@@ -173,7 +174,7 @@ class Optimizer(Record):
 
 class Server(Record):
     """What the server does with a round's mean change d: `plain` adds lr * d, `momentum` lr * v with v = momentum v + d
-    (FedAvgM, arXiv 1909.06335), `adam` is FedAdam (arXiv 2003.00295) with betas and tau."""
+    (FedAvgM, arXiv 1909.06335), `adam` is FedAdam (arXiv 2003.00295) with betas and tau, its v beginning at tau^2."""
 
     optimizer: Literal["plain", "momentum", "adam"] = "plain"
     lr: Annotated[float, Field(gt=0)] = 1.0

@@ -8,11 +8,13 @@ Listing = tuple[tuple[str, ...], list[tuple[object, ...]]]
 
 
 def methods() -> Listing:
-    """Name, paper, what is trained, exact or not, and wire cost: numbers per layer, client and round, up / down."""
+    """Name, paper, what is trained, exact or not, wire cost (numbers per layer, client and round, up / down), and
+    whether it is as published, or where it departs."""
     from rayfed_sub.methods import METHODS, build
 
     built = [build({"name": name}) for name in METHODS]
-    return ("name", "paper", "trained", "exact", "wire"), [(m.name, m.paper, m.trained, m.exact, m.wire) for m in built]
+    columns = ("name", "paper", "trained", "exact", "wire", "as published")
+    return columns, [(m.name, m.paper, m.trained, m.exact, m.wire, m.departs or "yes") for m in built]
 
 
 def tasks() -> Listing:

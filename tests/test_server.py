@@ -7,8 +7,9 @@ import torch
 
 from rayfed_sub.config import Optimizer, Privacy, Server
 from rayfed_sub.methods import build
-from rayfed_sub.methods.server import advance, mixed_bytes, mixes, nova_factor
+from rayfed_sub.methods.server import advance, mixed_bytes, mixes, nova_factor, nova_length
 from rayfed_sub.records import Client, Layer, ModelShape, ServerState, Subspace
+from rayfed_sub.training.optimizers import step
 from rayfed_sub.training.pack import train_pack
 from tests.tiny_models import PAD, change, distance, draw_batches, galore_start, installed, llama, start_of
 
@@ -41,9 +42,23 @@ def test_momentum_by_hand() -> None:
 
 
 def test_adam_by_hand() -> None:
-    """First round, betas (0.9, 0.99), tau 0.1: m = 0.1 d, v = 0.01 d^2, step = 0.1 / (0.1 + 0.1) = 1/2."""
+    """d = [1, 0] in two rounds, betas (0, 3/4), tau 1: v begins at tau^2 = 1 and stays there while d^2 = 1, m = d and
+    the step d / (1 + 1) = 1/2; where d = 0 nothing moves, and v falls from 1 to 3/4, then 9/16."""
+    rule = Server(optimizer="adam", tau=1.0, betas=(0.0, 0.75))
+    first, memory = advance(rule, OLD, NEW, {})
+    assert first.tensors["up/weight"].tolist() == [[1.5, 2.0]]
+    assert memory["up/weight/v"].tolist() == [[1.0, 0.75]]
+    again = first.advance({"up/weight": first.tensors["up/weight"] + torch.tensor([[1.0, 0.0]])})
+    second, memory = advance(rule, first, again, memory)
+    assert second.tensors["up/weight"].tolist() == [[2.0, 2.0]]
+    assert memory["up/weight/v"].tolist() == [[1.0, 0.5625]]
+
+
+def test_adam_s_first_step_is_damped_by_tau() -> None:
+    """betas (0.9, 0.99), tau 0.1, d = 1: m = 0.1, v = 0.99 * 0.01 + 0.01 = 0.0199, step 0.1 / (0.14107 + 0.1) = 0.4148;
+    from v = 0 it would have been 0.1 / (0.1 + 0.1) = 0.5."""
     after, memory = advance(Server(optimizer="adam", tau=0.1), OLD, NEW, {})
-    assert after.tensors["up/weight"][0].tolist() == pytest.approx([1.5, 2.0])
+    assert after.tensors["up/weight"][0].tolist() == pytest.approx([1.4148, 2.0], abs=1e-4)
     assert memory["up/weight/m"][0].tolist() == pytest.approx([0.1, 0.0])
 
 
@@ -54,6 +69,26 @@ def test_fednova_makes_the_mean_of_changes_per_step() -> None:
     mean = (raw[0] * 2 + raw[1] * 8) / sum(raw)
     assert mean * nova_factor([1.0, 3.0], [2, 4]) == pytest.approx(6.125)
     assert nova_factor([1.0, 3.0], [4, 4]) == 1.0  # equal steps: nothing to normalise
+
+
+def test_fednova_s_normaliser_by_hand() -> None:
+    """The way of w in units of lr under gradients of 1.  Momentum 1/2: buffers 1, 3/2, 7/4, sum 17/4.  lr mu = 1/2:
+    1, then 1 - 1/2 = 1/2, then 1 - 3/4 = 1/4, sum 7/4.  Both: 1; 1/2 + 1 - 1/2 = 1; 1/2 + 1 - 1 = 1/2; sum 5/2."""
+    plain, heavy = Optimizer(name="sgd"), Optimizer(name="sgd", momentum=0.5)
+    assert [nova_length(plain, 0.1, 0.0, steps) for steps in (1, 3, 10)] == [1.0, 3.0, 10.0]
+    assert nova_length(heavy, 0.1, 0.0, 3) == 17 / 4
+    assert nova_length(plain, 0.25, 2.0, 3) == 7 / 4
+    assert nova_length(heavy, 0.25, 2.0, 3) == 5 / 2
+
+
+@pytest.mark.parametrize(("momentum", "mu"), [(0.0, 0.0), (0.9, 0.0), (0.0, 2.0), (0.9, 2.0)])
+def test_fednova_s_normaliser_is_the_way_that_training_goes(momentum: float, mu: float) -> None:
+    """SGD of ours on one number whose gradient is always 1, FedProx's pull added, lr 0.1, four steps from 0."""
+    optimizer, lr = Optimizer(name="sgd", momentum=momentum), 0.1
+    w, buffer = torch.zeros(1, 1), torch.zeros(1, 1)
+    for t in range(4):
+        step(optimizer, lr, [w], [torch.ones(1, 1) + mu * w], {"m1": [buffer]}, [t])
+    assert nova_length(optimizer, lr, mu, 4) == pytest.approx(-float(w) / lr, rel=1e-6)
 
 
 def test_a_moved_dense_weight_is_downloaded_whole() -> None:

@@ -176,6 +176,11 @@ SINGLE = {
         "federation.normalise_steps: got True",
         "false with privacy.clip: the denominator is fixed; set federation.normalise_steps=false",
     ),
+    "normalised steps of AdamW": (
+        "federation.normalise_steps=true optimizer.name=adamw",
+        "federation.normalise_steps: got True",
+        "false with optimizer.name=adamw: FedNova's rule is for SGD; remove it or set optimizer.name=sgd",
+    ),
     "noise of nothing": (
         'privacy={"clip":1,"noise":1e-160} federation.weights=uniform',
         "privacy.noise: got 1e-160",

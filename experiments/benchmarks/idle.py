@@ -34,6 +34,7 @@ class Idle:
     linear: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "0 / m n"
+    departs: ClassVar[str] = ""
 
     def check(self, shape: ModelShape) -> None:
         """Every model fits."""

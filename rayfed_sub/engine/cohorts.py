@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from rayfed_sub.config import Config, StepRange
+from rayfed_sub.methods.server import nova_length
 from rayfed_sub.streams import stream
 
 
@@ -34,6 +35,12 @@ def local_steps(config: Config, client: int) -> int:
     if isinstance(steps, StepRange):
         return int(stream(config.seed, "local steps", client).integers(steps.low, steps.high, endpoint=True))
     return steps[client % len(steps)]
+
+
+def local_length(config: Config, n: int, client: int) -> float:
+    """FedNova's normaliser of the client's local steps in round n: see `methods.server.nova_length`."""
+    mu = config.federation.proximal
+    return nova_length(config.optimizer, learning_rate(config, n), mu, local_steps(config, client))
 
 
 def learning_rate(config: Config, n: int) -> float:

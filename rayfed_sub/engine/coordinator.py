@@ -295,7 +295,14 @@ class Coordinator:
         if private.clip is not None and private.noise is not None:
             deviation = private.noise * private.clip / federation.cohort
             return weight / federation.cohort, partial(privacy.noise, self._config.seed, n, deviation)
-        return _nova_factor(rows) if federation.normalise_steps else 1.0, None
+        return self._nova_factor(n, rows) if federation.normalise_steps else 1.0, None
+
+    def _nova_factor(self, n: int, rows: Sequence[ClientRow]) -> float:
+        """The rows' weights are already per length; w_k is that times the length."""
+        trained = [row for row in rows if row.failure is None]
+        lengths = [cohorts.local_length(self._config, n, row.client) for row in trained]
+        weights = [row.weight * length for row, length in zip(trained, lengths, strict=True)]
+        return nova_factor(weights, lengths) if trained else 1.0
 
     def _skipped(self, n: int, sent: PackedUpdate, down: int) -> ClientRow:
         """The row of a client that failed.  Raises RunError where the configuration does not let it be skipped."""
@@ -420,13 +427,6 @@ def _pack_row(n: int, pack: Sequence[int], done: Done) -> PackRow:
 def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
     """Ray's options of a worker: a restart brings it back empty, and the coordinator alone decides what runs again."""
     return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
-
-
-def _nova_factor(rows: Sequence[ClientRow]) -> float:
-    """The rows' weights are already per step; w_k is that times the steps."""
-    trained = [row for row in rows if row.failure is None]
-    steps = [int(row.steps) for row in trained]
-    return nova_factor([row.weight * tau for row, tau in zip(trained, steps, strict=True)], steps) if trained else 1.0
 
 
 def _sound(outcome: PackOutcome) -> bool:

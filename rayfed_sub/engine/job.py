@@ -66,6 +66,7 @@ def job_on(base: Foundation, config: Config) -> Job:
     _check_positions(config, base)
     _check_server(config, method)
     _check_privacy(config, method)
+    _check_nova(config)
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     own = {"name": config.method["name"], **fields}
@@ -108,6 +109,14 @@ def _check_server(config: Config, method: Method) -> None:
             raise UserError(field, value, allowed, "remove it or choose another method")
     if federation.proximal and config.resources.executor == "reference":
         raise UserError("federation.proximal", federation.proximal, "0 with resources.executor=reference", "remove it")
+
+
+def _check_nova(config: Config) -> None:
+    """UserError where FedNova is asked to normalise what is no weighted sum of gradients."""
+    if config.federation.normalise_steps and config.optimizer.name != "sgd":
+        allowed = f"false with optimizer.name={config.optimizer.name}: FedNova's rule is for SGD"
+        advice = "remove it or set optimizer.name=sgd with a learning rate for it"
+        raise UserError("federation.normalise_steps", True, allowed, advice)
 
 
 def _check_privacy(config: Config, method: Method) -> None:

@@ -20,7 +20,7 @@ from rayfed_sub.data.codec import Codec, PixelCodec
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.engine import exchange
-from rayfed_sub.engine.cohorts import local_steps
+from rayfed_sub.engine.cohorts import local_length, local_steps
 from rayfed_sub.engine.diagnosis import Looked, gradient_watch, looked
 from rayfed_sub.engine.environment import machine, versions
 from rayfed_sub.engine.exchange import Guard, Packed, PackedState, packed, unpacked
@@ -262,7 +262,7 @@ class Worker:
         method, shape, clip = self._spec.method, self._spec.skeleton.shape, self._spec.config.privacy.clip
         if result.failure is not None:
             return result.failure
-        update = method.upload(result, self._weight(result.client), shape)
+        update = method.upload(result, self._weight(round, result.client), shape)
         cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
         new = ClientState(round + 1, cursor, result.step, method.keep(result, shape))
         failure = not_finite(update.tensors) or not_finite(new.tensors)
@@ -290,11 +290,11 @@ class Worker:
             federation.batching,
         )
 
-    def _weight(self, client: int) -> float:
-        """p_k before normalisation; under FedNova its share per local step."""
-        federation = self._spec.config.federation
+    def _weight(self, round: int, client: int) -> float:
+        """p_k before normalisation; under FedNova over the length of the client's local steps."""
+        config, federation = self._spec.config, self._spec.config.federation
         weight = float(len(self._dataset.rows_of(client))) if federation.weights == "samples" else 1.0
-        return weight / local_steps(self._spec.config, client) if federation.normalise_steps else weight
+        return weight / local_length(config, round, client) if federation.normalise_steps else weight
 
     def _state(self, client: int, stored: Any) -> ClientState | None:
         """The client's state: resident when this worker trained it last, else fetched from the object store."""

@@ -1,9 +1,10 @@
-"""Fed-SB: an r x r core between two frozen factors (Singhal et al., arXiv 2502.15436).
+"""Fed-SB, a variant: an r x r core between two frozen factors (Singhal et al., arXiv 2502.15436).
 
 Rule: dW = s U_r C V_r^T with U_r, V_r the top singular vectors of the pretrained weight; clients train C alone, from
 zero, and C' = sum_k p_k C_k.  Exact, for the outer factors are one and the same.  Every client derives them from the
-backbone that it holds (float64, signed by a fixed reference vector): they never travel.  The paper takes them from the
-first step's full gradient instead (LoRA-SB's initialisation), which would need a pass over data before round 0.
+backbone that it holds (float64, signed by a fixed reference vector): they never travel.  That makes it a variant: the
+paper takes factors and core from the first step's full gradient (LoRA-SB's initialisation), which needs a pass over
+data before round 0; results of this one say nothing of the paper's.
 The basis never changes, so kept or averaged Adam moments stay meaningful.
 Wire, numbers per layer: r^2 up, r^2 down.
 """
@@ -49,6 +50,7 @@ class FedSB:
     linear: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r^2 / r^2"
+    departs: ClassVar[str] = "a variant: the paper starts from the singular vectors of the first gradient"
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0

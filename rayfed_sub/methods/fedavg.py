@@ -1,7 +1,7 @@
 """FedAvg with dense AdamW on the target weights (McMahan et al., arXiv 1602.05629).
 
-Rule: W <- sum_k p_k W_k, every W_k trained in full.  This is what the public code of FedFTG runs: it never sets
-galore-torch's `rank`, so nothing is projected.  Wire, numbers per layer: m n up, m n down.
+Rule: W <- sum_k p_k W_k, every W_k trained in full, by AdamW where the paper has SGD.  This is what the public code of
+FedFTG runs: it never sets galore-torch's `rank`, so nothing is projected.  Wire, numbers per layer: m n up, m n down.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class FedAvg:
     linear: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "m n / m n"
+    departs: ClassVar[str] = "local AdamW in place of SGD: what FedFTG's release runs"
 
     state: common.SharedMemory = "keep"
 

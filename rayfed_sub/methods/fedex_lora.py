@@ -41,6 +41,7 @@ class FedExLoRA:
     linear: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n) + min(m n, residuals missed)"
+    departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0

@@ -44,6 +44,7 @@ class FedFTG:
     linear: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "k r (m + n) / min(m n, blocks missed)"
+    departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     scale: common.Positive = 1.0

@@ -25,6 +25,7 @@ class FedIT:
     linear: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
+    departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0

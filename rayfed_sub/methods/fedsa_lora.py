@@ -43,6 +43,7 @@ class FedSALoRA:
     linear: ClassVar[bool] = True
     personal: ClassVar[bool] = True
     wire: ClassVar[str] = "r n / r n"
+    departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0

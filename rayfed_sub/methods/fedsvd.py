@@ -45,6 +45,7 @@ class FedSVD:
     linear: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r m / r m, after a factorisation r (m + n)"
+    departs: ClassVar[str] = "spare rows of A are completed within its row space"
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0

@@ -35,6 +35,7 @@ class FFALoRA:
     linear: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r m / r m"
+    departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0

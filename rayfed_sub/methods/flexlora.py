@@ -49,6 +49,7 @@ class FlexLoRA:
     linear: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
+    departs: ClassVar[str] = "Adam's moments are reset after the SVD, ranks follow client_ranks by turns"
 
     rank: common.Rank = 8
     client_ranks: common.ClientRanks = None

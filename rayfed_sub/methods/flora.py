@@ -43,6 +43,7 @@ class FLoRA:
     linear: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / min(m n, stacks missed)"
+    departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     client_ranks: common.ClientRanks = None

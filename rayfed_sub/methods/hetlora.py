@@ -57,6 +57,9 @@ class HetLoRA:
     linear: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
+    departs: ClassVar[str] = (
+        "p_k in the weights (uniform: as published); s = alpha / r for all ranks; the penalty's weight is ours"
+    )
 
     rank: common.Rank = 8
     client_ranks: common.ClientRanks = None

@@ -38,6 +38,7 @@ class LoRAFAIR:
     linear: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
+    departs: ClassVar[str] = "the objective is minimised by L-BFGS, a solver of ours"
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0

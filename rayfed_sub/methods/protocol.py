@@ -46,6 +46,9 @@ class Method(Protocol):
     wire: ClassVar[str]
     """Numbers per layer, client and round, up / down, as a formula."""
 
+    departs: ClassVar[str]
+    """Where it differs from what its paper describes, in words for the table of methods; empty: it does not."""
+
     def check(self, shape: ModelShape) -> None:
         """Raises UserError where the hyperparameters do not fit the model (a rank above the matrix)."""
 

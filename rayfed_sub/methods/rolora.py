@@ -38,6 +38,7 @@ class RoLoRA:
     linear: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r m, r n in turn / the factors averaged since"
+    departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0

@@ -1,8 +1,9 @@
 """What the server does with a round's mean change, whatever the method: plain, momentum or Adam.
 
-Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295 (FedAdam); Hsu, Qi, Brown, arXiv 1909.06335 (FedAvgM);
-Wang et al., arXiv 2007.07481 (FedNova).  All of them move the tensors that the method's `finish` changed, so they fit
-methods whose server tensors keep their basis from round to round: those with `linear` set.
+Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295 (FedAdam: Algorithm 2, no bias correction, v begins at
+tau^2); Hsu, Qi, Brown, arXiv 1909.06335 (FedAvgM); Wang et al., arXiv 2007.07481 (FedNova).  All of them move the
+tensors that the method's `finish` changed, so they fit methods whose server tensors keep their basis from round to
+round: those with `linear` set.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rayfed_sub.config import Privacy, Server
+from rayfed_sub.config import Optimizer, Privacy, Server
 from rayfed_sub.records import ModelShape, ServerState, Tensors, wire_bytes
 
 Noise = Callable[[str, Sequence[int]], Tensor]
@@ -45,7 +46,9 @@ def advance(
         elif rule.optimizer == "adam":
             b1, b2 = rule.betas
             m = kept[f"{name}/m"] = b1 * memory.get(f"{name}/m", torch.zeros_like(d)) + (1 - b1) * d
-            v = kept[f"{name}/v"] = b2 * memory.get(f"{name}/v", torch.zeros_like(d)) + (1 - b2) * d.square()
+            v = kept[f"{name}/v"] = (
+                b2 * memory.get(f"{name}/v", torch.full_like(d, rule.tau**2)) + (1 - b2) * d.square()
+            )
             d = m / (v.sqrt() + rule.tau)
         tensors[name] = old + rule.lr * d
     return ServerState(after.round, tensors), kept
@@ -61,10 +64,28 @@ def moved(before: ServerState, after: ServerState) -> list[str]:
     ]
 
 
-def nova_factor(weights: Sequence[float], steps: Sequence[int]) -> float:
+def nova_length(optimizer: Optimizer, lr: float, proximal: float, steps: int) -> float:
+    """FedNova's normaliser |a_k|_1 of a client with so many local steps: how far, in units of lr, its w would move if
+    every gradient were 1.  SGD only: a change by AdamW is no weighted sum of gradients, the paper has no rule for it.
+
+    Plain SGD: the steps.  Momentum rho: (steps - rho (1 - rho^steps) / (1 - rho)) / (1 - rho), for a buffer that begins
+    the round at zero.  FedProx's mu: (1 - (1 - lr mu)^steps) / (lr mu).
+
+    >>> nova_length(Optimizer(name="sgd"), 0.1, 0.0, 3), nova_length(Optimizer(name="sgd", momentum=0.5), 0.1, 0.0, 3)
+    (3.0, 4.25)
+    """
+    assert optimizer.name == "sgd", "FedNova's rule is for SGD"
+    buffer, moved = 0.0, 0.0
+    for _ in range(steps):
+        buffer = optimizer.momentum * buffer + 1 - lr * proximal * moved
+        moved += buffer
+    return moved
+
+
+def nova_factor(weights: Sequence[float], steps: Sequence[float]) -> float:
     """FedNova's factor on the mean of changes weighed by w_k / tau_k, so that it becomes tau_eff sum p_k d_k / tau_k:
 
-    (sum w_k / tau_k) (sum w_k tau_k) / (sum w_k)^2, at least 1.
+    (sum w_k / tau_k) (sum w_k tau_k) / (sum w_k)^2, at least 1.  steps: tau_k, see `nova_length`.
 
     >>> nova_factor([1.0, 1.0], [1, 3])  # (1 + 1/3) (1 + 3) / 4
     1.3333333333333333
