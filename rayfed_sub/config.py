@@ -187,8 +187,8 @@ class Privacy(Record):
     """Central differential privacy (DP-FedAvg, arXiv 1710.06963), on where clip is set: every client's change is scaled
     down to L2 norm `clip`, Gaussian noise of standard deviation noise * clip goes onto the sum, clients are drawn by
     Poisson sampling, and the mean has the expected cohort as its denominator.  noise, or the epsilon that all rounds
-    together may spend, for which the noise is found.  The noise comes from the run's seed, so that runs repeat: a
-    deployment would draw it from a secret source."""
+    together may spend (`analysis/privacy.py`), for which the noise is found.  The noise comes from the run's seed, so
+    that runs repeat: a deployment would draw it from a secret source."""
 
     clip: Annotated[float, Field(gt=0)] | None = None
     noise: Annotated[float, Field(gt=0)] | None = None

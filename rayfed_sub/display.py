@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -197,8 +198,17 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _privacy(spent: Mapping[str, float]) -> str:
-    return f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}, for the server's tensors"
+def _privacy(spent: Mapping[str, Any]) -> str:
+    """The account in words.
+
+    >>> account = {"epsilon": 4.784, "delta": 1e-3, "accountant": "PLD", "epsilon_rdp": 5.655, "noise": 1.0}
+    >>> _privacy(account)
+    "epsilon 4.78 at delta 0.001 by PLD (5.66 by RDP), noise 1, for the server's tensors"
+    """
+    return (
+        f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} by {spent['accountant']} "
+        f"({spent['epsilon_rdp']:.3g} by RDP), noise {spent['noise']:g}, for the server's tensors"
+    )
 
 
 def _rank(rank: float | None) -> str:

@@ -397,7 +397,10 @@ def test_privacy_adds_noise_and_says_what_was_spent(ray_session: None, tmp_path:
     assert one.metrics["held_out_loss"] > one.metrics["held_out_loss_before"]
     rounds = pd.read_parquet(tmp_path / "1" / "rounds.parquet")
     assert rounds.epsilon.tolist() == [epsilon(50, 3 / 8, n, 1e-3) for n in (1, 2)]
-    assert one.privacy == {"epsilon": rounds.epsilon[1], "delta": 1e-3}
+    assert one.privacy is not None
+    assert (one.privacy["epsilon"], one.privacy["delta"], one.privacy["noise"]) == (rounds.epsilon[1], 1e-3, 50)
+    assert one.privacy["epsilon"] <= one.privacy["epsilon_rdp"]
+    assert one.environment["noise"] == 50
     clients = pd.read_parquet(tmp_path / "1" / "clients.parquet")
     assert (clients.weight < 1).any()  # somebody was clipped
 

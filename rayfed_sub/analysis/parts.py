@@ -17,7 +17,8 @@ FEW = 64
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """config: resolved.  cohorts: the clients of every round; steps: how many local steps a client takes in a round."""
+    """config: resolved.  cohorts: the clients of every round; steps: how many local steps a client takes in a round;
+    noise: under privacy."""
 
     config: Config
     method: Method
@@ -25,6 +26,7 @@ class Parts:
     dataset: Dataset
     cohorts: Sequence[Sequence[int]]
     steps: Callable[[int], int]
+    noise: float | None = None
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from rayfed_sub.analysis.footprint import Lengths, Memory
 from rayfed_sub.analysis.machines import Machine
 from rayfed_sub.analysis.needs import BARE_WORKER, need
 from rayfed_sub.analysis.parts import Parts
+from rayfed_sub.analysis.privacy import account
 from rayfed_sub.analysis.traffic import ClientTraffic, Traffic
 from rayfed_sub.config import Config
 
@@ -37,7 +38,7 @@ class Plan:
     broadcast: once per node.  worker: above the bare process, `bare`.  one_more: what another client in a pack adds.
     state: of the client with the least and the most.  server: at first and after the last walked round.  store: of the
     object store; node: all processes of a run on one node.  methods: at the same rank; ranks: per stored client.
-    speed: filled in by a probe."""
+    privacy: what all rounds will have spent (`privacy.account`).  speed: filled in by a probe."""
 
     name: str
     method: str
@@ -62,6 +63,7 @@ class Plan:
     methods: tuple[MethodBytes, ...]
     ranks: tuple[MethodBytes, ...]
     notes: tuple[str, ...]
+    privacy: dict[str, Any] | None = None
     speed: Any = None
 
 
@@ -95,6 +97,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         methods=tuple(by_method(parts)),
         ranks=tuple(by_rank(parts, needed.widest)),
         notes=tuple(_notes(parts.config, found)),
+        privacy=account(parts.config, parts.noise, parts.config.federation.rounds or 0),
     )
 
 

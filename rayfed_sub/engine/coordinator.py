@@ -87,10 +87,11 @@ class Coordinator:
         transposed: frozenset[str],
         shared: Shared,
         folder: Path,
+        noise: float | None,
     ) -> None:
         self._memory = PeakMemory()
         self._config, self._method, self._shape, self._shared = config, method, shape, shared
-        self._folder = folder
+        self._folder, self._noise = folder, noise
         self._workers = [self._worker() for _ in range(config.resources.workers)]
         self._crew = Crew(self._workers, config.resources.deadline)
         self._dataset: Dataset = ray.get(shared.dataset)
@@ -185,7 +186,7 @@ class Coordinator:
             downlink_bytes=sum(down.values()),
             labels=tally.labels,
             change_rank=statistics.median(rank for rank, _ in moved.values()) if moved else None,
-            epsilon=spent(config, n + 1),
+            epsilon=spent(config, self._noise, n + 1),
             train_seconds=trained.seconds,
             retries=sum(pack.attempts - 1 for pack in trained.packs),
             memory_bytes=self._memory_now(),
@@ -292,8 +293,8 @@ class Coordinator:
 
         weight: the sum's.  The fixed denominator of privacy is the expected cohort."""
         federation, private = self._config.federation, self._config.privacy
-        if private.clip is not None and private.noise is not None:
-            deviation = private.noise * private.clip / federation.cohort
+        if private.clip is not None and self._noise is not None:
+            deviation = self._noise * private.clip / federation.cohort
             return weight / federation.cohort, partial(privacy.noise, self._config.seed, n, deviation)
         return self._nova_factor(n, rows) if federation.normalise_steps else 1.0, None
 

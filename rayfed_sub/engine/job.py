@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from rayfed_sub.analysis.privacy import NOISES, noise_for
-from rayfed_sub.config import Config, Federation, Privacy
+from rayfed_sub.analysis.privacy import NOISES, noise_of
+from rayfed_sub.config import Config
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.rows import Rows
@@ -27,13 +27,15 @@ from rayfed_sub.models.skeleton import Skeleton, skeleton
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A checked run.  config is resolved: every default filled in, rounds counted."""
+    """A checked run.  config is resolved: every default filled in, rounds counted.  noise: under privacy, as set or as
+    found for privacy.epsilon, which stays in config as it was asked for."""
 
     config: Config
     method: Method
     skeleton: Skeleton
     codec: Codec
     dataset: Dataset
+    noise: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +72,8 @@ def job_on(base: Foundation, config: Config) -> Job:
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     own = {"name": config.method["name"], **fields}
-    resolved = config.model_copy(
-        update={"federation": federation, "method": own, "privacy": _privacy(config.privacy, federation)}
-    )
-    return Job(resolved, method, base.skeleton, base.codec, base.dataset)
+    resolved = config.model_copy(update={"federation": federation, "method": own})
+    return Job(resolved, method, base.skeleton, base.codec, base.dataset, noise_of(resolved))
 
 
 def kind_of(config: Config) -> str:
@@ -162,16 +162,6 @@ def _check_positions(config: Config, base: Foundation) -> None:
         most, shown = limit + 1 - prompt, f"{has}, and the longest prompt that is answered has {prompt}"
         advice = f"set evaluation.max_new_tokens={most}" if most > 0 else "set evaluation.generate=0"
         raise UserError("evaluation.max_new_tokens", new, f"at most {most}: {shown}", advice)
-
-
-def _privacy(privacy: Privacy, federation: Federation) -> Privacy:
-    """The same with the noise that keeps its epsilon over all rounds, where that is what was asked for."""
-    if privacy.epsilon is None:
-        return privacy
-    assert federation.rounds is not None, "rounds are counted by now"
-    q = federation.cohort / federation.clients
-    noise = noise_for(privacy.epsilon, privacy.delta, q, federation.rounds)
-    return privacy.model_copy(update={"noise": noise, "epsilon": None})
 
 
 def _rounds(config: Config, dataset: Dataset) -> int:

@@ -149,7 +149,7 @@ class Summary:
     """The finished run, as summary.json.  metrics: the scores over all held-out rows, `<metric>_before` training and
     `<metric>` after, which `analysis/scores.py` defines; dense_bytes, dense_downlink_bytes:
     what the same clients would have sent and received with dense target weights, by the rule of
-    `methods/downloads.py`; privacy: epsilon and delta spent; wall_seconds and
+    `methods/downloads.py`; privacy: what was spent, see `analysis/privacy.account`; wall_seconds and
     peak_memory_bytes: of the last sitting; planned_memory_bytes: what `plan` gives for all processes of a run on one
     machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again; precision: of
     the model that was judged, but for its target layers and head, which compute in float32; logits: how they follow
@@ -170,7 +170,7 @@ class Summary:
     versions: dict[str, str]
     environment: dict[str, Any]
     dense_downlink_bytes: int = 0
-    privacy: dict[str, float] | None = None
+    privacy: dict[str, Any] | None = None
     planned_memory_bytes: int | None = None
     resumed: tuple[int, ...] = ()
     precision: str = "float32"

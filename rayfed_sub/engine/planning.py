@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -57,7 +58,8 @@ def job_parts(job: Job) -> Parts:
     """What a plan is made from."""
     config = job.config
     cohorts = [cohort(config, n) for n in range(config.federation.rounds or 0)]
-    return Parts(config, job.method, job.skeleton, job.dataset, cohorts, lambda client: local_steps(config, client))
+    steps = partial(local_steps, config)
+    return Parts(config, job.method, job.skeleton, job.dataset, cohorts, steps, job.noise)
 
 
 def _free_memory() -> int:

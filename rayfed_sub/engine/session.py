@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from rayfed_sub.analysis.privacy import account
 from rayfed_sub.analysis.scores import overall
 from rayfed_sub.config import Config
 from rayfed_sub.engine import checkpoints, planning
@@ -202,7 +203,8 @@ def _through_deaths(job: Job, folder: RunFolder, shared: Shared, tell: Listener)
 
 def _coordinator(job: Job, folder: RunFolder, shared: Shared) -> Any:
     """The coordinator actor, on this node, where the run folder is."""
-    parts = (job.config, job.method, job.skeleton.shape, job.skeleton.transposed, shared, folder.path.absolute())
+    server = (job.config, job.method, job.skeleton.shape, job.skeleton.transposed)
+    parts = (*server, shared, folder.path.absolute(), job.noise)
     actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=_here())(Coordinator)
     return actor.remote(*parts)
 
@@ -238,7 +240,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
                 tell(Notice(symptom.text))
 
     done = ask("start")
-    first = _beginning(done, folder, config, ask, tell)
+    first = _beginning(done, folder, job, ask, tell)
     targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
     tell(Started(config, folder.place.called(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
@@ -262,16 +264,18 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
         live.close()
 
 
-def _beginning(done: int, folder: RunFolder, config: Config, ask: Callable[[str], Any], tell: Listener) -> Beginning:
+def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], tell: Listener) -> Beginning:
     """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count."""
-    now = dict(zip(("versions", "environment"), ask("surroundings"), strict=True))
+    versions, environment = ask("surroundings")
+    noise = {} if job.noise is None else {"noise": job.noise}  # another accountant might find another one
+    now = {"versions": versions, "environment": {**environment, **noise}}
     if not folder.begun() and not done:
         tell(Stage("evaluating the initial model"))
         beginning = Beginning(ask("scores"), **now)
         folder.begin(beginning)
         return beginning
     beginning = folder.go_on(done)
-    tell(Notice(f"going on after round {done} of {config.federation.rounds}"))
+    tell(Notice(f"going on after round {done} of {job.config.federation.rounds}"))
     before = {**beginning.versions, **beginning.environment}
     after = {**now["versions"], **now["environment"]}
     other = [f"{name} {before.get(name)} then, {after[name]} now" for name in after if before.get(name) != after[name]]
@@ -301,7 +305,7 @@ def _summary(
     targets: int,
 ) -> Summary:
     rows, config = folder.rounds.to_pylist(), job.config
-    epsilon, before = rows[-1]["epsilon"], overall(first.scores)
+    before = overall(first.scores)
     clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
     return Summary(
         name=config.name,
@@ -319,7 +323,7 @@ def _summary(
         metrics={f"{name}_before": value for name, value in before.items()} | overall(folder.scores(len(rows))),
         versions=first.versions,
         environment=first.environment,
-        privacy=None if epsilon is None else {"epsilon": epsilon, "delta": config.privacy.delta},
+        privacy=account(config, job.noise, len(rows)),
         resumed=folder.resumed(),
         precision=config.model.dtype,
         logits=None if job.skeleton.logits is None else str(job.skeleton.logits),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rayfed_sub.analysis.privacy import ACCOUNTANT
 from rayfed_sub.page import Cell, Facts, Section, Table
 from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
 from rayfed_sub.reports.source import Run, Runs
@@ -50,7 +51,11 @@ def _facts(run: Run) -> dict[str, str]:
         seconds, training = run.rounds["seconds"].sum(), run.rounds["train_seconds"].sum()
         found["time in rounds"] = f"{duration(seconds)}, {duration(training)} of it training"
     if run.rounds["epsilon"].notna().any():
-        found["privacy"] = f"epsilon {run.rounds['epsilon'].max():.3g} at delta {config.privacy.delta:g}"
+        found["privacy"] = (
+            f"epsilon {run.rounds['epsilon'].max():.3g} at delta {config.privacy.delta:g}, by {ACCOUNTANT}"
+        )
+        if (whole := run.summary.get("privacy")) is not None:
+            found["privacy"] += f" ({whole['epsilon_rdp']:.3g} by RDP), noise {whole['noise']:g}"
     if "weights_sha256" in run.summary:
         found["weights_sha256"] = str(run.summary["weights_sha256"])
     return found | {"seed": str(config.seed)}
