@@ -172,6 +172,16 @@ def test_facts_of_one_run(tmp_path: Path) -> None:
     assert facts.pairs["weights_sha256"] == "00" * 32
 
 
+def test_what_privacy_cost_and_by_which_accountant(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    run.rounds["epsilon"] = [float(n) / 2 for n in range(1, len(run.rounds) + 1)]
+    run.summary["privacy"] = {"epsilon": 2.5, "epsilon_rdp": 3.0, "noise": 1.25, "accountant": "PLD", "delta": 1e-5}
+    (facts,) = report(run)["Result"]
+    assert isinstance(facts, Facts)
+    most = f"{len(run.rounds) / 2:.3g}"
+    assert facts.pairs["privacy"] == f"epsilon {most} at delta 1e-05, by PLD (3 by RDP), noise 1.25"
+
+
 def test_a_row_for_each_of_several(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / name, seed=at, method=name)) for at, name in enumerate(("fedit", "fedavg"))]
     rows = table(report(*runs)["Results"])
