@@ -181,6 +181,11 @@ SINGLE = {
         "federation.normalise_steps: got True",
         "false with optimizer.name=adamw: FedNova's rule is for SGD; remove it or set optimizer.name=sgd",
     ),
+    "a pull beyond where the round began": (
+        "federation.normalise_steps=true optimizer.name=sgd optimizer.lr=0.5 federation.proximal=2",
+        "federation.proximal: got 2.0",
+        "less than 2, 1 / optimizer.lr, with federation.normalise_steps; lower it",
+    ),
     "noise of nothing": (
         'privacy={"clip":1,"noise":1e-160} federation.weights=uniform',
         "privacy.noise: got 1e-160",

@@ -112,11 +112,18 @@ def _check_server(config: Config, method: Method) -> None:
 
 
 def _check_nova(config: Config) -> None:
-    """UserError where FedNova is asked to normalise what is no weighted sum of gradients."""
-    if config.federation.normalise_steps and config.optimizer.name != "sgd":
-        allowed = f"false with optimizer.name={config.optimizer.name}: FedNova's rule is for SGD"
+    """UserError where FedNova is asked to normalise what is no weighted sum of gradients, or one with negative
+    weights."""
+    optimizer, mu = config.optimizer, config.federation.proximal
+    if not config.federation.normalise_steps:
+        return
+    if optimizer.name != "sgd":
+        allowed = f"false with optimizer.name={optimizer.name}: FedNova's rule is for SGD"
         advice = "remove it or set optimizer.name=sgd with a learning rate for it"
         raise UserError("federation.normalise_steps", True, allowed, advice)
+    if mu * optimizer.lr >= 1:
+        allowed = f"less than {1 / optimizer.lr:g}, 1 / optimizer.lr, with federation.normalise_steps"
+        raise UserError("federation.proximal", mu, allowed, "lower it")
 
 
 def _check_privacy(config: Config, method: Method) -> None:
