@@ -37,8 +37,9 @@ class Task(Record):
     A table row becomes a prompt by `prompt` (a format string over column names) and either an `answer` column
     (language modelling) or a `label` column (classification); or its `image` column goes with a `label`.
     max_length: tokens; image_size: pixels, the side of the square (None: the model's own).  held_out and validation:
-    shares of all rows that nobody trains on; `evaluation.on` says which of the two is judged.  seed: draws these rows
-    and those that max_rows leaves (None: the run's seed); with it, runs of all seeds keep the same rows apart."""
+    shares of all rows that nobody trains on; `evaluation.on` says which of the two is judged.  seed: draws these rows,
+    those of them that are judged, and those that max_rows leaves; the run's own `seed` has no part in it, so runs of
+    all seeds are judged on the same rows."""
 
     name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"] = "python-docs"
     path: str | None = None
@@ -52,7 +53,7 @@ class Task(Record):
     max_rows: Count | None = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
     mask_prompt: bool = True
 
     @model_validator(mode="after")
@@ -209,12 +210,12 @@ class Privacy(Record):
 class Evaluation(Record):
     """every: rounds between held-out evaluations (the first and last state are always evaluated);
     on: which rows are judged, the held-out ones or, to choose settings by, the validation ones of `task.validation`.
-    examples: rows for loss, accuracy and F1; generate: rows answered greedily, before and after, for ROUGE-L and
-    BLEU-4, as published and over the words of any script."""
+    examples: rows for loss, accuracy and F1, at most so many, drawn by `task.seed`; generate: as many of these rows
+    answered greedily, before and after, for ROUGE-L and BLEU-4, as published and over the words of any script."""
 
     every: Count = 1
     on: Literal["held-out", "validation"] = "held-out"
-    examples: Count = 64
+    examples: Count = 256
     generate: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Count = 40
     batch_size: Count = 16

@@ -312,3 +312,9 @@ def test_resources_that_are_not_there(asked: str, there: Node, field: str, allow
 def test_resources_of_several_nodes(asked: str, field: str, allowed: str) -> None:
     refused = fault(check_resources, load(f"resources.{asked}"), [Node(4), Node(4), Node(1, 2)])
     assert (refused.field, refused.allowed) == (f"resources.{field}", allowed)
+
+
+def test_the_task_s_seed_is_a_number_and_up_to_256_rows_are_judged() -> None:
+    assert (Config().task.seed, Config().evaluation.examples) == (0, 256)
+    with pytest.raises(UserError, match=r"^task\.seed: got None; allowed: an integer >= 0; e\.g\. task\.seed=0$"):
+        load_config({"task": {"seed": None}})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.nn import functional
 
+from rayfed_sub.config_files import load_config
 from rayfed_sub.data.batches import IGNORED
+from rayfed_sub.engine.evaluations import JudgedModel, _shards
 from rayfed_sub.training.evaluation import answers, verdicts
 from tests.tiny_models import PAD, Tiny, bent, bert, dinov2, draw_batches, gpt2, llama
 
@@ -70,3 +74,15 @@ def test_a_row_is_judged_by_its_class(model: Callable[[], Tiny]) -> None:
             continue
         assert (verdict.said, verdict.true) == ((int(logits_RC[row].argmax()),), (label,))
         assert verdict.loss == pytest.approx(functional.cross_entropy(logits_RC[row], torch.tensor(label)).item())
+
+
+def test_which_rows_are_judged_hangs_on_the_task_s_seed_and_not_on_the_run_s() -> None:
+    held_out = cast(Any, SimpleNamespace(held_out=range(1000)))
+
+    def judged(run: int, task: int, most: int = 64) -> list[int]:
+        config = load_config({"seed": run, "task": {"seed": task}})
+        return [row for _, rows in _shards(config, held_out, most, JudgedModel(0, None, None)) for row in rows]
+
+    assert judged(0, 0) == judged(1, 0) != judged(0, 1)
+    assert len(set(judged(1, 0))) == 64
+    assert set(judged(0, 0, 16)) < set(judged(1, 0))  # rows with answers are some of those with a loss

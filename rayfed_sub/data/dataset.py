@@ -85,8 +85,11 @@ def load_pairs(task: Task, federation: Federation) -> Pairs:
 def build_dataset(
     pairs: Pairs, task: Task, federation: Federation, codec: Codec, seed: int, judged: Judged = "held-out"
 ) -> Dataset:
-    """The data set of at most task.max_rows of `pairs`, of the largest keys where the partition says so."""
-    by_key, rows_seed = federation.partition.kind == "column", seed if task.seed is None else task.seed
+    """The data set of at most task.max_rows of `pairs`, of the largest keys where the partition says so.
+
+    seed: deals out the rows; task.seed draws them and their splits.
+    """
+    by_key = federation.partition.kind == "column"
     passed = [len(pairs)]
     names = tuple(f"client {client}" for client in range(federation.clients))
     if (most := federation.clients if by_key else federation.partition.largest) is not None:
@@ -95,7 +98,7 @@ def build_dataset(
         pairs = of_keys(pairs, largest)
         names = largest if by_key else names
     passed.append(len(pairs))
-    pairs = capped(pairs, task.max_rows, rows_seed)
+    pairs = capped(pairs, task.max_rows, task.seed)
     passed.append(len(pairs))
     rows, kept = tokenised(pairs, codec, task.max_length)
     if not len(rows):
@@ -103,7 +106,7 @@ def build_dataset(
     pairs = pairs.take(kept)
     passed.append(len(pairs))
 
-    splits = split_rows(pairs.questions, pairs.keys, task, rows_seed)
+    splits = split_rows(pairs.questions, pairs.keys, task, task.seed)
     chosen = splits.held_out if judged == "held-out" else splits.validation
     key_names, keys = numbered(pairs.keys)
     parts = partitioned([pairs.keys[row] for row in splits.train], names, federation, seed)

@@ -62,6 +62,6 @@ def learning_rate(config: Config, n: int) -> float:
 
 
 def judged_rows(config: Config, rows: int, most: int) -> list[int]:
-    """A fixed, seeded choice of at most `most` of so many held-out rows; a longer choice contains the shorter one."""
-    chosen: list[int] = stream(config.seed, "held-out choice").permutation(rows)[:most].tolist()
+    """A choice of at most `most` of so many held-out rows by `task.seed`; a longer choice contains the shorter one."""
+    chosen: list[int] = stream(config.task.seed, "held-out choice").permutation(rows)[:most].tolist()
     return sorted(chosen)
