@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rayfed_sub.analysis.scores import overall
 from rayfed_sub.config import StepRange
+from rayfed_sub.data.dataset import too_long
 from rayfed_sub.engine.journal import Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.engine.mirror import inside
 from rayfed_sub.reports.words import UNREAD, published_name, score, shown
@@ -138,6 +139,7 @@ class Display:
         rows = [
             *_scores(metrics),
             *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
+            *([("rows beyond task.max_length", cuts)] if (cuts := too_long(summary.rows)) else []),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_downlink_bytes)),
             ("rank of the last change", _rank(summary.change_rank)),

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from rayfed_sub.config import Model
+from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.rows import Rows
+from rayfed_sub.data.tokens import Cuts, tokenised
 from rayfed_sub.errors import UserError
 from rayfed_sub.models.codecs import ByteCodec, HubCodec, hub_codec, load_codec
 
@@ -249,6 +252,44 @@ def test_hub_decode_leaves_special_tokens_out() -> None:
     assert codec.decode([8, 4, 2]) == "why"
 
 
+@pytest.mark.parametrize(
+    ("template", "header", "footer"),
+    [
+        (None, "", ""),
+        (TURNS + BEGIN, "<turn> user ", " <end> <turn> assistant"),
+        (POLITE + TURNS + BEGIN, "<turn> system <end> <turn> user ", " <end> <turn> assistant"),
+    ],
+)
+def test_a_long_question_leaves_the_template_whole(template: str | None, header: str, footer: str) -> None:
+    """Of 16 tokens "so it" and its end take 3; what the template leaves of the other 13 is the question's."""
+    codec = hub_codec(tokenizer(template))
+    pairs = Pairs("causal-lm", ("why " + "be " * 50 + "polite",), ("so it",), ("",))
+    rows, _, cuts = tokenised(pairs, codec, 16)
+    assert isinstance(rows, Rows)
+    prompt = spell(rows.row(0)[: rows.prompts[0]].tolist())
+    own = prompt.removeprefix(header).removesuffix(footer).split()
+    assert prompt == f"{header}{' '.join(own)}{footer}"
+    assert len(own) == 13 - len(header.split()) - len(footer.split())
+    assert (own[0], own[-1]) == ("why", "polite")
+    assert set(own[1:-1]) <= {"be", "<pad>"}  # one word is cut, and unknown then
+    assert rows.row(0)[rows.prompts[0] :].tolist() == codec.answer("so it")
+    assert cuts == Cuts(cut=1, prompts=1)
+
+
+def test_a_long_text_keeps_special_tokens_that_close_no_answer() -> None:
+    """The text is closed by <end>, an answer would be by <eos>."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizer()
+    marks = [("<turn>", WORDS.index("<turn>")), ("<end>", WORDS.index("<end>"))]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<turn> $A <end>", special_tokens=marks)
+    pairs = Pairs("classification", ("why " + "be " * 50 + "polite",), ("a",), ("",), ("a", "b"))
+    rows, _, _ = tokenised(pairs, hub_codec(made), 9)
+    assert isinstance(rows, Rows)
+    text = spell(rows.row(0).tolist()).split()
+    assert (text[:2], text[-2:], len(text)) == (["<turn>", "why"], ["polite", "<end>"], 9)
+
+
 def test_random_models_read_bytes() -> None:
     assert load_codec(Model(path="random", random={"type": "llama"})) == ByteCodec()
 
@@ -289,3 +330,10 @@ def test_smollm2() -> None:
         [{"role": "user", "content": "What is 2+2?"}], add_generation_prompt=True
     )
     assert whole["input_ids"] == asked
+    # 19 tokens around the question and its answer, which ends a turn: whatever is asked, they stay.
+    long = Pairs("causal-lm", ("What is two times " + "two times " * 300 + "two?",), ("A lot.",), ("",))
+    rows, _, _ = tokenised(long, codec, 64)
+    cut = codec.tokenizer.decode(rows.row(0).tolist())
+    assert cut.startswith(written.partition("What")[0] + "What is two times two")
+    assert cut.endswith("times two?<|im_end|>\n<|im_start|>assistant\nA lot.<|im_end|>")
+    assert len(rows.row(0)) in (63, 64)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from rayfed_sub.data.pairs import Pairs, capped, distinct
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.stdlib_docs import SKIPPED, callables, first_paragraph
-from rayfed_sub.data.tokens import tokenised
+from rayfed_sub.data.tokens import Cuts, tokenised
 from rayfed_sub.errors import UserError
 
 PAD, EOS, ASK, CLS = 256, 257, 258, 259
@@ -64,6 +65,22 @@ class SilentCodec(ByteCodec):
         return [] if text == "-" else super().answer(text)
 
 
+@dataclass(frozen=True)
+class WordyCodec(ByteCodec):
+    """Puts nine tokens around every question."""
+
+    def prompt(self, text: str) -> list[int]:
+        return [CLS, CLS, CLS, CLS, *text.encode(), ASK, CLS, CLS, CLS, CLS]
+
+
+@dataclass(frozen=True)
+class RunCodec(ByteCodec):
+    """A question's tokens are its runs of letters, by their length, and its digits."""
+
+    def prompt(self, text: str) -> list[int]:
+        return [*map(len, re.findall(r"[a-z]+|[0-9]", text)), ASK]
+
+
 def spoken(*pairs: tuple[str, str], keys: Sequence[str] | None = None) -> Pairs:
     questions, answers = zip(*pairs, strict=True)
     return Pairs("causal-lm", questions, answers, tuple(keys or [""] * len(pairs)))
@@ -107,38 +124,107 @@ def test_no_rows() -> None:
 
 
 def test_a_short_row_is_prompt_then_answer() -> None:
-    rows, _ = tokenised(spoken(("ab", "cd")), CODEC, max_length=8)
+    rows, _, cuts = tokenised(spoken(("ab", "cd")), CODEC, max_length=8)
+    assert cuts == Cuts()
     assert rows.row(0).tolist() == [97, 98, ASK, 99, 100, EOS]
     assert rows.prompts.tolist() == [3]
 
 
 def test_a_long_answer_keeps_its_start_and_loses_its_end_token() -> None:
-    rows, _ = tokenised(spoken(("ab", "cdefghij")), CODEC, max_length=8)
+    """Without its end token: the model must not learn to stop there."""
+    rows, _, cuts = tokenised(spoken(("ab", "cdefghij"), ("ab", "cdefg")), CODEC, max_length=8)
     assert rows.row(0).tolist() == [97, 98, ASK, *b"cdefg"]  # 3 + 5 = 8
-    assert rows.prompts.tolist() == [3]
+    assert rows.row(1).tolist() == [97, 98, ASK, *b"cdefg"]  # only its end token has no room
+    assert rows.prompts.tolist() == [3, 3]
+    assert cuts == Cuts(cut=2, answers=2)
 
 
-@pytest.mark.parametrize(("letters", "kept"), [(6, "012345"), (7, "123456"), (20, "efghij")])
-def test_a_long_prompt_loses_its_beginning_to_leave_one_answer_token(letters: int, kept: str) -> None:
-    question = "0123456789abcdefghij"[:letters]
-    rows, _ = tokenised(spoken((question, "xyz")), CODEC, max_length=8)
-    assert rows.row(0).tolist() == [*kept.encode(), ASK, ord("x")]  # 6 + 1 + 1 = 8
-    assert rows.prompts.tolist() == [7]
+@pytest.mark.parametrize(
+    ("question", "answer", "kept", "learned"),
+    [
+        # Of 12 tokens the answer's EOS takes one and the prompt's ASK one; of an even cut the beginning has the half.
+        ("0123456", "xyz", "0123456", [*b"xyz", EOS]),  # 8 + 4 = 12 fits
+        ("01234567", "xyz", "0123567", [*b"xyz", EOS]),  # 7 of 8 characters
+        ("0123456789abcdefghij" * 9, "xyz", "0123hij", [*b"xyz", EOS]),
+        ("0123456789", "uvwxy", "01289", [*b"uvwxy", EOS]),  # an answer of half a row stays whole
+        ("0123456789", "uvwxyz", "01289", [*b"uvwxyz"]),  # a longer one keeps that half
+        ("012", "opqrstuvwxyz", "012", [*b"opqrstuv"]),  # and more, where the prompt leaves it
+        ("\u00e9" * 9, "xyz", "\u00e9\u00e9\u00e9", [*b"xyz", EOS]),  # 2 bytes a character, of which none is broken
+    ],
+)
+def test_a_long_row_is_cut_in_the_middle_of_its_question(
+    question: str, answer: str, kept: str, learned: list[int]
+) -> None:
+    rows, _, cuts = tokenised(spoken((question, answer)), CODEC, max_length=12)
+    assert rows.row(0).tolist() == [*kept.encode(), ASK, *learned]
+    assert rows.prompts.tolist() == [len(kept.encode()) + 1]
+    text, end = int(kept != question), int(learned[-1] != EOS)
+    assert cuts == Cuts(cut=max(text, end), prompts=text, answers=end)
+
+
+def test_only_the_columns_texts_are_cut_the_longest_first(tmp_path: Path) -> None:
+    """Of 40 tokens "ok" and EOS take 3, "Sum up: ", ", for " and " >>" 16, ASK one; 20 are left for both."""
+    file = tmp_path / "rows.jsonl"
+    texts = [("abcdefghijklmnopqrstuvwxyz", "Tom"), ("abcdefghijklmnopqrstuvwxyz", "0123456789ABCDEF"), ("", "Tom")]
+    file.write_text("\n".join(json.dumps({"text": text, "who": who, "a": "ok"}) for text, who in texts))
+    task = Task(name="table", path=str(file), prompt="  Sum up: {text}, for {who} >>", answer="a", max_length=40)
+    pairs = load_pairs(task, federation("iid", 1))
+    rows, _, cuts = tokenised(pairs, CODEC, task.max_length)
+    assert [question for question, _ in as_text(rows)] == [
+        "Sum up: abcdefghstuvwxyz, for Tom >>",  # 16 + 3
+        "Sum up: abcdewxyz, for 01234CDEF >>",  # 9 + 9, as both are longer
+        "Sum up: , for Tom >>",
+    ]
+    assert [answer for _, answer in as_text(rows)] == ["ok"] * 3
+    assert cuts == Cuts(cut=2, prompts=2)
+
+
+def test_rows_without_room_for_the_question_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """A question of one letter takes 10 tokens; of 16 an answer keeps 8 at least."""
+    pairs = spoken(("a" * 50, "0123456"), ("b", "01234"), ("c" * 50, "0123"), ("d", "0123456789abcdef"))
+    with caplog.at_level(logging.WARNING):
+        rows, index, cuts = tokenised(pairs, WordyCodec(), max_length=16)
+    assert index.tolist() == [1, 2]
+    assert as_text(rows) == [("b", "01234"), ("cc", "0123")]
+    # The first needs 10 + 8, the last 10 + 10: half of 20 is the prompt's.
+    assert cuts == Cuts(cut=1, prompts=1, answers=0, dropped=2, least=18)
+    assert [record.getMessage() for record in caplog.records] == [
+        "rows longer than task.max_length=16, of 4: 1 cut (1 in the text), 2 dropped"
+    ]
+
+
+def test_where_all_rows_are_dropped_one_line_says_what_would_do() -> None:
+    pairs = spoken(("a" * 50, "0123456"), ("b" * 50, "0123456789abcdef"))
+    with pytest.raises(UserError) as caught:
+        build_dataset(pairs, Task(max_length=16), federation("iid", 1), WordyCodec(), seed=0)
+    assert (caught.value.field, caught.value.value) == ("task.max_length", 16)
+    assert caught.value.allowed.startswith("18 or more: of all 2 rows the template")
+    assert caught.value.advice == "set task.max_length=36 or more"
+
+
+@pytest.mark.parametrize("max_length", [24, 25, 64, 200])
+def test_a_cut_row_is_as_long_as_it_may_be_for_a_tokenizer_whose_tokens_differ_in_length(max_length: int) -> None:
+    """A token is a run of letters or a digit; what is cut may not fall short by more than the longest run's tokens."""
+    words = "".join(f"{'abcdefghij'[: i % 9 + 1]}{i}" for i in range(2000))
+    rows, _, cuts = tokenised(spoken((words, "xyz"), (words[:700], "x")), RunCodec(), max_length)
+    assert cuts.prompts == 2
+    assert all(max_length - 1 <= length <= max_length for length in rows.lengths.tolist())
 
 
 def test_rows_without_answer_tokens_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        rows, kept = tokenised(spoken(("a", "-"), ("b", "B"), ("c", "-")), SilentCodec(), max_length=8)
+        rows, kept, _ = tokenised(spoken(("a", "-"), ("b", "B"), ("c", "-")), SilentCodec(), max_length=8)
     assert (len(rows), kept.tolist()) == (1, [1])
     assert [record.getMessage() for record in caplog.records] == ["2 of 3 rows have no tokens to learn from; dropped"]
 
 
 def test_a_long_text_keeps_its_closing_token_and_its_class() -> None:
     pairs = Pairs("classification", ("abcdefghij", "ab"), ("no", "yes"), ("", ""), ("yes", "no"))
-    rows, _ = tokenised(pairs, CODEC, max_length=8)
-    assert rows.row(0).tolist() == [CLS, *b"abcdef", EOS]
+    rows, _, cuts = tokenised(pairs, CODEC, max_length=8)
+    assert rows.row(0).tolist() == [CLS, *b"abchij", EOS]
     assert rows.row(1).tolist() == [CLS, *b"ab", EOS]
     assert rows.classes.tolist() == [1, 0]
+    assert cuts == Cuts(cut=1, prompts=1)
 
 
 # --- pairs
@@ -339,7 +425,7 @@ def test_the_census_accounts_for_every_row() -> None:
     for seed in range(5):
         task = Task(max_rows=100, held_out=0.3, validation=0.1, seed=seed)
         census = build_dataset(pairs, task, federation("column", 2), SilentCodec(), seed).census
-        parts = (census.capped, census.strange, census.silent, census.repeated)
+        parts = (census.capped, census.strange, census.silent, census.dropped, census.repeated)
         assert sum(parts) + census.train + census.validation + census.held_out == census.read == 120
         assert (census.strange, census.capped) == (10, 10)
         assert census.silent <= 1
@@ -394,14 +480,14 @@ def test_one_row_clients() -> None:
 
 
 def test_python_docs_as_a_federation() -> None:
-    task, shares = Task(max_length=64), federation("column", 8)
+    task, shares = Task(), federation("column", 8)
     pairs = load_pairs(task, shares)
     data = build_dataset(pairs, task, shares, CODEC, seed=0)
     assert "builtins" in data.client_names
     sizes = [list(pairs.keys).count(name) for name in data.client_names]
     assert sizes == sorted(sizes, reverse=True)
     assert len(data.train) + len(data.held_out) == sum(sizes)
-    assert (data.train.offsets[1:] - data.train.offsets[:-1]).max() == 64
+    assert (data.train.offsets[1:] - data.train.offsets[:-1]).max() == task.max_length
 
 
 def test_the_built_in_task_refuses_a_table_s_fields() -> None:

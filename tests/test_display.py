@@ -333,3 +333,16 @@ def test_help_comes_at_once() -> None:
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("run", "export", "list"))
     assert time.perf_counter() - began < 2  # about 0.6 s; torch or ray alone would take longer
+
+
+def test_the_table_counts_rows_that_were_cut_and_dropped() -> None:
+    counts = {"read": 120, "strange": 0, "capped": 0, "silent": 0, "dropped": 3, "repeated": 0, "train": 107}
+    counts |= {"validation": 0, "held_out": 10, "cut": 40, "cut_prompts": 15, "cut_answers": 30}
+    for dropped, said in ((3, "40 cut (15 in the text, 30 in the answer), 3 dropped"), (0, "30 in the answer) ")):
+        pipe, text = console(terminal=False)
+        Display(pipe).table(Summary(**{**vars(SUMMARY), "rows": {**counts, "dropped": dropped}}))
+        (line,) = (line for line in text.getvalue().splitlines() if "rows beyond task.max_length" in line)
+        assert said in line
+    pipe, text = console(terminal=False)
+    Display(pipe).table(Summary(**{**vars(SUMMARY), "rows": {**counts, "dropped": 0, "cut": 0}}))
+    assert "task.max_length" not in text.getvalue()

@@ -186,6 +186,8 @@ def test_json_holds_everything() -> None:
         "capped": 0,
         "strange": 0,
         "silent": 0,
+        "dropped": 0,
+        **{"cut": 0, "cut_prompts": 0, "cut_answers": 0},
         "repeated": 0,
         "train": 90,
         "validation": 0,
@@ -316,3 +318,37 @@ def test_the_command_in_a_terminal_and_its_refusals(
     assert "--out: got 'picture.jpg'; allowed: a file ending in .png, .svg or .pdf" in capsys.readouterr().err
     assert ended("federation.partition.kind=shards", "federation.partition.shards_per_client=4000") == 2
     assert "federation.partition.shards_per_client: got 4000" in capsys.readouterr().err
+
+
+def test_cut_and_dropped_rows_are_counted_in_tables_and_before_an_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """14 bytes stand around a question.  Of 20 "no" and its end take 3, which leaves a question 3; a longer answer
+    keeps 10, which leaves none."""
+    rows = [(f"{i}?", "no") for i in range(6)] + [("long " * 9 + f"{i}?", "no") for i in range(6)]
+    rows += [("b?", "a whole lot of words"), ("{q}, {a}", "no")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in rows))
+    task = f"task={{name: table, path: {path}, prompt: 'Tell: {{q}}', answer: a, max_length: 20}}"
+    told = "rows longer than task.max_length=20, of 14: 7 cut (7 in the text), 1 dropped"
+
+    def ended(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rayfed-sub", "data", TINY, task, "federation.clients=1", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(str(caught.value.code)), " ".join(out.split()), err
+
+    code, out, _ = ended("federation.partition={kind: iid}")
+    assert (code, told in out) == (0, True)
+    code, out, _ = ended("federation.partition={kind: iid}", "--json")
+    counts = json.loads(out)["rows"]
+    assert [counts[name] for name in ("read", "cut", "cut_prompts", "cut_answers", "dropped")] == [14, 7, 7, 0, 1]
+    assert not caplog.records
+    code, out, err = ended("federation.partition={kind: iid}", "federation.clients=99")
+    assert code == 2
+    assert [record.getMessage() for record in caplog.records] == [told]  # which goes to stderr
+    assert err.startswith("rayfed-sub: federation.clients: got 99")

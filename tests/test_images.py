@@ -26,7 +26,7 @@ from rayfed_sub.data.dataset import load_dataset
 from rayfed_sub.data.images import Images, decoded, digest, encoded
 from rayfed_sub.data.pairs import Pairs, distinct
 from rayfed_sub.data.table_pairs import table_pairs
-from rayfed_sub.data.tokens import tokenised
+from rayfed_sub.data.tokens import Cuts, tokenised
 from rayfed_sub.engine.job import prepare
 from rayfed_sub.engine.journal import Summary
 from rayfed_sub.engine.planning import plan_of
@@ -115,9 +115,9 @@ def test_inputs_by_hand() -> None:
     """Gray 51 is 0.2; red (255, 0, 51) is (1, 0, 0.2).  Less the mean, by the deviation."""
     codec = ImageCodec(1, mean=(0.2, 0.5, 0.0), std=(0.5, 0.25, 0.1))
     pairs = Pairs("classification", ("x", "y"), ("b", "a"), ("", ""), ("a", "b"), (filed(GRAY), filed(RED)))
-    images, kept = tokenised(pairs, codec, 8)
+    images, kept, cuts = tokenised(pairs, codec, 8)
     assert isinstance(images, Images)
-    assert (images.pixels.shape, images.pixels.dtype, kept.tolist()) == ((2, 3, 1, 1), np.uint8, [0, 1])
+    assert (images.pixels.shape, images.pixels.dtype, kept.tolist(), cuts) == ((2, 3, 1, 1), np.uint8, [0, 1], Cuts())
     batch = collate(images, np.array([1, 0]), mask_prompt=True, pad=0)
     assert batch["labels"].tolist() == [0, 1]
     expected = [[(1 - 0.2) / 0.5, (0 - 0.5) / 0.25, 0.2 / 0.1], [0.0, (0.2 - 0.5) / 0.25, 0.2 / 0.1]]
@@ -127,7 +127,7 @@ def test_inputs_by_hand() -> None:
 
 def test_gray_images_are_kept_with_one_channel_and_read_as_three() -> None:
     pairs = Pairs("classification", ("x",), ("a",), ("",), ("a", "b"), (filed(GRAY),))
-    images, _ = tokenised(pairs, ImageCodec(4), 8)
+    images, _, _ = tokenised(pairs, ImageCodec(4), 8)
     assert isinstance(images, Images)
     assert images.pixels.tolist() == np.full((1, 1, 4, 4), 51).tolist()
     assert images.nbytes == 16 + 8

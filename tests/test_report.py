@@ -170,6 +170,8 @@ def test_facts_of_one_run(tmp_path: Path) -> None:
     assert facts.pairs["sent down"].startswith("3.84 MB, 4.2 times less than the 16 MB")  # 4 * 6 * 160 kB
     assert facts.pairs["method"] == "fedit, rank 4"
     assert facts.pairs["weights_sha256"] == "00" * 32
+    assert facts.pairs["rows"] == "1,080 training, 110 held-out"
+    assert facts.pairs["rows beyond task.max_length"] == "40 cut (15 in the text, 30 in the answer), 3 dropped"
 
 
 def test_what_privacy_cost_and_by_which_accountant(tmp_path: Path) -> None:
@@ -190,6 +192,7 @@ def test_a_row_for_each_of_several(tmp_path: Path) -> None:
     assert texts(rows, "held-out loss") == ["2.311", "2.311"]
     assert texts(rows, "up (MB)") == ["1.2", "1.2"]
     assert texts(rows, "weights") == ["0" * 12, "010101010101"]
+    assert (texts(rows, "rows cut"), texts(rows, "rows dropped")) == (["40", "40"], ["3", "3"])
 
 
 def test_settings_against_each_other_and_against_the_defaults(tmp_path: Path) -> None:

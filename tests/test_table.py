@@ -54,6 +54,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path, suffix: str) ->
         questions=("A\none?", "two?", "B\nthree?"),  # cells and the whole are stripped
         answers=("1", "2", "3"),
         keys=("10", "9", "10"),
+        spans=(((0, 1), (2, 6)), ((0, 4),), ((0, 1), (2, 8))),
     )
 
 

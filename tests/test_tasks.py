@@ -217,7 +217,7 @@ def test_repeats_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) ->
 
 def rows_of(pairs: list[tuple[str, str]], max_length: int) -> Rows:
     questions, answers = zip(*pairs, strict=True)
-    rows, _ = tokenised(Pairs("causal-lm", questions, answers, ("",) * len(pairs)), ByteCodec(), max_length)
+    rows, _, _ = tokenised(Pairs("causal-lm", questions, answers, ("",) * len(pairs)), ByteCodec(), max_length)
     assert isinstance(rows, Rows)
     return rows
 
@@ -234,13 +234,13 @@ def test_prompt_and_padding_carry_no_label() -> None:
     assert whole["labels"].tolist() == [[*prompt, a, 2]]
 
 
-def test_what_is_too_long_loses_the_answers_end_first() -> None:
+def test_what_is_too_long_keeps_its_template_and_the_answer_or_half_a_row_of_it() -> None:
     codec = ByteCodec()
-    rows = rows_of([("?", "abcdef"), ("a long question", "x")], 12)
-    assert rows.row(0).tolist() == [*codec.prompt("?"), *codec.answer("abc")[:3]]
+    rows = rows_of([("?", "abcdefghijklmn"), ("a long question", "x")], 20)
+    assert rows.row(0).tolist() == [*codec.prompt("?"), *codec.answer("abcdefghijk")[:11]]  # 9 + 11
     assert int(rows.prompts[0]) == 9
-    assert rows.row(1).tolist() == [*codec.prompt("a long question")[-11:], ord("x") + 3]  # one token is left to learn
-    assert int(rows.prompts[1]) == 11
+    assert rows.row(1).tolist() == [*codec.prompt("a lonstion"), *codec.answer("x")]  # 8 + 10 + 2
+    assert int(rows.prompts[1]) == 18
 
 
 @dataclass(frozen=True)
@@ -255,18 +255,18 @@ class WordCodec(ByteCodec):
 
 
 def test_of_a_long_answer_only_what_may_be_needed_is_read() -> None:
-    """At most 8 tokens are kept, for which 48 characters are read.  The first answer has more words than that in them;
+    """At most 16 tokens are kept, for which 96 characters are read.  The first answer has more words than that in them;
     the second has only two and is read whole, to the last of its three."""
     codec = WordCodec()
-    answers = ("abc " * 1000, "a" * 20 + " " + "b" * 20 + " " + "c" * 300)
+    answers = ("abc " * 1000, "a" * 40 + " " + "b" * 40 + " " + "c" * 300)
     pairs = Pairs("causal-lm", ("", ""), answers, ("", ""))
-    rows, _ = tokenised(pairs, codec, 8)
+    rows, _, _ = tokenised(pairs, codec, 16)
     assert isinstance(rows, Rows)
-    asked = len(codec.prompt("")[-7:])
-    assert rows.row(0)[asked:].tolist() == [3]
-    assert rows.row(1)[asked:].tolist() == [20]
-    # 48 characters up to the last space: 12 words of 4, less the space; 20 + 1 + 20; then the second one whole.
-    assert codec.seen == [47 + 41, 342]
+    asked = len(codec.prompt(""))
+    assert rows.row(0)[asked:].tolist() == [3] * 8
+    assert rows.row(1)[asked:].tolist() == [40, 40, 300, codec.eos]
+    # 96 characters up to the last space: 24 words of 4, less the space; 40 + 1 + 40; then the second one whole.
+    assert codec.seen == [95 + 81, 382]
 
 
 def test_long_answers_have_the_tokens_of_the_whole() -> None:

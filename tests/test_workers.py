@@ -28,13 +28,13 @@ CLIENTS = [0, 1, 2]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Three clients with some ten rows each, on a Llama with one layer."""
-    rows = [{"q": f"{i} + {i} = ", "a": str(2 * i)} for i in range(36)]
+    rows = [{"q": f"{i} + {i} = ", "a": f"{2 * i}, as everybody knows"} for i in range(36)]
     path = tmp_path_factory.mktemp("rows") / "sums.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     tree = {
         "model": {"path": "random", "random": {"type": "llama", "num_key_value_heads": 1, **sizes}},
-        "task": {"name": "table", "path": str(path), "prompt": "{q}", "answer": "a", "max_length": 16},
+        "task": {"name": "table", "path": str(path), "prompt": "{q}", "answer": "a", "max_length": 36},
         "federation": {"clients": 3, "rounds": 1, "local_steps": 4, "batch_size": 2, "partition": {"kind": "iid"}},
         "method": {"name": "fedftg", "rank": 2, "refresh_every": 2},
     }
@@ -173,7 +173,7 @@ def test_a_worker_lets_go_of_the_broadcast(job: Job) -> None:
 
 
 def test_an_answer_is_told_with_its_reference_cut_as_in_training_and_the_likeliest_tokens(job: Job) -> None:
-    """task.max_length is 16 bytes here: of ": 15 + 15 =\\nA: 30" the first figure of the answer is left."""
+    """task.max_length is 36 bytes here: after bos and "Q: 15 + 15 =\\nA: " 19 are left of "30, as everybody knows"."""
     trial, held_out = Trial(job), job.dataset.held_out
     rows = list(range(len(held_out)))
     told = trial.worker.generate(0, rows, trial.broadcast, None, None)
@@ -181,12 +181,13 @@ def test_an_answer_is_told_with_its_reference_cut_as_in_training_and_the_likelie
     assert isinstance(held_out, Rows)
     for row, found, verdict in zip(rows, told, judged, strict=True):
         prompt, _, shown = job.codec.decode(held_out.row(row).tolist()).partition("\nA: ")
-        answer = str(2 * int(prompt.removesuffix(" =").rpartition(" + ")[2]))
-        assert found.reference == found.true == shown == answer[0]
+        number = 2 * int(prompt.removesuffix(" =").rpartition(" + ")[2])
+        answer = f"{number}, as everybody knows"[: 36 - 1 - len(prompt) - len("\nA: ")]
+        assert found.reference == found.true == shown == answer
         assert found.forced == job.codec.decode(verdict.said)
         assert 0 < len(verdict.said) == len(shown)
         assert len(found.said) <= job.config.evaluation.max_new_tokens
-    assert {found.reference for found in told} > {"3"}
+    assert {len(found.reference) for found in told} == {19, 21}  # of two figures and of one
 
 
 def test_a_worker_sees_to_it_that_few_kernels_are_kept(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,10 @@ from rayfed_sub.streams import stream
 RANK, STEPS, LABELS = 4, 3, 500
 VERSIONS = {"rayfed_sub": "0.1.0", "ray": "2.60.0", "torch": "2.13.0+cpu", "python": "3.11.7"}
 ENVIRONMENT = {"processor": "A processor", "threads": 1, "pack_size": 4, "cpu_capability": "AVX2", "gpu": None}
+ROWS = {
+    **{"read": 1300, "strange": 0, "capped": 100, "silent": 0, "dropped": 3, "repeated": 7, "train": 1080},
+    **{"validation": 0, "held_out": 110, "cut": 40, "cut_prompts": 15, "cut_answers": 30},
+}
 FAILURE = "step 2: the loss is nan"
 
 
@@ -240,7 +244,7 @@ def _client_layers(config: Config, layers: pd.DataFrame, taken: pd.DataFrame, dr
 
 def _log(folder: Path, rounds: pd.DataFrame, began: pd.DataFrame, resumed: tuple[int, ...]) -> None:
     first = json.loads(began.to_json(orient="records"))
-    lines = [{"event": "started", "scores": first, "versions": VERSIONS, "environment": ENVIRONMENT}]
+    lines = [{"event": "started", "scores": first, "versions": VERSIONS, "environment": ENVIRONMENT, "rows": ROWS}]
     for row in json.loads(rounds.to_json(orient="records")):
         lines += [{"event": "resumed", "round": row["round"]}] if row["round"] in resumed else []
         lines.append({"event": "round", **row})
@@ -269,4 +273,5 @@ def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed
         "privacy": None,
         "planned_memory_bytes": 900_000_000,
         "resumed": list(resumed),
+        "rows": ROWS,
     }

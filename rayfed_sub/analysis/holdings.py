@@ -22,6 +22,7 @@ from rayfed_sub.data.dataset import Census, Dataset, load_dataset
 from rayfed_sub.data.partitions import key_column
 from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.data.tasks import filled
+from rayfed_sub.errors import UserError
 
 SHOWN = 20
 """Classes or keys in a picture; of more, the largest and "other"."""
@@ -98,9 +99,17 @@ def read_holdings(config: Config, codec: Codec) -> Holdings:
     heard = BufferingHandler(capacity=1 << 30)  # what would go to stderr belongs into the tables
     log = logging.getLogger("rayfed_sub.data")
     log.addHandler(heard)
+    log.propagate = False
     try:
         dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
+    except UserError:
+        log.propagate = True  # there will be no tables, and what was said may be the cause
+        log.removeHandler(heard)
+        for record in heard.buffer:
+            log.handle(record)
+        raise
     finally:
+        log.propagate = True
         log.removeHandler(heard)
     return holdings(config, dataset, [record.getMessage() for record in heard.buffer])
 

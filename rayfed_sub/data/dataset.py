@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,26 +18,37 @@ from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.data.splits import Judged, judged_clients, numbered, split_rows
 from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tasks import filled
-from rayfed_sub.data.tokens import tokenised
+from rayfed_sub.data.tokens import in_words, tokenised
 from rayfed_sub.errors import UserError
 
 
 @dataclass(frozen=True)
 class Census:
-    """Where the rows went: their sum is `read`, the rows without repeats.
+    """Where the rows went: `read`, the rows without repeats, is the sum of those left out and those in a split.
 
     strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
-    repeated: left out so that no question stands in two splits.
+    dropped: longer than task.max_length and without room for the user's text; repeated: left out so that no question
+    stands in two splits.  cut: of the rows that are neither silent nor dropped, those that were longer than
+    task.max_length; cut_prompts and cut_answers: of these, with a shorter text of the user's, with a shorter answer.
     """
 
     read: int
     strange: int
     capped: int
     silent: int
+    dropped: int
     repeated: int
     train: int
     validation: int
     held_out: int
+    cut: int
+    cut_prompts: int
+    cut_answers: int
+
+
+def too_long(rows: Mapping[str, int]) -> str:
+    """What became of rows longer than task.max_length, by a stored `Census`; "" where there were none."""
+    return in_words(*(rows.get(name, 0) for name in ("cut", "cut_prompts", "cut_answers", "dropped")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +112,13 @@ def build_dataset(
     passed.append(len(pairs))
     pairs = capped(pairs, task.max_rows, task.seed)
     passed.append(len(pairs))
-    rows, kept = tokenised(pairs, codec, task.max_length)
+    rows, kept, cuts = tokenised(pairs, codec, task.max_length)
+    if not len(rows) and cuts.dropped:
+        allowed = (
+            f"{cuts.least} or more: of all {cuts.dropped:,} rows the template around the user's text and the answer, "
+            "or half a row for it, leave no room for the text"
+        )
+        raise UserError("task.max_length", task.max_length, allowed, f"set task.max_length={2 * cuts.least} or more")
     if not len(rows):
         raise UserError("task.path", task.path, "a task with rows that have tokens", "check task.prompt")
     pairs = pairs.take(kept)
@@ -110,13 +128,14 @@ def build_dataset(
     chosen = splits.held_out if judged == "held-out" else splits.validation
     key_names, keys = numbered(pairs.keys)
     parts = partitioned([pairs.keys[row] for row in splits.train], names, federation, seed)
+    judged_by = judged_clients(keys[chosen], keys[splits.train], key_names, parts, seed)
     return Dataset(
         kind=pairs.kind,
         train=rows.take(splits.train),
         held_out=rows.take(chosen),
         class_names=pairs.class_names,
         client_names=names,
-        held_out_clients=judged_clients(keys[chosen], keys[splits.train], key_names, parts, seed),
+        held_out_clients=judged_by,
         train_keys=keys[splits.train],
         key_names=key_names,
         client_rows=np.concatenate(parts),
@@ -125,10 +144,14 @@ def build_dataset(
             read=passed[0],
             strange=passed[0] - passed[1],
             capped=passed[1] - passed[2],
-            silent=passed[2] - passed[3],
+            silent=passed[2] - passed[3] - cuts.dropped,
+            dropped=cuts.dropped,
             repeated=len(splits.repeated),
             train=len(splits.train),
             validation=len(splits.validation),
             held_out=len(splits.held_out),
+            cut=cuts.cut,
+            cut_prompts=cuts.prompts,
+            cut_answers=cuts.answers,
         ),
     )

@@ -13,6 +13,8 @@ from rayfed_sub.data.rows import Ints
 from rayfed_sub.streams import stream
 
 Kind = Literal["causal-lm", "classification"]
+Span = tuple[int, int]
+"""Begin and end of a part of a text, in characters."""
 
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,9 @@ class Pairs:
     """Rows as text.  answers: what is to be said, or the name of the class; keys: the value by which a row
     may be dealt out (such as its module), "" where the task has none; class_names is empty for
     language modelling, else in the order of the class numbers.
-    images: of an image classification each row's image as in its file; questions are then digests of their pixels."""
+    images: of an image classification each row's image as in its file; questions are then digests of their pixels.
+    spans: of each question the parts that are the user's text, in order; the rest is a template's own and is never cut.
+    Empty: questions are the user's as a whole."""
 
     kind: Kind
     questions: tuple[str, ...]
@@ -31,6 +35,7 @@ class Pairs:
     keys: tuple[str, ...]
     class_names: tuple[str, ...] = ()
     images: tuple[bytes, ...] = ()
+    spans: tuple[tuple[Span, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -41,7 +46,8 @@ class Pairs:
             tuple(column[int(index)] for index in indices) for column in (self.questions, self.answers, self.keys)
         )
         images = tuple(self.images[int(index)] for index in indices) if self.images else ()
-        return Pairs(self.kind, questions, answers, keys, self.class_names, images)
+        spans = tuple(self.spans[int(index)] for index in indices) if self.spans else ()
+        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans)
 
 
 def distinct(pairs: Pairs) -> Pairs:

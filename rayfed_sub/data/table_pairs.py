@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from string import Formatter
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from rayfed_sub.config import Task
 from rayfed_sub.data.images import decoded, digest, encoded
-from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.pairs import Pairs, Span
 from rayfed_sub.data.table import Table, read_table, renamed
 from rayfed_sub.data.tasks import TASKS
 from rayfed_sub.errors import UserError
@@ -56,19 +56,20 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     for name in (task.label, key):
         table = _whole(table, name) if name else table
 
+    if known and known.tidy:
+        table = _tidied(table, {name for _, name in pieces if name} | {str(task.answer)})
     images: list[bytes] = []
+    spans: list[tuple[Span, ...]] = []
     if task.image is not None:
         questions, images = _images(table, task.image)
     else:
-        questions = _questions(table, pieces)
+        questions, spans = _questions(table, pieces)
     if task.label is not None:
         table = _with_names(table, task.label, known.class_names if known else ())
         answers, class_names = _classes(table, task.label)
     else:
         answers, class_names = _texts(table, "task.answer", str(task.answer)), ()
     keys = _texts(table, "federation.partition.column", key) if key else ["*"] * len(questions)
-    if known and known.tidy:
-        questions, answers = ([" ".join(text.split()) for text in texts] for texts in (questions, answers))
 
     full = [all(row) for row in zip(questions, answers, keys, strict=True)]
     broken = questions.count("") if task.image else 0
@@ -87,6 +88,7 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
         tuple(keys if key else [""] * len(keys)),
         class_names,
         tuple(images),
+        tuple(spans),
     )
     return pairs.take(np.flatnonzero(full))
 
@@ -167,14 +169,31 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, _, _ in parsed]
 
 
-def _questions(table: Table, pieces: Sequence[tuple[str, str | None]]) -> list[str]:
-    """The template filled in for every row; an empty cell is empty text."""
+def _questions(table: Table, pieces: Sequence[tuple[str, str | None]]) -> tuple[list[str], list[tuple[Span, ...]]]:
+    """The template filled in for every row, stripped, and where the columns' texts stand in it; an empty cell is empty
+    text."""
     columns = [(literal, _texts(table, "task.prompt", name) if name else None) for literal, name in pieces]
     count = next(len(cells) for _, cells in columns if cells is not None)
-    return [
-        "".join(literal + (cells[row] if cells is not None else "") for literal, cells in columns).strip()
-        for row in range(count)
-    ]
+    questions, spans = [], []
+    for row in range(count):
+        text, own = "", []
+        for literal, cells in columns:
+            text = (text + literal).lstrip()
+            if cells is not None and cells[row]:
+                own.append((len(text), len(text) + len(cells[row])))
+                text += cells[row]
+        questions.append(text.rstrip())  # cells end without a space, so every span stays inside
+        spans.append(tuple(own))
+    return questions, spans
+
+
+def _tidied(table: Table, names: Set[str]) -> Table:
+    """The table with runs of white space in the texts of these columns as one space."""
+    tidy = {
+        name: [" ".join(cell.split()) if isinstance(cell, str) else cell for cell in table.columns[name]]
+        for name in table.columns.keys() & names
+    }
+    return replace(table, columns={**table.columns, **tidy})
 
 
 def _texts(table: Table, field: str, name: str) -> list[str]:

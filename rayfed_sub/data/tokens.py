@@ -1,15 +1,20 @@
-"""Pairs as rows of tokens, cut to length, or of pixels."""
+"""Pairs as rows of tokens, cut to length, or of pixels.
+
+A row that is longer than `task.max_length` is cut in the user's text alone.  The prompt is rendered anew from the
+shortened text, so the tokens of the chat template and of `task.prompt` stay whole for every tokenizer and template.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from rayfed_sub.data.codec import Codec, PixelCodec, TextCodec
 from rayfed_sub.data.images import Images
-from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.pairs import Pairs, Span
 from rayfed_sub.data.rows import Ints, Rows
 
 log = logging.getLogger(__name__)
@@ -17,42 +22,200 @@ log = logging.getLogger(__name__)
 _CHARACTERS = 6  # in a token, at most, of all but few texts
 _AT_ONCE = 1024  # rows in a tokenizer's hands: their lists of integers take ten times the arrays' memory
 
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
-def tokenised(pairs: Pairs, codec: Codec, max_length: int) -> tuple[Rows | Images, Ints]:
-    """The rows as the model reads them, and the index of the pair behind each, int64 (rows,).
 
-    Language modelling: prompt then answer, at most `max_length` tokens; what is too long loses the answer's end first,
-    and only where the prompt alone leaves no room for one answer token, the prompt's beginning.  Classification: the
-    text's end is cut, a closing special token stays.  Rows without a token to learn from are dropped, and counted in
-    a warning.  Images become pixels.
+@dataclass(frozen=True)
+class Cuts:
+    """Numbers of rows that were longer than `task.max_length`.
+
+    cut: kept, with a shorter text or answer; prompts, answers: of these, with a shorter user's text, with a shorter
+    answer; dropped: left out, as no character of the user's text would have had room.  least: the smallest max_length
+    with which a dropped row would be kept, 0 where none was dropped.
+    """
+
+    cut: int = 0
+    prompts: int = 0
+    answers: int = 0
+    dropped: int = 0
+    least: int = 0
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row's tokens, of which the first `prompt` are its prompt, and whether text and answer were cut."""
+
+    tokens: list[int]
+    prompt: int
+    text_cut: bool
+    answer_cut: bool
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A question's tokens, whether its text was cut for them, and whether they fit; if not, those of its shortest
+    form."""
+
+    tokens: list[int]
+    cut: bool
+    fits: bool
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """A row without room: the smallest max_length that keeps it."""
+
+    least: int
+
+
+def tokenised(pairs: Pairs, codec: Codec, max_length: int) -> tuple[Rows | Images, Ints, Cuts]:
+    """The rows as the model reads them, the index of the pair behind each, int64 (rows,), and numbers of cuts.
+
+    Language modelling: prompt then answer, at most `max_length` tokens.  Of what is too long the answer keeps all of
+    itself, or at least half of `max_length`, and then loses its end and with it the end token: a cut answer must not
+    teach the model to stop there.  The prompt is cut in the user's text (`shortened`).  Classification: the text is
+    cut in the same way, special tokens stay.  Rows without room for a character of the user's text, and rows without a
+    token to learn from, are dropped.  Each is counted in a warning.  Images become pixels.
     """
     if isinstance(codec, PixelCodec):
         pixels = [codec.pixels(content) for content in pairs.images]
-        return Images.of(pixels, _classes(pairs), codec.mean, codec.std), np.arange(len(pairs))
+        return Images.of(pixels, _classes(pairs), codec.mean, codec.std), np.arange(len(pairs)), Cuts()
     made = [
         row
         for begin in range(0, len(pairs), _AT_ONCE)
         for row in _rows(pairs.take(np.arange(begin, min(begin + _AT_ONCE, len(pairs)))), codec, max_length)
     ]
-    kept = np.flatnonzero([row is not None for row in made])
-    if len(kept) < len(made):
-        log.warning("%s rows have no tokens to learn from; dropped", f"{len(made) - len(kept):,} of {len(made):,}")
-    rows = [row for row in made if row is not None]
+    kept = np.flatnonzero([isinstance(row, _Row) for row in made])
+    rows = [row for row in made if isinstance(row, _Row)]
+    if silent := made.count(None):
+        log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(made):,}")
+    cuts = _counted(rows, [row.least for row in made if isinstance(row, _Dropped)])
+    if said := in_words(cuts.cut, cuts.prompts, cuts.answers, cuts.dropped):
+        log.warning("rows longer than task.max_length=%d, of %s: %s", max_length, f"{len(made):,}", said)
     classes = _classes(pairs.take(kept))
-    return Rows.of([tokens for tokens, _ in rows], [prompt for _, prompt in rows], classes), kept
+    return Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes), kept, cuts
 
 
-def _rows(pairs: Pairs, codec: TextCodec, max_length: int) -> list[tuple[list[int], int] | None]:
+def in_words(cut: int, prompts: int, answers: int, dropped: int) -> str:
+    """The counts of `Cuts`; "" where all are 0.
+
+    >>> in_words(cut=1200, prompts=3, answers=1198, dropped=2)
+    '1,200 cut (3 in the text, 1,198 in the answer), 2 dropped'
+    >>> in_words(0, 0, 0, 2), in_words(0, 0, 0, 0)
+    ('2 dropped', '')
+    """
+    parts = {"in the text": prompts, "in the answer": answers}
+    where = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
+    return ", ".join([*[f"{cut:,} cut ({where})"] * (cut > 0), *[f"{dropped:,} dropped"] * (dropped > 0)])
+
+
+def shortened(text: str, spans: Sequence[Span], most: int) -> str:
+    """`text` with at most `most` >= 1 characters of each span, its beginning and its end; what is between spans stays.
+
+    The middle goes, as in LongBench (arXiv 2308.14508, section 4.1): instructions stand at the beginning of long
+    prompts or at their end.
+
+    >>> shortened("Q: abcdefgh, by xy", [(3, 11), (16, 18)], most=3)
+    'Q: abh, by xy'
+    """
+    parts, at = [], 0
+    for begin, end in spans:
+        over = end - begin - most
+        cut = begin + (most + 1) // 2 if over > 0 else end
+        parts += [text[at:cut], text[cut + over : end] if over > 0 else ""]
+        at = end
+    return "".join([*parts, text[at:]])
+
+
+def _rows(pairs: Pairs, codec: TextCodec, max_length: int) -> list[_Row | _Dropped | None]:
+    """A row for each pair; None for one without a token to learn from."""
     if pairs.kind == "classification":
-        texts = _begun(codec.texts, pairs.questions, max_length)
-        return [_classified(text, codec.eos, max_length) for text in texts]
-    both = zip(codec.prompts(pairs.questions), _begun(codec.answers, pairs.answers, max_length), strict=True)
-    return [_answered(prompt, answer, max_length) for prompt, answer in both]
+        texts = _fitted(codec.texts, pairs, [max_length] * len(pairs))
+        return [_classified(text) for text in texts]
+    answers = _begun(codec.answers, pairs.answers, max_length)
+    # An answer's share of the row: all of it, or half of the row.
+    shares = [min(len(answer), max_length - max_length // 2) for answer in answers]
+    prompts = _fitted(codec.prompts, pairs, [max_length - share for share in shares])
+    return [_answered(prompt, answer, max_length) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def _begun(
-    encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str], max_length: int
-) -> list[list[int]]:
+def _classified(text: _Fitted) -> _Row | _Dropped | None:
+    if not text.tokens:
+        return None
+    used = len(text.tokens)
+    return _Row(text.tokens, used, text.cut, False) if text.fits else _Dropped(used)
+
+
+def _answered(prompt: _Fitted, answer: list[int], max_length: int) -> _Row | _Dropped | None:
+    if not answer:
+        return None
+    used = len(prompt.tokens)
+    if not prompt.fits:
+        return _Dropped(used + min(used, len(answer)))  # half of 2 * used is the prompt's, where the answer is longer
+    begun = answer[: max_length - used]
+    return _Row([*prompt.tokens, *begun], used, prompt.cut, len(begun) < len(answer))
+
+
+def _counted(rows: Sequence[_Row], least: Sequence[int]) -> Cuts:
+    return Cuts(
+        cut=sum(row.text_cut or row.answer_cut for row in rows),
+        prompts=sum(row.text_cut for row in rows),
+        answers=sum(row.answer_cut for row in rows),
+        dropped=len(least),
+        least=min(least, default=0),
+    )
+
+
+def _fitted(encode: Encode, pairs: Pairs, rooms: Sequence[int]) -> list[_Fitted]:
+    """Each question in as many characters as its room of tokens takes.  All rows are searched side by side, because
+    tokenizers are an order faster with many texts at a time."""
+    texts, spans = pairs.questions, pairs.spans or [((0, len(text)),) for text in pairs.questions]
+    longest = [max((end - begin for begin, end in own), default=0) for own in spans]
+    searches = [_search(most, room) for most, room in zip(longest, rooms, strict=True)]
+    asked, found = {row: next(search) for row, search in enumerate(searches)}, dict[int, _Fitted]()
+    while asked:
+        made = encode([shortened(texts[row], spans[row], most) for row, most in asked.items()])
+        going_on = {}
+        for row, tokens in zip(asked, made, strict=True):
+            try:
+                going_on[row] = searches[row].send(tokens)
+            except StopIteration as end:
+                found[row] = end.value
+        asked = going_on
+    return [found[row] for row in range(len(texts))]
+
+
+def _search(longest: int, room: int) -> Generator[int, list[int], _Fitted]:
+    """Yields the characters of each span to try, at most `longest`, is sent the tokens of that try, and returns the
+    longest text in at most `room` tokens.  At first no more of a very long text is read than may be needed."""
+    low, best = 1, list[int]()
+    tokens = yield (tried := min(longest, room * _CHARACTERS))
+    if len(tokens) <= room and tried < longest:
+        low, best = tried, tokens
+        tokens = yield (tried := longest)
+    if len(tokens) <= room:
+        return _Fitted(tokens, cut=False, fits=True)
+    high, above = tried, len(tokens)
+    if not best:
+        best = (yield 1) if high > 1 else tokens
+    if len(best) > room:
+        return _Fitted(best, cut=True, fits=False)
+    turn = 0
+    while high - low > 1 and len(best) < room:
+        # Where the room would be if characters took equal shares of the tokens; every third time the middle, which
+        # bounds the number of tries.
+        share = 0.5 if turn % 3 == 2 else (room - len(best)) / (above - len(best))
+        tried = min(max(low + int((high - low) * share), low + 1), high - 1)
+        tokens = yield tried
+        if len(tokens) <= room:
+            low, best = tried, tokens
+        else:
+            high, above = tried, len(tokens)
+        turn += 1
+    return _Fitted(best, cut=True, fits=True)
+
+
+def _begun(encode: Encode, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """As `encode`, for who needs only `max_length` tokens and the closing one: of a long text no more is read than may
     be needed, up to a space, where tokens end.  Where that was too little, the whole text is."""
     most = max_length * _CHARACTERS
@@ -67,14 +230,3 @@ def _classes(pairs: Pairs) -> list[int]:
     """The number of each pair's class; none for language modelling."""
     number = {name: index for index, name in enumerate(pairs.class_names)}
     return [number[answer] for answer in pairs.answers] if number else []
-
-
-def _answered(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int], int] | None:
-    prompt = prompt[-(max_length - 1) :]
-    return ((prompt + answer)[:max_length], len(prompt)) if answer else None
-
-
-def _classified(text: list[int], eos: int, max_length: int) -> tuple[list[int], int] | None:
-    if len(text) > max_length:
-        text = [*text[: max_length - 1], text[-1]] if text[-1] == eos else text[:max_length]
-    return (text, len(text)) if text else None

@@ -28,11 +28,12 @@ class Notice:
 @dataclass(frozen=True)
 class Beginning:
     """What a run that is taken up again has to know of its first sitting: the initial model's scores, and what the bits
-    depend on besides the configuration."""
+    depend on besides the configuration.  rows: the task's `Census`."""
 
     scores: tuple[Score, ...]
     versions: dict[str, str]
     environment: dict[str, Any]
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Summary:
     peak_memory_bytes: of the last sitting; planned_memory_bytes: what `plan` gives for all processes of a run on one
     machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again; precision: of
     the model that was judged, but for its target layers and head, which compute in float32; logits: how they follow
-    from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's)."""
+    from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's); rows:
+    the task's `Census`."""
 
     name: str
     method: str
@@ -175,4 +177,5 @@ class Summary:
     resumed: tuple[int, ...] = ()
     precision: str = "float32"
     logits: str | None = None
+    rows: dict[str, int] = field(default_factory=dict)
     folder: str = field(default="", compare=False)

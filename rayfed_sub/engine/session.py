@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,6 @@ def _here() -> NodeAffinitySchedulingStrategy | PlacementGroupSchedulingStrategy
 def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Summary:
     """Walks the rounds that are left, and writes tables and checkpoints; the summary without this process's time and
     memory.  Raises RayActorError where the coordinator dies."""
-    config = job.config
 
     def ask(name: str) -> Any:
         return answer(coordinator, getattr(coordinator, name).remote(), name)
@@ -268,10 +267,10 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
     """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count."""
     versions, environment = ask("surroundings")
     noise = {} if job.noise is None else {"noise": job.noise}  # another accountant might find another one
-    now = {"versions": versions, "environment": {**environment, **noise}}
+    now: dict[str, Any] = {"versions": versions, "environment": {**environment, **noise}}
     if not folder.begun() and not done:
         tell(Stage("evaluating the initial model"))
-        beginning = Beginning(ask("scores"), **now)
+        beginning = Beginning(ask("scores"), **now, rows=asdict(job.dataset.census))
         folder.begin(beginning)
         return beginning
     beginning = folder.go_on(done)
@@ -327,5 +326,6 @@ def _summary(
         resumed=folder.resumed(),
         precision=config.model.dtype,
         logits=None if job.skeleton.logits is None else str(job.skeleton.logits),
+        rows=first.rows,
         folder=folder.place.called(),
     )

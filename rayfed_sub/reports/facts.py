@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from rayfed_sub.analysis.privacy import ACCOUNTANT
+from rayfed_sub.data.dataset import too_long
 from rayfed_sub.page import Cell, Facts, Section, Table
 from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
 from rayfed_sub.reports.source import Run, Runs
 from rayfed_sub.reports.words import UNREAD, cell, count, duration, megabytes, published_name, score
+
+_SPLITS = {"train": "training", "validation": "validation", "held_out": "held-out"}
 
 
 def results(runs: Runs) -> Section:
@@ -41,6 +44,7 @@ def _facts(run: Run) -> dict[str, str]:
         "method": _method(run),
         "model": f"{config.model.path}, {config.model.dtype}",
         "task": config.task.name,
+        **_rows(run),
         "clients": f"{federation.clients:,}{cohort}",
         "local steps": _steps(run),
         "partition": config.federation.partition.kind,
@@ -59,6 +63,16 @@ def _facts(run: Run) -> dict[str, str]:
     if "weights_sha256" in run.summary:
         found["weights_sha256"] = str(run.summary["weights_sha256"])
     return found | {"seed": str(config.seed)}
+
+
+def _rows(run: Run) -> dict[str, str]:
+    """The rows that are trained on and judged, and what became of those that are too long."""
+    if not run.rows:
+        return {}
+    kept = {name: run.rows.get(key) for key, name in _SPLITS.items()}
+    told = {"rows": ", ".join(f"{count:,} {name}" for name, count in kept.items() if count)}
+    cuts = too_long(run.rows)
+    return told | ({"rows beyond task.max_length": cuts} if cuts else {})
 
 
 def _method(run: Run) -> str:
@@ -86,7 +100,7 @@ def _table(runs: Runs) -> Table:
     scores = [metric for metric in shown_scores(runs) if metric in AGAINST_BYTES]
     called = [score(metric).partition(" (")[0] for metric in scores]
     heads = ["run", "method", "rank", *called, "up (MB)", "down (MB)", "time in rounds (s)", "state", "rounds"]
-    heads += ["clients", "in a round", "local steps", "seed", "weights"]
+    heads += ["clients", "in a round", "local steps", "seed", "rows cut", "rows dropped", "weights"]
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():
         federation, rank = run.config.federation, run.config.method.get("rank")
@@ -98,6 +112,7 @@ def _table(runs: Runs) -> Table:
                 *(cell(run.rounds[way].sum() / 1e6) for way in ("uplink_bytes", "downlink_bytes")),
                 *(cell(run.rounds["seconds"].sum()), "finished" if run.summary else "not finished", cell(run.done)),
                 *(cell(federation.clients), cell(federation.cohort), _steps(run), cell(run.config.seed)),
+                *(cell(run.rows.get(name)) for name in ("cut", "dropped")),
                 str(run.summary.get("weights_sha256", "-"))[:12],
             ]
         )

@@ -43,7 +43,8 @@ class Run:
     """A run as its folder tells it.
 
     The columns of each table are those of the run's records; values may be missing (NaN) in any of them.  summary:
-    summary.json, empty where the run is not finished.  resumed: the rounds with which it was taken up again.
+    summary.json, empty where the run is not finished.  resumed: the rounds with which it was taken up again.  rows: the
+    task's `Census`, empty for runs of older versions.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Run:
     versions: Mapping[str, Any]
     environment: Mapping[str, Any]
     resumed: tuple[int, ...]
+    rows: Mapping[str, int]
 
     @property
     def method(self) -> str:
@@ -105,6 +107,7 @@ def read_run(folder: Path, called: str | None = None) -> Run:
         versions=summary.get("versions") or first.get("versions") or {},
         environment=summary.get("environment") or first.get("environment") or {},
         resumed=tuple(entry["round"] for entry in log if entry["event"] == "resumed"),
+        rows=summary.get("rows") or first.get("rows") or {},
     )
 
 
