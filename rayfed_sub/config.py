@@ -36,10 +36,11 @@ class Task(Record):
     `datasets` source.  path: hub id, or a Parquet, JSONL or CSV file, in place of the task's own source.
     A table row becomes a prompt by `prompt` (a format string over column names) and either an `answer` column
     (language modelling) or a `label` column (classification); or its `image` column goes with a `label`.
-    max_length: tokens; image_size: pixels, the side of the square (None: the model's own).  held_out and validation:
-    shares of all rows that nobody trains on; `evaluation.on` says which of the two is judged.  seed: draws these rows,
-    those of them that are judged, and those that max_rows leaves; the run's own `seed` has no part in it, so runs of
-    all seeds are judged on the same rows."""
+    max_length: tokens of a row; longer ones are cut in the columns' texts, then in the answer (`data/tokens.py`).
+    image_size: pixels, the side of the square (None: the model's own).  held_out and validation: shares of all rows
+    that nobody trains on; `evaluation.on` says which of the two is judged.  seed: draws these rows, those of them that
+    are judged, and those that max_rows leaves; the run's own `seed` has no part in it, so runs of all seeds are judged
+    on the same rows."""
 
     name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"] = "python-docs"
     path: str | None = None

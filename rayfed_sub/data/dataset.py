@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rayfed_sub.config import Federation, Task
 from rayfed_sub.data.codec import Codec
+from rayfed_sub.data.fingerprint import Fingerprint, fingerprint
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys
 from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
@@ -73,6 +74,7 @@ class Dataset:
     client_rows: Ints
     client_offsets: Ints
     census: Census
+    fingerprint: Fingerprint
 
     def rows_of(self, client: int) -> Ints:
         """The client's indices into train, int64, sorted, a view."""
@@ -154,4 +156,5 @@ def build_dataset(
             cut_prompts=cuts.prompts,
             cut_answers=cuts.answers,
         ),
+        fingerprint=fingerprint(rows, pairs.class_names, splits, names, parts, judged_by),
     )

@@ -247,6 +247,11 @@ class Coordinator:
         ends = self._ledger.standing.server.round in (0, self._config.federation.rounds)
         return (*evaluations.scores(*judged), *(evaluations.answer_scores(*judged) if ends else ()))
 
+    def backbone_sum(self) -> str:
+        """A sum over the model's weights as they were loaded, in hex.  Vectors are left out: the rotary frequencies
+        among them are computed, and may end in another bit with another version of torch."""
+        return f"{checksum({name: own for name, own in self._backbone_arrays.items() if own[1].ndim > 1}):016x}"
+
     def weights_sha256(self) -> str:
         """SHA-256 over everything learned: effective target weights, the server's tensors, personal clients' states."""
         digest = hashlib.sha256()

@@ -26,6 +26,7 @@ from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer
 from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import Config
 from rayfed_sub.config_files import flat, load_config, yaml_text
+from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.engine import files
 from rayfed_sub.engine.journal import Beginning, ClientRow, PackRow, RoundDone, RoundRow, ScoreRow, Summary
 from rayfed_sub.engine.mirror import Place
@@ -73,18 +74,15 @@ class RunFolder:
 
         Raises UserError where they lack a round before it.
         """
-        self.rounds = _before(round, self._read("rounds", RoundRow))
-        if self.rounds.num_rows != round or not self.begun():
+        self.rounds, beginning = _before(round, self._read("rounds", RoundRow)), self.beginning()
+        if self.rounds.num_rows != round or beginning is None:
             allowed = f"a run folder with {round} rounds in rounds.parquet, as its checkpoint has, and its log"
             raise UserError("--resume", str(self.path), allowed, "begin anew in another folder")
         self._others = {name: _before(round, self._read(name, kind)) for name, kind in _OTHERS.items()}
         scores = self._read("scores", ScoreRow)
-        told = [entry for entry in self._entries() if entry["event"] != "round" or entry["round"] < round]
+        told = [entry for entry in _entries(self.path) if entry["event"] != "round" or entry["round"] < round]
         files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in told).encode())
         files.append(self.path / "log.jsonl", _line("resumed", {"round": round}))
-        first = next(entry for entry in told if entry["event"] == "started")
-        told_then = {field.name: first[field.name] for field in fields(Beginning)}
-        beginning = Beginning(**{**told_then, "scores": tuple(Score(**score) for score in first["scores"])})
         later = pa.compute.and_(pa.compute.greater(scores["rounds"], 0), pa.compute.less_equal(scores["rounds"], round))
         self._scores = pa.concat_tables([_scored(0, beginning.scores), scores.filter(later)])
         return beginning
@@ -107,11 +105,19 @@ class RunFolder:
 
     def resumed(self) -> tuple[int, ...]:
         """The rounds with which the run was taken up again."""
-        return tuple(entry["round"] for entry in self._entries() if entry["event"] == "resumed")
+        return tuple(entry["round"] for entry in _entries(self.path) if entry["event"] == "resumed")
 
     def begun(self) -> bool:
         """Whether the initial model was evaluated before the run was cut off."""
-        return any(entry["event"] == "started" and "scores" in entry for entry in self._entries())
+        return self.beginning() is not None
+
+    def beginning(self) -> Beginning | None:
+        """How the run began; None where it was cut off before its initial model was evaluated."""
+        first = _started(_entries(self.path))
+        if first is None:
+            return None
+        known = {field.name: first[field.name] for field in fields(Beginning) if field.name in first}
+        return Beginning(**{**known, "scores": tuple(Score(**score) for score in first["scores"])})
 
     def write_tables(self) -> None:
         """All tables with all rows so far."""
@@ -124,12 +130,6 @@ class RunFolder:
         """summary.json, the last file of a run."""
         content = {key: value for key, value in asdict(summary).items() if key != "folder"}
         files.write(self.path / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
-
-    def _entries(self) -> list[dict[str, Any]]:
-        """The log's whole lines; a last one that was cut off does not count."""
-        log = self.path / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def _read(self, name: str, kind: type) -> pa.Table:
         file = self.path / f"{name}.parquet"
@@ -164,6 +164,39 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[st
 def _check_config(path: Path, config: Config) -> None:
     old = load_config(path / "config.yaml")
     check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), FREE, f"the run in {path}")
+
+
+_CHANGED = {
+    "rows": "other rows (tokens, pixels or labels)",
+    "splits": "other splits of the same rows, or another order",
+    "owners": "other owners of the same rows: clients' names, or which client has which rows",
+}
+"""What a digest that differs means, the most telling first."""
+
+
+def check_data(path: Path, now: Fingerprint) -> None:
+    """UserError where the run in the folder began with other data than `now`, or does not say with which.
+
+    A run whose initial model was not evaluated yet may go on with any.  A finished one goes on with none: its data is
+    compared where it is known.
+    """
+    first = _started(_entries(path))
+    if first is None or ("data" not in first and (path / "summary.json").exists()):
+        return
+    if "data" not in first:
+        allowed = "a run whose log.jsonl holds digests of its data; this one is of an older version"
+        raise UserError("--resume", str(path), allowed, "begin anew in another folder")
+    check_same_data(first["data"], now, str(path))
+
+
+def check_same_data(then: Mapping[str, Any], now: Fingerprint, where: str) -> None:
+    """UserError saying in what the data differs from `then`, a stored fingerprint's, with which what is at `where`
+    began."""
+    for name, change in _CHANGED.items():
+        if then[name] != getattr(now, name):
+            counts = f" ({then['count']:,} rows then, {now.count:,} now)" if then["count"] != now.count else ""
+            allowed = f"the data with which it began; now there are {change}{counts}"
+            raise UserError("--resume", where, allowed, "restore the data, or begin anew in another folder")
 
 
 def summary_of(path: Path, config: Config) -> Summary | None:
@@ -245,6 +278,18 @@ def finished(path: Path) -> Config:
     if not (path / "summary.json").is_file():
         raise UserError("RUN", str(path), "the folder of a finished run (it has a summary.json)", "check the path")
     return load_config(path / "config.yaml")
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The log's whole lines; a last one that was cut off does not count."""
+    log = path / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def _started(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """How the run began, once its initial model was evaluated."""
+    return next((entry for entry in entries if entry["event"] == "started" and "scores" in entry), None)
 
 
 def _line(event: str, entry: Mapping[str, Any]) -> str:

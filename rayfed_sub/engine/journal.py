@@ -28,12 +28,15 @@ class Notice:
 @dataclass(frozen=True)
 class Beginning:
     """What a run that is taken up again has to know of its first sitting: the initial model's scores, and what the bits
-    depend on besides the configuration.  rows: the task's `Census`."""
+    depend on besides the configuration.  rows: the task's `Census`; data: its `Fingerprint`; backbone: a sum over the
+    frozen weights in hex."""
 
     scores: tuple[Score, ...]
     versions: dict[str, str]
     environment: dict[str, Any]
     rows: dict[str, int] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    backbone: str = ""
 
 
 @dataclass(frozen=True)

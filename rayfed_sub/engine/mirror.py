@@ -39,7 +39,7 @@ Order = tuple[tuple[str, ...], ...]
 """Patterns of the files that are sent, group by group; what is gone is deleted before the last.  Nothing else in the
 store is read or touched.  The first file of all is the one by which a folder is known."""
 RUN: Order = (("config.yaml",), _NEEDED, _MANIFESTS, ("summary.json",))
-SWEEP: Order = (("sweep.yaml",), ("trials.parquet", "best.yaml", "report.html"))
+SWEEP: Order = (("sweep.yaml",), ("data.json", "trials.parquet", "best.yaml", "report.html"))
 _REFUSED = (OSError, pa.ArrowException)
 _THREADS = 16  # a small object takes tens of milliseconds, most of them on the way
 _CHUNK = 8 * 2**20  # bytes read in one request

@@ -28,7 +28,7 @@ from rayfed_sub.engine import checkpoints, planning
 from rayfed_sub.engine.answers import answer, stream_of
 from rayfed_sub.engine.coordinator import Coordinator, Shared
 from rayfed_sub.engine.exchange import Packed, packed
-from rayfed_sub.engine.folder import RunFolder, check_free, create, new, reopen, summary_of, to_resume
+from rayfed_sub.engine.folder import RunFolder, check_data, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.engine.job import Job, check_resources, prepare
 from rayfed_sub.engine.journal import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.engine.live import Live
@@ -38,7 +38,7 @@ from rayfed_sub.engine.nodes import nodes
 from rayfed_sub.engine.ray_session import joined, ray_session
 from rayfed_sub.engine.watch import Watch
 from rayfed_sub.engine.workers import Spec
-from rayfed_sub.errors import RunError
+from rayfed_sub.errors import RunError, UserError
 from rayfed_sub.methods import METHODS
 from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.weights import load_weights
@@ -88,11 +88,14 @@ def _run(config: Config, place: Place | None, tell: Listener, resume: bool, addr
         check_resources(config, nodes())
         tell(Stage("reading task and model"))
         job = prepare(config)
-        if old is not None and (summary := summary_of(old.path, job.config)) is not None:
-            tell(Notice(f"{old.called()} is finished already"))
-            if not (old.path / "report.html").exists():
-                _report(old, tell)
-            return replace(summary, folder=old.called())
+        if old is not None:
+            summary = summary_of(old.path, job.config)
+            check_data(old.path, job.dataset.fingerprint)
+            if summary is not None:
+                tell(Notice(f"{old.called()} is finished already"))
+                if not (old.path / "report.html").exists():
+                    _report(old, tell)
+                return replace(summary, folder=old.called())
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
             planning.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
@@ -264,20 +267,28 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
 
 
 def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], tell: Listener) -> Beginning:
-    """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count."""
+    """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count.
+
+    Raises UserError where it began with other weights than the model has now."""
+    config, backbone = job.config, ask("backbone_sum")
     versions, environment = ask("surroundings")
     noise = {} if job.noise is None else {"noise": job.noise}  # another accountant might find another one
     now: dict[str, Any] = {"versions": versions, "environment": {**environment, **noise}}
-    if not folder.begun() and not done:
+    before = folder.beginning()
+    if before is None and not done:
         tell(Stage("evaluating the initial model"))
-        beginning = Beginning(ask("scores"), **now, rows=asdict(job.dataset.census))
+        rows, data = asdict(job.dataset.census), asdict(job.dataset.fingerprint)
+        beginning = Beginning(ask("scores"), **now, rows=rows, data=data, backbone=backbone)
         folder.begin(beginning)
         return beginning
+    if before is not None and before.backbone != backbone:
+        allowed = f"the weights with which the run in {folder.place.called()} began; these are others"
+        raise UserError("model.path", config.model.path, allowed, "restore them, or begin anew in another folder")
     beginning = folder.go_on(done)
-    tell(Notice(f"going on after round {done} of {job.config.federation.rounds}"))
-    before = {**beginning.versions, **beginning.environment}
+    tell(Notice(f"going on after round {done} of {config.federation.rounds}"))
+    then = {**beginning.versions, **beginning.environment}
     after = {**now["versions"], **now["environment"]}
-    other = [f"{name} {before.get(name)} then, {after[name]} now" for name in after if before.get(name) != after[name]]
+    other = [f"{name} {then.get(name)} then, {after[name]} now" for name in after if then.get(name) != after[name]]
     if other:
         tell(Notice(f"the bits may differ from an undisturbed run's: {'; '.join(other)}"))
     return beginning

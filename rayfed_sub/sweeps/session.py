@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import ray
 from rayfed_sub.config import Config
 from rayfed_sub.config_files import read_yaml, yaml_text
 from rayfed_sub.engine import files, planning
-from rayfed_sub.engine.folder import FREE, check_free, check_same, new, to_resume
+from rayfed_sub.engine.folder import FREE, check_free, check_same, check_same_data, new, to_resume
 from rayfed_sub.engine.job import Foundation, check_resources, job_on
 from rayfed_sub.engine.journal import Notice, Stage
 from rayfed_sub.engine.mirror import SWEEP, Place, placed
@@ -32,6 +34,8 @@ Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
 """Is shown the records as they come."""
 
 _FILE = "sweep.yaml"
+_DATA = "data.json"
+"""The fingerprints of the trials' data sets, in the order of the sweep's points."""
 _FREE = ("sweep.concurrent", "sweep.retries", *FREE)
 """Settings that may differ when a sweep is taken up again."""
 
@@ -71,7 +75,13 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
     callbacks, finder = [Watcher(search.metric, tell), *loggers(sweep)], searcher(search)
     with joined(address):
         grounds, side_by_side = _checked(sweep, (old or place or Place(Path())).path, tell)
+        data = [base.dataset.fingerprint for _, base in grounds.values()]
+        if old is not None and (old.path / _DATA).exists():  # without, each trial that goes on looks for itself
+            then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
+            for before, now in zip(then, data, strict=True):
+                check_same_data(before, now, old.called())
         here = old or new(place, sweep.name)
+        files.write(here.path / _DATA, json.dumps([asdict(now) for now in data]).encode())
         files.write(here.path / _FILE, yaml_text(_tree(sweep)).encode())
         here.saved()
         tell(Stage("starting Ray, loading weights"))

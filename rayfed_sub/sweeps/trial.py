@@ -12,7 +12,7 @@ from typing import Any
 from ray import tune
 
 from rayfed_sub.analysis.scores import overall
-from rayfed_sub.engine.folder import opened, summary_of
+from rayfed_sub.engine.folder import check_data, opened, summary_of
 from rayfed_sub.engine.journal import RoundDone, Started, Summary
 from rayfed_sub.engine.mirror import inside, placed
 from rayfed_sub.engine.session import carry_out
@@ -48,7 +48,11 @@ def trial(given: Mapping[str, Any], sweep: Sweep, commons: Commons, trials: str)
             tune.report(_told(record.row.round + 1, rounds, overall(record.scores)))
 
     with placed(out, tell, resume=True) as place:
-        if (place.path / "config.yaml").exists() and (done := summary_of(place.path, job.config)) is not None:
+        done = None
+        if (place.path / "config.yaml").exists():
+            done = summary_of(place.path, job.config)
+            check_data(place.path, job.dataset.fingerprint)
+        if done is not None:
             tune.report(_end(done))
         else:
             tune.report(_end(carry_out(job, shared, opened(place, job.config), tell, began)))
