@@ -111,9 +111,16 @@ def as_dict(record: Any) -> Any:
 def _round(n: int, walked: Mapping[int, ClientTraffic]) -> RoundBytes:
     ups, downs = [c.up for c in walked.values()], [c.down for c in walked.values()]
     counted = [c.down_counted for c in walked.values()]
-    spans = {"up": _span(ups), "down": _span(downs), "down_counted": _span(counted)}
-    sums = {"up_all": sum(ups), "down_all": sum(downs), "down_counted_all": sum(counted)}
-    return RoundBytes(n, len(walked), **spans, **sums)
+    return RoundBytes(
+        round=n,
+        clients=len(walked),
+        up=_span(ups),
+        down=_span(downs),
+        up_all=sum(ups),
+        down_all=sum(downs),
+        down_counted=_span(counted),
+        down_counted_all=sum(counted),
+    )
 
 
 def _span(sizes: Iterable[int]) -> tuple[int, int]:

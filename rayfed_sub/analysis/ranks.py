@@ -65,7 +65,7 @@ def _noise(after_mn: Tensor) -> float:
     """The cut for singular values."""
     low, high = torch.aminmax(after_mn)
     m, n = after_mn.shape
-    cut = 2 * torch.finfo(torch.float32).eps * max(-float(low), float(high)) * (m**0.5 + n**0.5)
+    cut: float = 2 * torch.finfo(torch.float32).eps * max(-float(low), float(high)) * (m**0.5 + n**0.5)
     return max(cut, 1e-30)  # all-zero weights have no rounding
 
 
@@ -80,4 +80,5 @@ def _sketched(change_mn: Tensor, k: int) -> Tensor:
     for _ in range(2):
         V_nk = torch.linalg.qr(float_mn.T @ torch.linalg.qr(float_mn @ V_nk).Q).Q
     core_kk = torch.linalg.qr(change_mn @ V_nk.double(), mode="r").R
-    return torch.linalg.svdvals(core_kk)
+    sigma_k: Tensor = torch.linalg.svdvals(core_kk)
+    return sigma_k
