@@ -226,6 +226,7 @@ def _here() -> NodeAffinitySchedulingStrategy | PlacementGroupSchedulingStrategy
 def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Summary:
     """Walks the rounds that are left, and writes tables and checkpoints; the summary without this process's time and
     memory.  Raises RayActorError where the coordinator dies."""
+    config = job.config
 
     def ask(name: str) -> Any:
         return answer(coordinator, getattr(coordinator, name).remote(), name)
