@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rayfed_sub import cli, load_config
 from rayfed_sub.config import Config
+from rayfed_sub.data.batches import collate
 from rayfed_sub.engine import checkpoints
 from rayfed_sub.engine.exchange import PackedState, packed, unpacked
 from rayfed_sub.engine.folder import create
@@ -38,6 +40,7 @@ from rayfed_sub.models.weights import assemble, load_weights, target_weights
 from rayfed_sub.records import Change, ClientState, ServerState, Update
 from rayfed_sub.training.evaluation import global_model
 from rayfed_sub.training.layers import install
+from rayfed_sub.training.losses import predicted
 
 PERSONAL = [name for name in METHODS if build({"name": name}).personal]
 # Federated AdamW moves every direction of a dense weight; there is no adapter for it.
@@ -185,6 +188,38 @@ def ours(run: Path, client: int | None = None) -> tuple[Tensor, Tensor]:
         changes = job.method.personal_model(server, states[client], shape)
     with global_model(install(model, shape), shape, changes, server.tensors):
         return before, logits(model)
+
+
+def judged(model: Any, job: Job) -> float:
+    """Mean loss (nats) over the labels of the held-out rows."""
+    rows = np.arange(len(job.dataset.held_out))
+    batch = collate(job.dataset.held_out, rows, mask_prompt=True, pad=job.codec.pad)
+    return float(predicted(model, batch).loss_L.double().mean())
+
+
+@pytest.mark.parametrize("method", ["fedftg", "fedavg", "fedit", "flora"])
+def test_an_export_of_a_bfloat16_run_holds_all_that_was_learned(method: str, table: Path, tmp_path: Path) -> None:
+    """In float32 the exported weights are judged as we judge them; the run's own score is the bfloat16 model's."""
+    config = configured(table, method)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    run = trained(tmp_path / "run", config)
+    job, (server, _) = job_of(run), stored(run)
+    shape, changes = job.skeleton.shape, job.method.model(server, job.skeleton.shape)
+    backbone = load_weights(job.config.model, job.skeleton, job.config.seed)
+    scores = []
+    for tensors in ({name: tensor.float() for name, tensor in backbone.items()}, backbone):
+        model = assemble(job.skeleton, tensors)
+        before = judged(model, job)
+        with global_model(install(model, shape), shape, changes, server.tensors):
+            scores.append(judged(model, job))
+        assert before - scores[-1] > 0.1
+    export_hf(run, tmp_path / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert exported.dtype == torch.float32
+    wide, narrow = scores
+    assert judged(exported, job) == pytest.approx(wide, abs=1e-5)
+    assert narrow == pytest.approx(wide, abs=0.01)
+    assert narrow != pytest.approx(wide, abs=1e-5)  # which is why it is called the bfloat16 model's
 
 
 def loaded(adapter: Path, auto: Any = AutoModelForCausalLM) -> tuple[Tensor, Tensor]:
