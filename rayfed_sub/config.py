@@ -227,7 +227,9 @@ class Diagnostics(Record):
     server's own change and how far it has come (`analysis/ranks.py`), and how low-rank gradients are
     (`training/gradients.py`).  It changes no bits.  every: rounds between looks (0: never; the last round is looked at
     as well); clients: of a cohort at most so many, evenly spaced; layers: of the target layers at most so many, evenly
-    spaced; gradient_layers: of those, where one client of a pack has its gradients looked at (0: nowhere).
+    spaced; gradient_layers: of those, where one client of a pack has its gradients looked at (0: nowhere).  The rank of
+    a dense change that is no mean of factors (fedavg, weight decay, server momentum, noise) takes seconds a large layer
+    and is looked at in evaluated rounds alone.
     The coordinator's time and memory grow with layers and (clients * rank)^2, the tables with rounds, layers and
     clients: runs of thousands of rounds look less often."""
 

@@ -214,7 +214,7 @@ def _privacy(spent: Mapping[str, Any]) -> str:
 
 
 def _rank(rank: float | None) -> str:
-    return "not looked at: diagnostics.every=0" if rank is None else f"{rank:g} (median over target layers)"
+    return "not looked at" if rank is None else f"{rank:g} (median over target layers)"
 
 
 def _loss(loss: float | None) -> str:

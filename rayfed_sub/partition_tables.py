@@ -46,7 +46,7 @@ def title(holdings: Holdings) -> str:
 
 
 def counted(holdings: Holdings) -> str:
-    """What the values are: the label's classes, or the partition's keys."""
+    """The name of the counted values: the label's classes, or the partition's keys."""
     if holdings.counted == "classes":
         return f"Classes: the values of the label, column {holdings.value_column}."
     each = " Each client has one of them, so their sizes alone give the skew." if holdings.kind == "column" else ""

@@ -250,7 +250,7 @@ def test_a_rank_that_nobody_looked_at_is_no_number(clock: Clock) -> None:
     pipe, text = console(terminal=False)
     Display(pipe).table(Summary(**{**vars(SUMMARY), "change_rank": None}))
     (line,) = (line for line in text.getvalue().splitlines() if "rank of the last change" in line)
-    assert "not looked at: diagnostics.every=0" in line
+    assert "not looked at" in line
 
 
 def test_at_100_columns_the_checksum_is_on_one_line() -> None:

@@ -181,6 +181,17 @@ SINGLE = {
         "federation.normalise_steps: got True",
         "false with optimizer.name=adamw: FedNova's rule is for SGD; remove it or set optimizer.name=sgd",
     ),
+    "momentum over rounds under FedNova": (
+        "federation.normalise_steps=true optimizer.name=sgd optimizer.momentum=0.9",
+        "method.state: got 'keep'",
+        "reset with federation.normalise_steps and optimizer.momentum: the paper's buffer begins a round at zero; "
+        "set method.state=reset",
+    ),
+    "weight decay under FedNova": (
+        "federation.normalise_steps=true optimizer.name=sgd optimizer.weight_decay=0.1",
+        "optimizer.weight_decay: got 0.1",
+        "0 with federation.normalise_steps, whose rule knows no decay; set optimizer.weight_decay=0",
+    ),
     "a pull beyond where the round began": (
         "federation.normalise_steps=true optimizer.name=sgd optimizer.lr=0.5 federation.proximal=2",
         "federation.proximal: got 2.0",

@@ -99,18 +99,19 @@ def read_holdings(config: Config, codec: Codec) -> Holdings:
     heard = BufferingHandler(capacity=1 << 30)  # what would go to stderr belongs into the tables
     log = logging.getLogger("rayfed_sub.data")
     log.addHandler(heard)
-    log.propagate = False
+    before, log.propagate = log.propagate, False
     try:
         dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
     except UserError:
-        log.propagate = True  # there will be no tables, and what was said may be the cause
-        log.removeHandler(heard)
-        for record in heard.buffer:
-            log.handle(record)
+        unheard = heard.buffer  # there will be no tables, and what was said may be the cause
         raise
+    else:
+        unheard = []
     finally:
-        log.propagate = True
+        log.propagate = before
         log.removeHandler(heard)
+        for record in unheard:
+            log.handle(record)
     return holdings(config, dataset, [record.getMessage() for record in heard.buffer])
 
 

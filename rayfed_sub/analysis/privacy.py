@@ -21,10 +21,9 @@ from typing import Any
 from rayfed_sub.config import Config
 from rayfed_sub.errors import UserError
 
-ACCOUNTANT = "PLD"
 NOISES = (1e-6, 1e6)
 """What RDP can judge: beyond, its sums over- and underflow, and it may say 0 where nothing is private."""
-_DIGITS, _CLOSE = 5, 1e-5  # of a noise that was found
+_DIGITS, _CLOSE = 5, 1e-4  # of a noise that is found, and how near it is to the smallest one
 _NOTHING = 1e6  # an epsilon by RDP that protects nothing: PLD would overflow
 _FINE, _A_ROUND, _POINTS = 3e3, 100.0, 5e5  # of the grid: see `_grid`
 _TAIL = 1e-15  # mass that PLD lets go of, on delta's side
@@ -49,22 +48,25 @@ def spent(config: Config, noise: float | None, rounds: int) -> float | None:
 
 
 def account(config: Config, noise: float | None, rounds: int) -> dict[str, Any] | None:
-    """What there is to say of so many rounds: epsilon, delta, the accountant, RDP's epsilon as its cross-check, the
-    noise, and the epsilon that was asked for (None where the noise was set); None without privacy."""
+    """Epsilon and delta of so many rounds, the accountant of that bound (PLD, or RDP where its own is smaller), RDP's
+    epsilon as the cross-check, the noise, and the epsilon that was asked for (None where the noise was set); None
+    without privacy."""
     if noise is None:
         return None
     federation, privacy = config.federation, config.privacy
     asked = (noise, federation.cohort / federation.clients, rounds)
+    smallest, (by_renyi,) = epsilon(*asked, privacy.delta), renyi_epsilons(*asked, (privacy.delta,))
     return {
-        "epsilon": epsilon(*asked, privacy.delta),
+        "epsilon": smallest,
         "delta": privacy.delta,
-        "accountant": ACCOUNTANT,
-        "epsilon_rdp": renyi_epsilons(*asked, (privacy.delta,))[0],
+        "accountant": "PLD" if smallest < by_renyi else "RDP",
+        "epsilon_rdp": by_renyi,
         "noise": noise,
         "epsilon_asked": privacy.epsilon,
     }
 
 
+@functools.lru_cache(maxsize=256)
 def epsilon(noise: float, q: float, rounds: int, delta: float) -> float:
     """epsilon of `rounds` rounds at chance q of taking part, with noise as a multiple of the clipping norm.
 
@@ -94,10 +96,12 @@ def renyi_epsilons(noise: float, q: float, rounds: int, deltas: tuple[float, ...
 
 @functools.cache
 def noise_for(target: float, delta: float, q: float, rounds: int) -> float:
-    """The smallest noise within NOISES, rounded up to 5 digits, whose epsilon does not exceed `target`.
+    """The smallest noise within NOISES whose epsilon does not exceed `target`, up to a few ten-thousandths.
 
     Raises UserError (privacy.epsilon) where there is none.
     """
+    from scipy.optimize import brentq
+
     least, most = NOISES
 
     def over(z: float) -> float:
@@ -109,24 +113,21 @@ def noise_for(target: float, delta: float, q: float, rounds: int) -> float:
         allowed = f"a budget that {rounds} rounds can keep at privacy.delta={delta:g}"
         raise UserError("privacy.epsilon", target, allowed, "raise it")
     low, high = least, most
-    while high > 1.1 * low:  # by RDP, which is quick: enough noise, and little too much
+    while high > 1.01 * low:  # by RDP, which is quick: enough noise, and little too much
         middle = math.sqrt(low * high)
         low, high = (low, middle) if renyi_epsilons(middle, q, rounds, (delta,))[0] <= target else (middle, high)
-    low = high
-    while over(low) <= 0:  # by PLD: too little
-        low, high = max(least, low / 1.2), low
-    over_low, over_high = over(low), over(high)
-    while high > (1 + 3 * _CLOSE) * low:
-        root = low + (high - low) * over_low / (over_low - over_high)  # epsilon is nearly straight in so short a range
-        for z in (root * (1 + _CLOSE), root * (1 - _CLOSE), math.sqrt(low * high)):
-            if low < z < high:
-                there = over(z)
-                low, over_low, high, over_high = (z, there, high, over_high) if there > 0 else (low, over_low, z, there)
-    unit = 10.0 ** (math.floor(math.log10(high)) + 1 - _DIGITS)
-    found, more = math.ceil(high / unit) * unit, unit
-    while over(found := float(f"{found:.{_DIGITS}g}")) > 0:
-        found, more = found + more, 2 * more
+    while over(low := max(least, low / 1.3)) <= 0:  # by PLD, most of a second a call: too little
+        high = low
+    root = brentq(over, low, high, xtol=_CLOSE * high)
+    while over(found := _decimals(root)) > 0:
+        root = found * (1 + _CLOSE)
     return found
+
+
+def _decimals(z: float) -> float:
+    """The next number of so many digits that is not below z."""
+    unit = 10.0 ** (math.floor(math.log10(z)) + 1 - _DIGITS)
+    return float(f"{math.ceil(z / unit * (1 - 1e-12)) * unit:.{_DIGITS}g}")
 
 
 def _event(noise: float, q: float, rounds: int) -> Any:

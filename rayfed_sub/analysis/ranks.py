@@ -44,7 +44,10 @@ def moved_rank(before: Change, after: Change, W_mn: Tensor, after_mn: Tensor, ex
     """Rank of what lies between two changes of the pretrained weight W; after_mn: `after.apply(W)`, all (m, n) float32.
 
     Where both are blocks over equal multiples of W, from the blocks' factors alone; otherwise see `change_rank`.
+    expected: of the updates alone; blocks that are replaced count besides.
     """
+    if expected is not None:
+        expected += sum(block.right.shape[0] for block in before.blocks)
     if before.dense is not None or after.dense is not None or before.base_scale != after.base_scale:
         return change_rank(before.apply(W_mn), after_mn, expected)
     blocks = [*((block, 1.0) for block in after.blocks), *((block, -1.0) for block in before.blocks)]

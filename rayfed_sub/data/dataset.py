@@ -48,7 +48,7 @@ class Census:
 
 
 def too_long(rows: Mapping[str, int]) -> str:
-    """What became of rows longer than task.max_length, by a stored `Census`; "" where there were none."""
+    """Cut and dropped rows in words, of a stored `Census`; "" where no row was longer than task.max_length."""
     return in_words(*(rows.get(name, 0) for name in ("cut", "cut_prompts", "cut_answers", "dropped")))
 
 

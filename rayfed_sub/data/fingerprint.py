@@ -1,4 +1,4 @@
-"""Digests of a data set: what tells a run that goes on whether its rows are still those that it began with."""
+"""Digests of a data set, by which a resumed run compares its rows with those that it began with."""
 
 from __future__ import annotations
 

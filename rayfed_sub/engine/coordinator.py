@@ -171,7 +171,7 @@ class Coordinator:
         config, cohort = self._config, cohorts.cohort(self._config, n)
         down = self._download_bytes(cohort)
         due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
-        trained = yield from self._trained(n, cohort, down, began)
+        trained = yield from self._trained(n, cohort, down, began, due)
         if trained is None:
             return  # the run is being interrupted
         tally, moved = trained.tally, trained.moved
@@ -186,7 +186,7 @@ class Coordinator:
             downlink_bytes=sum(down.values()),
             labels=tally.labels,
             change_rank=statistics.median(rank for rank, _ in moved.values()) if moved else None,
-            epsilon=spent(config, self._noise, n + 1),
+            epsilon=spent(config, self._noise, n + 1) if due else None,  # it takes most of a second
             train_seconds=trained.seconds,
             retries=sum(pack.attempts - 1 for pack in trained.packs),
             memory_bytes=self._memory_now(),
@@ -197,10 +197,10 @@ class Coordinator:
         yield RoundDone(row, tuple(tally.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
 
     def _trained(
-        self, n: int, cohort: list[int], down: Mapping[int, int], began: float
+        self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
     ) -> Generator[PackDone, None, _Trained | None]:
         """The round up to its commit; None where the run is being interrupted.  A call of its own, because the sum and
-        the last server must be gone before the next broadcast comes."""
+        the last server must be gone before the next broadcast comes.  due: whether an evaluation follows."""
         config, method, shape = self._config, self._method, self._shape
         broadcast = self._broadcast()
         standing, size = self._ledger.standing, config.resources.pack_size
@@ -238,7 +238,7 @@ class Coordinator:
         if not self._ledger.commit(after, memory, trained):
             return None
         seconds = time.perf_counter() - began
-        moved = self._moved(before, ranks)
+        moved = self._moved(before, ranks, due)
         return _Trained(tally, seconds, moved, pack_rows, *diagnosis.rows(n, shape, looks, moved))
 
     def scores(self) -> tuple[Score, ...]:
@@ -379,15 +379,19 @@ class Coordinator:
             yield layer.name, change.apply(weights[f"{layer.name}/weight"])
 
     def _looked_at(self, n: int) -> list[str]:
-        """The targets whose change of round n at the server diagnostics look at."""
+        """The targets whose change of round n at the server diagnostics look at; none where every client has a model
+        of its own, and the server's is the pretrained one."""
         asked = self._config.diagnostics
-        if not diagnosis.due(asked, n, self._config.federation.rounds or 0):
+        if self._method.personal or not diagnosis.due(asked, n, self._config.federation.rounds or 0):
             return []
         return [layer.name for layer in diagnosis.spaced(self._shape.targets, asked.layers)]
 
-    def _moved(self, before: ServerState, ranks: Mapping[str, int | None]) -> dict[str, tuple[int, float]]:
+    def _moved(
+        self, before: ServerState, ranks: Mapping[str, int | None], evaluated: bool
+    ) -> dict[str, tuple[int, float]]:
         """See `_Trained`.  ranks: by target that is looked at, the summed rank of the round's updates, if they came as
-        factors: what the server's change cannot exceed where it is their mean."""
+        factors: what the server's change cannot exceed where it is their mean.  A dense change of no expected rank
+        takes seconds a large layer, and is looked at in rounds that are evaluated alone."""
         then, now = (self._method.model(server, self._shape) for server in (before, self._ledger.standing.server))
         mixed = mixes(self._config.server, self._config.privacy)
         moved = {}
@@ -396,6 +400,8 @@ class Coordinator:
                 continue
             pretrained = self._pretrained(ModelShape((layer,)))[f"{layer.name}/weight"]
             old, new, expected = then[layer.name], now[layer.name], None if mixed else ranks[layer.name]
+            if new.dense is not None and expected is None and not evaluated:
+                continue
             after = new.apply(pretrained)
             far = torch.dist(after, pretrained) / pretrained.norm().clamp_min(torch.finfo(torch.float32).tiny)
             moved[layer.name] = moved_rank(old, new, pretrained, after, expected), float(far)

@@ -112,7 +112,7 @@ class RunFolder:
         return self.beginning() is not None
 
     def beginning(self) -> Beginning | None:
-        """How the run began; None where it was cut off before its initial model was evaluated."""
+        """The run's beginning; None where it was cut off before its initial model was evaluated."""
         first = _started(_entries(self.path))
         if first is None:
             return None
@@ -288,7 +288,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _started(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """How the run began, once its initial model was evaluated."""
+    """The run's beginning, written once its initial model was evaluated."""
     return next((entry for entry in entries if entry["event"] == "started" and "scores" in entry), None)
 
 

@@ -68,7 +68,7 @@ def job_on(base: Foundation, config: Config) -> Job:
     _check_positions(config, base)
     _check_server(config, method)
     _check_privacy(config, method)
-    _check_nova(config)
+    _check_nova(config, method)
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     own = {"name": config.method["name"], **fields}
@@ -111,9 +111,9 @@ def _check_server(config: Config, method: Method) -> None:
         raise UserError("federation.proximal", federation.proximal, "0 with resources.executor=reference", "remove it")
 
 
-def _check_nova(config: Config) -> None:
-    """UserError where FedNova is asked to normalise what is no weighted sum of gradients, or one with negative
-    weights."""
+def _check_nova(config: Config, method: Method) -> None:
+    """UserError where FedNova is asked to normalise what is no weighted sum of a round's gradients, or one with
+    negative weights."""
     optimizer, mu = config.optimizer, config.federation.proximal
     if not config.federation.normalise_steps:
         return
@@ -121,6 +121,14 @@ def _check_nova(config: Config) -> None:
         allowed = f"false with optimizer.name={optimizer.name}: FedNova's rule is for SGD"
         advice = "remove it or set optimizer.name=sgd with a learning rate for it"
         raise UserError("federation.normalise_steps", True, allowed, advice)
+    if optimizer.momentum and getattr(method, "state", "reset") != "reset":
+        allowed = (
+            "reset with federation.normalise_steps and optimizer.momentum: the paper's buffer begins a round at zero"
+        )
+        raise UserError("method.state", getattr(method, "state", None), allowed, "set method.state=reset")
+    if optimizer.weight_decay:
+        allowed = "0 with federation.normalise_steps, whose rule knows no decay"
+        raise UserError("optimizer.weight_decay", optimizer.weight_decay, allowed, "set optimizer.weight_decay=0")
     if mu * optimizer.lr >= 1:
         allowed = f"less than {1 / optimizer.lr:g}, 1 / optimizer.lr, with federation.normalise_steps"
         raise UserError("federation.proximal", mu, allowed, "lower it")

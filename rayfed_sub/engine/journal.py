@@ -68,9 +68,9 @@ class RoundRow:
     """One round.  clients: sampled, those skipped among them; failed: skipped.  Bytes are wire bytes of the whole
     cohort; losses in nats per label, loss: the mean over clients that were not skipped; labels: tokens, or classified
     rows, that carried loss; change_rank: median over the target layers that diagnostics look at of the rank of the
-    server's change (None: they did not look); epsilon:
-    privacy spent up to here; retries: packs' results that were lost or unsound, and made again; memory_bytes: of
-    coordinator and workers at the round's end; seconds include evaluation.
+    server's change (None: they did not look); epsilon: privacy spent up to here (None where no evaluation was due);
+    retries: packs' results that were lost or unsound, and made again; memory_bytes: of coordinator and workers at the
+    round's end; seconds include evaluation.
     """
 
     round: int

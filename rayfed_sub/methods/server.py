@@ -75,11 +75,11 @@ def nova_length(optimizer: Optimizer, lr: float, proximal: float, steps: int) ->
     (3.0, 4.25)
     """
     assert optimizer.name == "sgd", "FedNova's rule is for SGD"
-    buffer, moved = 0.0, 0.0
+    buffer, way = 0.0, 0.0
     for _ in range(steps):
-        buffer = optimizer.momentum * buffer + 1 - lr * proximal * moved
-        moved += buffer
-    return moved
+        buffer = optimizer.momentum * buffer + 1 - lr * proximal * way
+        way += buffer
+    return way
 
 
 def nova_factor(weights: Sequence[float], steps: Sequence[float]) -> float:

@@ -128,14 +128,14 @@ def _patterns() -> dict[str, Any]:
     unspaced = r"[[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Bopomofo}\p{LB=SA}]&&[\p{L}\p{M}\p{N}]]"
     alone = rf"(?=[{unspaced}\p{{So}}\p{{Emoji_Modifier}}])\X\p{{M}}*"
     run = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{unspaced}]+"
-    told = {
+    patterns = {
         "letters": r"[\p{L}\p{M}\p{N}]+",
         "word": f"{alone}|{run}",
         "between": rf"{alone}|[[\p{{P}}\p{{S}}]--[\x00-\x7f]]",
         "visible": r"(?!\s)\X",
         "ignorable": r"\p{Default_Ignorable_Code_Point}+",
     }
-    return {name: regex.compile(pattern, regex.V1) for name, pattern in told.items()}
+    return {name: regex.compile(pattern, regex.V1) for name, pattern in patterns.items()}
 
 
 def _normal(text: str) -> str:

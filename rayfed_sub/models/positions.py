@@ -1,4 +1,4 @@
-"""How many tokens a model can read, where it looks positions up in a table."""
+"""The longest row that a model can read, where it looks positions up in a table."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rayfed_sub.analysis.privacy import ACCOUNTANT
 from rayfed_sub.data.dataset import too_long
 from rayfed_sub.page import Cell, Facts, Section, Table
 from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
@@ -55,11 +54,10 @@ def _facts(run: Run) -> dict[str, str]:
         seconds, training = run.rounds["seconds"].sum(), run.rounds["train_seconds"].sum()
         found["time in rounds"] = f"{duration(seconds)}, {duration(training)} of it training"
     if run.rounds["epsilon"].notna().any():
-        found["privacy"] = (
-            f"epsilon {run.rounds['epsilon'].max():.3g} at delta {config.privacy.delta:g}, by {ACCOUNTANT}"
-        )
+        found["privacy"] = f"epsilon {run.rounds['epsilon'].max():.3g} at delta {config.privacy.delta:g}"
         if (whole := run.summary.get("privacy")) is not None:
-            found["privacy"] += f" ({whole['epsilon_rdp']:.3g} by RDP), noise {whole['noise']:g}"
+            by = f"by {whole['accountant']} ({whole['epsilon_rdp']:.3g} by RDP)"
+            found["privacy"] += f", {by}, noise {whole['noise']:g}"
     if "weights_sha256" in run.summary:
         found["weights_sha256"] = str(run.summary["weights_sha256"])
     return found | {"seed": str(config.seed)}
@@ -70,9 +68,9 @@ def _rows(run: Run) -> dict[str, str]:
     if not run.rows:
         return {}
     kept = {name: run.rows.get(key) for key, name in _SPLITS.items()}
-    told = {"rows": ", ".join(f"{count:,} {name}" for name, count in kept.items() if count)}
+    shown = {"rows": ", ".join(f"{count:,} {name}" for name, count in kept.items() if count)}
     cuts = too_long(run.rows)
-    return told | ({"rows beyond task.max_length": cuts} if cuts else {})
+    return shown | ({"rows beyond task.max_length": cuts} if cuts else {})
 
 
 def _method(run: Run) -> str:

@@ -115,7 +115,8 @@ def shown(scores: Mapping[str, Sequence[object]]) -> list[str]:
 
 
 def published_name(metric: str) -> str:
-    """
+    """The published score beside a score over the words of any script; other names as they are.
+
     >>> published_name("rouge_l_unicode"), published_name("accuracy")
     ('rouge_l', 'accuracy')
     """
