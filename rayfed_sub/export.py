@@ -105,6 +105,8 @@ def _loading_peft(job: Job, name: str | None) -> str:
     generation = name is not None and job.skeleton.kind == "causal-lm"
     imports = f"{auto}, GenerationConfig" if generation else auto
     ends = ', generation_config=GenerationConfig.from_pretrained(".")' if generation else ""
+    if name is not None:
+        ends += "".join(f", {key}=True" for key in job.skeleton.causal)
     wide = "" if dtype == "float32" else ".float()"
     base = f"{auto}.from_pretrained({name or 'base'!r}, dtype={dtype!r}{ends}){wide}"
     loaded = f'model = PeftModel.from_pretrained({base}, ".")'

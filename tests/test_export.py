@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayfed_sub import cli, load_config
 from rayfed_sub.config import Config
@@ -402,6 +402,23 @@ def test_a_base_in_a_folder_is_named_and_not_written_again(
     ]
     config_of = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config_of["base_model_name_or_path"] == str(tmp_path / "first")
+
+
+def test_an_encoder_that_was_made_causal_is_loaded_so(table: Path, tmp_path: Path) -> None:
+    """By the line in the README: BERT's own configuration lets tokens see later ones."""
+    sizes = {key: value for key, value in BERT.items() if key != "type"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", vocab_size=300, **sizes)).save_pretrained(
+        tmp_path / "bert"
+    )
+    tokenizer().save_pretrained(tmp_path / "bert")
+    config = configured(table, "fedit")
+    model = config.model.model_copy(update={"path": str(tmp_path / "bert"), "random": {}, "targets": TARGETS["bert"]})
+    run = trained(tmp_path / "run", config.model_copy(update={"model": model}))
+    _, expected = ours(run)
+    for name, write in (("hf", export_hf), ("peft", export_peft)):
+        write(run, tmp_path / name)
+        torch.testing.assert_close(logits(by_readme(tmp_path / name)["model"]), expected, atol=1e-5, rtol=0)
+    assert "is_decoder=True" in (tmp_path / "peft" / "README.md").read_text()
 
 
 def tokenizer() -> Any:

@@ -45,6 +45,7 @@ class Skeleton:
     transposed: target layers whose stored weight is (n, m), transformers' Conv1D of GPT-2.
     logits: how a causal model's logits follow from its output layer; None where they are the model's own affair.
     positions: the longest row in tokens, where the model has a table of positions.
+    causal: keys of the model's own configuration that were false and are true here, or its tokens would see later ones.
     """
 
     hf_config: Any
@@ -54,6 +55,7 @@ class Skeleton:
     transposed: frozenset[str] = frozenset()
     logits: LogitRule | None = None
     positions: int | None = None
+    causal: tuple[str, ...] = ()
 
 
 def skeleton(
@@ -70,11 +72,10 @@ def skeleton(
     hf_config = bare_config(model, kind, vocabulary)
     hf_config.dtype = getattr(torch, model.dtype)
     _check_vocabulary(model, kind, hf_config, vocabulary)
-    if kind == "causal-lm":
-        for key in _CAUSAL:  # BERT's kin are encoders unless told otherwise
-            if getattr(hf_config, key, None) is False:
-                setattr(hf_config, key, True)
-    else:
+    causal = [key for key in _CAUSAL if kind == "causal-lm" and getattr(hf_config, key, None) is False]
+    for key in causal:  # BERT's kin are encoders by default
+        setattr(hf_config, key, True)
+    if kind != "causal-lm":
         hf_config.id2label = dict(enumerate(class_names))  # their number follows
         hf_config.label2id = {name: number for number, name in enumerate(class_names)}
         hf_config.problem_type = "single_label_classification"
@@ -96,6 +97,7 @@ def skeleton(
         frozenset(name for name, layer in targets.items() if not isinstance(layer, nn.Linear)),
         logit_rule(module) if kind == "causal-lm" else None,
         None if kind == "image-classification" else position_limit(module, hf_config),
+        tuple(causal),
     )
 
 
