@@ -8,8 +8,10 @@ names client, round and stage; exit code 1.  Everything else is a bug and keeps 
 from __future__ import annotations
 
 import re
+from urllib.parse import quote, unquote
 
-_USER = re.compile(r"""\b([A-Za-z][\w+.-]*:/{1,3})(?:[^\s/?#@:'"]*:(?!\d+/)[^\s@'"]*|[^\s/?#@:'"]+)@""")
+_SCHEME = r"(?:(?P<web>(?i:https?))|(?!(?i:https?):)[A-Za-z][\w+.-]*)"
+_USER = re.compile(rf"""\b({_SCHEME}:/+)(?:[^\s/?#@:'"]*:(?(web)(?!\d+/))[^\s@'"]*|[^\s/?#@:'"]+)@""")
 _QUERY = re.compile(r"""\?([^\s'"#]*?)(?=[;:,.)]*(?:[\s'"#]|$))""")
 _SECRET = re.compile(r"key|secret|token|passw|pwd|credential|signature|^sig$|auth", re.IGNORECASE)
 
@@ -18,7 +20,7 @@ def redacted(text: str) -> str:
     """The text without the credentials in its URIs: user and password, and such parameters of a query.
 
     Errors apply it to themselves, `engine/mirror.py` to what it calls a place.  After a colon everything up to the @
-    is a password, slashes as well, for AWS's secret keys have them; a port is none.
+    is a password, slashes as well, for AWS's secret keys have them; the port of an http URI is none.
 
     >>> redacted("s3://AKIA:se/cr+et@bucket/run?region=eu-west-1&secret_key=x&scheme=http")
     's3://bucket/run?region=eu-west-1&scheme=http'
@@ -33,8 +35,22 @@ def redacted(text: str) -> str:
 
 
 def _without_secrets(query: re.Match[str]) -> str:
-    kept = [item for item in query[1].split("&") if not _SECRET.search(item.partition("=")[0])]
+    kept = [_shown(item) for item in query[1].split("&") if not _SECRET.search(_decoded(item.partition("=")[0]))]
     return f"?{'&'.join(kept)}" if kept != [""] and kept else query[0] if kept else ""
+
+
+def _shown(item: str) -> str:
+    """A parameter as it is, or anew where its value, once decoded, is a URI with credentials."""
+    key, equals, value = item.partition("=")
+    plain = _decoded(value)
+    shorter = redacted(plain)
+    return item if shorter == plain else f"{key}{equals}{quote(shorter, safe='')}"
+
+
+def _decoded(text: str) -> str:
+    while (plain := unquote(text)) != text:  # each time shorter
+        text = plain
+    return text
 
 
 class UserError(ValueError):

@@ -271,7 +271,7 @@ def test_credentials_in_a_uri_are_used_and_never_repeated(
     assert (place.called(), place.called("a")) == (shown, "s3://bucket/run/a?region=eu-west-1")
 
     def refused(uri: str, order: object = None) -> Any:
-        raise OSError(f"cannot reach {uri}")
+        raise OSError(f"cannot reach {uri}: 'AKIAKEY:hush' is no bucket")  # as pyarrow does, without the scheme
 
     monkeypatch.setattr(mirror, "connect", refused)
     with pytest.raises(UserError) as caught:
@@ -279,6 +279,17 @@ def test_credentials_in_a_uri_are_used_and_never_repeated(
     assert "AKIAKEY" not in str(caught.value)
     assert "hush" not in str(caught.value)
     assert f"got '{shown}'" in str(caught.value)
+
+    def cut_off(*arguments: object) -> Any:
+        raise OSError("no access for AKIAKEY:hush")
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: a\n", encoding="utf-8")
+    monkeypatch.setattr(connected, "_copy", cut_off)
+    with pytest.raises(RunError) as failed:
+        connected.push(tmp_path / "run")
+    assert str(failed.value).startswith(f"writing files: {shown}: OSError, ")
+    assert "hush" not in str(failed.value)
 
 
 @pytest.mark.parametrize("uri", ["s4://bucket/run", "s3://", "s3:// bucket/run", "file:///tmp/run"])

@@ -150,7 +150,7 @@ class Mirror:
             _each(delete, gone - manifests)
             _each(send, summary)
         except _REFUSED as error:
-            raise RunError("writing files", f"{self.at()}: {_line(error)}") from None
+            raise RunError("writing files", f"{self.at()}: {_line(error, self.uri)}") from None
 
     @staticmethod
     def _copy(source: Any, path: str, destination: Any, to: str) -> None:
@@ -281,8 +281,11 @@ def told(uri: str, field: str) -> Iterator[None]:
         yield
     except _REFUSED as error:
         advice = "check its name, the credentials and the network"
-        raise UserError(field, uri, f"what an object store gives access to ({_line(error)})", advice) from None
+        raise UserError(field, uri, f"what an object store gives access to ({_line(error, uri)})", advice) from None
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception, uri: str) -> str:
+    """What the store says; without words where the URI holds credentials, parts of which pyarrow repeats."""
+    if redacted(uri) != uri:
+        return f"{type(error).__name__}, whose text may repeat the credentials in the URI"
     return shorten(redacted(str(error)), 300)  # Google's has a thousand characters
