@@ -24,6 +24,9 @@ MODELS: list[tuple[str, dict[str, Any], int | None]] = [
     ("nystromformer", {**BLOCK, **LONG, "num_landmarks": 4, "segment_means_seq_len": 4}, 20),
     ("roberta", {**BLOCK, **LONG}, 18),
     ("mpnet", {**BLOCK, **LONG}, 18),
+    ("canine", {**BLOCK, **LONG, "num_hash_buckets": 32, "local_transformer_stride": 4, "downsampling_rate": 2}, 20),
+    ("esm", {**BLOCK, **LONG, "position_embedding_type": "rotary"}, None),  # keeps position_ids and does not read them
+    ("deberta", {**BLOCK, **LONG, "position_biased_input": False}, None),
     ("llama", {**BLOCK, **LONG}, None),
     ("modernbert", {**BLOCK, **LONG}, None),
     ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2}, None),

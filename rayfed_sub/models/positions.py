@@ -17,7 +17,8 @@ def position_limit(module: nn.Module, hf_config: Any) -> int | None:
 
     A table is a matrix with a row for each configured position, learned (GPT-2, BERT, OPT) or computed (GPT-J).  Models
     of RoBERTa's kind count positions from the padding token's number on, so that their tables are used up earlier; they
-    are known by the table's `padding_idx`.
+    are known by the table's `padding_idx`.  CANINE's table is hashed; what ends there is the list of positions that is
+    looked up, the buffer `position_ids` (1, P).  It counts beside a table only: others keep one and do not read it.
     """
     text = hf_config.get_text_config()
     configured = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
@@ -32,4 +33,7 @@ def position_limit(module: nn.Module, hf_config: Any) -> int | None:
         if table and configured <= tensor.shape[0] <= configured + _SPARE:
             padding = getattr(owner, "padding_idx", None)
             limits.append(configured if padding is None else tensor.shape[0] - padding - 1)
+        looked_up = any(_NAMED.search(at) and isinstance(own, nn.Embedding) for at, own in owner.named_children())
+        if name.endswith("position_ids") and tensor.shape == (1, configured) and looked_up:
+            limits.append(configured)
     return min(limits, default=None)
