@@ -25,6 +25,13 @@ app = typer.Typer(
 )
 
 PACK_SIZE = "resources.pack_size"
+_LEFT = (
+    *(("log.jsonl", "summary.json"), ("checkpoints/manifest-[0-9]*.json",)),
+    *(("trials.parquet",), ("sweep.yaml", "data.json")),
+)
+"""Files by which a run's or sweep's folder is known, those of a row together."""
+_BEGUN = b'{"event": "started"'
+"""How the log begins of a run that has got no further."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
 Anywhere = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the configuration, here or at s3://bucket/path")]
@@ -76,7 +83,9 @@ def sweep(
     from rayfed_sub.sweeps.space import load_sweep
 
     with at_hand(file, "SWEEP.yaml") as path:
-        checked = load_sweep(path, overrides or [], lambda name: _check_named(file, name, overrides or []))
+        checked = load_sweep(
+            path, overrides or [], lambda name, base: _check_named(base or file, name, overrides or [])
+        )
     from rayfed_sub.sweep_display import SweepDisplay
     from rayfed_sub.sweeps.session import run_sweep
 
@@ -138,13 +147,24 @@ def plan(
 def _check_named(file: str, name: object, overrides: list[str]) -> None:
     """UserError where a file that lies with a run or sweep, or in an object store, names a class that the command line
     does not name.  Any other file is the caller's own."""
+    from rayfed_sub.engine.mirror import uri_of
     from rayfed_sub.methods import check_named
 
-    folder, left = Path(file).resolve().parent, ("log.jsonl", "summary.json", "checkpoints", "trials.parquet", "trials")
-    if "://" in file or any((folder / other).exists() for other in left):
+    if uri_of(file) is not None or _lies_with_a_run(Path(file).resolve().parent):
         parts = [override.partition("=") for override in overrides]
         said = [value for key, _, value in parts if key in ("method", "method.name")]
         check_named(name, said, file, f"method.name={name}, or give a file of your own in place of {file}")
+
+
+def _lies_with_a_run(folder: Path) -> bool:
+    """Whether the folder holds what only runs and sweeps leave, finished or not; anybody may have a checkpoints/."""
+    if any(all(any(folder.glob(name)) for name in together) for together in _LEFT):
+        return True
+    log = folder / "log.jsonl"  # by itself it may be another program's
+    if not log.is_file():
+        return False
+    with log.open("rb") as file:
+        return file.readline(4096).startswith(_BEGUN)
 
 
 def _check_write(config: Path, overrides: list[str], probe: bool, on: str | None) -> None:
@@ -291,7 +311,8 @@ def _code() -> int:
     except TyperException as error:
         said = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
         if said:  # nothing where Typer has shown the help because nothing was asked for
-            print(f"rayfed-sub: {' '.join(said.split()).rstrip('.')}; see rayfed-sub --help", file=sys.stderr)
+            line = redacted(" ".join(said.split())).rstrip(".")
+            print(f"rayfed-sub: {line}; see rayfed-sub --help", file=sys.stderr)
         return 2
     except RunError as error:
         print(f"rayfed-sub: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -437,6 +438,24 @@ def test_command(asked: str, begins: str, contains: str, refusal: Refusal) -> No
     assert contains in said
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "list methods {}",
+        "export a_run more {} --to x",
+        "{}",
+        "list {}",
+        "run x.yaml --out{}",
+        "data x.yaml --{}",
+    ],
+)
+@pytest.mark.parametrize("uri", ["s3://AKIA:hush@bucket/run", "s3://bucket/run?secret_key=hush"])
+def test_what_is_no_argument_is_shown_without_credentials(words: str, uri: str, refusal: Refusal) -> None:
+    said = refusal(words.format(uri).split())
+    assert "hush" not in said
+    assert "s3://bucket/run" in said or "No such option" in said
+
+
 @pytest.mark.parametrize("to", ["full", "rows.txt", "rows.txt/new"])
 def test_export_into_something_else(to: str, refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: done\n", encoding="utf-8")
@@ -460,6 +479,8 @@ ADDRESSES = {
     "a port that is closed": ("127.0.0.1:1", "Connection refused"),
     "a host that is nowhere": ("nowhere.invalid:6379", "nothing answers at nowhere.invalid:6379: "),
     "no port": ("nonsense", "Invalid address format: nonsense"),
+    "no host": (":6379", "no host is named before the port"),
+    "no host in brackets": ("[]:6379", "no host is named before the port"),
     "a port beyond all": ("127.0.0.1:99999", "99999 is no port"),
     "Ray's client": ("ray://127.0.0.1:10001", "run this on a node of the cluster, e.g. by ray job submit"),
 }
@@ -596,6 +617,86 @@ def test_a_class_that_the_caller_s_own_file_names_is_imported(strange: Path, tmp
     (tmp_path / "own.yaml").write_bytes((strange / "config.yaml").read_bytes())
     assert "a dataclass with a method's functions" in refusal(["run", str(tmp_path / "own.yaml")])
     assert imported()
+
+
+RUN_OR_SWEEP = [
+    ("log.jsonl", "summary.json"),
+    ("checkpoints/manifest-000003.json",),
+    ("trials.parquet", "best.yaml"),
+    ("sweep.yaml", "data.json"),
+]
+ANYBODY_S = [("checkpoints/model.pt",), ("trials/notes.md",), ("log.jsonl",), ("data.json", "summary.json")]
+
+
+def leave(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.parametrize("names", ANYBODY_S, ids=" ".join)
+def test_a_folder_of_another_s_making_is_the_caller_s_own(
+    names: Sequence[str], strange: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    (tmp_path / "own.yaml").write_bytes((strange / "config.yaml").read_bytes())
+    leave(tmp_path, names)
+    assert "a dataclass with a method's functions" in refusal(["run", str(tmp_path / "own.yaml")])
+    assert imported()
+
+
+@pytest.mark.parametrize("names", RUN_OR_SWEEP, ids=" ".join)
+def test_a_folder_is_known_by_what_runs_and_sweeps_leave(
+    names: Sequence[str], strange: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    (tmp_path / "left.yaml").write_bytes((strange / "config.yaml").read_bytes())
+    leave(tmp_path, names)
+    assert "if you trust that module" in refusal(["run", str(tmp_path / "left.yaml")])
+    assert not imported()
+
+
+def test_a_run_that_has_only_begun_is_known_by_its_log(strange: Path, tmp_path: Path, refusal: Refusal) -> None:
+    (tmp_path / "config.yaml").write_bytes((strange / "config.yaml").read_bytes())
+    with (strange / "log.jsonl").open(encoding="utf-8") as log:
+        (tmp_path / "log.jsonl").write_text(log.readline(), encoding="utf-8")
+    assert "if you trust that module" in refusal(["run", str(tmp_path / "config.yaml")])
+    assert not imported()
+
+
+@pytest.mark.parametrize("slashes", ["/", "//", "///"])
+def test_a_file_in_an_object_store_is_one_however_many_slashes(
+    slashes: str, strange: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store, here a folder, gives the file by itself, without what lies beside it."""
+    own = strange.parent / "own.yaml"
+    own.write_bytes((strange / "config.yaml").read_bytes())
+    monkeypatch.setattr("rayfed_sub.engine.mirror.at_hand", lambda place, field: nullcontext(own))
+    assert "if you trust that module" in refusal(["run", f"s3:{slashes}bucket/run/config.yaml"])
+    assert not imported()
+
+
+@pytest.mark.parametrize(
+    ("own", "space", "refused"),
+    [
+        ({}, {"seed": [1, 2]}, True),
+        ({"method": {"rank": 2}}, {"seed": [1, 2]}, True),
+        ({"method": {"name": "fedavg"}}, {"seed": [1, 2]}, False),
+        ({"method": {"name": "noticed_module:Noticed"}}, {"seed": [1, 2]}, False),  # the caller's own file names it
+        ({}, {"method.name": ["fedit", "fedavg"]}, False),
+    ],
+)
+def test_a_class_that_only_the_base_of_a_sweep_names_is_not_imported(
+    own: dict[str, object], space: dict[str, object], refused: bool, strange: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    file = tmp_path / "own.yaml"
+    section = {"space": {key: {"grid": values} for key, values in space.items()}, "trials": 1}
+    file.write_text(yaml.safe_dump({"base": "strange/config.yaml", **own, "sweep": section}), encoding="utf-8")
+    said = refusal(["sweep", str(file), "--out", str(strange)])  # where another run lies
+    place = f"for what {tmp_path / 'strange' / 'config.yaml'} names is not imported unless you name it too"
+    assert (place in said) == refused
+    assert imported() == (own == {"method": {"name": "noticed_module:Noticed"}})
+    if refused:
+        said = refusal(["sweep", str(file), "method.name=noticed_module:Noticed"])
+        assert "if you trust that module" not in said
 
 
 def test_export_by_another_method_than_the_run_s(strange: Path, refusal: Refusal) -> None:

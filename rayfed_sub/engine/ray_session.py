@@ -55,6 +55,8 @@ def _found(address: str) -> str:
     """
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
+    if ":" in address and not address.rpartition(":")[0].strip(" []"):  # of which Ray writes a traceback
+        raise ValueError("no host is named before the port")
     found: str = canonicalize_bootstrap_address_or_die(address)
     host, _, port = found.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 2**16:

@@ -190,11 +190,14 @@ def _real(value: Any) -> bool:
 
 
 def load_sweep(
-    path: str | Path, overrides: Sequence[str] = (), named: Callable[[object], None] = lambda name: None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    named: Callable[[object, str | None], None] = lambda name, base: None,
 ) -> Sweep:
     """The checked sweep from its YAML file and overrides: `sweep.trials=20` of the section, others of all trials.
 
-    named: is given every method's name before its class is imported, and may refuse it.
+    named: is given every method's name before its class is imported, and may refuse it; with it the path of `base`
+    where the name comes from there, None where it is the file's own.
     Raises UserError, one line, for whatever does not fit: a file, a key of the space, a combination of values.
     """
     tree = read_yaml(Path(path))
@@ -202,18 +205,24 @@ def load_sweep(
     if not isinstance(tree.get("sweep"), Mapping) and not section:
         raise UserError("sweep", tree.get("sweep"), "a section with a space", "see experiments/sweeps")
     own = {key: value for key, value in tree.items() if key not in ("sweep", "base")}
-    base = tree.get("base")
+    base = None if tree.get("base") is None else Path(path).parent / str(tree["base"])
+    says_it = "method.name" in flat(own)
     if base is not None:
-        own = overridden(Path(path).parent / str(base), [as_override(*item) for item in flat(own).items()])
+        own = overridden(base, [as_override(*item) for item in flat(own).items()])
     found = overridden({"sweep": tree.get("sweep", {})}, section)
     shared = overridden(own, [override for override in overrides if override not in section])
-    named(load_config(shared).method.get("name"))  # what is wrong without any value of the space is told as such
+    name = load_config(shared).method.get("name")  # what is wrong without any value of the space is told as such
     for key, axis in found["sweep"]["space"].items() if isinstance(found["sweep"].get("space"), Mapping) else ():
         check(Axis, axis, f"sweep.space.{key}")  # each by itself, so that the key is named
     search = check(Search, found["sweep"], "sweep")
-    for key in {"method", "method.name"} & search.space.keys():
+    naming = {"method", "method.name"}
+    if search.space.keys() - naming:  # else every trial has a method of the space
+        named(name, None)
+        if base is not None and not says_it:
+            named(name, str(base))
+    for key in naming & search.space.keys():
         for value in search.space[key].values:
-            named(value.get("name") if isinstance(value, Mapping) else value)
+            named(value.get("name") if isinstance(value, Mapping) else value, None)
     space = {key: _settled(shared, key, axis) for key, axis in search.space.items()}
     sweep = Sweep(shared, search.model_copy(update={"space": space}))
     for config in map(sweep.config, sweep.points()):
