@@ -52,6 +52,23 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return check(Config, _centralised(overridden(source, overrides)))
 
 
+def stored_config(folder: Path) -> Config:
+    """The configuration of the run in `folder`, from its config.yaml, which has every key of the version that wrote it.
+
+    A key that is missing stands for what older versions did: without `task.seed`, or with null, the run's own seed drew
+    the splits; without `federation.batching`, batches were bucketed.
+
+    Raises UserError as `load_config`.
+    """
+    tree = read_yaml(folder / "config.yaml")
+    task, federation = tree.get("task"), tree.get("federation")
+    if isinstance(task, dict) and task.get("seed") is None:
+        tree["task"] = {**task, "seed": tree.get("seed", Config().seed)}
+    if isinstance(federation, dict):
+        tree["federation"] = {"batching": "bucketed", **federation}
+    return load_config(tree)
+
+
 def overridden(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The tree of keys that `load_config` checks.  Raises UserError for what is no YAML, and no override."""
     tree = _copied(read_yaml(Path(source)) if isinstance(source, str | Path) else source)

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from rayfed_sub.analysis.scores import Score
-from rayfed_sub.config_files import load_config
+from rayfed_sub.config_files import load_config, yaml_text
 from rayfed_sub.engine.folder import (
     check_free,
     create,
@@ -235,6 +235,21 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             reopen(Place(tmp_path), load_config(settings, [override]))
         assert str(caught.value).startswith(message)
+
+
+def test_a_stored_configuration_of_an_older_version_keeps_its_meaning(tmp_path: Path) -> None:
+    """Then the run's own seed drew the splits where the task had none, and all batches were bucketed."""
+    create(Place(tmp_path), CONFIG).write_summary(summary(tmp_path))
+    for task in ({"seed": None}, {}, {"seed": 5}):
+        old = {"name": "kept", "seed": 7, "task": task, "federation": {"rounds": 2}}
+        (tmp_path / "config.yaml").write_text(yaml_text(old))
+        config = finished(tmp_path)
+        assert (config.task.seed, config.federation.batching) == (task.get("seed") or 7, "bucketed")
+        assert reopen(Place(tmp_path), config).path == tmp_path
+        with pytest.raises(UserError, match=r"^federation\.batching: got 'shuffled'; allowed: 'bucketed', with which"):
+            summary_of(tmp_path, load_config({**old, "task": {"seed": config.task.seed}}))
+    with pytest.raises(UserError, match=r"^task\.seed: got None"):  # a configuration handed over is not a stored one
+        load_config({"task": {"seed": None}})
 
 
 def test_a_finished_run_gives_its_summary_again(tmp_path: Path) -> None:

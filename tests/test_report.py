@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer
+from rayfed_sub.config_files import read_yaml, yaml_text
 from rayfed_sub.engine.journal import ClientRow, PackRow, RoundRow, ScoreRow, Summary
 from rayfed_sub.errors import UserError
 from rayfed_sub.page import Cell, Details, Facts, Figure, Legend, Section, Table, Text
@@ -99,6 +100,17 @@ def test_an_older_run_lacks_what_it_lacks(tmp_path: Path) -> None:
     ]
     assert table(found["Memory"]).rows == [["run", Cell("-", None), Cell("1,000", 1000.0), Cell("-", None)]]
     assert "cosine to mean" not in table(found["Clients"]).columns
+
+
+def test_a_run_from_before_its_task_had_a_seed_of_its_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", seed=3)
+    stored = read_yaml(folder / "config.yaml")
+    stored["task"]["seed"] = None
+    del stored["federation"]["batching"]
+    (folder / "config.yaml").write_text(yaml_text(stored))
+    run = read_run(folder)
+    assert (run.config.task.seed, run.config.federation.batching) == (3, "bucketed")
+    assert "Quality over rounds" in report(run)
 
 
 @pytest.mark.parametrize(

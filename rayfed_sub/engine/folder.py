@@ -25,7 +25,7 @@ from pyarrow import parquet
 from rayfed_sub.analysis.diagnostics import ClientLayer, CohortLayer
 from rayfed_sub.analysis.scores import Score
 from rayfed_sub.config import Config
-from rayfed_sub.config_files import flat, load_config, yaml_text
+from rayfed_sub.config_files import flat, stored_config, yaml_text
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.engine import files
 from rayfed_sub.engine.journal import Beginning, ClientRow, PackRow, RoundDone, RoundRow, ScoreRow, Summary
@@ -162,7 +162,7 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[st
 
 
 def _check_config(path: Path, config: Config) -> None:
-    old = load_config(path / "config.yaml")
+    old = stored_config(path)
     check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), FREE, f"the run in {path}")
 
 
@@ -171,7 +171,7 @@ _CHANGED = {
     "splits": "other splits of the same rows, or another order",
     "owners": "other owners of the same rows: clients' names, or which client has which rows",
 }
-"""What a digest that differs means, the most telling first."""
+"""The meaning of each digest that differs, the most specific first."""
 
 
 def check_data(path: Path, now: Fingerprint) -> None:
@@ -277,7 +277,7 @@ def finished(path: Path) -> Config:
     """The configuration of a finished run.  Raises UserError where there is none."""
     if not (path / "summary.json").is_file():
         raise UserError("RUN", str(path), "the folder of a finished run (it has a summary.json)", "check the path")
-    return load_config(path / "config.yaml")
+    return stored_config(path)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

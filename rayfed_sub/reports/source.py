@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from rayfed_sub.config import Config
-from rayfed_sub.config_files import load_config
+from rayfed_sub.config_files import stored_config
 from rayfed_sub.errors import UserError
 from rayfed_sub.reports.words import first_distinct
 
@@ -86,7 +86,7 @@ def read_run(folder: Path, called: str | None = None) -> Run:
         advice = f"a sweep's own report is {folder / 'report.html'}" if sweep else "check the path"
         raise UserError("RUN", str(folder), "the folder of a run (it has a config.yaml)", advice)
     try:
-        config = load_config(folder / "config.yaml")
+        config = stored_config(folder)
         log = _log(folder / "log.jsonl")
         summary = _summary(folder / "summary.json")
         tables = {name: _table(folder / f"{name}.parquet", columns) for name, columns in _COLUMNS.items()}
