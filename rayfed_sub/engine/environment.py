@@ -1,4 +1,4 @@
-"""What the bits depend on besides the configuration, as the workers answer: kept with every run.
+"""Versions, machine and settings that results depend on bit by bit, as the workers report them: kept with every run.
 
 The process that starts a run may be on a head without a GPU, and with another build of torch.
 """
@@ -17,12 +17,12 @@ _LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that compute, and of Python."""
+    """Versions of the libraries that compute, and of Python."""
     return {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
 
 
 def machine(gpu: bool) -> dict[str, Any]:
-    """What this process computes with; gpu: whether it computes on one."""
+    """The processor and GPU of this process; gpu: whether it computes on one."""
     import torch
 
     return {
@@ -33,14 +33,14 @@ def machine(gpu: bool) -> dict[str, Any]:
 
 
 def environment(config: Config, machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the bits depend on besides configuration and versions; machines: the workers' own, see `machine`."""
+    """The machine, and the settings of its use, that results depend on; machines: the workers' own, see `machine`."""
     found = merged(machines)
     own = {"threads": config.resources.threads, "pack_size": config.resources.pack_size}
     return {"processor": found.pop("processor", None), **own, **found}
 
 
 def merged(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The workers' answers as one: what they agree on, or their different values side by side.
+    """The workers' answers as one: the value they agree on, or their different values side by side.
 
     >>> merged([{"gpu": "L4", "torch": "2.13"}, {"gpu": "A100", "torch": "2.13"}])
     {'gpu': 'A100, L4', 'torch': '2.13'}

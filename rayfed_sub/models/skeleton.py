@@ -73,7 +73,7 @@ def skeleton(
     hf_config.dtype = getattr(torch, model.dtype)
     _check_vocabulary(model, kind, hf_config, vocabulary)
     causal = [key for key in _CAUSAL if kind == "causal-lm" and getattr(hf_config, key, None) is False]
-    for key in causal:  # BERT's kin are encoders by default
+    for key in causal:  # BERT and its variants are encoders by default
         setattr(hf_config, key, True)
     if kind != "causal-lm":
         hf_config.id2label = dict(enumerate(class_names))  # their number follows
