@@ -14,6 +14,8 @@ from pathlib import Path
 from rayfed_sub.data import stdlib_docs
 from rayfed_sub.data.pairs import Pairs
 
+_BEFORE, _AFTER = "What does `", "` do?"
+
 COLUMN = "module"
 """The partition column: the top-level module."""
 
@@ -39,7 +41,8 @@ def python_docs() -> Pairs:
     found: list[tuple[str, str, str]] = json.loads(done.stdout)
     return Pairs(
         kind="causal-lm",
-        questions=tuple(f"What does `{name}` do?" for _, name, _ in found),
+        questions=tuple(f"{_BEFORE}{name}{_AFTER}" for _, name, _ in found),
         answers=tuple(text for _, _, text in found),
         keys=tuple(module for module, _, _ in found),
+        spans=tuple(((len(_BEFORE), len(_BEFORE) + len(name)),) for _, name, _ in found),
     )
