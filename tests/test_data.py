@@ -15,7 +15,8 @@ from rayfed_sub.config import Federation, Partition, Task
 from rayfed_sub.config_files import load_config
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, build_dataset, load_dataset, load_pairs
-from rayfed_sub.data.pairs import Pairs, capped, distinct
+from rayfed_sub.data.images import Images
+from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.stdlib_docs import SKIPPED, callables, first_paragraph
@@ -362,6 +363,49 @@ def test_repeats_never_stand_on_both_sides(tmp_path: Path) -> None:
     assert not set(as_text(data.train)) & set(as_text(data.held_out))
 
 
+def prompts(rows: Rows | Images) -> list[tuple[int, ...]]:
+    assert isinstance(rows, Rows)
+    return [tuple(rows.row(row)[: rows.prompts[row]].tolist()) for row in range(len(rows))]
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "classification"])
+def test_no_held_out_prompt_is_trained_on_once_rows_are_cut(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    """90 long questions of which a cut leaves the end's letter alone, nine of each, and 10 short ones that stay."""
+    long = [f"begin {'x' * 30}{i:04d}{'y' * 30} {'abcdefghij'[i % 10]}" for i in range(90)]
+    questions = (*long, *(f"short {i}" for i in range(10)))
+    answers, names = (("yes",) * 100, ()) if kind == "causal-lm" else (("yes", "no") * 50, ("yes", "no"))
+    pairs = Pairs(kind, questions, answers, ("",) * 100, names)
+    with caplog.at_level(logging.WARNING):
+        data = build_dataset(pairs, Task(max_length=24, held_out=0.05), federation("iid", 2), CODEC, seed=0)
+    assert not set(prompts(data.train)) & set(prompts(data.held_out))
+    assert len(data.held_out) == 5
+    # Each held-out letter takes the eight other rows of it, or seven where two of the five have one letter.
+    taken = {prompt for prompt in prompts(data.held_out) if len(prompt) > 12}
+    assert data.census.repeated == 9 * len(taken) - sum(len(prompt) > 12 for prompt in prompts(data.held_out))
+    assert data.census.cut_prompts == 90
+    assert (
+        f"{data.census.repeated} training rows left out: the same question, but for case, spaces and what is cut, "
+        in (caplog.text)
+    )
+
+
+def test_one_question_cut_in_two_ways_is_one_question() -> None:
+    """The long answer leaves 10 tokens of 20 to the prompt, the short one 18."""
+    questions = [f"{i:03d}{'x' * 40}{i:03d}" for i in range(20) for _ in range(2)]
+    pairs = spoken(*zip(questions, ["a", "a" * 30] * 20, strict=True))
+    data = build_dataset(pairs, Task(max_length=20, held_out=0.2), federation("iid", 2), CODEC, seed=0)
+    asked = [{CODEC.decode(prompt[:3]) for prompt in prompts(rows)} for rows in (data.train, data.held_out)]
+    assert not asked[0] & asked[1]
+    assert len(asked[0] | asked[1]) == 20
+
+
+def test_where_a_cut_makes_all_questions_equal_one_line_says_what_would_tell_them_apart() -> None:
+    pairs = spoken(*((f"begin {'x' * 30}{i:04d}{'y' * 30} end", "answer") for i in range(100)))
+    with pytest.raises(UserError, match=r"or let task\.prompt, and task\.max_length or") as caught:
+        build_dataset(pairs, Task(max_length=40, held_out=0.2), federation("iid", 2), CODEC, seed=0)
+    assert caught.value.field == "task.held_out"
+
+
 def test_classes_from_a_table(tmp_path: Path) -> None:
     file = f"{tmp_path}/rows.jsonl"
     with open(file, "w", encoding="utf-8") as lines:
@@ -488,6 +532,16 @@ def test_python_docs_as_a_federation() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert len(data.train) + len(data.held_out) == sum(sizes)
     assert (data.train.offsets[1:] - data.train.offsets[:-1]).max() == task.max_length
+
+
+@pytest.mark.parametrize("max_length", [40, 48, 64])
+def test_python_docs_cut_short_keep_their_template_and_splits_apart(max_length: int) -> None:
+    """Of 20 tokens for the longest prompts 17 are the template's and ASK, which leaves 3 for the name."""
+    task, shares = Task(max_length=max_length), federation("iid", 8)
+    data = build_dataset(load_pairs(task, shares), task, shares, CODEC, seed=0)
+    assert all(text.startswith("What does `") and text.endswith("` do?") for text, _ in as_text(data.train))
+    assert not set(prompts(data.train)) & set(prompts(data.held_out))
+    assert data.census.repeated > 0
 
 
 def test_the_built_in_task_refuses_a_table_s_fields() -> None:

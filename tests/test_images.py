@@ -22,7 +22,7 @@ from rayfed_sub import cli, load_config, run
 from rayfed_sub.analysis.footprint import backbone_bytes
 from rayfed_sub.config import Config, Federation, Model, Optimizer, Partition, Task
 from rayfed_sub.data.batches import collate
-from rayfed_sub.data.dataset import load_dataset
+from rayfed_sub.data.dataset import build_dataset, load_dataset
 from rayfed_sub.data.images import Images, decoded, digest, encoded
 from rayfed_sub.data.pairs import Pairs, distinct
 from rayfed_sub.data.table_pairs import table_pairs
@@ -109,6 +109,23 @@ def test_no_picture_stands_in_two_splits(tmp_path: Path) -> None:
     seen = [{pixels.tobytes() for pixels in split.pixels} for split in splits if isinstance(split, Images)]
     assert [len(pixels) for pixels in seen] == [16, 8, 8]
     assert len(set.union(*seen)) == 32
+
+
+def test_pictures_that_are_one_once_they_are_scaled_stand_in_one_split() -> None:
+    """20 gray squares, each also with a left half that is lighter by as much as the right half is darker."""
+    plain = [np.full((4, 4), 60 + 5 * i, np.uint8) for i in range(20)]
+    halves = np.array([2, 2, -2, -2], np.int64)
+    cells = tuple(filed(Image.fromarray((one + sign * halves).astype(np.uint8))) for one in plain for sign in (0, 1))
+    names = tuple(digest(decoded(cell)) for cell in cells)
+    pairs = Pairs("classification", names, ("a", "b") * 20, ("",) * 40, ("a", "b"), cells)
+    shares = Federation(clients=2, partition=Partition(kind="iid"))
+    data = build_dataset(pairs, Task(held_out=0.2), shares, ImageCodec(1), seed=0)
+    assert isinstance(data.train, Images)
+    assert isinstance(data.held_out, Images)
+    train, held_out = ({int(value) for value in images.pixels.ravel()} for images in (data.train, data.held_out))
+    assert len(data.held_out) == 8
+    assert train | held_out == {60 + 5 * i for i in range(20)}
+    assert not train & held_out
 
 
 def test_inputs_by_hand() -> None:

@@ -87,12 +87,17 @@ def spelt(number: int, row: int) -> str:
     return (f"What is {number}?", f" what  IS\t{number}?", f"WHAT\nis {number}? ")[row % 3]
 
 
+def split(questions: list[str], keys: list[str], task: Task) -> Splits:
+    """The splits of questions that the model reads as they are."""
+    return split_rows(questions, [question.encode() for question in questions], keys, task)
+
+
 def every(splits: Splits) -> list[int]:
     return [int(row) for part in (splits.train, splits.validation, splits.held_out, splits.repeated) for row in part]
 
 
 def test_different_questions_are_split_without_loss(caplog: pytest.LogCaptureFixture) -> None:
-    splits = split_rows([f"q{i}" for i in range(300)], KEYS, TASK, seed=0)
+    splits = split([f"q{i}" for i in range(300)], KEYS, TASK)
     assert [len(splits.train), len(splits.validation), len(splits.held_out), len(splits.repeated)] == [240, 30, 30, 0]
     assert sorted(every(splits)) == list(range(300))
     assert caplog.records == []
@@ -100,7 +105,7 @@ def test_different_questions_are_split_without_loss(caplog: pytest.LogCaptureFix
 
 def test_splits_follow_the_seed() -> None:
     def content(seed: int, task: Task = TASK) -> list[list[int]]:
-        splits = split_rows([f"q{i}" for i in range(300)], KEYS, task, seed)
+        splits = split([f"q{i}" for i in range(300)], KEYS, task.model_copy(update={"seed": seed}))
         return [splits.train.tolist(), splits.validation.tolist(), splits.held_out.tolist()]
 
     assert content(0) == content(0)
@@ -113,7 +118,8 @@ def test_splits_follow_the_seed() -> None:
 def test_no_question_stands_in_two_splits(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     numbers = [i % 100 for i in range(300)]  # each question three times, once in each spelling
     with caplog.at_level(logging.WARNING):
-        splits = split_rows([spelt(number, row) for row, number in enumerate(numbers)], KEYS, TASK, seed)
+        task = TASK.model_copy(update={"seed": seed})
+        splits = split([spelt(number, row) for row, number in enumerate(numbers)], KEYS, task)
     asked = [{numbers[row] for row in part} for part in (splits.train, splits.validation, splits.held_out)]
     assert all(asked)
     assert not asked[0] & asked[1]
@@ -131,11 +137,24 @@ def test_no_question_stands_in_two_splits(seed: int, caplog: pytest.LogCaptureFi
 
 def test_a_question_that_everyone_asks_leaves_nothing_to_train_on() -> None:
     with pytest.raises(UserError) as caught:
-        split_rows(["Continue."] * 20, [""] * 20, Task(held_out=0.1), seed=0)
+        split(["Continue."] * 20, [""] * 20, Task(held_out=0.1))
     assert caught.value.field == "task.held_out"
     with pytest.raises(UserError, match=r"got 0\.3") as caught:
-        split_rows(["Continue."] * 20, [""] * 20, Task(held_out=0.1, validation=0.3), seed=0)
+        split(["Continue."] * 20, [""] * 20, Task(held_out=0.1, validation=0.3))
     assert caught.value.field == "task.validation"
+
+
+def test_questions_that_the_model_reads_alike_are_kept_apart_too() -> None:
+    """300 questions, the same pair of which is one input whether or not it is one question."""
+    inputs = [str(i // 2).encode() for i in range(300)]
+    splits = split_rows([f"q{i}" for i in range(300)], inputs, KEYS, TASK)
+    read = [{inputs[row] for row in part} for part in (splits.train, splits.validation, splits.held_out)]
+    assert all(read)
+    assert not read[0] & read[1]
+    assert not read[0] & read[2]
+    assert not read[1] & read[2]
+    assert len(splits.held_out) == 30
+    assert sorted(every(splits)) == list(range(300))
 
 
 # --- judged rows

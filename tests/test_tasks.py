@@ -193,7 +193,7 @@ def test_repeats_of_a_held_out_question_are_counted(
     """The rows of key "x" all ask the same, those of "y" something else each."""
     questions, keys = ["?"] * copies + [f"{i}?" for i in range(copies)], ["x"] * copies + ["y"] * copies
     with caplog.at_level(logging.WARNING):
-        split_rows(questions, keys, Task(held_out=share), seed=0)
+        split_rows(questions, [question.encode() for question in questions], keys, Task(held_out=share))
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith(begins)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rayfed_sub.config import Federation, Task
 from rayfed_sub.data.codec import Codec
-from rayfed_sub.data.fingerprint import Fingerprint, fingerprint
+from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys
 from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
@@ -25,12 +25,13 @@ from rayfed_sub.errors import UserError
 
 @dataclass(frozen=True)
 class Census:
-    """Where the rows went: `read`, the rows without repeats, is the sum of those left out and those in a split.
+    """Numbers of rows: `read`, the rows without repeats, is the sum of those left out and those in a split.
 
     strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
     dropped: longer than task.max_length and without room for the user's text; repeated: left out so that no question
-    stands in two splits.  cut: of the rows that are neither silent nor dropped, those that were longer than
-    task.max_length; cut_prompts and cut_answers: of these, with a shorter text of the user's, with a shorter answer.
+    stands in two splits, neither whole nor as it was cut.  cut: of the rows that are neither silent nor dropped, those
+    that were longer than task.max_length; cut_prompts and cut_answers: of these, with a shorter text of the user's,
+    with a shorter answer.
     """
 
     read: int
@@ -54,7 +55,9 @@ def too_long(rows: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """train and held_out share no question.  held_out: the rows that are judged, which may be those of validation.
+    """train and held_out share no question, but for case and spaces, and no input of the model (`split_rows`).
+
+    held_out: the rows that are judged, which may be those of validation.
 
     class_names: in the order of the class numbers, empty for language modelling; client_names: the value of the
     partition's column, or "client 3"; held_out_clients int64: the client whose data a held-out row resembles
@@ -126,7 +129,7 @@ def build_dataset(
     pairs = pairs.take(kept)
     passed.append(len(pairs))
 
-    splits = split_rows(pairs.questions, pairs.keys, task, task.seed)
+    splits = split_rows(pairs.questions, inputs(rows), pairs.keys, task)
     chosen = splits.held_out if judged == "held-out" else splits.validation
     key_names, keys = numbered(pairs.keys)
     parts = partitioned([pairs.keys[row] for row in splits.train], names, federation, seed)

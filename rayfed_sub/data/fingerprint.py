@@ -47,6 +47,13 @@ def fingerprint(
     )
 
 
+def inputs(rows: Rows | Images) -> list[bytes]:
+    """A digest of each row's input, without answer or class: the tokens of the prompt or classified text, or pixels."""
+    if isinstance(rows, Images):
+        return [_short(pixels.tobytes()) for pixels in rows.pixels]
+    return [_short(rows.row(row)[:prompt].tobytes()) for row, prompt in enumerate(rows.prompts.tolist())]
+
+
 def _of_tokens(rows: Rows) -> list[bytes]:
     classes = rows.classes if len(rows.classes) else np.zeros(len(rows), np.int64)
     return [
@@ -63,7 +70,7 @@ def _of_images(images: Images) -> list[bytes]:
 
 
 def _settings(rows: Rows | Images) -> list[bytes]:
-    """What turns pixels into a model's inputs."""
+    """The mean and standard deviation by which pixels become a model's inputs."""
     return [rows.mean.tobytes(), rows.std.tobytes()] if isinstance(rows, Images) else []
 
 

@@ -1,4 +1,4 @@
-"""Training, validation and held-out rows: no question stands in two of them; and whose data judged rows are like.
+"""Training, validation and held-out rows, of which no two share a question; and whose data judged rows are like.
 
 Everything is an array of row numbers: no row is copied, and each draw has a stream of its own.
 """
@@ -6,7 +6,7 @@ Everything is an array of row numbers: no row is copied, and each draw has a str
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +22,13 @@ log = logging.getLogger(__name__)
 
 Judged = Literal["held-out", "validation"]
 
+_TELL_APART = "or let task.prompt, and task.max_length or task.image_size, tell rows apart"
+
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Row numbers int64, each sorted.  repeated: rows that belong nowhere, because their question stands in a split
-    that comes before theirs: held-out before validation before training."""
+    """Row numbers int64, each sorted.  repeated: rows that belong nowhere, because their question or their input
+    stands in a split that comes before theirs: held-out before validation before training."""
 
     train: Ints
     validation: Ints
@@ -34,34 +36,39 @@ class Splits:
     repeated: Ints
 
 
-def split_rows(questions: Sequence[str], keys: Sequence[str], task: Task, seed: int) -> Splits:
-    """The rows of each split; how many were left out to keep questions apart is said in one warning.
+def split_rows(questions: Sequence[str], inputs: Sequence[bytes], keys: Sequence[str], task: Task) -> Splits:
+    """The rows of each split, drawn by task.seed; no two share a question, but for case and spaces, or an input.
+
+    inputs: what the model reads of each question, as bytes: two questions may have one input once they are cut to
+    task.max_length, scaled to task.image_size, or tokenised.  One warning gives the number of rows left out for this.
 
     Raises UserError (task.held_out, task.validation) where a split that is asked for would be empty.
 
-    >>> splits = split_rows(["a?", "b?", "c?", "d?"], [""] * 4, Task(held_out=0.25, validation=0.25), seed=0)
+    >>> task = Task(held_out=0.25, validation=0.25)
+    >>> splits = split_rows(["a?", "b?", "c?", "d?"], [b"a", b"b", b"c", b"d"], [""] * 4, task)
     >>> [len(part) for part in (splits.train, splits.validation, splits.held_out, splits.repeated)]
     [2, 1, 1, 0]
     """
-    held_out = drawn_rows(keys, task.held_out, seed)
+    held_out = drawn_rows(keys, task.held_out, task.seed)
     validation = np.empty(0, np.int64)
     if task.validation:
-        validation = drawn_rows(keys, task.validation, seed, "validation", held_out)
+        validation = drawn_rows(keys, task.validation, task.seed, "validation", held_out)
     train = np.setdiff1d(np.arange(len(keys)), np.concatenate([held_out, validation]))
 
-    asked = _question_numbers(questions)
-    checked = validation[~np.isin(asked[validation], asked[held_out])]
+    asked = [_numbers(" ".join(question.casefold().split()) for question in questions), _numbers(inputs)]
+    checked = _apart(validation, held_out, asked)
     if task.validation and not len(checked):
         allowed = f"a share that leaves questions which are not held out (of {len(validation):,} drawn, all are)"
-        raise UserError("task.validation", task.validation, allowed, "raise task.validation or lower task.held_out")
-    kept = train[~np.isin(asked[train], asked[np.concatenate([held_out, checked])])]
+        raise UserError("task.validation", task.validation, allowed, f"raise it, lower task.held_out, {_TELL_APART}")
+    kept = _apart(train, np.concatenate([held_out, checked]), asked)
     if not len(kept):
         allowed = "a share that leaves questions to train on; every training row asks what is held out or validation"
-        raise UserError("task.held_out", task.held_out, allowed, "lower it, or let task.prompt tell rows apart")
+        raise UserError("task.held_out", task.held_out, allowed, f"lower it, {_TELL_APART}")
     lost = {"training": len(train) - len(kept), "validation": len(validation) - len(checked)}
     if any(lost.values()):
         log.warning(
-            "%s %s left out: the same question, but for case and spaces, stands in a split that is kept apart",
+            "%s %s left out: the same question, but for case, spaces and what is cut, "
+            "stands in a split that is kept apart",
             " and ".join(f"{count:,} {name}" for name, count in lost.items() if count),
             "row" if sum(lost.values()) == 1 else "rows",
         )
@@ -172,8 +179,13 @@ def _by_number(numbers: NDArray[np.int32], count: int, among: NDArray[np.bool_] 
     return np.split(rows, np.searchsorted(numbers[rows], np.arange(1, count)))
 
 
-def _question_numbers(questions: Sequence[str]) -> Ints:
-    """Equal numbers for questions that differ in case and white space alone."""
-    number: dict[str, int] = {}
-    plain = (" ".join(question.casefold().split()) for question in questions)
-    return np.fromiter((number.setdefault(question, len(number)) for question in plain), np.int64, len(questions))
+def _apart(rows: Ints, others: Ints, asked: Sequence[Ints]) -> Ints:
+    """Those of `rows` that share none of the numbers in `asked` with any of `others`."""
+    shared = [np.isin(numbers[rows], numbers[others]) for numbers in asked]
+    return rows[~np.logical_or.reduce(shared)]
+
+
+def _numbers(values: Iterable[Hashable]) -> Ints:
+    """A number for each value, equal for equal values alone."""
+    number: dict[Hashable, int] = {}
+    return np.asarray([number.setdefault(value, len(number)) for value in values], np.int64)
