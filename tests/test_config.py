@@ -183,7 +183,7 @@ def test_dataclasses_are_checked_too() -> None:
 
 def small(overrides: str = "") -> Config:
     """A model of one block, so that it is ready in no time."""
-    return load_config(TINY, [f"model.random={SMALL}", "task.max_length=32", *overrides.split()])
+    return load_config(TINY, [f"model.random={SMALL}", "task.max_length=64", *overrides.split()])
 
 
 def test_the_resolved_form_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_the_resolved_form_holds_every_field_of_the_method() -> None:
 
 
 def test_rounds_are_three_where_nothing_is_said() -> None:
-    source = {"model": {"path": "random", "random": SMALL}, "task": {"max_length": 32}}
+    source = {"model": {"path": "random", "random": SMALL}, "task": {"max_length": 64}}
     assert prepare(load_config(source)).config.federation.rounds == 3
 
 
