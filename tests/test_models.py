@@ -567,7 +567,7 @@ def test_encoders_become_causal(numbers: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_what_cannot_be_made_causal_is_refused() -> None:
-    """XLNet's tokens see each other; no key of its configuration changes that."""
+    """XLNet's tokens see each other; its key for that, attn_type, fails in transformers with masked batches."""
     model = random_model({"type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}, targets="layer_1$")
     with pytest.raises(UserError) as caught:
         load_weights(model, skeleton(model, "causal-lm"), seed=0)

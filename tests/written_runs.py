@@ -264,6 +264,8 @@ def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed
         "dense_bytes": 20_000_000,
         "dense_downlink_bytes": 16_000_000,
         "change_rank": 16.0,
+        "precision": config.model.dtype,
+        "logits": "output layer",
         "wall_seconds": 60.0,
         "train_seconds": 40.0,
         "peak_memory_bytes": 1_000_000_000,
