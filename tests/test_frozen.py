@@ -106,6 +106,20 @@ def test_a_block_is_added_to_either_kernel_s_product(onednn: bool, monkeypatch: 
     assert torch.equal(dleft, (x @ right.mT).sum(dim=1, keepdim=True).expand(2, 6, 3))
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_bfloat16_is_rounded_once_with_and_without_instructions_for_it(
+    emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of 8 small whole numbers are exact in float32; bfloat16 keeps 8 binary digits of them."""
+    monkeypatch.setattr(frozen, "_EMULATES", emulated)
+    x, weight, bias = whole(2, 5, 8), 37 * whole(6, 8), whole(6)
+    narrow = x.bfloat16().requires_grad_()
+    y = product(narrow, weight.bfloat16(), bias.bfloat16())
+    assert torch.equal(y, (x @ weight.bfloat16().float().T + bias).bfloat16())
+    (dx,) = torch.autograd.grad(y.float().sum(), narrow)
+    assert torch.equal(dx, weight.bfloat16().float().sum(dim=0).expand(2, 5, 8).bfloat16())
+
+
 KERNELS_OF_MANY_SHAPES = """
 import torch
 from rayfed_sub.engine.memory import few_kernels
