@@ -126,34 +126,21 @@ def bent(name: str) -> Tiny:
     return _tiny(AutoModelForCausalLM.from_config, config, targets, "", _tokens)
 
 
+_ENCODER = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "max_position_embeddings": 32, "num_labels": CLASSES, "initializer_range": 0.3},
+}
+
+
 def bert(targets: str = r"(intermediate\.dense|\d\.output\.dense)$") -> Tiny:
     """Sequence classification: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        num_labels=CLASSES,
-        initializer_range=0.3,
-    )
+    config = BertConfig(**_ENCODER)
     return _tiny(BertForSequenceClassification, config, targets, "classifier", _sentences)
 
 
 def albert(targets: str = r"albert_layers\.\d+\.(ffn|ffn_output)$") -> Tiny:
     """Sequence classification whose two blocks are one: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
-    config = AlbertConfig(
-        vocab_size=VOCABULARY,
-        embedding_size=16,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        num_labels=CLASSES,
-        initializer_range=0.3,
-    )
+    config = AlbertConfig(**_ENCODER, embedding_size=16)
     return _tiny(AlbertForSequenceClassification, config, targets, "classifier", _sentences)
 
 
