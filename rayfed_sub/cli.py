@@ -31,7 +31,7 @@ _LEFT = (
 )
 """Files by which a run's or sweep's folder is known, those of a row together."""
 _BEGUN = b'{"event": "started"'
-"""How the log begins of a run that has got no further."""
+"""The beginning of the log of a run that has got no further."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
 Anywhere = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the configuration, here or at s3://bucket/path")]
@@ -157,7 +157,7 @@ def _check_named(file: str, name: object, overrides: list[str]) -> None:
 
 
 def _lies_with_a_run(folder: Path) -> bool:
-    """Whether the folder holds what only runs and sweeps leave, finished or not; anybody may have a checkpoints/."""
+    """True where the folder holds what only runs and sweeps leave, finished or not; anybody may have a checkpoints/."""
     if any(all(any(folder.glob(name)) for name in together) for together in _LEFT):
         return True
     log = folder / "log.jsonl"  # by itself it may be another program's

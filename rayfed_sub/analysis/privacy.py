@@ -1,4 +1,4 @@
-"""What a run under differential privacy has spent: (epsilon, delta) by dp-accounting.
+"""Privacy spent by a run under differential privacy: (epsilon, delta) by dp-accounting.
 
 The mechanism is `rayfed_sub/methods/privacy.py`: every round the Gaussian mechanism, noise times the sensitivity, on a
 Poisson sample of the clients; the accountants' neighbours differ by one client more or less.
@@ -22,7 +22,7 @@ from rayfed_sub.config import Config
 from rayfed_sub.errors import UserError
 
 NOISES = (1e-6, 1e6)
-"""What RDP can judge: beyond, its sums over- and underflow, and it may say 0 where nothing is private."""
+"""The noises that RDP can judge: beyond, its sums over- and underflow, and it may say 0 where nothing is private."""
 _DIGITS, _CLOSE = 5, 1e-4  # of a noise that is found, and how near it is to the smallest one
 _NOTHING = 1e6  # an epsilon by RDP that protects nothing: PLD would overflow
 _FINE, _A_ROUND, _POINTS = 3e3, 100.0, 5e5  # of the grid: see `_grid`

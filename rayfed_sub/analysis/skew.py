@@ -1,4 +1,4 @@
-"""How far a partition is from independent, identically distributed clients: one number, and one for each client.
+"""The distance of a partition from independent, identically distributed clients: one number, and one for each client.
 
 Classes are the values that are compared: of a task's label or, where it has none, of the partition's column.
 """

@@ -63,7 +63,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What a round's training leaves besides the ledger.  moved: by target that diagnostics look at, the rank of the
+    """Results of a round's training besides the ledger.  moved: by target that diagnostics look at, the rank of the
     server's own change, and how far the weight has come since it was pretrained, |W - W0| / |W0|; empty in a round that
     they do not look at."""
 
@@ -356,7 +356,7 @@ class Coordinator:
         return down
 
     def _learned(self) -> bool:
-        """Whether any round has moved the server: one in which somebody trained, or, under privacy, any one, by its
+        """True where a round has moved the server: one in which somebody trained, or, under privacy, any one, by its
         noise."""
         standing = self._ledger.standing
         return standing.server.round > 0 and (self._private or bool(standing.states))

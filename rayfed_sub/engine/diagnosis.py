@@ -41,7 +41,7 @@ def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> l
 
 
 def due(asked: Diagnostics, n: int, rounds: int) -> bool:
-    """Whether round n, counted from 0, is looked at."""
+    """True where round n, counted from 0, is looked at."""
     return asked.every > 0 and ((n + 1) % asked.every == 0 or n + 1 == rounds)
 
 

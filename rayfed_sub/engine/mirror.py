@@ -285,7 +285,7 @@ def told(uri: str, field: str) -> Iterator[None]:
 
 
 def _line(error: Exception, uri: str) -> str:
-    """What the store says; without words where the URI holds credentials, parts of which pyarrow repeats."""
+    """The words of the store; none where the URI holds credentials, parts of which pyarrow repeats."""
     if redacted(uri) != uri:
         return f"{type(error).__name__}, whose text may repeat the credentials in the URI"
     return shorten(redacted(str(error)), 300)  # Google's has a thousand characters

@@ -268,7 +268,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
 
 
 def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], tell: Listener) -> Beginning:
-    """How the run began: now, or in an earlier sitting, which is then cut to the `done` rounds that count.
+    """The beginning of the run: now, or in an earlier sitting, which is then cut to the `done` rounds that count.
 
     Raises UserError where it began with other weights than the model has now."""
     config, backbone = job.config, ask("backbone_sum")

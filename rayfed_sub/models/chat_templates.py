@@ -88,7 +88,7 @@ def _dated(template: str) -> str:
 
 
 def _same(tokenizer: Any, dated: str, template: str) -> bool:
-    """Whether both templates render, or refuse, the same conversations."""
+    """True where both templates render, or refuse, the same conversations."""
     return all(
         (rendered(tokenizer, dated, chat, prompt) is None) == (rendered(tokenizer, template, chat, prompt) is None)
         for given in ([], [_SYSTEM])

@@ -68,7 +68,7 @@ def _for_onednn(x: Tensor, weight_mn: Tensor) -> bool:
 
 
 def _emulated(x: Tensor) -> bool:
-    """Whether products of x's type are emulated; a meta tensor stands for one of this processor, in a plan."""
+    """True where products of x's type are emulated; a meta tensor stands for one of this processor, in a plan."""
     return _EMULATES and x.dtype == torch.bfloat16 and x.device.type in ("cpu", "meta")
 
 
