@@ -20,7 +20,7 @@ test-slow: $(INSTALLED) $(MODEL) ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(INSTALLED) ## the table of fifteen equal hashes, and 200 rounds under fire
-	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.helpers.chaos
 
 bench: $(INSTALLED) $(MODEL) .venv-flower/.installed .venv-pfl/.installed ## the race against Flower, pfl and a bare loop; an hour and a half
 	cd experiments/benchmarks && ../../$(BIN)/python race.py --out results/race-$$(date +%F).json \

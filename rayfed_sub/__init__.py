@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayfed_sub.config import Config
-from rayfed_sub.config_files import load_config
-from rayfed_sub.errors import RunError, UserError
+from rayfed_sub.config.loading import load_config
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from rayfed_sub.engine.journal import Summary
-    from rayfed_sub.engine.session import Listener
+    from rayfed_sub.runtime.session import Listener
     from rayfed_sub.sweeps.outcome import SweepResult
+    from rayfed_sub.telemetry.events import Summary
 
 __all__ = ["Config", "RunError", "UserError", "load_config", "run", "sweep"]
 
@@ -30,10 +30,11 @@ def run(
     resume: bool = False,
     address: str | None = None,
 ) -> Summary:
-    """Runs a federated job to the end, or goes on with one; see `rayfed_sub.engine.session.run`."""
-    from rayfed_sub.engine import session  # heavy: torch and Ray
+    """Runs a federated job to the end, or goes on with one; with a report; see `rayfed_sub.runtime.session.run`."""
+    from rayfed_sub.reports.report import report_run  # heavy: torch and Ray
+    from rayfed_sub.runtime import session
 
-    return session.run(config, out, listener, resume=resume, address=address)
+    return session.run(config, out, listener, resume=resume, address=address, finish=report_run)
 
 
 def sweep(
@@ -44,11 +45,11 @@ def sweep(
     resume: bool = False,
     address: str | None = None,
 ) -> SweepResult:
-    """Runs the sweep that a YAML file describes, or goes on with it; see `rayfed_sub.sweeps.session.run_sweep`.
+    """Runs the sweep that a YAML file describes, or goes on with it; see `rayfed_sub.sweeps.runner.run_sweep`.
 
     The result has the table of trials as a pandas DataFrame, the best configuration, and Ray Tune's ResultGrid.
     """
-    from rayfed_sub.sweeps.session import run_sweep
+    from rayfed_sub.sweeps.runner import run_sweep
     from rayfed_sub.sweeps.space import load_sweep
 
     return run_sweep(load_sweep(file, overrides), out, resume=resume, address=address)

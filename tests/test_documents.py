@@ -19,13 +19,14 @@ import typer
 
 import rayfed_sub
 from rayfed_sub import load_config
-from rayfed_sub.cli import app
-from rayfed_sub.engine.journal import RoundRow, Summary
-from rayfed_sub.listing import LISTINGS
+from rayfed_sub.cli.listings import LISTINGS
+from rayfed_sub.cli.main import app
+from rayfed_sub.core.schemas import RoundRow
+from rayfed_sub.core.types import Client, Layer, LocalResult, ModelShape, Tensors
 from rayfed_sub.methods import METHODS, build
-from rayfed_sub.records import Client, Layer, LocalResult, ModelShape, Tensors
 from rayfed_sub.sweeps.outcome import SweepResult
 from rayfed_sub.sweeps.space import load_sweep
+from rayfed_sub.telemetry.events import Summary
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rayfed_sub"

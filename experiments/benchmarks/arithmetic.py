@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from rayfed_sub.data.batches import IGNORED
+from rayfed_sub.data.batching import IGNORED
 
 _SIDE = 1024
 _SECONDS = 1.0

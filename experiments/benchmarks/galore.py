@@ -54,14 +54,15 @@ from galore_torch import GaLoreAdamW
 from machine import told
 from torch import Tensor
 
-from rayfed_sub.config import Optimizer
-from rayfed_sub.display import print_table, size
-from rayfed_sub.engine.memory import MMAP_THRESHOLD, TRIM_THRESHOLD, give_back, keep_freed
-from rayfed_sub.records import Block, Change, Layer, Subspace
-from rayfed_sub.streams import stream
+from rayfed_sub.cli.run_view import print_table, size
+from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import Block, Change, Layer, Subspace
+from rayfed_sub.telemetry.process_memory import MMAP_THRESHOLD, TRIM_THRESHOLD, give_back, keep_freed
 from rayfed_sub.training import optimizers
+from rayfed_sub.training.galore import Closed, Refresh, renew
 from rayfed_sub.training.layers import Terms, with_blocks  # PackLinear without the frozen product
-from rayfed_sub.training.subspaces import Closed, Refresh, renew, sides
 
 SLOW = 3.0
 UPDATE_TOLERANCE = 1e-3  # of the update's own length

@@ -33,7 +33,7 @@ from meter import metered
 from numpy.typing import ArrayLike
 from work import write_run
 
-from rayfed_sub.display import print_table, size
+from rayfed_sub.cli.run_view import print_table, size
 
 HERE = Path(__file__).parent
 BASE, WORKERS = CASES["growth"], 2

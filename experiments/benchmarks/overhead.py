@@ -22,7 +22,7 @@ from loads import FEDFTG, IDLE, LARGE, TINY, Load
 from machine import told
 from meter import metered
 
-from rayfed_sub.display import print_table, size
+from rayfed_sub.cli.run_view import print_table, size
 
 HERE = Path(__file__).parent
 WORKERS = 2

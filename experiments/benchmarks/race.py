@@ -26,7 +26,7 @@ from machine import told
 from meter import metered
 from work import write_work
 
-from rayfed_sub.display import print_table, size
+from rayfed_sub.cli.run_view import print_table, size
 
 HERE = Path(__file__).parent
 WORKERS = 2

@@ -10,9 +10,9 @@ from typing import Any
 from marks import Marks, asked
 
 from rayfed_sub import load_config, run
-from rayfed_sub.engine import checkpoints
-from rayfed_sub.engine.exchange import unpacked
-from rayfed_sub.engine.journal import RoundDone, Started
+from rayfed_sub.core.arrays import unpacked
+from rayfed_sub.storage import checkpoints
+from rayfed_sub.telemetry.events import RoundDone, Started
 
 case, work, out = asked()
 marks = Marks()

@@ -15,7 +15,7 @@ from loads import Load
 from readings import Readings
 
 from rayfed_sub import load_config, run
-from rayfed_sub.engine.journal import RoundDone, Started
+from rayfed_sub.telemetry.events import RoundDone, Started
 
 _ROWS = 100  # of which each client has one
 

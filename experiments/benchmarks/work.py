@@ -19,9 +19,9 @@ import yaml
 from cases import BETAS, EPS, LR, SCALE, Case
 
 from rayfed_sub import load_config
-from rayfed_sub.data.batches import IGNORED, ClientBatches
-from rayfed_sub.engine.job import Job, prepare
+from rayfed_sub.data.batching import IGNORED, ClientBatches
 from rayfed_sub.models.weights import load_weights, write_folder
+from rayfed_sub.planning.job import Job, prepare
 
 _FRAME = len("Q: \nA: ") + 2  # tokens of a byte-coded row besides its texts: the frame, its begin and its end
 _ANSWER = 8

@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from rayfed_sub import load_config, run
-from rayfed_sub.display import print_table, size
-from rayfed_sub.engine.journal import RoundDone, Started
+from rayfed_sub.cli.run_view import print_table, size
+from rayfed_sub.telemetry.events import RoundDone, Started
 
 HERE = Path(__file__).parent
 COUNTS = (100, 1_000, 10_000)

@@ -23,10 +23,10 @@ from pictures import lines, picture
 from problem import Classifier, digits
 from sheets import markdown, mean_and_spread, read, stand, write
 
-from rayfed_sub.config import Optimizer
+from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.types import Layer
 from rayfed_sub.methods import build
 from rayfed_sub.methods.common import lora_right
-from rayfed_sub.records import Layer
 
 RANK, ALPHA, SEEDS, TUNING_SEED = 4, 0.1, range(5), 100
 CLIENTS, STEPS, ROUNDS, TOTAL = 8, 8, 16, 512

@@ -13,15 +13,15 @@ import torch
 from problem import Floats, Problem
 from torch import Tensor, nn
 
-from rayfed_sub.config import Federation, Optimizer, Partition, Server
-from rayfed_sub.data.batches import Batches, batch_rows
+from rayfed_sub.config.schema import Federation, Optimizer, Partition, Server
+from rayfed_sub.core.types import Client, ClientState, LocalResult, ModelShape, ServerState, Start
+from rayfed_sub.data.batching import Batches, batch_rows
 from rayfed_sub.data.partitions import partitioned
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server import advance, nova_factor
-from rayfed_sub.records import Client, ClientState, LocalResult, ModelShape, ServerState, Start
+from rayfed_sub.methods.server_optimizers import advance, nova_factor
+from rayfed_sub.training.executor import train_pack
 from rayfed_sub.training.layers import based_on, install
-from rayfed_sub.training.pack import train_pack
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,10 +18,10 @@ from commands import command
 from pictures import picture
 from sheets import markdown, read, stand, write
 
-from rayfed_sub.analysis.traffic import traffic
-from rayfed_sub.config import Config
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.methods import build
-from rayfed_sub.records import Layer, ModelShape
+from rayfed_sub.planning.traffic import traffic
 
 MODELS = {"gemma-2b": (18, 16384, 2048), "tinyllama": (22, 5632, 2048), "siglip": (27, 4304, 1152)}
 """Layers, m and n of what is trained."""

@@ -26,9 +26,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.records import Layer, ModelShape
-from rayfed_sub.streams import stream
 from rayfed_sub.training.layers import PackLinear
 
 Floats = NDArray[np.float64]

@@ -23,7 +23,7 @@ from problem import Classifier, digits
 from sheets import markdown, mean_and_spread, read, stand
 from uneven_clients import ALPHAS, ROUNDS
 
-from rayfed_sub.config import Optimizer
+from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.methods import build
 
 RANKS = (1, 2, 4, 9)

@@ -25,15 +25,16 @@ from sheets import markdown, read, stand, write
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfed_sub.analysis.diagnostics import CohortLayer, diagnose
-from rayfed_sub.analysis.movements import movement
-from rayfed_sub.analysis.spectra import spectrum
-from rayfed_sub.config import Optimizer
+from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.lowrank import spectrum
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.schemas import CohortLayer
+from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.data import partitions
 from rayfed_sub.data.rows import Ints
+from rayfed_sub.diagnostics.client_change import movement
+from rayfed_sub.diagnostics.cohort import diagnose
 from rayfed_sub.methods import build
-from rayfed_sub.records import Layer, ModelShape
-from rayfed_sub.streams import stream
 
 RANK, STEPS, ROUNDS, BATCH, SEEDS = 4, 8, 4, 32, range(5)
 ALPHAS, COUNTS = (0.05, 0.1, 0.5, 1.0, 10.0, 100.0), (2, 4, 8, 16, 32, 64)

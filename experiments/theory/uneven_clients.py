@@ -22,7 +22,7 @@ from pictures import lines, picture
 from problem import Classifier, digits
 from sheets import markdown, mean_and_spread, read, stand
 
-from rayfed_sub.config import Optimizer
+from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.methods import build
 
 ALPHAS, ROUNDS = (0.1, 1.0, 100.0), 48

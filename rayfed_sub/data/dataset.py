@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfed_sub.config import Federation, Task
+from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
 from rayfed_sub.data.images import Images
@@ -19,8 +20,7 @@ from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.data.splits import Judged, judged_clients, numbered, split_rows
 from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tasks import filled
-from rayfed_sub.data.tokens import in_words, tokenised
-from rayfed_sub.errors import UserError
+from rayfed_sub.data.tokenization import in_words, tokenised
 
 
 @dataclass(frozen=True)

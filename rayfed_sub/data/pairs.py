@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from rayfed_sub.core.rng import stream
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.streams import stream
 
 Kind = Literal["causal-lm", "classification"]
 Span = tuple[int, int]

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from rayfed_sub.config import Federation, Task
+from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.rng import stream
 from rayfed_sub.data import python_docs
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.tasks import TASKS
-from rayfed_sub.errors import UserError
-from rayfed_sub.streams import stream
 
 DIRICHLET_DRAWS = 10
 """Dirichlet shares are drawn again, this many times at most, while they leave a client without rows."""

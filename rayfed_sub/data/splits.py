@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfed_sub.config import Task
+from rayfed_sub.config.schema import Task
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.rng import stream
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.errors import UserError
-from rayfed_sub.streams import stream
 
 log = logging.getLogger(__name__)
 

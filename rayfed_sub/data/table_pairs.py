@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from rayfed_sub.config import Task
+from rayfed_sub.config.schema import Task
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.images import decoded, digest, encoded
 from rayfed_sub.data.pairs import Pairs, Span
-from rayfed_sub.data.table import Table, read_table, renamed
+from rayfed_sub.data.tables import Table, read_table, renamed
 from rayfed_sub.data.tasks import TASKS
-from rayfed_sub.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rayfed_sub.config import Task
-from rayfed_sub.errors import UserError
+from rayfed_sub.config.schema import Task
+from rayfed_sub.core.errors import UserError
 
 _OWN = ("prompt", "answer", "label", "image")
 """Fields of `Task` that a named task fills in itself."""

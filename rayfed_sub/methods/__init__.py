@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
-from rayfed_sub.errors import UserError
-from rayfed_sub.faults import check, unknown_key
+from rayfed_sub.config.checks import check, unknown_key
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods.protocol import Method
 
 METHODS = {

@@ -13,8 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rayfed_sub.errors import UserError
-from rayfed_sub.records import (
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import (
     Block,
     Broadcast,
     Change,
@@ -29,7 +30,6 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.streams import stream
 
 Rank = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

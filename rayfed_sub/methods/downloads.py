@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rayfed_sub.core.types import Client, ModelShape, ServerState, wire_bytes
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server import mixed_bytes
-from rayfed_sub.records import Client, ModelShape, ServerState, wire_bytes
+from rayfed_sub.methods.server_optimizers import mixed_bytes
 
 
 def downloaded(
@@ -20,7 +20,7 @@ def downloaded(
     """Wire bytes to the client before round server.round.
 
     since: as in `Method.download_bytes`.  learned: whether any round has moved the server, so that it is not what
-    `init_server` made of the pretrained weights and the seed.  mixed: see `methods/server.py`.
+    `init_server` made of the pretrained weights and the seed.  mixed: see `methods/server_optimizers.py`.
     """
     if not learned:
         return 0

@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rayfed_sub.methods import common
-from rayfed_sub.records import (
+from rayfed_sub.core.lowrank import signed
+from rayfed_sub.core.types import (
     Block,
     Broadcast,
     Change,
@@ -33,7 +33,7 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.training.projectors import signed
+from rayfed_sub.methods import common
 
 _CUT = 1e-7  # singular values below this share of the largest are float32 rounding
 

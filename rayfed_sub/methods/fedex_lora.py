@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rayfed_sub.methods import common
-from rayfed_sub.records import (
+from rayfed_sub.core.types import (
     Broadcast,
     Change,
     Client,
@@ -27,6 +26,7 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
+from rayfed_sub.methods import common
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from rayfed_sub.methods import common
-from rayfed_sub.records import (
+from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.types import (
     Broadcast,
     Client,
     ClientState,
@@ -29,7 +29,7 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.training.subspaces import sides
+from rayfed_sub.methods import common
 
 
 @dataclass(frozen=True)

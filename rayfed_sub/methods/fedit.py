@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rayfed_sub.core.types import Broadcast, Client, ClientState, LocalResult, ModelShape, Start, Update
 from rayfed_sub.methods import common
-from rayfed_sub.records import Broadcast, Client, ClientState, LocalResult, ModelShape, Start, Update
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from rayfed_sub.methods import common
-from rayfed_sub.records import (
+from rayfed_sub.core.types import (
     Block,
     Broadcast,
     Change,
@@ -29,6 +28,7 @@ from rayfed_sub.records import (
     Tensors,
     Update,
 )
+from rayfed_sub.methods import common
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rayfed_sub.methods import common
-from rayfed_sub.records import (
+from rayfed_sub.core.lowrank import signed
+from rayfed_sub.core.types import (
     Broadcast,
     Client,
     ClientState,
@@ -30,7 +30,7 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.training.projectors import signed
+from rayfed_sub.methods import common
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rayfed_sub.methods import common
-from rayfed_sub.records import (
+from rayfed_sub.core.types import (
     Broadcast,
     Client,
     ClientState,
@@ -21,6 +20,7 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
+from rayfed_sub.methods import common
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rayfed_sub.methods import common
-from rayfed_sub.methods.truncation import truncated
-from rayfed_sub.records import (
+from rayfed_sub.core.lowrank import truncated
+from rayfed_sub.core.types import (
     Broadcast,
     Client,
     ClientState,
@@ -35,6 +34,7 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
+from rayfed_sub.methods import common
 
 
 @dataclass(frozen=True)

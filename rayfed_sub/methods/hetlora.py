@@ -23,8 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rayfed_sub.methods import common
-from rayfed_sub.records import (
+from rayfed_sub.core.lowrank import padded
+from rayfed_sub.core.types import (
     Broadcast,
     Client,
     ClientState,
@@ -37,7 +37,7 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.training.subspaces import padded
+from rayfed_sub.methods import common
 
 _PRUNED = "history/pruned"  # server tensor (clients seen, 2) int64: a client's number and the rank it last sent
 _TAIL = "tail"  # client tensor (1,): the tail as the round began

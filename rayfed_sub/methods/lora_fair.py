@@ -18,8 +18,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rayfed_sub.core.types import (
+    Broadcast,
+    Client,
+    ClientState,
+    Fold,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Update,
+)
 from rayfed_sub.methods import common
-from rayfed_sub.records import Broadcast, Client, ClientState, Fold, LocalResult, ModelShape, ServerState, Start, Update
 
 _SENT = "sent:"  # in the fold: one client's own factors
 _STEPS = 200  # L-BFGS iterations at most; tens suffice

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
-from rayfed_sub.records import (
+from rayfed_sub.core.types import (
     Broadcast,
     Change,
     Client,

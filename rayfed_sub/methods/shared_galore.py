@@ -20,8 +20,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rayfed_sub.methods import common
-from rayfed_sub.records import (
+from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import (
     Broadcast,
     Client,
     ClientState,
@@ -36,8 +37,7 @@ from rayfed_sub.records import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.streams import stream
-from rayfed_sub.training.subspaces import sides
+from rayfed_sub.methods import common
 
 _SEED = "seed"  # server tensor int64: the run's seed, for the coming bases
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rayfed_sub.streams import stream
+from rayfed_sub.core.rng import stream
 
 _TOKENS = 3
 _SCALES = (1.0, 30.0, 1000.0)  # a cap hardly shows in the small logits of a fresh model

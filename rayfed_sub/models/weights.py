@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed_sub.config import Model
+from rayfed_sub.config.schema import Model
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import ModelShape, Tensors
 from rayfed_sub.data.codec import Codec
-from rayfed_sub.errors import UserError
-from rayfed_sub.models.codecs import HubCodec
-from rayfed_sub.models.image_codecs import ImageCodec
+from rayfed_sub.models.architecture import AUTO_CLASSES, Skeleton, build, reason
+from rayfed_sub.models.hub import RANDOM, locate
+from rayfed_sub.models.image_processors import ImageCodec
 from rayfed_sub.models.quiet import quiet
-from rayfed_sub.models.skeleton import AUTO_CLASSES, Skeleton, build, reason
-from rayfed_sub.models.sources import RANDOM, locate
-from rayfed_sub.records import ModelShape, Tensors
-from rayfed_sub.streams import stream
+from rayfed_sub.models.tokenizers import HubCodec
 
 _SEEN = 8  # tokens of the rows by which a model is seen to be causal
 _LEAK = 3e-4  # what earlier logits may change by, as a share of the changed tokens' own

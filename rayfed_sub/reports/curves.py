@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pandas as pd
 
-from rayfed_sub.page import Cell, Details, Figure, Legend, Section, Table
+from rayfed_sub.core.text import LOWER, SCORES, count, number, score, shown
 from rayfed_sub.reports.lines import ROUNDS, Axis, Curve, log_where_wide, overlay
-from rayfed_sub.reports.source import Run, Runs
-from rayfed_sub.reports.words import LOWER, SCORES, cell, count, number, score, shown
+from rayfed_sub.reports.page import Cell, Details, Figure, Legend, Section, Table, cell
+from rayfed_sub.reports.run_reader import Run, Runs
 
 AGAINST_BYTES = ("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "accuracy", "macro_f1")
 """The scores that are also drawn against what was sent."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
-from rayfed_sub.config import Config
-from rayfed_sub.config_files import flat
+from rayfed_sub.config.loading import flat
+from rayfed_sub.config.schema import Config
 from rayfed_sub.methods import METHODS, build
-from rayfed_sub.page import Cell, Section, Table, Text
-from rayfed_sub.reports.source import Runs
+from rayfed_sub.reports.page import Cell, Section, Table, Text
+from rayfed_sub.reports.run_reader import Runs
 
 
 def differences(runs: Runs) -> Section:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rayfed_sub.page import Cell, Section, Table, Text
-from rayfed_sub.reports.source import Run, Runs
-from rayfed_sub.reports.words import count
+from rayfed_sub.core.text import count
+from rayfed_sub.reports.page import Cell, Section, Table, Text
+from rayfed_sub.reports.run_reader import Run, Runs
 
 
 def failures(runs: Runs) -> Section | None:

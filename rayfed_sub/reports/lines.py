@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayfed_sub.page import Figure, line_style, plain
-from rayfed_sub.reports.words import evenly, listed, rounded
+from rayfed_sub.core.text import evenly, listed, rounded
+from rayfed_sub.reports.page import Figure, line_style, plain
 
 _POINTS = 300
 """Points of a curve; one with more is thinned."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from rayfed_sub.reports.source import Run
+from rayfed_sub.reports.run_reader import Run
 
 
 @dataclass(frozen=True)

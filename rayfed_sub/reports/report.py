@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rayfed_sub.errors import UserError
-from rayfed_sub.page import Section, page
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.reports.alert_list import noticed
 from rayfed_sub.reports.clients import clients
 from rayfed_sub.reports.curves import quality, traffic
 from rayfed_sub.reports.differences import differences
-from rayfed_sub.reports.facts import results
 from rayfed_sub.reports.failures import failures
-from rayfed_sub.reports.layers import layers
-from rayfed_sub.reports.memory import memory
-from rayfed_sub.reports.noticed import noticed
-from rayfed_sub.reports.source import Run, Runs, named
-from rayfed_sub.reports.surroundings import surroundings
+from rayfed_sub.reports.layer_metrics import layers
+from rayfed_sub.reports.memory_use import memory
+from rayfed_sub.reports.page import Section, page
+from rayfed_sub.reports.run_facts import results
+from rayfed_sub.reports.run_reader import Run, Runs, named, read_run
 from rayfed_sub.reports.timeline import timeline
+from rayfed_sub.reports.versions import surroundings
+from rayfed_sub.storage.remote import Place
+from rayfed_sub.telemetry.events import Notice
 
 _TITLED = 4
 """Runs that the title names."""
@@ -38,6 +41,19 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError("--out", str(path), "a file that can be written", error.strerror or str(error)) from None
+
+
+def report_run(place: Place, tell: Callable[[Notice], None]) -> None:
+    """Writes report.html into the folder of a finished run where there is none.  The run counts as finished without it,
+    so a failure becomes a notice with the command that tries again."""
+    path = place.path / "report.html"
+    if path.exists():
+        return
+    try:
+        write_report([read_run(place.path, place.called())], path)
+    except Exception as error:
+        again = f"rayfed-sub report {shlex.quote(place.called())}"
+        tell(Notice(f"no report: {type(error).__name__}: {error}; {again} tries again"))
 
 
 def sections(runs: Runs) -> list[Section]:

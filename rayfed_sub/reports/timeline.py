@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from rayfed_sub.page import Details, Figure, Section, plain
-from rayfed_sub.reports.layers import DETAILED
+from rayfed_sub.core.text import count, duration, rounded
+from rayfed_sub.reports.layer_metrics import DETAILED
 from rayfed_sub.reports.lines import FRAME
-from rayfed_sub.reports.source import Run, Runs
-from rayfed_sub.reports.words import count, duration, rounded
+from rayfed_sub.reports.page import Details, Figure, Section, plain
+from rayfed_sub.reports.run_reader import Run, Runs
 
 _BARS = 1000
 """Bars that a browser draws at once; of more packs, those of a worker are drawn as one."""

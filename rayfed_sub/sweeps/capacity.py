@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayfed_sub.analysis.machines import Machine
-from rayfed_sub.analysis.needs import BARE_WORKER, DRIVER, RAY, Need, need
-from rayfed_sub.analysis.parts import FEW
-from rayfed_sub.engine.job import Job
-from rayfed_sub.engine.nodes import Node, most_workers
-from rayfed_sub.engine.planning import here, job_parts
-from rayfed_sub.errors import UserError
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.planning.job import Job
+from rayfed_sub.planning.job_plan import here, job_parts
+from rayfed_sub.planning.machines import Machine, Node, most_workers
+from rayfed_sub.planning.needs import BARE_WORKER, DRIVER, RAY, Need, need
+from rayfed_sub.planning.parts import FEW
 
 
 def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int) -> int:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pandas as pd
 from ray.tune import ResultGrid
 
-from rayfed_sub.config import Config
-from rayfed_sub.config_files import yaml_text
-from rayfed_sub.engine import files
-from rayfed_sub.engine.mirror import Place
+from rayfed_sub.config.loading import yaml_text
+from rayfed_sub.config.schema import Config
+from rayfed_sub.storage import atomic_files
+from rayfed_sub.storage.remote import Place
 from rayfed_sub.sweeps.ranking import best
-from rayfed_sub.sweeps.report import write_report
 from rayfed_sub.sweeps.space import METRICS, Sweep
-from rayfed_sub.sweeps.table import Ended, table, write
+from rayfed_sub.sweeps.sweep_report import write_report
 from rayfed_sub.sweeps.trial import values_of
+from rayfed_sub.sweeps.trial_table import Ended, table, write
 from rayfed_sub.sweeps.watcher import failure_of
 
 
@@ -46,7 +46,7 @@ def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
     if number is not None:
         config = sweep.config(values[number]).model_copy(update={"name": f"{sweep.name}-best"})
         text = f"# Trial {number} of {sweep.name}, the best by {search.metric}.\n"
-        files.write(folder / "best.yaml", (text + yaml_text(config.model_dump(mode="json"))).encode())
+        atomic_files.write(folder / "best.yaml", (text + yaml_text(config.model_dump(mode="json"))).encode())
         found = (number, config)
     settings = search.model_dump(mode="json", exclude_none=True)
     write_report(frame, list(search.space), search.metric, search.mode, sweep.name, folder / "report.html", settings)

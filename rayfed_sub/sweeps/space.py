@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 from pydantic import Field, model_validator
 
-from rayfed_sub.config import Config, Count, Record
-from rayfed_sub.config_files import as_override, flat, load_config, overridden, read_yaml
-from rayfed_sub.errors import UserError
-from rayfed_sub.faults import check
+from rayfed_sub.config.checks import check
+from rayfed_sub.config.loading import as_override, flat, load_config, overridden, read_yaml
+from rayfed_sub.config.schema import Config, Count, Record
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.rng import stream
 from rayfed_sub.methods import build
-from rayfed_sub.streams import stream
 
 _CLASSES = ("accuracy", "macro_f1")
 _TEXTS = (

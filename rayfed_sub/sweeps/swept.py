@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from rayfed_sub.page import plain
-from rayfed_sub.reports import words
+from rayfed_sub.core import text
+from rayfed_sub.reports.page import plain
 from rayfed_sub.sweeps.labels import headings, score, short, worded
 from rayfed_sub.sweeps.ranking import best_first, comparable
 
@@ -70,7 +70,7 @@ class Swept:
 
     def hover(self, trial: Trial) -> str:
         """What a figure says of a trial under the pointer."""
-        stopped = f"stopped after {words.count('round', trial.rounds)}<br>" if trial.status == "stopped" else ""
+        stopped = f"stopped after {text.count('round', trial.rounds)}<br>" if trial.status == "stopped" else ""
         said = "<br>".join(f"{plain(f'{head} {short(trial.values[key])}')}" for key, head in self.heads.items())
         return f"trial {trial.number}<br>{plain(self.metric)} {score(trial.metric)}<br>{stopped}{said}"
 

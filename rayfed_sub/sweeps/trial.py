@@ -11,14 +11,14 @@ from typing import Any
 
 from ray import tune
 
-from rayfed_sub.analysis.scores import overall
-from rayfed_sub.engine.folder import check_data, opened, summary_of
-from rayfed_sub.engine.journal import RoundDone, Started, Summary
-from rayfed_sub.engine.mirror import inside, placed
-from rayfed_sub.engine.session import carry_out
-from rayfed_sub.sweeps.commons import Commons
+from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.runtime.session import carry_out
+from rayfed_sub.storage.remote import inside, placed
+from rayfed_sub.storage.run_folder import check_data, opened, summary_of
+from rayfed_sub.sweeps.shared_inputs import Commons
 from rayfed_sub.sweeps.space import Sweep
-from rayfed_sub.sweeps.table import SENT
+from rayfed_sub.sweeps.trial_table import SENT
+from rayfed_sub.telemetry.events import RoundDone, Started, Summary
 
 NUMBER = "number"
 

@@ -23,11 +23,11 @@ from ray.tune import Callback, PlacementGroupFactory, ResultGrid
 from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
-from rayfed_sub.config import Config
-from rayfed_sub.engine.mirror import Place, inside
-from rayfed_sub.engine.nodes import HEAD
-from rayfed_sub.errors import UserError
-from rayfed_sub.sweeps.commons import Commons
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.runtime.cluster import HEAD
+from rayfed_sub.storage.remote import Place, inside
+from rayfed_sub.sweeps.shared_inputs import Commons
 from rayfed_sub.sweeps.space import Axis, Search, Sweep
 from rayfed_sub.sweeps.trial import NUMBER, trial, values_of
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from ray.tune import Callback
 
-from rayfed_sub.engine.journal import Notice
-from rayfed_sub.errors import RunError
-from rayfed_sub.sweeps.journal import TrialNow
+from rayfed_sub.core.errors import RunError
 from rayfed_sub.sweeps.trial import values_of
+from rayfed_sub.sweeps.trial_events import TrialNow
+from rayfed_sub.telemetry.events import Notice
 
 _TELL = 60.0  # seconds without any trial going on
 _PATIENCE = 1800.0

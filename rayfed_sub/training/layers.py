@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rayfed_sub.models.frozen import freeze, product
-from rayfed_sub.records import ModelShape
+from rayfed_sub.core.types import ModelShape
+from rayfed_sub.models.frozen_linear import freeze, product
 from rayfed_sub.training.blocks import add_block
 
 Capture = Callable[[Tensor, Tensor], None]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfed_sub.config import Optimizer
-from rayfed_sub.records import Layer, ModelShape, Start, Tensors
-from rayfed_sub.streams import stream
-from rayfed_sub.training.projectors import basis, signed
-from rayfed_sub.training.subspaces import sides
+from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.lowrank import sides, signed
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import Layer, ModelShape, Start, Tensors
+from rayfed_sub.training.projectors import basis
 
 _SINGULAR_CUT = 1e-7  # singular values below this share of the largest are float32 rounding: rank(G) < r
 _STATE = {"adamw": {"m1": "exp_avg", "m2": "exp_avg_sq"}, "sgd": {"m1": "momentum_buffer"}}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfed_sub.data.batches import IGNORED
-from rayfed_sub.models.frozen import FrozenLinear, product
+from rayfed_sub.data.batching import IGNORED
+from rayfed_sub.models.frozen_linear import FrozenLinear, product
 from rayfed_sub.models.logits import LogitRule, hidden_states
 
 _TOKENS, _LOGITS = 128, 2**20  # a chunk of logits is as many numbers as that, or those of as many tokens if more

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rayfed_sub.config import Optimizer
+from rayfed_sub.config.schema import Optimizer
 
 
 def moment_roles(optimizer: Optimizer) -> tuple[str, ...]:

@@ -12,13 +12,12 @@ k = size of the projected side, q = kept directions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 
 import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from rayfed_sub.streams import stream
+from rayfed_sub.core.lowrank import signed
 
 _GRAM_CUT = 1e-13  # eigenvalues of d d^T below this share of the largest are rounding (float64 Gram of float32 data)
 _ENERGY_CUT = 1e-14  # squared singular values of G below this share of the largest count as zero: rank(G) < r
@@ -101,28 +100,6 @@ def basis(
     if old_rn is not None:
         old_1rn[0] = old_rn
     return bases(kind, x_Nn[None], d_Nm[None], [rank], old_1rn, lambda g: rng, swapped=swapped)[0]
-
-
-def signed(new_rk: Tensor, old_rk: Tensor | None) -> Tensor:
-    """`new_rk`, (..., r, k), with each row's sign chosen to agree with the old basis: diag(new old^T) > 0.
-
-    Singular vectors are defined up to sign, but Adam's moments kept over a refresh live in that basis.  Where there
-    is no old row, or it is orthogonal to the new one, a fixed reference vector takes its place.
-
-    >>> signed(torch.tensor([[-1.0, 0.0]]), torch.tensor([[0.6, 0.8]]))
-    tensor([[1., -0.]])
-    """
-    agree_r = new_rk @ _reference(new_rk.shape[-1]).to(new_rk)
-    if old_rk is not None:
-        old_agree_r = (new_rk * old_rk).sum(dim=-1)
-        agree_r = torch.where(old_agree_r != 0, old_agree_r, agree_r)
-    return torch.where(agree_r < 0, -1.0, 1.0)[..., None] * new_rk
-
-
-@cache
-def _reference(k: int) -> Tensor:
-    """The vector (k,) float64 that a sign without a past goes by."""
-    return torch.from_numpy(stream(0, "sign reference").standard_normal(k))
 
 
 def _one(kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: Generator, swapped: bool) -> Tensor:

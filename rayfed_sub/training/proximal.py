@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rayfed_sub.records import ModelShape, Start, Tensors
-from rayfed_sub.training.subspaces import Closed, sides
+from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.types import ModelShape, Start, Tensors
+from rayfed_sub.training.galore import Closed
 
 
 def pull(

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfed_sub.config import Optimizer
-from rayfed_sub.data.batches import Batches
-from rayfed_sub.records import LocalResult, ModelShape, Start, Tensors
-from rayfed_sub.training.failures import drawn, not_finite
+from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.data.batching import Batches
+from rayfed_sub.training.client_errors import drawn, not_finite
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
-from rayfed_sub.training.subspaces import sides
 
 
 def train_reference(

@@ -1,1 +1,0 @@
-"""Looking at runs from outside: ranks of changes (diagnostics, memory plan and report live here too).  No Ray."""

@@ -1,0 +1,326 @@
+"""The command line.  Heavy libraries are imported inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer.exceptions import TyperException
+
+import rayfed_sub
+from rayfed_sub.config.edits import check_editable, edited
+from rayfed_sub.config.loading import load_config
+from rayfed_sub.core.errors import RunError, UserError, redacted
+
+app = typer.Typer(
+    name="rayfed-sub",
+    help="Federated fine-tuning in gradient subspaces, simulated on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+PACK_SIZE = "resources.pack_size"
+_LEFT = (
+    *(("log.jsonl", "summary.json"), ("checkpoints/manifest-[0-9]*.json",)),
+    *(("trials.parquet",), ("sweep.yaml", "data.json")),
+)
+"""Files by which a run's or sweep's folder is known, those of a row together."""
+_BEGUN = b'{"event": "started"'
+"""The beginning of the log of a run that has got no further."""
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
+Anywhere = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the configuration, here or at s3://bucket/path")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.rank=4")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with what is in the folder")]
+Out = Annotated[
+    str | None, typer.Option("--out", help="its folder, or s3://bucket/path (default: runs/<name>)", metavar="DIR")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="a Ray cluster to join: auto, or HOST:PORT (default: RAY_ADDRESS, or none)"),
+]
+
+
+@app.command()
+def run(
+    config: Anywhere,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    address: Address = None,
+) -> None:
+    """Run a federated job to the end; Ctrl-C leaves a checkpoint to go on from."""
+    from rayfed_sub.storage.remote import at_hand
+
+    with at_hand(config, "CONFIG.yaml") as path:
+        checked = load_config(path, overrides or [])
+    _check_named(config, checked.method.get("name"), overrides or [])
+    from rayfed_sub.cli.run_view import Display
+
+    with Display() as display:
+        summary = rayfed_sub.run(checked, out, display.show, resume=resume, address=address)
+    display.table(summary)
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a configuration with a section `sweep`")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.rank=4 sweep.trials=20")
+    ] = None,
+    out: Out = None,
+    resume: Resume = False,
+    address: Address = None,
+) -> None:
+    """Run one configuration at many points of a space, side by side."""
+    from rayfed_sub.storage.remote import at_hand
+    from rayfed_sub.sweeps.space import load_sweep
+
+    with at_hand(file, "SWEEP.yaml") as path:
+        checked = load_sweep(
+            path, overrides or [], lambda name, base: _check_named(base or file, name, overrides or [])
+        )
+    from rayfed_sub.cli.sweep_view import SweepDisplay
+    from rayfed_sub.sweeps.runner import run_sweep
+
+    with SweepDisplay() as display:
+        result = run_sweep(checked, out, display.show, resume=resume, address=address)
+    display.table(result.frame, result.best[0] if result.best else None)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="time a few local steps as well, and find the quickest pack size")
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="with --probe: set that pack size in CONFIG.yaml, and nothing else")
+    ] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="GPU", help="what fits on a GPU, e.g. a100-80gb, l4, or 24GB")
+    ] = None,
+) -> None:
+    """Bytes, memory, disk and what fits, before anything starts."""
+    checked = load_config(config, overrides or [])
+    _check_named(str(config), checked.method.get("name"), overrides or [])
+    if write:
+        _check_write(config, overrides or [], probe, on)
+    from dataclasses import replace
+
+    from rayfed_sub.planning.fit import roomy_packs
+    from rayfed_sub.planning.job import prepare
+    from rayfed_sub.planning.job_plan import check, plan_of
+    from rayfed_sub.planning.plan import as_dict
+
+    job = prepare(checked)
+    check(job, on=on)
+    planned = plan_of(job, on)
+    if probe:
+        from rayfed_sub.runtime import probe as timing
+
+        planned = replace(planned, speed=timing.probe(job, roomy_packs(planned.fits, job.config.resources)))
+    if as_json:
+        typer.echo(json.dumps(as_dict(planned), indent=2))
+    else:
+        from rayfed_sub.cli.plan_view import show
+
+        show(planned)
+        if probe and not write and planned.speed.best != planned.speed.now:
+            typer.echo(f"rayfed-sub plan {config} --probe --write sets it in the file")
+    if write:
+        from rayfed_sub.cli.plan_view import written
+
+        if planned.speed.best != planned.speed.now:
+            _set(config, PACK_SIZE, planned.speed.best)
+        typer.echo(written(config, checked.resources.pack_size, planned.speed), err=as_json)
+
+
+def _check_named(file: str, name: object, overrides: list[str]) -> None:
+    """UserError where a file that lies with a run or sweep, or in an object store, names a class that the command line
+    does not name.  Any other file is the caller's own."""
+    from rayfed_sub.methods import check_named
+    from rayfed_sub.storage.remote import uri_of
+
+    if uri_of(file) is not None or _lies_with_a_run(Path(file).resolve().parent):
+        parts = [override.partition("=") for override in overrides]
+        said = [value for key, _, value in parts if key in ("method", "method.name")]
+        check_named(name, said, file, f"method.name={name}, or give a file of your own in place of {file}")
+
+
+def _lies_with_a_run(folder: Path) -> bool:
+    """True where the folder holds what only runs and sweeps leave, finished or not; anybody may have a checkpoints/."""
+    if any(all(any(folder.glob(name)) for name in together) for together in _LEFT):
+        return True
+    log = folder / "log.jsonl"  # by itself it may be another program's
+    if not log.is_file():
+        return False
+    with log.open("rb") as file:
+        return file.readline(4096).startswith(_BEGUN)
+
+
+def _check_write(config: Path, overrides: list[str], probe: bool, on: str | None) -> None:
+    """UserError for a --write that could not be done, before minutes go into what it should write."""
+    if not probe:
+        raise UserError("--probe", False, "given with --write, which sets the pack size that it finds", "add --probe")
+    if on is not None:
+        raise UserError("--on", on, "nothing with --write, for this machine is what --probe times", "leave one out")
+    check_editable(config, PACK_SIZE, overrides)
+
+
+def _set(config: Path, key: str, number: int) -> None:
+    """Sets the key in the file that is there, or behind a link, whose rights it keeps."""
+    from rayfed_sub.storage.atomic_files import write
+
+    path = config.resolve()
+    rights = path.stat().st_mode
+    write(path, edited(path, key, number).encode())
+    path.chmod(rights)
+
+
+@app.command()
+def data(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.png|.svg|.pdf", help="write the picture to a file as well")
+    ] = None,
+) -> None:
+    """Rows, tokens and classes (without a label, keys) of every client, before anything starts."""
+    from rayfed_sub.cli.partition_picture import check_path, draw
+
+    if out is not None:
+        check_path(out)
+    checked = load_config(config, overrides or [])
+    from rayfed_sub.data.partition_stats import as_dict, read_holdings
+    from rayfed_sub.planning.job import codec_of, kind_of
+
+    held = read_holdings(checked, codec_of(checked, kind_of(checked)))
+    if out is not None:
+        draw(held, out)
+    if as_json:
+        typer.echo(json.dumps(as_dict(held), indent=2))
+    else:
+        from rayfed_sub.cli.data_view import show
+
+        show(held)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="folders of runs, finished or not, or s3://bucket/path")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.html", help="the file (default: report.html, in a single run)")
+    ] = None,
+) -> None:
+    """Write one run, or several side by side, as a page for a browser; it needs no network."""
+    from contextlib import ExitStack
+
+    from rayfed_sub.reports.report import write_report
+    from rayfed_sub.reports.run_reader import read_run
+    from rayfed_sub.storage.remote import at_hand, uri_of
+    from rayfed_sub.storage.run_folder import make
+
+    alone = len(run_dirs) == 1 and uri_of(run_dirs[0]) is None
+    path = out or (Path(run_dirs[0]) if alone else Path()) / "report.html"
+    if path.is_dir() or uri_of(path) is not None:
+        raise UserError("--out", str(path), "a file of this machine", "e.g. --out report.html")
+    with ExitStack() as stack:
+        runs = [read_run(stack.enter_context(at_hand(place, "RUN")), redacted(place)) for place in run_dirs]
+        make(path.parent, "--out")
+        write_report(runs, path)
+    typer.echo(path)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[str, typer.Argument(help="the folder of a finished run, or s3://bucket/path")],
+    to: Annotated[Path, typer.Option("--to", help="the folder to write")],
+    format: Annotated[
+        Literal["hf", "peft"],
+        typer.Option("--format", help="hf: a transformers model folder; peft: a LoRA adapter, which is much smaller"),
+    ] = "hf",
+    client: Annotated[
+        int | None, typer.Option("--client", help="whose model, with methods that give every client its own")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="the run's method where it is your own: package.module:Class"),
+    ] = None,
+) -> None:
+    """Write the trained model so that transformers or peft loads it.
+
+    Prints the line of Python that loads it, to be run in its folder wherever
+    that lies; README.md there has it too, with how to make a prompt. Where
+    transformers could not load an adapter's base by a name (random, GGUF, with
+    a classification head), it is written beside the adapter, to the folder base.
+    """
+    from rayfed_sub.export.exported import export_hf, export_peft
+    from rayfed_sub.storage.remote import at_hand
+
+    with at_hand(run_dir, "RUN") as folder:
+        written = (export_peft if format == "peft" else export_hf)(folder, to, client, method)
+    if written.warning is not None:
+        typer.echo(f"rayfed-sub: {written.warning}", err=True)
+    typer.echo(written.loading)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[Literal["methods", "tasks", "models"], typer.Argument()],
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """List the methods, tasks or model presets."""
+    from rayfed_sub.cli.listings import LISTINGS
+
+    columns, rows = LISTINGS[what]()
+    if as_json:
+        typer.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
+    else:
+        from rayfed_sub.cli.run_view import print_table
+
+        print_table(columns, rows)
+
+
+def main() -> None:
+    """Exit codes: 0 done; 1 the run could not go on; 2 something for the person to mend; 130 interrupted."""
+    sys.exit(_code())
+
+
+def _code() -> int:
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # transformers reads GGUF files under a bar, which makes 30 lines in ours
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a machine that is taken away asks like Ctrl-C
+    try:
+        code: int | None = app(standalone_mode=False)  # a number where it ends early: 0 after --help, 130 with Ctrl-C
+    except UserError as error:
+        print(f"rayfed-sub: {error}", file=sys.stderr)
+        return 2
+    except TyperException as error:
+        said = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+        if said:  # nothing where Typer has shown the help because nothing was asked for
+            line = redacted(" ".join(said.split())).rstrip(".")
+            print(f"rayfed-sub: {line}; see rayfed-sub --help", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"rayfed-sub: {error}", file=sys.stderr)
+        return 1
+    if code == 130:
+        print("rayfed-sub: interrupted", file=sys.stderr)
+    return code or 0
+
+
+if __name__ == "__main__":
+    main()

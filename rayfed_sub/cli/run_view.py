@@ -1,0 +1,238 @@
+"""What a person sees in the terminal: a live line while it runs, a line per finished round, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from rayfed_sub.config.schema import StepRange
+from rayfed_sub.core.text import UNREAD, published_name, score, shown
+from rayfed_sub.data.dataset import too_long
+from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.storage.remote import inside
+from rayfed_sub.telemetry.events import Notice, PackDone, RoundDone, Stage, Started, Summary
+
+_ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
+"""A round's columns, 78 characters in all."""
+
+_SCORES = (
+    *("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"),
+    *("accuracy", "macro_f1"),
+)
+"""What the final table shows of a run's scores; summary.json has all."""
+
+
+class Display:
+    """Shows a run's records as they come; without a terminal, one plain line per round."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            expand=True,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None, note="")
+        self._rounds = self._first = 0
+        self._bytes: dict[int, int] = {}  # by round: one may be run twice
+        self._began = 0.0
+        self._score = self._speed = ""  # what the task is judged by from round to round, and what it is counted in
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._bar.stop()
+
+    def show(self, record: Stage | Notice | Started | PackDone | RoundDone) -> None:
+        """One record of the journal."""
+        match record:
+            case Stage():
+                self._stage(record)
+            case Notice():
+                self._print(record.text)
+            case Started():
+                self._started(record)
+            case PackDone():
+                self._pack(record)
+            case RoundDone():
+                self._round(record)
+
+    def _stage(self, record: Stage) -> None:
+        self._bar.update(self._task, description=record.text)
+        if not self._console.is_terminal:
+            self._print(record.text)
+
+    def _started(self, record: Started) -> None:
+        federation, method = record.config.federation, record.config.method["name"]
+        self._rounds, self._began = federation.rounds or 0, time.monotonic()
+        cohort = federation.cohort
+        self._print(
+            f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
+            f"{cohort} of {federation.clients} clients each; into {record.folder}"
+        )
+        classes = "macro_f1" in record.metrics
+        self._score, title = ("macro_f1", "macro F1") if classes else ("token_accuracy", "accuracy")
+        self._speed = "rows/s" if classes else "tokens/s"
+        self._print(_ROUND.format("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left"), "dim")
+        if not record.round:
+            self._print(_ROUND.format("before", "", *self._judged(record.metrics), *[""] * 5).rstrip())
+        self._first = record.round  # more than 0 in a run that was taken up again
+        self._bar.update(self._task, description="training", total=self._rounds, completed=record.round)
+
+    def _pack(self, record: PackDone) -> None:
+        # In rounds: not every sampled client takes part in each.
+        done = record.round + record.clients_done / record.clients
+        left = (time.monotonic() - self._began) / (done - self._first) * (self._rounds - done)
+        self._bar.update(
+            self._task,
+            description=f"round {record.round + 1}/{self._rounds}  clients {record.clients_done}/{record.clients}",
+            completed=done,
+            note=f"loss {_loss(record.loss)}  {record.labels / record.seconds:,.0f} {self._speed}  "
+            f"up {size(sum(self._bytes.values()) + record.uplink_bytes)}  {clock(left)} left",
+        )
+
+    def _round(self, record: RoundDone) -> None:
+        row = record.row
+        self._bytes[row.round] = row.uplink_bytes
+        elapsed, here = time.monotonic() - self._began, row.round + 1 - self._first
+        self._print(
+            _ROUND.format(
+                f"{row.round + 1}/{self._rounds}",
+                _loss(row.loss),
+                *self._judged(overall(record.scores)),
+                f"{row.labels / row.train_seconds:,.0f}",
+                size(row.uplink_bytes),
+                size(row.downlink_bytes),
+                f"{row.seconds:.1f} s",
+                clock(elapsed / here * (self._rounds - row.round - 1)),
+            )
+        )
+
+        for client in record.client_rows:
+            if client.failure is not None:
+                self._print(f"round {row.round + 1}: client {client.client} skipped: {client.failure}")
+
+    def _judged(self, metrics: Mapping[str, float]) -> tuple[str, str]:
+        """Held-out loss and headline score; empty where there was no evaluation."""
+        loss, score = metrics.get("held_out_loss"), metrics.get(self._score)
+        return "" if loss is None else f"{loss:.3f}", "" if score is None else f"{score:.3f}"
+
+    def _print(self, line: str, style: str = "") -> None:
+        # Text, not str: a folder's name may hold [brackets] that Rich would take for markup.
+        self._console.print(Text(line, style), soft_wrap=True)
+
+    def table(self, summary: Summary) -> None:
+        """The final table of a run."""
+        metrics, sitting = summary.metrics, "since it went on" if summary.resumed else "in all"
+        rows = [
+            *_scores(metrics),
+            *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
+            *([("rows beyond task.max_length", cuts)] if (cuts := too_long(summary.rows)) else []),
+            ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
+            ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_downlink_bytes)),
+            ("rank of the last change", _rank(summary.change_rank)),
+            ("seconds", f"{summary.wall_seconds:.1f} {sitting}, {summary.train_seconds:.1f} training"),
+            *([("privacy", _privacy(summary.privacy))] if summary.privacy else []),
+            ("peak memory, all processes", size(summary.peak_memory_bytes)),
+            ("weights_sha256", summary.weights_sha256),
+            ("run folder", summary.folder),
+            ("report", inside(summary.folder, "report.html")),
+        ]
+        print_table((f"{summary.name}: {summary.method}", _rounds(summary.rounds)), rows, self._console)
+
+
+def _scores(metrics: Mapping[str, float]) -> Iterable[tuple[str, str]]:
+    """The final table's lines of scores."""
+    both = {name: (metrics[f"{name}_before"], metrics[name]) for name in _SCORES if name in metrics}
+    for name in shown(both):
+        if published_name(name) not in both:
+            yield score(published_name(name)), UNREAD
+        before, after = both[name]
+        yield score(name), f"{before:.4f} -> {after:.4f}"
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:
+    """Rows under columns, as wide as they need; folded only where a terminal is narrower."""
+    console = console or Console()
+    if not console.is_terminal:  # Rich would assume 80 columns
+        console = Console(file=console.file, width=1000)
+    table = Table(*(Column(Text(name), overflow="fold") for name in columns))
+    for row in rows:
+        table.add_row(
+            *(Text({True: "yes", False: "no"}[cell] if isinstance(cell, bool) else str(cell)) for cell in row)
+        )
+    console.print(table)
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(1536), size(48_660_480)
+    ('1.5 kB', '48.7 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def clock(seconds: float) -> str:
+    """Time left for people.
+
+    >>> clock(75), clock(3675)
+    ('1:15', '1:01:15')
+    """
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _privacy(spent: Mapping[str, Any]) -> str:
+    """The account in words.
+
+    >>> account = {"epsilon": 4.784, "delta": 1e-3, "accountant": "PLD", "epsilon_rdp": 5.655, "noise": 1.0}
+    >>> _privacy(account)
+    "epsilon 4.78 at delta 0.001 by PLD (5.66 by RDP), noise 1, for the server's tensors"
+    """
+    return (
+        f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} by {spent['accountant']} "
+        f"({spent['epsilon_rdp']:.3g} by RDP), noise {spent['noise']:g}, for the server's tensors"
+    )
+
+
+def _rank(rank: float | None) -> str:
+    return "not looked at" if rank is None else f"{rank:g} (median over target layers)"
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
+
+
+def _against(sent: int, dense: int) -> str:
+    if not sent:
+        return f"nothing, against {size(dense)} of dense target weights"
+    share = f"{dense / sent:.1f}x less than" if sent < dense else f"{sent / dense:.1f}x"
+    return f"{size(sent)}, {share} {size(dense)} of dense target weights"
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' if count != 1 else ''}"
+
+
+def _steps(steps: object) -> str:
+    if isinstance(steps, StepRange):
+        return f"{steps.low} to {steps.high}"
+    return ", ".join(map(str, steps)) if isinstance(steps, tuple) else str(steps)

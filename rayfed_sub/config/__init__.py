@@ -1,0 +1,1 @@
+"""Keys, meanings and defaults; loading, editing and checking of configurations."""

@@ -1,0 +1,190 @@
+"""From a YAML file and dotted overrides to a checked configuration.
+
+Nothing heavy is imported: reading a configuration takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayfed_sub.config.checks import check
+from rayfed_sub.config.schema import Config, Federation, Partition
+from rayfed_sub.core.errors import UserError
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and truths: 1e-3 is a number, and the key `on` is no `true`."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what the loader would not take for text."""
+
+
+_LETTERS = {"bool": "tTfF", "float": "-+.0123456789"}
+_WORDS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
+}
+_TAGS = {name: f"tag:yaml.org,2002:{name}" for name in _WORDS}
+Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in found if tag not in _TAGS.values()]
+    for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _WORDS.items():
+    for _kind in (Loader, _Dumper):
+        _kind.add_implicit_resolver(_TAGS[_name], re.compile(f"^(?:{_pattern})$"), list(_LETTERS[_name]))
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration from a YAML file (or a mapping) and `dotted.key=value` overrides.
+
+    Raises UserError, one line, for a missing file, broken YAML, an unknown key, a wrong type or a value out of range.
+
+    >>> load_config({"federation": {"rounds": 3}}, ["federation.local_steps=10"]).federation.local_steps
+    10
+    """
+    return check(Config, _centralised(overridden(source, overrides)))
+
+
+def stored_config(folder: Path) -> Config:
+    """The configuration of the run in `folder`, from its config.yaml, which has every key of the version that wrote it.
+
+    A key that is missing stands for what older versions did: without `task.seed`, or with null, the run's own seed drew
+    the splits; without `federation.batching`, batches were bucketed.
+
+    Raises UserError as `load_config`.
+    """
+    tree = read_yaml(folder / "config.yaml")
+    task, federation = tree.get("task"), tree.get("federation")
+    if isinstance(task, dict) and task.get("seed") is None:
+        tree["task"] = {**task, "seed": tree.get("seed", Config().seed)}
+    if isinstance(federation, dict):
+        tree["federation"] = {"batching": "bucketed", **federation}
+    return load_config(tree)
+
+
+def overridden(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree of keys that `load_config` checks.  Raises UserError for what is no YAML, and no override."""
+    tree = _copied(read_yaml(Path(source)) if isinstance(source, str | Path) else source)
+    written = dict(tree["method"]) if isinstance(tree.get("method"), dict) else {}
+    for override in overrides:
+        _override(tree, override)
+    _note_inherited(tree, written, overrides)
+    return tree
+
+
+def as_override(key: str, value: Any) -> str:
+    """What a person would type to set the key.
+
+    >>> as_override("optimizer.lr", 1e-05), as_override("federation.local_steps", [1, 2])
+    ('optimizer.lr=1e-05', 'federation.local_steps=[1, 2]')
+    """
+    return f"{key}={json.dumps(value)}"  # JSON is YAML
+
+
+def flat(tree: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones.
+
+    >>> flat({"a": {"b": 1, "c": {}}, "d": [2]})
+    {'a.b': 1, 'a.c': {}, 'd': [2]}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping) and value
+        found |= flat(value, f"{parent}{key}.") if inner else {f"{parent}{key}": value}
+    return found
+
+
+def yaml_text(tree: Mapping[str, Any]) -> str:
+    """What `read_yaml` reads as `tree`.
+
+    >>> yaml_text({"name": "1e5", "optimizer": {"lr": 1e-05}})
+    "name: '1e5'\\noptimizer:\\n  lr: 1.0e-05\\n"
+    """
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file.  Raises UserError where it is none."""
+    if not path.is_file():
+        raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree, root = yaml.load(text, Loader), yaml.compose(text, Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        cause = str(error).replace('"<unicode string>", ', "")
+        raise UserError("CONFIG", str(path), "a readable file of valid YAML", cause) from None
+    if not isinstance(tree, dict):
+        raise UserError("CONFIG", str(path), "a YAML mapping of keys to values", "see experiments/tiny.yaml")
+    _check_repeats(path, root)
+    return tree
+
+
+def _check_repeats(path: Path, node: yaml.Node | None, parent: str = "") -> None:
+    """UserError for a key that stands twice in one place: YAML would silently take the last."""
+    seen = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{parent}{key.value}"
+        if name in seen:
+            allowed = f"each key once; {name} stands again in line {key.start_mark.line + 1}"
+            raise UserError("CONFIG", str(path), allowed, "put them together")
+        seen.add(name)
+        _check_repeats(path, value, f"{name}.")
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        raise UserError("override", override, "dotted.key=value", "e.g. method.rank=8")
+    *parents, leaf = path.split(".")
+    for depth, parent in enumerate(parents):
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            field = ".".join(parents[: depth + 1])
+            raise UserError(field, tree, "a single value, without keys below it", f"remove {override}")
+    try:
+        tree[leaf] = yaml.load(text, Loader)
+    except yaml.YAMLError:
+        raise UserError(path, text, "a YAML value", "quote it") from None
+    # Length of training is said once: naming one way on the command line replaces the other.
+    other = {"federation.rounds": "epochs", "federation.epochs": "rounds"}.get(path)
+    if other:
+        tree.pop(other, None)
+
+
+def _note_inherited(tree: dict[str, Any], written: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """With another method named on the command line, the file's fields for the old one count only where they fit: they
+    are listed under `inherited`, for `methods.build`, which knows every method's fields."""
+    method = tree.get("method")
+    if not isinstance(method, dict) or written.get("name") in (None, method.get("name")):
+        return
+    given = {override.partition("=")[0] for override in overrides}
+    inherited = [key for key in written if key != "name" and f"method.{key}" not in given]
+    if inherited and "method" not in given:
+        method["inherited"] = inherited
+
+
+def _centralised(tree: dict[str, Any]) -> dict[str, Any]:
+    """`method.name: centralized` is FedFTG's local training with all data at one client, the upper reference: the rows
+    that the clients have together, and the same ones held out."""
+    method, federation = tree.get("method"), tree.get("federation", {})
+    if not isinstance(method, dict) or method.get("name") != "centralized" or not isinstance(federation, dict):
+        return tree
+    partition = federation.get("partition") or {}
+    if not isinstance(partition, dict):
+        return tree
+    pool = {"kind": "pool", "column": partition.get("column"), "largest": partition.get("largest")}
+    if partition.get("kind", Partition().kind) == "column":
+        pool["largest"] = federation.get("clients", Federation().clients)
+    pooled = {**federation, "clients": 1, "sampled": None, "partition": pool}
+    return {**tree, "method": {**method, "name": "fedftg"}, "federation": pooled}

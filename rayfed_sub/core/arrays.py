@@ -1,0 +1,86 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayfed_sub.core.errors import RunError
+from rayfed_sub.core.types import Tensors
+
+Packed = dict[str, tuple[str, "np.ndarray[Any, Any]"]]
+"""Tensor name -> (torch dtype's name, array); bfloat16, which numpy lacks, travels as int16 bits."""
+
+
+@dataclass(frozen=True)
+class PackedState:
+    """A ClientState on its way through the object store or to disk."""
+
+    round: int
+    cursor: int
+    step: int
+    tensors: Packed
+
+
+_ALIGNMENT = 64  # torch's own allocations; matrix products give other bits on differently aligned inputs
+
+
+def packed(tensors: Tensors) -> Packed:
+    """The tensors as contiguous numpy arrays (a torch view of a large storage would drag all of it along)."""
+    out: Packed = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        bits = own.view(torch.int16) if own.dtype == torch.bfloat16 else own
+        out[name] = (str(own.dtype).removeprefix("torch."), bits.numpy())
+    return out
+
+
+def unpacked(arrays: Packed) -> dict[str, Tensor]:
+    """The tensors over the same memory, aligned to 64 bytes (copied where they are not)."""
+    out = {}
+    with warnings.catch_warnings():
+        # Arrays from the object store are read-only, which torch cannot express; `Guard` watches instead.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for name, (dtype, array) in arrays.items():
+            tensor = torch.from_numpy(array)
+            if tensor.data_ptr() % _ALIGNMENT:
+                tensor = tensor.clone()
+            out[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    return out
+
+
+class Guard:
+    """Notices in-place writes to shared tensors through torch's version counters (views share their base's counter).
+
+    >>> shared = torch.zeros(3); guard = Guard({"w": shared}.items())
+    >>> guard.check(); _ = shared[1:].add_(1)
+    >>> guard.check()
+    Traceback (most recent call last):
+    rayfed_sub.core.errors.RunError: shared memory: tensor w was written in place; shared tensors are read-only
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._versions = [(name, tensor, tensor._version) for name, tensor in tensors]
+
+    def check(self) -> None:
+        """Raises RunError naming the first tensor that was written since the guard was set."""
+        for name, tensor, version in self._versions:
+            if tensor._version != version:
+                cause = f"tensor {name} was written in place; shared tensors are read-only"
+                raise RunError("shared memory", cause, resume=None)
+
+
+def checksum(arrays: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) -> int:
+    """A sum over the bytes, to notice writes that went around torch's counters; about 10 GB/s."""
+    total = 0
+    for name in sorted(arrays):
+        flat = np.ascontiguousarray(arrays[name][1]).reshape(-1).view(np.uint8)
+        body = len(flat) // 8 * 8
+        total += int(flat[:body].view(np.uint64).sum(dtype=np.uint64)) + int(flat[body:].sum(dtype=np.uint64))
+    return total % 2**64

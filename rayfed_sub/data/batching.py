@@ -1,0 +1,168 @@
+"""Batches of a client, by number: any step of its whole life can be asked for, and no state is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayfed_sub.config.schema import Batching
+from rayfed_sub.core.rng import stream
+from rayfed_sub.data.images import Images
+from rayfed_sub.data.rows import Ints, Rows
+
+IGNORED = -100
+"""The label that no loss counts, as in torch and Hugging Face."""
+POOL = 8
+"""Bucketed batches among which rows are sorted by length: a larger pool pads less, but its batches are less random."""
+
+
+class Batches(Protocol):
+    """A client's batches of one round: as many as it takes local steps, each a dict of tensors (B, ...)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
+
+
+def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int, lengths: Ints | None = None) -> Ints:
+    """The rows of the client's batch number `step`, counted from 0 over its whole life: min(batch_size, len(rows)).
+
+    Batches are cut, one after the other, from an endless run of permutations of `rows`, the epochs; each permutation
+    has a stream of its own, so a resumed run needs only the number.  Without lengths batch `step` is the next slice of
+    that run, whatever its rows' lengths.
+
+    lengths (one for each row that there is, by row number): bucketed batches.  Those that lie in one epoch are made of
+    rows of like length: in pools of POOL consecutive ones the rows are sorted by length and cut anew.  The seed, the
+    epoch and the pool decide which of a pool's batches is short and which long, not the client, so that clients trained
+    side by side meet them at the same time and pad each other little.  The price: all clients take their steps on long
+    rows together, so the order of training depends on the rows' lengths.
+
+    >>> [batch_rows(0, 7, np.arange(4), 2, step).tolist() for step in (0, 1)]
+    [[0, 1], [2, 3]]
+    >>> sizes = np.array([1, 9, 1, 9])
+    >>> sorted(sizes[batch_rows(0, 7, np.arange(4), 2, step, sizes)].tolist() for step in (0, 1))
+    [[1, 1], [9, 9]]
+    """
+    count = len(rows)
+    size = min(batch_size, count)
+    epoch, begin = divmod(step * size, count)
+    order = stream(seed, "batches", client, epoch).permutation(rows)
+    if begin + size > count:  # a batch is never longer than an epoch, so it touches two of them at most
+        after = stream(seed, "batches", client, epoch + 1).permutation(rows)
+        return np.concatenate([order[begin:], after[: begin + size - count]])
+    if lengths is None:
+        return order[begin : begin + size]
+    inside, lead = begin // size, begin % size  # `lead` rows of the epoch belong to the batch before its first own one
+    pool, place = divmod(inside, POOL)
+    low = lead + pool * POOL * size
+    held = min(POOL, (count - low) // size)
+    pooled = order[low : low + held * size]
+    pooled = pooled[np.argsort(lengths[pooled], kind="stable")]
+    # The ranks of the first `held` of POOL places: a client with a shorter pool follows the others as far as it goes.
+    places = _bucket(seed, epoch, pool)[:held]
+    rank = int((places < places[place]).sum())
+    return pooled[rank * size : (rank + 1) * size]
+
+
+@lru_cache(maxsize=256)
+def _bucket(seed: int, epoch: int, pool: int) -> Ints:
+    """In which order the batches of a pool come, by length; all clients ask for the same."""
+    return stream(seed, "buckets", epoch, pool).permutation(POOL)
+
+
+def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) -> dict[str, Tensor]:
+    """The rows at `indices` as one batch, padded on the right to its longest row.
+
+    Language modelling: input_ids and labels int64 (B, T).  labels[b, t] is the token at t itself (the loss
+    shifts), or -100 on padding and, with mask_prompt, on the prompt.  There is no attention mask: tokens only
+    look to the left.
+    Classification (rows with classes): input_ids and attention_mask int64 (B, T), labels int64 (B,).
+    Images: pixel_values float32 (B, 3, side, side), labels int64 (B,).
+    """
+    if isinstance(rows, Images):
+        return {
+            "pixel_values": torch.from_numpy(rows.inputs(indices)),
+            "labels": torch.from_numpy(rows.classes[indices]),
+        }
+    lengths = rows.lengths[indices]
+    places = np.arange(int(lengths.max()))[None, :]
+    filled = places < lengths[:, None]
+    input_ids = np.full(filled.shape, pad, np.int64)
+    input_ids[filled] = np.concatenate([rows.row(int(index)) for index in indices])
+    if len(rows.classes):
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": filled.astype(np.int64),
+            "labels": rows.classes[indices],
+        }
+    else:
+        learned = filled & (places >= rows.prompts[indices][:, None]) if mask_prompt else filled
+        batch = {"input_ids": input_ids, "labels": np.where(learned, input_ids, IGNORED)}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class ClientBatches:
+    """`steps` batches of a client, the first being number `cursor` of its life; made when asked for.
+
+    indices int64: the client's rows among `rows`.  batching: see `config.Federation`; images, which are of one size,
+    have no buckets.
+    """
+
+    rows: Rows | Images
+    indices: Ints
+    seed: int
+    client: int
+    batch_size: int
+    cursor: int
+    steps: int
+    mask_prompt: bool
+    pad: int
+    batching: Batching
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Batch `index`, 0 <= index < steps, as `collate` gives it.  Raises IndexError outside."""
+        if not 0 <= index < self.steps:
+            raise IndexError(index)
+        lengths = self.rows.lengths if self.batching == "bucketed" and isinstance(self.rows, Rows) else None
+        chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, self.cursor + index, lengths)
+        return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(self.steps))
+
+
+def merge(batches: Sequence[Mapping[str, Tensor]], pad: int) -> dict[str, Tensor]:
+    """The batches of G clients as one: every (B_g, ...) filled up to the largest (B, ...), then (G * B, ...).
+
+    What is filled in counts for nothing: `pad` in input_ids, -100 in labels, 0 elsewhere (attention_mask,
+    pixel_values).  A missing row looks at its first token all the same: attention over nothing is NaN.
+    All batches hold the same names.
+    """
+    merged = {
+        name: _stacked([batch[name] for batch in batches], {"input_ids": pad, "labels": IGNORED}.get(name, 0))
+        for name in batches[0]
+    }
+    if "attention_mask" in merged:
+        mask_NT = merged["attention_mask"]
+        mask_NT[:, 0] = torch.where(mask_NT.any(dim=1), mask_NT[:, 0], 1)
+    return merged
+
+
+def _stacked(tensors: Sequence[Tensor], fill: int) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    stacked = tensors[0].new_full((len(tensors), *shape), fill)
+    for slot, tensor in zip(stacked, tensors, strict=True):
+        slot[tuple(slice(size) for size in tensor.shape)] = tensor
+    return stacked.flatten(0, 1)

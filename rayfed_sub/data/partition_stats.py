@@ -1,0 +1,194 @@
+"""Who holds what, for people to look at: rows, tokens and classes of every client.
+
+Counted are the classes of the task's label or, in language modelling, which has none, the keys: the values of the
+partition's column.  Legend: C clients, S classes or keys that are shown, G groups of clients.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from logging.handlers import BufferingHandler
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.codec import Codec
+from rayfed_sub.data.dataset import Census, Dataset, load_dataset
+from rayfed_sub.data.partitions import key_column
+from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.data.skew import distances, skew
+from rayfed_sub.data.tasks import filled
+
+SHOWN = 20
+"""Classes or keys in a picture; of more, the largest and "other"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Holdings:
+    """name: of the run; kind and column: of the partition, column None without one.
+
+    counted: what `values` are; value_column: the column that they stand in, None where rows have neither a label nor a
+    key; then there is one value, "all".  values: largest first; rows_C; tokens_C: the median of a client's rows, None
+    for images; judged_C: held-out (or validation) rows that are like the client's, by its keys; distance_C and skew: of
+    the values, see `data/skew.py`.
+    holders, held, counts: client, value and rows of every pair that has any, by client.
+    notes: what was said while the rows were read.
+    """
+
+    name: str
+    kind: str
+    column: str | None
+    counted: Literal["classes", "keys"]
+    value_column: str | None
+    judged: str
+    clients: tuple[str, ...]
+    values: tuple[str, ...]
+    rows_C: Ints
+    tokens_C: NDArray[np.float64] | None
+    judged_C: Ints
+    distance_C: NDArray[np.float64]
+    skew: float
+    holders: Ints
+    held: Ints
+    counts: Ints
+    census: Census
+    notes: tuple[str, ...]
+
+    def counts_of(self, client: int) -> dict[str, int]:
+        """The client's rows of each value that it has, largest first."""
+        low, high = np.searchsorted(self.holders, [client, client + 1])
+        held, counts = self.held[low:high], self.counts[low:high]
+        return {self.values[held[i]]: int(counts[i]) for i in np.argsort(-counts, kind="stable")}
+
+    def shown(self) -> tuple[str, ...]:
+        """The values of a picture: all, or the largest and "other"."""
+        return self.values if len(self.values) <= SHOWN else (*self.values[: SHOWN - 1], "other")
+
+    def table(self, groups: Sequence[Ints]) -> Ints:
+        """Rows of each shown value in each group of clients, int64 (G, S)."""
+        shown = len(self.shown())
+        counts_CS = np.zeros((len(self.clients), shown), np.int64)
+        np.add.at(counts_CS, (self.holders, np.minimum(self.held, shown - 1)), self.counts)
+        return np.stack([counts_CS[group].sum(axis=0) for group in groups])
+
+    def distances(self, groups: Sequence[Ints]) -> list[float]:
+        """The mean distance of each group's clients, weighted by their rows."""
+        return [float(np.average(self.distance_C[group], weights=self.rows_C[group])) for group in groups]
+
+    def by_size(self) -> Ints:
+        """The clients, the largest first, equals by number."""
+        return np.argsort(-self.rows_C, kind="stable")
+
+    def groups(self, most: int) -> list[Ints]:
+        """Every client by itself, or, of more than `most`, as many bands of clients of like size, the largest first."""
+        if len(self.clients) <= most:
+            return [np.asarray([client]) for client in range(len(self.clients))]
+        return np.array_split(self.by_size(), most)
+
+
+def read_holdings(config: Config, codec: Codec) -> Holdings:
+    """The holdings that a run of `config` would begin with: its rows are read and dealt out, no weights are loaded.
+
+    Raises UserError for whatever of task and federation does not fit.
+    """
+    heard = BufferingHandler(capacity=1 << 30)  # what would go to stderr belongs into the tables
+    log = logging.getLogger("rayfed_sub.data")
+    log.addHandler(heard)
+    before, log.propagate = log.propagate, False
+    try:
+        dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
+    except UserError:
+        unheard = heard.buffer  # there will be no tables, and what was said may be the cause
+        raise
+    else:
+        unheard = []
+    finally:
+        log.propagate = before
+        log.removeHandler(heard)
+        for record in unheard:
+            log.handle(record)
+    return holdings(config, dataset, [record.getMessage() for record in heard.buffer])
+
+
+def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Holdings:
+    """The holdings of the data set that `config` asks for."""
+    column, label = key_column(config.task, config.federation), filled(config.task).label
+    if label is None:
+        numbers, names = dataset.train_keys.astype(np.int64), dataset.key_names
+    else:
+        numbers, names = dataset.train.classes, dataset.class_names
+    sizes = np.bincount(numbers, minlength=len(names))
+    order = np.argsort(-sizes, kind="stable")
+    order = order[sizes[order] > 0]
+    rank = np.zeros(len(sizes), np.int64)
+    rank[order] = np.arange(len(order))
+    rows_C = np.diff(dataset.client_offsets)
+    holder, held = np.repeat(np.arange(len(rows_C)), rows_C), rank[numbers[dataset.client_rows]]
+    cells, counts = np.unique(holder * len(order) + held, return_counts=True)
+    return Holdings(
+        name=config.name,
+        kind=config.federation.partition.kind,
+        column=column,
+        counted="keys" if label is None else "classes",
+        value_column=column if label is None else label,
+        judged=config.evaluation.on,
+        clients=dataset.client_names,
+        values=tuple(names[number] or "all" for number in order),
+        rows_C=rows_C,
+        tokens_C=_medians(dataset, dataset.train) if isinstance(dataset.train, Rows) else None,
+        judged_C=np.bincount(dataset.held_out_clients, minlength=len(rows_C)),
+        distance_C=distances(holder, held),
+        skew=skew(holder, held),
+        holders=cells // len(order),
+        held=cells % len(order),
+        counts=counts,
+        census=dataset.census,
+        notes=tuple(notes),
+    )
+
+
+def as_dict(holdings: Holdings) -> dict[str, Any]:
+    """All of it for JSON; clients in order, with their rows of each class or key."""
+    tokens = [None] * len(holdings.clients) if holdings.tokens_C is None else holdings.tokens_C.tolist()
+    clients = zip(
+        holdings.clients,
+        holdings.rows_C.tolist(),
+        tokens,
+        holdings.judged_C.tolist(),
+        holdings.distance_C.tolist(),
+        strict=True,
+    )
+    return {
+        "name": holdings.name,
+        "partition": holdings.kind,
+        "column": holdings.column,
+        "counted": holdings.counted,
+        "value_column": holdings.value_column,
+        "judged": holdings.judged,
+        "skew": holdings.skew,
+        "rows": asdict(holdings.census),
+        "notes": list(holdings.notes),
+        "clients": [
+            {
+                "client": client,
+                "name": name,
+                "rows": rows,
+                "median_tokens": median,
+                "judged_rows": judged,
+                "distance": distance,
+                "counts": holdings.counts_of(client),
+            }
+            for client, (name, rows, median, judged, distance) in enumerate(clients)
+        ],
+    }
+
+
+def _medians(dataset: Dataset, rows: Rows) -> NDArray[np.float64]:
+    lengths = np.diff(rows.offsets)
+    clients = range(len(dataset.client_names))
+    return np.asarray([np.median(lengths[dataset.rows_of(client)]) for client in clients])

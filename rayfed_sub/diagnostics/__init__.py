@@ -1,0 +1,1 @@
+"""Ranks, drift and overlap of what clients learn; alerts."""

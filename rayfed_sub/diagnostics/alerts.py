@@ -1,0 +1,279 @@
+"""How federated fine-tuning fails, seen in a run's rows: what was seen, its likely cause, the key to turn.
+
+Plain rules with fixed thresholds, each with its reason below.  A rule waits until it has seen enough not to take noise
+for a symptom, and looks at the newest rows, so it may be asked after every round.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Real
+from typing import Any, Protocol
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.schemas import ClientLayer, CohortLayer
+
+# What a loss must do.
+_LEAST = 0.005  # relative fall that counts as progress; two evaluations on some dozens of rows differ by less by chance
+_WORSE = 0.05  # relative rise of the held-out loss above its best that is no wobble any more: ten times as much
+_NATS = 0.02  # a loss that moves by less (nats per label) stands still, however much that is of a small one
+_JUDGED = 3  # evaluations after training, before anything is said of the loss
+
+# What diagnostics must show, in so many looks in a row: one cohort may be an unlucky draw.
+LOOKS = 3
+# Mean cosine of two clients' changes.  At 0.05 the mean of eight is 41 % as long as one of them, at 0 it is 35 %.
+# Healthy runs come there too as they near their end: it is a symptom only where the loss has stopped falling.
+_AGREEMENT = 0.05
+_CROSS = 0.1  # share of the mean product of B and A that averaging them apart loses: a tenth of all that was learned
+_TRUNCATED = 0.3  # share of the norm: 9 % of the square, which is what the truncation minimises
+_ENERGY = 0.3  # share of a gradient's square that its strongest directions hold: below it most of it is elsewhere
+
+# What machines must do.
+_MEMORY = 1.2  # times the planned memory: plans are right within a fifth; and times what it was when it began to grow
+_GROWING = 6  # rounds in a row in which memory grows; caches and heaps settle within the first two or three
+_SKIPPED = 0.1  # share of clients' rounds: with more, the mean is one over other data
+_FEW = 3  # failures or retries that may be accidents
+
+_APART = ("fedit",)
+_TRUNCATES = ("flexlora",)
+_SENDS_BLOCKS = ("fedftg", "flora")
+_OWN_BASIS = ("fedftg",)
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """name: the rule's, told once in a run.  text: one line: what was seen, with numbers, the likely cause, a key."""
+
+    name: str
+    text: str
+
+
+class Round(Protocol):
+    """A row of rounds.parquet, as `core/schemas.py` defines it."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def clients(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def loss(self) -> float | None: ...
+    @property
+    def held_out_loss(self) -> float | None: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int | None: ...
+
+
+def symptoms(
+    rounds: Sequence[Round],
+    layers: Sequence[CohortLayer],
+    client_layers: Sequence[ClientLayer],
+    config: Config,
+    *,
+    before: float | None = None,
+    planned: int | None = None,
+) -> list[Symptom]:
+    """What the rows so far show, the gravest first; empty for a healthy run.
+
+    rounds: all rows so far, in order.  layers, client_layers: those of the newest three rounds that diagnostics looked
+    at; older ones do no harm.  before: held-out loss before training; planned: bytes of memory; both may be unknown.
+    A missing figure is None or NaN, so rows of a table serve as well.
+    """
+    method = str(config.method["name"])
+    looks = _newest(layers)
+    found = [
+        *_losses(rounds, config, before),
+        *_drift(rounds, looks, config),
+        *_cross_term(looks, method),
+        *_truncation(looks, method),
+        *_full_rank(looks, method),
+        *_gradients(_newest(client_layers), method),
+        *_memory(rounds, planned),
+        *_trouble(rounds, config),
+    ]
+    return found
+
+
+def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> Iterator[Symptom]:
+    """Divergence, or no progress."""
+    judged = _judged(rounds, config)
+    if len(judged) < _JUDGED:
+        return
+    untrained = _number(before)
+    first = judged[0][1] if untrained is None else untrained
+    best = min(first, *(loss for _, loss in judged))
+    (last, now), newest = judged[-1], [loss for _, loss in judged[-2:]]
+    if min(newest) > best * (1 + _WORSE) and min(newest) > best + _NATS:
+        since = max((n for n, loss in judged if loss == best), default=-1)
+        above = f"{now / best - 1:.0%} above its best" if best > 0 else "above its best,"
+        told = f"held-out loss is {now:.3g} after round {last + 1}, {above} {best:.3g}"
+        trend = _trend([row for row in rounds if row.round >= since])
+        if trend is not None and trend < -_LEAST:
+            cause = "while the training loss still falls: clients overfit; end earlier (federation.rounds)"
+            yield Symptom("divergence", f"{told}, {cause} or lower federation.local_steps")
+        else:
+            keys = f"lower optimizer.lr={config.optimizer.lr:g} or federation.local_steps"
+            yield Symptom("divergence", f"{told}: training diverges, its steps are too long; {keys}")
+        return
+    lowest = min(loss for _, loss in judged)
+    if lowest > first * (1 - _LEAST) and first > _NATS:
+        seen = f"held-out loss is {now:.3g} after round {last + 1}, at best {lowest:.3g}, was {first:.3g}: no progress"
+        trend, lr = _trend(rounds), f"optimizer.lr={config.optimizer.lr:g}"
+        if trend is None or abs(trend) <= _LEAST:
+            yield Symptom("no progress", f"{seen}, and the training loss stands still: steps are too short; raise {lr}")
+        elif trend > 0:
+            yield Symptom("no progress", f"{seen}, and the training loss rises by {trend:.1%}: lower {lr}")
+        else:
+            cause = "what clients learn of their own rows does not carry over"
+            keys = "lower federation.local_steps or choose a less skewed federation.partition"
+            yield Symptom("no progress", f"{seen}, while the training loss falls by {-trend:.1%}: {cause}; {keys}")
+
+
+def _drift(rounds: Sequence[Round], looks: Sequence[Sequence[CohortLayer]], config: Config) -> Iterator[Symptom]:
+    """Clients pull apart, and the held-out loss stands still: orthogonal changes alone are no harm."""
+    judged = [loss for _, loss in _judged(rounds, config)]
+    if len(judged) < _JUDGED or min(judged[-2:]) < min(judged[:-2]) * (1 - _LEAST):
+        return
+    agreements = [_median(look, "agreement") for look in looks]
+    if _shown([None if a is None else -a for a in agreements], -_AGREEMENT):
+        drift, agreement = _median(looks[-1], "drift"), agreements[-1]
+        strayed = "" if drift is None else f", they lie {drift:.1f} times its length from their mean"
+        yield Symptom(
+            "client drift",
+            f"clients' changes hardly agree (mean cosine {agreement:.2f}, median over layers){strayed}, and the "
+            "held-out loss no longer falls: clients drift apart between two averagings; lower federation.local_steps "
+            "(T_agg) or optimizer.lr, set federation.proximal=0.01, or choose a less skewed federation.partition",
+        )
+
+
+def _cross_term(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Symptom]:
+    shares = [_median(look, "cross_term") for look in looks]
+    if method in _APART and _shown(shares, _CROSS):
+        yield Symptom(
+            "cross term",
+            f"{method} averages B and A apart, which misses {shares[-1]:.0%} of the mean of the clients' products "
+            "(median over layers): method.name=fedex-lora or ffa-lora average exactly",
+        )
+
+
+def _truncation(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Symptom]:
+    shares = [_median(look, "truncated") for look in looks]
+    if method in _TRUNCATES and _shown(shares, _TRUNCATED):
+        yield Symptom(
+            "truncation",
+            f"cutting the mean back to the clients' rank loses {shares[-1]:.0%} of its norm (median over layers): rank "
+            "inflation; raise method.rank, or take method.name=flora or fedex-lora, which keep all of it",
+        )
+
+
+def _full_rank(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Symptom]:
+    """Most layers' mean change has the rank that a dense one has."""
+
+    def full(look: Sequence[CohortLayer]) -> float:
+        return sum(bool(row.full_rank) and _number(row.rank) == row.full_rank for row in look) / len(look)
+
+    if method in _SENDS_BLOCKS and _shown([full(look) for look in looks], 0.5):
+        most = statistics.median(row.full_rank for row in looks[-1])
+        yield Symptom(
+            "full rank",
+            f"the mean change has full rank ({most:g}, median over layers) in {full(looks[-1]):.0%} of the layers: of "
+            "so many clients' changes nothing low-rank is left to send down; lower federation.sampled or method.rank",
+        )
+
+
+def _gradients(looks: Sequence[Sequence[ClientLayer]], method: str) -> Iterator[Symptom]:
+    shares = [_median(look, "gradient_energy") for look in looks]
+    if method in _OWN_BASIS and _shown([None if share is None else -share for share in shares], -_ENERGY):
+        yield Symptom(
+            "gradients",
+            f"a gradient's strongest method.rank directions hold {shares[-1]:.0%} of its squared norm (median over "
+            "layers): most of it is projected away; raise method.rank or lower method.refresh_every",
+        )
+
+
+def _memory(rounds: Sequence[Round], planned: int | None) -> Iterator[Symptom]:
+    """More than planned, or ever more."""
+    used = [memory for row in rounds if (memory := _number(row.memory_bytes)) is not None]
+    expected = _number(planned)
+    if used and expected and max(used) > _MEMORY * expected:
+        yield Symptom(
+            "memory",
+            f"coordinator and workers took {_gb(max(used))}, {max(used) / expected - 1:.0%} more than the planned "
+            f"{_gb(expected)}: lower resources.pack_size, resources.workers or federation.batch_size if it gets tight",
+        )
+    last = used[-_GROWING - 1 :]
+    if len(last) > _GROWING and all(a < b for a, b in pairwise(last)) and last[-1] > _MEMORY * last[0]:
+        yield Symptom(
+            "memory growth",
+            f"memory grew in each of the last {_GROWING} rounds, from {_gb(last[0])} to {_gb(last[-1])}: clients' "
+            "states lie in memory up to resources.state_memory, lower it; if it grows beyond that, something leaks",
+        )
+
+
+def _trouble(rounds: Sequence[Round], config: Config) -> Iterator[Symptom]:
+    """Clients skipped, packs retried."""
+    failed, drawn = sum(row.failed for row in rounds), sum(row.clients for row in rounds)
+    if failed > _FEW and failed > _SKIPPED * drawn:
+        yield Symptom(
+            "skipped clients",
+            f"{failed} of {drawn} clients' rounds were skipped (clients.parquet says why): where losses are not finite "
+            f"lower optimizer.lr={config.optimizer.lr:g} or set optimizer.clip_norm=1.0; else look at their data",
+        )
+    retries = sum(int(_number(row.retries) or 0) for row in rounds)
+    if retries > _FEW and 2 * retries > len(rounds):
+        yield Symptom(
+            "retries",
+            f"packs were trained again {retries} times in {len(rounds)} rounds (packs.parquet says why): where workers "
+            "die of memory, lower resources.pack_size or resources.workers; where time runs out, raise "
+            "resources.deadline",
+        )
+
+
+def _judged(rounds: Sequence[Round], config: Config) -> list[tuple[int, float]]:
+    """(round, held-out loss) after warm-up, where it was evaluated."""
+    warm = [row for row in rounds if row.round >= config.optimizer.warmup_rounds]
+    return [(row.round, loss) for row in warm if (loss := _number(row.held_out_loss)) is not None]
+
+
+def _trend(rounds: Sequence[Round]) -> float | None:
+    """Relative change of the training loss from the first third of the rounds to the last."""
+    losses = [loss for row in rounds if (loss := _number(row.loss)) is not None]
+    if len(losses) < 2 or losses[0] <= 0:
+        return None
+    third = max(1, len(losses) // 3)
+    return statistics.mean(losses[-third:]) / statistics.mean(losses[:third]) - 1
+
+
+def _newest(rows: Sequence[Any]) -> list[list[Any]]:
+    """The rows of the newest rounds that were looked at, by round; empty as long as there are too few of them."""
+    rounds: dict[int, list[Any]] = {}
+    for row in rows:
+        rounds.setdefault(row.round, []).append(row)
+    return [rounds[n] for n in sorted(rounds)[-LOOKS:]] if len(rounds) >= LOOKS else []
+
+
+def _median(rows: Sequence[Any], figure: str) -> float | None:
+    """Over the rows that have the figure."""
+    numbers = [number for row in rows if (number := _number(getattr(row, figure))) is not None]
+    return statistics.median(numbers) if numbers else None
+
+
+def _shown(figures: Sequence[float | None], threshold: float) -> bool:
+    """Whether all are above it, and there are any."""
+    return bool(figures) and all(figure is not None and figure > threshold for figure in figures)
+
+
+def _number(figure: Any) -> float | None:
+    """A figure, or None where it is missing in whatever way a table tells that, or not finite."""
+    return float(figure) if isinstance(figure, Real) and math.isfinite(figure) else None
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,145 @@
+"""What one client's round did to one layer, as factors that are small enough to leave the worker.
+
+Two matrices (m, n) per client and layer, never formed:
+    change D   the effective weight after the client's round less that before it, without what weight decay took
+               from the weight itself
+    term E     what the client holds on top of the round's frozen weight at the end
+With l, c, r for left, core and right, 1 after and 0 before the round, s the scale:
+    GaLore     D = E = left @ right of the round's blocks
+    LoRA       D = s (l1 c1 r1 - l0 c0 r0) = s (l1 c1 - l0 c0) r1 + s l0 c0 (r1 - r0),    E = s l1 c1 r1
+    dense      D = W1 - W0, no E
+The second form of LoRA's D takes like from like before it multiplies: after a tiny step nothing cancels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.core.lowrank import EPS, sides
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import Layer, LocalResult, Start, Tensors
+
+ROWS = 64
+"""Rows of a dense change that are looked at."""
+WIDEST = 128
+"""Most columns of a change as factors; many closed blocks of GaLore make wider ones, of which rows are looked at."""
+
+
+@dataclass(frozen=True)
+class Movement:
+    """One client's round in one layer; float32.
+
+    tensors, as factors: `left` (m, a) and `right` (a, n), and where they are needed `before` (m, b) and `shift` (b, n):
+        D = left @ right + before @ shift,    E = (left + before) @ right
+    a tensor that is not there stands for zeros; `shift` comes only with `before`.  Or, of a dense change and of one
+    wider than WIDEST, a sample: `rows` (min(m, ROWS), n), the same rows of D for all clients, times sqrt(m / rows).
+    norm: ||D||_F, of all rows.  turned: overlap of the subspace on the side that GaLore projects before and after the
+    round, ||Q0 Q1^T||_F^2 / min(r0, r1), 1: not turned; None where there was none before, or for dense ones.
+    energy, gradient_rank: share of the squared norm of the first local step's gradient that its strongest directions
+    hold, and its effective rank; None where not looked at.
+    """
+
+    kind: Literal["galore", "lora", "core", "dense"]
+    tensors: Tensors
+    norm: float
+    turned: float | None = None
+    energy: float | None = None
+    gradient_rank: float | None = None
+
+
+def movement(
+    layer: Layer, start: Start, result: LocalResult, gradient: tuple[float, float] | None = None
+) -> Movement | None:
+    """What the round between `start` and `result` did to the layer; None where it failed or did not touch the layer.
+
+    gradient: (energy, effective rank) of the first gradient, where somebody looked.
+    """
+    left, right, core, weight = (f"{layer.name}/{role}" for role in ("left", "right", "core", "weight"))
+    energy, gradient_rank = (None, None) if gradient is None else gradient
+    if result.failure is not None:
+        return None
+    if layer.name in result.blocks:
+        tensors: Tensors = dict(zip(("left", "right"), result.blocks[layer.name], strict=True))
+        if tensors["left"].shape[1] > WIDEST:
+            change = tensors["left"] @ tensors["right"]
+            tensors, norm = _sample(layer, change, torch.zeros_like(change))
+        else:
+            norm = _norm(tensors)
+        return Movement("galore", tensors, norm, _turned(layer, start, result), energy, gradient_rank)
+    if left in start.tensors:
+        l0, l1 = (_left(tensors, left, core) for tensors in (start.tensors, result.tensors))
+        r0, r1 = (tensors[right].double() for tensors in (start.tensors, result.tensors))
+        tensors = {"left": start.scale * (l1 - l0), "right": r1}
+        if l0.any():
+            tensors |= {"before": start.scale * l0} | ({} if torch.equal(r0, r1) else {"shift": r1 - r0})
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        kind: Literal["lora", "core"] = "core" if core in start.tensors else "lora"
+        return Movement(kind, tensors, _norm(tensors), _turned(layer, start, result), energy, gradient_rank)
+    if weight in start.tensors:
+        tensors, norm = _sample(layer, result.tensors[weight], start.tensors[weight])
+        return Movement("dense", tensors, norm, None, energy, gradient_rank)
+    return None
+
+
+def rows(layer: Layer, movement: Movement) -> Tensor:
+    """The sampled rows of the change, (min(m, ROWS), n) float64, whether it came as factors or as a sample."""
+    tensors = movement.tensors
+    if "rows" in tensors:
+        return tensors["rows"].double()
+    index, scale = _chosen(layer)
+    sampled = tensors["left"][index].double() @ tensors["right"].double()
+    if "shift" in tensors:
+        sampled += tensors["before"][index].double() @ tensors["shift"].double()
+    return scale * sampled
+
+
+def _left(tensors: Tensors, left: str, core: str) -> Tensor:
+    left_mr = tensors[left].double()
+    return left_mr @ tensors[core].double() if core in tensors else left_mr
+
+
+def _norm(tensors: Tensors) -> float:
+    """||left @ right + before @ shift||_F."""
+    pairs = [("left", "right")] + [("before", "shift")] * ("shift" in tensors)
+    left_mR = torch.cat([tensors[name].double() for name, _ in pairs], dim=1)
+    right_Rn = torch.cat([tensors[name].double() for _, name in pairs])
+    return float(((left_mR.T @ left_mR) * (right_Rn @ right_Rn.T)).sum().clamp_min(0).sqrt())
+
+
+def _sample(layer: Layer, after_mn: Tensor, before_mn: Tensor) -> tuple[dict[str, Tensor], float]:
+    """(rows of after - before, scaled, and its norm)."""
+    index, scale = _chosen(layer)
+    rows_sn = scale * (after_mn[index].float() - before_mn[index].float())
+    return {"rows": rows_sn}, float(torch.dist(after_mn.float(), before_mn.float()))
+
+
+def _chosen(layer: Layer) -> tuple[Tensor, float]:
+    """The sampled rows' numbers in order, and the factor that makes up for the others."""
+    if layer.m <= ROWS:
+        return torch.arange(layer.m), 1.0
+    drawn = stream(0, "sampled rows", layer.name).choice(layer.m, ROWS, replace=False)
+    return torch.from_numpy(drawn).sort().values, (layer.m / ROWS) ** 0.5
+
+
+def _turned(layer: Layer, start: Start, result: LocalResult) -> float | None:
+    fixed = sides(layer)[0]
+    before, after = (tensors[fixed].double() for tensors in (start.tensors, result.tensors))
+    if not before.any() or not after.any():
+        return None
+    if torch.equal(before, after):
+        return 1.0
+    if fixed.endswith("/left"):
+        before, after = before.T, after.T
+    V0, V1 = _orthonormal(before), _orthonormal(after)
+    return float((V0 @ V1.T).square().sum()) / min(len(V0), len(V1))
+
+
+def _orthonormal(rows_rk: Tensor) -> Tensor:
+    """An orthonormal basis of the rows' span."""
+    _, sigma, Vh = torch.linalg.svd(rows_rk, full_matrices=False)
+    basis: Tensor = Vh[sigma > max(rows_rk.shape) * EPS * sigma[0]]
+    return basis

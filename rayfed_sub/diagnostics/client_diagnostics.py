@@ -1,0 +1,131 @@
+"""Diagnostics on their way through a round: whom workers look at, what they send, what the coordinator makes of it.
+
+Nothing here touches what is learned: with and without diagnostics a run has the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from rayfed_sub.config.schema import Diagnostics
+from rayfed_sub.core.arrays import Packed, packed, unpacked
+from rayfed_sub.core.schemas import ClientLayer, CohortLayer
+from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.diagnostics.client_change import Movement, movement
+from rayfed_sub.diagnostics.cohort import diagnose
+from rayfed_sub.diagnostics.gradients import GradientWatch
+
+T = TypeVar("T")
+
+_DENSE_RANK = 8  # whose share of a gradient's energy is told for methods that train whole matrices
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a worker saw of one client's round: by layer a movement without its tensors, and these, packed."""
+
+    client: int
+    weight: float
+    layers: Mapping[str, tuple[Movement, Packed]]
+
+
+def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> list[int]:
+    """The clients of round n, counted from 0, that are looked at: when an evaluation of the same `every` is due.
+
+    >>> cohort = [10, 11, 12, 13, 14, 15]
+    >>> [watched(Diagnostics(clients=3, every=2), n, 3, cohort) for n in range(3)]
+    [[], [10, 12, 14], [10, 12, 14]]
+    """
+    return spaced(cohort, asked.clients) if due(asked, n, rounds) else []
+
+
+def due(asked: Diagnostics, n: int, rounds: int) -> bool:
+    """True where round n, counted from 0, is looked at."""
+    return asked.every > 0 and ((n + 1) % asked.every == 0 or n + 1 == rounds)
+
+
+def spaced(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, evenly spaced.
+
+    >>> spaced("abcdef", 4), spaced("ab", 4), spaced("ab", 0)
+    (['a', 'b', 'd', 'e'], ['a', 'b'], [])
+    """
+    few = min(most, len(items))
+    return [items[i * len(items) // few] for i in range(few)]
+
+
+def sent_rank(tensors: Tensors, layer: str) -> int | None:
+    """Rank of the factors that an update holds for the layer, of one of them at least; None where it has none.
+
+    >>> import torch
+    >>> sent_rank({"up/left": torch.zeros(5, 2), "up/right": torch.zeros(2, 3)}, "up")
+    2
+    """
+    left, right = tensors.get(f"{layer}/left"), tensors.get(f"{layer}/right")
+    if left is not None:
+        return left.shape[1]
+    return None if right is None else right.shape[0]
+
+
+def gradient_watch(
+    asked: Diagnostics, shape: ModelShape, clients: Sequence[int], starts: Sequence[Start], chosen: Sequence[int]
+) -> GradientWatch:
+    """Looks at the first chosen client of a pack."""
+    layers = frozenset(layer.name for layer in spaced(spaced(shape.targets, asked.layers), asked.gradient_layers))
+    left = f"{shape.targets[0].name}/left"
+    ranks = {
+        client: start.tensors[left].shape[1] if left in start.tensors else _DENSE_RANK
+        for client, start in zip(clients, starts, strict=True)
+        if client in chosen
+    }
+    return GradientWatch(dict(list(ranks.items())[:1]), layers)
+
+
+def looked(
+    asked: Diagnostics, shape: ModelShape, start: Start, result: LocalResult, weight: float, watch: GradientWatch
+) -> Looked:
+    """One client's round as it is sent."""
+    layers, targets = {}, spaced(shape.targets, asked.layers)
+    wanted = tuple(f"{layer.name}/" for layer in targets)
+    # What a client begins with lies on the worker's device, what it ends with does not.
+    start = replace(start, tensors={name: x.cpu() for name, x in start.tensors.items() if name.startswith(wanted)})
+    for layer in targets:
+        moved = movement(layer, start, result, watch.seen.get((result.client, layer.name)))
+        if moved is not None:
+            layers[layer.name] = replace(moved, tensors={}), packed(moved.tensors)
+    return Looked(result.client, weight, layers)
+
+
+def kept(look: Looked) -> Looked:
+    """The same in memory of its own: a view into the object store would keep the whole pack's results there."""
+    layers = {
+        name: (found, {role: (dtype, array.copy()) for role, (dtype, array) in tensors.items()})
+        for name, (found, tensors) in look.layers.items()
+    }
+    return replace(look, layers=layers)
+
+
+def rows(
+    n: int, shape: ModelShape, looks: Sequence[Looked], server: Mapping[str, tuple[int, float]]
+) -> tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]:
+    """A round's rows, layer by layer; server: by layer the rank of its own change and how far it has come."""
+    cohort: list[CohortLayer] = []
+    clients: list[ClientLayer] = []
+    for layer in shape.targets:
+        seen = [
+            (look.client, look.weight, replace(found, tensors=unpacked(tensors)))
+            for look in looks
+            if layer.name in look.layers
+            for found, tensors in [look.layers[layer.name]]
+        ]
+        if not seen:
+            continue
+        own, together = diagnose(n, layer, seen)
+        if layer.name in server:
+            rank, accumulated = server[layer.name]
+            together = replace(together, server_rank=rank, accumulated=accumulated)
+        cohort.append(together)
+        clients += own
+    return tuple(cohort), tuple(clients)

@@ -1,0 +1,87 @@
+"""Numerical rank of what a round changed (rank inflation: Prop. 1 of arXiv 2410.23111).
+
+What counts as zero is what storing the weight W in float32 makes up by itself: noise of at most eps/2 * max|W| per
+entry, whose spectral norm stays below eps/2 * max|W| * (sqrt m + sqrt n); four times that is the cut.
+
+Legend: m, n the weight's sizes, R summed rank of blocks, k columns of a sketch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import Change
+
+_SPARE = 16  # columns of a sketch beyond the rank that is looked for
+_WORTH = 4  # a sketch is taken where it is so many times smaller than the matrix
+
+
+def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None) -> int:
+    """Rank of after - before, both (m, n) float32.
+
+    expected: a rank that the change is expected not to exceed, such as the summed rank of the updates it was made from;
+    a sketch then takes the place of the Gram of the short side.  Where the change exceeds it (weight decay, momentum,
+    noise), the Gram is taken after all: the figure is the same either way.
+
+    >>> W = torch.zeros(4, 3)
+    >>> change_rank(W, W + torch.ones(4, 1) @ torch.ones(1, 3))
+    1
+    """
+    change_mn = after_mn.double().sub_(before_mn)
+    m, n = change_mn.shape
+    noise = _noise(after_mn)
+    if expected is not None and (expected + _SPARE) * _WORTH <= min(m, n):
+        rank = int((_sketched(change_mn, expected + _SPARE) > noise).sum())
+        if rank <= expected:
+            return rank
+    short = change_mn.T @ change_mn if n <= m else change_mn @ change_mn.T
+    return int((torch.linalg.eigvalsh(short) > noise**2).sum())
+
+
+def moved_rank(before: Change, after: Change, W_mn: Tensor, after_mn: Tensor, expected: int | None = None) -> int:
+    """Rank of what lies between two changes of the pretrained weight W; after_mn: `after.apply(W)`, all (m, n) float32.
+
+    Where both are blocks over equal multiples of W, from the blocks' factors alone; otherwise see `change_rank`.
+    expected: of the updates alone; blocks that are replaced count besides.
+    """
+    if expected is not None:
+        expected += sum(block.right.shape[0] for block in before.blocks)
+    if before.dense is not None or after.dense is not None or before.base_scale != after.base_scale:
+        return change_rank(before.apply(W_mn), after_mn, expected)
+    blocks = [*((block, 1.0) for block in after.blocks), *((block, -1.0) for block in before.blocks)]
+    if not blocks:
+        return 0
+    lefts = [sign * block.scale * _left(block.left.double(), block.core) for block, sign in blocks]
+    left_mR, right_Rn = torch.cat(lefts, dim=1), torch.cat([block.right.double() for block, _ in blocks])
+    # With left = Q_L C_L and right^T = Q_R C_R the singular values are those of C_L C_R^T.
+    core_qR, core_sR = (torch.linalg.qr(factor, mode="r").R for factor in (left_mR, right_Rn.T))
+    return int((torch.linalg.svdvals(core_qR @ core_sR.T) > _noise(after_mn)).sum())
+
+
+def _left(left_mr: Tensor, core_rr: Tensor | None) -> Tensor:
+    return left_mr if core_rr is None else left_mr @ core_rr.double()
+
+
+def _noise(after_mn: Tensor) -> float:
+    """The cut for singular values."""
+    low, high = torch.aminmax(after_mn)
+    m, n = after_mn.shape
+    cut: float = 2 * torch.finfo(torch.float32).eps * max(-float(low), float(high)) * (m**0.5 + n**0.5)
+    return max(cut, 1e-30)  # all-zero weights have no rounding
+
+
+def _sketched(change_mn: Tensor, k: int) -> Tensor:
+    """The k largest singular values, (k,) float64, from k random directions after two turns of subspace iteration.
+
+    None is larger than the matrix's own.  The directions are found in float32, the values in float64.
+    """
+    float_mn = change_mn.float()
+    draw_nk = stream(0, "rank sketch", *change_mn.shape).standard_normal((change_mn.shape[1], k))
+    V_nk = torch.from_numpy(draw_nk).float()
+    for _ in range(2):
+        V_nk = torch.linalg.qr(float_mn.T @ torch.linalg.qr(float_mn @ V_nk).Q).Q
+    core_kk = torch.linalg.qr(change_mn @ V_nk.double(), mode="r").R
+    sigma_k: Tensor = torch.linalg.svdvals(core_kk)
+    return sigma_k

@@ -1,0 +1,76 @@
+"""What a model is worth, from its verdicts on held-out rows: over all rows, and over the rows like each client's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from rayfed_sub.core.schemas import Score
+from rayfed_sub.evaluation.classification import class_scores, confusion
+from rayfed_sub.evaluation.language import perplexity, token_accuracy
+from rayfed_sub.evaluation.text import TEXT_SCORES, words
+from rayfed_sub.training.inference import Told, Verdict
+
+R = TypeVar("R")
+Rows = Sequence[tuple[int, R]]
+"""What was found for each held-out row, and the client whose data the row is like."""
+
+
+def token_scores(rows: Rows[Verdict]) -> Iterator[Score]:
+    """Loss, perplexity and accuracy of a language model; clients without a label have none."""
+    for client, own in _groups(rows).items():
+        labels = sum(len(row.true) for row in own)
+        hits = sum(said == true for row in own for said, true in zip(row.said, row.true, strict=True))
+        accuracy = token_accuracy(hits, labels)
+        if accuracy is None:
+            continue
+        loss = math.fsum(row.loss for row in own) / labels
+        yield Score(client, "held_out_loss", loss, labels)
+        yield Score(client, "perplexity", perplexity(loss), labels)
+        yield Score(client, "token_accuracy", accuracy, labels)
+
+
+def label_scores(rows: Rows[Verdict], names: Sequence[str]) -> Iterator[Score]:
+    """Loss, accuracy and F1 of a classifier whose class i is called names[i], and the confusion matrix of all rows."""
+    for client, own in _groups(rows).items():
+        true, said = [row.true[0] for row in own], [row.said[0] for row in own]
+        yield Score(client, "held_out_loss", math.fsum(row.loss for row in own) / len(own), len(own))
+        for metric, value in class_scores(true, said, names).items():
+            yield Score(client, metric, value, len(own))
+        if client is None:
+            for name, counts in zip(names, confusion(true, said, len(names)), strict=True):
+                for other, count in zip(names, counts, strict=True):
+                    if count:
+                        yield Score(None, f"confusion/{name}/{other}", float(count), len(own))
+
+
+def text_scores(rows: Rows[Told]) -> Iterator[Score]:
+    """ROUGE-L and BLEU-4 of answers, over the rows whose reference has anything to read; none where no row has."""
+    for client, own in _groups(rows).items():
+        for prefix, texts in (
+            ("", [(row.said, row.reference) for row in own]),
+            ("teacher_forced_", [(row.forced, row.true) for row in own]),
+        ):
+            asked = [(said, true) for said, true in texts if words(true)]
+            for name, measured in TEXT_SCORES.items() if asked else ():
+                value = measured([said for said, _ in asked], [true for _, true in asked])
+                if value is not None:
+                    yield Score(client, f"{prefix}{name}", value, len(asked))
+
+
+def overall(scores: Sequence[Score]) -> dict[str, float]:
+    """The scores over all rows by name, without the confusion matrix.
+
+    >>> overall([Score(None, "accuracy", 0.5, 2), Score(3, "accuracy", 1.0, 1), Score(None, "confusion/a/b", 1.0, 2)])
+    {'accuracy': 0.5}
+    """
+    return {s.metric: s.value for s in scores if s.client is None and not s.metric.startswith("confusion/")}
+
+
+def _groups(rows: Rows[R]) -> dict[int | None, list[R]]:
+    """All rows, then each client's."""
+    groups: dict[int | None, list[R]] = {None: [row for _, row in rows]}
+    for client, row in sorted(rows, key=lambda pair: pair[0]):
+        groups.setdefault(client, []).append(row)
+    return groups

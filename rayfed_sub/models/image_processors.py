@@ -1,0 +1,131 @@
+"""Images to pixels: the square that a model reads, and how its values are normalised."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayfed_sub.config.schema import Model
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.images import Pixels, decoded
+from rayfed_sub.models.architecture import bare_config, reason
+from rayfed_sub.models.hub import RANDOM, locate
+from rayfed_sub.models.presets import ANY_PATCHES
+from rayfed_sub.models.quiet import quiet
+
+PROCESSOR = "preprocessor_config.json"
+_PLAIN = (0.5, 0.5, 0.5)  # mean and standard deviation where a model does not say: values from -1 to 1
+_SIDE = 224  # of models that say no size at all and read any
+
+
+@dataclass(frozen=True)
+class ImageCodec:
+    """side: pixels of the square that an image becomes; mean, std: of the model's inputs, for values from 0 to 1, red,
+    green, blue.  vocabulary: there is none; pad, eos, ends: nothing is filled up, closed or generated."""
+
+    side: int
+    mean: tuple[float, float, float] = _PLAIN
+    std: tuple[float, float, float] = _PLAIN
+    vocabulary: int | None = None
+    pad: int = 0
+    eos: int = 0
+    ends: tuple[int, ...] = ()
+
+    def pixels(self, content: bytes) -> Pixels:
+        """The whole image as a square, resized bicubically and not cut, uint8 (1, side, side) where it is gray, else
+        (3, side, side).  Raises ValueError where Pillow cannot read it."""
+        from PIL import Image
+
+        image = np.asarray(decoded(content).resize((self.side, self.side), Image.Resampling.BICUBIC))
+        return image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the processor by which transformers does to an image what a run did."""
+        square = {"height": self.side, "width": self.side}
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": square,
+            "resample": 3,  # Pillow's number for bicubic
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        (Path(folder) / PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+
+
+def load_image_codec(model: Model, image_size: int | None = None) -> ImageCodec:
+    """The codec of the model's own processor configuration, or of plain values where it has none.
+
+    image_size: task.image_size; without it the side is what the processor or the model says it is.
+    Raises UserError on model.path, model.random or one of its keys, or task.image_size.
+    """
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    hf_config = bare_config(model, "image-classification")
+    if type(hf_config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        type_of = ("model.random.type", hf_config.model_type)
+        field, value = type_of if model.path == RANDOM else ("model.path", model.path)
+        allowed = f"an architecture that transformers has for image-classification; {hf_config.model_type} is not one"
+        raise UserError(field, value, allowed, "take another model or task")
+    hf_config = getattr(hf_config, "vision_config", hf_config)
+    if getattr(hf_config, "num_channels", 3) != 3:
+        channels = f"a model that reads images of 3 channels; it reads {hf_config.num_channels}"
+        raise UserError("model.path", model.path, channels, "take another model")
+    processor = {} if model.path == RANDOM else _processor(model)
+    mean, std = (_colours(processor.get(key)) for key in ("image_mean", "image_std"))
+    if processor.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    return ImageCodec(_side(image_size, hf_config, processor), mean, std)
+
+
+def _processor(model: Model) -> dict[str, Any]:
+    """The model's processor configuration; empty where it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        with quiet():
+            file = cached_file(locate(model.path).name, PROCESSOR, _raise_exceptions_for_missing_entries=False)
+        return dict(json.loads(Path(file).read_text(encoding="utf-8"))) if file else {}
+    except Exception as error:  # the hub's errors, and whatever a stranger's file holds
+        raise UserError("model.path", model.path, f"a model whose {PROCESSOR} can be read", reason(error)) from error
+
+
+def _colours(given: Any) -> tuple[float, float, float]:
+    if given is None:
+        return _PLAIN
+    red, green, blue = (float(value) for value in (given if isinstance(given, list) else [given] * 3))
+    return red, green, blue
+
+
+def _side(asked: int | None, hf_config: Any, processor: dict[str, Any]) -> int:
+    """The side that was asked for or the model's own; UserError where the model cannot read squares of that side."""
+    own, patch = _one(getattr(hf_config, "image_size", None)), _one(getattr(hf_config, "patch_size", None))
+    usual = _one(processor.get("crop_size")) or _one(processor.get("size")) or own or _SIDE
+    if hf_config.model_type in ANY_PATCHES and patch:
+        side = asked or max(patch, usual - usual % patch)
+        if side % patch:
+            near = max(patch, round(side / patch) * patch)
+            allowed = f"a multiple of {patch}, the pixels of a patch of this model"
+            raise UserError("task.image_size", side, allowed, f"set task.image_size={near}")
+        return side
+    if asked is not None and own is not None and asked != own:
+        allowed = f"{own}, the only size that this model reads"
+        raise UserError("task.image_size", asked, allowed, "remove it or take a dinov2 model, which reads other sizes")
+    return asked or own or usual
+
+
+def _one(size: Any) -> int | None:
+    """The side of a square as configurations write it: a number, a pair, or a mapping."""
+    if isinstance(size, dict):
+        size = [size.get(key) for key in ("height", "width", "shortest_edge") if size.get(key)]
+    if isinstance(size, list | tuple):
+        size = size[0] if size else None
+    return None if size is None else int(size)

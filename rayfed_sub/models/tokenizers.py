@@ -1,0 +1,212 @@
+"""Text to tokens and back, for training: what a prompt, an answer and a text to classify look like to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from rayfed_sub.config.schema import Model
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.models.chat_templates import default_template, rendered, set_default_template, trained_template
+from rayfed_sub.models.hub import RANDOM, Source, locate
+from rayfed_sub.models.quiet import quiet
+
+
+@dataclass(frozen=True)
+class ByteCodec:
+    """UTF-8 bytes as tokens 3..258, for models without a tokenizer.  pad 0, bos 1, eos 2.
+
+    >>> codec = ByteCodec()
+    >>> codec.answer("AB"), codec.decode(codec.prompt("x"))
+    ([68, 69, 2], 'Q: x\\nA: ')
+    """
+
+    pad: int = 0
+    bos: int = 1
+    eos: int = 2
+    vocabulary: int = 259
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens at which generation stops."""
+        return (self.eos,)
+
+    def prompt(self, text: str) -> list[int]:
+        return [self.bos, *self._tokens(f"Q: {text}\nA: ")]
+
+    def answer(self, text: str) -> list[int]:
+        return [*self._tokens(text), self.eos]
+
+    def text(self, text: str) -> list[int]:
+        """bos, bytes, eos: decoders that classify look at the last token, encoders at the first."""
+        return [self.bos, *self._tokens(text), self.eos]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        # A model may have a larger vocabulary than the codec; such tokens stand for nothing.
+        return bytes(token - 3 for token in tokens if 3 <= token < 259).decode("utf-8", errors="replace")
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.prompt(text) for text in texts]
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.answer(text) for text in texts]
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.text(text) for text in texts]
+
+    def _tokens(self, text: str) -> list[int]:
+        # Lone surrogates, which JSON can bring in, have no UTF-8 form.
+        return [byte + 3 for byte in text.encode("utf-8", errors="replace")]
+
+
+@dataclass(frozen=True)
+class HubCodec:
+    """A transformers tokenizer.  Build it with `hub_codec`.
+
+    With a chat template a prompt is a user's message up to where the assistant speaks, and eos is the token
+    that ends the assistant's turn.  Without one a prompt is the text and a newline, and eos the tokenizer's.
+    chat: whether there is a chat template; the tokenizer holds the one that the run trains with, to be saved as it is.
+    ends: the tokens at which generation stops, eos first, then those with which the pretrained model ends.
+    """
+
+    tokenizer: Any
+    pad: int
+    eos: int
+    vocabulary: int
+    chat: bool
+    ends: tuple[int, ...]
+
+    def prompt(self, text: str) -> list[int]:
+        return self.prompts([text])[0]
+
+    def answer(self, text: str) -> list[int]:
+        return self.answers([text])[0]
+
+    def text(self, text: str) -> list[int]:
+        return self.texts([text])[0]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        decoded: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decoded
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self.chat:
+            return self._tokens([f"{text}\n" for text in texts], special=True)
+        rendered = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            for text in texts
+        ]
+        return self._tokens(rendered, special=False)  # the template has written them
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*tokens, self.eos] for tokens in self._tokens(texts, special=False)]
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._tokens(texts, special=True)
+
+    def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        # verbose=False: cutting rows to length is the data layer's work, so no word about long ones.
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False, return_attention_mask=False)
+        return [list(tokens) for tokens in encoded["input_ids"]]
+
+
+def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubCodec:
+    """The codec of a transformers tokenizer, whose default chat template becomes the one that the run trains with.
+
+    Some templates put in a system text of their own, SmolLM2's is 22 tokens in every row.  Where that is
+    shorter an empty system message is made the template's default (6 tokens for SmolLM2: rows of short documentation
+    are 38 tokens long on average instead of 54, and their loss before any training is 4.04 instead of 4.13).
+    ends: the tokens with which the pretrained model ends, besides the tokenizer's own.
+    Raises ValueError where the tokenizer has no token that could end an answer, or its template renders no user's
+    message.
+    """
+    template, turn_end = default_template(tokenizer), None
+    if template is not None:
+        template = trained_template(tokenizer, template)
+        if rendered(tokenizer, template, [{"role": "user", "content": "?"}]) is None:
+            raise ValueError("the chat template renders no conversation that begins with a user's message")
+        set_default_template(tokenizer, template)
+        turn_end = _turn_end(tokenizer, template)
+    own = tokenizer.eos_token_id
+    eos = next(
+        (token for token in (turn_end, own, tokenizer.sep_token_id, tokenizer.pad_token_id) if token is not None), None
+    )
+    if eos is None:
+        raise ValueError("the tokenizer has no end, separator or padding token")
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    every = tuple(dict.fromkeys(token for token in (eos, own, *ends) if token is not None))
+    return HubCodec(tokenizer, pad, eos, len(tokenizer), template is not None, every)
+
+
+def load_codec(model: Model) -> HubCodec | ByteCodec:
+    """The codec of `model.path`: bytes for `random`, the tokenizer that comes with the model otherwise.
+
+    Raises UserError on model.path where there is no tokenizer or it cannot be read.
+    """
+    if model.path == RANDOM:
+        return ByteCodec()
+    source = locate(model.path)
+    try:
+        with quiet():
+            return hub_codec(_tokenizer(source), _ends(source))
+    except Exception as error:  # whatever a stranger's file makes the libraries say
+        if _reads_images(source):
+            allowed = "a model with a tokenizer; this one reads images"
+            raise UserError("model.path", model.path, allowed, "take another model or task") from error
+        raise UserError(
+            "model.path",
+            model.path,
+            "a model with a tokenizer that transformers can load",
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+        ) from error
+
+
+def _tokenizer(source: Source) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if source.gguf is not None:
+        # AutoTokenizer would first build the model's configuration, ten times the work of the tokenizer.
+        return PreTrainedTokenizerFast.from_pretrained(source.name, gguf_file=source.gguf)
+    return AutoTokenizer.from_pretrained(source.name, trust_remote_code=False)
+
+
+def _reads_images(source: Source) -> bool:
+    """Whether the configuration says so; no where it cannot be read either."""
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
+
+    try:
+        with quiet():
+            hf_config = AutoConfig.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
+    except Exception:  # the tokenizer's error, which the caller tells, has the same cause
+        return False
+    # Perceivers classify images too, and read text.
+    return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not hasattr(hf_config, "vocab_size")
+
+
+def _ends(source: Source) -> list[int]:
+    """The end tokens that the model's own files name; a GGUF file names the tokenizer's alone."""
+    from transformers import AutoConfig, GenerationConfig
+
+    if source.gguf is not None:
+        return []
+    named = [AutoConfig.from_pretrained(source.name, trust_remote_code=False).get_text_config()]
+    with suppress(OSError):  # not every model has a generation_config.json
+        named.append(GenerationConfig.from_pretrained(source.name))
+    found = [getattr(config, "eos_token_id", None) for config in named]
+    return [token for ids in found if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
+
+
+def _turn_end(tokenizer: Any, template: str) -> int | None:
+    """The first special token after the assistant's words: not every model ends a turn with its eos."""
+    words = "so be it"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    _, found, tail = (rendered(tokenizer, template, turns, prompt=False) or "").rpartition(words)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    tokens = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+    return next((token for token in tokens if token in special), None)

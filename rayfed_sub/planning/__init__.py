@@ -1,0 +1,1 @@
+"""A run before it starts: the job, its traffic, memory and disk."""

@@ -1,0 +1,229 @@
+"""A run before Ray starts: everything that can be wrong with a configuration is found here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.codec import Codec
+from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.data.rows import Rows
+from rayfed_sub.data.tasks import filled
+from rayfed_sub.methods import build
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.architecture import Skeleton, skeleton
+from rayfed_sub.models.image_processors import ImageCodec, load_image_codec
+from rayfed_sub.models.tokenizers import ByteCodec, HubCodec, load_codec
+from rayfed_sub.planning.machines import Node, most_workers
+from rayfed_sub.planning.sampling import judged_rows, local_steps
+from rayfed_sub.privacy.accountant import NOISES, noise_of
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A checked run.  config is resolved: every default filled in, rounds counted.  noise: under privacy, as set or as
+    found for privacy.epsilon, which stays in config as it was asked for."""
+
+    config: Config
+    method: Method
+    skeleton: Skeleton
+    codec: Codec
+    dataset: Dataset
+    noise: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Foundation:
+    """What a job stands on: the model without its weights, and the task's rows."""
+
+    skeleton: Skeleton
+    codec: Codec
+    dataset: Dataset
+
+
+def prepare(config: Config) -> Job:
+    """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
+    build(config.method)  # a typing error there shows before the rows are read
+    return job_on(foundation(config), config)
+
+
+def foundation(config: Config) -> Foundation:
+    """Reads task and model.  Raises UserError for what cannot be read or does not go together."""
+    kind = kind_of(config)
+    codec = codec_of(config, kind)
+    dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
+    return Foundation(skeleton(config.model, kind, dataset.class_names, codec.vocabulary, codec.pad), codec, dataset)
+
+
+def job_on(base: Foundation, config: Config) -> Job:
+    """The job of a configuration on its foundation.  Raises UserError for whatever does not fit."""
+    method = build(config.method)
+    method.check(base.skeleton.shape)
+    _check_positions(config, base)
+    _check_server(config, method)
+    _check_privacy(config, method)
+    _check_nova(config, method)
+    fields = asdict(cast(Any, method))
+    federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
+    own = {"name": config.method["name"], **fields}
+    resolved = config.model_copy(update={"federation": federation, "method": own})
+    return Job(resolved, method, base.skeleton, base.codec, base.dataset, noise_of(resolved))
+
+
+def kind_of(config: Config) -> str:
+    """What kind of model the task asks for.  Raises UserError for settings that go with another kind."""
+    task, generate = filled(config.task), config.evaluation.generate
+    if task.image is None and task.image_size is not None:
+        raise UserError("task.image_size", task.image_size, "nothing where the task has no images", "remove it")
+    if task.image is None and task.label is None:
+        return "causal-lm"
+    if generate:
+        raise UserError("evaluation.generate", generate, "0 for a classification task", "remove it")
+    return "text-classification" if task.image is None else "image-classification"
+
+
+def codec_of(config: Config, kind: str) -> HubCodec | ByteCodec | ImageCodec:
+    """What makes the inputs of a model of this kind.  Raises UserError for a model that cannot read them."""
+    if kind == "image-classification":
+        return load_image_codec(config.model, config.task.image_size)
+    return load_codec(config.model)
+
+
+def _check_server(config: Config, method: Method) -> None:
+    """UserError where a server rule or a local term does not fit the method or the executor."""
+    server, federation = config.server, config.federation
+    asked = {
+        "server.optimizer": (server.optimizer, server.optimizer != "plain", "plain"),
+        "server.lr": (server.lr, server.lr != 1.0, "1.0"),
+        "federation.normalise_steps": (True, federation.normalise_steps, "false"),
+    }
+    for field, (value, used, plain) in asked.items():
+        if used and not method.linear:
+            allowed = f"{plain} with method.name={config.method['name']}, whose factors change their basis every round"
+            raise UserError(field, value, allowed, "remove it or choose another method")
+    if federation.proximal and config.resources.executor == "reference":
+        raise UserError("federation.proximal", federation.proximal, "0 with resources.executor=reference", "remove it")
+
+
+def _check_nova(config: Config, method: Method) -> None:
+    """UserError where FedNova is asked to normalise what is no weighted sum of a round's gradients, or one with
+    negative weights."""
+    optimizer, mu = config.optimizer, config.federation.proximal
+    if not config.federation.normalise_steps:
+        return
+    if optimizer.name != "sgd":
+        allowed = f"false with optimizer.name={optimizer.name}: FedNova's rule is for SGD"
+        advice = "remove it or set optimizer.name=sgd with a learning rate for it"
+        raise UserError("federation.normalise_steps", True, allowed, advice)
+    if optimizer.momentum and getattr(method, "state", "reset") != "reset":
+        allowed = (
+            "reset with federation.normalise_steps and optimizer.momentum: the paper's buffer begins a round at zero"
+        )
+        raise UserError("method.state", getattr(method, "state", None), allowed, "set method.state=reset")
+    if optimizer.weight_decay:
+        allowed = "0 with federation.normalise_steps, whose rule knows no decay"
+        raise UserError("optimizer.weight_decay", optimizer.weight_decay, allowed, "set optimizer.weight_decay=0")
+    if mu * optimizer.lr >= 1:
+        allowed = f"less than {1 / optimizer.lr:g}, 1 / optimizer.lr, with federation.normalise_steps"
+        raise UserError("federation.proximal", mu, allowed, "lower it")
+
+
+def _check_privacy(config: Config, method: Method) -> None:
+    """UserError where something does not keep what the accountant assumes: see `privacy/mechanism.py`."""
+    clip, noise, federation, name = config.privacy.clip, config.privacy.noise, config.federation, config.method["name"]
+    if clip is None:
+        return
+    if noise is not None and not NOISES[0] <= noise <= NOISES[1]:
+        allowed = f"{NOISES[0]:g} to {NOISES[1]:g}, what the accountant can judge"
+        raise UserError("privacy.noise", noise, allowed, "e.g. privacy.noise=1.0")
+    if not method.linear:
+        allowed = f"nothing with method.name={name}, whose server does not move with the mean of clipped changes"
+        raise UserError("privacy.clip", clip, allowed, "remove it or choose another method")
+    if getattr(method, "state", None) == "average":
+        allowed = "keep or reset with privacy.clip: moments would be released without noise"
+        raise UserError("method.state", "average", allowed, "set method.state=keep")
+    assumed = {
+        "weights": ("uniform", "every client counts the same"),
+        "availability": (1.0, "every client is drawn by itself, whatever the others do"),
+        "normalise_steps": (False, "the denominator is fixed"),
+    }
+    for field, (value, why) in assumed.items():
+        if getattr(federation, field) != value:
+            shown = str(value).lower()
+            key, allowed = f"federation.{field}", f"{shown} with privacy.clip: {why}"
+            raise UserError(key, getattr(federation, field), allowed, f"set {key}={shown}")
+
+
+def _check_positions(config: Config, base: Foundation) -> None:
+    """UserError where a row, or a judged prompt with its answer, is longer than the model's table of positions."""
+    limit, held_out = base.skeleton.positions, base.dataset.held_out
+    if limit is None or not isinstance(held_out, Rows) or not isinstance(base.dataset.train, Rows):
+        return
+    has = f"{config.model.path} has positions for {limit} tokens"
+    longest = max(int(rows.lengths.max(initial=0)) for rows in (base.dataset.train, held_out))
+    if longest > limit:
+        allowed = f"at most {limit}: {has}, and the longest row has {longest}"
+        raise UserError("task.max_length", config.task.max_length, allowed, f"set task.max_length={limit}")
+    asked, new = judged_rows(config, len(held_out), config.evaluation.generate), config.evaluation.max_new_tokens
+    prompt = int(held_out.prompts[asked].max(initial=0))
+    # The last token is generated and not read.
+    if asked and prompt + new - 1 > limit:
+        most, shown = limit + 1 - prompt, f"{has}, and the longest prompt that is answered has {prompt}"
+        advice = f"set evaluation.max_new_tokens={most}" if most > 0 else "set evaluation.generate=0"
+        raise UserError("evaluation.max_new_tokens", new, f"at most {most}: {shown}", advice)
+
+
+def _rounds(config: Config, dataset: Dataset) -> int:
+    """Rounds as configured, or as many as push `epochs` times all clients' rows through the cohorts."""
+    federation = config.federation
+    if federation.epochs is None:
+        assert federation.rounds is not None, "the configuration says one of rounds and epochs"
+        return federation.rounds
+    rows: list[int] = np.diff(dataset.client_offsets).tolist()
+    batches = [min(federation.batch_size, own) for own in rows]
+    a_round_of_all = sum(local_steps(config, client) * size for client, size in enumerate(batches))
+    present = federation.cohort * federation.availability  # clients, on average
+    needed = federation.epochs * sum(rows) * federation.clients / (a_round_of_all * present)
+    return math.ceil(needed - 1e-9)  # rounding must not add a round
+
+
+def check_resources(config: Config, there: Sequence[Node]) -> None:
+    """UserError where the asked workers can never be placed on these nodes; Ray would let them wait in silence."""
+    resources = config.resources
+    workers, cpus, gpus = resources.workers, resources.cpus_per_worker, resources.gpus_per_worker
+    _check_placed("cpus", cpus, workers, [(node.cpus, node.places(cpus, 0)) for node in there])
+    if not gpus:
+        return
+    field = "resources.gpus_per_worker"
+    if not any(node.gpus for node in there):
+        raise UserError(field, gpus, "0, for no GPU is found", f"set {field}=0")
+    if gpus > 1:
+        raise UserError(field, gpus, "at most 1: a worker uses one GPU", "set 1 or less")
+    _check_placed("gpus", gpus, workers, [(node.gpus, node.gpu_places(gpus)) for node in there])
+    most = most_workers(there, cpus, gpus)
+    if workers > most:
+        allowed = f"1 to {most} with cpus_per_worker={cpus:g} and gpus_per_worker={gpus:g} on the same node"
+        raise UserError("resources.workers", workers, allowed, "lower workers, cpus_per_worker or gpus_per_worker")
+    if resources.executor == "reference":
+        advice = "the reference executor runs on CPUs"
+        raise UserError("resources.executor", "reference", "pack where gpus_per_worker > 0", advice)
+
+
+def _check_placed(kind: str, per_worker: float, workers: int, nodes: Sequence[tuple[float, int]]) -> None:
+    """nodes: units and workers that fit, of each."""
+    units, largest, most = kind.upper().replace("S", "s"), max(own for own, _ in nodes), sum(fit for _, fit in nodes)
+    if not most:
+        field, whose = f"resources.{kind}_per_worker", "here" if len(nodes) == 1 else "of the largest node"
+        advice = f"set {field}={largest:g} or less"
+        raise UserError(field, per_worker, f"at most {largest:g}, the {units} {whose}", advice)
+    if workers > most:
+        own = [f"{units_:g}" for units_, _ in nodes]
+        where = f"on {' + '.join(own) if len(own) < 5 else f'{len(own)} nodes with {own[0]} to {own[-1]}'} {units}"
+        allowed = f"1 to {most} with {kind}_per_worker={per_worker:g} {where}"
+        raise UserError("resources.workers", workers, allowed, f"lower workers or {kind}_per_worker")

@@ -1,0 +1,80 @@
+"""What there is to run on: this machine as it was looked at, or one with a GPU that is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from rayfed_sub.core.errors import UserError
+
+GPUS = {
+    "t4": 15 * 2**30,
+    "l4": 22 * 2**30,
+    "a10g": 22 * 2**30,
+    "rtx4090": 23 * 2**30,
+    "a100-40gb": 39 * 2**30,
+    "a100-80gb": 79 * 2**30,
+    "h100": 79 * 2**30,
+    "h200": 140 * 2**30,
+}
+"""What a process can have of a GPU's memory."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: bytes of memory that are free, CPUs; of a GPU its memory.  disk: free bytes for the run folder."""
+
+    name: str
+    memory: int
+    cpus: float
+    disk: int
+    gpu: int | None = None
+
+
+def machine_named(name: str, here: Machine) -> Machine:
+    """A GPU of the table, or one with so much memory (`24GB`), in a machine like this.
+
+    >>> machine_named("16GiB", Machine("here", 1, 2, 3)).gpu == 2**34
+    True
+    """
+    known = GPUS.get(name.lower())
+    if known is None:
+        try:
+            known = int(TypeAdapter(ByteSize).validate_python(name))
+        except ValidationError:
+            raise UserError("--on", name, f"{', '.join(GPUS)}, or a size", "e.g. --on 24GB") from None
+    return replace(here, name=name.lower() if name.lower() in GPUS else f"a GPU of {name}", gpu=known)
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of a node."""
+
+    cpus: float
+    gpus: float = 0.0
+
+    def places(self, cpus: float, gpus: float) -> int:
+        """How many workers of this shape fit.
+
+        >>> Node(8, 2).places(1, 0.3), Node(8, 2).places(1.5, 0), Node(2, 0).places(1, 1)
+        (6, 5, 0)
+        """
+        by_cpu = _fit(self.cpus, cpus)
+        return min(by_cpu, self.gpu_places(gpus)) if gpus else by_cpu
+
+    def gpu_places(self, gpus: float) -> int:
+        """How many fit its GPUs.  A fraction lies on one GPU: 0.3 fits three times on each, and what is left adds up
+        to nothing."""
+        return _fit(1, gpus) * math.floor(self.gpus)
+
+
+def _fit(there: float, each: float) -> int:
+    return math.floor(there / each + 1e-9)  # 0.3 / 0.1 is a little below 3
+
+
+def most_workers(there: Sequence[Node], cpus: float, gpus: float) -> int:
+    """How many workers of this shape the nodes hold together."""
+    return sum(node.places(cpus, gpus) for node in there)

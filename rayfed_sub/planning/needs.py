@@ -1,0 +1,165 @@
+"""What a run takes of a machine, for any number of workers and any pack size.
+
+Bytes are those of the method's own tensors (`traffic.py`), a worker's memory that of its own code (`footprint.py`).
+What a process holds before it does anything is measured: see the constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.architecture import Skeleton
+from rayfed_sub.planning.parts import Parts
+from rayfed_sub.planning.traffic import ClientTraffic, Traffic, first_start
+from rayfed_sub.planning.worker_memory import KERNELS, Lengths, Memory, backbone_bytes, lengths, worker
+
+# Private bytes (USS) of the processes of a run before they hold any tensor: Python 3.11, torch 2.13, Ray 2.60 on x86.
+BARE_WORKER = 320_000_000
+BARE_COORDINATOR = 330_000_000  # as a worker: Ray's processes import the same before they know what they will be
+DRIVER = 350_000_000
+RAY = 330_000_000  # its own processes on a node
+CUDA = 600_000_000  # a process's context on a GPU, and torch's kernels there
+HOLES = 1.15  # the allocator's, where it is not modelled: on GPUs and in the coordinator
+
+_WALKED = 3  # rounds whose bytes are worked out one by one
+_LARGE = 16  # packs beyond this are worked out from smaller ones
+
+
+@dataclass(frozen=True, eq=False)
+class Need:
+    """What of a run's needs depends on neither workers nor pack size."""
+
+    config: Config
+    method: Method
+    skeleton: Skeleton
+    traffic: Traffic
+    size: Lengths
+    widest: int  # the client that trains the most
+    steps: int
+    cohort: int
+    trained: int
+    backbone: int
+    data: int
+
+    def most(self, figure: Callable[[ClientTraffic], int]) -> int:
+        """The largest figure of a walked client."""
+        return max(map(figure, self.traffic.clients), default=0)
+
+    @property
+    def coordinator(self) -> int:
+        """Bytes of the coordinator's process: torch's kernels, at first pretrained weights, where those are not shared,
+        later sums and what diagnostics look at."""
+        later = self.traffic.coordinator + self.looked
+        return BARE_COORDINATOR + KERNELS + max(_pretrained(self.skeleton, self.config), later)
+
+    @property
+    def looked(self) -> int:
+        """Bytes of the factors that diagnostics hold in a round: of a client's LoRA before and after it.  Dense changes
+        send a few rows only."""
+        asked, sent = self.config.diagnostics, self.most(lambda client: client.up)
+        layers = self.skeleton.shape.targets
+        if not asked.every or sent >= sum(4 * layer.m * layer.n for layer in layers):
+            return 0
+        return 2 * sent * min(asked.clients, self.cohort) * min(asked.layers, len(layers)) // len(layers)
+
+    @property
+    def states(self) -> int:
+        """Bytes of the stored states of all clients that train."""
+        return self.trained * self.most(lambda client: client.state)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of a run folder at most: two checkpoints with their states, a third server while it is written."""
+        return 2 * self.states + 3 * self.traffic.server[-1]
+
+    def store(self, workers: int, pack: int) -> int:
+        """Bytes in the object store: backbone, data, two broadcasts, states, and two packs a worker on their way."""
+        moving = 2 * workers * min(pack, self.cohort) * self.most(lambda client: client.up + client.state)
+        kept = min(self.states, int(self.config.resources.state_memory))
+        return self.backbone + self.data + 2 * self.traffic.broadcast + kept + moving
+
+    def worker(self, pack: int) -> Memory:
+        """A worker with packs of this size, above the bare process; no pack is larger than a cohort."""
+        pack = min(pack, self.cohort)
+        if pack > _LARGE:
+            low, high = self._walked(_LARGE // 2), self._walked(_LARGE)
+            return between(pack, (_LARGE // 2, low), (_LARGE, high))
+        return self._walked(pack)
+
+    def _walked(self, pack: int) -> Memory:
+        start = first_start(self.method, self.skeleton.shape, self.config, self.widest)
+        held = self.most(lambda client: client.held)
+        rest = (self.size, pack, held, self.traffic.dense)
+        return worker(self.config, self.skeleton, start, self.steps, *rest)
+
+    def least(self, workers: int, tensors: int) -> int:
+        """Bytes of a node without which the run cannot go: no holes, and nothing that could lie on disk."""
+        shared = self.backbone + self.data + self.traffic.broadcast
+        return shared + DRIVER + self.coordinator + workers * (BARE_WORKER + tensors)
+
+    def fixed(self, workers: int, pack: int) -> int:
+        """Bytes of a node besides its workers, holes included."""
+        coordinator = self.coordinator + round((HOLES - 1) * self.traffic.coordinator)
+        return self.store(workers, pack) + DRIVER + RAY + coordinator
+
+    def node(self, worker: int) -> int:
+        """Bytes of a node that holds all processes of the run; worker: what each takes above the bare process."""
+        resources = self.config.resources
+        return self.fixed(resources.workers, resources.pack_size) + resources.workers * (BARE_WORKER + worker)
+
+    def on_gpu(self, tensors: int) -> int:
+        """Bytes of a worker on a GPU, where backbone and broadcast are copied to."""
+        return CUDA + self.backbone + self.traffic.broadcast + round(HOLES * tensors)
+
+
+def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
+    """The needs of a run, from so many rounds with at most so many clients in each."""
+    found = parts.first(rounds, most).traffic()
+    clients = {k: client for walked in found.rounds for k, client in walked.items()}
+    return Need(
+        config=parts.config,
+        method=parts.method,
+        skeleton=parts.skeleton,
+        traffic=found,
+        size=lengths(parts.dataset, parts.config),
+        widest=max(clients, key=lambda k: (clients[k].resident, parts.steps(k)), default=0),
+        steps=max(map(parts.steps, clients), default=1),
+        cohort=max([1, *map(len, parts.cohorts)]),
+        trained=parts.trained,
+        backbone=backbone_bytes(parts.skeleton),
+        data=_data(parts.dataset),
+    )
+
+
+def between(pack: int, low: tuple[int, Memory], high: tuple[int, Memory]) -> Memory:
+    """A worker on the line through two pack sizes, for what a client adds is always the same.
+
+    >>> between(6, (1, Memory(10, 20)), (4, Memory(13, 26)))
+    Memory(tensors=15, process=30)
+    """
+    (a, at_a), (b, at_b) = low, high
+
+    def line(x: int, y: int) -> int:
+        return x + (y - x) * (pack - a) // (b - a)
+
+    return Memory(line(at_a.tensors, at_b.tensors), line(at_a.process, at_b.process))
+
+
+def _pretrained(skeleton: Skeleton, config: Config) -> int:
+    """Bytes of the pretrained weights from which the coordinator makes the first server, which is sent, and lies in
+    shared memory, from then on; float32 weights are shared memory themselves."""
+    shape, exact = skeleton.shape, config.model.dtype == "float32"
+    copied = [layer for layer in shape.targets if not exact or layer.name in skeleton.transposed]
+    return sum(4 * layer.m * layer.n for layer in (*copied, *(() if exact else shape.head)))
+
+
+def _data(dataset: Dataset) -> int:
+    """Bytes of both parts, and of who holds what."""
+    parts = (dataset.train, dataset.held_out)
+    rows = sum(rows.nbytes for rows in parts)
+    held = (dataset.client_rows, dataset.client_offsets, dataset.train_keys, dataset.held_out_clients)
+    return rows + sum(array.nbytes for array in held)

@@ -1,0 +1,141 @@
+"""A run before it starts, in figures: bytes on the wire, memory by process, disk, and what of it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.planning.comparison import MethodBytes, by_method, by_rank
+from rayfed_sub.planning.fit import Fit, fits, roomy
+from rayfed_sub.planning.machines import Machine
+from rayfed_sub.planning.needs import BARE_WORKER, need
+from rayfed_sub.planning.parts import Parts
+from rayfed_sub.planning.traffic import ClientTraffic, Traffic
+from rayfed_sub.planning.worker_memory import Lengths, Memory
+from rayfed_sub.privacy.accountant import account
+
+
+@dataclass(frozen=True)
+class RoundBytes:
+    """Wire bytes of a round: of the client with the least and the most, and of the cohort.  down_counted: if pretrained
+    weights and seed gave nothing for free, so that a client's first download were the whole broadcast."""
+
+    round: int
+    clients: int
+    up: tuple[int, int]
+    down: tuple[int, int]
+    up_all: int
+    down_all: int
+    down_counted: tuple[int, int]
+    down_counted_all: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All bytes.  clients: in all, per round, and that ever train.  rows: longest rows, in tokens.  backbone, data,
+    broadcast: once per node.  worker: above the bare process, `bare`.  one_more: what another client in a pack adds.
+    state: of the client with the least and the most.  server: at first and after the last walked round.  store: of the
+    object store; node: all processes of a run on one node.  methods: at the same rank; ranks: per stored client.
+    privacy: what all rounds will have spent (`privacy.account`).  speed: filled in by a probe."""
+
+    name: str
+    method: str
+    clients: tuple[int, int, int]
+    rows: Lengths
+    backbone: int
+    data: int
+    broadcast: int
+    bare: int
+    worker: Memory
+    one_more: int
+    resident: tuple[int, int]
+    state: tuple[int, int]
+    rounds: tuple[RoundBytes, ...]
+    server: tuple[int, int]
+    coordinator: int
+    store: int
+    node: int
+    disk: int
+    machine: Machine
+    fits: tuple[Fit, ...]
+    methods: tuple[MethodBytes, ...]
+    ranks: tuple[MethodBytes, ...]
+    notes: tuple[str, ...]
+    privacy: dict[str, Any] | None = None
+    speed: Any = None
+
+
+def plan(parts: Parts, machine: Machine) -> Plan:
+    """The whole plan; what does not fit is in it too."""
+    needed, resources = need(parts), parts.config.resources
+    found, wide = needed.traffic, roomy(needed)
+    one, four = wide.worker(1), wide.worker(4)
+    worker = {1: one, 4: four}.get(min(resources.pack_size, needed.cohort)) or needed.worker(resources.pack_size)
+    return Plan(
+        name=parts.config.name,
+        method=parts.name,
+        clients=(parts.config.federation.clients, max(map(len, parts.cohorts), default=0), needed.trained),
+        rows=needed.size,
+        backbone=needed.backbone,
+        data=needed.data,
+        broadcast=found.broadcast,
+        bare=BARE_WORKER,
+        worker=worker,
+        one_more=(four.process - one.process) // 3,
+        resident=_span(client.resident for client in found.clients),
+        state=_span(client.state for client in found.clients),
+        rounds=tuple(_round(n, walked) for n, walked in enumerate(found.rounds)),
+        server=(found.server[0], found.server[-1]),
+        coordinator=needed.coordinator,
+        store=needed.store(resources.workers, resources.pack_size),
+        node=needed.node(0 if machine.gpu else worker.process),
+        disk=needed.disk,
+        machine=machine,
+        fits=tuple(fits(wide, one, four, machine)),
+        methods=tuple(by_method(parts)),
+        ranks=tuple(by_rank(parts, needed.widest)),
+        notes=tuple(_notes(parts.config, found)),
+        privacy=account(parts.config, parts.noise, parts.config.federation.rounds or 0),
+    )
+
+
+def as_dict(record: Any) -> Any:
+    """A plan as plain values for JSON."""
+    if hasattr(record, "__dataclass_fields__"):
+        return {field.name: as_dict(getattr(record, field.name)) for field in fields(cast(Any, record))}
+    return [as_dict(item) for item in record] if isinstance(record, tuple | list) else record
+
+
+def _round(n: int, walked: Mapping[int, ClientTraffic]) -> RoundBytes:
+    ups, downs = [c.up for c in walked.values()], [c.down for c in walked.values()]
+    counted = [c.down_counted for c in walked.values()]
+    return RoundBytes(
+        round=n,
+        clients=len(walked),
+        up=_span(ups),
+        down=_span(downs),
+        up_all=sum(ups),
+        down_all=sum(downs),
+        down_counted=_span(counted),
+        down_counted_all=sum(counted),
+    )
+
+
+def _span(sizes: Iterable[int]) -> tuple[int, int]:
+    found = list(sizes)
+    return (min(found, default=0), max(found, default=0))
+
+
+def _notes(config: Config, found: Traffic) -> Iterable[str]:
+    """What the figures alone do not say."""
+    downs = [max((client.down for client in walked.values()), default=0) for walked in found.rounds]
+    if len(downs) > 1 and downs[-1] > max(client.up for client in found.clients):
+        yield "A download holds the changes of the whole cohort: it grows with the cohort's ranks, up to dense weights."
+    if found.dense:
+        yield "The server holds dense weights from the start: it does not grow with clients."
+    if config.method.get("gamma", 1.0) != 1.0:
+        yield "Clients prune themselves as they learn: bytes are at most these."
+    if config.resources.executor == "reference":
+        yield "resources.executor=reference: each worker holds a float32 copy of the model besides."

@@ -1,0 +1,67 @@
+"""Who takes part in a round, with how many local steps, at what learning rate: functions of configuration and seed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from rayfed_sub.config.schema import Config, StepRange
+from rayfed_sub.core.rng import stream
+from rayfed_sub.methods.server_optimizers import nova_length
+
+
+def cohort(config: Config, n: int) -> list[int]:
+    """The clients of round n, sorted: sampled without replacement, less those that are not available.  With privacy
+    every client is drawn by itself (Poisson sampling), so that federation.sampled is the mean size.
+
+    It may be empty when federation.availability is small, and under Poisson sampling.
+    """
+    federation = config.federation
+    size = federation.cohort
+    if config.privacy.clip is not None:
+        chances = stream(config.seed, "cohort", n).random(federation.clients)
+        return np.flatnonzero(chances < size / federation.clients).tolist()
+    drawn = stream(config.seed, "cohort", n).choice(federation.clients, size, replace=False)
+    present = stream(config.seed, "availability", n).random(size) < federation.availability
+    return sorted(drawn[present].tolist())
+
+
+def local_steps(config: Config, client: int) -> int:
+    """The client's local steps in every round: its own, the same from round to round (a slow client stays slow)."""
+    steps = config.federation.local_steps
+    if isinstance(steps, int):
+        return steps
+    if isinstance(steps, StepRange):
+        return int(stream(config.seed, "local steps", client).integers(steps.low, steps.high, endpoint=True))
+    return steps[client % len(steps)]
+
+
+def local_length(config: Config, n: int, client: int) -> float:
+    """FedNova's normaliser of the client's local steps in round n: see `methods.server.nova_length`."""
+    mu = config.federation.proximal
+    return nova_length(config.optimizer, learning_rate(config, n), mu, local_steps(config, client))
+
+
+def learning_rate(config: Config, n: int) -> float:
+    """The learning rate of round n, counted from 0.
+
+    >>> from rayfed_sub.config.loading import load_config
+    >>> config = load_config({"federation": {"rounds": 5}, "optimizer": {"lr": 1.0, "schedule": "linear"}})
+    >>> [round(learning_rate(config, n), 2) for n in range(5)]
+    [1.0, 0.8, 0.6, 0.4, 0.2]
+    """
+    optimizer, rounds = config.optimizer, config.federation.rounds or 1
+    if n < optimizer.warmup_rounds:
+        return optimizer.lr * (n + 1) / (optimizer.warmup_rounds + 1)
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    done = (n - optimizer.warmup_rounds) / (rounds - optimizer.warmup_rounds)  # below 1: no round at rate zero
+    left = 1 - done if optimizer.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return optimizer.lr * (optimizer.final + (1 - optimizer.final) * left)
+
+
+def judged_rows(config: Config, rows: int, most: int) -> list[int]:
+    """A choice of at most `most` of so many held-out rows by `task.seed`; a longer choice contains the shorter one."""
+    chosen: list[int] = stream(config.task.seed, "held-out choice").permutation(rows)[:most].tolist()
+    return sorted(chosen)

@@ -1,0 +1,255 @@
+"""What a method's tensors weigh, exactly and without a formula: its own functions walk some rounds of a small model.
+
+The small model has one layer of each shape (m, n), real size, random weights, and the head; nothing is trained, clients
+come back with tensors of the right shapes.  All bytes are affine in the number of layers of a shape, so one more walk
+per shape, with a second layer of it, gives those of the whole model.  Where bytes follow from data (HetLoRA's clients
+prune themselves), walked clients never do: the figures are then upper bounds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import (
+    Client,
+    ClientState,
+    Layer,
+    LocalResult,
+    ModelShape,
+    Start,
+    Tensors,
+    wire_bytes,
+)
+from rayfed_sub.methods.downloads import downloaded, first_counted
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.methods.server_optimizers import advance, mixes
+from rayfed_sub.training import optimizers
+from rayfed_sub.training.galore import Closed
+
+_Figures = dict[tuple[str | int, ...], int]
+
+
+@dataclass(frozen=True)
+class ClientTraffic:
+    """Bytes of one client: sent and received in a round; received if pretrained weights and seed gave nothing for free
+    (`down_counted`, see `methods/downloads.py`); stored for its next one (`state`).  While it trains: its tensors,
+    moments and gradients side by side in the pack (`resident`), and what it holds besides them (`held`): its start
+    where that is not the broadcast itself, its upload and state where they are not the result itself."""
+
+    up: int
+    down: int
+    down_counted: int
+    state: int
+    resident: int
+    held: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a method.  rounds: per walked round client -> bytes.  broadcast: the largest of a round.  server: all
+    that the server holds between rounds, its optimiser's memory included, at first and after each walked round.
+    coordinator: the most that lies there at once in a round (server before and after, the sum), without what it shares
+    with the pretrained weights and the broadcast.  dense: whether clients train over dense weights that the broadcast
+    brings."""
+
+    rounds: tuple[Mapping[int, ClientTraffic], ...]
+    broadcast: int
+    server: tuple[int, ...]
+    coordinator: int
+    dense: bool
+
+    @property
+    def clients(self) -> list[ClientTraffic]:
+        """Every client of every walked round."""
+        return [client for walked in self.rounds for client in walked.values()]
+
+
+def traffic(
+    method: Method,
+    shape: ModelShape,
+    config: Config,
+    cohorts: Sequence[Sequence[int]],
+    steps: Callable[[int], int],
+) -> Traffic:
+    """The bytes of the rounds whose clients are `cohorts`; steps: a client's local steps."""
+    kinds = _alike(shape.targets)
+    firsts = [layers[0] for layers in kinds]
+    one = _walk(method, ModelShape(tuple(firsts), shape.head), config, cohorts, steps)
+    figures = Counter(one)
+    for layers in kinds:
+        if len(layers) > 1:
+            two = _walk(method, ModelShape((*firsts, layers[1]), shape.head), config, cohorts, steps)
+            for key, size in one.items():
+                figures[key] += (len(layers) - 1) * (two[key] - size)
+    return Traffic(
+        tuple(
+            {k: ClientTraffic(*(figures[n, k, what] for what in _CLIENT)) for k in cohort}
+            for n, cohort in enumerate(cohorts)
+        ),
+        max(figures["broadcast", n] for n in range(len(cohorts))),
+        tuple(figures["server", n] for n in range(len(cohorts) + 1)),
+        max(figures["coordinator", n] for n in range(len(cohorts))),
+        bool(one["dense",]),
+    )
+
+
+_CLIENT = ("up", "down", "down_counted", "state", "resident", "held")
+
+
+def first_start(method: Method, shape: ModelShape, config: Config, client: int) -> Start:
+    """What a client begins its first round with, for all targets, on the `meta` device; the small model tells it."""
+    kinds = {layers[0].name: layers for layers in _alike(shape.targets)}
+    small = ModelShape(tuple(layers[0] for layers in kinds.values()), shape.head)
+    server = method.init_server(_weights(small), small, config.seed)
+    start = method.start_client(method.broadcast(server), None, Client(client, config.seed), small)
+
+    def everywhere(name: str) -> list[str]:
+        own, _, role = name.rpartition("/")
+        return [f"{layer.name}/{role}" for layer in kinds[own]] if own in kinds else [name]
+
+    tensors = {name: tensor.to("meta") for old, tensor in start.tensors.items() for name in everywhere(old)}
+    trained = tuple(name for old in start.trained for name in everywhere(old))
+    return replace(start, tensors=tensors, trained=trained, moments={})
+
+
+def _alike(targets: Iterable[Layer]) -> list[list[Layer]]:
+    """The targets of each shape, in the order of their first ones."""
+    kinds: dict[tuple[int, int, bool], list[Layer]] = defaultdict(list)
+    for layer in targets:
+        kinds[layer.m, layer.n, layer.bias].append(layer)
+    return list(kinds.values())
+
+
+def _walk(
+    method: Method,
+    shape: ModelShape,
+    config: Config,
+    cohorts: Sequence[Sequence[int]],
+    steps: Callable[[int], int],
+) -> _Figures:
+    """All figures of the small model by name."""
+    rule, mixed = config.server, mixes(config.server, config.privacy)
+    weights = _weights(shape)
+    server = method.init_server(weights, shape, config.seed)
+    memory: dict[str, Tensor] = {}
+    states: dict[int, ClientState] = {}
+    dense = any(f"{layer.name}/weight" in method.broadcast(server).tensors for layer in shape.targets)
+    found: _Figures = {("server", 0): wire_bytes(server.tensors), ("dense",): int(dense)}
+    for n, cohort in enumerate(cohorts):
+        broadcast, total = method.broadcast(server), method.zero(server, shape)
+        found["broadcast", n] = wire_bytes(broadcast.tensors)
+        fresh = {}
+        learned = n > 0 and (config.privacy.clip is not None or bool(states))
+        for k in cohort:
+            who, state = Client(k, config.seed), states.get(k)
+            since = -1 if state is None else state.round - 1
+            down = downloaded(method, server, shape, who, since, learned=learned, mixed=mixed)
+            start = method.start_client(broadcast, state, who, shape)
+            result = _result(start, k, steps(k), shape, config)
+            update = method.upload(result, 1.0, shape)
+            kept = method.keep(result, shape)
+            fresh[k] = ClientState(n + 1, steps(k), result.step, kept)
+            total = method.fold(total, update, shape)
+            given = [broadcast.tensors, *([state.tensors] if state else [])]
+            ended = [result.tensors, result.moments, *_sides(result)]
+            held = _own([start.tensors], given) + _own([update.tensors, kept], [*given, *ended])
+            figures = (
+                update.wire_bytes,
+                down,
+                first_counted(method, server, since, down),
+                wire_bytes(kept),
+                _resident(start, config),
+                held,
+            )
+            found |= {(n, k, what): size for what, size in zip(_CLIENT, figures, strict=True)}
+        states |= fresh
+        after, renewed = advance(rule, server, method.finish(server, total, shape), memory)
+        there = [server.tensors, total.tensors, memory, after.tensors, renewed]
+        found["coordinator", n] = _own(there, [weights, broadcast.tensors])
+        server, memory = after, renewed
+        found["server", n + 1] = wire_bytes(server.tensors) + wire_bytes(memory)
+    return found
+
+
+def _weights(shape: ModelShape) -> dict[str, Tensor]:
+    """Random pretrained weights, (m, n) and biases (m,), float32."""
+    tensors = {}
+    for layer in (*shape.targets, *shape.head):
+        draw = stream(0, "plan", layer.name)
+        tensors[f"{layer.name}/weight"] = torch.from_numpy(draw.standard_normal((layer.m, layer.n), "float32"))
+    for layer in shape.head:
+        if layer.bias:
+            tensors[f"{layer.name}/bias"] = torch.zeros(layer.m)
+    return tensors
+
+
+def _resident(start: Start, config: Config) -> int:
+    """Tensors, moments, gradients and FedProx's anchors of one client in a pack."""
+    trained = wire_bytes({name: start.tensors[name] for name in start.trained})
+    copies = len(optimizers.moment_roles(config.optimizer)) + 1 + (config.federation.proximal > 0)
+    return wire_bytes(start.tensors) + copies * trained
+
+
+def _result(start: Start, client: int, steps: int, shape: ModelShape, config: Config) -> LocalResult:
+    """The record of a round in which nothing was learned.  Trained tensors come back doubled, and no zero stays zero:
+    no client finds a reason to prune itself."""
+    tensors = dict(start.tensors)
+    for name in start.trained:
+        noise = stream(0, "plan", "trained", name).standard_normal(tuple(tensors[name].shape), "float32")
+        tensors[name] = 2 * tensors[name] + 0.01 * torch.from_numpy(noise)
+    roles = optimizers.moment_roles(config.optimizer)
+    moved = {f"{name}/{role}": torch.zeros_like(start.tensors[name]) for name in start.trained for role in roles}
+    closings = closed_blocks(start, steps)
+    return LocalResult(
+        client=client,
+        tensors=tensors,
+        moments={**start.moments, **moved},
+        step=start.step + steps,
+        blocks={} if start.subspace is None else _blocks(start, tensors, shape, closings),
+        base_scale=optimizers.decay(config.optimizer, config.optimizer.lr) ** steps if start.decays_base else 1.0,
+        periods=closings + 1,
+        metrics={"loss": 0.0, "loss_last": 0.0, "labels": 1.0, "steps": float(steps), "periods": closings + 1.0},
+        trained=start.trained,
+    )
+
+
+def closed_blocks(start: Start, steps: int) -> int:
+    """GaLore blocks that a client closes in a round: refreshes at any but its first step."""
+    every = 0 if start.subspace is None else start.subspace.refresh_every
+    return sum((start.step + t) % every == 0 for t in range(1, steps)) if every else 0
+
+
+def _blocks(start: Start, tensors: Tensors, shape: ModelShape, closings: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The round's blocks as the pack hands them over: closed ones, shortened as it does, and the open one."""
+    assert start.subspace is not None
+    blocks, scale_G = {}, torch.tensor([start.scale])
+    for layer in shape.targets:
+        left, right = tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"]
+        closed = Closed()
+        for _ in range(closings):
+            closed.close(left[None], right[None], scale_G, [start.subspace.rank])
+        if closings:
+            closed_left, closed_right = closed.of(0)
+            left, right = torch.cat([closed_left, left], dim=1), torch.cat([closed_right, right])
+        blocks[layer.name] = (left, right)
+    return blocks
+
+
+def _sides(result: LocalResult) -> list[Tensors]:
+    return [{"left": left, "right": right} for left, right in result.blocks.values()]
+
+
+def _own(tensors: Iterable[Tensors], given: Iterable[Tensors]) -> int:
+    """Bytes of the storages behind `tensors` that are not behind `given`."""
+    there = {tensor.untyped_storage().data_ptr() for group in given for tensor in group.values()}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for group in tensors for t in group.values()
+    }
+    return sum(size for address, size in storages.items() if address not in there)

@@ -1,0 +1,218 @@
+"""Memory of a worker above the bare process: the worker's own code, run on tensors without data (`allocations.py`).
+
+What is counted: the round's base weights where a worker holds copies of them, the pack's tensors, moments and
+gradients, activations saved for the backward pass, logits in chunks, a refresh's Grams, closed blocks, results, then
+the held-out evaluation.  All rows of a pack are taken to be as long as the longest there is, whichever batches they
+fall into.  On a processor the heap's holes come on top
+(`heap.py`), and what the kernels themselves keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.types import Change, ModelShape, Start
+from rayfed_sub.data.batching import IGNORED
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.images import Images
+from rayfed_sub.models.architecture import Skeleton, build
+from rayfed_sub.models.weights import all_tensors, ruled
+from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
+from rayfed_sub.planning.heap import PRODUCT_KERNELS, Heap
+from rayfed_sub.planning.traffic import closed_blocks
+from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.inference import global_model
+from rayfed_sub.training.layers import PackLinear, based_on, install
+from rayfed_sub.training.losses import predicted
+
+KERNELS = 40_000_000
+"""Bytes that torch's kernels and their code keep in a process once they have run; measured on x86."""
+_PRODUCTS = PRODUCT_KERNELS * 660_000
+"""Bytes of the kernels that oneDNN writes for a worker's products and keeps."""
+_PERIODS = 4  # closed blocks beyond these are counted, not walked
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker: tensors alive at once, and what the process takes for them, the heap's holes included."""
+
+    tensors: int
+    process: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The longest rows of a data set, in tokens: a row, its labels, and a held-out question.  side: of its images, in
+    pixels, where it has any."""
+
+    tokens: int
+    labels: int
+    prompt: int
+    side: int = 0
+
+
+def lengths(dataset: Dataset, config: Config) -> Lengths:
+    """The longest rows of both parts."""
+    if isinstance(dataset.train, Images):
+        return Lengths(1, 1, 1, dataset.train.pixels.shape[-1])
+    longest, labels, prompt = 1, 1, 1
+    for rows in (dataset.train, dataset.held_out):
+        if isinstance(rows, Images) or not len(rows):
+            continue
+        sizes = rows.offsets[1:] - rows.offsets[:-1]
+        masked = rows.prompts if config.task.mask_prompt else 0 * rows.prompts
+        longest, labels = max(longest, int(sizes.max())), max(labels, int((sizes - masked).max()))
+        prompt = max(prompt, int(rows.prompts.max()))
+    return Lengths(longest, labels, prompt)
+
+
+def backbone_bytes(skeleton: Skeleton) -> int:
+    """Bytes of all frozen weights and buffers, as `load_weights` gives them."""
+    sizes = {name: x.numel() * x.element_size() for name, x in all_tensors(_built(skeleton)[0])}
+    return sum(size for name, size in sizes.items() if name not in skeleton.tied)
+
+
+def worker(
+    config: Config, skeleton: Skeleton, start: Start, steps: int, size: Lengths, pack: int, held: int, base: bool
+) -> Memory:
+    """A worker that trains packs of `pack` clients and evaluates.
+
+    start: a client's, on the meta device, the one with the most tensors; steps: its local steps.  held: bytes that each
+    client keeps besides what training makes (see `ClientTraffic`).  base: whether the round's broadcast holds dense
+    weights of the targets, which take the backbone's place.
+    """
+    model, layers = _built(skeleton)
+    shape = skeleton.shape
+    kinds = {f"{t.name}/weight": torch.empty(t.m, t.n, device="meta") for t in shape.targets}
+    known = [*(x for _, x in all_tensors(model)), *kinds.values(), *start.tensors.values()]
+    heads = {name: start.tensors.get(name, torch.empty(0)) for name in shape.head_names}
+    bases = {t.name: kinds[f"{t.name}/weight"] for t in shape.targets} if base else {}
+    seen = Allocations([*known, *heads.values()])
+    with _meta_model(config), seen:
+        results = _train(config, model, layers, shape, start, steps, size, pack, bases)
+        _evaluate(config, skeleton, model, layers, bases, heads, size)
+    del results
+    rest = pack * (held + _closed_beyond(config, shape, start, steps))
+    return Memory(seen.peak + rest, _heap_peak(seen.events) + rest + KERNELS + _PRODUCTS)
+
+
+def activations(config: Config, skeleton: Skeleton, size: Lengths, pack: int) -> int:
+    """Bytes that no pass of a pack exceeds besides its clients' own tensors, found at a tenth of the cost of `worker`:
+    four times all that one forward pass ever allocates, and a chunk of logits."""
+    model, _ = _built(skeleton)
+    batch = _batch(skeleton.shape, max(pack * config.federation.batch_size, config.evaluation.batch_size), size)
+    batch.pop("labels")
+    seen = Allocations(x for _, x in all_tensors(model))
+    with torch.no_grad(), FusedAttention(), seen:
+        getattr(model, "base_model", model)(**batch)
+    # SigLIP has a vocabulary though its classifier, as any other, has none.
+    vocabulary = 0 if skeleton.shape.head else getattr(skeleton.hf_config.get_text_config(), "vocab_size", 0)
+    dense = sum(4 * layer.m * layer.n for layer in skeleton.shape.targets)
+    return 4 * (sum(made for _, made in seen.events if made > 0) + 128 * 4 * vocabulary) + dense
+
+
+def _train(
+    config: Config,
+    model: nn.Module,
+    layers: Mapping[str, PackLinear],
+    shape: ModelShape,
+    start: Start,
+    steps: int,
+    size: Lengths,
+    pack: int,
+    bases: Mapping[str, Tensor],
+) -> Any:
+    """One local step, with GaLore's refresh; with as many more as close the round's blocks."""
+    closings = min(closed_blocks(start, steps), _PERIODS)
+    if closings and start.subspace is not None:
+        start = replace(start, subspace=replace(start.subspace, refresh_every=1))
+    batch = _batch(shape, config.federation.batch_size, size)
+    batches = [[batch] * (closings + 1)] * pack
+    rest = ([start] * pack, list(range(pack)), batches, config.optimizer)
+    proximal = config.federation.proximal
+    with based_on(layers, bases):
+        return train_pack(model, layers, shape, *rest, lr=1.0, seed=0, pad=0, proximal=proximal)
+
+
+def _evaluate(
+    config: Config,
+    skeleton: Skeleton,
+    model: Any,
+    layers: Mapping[str, PackLinear],
+    bases: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
+    size: Lengths,
+) -> None:
+    """One shard of held-out rows, and of questions to answer where they are asked for."""
+    evaluation = config.evaluation
+    changes = {name: Change(dense=weight) for name, weight in bases.items()}
+    with global_model(layers, skeleton.shape, changes, heads):
+        predicted(model, _batch(skeleton.shape, evaluation.batch_size, size))
+        if evaluation.generate:
+            rows = min(evaluation.batch_size, evaluation.generate)
+            ids = torch.zeros(rows, size.prompt + evaluation.max_new_tokens, dtype=torch.int64)
+            with torch.inference_mode():
+                model.base_model(input_ids=ids, use_cache=True)
+
+
+def _batch(shape: ModelShape, rows: int, size: Lengths) -> dict[str, Tensor]:
+    """Rows as long as the longest, with as many labels as any has; or images."""
+    if size.side:
+        pixels = torch.zeros(rows, 3, size.side, size.side)
+        return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.int64)}
+    ids = torch.zeros(rows, size.tokens, dtype=torch.int64)
+    if shape.head:
+        return {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.zeros(rows, dtype=torch.int64)}
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -size.labels :] = 0
+    return {"input_ids": ids, "labels": labels}
+
+
+def _closed_beyond(config: Config, shape: ModelShape, start: Start, steps: int) -> int:
+    """Bytes of the closed blocks of one client that were not walked."""
+    closings = closed_blocks(start, steps)
+    if start.subspace is None or closings <= _PERIODS:
+        return 0
+    ranks = ((min(t.m, t.n, k * start.subspace.rank) for k in (closings, _PERIODS)) for t in shape.targets)
+    return sum(4 * (t.m + t.n) * (all_ - walked) for t, (all_, walked) in zip(shape.targets, ranks, strict=True))
+
+
+def _heap_peak(events: Sequence[Event]) -> int:
+    """The heap's largest size over three rounds of the same; a round's results live until the next one has its own."""
+    heap, left = Heap(), set[tuple[int, int]]()
+    for turn in range(3):
+        before = left.copy()
+        for number, size in events:
+            if size < 0:
+                heap.give((turn, number))
+                left.discard((turn, number))
+            else:
+                heap.take((turn, number), size)
+                left.add((turn, number))
+        for key in before:
+            heap.give(key)
+        left -= before
+    return heap.peak
+
+
+def _built(skeleton: Skeleton) -> tuple[nn.Module, dict[str, PackLinear]]:
+    """The model on the meta device as a worker has it: tied, frozen, its targets ready for packs."""
+    model = ruled(build(skeleton.hf_config, skeleton.kind), skeleton).requires_grad_(False)
+    for alias, name in skeleton.tied.items():
+        path, _, leaf = alias.rpartition(".")
+        model.get_submodule(path).register_parameter(leaf, model.get_parameter(name))
+    return model, install(model, skeleton.shape)
+
+
+@contextmanager
+def _meta_model(config: Config) -> Iterator[None]:
+    plain = config.resources.deterministic and config.resources.gpus_per_worker
+    with nullcontext() if plain else FusedAttention():
+        yield

@@ -1,0 +1,117 @@
+"""What was run and what came of it, in short: facts of one run, a table of several."""
+
+from __future__ import annotations
+
+from rayfed_sub.core.text import UNREAD, count, duration, megabytes, published_name, score
+from rayfed_sub.data.dataset import too_long
+from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
+from rayfed_sub.reports.page import Cell, Facts, Section, Table, cell
+from rayfed_sub.reports.run_reader import Run, Runs
+
+_SPLITS = {"train": "training", "validation": "validation", "held_out": "held-out"}
+
+
+def results(runs: Runs) -> Section:
+    """One run: what was run and how it ended.  Several: a row of each."""
+    if len(runs) == 1:
+        return Section("Result", [Facts(_facts(run)) for run in runs.values()])
+    return Section("Results", [_table(runs)])
+
+
+def state(run: Run) -> str:
+    """How far a run is."""
+    planned = run.config.federation.rounds
+    if run.summary:
+        again = f", taken up again {count('time', len(run.resumed))}" if run.resumed else ""
+        return f"finished: {count('round', run.done)}{again}"
+    return f"not finished: {run.done:,} of {f'{planned:,}' if planned else '?'} rounds so far"
+
+
+def _facts(run: Run) -> dict[str, str]:
+    config, federation = run.config, run.config.federation
+    cohort = f", {federation.cohort:,} in a round" if federation.cohort != federation.clients else ""
+    found = {"state": state(run)}
+    scores = shown_scores({run.config.name: run})
+    for metric in scores:
+        if published_name(metric) not in scores:
+            found[score(published_name(metric))] = UNREAD
+        values = overall(run, metric)
+        found[score(metric)] = change(metric, values.tolist(), values.index.tolist())
+    if config.model.dtype != "float32":
+        found["scores are of"] = f"the {config.model.dtype} model"
+    found |= {
+        "method": _method(run),
+        "model": f"{config.model.path}, {config.model.dtype}",
+        "task": config.task.name,
+        **_rows(run),
+        "clients": f"{federation.clients:,}{cohort}",
+        "local steps": _steps(run),
+        "partition": config.federation.partition.kind,
+    }
+    if run.done:
+        found["sent up"] = _bytes(run, "uplink_bytes")
+        found["sent down"] = _bytes(run, "downlink_bytes")
+        seconds, training = run.rounds["seconds"].sum(), run.rounds["train_seconds"].sum()
+        found["time in rounds"] = f"{duration(seconds)}, {duration(training)} of it training"
+    if run.rounds["epsilon"].notna().any():
+        found["privacy"] = f"epsilon {run.rounds['epsilon'].max():.3g} at delta {config.privacy.delta:g}"
+        if (whole := run.summary.get("privacy")) is not None:
+            by = f"by {whole['accountant']} ({whole['epsilon_rdp']:.3g} by RDP)"
+            found["privacy"] += f", {by}, noise {whole['noise']:g}"
+    if "weights_sha256" in run.summary:
+        found["weights_sha256"] = str(run.summary["weights_sha256"])
+    return found | {"seed": str(config.seed)}
+
+
+def _rows(run: Run) -> dict[str, str]:
+    """The rows that are trained on and judged, and what became of those that are too long."""
+    if not run.rows:
+        return {}
+    kept = {name: run.rows.get(key) for key, name in _SPLITS.items()}
+    shown = {"rows": ", ".join(f"{count:,} {name}" for name, count in kept.items() if count)}
+    cuts = too_long(run.rows)
+    return shown | ({"rows beyond task.max_length": cuts} if cuts else {})
+
+
+def _method(run: Run) -> str:
+    rank = run.config.method.get("rank")
+    return run.method if rank is None else f"{run.method}, rank {rank}"
+
+
+def _steps(run: Run) -> str:
+    steps = run.config.federation.model_dump(mode="json")["local_steps"]
+    if isinstance(steps, dict):
+        return f"{steps['low']} to {steps['high']}"
+    return ", ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
+
+
+def _bytes(run: Run, direction: str) -> str:
+    yardstick = {"uplink_bytes": "dense_bytes", "downlink_bytes": "dense_downlink_bytes"}[direction]
+    total, dense = int(run.rounds[direction].sum()), run.summary.get(yardstick)
+    if not dense or not total:
+        return megabytes(total)
+    share = f"{dense / total:.1f} times less than" if total < dense else f"{total / dense:.1f} times"
+    return f"{megabytes(total)}, {share} the {megabytes(dense)} of dense target weights"
+
+
+def _table(runs: Runs) -> Table:
+    scores = [metric for metric in shown_scores(runs) if metric in AGAINST_BYTES]
+    called = [score(metric).partition(" (")[0] for metric in scores]
+    heads = ["run", "method", "rank", *called, "up (MB)", "down (MB)", "time in rounds (s)", "state", "rounds"]
+    heads += ["clients", "in a round", "local steps", "seed", "rows cut", "rows dropped", "weights"]
+    rows: list[list[Cell | str]] = []
+    for name, run in runs.items():
+        federation, rank = run.config.federation, run.config.method.get("rank")
+        values = [overall(run, metric) for metric in scores]
+        rows.append(
+            [
+                *(name, run.method, cell(rank if isinstance(rank, int) else None)),
+                *(cell(found.iloc[-1] if len(found) else None) for found in values),
+                *(cell(run.rounds[way].sum() / 1e6) for way in ("uplink_bytes", "downlink_bytes")),
+                *(cell(run.rounds["seconds"].sum()), "finished" if run.summary else "not finished", cell(run.done)),
+                *(cell(federation.clients), cell(federation.cohort), _steps(run), cell(run.config.seed)),
+                *(cell(run.rows.get(name)) for name in ("cut", "dropped")),
+                str(run.summary.get("weights_sha256", "-"))[:12],
+            ]
+        )
+    return Table("A row for each run; scores as at its last evaluation.", heads, rows)

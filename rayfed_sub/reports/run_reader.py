@@ -1,0 +1,140 @@
+"""What a run left behind, read from its folder: of a finished run, of one that goes on, of one that was cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rayfed_sub.config.loading import stored_config
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.text import first_distinct
+
+_COLUMNS = {
+    "rounds": (
+        *("round", "clients", "failed", "loss", "held_out_loss", "uplink_bytes", "downlink_bytes", "labels"),
+        *("change_rank", "epsilon", "train_seconds", "seconds", "retries", "memory_bytes"),
+    ),
+    "clients": (
+        *("round", "client", "weight", "uplink_bytes", "downlink_bytes", "loss", "loss_last", "labels", "steps"),
+        *("periods", "failure"),
+    ),
+    "scores": ("rounds", "client", "metric", "value", "count"),
+    "layers": (
+        *("round", "layer", "clients", "norm", "rank", "rank_sum", "stable_rank", "effective_rank", "truncated"),
+        *("cross_term", "overlap", "agreement", "drift", "accumulated", "server_rank", "spectrum", "full_rank"),
+    ),
+    "client_layers": (
+        *("round", "client", "layer", "norm", "rank", "stable_rank", "effective_rank", "cosine", "distance"),
+        *("turned", "gradient_energy", "gradient_rank", "spectrum"),
+    ),
+    "packs": ("round", "pack", "clients", "first", "worker", "began", "seconds", "attempts", "trouble"),
+}
+"""The tables of a run folder and their columns; one that a run lacks is empty, and full of missing values."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it.
+
+    The columns of each table are those of the run's records; values may be missing (NaN) in any of them.  summary:
+    summary.json, empty where the run is not finished.  resumed: the rounds with which it was taken up again.  rows: the
+    task's `Census`, empty for runs of older versions.
+    """
+
+    folder: Path
+    config: Config
+    summary: Mapping[str, Any]
+    rounds: pd.DataFrame
+    clients: pd.DataFrame
+    scores: pd.DataFrame
+    layers: pd.DataFrame
+    client_layers: pd.DataFrame
+    packs: pd.DataFrame
+    versions: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    resumed: tuple[int, ...]
+    rows: Mapping[str, int]
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+        return str(self.config.method["name"])
+
+    @property
+    def done(self) -> int:
+        """Rounds that are finished."""
+        return len(self.rounds)
+
+
+Runs = Mapping[str, Run]
+"""Runs by what the report calls them, in the order in which they were asked for."""
+
+
+def read_run(folder: Path, called: str | None = None) -> Run:
+    """The run in a folder, as far as it went.  called: the folder as people call it, where that is not its path.
+
+    Raises UserError where there is none, or where it cannot be read.
+    """
+    if not (folder / "config.yaml").is_file():
+        sweep = (folder / "sweep.yaml").is_file()
+        advice = f"a sweep's own report is {folder / 'report.html'}" if sweep else "check the path"
+        raise UserError("RUN", str(folder), "the folder of a run (it has a config.yaml)", advice)
+    try:
+        config = stored_config(folder)
+        log = _log(folder / "log.jsonl")
+        summary = _summary(folder / "summary.json")
+        tables = {name: _table(folder / f"{name}.parquet", columns) for name, columns in _COLUMNS.items()}
+    except (ValueError, OSError) as error:  # UserError is a ValueError; so are pyarrow's and json's
+        raise UserError("RUN", str(folder), "a run folder that this version can read", str(error)) from None
+    first = next((entry for entry in log if entry["event"] == "started"), {})
+    if not summary:  # the log is ahead of the tables, which are written with the checkpoints
+        told = {entry["round"]: entry for entry in log if entry["event"] == "round"}
+        if len(told) > len(tables["rounds"]):
+            tables["rounds"] = _framed(list(told.values()), _COLUMNS["rounds"])
+    if tables["scores"].empty and first.get("scores"):
+        tables["scores"] = _framed([{"rounds": 0, **score} for score in first["scores"]], _COLUMNS["scores"])
+    return Run(
+        folder=Path(called or folder),
+        config=config,
+        summary=summary,
+        **tables,
+        versions=summary.get("versions") or first.get("versions") or {},
+        environment=summary.get("environment") or first.get("environment") or {},
+        resumed=tuple(entry["round"] for entry in log if entry["event"] == "resumed"),
+        rows=summary.get("rows") or first.get("rows") or {},
+    )
+
+
+def named(runs: Sequence[Run]) -> dict[str, Run]:
+    """Each run by its name, its method, or as much of its folder's path as tells it from the others."""
+    parts = [run.folder.resolve().parts for run in runs]
+    longest = max(map(len, parts))
+    tails = (["/".join(path[-length:]) for path in parts] for length in range(1, longest + 1))
+    names = first_distinct([[run.config.name for run in runs], [run.method for run in runs], *tails])
+    return dict(zip(names, runs, strict=True))
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    """The log's whole lines; a last one that is being written does not count."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    return (pd.read_parquet(path) if path.is_file() else pd.DataFrame()).reindex(columns=list(columns))
+
+
+def _framed(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows).reindex(columns=list(columns))
+    numbers = [name for name in columns if name not in ("metric", "failure")]
+    return frame.astype({name: "float64" for name in numbers if frame[name].dtype == object})

@@ -1,0 +1,1 @@
+"""The part of a run that needs Ray: session, coordinator, workers, scheduling."""

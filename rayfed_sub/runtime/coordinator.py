@@ -1,0 +1,473 @@
+"""The server: an actor that owns the global state and walks the rounds.
+
+One round reads like the paper's algorithm: sample clients, broadcast, train packs, fold in order, finish, evaluate.
+Workers never call the coordinator; the caller only reads the stream of records that `run_round` yields.  Whatever dies,
+the newest checkpoint in the run folder is where a new coordinator goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+import torch
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.arrays import Packed, checksum, packed, unpacked
+from rayfed_sub.core.errors import RunError
+from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
+from rayfed_sub.core.types import Change, Client, Fold, ModelShape, ServerState, Tensors, Update
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.diagnostics import client_diagnostics
+from rayfed_sub.diagnostics.client_diagnostics import Looked
+from rayfed_sub.diagnostics.server_change import moved_rank
+from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.methods.downloads import downloaded
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.methods.server_optimizers import Noise, advance, mixes, nova_factor
+from rayfed_sub.models.weights import target_weights
+from rayfed_sub.planning import sampling
+from rayfed_sub.privacy import mechanism
+from rayfed_sub.privacy.accountant import spent
+from rayfed_sub.runtime import held_out, object_store
+from rayfed_sub.runtime.held_out import JudgedModel
+from rayfed_sub.runtime.round_metrics import Tally
+from rayfed_sub.runtime.scheduler import Crew, Done, Piece, in_order
+from rayfed_sub.runtime.worker import PackedUpdate, PackOutcome, Worker, broadcast_of
+from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.ledger import Ledger
+from rayfed_sub.telemetry.environment import environment, merged
+from rayfed_sub.telemetry.events import PackDone, RoundDone
+from rayfed_sub.telemetry.process_memory import PeakMemory, give_back
+from rayfed_sub.training.client_errors import not_finite
+
+_CLAIM_SECONDS = 60.0
+_RETRY_SECONDS = 0.2
+_START_SECONDS = 1800.0  # a cluster that has to grow boots and installs new machines first
+
+
+@dataclass(frozen=True)
+class Shared:
+    """References into the object store, owned by the process that started the run, so that they outlive the
+    coordinator.  A record, because Ray would replace bare references in a call by what they refer to."""
+
+    spec: Any
+    backbone: Any
+    dataset: Any
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Results of a round's training besides the ledger.  moved: by target that diagnostics look at, the rank of the
+    server's own change, and how far the weight has come since it was pretrained, |W - W0| / |W0|; empty in a round that
+    they do not look at."""
+
+    tally: Tally
+    seconds: float
+    moved: dict[str, tuple[int, float]]
+    packs: list[PackRow]
+    layers: tuple[CohortLayer, ...]
+    client_layers: tuple[ClientLayer, ...]
+
+
+class Coordinator:
+    """Wrapped by `ray.remote(num_cpus=0, concurrency_groups={"aside": 1})`: one thread does all the arithmetic, another
+    answers in the middle of a round."""
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        shape: ModelShape,
+        transposed: frozenset[str],
+        shared: Shared,
+        folder: Path,
+        noise: float | None,
+    ) -> None:
+        self._memory = PeakMemory()
+        self._config, self._method, self._shape, self._shared = config, method, shape, shared
+        self._folder, self._noise = folder, noise
+        self._workers = [self._worker() for _ in range(config.resources.workers)]
+        self._crew = Crew(self._workers, config.resources.deadline)
+        self._dataset: Dataset = ray.get(shared.dataset)
+        arrays: Packed = ray.get(shared.backbone)
+        self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
+        self._backbone, self._transposed = unpacked(arrays), transposed
+        self._home: dict[int, int] = {}
+        self._answers: list[tuple[dict[str, str], dict[str, Any]]] = []  # versions and machine of each worker
+        self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
+
+    def _worker(self) -> Any:
+        resources, shared = self._config.resources, self._shared
+        options = worker_options(resources.cpus_per_worker, resources.gpus_per_worker)
+        actor = ray.remote(Worker).options(**options)
+        return actor.remote(shared.spec, shared.backbone, shared.dataset, resources.gpus_per_worker)
+
+    def _initial(self) -> ServerState:
+        return self._method.init_server(self._pretrained(self._shape), self._shape, self._config.seed)
+
+    def _pretrained(self, shape: ModelShape) -> Tensors:
+        """The layers' weights as a run begins with them; copies where the backbone is not float32."""
+        return target_weights(shape, self._transposed, self._backbone)
+
+    def start(self) -> int:
+        """Takes up the newest checkpoint, if there is one, and waits until every worker has mapped the backbone; the
+        number of rounds that are finished already.
+
+        Raises RunError where another run is at work in the folder, and where a worker cannot start; one that is killed
+        meanwhile is brought back by Ray."""
+        torch.set_num_threads(self._config.resources.threads)  # of this thread
+        # The coordinator of a run that was killed may still be writing.
+        self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
+        memory = self._config.resources.state_memory
+        self._ledger = Ledger(self._folder, memory, self._initial, object_store.put, object_store.get)
+        asked, until = {worker.ready.remote(): worker for worker in self._workers}, time.monotonic() + _START_SECONDS
+        while asked:
+            done, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            if not done:
+                late = f"{len(asked)} of {len(self._workers)} workers not ready"
+                raise RunError("start", f"{late} in {_START_SECONDS:.0f} s")
+            worker = asked.pop(done[0])
+            try:
+                self._answers.append(ray.get(done[0]))
+            except ActorUnavailableError:
+                time.sleep(_RETRY_SECONDS)
+                asked[worker.ready.remote()] = worker
+            except RayError as error:
+                raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
+        return self._ledger.standing.server.round
+
+    def surroundings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Versions, and what the bits depend on besides, of the workers; after `start`."""
+        versions, machines = zip(*self._answers, strict=True)
+        return merged(versions), environment(self._config, machines)
+
+    @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
+    def alive(self) -> None:
+        """Answers."""
+
+    @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
+    def halt(self) -> int:
+        """From here on no round is finished any more; the number of those that are."""
+        return self._ledger.halt()
+
+    @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
+    def checkpoint(self) -> None:
+        """A checkpoint of the last finished round.  Raises RunError where the disk is full, and where the broadcast, in
+        whose memory the server's tensors lie, was written to."""
+        self._verify_broadcast()
+        self._ledger.checkpoint()
+
+    def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
+        """Round n, counted from 0; it can be asked for again as long as it has not reached its evaluation."""
+        finished = self._ledger.standing.server.round
+        assert n == finished, f"round {n} asked of a server that has finished {finished}"
+        began = time.perf_counter()
+        config, cohort = self._config, sampling.cohort(self._config, n)
+        down = self._download_bytes(cohort)
+        due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
+        trained = yield from self._trained(n, cohort, down, began, due)
+        if trained is None:
+            return  # the run is being interrupted
+        tally, moved = trained.tally, trained.moved
+        scores = self.scores() if due else ()
+        row = RoundRow(
+            round=n,
+            clients=len(cohort),
+            failed=tally.failed,
+            loss=tally.loss,
+            held_out_loss=overall(scores).get("held_out_loss"),
+            uplink_bytes=tally.uplink_bytes,
+            downlink_bytes=sum(down.values()),
+            labels=tally.labels,
+            change_rank=statistics.median(rank for rank, _ in moved.values()) if moved else None,
+            epsilon=spent(config, self._noise, n + 1) if due else None,  # it takes most of a second
+            train_seconds=trained.seconds,
+            retries=sum(pack.attempts - 1 for pack in trained.packs),
+            memory_bytes=self._memory_now(),
+            seconds=time.perf_counter() - began,
+        )
+        if due:  # the workers have read shared memory once more
+            self._verify()
+        yield RoundDone(row, tuple(tally.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
+
+    def _trained(
+        self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
+    ) -> Generator[PackDone, None, _Trained | None]:
+        """The round up to its commit; None where the run is being interrupted.  A call of its own, because the sum and
+        the last server must be gone before the next broadcast comes.  due: whether an evaluation follows."""
+        config, method, shape = self._config, self._method, self._shape
+        broadcast = self._broadcast()
+        standing, size = self._ledger.standing, config.resources.pack_size
+        packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
+        watched = client_diagnostics.watched(config.diagnostics, n, config.federation.rounds or 0, cohort)
+        pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
+
+        total, trained, tally = self._zero(), {}, Tally(n, len(cohort), began)
+        ranks: dict[str, int | None] = dict.fromkeys(self._looked_at(n), 0)
+        pack_rows, looks = list[PackRow](), list[Looked]()
+        for done in in_order(self._crew, pieces, f"round {n}, local training"):
+            outcome: PackOutcome = done.result
+            pack_rows.append(_pack_row(n, packs[done.index], done))
+            looks += map(client_diagnostics.kept, outcome.looks)
+            for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
+                self._home[client] = done.worker
+                if sent.failure is not None or state is None:
+                    tally.add(self._skipped(n, sent, down[client]))
+                    continue
+                update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
+                total = method.fold(total, update, shape)
+                for name, so_far in ranks.items():
+                    own = client_diagnostics.sent_rank(update.tensors, name)
+                    ranks[name] = None if own is None or so_far is None else so_far + own
+                tally.add(_row(n, sent, update.wire_bytes, down[client]))
+                self._ledger.add(client, state)
+                trained[client] = state.round
+            yield tally.told()
+        self._verify()
+
+        before, after = standing.server, method.finish(standing.server, total, shape)
+        factor, noise = self._rule(n, tally.rows, total.weight)
+        after, memory = advance(config.server, before, after, standing.memory, factor, noise)
+        _check_finite(after, n)
+        if not self._ledger.commit(after, memory, trained):
+            return None
+        seconds = time.perf_counter() - began
+        moved = self._moved(before, ranks, due)
+        return _Trained(tally, seconds, moved, pack_rows, *client_diagnostics.rows(n, shape, looks, moved))
+
+    def scores(self) -> tuple[Score, ...]:
+        """The current model's; of its answers too before training and after it."""
+        judged = (self._crew, self._config, self._dataset, self._model())
+        ends = self._ledger.standing.server.round in (0, self._config.federation.rounds)
+        return (*held_out.scores(*judged), *(held_out.answer_scores(*judged) if ends else ()))
+
+    def backbone_sum(self) -> str:
+        """A sum over the model's weights as they were loaded, in hex.  Vectors are left out: the rotary frequencies
+        among them are computed, and may end in another bit with another version of torch."""
+        return f"{checksum({name: own for name, own in self._backbone_arrays.items() if own[1].ndim > 1}):016x}"
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over everything learned: effective target weights, the server's tensors, personal clients' states."""
+        digest = hashlib.sha256()
+        standing = self._ledger.standing
+        for name, weight in self._effective(standing.server):
+            digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+        for name in sorted(standing.server.tensors):
+            digest.update(name.encode() + standing.server.tensors[name].contiguous().numpy().tobytes())
+        for client in sorted(standing.states) if self._method.personal else ():
+            _, reference = cast(Any, self._ledger.stored(client))
+            for name, tensor in sorted(unpacked(object_store.get(reference).tensors).items()):
+                digest.update(f"{client}/{name}".encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def peak_memory(self) -> int:
+        """Bytes: the sum of the peaks, each as sampled, of this process and of the workers that answer."""
+        return self._memory.peak + sum(peak for _, peak in self._workers_memory(30))
+
+    def _memory_now(self) -> int | None:
+        """Bytes as last sampled, of this process and its workers; None where one of them does not answer."""
+        told = self._workers_memory(1)
+        return self._memory.last + sum(last for last, _ in told) if len(told) == len(self._workers) else None
+
+    def _workers_memory(self, seconds: float) -> list[tuple[int, int]]:
+        """What the workers say that answer within so many seconds."""
+        asked = [worker.memory.remote() for worker in self._workers]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
+        return [told for reference in answered if (told := _told(reference)) is not None]
+
+    @property
+    def _private(self) -> bool:
+        return self._config.privacy.clip is not None
+
+    def _zero(self) -> Fold:
+        """The empty sum; with privacy it holds an update at rest, so that noise is released for an empty cohort too."""
+        method, shape, server = self._method, self._shape, self._ledger.standing.server
+        total = method.zero(server, shape)
+        if not self._private:
+            return total
+        return method.fold(total, mechanism.at_rest(method, server, shape, self._config.seed), shape)
+
+    def _rule(self, n: int, rows: Sequence[ClientRow], weight: float) -> tuple[float, Noise | None]:
+        """What `advance` does to the mean change besides the server's own rule: a factor, and noise by tensor.
+
+        weight: the sum's.  The fixed denominator of privacy is the expected cohort."""
+        federation, private = self._config.federation, self._config.privacy
+        if private.clip is not None and self._noise is not None:
+            deviation = self._noise * private.clip / federation.cohort
+            return weight / federation.cohort, partial(mechanism.noise, self._config.seed, n, deviation)
+        return self._nova_factor(n, rows) if federation.normalise_steps else 1.0, None
+
+    def _nova_factor(self, n: int, rows: Sequence[ClientRow]) -> float:
+        """The rows' weights are already per length; w_k is that times the length."""
+        trained = [row for row in rows if row.failure is None]
+        lengths = [sampling.local_length(self._config, n, row.client) for row in trained]
+        weights = [row.weight * length for row, length in zip(trained, lengths, strict=True)]
+        return nova_factor(weights, lengths) if trained else 1.0
+
+    def _skipped(self, n: int, sent: PackedUpdate, down: int) -> ClientRow:
+        """The row of a client that failed.  Raises RunError where the configuration does not let it be skipped."""
+        cause = str(sent.failure)
+        if self._config.federation.on_client_failure == "stop":
+            raise client_failed(cause, n, sent.client)
+        return _row(n, sent, 0, down)
+
+    def _model(self) -> JudgedModel:
+        stored = self._ledger.stored if self._method.personal else None
+        return JudgedModel(self._ledger.standing.server.round, self._broadcast(), stored)
+
+    def _broadcast(self) -> Any:
+        """The current broadcast in the object store; training and evaluation of one state share it."""
+        if self._sent is None or self._sent[0] != self._ledger.standing.server.round:
+            self._sent = None  # let go of the last one first
+            give_back()
+            self._sent = self._put()
+            give_back()
+        return self._sent[1]
+
+    def _put(self) -> tuple[int, Any, int]:
+        """Puts the broadcast into the object store.  Tensors of the server that are sent as they are lie there alone
+        from then on."""
+        server = self._ledger.standing.server
+        tensors = broadcast_of(self._config, self._method, server)
+        arrays = packed(tensors)
+        reference = ray.put(arrays)
+        stored = unpacked(ray.get(reference))
+        own = [name for name, tensor in tensors.items() if tensor is server.tensors.get(name)]
+        self._ledger.move({name: stored[name] for name in own})
+        return server.round, reference, checksum(arrays)
+
+    def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
+        """Wire bytes to every client of the cohort, given when it last took part."""
+        states, server = self._ledger.standing.states, self._ledger.standing.server
+        mixed = mixes(self._config.server, self._config.privacy)
+        down = {}
+        for client in cohort:
+            who = Client(client, self._config.seed)
+            since = states.get(client, 0) - 1  # a state is for the round after the one that made it
+            down[client] = downloaded(
+                self._method, server, self._shape, who, since, learned=self._learned(), mixed=mixed
+            )
+        return down
+
+    def _learned(self) -> bool:
+        """True where a round has moved the server: one in which somebody trained, or, under mechanism, any one, by its
+        noise."""
+        standing = self._ledger.standing
+        return standing.server.round > 0 and (self._private or bool(standing.states))
+
+    def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> Piece:
+        home = self._home.get(clients[0], index % len(self._workers))
+        lr = sampling.learning_rate(self._config, n)
+
+        def submit(worker: Any) -> Any:  # states come to memory when their turn has come
+            states = [self._ledger.stored(client) for client in clients]
+            return worker.train.remote(n, clients, states, broadcast, lr, watched)
+
+        return Piece(submit, home, f"clients {clients[0]}-{clients[-1]}", _sound)
+
+    def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:
+        changes = self._method.model(server, self._shape)
+        for layer in self._shape.targets:
+            change: Change = changes[layer.name]
+            weights = self._pretrained(ModelShape((layer,)))
+            yield layer.name, change.apply(weights[f"{layer.name}/weight"])
+
+    def _looked_at(self, n: int) -> list[str]:
+        """The targets whose change of round n at the server diagnostics look at; none where every client has a model
+        of its own, and the server's is the pretrained one."""
+        asked = self._config.diagnostics
+        if self._method.personal or not client_diagnostics.due(asked, n, self._config.federation.rounds or 0):
+            return []
+        return [layer.name for layer in client_diagnostics.spaced(self._shape.targets, asked.layers)]
+
+    def _moved(
+        self, before: ServerState, ranks: Mapping[str, int | None], evaluated: bool
+    ) -> dict[str, tuple[int, float]]:
+        """See `_Trained`.  ranks: by target that is looked at, the summed rank of the round's updates, if they came as
+        factors: what the server's change cannot exceed where it is their mean.  A dense change of no expected rank
+        takes seconds a large layer, and is looked at in rounds that are evaluated alone."""
+        then, now = (self._method.model(server, self._shape) for server in (before, self._ledger.standing.server))
+        mixed = mixes(self._config.server, self._config.privacy)
+        moved = {}
+        for layer in self._shape.targets:
+            if layer.name not in ranks:
+                continue
+            pretrained = self._pretrained(ModelShape((layer,)))[f"{layer.name}/weight"]
+            old, new, expected = then[layer.name], now[layer.name], None if mixed else ranks[layer.name]
+            if new.dense is not None and expected is None and not evaluated:
+                continue
+            after = new.apply(pretrained)
+            far = torch.dist(after, pretrained) / pretrained.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            moved[layer.name] = moved_rank(old, new, pretrained, after, expected), float(far)
+        return moved
+
+    def _verify(self) -> None:
+        """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
+        if checksum(self._backbone_arrays) != self._backbone_sum:
+            at = self._ledger.standing.server.round
+            raise RunError("shared memory", "the backbone's bytes changed", round=at, resume=None)
+        self._verify_broadcast()
+
+    def _verify_broadcast(self) -> None:
+        sent = self._sent
+        if sent is not None and checksum(ray.get(sent[1])) != sent[2]:
+            at = self._ledger.standing.server.round
+            raise RunError("shared memory", "the broadcast's bytes changed", round=at, resume=None)
+
+
+def _told(reference: Any) -> Any:
+    try:
+        return ray.get(reference, timeout=30)
+    except RayActorError:  # a worker that died at the very end must not cost the finished run
+        return None
+
+
+def _pack_row(n: int, pack: Sequence[int], done: Done) -> PackRow:
+    # Ray's answers are timed by a clock that has no date.
+    began = time.time() - (time.monotonic() - done.began)
+    trouble = "; ".join(dict.fromkeys(done.troubles)) or None
+    seconds, attempts = done.ended - done.began, len(done.troubles) + 1
+    return PackRow(n, done.index, len(pack), pack[0], done.worker, began, seconds, attempts, trouble)
+
+
+def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
+    """Ray's options of a worker: a restart brings it back empty, and the coordinator alone decides what runs again."""
+    return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
+
+
+def _sound(outcome: PackOutcome) -> bool:
+    return all(update.failure is None for update in outcome.updates)
+
+
+def _row(n: int, sent: PackedUpdate, up: int, down: int) -> ClientRow:
+    measured: dict[str, Any] = dict(sent.metrics)
+    return ClientRow(n, sent.client, sent.weight, up, down, **measured, failure=sent.failure)
+
+
+def _check_finite(server: ServerState, n: int) -> None:
+    failure = not_finite(server.tensors)
+    if failure is not None:
+        advice = "lower optimizer.lr and begin anew in another folder"
+        raise RunError("aggregation", f"{failure}; {advice}", round=n, resume=None)
+
+
+def client_failed(cause: str, n: int, client: int) -> RunError:
+    """The end of a run whose configuration does not let a failed client be skipped.
+
+    A client fails in the same way when the run goes on from its checkpoint.  Skipping mends what is wrong with one
+    client's data; a learning rate at which losses overflow is everybody's.
+    """
+    skip = "federation.on_client_failure=skip"
+    if "finite" in cause:
+        advice = f"lower optimizer.lr and begin anew in another folder; {skip} would leave such clients out"
+        return RunError("local training", f"{cause}; {advice}", round=n, client=client, resume=None)
+    return RunError("local training", f"{cause}; {skip} would go on without it", round=n, client=client, resume=(skip,))

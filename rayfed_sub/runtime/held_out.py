@@ -1,0 +1,84 @@
+"""Held-out evaluation by the workers, on fixed shards, folded in order: the same numbers for any number of workers.
+
+Methods with one model for all are judged on shards of the chosen rows.  Where every client has a model of its own, each
+row is judged by the client whose data it is like (`Dataset.held_out_clients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.schemas import Score
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.evaluation.scores import label_scores, text_scores, token_scores
+from rayfed_sub.planning.sampling import judged_rows
+from rayfed_sub.runtime.scheduler import Crew, Piece, in_order
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class JudgedModel:
+    """The model to judge: the broadcast of finished round `round`; stored: a client's stored state, for methods whose
+    clients have models of their own (None: one model for all)."""
+
+    round: int
+    broadcast: Any
+    stored: Callable[[int], Any] | None
+
+
+def scores(crew: Crew, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
+    """The scores of `evaluation.examples` held-out rows."""
+    shards = _shards(config, dataset, config.evaluation.examples, model)
+    done = _each(crew, shards, model, lambda worker: worker.evaluate, "held-out rows")
+    rows = [(int(dataset.held_out_clients[row]), verdict) for row, verdict in _by_row(shards, done)]
+    return list(label_scores(rows, dataset.class_names) if dataset.class_names else token_scores(rows))
+
+
+def answer_scores(crew: Crew, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
+    """The scores of the answers to `evaluation.generate` held-out questions; none where none are asked for."""
+    if not config.evaluation.generate:
+        return []
+    shards = _shards(config, dataset, config.evaluation.generate, model)
+    done = _each(crew, shards, model, lambda worker: worker.generate, "generated answers")
+    rows = [(int(dataset.held_out_clients[row]), told) for row, told in _by_row(shards, done)]
+    return list(text_scores(rows))
+
+
+def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Sequence[T]]) -> Iterator[tuple[int, T]]:
+    """Each held-out row with what was found for it."""
+    pairs = zip(shards, done, strict=True)
+    return ((row, found) for (_, rows), all_found in pairs for row, found in zip(rows, all_found, strict=True))
+
+
+def _shards(config: Config, dataset: Dataset, most: int, model: JudgedModel) -> list[tuple[int | None, list[int]]]:
+    """(client or None, rows): the judged rows, cut into shards."""
+    chosen = judged_rows(config, len(dataset.held_out), most)
+    size = config.evaluation.batch_size
+    if model.stored is None:
+        return [(None, chosen[i : i + size]) for i in range(0, len(chosen), size)]
+    owned: dict[int, list[int]] = {}
+    for row in chosen:
+        owned.setdefault(int(dataset.held_out_clients[row]), []).append(row)
+    return [(k, rows[i : i + size]) for k, rows in sorted(owned.items()) for i in range(0, len(rows), size)]
+
+
+def _each(
+    crew: Crew,
+    shards: Sequence[tuple[int | None, list[int]]],
+    model: JudgedModel,
+    call: Callable[[Any], Any],
+    stage: str,
+) -> list[Any]:
+    def piece(index: int, client: int | None, rows: list[int]) -> Piece:
+        def submit(worker: Any) -> Any:
+            state = None if client is None or model.stored is None else model.stored(client)
+            return call(worker).remote(model.round, rows, model.broadcast, client, state)
+
+        return Piece(submit, index % len(crew.workers), f"shard {index}")
+
+    pieces = [piece(index, client, rows) for index, (client, rows) in enumerate(shards)]
+    return [done.result for done in in_order(crew, pieces, stage)]

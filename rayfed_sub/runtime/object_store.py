@@ -1,0 +1,36 @@
+"""Tensors across process borders.
+
+The object store hands numpy arrays to every process of a node without copying them; torch tensors it would pickle.
+What comes out of it is shared by all readers and writable to torch, so shared tensors are guarded: by torch's own
+version counters in the process that uses them, and by a checksum of the bytes in the coordinator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rayfed_sub.core.arrays import PackedState
+
+_SMALL = 100_000
+"""Bytes of a state below which it travels by itself: Ray, too, sends objects of that size along with a call."""
+
+
+def put(state: PackedState) -> Any:
+    """What `get` gives the state back for: a reference into the object store, or, of a small one, itself in memory of
+    its own.  An object in the store costs most of a millisecond whatever its size; a view into one keeps all of it."""
+    if sum(array.nbytes for _, array in state.tensors.values()) < _SMALL:
+        return replace(state, tensors={name: (dtype, array.copy()) for name, (dtype, array) in state.tensors.items()})
+    import ray
+
+    return ray.put(state)
+
+
+def get(stored: Any, timeout: float | None = None) -> PackedState:
+    """The state behind what `put` gave.  Raises ray's GetTimeoutError after so many seconds."""
+    if isinstance(stored, PackedState):
+        return stored
+    import ray
+
+    state: PackedState = ray.get(stored, timeout=timeout)
+    return state

@@ -1,0 +1,53 @@
+"""A round's clients, counted and summed as they come in: after every pack for a display, at the end for the table."""
+
+from __future__ import annotations
+
+import time
+
+from rayfed_sub.core.schemas import ClientRow
+from rayfed_sub.telemetry.events import PackDone
+
+
+class Tally:
+    """rows: in the cohort's order.  failed: how many of them were skipped; labels, uplink_bytes: sums over all.
+
+    Sums are carried along: adding up all rows after every pack would take time that grows with the cohort's square.
+    """
+
+    def __init__(self, round: int, clients: int, began: float) -> None:
+        self.rows: list[ClientRow] = []
+        self.failed = self.uplink_bytes = 0
+        self._round, self._clients, self._began = round, clients, began
+        self._labels = self._losses = 0.0
+        self._with_loss = 0
+
+    def add(self, row: ClientRow) -> None:
+        """The next client's."""
+        self.rows.append(row)
+        self.failed += row.failure is not None
+        self.uplink_bytes += row.uplink_bytes
+        self._labels += row.labels
+        if row.loss is not None and row.failure is None:  # a client that diverged is in its own row alone
+            self._with_loss += 1
+            self._losses += row.loss
+
+    @property
+    def labels(self) -> int:
+        return int(self._labels)
+
+    @property
+    def loss(self) -> float | None:
+        """The mean over clients that were not skipped, each counting once, nats; None while nobody has one."""
+        return self._losses / self._with_loss if self._with_loss else None
+
+    def told(self) -> PackDone:
+        """As of now."""
+        return PackDone(
+            round=self._round,
+            clients_done=len(self.rows),
+            clients=self._clients,
+            loss=self.loss,
+            labels=self.labels,
+            seconds=time.perf_counter() - self._began,
+            uplink_bytes=self.uplink_bytes,
+        )

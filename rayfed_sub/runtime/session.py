@@ -1,0 +1,342 @@
+"""One run from configuration to summary: checks first, then Ray, then the coordinator's stream of records.
+
+The run folder is where a run goes on from, whatever ended it: a new coordinator after the last one died, or a new
+process after this one did, takes up the newest checkpoint, and the tables are cut to the rounds that it holds.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRefGenerator
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.arrays import Packed, packed
+from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.methods import METHODS
+from rayfed_sub.methods.downloads import dense_downloads
+from rayfed_sub.models.weights import load_weights
+from rayfed_sub.planning import job_plan
+from rayfed_sub.planning.job import Job, check_resources, prepare
+from rayfed_sub.privacy.accountant import account
+from rayfed_sub.runtime.answers import answer, stream_of
+from rayfed_sub.runtime.cluster import nodes
+from rayfed_sub.runtime.coordinator import Coordinator, Shared
+from rayfed_sub.runtime.live import Live
+from rayfed_sub.runtime.ray_session import joined, ray_session
+from rayfed_sub.runtime.worker import Spec
+from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.remote import Place, placed
+from rayfed_sub.storage.run_folder import RunFolder, check_data, check_free, create, new, reopen, summary_of, to_resume
+from rayfed_sub.telemetry.alert_log import Watch
+from rayfed_sub.telemetry.events import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
+from rayfed_sub.telemetry.process_memory import PeakMemory
+
+_LIVES = 5  # coordinators that may die in a row without a checkpoint between them
+
+Listener = Callable[[Stage | Notice | Started | PackDone | RoundDone], None]
+"""Is shown the journal's records as they come."""
+Finisher = Callable[[Place, Listener], None]
+"""Adds to the folder of a finished run what is not the run's own, such as its report."""
+
+
+def no_finisher(place: Place, tell: Listener) -> None:
+    """Adds nothing."""
+
+
+def run(
+    config: Config,
+    out: str | Path | None = None,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    finish: Finisher = no_finisher,
+) -> Summary:
+    """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
+
+    out: a path, or s3://bucket/path or gs://bucket/path, to which the files go as they come (storage/remote.py).
+    resume: go on with the run in `out` (default: the newest of this name) from its newest checkpoint, to the weights
+    that it would have had undisturbed; begins it where there is none, and returns the summary of one that is finished.
+    address: of a Ray cluster to join (`auto`: the one that this machine belongs to), by default that in the environment
+    variable RAY_ADDRESS.  Without either it uses the cluster that this process is connected to, or starts a local one
+    of its own and shuts it down again.
+    finish: called with the folder of a finished run before the folder is complete, e.g. to write a report into it.
+    Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
+    An interruption (Ctrl-C) leaves a checkpoint.
+    """
+    tell = listener or (lambda record: None)
+    if out is None:
+        return _run(config, None, tell, resume, address, finish)
+    with placed(out, tell, resume=resume) as place:
+        return _run(config, place, tell, resume, address, finish)
+
+
+def _run(
+    config: Config, place: Place | None, tell: Listener, resume: bool, address: str | None, finish: Finisher
+) -> Summary:
+    began = time.perf_counter()
+    old = to_resume(place, config.name) if resume else None
+    if resume and old is None:
+        tell(Notice("nothing to go on with: a new run begins"))
+    if place is not None and old is None:
+        check_free(place.path)
+    with joined(address):
+        check_resources(config, nodes())
+        tell(Stage("reading task and model"))
+        job = prepare(config)
+        if old is not None:
+            summary = summary_of(old.path, job.config)
+            check_data(old.path, job.dataset.fingerprint)
+            if summary is not None:
+                tell(Notice(f"{old.called()} is finished already"))
+                finish(old, tell)
+                return replace(summary, folder=old.called())
+        if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
+            job_plan.check(job, (old or place or Place(Path())).path)
+        folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
+        checkpoints.make(folder.path)
+        checkpoints.read(folder.path)  # a torn one is told before anything starts
+        folder.place.saved()
+        tell(Stage("starting Ray, loading weights"))
+        with _hinted(folder, job.config, tell), ThreadPoolExecutor(1) as pool:
+            loading, planned = [pool.submit(load_backbone, job)], pool.submit(job_plan.memory, job)
+            with ray_session():
+                # No name here may hold the weights for the whole run.
+                shared = Shared(ray.put(spec_of(job)), ray.put(loading.pop().result()), ray.put(job.dataset))
+                summary = carry_out(job, shared, folder, tell, began, lambda: _figure(planned, tell))
+        finish(folder.place, tell)
+    return summary
+
+
+def _figure(planned: Future[int], tell: Listener) -> int | None:
+    """What a finished run does not depend on, may fail: of a method of the user's own there may be no plan."""
+    error = planned.exception()
+    if error is None:
+        return planned.result()
+    tell(Notice(f"memory was not planned: {type(error).__name__}: {error}"))
+    return None
+
+
+def carry_out(
+    job: Job,
+    shared: Shared,
+    folder: RunFolder,
+    tell: Listener,
+    began: float,
+    planned: Callable[[], int | None] = lambda: None,
+) -> Summary:
+    """The job in its folder, from the newest checkpoint on, in the Ray session that there is; its summary, written.
+
+    began: `time.perf_counter()` then.  planned: bytes of memory.  Raises RunError where the run cannot go on.
+    """
+    with closing(PeakMemory()) as memory:
+        summary = _through_deaths(job, folder, shared, tell)
+        peak = summary.peak_memory_bytes + memory.peak
+        wall = time.perf_counter() - began
+        whole = replace(summary, wall_seconds=wall, peak_memory_bytes=peak, planned_memory_bytes=planned())
+        folder.write_summary(whole)
+    return whole
+
+
+@contextmanager
+def _hinted(folder: RunFolder, config: Config, tell: Listener) -> Iterator[None]:
+    """Add the command that takes the run up again to what ended it, where that would get further."""
+    try:
+        yield
+    except RunError as error:
+        cause = error.cause
+        if error.resume is not None and checkpoints.newest(folder.path) is not None:
+            cause = f"{cause}; {_resume(folder, config, error.resume)}"
+        raise RunError(error.stage, cause, round=error.round, client=error.client, resume=error.resume) from None
+    except KeyboardInterrupt:
+        tell(Notice(f"interrupted; {_resume(folder, config)}"))
+        raise
+
+
+def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
+    place, name = folder.place, str(config.method["name"])
+    own = [] if name in METHODS else [f"method.name={name}"]  # a class that only the folder names is not imported
+    words = ["rayfed-sub", "run", place.called("config.yaml"), *own, *overrides, "--out", place.called(), "--resume"]
+    return f"go on with: {shlex.join(words)}"
+
+
+def spec_of(job: Job) -> Spec:
+    """What the job's workers need to know."""
+    return Spec(job.config, job.method, job.skeleton, job.codec)
+
+
+def load_backbone(job: Job) -> Packed:
+    """The model's weights as they go into the object store."""
+    return packed(load_weights(job.config.model, job.skeleton, job.config.seed))
+
+
+def _through_deaths(job: Job, folder: RunFolder, shared: Shared, tell: Listener) -> Summary:
+    """The run under one coordinator after another, each from the newest checkpoint on."""
+    lives, reached = _LIVES, checkpoints.newest(folder.path)
+    while True:
+        coordinator = _coordinator(job, folder, shared)
+        try:
+            return _rounds(job, folder, coordinator, tell)
+        except RayActorError as error:
+            if error.actor_init_failed:
+                raise
+            cause = str(error).strip().splitlines()[-1].strip()
+            before, reached = reached, checkpoints.newest(folder.path)
+            lives = lives - 1 if reached == before else _LIVES - 1
+            if not lives:
+                raise RunError("coordinator", f"died {_LIVES} times without a checkpoint in between: {cause}") from None
+            tell(Notice(f"the coordinator died; another goes on from the last checkpoint ({cause})"))
+        finally:
+            ray.kill(coordinator)  # its workers are its children and go with it
+
+
+def _coordinator(job: Job, folder: RunFolder, shared: Shared) -> Any:
+    """The coordinator actor, on this node, where the run folder is."""
+    server = (job.config, job.method, job.skeleton.shape, job.skeleton.transposed)
+    parts = (*server, shared, folder.path.absolute(), job.noise)
+    actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=_here())(Coordinator)
+    return actor.remote(*parts)
+
+
+def _here() -> NodeAffinitySchedulingStrategy | PlacementGroupSchedulingStrategy:
+    """This node; in a trial of a sweep the first bundle of its placement group, which lies here, and from which the
+    workers are placed into the others."""
+    group = get_current_placement_group()
+    if group is None:
+        return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+    )
+
+
+def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Summary:
+    """Walks the rounds that are left, and writes tables and checkpoints; the summary without this process's time and
+    memory.  Raises RayActorError where the coordinator dies."""
+    config = job.config
+
+    def ask(name: str) -> Any:
+        return answer(coordinator, getattr(coordinator, name).remote(), name)
+
+    def follow(stream: ObjectRefGenerator, n: int) -> None:
+        """Reads a round to its end and notes its rows."""
+        for reference in stream_of(coordinator, stream, f"round {n}"):
+            record = answer(coordinator, reference, f"round {n}")
+            if isinstance(record, RoundDone):
+                folder.add(record)
+                live.add(record)
+            tell(record)
+            for symptom in watch.add(record) if isinstance(record, RoundDone) else ():
+                tell(Notice(symptom.text))
+
+    done = ask("start")
+    first = _beginning(done, folder, job, ask, tell)
+    targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
+    tell(Started(config, folder.place.called(), overall(first.scores), targets, done))
+    rounds, every = config.federation.rounds or 0, config.checkpoint.every
+    stream: ObjectRefGenerator | None = None
+    watch, live = Watch(folder, config), Live(folder, config)
+    try:
+        for n in range(done, rounds):
+            stream = coordinator.run_round.options(num_returns="streaming").remote(n)
+            follow(stream, n)
+            if n + 1 == rounds or (every and (n + 1) % every == 0):
+                folder.write_tables()
+                ask("checkpoint")
+                folder.place.saved()
+        return _summary(job, folder, first, ask, targets)
+    except (KeyboardInterrupt, RunError):
+        tell(Stage("stopping: a checkpoint first"))
+        with suppress(RunError, RayError):  # a full disk stays full: the first trouble is the one to tell
+            leave(folder, ask, lambda n: follow(stream, n) if stream is not None else None)
+        raise
+    finally:
+        live.close()
+
+
+def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], tell: Listener) -> Beginning:
+    """The beginning of the run: now, or in an earlier sitting, which is then cut to the `done` rounds that count.
+
+    Raises UserError where it began with other weights than the model has now."""
+    config, backbone = job.config, ask("backbone_sum")
+    versions, environment = ask("surroundings")
+    noise = {} if job.noise is None else {"noise": job.noise}  # another accountant might find another one
+    now: dict[str, Any] = {"versions": versions, "environment": {**environment, **noise}}
+    before = folder.beginning()
+    if before is None and not done:
+        tell(Stage("evaluating the initial model"))
+        rows, data = asdict(job.dataset.census), asdict(job.dataset.fingerprint)
+        beginning = Beginning(ask("scores"), **now, rows=rows, data=data, backbone=backbone)
+        folder.begin(beginning)
+        return beginning
+    if before is not None and before.backbone != backbone:
+        allowed = f"the weights with which the run in {folder.place.called()} began; these are others"
+        raise UserError("model.path", config.model.path, allowed, "restore them, or begin anew in another folder")
+    beginning = folder.go_on(done)
+    tell(Notice(f"going on after round {done} of {config.federation.rounds}"))
+    then = {**beginning.versions, **beginning.environment}
+    after = {**now["versions"], **now["environment"]}
+    other = [f"{name} {then.get(name)} then, {after[name]} now" for name in after if then.get(name) != after[name]]
+    if other:
+        tell(Notice(f"the bits may differ from an undisturbed run's: {'; '.join(other)}"))
+    return beginning
+
+
+def leave(folder: RunFolder, ask: Callable[[str], Any], follow: Callable[[int], None]) -> None:
+    """A checkpoint of the last finished round, and the tables up to it; follow: reads the rest of a round's stream.
+
+    A round that was finished but whose rows never came does not count: the checkpoint before it stands.
+    """
+    finished = ask("halt")
+    if folder.rounds.num_rows < finished:  # it ended while nobody listened
+        follow(finished - 1)
+    if folder.rounds.num_rows == finished:
+        folder.write_tables()
+        ask("checkpoint")
+
+
+def _summary(
+    job: Job,
+    folder: RunFolder,
+    first: Beginning,
+    ask: Callable[[str], Any],
+    targets: int,
+) -> Summary:
+    rows, config = folder.rounds.to_pylist(), job.config
+    before = overall(first.scores)
+    clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
+    return Summary(
+        name=config.name,
+        method=str(config.method["name"]),
+        rounds=len(rows),
+        weights_sha256=ask("weights_sha256"),
+        uplink_bytes=sum(row["uplink_bytes"] for row in rows),
+        downlink_bytes=sum(row["downlink_bytes"] for row in rows),
+        dense_bytes=sum(clients) * targets,
+        dense_downlink_bytes=dense_downloads(clients, failed, targets, private=config.privacy.clip is not None),
+        change_rank=rows[-1]["change_rank"],
+        wall_seconds=0.0,
+        train_seconds=sum(row["train_seconds"] for row in rows),
+        peak_memory_bytes=ask("peak_memory"),
+        metrics={f"{name}_before": value for name, value in before.items()} | overall(folder.scores(len(rows))),
+        versions=first.versions,
+        environment=first.environment,
+        privacy=account(config, job.noise, len(rows)),
+        resumed=folder.resumed(),
+        precision=config.model.dtype,
+        logits=None if job.skeleton.logits is None else str(job.skeleton.logits),
+        rows=first.rows,
+        folder=folder.place.called(),
+    )

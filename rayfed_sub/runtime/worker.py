@@ -1,0 +1,345 @@
+"""The worker actor: a frozen backbone mapped from shared memory, resident clients, packs trained side by side."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.arrays import Guard, Packed, PackedState, packed, unpacked
+from rayfed_sub.core.types import (
+    Broadcast,
+    Client,
+    ClientState,
+    LocalResult,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+    wire_bytes,
+)
+from rayfed_sub.data.batching import ClientBatches, collate
+from rayfed_sub.data.codec import Codec, PixelCodec
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.rows import Rows
+from rayfed_sub.diagnostics.client_diagnostics import Looked, gradient_watch, looked
+from rayfed_sub.diagnostics.gradients import GradientWatch
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.architecture import Skeleton
+from rayfed_sub.models.weights import assemble, target_weights
+from rayfed_sub.planning.sampling import local_length, local_steps
+from rayfed_sub.privacy.mechanism import clipped
+from rayfed_sub.runtime import object_store
+from rayfed_sub.telemetry.environment import machine, versions
+from rayfed_sub.telemetry.process_memory import PeakMemory, few_kernels, give_back, keep_freed
+from rayfed_sub.training.client_errors import not_finite
+from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.inference import Told, Verdict, answers, global_model, verdicts
+from rayfed_sub.training.layers import based_on, install
+
+_RESIDENT_BYTES = 256 * 2**20  # client states a worker keeps at hand; older ones are read from the object store again
+_FETCH_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every worker needs to know besides the shared memory; small and picklable.
+
+    Reading it imports transformers: the coordinator only passes it on.
+    """
+
+    config: Config
+    method: Method
+    skeleton: Skeleton
+    codec: Codec
+
+
+@dataclass(frozen=True)
+class PackedUpdate:
+    """An Update on its way through the object store.  Of a client that failed: why, weight 0, no tensors, and of its
+    metrics those that are finite."""
+
+    client: int
+    weight: float
+    tensors: Packed
+    metrics: Mapping[str, float]
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class PackOutcome:
+    """What a worker returns for a pack: the uploads and the new states, in the pack's order.  A client that failed has
+    none: it keeps the one it had.  looks: of the clients that are looked at."""
+
+    updates: tuple[PackedUpdate, ...]
+    states: tuple[PackedState | None, ...]
+    looks: tuple[Looked, ...] = ()
+
+
+def broadcast_of(config: Config, method: Method, server: ServerState) -> Tensors:
+    """What workers read of the server's state: the method's broadcast, and under privacy the server's notes as well,
+    because clipping asks for `finish`, which reads them."""
+    notes = server.tensors if config.privacy.clip is not None else {}
+    return {**notes, **method.broadcast(server).tensors}
+
+
+class Worker:
+    """Wrapped by `ray.remote`; plain, so that it can be tested without Ray."""
+
+    def __init__(self, spec: Spec, backbone: Packed, dataset: Dataset, gpu_share: float = 0.0) -> None:
+        torch.set_num_threads(spec.config.resources.threads)
+        keep_freed()
+        few_kernels()
+        self._memory = PeakMemory()
+        self._spec, self._dataset = spec, dataset
+        self._device = _device(gpu_share, spec.config.resources.deterministic)
+        self._tensors = {name: tensor.to(self._device) for name, tensor in unpacked(backbone).items()}
+        self._model = assemble(spec.skeleton, self._tensors)
+        self._layers = install(self._model, spec.skeleton.shape)
+        held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        self._guard = Guard([*held.items(), *((name, layer.weight) for name, layer in self._layers.items())])
+        self._broadcast: tuple[int, dict[str, Tensor]] | None = None  # a GPU's copy
+        self._resident: OrderedDict[int, ClientState] = OrderedDict()
+        self._resident_bytes = 0
+
+    def ready(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """Versions, and what this worker computes with, once the backbone is mapped."""
+        return versions(), machine(self._device.type == "cuda")
+
+    def memory(self) -> tuple[int, int]:
+        """Proportional set size, bytes: as last sampled, and the largest seen so far."""
+        return self._memory.last, self._memory.peak
+
+    def train(
+        self,
+        round: int,
+        clients: Sequence[int],
+        states: Sequence[Any],
+        broadcast: Packed,
+        lr: float,
+        watched: Sequence[int] = (),
+    ) -> PackOutcome:
+        """One pack's round.  states: per client None (its first round), or the round and what `object_store.get` takes,
+        asked only when the state is not resident.  watched: whom diagnostics look at.  A client that fails by itself
+        says so in its update."""
+        method, shape = self._spec.method, self._spec.skeleton.shape
+        received = Broadcast(round, self._received(round, broadcast))
+        before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
+        states_of = (state.tensors for state in before if state is not None)
+        given = Guard(item for tensors in (received.tensors, *states_of) for item in tensors.items())
+        seed = self._spec.config.seed
+        starts = [
+            method.start_client(received, state, Client(client, seed), shape)
+            for client, state in zip(clients, before, strict=True)
+        ]
+        batches = [self._batches(c, s.cursor if s else 0) for c, s in zip(clients, before, strict=True)]
+        asked = self._spec.config.diagnostics
+        watch = gradient_watch(asked, shape, clients, starts, watched)
+        results = self._train(received, starts, clients, batches, lr, watch)
+        updates: list[PackedUpdate] = []
+        kept: list[PackedState | None] = []
+        looks: list[Looked] = []
+        fresh: dict[int, ClientState] = {}
+        for result, state, start in zip(results, before, starts, strict=True):
+            ended = self._ended(round, result, state, broadcast)
+            if isinstance(ended, str):
+                updates.append(_failed(result, ended))
+                kept.append(None)
+                continue
+            update, new = ended
+            fresh[result.client] = new
+            updates.append(PackedUpdate(update.client, update.weight, packed(update.tensors), update.metrics))
+            kept.append(PackedState(new.round, new.cursor, new.step, packed(new.tensors)))
+            if result.client in watched:
+                looks.append(looked(asked, shape, start, result, update.weight, watch))
+        # A pack with a failure runs again; if the failure stays away then, the others may end with other bits.
+        if len(fresh) == len(results):
+            for client, new in fresh.items():
+                self._remember(client, new)
+        given.check()
+        self._guard.check()
+        return PackOutcome(tuple(updates), tuple(kept), tuple(looks))
+
+    def evaluate(
+        self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
+    ) -> list[Verdict]:
+        """Verdicts on the given held-out rows by the model of `round`: the global one, or the client's own where
+        `client` is given (state as in `train`)."""
+        with self._judged(round, broadcast, client, state):
+            out = verdicts(self._model, self._held_out(rows))
+        give_back()
+        return out
+
+    def generate(
+        self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
+    ) -> list[Told]:
+        """Answers to the questions of the given held-out rows; arguments as in `evaluate`."""
+        held_out, codec = self._dataset.held_out, self._spec.codec
+        assert isinstance(held_out, Rows)
+        assert not isinstance(codec, PixelCodec)
+        prompts = [held_out.row(row)[: held_out.prompts[row]].tolist() for row in rows]
+        references = [held_out.row(row)[held_out.prompts[row] :].tolist() for row in rows]
+        limit = self._spec.config.evaluation.max_new_tokens
+        with self._judged(round, broadcast, client, state):
+            tokens = answers(self._model, prompts, pad=codec.pad, ends=codec.ends, limit=limit)
+            forced = verdicts(self._model, self._held_out(rows))
+        give_back()
+        texts = zip(tokens, references, (v.said for v in forced), (v.true for v in forced), strict=True)
+        return [Told(*map(codec.decode, row)) for row in texts]
+
+    def _held_out(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        indices, mask = np.asarray(rows, dtype=np.int64), self._spec.config.task.mask_prompt
+        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.codec.pad)
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+
+    def _received(self, round: int, broadcast: Packed) -> dict[str, Tensor]:
+        """The round's broadcast on this worker's device.  A GPU keeps its copy, because several packs and shards read
+        the same; shared memory is not held on to, or the store could not let go of a round that is over."""
+        if self._device.type == "cpu":
+            return unpacked(broadcast)
+        if self._broadcast is None or self._broadcast[0] != round:
+            self._broadcast = None  # let go of the last one first
+            self._broadcast = (round, {name: x.to(self._device) for name, x in unpacked(broadcast).items()})
+        return self._broadcast[1]
+
+    @contextmanager
+    def _judged(self, round: int, broadcast: Packed, client: int | None, state: Any) -> Iterator[None]:
+        method, shape = self._spec.method, self._spec.skeleton.shape
+        server = ServerState(round, self._received(round, broadcast))
+        given = Guard(server.tensors.items())
+        if client is None:
+            changes = method.model(server, shape)
+        else:
+            changes = method.personal_model(server, self._state(client, state), shape)
+        with global_model(self._layers, shape, changes, server.tensors):
+            yield
+        given.check()
+        self._guard.check()
+
+    def _train(
+        self,
+        received: Broadcast,
+        starts: Sequence[Start],
+        clients: Sequence[int],
+        batches: Sequence[ClientBatches],
+        lr: float,
+        watch: GradientWatch,
+    ) -> list[LocalResult]:
+        config, shape, pad = self._spec.config, self._spec.skeleton.shape, self._spec.codec.pad
+        bases = {
+            layer.name: received.tensors[f"{layer.name}/weight"]
+            for layer in shape.targets
+            if f"{layer.name}/weight" in received.tensors
+        }
+        if config.resources.executor == "reference":
+            from rayfed_sub.training.reference import train_reference
+
+            weights = target_weights(shape, self._spec.skeleton.transposed, self._tensors)
+            weights |= {f"{name}/weight": weight for name, weight in bases.items()}
+            plain = assemble(self._spec.skeleton, self._tensors)
+            rest = (starts, clients, batches, config.optimizer)
+            return train_reference(plain, shape, weights, *rest, lr=lr, seed=config.seed)
+        mu = config.federation.proximal
+        with based_on(self._layers, bases):
+            rest = (starts, clients, batches, config.optimizer)
+            return train_pack(
+                self._model,
+                self._layers,
+                shape,
+                *rest,
+                lr=lr,
+                seed=config.seed,
+                pad=pad,
+                proximal=mu,
+                gradient_hooks=watch.hooks,
+            )
+
+    def _ended(
+        self, round: int, result: LocalResult, state: ClientState | None, broadcast: Packed
+    ) -> tuple[Update, ClientState] | str:
+        """A client's update and next state, or why it failed."""
+        method, shape, clip = self._spec.method, self._spec.skeleton.shape, self._spec.config.privacy.clip
+        if result.failure is not None:
+            return result.failure
+        update = method.upload(result, self._weight(round, result.client), shape)
+        cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
+        new = ClientState(round + 1, cursor, result.step, method.keep(result, shape))
+        failure = not_finite(update.tensors) or not_finite(new.tensors)
+        if failure is not None:
+            return failure
+        if clip is not None:
+            update = clipped(method, ServerState(round, unpacked(broadcast)), update, shape, clip)
+            if not math.isfinite(update.weight):
+                return "the norm of its change is not finite"
+        return update, new
+
+    def _batches(self, client: int, cursor: int) -> ClientBatches:
+        config, dataset = self._spec.config, self._dataset
+        federation = config.federation
+        return ClientBatches(
+            dataset.train,
+            dataset.rows_of(client),
+            config.seed,
+            client,
+            federation.batch_size,
+            cursor,
+            local_steps(config, client),
+            config.task.mask_prompt,
+            self._spec.codec.pad,
+            federation.batching,
+        )
+
+    def _weight(self, round: int, client: int) -> float:
+        """p_k before normalisation; under FedNova over the length of the client's local steps."""
+        config, federation = self._spec.config, self._spec.config.federation
+        weight = float(len(self._dataset.rows_of(client))) if federation.weights == "samples" else 1.0
+        return weight / local_length(config, round, client) if federation.normalise_steps else weight
+
+    def _state(self, client: int, stored: Any) -> ClientState | None:
+        """The client's state: resident when this worker trained it last, else fetched from the object store."""
+        if stored is None:
+            return None
+        round, where = stored
+        resident = self._resident.get(client)
+        if resident is not None and resident.round == round:
+            return resident
+        state = object_store.get(where, _FETCH_SECONDS)
+        return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
+
+    def _remember(self, client: int, state: ClientState) -> None:
+        old = self._resident.pop(client, None)
+        self._resident_bytes += wire_bytes(state.tensors) - (0 if old is None else wire_bytes(old.tensors))
+        self._resident[client] = state
+        while self._resident_bytes > _RESIDENT_BYTES and len(self._resident) > 1:
+            _, oldest = self._resident.popitem(last=False)
+            self._resident_bytes -= wire_bytes(oldest.tensors)
+
+
+def _failed(result: LocalResult, failure: str) -> PackedUpdate:
+    """What a client that failed sends: nothing but why; a mean over no step says nothing and stays away."""
+    metrics = result.metrics if result.metrics["steps"] else {"steps": 0.0}
+    told = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return PackedUpdate(result.client, 0.0, {}, told, failure)
+
+
+def _device(gpu_share: float, deterministic: bool) -> torch.device:
+    """This worker's device; on a GPU its share of the memory is a hard limit, which Ray itself does not enforce."""
+    if not gpu_share:
+        return torch.device("cpu")
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+    if gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(gpu_share)
+    return torch.device("cuda")

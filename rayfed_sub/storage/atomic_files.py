@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, and are still there after the machine has lost its power; one run a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from rayfed_sub.core.errors import RunError
+
+
+def write(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes the parts, one after the other, beside their place, forces them to the disk, then renames: whoever reads
+    `path` sees the old bytes or the new.
+
+    Raises RunError naming the file where the disk is full or refuses; `path` is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}")
+    with told(path):
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def append(path: Path, line: str) -> None:
+    """Adds a line.  Raises RunError naming the file where the disk is full or refuses."""
+    with told(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def claim(path: Path, seconds: float) -> IO[bytes]:
+    """A lock that lasts as long as the returned file is open, and no longer than this process, however that ends.
+
+    Waits for another holder, which may be on its way out.  Raises RunError after `seconds`.
+    """
+    with told(path):
+        file, until = path.open("wb"), time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    cause = f"{path.parent}: another run is at work here"
+                    raise RunError("start", cause, resume=None) from None
+                time.sleep(0.1)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What the system refuses, as a RunError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError("writing files", f"{path}: {error.strerror or error}") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

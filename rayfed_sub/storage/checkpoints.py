@@ -1,0 +1,181 @@
+"""Checkpoints: the server's tensors and the clients' states as safetensors, and a manifest that is written last.
+
+    checkpoints/manifest-000003.json               round, files with their lengths and sums
+                server-000003.safetensors          the server's tensors, and its optimiser's as `server/...`
+                clients/000012-000003.safetensors  client 12's state for round 3, see storage/client_states.py
+
+Only what changed since the last checkpoint is written.  The one before the newest stays whole as well.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from safetensors.torch import load
+
+from rayfed_sub.core.arrays import Packed, packed, unpacked
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import ClientState
+from rayfed_sub.storage import atomic_files, client_states
+from rayfed_sub.storage.client_states import Key, Note
+
+KEPT = 2
+_KINDS = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"},
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Rounds finished, the server's tensors, and of each client that has trained its state's key and file."""
+
+    round: int
+    server: Packed
+    notes: Mapping[Key, Note]
+
+
+def root(folder: Path) -> Path:
+    """Where a run folder's checkpoints lie."""
+    return folder / "checkpoints"
+
+
+def clients(folder: Path) -> Path:
+    """Where a run folder's client states lie."""
+    return root(folder) / "clients"
+
+
+def make(folder: Path) -> None:
+    """The two folders.  Raises RunError where they cannot be."""
+    with atomic_files.told(clients(folder)):
+        clients(folder).mkdir(parents=True, exist_ok=True)
+
+
+def claim(folder: Path, seconds: float) -> IO[bytes]:
+    """The right to write here, see `atomic_files.claim`."""
+    make(folder)
+    return atomic_files.claim(root(folder) / ".lock", seconds)
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes server and manifest (the states' files are there already) and forgets all but the newest `KEPT`.
+
+    Raises RunError where the disk is full; the checkpoints that were there are then as good as before.
+    """
+    parts = _safetensors(checkpoint.server)
+    atomic_files.write(_server(folder, checkpoint.round), *parts)
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    manifest = {
+        "round": checkpoint.round,
+        "server": [sum(map(len, parts)), crc],
+        "clients": [[*key, *astuple(note)] for key, note in sorted(checkpoint.notes.items())],
+    }
+    atomic_files.write(root(folder) / f"manifest-{checkpoint.round:06d}.json", json.dumps(manifest).encode())
+    for old in _manifests(folder)[:-KEPT]:
+        old.unlink()
+    kept = {_server(folder, _round(manifest)) for manifest in _manifests(folder)}
+    for file in (*root(folder).glob("server-*"), *root(folder).glob(".*-*")):  # .: what an interrupted write left
+        if file not in kept:
+            file.unlink()
+
+
+def read(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint; None where there is none.
+
+    Raises UserError, naming the file and what to go on with, where it is torn.
+    """
+    found = _manifests(folder)
+    return _read(folder, found[-1]) if found else None
+
+
+def newest(folder: Path) -> int | None:
+    """The rounds that the newest checkpoint holds; None where there is none."""
+    found = _manifests(folder)
+    return _round(found[-1]) if found else None
+
+
+def older(folder: Path) -> set[Key]:
+    """The states that the checkpoints before the newest name; a torn one names none."""
+    keys: set[Key] = set()
+    for manifest in _manifests(folder)[:-1]:
+        try:
+            keys |= {(entry[0], entry[1]) for entry in json.loads(manifest.read_bytes())["clients"]}
+        except (ValueError, KeyError):  # of no use any more; the newest is whole
+            manifest.unlink()
+    return keys
+
+
+def sweep(folder: Path, kept: set[Key]) -> None:
+    """Deletes state files that nothing names: of a round that was cut off, or half written."""
+    names = {client_states.path(clients(folder), key).name for key in kept}
+    for file in clients(folder).iterdir():
+        if file.name not in names:
+            file.unlink()
+
+
+def client_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientState:
+    """The state of a client that has trained.  Raises RunError where its file is not whole."""
+    key = next(key for key in checkpoint.notes if key[0] == client)
+    state = client_states.read(clients(folder), key, checkpoint.notes[key])
+    return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
+
+
+def _safetensors(arrays: Packed) -> list[bytes | memoryview]:
+    """A safetensors file's parts, whose bytes are the arrays' own: the library's `save` copies them, twice.
+
+    Format: length of the header as 8 bytes, little endian; the header, JSON; the tensors without a gap, here the wide
+    numbers first, so that each begins at a multiple of its size (github.com/huggingface/safetensors).
+    """
+    header, end, parts = {}, 0, []
+    for name, (kind, array) in sorted(arrays.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+        parts.append(array.reshape(-1).view(np.uint8).data)
+        offsets = [end, end := end + array.nbytes]
+        header[name] = {"dtype": _KINDS[kind], "shape": list(array.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *parts]
+
+
+def _read(folder: Path, manifest: Path) -> Checkpoint:
+    try:
+        tree = json.loads(manifest.read_bytes())
+        notes = {(client, round): Note(*note) for client, round, *note in tree["clients"]}
+        server, expected = _server(folder, tree["round"]), tree["server"]
+        content = server.read_bytes()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise _torn(folder, manifest, str(error).partition("\n")[0]) from None
+    if [len(content), zlib.crc32(content)] != expected:
+        raise _torn(folder, manifest, f"{server.name} is not as it was written")
+    for key, note in notes.items():
+        file = client_states.path(clients(folder), key)
+        if not file.exists() or file.stat().st_size != note.size:
+            raise _torn(folder, manifest, f"{file.name} is cut or gone")
+    return Checkpoint(tree["round"], packed(load(content)), notes)
+
+
+def _torn(folder: Path, manifest: Path, why: str) -> UserError:
+    before = _manifests(folder)[-2:-1]
+    advice = (
+        f"delete {manifest.name} to go on from round {_round(before[0])}" if before else "begin anew in another folder"
+    )
+    return UserError("checkpoint", str(manifest), f"a whole checkpoint: {why}", advice)
+
+
+def _manifests(folder: Path) -> list[Path]:
+    return sorted(root(folder).glob("manifest-*.json"), key=_round)
+
+
+def _round(manifest: Path) -> int:
+    return int(manifest.stem.rpartition("-")[2])
+
+
+def _server(folder: Path, round: int) -> Path:
+    return root(folder) / f"server-{round:06d}.safetensors"

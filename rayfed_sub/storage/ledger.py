@@ -1,0 +1,138 @@
+"""What the run has learned so far and where it lies: the last finished round as a whole, in memory and on disk.
+
+A round's new states are taken in beside the old ones; only `commit` makes the round count, all of it at once.  So a
+round that fails leaves nothing behind, and a checkpoint may be written at any moment.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rayfed_sub.core.arrays import PackedState, packed, unpacked
+from rayfed_sub.core.types import ServerState, Tensors
+from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.checkpoints import Checkpoint
+from rayfed_sub.storage.client_states import Key, States
+
+_RULE = "server/"  # how a checkpoint names the tensors of the server's optimiser
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a finished round leaves, replaced as one.  memory: the server optimiser's; states: of each client that has
+    trained, the round for which its stored state is."""
+
+    server: ServerState
+    memory: Tensors = field(default_factory=dict)
+    states: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> frozenset[Key]:
+        """The states that it refers to."""
+        return frozenset(self.states.items())
+
+
+class Ledger:
+    """standing: the last finished round's.  Every method may be called while another thread is in one.
+
+    budget, put, get: as in States.  begin: the server before round 0, asked for where the folder has no checkpoint;
+    otherwise the newest is where the run stands.  Raises UserError where that is torn.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        budget: int,
+        begin: Callable[[], ServerState],
+        put: Callable[[Any], Any],
+        get: Callable[[Any], Any],
+    ) -> None:
+        self._folder, self._lock, self._halted = folder, threading.Lock(), False
+        checkpoints.make(folder)
+        found = checkpoints.read(folder)
+        self._states = States(checkpoints.clients(folder), budget, put, get)
+        self._named: deque[frozenset[Key]] = deque(maxlen=checkpoints.KEPT)  # states of the checkpoints on disk
+        if found is None:
+            server = begin()
+            self.standing = Standing(ServerState(server.round, settled(server.tensors)))
+        else:
+            self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.notes)])
+            self._states.recall(found.notes)
+            self.standing = _standing(found)
+        checkpoints.sweep(folder, set().union(*self._named))
+
+    def add(self, client: int, state: PackedState) -> None:
+        """Takes in a state of the round that is going on."""
+        with self._lock:
+            self._states.add(client, state)
+
+    def stored(self, client: int) -> tuple[int, Any] | None:
+        """Round and reference of the client's state in the standing; None where it never trained."""
+        with self._lock:
+            round = self.standing.states.get(client)
+            return None if round is None else (round, self._states.reference(client, round))
+
+    def commit(self, server: ServerState, memory: Tensors, trained: Mapping[int, int]) -> bool:
+        """From here on the round counts; False, and it never will, after `halt`.  The states that it replaced go, but
+        for files that checkpoints name.
+
+        trained: client -> round of the state that was taken in.
+        """
+        with self._lock:
+            if self._halted:
+                return False
+            whole = ServerState(server.round, settled(server.tensors))
+            new = Standing(whole, settled(memory), {**self.standing.states, **trained})
+            left, named = self.standing.keys - new.keys, frozenset().union(*self._named)
+            self.standing = new
+            self._states.release(left & named)
+            self._states.drop(left - named)
+            return True
+
+    def move(self, tensors: Tensors) -> None:
+        """The same server, with these tensors of equal numbers in the place of those of their names."""
+        with self._lock:
+            server = self.standing.server
+            whole = ServerState(server.round, {**server.tensors, **tensors})
+            self.standing = replace(self.standing, server=whole)
+
+    def halt(self) -> int:
+        """From here on no round is committed any more; the number of those that are."""
+        with self._lock:
+            self._halted = True
+            return self.standing.server.round
+
+    def checkpoint(self) -> None:
+        """Writes what has changed since the last one.
+
+        Raises RunError where the disk is full; the checkpoints that were there are then still good.
+        """
+        with self._lock:
+            standing, keys = self.standing, self.standing.keys
+            if checkpoints.newest(self._folder) == standing.server.round:
+                return
+            rule = {f"{_RULE}{name}": tensor for name, tensor in standing.memory.items()}
+            server = packed({**standing.server.tensors, **rule})
+            notes = self._states.save(keys)
+            checkpoints.write(self._folder, Checkpoint(standing.server.round, server, notes))
+            leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
+            self._named.append(keys)
+            self._states.drop(leaving.difference(*self._named))
+
+
+def _standing(found: Checkpoint) -> Standing:
+    tensors = unpacked(found.server)
+    memory = {name.removeprefix(_RULE): tensor for name, tensor in tensors.items() if name.startswith(_RULE)}
+    server = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RULE)}
+    return Standing(ServerState(found.round, server), memory, dict(found.notes.keys()))
+
+
+def settled(tensors: Tensors) -> Tensors:
+    """The same tensors, contiguous and aligned as they will be when they come from a checkpoint: equal inputs, equal
+    bits."""
+    return unpacked(packed(tensors))

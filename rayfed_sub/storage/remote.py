@@ -1,0 +1,291 @@
+"""A run folder in an object store: the run works in a local folder as ever, and what is new there is sent after it.
+
+Files go in such an order that a run can go on from what is there whenever the sending is cut off: what a manifest
+needs, then the manifest, then away with what nobody names any more, last summary.json.  An object appears whole or not
+at all, as a file does that `files.write` has written.
+
+Where the store is and who may write there, pyarrow reads from the URI (s3://bucket/path?region=eu-central-1) and from
+the surroundings: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and their like, the machine's role;
+GOOGLE_APPLICATION_CREDENTIALS.  Credentials belong there: those in a URI work, but nothing that is shown or stored
+repeats them (`redacted` in `core/errors.py`).  The local folder is a temporary one, where TMPDIR says.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from rayfed_sub.core.errors import RunError, UserError, redacted
+
+_MANIFESTS = ("checkpoints/manifest-*.json",)
+_NEEDED = (
+    *("checkpoints/clients/[0-9]*.safetensors", "checkpoints/server-*.safetensors", "log.jsonl", "*.parquet"),
+    *("report.html", "tensorboard/*"),  # for people: nothing is missing where summary.json is there
+)
+
+Order = tuple[tuple[str, ...], ...]
+"""Patterns of the files that are sent, group by group; what is gone is deleted before the last.  Nothing else in the
+store is read or touched.  The first file of all is the one by which a folder is known."""
+RUN: Order = (("config.yaml",), _NEEDED, _MANIFESTS, ("summary.json",))
+SWEEP: Order = (("sweep.yaml",), ("data.json", "trials.parquet", "best.yaml", "report.html"))
+_REFUSED = (OSError, pa.ArrowException)
+_THREADS = 16  # a small object takes tens of milliseconds, most of them on the way
+_CHUNK = 8 * 2**20  # bytes read in one request
+_SETTINGS = {
+    "s3": "allow_delayed_open=true",  # a small file goes in one request, not in three
+    **dict.fromkeys(("gs", "gcs"), "retry_limit_seconds=60"),  # pyarrow's is 15 minutes, also without a network
+}
+
+Sign = tuple[int, int, int]
+"""Tells a file's content from all others that it had: inode, bytes, nanoseconds; `files.write` makes a new inode."""
+
+
+def uri_of(place: str | Path | None) -> str | None:
+    """The URI of a place in an object store; None for a folder of this machine.
+
+    >>> uri_of("s3://bucket/run/"), uri_of(Path("s3://bucket/run")), uri_of("runs/tiny"), uri_of(None)
+    ('s3://bucket/run', 's3://bucket/run', None, None)
+    """
+    text = re.sub(r"^(s3|gs):/+", r"\1://", str(place))  # of two slashes a Path leaves one
+    return text.rstrip("/") if re.match(r"[a-z][a-z0-9+.-]*://", text) else None
+
+
+def inside(place: str, name: str) -> str:
+    """A place in another one, which is a folder of this machine or the URI of one.
+
+    >>> inside("s3://bucket/run?region=eu-west-1", "config.yaml"), inside("runs/tiny", "config.yaml")
+    ('s3://bucket/run/config.yaml?region=eu-west-1', 'runs/tiny/config.yaml')
+    """
+    base, mark, query = place.partition("?") if uri_of(place) else (place, "", "")
+    return f"{base}/{name}{mark}{query}"
+
+
+class Mirror:
+    """filesystem, root: pyarrow's, and the folder in it.  Knows what it has sent or fetched, and sends nothing twice.
+
+    What the store refuses comes as OSError or ArrowException, but for `push`.  That one run at a time is at work here
+    is the person's to see to: an object store has no locks.
+    """
+
+    def __init__(self, uri: str, filesystem: Any, root: str, order: Order = RUN) -> None:
+        self.uri, self.filesystem, self.root, self._order = uri, filesystem, root, order
+        self._known: dict[str, Sign] = {}  # files that are there, by the content that the local ones had
+
+    def at(self, name: str = "") -> str:
+        """The URI of the folder, or of a file in it, as it may be shown: `uri` itself may hold credentials."""
+        return redacted(inside(self.uri, name) if name else self.uri)
+
+    def names(self) -> list[str]:
+        """The run's files that are there, relative to the folder."""
+        patterns = [f"{self.root}/{pattern}" for group in self._order for pattern in group]
+        folders = sorted({pattern.rpartition("/")[0] for pattern in patterns})
+        listings = [self.filesystem.get_file_info(fs.FileSelector(at, allow_not_found=True)) for at in folders]
+        paths = [info.path.removeprefix(f"{self.root}/") for listing in listings for info in listing if info.is_file]
+        return [path for path in paths if any(_fits(path, pattern) for patterns in self._order for pattern in patterns)]
+
+    def try_out(self) -> None:
+        """Writes a file and deletes it again."""
+        path = f"{self.root}/.rayfed-sub"
+        with self.filesystem.open_output_stream(path) as file:
+            file.write(b"can this be written?")
+        self.filesystem.delete_file(path)
+
+    def pull(self, folder: Path) -> None:
+        """Fetches the run into a folder, which is made."""
+
+        def fetch(name: str) -> None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            self._copy(self.filesystem, f"{self.root}/{name}", fs.LocalFileSystem(), str(folder / name))
+            self._known[name] = _sign(folder / name)
+
+        _each(fetch, self.names())
+
+    def fetch(self, into: Path) -> Path:
+        """Fetches the run, or the file that the URI names, to a path in a folder that is there."""
+        path = into / Path(self.root).name
+        if self.filesystem.get_file_info(self.root).is_file:
+            self._copy(self.filesystem, self.root, fs.LocalFileSystem(), str(path))
+        else:
+            self.pull(path)
+        return path
+
+    def push(self, folder: Path) -> None:
+        """Sends what is new or changed, and deletes what is gone.  Raises RunError where the store refuses.
+
+        The folder's owner may be writing a checkpoint meanwhile.
+        """
+
+        def send(name: str) -> None:
+            sign = _sign(folder / name)
+            if self._known.get(name) != sign:
+                self._copy(fs.LocalFileSystem(), str(folder / name), self.filesystem, f"{self.root}/{name}")
+                self._known[name] = sign
+
+        def delete(name: str) -> None:
+            with suppress(FileNotFoundError):
+                self.filesystem.delete_file(f"{self.root}/{name}")
+            del self._known[name]
+
+        # From the last to the first: what a manifest that is seen needs was there before it.
+        here = [_found(folder, patterns) for patterns in reversed(self._order)][::-1]
+        *before, summary = here
+        gone = self._known.keys() - {name for names in here for name in names}
+        manifests = {name for name in gone if any(_fits(name, pattern) for pattern in _MANIFESTS)}
+        try:
+            for names in before:
+                _each(send, names)
+            _each(delete, manifests)
+            _each(delete, gone - manifests)
+            _each(send, summary)
+        except _REFUSED as error:
+            raise RunError("writing files", f"{self.at()}: {_line(error, self.uri)}") from None
+
+    @staticmethod
+    def _copy(source: Any, path: str, destination: Any, to: str) -> None:
+        # In one call: a stream of our own would be closed by an interruption, and what was written then counts.
+        fs.copy_files(path, to, source_filesystem=source, destination_filesystem=destination, chunk_size=_CHUNK)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of this machine; with a mirror, a temporary one for what belongs into an object store."""
+
+    path: Path
+    mirror: Mirror | None = None
+
+    def called(self, name: str = "") -> str:
+        """The folder, or a file in it, as a person calls it."""
+        return str(self.path / name) if self.mirror is None else self.mirror.at(name)
+
+    def saved(self) -> None:
+        """Says that there is something new to go on from.  Raises RunError where it cannot be sent."""
+        if self.mirror is not None:
+            self.mirror.push(self.path)
+
+
+def connect(uri: str, order: Order = RUN) -> Mirror:
+    """Raises OSError or ArrowException where pyarrow knows no such store."""
+    ours = _SETTINGS.get(uri.partition(":")[0], "")  # after the person's, of which the first counts
+    filesystem, root = fs.FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}{ours}" if ours else uri)
+    if not root or isinstance(filesystem, fs.LocalFileSystem):
+        raise OSError("no bucket is named")
+    return Mirror(uri, filesystem, root, order)
+
+
+@contextmanager
+def placed(out: str | Path, tell: Callable[[Any], None], *, resume: bool, order: Order = RUN) -> Iterator[Place]:
+    """The place of a run or sweep: a folder of this machine, or a temporary one whose content goes to an object store.
+    In that lies what is there already, where it is to go on.
+
+    The run calls `push` whenever there is something new to go on from; its end, of whatever kind, is sent from here.
+    Raises UserError where the store cannot be written to, or holds a run that is not to go on; RunError where what the
+    run left cannot be sent: it then stays in the temporary folder.
+    """
+    from rayfed_sub.telemetry.events import Notice, Stage  # reaches torch, for which `at_hand` need not wait
+
+    uri = uri_of(out)
+    if uri is None:
+        yield Place(Path(out))
+        return
+    with told(uri, "--out"):
+        mirror = connect(uri, order)
+        mirror.try_out()
+        names = mirror.names()
+    if names and not (resume and order[0][0] in names):
+        advice = "choose another, or go on with --resume" if order[0][0] in names else "choose another"
+        raise UserError("--out", uri, "a folder without a run in it", advice)
+    path, unsent = Path(tempfile.mkdtemp(prefix="rayfed-sub-")), False
+    try:
+        if names:
+            tell(Stage(f"fetching what is in {mirror.at()}"))
+            with told(uri, "--out"):
+                mirror.pull(path)
+        try:
+            with _called(path, uri):
+                yield Place(path, mirror)
+        finally:
+            unsent = True
+            mirror.push(path)
+            unsent = False
+    finally:
+        if unsent:
+            lost = f"what could not be sent to {mirror.at()} is in {path}"
+            tell(Notice(f"{lost}: go on there, with --out {path} --resume"))
+        else:
+            shutil.rmtree(path, ignore_errors=True)  # an actor on its way out may still be writing
+
+
+@contextmanager
+def at_hand(place: str | Path, field: str) -> Iterator[Path]:
+    """A path of this machine as it is; a file or a run that is in an object store, in a temporary folder.
+
+    Raises UserError, naming `field`, where the store does not give it.
+    """
+    uri = uri_of(place)
+    if uri is None:
+        yield Path(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="rayfed-sub-") as folder:
+        with told(uri, field):
+            path = connect(uri).fetch(Path(folder))
+        with _called(path, uri):
+            yield path
+
+
+def _found(folder: Path, patterns: Iterable[str]) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern))
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
+
+
+def _sign(path: Path) -> Sign:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _each(action: Callable[[str], None], names: Iterable[str]) -> None:
+    """Side by side; of several errors the first, when those that had begun are done."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(action, names))
+
+
+@contextmanager
+def _called(path: Path, uri: str) -> Iterator[None]:
+    """Has errors that a person can mend name the place that the person knows."""
+    try:
+        yield
+    except UserError as error:
+        value = error.value.replace(str(path), uri) if isinstance(error.value, str) else error.value
+        allowed, advice = (text.replace(str(path), uri) for text in (error.allowed, error.advice))
+        raise UserError(error.field, value, allowed, advice) from None
+
+
+@contextmanager
+def told(uri: str, field: str) -> Iterator[None]:
+    """What a store refuses before anything has started, as a UserError."""
+    try:
+        yield
+    except _REFUSED as error:
+        advice = "check its name, the credentials and the network"
+        raise UserError(field, uri, f"what an object store gives access to ({_line(error, uri)})", advice) from None
+
+
+def _line(error: Exception, uri: str) -> str:
+    """The words of the store; none where the URI holds credentials, parts of which pyarrow repeats."""
+    if redacted(uri) != uri:
+        return f"{type(error).__name__}, whose text may repeat the credentials in the URI"
+    return shorten(redacted(str(error)), 300)  # Google's has a thousand characters

@@ -1,0 +1,323 @@
+"""What a run leaves behind: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
+
+The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, and, of diagnostics, layers.parquet and
+client_layers.parquet.  The report, which is made from all of it, comes after the end.
+
+Every file appears whole or not at all; summary.json comes last of all, so a folder that has it holds a finished run.
+The tables never lack a round that a checkpoint has finished; rounds that they have beyond it are cut off when the run
+is taken up again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from rayfed_sub.config.loading import flat, stored_config, yaml_text
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
+from rayfed_sub.data.fingerprint import Fingerprint
+from rayfed_sub.storage import atomic_files
+from rayfed_sub.storage.remote import Place
+from rayfed_sub.telemetry.events import Beginning, RoundDone, Summary
+
+FREE = (
+    *("resources.workers", "resources.state_memory", "resources.deadline"),
+    *("checkpoint.every", "federation.on_client_failure"),
+    *("diagnostics.every", "diagnostics.clients", "diagnostics.layers", "diagnostics.gradient_layers"),
+)
+"""Settings that may differ when a run is taken up again: they change no bits of what is learned."""
+
+
+_OTHERS = {"clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer}
+"""Tables whose rows belong to a round each, by their names."""
+
+
+class RunFolder:
+    """A run's folder, which is there already, owned by the process that started the run."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.path = place, place.path
+        self.rounds = _empty(RoundRow)
+        self._scores = _empty(ScoreRow)
+        self._others = {name: _empty(kind) for name, kind in _OTHERS.items()}
+
+    def begin(self, beginning: Beginning) -> None:
+        """Notes the first line of the log, and the initial model's scores."""
+        self._scores = _scored(0, beginning.scores)
+        atomic_files.write(self.path / "log.jsonl", _line("started", asdict(beginning)).encode() + b"\n")
+
+    def add(self, done: RoundDone) -> None:
+        """Notes a finished round; the log has it at once, the tables with the next `write_tables`."""
+        atomic_files.append(self.path / "log.jsonl", _line("round", asdict(done.row)))
+        rounds = pa.concat_tables([self.rounds, _table(RoundRow, [done.row])])
+        added = {"clients": done.client_rows, "packs": done.packs}
+        added |= {"layers": done.layers, "client_layers": done.client_layers}
+        for name, kind in _OTHERS.items():
+            self._others[name] = pa.concat_tables([self._others[name], _table(kind, added[name])])
+        self._scores = pa.concat_tables([self._scores, _scored(done.row.round + 1, done.scores)])
+        self.rounds = rounds  # last: it is what tells whether the round was noted
+
+    def go_on(self, round: int) -> Beginning:
+        """Cuts off what the log and the tables know of `round` and later; how the run began.
+
+        Raises UserError where they lack a round before it.
+        """
+        self.rounds, beginning = _before(round, self._read("rounds", RoundRow)), self.beginning()
+        if self.rounds.num_rows != round or beginning is None:
+            allowed = f"a run folder with {round} rounds in rounds.parquet, as its checkpoint has, and its log"
+            raise UserError("--resume", str(self.path), allowed, "begin anew in another folder")
+        self._others = {name: _before(round, self._read(name, kind)) for name, kind in _OTHERS.items()}
+        scores = self._read("scores", ScoreRow)
+        told = [entry for entry in _entries(self.path) if entry["event"] != "round" or entry["round"] < round]
+        atomic_files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in told).encode())
+        atomic_files.append(self.path / "log.jsonl", _line("resumed", {"round": round}))
+        later = pa.compute.and_(pa.compute.greater(scores["rounds"], 0), pa.compute.less_equal(scores["rounds"], round))
+        self._scores = pa.concat_tables([_scored(0, beginning.scores), scores.filter(later)])
+        return beginning
+
+    def scores(self, rounds: int) -> list[Score]:
+        """The scores after so many finished rounds."""
+        rows = self._scores.filter(pa.compute.equal(self._scores["rounds"], rounds)).drop_columns(["rounds"])
+        return [Score(**row) for row in rows.to_pylist()]
+
+    def looks(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
+        """Diagnostics of the newest rounds that were looked at, of so many at most, in order."""
+        newest = sorted(set(self._others["layers"]["round"].to_pylist()))[-most:]
+        return [
+            (
+                tuple(CohortLayer(**row) for row in _of(n, self._others["layers"]).to_pylist()),
+                tuple(ClientLayer(**row) for row in _of(n, self._others["client_layers"]).to_pylist()),
+            )
+            for n in newest
+        ]
+
+    def resumed(self) -> tuple[int, ...]:
+        """The rounds with which the run was taken up again."""
+        return tuple(entry["round"] for entry in _entries(self.path) if entry["event"] == "resumed")
+
+    def begun(self) -> bool:
+        """Whether the initial model was evaluated before the run was cut off."""
+        return self.beginning() is not None
+
+    def beginning(self) -> Beginning | None:
+        """The run's beginning; None where it was cut off before its initial model was evaluated."""
+        first = _started(_entries(self.path))
+        if first is None:
+            return None
+        known = {field.name: first[field.name] for field in fields(Beginning) if field.name in first}
+        return Beginning(**{**known, "scores": tuple(Score(**score) for score in first["scores"])})
+
+    def write_tables(self) -> None:
+        """All tables with all rows so far."""
+        for name, table in {"rounds": self.rounds, "scores": self._scores, **self._others}.items():
+            content = io.BytesIO()
+            parquet.write_table(table, content)
+            atomic_files.write(self.path / f"{name}.parquet", content.getvalue())
+
+    def write_summary(self, summary: Summary) -> None:
+        """summary.json, the last file of a run."""
+        content = {key: value for key, value in asdict(summary).items() if key != "folder"}
+        atomic_files.write(self.path / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
+
+    def _read(self, name: str, kind: type) -> pa.Table:
+        file = self.path / f"{name}.parquet"
+        return parquet.read_table(file, schema=_schema(kind)) if file.exists() else _empty(kind)
+
+
+def create(place: Place, config: Config) -> RunFolder:
+    """A new run's folder, which is there already; config.yaml is its first file."""
+    atomic_files.write(place.path / "config.yaml", yaml_text(config.model_dump(mode="json")).encode())
+    return RunFolder(place)
+
+
+def reopen(place: Place, config: Config) -> RunFolder:
+    """The folder of a run that was begun with `config`.
+
+    Raises UserError naming the first setting that differs, apart from those in `FREE`.
+    """
+    _check_config(place.path, config)
+    return RunFolder(place)
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], where: str) -> None:
+    """UserError naming the first key whose value differs, apart from the free ones; where: what began with
+    the old, e.g. the run in a folder."""
+    before, now = flat(old), flat(new)
+    for key in [*before, *(key for key in now if key not in before)]:
+        if key not in free and before.get(key) != now.get(key):
+            allowed = f"{before.get(key)!r}, with which {where} began"
+            raise UserError(key, now.get(key), allowed, "set that, or begin anew in another folder")
+
+
+def _check_config(path: Path, config: Config) -> None:
+    old = stored_config(path)
+    check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), FREE, f"the run in {path}")
+
+
+_CHANGED = {
+    "rows": "other rows (tokens, pixels or labels)",
+    "splits": "other splits of the same rows, or another order",
+    "owners": "other owners of the same rows: clients' names, or which client has which rows",
+}
+"""The meaning of each digest that differs, the most specific first."""
+
+
+def check_data(path: Path, now: Fingerprint) -> None:
+    """UserError where the run in the folder began with other data than `now`, or does not say with which.
+
+    A run whose initial model was not evaluated yet may go on with any.  A finished one goes on with none: its data is
+    compared where it is known.
+    """
+    first = _started(_entries(path))
+    if first is None or ("data" not in first and (path / "summary.json").exists()):
+        return
+    if "data" not in first:
+        allowed = "a run whose log.jsonl holds digests of its data; this one is of an older version"
+        raise UserError("--resume", str(path), allowed, "begin anew in another folder")
+    check_same_data(first["data"], now, str(path))
+
+
+def check_same_data(then: Mapping[str, Any], now: Fingerprint, where: str) -> None:
+    """UserError saying in what the data differs from `then`, a stored fingerprint's, with which what is at `where`
+    began."""
+    for name, change in _CHANGED.items():
+        if then[name] != getattr(now, name):
+            counts = f" ({then['count']:,} rows then, {now.count:,} now)" if then["count"] != now.count else ""
+            allowed = f"the data with which it began; now there are {change}{counts}"
+            raise UserError("--resume", where, allowed, "restore the data, or begin anew in another folder")
+
+
+def summary_of(path: Path, config: Config) -> Summary | None:
+    """The summary of a finished run; None where it is not finished.  Raises UserError as `reopen`."""
+    _check_config(path, config)
+    if not (path / "summary.json").exists():
+        return None
+    told = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return Summary(**{**told, "resumed": tuple(told["resumed"])}, folder=str(path))
+
+
+def opened(place: Place, config: Config) -> RunFolder:
+    """The folder of a run that goes on where it was, or begins.  Raises UserError as `reopen` and `make`."""
+    if (place.path / "config.yaml").exists():
+        return reopen(place, config)
+    make(place.path, "--out")
+    return create(place, config)
+
+
+def to_resume(place: Place | None, name: str, file: str = "config.yaml") -> Place | None:
+    """Where the run is that is to go on, or the sweep, by its first `file`; None where none has begun."""
+    if place is not None:
+        return place if (place.path / file).exists() else None
+    path = latest(name, file)
+    return None if path is None else Place(path)
+
+
+def latest(name: str, file: str = "config.yaml") -> Path | None:
+    """The run of this name under runs/ that was begun last, or the sweep, by its first `file`; None where none was."""
+    found = [Path("runs") / name]
+    found += [path for path in Path("runs").glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
+    begun = [path / file for path in found if (path / file).exists()]
+    return max(begun, key=lambda file: file.stat().st_mtime_ns).parent if begun else None
+
+
+def check_free(path: Path, file: str = "config.yaml") -> None:
+    """UserError where `path` cannot be a new run's folder, or a new sweep's, by its first `file`."""
+    if any((path / other).exists() for other in ("config.yaml", "sweep.yaml")):
+        advice = "choose another, or go on with --resume" if (path / file).exists() else "choose another"
+        raise UserError("--out", str(path), "a folder without a run in it", advice)
+    if path.exists() and not path.is_dir():
+        raise UserError("--out", str(path), "a folder", "choose another path")
+
+
+def new(place: Place | None, name: str) -> Place:
+    """The place that was asked for, its folder made, or a fresh one of this machine."""
+    path = fresh(None if place is None else place.path, name)
+    return Place(path, None if place is None else place.mirror)
+
+
+def fresh(path: Path | None, name: str) -> Path:
+    """Makes a new run's folder: `path`, which must be free, or the first free of runs/<name>, runs/<name>-2 ..."""
+    if path is not None:
+        check_free(path)
+        make(path, "--out")
+        return path
+    base, number = Path("runs") / name, 1
+    make(base.parent, "--out")
+    while True:
+        candidate = base if number == 1 else base.with_name(f"{name}-{number}")
+        try:
+            candidate.mkdir()  # makes and claims it in one, for runs that start at the same time
+        except FileExistsError:
+            number += 1
+        else:
+            return candidate
+
+
+def make(path: Path, field: str) -> None:
+    """Makes the folder, and those above it.  Raises UserError, naming `field`, where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(field, str(path), "a folder that can be made", f"{error.strerror}: {error.filename}") from None
+
+
+def finished(path: Path) -> Config:
+    """The configuration of a finished run.  Raises UserError where there is none."""
+    if not (path / "summary.json").is_file():
+        raise UserError("RUN", str(path), "the folder of a finished run (it has a summary.json)", "check the path")
+    return stored_config(path)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The log's whole lines; a last one that was cut off does not count."""
+    log = path / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def _started(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The run's beginning, written once its initial model was evaluated."""
+    return next((entry for entry in entries if entry["event"] == "started" and "scores" in entry), None)
+
+
+def _line(event: str, entry: Mapping[str, Any]) -> str:
+    return json.dumps({"event": event, **entry})
+
+
+def _schema(kind: type) -> pa.Schema:
+    """The columns of a record: numbers and texts, any of which may be missing where the record says `| None`."""
+    arrow = {int: pa.int64(), float: pa.float64(), str: pa.string(), tuple[float, ...]: pa.list_(pa.float64())}
+    hints = typing.get_type_hints(kind)
+    plain = {name: hint.__args__[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints.items()}
+    return pa.schema([(field.name, arrow[plain[field.name]]) for field in fields(kind)])
+
+
+def _table(kind: type, rows: Sequence[Any]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=_schema(kind))
+
+
+def _scored(rounds: int, scores: Sequence[Score]) -> pa.Table:
+    return _table(ScoreRow, [ScoreRow(rounds, **asdict(score)) for score in scores])
+
+
+def _empty(kind: type) -> pa.Table:
+    return _table(kind, [])
+
+
+def _of(round: int, table: pa.Table) -> pa.Table:
+    return table.filter(pa.compute.equal(table["round"], round))
+
+
+def _before(round: int, table: pa.Table) -> pa.Table:
+    return table.filter(pa.compute.less(table["round"], round))

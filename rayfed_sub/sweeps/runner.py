@@ -1,0 +1,134 @@
+"""One sweep from its definition to its table: checks first, then Ray, then the trials under Ray Tune."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayfed_sub.config.loading import read_yaml, yaml_text
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.methods import METHODS
+from rayfed_sub.planning import job_plan
+from rayfed_sub.planning.job import Foundation, check_resources, job_on
+from rayfed_sub.runtime.cluster import HEAD, nodes
+from rayfed_sub.runtime.ray_session import joined, ray_session
+from rayfed_sub.storage import atomic_files
+from rayfed_sub.storage.remote import SWEEP, Place, placed
+from rayfed_sub.storage.run_folder import FREE, check_free, check_same, check_same_data, new, to_resume
+from rayfed_sub.sweeps.capacity import at_once, check_disk
+from rayfed_sub.sweeps.outcome import SweepResult, outcome
+from rayfed_sub.sweeps.shared_inputs import foundations, ground_key, shared
+from rayfed_sub.sweeps.space import Sweep, largest
+from rayfed_sub.sweeps.trial_events import Begun, TrialNow
+from rayfed_sub.sweeps.tuner import check_unused, loggers, searcher, tuned
+from rayfed_sub.sweeps.watcher import Watcher
+from rayfed_sub.telemetry.events import Notice, Stage
+
+Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
+"""Is shown the records as they come."""
+
+_FILE = "sweep.yaml"
+_DATA = "data.json"
+"""The fingerprints of the trials' data sets, in the order of the sweep's points."""
+_FREE = ("sweep.concurrent", "sweep.retries", *FREE)
+"""Settings that may differ when a sweep is taken up again."""
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: str | Path | None = None,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+) -> SweepResult:
+    """Runs all trials and leaves trials.parquet, best.yaml and report.html in the sweep's folder `out` (default:
+    runs/<name>, or the next free).
+
+    resume: go on with the sweep in `out` (default: the newest of this name): trials that are through stay as they are,
+    others go on from their last checkpoints, failed ones as well.  address: as in `run`.
+    Raises UserError before anything starts where the sweep does not fit: a configuration, the machine or cluster.
+    """
+    tell = listener or (lambda record: None)
+    if out is None:
+        return _run(sweep, None, tell, resume, address)
+    with placed(out, tell, resume=resume, order=SWEEP) as place:
+        return _run(sweep, place, tell, resume, address)
+
+
+def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, address: str | None) -> SweepResult:
+    old = to_resume(place, sweep.name, _FILE) if resume else None
+    if resume and old is None:
+        tell(Notice("nothing to go on with: a new sweep begins"))
+    if old is not None:
+        check_same(read_yaml(old.path / _FILE), _tree(sweep), _FREE, f"the sweep in {old.called()}")
+    elif place is not None:
+        check_free(place.path, _FILE)
+        check_unused(place)
+    search = sweep.search
+    callbacks, finder = [Watcher(search.metric, tell), *loggers(sweep)], searcher(search)
+    with joined(address):
+        grounds, side_by_side = _checked(sweep, (old or place or Place(Path())).path, tell)
+        data = [base.dataset.fingerprint for _, base in grounds.values()]
+        if old is not None and (old.path / _DATA).exists():  # without, each trial that goes on looks for itself
+            then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
+            for before, now in zip(then, data, strict=True):
+                check_same_data(before, now, old.called())
+        here = old or new(place, sweep.name)
+        atomic_files.write(here.path / _DATA, json.dumps([asdict(now) for now in data]).encode())
+        atomic_files.write(here.path / _FILE, yaml_text(_tree(sweep)).encode())
+        here.saved()
+        tell(Stage("starting Ray, loading weights"))
+        with ray_session():
+            _check_head()
+            commons = shared(grounds)
+            del grounds  # the object store has them now
+            keys = tuple(search.space)
+            tell(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.called()))
+            try:
+                grid = tuned(sweep, commons, here, side_by_side, finder, callbacks, old is not None)
+            except KeyboardInterrupt:
+                name = sweep.config(sweep.points()[0]).method["name"] if "method.name" not in sweep.search.space else ""
+                own = [f"method.name={name}"] if name and name not in METHODS else []
+                words = ["rayfed-sub", "sweep", here.called(_FILE), *own, "--out", here.called(), "--resume"]
+                tell(Notice(f"interrupted; go on with: {shlex.join(words)}"))
+                raise
+            return outcome(sweep, grid, here)
+
+
+def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, tuple[Config, Foundation]], int]:
+    """What trials stand on, and how many of them go side by side.  Raises UserError for whatever cannot work."""
+    there, points = nodes(), sweep.points()
+    configs = [sweep.config(point) for point in points]
+    for config in configs:
+        check_resources(config, there)
+    tell(Stage("reading tasks and models"))
+    grounds = foundations(configs)
+    for config in configs:
+        job_on(grounds[ground_key(config)][1], config)
+    jobs = [job_on(grounds[ground_key(own)][1], own) for own in map(sweep.config, largest(points))]
+    if len(there) == 1:  # of a cluster's nodes no plan knows the memory
+        for job in jobs:
+            job_plan.check(job, folder)
+    check_disk(jobs, sweep.count, folder)
+    return grounds, at_once(jobs, there, min(sweep.count, sweep.search.concurrent or sweep.count))
+
+
+def _tree(sweep: Sweep) -> dict[str, Any]:
+    """What sweep.yaml says."""
+    return {**sweep.tree, "sweep": sweep.search.model_dump(mode="json", exclude_none=True)}
+
+
+def _check_head() -> None:
+    here = ray.get_runtime_context().get_node_id()
+    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    if HEAD not in resources:
+        advice = "start the sweep there, e.g. by ray job submit"
+        raise UserError("--address", "a worker node", "the cluster's head, where trials keep their folders", advice)

@@ -1,0 +1,79 @@
+"""What trials share instead of loading it again: model, rows and weights, in the object store, once per node."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.models.hub import RANDOM
+from rayfed_sub.planning.job import Foundation, Job, foundation, job_on, kind_of
+from rayfed_sub.runtime.coordinator import Shared
+from rayfed_sub.runtime.session import load_backbone, spec_of
+
+
+@dataclass(frozen=True)
+class Common:
+    """References into the object store, owned by the sweep's process.  ground: (skeleton, codec)."""
+
+    ground: Any
+    dataset: Any
+
+
+@dataclass(frozen=True)
+class Commons:
+    """By what they depend on in a configuration: what jobs stand on, and weights."""
+
+    grounds: Mapping[str, Common]
+    weights: Mapping[str, Any]
+
+    def job(self, config: Config) -> tuple[Job, Shared]:
+        """The trial's job and what its workers map; what nobody has prepared is loaded for it alone."""
+        common = self.grounds.get(ground_key(config))
+        if common is None:
+            job = job_on(foundation(config), config)
+            dataset = ray.put(job.dataset)
+        else:
+            skeleton, codec = ray.get(common.ground)
+            job = job_on(Foundation(skeleton, codec, ray.get(common.dataset)), config)
+            dataset = common.dataset
+        weights = self.weights.get(weights_key(config))
+        return job, Shared(ray.put(spec_of(job)), ray.put(load_backbone(job)) if weights is None else weights, dataset)
+
+
+def foundations(configs: Iterable[Config]) -> dict[str, tuple[Config, Foundation]]:
+    """One foundation, with a configuration of it, for each key.  Raises UserError for what does not go together."""
+    found: dict[str, tuple[Config, Foundation]] = {}
+    for config in configs:
+        key = ground_key(config)
+        if key not in found:
+            found[key] = (config, foundation(config))
+    return found
+
+
+def shared(found: Mapping[str, tuple[Config, Foundation]]) -> Commons:
+    """Puts foundations and their weights into the object store of the Ray session that there is."""
+    grounds, weights = {}, {}
+    for key, (config, base) in found.items():
+        grounds[key] = Common(ray.put((base.skeleton, base.codec)), ray.put(base.dataset))
+        if (own := weights_key(config)) not in weights:
+            weights[own] = ray.put(load_backbone(job_on(base, config)))
+    return Commons(grounds, weights)
+
+
+def ground_key(config: Config) -> str:
+    """Equal for configurations that have the same model and the same rows at the same clients."""
+    federation = config.federation.model_dump(mode="json", include={"clients", "partition"})
+    parts = (config.model.model_dump(mode="json"), config.task.model_dump(mode="json"), federation)
+    return json.dumps([*parts, config.seed, config.evaluation.on])
+
+
+def weights_key(config: Config) -> str:
+    """Equal for configurations that begin with the same weights: the seed counts where weights are drawn."""
+    drawn = config.model.path == RANDOM or kind_of(config) != "causal-lm"
+    task = config.task.model_dump(mode="json") if drawn else None
+    return json.dumps([config.model.model_dump(mode="json"), task, config.seed if drawn else None])

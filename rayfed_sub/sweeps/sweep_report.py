@@ -1,0 +1,143 @@
+"""A sweep as one HTML file: the best trial, heat maps, parallel coordinates, quality against traffic, all trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from rayfed_sub.core import text
+from rayfed_sub.reports.page import Cell, Facts, Section, Table, Text, page
+from rayfed_sub.storage import atomic_files
+from rayfed_sub.sweeps.labels import score, worded
+from rayfed_sub.sweeps.ranking import best_first
+from rayfed_sub.sweeps.sweep_figures import heat_map, parallel, points, traffic
+from rayfed_sub.sweeps.swept import FEW, Swept, Trial, gather
+
+
+def write_report(
+    frame: pd.DataFrame,
+    keys: Sequence[str],
+    metric: str,
+    mode: str,
+    title: str,
+    path: Path,
+    settings: Mapping[str, Any],
+) -> None:
+    """Writes the page about `frame`, a sweep's trials.parquet, to `path`, some 5 MB, nearly all of it plotly.js.
+
+    keys: the columns of the space.  mode: "min" or "max".  settings: what the sweep was told, shown as it is; its
+    `space`, if it has one, maps each key to where its values come from, e.g. {"loguniform": [low, high]}.
+    """
+    atomic_files.write(path, page(title, sections(frame, keys, metric, mode, settings)).encode())
+
+
+def sections(
+    frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, settings: Mapping[str, Any]
+) -> list[Section]:
+    """What the report says, as `write_report`."""
+    space: Mapping[str, Any] = settings.get("space", {})
+    kinds = {key: kind for key in keys for kind in space.get(key, {})}
+    swept = gather(frame, keys, metric, mode, kinds)
+    found = [Section("Result", _result(swept)), Section("What was swept", _space(swept, space, settings))]
+    if swept.judged:
+        few = [key for key in keys if 2 <= len(swept.values(key)) <= FEW]
+        pairs = list(combinations(few, 2))
+        if pairs:
+            said = f"Each cell: the {metric} of its best trial over all other keys; stronger is better."
+            found.append(Section("Pairs of keys", [Text(said), *(heat_map(swept, *pair) for pair in pairs)]))
+        alone = [key for key in keys if len(swept.values(key)) > 1 and (key not in few or not pairs)]
+        if alone:
+            found.append(Section("One key at a time", [points(swept, key) for key in alone]))
+        if len(keys) > 1 and len(swept.judged) > 1:
+            found.append(Section("All keys at once", [parallel(swept)]))
+        sent = [(trial, trial.sent) for trial in swept.judged if trial.sent is not None]
+        if any(count for _, count in sent):
+            found.append(Section("Quality against traffic", [traffic(swept, sent)]))
+    failed = [trial for trial in swept.ranked if trial.status == "failed"]
+    if failed:
+        found.append(Section("Failures", [_failures(swept, failed)]))
+    return [*found, Section("Trials", [_table(swept, best_first(frame, metric, mode))])]
+
+
+def _result(swept: Swept) -> list[Text | Facts]:
+    """The best trial and how far ahead it is."""
+    counts = pd.Series([trial.status for trial in swept.ranked], dtype="object").value_counts()
+    ended = ", ".join(f"{counts[status]} {status}" for status in ("finished", "stopped", "failed") if status in counts)
+    summary = f"{text.count('trial', len(swept.ranked))}: {ended}."
+    if not swept.judged:
+        return [Text(f"{summary} None has a {swept.metric}, so there is no best one.")]
+    first, *others = swept.judged
+    facts = {"best trial": f"{first.number}", **{key: worded(value) for key, value in first.values.items()}}
+    facts[swept.metric] = score(first.metric)
+    if not math.isnan(first.before):
+        facts["before training"] = score(first.before)
+    if others:
+        second, middle = others[0], median(trial.metric for trial in swept.judged)
+        facts["next"] = f"trial {second.number}, {swept.said(second)}: {score(second.metric)}"
+        facts["ahead of the next by"] = _lead(first.metric, second.metric)
+        facts["ahead of the median by"] = f"{_lead(first.metric, middle)}; the median is {score(middle)}"
+    if first.sent is not None:
+        facts["sent up and down"] = text.megabytes(first.sent)
+    facts["run folder"] = first.folder
+    better = {"min": "lower", "max": "higher"}[swept.mode]
+    return [Text(f"{summary} {swept.metric}: {better} is better."), Facts(facts)]
+
+
+def _lead(value: float, other: float) -> str:
+    lead = abs(other - value)
+    return f"{score(lead)} ({lead / abs(other):.2%})" if other else score(lead)
+
+
+def _space(swept: Swept, space: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Table | Facts]:
+    """The keys and their values, and the sweep's other settings."""
+    rows: list[list[Cell | str]] = []
+    for key, head in swept.heads.items():
+        values = swept.values(key)
+        told = "; ".join(f"{kind} {_listed(given)}" for kind, given in space.get(key, {}).items())
+        few = len(values) <= FEW
+        drawn = ", ".join(map(worded, values)) if few else f"{worded(values[0])} to {worded(values[-1])}"
+        rows.append([key, head, told, Cell(f"{len(values)}", len(values)), drawn])
+    others = {name: _listed(value) for name, value in settings.items() if name != "space"}
+    caption = "Keys of the space, what they are called below, and the values that trials had."
+    return [Table(caption, ["key", "called", "drawn from", "different", "values of the trials"], rows), Facts(others)]
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(worded, value)) if isinstance(value, list | tuple) else worded(value)
+
+
+def _failures(swept: Swept, failed: Sequence[Trial]) -> Table:
+    rows: list[list[Cell | str]] = [
+        [Cell(f"{trial.number}", trial.number), swept.said(trial), trial.failure, trial.folder]
+        for trial in sorted(failed, key=lambda trial: trial.number)
+    ]
+    return Table("Trials that failed, and why.", ["trial", "values", "cause", "run folder"], rows)
+
+
+def _table(swept: Swept, ranked: pd.DataFrame) -> Table:
+    """Every trial and column of the table but sums and folders."""
+    first = ["trial", *swept.heads, "status", "rounds", *([swept.metric] if swept.metric in ranked else [])]
+    hidden = {"weights_sha256", "folder", "failure"}
+    columns = [*first, *(name for name in ranked.columns if name not in {*first, *hidden})]
+    heads = {**swept.heads, "uplink_bytes": "up (MB)", "downlink_bytes": "down (MB)"}
+    rows = [[_cell(name, row[name]) for name in columns] for row in ranked.to_dict("records")]
+    caption = "All trials, best first; their weights' sums and folders are in trials.parquet."
+    return Table(caption, [heads.get(name, name) for name in columns], rows)
+
+
+def _cell(column: str, value: Any) -> Cell | str:
+    if isinstance(value, str):
+        return value
+    if pd.isna(value):
+        return Cell("-", None)
+    if column.endswith("_bytes"):
+        return Cell(f"{value / 1e6:,.2f}", value)
+    # Metrics keep their digits, which tell trials apart; a key's values are few and round.
+    metric = isinstance(value, float) and "." not in column
+    return Cell(score(value) if metric else worded(value), value if math.isfinite(value) else None)

@@ -1,0 +1,1 @@
+"""Events, metrics, TensorBoard, process memory and environment of a run."""

@@ -1,0 +1,36 @@
+"""What goes wrong with a run while it runs: each symptom of `diagnostics/alerts.py` is told once."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.schemas import RoundRow
+from rayfed_sub.diagnostics.alerts import LOOKS, Symptom, symptoms
+from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.storage.run_folder import RunFolder
+from rayfed_sub.telemetry.events import RoundDone
+
+
+class Watch:
+    """folder: what is in it was told in an earlier sitting."""
+
+    def __init__(self, folder: RunFolder, config: Config) -> None:
+        self._config, self._before = config, overall(folder.scores(0)).get("held_out_loss")
+        self._rounds = [RoundRow(**row) for row in folder.rounds.to_pylist()]
+        self._looks = deque(folder.looks(LOOKS), maxlen=LOOKS)
+        self._told = {symptom.name for symptom in self._symptoms()}
+
+    def add(self, done: RoundDone) -> list[Symptom]:
+        """What the round shows for the first time."""
+        self._rounds.append(done.row)
+        if done.layers:
+            self._looks.append((done.layers, done.client_layers))
+        new = [symptom for symptom in self._symptoms() if symptom.name not in self._told]
+        self._told |= {symptom.name for symptom in new}
+        return new
+
+    def _symptoms(self) -> list[Symptom]:
+        layers = [row for look, _ in self._looks for row in look]
+        client_layers = [row for _, look in self._looks for row in look]
+        return symptoms(self._rounds, layers, client_layers, self._config, before=self._before)

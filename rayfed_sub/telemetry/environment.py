@@ -1,0 +1,61 @@
+"""Versions, machine and settings that results depend on bit by bit, as the workers report them: kept with every run.
+
+The process that starts a run may be on a head without a GPU, and with another build of torch.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rayfed_sub.config.schema import Config
+
+_LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that compute, and of Python."""
+    return {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+
+
+def machine(gpu: bool) -> dict[str, Any]:
+    """The processor and GPU of this process; gpu: whether it computes on one."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+    }
+
+
+def environment(config: Config, machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The machine, and the settings of its use, that results depend on; machines: the workers' own, see `machine`."""
+    found = merged(machines)
+    own = {"threads": config.resources.threads, "pack_size": config.resources.pack_size}
+    return {"processor": found.pop("processor", None), **own, **found}
+
+
+def merged(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The workers' answers as one: the value they agree on, or their different values side by side.
+
+    >>> merged([{"gpu": "L4", "torch": "2.13"}, {"gpu": "A100", "torch": "2.13"}])
+    {'gpu': 'A100, L4', 'torch': '2.13'}
+    """
+    values = {key: {own.get(key) for own in answers} for key in dict.fromkeys(key for own in answers for key in own)}
+    return {
+        key: next(iter(found)) if len(found) == 1 else ", ".join(sorted("none" if x is None else str(x) for x in found))
+        for key, found in values.items()
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.processor()
+    return platform.processor()

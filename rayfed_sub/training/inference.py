@@ -1,0 +1,109 @@
+"""The global model on held-out rows: loss and predictions, and greedy answers.  No gradient, no client terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayfed_sub.core.types import Change, ModelShape, Tensors
+from rayfed_sub.training.layers import PackLinear, Terms, based_on
+from rayfed_sub.training.losses import predicted
+
+
+@contextmanager
+def global_model(
+    layers: Mapping[str, PackLinear], shape: ModelShape, changes: Mapping[str, Change], head: Tensors
+) -> Iterator[None]:
+    """Binds the global model to the layers: blocks as low-rank terms, dense changes in the weight's place.
+
+    changes: per target its change to the layer's own weight; head: `<layer>/weight` (m, n), `<layer>/bias` (m,).
+    """
+    dense = {name: change.dense for name, change in changes.items() if change.dense is not None}
+    try:
+        for name, change in changes.items():
+            layers[name].terms = _terms(change, layers[name].weight.device)
+        for spec in shape.head:
+            weight, bias = head[f"{spec.name}/weight"], head.get(f"{spec.name}/bias")
+            device = layers[spec.name].weight.device
+            bias_Gm = None if bias is None else bias[None].to(device)
+            layers[spec.name].terms = Terms(1, weight_Gmn=weight[None].to(device), bias_Gm=bias_Gm)
+        with based_on(layers, dense):
+            yield
+    finally:
+        for layer in layers.values():
+            layer.terms = None
+
+
+def _terms(change: Change, device: torch.device) -> Terms | None:
+    if not change.blocks and change.base_scale == 1.0:
+        return None
+    left, right = change.factors() if change.blocks else (None, None)
+    return Terms(
+        clients=1,
+        closed_left_GmR=None if left is None else left[None].to(device),
+        closed_right_GRn=None if right is None else right[None].to(device),
+        base_scale_G=torch.tensor([change.base_scale], device=device),
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One held-out row: its summed loss (nats), what was said at each label and what is true:
+    tokens, given the true ones before them, or one class."""
+
+    loss: float
+    said: tuple[int, ...]
+    true: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """A model's words on a held-out question: its greedy answer, and the reference, cut to `task.max_length` as in
+    training; the likeliest token at each label, given the true ones before it, and the labels themselves."""
+
+    said: str
+    reference: str
+    forced: str
+    true: str
+
+
+def verdicts(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Verdict]:
+    """One per row of a held-out batch, under the bound global model."""
+    seen = predicted(model, batch)
+    rows = len(batch["labels"])
+    loss_R = seen.loss_L.new_zeros(rows).index_add(0, seen.row_L, seen.loss_L)
+    counts = torch.bincount(seen.row_L, minlength=rows).tolist()
+    said, true = (tuple(map(tuple, _split(column.tolist(), counts))) for column in (seen.best_L, seen.label_L))
+    return [Verdict(*row) for row in zip(loss_R.tolist(), said, true, strict=True)]
+
+
+def _split(flat: list[int], counts: Sequence[int]) -> list[list[int]]:
+    ends = list(accumulate(counts))
+    return [flat[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+@torch.inference_mode()
+def answers(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], limit: int
+) -> list[list[int]]:
+    """Greedy answers, at most `limit` tokens each, cut before the first of `ends`; prompts are padded on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    device = next(iter(model.parameters())).device
+    ids_BT = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    generator: Any = model
+    out_BT = generator.generate(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
+    )
+    return [list(takewhile(lambda token: token not in ends, row)) for row in out_BT[:, width:].tolist()]

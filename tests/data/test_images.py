@@ -1,0 +1,548 @@
+"""Images from their files to a trained, exported classifier."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from rayfed_sub import load_config, run
+from rayfed_sub.cli.main import main
+from rayfed_sub.config.schema import Config, Federation, Model, Optimizer, Partition, Task
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Subspace, wire_bytes
+from rayfed_sub.data.batching import collate
+from rayfed_sub.data.dataset import build_dataset, load_dataset
+from rayfed_sub.data.images import Images, decoded, digest, encoded
+from rayfed_sub.data.pairs import Pairs, distinct
+from rayfed_sub.data.table_pairs import table_pairs
+from rayfed_sub.data.tokenization import Cuts, tokenised
+from rayfed_sub.export.exported import export_hf, export_peft
+from rayfed_sub.models.architecture import build, skeleton
+from rayfed_sub.models.image_processors import ImageCodec, load_image_codec
+from rayfed_sub.models.presets import ANY_PATCHES
+from rayfed_sub.models.weights import load_weights
+from rayfed_sub.planning.job import prepare
+from rayfed_sub.planning.job_plan import plan_of
+from rayfed_sub.planning.worker_memory import backbone_bytes
+from rayfed_sub.telemetry.events import Summary
+from rayfed_sub.training.inference import verdicts
+from tests.helpers.pictures import KINDS, album, drawn, filed
+from tests.helpers.tiny_models import (
+    change,
+    dinov2,
+    draw_batches,
+    galore_start,
+    lora_start,
+    run_pack,
+    run_reference,
+    worst,
+)
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+DINOV2 = {"type": "dinov2", **SMALL, "mlp_ratio": 2, "image_size": 32, "patch_size": 4, "initializer_range": 0.1}
+VIT = {"type": "vit", **SMALL, "intermediate_size": 48, "image_size": 16, "patch_size": 4}
+SIGLIP = {"type": "siglip", "vision_config": {**SMALL, "intermediate_size": 48, "image_size": 16, "patch_size": 4}}
+
+GRAY = Image.new("L", (2, 2), 51)
+RED = Image.new("RGB", (2, 2), (255, 0, 51))
+
+
+def table(path: Path, cells: list[Any], labels: list[Any] | None = None, **columns: list[Any]) -> Task:
+    """A task over a Parquet file with these image cells."""
+    pd.DataFrame({"image": cells, "label": labels or ["a", "b"] * (len(cells) // 2), **columns}).to_parquet(path)
+    return Task(name="table", path=str(path), image="image", label="label")
+
+
+def random_model(numbers: dict[str, Any]) -> Model:
+    return Model(path="random", random=numbers)
+
+
+# --- files and pixels
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "WEBP"])
+def test_the_same_pixels_have_one_digest_in_every_lossless_file(kind: str) -> None:
+    picture = drawn("disc", 0)
+    how = {"lossless": True} if kind == "WEBP" else {}
+    assert digest(decoded(filed(picture, kind, **how))) == digest(picture)
+    assert digest(decoded(filed(picture.convert("RGB"), "PNG"))) == digest(picture)  # three channels, all gray
+    assert digest(decoded(filed(drawn("disc", 1)))) != digest(picture)
+
+
+def test_what_is_not_eight_bits_gray_or_red_green_blue_becomes_so() -> None:
+    values = np.array([[0, 256], [51 * 256, 65535]], dtype=np.uint16)
+    assert np.asarray(decoded(filed(Image.fromarray(values)))).tolist() == [[0, 1], [51, 255]]  # 16 bits
+    assert np.asarray(decoded(filed(Image.new("1", (1, 1), 1)))).tolist() == [[255]]
+    assert decoded(filed(Image.new("RGBA", (1, 1), (255, 0, 51, 9)))).getpixel((0, 0)) == (255, 0, 51)
+    assert decoded(filed(Image.new("CMYK", (1, 1), (0, 0, 0, 0)), "TIFF")).getpixel((0, 0)) == 255
+    assert decoded(filed(RED.convert("P", palette=Image.Palette.ADAPTIVE))).getpixel((0, 0)) == (255, 0, 51)
+
+
+def test_a_photograph_is_put_upright() -> None:
+    lying = Image.new("L", (4, 2))
+    exif = lying.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    assert decoded(filed(lying, "PNG", exif=exif)).size == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", filed(drawn("disc", 0))[:80], filed(drawn("disc", 0), "JPEG")[:90]]
+)
+def test_a_broken_file_says_why(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        decoded(content)
+
+
+def test_no_picture_stands_in_two_splits(tmp_path: Path) -> None:
+    """32 pictures, each three times: as PNG, as BMP and under another label."""
+    pictures = [drawn("disc", number) for number in range(32)]
+    cells = [*map(filed, pictures), *(filed(picture, "BMP") for picture in pictures), *map(filed, pictures)]
+    task = table(tmp_path / "rows.parquet", cells, ["a", "b"] * 32 + ["b", "a"] * 16)
+    task = task.model_copy(update={"held_out": 0.25, "validation": 0.25})
+    federation = Federation(clients=2, partition=Partition(kind="iid"))
+    codec = ImageCodec(16, (0.5,) * 3, (0.5,) * 3)
+    parts = [load_dataset(task, federation, codec, 0, judged) for judged in ("held-out", "validation")]
+    splits = [parts[0].train, parts[0].held_out, parts[1].held_out]
+    seen = [{pixels.tobytes() for pixels in split.pixels} for split in splits if isinstance(split, Images)]
+    assert [len(pixels) for pixels in seen] == [16, 8, 8]
+    assert len(set.union(*seen)) == 32
+
+
+def test_pictures_that_are_one_once_they_are_scaled_stand_in_one_split() -> None:
+    """20 gray squares, each also with a left half that is lighter by as much as the right half is darker."""
+    plain = [np.full((4, 4), 60 + 5 * i, np.uint8) for i in range(20)]
+    halves = np.array([2, 2, -2, -2], np.int64)
+    cells = tuple(filed(Image.fromarray((one + sign * halves).astype(np.uint8))) for one in plain for sign in (0, 1))
+    names = tuple(digest(decoded(cell)) for cell in cells)
+    pairs = Pairs("classification", names, ("a", "b") * 20, ("",) * 40, ("a", "b"), cells)
+    shares = Federation(clients=2, partition=Partition(kind="iid"))
+    data = build_dataset(pairs, Task(held_out=0.2), shares, ImageCodec(1), seed=0)
+    assert isinstance(data.train, Images)
+    assert isinstance(data.held_out, Images)
+    train, held_out = ({int(value) for value in images.pixels.ravel()} for images in (data.train, data.held_out))
+    assert len(data.held_out) == 8
+    assert train | held_out == {60 + 5 * i for i in range(20)}
+    assert not train & held_out
+
+
+def test_inputs_by_hand() -> None:
+    """Gray 51 is 0.2; red (255, 0, 51) is (1, 0, 0.2).  Less the mean, by the deviation."""
+    codec = ImageCodec(1, mean=(0.2, 0.5, 0.0), std=(0.5, 0.25, 0.1))
+    pairs = Pairs("classification", ("x", "y"), ("b", "a"), ("", ""), ("a", "b"), (filed(GRAY), filed(RED)))
+    images, kept, cuts = tokenised(pairs, codec, 8)
+    assert isinstance(images, Images)
+    assert (images.pixels.shape, images.pixels.dtype, kept.tolist(), cuts) == ((2, 3, 1, 1), np.uint8, [0, 1], Cuts())
+    batch = collate(images, np.array([1, 0]), mask_prompt=True, pad=0)
+    assert batch["labels"].tolist() == [0, 1]
+    expected = [[(1 - 0.2) / 0.5, (0 - 0.5) / 0.25, 0.2 / 0.1], [0.0, (0.2 - 0.5) / 0.25, 0.2 / 0.1]]
+    torch.testing.assert_close(batch["pixel_values"], torch.tensor(expected)[:, :, None, None])
+    assert images.take(np.array([1])).classes.tolist() == [0]
+
+
+def test_gray_images_are_kept_with_one_channel_and_read_as_three() -> None:
+    pairs = Pairs("classification", ("x",), ("a",), ("",), ("a", "b"), (filed(GRAY),))
+    images, _, _ = tokenised(pairs, ImageCodec(4), 8)
+    assert isinstance(images, Images)
+    assert images.pixels.tolist() == np.full((1, 1, 4, 4), 51).tolist()
+    assert images.nbytes == 16 + 8
+    inputs = collate(images, np.array([0]), mask_prompt=True, pad=0)["pixel_values"]
+    torch.testing.assert_close(inputs, torch.full((1, 3, 4, 4), (0.2 - 0.5) / 0.5))
+
+
+def test_the_whole_image_is_resized_and_nothing_cut() -> None:
+    wide = Image.new("L", (8, 2))
+    wide.paste(255, (4, 0, 8, 2))  # the right half is white
+    (pixels,) = ImageCodec(2).pixels(filed(wide))
+    assert (pixels[:, 0] < 30).all()
+    assert (pixels[:, 1] > 225).all()
+
+
+# --- tables
+
+
+@pytest.mark.parametrize("form", ["bytes", "mapping"])
+def test_cells_of_both_forms_are_read(form: str, tmp_path: Path) -> None:
+    files = [filed(drawn(kind, 0)) for kind in KINDS]
+    cells = files if form == "bytes" else [{"bytes": file, "path": None} for file in files]
+    pairs = table_pairs(table(tmp_path / "rows.parquet", cells, list(KINDS)), None)
+    assert (pairs.images, pairs.answers, pairs.class_names) == (tuple(files), KINDS, KINDS)
+    assert pairs.questions == tuple(digest(drawn(kind, 0)) for kind in KINDS)
+
+
+def test_images_of_datasets_come_with_their_files_and_class_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file and a folder in the form of the hub: an Image column, and classes as numbers with names."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["z", "b"])})
+    pictures = [drawn("disc", 0), drawn("cross", 0)]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [1, 0]}, features=features)
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "rows.parquet")
+    for path in (tmp_path / "set", tmp_path / "set" / "rows.parquet"):
+        pairs = table_pairs(Task(name="table", path=str(path), image="image", label="label"), "label")
+        assert pairs.class_names == ("z", "b")
+        assert pairs.answers == pairs.keys == ("b", "z")
+        assert pairs.questions == tuple(map(digest, pictures))
+
+
+def test_broken_images_are_skipped_by_name_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = [filed(drawn("disc", i)) for i in range(3)]
+    cells = [good[0], b"torn", None, good[1], b"", good[2]]
+    names = ["0.png", "1.png", None, "3.png", "4.png", "5.png"]
+    with caplog.at_level(logging.WARNING):
+        pairs = table_pairs(table(tmp_path / "rows.parquet", cells, ["a", "b"] * 3, file=names), None)
+    assert (pairs.images, pairs.answers) == (tuple(good), ("a", "b", "b"))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("task.image: 3 of 6 images cannot be read; skipped: 1.png (cannot identify image")
+    assert "row 3 (empty)" in said
+    assert "4.png (empty)" in said
+
+
+def test_an_image_has_its_own_path_for_a_name_and_every_one_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells = [{"bytes": filed(GRAY), "path": None}, *({"bytes": b"x", "path": f"{i}.png"} for i in range(5))]
+    with caplog.at_level(logging.WARNING):
+        table_pairs(table(tmp_path / "rows.parquet", cells), None)
+    assert "5 of 6 images" in caplog.text
+    assert all(f"{i}.png" in caplog.text for i in range(5))
+
+
+def test_pixels_without_a_known_range_and_paths_are_broken_and_not_guessed_at() -> None:
+    """Nobody says where 32-bit pixels are black and white; cut to a byte, different pictures would become the same."""
+    deep = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(deep, format="TIFF")
+    with pytest.raises(ValueError, match="32-bit pixels"):
+        decoded(deep.getvalue())
+    with pytest.raises(ValueError, match=r"'a/b\.png' is text, not an image's bytes"):
+        encoded("a/b.png")
+
+
+def test_rows_without_a_label_are_counted_apart_from_broken_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells = [filed(drawn("disc", 0)), filed(drawn("disc", 1)), b"torn", b"torn"]
+    with caplog.at_level(logging.WARNING):
+        pairs = table_pairs(table(tmp_path / "rows.parquet", cells, ["a", None, "b", None]), None)
+    assert pairs.answers == ("a",)
+    assert "2 of 4 images cannot be read" in caplog.text
+    assert "1 of 4 rows have no label or key; dropped" in caplog.text
+
+
+def test_broken_images_are_counted_in_thousands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        table_pairs(table(tmp_path / "rows.parquet", [filed(GRAY), *[b""] * 1001]), None)
+    assert "1,001 of 1,002 images cannot be read" in caplog.text
+
+
+def test_no_image_left(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        table_pairs(table(tmp_path / "rows.parquet", [b"torn", b""]), None)
+    assert caught.value.field == "task.image"
+    assert "row 1 (cannot identify" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"label": None}, "task.label"),
+        ({"prompt": "{x}"}, "task.prompt"),
+        ({"answer": "x"}, "task.answer"),
+        ({"image": "x"}, "task.image"),
+    ],
+)
+def test_an_image_goes_with_a_label_alone(fields: dict[str, Any], field: str, tmp_path: Path) -> None:
+    task = table(tmp_path / "rows.parquet", [filed(GRAY), filed(RED)]).model_copy(update=fields)
+    with pytest.raises(UserError) as caught:
+        table_pairs(task, None)
+    assert caught.value.field == field
+
+
+def test_the_same_pixels_count_once_whatever_file_and_label_they_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disc three times, saved anew twice, once with another label; a cross."""
+    disc = drawn("disc", 0)
+    cells = [filed(disc), filed(disc, "BMP"), filed(disc, "PNG", compress_level=0), filed(drawn("cross", 0))]
+    assert len(set(cells)) == 4
+    pairs = table_pairs(table(tmp_path / "rows.parquet", cells, ["round", "round", "flat", "flat"]), None)
+    with caplog.at_level(logging.WARNING):
+        kept = distinct(pairs)
+    assert (kept.images, kept.answers) == ((cells[0], cells[3]), ("round", "flat"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 4 rows have the pixels of a row before them; dropped (1 of them with another label)"
+    ]
+
+
+# --- codecs
+
+
+def processor(folder: Path, numbers: dict[str, Any], **said: Any) -> Model:
+    """A model's folder with nothing but its configuration and, where something is said, that of its processor."""
+    numbers = dict(numbers)
+    transformers.AutoConfig.for_model(numbers.pop("type"), **numbers).save_pretrained(folder)
+    if said:
+        (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    return Model(path=str(folder))
+
+
+def test_numbers_come_from_the_models_processor(tmp_path: Path) -> None:
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"shortest_edge": 40}}
+    model = processor(tmp_path, DINOV2, **said, crop_size={"height": 24, "width": 24})
+    assert load_image_codec(model) == ImageCodec(24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert load_image_codec(model, 12).side == 12
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said", "expected"),
+    [
+        (DINOV2, {"size": 20}, ImageCodec(20)),  # a number, as older files have it
+        (DINOV2, {"size": {"height": 22, "width": 22}}, ImageCodec(20)),  # 5 patches of 4
+        (DINOV2, {}, ImageCodec(32)),  # no processor: the model's own size
+        (VIT, {"size": {"height": 224, "width": 224}}, ImageCodec(16)),  # the only size that its positions fit
+        (SIGLIP, {}, ImageCodec(16)),
+        (VIT, {"do_normalize": False}, ImageCodec(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))),
+        (VIT, {"image_mean": 0.5, "image_std": 1.0}, ImageCodec(16, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))),
+    ],
+)
+def test_processors_say_it_in_many_ways(
+    numbers: dict[str, Any], said: dict[str, Any], expected: ImageCodec, tmp_path: Path
+) -> None:
+    assert load_image_codec(processor(tmp_path, numbers, **said)) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "size", "allowed"),
+    [
+        (DINOV2, 30, "a multiple of 4, the pixels of a patch of this model; set task.image_size=32"),
+        (DINOV2, 1, "a multiple of 4, the pixels of a patch of this model; set task.image_size=4"),
+        (VIT, 20, "16, the only size that this model reads; remove it"),
+        (SIGLIP, 32, "16, the only size that this model reads; remove it"),
+    ],
+)
+def test_sizes_that_a_model_cannot_read(numbers: dict[str, Any], size: int, allowed: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_image_codec(random_model(numbers), size)
+    assert str(caught.value).startswith(f"task.image_size: got {size}; allowed: {allowed}")
+
+
+def test_a_broken_processor_and_a_model_of_gray_images(tmp_path: Path) -> None:
+    model = processor(tmp_path, VIT)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"model.path: .*preprocessor_config.json can be read; JSONDecodeError"):
+        load_image_codec(model)
+    with pytest.raises(UserError, match=r"model.path: got 'random'; allowed: .*3 channels; it reads 1"):
+        load_image_codec(random_model({**VIT, "num_channels": 1}))
+
+
+def test_a_language_model_reads_no_images(tmp_path: Path) -> None:
+    """Without this refusal it would get squares of 224 pixels, and be refused after all images are read."""
+    processor(tmp_path, {"type": "llama", **SMALL})
+    allowed = "an architecture that transformers has for image-classification; llama is not one; take another model"
+    for model, field in (
+        (Model(path=str(tmp_path)), "model.path"),
+        (random_model({"type": "llama"}), "model.random.type"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_image_codec(model)
+        assert caught.value.field == field
+        assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ANY_PATCHES)
+def test_some_models_fit_their_positions_to_the_image(name: str) -> None:
+    bones = skeleton(random_model({**DINOV2, "type": name}), "image-classification", KINDS)
+    module = build(bones.hf_config, bones.kind, "cpu")
+    for side in (4, 12, 40):
+        assert module(torch.zeros(1, 3, side, side)).logits.shape == (1, 4)
+
+
+@pytest.mark.parametrize("numbers", [VIT, SIGLIP])
+def test_other_models_read_their_own_size(numbers: dict[str, Any]) -> None:
+    bones = skeleton(random_model(numbers), "image-classification", KINDS)
+    assert [layer.name.split(".")[-1] for layer in bones.shape.targets] == ["fc1", "fc1"]
+    assert [layer.name for layer in bones.shape.head] == ["classifier"]
+    module = build(bones.hf_config, bones.kind, "cpu")
+    assert module(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 4)
+    with pytest.raises((ValueError, RuntimeError), match="size"):
+        module(torch.zeros(1, 3, 20, 20))
+
+
+# --- training
+
+
+def test_a_pack_of_images_is_the_reference() -> None:
+    """Three clients with different numbers of rows, DINOv2 at another size than its own."""
+    tiny, optimizer = dinov2(), Optimizer()
+    for start in (lora_start(tiny, 2), galore_start(tiny, Subspace(2, 3))):
+        batches = [draw_batches(tiny, client, 4, rows=3 + client) for client in range(3)]
+        ours = run_pack(tiny, [start] * 3, batches, optimizer, lr=1e-2)
+        theirs = run_reference(tiny, [start] * 3, batches, optimizer, lr=1e-2)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.failure is other.failure is None
+            deltas = change(tiny, start, one)
+            assert worst(deltas, change(tiny, start, other)) < 1e-4
+            assert all(delta.norm() > 1e-3 for delta in deltas.values())
+
+
+def configured(path: str, numbers: dict[str, Any], method: str, **task: Any) -> Config:
+    return load_config(
+        {
+            "model": {"path": "random", "random": numbers},
+            "task": {"name": "table", "path": path, "image": "image", "label": "label", "held_out": 0.2, **task},
+            "federation": {
+                **{"clients": 4, "rounds": 5, "local_steps": 6, "batch_size": 8},
+                "partition": {"kind": "dirichlet", "alpha": 5.0},
+            },
+            "method": {"name": method, "rank": 4},
+            "optimizer": {"lr": 0.01},
+            "resources": {"workers": 1, "cpus_per_worker": 0.5, "pack_size": 2},
+            "evaluation": {"every": 5},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return album(tmp_path_factory.mktemp("album") / "rows.parquet", 40)
+
+
+Runs = Callable[[str], tuple[Summary, Path]]
+
+
+@pytest.fixture(scope="module")
+def runs(pictures: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A finished run by method, made when first asked for."""
+    made: dict[str, tuple[Summary, Path]] = {}
+
+    def of(method: str) -> tuple[Summary, Path]:
+        if method not in made:
+            folder = tmp_path_factory.mktemp("runs") / method
+            made[method] = run(configured(pictures, DINOV2, method, image_size=16), folder), folder
+        return made[method]
+
+    return of
+
+
+@pytest.mark.parametrize("method", ["fedftg", "fedit"])
+def test_a_run_learns_to_tell_four_kinds_of_pictures(method: str, runs: Runs) -> None:
+    """From about ln 4 = 1.39 nats down."""
+    summary, _ = runs(method)
+    assert summary.metrics["held_out_loss_before"] == pytest.approx(1.39, abs=0.5)
+    assert summary.metrics["held_out_loss"] < 0.7
+
+
+@pytest.mark.slow
+def test_a_model_of_one_size_trains_too(pictures: str, ray_session: None, tmp_path: Path) -> None:
+    config = configured(pictures, SIGLIP, "fedit", max_rows=60)
+    config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": 1})})
+    summary = run(config, tmp_path / "run")
+    assert summary.metrics["held_out_loss"] < summary.metrics["held_out_loss_before"]
+
+
+@pytest.mark.parametrize("numbers", [DINOV2, VIT, SIGLIP])
+def test_a_run_is_planned(numbers: dict[str, Any], pictures: str) -> None:
+    """The data set: 32 of 160 rows are held out; all are gray squares of 16 x 16 with an int64 class."""
+    size = {"image_size": 16} if numbers is DINOV2 else {}
+    job = prepare(configured(pictures, numbers, "fedftg", **size))
+    planned = plan_of(job)
+    assert planned.rows.side == 16
+    assert planned.data >= 160 * (16 * 16 + 8)
+    assert planned.worker.process > planned.worker.tensors > 0
+    assert backbone_bytes(job.skeleton) == wire_bytes(load_weights(job.config.model, job.skeleton, seed=0))
+
+
+def test_the_plan_speaks_of_pixels(
+    pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.json"  # JSON is YAML
+    file.write_text(configured(pictures, VIT, "fedit").model_dump_json(exclude_none=True))
+    monkeypatch.setattr(sys, "argv", ["rayfed-sub", "plan", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code in (0, None)
+    assert "16 x 16 pixels" in capsys.readouterr().out
+
+
+def test_more_pixels_take_more_memory(pictures: str) -> None:
+    small, large = (plan_of(prepare(configured(pictures, DINOV2, "fedit", image_size=side))) for side in (16, 32))
+    assert large.worker.tensors > 2 * small.worker.tensors
+
+
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_an_exported_run_has_the_loss_that_was_measured(form: str, runs: Runs, tmp_path: Path) -> None:
+    summary, folder = runs("fedit")
+    if form == "hf":
+        export_hf(folder, tmp_path / "out")
+        model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        assert model.config.id2label == dict(enumerate(KINDS))
+        assert model.config.label2id == {kind: number for number, kind in enumerate(KINDS)}
+    else:
+        from peft import PeftModel
+
+        export_peft(folder, tmp_path / "out")
+        base = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "base")
+        model = PeftModel.from_pretrained(base, tmp_path / "out")
+    job = prepare(load_config(folder / "config.yaml"))
+    held_out = job.dataset.held_out
+    batch = collate(held_out, np.arange(len(held_out)), mask_prompt=True, pad=0)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])
+    assert float(loss) == pytest.approx(summary.metrics["held_out_loss"], rel=1e-4)
+
+
+def test_the_exported_processor_does_what_the_run_did(runs: Runs, pictures: str, tmp_path: Path) -> None:
+    _, folder = runs("fedit")
+    export_hf(folder, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (said["size"], said["image_mean"]) == ({"height": 16, "width": 16}, [0.5, 0.5, 0.5])
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", use_fast=False)
+    picture = drawn("disc", 3)
+    expected = theirs(images=picture.convert("RGB"), return_tensors="np")["pixel_values"]
+    codec = load_image_codec(Model(path=str(tmp_path / "out")), 16)
+    pixels = codec.pixels(filed(picture))[None]
+    ours = Images(pixels, np.zeros(1, np.int64), np.float32(codec.mean), np.float32(codec.std)).inputs(np.array([0]))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_a_size_without_images_is_refused() -> None:
+    with pytest.raises(UserError, match=r"task.image_size: got 16; allowed: nothing where the task has no images"):
+        prepare(load_config({"task": {"image_size": 16}}))
+
+
+def test_a_named_task_of_images(tmp_path: Path) -> None:
+    """Its classes are numbers, as in its file; the default column is the class itself."""
+    cells = [filed(drawn(kind, number)) for number in range(6) for kind in KINDS]
+    table(tmp_path / "rows.parquet", cells, [3, 0, 1, 2] * 6)
+    task = Task(name="brain-tumor", path=str(tmp_path / "rows.parquet"))
+    dataset = load_dataset(task, Federation(clients=4), load_image_codec(random_model(VIT)), seed=0)
+    assert dataset.class_names == ("glioma", "meningioma", "notumor", "pituitary")
+    assert dataset.client_names == dataset.class_names
+    assert dataset.train.pixels.shape == (24 - 2, 1, 16, 16)  # type: ignore[union-attr]
+    for client, name in enumerate(dataset.client_names):
+        assert set(dataset.train.classes[dataset.rows_of(client)]) == {dataset.class_names.index(name)}
+
+
+def test_pixels_take_the_model_s_own_type() -> None:
+    """BEiT's first layer is a convolution that wants them in bfloat16; ViT's sees to it itself."""
+    numbers = {"type": "beit", **SMALL, "intermediate_size": 48, "image_size": 16, "patch_size": 4}
+    bones = skeleton(random_model(numbers), "image-classification", ("a", "b"))
+    model = build(bones.hf_config, "image-classification").to_empty(device="cpu").to(torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    batch = {"pixel_values": torch.rand(3, 3, 16, 16), "labels": torch.tensor([0, 1, 1])}
+    assert [verdict.true for verdict in verdicts(model, batch)] == [(0,), (1,), (1,)]

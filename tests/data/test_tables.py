@@ -1,0 +1,238 @@
+"""Tables as pairs: every kind of file, templates, labels, and each way of getting it wrong."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+
+from rayfed_sub.config.schema import Task
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.table_pairs import table_pairs
+
+RECORDS: list[dict[str, Any]] = [
+    {"q": "one?", "about": "A", "a": "1", "n": 10},
+    {"q": "two?", "about": None, "a": "2", "n": 9},
+    {"q": " three?", "about": "B", "a": "  3 ", "n": 10},
+]
+
+
+def written(folder: Path, suffix: str, records: list[dict[str, Any]] = RECORDS) -> str:
+    file = folder / f"rows{suffix}"
+    frame = pd.DataFrame(records)
+    if suffix == ".parquet":
+        frame.to_parquet(file)
+    elif suffix == ".csv":
+        frame.to_csv(file, index=False)
+    elif suffix == ".json":
+        file.write_text(json.dumps(records), encoding="utf-8")
+    else:
+        file.write_text("\n".join(map(json.dumps, records)) + "\n\n", encoding="utf-8")
+    return str(file)
+
+
+def task(path: str, **fields: Any) -> Task:
+    return Task(**{"name": "table", "path": path, "prompt": "{q}", "answer": "a", **fields})
+
+
+def fault(task: Task, key: str | None = None) -> UserError:
+    with pytest.raises(UserError) as caught:
+        table_pairs(task, key)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv"])
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
+    pairs = table_pairs(task(written(tmp_path, suffix), prompt="{about}\n{q}"), key="n")
+    assert pairs == Pairs(
+        kind="causal-lm",
+        questions=("A\none?", "two?", "B\nthree?"),  # cells and the whole are stripped
+        answers=("1", "2", "3"),
+        keys=("10", "9", "10"),
+        spans=(((0, 1), (2, 6)), ((0, 4),), ((0, 1), (2, 8))),
+    )
+
+
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("q,a\n007,NA\n1.0,null\n", encoding="utf-8")
+    pairs = table_pairs(task(str(file)), None)
+    assert (pairs.questions, pairs.answers) == (("007", "1.0"), ("NA", "null"))
+
+
+def test_a_folder_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    written(tmp_path / "set", ".jsonl")
+    assert table_pairs(task(str(tmp_path / "set")), "n").answers == ("1", "2", "3")
+    wrong = fault(task(str(tmp_path / "set"), split="test"))
+    assert (wrong.field, wrong.value) == ("task.split", "test")
+    assert fault(task(str(tmp_path / "set"), answer="b")).field == "task.answer"
+
+
+def test_rows_without_text_are_dropped_and_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [*RECORDS, {"q": "four?", "a": None}, {"q": "five?", "a": " "}, {"q": "", "a": "6", "n": 1}]
+    with caplog.at_level(logging.WARNING):
+        pairs = table_pairs(task(written(tmp_path, ".jsonl", records)), None)
+    assert pairs.questions == ("one?", "two?", "three?")
+    assert [record.getMessage() for record in caplog.records] == [
+        "task.path: 3 of 6 rows have no prompt, answer or key; dropped"
+    ]
+
+
+def test_rows_without_a_label_are_counted_in_thousands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"q": "one?", "y": "a"}, *({"q": f"{i}?", "y": None} for i in range(7019))]
+    with caplog.at_level(logging.WARNING):
+        table_pairs(task(written(tmp_path, ".jsonl", records), answer=None, label="y"), None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "task.path: 7,019 of 7,020 rows have no prompt, label or key; dropped"
+    ]
+
+
+def test_rows_without_a_key_are_dropped_where_a_key_is_needed(tmp_path: Path) -> None:
+    path = written(tmp_path, ".jsonl")
+    assert table_pairs(task(path), "about").keys == ("A", "B")
+    assert table_pairs(task(path), None).keys == ("", "", "")
+
+
+def test_a_template_may_hold_braces(tmp_path: Path) -> None:
+    path = written(tmp_path, ".jsonl")
+    assert table_pairs(task(path, prompt="{{x}} {q} {{}}"), None).questions[0] == "{x} one? {}"
+
+
+# --- labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["no", "yes", "no"], ("no", "yes")),
+        ([10, 9, 10], ("9", "10")),  # numbers by size, not as text
+        ([True, False, True], ("False", "True")),
+    ],
+)
+def test_class_names_are_sorted(tmp_path: Path, labels: list[Any], names: tuple[str, ...]) -> None:
+    records = [{"q": f"q{i}", "y": label} for i, label in enumerate(labels)]
+    pairs = table_pairs(task(written(tmp_path, ".jsonl", records), answer=None, label="y"), "y")
+    assert (pairs.kind, pairs.class_names) == ("classification", names)
+    assert pairs.answers == pairs.keys == tuple(map(str, labels))
+
+
+def test_class_labels_keep_their_names_and_order(tmp_path: Path) -> None:
+    features = datasets.Features({"q": datasets.Value("string"), "y": datasets.ClassLabel(names=["z", "b", "k"])})
+    data = datasets.Dataset.from_dict({"q": ["p", "q", "r"], "y": [1, 0, -1]}, features=features)
+    data.to_parquet(str(tmp_path / "rows.parquet"))
+    pairs = table_pairs(task(str(tmp_path / "rows.parquet"), answer=None, label="y"), None)
+    assert pairs.class_names == ("z", "b", "k")
+    assert pairs.answers == ("b", "z")  # -1 is "no label"
+
+
+# --- errors
+
+
+def test_missing_path() -> None:
+    assert fault(task("x").model_copy(update={"path": None})).field == "task.path"
+
+
+@pytest.mark.parametrize("path", ["nowhere/rows.csv", "/nowhere/rows.parquet", "/nowhere/at all"])
+def test_missing_file(path: str) -> None:
+    wrong = fault(task(path))
+    assert (wrong.field, wrong.value) == ("task.path", path)
+    assert "a file that exists" in str(wrong)
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    (tmp_path / "rows.xlsx").write_text("x", encoding="utf-8")
+    wrong = fault(task(str(tmp_path / "rows.xlsx")))
+    assert wrong.field == "task.path"
+    assert ".parquet, .jsonl, .json, .csv" in str(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.parquet", "PAR1 this is not Parquet"),
+        ("rows.jsonl", '{"q": "one?"}\n{"q": '),
+        ("rows.jsonl", "[1, 2]\n"),
+        ("rows.json", '{"q": "one?"}'),
+        ("rows.csv", 'q,a\n"unclosed,1\n'),
+        ("rows.csv", ""),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    wrong = fault(task(str(tmp_path / name)))
+    assert wrong.field == "task.path"
+    assert "a readable ." in str(wrong)
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"q,a\n\xff\xfe,1\n")
+    assert fault(task(str(tmp_path / "rows.csv"))).field == "task.path"
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+@pytest.mark.parametrize(
+    ("fields", "key", "field"),
+    [
+        ({"prompt": "{question}"}, None, "task.prompt"),
+        ({"answer": "response"}, None, "task.answer"),
+        ({"answer": None, "label": "class"}, None, "task.label"),
+        ({}, "by", "federation.partition.column"),
+    ],
+)
+def test_no_such_column_names_those_there_are(
+    tmp_path: Path, suffix: str, fields: dict[str, Any], key: str | None, field: str
+) -> None:
+    wrong = fault(task(written(tmp_path, suffix), **fields), key)
+    assert wrong.field == field
+    assert "q, about, a, n" in str(wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"answer": None}, "got None; allowed: a column of the table, here"),
+        ({"answer": "a", "label": "n"}, "got 'a'; allowed: nothing where task.label is set"),
+    ],
+)
+def test_one_of_answer_and_label(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+    assert str(fault(task(written(tmp_path, ".csv"), **fields))).startswith(f"task.answer: {says}")
+
+
+@pytest.mark.parametrize("prompt", [None, "", "no column", "{", "{}", "{q!r}", "{q:>9}"])
+def test_templates_that_are_none(tmp_path: Path, prompt: str | None) -> None:
+    assert fault(task(written(tmp_path, ".csv"), prompt=prompt)).field == "task.prompt"
+
+
+@pytest.mark.parametrize("wanted", ["answer", "label"])
+def test_what_the_model_is_to_say_does_not_stand_in_its_prompt(tmp_path: Path, wanted: str) -> None:
+    fields = {"answer": None, wanted: "a", "prompt": "{q} {a}"}
+    wrong = fault(task(written(tmp_path, ".csv"), **fields))
+    assert wrong.field == "task.prompt"
+    assert "a template without {a}" in str(wrong)
+
+
+def test_no_rows_left(tmp_path: Path) -> None:
+    wrong = fault(task(written(tmp_path, ".jsonl", [{"q": "one?", "a": None}])))
+    assert wrong.field == "task.path"
+    assert "rows that have a prompt and an answer" in str(wrong)
+
+
+def test_a_split_of_a_single_file(tmp_path: Path) -> None:
+    assert fault(task(written(tmp_path, ".csv"), split="test")).field == "task.split"
+
+
+def test_a_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(path: str, split: str) -> None:
+        raise ConnectionError(f"Couldn't reach {path}\non the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    wrong = fault(task("nobody/nothing"))
+    assert (wrong.field, wrong.value) == ("task.path", "nobody/nothing")
+    assert "Couldn't reach nobody/nothing" in str(wrong)

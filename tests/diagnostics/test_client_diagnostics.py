@@ -1,0 +1,110 @@
+"""Diagnostics on their way: whom they look at, what travels, what the coordinator keeps."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayfed_sub.config.schema import Diagnostics
+from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start
+from rayfed_sub.diagnostics.client_diagnostics import (
+    Looked,
+    due,
+    gradient_watch,
+    kept,
+    looked,
+    rows,
+    sent_rank,
+    watched,
+)
+from rayfed_sub.diagnostics.gradients import GradientWatch
+
+SHAPE = ModelShape(tuple(Layer(f"block.{i}.up", m=6, n=4) for i in range(5)))
+NOBODY = GradientWatch({}, frozenset())
+
+
+def factors(seed: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    sizes = {"left": (6, 2), "right": (2, 4)}
+    return {
+        f"{layer.name}/{role}": torch.randn(size, generator=draw)
+        for layer in SHAPE.targets
+        for role, size in sizes.items()
+    }
+
+
+def a_round(client: int) -> tuple[Start, LocalResult]:
+    """LoRA of rank 2 before and after."""
+    before, after = factors(client), factors(100 + client)
+    return Start(before, tuple(before)), LocalResult(client, after, {}, 4, {}, 1.0, 1, {}, trained=tuple(before))
+
+
+def look(client: int, asked: Diagnostics) -> Looked:
+    return looked(asked, SHAPE, *a_round(client), 1.0, NOBODY)
+
+
+def test_cohorts_without_clients_are_not_looked_at() -> None:
+    assert watched(Diagnostics(), 0, 3, []) == []
+    assert watched(Diagnostics(every=0), 2, 3, [1, 2]) == []
+
+
+def test_what_a_client_begins_with_may_lie_on_another_device() -> None:
+    class OnDevice:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def cpu(self) -> Tensor:
+            return self.tensor
+
+    start, result = a_round(0)
+    there = Start({name: cast(Tensor, OnDevice(x)) for name, x in start.tensors.items()}, start.trained)
+    found = looked(Diagnostics(), SHAPE, there, result, 1.0, NOBODY)
+    expected = look(0, Diagnostics())
+    assert [moved for moved, _ in found.layers.values()] == [moved for moved, _ in expected.layers.values()]
+
+
+def test_the_coordinator_keeps_no_view_of_what_came() -> None:
+    came = look(0, Diagnostics())
+    own = kept(came)
+    for name, (_, tensors) in own.layers.items():
+        for role, (_, array) in tensors.items():
+            theirs = came.layers[name][1][role][1]
+            assert np.array_equal(array, theirs)
+            assert not np.shares_memory(array, theirs)
+            assert array.base is None
+
+
+def test_layers_are_looked_at_evenly_and_told_in_order() -> None:
+    asked = Diagnostics(layers=2)
+    layers, clients = rows(7, SHAPE, [look(k, asked) for k in (3, 4, 5)], {"block.2.up": (4, 0.5)})
+    assert [(row.round, row.layer, row.clients) for row in layers] == [(7, "block.0.up", 3), (7, "block.2.up", 3)]
+    assert [(row.server_rank, row.accumulated) for row in layers] == [(None, None), (4, 0.5)]
+    assert [(row.layer, row.client) for row in clients] == [
+        (name, k) for name in ("block.0.up", "block.2.up") for k in (3, 4, 5)
+    ]
+
+
+def test_gradients_are_looked_at_for_one_client_of_a_pack_in_layers_that_are() -> None:
+    starts = [a_round(k)[0] for k in (3, 4, 5)]
+    watch = gradient_watch(Diagnostics(layers=2, gradient_layers=4), SHAPE, [3, 4, 5], starts, [4, 5])
+    assert watch.ranks == {4: 2}
+    assert watch.layers == {"block.0.up", "block.2.up"}
+    nowhere = gradient_watch(Diagnostics(gradient_layers=0), SHAPE, [3], starts[:1], [3])
+    assert nowhere.layers == frozenset()
+    dense: Any = Start({f"{layer.name}/weight": torch.zeros(6, 4) for layer in SHAPE.targets}, ())
+    assert gradient_watch(Diagnostics(), SHAPE, [3], [dense], [3]).ranks == {3: 8}
+
+
+def test_the_rank_of_factors_in_an_update() -> None:
+    """Both factors, one alone (a shared basis), the matrix itself, a core, and another layer's."""
+    tensors = {"a/left": torch.zeros(6, 2), "a/right": torch.zeros(2, 4), "b/right": torch.zeros(3, 4)}
+    tensors |= {"c/weight": torch.zeros(6, 4), "d/core": torch.zeros(2, 2), "e/left": torch.zeros(6, 5)}
+    assert [sent_rank(tensors, name) for name in "abcdef"] == [2, 3, None, None, 5, None]
+
+
+def test_rounds_that_are_looked_at() -> None:
+    assert [due(Diagnostics(every=2), n, 5) for n in range(5)] == [False, True, False, True, True]
+    assert not any(due(Diagnostics(every=0), n, 5) for n in range(5))

@@ -1,0 +1,107 @@
+"""The rank of what the server changed: by hand, from factors, from a sketch and from the whole matrix alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rayfed_sub.core.types import Block, Change
+from rayfed_sub.diagnostics import server_change
+from rayfed_sub.diagnostics.server_change import change_rank, moved_rank
+
+
+def directions(size: int, count: int, seed: int) -> Tensor:
+    """Orthonormal columns (size, count)."""
+    draw = torch.randn(size, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(draw).Q
+
+
+def weight(m: int, n: int, seed: int = 0) -> Tensor:
+    return 0.02 * torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+def product(m: int, n: int, sigma: list[float], seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Factors of a matrix with these singular values, float32."""
+    k = len(sigma)
+    left, right = directions(m, k, seed), directions(n, k, seed + 1).T
+    return (left * torch.tensor(sigma)).float(), right.float().contiguous()
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Sizes of the matrices whose eigenvalues were asked for."""
+    seen, real = list[tuple[int, ...]](), torch.linalg.eigvalsh
+
+    def watched(matrix: Tensor) -> Tensor:
+        seen.append(tuple(matrix.shape))
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", watched)
+    return seen
+
+
+@pytest.mark.parametrize(("m", "n"), [(400, 300), (300, 400)])
+def test_a_dense_change_is_sketched(m: int, n: int, whole: list[tuple[int, ...]]) -> None:
+    """Singular values 10^0 to 10^-4 in even steps, 12 of them, all above rounding: |W| is 0.1 at most, so the cut is at
+    most 2 * 1.2e-7 * 0.1 * (20 + 17.4) = 9e-7."""
+    left, right = product(m, n, torch.logspace(0, -4, 12).tolist())
+    before = weight(m, n)
+    after = before + left @ right
+    assert change_rank(before, after, expected=12) == 12
+    assert change_rank(before, after, expected=40) == 12  # clients that share directions
+    assert whole == []
+    assert change_rank(before, after) == 12
+    assert whole == [(300, 300)]
+
+
+def test_what_a_sketch_cannot_hold_is_counted_on_the_whole(whole: list[tuple[int, ...]]) -> None:
+    """Rank 30 where 12 were expected: 28 columns are all above the cut.  Weight decay: every direction moves."""
+    left, right = product(400, 300, [1.0] * 30)
+    before = weight(400, 300)
+    assert change_rank(before, before + left @ right, expected=12) == 30
+    assert change_rank(before, 0.99 * before, expected=12) == 300
+    assert whole == [(300, 300)] * 2
+
+
+def test_a_direction_below_rounding_does_not_count() -> None:
+    """1 and 1e-3 are seen; 1e-8 is below half a unit in the last place of weights of 0.02 and more."""
+    left, right = product(400, 300, [1.0, 1e-3, 1e-8])
+    before = weight(400, 300)
+    for expected in (None, 3):
+        assert change_rank(before, before + left @ right, expected) == 2
+    change = Change(blocks=(Block(left, right),))
+    assert moved_rank(Change(), change, before, change.apply(before)) == 2
+    assert change_rank(before, before.clone(), 3) == 0
+
+
+def test_blocks_are_judged_by_their_factors(whole: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """B A before, B' A after with one A of rank 2: rank 2, not 4.  With another A: 4.  A core of rank 1 between fixed
+    outer factors: 1.  Nothing before: 2; the same before and after: 0."""
+    monkeypatch.setattr(server_change, "change_rank", None)
+    W = weight(40, 30)
+    (B, A), (B_new, A_new) = product(40, 30, [1.0, 0.5], seed=1), product(40, 30, [0.7, 0.6], seed=5)
+    core = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+
+    def rank(before: Change, after: Change) -> int:
+        return moved_rank(before, after, W, after.apply(W))
+
+    old = Change(blocks=(Block(B, A, 2.0),))
+    assert rank(old, Change(blocks=(Block(B_new, A, 2.0),))) == 2
+    assert rank(old, Change(blocks=(Block(B_new, A_new, 2.0),))) == 4
+    assert rank(Change(blocks=(Block(B, A, 2.0, torch.zeros(2, 2)),)), Change(blocks=(Block(B, A, 2.0, core),))) == 1
+    assert rank(Change(), old) == 2
+    assert rank(old, old) == 0
+    assert rank(Change(), Change()) == 0
+    assert whole == []
+
+
+def test_blocks_over_a_dense_weight_and_over_another_multiple_of_it() -> None:
+    """FedEx-LoRA's model: the weight takes up the residual.  diag(1, 2, 0) -> diag(1, 2, 3) beside one block."""
+    unit, W = torch.eye(3), torch.zeros(3, 3)
+    block = Block(unit[:, :1], unit[:1])
+    before = Change(dense=torch.diag(torch.tensor([1.0, 2.0, 0.0])))
+    after = Change(dense=torch.diag(torch.tensor([1.0, 2.0, 3.0])), blocks=(block,))
+    assert moved_rank(before, after, W, after.apply(W)) == 2
+    shrunk = Change(base_scale=0.5)
+    assert moved_rank(Change(), shrunk, unit, shrunk.apply(unit)) == 3

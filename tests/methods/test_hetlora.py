@@ -1,0 +1,141 @@
+"""HetLoRA: padded means by strength, truncation per client, and ranks that clients give up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.types import Client, Layer, ModelShape, Tensors
+from rayfed_sub.methods import build
+from rayfed_sub.methods.hetlora import tail
+from tests.helpers.by_hand import factors, walked
+from tests.helpers.tiny_models import distance, llama, run_pack, run_reference
+from tests.methods.test_protocol import begun, clients_data, walk
+
+SHAPE = ModelShape((Layer("up", m=3, n=2),), (Layer("score", m=1, n=2),))
+START = {"up/weight": torch.zeros(3, 2), "score/weight": torch.zeros(1, 2)}
+
+
+def scored(head: list[float], tensors: Tensors) -> Tensors:
+    return {**tensors, "score/weight": torch.tensor([head])}
+
+
+def test_two_clients_by_hand() -> None:
+    """3 x 2, ranks 1 and 2.  p = 1/4, 3/4; ||dW|| = 3 and 1, so q ~ 3/4 and 3/4: one half each."""
+    method = build({"name": "hetlora", "rank": 2, "client_ranks": [1, 2], "alpha": 2.0})
+    server = method.init_server(START, SHAPE, seed=0)
+    ends = {
+        0: scored([4.0, 0.0], factors("up", [[3.0], [0.0], [0.0]], [[1.0, 0.0]])),
+        1: scored([0.0, 4.0], factors("up", [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]])),
+    }
+    done = walked(method, SHAPE, server, ends, {0: 1.0, 1: 3.0})
+    assert [start.scale for start in done.starts.values()] == [1.0, 1.0]  # alpha / r of the server's rank, for both
+    assert done.server.tensors["up/left"].tolist() == [[1.5, 0.0], [0.5, 0.0], [0.0, 0.0]]
+    assert done.server.tensors["up/right"].tolist() == [[0.5, 0.5], [0.5, 0.5]]  # the second row is half a zero
+    assert done.server.tensors["score/weight"].tolist() == [[1.0, 3.0]]  # the head by p alone
+    # r_k (m + n) = 5 and 10 numbers and the head's 2, both ways.
+    assert [update.wire_bytes for update in done.updates.values()] == [28, 48]
+    assert [method.download_bytes(done.server, SHAPE, Client(k, 0), since=0) for k in (0, 1)] == [28, 48]
+    again = walked(method, SHAPE, done.server, {0: {}, 1: {}}, {0: 1.0, 1: 1.0}, done.states)
+    assert again.starts[0].tensors["up/left"].tolist() == [[1.5], [0.5], [0.0]]
+    assert again.starts[0].tensors["up/right"].tolist() == [[0.5, 0.5]]
+    assert torch.equal(again.starts[1].tensors["up/right"], done.server.tensors["up/right"])
+
+
+def test_without_any_change_the_weights_are_p() -> None:
+    """All norms zero: A' = (1 [4, 0] + 3 [0, 4]) / 4, and the second row 3/4 of client 1's."""
+    method = build({"name": "hetlora", "rank": 2, "client_ranks": [1, 2]})
+    server = method.init_server(START, SHAPE, seed=0)
+    still = {0: {"up/right": torch.tensor([[4.0, 0.0]])}, 1: {"up/right": torch.tensor([[0.0, 4.0], [4.0, 4.0]])}}
+    done = walked(method, SHAPE, server, still, {0: 1.0, 1: 3.0})
+    assert done.server.tensors["up/right"].tolist() == [[1.0, 3.0], [3.0, 3.0]]
+    assert not done.server.tensors["up/left"].any()
+
+
+@pytest.mark.parametrize("order", [(1, 3), (3, 1)])
+def test_beside_a_change_no_change_counts_for_nothing(order: tuple[int, int]) -> None:
+    """Client 1 has a change, client 3 none, whoever comes first."""
+    method = build({"name": "hetlora", "rank": 2})
+    server = method.init_server(START, SHAPE, seed=0)
+    ends = {
+        1: factors("up", [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]),
+        3: factors("up", [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [[8.0, 8.0], [8.0, 8.0]]),
+    }
+    done = walked(method, SHAPE, server, {k: ends[k] for k in order}, {1: 1.0, 3: 5.0})
+    for name, tensor in ends[1].items():
+        assert torch.equal(done.server.tensors[name], tensor)
+
+
+def test_a_client_drops_a_tail_that_shrank() -> None:
+    """gamma 0.99 of rank 2 is 1.98: the tail is the second component.  It begins at 2 * 1 = 2."""
+    method = build({"name": "hetlora", "rank": 2})
+    right = [[1.0, 0.0], [0.0, 1.0]]
+    end = factors("up", [[2.0, 2.0], [0.0, 0.0], [0.0, 0.0]], right)
+    first = walked(method, SHAPE, method.init_server(START, SHAPE, seed=0), {0: end}, {0: 1.0})
+    assert int(first.states[0].tensors["rank"]) == 2  # B began at zero: nothing can be smaller
+    grown = factors("up", [[2.0, 3.0], [0.0, 0.0], [0.0, 0.0]], right)
+    shrunk = factors("up", [[2.0, 1.0], [0.0, 0.0], [0.0, 0.0]], right)
+    for end, rank, kept in ((grown, 2, right), (shrunk, 1, [[1.0, 0.0], [0.0, 0.0]])):
+        second = walked(method, SHAPE, first.server, {0: end}, {0: 1.0}, first.states)
+        assert int(second.states[0].tensors["rank"]) == rank
+        assert second.updates[0].wire_bytes == 4 * (rank * 5 + 2)
+        assert second.server.tensors["up/right"].tolist() == kept
+        assert method.download_bytes(second.server, SHAPE, Client(0, 0), since=1) == 4 * (rank * 5 + 2)
+        assert method.download_bytes(second.server, SHAPE, Client(1, 0), since=-1) == 4 * (2 * 5 + 2)
+    # It stays at rank 1, and gives up no more: the last component is nobody's tail.
+    less = factors("up", [[1.0], [0.0], [0.0]], [[0.5, 0.0]])
+    third = walked(method, SHAPE, second.server, {0: less}, {0: 1.0}, second.states)
+    assert third.starts[0].penalty is None
+    assert int(third.states[0].tensors["rank"]) == 1
+    assert third.server.tensors["up/right"].tolist() == [[0.5, 0.0], [0.0, 0.0]]
+
+
+def test_gamma_of_one_never_prunes() -> None:
+    method = build({"name": "hetlora", "rank": 2, "gamma": 1.0})
+    right = [[1.0, 0.0], [0.0, 1.0]]
+    end = factors("up", [[2.0, 2.0], [0.0, 0.0], [0.0, 0.0]], right)
+    first = walked(method, SHAPE, method.init_server(START, SHAPE, seed=0), {0: end}, {0: 1.0})
+    less = factors("up", [[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]], right)
+    second = walked(method, SHAPE, first.server, {0: less}, {0: 1.0}, first.states)
+    assert second.starts[0].penalty is None
+    assert int(second.states[0].tensors["rank"]) == 2
+
+
+def test_the_penalty_by_hand() -> None:
+    """Rank 4, gamma 1/2: the tail is components 3 and 4.  ||B_tail|| = |(3, 4)| = 5, ||A_tail|| = 2; times 0.1."""
+    shape = ModelShape((Layer("up", m=4, n=4),))
+    method = build({"name": "hetlora", "rank": 4, "gamma": 0.5, "penalty": 0.1})
+    server = method.init_server({"up/weight": torch.zeros(4, 4)}, shape, seed=0)
+    start = method.start_client(method.broadcast(server), None, Client(0, 0), shape)
+    assert start.penalty is not None
+    left = torch.diag(torch.tensor([7.0, 7.0, 3.0, 4.0])).requires_grad_()
+    right = torch.diag(torch.tensor([7.0, 7.0, 2.0, 0.0])).requires_grad_()
+    penalty = start.penalty({"up/left": left, "up/right": right})
+    assert penalty.item() == pytest.approx(1.0)
+    # d/dB = 0.1 * 2 * B_tail / 5, d/dA = 0.1 * 5 * A_tail / 2; nothing before the tail.
+    by_left, by_right = torch.autograd.grad(penalty, (left, right))
+    torch.testing.assert_close(by_left, torch.diag(torch.tensor([0.0, 0.0, 0.12, 0.16])))
+    torch.testing.assert_close(by_right, torch.diag(torch.tensor([0.0, 0.0, 0.5, 0.0])))
+
+
+def test_the_penalty_is_trained_and_both_executors_agree() -> None:
+    """Ranks 2 and 4 in one pack, heavy penalties: smaller tails than without, and as the reference has them."""
+    tiny, optimizer = llama(), Optimizer(lr=0.01, eps=1e-4)
+    fields = {"name": "hetlora", "rank": 4, "client_ranks": [2, 4], "gamma": 0.5}
+    free, method = build({**fields, "penalty": 0.0}), build({**fields, "penalty": 50.0})
+    server = begun(free, tiny)
+    data = clients_data(tiny, 2)
+    done, loose, theirs = (
+        walk(m, tiny, server, data, weights=[1, 2], optimizer=optimizer, trainer=trainer)
+        for m, trainer in ((method, run_pack), (free, run_pack), (method, run_reference))
+    )
+    for k, rank in enumerate((2, 4)):
+        ends = [float(tail(walked_.results[k].tensors, tiny.shape, rank // 2)) for walked_ in (done, loose)]
+        assert ends[0] < 0.9 * ends[1]
+        assert int(done.states[k].tensors["rank"]) == rank // 2
+        for name in done.starts[k].trained:
+            begin = done.starts[k].tensors[name]
+            assert done.results[k].tensors[name].shape == begin.shape
+            assert distance(done.results[k].tensors[name] - begin, theirs.results[k].tensors[name] - begin) < 1e-3
+    assert [update.tensors[f"{tiny.shape.targets[0].name}/left"].shape[1] for update in done.updates] == [1, 2]

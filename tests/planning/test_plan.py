@@ -1,0 +1,267 @@
+"""The plan: bytes equal those of real rounds, memory is what a real worker takes, what cannot fit is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from rayfed_sub import load_config, run
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Client, ClientState, wire_bytes
+from rayfed_sub.methods import METHODS
+from rayfed_sub.models.weights import load_weights
+from rayfed_sub.planning.job import prepare
+from rayfed_sub.planning.job_plan import here, job_parts, plan_of
+from rayfed_sub.planning.machines import Machine, machine_named
+from rayfed_sub.planning.needs import need
+from rayfed_sub.planning.plan import as_dict
+from rayfed_sub.planning.refusals import check_fits
+from rayfed_sub.planning.traffic import traffic
+from rayfed_sub.planning.worker_memory import backbone_bytes
+from rayfed_sub.runtime.probe import probe
+from rayfed_sub.storage import checkpoints
+from tests.end_to_end.test_runs import BERT, TINY, small
+from tests.helpers.measured_worker import prepared
+from tests.helpers.tiny_models import bert, llama
+from tests.methods.test_protocol import OPTIMIZER, STEPS, clients_data, made, walk
+
+ROOT = Path(__file__).parents[2]
+LIKE = ["federation.local_steps=2", "evaluation.generate=0"]
+
+
+# --- bytes
+
+
+@pytest.mark.parametrize("model", [llama, bert])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_bytes_are_those_of_real_training(name: str, model: Any) -> None:
+    """Three rounds of clients (0, 1, 2), (0, 2) and (1, 2) on layers of two or three shapes, GaLore closing blocks
+    (3 steps, a refresh every 2); clients that prune themselves send no more than the plan says."""
+    tiny, method = model(), made(name, **{"refresh_every": 2} if name == "fedftg" else {})
+    cohorts = [[0, 1, 2], [0, 2], [1, 2]]
+    planned = traffic(method, tiny.shape, Config(optimizer=OPTIMIZER), cohorts, lambda client: STEPS)
+    server, states = method.init_server(tiny.weights, tiny.shape, seed=0), dict[int, ClientState]()
+    assert planned.server[0] == wire_bytes(server.tensors)
+    for n, cohort in enumerate(cohorts):
+        since = {k: states[k].round - 1 if k in states else -1 for k in cohort}
+        down = [method.download_bytes(server, tiny.shape, Client(k, 0), since[k]) if n else 0 for k in cohort]
+        data, before = clients_data(tiny, len(cohort), seed=10 * n), [states.get(k) for k in cohort]
+        done = walk(method, tiny, server, data, weights=[1.0] * len(cohort), states=before, ids=cohort)
+        for k, update, state, received in zip(cohort, done.updates, done.states, down, strict=True):
+            found = planned.rounds[n][k]
+            got, sent = (found.up, found.down, found.state), (update.wire_bytes, received, wire_bytes(state.tensors))
+            assert all(a >= b for a, b in zip(got, sent, strict=True)) if name == "hetlora" else got == sent
+            states[k] = state
+        server = done.server
+        if name != "hetlora":
+            assert planned.server[n + 1] == wire_bytes(server.tensors)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["federation.sampled=3", "method.refresh_every=3", "optimizer.weight_decay=0.01"],
+        pytest.param(
+            ["method={name: fedit, state: average}", "server.optimizer=adam", "server.lr=0.01"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["method={name: flora, client_ranks: [1, 3]}", "federation.sampled=5", "server.optimizer=momentum"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_bytes_are_those_of_a_run(overrides: list[str], ray_session: None, tmp_path: Path) -> None:
+    """clients.parquet, and the states in the last checkpoint."""
+    config = small("federation.rounds=3", "resources.workers=2", *overrides)
+    job = prepare(config)
+    found = job_parts(job).traffic()
+    run(config, tmp_path / "run")
+    rows = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    for row in rows.itertuples():
+        client = found.rounds[row.round][row.client]
+        assert (client.up, client.down) == (row.uplink_bytes, row.downlink_bytes)
+    checkpoint = checkpoints.read(tmp_path / "run")
+    assert checkpoint is not None
+    assert {client for client, _ in checkpoint.notes} == set(rows.client)
+    for client, after in checkpoint.notes:
+        state = checkpoints.client_state(tmp_path / "run", checkpoint, client)
+        assert wire_bytes(state.tensors) == found.rounds[after - 1][client].state
+    assert sum(array.nbytes for _, array in checkpoint.server.values()) == found.server[-1]
+
+
+def test_what_a_cohort_adds_to_a_download_ends_at_the_dense_size() -> None:
+    """Layers of 24 x 16 at rank 2: a client's block has 2 * 40 = 80 numbers, the matrix 384, so five fill it."""
+    tiny = llama(targets=r"up_proj$")
+    for clients, numbers in ((1, 80), (4, 320), (5, 384), (50, 384)):
+        cohorts = [list(range(clients)), [0]]
+        found = traffic(made("flora"), tiny.shape, Config(), cohorts, lambda client: 1)
+        assert found.rounds[1][0].down == 2 * numbers * 4  # two layers, 4 bytes a number
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["model.dtype=bfloat16"], ["model.random={type: gpt2, n_embd: 32, n_layer: 2, n_head: 2}"]]
+)
+def test_the_backbone_weighs_what_is_loaded(overrides: list[str]) -> None:
+    job = prepare(load_config(TINY, overrides))
+    loaded = load_weights(job.config.model, job.skeleton, seed=0)
+    assert backbone_bytes(job.skeleton) == sum(x.numel() * x.element_size() for x in loaded.values())
+
+
+# --- what fits
+
+MANY = ["federation.clients=128", "federation.partition={kind: iid}"]  # no pack is larger than a cohort
+
+
+def refused(machine: Machine, *overrides: str) -> tuple[UserError, list[str]]:
+    """The refusal, and its advice as overrides."""
+    job = prepare(small(*overrides))
+    with pytest.raises(UserError) as caught:
+        check_fits(job_parts(job), machine)
+    assert "\n" not in str(caught.value)
+    words = caught.value.advice.partition("set ")[2].partition(",")[0]
+    return caught.value, words.split()
+
+
+def fitting(machine: Machine, *overrides: str) -> None:
+    check_fits(job_parts(prepare(small(*overrides))), machine)
+
+
+MB, PLENTY = 10**6, 10**12
+
+
+@pytest.mark.parametrize(
+    ("memory", "pack", "field"), [(1840, 2, "resources.workers"), (1490, 64, "resources.pack_size")]
+)
+def test_what_needs_too_much_memory_is_refused_with_the_nearest_that_fits(memory: int, pack: int, field: str) -> None:
+    """Eight workers need eight bare processes of 320 MB."""
+    machine = Machine("a small machine", memory * MB, 8.0, PLENTY)
+    wide = ["resources.workers=8", f"resources.pack_size={pack}", *MANY]
+    error, advice = refused(machine, *wide)
+    assert error.field == field
+    assert f"{memory / 1000:.1f} GB of memory on a small machine; this run needs " in error.allowed
+    fitting(machine, *wide, *advice)
+
+
+def test_what_fits_no_machine_says_so() -> None:
+    error, _ = refused(Machine("a toy", 400 * MB, 2.0, PLENTY))
+    assert error.field == "model.path"
+
+
+def test_a_gpu_that_is_too_small() -> None:
+    """A context alone takes 600 MB."""
+    gpu = machine_named("640MB", Machine("here", PLENTY, 8.0, PLENTY))
+    fitting(gpu)
+    error, advice = refused(gpu, "resources.pack_size=128", *MANY)
+    assert error.field == "resources.pack_size"
+    fitting(gpu, *MANY, *advice)
+    with pytest.raises(UserError, match="--on: got 'abacus'; allowed: t4, "):
+        machine_named("abacus", gpu)
+
+
+def test_a_pack_is_no_larger_than_a_cohort() -> None:
+    """Eight clients make one pack of eight, however large packs may be."""
+    eight, more = (need(job_parts(prepare(small(f"resources.pack_size={n}")))) for n in (8, 512))
+    assert eight.worker(8) == more.worker(512)
+
+
+def test_states_that_fill_the_disk_are_refused() -> None:
+    """FedAvg keeps two moments of two layers of 96 x 32: 2 * 2 * 3,072 * 4 = 49,152 bytes a client; the server half."""
+    enough = 8 * 49_152 + 24_576
+    fitting(Machine("here", PLENTY, 8.0, enough), "method.name=fedavg")
+    full = Machine("here", PLENTY, 8.0, enough - 1)
+    error, advice = refused(full, "method.name=fedavg")
+    assert error.field == "federation.clients"
+    fitting(full, "method.name=fedavg", *advice)
+
+
+# --- the whole
+
+
+def test_a_plan_by_hand() -> None:
+    """Two layers of 96 x 32 at rank 4, 8 clients: the figures of test_engine.py, and an Adam state of two factors."""
+    planned = plan_of(prepare(small("resources.workers=2")))
+    up = 2 * 4 * (96 + 32) * 4
+    assert [row.up_all for row in planned.rounds] == [8 * up, 8 * up]
+    assert [row.down for row in planned.rounds] == [(0, 0), (2 * 96 * 32 * 4,) * 2]  # 8 blocks exceed the matrix
+    # What the first broadcast would cost, and what everybody's two downloads do.
+    assert [row.down_counted for row in planned.rounds] == [(2 * 96 * 32 * 4,) * 2] * 2
+    assert [row.down_counted_all for row in planned.rounds] == [8 * 2 * 96 * 32 * 4] * 2
+    # The basis on the side of 32, two moments on the side of 96.
+    assert planned.state == (2 * 4 * (32 + 2 * 96) * 4,) * 2
+    # Both factors, two moments and the gradient of the trained one.
+    assert planned.resident == (2 * 4 * (96 + 32 + 3 * 96) * 4,) * 2
+    assert {row.method for row in planned.methods} == set(METHODS)
+    assert {row.down[0] for row in planned.methods} == {0}
+    assert next(row.down_counted for row in planned.methods if row.method == "fedit") == (up, up)
+    dense = next(row for row in planned.ranks if row.method == "fedavg")
+    assert (dense.state, dense.resident) == (2 * 2 * 3072 * 4, 4 * 2 * 3072 * 4)
+    memory = [fit.worker for fit in planned.fits]
+    assert memory == sorted(memory)
+    assert json.loads(json.dumps(as_dict(planned)))["server"][0] == 2 * 96 * 32 * 4
+
+
+def test_a_plan_starts_no_ray() -> None:
+    code = (
+        "import sys; sys.argv[1:] = ['plan', *sys.argv[1:]]\n"
+        "from rayfed_sub.cli.main import _code\n"
+        "code = _code(); print('ray' in sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(TINY), "--json"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stderr.strip().splitlines()[-1] == "False"
+    assert json.loads(done.stdout)["method"] == "fedftg"
+
+
+def test_a_private_run_is_timed_as_it_will_run() -> None:
+    """Workers clip with the server's own notes, which `fedftg` needs for its ranks, so they must be sent."""
+    private = ["federation.sampled=4", "federation.weights=uniform", "privacy.clip=0.5", "privacy.noise=1"]
+    speed = probe(prepare(small(*private)), [1])
+    assert [timed.pack_size for timed in speed.packs] == [1, 2]
+    assert speed.round > 0
+
+
+def test_a_classifier_is_planned_too(tmp_path: Path) -> None:
+    table = tmp_path / "letters.csv"
+    table.write_text("sentence,letter\n" + "\n".join(f"{x * n},{x}" for n in range(3, 40) for x in "az") + "\n")
+    tree = {
+        "model": {"path": "random", "random": BERT},
+        "task": {"name": "table", "path": str(table), "prompt": "{sentence}", "label": "letter"},
+        "federation": {"clients": 3, "partition": {"kind": "iid"}},
+    }
+    job = prepare(load_config(tree))
+    planned = plan_of(job)
+    assert (planned.rows.tokens, planned.rows.labels) == (41, 1)  # 39 letters between two marks, one class
+    assert backbone_bytes(job.skeleton) == wire_bytes(load_weights(job.config.model, job.skeleton, seed=0))
+
+
+# --- memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["method.name=fedit"], ["model.dtype=float32"]])
+def test_a_worker_takes_the_memory_that_was_planned(overrides: list[str], tmp_path: Path) -> None:
+    """SmolLM2-135M, 4 clients x 4 rows x 64 tokens, within 15 % of what a real worker grows by."""
+    job = prepare(load_config(ROOT / "experiments" / "quickstart.yaml", [*LIKE, *overrides]))
+    planned = need(job_parts(job)).worker(4).process
+    prepared(job, tmp_path)
+    command = [sys.executable, "-m", "tests.helpers.measured_worker", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280, cwd=ROOT)
+    measured = int(done.stdout)
+    print(f"{overrides}: measured {measured / MB:.0f} MB, planned {planned / MB:.0f} MB, {planned / measured - 1:+.1%}")
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_the_machine_is_looked_at(tmp_path: Path) -> None:
+    machine = here(prepare(small()), tmp_path / "not" / "there" / "yet")
+    assert 0 < machine.memory < PLENTY
+    assert machine.disk > 0
+    assert machine.gpu is None or torch.cuda.is_available()

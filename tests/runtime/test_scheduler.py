@@ -1,0 +1,364 @@
+"""Pieces to workers: deaths, losses, deadlines, order.  Most workers and the clock are stand-ins; some are Ray's."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    ObjectReconstructionFailedError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.runtime import scheduler
+from rayfed_sub.runtime.scheduler import Crew, Piece, in_order
+
+
+@dataclass(frozen=True)
+class After:
+    """An answer that takes its time, in seconds."""
+
+    seconds: float
+    answer: Any
+
+
+NEVER = After(math.inf, None)
+
+
+class Clock:
+    """Time that passes only while somebody waits."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Reference:
+    def __init__(self, value: Any, due: float) -> None:
+        self.value, self.due = value, due
+
+
+class Worker:
+    """Answers calls, one after the other, with what stands in `answers`, the last one for ever; an exception is raised
+    at the get.  `alive` is its answer to `ready`."""
+
+    def __init__(self, *answers: Any, alive: Any = "cpu") -> None:
+        self.answers, self.alive = deque(answers), alive
+        self.ready = self
+        self.clock, self.free, self.kills = Clock(), 0.0, 0
+
+    def remote(self, *_: Any) -> Reference:
+        return Reference(self.alive, self.clock.now)
+
+    def work(self, index: int) -> Reference:
+        answer = self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
+        taken = answer if isinstance(answer, After) else After(0.0, answer)
+        self.free = max(self.free, self.clock.now) + taken.seconds
+        value = taken.answer if isinstance(taken.answer, Exception) else f"{taken.answer}{index}"
+        return Reference(value, self.free)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+
+    def get(reference: Reference, timeout: float) -> Any:
+        if isinstance(reference.value, Exception):
+            raise reference.value
+        return reference.value
+
+    def wait(references: list[Reference], num_returns: int, timeout: float) -> tuple[list[Reference], list[Reference]]:
+        assert timeout * 1000 < 2**63, "Ray counts milliseconds in 64 bits"
+        first = min(references, key=lambda reference: reference.due)
+        if first.due > clock.now + timeout:
+            clock.now += timeout
+            return [], references
+        clock.now = max(clock.now, first.due)
+        return [first], [reference for reference in references if reference is not first]
+
+    def kill(worker: Worker, no_restart: bool) -> None:
+        assert not no_restart
+        worker.kills += 1
+        worker.free = clock.now
+
+    for name, stand_in in (("get", get), ("wait", wait), ("kill", kill)):
+        monkeypatch.setattr(scheduler.ray, name, stand_in)
+    monkeypatch.setattr(scheduler, "time", clock)
+    return clock
+
+
+def crew_of(clock: Clock, *workers: Worker, deadline: float = 10.0) -> Crew:
+    for worker in workers:
+        worker.clock = clock
+    return Crew(workers, deadline)
+
+
+def pieces(count: int, **more: Any) -> list[Piece]:
+    return [Piece(lambda worker, i=i: worker.work(i), i % 2, f"piece {i}", **more) for i in range(count)]
+
+
+def results(crew: Crew, work: Sequence[Piece]) -> list[Any]:
+    done = list(in_order(crew, work, "stage"))
+    assert [d.index for d in done] == list(range(len(work)))
+    return [d.result for d in done]
+
+
+def test_a_piece_tells_when_it_was_done_and_what_troubled_it(clock: Clock) -> None:
+    """Piece 0 takes 2 s, is lost on the way back once and takes 3 s then; piece 1 waits at the door meanwhile."""
+    worker = Worker(After(2.0, ObjectLostError("00" * 28, None, "")), After(1.0, "b"), After(3.0, "a"))
+    first, second = in_order(crew_of(clock, worker), pieces(2), "stage")
+    assert (second.began, second.ended, second.troubles) == (2.0, 3.0, ())
+    assert (first.began, first.ended, len(first.troubles)) == (3.0, 6.0, 1)
+
+
+def gone(text: str = "killed") -> ActorUnavailableError:
+    return ActorUnavailableError(text, actor_id=None)
+
+
+def test_results_come_in_order_from_several_workers(clock: Clock) -> None:
+    crew = crew_of(clock, Worker("a"), Worker("b"))
+    assert results(crew, pieces(9)) == ["a0", "b1", "a2", "b3", "a4", "b5", "a6", "b7", "a8"]
+
+
+def test_a_dead_workers_pieces_run_again_elsewhere(clock: Clock) -> None:
+    crew = crew_of(clock, Worker(gone(), alive=gone("restarting")), Worker("b"))
+    assert results(crew, pieces(6)) == [f"b{i}" for i in range(6)]
+
+
+def test_a_worker_that_comes_back_works_again(clock: Clock) -> None:
+    assert results(crew_of(clock, Worker(gone(), gone(), "a")), pieces(2)) == ["a0", "a1"]
+
+
+def test_workers_that_died_before_do_not_wear_out_a_piece(clock: Clock) -> None:
+    """Three dead workers are met in one stage; in the next they get nothing, and its one piece lives."""
+    dead = [Worker(gone(), alive=gone("restarting")) for _ in range(3)]
+    crew = crew_of(clock, *dead, Worker("d"))
+    assert results(crew, pieces(8)) == [f"d{i}" for i in range(8)]
+    assert set(crew.load) == {3}
+    assert results(crew, pieces(1)) == ["d0"]
+
+
+LOST = ObjectLostError("00" * 28, None, "")
+LOSSES = [
+    *(gone(), ActorDiedError(), NodeDiedError("node"), OutOfMemoryError("memory"), WorkerCrashedError()),
+    *(LOST, ObjectReconstructionFailedError("00" * 28, None, ""), OwnerDiedError("00" * 28, None, "")),
+    *(GetTimeoutError("late"), RaySystemError("odd"), RayTaskError("work", "a state was lost", LOST)),
+    RayTaskError("work", "a state was lost", LOST).as_instanceof_cause(),
+]
+
+
+@pytest.mark.parametrize("error", LOSSES, ids=lambda error: type(error).__name__)
+def test_whatever_ray_loses_is_computed_again(clock: Clock, error: RayError) -> None:
+    assert results(crew_of(clock, Worker(error, "a")), pieces(1)) == ["a0"]
+
+
+def test_what_the_work_itself_raises_is_no_loss(clock: Clock) -> None:
+    bug, ours = (RayTaskError("work", "traceback", cause) for cause in (KeyError("x"), UserError("a.b", 1, "2")))
+    with pytest.raises(RayTaskError, match="traceback"):
+        results(crew_of(clock, Worker(bug, "a")), pieces(1))
+    with pytest.raises(UserError, match=r"a\.b"):
+        results(crew_of(clock, Worker(ours, "a")), pieces(1))
+
+
+def test_a_piece_that_always_kills_its_worker_ends_the_run(clock: Clock) -> None:
+    with pytest.raises(RunError, match=r"stage: piece 0 lost 3 times in a row: .*killed"):
+        results(crew_of(clock, Worker(gone())), pieces(1))
+
+
+def test_a_death_counts_for_the_piece_at_work_alone(clock: Clock) -> None:
+    """Pieces 0 and 1 are at the worker when it dies, and of 1, which waited at the door, the news comes first: were it
+    counted there, or for both, it would be piece 1's third loss."""
+    at_work, at_the_door = After(1.0, gone()), After(-1.0, gone())
+    deaths = [at_work, at_the_door, at_work, at_the_door]
+    assert results(crew_of(clock, Worker(*deaths, "a")), pieces(2)) == ["a0", "a1"]
+    with pytest.raises(RunError, match="piece 0 lost 3 times in a row"):
+        results(crew_of(clock, Worker(*deaths, at_work, at_the_door, "a")), pieces(2))
+
+
+def test_a_crew_that_never_comes_back_is_not_waited_for_for_ever(clock: Clock) -> None:
+    with pytest.raises(RunError, match=r"no worker is left or answers any more.*restarting"):
+        results(crew_of(clock, Worker(gone(), alive=gone("restarting"))), pieces(1))
+    assert 1800 <= clock.now < 1801
+
+
+def test_a_crew_that_dies_after_a_long_piece_has_its_time_to_come_back(clock: Clock) -> None:
+    crew = crew_of(clock, Worker(After(1000.0, gone()), "a"), deadline=2000.0)
+    assert results(crew, pieces(1)) == ["a0"]
+
+
+def test_a_crew_that_is_dead_for_good_ends_the_run_at_once(clock: Clock) -> None:
+    with pytest.raises(RunError, match="no worker is left"):
+        results(crew_of(clock, Worker(gone(), alive=ActorDiedError())), pieces(1))
+    assert clock.now == 0
+
+
+def test_an_unsound_result_is_computed_once_more_elsewhere(clock: Clock) -> None:
+    crew = crew_of(clock, Worker("a"), Worker("b"))
+    assert results(crew, pieces(5, sound=lambda result: result[0] == "b")) == ["b0", "b1", "b2", "b3", "b4"]
+
+
+def test_the_second_result_is_taken_as_it_is(clock: Clock) -> None:
+    crew = crew_of(clock, Worker("a"), Worker("b"))
+    assert results(crew, pieces(2, sound=lambda result: False)) == ["b0", "a1"]
+    assert results(crew_of(clock, Worker("x", "y", "z")), pieces(1, sound=lambda result: False)) == ["y0"]
+
+
+def test_an_unsound_result_is_no_loss_and_ends_a_row_of_them(clock: Clock) -> None:
+    worker = Worker(gone(), gone(), "x", gone(), gone(), "y")
+    assert results(crew_of(clock, worker), pieces(1, sound=lambda result: False)) == ["y0"]
+
+
+def test_a_stuck_worker_is_killed_and_its_pieces_run_elsewhere(clock: Clock) -> None:
+    stuck, other = Worker(NEVER, alive=gone("restarting")), Worker(After(1.0, "b"))
+    assert results(crew_of(clock, stuck, other), pieces(4)) == ["b0", "b1", "b2", "b3"]
+    assert (stuck.kills, other.kills) == (1, 0)
+    assert clock.now == pytest.approx(12, abs=0.5)  # 10 s deadline, then pieces 0 and 2 of one second each
+
+
+def test_a_stuck_worker_comes_back_and_works(clock: Clock) -> None:
+    worker = Worker(NEVER, NEVER, "a")
+    assert results(crew_of(clock, worker), pieces(2)) == ["a0", "a1"]
+    assert worker.kills == 1
+
+
+def test_waiting_at_the_door_does_not_count_towards_the_deadline(clock: Clock) -> None:
+    """Two pieces of 6 s are sent at once; the second is done after 12 s, but takes 6."""
+    worker = Worker(After(6.0, "a"))
+    assert results(crew_of(clock, worker, deadline=10.0), pieces(3)) == ["a0", "a1", "a2"]
+    assert (worker.kills, clock.now) == (0, 18.0)
+
+
+def test_three_times_past_the_deadline_ends_the_run(clock: Clock) -> None:
+    worker = Worker(After(11.0, "a"))
+    says = r"^stage: piece 0 lost 3 times in a row: past the deadline of 10 s; raise resources\.deadline$"
+    with pytest.raises(RunError, match=says):
+        results(crew_of(clock, worker, deadline=10.0), pieces(1))
+    assert worker.kills == 3
+
+
+def test_an_endless_deadline_is_waited_for(clock: Clock) -> None:
+    crew = crew_of(clock, Worker(After(1e5, "a")), deadline=1e300)
+    assert results(crew, pieces(1)) == ["a0"]
+
+
+def test_what_a_stage_that_was_given_up_left_behind_is_not_taken_for_results(clock: Clock) -> None:
+    crew = crew_of(clock, Worker("x", "x", "y"))
+    given_up = in_order(crew, pieces(3), "stage")
+    assert next(given_up).result == "x0"  # x1 is in flight
+    assert results(crew, pieces(3)) == ["y0", "y1", "y2"]
+
+
+class Sleeper:
+    """Sleeps for ever over the first piece that it finds unmarked, in whatever life."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def ready(self) -> str:
+        return "cpu"
+
+    def work(self, index: int) -> int:
+        if not self.mark.exists():
+            self.mark.touch()
+            time.sleep(1e6)
+        return index
+
+
+def test_rays_worker_that_sleeps_is_killed_and_works_again(ray_session: None, tmp_path: Path) -> None:
+    make = ray.remote(Sleeper).options(num_cpus=0.5, max_restarts=-1, max_task_retries=0)
+    workers = [make.remote(tmp_path / "mark")]
+    ray.get([worker.ready.remote() for worker in workers], timeout=60)
+    submit: Callable[[int], Callable[[Any], Any]] = lambda i: lambda worker: worker.work.remote(i)  # noqa: E731
+    work = [Piece(submit(i), 0, f"piece {i}") for i in range(3)]
+    try:
+        assert results(Crew(workers, 1.0), work) == [0, 1, 2]
+    finally:
+        ray.kill(workers[0])
+
+
+NODES = """
+import os, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from rayfed_sub.runtime.scheduler import Crew, Piece, in_order
+
+class Worker:
+    def ready(self):
+        return ray.get_runtime_context().get_node_id()
+    def work(self, index):
+        time.sleep(0.5)
+        return index, self.ready(), bytes(1_000_000)  # too big to travel with the answer: it stays on its node
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+ray.init(address=cluster.address, log_to_driver=False)
+make = ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=0)
+crew = Crew([make.remote(), make.remote()], 60.0)
+ray.get([worker.ready.remote() for worker in crew.workers], timeout=60)
+work = [Piece(lambda worker, i=i: worker.work.remote(i), i % 2, str(i)) for i in range(12)]
+done = []
+def stage():
+    done.append([d.result[:2] for d in in_order(crew, work, "stage")])
+def during(act, seconds):
+    thread = threading.Thread(target=stage)
+    thread.start()
+    time.sleep(seconds)
+    act()
+    thread.join()
+    assert [index for index, _ in done[-1]] == list(range(12)), done[-1]
+during(lambda: cluster.remove_node(nodes[0], allow_graceful=False), 1.2)  # cannot be placed any more
+assert len(crew.load) == 1, crew.load
+during(lambda: nodes.append(cluster.add_node(num_cpus=1)), 0.5)
+stage()
+assert len(crew.load) == 2, crew.load
+assert {node for _, node in done[-1]} == {nodes[1].node_id, nodes[2].node_id}
+def replace_all():
+    for node in nodes[1:]:
+        cluster.remove_node(node, allow_graceful=False)
+    cluster.add_node(num_cpus=2)
+during(replace_all, 0.8)
+print("kept going")
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_node_and_one_that_joins_later() -> None:
+    """Two nodes with a worker each: one is lost and comes back as another, then both at once.  A Ray of its own."""
+    health = {"period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3, "initial_delay_ms": 1000}
+    settings = {f"RAY_health_check_{name}": str(value) for name, value in health.items()}
+    ended = subprocess.run(
+        [sys.executable, "-c", NODES],
+        env={**os.environ, **settings, "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert "kept going" in ended.stdout, ended.stderr[-3000:]

@@ -1,0 +1,18 @@
+"""The cluster of cluster.yaml, started and lost and ended by Ray itself on this machine (tests/rayup)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.slow.rayup.__main__ import missing, play
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_cluster_comes_up_survives_and_goes(tmp_path: Path) -> None:
+    why_not = missing()
+    if why_not is not None:
+        pytest.skip(why_not)
+    assert play(tmp_path) == 0

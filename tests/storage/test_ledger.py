@@ -1,0 +1,309 @@
+"""The ledger, its states and its checkpoints: any order of completions, any budget, any torn write, the same standing.
+
+The object store is a stand-in: `put` gives a box, `get` opens it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from rayfed_sub.core.arrays import PackedState, packed, unpacked
+from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.core.types import ServerState
+from rayfed_sub.storage import atomic_files, checkpoints
+from rayfed_sub.storage.client_states import Note, States, path
+from rayfed_sub.storage.ledger import Ledger, settled
+
+Model = Mapping[str, Any]
+"""What should be true: the server's and the memory's numbers, and of each client its round and numbers."""
+
+
+class Crash(BaseException):
+    """The process ends here; nothing may catch it."""
+
+
+def server(n: int) -> ServerState:
+    """Tensors of several dtypes, a view and an empty one among them, all telling the round."""
+    grid = torch.arange(12.0).reshape(3, 4) + n
+    return ServerState(
+        n,
+        {
+            "layer/weight": grid.T,
+            "layer/half": grid[:2].bfloat16(),
+            "history/ranks": torch.full((n, 2), 2**40 + n),
+            "step": torch.tensor(n + 0.5, dtype=torch.float64),
+            "odd": torch.tensor([float("nan"), float("inf"), -0.0, n]),
+        },
+    )
+
+
+def state(client: int, n: int) -> PackedState:
+    """100 float32 and a bfloat16 number: 402 bytes of tensors."""
+    tensors = {"layer/left": torch.full((50, 2), client + n / 64), "half": torch.tensor([n / 4]).bfloat16()}
+    return PackedState(n, 4 * n, 4 * n + client, packed(tensors))
+
+
+def ledger(folder: Path, budget: int = 1000) -> Ledger:
+    return Ledger(folder, budget, lambda: server(0), lambda value: [value], lambda box: box[0])
+
+
+def bits(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {name: (dtype, array.shape, array.tobytes()) for name, (dtype, array) in sorted(packed(tensors).items())}
+
+
+def walk(book: Ledger, cohorts: Sequence[Sequence[int]], every: int = 1) -> None:
+    """Trains the cohorts from where the ledger stands; a checkpoint every so many rounds."""
+    for n in range(book.standing.server.round, len(cohorts)):
+        for client in cohorts[n]:
+            book.add(client, state(client, n + 1))
+        book.commit(server(n + 1), {"layer/weight/v": torch.full((2,), n + 1.0)}, dict.fromkeys(cohorts[n], n + 1))
+        if (n + 1) % every == 0:
+            book.checkpoint()
+
+
+def check(book: Ledger, cohorts: Sequence[Sequence[int]], rounds: int) -> None:
+    """The ledger stands where `rounds` undisturbed rounds lead, bit for bit."""
+    standing = book.standing
+    assert standing.server.round == rounds
+    assert bits(standing.server.tensors) == bits(server(rounds).tensors)
+    if rounds:
+        assert standing.memory["layer/weight/v"].tolist() == [rounds, rounds]
+    last = {client: n + 1 for n in range(rounds) for client in cohorts[n]}
+    assert standing.states == last
+    for client, n in last.items():
+        round, box = book.stored(client) or (None, [None])
+        found, expected = box[0], state(client, n)
+        assert (round, found.round, found.cursor, found.step) == (n, n, expected.cursor, expected.step)
+        assert bits(unpacked(found.tensors)) == bits(unpacked(expected.tensors))
+
+
+cohorts_of_rounds = st.lists(st.lists(st.integers(0, 5), unique=True, max_size=4), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cohorts=cohorts_of_rounds, every=st.integers(1, 3), budget=st.sampled_from([0, 402, 1000, 10**6]))
+def test_any_order_and_any_budget_lead_to_the_same_standing(cohorts: list[list[int]], every: int, budget: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        book = ledger(Path(folder), budget)
+        walk(book, cohorts, every)
+        check(book, cohorts, len(cohorts))
+        assert book.stored(99) is None
+        # What is on disk leads to the newest checkpoint's standing, and on to the same end.
+        again = ledger(Path(folder), budget)
+        check(again, cohorts, len(cohorts) // every * every)
+        walk(again, cohorts, every)
+        check(again, cohorts, len(cohorts))
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data(), cohorts=cohorts_of_rounds, budget=st.sampled_from([0, 500, 10**6]))
+def test_a_write_that_is_torn_anywhere_leaves_a_whole_checkpoint(
+    data: st.DataObject, cohorts: list[list[int]], budget: int
+) -> None:
+    """The n-th change of a file is cut in the middle, as by SIGKILL or a full disk; then a new process goes on."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        fatal = data.draw(st.integers(0, 30), label="the change that is cut")
+        full = data.draw(st.booleans(), label="full disk, not SIGKILL")
+        changes = 0
+
+        def dies() -> bool:
+            nonlocal changes
+            changes += 1
+            return changes == fatal + 1
+
+        write, unlink = atomic_files.write, Path.unlink
+
+        def torn_write(target: Path, *parts: bytes | memoryview) -> None:
+            if dies():
+                content = b"".join(parts)
+                target.with_name(f".{target.name}").write_bytes(content[: len(content) // 2])
+                raise RunError("writing files", "No space left on device") if full else Crash
+            write(target, *parts)
+
+        def torn_unlink(target: Path, missing_ok: bool = False) -> None:
+            if dies() and not full:
+                raise Crash
+            unlink(target, missing_ok)
+
+        patch.setattr(atomic_files, "write", torn_write)
+        patch.setattr(Path, "unlink", torn_unlink)
+        with contextlib.suppress(Crash, RunError):
+            walk(ledger(Path(folder), budget), cohorts)
+        patch.undo()
+
+        newest = checkpoints.newest(Path(folder)) or 0
+        again = ledger(Path(folder), budget)
+        check(again, cohorts, newest)
+        walk(again, cohorts)
+        check(again, cohorts, len(cohorts))
+        # Nothing half written is left, and no state that neither of the two checkpoints names.
+        named = again.standing.keys | checkpoints.older(Path(folder))
+        assert {file.name for file in checkpoints.clients(Path(folder)).iterdir()} == {
+            path(Path(), key).name for key in named
+        }
+
+
+def test_only_what_changed_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = ledger(tmp_path)
+    walk(book, [[0, 1, 2]])
+    written: list[str] = []
+    write = atomic_files.write
+    monkeypatch.setattr(
+        atomic_files, "write", lambda target, *parts: (written.append(target.name), write(target, *parts))
+    )
+    walk(book, [[0, 1, 2], [1]])
+    assert written == ["000001-000002.safetensors", "server-000002.safetensors", "manifest-000002.json"]
+    book.checkpoint()  # nothing new
+    assert len(written) == 3
+
+
+def test_two_checkpoints_stay(tmp_path: Path) -> None:
+    walk(ledger(tmp_path), [[0], [1], [0]])
+    assert sorted(file.name for file in checkpoints.root(tmp_path).iterdir()) == [
+        *("clients", "manifest-000002.json", "manifest-000003.json"),
+        *("server-000002.safetensors", "server-000003.safetensors"),
+    ]
+    assert sorted(file.name for file in checkpoints.clients(tmp_path).iterdir()) == [
+        "000000-000001.safetensors",  # named by the checkpoint of round 2
+        "000000-000003.safetensors",
+        "000001-000002.safetensors",
+    ]
+
+
+def test_memory_stays_within_its_budget(tmp_path: Path) -> None:
+    """402 bytes a state: two fit into 1,000."""
+    states = States(tmp_path, 1000, lambda value: [value], lambda box: box[0])
+    for client in range(5):
+        states.add(client, state(client, 1))
+        assert states.held_bytes == 402 * min(2, client + 1)
+    assert sorted(file.name[:6] for file in tmp_path.iterdir()) == ["000000", "000001", "000002"]
+    assert states.reference(0, 1)[0].step == 4  # back from its file: client 3, the longest unused, makes room
+    assert states.held_bytes == 804
+    assert (tmp_path / "000003-000001.safetensors").exists()
+
+
+def test_a_state_that_is_added_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    """A round that is run again in the same process, with no room for two states."""
+    states = States(tmp_path, 402, lambda value: [value], lambda box: box[0])
+    for step in (4, 99):
+        states.add(0, PackedState(1, 4, step, state(0, 1).tensors))
+    states.add(1, state(1, 1))  # client 0 goes to disk
+    assert states.reference(0, 1)[0].step == 99
+
+
+def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = ledger(tmp_path)
+    walk(book, [[0]])
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_files.os, "fsync", full)
+        with pytest.raises(RunError, match=r"writing files: .*000000-000002.safetensors: No space left on device"):
+            walk(book, [[0], [0]])
+    check(ledger(tmp_path), [[0]], 1)
+    book.checkpoint()  # there is space again
+    check(ledger(tmp_path), [[0], [0]], 2)
+
+
+def test_after_a_halt_no_round_counts(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    walk(book, [[0]])
+    assert book.halt() == 1
+    book.add(1, state(1, 2))
+    assert not book.commit(server(2), {}, {1: 2})
+    check(book, [[0]], 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("manifest-000002.json", "Expecting"),
+        ("server-000002.safetensors", "server-000002.safetensors is not as it was written"),
+        ("clients/000001-000002.safetensors", "000001-000002.safetensors is cut or gone"),
+    ],
+)
+def test_a_torn_checkpoint_is_refused_and_the_one_before_is_good(file: str, said: str, tmp_path: Path) -> None:
+    walk(ledger(tmp_path), [[0], [1]])
+    torn = checkpoints.root(tmp_path) / file
+    torn.write_bytes(torn.read_bytes()[:-10] if not file.startswith("manifest") else b"")
+    with pytest.raises(UserError) as caught:
+        ledger(tmp_path)
+    assert caught.value.field == "checkpoint"
+    assert said in caught.value.allowed
+    assert caught.value.advice == "delete manifest-000002.json to go on from round 1"
+    Path(str(caught.value.value)).unlink()
+    again = ledger(tmp_path)
+    check(again, [[0], [1]], 1)
+
+
+def test_a_changed_state_is_told_with_its_client_when_it_is_read(tmp_path: Path) -> None:
+    walk(ledger(tmp_path), [[3]])
+    file = path(checkpoints.clients(tmp_path), (3, 1))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=r"round 1, client 3, reading a client's state: .*not as it was written"):
+        ledger(tmp_path).stored(3)
+
+
+def test_a_manifest_names_what_it_needs(tmp_path: Path) -> None:
+    walk(ledger(tmp_path), [[7]])
+    tree = json.loads((checkpoints.root(tmp_path) / "manifest-000001.json").read_text())
+    client, round, *note = tree["clients"][0]
+    assert (client, round, Note(*note).cursor, Note(*note).step) == (7, 1, 4, 11)
+
+
+def test_the_servers_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    """Names, types and numbers; the widest numbers come first, so that all begin at multiples of their size."""
+    book = ledger(tmp_path)
+    walk(book, [[0]])
+    file = checkpoints.root(tmp_path) / "server-000001.safetensors"
+    rule = {"server/layer/weight/v": torch.full((2,), 1.0)}
+    assert bits(load_file(file)) == bits({**server(1).tensors, **rule})
+    header = json.loads(file.read_bytes()[8:].split(b"}}")[0] + b"}}")
+    assert list(header) == ["history/ranks", "step", "layer/weight", "odd", "server/layer/weight/v", "layer/half"]
+    # 2 ranks and a step of 8 bytes; 12 weights, 4 odd numbers and 2 of the rule's of 4; 8 halves of 2
+    assert [entry["data_offsets"][1] for entry in header.values()] == [16, 24, 72, 88, 96, 112]
+
+
+def test_the_server_moves_to_other_memory(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    walk(book, [[3]])
+    before = book.standing
+    there = before.server.tensors["layer/weight"].clone()
+    book.move({"layer/weight": there})
+    assert book.standing.server.tensors["layer/weight"] is there
+    assert book.standing.server.tensors["odd"] is before.server.tensors["odd"]
+    check(book, [[3]], 1)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """The lock goes with its holder: a file that is closed stands for a process that has ended."""
+    holder = checkpoints.claim(tmp_path, 1)
+    with pytest.raises(RunError, match=r"start: .*checkpoints: another run is at work here"):
+        checkpoints.claim(tmp_path, 0.2)
+    Timer(0.3, holder.close).start()
+    checkpoints.claim(tmp_path, 10).close()
+
+
+def test_settled_tensors_are_the_same_numbers_in_memory_of_their_own_kind() -> None:
+    """A transposed view becomes contiguous, as it would be when read from a file."""
+    before = server(3)
+    after = settled(before.tensors)
+    assert after["layer/weight"].is_contiguous()
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in after.values())
+    assert bits(after) == bits(before.tensors)

@@ -1,0 +1,341 @@
+"""Runs in an object store: whatever cuts the sending, a run can go on from what is there, and ends with the same bits.
+
+The store is a local folder behind a handler that counts, and breaks when told to; or S3, as moto's server has it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+from rayfed_sub import run
+from rayfed_sub.config.loading import load_config
+from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.storage import atomic_files, checkpoints, remote
+from rayfed_sub.storage.remote import Mirror, Place, at_hand, placed
+from rayfed_sub.storage.run_folder import finished
+from rayfed_sub.telemetry.events import Notice, PackDone, Stage, Started, Summary
+from tests.helpers import chaos
+from tests.storage.test_ledger import check, ledger, walk
+
+COHORTS = [[0, 1, 2], [1], [0, 3], [1], [2]]
+TABLES = ("log.jsonl", "rounds.parquet")
+
+
+class Store(FSSpecHandler):  # type: ignore[misc]
+    """Notes what is sent and deleted; refuses everything after the first `left` of these."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(LocalFileSystem(auto_mkdir=True))  # an object store needs no folders
+        self.root, self.left, self.done = root, 10**6, list[str]()
+
+    def mirror(self) -> Mirror:
+        return Mirror("s3://bucket/run", PyFileSystem(self), str(self.root))
+
+    def open_output_stream(self, path: str, metadata: Any) -> Any:
+        self._step("+", path)
+        return super().open_output_stream(path, metadata)
+
+    def delete_file(self, path: str) -> None:
+        self._step("-", path)
+        super().delete_file(path)
+
+    def _step(self, sign: str, path: str) -> None:
+        if not self.left:
+            raise OSError("the line is dead")
+        self.left -= 1
+        self.done.append(sign + path.removeprefix(f"{self.root}/"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS)) -> None:
+    """What a run does with its folder: begun or gone on with, a checkpoint every round, sent each time."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        atomic_files.write(folder / "config.yaml", b"name: tiny")
+    copy.push(folder)
+    book = ledger(folder)
+    for n in range(book.standing.server.round, rounds):
+        for name in TABLES:
+            atomic_files.write(folder / name, b"." * (n + 1))
+        walk(book, COHORTS[: n + 1])
+        copy.push(folder)
+    if rounds == len(COHORTS):
+        atomic_files.write(folder / "summary.json", b"{}")
+        copy.push(folder)
+
+
+def copy(place: Place) -> Mirror:
+    assert place.mirror is not None
+    return place.mirror
+
+
+def local(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_whatever_cuts_the_sending_a_run_can_go_on_from_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line dies after every number of steps there is; then another machine goes on."""
+    monkeypatch.setattr(atomic_files.os, "fsync", lambda handle: None)  # 40 times a whole run
+    steps, whole, said = 0, False, set[str]()
+    while not whole:
+        store = Store(tmp_path / f"store-{steps}")
+        store.left = steps
+        try:
+            work(tmp_path / f"first-{steps}", store.mirror())
+            whole = True
+        except RunError as error:
+            said.add(str(error))
+        store.left = 10**6
+
+        there, folder = store.mirror(), tmp_path / f"second-{steps}"
+        names = there.names()
+        assert "config.yaml" in names or not names
+        there.pull(folder)
+        reached = checkpoints.newest(folder) or 0
+        assert "summary.json" not in names or reached == len(COHORTS)
+        assert all(len((folder / name).read_bytes()) >= reached for name in TABLES if reached)
+        if reached:
+            check(ledger(folder), COHORTS, reached)
+        work(folder, there)
+        check(ledger(folder), COHORTS, len(COHORTS))
+        assert local(store.root) == local(folder)  # nothing lies about that nobody names
+        steps += 1
+    assert said == {"writing files: s3://bucket/run: the line is dead"}
+    # config.yaml and summary.json, five rounds of server, manifest and two tables, 8 states; 3 rounds go again,
+    # each a server and a manifest, with the states that only they named: 000001-000001, 000000-000001, 000001-000002.
+    assert steps == 1 + 2 + 5 * 4 + 8 + 3 * 2 + 3
+
+
+def test_what_a_checkpoint_costs(store: Store, tmp_path: Path) -> None:
+    """The third: two states, the server, tables and log; then the manifest; then the first one's leave, manifest first.
+
+    State 000001-000001 was replaced in round 2, which only the first checkpoint does not know.
+    """
+    copy = store.mirror()
+    work(tmp_path / "run", copy, rounds=2)
+    store.done.clear()
+    work(tmp_path / "run", copy, rounds=3)
+    needed, manifest, first, rest = store.done[:5], store.done[5], store.done[6], store.done[7:]
+    assert set(needed) == {
+        *("+checkpoints/clients/000000-000003.safetensors", "+checkpoints/clients/000003-000003.safetensors"),
+        *("+checkpoints/server-000003.safetensors", "+log.jsonl", "+rounds.parquet"),
+    }
+    assert manifest == "+checkpoints/manifest-000003.json"
+    assert first == "-checkpoints/manifest-000001.json"
+    assert set(rest) == {"-checkpoints/server-000001.safetensors", "-checkpoints/clients/000001-000001.safetensors"}
+    copy.push(tmp_path / "run")
+    assert len(store.done) == 9  # nothing is new
+
+
+def test_a_whole_run_goes_from_its_configuration_to_its_summary(store: Store, tmp_path: Path) -> None:
+    work(tmp_path / "run", Store(tmp_path / "elsewhere").mirror())
+    store.mirror().push(tmp_path / "run")
+    assert store.done[0] == "+config.yaml"
+    assert sorted(store.done[-3:-1]) == [f"+checkpoints/manifest-00000{n}.json" for n in (4, 5)]
+    assert store.done[-1] == "+summary.json"
+
+
+def test_a_file_of_the_same_length_with_other_content_is_sent(store: Store, tmp_path: Path) -> None:
+    """A state that a cut round left there, and that the round, run again, writes anew."""
+    name = "checkpoints/clients/000001-000002.safetensors"
+    checkpoints.make(tmp_path)
+    for content in (b"old", b"new"):
+        copy = store.mirror()
+        copy.pull(tmp_path)
+        atomic_files.write(tmp_path / name, content)
+        copy.push(tmp_path)
+        assert (store.root / name).read_bytes() == content
+
+
+def test_what_is_not_the_runs_stays_where_it_is(store: Store, tmp_path: Path) -> None:
+    (store.root / "checkpoints").mkdir(parents=True)
+    for name in ("notes.txt", "checkpoints/notes.txt"):
+        (store.root / name).write_text("mine")
+    work(tmp_path / "run", store.mirror(), rounds=2)
+    copy = store.mirror()
+    copy.pull(tmp_path / "again")
+    assert local(tmp_path / "again") == local(tmp_path / "run")
+    atomic_files.write(tmp_path / "again" / ".log.jsonl", b"half")  # and what a write has begun is not sent
+    work(tmp_path / "again", copy, rounds=4)
+    assert {"notes.txt", "checkpoints/notes.txt"} == local(store.root) - local(tmp_path / "again")
+    assert not list(store.root.glob(".*"))
+
+
+@pytest.fixture
+def temporary(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders lie; every URI leads to `store`."""
+    monkeypatch.setattr(remote, "connect", lambda uri, order=remote.RUN: store.mirror())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    return tmp_path / "tmp"
+
+
+def test_the_end_is_sent_whatever_it_is(store: Store, temporary: Path) -> None:
+    def interrupted() -> None:
+        with placed("s3://bucket/run", print, resume=False) as place:
+            work(place.path, copy(place), rounds=1)
+            atomic_files.write(place.path / "log.jsonl", b"interrupted")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (store.root / "log.jsonl").read_bytes() == b"interrupted"
+    assert not list(temporary.iterdir())
+
+
+def test_what_cannot_be_sent_stays_here(store: Store, temporary: Path) -> None:
+    told: list[Any] = []
+
+    def cut() -> None:
+        with placed("s3://bucket/run", told.append, resume=False) as place:
+            work(place.path, copy(place), rounds=1)
+            store.left = 3
+            work(place.path, copy(place), rounds=2)
+
+    with pytest.raises(RunError, match="writing files: s3://bucket/run: the line is dead"):
+        cut()
+    (folder,) = temporary.iterdir()
+    where = f"is in {folder}: go on there, with --out {folder} --resume"
+    assert told == [Notice(f"what could not be sent to s3://bucket/run {where}")]
+    assert checkpoints.newest(folder) == 2
+
+
+def test_a_run_that_is_there_is_not_overwritten(store: Store, temporary: Path, tmp_path: Path) -> None:
+    work(tmp_path / "run", store.mirror(), rounds=2)
+    before = local(store.root)
+    with pytest.raises(UserError, match=r"--out: got 's3://bucket/run'; allowed: a folder without a run in it"):
+        placed("s3://bucket/run", print, resume=False).__enter__()
+    (store.root / "config.yaml").unlink()  # what is left is no run to go on with, and none to mix with a new one
+    with pytest.raises(UserError, match="a folder without a run in it"):
+        placed("s3://bucket/run", print, resume=True).__enter__()
+    assert local(store.root) == before - {"config.yaml"}
+    assert not list(temporary.iterdir())
+
+
+def test_errors_name_the_place_that_the_person_knows(store: Store, temporary: Path, tmp_path: Path) -> None:
+    work(tmp_path / "run", store.mirror(), rounds=2)
+    (store.root / "checkpoints" / "manifest-000002.json").write_bytes(b"")
+    told: list[Any] = []
+    with pytest.raises(UserError) as caught, placed("s3://bucket/run", told.append, resume=True) as place:
+        ledger(place.path)
+    assert told == [Stage("fetching what is in s3://bucket/run")]
+    assert caught.value.value == "s3://bucket/run/checkpoints/manifest-000002.json"
+    assert caught.value.advice == "delete manifest-000002.json to go on from round 1"
+
+
+def test_a_run_there_is_at_hand_here(store: Store, temporary: Path, tmp_path: Path) -> None:
+    work(tmp_path / "run", store.mirror(), rounds=2)
+    with at_hand("s3://bucket/run", "RUN") as folder:
+        assert local(folder) == local(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^RUN: got 's3://bucket/run'"), at_hand("s3://bucket/run", "RUN") as folder:
+        finished(folder)
+    with at_hand("runs/tiny", "RUN") as folder:
+        assert folder == Path("runs/tiny")
+    assert not list(temporary.iterdir())
+
+
+SECRET = "s3://AKIAKEY:hush@bucket/run?region=eu-west-1&session_token=hush"
+
+
+def test_credentials_in_a_uri_are_used_and_never_repeated(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is connected to with all of the URI; the run's place is called, and fails, without the credentials."""
+    given: list[str] = []
+
+    class Files:
+        @staticmethod
+        def from_uri(uri: str) -> tuple[Any, str]:
+            given.append(uri)
+            return store, str(store.root)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.fs, "FileSystem", Files)
+        connected = remote.connect(SECRET)
+    assert given == [f"{SECRET}&allow_delayed_open=true"]
+    assert connected.uri == SECRET  # for the trials of a sweep, which connect as well
+    place = Place(tmp_path, connected)
+    shown = "s3://bucket/run?region=eu-west-1"
+    assert (place.called(), place.called("a")) == (shown, "s3://bucket/run/a?region=eu-west-1")
+
+    def refused(uri: str, order: object = None) -> Any:
+        raise OSError(f"cannot reach {uri}: 'AKIAKEY:hush' is no bucket")  # as pyarrow does, without the scheme
+
+    monkeypatch.setattr(remote, "connect", refused)
+    with pytest.raises(UserError) as caught:
+        placed(SECRET, print, resume=False).__enter__()
+    assert "AKIAKEY" not in str(caught.value)
+    assert "hush" not in str(caught.value)
+    assert f"got '{shown}'" in str(caught.value)
+
+    def cut_off(*arguments: object) -> Any:
+        raise OSError("no access for AKIAKEY:hush")
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: a\n", encoding="utf-8")
+    monkeypatch.setattr(connected, "_copy", cut_off)
+    with pytest.raises(RunError) as failed:
+        connected.push(tmp_path / "run")
+    assert str(failed.value).startswith(f"writing files: {shown}: OSError, ")
+    assert "hush" not in str(failed.value)
+
+
+@pytest.mark.parametrize("uri", ["s4://bucket/run", "s3://", "s3:// bucket/run", "file:///tmp/run"])
+def test_a_place_that_cannot_be_is_told_before_anything_starts(uri: str) -> None:
+    with pytest.raises(UserError, match=r"^--out: got '[^']*'; allowed: what an object store gives access to \("):
+        run(chaos.job(1), uri)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return chaos.undisturbed(1, tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: str, tmp_path: Path) -> None:
+    """Ctrl-C in the third round, where no checkpoint was due; the second machine has nothing but the URI."""
+    told: list[Any] = []
+
+    def interrupt(record: Any) -> None:
+        told.append(record)
+        if isinstance(record, PackDone) and record.round == 2:
+            raise KeyboardInterrupt
+
+    uri = f"{bucket}/runs/one"
+    with pytest.raises(KeyboardInterrupt):
+        run(chaos.job(2, "checkpoint.every=0"), uri, interrupt)
+    hint = f"interrupted; go on with: rayfed-sub run {uri}/config.yaml --out {uri} --resume"
+    assert [record.text for record in told if isinstance(record, Notice)] == [hint]
+    assert [record.folder for record in told if isinstance(record, Started)] == [uri]
+
+    with at_hand(f"{uri}/config.yaml", "CONFIG.yaml") as path:
+        config = load_config(path)
+    summary = run(config, uri, resume=True)
+    assert summary.weights_sha256 == undisturbed.weights_sha256
+    assert summary.metrics == undisturbed.metrics
+    assert summary.resumed in ((2,), (3,))
+    assert summary.folder == uri
+
+    assert run(config, uri, told.append, resume=True) == summary  # it is finished: nothing happens
+    assert told[-1] == Notice(f"{uri} is finished already")
+    with at_hand(uri, "RUN") as folder:
+        assert finished(folder) == config
+        assert checkpoints.newest(folder) == 4
+        ledger(folder)  # whole
+        assert {path.name for path in folder.iterdir()} == {path.name for path in Path(undisturbed.folder).iterdir()}
+
+
+def test_what_s3_refuses_is_told_before_anything_starts(bucket: str) -> None:
+    with pytest.raises(UserError, match=r"^--out: got 's3://nobody/run'; allowed: .*\(.*NO_SUCH_BUCKET"):
+        run(chaos.job(1), "s3://nobody/run")

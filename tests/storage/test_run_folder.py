@@ -1,0 +1,277 @@
+"""The run folder: names, atomic files, tables, and what counts as finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from pyarrow import parquet
+
+from rayfed_sub.config.loading import load_config, yaml_text
+from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.core.schemas import ClientRow, RoundRow, Score
+from rayfed_sub.storage.remote import Place
+from rayfed_sub.storage.run_folder import (
+    check_free,
+    create,
+    finished,
+    fresh,
+    latest,
+    make,
+    reopen,
+    summary_of,
+)
+from rayfed_sub.telemetry.events import Beginning, RoundDone, Summary
+
+CONFIG = load_config({"name": "kept", "federation": {"rounds": 2}})
+
+
+def round_row(n: int, held_out: float | None) -> RoundRow:
+    return RoundRow(n, 2, 0, 2.5, held_out, 100, 200, 50, 8.0, None, 1.5, 2.0)
+
+
+def round_rows(folder: Path) -> list[RoundRow]:
+    return [RoundRow(**row) for row in parquet.read_table(folder / "rounds.parquet").to_pylist()]
+
+
+def client_row(n: int, client: int) -> ClientRow:
+    return ClientRow(n, client, 3.0, 50, 100, 2.5, 2.25, 25.0, 4.0, 1.0)
+
+
+def done(n: int, held_out: float | None, *clients: int) -> RoundDone:
+    """Round n of these clients, after which client 1 and all together have the loss `held_out`."""
+    scores = [] if held_out is None else [Score(who, "held_out_loss", held_out, 50) for who in (None, 1)]
+    return RoundDone(round_row(n, held_out), tuple(client_row(n, client) for client in clients), tuple(scores))
+
+
+def score_rows(folder: Path) -> list[tuple[int, int | None, float]]:
+    rows = parquet.read_table(folder / "scores.parquet").to_pylist()
+    return [(row["rounds"], row["client"], row["value"]) for row in rows]
+
+
+def summary(folder: Path) -> Summary:
+    metrics = {"held_out_loss_before": 4.0, "held_out_loss": 2.0}
+    return Summary("kept", "fedftg", 2, "ab" * 32, 1, 2, 3, 8.0, 2.0, 1.0, 4, metrics, {}, {}, folder=str(folder))
+
+
+def test_names_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = [fresh(None, "tiny") for _ in range(3)]
+    assert made == [Path("runs/tiny"), Path("runs/tiny-2"), Path("runs/tiny-3")]
+    made[1].rmdir()
+    assert fresh(None, "tiny") == Path("runs/tiny-2")
+    assert fresh(None, "other") == Path("runs/other")
+    assert all(path.is_dir() for path in made)
+
+
+def test_runs_that_start_at_the_same_time_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: fresh(None, "tiny"), range(40)))
+    assert len(set(made)) == 40
+
+
+def test_a_folder_that_is_named_is_taken_with_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    assert fresh(tmp_path, "tiny") == tmp_path
+    assert fresh(tmp_path / "a" / "b", "tiny").is_dir()
+
+
+def test_a_folder_with_a_run_and_a_file_are_refused(tmp_path: Path) -> None:
+    create(Place(tmp_path), CONFIG)
+    for path, allowed in ((tmp_path, "a folder without a run in it"), (tmp_path / "config.yaml", "a folder")):
+        for refuse in (check_free, lambda path: fresh(path, "tiny")):
+            with pytest.raises(UserError) as caught:
+                refuse(path)
+            assert (caught.value.field, caught.value.value, caught.value.allowed) == ("--out", str(path), allowed)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_under_the_given_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"^--to: got '.*file/sub'; allowed: a folder that can be made; Not a directory"
+    ):
+        make(tmp_path / "file" / "sub", "--to")
+
+
+def test_every_file_of_a_run(tmp_path: Path) -> None:
+    folder = create(Place(tmp_path), CONFIG)
+    assert load_config(tmp_path / "config.yaml") == CONFIG
+    folder.write_tables()  # before the first round is over: columns without rows
+    assert list(pd.read_parquet(tmp_path / "rounds.parquet").columns) == list(RoundRow.__dataclass_fields__)
+    assert len(pd.read_parquet(tmp_path / "clients.parquet")) == 0
+
+    folder.add(done(0, None, 1, 5))
+    folder.add(done(1, 2.0, 1))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(entry["event"], entry["round"], entry["held_out_loss"]) for entry in log] == [
+        ("round", 0, None),
+        ("round", 1, 2.0),
+    ]
+    folder.write_tables()
+    rounds, clients = pd.read_parquet(tmp_path / "rounds.parquet"), pd.read_parquet(tmp_path / "clients.parquet")
+    assert rounds["round"].tolist() == [0, 1]
+    assert rounds["held_out_loss"].isna().tolist() == [True, False]
+    assert list(zip(clients["round"], clients["client"], strict=True)) == [(0, 1), (0, 5), (1, 1)]
+    assert round_rows(tmp_path) == [round_row(0, None), round_row(1, 2.0)]
+    assert score_rows(tmp_path) == [(2, None, 2.0), (2, 1, 2.0)]  # after two rounds, over all rows and client 1's
+    assert folder.scores(2) == [Score(None, "held_out_loss", 2.0, 50), Score(1, "held_out_loss", 2.0, 50)]
+
+    folder.write_summary(summary(tmp_path))
+    told = json.loads((tmp_path / "summary.json").read_text())
+    assert told["metrics"] == {"held_out_loss_before": 4.0, "held_out_loss": 2.0}
+    assert "folder" not in told  # a run may be moved
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("client_layers.parquet", "clients.parquet", "config.yaml", "layers.parquet", "log.jsonl", "packs.parquet"),
+        *("rounds.parquet", "scores.parquet", "summary.json"),
+    ]
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "rounds.parquet", "summary.json"])
+def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create(Place(tmp_path), CONFIG)
+    folder.add(done(0, 3.0, 1))
+    folder.write_tables()
+    folder.write_summary(summary(tmp_path))
+    before = (tmp_path / file).read_bytes()
+
+    def cut_off(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    folder.add(done(1, 2.0))
+    writes = {
+        "config.yaml": lambda: create(Place(tmp_path), load_config({"name": "another"})),
+        "rounds.parquet": folder.write_tables,
+        "summary.json": lambda: folder.write_summary(Summary(**{**vars(summary(tmp_path)), "rounds": 9})),
+    }
+    with pytest.raises(RunError, match=rf"writing files: .*{file}: No space left on device"):
+        writes[file]()
+    assert (tmp_path / file).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))  # what was begun takes no space either
+
+
+def test_a_run_is_finished_once_it_has_its_summary(tmp_path: Path) -> None:
+    folder = create(Place(tmp_path), CONFIG)
+    folder.write_tables()
+    with pytest.raises(UserError, match="the folder of a finished run"):
+        finished(tmp_path)
+    folder.write_summary(summary(tmp_path))
+    assert finished(tmp_path) == CONFIG
+
+
+BEGINNING = Beginning((Score(None, "held_out_loss", 4.0, 50),), {"torch": "2.13"}, {"threads": 1})
+
+
+def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: Path) -> None:
+    """Three rounds were run, the tables were written after two of them, the checkpoint holds one."""
+    first = create(Place(tmp_path), CONFIG)
+    assert not first.begun()
+    first.begin(BEGINNING)
+    for n in range(3):
+        first.add(done(n, 2.0, 1, 5))
+        if n == 1:
+            first.write_tables()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"event": "rou')  # the process died while it wrote
+
+    again = reopen(Place(tmp_path), CONFIG)
+    assert again.begun()
+    assert again.go_on(1) == BEGINNING
+    assert again.rounds["round"].to_pylist() == [0]
+    for n in (1, 2):
+        again.add(done(n, 1.0, 2))
+    again.write_tables()
+    assert round_rows(tmp_path) == [round_row(0, 2.0), round_row(1, 1.0), round_row(2, 1.0)]
+    clients = pd.read_parquet(tmp_path / "clients.parquet")
+    assert list(zip(clients["round"], clients["client"], strict=True)) == [(0, 1), (0, 5), (1, 2), (2, 2)]
+    assert score_rows(tmp_path) == [
+        *((0, None, 4.0), (1, None, 2.0), (1, 1, 2.0)),
+        *((2, None, 1.0), (2, 1, 1.0), (3, None, 1.0), (3, 1, 1.0)),
+    ]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(entry["event"], entry.get("round")) for entry in log] == [
+        *(("started", None), ("round", 0), ("resumed", 1), ("round", 1), ("round", 2))
+    ]
+    assert again.resumed() == (1,)
+
+
+def test_a_first_line_that_was_torn_is_written_anew(tmp_path: Path) -> None:
+    folder = create(Place(tmp_path), CONFIG)
+    (tmp_path / "log.jsonl").write_text('{"event": "star')
+    assert not folder.begun()
+    folder.begin(BEGINNING)
+    assert reopen(Place(tmp_path), CONFIG).go_on(0) == BEGINNING
+
+
+def test_tables_that_lack_a_finished_round_are_refused(tmp_path: Path) -> None:
+    folder = create(Place(tmp_path), CONFIG)
+    folder.begin(BEGINNING)
+    folder.add(done(0, 2.0))
+    folder.write_tables()
+    with pytest.raises(UserError, match=r"--resume: got .*; allowed: a run folder with 2 rounds in rounds.parquet"):
+        reopen(Place(tmp_path), CONFIG).go_on(2)
+
+
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
+    create(Place(tmp_path), CONFIG)
+    free = ["resources.workers=7", "resources.state_memory=3MB", "resources.deadline=5", "checkpoint.every=4"]
+    settings = {"name": "kept", "federation": {"rounds": 2}}
+    assert reopen(Place(tmp_path), load_config(settings, free)).path == tmp_path
+    for override, message in {
+        "seed=3": f"seed: got 3; allowed: 0, with which the run in {tmp_path} began; set that, or begin anew",
+        "optimizer.lr=2": "optimizer.lr: got 2.0; allowed: 0.001, with which",
+        "federation.rounds=9": "federation.rounds: got 9; allowed: 2, with which",
+        "resources.pack_size=9": "resources.pack_size: got 9; allowed: 4, with which",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            reopen(Place(tmp_path), load_config(settings, [override]))
+        assert str(caught.value).startswith(message)
+
+
+def test_a_stored_configuration_of_an_older_version_keeps_its_meaning(tmp_path: Path) -> None:
+    """Then the run's own seed drew the splits where the task had none, and all batches were bucketed."""
+    create(Place(tmp_path), CONFIG).write_summary(summary(tmp_path))
+    for task in ({"seed": None}, {}, {"seed": 5}):
+        old = {"name": "kept", "seed": 7, "task": task, "federation": {"rounds": 2}}
+        (tmp_path / "config.yaml").write_text(yaml_text(old))
+        config = finished(tmp_path)
+        assert (config.task.seed, config.federation.batching) == (task.get("seed") or 7, "bucketed")
+        assert reopen(Place(tmp_path), config).path == tmp_path
+        with pytest.raises(UserError, match=r"^federation\.batching: got 'shuffled'; allowed: 'bucketed', with which"):
+            summary_of(tmp_path, load_config({**old, "task": {"seed": config.task.seed}}))
+    with pytest.raises(UserError, match=r"^task\.seed: got None"):  # a configuration handed over is not a stored one
+        load_config({"task": {"seed": None}})
+
+
+def test_a_finished_run_gives_its_summary_again(tmp_path: Path) -> None:
+    folder = create(Place(tmp_path), CONFIG)
+    assert summary_of(tmp_path, CONFIG) is None
+    folder.write_summary(summary(tmp_path))
+    assert summary_of(tmp_path, CONFIG) == summary(tmp_path)
+
+
+def test_the_newest_run_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert latest("tiny") is None
+    for _ in range(11):
+        create(Place(fresh(None, "tiny")), CONFIG)
+    (tmp_path / "runs" / "tiny-12").mkdir()  # claimed, but nothing in it
+    create(Place(fresh(Path("runs/tiny-large"), "tiny")), CONFIG)
+    assert latest("tiny") == Path("runs/tiny-11")
+    os.utime("runs/tiny/config.yaml", (2**31, 2**31))  # the first folder was deleted, and its name given again
+    assert latest("tiny") == Path("runs/tiny")
+
+
+def test_text_that_looks_like_a_number_comes_back_as_text(tmp_path: Path) -> None:
+    config = load_config({"name": "1e5"})
+    create(Place(tmp_path), config)
+    assert load_config(tmp_path / "config.yaml") == config

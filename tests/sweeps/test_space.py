@@ -1,0 +1,233 @@
+"""A sweep before it starts: what is written, what is drawn, what is refused, and how many trials go side by side."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from rayfed_sub import UserError, load_config
+from rayfed_sub.planning.job import prepare
+from rayfed_sub.planning.machines import Machine, Node
+from rayfed_sub.sweeps import capacity
+from rayfed_sub.sweeps.shared_inputs import ground_key, weights_key
+from rayfed_sub.sweeps.space import Axis, Sweep, largest, load_sweep
+
+ROOT = Path(__file__).parents[2]
+GRID = ROOT / "experiments" / "sweeps" / "tagg-rank-lr.yaml"
+TINY = ROOT / "experiments" / "tiny.yaml"
+
+
+def space(text: str, *overrides: str) -> Sweep:
+    """The grid's file with another space."""
+    return load_sweep(GRID, [f"sweep.space={{{text}}}", *overrides])
+
+
+# What is written
+
+
+def test_the_papers_grid_is_three_by_three_by_three() -> None:
+    sweep = load_sweep(GRID)
+    points = sweep.points()
+    assert sweep.count == len(points) == 27  # 3 * 3 * 3
+    assert len({tuple(point.items()) for point in points}) == 27
+    assert set(sweep.search.space) == {"federation.local_steps", "method.rank", "optimizer.lr"}
+
+
+def test_a_trial_is_the_base_with_the_files_keys_and_its_own() -> None:
+    sweep = load_sweep(GRID, ["federation.rounds=7"])
+    config = sweep.config({"method.rank": 2, "optimizer.lr": 0.01})
+    assert config.model == load_config(TINY).model  # from the base
+    assert config.task.validation == 0.1  # from the sweep's own keys
+    assert config.federation.rounds == 7  # from the command line
+    assert (config.method["rank"], config.optimizer.lr) == (2, 0.01)  # from the space
+
+
+def test_another_method_keeps_the_fields_that_fit() -> None:
+    # tiny.yaml has rank and refresh_every; fedit has a rank and no periods.
+    sweep = space("method.name: {grid: [fedftg, fedit]}")
+    assert [sweep.config(point).method["name"] for point in sweep.points()] == ["fedftg", "fedit"]
+    assert prepare(sweep.config({"method.name": "fedit"})).config.method["rank"] == 4
+
+
+def test_values_are_what_the_configuration_makes_of_them() -> None:
+    values = space(
+        "optimizer.lr: {grid: [1e-3, 1]}, model.dtype: {grid: [bfloat16]}, federation.availability: {grid: [1]}"
+    ).search.space
+    assert values["optimizer.lr"].grid == (0.001, 1.0)
+    assert [type(value) for value in values["federation.availability"].grid or ()] == [float]
+
+
+# What is drawn
+
+
+def test_draws_are_repeatable_and_within_bounds() -> None:
+    text = "optimizer.lr: {loguniform: [1e-4, 1e-1]}, method.scale: {uniform: [0.5, 2]}, method.rank: {choice: [2, 8]}"
+    points = space(text, "sweep.trials=200").points()
+    assert points == space(text, "sweep.trials=200").points()
+    assert points != space(text, "sweep.trials=200", "sweep.seed=1").points()
+    assert all(0.0001 <= point["optimizer.lr"] <= 0.1 and 0.5 <= point["method.scale"] <= 2 for point in points)
+    # Half of the draws lie below the middle of the three decades, 10 ** -2.5: 100 with a deviation of 7.
+    assert 72 <= sum(math.log10(point["optimizer.lr"]) < -2.5 for point in points) <= 128
+    assert 72 <= sum(point["method.rank"] == 2 for point in points) <= 128
+
+
+def test_more_trials_leave_the_first_ones_as_they_were() -> None:
+    text = "optimizer.lr: {loguniform: [1e-4, 1e-1]}"
+    assert space(text, "sweep.trials=3").points() == space(text, "sweep.trials=9").points()[:3]
+
+
+def test_every_point_of_the_grid_has_so_many_draws() -> None:
+    sweep = space("method.rank: {grid: [2, 4]}, optimizer.lr: {uniform: [0.1, 0.2]}", "sweep.trials=3")
+    assert sweep.count == len(sweep.points()) == 6  # 2 * 3
+    assert sorted(point["method.rank"] for point in sweep.points()) == [2, 2, 2, 4, 4, 4]
+    assert len({point["optimizer.lr"] for point in sweep.points()}) == 6
+
+
+def test_optunas_points_are_each_value_beside_the_ends_of_the_others() -> None:
+    text = "optimizer.lr: {loguniform: [1e-3, 1e-1]}, method.rank: {choice: [2, 4, 8]}"
+    points = space(text, "sweep.searcher=optuna", "sweep.trials=50").points()
+    pairs = {(point["optimizer.lr"], point["method.rank"]) for point in points}
+    assert pairs == {(0.001, 2), (0.001, 4), (0.001, 8), (0.1, 2), (0.1, 4), (0.1, 8)}
+
+
+def test_many_choices_for_optuna_are_few_points() -> None:
+    text = ", ".join(f"model.random.{key}: {{choice: [4, 8, 16, 32]}}" for key in ("hidden_size", "intermediate_size"))
+    assert len(space(text, "sweep.searcher=optuna").points()) == 2 * (4 + 4)  # and not their product
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "hint"),
+    [
+        ("federation.localsteps: {grid: [1]}", "federation.localsteps", "did you mean local_steps?"),
+        ("method.rang: {grid: [1]}", "method.rang", "did you mean rank?"),
+        ("method.rank: {grid: [4, 0]}", "method.rank", "an integer >= 1"),
+        ("optimizer.lr: {loguniform: [0, 1]}", "sweep.space.optimizer.lr.loguniform", "> 0"),
+        ("optimizer.lr: {uniform: [2, 1]}", "sweep.space.optimizer.lr.uniform", "a lower and a higher number"),
+        ("optimizer.lr: {grid: [1], choice: [2]}", "sweep.space.optimizer.lr.choice", "one of grid, choice, uniform"),
+        ("optimizer.lr: {gird: [1]}", "sweep.space.optimizer.lr.gird", "did you mean grid?"),
+        ("optimizer.lr: 3", "sweep.space.optimizer.lr", "keys with values"),
+        # 9 of 8 clients: neither value is wrong by itself.
+        ("federation.sampled: {grid: [4, 9]}", "federation.sampled", "1 to federation.clients=8"),
+        ("name: {grid: [a, b]}", "sweep.space", "keys that change what a trial does"),
+    ],
+)
+def test_a_space_that_does_not_fit(text: str, field: str, hint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        space(text)
+    assert refused.value.field == field
+    assert hint in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("sweep.metric=loss", "sweep.metric"),
+        ("sweep.metric=macro_f1", "sweep.metric"),  # no classes
+        ("sweep.metric=rouge_l", "sweep.metric"),  # no answers
+        ("sweep.scheduler=hyperband", "sweep.scheduler"),
+        ("sweep.searcher=optuna", "sweep.searcher"),  # a grid
+        ("sweep.trials=0", "sweep.trials"),
+        ("sweep.trails=3", "sweep.trails"),
+        ("task.validation=0", "evaluation.on"),  # of the shared configuration
+    ],
+)
+def test_a_section_that_does_not_fit(override: str, field: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_sweep(GRID, [override])
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize("who", ["sweep.scheduler=asha", "sweep.searcher=optuna"])
+def test_nobody_can_wait_for_answers(who: str) -> None:
+    more = ("sweep.metric=rouge_l", "evaluation.generate=4", who)
+    with pytest.raises(UserError, match="known at a trial's end"):
+        space("optimizer.lr: {choice: [0.1, 0.2]}", *more)
+
+
+def test_every_point_must_have_the_metric() -> None:
+    text = "evaluation.generate: {grid: [8, 0]}"
+    with pytest.raises(UserError, match=r"sweep\.metric: got 'rouge_l'; allowed: a metric that is measured"):
+        space(text, "sweep.metric=rouge_l")
+    assert space("evaluation.generate: {grid: [8, 16]}", "sweep.metric=rouge_l").count == 2
+
+
+def test_a_configuration_is_no_sweep() -> None:
+    with pytest.raises(UserError, match="sweep: got None; allowed: a section with a space"):
+        load_sweep(TINY)
+
+
+# Side by side
+
+
+def test_the_largest_points_are_those_that_no_other_exceeds() -> None:
+    points = [
+        {"method.rank": 8, "federation.local_steps": 1, "optimizer.lr": 0.1},
+        {"method.rank": 2, "federation.local_steps": 4, "optimizer.lr": 0.1},
+        {"method.rank": 2, "federation.local_steps": 1, "optimizer.lr": 0.5},  # smaller than both; no size: the rate
+    ]
+    assert sorted(point["method.rank"] for point in largest(points)) == [2, 8]
+    assert points[2] not in largest(points)
+
+
+def test_every_name_and_every_resource_counts_by_itself() -> None:
+    points = [
+        {"method.name": name, "method.rank": rank, "resources.workers": workers}
+        for name in ("fedftg", "fedavg")
+        for rank in (2, 8)
+        for workers in (1, 2)
+    ]
+    assert largest(points) == [point for point in points if point["method.rank"] == 8]
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "most"),
+    [
+        ([Node(8)], "resources.workers=2", 4),  # 8 / 2
+        ([Node(8)], "resources.workers=3", 2),  # 8 // 3
+        ([Node(2)], "resources.workers=1 resources.cpus_per_worker=0.5", 4),  # 2 / 0.5
+        ([Node(16, 1)], "resources.workers=2 resources.gpus_per_worker=0.25", 2),  # 4 quarters, two each
+        ([Node(0), Node(4), Node(4)], "resources.workers=2", 4),  # 8 CPUs on two nodes
+    ],
+)
+def test_trials_side_by_side_follow_from_places(there: list[Node], asked: str, most: int) -> None:
+    job = prepare(load_config(TINY, asked.split()))
+    assert capacity.at_once([job], there, most=100) == most
+    assert capacity.at_once([job], there, most=1) == 1
+
+
+def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepare(load_config(TINY, ["resources.workers=1"]))
+    needed = capacity.need(capacity.job_parts(job), rounds=2, most=capacity.FEW)
+    here = Machine("here", 0, 64, 10**12)
+    one = capacity.trial_bytes(needed, here, workers_here=True)
+    once = needed.backbone + needed.data + capacity.DRIVER + capacity.RAY
+    for bytes_free, most in ((once + 3 * one, 3), (once + 3 * one - 1, 2), (once, 1)):
+        monkeypatch.setattr(capacity, "here", lambda job, free=bytes_free: Machine("here", free, 64, 10**12))
+        assert capacity.at_once([job], [Node(64)], most=100) == most
+
+
+# What trials share
+
+
+def test_what_rows_and_weights_depend_on() -> None:
+    def keys(*overrides: str) -> tuple[str, str]:
+        config = load_config(TINY, overrides)
+        return ground_key(config), weights_key(config)
+
+    rows, weights = keys()
+    assert keys("method.rank=2", "optimizer.lr=1", "federation.local_steps=9") == (rows, weights)
+    assert keys("federation.partition={kind: iid}")[0] != rows
+    assert keys("federation.partition={kind: iid}")[1] == weights
+    assert keys("seed=1") != (rows, weights)  # drawn weights
+    assert keys("model.random.num_hidden_layers=2")[1] != weights
+    pretrained = [keys("model.path=smollm2-135m", f"seed={seed}")[1] for seed in (0, 1)]
+    assert pretrained[0] == pretrained[1]
+
+
+def test_an_axis_says_its_ends() -> None:
+    assert Axis(uniform=(0.5, 2)).values == (0.5, 2.0)

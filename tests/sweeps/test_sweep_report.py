@@ -1,0 +1,366 @@
+"""A sweep's report: the right numbers, in a document that holds together in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rayfed_sub.reports.page import Cell, Facts, Figure, Section, Table, Text, page
+from rayfed_sub.sweeps.ranking import best, best_first
+from rayfed_sub.sweeps.sweep_report import sections, write_report
+from tests.helpers.browser import CHROMIUM, Outline, browse
+
+STEPS, RANK, LR = KEYS = ("federation.local_steps", "method.rank", "optimizer.lr")
+
+
+def trials(*rows: dict[str, Any]) -> pd.DataFrame:
+    """A table of finished trials, of 4 rounds and 3 MB each where their rows do not say otherwise."""
+    common = {
+        "status": "finished",
+        "rounds": 4,
+        "uplink_bytes": 1_000_000,
+        "downlink_bytes": 2_000_000,
+        "failure": None,
+    }
+    return pd.DataFrame(
+        [{"trial": at, **common, "folder": f"trials/{at:05d}", **row} for at, row in enumerate(rows)]
+    ).astype({"failure": "string"})
+
+
+def grid(loss: Any = lambda steps, rank, lr: 2.0 + 1 / rank + steps / 10 + abs(math.log10(lr) + 2)) -> pd.DataFrame:
+    """27 trials in the order of the grid; a lower loss with few steps, large ranks and lr=1e-2."""
+    points = [(steps, rank, lr) for steps in (1, 2, 4) for rank in (2, 4, 8) for lr in (1e-3, 3e-3, 1e-2)]
+    return trials(*({**dict(zip(KEYS, point, strict=True)), "held_out_loss": loss(*point)} for point in points))
+
+
+def report(frame: pd.DataFrame, keys: tuple[str, ...] = KEYS, mode: str = "min", **settings: Any) -> dict[str, Any]:
+    """The report's sections by title, each its parts."""
+    return {section.title: section.parts for section in sections(frame, keys, "held_out_loss", mode, settings)}
+
+
+def facts(found: dict[str, Any]) -> dict[str, str]:
+    return dict(next(part for part in found["Result"] if isinstance(part, Facts)).pairs)
+
+
+def figures(found: dict[str, Any]) -> list[Figure]:
+    return [part for parts in found.values() for part in parts if isinstance(part, Figure)]
+
+
+def words(figure: Figure) -> dict[tuple[int, int], str]:
+    """What stands in a heat map's cells, by column and row."""
+    texts = [trace for trace in figure.data if trace["type"] == "scatter"]
+    return {(x, y): text for trace in texts for x, y, text in zip(trace["x"], trace["y"], trace["text"], strict=True)}
+
+
+# --- who is best
+
+
+def test_stopped_trials_come_after_finished_ones_and_failures_last() -> None:
+    frame = trials(
+        {"held_out_loss": 3.0},
+        {"held_out_loss": 1.0, "status": "stopped"},
+        {"held_out_loss": 0.5, "status": "failed"},
+        {"held_out_loss": 2.0},
+        {"held_out_loss": math.nan},
+        {"held_out_loss": math.inf},
+        {"held_out_loss": 2.0},
+    )
+    assert best_first(frame, "held_out_loss", "min")["trial"].tolist() == [3, 6, 0, 1, 2, 4, 5]
+    assert best_first(frame, "held_out_loss", "max")["trial"].tolist() == [0, 3, 6, 1, 2, 4, 5]
+    assert best(frame, "held_out_loss", "min") == 3
+    assert best(frame[frame["status"] == "failed"], "held_out_loss", "min") is None
+    assert best(frame, "accuracy", "max") is None
+
+
+def test_the_best_and_how_far_ahead_it_is() -> None:
+    frame = trials(
+        {RANK: 4, LR: 0.001, "held_out_loss": 2.5, "held_out_loss_before": 4.0},
+        {RANK: 8, LR: 0.003, "held_out_loss": 2.0, "held_out_loss_before": 4.0},
+        {RANK: 2, LR: 0.003, "held_out_loss": 4.0, "held_out_loss_before": 4.0},
+    )
+    found = facts(report(frame, (RANK, LR)))
+    assert found == {
+        "best trial": "1",
+        RANK: "8",
+        LR: "3e-3",
+        "held_out_loss": "2.0000",
+        "before training": "4.0000",
+        "next": "trial 0, rank=4 lr=1e-3: 2.5000",
+        "ahead of the next by": "0.5000 (20.00%)",  # 0.5 of 2.5
+        "ahead of the median by": "0.5000 (20.00%); the median is 2.5000",
+        "sent up and down": "3 MB",
+        "run folder": "trials/00001",
+    }
+
+
+# --- the figures
+
+
+def test_heat_maps_hold_the_best_of_each_pair() -> None:
+    maps = report(grid())["Pairs of keys"][1:]
+    assert [figure.caption.split(":")[0] for figure in maps] == [
+        "rank over local_steps",
+        "lr over local_steps",
+        "lr over rank",
+    ]
+    ranks = maps[0]
+    # Rows are ranks 2, 4, 8, columns local steps 1, 2, 4, each at its best learning rate, where the last term is 0.
+    expected = [[2.0 + 1 / rank + steps / 10 for steps in (1, 2, 4)] for rank in (2, 4, 8)]
+    assert [row == pytest.approx(wanted) for row, wanted in zip(ranks.data[0]["z"], expected, strict=True)] == [
+        True
+    ] * 3
+    assert ranks.layout["xaxis"]["ticktext"] == ["1", "2", "4"]
+    assert words(ranks)[0, 2] == "2.2250"  # 2 + 1/8 + 1/10
+    # 9 trials per value of local steps, 3 per rank, of which the last learning rate is the best: 0 + 2 * 3 + 2.
+    assert ranks.data[0]["hovertext"][2][0] == "trial 8<br>held_out_loss 2.2250<br>local_steps 1<br>rank 8<br>lr 1e-2"
+    assert ranks.label == (
+        "Heat map of held_out_loss over local_steps and rank. The best cell: 2.2250 at local_steps=1 rank=8."
+    )
+    assert maps[2].layout["yaxis"]["ticktext"] == ["1e-3", "3e-3", "1e-2"]
+
+
+def test_cells_without_a_trial_are_empty() -> None:
+    frame = grid().iloc[:-3]  # no trial with 4 steps and rank 8
+    frame.loc[frame.index[0], "status"] = "failed"  # one of three with 1 step and rank 2
+    ranks = report(frame)["Pairs of keys"][1]
+    assert ranks.data[0]["z"][2][2] is None
+    assert words(ranks)[2, 2] == "-"
+    assert list(words(ranks).values()).count("-") == 1
+    assert "1 of 9 cells are empty" in ranks.label
+
+
+def test_a_diverged_trial_does_not_take_all_colours() -> None:
+    frame = trials(*({RANK: rank, LR: 0.1, "held_out_loss": loss} for rank, loss in ((1, 2.0), (2, 2.5), (4, 1e6))))
+    points = report(frame, (RANK,))["One key at a time"][0]
+    # 2.0 and four times the distance to the median: 2.0 + 4 * 0.5.
+    assert points.data[-1]["y"] == [2.0, 2.5, 4.0]
+    assert points.data[-1]["marker"]["symbol"] == ["circle", "circle", "triangle-up"]
+    assert "Triangles: 1 trial beyond 4.0000." in points.caption
+    assert points.data[-1]["hovertext"][2].startswith("trial 2<br>held_out_loss 1e6")
+
+
+def test_parallel_coordinates_have_ticks_of_values_on_logarithmic_axes() -> None:
+    (figure,) = report(grid())["All keys at once"]
+    steps, _, lr, metric = figure.data[0]["dimensions"]
+    assert steps["tickvals"] == [1, 2, 4]
+    assert lr["tickvals"] == pytest.approx([-3.0, math.log10(0.003), -2.0])
+    assert lr["ticktext"] == ["1e-3", "3e-3", "1e-2"]
+    assert metric["range"][1] == pytest.approx(2.225), "the best end is on top"
+    assert len(metric["values"]) == 27
+
+
+def test_many_values_have_points_and_no_heat_map() -> None:
+    frame = trials(*({LR: 10 ** (-4 + at / 10), RANK: 2 + at % 2, "held_out_loss": 3 - at / 100} for at in range(20)))
+    found = report(frame, (LR, RANK), space={LR: {"loguniform": [1e-4, 1e-2]}, RANK: {"choice": [2, 3]}})
+    assert "Pairs of keys" not in found
+    points = found["One key at a time"][0]
+    assert points.layout["xaxis"] == {
+        "title": {"text": "lr"},
+        "type": "log",
+        "tickvals": [1e-4, 1e-3],  # 10^-4 to 10^-2.1
+        "ticktext": ["1e-4", "1e-3"],
+    }
+    assert found["All keys at once"][0].data[0]["dimensions"][0]["tickvals"] == [-4.0, -3.0]
+    drawn_evenly = report(frame, (LR, RANK), space={LR: {"uniform": [1e-4, 1e-2]}})
+    assert drawn_evenly["One key at a time"][0].layout["xaxis"]["type"] == "linear"
+    assert found["What was swept"][0].rows[0][2] == "loguniform 1e-4, 1e-2"
+
+
+def test_the_line_of_traffic_joins_what_none_beats() -> None:
+    sent = ((10, 3.0), (10, 2.9), (20, 2.95), (30, 2.5), (40, 2.6))
+    frame = trials(
+        *(
+            {RANK: at, "held_out_loss": loss, "uplink_bytes": up, "downlink_bytes": 0}
+            for at, (up, loss) in enumerate(sent)
+        )
+    )
+    (figure,) = report(frame, (RANK,))["Quality against traffic"]
+    assert figure.data[0]["text"] == ["1", "3"]
+    frame["status"] = ["finished", "stopped", "finished", "finished", "finished"]
+    (figure,) = report(frame, (RANK,))["Quality against traffic"]
+    assert figure.data[0]["text"] == ["1", "3"], "a stopped trial has sent what it has sent"
+    assert "Hollow" in figure.caption
+
+
+# --- odd sweeps
+
+
+def test_a_stopped_trial_whose_bytes_nobody_knows_is_no_bargain() -> None:
+    stopped = {RANK: 2, "held_out_loss": 1.0, "status": "stopped", "uplink_bytes": None, "downlink_bytes": None}
+    found = report(trials({RANK: 4, "held_out_loss": 2.0}, stopped), (RANK,))
+    (figure,) = found["Quality against traffic"]
+    assert figure.label.endswith("than trial 0, 3 MB: 2.0000.")
+    assert [len(trace["x"]) for trace in figure.data] == [1, 1]  # the line, the marks
+
+
+def test_words_truths_and_nothing_are_values() -> None:
+    frame = trials(
+        *(
+            {"method.name": name, "x.flag": flag, "x.cap": cap, "held_out_loss": loss}
+            for name, flag, cap, loss in (("fedit", True, None, 3.0), ("fedftg", False, 1.0, 2.0))
+        )
+    )
+    found = report(frame, ("method.name", "x.flag", "x.cap"))
+    assert facts(found)["method.name"] == "fedftg"
+    name, flag, cap, _ = found["All keys at once"][0].data[0]["dimensions"]
+    assert (name["ticktext"], name["values"]) == (["fedftg", "fedit"], [1, 0])  # the best is drawn last
+    assert (flag["ticktext"], flag["values"]) == (["False", "True"], [1, 0])
+    assert (cap["ticktext"], cap["values"]) == (["-", "1"], [0, 1])
+
+
+@pytest.mark.parametrize("loss", [{}, {"held_out_loss": math.nan}, {"held_out_loss": 1.0}])
+def test_all_trials_failed(loss: dict[str, float]) -> None:
+    frame = trials(*({RANK: rank, "status": "failed", "failure": f"round 0: rank {rank}", **loss} for rank in (2, 4)))
+    found = report(frame, (RANK,))
+    assert list(found) == ["Result", "What was swept", "Failures", "Trials"]
+    assert found["Result"][0].text == "2 trials: 2 failed. None has a held_out_loss, so there is no best one."
+    assert [row[2] for row in found["Failures"][0].rows] == ["round 0: rank 2", "round 0: rank 4"]
+
+
+def test_one_trial() -> None:
+    found = report(trials({RANK: 2, LR: 0.1, "held_out_loss": 2.0}), (RANK, LR))
+    assert list(found) == ["Result", "What was swept", "Quality against traffic", "Trials"]
+    assert "next" not in facts(found)
+
+
+def test_the_table_sorts_by_numbers_and_shows_the_rest() -> None:
+    frame = trials({RANK: 16, "held_out_loss": 2.0, "x": None}, {RANK: 2, "held_out_loss": math.nan, "x": None})
+    frame["uplink_bytes"] = pd.array([1_500_000, None], dtype="Int64")
+    table = report(frame, (RANK,))["Trials"][0]
+    assert table.columns == ["trial", "rank", "status", "rounds", "held_out_loss", "up (MB)", "down (MB)", "x"]
+    cell = Cell("-", None)
+    assert table.rows[0][:6] == [
+        Cell("0", 0),
+        Cell("16", 16),
+        "finished",
+        Cell("4", 4),
+        Cell("2.0000", 2.0),
+        Cell("1.50", 1_500_000),
+    ]
+    assert table.rows[1][4:6] == [cell, cell]
+
+
+def test_plotly_knows_every_property() -> None:
+    import plotly.graph_objects as go
+
+    def coloured(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: "black" if key == "color" and isinstance(own, str) else coloured(own) for key, own in value.items()
+            }
+        return [coloured(own) for own in value] if isinstance(value, list) else value
+
+    drawn = figures(report(grid())) + figures(report(grid(), (RANK,)))
+    assert len(drawn) == 3 + 1 + 1 + 1 + 1  # heat maps, parallel coordinates, traffic; points, traffic
+    for figure in drawn:
+        go.Figure([coloured(trace) for trace in figure.data], coloured(figure.layout))
+
+
+# --- the document
+
+NASTY = "</script><b>\"'&$x$ <img src=x onerror=alert(1)>"
+
+
+def test_text_is_never_markup(tmp_path: Path) -> None:
+    frame = trials(
+        {"method.name": NASTY, RANK: 2, "held_out_loss": 2.0, "folder": NASTY},
+        {"method.name": "fedit", RANK: 4, "held_out_loss": 2.5},
+        {"method.name": NASTY, RANK: 4, "status": "failed", "failure": NASTY},
+    )
+    path = tmp_path / "report.html"
+    write_report(frame, ["method.name", RANK], "held_out_loss", "min", NASTY, path, {"space": {}, "note": NASTY})
+    text = path.read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert {tag for tag, _ in outline.found} & {"b", "img"} == set()
+    assert outline.texts.count(NASTY) >= 4  # title, heading, the best one's value, the failure's cause
+    # Plotly has its own markup: its words keep their brackets escaped, but for the ticks of parallel coordinates.
+    heat_map, *_ = re.findall(r"<script type='application/json'>(.*?)</script>", text)
+    ticks = json.loads(heat_map)["layout"]["xaxis"]["ticktext"]
+    assert ticks == ["&lt;/script&gt;&lt;b&gt;\"'&amp;$x$ &lt;img…", "fedit"]
+
+
+def test_the_document_is_whole_small_and_by_itself(tmp_path: Path) -> None:
+    from plotly.offline import get_plotlyjs
+
+    path = tmp_path / "report.html"
+    frame = pd.concat([grid()] * 4, ignore_index=True).assign(trial=range(108))
+    write_report(frame, KEYS, "held_out_loss", "min", "look", path, {"scheduler": "asha"})
+    text = path.read_text(encoding="utf-8")
+    assert text.count(get_plotlyjs()) == 1
+    assert len(text.replace(get_plotlyjs(), "").encode()) < 200_000
+    outline = Outline(text)
+    assert not any("src" in attributes for attributes in outline.named("script"))
+    assert [link["href"] for link in outline.named("link")] == ["data:,"]
+    assert outline.named("html") == [{"lang": "en"}]
+    assert [tag for tag, _ in outline.found if tag in ("h1", "h2", "h3")] == ["h1", *["h2"] * 6]
+    assert len(outline.named("figure")) == 5
+    assert all(figure["aria-label"] for figure in outline.named("figure"))
+    assert all(region["tabindex"] == "0" for region in outline.named("div") if region.get("role") == "region")
+    assert {"scheduler", "asha"} <= set(outline.texts)
+
+
+def test_a_page_without_figures_needs_no_plotly() -> None:
+    text = page(
+        "a & b", [Section("one", [Text("x < y"), Facts({"k": "v"}), Table("t", ["c"], [[Cell("1", 1.0)], ["z"]])])]
+    )
+    assert len(text) < 20_000
+    assert "x &lt; y" in text
+    assert "<td data-value='1.0'>1</td>" in text
+
+
+# --- in a browser
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_in_a_browser(tmp_path: Path) -> None:
+    """Everything is drawn, in light and dark; tables sort and filter; a phone need not scroll sideways."""
+    path = tmp_path / "report.html"
+    frame = grid()
+    frame.loc[3, ["status", "held_out_loss", "failure"]] = ["failed", math.nan, "round 1: loss is NaN"]
+    write_report(frame, KEYS, "held_out_loss", "min", "look", path, {})
+    asked = """<script>
+      plots.forEach(draw);  // also what is out of sight
+      const table = [...document.querySelectorAll("table")].at(-1), said = {};
+      const column = at => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[at].textContent);
+      const press = at => table.tHead.rows[0].cells[at].firstChild.click();
+      press(2); said.up = column(2); press(2); said.down = column(2); said.sort = table.tHead.rows[0].cells[2].ariaSort;
+      press(6); said.loss = column(6);
+      const box = table.closest(".table").querySelector("input");
+      box.value = "FAIL"; box.dispatchEvent(new Event("input")); said.kept = column(0);
+      said.count = table.closest(".table").querySelector("output").textContent;
+      const style = getComputedStyle(document.body);
+      const said_of = plot => ({wide: plot.scrollWidth, drawn: plot.querySelectorAll("svg.main-svg").length,
+        text: plot.textContent, paper: plot._fullLayout.paper_bgcolor, shares: plot._context.showSendToCloud});
+      said.plots = [...document.querySelectorAll(".plot")].map(said_of);
+      said.page = style.backgroundColor;
+      said.overflow = document.documentElement.scrollWidth - innerWidth;
+      document.body.dataset.said = JSON.stringify(said);
+    </script>"""
+    path.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{asked}</body>"), encoding="utf-8")
+    looks = {}
+    for scheme, number in (("dark", 0), ("light", 1)):
+        dom, console = browse(path, f"--blink-settings=preferredColorScheme={number}", "--window-size=500,900")
+        assert console == []
+        ((_, body),) = [found for found in Outline(dom).found if found[0] == "body"]
+        looks[scheme] = json.loads(body["data-said"] or "")
+    light = looks["light"]
+    assert light["up"] == [rank for rank in ("2", "4", "8") for _ in range(9)]
+    assert light["down"] == light["up"][::-1]
+    assert light["sort"] == "descending"
+    assert light["loss"][0] == "2.2250"
+    assert light["loss"][-1] == "-", "what has no number comes last"
+    assert (light["kept"], light["count"]) == (["3"], "1 of 27 rows")
+    assert len(light["plots"]) == 5
+    assert all(plot["drawn"] and "not supported" not in plot["text"] for plot in light["plots"])
+    assert not any(plot["shares"] for plot in light["plots"])
+    assert light["overflow"] <= 0
+    assert {plot["paper"] for plot in light["plots"]} == {"#ffffff"}
+    assert {plot["paper"] for plot in looks["dark"]["plots"]} == {"#14171a"}
+    assert (light["page"], looks["dark"]["page"]) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")

@@ -1,0 +1,306 @@
+"""A pack is its clients, side by side: nobody feels a neighbour, and the shared backbone is never written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.types import Start, Subspace
+from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.galore import Closed
+from tests.helpers.tiny_models import (
+    Tiny,
+    bert,
+    change,
+    dense_start,
+    distance,
+    draw_batches,
+    galore_start,
+    gpt2,
+    installed,
+    llama,
+    lora_start,
+    run_pack,
+    run_reference,
+    start_of,
+    vit,
+    worst,
+)
+
+LR = 5e-2
+
+
+def eight_starts(tiny: Tiny, kind: str) -> list[Start]:
+    """Eight clients that differ in rank, scale and, under GaLore, in the steps taken: at any step only some refresh."""
+    ranks, steps = (1, 2, 3, 2, 1, 3, 2, 4), (0, 1, 2, 3, 4, 0, 5, 7)
+    if kind == "dense":
+        return [dense_start(tiny)] * 8
+    if kind == "lora":
+        return [lora_start(tiny, rank, scale=0.2 * rank) for rank in ranks]
+    return [
+        galore_start(tiny, Subspace(rank, 3, kind), scale=0.2 * rank, step=step)
+        for rank, step in zip(ranks, steps, strict=True)
+    ]
+
+
+def eight_batches(tiny: Tiny) -> list[list[dict[str, torch.Tensor]]]:
+    """Different numbers of local steps, rows and tokens."""
+    steps, rows, tokens = (7, 5, 7, 3, 6, 7, 1, 4), (3, 1, 2, 3, 2, 3, 1, 3), (9, 12, 6, 9, 7, 14, 9, 10)
+    return [
+        draw_batches(tiny, seed, s, rows=b, tokens=t)
+        for seed, (s, b, t) in enumerate(zip(steps, rows, tokens, strict=True))
+    ]
+
+
+KINDS = ["exact", "randomized", "random", "lora", "dense"]
+
+
+# `svd` needs rank(G) >= r to be reproducible at all: a classifier's one row gives rank 1, the rest is torch's whim.
+@pytest.mark.parametrize(("make", "kind"), [*product([llama, gpt2, bert, vit], KINDS), (llama, "svd")])
+def test_a_client_in_a_pack_of_eight_ends_where_it_ends_alone(make, kind):
+    tiny = make()
+    starts, batches = eight_starts(tiny, kind), eight_batches(tiny)
+    # Adam's first steps are the gradient's sign, so eps = 1e-6 would show float32's rounding of coordinates near zero
+    # (2e-5 with AVX512, more with AVX2); with 1e-3 all that is left is the pack.
+    optimizer = Optimizer(weight_decay=0.1, clip_norm=0.5, eps=1e-3)
+    together = run_pack(tiny, starts, batches, optimizer, lr=LR)
+    for client, (start, ours) in enumerate(zip(starts, together, strict=True)):
+        (alone,) = run_pack(tiny, [start], [batches[client]], optimizer, lr=LR, clients=[client])
+        assert ours.client == client
+        assert ours.failure is None
+        assert (ours.step, ours.periods, ours.base_scale) == (alone.step, alone.periods, alone.base_scale)
+        error = worst(change(tiny, start, ours), change(tiny, start, alone))
+        assert error < 1e-5
+        assert worst(ours.moments, alone.moments) < 1e-4
+        assert ours.metrics == pytest.approx(alone.metrics, rel=1e-5)
+        # What is uploaded may not depend on the neighbours either.
+        for layer, (left, right) in alone.blocks.items():
+            assert (ours.blocks[layer][0].shape, ours.blocks[layer][1].shape) == (left.shape, right.shape)
+
+
+def test_equal_packs_give_equal_bits_in_the_given_order():
+    tiny = llama()
+    starts, batches, order = eight_starts(tiny, "exact"), eight_batches(tiny), [40, 7, 3, 19, 2, 8, 0, 33]
+    once, again = (run_pack(tiny, starts, batches, Optimizer(), lr=LR, clients=order) for _ in range(2))
+    assert [result.client for result in once] == order
+    for a, b in zip(once, again, strict=True):
+        assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+        assert all(torch.equal(a.blocks[layer][i], b.blocks[layer][i]) for layer in a.blocks for i in (0, 1))
+
+
+@pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
+@pytest.mark.parametrize("where", ["inputs", "tensors"])
+def test_a_client_with_nan_fails_alone(kind, where):
+    tiny = vit()
+    batches = [draw_batches(tiny, seed, 5) for seed in range(3)]
+    start = start_of(kind, tiny)
+    starts = [start] * 3
+    good = run_pack(tiny, starts, batches, Optimizer(clip_norm=0.5), lr=LR)
+    if where == "inputs":
+        batches[1][2]["pixel_values"][0, 0, 0, 0] = float("nan")
+        step = 2
+    else:
+        poisoned = {name: tensor.clone() for name, tensor in start.tensors.items()}
+        poisoned["classifier/weight"][0, 0] = float("nan")
+        starts[1] = replace(start, tensors=poisoned)
+        step = 0
+    first, bad, last = run_pack(tiny, starts, batches, Optimizer(clip_norm=0.5), lr=LR)
+    assert bad.failure == f"non-finite loss at local step {step}"
+    for ours, theirs in ((first, good[0]), (last, good[2])):
+        assert ours.failure is None
+        error = worst(change(tiny, start, ours), change(tiny, start, theirs))
+        assert error < 1e-6
+
+
+class Torn(list):
+    """Batches of which number `at` cannot be read, nor any after it."""
+
+    at = 0
+
+    def __getitem__(self, index):
+        if index >= self.at:
+            raise ValueError("row 17:\n  not UTF-8")
+        return super().__getitem__(index)
+
+
+def torn(batches: list[dict[str, torch.Tensor]], at: int) -> Torn:
+    out = Torn(batches)
+    out.at = at
+    return out
+
+
+@pytest.mark.parametrize("run", [run_pack, run_reference])
+@pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_client_whose_data_raise_fails_alone(kind, at, run):
+    tiny = llama()
+    start, optimizer = start_of(kind, tiny), Optimizer(clip_norm=0.5)
+    whole = [draw_batches(tiny, seed, 5) for seed in range(3)]
+    good = run(tiny, [start] * 3, whole, optimizer, lr=LR)
+    cut = [whole[0], torn(whole[1], at), whole[2]]
+    first, bad, last = run(tiny, [start] * 3, cut, optimizer, lr=LR)
+    assert bad.failure == f"batch of local step {at}: ValueError: row 17: not UTF-8"
+    assert bad.metrics["steps"] == at
+    # It stays what it was up to there: the mean of the steps that it took.
+    (short,) = run(tiny, [start], [whole[1][:at]], optimizer, lr=LR)
+    assert bad.metrics["loss"] == pytest.approx(short.metrics["loss"], rel=1e-5)
+    for ours, theirs in ((first, good[0]), (last, good[2])):
+        assert ours.failure is None
+        error = worst(change(tiny, start, ours), change(tiny, start, theirs))
+        assert error < 1e-5
+    again = run(tiny, [start] * 3, cut, optimizer, lr=LR)
+    for ours, theirs in zip((first, last), again[::2], strict=True):  # same failure, same composition, same bits
+        assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in ours.tensors)
+
+
+@pytest.mark.parametrize("run", [run_pack, run_reference])
+def test_a_pack_whose_clients_all_fail_ends(run):
+    tiny = llama()
+    whole = [draw_batches(tiny, seed, 5) for seed in range(2)]
+    whole[0][1]["labels"] = torch.full_like(whole[0][1]["labels"], 10**6)  # would raise: it must not be reached
+    cut = [torn(whole[0], 1), torn(whole[1], 0)]
+    one, two = run(tiny, [lora_start(tiny, 2)] * 2, cut, Optimizer(), lr=LR)
+    assert [one.metrics["steps"], two.metrics["steps"]] == [1, 0]
+    assert one.failure.startswith("batch of local step 1")
+    assert two.failure.startswith("batch of local step 0")
+
+
+def test_a_client_with_nan_leaves_the_pack():
+    """Its later batches are not even drawn."""
+    tiny = vit()
+    batches = [draw_batches(tiny, seed, 5) for seed in range(2)]
+    batches[1][1]["pixel_values"][0] = float("nan")
+    _, bad = run_pack(tiny, [lora_start(tiny, 2)] * 2, [batches[0], torn(batches[1], 2)], Optimizer(), lr=LR)
+    assert bad.failure == "non-finite loss at local step 1"
+    assert bad.metrics["steps"] == 2
+
+
+@pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
+@pytest.mark.parametrize("make", [llama, bert])
+def test_a_client_without_labels_stays_put(make, kind):
+    tiny = make()
+    start = start_of(kind, tiny)
+    batches = [draw_batches(tiny, 0, 5), draw_batches(tiny, 1, 5, labels=0), draw_batches(tiny, 2, 5)]
+    full = [*batches[:1], draw_batches(tiny, 3, 5), *batches[2:]]
+    good = run_pack(tiny, [start] * 3, full, Optimizer(), lr=LR)
+    first, idle, last = run_pack(tiny, [start] * 3, batches, Optimizer(), lr=LR)
+    assert idle.failure is None
+    assert (idle.metrics["labels"], idle.metrics["loss"], idle.step) == (0.0, 0.0, 5)
+    assert all(not delta.any() for delta in change(tiny, start, idle).values())
+    assert all(not moment.any() for moment in idle.moments.values())
+    for ours, theirs in ((first, good[0]), (last, good[2])):
+        error = worst(change(tiny, start, ours), change(tiny, start, theirs))
+        assert error < 1e-6
+    # Nobody in the pack has a label: there is no loss to differentiate.
+    (lonely,) = run_pack(tiny, [start], batches[1:2], Optimizer(), lr=LR)
+    assert lonely.failure is None
+    assert all(not delta.any() for delta in change(tiny, start, lonely).values())
+
+
+def test_a_client_without_steps_comes_back_as_it_went():
+    tiny = llama()
+    start = galore_start(tiny, Subspace(2, 3), step=4)
+    idle, busy = run_pack(tiny, [start] * 2, [[], draw_batches(tiny, 0, 2)], Optimizer(weight_decay=0.1), lr=LR)
+    assert (idle.step, idle.base_scale, idle.periods) == (4, 1.0, 1)
+    assert all(torch.equal(idle.tensors[name], start.tensors[name]) for name in start.tensors)
+    assert busy.step == 6
+
+
+def test_folding_closed_blocks_leaves_the_change_as_it_is():
+    """12 refreshes of rank 3 exceed min(m, n) = 16 twice over; the reference never folds."""
+    tiny = llama()
+    start, batches = galore_start(tiny, Subspace(3, 1)), [draw_batches(tiny, 0, 12)]
+    optimizer = Optimizer(weight_decay=0.1)
+    (ours,) = run_pack(tiny, [start], batches, optimizer, lr=LR)
+    (theirs,) = run_reference(tiny, [start], batches, optimizer, lr=LR)
+    error = worst(change(tiny, start, ours), change(tiny, start, theirs))
+    assert error < 1e-4
+    for layer in tiny.shape.targets:
+        left, right = ours.blocks[layer.name]
+        # Closing at 3, 6, 9, 12, 15; 18 > 16 folds into 16; 16 + 3 folds again...; then the open block of 3.
+        assert (left.shape, right.shape) == ((layer.m, 16 + 3), (16 + 3, layer.n))
+
+
+@pytest.mark.parametrize(("m", "n"), [(7, 5), (5, 7), (5, 5)])
+def test_closed_blocks_keep_the_sum_of_their_products(m, n):
+    """Client 0 closes rank 2 three times (6 > 5: folded), client 1 rank 1 once, client 2 never."""
+    rng = torch.Generator().manual_seed(0)
+    closed, dense = Closed(), torch.zeros(3, m, n)
+    for ranks in ((2, 0, 0), (2, 1, 0), (2, 0, 0)):
+        left, right = torch.randn(3, m, 2, generator=rng), torch.randn(3, 2, n, generator=rng)
+        closed.close(left, right, torch.tensor([0.5, 2.0, 1.0]), ranks)
+        closed.decay(0.9)
+        for g, (rank, scale) in enumerate(zip(ranks, (0.5, 2.0, 1.0), strict=True)):
+            dense[g] = 0.9 * (dense[g] + scale * left[g, :, :rank] @ right[g, :rank])
+    assert torch.allclose(torch.bmm(closed.left_GmR, closed.right_GRn), dense, atol=1e-6)
+    assert [closed.of(g)[0].shape[1] for g in range(3)] == [5, 1, 0]
+    for g in range(3):
+        left, right = closed.of(g)
+        assert torch.allclose(left @ right, dense[g], atol=1e-6)
+    closed.select(torch.tensor([1]))
+    assert torch.allclose(closed.left_GmR @ closed.right_GRn, dense[1:2], atol=1e-6)
+    assert closed.of(0)[0].shape == (m, 1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_lr_zero_is_a_fixed_point(name):
+    tiny = bert()
+    optimizer = Optimizer(name=name, momentum=0.9, weight_decay=0.1)
+    for start in (galore_start(tiny, Subspace(2, 2)), lora_start(tiny, 2), dense_start(tiny)):
+        (result,) = run_pack(tiny, [start], [draw_batches(tiny, 0, 5)], optimizer, lr=0.0)
+        assert result.base_scale == 1.0
+        assert all(not delta.any() for delta in change(tiny, start, result).values())
+        assert any(moment.any() for moment in result.moments.values())  # it did look
+
+
+def test_clipping_is_each_clients_own():
+    """Plain SGD with lr 1: the step is the gradient, so a clipped client moves by exactly clip_norm.  The other one's
+    gradients are below the bound (its scale is tiny), and it must not notice."""
+    tiny, sgd = llama(), Optimizer(name="sgd")
+    loud, quiet = lora_start(tiny, 2, roles=("left",)), lora_start(tiny, 2, roles=("left",), scale=1e-5)
+    batches = [draw_batches(tiny, seed, 1) for seed in range(2)]
+
+    def moves(optimizer: Optimizer) -> list[float]:
+        results = run_pack(tiny, [loud, quiet], batches, optimizer, lr=1.0)
+        return [
+            sum(float((r.tensors[n] - s.tensors[n]).square().sum()) for n in s.trained) ** 0.5
+            for s, r in zip((loud, quiet), results, strict=True)
+        ]
+
+    free, clipped = moves(sgd), moves(replace_clip(sgd, 0.01))
+    assert free[0] > 0.1
+    assert clipped[0] == pytest.approx(0.01, rel=1e-3)  # norm / (norm + 1e-6) short of it
+    assert 0 < free[1] < 0.01
+    assert clipped[1] == free[1]
+
+
+def replace_clip(optimizer: Optimizer, norm: float) -> Optimizer:
+    return optimizer.model_copy(update={"clip_norm": norm})
+
+
+@pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
+def test_the_shared_backbone_is_never_written(kind):
+    tiny = gpt2()
+    model, layers = installed(tiny)
+    shared = {**dict(model.named_parameters()), **{name: layer.weight for name, layer in layers.items()}}
+    shared |= {f"{name}/bias": layer.bias for name, layer in layers.items()}
+    copies = {name: (tensor._version, tensor.detach().clone()) for name, tensor in shared.items()}
+    start = start_of(kind, tiny)
+    kept = {name: tensor.clone() for name, tensor in start.tensors.items()}
+    batches = [draw_batches(tiny, seed, 4) for seed in range(2)]
+    optimizer = Optimizer(weight_decay=0.1)
+    train_pack(model, layers, tiny.shape, [start] * 2, [0, 1], batches, optimizer, lr=LR, seed=0, pad=0)
+    for name, (version, content) in copies.items():
+        assert shared[name]._version == version
+        assert torch.equal(shared[name], content)
+        assert shared[name].grad is None
+    assert all(torch.equal(start.tensors[name], kept[name]) for name in kept)  # a Start may lie in shared memory too
+    assert all(layer.terms is None for layer in layers.values())
+
+
+def test_distance_sees_a_small_change():
+    assert distance(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-3])) == pytest.approx(1e-3, rel=1e-3)

@@ -1,0 +1,88 @@
+"""Verdicts on held-out rows against the plain model's own logits and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rayfed_sub.config.loading import load_config
+from rayfed_sub.data.batching import IGNORED
+from rayfed_sub.runtime.held_out import JudgedModel, _shards
+from rayfed_sub.training.inference import answers, verdicts
+from tests.helpers.tiny_models import PAD, Tiny, bent, bert, dinov2, draw_batches, gpt2, llama
+
+LANGUAGE: list[Callable[[], Tiny]] = [llama, gpt2, *(lambda name=name: bent(name) for name in ("gemma2", "cohere"))]
+
+
+@pytest.mark.parametrize("model", LANGUAGE, ids=["llama", "gpt2", "gemma2", "cohere"])
+def test_a_token_is_judged_by_the_logits_before_it(model: Callable[[], Tiny]) -> None:
+    tiny = model()
+    (batch,) = draw_batches(tiny, seed=3, steps=1, rows=4)
+    batch["labels"][2] = IGNORED  # a row that asks for nothing
+    with torch.no_grad():
+        logits_RTV = tiny.model(input_ids=batch["input_ids"]).logits.float()
+    for row, verdict in enumerate(verdicts(tiny.model, batch)):
+        places = (batch["labels"][row, 1:] != IGNORED).nonzero()[:, 0]
+        true_L, logits_LV = batch["labels"][row, places + 1], logits_RTV[row, places]
+        assert verdict.true == tuple(true_L.tolist())
+        assert verdict.said == tuple(logits_LV.argmax(dim=-1).tolist())
+        assert verdict.loss == pytest.approx(functional.cross_entropy(logits_LV, true_L, reduction="sum").item())
+        assert (len(verdict.true) == 0) == (row == 2)
+
+
+@pytest.mark.parametrize("model", [llama, gpt2], ids=["llama", "gpt2"])
+def test_answers_are_the_likeliest_tokens_whatever_stands_beside_them(model: Callable[[], Tiny]) -> None:
+    """One prompt at a time and without padding, token after token: prompts of a batch are padded on the left."""
+    net = model().model
+
+    def greedy(prompt: list[int], limit: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(limit):
+            with torch.no_grad():
+                tokens.append(int(net(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        return tokens[len(prompt) :]
+
+    prompts = [[5, 9, 33], [7], [60, 61, 62, 63, 2, 3, 4]]
+    wanted = [greedy(prompt, 6) for prompt in prompts]
+    assert len({tuple(answer) for answer in wanted}) == 3
+    eos = wanted[0][3]
+    found = answers(net, prompts, pad=PAD, ends=[eos], limit=6)
+    assert found == [answer[: answer.index(eos)] if eos in answer else answer for answer in wanted]
+    assert len(found[0]) <= 3
+    # Any of several ends will do, whichever comes first.
+    assert answers(net, prompts[:1], pad=PAD, ends=[eos, wanted[0][1]], limit=6) == [
+        wanted[0][: wanted[0].index(wanted[0][1])]
+    ]
+
+
+@pytest.mark.parametrize("model", [bert, dinov2], ids=["bert", "dinov2"])
+def test_a_row_is_judged_by_its_class(model: Callable[[], Tiny]) -> None:
+    tiny = model()
+    (batch,) = draw_batches(tiny, seed=3, steps=1, rows=4)
+    batch["labels"][1] = IGNORED
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits_RC = tiny.model(**inputs).logits
+    for row, (verdict, label) in enumerate(zip(verdicts(tiny.model, batch), batch["labels"].tolist(), strict=True)):
+        if row == 1:
+            assert (verdict.loss, verdict.said, verdict.true) == (0.0, (), ())
+            continue
+        assert (verdict.said, verdict.true) == ((int(logits_RC[row].argmax()),), (label,))
+        assert verdict.loss == pytest.approx(functional.cross_entropy(logits_RC[row], torch.tensor(label)).item())
+
+
+def test_which_rows_are_judged_hangs_on_the_task_s_seed_and_not_on_the_run_s() -> None:
+    held_out = cast(Any, SimpleNamespace(held_out=range(1000)))
+
+    def judged(run: int, task: int, most: int = 64) -> list[int]:
+        config = load_config({"seed": run, "task": {"seed": task}})
+        return [row for _, rows in _shards(config, held_out, most, JudgedModel(0, None, None)) for row in rows]
+
+    assert judged(0, 0) == judged(1, 0) != judged(0, 1)
+    assert len(set(judged(1, 0))) == 64
+    assert set(judged(0, 0, 16)) < set(judged(1, 0))  # rows with answers are some of those with a loss

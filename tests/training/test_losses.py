@@ -1,0 +1,113 @@
+"""The loss under a frozen output matrix, in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rayfed_sub.models.logits import LogitRule, logit_rule
+from rayfed_sub.training.losses import _HeadLoss, client_losses
+from tests.helpers.tiny_models import bent, draw_batches, llama
+
+
+@pytest.mark.parametrize("behind", [1.0, 8.0, 12.0])
+def test_the_loss_of_a_sure_prediction_keeps_its_digits(behind: float) -> None:
+    """Two tokens' logits, 20 and 20 - behind: the loss of the first is ln(1 + e^-behind), 6.1e-6 for 12, where floats
+    near 20 lie 1.9e-6 apart."""
+    head_V1, hidden_L1 = torch.tensor([[20.0], [20.0 - behind]]), torch.ones(1, 1)
+    loss = _HeadLoss.apply(hidden_L1, head_V1, None, torch.tensor([0]), LogitRule())
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-behind)), rel=0.02)
+
+
+def test_the_loss_of_a_wrong_prediction_is_what_it_lies_behind() -> None:
+    """Logits 20 and 8, the second is right: 12 + ln(1 + e^-12)."""
+    loss = _HeadLoss.apply(torch.ones(1, 1), torch.tensor([[20.0], [8.0]]), None, torch.tensor([1]), LogitRule())
+    assert loss.item() == pytest.approx(12.0000061, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("gemma2", "output layer, soft cap 2"),
+        ("xlstm", "output layer, soft cap 2"),
+        ("nanochat", "output layer, soft cap 2"),
+        ("cohere", "output layer x 0.3"),
+        ("granite", "output layer x 0.333333"),
+        ("falcon_h1", "output layer x 0.3"),
+    ],
+)
+def test_logits_follow_from_the_output_layer_by_a_rule_that_is_seen(name: str, rule: str) -> None:
+    """On the model with its weights as on the meta device, where a run decides it."""
+    model = bent(name).model
+    assert str(logit_rule(model)) == rule
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(model.config).eval()
+    assert str(logit_rule(bare)) == rule
+
+
+def test_experts_are_passed_over() -> None:
+    """Where their tokens go no meta tensor knows; what comes after the output layer is seen all the same."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, **heads))
+    assert str(logit_rule(model.eval())) == "output layer"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: z + 1.0,
+        lambda z: z.clamp(max=20.0),
+        lambda z: z.index_fill(-1, torch.tensor([3]), -1e9),  # tokens that are never said
+        lambda z: z * torch.arange(64.0),
+        lambda z: z.log_softmax(-1),
+        lambda z: 9 * torch.atan(z / 9),
+    ],
+)
+def test_what_is_no_rule_is_left_to_the_model(after: Callable[[Tensor], Tensor]) -> None:
+    """And its loss is that of its own logits."""
+    tiny = llama()
+    plain = tiny.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        out.logits = after(out.logits)
+        return out
+
+    tiny.model.forward = forward
+    assert logit_rule(tiny.model) is None
+    (batch,) = draw_batches(tiny, 0, 1)
+    logits_RTV = tiny.model(input_ids=batch["input_ids"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits_RTV.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss_G, _ = client_losses(tiny.model, batch, 1)
+    assert loss_G.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "bert", "gemma2", "phi", "gpt_bigcode"])
+def test_losses_are_the_model_s_own(name: str) -> None:
+    """Hidden states are what the output layer is given: llama4_text's inner model has none, BERT's are turned once
+    more, Phi's output layer has a bias."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "pad_token_id": 0}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2}
+    known = AutoConfig.for_model(name)
+    given = {key: value for key, value in {**sizes, **heads}.items() if hasattr(known, key)}
+    config = AutoConfig.for_model(name, **given, **({"is_decoder": True} if name == "bert" else {}))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    moving = next(parameter for parameter in model.base_model.parameters() if parameter.ndim == 1).requires_grad_()
+    rule = model.logit_rule = logit_rule(model)
+    assert rule is not None
+    (batch,) = draw_batches(llama(), 0, 1)
+    logits_RTV = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits_RTV.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss_G, _ = client_losses(model, batch, 1)
+    ours, theirs = (torch.autograd.grad(loss.sum(), moving)[0] for loss in (loss_G, expected))
+    assert loss_G.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.dist(ours, theirs) < 1e-5 * theirs.norm()
