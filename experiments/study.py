@@ -99,7 +99,7 @@ def tuning_trials(study: Study, variant: str, more: Sequence[str]) -> Iterator[T
     """The variant's runs that choose a value; whatever `more` says, they are judged on validation rows."""
     for value in study.tune.values if study.tune else ():
         for seed in study.tune.seeds if study.tune else ():
-            settings = (f"{study.tune.key}={value}", "evaluation.generate=0", "evaluation.on=validation")
+            settings = (f"{study.tune.key}={value}", "evaluation.generate_rows=0", "evaluation.split=validation")
             shared = (*study.set, *study.variants[variant], *study.tune.set, f"seed={seed}", *more)
             yield Trial(variant, seed, value, True, (*shared, *settings))
 
@@ -326,7 +326,7 @@ class Results:
         self.rows = [*(old for old in self.rows if _which(old) != _which(row)), row]
         self.curves = [*(old for old in self.curves if _which(old) != _which(row)), *curve]
 
-    def keep(self, trials: Sequence[Trial], tuning: bool) -> None:
+    def client_state(self, trials: Sequence[Trial], tuning: bool) -> None:
         """Drops rows of an earlier sitting that are of no trial any more, be it for another value or another seed."""
         wanted = {(trial.variant, trial.seed, trial.tuning, trial.value) for trial in trials}
         self.rows = [row for row in self.rows if row["tuning"] != tuning or _which(row) in wanted]
@@ -396,7 +396,7 @@ def main() -> None:
         chosen: dict[str, Any] = {}
         if study.tune is not None:
             tuning = [trial for variant in study.variants for trial in tuning_trials(study, variant, given.overrides)]
-            results.keep(tuning, True)
+            results.client_state(tuning, True)
             carry_out_all(study, tuning, given.runs, pool, results)
             for variant in study.variants:
                 own = [row for row in results.rows if row["variant"] == variant and row["tuning"]]
@@ -407,7 +407,7 @@ def main() -> None:
             for variant in study.variants
             for trial in counted_trials(study, variant, given.overrides, chosen.get(variant))
         ]
-        results.keep(counted, False)
+        results.client_state(counted, False)
         carry_out_all(study, counted, given.runs, pool, results)
     print(*tables(given.study), sep="\n")
 

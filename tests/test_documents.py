@@ -243,7 +243,7 @@ def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.Monk
         nonlocal server
         broadcast = method.broadcast(server)
         assert set(broadcast.tensors) == {"up/left", "up/right"}  # no client sees the velocity
-        total = method.zero(server, shape)
+        total = method.accumulator(server, shape)
         for client, left in left_of.items():
             start = method.start_client(broadcast, None, Client(client, 0), shape)
             assert start.trained == ("up/left",)
@@ -251,9 +251,9 @@ def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.Monk
             result = LocalResult(client, trained, {}, 4, {}, 1.0, 1, {})
             update = method.upload(result, rows_of[client], shape)
             assert update.wire_bytes == 2 * 4  # r m float32 numbers; A stays where it is
-            assert not method.keep(result, shape)
-            total = method.fold(total, update, shape)
-        server = method.finish(server, total, shape)
+            assert not method.client_state(result, shape)
+            total = method.accumulate(total, update, shape)
+        server = method.aggregate(server, total, shape)
 
     # p = 1/4, 3/4.  Mean B = [1, 0]/4 + 3 [0, 1]/4 = [1/4, 3/4]; it began at 0, so v = [1/4, 3/4] and B = v.
     a_round({0: [1.0, 0.0], 1: [0.0, 1.0]}, {0: 5.0, 1: 15.0})

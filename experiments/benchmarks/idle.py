@@ -31,7 +31,7 @@ class Idle:
     paper: ClassVar[str] = "none"
     trained: ClassVar[str] = "nothing"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = False
+    supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "0 / m n"
     departs: ClassVar[str] = ""
@@ -51,9 +51,9 @@ class Idle:
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         return Update(result.client, weight, {}, result.metrics)
 
-    keep = common.keep_nothing
-    zero = common.zero
-    fold = common.fold
-    finish = common.finish
+    client_state = common.no_client_state
+    accumulator = common.accumulator
+    accumulate = common.accumulate
+    aggregate = common.aggregate
     model = common.dense_model
     personal_model = common.no_personal_model

@@ -13,7 +13,7 @@ TINY = llama(16, 16, 1, 2, 300)
 LARGE = llama(1024, 2560, 4, 8, 300)  # up_proj: 4 x 2560 x 1024 numbers, 41.9 MB
 
 IDLE = {"name": "idle:Idle"}
-FEDFTG = {"name": "fedftg", "rank": RANK, "scale": SCALE, "state": "reset"}
+FEDFTG = {"name": "fedftg", "rank": RANK, "scale": SCALE, "optimizer_state": "reset"}
 
 
 @dataclass(frozen=True)

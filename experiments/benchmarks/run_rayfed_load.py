@@ -43,7 +43,7 @@ tree = {
         "partition": {"kind": "resample", "rows_per_client": 1},
     },
     "method": load.method,
-    "evaluation": {"every": load.rounds, "examples": 1},
+    "evaluation": {"every": load.rounds, "eval_rows": 1},
     "diagnostics": {"every": 0},
     "resources": {"workers": int(sys.argv[3]), "pack_size": load.pack_size},
     "checkpoint": {"every": 0},

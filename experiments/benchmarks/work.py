@@ -31,9 +31,9 @@ def write_work(case: Case, folder: Path, workers: int) -> None:
     """Writes the case's files into a new folder."""
     write_run(case, folder, workers)
     job = prepare(load_config(folder / "config.yaml"))
-    weights = load_weights(job.config.model, job.skeleton, job.config.seed)
-    write_folder(job.skeleton, weights, {}, folder / "model")
-    np.savez(folder / "targets.npz", **{t.name: weights[f"{t.name}.weight"] for t in job.skeleton.shape.targets})
+    weights = load_weights(job.config.model, job.architecture, job.config.seed)
+    write_folder(job.architecture, weights, {}, folder / "model")
+    np.savez(folder / "targets.npz", **{t.name: weights[f"{t.name}.weight"] for t in job.architecture.shape.targets})
     np.savez(folder / "batches.npz", **_batches(job, case))
 
 
@@ -61,12 +61,12 @@ def _tree(case: Case, folder: Path, workers: int) -> dict[str, Any]:
             "rounds": case.rounds,
             "local_steps": case.steps,
             "batch_size": case.batch,
-            "weights": "uniform",
+            "client_weighting": "uniform",
             "partition": {"kind": "column"} if case.model is None else {"kind": "column", "column": "client"},
         },
-        "method": {"name": "fedftg", "rank": case.rank, "scale": SCALE, "state": "reset"},
+        "method": {"name": "fedftg", "rank": case.rank, "scale": SCALE, "optimizer_state": "reset"},
         "optimizer": {"lr": LR, "betas": list(BETAS), "eps": EPS},
-        "evaluation": {"every": case.rounds, "examples": 1},
+        "evaluation": {"every": case.rounds, "eval_rows": 1},
         "diagnostics": {"every": 0},
         "resources": {"workers": workers, "pack_size": case.pack_size},
         "checkpoint": {"every": 0},
@@ -92,10 +92,10 @@ def _rows(case: Case) -> pd.DataFrame:
 def _batches(job: Job, case: Case) -> dict[str, np.ndarray[Any, Any]]:
     """Every batch that rayfed_sub's clients draw, in its order."""
     shape = (case.rounds, case.clients, case.steps, case.batch, case.tokens)
-    arrays = {"input_ids": np.full(shape, job.codec.pad), "labels": np.full(shape, IGNORED)}
+    arrays = {"input_ids": np.full(shape, job.processor.pad), "labels": np.full(shape, IGNORED)}
     for n in range(case.rounds):
         for client in range(case.clients):
-            rest = (job.config.seed, client, case.batch, n * case.steps, case.steps, False, job.codec.pad)
+            rest = (job.config.seed, client, case.batch, n * case.steps, case.steps, False, job.processor.pad)
             how = job.config.federation.batching
             for step, batch in enumerate(ClientBatches(job.dataset.train, job.dataset.rows_of(client), *rest, how)):
                 for name, array in arrays.items():

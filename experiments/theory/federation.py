@@ -106,14 +106,14 @@ def rounds(
             results = train_pack(
                 model, layers, shape, starts, clients, batches, optimizer, lr=optimizer.lr, seed=seed, pad=0
             )
-        total = method.zero(server, shape)
+        total = method.accumulator(server, shape)
         for result, weight in zip(results, share, strict=True):
             if result.failure:
                 raise ArithmeticError(f"client {result.client}: {result.failure}")
-            total = method.fold(total, method.upload(result, weight, shape), shape)
-            kept = method.keep(result, shape)
+            total = method.accumulate(total, method.upload(result, weight, shape), shape)
+            kept = method.client_state(result, shape)
             states[result.client] = ClientState(server.round + 1, 0, result.step, kept)
-        server, _ = advance(Server(), server, method.finish(server, total, shape), {}, factor)
+        server, _ = advance(Server(), server, method.aggregate(server, total, shape), {}, factor)
         yield Round(server, starts, results)
 
 

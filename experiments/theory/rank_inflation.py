@@ -32,7 +32,7 @@ from rayfed_sub.core.schemas import CohortLayer
 from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.data import partitions
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.diagnostics.client_change import movement
+from rayfed_sub.diagnostics.client_change import client_change
 from rayfed_sub.diagnostics.cohort import diagnose
 from rayfed_sub.methods import build
 
@@ -87,7 +87,7 @@ def carry_out(problem: Problem, name: str, alpha: float, clients: int, seed: int
     for number, done in enumerate(islice(going, ROUNDS), 1):
         if number not in (1, ROUNDS):
             continue
-        moved = [movement(layer, start, result) for start, result in zip(done.starts, done.results, strict=True)]
+        moved = [client_change(layer, start, result) for start, result in zip(done.starts, done.results, strict=True)]
         watched = [(k, float(len(rows)), own) for k, (rows, own) in enumerate(zip(parts, moved, strict=True)) if own]
         cohort: CohortLayer = diagnose(number, layer, watched)[1]
         W_mn = method.model(done.server, model.shape)["layer"].apply(begun)

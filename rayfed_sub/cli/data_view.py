@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rayfed_sub.data.partition_stats import Holdings
+from rayfed_sub.data.partition_stats import PartitionStats
 from rayfed_sub.data.rows import Ints
 
 _LISTED = 24
@@ -23,7 +23,7 @@ _RAMP = ("#eef3f9", "#d5e3f0", "#b0cde4", "#82b1d4", "#5392c2", "#2f72ac", "#175
 """Light to dark, so that it reads in grey too."""
 
 
-def show(holdings: Holdings, console: Console | None = None) -> None:
+def show(holdings: PartitionStats, console: Console | None = None) -> None:
     """Table, picture and what became of the rows."""
     console = console or Console()
     console.print(_clients(holdings, console.width))
@@ -38,14 +38,14 @@ def show(holdings: Holdings, console: Console | None = None) -> None:
             console.print(Text(line, "dim"))
 
 
-def title(holdings: Holdings) -> str:
+def title(holdings: PartitionStats) -> str:
     """What is shown: "tiny: 8 clients, kind column, by module"."""
     by = f", by {holdings.column}" if holdings.column else ""
     count = len(holdings.clients)
     return f"{holdings.name}: {count:,} client{'s' if count != 1 else ''}, {holdings.kind}{by}"
 
 
-def counted(holdings: Holdings) -> str:
+def counted(holdings: PartitionStats) -> str:
     """The name of the counted values: the label's classes, or the partition's keys."""
     if holdings.counted == "classes":
         return f"Classes: the values of the label, column {holdings.value_column}."
@@ -53,7 +53,7 @@ def counted(holdings: Holdings) -> str:
     return f"Keys: the values of the column {holdings.value_column}, since the task has no label.{each}"
 
 
-def notes(holdings: Holdings) -> Iterable[str]:
+def notes(holdings: PartitionStats) -> Iterable[str]:
     """The skew in words, what was dropped, and what was said while the rows were read."""
     if holdings.value_column is None:
         yield "The rows have neither a label nor a key, so nothing is counted; federation.partition.column names one."
@@ -64,17 +64,17 @@ def notes(holdings: Holdings) -> Iterable[str]:
             f"{holdings.counted} to look like all clients together (total-variation distance), over clients by their "
             f"rows."
         )
-    census = holdings.census
+    row_counts = holdings.row_counts
     if holdings.kind == "resample":
-        yield f"Clients overlap: {int(holdings.rows_C.sum()):,} rows were drawn from {census.train:,}."
-    if census.capped:
-        yield f"{census.capped:,} of {census.read:,} rows were left out by task.max_rows."
-    if census.strange:
-        yield f"{census.strange:,} rows were left out: their {holdings.column} is not among the clients'."
+        yield f"Clients overlap: {int(holdings.rows_C.sum()):,} rows were drawn from {row_counts.train:,}."
+    if row_counts.capped:
+        yield f"{row_counts.capped:,} of {row_counts.read:,} rows were left out by task.max_rows."
+    if row_counts.strange:
+        yield f"{row_counts.strange:,} rows were left out: their {holdings.column} is not among the clients'."
     yield from holdings.notes
 
 
-def _clients(holdings: Holdings, across: int) -> Table:
+def _clients(holdings: PartitionStats, across: int) -> Table:
     one = "class" if holdings.counted == "classes" else "key"
     heads = ("client", "rows", "share", "tokens", holdings.counted, f"largest {one}", "skew", holdings.judged)
     total = int(holdings.rows_C.sum())
@@ -102,7 +102,7 @@ def _clients(holdings: Holdings, across: int) -> Table:
     return table
 
 
-def _listed(holdings: Holdings) -> list[int]:
+def _listed(holdings: PartitionStats) -> list[int]:
     """The clients to list: all, or of many the largest and the smallest."""
     if len(holdings.clients) <= _LISTED:
         return list(range(len(holdings.clients)))
@@ -110,7 +110,7 @@ def _listed(holdings: Holdings) -> list[int]:
     return [*order[:_ENDS], *order[-_ENDS:]]
 
 
-def _line(holdings: Holdings, client: int, total: int) -> tuple[str, ...]:
+def _line(holdings: PartitionStats, client: int, total: int) -> tuple[str, ...]:
     rows, counts = int(holdings.rows_C[client]), holdings.counts_of(client)
     largest, most = next(iter(counts.items()))
     return (
@@ -135,7 +135,7 @@ def _plain(title: str | None = None) -> Table:
     return Table(title=heading, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
 
 
-def _picture(holdings: Holdings, console: Console) -> Iterable[Table | Text]:
+def _picture(holdings: PartitionStats, console: Console) -> Iterable[Table | Text]:
     """Clients by classes or keys: a cell's shade is the share of the client's rows that are of the column's."""
     groups, values = holdings.groups(_LISTED), holdings.shown()
     banded = len(groups) < len(holdings.clients)
@@ -196,7 +196,7 @@ def _blocks(count: int, share: float, width: int, digits: int) -> Text:
     return Text(f"{count if digits else '':>{digits}}{block * (width - digits - 1)} ")
 
 
-def group_labels(holdings: Holdings, groups: Sequence[Ints], most: int = 20) -> list[str]:
+def group_labels(holdings: PartitionStats, groups: Sequence[Ints], most: int = 20) -> list[str]:
     """The names of clients, cut to `most` characters, or the places of a band's clients by size: "1-417"."""
     if len(groups) == len(holdings.clients):
         return [cut(holdings.clients[int(client)], most) for (client,) in groups]
@@ -214,14 +214,14 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
 
 
-def _rows(holdings: Holdings) -> Table:
-    census = holdings.census
+def _rows(holdings: PartitionStats) -> Table:
+    row_counts = holdings.row_counts
     table = _plain()
     table.add_column("split")
     table.add_column("rows", justify="right")
     table.add_column("share", justify="right")
     table.add_column("judged")
-    splits = {"training": census.train, "validation": census.validation, "held-out": census.held_out}
+    splits = {"training": row_counts.train, "validation": row_counts.validation, "held-out": row_counts.held_out}
     for name, count in splits.items():
         share = count / sum(splits.values())
         table.add_row(name, f"{count:,}", f"{share:.1%}", "yes" if name == holdings.judged else "")

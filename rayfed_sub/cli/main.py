@@ -201,10 +201,10 @@ def data(
     if out is not None:
         check_path(out)
     checked = load_config(config, overrides or [])
-    from rayfed_sub.data.partition_stats import as_dict, read_holdings
-    from rayfed_sub.planning.job import codec_of, kind_of
+    from rayfed_sub.data.partition_stats import as_dict, read_partition_stats
+    from rayfed_sub.planning.job import kind_of, processor_of
 
-    held = read_holdings(checked, codec_of(checked, kind_of(checked)))
+    held = read_partition_stats(checked, processor_of(checked, kind_of(checked)))
     if out is not None:
         draw(held, out)
     if as_json:

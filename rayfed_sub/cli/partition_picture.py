@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rayfed_sub.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rayfed_sub.data.partition_stats import Holdings
+    from rayfed_sub.data.partition_stats import PartitionStats
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _LINES = 40
@@ -27,7 +27,7 @@ def check_path(path: Path) -> None:
         raise UserError("--out", str(path), "a file in a folder that exists", "make the folder or change --out")
 
 
-def draw(holdings: Holdings, path: Path) -> None:
+def draw(holdings: PartitionStats, path: Path) -> None:
     """Writes the picture; a cell's shade is the share of the client's rows that are of the class or key.
 
     Raises UserError (--out) where it cannot be written.

@@ -33,14 +33,14 @@ class Model(Record):
 
 class Task(Record):
     """name: a task of `rayfed-sub list tasks`, which knows its source, columns and prompt; or `table` for any
-    `datasets` source.  path: hub id, or a Parquet, JSONL or CSV file, in place of the task's own source.
-    A table row becomes a prompt by `prompt` (a format string over column names) and either an `answer` column
-    (language modelling) or a `label` column (classification); or its `image` column goes with a `label`.
-    max_length: tokens of a row; longer ones are cut in the columns' texts, then in the answer (`data/tokenization.py`).
-    image_size: pixels, the side of the square (None: the model's own).  held_out and validation: shares of all rows
-    that nobody trains on; `evaluation.on` says which of the two is judged.  seed: draws these rows, those of them that
-    are judged, and those that max_rows leaves; the run's own `seed` has no part in it, so runs of all seeds are judged
-    on the same rows."""
+    `datasets` source.  path: hub id, or a Parquet, JSONL or CSV file, in place of the task's own source. A table row
+    becomes a prompt by `prompt` (a format string over column names) and either an `answer` column (language modelling)
+    or a `label` column (classification); or its `image` column goes with a `label`. max_length: tokens of a row; longer
+    ones are cut in the columns' texts, then in the answer (`data/tokenization.py`). image_size: pixels, the side of the
+    square (None: the model's own).  held_out and validation: shares of all rows that nobody trains on;
+    `evaluation.split` says which of the two is judged.  seed: draws these rows, those of them that are judged, and
+    those that max_rows leaves; the run's own `seed` has no part in it, so runs of all seeds are judged on the same
+    rows."""
 
     name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"] = "python-docs"
     path: str | None = None
@@ -127,7 +127,7 @@ class Federation(Record):
     batch_size: Count = 4
     batching: Batching = "shuffled"
     partition: Partition = Partition()
-    weights: Literal["samples", "uniform"] = "samples"
+    client_weighting: Literal["samples", "uniform"] = "samples"
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     proximal: Annotated[float, Field(ge=0)] = 0.0
     normalise_steps: bool = False
@@ -160,7 +160,7 @@ class Federation(Record):
 class Optimizer(Record):
     """AdamW as galore-torch computes it (eps before bias correction, decay after the step) or SGD with momentum.
     clip_norm bounds each client's own gradient norm over its trained tensors (None: no clipping).
-    schedule: the learning rate over rounds, after warmup_rounds of linear growth; it falls to lr * final."""
+    schedule: the learning rate over rounds, after warmup_rounds of linear growth; it falls to lr * final_lr_ratio."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(ge=0)] = 1e-3
@@ -171,7 +171,7 @@ class Optimizer(Record):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Server(Record):
@@ -209,15 +209,15 @@ class Privacy(Record):
 
 
 class Evaluation(Record):
-    """every: rounds between held-out evaluations (the first and last state are always evaluated);
-    on: which rows are judged, the held-out ones or, to choose settings by, the validation ones of `task.validation`.
-    examples: rows for loss, accuracy and F1, at most so many, drawn by `task.seed`; generate: as many of these rows
-    answered greedily, before and after, for ROUGE-L and BLEU-4, as published and over the words of any script."""
+    """every: rounds between held-out evaluations (the first and last state are always evaluated); split: which rows are
+    judged, the held-out ones or, to choose settings by, the validation ones of `task.validation`. eval_rows: rows for
+    loss, accuracy and F1, at most so many, drawn by `task.seed`; generate_rows: as many of these rows answered
+    greedily, before and after, for ROUGE-L and BLEU-4, as published and over the words of any script."""
 
     every: Count = 1
-    on: Literal["held-out", "validation"] = "held-out"
-    examples: Count = 256
-    generate: Annotated[int, Field(ge=0)] = 0
+    split: Literal["held-out", "validation"] = "held-out"
+    eval_rows: Count = 256
+    generate_rows: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Count = 40
     batch_size: Count = 16
 
@@ -286,6 +286,8 @@ class Config(Record):
 
     @model_validator(mode="after")
     def _judged(self) -> Config:
-        if self.evaluation.on == "validation" and not self.task.validation:
-            raise ValueError("evaluation.on|held-out where task.validation is 0|set a share, e.g. task.validation=0.05")
+        if self.evaluation.split == "validation" and not self.task.validation:
+            raise ValueError(
+                "evaluation.split|held-out where task.validation is 0|set a share, e.g. task.validation=0.05"
+            )
         return self

@@ -203,7 +203,7 @@ class ServerState:
 
 
 @dataclass(frozen=True)
-class Fold:
+class Accumulator:
     """A running weighted sum: total weight and per name the sum of weight * tensor (normalised at the end).  Its
     tensors belong to it alone, so that the next sum, and the mean, may take their memory."""
 

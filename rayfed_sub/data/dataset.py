@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys
 from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
+from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.data.splits import Judged, judged_clients, numbered, split_rows
@@ -24,7 +24,7 @@ from rayfed_sub.data.tokenization import in_words, tokenised
 
 
 @dataclass(frozen=True)
-class Census:
+class RowCounts:
     """Numbers of rows: `read`, the rows without repeats, is the sum of those left out and those in a split.
 
     strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
@@ -49,7 +49,7 @@ class Census:
 
 
 def too_long(rows: Mapping[str, int]) -> str:
-    """Cut and dropped rows in words, of a stored `Census`; "" where no row was longer than task.max_length."""
+    """Cut and dropped rows in words, of a stored `RowCounts`; "" where no row was longer than task.max_length."""
     return in_words(*(rows.get(name, 0) for name in ("cut", "cut_prompts", "cut_answers", "dropped")))
 
 
@@ -76,7 +76,7 @@ class Dataset:
     key_names: tuple[str, ...]
     client_rows: Ints
     client_offsets: Ints
-    census: Census
+    row_counts: RowCounts
     fingerprint: Fingerprint
 
     def rows_of(self, client: int) -> Ints:
@@ -84,13 +84,15 @@ class Dataset:
         return self.client_rows[self.client_offsets[client] : self.client_offsets[client + 1]]
 
 
-def load_dataset(task: Task, federation: Federation, codec: Codec, seed: int, judged: Judged = "held-out") -> Dataset:
+def load_dataset(
+    task: Task, federation: Federation, processor: Processor, seed: int, judged: Judged = "held-out"
+) -> Dataset:
     """Reads, cuts, holds out and deals out the rows of `task`; equal arguments give equal rows everywhere.
     judged: the split that `held_out` holds.
 
     Raises UserError naming the field of `task` or `federation` that does not fit.
     """
-    return build_dataset(load_pairs(task, federation), task, federation, codec, seed, judged)
+    return build_dataset(load_pairs(task, federation), task, federation, processor, seed, judged)
 
 
 def load_pairs(task: Task, federation: Federation) -> Pairs:
@@ -100,7 +102,7 @@ def load_pairs(task: Task, federation: Federation) -> Pairs:
 
 
 def build_dataset(
-    pairs: Pairs, task: Task, federation: Federation, codec: Codec, seed: int, judged: Judged = "held-out"
+    pairs: Pairs, task: Task, federation: Federation, processor: Processor, seed: int, judged: Judged = "held-out"
 ) -> Dataset:
     """The data set of at most task.max_rows of `pairs`, of the largest keys where the partition says so.
 
@@ -117,7 +119,7 @@ def build_dataset(
     passed.append(len(pairs))
     pairs = capped(pairs, task.max_rows, task.seed)
     passed.append(len(pairs))
-    rows, kept, cuts = tokenised(pairs, codec, task.max_length)
+    rows, kept, cuts = tokenised(pairs, processor, task.max_length)
     if not len(rows) and cuts.dropped:
         allowed = (
             f"{cuts.least} or more: of all {cuts.dropped:,} rows the template around the user's text and the answer, "
@@ -145,7 +147,7 @@ def build_dataset(
         key_names=key_names,
         client_rows=np.concatenate(parts),
         client_offsets=offsets_of(parts),
-        census=Census(
+        row_counts=RowCounts(
             read=passed[0],
             strange=passed[0] - passed[1],
             capped=passed[1] - passed[2],

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.codec import Codec
-from rayfed_sub.data.dataset import Census, Dataset, load_dataset
+from rayfed_sub.data.dataset import Dataset, RowCounts, load_dataset
 from rayfed_sub.data.partitions import key_column
+from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.data.skew import distances, skew
 from rayfed_sub.data.tasks import filled
@@ -29,7 +29,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
-class Holdings:
+class PartitionStats:
     """name: of the run; kind and column: of the partition, column None without one.
 
     counted: what `values` are; value_column: the column that they stand in, None where rows have neither a label nor a
@@ -56,7 +56,7 @@ class Holdings:
     holders: Ints
     held: Ints
     counts: Ints
-    census: Census
+    row_counts: RowCounts
     notes: tuple[str, ...]
 
     def counts_of(self, client: int) -> dict[str, int]:
@@ -91,7 +91,7 @@ class Holdings:
         return np.array_split(self.by_size(), most)
 
 
-def read_holdings(config: Config, codec: Codec) -> Holdings:
+def read_partition_stats(config: Config, processor: Processor) -> PartitionStats:
     """The holdings that a run of `config` would begin with: its rows are read and dealt out, no weights are loaded.
 
     Raises UserError for whatever of task and federation does not fit.
@@ -101,7 +101,7 @@ def read_holdings(config: Config, codec: Codec) -> Holdings:
     log.addHandler(heard)
     before, log.propagate = log.propagate, False
     try:
-        dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
+        dataset = load_dataset(config.task, config.federation, processor, config.seed, config.evaluation.split)
     except UserError:
         unheard = heard.buffer  # there will be no tables, and what was said may be the cause
         raise
@@ -115,7 +115,7 @@ def read_holdings(config: Config, codec: Codec) -> Holdings:
     return holdings(config, dataset, [record.getMessage() for record in heard.buffer])
 
 
-def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Holdings:
+def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> PartitionStats:
     """The holdings of the data set that `config` asks for."""
     column, label = key_column(config.task, config.federation), filled(config.task).label
     if label is None:
@@ -130,13 +130,13 @@ def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Hol
     rows_C = np.diff(dataset.client_offsets)
     holder, held = np.repeat(np.arange(len(rows_C)), rows_C), rank[numbers[dataset.client_rows]]
     cells, counts = np.unique(holder * len(order) + held, return_counts=True)
-    return Holdings(
+    return PartitionStats(
         name=config.name,
         kind=config.federation.partition.kind,
         column=column,
         counted="keys" if label is None else "classes",
         value_column=column if label is None else label,
-        judged=config.evaluation.on,
+        judged=config.evaluation.split,
         clients=dataset.client_names,
         values=tuple(names[number] or "all" for number in order),
         rows_C=rows_C,
@@ -147,12 +147,12 @@ def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Hol
         holders=cells // len(order),
         held=cells % len(order),
         counts=counts,
-        census=dataset.census,
+        row_counts=dataset.row_counts,
         notes=tuple(notes),
     )
 
 
-def as_dict(holdings: Holdings) -> dict[str, Any]:
+def as_dict(holdings: PartitionStats) -> dict[str, Any]:
     """All of it for JSON; clients in order, with their rows of each class or key."""
     tokens = [None] * len(holdings.clients) if holdings.tokens_C is None else holdings.tokens_C.tolist()
     clients = zip(
@@ -171,7 +171,7 @@ def as_dict(holdings: Holdings) -> dict[str, Any]:
         "value_column": holdings.value_column,
         "judged": holdings.judged,
         "skew": holdings.skew,
-        "rows": asdict(holdings.census),
+        "rows": asdict(holdings.row_counts),
         "notes": list(holdings.notes),
         "clients": [
             {

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayfed_sub.data.codec import Codec, PixelCodec, TextCodec
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.pairs import Pairs, Span
+from rayfed_sub.data.processors import ImageProcessor, Processor, Tokenizer
 from rayfed_sub.data.rows import Ints, Rows
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class _Dropped:
     least: int
 
 
-def tokenised(pairs: Pairs, codec: Codec, max_length: int) -> tuple[Rows | Images, Ints, Cuts]:
+def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows | Images, Ints, Cuts]:
     """The rows as the model reads them, the index of the pair behind each, int64 (rows,), and numbers of cuts.
 
     Language modelling: prompt then answer, at most `max_length` tokens.  Of what is too long the answer keeps all of
@@ -77,13 +77,13 @@ def tokenised(pairs: Pairs, codec: Codec, max_length: int) -> tuple[Rows | Image
     cut in the same way, special tokens stay.  Rows without room for a character of the user's text, and rows without a
     token to learn from, are dropped.  Each is counted in a warning.  Images become pixels.
     """
-    if isinstance(codec, PixelCodec):
-        pixels = [codec.pixels(content) for content in pairs.images]
-        return Images.of(pixels, _classes(pairs), codec.mean, codec.std), np.arange(len(pairs)), Cuts()
+    if isinstance(processor, ImageProcessor):
+        pixels = [processor.pixels(content) for content in pairs.images]
+        return Images.of(pixels, _classes(pairs), processor.mean, processor.std), np.arange(len(pairs)), Cuts()
     made = [
         row
         for begin in range(0, len(pairs), _AT_ONCE)
-        for row in _rows(pairs.take(np.arange(begin, min(begin + _AT_ONCE, len(pairs)))), codec, max_length)
+        for row in _rows(pairs.take(np.arange(begin, min(begin + _AT_ONCE, len(pairs)))), processor, max_length)
     ]
     kept = np.flatnonzero([isinstance(row, _Row) for row in made])
     rows = [row for row in made if isinstance(row, _Row)]
@@ -127,15 +127,15 @@ def shortened(text: str, spans: Sequence[Span], most: int) -> str:
     return "".join([*parts, text[at:]])
 
 
-def _rows(pairs: Pairs, codec: TextCodec, max_length: int) -> list[_Row | _Dropped | None]:
+def _rows(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _Dropped | None]:
     """A row for each pair; None for one without a token to learn from."""
     if pairs.kind == "classification":
-        texts = _fitted(codec.texts, pairs, [max_length] * len(pairs))
+        texts = _fitted(processor.texts, pairs, [max_length] * len(pairs))
         return [_classified(text) for text in texts]
-    answers = _begun(codec.answers, pairs.answers, max_length)
+    answers = _begun(processor.answers, pairs.answers, max_length)
     # An answer's share of the row: all of it, or half of the row.
     shares = [min(len(answer), max_length - max_length // 2) for answer in answers]
-    prompts = _fitted(codec.prompts, pairs, [max_length - share for share in shares])
+    prompts = _fitted(processor.prompts, pairs, [max_length - share for share in shares])
     return [_answered(prompt, answer, max_length) for prompt, answer in zip(prompts, answers, strict=True)]
 
 

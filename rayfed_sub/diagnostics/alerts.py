@@ -1,7 +1,7 @@
 """How federated fine-tuning fails, seen in a run's rows: what was seen, its likely cause, the key to turn.
 
 Plain rules with fixed thresholds, each with its reason below.  A rule waits until it has seen enough not to take noise
-for a symptom, and looks at the newest rows, so it may be asked after every round.
+for a alert, and looks at the newest rows, so it may be asked after every round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _JUDGED = 3  # evaluations after training, before anything is said of the loss
 # What diagnostics must show, in so many looks in a row: one cohort may be an unlucky draw.
 LOOKS = 3
 # Mean cosine of two clients' changes.  At 0.05 the mean of eight is 41 % as long as one of them, at 0 it is 35 %.
-# Healthy runs come there too as they near their end: it is a symptom only where the loss has stopped falling.
+# Healthy runs come there too as they near their end: it is a alert only where the loss has stopped falling.
 _AGREEMENT = 0.05
 _CROSS = 0.1  # share of the mean product of B and A that averaging them apart loses: a tenth of all that was learned
 _TRUNCATED = 0.3  # share of the norm: 9 % of the square, which is what the truncation minimises
@@ -45,7 +45,7 @@ _OWN_BASIS = ("fedftg",)
 
 
 @dataclass(frozen=True)
-class Symptom:
+class Alert:
     """name: the rule's, told once in a run.  text: one line: what was seen, with numbers, the likely cause, a key."""
 
     name: str
@@ -71,7 +71,7 @@ class Round(Protocol):
     def memory_bytes(self) -> int | None: ...
 
 
-def symptoms(
+def alerts(
     rounds: Sequence[Round],
     layers: Sequence[CohortLayer],
     client_layers: Sequence[ClientLayer],
@@ -79,7 +79,7 @@ def symptoms(
     *,
     before: float | None = None,
     planned: int | None = None,
-) -> list[Symptom]:
+) -> list[Alert]:
     """What the rows so far show, the gravest first; empty for a healthy run.
 
     rounds: all rows so far, in order.  layers, client_layers: those of the newest three rounds that diagnostics looked
@@ -101,7 +101,7 @@ def symptoms(
     return found
 
 
-def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> Iterator[Symptom]:
+def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> Iterator[Alert]:
     """Divergence, or no progress."""
     judged = _judged(rounds, config)
     if len(judged) < _JUDGED:
@@ -117,26 +117,26 @@ def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> It
         trend = _trend([row for row in rounds if row.round >= since])
         if trend is not None and trend < -_LEAST:
             cause = "while the training loss still falls: clients overfit; end earlier (federation.rounds)"
-            yield Symptom("divergence", f"{told}, {cause} or lower federation.local_steps")
+            yield Alert("divergence", f"{told}, {cause} or lower federation.local_steps")
         else:
             keys = f"lower optimizer.lr={config.optimizer.lr:g} or federation.local_steps"
-            yield Symptom("divergence", f"{told}: training diverges, its steps are too long; {keys}")
+            yield Alert("divergence", f"{told}: training diverges, its steps are too long; {keys}")
         return
     lowest = min(loss for _, loss in judged)
     if lowest > first * (1 - _LEAST) and first > _NATS:
         seen = f"held-out loss is {now:.3g} after round {last + 1}, at best {lowest:.3g}, was {first:.3g}: no progress"
         trend, lr = _trend(rounds), f"optimizer.lr={config.optimizer.lr:g}"
         if trend is None or abs(trend) <= _LEAST:
-            yield Symptom("no progress", f"{seen}, and the training loss stands still: steps are too short; raise {lr}")
+            yield Alert("no progress", f"{seen}, and the training loss stands still: steps are too short; raise {lr}")
         elif trend > 0:
-            yield Symptom("no progress", f"{seen}, and the training loss rises by {trend:.1%}: lower {lr}")
+            yield Alert("no progress", f"{seen}, and the training loss rises by {trend:.1%}: lower {lr}")
         else:
             cause = "what clients learn of their own rows does not carry over"
             keys = "lower federation.local_steps or choose a less skewed federation.partition"
-            yield Symptom("no progress", f"{seen}, while the training loss falls by {-trend:.1%}: {cause}; {keys}")
+            yield Alert("no progress", f"{seen}, while the training loss falls by {-trend:.1%}: {cause}; {keys}")
 
 
-def _drift(rounds: Sequence[Round], looks: Sequence[Sequence[CohortLayer]], config: Config) -> Iterator[Symptom]:
+def _drift(rounds: Sequence[Round], looks: Sequence[Sequence[CohortLayer]], config: Config) -> Iterator[Alert]:
     """Clients pull apart, and the held-out loss stands still: orthogonal changes alone are no harm."""
     judged = [loss for _, loss in _judged(rounds, config)]
     if len(judged) < _JUDGED or min(judged[-2:]) < min(judged[:-2]) * (1 - _LEAST):
@@ -145,7 +145,7 @@ def _drift(rounds: Sequence[Round], looks: Sequence[Sequence[CohortLayer]], conf
     if _shown([None if a is None else -a for a in agreements], -_AGREEMENT):
         drift, agreement = _median(looks[-1], "drift"), agreements[-1]
         strayed = "" if drift is None else f", they lie {drift:.1f} times its length from their mean"
-        yield Symptom(
+        yield Alert(
             "client drift",
             f"clients' changes hardly agree (mean cosine {agreement:.2f}, median over layers){strayed}, and the "
             "held-out loss no longer falls: clients drift apart between two averagings; lower federation.local_steps "
@@ -153,27 +153,27 @@ def _drift(rounds: Sequence[Round], looks: Sequence[Sequence[CohortLayer]], conf
         )
 
 
-def _cross_term(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Symptom]:
+def _cross_term(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Alert]:
     shares = [_median(look, "cross_term") for look in looks]
     if method in _APART and _shown(shares, _CROSS):
-        yield Symptom(
+        yield Alert(
             "cross term",
             f"{method} averages B and A apart, which misses {shares[-1]:.0%} of the mean of the clients' products "
             "(median over layers): method.name=fedex-lora or ffa-lora average exactly",
         )
 
 
-def _truncation(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Symptom]:
+def _truncation(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Alert]:
     shares = [_median(look, "truncated") for look in looks]
     if method in _TRUNCATES and _shown(shares, _TRUNCATED):
-        yield Symptom(
+        yield Alert(
             "truncation",
             f"cutting the mean back to the clients' rank loses {shares[-1]:.0%} of its norm (median over layers): rank "
             "inflation; raise method.rank, or take method.name=flora or fedex-lora, which keep all of it",
         )
 
 
-def _full_rank(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Symptom]:
+def _full_rank(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Alert]:
     """Most layers' mean change has the rank that a dense one has."""
 
     def full(look: Sequence[CohortLayer]) -> float:
@@ -181,54 +181,54 @@ def _full_rank(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[
 
     if method in _SENDS_BLOCKS and _shown([full(look) for look in looks], 0.5):
         most = statistics.median(row.full_rank for row in looks[-1])
-        yield Symptom(
+        yield Alert(
             "full rank",
             f"the mean change has full rank ({most:g}, median over layers) in {full(looks[-1]):.0%} of the layers: of "
             "so many clients' changes nothing low-rank is left to send down; lower federation.sampled or method.rank",
         )
 
 
-def _gradients(looks: Sequence[Sequence[ClientLayer]], method: str) -> Iterator[Symptom]:
+def _gradients(looks: Sequence[Sequence[ClientLayer]], method: str) -> Iterator[Alert]:
     shares = [_median(look, "gradient_energy") for look in looks]
     if method in _OWN_BASIS and _shown([None if share is None else -share for share in shares], -_ENERGY):
-        yield Symptom(
+        yield Alert(
             "gradients",
             f"a gradient's strongest method.rank directions hold {shares[-1]:.0%} of its squared norm (median over "
             "layers): most of it is projected away; raise method.rank or lower method.refresh_every",
         )
 
 
-def _memory(rounds: Sequence[Round], planned: int | None) -> Iterator[Symptom]:
+def _memory(rounds: Sequence[Round], planned: int | None) -> Iterator[Alert]:
     """More than planned, or ever more."""
     used = [memory for row in rounds if (memory := _number(row.memory_bytes)) is not None]
     expected = _number(planned)
     if used and expected and max(used) > _MEMORY * expected:
-        yield Symptom(
+        yield Alert(
             "memory",
             f"coordinator and workers took {_gb(max(used))}, {max(used) / expected - 1:.0%} more than the planned "
             f"{_gb(expected)}: lower resources.pack_size, resources.workers or federation.batch_size if it gets tight",
         )
     last = used[-_GROWING - 1 :]
     if len(last) > _GROWING and all(a < b for a, b in pairwise(last)) and last[-1] > _MEMORY * last[0]:
-        yield Symptom(
+        yield Alert(
             "memory growth",
             f"memory grew in each of the last {_GROWING} rounds, from {_gb(last[0])} to {_gb(last[-1])}: clients' "
             "states lie in memory up to resources.state_memory, lower it; if it grows beyond that, something leaks",
         )
 
 
-def _trouble(rounds: Sequence[Round], config: Config) -> Iterator[Symptom]:
+def _trouble(rounds: Sequence[Round], config: Config) -> Iterator[Alert]:
     """Clients skipped, packs retried."""
     failed, drawn = sum(row.failed for row in rounds), sum(row.clients for row in rounds)
     if failed > _FEW and failed > _SKIPPED * drawn:
-        yield Symptom(
+        yield Alert(
             "skipped clients",
             f"{failed} of {drawn} clients' rounds were skipped (clients.parquet says why): where losses are not finite "
             f"lower optimizer.lr={config.optimizer.lr:g} or set optimizer.clip_norm=1.0; else look at their data",
         )
     retries = sum(int(_number(row.retries) or 0) for row in rounds)
     if retries > _FEW and 2 * retries > len(rounds):
-        yield Symptom(
+        yield Alert(
             "retries",
             f"packs were trained again {retries} times in {len(rounds)} rounds (packs.parquet says why): where workers "
             "die of memory, lower resources.pack_size or resources.workers; where time runs out, raise "

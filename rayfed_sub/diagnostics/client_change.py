@@ -30,7 +30,7 @@ WIDEST = 128
 
 
 @dataclass(frozen=True)
-class Movement:
+class ClientChange:
     """One client's round in one layer; float32.
 
     tensors, as factors: `left` (m, a) and `right` (a, n), and where they are needed `before` (m, b) and `shift` (b, n):
@@ -51,9 +51,9 @@ class Movement:
     gradient_rank: float | None = None
 
 
-def movement(
+def client_change(
     layer: Layer, start: Start, result: LocalResult, gradient: tuple[float, float] | None = None
-) -> Movement | None:
+) -> ClientChange | None:
     """What the round between `start` and `result` did to the layer; None where it failed or did not touch the layer.
 
     gradient: (energy, effective rank) of the first gradient, where somebody looked.
@@ -69,7 +69,7 @@ def movement(
             tensors, norm = _sample(layer, change, torch.zeros_like(change))
         else:
             norm = _norm(tensors)
-        return Movement("galore", tensors, norm, _turned(layer, start, result), energy, gradient_rank)
+        return ClientChange("galore", tensors, norm, _turned(layer, start, result), energy, gradient_rank)
     if left in start.tensors:
         l0, l1 = (_left(tensors, left, core) for tensors in (start.tensors, result.tensors))
         r0, r1 = (tensors[right].double() for tensors in (start.tensors, result.tensors))
@@ -78,16 +78,16 @@ def movement(
             tensors |= {"before": start.scale * l0} | ({} if torch.equal(r0, r1) else {"shift": r1 - r0})
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
         kind: Literal["lora", "core"] = "core" if core in start.tensors else "lora"
-        return Movement(kind, tensors, _norm(tensors), _turned(layer, start, result), energy, gradient_rank)
+        return ClientChange(kind, tensors, _norm(tensors), _turned(layer, start, result), energy, gradient_rank)
     if weight in start.tensors:
         tensors, norm = _sample(layer, result.tensors[weight], start.tensors[weight])
-        return Movement("dense", tensors, norm, None, energy, gradient_rank)
+        return ClientChange("dense", tensors, norm, None, energy, gradient_rank)
     return None
 
 
-def rows(layer: Layer, movement: Movement) -> Tensor:
+def rows(layer: Layer, client_change: ClientChange) -> Tensor:
     """The sampled rows of the change, (min(m, ROWS), n) float64, whether it came as factors or as a sample."""
-    tensors = movement.tensors
+    tensors = client_change.tensors
     if "rows" in tensors:
         return tensors["rows"].double()
     index, scale = _chosen(layer)

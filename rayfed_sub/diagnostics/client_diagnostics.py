@@ -13,7 +13,7 @@ from rayfed_sub.config.schema import Diagnostics
 from rayfed_sub.core.arrays import Packed, packed, unpacked
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer
 from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
-from rayfed_sub.diagnostics.client_change import Movement, movement
+from rayfed_sub.diagnostics.client_change import ClientChange, client_change
 from rayfed_sub.diagnostics.cohort import diagnose
 from rayfed_sub.diagnostics.gradients import GradientWatch
 
@@ -23,12 +23,12 @@ _DENSE_RANK = 8  # whose share of a gradient's energy is told for methods that t
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a worker saw of one client's round: by layer a movement without its tensors, and these, packed."""
+class ClientDiagnostics:
+    """What a worker saw of one client's round: by layer a client_change without its tensors, and these, packed."""
 
     client: int
     weight: float
-    layers: Mapping[str, tuple[Movement, Packed]]
+    layers: Mapping[str, tuple[ClientChange, Packed]]
 
 
 def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> list[int]:
@@ -85,20 +85,20 @@ def gradient_watch(
 
 def looked(
     asked: Diagnostics, shape: ModelShape, start: Start, result: LocalResult, weight: float, watch: GradientWatch
-) -> Looked:
+) -> ClientDiagnostics:
     """One client's round as it is sent."""
     layers, targets = {}, spaced(shape.targets, asked.layers)
     wanted = tuple(f"{layer.name}/" for layer in targets)
     # What a client begins with lies on the worker's device, what it ends with does not.
     start = replace(start, tensors={name: x.cpu() for name, x in start.tensors.items() if name.startswith(wanted)})
     for layer in targets:
-        moved = movement(layer, start, result, watch.seen.get((result.client, layer.name)))
+        moved = client_change(layer, start, result, watch.seen.get((result.client, layer.name)))
         if moved is not None:
             layers[layer.name] = replace(moved, tensors={}), packed(moved.tensors)
-    return Looked(result.client, weight, layers)
+    return ClientDiagnostics(result.client, weight, layers)
 
 
-def kept(look: Looked) -> Looked:
+def kept(look: ClientDiagnostics) -> ClientDiagnostics:
     """The same in memory of its own: a view into the object store would keep the whole pack's results there."""
     layers = {
         name: (found, {role: (dtype, array.copy()) for role, (dtype, array) in tensors.items()})
@@ -108,7 +108,7 @@ def kept(look: Looked) -> Looked:
 
 
 def rows(
-    n: int, shape: ModelShape, looks: Sequence[Looked], server: Mapping[str, tuple[int, float]]
+    n: int, shape: ModelShape, looks: Sequence[ClientDiagnostics], server: Mapping[str, tuple[int, float]]
 ) -> tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]:
     """A round's rows, layer by layer; server: by layer the rank of its own change and how far it has come."""
     cohort: list[CohortLayer] = []

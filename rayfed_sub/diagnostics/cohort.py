@@ -22,13 +22,13 @@ from torch import Tensor
 from rayfed_sub.core.lowrank import EPS, Spectrum, directions, from_grams, sides, singular_values, spectrum
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer
 from rayfed_sub.core.types import Layer
-from rayfed_sub.diagnostics.client_change import Movement, rows
+from rayfed_sub.diagnostics.client_change import ClientChange, rows
 
 CLIENT_VALUES, COHORT_VALUES = 16, 64
 """Most singular values that a row keeps."""
 
-Watched = Sequence[tuple[int, float, Movement]]
-"""(client, raw weight, movement) of those whose round is looked at."""
+Watched = Sequence[tuple[int, float, ClientChange]]
+"""(client, raw weight, client_change) of those whose round is looked at."""
 
 
 def diagnose(round: int, layer: Layer, watched: Watched) -> tuple[list[ClientLayer], CohortLayer]:
@@ -37,11 +37,11 @@ def diagnose(round: int, layer: Layer, watched: Watched) -> tuple[list[ClientLay
     It takes O(K^2 (m + n) + K^3) operations and two (K, K) float64 matrices, K the columns of all clients' factors;
     nothing of size N m n, and of size m n only where K > min(m, n) or where a change came as a sample.
     """
-    movements = [movement for _, _, movement in watched]
+    movements = [client_change for _, _, client_change in watched]
     weight_N = torch.tensor([weight for _, weight, _ in watched], dtype=torch.float64)
     p_N = weight_N / weight_N.sum() if weight_N.any() else torch.full_like(weight_N, 1 / len(weight_N))
-    if any("rows" in movement.tensors for movement in movements):
-        sample_Nx = torch.stack([rows(layer, movement).flatten() for movement in movements])
+    if any("rows" in client_change.tensors for client_change in movements):
+        sample_Nx = torch.stack([rows(layer, client_change).flatten() for client_change in movements])
         pairs = _pairs(sample_Nx @ sample_Nx.T, p_N)
         clients = [_client(round, layer, pairs, k, one, None) for k, one in enumerate(watched)]
         return clients, _cohort(round, layer, pairs, clients, None)
@@ -54,29 +54,29 @@ def diagnose(round: int, layer: Layer, watched: Watched) -> tuple[list[ClientLay
         for k, (one, found) in enumerate(zip(watched, spectra_N, strict=True))
     ]
     sigma_K = _singular_values(layer, stack.changes, p_N)
-    terms = _terms(layer, stack, p_N, sigma_K, cross=all(movement.kind == "lora" for movement in movements))
+    terms = _terms(layer, stack, p_N, sigma_K, cross=all(client_change.kind == "lora" for client_change in movements))
     mean = spectrum(sigma_K, size) if pairs.norm else spectrum(sigma_K[:0], size)
     overlap = _overlap(layer, stack, W_NRR, [found.rank for found in spectra_N])
     return clients, _cohort(round, layer, pairs, clients, (mean, *terms, overlap))
 
 
 def _client(
-    round: int, layer: Layer, pairs: _Pairs, k: int, watched: tuple[int, float, Movement], found: Spectrum | None
+    round: int, layer: Layer, pairs: _Pairs, k: int, watched: tuple[int, float, ClientChange], found: Spectrum | None
 ) -> ClientLayer:
-    client, _, movement = watched
+    client, _, client_change = watched
     return ClientLayer(
         round=round,
         client=client,
         layer=layer.name,
-        norm=movement.norm if found is None else found.norm,
+        norm=client_change.norm if found is None else found.norm,
         rank=None if found is None else found.rank,
         stable_rank=None if found is None else found.stable_rank,
         effective_rank=None if found is None else found.effective_rank,
         cosine=pairs.cosines[k],
         distance=pairs.distances[k],
-        turned=movement.turned,
-        gradient_energy=movement.energy,
-        gradient_rank=movement.gradient_rank,
+        turned=client_change.turned,
+        gradient_energy=client_change.energy,
+        gradient_rank=client_change.gradient_rank,
         spectrum=() if found is None else found.values[:CLIENT_VALUES],
     )
 
@@ -166,12 +166,12 @@ class _Stack:
         return (self.changes.left_NcNc * self.changes.right_NcNc).sum((1, 3))
 
 
-def _stacked(layer: Layer, movements: Sequence[Movement]) -> _Stack:
+def _stacked(layer: Layer, movements: Sequence[ClientChange]) -> _Stack:
     """Left factors in halves h: `left`, and `before` where any client has one; right ones in halves i <= h: `right`,
     and `shift` likewise.  Changes are the products of the first i halves, terms those of the halves' sum with `right`.
     """
     N, (m, n) = len(movements), (layer.m, layer.n)
-    columns = tuple(movement.tensors["right"].shape[0] for movement in movements)
+    columns = tuple(client_change.tensors["right"].shape[0] for client_change in movements)
     a = max(columns)
     left_Nham = _side(movements, ("left", "before"), a, m)
     right_Nian = _side(movements, ("right", "shift"), a, n)
@@ -190,15 +190,15 @@ def _stacked(layer: Layer, movements: Sequence[Movement]) -> _Stack:
     return _Stack(changes, terms, columns)
 
 
-def _side(movements: Sequence[Movement], roles: tuple[str, str], a: int, length: int) -> Tensor:
+def _side(movements: Sequence[ClientChange], roles: tuple[str, str], a: int, length: int) -> Tensor:
     """(N, 1 or 2, a, length) float64: the factors of the first role, and of the second if any client has one, as rows,
     with zeros where there are none."""
-    used = [role for role in roles if any(role in movement.tensors for movement in movements)]
+    used = [role for role in roles if any(role in client_change.tensors for client_change in movements)]
     out = torch.zeros(len(movements), len(used), a, length, dtype=torch.float64)
-    for k, movement in enumerate(movements):
+    for k, client_change in enumerate(movements):
         for h, role in enumerate(used):
-            if role in movement.tensors:
-                tensor = movement.tensors[role]
+            if role in client_change.tensors:
+                tensor = client_change.tensors[role]
                 as_rows = tensor.T if roles[0] == "left" else tensor
                 out[k, h, : len(as_rows)] = as_rows
     return out

@@ -10,14 +10,14 @@ from rayfed_sub.core.schemas import Score
 from rayfed_sub.evaluation.classification import class_scores, confusion
 from rayfed_sub.evaluation.language import perplexity, token_accuracy
 from rayfed_sub.evaluation.text import TEXT_SCORES, words
-from rayfed_sub.training.inference import Told, Verdict
+from rayfed_sub.training.inference import Generation, Prediction
 
 R = TypeVar("R")
 Rows = Sequence[tuple[int, R]]
 """What was found for each held-out row, and the client whose data the row is like."""
 
 
-def token_scores(rows: Rows[Verdict]) -> Iterator[Score]:
+def token_scores(rows: Rows[Prediction]) -> Iterator[Score]:
     """Loss, perplexity and accuracy of a language model; clients without a label have none."""
     for client, own in _groups(rows).items():
         labels = sum(len(row.true) for row in own)
@@ -31,7 +31,7 @@ def token_scores(rows: Rows[Verdict]) -> Iterator[Score]:
         yield Score(client, "token_accuracy", accuracy, labels)
 
 
-def label_scores(rows: Rows[Verdict], names: Sequence[str]) -> Iterator[Score]:
+def label_scores(rows: Rows[Prediction], names: Sequence[str]) -> Iterator[Score]:
     """Loss, accuracy and F1 of a classifier whose class i is called names[i], and the confusion matrix of all rows."""
     for client, own in _groups(rows).items():
         true, said = [row.true[0] for row in own], [row.said[0] for row in own]
@@ -45,7 +45,7 @@ def label_scores(rows: Rows[Verdict], names: Sequence[str]) -> Iterator[Score]:
                         yield Score(None, f"confusion/{name}/{other}", float(count), len(own))
 
 
-def text_scores(rows: Rows[Told]) -> Iterator[Score]:
+def text_scores(rows: Rows[Generation]) -> Iterator[Score]:
     """ROUGE-L and BLEU-4 of answers, over the rows whose reference has anything to read; none where no row has."""
     for client, own in _groups(rows).items():
         for prefix, texts in (

@@ -17,8 +17,8 @@ from rayfed_sub.export.peft_adapter import Factors, write_adapter
 from rayfed_sub.methods import check_named
 from rayfed_sub.models.architecture import AUTO_CLASSES
 from rayfed_sub.models.hub import RANDOM, locate
-from rayfed_sub.models.image_processors import ImageCodec
-from rayfed_sub.models.tokenizers import HubCodec
+from rayfed_sub.models.image_processors import HubImageProcessor
+from rayfed_sub.models.tokenizers import HubTokenizer
 from rayfed_sub.models.weights import generation_config, load_weights, target_weights, write_codec, write_folder
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.storage import checkpoints
@@ -54,11 +54,14 @@ def export_hf(run_dir: Path, to: Path, client: int | None = None, method: str | 
     Raises UserError where run_dir holds no finished run, `to` is not empty, or `client` does not fit the method.
     """
     trained = _read(run_dir, to, client, method)
-    skeleton, job = trained.job.skeleton, trained.job
-    merged = {f"{t.name}/weight": _changed(trained, t.name) for t in skeleton.shape.targets}
-    everything, generation = merged | dict(trained.head), generation_config(job.config.model, skeleton, job.codec)
-    write_folder(skeleton, trained.tensors, everything, to, job.codec, torch.float32, generation)
-    auto = AUTO_CLASSES[skeleton.kind]
+    architecture, job = trained.job.architecture, trained.job
+    merged = {f"{t.name}/weight": _changed(trained, t.name) for t in architecture.shape.targets}
+    everything, generation = (
+        merged | dict(trained.head),
+        generation_config(job.config.model, architecture, job.processor),
+    )
+    write_folder(architecture, trained.tensors, everything, to, job.processor, torch.float32, generation)
+    auto = AUTO_CLASSES[architecture.kind]
     loading = f'from transformers import {auto}; model = {auto}.from_pretrained(".")  # in the exported folder'
     _write_readme(to, job, loading)
     return Export(loading)
@@ -77,14 +80,14 @@ def export_peft(run_dir: Path, to: Path, client: int | None = None, method: str 
     """
     trained = _read(run_dir, to, client, method)
     factors, ranks = _factors(trained)
-    job, skeleton = trained.job, trained.job.skeleton
-    generation = generation_config(job.config.model, skeleton, job.codec)
-    name = loadable(job.config.model.path, skeleton.kind)
+    job, architecture = trained.job, trained.job.architecture
+    generation = generation_config(job.config.model, architecture, job.processor)
+    name = loadable(job.config.model.path, architecture.kind)
     if name is None:
-        write_folder(skeleton, trained.tensors, {}, to / "base", job.codec, generation=generation)
-    base, turned = name or str((to / "base").resolve()), bool(skeleton.transposed)
-    write_adapter(to, factors, trained.head, kind=skeleton.kind, base=base, transposed=turned)
-    write_codec(job.codec, to)
+        write_folder(architecture, trained.tensors, {}, to / "base", job.processor, generation=generation)
+    base, turned = name or str((to / "base").resolve()), bool(architecture.transposed)
+    write_adapter(to, factors, trained.head, kind=architecture.kind, base=base, transposed=turned)
+    write_codec(job.processor, to)
     if generation is not None:
         generation.save_pretrained(to)
     loading = _loading_peft(job, name)
@@ -101,12 +104,12 @@ def _loading_peft(job: Job, name: str | None) -> str:
     The base gets the values that the run began with, in the run's dtype, and computes in float32, as an exported whole
     model does.
     """
-    auto, dtype = AUTO_CLASSES[job.skeleton.kind], job.config.model.dtype
-    generation = name is not None and job.skeleton.kind == "causal-lm"
+    auto, dtype = AUTO_CLASSES[job.architecture.kind], job.config.model.dtype
+    generation = name is not None and job.architecture.kind == "causal-lm"
     imports = f"{auto}, GenerationConfig" if generation else auto
     ends = ', generation_config=GenerationConfig.from_pretrained(".")' if generation else ""
     if name is not None:
-        ends += "".join(f", {key}=True" for key in job.skeleton.causal)
+        ends += "".join(f", {key}=True" for key in job.architecture.causal)
     wide = "" if dtype == "float32" else ".float()"
     base = f"{auto}.from_pretrained({name or 'base'!r}, dtype={dtype!r}{ends}){wide}"
     loaded = f'model = PeftModel.from_pretrained({base}, ".")'
@@ -120,25 +123,24 @@ def _write_readme(to: Path, job: Job, loading: str) -> None:
     inputs = "\n".join(_inputs(job))
     text = f"# {config.name}\n\n{about}\n\nLoad it, in this folder:\n\n```python\n{loading}\n```\n"
     text += f"\nMake its inputs as in training:\n\n```python\n{inputs}\n```\n"
-    if job.skeleton.kind == "causal-lm":
-        text += (
-            f"\nAnswers end with token {job.codec.eos}; generation stops at {', '.join(map(str, job.codec.ends))}.\n"
-        )
+    if job.architecture.kind == "causal-lm":
+        ends = ", ".join(map(str, job.processor.ends))
+        text += f"\nAnswers end with token {job.processor.eos}; generation stops at {ends}.\n"
     (to / "README.md").write_text(text, encoding="utf-8")
 
 
 def _inputs(job: Job) -> list[str]:
-    """Python that makes `ids` of `text`, or `inputs` of `image`, as the run's codec does."""
-    codec, answers = job.codec, job.skeleton.kind == "causal-lm"
-    if isinstance(codec, ImageCodec):
+    """Python that makes `ids` of `text`, or `inputs` of `image`, as the run's processor does."""
+    processor, answers = job.processor, job.architecture.kind == "causal-lm"
+    if isinstance(processor, HubImageProcessor):
         make = 'from transformers import AutoImageProcessor; processor = AutoImageProcessor.from_pretrained(".")'
         return [make, 'inputs = processor(image, return_tensors="pt")']
-    if not isinstance(codec, HubCodec):
+    if not isinstance(processor, HubTokenizer):
         shown = 'f"Q: {text}\\nA: "' if answers else "text"
-        end = "" if answers else f", {codec.eos}"
+        end = "" if answers else f", {processor.eos}"
         return [f'ids = [1, *(byte + 3 for byte in {shown}.encode("utf-8", "replace")){end}]']
     make = 'from transformers import AutoTokenizer; tokenizer = AutoTokenizer.from_pretrained(".")'
-    if answers and codec.chat:
+    if answers and processor.chat:
         chat = '[{"role": "user", "content": text}], add_generation_prompt=True'
         return [make, f'ids = tokenizer.apply_chat_template({chat})["input_ids"]']
     return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if answers else 'ids = tokenizer(text)["input_ids"]']
@@ -154,16 +156,16 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None) -> _T
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
     make(to, "--to")
     job = prepare(config)
-    shape = job.skeleton.shape
+    shape = job.architecture.shape
     server, changes = _changes(run_dir, job, client)
-    tensors = load_weights(config.model, job.skeleton, config.seed)
-    weights = target_weights(shape, job.skeleton.transposed, tensors)
+    tensors = load_weights(config.model, job.architecture, config.seed)
+    weights = target_weights(shape, job.architecture.transposed, tensors)
     return _Trained(job, tensors, weights, changes, {name: server.tensors[name] for name in shape.head_names})
 
 
 def _changes(run_dir: Path, job: Job, client: int | None) -> tuple[ServerState, Mapping[str, Change]]:
     """The trained server, and the changes of the model of all or of the client's."""
-    found, method, shape = checkpoints.read(run_dir), job.method, job.skeleton.shape
+    found, method, shape = checkpoints.read(run_dir), job.method, job.architecture.shape
     if found is None:
         raise UserError("RUN", str(run_dir), "a run folder with a checkpoint", "check the path")
     server = ServerState(found.round, unpacked(found.server))
@@ -176,7 +178,7 @@ def _changes(run_dir: Path, job: Job, client: int | None) -> tuple[ServerState, 
         took_part = ", ".join(map(str, clients))
         allowed = f"one of the clients that took part, for each has its own model with {method.name}: {took_part}"
         raise UserError("--client", client, allowed, f"e.g. --client {clients[0]}" if clients else "")
-    state = checkpoints.client_state(run_dir, found, client)
+    state = checkpoints.stored_state(run_dir, found, client)
     return server, method.personal_model(server, state, shape)
 
 
@@ -188,7 +190,7 @@ def _factors(trained: _Trained) -> tuple[Factors, list[int]]:
     """Every target's change as left (m, r) and right (r, n), and the ranks of those that had to be factorised."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     dense, most, numbers, size = [], (0, ""), 0, 0
-    for layer in trained.job.skeleton.shape.targets:
+    for layer in trained.job.architecture.shape.targets:
         change = trained.changes[layer.name]
         if change.blocks and change.dense is None and change.base_scale == 1.0:
             factors[layer.name] = change.factors()

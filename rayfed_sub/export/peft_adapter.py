@@ -22,8 +22,8 @@ def write_adapter(folder: Path, factors: Factors, head: Tensors, *, kind: str, b
     """Writes adapter_config.json and adapter_model.safetensors, float32, for the model that `base` names.
 
     head: `<layer>/weight` (m, n) and `<layer>/bias` (m,), which take the place of the base's own.  kind: the
-    skeleton's.  transposed: the layers are transformers' Conv1D.  alpha is the rank in every layer: B is `left`, A is
-    `right`, and peft multiplies their product by one.
+    architecture's.  transposed: the layers are transformers' Conv1D.  alpha is the rank in every layer: B is `left`, A
+    is `right`, and peft multiplies their product by one.
     """
     # peft imports bitsandbytes where it is there, which complains about parts for 4-bit weights.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

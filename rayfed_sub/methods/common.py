@@ -2,7 +2,7 @@
 per client, changes that travel as blocks and what of them a returning client has missed.
 
 Plain functions.  Those whose first argument is `method` are whole answers to a question of the protocol: a method
-takes one over by assigning it in its class body, as in `fold = common.fold`.
+takes one over by assigning it in its class body, as in `accumulate = common.accumulate`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (
+    Accumulator,
     Block,
     Broadcast,
     Change,
     Client,
     ClientState,
-    Fold,
     Layer,
     LocalResult,
     ModelShape,
@@ -41,16 +41,16 @@ RANKS = "history/ranks"
 """Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
 
 
-def add(total: Fold, tensors: Tensors, weight: float) -> Fold:
+def add(total: Accumulator, tensors: Tensors, weight: float) -> Accumulator:
     """The running sum with `weight * tensor` added under every name, in place; float32 (float64 stays)."""
     sums = dict(total.tensors)
     for name, tensor in tensors.items():
         term = weight * tensor
         sums[name] = sums[name].add_(term) if name in sums else term
-    return Fold(total.weight + weight, sums, total.counts)
+    return Accumulator(total.weight + weight, sums, total.counts)
 
 
-def mean(total: Fold) -> dict[str, Tensor]:
+def mean(total: Accumulator) -> dict[str, Tensor]:
     """The weighted mean, in the sums' own memory; empty when no update arrived (the server then stays as it is)."""
     return {name: tensor.div_(total.weight) for name, tensor in total.tensors.items()} if total.weight else {}
 
@@ -112,10 +112,10 @@ def tensor_names(shape: ModelShape, *roles: str) -> tuple[str, ...]:
 
 
 class _Remembers(Protocol):
-    """A method with a `state` field."""
+    """A method with an `optimizer_state` field."""
 
     @property
-    def state(self) -> str: ...
+    def optimizer_state(self) -> str: ...
 
 
 class _LoRA(Protocol):
@@ -170,7 +170,7 @@ def compact(layer: Layer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
     return {f"{layer.name}/weight": left @ right}
 
 
-def add_changes(total: Fold, update: Update, shape: ModelShape) -> Fold:
+def add_changes(total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
     """The running sum with the update's changes (in either form of `compact`) added in place to the dense sums
     `<layer>/weight`, and their ranks in `counts` by layer; the total weight is left to `add`."""
     sent, sums, ranks = update.tensors, dict(total.tensors), dict(total.counts)
@@ -182,7 +182,7 @@ def add_changes(total: Fold, update: Update, shape: ModelShape) -> Fold:
         else:
             sums[name] = so_far.addmm_(left, sent[f"{layer.name}/right"], alpha=update.weight)
         ranks[layer.name] = ranks.get(layer.name, 0.0) + (min(layer.m, layer.n) if left is None else left.shape[1])
-    return Fold(total.weight, sums, ranks)
+    return Accumulator(total.weight, sums, ranks)
 
 
 def no_history(shape: ModelShape) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def no_history(shape: ModelShape) -> dict[str, Tensor]:
     return {RANKS: torch.zeros(0, len(shape.targets), dtype=torch.int64)}
 
 
-def longer_history(server: ServerState, total: Fold, shape: ModelShape, less: int = 0) -> dict[str, Tensor]:
+def longer_history(server: ServerState, total: Accumulator, shape: ModelShape, less: int = 0) -> dict[str, Tensor]:
     """The history with the round that `total` is the sum of; `less`: what its blocks' summed rank is known to lack."""
     ranks = [max(0, int(total.counts.get(layer.name, 0)) - less) for layer in shape.targets]
     return {RANKS: torch.cat([server.tensors[RANKS], torch.tensor([ranks], dtype=torch.int64)])}
@@ -221,27 +221,27 @@ def download_all(method: object, server: ServerState, shape: ModelShape, client:
     return wire_bytes(server.tensors)
 
 
-def keep(method: _Remembers, result: LocalResult, shape: ModelShape) -> Tensors:
+def client_state(method: _Remembers, result: LocalResult, shape: ModelShape) -> Tensors:
     """Adam's moments, where the client keeps them."""
-    return moments_to_keep(method.state, result)
+    return moments_to_keep(method.optimizer_state, result)
 
 
-def keep_nothing(method: object, result: LocalResult, shape: ModelShape) -> Tensors:
+def no_client_state(method: object, result: LocalResult, shape: ModelShape) -> Tensors:
     """For clients that begin every round anew."""
     return {}
 
 
-def zero(method: object, server: ServerState, shape: ModelShape) -> Fold:
+def accumulator(method: object, server: ServerState, shape: ModelShape) -> Accumulator:
     """The empty sum."""
-    return Fold(0.0, {})
+    return Accumulator(0.0, {})
 
 
-def fold(method: object, total: Fold, update: Update, shape: ModelShape) -> Fold:
+def accumulate(method: object, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
     """Every tensor of the update into the sum of its name."""
     return add(total, update.tensors, update.weight)
 
 
-def finish(method: object, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+def aggregate(method: object, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
     """The means in the place of the server's tensors of the same names."""
     return server.advance(mean(total))
 

@@ -41,20 +41,20 @@ _CUT = 1e-7  # singular values below this share of the largest are float32 round
 @dataclass(frozen=True)
 class FedSB:
     """rank r, and alpha with s = alpha / r.
-    state: what a new round does to Adam's moments (`average`: the factors are shared, so the server may)."""
+    optimizer_state: what a new round does to Adam's moments (`average`: the factors are shared, so the server may)."""
 
     name: ClassVar[str] = "fed-sb"
     paper: ClassVar[str] = "arXiv 2502.15436"
     trained: ClassVar[str] = "an r x r core between the pretrained weight's top singular vectors"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
+    supports_server_optimizer: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r^2 / r^2"
     departs: ClassVar[str] = "a variant: the paper starts from the singular vectors of the first gradient"
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0
-    state: common.SharedMemory = "keep"
+    optimizer_state: common.SharedMemory = "keep"
 
     check = common.check_rank
     broadcast = common.broadcast
@@ -74,18 +74,18 @@ class FedSB:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         names = common.tensor_names(shape, "left", "core", "right")
         tensors = {name: broadcast.tensors[name] for name in names}
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "core"), self.alpha / self.rank, moments, step)
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "core")}
-        tensors |= common.moments_to_send(self.state, result)
+        tensors |= common.moments_to_send(self.optimizer_state, result)
         return Update(result.client, weight, tensors, result.metrics)
 
-    keep = common.keep
-    zero = common.zero
-    fold = common.fold
-    finish = common.finish
+    client_state = common.client_state
+    accumulator = common.accumulator
+    accumulate = common.accumulate
+    aggregate = common.aggregate
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         changes = {}

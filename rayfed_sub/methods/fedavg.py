@@ -25,18 +25,18 @@ from rayfed_sub.methods import common
 
 @dataclass(frozen=True)
 class FedAvg:
-    """state: what a new round does to Adam's moments (`average`: the server averages them too)."""
+    """optimizer_state: what a new round does to Adam's moments (`average`: the server averages them too)."""
 
     name: ClassVar[str] = "fedavg"
     paper: ClassVar[str] = "arXiv 1602.05629"
     trained: ClassVar[str] = "the dense target weights"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
+    supports_server_optimizer: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "m n / m n"
     departs: ClassVar[str] = "local AdamW in place of SGD: what FedFTG's release runs"
 
-    state: common.SharedMemory = "keep"
+    optimizer_state: common.SharedMemory = "keep"
 
     def check(self, shape: ModelShape) -> None:
         """Every model fits."""
@@ -49,16 +49,16 @@ class FedAvg:
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         names = common.tensor_names(shape, "weight")
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start({name: broadcast.tensors[name] for name in names}, names, moments=moments, step=step)
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {**result.tensors, **common.moments_to_send(self.state, result)}
+        tensors = {**result.tensors, **common.moments_to_send(self.optimizer_state, result)}
         return Update(result.client, weight, tensors, result.metrics)
 
-    keep = common.keep
-    zero = common.zero
-    fold = common.fold
-    finish = common.finish
+    client_state = common.client_state
+    accumulator = common.accumulator
+    accumulate = common.accumulate
+    aggregate = common.aggregate
     model = common.dense_model
     personal_model = common.no_personal_model

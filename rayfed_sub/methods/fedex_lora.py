@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Change,
     Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
@@ -32,20 +32,20 @@ from rayfed_sub.methods import common
 @dataclass(frozen=True)
 class FedExLoRA:
     """rank r, and alpha with s = alpha / r.
-    state: what a new round does to Adam's moments (`average`: the server averages them too)."""
+    optimizer_state: what a new round does to Adam's moments (`average`: the server averages them too)."""
 
     name: ClassVar[str] = "fedex-lora"
     paper: ClassVar[str] = "arXiv 2410.09432"
     trained: ClassVar[str] = "LoRA's A and B, over a weight that takes up the averages' error"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = False
+    supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n) + min(m n, residuals missed)"
     departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0
-    state: common.SharedMemory = "keep"
+    optimizer_state: common.SharedMemory = "keep"
 
     check = common.check_rank
     broadcast = common.broadcast
@@ -61,22 +61,22 @@ class FedExLoRA:
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        tensors |= common.moments_to_send(self.state, result)
+        tensors |= common.moments_to_send(self.optimizer_state, result)
         return Update(result.client, weight, tensors, result.metrics)
 
-    keep = common.keep
-    zero = common.zero
+    client_state = common.client_state
+    accumulator = common.accumulator
 
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         """The factors' sums beside the sums of their products, under `<layer>/weight`."""
         return common.add_changes(common.add(total, update.tensors, update.weight), update, shape)
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         changed, scale = common.mean(total), self.alpha / self.rank
         for layer in shape.targets if changed else ():
             name, product = f"{layer.name}/weight", changed[f"{layer.name}/left"] @ changed[f"{layer.name}/right"]

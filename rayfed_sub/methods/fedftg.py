@@ -16,10 +16,10 @@ import torch
 
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
@@ -35,13 +35,14 @@ from rayfed_sub.methods import common
 @dataclass(frozen=True)
 class FedFTG:
     """rank r and scale as in GaLore; refresh_every counts a client's own optimiser steps; projector picks the basis;
-    moments: what a refresh does to Adam's moments; state: what a new round does to the optimiser (released: `keep`)."""
+    moments: what a refresh does to Adam's moments; optimizer_state: what a new round does to the optimiser (released:
+    `keep`)."""
 
     name: ClassVar[str] = "fedftg"
     paper: ClassVar[str] = "arXiv 2410.23111"
     trained: ClassVar[str] = "GaLore coefficients in the client's own gradient subspace"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
+    supports_server_optimizer: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "k r (m + n) / min(m n, blocks missed)"
     departs: ClassVar[str] = ""
@@ -51,7 +52,7 @@ class FedFTG:
     refresh_every: common.Rank = 200
     projector: Literal["exact", "svd", "randomized", "random"] = "exact"
     moments: Literal["keep", "rotate", "reset"] = "keep"
-    state: common.Memory = "keep"
+    optimizer_state: common.Memory = "keep"
 
     def check(self, shape: ModelShape) -> None:
         common.check_fits(self.rank, shape)
@@ -65,7 +66,7 @@ class FedFTG:
         return common.missed_bytes(server, shape, since) + wire_bytes(common.head(shape, server.tensors))
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        kept = state.tensors if state is not None and self.state == "keep" else {}
+        kept = state.tensors if state is not None and self.optimizer_state == "keep" else {}
         tensors = common.head(shape, broadcast.tensors)
         trained = list(tensors)
         for layer in shape.targets:
@@ -74,7 +75,7 @@ class FedFTG:
             fixed, moving = sides(layer)
             tensors[fixed] = kept.get(fixed, tensors[fixed])
             trained.append(moving)
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         subspace = Subspace(self.rank, self.refresh_every, self.projector, self.moments)
         return Start(tensors, tuple(trained), self.scale, moments, step, subspace, decays_base=True)
 
@@ -86,20 +87,20 @@ class FedFTG:
             tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
         return Update(result.client, weight, tensors, result.metrics)
 
-    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
-        if self.state == "reset":
+    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
+        if self.optimizer_state == "reset":
             return {}
         bases = {name: result.tensors[name] for name, _ in map(sides, shape.targets)}
-        return bases | common.moments_to_keep(self.state, result)
+        return bases | common.moments_to_keep(self.optimizer_state, result)
 
-    zero = common.zero
+    accumulator = common.accumulator
 
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         kept = update.tensors.get("base_scale", torch.tensor(1.0, dtype=torch.float64))
         added = common.add(total, {**common.head(shape, update.tensors), "base_scale": kept}, update.weight)
         return common.add_changes(added, update, shape)
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         changed = common.mean(total)
         kept = float(changed.pop("base_scale", 1.0))
         for layer in shape.targets if changed else ():

@@ -34,20 +34,20 @@ from rayfed_sub.methods import common
 @dataclass(frozen=True)
 class FedSALoRA:
     """rank r, and alpha with s = alpha / r.
-    state: what a new round does to Adam's moments; B itself is always kept."""
+    optimizer_state: what a new round does to Adam's moments; B itself is always kept."""
 
     name: ClassVar[str] = "fedsa-lora"
     paper: ClassVar[str] = "arXiv 2410.01463"
     trained: ClassVar[str] = "LoRA's A, shared, and a B of each client's own"
     exact: ClassVar[bool] = False
-    linear: ClassVar[bool] = True
+    supports_server_optimizer: ClassVar[bool] = True
     personal: ClassVar[bool] = True
     wire: ClassVar[str] = "r n / r n"
     departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0
-    state: common.Memory = "keep"
+    optimizer_state: common.Memory = "keep"
 
     check = common.check_rank
     broadcast = common.broadcast
@@ -62,20 +62,20 @@ class FedSALoRA:
         for layer in shape.targets:
             name = f"{layer.name}/left"
             tensors[name] = torch.zeros(layer.m, self.rank) if state is None else state.tensors[name]
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "right")}
         return Update(result.client, weight, tensors, result.metrics)
 
-    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
+    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
         own = {f"{layer.name}/left": result.tensors[f"{layer.name}/left"] for layer in shape.targets}
-        return own | common.moments_to_keep(self.state, result)
+        return own | common.moments_to_keep(self.optimizer_state, result)
 
-    zero = common.zero
-    fold = common.fold
-    finish = common.finish
+    accumulator = common.accumulator
+    accumulate = common.accumulate
+    aggregate = common.aggregate
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         return self.personal_model(server, None, shape)

@@ -5,7 +5,7 @@ B'A = U S V^T and hands out A = V^T (orthonormal rows) and B = U S.  Exact: one 
 s B'A as it is.  The rows of V^T span those of A, so training never leaves the row space that was drawn at first; where
 B'A has a lower rank, V^T is completed inside it.  Singular vectors are signed by a fixed reference vector.
 Adam's moments of B live in the basis of A: a factorisation resets them, and the head's with them (one step count for
-all); `state: keep` keeps them in between, which asks for a period above 1.
+all); `optimizer_state: keep` keeps them in between, which asks for a period above 1.
 Wire, numbers per layer: r m up; r m down, and r n more where A is another one than at the client's last round.
 """
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from rayfed_sub.core.lowrank import signed
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
@@ -36,13 +36,13 @@ from rayfed_sub.methods import common
 @dataclass(frozen=True)
 class FedSVD:
     """rank r, and alpha with s = alpha / r; period: rounds between factorisations.
-    state: what a new round does to Adam's moments within a period."""
+    optimizer_state: what a new round does to Adam's moments within a period."""
 
     name: ClassVar[str] = "fedsvd"
     paper: ClassVar[str] = "arXiv 2505.12805"
     trained: ClassVar[str] = "LoRA's B, over an A that the server factorises anew"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = False
+    supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r m / r m, after a factorisation r (m + n)"
     departs: ClassVar[str] = "spare rows of A are completed within its row space"
@@ -50,7 +50,7 @@ class FedSVD:
     rank: common.Rank = 8
     alpha: common.Positive = 16.0
     period: common.Rank = 1
-    state: common.Memory = "keep"
+    optimizer_state: common.Memory = "keep"
 
     check = common.check_rank
     init_server = common.init_factors
@@ -66,18 +66,18 @@ class FedSVD:
         tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
         if state is not None and (state.round - 1) // self.period != broadcast.round // self.period:
             state = None  # its moments are in the basis of another A
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left")}
         return Update(result.client, weight, tensors, result.metrics)
 
-    keep = common.keep
-    zero = common.zero
-    fold = common.fold
+    client_state = common.client_state
+    accumulator = common.accumulator
+    accumulate = common.accumulate
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         after = server.advance(common.mean(total))
         if after.round % self.period:
             return after

@@ -26,20 +26,20 @@ from rayfed_sub.methods import common
 @dataclass(frozen=True)
 class FFALoRA:
     """rank r, and alpha with s = alpha / r.
-    state: what a new round does to Adam's moments (`average`: all clients share A, so the server may)."""
+    optimizer_state: what a new round does to Adam's moments (`average`: all clients share A, so the server may)."""
 
     name: ClassVar[str] = "ffa-lora"
     paper: ClassVar[str] = "arXiv 2403.12313"
     trained: ClassVar[str] = "LoRA's B, over one frozen A"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
+    supports_server_optimizer: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r m / r m"
     departs: ClassVar[str] = ""
 
     rank: common.Rank = 8
     alpha: common.Positive = 16.0
-    state: common.SharedMemory = "keep"
+    optimizer_state: common.SharedMemory = "keep"
 
     check = common.check_rank
     init_server = common.init_factors
@@ -51,17 +51,17 @@ class FFALoRA:
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left")}
-        tensors |= common.moments_to_send(self.state, result)
+        tensors |= common.moments_to_send(self.optimizer_state, result)
         return Update(result.client, weight, tensors, result.metrics)
 
-    keep = common.keep
-    zero = common.zero
-    fold = common.fold
-    finish = common.finish
+    client_state = common.client_state
+    accumulator = common.accumulator
+    accumulate = common.accumulate
+    aggregate = common.aggregate
     model = common.lora_model
     personal_model = common.no_personal_model

@@ -21,10 +21,10 @@ from torch.nn.functional import pad
 
 from rayfed_sub.core.lowrank import truncated
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Client,
     ClientState,
-    Fold,
     Layer,
     LocalResult,
     ModelShape,
@@ -46,7 +46,7 @@ class FlexLoRA:
     paper: ClassVar[str] = "arXiv 2402.11505"
     trained: ClassVar[str] = "LoRA's A and B, r per client"
     exact: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
+    supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = "Adam's moments are reset after the SVD, ranks follow client_ranks by turns"
@@ -77,18 +77,18 @@ class FlexLoRA:
             sent |= common.compact(layer, self.alpha / left.shape[1] * left, right)
         return Update(result.client, weight, sent, result.metrics)
 
-    keep = common.keep_nothing
-    zero = common.zero
+    client_state = common.no_client_state
+    accumulator = common.accumulator
 
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
-        heads = Fold(total.weight, {name: t for name, t in total.tensors.items() if name in shape.head_names})
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
+        heads = Accumulator(total.weight, {name: t for name, t in total.tensors.items() if name in shape.head_names})
         added = common.add(heads, common.head(shape, update.tensors), update.weight)
         sums = dict(added.tensors)
         for layer in shape.targets:
             sums |= _grown(_of(layer, total.tensors), _of(layer, update.tensors), update.weight, layer)
-        return Fold(added.weight, sums)
+        return Accumulator(added.weight, sums)
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         if not total.weight:
             return server.advance({})
         changed = {name: total.tensors[name] / total.weight for name in shape.head_names}

@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
@@ -40,7 +40,7 @@ class FLoRA:
     paper: ClassVar[str] = "arXiv 2409.05976"
     trained: ClassVar[str] = "LoRA's A and B, anew every round, r per client"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
+    supports_server_optimizer: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / min(m n, stacks missed)"
     departs: ClassVar[str] = ""
@@ -72,14 +72,14 @@ class FLoRA:
             sent |= common.compact(layer, self.alpha / left.shape[1] * left, right)
         return Update(result.client, weight, sent, result.metrics)
 
-    keep = common.keep_nothing
-    zero = common.zero
+    client_state = common.no_client_state
+    accumulator = common.accumulator
 
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         added = common.add(total, common.head(shape, update.tensors), update.weight)
         return common.add_changes(added, update, shape)
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         changed = common.mean(total)
         for layer in shape.targets if changed else ():
             name = f"{layer.name}/weight"

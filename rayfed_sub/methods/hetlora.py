@@ -4,12 +4,11 @@ Rule: factors are padded with zeros to rank r and averaged apart, B' = sum_k q_k
 q_k ~ p_k ||dW_k||_F, dW_k = B_k A_k over all layers; a client receives the first r_k components of both.  Not exact.
 Pruning: a client's tail are its components from floor(gamma r_k) on.  Its loss grows by penalty * tail, where tail is
 sum over layers of ||B_tail||_F ||A_tail||_F; where the round made the tail smaller, the client drops it before it
-sends, and its rank stays lower.  At least one component remains; B = 0 in round 0 prunes nobody.
-The paper leaves open, or we chose: it has no p_k (set federation.weights=uniform for its rule), no trained head
-(averaged by p_k here) and no alpha (s = alpha / r for all, as a padded client is one of rank r); all norms zero: q = p;
-gamma is what public implementations use, the penalty's weight is ours.
-Components change length, weight and number between rounds, so Adam's moments are reset.
-Wire, numbers per layer: r_k (m + n) up, r_k (m + n) down.
+sends, and its rank stays lower.  At least one component remains; B = 0 in round 0 prunes nobody. The paper leaves open,
+or we chose: it has no p_k (set federation.client_weighting=uniform for its rule), no trained head (averaged by p_k
+here) and no alpha (s = alpha / r for all, as a padded client is one of rank r); all norms zero: q = p; gamma is what
+public implementations use, the penalty's weight is ours. Components change length, weight and number between rounds, so
+Adam's moments are reset. Wire, numbers per layer: r_k (m + n) up, r_k (m + n) down.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from torch import Tensor
 
 from rayfed_sub.core.lowrank import padded
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
@@ -54,7 +53,7 @@ class HetLoRA:
     paper: ClassVar[str] = "arXiv 2401.06432"
     trained: ClassVar[str] = "LoRA's A and B, r per client, pruned by the client"
     exact: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
+    supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = (
@@ -91,28 +90,28 @@ class HetLoRA:
         sent = common.cut(result.tensors, shape, self._pruned(result, shape)) | common.head(shape, result.tensors)
         return Update(result.client, weight, sent, result.metrics)
 
-    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
+    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
         return {"rank": torch.tensor(self._pruned(result, shape))}
 
-    zero = common.zero
+    accumulator = common.accumulator
 
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         sent, sums, so_far = update.tensors, total.tensors, total.counts.get("strength", 0.0)
         strength = update.weight * change_norm(sent, shape)
         if strength and not so_far:  # beside a client with a change, those without count for nothing
             sums = {name: tensor for name, tensor in sums.items() if name in shape.head_names}
-        added = common.add(Fold(total.weight, sums), common.head(shape, sent), update.weight)
+        added = common.add(Accumulator(total.weight, sums), common.head(shape, sent), update.weight)
         share = strength if strength or so_far else update.weight
         factors = common.add(added, _padded(sent, shape, self.rank), share).tensors
         rank = sent[f"{shape.targets[0].name}/left"].shape[1]
         counts = {**total.counts, "strength": so_far + strength, f"rank/{update.client}": float(rank)}
-        return Fold(added.weight, factors, counts)
+        return Accumulator(added.weight, factors, counts)
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         shares = total.counts.get("strength", 0.0) or total.weight
         heads = {name: tensor for name, tensor in total.tensors.items() if name in shape.head_names}
         factors = {name: tensor for name, tensor in total.tensors.items() if name not in heads}
-        changed = common.mean(Fold(shares, factors)) | common.mean(Fold(total.weight, heads))
+        changed = common.mean(Accumulator(shares, factors)) | common.mean(Accumulator(total.weight, heads))
         ranks = {int(name[len("rank/") :]): int(r) for name, r in total.counts.items() if name.startswith("rank/")}
         pruned = sorted({**dict(server.tensors[_PRUNED].tolist()), **ranks}.items())
         return server.advance({**changed, _PRUNED: torch.tensor(pruned, dtype=torch.int64).reshape(-1, 2)})

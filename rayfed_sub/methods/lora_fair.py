@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
@@ -39,13 +39,13 @@ _ZERO = 1e-12  # a norm below this share of its factors' norms is rounding
 @dataclass(frozen=True)
 class LoRAFAIR:
     """rank r, and alpha with s = alpha / r; penalty: the weight of |dB|^2.
-    state: what a new round does to Adam's moments (`average`: the server averages them too)."""
+    optimizer_state: what a new round does to Adam's moments (`average`: the server averages them too)."""
 
     name: ClassVar[str] = "lora-fair"
     paper: ClassVar[str] = "arXiv 2411.14961"
     trained: ClassVar[str] = "LoRA's A and B, B corrected by the server"
     exact: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
+    supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = "the objective is minimised by L-BFGS, a solver of ours"
@@ -53,7 +53,7 @@ class LoRAFAIR:
     rank: common.Rank = 8
     alpha: common.Positive = 16.0
     penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    state: common.SharedMemory = "keep"
+    optimizer_state: common.SharedMemory = "keep"
 
     check = common.check_rank
     init_server = common.init_factors
@@ -62,18 +62,18 @@ class LoRAFAIR:
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        tensors |= common.moments_to_send(self.state, result)
+        tensors |= common.moments_to_send(self.optimizer_state, result)
         return Update(result.client, weight, tensors, result.metrics)
 
-    keep = common.keep
-    zero = common.zero
+    client_state = common.client_state
+    accumulator = common.accumulator
 
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         # Beside the sums, every client's factors: w_k B_k and A_k, under its number in the fold.
         added, k = common.add(total, update.tensors, update.weight), int(total.counts.get("updates", 0))
         sent: dict[str, Tensor] = {}
@@ -81,11 +81,11 @@ class LoRAFAIR:
             left, right = f"{layer.name}/left", f"{layer.name}/right"
             sent[f"{_SENT}{k}/{left}"] = update.weight * update.tensors[left]
             sent[f"{_SENT}{k}/{right}"] = update.tensors[right]
-        return Fold(added.weight, {**added.tensors, **sent}, {"updates": k + 1})
+        return Accumulator(added.weight, {**added.tensors, **sent}, {"updates": k + 1})
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         sums = {name: x for name, x in total.tensors.items() if not name.startswith(_SENT)}
-        means = common.mean(Fold(total.weight, sums))
+        means = common.mean(Accumulator(total.weight, sums))
         for layer in shape.targets if means else ():
             left, right = f"{layer.name}/left", f"{layer.name}/right"
             updates = range(int(total.counts["updates"]))

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Change,
     Client,
     ClientState,
-    Fold,
     LocalResult,
     ModelShape,
     ServerState,
@@ -39,7 +39,7 @@ class Method(Protocol):
     """What a client trains, in words, for the table of methods."""
     exact: ClassVar[bool]
     """Whether the server's change equals sum p_k dW_k to rounding."""
-    linear: ClassVar[bool]
+    supports_server_optimizer: ClassVar[bool]
     """Whether the server's tensors keep their basis and move with the mean update, so that server optimisers fit."""
     personal: ClassVar[bool]
     """Whether every client has a model of its own, see `personal_model`."""
@@ -69,16 +69,16 @@ class Method(Protocol):
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         """Exactly the tensors that travel; weight is the client's raw weight (its rows, or 1)."""
 
-    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
+    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
         """The tensors the client stores for its next round."""
 
-    def zero(self, server: ServerState, shape: ModelShape) -> Fold:
+    def accumulator(self, server: ServerState, shape: ModelShape) -> Accumulator:
         """The empty sum."""
 
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         """One more update; called in a fixed order.  Uses `total` up: its tensors may be written."""
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         """The server after the round; divides by the total weight.  Uses `total` up: its tensors may be written."""
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:

@@ -35,7 +35,7 @@ class RoLoRA:
     paper: ClassVar[str] = "arXiv 2502.01755"
     trained: ClassVar[str] = "LoRA's B in even rounds, its A in odd ones"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
+    supports_server_optimizer: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r m, r n in turn / the factors averaged since"
     departs: ClassVar[str] = ""
@@ -60,12 +60,12 @@ class RoLoRA:
         tensors = {name: result.tensors[name] for name in result.trained}
         return Update(result.client, weight, tensors, result.metrics)
 
-    def keep(self, result: LocalResult, shape: ModelShape) -> Tensors:
+    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
         return {}
 
-    zero = common.zero
-    fold = common.fold
-    finish = common.finish
+    accumulator = common.accumulator
+    accumulate = common.accumulate
+    aggregate = common.aggregate
     model = common.lora_model
     personal_model = common.no_personal_model
 

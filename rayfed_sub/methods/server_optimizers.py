@@ -2,8 +2,8 @@
 
 Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295 (FedAdam: Algorithm 2, no bias correction, v begins at
 tau^2); Hsu, Qi, Brown, arXiv 1909.06335 (FedAvgM); Wang et al., arXiv 2007.07481 (FedNova).  All of them move the
-tensors that the method's `finish` changed, so they fit methods whose server tensors keep their basis from round to
-round: those with `linear` set.
+tensors that the method's `aggregate` changed, so they fit methods whose server tensors keep their basis from round to
+round: those with `supports_server_optimizer` set.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def advance(
 ) -> tuple[ServerState, dict[str, Tensor]]:
     """The server after the round, and the rule's memory: `<name>/v` (momentum) or `<name>/m`, `<name>/v` (adam).
 
-    after: what the method's `finish` made of `before`.  factor scales the change first (FedNova, a fixed denominator);
-    noise, by a tensor's name and shape, is then added to it (`privacy/mechanism.py`), before momentum and Adam.
+    after: what the method's `aggregate` made of `before`.  factor scales the change first (FedNova, a fixed
+    denominator); noise, by a tensor's name and shape, is then added to it (`privacy/mechanism.py`), before momentum and
+    Adam.
     """
     if noise is None and rule.optimizer == "plain" and rule.lr * factor == 1.0:
         return after, {}
@@ -55,7 +56,7 @@ def advance(
 
 
 def moved(before: ServerState, after: ServerState) -> list[str]:
-    """The learned tensors that `finish` replaced: factors, weights and head; not moments, counters or histories."""
+    """The learned tensors that `aggregate` replaced: factors, weights and head; not moments, counters or histories."""
     learned = ("/weight", "/left", "/right", "/core", "/bias")
     return [
         name

@@ -3,13 +3,12 @@
 Rule: W_k = W + scale L_k Q with one orthonormal Q for everybody; W <- W + scale (sum_k p_k L_k) Q.  Exact, with one
 side of each block.  Q is drawn from the run's seed, anew every `refresh_every` rounds: an average of coefficients never
 leaves span(Q), so no basis can be learned from it.  GaLore's step on L: Adam on R = (1/scale) dLoss/dL.
-`state: average` synchronises Adam's moments, first and second.  (A simplification of FedGaLore, which keeps a subspace
-per client and sends second moments only.)
-A new Q finds kept moments in a stale basis: `moments` says what becomes of them.  `reset`: zeros (the head's too, for
-there is one step count).  `rotate`, with C = Q_new Q_old^T: m <- m C^T and v <- v (C*C)^T, LDAdam's rule (arXiv
-2410.16103) without its mean term.  `keep`: they stay as they are.
-Wire, numbers per layer: r max(m, n) up; down as much per period missed, for the rounds of one period add up in one L
-(never more than m n).  Q never travels.
+`optimizer_state: average` synchronises Adam's moments, first and second.  (A simplification of FedGaLore, which keeps a
+subspace per client and sends second moments only.) A new Q finds kept moments in a stale basis: `moments` says what
+becomes of them.  `reset`: zeros (the head's too, for there is one step count).  `rotate`, with C = Q_new Q_old^T: m <-
+m C^T and v <- v (C*C)^T, LDAdam's rule (arXiv 2410.16103) without its mean term.  `keep`: they stay as they are. Wire,
+numbers per layer: r max(m, n) up; down as much per period missed, for the rounds of one period add up in one L (never
+more than m n).  Q never travels.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from torch import Tensor
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Client,
     ClientState,
-    Fold,
     Layer,
     LocalResult,
     ModelShape,
@@ -45,13 +44,13 @@ _SEED = "seed"  # server tensor int64: the run's seed, for the coming bases
 @dataclass(frozen=True)
 class SharedGaLore:
     """rank r and scale as in GaLore; refresh_every counts rounds; moments: what a new basis does to Adam's moments;
-    state: what a new round does to them (`average`: all clients share Q, so the server may)."""
+    optimizer_state: what a new round does to them (`average`: all clients share Q, so the server may)."""
 
     name: ClassVar[str] = "shared-galore"
     paper: ClassVar[str] = "arXiv 2602.01746"
     trained: ClassVar[str] = "GaLore coefficients in one random subspace for all"
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
+    supports_server_optimizer: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r max(m, n) / min(m n, r max(m, n) per period missed)"
     departs: ClassVar[str] = "a simplification of FedGaLore: one random basis for all, whole moments synchronised"
@@ -60,7 +59,7 @@ class SharedGaLore:
     scale: common.Positive = 1.0
     refresh_every: common.Rank = 10
     moments: Literal["reset", "rotate", "keep"] = "reset"
-    state: common.SharedMemory = "keep"
+    optimizer_state: common.SharedMemory = "keep"
 
     def check(self, shape: ModelShape) -> None:
         common.check_fits(self.rank, shape)
@@ -78,9 +77,9 @@ class SharedGaLore:
         return 4 * numbers + wire_bytes({n: t for n, t in server.tensors.items() if n not in counted})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        moments, step = common.moments_to_start(self.state, broadcast, state)
+        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         period = broadcast.round // self.refresh_every
-        if self.state == "keep" and state is not None:
+        if self.optimizer_state == "keep" and state is not None:
             kept = (state.round - 1) // self.refresh_every
             moments, step = moved(self, moments, step, client.seed, shape, kept, period)
         tensors = common.head(shape, broadcast.tensors)
@@ -97,19 +96,19 @@ class SharedGaLore:
 
     def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in result.trained}
-        tensors |= common.moments_to_send(self.state, result)
+        tensors |= common.moments_to_send(self.optimizer_state, result)
         if result.base_scale != 1.0:
             tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
         return Update(result.client, weight, tensors, result.metrics)
 
-    keep = common.keep
-    zero = common.zero
+    client_state = common.client_state
+    accumulator = common.accumulator
 
-    def fold(self, total: Fold, update: Update, shape: ModelShape) -> Fold:
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         whole = {"base_scale": torch.tensor(1.0, dtype=torch.float64), **update.tensors}
         return common.add(total, whole, update.weight)
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         changed = common.mean(total)
         if not changed:
             return server.advance({})
@@ -121,7 +120,7 @@ class SharedGaLore:
             L, Q = changed.pop(moving), basis(seed, now, layer, self.rank)
             change = L @ Q if moving.endswith("/left") else Q.T @ L
             changed[name] = kept * server.tensors[name] + self.scale * change
-        if self.state == "average":
+        if self.optimizer_state == "average":
             moments = {n: t for n, t in changed.items() if n.endswith(("/m1", "/m2"))}
             moments, step = moved(self, moments, round(float(changed["step"])), seed, shape, now, soon)
             changed |= {**moments, "step": torch.tensor(float(step), dtype=torch.float64)}

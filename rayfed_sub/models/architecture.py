@@ -20,7 +20,7 @@ from rayfed_sub.models.logits import LogitRule, logit_rule
 from rayfed_sub.models.positions import position_limit
 from rayfed_sub.models.presets import LOWER_MLP
 from rayfed_sub.models.quiet import quiet
-from rayfed_sub.models.tokenizers import ByteCodec
+from rayfed_sub.models.tokenizers import ByteTokenizer
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -36,7 +36,7 @@ _NOT_NUMBERS = {"architectures", "dtype", "id2label", "label2id", "model_type", 
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class Architecture:
     """What a process needs to know of a model besides its weights.  It can be pickled; treat it as read-only.
 
     hf_config: the transformers configuration, number of classes and dtype included, never a quantisation.
@@ -58,13 +58,13 @@ class Skeleton:
     causal: tuple[str, ...] = ()
 
 
-def skeleton(
+def architecture(
     model: Model, kind: str, class_names: Sequence[str] = (), vocabulary: int | None = None, pad: int | None = None
-) -> Skeleton:
-    """The skeleton of `model` as a `causal-lm`, `text-classification` or `image-classification` model.
+) -> Architecture:
+    """The architecture of `model` as a `causal-lm`, `text-classification` or `image-classification` model.
 
-    Reads the model's configuration only.  class_names: of a classification, in order.  vocabulary: tokens the codec can
-    give; the model must have as many.  pad: the codec's padding token, which decoders that classify need.
+    Reads the model's configuration only.  class_names: of a classification, in order.  vocabulary: tokens the processor
+    can give; the model must have as many.  pad: the processor's padding token, which decoders that classify need.
     Raises UserError on model.path, model.targets, model.random or one of its keys, task.label.
     """
     if kind != "causal-lm" and len(class_names) < 2:
@@ -86,7 +86,7 @@ def skeleton(
     if kind != "causal-lm" and not head:
         raise UserError("model.path", model.path, f"a model whose head for {kind} is linear", "take another model")
     targets = _targets(model, hf_config.model_type, module, frozenset(head))
-    return Skeleton(
+    return Architecture(
         hf_config,
         kind,
         ModelShape(
@@ -102,7 +102,7 @@ def skeleton(
 
 
 def bare_config(model: Model, kind: str, vocabulary: int | None = None) -> Any:
-    """The transformers configuration of `model` as it comes, for a codec of so many tokens.
+    """The transformers configuration of `model` as it comes, for a processor of so many tokens.
 
     Raises UserError on model.path, model.random or one of its keys.
     """
@@ -167,12 +167,12 @@ def _random_config(model: Model, kind: str, vocabulary: int | None) -> Any:
             advice = f"did you mean {near[0]}?" if near else "remove it"
             raise UserError(f"model.random.{key}", value, f"a key of {type(default).__name__}", advice)
     if kind != "image-classification":
-        codec = ByteCodec()
+        processor = ByteTokenizer()
         defaults = {
-            "vocab_size": vocabulary or codec.vocabulary,
-            "pad_token_id": codec.pad,
-            "bos_token_id": codec.bos,
-            "eos_token_id": codec.eos,
+            "vocab_size": vocabulary or processor.vocabulary,
+            "pad_token_id": processor.pad,
+            "bos_token_id": processor.bos,
+            "eos_token_id": processor.eos,
         }
         numbers = {key: value for key, value in defaults.items() if key in known} | numbers
     try:
@@ -187,7 +187,7 @@ def _check_vocabulary(model: Model, kind: str, hf_config: Any, vocabulary: int |
     if vocabulary is None or size is None or kind == "image-classification" or size >= vocabulary:
         return
     if model.path == RANDOM:
-        raise UserError("model.random.vocab_size", size, f"at least {vocabulary}, the codec's tokens", "remove it")
+        raise UserError("model.random.vocab_size", size, f"at least {vocabulary}, the processor's tokens", "remove it")
     raise UserError("model.path", model.path, f"a model with the tokenizer's {vocabulary} tokens; it has {size}")
 
 

@@ -23,7 +23,7 @@ _SIDE = 224  # of models that say no size at all and read any
 
 
 @dataclass(frozen=True)
-class ImageCodec:
+class HubImageProcessor:
     """side: pixels of the square that an image becomes; mean, std: of the model's inputs, for values from 0 to 1, red,
     green, blue.  vocabulary: there is none; pad, eos, ends: nothing is filled up, closed or generated."""
 
@@ -61,8 +61,8 @@ class ImageCodec:
         (Path(folder) / PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
 
-def load_image_codec(model: Model, image_size: int | None = None) -> ImageCodec:
-    """The codec of the model's own processor configuration, or of plain values where it has none.
+def load_image_processor(model: Model, image_size: int | None = None) -> HubImageProcessor:
+    """The processor of the model's own processor configuration, or of plain values where it has none.
 
     image_size: task.image_size; without it the side is what the processor or the model says it is.
     Raises UserError on model.path, model.random or one of its keys, or task.image_size.
@@ -83,7 +83,7 @@ def load_image_codec(model: Model, image_size: int | None = None) -> ImageCodec:
     mean, std = (_colours(processor.get(key)) for key in ("image_mean", "image_std"))
     if processor.get("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    return ImageCodec(_side(image_size, hf_config, processor), mean, std)
+    return HubImageProcessor(_side(image_size, hf_config, processor), mean, std)
 
 
 def _processor(model: Model) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from rayfed_sub.models.quiet import quiet
 
 
 @dataclass(frozen=True)
-class ByteCodec:
+class ByteTokenizer:
     """UTF-8 bytes as tokens 3..258, for models without a tokenizer.  pad 0, bos 1, eos 2.
 
-    >>> codec = ByteCodec()
-    >>> codec.answer("AB"), codec.decode(codec.prompt("x"))
+    >>> processor = ByteTokenizer()
+    >>> processor.answer("AB"), processor.decode(processor.prompt("x"))
     ([68, 69, 2], 'Q: x\\nA: ')
     """
 
@@ -44,7 +44,7 @@ class ByteCodec:
         return [self.bos, *self._tokens(text), self.eos]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        # A model may have a larger vocabulary than the codec; such tokens stand for nothing.
+        # A model may have a larger vocabulary than the processor; such tokens stand for nothing.
         return bytes(token - 3 for token in tokens if 3 <= token < 259).decode("utf-8", errors="replace")
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -62,7 +62,7 @@ class ByteCodec:
 
 
 @dataclass(frozen=True)
-class HubCodec:
+class HubTokenizer:
     """A transformers tokenizer.  Build it with `hub_codec`.
 
     With a chat template a prompt is a user's message up to where the assistant speaks, and eos is the token
@@ -116,8 +116,8 @@ class HubCodec:
         return [list(tokens) for tokens in encoded["input_ids"]]
 
 
-def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubCodec:
-    """The codec of a transformers tokenizer, whose default chat template becomes the one that the run trains with.
+def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubTokenizer:
+    """The processor of a transformers tokenizer, whose default chat template becomes the one that the run trains with.
 
     Some templates put in a system text of their own, SmolLM2's is 22 tokens in every row.  Where that is
     shorter an empty system message is made the template's default (6 tokens for SmolLM2: rows of short documentation
@@ -141,16 +141,16 @@ def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubCodec:
         raise ValueError("the tokenizer has no end, separator or padding token")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     every = tuple(dict.fromkeys(token for token in (eos, own, *ends) if token is not None))
-    return HubCodec(tokenizer, pad, eos, len(tokenizer), template is not None, every)
+    return HubTokenizer(tokenizer, pad, eos, len(tokenizer), template is not None, every)
 
 
-def load_codec(model: Model) -> HubCodec | ByteCodec:
-    """The codec of `model.path`: bytes for `random`, the tokenizer that comes with the model otherwise.
+def load_tokenizer(model: Model) -> HubTokenizer | ByteTokenizer:
+    """The processor of `model.path`: bytes for `random`, the tokenizer that comes with the model otherwise.
 
     Raises UserError on model.path where there is no tokenizer or it cannot be read.
     """
     if model.path == RANDOM:
-        return ByteCodec()
+        return ByteTokenizer()
     source = locate(model.path)
     try:
         with quiet():

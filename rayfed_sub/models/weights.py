@@ -16,18 +16,18 @@ from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
-from rayfed_sub.data.codec import Codec
-from rayfed_sub.models.architecture import AUTO_CLASSES, Skeleton, build, reason
+from rayfed_sub.data.processors import Processor
+from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, build, reason
 from rayfed_sub.models.hub import RANDOM, locate
-from rayfed_sub.models.image_processors import ImageCodec
+from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.quiet import quiet
-from rayfed_sub.models.tokenizers import HubCodec
+from rayfed_sub.models.tokenizers import HubTokenizer
 
 _SEEN = 8  # tokens of the rows by which a model is seen to be causal
 _LEAK = 3e-4  # what earlier logits may change by, as a share of the changed tokens' own
 
 
-def load_weights(model: Model, skeleton: Skeleton, seed: int) -> dict[str, Tensor]:
+def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[str, Tensor]:
     """Every tensor of the model by its dotted name, contiguous, on the CPU.
 
     Parameters in model.dtype, tied ones once; buffers, those that files leave out included, in their own
@@ -36,11 +36,11 @@ def load_weights(model: Model, skeleton: Skeleton, seed: int) -> dict[str, Tenso
     Raises UserError on model.path for a checkpoint that cannot be read or lacks weights, and for a causal language
     model whose tokens see later ones.
     """
-    loaded, drawn = _random(skeleton) if model.path == RANDOM else _pretrained(model, skeleton)
-    if skeleton.kind == "causal-lm":
+    loaded, drawn = _random(architecture) if model.path == RANDOM else _pretrained(model, architecture)
+    if architecture.kind == "causal-lm":
         check_causal(model, loaded)
-    tensors = dict(_collected(loaded, model, skeleton))
-    std = float(getattr(skeleton.hf_config, "initializer_range", None) or 0.02)
+    tensors = dict(_collected(loaded, model, architecture))
+    std = float(getattr(architecture.hf_config, "initializer_range", None) or 0.02)
     for name in sorted(drawn):
         values = _normal(seed, name, tuple(tensors[name].shape), std) if tensors[name].ndim > 1 else None
         old = tensors[name]
@@ -48,35 +48,35 @@ def load_weights(model: Model, skeleton: Skeleton, seed: int) -> dict[str, Tenso
     return tensors
 
 
-def assemble(skeleton: Skeleton, tensors: Tensors) -> nn.Module:
+def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
     """The module whose parameters and buffers are `tensors` themselves (read-only memory will do).
 
     Eval mode, no gradients, tied weights tied.  Raises ValueError where a tensor is missing, or of another shape.
     """
-    module = build(skeleton.hf_config, skeleton.kind)
+    module = build(architecture.hf_config, architecture.kind)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
         if name in parameters and parameters[name].shape != tensor.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(parameters[name].shape)} is needed")
         _place(module, name, tensor)
-    for alias, name in skeleton.tied.items():
+    for alias, name in architecture.tied.items():
         owner, leaf = _owner(module, alias)
         owner.register_parameter(leaf, module.get_parameter(name))
     empty = [name for name, tensor in all_tensors(module) if tensor.is_meta]
     if empty:
         raise ValueError(f"no tensor for {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}")
-    return ruled(module, skeleton).requires_grad_(False).eval()
+    return ruled(module, architecture).requires_grad_(False).eval()
 
 
-def ruled(module: nn.Module, skeleton: Skeleton) -> nn.Module:
-    """The module with the skeleton's `logit_rule`, which losses go by."""
-    cast(Any, module).logit_rule = skeleton.logits
+def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
+    """The module with the architecture's `logit_rule`, which losses go by."""
+    cast(Any, module).logit_rule = architecture.logits
     return module
 
 
 def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tensors) -> dict[str, Tensor]:
     """What methods start from: `<layer>/weight` (m, n) of targets and head, `<layer>/bias` (m,) of the head; float32.
-    transposed: the skeleton's.
+    transposed: the architecture's.
 
     A float32 nn.Linear weight is the given tensor itself; the others are copies.
     """
@@ -92,11 +92,11 @@ def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tenso
 
 
 def write_folder(
-    skeleton: Skeleton,
+    architecture: Architecture,
     tensors: Tensors,
     targets: Tensors,
     folder: str | Path,
-    codec: Codec | None = None,
+    processor: Processor | None = None,
     dtype: torch.dtype | None = None,
     generation: Any = None,
 ) -> None:
@@ -110,9 +110,9 @@ def write_folder(
     for name, tensor in targets.items():
         layer, _, role = name.rpartition("/")
         plain = f"{layer}.{role}"
-        turned = tensor.T if role == "weight" and layer in skeleton.transposed else tensor
+        turned = tensor.T if role == "weight" and layer in architecture.transposed else tensor
         stored[plain] = turned.to(dtype or tensors[plain].dtype).contiguous()
-    module: Any = assemble(skeleton, stored)
+    module: Any = assemble(architecture, stored)
     if dtype is not None:
         module = module.to(dtype)
         module.config.dtype = dtype
@@ -120,58 +120,58 @@ def write_folder(
         module.generation_config = generation
     with quiet():
         module.save_pretrained(folder)
-    write_codec(codec, folder)
+    write_codec(processor, folder)
 
 
-def write_codec(codec: Codec | None, folder: str | Path) -> None:
+def write_codec(processor: Processor | None, folder: str | Path) -> None:
     """Writes the tokenizer, with the chat template that the run trained with, or the image processor; bytes need
     neither."""
-    if isinstance(codec, HubCodec):
+    if isinstance(processor, HubTokenizer):
         with quiet():
-            codec.tokenizer.save_pretrained(folder)
-    if isinstance(codec, ImageCodec):
-        codec.save(folder)
+            processor.tokenizer.save_pretrained(folder)
+    if isinstance(processor, HubImageProcessor):
+        processor.save(folder)
 
 
-def generation_config(model: Model, skeleton: Skeleton, codec: Codec) -> Any:
+def generation_config(model: Model, architecture: Architecture, processor: Processor) -> Any:
     """transformers' generation configuration of a trained language model; None for other kinds.
 
     The pretrained model's own where it has one that can be saved, else what follows from its configuration.  Either
-    way generation stops at every token of `codec.ends`: what answers were trained to end with and the model's own.
+    way generation stops at every token of `processor.ends`: what answers were trained to end with and the model's own.
     """
     from transformers import GenerationConfig
 
-    if skeleton.kind != "causal-lm":
+    if architecture.kind != "causal-lm":
         return None
-    found = GenerationConfig.from_model_config(skeleton.hf_config)
+    found = GenerationConfig.from_model_config(architecture.hf_config)
     if model.path != RANDOM and (source := locate(model.path)).gguf is None:
         # Not every model has one, and not every one passes the check with which transformers saves it.
         with quiet(), suppress(OSError, ValueError):
             own = GenerationConfig.from_pretrained(source.name)
             own.validate(strict=True)
             found = own
-    found.eos_token_id, found.pad_token_id = list(codec.ends), codec.pad
+    found.eos_token_id, found.pad_token_id = list(processor.ends), processor.pad
     return found
 
 
-def _random(skeleton: Skeleton) -> tuple[nn.Module, set[str]]:
+def _random(architecture: Architecture) -> tuple[nn.Module, set[str]]:
     # transformers knows which vectors begin at one and which at zero, and computes the buffers; its normal
     # draws come from torch's generator, whose state we hand back untouched, and are replaced.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = build(skeleton.hf_config, skeleton.kind, device="cpu")
+        module = build(architecture.hf_config, architecture.kind, device="cpu")
     return module, {name for name, parameter in module.named_parameters() if parameter.ndim > 1}
 
 
-def _pretrained(model: Model, skeleton: Skeleton) -> tuple[nn.Module, set[str]]:
+def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, set[str]]:
     import transformers
 
     source = locate(model.path)
     try:
         with quiet():
-            module, info = getattr(transformers, AUTO_CLASSES[skeleton.kind]).from_pretrained(
+            module, info = getattr(transformers, AUTO_CLASSES[architecture.kind]).from_pretrained(
                 source.name,
-                config=copy.deepcopy(skeleton.hf_config),  # or transformers reads a GGUF file once more for it
+                config=copy.deepcopy(architecture.hf_config),  # or transformers reads a GGUF file once more for it
                 gguf_file=source.gguf,
                 dtype=getattr(torch, model.dtype),
                 output_loading_info=True,
@@ -184,16 +184,16 @@ def _pretrained(model: Model, skeleton: Skeleton) -> tuple[nn.Module, set[str]]:
             "model.path", model.path, "a model whose weights transformers can load", reason(error)
         ) from error
     lacking = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
-    lacking -= skeleton.tied.keys()
-    head = {name.replace("/", ".") for name in skeleton.shape.head_names}
+    lacking -= architecture.tied.keys()
+    head = {name.replace("/", ".") for name in architecture.shape.head_names}
     # Encoders trained without classification often lack the pooler that their classifiers read.
-    foreign = sorted(name for name in lacking - head if skeleton.kind == "causal-lm" or ".pooler." not in name)
+    foreign = sorted(name for name in lacking - head if architecture.kind == "causal-lm" or ".pooler." not in name)
     if foreign:
         some = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
         raise UserError(
             "model.path",
             model.path,
-            f"a checkpoint for {skeleton.kind} with all its weights",
+            f"a checkpoint for {architecture.kind} with all its weights",
             f"it lacks {some}",
         )
     return module, lacking
@@ -219,15 +219,15 @@ def check_causal(model: Model, module: Any) -> None:
         raise UserError(field, value, allowed, "take a decoder, or give the task a label to classify")
 
 
-def _collected(module: nn.Module, model: Model, skeleton: Skeleton) -> Iterator[tuple[str, Tensor]]:
+def _collected(module: nn.Module, model: Model, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for alias, name in skeleton.tied.items():
+    for alias, name in architecture.tied.items():
         if parameters[alias] is not parameters[name] and not torch.equal(parameters[alias], parameters[name]):
             allowed = "a checkpoint whose tied weights are equal, as its configuration says"
             raise UserError("model.path", model.path, allowed, f"{alias} differs from {name}")
     dtype = getattr(torch, model.dtype)
     for name, tensor in all_tensors(module):
-        if name not in skeleton.tied:
+        if name not in architecture.tied:
             cast = tensor.to(dtype) if name in parameters and tensor.is_floating_point() else tensor
             yield name, cast.detach().contiguous()
 

@@ -41,7 +41,7 @@ def by_method(parts: Parts) -> Iterable[MethodBytes]:
 def by_rank(parts: Parts, client: int) -> Iterable[MethodBytes]:
     """Every method with every rank that the targets allow, over one round of one client."""
     lone = replace(parts, cohorts=[[client]])
-    most = min(min(layer.m, layer.n) for layer in parts.skeleton.shape.targets)
+    most = min(min(layer.m, layer.n) for layer in parts.architecture.shape.targets)
     for name in _names(parts):
         for rank in RANKS:
             if rank <= most:

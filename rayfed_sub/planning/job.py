@@ -11,15 +11,15 @@ import numpy as np
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.methods import build
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.architecture import Skeleton, skeleton
-from rayfed_sub.models.image_processors import ImageCodec, load_image_codec
-from rayfed_sub.models.tokenizers import ByteCodec, HubCodec, load_codec
+from rayfed_sub.models.architecture import Architecture, architecture
+from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
+from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer
 from rayfed_sub.planning.machines import Node, most_workers
 from rayfed_sub.planning.sampling import judged_rows, local_steps
 from rayfed_sub.privacy.accountant import NOISES, noise_of
@@ -32,18 +32,18 @@ class Job:
 
     config: Config
     method: Method
-    skeleton: Skeleton
-    codec: Codec
+    architecture: Architecture
+    processor: Processor
     dataset: Dataset
     noise: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Foundation:
+class JobInputs:
     """What a job stands on: the model without its weights, and the task's rows."""
 
-    skeleton: Skeleton
-    codec: Codec
+    architecture: Architecture
+    processor: Processor
     dataset: Dataset
 
 
@@ -53,18 +53,20 @@ def prepare(config: Config) -> Job:
     return job_on(foundation(config), config)
 
 
-def foundation(config: Config) -> Foundation:
+def foundation(config: Config) -> JobInputs:
     """Reads task and model.  Raises UserError for what cannot be read or does not go together."""
     kind = kind_of(config)
-    codec = codec_of(config, kind)
-    dataset = load_dataset(config.task, config.federation, codec, config.seed, config.evaluation.on)
-    return Foundation(skeleton(config.model, kind, dataset.class_names, codec.vocabulary, codec.pad), codec, dataset)
+    processor = processor_of(config, kind)
+    dataset = load_dataset(config.task, config.federation, processor, config.seed, config.evaluation.split)
+    return JobInputs(
+        architecture(config.model, kind, dataset.class_names, processor.vocabulary, processor.pad), processor, dataset
+    )
 
 
-def job_on(base: Foundation, config: Config) -> Job:
+def job_on(base: JobInputs, config: Config) -> Job:
     """The job of a configuration on its foundation.  Raises UserError for whatever does not fit."""
     method = build(config.method)
-    method.check(base.skeleton.shape)
+    method.check(base.architecture.shape)
     _check_positions(config, base)
     _check_server(config, method)
     _check_privacy(config, method)
@@ -73,26 +75,26 @@ def job_on(base: Foundation, config: Config) -> Job:
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     own = {"name": config.method["name"], **fields}
     resolved = config.model_copy(update={"federation": federation, "method": own})
-    return Job(resolved, method, base.skeleton, base.codec, base.dataset, noise_of(resolved))
+    return Job(resolved, method, base.architecture, base.processor, base.dataset, noise_of(resolved))
 
 
 def kind_of(config: Config) -> str:
     """What kind of model the task asks for.  Raises UserError for settings that go with another kind."""
-    task, generate = filled(config.task), config.evaluation.generate
+    task, generate = filled(config.task), config.evaluation.generate_rows
     if task.image is None and task.image_size is not None:
         raise UserError("task.image_size", task.image_size, "nothing where the task has no images", "remove it")
     if task.image is None and task.label is None:
         return "causal-lm"
     if generate:
-        raise UserError("evaluation.generate", generate, "0 for a classification task", "remove it")
+        raise UserError("evaluation.generate_rows", generate, "0 for a classification task", "remove it")
     return "text-classification" if task.image is None else "image-classification"
 
 
-def codec_of(config: Config, kind: str) -> HubCodec | ByteCodec | ImageCodec:
+def processor_of(config: Config, kind: str) -> HubTokenizer | ByteTokenizer | HubImageProcessor:
     """What makes the inputs of a model of this kind.  Raises UserError for a model that cannot read them."""
     if kind == "image-classification":
-        return load_image_codec(config.model, config.task.image_size)
-    return load_codec(config.model)
+        return load_image_processor(config.model, config.task.image_size)
+    return load_tokenizer(config.model)
 
 
 def _check_server(config: Config, method: Method) -> None:
@@ -104,7 +106,7 @@ def _check_server(config: Config, method: Method) -> None:
         "federation.normalise_steps": (True, federation.normalise_steps, "false"),
     }
     for field, (value, used, plain) in asked.items():
-        if used and not method.linear:
+        if used and not method.supports_server_optimizer:
             allowed = f"{plain} with method.name={config.method['name']}, whose factors change their basis every round"
             raise UserError(field, value, allowed, "remove it or choose another method")
     if federation.proximal and config.resources.executor == "reference":
@@ -121,11 +123,16 @@ def _check_nova(config: Config, method: Method) -> None:
         allowed = f"false with optimizer.name={optimizer.name}: FedNova's rule is for SGD"
         advice = "remove it or set optimizer.name=sgd with a learning rate for it"
         raise UserError("federation.normalise_steps", True, allowed, advice)
-    if optimizer.momentum and getattr(method, "state", "reset") != "reset":
+    if optimizer.momentum and getattr(method, "optimizer_state", "reset") != "reset":
         allowed = (
             "reset with federation.normalise_steps and optimizer.momentum: the paper's buffer begins a round at zero"
         )
-        raise UserError("method.state", getattr(method, "state", None), allowed, "set method.state=reset")
+        raise UserError(
+            "method.optimizer_state",
+            getattr(method, "optimizer_state", None),
+            allowed,
+            "set method.optimizer_state=reset",
+        )
     if optimizer.weight_decay:
         allowed = "0 with federation.normalise_steps, whose rule knows no decay"
         raise UserError("optimizer.weight_decay", optimizer.weight_decay, allowed, "set optimizer.weight_decay=0")
@@ -142,14 +149,14 @@ def _check_privacy(config: Config, method: Method) -> None:
     if noise is not None and not NOISES[0] <= noise <= NOISES[1]:
         allowed = f"{NOISES[0]:g} to {NOISES[1]:g}, what the accountant can judge"
         raise UserError("privacy.noise", noise, allowed, "e.g. privacy.noise=1.0")
-    if not method.linear:
+    if not method.supports_server_optimizer:
         allowed = f"nothing with method.name={name}, whose server does not move with the mean of clipped changes"
         raise UserError("privacy.clip", clip, allowed, "remove it or choose another method")
-    if getattr(method, "state", None) == "average":
+    if getattr(method, "optimizer_state", None) == "average":
         allowed = "keep or reset with privacy.clip: moments would be released without noise"
-        raise UserError("method.state", "average", allowed, "set method.state=keep")
+        raise UserError("method.optimizer_state", "average", allowed, "set method.optimizer_state=keep")
     assumed = {
-        "weights": ("uniform", "every client counts the same"),
+        "client_weighting": ("uniform", "every client counts the same"),
         "availability": (1.0, "every client is drawn by itself, whatever the others do"),
         "normalise_steps": (False, "the denominator is fixed"),
     }
@@ -160,9 +167,9 @@ def _check_privacy(config: Config, method: Method) -> None:
             raise UserError(key, getattr(federation, field), allowed, f"set {key}={shown}")
 
 
-def _check_positions(config: Config, base: Foundation) -> None:
+def _check_positions(config: Config, base: JobInputs) -> None:
     """UserError where a row, or a judged prompt with its answer, is longer than the model's table of positions."""
-    limit, held_out = base.skeleton.positions, base.dataset.held_out
+    limit, held_out = base.architecture.positions, base.dataset.held_out
     if limit is None or not isinstance(held_out, Rows) or not isinstance(base.dataset.train, Rows):
         return
     has = f"{config.model.path} has positions for {limit} tokens"
@@ -170,12 +177,12 @@ def _check_positions(config: Config, base: Foundation) -> None:
     if longest > limit:
         allowed = f"at most {limit}: {has}, and the longest row has {longest}"
         raise UserError("task.max_length", config.task.max_length, allowed, f"set task.max_length={limit}")
-    asked, new = judged_rows(config, len(held_out), config.evaluation.generate), config.evaluation.max_new_tokens
+    asked, new = judged_rows(config, len(held_out), config.evaluation.generate_rows), config.evaluation.max_new_tokens
     prompt = int(held_out.prompts[asked].max(initial=0))
     # The last token is generated and not read.
     if asked and prompt + new - 1 > limit:
         most, shown = limit + 1 - prompt, f"{has}, and the longest prompt that is answered has {prompt}"
-        advice = f"set evaluation.max_new_tokens={most}" if most > 0 else "set evaluation.generate=0"
+        advice = f"set evaluation.max_new_tokens={most}" if most > 0 else "set evaluation.generate_rows=0"
         raise UserError("evaluation.max_new_tokens", new, f"at most {most}: {shown}", advice)
 
 

@@ -59,7 +59,7 @@ def job_parts(job: Job) -> Parts:
     config = job.config
     cohorts = [cohort(config, n) for n in range(config.federation.rounds or 0)]
     steps = partial(local_steps, config)
-    return Parts(config, job.method, job.skeleton, job.dataset, cohorts, steps, job.noise)
+    return Parts(config, job.method, job.architecture, job.dataset, cohorts, steps, job.noise)
 
 
 def _free_memory() -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rayfed_sub.config.schema import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.architecture import Skeleton
+from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.planning.parts import Parts
 from rayfed_sub.planning.traffic import ClientTraffic, Traffic, first_start
 from rayfed_sub.planning.worker_memory import KERNELS, Lengths, Memory, backbone_bytes, lengths, worker
@@ -35,7 +35,7 @@ class Need:
 
     config: Config
     method: Method
-    skeleton: Skeleton
+    architecture: Architecture
     traffic: Traffic
     size: Lengths
     widest: int  # the client that trains the most
@@ -54,14 +54,14 @@ class Need:
         """Bytes of the coordinator's process: torch's kernels, at first pretrained weights, where those are not shared,
         later sums and what diagnostics look at."""
         later = self.traffic.coordinator + self.looked
-        return BARE_COORDINATOR + KERNELS + max(_pretrained(self.skeleton, self.config), later)
+        return BARE_COORDINATOR + KERNELS + max(_pretrained(self.architecture, self.config), later)
 
     @property
     def looked(self) -> int:
         """Bytes of the factors that diagnostics hold in a round: of a client's LoRA before and after it.  Dense changes
         send a few rows only."""
         asked, sent = self.config.diagnostics, self.most(lambda client: client.up)
-        layers = self.skeleton.shape.targets
+        layers = self.architecture.shape.targets
         if not asked.every or sent >= sum(4 * layer.m * layer.n for layer in layers):
             return 0
         return 2 * sent * min(asked.clients, self.cohort) * min(asked.layers, len(layers)) // len(layers)
@@ -91,10 +91,10 @@ class Need:
         return self._walked(pack)
 
     def _walked(self, pack: int) -> Memory:
-        start = first_start(self.method, self.skeleton.shape, self.config, self.widest)
+        start = first_start(self.method, self.architecture.shape, self.config, self.widest)
         held = self.most(lambda client: client.held)
         rest = (self.size, pack, held, self.traffic.dense)
-        return worker(self.config, self.skeleton, start, self.steps, *rest)
+        return worker(self.config, self.architecture, start, self.steps, *rest)
 
     def least(self, workers: int, tensors: int) -> int:
         """Bytes of a node without which the run cannot go: no holes, and nothing that could lie on disk."""
@@ -123,14 +123,14 @@ def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
     return Need(
         config=parts.config,
         method=parts.method,
-        skeleton=parts.skeleton,
+        architecture=parts.architecture,
         traffic=found,
         size=lengths(parts.dataset, parts.config),
         widest=max(clients, key=lambda k: (clients[k].resident, parts.steps(k)), default=0),
         steps=max(map(parts.steps, clients), default=1),
         cohort=max([1, *map(len, parts.cohorts)]),
         trained=parts.trained,
-        backbone=backbone_bytes(parts.skeleton),
+        backbone=backbone_bytes(parts.architecture),
         data=_data(parts.dataset),
     )
 
@@ -149,11 +149,11 @@ def between(pack: int, low: tuple[int, Memory], high: tuple[int, Memory]) -> Mem
     return Memory(line(at_a.tensors, at_b.tensors), line(at_a.process, at_b.process))
 
 
-def _pretrained(skeleton: Skeleton, config: Config) -> int:
+def _pretrained(architecture: Architecture, config: Config) -> int:
     """Bytes of the pretrained weights from which the coordinator makes the first server, which is sent, and lies in
     shared memory, from then on; float32 weights are shared memory themselves."""
-    shape, exact = skeleton.shape, config.model.dtype == "float32"
-    copied = [layer for layer in shape.targets if not exact or layer.name in skeleton.transposed]
+    shape, exact = architecture.shape, config.model.dtype == "float32"
+    copied = [layer for layer in shape.targets if not exact or layer.name in architecture.transposed]
     return sum(4 * layer.m * layer.n for layer in (*copied, *(() if exact else shape.head)))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from rayfed_sub.config.schema import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.architecture import Skeleton
+from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.planning.traffic import Traffic, traffic
 
 FEW = 64
@@ -22,7 +22,7 @@ class Parts:
 
     config: Config
     method: Method
-    skeleton: Skeleton
+    architecture: Architecture
     dataset: Dataset
     cohorts: Sequence[Sequence[int]]
     steps: Callable[[int], int]
@@ -44,4 +44,4 @@ class Parts:
 
     def traffic(self) -> Traffic:
         """The bytes of all its rounds."""
-        return traffic(self.method, self.skeleton.shape, self.config, self.cohorts, self.steps)
+        return traffic(self.method, self.architecture.shape, self.config, self.cohorts, self.steps)

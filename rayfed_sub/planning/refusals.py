@@ -24,7 +24,7 @@ def check_fits(parts: Parts, machine: Machine) -> None:
     _check_disk(needed, machine)
     resources = parts.config.resources
     workers, pack = resources.workers, min(resources.pack_size, needed.cohort)
-    passes = activations(parts.config, parts.skeleton, needed.size, pack)
+    passes = activations(parts.config, parts.architecture, needed.size, pack)
     wide = passes + 8 * pack * needed.most(lambda client: client.resident)
     if machine.gpu is None and needed.fixed(workers, pack) + workers * (BARE_WORKER + wide) <= machine.memory:
         return  # plainly: even several times the activations would

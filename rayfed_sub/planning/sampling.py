@@ -58,7 +58,7 @@ def learning_rate(config: Config, n: int) -> float:
         return optimizer.lr
     done = (n - optimizer.warmup_rounds) / (rounds - optimizer.warmup_rounds)  # below 1: no round at rate zero
     left = 1 - done if optimizer.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return optimizer.lr * (optimizer.final + (1 - optimizer.final) * left)
+    return optimizer.lr * (optimizer.final_lr_ratio + (1 - optimizer.final_lr_ratio) * left)
 
 
 def judged_rows(config: Config, rows: int, most: int) -> list[int]:

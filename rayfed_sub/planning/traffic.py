@@ -143,7 +143,7 @@ def _walk(
     dense = any(f"{layer.name}/weight" in method.broadcast(server).tensors for layer in shape.targets)
     found: _Figures = {("server", 0): wire_bytes(server.tensors), ("dense",): int(dense)}
     for n, cohort in enumerate(cohorts):
-        broadcast, total = method.broadcast(server), method.zero(server, shape)
+        broadcast, total = method.broadcast(server), method.accumulator(server, shape)
         found["broadcast", n] = wire_bytes(broadcast.tensors)
         fresh = {}
         learned = n > 0 and (config.privacy.clip is not None or bool(states))
@@ -154,9 +154,9 @@ def _walk(
             start = method.start_client(broadcast, state, who, shape)
             result = _result(start, k, steps(k), shape, config)
             update = method.upload(result, 1.0, shape)
-            kept = method.keep(result, shape)
+            kept = method.client_state(result, shape)
             fresh[k] = ClientState(n + 1, steps(k), result.step, kept)
-            total = method.fold(total, update, shape)
+            total = method.accumulate(total, update, shape)
             given = [broadcast.tensors, *([state.tensors] if state else [])]
             ended = [result.tensors, result.moments, *_sides(result)]
             held = _own([start.tensors], given) + _own([update.tensors, kept], [*given, *ended])
@@ -170,7 +170,7 @@ def _walk(
             )
             found |= {(n, k, what): size for what, size in zip(_CLIENT, figures, strict=True)}
         states |= fresh
-        after, renewed = advance(rule, server, method.finish(server, total, shape), memory)
+        after, renewed = advance(rule, server, method.aggregate(server, total, shape), memory)
         there = [server.tensors, total.tensors, memory, after.tensors, renewed]
         found["coordinator", n] = _own(there, [weights, broadcast.tensors])
         server, memory = after, renewed

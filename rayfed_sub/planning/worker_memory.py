@@ -22,7 +22,7 @@ from rayfed_sub.core.types import Change, ModelShape, Start
 from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.images import Images
-from rayfed_sub.models.architecture import Skeleton, build
+from rayfed_sub.models.architecture import Architecture, build
 from rayfed_sub.models.weights import all_tensors, ruled
 from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
 from rayfed_sub.planning.heap import PRODUCT_KERNELS, Heap
@@ -73,14 +73,21 @@ def lengths(dataset: Dataset, config: Config) -> Lengths:
     return Lengths(longest, labels, prompt)
 
 
-def backbone_bytes(skeleton: Skeleton) -> int:
+def backbone_bytes(architecture: Architecture) -> int:
     """Bytes of all frozen weights and buffers, as `load_weights` gives them."""
-    sizes = {name: x.numel() * x.element_size() for name, x in all_tensors(_built(skeleton)[0])}
-    return sum(size for name, size in sizes.items() if name not in skeleton.tied)
+    sizes = {name: x.numel() * x.element_size() for name, x in all_tensors(_built(architecture)[0])}
+    return sum(size for name, size in sizes.items() if name not in architecture.tied)
 
 
 def worker(
-    config: Config, skeleton: Skeleton, start: Start, steps: int, size: Lengths, pack: int, held: int, base: bool
+    config: Config,
+    architecture: Architecture,
+    start: Start,
+    steps: int,
+    size: Lengths,
+    pack: int,
+    held: int,
+    base: bool,
 ) -> Memory:
     """A worker that trains packs of `pack` clients and evaluates.
 
@@ -88,8 +95,8 @@ def worker(
     client keeps besides what training makes (see `ClientTraffic`).  base: whether the round's broadcast holds dense
     weights of the targets, which take the backbone's place.
     """
-    model, layers = _built(skeleton)
-    shape = skeleton.shape
+    model, layers = _built(architecture)
+    shape = architecture.shape
     kinds = {f"{t.name}/weight": torch.empty(t.m, t.n, device="meta") for t in shape.targets}
     known = [*(x for _, x in all_tensors(model)), *kinds.values(), *start.tensors.values()]
     heads = {name: start.tensors.get(name, torch.empty(0)) for name in shape.head_names}
@@ -97,24 +104,24 @@ def worker(
     seen = Allocations([*known, *heads.values()])
     with _meta_model(config), seen:
         results = _train(config, model, layers, shape, start, steps, size, pack, bases)
-        _evaluate(config, skeleton, model, layers, bases, heads, size)
+        _evaluate(config, architecture, model, layers, bases, heads, size)
     del results
     rest = pack * (held + _closed_beyond(config, shape, start, steps))
     return Memory(seen.peak + rest, _heap_peak(seen.events) + rest + KERNELS + _PRODUCTS)
 
 
-def activations(config: Config, skeleton: Skeleton, size: Lengths, pack: int) -> int:
+def activations(config: Config, architecture: Architecture, size: Lengths, pack: int) -> int:
     """Bytes that no pass of a pack exceeds besides its clients' own tensors, found at a tenth of the cost of `worker`:
     four times all that one forward pass ever allocates, and a chunk of logits."""
-    model, _ = _built(skeleton)
-    batch = _batch(skeleton.shape, max(pack * config.federation.batch_size, config.evaluation.batch_size), size)
+    model, _ = _built(architecture)
+    batch = _batch(architecture.shape, max(pack * config.federation.batch_size, config.evaluation.batch_size), size)
     batch.pop("labels")
     seen = Allocations(x for _, x in all_tensors(model))
     with torch.no_grad(), FusedAttention(), seen:
         getattr(model, "base_model", model)(**batch)
     # SigLIP has a vocabulary though its classifier, as any other, has none.
-    vocabulary = 0 if skeleton.shape.head else getattr(skeleton.hf_config.get_text_config(), "vocab_size", 0)
-    dense = sum(4 * layer.m * layer.n for layer in skeleton.shape.targets)
+    vocabulary = 0 if architecture.shape.head else getattr(architecture.hf_config.get_text_config(), "vocab_size", 0)
+    dense = sum(4 * layer.m * layer.n for layer in architecture.shape.targets)
     return 4 * (sum(made for _, made in seen.events if made > 0) + 128 * 4 * vocabulary) + dense
 
 
@@ -143,7 +150,7 @@ def _train(
 
 def _evaluate(
     config: Config,
-    skeleton: Skeleton,
+    architecture: Architecture,
     model: Any,
     layers: Mapping[str, PackLinear],
     bases: Mapping[str, Tensor],
@@ -153,10 +160,10 @@ def _evaluate(
     """One shard of held-out rows, and of questions to answer where they are asked for."""
     evaluation = config.evaluation
     changes = {name: Change(dense=weight) for name, weight in bases.items()}
-    with global_model(layers, skeleton.shape, changes, heads):
-        predicted(model, _batch(skeleton.shape, evaluation.batch_size, size))
-        if evaluation.generate:
-            rows = min(evaluation.batch_size, evaluation.generate)
+    with global_model(layers, architecture.shape, changes, heads):
+        predicted(model, _batch(architecture.shape, evaluation.batch_size, size))
+        if evaluation.generate_rows:
+            rows = min(evaluation.batch_size, evaluation.generate_rows)
             ids = torch.zeros(rows, size.prompt + evaluation.max_new_tokens, dtype=torch.int64)
             with torch.inference_mode():
                 model.base_model(input_ids=ids, use_cache=True)
@@ -202,13 +209,13 @@ def _heap_peak(events: Sequence[Event]) -> int:
     return heap.peak
 
 
-def _built(skeleton: Skeleton) -> tuple[nn.Module, dict[str, PackLinear]]:
+def _built(architecture: Architecture) -> tuple[nn.Module, dict[str, PackLinear]]:
     """The model on the meta device as a worker has it: tied, frozen, its targets ready for packs."""
-    model = ruled(build(skeleton.hf_config, skeleton.kind), skeleton).requires_grad_(False)
-    for alias, name in skeleton.tied.items():
+    model = ruled(build(architecture.hf_config, architecture.kind), architecture).requires_grad_(False)
+    for alias, name in architecture.tied.items():
         path, _, leaf = alias.rpartition(".")
         model.get_submodule(path).register_parameter(leaf, model.get_parameter(name))
-    return model, install(model, skeleton.shape)
+    return model, install(model, architecture.shape)
 
 
 @contextmanager

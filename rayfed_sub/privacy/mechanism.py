@@ -6,7 +6,8 @@ Rule: d = (sum over the cohort of c_k d_k + N(0, (z C)^2)) / (q K), c_k = min(1,
 clients by itself with chance q.  d_k is by how much the server's learned tensors would move if client k's update were
 the only one, and |.| its norm over all of them together: LoRA's factors where the server holds factors, dense weights
 where it holds those, the head with either.  Everything is released in this form, so the noise goes there too.  It fits
-methods with `linear` set: for them the mean of updates at weights c_k moves the server by sum c_k d_k / sum c_k.
+methods with `supports_server_optimizer` set: for them the mean of updates at weights c_k moves the server by sum c_k
+d_k / sum c_k.
 
 Protected is whether a client takes part at all, with all its rows: neighbouring federations differ by one client more
 or less, which moves the sum by C at most.  Covered by (epsilon, delta) are the server's tensors after every round, and
@@ -52,9 +53,9 @@ def clipped(method: Method, server: ServerState, update: Update, shape: ModelSha
 def change(method: Method, server: ServerState, update: Update, shape: ModelShape) -> dict[str, Tensor]:
     """d of the update, by name: the server's learned tensors after a round of this update alone, less what they were.
 
-    Raises RunError where `finish` changes more than these and the server's notes, which never leave it.
+    Raises RunError where `aggregate` changes more than these and the server's notes, which never leave it.
     """
-    alone = method.finish(server, method.fold(method.zero(server, shape), update, shape), shape)
+    alone = method.aggregate(server, method.accumulate(method.accumulator(server, shape), update, shape), shape)
     names = moved(server, alone)
     for name, tensor in alone.tensors.items():
         if tensor is not server.tensors.get(name) and name not in names and not name.startswith("history/"):

@@ -97,7 +97,17 @@ def _bytes(run: Run, direction: str) -> str:
 def _table(runs: Runs) -> Table:
     scores = [metric for metric in shown_scores(runs) if metric in AGAINST_BYTES]
     called = [score(metric).partition(" (")[0] for metric in scores]
-    heads = ["run", "method", "rank", *called, "up (MB)", "down (MB)", "time in rounds (s)", "state", "rounds"]
+    heads = [
+        "run",
+        "method",
+        "rank",
+        *called,
+        "up (MB)",
+        "down (MB)",
+        "time in rounds (s)",
+        "state",
+        "rounds",
+    ]
     heads += ["clients", "in a round", "local steps", "seed", "rows cut", "rows dropped", "weights"]
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():

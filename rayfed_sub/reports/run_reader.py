@@ -44,7 +44,7 @@ class Run:
 
     The columns of each table are those of the run's records; values may be missing (NaN) in any of them.  summary:
     summary.json, empty where the run is not finished.  resumed: the rounds with which it was taken up again.  rows: the
-    task's `Census`, empty for runs of older versions.
+    task's `RowCounts`, empty for runs of older versions.
     """
 
     folder: Path

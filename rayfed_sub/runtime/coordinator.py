@@ -24,10 +24,10 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
-from rayfed_sub.core.types import Change, Client, Fold, ModelShape, ServerState, Tensors, Update
+from rayfed_sub.core.types import Accumulator, Change, Client, ModelShape, ServerState, Tensors, Update
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.diagnostics import client_diagnostics
-from rayfed_sub.diagnostics.client_diagnostics import Looked
+from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics
 from rayfed_sub.diagnostics.server_change import moved_rank
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods.downloads import downloaded
@@ -39,11 +39,11 @@ from rayfed_sub.privacy import mechanism
 from rayfed_sub.privacy.accountant import spent
 from rayfed_sub.runtime import held_out, object_store
 from rayfed_sub.runtime.held_out import JudgedModel
-from rayfed_sub.runtime.round_metrics import Tally
-from rayfed_sub.runtime.scheduler import Crew, Done, Piece, in_order
+from rayfed_sub.runtime.round_metrics import RoundMetrics
+from rayfed_sub.runtime.scheduler import Done, WorkerPool, WorkItem, in_order
 from rayfed_sub.runtime.worker import PackedUpdate, PackOutcome, Worker, broadcast_of
 from rayfed_sub.storage import checkpoints
-from rayfed_sub.storage.ledger import Ledger
+from rayfed_sub.storage.state_store import StateStore
 from rayfed_sub.telemetry.environment import environment, merged
 from rayfed_sub.telemetry.events import PackDone, RoundDone
 from rayfed_sub.telemetry.process_memory import PeakMemory, give_back
@@ -70,7 +70,7 @@ class _Trained:
     server's own change, and how far the weight has come since it was pretrained, |W - W0| / |W0|; empty in a round that
     they do not look at."""
 
-    tally: Tally
+    tally: RoundMetrics
     seconds: float
     moved: dict[str, tuple[int, float]]
     packs: list[PackRow]
@@ -96,7 +96,7 @@ class Coordinator:
         self._config, self._method, self._shape, self._shared = config, method, shape, shared
         self._folder, self._noise = folder, noise
         self._workers = [self._worker() for _ in range(config.resources.workers)]
-        self._crew = Crew(self._workers, config.resources.deadline)
+        self._crew = WorkerPool(self._workers, config.resources.deadline)
         self._dataset: Dataset = ray.get(shared.dataset)
         arrays: Packed = ray.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
@@ -128,7 +128,7 @@ class Coordinator:
         # The coordinator of a run that was killed may still be writing.
         self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
         memory = self._config.resources.state_memory
-        self._ledger = Ledger(self._folder, memory, self._initial, object_store.put, object_store.get)
+        self._ledger = StateStore(self._folder, memory, self._initial, object_store.put, object_store.get)
         asked, until = {worker.ready.remote(): worker for worker in self._workers}, time.monotonic() + _START_SECONDS
         while asked:
             done, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
@@ -211,9 +211,9 @@ class Coordinator:
         watched = client_diagnostics.watched(config.diagnostics, n, config.federation.rounds or 0, cohort)
         pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
 
-        total, trained, tally = self._zero(), {}, Tally(n, len(cohort), began)
+        total, trained, tally = self._zero(), {}, RoundMetrics(n, len(cohort), began)
         ranks: dict[str, int | None] = dict.fromkeys(self._looked_at(n), 0)
-        pack_rows, looks = list[PackRow](), list[Looked]()
+        pack_rows, looks = list[PackRow](), list[ClientDiagnostics]()
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             pack_rows.append(_pack_row(n, packs[done.index], done))
@@ -224,7 +224,7 @@ class Coordinator:
                     tally.add(self._skipped(n, sent, down[client]))
                     continue
                 update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
-                total = method.fold(total, update, shape)
+                total = method.accumulate(total, update, shape)
                 for name, so_far in ranks.items():
                     own = client_diagnostics.sent_rank(update.tensors, name)
                     ranks[name] = None if own is None or so_far is None else so_far + own
@@ -234,7 +234,7 @@ class Coordinator:
             yield tally.told()
         self._verify()
 
-        before, after = standing.server, method.finish(standing.server, total, shape)
+        before, after = standing.server, method.aggregate(standing.server, total, shape)
         factor, noise = self._rule(n, tally.rows, total.weight)
         after, memory = advance(config.server, before, after, standing.memory, factor, noise)
         _check_finite(after, n)
@@ -288,13 +288,13 @@ class Coordinator:
     def _private(self) -> bool:
         return self._config.privacy.clip is not None
 
-    def _zero(self) -> Fold:
+    def _zero(self) -> Accumulator:
         """The empty sum; with privacy it holds an update at rest, so that noise is released for an empty cohort too."""
         method, shape, server = self._method, self._shape, self._ledger.standing.server
-        total = method.zero(server, shape)
+        total = method.accumulator(server, shape)
         if not self._private:
             return total
-        return method.fold(total, mechanism.at_rest(method, server, shape, self._config.seed), shape)
+        return method.accumulate(total, mechanism.at_rest(method, server, shape, self._config.seed), shape)
 
     def _rule(self, n: int, rows: Sequence[ClientRow], weight: float) -> tuple[float, Noise | None]:
         """What `advance` does to the mean change besides the server's own rule: a factor, and noise by tensor.
@@ -364,7 +364,7 @@ class Coordinator:
         standing = self._ledger.standing
         return standing.server.round > 0 and (self._private or bool(standing.states))
 
-    def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> Piece:
+    def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> WorkItem:
         home = self._home.get(clients[0], index % len(self._workers))
         lr = sampling.learning_rate(self._config, n)
 
@@ -372,7 +372,7 @@ class Coordinator:
             states = [self._ledger.stored(client) for client in clients]
             return worker.train.remote(n, clients, states, broadcast, lr, watched)
 
-        return Piece(submit, home, f"clients {clients[0]}-{clients[-1]}", _sound)
+        return WorkItem(submit, home, f"clients {clients[0]}-{clients[-1]}", _sound)
 
     def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:
         changes = self._method.model(server, self._shape)

@@ -15,7 +15,7 @@ from rayfed_sub.core.schemas import Score
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.evaluation.scores import label_scores, text_scores, token_scores
 from rayfed_sub.planning.sampling import judged_rows
-from rayfed_sub.runtime.scheduler import Crew, Piece, in_order
+from rayfed_sub.runtime.scheduler import WorkerPool, WorkItem, in_order
 
 T = TypeVar("T")
 
@@ -30,19 +30,19 @@ class JudgedModel:
     stored: Callable[[int], Any] | None
 
 
-def scores(crew: Crew, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
-    """The scores of `evaluation.examples` held-out rows."""
-    shards = _shards(config, dataset, config.evaluation.examples, model)
+def scores(crew: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
+    """The scores of `evaluation.eval_rows` held-out rows."""
+    shards = _shards(config, dataset, config.evaluation.eval_rows, model)
     done = _each(crew, shards, model, lambda worker: worker.evaluate, "held-out rows")
     rows = [(int(dataset.held_out_clients[row]), verdict) for row, verdict in _by_row(shards, done)]
     return list(label_scores(rows, dataset.class_names) if dataset.class_names else token_scores(rows))
 
 
-def answer_scores(crew: Crew, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
-    """The scores of the answers to `evaluation.generate` held-out questions; none where none are asked for."""
-    if not config.evaluation.generate:
+def answer_scores(crew: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
+    """The scores of the answers to `evaluation.generate_rows` held-out questions; none where none are asked for."""
+    if not config.evaluation.generate_rows:
         return []
-    shards = _shards(config, dataset, config.evaluation.generate, model)
+    shards = _shards(config, dataset, config.evaluation.generate_rows, model)
     done = _each(crew, shards, model, lambda worker: worker.generate, "generated answers")
     rows = [(int(dataset.held_out_clients[row]), told) for row, told in _by_row(shards, done)]
     return list(text_scores(rows))
@@ -67,18 +67,18 @@ def _shards(config: Config, dataset: Dataset, most: int, model: JudgedModel) -> 
 
 
 def _each(
-    crew: Crew,
+    crew: WorkerPool,
     shards: Sequence[tuple[int | None, list[int]]],
     model: JudgedModel,
     call: Callable[[Any], Any],
     stage: str,
 ) -> list[Any]:
-    def piece(index: int, client: int | None, rows: list[int]) -> Piece:
+    def piece(index: int, client: int | None, rows: list[int]) -> WorkItem:
         def submit(worker: Any) -> Any:
             state = None if client is None or model.stored is None else model.stored(client)
             return call(worker).remote(model.round, rows, model.broadcast, client, state)
 
-        return Piece(submit, index % len(crew.workers), f"shard {index}")
+        return WorkItem(submit, index % len(crew.workers), f"shard {index}")
 
     pieces = [piece(index, client, rows) for index, (client, rows) in enumerate(shards)]
     return [done.result for done in in_order(crew, pieces, stage)]

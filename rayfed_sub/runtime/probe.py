@@ -53,7 +53,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     """
     config = job.config
     cohort, workers = config.federation.cohort, config.resources.workers
-    backbone = packed(load_weights(config.model, job.skeleton, config.seed))
+    backbone = packed(load_weights(config.model, job.architecture, config.seed))
     broadcast = _broadcast(job, backbone)
     short, long = (_worker(job, backbone, steps) for steps in (1, _STEPS))
 
@@ -123,13 +123,13 @@ def quickest(rounds: Mapping[int, float], now: int) -> int:
 def _worker(job: Job, backbone: Packed, steps: int) -> Worker:
     federation = job.config.federation.model_copy(update={"local_steps": steps})
     config = job.config.model_copy(update={"federation": federation})
-    spec = Spec(config, job.method, job.skeleton, job.codec)
+    spec = Spec(config, job.method, job.architecture, job.processor)
     return Worker(spec, backbone, job.dataset, job.config.resources.gpus_per_worker)
 
 
 def _broadcast(job: Job, backbone: Packed) -> Packed:
-    pretrained = target_weights(job.skeleton.shape, job.skeleton.transposed, unpacked(backbone))
-    server = job.method.init_server(pretrained, job.skeleton.shape, job.config.seed)
+    pretrained = target_weights(job.architecture.shape, job.architecture.transposed, unpacked(backbone))
+    server = job.method.init_server(pretrained, job.architecture.shape, job.config.seed)
     return packed(broadcast_of(job.config, job.method, server))
 
 
@@ -145,7 +145,7 @@ def _seconds(worker: Worker, size: int, broadcast: Packed) -> float:
 
 def _evaluation(job: Job, worker: Worker, broadcast: Packed) -> float:
     """Seconds of one evaluation of the loss by all workers; generated answers are not timed."""
-    examples = min(job.config.evaluation.examples, len(job.dataset.held_out))
+    examples = min(job.config.evaluation.eval_rows, len(job.dataset.held_out))
     rows = range(min(job.config.evaluation.batch_size, examples))
     began = time.perf_counter()
     worker.evaluate(0, rows, broadcast, None, None)

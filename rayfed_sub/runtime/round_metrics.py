@@ -8,7 +8,7 @@ from rayfed_sub.core.schemas import ClientRow
 from rayfed_sub.telemetry.events import PackDone
 
 
-class Tally:
+class RoundMetrics:
     """rows: in the cohort's order.  failed: how many of them were skipped; labels, uplink_bytes: sums over all.
 
     Sums are carried along: adding up all rows after every pack would take time that grows with the cohort's square.

@@ -34,7 +34,7 @@ def _always(result: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WorkItem:
     """submit: starts the work on the given actor; home: the worker preferred (it holds the clients' states); sound: an
     unsound result is thrown away, once, and the whole piece runs again, on another worker where one is up."""
 
@@ -60,7 +60,7 @@ class Done:
     troubles: tuple[str, ...]
 
 
-class Crew:
+class WorkerPool:
     """The workers of a run: who is up and how much each has in flight, who is coming back, and what flies.
 
     It outlives the stages, so that a worker that died in one gets no work in the next before it answers.
@@ -83,7 +83,7 @@ class Crew:
         self.load = dict.fromkeys(self.load, 0)
         self._deserted = time.monotonic()
 
-    def send(self, worker: int, index: int, piece: Piece) -> None:
+    def send(self, worker: int, index: int, piece: WorkItem) -> None:
         self.flying[piece.submit(self.workers[worker])] = (index, worker)
         self.load[worker] += 1
         self._began.setdefault(worker, time.monotonic())
@@ -150,7 +150,7 @@ class Crew:
             self._ask(worker, _last_line(error))
 
 
-def in_order(crew: Crew, pieces: Sequence[Piece], stage: str) -> Iterator[Done]:
+def in_order(crew: WorkerPool, pieces: Sequence[WorkItem], stage: str) -> Iterator[Done]:
     """Runs all pieces and yields them by number, each as soon as it and all before it are done.
 
     Raises the cause when a piece raises; RunError when a piece was lost `_LIVES` times in a row (with its worker, past
@@ -204,7 +204,9 @@ def in_order(crew: Crew, pieces: Sequence[Piece], stage: str) -> Iterator[Done]:
             next_out += 1
 
 
-def _launch(crew: Crew, pieces: Sequence[Piece], waiting: deque[int], spoiled: Mapping[int, int], horizon: int) -> None:
+def _launch(
+    crew: WorkerPool, pieces: Sequence[WorkItem], waiting: deque[int], spoiled: Mapping[int, int], horizon: int
+) -> None:
     """Fills free places with pieces below `horizon`: a worker takes those it is home to, then the first in line."""
     while near := list(takewhile(lambda index: index < horizon, waiting)):
         homes = {pieces[index].home for index in near}

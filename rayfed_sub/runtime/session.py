@@ -175,12 +175,12 @@ def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) ->
 
 def spec_of(job: Job) -> Spec:
     """What the job's workers need to know."""
-    return Spec(job.config, job.method, job.skeleton, job.codec)
+    return Spec(job.config, job.method, job.architecture, job.processor)
 
 
 def load_backbone(job: Job) -> Packed:
     """The model's weights as they go into the object store."""
-    return packed(load_weights(job.config.model, job.skeleton, job.config.seed))
+    return packed(load_weights(job.config.model, job.architecture, job.config.seed))
 
 
 def _through_deaths(job: Job, folder: RunFolder, shared: Shared, tell: Listener) -> Summary:
@@ -205,7 +205,7 @@ def _through_deaths(job: Job, folder: RunFolder, shared: Shared, tell: Listener)
 
 def _coordinator(job: Job, folder: RunFolder, shared: Shared) -> Any:
     """The coordinator actor, on this node, where the run folder is."""
-    server = (job.config, job.method, job.skeleton.shape, job.skeleton.transposed)
+    server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
     parts = (*server, shared, folder.path.absolute(), job.noise)
     actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=_here())(Coordinator)
     return actor.remote(*parts)
@@ -238,12 +238,12 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
                 folder.add(record)
                 live.add(record)
             tell(record)
-            for symptom in watch.add(record) if isinstance(record, RoundDone) else ():
-                tell(Notice(symptom.text))
+            for alert in watch.add(record) if isinstance(record, RoundDone) else ():
+                tell(Notice(alert.text))
 
     done = ask("start")
     first = _beginning(done, folder, job, ask, tell)
-    targets = sum(4 * layer.m * layer.n for layer in job.skeleton.shape.targets)
+    targets = sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
     tell(Started(config, folder.place.called(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     stream: ObjectRefGenerator | None = None
@@ -277,7 +277,7 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
     before = folder.beginning()
     if before is None and not done:
         tell(Stage("evaluating the initial model"))
-        rows, data = asdict(job.dataset.census), asdict(job.dataset.fingerprint)
+        rows, data = asdict(job.dataset.row_counts), asdict(job.dataset.fingerprint)
         beginning = Beginning(ask("scores"), **now, rows=rows, data=data, backbone=backbone)
         folder.begin(beginning)
         return beginning
@@ -336,7 +336,7 @@ def _summary(
         privacy=account(config, job.noise, len(rows)),
         resumed=folder.resumed(),
         precision=config.model.dtype,
-        logits=None if job.skeleton.logits is None else str(job.skeleton.logits),
+        logits=None if job.architecture.logits is None else str(job.architecture.logits),
         rows=first.rows,
         folder=folder.place.called(),
     )

@@ -28,13 +28,13 @@ from rayfed_sub.core.types import (
     wire_bytes,
 )
 from rayfed_sub.data.batching import ClientBatches, collate
-from rayfed_sub.data.codec import Codec, PixelCodec
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.processors import ImageProcessor, Processor
 from rayfed_sub.data.rows import Rows
-from rayfed_sub.diagnostics.client_diagnostics import Looked, gradient_watch, looked
+from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics, gradient_watch, looked
 from rayfed_sub.diagnostics.gradients import GradientWatch
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.architecture import Skeleton
+from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.weights import assemble, target_weights
 from rayfed_sub.planning.sampling import local_length, local_steps
 from rayfed_sub.privacy.mechanism import clipped
@@ -43,7 +43,7 @@ from rayfed_sub.telemetry.environment import machine, versions
 from rayfed_sub.telemetry.process_memory import PeakMemory, few_kernels, give_back, keep_freed
 from rayfed_sub.training.client_errors import not_finite
 from rayfed_sub.training.executor import train_pack
-from rayfed_sub.training.inference import Told, Verdict, answers, global_model, verdicts
+from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, verdicts
 from rayfed_sub.training.layers import based_on, install
 
 _RESIDENT_BYTES = 256 * 2**20  # client states a worker keeps at hand; older ones are read from the object store again
@@ -59,8 +59,8 @@ class Spec:
 
     config: Config
     method: Method
-    skeleton: Skeleton
-    codec: Codec
+    architecture: Architecture
+    processor: Processor
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class PackOutcome:
 
     updates: tuple[PackedUpdate, ...]
     states: tuple[PackedState | None, ...]
-    looks: tuple[Looked, ...] = ()
+    looks: tuple[ClientDiagnostics, ...] = ()
 
 
 def broadcast_of(config: Config, method: Method, server: ServerState) -> Tensors:
     """What workers read of the server's state: the method's broadcast, and under privacy the server's notes as well,
-    because clipping asks for `finish`, which reads them."""
+    because clipping asks for `aggregate`, which reads them."""
     notes = server.tensors if config.privacy.clip is not None else {}
     return {**notes, **method.broadcast(server).tensors}
 
@@ -103,8 +103,8 @@ class Worker:
         self._spec, self._dataset = spec, dataset
         self._device = _device(gpu_share, spec.config.resources.deterministic)
         self._tensors = {name: tensor.to(self._device) for name, tensor in unpacked(backbone).items()}
-        self._model = assemble(spec.skeleton, self._tensors)
-        self._layers = install(self._model, spec.skeleton.shape)
+        self._model = assemble(spec.architecture, self._tensors)
+        self._layers = install(self._model, spec.architecture.shape)
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         self._guard = Guard([*held.items(), *((name, layer.weight) for name, layer in self._layers.items())])
         self._broadcast: tuple[int, dict[str, Tensor]] | None = None  # a GPU's copy
@@ -131,7 +131,7 @@ class Worker:
         """One pack's round.  states: per client None (its first round), or the round and what `object_store.get` takes,
         asked only when the state is not resident.  watched: whom diagnostics look at.  A client that fails by itself
         says so in its update."""
-        method, shape = self._spec.method, self._spec.skeleton.shape
+        method, shape = self._spec.method, self._spec.architecture.shape
         received = Broadcast(round, self._received(round, broadcast))
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
         states_of = (state.tensors for state in before if state is not None)
@@ -147,7 +147,7 @@ class Worker:
         results = self._train(received, starts, clients, batches, lr, watch)
         updates: list[PackedUpdate] = []
         kept: list[PackedState | None] = []
-        looks: list[Looked] = []
+        looks: list[ClientDiagnostics] = []
         fresh: dict[int, ClientState] = {}
         for result, state, start in zip(results, before, starts, strict=True):
             ended = self._ended(round, result, state, broadcast)
@@ -171,7 +171,7 @@ class Worker:
 
     def evaluate(
         self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
-    ) -> list[Verdict]:
+    ) -> list[Prediction]:
         """Verdicts on the given held-out rows by the model of `round`: the global one, or the client's own where
         `client` is given (state as in `train`)."""
         with self._judged(round, broadcast, client, state):
@@ -181,24 +181,24 @@ class Worker:
 
     def generate(
         self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
-    ) -> list[Told]:
+    ) -> list[Generation]:
         """Answers to the questions of the given held-out rows; arguments as in `evaluate`."""
-        held_out, codec = self._dataset.held_out, self._spec.codec
+        held_out, processor = self._dataset.held_out, self._spec.processor
         assert isinstance(held_out, Rows)
-        assert not isinstance(codec, PixelCodec)
+        assert not isinstance(processor, ImageProcessor)
         prompts = [held_out.row(row)[: held_out.prompts[row]].tolist() for row in rows]
         references = [held_out.row(row)[held_out.prompts[row] :].tolist() for row in rows]
         limit = self._spec.config.evaluation.max_new_tokens
         with self._judged(round, broadcast, client, state):
-            tokens = answers(self._model, prompts, pad=codec.pad, ends=codec.ends, limit=limit)
+            tokens = answers(self._model, prompts, pad=processor.pad, ends=processor.ends, limit=limit)
             forced = verdicts(self._model, self._held_out(rows))
         give_back()
         texts = zip(tokens, references, (v.said for v in forced), (v.true for v in forced), strict=True)
-        return [Told(*map(codec.decode, row)) for row in texts]
+        return [Generation(*map(processor.decode, row)) for row in texts]
 
     def _held_out(self, rows: Sequence[int]) -> dict[str, Tensor]:
         indices, mask = np.asarray(rows, dtype=np.int64), self._spec.config.task.mask_prompt
-        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.codec.pad)
+        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.processor.pad)
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def _received(self, round: int, broadcast: Packed) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class Worker:
 
     @contextmanager
     def _judged(self, round: int, broadcast: Packed, client: int | None, state: Any) -> Iterator[None]:
-        method, shape = self._spec.method, self._spec.skeleton.shape
+        method, shape = self._spec.method, self._spec.architecture.shape
         server = ServerState(round, self._received(round, broadcast))
         given = Guard(server.tensors.items())
         if client is None:
@@ -234,7 +234,7 @@ class Worker:
         lr: float,
         watch: GradientWatch,
     ) -> list[LocalResult]:
-        config, shape, pad = self._spec.config, self._spec.skeleton.shape, self._spec.codec.pad
+        config, shape, pad = self._spec.config, self._spec.architecture.shape, self._spec.processor.pad
         bases = {
             layer.name: received.tensors[f"{layer.name}/weight"]
             for layer in shape.targets
@@ -243,9 +243,9 @@ class Worker:
         if config.resources.executor == "reference":
             from rayfed_sub.training.reference import train_reference
 
-            weights = target_weights(shape, self._spec.skeleton.transposed, self._tensors)
+            weights = target_weights(shape, self._spec.architecture.transposed, self._tensors)
             weights |= {f"{name}/weight": weight for name, weight in bases.items()}
-            plain = assemble(self._spec.skeleton, self._tensors)
+            plain = assemble(self._spec.architecture, self._tensors)
             rest = (starts, clients, batches, config.optimizer)
             return train_reference(plain, shape, weights, *rest, lr=lr, seed=config.seed)
         mu = config.federation.proximal
@@ -267,12 +267,12 @@ class Worker:
         self, round: int, result: LocalResult, state: ClientState | None, broadcast: Packed
     ) -> tuple[Update, ClientState] | str:
         """A client's update and next state, or why it failed."""
-        method, shape, clip = self._spec.method, self._spec.skeleton.shape, self._spec.config.privacy.clip
+        method, shape, clip = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy.clip
         if result.failure is not None:
             return result.failure
         update = method.upload(result, self._weight(round, result.client), shape)
         cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
-        new = ClientState(round + 1, cursor, result.step, method.keep(result, shape))
+        new = ClientState(round + 1, cursor, result.step, method.client_state(result, shape))
         failure = not_finite(update.tensors) or not_finite(new.tensors)
         if failure is not None:
             return failure
@@ -294,14 +294,14 @@ class Worker:
             cursor,
             local_steps(config, client),
             config.task.mask_prompt,
-            self._spec.codec.pad,
+            self._spec.processor.pad,
             federation.batching,
         )
 
     def _weight(self, round: int, client: int) -> float:
         """p_k before normalisation; under FedNova over the length of the client's local steps."""
         config, federation = self._spec.config, self._spec.config.federation
-        weight = float(len(self._dataset.rows_of(client))) if federation.weights == "samples" else 1.0
+        weight = float(len(self._dataset.rows_of(client))) if federation.client_weighting == "samples" else 1.0
         return weight / local_length(config, round, client) if federation.normalise_steps else weight
 
     def _state(self, client: int, stored: Any) -> ClientState | None:

@@ -121,7 +121,7 @@ def sweep(folder: Path, kept: set[Key]) -> None:
             file.unlink()
 
 
-def client_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientState:
+def stored_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientState:
     """The state of a client that has trained.  Raises RunError where its file is not whole."""
     key = next(key for key in checkpoint.notes if key[0] == client)
     state = client_states.read(clients(folder), key, checkpoint.notes[key])

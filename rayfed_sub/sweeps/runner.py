@@ -16,7 +16,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import METHODS
 from rayfed_sub.planning import job_plan
-from rayfed_sub.planning.job import Foundation, check_resources, job_on
+from rayfed_sub.planning.job import JobInputs, check_resources, job_on
 from rayfed_sub.runtime.cluster import HEAD, nodes
 from rayfed_sub.runtime.ray_session import joined, ray_session
 from rayfed_sub.storage import atomic_files
@@ -24,7 +24,7 @@ from rayfed_sub.storage.remote import SWEEP, Place, placed
 from rayfed_sub.storage.run_folder import FREE, check_free, check_same, check_same_data, new, to_resume
 from rayfed_sub.sweeps.capacity import at_once, check_disk
 from rayfed_sub.sweeps.outcome import SweepResult, outcome
-from rayfed_sub.sweeps.shared_inputs import foundations, ground_key, shared
+from rayfed_sub.sweeps.shared_inputs import all_inputs, ground_key, shared
 from rayfed_sub.sweeps.space import Sweep, largest
 from rayfed_sub.sweeps.trial_events import Begun, TrialNow
 from rayfed_sub.sweeps.tuner import check_unused, loggers, searcher, tuned
@@ -103,14 +103,14 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
             return outcome(sweep, grid, here)
 
 
-def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, tuple[Config, Foundation]], int]:
+def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], int]:
     """What trials stand on, and how many of them go side by side.  Raises UserError for whatever cannot work."""
     there, points = nodes(), sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
         check_resources(config, there)
     tell(Stage("reading tasks and models"))
-    grounds = foundations(configs)
+    grounds = all_inputs(configs)
     for config in configs:
         job_on(grounds[ground_key(config)][1], config)
     jobs = [job_on(grounds[ground_key(own)][1], own) for own in map(sweep.config, largest(points))]

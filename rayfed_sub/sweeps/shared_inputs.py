@@ -11,21 +11,21 @@ import ray
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.models.hub import RANDOM
-from rayfed_sub.planning.job import Foundation, Job, foundation, job_on, kind_of
+from rayfed_sub.planning.job import Job, JobInputs, foundation, job_on, kind_of
 from rayfed_sub.runtime.coordinator import Shared
 from rayfed_sub.runtime.session import load_backbone, spec_of
 
 
 @dataclass(frozen=True)
 class Common:
-    """References into the object store, owned by the sweep's process.  ground: (skeleton, codec)."""
+    """References into the object store, owned by the sweep's process.  ground: (architecture, processor)."""
 
     ground: Any
     dataset: Any
 
 
 @dataclass(frozen=True)
-class Commons:
+class SharedInputs:
     """By what they depend on in a configuration: what jobs stand on, and weights."""
 
     grounds: Mapping[str, Common]
@@ -38,16 +38,16 @@ class Commons:
             job = job_on(foundation(config), config)
             dataset = ray.put(job.dataset)
         else:
-            skeleton, codec = ray.get(common.ground)
-            job = job_on(Foundation(skeleton, codec, ray.get(common.dataset)), config)
+            architecture, processor = ray.get(common.ground)
+            job = job_on(JobInputs(architecture, processor, ray.get(common.dataset)), config)
             dataset = common.dataset
         weights = self.weights.get(weights_key(config))
         return job, Shared(ray.put(spec_of(job)), ray.put(load_backbone(job)) if weights is None else weights, dataset)
 
 
-def foundations(configs: Iterable[Config]) -> dict[str, tuple[Config, Foundation]]:
+def all_inputs(configs: Iterable[Config]) -> dict[str, tuple[Config, JobInputs]]:
     """One foundation, with a configuration of it, for each key.  Raises UserError for what does not go together."""
-    found: dict[str, tuple[Config, Foundation]] = {}
+    found: dict[str, tuple[Config, JobInputs]] = {}
     for config in configs:
         key = ground_key(config)
         if key not in found:
@@ -55,21 +55,21 @@ def foundations(configs: Iterable[Config]) -> dict[str, tuple[Config, Foundation
     return found
 
 
-def shared(found: Mapping[str, tuple[Config, Foundation]]) -> Commons:
-    """Puts foundations and their weights into the object store of the Ray session that there is."""
+def shared(found: Mapping[str, tuple[Config, JobInputs]]) -> SharedInputs:
+    """Puts all_inputs and their weights into the object store of the Ray session that there is."""
     grounds, weights = {}, {}
     for key, (config, base) in found.items():
-        grounds[key] = Common(ray.put((base.skeleton, base.codec)), ray.put(base.dataset))
+        grounds[key] = Common(ray.put((base.architecture, base.processor)), ray.put(base.dataset))
         if (own := weights_key(config)) not in weights:
             weights[own] = ray.put(load_backbone(job_on(base, config)))
-    return Commons(grounds, weights)
+    return SharedInputs(grounds, weights)
 
 
 def ground_key(config: Config) -> str:
     """Equal for configurations that have the same model and the same rows at the same clients."""
     federation = config.federation.model_dump(mode="json", include={"clients", "partition"})
     parts = (config.model.model_dump(mode="json"), config.task.model_dump(mode="json"), federation)
-    return json.dumps([*parts, config.seed, config.evaluation.on])
+    return json.dumps([*parts, config.seed, config.evaluation.split])
 
 
 def weights_key(config: Config) -> str:

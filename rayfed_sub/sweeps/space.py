@@ -263,5 +263,5 @@ def _check_metric(metric: str, config: Config) -> None:
         )
     if not classes and metric in _CLASSES:
         raise UserError("sweep.metric", metric, "a metric of texts, for this task has no classes", "e.g. held_out_loss")
-    if metric in _TEXTS and not config.evaluation.generate:
-        raise UserError("sweep.metric", metric, "a metric that is measured", "set evaluation.generate, e.g. 32")
+    if metric in _TEXTS and not config.evaluation.generate_rows:
+        raise UserError("sweep.metric", metric, "a metric that is measured", "set evaluation.generate_rows, e.g. 32")

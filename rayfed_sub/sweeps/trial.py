@@ -15,7 +15,7 @@ from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.runtime.session import carry_out
 from rayfed_sub.storage.remote import inside, placed
 from rayfed_sub.storage.run_folder import check_data, opened, summary_of
-from rayfed_sub.sweeps.shared_inputs import Commons
+from rayfed_sub.sweeps.shared_inputs import SharedInputs
 from rayfed_sub.sweeps.space import Sweep
 from rayfed_sub.sweeps.trial_table import SENT
 from rayfed_sub.telemetry.events import RoundDone, Started, Summary
@@ -28,7 +28,7 @@ def values_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given["trial"].items() if key != NUMBER}
 
 
-def trial(given: Mapping[str, Any], sweep: Sweep, commons: Commons, trials: str) -> None:
+def trial(given: Mapping[str, Any], sweep: Sweep, commons: SharedInputs, trials: str) -> None:
     """Runs the trial, or goes on with it, at `trials`/<the name of Tune's own folder for it>, a path or a URI.
 
     Raises what the run raises: Tune then begins the trial again, and it goes on from its last checkpoint.

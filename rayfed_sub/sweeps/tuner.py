@@ -27,7 +27,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.runtime.cluster import HEAD
 from rayfed_sub.storage.remote import Place, inside
-from rayfed_sub.sweeps.shared_inputs import Commons
+from rayfed_sub.sweeps.shared_inputs import SharedInputs
 from rayfed_sub.sweeps.space import Axis, Search, Sweep
 from rayfed_sub.sweeps.trial import NUMBER, trial, values_of
 
@@ -46,7 +46,7 @@ def check_unused(place: Place) -> None:
 
 def tuned(
     sweep: Sweep,
-    commons: Commons,
+    commons: SharedInputs,
     place: Place,
     side_by_side: int,
     finder: Any,

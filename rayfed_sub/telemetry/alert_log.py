@@ -1,4 +1,4 @@
-"""What goes wrong with a run while it runs: each symptom of `diagnostics/alerts.py` is told once."""
+"""What goes wrong with a run while it runs: each alert of `diagnostics/alerts.py` is told once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import RoundRow
-from rayfed_sub.diagnostics.alerts import LOOKS, Symptom, symptoms
+from rayfed_sub.diagnostics.alerts import LOOKS, Alert, alerts
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.run_folder import RunFolder
 from rayfed_sub.telemetry.events import RoundDone
@@ -19,18 +19,18 @@ class Watch:
         self._config, self._before = config, overall(folder.scores(0)).get("held_out_loss")
         self._rounds = [RoundRow(**row) for row in folder.rounds.to_pylist()]
         self._looks = deque(folder.looks(LOOKS), maxlen=LOOKS)
-        self._told = {symptom.name for symptom in self._symptoms()}
+        self._told = {alert.name for alert in self._symptoms()}
 
-    def add(self, done: RoundDone) -> list[Symptom]:
+    def add(self, done: RoundDone) -> list[Alert]:
         """What the round shows for the first time."""
         self._rounds.append(done.row)
         if done.layers:
             self._looks.append((done.layers, done.client_layers))
-        new = [symptom for symptom in self._symptoms() if symptom.name not in self._told]
-        self._told |= {symptom.name for symptom in new}
+        new = [alert for alert in self._symptoms() if alert.name not in self._told]
+        self._told |= {alert.name for alert in new}
         return new
 
-    def _symptoms(self) -> list[Symptom]:
+    def _symptoms(self) -> list[Alert]:
         layers = [row for look, _ in self._looks for row in look]
         client_layers = [row for _, look in self._looks for row in look]
-        return symptoms(self._rounds, layers, client_layers, self._config, before=self._before)
+        return alerts(self._rounds, layers, client_layers, self._config, before=self._before)

@@ -27,8 +27,8 @@ class Notice:
 @dataclass(frozen=True)
 class Beginning:
     """What a run that is taken up again has to know of its first sitting: the initial model's scores, and what the bits
-    depend on besides the configuration.  rows: the task's `Census`; data: its `Fingerprint`; backbone: a sum over the
-    frozen weights in hex."""
+    depend on besides the configuration.  rows: the task's `RowCounts`; data: its `Fingerprint`; backbone: a sum over
+    the frozen weights in hex."""
 
     scores: tuple[Score, ...]
     versions: dict[str, str]
@@ -85,7 +85,7 @@ class Summary:
     machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again; precision: of
     the model that was judged, but for its target layers and head, which compute in float32; logits: how they follow
     from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's); rows:
-    the task's `Census`."""
+    the task's `RowCounts`."""
 
     name: str
     method: str

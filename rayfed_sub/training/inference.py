@@ -53,7 +53,7 @@ def _terms(change: Change, device: torch.device) -> Terms | None:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Prediction:
     """One held-out row: its summed loss (nats), what was said at each label and what is true:
     tokens, given the true ones before them, or one class."""
 
@@ -63,7 +63,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Told:
+class Generation:
     """A model's words on a held-out question: its greedy answer, and the reference, cut to `task.max_length` as in
     training; the likeliest token at each label, given the true ones before it, and the labels themselves."""
 
@@ -73,14 +73,14 @@ class Told:
     true: str
 
 
-def verdicts(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Verdict]:
+def verdicts(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Prediction]:
     """One per row of a held-out batch, under the bound global model."""
     seen = predicted(model, batch)
     rows = len(batch["labels"])
     loss_R = seen.loss_L.new_zeros(rows).index_add(0, seen.row_L, seen.loss_L)
     counts = torch.bincount(seen.row_L, minlength=rows).tolist()
     said, true = (tuple(map(tuple, _split(column.tolist(), counts))) for column in (seen.best_L, seen.label_L))
-    return [Verdict(*row) for row in zip(loss_R.tolist(), said, true, strict=True)]
+    return [Prediction(*row) for row in zip(loss_R.tolist(), said, true, strict=True)]
 
 
 def _split(flat: list[int], counts: Sequence[int]) -> list[list[int]]:

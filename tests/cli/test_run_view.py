@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from rayfed_sub.cli.main import main, run_view
+from rayfed_sub.cli import main, run_view
 from rayfed_sub.cli.run_view import Display, print_table
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.schemas import RoundRow, Score

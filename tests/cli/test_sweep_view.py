@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from rayfed_sub.cli.main import sweep_view
+from rayfed_sub.cli import sweep_view
 from rayfed_sub.cli.sweep_view import SweepDisplay
 from rayfed_sub.sweeps.labels import headings, worded
 from rayfed_sub.sweeps.trial_events import Begun, TrialNow

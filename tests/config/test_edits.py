@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfed_sub.cli.main import main
+from rayfed_sub.cli import main
 from rayfed_sub.config.edits import check_editable, edited, with_number
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.errors import UserError

@@ -197,7 +197,7 @@ def test_the_resolved_form_reads_back_as_the_same_configuration(tmp_path: Path) 
 def test_the_resolved_form_holds_every_field_of_the_method() -> None:
     assert prepare(small()).config.method == {
         **{"name": "fedftg", "rank": 4, "scale": 1.0, "refresh_every": 8},
-        **{"projector": "exact", "moments": "keep", "state": "keep"},
+        **{"projector": "exact", "moments": "keep", "optimizer_state": "keep"},
     }
 
 
@@ -315,6 +315,6 @@ def test_resources_of_several_nodes(asked: str, field: str, allowed: str) -> Non
 
 
 def test_the_task_s_seed_is_a_number_and_up_to_256_rows_are_judged() -> None:
-    assert (Config().task.seed, Config().evaluation.examples) == (0, 256)
+    assert (Config().task.seed, Config().evaluation.eval_rows) == (0, 256)
     with pytest.raises(UserError, match=r"^task\.seed: got None; allowed: an integer >= 0; e\.g\. task\.seed=0$"):
         load_config({"task": {"seed": None}})

@@ -14,10 +14,10 @@ import pytest
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Federation, Partition, Task
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.codec import Codec
 from rayfed_sub.data.dataset import Dataset, build_dataset, load_dataset, load_pairs
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct
+from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.stdlib_docs import SKIPPED, callables, first_paragraph
@@ -27,7 +27,7 @@ PAD, EOS, ASK, CLS = 256, 257, 258, 259
 
 
 @dataclass(frozen=True)
-class ByteCodec:
+class ByteTokenizer:
     """A byte is a token; a prompt ends with ASK, an answer and a text with EOS, a text begins with CLS."""
 
     pad: int = PAD
@@ -55,11 +55,11 @@ class ByteCodec:
         return bytes(token for token in tokens if token < 256).decode()
 
 
-CODEC: Codec = ByteCodec()
+CODEC: Processor = ByteTokenizer()
 
 
 @dataclass(frozen=True)
-class SilentCodec(ByteCodec):
+class SilentCodec(ByteTokenizer):
     """Has no tokens for the answer "-"."""
 
     def answer(self, text: str) -> list[int]:
@@ -67,7 +67,7 @@ class SilentCodec(ByteCodec):
 
 
 @dataclass(frozen=True)
-class WordyCodec(ByteCodec):
+class WordyCodec(ByteTokenizer):
     """Puts nine tokens around every question."""
 
     def prompt(self, text: str) -> list[int]:
@@ -75,7 +75,7 @@ class WordyCodec(ByteCodec):
 
 
 @dataclass(frozen=True)
-class RunCodec(ByteCodec):
+class RunCodec(ByteTokenizer):
     """A question's tokens are its runs of letters, by their length, and its digits."""
 
     def prompt(self, text: str) -> list[int]:
@@ -381,10 +381,10 @@ def test_no_held_out_prompt_is_trained_on_once_rows_are_cut(kind: Kind, caplog: 
     assert len(data.held_out) == 5
     # Each held-out letter takes the eight other rows of it, or seven where two of the five have one letter.
     taken = {prompt for prompt in prompts(data.held_out) if len(prompt) > 12}
-    assert data.census.repeated == 9 * len(taken) - sum(len(prompt) > 12 for prompt in prompts(data.held_out))
-    assert data.census.cut_prompts == 90
+    assert data.row_counts.repeated == 9 * len(taken) - sum(len(prompt) > 12 for prompt in prompts(data.held_out))
+    assert data.row_counts.cut_prompts == 90
     assert (
-        f"{data.census.repeated} training rows left out: the same question, but for case, spaces and what is cut, "
+        f"{data.row_counts.repeated} training rows left out: the same question, but for case, spaces and what is cut, "
         in (caplog.text)
     )
 
@@ -468,13 +468,13 @@ def test_the_census_accounts_for_every_row() -> None:
     pairs = Pairs("causal-lm", tuple(questions), tuple(answers), pairs.keys)
     for seed in range(5):
         task = Task(max_rows=100, held_out=0.3, validation=0.1, seed=seed)
-        census = build_dataset(pairs, task, federation("column", 2), SilentCodec(), seed).census
-        parts = (census.capped, census.strange, census.silent, census.dropped, census.repeated)
-        assert sum(parts) + census.train + census.validation + census.held_out == census.read == 120
-        assert (census.strange, census.capped) == (10, 10)
-        assert census.silent <= 1
-        assert census.repeated <= 1
-    whole = build_dataset(pairs, Task(), federation("column", 2), SilentCodec(), 0).census
+        row_counts = build_dataset(pairs, task, federation("column", 2), SilentCodec(), seed).row_counts
+        parts = (row_counts.capped, row_counts.strange, row_counts.silent, row_counts.dropped, row_counts.repeated)
+        assert sum(parts) + row_counts.train + row_counts.validation + row_counts.held_out == row_counts.read == 120
+        assert (row_counts.strange, row_counts.capped) == (10, 10)
+        assert row_counts.silent <= 1
+        assert row_counts.repeated <= 1
+    whole = build_dataset(pairs, Task(), federation("column", 2), SilentCodec(), 0).row_counts
     assert (whole.capped, whole.strange, whole.silent) == (0, 10, 1)
 
 
@@ -541,7 +541,7 @@ def test_python_docs_cut_short_keep_their_template_and_splits_apart(max_length: 
     data = build_dataset(load_pairs(task, shares), task, shares, CODEC, seed=0)
     assert all(text.startswith("What does `") and text.endswith("` do?") for text, _ in as_text(data.train))
     assert not set(prompts(data.train)) & set(prompts(data.held_out))
-    assert data.census.repeated > 0
+    assert data.row_counts.repeated > 0
 
 
 def test_the_built_in_task_refuses_a_table_s_fields() -> None:

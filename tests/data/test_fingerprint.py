@@ -20,7 +20,7 @@ from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.splits import Splits
-from rayfed_sub.models.tokenizers import ByteCodec
+from rayfed_sub.models.tokenizers import ByteTokenizer
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.runtime import session
 from rayfed_sub.storage.remote import Place
@@ -43,13 +43,15 @@ def config(path: Path, *overrides: str) -> Config:
         "model": {"path": "random", "random": MODEL},
         "task": {"name": "table", "path": str(path), "prompt": "{q}", "answer": "a", "held_out": 0.2},
         "federation": {"clients": 2, "rounds": 2, "partition": {"kind": "column", "column": "who"}},
-        "evaluation": {"examples": 8},
+        "evaluation": {"eval_rows": 8},
     }
     return load_config(tree, overrides)
 
 
-def data(config: Config, codec: Any = None) -> Dataset:
-    return load_dataset(config.task, config.federation, codec or ByteCodec(), config.seed, config.evaluation.on)
+def data(config: Config, processor: Any = None) -> Dataset:
+    return load_dataset(
+        config.task, config.federation, processor or ByteTokenizer(), config.seed, config.evaluation.split
+    )
 
 
 def differing(one: Fingerprint, other: Fingerprint) -> list[str]:
@@ -97,7 +99,7 @@ def test_other_owners_of_the_same_splits(tmp_path: Path) -> None:
 
 
 def test_another_tokenizer_and_other_labels_are_other_rows(tmp_path: Path) -> None:
-    class Louder(ByteCodec):
+    class Louder(ByteTokenizer):
         def prompt(self, text: str) -> list[int]:
             return super().prompt(text.upper())
 
@@ -105,9 +107,9 @@ def test_another_tokenizer_and_other_labels_are_other_rows(tmp_path: Path) -> No
     assert "rows" in differing(data(kept).fingerprint, data(kept, Louder()).fingerprint)
     moods = [{"q": row["q"], "who": "ab"[n % 2], "mood": ("good", "bad")[n % 3 == 0]} for n, row in enumerate(ROWS)]
     judged = Task(name="table", path=str(written(tmp_path / "moods.jsonl", moods)), prompt="{q}", label="mood")
-    before = load_dataset(judged, Federation(clients=2, partition=kept.federation.partition), ByteCodec(), 0)
+    before = load_dataset(judged, Federation(clients=2, partition=kept.federation.partition), ByteTokenizer(), 0)
     written(tmp_path / "moods.jsonl", [{**moods[0], "mood": "good"}, *moods[1:]])
-    after = load_dataset(judged, Federation(clients=2, partition=kept.federation.partition), ByteCodec(), 0)
+    after = load_dataset(judged, Federation(clients=2, partition=kept.federation.partition), ByteTokenizer(), 0)
     assert differing(before.fingerprint, after.fingerprint)[0] == "rows"
 
 
@@ -228,7 +230,7 @@ def test_the_sum_over_the_weights_leaves_out_what_is_computed() -> None:
 
 def test_a_sweep_is_not_taken_up_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder = written(tmp_path / "rows.jsonl", ROWS), tmp_path / "sweep"
-    tree = config(path, "task.validation=0.1", "evaluation.on=validation", "name=grid").model_dump(mode="json")
+    tree = config(path, "task.validation=0.1", "evaluation.split=validation", "name=grid").model_dump(mode="json")
     tree["sweep"] = {"space": {"task.seed": {"grid": [0, 1]}, "optimizer.lr": {"grid": [0.1, 0.2]}}}
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml_text(tree))

@@ -19,7 +19,7 @@ import transformers
 from PIL import Image
 
 from rayfed_sub import load_config, run
-from rayfed_sub.cli.main import main
+from rayfed_sub.cli import main
 from rayfed_sub.config.schema import Config, Federation, Model, Optimizer, Partition, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Subspace, wire_bytes
@@ -30,8 +30,8 @@ from rayfed_sub.data.pairs import Pairs, distinct
 from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tokenization import Cuts, tokenised
 from rayfed_sub.export.exported import export_hf, export_peft
-from rayfed_sub.models.architecture import build, skeleton
-from rayfed_sub.models.image_processors import ImageCodec, load_image_codec
+from rayfed_sub.models.architecture import architecture, build
+from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
 from rayfed_sub.models.presets import ANY_PATCHES
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning.job import prepare
@@ -113,8 +113,8 @@ def test_no_picture_stands_in_two_splits(tmp_path: Path) -> None:
     task = table(tmp_path / "rows.parquet", cells, ["a", "b"] * 32 + ["b", "a"] * 16)
     task = task.model_copy(update={"held_out": 0.25, "validation": 0.25})
     federation = Federation(clients=2, partition=Partition(kind="iid"))
-    codec = ImageCodec(16, (0.5,) * 3, (0.5,) * 3)
-    parts = [load_dataset(task, federation, codec, 0, judged) for judged in ("held-out", "validation")]
+    processor = HubImageProcessor(16, (0.5,) * 3, (0.5,) * 3)
+    parts = [load_dataset(task, federation, processor, 0, judged) for judged in ("held-out", "validation")]
     splits = [parts[0].train, parts[0].held_out, parts[1].held_out]
     seen = [{pixels.tobytes() for pixels in split.pixels} for split in splits if isinstance(split, Images)]
     assert [len(pixels) for pixels in seen] == [16, 8, 8]
@@ -129,7 +129,7 @@ def test_pictures_that_are_one_once_they_are_scaled_stand_in_one_split() -> None
     names = tuple(digest(decoded(cell)) for cell in cells)
     pairs = Pairs("classification", names, ("a", "b") * 20, ("",) * 40, ("a", "b"), cells)
     shares = Federation(clients=2, partition=Partition(kind="iid"))
-    data = build_dataset(pairs, Task(held_out=0.2), shares, ImageCodec(1), seed=0)
+    data = build_dataset(pairs, Task(held_out=0.2), shares, HubImageProcessor(1), seed=0)
     assert isinstance(data.train, Images)
     assert isinstance(data.held_out, Images)
     train, held_out = ({int(value) for value in images.pixels.ravel()} for images in (data.train, data.held_out))
@@ -140,9 +140,9 @@ def test_pictures_that_are_one_once_they_are_scaled_stand_in_one_split() -> None
 
 def test_inputs_by_hand() -> None:
     """Gray 51 is 0.2; red (255, 0, 51) is (1, 0, 0.2).  Less the mean, by the deviation."""
-    codec = ImageCodec(1, mean=(0.2, 0.5, 0.0), std=(0.5, 0.25, 0.1))
+    processor = HubImageProcessor(1, mean=(0.2, 0.5, 0.0), std=(0.5, 0.25, 0.1))
     pairs = Pairs("classification", ("x", "y"), ("b", "a"), ("", ""), ("a", "b"), (filed(GRAY), filed(RED)))
-    images, kept, cuts = tokenised(pairs, codec, 8)
+    images, kept, cuts = tokenised(pairs, processor, 8)
     assert isinstance(images, Images)
     assert (images.pixels.shape, images.pixels.dtype, kept.tolist(), cuts) == ((2, 3, 1, 1), np.uint8, [0, 1], Cuts())
     batch = collate(images, np.array([1, 0]), mask_prompt=True, pad=0)
@@ -154,7 +154,7 @@ def test_inputs_by_hand() -> None:
 
 def test_gray_images_are_kept_with_one_channel_and_read_as_three() -> None:
     pairs = Pairs("classification", ("x",), ("a",), ("",), ("a", "b"), (filed(GRAY),))
-    images, _, _ = tokenised(pairs, ImageCodec(4), 8)
+    images, _, _ = tokenised(pairs, HubImageProcessor(4), 8)
     assert isinstance(images, Images)
     assert images.pixels.tolist() == np.full((1, 1, 4, 4), 51).tolist()
     assert images.nbytes == 16 + 8
@@ -165,7 +165,7 @@ def test_gray_images_are_kept_with_one_channel_and_read_as_three() -> None:
 def test_the_whole_image_is_resized_and_nothing_cut() -> None:
     wide = Image.new("L", (8, 2))
     wide.paste(255, (4, 0, 8, 2))  # the right half is white
-    (pixels,) = ImageCodec(2).pixels(filed(wide))
+    (pixels,) = HubImageProcessor(2).pixels(filed(wide))
     assert (pixels[:, 0] < 30).all()
     assert (pixels[:, 1] > 225).all()
 
@@ -303,26 +303,26 @@ def processor(folder: Path, numbers: dict[str, Any], **said: Any) -> Model:
 def test_numbers_come_from_the_models_processor(tmp_path: Path) -> None:
     said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"shortest_edge": 40}}
     model = processor(tmp_path, DINOV2, **said, crop_size={"height": 24, "width": 24})
-    assert load_image_codec(model) == ImageCodec(24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert load_image_codec(model, 12).side == 12
+    assert load_image_processor(model) == HubImageProcessor(24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert load_image_processor(model, 12).side == 12
 
 
 @pytest.mark.parametrize(
     ("numbers", "said", "expected"),
     [
-        (DINOV2, {"size": 20}, ImageCodec(20)),  # a number, as older files have it
-        (DINOV2, {"size": {"height": 22, "width": 22}}, ImageCodec(20)),  # 5 patches of 4
-        (DINOV2, {}, ImageCodec(32)),  # no processor: the model's own size
-        (VIT, {"size": {"height": 224, "width": 224}}, ImageCodec(16)),  # the only size that its positions fit
-        (SIGLIP, {}, ImageCodec(16)),
-        (VIT, {"do_normalize": False}, ImageCodec(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))),
-        (VIT, {"image_mean": 0.5, "image_std": 1.0}, ImageCodec(16, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))),
+        (DINOV2, {"size": 20}, HubImageProcessor(20)),  # a number, as older files have it
+        (DINOV2, {"size": {"height": 22, "width": 22}}, HubImageProcessor(20)),  # 5 patches of 4
+        (DINOV2, {}, HubImageProcessor(32)),  # no processor: the model's own size
+        (VIT, {"size": {"height": 224, "width": 224}}, HubImageProcessor(16)),  # the only size that its positions fit
+        (SIGLIP, {}, HubImageProcessor(16)),
+        (VIT, {"do_normalize": False}, HubImageProcessor(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))),
+        (VIT, {"image_mean": 0.5, "image_std": 1.0}, HubImageProcessor(16, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))),
     ],
 )
 def test_processors_say_it_in_many_ways(
-    numbers: dict[str, Any], said: dict[str, Any], expected: ImageCodec, tmp_path: Path
+    numbers: dict[str, Any], said: dict[str, Any], expected: HubImageProcessor, tmp_path: Path
 ) -> None:
-    assert load_image_codec(processor(tmp_path, numbers, **said)) == expected
+    assert load_image_processor(processor(tmp_path, numbers, **said)) == expected
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_processors_say_it_in_many_ways(
 )
 def test_sizes_that_a_model_cannot_read(numbers: dict[str, Any], size: int, allowed: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load_image_codec(random_model(numbers), size)
+        load_image_processor(random_model(numbers), size)
     assert str(caught.value).startswith(f"task.image_size: got {size}; allowed: {allowed}")
 
 
@@ -344,9 +344,9 @@ def test_a_broken_processor_and_a_model_of_gray_images(tmp_path: Path) -> None:
     model = processor(tmp_path, VIT)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match=r"model.path: .*preprocessor_config.json can be read; JSONDecodeError"):
-        load_image_codec(model)
+        load_image_processor(model)
     with pytest.raises(UserError, match=r"model.path: got 'random'; allowed: .*3 channels; it reads 1"):
-        load_image_codec(random_model({**VIT, "num_channels": 1}))
+        load_image_processor(random_model({**VIT, "num_channels": 1}))
 
 
 def test_a_language_model_reads_no_images(tmp_path: Path) -> None:
@@ -358,14 +358,14 @@ def test_a_language_model_reads_no_images(tmp_path: Path) -> None:
         (random_model({"type": "llama"}), "model.random.type"),
     ):
         with pytest.raises(UserError) as caught:
-            load_image_codec(model)
+            load_image_processor(model)
         assert caught.value.field == field
         assert allowed in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ANY_PATCHES)
 def test_some_models_fit_their_positions_to_the_image(name: str) -> None:
-    bones = skeleton(random_model({**DINOV2, "type": name}), "image-classification", KINDS)
+    bones = architecture(random_model({**DINOV2, "type": name}), "image-classification", KINDS)
     module = build(bones.hf_config, bones.kind, "cpu")
     for side in (4, 12, 40):
         assert module(torch.zeros(1, 3, side, side)).logits.shape == (1, 4)
@@ -373,7 +373,7 @@ def test_some_models_fit_their_positions_to_the_image(name: str) -> None:
 
 @pytest.mark.parametrize("numbers", [VIT, SIGLIP])
 def test_other_models_read_their_own_size(numbers: dict[str, Any]) -> None:
-    bones = skeleton(random_model(numbers), "image-classification", KINDS)
+    bones = architecture(random_model(numbers), "image-classification", KINDS)
     assert [layer.name.split(".")[-1] for layer in bones.shape.targets] == ["fc1", "fc1"]
     assert [layer.name for layer in bones.shape.head] == ["classifier"]
     module = build(bones.hf_config, bones.kind, "cpu")
@@ -463,7 +463,7 @@ def test_a_run_is_planned(numbers: dict[str, Any], pictures: str) -> None:
     assert planned.rows.side == 16
     assert planned.data >= 160 * (16 * 16 + 8)
     assert planned.worker.process > planned.worker.tensors > 0
-    assert backbone_bytes(job.skeleton) == wire_bytes(load_weights(job.config.model, job.skeleton, seed=0))
+    assert backbone_bytes(job.architecture) == wire_bytes(load_weights(job.config.model, job.architecture, seed=0))
 
 
 def test_the_plan_speaks_of_pixels(
@@ -513,9 +513,11 @@ def test_the_exported_processor_does_what_the_run_did(runs: Runs, pictures: str,
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", use_fast=False)
     picture = drawn("disc", 3)
     expected = theirs(images=picture.convert("RGB"), return_tensors="np")["pixel_values"]
-    codec = load_image_codec(Model(path=str(tmp_path / "out")), 16)
-    pixels = codec.pixels(filed(picture))[None]
-    ours = Images(pixels, np.zeros(1, np.int64), np.float32(codec.mean), np.float32(codec.std)).inputs(np.array([0]))
+    processor = load_image_processor(Model(path=str(tmp_path / "out")), 16)
+    pixels = processor.pixels(filed(picture))[None]
+    ours = Images(pixels, np.zeros(1, np.int64), np.float32(processor.mean), np.float32(processor.std)).inputs(
+        np.array([0])
+    )
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -529,7 +531,7 @@ def test_a_named_task_of_images(tmp_path: Path) -> None:
     cells = [filed(drawn(kind, number)) for number in range(6) for kind in KINDS]
     table(tmp_path / "rows.parquet", cells, [3, 0, 1, 2] * 6)
     task = Task(name="brain-tumor", path=str(tmp_path / "rows.parquet"))
-    dataset = load_dataset(task, Federation(clients=4), load_image_codec(random_model(VIT)), seed=0)
+    dataset = load_dataset(task, Federation(clients=4), load_image_processor(random_model(VIT)), seed=0)
     assert dataset.class_names == ("glioma", "meningioma", "notumor", "pituitary")
     assert dataset.client_names == dataset.class_names
     assert dataset.train.pixels.shape == (24 - 2, 1, 16, 16)  # type: ignore[union-attr]
@@ -540,7 +542,7 @@ def test_a_named_task_of_images(tmp_path: Path) -> None:
 def test_pixels_take_the_model_s_own_type() -> None:
     """BEiT's first layer is a convolution that wants them in bfloat16; ViT's sees to it itself."""
     numbers = {"type": "beit", **SMALL, "intermediate_size": 48, "image_size": 16, "patch_size": 4}
-    bones = skeleton(random_model(numbers), "image-classification", ("a", "b"))
+    bones = architecture(random_model(numbers), "image-classification", ("a", "b"))
     model = build(bones.hf_config, "image-classification").to_empty(device="cpu").to(torch.bfloat16)
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 0.01)

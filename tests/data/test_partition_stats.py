@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rayfed_sub.cli import main
 from rayfed_sub.cli.data_view import show
-from rayfed_sub.cli.main import main
 from rayfed_sub.cli.partition_picture import check_path, draw
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import build_dataset
 from rayfed_sub.data.pairs import Pairs
-from rayfed_sub.data.partition_stats import Holdings, as_dict, holdings
+from rayfed_sub.data.partition_stats import PartitionStats, as_dict, holdings
 from rayfed_sub.data.skew import distances, skew
-from rayfed_sub.models.tokenizers import ByteCodec
+from rayfed_sub.models.tokenizers import ByteTokenizer
 
 TINY = str(Path(__file__).parents[2] / "experiments" / "tiny.yaml")
 
@@ -39,7 +39,7 @@ class Case:
     clients: int
     partition: dict[str, Any]
 
-    def holdings(self) -> Holdings:
+    def holdings(self) -> PartitionStats:
         keys = [key for key, size in self.sizes.items() for _ in range(size)]
         numbers = range(len(keys))
         pairs = Pairs(
@@ -53,7 +53,7 @@ class Case:
         }
         config = Config.model_validate(tree)
         return holdings(
-            config, build_dataset(pairs, config.task, config.federation, ByteCodec(), config.seed), ["a note"]
+            config, build_dataset(pairs, config.task, config.federation, ByteTokenizer(), config.seed), ["a note"]
         )
 
 
@@ -63,12 +63,12 @@ ALIKE = Case({"": 50}, 5, {"kind": "iid"})
 
 
 @cache
-def dealt(case: Case) -> Holdings:
+def dealt(case: Case) -> PartitionStats:
     """The case's holdings, made once."""
     return case.holdings()
 
 
-def printed(held: Holdings, width: int = 80, coloured: bool = False) -> str:
+def printed(held: PartitionStats, width: int = 80, coloured: bool = False) -> str:
     console = Console(
         file=io.StringIO(),
         width=width,
@@ -112,7 +112,7 @@ def test_a_column_s_clients_hold_one_class_each() -> None:
     assert held.skew == pytest.approx(0.6 * 0.4 + 0.3 * 0.7 + 0.1 * 0.9)
 
 
-def moods() -> Holdings:
+def moods() -> PartitionStats:
     """Three clients by site; the task's label is the mood.  Of 32 rows 4 are held out."""
     rows = [("north", "good")] * 8 + [("south", "bad")] * 8 + [("east", mood) for mood in ("good", "bad") * 8]
     numbers = range(len(rows))
@@ -121,7 +121,7 @@ def moods() -> Holdings:
     task = {"name": "table", "path": "rows.csv", "prompt": "{text}", "label": "mood", "held_out": 0.125}
     tree = {"task": task, "federation": {"clients": 3, "partition": {"kind": "column", "column": "site"}}}
     config = Config.model_validate(tree)
-    return holdings(config, build_dataset(pairs, config.task, config.federation, ByteCodec(), config.seed))
+    return holdings(config, build_dataset(pairs, config.task, config.federation, ByteTokenizer(), config.seed))
 
 
 def test_classes_are_the_label_s_where_clients_come_from_another_column() -> None:
@@ -157,7 +157,7 @@ def test_many_classes_end_in_other() -> None:
     counts_GS = held.table(held.groups(24))
     assert counts_GS.shape == (24, 20)
     # All training rows: nine tenths of 100 - i, rounded to the whole of all, are 90 - i or next to it.
-    assert counts_GS.sum() == held.rows_C.sum() == held.census.train
+    assert counts_GS.sum() == held.rows_C.sum() == held.row_counts.train
     assert counts_GS.sum(axis=0)[-1] == sum(
         sum(held.counts_of(k).get(f"class {i:02}", 0) for i in range(19, 30)) for k in range(300)
     )

@@ -25,7 +25,7 @@ from rayfed_sub.data.splits import split_rows
 from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tasks import TASKS, filled
 from rayfed_sub.data.tokenization import tokenised
-from rayfed_sub.models.tokenizers import ByteCodec
+from rayfed_sub.models.tokenizers import ByteTokenizer
 from rayfed_sub.planning.job import prepare
 from tests.helpers.pictures import KINDS, drawn, filed
 
@@ -138,7 +138,7 @@ def test_a_named_task_goes_all_the_way(tmp_path: Path) -> None:
         "federation": {"clients": 2},
     }
     job = prepare(load_config(tree))
-    assert (job.skeleton.kind, job.dataset.client_names) == ("causal-lm", ("NIH", "CDC"))
+    assert (job.architecture.kind, job.dataset.client_names) == ("causal-lm", ("NIH", "CDC"))
     assert prepare(job.config).dataset.client_names == ("NIH", "CDC")  # as a resumed run reads it
 
 
@@ -217,7 +217,7 @@ def test_repeats_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) ->
 
 def rows_of(pairs: list[tuple[str, str]], max_length: int) -> Rows:
     questions, answers = zip(*pairs, strict=True)
-    rows, _, _ = tokenised(Pairs("causal-lm", questions, answers, ("",) * len(pairs)), ByteCodec(), max_length)
+    rows, _, _ = tokenised(Pairs("causal-lm", questions, answers, ("",) * len(pairs)), ByteTokenizer(), max_length)
     assert isinstance(rows, Rows)
     return rows
 
@@ -235,16 +235,16 @@ def test_prompt_and_padding_carry_no_label() -> None:
 
 
 def test_what_is_too_long_keeps_its_template_and_the_answer_or_half_a_row_of_it() -> None:
-    codec = ByteCodec()
+    processor = ByteTokenizer()
     rows = rows_of([("?", "abcdefghijklmn"), ("a long question", "x")], 20)
-    assert rows.row(0).tolist() == [*codec.prompt("?"), *codec.answer("abcdefghijk")[:11]]  # 9 + 11
+    assert rows.row(0).tolist() == [*processor.prompt("?"), *processor.answer("abcdefghijk")[:11]]  # 9 + 11
     assert int(rows.prompts[0]) == 9
-    assert rows.row(1).tolist() == [*codec.prompt("a lonstion"), *codec.answer("x")]  # 8 + 10 + 2
+    assert rows.row(1).tolist() == [*processor.prompt("a lonstion"), *processor.answer("x")]  # 8 + 10 + 2
     assert int(rows.prompts[1]) == 18
 
 
 @dataclass(frozen=True)
-class WordCodec(ByteCodec):
+class WordCodec(ByteTokenizer):
     """A token is a word of any length, by its place in the dictionary; notes how many characters it was given."""
 
     seen: list[int] = field(default_factory=list)
@@ -257,26 +257,26 @@ class WordCodec(ByteCodec):
 def test_of_a_long_answer_only_what_may_be_needed_is_read() -> None:
     """At most 16 tokens are kept, for which 96 characters are read.  The first answer has more words than that in them;
     the second has only two and is read whole, to the last of its three."""
-    codec = WordCodec()
+    processor = WordCodec()
     answers = ("abc " * 1000, "a" * 40 + " " + "b" * 40 + " " + "c" * 300)
     pairs = Pairs("causal-lm", ("", ""), answers, ("", ""))
-    rows, _, _ = tokenised(pairs, codec, 16)
+    rows, _, _ = tokenised(pairs, processor, 16)
     assert isinstance(rows, Rows)
-    asked = len(codec.prompt(""))
+    asked = len(processor.prompt(""))
     assert rows.row(0)[asked:].tolist() == [3] * 8
-    assert rows.row(1)[asked:].tolist() == [40, 40, 300, codec.eos]
+    assert rows.row(1)[asked:].tolist() == [40, 40, 300, processor.eos]
     # 96 characters up to the last space: 24 words of 4, less the space; 40 + 1 + 40; then the second one whole.
-    assert codec.seen == [95 + 81, 382]
+    assert processor.seen == [95 + 81, 382]
 
 
 def test_long_answers_have_the_tokens_of_the_whole() -> None:
-    codec, text = ByteCodec(), "one two three " * 200
+    processor, text = ByteTokenizer(), "one two three " * 200
     rows = rows_of([("?", text)], 64)
-    assert rows.row(0).tolist() == [*codec.prompt("?"), *codec.answer(text)][:64]
+    assert rows.row(0).tolist() == [*processor.prompt("?"), *processor.answer(text)][:64]
 
 
 def dataset(task: Task, **partition: Any) -> Dataset:
-    return load_dataset(task, federation(**partition), ByteCodec(), seed=0)
+    return load_dataset(task, federation(**partition), ByteTokenizer(), seed=0)
 
 
 def test_named_tasks_are_dealt_out_without_a_column_being_named(tmp_path: Path) -> None:

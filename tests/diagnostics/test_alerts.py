@@ -1,4 +1,4 @@
-"""Every rule on rows that show its symptom and on rows that do not; healthy runs show none."""
+"""Every rule on rows that show its alert and on rows that do not; healthy runs show none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer, RoundRow
-from rayfed_sub.diagnostics.alerts import Symptom, symptoms
+from rayfed_sub.diagnostics.alerts import Alert, alerts
 
 
 def config(method: str = "fedftg", **optimizer: Any) -> Config:
@@ -74,12 +74,12 @@ FALLING: list[float | None] = [3.6, 3.4, 3.3, 3.2, 3.1, 3.05]
 STILL: list[float | None] = [3.0, 2.9, 2.895, 2.9, 2.899, 2.897]
 
 
-def names(found: list[Symptom]) -> list[str]:
-    assert all("\n" not in symptom.text for symptom in found)
-    return [symptom.name for symptom in found]
+def names(found: list[Alert]) -> list[str]:
+    assert all("\n" not in alert.text for alert in found)
+    return [alert.name for alert in found]
 
 
-def only(found: list[Symptom], name: str) -> str:
+def only(found: list[Alert], name: str) -> str:
     assert names(found) == [name]
     return found[0].text
 
@@ -120,13 +120,13 @@ def test_real_healthy_runs_show_none(method: str) -> None:
     looked = layers(len(held_out), **figures)
     for n in range(1, len(rows) + 1):
         seen = [row for row in looked if row.round < n]
-        found = symptoms(rows[:n], seen, clients(0.85, n), config(method), before=4.4972, planned=14 * 10**8)
+        found = alerts(rows[:n], seen, clients(0.85, n), config(method), before=4.4972, planned=14 * 10**8)
         assert names(found) == (["full rank"] if method == "fedftg" and n >= 3 else [])
 
 
 def test_nothing_is_said_of_nothing() -> None:
-    assert symptoms([], [], [], config()) == []
-    assert symptoms(rounds([None, None, None, None]), [], [], config()) == []
+    assert alerts([], [], [], config()) == []
+    assert alerts(rounds([None, None, None, None]), [], [], config()) == []
 
 
 # The loss.
@@ -134,25 +134,25 @@ def test_nothing_is_said_of_nothing() -> None:
 
 def test_divergence_is_told_after_two_bad_evaluations() -> None:
     """Best 2.0; 2.11 is 5.5 % above it, 2.09 only 4.5 %."""
-    assert symptoms(rounds([2.5, 2.0, 2.2, 2.09]), [], [], config()) == []
-    assert symptoms(rounds([2.5, 2.0, 2.05, 2.2]), [], [], config()) == []
-    text = only(symptoms(rounds([2.5, 2.0, 2.11, 2.2]), [], [], config(lr=0.1)), "divergence")
+    assert alerts(rounds([2.5, 2.0, 2.2, 2.09]), [], [], config()) == []
+    assert alerts(rounds([2.5, 2.0, 2.05, 2.2]), [], [], config()) == []
+    text = only(alerts(rounds([2.5, 2.0, 2.11, 2.2]), [], [], config(lr=0.1)), "divergence")
     assert "2.2 after round 4, 10% above its best 2" in text
     assert "optimizer.lr=0.1 or federation.local_steps" in text
 
 
 def test_a_falling_training_loss_makes_it_overfitting() -> None:
     rows = rounds([2.5, 2.0, 2.3, 2.4], [2.5, 2.0, 1.5, 1.2])
-    assert "clients overfit; end earlier (federation.rounds)" in only(symptoms(rows, [], [], config()), "divergence")
+    assert "clients overfit; end earlier (federation.rounds)" in only(alerts(rows, [], [], config()), "divergence")
 
 
 def test_a_small_loss_may_wobble() -> None:
     """0.010 to 0.012 is 20 % up, and 0.002 nats."""
-    assert symptoms(rounds([0.5, 0.010, 0.012, 0.012]), [], [], config()) == []
+    assert alerts(rounds([0.5, 0.010, 0.012, 0.012]), [], [], config()) == []
 
 
 def test_divergence_from_the_first_round_on_is_one_symptom() -> None:
-    text = only(symptoms(rounds([5.0, 5.5, 6.0]), [], [], config(), before=4.0), "divergence")
+    text = only(alerts(rounds([5.0, 5.5, 6.0]), [], [], config(), before=4.0), "divergence")
     assert "50% above its best 4" in text
 
 
@@ -166,29 +166,29 @@ def test_divergence_from_the_first_round_on_is_one_symptom() -> None:
 )
 def test_no_progress_and_its_causes(loss: list[float | None], words: str) -> None:
     """2.99 is 0.33 % below 3.0, less than the 0.5 % that count."""
-    found = symptoms(rounds([3.0, 2.99, 3.0, 3.01], loss), [], [], config(lr=1e-5))
+    found = alerts(rounds([3.0, 2.99, 3.0, 3.01], loss), [], [], config(lr=1e-5))
     text = only(found, "no progress")
     assert words in text
     assert "held-out loss is 3.01 after round 4, at best 2.99, was 3: no progress" in text
 
 
 def test_one_percent_is_progress_and_a_tiny_loss_needs_none() -> None:
-    assert symptoms(rounds([3.0, 2.99, 2.97]), [], [], config()) == []
-    assert symptoms(rounds([0.01, 0.01, 0.01]), [], [], config()) == []
+    assert alerts(rounds([3.0, 2.99, 2.97]), [], [], config()) == []
+    assert alerts(rounds([0.01, 0.01, 0.01]), [], [], config()) == []
 
 
 def test_progress_is_seen_against_the_loss_before_training() -> None:
     """A run whose first round has brought it to its end stands still ever after."""
     flat = rounds([2.0, 2.0, 2.0])
-    assert names(symptoms(flat, [], [], config())) == ["no progress"]
-    assert symptoms(flat, [], [], config(), before=4.0) == []
-    assert names(symptoms(flat, [], [], config(), before=2.001)) == ["no progress"]
+    assert names(alerts(flat, [], [], config())) == ["no progress"]
+    assert alerts(flat, [], [], config(), before=4.0) == []
+    assert names(alerts(flat, [], [], config(), before=2.001)) == ["no progress"]
 
 
 def test_three_evaluations_are_waited_for_and_warm_up_does_not_count() -> None:
-    assert symptoms(rounds([3.0, None, 3.0]), [], [], config()) == []
-    assert names(symptoms(rounds([3.0, None, 3.0, None, 3.0]), [], [], config())) == ["no progress"]
-    assert symptoms(rounds([3.0, 3.0, 3.0]), [], [], config(warmup_rounds=2)) == []
+    assert alerts(rounds([3.0, None, 3.0]), [], [], config()) == []
+    assert names(alerts(rounds([3.0, None, 3.0, None, 3.0]), [], [], config())) == ["no progress"]
+    assert alerts(rounds([3.0, 3.0, 3.0]), [], [], config(warmup_rounds=2)) == []
 
 
 # What diagnostics show.
@@ -196,63 +196,63 @@ def test_three_evaluations_are_waited_for_and_warm_up_does_not_count() -> None:
 
 def test_client_drift() -> None:
     apart = layers(6, agreement=-0.02, drift=2.9)
-    text = only(symptoms(rounds(STILL), apart, [], config()), "client drift")
+    text = only(alerts(rounds(STILL), apart, [], config()), "client drift")
     assert "mean cosine -0.02" in text
     assert "2.9 times its length" in text
     assert "federation.local_steps (T_agg)" in text
     assert "federation.proximal" in text
-    assert symptoms(rounds(FALLING), apart, [], config()) == []  # it still learns
-    assert symptoms(rounds(STILL), layers(6, agreement=0.1), [], config()) == []  # they agree
-    assert symptoms(rounds(STILL), layers(6, agreement=[0, 0, 0, 0, 0.1, 0]), [], config()) == []  # not always
-    assert symptoms(rounds(STILL), layers(6, agreement=(0.0, 0.2, 0.1)), [], config()) == []  # not in most layers
-    assert symptoms(rounds(STILL), layers(2, agreement=0.0), [], config()) == []  # seen twice
-    assert symptoms(rounds(STILL), layers(6, agreement=None, drift=None), [], config()) == []  # one client
+    assert alerts(rounds(FALLING), apart, [], config()) == []  # it still learns
+    assert alerts(rounds(STILL), layers(6, agreement=0.1), [], config()) == []  # they agree
+    assert alerts(rounds(STILL), layers(6, agreement=[0, 0, 0, 0, 0.1, 0]), [], config()) == []  # not always
+    assert alerts(rounds(STILL), layers(6, agreement=(0.0, 0.2, 0.1)), [], config()) == []  # not in most layers
+    assert alerts(rounds(STILL), layers(2, agreement=0.0), [], config()) == []  # seen twice
+    assert alerts(rounds(STILL), layers(6, agreement=None, drift=None), [], config()) == []  # one client
 
 
 def test_a_large_cross_term() -> None:
     method = "fedit"
-    text = only(symptoms(rounds(FALLING), layers(cross_term=0.25), [], config(method)), "cross term")
+    text = only(alerts(rounds(FALLING), layers(cross_term=0.25), [], config(method)), "cross term")
     assert f"{method} averages B and A apart, which misses 25%" in text
     assert "method.name=fedex-lora or ffa-lora" in text
-    assert symptoms(rounds(FALLING), layers(cross_term=0.09), [], config(method)) == []
-    assert symptoms(rounds(FALLING), layers(cross_term=[0.25, 0.25, 0.09]), [], config(method)) == []
-    assert symptoms(rounds(FALLING), layers(cross_term=(0.9, 0.05, 0.05)), [], config(method)) == []
-    assert symptoms(rounds(FALLING), layers(cross_term=(0.3, 0.3, 0.0)), [], config(method)) != []
+    assert alerts(rounds(FALLING), layers(cross_term=0.09), [], config(method)) == []
+    assert alerts(rounds(FALLING), layers(cross_term=[0.25, 0.25, 0.09]), [], config(method)) == []
+    assert alerts(rounds(FALLING), layers(cross_term=(0.9, 0.05, 0.05)), [], config(method)) == []
+    assert alerts(rounds(FALLING), layers(cross_term=(0.3, 0.3, 0.0)), [], config(method)) != []
 
 
 def test_a_loss_that_was_zero_and_losses_that_are_not_finite() -> None:
-    text = only(symptoms(rounds([0.5, 0.0, 0.05, 0.06]), [], [], config("fedavg")), "divergence")
+    text = only(alerts(rounds([0.5, 0.0, 0.05, 0.06]), [], [], config("fedavg")), "divergence")
     assert "held-out loss is 0.06 after round 4, above its best, 0" in text
-    assert symptoms(rounds([3.0, 2.0, float("inf"), float("inf")]), [], [], config("fedavg")) == []
+    assert alerts(rounds([3.0, 2.0, float("inf"), float("inf")]), [], [], config("fedavg")) == []
 
 
 def test_a_cross_term_is_none_of_an_exact_methods_business() -> None:
-    assert symptoms(rounds(FALLING), layers(cross_term=0.9), [], config("flora")) == []
+    assert alerts(rounds(FALLING), layers(cross_term=0.9), [], config("flora")) == []
 
 
 def test_truncation() -> None:
-    text = only(symptoms(rounds(FALLING), layers(truncated=0.4), [], config("flexlora")), "truncation")
+    text = only(alerts(rounds(FALLING), layers(truncated=0.4), [], config("flexlora")), "truncation")
     assert "loses 40% of its norm" in text
     assert "raise method.rank" in text
-    assert symptoms(rounds(FALLING), layers(truncated=0.29), [], config("flexlora")) == []
-    assert symptoms(rounds(FALLING), layers(truncated=0.4), [], config("fedftg")) == []  # which truncates nothing
+    assert alerts(rounds(FALLING), layers(truncated=0.29), [], config("flexlora")) == []
+    assert alerts(rounds(FALLING), layers(truncated=0.4), [], config("fedftg")) == []  # which truncates nothing
 
 
 def test_full_rank() -> None:
-    text = only(symptoms(rounds(FALLING), layers(rank=(64, 64, 60)), [], config()), "full rank")
+    text = only(alerts(rounds(FALLING), layers(rank=(64, 64, 60)), [], config()), "full rank")
     assert "full rank (64, median over layers) in 67% of the layers" in text
-    assert symptoms(rounds(FALLING), layers(rank=(64, 60, 60)), [], config()) == []
-    assert symptoms(rounds(FALLING), layers(rank=64), [], config("ffa-lora")) == []  # which sends one factor
-    assert symptoms(rounds(FALLING), layers(rank=None), [], config()) == []
+    assert alerts(rounds(FALLING), layers(rank=(64, 60, 60)), [], config()) == []
+    assert alerts(rounds(FALLING), layers(rank=64), [], config("ffa-lora")) == []  # which sends one factor
+    assert alerts(rounds(FALLING), layers(rank=None), [], config()) == []
 
 
 def test_gradients_that_are_not_low_rank() -> None:
-    text = only(symptoms(rounds(FALLING), layers(), clients(0.22), config()), "gradients")
+    text = only(alerts(rounds(FALLING), layers(), clients(0.22), config()), "gradients")
     assert "hold 22% of its squared norm" in text
     assert "raise method.rank or lower method.refresh_every" in text
-    assert symptoms(rounds(FALLING), layers(), clients(0.31), config()) == []
-    assert symptoms(rounds(FALLING), layers(), clients(0.22), config("ffa-lora")) == []  # whose basis is none of theirs
-    assert symptoms(rounds(FALLING), layers(), clients(None), config()) == []
+    assert alerts(rounds(FALLING), layers(), clients(0.31), config()) == []
+    assert alerts(rounds(FALLING), layers(), clients(0.22), config("ffa-lora")) == []  # whose basis is none of theirs
+    assert alerts(rounds(FALLING), layers(), clients(None), config()) == []
 
 
 # Machines.
@@ -260,42 +260,42 @@ def test_gradients_that_are_not_low_rank() -> None:
 
 def test_more_memory_than_planned() -> None:
     rows = rounds(FALLING, memory_bytes=[10**9, 13 * 10**8, None, 10**9, 10**9, 10**9])
-    text = only(symptoms(rows, [], [], config(), planned=10**9), "memory")
+    text = only(alerts(rows, [], [], config(), planned=10**9), "memory")
     assert "took 1.3 GB, 30% more than the planned 1.0 GB" in text
     assert "resources.pack_size" in text
-    assert symptoms(rows, [], [], config(), planned=11 * 10**8) == []  # 18 % more
-    assert symptoms(rows, [], [], config()) == []  # nothing planned
+    assert alerts(rows, [], [], config(), planned=11 * 10**8) == []  # 18 % more
+    assert alerts(rows, [], [], config()) == []  # nothing planned
 
 
 def test_memory_that_grows() -> None:
     growing = [10**9 + n * 10**8 for n in range(7)]
     falling: list[float | None] = [4 - n / 10 for n in range(7)]
-    text = only(symptoms(rounds(falling, memory_bytes=growing), [], [], config()), "memory growth")
+    text = only(alerts(rounds(falling, memory_bytes=growing), [], [], config()), "memory growth")
     assert "from 1.0 GB to 1.6 GB" in text
     assert "resources.state_memory" in text
     wobbling = [*growing[:5], growing[3], growing[6]]
-    assert symptoms(rounds(falling, memory_bytes=wobbling), [], [], config()) == []
+    assert alerts(rounds(falling, memory_bytes=wobbling), [], [], config()) == []
     slowly = [10**9 + n * 10**7 for n in range(7)]  # 6 % in all
-    assert symptoms(rounds(falling, memory_bytes=slowly), [], [], config()) == []
-    assert symptoms(rounds(falling[:6], memory_bytes=growing[:6]), [], [], config()) == []  # five times
+    assert alerts(rounds(falling, memory_bytes=slowly), [], [], config()) == []
+    assert alerts(rounds(falling[:6], memory_bytes=growing[:6]), [], [], config()) == []  # five times
 
 
 def test_skipped_clients() -> None:
     """Of 6 rounds of 8 clients 48; 5 are more than a tenth, 4 are not."""
-    text = only(symptoms(rounds(FALLING, failed=[1, 1, 1, 1, 1, 0]), [], [], config(lr=0.5)), "skipped clients")
+    text = only(alerts(rounds(FALLING, failed=[1, 1, 1, 1, 1, 0]), [], [], config(lr=0.5)), "skipped clients")
     assert "5 of 48 clients' rounds were skipped" in text
     assert "optimizer.lr=0.5" in text
-    assert symptoms(rounds(FALLING, failed=[1, 1, 1, 1, 0, 0]), [], [], config()) == []
-    assert symptoms(rounds([3.0, 2.9], failed=[2, 1]), [], [], config()) == []  # few
+    assert alerts(rounds(FALLING, failed=[1, 1, 1, 1, 0, 0]), [], [], config()) == []
+    assert alerts(rounds([3.0, 2.9], failed=[2, 1]), [], [], config()) == []  # few
 
 
 def test_retries() -> None:
-    text = only(symptoms(rounds(FALLING, retries=[2, 2, 0, 0, 0, 0]), [], [], config()), "retries")
+    text = only(alerts(rounds(FALLING, retries=[2, 2, 0, 0, 0, 0]), [], [], config()), "retries")
     assert "again 4 times in 6 rounds" in text
     assert "resources.deadline" in text
-    assert symptoms(rounds(FALLING, retries=[2, 1, 0, 0, 0, 0]), [], [], config()) == []
+    assert alerts(rounds(FALLING, retries=[2, 1, 0, 0, 0, 0]), [], [], config()) == []
     many: list[float | None] = [4 - n / 10 for n in range(8)]
-    assert symptoms(rounds(many, retries=[2, 2] + [0] * 6), [], [], config()) == []  # one in two rounds
+    assert alerts(rounds(many, retries=[2, 2] + [0] * 6), [], [], config()) == []  # one in two rounds
 
 
 # Rows of tables.
@@ -308,15 +308,15 @@ def test_rows_of_a_table_with_holes_serve_as_well() -> None:
     table = [pd.DataFrame(rows), pd.DataFrame(looked).astype({"rank": "Int64"}), pd.DataFrame(clients(None))]
     read: list[Any] = [list(frame.itertuples()) for frame in table]
     assert math.isnan(read[0][1].held_out_loss)
-    found = symptoms(read[0], read[1], read[2], config("fedit"), before=float("nan"), planned=10**9)
-    assert found == symptoms(rows, looked, clients(None), config("fedit"), planned=10**9)
+    found = alerts(read[0], read[1], read[2], config("fedit"), before=float("nan"), planned=10**9)
+    assert found == alerts(rows, looked, clients(None), config("fedit"), planned=10**9)
     assert names(found) == ["no progress", "cross term", "memory"]
 
 
 def test_rows_of_an_older_run_have_no_full_rank() -> None:
-    assert symptoms(rounds(FALLING), [replace(row, full_rank=0, rank=64) for row in layers()], [], config()) == []
+    assert alerts(rounds(FALLING), [replace(row, full_rank=0, rank=64) for row in layers()], [], config()) == []
 
 
 def test_the_gravest_comes_first() -> None:
-    found = symptoms(rounds([3.0, 3.5, 3.6]), layers(agreement=0.0), clients(0.1), config(), planned=None)
+    found = alerts(rounds([3.0, 3.5, 3.6]), layers(agreement=0.0), clients(0.1), config(), planned=None)
     assert names(found) == ["divergence", "client drift", "gradients"]

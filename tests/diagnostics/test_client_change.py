@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.core.types import Layer, LocalResult, Start, Tensors
-from rayfed_sub.diagnostics.client_change import ROWS, WIDEST, Movement, movement, rows
+from rayfed_sub.diagnostics.client_change import ROWS, WIDEST, ClientChange, client_change, rows
 from tests.helpers.tiny_models import distance, llama
 from tests.methods.test_protocol import begun, clients_data, local_change, made, walk
 
 TALL, WIDE = Layer("up", m=20, n=12), Layer("down", m=12, n=20)
 
 
-def dense(told: Movement) -> Tensor:
+def dense(told: ClientChange) -> Tensor:
     """D = left @ right + before @ shift, (m, n) float64."""
     got = {name: tensor.double() for name, tensor in told.tensors.items()}
     change = got["left"] @ got["right"]
     return change + got["before"] @ got["shift"] if "shift" in got else change
 
 
-def term(told: Movement) -> Tensor:
+def term(told: ClientChange) -> Tensor:
     """E = (left + before) @ right, (m, n) float64."""
     got = {name: tensor.double() for name, tensor in told.tensors.items()}
     return (got["left"] + got.get("before", torch.zeros(()))) @ got["right"]
@@ -51,8 +51,8 @@ def lora(layer: Layer, r: int, seed: int, *, core: bool = False) -> dict[str, Te
     return tensors | ({f"{layer.name}/core": torch.randn(r, r, generator=rng)} if core else {})
 
 
-def moved(layer: Layer, start: Start, tensors: Tensors, **fields: object) -> Movement:
-    told = movement(layer, start, ended(start, tensors, **fields))
+def moved(layer: Layer, start: Start, tensors: Tensors, **fields: object) -> ClientChange:
+    told = client_change(layer, start, ended(start, tensors, **fields))
     assert told is not None
     return told
 
@@ -79,7 +79,7 @@ def test_a_trained_round_is_told_as_it_was(name: str) -> None:
     done = walk(method, tiny, server, clients_data(tiny, 2), weights=[1, 2])
     for target in tiny.shape.targets:
         for k in range(2):
-            told = movement(target, done.starts[k], done.results[k])
+            told = client_change(target, done.starts[k], done.results[k])
             assert told is not None
             assert told.kind == kind
             theirs = local_change(tiny, server, done, k, target.name).double()
@@ -216,7 +216,7 @@ def test_galore_keeps_its_basis_within_a_period() -> None:
     begin = walk(calm, tiny, server, data, weights=[1, 1])
     after = walk(calm, tiny, begin.server, data, weights=[1, 1], states=begin.states)
     for target in tiny.shape.targets:
-        turns = [movement(target, done.starts[0], done.results[0]) for done in (first, again, after)]
+        turns = [client_change(target, done.starts[0], done.results[0]) for done in (first, again, after)]
         assert turns[0] is not None
         assert turns[1] is not None
         assert turns[2] is not None
@@ -228,7 +228,7 @@ def test_galore_keeps_its_basis_within_a_period() -> None:
 
 def test_what_was_seen_of_the_gradient_is_passed_on() -> None:
     start = Start(lora(TALL, 3, 0), ())
-    told = movement(TALL, start, ended(start, {}), (0.75, 3.5))
+    told = client_change(TALL, start, ended(start, {}), (0.75, 3.5))
     assert told is not None
     assert (told.energy, told.gradient_rank) == (0.75, 3.5)
     assert (moved(TALL, start, {}).energy, moved(TALL, start, {}).gradient_rank) == (None, None)
@@ -236,5 +236,5 @@ def test_what_was_seen_of_the_gradient_is_passed_on() -> None:
 
 def test_failed_clients_and_other_layers_have_none() -> None:
     start = Start(lora(TALL, 3, 0), ())
-    assert movement(TALL, start, ended(start, {}, failure="non-finite loss")) is None
-    assert movement(WIDE, start, ended(start, {})) is None
+    assert client_change(TALL, start, ended(start, {}, failure="non-finite loss")) is None
+    assert client_change(WIDE, start, ended(start, {})) is None

@@ -11,7 +11,7 @@ from torch import Tensor
 from rayfed_sub.config.schema import Diagnostics
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start
 from rayfed_sub.diagnostics.client_diagnostics import (
-    Looked,
+    ClientDiagnostics,
     due,
     gradient_watch,
     kept,
@@ -42,7 +42,7 @@ def a_round(client: int) -> tuple[Start, LocalResult]:
     return Start(before, tuple(before)), LocalResult(client, after, {}, 4, {}, 1.0, 1, {}, trained=tuple(before))
 
 
-def look(client: int, asked: Diagnostics) -> Looked:
+def look(client: int, asked: Diagnostics) -> ClientDiagnostics:
     return looked(asked, SHAPE, *a_round(client), 1.0, NOBODY)
 
 

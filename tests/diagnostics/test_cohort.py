@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer
 from rayfed_sub.core.types import Layer, Start
-from rayfed_sub.diagnostics.client_change import Movement, movement, rows
+from rayfed_sub.diagnostics.client_change import ClientChange, client_change, rows
 from rayfed_sub.diagnostics.cohort import diagnose
 from tests.diagnostics.test_client_change import ended, lora
 from tests.helpers.tiny_models import llama
@@ -35,7 +35,7 @@ class Known:
     E: Tensor
     left: Tensor
     right: Tensor
-    told: Movement
+    told: ClientChange
 
 
 def known(layer: Layer, kind: str, r: int, weight: float, seed: int, step: float = 0.1) -> Known:
@@ -60,7 +60,7 @@ def known(layer: Layer, kind: str, r: int, weight: float, seed: int, step: float
         D = D + exact["before"] @ exact["shift"]
     whole = exact["left"] + exact.get("before", torch.zeros(()))
     label = "lora" if kind in ("first", "ffa", "still") else "galore" if kind == "nothing" else kind
-    told = Movement(label, tensors, float(D.norm()))  # type: ignore[arg-type]
+    told = ClientChange(label, tensors, float(D.norm()))  # type: ignore[arg-type]
     return Known(weight, D, whole @ exact["right"], whole, exact["right"], told)
 
 
@@ -238,8 +238,8 @@ def at_the_cut(X: Tensor) -> bool:
 
 @pytest.mark.parametrize("core", [False, True])
 def test_tiny_steps_after_a_long_way(core: bool) -> None:
-    """LoRA far from zero that moves by 1e-6 of itself, told through `movement`: drift and agreement are those of the
-    steps, where differences of products in float32 would be all rounding."""
+    """LoRA far from zero that moves by 1e-6 of itself, told through `client_change`: drift and agreement are those of
+    the steps, where differences of products in float32 would be all rounding."""
 
     layer = Layer("up", m=20, n=12)
     begin = lora(layer, 3, 0, core=core)
@@ -248,7 +248,7 @@ def test_tiny_steps_after_a_long_way(core: bool) -> None:
     for k in range(3):
         rng = torch.Generator().manual_seed(k)
         end = {name: x + 1e-6 * torch.randn(x.shape, generator=rng) for name, x in begin.items()}
-        moved = movement(layer, start, ended(start, end))
+        moved = client_change(layer, start, ended(start, end))
         assert moved is not None
         watched.append((k, 1.0, moved))
         middle = torch.eye(3, dtype=torch.float64)
@@ -274,8 +274,8 @@ def test_dense_changes(m: int) -> None:
     changes = [torch.randn(m, 9, generator=torch.Generator().manual_seed(k)).double() for k in range(3)]
     clients = []
     for weight, D in zip(weights, changes, strict=True):
-        sample = rows(layer, Movement("galore", {"left": D.float(), "right": torch.eye(9)}, 0.0))
-        clients.append((weight, sample, Movement("dense", {"rows": sample.float()}, float(D.norm()))))
+        sample = rows(layer, ClientChange("galore", {"left": D.float(), "right": torch.eye(9)}, 0.0))
+        clients.append((weight, sample, ClientChange("dense", {"rows": sample.float()}, float(D.norm()))))
     own, cohort = diagnose(3, layer, [(k, weight, moved) for k, (weight, _, moved) in enumerate(clients)])
     samples = [sample for _, sample, _ in clients]
     D = sum(w / 8 * x for w, x in zip(weights, samples, strict=True))
@@ -301,7 +301,7 @@ def test_factors_beside_a_sample_are_sampled() -> None:
     """A client with many closed blocks comes as rows: the others are looked at in the same rows."""
     layer = Layer("up", m=200, n=9)
     whole = known(layer, "galore", 3, 1.0, 0)
-    sample = Movement("galore", {"rows": rows(layer, whole.told).float()}, float(whole.D.norm()))
+    sample = ClientChange("galore", {"rows": rows(layer, whole.told).float()}, float(whole.D.norm()))
     own, cohort = diagnose(0, layer, [(0, 1.0, whole.told), (1, 1.0, sample)])
     assert cohort.agreement == pytest.approx(1)
     assert cohort.drift == pytest.approx(0, abs=1e-6)
@@ -325,7 +325,7 @@ def test_two_unit_directions() -> None:
     |D_k - D| = |D| = sqrt(1/2): drift and distances are 1, the cosine with the mean is (1/2) / sqrt(1/2)."""
     layer = Layer("up", m=2, n=2)
     unit = torch.eye(2)
-    pair = [Movement("lora", {"left": unit[:, [k]], "right": unit[[k]]}, 1.0) for k in range(2)]
+    pair = [ClientChange("lora", {"left": unit[:, [k]], "right": unit[[k]]}, 1.0) for k in range(2)]
     own, cohort = diagnose(0, layer, [(k, 1.0, moved) for k, moved in enumerate(pair)])
     assert cohort.truncated == pytest.approx(math.sqrt(1 / 2))
     assert (cohort.rank, cohort.rank_sum, cohort.spectrum) == (2, 2, pytest.approx((0.5, 0.5)))
@@ -361,7 +361,7 @@ def test_one_frozen_right_factor_has_no_cross_term_and_one_subspace() -> None:
     clients = []
     for k in range(3):
         tensors = {"left": torch.randn(20, 3), "before": torch.randn(20, 3), "right": right}
-        clients.append((k, 1.0 + k, Movement("lora", tensors, 0.0)))
+        clients.append((k, 1.0 + k, ClientChange("lora", tensors, 0.0)))
     _, cohort = diagnose(0, layer, clients)
     assert cohort.cross_term == pytest.approx(0, abs=1e-8)
     assert cohort.truncated == pytest.approx(0, abs=1e-6)
@@ -375,7 +375,7 @@ def test_orthogonal_clients_drift_by_the_root_of_n_minus_1() -> None:
     """Of equal norm and weight: |D|^2 = 1 / N, |D_k - D|^2 = 1 - 1 / N, their ratio N - 1."""
     layer, unit = Layer("up", m=8, n=8), torch.eye(8)
     for N in (2, 5):
-        pair = [(k, 1.0, Movement("galore", {"left": unit[:, [k]], "right": unit[[k]]}, 1.0)) for k in range(N)]
+        pair = [(k, 1.0, ClientChange("galore", {"left": unit[:, [k]], "right": unit[[k]]}, 1.0)) for k in range(N)]
         assert diagnose(0, layer, pair)[1].drift == pytest.approx(math.sqrt(N - 1))  # type: ignore[arg-type]
 
 
@@ -385,7 +385,7 @@ def test_opposite_clients_have_a_mean_of_nothing(factor: float) -> None:
     layer = Layer("up", m=20, n=12)
     one = known(layer, "galore", 3, 1.0, 0).told
     opposite = {"left": -factor * one.tensors["left"], "right": one.tensors["right"] / factor}
-    other = Movement("galore", opposite, one.norm)
+    other = ClientChange("galore", opposite, one.norm)
     own, cohort = diagnose(0, layer, [(0, 1.0, one), (1, 1.0, other)])
     assert (cohort.norm, cohort.rank, cohort.rank_sum, cohort.spectrum) == (0.0, 0, 6, ())
     assert (cohort.drift, cohort.truncated) == (None, None)
@@ -414,7 +414,7 @@ def test_rows_of_a_trained_round(name: str) -> None:
     server = begun(method, tiny)
     done = walk(method, tiny, server, clients_data(tiny, 3), weights=[1, 2, 5])
     for target in tiny.shape.targets:
-        moved = [movement(target, done.starts[k], done.results[k]) for k in range(3)]
+        moved = [client_change(target, done.starts[k], done.results[k]) for k in range(3)]
         own, cohort = diagnose(
             0, target, [(k, w, x) for k, (w, x) in enumerate(zip((1, 2, 5), moved, strict=True)) if x]
         )

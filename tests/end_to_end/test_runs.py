@@ -228,8 +228,8 @@ def test_a_client_of_one_row_trains_beside_large_ones_and_validation_rows_are_ju
     table.write_text("q,a,by\n" + "\n".join(rows) + "\n")
     task = f"task={{name: table, path: {table}, prompt: '{{q}}', answer: a, held_out: 0.2, validation: 0.1}}"
     column = "federation.partition={kind: column, column: by}"
-    settings = [task, column, "federation.clients=3", "resources.pack_size=3", "evaluation.generate=4"]
-    run(small(*settings, "evaluation.on=validation"), tmp_path / "run")
+    settings = [task, column, "federation.clients=3", "resources.pack_size=3", "evaluation.generate_rows=4"]
+    run(small(*settings, "evaluation.split=validation"), tmp_path / "run")
     clients = pd.read_parquet(tmp_path / "run" / "clients.parquet").set_index(["round", "client"])
     # "c" has one row, which each of its 4 steps learns: "answer 0 of c" and its end are 14 bytes.
     assert clients.loc[(0, 2), ["weight", "steps", "labels"]].tolist() == [1, 4, 4 * 14]
@@ -391,7 +391,11 @@ def test_the_result_is_exported_and_loaded_by_transformers(undisturbed: Summary,
 
 def test_privacy_adds_noise_and_says_what_was_spent(ray_session: None, tmp_path: Path) -> None:
     """Poisson cohorts of 3 of 8 on average, noise that drowns what they learn; the same bits for one worker and two."""
-    private = ["federation.sampled=3", "federation.weights=uniform", "privacy={clip: 0.1, noise: 50, delta: 1.0e-3}"]
+    private = [
+        "federation.sampled=3",
+        "federation.client_weighting=uniform",
+        "privacy={clip: 0.1, noise: 50, delta: 1.0e-3}",
+    ]
     one, two = (run(small(*private, f"resources.workers={w}"), tmp_path / f"{w}") for w in (1, 2))
     assert one.weights_sha256 == two.weights_sha256
     assert one.metrics["held_out_loss"] > one.metrics["held_out_loss_before"]

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from rayfed_sub import UserError, load_config, run, sweep
-from rayfed_sub.cli.main import main
+from rayfed_sub.cli import main
 from rayfed_sub.sweeps.runner import run_sweep
 from rayfed_sub.sweeps.space import load_sweep
 from rayfed_sub.sweeps.trial_events import Begun, TrialNow
@@ -22,7 +22,7 @@ from rayfed_sub.telemetry.events import Notice
 
 GRID = Path(__file__).parents[2] / "experiments" / "sweeps" / "tagg-rank-lr.yaml"
 # Two rounds of two clients: nearly all of a trial's time is the start of its processes.
-SMALL = ("federation.rounds=2", "federation.local_steps=1", "evaluation.examples=16", "federation.clients=2")
+SMALL = ("federation.rounds=2", "federation.local_steps=1", "evaluation.eval_rows=16", "federation.clients=2")
 
 
 def space(text: str, *overrides: str) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from rayfed_sub import load_config
-from rayfed_sub.cli.main import main
+from rayfed_sub.cli import main
 from tests.helpers.written_runs import write_run
 
 TINY = str(Path(__file__).parents[2] / "experiments" / "tiny.yaml")
@@ -132,7 +132,7 @@ SINGLE = {
     "rank in words": ("method.rank=eight", "method.rank: got 'eight'", "integer"),
     "infinite scale": ("method.scale=.inf", "method.scale: got inf", "a finite number"),
     "unknown projector": ("method.projector=best", "method.projector: got 'best'", "randomized"),
-    "FedFTG does not average": ("method.state=average", "method.state: got 'average'", "reset"),
+    "FedFTG does not average": ("method.optimizer_state=average", "method.optimizer_state: got 'average'", "reset"),
     "negative rate": ("optimizer.lr=-1", "optimizer.lr: got -1", "a number >= 0; e.g. optimizer.lr=0.001"),
     "rate that is no number": ("optimizer.lr=.nan", "optimizer.lr: got nan", "a finite number >= 0"),
     "rate in words": ("optimizer.lr=fast", "optimizer.lr: got 'fast'", "a number >= 0"),
@@ -152,11 +152,15 @@ SINGLE = {
     "a pool of many": ("federation.partition.kind=pool", "federation.clients: got 8", "1 with partition.kind=pool"),
     "section as a word": ("federation.partition=iid", "federation.partition: got 'iid'", "kind, column, alpha"),
     "empty section": ("federation=", "federation: got None", "keys with values: clients, sampled"),
-    "unknown weights": ("federation.weights=rows", "federation.weights: got 'rows'", "samples or uniform"),
+    "unknown weights": (
+        "federation.client_weighting=rows",
+        "federation.client_weighting: got 'rows'",
+        "samples or uniform",
+    ),
     "privacy with weights by rows": (
         'privacy={"clip":1,"noise":1}',
-        "federation.weights: got 'samples'",
-        "uniform with privacy.clip: every client counts the same; set federation.weights=uniform",
+        "federation.client_weighting: got 'samples'",
+        "uniform with privacy.clip: every client counts the same; set federation.client_weighting=uniform",
     ),
     "privacy of a method that factorises": (
         'privacy={"clip":1,"noise":1} method.name=fedsvd',
@@ -164,17 +168,17 @@ SINGLE = {
         "nothing with method.name=fedsvd",
     ),
     "privacy with averaged moments": (
-        'privacy={"clip":1,"noise":1} method.name=fedit method.state=average',
-        "method.state: got 'average'",
+        'privacy={"clip":1,"noise":1} method.name=fedit method.optimizer_state=average',
+        "method.optimizer_state: got 'average'",
         "keep or reset with privacy.clip",
     ),
     "privacy of clients that stay away": (
-        'privacy={"clip":1,"noise":1} federation.weights=uniform federation.availability=0.5',
+        'privacy={"clip":1,"noise":1} federation.client_weighting=uniform federation.availability=0.5',
         "federation.availability: got 0.5",
         "1.0 with privacy.clip",
     ),
     "privacy with normalised steps": (
-        'privacy={"clip":1,"noise":1} federation.weights=uniform federation.normalise_steps=true',
+        'privacy={"clip":1,"noise":1} federation.client_weighting=uniform federation.normalise_steps=true',
         "federation.normalise_steps: got True",
         "false with privacy.clip: the denominator is fixed; set federation.normalise_steps=false",
     ),
@@ -185,9 +189,9 @@ SINGLE = {
     ),
     "momentum over rounds under FedNova": (
         "federation.normalise_steps=true optimizer.name=sgd optimizer.momentum=0.9",
-        "method.state: got 'keep'",
+        "method.optimizer_state: got 'keep'",
         "reset with federation.normalise_steps and optimizer.momentum: the paper's buffer begins a round at zero; "
-        "set method.state=reset",
+        "set method.optimizer_state=reset",
     ),
     "weight decay under FedNova": (
         "federation.normalise_steps=true optimizer.name=sgd optimizer.weight_decay=0.1",
@@ -200,12 +204,12 @@ SINGLE = {
         "less than 2, 1 / optimizer.lr, with federation.normalise_steps; lower it",
     ),
     "noise of nothing": (
-        'privacy={"clip":1,"noise":1e-160} federation.weights=uniform',
+        'privacy={"clip":1,"noise":1e-160} federation.client_weighting=uniform',
         "privacy.noise: got 1e-160",
         "1e-06 to 1e+06, what the accountant can judge",
     ),
     "budget that no noise keeps": (
-        'privacy={"clip":1,"epsilon":1e-9,"delta":1e-12} federation.weights=uniform',
+        'privacy={"clip":1,"epsilon":1e-9,"delta":1e-12} federation.client_weighting=uniform',
         "privacy.epsilon: got 1e-09",
         "a budget that 3 rounds can keep at privacy.delta=1e-12",
     ),
@@ -248,8 +252,8 @@ SINGLE = {
     "a GPU where none is": ("resources.gpus_per_worker=1", "resources.gpus_per_worker: got 1.0", "0, for no GPU is"),
     "no CPU": ("resources.cpus_per_worker=0", "resources.cpus_per_worker: got 0", "a number > 0"),
     "validation rows without any": (
-        "evaluation.on=validation",
-        "evaluation.on: got 'validation'",
+        "evaluation.split=validation",
+        "evaluation.split: got 'validation'",
         "held-out where task.validation is 0; set a share, e.g. task.validation=0.05",
     ),
     "unknown executor": ("resources.executor=fast", "resources.executor: got 'fast'", "pack or reference"),
@@ -308,7 +312,7 @@ TABLES = {
         "at most 24: random has positions for 24 tokens, and the longest row has 25; set task.max_length=24",
     ),
     "answers beyond a model's positions": (
-        f"{GPT2}25 evaluation.generate=2 evaluation.max_new_tokens=12",
+        f"{GPT2}25 evaluation.generate_rows=2 evaluation.max_new_tokens=12",
         "evaluation.max_new_tokens: got 12",
         "at most 11: random has positions for 25 tokens, and the longest prompt that is answered has 15; set",
     ),
@@ -360,13 +364,13 @@ TABLES = {
     ),
     "nothing held out": ("task.held_out=0.001", "task.held_out: got 0.001", "holds out at least one of the 20 rows"),
     "answers to classify": (
-        "task.answer=null task.label=n evaluation.generate=4",
-        "evaluation.generate: got 4",
+        "task.answer=null task.label=n evaluation.generate_rows=4",
+        "evaluation.generate_rows: got 4",
         "0 for a classification task",
     ),
     "answers to classify, before anything is read": (
-        "task.path=none.parquet task.answer=null task.label=n evaluation.generate=4",
-        "evaluation.generate: got 4",
+        "task.path=none.parquet task.answer=null task.label=n evaluation.generate_rows=4",
+        "evaluation.generate_rows: got 4",
         "0 for a classification task",
     ),
     "images for a language model, before anything is read": (
@@ -416,8 +420,8 @@ COMMANDS = {
         "llama is not one",
     ),
     "partition of answers to classify": (
-        f"data {TINY} task.name=brain-tumor task.path=none.parquet evaluation.generate=4",
-        "evaluation.generate: got 4",
+        f"data {TINY} task.name=brain-tumor task.path=none.parquet evaluation.generate_rows=4",
+        "evaluation.generate_rows: got 4",
         "0 for a classification task",
     ),
     "export of no run": ("export full --to new", "RUN: got 'full'", "the folder of a finished run"),
@@ -470,9 +474,9 @@ def test_rows_that_fit_are_not_refused_for_a_longer_max_length(files: Path, monk
     from rayfed_sub.planning.job import prepare
 
     monkeypatch.chdir(files)
-    fits = f"{GPT2}25 evaluation.generate=2 evaluation.max_new_tokens=11"
+    fits = f"{GPT2}25 evaluation.generate_rows=2 evaluation.max_new_tokens=11"
     job = prepare(load_config(TINY, [*TABLE, *fits.split()]))
-    assert (job.skeleton.positions, job.config.task.max_length) == (25, 48)
+    assert (job.architecture.positions, job.config.task.max_length) == (25, 48)
 
 
 # What is not the address of a cluster, and where the line ends.

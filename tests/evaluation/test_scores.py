@@ -8,8 +8,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from rayfed_sub.core.schemas import ClientRow, Score
 from rayfed_sub.evaluation.scores import label_scores, overall, text_scores, token_scores
-from rayfed_sub.runtime.round_metrics import Tally
-from rayfed_sub.training.inference import Told, Verdict
+from rayfed_sub.runtime.round_metrics import RoundMetrics
+from rayfed_sub.training.inference import Generation, Prediction
 
 
 def values(scores: list[Score], client: int | None) -> dict[str, float]:
@@ -18,9 +18,9 @@ def values(scores: list[Score], client: int | None) -> dict[str, float]:
 
 def test_tokens_by_hand() -> None:
     rows = [
-        (1, Verdict(6.0, (5, 6, 7), (5, 6, 8))),  # 2 of 3
-        (0, Verdict(1.0, (5,), (6,))),  # 0 of 1
-        (1, Verdict(0.0, (9,), (9,))),  # 1 of 1
+        (1, Prediction(6.0, (5, 6, 7), (5, 6, 8))),  # 2 of 3
+        (0, Prediction(1.0, (5,), (6,))),  # 0 of 1
+        (1, Prediction(0.0, (9,), (9,))),  # 1 of 1
     ]
     scores = list(token_scores(rows))
     assert values(scores, None) == pytest.approx(
@@ -34,14 +34,14 @@ def test_tokens_by_hand() -> None:
 
 
 def test_rows_without_a_label_have_no_scores() -> None:
-    scores = list(token_scores([(0, Verdict(2.0, (1, 2), (1, 3))), (4, Verdict(0.0, (), ()))]))
+    scores = list(token_scores([(0, Prediction(2.0, (1, 2), (1, 3))), (4, Prediction(0.0, (), ()))]))
     assert {score.client for score in scores} == {None, 0}
     assert overall(scores)["held_out_loss"] == 1.0
 
 
 def test_classes_by_hand() -> None:
     """True a a b, said a b b: a has tp 1, fn 1; b has tp 1, fp 1; c never occurs, and does not count."""
-    rows = [(0, Verdict(0.5, (0,), (0,))), (0, Verdict(1.5, (1,), (0,))), (2, Verdict(1.0, (1,), (1,)))]
+    rows = [(0, Prediction(0.5, (0,), (0,))), (0, Prediction(1.5, (1,), (0,))), (2, Prediction(1.0, (1,), (1,)))]
     scores = list(label_scores(rows, ("a", "b", "c")))
     two_thirds = 2 / (2 + 1)
     assert overall(scores) == pytest.approx(
@@ -60,7 +60,7 @@ def test_classes_by_hand() -> None:
 
 def test_a_round_s_training_loss_leaves_out_clients_that_were_skipped() -> None:
     """2 and 4, each once; the client that diverged at a loss of 1e6 is counted, but its update is of no weight."""
-    tally, rest = Tally(0, 3, 0.0), {"loss_last": 1.0, "labels": 5.0, "steps": 2.0}
+    tally, rest = RoundMetrics(0, 3, 0.0), {"loss_last": 1.0, "labels": 5.0, "steps": 2.0}
     for client, loss, failure in ((0, 2.0, None), (1, 1e6, "non-finite loss at local step 1"), (2, 4.0, None)):
         tally.add(ClientRow(0, client, 1.0, 10, 10, loss=loss, **rest, failure=failure))  # type: ignore[arg-type]
     assert (tally.loss, tally.failed, tally.labels) == (3.0, 1, 15)
@@ -68,8 +68,8 @@ def test_a_round_s_training_loss_leaves_out_clients_that_were_skipped() -> None:
 
 def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:
     rows = [
-        (0, Told(said="the cat sat", reference="the cat ate a fish", forced="the cat", true="the cat")),
-        (1, Told(said="a dog", reference="a dog", forced="no", true="a dog")),
+        (0, Generation(said="the cat sat", reference="the cat ate a fish", forced="the cat", true="the cat")),
+        (1, Generation(said="a dog", reference="a dog", forced="no", true="a dog")),
     ]
     scores = list(text_scores(rows))
     rouge = RougeScorer(["rougeL"])
@@ -87,7 +87,9 @@ def test_published_scores_are_missing_where_they_cannot_read() -> None:
     """Hindi, equal: rouge-score would see the digits alone.  Chinese, 4 of 5 characters in order, of which the first 4
     are the first 4: 2 * 4 / (5 + 5); 1- to 4-grams 4 of 5, 3 of 4, 2 of 3, 1 of 2."""
     hindi, chinese = "औज़ार शेल्फ 3 पर है।", "我喜欢绿茶"
-    scores = list(text_scores([(0, Told(*[hindi] * 4)), (1, Told("我喜欢绿色", chinese, chinese, chinese))]))
+    scores = list(
+        text_scores([(0, Generation(*[hindi] * 4)), (1, Generation("我喜欢绿色", chinese, chinese, chinese))])
+    )
     assert values(scores, 0) == {
         **{"rouge_l_unicode": 1, "bleu_4": 1, "bleu_4_unicode": 1},
         **{"teacher_forced_rouge_l_unicode": 1, "teacher_forced_bleu_4": 1, "teacher_forced_bleu_4_unicode": 1},
@@ -100,7 +102,7 @@ def test_published_scores_are_missing_where_they_cannot_read() -> None:
 
 def test_references_with_nothing_to_read_are_not_counted() -> None:
     """A reference that was cut to nothing asks for nothing; its row is of neither mean nor count."""
-    nothing, right = Told("a guess", " \n", "a", "a"), Told(*["the cat sat"] * 4)
+    nothing, right = Generation("a guess", " \n", "a", "a"), Generation(*["the cat sat"] * 4)
     scores = list(text_scores([(0, nothing), (1, right)]))
     assert [(score.value, score.count) for score in scores if score.metric == "rouge_l" and score.client is None] == [
         (1.0, 1)
@@ -113,7 +115,7 @@ def test_references_with_nothing_to_read_are_not_counted() -> None:
 def test_bleu_takes_the_answer_for_the_hypothesis_and_the_reference_for_the_reference() -> None:
     """BLEU, unlike ROUGE-L's F, changes when the two change places: only a short hypothesis is punished."""
     long, short = "a b c d e f g h", "a b c d e f"
-    scores = overall(list(text_scores([(0, Told(said=short, reference=long, forced=long, true=short))])))
+    scores = overall(list(text_scores([(0, Generation(said=short, reference=long, forced=long, true=short))])))
     assert scores["bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([short], [[long]]).score / 100)
     assert scores["bleu_4"] == pytest.approx(math.exp(1 - 8 / 6))  # every n-gram is right; the brevity penalty alone
     assert scores["teacher_forced_bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([long], [[short]]).score / 100)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayfed_sub import load_config
-from rayfed_sub.cli.main import main
+from rayfed_sub.cli import main
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import PackedState, packed, unpacked
 from rayfed_sub.core.errors import UserError
@@ -35,9 +35,9 @@ from rayfed_sub.models.weights import assemble, load_weights, target_weights
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.runtime.worker import Spec, Worker
 from rayfed_sub.storage import checkpoints
-from rayfed_sub.storage.ledger import Ledger
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import create
+from rayfed_sub.storage.state_store import StateStore
 from rayfed_sub.telemetry.events import Summary
 from rayfed_sub.training.inference import global_model
 from rayfed_sub.training.layers import install
@@ -105,7 +105,7 @@ def write_run(folder: Path, config: Config, server: ServerState, states: Mapping
     """A finished run's folder."""
     folder.mkdir()
     written = create(Place(folder), config)
-    book = Ledger(folder, 10**9, lambda: server, lambda state: [state], lambda box: box[0])
+    book = StateStore(folder, 10**9, lambda: server, lambda state: [state], lambda box: box[0])
     for client, state in states.items():
         book.add(client, state)
     book.commit(server, {}, {client: state.round for client, state in states.items()})
@@ -120,26 +120,28 @@ def stored(run: Path) -> tuple[ServerState, dict[int, ClientState]]:
     """What a run's checkpoint holds."""
     found = checkpoints.read(run)
     assert found is not None
-    clients = {client: checkpoints.client_state(run, found, client) for client, _ in found.notes}
+    clients = {client: checkpoints.stored_state(run, found, client) for client, _ in found.notes}
     return ServerState(found.round, unpacked(found.server)), clients
 
 
 def trained(folder: Path, config: Config, clients: Sequence[int] = (0, 1)) -> Path:
     """A run as the coordinator would walk it, with one pack of `clients` a round."""
     job = prepare(config)
-    method, shape = job.method, job.skeleton.shape
-    backbone = load_weights(config.model, job.skeleton, config.seed)
-    server = method.init_server(target_weights(shape, job.skeleton.transposed, backbone), shape, config.seed)
-    worker = Worker(Spec(job.config, method, job.skeleton, job.codec), packed(backbone), job.dataset)
+    method, shape = job.method, job.architecture.shape
+    backbone = load_weights(config.model, job.architecture, config.seed)
+    server = method.init_server(target_weights(shape, job.architecture.transposed, backbone), shape, config.seed)
+    worker = Worker(Spec(job.config, method, job.architecture, job.processor), packed(backbone), job.dataset)
     states: dict[int, PackedState] = {}
     for n in range(2):
         stored = [(states[k].round, None) if k in states else None for k in clients]  # the worker has them resident
         broadcast = packed(method.broadcast(server).tensors)
         outcome = worker.train(n, clients, stored, broadcast, config.optimizer.lr)
-        total = method.zero(server, shape)
+        total = method.accumulator(server, shape)
         for sent in outcome.updates:
-            total = method.fold(total, Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics), shape)
-        server = method.finish(server, total, shape)
+            total = method.accumulate(
+                total, Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics), shape
+            )
+        server = method.aggregate(server, total, shape)
         states = dict(zip(clients, outcome.states, strict=True))
     return write_run(folder, job.config, server, states)
 
@@ -178,10 +180,10 @@ def logits(model: Any) -> Tensor:
 def ours(run: Path, client: int | None = None) -> tuple[Tensor, Tensor]:
     """The logits of our own evaluation: of the pretrained model, and of the trained one."""
     job = job_of(run)
-    shape = job.skeleton.shape
+    shape = job.architecture.shape
     server, states = stored(run)
-    backbone = load_weights(job.config.model, job.skeleton, job.config.seed)
-    model = assemble(job.skeleton, backbone)
+    backbone = load_weights(job.config.model, job.architecture, job.config.seed)
+    model = assemble(job.architecture, backbone)
     before = logits(model)
     if client is None:
         changes = job.method.model(server, shape)
@@ -194,7 +196,7 @@ def ours(run: Path, client: int | None = None) -> tuple[Tensor, Tensor]:
 def judged(model: Any, job: Job) -> float:
     """Mean loss (nats) over the labels of the held-out rows."""
     rows = np.arange(len(job.dataset.held_out))
-    batch = collate(job.dataset.held_out, rows, mask_prompt=True, pad=job.codec.pad)
+    batch = collate(job.dataset.held_out, rows, mask_prompt=True, pad=job.processor.pad)
     return float(predicted(model, batch).loss_L.double().mean())
 
 
@@ -205,11 +207,11 @@ def test_an_export_of_a_bfloat16_run_holds_all_that_was_learned(method: str, tab
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     run = trained(tmp_path / "run", config)
     job, (server, _) = job_of(run), stored(run)
-    shape, changes = job.skeleton.shape, job.method.model(server, job.skeleton.shape)
-    backbone = load_weights(job.config.model, job.skeleton, job.config.seed)
+    shape, changes = job.architecture.shape, job.method.model(server, job.architecture.shape)
+    backbone = load_weights(job.config.model, job.architecture, job.config.seed)
     scores = []
     for tensors in ({name: tensor.float() for name, tensor in backbone.items()}, backbone):
-        model = assemble(job.skeleton, tensors)
+        model = assemble(job.architecture, tensors)
         before = judged(model, job)
         with global_model(install(model, shape), shape, changes, server.tensors):
             scores.append(judged(model, job))
@@ -269,7 +271,7 @@ def test_every_format_gives_the_logits_of_our_own_evaluation(
     run, client = runs(method), client_of(method)
     warning = agree(run, tmp_path, client)
     job, (server, states) = job_of(run), stored(run)
-    shape = job.skeleton.shape
+    shape = job.architecture.shape
     changes = job.method.model(server, shape) if client is None else None
     changes = changes or job.method.personal_model(server, states[client or 0], shape)
     dense = any(change.dense is not None for change in changes.values())
@@ -311,16 +313,16 @@ def test_the_factors_are_the_servers_own_with_the_scale_in_b(runs: Callable[[str
     assert torch.equal(adapter[f"base_model.model.{name}.lora_B.weight"], 8 * server.tensors[f"{name}/left"])
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 2, {})
-    assert config["target_modules"] == [t.name for t in job_of(run).skeleton.shape.targets]
+    assert config["target_modules"] == [t.name for t in job_of(run).architecture.shape.targets]
 
 
 def dense_run(folder: Path, table: Path, ranks: Sequence[int]) -> Path:
     """A fedavg run whose four target weights have changed by the given ranks."""
     config = configured(table, "fedavg")
     job = prepare(config)
-    shape, rng = job.skeleton.shape, torch.Generator().manual_seed(0)
-    backbone = load_weights(config.model, job.skeleton, config.seed)
-    tensors = target_weights(shape, job.skeleton.transposed, backbone)
+    shape, rng = job.architecture.shape, torch.Generator().manual_seed(0)
+    backbone = load_weights(config.model, job.architecture, config.seed)
+    tensors = target_weights(shape, job.architecture.transposed, backbone)
     for layer, rank in zip(shape.targets, ranks, strict=True):
         left, right = torch.randn(layer.m, rank, generator=rng), torch.randn(rank, layer.n, generator=rng)
         tensors[f"{layer.name}/weight"] = tensors[f"{layer.name}/weight"] + 0.05 * (left @ right)
@@ -332,7 +334,7 @@ def test_every_layer_is_written_at_the_rank_of_its_own_change(table: Path, tmp_p
     warning = agree(run, tmp_path)
     assert warning == "the change of dense weights is written at its numerical rank, 1 to 7 a layer"
     adapter = adapter_of(tmp_path / "peft")
-    found = [adapter[f"base_model.model.{t.name}.lora_A.weight"] for t in job_of(run).skeleton.shape.targets]
+    found = [adapter[f"base_model.model.{t.name}.lora_A.weight"] for t in job_of(run).architecture.shape.targets]
     assert [right.shape[0] for right in found] == [3, 1, 3, 7]  # peft knows no rank 0: rank 1, and B is zero
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 3)
@@ -455,9 +457,9 @@ def test_an_export_is_prompted_and_stopped_as_in_training(
     config = configured(table, "fedit")
     model = config.model.model_copy(update={"path": "./first", "random": {}, "dtype": dtype})
     run = trained(tmp_path / "run", config.model_copy(update={"model": model}))
-    codec = job_of(run).codec
-    prompt = codec.prompts(["7 9"])[0]  # type: ignore[union-attr]
-    assert codec.tokenizer.decode(prompt) == "10 11 10 7 9 11 12"  # type: ignore[union-attr]
+    processor = job_of(run).processor
+    prompt = processor.prompts(["7 9"])[0]  # type: ignore[union-attr]
+    assert processor.tokenizer.decode(prompt) == "10 11 10 7 9 11 12"  # type: ignore[union-attr]
     for name, export in {"hf": export_hf, "peft": export_peft}.items():
         written = export(run, tmp_path / name)
         (tmp_path / "moved").mkdir(exist_ok=True)
@@ -479,8 +481,8 @@ def test_inputs_of_a_model_that_reads_bytes(
     label: bool, runs: Callable[[str], Path], table: Path, tmp_path: Path
 ) -> None:
     run = trained(tmp_path / "run", configured(table, "fedit", BERT)) if label else runs("fedit")
-    codec = job_of(run).codec
-    wanted = codec.texts(["why é?"])[0] if label else codec.prompts(["why é?"])[0]  # type: ignore[union-attr]
+    processor = job_of(run).processor
+    wanted = processor.texts(["why é?"])[0] if label else processor.prompts(["why é?"])[0]  # type: ignore[union-attr]
     for name, export in {"hf": export_hf, "peft": export_peft}.items():
         export(run, tmp_path / name)
         assert by_readme(tmp_path / name, text="why é?")["ids"] == wanted
@@ -493,7 +495,7 @@ def test_inputs_of_a_tokenizer_without_a_template(runs: Callable[[str], Path], t
     model = config.model.model_copy(update={"path": str(tmp_path / "first"), "random": {}})
     run = trained(tmp_path / "run", config.model_copy(update={"model": model}))
     export_peft(run, tmp_path / "peft")
-    assert by_readme(tmp_path / "peft", text="7 9")["ids"] == job_of(run).codec.prompts(["7 9"])[0]  # type: ignore[union-attr]
+    assert by_readme(tmp_path / "peft", text="7 9")["ids"] == job_of(run).processor.prompts(["7 9"])[0]  # type: ignore[union-attr]
 
 
 def test_a_gguf_file_is_no_name_for_a_base(tmp_path: Path) -> None:

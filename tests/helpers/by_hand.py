@@ -34,7 +34,7 @@ def walked(
 ) -> Walked:
     """ends: per client the trained tensors by name (or nested lists); what a client began with stays, where nothing is
     given.  moments: Adam's, with which a client comes back after one more step."""
-    broadcast, total = method.broadcast(server), method.zero(server, shape)
+    broadcast, total = method.broadcast(server), method.accumulator(server, shape)
     starts, updates, kept = {}, {}, {}
     for client, given in ends.items():
         end = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in given.items()}
@@ -45,9 +45,9 @@ def walked(
         tensors, left, step = {**start.tensors, **end}, (moments or {}).get(client, {}), start.step + 1
         result = LocalResult(client, tensors, left, step, {}, 1.0, 1, {}, trained=start.trained)
         updates[client] = method.upload(result, weights[client], shape)
-        kept[client] = ClientState(server.round + 1, step, step, method.keep(result, shape))
-        total = method.fold(total, updates[client], shape)
-    return Walked(method.finish(server, total, shape), starts, updates, kept)
+        kept[client] = ClientState(server.round + 1, step, step, method.client_state(result, shape))
+        total = method.accumulate(total, updates[client], shape)
+    return Walked(method.aggregate(server, total, shape), starts, updates, kept)
 
 
 def factors(layer: str, left: list[list[float]], right: list[list[float]]) -> dict[str, Tensor]:

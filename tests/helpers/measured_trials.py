@@ -33,7 +33,7 @@ from rayfed_sub.storage.run_folder import create, new
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
 SMALL = [
     *("federation.clients=4", "federation.rounds=3", "federation.local_steps=2", "federation.batch_size=2"),
-    *("evaluation.examples=16", "evaluation.generate=0"),
+    *("evaluation.eval_rows=16", "evaluation.generate_rows=0"),
     *("resources.workers=1", "resources.cpus_per_worker=0.5", "resources.pack_size=2"),
 ]
 TITLES = ("ray::Coordinator", "ray::Worker")

@@ -28,12 +28,12 @@ Layout = dict[str, tuple[str, str, tuple[int, ...], int]]
 
 def prepared(job: Job, folder: Path) -> None:
     """Writes what a worker is given."""
-    tensors = load_weights(job.config.model, job.skeleton, job.config.seed)
-    pretrained = target_weights(job.skeleton.shape, job.skeleton.transposed, tensors)
-    server = job.method.init_server(pretrained, job.skeleton.shape, job.config.seed)
+    tensors = load_weights(job.config.model, job.architecture, job.config.seed)
+    pretrained = target_weights(job.architecture.shape, job.architecture.transposed, tensors)
+    server = job.method.init_server(pretrained, job.architecture.shape, job.config.seed)
     broadcast = job.method.broadcast(server).tensors
     layouts = [written(packed(tensors), folder / "backbone"), written(packed(broadcast), folder / "broadcast")]
-    spec = Spec(job.config, job.method, job.skeleton, job.codec)
+    spec = Spec(job.config, job.method, job.architecture, job.processor)
     (folder / "given").write_bytes(pickle.dumps((spec, job.dataset, layouts)))
 
 

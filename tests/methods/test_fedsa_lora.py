@@ -45,7 +45,7 @@ def test_two_rounds_by_hand() -> None:
 
 
 def test_b_is_kept_even_where_moments_are_reset() -> None:
-    method = build({"name": "fedsa-lora", "rank": 1, "state": "reset"})
+    method = build({"name": "fedsa-lora", "rank": 1, "optimizer_state": "reset"})
     server = method.init_server({"up/weight": torch.zeros(2, 3)}, SHAPE, seed=0)
     returned = {0: {"up/left": [[1], [2]], "up/right": [[0, 0, 0]]}}
     moments = {0: {"up/left/m1": torch.ones(2, 1)}}

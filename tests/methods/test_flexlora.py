@@ -70,11 +70,11 @@ def test_the_truncation_is_the_best_there_is(clients: int, form: str) -> None:
     sigma = torch.linalg.svdvals(mean)
     results = []
     for lefts, rights in ((B, A), (B @ M, torch.linalg.inv(M) @ A)):
-        total = method.zero(server, shape)
+        total = method.accumulator(server, shape)
         ends = {k: {"up/left": lefts[k], "up/right": rights[k]} for k in weights}
         done = walked(method, shape, server, ends, weights)
         for update in done.updates.values():
-            total = method.fold(total, update, shape)
+            total = method.accumulate(total, update, shape)
         assert f"up/{form}" in total.tensors
         change = changed(method, shape, done.server, "up", torch.zeros(40, 30)).double()
         torch.testing.assert_close((change - mean).norm(), sigma[3:].square().sum().sqrt(), rtol=1e-5, atol=0)

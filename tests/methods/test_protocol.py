@@ -81,13 +81,15 @@ def walk(
         results += trainer(tiny, chosen, batches, optimizer, lr=lr, weights=base, clients=list(pack))  # type: ignore[operator]
     updates = [method.upload(result, weight, shape) for result, weight in zip(results, weights, strict=True)]
     kept = [
-        ClientState(server.round + 1, (state.cursor if state else 0) + STEPS, result.step, method.keep(result, shape))
+        ClientState(
+            server.round + 1, (state.cursor if state else 0) + STEPS, result.step, method.client_state(result, shape)
+        )
         for result, state in zip(results, before, strict=True)
     ]
-    total = method.zero(server, shape)
+    total = method.accumulator(server, shape)
     for update in updates:
-        total = method.fold(total, update, shape)
-    return Round(method.finish(server, total, shape), starts, results, updates, kept)
+        total = method.accumulate(total, update, shape)
+    return Round(method.aggregate(server, total, shape), starts, results, updates, kept)
 
 
 def effective(method: Method, tiny: Tiny, server: ServerState) -> dict[str, Tensor]:
@@ -199,16 +201,16 @@ def test_only_the_ratio_of_the_weights_counts(name: str) -> None:
 
 @every_method
 def test_a_sum_takes_no_memory_of_what_it_is_made_from(name: str) -> None:
-    """`fold` and `finish` write to the sum's tensors: neither updates nor the server may be among them."""
+    """`accumulate` and `aggregate` write to the sum's tensors: neither updates nor the server may be among them."""
     method, tiny = made(name), llama()
     server = begun(method, tiny)
     updates = walk(method, tiny, server, clients_data(tiny, 2), weights=[1, 3]).updates
     given = [server.tensors, *(update.tensors for update in updates)]
     before = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in given]
-    total = method.zero(server, tiny.shape)
+    total = method.accumulator(server, tiny.shape)
     for update in (*updates, *updates):
-        total = method.fold(total, update, tiny.shape)
-    method.finish(server, total, tiny.shape)
+        total = method.accumulate(total, update, tiny.shape)
+    method.aggregate(server, total, tiny.shape)
     assert all(same(old, new) for old, new in zip(before, given, strict=True))
 
 
@@ -331,7 +333,7 @@ def test_what_follows_from_pretrained_weights_and_seed_is_not_downloaded(name: s
     tiny: Tiny = make()  # type: ignore[operator]
     method, new = made(name), Client(7, 0)
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
-    still = method.finish(server, method.zero(server, tiny.shape), tiny.shape)
+    still = method.aggregate(server, method.accumulator(server, tiny.shape), tiny.shape)
     assert downloaded(method, server, tiny.shape, new, -1, learned=False, mixed=mixed) == 0
     assert downloaded(method, still, tiny.shape, new, -1, learned=False, mixed=mixed) == 0
     after = walk(method, tiny, server, clients_data(tiny, 1), weights=[1]).server
@@ -415,7 +417,7 @@ def test_rank_inflation_is_kept_not_truncated() -> None:
 
 @pytest.mark.parametrize("name", ["fedavg", "fedit", "ffa-lora", "lora-fair", "fed-sb", "shared-galore"])
 def test_averaged_moments_are_the_weighted_mean_and_travel(name: str) -> None:
-    method, tiny = made(name, state="average"), llama()
+    method, tiny = made(name, optimizer_state="average"), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     done = walk(method, tiny, server, clients_data(tiny, 2), weights=[1, 3])
     again = method.start_client(method.broadcast(done.server), done.states[0], Client(0, 0), tiny.shape)
@@ -430,12 +432,12 @@ def test_averaged_moments_are_the_weighted_mean_and_travel(name: str) -> None:
 
 def test_fedftg_refuses_to_average_moments_of_different_subspaces() -> None:
     with pytest.raises(UserError, match=r"method\.state: got 'average'; allowed: keep or reset"):
-        made("fedftg", state="average")
+        made("fedftg", optimizer_state="average")
 
 
 def remembers(name: str) -> bool:
     """Whether it is left open what a new round does to Adam's moments."""
-    return hasattr(made(name), "state")
+    return hasattr(made(name), "optimizer_state")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not remembers(name)])
@@ -450,7 +452,9 @@ def test_methods_that_always_reset(name: str) -> None:
 def test_reset_forgets_the_optimiser_and_keep_remembers_it(name: str) -> None:
     tiny = llama()
     for rule, step in (("keep", STEPS), ("reset", 0)):
-        method = made(name, state=rule, **({"period": 2} if name == "fedsvd" else {}))  # no factorisation in between
+        method = made(
+            name, optimizer_state=rule, **({"period": 2} if name == "fedsvd" else {})
+        )  # no factorisation in between
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
         done = walk(method, tiny, server, clients_data(tiny, 1), weights=[1])
         start = method.start_client(method.broadcast(done.server), done.states[0], Client(0, 0), tiny.shape)

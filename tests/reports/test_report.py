@@ -222,7 +222,7 @@ def test_settings_against_each_other_and_against_the_defaults(tmp_path: Path) ->
     assert alone.columns == ["key", "this run", "default"]
     assert "optimizer.lr" in texts(alone, "key")
     assert texts(alone, "default")[texts(alone, "key").index("method.alpha")] == "16"
-    assert "method.state" not in texts(alone, "key"), "what an older run does not know is as it is by default"
+    assert "method.optimizer_state" not in texts(alone, "key"), "what an older run does not know is as it is by default"
 
 
 def test_settings_of_a_method_that_cannot_be_found_here(tmp_path: Path) -> None:

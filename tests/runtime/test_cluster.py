@@ -14,13 +14,13 @@ import pytest
 import ray
 import yaml
 
-from rayfed_sub.cli.main import main
+from rayfed_sub.cli import main
 from rayfed_sub.planning.machines import Node, most_workers
 from rayfed_sub.runtime import cluster
 from rayfed_sub.runtime.cluster import grown_by
 
 TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
-SMALL = ("federation.rounds=2", "federation.local_steps=2", "evaluation.examples=16", "resources.workers=2")
+SMALL = ("federation.rounds=2", "federation.local_steps=2", "evaluation.eval_rows=16", "resources.workers=2")
 # A head and a worker node with one CPU each, so that two workers of one CPU lie on two nodes.
 TWO_NODES = """
 import sys

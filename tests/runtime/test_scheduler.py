@@ -32,7 +32,7 @@ from ray.exceptions import (
 
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.runtime import scheduler
-from rayfed_sub.runtime.scheduler import Crew, Piece, in_order
+from rayfed_sub.runtime.scheduler import WorkerPool, WorkItem, in_order
 
 
 @dataclass(frozen=True)
@@ -112,24 +112,24 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def crew_of(clock: Clock, *workers: Worker, deadline: float = 10.0) -> Crew:
+def crew_of(clock: Clock, *workers: Worker, deadline: float = 10.0) -> WorkerPool:
     for worker in workers:
         worker.clock = clock
-    return Crew(workers, deadline)
+    return WorkerPool(workers, deadline)
 
 
-def pieces(count: int, **more: Any) -> list[Piece]:
-    return [Piece(lambda worker, i=i: worker.work(i), i % 2, f"piece {i}", **more) for i in range(count)]
+def pieces(count: int, **more: Any) -> list[WorkItem]:
+    return [WorkItem(lambda worker, i=i: worker.work(i), i % 2, f"piece {i}", **more) for i in range(count)]
 
 
-def results(crew: Crew, work: Sequence[Piece]) -> list[Any]:
+def results(crew: WorkerPool, work: Sequence[WorkItem]) -> list[Any]:
     done = list(in_order(crew, work, "stage"))
     assert [d.index for d in done] == list(range(len(work)))
     return [d.result for d in done]
 
 
 def test_a_piece_tells_when_it_was_done_and_what_troubled_it(clock: Clock) -> None:
-    """Piece 0 takes 2 s, is lost on the way back once and takes 3 s then; piece 1 waits at the door meanwhile."""
+    """WorkItem 0 takes 2 s, is lost on the way back once and takes 3 s then; piece 1 waits at the door meanwhile."""
     worker = Worker(After(2.0, ObjectLostError("00" * 28, None, "")), After(1.0, "b"), After(3.0, "a"))
     first, second = in_order(crew_of(clock, worker), pieces(2), "stage")
     assert (second.began, second.ended, second.troubles) == (2.0, 3.0, ())
@@ -294,9 +294,9 @@ def test_rays_worker_that_sleeps_is_killed_and_works_again(ray_session: None, tm
     workers = [make.remote(tmp_path / "mark")]
     ray.get([worker.ready.remote() for worker in workers], timeout=60)
     submit: Callable[[int], Callable[[Any], Any]] = lambda i: lambda worker: worker.work.remote(i)  # noqa: E731
-    work = [Piece(submit(i), 0, f"piece {i}") for i in range(3)]
+    work = [WorkItem(submit(i), 0, f"piece {i}") for i in range(3)]
     try:
-        assert results(Crew(workers, 1.0), work) == [0, 1, 2]
+        assert results(WorkerPool(workers, 1.0), work) == [0, 1, 2]
     finally:
         ray.kill(workers[0])
 
@@ -305,7 +305,7 @@ NODES = """
 import os, threading, time
 import ray
 from ray.cluster_utils import Cluster
-from rayfed_sub.runtime.scheduler import Crew, Piece, in_order
+from rayfed_sub.runtime.scheduler import WorkerPool, WorkItem, in_order
 
 class Worker:
     def ready(self):
@@ -318,9 +318,9 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, log_to_driver=False)
 make = ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=0)
-crew = Crew([make.remote(), make.remote()], 60.0)
+crew = WorkerPool([make.remote(), make.remote()], 60.0)
 ray.get([worker.ready.remote() for worker in crew.workers], timeout=60)
-work = [Piece(lambda worker, i=i: worker.work.remote(i), i % 2, str(i)) for i in range(12)]
+work = [WorkItem(lambda worker, i=i: worker.work.remote(i), i % 2, str(i)) for i in range(12)]
 done = []
 def stage():
     done.append([d.result[:2] for d in in_order(crew, work, "stage")])

@@ -46,10 +46,10 @@ class Trial:
 
     def __init__(self, job: Job, dataset: Dataset | None = None, **resources: Any) -> None:
         config = job.config.model_copy(update={"resources": job.config.resources.model_copy(update=resources)})
-        weights = load_weights(config.model, job.skeleton, config.seed)
-        pretrained = target_weights(job.skeleton.shape, job.skeleton.transposed, weights)
-        server = job.method.init_server(pretrained, job.skeleton.shape, config.seed)
-        spec = Spec(config, job.method, job.skeleton, job.codec)
+        weights = load_weights(config.model, job.architecture, config.seed)
+        pretrained = target_weights(job.architecture.shape, job.architecture.transposed, weights)
+        server = job.method.init_server(pretrained, job.architecture.shape, config.seed)
+        spec = Spec(config, job.method, job.architecture, job.processor)
         self.worker = Worker(spec, packed(weights), dataset or job.dataset)
         self.broadcast: Packed = packed(job.method.broadcast(server).tensors)
 
@@ -180,11 +180,11 @@ def test_an_answer_is_told_with_its_reference_cut_as_in_training_and_the_likelie
     judged = trial.worker.evaluate(0, rows, trial.broadcast, None, None)
     assert isinstance(held_out, Rows)
     for row, found, verdict in zip(rows, told, judged, strict=True):
-        prompt, _, shown = job.codec.decode(held_out.row(row).tolist()).partition("\nA: ")
+        prompt, _, shown = job.processor.decode(held_out.row(row).tolist()).partition("\nA: ")
         number = 2 * int(prompt.removesuffix(" =").rpartition(" + ")[2])
         answer = f"{number}, as everybody knows"[: 36 - 1 - len(prompt) - len("\nA: ")]
         assert found.reference == found.true == shown == answer
-        assert found.forced == job.codec.decode(verdict.said)
+        assert found.forced == job.processor.decode(verdict.said)
         assert 0 < len(verdict.said) == len(shown)
         assert len(found.said) <= job.config.evaluation.max_new_tokens
     assert {len(found.reference) for found in told} == {19, 21}  # of two figures and of one

@@ -21,7 +21,7 @@ from rayfed_sub.storage.remote import Mirror, Place, at_hand, placed
 from rayfed_sub.storage.run_folder import finished
 from rayfed_sub.telemetry.events import Notice, PackDone, Stage, Started, Summary
 from tests.helpers import chaos
-from tests.storage.test_ledger import check, ledger, walk
+from tests.storage.test_state_store import check, ledger, walk
 
 COHORTS = [[0, 1, 2], [1], [0, 3], [1], [2]]
 TABLES = ("log.jsonl", "rounds.parquet")

@@ -133,7 +133,7 @@ def test_a_space_that_does_not_fit(text: str, field: str, hint: str) -> None:
         ("sweep.searcher=optuna", "sweep.searcher"),  # a grid
         ("sweep.trials=0", "sweep.trials"),
         ("sweep.trails=3", "sweep.trails"),
-        ("task.validation=0", "evaluation.on"),  # of the shared configuration
+        ("task.validation=0", "evaluation.split"),  # of the shared configuration
     ],
 )
 def test_a_section_that_does_not_fit(override: str, field: str) -> None:
@@ -144,16 +144,16 @@ def test_a_section_that_does_not_fit(override: str, field: str) -> None:
 
 @pytest.mark.parametrize("who", ["sweep.scheduler=asha", "sweep.searcher=optuna"])
 def test_nobody_can_wait_for_answers(who: str) -> None:
-    more = ("sweep.metric=rouge_l", "evaluation.generate=4", who)
+    more = ("sweep.metric=rouge_l", "evaluation.generate_rows=4", who)
     with pytest.raises(UserError, match="known at a trial's end"):
         space("optimizer.lr: {choice: [0.1, 0.2]}", *more)
 
 
 def test_every_point_must_have_the_metric() -> None:
-    text = "evaluation.generate: {grid: [8, 0]}"
+    text = "evaluation.generate_rows: {grid: [8, 0]}"
     with pytest.raises(UserError, match=r"sweep\.metric: got 'rouge_l'; allowed: a metric that is measured"):
         space(text, "sweep.metric=rouge_l")
-    assert space("evaluation.generate: {grid: [8, 16]}", "sweep.metric=rouge_l").count == 2
+    assert space("evaluation.generate_rows: {grid: [8, 16]}", "sweep.metric=rouge_l").count == 2
 
 
 def test_a_configuration_is_no_sweep() -> None:

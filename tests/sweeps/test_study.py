@@ -45,7 +45,7 @@ def test_every_run_of_a_study_has_a_configuration(file: Path) -> None:
             config = load_config(read.base, trial.overrides)
             build(config.method)
             assert config.seed == trial.seed
-            assert (config.evaluation.on == "validation") == trial.tuning
+            assert (config.evaluation.split == "validation") == trial.tuning
             folders.append(trial.folder)
     assert len(set(folders)) == len(folders)
     assert read.equal_bytes is None or read.equal_bytes in read.variants
@@ -92,9 +92,9 @@ def test_a_difference_is_taken_in_seeds_that_both_have() -> None:
 
 def test_tuning_cannot_be_talked_into_judging_held_out_rows() -> None:
     read = study.read_study(ROOT / "experiments" / "studies" / "medquad-small.yaml")
-    for trial in study.tuning_trials(read, "fedftg", ["evaluation.on=held-out", "evaluation.generate=9"]):
+    for trial in study.tuning_trials(read, "fedftg", ["evaluation.split=held-out", "evaluation.generate_rows=9"]):
         config = load_config(read.base, trial.overrides)
-        assert (config.evaluation.on, config.evaluation.generate) == ("validation", 0)
+        assert (config.evaluation.split, config.evaluation.generate_rows) == ("validation", 0)
         assert config.task.seed == 0  # so that no seed's held-out rows are among these
 
 
@@ -115,7 +115,7 @@ def test_rows_of_an_earlier_sitting_count_only_for_trials_that_there_still_are()
 
     before = [row(0, 0.03), row(1, 0.03), row(0, 0.03, tuning=True)]
     results = study.Results(list(before), list(before))
-    results.keep([study.Trial("a", 0, 0.1, False, ()), study.Trial("a", 0, 0.03, False, ())], tuning=False)
+    results.client_state([study.Trial("a", 0, 0.1, False, ()), study.Trial("a", 0, 0.03, False, ())], tuning=False)
     assert results.rows == results.curves == [row(0, 0.03), row(0, 0.03, tuning=True)]
     results.take({**row(0, 0.03), "rounds": 7}, [])
     assert results.rows == [row(0, 0.03, tuning=True), {**row(0, 0.03), "rounds": 7}]

@@ -21,7 +21,7 @@ def test_a_loss_that_rises_is_told_once(tmp_path: Path) -> None:
     watch, told = Watch(folder, CONFIG), []
     for n, held_out in enumerate((3.0, 5.0, 5.0, 5.0)):
         folder.add(done(n, held_out, 1))
-        told.append([symptom.name for symptom in watch.add(done(n, held_out, 1))])
+        told.append([alert.name for alert in watch.add(done(n, held_out, 1))])
     assert told == [[], [], ["divergence"], []]
     folder.write_tables()
 

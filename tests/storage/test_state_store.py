@@ -24,7 +24,7 @@ from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.types import ServerState
 from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.client_states import Note, States, path
-from rayfed_sub.storage.ledger import Ledger, settled
+from rayfed_sub.storage.state_store import StateStore, settled
 
 Model = Mapping[str, Any]
 """What should be true: the server's and the memory's numbers, and of each client its round and numbers."""
@@ -55,15 +55,15 @@ def state(client: int, n: int) -> PackedState:
     return PackedState(n, 4 * n, 4 * n + client, packed(tensors))
 
 
-def ledger(folder: Path, budget: int = 1000) -> Ledger:
-    return Ledger(folder, budget, lambda: server(0), lambda value: [value], lambda box: box[0])
+def ledger(folder: Path, budget: int = 1000) -> StateStore:
+    return StateStore(folder, budget, lambda: server(0), lambda value: [value], lambda box: box[0])
 
 
 def bits(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return {name: (dtype, array.shape, array.tobytes()) for name, (dtype, array) in sorted(packed(tensors).items())}
 
 
-def walk(book: Ledger, cohorts: Sequence[Sequence[int]], every: int = 1) -> None:
+def walk(book: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1) -> None:
     """Trains the cohorts from where the ledger stands; a checkpoint every so many rounds."""
     for n in range(book.standing.server.round, len(cohorts)):
         for client in cohorts[n]:
@@ -73,7 +73,7 @@ def walk(book: Ledger, cohorts: Sequence[Sequence[int]], every: int = 1) -> None
             book.checkpoint()
 
 
-def check(book: Ledger, cohorts: Sequence[Sequence[int]], rounds: int) -> None:
+def check(book: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> None:
     """The ledger stands where `rounds` undisturbed rounds lead, bit for bit."""
     standing = book.standing
     assert standing.server.round == rounds

@@ -23,7 +23,7 @@ _RULE = "server/"  # how a checkpoint names the tensors of the server's optimise
 
 
 @dataclass(frozen=True)
-class Standing:
+class RoundState:
     """What a finished round leaves, replaced as one.  memory: the server optimiser's; states: of each client that has
     trained, the round for which its stored state is."""
 
@@ -37,7 +37,7 @@ class Standing:
         return frozenset(self.states.items())
 
 
-class Ledger:
+class StateStore:
     """standing: the last finished round's.  Every method may be called while another thread is in one.
 
     budget, put, get: as in States.  begin: the server before round 0, asked for where the folder has no checkpoint;
@@ -59,7 +59,7 @@ class Ledger:
         self._named: deque[frozenset[Key]] = deque(maxlen=checkpoints.KEPT)  # states of the checkpoints on disk
         if found is None:
             server = begin()
-            self.standing = Standing(ServerState(server.round, settled(server.tensors)))
+            self.standing = RoundState(ServerState(server.round, settled(server.tensors)))
         else:
             self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.notes)])
             self._states.recall(found.notes)
@@ -87,7 +87,7 @@ class Ledger:
             if self._halted:
                 return False
             whole = ServerState(server.round, settled(server.tensors))
-            new = Standing(whole, settled(memory), {**self.standing.states, **trained})
+            new = RoundState(whole, settled(memory), {**self.standing.states, **trained})
             left, named = self.standing.keys - new.keys, frozenset().union(*self._named)
             self.standing = new
             self._states.release(left & named)
@@ -125,11 +125,11 @@ class Ledger:
             self._states.drop(leaving.difference(*self._named))
 
 
-def _standing(found: Checkpoint) -> Standing:
+def _standing(found: Checkpoint) -> RoundState:
     tensors = unpacked(found.server)
     memory = {name.removeprefix(_RULE): tensor for name, tensor in tensors.items() if name.startswith(_RULE)}
     server = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RULE)}
-    return Standing(ServerState(found.round, server), memory, dict(found.notes.keys()))
+    return RoundState(ServerState(found.round, server), memory, dict(found.notes.keys()))
 
 
 def settled(tensors: Tensors) -> Tensors:

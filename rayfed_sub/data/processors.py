@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from rayfed_sub.data.images import Pixels
 
 
-class TextCodec(Protocol):
+class Tokenizer(Protocol):
     """Text to tokens and back, for one model.  Many texts at a time: tokenizers are an order faster so."""
 
     @property
@@ -37,7 +37,7 @@ class TextCodec(Protocol):
 
 
 @runtime_checkable
-class PixelCodec(Protocol):
+class ImageProcessor(Protocol):
     """Images to pixels, for one model."""
 
     @property
@@ -64,4 +64,4 @@ class PixelCodec(Protocol):
         """The image of an encoded file as a square, uint8 (1 or 3, side, side).  Raises ValueError for a broken one."""
 
 
-Codec = TextCodec | PixelCodec
+Processor = Tokenizer | ImageProcessor
