@@ -66,9 +66,7 @@ class Whole(BaseModel):
         raise ValueError("part.on|nothing|give up")
 
 
-@pytest.mark.parametrize(
-    ("tree", "value"), [({"part": {"split": "full"}}, "full"), ({"part": {}}, "off"), ({}, "half")]
-)
+@pytest.mark.parametrize(("tree", "value"), [({"part": {"on": "full"}}, "full"), ({"part": {}}, "off"), ({}, "half")])
 def test_a_check_of_two_sections_tells_the_value_or_the_default(tree: dict[str, object], value: str) -> None:
     with pytest.raises(UserError) as caught:
         check(Whole, tree, "top")

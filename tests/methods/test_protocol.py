@@ -431,7 +431,7 @@ def test_averaged_moments_are_the_weighted_mean_and_travel(name: str) -> None:
 
 
 def test_fedftg_refuses_to_average_moments_of_different_subspaces() -> None:
-    with pytest.raises(UserError, match=r"method\.state: got 'average'; allowed: keep or reset"):
+    with pytest.raises(UserError, match=r"method\.optimizer_state: got 'average'; allowed: keep or reset"):
         made("fedftg", optimizer_state="average")
 
 
