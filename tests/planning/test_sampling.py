@@ -50,7 +50,7 @@ def test_learning_rates_over_rounds() -> None:
         return [learning_rate(asked, n) for n in range(rounds)]
 
     assert rates(3) == [2.0, 2.0, 2.0]
-    assert rates(4, schedule="linear", final=0.5) == [2.0, 1.75, 1.5, 1.25]
+    assert rates(4, schedule="linear", final_lr_ratio=0.5) == [2.0, 1.75, 1.5, 1.25]
     assert rates(2, schedule="cosine") == pytest.approx([2.0, 1.0])  # 1 + cos(pi / 2)
     # Two rounds of warm-up: 1/3 and 2/3 of the rate, then two rounds towards zero.
     assert rates(4, schedule="linear", warmup_rounds=2) == pytest.approx([2 / 3, 4 / 3, 2.0, 1.0])

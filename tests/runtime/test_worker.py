@@ -110,7 +110,7 @@ def test_nan_does_not_get_into_the_metrics(job: Job, executor: str) -> None:
     assert outcome.states == (None,)
 
 
-@pytest.mark.parametrize("part", ["upload", "keep"])
+@pytest.mark.parametrize("part", ["upload", "client_state"])
 def test_what_is_sent_or_kept_must_be_finite(job: Job, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(type(job.method), part)
 
