@@ -1,4 +1,4 @@
-"""What a person wrote against what it should be: faults in one line: field, value, what is allowed."""
+"""Validation of what a person wrote; every fault becomes one line with field, value, allowed values and advice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from pydantic_core import ErrorDetails
 from rayfed_sub.core.errors import UserError
 
 R = TypeVar("R")
+
+RENAMED = {
+    "evaluation.examples": "evaluation.eval_rows",
+    "evaluation.generate": "evaluation.generate_rows",
+    "evaluation.on": "evaluation.split",
+    "federation.weights": "federation.client_weighting",
+    "method.state": "method.optimizer_state",
+    "optimizer.final": "optimizer.final_lr_ratio",
+}
+"""Keys of earlier versions, with those that took their places."""
 
 
 def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
@@ -33,7 +43,14 @@ def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
 
 
 def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
-    """The refusal of a key; `keys` are those known at its place."""
+    """The refusal of a key; keys: those known in its section.
+
+    >>> unknown_key("evaluation.examples", 64, ["every", "eval_rows"]).advice
+    'set evaluation.eval_rows instead'
+    """
+    renamed = RENAMED.get(path)
+    if renamed is not None and renamed.rpartition(".")[2] in keys:
+        return UserError(path, value, f"{renamed}, which replaces it", f"set {renamed} instead")
     near = get_close_matches(path.rpartition(".")[2], keys, n=1)
     advice = f"did you mean {near[0]}?" if near else "remove it"
     return UserError(path, value, f"these keys here: {', '.join(keys)}", advice)

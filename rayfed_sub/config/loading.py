@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rayfed_sub.config.checks import check
+from rayfed_sub.config.checks import RENAMED, check
 from rayfed_sub.config.schema import Config, Federation, Partition
 from rayfed_sub.core.errors import UserError
 
@@ -55,8 +55,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 def stored_config(folder: Path) -> Config:
     """The configuration of the run in `folder`, from its config.yaml, which has every key of the version that wrote it.
 
-    A key that is missing stands for what older versions did: without `task.seed`, or with null, the run's own seed drew
-    the splits; without `federation.batching`, batches were bucketed.
+    Keys of older versions get their new names.  A key that is missing stands for what older versions did: without
+    `task.seed`, or with null, the run's own seed drew the splits; without `federation.batching`, batches were bucketed.
 
     Raises UserError as `load_config`.
     """
@@ -66,7 +66,23 @@ def stored_config(folder: Path) -> Config:
         tree["task"] = {**task, "seed": tree.get("seed", Config().seed)}
     if isinstance(federation, dict):
         tree["federation"] = {"batching": "bucketed", **federation}
+    tree = _renamed(tree)
     return load_config(tree)
+
+
+def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with the keys of `RENAMED` under their new names, in their places.
+
+    >>> _renamed({"evaluation": {"examples": 64, "every": 2}})
+    {'evaluation': {'eval_rows': 64, 'every': 2}}
+    """
+    names = {old: new.rpartition(".")[2] for old, new in RENAMED.items()}
+    return {
+        section: {names.get(f"{section}.{key}", key): value for key, value in keys.items()}
+        if isinstance(keys, Mapping)
+        else keys
+        for section, keys in tree.items()
+    }
 
 
 def overridden(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

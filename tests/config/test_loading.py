@@ -14,6 +14,7 @@ from rayfed_sub.config.checks import check
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Checkpoint, Config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.methods import build
 from rayfed_sub.planning.job import check_resources, prepare
 from rayfed_sub.planning.machines import Node
 
@@ -123,6 +124,32 @@ def test_an_unknown_key_is_refused_with_those_known_in_its_place(tree: Any, fiel
     refused = fault(load_config, tree)
     assert refused.field == field
     assert refused.allowed.startswith(f"these keys here: {known}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "evaluation.examples=64",
+            "evaluation.examples: got 64; allowed: evaluation.eval_rows, which replaces",
+        ),
+        (
+            "evaluation={on: validation}",
+            "evaluation.on: got 'validation'; allowed: evaluation.split, which replaces",
+        ),
+        ("evaluation.generate=4", "evaluation.generate: got 4; allowed: evaluation.generate_rows, which replaces it"),
+        ("optimizer.final=0.1", "optimizer.final: got 0.1; allowed: optimizer.final_lr_ratio, which replaces it"),
+        (
+            "federation.weights=uniform",
+            "federation.weights: got 'uniform'; allowed: federation.client_weighting, ",
+        ),
+        ("method.state=keep", "method.state: got 'keep'; allowed: method.optimizer_state, which replaces it"),
+    ],
+)
+def test_a_renamed_key_is_refused_with_its_new_name(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(load_config({"method": {"name": "fedftg"}}, [override]).method)
+    assert str(caught.value).startswith(message)
 
 
 def test_a_key_that_stands_twice_is_refused_where_yaml_would_take_the_last(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from pyarrow import parquet
 
-from rayfed_sub.config.loading import load_config, yaml_text
+from rayfed_sub.config.loading import load_config, stored_config, yaml_text
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.schemas import ClientRow, RoundRow, Score
 from rayfed_sub.storage.remote import Place
@@ -250,6 +250,25 @@ def test_a_stored_configuration_of_an_older_version_keeps_its_meaning(tmp_path: 
             summary_of(tmp_path, load_config({**old, "task": {"seed": config.task.seed}}))
     with pytest.raises(UserError, match=r"^task\.seed: got None"):  # a configuration handed over is not a stored one
         load_config({"task": {"seed": None}})
+
+
+def test_a_stored_configuration_of_an_older_version_has_the_new_names(tmp_path: Path) -> None:
+    new = {
+        "evaluation": {"eval_rows": 64, "generate_rows": 3, "split": "validation"},
+        "federation": {"rounds": 2, "client_weighting": "uniform"},
+        "method": {"name": "fedavg", "optimizer_state": "reset"},
+        "optimizer": {"final_lr_ratio": 0.1},
+        "task": {"validation": 0.1},
+    }
+    old = {
+        "evaluation": {"examples": 64, "generate": 3, "on": "validation"},
+        "federation": {"rounds": 2, "weights": "uniform"},
+        "method": {"name": "fedavg", "state": "reset"},
+        "optimizer": {"final": 0.1},
+        "task": {"validation": 0.1, "seed": 0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml_text(old))
+    assert stored_config(tmp_path) == load_config(new, ["federation.batching=bucketed"])
 
 
 def test_a_finished_run_gives_its_summary_again(tmp_path: Path) -> None:
