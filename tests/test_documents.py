@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 import shlex
@@ -19,7 +18,7 @@ import typer
 
 import rayfed_sub
 from rayfed_sub import load_config
-from rayfed_sub.cli.listings import LISTINGS
+from rayfed_sub.cli.listings import LISTINGS, markdown
 from rayfed_sub.cli.main import app
 from rayfed_sub.core.schemas import RoundRow
 from rayfed_sub.core.types import Client, Layer, LocalResult, ModelShape, Tensors
@@ -30,7 +29,10 @@ from rayfed_sub.telemetry.events import Summary
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rayfed_sub"
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "rayfed_sub/methods/README.md")
+DOCUMENTS = (
+    *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
+    *sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.glob("*/README.md")),
+)
 # Files that the documents name and that are made by a run or by the reader.
 MADE = {"config.yaml", "best.yaml", "momentum.py", "answers.parquet"}
 
@@ -92,38 +94,13 @@ def test_files_that_are_named_are_there(document: str) -> None:
     assert [name for name in sorted(names) if not any((place / name).exists() for place in places)] == []
 
 
-def tree(block: str) -> dict[str, str]:
-    """A tree listing as path -> phrase: two spaces a level, folders end with a slash."""
-    found, parents = {}, [""]
-    for line in block.splitlines():
-        name, _, phrase = line.strip().partition(" ")
-        depth = (len(line) - len(line.lstrip())) // 2
-        path = parents[depth] + name
-        parents[depth + 1 :] = [path]
-        if not name.endswith("/"):
-            found[path] = phrase.strip()
-    return found
+def test_the_architecture_names_every_room() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {room for room in rooms if f"`{room}/`" not in text_of("ARCHITECTURE.md")} == set()
 
 
-def test_the_tree_in_the_readme_is_the_package() -> None:
-    """Every file but the `__init__.py` that hold no more than a docstring; each with a phrase."""
-    (listing,) = (block for block in blocks("README.md", "text") if block.startswith("rayfed_sub/\n"))
-    named = tree(listing)
-    files = {
-        path.relative_to(ROOT).as_posix()
-        for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix != ".pyc" and not (path.name == "__init__.py" and only_docstring(path))
-    }
-    assert sorted(named) == sorted(files)
-    assert [path for path, phrase in named.items() if not phrase] == []
-
-
-def only_docstring(path: Path) -> bool:
-    """
-    >>> only_docstring(PACKAGE / "data" / "__init__.py"), only_docstring(PACKAGE / "methods" / "__init__.py")
-    (True, False)
-    """
-    return all(isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body)
+def test_the_readme_takes_ten_minutes() -> None:
+    assert len(text_of("README.md").splitlines()) <= 250
 
 
 # --- commands
@@ -181,12 +158,12 @@ def test_prose_names_verbs_that_exist(document: str) -> None:
 # --- tables and code
 
 
-def test_the_table_of_methods_is_that_of_the_code() -> None:
+def test_the_table_of_methods_is_generated() -> None:
+    begin, end = "<!-- methods: begin (rayfed-sub list methods --markdown) -->\n", "\n<!-- methods: end -->"
+    assert text_of("README.md").partition(begin)[2].partition(end)[0] == markdown(*LISTINGS["methods"]())
     _, rows = LISTINGS["methods"]()
-    expected = [[*row[:3], "yes" if row[3] else "no", *row[4:]] for row in rows]
-    assert [[cell.replace("`", "") for cell in row] for row in table("README.md", "method")] == expected
-    assert len(expected) == len(METHODS)
-    variants = {str(row[0]): str(row[-1]) for row in expected if row[-1] != "yes"}
+    assert len(rows) == len(METHODS)
+    variants = {str(row[0]): str(row[-1]) for row in rows if row[-1] != "yes"}
     assert set(variants) >= {"fed-sb", "hetlora", "lora-fair", "flexlora", "shared-galore", "fedavg"}
     assert variants["fed-sb"].startswith("a variant")
 
@@ -215,14 +192,15 @@ def swept(file: str, overrides: Sequence[str], out: str) -> SweepResult:
     return SweepResult(frame, (0, found.config(found.points()[0])), cast(Any, grid), out)
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rayfed_sub, "run", stand_in(tmp_path))
     monkeypatch.setattr(rayfed_sub, "sweep", swept)
     monkeypatch.chdir(ROOT)
-    found = blocks("README.md", "python")
-    assert found
-    for block in found:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    for document in ("README.md", "rayfed_sub/sweeps/README.md"):
+        found = blocks(document, "python")
+        assert found
+        for block in found:
+            exec(compile(block, document, "exec"), {"__name__": "readme"})
 
 
 def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""What `rayfed-sub list` shows: columns and rows of methods, tasks and model presets."""
+"""Tables of `rayfed-sub list`: columns and rows of methods, tasks and model presets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Listing = tuple[tuple[str, ...], list[tuple[object, ...]]]
 
@@ -35,6 +35,23 @@ def models() -> Listing:
 
     rows: list[tuple[object, ...]] = [(name, preset.path, preset.kind, preset.note) for name, preset in MODELS.items()]
     return ("name", "path", "kind", "note"), rows
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The listing as a Markdown table, names as code.
+
+    >>> print(markdown(("name", "exact"), [("fedftg", True)]))
+    | name | exact |
+    | --- | --- |
+    | `fedftg` | yes |
+    """
+    truth = {True: "yes", False: "no"}
+    lines = [columns, ["---"] * len(columns)]
+    lines += [
+        [f"`{row[0]}`", *(truth.get(cell, cell) if isinstance(cell, bool) else cell for cell in row[1:])]
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 LISTINGS: dict[str, Callable[[], Listing]] = {"methods": methods, "tasks": tasks, "models": models}

@@ -280,12 +280,15 @@ def export(
 def list_(
     what: Annotated[Literal["methods", "tasks", "models"], typer.Argument()],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="as a table for a document")] = False,
 ) -> None:
     """List the methods, tasks or model presets."""
-    from rayfed_sub.cli.listings import LISTINGS
+    from rayfed_sub.cli.listings import LISTINGS, markdown
 
     columns, rows = LISTINGS[what]()
-    if as_json:
+    if as_markdown:
+        typer.echo(markdown(columns, rows))
+    elif as_json:
         typer.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
     else:
         from rayfed_sub.cli.run_view import print_table
