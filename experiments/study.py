@@ -39,7 +39,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from rayfed_sub import RunError, UserError, load_config, run
-from rayfed_sub.runtime.ray_session import ray_session
+from rayfed_sub.runtime.cluster import ray_session
 
 SCORES = ("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "teacher_forced_rouge_l", "accuracy", "macro_f1")
 SENT = ("rounds", "uplink_bytes", "downlink_bytes", "change_rank", "weights_sha256")

@@ -46,12 +46,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     | `fedftg` | yes |
     """
     truth = {True: "yes", False: "no"}
-    lines = [columns, ["---"] * len(columns)]
-    lines += [
-        [f"`{row[0]}`", *(truth.get(cell, cell) if isinstance(cell, bool) else cell for cell in row[1:])]
-        for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    body = [[f"`{name}`", *(truth[x] if isinstance(x, bool) else x for x in rest)] for name, *rest in rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [columns, ["---"] * len(columns), *body])
 
 
 LISTINGS: dict[str, Callable[[], Listing]] = {"methods": methods, "tasks": tasks, "models": models}

@@ -118,8 +118,7 @@ def plan(
 
     from rayfed_sub.planning.fit import roomy_packs
     from rayfed_sub.planning.job import prepare
-    from rayfed_sub.planning.job_plan import check, plan_of
-    from rayfed_sub.planning.plan import as_dict
+    from rayfed_sub.planning.plan import as_dict, check, plan_of
 
     job = prepare(checked)
     check(job, on=on)

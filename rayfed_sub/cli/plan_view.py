@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rayfed_sub.cli.run_view import clock, print_table, size
-from rayfed_sub.planning.comparison import RANKS, MethodBytes
 from rayfed_sub.planning.plan import Plan
+from rayfed_sub.planning.traffic import RANKS, MethodBytes
 from rayfed_sub.runtime.probe import Speed
 
 _CLIENTS = (100, 1000, 10_000)

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from rayfed_sub.cli.data_view import cut
 from rayfed_sub.cli.run_view import clock, size
-from rayfed_sub.sweeps.labels import headings, worded
-from rayfed_sub.sweeps.trial_events import Begun, TrialNow
+from rayfed_sub.sweeps.progress import Begun, TrialNow
+from rayfed_sub.sweeps.results import headings, worded
 from rayfed_sub.telemetry.events import Notice, Stage
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class SweepDisplay:
 
     def table(self, frame: pd.DataFrame, best: int | None) -> None:
         """The final table of `frame`, a sweep's trials.parquet: the best trials first, then the folder."""
-        from rayfed_sub.sweeps.ranking import best_first
+        from rayfed_sub.sweeps.results import best_first
 
         sweep = self._sweep
         ranked = best_first(frame, sweep.metric, sweep.mode).head(_ROWS)

@@ -150,7 +150,7 @@ class Score:
     `bleu_4` as published, `rouge_l_unicode` and `bleu_4_unicode` over the words of any script (greedy answers against
     references cut to task.max_length), and the same names after `teacher_forced_` (the likeliest token at every label,
     given the true ones before it, against the labels).  Published scores are missing where they cannot read the
-    references (`evaluation/text.py`).
+    references (`evaluation/generation.py`).
     Classification: `accuracy`, `macro_f1`, `f1/<class>` of classes that a row has or is given, and over all rows
     `confusion/<true>/<predicted>` where not 0.
     """

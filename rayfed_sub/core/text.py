@@ -25,7 +25,7 @@ SCORES = {
 }
 """The scores of `evaluation/scores.py`, but for classes' own, in the order in which people ask for them."""
 UNREAD = "none: its published tokenizer does not read the script"
-"""In a published score's place, where only the score over the words of any script is there (`evaluation/text.py`)."""
+"""Text for a missing published score whose counterpart over any script exists (`evaluation/generation.py`)."""
 LOWER = ("held_out_loss", "perplexity")
 """Scores of which less is better."""
 _MOST = 6

@@ -12,13 +12,12 @@ from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
 from rayfed_sub.data.images import Images
-from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys
+from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys, table_pairs
 from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.data.splits import Judged, judged_clients, numbered, split_rows
-from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.data.tokenization import in_words, tokenised
 

@@ -1,4 +1,4 @@
-"""Who holds what, for people to look at: rows, tokens and classes of every client.
+"""Partition statistics: rows, tokens and classes of every client, and the skew of the partition.
 
 Counted are the classes of the task's label or, in language modelling, which has none, the keys: the values of the
 partition's column.  Legend: C clients, S classes or keys that are shown, G groups of clients.
@@ -21,7 +21,6 @@ from rayfed_sub.data.dataset import Dataset, RowCounts, load_dataset
 from rayfed_sub.data.partitions import key_column
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Ints, Rows
-from rayfed_sub.data.skew import distances, skew
 from rayfed_sub.data.tasks import filled
 
 SHOWN = 20
@@ -35,7 +34,7 @@ class PartitionStats:
     counted: what `values` are; value_column: the column that they stand in, None where rows have neither a label nor a
     key; then there is one value, "all".  values: largest first; rows_C; tokens_C: the median of a client's rows, None
     for images; judged_C: held-out (or validation) rows that are like the client's, by its keys; distance_C and skew: of
-    the values, see `data/skew.py`.
+    the values, see `skew`.
     holders, held, counts: client, value and rows of every pair that has any, by client.
     notes: what was said while the rows were read.
     """
@@ -192,3 +191,34 @@ def _medians(dataset: Dataset, rows: Rows) -> NDArray[np.float64]:
     lengths = np.diff(rows.offsets)
     clients = range(len(dataset.client_names))
     return np.asarray([np.median(lengths[dataset.rows_of(client)]) for client in clients])
+
+
+def distances(clients: Ints, classes: Ints) -> NDArray[np.float64]:
+    """For each client the total-variation distance between the shares of the classes in its rows, p, and in all, g:
+    half the sum of |p - g|, the share of its rows that would have to change class; float64 (clients,).
+
+    clients, classes: the client and the class of each row, numbers from 0; every client has a row.
+
+    >>> distances(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])).tolist()  # g = 3/4, 1/4
+    [0.25, 0.25]
+    """
+    width = np.int64(classes.max() + 1)
+    cells, counts = np.unique(clients * width + classes, return_counts=True)
+    client, held = np.divmod(cells, width)
+    rows = np.bincount(client, weights=counts)
+    g = np.bincount(held, weights=counts) / len(clients)
+    # A class that a client lacks adds its g; so all of them would add 1, from which those that it has are taken back.
+    differences = np.abs(counts / rows[client] - g[held]) - g[held]
+    return (1 + np.bincount(client, weights=differences)) / 2
+
+
+def skew(clients: Ints, classes: Ints) -> float:
+    """The mean of `distances`, weighted by the clients' rows: 0 where all clients are alike, towards 1 where each has
+    few of many classes.
+
+    >>> skew(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 1]))  # g = 3/4, 1/4; distances 1/4 and 3/4
+    0.375
+    >>> skew(np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
+    0.0
+    """
+    return float(distances(clients, classes)[clients].mean())

@@ -12,8 +12,8 @@ from typing import Any
 
 from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.evaluation.classification import class_scores, confusion
+from rayfed_sub.evaluation.generation import TEXT_SCORES
 from rayfed_sub.evaluation.language import perplexity, token_accuracy
-from rayfed_sub.evaluation.text import TEXT_SCORES
 
 
 def metric(name: str, cache_dir: str) -> Any:

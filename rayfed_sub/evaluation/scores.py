@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from rayfed_sub.core.schemas import Score
 from rayfed_sub.evaluation.classification import class_scores, confusion
+from rayfed_sub.evaluation.generation import TEXT_SCORES, words
 from rayfed_sub.evaluation.language import perplexity, token_accuracy
-from rayfed_sub.evaluation.text import TEXT_SCORES, words
 from rayfed_sub.training.inference import Generation, Prediction
 
 R = TypeVar("R")

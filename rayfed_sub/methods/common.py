@@ -7,6 +7,7 @@ takes one over by assigning it in its class body, as in `accumulate = common.acc
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.lowrank import padded
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (
     Accumulator,
@@ -26,6 +28,7 @@ from rayfed_sub.core.types import (
     LocalResult,
     ModelShape,
     ServerState,
+    Start,
     Tensors,
     Update,
     wire_bytes,
@@ -95,6 +98,17 @@ def _moments(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.endswith(("/m1", "/m2"))}
 
 
+def rotated_moments(moments: Tensors, name: str, C_rr: Tensor) -> dict[str, Tensor]:
+    """Adam's moments of the factor `name` in another basis, with C = Q_new Q_old^T (LDAdam's rule, arXiv 2410.16103,
+    without its mean term); empty where there are none."""
+    turned = {}
+    for role, turn_rr in (("m1", C_rr), ("m2", C_rr.square())):
+        if f"{name}/{role}" in moments:
+            moment = moments[f"{name}/{role}"]
+            turned[f"{name}/{role}"] = moment @ turn_rr.T if name.endswith("/left") else turn_rr @ moment
+    return turned
+
+
 def lora_right(layer: Layer, rank: int, seed: int, *whose: int | str) -> Tensor:
     """LoRA's initial A (r, n), uniform in +-1/sqrt(n) as peft draws it, from the run's seed: one for all clients, or
     one for each `whose`."""
@@ -125,6 +139,10 @@ class _LoRA(Protocol):
     def rank(self) -> int: ...
     @property
     def alpha(self) -> float: ...
+
+
+class _RemembersLoRA(_LoRA, _Remembers, Protocol):
+    """A method with LoRA's fields and an `optimizer_state` field."""
 
 
 class _Ranks(Protocol):
@@ -160,6 +178,24 @@ def cut(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
     for layer in shape.targets:
         factors[f"{layer.name}/left"] = tensors[f"{layer.name}/left"][:, :rank]
         factors[f"{layer.name}/right"] = tensors[f"{layer.name}/right"][:rank]
+    return factors
+
+
+def change_norm(tensors: Tensors, shape: ModelShape) -> float:
+    """||B A||_F over all layers: its square is the sum over them of tr(B^T B A A^T)."""
+    square = 0.0
+    for layer in shape.targets:
+        left_mr, right_rn = tensors[f"{layer.name}/left"].double(), tensors[f"{layer.name}/right"].double()
+        square += float(((left_mr.T @ left_mr) * (right_rn @ right_rn.T)).sum())
+    return math.sqrt(max(0.0, square))
+
+
+def padded_factors(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
+    """Every target's factors with zeros appended up to `rank`."""
+    factors: dict[str, Tensor] = {}
+    for layer in shape.targets:
+        left, right = f"{layer.name}/left", f"{layer.name}/right"
+        factors |= {left: padded(tensors[left], (layer.m, rank)), right: padded(tensors[right], (rank, layer.n))}
     return factors
 
 
@@ -219,6 +255,21 @@ def broadcast(method: object, server: ServerState) -> Broadcast:
 def download_all(method: object, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
     """Bytes of all the server's tensors."""
     return wire_bytes(server.tensors)
+
+
+def start_factors(
+    method: _RemembersLoRA, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape
+) -> Start:
+    """Both of LoRA's factors and the head as they were broadcast, all of them trained."""
+    names = tensor_names(shape, "left", "right")
+    moments, step = moments_to_start(method.optimizer_state, broadcast, state)
+    return Start({n: broadcast.tensors[n] for n in names}, names, method.alpha / method.rank, moments, step)
+
+
+def upload_factors(method: _Remembers, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    """Both of LoRA's factors, the head, and Adam's moments where the server averages them."""
+    tensors = {name: result.tensors[name] for name in tensor_names(shape, "left", "right")}
+    return Update(result.client, weight, tensors | moments_to_send(method.optimizer_state, result), result.metrics)
 
 
 def client_state(method: _Remembers, result: LocalResult, shape: ModelShape) -> Tensors:

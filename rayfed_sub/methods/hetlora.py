@@ -22,7 +22,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rayfed_sub.core.lowrank import padded
 from rayfed_sub.core.types import (
     Accumulator,
     Broadcast,
@@ -97,12 +96,12 @@ class HetLoRA:
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         sent, sums, so_far = update.tensors, total.tensors, total.counts.get("strength", 0.0)
-        strength = update.weight * change_norm(sent, shape)
+        strength = update.weight * common.change_norm(sent, shape)
         if strength and not so_far:  # beside a client with a change, those without count for nothing
             sums = {name: tensor for name, tensor in sums.items() if name in shape.head_names}
         added = common.add(Accumulator(total.weight, sums), common.head(shape, sent), update.weight)
         share = strength if strength or so_far else update.weight
-        factors = common.add(added, _padded(sent, shape, self.rank), share).tensors
+        factors = common.add(added, common.padded_factors(sent, shape, self.rank), share).tensors
         rank = sent[f"{shape.targets[0].name}/left"].shape[1]
         counts = {**total.counts, "strength": so_far + strength, f"rank/{update.client}": float(rank)}
         return Accumulator(added.weight, factors, counts)
@@ -139,23 +138,5 @@ def tail(tensors: Tensors, shape: ModelShape, kept: int) -> Tensor:
     return torch.stack(norms).sum()[None]
 
 
-def change_norm(tensors: Tensors, shape: ModelShape) -> float:
-    """||B A||_F over all layers: its square is the sum over them of tr(B^T B A A^T)."""
-    square = 0.0
-    for layer in shape.targets:
-        left_mr, right_rn = tensors[f"{layer.name}/left"].double(), tensors[f"{layer.name}/right"].double()
-        square += float(((left_mr.T @ left_mr) * (right_rn @ right_rn.T)).sum())
-    return math.sqrt(max(0.0, square))
-
-
 def _penalty(weight: float, shape: ModelShape, kept: int, tensors: Tensors) -> Tensor:
     return weight * tail(tensors, shape, kept)[0]
-
-
-def _padded(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
-    """Every target's factors with zeros appended up to `rank`."""
-    factors: dict[str, Tensor] = {}
-    for layer in shape.targets:
-        left, right = f"{layer.name}/left", f"{layer.name}/right"
-        factors |= {left: padded(tensors[left], (layer.m, rank)), right: padded(tensors[right], (rank, layer.n))}
-    return factors

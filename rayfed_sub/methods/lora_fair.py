@@ -20,13 +20,8 @@ from torch import Tensor
 
 from rayfed_sub.core.types import (
     Accumulator,
-    Broadcast,
-    Client,
-    ClientState,
-    LocalResult,
     ModelShape,
     ServerState,
-    Start,
     Update,
 )
 from rayfed_sub.methods import common
@@ -60,16 +55,8 @@ class LoRAFAIR:
     broadcast = common.broadcast
     download_bytes = common.download_all
 
-    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
-
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        tensors |= common.moments_to_send(self.optimizer_state, result)
-        return Update(result.client, weight, tensors, result.metrics)
-
+    start_client = common.start_factors
+    upload = common.upload_factors
     client_state = common.client_state
     accumulator = common.accumulator
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.lowrank import orthonormal_rows, sides
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (
     Accumulator,
@@ -131,15 +131,8 @@ class SharedGaLore:
 
 
 def basis(seed: int, period: int, layer: Layer, rank: int) -> Tensor:
-    """The period's orthonormal rows (r, k) for the layer's shorter side k, float32, uniformly distributed.
-
-    >>> Q = basis(0, 0, Layer("up", m=8, n=4), 2)
-    >>> torch.allclose(Q @ Q.T, torch.eye(2), atol=1e-6)
-    True
-    """
-    draw = stream(seed, "shared basis", period, layer.name).standard_normal((min(layer.m, layer.n), rank))
-    Q_kr: Tensor = torch.linalg.qr(torch.from_numpy(draw)).Q
-    return Q_kr.T.float().contiguous()
+    """The period's orthonormal rows (r, k) for the layer's shorter side k, float32, uniformly distributed."""
+    return orthonormal_rows(stream(seed, "shared basis", period, layer.name), rank, min(layer.m, layer.n))
 
 
 def moved(
@@ -152,10 +145,6 @@ def moved(
         return {name: torch.zeros_like(moment) for name, moment in moments.items()}, 0
     turned = dict(moments)  # the head's moments have no basis
     for layer in shape.targets:
-        name = sides(layer)[1]
         C_rr = basis(seed, new, layer, method.rank) @ basis(seed, old, layer, method.rank).T
-        for role, turn_rr in (("m1", C_rr), ("m2", C_rr.square())):
-            if f"{name}/{role}" in moments:
-                moment = moments[f"{name}/{role}"]
-                turned[f"{name}/{role}"] = moment @ turn_rr.T if name.endswith("/left") else turn_rr @ moment
+        turned |= common.rotated_moments(moments, sides(layer)[1], C_rr)
     return turned, step

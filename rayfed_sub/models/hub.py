@@ -1,9 +1,11 @@
-"""Where a model's files are: `model.path` resolved, without reading anything."""
+"""Model files: `model.path` resolved without reading anything; transformers without its progress bars."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,3 +72,22 @@ def _in_package(path: str, inner: str) -> Source:
             return Source(folder, file)
     present = ", ".join(sorted(found.name for folder in folders for found in Path(folder).glob("*.gguf")))
     raise UserError("model.path", path, f"a file that is in {package}", f"GGUF files there: {present or 'none'}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Mutes transformers' messages below errors and its progress bars; puts both back as they were.
+
+    Its load reports warn of every classification head that is drawn anew, which is what we ask for.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -13,9 +13,8 @@ from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.images import Pixels, decoded
 from rayfed_sub.models.architecture import bare_config, reason
-from rayfed_sub.models.hub import RANDOM, locate
+from rayfed_sub.models.hub import RANDOM, locate, quiet
 from rayfed_sub.models.presets import ANY_PATCHES
-from rayfed_sub.models.quiet import quiet
 
 PROCESSOR = "preprocessor_config.json"
 _PLAIN = (0.5, 0.5, 0.5)  # mean and standard deviation where a model does not say: values from -1 to 1

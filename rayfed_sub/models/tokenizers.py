@@ -10,8 +10,7 @@ from typing import Any
 from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.models.chat_templates import default_template, rendered, set_default_template, trained_template
-from rayfed_sub.models.hub import RANDOM, Source, locate
-from rayfed_sub.models.quiet import quiet
+from rayfed_sub.models.hub import RANDOM, Source, locate, quiet
 
 
 @dataclass(frozen=True)

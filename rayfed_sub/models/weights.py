@@ -18,9 +18,8 @@ from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, build, reason
-from rayfed_sub.models.hub import RANDOM, locate
+from rayfed_sub.models.hub import RANDOM, locate, quiet
 from rayfed_sub.models.image_processors import HubImageProcessor
-from rayfed_sub.models.quiet import quiet
 from rayfed_sub.models.tokenizers import HubTokenizer
 
 _SEEN = 8  # tokens of the rows by which a model is seen to be causal

@@ -1,4 +1,4 @@
-"""How many workers fit a machine, by pack size."""
+"""Workers that fit a machine, by pack size, and the refusal of runs that cannot fit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rayfed_sub.config.schema import Resources
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning.machines import Machine
-from rayfed_sub.planning.needs import BARE_WORKER, Need, between
-from rayfed_sub.planning.worker_memory import Memory
+from rayfed_sub.planning.needs import BARE_WORKER, HOLES, Need, between, need
+from rayfed_sub.planning.traffic import FEW, Parts
+from rayfed_sub.planning.worker_memory import Memory, activations
 
 PACKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -56,3 +58,107 @@ def most_workers(needed: Need, pack: int, taken: int, most: int, memory: int) ->
     """The most workers, up to `most`, that fit with their two packs on the way; taken: bytes of one."""
     fitting = (w for w in range(most, 0, -1) if needed.fixed(w, pack) + w * taken <= memory)
     return next(fitting, 0)
+
+
+_Advice = tuple[str, object, str]
+"""The field to change, its value, and how."""
+
+
+def check_fits(parts: Parts, machine: Machine) -> None:
+    """UserError, one line, where the run cannot fit: what is needed, what is there, and the nearest that fits.
+
+    What could fit is never refused: needs are lower bounds here, while what is advised has room for the heap's holes.
+    """
+    needed = need(parts, rounds=2, most=FEW)
+    _check_disk(needed, machine)
+    resources = parts.config.resources
+    workers, pack = resources.workers, min(resources.pack_size, needed.cohort)
+    passes = activations(parts.config, parts.architecture, needed.size, pack)
+    wide = passes + 8 * pack * needed.most(lambda client: client.resident)
+    if machine.gpu is None and needed.fixed(workers, pack) + workers * (BARE_WORKER + wide) <= machine.memory:
+        return  # plainly: even several times the activations would
+    tensors = needed.worker(pack).tensors
+    if machine.gpu is not None:
+        share = _share(needed, machine.gpu)
+        fits, taken, there = needed.on_gpu(tensors) <= share * HOLES, needed.on_gpu(tensors), round(share)
+    else:
+        taken, there = needed.least(workers, tensors), machine.memory
+        fits = taken <= there
+    if fits:
+        return
+    field, value, advice = _nearest(needed, machine)
+    where = f"what fits into {_gb(there)} of memory on {machine.name}; this run needs {_gb(taken)} at least"
+    raise UserError(field, value, where, advice)
+
+
+def _check_disk(needed: Need, machine: Machine) -> None:
+    """UserError where the last checkpoint alone would not fit."""
+    server, state = needed.traffic.server[-1], needed.most(lambda client: client.state)
+    taken, clients = needed.states + server, needed.config.federation.clients
+    if taken <= machine.disk:
+        return
+    allowed = f"what fits into {_gb(machine.disk)} of disk; a checkpoint of {needed.trained} clients takes {_gb(taken)}"
+    most = (machine.disk - server) // (2 * max(1, state))
+    if most < 1:
+        raise UserError("--out", machine.name, allowed, "choose a run folder on a larger disk")
+    cohort = needed.config.federation.sampled
+    sampled = f" federation.sampled={most}" if cohort is not None and cohort > most else ""
+    advice = f"set federation.clients={most}{sampled}, or choose a method that stores less"
+    raise UserError("federation.clients", clients, allowed, advice)
+
+
+def _nearest(needed: Need, machine: Machine) -> _Advice:
+    """Fewer workers before smaller packs, smaller packs before batches, those before another model."""
+    config, resources = needed.config, needed.config.resources
+    workers, pack = _widest(needed, machine)
+    if workers and pack == resources.pack_size:
+        return "resources.workers", resources.workers, f"set resources.workers={workers}"
+    if workers:
+        wanted = "" if workers == resources.workers else f" resources.workers={workers}"
+        return "resources.pack_size", resources.pack_size, f"set resources.pack_size={pack}{wanted}"
+    model, path = "model.path", config.model.path
+    if needed.least(0, 0) > machine.memory and machine.gpu is None:
+        return model, path, "take a smaller model, or a method whose server holds factors, e.g. method.name=fedit"
+    if size := _batch_size(needed, machine):
+        advice = f"set federation.batch_size={size} resources.pack_size=1 resources.workers=1"
+        return "federation.batch_size", config.federation.batch_size, advice
+    return model, path, "take a smaller model, a lower method.rank or task.max_length, or more memory"
+
+
+def _widest(needed: Need, machine: Machine) -> tuple[int, int]:
+    """Workers and pack size that train the most clients at once; no workers where not even packs of one fit."""
+    resources = needed.config.resources
+    best, pack = (0, 0), resources.pack_size
+    while pack:
+        memory = needed.worker(pack)
+        if machine.gpu is not None:
+            fits = needed.on_gpu(memory.tensors) <= _share(needed, machine.gpu)
+            workers = resources.workers if fits else 0
+        else:
+            workers = most_workers(needed, pack, BARE_WORKER + memory.process, resources.workers, machine.memory)
+        best = max(best, (workers, pack), key=lambda found: found[0] * found[1])
+        pack //= 2
+    return best
+
+
+def _batch_size(needed: Need, machine: Machine) -> int:
+    """The largest halved batch with which one worker fits that trains one client at a time; 0 where none does."""
+    config = needed.config
+    size = config.federation.batch_size // 2
+    while size:
+        smaller = config.model_copy(update={"federation": config.federation.model_copy(update={"batch_size": size})})
+        memory = replace(needed, config=smaller).worker(1)
+        taken = needed.on_gpu(memory.tensors) if machine.gpu else needed.fixed(1, 1) + BARE_WORKER + memory.process
+        if taken <= (machine.gpu or machine.memory):
+            return size
+        size //= 2
+    return 0
+
+
+def _share(needed: Need, gpu: int) -> float:
+    """Bytes of a GPU's memory that a worker may have."""
+    return gpu * (needed.config.resources.gpus_per_worker or 1.0)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

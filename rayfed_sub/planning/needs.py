@@ -13,8 +13,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
-from rayfed_sub.planning.parts import Parts
-from rayfed_sub.planning.traffic import ClientTraffic, Traffic, first_start
+from rayfed_sub.planning.traffic import ClientTraffic, Parts, Traffic, first_start
 from rayfed_sub.planning.worker_memory import KERNELS, Lengths, Memory, backbone_bytes, lengths, worker
 
 # Private bytes (USS) of the processes of a run before they hold any tensor: Python 3.11, torch 2.13, Ray 2.60 on x86.

@@ -1,13 +1,16 @@
-"""Who takes part in a round, with how many local steps, at what learning rate: functions of configuration and seed."""
+"""Client sampling: the cohort of a round, its local steps, weights and learning rate, from configuration and seed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from rayfed_sub.config.schema import Config, StepRange
 from rayfed_sub.core.rng import stream
+from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods.server_optimizers import nova_length
 
 
@@ -25,6 +28,35 @@ def cohort(config: Config, n: int) -> list[int]:
     drawn = stream(config.seed, "cohort", n).choice(federation.clients, size, replace=False)
     present = stream(config.seed, "availability", n).random(size) < federation.availability
     return sorted(drawn[present].tolist())
+
+
+@dataclass(frozen=True)
+class PackWork:
+    """One pack's work in a round, as the coordinator sends it.  steps: local steps of each client; weights: their raw
+    weights p_k, see `client_weight`; lr: learning rate; watched: clients that diagnostics look at."""
+
+    round: int
+    clients: tuple[int, ...]
+    steps: tuple[int, ...]
+    weights: tuple[float, ...]
+    lr: float
+    watched: tuple[int, ...] = ()
+
+
+def pack_work(
+    config: Config, dataset: Dataset, n: int, clients: Sequence[int], watched: Sequence[int] = ()
+) -> PackWork:
+    """The work of a pack of clients in round n."""
+    steps = tuple(local_steps(config, client) for client in clients)
+    weights = tuple(client_weight(config, dataset, n, client) for client in clients)
+    mine = tuple(client for client in clients if client in watched)
+    return PackWork(n, tuple(clients), steps, weights, learning_rate(config, n), mine)
+
+
+def client_weight(config: Config, dataset: Dataset, n: int, client: int) -> float:
+    """p_k before normalisation: the client's rows, or 1; under FedNova over the length of its local steps."""
+    weight = float(len(dataset.rows_of(client))) if config.federation.client_weighting == "samples" else 1.0
+    return weight / local_length(config, n, client) if config.federation.normalise_steps else weight
 
 
 def local_steps(config: Config, client: int) -> int:

@@ -1,4 +1,4 @@
-"""What a method's tensors weigh, exactly and without a formula: its own functions walk some rounds of a small model.
+"""Exact bytes of a method's tensors, without a formula: its own functions walk some rounds of a small model.
 
 The small model has one layer of each shape (m, n), real size, random weights, and the head; nothing is trained, clients
 come back with tensors of the right shapes.  All bytes are affine in the number of layers of a shape, so one more walk
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ from rayfed_sub.core.types import (
     Tensors,
     wire_bytes,
 )
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.downloads import downloaded, first_counted
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, mixes
+from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.galore import Closed
 
@@ -253,3 +257,114 @@ def _own(tensors: Iterable[Tensors], given: Iterable[Tensors]) -> int:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for group in tensors for t in group.values()
     }
     return sum(size for address, size in storages.items() if address not in there)
+
+
+RANKS = (4, 8, 16, 64)
+
+
+@dataclass(frozen=True)
+class MethodBytes:
+    """A method at a rank: bytes per client up and down in the first and the second round (down_counted: if pretrained
+    weights and seed gave nothing for free), stored and in training; the server after two rounds, and at most at the
+    coordinator."""
+
+    method: str
+    rank: int | None
+    up: tuple[int, int]
+    down: tuple[int, int]
+    down_counted: tuple[int, int]
+    state: int
+    resident: int
+    server: int
+    coordinator: int
+
+
+def by_method(parts: Parts) -> Iterable[MethodBytes]:
+    """Every method at the run's rank, over its first two rounds."""
+    two, rank = parts.first(2, FEW), getattr(parts.method, "rank", None)
+    for name in _names(parts):
+        yield _bytes(name, replace(two, method=_method(name, rank, parts)))
+
+
+def by_rank(parts: Parts, client: int) -> Iterable[MethodBytes]:
+    """Every method with every rank that the targets allow, over one round of one client."""
+    lone = replace(parts, cohorts=[[client]])
+    most = min(min(layer.m, layer.n) for layer in parts.architecture.shape.targets)
+    for name in _names(parts):
+        for rank in RANKS:
+            if rank <= most:
+                yield replace(_bytes(name, replace(lone, method=_method(name, rank, parts))), rank=rank)
+
+
+def _names(parts: Parts) -> list[str]:
+    """A method of the user's own is in no table."""
+    return list(dict.fromkeys([*METHODS, parts.name]))
+
+
+def _method(name: str, rank: int | None, parts: Parts) -> Method:
+    """A method at the rank; the run's own as it is configured."""
+    if name == parts.name and rank == getattr(parts.method, "rank", None):
+        return parts.method
+    own: dict[str, Any] = dict(parts.config.method) if name == parts.name else {"name": name}
+    if rank is None:
+        return build(own)
+    if max(own.get("client_ranks") or (0,)) > rank:
+        own["client_ranks"] = None
+    return build({**own, "rank": rank, "inherited": ["rank"]})
+
+
+def _bytes(name: str, parts: Parts) -> MethodBytes:
+    """The bytes of the rounds of `parts`, whose method has this name."""
+    found = parts.traffic()
+    first, last = found.rounds[0], found.rounds[-1]
+
+    def most(figure: Callable[[ClientTraffic], int]) -> tuple[int, int]:
+        return max(map(figure, first.values())), max(map(figure, last.values()))
+
+    return MethodBytes(
+        method=name,
+        rank=getattr(parts.method, "rank", None),
+        up=most(lambda client: client.up),
+        down=most(lambda client: client.down),
+        down_counted=most(lambda client: client.down_counted),
+        state=max(client.state for client in found.clients),
+        resident=max(client.resident for client in found.clients),
+        server=found.server[-1],
+        coordinator=found.coordinator,
+    )
+
+
+FEW = 64
+"""Clients of a cohort that are walked where a sample of them will do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """config: resolved.  cohorts: the clients of every round; steps: how many local steps a client takes in a round;
+    noise: under privacy."""
+
+    config: Config
+    method: Method
+    architecture: Architecture
+    dataset: Dataset
+    cohorts: Sequence[Sequence[int]]
+    steps: Callable[[int], int]
+    noise: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return str(self.config.method["name"])
+
+    @property
+    def trained(self) -> int:
+        """Clients that ever train."""
+        return len(set().union(*map(set, self.cohorts)))
+
+    def first(self, rounds: int, most: int | None = None) -> Parts:
+        """With no more than the first rounds that have clients, `most` in each; with client 0 where none has any."""
+        return replace(self, cohorts=[cohort[:most] for cohort in self.cohorts if cohort][:rounds] or [[0]])
+
+    def traffic(self) -> Traffic:
+        """The bytes of all its rounds."""
+        return traffic(self.method, self.architecture.shape, self.config, self.cohorts, self.steps)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from rayfed_sub.core.text import LOWER, SCORES, count, evenly, number, rounded, score, shown
-from rayfed_sub.reports.curves import legend
+from rayfed_sub.reports.curves import ROUNDS, Axis, Curve, legend, overlay
 from rayfed_sub.reports.layer_metrics import DETAILED
-from rayfed_sub.reports.lines import ROUNDS, Axis, Curve, overlay
 from rayfed_sub.reports.page import Cell, Details, Figure, Section, Table, Text, cell
 from rayfed_sub.reports.run_reader import Run, Runs
 

@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 from rayfed_sub.core.text import number
-from rayfed_sub.reports.page_script import SCRIPT
-from rayfed_sub.reports.page_style import RUN_COLOURS, STYLE
 
+RUN_COLOURS = 6
+"""Colours `run-0`, `run-1`, ... of assets/report.css.  Runs beyond repeat them with other dashes and marks."""
 _LONG = 10
 """A table with more rows gets a box that filters them."""
 _WRAPPED = 60
@@ -124,10 +125,10 @@ def page(title: str, sections: Sequence[Section]) -> str:
     return _DOCUMENT.format(
         title=escape(title),
         policy=_POLICY,
-        style=STYLE,
+        style=_asset("report.css"),
         links=links,
         body="\n".join(_section(at, section) for at, section in enumerate(sections)),
-        scripts=f"{f'<script>{_plotly()}</script>' if figures else ''}\n<script>{SCRIPT}</script>",
+        scripts=f"{f'<script>{_plotly()}</script>' if figures else ''}\n<script>{_asset('report.js')}</script>",
     )
 
 
@@ -263,6 +264,10 @@ def _swatch(at: int) -> str:
         f"<path d='M-22 0H22' stroke='var({colour})' stroke-width='2' stroke-dasharray='{dashes}'/>"
         f"<path d='{_MARKS[style['marker']['symbol']]}' fill='var({colour})'/></svg>"
     )
+
+
+def _asset(name: str) -> str:
+    return (files("rayfed_sub.reports") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _plotly() -> str:

@@ -8,18 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.reports.alert_list import noticed
 from rayfed_sub.reports.clients import clients
 from rayfed_sub.reports.curves import quality, traffic
-from rayfed_sub.reports.differences import differences
-from rayfed_sub.reports.failures import failures
+from rayfed_sub.reports.failures import failures, noticed
 from rayfed_sub.reports.layer_metrics import layers
-from rayfed_sub.reports.memory_use import memory
+from rayfed_sub.reports.overview import differences, results, surroundings
 from rayfed_sub.reports.page import Section, page
-from rayfed_sub.reports.run_facts import results
 from rayfed_sub.reports.run_reader import Run, Runs, named, read_run
-from rayfed_sub.reports.timeline import timeline
-from rayfed_sub.reports.versions import surroundings
+from rayfed_sub.reports.timeline import memory, timeline
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.telemetry.events import Notice
 

@@ -1,14 +1,22 @@
-"""The nodes that a run can have: this machine, or those of the cluster that this process is connected to."""
+"""Ray sessions and their nodes: a cluster that is joined, the session there is, or a local one for this run alone."""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning.machines import Node
 
 HEAD = "node:__internal_head__"
@@ -57,3 +65,143 @@ def _sizes(nodes: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 def _size(resources: Mapping[str, Any]) -> tuple[float, float]:
     return float(resources.get("GPU", 0)), float(resources.get("CPU", 0))
+
+
+def available_first(
+    node_resources: Mapping[str, float],
+    resources: Sequence[Mapping[str, float]],
+    node_type: str,
+    *,
+    node_availability_summary: Any,
+) -> tuple[float, ...] | None:
+    """How well a new node of `node_type` suits the waiting `resources`, the greater the better; None: not at all.
+
+    Ray's own measure, after whether the kind is to be had.
+    Of equals Ray takes the one whose name comes last in the alphabet.
+    """
+    from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
+
+    suits = _default_utilization_scorer(
+        node_resources, resources, node_type, node_availability_summary=node_availability_summary
+    )
+    last_try = node_availability_summary.node_availabilities.get(node_type)
+    return None if suits is None else (last_try is None or last_try.is_available, *suits)
+
+
+_TCP_SECONDS = 5.0
+
+_GCS_SECONDS = 20.0  # most of them for the import of ray
+
+
+@contextmanager
+def joined(address: str | None = None) -> Iterator[None]:
+    """Joins the cluster at `address`, or at that in the environment variable RAY_ADDRESS; does nothing where there is
+    neither, or where this process is connected already.
+
+    Raises UserError where no such cluster can be joined.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized() or address in (None, "", "local"):
+        yield
+        return
+    allowed = "auto, or HOST:PORT of a Ray cluster that this machine belongs to"
+    if "://" in str(address):
+        advice = "run this on a node of the cluster, e.g. by ray job submit"
+        raise UserError("--address", address, allowed, advice)
+    _set_up()
+    try:
+        found = _found(str(address))
+        with _our_signals():
+            ray.init(address=found, log_to_driver=False, logging_level="error")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError("--address", address, allowed, str(error).strip().partition("\n")[0]) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _found(address: str) -> str:
+    """HOST:PORT of a cluster that answers.  Raises OSError or ValueError within seconds where none does.
+
+    `ray.init` itself waits for a cluster that is not there for a quarter of an hour, and writes about it on the way.
+    """
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    if ":" in address and not address.rpartition(":")[0].strip(" []"):  # of which Ray writes a traceback
+        raise ValueError("no host is named before the port")
+    found: str = canonicalize_bootstrap_address_or_die(address)
+    host, _, port = found.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"{port} is no port")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _TCP_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"nothing answers at {found}: {error.strerror or error}") from None
+    # Something listens there.  Whether it is a cluster's head, another process asks, which can be ended.
+    asks = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", asks, found], capture_output=True, timeout=_GCS_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        answer = None
+    if answer is not None and b"AuthToken" in answer.stderr:
+        token = "the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        raise OSError(f"the cluster at {found} asks for its token: set RAY_AUTH_MODE=token, {token}")
+    if answer is None or answer.returncode:
+        raise OSError(f"what answers at {found} is not the head of a Ray cluster")
+    return found
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """A Ray session: the one there is, or a local one for this run alone (never somebody's cluster by accident)."""
+    if ray.is_initialized():
+        yield
+        return
+    _set_up()
+    # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
+    cpus = os.cpu_count()
+    with _our_signals():
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        _tighten_token()
+        _announce()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_up() -> None:
+    """What Ray reads of the environment when it starts."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray frees in batches, up to a second late: meanwhile each new broadcast takes new pages, which stay taken.
+    os.environ.setdefault("RAY_free_objects_batch_size", "1")
+    # Processes that wait for actors import these while the weights load here.
+    os.environ.setdefault("RAY_preload_python_modules", "rayfed_sub.runtime.coordinator,transformers.modeling_utils")
+
+
+@contextmanager
+def _our_signals() -> Iterator[None]:
+    """Keeps what a terminating signal does here: Ray's own would end the process without a checkpoint."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+
+
+def _announce() -> None:
+    """Writes the file by which Prometheus finds this session's metrics; Ray itself does so with its dashboard only."""
+    from ray._private.metrics_agent import PrometheusServiceDiscoveryWriter
+
+    node = ray._private.worker._global_node
+    PrometheusServiceDiscoveryWriter(node.gcs_address, node.temp_dir, node.get_session_dir_path()).write()
+
+
+def _tighten_token() -> None:
+    """Ray writes its token readable by everyone; it opens the cluster to whoever has it."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        token.chmod(0o600)

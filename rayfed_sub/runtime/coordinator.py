@@ -359,18 +359,18 @@ class Coordinator:
         return down
 
     def _learned(self) -> bool:
-        """True where a round has moved the server: one in which somebody trained, or, under mechanism, any one, by its
-        noise."""
+        """True where a round has moved the server: one in which somebody trained, or any one under privacy, whose
+        noise moves it."""
         standing = self._ledger.standing
         return standing.server.round > 0 and (self._private or bool(standing.states))
 
     def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> WorkItem:
         home = self._home.get(clients[0], index % len(self._workers))
-        lr = sampling.learning_rate(self._config, n)
+        work = sampling.pack_work(self._config, self._dataset, n, clients, watched)
 
         def submit(worker: Any) -> Any:  # states come to memory when their turn has come
             states = [self._ledger.stored(client) for client in clients]
-            return worker.train.remote(n, clients, states, broadcast, lr, watched)
+            return worker.train.remote(work, states, broadcast)
 
         return WorkItem(submit, home, f"clients {clients[0]}-{clients[-1]}", _sound)
 

@@ -1,14 +1,17 @@
-"""A run's numbers while it runs: TensorBoard's scalars in the run folder, gauges on Ray's Prometheus endpoints."""
+"""Live numbers of a run: TensorBoard's scalars in the run folder, gauges on Ray's Prometheus endpoints."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
+
 from pyarrow import compute
+from ray.util.metrics import Gauge
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.runtime.gauges import Gauges
 from rayfed_sub.storage.run_folder import RunFolder
 from rayfed_sub.telemetry.events import RoundDone
-from rayfed_sub.telemetry.metrics import SUMMED, judged, scalars
+from rayfed_sub.telemetry.metrics import FIGURES, SCORES, SUMMED, judged, scalars
 from rayfed_sub.telemetry.tensorboard import Events
 
 
@@ -40,3 +43,62 @@ class Live:
     def close(self) -> None:
         """Ends what repeats the gauges."""
         self._gauges.close()
+
+
+_PREFIX = "rayfed_sub_"  # Ray puts its own ray_ in front
+
+_SECONDS = 1.0  # no emitter reports more often
+
+
+class Gauges:
+    """Gauges of this process, which must be connected to Ray; on the endpoint of its node as `ray_rayfed_sub_...`.
+
+    Ray hands a gauge's value on once and forgets it two reports later, so that what ended is seen to have ended: a
+    daemon thread sets each anew every second until `close`.  tags: of all gauges.
+    """
+
+    def __init__(self, tags: Mapping[str, str]) -> None:
+        self._tags = {key: _ascii(value) for key, value in tags.items()}
+        keys = tuple(self._tags)
+        self._gauges = {_PREFIX + SCORES: Gauge(_PREFIX + SCORES, "over all held-out rows", (*keys, "score"))}
+        for tag, meaning in FIGURES.items():
+            name, _ = gauge_of(tag)
+            self._gauges[name] = Gauge(name, meaning, keys)
+        self._values: dict[str, float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, daemon=True, name="gauges")
+        self._thread.start()
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Sets the gauges of these names; others stay as they are."""
+        self._values = {**self._values, **values}  # another dict: the thread may be walking through that one
+
+    def close(self) -> None:
+        """Ends the thread; Ray forgets the values within half a minute."""
+        self._over.set()
+        self._thread.join()
+
+    def _repeat(self) -> None:
+        while not self._over.wait(_SECONDS):
+            for tag, value in self._values.items():
+                name, score = gauge_of(tag)
+                self._gauges[name].set(value, self._tags if score is None else {**self._tags, "score": _ascii(score)})
+
+
+def gauge_of(tag: str) -> tuple[str, str | None]:
+    """The gauge of a number's name, and which score it is.
+
+    >>> gauge_of("loss/training"), gauge_of("scores/f1/cat")
+    (('rayfed_sub_loss_training', None), ('rayfed_sub_scores', 'f1/cat'))
+    """
+    group, _, name = tag.partition("/")
+    return (_PREFIX + SCORES, name) if group == SCORES else (_PREFIX + tag.replace("/", "_"), None)
+
+
+def _ascii(text: str) -> str:
+    """Ray takes no other characters.
+
+    >>> _ascii("größe")
+    'gr\\\\xf6\\\\xdfe'
+    """
+    return text.encode("ascii", "backslashreplace").decode("ascii")

@@ -12,7 +12,7 @@ from rayfed_sub.core.arrays import Packed, packed, unpacked
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.fit import PACKS
 from rayfed_sub.planning.job import Job
-from rayfed_sub.planning.sampling import local_steps
+from rayfed_sub.planning.sampling import PackWork, local_steps
 from rayfed_sub.runtime.worker import Spec, Worker, broadcast_of
 
 _STEPS = 3  # of the longer of two timings; the shorter has one
@@ -55,11 +55,12 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     cohort, workers = config.federation.cohort, config.resources.workers
     backbone = packed(load_weights(config.model, job.architecture, config.seed))
     broadcast = _broadcast(job, backbone)
-    short, long = (_worker(job, backbone, steps) for steps in (1, _STEPS))
+    spec = Spec(config, job.method, job.architecture, job.processor)
+    worker = Worker(spec, backbone, job.dataset, config.resources.gpus_per_worker)
 
     def timed(size: int) -> PackSpeed:
-        short.train(0, range(size), [None] * size, broadcast, 0.0)  # a size's first pass is slower than all others
-        one, more = _seconds(short, size, broadcast), _seconds(long, size, broadcast)
+        worker.train(_work(size, 1), [None] * size, broadcast)  # a size's first pass is slower than all others
+        one, more = (_seconds(worker, _work(size, steps), broadcast) for steps in (1, _STEPS))
         step = max(0.0, more - one) / (_STEPS - 1)
         return PackSpeed(size, step / size, max(0.0, one - step) / size)
 
@@ -70,7 +71,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
         packs[now] = timed(now)
     training = {size: _round(config, packs[size]) for size in sorted(packs)}
     best = quickest(training, now)
-    judging = _evaluation(job, long, broadcast)
+    judging = _evaluation(job, worker, broadcast)
     rounds, every = config.federation.rounds or 0, config.evaluation.every
     evaluations = 1 + -(-rounds // every)
 
@@ -120,11 +121,8 @@ def quickest(rounds: Mapping[int, float], now: int) -> int:
     return now if now in near else min(near)
 
 
-def _worker(job: Job, backbone: Packed, steps: int) -> Worker:
-    federation = job.config.federation.model_copy(update={"local_steps": steps})
-    config = job.config.model_copy(update={"federation": federation})
-    spec = Spec(config, job.method, job.architecture, job.processor)
-    return Worker(spec, backbone, job.dataset, job.config.resources.gpus_per_worker)
+def _work(size: int, steps: int) -> PackWork:
+    return PackWork(0, tuple(range(size)), (steps,) * size, (1.0,) * size, lr=0.0)
 
 
 def _broadcast(job: Job, backbone: Packed) -> Packed:
@@ -133,12 +131,12 @@ def _broadcast(job: Job, backbone: Packed) -> Packed:
     return packed(broadcast_of(job.config, job.method, server))
 
 
-def _seconds(worker: Worker, size: int, broadcast: Packed) -> float:
+def _seconds(worker: Worker, work: PackWork, broadcast: Packed) -> float:
     """The shortest of several times: others at work on the machine only ever add to it."""
     found: list[float] = []
     while sum(found) < _ENOUGH:
         began = time.perf_counter()
-        worker.train(0, range(size), [None] * size, broadcast, 0.0)
+        worker.train(work, [None] * len(work.clients), broadcast)
         found.append(time.perf_counter() - began)
     return min(found)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray import ObjectRefGenerator
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -28,14 +28,12 @@ from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import METHODS
 from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.weights import load_weights
-from rayfed_sub.planning import job_plan
+from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, check_resources, prepare
 from rayfed_sub.privacy.accountant import account
-from rayfed_sub.runtime.answers import answer, stream_of
-from rayfed_sub.runtime.cluster import nodes
+from rayfed_sub.runtime.cluster import joined, nodes, ray_session
 from rayfed_sub.runtime.coordinator import Coordinator, Shared
 from rayfed_sub.runtime.live import Live
-from rayfed_sub.runtime.ray_session import joined, ray_session
 from rayfed_sub.runtime.worker import Spec
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place, placed
@@ -105,14 +103,14 @@ def _run(
                 finish(old, tell)
                 return replace(summary, folder=old.called())
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
-            job_plan.check(job, (old or place or Place(Path())).path)
+            plan.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
         checkpoints.make(folder.path)
         checkpoints.read(folder.path)  # a torn one is told before anything starts
         folder.place.saved()
         tell(Stage("starting Ray, loading weights"))
         with _hinted(folder, job.config, tell), ThreadPoolExecutor(1) as pool:
-            loading, planned = [pool.submit(load_backbone, job)], pool.submit(job_plan.memory, job)
+            loading, planned = [pool.submit(load_backbone, job)], pool.submit(plan.memory, job)
             with ray_session():
                 # No name here may hold the weights for the whole run.
                 shared = Shared(ray.put(spec_of(job)), ray.put(loading.pop().result()), ray.put(job.dataset))
@@ -340,3 +338,35 @@ def _summary(
         rows=first.rows,
         folder=folder.place.called(),
     )
+
+
+_ANSWER_SECONDS = 600.0  # for an answer that takes no work
+
+
+def answer(coordinator: Any, reference: Any, stage: str) -> Any:
+    """The coordinator's answer, or the cause of its failure."""
+    _wait(coordinator, reference, stage)
+    try:
+        return ray.get(reference, timeout=_ANSWER_SECONDS)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, RunError | UserError) else error from None
+
+
+def stream_of(coordinator: Any, stream: ObjectRefGenerator, stage: str) -> Iterator[Any]:
+    """The stream's references as they come."""
+    while True:
+        _wait(coordinator, stream, stage)
+        try:
+            yield next(stream)
+        except StopIteration:
+            return
+
+
+def _wait(coordinator: Any, coming: Any, stage: str) -> None:
+    """Waits for a reference, or for a stream's next, as long as the coordinator is alive: its second thread says so.
+
+    Raises RunError where it hangs.
+    """
+    while not ray.wait([coming], timeout=_ANSWER_SECONDS)[0]:
+        if not ray.wait([coordinator.alive.remote()], timeout=_ANSWER_SECONDS)[0]:
+            raise RunError(stage, f"the coordinator has not answered for {_ANSWER_SECONDS:.0f} s")

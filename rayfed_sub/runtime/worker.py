@@ -36,7 +36,7 @@ from rayfed_sub.diagnostics.gradients import GradientWatch
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.weights import assemble, target_weights
-from rayfed_sub.planning.sampling import local_length, local_steps
+from rayfed_sub.planning.sampling import PackWork
 from rayfed_sub.privacy.mechanism import clipped
 from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
@@ -119,19 +119,11 @@ class Worker:
         """Proportional set size, bytes: as last sampled, and the largest seen so far."""
         return self._memory.last, self._memory.peak
 
-    def train(
-        self,
-        round: int,
-        clients: Sequence[int],
-        states: Sequence[Any],
-        broadcast: Packed,
-        lr: float,
-        watched: Sequence[int] = (),
-    ) -> PackOutcome:
+    def train(self, work: PackWork, states: Sequence[Any], broadcast: Packed) -> PackOutcome:
         """One pack's round.  states: per client None (its first round), or the round and what `object_store.get` takes,
-        asked only when the state is not resident.  watched: whom diagnostics look at.  A client that fails by itself
-        says so in its update."""
+        asked only when the state is not resident.  A client that fails by itself has the cause in its update."""
         method, shape = self._spec.method, self._spec.architecture.shape
+        round, clients, watched = work.round, work.clients, work.watched
         received = Broadcast(round, self._received(round, broadcast))
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
         states_of = (state.tensors for state in before if state is not None)
@@ -141,16 +133,19 @@ class Worker:
             method.start_client(received, state, Client(client, seed), shape)
             for client, state in zip(clients, before, strict=True)
         ]
-        batches = [self._batches(c, s.cursor if s else 0) for c, s in zip(clients, before, strict=True)]
+        batches = [
+            self._batches(client, state.cursor if state else 0, steps)
+            for client, state, steps in zip(clients, before, work.steps, strict=True)
+        ]
         asked = self._spec.config.diagnostics
         watch = gradient_watch(asked, shape, clients, starts, watched)
-        results = self._train(received, starts, clients, batches, lr, watch)
+        results = self._train(received, starts, clients, batches, work.lr, watch)
         updates: list[PackedUpdate] = []
         kept: list[PackedState | None] = []
         looks: list[ClientDiagnostics] = []
         fresh: dict[int, ClientState] = {}
-        for result, state, start in zip(results, before, starts, strict=True):
-            ended = self._ended(round, result, state, broadcast)
+        for result, state, start, weight in zip(results, before, starts, work.weights, strict=True):
+            ended = self._ended(round, result, state, weight, broadcast)
             if isinstance(ended, str):
                 updates.append(_failed(result, ended))
                 kept.append(None)
@@ -264,13 +259,13 @@ class Worker:
             )
 
     def _ended(
-        self, round: int, result: LocalResult, state: ClientState | None, broadcast: Packed
+        self, round: int, result: LocalResult, state: ClientState | None, weight: float, broadcast: Packed
     ) -> tuple[Update, ClientState] | str:
         """A client's update and next state, or why it failed."""
         method, shape, clip = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy.clip
         if result.failure is not None:
             return result.failure
-        update = method.upload(result, self._weight(round, result.client), shape)
+        update = method.upload(result, weight, shape)
         cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
         new = ClientState(round + 1, cursor, result.step, method.client_state(result, shape))
         failure = not_finite(update.tensors) or not_finite(new.tensors)
@@ -282,7 +277,7 @@ class Worker:
                 return "the norm of its change is not finite"
         return update, new
 
-    def _batches(self, client: int, cursor: int) -> ClientBatches:
+    def _batches(self, client: int, cursor: int, steps: int) -> ClientBatches:
         config, dataset = self._spec.config, self._dataset
         federation = config.federation
         return ClientBatches(
@@ -292,17 +287,11 @@ class Worker:
             client,
             federation.batch_size,
             cursor,
-            local_steps(config, client),
+            steps,
             config.task.mask_prompt,
             self._spec.processor.pad,
             federation.batching,
         )
-
-    def _weight(self, round: int, client: int) -> float:
-        """p_k before normalisation; under FedNova over the length of the client's local steps."""
-        config, federation = self._spec.config, self._spec.config.federation
-        weight = float(len(self._dataset.rows_of(client))) if federation.client_weighting == "samples" else 1.0
-        return weight / local_length(config, round, client) if federation.normalise_steps else weight
 
     def _state(self, client: int, stored: Any) -> ClientState | None:
         """The client's state: resident when this worker trained it last, else fetched from the object store."""

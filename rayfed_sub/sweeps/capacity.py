@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning.job import Job
-from rayfed_sub.planning.job_plan import here, job_parts
 from rayfed_sub.planning.machines import Machine, Node, most_workers
 from rayfed_sub.planning.needs import BARE_WORKER, DRIVER, RAY, Need, need
-from rayfed_sub.planning.parts import FEW
+from rayfed_sub.planning.plan import here, job_parts
+from rayfed_sub.planning.traffic import FEW
 
 
 def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int) -> int:

@@ -12,12 +12,11 @@ from rayfed_sub.config.loading import yaml_text
 from rayfed_sub.config.schema import Config
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import Place
-from rayfed_sub.sweeps.ranking import best
+from rayfed_sub.sweeps.progress import failure_of
+from rayfed_sub.sweeps.results import Ended, best, table, write
 from rayfed_sub.sweeps.space import METRICS, Sweep
 from rayfed_sub.sweeps.sweep_report import write_report
 from rayfed_sub.sweeps.trial import values_of
-from rayfed_sub.sweeps.trial_table import Ended, table, write
-from rayfed_sub.sweeps.watcher import failure_of
 
 
 @dataclass(frozen=True)

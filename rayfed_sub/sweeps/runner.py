@@ -15,20 +15,18 @@ from rayfed_sub.config.loading import read_yaml, yaml_text
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import METHODS
-from rayfed_sub.planning import job_plan
+from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import JobInputs, check_resources, job_on
-from rayfed_sub.runtime.cluster import HEAD, nodes
-from rayfed_sub.runtime.ray_session import joined, ray_session
+from rayfed_sub.runtime.cluster import HEAD, joined, nodes, ray_session
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import SWEEP, Place, placed
 from rayfed_sub.storage.run_folder import FREE, check_free, check_same, check_same_data, new, to_resume
 from rayfed_sub.sweeps.capacity import at_once, check_disk
 from rayfed_sub.sweeps.outcome import SweepResult, outcome
+from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher
 from rayfed_sub.sweeps.shared_inputs import all_inputs, ground_key, shared
 from rayfed_sub.sweeps.space import Sweep, largest
-from rayfed_sub.sweeps.trial_events import Begun, TrialNow
 from rayfed_sub.sweeps.tuner import check_unused, loggers, searcher, tuned
-from rayfed_sub.sweeps.watcher import Watcher
 from rayfed_sub.telemetry.events import Notice, Stage
 
 Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
@@ -116,7 +114,7 @@ def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, t
     jobs = [job_on(grounds[ground_key(own)][1], own) for own in map(sweep.config, largest(points))]
     if len(there) == 1:  # of a cluster's nodes no plan knows the memory
         for job in jobs:
-            job_plan.check(job, folder)
+            plan.check(job, folder)
     check_disk(jobs, sweep.count, folder)
     return grounds, at_once(jobs, there, min(sweep.count, sweep.search.concurrent or sweep.count))
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from rayfed_sub.core import text
 from rayfed_sub.reports.page import Figure, plain
-from rayfed_sub.sweeps.labels import score, short, worded
-from rayfed_sub.sweeps.swept import FEW, Swept, Trial, shades
+from rayfed_sub.sweeps.results import FEW, Swept, Trial, score, shades, short, worded
 
 
 def heat_map(swept: Swept, across: str, up: str) -> Figure:

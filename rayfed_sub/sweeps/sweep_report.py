@@ -14,10 +14,8 @@ import pandas as pd
 from rayfed_sub.core import text
 from rayfed_sub.reports.page import Cell, Facts, Section, Table, Text, page
 from rayfed_sub.storage import atomic_files
-from rayfed_sub.sweeps.labels import score, worded
-from rayfed_sub.sweeps.ranking import best_first
+from rayfed_sub.sweeps.results import FEW, Swept, Trial, best_first, gather, score, worded
 from rayfed_sub.sweeps.sweep_figures import heat_map, parallel, points, traffic
-from rayfed_sub.sweeps.swept import FEW, Swept, Trial, gather
 
 
 def write_report(

@@ -15,9 +15,9 @@ from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.runtime.session import carry_out
 from rayfed_sub.storage.remote import inside, placed
 from rayfed_sub.storage.run_folder import check_data, opened, summary_of
+from rayfed_sub.sweeps.results import SENT
 from rayfed_sub.sweeps.shared_inputs import SharedInputs
 from rayfed_sub.sweeps.space import Sweep
-from rayfed_sub.sweeps.trial_table import SENT
 from rayfed_sub.telemetry.events import RoundDone, Started, Summary
 
 NUMBER = "number"

@@ -25,7 +25,7 @@ from rayfed_sub.training.client_errors import drawn, not_finite
 from rayfed_sub.training.galore import Closed, Refresh, renew
 from rayfed_sub.training.layers import PackLinear, Terms
 from rayfed_sub.training.losses import client_losses
-from rayfed_sub.training.proximal import pull
+from rayfed_sub.training.optimizers import pull
 
 GradientHooks = Callable[[str, Sequence[int]], list[Callable[[Tensor, Tensor], None]]]
 """(layer, clients) -> backward hooks, which take the layer's inputs (G, N, n) and output gradients (G, N, m)."""
@@ -77,7 +77,7 @@ def train_pack(
 
     model: the frozen model with `layers` installed; layers' weights are the round's base weights.  Ranks, scales, step
     counts and numbers of steps may differ between clients; `trained`, `decays_base` and the kind of subspace may not.
-    proximal: FedProx's mu (see `proximal.pull`).  gradient_hooks: backward hooks of a layer in the first
+    proximal: FedProx's mu (see `optimizers.pull`).  gradient_hooks: backward hooks of a layer in the first
     local step, given its name and the pack's clients.
     A client whose batch cannot be drawn, or whose loss, gradient or result is not finite, leaves the pack, the others
     unharmed, and comes back with `failure` set; what it holds besides that and its metrics means nothing.

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from rayfed_sub.cli import sweep_view
 from rayfed_sub.cli.sweep_view import SweepDisplay
-from rayfed_sub.sweeps.labels import headings, worded
-from rayfed_sub.sweeps.trial_events import Begun, TrialNow
+from rayfed_sub.sweeps.progress import Begun, TrialNow
+from rayfed_sub.sweeps.results import headings, worded
 from rayfed_sub.telemetry.events import Notice, Stage
 
 KEYS = ("federation.local_steps", "method.rank", "optimizer.lr")

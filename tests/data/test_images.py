@@ -26,8 +26,7 @@ from rayfed_sub.core.types import Subspace, wire_bytes
 from rayfed_sub.data.batching import collate
 from rayfed_sub.data.dataset import build_dataset, load_dataset
 from rayfed_sub.data.images import Images, decoded, digest, encoded
-from rayfed_sub.data.pairs import Pairs, distinct
-from rayfed_sub.data.table_pairs import table_pairs
+from rayfed_sub.data.pairs import Pairs, distinct, table_pairs
 from rayfed_sub.data.tokenization import Cuts, tokenised
 from rayfed_sub.export.exported import export_hf, export_peft
 from rayfed_sub.models.architecture import architecture, build
@@ -35,7 +34,7 @@ from rayfed_sub.models.image_processors import HubImageProcessor, load_image_pro
 from rayfed_sub.models.presets import ANY_PATCHES
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning.job import prepare
-from rayfed_sub.planning.job_plan import plan_of
+from rayfed_sub.planning.plan import plan_of
 from rayfed_sub.planning.worker_memory import backbone_bytes
 from rayfed_sub.telemetry.events import Summary
 from rayfed_sub.training.inference import verdicts

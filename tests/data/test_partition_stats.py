@@ -24,8 +24,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import build_dataset
 from rayfed_sub.data.pairs import Pairs
-from rayfed_sub.data.partition_stats import PartitionStats, as_dict, holdings
-from rayfed_sub.data.skew import distances, skew
+from rayfed_sub.data.partition_stats import PartitionStats, as_dict, distances, holdings, skew
 from rayfed_sub.models.tokenizers import ByteTokenizer
 
 TINY = str(Path(__file__).parents[2] / "experiments" / "tiny.yaml")

@@ -18,11 +18,10 @@ from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import collate
 from rayfed_sub.data.dataset import Dataset, load_dataset, load_pairs
-from rayfed_sub.data.pairs import Pairs, distinct
+from rayfed_sub.data.pairs import Pairs, distinct, table_pairs
 from rayfed_sub.data.partitions import key_column, largest_keys
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.splits import split_rows
-from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tasks import TASKS, filled
 from rayfed_sub.data.tokenization import tokenised
 from rayfed_sub.models.tokenizers import ByteTokenizer

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayfed_sub.runtime.cluster import grown_by
-from rayfed_sub.runtime.launches import available_first
+from rayfed_sub.runtime.cluster import available_first, grown_by
 
 ROOT = Path(__file__).parents[2]
 AWS = "cluster.yaml"
@@ -165,7 +164,7 @@ def test_every_node_asks_for_the_token(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*LAUNCHED, KUBERAY])
 def test_every_node_frees_objects_at_once(name: str) -> None:
-    """As a local run does (runtime/ray_session.py), and however many nodes there are: head and workers."""
+    """As a local run does (runtime/cluster.py), and however many nodes there are: head and workers."""
     config = read(name)
     if name == KUBERAY:
         groups = [config["spec"]["headGroupSpec"], *config["spec"]["workerGroupSpecs"]]

@@ -15,9 +15,9 @@ import pytest
 
 from rayfed_sub import UserError, load_config, run, sweep
 from rayfed_sub.cli import main
+from rayfed_sub.sweeps.progress import Begun, TrialNow
 from rayfed_sub.sweeps.runner import run_sweep
 from rayfed_sub.sweeps.space import load_sweep
-from rayfed_sub.sweeps.trial_events import Begun, TrialNow
 from rayfed_sub.telemetry.events import Notice
 
 GRID = Path(__file__).parents[2] / "experiments" / "sweeps" / "tagg-rank-lr.yaml"

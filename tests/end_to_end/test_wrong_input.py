@@ -502,7 +502,7 @@ def test_no_cluster_at_the_address(address: str, ends: str, refusal: Refusal) ->
 
 def test_something_else_at_the_address(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener that never answers."""
-    monkeypatch.setattr("rayfed_sub.runtime.ray_session._GCS_SECONDS", 1.0)
+    monkeypatch.setattr("rayfed_sub.runtime.cluster._GCS_SECONDS", 1.0)
     with socket.create_server(("0.0.0.0", 0)) as listener:
         said = refusal(["run", TINY, "--address", f"127.0.0.1:{listener.getsockname()[1]}"])
     assert "is not the head of a Ray cluster" in said

@@ -33,6 +33,7 @@ from rayfed_sub.export.exported import export_hf, export_peft, factorised, loada
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.weights import assemble, load_weights, target_weights
 from rayfed_sub.planning.job import Job, prepare
+from rayfed_sub.planning.sampling import pack_work
 from rayfed_sub.runtime.worker import Spec, Worker
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place
@@ -135,7 +136,7 @@ def trained(folder: Path, config: Config, clients: Sequence[int] = (0, 1)) -> Pa
     for n in range(2):
         stored = [(states[k].round, None) if k in states else None for k in clients]  # the worker has them resident
         broadcast = packed(method.broadcast(server).tensors)
-        outcome = worker.train(n, clients, stored, broadcast, config.optimizer.lr)
+        outcome = worker.train(pack_work(job.config, job.dataset, n, clients), stored, broadcast)
         total = method.accumulator(server, shape)
         for sent in outcome.updates:
             total = method.accumulate(

@@ -20,6 +20,7 @@ import transformers.modeling_utils  # noqa: F401  what a worker imports, before 
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.job import Job
+from rayfed_sub.planning.sampling import pack_work
 from rayfed_sub.runtime.worker import Spec, Worker
 
 Layout = dict[str, tuple[str, str, tuple[int, ...], int]]
@@ -68,7 +69,7 @@ def growth(folder: Path) -> int:
     worker = Worker(spec, backbone, dataset)
     clients = range(spec.config.resources.pack_size)
     for _ in range(2):
-        worker.train(0, clients, [None] * len(clients), broadcast, 1e-3)
+        worker.train(pack_work(spec.config, dataset, 0, clients), [None] * len(clients), broadcast)
         worker.evaluate(0, range(spec.config.evaluation.batch_size), broadcast, None, None)
     return high_water() - before
 

@@ -18,12 +18,11 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Client, ClientState, wire_bytes
 from rayfed_sub.methods import METHODS
 from rayfed_sub.models.weights import load_weights
+from rayfed_sub.planning.fit import check_fits
 from rayfed_sub.planning.job import prepare
-from rayfed_sub.planning.job_plan import here, job_parts, plan_of
 from rayfed_sub.planning.machines import Machine, machine_named
 from rayfed_sub.planning.needs import need
-from rayfed_sub.planning.plan import as_dict
-from rayfed_sub.planning.refusals import check_fits
+from rayfed_sub.planning.plan import as_dict, here, job_parts, plan_of
 from rayfed_sub.planning.traffic import traffic
 from rayfed_sub.planning.worker_memory import backbone_bytes
 from rayfed_sub.runtime.probe import probe

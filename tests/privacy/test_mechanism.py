@@ -25,8 +25,8 @@ from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, moved
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.job import Job, prepare
-from rayfed_sub.planning.job_plan import plan_of
-from rayfed_sub.planning.sampling import cohort
+from rayfed_sub.planning.plan import plan_of
+from rayfed_sub.planning.sampling import cohort, pack_work
 from rayfed_sub.privacy.accountant import NOISES, account, epsilon, noise_for, renyi_epsilons, spent
 from rayfed_sub.privacy.mechanism import at_rest, change, clipped, noise
 from rayfed_sub.runtime.worker import Spec, Worker
@@ -429,7 +429,7 @@ def test_workers_send_updates_at_their_clip_factor(job: Job) -> None:
     backbone = load_weights(config.model, job.architecture, config.seed)
     server = method.init_server(target_weights(shape, job.architecture.transposed, backbone), shape, config.seed)
     worker = Worker(Spec(config, method, job.architecture, job.processor), packed(backbone), job.dataset)
-    outcome = worker.train(0, [0, 1, 3], [None] * 3, packed(server.tensors), config.optimizer.lr)
+    outcome = worker.train(pack_work(config, job.dataset, 0, [0, 1, 3]), [None] * 3, packed(server.tensors))
     for sent in outcome.updates:
         alone = change(method, server, Update(sent.client, 1.0, unpacked(sent.tensors)), shape)
         norm = math.sqrt(sum(float(d.double().square().sum()) for d in alone.values()))

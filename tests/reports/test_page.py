@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayfed_sub.reports.page import Cell, Details, Figure, Legend, Section, Table, Text, line_style, page
-from rayfed_sub.reports.page_style import DARK, LIGHT, RUN_COLOURS
+from rayfed_sub.reports import page as page_module
+from rayfed_sub.reports.page import RUN_COLOURS, Cell, Details, Figure, Legend, Section, Table, Text, line_style, page
 from rayfed_sub.reports.report import write_report
 from rayfed_sub.reports.run_reader import read_run
 from tests.helpers.browser import CHROMIUM, Outline, browse, in_real_time
 from tests.helpers.written_runs import write_run
 
+STYLE = (Path(page_module.__file__).parent / "assets" / "report.css").read_text(encoding="utf-8")
+# Two sets of variables, light first.
+LIGHT, DARK = (
+    dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root {(.*?)}", STYLE, re.DOTALL)
+)
 SCHEMES = pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
 RUNS = [f"run-{at}" for at in range(RUN_COLOURS)]
 

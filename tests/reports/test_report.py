@@ -15,8 +15,8 @@ from rayfed_sub.config.loading import read_yaml, yaml_text
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, ScoreRow
 from rayfed_sub.reports.clients import per_client
+from rayfed_sub.reports.layer_metrics import QUANTITIES, figures
 from rayfed_sub.reports.page import Cell, Details, Facts, Figure, Legend, Section, Table, Text
-from rayfed_sub.reports.quantities import QUANTITIES, figures
 from rayfed_sub.reports.report import sections, write_report
 from rayfed_sub.reports.run_reader import _COLUMNS, Run, named, read_run
 from rayfed_sub.reports.timeline import bars, clocked

@@ -17,7 +17,7 @@ import pytest
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, RoundRow, Score
-from rayfed_sub.runtime import gauges as gauges_module
+from rayfed_sub.runtime import live
 from rayfed_sub.runtime.live import Live
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import RunFolder, create, reopen
@@ -168,8 +168,8 @@ def path(tmp_path: Path) -> Path:
 def gauges(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
     """Values set so far of the gauge of this name with the tags of the tests' runs and these."""
     FakeGauge.told = {}
-    monkeypatch.setattr(gauges_module, "Gauge", FakeGauge)
-    monkeypatch.setattr(gauges_module, "_SECONDS", 0.01)
+    monkeypatch.setattr(live, "Gauge", FakeGauge)
+    monkeypatch.setattr(live, "_SECONDS", 0.01)
 
     def told(name: str, folder: Path, **tags: str) -> list[float]:
         common = {"run": "kept", "method": "fedftg", "folder": str(folder).replace("größe", r"gr\xf6\xdfe")}

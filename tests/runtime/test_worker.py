@@ -20,6 +20,7 @@ from rayfed_sub.core.types import ClientState
 from rayfed_sub.data.dataset import Dataset, Rows
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.job import Job, prepare
+from rayfed_sub.planning.sampling import pack_work
 from rayfed_sub.runtime.worker import PackOutcome, Spec, Worker
 
 CLIENTS = [0, 1, 2]
@@ -50,11 +51,13 @@ class Trial:
         pretrained = target_weights(job.architecture.shape, job.architecture.transposed, weights)
         server = job.method.init_server(pretrained, job.architecture.shape, config.seed)
         spec = Spec(config, job.method, job.architecture, job.processor)
-        self.worker = Worker(spec, packed(weights), dataset or job.dataset)
+        self.config, self.dataset = config, dataset or job.dataset
+        self.worker = Worker(spec, packed(weights), self.dataset)
         self.broadcast: Packed = packed(job.method.broadcast(server).tensors)
 
     def train(self, clients: list[int], lr: float = 1e-3) -> PackOutcome:
-        return self.worker.train(0, clients, [None] * len(clients), self.broadcast, lr)
+        work = pack_work(self.config, self.dataset, 0, clients)
+        return self.worker.train(replace(work, lr=lr), [None] * len(clients), self.broadcast)
 
 
 def without_rows(dataset: Dataset, client: int) -> Dataset:

@@ -12,8 +12,8 @@ import pytest
 
 from rayfed_sub import load_config
 from rayfed_sub.planning.job import prepare
-from rayfed_sub.planning.job_plan import job_parts
 from rayfed_sub.planning.needs import BARE_COORDINATOR, DRIVER, RAY, need
+from rayfed_sub.planning.plan import job_parts
 from rayfed_sub.planning.worker_memory import KERNELS
 from tests.helpers.measured_trials import QUICKSTART, SMALL
 

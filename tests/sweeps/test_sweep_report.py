@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from rayfed_sub.reports.page import Cell, Facts, Figure, Section, Table, Text, page
-from rayfed_sub.sweeps.ranking import best, best_first
+from rayfed_sub.sweeps.results import best, best_first
 from rayfed_sub.sweeps.sweep_report import sections, write_report
 from tests.helpers.browser import CHROMIUM, Outline, browse
 

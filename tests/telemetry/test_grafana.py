@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rayfed_sub.runtime.gauges import gauge_of
+from rayfed_sub.runtime.live import gauge_of
 from rayfed_sub.telemetry.metrics import FIGURES, SCORES
 
 BOARD: dict[str, Any] = json.loads(

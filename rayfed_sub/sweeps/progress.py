@@ -1,10 +1,11 @@
-"""What Ray Tune tells of its trials, as records of ours."""
+"""Progress of a sweep: Ray Tune's callbacks as one record per change of a trial."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from ray.tune import Callback
 
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.sweeps.trial import values_of
-from rayfed_sub.sweeps.trial_events import TrialNow
 from rayfed_sub.telemetry.events import Notice
 
 _TELL = 60.0  # seconds without any trial going on
+
 _PATIENCE = 1800.0
 
 
@@ -99,3 +100,36 @@ def failure_of(error: Exception | None) -> str | None:
         return None
     last = [line.strip() for line in str(error).splitlines() if line.strip()][-1:] or [type(error).__name__]
     return re.sub(r"^[\w.]+Error: ", "", last[0])
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A sweep before its first trial.  keys: the space's; mode: min or max, the metric's better end; total: trials,
+    of which at_once go side by side; folder: the sweep's."""
+
+    name: str
+    keys: tuple[str, ...]
+    metric: str
+    mode: str
+    total: int
+    at_once: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class TrialNow:
+    """A trial as it stands.
+
+    values: the space's keys by dotted name.  status: "waiting", "running", "retried" (runs again after a failure),
+    or at its end "finished", "stopped" (by the scheduler) or "failed".  round: finished rounds of `rounds`, which are
+    0 until they are known.  metric: the sweep's own, None before the first evaluation.  seconds: since the trial began.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    status: str
+    round: int
+    rounds: int
+    metric: float | None
+    seconds: float
+    failure: str | None = None

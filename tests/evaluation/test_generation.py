@@ -18,8 +18,8 @@ from sklearn.metrics import accuracy_score, classification_report, confusion_mat
 
 from rayfed_sub.evaluation.classification import class_scores, confusion
 from rayfed_sub.evaluation.evaluate_metrics import METRICS, metric
+from rayfed_sub.evaluation.generation import TEXT_SCORES, bleu_4, bleu_4_unicode, rouge_l, rouge_l_unicode, words
 from rayfed_sub.evaluation.language import perplexity, token_accuracy
-from rayfed_sub.evaluation.text import TEXT_SCORES, bleu_4, bleu_4_unicode, rouge_l, rouge_l_unicode, words
 
 PREDICTIONS = ["The cat sat on the mat.", "Return the sum of a and b", "", "nothing alike"]
 REFERENCES = ["the cat lay on a mat", "Return a and b, the sum of them.", "an answer", "something else"]

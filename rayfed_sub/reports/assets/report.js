@@ -1,8 +1,4 @@
-"""What a page does: it draws its figures as they come into view, and sorts, filters and turns over its tables."""
-
-from __future__ import annotations
-
-SCRIPT = """
+// Behaviour of a report: draws figures as they come into view; sorts, filters and pages its tables.
 "use strict";
 let colours = {};
 const colour = name =>
@@ -79,7 +75,7 @@ function wanted(text, heads) {
   const terms = text.toLowerCase().split(",").map(term => term.trim()).filter(term => term);
   const compared = {"<": (a, b) => a < b, ">": (a, b) => a > b, "=": (a, b) => a === b};
   const tests = terms.map(term => {
-    const [, name, sign, number] = term.match(/^(.+?)\\s*([<>=])\\s*(-?[\\d.]+(?:e-?\\d+)?)$/) ?? [];
+    const [, name, sign, number] = term.match(/^(.+?)\s*([<>=])\s*(-?[\d.]+(?:e-?\d+)?)$/) ?? [];
     const at = heads.indexOf(name);
     if (at < 0) return (rows, row) => heads.some((_, at) => rows.text(row, at).toLowerCase().includes(term));
     return (rows, row) => {
@@ -168,4 +164,3 @@ addEventListener("afterprint", () => {
   document.body.classList.remove("printing");
   redraw(plots);
 });
-"""

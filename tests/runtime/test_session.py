@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.runtime import answers
-from rayfed_sub.runtime.answers import answer, stream_of
+from rayfed_sub.runtime import session
+from rayfed_sub.runtime.session import answer, stream_of
 
 
 class Actor:
@@ -34,7 +34,7 @@ class Actor:
 def test_a_busy_actor_is_waited_for_and_a_hung_one_is_not(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    monkeypatch.setattr(answers, "_SECONDS", 1.0)
+    monkeypatch.setattr(session, "_ANSWER_SECONDS", 1.0)
     busy = ray.remote(num_cpus=0, max_concurrency=2)(Actor).remote()
     ray.get(busy.alive.remote())  # an actor may take longer to start, and is then neither busy nor hung
     assert answer(busy, busy.slow.remote(2.5), "stage") == "done"

@@ -1,0 +1,256 @@
+"""Results of a sweep: the table of trials (without times, so that tables compare), its best trial, its files."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from rayfed_sub.core import text
+from rayfed_sub.reports.page import plain
+from rayfed_sub.storage import atomic_files
+
+SENT = ("uplink_bytes", "downlink_bytes")
+"""What a run sent in all, as its summary calls it."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial at its end.  told: what it last reported; failure: why it failed, in one line."""
+
+    number: int
+    values: Mapping[str, Any]
+    told: Mapping[str, Any]
+    failure: str | None
+
+    @property
+    def status(self) -> str:
+        """finished, stopped by the scheduler, or failed."""
+        return "failed" if self.failure else "finished" if self.told.get("finished") else "stopped"
+
+
+def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
+    """One row per trial, in their order: trial, the space's keys, status, rounds, metrics, uplink_bytes,
+    downlink_bytes, weights_sha256, failure, folder.  Values that are lists or mappings stand as JSON."""
+    rows = []
+    for trial in sorted(ended, key=lambda trial: trial.number):
+        told = trial.told
+        values = {key: value if _plain(value) else json.dumps(value) for key, value in trial.values.items()}
+        row = {"trial": trial.number, **values, "status": trial.status, "rounds": told.get("rounds", 0)}
+        row |= {name: told.get(name) for name in (*metrics, *SENT, "weights_sha256")}
+        rows.append({**row, "failure": trial.failure, "folder": f"trials/{trial.number:05d}"})
+    whole = dict.fromkeys(SENT, "Int64") | dict.fromkeys(metrics, "float64")
+    return pd.DataFrame(rows).astype({**whole, "weights_sha256": "string", "failure": "string"})
+
+
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """trials.parquet.  Raises RunError where the disk is full."""
+    content = io.BytesIO()
+    frame.to_parquet(content, index=False)
+    atomic_files.write(path, content.getvalue())
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+_WORD = 24
+"""Characters of a value in a figure."""
+
+
+def headings(keys: Sequence[str]) -> dict[str, str]:
+    """For every dotted key its last part, or as many of its last parts as tell it from the others.
+
+    >>> headings(["method.rank", "optimizer.lr", "server.lr"])
+    {'method.rank': 'rank', 'optimizer.lr': 'optimizer.lr', 'server.lr': 'server.lr'}
+    """
+    alone = {key: (tail for tail in _tails(key) if sum(_ends(other, tail) for other in keys) == 1) for key in keys}
+    return {key: next(tails, key) for key, tails in alone.items()}
+
+
+def worded(value: object) -> str:
+    """A value as short as it can be read: four digits, and powers of ten where the number is small or large.
+
+    >>> [worded(value) for value in (8, 0.003, 0.01, 0.25, 2.5e7, 1.0, "fedit", None)]
+    ['8', '3e-3', '1e-2', '0.25', '2.5e7', '1', 'fedit', '-']
+    """
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    if math.isnan(value):
+        return "-"
+    if value and not 0.01 < abs(value) < 1e5:
+        digits, _, power = f"{value:.3e}".partition("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(power)}" if power else digits
+    return f"{value:.4g}"
+
+
+def score(value: float) -> str:
+    """A metric to four digits after the point, or where that says nothing to four digits.
+
+    >>> score(2.73051), score(0.00002), score(123456.0)
+    ('2.7305', '2e-5', '1.235e5')
+    """
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e4 else worded(value)
+
+
+def short(value: object) -> str:
+    """A value in a figure."""
+    text = worded(value)
+    return text if len(text) <= _WORD else f"{text[: _WORD - 1]}…"
+
+
+def _tails(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+
+
+def _ends(key: str, tail: str) -> bool:
+    return key == tail or key.endswith(f".{tail}")
+
+
+def best(frame: pd.DataFrame, metric: str, mode: str) -> int | None:
+    """The number of the best trial, None where no trial may be compared."""
+    if comparable(frame, metric).isna().all():
+        return None
+    return int(best_first(frame, metric, mode)["trial"].iloc[0])
+
+
+def best_first(frame: pd.DataFrame, metric: str, mode: str) -> pd.DataFrame:
+    """The trials by merit: finished ones by the metric, then those that the scheduler stopped, then the rest.
+
+    A stopped trial comes after every finished one whatever its metric, which was taken earlier in its run.  The rest
+    are trials that failed or whose metric is missing or not finite.  Ties go to the lower number.
+    """
+    value = comparable(frame, metric)
+    rank = (frame["status"] == "stopped").astype("int64").where(value.notna(), 2)
+    merit = pd.DataFrame({"rank": rank, "value": {"min": 1, "max": -1}[mode] * value, "trial": frame["trial"]})
+    return frame.loc[merit.sort_values(["rank", "value", "trial"]).index]
+
+
+def comparable(frame: pd.DataFrame, metric: str) -> pd.Series[float]:
+    """Each trial's metric as float64, NaN where it cannot be compared: it failed, or its metric is not finite."""
+    if metric not in frame:
+        return pd.Series(math.nan, index=frame.index)
+    value = pd.to_numeric(frame[metric], errors="coerce").astype("float64")
+    return value.where(frame["status"].isin(["finished", "stopped"]) & (value.abs() < math.inf))
+
+
+FEW = 12
+"""More values than this are not shown one by one: a heat map's cells would be too small, and most of them empty."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A row of the table as the figures need it; metric: NaN where it cannot be compared; sent: bytes up and down, of a
+    trial that was stopped unknown."""
+
+    number: int
+    values: Mapping[str, Any]
+    status: str
+    rounds: int
+    metric: float
+    before: float
+    sent: int | None
+    failure: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The trials, best first, and what they were about; kinds: how each key's values were drawn, where it is known."""
+
+    ranked: Sequence[Trial]
+    heads: Mapping[str, str]
+    metric: str
+    mode: str
+    kinds: Mapping[str, str]
+
+    @property
+    def judged(self) -> list[Trial]:
+        """The trials that can be compared, best first."""
+        return [trial for trial in self.ranked if not math.isnan(trial.metric)]
+
+    def values(self, key: str) -> list[Any]:
+        """The key's values over all trials, in order."""
+        return sorted({trial.values[key] for trial in self.ranked})
+
+    @property
+    def shades(self) -> tuple[float, float]:
+        """The metrics that are drawn faintest and strongest."""
+        return shades([trial.metric for trial in self.judged], self.mode)
+
+    def drawn(self, trial: Trial) -> float:
+        """The trial's metric, or the edge of the figures where it is beyond."""
+        faint, _ = self.shades
+        return {"min": min, "max": max}[self.mode](trial.metric, faint)
+
+    def said(self, trial: Trial) -> str:
+        """Where in the space the trial is: "rank=8 lr=1e-3"."""
+        return " ".join(f"{head}={worded(trial.values[key])}" for key, head in self.heads.items())
+
+    def hover(self, trial: Trial) -> str:
+        """What a figure says of a trial under the pointer."""
+        stopped = f"stopped after {text.count('round', trial.rounds)}<br>" if trial.status == "stopped" else ""
+        said = "<br>".join(f"{plain(f'{head} {short(trial.values[key])}')}" for key, head in self.heads.items())
+        return f"trial {trial.number}<br>{plain(self.metric)} {score(trial.metric)}<br>{stopped}{said}"
+
+
+def gather(frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, kinds: Mapping[str, str]) -> Swept:
+    """The trials of `frame`, a sweep's trials.parquet, whose columns `keys` are those of the space."""
+    ranked = best_first(frame, metric, mode)
+    rows = zip(ranked.to_dict("records"), _places(ranked, keys), comparable(ranked, metric), strict=True)
+    return Swept(
+        ranked=[_trial(row, values, metric, value) for row, values, value in rows],
+        heads=headings(keys),
+        metric=metric,
+        mode=mode,
+        kinds=kinds,
+    )
+
+
+def _places(frame: pd.DataFrame, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Each trial's values: a column's are all numbers, or all words where any is none (true, null, a word)."""
+    columns = []
+    for key in keys:
+        cells = [None if pd.isna(cell) else cell for cell in frame[key].tolist()]
+        numbers = all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
+        columns.append(cells if numbers else [worded(cell) for cell in cells])
+    return [dict(zip(keys, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _trial(row: Mapping[Any, Any], values: Mapping[str, Any], metric: str, value: float) -> Trial:
+    known = {name: cell for name, cell in row.items() if not pd.isna(cell)}
+    return Trial(
+        number=int(row["trial"]),
+        values=values,
+        status=str(row["status"]),
+        rounds=int(known.get("rounds", 0)),
+        metric=value,
+        before=float(known.get(f"{metric}_before", math.nan)),
+        sent=int(known["uplink_bytes"] + known["downlink_bytes"]) if "uplink_bytes" in known else None,
+        failure=str(known.get("failure", "")),
+        folder=str(known.get("folder", "")),
+    )
+
+
+def shades(values: Sequence[float], mode: str) -> tuple[float, float]:
+    """The metrics that get the faintest and the strongest colour.
+
+    Strongest is the best.  Faintest is the worst, or what is four times as far from the best as the median: a trial
+    that diverged would leave all others one colour.
+
+    >>> shades([2.0, 2.1, 2.5, 9.0, 50.0], "min")  # 2.0 + 4 (2.5 - 2.0)
+    (4.0, 2.0)
+    """
+    best, worst = (min(values), max(values)) if mode == "min" else (max(values), min(values))
+    if best == worst:
+        return best + {"min": 1.0, "max": -1.0}[mode], best
+    reach = abs(4 * (median(values) - best)) or abs(worst - best)
+    return best + math.copysign(min(reach, abs(worst - best)), worst - best), best
