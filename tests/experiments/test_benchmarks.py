@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_race_ends_with_the_same_weights(tmp_path: Path) -> None:
     out = tmp_path / "race.json"
@@ -23,20 +26,22 @@ def test_the_race_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert (bare["contestant"], ours["contestant"]) == ("bare", "rayfed_sub")
     # Three rounds move weights by about 3 x 2 steps x lr = 6e-3; what is compared is rounding.
     assert ours["away"] < 1e-5
-    assert ours["floor"] > 0
-    assert record["cores"] > 0
+    assert 0 < ours["floor"] < 1e-5
+    assert record["cores"] == os.cpu_count()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_engine_alone_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
-    command = [sys.executable, "overhead.py", "smoke", "--out", str(out)]
+    command, began = [sys.executable, "overhead.py", "smoke", "--out", str(out)], time.monotonic()
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    passed = time.monotonic() - began
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(out.read_text())["rows"]
     # Idle clients: what the store gets in a round is the broadcast, at least 16 x 16 float32.
     assert row["clients"] * row["stored"] >= 16 * 16 * 4
-    assert row["seconds"] > 0
+    assert row["seconds"] < passed
 
 
 def test_a_galore_step_ends_where_galore_torchs_does(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_two_clients_by_hand() -> None:
 
 
 def test_two_orthogonal_directions_cannot_both_be_kept() -> None:
-    """Fact 4: the mean of e1 e1^T and e2 e2^T is diag(1/2, 1/2); at rank 1 it is missed by exactly 1/2."""
+    """The mean of e1 e1^T and e2 e2^T is diag(1/2, 1/2); at rank 1 it is missed by exactly 1/2."""
     shape, W = ModelShape((Layer("up", m=2, n=2),)), torch.zeros(2, 2)
     method = build({"name": "flexlora", "rank": 1, "alpha": 1.0})
     server = method.init_server({"up/weight": W}, shape, seed=0)

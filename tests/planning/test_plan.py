@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 
 from rayfed_sub import load_config, run
 from rayfed_sub.config.schema import Config
@@ -264,4 +263,4 @@ def test_the_machine_is_looked_at(tmp_path: Path) -> None:
     machine = here(prepare(small()), tmp_path / "not" / "there" / "yet")
     assert 0 < machine.memory < PLENTY
     assert machine.disk > 0
-    assert machine.gpu is None or torch.cuda.is_available()
+    assert machine.gpu is None, "the job asks for none"

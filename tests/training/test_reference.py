@@ -240,7 +240,7 @@ def test_lora_with_another_rank_in_every_layer_over_weights_of_its_own():
 
 
 def test_one_period_moves_inside_its_subspace_and_periods_add_rank():
-    """PAPER's fact: without weight decay (I - P P^T) dW = 0 and rank r within a period, rank 3 r after three."""
+    """Without weight decay (I - P P^T) dW = 0 and rank r within a period, rank 3 r after three."""
     tiny = llama()
     start = galore_start(tiny, Subspace(2, 4, "exact"))
     batches = draw_batches(tiny, 0, 12)
@@ -263,7 +263,7 @@ def test_one_period_moves_inside_its_subspace_and_periods_add_rank():
 
 
 def test_the_first_step_has_length_lr_scale_sqrt_r_max():
-    """PAPER's fact: 6 x 10, r = 2, scale 0.25, lr 0.01 gives 0.01 * 0.25 * sqrt(2 * 10) = 0.01118."""
+    """6 x 10, r = 2, scale 0.25, lr 0.01 gives 0.01 * 0.25 * sqrt(2 * 10) = 0.01118."""
     tiny = llama(r"up_proj$", hidden=10, inner=6)
     assert (tiny.shape.targets[0].m, tiny.shape.targets[0].n) == (6, 10)
     start = galore_start(tiny, Subspace(2, 5, "exact"), scale=0.25)
@@ -275,7 +275,7 @@ def test_the_first_step_has_length_lr_scale_sqrt_r_max():
 @pytest.mark.parametrize("run", [run_pack, run_reference])
 @pytest.mark.parametrize("make", [llama, bert])
 def test_full_rank_galore_with_sgd_is_sgd(make, run):
-    """PAPER's fact: r = min(m, n) and scale 1; projecting on the whole space changes nothing.  24 rows, so that every
+    """Rank min(m, n) and scale 1; projecting on the whole space changes nothing.  24 rows, so that every
     gradient has full rank: the basis is complete and serves the step after its refresh too."""
     tiny, optimizer = make(), Optimizer(name="sgd", weight_decay=0.1)
     galore, dense = galore_start(tiny, Subspace(16, 2, "exact"), scale=1.0), dense_start(tiny)
