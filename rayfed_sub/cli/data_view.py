@@ -39,7 +39,7 @@ def show(holdings: PartitionStats, console: Console | None = None) -> None:
 
 
 def title(holdings: PartitionStats) -> str:
-    """What is shown: "tiny: 8 clients, kind column, by module"."""
+    """Title: "tiny: 8 clients, kind column, by module"."""
     by = f", by {holdings.column}" if holdings.column else ""
     count = len(holdings.clients)
     return f"{holdings.name}: {count:,} client{'s' if count != 1 else ''}, {holdings.kind}{by}"

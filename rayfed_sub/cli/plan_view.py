@@ -37,7 +37,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
 
 
 def written(file: object, before: int, speed: Speed) -> str:
-    """What --write has done, in a line.  before: the pack size in the file, or the default."""
+    """Result of --write as one line.  before: the pack size in the file, or the default."""
     if speed.best == speed.now:
         return f"{file}: not changed; resources.pack_size={before} is as quick as any that was timed"
     saved = f"{speed.round - speed.best_round:.3g} s of about {speed.round:.3g} s"

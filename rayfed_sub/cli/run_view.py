@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: a live line while it runs, a line per finished round, a table at the end."""
+"""Terminal view of a run: a live line while it goes on, a line per finished round, a table at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SCORES = (
     *("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"),
     *("accuracy", "macro_f1"),
 )
-"""What the final table shows of a run's scores; summary.json has all."""
+"""Scores of the final table; summary.json has all."""
 
 
 class Display:

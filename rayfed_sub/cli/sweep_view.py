@@ -1,4 +1,4 @@
-"""What a person sees of a sweep in the terminal: a live table of trials, a line per ended one, a table at the end."""
+"""Terminal view of a sweep: a live table of trials, a line per ended one, a table at the end."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class SweepDisplay:
         )
 
     def _summary(self, trials: Sequence[TrialNow], best: TrialNow | None) -> Text:
-        """Where the sweep is, in one line."""
+        """Progress of the sweep as one line."""
         if self._stage:
             return Text(self._stage)
         sweep = self._sweep
@@ -210,12 +210,12 @@ def _of(trial: TrialNow) -> str:
 
 
 def _progress(trial: TrialNow) -> float:
-    """How much of the trial is done, 1 at its end, wherever that was."""
+    """Finished share of the trial, 1 once it has ended, early or not."""
     return 1.0 if trial.status in _ENDED else trial.round / max(1, trial.rounds)
 
 
 def _merited(trial: TrialNow) -> bool:
-    """Whether the trial may be the best."""
+    """True where the trial may be the best."""
     return trial.status in ("finished", "stopped") and trial.metric is not None and math.isfinite(trial.metric)
 
 

@@ -80,7 +80,7 @@ def _added_in_lines(text: str, mapping: yaml.MappingNode, names: Sequence[str], 
 
 
 def _next_line(text: str, node: yaml.Node) -> int:
-    """Where the line begins that follows the last value below the node: marks of a block lie behind the comments."""
+    """Start of the line after the last value below the node: marks of a block lie behind the comments."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         node = last[1] if isinstance(node, yaml.MappingNode) else last

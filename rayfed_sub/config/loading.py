@@ -96,7 +96,7 @@ def overridden(source: str | Path | Mapping[str, Any], overrides: Sequence[str])
 
 
 def as_override(key: str, value: Any) -> str:
-    """What a person would type to set the key.
+    """Command-line override that sets the key.
 
     >>> as_override("optimizer.lr", 1e-05), as_override("federation.local_steps", [1, 2])
     ('optimizer.lr=1e-05', 'federation.local_steps=[1, 2]')
@@ -118,7 +118,7 @@ def flat(tree: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
 
 
 def yaml_text(tree: Mapping[str, Any]) -> str:
-    """What `read_yaml` reads as `tree`.
+    """YAML that `read_yaml` reads as `tree`.
 
     >>> yaml_text({"name": "1e5", "optimizer": {"lr": 1e-05}})
     "name: '1e5'\\noptimizer:\\n  lr: 1.0e-05\\n"

@@ -65,7 +65,7 @@ class Task(Record):
 
 
 class Partition(Record):
-    """How rows are dealt out.  column: one client per value of `column`, the largest values first.
+    """Partition of the rows.  column: one client per value of `column`, the largest values first.
     dirichlet: shares over the values of `column` drawn from Dirichlet(alpha).  shards: the rows sorted by `column` are
     cut into equal shards, of which every client draws `shards_per_client`.  power-law: the i-th largest client has a
     share proportional to i ** -exponent, rows at random.  iid: equal shares.
@@ -175,7 +175,7 @@ class Optimizer(Record):
 
 
 class Server(Record):
-    """What the server does with a round's mean change d: `plain` adds lr * d, `momentum` lr * v with v = momentum v + d
+    """Server optimizer, on a round's mean change d: `plain` adds lr * d, `momentum` lr * v with v = momentum v + d
     (FedAvgM, arXiv 1909.06335), `adam` is FedAdam (arXiv 2003.00295) with betas and tau, its v beginning at tau^2."""
 
     optimizer: Literal["plain", "momentum", "adam"] = "plain"
@@ -223,7 +223,7 @@ class Evaluation(Record):
 
 
 class Diagnostics(Record):
-    """What is looked at while clients train: ranks, drift, overlap (`diagnostics/cohort.py`), the rank of the
+    """Diagnostics of training: ranks, drift, overlap (`diagnostics/cohort.py`), the rank of the
     server's own change and how far it has come (`diagnostics/server_change.py`), and how low-rank gradients are
     (`diagnostics/gradients.py`).  It changes no bits.  every: rounds between looks (0: never; the last round is looked
     at as well); clients: of a cohort at most so many, evenly spaced; layers: of the target layers at most so many,

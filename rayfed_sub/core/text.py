@@ -117,7 +117,7 @@ def published_name(metric: str) -> str:
 
 
 def listed(said: Sequence[str], noun: str = "run") -> str:
-    """What is to be said of each of several, as far as a label reaches.
+    """Join a phrase of each of several, as many as a label holds.
 
     >>> listed(["a: 1", "b: 2"])
     'a: 1; b: 2.'

@@ -35,7 +35,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a method may know of a model: its target layers and its dense trained head (often empty)."""
+    """Shape of a model for methods: its target layers and its dense trained head (often empty)."""
 
     targets: tuple[Layer, ...]
     head: tuple[Layer, ...] = ()
@@ -104,7 +104,7 @@ class Subspace:
 
 @dataclass(frozen=True)
 class Start:
-    """What one client begins its round with, chosen by the method.
+    """Start of one client's round, chosen by the method.
 
     tensors: every local tensor by name (both factors of a block, dense weights, the head); trained: those the
     optimiser steps; scale multiplies every block; moments: `<name>/m1`, `<name>/m2` (absent = zeros); step:
@@ -126,7 +126,7 @@ class Start:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What one client ends its round with, whichever executor trained it.
+    """Result of one client's round, whichever executor trained it.
 
     tensors, moments, step: as in `Start`, after the round.  blocks: per target layer the whole change of the
     round as (left (m, R), right (R, n)), scale folded into left, closed and open periods alike; empty for
@@ -148,7 +148,7 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class Client:
-    """Who trains: the client's number and the run's seed, for draws that server and client share without sending."""
+    """A client: its number and the run's seed, for draws that server and client share without sending."""
 
     id: int
     seed: int
@@ -156,7 +156,7 @@ class Client:
 
 @dataclass(frozen=True)
 class ClientState:
-    """What a client keeps between rounds: tensors only, so it can be stored, moved, hashed and spilled.
+    """State of a client between rounds: tensors only, so it can be stored, moved, hashed and spilled.
 
     cursor: local steps ever taken; it says which batch comes next and survives an optimiser reset.
     """
@@ -169,7 +169,7 @@ class ClientState:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends: the tensors a real deployment would upload, its raw weight, its metrics."""
+    """Update of a client: the tensors a real deployment would upload, its raw weight, its metrics."""
 
     client: int
     weight: float
@@ -183,7 +183,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What the server puts into shared memory once a round; every client of the round reads the same."""
+    """Server tensors in shared memory, put there once a round; every client of the round reads the same."""
 
     round: int
     tensors: Tensors

@@ -61,7 +61,7 @@ class Images:
         return Images(self.pixels[indices], self.classes[indices], self.mean, self.std)
 
     def inputs(self, indices: Ints) -> Floats:
-        """What a model reads of the rows at `indices`: (pixels / 255 - mean) / std, (B, 3, s, s), gray three times.
+        """Model inputs of the rows at `indices`: (pixels / 255 - mean) / std, (B, 3, s, s), gray three times.
 
         >>> gray = np.full((1, 1, 1, 1), 51, np.uint8)
         >>> images = Images(gray, np.zeros(1, np.int64), np.float32([0.0, 0.2, 0.4]), np.float32([1.0, 1.0, 0.5]))

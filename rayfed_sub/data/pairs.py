@@ -221,7 +221,7 @@ def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
 
 
 def _file(table: Table, cell: Any, row: int) -> str:
-    """What a person calls the image of a row."""
+    """Name of a row's image for messages."""
     own = [cell.get("path")] if isinstance(cell, Mapping) else []
     names = [*(table.columns[name][row] for name in _FILES if name in table.columns), *own]
     return next((str(name) for name in names if name), f"row {row + 1}")

@@ -1,4 +1,4 @@
-"""Which client holds which of the training rows.
+"""Partitions of the training rows over clients.
 
 Everything is an array of row numbers: no row is copied, and each draw has a stream of its own.
 """
@@ -149,7 +149,7 @@ def _shards(keys: Sequence[str], clients: int, each: int, seed: int) -> list[Int
 
 
 def power_law_sizes(rows: int, clients: int, exponent: float) -> list[int]:
-    """How many of at least `clients` rows each client gets: in proportion to i ** -exponent for the i-th, i from 1, by
+    """Rows of each client, of at least `clients` in all: in proportion to i ** -exponent for the i-th, i from 1, by
     largest remainders.  Clients whose share is below one row get one, and the others share the rest.
 
     >>> power_law_sizes(10, 3, exponent=1.0)  # shares 5.45, 2.73, 1.82
@@ -209,5 +209,5 @@ def _dealt(partitioner: Any, order: Ints, keys: Sequence[str | int] | None) -> l
 
 
 def offsets_of(parts: Sequence[Ints]) -> Ints:
-    """Where each part begins and ends once they are joined, int64 (parts + 1,)."""
+    """Offsets of the parts once they are joined, int64 (parts + 1,)."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum([len(part) for part in parts], dtype=np.int64)])

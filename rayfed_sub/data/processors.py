@@ -1,4 +1,4 @@
-"""What the data layer asks of a tokenizer, or of what takes its place for images."""
+"""Protocols of a tokenizer and of an image processor, as the data room uses them."""
 
 from __future__ import annotations
 

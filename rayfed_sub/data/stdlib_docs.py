@@ -93,7 +93,7 @@ def first_paragraph(doc: object) -> str:
 
 
 def _defined_as(name: str, thing: object) -> bool:
-    """Whether `thing` is a public callable that is called `name` (and not another name for it)."""
+    """True where `thing` is a public callable that is called `name` (and not another name for it)."""
     callable_ = inspect.isclass(thing) or inspect.isroutine(thing)
     return callable_ and not name.startswith("_") and getattr(thing, "__name__", None) == name
 

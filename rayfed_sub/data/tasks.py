@@ -14,9 +14,9 @@ _OWN = ("prompt", "answer", "label", "image")
 
 @dataclass(frozen=True)
 class NamedTask:
-    """What a `table` task would have to say.  hub: the data set's id on the Hugging Face hub; key: the column that
-    deals out the rows where the configuration names none; renames: columns that the hub's copy calls otherwise (its
-    name -> ours); class_names: of a column of numbers that comes without names; tidy: runs of white space in texts
+    """A named task in the terms of a `table` task.  hub: the data set's id on the Hugging Face hub; key: the column
+    that deals out the rows where the configuration names none; renames: columns that the hub's copy calls otherwise
+    (its name -> ours); class_names: of a column of numbers that comes without names; tidy: runs of white space in texts
     become one space."""
 
     hub: str

@@ -1,4 +1,4 @@
-"""How federated fine-tuning fails, seen in a run's rows: what was seen, its likely cause, the key to turn.
+"""Alerts on signs of trouble in a run's rows: the observation, its likely cause, the key to change.
 
 Plain rules with fixed thresholds, each with its reason below.  A rule waits until it has seen enough not to take noise
 for a alert, and looks at the newest rows, so it may be asked after every round.
@@ -80,7 +80,7 @@ def alerts(
     before: float | None = None,
     planned: int | None = None,
 ) -> list[Alert]:
-    """What the rows so far show, the gravest first; empty for a healthy run.
+    """Alerts on the rows so far, the gravest first; empty for a healthy run.
 
     rounds: all rows so far, in order.  layers, client_layers: those of the newest three rounds that diagnostics looked
     at; older ones do no harm.  before: held-out loss before training; planned: bytes of memory; both may be unknown.
@@ -266,7 +266,7 @@ def _median(rows: Sequence[Any], figure: str) -> float | None:
 
 
 def _shown(figures: Sequence[float | None], threshold: float) -> bool:
-    """Whether all are above it, and there are any."""
+    """True where there are values and all are above it."""
     return bool(figures) and all(figure is not None and figure > threshold for figure in figures)
 
 

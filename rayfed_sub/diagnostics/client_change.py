@@ -1,4 +1,4 @@
-"""What one client's round did to one layer, as factors that are small enough to leave the worker.
+"""Change of one layer by one client's round, as factors small enough to leave the worker.
 
 Two matrices (m, n) per client and layer, never formed:
     change D   the effective weight after the client's round less that before it, without what weight decay took
@@ -54,7 +54,7 @@ class ClientChange:
 def client_change(
     layer: Layer, start: Start, result: LocalResult, gradient: tuple[float, float] | None = None
 ) -> ClientChange | None:
-    """What the round between `start` and `result` did to the layer; None where it failed or did not touch the layer.
+    """Change of the layer between `start` and `result`; None where the round failed or did not touch the layer.
 
     gradient: (energy, effective rank) of the first gradient, where somebody looked.
     """

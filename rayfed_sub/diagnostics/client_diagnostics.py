@@ -24,7 +24,7 @@ _DENSE_RANK = 8  # whose share of a gradient's energy is told for methods that t
 
 @dataclass(frozen=True)
 class ClientDiagnostics:
-    """What a worker saw of one client's round: by layer a client_change without its tensors, and these, packed."""
+    """Diagnostics of one client's round: by layer a client_change without its tensors, and these, packed."""
 
     client: int
     weight: float

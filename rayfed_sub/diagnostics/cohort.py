@@ -1,4 +1,4 @@
-"""What a round did to a layer, told from the watched clients' movements: norms, ranks, drift, overlap, truncation.
+"""Diagnostics of a cohort, by layer, from watched clients' changes: norms, ranks, drift, overlap, truncation.
 
 With D_k and E_k, client k's change and term (see `movements.py`), p_k its weight over the sum of the watched clients',
 all of them (m, n):
@@ -112,7 +112,7 @@ def _cohort(
 
 @dataclass(frozen=True)
 class _Pairs:
-    """What the inner products of the changes tell."""
+    """Quantities from the inner products of the changes."""
 
     norm: float
     cosines: list[float | None]

@@ -1,4 +1,4 @@
-"""How low-rank the gradients of a round's first local step are, from the layers' inputs and output gradients.
+"""Low-rank share of the gradients of a round's first local step, from layers' inputs and output gradients.
 
 A layer's gradient for one client is G = d^T x, (m, n).  Its squared singular values are the eigenvalues of
 C^T (x x^T) C with d d^T = C C^T, a matrix of tokens by tokens; G itself is formed where that is smaller.
@@ -19,7 +19,7 @@ from rayfed_sub.core.lowrank import root
 
 @dataclass
 class GradientWatch:
-    """Which gradients are looked at, and what was seen.
+    """Gradients to measure, and the measurements.
 
     ranks: client -> the r whose share is asked for; layers: names.  seen: (client, layer) -> (energy, effective rank).
     """

@@ -29,7 +29,7 @@ def class_scores(labels: Sequence[int], predicted: Sequence[int], names: Sequenc
 
 
 def confusion(labels: Sequence[int], predicted: Sequence[int], classes: int) -> list[list[int]]:
-    """How many rows of each true class (outer list) were given each class (inner list), (classes, classes).
+    """Confusion matrix: rows of each true class (outer list) by predicted class (inner list), (classes, classes).
 
     Raises ValueError as `class_scores`.
 

@@ -51,7 +51,8 @@ def metric(name: str, cache_dir: str) -> Any:
 
 @dataclass(frozen=True)
 class Form:
-    """What makes a function an `evaluate.Metric`: the columns it takes, with their types, and its results by name."""
+    """Description of a function as an `evaluate.Metric`: the columns it takes, with their types, and its results by
+    name."""
 
     description: str
     columns: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""What a model is worth, from its verdicts on held-out rows: over all rows, and over the rows like each client's."""
+"""Scores of a model from its predictions on held-out rows: over all rows, and over the rows like each client's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayfed_sub.training.inference import Generation, Prediction
 
 R = TypeVar("R")
 Rows = Sequence[tuple[int, R]]
-"""What was found for each held-out row, and the client whose data the row is like."""
+"""Pairs of a held-out row's client, the one whose data it is like, and the row's prediction or answer."""
 
 
 def token_scores(rows: Rows[Prediction]) -> Iterator[Score]:

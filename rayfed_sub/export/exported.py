@@ -27,7 +27,7 @@ from rayfed_sub.storage.run_folder import finished, make
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: how to load it, and what the person should know, in a line each.  loading: a line of Python
+    """A written export.  loading: a line of Python
     that works in the exported folder wherever that lies."""
 
     loading: str

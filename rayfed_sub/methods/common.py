@@ -1,5 +1,5 @@
-"""What several methods do alike: the weighted mean, the trained head, moments between rounds, LoRA's factors, ranks
-per client, changes that travel as blocks and what of them a returning client has missed.
+"""Functions that several methods share: the weighted mean, the trained head, moments between rounds, LoRA's factors,
+ranks per client, changes that travel as blocks and what of them a returning client has missed.
 
 Plain functions.  Those whose first argument is `method` are whole answers to a question of the protocol: a method
 takes one over by assigning it in its class body, as in `accumulate = common.accumulate`.

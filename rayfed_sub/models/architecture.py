@@ -36,7 +36,7 @@ _NOT_NUMBERS = {"architectures", "dtype", "id2label", "label2id", "model_type", 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a process needs to know of a model besides its weights.  It can be pickled; treat it as read-only.
+    """A model without its weights.  It can be pickled; treat it as read-only.
 
     hf_config: the transformers configuration, number of classes and dtype included, never a quantisation.
     shape: the target layers in the model's order, and the classification head.

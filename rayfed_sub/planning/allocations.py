@@ -1,4 +1,4 @@
-"""What a piece of torch code allocates, found by running it on tensors of the `meta` device, which have no data.
+"""Allocations of a piece of torch code, by running it on tensors of the `meta` device, which have no data.
 
 The code that is measured is the code that runs: a change in it changes the plan.  What a meta tensor cannot answer is
 answered so that memory comes out largest: a truth value is true, a mask selects everything.  Integers and small

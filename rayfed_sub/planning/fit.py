@@ -17,7 +17,7 @@ PACKS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Fit:
-    """How many workers with packs of this size fit, and what one of them takes."""
+    """Number of workers that fit with packs of this size, and the memory of one."""
 
     pack_size: int
     worker: int
@@ -25,7 +25,7 @@ class Fit:
 
 
 def roomy(needed: Need) -> Need:
-    """What packs would take, if cohorts were as large."""
+    """Memory of packs, for cohorts as large."""
     return replace(needed, cohort=max(PACKS))
 
 

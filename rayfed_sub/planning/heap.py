@@ -1,4 +1,4 @@
-"""What allocations cost a process: more than the bytes alive, since freed memory comes back in holes of other sizes.
+"""Memory of a process by its allocations: more than the bytes alive, since freed memory leaves holes of other sizes.
 
 A model of glibc's malloc (see mallopt(3)) as workers set it (`telemetry/process_memory.py`): the smallest hole that is
 large enough serves a request, neighbouring holes grow together, nothing goes back to the system, and only requests

@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class JobInputs:
-    """What a job stands on: the model without its weights, and the task's rows."""
+    """Inputs of a job: the model without its weights, and the task's rows."""
 
     architecture: Architecture
     processor: Processor
@@ -79,7 +79,7 @@ def job_on(base: JobInputs, config: Config) -> Job:
 
 
 def kind_of(config: Config) -> str:
-    """What kind of model the task asks for.  Raises UserError for settings that go with another kind."""
+    """Kind of model for the task.  Raises UserError for settings that go with another kind."""
     task, generate = filled(config.task), config.evaluation.generate_rows
     if task.image is None and task.image_size is not None:
         raise UserError("task.image_size", task.image_size, "nothing where the task has no images", "remove it")
@@ -91,7 +91,7 @@ def kind_of(config: Config) -> str:
 
 
 def processor_of(config: Config, kind: str) -> HubTokenizer | ByteTokenizer | HubImageProcessor:
-    """What makes the inputs of a model of this kind.  Raises UserError for a model that cannot read them."""
+    """Tokenizer or image processor for a model of this kind.  Raises UserError for a model that cannot read them."""
     if kind == "image-classification":
         return load_image_processor(config.model, config.task.image_size)
     return load_tokenizer(config.model)

@@ -1,4 +1,4 @@
-"""What there is to run on: this machine as it was looked at, or one with a GPU that is named."""
+"""Machine description, measured or from a table of GPUs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ GPUS = {
     "h100": 79 * 2**30,
     "h200": 140 * 2**30,
 }
-"""What a process can have of a GPU's memory."""
+"""Share of a GPU's memory that a process can have."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is: bytes of memory that are free, CPUs; of a GPU its memory.  disk: free bytes for the run folder."""
+    """A machine: free memory in bytes, CPUs, memory of its GPU.  disk: free bytes for the run folder."""
 
     name: str
     memory: int
@@ -57,7 +57,7 @@ class Node:
     gpus: float = 0.0
 
     def places(self, cpus: float, gpus: float) -> int:
-        """How many workers of this shape fit.
+        """Number of workers of this shape that fit.
 
         >>> Node(8, 2).places(1, 0.3), Node(8, 2).places(1.5, 0), Node(2, 0).places(1, 1)
         (6, 5, 0)
@@ -66,8 +66,8 @@ class Node:
         return min(by_cpu, self.gpu_places(gpus)) if gpus else by_cpu
 
     def gpu_places(self, gpus: float) -> int:
-        """How many fit its GPUs.  A fraction lies on one GPU: 0.3 fits three times on each, and what is left adds up
-        to nothing."""
+        """Number that fits its GPUs.  A fraction lies on one GPU: 0.3 fits three times on each, and what is left adds
+        up to nothing."""
         return _fit(1, gpus) * math.floor(self.gpus)
 
 
@@ -76,5 +76,5 @@ def _fit(there: float, each: float) -> int:
 
 
 def most_workers(there: Sequence[Node], cpus: float, gpus: float) -> int:
-    """How many workers of this shape the nodes hold together."""
+    """Number of workers of this shape that the nodes hold together."""
     return sum(node.places(cpus, gpus) for node in there)

@@ -1,4 +1,4 @@
-"""What a run takes of a machine, for any number of workers and any pack size.
+"""Memory and disk of a run, for any number of workers and any pack size.
 
 Bytes are those of the method's own tensors (`traffic.py`), a worker's memory that of its own code (`footprint.py`).
 What a process holds before it does anything is measured: see the constants.
@@ -30,7 +30,7 @@ _LARGE = 16  # packs beyond this are worked out from smaller ones
 
 @dataclass(frozen=True, eq=False)
 class Need:
-    """What of a run's needs depends on neither workers nor pack size."""
+    """Needs of a run that depend on neither workers nor pack size."""
 
     config: Config
     method: Method

@@ -136,7 +136,7 @@ def _span(sizes: Iterable[int]) -> tuple[int, int]:
 
 
 def _notes(config: Config, found: Traffic) -> Iterable[str]:
-    """What the figures alone do not say."""
+    """Notes beside the figures."""
     downs = [max((client.down for client in walked.values()), default=0) for walked in found.rounds]
     if len(downs) > 1 and downs[-1] > max(client.up for client in found.clients):
         yield "A download holds the changes of the whole cohort: it grows with the cohort's ranks, up to dense weights."
@@ -186,7 +186,7 @@ def here(job: Job, folder: Path = Path()) -> Machine:
 
 
 def job_parts(job: Job) -> Parts:
-    """What a plan is made from."""
+    """Inputs of a plan."""
     config = job.config
     cohorts = [cohort(config, n) for n in range(config.federation.rounds or 0)]
     steps = partial(local_steps, config)

@@ -108,7 +108,7 @@ _CLIENT = ("up", "down", "down_counted", "state", "resident", "held")
 
 
 def first_start(method: Method, shape: ModelShape, config: Config, client: int) -> Start:
-    """What a client begins its first round with, for all targets, on the `meta` device; the small model tells it."""
+    """Start of a client's first round, for all targets, on the `meta` device, from the small model's."""
     kinds = {layers[0].name: layers for layers in _alike(shape.targets)}
     small = ModelShape(tuple(layers[0] for layers in kinds.values()), shape.head)
     server = method.init_server(_weights(small), small, config.seed)

@@ -57,7 +57,7 @@ def table(run: Run) -> Table:
 
 
 def per_client(run: Run) -> pd.DataFrame:
-    """What is known of each client over the whole run, float64, by client; columns as in `table`."""
+    """Table of clients over the whole run, float64, by client; columns as in `table`."""
     rows = run.clients.astype({name: "float64" for name in run.clients if name not in ("failure", "round", "client")})
     skipped = rows["failure"].notna()
     trained = rows[~skipped].sort_values("round", kind="stable").groupby("client")

@@ -1,4 +1,4 @@
-"""What went wrong and was mended or left out: skipped clients, packs trained again, runs taken up again."""
+"""Alerts and failures of a run: skipped clients, packs trained again, resumed runs."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _median(known: Mapping[str, pd.DataFrame], quantity: Quantity) -> Figure | N
 
 
 def _against_steps(runs: Runs, known: Mapping[str, pd.DataFrame]) -> list[Figure]:
-    """How far the weights have moved for the steps that a client took."""
+    """Distance of the weights for the steps that a client took."""
     curves = []
     for at, (name, run) in enumerate(runs.items()):
         values = known[name].groupby("round")["accumulated"].median().dropna()

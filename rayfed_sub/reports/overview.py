@@ -26,7 +26,7 @@ def results(runs: Runs) -> Section:
 
 
 def state(run: Run) -> str:
-    """How far a run is."""
+    """Progress of a run in words."""
     planned = run.config.federation.rounds
     if run.summary:
         again = f", taken up again {count('time', len(run.resumed))}" if run.resumed else ""
@@ -171,7 +171,7 @@ def differences(runs: Runs) -> Section:
 
 
 def defaults(config: Config) -> dict[str, Any]:
-    """What every key would be that is not set, the method's own fields among them where it is one of the table: a
+    """Defaults of every key, the method's own fields among them where it is one of the table: a
     report does not import what a run's configuration names."""
     name, own = config.method["name"], dict[str, Any]()
     if name in METHODS:

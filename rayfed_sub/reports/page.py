@@ -53,7 +53,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows, and the number that it is sorted by; a cell without one comes last."""
+    """Text of a table's cell, and the number that it is sorted by; a cell without one comes last."""
 
     text: str
     value: float | None
@@ -133,7 +133,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def line_style(at: int) -> dict[str, dict[str, str]]:
-    """How the legend's `at`-th name is drawn, as a trace's `line` and `marker`: by colour, dash and mark, of which
+    """Style of the legend's `at`-th name, as a trace's `line` and `marker`: by colour, dash and mark, of which
     colours repeat after six, dashes after five and marks after seven.
 
     >>> line_style(7)

@@ -53,7 +53,7 @@ def report_run(place: Place, tell: Callable[[Notice], None]) -> None:
 
 
 def sections(runs: Runs) -> list[Section]:
-    """What the report says, in the order in which people ask; parts of which the runs hold nothing are left out."""
+    """Sections of the report; those without data are left out."""
     found = [
         noticed(runs),
         results(runs),

@@ -1,4 +1,4 @@
-"""What a run left behind, read from its folder: of a finished run, of one that goes on, of one that was cut off."""
+"""Reader of run folders: of finished runs, of running ones, of those that were cut off."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def clocked(run: Run) -> pd.DataFrame:
 
 
 def bars(packs: pd.DataFrame, most: int = _BARS) -> tuple[pd.DataFrame, str]:
-    """What is drawn, with columns worker, began, end, round, last (round), clients, packs; and what a bar is."""
+    """Bars with columns worker, began, end, round, last (round), clients, packs; and the meaning of a bar."""
     packs = packs.assign(end=packs["began"] + packs["seconds"], last=packs["round"], packs=1)
     columns = ["worker", "round", "last", "began", "end", "clients", "packs", "first"]
     if len(packs) <= most:
@@ -151,7 +151,7 @@ def _worker(worker: int) -> str:
 
 
 def memory(runs: Runs) -> Section | None:
-    """What all processes of a run had, over rounds, beside what was planned."""
+    """Memory of all processes of a run over rounds, beside the plan."""
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():
         planned, peak = run.summary.get("planned_memory_bytes"), _peak(run)

@@ -74,7 +74,7 @@ def available_first(
     *,
     node_availability_summary: Any,
 ) -> tuple[float, ...] | None:
-    """How well a new node of `node_type` suits the waiting `resources`, the greater the better; None: not at all.
+    """Score of a new node of `node_type` for the waiting `resources`, the greater the better; None: it does not fit.
 
     Ray's own measure, after whether the kind is to be had.
     Of equals Ray takes the one whose name comes last in the alphabet.
@@ -174,7 +174,7 @@ def ray_session() -> Iterator[None]:
 
 
 def _set_up() -> None:
-    """What Ray reads of the environment when it starts."""
+    """Set environment variables that Ray reads when it starts."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray frees in batches, up to a second late: meanwhile each new broadcast takes new pages, which stay taken.

@@ -279,7 +279,7 @@ class Coordinator:
         return self._memory.last + sum(last for last, _ in told) if len(told) == len(self._workers) else None
 
     def _workers_memory(self, seconds: float) -> list[tuple[int, int]]:
-        """What the workers say that answer within so many seconds."""
+        """Memory of the workers that answer within so many seconds."""
         asked = [worker.memory.remote() for worker in self._workers]
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
         return [told for reference in answered if (told := _told(reference)) is not None]
@@ -297,7 +297,7 @@ class Coordinator:
         return method.accumulate(total, mechanism.at_rest(method, server, shape, self._config.seed), shape)
 
     def _rule(self, n: int, rows: Sequence[ClientRow], weight: float) -> tuple[float, Noise | None]:
-        """What `advance` does to the mean change besides the server's own rule: a factor, and noise by tensor.
+        """Arguments of `advance` besides the server's own rule: a factor, and noise by tensor.
 
         weight: the sum's.  The fixed denominator of privacy is the expected cohort."""
         federation, private = self._config.federation, self._config.privacy

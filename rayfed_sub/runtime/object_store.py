@@ -17,7 +17,7 @@ _SMALL = 100_000
 
 
 def put(state: PackedState) -> Any:
-    """What `get` gives the state back for: a reference into the object store, or, of a small one, itself in memory of
+    """Handle for `get`: a reference into the object store, or, of a small one, itself in memory of
     its own.  An object in the store costs most of a millisecond whatever its size; a view into one keeps all of it."""
     if sum(array.nbytes for _, array in state.tensors.values()) < _SMALL:
         return replace(state, tensors={name: (dtype, array.copy()) for name, (dtype, array) in state.tensors.items()})

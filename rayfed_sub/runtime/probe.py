@@ -98,7 +98,7 @@ def even(size: int, cohort: int, workers: int) -> int:
 def while_it_gains(
     sizes: Iterable[int], timed: Callable[[int], PackSpeed], client: Callable[[PackSpeed], float]
 ) -> list[PackSpeed]:
-    """What was timed of growing sizes: up to the first at which a client takes as long as at the one before.
+    """Timings of growing sizes: up to the first at which a client takes as long as at the one before.
 
     timed: times a size.  client: a client's seconds in a round.
     """

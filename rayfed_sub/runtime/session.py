@@ -120,7 +120,7 @@ def _run(
 
 
 def _figure(planned: Future[int], tell: Listener) -> int | None:
-    """What a finished run does not depend on, may fail: of a method of the user's own there may be no plan."""
+    """Planned bytes; None, with a notice, where no plan can be made, e.g. for a method of the user's own."""
     error = planned.exception()
     if error is None:
         return planned.result()
@@ -172,7 +172,7 @@ def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) ->
 
 
 def spec_of(job: Job) -> Spec:
-    """What the job's workers need to know."""
+    """Specification of the job's workers."""
     return Spec(job.config, job.method, job.architecture, job.processor)
 
 

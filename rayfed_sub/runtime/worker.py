@@ -52,7 +52,7 @@ _FETCH_SECONDS = 120
 
 @dataclass(frozen=True)
 class Spec:
-    """What every worker needs to know besides the shared memory; small and picklable.
+    """Specification of a worker besides the shared memory; small and picklable.
 
     Reading it imports transformers: the coordinator only passes it on.
     """
@@ -77,7 +77,7 @@ class PackedUpdate:
 
 @dataclass(frozen=True)
 class PackOutcome:
-    """What a worker returns for a pack: the uploads and the new states, in the pack's order.  A client that failed has
+    """Outcome of a pack: the uploads and the new states, in the pack's order.  A client that failed has
     none: it keeps the one it had.  looks: of the clients that are looked at."""
 
     updates: tuple[PackedUpdate, ...]
@@ -86,7 +86,7 @@ class PackOutcome:
 
 
 def broadcast_of(config: Config, method: Method, server: ServerState) -> Tensors:
-    """What workers read of the server's state: the method's broadcast, and under privacy the server's notes as well,
+    """Server tensors for workers: the method's broadcast, and under privacy the server's notes as well,
     because clipping asks for `aggregate`, which reads them."""
     notes = server.tensors if config.privacy.clip is not None else {}
     return {**notes, **method.broadcast(server).tensors}
@@ -314,7 +314,7 @@ class Worker:
 
 
 def _failed(result: LocalResult, failure: str) -> PackedUpdate:
-    """What a client that failed sends: nothing but why; a mean over no step says nothing and stays away."""
+    """Update of a failed client: the cause alone; the loss is omitted when no step ran."""
     metrics = result.metrics if result.metrics["steps"] else {"steps": 0.0}
     told = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return PackedUpdate(result.client, 0.0, {}, told, failure)

@@ -61,7 +61,7 @@ def claim(path: Path, seconds: float) -> IO[bytes]:
 
 @contextmanager
 def told(path: Path) -> Iterator[None]:
-    """What the system refuses, as a RunError that names the file."""
+    """Turn an OSError into a RunError that names the file."""
     try:
         yield
     except OSError as error:

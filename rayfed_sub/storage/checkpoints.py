@@ -42,12 +42,12 @@ class Checkpoint:
 
 
 def root(folder: Path) -> Path:
-    """Where a run folder's checkpoints lie."""
+    """Folder of a run's checkpoints."""
     return folder / "checkpoints"
 
 
 def clients(folder: Path) -> Path:
-    """Where a run folder's client states lie."""
+    """Folder of a run's client states."""
     return root(folder) / "clients"
 
 

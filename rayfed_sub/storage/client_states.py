@@ -26,7 +26,7 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class Note:
-    """What is known of a state's file without reading it: cursor and step as in ClientState, bytes, CRC-32."""
+    """A state's file in the manifest: cursor and step as in ClientState, bytes, CRC-32."""
 
     cursor: int
     step: int
@@ -54,7 +54,7 @@ class States:
         self._hold((client, state.round), state)
 
     def reference(self, client: int, round: int) -> Any:
-        """What `put` gave for the state, read from its file where it was not there.
+        """Handle of the state, read from its file where it was not in memory.
 
         Raises RunError, naming the client, where its file is not as it was written.
         """

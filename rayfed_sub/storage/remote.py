@@ -276,7 +276,7 @@ def _called(path: Path, uri: str) -> Iterator[None]:
 
 @contextmanager
 def told(uri: str, field: str) -> Iterator[None]:
-    """What a store refuses before anything has started, as a UserError."""
+    """Turn a store's refusal before the start into a UserError."""
     try:
         yield
     except _REFUSED as error:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
+"""The run folder: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
 
 The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, and, of diagnostics, layers.parquet and
 client_layers.parquet.  The report, which is made from all of it, comes after the end.
@@ -107,7 +107,7 @@ class RunFolder:
         return tuple(entry["round"] for entry in _entries(self.path) if entry["event"] == "resumed")
 
     def begun(self) -> bool:
-        """Whether the initial model was evaluated before the run was cut off."""
+        """True where the initial model was evaluated before the run was cut off."""
         return self.beginning() is not None
 
     def beginning(self) -> Beginning | None:
@@ -216,7 +216,7 @@ def opened(place: Place, config: Config) -> RunFolder:
 
 
 def to_resume(place: Place | None, name: str, file: str = "config.yaml") -> Place | None:
-    """Where the run is that is to go on, or the sweep, by its first `file`; None where none has begun."""
+    """Folder of the run or sweep to resume, known by its first `file`; None where none has begun."""
     if place is not None:
         return place if (place.path / file).exists() else None
     path = latest(name, file)

@@ -1,4 +1,4 @@
-"""What the run has learned so far and where it lies: the last finished round as a whole, in memory and on disk.
+"""State store: the last finished round as a whole, in memory and on disk.
 
 A round's new states are taken in beside the old ones; only `commit` makes the round count, all of it at once.  So a
 round that fails leaves nothing behind, and a checkpoint may be written at any moment.
@@ -24,7 +24,7 @@ _RULE = "server/"  # how a checkpoint names the tensors of the server's optimise
 
 @dataclass(frozen=True)
 class RoundState:
-    """What a finished round leaves, replaced as one.  memory: the server optimiser's; states: of each client that has
+    """State after a finished round, replaced as one.  memory: the server optimiser's; states: of each client that has
     trained, the round for which its stored state is."""
 
     server: ServerState

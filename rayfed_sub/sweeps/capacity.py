@@ -1,4 +1,4 @@
-"""How many trials go side by side: what their workers' places, and the memory of this machine, allow."""
+"""Number of concurrent trials, by places for workers and by this machine's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep leaves: trials.parquet, best.yaml, report.html."""
+"""Files of a finished sweep: trials.parquet, best.yaml, report.html."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from rayfed_sub.reports.page import plain
 from rayfed_sub.storage import atomic_files
 
 SENT = ("uplink_bytes", "downlink_bytes")
-"""What a run sent in all, as its summary calls it."""
+"""Total uplink, as the summary names it."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,11 @@ class Swept:
         return {"min": min, "max": max}[self.mode](trial.metric, faint)
 
     def said(self, trial: Trial) -> str:
-        """Where in the space the trial is: "rank=8 lr=1e-3"."""
+        """The trial's point in the space: "rank=8 lr=1e-3"."""
         return " ".join(f"{head}={worded(trial.values[key])}" for key, head in self.heads.items())
 
     def hover(self, trial: Trial) -> str:
-        """What a figure says of a trial under the pointer."""
+        """Hover text of a trial."""
         stopped = f"stopped after {text.count('round', trial.rounds)}<br>" if trial.status == "stopped" else ""
         said = "<br>".join(f"{plain(f'{head} {short(trial.values[key])}')}" for key, head in self.heads.items())
         return f"trial {trial.number}<br>{plain(self.metric)} {score(trial.metric)}<br>{stopped}{said}"

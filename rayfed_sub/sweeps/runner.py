@@ -102,7 +102,7 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
 
 
 def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], int]:
-    """What trials stand on, and how many of them go side by side.  Raises UserError for whatever cannot work."""
+    """Inputs of the trials, and the number of concurrent ones.  Raises UserError for whatever cannot work."""
     there, points = nodes(), sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
@@ -120,7 +120,7 @@ def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, t
 
 
 def _tree(sweep: Sweep) -> dict[str, Any]:
-    """What sweep.yaml says."""
+    """Content of sweep.yaml."""
     return {**sweep.tree, "sweep": sweep.search.model_dump(mode="json", exclude_none=True)}
 
 

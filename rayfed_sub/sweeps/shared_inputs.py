@@ -1,4 +1,4 @@
-"""What trials share instead of loading it again: model, rows and weights, in the object store, once per node."""
+"""Inputs that trials share: model, rows and weights, in the object store, once per node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep varies: SWEEP.yaml is a configuration, the file that it builds on, and a section `sweep`."""
+"""Search space of a sweep: SWEEP.yaml is a configuration, the file that it builds on, and a section `sweep`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METRICS = {
     **{"held_out_loss": "min", "perplexity": "min", "token_accuracy": "max"},
     **dict.fromkeys((*_CLASSES, *_TEXTS), "max"),
 }
-"""What trials are compared by, and whether less or more of it is better."""
+"""Metrics for comparing trials, each with its better direction."""
 
 _SECTION = "sweep."
 
@@ -158,7 +158,7 @@ class Sweep:
 
     @property
     def count(self) -> int:
-        """How many trials there will be."""
+        """Number of trials."""
         return self.search.trials * math.prod(len(axis.grid) for axis in self.search.space.values() if axis.grid)
 
 
@@ -244,7 +244,7 @@ def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
 
 
 def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
-    """What the configuration makes of a value: 3 where 3.0 was written for a whole number, 1.0 for 1."""
+    """Value as the configuration types it: 3 where 3.0 was written for a whole number, 1.0 for 1."""
     config = load_config(tree, [as_override(key, value)])
     found: Any = {**config.model_dump(), "method": {**config.method, **asdict(cast(Any, build(config.method)))}}
     for part in key.split("."):

@@ -207,7 +207,7 @@ def _marks(swept: Swept, trials: Sequence[Trial], x: Sequence[Any]) -> dict[str,
 
 
 def _legend(swept: Swept) -> str:
-    """What of the marks is out of the ordinary, in words."""
+    """Explanation of unusual marks."""
     beyond = sum(swept.drawn(trial) != trial.metric for trial in swept.judged)
     said = f" Triangles: {text.count('trial', beyond)} beyond {score(swept.shades[0])}." if beyond else ""
     return said + (" Hollow: stopped by the scheduler." if any(t.status == "stopped" for t in swept.judged) else "")
@@ -255,7 +255,7 @@ def _coloraxis(faint: float, strong: float) -> dict[str, Any]:
 
 
 def _is_log(swept: Swept, key: str) -> bool:
-    """Whether a key of numbers is read by its logarithm: drawn so, or over a decade wide and not drawn evenly."""
+    """True where a key of numbers has a logarithmic axis: drawn so, or over a decade wide and not drawn evenly."""
     low, high = swept.values(key)[0], swept.values(key)[-1]
     kind = swept.kinds.get(key)
     return bool(low > 0 and (kind == "loguniform" or (kind != "uniform" and high >= 10 * low)))

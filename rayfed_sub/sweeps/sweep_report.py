@@ -38,7 +38,7 @@ def write_report(
 def sections(
     frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, settings: Mapping[str, Any]
 ) -> list[Section]:
-    """What the report says, as `write_report`."""
+    """Sections of the report, arguments as `write_report`."""
     space: Mapping[str, Any] = settings.get("space", {})
     kinds = {key: kind for key in keys for kind in space.get(key, {})}
     swept = gather(frame, keys, metric, mode, kinds)

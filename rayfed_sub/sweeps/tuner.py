@@ -84,7 +84,7 @@ def tuned(
 
 
 def _storage(place: Place) -> tuple[fs.FileSystem, str]:
-    """Where Tune keeps what it needs to go on, in pyarrow's words."""
+    """File system and path of Tune's own state, for pyarrow."""
     if place.mirror is None:
         return fs.LocalFileSystem(), str(place.path.absolute())
     return place.mirror.filesystem, place.mirror.root
@@ -142,7 +142,7 @@ def _scheduler(search: Search) -> TrialScheduler | None:
 
 
 def searcher(search: Search) -> Any:
-    """What thinks of trials as it goes; None where all are known before.
+    """Search algorithm that proposes trials one by one; None where all are known before.
 
     Raises UserError where a package is missing.
     """

@@ -1,4 +1,4 @@
-"""What goes wrong with a run while it runs: each alert of `diagnostics/alerts.py` is told once."""
+"""Alerts of a running run: each alert of `diagnostics/alerts.py` is raised once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Watch:
         self._told = {alert.name for alert in self._symptoms()}
 
     def add(self, done: RoundDone) -> list[Alert]:
-        """What the round shows for the first time."""
+        """Alerts that the round raises for the first time."""
         self._rounds.append(done.row)
         if done.layers:
             self._looks.append((done.layers, done.client_layers))

@@ -12,7 +12,7 @@ from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow
 
 @dataclass(frozen=True)
 class Stage:
-    """What is going on before the first round."""
+    """A stage before the first round."""
 
     text: str
 
@@ -26,7 +26,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a run that is taken up again has to know of its first sitting: the initial model's scores, and what the bits
+    """Start of a run, for resuming: the initial model's scores, and what the bits
     depend on besides the configuration.  rows: the task's `RowCounts`; data: its `Fingerprint`; backbone: a sum over
     the frozen weights in hex."""
 

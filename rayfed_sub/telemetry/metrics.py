@@ -59,7 +59,7 @@ SUMMED = {
     "trouble/failed": "failed",
     "trouble/retries": "retries",
 }
-"""What is summed over the run, and the column of rounds.parquet that it is the sum of."""
+"""Totals over the run, each with its column of rounds.parquet."""
 
 
 def scalars(done: RoundDone, before: Mapping[str, float]) -> dict[str, float]:

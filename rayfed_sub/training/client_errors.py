@@ -1,4 +1,4 @@
-"""What makes a client fail by itself, in one line each; both executors and the worker say it alike."""
+"""Causes of a client's own failure, one line each, for both executors and the worker."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def not_finite(tensors: Tensors) -> str | None:
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether all numbers are.  A sum with one that is not is not finite either, and costs a twentieth of a mask over
-    all; finite numbers whose sum overflows are looked at one by one."""
+    """True where all numbers are finite.  A sum with one that is not is not finite either, and costs a twentieth of a
+    mask over all; finite numbers whose sum overflows are looked at one by one."""
     return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())

@@ -25,7 +25,7 @@ Capture = Callable[[Tensor, Tensor], None]
 
 @dataclass
 class Terms:
-    """What G clients add to one layer.  All tensors float32 and private to the pack; None where not in use.
+    """Terms that G clients add to one layer.  All tensors float32 and private to the pack; None where not in use.
 
     output = base_scale * (x W^T) + scale * x (left core right)^T + x (closed_left closed_right)^T + bias
     with x W^T replaced by x weight^T where the clients own a dense weight.

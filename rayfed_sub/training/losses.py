@@ -43,8 +43,8 @@ def client_losses(model: nn.Module, batch: Mapping[str, Tensor], clients: int) -
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model says at every label of a batch: loss (nats) float32, row, the label itself and the likeliest one,
-    int64, all (L,), row by row."""
+    """Predictions of a model at every label of a batch: loss (nats) float32, row, the label itself and the likeliest
+    one, int64, all (L,), row by row."""
 
     loss_L: Tensor
     row_L: Tensor

@@ -18,7 +18,7 @@ from rayfed_sub.training.galore import Closed
 
 
 def moment_roles(optimizer: Optimizer) -> tuple[str, ...]:
-    """Which running averages the optimiser keeps per trained tensor: m1 (first moment), m2 (second moment)."""
+    """Running averages of the optimizer per trained tensor: m1 (first moment), m2 (second moment)."""
     if optimizer.name == "adamw":
         return ("m1", "m2")
     return ("m1",) if optimizer.momentum else ()
@@ -75,7 +75,7 @@ def step(
 
 
 def decay(optimizer: Optimizer, lr: float) -> float:
-    """What one step's weight decay multiplies a weight with."""
+    """Factor of one step's weight decay on a weight."""
     return 1 - lr * optimizer.weight_decay
 
 
