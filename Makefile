@@ -5,13 +5,18 @@ INSTALLED := .venv/.installed
 MODEL := .venv/.model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos bench lint docs-check clean
+.PHONY: help demo check test test-slow chaos bench lint docs-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) $(MODEL) ## fine-tune SmolLM2-135M over 8 clients, before and after
 	$(BIN)/rayfed-sub run experiments/quickstart.yaml
+
+# Rooms whose tests need neither Ray nor a model's weights.
+QUICK := core config methods/test_[!ps]*.py privacy/test_mechanism.py diagnostics evaluation telemetry storage/test_run_folder.py storage/test_state_store.py
+check: lint ## lint and unit tests without Ray, for daily work
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_layering.py tests/test_documents.py $(addprefix tests/,$(QUICK))
 
 test: lint $(MODEL) ## lint, then doctests and all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" --doctest-modules rayfed_sub tests

@@ -65,7 +65,7 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
             return unknown_key(path, fault["input"], list(place["properties"]))
         place = _resolved(place["properties"][part], schema)
         tree = tree.get(part) if isinstance(tree, Mapping) else tree
-        if "properties" not in place:  # what is inside a list is told with the list
+        if "properties" not in place:  # a fault inside a list is reported with the list
             break
     if fault["type"] == "value_error":  # our own checks: field|what is allowed|advice
         field, allowed, advice = str(fault["ctx"]["error"]).split("|")

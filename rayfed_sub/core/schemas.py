@@ -1,4 +1,4 @@
-"""The records of what happens in a run: told to whoever listens, kept as rows in the run folder."""
+"""Row schemas of the tables in a run folder: rounds, packs, clients, scores, layers."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ UNREAD = "none: its published tokenizer does not read the script"
 LOWER = ("held_out_loss", "perplexity")
 """Scores of which less is better."""
 _MOST = 6
-"""Runs that a figure's label tells of."""
+"""Runs that a figure's label names."""
 
 
 def number(value: float | None) -> str:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 Judged = Literal["held-out", "validation"]
 
-_TELL_APART = "or let task.prompt, and task.max_length or task.image_size, tell rows apart"
+_DISTINGUISH = "or let task.prompt, and task.max_length or task.image_size, make rows differ"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +59,11 @@ def split_rows(questions: Sequence[str], inputs: Sequence[bytes], keys: Sequence
     checked = _apart(validation, held_out, asked)
     if task.validation and not len(checked):
         allowed = f"a share that leaves questions which are not held out (of {len(validation):,} drawn, all are)"
-        raise UserError("task.validation", task.validation, allowed, f"raise it, lower task.held_out, {_TELL_APART}")
+        raise UserError("task.validation", task.validation, allowed, f"raise it, lower task.held_out, {_DISTINGUISH}")
     kept = _apart(train, np.concatenate([held_out, checked]), asked)
     if not len(kept):
         allowed = "a share that leaves questions to train on; every training row asks what is held out or validation"
-        raise UserError("task.held_out", task.held_out, allowed, f"lower it, {_TELL_APART}")
+        raise UserError("task.held_out", task.held_out, allowed, f"lower it, {_DISTINGUISH}")
     lost = {"training": len(train) - len(kept), "validation": len(validation) - len(checked)}
     if any(lost.values()):
         log.warning(

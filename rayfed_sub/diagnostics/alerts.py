@@ -46,7 +46,8 @@ _OWN_BASIS = ("fedftg",)
 
 @dataclass(frozen=True)
 class Alert:
-    """name: the rule's, told once in a run.  text: one line: what was seen, with numbers, the likely cause, a key."""
+    """name: the rule's; raised once in a run.  text: one line with the observation in numbers, the likely cause, a
+    key."""
 
     name: str
     text: str
@@ -113,14 +114,14 @@ def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> It
     if min(newest) > best * (1 + _WORSE) and min(newest) > best + _NATS:
         since = max((n for n, loss in judged if loss == best), default=-1)
         above = f"{now / best - 1:.0%} above its best" if best > 0 else "above its best,"
-        told = f"held-out loss is {now:.3g} after round {last + 1}, {above} {best:.3g}"
+        observed = f"held-out loss is {now:.3g} after round {last + 1}, {above} {best:.3g}"
         trend = _trend([row for row in rounds if row.round >= since])
         if trend is not None and trend < -_LEAST:
             cause = "while the training loss still falls: clients overfit; end earlier (federation.rounds)"
-            yield Alert("divergence", f"{told}, {cause} or lower federation.local_steps")
+            yield Alert("divergence", f"{observed}, {cause} or lower federation.local_steps")
         else:
             keys = f"lower optimizer.lr={config.optimizer.lr:g} or federation.local_steps"
-            yield Alert("divergence", f"{told}: training diverges, its steps are too long; {keys}")
+            yield Alert("divergence", f"{observed}: training diverges, its steps are too long; {keys}")
         return
     lowest = min(loss for _, loss in judged)
     if lowest > first * (1 - _LEAST) and first > _NATS:
@@ -271,7 +272,7 @@ def _shown(figures: Sequence[float | None], threshold: float) -> bool:
 
 
 def _number(figure: Any) -> float | None:
-    """A figure, or None where it is missing in whatever way a table tells that, or not finite."""
+    """A figure, or None where it is missing in whatever way a table marks it, or not finite."""
     return float(figure) if isinstance(figure, Real) and math.isfinite(figure) else None
 
 

@@ -19,7 +19,7 @@ from rayfed_sub.diagnostics.gradients import GradientWatch
 
 T = TypeVar("T")
 
-_DENSE_RANK = 8  # whose share of a gradient's energy is told for methods that train whole matrices
+_DENSE_RANK = 8  # the rank whose share of a gradient's energy is measured for methods that train whole matrices
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,10 @@ def _text_score(name: str) -> Callable[..., dict[str, Any]]:
 
 
 def _token_accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float | None]:
-    asked = [(told, wanted) for told, wanted in zip(predictions, references, strict=True) if wanted != IGNORED]
-    return {"token_accuracy": token_accuracy(sum(told == wanted for told, wanted in asked), len(asked))}
+    asked = [
+        (predicted, wanted) for predicted, wanted in zip(predictions, references, strict=True) if wanted != IGNORED
+    ]
+    return {"token_accuracy": token_accuracy(sum(predicted == wanted for predicted, wanted in asked), len(asked))}
 
 
 def _perplexity(predictions: Sequence[float]) -> dict[str, float]:

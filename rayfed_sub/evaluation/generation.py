@@ -50,8 +50,8 @@ def rouge_l_unicode(predictions: Sequence[str], references: Sequence[str]) -> fl
 def bleu_4(predictions: Sequence[str], references: Sequence[str]) -> float | None:
     """Corpus BLEU-4 of `predictions`, each with one reference, in [0, 1], as published scores are computed.
 
-    exp(min(0, 1 - wanted words / told words)) times the geometric mean of the precisions of 1- to 4-grams, counted over
-    all pairs together; upper and lower case differ, words as WMT's "13a" cuts them.  With sacrebleu's defaults: an
+    exp(min(0, 1 - wanted words / predicted words)) times the geometric mean of the precisions of 1- to 4-grams, counted
+    over all pairs together; upper and lower case differ, words as WMT's "13a" cuts them.  With sacrebleu's defaults: an
     n-gram length without a match counts half a match, then a quarter, and so on; no word in common is 0, and so is a
     corpus too short to have a 4-gram, equal texts included.  None where 13a cuts the references into less than half as
     many words as `bleu_4_unicode` (Chinese, Japanese, Thai, emoji, ...), or they are empty.  By sacrebleu, whose scores
@@ -152,7 +152,7 @@ def _rouge_l(predictions: Sequence[str], references: Sequence[str], tokenizer: _
 
     scorer = RougeScorer(["rougeL"], tokenizer=tokenizer)
     pairs = zip(references, predictions, strict=True)
-    return fmean(scorer.score(wanted, told)["rougeL"].fmeasure for wanted, told in pairs)
+    return fmean(scorer.score(wanted, predicted)["rougeL"].fmeasure for wanted, predicted in pairs)
 
 
 def _bleu_4(predictions: Sequence[str], references: Sequence[str]) -> float:

@@ -182,7 +182,7 @@ def _reads_images(source: Source) -> bool:
     try:
         with quiet():
             hf_config = AutoConfig.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
-    except Exception:  # the tokenizer's error, which the caller tells, has the same cause
+    except Exception:  # the tokenizer's error, which the caller reports, has the same cause
         return False
     # Perceivers classify images too, and read text.
     return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not hasattr(hf_config, "vocab_size")

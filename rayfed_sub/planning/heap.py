@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Hashable
 
 MMAP_BYTES = 32 * 2**20
-"""Larger requests are mapped by themselves; the most that malloc can be told."""
+"""Larger requests are mapped by themselves; the largest threshold of malloc."""
 PRODUCT_KERNELS = (
     64  # that oneDNN keeps of those it writes, one for each shape of a product (`telemetry/process_memory.py`)
 )

@@ -149,7 +149,7 @@ _MARKED = 40
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's curve.  at: its place in the legend; said: what of it a label tells, in words and numbers."""
+    """A run's curve.  at: its place in the legend; said: its phrase in a label."""
 
     at: int
     name: str

@@ -18,14 +18,14 @@ def failures(runs: Runs) -> Section | None:
     """A row for each, None where all went well."""
     rows = [[*([name] if len(runs) > 1 else []), *row] for name, run in runs.items() for row in _rows(run)]
     retries = {name: int(run.rounds["retries"].fillna(0).sum()) for name, run in runs.items()}
-    told = [f"{name}: {count('result', lost)} made again." for name, lost in retries.items() if lost]
+    notes = [f"{name}: {count('result', lost)} made again." for name, lost in retries.items() if lost]
     if not rows:
-        return Section("Failures and retries", [Text(" ".join(told))]) if told else None
+        return Section("Failures and retries", [Text(" ".join(notes))]) if notes else None
     columns = [*(["run"] if len(runs) > 1 else []), "round", "what", "who", "attempts", "cause"]
     caption = (
         "Clients that were skipped, packs that were trained again, and rounds with which a run was taken up again."
     )
-    return Section("Failures and retries", [*([Text(" ".join(told))] if told else []), Table(caption, columns, rows)])
+    return Section("Failures and retries", [*([Text(" ".join(notes))] if notes else []), Table(caption, columns, rows)])
 
 
 def _rows(run: Run) -> list[list[Cell | str]]:
@@ -48,8 +48,8 @@ def noticed(runs: Runs) -> Section | None:
     if not any(found.values()):
         return None
     if len(runs) == 1:
-        return Section("Symptoms", [Facts({one.name: one.text for told in found.values() for one in told})])
-    rows = [[name, one.name, one.text] for name, told in found.items() for one in told]
+        return Section("Symptoms", [Facts({one.name: one.text for notes in found.values() for one in notes})])
+    rows = [[name, one.name, one.text] for name, notes in found.items() for one in notes]
     columns = ["run", "alert", "what was seen, a likely cause, a key to turn"]
     return Section("Symptoms", [Table("What the runs' rows showed at their ends.", columns, rows)])
 

@@ -39,7 +39,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         raise UserError("--out", str(path), "a file that can be written", error.strerror or str(error)) from None
 
 
-def report_run(place: Place, tell: Callable[[Notice], None]) -> None:
+def report_run(place: Place, notify: Callable[[Notice], None]) -> None:
     """Writes report.html into the folder of a finished run where there is none.  The run counts as finished without it,
     so a failure becomes a notice with the command that tries again."""
     path = place.path / "report.html"
@@ -49,7 +49,7 @@ def report_run(place: Place, tell: Callable[[Notice], None]) -> None:
         write_report([read_run(place.path, place.called())], path)
     except Exception as error:
         again = f"rayfed-sub report {shlex.quote(place.called())}"
-        tell(Notice(f"no report: {type(error).__name__}: {error}; {again} tries again"))
+        notify(Notice(f"no report: {type(error).__name__}: {error}; {again} tries again"))
 
 
 def sections(runs: Runs) -> list[Section]:

@@ -40,7 +40,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """A run, read from its folder.
 
     The columns of each table are those of the run's records; values may be missing (NaN) in any of them.  summary:
     summary.json, empty where the run is not finished.  resumed: the rounds with which it was taken up again.  rows: the
@@ -94,9 +94,9 @@ def read_run(folder: Path, called: str | None = None) -> Run:
         raise UserError("RUN", str(folder), "a run folder that this version can read", str(error)) from None
     first = next((entry for entry in log if entry["event"] == "started"), {})
     if not summary:  # the log is ahead of the tables, which are written with the checkpoints
-        told = {entry["round"]: entry for entry in log if entry["event"] == "round"}
-        if len(told) > len(tables["rounds"]):
-            tables["rounds"] = _framed(list(told.values()), _COLUMNS["rounds"])
+        logged = {entry["round"]: entry for entry in log if entry["event"] == "round"}
+        if len(logged) > len(tables["rounds"]):
+            tables["rounds"] = _framed(list(logged.values()), _COLUMNS["rounds"])
     if tables["scores"].empty and first.get("scores"):
         tables["scores"] = _framed([{"rounds": 0, **score} for score in first["scores"]], _COLUMNS["scores"])
     return Run(
@@ -112,7 +112,7 @@ def read_run(folder: Path, called: str | None = None) -> Run:
 
 
 def named(runs: Sequence[Run]) -> dict[str, Run]:
-    """Each run by its name, its method, or as much of its folder's path as tells it from the others."""
+    """Each run by its name, its method, or as much of its folder's path as makes it unique."""
     parts = [run.folder.resolve().parts for run in runs]
     longest = max(map(len, parts))
     tails = (["/".join(path[-length:]) for path in parts] for length in range(1, longest + 1))

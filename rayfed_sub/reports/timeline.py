@@ -129,18 +129,18 @@ def _told(row: dict[Any, Any]) -> str:
 
 
 def _marks(troubled: pd.DataFrame) -> dict[str, Any]:
-    told = []
+    notes = []
     for row in troubled.fillna({"attempts": 1}).to_dict("records"):
         trouble = [plain(row["trouble"])] if isinstance(row["trouble"], str) else []
         attempts = f"round {row['round'] + 1}, pack {row['pack']}: {count('attempt', int(row['attempts']))}"
-        told.append("<br>".join([attempts, *trouble]))
+        notes.append("<br>".join([attempts, *trouble]))
     return {
         "type": "scatter",
         "mode": "markers",
         "x": [rounded(began, 7) for began in troubled["began"]],
         "y": [_worker(worker) for worker in troubled["worker"]],
         "marker": {"symbol": "x", "size": 11, "color": "--mark", "line": {"width": 1, "color": "--page"}},
-        "hovertext": told,
+        "hovertext": notes,
         "hoverinfo": "text",
         "cliponaxis": False,
     }

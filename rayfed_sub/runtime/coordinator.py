@@ -231,7 +231,7 @@ class Coordinator:
                 tally.add(_row(n, sent, update.wire_bytes, down[client]))
                 self._ledger.add(client, state)
                 trained[client] = state.round
-            yield tally.told()
+            yield tally.progress()
         self._verify()
 
         before, after = standing.server, method.aggregate(standing.server, total, shape)
@@ -275,14 +275,18 @@ class Coordinator:
 
     def _memory_now(self) -> int | None:
         """Bytes as last sampled, of this process and its workers; None where one of them does not answer."""
-        told = self._workers_memory(1)
-        return self._memory.last + sum(last for last, _ in told) if len(told) == len(self._workers) else None
+        answered_bytes = self._workers_memory(1)
+        return (
+            self._memory.last + sum(last for last, _ in answered_bytes)
+            if len(answered_bytes) == len(self._workers)
+            else None
+        )
 
     def _workers_memory(self, seconds: float) -> list[tuple[int, int]]:
         """Memory of the workers that answer within so many seconds."""
         asked = [worker.memory.remote() for worker in self._workers]
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
-        return [told for reference in answered if (told := _told(reference)) is not None]
+        return [answered_bytes for reference in answered if (answered_bytes := _answer_of(reference)) is not None]
 
     @property
     def _private(self) -> bool:
@@ -424,7 +428,7 @@ class Coordinator:
             raise RunError("shared memory", "the broadcast's bytes changed", round=at, resume=None)
 
 
-def _told(reference: Any) -> Any:
+def _answer_of(reference: Any) -> Any:
     try:
         return ray.get(reference, timeout=30)
     except RayActorError:  # a worker that died at the very end must not cost the finished run

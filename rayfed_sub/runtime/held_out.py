@@ -44,7 +44,7 @@ def answer_scores(crew: WorkerPool, config: Config, dataset: Dataset, model: Jud
         return []
     shards = _shards(config, dataset, config.evaluation.generate_rows, model)
     done = _each(crew, shards, model, lambda worker: worker.generate, "generated answers")
-    rows = [(int(dataset.held_out_clients[row]), told) for row, told in _by_row(shards, done)]
+    rows = [(int(dataset.held_out_clients[row]), answer) for row, answer in _by_row(shards, done)]
     return list(text_scores(rows))
 
 

@@ -40,7 +40,7 @@ class RoundMetrics:
         """The mean over clients that were not skipped, each counting once, nats; None while nobody has one."""
         return self._losses / self._with_loss if self._with_loss else None
 
-    def told(self) -> PackDone:
+    def progress(self) -> PackDone:
         """As of now."""
         return PackDone(
             round=self._round,

@@ -50,7 +50,7 @@ Finisher = Callable[[Place, Listener], None]
 """Adds to the folder of a finished run what is not the run's own, such as its report."""
 
 
-def no_finisher(place: Place, tell: Listener) -> None:
+def no_finisher(place: Place, notify: Listener) -> None:
     """Adds nothing."""
 
 
@@ -75,56 +75,56 @@ def run(
     Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
     An interruption (Ctrl-C) leaves a checkpoint.
     """
-    tell = listener or (lambda record: None)
+    notify = listener or (lambda record: None)
     if out is None:
-        return _run(config, None, tell, resume, address, finish)
-    with placed(out, tell, resume=resume) as place:
-        return _run(config, place, tell, resume, address, finish)
+        return _run(config, None, notify, resume, address, finish)
+    with placed(out, notify, resume=resume) as place:
+        return _run(config, place, notify, resume, address, finish)
 
 
 def _run(
-    config: Config, place: Place | None, tell: Listener, resume: bool, address: str | None, finish: Finisher
+    config: Config, place: Place | None, notify: Listener, resume: bool, address: str | None, finish: Finisher
 ) -> Summary:
     began = time.perf_counter()
     old = to_resume(place, config.name) if resume else None
     if resume and old is None:
-        tell(Notice("nothing to go on with: a new run begins"))
+        notify(Notice("nothing to go on with: a new run begins"))
     if place is not None and old is None:
         check_free(place.path)
     with joined(address):
         check_resources(config, nodes())
-        tell(Stage("reading task and model"))
+        notify(Stage("reading task and model"))
         job = prepare(config)
         if old is not None:
             summary = summary_of(old.path, job.config)
             check_data(old.path, job.dataset.fingerprint)
             if summary is not None:
-                tell(Notice(f"{old.called()} is finished already"))
-                finish(old, tell)
+                notify(Notice(f"{old.called()} is finished already"))
+                finish(old, notify)
                 return replace(summary, folder=old.called())
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
             plan.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
         checkpoints.make(folder.path)
-        checkpoints.read(folder.path)  # a torn one is told before anything starts
+        checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
         folder.place.saved()
-        tell(Stage("starting Ray, loading weights"))
-        with _hinted(folder, job.config, tell), ThreadPoolExecutor(1) as pool:
+        notify(Stage("starting Ray, loading weights"))
+        with _hinted(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
             loading, planned = [pool.submit(load_backbone, job)], pool.submit(plan.memory, job)
             with ray_session():
                 # No name here may hold the weights for the whole run.
                 shared = Shared(ray.put(spec_of(job)), ray.put(loading.pop().result()), ray.put(job.dataset))
-                summary = carry_out(job, shared, folder, tell, began, lambda: _figure(planned, tell))
-        finish(folder.place, tell)
+                summary = carry_out(job, shared, folder, notify, began, lambda: _figure(planned, notify))
+        finish(folder.place, notify)
     return summary
 
 
-def _figure(planned: Future[int], tell: Listener) -> int | None:
+def _figure(planned: Future[int], notify: Listener) -> int | None:
     """Planned bytes; None, with a notice, where no plan can be made, e.g. for a method of the user's own."""
     error = planned.exception()
     if error is None:
         return planned.result()
-    tell(Notice(f"memory was not planned: {type(error).__name__}: {error}"))
+    notify(Notice(f"memory was not planned: {type(error).__name__}: {error}"))
     return None
 
 
@@ -132,7 +132,7 @@ def carry_out(
     job: Job,
     shared: Shared,
     folder: RunFolder,
-    tell: Listener,
+    notify: Listener,
     began: float,
     planned: Callable[[], int | None] = lambda: None,
 ) -> Summary:
@@ -141,7 +141,7 @@ def carry_out(
     began: `time.perf_counter()` then.  planned: bytes of memory.  Raises RunError where the run cannot go on.
     """
     with closing(PeakMemory()) as memory:
-        summary = _through_deaths(job, folder, shared, tell)
+        summary = _through_deaths(job, folder, shared, notify)
         peak = summary.peak_memory_bytes + memory.peak
         wall = time.perf_counter() - began
         whole = replace(summary, wall_seconds=wall, peak_memory_bytes=peak, planned_memory_bytes=planned())
@@ -150,7 +150,7 @@ def carry_out(
 
 
 @contextmanager
-def _hinted(folder: RunFolder, config: Config, tell: Listener) -> Iterator[None]:
+def _hinted(folder: RunFolder, config: Config, notify: Listener) -> Iterator[None]:
     """Add the command that takes the run up again to what ended it, where that would get further."""
     try:
         yield
@@ -160,7 +160,7 @@ def _hinted(folder: RunFolder, config: Config, tell: Listener) -> Iterator[None]
             cause = f"{cause}; {_resume(folder, config, error.resume)}"
         raise RunError(error.stage, cause, round=error.round, client=error.client, resume=error.resume) from None
     except KeyboardInterrupt:
-        tell(Notice(f"interrupted; {_resume(folder, config)}"))
+        notify(Notice(f"interrupted; {_resume(folder, config)}"))
         raise
 
 
@@ -181,13 +181,13 @@ def load_backbone(job: Job) -> Packed:
     return packed(load_weights(job.config.model, job.architecture, job.config.seed))
 
 
-def _through_deaths(job: Job, folder: RunFolder, shared: Shared, tell: Listener) -> Summary:
+def _through_deaths(job: Job, folder: RunFolder, shared: Shared, notify: Listener) -> Summary:
     """The run under one coordinator after another, each from the newest checkpoint on."""
     lives, reached = _LIVES, checkpoints.newest(folder.path)
     while True:
         coordinator = _coordinator(job, folder, shared)
         try:
-            return _rounds(job, folder, coordinator, tell)
+            return _rounds(job, folder, coordinator, notify)
         except RayActorError as error:
             if error.actor_init_failed:
                 raise
@@ -196,7 +196,7 @@ def _through_deaths(job: Job, folder: RunFolder, shared: Shared, tell: Listener)
             lives = lives - 1 if reached == before else _LIVES - 1
             if not lives:
                 raise RunError("coordinator", f"died {_LIVES} times without a checkpoint in between: {cause}") from None
-            tell(Notice(f"the coordinator died; another goes on from the last checkpoint ({cause})"))
+            notify(Notice(f"the coordinator died; another goes on from the last checkpoint ({cause})"))
         finally:
             ray.kill(coordinator)  # its workers are its children and go with it
 
@@ -220,7 +220,7 @@ def _here() -> NodeAffinitySchedulingStrategy | PlacementGroupSchedulingStrategy
     )
 
 
-def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Summary:
+def _rounds(job: Job, folder: RunFolder, coordinator: Any, notify: Listener) -> Summary:
     """Walks the rounds that are left, and writes tables and checkpoints; the summary without this process's time and
     memory.  Raises RayActorError where the coordinator dies."""
     config = job.config
@@ -235,14 +235,14 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
             if isinstance(record, RoundDone):
                 folder.add(record)
                 live.add(record)
-            tell(record)
+            notify(record)
             for alert in watch.add(record) if isinstance(record, RoundDone) else ():
-                tell(Notice(alert.text))
+                notify(Notice(alert.text))
 
     done = ask("start")
-    first = _beginning(done, folder, job, ask, tell)
+    first = _beginning(done, folder, job, ask, notify)
     targets = sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
-    tell(Started(config, folder.place.called(), overall(first.scores), targets, done))
+    notify(Started(config, folder.place.called(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     stream: ObjectRefGenerator | None = None
     watch, live = Watch(folder, config), Live(folder, config)
@@ -256,15 +256,15 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, tell: Listener) -> Su
                 folder.place.saved()
         return _summary(job, folder, first, ask, targets)
     except (KeyboardInterrupt, RunError):
-        tell(Stage("stopping: a checkpoint first"))
-        with suppress(RunError, RayError):  # a full disk stays full: the first trouble is the one to tell
+        notify(Stage("stopping: a checkpoint first"))
+        with suppress(RunError, RayError):  # a full disk stays full: the first error counts
             leave(folder, ask, lambda n: follow(stream, n) if stream is not None else None)
         raise
     finally:
         live.close()
 
 
-def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], tell: Listener) -> Beginning:
+def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], notify: Listener) -> Beginning:
     """The beginning of the run: now, or in an earlier sitting, which is then cut to the `done` rounds that count.
 
     Raises UserError where it began with other weights than the model has now."""
@@ -274,7 +274,7 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
     now: dict[str, Any] = {"versions": versions, "environment": {**environment, **noise}}
     before = folder.beginning()
     if before is None and not done:
-        tell(Stage("evaluating the initial model"))
+        notify(Stage("evaluating the initial model"))
         rows, data = asdict(job.dataset.row_counts), asdict(job.dataset.fingerprint)
         beginning = Beginning(ask("scores"), **now, rows=rows, data=data, backbone=backbone)
         folder.begin(beginning)
@@ -283,12 +283,12 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         allowed = f"the weights with which the run in {folder.place.called()} began; these are others"
         raise UserError("model.path", config.model.path, allowed, "restore them, or begin anew in another folder")
     beginning = folder.go_on(done)
-    tell(Notice(f"going on after round {done} of {config.federation.rounds}"))
+    notify(Notice(f"going on after round {done} of {config.federation.rounds}"))
     then = {**beginning.versions, **beginning.environment}
     after = {**now["versions"], **now["environment"]}
     other = [f"{name} {then.get(name)} then, {after[name]} now" for name in after if then.get(name) != after[name]]
     if other:
-        tell(Notice(f"the bits may differ from an undisturbed run's: {'; '.join(other)}"))
+        notify(Notice(f"the bits may differ from an undisturbed run's: {'; '.join(other)}"))
     return beginning
 
 

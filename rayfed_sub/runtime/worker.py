@@ -316,8 +316,8 @@ class Worker:
 def _failed(result: LocalResult, failure: str) -> PackedUpdate:
     """Update of a failed client: the cause alone; the loss is omitted when no step ran."""
     metrics = result.metrics if result.metrics["steps"] else {"steps": 0.0}
-    told = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return PackedUpdate(result.client, 0.0, {}, told, failure)
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return PackedUpdate(result.client, 0.0, {}, finite, failure)
 
 
 def _device(gpu_share: float, deterministic: bool) -> torch.device:

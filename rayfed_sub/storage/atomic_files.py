@@ -20,7 +20,7 @@ def write(path: Path, *parts: bytes | memoryview) -> None:
     Raises RunError naming the file where the disk is full or refuses; `path` is then as it was.
     """
     temporary = path.with_name(f".{path.name}")
-    with told(path):
+    with disk_errors(path):
         try:
             with temporary.open("wb") as file:
                 file.writelines(parts)
@@ -35,7 +35,7 @@ def write(path: Path, *parts: bytes | memoryview) -> None:
 
 def append(path: Path, line: str) -> None:
     """Adds a line.  Raises RunError naming the file where the disk is full or refuses."""
-    with told(path), path.open("a", encoding="utf-8") as file:
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -46,7 +46,7 @@ def claim(path: Path, seconds: float) -> IO[bytes]:
 
     Waits for another holder, which may be on its way out.  Raises RunError after `seconds`.
     """
-    with told(path):
+    with disk_errors(path):
         file, until = path.open("wb"), time.monotonic() + seconds
         while True:
             try:
@@ -60,7 +60,7 @@ def claim(path: Path, seconds: float) -> IO[bytes]:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turn an OSError into a RunError that names the file."""
     try:
         yield

@@ -53,7 +53,7 @@ def clients(folder: Path) -> Path:
 
 def make(folder: Path) -> None:
     """The two folders.  Raises RunError where they cannot be."""
-    with atomic_files.told(clients(folder)):
+    with atomic_files.disk_errors(clients(folder)):
         clients(folder).mkdir(parents=True, exist_ok=True)
 
 

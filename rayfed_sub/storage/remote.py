@@ -49,7 +49,7 @@ _SETTINGS = {
 }
 
 Sign = tuple[int, int, int]
-"""Tells a file's content from all others that it had: inode, bytes, nanoseconds; `files.write` makes a new inode."""
+"""Version of a file's content: inode, bytes, nanoseconds; `files.write` makes a new inode."""
 
 
 def uri_of(place: str | Path | None) -> str | None:
@@ -185,7 +185,7 @@ def connect(uri: str, order: Order = RUN) -> Mirror:
 
 
 @contextmanager
-def placed(out: str | Path, tell: Callable[[Any], None], *, resume: bool, order: Order = RUN) -> Iterator[Place]:
+def placed(out: str | Path, notify: Callable[[Any], None], *, resume: bool, order: Order = RUN) -> Iterator[Place]:
     """The place of a run or sweep: a folder of this machine, or a temporary one whose content goes to an object store.
     In that lies what is there already, where it is to go on.
 
@@ -199,7 +199,7 @@ def placed(out: str | Path, tell: Callable[[Any], None], *, resume: bool, order:
     if uri is None:
         yield Place(Path(out))
         return
-    with told(uri, "--out"):
+    with store_errors(uri, "--out"):
         mirror = connect(uri, order)
         mirror.try_out()
         names = mirror.names()
@@ -209,8 +209,8 @@ def placed(out: str | Path, tell: Callable[[Any], None], *, resume: bool, order:
     path, unsent = Path(tempfile.mkdtemp(prefix="rayfed-sub-")), False
     try:
         if names:
-            tell(Stage(f"fetching what is in {mirror.at()}"))
-            with told(uri, "--out"):
+            notify(Stage(f"fetching what is in {mirror.at()}"))
+            with store_errors(uri, "--out"):
                 mirror.pull(path)
         try:
             with _called(path, uri):
@@ -222,7 +222,7 @@ def placed(out: str | Path, tell: Callable[[Any], None], *, resume: bool, order:
     finally:
         if unsent:
             lost = f"what could not be sent to {mirror.at()} is in {path}"
-            tell(Notice(f"{lost}: go on there, with --out {path} --resume"))
+            notify(Notice(f"{lost}: go on there, with --out {path} --resume"))
         else:
             shutil.rmtree(path, ignore_errors=True)  # an actor on its way out may still be writing
 
@@ -238,7 +238,7 @@ def at_hand(place: str | Path, field: str) -> Iterator[Path]:
         yield Path(place)
         return
     with tempfile.TemporaryDirectory(prefix="rayfed-sub-") as folder:
-        with told(uri, field):
+        with store_errors(uri, field):
             path = connect(uri).fetch(Path(folder))
         with _called(path, uri):
             yield path
@@ -275,7 +275,7 @@ def _called(path: Path, uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def told(uri: str, field: str) -> Iterator[None]:
+def store_errors(uri: str, field: str) -> Iterator[None]:
     """Turn a store's refusal before the start into a UserError."""
     try:
         yield

@@ -66,7 +66,7 @@ class RunFolder:
         for name, kind in _OTHERS.items():
             self._others[name] = pa.concat_tables([self._others[name], _table(kind, added[name])])
         self._scores = pa.concat_tables([self._scores, _scored(done.row.round + 1, done.scores)])
-        self.rounds = rounds  # last: it is what tells whether the round was noted
+        self.rounds = rounds  # last: it decides whether the round counts
 
     def go_on(self, round: int) -> Beginning:
         """Cuts off what the log and the tables know of `round` and later; how the run began.
@@ -79,8 +79,8 @@ class RunFolder:
             raise UserError("--resume", str(self.path), allowed, "begin anew in another folder")
         self._others = {name: _before(round, self._read(name, kind)) for name, kind in _OTHERS.items()}
         scores = self._read("scores", ScoreRow)
-        told = [entry for entry in _entries(self.path) if entry["event"] != "round" or entry["round"] < round]
-        atomic_files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in told).encode())
+        entries = [entry for entry in _entries(self.path) if entry["event"] != "round" or entry["round"] < round]
+        atomic_files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
         atomic_files.append(self.path / "log.jsonl", _line("resumed", {"round": round}))
         later = pa.compute.and_(pa.compute.greater(scores["rounds"], 0), pa.compute.less_equal(scores["rounds"], round))
         self._scores = pa.concat_tables([_scored(0, beginning.scores), scores.filter(later)])
@@ -203,8 +203,8 @@ def summary_of(path: Path, config: Config) -> Summary | None:
     _check_config(path, config)
     if not (path / "summary.json").exists():
         return None
-    told = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    return Summary(**{**told, "resumed": tuple(told["resumed"])}, folder=str(path))
+    entries = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return Summary(**{**entries, "resumed": tuple(entries["resumed"])}, folder=str(path))
 
 
 def opened(place: Place, config: Config) -> RunFolder:

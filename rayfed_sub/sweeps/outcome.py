@@ -36,7 +36,7 @@ def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
     ended = [
         Ended(int(Path(one.path).name), values_of(one.config), one.metrics or {}, failure_of(one.error)) for one in grid
     ]
-    known = [name for name in METRICS if any(name in trial.told for trial in ended)]
+    known = [name for name in METRICS if any(name in trial.reported for trial in ended)]
     frame = table(ended, [column for name in known for column in (f"{name}_before", name)])
     write(frame, folder / "trials.parquet")
     values = {trial.number: trial.values for trial in ended}

@@ -21,19 +21,19 @@ _PATIENCE = 1800.0
 
 
 class Watcher(Callback):  # type: ignore[misc]
-    """Tells of trials what Tune tells of them.  A trial that Tune begins again after a failure is `retried`."""
+    """Turns Tune's callbacks into records.  A trial that Tune restarts after a failure is `retried`."""
 
-    def __init__(self, metric: str, tell: Callable[[Notice | TrialNow], None]) -> None:
-        self._metric, self._tell = metric, tell
+    def __init__(self, metric: str, notify: Callable[[Notice | TrialNow], None]) -> None:
+        self._metric, self._notify = metric, notify
         self._began: dict[int, float] = {}
-        self._told = set[int]()
+        self._reported = set[int]()
         self._idle, self._warned = time.monotonic(), False  # since when nothing goes on
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Trials that were through in an earlier sitting are told as well."""
+        """Trials that ended in an earlier session are reported as well."""
         self._check_going(trials)
         for trial in trials:
-            if trial.is_finished() and place_of(trial) not in self._told:
+            if trial.is_finished() and place_of(trial) not in self._reported:
                 self._show(trial, "failed" if trial.get_error() else _end(trial))
 
     def _check_going(self, trials: list[Any]) -> None:
@@ -45,7 +45,7 @@ class Watcher(Callback):  # type: ignore[misc]
             raise RunError("sweep", f"no trial could be placed for {_PATIENCE:.0f} s; look at `ray status`")
         if now - self._idle > _TELL and not self._warned:
             self._warned = True
-            self._tell(Notice("waiting for a place for the next trial, e.g. for the cluster to grow"))
+            self._notify(Notice("waiting for a place for the next trial, e.g. for the cluster to grow"))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         self.on_step_begin(0, trials)  # with nothing left to do there was no step
@@ -69,16 +69,16 @@ class Watcher(Callback):  # type: ignore[misc]
         self._show(trial, "failed")
 
     def _show(self, trial: Any, status: str, result: Mapping[str, Any] | None = None) -> None:
-        self._told.add(place_of(trial))
-        told, number = result or trial.last_result or {}, place_of(trial)
-        self._tell(
+        self._reported.add(place_of(trial))
+        reported, number = result or trial.last_result or {}, place_of(trial)
+        self._notify(
             TrialNow(
                 number=number,
                 values=values_of(trial.config),
                 status=status,
-                round=told.get("rounds", 0),
-                rounds=told.get("of_rounds", 0),
-                metric=told.get(self._metric),
+                round=reported.get("rounds", 0),
+                rounds=reported.get("of_rounds", 0),
+                metric=reported.get(self._metric),
                 seconds=time.monotonic() - self._began.get(number, time.monotonic()),
                 failure=failure_of(trial.get_error()) if status in ("failed", "retried") else None,
             )

@@ -23,17 +23,17 @@ SENT = ("uplink_bytes", "downlink_bytes")
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial at its end.  told: what it last reported; failure: why it failed, in one line."""
+    """A trial at its end.  reported: what it last reported; failure: why it failed, in one line."""
 
     number: int
     values: Mapping[str, Any]
-    told: Mapping[str, Any]
+    reported: Mapping[str, Any]
     failure: str | None
 
     @property
     def status(self) -> str:
         """finished, stopped by the scheduler, or failed."""
-        return "failed" if self.failure else "finished" if self.told.get("finished") else "stopped"
+        return "failed" if self.failure else "finished" if self.reported.get("finished") else "stopped"
 
 
 def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
@@ -41,10 +41,10 @@ def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
     downlink_bytes, weights_sha256, failure, folder.  Values that are lists or mappings stand as JSON."""
     rows = []
     for trial in sorted(ended, key=lambda trial: trial.number):
-        told = trial.told
+        reported = trial.reported
         values = {key: value if _plain(value) else json.dumps(value) for key, value in trial.values.items()}
-        row = {"trial": trial.number, **values, "status": trial.status, "rounds": told.get("rounds", 0)}
-        row |= {name: told.get(name) for name in (*metrics, *SENT, "weights_sha256")}
+        row = {"trial": trial.number, **values, "status": trial.status, "rounds": reported.get("rounds", 0)}
+        row |= {name: reported.get(name) for name in (*metrics, *SENT, "weights_sha256")}
         rows.append({**row, "failure": trial.failure, "folder": f"trials/{trial.number:05d}"})
     whole = dict.fromkeys(SENT, "Int64") | dict.fromkeys(metrics, "float64")
     return pd.DataFrame(rows).astype({**whole, "weights_sha256": "string", "failure": "string"})
@@ -66,7 +66,7 @@ _WORD = 24
 
 
 def headings(keys: Sequence[str]) -> dict[str, str]:
-    """For every dotted key its last part, or as many of its last parts as tell it from the others.
+    """For every dotted key its last part, or as many of its last parts as make it unique.
 
     >>> headings(["method.rank", "optimizer.lr", "server.lr"])
     {'method.rank': 'rank', 'optimizer.lr': 'optimizer.lr', 'server.lr': 'server.lr'}

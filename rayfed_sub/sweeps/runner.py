@@ -54,26 +54,26 @@ def run_sweep(
     others go on from their last checkpoints, failed ones as well.  address: as in `run`.
     Raises UserError before anything starts where the sweep does not fit: a configuration, the machine or cluster.
     """
-    tell = listener or (lambda record: None)
+    notify = listener or (lambda record: None)
     if out is None:
-        return _run(sweep, None, tell, resume, address)
-    with placed(out, tell, resume=resume, order=SWEEP) as place:
-        return _run(sweep, place, tell, resume, address)
+        return _run(sweep, None, notify, resume, address)
+    with placed(out, notify, resume=resume, order=SWEEP) as place:
+        return _run(sweep, place, notify, resume, address)
 
 
-def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, address: str | None) -> SweepResult:
+def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, address: str | None) -> SweepResult:
     old = to_resume(place, sweep.name, _FILE) if resume else None
     if resume and old is None:
-        tell(Notice("nothing to go on with: a new sweep begins"))
+        notify(Notice("nothing to go on with: a new sweep begins"))
     if old is not None:
         check_same(read_yaml(old.path / _FILE), _tree(sweep), _FREE, f"the sweep in {old.called()}")
     elif place is not None:
         check_free(place.path, _FILE)
         check_unused(place)
     search = sweep.search
-    callbacks, finder = [Watcher(search.metric, tell), *loggers(sweep)], searcher(search)
+    callbacks, finder = [Watcher(search.metric, notify), *loggers(sweep)], searcher(search)
     with joined(address):
-        grounds, side_by_side = _checked(sweep, (old or place or Place(Path())).path, tell)
+        grounds, side_by_side = _checked(sweep, (old or place or Place(Path())).path, notify)
         data = [base.dataset.fingerprint for _, base in grounds.values()]
         if old is not None and (old.path / _DATA).exists():  # without, each trial that goes on looks for itself
             then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
@@ -83,31 +83,31 @@ def _run(sweep: Sweep, place: Place | None, tell: Listener, resume: bool, addres
         atomic_files.write(here.path / _DATA, json.dumps([asdict(now) for now in data]).encode())
         atomic_files.write(here.path / _FILE, yaml_text(_tree(sweep)).encode())
         here.saved()
-        tell(Stage("starting Ray, loading weights"))
+        notify(Stage("starting Ray, loading weights"))
         with ray_session():
             _check_head()
             commons = shared(grounds)
             del grounds  # the object store has them now
             keys = tuple(search.space)
-            tell(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.called()))
+            notify(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.called()))
             try:
                 grid = tuned(sweep, commons, here, side_by_side, finder, callbacks, old is not None)
             except KeyboardInterrupt:
                 name = sweep.config(sweep.points()[0]).method["name"] if "method.name" not in sweep.search.space else ""
                 own = [f"method.name={name}"] if name and name not in METHODS else []
                 words = ["rayfed-sub", "sweep", here.called(_FILE), *own, "--out", here.called(), "--resume"]
-                tell(Notice(f"interrupted; go on with: {shlex.join(words)}"))
+                notify(Notice(f"interrupted; go on with: {shlex.join(words)}"))
                 raise
             return outcome(sweep, grid, here)
 
 
-def _checked(sweep: Sweep, folder: Path, tell: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], int]:
+def _checked(sweep: Sweep, folder: Path, notify: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], int]:
     """Inputs of the trials, and the number of concurrent ones.  Raises UserError for whatever cannot work."""
     there, points = nodes(), sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
         check_resources(config, there)
-    tell(Stage("reading tasks and models"))
+    notify(Stage("reading tasks and models"))
     grounds = all_inputs(configs)
     for config in configs:
         job_on(grounds[ground_key(config)][1], config)

@@ -211,7 +211,7 @@ def load_sweep(
         own = overridden(base, [as_override(*item) for item in flat(own).items()])
     found = overridden({"sweep": tree.get("sweep", {})}, section)
     shared = overridden(own, [override for override in overrides if override not in section])
-    name = load_config(shared).method.get("name")  # what is wrong without any value of the space is told as such
+    name = load_config(shared).method.get("name")  # errors without any value of the space come first
     for key, axis in found["sweep"]["space"].items() if isinstance(found["sweep"].get("space"), Mapping) else ():
         check(Axis, axis, f"sweep.space.{key}")  # each by itself, so that the key is named
     search = check(Search, found["sweep"], "sweep")

@@ -29,7 +29,7 @@ def write_report(
 ) -> None:
     """Writes the page about `frame`, a sweep's trials.parquet, to `path`, some 5 MB, nearly all of it plotly.js.
 
-    keys: the columns of the space.  mode: "min" or "max".  settings: what the sweep was told, shown as it is; its
+    keys: the columns of the space.  mode: "min" or "max".  settings: settings of the sweep, shown as they are; its
     `space`, if it has one, maps each key to where its values come from, e.g. {"loguniform": [low, high]}.
     """
     atomic_files.write(path, page(title, sections(frame, keys, metric, mode, settings)).encode())
@@ -97,10 +97,10 @@ def _space(swept: Swept, space: Mapping[str, Any], settings: Mapping[str, Any]) 
     rows: list[list[Cell | str]] = []
     for key, head in swept.heads.items():
         values = swept.values(key)
-        told = "; ".join(f"{kind} {_listed(given)}" for kind, given in space.get(key, {}).items())
+        given_values = "; ".join(f"{kind} {_listed(given)}" for kind, given in space.get(key, {}).items())
         few = len(values) <= FEW
         drawn = ", ".join(map(worded, values)) if few else f"{worded(values[0])} to {worded(values[-1])}"
-        rows.append([key, head, told, Cell(f"{len(values)}", len(values)), drawn])
+        rows.append([key, head, given_values, Cell(f"{len(values)}", len(values)), drawn])
     others = {name: _listed(value) for name, value in settings.items() if name != "space"}
     caption = "Keys of the space, what they are called below, and the values that trials had."
     return [Table(caption, ["key", "called", "drawn from", "different", "values of the trials"], rows), Facts(others)]
@@ -136,6 +136,6 @@ def _cell(column: str, value: Any) -> Cell | str:
         return Cell("-", None)
     if column.endswith("_bytes"):
         return Cell(f"{value / 1e6:,.2f}", value)
-    # Metrics keep their digits, which tell trials apart; a key's values are few and round.
+    # Metrics keep their digits, which differ between trials; a key's values are few and round.
     metric = isinstance(value, float) and "." not in column
     return Cell(score(value) if metric else worded(value), value if math.isfinite(value) else None)

@@ -1,4 +1,4 @@
-"""A trial: one federated run in a folder of its own, told to Ray Tune round by round."""
+"""A trial: one federated run in a folder of its own, reported to Ray Tune round by round."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def trial(given: Mapping[str, Any], sweep: Sweep, commons: SharedInputs, trials:
     job, shared = commons.job(sweep.config(values_of(given)))
     rounds = job.config.federation.rounds or 0
 
-    def tell(record: object) -> None:
-        """The last round is told with the summary."""
+    def notify(record: object) -> None:
+        """The last round is reported with the summary."""
         if isinstance(record, Started) and not record.round:
             tune.report(_told(0, rounds, record.metrics))
         if isinstance(record, RoundDone) and record.scores and record.row.round + 1 != rounds:
             tune.report(_told(record.row.round + 1, rounds, overall(record.scores)))
 
-    with placed(out, tell, resume=True) as place:
+    with placed(out, notify, resume=True) as place:
         done = None
         if (place.path / "config.yaml").exists():
             done = summary_of(place.path, job.config)
@@ -55,7 +55,7 @@ def trial(given: Mapping[str, Any], sweep: Sweep, commons: SharedInputs, trials:
         if done is not None:
             tune.report(_end(done))
         else:
-            tune.report(_end(carry_out(job, shared, opened(place, job.config), tell, began)))
+            tune.report(_end(carry_out(job, shared, opened(place, job.config), notify, began)))
 
 
 def _told(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -63,6 +63,6 @@ def _told(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, An
 
 
 def _end(summary: Summary) -> dict[str, Any]:
-    told = asdict(summary)
-    sent = {name: told[name] for name in (*SENT, "weights_sha256")}
+    reported = asdict(summary)
+    sent = {name: reported[name] for name in (*SENT, "weights_sha256")}
     return {"rounds": summary.rounds, "of_rounds": summary.rounds, "finished": True, **summary.metrics, **sent}

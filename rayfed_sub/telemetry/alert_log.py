@@ -13,21 +13,21 @@ from rayfed_sub.telemetry.events import RoundDone
 
 
 class Watch:
-    """folder: what is in it was told in an earlier sitting."""
+    """folder: its alerts were raised in an earlier session."""
 
     def __init__(self, folder: RunFolder, config: Config) -> None:
         self._config, self._before = config, overall(folder.scores(0)).get("held_out_loss")
         self._rounds = [RoundRow(**row) for row in folder.rounds.to_pylist()]
         self._looks = deque(folder.looks(LOOKS), maxlen=LOOKS)
-        self._told = {alert.name for alert in self._symptoms()}
+        self._reported = {alert.name for alert in self._symptoms()}
 
     def add(self, done: RoundDone) -> list[Alert]:
         """Alerts that the round raises for the first time."""
         self._rounds.append(done.row)
         if done.layers:
             self._looks.append((done.layers, done.client_layers))
-        new = [alert for alert in self._symptoms() if alert.name not in self._told]
-        self._told |= {alert.name for alert in new}
+        new = [alert for alert in self._symptoms() if alert.name not in self._reported]
+        self._reported |= {alert.name for alert in new}
         return new
 
     def _symptoms(self) -> list[Alert]:

@@ -51,7 +51,7 @@ class PeakMemory:
 
 
 def keep_freed() -> None:
-    """From here on malloc keeps what this process frees, until `give_back`, where it can be told to (glibc).
+    """From here on malloc keeps what this process frees, until `give_back`, where malloc has the options (glibc).
 
     By default every tensor of some megabytes is memory fresh from the system, whose pages are zeroed one by one at the
     first touch: on a virtual machine that took seven times as long as the arithmetic of an elementwise operation.

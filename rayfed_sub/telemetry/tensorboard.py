@@ -21,7 +21,7 @@ class Events:
     def __init__(self, folder: Path, first: int) -> None:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        with atomic_files.told(folder):
+        with atomic_files.disk_errors(folder):
             folder.mkdir(exist_ok=True)
             sitting = sum(1 for _ in folder.glob("*.tfevents.*"))
         self._path = folder / f"events.out.tfevents.{sitting:06d}"
@@ -33,14 +33,14 @@ class Events:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
-        told = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._write(Event(step=step, summary=Summary(value=told)))
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
 
     def _write(self, *events: Any) -> None:
         now = time.time()
         for event in events:
             event.wall_time = now
-        with atomic_files.told(self._path), self._path.open("ab") as file:
+        with atomic_files.disk_errors(self._path), self._path.open("ab") as file:
             file.write(b"".join(_framed(event.SerializeToString()) for event in events))
 
 

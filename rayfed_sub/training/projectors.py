@@ -63,8 +63,8 @@ def bases(
 
 
 def extremes(x_GNn: Tensor) -> Tensor:
-    """The largest and the smallest number of each row, (2, G, N); both are NaN where one is.  What they tell of a row,
-    whether it is finite or zero, a mask over all its numbers tells ten times more slowly."""
+    """The largest and the smallest number of each row, (2, G, N); both are NaN where one is.  A mask over
+    all numbers finds rows that are not finite, or zero, ten times more slowly."""
     return torch.stack([x_GNn.amax(dim=2), x_GNn.amin(dim=2)])
 
 
@@ -92,6 +92,7 @@ def basis(
 ) -> Tensor:
     """The basis (rank, n) of one client, as `bases` gives it.
 
+    >>> from rayfed_sub.core.rng import stream
     >>> x, d = torch.eye(3)[:2], torch.tensor([[3.0, 0, 0, 0], [0, 2.0, 0, 0]])   # G has singular values 3 and 2
     >>> basis("exact", x, d, 1, None, stream(0)).abs()
     tensor([[1., 0., 0.]])

@@ -126,7 +126,11 @@ SINGLE = {
     "method that is nowhere": ("method.name=nowhere:Nothing", "method.name: got 'nowhere:Nothing'", "importable"),
     "method as a word": ("method=fedftg", "method: got 'fedftg'", "keys with values; e.g. method={'name': 'fedftg'}"),
     "misspelt field of a method": ("method.ranks=3", "method.ranks: got 3", "did you mean rank?"),
-    "field of another method": ('method={"name":"fedavg","rank":4}', "method.rank: got 4", "these keys here: state"),
+    "field of another method": (
+        'method={"name":"fedavg","rank":4}',
+        "method.rank: got 4",
+        "these keys here: optimizer_state",
+    ),
     "rank of nothing": ("method.rank=0", "method.rank: got 0", "1; "),
     "rank above the matrix": ("method.rank=129", "method.rank: got 129", "1 to 128 (model.layers.0.mlp.up_proj is 384"),
     "rank in words": ("method.rank=eight", "method.rank: got 'eight'", "integer"),

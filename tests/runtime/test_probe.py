@@ -68,7 +68,7 @@ def test_packs_that_would_take_a_worker_away_are_not_timed() -> None:
 
 def test_a_probe_of_a_real_job() -> None:
     """Eight clients and two workers: packs of 8 would leave one worker idle, so those of 4 stand for them."""
-    speed = probe(prepare(small("resources.pack_size=8", "federation.local_steps=2")), [8])
+    speed = probe(prepare(small("resources.workers=2", "resources.pack_size=8", "federation.local_steps=2")), [8])
     assert [timed.pack_size for timed in speed.packs] == [4, 8]
     assert speed.now == 8
     by_size = {timed.pack_size: timed for timed in speed.packs}
