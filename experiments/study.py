@@ -326,7 +326,7 @@ class Results:
         self.rows = [*(old for old in self.rows if _which(old) != _which(row)), row]
         self.curves = [*(old for old in self.curves if _which(old) != _which(row)), *curve]
 
-    def client_state(self, trials: Sequence[Trial], tuning: bool) -> None:
+    def keep(self, trials: Sequence[Trial], tuning: bool) -> None:
         """Drops rows of an earlier sitting that are of no trial any more, be it for another value or another seed."""
         wanted = {(trial.variant, trial.seed, trial.tuning, trial.value) for trial in trials}
         self.rows = [row for row in self.rows if row["tuning"] != tuning or _which(row) in wanted]
@@ -396,7 +396,7 @@ def main() -> None:
         chosen: dict[str, Any] = {}
         if study.tune is not None:
             tuning = [trial for variant in study.variants for trial in tuning_trials(study, variant, given.overrides)]
-            results.client_state(tuning, True)
+            results.keep(tuning, True)
             carry_out_all(study, tuning, given.runs, pool, results)
             for variant in study.variants:
                 own = [row for row in results.rows if row["variant"] == variant and row["tuning"]]
@@ -407,7 +407,7 @@ def main() -> None:
             for variant in study.variants
             for trial in counted_trials(study, variant, given.overrides, chosen.get(variant))
         ]
-        results.client_state(counted, False)
+        results.keep(counted, False)
         carry_out_all(study, counted, given.runs, pool, results)
     print(*tables(given.study), sep="\n")
 

@@ -266,18 +266,20 @@ def start_factors(
     return Start({n: broadcast.tensors[n] for n in names}, names, method.alpha / method.rank, moments, step)
 
 
-def upload_factors(method: _Remembers, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+def upload_factors(
+    method: _Remembers, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape
+) -> Update:
     """Both of LoRA's factors, the head, and Adam's moments where the server averages them."""
     tensors = {name: result.tensors[name] for name in tensor_names(shape, "left", "right")}
     return Update(result.client, weight, tensors | moments_to_send(method.optimizer_state, result), result.metrics)
 
 
-def client_state(method: _Remembers, result: LocalResult, shape: ModelShape) -> Tensors:
+def client_state(method: _Remembers, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
     """Adam's moments, where the client keeps them."""
     return moments_to_keep(method.optimizer_state, result)
 
 
-def no_client_state(method: object, result: LocalResult, shape: ModelShape) -> Tensors:
+def no_client_state(method: object, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
     """For clients that begin every round anew."""
     return {}
 

@@ -142,10 +142,11 @@ class Worker:
         results = self._train(received, starts, clients, batches, work.lr, watch)
         updates: list[PackedUpdate] = []
         kept: list[PackedState | None] = []
+        sent = received if self._device.type == "cpu" else Broadcast(round, unpacked(broadcast))
         looks: list[ClientDiagnostics] = []
         fresh: dict[int, ClientState] = {}
         for result, state, start, weight in zip(results, before, starts, work.weights, strict=True):
-            ended = self._ended(round, result, state, weight, broadcast)
+            ended = self._ended(sent, result, state, weight)
             if isinstance(ended, str):
                 updates.append(_failed(result, ended))
                 kept.append(None)
@@ -259,20 +260,21 @@ class Worker:
             )
 
     def _ended(
-        self, round: int, result: LocalResult, state: ClientState | None, weight: float, broadcast: Packed
+        self, broadcast: Broadcast, result: LocalResult, state: ClientState | None, weight: float
     ) -> tuple[Update, ClientState] | str:
-        """A client's update and next state, or why it failed."""
+        """A client's update and next state, or why it failed; the broadcast's tensors are in host memory."""
+        round = broadcast.round
         method, shape, clip = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy.clip
         if result.failure is not None:
             return result.failure
-        update = method.upload(result, weight, shape)
+        update = method.upload(broadcast, result, weight, shape)
         cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
-        new = ClientState(round + 1, cursor, result.step, method.client_state(result, shape))
+        new = ClientState(round + 1, cursor, result.step, method.client_state(broadcast, result, shape))
         failure = not_finite(update.tensors) or not_finite(new.tensors)
         if failure is not None:
             return failure
         if clip is not None:
-            update = clipped(method, ServerState(round, unpacked(broadcast)), update, shape, clip)
+            update = clipped(method, ServerState(round, broadcast.tensors), update, shape, clip)
             if not math.isfinite(update.weight):
                 return "the norm of its change is not finite"
         return update, new

@@ -115,7 +115,7 @@ def test_rows_of_an_earlier_sitting_count_only_for_trials_that_there_still_are()
 
     before = [row(0, 0.03), row(1, 0.03), row(0, 0.03, tuning=True)]
     results = study.Results(list(before), list(before))
-    results.client_state([study.Trial("a", 0, 0.1, False, ()), study.Trial("a", 0, 0.03, False, ())], tuning=False)
+    results.keep([study.Trial("a", 0, 0.1, False, ()), study.Trial("a", 0, 0.03, False, ())], tuning=False)
     assert results.rows == results.curves == [row(0, 0.03), row(0, 0.03, tuning=True)]
     results.take({**row(0, 0.03), "rounds": 7}, [])
     assert results.rows == [row(0, 0.03, tuning=True), {**row(0, 0.03), "rounds": 7}]
