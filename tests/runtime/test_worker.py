@@ -117,8 +117,8 @@ def test_nan_does_not_get_into_the_metrics(job: Job, executor: str) -> None:
 def test_what_is_sent_or_kept_must_be_finite(job: Job, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(type(job.method), part)
 
-    def spoiled(self: Any, result: Any, *rest: Any) -> Any:
-        out = right(self, result, *rest)
+    def spoiled(self: Any, broadcast: Any, result: Any, *rest: Any) -> Any:
+        out = right(self, broadcast, result, *rest)
         if result.client != 1:
             return out
         bad = {"x/left": torch.tensor([math.inf])}
