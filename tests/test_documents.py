@@ -227,9 +227,9 @@ def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.Monk
             assert start.trained == ("up/left",)
             trained: Tensors = {**start.tensors, "up/left": torch.tensor(left)[:, None]}
             result = LocalResult(client, trained, {}, 4, {}, 1.0, 1, {})
-            update = method.upload(result, rows_of[client], shape)
+            update = method.upload(broadcast, result, rows_of[client], shape)
             assert update.wire_bytes == 2 * 4  # r m float32 numbers; A stays where it is
-            assert not method.client_state(result, shape)
+            assert not method.client_state(broadcast, result, shape)
             total = method.accumulate(total, update, shape)
         server = method.aggregate(server, total, shape)
 

@@ -48,7 +48,7 @@ class Idle:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         return Start({}, ())
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         return Update(result.client, weight, {}, result.metrics)
 
     client_state = common.no_client_state

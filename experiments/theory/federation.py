@@ -110,8 +110,8 @@ def rounds(
         for result, weight in zip(results, share, strict=True):
             if result.failure:
                 raise ArithmeticError(f"client {result.client}: {result.failure}")
-            total = method.accumulate(total, method.upload(result, weight, shape), shape)
-            kept = method.client_state(result, shape)
+            total = method.accumulate(total, method.upload(sent, result, weight, shape), shape)
+            kept = method.client_state(sent, result, shape)
             states[result.client] = ClientState(server.round + 1, 0, result.step, kept)
         server, _ = advance(Server(), server, method.aggregate(server, total, shape), {}, factor)
         yield Round(server, starts, results)

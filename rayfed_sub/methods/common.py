@@ -221,12 +221,12 @@ def download_all(method: object, server: ServerState, shape: ModelShape, client:
     return wire_bytes(server.tensors)
 
 
-def client_state(method: _Remembers, result: LocalResult, shape: ModelShape) -> Tensors:
+def client_state(method: _Remembers, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
     """Adam's moments, where the client keeps them."""
     return moments_to_keep(method.optimizer_state, result)
 
 
-def no_client_state(method: object, result: LocalResult, shape: ModelShape) -> Tensors:
+def no_client_state(method: object, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
     """For clients that begin every round anew."""
     return {}
 

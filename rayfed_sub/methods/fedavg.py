@@ -52,7 +52,7 @@ class FedAvg:
         moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start({name: broadcast.tensors[name] for name in names}, names, moments=moments, step=step)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {**result.tensors, **common.moments_to_send(self.optimizer_state, result)}
         return Update(result.client, weight, tensors, result.metrics)
 

@@ -64,7 +64,7 @@ class FedExLoRA:
         moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left", "right")}
         tensors |= common.moments_to_send(self.optimizer_state, result)
         return Update(result.client, weight, tensors, result.metrics)

@@ -79,7 +79,7 @@ class FedFTG:
         subspace = Subspace(self.rank, self.refresh_every, self.projector, self.moments)
         return Start(tensors, tuple(trained), self.scale, moments, step, subspace, decays_base=True)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = common.head(shape, result.tensors)
         for layer in shape.targets:
             tensors |= common.compact(layer, *result.blocks[layer.name])
@@ -87,7 +87,7 @@ class FedFTG:
             tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
         return Update(result.client, weight, tensors, result.metrics)
 
-    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
+    def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         if self.optimizer_state == "reset":
             return {}
         bases = {name: result.tensors[name] for name, _ in map(sides, shape.targets)}

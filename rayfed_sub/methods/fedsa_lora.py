@@ -65,11 +65,11 @@ class FedSALoRA:
         moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "right")}
         return Update(result.client, weight, tensors, result.metrics)
 
-    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
+    def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         own = {f"{layer.name}/left": result.tensors[f"{layer.name}/left"] for layer in shape.targets}
         return own | common.moments_to_keep(self.optimizer_state, result)
 

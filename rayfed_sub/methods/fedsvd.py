@@ -69,7 +69,7 @@ class FedSVD:
         moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
         return Start(tensors, common.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left")}
         return Update(result.client, weight, tensors, result.metrics)
 

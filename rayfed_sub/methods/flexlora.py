@@ -70,7 +70,7 @@ class FlexLoRA:
             tensors[f"{layer.name}/left"] = rank / self.rank * tensors[f"{layer.name}/left"]
         return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / rank)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         sent = common.head(shape, result.tensors)
         for layer in shape.targets:
             left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]

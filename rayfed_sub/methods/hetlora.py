@@ -39,7 +39,6 @@ from rayfed_sub.core.types import (
 from rayfed_sub.methods import common
 
 _PRUNED = "history/pruned"  # server tensor (clients seen, 2) int64: a client's number and the rank it last sent
-_TAIL = "tail"  # client tensor (1,): the tail as the round began
 _ROUNDING = 1e-6  # a tail that differs by less, relatively, has not moved
 
 
@@ -83,15 +82,14 @@ class HetLoRA:
         trained = common.tensor_names(shape, "left", "right")
         kept = self._kept(rank)
         penalty = partial(_penalty, self.penalty, shape, kept) if self.penalty and kept < rank else None
-        begun = {**tensors, _TAIL: tail(tensors, shape, kept)}
-        return Start(begun, trained, self.alpha / self.rank, penalty=penalty)
+        return Start(tensors, trained, self.alpha / self.rank, penalty=penalty)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        sent = common.cut(result.tensors, shape, self._pruned(result, shape)) | common.head(shape, result.tensors)
-        return Update(result.client, weight, sent, result.metrics)
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        sent = common.cut(result.tensors, shape, self._pruned(broadcast, result, shape))
+        return Update(result.client, weight, sent | common.head(shape, result.tensors), result.metrics)
 
-    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
-        return {"rank": torch.tensor(self._pruned(result, shape))}
+    def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
+        return {"rank": torch.tensor(self._pruned(broadcast, result, shape))}
 
     accumulator = common.accumulator
 
@@ -122,11 +120,12 @@ class HetLoRA:
     def _kept(self, rank: int) -> int:
         return max(1, math.floor(self.gamma * rank))
 
-    def _pruned(self, result: LocalResult, shape: ModelShape) -> int:
+    def _pruned(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> int:
         """The client's rank after the round."""
         rank = result.tensors[f"{shape.targets[0].name}/left"].shape[1]
         kept = self._kept(rank)
-        before, after = float(result.tensors[_TAIL]), float(tail(result.tensors, shape, kept))
+        before = float(tail(common.cut(broadcast.tensors, shape, rank), shape, kept))
+        after = float(tail(result.tensors, shape, kept))
         return kept if after < (1 - _ROUNDING) * before else rank
 
 

@@ -5,9 +5,9 @@ One round, as the engine walks it:
     broadcast(server)                         server -> shared memory, once
     start_client(broadcast, state, client)    what each client trains, and from where
     ... local training (training/) ...
-    upload(result)                            client -> server: exactly the tensors that travel
-    keep(result)                              what the client stores for its next round
-    zero / fold / finish                      the weighted mean, folded in a fixed order, normalised at the end
+    upload(broadcast, result, weight)         client -> server: exactly the tensors that travel
+    client_state(broadcast, result)           the tensors that a client stores for its next round
+    accumulator / accumulate / aggregate      the weighted mean, summed in a fixed order, normalised at the end
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ class Method(Protocol):
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         """What a client begins the round with; state is None in its first round."""
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        """Exactly the tensors that travel; weight is the client's raw weight (its rows, or 1)."""
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        """Exactly the tensors that travel; weight is the client's raw weight (its rows, or 1).  broadcast: the one that
+        the client began with (its round and tensors)."""
 
-    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
-        """The tensors the client stores for its next round."""
+    def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
+        """The tensors the client stores for its next round; broadcast as in `upload`."""
 
     def accumulator(self, server: ServerState, shape: ModelShape) -> Accumulator:
         """The empty sum."""

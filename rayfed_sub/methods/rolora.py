@@ -56,11 +56,11 @@ class RoLoRA:
         tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
         return Start(tensors, common.tensor_names(shape, _role(broadcast.round)), self.alpha / self.rank)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in result.trained}
         return Update(result.client, weight, tensors, result.metrics)
 
-    def client_state(self, result: LocalResult, shape: ModelShape) -> Tensors:
+    def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         return {}
 
     accumulator = common.accumulator

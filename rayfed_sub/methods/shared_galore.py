@@ -94,7 +94,7 @@ class SharedGaLore:
         never = Subspace(self.rank, refresh_every=0)
         return Start(tensors, tuple(trained), self.scale, moments, step, never, decays_base=True)
 
-    def upload(self, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in result.trained}
         tensors |= common.moments_to_send(self.optimizer_state, result)
         if result.base_scale != 1.0:

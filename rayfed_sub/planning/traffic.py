@@ -153,8 +153,8 @@ def _walk(
             down = downloaded(method, server, shape, who, since, learned=learned, mixed=mixed)
             start = method.start_client(broadcast, state, who, shape)
             result = _result(start, k, steps(k), shape, config)
-            update = method.upload(result, 1.0, shape)
-            kept = method.client_state(result, shape)
+            update = method.upload(broadcast, result, 1.0, shape)
+            kept = method.client_state(broadcast, result, shape)
             fresh[k] = ClientState(n + 1, steps(k), result.step, kept)
             total = method.accumulate(total, update, shape)
             given = [broadcast.tensors, *([state.tensors] if state else [])]

@@ -70,10 +70,11 @@ def at_rest(method: Method, server: ServerState, shape: ModelShape, seed: int) -
     With it every sum begins, so that noise is released for an empty cohort too; the denominator is fixed, so it costs
     nothing.
     """
-    start = method.start_client(method.broadcast(server), None, Client(0, seed), shape)
+    broadcast = method.broadcast(server)
+    start = method.start_client(broadcast, None, Client(0, seed), shape)
     blocks = {layer.name: (torch.zeros(layer.m, 0), torch.zeros(0, layer.n)) for layer in shape.targets}
     result = LocalResult(0, start.tensors, start.moments, start.step, blocks, 1.0, 1, {}, trained=start.trained)
-    return method.upload(result, 1.0, shape)
+    return method.upload(broadcast, result, 1.0, shape)
 
 
 def noise(seed: int, round: int, deviation: float, name: str, shape: Sequence[int]) -> Tensor:

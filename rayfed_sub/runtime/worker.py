@@ -147,10 +147,11 @@ class Worker:
         results = self._train(received, starts, clients, batches, lr, watch)
         updates: list[PackedUpdate] = []
         kept: list[PackedState | None] = []
+        sent = received if self._device.type == "cpu" else Broadcast(round, unpacked(broadcast))
         looks: list[ClientDiagnostics] = []
         fresh: dict[int, ClientState] = {}
         for result, state, start in zip(results, before, starts, strict=True):
-            ended = self._ended(round, result, state, broadcast)
+            ended = self._ended(sent, result, state)
             if isinstance(ended, str):
                 updates.append(_failed(result, ended))
                 kept.append(None)
@@ -264,20 +265,21 @@ class Worker:
             )
 
     def _ended(
-        self, round: int, result: LocalResult, state: ClientState | None, broadcast: Packed
+        self, broadcast: Broadcast, result: LocalResult, state: ClientState | None
     ) -> tuple[Update, ClientState] | str:
-        """A client's update and next state, or why it failed."""
+        """A client's update and next state, or why it failed; the broadcast's tensors are in host memory."""
+        round = broadcast.round
         method, shape, clip = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy.clip
         if result.failure is not None:
             return result.failure
-        update = method.upload(result, self._weight(round, result.client), shape)
+        update = method.upload(broadcast, result, self._weight(round, result.client), shape)
         cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
-        new = ClientState(round + 1, cursor, result.step, method.client_state(result, shape))
+        new = ClientState(round + 1, cursor, result.step, method.client_state(broadcast, result, shape))
         failure = not_finite(update.tensors) or not_finite(new.tensors)
         if failure is not None:
             return failure
         if clip is not None:
-            update = clipped(method, ServerState(round, unpacked(broadcast)), update, shape, clip)
+            update = clipped(method, ServerState(round, broadcast.tensors), update, shape, clip)
             if not math.isfinite(update.weight):
                 return "the norm of its change is not finite"
         return update, new

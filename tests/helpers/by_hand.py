@@ -44,8 +44,8 @@ def walked(
         assert all(end[name].shape == start.tensors[name].shape for name in end)
         tensors, left, step = {**start.tensors, **end}, (moments or {}).get(client, {}), start.step + 1
         result = LocalResult(client, tensors, left, step, {}, 1.0, 1, {}, trained=start.trained)
-        updates[client] = method.upload(result, weights[client], shape)
-        kept[client] = ClientState(server.round + 1, step, step, method.client_state(result, shape))
+        updates[client] = method.upload(broadcast, result, weights[client], shape)
+        kept[client] = ClientState(server.round + 1, step, step, method.client_state(broadcast, result, shape))
         total = method.accumulate(total, updates[client], shape)
     return Walked(method.aggregate(server, total, shape), starts, updates, kept)
 

@@ -79,10 +79,13 @@ def walk(
     for pack in packs or [clients]:
         chosen, batches = [starts[k] for k in pack], [data[k] for k in pack]
         results += trainer(tiny, chosen, batches, optimizer, lr=lr, weights=base, clients=list(pack))  # type: ignore[operator]
-    updates = [method.upload(result, weight, shape) for result, weight in zip(results, weights, strict=True)]
+    updates = [method.upload(broadcast, result, weight, shape) for result, weight in zip(results, weights, strict=True)]
     kept = [
         ClientState(
-            server.round + 1, (state.cursor if state else 0) + STEPS, result.step, method.client_state(result, shape)
+            server.round + 1,
+            (state.cursor if state else 0) + STEPS,
+            result.step,
+            method.client_state(broadcast, result, shape),
         )
         for result, state in zip(results, before, strict=True)
     ]
@@ -425,7 +428,7 @@ def test_averaged_moments_are_the_weighted_mean_and_travel(name: str) -> None:
         mean = (done.results[0].moments[moment] + 3 * done.results[1].moments[moment]) / 4
         assert torch.allclose(again.moments[moment], mean, atol=1e-7)
     assert again.step == STEPS
-    plain = made(name).upload(done.results[0], 1.0, tiny.shape)
+    plain = made(name).upload(method.broadcast(server), done.results[0], 1.0, tiny.shape)
     trained = sum(done.results[0].tensors[n].numel() for n in done.starts[0].trained)
     assert done.updates[0].wire_bytes == plain.wire_bytes + 2 * 4 * trained + 8  # m1, m2, the step count
 

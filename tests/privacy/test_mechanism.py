@@ -54,10 +54,11 @@ def update_of(
     base_scale: float = 1.0,
 ) -> Update:
     """What a client sends that comes back with the tensors `ends`."""
-    start = method.start_client(method.broadcast(server), None, Client(0, 0), SHAPE)
+    broadcast = method.broadcast(server)
+    start = method.start_client(broadcast, None, Client(0, 0), SHAPE)
     tensors = {**start.tensors, **ends}
     result = LocalResult(0, tensors, {}, 1, blocks or {}, base_scale, 1, {}, trained=start.trained)
-    return method.upload(result, 1.0, SHAPE)
+    return method.upload(broadcast, result, 1.0, SHAPE)
 
 
 # --- clipping, by hand
