@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rayfed_sub.core.types import Broadcast, Client, ClientState, LocalResult, ModelShape, Start, Update
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -27,28 +26,20 @@ class FedIT:
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = ""
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
-    optimizer_state: common.SharedMemory = "keep"
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
+    optimizer_state: averaging.SharedMemory = "keep"
 
-    check = common.check_rank
-    init_server = common.init_factors
-    broadcast = common.broadcast
-    download_bytes = common.download_all
+    check = lora.check_rank
+    init_server = lora.init_factors
+    broadcast = averaging.broadcast
+    download_bytes = averaging.download_all
 
-    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
-
-    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        tensors |= common.moments_to_send(self.optimizer_state, result)
-        return Update(result.client, weight, tensors, result.metrics)
-
-    client_state = common.client_state
-    accumulator = common.accumulator
-    accumulate = common.accumulate
-    aggregate = common.aggregate
-    model = common.lora_model
-    personal_model = common.no_personal_model
+    start_client = lora.start_client
+    upload = lora.upload
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
+    aggregate = averaging.aggregate
+    model = lora.lora_model
+    personal_model = averaging.no_personal_model

@@ -1,8 +1,8 @@
-"""What several methods do alike: the weighted mean, the trained head, moments between rounds, LoRA's factors, ranks
-per client, changes that travel as blocks and what of them a returning client has missed.
+"""The weighted mean and what goes with it: the trained head, Adam's moments between rounds, changes that travel as
+blocks, and the blocks that a returning client has missed.
 
-Plain functions.  Those whose first argument is `method` are whole answers to a question of the protocol: a method
-takes one over by assigning it in its class body, as in `accumulate = common.accumulate`.
+Functions whose first argument is `method` answer one question of the protocol: a method takes one over by assignment
+in its class body, as in `accumulate = averaging.accumulate`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (
     Accumulator,
-    Block,
     Broadcast,
     Change,
     Client,
@@ -35,8 +32,6 @@ Rank = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Memory = Literal["keep", "reset"]
 SharedMemory = Literal["keep", "reset", "average"]
-ClientRanks = Annotated[tuple[Rank, ...], Field(min_length=1)] | None
-
 RANKS = "history/ranks"
 """Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
 
@@ -58,15 +53,6 @@ def mean(total: Accumulator) -> dict[str, Tensor]:
 def head(shape: ModelShape, tensors: Tensors) -> dict[str, Tensor]:
     """The dense trained head's tensors; empty for language models."""
     return {name: tensors[name] for name in shape.head_names}
-
-
-def check_fits(rank: int, shape: ModelShape) -> None:
-    """UserError where the rank exceeds a target matrix."""
-    smallest = min(shape.targets, key=lambda layer: min(layer.m, layer.n))
-    most = min(smallest.m, smallest.n)
-    if rank > most:
-        where = f"{smallest.name} is {smallest.m} x {smallest.n}"
-        raise UserError("method.rank", rank, f"1 to {most} ({where})", f"set method.rank={most} or less")
 
 
 def moments_to_keep(memory: str, result: LocalResult) -> dict[str, Tensor]:
@@ -95,13 +81,6 @@ def _moments(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.endswith(("/m1", "/m2"))}
 
 
-def lora_right(layer: Layer, rank: int, seed: int, *whose: int | str) -> Tensor:
-    """LoRA's initial A (r, n), uniform in +-1/sqrt(n) as peft draws it, from the run's seed: one for all clients, or
-    one for each `whose`."""
-    draw = stream(seed, "lora A", layer.name, *whose).uniform(-1, 1, (rank, layer.n)) / layer.n**0.5
-    return torch.from_numpy(draw).float()
-
-
 def tensor_names(shape: ModelShape, *roles: str) -> tuple[str, ...]:
     """Names of the given tensors of every target, and of the head.
 
@@ -116,51 +95,6 @@ class _Remembers(Protocol):
 
     @property
     def optimizer_state(self) -> str: ...
-
-
-class _LoRA(Protocol):
-    """A method with LoRA's fields; s = alpha / rank."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-
-
-class _Ranks(Protocol):
-    """A method with a largest rank and, where client_ranks is set, a rank for each client."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def client_ranks(self) -> tuple[int, ...] | None: ...
-
-
-def check_rank(method: _LoRA, shape: ModelShape) -> None:
-    """UserError where the rank exceeds a target matrix."""
-    check_fits(method.rank, shape)
-
-
-def check_ranks(method: _Ranks, shape: ModelShape) -> None:
-    """UserError where `rank` exceeds a target matrix, or a client's rank exceeds `rank`."""
-    check_fits(method.rank, shape)
-    if max(method.client_ranks or (1,)) > method.rank:
-        allowed = f"ranks from 1 to method.rank={method.rank}"
-        raise UserError("method.client_ranks", method.client_ranks, allowed, "raise method.rank or lower them")
-
-
-def rank_of(method: _Ranks, client: int) -> int:
-    """The rank of a client: entry `client` of client_ranks, modulo its length, or the rank of all."""
-    return method.client_ranks[client % len(method.client_ranks)] if method.client_ranks else method.rank
-
-
-def cut(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
-    """The first `rank` components of every target's two factors: left (m, rank), right (rank, n), views."""
-    factors = {}
-    for layer in shape.targets:
-        factors[f"{layer.name}/left"] = tensors[f"{layer.name}/left"][:, :rank]
-        factors[f"{layer.name}/right"] = tensors[f"{layer.name}/right"][:rank]
-    return factors
 
 
 def compact(layer: Layer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
@@ -202,15 +136,6 @@ def missed_bytes(server: ServerState, shape: ModelShape, since: int) -> int:
     return 4 * sum(min(t.m * t.n, rank * (t.m + t.n)) for t, rank in zip(shape.targets, missed, strict=True))
 
 
-def init_factors(method: _LoRA, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-    """LoRA before round 0: left (B) zero, right (A) drawn, and the head."""
-    tensors = head(shape, weights)
-    for layer in shape.targets:
-        tensors[f"{layer.name}/left"] = torch.zeros(layer.m, method.rank)
-        tensors[f"{layer.name}/right"] = lora_right(layer, method.rank, seed)
-    return ServerState(0, tensors)
-
-
 def broadcast(method: object, server: ServerState) -> Broadcast:
     """All of the server's tensors but its notes about the past, `history/...`."""
     return Broadcast(server.round, {n: t for n, t in server.tensors.items() if not n.startswith("history/")})
@@ -249,13 +174,6 @@ def aggregate(method: object, server: ServerState, total: Accumulator, shape: Mo
 def dense_model(method: object, server: ServerState, shape: ModelShape) -> dict[str, Change]:
     """The global model of a method whose server holds `<target>/weight`."""
     return {t.name: Change(dense=server.tensors[f"{t.name}/weight"]) for t in shape.targets}
-
-
-def lora_model(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[str, Change]:
-    """The global model of a method whose server holds one left and one right factor per target."""
-    tensors, scale = server.tensors, method.alpha / method.rank
-    blocks = {t.name: Block(tensors[f"{t.name}/left"], tensors[f"{t.name}/right"], scale) for t in shape.targets}
-    return {name: Change(blocks=(block,)) for name, block in blocks.items()}
 
 
 def no_personal_model(
