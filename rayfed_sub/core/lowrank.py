@@ -151,7 +151,7 @@ def directions(far_RR: Tensor, near_RR: Tensor, size: int) -> tuple[Tensor, Tens
 
 
 def spectrum(sigma_k: Tensor, size: int) -> Spectrum:
-    """What the singular values of one matrix, (k,), largest first, say; size: max(m, n).
+    """Norm, ranks and values from one matrix's singular values (k,), largest first; size: max(m, n).
 
     >>> found = spectrum(torch.tensor([2.0, 2.0, 0.0]), 3)
     >>> found.rank, found.stable_rank, round(found.effective_rank, 6), found.values

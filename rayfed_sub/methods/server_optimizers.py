@@ -1,4 +1,4 @@
-"""What the server does with a round's mean change, whatever the method: plain, momentum or Adam.
+"""The server's step from a round's mean change, for any method: plain, momentum or Adam.
 
 Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295 (FedAdam: Algorithm 2, no bias correction, v begins at
 tau^2); Hsu, Qi, Brown, arXiv 1909.06335 (FedAvgM); Wang et al., arXiv 2007.07481 (FedNova).  All of them move the
@@ -97,12 +97,12 @@ def nova_factor(weights: Sequence[float], steps: Sequence[float]) -> float:
 
 
 def mixes(rule: Server, privacy: Privacy) -> bool:
-    """Whether a round moves the server by anything but the mean of its updates."""
+    """True where a round moves the server by anything but the mean of its updates."""
     return rule.optimizer != "plain" or privacy.clip is not None
 
 
 def mixed_bytes(sent: Tensors, shape: ModelShape, counted: int) -> int:
-    """What a client downloads where the server mixes (see `mixes`): a dense weight is then no sum of the cohort's
+    """A client's download where the server mixes (see `mixes`): a dense weight is then no sum of the cohort's
     blocks any more, and the whole broadcast `sent` travels; without one the method's own count stays."""
     dense = any(f"{layer.name}/weight" in sent for layer in shape.targets)
     return wire_bytes(sent) if dense else counted

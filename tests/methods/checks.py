@@ -67,7 +67,7 @@ def check_upload_bytes(method: Method, tiny: Tiny, rank: int) -> None:
 
 
 def check_upload_represents_the_change(method: Method, tiny: Tiny) -> None:
-    """What the server receives stands for what the client trained: the product of the factors as sent, with those that
+    """The upload stands for what the client trained: the product of the factors as sent, with those that
     were fixed, equals the product as trained, in even and odd rounds."""
     for n, done in enumerate(rounds_of(method, tiny)):
         for start, result, update in zip(done.starts, done.results, done.updates, strict=True):

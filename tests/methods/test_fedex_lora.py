@@ -45,7 +45,7 @@ def test_two_clients_by_hand() -> None:
 
 
 def test_the_residual_is_the_cross_term() -> None:
-    """Fact 2: it equals s sum p_k (B_k - B')(A_k - A'), of rank (N - 1) r = 4 for three clients of rank 2."""
+    """It equals s sum p_k (B_k - B')(A_k - A'), of rank (N - 1) r = 4 for three clients of rank 2."""
     method, tiny = build({"name": "fedex-lora", "rank": 2}), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     done = walk(method, tiny, server, clients_data(tiny, 3), weights=[1, 2, 5])

@@ -1,4 +1,4 @@
-"""One conformance suite over every method of the table, and what each promises on the server (PAPER section 3 and 4).
+"""One conformance suite over every method of the table, and what each promises on the server.
 
 Rounds are walked by hand on a small Llama whose targets are taller and wider than square; no Ray.
 """
@@ -229,7 +229,7 @@ def test_a_weightless_client_counts_for_nothing(name: str) -> None:
 @every_method
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_exact_methods_average_the_changes_and_the_others_say_so(name: str, decay: float) -> None:
-    """Fact 5: server change = sum_k p_k dW_k, with alpha / r = 8 and unequal p = (1, 2, 5) / 8."""
+    """Server change = sum_k p_k dW_k, with alpha / r = 8 and unequal p = (1, 2, 5) / 8."""
     method, tiny = made(name), llama()
     server = begun(method, tiny)
     optimizer = OPTIMIZER.model_copy(update={"weight_decay": decay})
@@ -288,7 +288,7 @@ def test_a_rank_above_the_matrix_is_refused(name: str) -> None:
 
 
 def test_uploads_weigh_what_the_formulas_say() -> None:
-    """Targets of the small Llama: per layer numbers as in PAPER section 3, 4 bytes each."""
+    """Targets of the small Llama: numbers per layer by each method's rule, 4 bytes each."""
     tiny = llama()
     dense = sum(t.m * t.n for t in tiny.shape.targets)
     both = sum(t.m + t.n for t in tiny.shape.targets)
@@ -387,7 +387,7 @@ def test_fedftg_downloads_what_a_returning_client_missed() -> None:
 
 
 def test_fedit_misses_exactly_the_cross_term() -> None:
-    """Fact 2: sum p_k B_k A_k - B'A' = sum p_k (B_k - B')(A_k - A'), of rank <= (N - 1) r = 4."""
+    """Cross term: sum p_k B_k A_k - B'A' = sum p_k (B_k - B')(A_k - A'), of rank <= (N - 1) r = 4."""
     method, tiny = made("fedit"), llama()
     server = begun(method, tiny)
     done = walk(method, tiny, server, clients_data(tiny, 3), weights=[1, 2, 5])
@@ -408,7 +408,7 @@ def test_fedit_misses_exactly_the_cross_term() -> None:
 
 
 def test_rank_inflation_is_kept_not_truncated() -> None:
-    """Fact 1: the mean of N = 4 changes of rank r = 2 has rank 8 = N r, while each has rank 2."""
+    """The mean of N = 4 changes of rank r = 2 has rank 8 = N r, while each has rank 2."""
     method, tiny = made("fedftg"), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     done = walk(method, tiny, server, clients_data(tiny, 4), weights=[1, 1, 1, 1])
@@ -439,7 +439,7 @@ def test_fedftg_refuses_to_average_moments_of_different_subspaces() -> None:
 
 
 def remembers(name: str) -> bool:
-    """Whether it is left open what a new round does to Adam's moments."""
+    """True where it is left open what a new round does to Adam's moments."""
     return hasattr(made(name), "optimizer_state")
 
 
@@ -468,7 +468,7 @@ def test_reset_forgets_the_optimiser_and_keep_remembers_it(name: str) -> None:
 
 
 def test_t_agg_of_one_with_sgd_is_large_batch_sgd() -> None:
-    """Fact 9 for the dense method: one SGD step each, equal weights, is one step on the mean gradient."""
+    """For the dense method one SGD step each, equal weights, is one step on the mean gradient."""
     method, tiny = made("fedavg"), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     sgd = Optimizer(name="sgd")

@@ -120,7 +120,7 @@ def test_the_pull_shortens_the_way_and_vanishes_with_mu() -> None:
 
 
 def test_at_full_rank_galore_feels_the_same_pull_as_the_dense_weight() -> None:
-    """Fact 8 with FedProx: r = min(m, n) = 16, SGD, scale 1, a refresh in between: GaLore's change is SGD's."""
+    """With FedProx: r = min(m, n) = 16, SGD, scale 1, a refresh in between: GaLore's change is SGD's."""
     galore, dense = pulled("galore", 1.0), pulled("dense", 1.0)
     for layer in galore:
         assert distance(galore[layer], dense[layer]) < 1e-3

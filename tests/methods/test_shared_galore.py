@@ -68,7 +68,7 @@ def test_bases_are_orthonormal_and_differ_by_layer_period_and_seed() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_t_agg_of_one_with_sgd_is_projected_large_batch_sgd(scale: float) -> None:
-    """Fact 9: the mean of two SGD steps in one shared Q is -lr scale G Q^T Q with the mean gradient G, which dense
+    """The mean of two SGD steps in one shared Q is -lr scale G Q^T Q with the mean gradient G, which dense
     FedAvg shows on the same batches."""
     tiny, lr, sgd = llama(), 0.5, Optimizer(name="sgd")
     shared, dense = build({"name": "shared-galore", "rank": 2, "scale": scale}), build({"name": "fedavg"})
@@ -105,7 +105,7 @@ def test_it_is_galore_in_the_shared_basis() -> None:
 
 
 def test_a_period_stays_in_its_subspace_and_two_periods_add_up() -> None:
-    """Fact 6: rank r after any number of rounds of one period, rank 2 r once there was a second one."""
+    """Rank r after any number of rounds of one period, rank 2 r once there was a second one."""
     tiny = llama()
     method = build({"name": "shared-galore", "rank": 2, "refresh_every": 2})
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
