@@ -20,7 +20,7 @@ from rayfed_sub.core.types import (
     Tensors,
     Update,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Idle:
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         return ServerState(0, dict(weights))
 
-    broadcast = common.broadcast
-    download_bytes = common.download_all
+    broadcast = averaging.broadcast
+    download_bytes = averaging.download_all
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         return Start({}, ())
@@ -51,9 +51,9 @@ class Idle:
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         return Update(result.client, weight, {}, result.metrics)
 
-    client_state = common.no_client_state
-    accumulator = common.accumulator
-    accumulate = common.accumulate
-    aggregate = common.aggregate
-    model = common.dense_model
-    personal_model = common.no_personal_model
+    client_state = averaging.no_client_state
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
+    aggregate = averaging.aggregate
+    model = averaging.dense_model
+    personal_model = averaging.no_personal_model

@@ -26,7 +26,7 @@ from sheets import markdown, mean_and_spread, read, stand, write
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Layer
 from rayfed_sub.methods import build
-from rayfed_sub.methods.common import lora_right
+from rayfed_sub.methods.lora import lora_right
 
 RANK, ALPHA, SEEDS, TUNING_SEED = 4, 0.1, range(5), 100
 CLIENTS, STEPS, ROUNDS, TOTAL = 8, 8, 16, 512

@@ -35,7 +35,7 @@ def first_counted(method: Method, server: ServerState, since: int, down: int) ->
 
 
 def dense_downloads(clients: Sequence[int], skipped: Sequence[int], dense: int, *, private: bool) -> int:
-    """Downloads of dense FedAvg's clients in a run by the same rule: `dense` bytes each, in rounds before which
+    """Download bytes of dense FedAvg's clients in a run by the same rule: `dense` bytes each, in rounds before which
     the server had moved.  clients, skipped: of each round; private: noise moves the server in a round without clients.
 
     >>> dense_downloads([8, 8, 2], [0, 0, 0], 100, private=False)  # the first eight hold the pretrained weights

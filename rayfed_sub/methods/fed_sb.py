@@ -33,7 +33,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 _CUT = 1e-7  # singular values below this share of the largest are float32 rounding
 
@@ -52,15 +52,15 @@ class FedSB:
     wire: ClassVar[str] = "r^2 / r^2"
     departs: ClassVar[str] = "a variant: the paper starts from the singular vectors of the first gradient"
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
-    optimizer_state: common.SharedMemory = "keep"
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
+    optimizer_state: averaging.SharedMemory = "keep"
 
-    check = common.check_rank
-    broadcast = common.broadcast
+    check = lora.check_rank
+    broadcast = averaging.broadcast
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-        tensors = common.head(shape, weights)
+        tensors = averaging.head(shape, weights)
         for layer in shape.targets:
             left, right = outer_factors(weights[f"{layer.name}/weight"], self.rank)
             core = torch.zeros(self.rank, self.rank)
@@ -72,20 +72,20 @@ class FedSB:
         return wire_bytes(sent)
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        names = common.tensor_names(shape, "left", "core", "right")
+        names = averaging.tensor_names(shape, "left", "core", "right")
         tensors = {name: broadcast.tensors[name] for name in names}
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, common.tensor_names(shape, "core"), self.alpha / self.rank, moments, step)
+        moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
+        return Start(tensors, averaging.tensor_names(shape, "core"), self.alpha / self.rank, moments, step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "core")}
-        tensors |= common.moments_to_send(self.optimizer_state, result)
+        tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "core")}
+        tensors |= averaging.moments_to_send(self.optimizer_state, result)
         return Update(result.client, weight, tensors, result.metrics)
 
-    client_state = common.client_state
-    accumulator = common.accumulator
-    accumulate = common.accumulate
-    aggregate = common.aggregate
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
+    aggregate = averaging.aggregate
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         changes = {}
@@ -94,7 +94,7 @@ class FedSB:
             changes[layer.name] = Change(blocks=(Block(left, right, self.alpha / self.rank, core),))
         return changes
 
-    personal_model = common.no_personal_model
+    personal_model = averaging.no_personal_model
 
 
 def outer_factors(W_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from rayfed_sub.core.types import (
     Tensors,
     Update,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FedAvg:
     wire: ClassVar[str] = "m n / m n"
     departs: ClassVar[str] = "local AdamW in place of SGD: what FedFTG's release runs"
 
-    optimizer_state: common.SharedMemory = "keep"
+    optimizer_state: averaging.SharedMemory = "keep"
 
     def check(self, shape: ModelShape) -> None:
         """Every model fits."""
@@ -44,21 +44,21 @@ class FedAvg:
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         return ServerState(0, dict(weights))
 
-    broadcast = common.broadcast
-    download_bytes = common.download_all
+    broadcast = averaging.broadcast
+    download_bytes = averaging.download_all
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        names = common.tensor_names(shape, "weight")
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
+        names = averaging.tensor_names(shape, "weight")
+        moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
         return Start({name: broadcast.tensors[name] for name in names}, names, moments=moments, step=step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {**result.tensors, **common.moments_to_send(self.optimizer_state, result)}
+        tensors = {**result.tensors, **averaging.moments_to_send(self.optimizer_state, result)}
         return Update(result.client, weight, tensors, result.metrics)
 
-    client_state = common.client_state
-    accumulator = common.accumulator
-    accumulate = common.accumulate
-    aggregate = common.aggregate
-    model = common.dense_model
-    personal_model = common.no_personal_model
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
+    aggregate = averaging.aggregate
+    model = averaging.dense_model
+    personal_model = averaging.no_personal_model

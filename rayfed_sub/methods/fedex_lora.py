@@ -22,7 +22,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -39,40 +39,40 @@ class FedExLoRA:
     wire: ClassVar[str] = "r (m + n) / r (m + n) + min(m n, residuals missed)"
     departs: ClassVar[str] = ""
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
-    optimizer_state: common.SharedMemory = "keep"
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
+    optimizer_state: averaging.SharedMemory = "keep"
 
-    check = common.check_rank
-    broadcast = common.broadcast
+    check = lora.check_rank
+    broadcast = averaging.broadcast
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-        factors = common.init_factors(self, weights, shape, seed).tensors
-        return ServerState(0, {**weights, **factors, **common.no_history(shape)})
+        factors = lora.init_factors(self, weights, shape, seed).tensors
+        return ServerState(0, {**weights, **factors, **averaging.no_history(shape)})
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        known = {common.RANKS, *(f"{layer.name}/weight" for layer in shape.targets)}
+        known = {averaging.RANKS, *(f"{layer.name}/weight" for layer in shape.targets)}
         factors = {name: tensor for name, tensor in server.tensors.items() if name not in known}
-        return common.missed_bytes(server, shape, since) + wire_bytes(factors)
+        return averaging.missed_bytes(server, shape, since) + wire_bytes(factors)
 
-    start_client = common.start_factors
-    upload = common.upload_factors
-    client_state = common.client_state
-    accumulator = common.accumulator
+    start_client = lora.start_client
+    upload = lora.upload
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         """The factors' sums beside the sums of their products, under `<layer>/weight`."""
-        return common.add_changes(common.add(total, update.tensors, update.weight), update, shape)
+        return averaging.add_changes(averaging.add(total, update.tensors, update.weight), update, shape)
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
-        changed, scale = common.mean(total), self.alpha / self.rank
+        changed, scale = averaging.mean(total), self.alpha / self.rank
         for layer in shape.targets if changed else ():
             name, product = f"{layer.name}/weight", changed[f"{layer.name}/left"] @ changed[f"{layer.name}/right"]
             changed[name].sub_(product).mul_(scale).add_(server.tensors[name])
-        return server.advance({**changed, **common.longer_history(server, total, shape, less=self.rank)})
+        return server.advance({**changed, **averaging.longer_history(server, total, shape, less=self.rank)})
 
     def model(self, server: ServerState, shape: ModelShape) -> dict[str, Change]:
-        adapted, based = common.lora_model(self, server, shape), common.dense_model(self, server, shape)
+        adapted, based = lora.lora_model(self, server, shape), averaging.dense_model(self, server, shape)
         return {name: Change(dense=based[name].dense, blocks=adapted[name].blocks) for name in adapted}
 
-    personal_model = common.no_personal_model
+    personal_model = averaging.no_personal_model

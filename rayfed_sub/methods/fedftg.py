@@ -29,7 +29,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,27 @@ class FedFTG:
     wire: ClassVar[str] = "k r (m + n) / min(m n, blocks missed)"
     departs: ClassVar[str] = ""
 
-    rank: common.Rank = 8
-    scale: common.Positive = 1.0
-    refresh_every: common.Rank = 200
+    rank: averaging.Rank = 8
+    scale: averaging.Positive = 1.0
+    refresh_every: averaging.Rank = 200
     projector: Literal["exact", "svd", "randomized", "random"] = "exact"
     moments: Literal["keep", "rotate", "reset"] = "keep"
-    optimizer_state: common.Memory = "keep"
+    optimizer_state: averaging.Memory = "keep"
 
     def check(self, shape: ModelShape) -> None:
-        common.check_fits(self.rank, shape)
+        lora.check_fits(self.rank, shape)
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-        return ServerState(0, {**weights, **common.no_history(shape)})
+        return ServerState(0, {**weights, **averaging.no_history(shape)})
 
-    broadcast = common.broadcast
+    broadcast = averaging.broadcast
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        return common.missed_bytes(server, shape, since) + wire_bytes(common.head(shape, server.tensors))
+        return averaging.missed_bytes(server, shape, since) + wire_bytes(averaging.head(shape, server.tensors))
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         kept = state.tensors if state is not None and self.optimizer_state == "keep" else {}
-        tensors = common.head(shape, broadcast.tensors)
+        tensors = averaging.head(shape, broadcast.tensors)
         trained = list(tensors)
         for layer in shape.targets:
             left, right = f"{layer.name}/left", f"{layer.name}/right"
@@ -75,14 +75,14 @@ class FedFTG:
             fixed, moving = sides(layer)
             tensors[fixed] = kept.get(fixed, tensors[fixed])
             trained.append(moving)
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
+        moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
         subspace = Subspace(self.rank, self.refresh_every, self.projector, self.moments)
         return Start(tensors, tuple(trained), self.scale, moments, step, subspace, decays_base=True)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = common.head(shape, result.tensors)
+        tensors = averaging.head(shape, result.tensors)
         for layer in shape.targets:
-            tensors |= common.compact(layer, *result.blocks[layer.name])
+            tensors |= averaging.compact(layer, *result.blocks[layer.name])
         if result.base_scale != 1.0:
             tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
         return Update(result.client, weight, tensors, result.metrics)
@@ -91,22 +91,22 @@ class FedFTG:
         if self.optimizer_state == "reset":
             return {}
         bases = {name: result.tensors[name] for name, _ in map(sides, shape.targets)}
-        return bases | common.moments_to_keep(self.optimizer_state, result)
+        return bases | averaging.moments_to_keep(self.optimizer_state, result)
 
-    accumulator = common.accumulator
+    accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         kept = update.tensors.get("base_scale", torch.tensor(1.0, dtype=torch.float64))
-        added = common.add(total, {**common.head(shape, update.tensors), "base_scale": kept}, update.weight)
-        return common.add_changes(added, update, shape)
+        added = averaging.add(total, {**averaging.head(shape, update.tensors), "base_scale": kept}, update.weight)
+        return averaging.add_changes(added, update, shape)
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
-        changed = common.mean(total)
+        changed = averaging.mean(total)
         kept = float(changed.pop("base_scale", 1.0))
         for layer in shape.targets if changed else ():
             name = f"{layer.name}/weight"
             changed[name].add_(kept * server.tensors[name])
-        return server.advance({**changed, **common.longer_history(server, total, shape)})
+        return server.advance({**changed, **averaging.longer_history(server, total, shape)})
 
-    model = common.dense_model
-    personal_model = common.no_personal_model
+    model = averaging.dense_model
+    personal_model = averaging.no_personal_model

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,20 @@ class FedIT:
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = ""
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
-    optimizer_state: common.SharedMemory = "keep"
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
+    optimizer_state: averaging.SharedMemory = "keep"
 
-    check = common.check_rank
-    init_server = common.init_factors
-    broadcast = common.broadcast
-    download_bytes = common.download_all
+    check = lora.check_rank
+    init_server = lora.init_factors
+    broadcast = averaging.broadcast
+    download_bytes = averaging.download_all
 
-    start_client = common.start_factors
-    upload = common.upload_factors
-    client_state = common.client_state
-    accumulator = common.accumulator
-    accumulate = common.accumulate
-    aggregate = common.aggregate
-    model = common.lora_model
-    personal_model = common.no_personal_model
+    start_client = lora.start_client
+    upload = lora.upload
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
+    aggregate = averaging.aggregate
+    model = lora.lora_model
+    personal_model = averaging.no_personal_model

@@ -28,7 +28,7 @@ from rayfed_sub.core.types import (
     Tensors,
     Update,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -45,37 +45,37 @@ class FedSALoRA:
     wire: ClassVar[str] = "r n / r n"
     departs: ClassVar[str] = ""
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
-    optimizer_state: common.Memory = "keep"
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
+    optimizer_state: averaging.Memory = "keep"
 
-    check = common.check_rank
-    broadcast = common.broadcast
-    download_bytes = common.download_all
+    check = lora.check_rank
+    broadcast = averaging.broadcast
+    download_bytes = averaging.download_all
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-        tensors = common.init_factors(self, weights, shape, seed).tensors
-        return ServerState(0, {name: tensors[name] for name in common.tensor_names(shape, "right")})
+        tensors = lora.init_factors(self, weights, shape, seed).tensors
+        return ServerState(0, {name: tensors[name] for name in averaging.tensor_names(shape, "right")})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "right")}
+        tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "right")}
         for layer in shape.targets:
             name = f"{layer.name}/left"
             tensors[name] = torch.zeros(layer.m, self.rank) if state is None else state.tensors[name]
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
+        moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
+        return Start(tensors, averaging.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "right")}
+        tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "right")}
         return Update(result.client, weight, tensors, result.metrics)
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         own = {f"{layer.name}/left": result.tensors[f"{layer.name}/left"] for layer in shape.targets}
-        return own | common.moments_to_keep(self.optimizer_state, result)
+        return own | averaging.moments_to_keep(self.optimizer_state, result)
 
-    accumulator = common.accumulator
-    accumulate = common.accumulate
-    aggregate = common.aggregate
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
+    aggregate = averaging.aggregate
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         return self.personal_model(server, None, shape)

@@ -30,7 +30,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -47,38 +47,38 @@ class FedSVD:
     wire: ClassVar[str] = "r m / r m, after a factorisation r (m + n)"
     departs: ClassVar[str] = "spare rows of A are completed within its row space"
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
-    period: common.Rank = 1
-    optimizer_state: common.Memory = "keep"
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
+    period: averaging.Rank = 1
+    optimizer_state: averaging.Memory = "keep"
 
-    check = common.check_rank
-    init_server = common.init_factors
-    broadcast = common.broadcast
+    check = lora.check_rank
+    init_server = lora.init_factors
+    broadcast = averaging.broadcast
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         # The first A comes from the run's shared seed: it never travels.
         stale = max(since, 0) // self.period != server.round // self.period
         roles = ("left", "right") if stale else ("left",)
-        return wire_bytes({name: server.tensors[name] for name in common.tensor_names(shape, *roles)})
+        return wire_bytes({name: server.tensors[name] for name in averaging.tensor_names(shape, *roles)})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
+        tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "left", "right")}
         if state is not None and (state.round - 1) // self.period != broadcast.round // self.period:
             state = None  # its moments are in the basis of another A
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, common.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
+        moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
+        return Start(tensors, averaging.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left")}
+        tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "left")}
         return Update(result.client, weight, tensors, result.metrics)
 
-    client_state = common.client_state
-    accumulator = common.accumulator
-    accumulate = common.accumulate
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
-        after = server.advance(common.mean(total))
+        after = server.advance(averaging.mean(total))
         if after.round % self.period:
             return after
         tensors = dict(after.tensors)
@@ -87,8 +87,8 @@ class FedSVD:
             tensors[left], tensors[right] = factorised(tensors[left], tensors[right])
         return ServerState(after.round, tensors)
 
-    model = common.lora_model
-    personal_model = common.no_personal_model
+    model = lora.lora_model
+    personal_model = averaging.no_personal_model
 
 
 def factorised(B_mr: Tensor, A_rn: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,31 @@ class FFALoRA:
     wire: ClassVar[str] = "r m / r m"
     departs: ClassVar[str] = ""
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
-    optimizer_state: common.SharedMemory = "keep"
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
+    optimizer_state: averaging.SharedMemory = "keep"
 
-    check = common.check_rank
-    init_server = common.init_factors
-    broadcast = common.broadcast
+    check = lora.check_rank
+    init_server = lora.init_factors
+    broadcast = averaging.broadcast
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         # The frozen A comes from the run's shared seed: it never travels.
         return wire_bytes({name: t for name, t in server.tensors.items() if not name.endswith("/right")})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, common.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
+        tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "left", "right")}
+        moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
+        return Start(tensors, averaging.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        tensors = {name: result.tensors[name] for name in common.tensor_names(shape, "left")}
-        tensors |= common.moments_to_send(self.optimizer_state, result)
+        tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "left")}
+        tensors |= averaging.moments_to_send(self.optimizer_state, result)
         return Update(result.client, weight, tensors, result.metrics)
 
-    client_state = common.client_state
-    accumulator = common.accumulator
-    accumulate = common.accumulate
-    aggregate = common.aggregate
-    model = common.lora_model
-    personal_model = common.no_personal_model
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
+    aggregate = averaging.aggregate
+    model = lora.lora_model
+    personal_model = averaging.no_personal_model

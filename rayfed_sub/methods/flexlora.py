@@ -34,7 +34,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -51,38 +51,38 @@ class FlexLoRA:
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = "Adam's moments are reset after the SVD, ranks follow client_ranks by turns"
 
-    rank: common.Rank = 8
-    client_ranks: common.ClientRanks = None
-    alpha: common.Positive = 16.0
+    rank: averaging.Rank = 8
+    client_ranks: lora.ClientRanks = None
+    alpha: averaging.Positive = 16.0
 
-    check = common.check_ranks
-    init_server = common.init_factors
-    broadcast = common.broadcast
+    check = lora.check_ranks
+    init_server = lora.init_factors
+    broadcast = averaging.broadcast
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        factors = common.cut(server.tensors, shape, common.rank_of(self, client.id))
-        return wire_bytes({**factors, **common.head(shape, server.tensors)})
+        factors = lora.cut(server.tensors, shape, lora.rank_of(self, client.id))
+        return wire_bytes({**factors, **averaging.head(shape, server.tensors)})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        rank = common.rank_of(self, client.id)
-        tensors = common.cut(broadcast.tensors, shape, rank) | common.head(shape, broadcast.tensors)
+        rank = lora.rank_of(self, client.id)
+        tensors = lora.cut(broadcast.tensors, shape, rank) | averaging.head(shape, broadcast.tensors)
         for layer in shape.targets:  # the server's B is for s = alpha / r
             tensors[f"{layer.name}/left"] = rank / self.rank * tensors[f"{layer.name}/left"]
-        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / rank)
+        return Start(tensors, averaging.tensor_names(shape, "left", "right"), self.alpha / rank)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        sent = common.head(shape, result.tensors)
+        sent = averaging.head(shape, result.tensors)
         for layer in shape.targets:
             left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
-            sent |= common.compact(layer, self.alpha / left.shape[1] * left, right)
+            sent |= averaging.compact(layer, self.alpha / left.shape[1] * left, right)
         return Update(result.client, weight, sent, result.metrics)
 
-    client_state = common.no_client_state
-    accumulator = common.accumulator
+    client_state = averaging.no_client_state
+    accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         heads = Accumulator(total.weight, {name: t for name, t in total.tensors.items() if name in shape.head_names})
-        added = common.add(heads, common.head(shape, update.tensors), update.weight)
+        added = averaging.add(heads, averaging.head(shape, update.tensors), update.weight)
         sums = dict(added.tensors)
         for layer in shape.targets:
             sums |= _grown(_of(layer, total.tensors), _of(layer, update.tensors), update.weight, layer)
@@ -99,12 +99,12 @@ class FlexLoRA:
             changed |= {f"{layer.name}/left": left, f"{layer.name}/right": torch.cat([right, spare])}
         return server.advance(changed)
 
-    model = common.lora_model
-    personal_model = common.no_personal_model
+    model = lora.lora_model
+    personal_model = averaging.no_personal_model
 
 
 def _of(layer: Layer, tensors: Tensors) -> dict[str, Tensor]:
-    """One layer's change in the form it has (see `common.compact`), by role."""
+    """One layer's change in the form it has (see `averaging.compact`), by role."""
     roles = ("left", "right", "weight")
     return {role: tensors[f"{layer.name}/{role}"] for role in roles if f"{layer.name}/{role}" in tensors}
 
@@ -117,7 +117,7 @@ def _grown(total: Tensors, change: Tensors, weight: float, layer: Layer) -> dict
     left, right = weight * change["left"], change["right"]
     if total:
         left, right = torch.cat([total["left"], left], dim=1), torch.cat([total["right"], right])
-    return common.compact(layer, left, right)
+    return averaging.compact(layer, left, right)
 
 
 def _dense(change: Tensors) -> Tensor:

@@ -28,7 +28,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -45,46 +45,46 @@ class FLoRA:
     wire: ClassVar[str] = "r (m + n) / min(m n, stacks missed)"
     departs: ClassVar[str] = ""
 
-    rank: common.Rank = 8
-    client_ranks: common.ClientRanks = None
-    alpha: common.Positive = 16.0
+    rank: averaging.Rank = 8
+    client_ranks: lora.ClientRanks = None
+    alpha: averaging.Positive = 16.0
 
-    check = common.check_ranks
-    broadcast = common.broadcast
+    check = lora.check_ranks
+    broadcast = averaging.broadcast
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-        return ServerState(0, {**weights, **common.no_history(shape)})
+        return ServerState(0, {**weights, **averaging.no_history(shape)})
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        return common.missed_bytes(server, shape, since) + wire_bytes(common.head(shape, server.tensors))
+        return averaging.missed_bytes(server, shape, since) + wire_bytes(averaging.head(shape, server.tensors))
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        rank, tensors = common.rank_of(self, client.id), common.head(shape, broadcast.tensors)
+        rank, tensors = lora.rank_of(self, client.id), averaging.head(shape, broadcast.tensors)
         for layer in shape.targets:
             tensors[f"{layer.name}/left"] = torch.zeros(layer.m, rank)
-            tensors[f"{layer.name}/right"] = common.lora_right(layer, rank, client.seed, broadcast.round, client.id)
-        return Start(tensors, common.tensor_names(shape, "left", "right"), self.alpha / rank)
+            tensors[f"{layer.name}/right"] = lora.lora_right(layer, rank, client.seed, broadcast.round, client.id)
+        return Start(tensors, averaging.tensor_names(shape, "left", "right"), self.alpha / rank)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        sent = common.head(shape, result.tensors)
+        sent = averaging.head(shape, result.tensors)
         for layer in shape.targets:
             left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
-            sent |= common.compact(layer, self.alpha / left.shape[1] * left, right)
+            sent |= averaging.compact(layer, self.alpha / left.shape[1] * left, right)
         return Update(result.client, weight, sent, result.metrics)
 
-    client_state = common.no_client_state
-    accumulator = common.accumulator
+    client_state = averaging.no_client_state
+    accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
-        added = common.add(total, common.head(shape, update.tensors), update.weight)
-        return common.add_changes(added, update, shape)
+        added = averaging.add(total, averaging.head(shape, update.tensors), update.weight)
+        return averaging.add_changes(added, update, shape)
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
-        changed = common.mean(total)
+        changed = averaging.mean(total)
         for layer in shape.targets if changed else ():
             name = f"{layer.name}/weight"
             changed[name].add_(server.tensors[name])
-        return server.advance({**changed, **common.longer_history(server, total, shape)})
+        return server.advance({**changed, **averaging.longer_history(server, total, shape)})
 
-    model = common.dense_model
-    personal_model = common.no_personal_model
+    model = averaging.dense_model
+    personal_model = averaging.no_personal_model

@@ -35,7 +35,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 _PRUNED = "history/pruned"  # server tensor (clients seen, 2) int64: a client's number and the rank it last sent
 _ROUNDING = 1e-6  # a tail that differs by less, relatively, has not moved
@@ -58,48 +58,48 @@ class HetLoRA:
         "p_k in the weights (uniform: as published); s = alpha / r for all ranks; the penalty's weight is ours"
     )
 
-    rank: common.Rank = 8
-    client_ranks: common.ClientRanks = None
-    alpha: common.Positive = 16.0
+    rank: averaging.Rank = 8
+    client_ranks: lora.ClientRanks = None
+    alpha: averaging.Positive = 16.0
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
     penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.001
 
-    check = common.check_ranks
-    broadcast = common.broadcast
+    check = lora.check_ranks
+    broadcast = averaging.broadcast
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-        factors = common.init_factors(self, weights, shape, seed).tensors
+        factors = lora.init_factors(self, weights, shape, seed).tensors
         return ServerState(0, {**factors, _PRUNED: torch.zeros(0, 2, dtype=torch.int64)})
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        rank = dict(server.tensors[_PRUNED].tolist()).get(client.id, common.rank_of(self, client.id))
-        return wire_bytes({**common.cut(server.tensors, shape, rank), **common.head(shape, server.tensors)})
+        rank = dict(server.tensors[_PRUNED].tolist()).get(client.id, lora.rank_of(self, client.id))
+        return wire_bytes({**lora.cut(server.tensors, shape, rank), **averaging.head(shape, server.tensors)})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        rank = common.rank_of(self, client.id) if state is None else int(state.tensors["rank"])
-        tensors = common.cut(broadcast.tensors, shape, rank) | common.head(shape, broadcast.tensors)
-        trained = common.tensor_names(shape, "left", "right")
+        rank = lora.rank_of(self, client.id) if state is None else int(state.tensors["rank"])
+        tensors = lora.cut(broadcast.tensors, shape, rank) | averaging.head(shape, broadcast.tensors)
+        trained = averaging.tensor_names(shape, "left", "right")
         kept = self._kept(rank)
         penalty = partial(_penalty, self.penalty, shape, kept) if self.penalty and kept < rank else None
         return Start(tensors, trained, self.alpha / self.rank, penalty=penalty)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        sent = common.cut(result.tensors, shape, self._pruned(broadcast, result, shape))
-        return Update(result.client, weight, sent | common.head(shape, result.tensors), result.metrics)
+        sent = lora.cut(result.tensors, shape, self._pruned(broadcast, result, shape))
+        return Update(result.client, weight, sent | averaging.head(shape, result.tensors), result.metrics)
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         return {"rank": torch.tensor(self._pruned(broadcast, result, shape))}
 
-    accumulator = common.accumulator
+    accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         sent, sums, so_far = update.tensors, total.tensors, total.counts.get("strength", 0.0)
-        strength = update.weight * common.change_norm(sent, shape)
+        strength = update.weight * lora.change_norm(sent, shape)
         if strength and not so_far:  # beside a client with a change, those without count for nothing
             sums = {name: tensor for name, tensor in sums.items() if name in shape.head_names}
-        added = common.add(Accumulator(total.weight, sums), common.head(shape, sent), update.weight)
+        added = averaging.add(Accumulator(total.weight, sums), averaging.head(shape, sent), update.weight)
         share = strength if strength or so_far else update.weight
-        factors = common.add(added, common.padded_factors(sent, shape, self.rank), share).tensors
+        factors = averaging.add(added, lora.padded_factors(sent, shape, self.rank), share).tensors
         rank = sent[f"{shape.targets[0].name}/left"].shape[1]
         counts = {**total.counts, "strength": so_far + strength, f"rank/{update.client}": float(rank)}
         return Accumulator(added.weight, factors, counts)
@@ -108,13 +108,13 @@ class HetLoRA:
         shares = total.counts.get("strength", 0.0) or total.weight
         heads = {name: tensor for name, tensor in total.tensors.items() if name in shape.head_names}
         factors = {name: tensor for name, tensor in total.tensors.items() if name not in heads}
-        changed = common.mean(Accumulator(shares, factors)) | common.mean(Accumulator(total.weight, heads))
+        changed = averaging.mean(Accumulator(shares, factors)) | averaging.mean(Accumulator(total.weight, heads))
         ranks = {int(name[len("rank/") :]): int(r) for name, r in total.counts.items() if name.startswith("rank/")}
         pruned = sorted({**dict(server.tensors[_PRUNED].tolist()), **ranks}.items())
         return server.advance({**changed, _PRUNED: torch.tensor(pruned, dtype=torch.int64).reshape(-1, 2)})
 
-    model = common.lora_model
-    personal_model = common.no_personal_model
+    model = lora.lora_model
+    personal_model = averaging.no_personal_model
 
     def _kept(self, rank: int) -> int:
         return max(1, math.floor(self.gamma * rank))
@@ -123,7 +123,7 @@ class HetLoRA:
         """The client's rank after the round."""
         rank = result.tensors[f"{shape.targets[0].name}/left"].shape[1]
         kept = self._kept(rank)
-        before = float(tail(common.cut(broadcast.tensors, shape, rank), shape, kept))
+        before = float(tail(lora.cut(broadcast.tensors, shape, rank), shape, kept))
         after = float(tail(result.tensors, shape, kept))
         return kept if after < (1 - _ROUNDING) * before else rank
 

@@ -24,7 +24,7 @@ from rayfed_sub.core.types import (
     ServerState,
     Update,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 _SENT = "sent:"  # in the fold: one client's own factors
 _STEPS = 200  # L-BFGS iterations at most; tens suffice
@@ -45,24 +45,24 @@ class LoRAFAIR:
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = "the objective is minimised by L-BFGS, a solver of ours"
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
     penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    optimizer_state: common.SharedMemory = "keep"
+    optimizer_state: averaging.SharedMemory = "keep"
 
-    check = common.check_rank
-    init_server = common.init_factors
-    broadcast = common.broadcast
-    download_bytes = common.download_all
+    check = lora.check_rank
+    init_server = lora.init_factors
+    broadcast = averaging.broadcast
+    download_bytes = averaging.download_all
 
-    start_client = common.start_factors
-    upload = common.upload_factors
-    client_state = common.client_state
-    accumulator = common.accumulator
+    start_client = lora.start_client
+    upload = lora.upload
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         # Beside the sums, every client's factors: w_k B_k and A_k, under its number in the fold.
-        added, k = common.add(total, update.tensors, update.weight), int(total.counts.get("updates", 0))
+        added, k = averaging.add(total, update.tensors, update.weight), int(total.counts.get("updates", 0))
         sent: dict[str, Tensor] = {}
         for layer in shape.targets:
             left, right = f"{layer.name}/left", f"{layer.name}/right"
@@ -72,7 +72,7 @@ class LoRAFAIR:
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         sums = {name: x for name, x in total.tensors.items() if not name.startswith(_SENT)}
-        means = common.mean(Accumulator(total.weight, sums))
+        means = averaging.mean(Accumulator(total.weight, sums))
         for layer in shape.targets if means else ():
             left, right = f"{layer.name}/left", f"{layer.name}/right"
             updates = range(int(total.counts["updates"]))
@@ -81,8 +81,8 @@ class LoRAFAIR:
             means[left] = corrected(means[left], means[right], L_mR, R_Rn, self.penalty)
         return server.advance(means)
 
-    model = common.lora_model
-    personal_model = common.no_personal_model
+    model = lora.lora_model
+    personal_model = averaging.no_personal_model
 
 
 def corrected(B_mr: Tensor, A_rn: Tensor, L_mR: Tensor, R_Rn: Tensor, penalty: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Protocol of a federated method.  A method is a frozen dataclass of hyperparameters with pure
+"""The protocol between the engine and a federated method.  A method is a frozen dataclass of hyperparameters with pure
 functions: it owns no state, does no I/O, draws no unnamed random number and never knows where it runs.
 
 One round, as the engine walks it:
@@ -36,18 +36,18 @@ class Method(Protocol):
     name: ClassVar[str]
     paper: ClassVar[str]
     trained: ClassVar[str]
-    """Trained tensors in words, for the table of methods."""
+    """A client's trained tensors, in words, for the table of methods."""
     exact: ClassVar[bool]
-    """True where the server's change equals sum p_k dW_k to rounding."""
+    """True: the server's change equals sum p_k dW_k to rounding."""
     supports_server_optimizer: ClassVar[bool]
-    """True where the server's tensors keep their basis and move with the mean update, so that server optimizers fit."""
+    """True: the server's tensors keep their basis and move with the mean update, so that server optimisers fit."""
     personal: ClassVar[bool]
-    """True where every client has a model of its own, see `personal_model`."""
+    """True: every client has a model of its own, see `personal_model`."""
     wire: ClassVar[str]
     """Numbers per layer, client and round, up / down, as a formula."""
 
     departs: ClassVar[str]
-    """Departures from the paper in words, for the table of methods; empty: none."""
+    """Differences from the paper, in words for the table of methods; empty: none."""
 
     def check(self, shape: ModelShape) -> None:
         """Raises UserError where the hyperparameters do not fit the model (a rank above the matrix)."""
@@ -56,7 +56,7 @@ class Method(Protocol):
         """The server before round 0.  weights: the pretrained `<target>/weight` (m, n) and the head, float32."""
 
     def broadcast(self, server: ServerState) -> Broadcast:
-        """Tensors that the clients of the coming round read; may depend on server.round."""
+        """The tensors that the clients of the coming round read; may depend on server.round."""
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         """Bytes the client would receive before round server.round, having last synchronised at the start of round
@@ -64,7 +64,7 @@ class Method(Protocol):
         what follows from pretrained weights and seed costs nothing, whatever the method (`downloads.py`)."""
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        """Start of a client's round; state is None in its first round."""
+        """A client's tensors at the start of the round; state is None in its first round."""
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         """Exactly the tensors that travel; weight is the client's raw weight (its rows, or 1).  broadcast: the one that

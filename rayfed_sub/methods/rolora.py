@@ -24,7 +24,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class RoLoRA:
     wire: ClassVar[str] = "r m, r n in turn / the factors averaged since"
     departs: ClassVar[str] = ""
 
-    rank: common.Rank = 8
-    alpha: common.Positive = 16.0
+    rank: averaging.Rank = 8
+    alpha: averaging.Positive = 16.0
 
-    check = common.check_rank
-    init_server = common.init_factors
-    broadcast = common.broadcast
+    check = lora.check_rank
+    init_server = lora.init_factors
+    broadcast = averaging.broadcast
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         # Before round 0 there is nothing to send: B is zero, and A comes from the run's shared seed.
         roles = sorted({_role(done) for done in range(max(since, 0), server.round)})
-        return wire_bytes({name: server.tensors[name] for name in common.tensor_names(shape, *roles)})
+        return wire_bytes({name: server.tensors[name] for name in averaging.tensor_names(shape, *roles)})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        tensors = {name: broadcast.tensors[name] for name in common.tensor_names(shape, "left", "right")}
-        return Start(tensors, common.tensor_names(shape, _role(broadcast.round)), self.alpha / self.rank)
+        tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "left", "right")}
+        return Start(tensors, averaging.tensor_names(shape, _role(broadcast.round)), self.alpha / self.rank)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in result.trained}
@@ -63,11 +63,11 @@ class RoLoRA:
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         return {}
 
-    accumulator = common.accumulator
-    accumulate = common.accumulate
-    aggregate = common.aggregate
-    model = common.lora_model
-    personal_model = common.no_personal_model
+    accumulator = averaging.accumulator
+    accumulate = averaging.accumulate
+    aggregate = averaging.aggregate
+    model = lora.lora_model
+    personal_model = averaging.no_personal_model
 
 
 def _role(round: int) -> str:

@@ -1,4 +1,4 @@
-"""Server optimizers on a round's mean change, for any method: plain, momentum or Adam.
+"""The server's step from a round's mean change, for any method: plain, momentum or Adam.
 
 Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295 (FedAdam: Algorithm 2, no bias correction, v begins at
 tau^2); Hsu, Qi, Brown, arXiv 1909.06335 (FedAvgM); Wang et al., arXiv 2007.07481 (FedNova).  All of them move the
@@ -102,7 +102,7 @@ def mixes(rule: Server, privacy: Privacy) -> bool:
 
 
 def mixed_bytes(sent: Tensors, shape: ModelShape, counted: int) -> int:
-    """Bytes that a client downloads where the server mixes (see `mixes`): a dense weight is then no sum of the cohort's
+    """A client's download where the server mixes (see `mixes`): a dense weight is then no sum of the cohort's
     blocks any more, and the whole broadcast `sent` travels; without one the method's own count stays."""
     dense = any(f"{layer.name}/weight" in sent for layer in shape.targets)
     return wire_bytes(sent) if dense else counted

@@ -36,7 +36,7 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.methods import common
+from rayfed_sub.methods import averaging, lora
 
 _SEED = "seed"  # server tensor int64: the run's seed, for the coming bases
 
@@ -55,14 +55,14 @@ class SharedGaLore:
     wire: ClassVar[str] = "r max(m, n) / min(m n, r max(m, n) per period missed)"
     departs: ClassVar[str] = "a simplification of FedGaLore: one random basis for all, whole moments synchronised"
 
-    rank: common.Rank = 8
-    scale: common.Positive = 1.0
-    refresh_every: common.Rank = 10
+    rank: averaging.Rank = 8
+    scale: averaging.Positive = 1.0
+    refresh_every: averaging.Rank = 10
     moments: Literal["reset", "rotate", "keep"] = "reset"
-    optimizer_state: common.SharedMemory = "keep"
+    optimizer_state: averaging.SharedMemory = "keep"
 
     def check(self, shape: ModelShape) -> None:
-        common.check_fits(self.rank, shape)
+        lora.check_fits(self.rank, shape)
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         return ServerState(0, {**weights, _SEED: torch.tensor(seed)})
@@ -77,12 +77,12 @@ class SharedGaLore:
         return 4 * numbers + wire_bytes({n: t for n, t in server.tensors.items() if n not in counted})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        moments, step = common.moments_to_start(self.optimizer_state, broadcast, state)
+        moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
         period = broadcast.round // self.refresh_every
         if self.optimizer_state == "keep" and state is not None:
             kept = (state.round - 1) // self.refresh_every
             moments, step = moved(self, moments, step, client.seed, shape, kept, period)
-        tensors = common.head(shape, broadcast.tensors)
+        tensors = averaging.head(shape, broadcast.tensors)
         trained = list(tensors)
         for layer in shape.targets:
             fixed, moving = sides(layer)
@@ -96,20 +96,20 @@ class SharedGaLore:
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in result.trained}
-        tensors |= common.moments_to_send(self.optimizer_state, result)
+        tensors |= averaging.moments_to_send(self.optimizer_state, result)
         if result.base_scale != 1.0:
             tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
         return Update(result.client, weight, tensors, result.metrics)
 
-    client_state = common.client_state
-    accumulator = common.accumulator
+    client_state = averaging.client_state
+    accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         whole = {"base_scale": torch.tensor(1.0, dtype=torch.float64), **update.tensors}
-        return common.add(total, whole, update.weight)
+        return averaging.add(total, whole, update.weight)
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
-        changed = common.mean(total)
+        changed = averaging.mean(total)
         if not changed:
             return server.advance({})
         now, soon = (t // self.refresh_every for t in (server.round, server.round + 1))
@@ -126,8 +126,8 @@ class SharedGaLore:
             changed |= {**moments, "step": torch.tensor(float(step), dtype=torch.float64)}
         return server.advance(changed)
 
-    model = common.dense_model
-    personal_model = common.no_personal_model
+    model = averaging.dense_model
+    personal_model = averaging.no_personal_model
 
 
 def basis(seed: int, period: int, layer: Layer, rank: int) -> Tensor:
@@ -146,5 +146,5 @@ def moved(
     turned = dict(moments)  # the head's moments have no basis
     for layer in shape.targets:
         C_rr = basis(seed, new, layer, method.rank) @ basis(seed, old, layer, method.rank).T
-        turned |= common.rotated_moments(moments, sides(layer)[1], C_rr)
+        turned |= averaging.rotated_moments(moments, sides(layer)[1], C_rr)
     return turned, step

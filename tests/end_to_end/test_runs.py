@@ -26,7 +26,7 @@ from rayfed_sub.methods import METHODS, build
 from rayfed_sub.privacy.accountant import epsilon
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.telemetry.events import PackDone, Summary
-from tests.helpers.wire import uplink_numbers
+from tests.methods.checks import upload_numbers
 
 TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
 SMALL = [
@@ -166,7 +166,8 @@ def test_every_method_runs_by_its_name_and_counts_its_bytes(name: str, ray_sessi
     fedftg."""
     config = small(f"method.name={name}")
     summary = run(config, tmp_path / "run")
-    numbers = sum(uplink_numbers(build(config.method), n, m=96, n=32, rank=4) for n in range(2))
+    wire = build(config.method).wire
+    numbers = sum(upload_numbers(wire, round, m=96, n=32, r=4, k=1) for round in range(2))
     assert summary.uplink_bytes == 8 * 2 * 4 * numbers  # clients x layers x bytes
     assert summary.metrics["held_out_loss"] < summary.metrics["held_out_loss_before"]
 

@@ -15,7 +15,7 @@ from rayfed_sub.methods.protocol import Method
 
 @dataclass(frozen=True)
 class Walked:
-    """What became of one round, by client where it is the client's."""
+    """The outcome of one round, by client where it is the client's."""
 
     server: ServerState
     starts: dict[int, Start]
@@ -56,5 +56,5 @@ def factors(layer: str, left: list[list[float]], right: list[list[float]]) -> di
 
 
 def changed(method: Method, shape: ModelShape, server: ServerState, layer: str, W: Tensor) -> Tensor:
-    """What the global model makes of a pretrained weight, minus that weight."""
+    """The global model's change to a pretrained weight."""
     return method.model(server, shape)[layer].apply(W) - W

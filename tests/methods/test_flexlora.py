@@ -58,7 +58,7 @@ def test_two_orthogonal_directions_cannot_both_be_kept() -> None:
 
 @pytest.mark.parametrize(("clients", "form"), [(4, "left"), (8, "weight")])
 def test_the_truncation_is_the_best_there_is(clients: int, form: str) -> None:
-    """Fact 3 on 40 x 30 at rank 3: stacks of 4 * 3 * 70 = 840 numbers stay stacks, 8 * 3 * 70 = 1,680 > 1,200 do not.
+    """On 40 x 30 at rank 3: stacks of 4 * 3 * 70 = 840 numbers stay stacks, 8 * 3 * 70 = 1,680 > 1,200 do not.
     The result is that of the dense mean's SVD, and A -> M^-1 A, B -> B M leave it alone."""
     shape, rng = ModelShape((Layer("up", m=40, n=30),)), torch.Generator().manual_seed(0)
     method = build({"name": "flexlora", "rank": 3, "alpha": 6.0})  # s = 2

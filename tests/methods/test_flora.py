@@ -64,7 +64,7 @@ def test_a_returning_client_gets_the_stacks_it_missed() -> None:
 
 
 def test_unequal_ranks_average_exactly() -> None:
-    """With ranks 1, 2, 3, so s = 16, 8, 16/3, and p = (1, 2, 5) / 8."""
+    """Exact with ranks 1, 2, 3, so s = 16, 8, 16/3, and p = (1, 2, 5) / 8."""
     method, tiny = build({"name": "flora", "rank": 3, "client_ranks": [1, 2, 3]}), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     done = walk(method, tiny, server, clients_data(tiny, 3), weights=[1, 2, 5])

@@ -53,7 +53,7 @@ def update_of(
     blocks: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     base_scale: float = 1.0,
 ) -> Update:
-    """What a client sends that comes back with the tensors `ends`."""
+    """The update of a client that comes back with the tensors `ends`."""
     broadcast = method.broadcast(server)
     start = method.start_client(broadcast, None, Client(0, 0), SHAPE)
     tensors = {**start.tensors, **ends}
@@ -311,11 +311,16 @@ def test_pld_is_below_the_sum_over_coalitions_which_rdp_agrees_with() -> None:
 def test_the_accountant_is_the_tighter_one() -> None:
     """dp-accounting 0.6's PLDAccountant on its own grid of 1e-4 says 4.78435; RDP 5.65505."""
     config = private({"clients": 50, "sampled": 5, "rounds": 100}, noise=1.0, delta=1e-3)
-    told = account(config, 1.0, 100)
-    assert told is not None
-    assert told["epsilon"] == pytest.approx(4.78435, rel=1e-4)
-    assert told["epsilon_rdp"] == pytest.approx(5.65505, rel=1e-5)
-    assert (told["accountant"], told["delta"], told["noise"], told["epsilon_asked"]) == ("PLD", 1e-3, 1.0, None)
+    figures = account(config, 1.0, 100)
+    assert figures is not None
+    assert figures["epsilon"] == pytest.approx(4.78435, rel=1e-4)
+    assert figures["epsilon_rdp"] == pytest.approx(5.65505, rel=1e-5)
+    assert (figures["accountant"], figures["delta"], figures["noise"], figures["epsilon_asked"]) == (
+        "PLD",
+        1e-3,
+        1.0,
+        None,
+    )
     assert account(load_config(TINY), None, 3) is None
 
 
@@ -416,11 +421,11 @@ def test_a_resolved_configuration_means_the_same_when_it_is_loaded_again(job: Jo
     assert again.noise == job.noise
 
 
-def test_a_plan_tells_what_will_be_spent(job: Job) -> None:
-    told = plan_of(job).privacy
-    assert told is not None
-    assert told == account(job.config, job.noise, 3)
-    assert told["epsilon"] <= told["epsilon_asked"] == 8.0
+def test_a_plan_shows_what_will_be_spent(job: Job) -> None:
+    figures = plan_of(job).privacy
+    assert figures is not None
+    assert figures == account(job.config, job.noise, 3)
+    assert figures["epsilon"] <= figures["epsilon_asked"] == 8.0
 
 
 def test_workers_send_updates_at_their_clip_factor(job: Job) -> None:

@@ -1,25 +1,20 @@
-"""Functions that several methods share: the weighted mean, the trained head, moments between rounds, LoRA's factors,
-ranks per client, changes that travel as blocks and what of them a returning client has missed.
+"""The weighted mean and what goes with it: the trained head, Adam's moments between rounds, changes that travel as
+blocks, and the blocks that a returning client has missed.
 
-Plain functions.  Those whose first argument is `method` are whole answers to a question of the protocol: a method
-takes one over by assigning it in its class body, as in `accumulate = common.accumulate`.
+Functions whose first argument is `method` answer one question of the protocol: a method takes one over by assignment
+in its class body, as in `accumulate = averaging.accumulate`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.lowrank import padded
-from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (
     Accumulator,
-    Block,
     Broadcast,
     Change,
     Client,
@@ -28,7 +23,6 @@ from rayfed_sub.core.types import (
     LocalResult,
     ModelShape,
     ServerState,
-    Start,
     Tensors,
     Update,
     wire_bytes,
@@ -38,8 +32,6 @@ Rank = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Memory = Literal["keep", "reset"]
 SharedMemory = Literal["keep", "reset", "average"]
-ClientRanks = Annotated[tuple[Rank, ...], Field(min_length=1)] | None
-
 RANKS = "history/ranks"
 """Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
 
@@ -61,15 +53,6 @@ def mean(total: Accumulator) -> dict[str, Tensor]:
 def head(shape: ModelShape, tensors: Tensors) -> dict[str, Tensor]:
     """The dense trained head's tensors; empty for language models."""
     return {name: tensors[name] for name in shape.head_names}
-
-
-def check_fits(rank: int, shape: ModelShape) -> None:
-    """UserError where the rank exceeds a target matrix."""
-    smallest = min(shape.targets, key=lambda layer: min(layer.m, layer.n))
-    most = min(smallest.m, smallest.n)
-    if rank > most:
-        where = f"{smallest.name} is {smallest.m} x {smallest.n}"
-        raise UserError("method.rank", rank, f"1 to {most} ({where})", f"set method.rank={most} or less")
 
 
 def moments_to_keep(memory: str, result: LocalResult) -> dict[str, Tensor]:
@@ -98,24 +81,6 @@ def _moments(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.endswith(("/m1", "/m2"))}
 
 
-def rotated_moments(moments: Tensors, name: str, C_rr: Tensor) -> dict[str, Tensor]:
-    """Adam's moments of the factor `name` in another basis, with C = Q_new Q_old^T (LDAdam's rule, arXiv 2410.16103,
-    without its mean term); empty where there are none."""
-    turned = {}
-    for role, turn_rr in (("m1", C_rr), ("m2", C_rr.square())):
-        if f"{name}/{role}" in moments:
-            moment = moments[f"{name}/{role}"]
-            turned[f"{name}/{role}"] = moment @ turn_rr.T if name.endswith("/left") else turn_rr @ moment
-    return turned
-
-
-def lora_right(layer: Layer, rank: int, seed: int, *whose: int | str) -> Tensor:
-    """LoRA's initial A (r, n), uniform in +-1/sqrt(n) as peft draws it, from the run's seed: one for all clients, or
-    one for each `whose`."""
-    draw = stream(seed, "lora A", layer.name, *whose).uniform(-1, 1, (rank, layer.n)) / layer.n**0.5
-    return torch.from_numpy(draw).float()
-
-
 def tensor_names(shape: ModelShape, *roles: str) -> tuple[str, ...]:
     """Names of the given tensors of every target, and of the head.
 
@@ -130,73 +95,6 @@ class _Remembers(Protocol):
 
     @property
     def optimizer_state(self) -> str: ...
-
-
-class _LoRA(Protocol):
-    """A method with LoRA's fields; s = alpha / rank."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-
-
-class _RemembersLoRA(_LoRA, _Remembers, Protocol):
-    """A method with LoRA's fields and an `optimizer_state` field."""
-
-
-class _Ranks(Protocol):
-    """A method with a largest rank and, where client_ranks is set, a rank for each client."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def client_ranks(self) -> tuple[int, ...] | None: ...
-
-
-def check_rank(method: _LoRA, shape: ModelShape) -> None:
-    """UserError where the rank exceeds a target matrix."""
-    check_fits(method.rank, shape)
-
-
-def check_ranks(method: _Ranks, shape: ModelShape) -> None:
-    """UserError where `rank` exceeds a target matrix, or a client's rank exceeds `rank`."""
-    check_fits(method.rank, shape)
-    if max(method.client_ranks or (1,)) > method.rank:
-        allowed = f"ranks from 1 to method.rank={method.rank}"
-        raise UserError("method.client_ranks", method.client_ranks, allowed, "raise method.rank or lower them")
-
-
-def rank_of(method: _Ranks, client: int) -> int:
-    """The rank of a client: entry `client` of client_ranks, modulo its length, or the rank of all."""
-    return method.client_ranks[client % len(method.client_ranks)] if method.client_ranks else method.rank
-
-
-def cut(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
-    """The first `rank` components of every target's two factors: left (m, rank), right (rank, n), views."""
-    factors = {}
-    for layer in shape.targets:
-        factors[f"{layer.name}/left"] = tensors[f"{layer.name}/left"][:, :rank]
-        factors[f"{layer.name}/right"] = tensors[f"{layer.name}/right"][:rank]
-    return factors
-
-
-def change_norm(tensors: Tensors, shape: ModelShape) -> float:
-    """||B A||_F over all layers: its square is the sum over them of tr(B^T B A A^T)."""
-    square = 0.0
-    for layer in shape.targets:
-        left_mr, right_rn = tensors[f"{layer.name}/left"].double(), tensors[f"{layer.name}/right"].double()
-        square += float(((left_mr.T @ left_mr) * (right_rn @ right_rn.T)).sum())
-    return math.sqrt(max(0.0, square))
-
-
-def padded_factors(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
-    """Every target's factors with zeros appended up to `rank`."""
-    factors: dict[str, Tensor] = {}
-    for layer in shape.targets:
-        left, right = f"{layer.name}/left", f"{layer.name}/right"
-        factors |= {left: padded(tensors[left], (layer.m, rank)), right: padded(tensors[right], (rank, layer.n))}
-    return factors
 
 
 def compact(layer: Layer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
@@ -238,15 +136,6 @@ def missed_bytes(server: ServerState, shape: ModelShape, since: int) -> int:
     return 4 * sum(min(t.m * t.n, rank * (t.m + t.n)) for t, rank in zip(shape.targets, missed, strict=True))
 
 
-def init_factors(method: _LoRA, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
-    """LoRA before round 0: left (B) zero, right (A) drawn, and the head."""
-    tensors = head(shape, weights)
-    for layer in shape.targets:
-        tensors[f"{layer.name}/left"] = torch.zeros(layer.m, method.rank)
-        tensors[f"{layer.name}/right"] = lora_right(layer, method.rank, seed)
-    return ServerState(0, tensors)
-
-
 def broadcast(method: object, server: ServerState) -> Broadcast:
     """All of the server's tensors but its notes about the past, `history/...`."""
     return Broadcast(server.round, {n: t for n, t in server.tensors.items() if not n.startswith("history/")})
@@ -255,23 +144,6 @@ def broadcast(method: object, server: ServerState) -> Broadcast:
 def download_all(method: object, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
     """Bytes of all the server's tensors."""
     return wire_bytes(server.tensors)
-
-
-def start_factors(
-    method: _RemembersLoRA, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape
-) -> Start:
-    """Both of LoRA's factors and the head as they were broadcast, all of them trained."""
-    names = tensor_names(shape, "left", "right")
-    moments, step = moments_to_start(method.optimizer_state, broadcast, state)
-    return Start({n: broadcast.tensors[n] for n in names}, names, method.alpha / method.rank, moments, step)
-
-
-def upload_factors(
-    method: _Remembers, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape
-) -> Update:
-    """Both of LoRA's factors, the head, and Adam's moments where the server averages them."""
-    tensors = {name: result.tensors[name] for name in tensor_names(shape, "left", "right")}
-    return Update(result.client, weight, tensors | moments_to_send(method.optimizer_state, result), result.metrics)
 
 
 def client_state(method: _Remembers, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
@@ -304,15 +176,19 @@ def dense_model(method: object, server: ServerState, shape: ModelShape) -> dict[
     return {t.name: Change(dense=server.tensors[f"{t.name}/weight"]) for t in shape.targets}
 
 
-def lora_model(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[str, Change]:
-    """The global model of a method whose server holds one left and one right factor per target."""
-    tensors, scale = server.tensors, method.alpha / method.rank
-    blocks = {t.name: Block(tensors[f"{t.name}/left"], tensors[f"{t.name}/right"], scale) for t in shape.targets}
-    return {name: Change(blocks=(block,)) for name, block in blocks.items()}
-
-
 def no_personal_model(
     method: object, server: ServerState, state: ClientState | None, shape: ModelShape
 ) -> dict[str, Change]:
     """For methods with one model for all."""
     raise AssertionError(f"{type(method).__name__} has one model for all clients")
+
+
+def rotated_moments(moments: Tensors, name: str, C_rr: Tensor) -> dict[str, Tensor]:
+    """Adam's moments of the factor `name` in another basis, with C = Q_new Q_old^T (LDAdam's rule, arXiv 2410.16103,
+    without its mean term); empty where there are none."""
+    turned = {}
+    for role, turn_rr in (("m1", C_rr), ("m2", C_rr.square())):
+        if f"{name}/{role}" in moments:
+            moment = moments[f"{name}/{role}"]
+            turned[f"{name}/{role}"] = moment @ turn_rr.T if name.endswith("/left") else turn_rr @ moment
+    return turned

@@ -1,0 +1,119 @@
+"""Checks of the conformance suite as plain functions of a method, so that a method outside the table can be run through
+them.  Each raises AssertionError where the method fails."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.core.types import Broadcast, Client, LocalResult, Tensors
+from rayfed_sub.methods.protocol import Method
+from tests.helpers.tiny_models import Tiny, distance
+from tests.methods.test_protocol import Round, clients_data, walk
+
+ROUNDS = 4
+"""Two even and two odd ones."""
+
+
+def upload_numbers(wire: str, round: int, /, **sizes: int) -> int:
+    """Numbers per layer that the uplink half of a `wire` formula gives in a round.
+
+    >>> upload_numbers("k r (m + n) / m n", 0, k=2, r=3, m=4, n=5)  # 2 * 3 * 9
+    54
+    >>> [upload_numbers("r m, r n in turn / r m", t, r=2, m=4, n=5) for t in (0, 1, 2)]
+    [8, 10, 8]
+    """
+    up = wire.split(" / ", maxsplit=1)[0]
+    if up.endswith(" in turn"):
+        turns = up.removesuffix(" in turn").split(", ")
+        up = turns[round % len(turns)]
+    expression = re.sub(r"(?<=[\w)])\s+(?=[\w(])", " * ", up).replace("^", "**")
+    return int(eval(expression, {"max": max, "min": min, "__builtins__": {}}, dict(sizes)))
+
+
+def rounds_of(method: Method, tiny: Tiny, clients: int = 2) -> list[Round]:
+    """ROUNDS rounds from the beginning; every client takes part in all of them."""
+    server, walked = method.init_server(tiny.weights, tiny.shape, seed=0), []
+    for n in range(ROUNDS):
+        states = walked[-1].states if walked else None
+        data = clients_data(tiny, clients, seed=100 * n)
+        walked.append(walk(method, tiny, server, data, weights=[1.0, 2.0][:clients], states=states))
+        server = walked[-1].server
+    return walked
+
+
+def check_server_names(method: Method, tiny: Tiny) -> None:
+    """The server's tensors have the same names and shapes after every round, but for its history, which grows."""
+
+    def shapes(tensors: Tensors) -> dict[str, tuple[int, ...] | None]:
+        return {name: None if name.startswith("history/") else tuple(x.shape) for name, x in tensors.items()}
+
+    first = shapes(method.init_server(tiny.weights, tiny.shape, seed=0).tensors)
+    for n, done in enumerate(rounds_of(method, tiny)):
+        assert shapes(done.server.tensors) == first, f"the server's tensors changed in round {n}"
+
+
+def check_upload_bytes(method: Method, tiny: Tiny, rank: int) -> None:
+    """Every upload has the bytes of the `wire` formula (and of the head), in even and odd rounds."""
+    head = sum(tiny.weights[name].numel() for name in tiny.shape.head_names)
+    for n, done in enumerate(rounds_of(method, tiny)):
+        for result, update in zip(done.results, done.updates, strict=True):
+            sizes = {"r": rank, "k": result.periods}
+            numbers = sum(upload_numbers(method.wire, n, m=t.m, n=t.n, **sizes) for t in tiny.shape.targets)
+            assert update.wire_bytes == 4 * (head + numbers), f"round {n}: not what wire={method.wire!r} says"
+
+
+def check_upload_represents_the_change(method: Method, tiny: Tiny) -> None:
+    """The upload stands for what the client trained: the product of the factors as sent, with those that
+    were fixed, equals the product as trained, in even and odd rounds."""
+    for n, done in enumerate(rounds_of(method, tiny)):
+        for start, result, update in zip(done.starts, done.results, done.updates, strict=True):
+            for layer in tiny.shape.targets:
+                names = {role: f"{layer.name}/{role}" for role in ("left", "core", "right")}
+                weight = f"{layer.name}/weight"
+                if weight in result.tensors:
+                    assert torch.equal(update.tensors[weight], result.tensors[weight])
+                    continue
+                blocks = result.blocks.get(layer.name)
+                trained = start.scale * _product(result.tensors, names) if blocks is None else blocks[0] @ blocks[1]
+                sent = (
+                    update.tensors[weight]
+                    if weight in update.tensors
+                    else _product({**start.tensors, **update.tensors}, names)
+                )
+                gap = min(distance(sent, trained), distance(start.scale * sent, trained))
+                assert gap < 1e-5, f"round {n}: the upload of {layer.name} is not what the client trained"
+
+
+def _product(tensors: Tensors, names: dict[str, str]) -> Tensor:
+    left, right = tensors[names["left"]], tensors[names["right"]]
+    return left @ tensors[names["core"]] @ right if names["core"] in tensors else left @ right
+
+
+def check_aligned(method: Method, tiny: Tiny, aligned: Callable[[int], str]) -> None:
+    """For methods that align factors before upload: a client whose `aligned(round)` factor is the broadcast's, turned
+    by a rotation, uploads the broadcast's own; in rounds 1, 2, 3 and 4."""
+    rng = torch.Generator().manual_seed(5)
+    for n, done in enumerate(rounds_of(method, tiny)[:ROUNDS], start=1):
+        broadcast = method.broadcast(done.server)
+        assert broadcast.round == n
+        start = method.start_client(broadcast, None, Client(0, 0), tiny.shape)
+        tensors = dict(start.tensors)
+        role = aligned(n)
+        for layer in tiny.shape.targets:
+            name = f"{layer.name}/{role}"
+            other = f"{layer.name}/{'right' if role == 'left' else 'left'}"
+            factor = tensors[name]
+            rank = factor.shape[1 if role == "left" else 0]
+            S = torch.randn(rank, rank, generator=rng)
+            Q = torch.linalg.matrix_exp(S - S.T)  # a reflection could be its own inverse
+            tensors[name] = factor @ Q if role == "left" else Q @ factor
+            tensors[other] = torch.randn(tensors[other].shape, generator=rng)
+        result = LocalResult(0, tensors, {}, 1, {}, 1.0, 1, {}, trained=start.trained)
+        sent = method.upload(Broadcast(n, broadcast.tensors), result, 1.0, tiny.shape).tensors
+        for layer in tiny.shape.targets:
+            name = f"{layer.name}/{role}"
+            assert distance(sent[name], broadcast.tensors[name]) < 1e-4, f"round {n}: {name} is not aligned"

@@ -1,0 +1,74 @@
+"""The checks of `checks.py` over every method of the table, and over an external one, FedRot-LoRA, right and wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayfed_sub.methods import METHODS, build
+from rayfed_sub.methods.protocol import Method
+from tests.helpers.tiny_models import bert, llama
+from tests.methods.checks import (
+    check_aligned,
+    check_server_names,
+    check_upload_bytes,
+    check_upload_represents_the_change,
+)
+from tests.methods.test_protocol import RANK, made
+
+FIXED_RANK = {"hetlora": {"gamma": 1.0}}  # r in `wire` is the client's rank; without pruning it is RANK
+GLOBAL = [name for name in METHODS if not made(name).personal]  # a personal factor is trained and never sent
+
+
+def case(name: str) -> Method:
+    return made(name, **FIXED_RANK.get(name, {}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_server_holds_the_same_names_after_every_round(name: str) -> None:
+    check_server_names(case(name), llama())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("tiny", [llama, bert])
+def test_uploads_have_the_bytes_of_the_wire_formula(name: str, tiny: object) -> None:
+    check_upload_bytes(case(name), tiny(), RANK)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_an_upload_represents_what_its_client_trained(name: str) -> None:
+    check_upload_represents_the_change(case(name), llama())
+
+
+def fedrot(name: str = "FedRotLoRA") -> Method:
+    return build({"name": f"tests.helpers.fedrot:{name}", "rank": RANK})
+
+
+def side(round: int) -> str:
+    """FedRot-LoRA aligns B in even rounds, A in odd ones."""
+    return "right" if round % 2 else "left"
+
+
+def test_fedrot_lora_passes_every_check() -> None:
+    method, tiny = fedrot(), llama()
+    check_server_names(method, tiny)
+    check_upload_bytes(method, tiny, RANK)
+    check_upload_represents_the_change(method, tiny)
+    check_aligned(method, tiny, side)
+
+
+def test_a_turned_by_r_in_place_of_its_transpose_is_caught() -> None:
+    with pytest.raises(AssertionError, match="not what the client trained"):
+        check_upload_represents_the_change(fedrot("TurnsAWrongly"), llama())
+
+
+@pytest.mark.parametrize("name", ["SwapsParity", "TransposesR"])
+def test_a_wrong_alignment_is_caught(name: str) -> None:
+    with pytest.raises(AssertionError, match="not aligned"):
+        check_aligned(fedrot(name), llama(), side)
+
+
+def test_an_uploaded_reference_is_caught() -> None:
+    with pytest.raises(AssertionError, match="not what wire="):
+        check_upload_bytes(fedrot("UploadsTheReference"), llama(), RANK)
+    with pytest.raises(AssertionError, match="server's tensors changed"):
+        check_server_names(fedrot("UploadsTheReference"), llama())
