@@ -67,7 +67,8 @@ def signed(new_rk: Tensor, old_rk: Tensor | None) -> Tensor:
 def orthonormal_rows(draw: Generator, rank: int, size: int) -> Tensor:
     """Uniformly distributed orthonormal rows (rank, size), float32, by QR of standard normal numbers in float64.
 
-    >>> Q = orthonormal_rows(np.random.default_rng(0), 2, 4)
+    >>> from numpy.random import default_rng
+    >>> Q = orthonormal_rows(default_rng(0), 2, 4)
     >>> torch.allclose(Q @ Q.T, torch.eye(2), atol=1e-6)
     True
     """
