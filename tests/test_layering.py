@@ -132,6 +132,12 @@ def test_every_file_has_a_layer() -> None:
     assert {part_of(path) for path in files()} <= set(HEIGHT), "add it to LAYERS and to ARCHITECTURE.md"
 
 
+def test_no_file_name_stands_twice_and_the_root_holds_rooms_alone() -> None:
+    names = [path.name for path in files() if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {"__init__.py", "py.typed"}
+
+
 def test_imports_point_downward() -> None:
     assert {path: found for path in files() if (found := upward(part_of(path), path.read_text()))} == {}
 

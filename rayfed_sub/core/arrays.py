@@ -1,4 +1,9 @@
-"""TODO"""
+"""Tensors as numpy arrays that processes share without a copy, and guards against writes to them.
+
+Ray's object store hands numpy arrays to every process of a node without copying them; torch tensors it would pickle.
+Shared arrays are writable to torch, so they are guarded: by torch's own version counters in the process that uses them,
+and by a checksum of the bytes in the coordinator.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.core.errors import RunError
-from rayfed_sub.core.types import Tensors
+from rayfed_sub.core.types import ClientState, Tensors
 
 Packed = dict[str, tuple[str, "np.ndarray[Any, Any]"]]
 """Tensor name -> (torch dtype's name, array); bfloat16, which numpy lacks, travels as int16 bits."""
@@ -29,6 +34,16 @@ class PackedState:
 
 
 _ALIGNMENT = 64  # torch's own allocations; matrix products give other bits on differently aligned inputs
+
+
+def packed_state(state: ClientState) -> PackedState:
+    """The state as arrays."""
+    return PackedState(state.round, state.cursor, state.step, packed(state.tensors))
+
+
+def unpacked_state(state: PackedState) -> ClientState:
+    """The state over the same memory, see `unpacked`."""
+    return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
 
 
 def packed(tensors: Tensors) -> Packed:

@@ -81,7 +81,7 @@ class ScoreRow:
 class ClientLayer:
     """One client's round in one layer.
 
-    norm: ||D_k||_F.  rank, stable_rank, effective_rank, spectrum: of D_k (see `spectra.Spectrum`), at most 16 values.
+    norm: ||D_k||_F.  rank, stable_rank, effective_rank, spectrum: of D_k (see `lowrank.Spectrum`), at most 16 values.
     cosine: <D_k, D> / (|D_k| |D|).  distance: ||D_k - D||_F / ||D||_F.  turned, gradient_energy, gradient_rank: see
     `ClientChange`.  Of dense changes, rank and spectrum are left out, cosine and distance are those of sampled rows.
     """

@@ -1,7 +1,7 @@
 """Alerts on signs of trouble in a run's rows: the observation, its likely cause, the key to change.
 
 Plain rules with fixed thresholds, each with its reason below.  A rule waits until it has seen enough not to take noise
-for a alert, and looks at the newest rows, so it may be asked after every round.
+for an alert, and looks at the newest rows, so it may be asked after every round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _JUDGED = 3  # evaluations after training, before anything is said of the loss
 # What diagnostics must show, in so many looks in a row: one cohort may be an unlucky draw.
 LOOKS = 3
 # Mean cosine of two clients' changes.  At 0.05 the mean of eight is 41 % as long as one of them, at 0 it is 35 %.
-# Healthy runs come there too as they near their end: it is a alert only where the loss has stopped falling.
+# Healthy runs come there too as they near their end: it is an alert only where the loss has stopped falling.
 _AGREEMENT = 0.05
 _CROSS = 0.1  # share of the mean product of B and A that averaging them apart loses: a tenth of all that was learned
 _TRUNCATED = 0.3  # share of the norm: 9 % of the square, which is what the truncation minimises

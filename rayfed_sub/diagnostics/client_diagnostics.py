@@ -24,7 +24,7 @@ _DENSE_RANK = 8  # the rank whose share of a gradient's energy is measured for m
 
 @dataclass(frozen=True)
 class ClientDiagnostics:
-    """Diagnostics of one client's round: by layer a client_change without its tensors, and these, packed."""
+    """Diagnostics of one client's round: by layer a `ClientChange` without its tensors, and these, packed."""
 
     client: int
     weight: float

@@ -1,12 +1,11 @@
 """Diagnostics of a cohort, by layer, from watched clients' changes: norms, ranks, drift, overlap, truncation.
 
-With D_k and E_k, client k's change and term (see `movements.py`), p_k its weight over the sum of the watched clients',
-all of them (m, n):
-    D = sum_k p_k D_k, the mean change        P = sum_k p_k E_k, the mean term
-Everything but the spectra of wide sums comes from two Grams in float64, those of all clients' left and of all clients'
-right factors, side by side: <D_j, D_k> is a sum over one block of both, a client's spectrum needs its own diagonal
-blocks, the spectrum of D the whole.  Figures have no unit; norms have the weights' own.  No figure is ever NaN: one
-that does not exist (a direction of nothing, a pair of one client) is None.
+With D_k and E_k, client k's change and term (see `client_change.py`), p_k its weight over the sum of the watched
+clients', all of them (m, n): D = sum_k p_k D_k, the mean change        P = sum_k p_k E_k, the mean term Everything but
+the spectra of wide sums comes from two Grams in float64, those of all clients' left and of all clients' right factors,
+side by side: <D_j, D_k> is a sum over one block of both, a client's spectrum needs its own diagonal blocks, the
+spectrum of D the whole.  Figures have no unit; norms have the weights' own.  No figure is ever NaN: one that does not
+exist (a direction of nothing, a pair of one client) is None.
 
 Legend: N watched clients, m, n layer sizes, a columns of a client's term, R of its change, K = N R, q directions.
 """

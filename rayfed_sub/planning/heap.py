@@ -13,9 +13,8 @@ from collections.abc import Hashable
 
 MMAP_BYTES = 32 * 2**20
 """Larger requests are mapped by themselves; the largest threshold of malloc."""
-PRODUCT_KERNELS = (
-    64  # that oneDNN keeps of those it writes, one for each shape of a product (`telemetry/process_memory.py`)
-)
+PRODUCT_KERNELS = 64
+"""Kernels that oneDNN keeps of those it writes, one for each shape of a product (`telemetry/process_memory.py`)."""
 
 _PAGE = 4096
 _HEAD = 16  # malloc's own, in front of each piece

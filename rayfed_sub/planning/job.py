@@ -50,10 +50,10 @@ class JobInputs:
 def prepare(config: Config) -> Job:
     """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
     build(config.method)  # a typing error there shows before the rows are read
-    return job_on(foundation(config), config)
+    return job_on(load_inputs(config), config)
 
 
-def foundation(config: Config) -> JobInputs:
+def load_inputs(config: Config) -> JobInputs:
     """Reads task and model.  Raises UserError for what cannot be read or does not go together."""
     kind = kind_of(config)
     processor = processor_of(config, kind)
@@ -64,7 +64,7 @@ def foundation(config: Config) -> JobInputs:
 
 
 def job_on(base: JobInputs, config: Config) -> Job:
-    """The job of a configuration on its foundation.  Raises UserError for whatever does not fit."""
+    """The job of a configuration on its inputs.  Raises UserError for whatever does not fit."""
     method = build(config.method)
     method.check(base.architecture.shape)
     _check_positions(config, base)

@@ -70,7 +70,7 @@ def local_steps(config: Config, client: int) -> int:
 
 
 def local_length(config: Config, n: int, client: int) -> float:
-    """FedNova's normaliser of the client's local steps in round n: see `methods.server.nova_length`."""
+    """FedNova's normaliser of the client's local steps in round n: see `server_optimizers.nova_length`."""
     mu = config.federation.proximal
     return nova_length(config.optimizer, learning_rate(config, n), mu, local_steps(config, client))
 

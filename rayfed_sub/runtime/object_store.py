@@ -1,9 +1,4 @@
-"""Tensors across process borders.
-
-The object store hands numpy arrays to every process of a node without copying them; torch tensors it would pickle.
-What comes out of it is shared by all readers and writable to torch, so shared tensors are guarded: by torch's own
-version counters in the process that uses them, and by a checksum of the bytes in the coordinator.
-"""
+"""Client states in Ray's object store, or by value where they are small."""
 
 from __future__ import annotations
 

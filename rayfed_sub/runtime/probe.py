@@ -111,7 +111,7 @@ def while_it_gains(
 
 
 def quickest(rounds: Mapping[int, float], now: int) -> int:
-    """The pack size with the shortest round.  What is as quick, as far as one can notify, is as good: `now` if it is
+    """The pack size with the shortest round.  Sizes whose times do not differ are equally good: `now` if it is
     among those, else the smallest, which takes the least memory.
 
     >>> quickest({1: 9.0, 2: 6.1, 4: 6.0, 8: 7.0}, now=4), quickest({1: 9.0, 2: 6.1, 4: 6.0, 8: 7.0}, now=8)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.arrays import Guard, Packed, PackedState, packed, unpacked
+from rayfed_sub.core.arrays import Guard, Packed, PackedState, packed, packed_state, unpacked, unpacked_state
 from rayfed_sub.core.types import (
     Broadcast,
     Client,
@@ -154,7 +154,7 @@ class Worker:
             update, new = ended
             fresh[result.client] = new
             updates.append(PackedUpdate(update.client, update.weight, packed(update.tensors), update.metrics))
-            kept.append(PackedState(new.round, new.cursor, new.step, packed(new.tensors)))
+            kept.append(packed_state(new))
             if result.client in watched:
                 looks.append(looked(asked, shape, start, result, update.weight, watch))
         # A pack with a failure runs again; if the failure stays away then, the others may end with other bits.
@@ -304,7 +304,7 @@ class Worker:
         if resident is not None and resident.round == round:
             return resident
         state = object_store.get(where, _FETCH_SECONDS)
-        return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
+        return unpacked_state(state)
 
     def _remember(self, client: int, state: ClientState) -> None:
         old = self._resident.pop(client, None)

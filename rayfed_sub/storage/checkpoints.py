@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 from safetensors.torch import load
 
-from rayfed_sub.core.arrays import Packed, packed, unpacked
+from rayfed_sub.core.arrays import Packed, packed, unpacked_state
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ClientState
 from rayfed_sub.storage import atomic_files, client_states
@@ -125,7 +125,7 @@ def stored_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientSta
     """The state of a client that has trained.  Raises RunError where its file is not whole."""
     key = next(key for key in checkpoint.notes if key[0] == client)
     state = client_states.read(clients(folder), key, checkpoint.notes[key])
-    return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
+    return unpacked_state(state)
 
 
 def _safetensors(arrays: Packed) -> list[bytes | memoryview]:

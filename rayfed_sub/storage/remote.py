@@ -2,7 +2,7 @@
 
 Files go in such an order that a run can go on from what is there whenever the sending is cut off: what a manifest
 needs, then the manifest, then away with what nobody names any more, last summary.json.  An object appears whole or not
-at all, as a file does that `files.write` has written.
+at all, as a file does that `atomic_files.write` has written.
 
 Where the store is and who may write there, pyarrow reads from the URI (s3://bucket/path?region=eu-central-1) and from
 the surroundings: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and their like, the machine's role;
@@ -49,7 +49,7 @@ _SETTINGS = {
 }
 
 Sign = tuple[int, int, int]
-"""Version of a file's content: inode, bytes, nanoseconds; `files.write` makes a new inode."""
+"""Version of a file's content: inode, bytes, nanoseconds; `atomic_files.write` makes a new inode."""
 
 
 def uri_of(place: str | Path | None) -> str | None:

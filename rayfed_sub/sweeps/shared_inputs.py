@@ -11,7 +11,7 @@ import ray
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.models.hub import RANDOM
-from rayfed_sub.planning.job import Job, JobInputs, foundation, job_on, kind_of
+from rayfed_sub.planning.job import Job, JobInputs, job_on, kind_of, load_inputs
 from rayfed_sub.runtime.coordinator import Shared
 from rayfed_sub.runtime.session import load_backbone, spec_of
 
@@ -35,7 +35,7 @@ class SharedInputs:
         """The trial's job and what its workers map; what nobody has prepared is loaded for it alone."""
         common = self.grounds.get(ground_key(config))
         if common is None:
-            job = job_on(foundation(config), config)
+            job = job_on(load_inputs(config), config)
             dataset = ray.put(job.dataset)
         else:
             architecture, processor = ray.get(common.ground)
@@ -46,12 +46,12 @@ class SharedInputs:
 
 
 def all_inputs(configs: Iterable[Config]) -> dict[str, tuple[Config, JobInputs]]:
-    """One foundation, with a configuration of it, for each key.  Raises UserError for what does not go together."""
+    """Inputs of jobs by key, each with its configuration.  Raises UserError for what does not go together."""
     found: dict[str, tuple[Config, JobInputs]] = {}
     for config in configs:
         key = ground_key(config)
         if key not in found:
-            found[key] = (config, foundation(config))
+            found[key] = (config, load_inputs(config))
     return found
 
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Events of a run, as its listener gets them, and its summary."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Summary:
     """The finished run, as summary.json.  metrics: the scores over all held-out rows, `<metric>_before` training and
     `<metric>` after, which `evaluation/scores.py` defines; dense_bytes, dense_downlink_bytes:
     what the same clients would have sent and received with dense target weights, by the rule of
-    `methods/downloads.py`; privacy: what was spent, see `analysis/privacy.account`; wall_seconds and
+    `methods/downloads.py`; privacy: what was spent, see `accountant.account`; wall_seconds and
     peak_memory_bytes: of the last sitting; planned_memory_bytes: what `plan` gives for all processes of a run on one
     machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again; precision: of
     the model that was judged, but for its target layers and head, which compute in float32; logits: how they follow

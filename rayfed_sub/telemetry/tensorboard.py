@@ -1,4 +1,4 @@
-"""TODO"""
+"""TensorBoard's event files in a run folder, written record by record."""
 
 from __future__ import annotations
 
