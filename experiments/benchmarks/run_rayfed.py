@@ -10,7 +10,6 @@ from typing import Any
 from marks import Marks, asked
 
 from rayfed_sub import load_config, run
-from rayfed_sub.core.arrays import unpacked
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.telemetry.events import RoundDone, Started
 
@@ -27,5 +26,5 @@ def listen(record: Any) -> None:
 run(load_config(work / "config.yaml"), out / "run", listen)
 found = checkpoints.read(out / "run")
 assert found is not None
-weights = {name: x.numpy() for name, x in unpacked(found.server).items() if name.endswith("/weight")}
+weights = {name: x.numpy() for name, x in found.server.items() if name.endswith("/weight")}
 marks.leave(out, {name.removesuffix("/weight"): weight for name, weight in weights.items()})

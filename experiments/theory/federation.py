@@ -20,7 +20,7 @@ from rayfed_sub.data.partitions import partitioned
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, nova_factor
-from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.layers import based_on, install
 
 
@@ -100,12 +100,10 @@ def rounds(
             ClientRows(own[k], len(rows), k, seed, batch_size, server.round * steps[k], steps[k])
             for k, rows in enumerate(parts)
         ]
+        works = [ClientWork(*work) for work in zip(range(len(parts)), starts, batches, strict=True)]
         base = {t.name: sent.tensors[f"{t.name}/weight"] for t in shape.targets if f"{t.name}/weight" in sent.tensors}
-        clients = range(len(parts))
         with based_on(layers, base):
-            results = train_pack(
-                model, layers, shape, starts, clients, batches, optimizer, lr=optimizer.lr, seed=seed, pad=0
-            )
+            results = train_pack(model, layers, shape, works, LocalRule(optimizer, optimizer.lr, seed, pad=0))
         total = method.accumulator(server, shape)
         for result, weight in zip(results, share, strict=True):
             if result.failure:

@@ -1,15 +1,16 @@
 """Tensors as numpy arrays that processes share without a copy, and guards against writes to them.
 
 Ray's object store hands numpy arrays to every process of a node without copying them; torch tensors it would pickle.
-Shared arrays are writable to torch, so they are guarded: by torch's own version counters in the process that uses them,
-and by a checksum of the bytes in the coordinator.
+Records that travel pickle their tensors as arrays (`as_arrays`): the same record comes out at the other end, over the
+same memory.  Shared arrays are writable to torch, so they are guarded: by torch's own version counters in the process
+that uses them, and by a checksum of the bytes in the coordinator.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -17,36 +18,15 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.core.errors import RunError
-from rayfed_sub.core.types import ClientState, Tensors
 
 Packed = dict[str, tuple[str, "np.ndarray[Any, Any]"]]
 """Tensor name -> (torch dtype's name, array); bfloat16, which numpy lacks, travels as int16 bits."""
 
 
-@dataclass(frozen=True)
-class PackedState:
-    """A ClientState on its way through the object store or to disk."""
-
-    round: int
-    cursor: int
-    step: int
-    tensors: Packed
-
-
 _ALIGNMENT = 64  # torch's own allocations; matrix products give other bits on differently aligned inputs
 
 
-def packed_state(state: ClientState) -> PackedState:
-    """The state as arrays."""
-    return PackedState(state.round, state.cursor, state.step, packed(state.tensors))
-
-
-def unpacked_state(state: PackedState) -> ClientState:
-    """The state over the same memory, see `unpacked`."""
-    return ClientState(state.round, state.cursor, state.step, unpacked(state.tensors))
-
-
-def packed(tensors: Tensors) -> Packed:
+def packed(tensors: Mapping[str, Tensor]) -> Packed:
     """The tensors as contiguous numpy arrays (a torch view of a large storage would drag all of it along)."""
     out: Packed = {}
     for name, tensor in tensors.items():
@@ -68,6 +48,23 @@ def unpacked(arrays: Packed) -> dict[str, Tensor]:
                 tensor = tensor.clone()
             out[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
     return out
+
+
+def settled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in the layout in which a file or another process gives them back, contiguous and aligned: equal
+    inputs, equal bits."""
+    return unpacked(packed(tensors))
+
+
+def as_arrays(record: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The value of `__reduce__` for a dataclass with a field `tensors`: pickle takes these as arrays, which Ray shares
+    between processes, where it would copy tensors."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return _from_arrays, (type(record), packed(values.pop("tensors")), values)
+
+
+def _from_arrays(kind: Callable[..., Any], arrays: Packed, values: dict[str, Any]) -> Any:
+    return kind(tensors=unpacked(arrays), **values)
 
 
 class Guard:

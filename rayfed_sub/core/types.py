@@ -16,9 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rayfed_sub.core.arrays import as_arrays
 
 Tensors = Mapping[str, Tensor]
 
@@ -166,15 +169,25 @@ class ClientState:
     step: int
     tensors: Tensors
 
+    def __reduce__(self) -> Any:
+        return as_arrays(self)
+
 
 @dataclass(frozen=True)
 class Update:
-    """Update of a client: the tensors a real deployment would upload, its raw weight, its metrics."""
+    """Update of a client: the tensors a real deployment would upload, its raw weight, its metrics.
+
+    failure: why a client failed; it then has weight 0, no tensors, and of its metrics those that are finite.
+    """
 
     client: int
     weight: float
     tensors: Tensors
     metrics: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+
+    def __reduce__(self) -> Any:
+        return as_arrays(self)
 
     @property
     def wire_bytes(self) -> int:
@@ -187,6 +200,9 @@ class Broadcast:
 
     round: int
     tensors: Tensors
+
+    def __reduce__(self) -> Any:
+        return as_arrays(self)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ The second form of LoRA's D takes like from like before it multiplies: after a t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rayfed_sub.core.arrays import as_arrays
 from rayfed_sub.core.lowrank import EPS, sides
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, LocalResult, Start, Tensors
@@ -49,6 +50,9 @@ class ClientChange:
     turned: float | None = None
     energy: float | None = None
     gradient_rank: float | None = None
+
+    def __reduce__(self) -> Any:
+        return as_arrays(self)
 
 
 def client_change(

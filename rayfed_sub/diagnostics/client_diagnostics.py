@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from rayfed_sub.config.schema import Diagnostics
-from rayfed_sub.core.arrays import Packed, packed, unpacked
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer
 from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.diagnostics.client_change import ClientChange, client_change
@@ -24,11 +23,11 @@ _DENSE_RANK = 8  # the rank whose share of a gradient's energy is measured for m
 
 @dataclass(frozen=True)
 class ClientDiagnostics:
-    """Diagnostics of one client's round: by layer a `ClientChange` without its tensors, and these, packed."""
+    """Diagnostics of one client's round, by layer."""
 
     client: int
     weight: float
-    layers: Mapping[str, tuple[ClientChange, Packed]]
+    layers: Mapping[str, ClientChange]
 
 
 def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> list[int]:
@@ -69,18 +68,15 @@ def sent_rank(tensors: Tensors, layer: str) -> int | None:
     return None if right is None else right.shape[0]
 
 
-def gradient_watch(
-    asked: Diagnostics, shape: ModelShape, clients: Sequence[int], starts: Sequence[Start], chosen: Sequence[int]
-) -> GradientWatch:
-    """Looks at the first chosen client of a pack."""
+def gradient_watch(asked: Diagnostics, shape: ModelShape, starts: Mapping[int, Start]) -> GradientWatch:
+    """Watch of the first of a pack's watched clients, given their starts."""
     layers = frozenset(layer.name for layer in spaced(spaced(shape.targets, asked.layers), asked.gradient_layers))
     left = f"{shape.targets[0].name}/left"
     ranks = {
         client: start.tensors[left].shape[1] if left in start.tensors else _DENSE_RANK
-        for client, start in zip(clients, starts, strict=True)
-        if client in chosen
+        for client, start in list(starts.items())[:1]
     }
-    return GradientWatch(dict(list(ranks.items())[:1]), layers)
+    return GradientWatch(ranks, layers)
 
 
 def looked(
@@ -94,15 +90,15 @@ def looked(
     for layer in targets:
         moved = client_change(layer, start, result, watch.seen.get((result.client, layer.name)))
         if moved is not None:
-            layers[layer.name] = replace(moved, tensors={}), packed(moved.tensors)
+            layers[layer.name] = moved
     return ClientDiagnostics(result.client, weight, layers)
 
 
 def kept(look: ClientDiagnostics) -> ClientDiagnostics:
     """The same in memory of its own: a view into the object store would keep the whole pack's results there."""
     layers = {
-        name: (found, {role: (dtype, array.copy()) for role, (dtype, array) in tensors.items()})
-        for name, (found, tensors) in look.layers.items()
+        name: replace(found, tensors={role: tensor.clone() for role, tensor in found.tensors.items()})
+        for name, found in look.layers.items()
     }
     return replace(look, layers=layers)
 
@@ -114,12 +110,7 @@ def rows(
     cohort: list[CohortLayer] = []
     clients: list[ClientLayer] = []
     for layer in shape.targets:
-        seen = [
-            (look.client, look.weight, replace(found, tensors=unpacked(tensors)))
-            for look in looks
-            if layer.name in look.layers
-            for found, tensors in [look.layers[layer.name]]
-        ]
+        seen = [(look.client, look.weight, look.layers[layer.name]) for look in looks if layer.name in look.layers]
         if not seen:
             continue
         own, together = diagnose(n, layer, seen)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rayfed_sub.core.arrays import unpacked
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Change, ServerState
 from rayfed_sub.diagnostics.server_change import change_rank
@@ -168,7 +167,7 @@ def _changes(run_dir: Path, job: Job, client: int | None) -> tuple[ServerState, 
     found, method, shape = checkpoints.read(run_dir), job.method, job.architecture.shape
     if found is None:
         raise UserError("RUN", str(run_dir), "a run folder with a checkpoint", "check the path")
-    server = ServerState(found.round, unpacked(found.server))
+    server = ServerState(found.round, found.server)
     if not method.personal:
         if client is not None:
             raise UserError("--client", client, f"nothing, for {method.name} has one model for all", "leave it out")

@@ -35,7 +35,6 @@ class PackWork:
     """One pack's work in a round, as the coordinator sends it.  steps: local steps of each client; weights: their raw
     weights p_k, see `client_weight`; lr: learning rate; watched: clients that diagnostics look at."""
 
-    round: int
     clients: tuple[int, ...]
     steps: tuple[int, ...]
     weights: tuple[float, ...]
@@ -50,7 +49,7 @@ def pack_work(
     steps = tuple(local_steps(config, client) for client in clients)
     weights = tuple(client_weight(config, dataset, n, client) for client in clients)
     mine = tuple(client for client in clients if client in watched)
-    return PackWork(n, tuple(clients), steps, weights, learning_rate(config, n), mine)
+    return PackWork(tuple(clients), steps, weights, learning_rate(config, n), mine)
 
 
 def client_weight(config: Config, dataset: Dataset, n: int, client: int) -> float:

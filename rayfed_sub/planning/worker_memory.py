@@ -27,7 +27,7 @@ from rayfed_sub.models.weights import all_tensors, ruled
 from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
 from rayfed_sub.planning.heap import PRODUCT_KERNELS, Heap
 from rayfed_sub.planning.traffic import closed_blocks
-from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.inference import global_model
 from rayfed_sub.training.layers import PackLinear, based_on, install
 from rayfed_sub.training.losses import predicted
@@ -141,11 +141,10 @@ def _train(
     if closings and start.subspace is not None:
         start = replace(start, subspace=replace(start.subspace, refresh_every=1))
     batch = _batch(shape, config.federation.batch_size, size)
-    batches = [[batch] * (closings + 1)] * pack
-    rest = ([start] * pack, list(range(pack)), batches, config.optimizer)
-    proximal = config.federation.proximal
+    works = [ClientWork(client, start, [batch] * (closings + 1)) for client in range(pack)]
+    rule = LocalRule(config.optimizer, lr=1.0, seed=0, pad=0, proximal=config.federation.proximal)
     with based_on(layers, bases):
-        return train_pack(model, layers, shape, *rest, lr=1.0, seed=0, pad=0, proximal=proximal)
+        return train_pack(model, layers, shape, works, rule)
 
 
 def _evaluate(

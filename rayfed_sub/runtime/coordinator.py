@@ -24,7 +24,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
-from rayfed_sub.core.types import Accumulator, Change, Client, ModelShape, ServerState, Tensors, Update
+from rayfed_sub.core.types import Accumulator, Broadcast, Change, Client, ModelShape, ServerState, Tensors, Update
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.diagnostics import client_diagnostics
 from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics
@@ -41,8 +41,9 @@ from rayfed_sub.runtime import held_out, object_store
 from rayfed_sub.runtime.held_out import JudgedModel
 from rayfed_sub.runtime.round_metrics import RoundMetrics
 from rayfed_sub.runtime.scheduler import Done, WorkerPool, WorkItem, in_order
-from rayfed_sub.runtime.worker import PackedUpdate, PackOutcome, Worker, broadcast_of
+from rayfed_sub.runtime.worker import PackOutcome, Worker, broadcast_of
 from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.client_states import Key
 from rayfed_sub.storage.state_store import StateStore
 from rayfed_sub.telemetry.environment import environment, merged
 from rayfed_sub.telemetry.events import PackDone, RoundDone
@@ -211,26 +212,24 @@ class Coordinator:
         watched = client_diagnostics.watched(config.diagnostics, n, config.federation.rounds or 0, cohort)
         pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
 
-        total, trained, tally = self._zero(), {}, RoundMetrics(n, len(cohort), began)
+        total, trained, tally = self._zero(), list[Key](), RoundMetrics(n, len(cohort), began)
         ranks: dict[str, int | None] = dict.fromkeys(self._looked_at(n), 0)
         pack_rows, looks = list[PackRow](), list[ClientDiagnostics]()
         for done in in_order(self._crew, pieces, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             pack_rows.append(_pack_row(n, packs[done.index], done))
             looks += map(client_diagnostics.kept, outcome.looks)
-            for client, sent, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
+            for client, update, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
                 self._home[client] = done.worker
-                if sent.failure is not None or state is None:
-                    tally.add(self._skipped(n, sent, down[client]))
+                if update.failure is not None or state is None:
+                    tally.add(self._skipped(n, update, down[client]))
                     continue
-                update = Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics)
                 total = method.accumulate(total, update, shape)
                 for name, so_far in ranks.items():
                     own = client_diagnostics.sent_rank(update.tensors, name)
                     ranks[name] = None if own is None or so_far is None else so_far + own
-                tally.add(_row(n, sent, update.wire_bytes, down[client]))
-                self._ledger.add(client, state)
-                trained[client] = state.round
+                tally.add(_row(n, update, down[client]))
+                trained.append(self._ledger.add(client, state))
             yield tally.progress()
         self._verify()
 
@@ -265,7 +264,7 @@ class Coordinator:
             digest.update(name.encode() + standing.server.tensors[name].contiguous().numpy().tobytes())
         for client in sorted(standing.states) if self._method.personal else ():
             _, reference = cast(Any, self._ledger.stored(client))
-            for name, tensor in sorted(unpacked(object_store.get(reference).tensors).items()):
+            for name, tensor in sorted(object_store.get(reference).tensors.items()):
                 digest.update(f"{client}/{name}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -317,16 +316,16 @@ class Coordinator:
         weights = [row.weight * length for row, length in zip(trained, lengths, strict=True)]
         return nova_factor(weights, lengths) if trained else 1.0
 
-    def _skipped(self, n: int, sent: PackedUpdate, down: int) -> ClientRow:
+    def _skipped(self, n: int, update: Update, down: int) -> ClientRow:
         """The row of a client that failed.  Raises RunError where the configuration does not let it be skipped."""
-        cause = str(sent.failure)
+        cause = str(update.failure)
         if self._config.federation.on_client_failure == "stop":
-            raise client_failed(cause, n, sent.client)
-        return _row(n, sent, 0, down)
+            raise client_failed(cause, n, update.client)
+        return _row(n, update, down)
 
     def _model(self) -> JudgedModel:
         stored = self._ledger.stored if self._method.personal else None
-        return JudgedModel(self._ledger.standing.server.round, self._broadcast(), stored)
+        return JudgedModel(self._broadcast(), stored)
 
     def _broadcast(self) -> Any:
         """The current broadcast in the object store; training and evaluation of one state share it."""
@@ -341,13 +340,12 @@ class Coordinator:
         """Puts the broadcast into the object store.  Tensors of the server that are sent as they are lie there alone
         from then on."""
         server = self._ledger.standing.server
-        tensors = broadcast_of(self._config, self._method, server)
-        arrays = packed(tensors)
-        reference = ray.put(arrays)
-        stored = unpacked(ray.get(reference))
-        own = [name for name, tensor in tensors.items() if tensor is server.tensors.get(name)]
-        self._ledger.move({name: stored[name] for name in own})
-        return server.round, reference, checksum(arrays)
+        broadcast = broadcast_of(self._config, self._method, server)
+        reference = ray.put(broadcast)
+        stored: Broadcast = ray.get(reference)
+        own = [name for name, tensor in broadcast.tensors.items() if tensor is server.tensors.get(name)]
+        self._ledger.move({name: stored.tensors[name] for name in own})
+        return server.round, reference, checksum(packed(broadcast.tensors))
 
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
         """Wire bytes to every client of the cohort, given when it last took part."""
@@ -423,7 +421,7 @@ class Coordinator:
 
     def _verify_broadcast(self) -> None:
         sent = self._sent
-        if sent is not None and checksum(ray.get(sent[1])) != sent[2]:
+        if sent is not None and checksum(packed(ray.get(sent[1]).tensors)) != sent[2]:
             at = self._ledger.standing.server.round
             raise RunError("shared memory", "the broadcast's bytes changed", round=at, resume=None)
 
@@ -452,9 +450,9 @@ def _sound(outcome: PackOutcome) -> bool:
     return all(update.failure is None for update in outcome.updates)
 
 
-def _row(n: int, sent: PackedUpdate, up: int, down: int) -> ClientRow:
-    measured: dict[str, Any] = dict(sent.metrics)
-    return ClientRow(n, sent.client, sent.weight, up, down, **measured, failure=sent.failure)
+def _row(n: int, update: Update, down: int) -> ClientRow:
+    measured: dict[str, Any] = dict(update.metrics)
+    return ClientRow(n, update.client, update.weight, update.wire_bytes, down, **measured, failure=update.failure)
 
 
 def _check_finite(server: ServerState, n: int) -> None:

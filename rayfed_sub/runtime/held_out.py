@@ -22,10 +22,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class JudgedModel:
-    """The model to judge: the broadcast of finished round `round`; stored: a client's stored state, for methods whose
-    clients have models of their own (None: one model for all)."""
+    """The model to judge: a reference to its broadcast; stored: a client's stored state, for methods whose clients have
+    models of their own (None: one model for all)."""
 
-    round: int
     broadcast: Any
     stored: Callable[[int], Any] | None
 
@@ -76,7 +75,7 @@ def _each(
     def piece(index: int, client: int | None, rows: list[int]) -> WorkItem:
         def submit(worker: Any) -> Any:
             state = None if client is None or model.stored is None else model.stored(client)
-            return call(worker).remote(model.round, rows, model.broadcast, client, state)
+            return call(worker).remote(rows, model.broadcast, client, state)
 
         return WorkItem(submit, index % len(crew.workers), f"shard {index}")
 

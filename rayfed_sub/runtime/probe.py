@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.arrays import Packed, packed, unpacked
+from rayfed_sub.core.arrays import packed
+from rayfed_sub.core.types import Broadcast, Tensors
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.fit import PACKS
 from rayfed_sub.planning.job import Job
@@ -53,10 +54,10 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     """
     config = job.config
     cohort, workers = config.federation.cohort, config.resources.workers
-    backbone = packed(load_weights(config.model, job.architecture, config.seed))
+    backbone = load_weights(config.model, job.architecture, config.seed)
     broadcast = _broadcast(job, backbone)
     spec = Spec(config, job.method, job.architecture, job.processor)
-    worker = Worker(spec, backbone, job.dataset, config.resources.gpus_per_worker)
+    worker = Worker(spec, packed(backbone), job.dataset, config.resources.gpus_per_worker)
 
     def timed(size: int) -> PackSpeed:
         worker.train(_work(size, 1), [None] * size, broadcast)  # a size's first pass is slower than all others
@@ -122,16 +123,16 @@ def quickest(rounds: Mapping[int, float], now: int) -> int:
 
 
 def _work(size: int, steps: int) -> PackWork:
-    return PackWork(0, tuple(range(size)), (steps,) * size, (1.0,) * size, lr=0.0)
+    return PackWork(tuple(range(size)), (steps,) * size, (1.0,) * size, lr=0.0)
 
 
-def _broadcast(job: Job, backbone: Packed) -> Packed:
-    pretrained = target_weights(job.architecture.shape, job.architecture.transposed, unpacked(backbone))
+def _broadcast(job: Job, backbone: Tensors) -> Broadcast:
+    pretrained = target_weights(job.architecture.shape, job.architecture.transposed, backbone)
     server = job.method.init_server(pretrained, job.architecture.shape, job.config.seed)
-    return packed(broadcast_of(job.config, job.method, server))
+    return broadcast_of(job.config, job.method, server)
 
 
-def _seconds(worker: Worker, work: PackWork, broadcast: Packed) -> float:
+def _seconds(worker: Worker, work: PackWork, broadcast: Broadcast) -> float:
     """The shortest of several times: others at work on the machine only ever add to it."""
     found: list[float] = []
     while sum(found) < _ENOUGH:
@@ -141,12 +142,12 @@ def _seconds(worker: Worker, work: PackWork, broadcast: Packed) -> float:
     return min(found)
 
 
-def _evaluation(job: Job, worker: Worker, broadcast: Packed) -> float:
+def _evaluation(job: Job, worker: Worker, broadcast: Broadcast) -> float:
     """Seconds of one evaluation of the loss by all workers; generated answers are not timed."""
     examples = min(job.config.evaluation.eval_rows, len(job.dataset.held_out))
     rows = range(min(job.config.evaluation.batch_size, examples))
     began = time.perf_counter()
-    worker.evaluate(0, rows, broadcast, None, None)
+    worker.evaluate(rows, broadcast, None, None)
     shards = math.ceil(examples / max(1, len(rows)))
     return (time.perf_counter() - began) * math.ceil(shards / job.config.resources.workers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.arrays import Guard, Packed, PackedState, packed, packed_state, unpacked, unpacked_state
+from rayfed_sub.core.arrays import Guard, Packed, unpacked
 from rayfed_sub.core.types import (
     Broadcast,
     Client,
     ClientState,
     LocalResult,
     ServerState,
-    Start,
-    Tensors,
     Update,
     wire_bytes,
 )
@@ -42,7 +40,7 @@ from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
 from rayfed_sub.telemetry.process_memory import PeakMemory, few_kernels, give_back, keep_freed
 from rayfed_sub.training.client_errors import not_finite
-from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, verdicts
 from rayfed_sub.training.layers import based_on, install
 
@@ -64,32 +62,20 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class PackedUpdate:
-    """An Update on its way through the object store.  Of a client that failed: why, weight 0, no tensors, and of its
-    metrics those that are finite."""
-
-    client: int
-    weight: float
-    tensors: Packed
-    metrics: Mapping[str, float]
-    failure: str | None = None
-
-
-@dataclass(frozen=True)
 class PackOutcome:
     """Outcome of a pack: the uploads and the new states, in the pack's order.  A client that failed has
     none: it keeps the one it had.  looks: of the clients that are looked at."""
 
-    updates: tuple[PackedUpdate, ...]
-    states: tuple[PackedState | None, ...]
+    updates: tuple[Update, ...]
+    states: tuple[ClientState | None, ...]
     looks: tuple[ClientDiagnostics, ...] = ()
 
 
-def broadcast_of(config: Config, method: Method, server: ServerState) -> Tensors:
+def broadcast_of(config: Config, method: Method, server: ServerState) -> Broadcast:
     """Server tensors for workers: the method's broadcast, and under privacy the server's notes as well,
     because clipping asks for `aggregate`, which reads them."""
     notes = server.tensors if config.privacy.clip is not None else {}
-    return {**notes, **method.broadcast(server).tensors}
+    return Broadcast(server.round, {**notes, **method.broadcast(server).tensors})
 
 
 class Worker:
@@ -107,7 +93,7 @@ class Worker:
         self._layers = install(self._model, spec.architecture.shape)
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         self._guard = Guard([*held.items(), *((name, layer.weight) for name, layer in self._layers.items())])
-        self._broadcast: tuple[int, dict[str, Tensor]] | None = None  # a GPU's copy
+        self._broadcast: Broadcast | None = None  # a GPU's copy
         self._resident: OrderedDict[int, ClientState] = OrderedDict()
         self._resident_bytes = 0
 
@@ -119,44 +105,42 @@ class Worker:
         """Proportional set size, bytes: as last sampled, and the largest seen so far."""
         return self._memory.last, self._memory.peak
 
-    def train(self, work: PackWork, states: Sequence[Any], broadcast: Packed) -> PackOutcome:
-        """One pack's round.  states: per client None (its first round), or the round and what `object_store.get` takes,
+    def train(self, work: PackWork, states: Sequence[Any], broadcast: Broadcast) -> PackOutcome:
+        """One pack's round.  states: per client None (its first round), or its key and what `object_store.get` takes,
         asked only when the state is not resident.  A client that fails by itself has the cause in its update."""
         method, shape = self._spec.method, self._spec.architecture.shape
-        round, clients, watched = work.round, work.clients, work.watched
-        received = Broadcast(round, self._received(round, broadcast))
+        clients, watched = work.clients, work.watched
+        received = self._received(broadcast)
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
         states_of = (state.tensors for state in before if state is not None)
         given = Guard(item for tensors in (received.tensors, *states_of) for item in tensors.items())
-        seed = self._spec.config.seed
-        starts = [
-            method.start_client(received, state, Client(client, seed), shape)
-            for client, state in zip(clients, before, strict=True)
-        ]
-        batches = [
-            self._batches(client, state.cursor if state else 0, steps)
+        works = [
+            ClientWork(
+                client,
+                method.start_client(received, state, Client(client, self._spec.config.seed), shape),
+                self._batches(client, state.cursor if state else 0, steps),
+            )
             for client, state, steps in zip(clients, before, work.steps, strict=True)
         ]
         asked = self._spec.config.diagnostics
-        watch = gradient_watch(asked, shape, clients, starts, watched)
-        results = self._train(received, starts, clients, batches, work.lr, watch)
-        updates: list[PackedUpdate] = []
-        kept: list[PackedState | None] = []
-        sent = received if self._device.type == "cpu" else Broadcast(round, unpacked(broadcast))
+        watch = gradient_watch(asked, shape, {one.client: one.start for one in works if one.client in watched})
+        results = self._train(received, works, work.lr, watch)
+        updates: list[Update] = []
+        kept: list[ClientState | None] = []
         looks: list[ClientDiagnostics] = []
         fresh: dict[int, ClientState] = {}
-        for result, state, start, weight in zip(results, before, starts, work.weights, strict=True):
-            ended = self._ended(sent, result, state, weight)
+        for result, state, one, weight in zip(results, before, works, work.weights, strict=True):
+            ended = self._ended(broadcast, result, state, weight)
             if isinstance(ended, str):
                 updates.append(_failed(result, ended))
                 kept.append(None)
                 continue
             update, new = ended
             fresh[result.client] = new
-            updates.append(PackedUpdate(update.client, update.weight, packed(update.tensors), update.metrics))
-            kept.append(packed_state(new))
+            updates.append(update)
+            kept.append(new)
             if result.client in watched:
-                looks.append(looked(asked, shape, start, result, update.weight, watch))
+                looks.append(looked(asked, shape, one.start, result, update.weight, watch))
         # A pack with a failure runs again; if the failure stays away then, the others may end with other bits.
         if len(fresh) == len(results):
             for client, new in fresh.items():
@@ -165,19 +149,15 @@ class Worker:
         self._guard.check()
         return PackOutcome(tuple(updates), tuple(kept), tuple(looks))
 
-    def evaluate(
-        self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
-    ) -> list[Prediction]:
-        """Verdicts on the given held-out rows by the model of `round`: the global one, or the client's own where
+    def evaluate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Prediction]:
+        """Predictions for the given held-out rows by the broadcast's model: the global one, or the client's own where
         `client` is given (state as in `train`)."""
-        with self._judged(round, broadcast, client, state):
+        with self._judged(broadcast, client, state):
             out = verdicts(self._model, self._held_out(rows))
         give_back()
         return out
 
-    def generate(
-        self, round: int, rows: Sequence[int], broadcast: Packed, client: int | None, state: Any
-    ) -> list[Generation]:
+    def generate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Generation]:
         """Answers to the questions of the given held-out rows; arguments as in `evaluate`."""
         held_out, processor = self._dataset.held_out, self._spec.processor
         assert isinstance(held_out, Rows)
@@ -185,7 +165,7 @@ class Worker:
         prompts = [held_out.row(row)[: held_out.prompts[row]].tolist() for row in rows]
         references = [held_out.row(row)[held_out.prompts[row] :].tolist() for row in rows]
         limit = self._spec.config.evaluation.max_new_tokens
-        with self._judged(round, broadcast, client, state):
+        with self._judged(broadcast, client, state):
             tokens = answers(self._model, prompts, pad=processor.pad, ends=processor.ends, limit=limit)
             forced = verdicts(self._model, self._held_out(rows))
         give_back()
@@ -197,20 +177,22 @@ class Worker:
         batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.processor.pad)
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
-    def _received(self, round: int, broadcast: Packed) -> dict[str, Tensor]:
+    def _received(self, broadcast: Broadcast) -> Broadcast:
         """The round's broadcast on this worker's device.  A GPU keeps its copy, because several packs and shards read
         the same; shared memory is not held on to, or the store could not let go of a round that is over."""
         if self._device.type == "cpu":
-            return unpacked(broadcast)
-        if self._broadcast is None or self._broadcast[0] != round:
+            return broadcast
+        if self._broadcast is None or self._broadcast.round != broadcast.round:
             self._broadcast = None  # let go of the last one first
-            self._broadcast = (round, {name: x.to(self._device) for name, x in unpacked(broadcast).items()})
-        return self._broadcast[1]
+            tensors = {name: tensor.to(self._device) for name, tensor in broadcast.tensors.items()}
+            self._broadcast = Broadcast(broadcast.round, tensors)
+        return self._broadcast
 
     @contextmanager
-    def _judged(self, round: int, broadcast: Packed, client: int | None, state: Any) -> Iterator[None]:
+    def _judged(self, broadcast: Broadcast, client: int | None, state: Any) -> Iterator[None]:
         method, shape = self._spec.method, self._spec.architecture.shape
-        server = ServerState(round, self._received(round, broadcast))
+        received = self._received(broadcast)
+        server = ServerState(received.round, received.tensors)
         given = Guard(server.tensors.items())
         if client is None:
             changes = method.model(server, shape)
@@ -222,15 +204,10 @@ class Worker:
         self._guard.check()
 
     def _train(
-        self,
-        received: Broadcast,
-        starts: Sequence[Start],
-        clients: Sequence[int],
-        batches: Sequence[ClientBatches],
-        lr: float,
-        watch: GradientWatch,
+        self, received: Broadcast, works: Sequence[ClientWork], lr: float, watch: GradientWatch
     ) -> list[LocalResult]:
-        config, shape, pad = self._spec.config, self._spec.architecture.shape, self._spec.processor.pad
+        config, shape = self._spec.config, self._spec.architecture.shape
+        rule = LocalRule(config.optimizer, lr, config.seed, self._spec.processor.pad, config.federation.proximal)
         bases = {
             layer.name: received.tensors[f"{layer.name}/weight"]
             for layer in shape.targets
@@ -242,22 +219,9 @@ class Worker:
             weights = target_weights(shape, self._spec.architecture.transposed, self._tensors)
             weights |= {f"{name}/weight": weight for name, weight in bases.items()}
             plain = assemble(self._spec.architecture, self._tensors)
-            rest = (starts, clients, batches, config.optimizer)
-            return train_reference(plain, shape, weights, *rest, lr=lr, seed=config.seed)
-        mu = config.federation.proximal
+            return train_reference(plain, shape, weights, works, rule)
         with based_on(self._layers, bases):
-            rest = (starts, clients, batches, config.optimizer)
-            return train_pack(
-                self._model,
-                self._layers,
-                shape,
-                *rest,
-                lr=lr,
-                seed=config.seed,
-                pad=pad,
-                proximal=mu,
-                gradient_hooks=watch.hooks,
-            )
+            return train_pack(self._model, self._layers, shape, works, rule, watch.hooks)
 
     def _ended(
         self, broadcast: Broadcast, result: LocalResult, state: ClientState | None, weight: float
@@ -299,12 +263,11 @@ class Worker:
         """The client's state: resident when this worker trained it last, else fetched from the object store."""
         if stored is None:
             return None
-        round, where = stored
+        (_, round), handle = stored
         resident = self._resident.get(client)
         if resident is not None and resident.round == round:
             return resident
-        state = object_store.get(where, _FETCH_SECONDS)
-        return unpacked_state(state)
+        return object_store.get(handle, _FETCH_SECONDS)
 
     def _remember(self, client: int, state: ClientState) -> None:
         old = self._resident.pop(client, None)
@@ -315,11 +278,11 @@ class Worker:
             self._resident_bytes -= wire_bytes(oldest.tensors)
 
 
-def _failed(result: LocalResult, failure: str) -> PackedUpdate:
+def _failed(result: LocalResult, failure: str) -> Update:
     """Update of a failed client: the cause alone; the loss is omitted when no step ran."""
     metrics = result.metrics if result.metrics["steps"] else {"steps": 0.0}
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return PackedUpdate(result.client, 0.0, {}, finite, failure)
+    return Update(result.client, 0.0, {}, finite, failure)
 
 
 def _device(gpu_share: float, deterministic: bool) -> torch.device:

@@ -19,9 +19,9 @@ from typing import IO
 import numpy as np
 from safetensors.torch import load
 
-from rayfed_sub.core.arrays import Packed, packed, unpacked_state
+from rayfed_sub.core.arrays import packed, settled
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.types import ClientState
+from rayfed_sub.core.types import ClientState, Tensors
 from rayfed_sub.storage import atomic_files, client_states
 from rayfed_sub.storage.client_states import Key, Note
 
@@ -37,7 +37,7 @@ class Checkpoint:
     """Rounds finished, the server's tensors, and of each client that has trained its state's key and file."""
 
     round: int
-    server: Packed
+    server: Tensors
     notes: Mapping[Key, Note]
 
 
@@ -124,18 +124,17 @@ def sweep(folder: Path, kept: set[Key]) -> None:
 def stored_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientState:
     """The state of a client that has trained.  Raises RunError where its file is not whole."""
     key = next(key for key in checkpoint.notes if key[0] == client)
-    state = client_states.read(clients(folder), key, checkpoint.notes[key])
-    return unpacked_state(state)
+    return client_states.read(clients(folder), key, checkpoint.notes[key])
 
 
-def _safetensors(arrays: Packed) -> list[bytes | memoryview]:
-    """A safetensors file's parts, whose bytes are the arrays' own: the library's `save` copies them, twice.
+def _safetensors(tensors: Tensors) -> list[bytes | memoryview]:
+    """A safetensors file's parts, whose bytes are the tensors' own: the library's `save` copies them, twice.
 
     Format: length of the header as 8 bytes, little endian; the header, JSON; the tensors without a gap, here the wide
     numbers first, so that each begins at a multiple of its size (github.com/huggingface/safetensors).
     """
     header, end, parts = {}, 0, []
-    for name, (kind, array) in sorted(arrays.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+    for name, (kind, array) in sorted(packed(tensors).items(), key=lambda item: (-item[1][1].itemsize, item[0])):
         parts.append(array.reshape(-1).view(np.uint8).data)
         offsets = [end, end := end + array.nbytes]
         header[name] = {"dtype": _KINDS[kind], "shape": list(array.shape), "data_offsets": offsets}
@@ -158,7 +157,7 @@ def _read(folder: Path, manifest: Path) -> Checkpoint:
         file = client_states.path(clients(folder), key)
         if not file.exists() or file.stat().st_size != note.size:
             raise _torn(folder, manifest, f"{file.name} is cut or gone")
-    return Checkpoint(tree["round"], packed(load(content)), notes)
+    return Checkpoint(tree["round"], settled(load(content)), notes)
 
 
 def _torn(folder: Path, manifest: Path, why: str) -> UserError:

@@ -16,8 +16,9 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from rayfed_sub.core.arrays import PackedState, packed, unpacked
+from rayfed_sub.core.arrays import settled
 from rayfed_sub.core.errors import RunError
+from rayfed_sub.core.types import ClientState, wire_bytes
 from rayfed_sub.storage import atomic_files
 
 Key = tuple[int, int]
@@ -35,7 +36,7 @@ class Note:
 
 
 class States:
-    """put, get: into memory and out of it (exchange.put, exchange.get); budget: bytes of tensors held there."""
+    """put, get: into memory and out of it (see `runtime/object_store.py`); budget: bytes of tensors held there."""
 
     def __init__(self, folder: Path, budget: int, put: Callable[[Any], Any], get: Callable[[Any], Any]) -> None:
         self._folder, self._budget, self._put, self._get = folder, budget, put, get
@@ -48,17 +49,18 @@ class States:
         """Bytes of tensors in memory; above the budget only while a single state is."""
         return self._total
 
-    def add(self, client: int, state: PackedState) -> None:
+    def add(self, client: int, state: ClientState) -> Key:
         """Takes a state in.  Others move to disk where the budget asks for it.  Raises RunError where it is full."""
-        self._notes.pop((client, state.round), None)  # a round that is run again writes its own files
-        self._hold((client, state.round), state)
+        key = (client, state.round)
+        self._notes.pop(key, None)  # a round that is run again writes its own files
+        self._hold(key, state)
+        return key
 
-    def reference(self, client: int, round: int) -> Any:
+    def reference(self, key: Key) -> Any:
         """Handle of the state, read from its file where it was not in memory.
 
         Raises RunError, naming the client, where its file is not as it was written.
         """
-        key = (client, round)
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][0]
@@ -84,8 +86,8 @@ class States:
             self._notes.pop(key, None)
             path(self._folder, key).unlink(missing_ok=True)
 
-    def _hold(self, key: Key, state: PackedState) -> Any:
-        size = sum(array.nbytes for _, array in state.tensors.values())
+    def _hold(self, key: Key, state: ClientState) -> Any:
+        size = wire_bytes(state.tensors)
         self._let_go(key)
         while self._held and self._total + size > self._budget:
             oldest = next(iter(self._held))
@@ -102,8 +104,8 @@ class States:
             self._total -= self._held.pop(key)[1]
 
     def _write(self, key: Key) -> Note:
-        state: PackedState = self._get(self._held[key][0])
-        content = save(unpacked(state.tensors))
+        state: ClientState = self._get(self._held[key][0])
+        content = save(dict(state.tensors))
         atomic_files.write(path(self._folder, key), content)
         self._notes[key] = Note(state.cursor, state.step, len(content), zlib.crc32(content))
         return self._notes[key]
@@ -119,7 +121,7 @@ def path(folder: Path, key: Key) -> Path:
     return folder / f"{client:06d}-{round:06d}.safetensors"
 
 
-def read(folder: Path, key: Key, note: Note) -> PackedState:
+def read(folder: Path, key: Key, note: Note) -> ClientState:
     """A state from its file.  Raises RunError, naming the client, where that is gone, cut or changed."""
     client, round = key
     file = path(folder, key)
@@ -132,4 +134,4 @@ def read(folder: Path, key: Key, note: Note) -> PackedState:
         cut = f"{len(content)} of {note.size} bytes" if len(content) != note.size else "its checksum differs"
         cause = f"{file}: not as it was written ({cut}); begin anew in another folder"
         raise RunError("reading a client's state", cause, round=round, client=client, resume=None)
-    return PackedState(round, note.cursor, note.step, packed(load(content)))
+    return ClientState(round, note.cursor, note.step, settled(load(content)))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rayfed_sub.core.arrays import PackedState, packed, unpacked
-from rayfed_sub.core.types import ServerState, Tensors
+from rayfed_sub.core.arrays import settled
+from rayfed_sub.core.types import ClientState, ServerState, Tensors
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.checkpoints import Checkpoint
 from rayfed_sub.storage.client_states import Key, States
@@ -66,28 +66,28 @@ class StateStore:
             self.standing = _standing(found)
         checkpoints.sweep(folder, set().union(*self._named))
 
-    def add(self, client: int, state: PackedState) -> None:
-        """Takes in a state of the round that is going on."""
+    def add(self, client: int, state: ClientState) -> Key:
+        """Takes in a state of the round that is going on, for `commit`."""
         with self._lock:
-            self._states.add(client, state)
+            return self._states.add(client, state)
 
-    def stored(self, client: int) -> tuple[int, Any] | None:
-        """Round and reference of the client's state in the standing; None where it never trained."""
+    def stored(self, client: int) -> tuple[Key, Any] | None:
+        """Key and handle of the client's state in the standing; None where it never trained."""
         with self._lock:
             round = self.standing.states.get(client)
-            return None if round is None else (round, self._states.reference(client, round))
+            return None if round is None else ((client, round), self._states.reference((client, round)))
 
-    def commit(self, server: ServerState, memory: Tensors, trained: Mapping[int, int]) -> bool:
+    def commit(self, server: ServerState, memory: Tensors, trained: Iterable[Key]) -> bool:
         """From here on the round counts; False, and it never will, after `halt`.  The states that it replaced go, but
         for files that checkpoints name.
 
-        trained: client -> round of the state that was taken in.
+        trained: the states that were taken in and count.
         """
         with self._lock:
             if self._halted:
                 return False
             whole = ServerState(server.round, settled(server.tensors))
-            new = RoundState(whole, settled(memory), {**self.standing.states, **trained})
+            new = RoundState(whole, settled(memory), {**self.standing.states, **dict(trained)})
             left, named = self.standing.keys - new.keys, frozenset().union(*self._named)
             self.standing = new
             self._states.release(left & named)
@@ -117,7 +117,7 @@ class StateStore:
             if checkpoints.newest(self._folder) == standing.server.round:
                 return
             rule = {f"{_RULE}{name}": tensor for name, tensor in standing.memory.items()}
-            server = packed({**standing.server.tensors, **rule})
+            server = settled({**standing.server.tensors, **rule})
             notes = self._states.save(keys)
             checkpoints.write(self._folder, Checkpoint(standing.server.round, server, notes))
             leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
@@ -126,13 +126,7 @@ class StateStore:
 
 
 def _standing(found: Checkpoint) -> RoundState:
-    tensors = unpacked(found.server)
+    tensors = found.server
     memory = {name.removeprefix(_RULE): tensor for name, tensor in tensors.items() if name.startswith(_RULE)}
     server = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RULE)}
     return RoundState(ServerState(found.round, server), memory, dict(found.notes.keys()))
-
-
-def settled(tensors: Tensors) -> Tensors:
-    """The same tensors, contiguous and aligned as they will be when they come from a checkpoint: equal inputs, equal
-    bits."""
-    return unpacked(packed(tensors))

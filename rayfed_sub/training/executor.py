@@ -31,6 +31,27 @@ GradientHooks = Callable[[str, Sequence[int]], list[Callable[[Tensor, Tensor], N
 """(layer, clients) -> backward hooks, which take the layer's inputs (G, N, n) and output gradients (G, N, m)."""
 
 
+@dataclass(frozen=True)
+class ClientWork:
+    """One client's local training: where it starts, and a batch for each of its optimiser steps."""
+
+    client: int
+    start: Start
+    batches: Batches
+
+
+@dataclass(frozen=True)
+class LocalRule:
+    """The rule of a round's local training, for all clients alike.  lr: the round's learning rate; seed: the run's;
+    pad: the token that fills rows up; proximal: FedProx's mu (see `optimizers.pull`)."""
+
+    optimizer: Optimizer
+    lr: float
+    seed: int
+    pad: int
+    proximal: float = 0.0
+
+
 @dataclass
 class Trainee:
     """One client in training."""
@@ -62,40 +83,32 @@ def train_pack(
     model: nn.Module,
     layers: Mapping[str, PackLinear],
     shape: ModelShape,
-    starts: Sequence[Start],
-    clients: Sequence[int],
-    batches: Sequence[Batches],
-    optimizer: Optimizer,
-    *,
-    lr: float,
-    seed: int,
-    pad: int,
-    proximal: float = 0.0,
+    works: Sequence[ClientWork],
+    rule: LocalRule,
     gradient_hooks: GradientHooks | None = None,
 ) -> list[LocalResult]:
-    """Trains client i from starts[i] for len(batches[i]) optimiser steps, one batch each; results in the given order.
+    """Trains every client from its start, one optimiser step for each of its batches; results in the given order.
 
     model: the frozen model with `layers` installed; layers' weights are the round's base weights.  Ranks, scales, step
     counts and numbers of steps may differ between clients; `trained`, `decays_base` and the kind of subspace may not.
-    proximal: FedProx's mu (see `optimizers.pull`).  gradient_hooks: backward hooks of a layer in the first
-    local step, given its name and the pack's clients.
+    gradient_hooks: backward hooks of a layer in the first local step, given its name and the pack's clients.
     A client whose batch cannot be drawn, or whose loss, gradient or result is not finite, leaves the pack, the others
     unharmed, and comes back with `failure` set; what it holds besides that and its metrics means nothing.
     """
     device = next(iter(layers.values())).weight.device
-    trainees = [Trainee(c, s, b, s.step) for c, s, b in zip(clients, starts, batches, strict=True)]
-    pack = _stack(trainees, shape, optimizer, device, anchored=proximal > 0)
+    trainees = [Trainee(work.client, work.start, work.batches, work.start.step) for work in works]
+    pack = _stack(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
     results: dict[int, LocalResult] = {}
-    for t in range(max(len(b) for b in batches)):
+    for t in range(max(len(work.batches) for work in works)):
         own_batches = _draw(pack, t)
         pack = _without_finished(pack, t, shape, results)
         if not pack.trainees:  # all have failed
             break
-        merged = merge([own_batches[trainee.client] for trainee in pack.trainees], pad)
+        merged = merge([own_batches[trainee.client] for trainee in pack.trainees], rule.pad)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in merged.items()}
-        _step(model, layers, shape, pack, batch, optimizer, lr, seed, proximal, gradient_hooks if t == 0 else None)
+        _step(model, layers, shape, pack, batch, rule, gradient_hooks if t == 0 else None)
     _without_finished(pack, None, shape, results)
-    return [results[client] for client in clients]
+    return [results[work.client] for work in works]
 
 
 def _draw(pack: Pack, t: int) -> dict[int, Tensors]:
@@ -117,17 +130,15 @@ def _step(
     shape: ModelShape,
     pack: Pack,
     batch: Tensors,
-    optimizer: Optimizer,
-    lr: float,
-    seed: int,
-    proximal: float,
+    rule: LocalRule,
     gradient_hooks: GradientHooks | None,
 ) -> None:
     """One forward, backward and optimiser step of every client in the pack."""
+    optimizer, lr = rule.optimizer, rule.lr
     trainees, first = pack.trainees, pack.trainees[0].start
     scale_G = torch.tensor([trainee.start.scale for trainee in trainees], device=batch["labels"].device)
     leaves = {name: pack.tensors[name].detach().requires_grad_() for name in first.trained}
-    refresh = _refresh(pack, seed)
+    refresh = _refresh(pack, rule.seed)
     _bind(layers, shape, pack, {**pack.tensors, **leaves}, scale_G, refresh, gradient_hooks)
     try:
         loss_G, count_G = client_losses(model, batch, len(trainees))
@@ -150,8 +161,8 @@ def _step(
             grads[name] = grads[name] / scale_G[:, None, None]
     if refresh is not None:
         _new_period(pack, shape, refresh, grads, scale_G, optimizer)
-    if proximal:
-        pull(proximal, shape, first, pack.tensors, pack.anchors, pack.closed, grads, scale_G)
+    if rule.proximal:
+        pull(rule.proximal, shape, first, pack.tensors, pack.anchors, pack.closed, grads, scale_G)
     if optimizer.clip_norm is not None:
         optimizers.clip(list(grads.values()), optimizer.clip_norm)
     step_G = [trainee.step for trainee in trainees]

@@ -20,8 +20,8 @@ from torch.nn import functional
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
-from rayfed_sub.data.batching import Batches
 from rayfed_sub.training.client_errors import drawn, not_finite
+from rayfed_sub.training.executor import ClientWork, LocalRule
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
 
 
@@ -29,15 +29,10 @@ def train_reference(
     model: nn.Module,
     shape: ModelShape,
     weights: Tensors,
-    starts: Sequence[Start],
-    clients: Sequence[int],
-    batches: Sequence[Batches],
-    optimizer: Optimizer,
-    *,
-    lr: float,
-    seed: int,
+    works: Sequence[ClientWork],
+    rule: LocalRule,
 ) -> list[LocalResult]:
-    """Trains client i from starts[i] for len(batches[i]) optimiser steps, one batch each; results in the given order.
+    """Trains every client from its start, one optimiser step for each of its batches; results in the given order.
 
     model: the plain transformers model, left as it is.  weights: `<target>/weight` (m, n) float32 with which the round
     begins, where a Start has none of its own.  The results are as `train_pack`'s, with two differences of form: a
@@ -45,26 +40,21 @@ def train_reference(
     where the basis is renewed (what it held is in the blocks).  A client stops at its first batch that cannot be drawn,
     or its first non-finite loss or gradient, and has `failure` set.
     """
-    return [
-        _client(model, shape, weights, start, client, own_batches, optimizer, lr, seed)
-        for start, client, own_batches in zip(starts, clients, batches, strict=True)
-    ]
+    assert not rule.proximal, "the reference executor has no FedProx"
+    return [_client(model, shape, weights, work, rule) for work in works]
 
 
 def _client(
     model: nn.Module,
     shape: ModelShape,
     weights: Tensors,
-    start: Start,
-    client: int,
-    batches: Batches,
-    optimizer: Optimizer,
-    lr: float,
-    seed: int,
+    work: ClientWork,
+    rule: LocalRule,
 ) -> LocalResult:
+    client, start, batches, optimizer, lr = work.client, work.start, work.batches, rule.optimizer, rule.lr
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     begun = {**weights, **start.tensors}
-    moving = moving_tensors(model, shape, begun, start, (seed, client), optimizer)
+    moving = moving_tensors(model, shape, begun, start, (rule.seed, client), optimizer)
     stepper = stepper_of(moving, start, optimizer, lr)
     losses: list[float] = []
     labels, periods, step, base_scale = 0, 0, start.step, 1.0

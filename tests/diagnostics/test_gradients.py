@@ -9,8 +9,8 @@ from torch import Tensor
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Subspace
 from rayfed_sub.diagnostics.gradients import GradientWatch, energy
-from rayfed_sub.training.executor import train_pack
-from tests.helpers.tiny_models import albert, draw_batches, galore_start, installed
+from rayfed_sub.training.executor import LocalRule, train_pack
+from tests.helpers.tiny_models import albert, draw_batches, galore_start, installed, works
 
 
 def by_hand(x_Nn: Tensor, d_Nm: Tensor, rank: int) -> tuple[float, float]:
@@ -68,19 +68,8 @@ def test_all_uses_of_a_layer_count() -> None:
     watch = GradientWatch({0: 2}, frozenset(layer.name for layer in tiny.shape.targets))
     model, layers = installed(tiny)
     start = galore_start(tiny, Subspace(2, 3))
-    train_pack(
-        model,
-        layers,
-        tiny.shape,
-        [start],
-        [0],
-        [[batch]],
-        Optimizer(),
-        lr=0.1,
-        seed=0,
-        pad=0,
-        gradient_hooks=watch.hooks,
-    )
+    rule = LocalRule(Optimizer(), lr=0.1, seed=0, pad=0)
+    train_pack(model, layers, tiny.shape, works([start], [[batch]]), rule, watch.hooks)
     for layer in tiny.shape.targets:
         weight = tiny.model.get_submodule(layer.name).weight.requires_grad_()
         (G_mn,) = torch.autograd.grad(tiny.model(**batch).loss, weight)

@@ -20,7 +20,7 @@ import torch
 
 from rayfed_sub import load_config, run
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.arrays import packed, unpacked
+from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.privacy.accountant import epsilon
@@ -375,7 +375,7 @@ def test_the_result_is_exported_and_loaded_by_transformers(undisturbed: Summary,
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     found = read(Path(undisturbed.folder))
     assert found is not None
-    weight = unpacked(found.server)["model.layers.0.mlp.up_proj/weight"]
+    weight = found.server["model.layers.0.mlp.up_proj/weight"]
     assert torch.equal(model.get_parameter("model.layers.0.mlp.up_proj.weight"), weight)
     assert sorted(client for client, _ in found.notes) == list(range(8))
     assert {note.cursor for note in found.notes.values()} == {8}  # 2 rounds x 4 steps

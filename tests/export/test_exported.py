@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rayfed_sub import load_config
 from rayfed_sub.cli import main
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.arrays import PackedState, packed, unpacked
+from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.types import Change, ClientState, ServerState, Update
+from rayfed_sub.core.types import Change, ClientState, ServerState
 from rayfed_sub.data.batching import collate
 from rayfed_sub.export.exported import export_hf, export_peft, factorised, loadable
 from rayfed_sub.methods import METHODS, build
@@ -102,14 +102,12 @@ def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fi
     )
 
 
-def write_run(folder: Path, config: Config, server: ServerState, states: Mapping[int, PackedState]) -> Path:
+def write_run(folder: Path, config: Config, server: ServerState, states: Mapping[int, ClientState]) -> Path:
     """A finished run's folder."""
     folder.mkdir()
     written = create(Place(folder), config)
     book = StateStore(folder, 10**9, lambda: server, lambda state: [state], lambda box: box[0])
-    for client, state in states.items():
-        book.add(client, state)
-    book.commit(server, {}, {client: state.round for client, state in states.items()})
+    book.commit(server, {}, [book.add(client, state) for client, state in states.items()])
     book.checkpoint()
     written.write_summary(
         Summary(config.name, str(config.method["name"]), 2, "0" * 64, 1, 1, 1, 1.0, 1.0, 1.0, 1, {}, {}, {})
@@ -122,7 +120,7 @@ def stored(run: Path) -> tuple[ServerState, dict[int, ClientState]]:
     found = checkpoints.read(run)
     assert found is not None
     clients = {client: checkpoints.stored_state(run, found, client) for client, _ in found.notes}
-    return ServerState(found.round, unpacked(found.server)), clients
+    return ServerState(found.round, found.server), clients
 
 
 def trained(folder: Path, config: Config, clients: Sequence[int] = (0, 1)) -> Path:
@@ -132,16 +130,15 @@ def trained(folder: Path, config: Config, clients: Sequence[int] = (0, 1)) -> Pa
     backbone = load_weights(config.model, job.architecture, config.seed)
     server = method.init_server(target_weights(shape, job.architecture.transposed, backbone), shape, config.seed)
     worker = Worker(Spec(job.config, method, job.architecture, job.processor), packed(backbone), job.dataset)
-    states: dict[int, PackedState] = {}
+    states: dict[int, ClientState] = {}
     for n in range(2):
-        stored = [(states[k].round, None) if k in states else None for k in clients]  # the worker has them resident
-        broadcast = packed(method.broadcast(server).tensors)
+        # The worker has the states at hand.
+        stored = [((k, states[k].round), None) if k in states else None for k in clients]
+        broadcast = method.broadcast(server)
         outcome = worker.train(pack_work(job.config, job.dataset, n, clients), stored, broadcast)
         total = method.accumulator(server, shape)
         for sent in outcome.updates:
-            total = method.accumulate(
-                total, Update(sent.client, sent.weight, unpacked(sent.tensors), sent.metrics), shape
-            )
+            total = method.accumulate(total, sent, shape)
         server = method.aggregate(server, total, shape)
         states = dict(zip(clients, outcome.states, strict=True))
     return write_run(folder, job.config, server, states)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import transformers.modeling_utils  # noqa: F401  what a worker imports, before the first look
 
-from rayfed_sub.core.arrays import Packed, packed
+from rayfed_sub.core.arrays import Packed, packed, unpacked
+from rayfed_sub.core.types import Broadcast
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.sampling import pack_work
@@ -64,13 +65,14 @@ def mapped(layout: Layout, path: Path) -> Packed:
 def growth(folder: Path) -> int:
     spec, dataset, layouts = pickle.loads((folder / "given").read_bytes())
     backbone, broadcast = (mapped(x, folder / n) for x, n in zip(layouts, ("backbone", "broadcast"), strict=True))
+    received = Broadcast(0, unpacked(broadcast))
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory begins here
     before = high_water()
     worker = Worker(spec, backbone, dataset)
     clients = range(spec.config.resources.pack_size)
     for _ in range(2):
-        worker.train(pack_work(spec.config, dataset, 0, clients), [None] * len(clients), broadcast)
-        worker.evaluate(0, range(spec.config.evaluation.batch_size), broadcast, None, None)
+        worker.train(pack_work(spec.config, dataset, 0, clients), [None] * len(clients), received)
+        worker.evaluate(range(spec.config.evaluation.batch_size), received, None, None)
     return high_water() - before
 
 

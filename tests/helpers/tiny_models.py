@@ -32,7 +32,7 @@ from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Subspace, Tensors
 from rayfed_sub.models.logits import logit_rule
-from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.layers import install
 from rayfed_sub.training.reference import train_reference
 
@@ -307,8 +307,7 @@ def run_pack(
 ) -> list[LocalResult]:
     """`train_pack` on a model whose targets hold `weights` (None: the pretrained ones)."""
     model, layers = installed(tiny, weights)
-    names = list(range(len(starts))) if clients is None else clients
-    return train_pack(model, layers, tiny.shape, starts, names, batches, optimizer, lr=lr, seed=0, pad=PAD)
+    return train_pack(model, layers, tiny.shape, works(starts, batches, clients), LocalRule(optimizer, lr, 0, PAD))
 
 
 def run_reference(
@@ -322,9 +321,17 @@ def run_reference(
     clients: Sequence[int] | None = None,
 ) -> list[LocalResult]:
     """`train_reference` with the same arguments."""
-    names = list(range(len(starts))) if clients is None else clients
     begun = {**tiny.weights, **(weights or {})}
-    return train_reference(tiny.model, tiny.shape, begun, starts, names, batches, optimizer, lr=lr, seed=0)
+    rule = LocalRule(optimizer, lr, 0, PAD)
+    return train_reference(tiny.model, tiny.shape, begun, works(starts, batches, clients), rule)
+
+
+def works(
+    starts: Sequence[Start], batches: Sequence[Sequence[Mapping[str, Tensor]]], clients: Sequence[int] | None = None
+) -> list[ClientWork]:
+    """The work of clients 0, 1, ... or of those named."""
+    names = range(len(starts)) if clients is None else clients
+    return [ClientWork(*work) for work in zip(names, starts, batches, strict=True)]
 
 
 def installed(tiny: Tiny, weights: Tensors | None = None):

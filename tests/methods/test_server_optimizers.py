@@ -9,9 +9,20 @@ from rayfed_sub.config.schema import Optimizer, Privacy, Server
 from rayfed_sub.core.types import Client, Layer, ModelShape, ServerState, Subspace
 from rayfed_sub.methods import build
 from rayfed_sub.methods.server_optimizers import advance, mixed_bytes, mixes, nova_factor, nova_length
-from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.executor import LocalRule, train_pack
 from rayfed_sub.training.optimizers import step
-from tests.helpers.tiny_models import PAD, change, distance, draw_batches, galore_start, installed, llama, start_of
+from tests.helpers.tiny_models import (
+    PAD,
+    change,
+    distance,
+    draw_batches,
+    galore_start,
+    installed,
+    llama,
+    run_pack,
+    start_of,
+    works,
+)
 
 OLD = ServerState(0, {"up/weight": torch.tensor([[1.0, 2.0]]), "seed": torch.tensor(7), "step": torch.tensor(3.0)})
 NEW = OLD.advance({"up/weight": torch.tensor([[2.0, 2.0]]), "step": torch.tensor(4.0)})  # d = [1, 0]
@@ -106,8 +117,8 @@ def pulled(kind: str, mu: float, steps: int = 4):
     tiny = llama()
     start = galore_start(tiny, Subspace(16, 2), scale=1.0) if kind == "galore" else start_of(kind, tiny)
     model, layers = installed(tiny)
-    work = ([start], [0], [draw_batches(tiny, 0, steps, rows=8)], Optimizer(name="sgd"))
-    (result,) = train_pack(model, layers, tiny.shape, *work, lr=0.1, seed=0, pad=PAD, proximal=mu)
+    work = works([start], [draw_batches(tiny, 0, steps, rows=8)])
+    (result,) = train_pack(model, layers, tiny.shape, work, LocalRule(Optimizer(name="sgd"), 0.1, 0, PAD, mu))
     return change(tiny, start, result)
 
 
@@ -143,7 +154,7 @@ def test_a_penalty_adds_its_gradient() -> None:
     name = f"{tiny.shape.targets[0].name}/left"
     ends = []
     for penalty in (None, lambda tensors: 3 * tensors[name].sum()):
-        model, layers = installed(tiny)
-        work = ([replace(start, penalty=penalty)], [0], [draw_batches(tiny, 0, 1)], Optimizer(name="sgd"))
-        ends.append(train_pack(model, layers, tiny.shape, *work, lr=0.1, seed=0, pad=PAD)[0].tensors[name])
+        begun = replace(start, penalty=penalty)
+        (result,) = run_pack(tiny, [begun], [draw_batches(tiny, 0, 1)], Optimizer(name="sgd"), lr=0.1)
+        ends.append(result.tensors[name])
     torch.testing.assert_close(ends[1], ends[0] - 0.3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -16,9 +17,9 @@ from torch import Tensor
 from rayfed_sub import load_config
 from rayfed_sub.config.loading import yaml_text
 from rayfed_sub.config.schema import Config, Optimizer, Server
-from rayfed_sub.core.arrays import packed, unpacked
+from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.core.types import Accumulator, Client, Layer, LocalResult, ModelShape, ServerState, Update
+from rayfed_sub.core.types import Accumulator, Broadcast, Client, Layer, LocalResult, ModelShape, ServerState, Update
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.fedit import FedIT
 from rayfed_sub.methods.protocol import Method
@@ -435,9 +436,10 @@ def test_workers_send_updates_at_their_clip_factor(job: Job) -> None:
     backbone = load_weights(config.model, job.architecture, config.seed)
     server = method.init_server(target_weights(shape, job.architecture.transposed, backbone), shape, config.seed)
     worker = Worker(Spec(config, method, job.architecture, job.processor), packed(backbone), job.dataset)
-    outcome = worker.train(pack_work(config, job.dataset, 0, [0, 1, 3]), [None] * 3, packed(server.tensors))
+    broadcast = Broadcast(server.round, server.tensors)
+    outcome = worker.train(pack_work(config, job.dataset, 0, [0, 1, 3]), [None] * 3, broadcast)
     for sent in outcome.updates:
-        alone = change(method, server, Update(sent.client, 1.0, unpacked(sent.tensors)), shape)
+        alone = change(method, server, replace(sent, weight=1.0), shape)
         norm = math.sqrt(sum(float(d.double().square().sum()) for d in alone.values()))
         assert norm > config.privacy.clip  # so that there is something to clip
         assert sent.weight == pytest.approx(config.privacy.clip / norm)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rayfed_sub.core.arrays import Guard, PackedState, checksum, packed, unpacked
+from rayfed_sub.core.arrays import Guard, checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
+from rayfed_sub.core.types import Broadcast, ClientState, Update
+from rayfed_sub.diagnostics.client_change import ClientChange
 from rayfed_sub.runtime.object_store import get, put
 
+T = TypeVar("T")
 TENSORS = {
     "float32": torch.linspace(-1, 1, 6).reshape(2, 3),
     "float64": torch.tensor(0.1, dtype=torch.float64),
@@ -31,11 +36,12 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def through_pickle(arrays: dict[str, tuple[str, np.ndarray]]) -> dict[str, tuple[str, np.ndarray]]:
-    """As the object store gives them: every array over a read-only buffer of its own."""
+def through_pickle(value: T) -> T:
+    """As the object store gives it: every array over a read-only buffer of its own."""
     buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(arrays, protocol=5, buffer_callback=buffers.append)
-    return pickle.loads(head, buffers=[bytes(buffer.raw()) for buffer in buffers])
+    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    back: T = pickle.loads(head, buffers=[bytes(buffer.raw()) for buffer in buffers])
+    return back
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -50,27 +56,50 @@ def test_the_same_bits_come_back(name: str) -> None:
 
 def test_a_small_view_does_not_drag_its_storage_along() -> None:
     large = torch.zeros(1000, 1000)
-    assert len(pickle.dumps(packed({"row": large[3]}))) < 10_000  # 4 kB of numbers, not 4 MB
+    assert len(pickle.dumps(Broadcast(0, {"row": large[3]}))) < 10_000  # 4 kB of numbers, not 4 MB
+
+
+RECORDS = [
+    ClientState(3, 8, 7, TENSORS),
+    Update(5, 2.0, TENSORS, {"loss": 1.5}, "why"),
+    Broadcast(4, TENSORS),
+    ClientChange("dense", TENSORS, 1.0, turned=0.5),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_travels_as_itself_and_its_tensors_outside_the_pickle(record: Any) -> None:
+    buffers: list[pickle.PickleBuffer] = []
+    pickle.dumps(record, protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == len(TENSORS)
+    back = through_pickle(record)
+    assert type(back) is type(record)
+    for field in fields(record):
+        if field.name != "tensors":
+            assert getattr(back, field.name) == getattr(record, field.name)
+    assert {name: (t.dtype, t.shape, bits(t)) for name, t in back.tensors.items()} == {
+        name: (t.dtype, t.shape, bits(t)) for name, t in TENSORS.items()
+    }
 
 
 def test_a_small_state_travels_by_itself_and_keeps_nothing_else_in_memory() -> None:
-    result = np.zeros(10_000, np.float32)  # what a worker returned for a whole pack
-    state = PackedState(3, 8, 8, {"a/m1": ("float32", result[:24])})  # 96 bytes of it: no object in the store
+    result = torch.arange(10_000.0)  # what a worker returned for a whole pack
+    state = ClientState(3, 8, 8, {"a/m1": result[:24]})  # 96 bytes of it: no object in the store
     kept = get(put(state))
     assert (kept.round, kept.cursor, kept.step) == (3, 8, 8)
-    assert np.array_equal(kept.tensors["a/m1"][1], state.tensors["a/m1"][1])
-    assert not np.shares_memory(kept.tensors["a/m1"][1], result)
+    assert torch.equal(kept.tensors["a/m1"], result[:24])
+    assert kept.tensors["a/m1"].untyped_storage().nbytes() == 96
 
 
 def test_a_larger_state_goes_through_the_store(ray_session: None) -> None:
     import ray
 
-    state = PackedState(3, 8, 8, packed({"a/m1": torch.arange(25_000.0)}))  # 100 kB
+    state = ClientState(3, 8, 8, {"a/m1": torch.arange(25_000.0)})  # 100 kB
     stored = put(state)
     assert isinstance(stored, ray.ObjectRef)
     back = get(stored, timeout=30)
     assert (back.round, back.cursor, back.step) == (3, 8, 8)
-    assert bits(unpacked(back.tensors)["a/m1"]) == bits(torch.arange(25_000.0))
+    assert bits(back.tensors["a/m1"]) == bits(torch.arange(25_000.0))
 
 
 def test_a_trained_tensor_travels_without_its_graph() -> None:

@@ -10,13 +10,12 @@ import weakref
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from rayfed_sub import load_config
-from rayfed_sub.core.arrays import Packed, packed
-from rayfed_sub.core.types import ClientState
+from rayfed_sub.core.arrays import packed
+from rayfed_sub.core.types import ClientState, Tensors
 from rayfed_sub.data.dataset import Dataset, Rows
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.job import Job, prepare
@@ -53,7 +52,7 @@ class Trial:
         spec = Spec(config, job.method, job.architecture, job.processor)
         self.config, self.dataset = config, dataset or job.dataset
         self.worker = Worker(spec, packed(weights), self.dataset)
-        self.broadcast: Packed = packed(job.method.broadcast(server).tensors)
+        self.broadcast = job.method.broadcast(server)
 
     def train(self, clients: list[int], lr: float = 1e-3) -> PackOutcome:
         work = pack_work(self.config, self.dataset, 0, clients)
@@ -67,8 +66,8 @@ def without_rows(dataset: Dataset, client: int) -> Dataset:
     return replace(dataset, client_rows=rows)
 
 
-def same(a: Packed, b: Packed) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[name][1], b[name][1]) for name in a)
+def same(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("executor", ["pack", "reference"])
@@ -167,20 +166,20 @@ def test_a_worker_lets_go_of_the_broadcast(job: Job) -> None:
     """The object store keeps what any process still reads."""
     trial = Trial(job)
     trial.train([0])
-    trial.worker.evaluate(0, range(1), trial.broadcast, None, None)
-    arrays = [weakref.ref(array) for _, array in trial.broadcast.values()]
-    assert arrays
-    trial.broadcast.clear()
+    trial.worker.evaluate(range(1), trial.broadcast, None, None)
+    tensors = [weakref.ref(tensor) for tensor in trial.broadcast.tensors.values()]
+    assert tensors
+    del trial.broadcast
     gc.collect()
-    assert all(array() is None for array in arrays)
+    assert all(tensor() is None for tensor in tensors)
 
 
 def test_an_answer_is_told_with_its_reference_cut_as_in_training_and_the_likeliest_tokens(job: Job) -> None:
     """task.max_length is 36 bytes here: after bos and "Q: 15 + 15 =\\nA: " 19 are left of "30, as everybody knows"."""
     trial, held_out = Trial(job), job.dataset.held_out
     rows = list(range(len(held_out)))
-    told = trial.worker.generate(0, rows, trial.broadcast, None, None)
-    judged = trial.worker.evaluate(0, rows, trial.broadcast, None, None)
+    told = trial.worker.generate(rows, trial.broadcast, None, None)
+    judged = trial.worker.evaluate(rows, trial.broadcast, None, None)
     assert isinstance(held_out, Rows)
     for row, found, verdict in zip(rows, told, judged, strict=True):
         prompt, _, shown = job.processor.decode(held_out.row(row).tolist()).partition("\nA: ")

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rayfed_sub.core.arrays import PackedState, packed, unpacked
+from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.core.types import ServerState
+from rayfed_sub.core.types import ClientState, ServerState
 from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.client_states import Note, States, path
 from rayfed_sub.storage.state_store import StateStore, settled
@@ -49,10 +49,10 @@ def server(n: int) -> ServerState:
     )
 
 
-def state(client: int, n: int) -> PackedState:
+def state(client: int, n: int) -> ClientState:
     """100 float32 and a bfloat16 number: 402 bytes of tensors."""
     tensors = {"layer/left": torch.full((50, 2), client + n / 64), "half": torch.tensor([n / 4]).bfloat16()}
-    return PackedState(n, 4 * n, 4 * n + client, packed(tensors))
+    return ClientState(n, 4 * n, 4 * n + client, tensors)
 
 
 def ledger(folder: Path, budget: int = 1000) -> StateStore:
@@ -68,7 +68,8 @@ def walk(book: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1) -> 
     for n in range(book.standing.server.round, len(cohorts)):
         for client in cohorts[n]:
             book.add(client, state(client, n + 1))
-        book.commit(server(n + 1), {"layer/weight/v": torch.full((2,), n + 1.0)}, dict.fromkeys(cohorts[n], n + 1))
+        trained = [(client, n + 1) for client in cohorts[n]]
+        book.commit(server(n + 1), {"layer/weight/v": torch.full((2,), n + 1.0)}, trained)
         if (n + 1) % every == 0:
             book.checkpoint()
 
@@ -83,10 +84,10 @@ def check(book: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> No
     last = {client: n + 1 for n in range(rounds) for client in cohorts[n]}
     assert standing.states == last
     for client, n in last.items():
-        round, box = book.stored(client) or (None, [None])
+        key, box = book.stored(client) or (None, [None])
         found, expected = box[0], state(client, n)
-        assert (round, found.round, found.cursor, found.step) == (n, n, expected.cursor, expected.step)
-        assert bits(unpacked(found.tensors)) == bits(unpacked(expected.tensors))
+        assert (key, found.round, found.cursor, found.step) == ((client, n), n, expected.cursor, expected.step)
+        assert bits(found.tensors) == bits(expected.tensors)
 
 
 cohorts_of_rounds = st.lists(st.lists(st.integers(0, 5), unique=True, max_size=4), min_size=1, max_size=5)
@@ -189,7 +190,7 @@ def test_memory_stays_within_its_budget(tmp_path: Path) -> None:
         states.add(client, state(client, 1))
         assert states.held_bytes == 402 * min(2, client + 1)
     assert sorted(file.name[:6] for file in tmp_path.iterdir()) == ["000000", "000001", "000002"]
-    assert states.reference(0, 1)[0].step == 4  # back from its file: client 3, the longest unused, makes room
+    assert states.reference((0, 1))[0].step == 4  # back from its file: client 3, the longest unused, makes room
     assert states.held_bytes == 804
     assert (tmp_path / "000003-000001.safetensors").exists()
 
@@ -198,9 +199,9 @@ def test_a_state_that_is_added_again_takes_the_place_of_the_first(tmp_path: Path
     """A round that is run again in the same process, with no room for two states."""
     states = States(tmp_path, 402, lambda value: [value], lambda box: box[0])
     for step in (4, 99):
-        states.add(0, PackedState(1, 4, step, state(0, 1).tensors))
+        states.add(0, ClientState(1, 4, step, state(0, 1).tensors))
     states.add(1, state(1, 1))  # client 0 goes to disk
-    assert states.reference(0, 1)[0].step == 99
+    assert states.reference((0, 1))[0].step == 99
 
 
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +224,7 @@ def test_after_a_halt_no_round_counts(tmp_path: Path) -> None:
     book = ledger(tmp_path)
     walk(book, [[0]])
     assert book.halt() == 1
-    book.add(1, state(1, 2))
-    assert not book.commit(server(2), {}, {1: 2})
+    assert not book.commit(server(2), {}, [book.add(1, state(1, 2))])
     check(book, [[0]], 1)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Start, Subspace
-from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.executor import LocalRule, train_pack
 from rayfed_sub.training.galore import Closed
 from tests.helpers.tiny_models import (
     Tiny,
@@ -28,6 +28,7 @@ from tests.helpers.tiny_models import (
     run_reference,
     start_of,
     vit,
+    works,
     worst,
 )
 
@@ -293,7 +294,7 @@ def test_the_shared_backbone_is_never_written(kind):
     kept = {name: tensor.clone() for name, tensor in start.tensors.items()}
     batches = [draw_batches(tiny, seed, 4) for seed in range(2)]
     optimizer = Optimizer(weight_decay=0.1)
-    train_pack(model, layers, tiny.shape, [start] * 2, [0, 1], batches, optimizer, lr=LR, seed=0, pad=0)
+    train_pack(model, layers, tiny.shape, works([start] * 2, batches), LocalRule(optimizer, LR, seed=0, pad=0))
     for name, (version, content) in copies.items():
         assert shared[name]._version == version
         assert torch.equal(shared[name], content)
