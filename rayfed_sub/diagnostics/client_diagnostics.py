@@ -1,4 +1,4 @@
-"""Diagnostics on their way through a round: whom workers look at, what they send, what the coordinator makes of it.
+"""Diagnostics on their way through a round: the clients that workers watch, what they send, the coordinator's rows.
 
 Nothing here touches what is learned: with and without diagnostics a run has the same bits.
 """
@@ -11,10 +11,11 @@ from typing import TypeVar
 
 from rayfed_sub.config.schema import Diagnostics
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer
-from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.core.types import LocalResult, ModelShape, Start
 from rayfed_sub.diagnostics.client_change import ClientChange, client_change
 from rayfed_sub.diagnostics.cohort import diagnose
 from rayfed_sub.diagnostics.gradients import GradientWatch
+from rayfed_sub.diagnostics.server_change import ServerChange
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ class ClientDiagnostics:
 
 
 def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> list[int]:
-    """The clients of round n, counted from 0, that are looked at: when an evaluation of the same `every` is due.
+    """The clients of round n, counted from 0, that are watched: when an evaluation of the same `every` is due.
 
     >>> cohort = [10, 11, 12, 13, 14, 15]
     >>> [watched(Diagnostics(clients=3, every=2), n, 3, cohort) for n in range(3)]
@@ -41,7 +42,7 @@ def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> l
 
 
 def due(asked: Diagnostics, n: int, rounds: int) -> bool:
-    """True where round n, counted from 0, is looked at."""
+    """True where round n, counted from 0, is watched."""
     return asked.every > 0 and ((n + 1) % asked.every == 0 or n + 1 == rounds)
 
 
@@ -55,19 +56,6 @@ def spaced(items: Sequence[T], most: int) -> list[T]:
     return [items[i * len(items) // few] for i in range(few)]
 
 
-def sent_rank(tensors: Tensors, layer: str) -> int | None:
-    """Rank of the factors that an update holds for the layer, of one of them at least; None where it has none.
-
-    >>> import torch
-    >>> sent_rank({"up/left": torch.zeros(5, 2), "up/right": torch.zeros(2, 3)}, "up")
-    2
-    """
-    left, right = tensors.get(f"{layer}/left"), tensors.get(f"{layer}/right")
-    if left is not None:
-        return left.shape[1]
-    return None if right is None else right.shape[0]
-
-
 def gradient_watch(asked: Diagnostics, shape: ModelShape, starts: Mapping[int, Start]) -> GradientWatch:
     """Watch of the first of a pack's watched clients, given their starts."""
     layers = frozenset(layer.name for layer in spaced(spaced(shape.targets, asked.layers), asked.gradient_layers))
@@ -79,7 +67,7 @@ def gradient_watch(asked: Diagnostics, shape: ModelShape, starts: Mapping[int, S
     return GradientWatch(ranks, layers)
 
 
-def looked(
+def measured(
     asked: Diagnostics, shape: ModelShape, start: Start, result: LocalResult, weight: float, watch: GradientWatch
 ) -> ClientDiagnostics:
     """One client's round as it is sent."""
@@ -94,29 +82,29 @@ def looked(
     return ClientDiagnostics(result.client, weight, layers)
 
 
-def kept(look: ClientDiagnostics) -> ClientDiagnostics:
+def kept(client: ClientDiagnostics) -> ClientDiagnostics:
     """The same in memory of its own: a view into the object store would keep the whole pack's results there."""
     layers = {
         name: replace(found, tensors={role: tensor.clone() for role, tensor in found.tensors.items()})
-        for name, found in look.layers.items()
+        for name, found in client.layers.items()
     }
-    return replace(look, layers=layers)
+    return replace(client, layers=layers)
 
 
 def rows(
-    n: int, shape: ModelShape, looks: Sequence[ClientDiagnostics], server: Mapping[str, tuple[int, float]]
+    n: int, shape: ModelShape, watched: Sequence[ClientDiagnostics], server: Mapping[str, ServerChange]
 ) -> tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]:
-    """A round's rows, layer by layer; server: by layer the rank of its own change and how far it has come."""
+    """A round's rows, layer by layer; server: by layer its own change."""
     cohort: list[CohortLayer] = []
     clients: list[ClientLayer] = []
     for layer in shape.targets:
-        seen = [(look.client, look.weight, look.layers[layer.name]) for look in looks if layer.name in look.layers]
+        seen = [(one.client, one.weight, one.layers[layer.name]) for one in watched if layer.name in one.layers]
         if not seen:
             continue
         own, together = diagnose(n, layer, seen)
         if layer.name in server:
-            rank, accumulated = server[layer.name]
-            together = replace(together, server_rank=rank, accumulated=accumulated)
+            own_change = server[layer.name]
+            together = replace(together, server_rank=own_change.rank, accumulated=own_change.accumulated)
         cohort.append(together)
         clients += own
     return tuple(cohort), tuple(clients)

@@ -1,4 +1,5 @@
-"""Numerical rank of what a round changed (rank inflation: Prop. 1 of arXiv 2410.23111).
+"""The server's own change in a round: its numerical rank (rank inflation: Prop. 1 of arXiv 2410.23111), and how far
+the weight has come.
 
 What counts as zero is what storing the weight W in float32 makes up by itself: noise of at most eps/2 * max|W| per
 entry, whose spectral norm stays below eps/2 * max|W| * (sqrt m + sqrt n); four times that is the cut.
@@ -8,14 +9,62 @@ Legend: m, n the weight's sizes, R summed rank of blocks, k columns of a sketch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from rayfed_sub.core.rng import stream
-from rayfed_sub.core.types import Change
+from rayfed_sub.core.types import Change, Tensors
 
 _SPARE = 16  # columns of a sketch beyond the rank that is looked for
 _WORTH = 4  # a sketch is taken where it is so many times smaller than the matrix
+
+
+def add_ranks(so_far: Mapping[str, int | None], update: Tensors) -> dict[str, int | None]:
+    """By layer, the summed rank of the updates so far and this one; None where one did not come as factors."""
+    own = {name: sent_rank(update, name) for name in so_far}
+    return {
+        name: None if total is None or (rank := own[name]) is None else total + rank for name, total in so_far.items()
+    }
+
+
+def sent_rank(tensors: Tensors, layer: str) -> int | None:
+    """Rank of the factors that an update holds for the layer, of one of them at least; None where it has none.
+
+    >>> sent_rank({"up/left": torch.zeros(5, 2), "up/right": torch.zeros(2, 3)}, "up")
+    2
+    """
+    left, right = tensors.get(f"{layer}/left"), tensors.get(f"{layer}/right")
+    if left is not None:
+        return left.shape[1]
+    return None if right is None else right.shape[0]
+
+
+@dataclass(frozen=True)
+class ServerChange:
+    """One layer's change at the server in a round.  rank: see `moved_rank`; accumulated: how far the weight has come
+    since it was pretrained, ||W - W_0||_F / ||W_0||_F."""
+
+    rank: int
+    accumulated: float
+
+
+def server_change(
+    before: Change, after: Change, W_mn: Tensor, expected: int | None, *, dense: bool
+) -> ServerChange | None:
+    """The layer's change from before a round to after it, both relative to the pretrained weight W (m, n).
+
+    expected: the summed rank of the round's updates, if they came as factors and the change is their mean, so that it
+    cannot exceed it.  None where a dense change of no expected rank, which takes seconds a large layer, is not asked
+    for (dense).
+    """
+    if after.dense is not None and expected is None and not dense:
+        return None
+    after_mn = after.apply(W_mn)
+    far = torch.dist(after_mn, W_mn) / W_mn.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return ServerChange(moved_rank(before, after, W_mn, after_mn, expected), float(far))
 
 
 def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None) -> int:

@@ -20,8 +20,8 @@ Rows = Sequence[tuple[int, R]]
 def token_scores(rows: Rows[Prediction]) -> Iterator[Score]:
     """Loss, perplexity and accuracy of a language model; clients without a label have none."""
     for client, own in _groups(rows).items():
-        labels = sum(len(row.true) for row in own)
-        hits = sum(said == true for row in own for said, true in zip(row.said, row.true, strict=True))
+        labels = sum(len(row.labels) for row in own)
+        hits = sum(best == label for row in own for best, label in zip(row.predicted, row.labels, strict=True))
         accuracy = token_accuracy(hits, labels)
         if accuracy is None:
             continue
@@ -34,12 +34,12 @@ def token_scores(rows: Rows[Prediction]) -> Iterator[Score]:
 def label_scores(rows: Rows[Prediction], names: Sequence[str]) -> Iterator[Score]:
     """Loss, accuracy and F1 of a classifier whose class i is called names[i], and the confusion matrix of all rows."""
     for client, own in _groups(rows).items():
-        true, said = [row.true[0] for row in own], [row.said[0] for row in own]
+        labels, predicted = [row.labels[0] for row in own], [row.predicted[0] for row in own]
         yield Score(client, "held_out_loss", math.fsum(row.loss for row in own) / len(own), len(own))
-        for metric, value in class_scores(true, said, names).items():
+        for metric, value in class_scores(labels, predicted, names).items():
             yield Score(client, metric, value, len(own))
         if client is None:
-            for name, counts in zip(names, confusion(true, said, len(names)), strict=True):
+            for name, counts in zip(names, confusion(labels, predicted, len(names)), strict=True):
                 for other, count in zip(names, counts, strict=True):
                     if count:
                         yield Score(None, f"confusion/{name}/{other}", float(count), len(own))
@@ -49,12 +49,12 @@ def text_scores(rows: Rows[Generation]) -> Iterator[Score]:
     """ROUGE-L and BLEU-4 of answers, over the rows whose reference has anything to read; none where no row has."""
     for client, own in _groups(rows).items():
         for prefix, texts in (
-            ("", [(row.said, row.reference) for row in own]),
-            ("teacher_forced_", [(row.forced, row.true) for row in own]),
+            ("", [(row.answer, row.reference) for row in own]),
+            ("teacher_forced_", [(row.teacher_forced, row.labels) for row in own]),
         ):
-            asked = [(said, true) for said, true in texts if words(true)]
+            asked = [(text, reference) for text, reference in texts if words(reference)]
             for name, measured in TEXT_SCORES.items() if asked else ():
-                value = measured([said for said, _ in asked], [true for _, true in asked])
+                value = measured([text for text, _ in asked], [reference for _, reference in asked])
                 if value is not None:
                     yield Score(client, f"{prefix}{name}", value, len(asked))
 

@@ -11,7 +11,7 @@ import numpy as np
 from rayfed_sub.config.schema import Config, StepRange
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.methods.server_optimizers import nova_length
+from rayfed_sub.methods.server_optimizers import nova_factor, nova_length
 
 
 def cohort(config: Config, n: int) -> list[int]:
@@ -72,6 +72,14 @@ def local_length(config: Config, n: int, client: int) -> float:
     """FedNova's normaliser of the client's local steps in round n: see `server_optimizers.nova_length`."""
     mu = config.federation.proximal
     return nova_length(config.optimizer, learning_rate(config, n), mu, local_steps(config, client))
+
+
+def nova_factor_of(config: Config, n: int, trained: Sequence[tuple[int, float]]) -> float:
+    """FedNova's factor of round n (see `server_optimizers.nova_factor`) from the clients that trained and their raw
+    weights, which are per length of their local steps already: w_k is that times the length."""
+    lengths = [local_length(config, n, client) for client, _ in trained]
+    weights = [weight * length for (_, weight), length in zip(trained, lengths, strict=True)]
+    return nova_factor(weights, lengths) if trained else 1.0
 
 
 def learning_rate(config: Config, n: int) -> float:

@@ -134,7 +134,7 @@ def _table(runs: Runs) -> Table:
     return Table("A row for each run; scores as at its last evaluation.", heads, rows)
 
 
-def surroundings(runs: Runs) -> Section | None:
+def environment(runs: Runs) -> Section | None:
     """Of one run as facts, of several side by side."""
     known = {name: {**run.versions, **run.environment} for name, run in runs.items()}
     keys = list(dict.fromkeys(key for tree in known.values() for key in tree))

@@ -12,7 +12,7 @@ from rayfed_sub.reports.clients import clients
 from rayfed_sub.reports.curves import quality, traffic
 from rayfed_sub.reports.failures import failures, noticed
 from rayfed_sub.reports.layer_metrics import layers
-from rayfed_sub.reports.overview import differences, results, surroundings
+from rayfed_sub.reports.overview import differences, environment, results
 from rayfed_sub.reports.page import Section, page
 from rayfed_sub.reports.run_reader import Run, Runs, named, read_run
 from rayfed_sub.reports.timeline import memory, timeline
@@ -65,7 +65,7 @@ def sections(runs: Runs) -> list[Section]:
         timeline(runs),
         memory(runs),
         failures(runs),
-        surroundings(runs),
+        environment(runs),
     ]
     return [section for section in found if section is not None]
 

@@ -28,19 +28,19 @@ from rayfed_sub.core.types import Accumulator, Broadcast, Change, Client, ModelS
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.diagnostics import client_diagnostics
 from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics
-from rayfed_sub.diagnostics.server_change import moved_rank
+from rayfed_sub.diagnostics.server_change import ServerChange, add_ranks, server_change
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods.downloads import downloaded
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server_optimizers import Noise, advance, mixes, nova_factor
+from rayfed_sub.methods.server_optimizers import Noise, advance, mixes
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.planning import sampling
 from rayfed_sub.privacy import mechanism
 from rayfed_sub.privacy.accountant import spent
 from rayfed_sub.runtime import held_out, object_store
 from rayfed_sub.runtime.held_out import JudgedModel
-from rayfed_sub.runtime.round_metrics import RoundMetrics
-from rayfed_sub.runtime.scheduler import Done, WorkerPool, WorkItem, in_order
+from rayfed_sub.runtime.round_metrics import RoundMetrics, client_row, pack_row
+from rayfed_sub.runtime.scheduler import WorkerPool, WorkItem, in_order
 from rayfed_sub.runtime.worker import PackOutcome, Worker, broadcast_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.client_states import Key
@@ -48,7 +48,7 @@ from rayfed_sub.storage.state_store import StateStore
 from rayfed_sub.telemetry.environment import environment, merged
 from rayfed_sub.telemetry.events import PackDone, RoundDone
 from rayfed_sub.telemetry.process_memory import PeakMemory, give_back
-from rayfed_sub.training.client_errors import not_finite
+from rayfed_sub.training.client_errors import client_failed, not_finite
 
 _CLAIM_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
@@ -67,13 +67,12 @@ class Shared:
 
 @dataclass(frozen=True)
 class _Trained:
-    """Results of a round's training besides the ledger.  moved: by target that diagnostics look at, the rank of the
-    server's own change, and how far the weight has come since it was pretrained, |W - W0| / |W0|; empty in a round that
-    they do not look at."""
+    """Results of a round's training besides the state store.  changes: the server's own, by target that diagnostics
+    look at; empty in a round that they do not look at."""
 
-    tally: RoundMetrics
+    metrics: RoundMetrics
     seconds: float
-    moved: dict[str, tuple[int, float]]
+    changes: dict[str, ServerChange]
     packs: list[PackRow]
     layers: tuple[CohortLayer, ...]
     client_layers: tuple[ClientLayer, ...]
@@ -97,7 +96,7 @@ class Coordinator:
         self._config, self._method, self._shape, self._shared = config, method, shape, shared
         self._folder, self._noise = folder, noise
         self._workers = [self._worker() for _ in range(config.resources.workers)]
-        self._crew = WorkerPool(self._workers, config.resources.deadline)
+        self._pool = WorkerPool(self._workers, config.resources.deadline)
         self._dataset: Dataset = ray.get(shared.dataset)
         arrays: Packed = ray.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
@@ -129,7 +128,7 @@ class Coordinator:
         # The coordinator of a run that was killed may still be writing.
         self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
         memory = self._config.resources.state_memory
-        self._ledger = StateStore(self._folder, memory, self._initial, object_store.put, object_store.get)
+        self._store = StateStore(self._folder, memory, self._initial, object_store.put, object_store.get)
         asked, until = {worker.ready.remote(): worker for worker in self._workers}, time.monotonic() + _START_SECONDS
         while asked:
             done, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
@@ -144,9 +143,9 @@ class Coordinator:
                 asked[worker.ready.remote()] = worker
             except RayError as error:
                 raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
-        return self._ledger.standing.server.round
+        return self._store.current.server.round
 
-    def surroundings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def workers_environment(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Versions, and what the bits depend on besides, of the workers; after `start`."""
         versions, machines = zip(*self._answers, strict=True)
         return merged(versions), environment(self._config, machines)
@@ -158,18 +157,18 @@ class Coordinator:
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def halt(self) -> int:
         """From here on no round is finished any more; the number of those that are."""
-        return self._ledger.halt()
+        return self._store.halt()
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def checkpoint(self) -> None:
         """A checkpoint of the last finished round.  Raises RunError where the disk is full, and where the broadcast, in
         whose memory the server's tensors lie, was written to."""
         self._verify_broadcast()
-        self._ledger.checkpoint()
+        self._store.checkpoint()
 
     def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
         """Round n, counted from 0; it can be asked for again as long as it has not reached its evaluation."""
-        finished = self._ledger.standing.server.round
+        finished = self._store.current.server.round
         assert n == finished, f"round {n} asked of a server that has finished {finished}"
         began = time.perf_counter()
         config, cohort = self._config, sampling.cohort(self._config, n)
@@ -178,18 +177,18 @@ class Coordinator:
         trained = yield from self._trained(n, cohort, down, began, due)
         if trained is None:
             return  # the run is being interrupted
-        tally, moved = trained.tally, trained.moved
+        metrics, ranks = trained.metrics, [change.rank for change in trained.changes.values()]
         scores = self.scores() if due else ()
         row = RoundRow(
             round=n,
             clients=len(cohort),
-            failed=tally.failed,
-            loss=tally.loss,
+            failed=metrics.failed,
+            loss=metrics.loss,
             held_out_loss=overall(scores).get("held_out_loss"),
-            uplink_bytes=tally.uplink_bytes,
+            uplink_bytes=metrics.uplink_bytes,
             downlink_bytes=sum(down.values()),
-            labels=tally.labels,
-            change_rank=statistics.median(rank for rank, _ in moved.values()) if moved else None,
+            labels=metrics.labels,
+            change_rank=statistics.median(ranks) if ranks else None,
             epsilon=spent(config, self._noise, n + 1) if due else None,  # it takes most of a second
             train_seconds=trained.seconds,
             retries=sum(pack.attempts - 1 for pack in trained.packs),
@@ -198,7 +197,7 @@ class Coordinator:
         )
         if due:  # the workers have read shared memory once more
             self._verify()
-        yield RoundDone(row, tuple(tally.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
+        yield RoundDone(row, tuple(metrics.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
 
     def _trained(
         self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
@@ -207,46 +206,45 @@ class Coordinator:
         the last server must be gone before the next broadcast comes.  due: whether an evaluation follows."""
         config, method, shape = self._config, self._method, self._shape
         broadcast = self._broadcast()
-        standing, size = self._ledger.standing, config.resources.pack_size
+        current, size = self._store.current, config.resources.pack_size
         packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
         watched = client_diagnostics.watched(config.diagnostics, n, config.federation.rounds or 0, cohort)
-        pieces = [self._train_piece(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
+        items = [self._train_item(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
 
-        total, trained, tally = self._zero(), list[Key](), RoundMetrics(n, len(cohort), began)
-        ranks: dict[str, int | None] = dict.fromkeys(self._looked_at(n), 0)
-        pack_rows, looks = list[PackRow](), list[ClientDiagnostics]()
-        for done in in_order(self._crew, pieces, f"round {n}, local training"):
+        total, trained, metrics = self._zero(), list[Key](), RoundMetrics(n, len(cohort), began)
+        ranks: dict[str, int | None] = dict.fromkeys(self._change_layers(n), 0)
+        pack_rows, watched_rounds = list[PackRow](), list[ClientDiagnostics]()
+        for done in in_order(self._pool, items, f"round {n}, local training"):
             outcome: PackOutcome = done.result
-            pack_rows.append(_pack_row(n, packs[done.index], done))
-            looks += map(client_diagnostics.kept, outcome.looks)
+            pack_rows.append(pack_row(n, packs[done.index], done))
+            watched_rounds += map(client_diagnostics.kept, outcome.diagnostics)
             for client, update, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
                 self._home[client] = done.worker
                 if update.failure is not None or state is None:
-                    tally.add(self._skipped(n, update, down[client]))
+                    metrics.add(self._skipped(n, update, down[client]))
                     continue
                 total = method.accumulate(total, update, shape)
-                for name, so_far in ranks.items():
-                    own = client_diagnostics.sent_rank(update.tensors, name)
-                    ranks[name] = None if own is None or so_far is None else so_far + own
-                tally.add(_row(n, update, down[client]))
-                trained.append(self._ledger.add(client, state))
-            yield tally.progress()
+                ranks = add_ranks(ranks, update.tensors)
+                metrics.add(client_row(n, update, down[client]))
+                trained.append(self._store.add(client, state))
+            yield metrics.progress()
         self._verify()
 
-        before, after = standing.server, method.aggregate(standing.server, total, shape)
-        factor, noise = self._rule(n, tally.rows, total.weight)
-        after, memory = advance(config.server, before, after, standing.memory, factor, noise)
+        before, after = current.server, method.aggregate(current.server, total, shape)
+        factor, noise = self._rule(n, metrics.rows, total.weight)
+        after, memory = advance(config.server, before, after, current.memory, factor, noise)
         _check_finite(after, n)
-        if not self._ledger.commit(after, memory, trained):
+        if not self._store.commit(after, memory, trained):
             return None
         seconds = time.perf_counter() - began
-        moved = self._moved(before, ranks, due)
-        return _Trained(tally, seconds, moved, pack_rows, *client_diagnostics.rows(n, shape, looks, moved))
+        changes = self._server_changes(before, ranks, due)
+        layer_rows = client_diagnostics.rows(n, shape, watched_rounds, changes)
+        return _Trained(metrics, seconds, changes, pack_rows, *layer_rows)
 
     def scores(self) -> tuple[Score, ...]:
         """The current model's; of its answers too before training and after it."""
-        judged = (self._crew, self._config, self._dataset, self._model())
-        ends = self._ledger.standing.server.round in (0, self._config.federation.rounds)
+        judged = (self._pool, self._config, self._dataset, self._model())
+        ends = self._store.current.server.round in (0, self._config.federation.rounds)
         return (*held_out.scores(*judged), *(held_out.answer_scores(*judged) if ends else ()))
 
     def backbone_sum(self) -> str:
@@ -257,13 +255,13 @@ class Coordinator:
     def weights_sha256(self) -> str:
         """SHA-256 over everything learned: effective target weights, the server's tensors, personal clients' states."""
         digest = hashlib.sha256()
-        standing = self._ledger.standing
-        for name, weight in self._effective(standing.server):
+        current = self._store.current
+        for name, weight in self._effective(current.server):
             digest.update(name.encode() + weight.contiguous().numpy().tobytes())
-        for name in sorted(standing.server.tensors):
-            digest.update(name.encode() + standing.server.tensors[name].contiguous().numpy().tobytes())
-        for client in sorted(standing.states) if self._method.personal else ():
-            _, reference = cast(Any, self._ledger.stored(client))
+        for name in sorted(current.server.tensors):
+            digest.update(name.encode() + current.server.tensors[name].contiguous().numpy().tobytes())
+        for client in sorted(current.states) if self._method.personal else ():
+            _, reference = cast(Any, self._store.stored(client))
             for name, tensor in sorted(object_store.get(reference).tensors.items()):
                 digest.update(f"{client}/{name}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -293,7 +291,7 @@ class Coordinator:
 
     def _zero(self) -> Accumulator:
         """The empty sum; with privacy it holds an update at rest, so that noise is released for an empty cohort too."""
-        method, shape, server = self._method, self._shape, self._ledger.standing.server
+        method, shape, server = self._method, self._shape, self._store.current.server
         total = method.accumulator(server, shape)
         if not self._private:
             return total
@@ -307,29 +305,25 @@ class Coordinator:
         if private.clip is not None and self._noise is not None:
             deviation = self._noise * private.clip / federation.cohort
             return weight / federation.cohort, partial(mechanism.noise, self._config.seed, n, deviation)
-        return self._nova_factor(n, rows) if federation.normalise_steps else 1.0, None
-
-    def _nova_factor(self, n: int, rows: Sequence[ClientRow]) -> float:
-        """The rows' weights are already per length; w_k is that times the length."""
-        trained = [row for row in rows if row.failure is None]
-        lengths = [sampling.local_length(self._config, n, row.client) for row in trained]
-        weights = [row.weight * length for row, length in zip(trained, lengths, strict=True)]
-        return nova_factor(weights, lengths) if trained else 1.0
+        if not federation.normalise_steps:
+            return 1.0, None
+        trained = [(row.client, row.weight) for row in rows if row.failure is None]
+        return sampling.nova_factor_of(self._config, n, trained), None
 
     def _skipped(self, n: int, update: Update, down: int) -> ClientRow:
         """The row of a client that failed.  Raises RunError where the configuration does not let it be skipped."""
         cause = str(update.failure)
         if self._config.federation.on_client_failure == "stop":
             raise client_failed(cause, n, update.client)
-        return _row(n, update, down)
+        return client_row(n, update, down)
 
     def _model(self) -> JudgedModel:
-        stored = self._ledger.stored if self._method.personal else None
+        stored = self._store.stored if self._method.personal else None
         return JudgedModel(self._broadcast(), stored)
 
     def _broadcast(self) -> Any:
         """The current broadcast in the object store; training and evaluation of one state share it."""
-        if self._sent is None or self._sent[0] != self._ledger.standing.server.round:
+        if self._sent is None or self._sent[0] != self._store.current.server.round:
             self._sent = None  # let go of the last one first
             give_back()
             self._sent = self._put()
@@ -339,17 +333,17 @@ class Coordinator:
     def _put(self) -> tuple[int, Any, int]:
         """Puts the broadcast into the object store.  Tensors of the server that are sent as they are lie there alone
         from then on."""
-        server = self._ledger.standing.server
+        server = self._store.current.server
         broadcast = broadcast_of(self._config, self._method, server)
         reference = ray.put(broadcast)
         stored: Broadcast = ray.get(reference)
         own = [name for name, tensor in broadcast.tensors.items() if tensor is server.tensors.get(name)]
-        self._ledger.move({name: stored.tensors[name] for name in own})
+        self._store.move({name: stored.tensors[name] for name in own})
         return server.round, reference, checksum(packed(broadcast.tensors))
 
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
         """Wire bytes to every client of the cohort, given when it last took part."""
-        states, server = self._ledger.standing.states, self._ledger.standing.server
+        states, server = self._store.current.states, self._store.current.server
         mixed = mixes(self._config.server, self._config.privacy)
         down = {}
         for client in cohort:
@@ -363,15 +357,15 @@ class Coordinator:
     def _learned(self) -> bool:
         """True where a round has moved the server: one in which somebody trained, or any one under privacy, whose
         noise moves it."""
-        standing = self._ledger.standing
-        return standing.server.round > 0 and (self._private or bool(standing.states))
+        current = self._store.current
+        return current.server.round > 0 and (self._private or bool(current.states))
 
-    def _train_piece(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> WorkItem:
+    def _train_item(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> WorkItem:
         home = self._home.get(clients[0], index % len(self._workers))
         work = sampling.pack_work(self._config, self._dataset, n, clients, watched)
 
         def submit(worker: Any) -> Any:  # states come to memory when their turn has come
-            states = [self._ledger.stored(client) for client in clients]
+            states = [self._store.stored(client) for client in clients]
             return worker.train.remote(work, states, broadcast)
 
         return WorkItem(submit, home, f"clients {clients[0]}-{clients[-1]}", _sound)
@@ -383,46 +377,42 @@ class Coordinator:
             weights = self._pretrained(ModelShape((layer,)))
             yield layer.name, change.apply(weights[f"{layer.name}/weight"])
 
-    def _looked_at(self, n: int) -> list[str]:
+    def _change_layers(self, n: int) -> list[str]:
         """The targets whose change of round n at the server diagnostics look at; none where every client has a model
         of its own, and the server's is the pretrained one."""
-        asked = self._config.diagnostics
-        if self._method.personal or not client_diagnostics.due(asked, n, self._config.federation.rounds or 0):
+        diagnostics = self._config.diagnostics
+        if self._method.personal or not client_diagnostics.due(diagnostics, n, self._config.federation.rounds or 0):
             return []
-        return [layer.name for layer in client_diagnostics.spaced(self._shape.targets, asked.layers)]
+        return [layer.name for layer in client_diagnostics.spaced(self._shape.targets, diagnostics.layers)]
 
-    def _moved(
+    def _server_changes(
         self, before: ServerState, ranks: Mapping[str, int | None], evaluated: bool
-    ) -> dict[str, tuple[int, float]]:
-        """See `_Trained`.  ranks: by target that is looked at, the summed rank of the round's updates, if they came as
-        factors: what the server's change cannot exceed where it is their mean.  A dense change of no expected rank
-        takes seconds a large layer, and is looked at in rounds that are evaluated alone."""
-        then, now = (self._method.model(server, self._shape) for server in (before, self._ledger.standing.server))
+    ) -> dict[str, ServerChange]:
+        """The server's own changes of the layers of `ranks`, each given the summed rank of the round's updates; dense
+        ones of no known rank only in rounds that are evaluated."""
+        old, new = (self._method.model(server, self._shape) for server in (before, self._store.current.server))
         mixed = mixes(self._config.server, self._config.privacy)
-        moved = {}
+        changes = {}
         for layer in self._shape.targets:
-            if layer.name not in ranks:
-                continue
-            pretrained = self._pretrained(ModelShape((layer,)))[f"{layer.name}/weight"]
-            old, new, expected = then[layer.name], now[layer.name], None if mixed else ranks[layer.name]
-            if new.dense is not None and expected is None and not evaluated:
-                continue
-            after = new.apply(pretrained)
-            far = torch.dist(after, pretrained) / pretrained.norm().clamp_min(torch.finfo(torch.float32).tiny)
-            moved[layer.name] = moved_rank(old, new, pretrained, after, expected), float(far)
-        return moved
+            if layer.name in ranks:
+                W_mn = self._pretrained(ModelShape((layer,)))[f"{layer.name}/weight"]
+                rank = None if mixed else ranks[layer.name]
+                change = server_change(old[layer.name], new[layer.name], W_mn, rank, dense=evaluated)
+                if change is not None:
+                    changes[layer.name] = change
+        return changes
 
     def _verify(self) -> None:
         """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
         if checksum(self._backbone_arrays) != self._backbone_sum:
-            at = self._ledger.standing.server.round
+            at = self._store.current.server.round
             raise RunError("shared memory", "the backbone's bytes changed", round=at, resume=None)
         self._verify_broadcast()
 
     def _verify_broadcast(self) -> None:
         sent = self._sent
         if sent is not None and checksum(packed(ray.get(sent[1]).tensors)) != sent[2]:
-            at = self._ledger.standing.server.round
+            at = self._store.current.server.round
             raise RunError("shared memory", "the broadcast's bytes changed", round=at, resume=None)
 
 
@@ -431,14 +421,6 @@ def _answer_of(reference: Any) -> Any:
         return ray.get(reference, timeout=30)
     except RayActorError:  # a worker that died at the very end must not cost the finished run
         return None
-
-
-def _pack_row(n: int, pack: Sequence[int], done: Done) -> PackRow:
-    # Ray's answers are timed by a clock that has no date.
-    began = time.time() - (time.monotonic() - done.began)
-    trouble = "; ".join(dict.fromkeys(done.troubles)) or None
-    seconds, attempts = done.ended - done.began, len(done.troubles) + 1
-    return PackRow(n, done.index, len(pack), pack[0], done.worker, began, seconds, attempts, trouble)
 
 
 def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
@@ -450,26 +432,8 @@ def _sound(outcome: PackOutcome) -> bool:
     return all(update.failure is None for update in outcome.updates)
 
 
-def _row(n: int, update: Update, down: int) -> ClientRow:
-    measured: dict[str, Any] = dict(update.metrics)
-    return ClientRow(n, update.client, update.weight, update.wire_bytes, down, **measured, failure=update.failure)
-
-
 def _check_finite(server: ServerState, n: int) -> None:
     failure = not_finite(server.tensors)
     if failure is not None:
         advice = "lower optimizer.lr and begin anew in another folder"
         raise RunError("aggregation", f"{failure}; {advice}", round=n, resume=None)
-
-
-def client_failed(cause: str, n: int, client: int) -> RunError:
-    """The end of a run whose configuration does not let a failed client be skipped.
-
-    A client fails in the same way when the run goes on from its checkpoint.  Skipping mends what is wrong with one
-    client's data; a learning rate at which losses overflow is everybody's.
-    """
-    skip = "federation.on_client_failure=skip"
-    if "finite" in cause:
-        advice = f"lower optimizer.lr and begin anew in another folder; {skip} would leave such clients out"
-        return RunError("local training", f"{cause}; {advice}", round=n, client=client, resume=None)
-    return RunError("local training", f"{cause}; {skip} would go on without it", round=n, client=client, resume=(skip,))

@@ -29,20 +29,20 @@ class JudgedModel:
     stored: Callable[[int], Any] | None
 
 
-def scores(crew: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
+def scores(pool: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
     """The scores of `evaluation.eval_rows` held-out rows."""
     shards = _shards(config, dataset, config.evaluation.eval_rows, model)
-    done = _each(crew, shards, model, lambda worker: worker.evaluate, "held-out rows")
-    rows = [(int(dataset.held_out_clients[row]), verdict) for row, verdict in _by_row(shards, done)]
+    done = _each(pool, shards, model, lambda worker: worker.evaluate, "held-out rows")
+    rows = [(int(dataset.held_out_clients[row]), prediction) for row, prediction in _by_row(shards, done)]
     return list(label_scores(rows, dataset.class_names) if dataset.class_names else token_scores(rows))
 
 
-def answer_scores(crew: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
+def answer_scores(pool: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
     """The scores of the answers to `evaluation.generate_rows` held-out questions; none where none are asked for."""
     if not config.evaluation.generate_rows:
         return []
     shards = _shards(config, dataset, config.evaluation.generate_rows, model)
-    done = _each(crew, shards, model, lambda worker: worker.generate, "generated answers")
+    done = _each(pool, shards, model, lambda worker: worker.generate, "generated answers")
     rows = [(int(dataset.held_out_clients[row]), answer) for row, answer in _by_row(shards, done)]
     return list(text_scores(rows))
 
@@ -66,18 +66,18 @@ def _shards(config: Config, dataset: Dataset, most: int, model: JudgedModel) -> 
 
 
 def _each(
-    crew: WorkerPool,
+    pool: WorkerPool,
     shards: Sequence[tuple[int | None, list[int]]],
     model: JudgedModel,
     call: Callable[[Any], Any],
     stage: str,
 ) -> list[Any]:
-    def piece(index: int, client: int | None, rows: list[int]) -> WorkItem:
+    def item(index: int, client: int | None, rows: list[int]) -> WorkItem:
         def submit(worker: Any) -> Any:
             state = None if client is None or model.stored is None else model.stored(client)
             return call(worker).remote(rows, model.broadcast, client, state)
 
-        return WorkItem(submit, index % len(crew.workers), f"shard {index}")
+        return WorkItem(submit, index % len(pool.workers), f"shard {index}")
 
-    pieces = [piece(index, client, rows) for index, (client, rows) in enumerate(shards)]
-    return [done.result for done in in_order(crew, pieces, stage)]
+    items = [item(index, client, rows) for index, (client, rows) in enumerate(shards)]
+    return [done.result for done in in_order(pool, items, stage)]

@@ -1,11 +1,30 @@
-"""A round's clients, counted and summed as they come in: after every pack for a display, at the end for the table."""
+"""Rows of a round's clients and packs, and sums over the clients as they come in, for a display and for the table."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
-from rayfed_sub.core.schemas import ClientRow
+from rayfed_sub.core.schemas import ClientRow, PackRow
+from rayfed_sub.core.types import Update
+from rayfed_sub.runtime.scheduler import Done
 from rayfed_sub.telemetry.events import PackDone
+
+
+def client_row(n: int, update: Update, down: int) -> ClientRow:
+    """A client's row of round n; down: wire bytes that it received."""
+    measured: dict[str, Any] = dict(update.metrics)
+    return ClientRow(n, update.client, update.weight, update.wire_bytes, down, **measured, failure=update.failure)
+
+
+def pack_row(n: int, pack: Sequence[int], done: Done) -> PackRow:
+    """A pack's row of round n."""
+    # Ray's answers are timed by a clock that has no date.
+    began = time.time() - (time.monotonic() - done.began)
+    trouble = "; ".join(dict.fromkeys(done.troubles)) or None
+    seconds, attempts = done.ended - done.began, len(done.troubles) + 1
+    return PackRow(n, done.index, len(pack), pack[0], done.worker, began, seconds, attempts, trouble)
 
 
 class RoundMetrics:

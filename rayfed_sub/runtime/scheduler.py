@@ -1,8 +1,8 @@
-"""Work to workers: at most two pieces in flight each, again elsewhere after a loss, results in the order of the work.
+"""Work to workers: at most two items in flight each, again elsewhere after a loss, results in the order of the work.
 
-A piece of work is a function of a worker that gives an object reference.  It must be repeatable without harm: after
-a worker's death its pieces run again, in the same composition, so that the bits do not change.  A worker that takes
-longer over a piece than the deadline is killed, and then it is as any other death.
+An item of work is a function of a worker that gives an object reference.  It must be repeatable without harm: after
+a worker's death its items run again, in the same composition, so that the bits do not change.  A worker that takes
+longer over an item than the deadline is killed, and then it is as any other death.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 from rayfed_sub.core.errors import RunError, UserError
 
 _IN_FLIGHT = 2  # one computing, one waiting at the worker's door
-_AHEAD = 4  # pieces per worker that may be done before their turn: bounds what the coordinator holds
+_AHEAD = 4  # items per worker that may be done before their turn: bounds what the coordinator holds
 _RETRY_SECONDS = 0.02  # Ray itself takes two seconds to say that a worker is still coming back
 _RETURN_SECONDS = 1800.0  # with no worker up: how long one may take to come back, a new machine included
 _FETCH_SECONDS = 60  # a result that is there but cannot be had
-_LIVES = 3  # a piece that was lost this often in a row is the likely cause
+_LIVES = 3  # an item that was lost this often in a row is the likely cause
 _GRACE = 1.0  # waited for at least: time for finished results to come over from another node
 _LONGEST = 3600.0  # one wait; Ray counts milliseconds in 64 bits
 
@@ -36,7 +36,7 @@ def _always(result: Any) -> bool:
 @dataclass(frozen=True)
 class WorkItem:
     """submit: starts the work on the given actor; home: the worker preferred (it holds the clients' states); sound: an
-    unsound result is thrown away, once, and the whole piece runs again, on another worker where one is up."""
+    unsound result is thrown away, once, and the whole item runs again, on another worker where one is up."""
 
     submit: Callable[[Any], ray.ObjectRef]
     home: int
@@ -46,7 +46,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished piece: its number, its result, the worker that did it.
+    """A finished item: its number, its result, the worker that did it.
 
     began, ended: when the worker set about it and when its result was there, `time.monotonic()`.  troubles: why it did
     not do at first, a line for each time that it was lost or unsound.
@@ -64,16 +64,16 @@ class WorkerPool:
     """The workers of a run: who is up and how much each has in flight, who is coming back, and what flies.
 
     It outlives the stages, so that a worker that died in one gets no work in the next before it answers.
-    deadline: seconds that a worker may take over one piece, from when it was sent to the idle worker or from when the
-    worker's last piece was done.
+    deadline: seconds that a worker may take over one item, from when it was sent to the idle worker or from when the
+    worker's last item was done.
     """
 
     def __init__(self, workers: Sequence[Any], deadline: float) -> None:
         self.workers, self.deadline = workers, deadline
         self.load = dict.fromkeys(range(len(workers)), 0)
         self.returning: dict[ray.ObjectRef, int] = {}
-        self.flying: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> piece, worker; oldest first
-        self._began: dict[int, float] = {}  # worker -> when the piece that it is at began
+        self.flying: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> item, worker; oldest first
+        self._began: dict[int, float] = {}  # worker -> when the item that it is at began
         self._deserted, self._trouble = time.monotonic(), "none reported"  # since when nobody is up, where nobody is
 
     def begin(self) -> None:
@@ -83,8 +83,8 @@ class WorkerPool:
         self.load = dict.fromkeys(self.load, 0)
         self._deserted = time.monotonic()
 
-    def send(self, worker: int, index: int, piece: WorkItem) -> None:
-        self.flying[piece.submit(self.workers[worker])] = (index, worker)
+    def send(self, worker: int, index: int, item: WorkItem) -> None:
+        self.flying[item.submit(self.workers[worker])] = (index, worker)
         self.load[worker] += 1
         self._began.setdefault(worker, time.monotonic())
 
@@ -106,7 +106,7 @@ class WorkerPool:
         return None
 
     def land(self, reference: ray.ObjectRef) -> tuple[int, float]:
-        """A piece is over, one way or the other, and its worker goes on to the next: the piece's number, and when the
+        """An item is over, one way or the other, and its worker goes on to the next: the item's number, and when the
         worker set about it."""
         index, worker = self.flying.pop(reference)
         self.load[worker] -= 1
@@ -116,14 +116,14 @@ class WorkerPool:
         return index, began
 
     def overdue(self) -> list[int]:
-        """The workers that have taken longer than the deadline over one piece."""
+        """The workers that have taken longer than the deadline over one item."""
         now = time.monotonic()
         return [worker for worker, began in self._began.items() if now - began >= self.deadline]
 
     def rest(self, worker: int, trouble: str) -> list[int]:
         """The worker died: Ray brings it back, empty; it gets no work until it answers.
 
-        Returns its pieces, oldest first: the first was at work, the others waited at its door.
+        Returns its items, oldest first: the first was at work, the others waited at its door.
         """
         lost = {reference: index for reference, (index, where) in self.flying.items() if where == worker}
         for reference in lost:
@@ -150,16 +150,16 @@ class WorkerPool:
             self._ask(worker, _last_line(error))
 
 
-def in_order(crew: WorkerPool, pieces: Sequence[WorkItem], stage: str) -> Iterator[Done]:
-    """Runs all pieces and yields them by number, each as soon as it and all before it are done.
+def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
+    """Runs all items and yields them by number, each as soon as it and all before it are done.
 
-    Raises the cause when a piece raises; RunError when a piece was lost `_LIVES` times in a row (with its worker, past
+    Raises the cause when an item raises; RunError when an item was lost `_LIVES` times in a row (with its worker, past
     the deadline, on its way back), and when no worker answers any more.
     """
-    waiting = deque(range(len(pieces)))  # a retry goes to the front
-    losses: list[list[str]] = [[] for _ in pieces]  # in a row
-    troubles: list[list[str]] = [[] for _ in pieces]
-    spoiled: dict[int, int] = {}  # piece -> the worker that gave an unsound result
+    waiting = deque(range(len(items)))  # a retry goes to the front
+    losses: list[list[str]] = [[] for _ in items]  # in a row
+    troubles: list[list[str]] = [[] for _ in items]
+    spoiled: dict[int, int] = {}  # item -> the worker that gave an unsound result
     ready: dict[int, Done] = {}
     next_out = 0
 
@@ -170,29 +170,29 @@ def in_order(crew: WorkerPool, pieces: Sequence[WorkItem], stage: str) -> Iterat
         troubles[lost[0]].append(cause)
         if len(causes) == _LIVES:
             why = "; ".join(dict.fromkeys(causes))
-            raise RunError(stage, f"{pieces[lost[0]].label} lost {_LIVES} times in a row: {why}")
+            raise RunError(stage, f"{items[lost[0]].label} lost {_LIVES} times in a row: {why}")
         waiting.extendleft(reversed(lost))
 
-    crew.begin()
-    while next_out < len(pieces):
-        _launch(crew, pieces, waiting, spoiled, next_out + _AHEAD * len(crew.workers))
-        moved = crew.wait(stage)
+    pool.begin()
+    while next_out < len(items):
+        _launch(pool, items, waiting, spoiled, next_out + _AHEAD * len(pool.workers))
+        moved = pool.wait(stage)
         if moved is None:
-            for worker in crew.overdue():  # Ray kills a loop in C at once, a stopped process after five seconds
-                ray.kill(crew.workers[worker], no_restart=False)
-                late = f"past the deadline of {crew.deadline:g} s; raise resources.deadline"
-                again(crew.rest(worker, late), late)
+            for worker in pool.overdue():  # Ray kills a loop in C at once, a stopped process after five seconds
+                ray.kill(pool.workers[worker], no_restart=False)
+                late = f"past the deadline of {pool.deadline:g} s; raise resources.deadline"
+                again(pool.rest(worker, late), late)
             continue
-        worker = crew.flying[moved][1]
+        worker = pool.flying[moved][1]
         try:
             result = ray.get(moved, timeout=_FETCH_SECONDS)
         except RayError as error:
             cause = _lost(error)
             died = not isinstance(error, ObjectLostError | GetTimeoutError)
-            again(crew.rest(worker, cause) if died else [crew.land(moved)[0]], cause)
+            again(pool.rest(worker, cause) if died else [pool.land(moved)[0]], cause)
             continue
-        index, began = crew.land(moved)
-        if index in spoiled or pieces[index].sound(result):
+        index, began = pool.land(moved)
+        if index in spoiled or items[index].sound(result):
             ready[index] = Done(index, result, worker, began, time.monotonic(), tuple(troubles[index]))
         else:
             spoiled[index] = worker
@@ -205,21 +205,21 @@ def in_order(crew: WorkerPool, pieces: Sequence[WorkItem], stage: str) -> Iterat
 
 
 def _launch(
-    crew: WorkerPool, pieces: Sequence[WorkItem], waiting: deque[int], spoiled: Mapping[int, int], horizon: int
+    pool: WorkerPool, items: Sequence[WorkItem], waiting: deque[int], spoiled: Mapping[int, int], horizon: int
 ) -> None:
-    """Fills free places with pieces below `horizon`: a worker takes those it is home to, then the first in line."""
+    """Fills free places with items below `horizon`: a worker takes those it is home to, then the first in line."""
     while near := list(takewhile(lambda index: index < horizon, waiting)):
-        homes = {pieces[index].home for index in near}
-        free = [worker for worker, load in crew.load.items() if load < _IN_FLIGHT]
-        for worker in sorted(free, key=lambda w: (crew.load[w], w not in homes, w)):
-            fit = [index for index in near if len(crew.load) == 1 or spoiled.get(index) != worker]
+        homes = {items[index].home for index in near}
+        free = [worker for worker, load in pool.load.items() if load < _IN_FLIGHT]
+        for worker in sorted(free, key=lambda w: (pool.load[w], w not in homes, w)):
+            fit = [index for index in near if len(pool.load) == 1 or spoiled.get(index) != worker]
             if fit:
                 break
         else:
             return
-        index = next((index for index in fit if pieces[index].home == worker), fit[0])
+        index = next((index for index in fit if items[index].home == worker), fit[0])
         waiting.remove(index)
-        crew.send(worker, index, pieces[index])
+        pool.send(worker, index, items[index])
 
 
 def _lost(error: RayError) -> str:

@@ -269,7 +269,7 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
 
     Raises UserError where it began with other weights than the model has now."""
     config, backbone = job.config, ask("backbone_sum")
-    versions, environment = ask("surroundings")
+    versions, environment = ask("workers_environment")
     noise = {} if job.noise is None else {"noise": job.noise}  # another accountant might find another one
     now: dict[str, Any] = {"versions": versions, "environment": {**environment, **noise}}
     before = folder.beginning()

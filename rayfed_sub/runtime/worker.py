@@ -29,7 +29,7 @@ from rayfed_sub.data.batching import ClientBatches, collate
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.processors import ImageProcessor, Processor
 from rayfed_sub.data.rows import Rows
-from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics, gradient_watch, looked
+from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics, gradient_watch, measured
 from rayfed_sub.diagnostics.gradients import GradientWatch
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
@@ -41,7 +41,7 @@ from rayfed_sub.telemetry.environment import machine, versions
 from rayfed_sub.telemetry.process_memory import PeakMemory, few_kernels, give_back, keep_freed
 from rayfed_sub.training.client_errors import not_finite
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
-from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, verdicts
+from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, predictions
 from rayfed_sub.training.layers import based_on, install
 
 _RESIDENT_BYTES = 256 * 2**20  # client states a worker keeps at hand; older ones are read from the object store again
@@ -64,11 +64,11 @@ class Spec:
 @dataclass(frozen=True)
 class PackOutcome:
     """Outcome of a pack: the uploads and the new states, in the pack's order.  A client that failed has
-    none: it keeps the one it had.  looks: of the clients that are looked at."""
+    none: it keeps the one it had.  diagnostics: of the watched clients."""
 
     updates: tuple[Update, ...]
     states: tuple[ClientState | None, ...]
-    looks: tuple[ClientDiagnostics, ...] = ()
+    diagnostics: tuple[ClientDiagnostics, ...] = ()
 
 
 def broadcast_of(config: Config, method: Method, server: ServerState) -> Broadcast:
@@ -127,7 +127,7 @@ class Worker:
         results = self._train(received, works, work.lr, watch)
         updates: list[Update] = []
         kept: list[ClientState | None] = []
-        looks: list[ClientDiagnostics] = []
+        diagnostics: list[ClientDiagnostics] = []
         fresh: dict[int, ClientState] = {}
         for result, state, one, weight in zip(results, before, works, work.weights, strict=True):
             ended = self._ended(broadcast, result, state, weight)
@@ -140,20 +140,20 @@ class Worker:
             updates.append(update)
             kept.append(new)
             if result.client in watched:
-                looks.append(looked(asked, shape, one.start, result, update.weight, watch))
+                diagnostics.append(measured(asked, shape, one.start, result, update.weight, watch))
         # A pack with a failure runs again; if the failure stays away then, the others may end with other bits.
         if len(fresh) == len(results):
             for client, new in fresh.items():
                 self._remember(client, new)
         given.check()
         self._guard.check()
-        return PackOutcome(tuple(updates), tuple(kept), tuple(looks))
+        return PackOutcome(tuple(updates), tuple(kept), tuple(diagnostics))
 
     def evaluate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Prediction]:
         """Predictions for the given held-out rows by the broadcast's model: the global one, or the client's own where
         `client` is given (state as in `train`)."""
         with self._judged(broadcast, client, state):
-            out = verdicts(self._model, self._held_out(rows))
+            out = predictions(self._model, self._held_out(rows))
         give_back()
         return out
 
@@ -167,9 +167,9 @@ class Worker:
         limit = self._spec.config.evaluation.max_new_tokens
         with self._judged(broadcast, client, state):
             tokens = answers(self._model, prompts, pad=processor.pad, ends=processor.ends, limit=limit)
-            forced = verdicts(self._model, self._held_out(rows))
+            forced = predictions(self._model, self._held_out(rows))
         give_back()
-        texts = zip(tokens, references, (v.said for v in forced), (v.true for v in forced), strict=True)
+        texts = zip(tokens, references, (row.predicted for row in forced), (row.labels for row in forced), strict=True)
         return [Generation(*map(processor.decode, row)) for row in texts]
 
     def _held_out(self, rows: Sequence[int]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ needs, then the manifest, then away with what nobody names any more, last summar
 at all, as a file does that `atomic_files.write` has written.
 
 Where the store is and who may write there, pyarrow reads from the URI (s3://bucket/path?region=eu-central-1) and from
-the surroundings: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and their like, the machine's role;
+the environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and their like, the machine's role;
 GOOGLE_APPLICATION_CREDENTIALS.  Credentials belong there: those in a URI work, but nothing that is shown or stored
 repeats them (`redacted` in `core/errors.py`).  The local folder is a temporary one, where TMPDIR says.
 """

@@ -38,7 +38,7 @@ class RoundState:
 
 
 class StateStore:
-    """standing: the last finished round's.  Every method may be called while another thread is in one.
+    """current: the last finished round's.  Every method may be called while another thread is in one.
 
     budget, put, get: as in States.  begin: the server before round 0, asked for where the folder has no checkpoint;
     otherwise the newest is where the run stands.  Raises UserError where that is torn.
@@ -59,11 +59,11 @@ class StateStore:
         self._named: deque[frozenset[Key]] = deque(maxlen=checkpoints.KEPT)  # states of the checkpoints on disk
         if found is None:
             server = begin()
-            self.standing = RoundState(ServerState(server.round, settled(server.tensors)))
+            self.current = RoundState(ServerState(server.round, settled(server.tensors)))
         else:
             self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.notes)])
             self._states.recall(found.notes)
-            self.standing = _standing(found)
+            self.current = _round_state(found)
         checkpoints.sweep(folder, set().union(*self._named))
 
     def add(self, client: int, state: ClientState) -> Key:
@@ -72,9 +72,9 @@ class StateStore:
             return self._states.add(client, state)
 
     def stored(self, client: int) -> tuple[Key, Any] | None:
-        """Key and handle of the client's state in the standing; None where it never trained."""
+        """Key and handle of the client's state there; None where it never trained."""
         with self._lock:
-            round = self.standing.states.get(client)
+            round = self.current.states.get(client)
             return None if round is None else ((client, round), self._states.reference((client, round)))
 
     def commit(self, server: ServerState, memory: Tensors, trained: Iterable[Key]) -> bool:
@@ -87,9 +87,9 @@ class StateStore:
             if self._halted:
                 return False
             whole = ServerState(server.round, settled(server.tensors))
-            new = RoundState(whole, settled(memory), {**self.standing.states, **dict(trained)})
-            left, named = self.standing.keys - new.keys, frozenset().union(*self._named)
-            self.standing = new
+            new = RoundState(whole, settled(memory), {**self.current.states, **dict(trained)})
+            left, named = self.current.keys - new.keys, frozenset().union(*self._named)
+            self.current = new
             self._states.release(left & named)
             self._states.drop(left - named)
             return True
@@ -97,15 +97,15 @@ class StateStore:
     def move(self, tensors: Tensors) -> None:
         """The same server, with these tensors of equal numbers in the place of those of their names."""
         with self._lock:
-            server = self.standing.server
+            server = self.current.server
             whole = ServerState(server.round, {**server.tensors, **tensors})
-            self.standing = replace(self.standing, server=whole)
+            self.current = replace(self.current, server=whole)
 
     def halt(self) -> int:
         """From here on no round is committed any more; the number of those that are."""
         with self._lock:
             self._halted = True
-            return self.standing.server.round
+            return self.current.server.round
 
     def checkpoint(self) -> None:
         """Writes what has changed since the last one.
@@ -113,19 +113,19 @@ class StateStore:
         Raises RunError where the disk is full; the checkpoints that were there are then still good.
         """
         with self._lock:
-            standing, keys = self.standing, self.standing.keys
-            if checkpoints.newest(self._folder) == standing.server.round:
+            current, keys = self.current, self.current.keys
+            if checkpoints.newest(self._folder) == current.server.round:
                 return
-            rule = {f"{_RULE}{name}": tensor for name, tensor in standing.memory.items()}
-            server = settled({**standing.server.tensors, **rule})
+            rule = {f"{_RULE}{name}": tensor for name, tensor in current.memory.items()}
+            server = settled({**current.server.tensors, **rule})
             notes = self._states.save(keys)
-            checkpoints.write(self._folder, Checkpoint(standing.server.round, server, notes))
+            checkpoints.write(self._folder, Checkpoint(current.server.round, server, notes))
             leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
             self._named.append(keys)
             self._states.drop(leaving.difference(*self._named))
 
 
-def _standing(found: Checkpoint) -> RoundState:
+def _round_state(found: Checkpoint) -> RoundState:
     tensors = found.server
     memory = {name.removeprefix(_RULE): tensor for name, tensor in tensors.items() if name.startswith(_RULE)}
     server = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RULE)}

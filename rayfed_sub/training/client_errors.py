@@ -8,6 +8,7 @@ import textwrap
 import torch
 from torch import Tensor
 
+from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.types import Tensors
 from rayfed_sub.data.batching import Batches
 
@@ -33,6 +34,19 @@ def not_finite(tensors: Tensors) -> str | None:
     'non-finite values in a/right'
     """
     return next((f"non-finite values in {name}" for name, x in tensors.items() if not _finite(x)), None)
+
+
+def client_failed(cause: str, n: int, client: int) -> RunError:
+    """The end of a run whose configuration does not let a failed client be skipped.
+
+    A client fails in the same way when the run goes on from its checkpoint.  Skipping mends what is wrong with one
+    client's data; a learning rate at which losses overflow is everybody's.
+    """
+    skip = "federation.on_client_failure=skip"
+    if "finite" in cause:
+        advice = f"lower optimizer.lr and begin anew in another folder; {skip} would leave such clients out"
+        return RunError("local training", f"{cause}; {advice}", round=n, client=client, resume=None)
+    return RunError("local training", f"{cause}; {skip} would go on without it", round=n, client=client, resume=(skip,))
 
 
 def _finite(x: Tensor) -> bool:

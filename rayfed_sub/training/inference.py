@@ -54,33 +54,33 @@ def _terms(change: Change, device: torch.device) -> Terms | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One held-out row: its summed loss (nats), what was said at each label and what is true:
-    tokens, given the true ones before them, or one class."""
+    """One held-out row: its summed loss (nats), and by label the likeliest token or class and the true one; tokens are
+    predicted given the true ones before them."""
 
     loss: float
-    said: tuple[int, ...]
-    true: tuple[int, ...]
+    predicted: tuple[int, ...]
+    labels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A model's words on a held-out question: its greedy answer, and the reference, cut to `task.max_length` as in
-    training; the likeliest token at each label, given the true ones before it, and the labels themselves."""
+    """Texts for a held-out question: the greedy answer, and the reference, cut to `task.max_length` as in training;
+    teacher_forced: the likeliest token at each label, given the true ones before it; labels: the labels themselves."""
 
-    said: str
+    answer: str
     reference: str
-    forced: str
-    true: str
+    teacher_forced: str
+    labels: str
 
 
-def verdicts(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Prediction]:
+def predictions(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Prediction]:
     """One per row of a held-out batch, under the bound global model."""
     seen = predicted(model, batch)
     rows = len(batch["labels"])
     loss_R = seen.loss_L.new_zeros(rows).index_add(0, seen.row_L, seen.loss_L)
     counts = torch.bincount(seen.row_L, minlength=rows).tolist()
-    said, true = (tuple(map(tuple, _split(column.tolist(), counts))) for column in (seen.best_L, seen.label_L))
-    return [Prediction(*row) for row in zip(loss_R.tolist(), said, true, strict=True)]
+    best, labels = (map(tuple, _split(column.tolist(), counts)) for column in (seen.best_L, seen.label_L))
+    return [Prediction(*row) for row in zip(loss_R.tolist(), best, labels, strict=True)]
 
 
 def _split(flat: list[int], counts: Sequence[int]) -> list[list[int]]:

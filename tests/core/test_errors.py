@@ -11,12 +11,12 @@ from pydantic import BaseModel, model_validator
 from rayfed_sub.config.checks import check
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError, redacted
-from rayfed_sub.runtime.coordinator import client_failed
 from rayfed_sub.runtime.session import _hinted
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import RunFolder
 from rayfed_sub.telemetry.environment import environment, machine, merged
+from rayfed_sub.training.client_errors import client_failed
 
 USER = UserError("task.prompt", "{a}\n{b}", "a template", "see\n  the manual")
 RUN = RunError("local training", "the loss is not finite", round=3, client=17, resume=None)

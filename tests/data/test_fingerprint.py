@@ -202,7 +202,7 @@ def test_a_run_is_not_taken_up_with_other_weights(tmp_path: Path) -> None:
     begun(tmp_path / "run", kept)
     job, told = prepare(kept), list[object]()
     folder = session.reopen(Place(tmp_path / "run"), job.config)
-    asked: dict[str, Any] = {"backbone_sum": "8", "surroundings": ({}, {})}
+    asked: dict[str, Any] = {"backbone_sum": "8", "workers_environment": ({}, {})}
     before = (tmp_path / "run" / "log.jsonl").read_bytes()
     with pytest.raises(UserError) as caught:
         session._beginning(0, folder, job, asked.__getitem__, told.append)

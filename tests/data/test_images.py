@@ -37,7 +37,7 @@ from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.plan import plan_of
 from rayfed_sub.planning.worker_memory import backbone_bytes
 from rayfed_sub.telemetry.events import Summary
-from rayfed_sub.training.inference import verdicts
+from rayfed_sub.training.inference import predictions
 from tests.helpers.pictures import KINDS, album, drawn, filed
 from tests.helpers.tiny_models import (
     change,
@@ -546,4 +546,4 @@ def test_pixels_take_the_model_s_own_type() -> None:
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 0.01)
     batch = {"pixel_values": torch.rand(3, 3, 16, 16), "labels": torch.tensor([0, 1, 1])}
-    assert [verdict.true for verdict in verdicts(model, batch)] == [(0,), (1,), (1,)]
+    assert [prediction.labels for prediction in predictions(model, batch)] == [(0,), (1,), (1,)]

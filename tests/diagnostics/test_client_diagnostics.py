@@ -14,12 +14,12 @@ from rayfed_sub.diagnostics.client_diagnostics import (
     due,
     gradient_watch,
     kept,
-    looked,
+    measured,
     rows,
-    sent_rank,
     watched,
 )
 from rayfed_sub.diagnostics.gradients import GradientWatch
+from rayfed_sub.diagnostics.server_change import ServerChange
 
 SHAPE = ModelShape(tuple(Layer(f"block.{i}.up", m=6, n=4) for i in range(5)))
 NOBODY = GradientWatch({}, frozenset())
@@ -42,7 +42,7 @@ def a_round(client: int) -> tuple[Start, LocalResult]:
 
 
 def look(client: int, asked: Diagnostics) -> ClientDiagnostics:
-    return looked(asked, SHAPE, *a_round(client), 1.0, NOBODY)
+    return measured(asked, SHAPE, *a_round(client), 1.0, NOBODY)
 
 
 def test_cohorts_without_clients_are_not_looked_at() -> None:
@@ -60,7 +60,7 @@ def test_what_a_client_begins_with_may_lie_on_another_device() -> None:
 
     start, result = a_round(0)
     there = Start({name: cast(Tensor, OnDevice(x)) for name, x in start.tensors.items()}, start.trained)
-    found = looked(Diagnostics(), SHAPE, there, result, 1.0, NOBODY)
+    found = measured(Diagnostics(), SHAPE, there, result, 1.0, NOBODY)
     expected = look(0, Diagnostics())
     assert found.layers.keys() == expected.layers.keys()
     for name, change in found.layers.items():
@@ -80,7 +80,7 @@ def test_the_coordinator_keeps_no_view_of_what_came() -> None:
 
 def test_layers_are_looked_at_evenly_and_told_in_order() -> None:
     asked = Diagnostics(layers=2)
-    layers, clients = rows(7, SHAPE, [look(k, asked) for k in (3, 4, 5)], {"block.2.up": (4, 0.5)})
+    layers, clients = rows(7, SHAPE, [look(k, asked) for k in (3, 4, 5)], {"block.2.up": ServerChange(4, 0.5)})
     assert [(row.round, row.layer, row.clients) for row in layers] == [(7, "block.0.up", 3), (7, "block.2.up", 3)]
     assert [(row.server_rank, row.accumulated) for row in layers] == [(None, None), (4, 0.5)]
     assert [(row.layer, row.client) for row in clients] == [
@@ -97,13 +97,6 @@ def test_gradients_are_looked_at_for_one_client_of_a_pack_in_layers_that_are() -
     assert nowhere.layers == frozenset()
     dense: Any = Start({f"{layer.name}/weight": torch.zeros(6, 4) for layer in SHAPE.targets}, ())
     assert gradient_watch(Diagnostics(), SHAPE, {3: dense}).ranks == {3: 8}
-
-
-def test_the_rank_of_factors_in_an_update() -> None:
-    """Both factors, one alone (a shared basis), the matrix itself, a core, and another layer's."""
-    tensors = {"a/left": torch.zeros(6, 2), "a/right": torch.zeros(2, 4), "b/right": torch.zeros(3, 4)}
-    tensors |= {"c/weight": torch.zeros(6, 4), "d/core": torch.zeros(2, 2), "e/left": torch.zeros(6, 5)}
-    assert [sent_rank(tensors, name) for name in "abcdef"] == [2, 3, None, None, 5, None]
 
 
 def test_rounds_that_are_looked_at() -> None:

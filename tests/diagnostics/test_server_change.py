@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.core.types import Block, Change
-from rayfed_sub.diagnostics import server_change
-from rayfed_sub.diagnostics.server_change import change_rank, moved_rank
+from rayfed_sub.diagnostics import server_change as module
+from rayfed_sub.diagnostics.server_change import (
+    ServerChange,
+    add_ranks,
+    change_rank,
+    moved_rank,
+    sent_rank,
+    server_change,
+)
 
 
 def directions(size: int, count: int, seed: int) -> Tensor:
@@ -78,7 +85,7 @@ def test_a_direction_below_rounding_does_not_count() -> None:
 def test_blocks_are_judged_by_their_factors(whole: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """B A before, B' A after with one A of rank 2: rank 2, not 4.  With another A: 4.  A core of rank 1 between fixed
     outer factors: 1.  Nothing before: 2; the same before and after: 0."""
-    monkeypatch.setattr(server_change, "change_rank", None)
+    monkeypatch.setattr(module, "change_rank", None)
     W = weight(40, 30)
     (B, A), (B_new, A_new) = product(40, 30, [1.0, 0.5], seed=1), product(40, 30, [0.7, 0.6], seed=5)
     core = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
@@ -105,3 +112,29 @@ def test_blocks_over_a_dense_weight_and_over_another_multiple_of_it() -> None:
     assert moved_rank(before, after, W, after.apply(W)) == 2
     shrunk = Change(base_scale=0.5)
     assert moved_rank(Change(), shrunk, unit, shrunk.apply(unit)) == 3
+
+
+def test_the_rank_of_factors_in_an_update() -> None:
+    """Both factors, one alone (a shared basis), the matrix itself, a core, and another layer's."""
+    tensors = {"a/left": torch.zeros(6, 2), "a/right": torch.zeros(2, 4), "b/right": torch.zeros(3, 4)}
+    tensors |= {"c/weight": torch.zeros(6, 4), "d/core": torch.zeros(2, 2), "e/left": torch.zeros(6, 5)}
+    assert [sent_rank(tensors, name) for name in "abcdef"] == [2, 3, None, None, 5, None]
+
+
+def test_ranks_add_up_until_an_update_has_none() -> None:
+    factors = {"a/left": torch.zeros(6, 2), "b/right": torch.zeros(3, 4)}
+    once = add_ranks({"a": 0, "b": 0}, factors)
+    assert once == {"a": 2, "b": 3}
+    assert add_ranks(once, {"a/left": torch.zeros(6, 5)}) == {"a": 7, "b": None}
+    assert add_ranks({"b": None}, factors) == {"b": None}
+
+
+def test_a_dense_change_of_no_known_rank_waits_for_an_evaluation() -> None:
+    W = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    dense = Change(dense=W + torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    assert server_change(Change(), dense, W, None, dense=False) is None
+    for found in (
+        server_change(Change(), dense, W, None, dense=True),
+        server_change(Change(), dense, W, 1, dense=False),
+    ):
+        assert found == ServerChange(1, pytest.approx(0.2))  # |W| = 5, one away from it

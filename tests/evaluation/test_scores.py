@@ -68,8 +68,13 @@ def test_a_round_s_training_loss_leaves_out_clients_that_were_skipped() -> None:
 
 def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:
     rows = [
-        (0, Generation(said="the cat sat", reference="the cat ate a fish", forced="the cat", true="the cat")),
-        (1, Generation(said="a dog", reference="a dog", forced="no", true="a dog")),
+        (
+            0,
+            Generation(
+                answer="the cat sat", reference="the cat ate a fish", teacher_forced="the cat", labels="the cat"
+            ),
+        ),
+        (1, Generation(answer="a dog", reference="a dog", teacher_forced="no", labels="a dog")),
     ]
     scores = list(text_scores(rows))
     rouge = RougeScorer(["rougeL"])
@@ -115,7 +120,7 @@ def test_references_with_nothing_to_read_are_not_counted() -> None:
 def test_bleu_takes_the_answer_for_the_hypothesis_and_the_reference_for_the_reference() -> None:
     """BLEU, unlike ROUGE-L's F, changes when the two change places: only a short hypothesis is punished."""
     long, short = "a b c d e f g h", "a b c d e f"
-    scores = overall(list(text_scores([(0, Generation(said=short, reference=long, forced=long, true=short))])))
+    scores = overall(list(text_scores([(0, Generation(short, reference=long, teacher_forced=long, labels=short))])))
     assert scores["bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([short], [[long]]).score / 100)
     assert scores["bleu_4"] == pytest.approx(math.exp(1 - 8 / 6))  # every n-gram is right; the brevity penalty alone
     assert scores["teacher_forced_bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([long], [[short]]).score / 100)

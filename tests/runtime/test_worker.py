@@ -174,22 +174,22 @@ def test_a_worker_lets_go_of_the_broadcast(job: Job) -> None:
     assert all(tensor() is None for tensor in tensors)
 
 
-def test_an_answer_is_told_with_its_reference_cut_as_in_training_and_the_likeliest_tokens(job: Job) -> None:
+def test_an_answer_comes_with_its_reference_cut_as_in_training_and_the_likeliest_tokens(job: Job) -> None:
     """task.max_length is 36 bytes here: after bos and "Q: 15 + 15 =\\nA: " 19 are left of "30, as everybody knows"."""
     trial, held_out = Trial(job), job.dataset.held_out
     rows = list(range(len(held_out)))
-    told = trial.worker.generate(rows, trial.broadcast, None, None)
+    generated = trial.worker.generate(rows, trial.broadcast, None, None)
     judged = trial.worker.evaluate(rows, trial.broadcast, None, None)
     assert isinstance(held_out, Rows)
-    for row, found, verdict in zip(rows, told, judged, strict=True):
+    for row, found, prediction in zip(rows, generated, judged, strict=True):
         prompt, _, shown = job.processor.decode(held_out.row(row).tolist()).partition("\nA: ")
         number = 2 * int(prompt.removesuffix(" =").rpartition(" + ")[2])
         answer = f"{number}, as everybody knows"[: 36 - 1 - len(prompt) - len("\nA: ")]
-        assert found.reference == found.true == shown == answer
-        assert found.forced == job.processor.decode(verdict.said)
-        assert 0 < len(verdict.said) == len(shown)
-        assert len(found.said) <= job.config.evaluation.max_new_tokens
-    assert {len(found.reference) for found in told} == {19, 21}  # of two figures and of one
+        assert found.reference == found.labels == shown == answer
+        assert found.teacher_forced == job.processor.decode(prediction.predicted)
+        assert 0 < len(prediction.predicted) == len(shown)
+        assert len(found.answer) <= job.config.evaluation.max_new_tokens
+    assert {len(found.reference) for found in generated} == {19, 21}  # of two figures and of one
 
 
 def test_a_worker_sees_to_it_that_few_kernels_are_kept(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

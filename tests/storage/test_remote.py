@@ -21,7 +21,7 @@ from rayfed_sub.storage.remote import Mirror, Place, at_hand, placed
 from rayfed_sub.storage.run_folder import finished
 from rayfed_sub.telemetry.events import Notice, PackDone, Stage, Started, Summary
 from tests.helpers import chaos
-from tests.storage.test_state_store import check, ledger, walk
+from tests.storage.test_state_store import check, state_store, walk
 
 COHORTS = [[0, 1, 2], [1], [0, 3], [1], [2]]
 TABLES = ("log.jsonl", "rounds.parquet")
@@ -63,8 +63,8 @@ def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS)) -> None:
     if not (folder / "config.yaml").exists():
         atomic_files.write(folder / "config.yaml", b"name: tiny")
     copy.push(folder)
-    book = ledger(folder)
-    for n in range(book.standing.server.round, rounds):
+    book = state_store(folder)
+    for n in range(book.current.server.round, rounds):
         for name in TABLES:
             atomic_files.write(folder / name, b"." * (n + 1))
         walk(book, COHORTS[: n + 1])
@@ -107,9 +107,9 @@ def test_whatever_cuts_the_sending_a_run_can_go_on_from_what_is_there(
         assert "summary.json" not in names or reached == len(COHORTS)
         assert all(len((folder / name).read_bytes()) >= reached for name in TABLES if reached)
         if reached:
-            check(ledger(folder), COHORTS, reached)
+            check(state_store(folder), COHORTS, reached)
         work(folder, there)
-        check(ledger(folder), COHORTS, len(COHORTS))
+        check(state_store(folder), COHORTS, len(COHORTS))
         assert local(store.root) == local(folder)  # nothing lies about that nobody names
         steps += 1
     assert said == {"writing files: s3://bucket/run: the line is dead"}
@@ -229,7 +229,7 @@ def test_errors_name_the_place_that_the_person_knows(store: Store, temporary: Pa
     (store.root / "checkpoints" / "manifest-000002.json").write_bytes(b"")
     told: list[Any] = []
     with pytest.raises(UserError) as caught, placed("s3://bucket/run", told.append, resume=True) as place:
-        ledger(place.path)
+        state_store(place.path)
     assert told == [Stage("fetching what is in s3://bucket/run")]
     assert caught.value.value == "s3://bucket/run/checkpoints/manifest-000002.json"
     assert caught.value.advice == "delete manifest-000002.json to go on from round 1"
@@ -332,7 +332,7 @@ def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: st
     with at_hand(uri, "RUN") as folder:
         assert finished(folder) == config
         assert checkpoints.newest(folder) == 4
-        ledger(folder)  # whole
+        state_store(folder)  # whole
         assert {path.name for path in folder.iterdir()} == {path.name for path in Path(undisturbed.folder).iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""The ledger, its states and its checkpoints: any order of completions, any budget, any torn write, the same standing.
+"""The state store: any order of completions, any budget, any torn write lead to the same state.
 
 The object store is a stand-in: `put` gives a box, `get` opens it.
 """
@@ -55,7 +55,7 @@ def state(client: int, n: int) -> ClientState:
     return ClientState(n, 4 * n, 4 * n + client, tensors)
 
 
-def ledger(folder: Path, budget: int = 1000) -> StateStore:
+def state_store(folder: Path, budget: int = 1000) -> StateStore:
     return StateStore(folder, budget, lambda: server(0), lambda value: [value], lambda box: box[0])
 
 
@@ -65,7 +65,7 @@ def bits(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], by
 
 def walk(book: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1) -> None:
     """Trains the cohorts from where the ledger stands; a checkpoint every so many rounds."""
-    for n in range(book.standing.server.round, len(cohorts)):
+    for n in range(book.current.server.round, len(cohorts)):
         for client in cohorts[n]:
             book.add(client, state(client, n + 1))
         trained = [(client, n + 1) for client in cohorts[n]]
@@ -75,14 +75,14 @@ def walk(book: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1) -> 
 
 
 def check(book: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> None:
-    """The ledger stands where `rounds` undisturbed rounds lead, bit for bit."""
-    standing = book.standing
-    assert standing.server.round == rounds
-    assert bits(standing.server.tensors) == bits(server(rounds).tensors)
+    """The store stands where `rounds` undisturbed rounds lead, bit for bit."""
+    current = book.current
+    assert current.server.round == rounds
+    assert bits(current.server.tensors) == bits(server(rounds).tensors)
     if rounds:
-        assert standing.memory["layer/weight/v"].tolist() == [rounds, rounds]
+        assert current.memory["layer/weight/v"].tolist() == [rounds, rounds]
     last = {client: n + 1 for n in range(rounds) for client in cohorts[n]}
-    assert standing.states == last
+    assert current.states == last
     for client, n in last.items():
         key, box = book.stored(client) or (None, [None])
         found, expected = box[0], state(client, n)
@@ -95,14 +95,14 @@ cohorts_of_rounds = st.lists(st.lists(st.integers(0, 5), unique=True, max_size=4
 
 @settings(deadline=None, max_examples=60)
 @given(cohorts=cohorts_of_rounds, every=st.integers(1, 3), budget=st.sampled_from([0, 402, 1000, 10**6]))
-def test_any_order_and_any_budget_lead_to_the_same_standing(cohorts: list[list[int]], every: int, budget: int) -> None:
+def test_any_order_and_any_budget_lead_to_the_same_state(cohorts: list[list[int]], every: int, budget: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        book = ledger(Path(folder), budget)
+        book = state_store(Path(folder), budget)
         walk(book, cohorts, every)
         check(book, cohorts, len(cohorts))
         assert book.stored(99) is None
-        # What is on disk leads to the newest checkpoint's standing, and on to the same end.
-        again = ledger(Path(folder), budget)
+        # What is on disk leads to the newest checkpoint's state, and on to the same end.
+        again = state_store(Path(folder), budget)
         check(again, cohorts, len(cohorts) // every * every)
         walk(again, cohorts, every)
         check(again, cohorts, len(cohorts))
@@ -141,23 +141,23 @@ def test_a_write_that_is_torn_anywhere_leaves_a_whole_checkpoint(
         patch.setattr(atomic_files, "write", torn_write)
         patch.setattr(Path, "unlink", torn_unlink)
         with contextlib.suppress(Crash, RunError):
-            walk(ledger(Path(folder), budget), cohorts)
+            walk(state_store(Path(folder), budget), cohorts)
         patch.undo()
 
         newest = checkpoints.newest(Path(folder)) or 0
-        again = ledger(Path(folder), budget)
+        again = state_store(Path(folder), budget)
         check(again, cohorts, newest)
         walk(again, cohorts)
         check(again, cohorts, len(cohorts))
         # Nothing half written is left, and no state that neither of the two checkpoints names.
-        named = again.standing.keys | checkpoints.older(Path(folder))
+        named = again.current.keys | checkpoints.older(Path(folder))
         assert {file.name for file in checkpoints.clients(Path(folder)).iterdir()} == {
             path(Path(), key).name for key in named
         }
 
 
 def test_only_what_changed_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    book = ledger(tmp_path)
+    book = state_store(tmp_path)
     walk(book, [[0, 1, 2]])
     written: list[str] = []
     write = atomic_files.write
@@ -171,7 +171,7 @@ def test_only_what_changed_is_written_again(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_two_checkpoints_stay(tmp_path: Path) -> None:
-    walk(ledger(tmp_path), [[0], [1], [0]])
+    walk(state_store(tmp_path), [[0], [1], [0]])
     assert sorted(file.name for file in checkpoints.root(tmp_path).iterdir()) == [
         *("clients", "manifest-000002.json", "manifest-000003.json"),
         *("server-000002.safetensors", "server-000003.safetensors"),
@@ -205,7 +205,7 @@ def test_a_state_that_is_added_again_takes_the_place_of_the_first(tmp_path: Path
 
 
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    book = ledger(tmp_path)
+    book = state_store(tmp_path)
     walk(book, [[0]])
 
     def full(handle: int) -> None:
@@ -215,13 +215,13 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, monkeypatch: pyte
         patch.setattr(atomic_files.os, "fsync", full)
         with pytest.raises(RunError, match=r"writing files: .*000000-000002.safetensors: No space left on device"):
             walk(book, [[0], [0]])
-    check(ledger(tmp_path), [[0]], 1)
+    check(state_store(tmp_path), [[0]], 1)
     book.checkpoint()  # there is space again
-    check(ledger(tmp_path), [[0], [0]], 2)
+    check(state_store(tmp_path), [[0], [0]], 2)
 
 
 def test_after_a_halt_no_round_counts(tmp_path: Path) -> None:
-    book = ledger(tmp_path)
+    book = state_store(tmp_path)
     walk(book, [[0]])
     assert book.halt() == 1
     assert not book.commit(server(2), {}, [book.add(1, state(1, 2))])
@@ -237,31 +237,31 @@ def test_after_a_halt_no_round_counts(tmp_path: Path) -> None:
     ],
 )
 def test_a_torn_checkpoint_is_refused_and_the_one_before_is_good(file: str, said: str, tmp_path: Path) -> None:
-    walk(ledger(tmp_path), [[0], [1]])
+    walk(state_store(tmp_path), [[0], [1]])
     torn = checkpoints.root(tmp_path) / file
     torn.write_bytes(torn.read_bytes()[:-10] if not file.startswith("manifest") else b"")
     with pytest.raises(UserError) as caught:
-        ledger(tmp_path)
+        state_store(tmp_path)
     assert caught.value.field == "checkpoint"
     assert said in caught.value.allowed
     assert caught.value.advice == "delete manifest-000002.json to go on from round 1"
     Path(str(caught.value.value)).unlink()
-    again = ledger(tmp_path)
+    again = state_store(tmp_path)
     check(again, [[0], [1]], 1)
 
 
 def test_a_changed_state_is_told_with_its_client_when_it_is_read(tmp_path: Path) -> None:
-    walk(ledger(tmp_path), [[3]])
+    walk(state_store(tmp_path), [[3]])
     file = path(checkpoints.clients(tmp_path), (3, 1))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(RunError, match=r"round 1, client 3, reading a client's state: .*not as it was written"):
-        ledger(tmp_path).stored(3)
+        state_store(tmp_path).stored(3)
 
 
 def test_a_manifest_names_what_it_needs(tmp_path: Path) -> None:
-    walk(ledger(tmp_path), [[7]])
+    walk(state_store(tmp_path), [[7]])
     tree = json.loads((checkpoints.root(tmp_path) / "manifest-000001.json").read_text())
     client, round, *note = tree["clients"][0]
     assert (client, round, Note(*note).cursor, Note(*note).step) == (7, 1, 4, 11)
@@ -269,7 +269,7 @@ def test_a_manifest_names_what_it_needs(tmp_path: Path) -> None:
 
 def test_the_servers_file_is_what_safetensors_reads(tmp_path: Path) -> None:
     """Names, types and numbers; the widest numbers come first, so that all begin at multiples of their size."""
-    book = ledger(tmp_path)
+    book = state_store(tmp_path)
     walk(book, [[0]])
     file = checkpoints.root(tmp_path) / "server-000001.safetensors"
     rule = {"server/layer/weight/v": torch.full((2,), 1.0)}
@@ -281,13 +281,13 @@ def test_the_servers_file_is_what_safetensors_reads(tmp_path: Path) -> None:
 
 
 def test_the_server_moves_to_other_memory(tmp_path: Path) -> None:
-    book = ledger(tmp_path)
+    book = state_store(tmp_path)
     walk(book, [[3]])
-    before = book.standing
+    before = book.current
     there = before.server.tensors["layer/weight"].clone()
     book.move({"layer/weight": there})
-    assert book.standing.server.tensors["layer/weight"] is there
-    assert book.standing.server.tensors["odd"] is before.server.tensors["odd"]
+    assert book.current.server.tensors["layer/weight"] is there
+    assert book.current.server.tensors["odd"] is before.server.tensors["odd"]
     check(book, [[3]], 1)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.runtime.held_out import JudgedModel, _shards
-from rayfed_sub.training.inference import answers, verdicts
+from rayfed_sub.training.inference import answers, predictions
 from tests.helpers.tiny_models import PAD, Tiny, bent, bert, dinov2, draw_batches, gpt2, llama
 
 LANGUAGE: list[Callable[[], Tiny]] = [llama, gpt2, *(lambda name=name: bent(name) for name in ("gemma2", "cohere"))]
@@ -26,13 +26,13 @@ def test_a_token_is_judged_by_the_logits_before_it(model: Callable[[], Tiny]) ->
     batch["labels"][2] = IGNORED  # a row that asks for nothing
     with torch.no_grad():
         logits_RTV = tiny.model(input_ids=batch["input_ids"]).logits.float()
-    for row, verdict in enumerate(verdicts(tiny.model, batch)):
+    for row, prediction in enumerate(predictions(tiny.model, batch)):
         places = (batch["labels"][row, 1:] != IGNORED).nonzero()[:, 0]
         true_L, logits_LV = batch["labels"][row, places + 1], logits_RTV[row, places]
-        assert verdict.true == tuple(true_L.tolist())
-        assert verdict.said == tuple(logits_LV.argmax(dim=-1).tolist())
-        assert verdict.loss == pytest.approx(functional.cross_entropy(logits_LV, true_L, reduction="sum").item())
-        assert (len(verdict.true) == 0) == (row == 2)
+        assert prediction.labels == tuple(true_L.tolist())
+        assert prediction.predicted == tuple(logits_LV.argmax(dim=-1).tolist())
+        assert prediction.loss == pytest.approx(functional.cross_entropy(logits_LV, true_L, reduction="sum").item())
+        assert (len(prediction.labels) == 0) == (row == 2)
 
 
 @pytest.mark.parametrize("model", [llama, gpt2], ids=["llama", "gpt2"])
@@ -68,12 +68,14 @@ def test_a_row_is_judged_by_its_class(model: Callable[[], Tiny]) -> None:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
         logits_RC = tiny.model(**inputs).logits
-    for row, (verdict, label) in enumerate(zip(verdicts(tiny.model, batch), batch["labels"].tolist(), strict=True)):
+    for row, (prediction, label) in enumerate(
+        zip(predictions(tiny.model, batch), batch["labels"].tolist(), strict=True)
+    ):
         if row == 1:
-            assert (verdict.loss, verdict.said, verdict.true) == (0.0, (), ())
+            assert (prediction.loss, prediction.predicted, prediction.labels) == (0.0, (), ())
             continue
-        assert (verdict.said, verdict.true) == ((int(logits_RC[row].argmax()),), (label,))
-        assert verdict.loss == pytest.approx(functional.cross_entropy(logits_RC[row], torch.tensor(label)).item())
+        assert (prediction.predicted, prediction.labels) == ((int(logits_RC[row].argmax()),), (label,))
+        assert prediction.loss == pytest.approx(functional.cross_entropy(logits_RC[row], torch.tensor(label)).item())
 
 
 def test_which_rows_are_judged_hangs_on_the_task_s_seed_and_not_on_the_run_s() -> None:
@@ -81,7 +83,7 @@ def test_which_rows_are_judged_hangs_on_the_task_s_seed_and_not_on_the_run_s() -
 
     def judged(run: int, task: int, most: int = 64) -> list[int]:
         config = load_config({"seed": run, "task": {"seed": task}})
-        return [row for _, rows in _shards(config, held_out, most, JudgedModel(0, None, None)) for row in rows]
+        return [row for _, rows in _shards(config, held_out, most, JudgedModel(None, None)) for row in rows]
 
     assert judged(0, 0) == judged(1, 0) != judged(0, 1)
     assert len(set(judged(1, 0))) == 64
