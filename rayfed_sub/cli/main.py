@@ -275,6 +275,28 @@ def export(
     typer.echo(written.loading)
 
 
+@app.command("config")
+def config_(
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="a key or a group, e.g. optimizer.lr, federation, method")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="a JSON schema of all keys, by which editors complete and check")
+    ] = False,
+) -> None:
+    """Print the keys of a configuration: default, type, allowed values, meaning."""
+    if schema and key is not None:
+        raise UserError("KEY", key, "nothing with --schema, which has all keys", "leave one out")
+    if schema:
+        from rayfed_sub.cli.editor_schema import editor_schema
+
+        typer.echo(json.dumps(editor_schema(), indent=2))
+    else:
+        from rayfed_sub.cli.config_view import show
+
+        show(key)
+
+
 @app.command("list")
 def list_(
     what: Annotated[Literal["methods", "tasks", "models"], typer.Argument()],

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from rayfed_sub.config.keys import allowed, resolved, schema_of
 from rayfed_sub.core.errors import UserError
 
 R = TypeVar("R")
@@ -39,7 +40,7 @@ def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
         faults = error.errors()
         # Where a field may be one of several things, each says why it is not; our own checks know best.
         fault = next((fault for fault in faults if fault["type"] == "value_error"), faults[0])
-        raise _user_error(fault, adapter.json_schema(), tree, prefix) from None
+        raise _user_error(fault, schema_of(cls), tree, prefix) from None
 
 
 def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
@@ -58,65 +59,26 @@ def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
 
 def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, prefix: str) -> UserError:
     """One pydantic fault as one line; schema: the JSON schema of what `tree` should be."""
-    place, path = _resolved(schema, schema), prefix
+    place, path = resolved(schema, schema), prefix
     for part in fault["loc"]:
         path = f"{path}.{part}" if path else str(part)
         if fault["type"] in ("extra_forbidden", "invalid_key") and part not in place["properties"]:
             return unknown_key(path, fault["input"], list(place["properties"]))
-        place = _resolved(place["properties"][part], schema)
+        place = resolved(place["properties"][part], schema)
         tree = tree.get(part) if isinstance(tree, Mapping) else tree
         if "properties" not in place:  # a fault inside a list is reported with the list
             break
     if fault["type"] == "value_error":  # our own checks: field|what is allowed|advice
-        field, allowed, advice = str(fault["ctx"]["error"]).split("|")
+        field, words, advice = str(fault["ctx"]["error"]).split("|")
         for part in field.split("."):
             inner = place.get("properties", {}).get(part, {})
             tree = tree.get(part, inner.get("default")) if isinstance(tree, Mapping) else inner.get("default")
-            place = _resolved(inner, schema)
-        return UserError(f"{path}.{field}" if path else field, tree, allowed, advice)
-    allowed = _meaning(place, schema)
+            place = resolved(inner, schema)
+        return UserError(f"{path}.{field}" if path else field, tree, words, advice)
+    words = allowed(place, schema)
     if fault["type"] == "finite_number":
-        allowed = allowed.replace("a number", "a finite number")
-    if fault["type"] == "byte_size":
-        allowed = "a number of bytes, or text such as 500MB or 2GiB"
+        words = words.replace("a number", "a finite number")
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
     if fault["type"] == "string_type" and tree is not None:  # YAML takes 5, yes and {column} for no text
         advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"
-    return UserError(path, tree, allowed, advice)
-
-
-def _resolved(place: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    return schema["$defs"][place["$ref"].rpartition("/")[2]] if "$ref" in place else place
-
-
-def _meaning(place: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
-    """A part of a JSON schema in words, such as "a number > 0 and < 1"."""
-    if "anyOf" in place:
-        return ", or ".join(_meaning(_resolved(choice, schema), schema) for choice in place["anyOf"])
-    if "enum" in place:
-        return ", ".join(map(str, place["enum"][:-1])) + f" or {place['enum'][-1]}"
-    if "const" in place:
-        return str(place["const"])
-    if "properties" in place:
-        return f"keys with values: {', '.join(place['properties'])}"
-    if "prefixItems" in place:
-        inner = [_meaning(_resolved(item, schema), schema) for item in place["prefixItems"]]
-        return f"a list of {len(inner)}, {f'each {inner[0]}' if len(set(inner)) == 1 else ', '.join(inner)}"
-    if "items" in place:
-        return f"a list, each {_meaning(_resolved(place['items'], schema), schema)}"
-    if "pattern" in place:
-        return f"text that matches {place['pattern']}"
-    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = " and ".join(f"{sign} {place[name]:g}" for name, sign in bounds.items() if name in place)
-    return f"{_KINDS.get(place.get('type', ''), 'another value')} {limits}".strip()
-
-
-_KINDS = {
-    "integer": "an integer",
-    "number": "a number",
-    "boolean": "true or false",
-    "string": "text",
-    "null": "null",
-    "array": "a list",
-    "object": "keys with values",
-}
+    return UserError(path, tree, words, advice)

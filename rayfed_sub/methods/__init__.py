@@ -42,6 +42,24 @@ def check_named(name: object, said: Sequence[str], place: str, add: str) -> None
     raise UserError("method.name", name, allowed, f"if you trust that module, add {add}")
 
 
+def class_of(name: object) -> type:
+    """The class of a method's name, which is imported.  Raises UserError where there is none."""
+    known, said = ", ".join(METHODS), str(name)
+    if said not in METHODS and ":" not in said:
+        near = get_close_matches(said.lower(), METHODS, n=1)
+        advice = f"did you mean {near[0]}?" if near else "pick one of them"
+        raise UserError("method.name", name, f"{known}, or package.module:Class", advice)
+    try:
+        module, _, attribute = METHODS.get(said, said).partition(":")
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError("method.name", said, f"an importable class, or one of {known}", str(error)) from None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "start_client")):
+        advice = "see rayfed_sub/methods/README.md"
+        raise UserError("method.name", said, "a dataclass with a method's functions", advice)
+    return cls
+
+
 def build(fields: Mapping[str, Any]) -> Method:
     """The method named by `fields["name"]` (a name of the table, or `package.module:Class`) with its own fields set.
 
@@ -51,21 +69,8 @@ def build(fields: Mapping[str, Any]) -> Method:
     >>> build({"name": "fedftg", "rank": 4}).rank
     4
     """
-    known = ", ".join(METHODS)
-    name = str(fields.get("name"))
-    if name not in METHODS and ":" not in name:
-        near = get_close_matches(name.lower(), METHODS, n=1)
-        advice = f"did you mean {near[0]}?" if near else "pick one of them"
-        raise UserError("method.name", fields.get("name"), f"{known}, or package.module:Class", advice)
-    try:
-        module, _, attribute = METHODS.get(name, name).partition(":")
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError("method.name", name, f"an importable class, or one of {known}", str(error)) from None
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "start_client")):
-        advice = "see rayfed_sub/methods/README.md"
-        raise UserError("method.name", name, "a dataclass with a method's functions", advice)
-    keys = [field.name for field in dataclasses.fields(cls)]
+    cls = class_of(fields.get("name"))
+    keys = [field.name for field in dataclasses.fields(cast(Any, cls))]
     dropped = {"name", "inherited", *(key for key in fields.get("inherited", ()) if key not in keys)}
     own = {key: value for key, value in fields.items() if key not in dropped}
     for key, value in own.items():
