@@ -70,12 +70,12 @@ def resolved(place: Place, schema: Place) -> Place:
     return schema["$defs"][place["$ref"].rpartition("/")[2]] if "$ref" in place else place
 
 
-def allowed(place: Place, schema: Place) -> str:
+def in_words(place: Place, schema: Place) -> str:
     """A part of a JSON schema in words, such as "a number > 0 and < 1"."""
     if "x-allowed" in place:
         return str(place["x-allowed"])
     if "anyOf" in place:
-        return ", or ".join(allowed(resolved(choice, schema), schema) for choice in place["anyOf"])
+        return ", or ".join(in_words(resolved(choice, schema), schema) for choice in place["anyOf"])
     if "enum" in place:
         return ", ".join(map(str, place["enum"][:-1])) + f" or {place['enum'][-1]}"
     if "const" in place:
@@ -83,11 +83,11 @@ def allowed(place: Place, schema: Place) -> str:
     if "properties" in place:
         return f"keys with values: {', '.join(place['properties'])}"
     if isinstance(place.get("items"), list):
-        inner = [allowed(resolved(item, schema), schema) for item in place["items"]]
+        inner = [in_words(resolved(item, schema), schema) for item in place["items"]]
         return f"a list of {len(inner)}, {', '.join(inner)}"
     if "items" in place:
         length = f" of {place['maxItems']}" if "maxItems" in place else ""
-        return f"a list{length}, each {allowed(resolved(place['items'], schema), schema)}"
+        return f"a list{length}, each {in_words(resolved(place['items'], schema), schema)}"
     if "pattern" in place:
         return f"text that matches {place['pattern']}"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -124,7 +124,7 @@ def _groups(place: Place, schema: Place, name: str) -> Iterator[Group]:
 
 
 def _key(place: Place, schema: Place, name: str) -> Key:
-    words = allowed(place, schema)
+    words = in_words(place, schema)
     words = f"text: {words}" if "enum" in place else words
     default = place.get("default")
     shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rayfed_sub.config.checks import RENAMED, check
+from rayfed_sub.config.checks import RENAMED, check, check_rules
 from rayfed_sub.config.schema import Config, Federation, Partition
 from rayfed_sub.core.errors import UserError
 
@@ -49,7 +49,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     >>> load_config({"federation": {"rounds": 3}}, ["federation.local_steps=10"]).federation.local_steps
     10
     """
-    return check(Config, _centralised(overridden(source, overrides)))
+    config = check(Config, _centralised(overridden(source, overrides)))
+    check_rules(config)
+    return config
 
 
 def stored_config(folder: Path) -> Config:

@@ -1,7 +1,7 @@
 """The configuration as records: every key with its meaning, its default and what is allowed.
 
 Each default and each meaning lives here and nowhere else (a method's own fields have theirs in the method's file);
-`rayfed-sub config` prints them.
+`rayfed-sub config` prints them.  Rules between keys are in `checks.py`.
 """
 
 from __future__ import annotations
@@ -97,12 +97,6 @@ class Task(Record):
     )
     mask_prompt: bool = Field(default=True, description="true: the loss is over the answer alone.")
 
-    @model_validator(mode="after")
-    def _some_left(self) -> Task:
-        if self.held_out + self.validation >= 1:
-            raise ValueError(f"validation|less than {1 - self.held_out:g}, what task.held_out leaves|e.g. 0.05")
-        return self
-
 
 class Partition(Record):
     """Partition of the training rows among the clients."""
@@ -135,31 +129,12 @@ class Partition(Record):
         "federation.clients says it.",
     )
 
-    @model_validator(mode="after")
-    def _keyed(self) -> Partition:
-        if self.kind == "column" and self.largest is not None:
-            raise ValueError("largest|nothing with partition.kind=column, which has a value for each client|remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _resampled(self) -> Partition:
-        if (self.kind == "resample") != (self.rows_per_client is not None):
-            needed = "a number of rows with" if self.kind == "resample" else "nothing without"
-            raise ValueError(f"rows_per_client|{needed} partition.kind=resample|e.g. 32 with kind=resample, else none")
-        return self
-
 
 class StepRange(Record):
     """Local steps from low to high, both included: clients of different speed."""
 
     low: Count = Field(description="Optimizer steps of the slowest client.")
     high: Count = Field(description="Optimizer steps of the fastest client.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> StepRange:
-        if self.high < self.low:
-            raise ValueError(f"high|{self.low} or more|raise it or lower low")
-        return self
 
 
 class Federation(Record):
@@ -217,16 +192,6 @@ class Federation(Record):
         if isinstance(tree, Mapping) and tree.get("rounds") is None and tree.get("epochs") is None:
             return {**tree, "rounds": 3}
         return tree
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Federation:
-        if self.rounds is not None and self.epochs is not None:
-            raise ValueError("rounds|one of rounds and epochs, not both|remove one of them")
-        if self.sampled is not None and self.sampled > self.clients:
-            raise ValueError(f"sampled|1 to federation.clients={self.clients}|lower it or raise federation.clients")
-        if self.partition.kind == "pool" and self.clients != 1:
-            raise ValueError("clients|1 with partition.kind=pool|set federation.clients=1")
-        return self
 
 
 class Optimizer(Record):
@@ -290,16 +255,6 @@ class Privacy(Record):
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-5, description="Chance with which the guarantee of epsilon may fail."
     )
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Privacy:
-        if self.clip is None and (self.noise, self.epsilon) != (None, None):
-            raise ValueError("clip|a number > 0 where privacy.noise or privacy.epsilon is set|e.g. privacy.clip=1.0")
-        if self.clip is not None and (self.noise is None) == (self.epsilon is None):
-            raise ValueError(
-                "noise|one of privacy.noise and privacy.epsilon, not both|set one of them, e.g. privacy.noise=1.0"
-            )
-        return self
 
 
 class Evaluation(Record):
@@ -403,11 +358,3 @@ class Config(Record):
     diagnostics: Diagnostics = Diagnostics()
     resources: Resources = Resources()
     checkpoint: Checkpoint = Checkpoint()
-
-    @model_validator(mode="after")
-    def _judged(self) -> Config:
-        if self.evaluation.split == "validation" and not self.task.validation:
-            raise ValueError(
-                "evaluation.split|held-out where task.validation is 0|set a share, e.g. task.validation=0.05"
-            )
-        return self
