@@ -116,10 +116,14 @@ def plan(
         _check_write(config, overrides or [], probe, on)
     from dataclasses import replace
 
+    from rayfed_sub.methods import adopted
     from rayfed_sub.planning.fit import roomy_packs
     from rayfed_sub.planning.job import prepare
     from rayfed_sub.planning.plan import as_dict, check, plan_of
 
+    checked, left_out = adopted(checked)
+    if left_out:
+        typer.echo(f"rayfed-sub: {left_out}", err=True)
     job = prepare(checked)
     check(job, on=on)
     planned = plan_of(job, on)

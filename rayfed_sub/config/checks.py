@@ -50,12 +50,16 @@ def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
     >>> unknown_key("evaluation.examples", 64, ["every", "eval_rows"]).advice
     'set evaluation.eval_rows instead'
     """
-    renamed = RENAMED.get(path)
-    if renamed is not None and renamed.rpartition(".")[2] in keys:
-        return UserError(path, value, f"{renamed}, which replaces it", f"set {renamed} instead")
+    if RENAMED.get(path, "").rpartition(".")[2] in keys:
+        return renamed_key(path, value)
     near = get_close_matches(path.rpartition(".")[2], keys, n=1)
     advice = f"did you mean {near[0]}?" if near else "remove it"
     return UserError(path, value, f"these keys here: {', '.join(keys)}", advice)
+
+
+def renamed_key(path: str, value: object) -> UserError:
+    """The refusal of a key of `RENAMED`."""
+    return UserError(path, value, f"{RENAMED[path]}, which replaces it", f"set {RENAMED[path]} instead")
 
 
 def check_rules(config: Config) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
-from rayfed_sub.config.checks import check, unknown_key
+from rayfed_sub.config.checks import RENAMED, check, renamed_key, unknown_key
+from rayfed_sub.config.loading import INHERITED
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods.protocol import Method
 
@@ -60,19 +62,55 @@ def class_of(name: object) -> type:
     return cls
 
 
+def shared_fields(fields: Mapping[str, Any], name: object) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fields of another method: those that the method called `name` has as well, and the names of the others.
+
+    Raises UserError for a field of an earlier version, which has another name now.
+
+    >>> shared_fields({"rank": 4, "scale": 1.0}, "fedit")
+    ({'rank': 4}, ('scale',))
+    """
+    keys = _field_names(class_of(name))
+    others = tuple(key for key in fields if key not in keys)
+    for key in others:
+        if f"method.{key}" in RENAMED:
+            raise renamed_key(f"method.{key}", fields[key])
+    return {key: value for key, value in fields.items() if key in keys}, others
+
+
+def adopted(config: Config) -> tuple[Config, str]:
+    """The configuration with fields that were written for another method as far as this one has them, and a line that
+    names the others; empty where there are none.  Raises UserError as `shared_fields`."""
+    method = config.method
+    if INHERITED not in method:
+        return config, ""
+    kept, others = _adopted(method)
+    line = f"left out, for {method['name']} has no such field: {', '.join(f'method.{key}' for key in others)}"
+    return config.model_copy(update={"method": kept}), line if others else ""
+
+
+def _adopted(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A configuration's `method` without the fields that it cannot take over, and the names of these."""
+    inherited = {key: value for key, value in fields.items() if key in fields.get(INHERITED, ())}
+    _, others = shared_fields(inherited, fields.get("name"))
+    return {key: value for key, value in fields.items() if key not in (INHERITED, *others)}, others
+
+
+def _field_names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cast(Any, cls))]
+
+
 def build(fields: Mapping[str, Any]) -> Method:
     """The method named by `fields["name"]` (a name of the table, or `package.module:Class`) with its own fields set.
 
-    `inherited` lists fields that were written for another method; those that this one lacks are dropped.
     Raises UserError for an unknown name, an unknown field or a value out of range.
 
     >>> build({"name": "fedftg", "rank": 4}).rank
     4
     """
     cls = class_of(fields.get("name"))
-    keys = [field.name for field in dataclasses.fields(cast(Any, cls))]
-    dropped = {"name", "inherited", *(key for key in fields.get("inherited", ()) if key not in keys)}
-    own = {key: value for key, value in fields.items() if key not in dropped}
+    keys = _field_names(cls)
+    own = {key: value for key, value in _adopted(fields)[0].items() if key != "name"}
     for key, value in own.items():
         if key not in keys:
             raise unknown_key(f"method.{key}", value, keys)

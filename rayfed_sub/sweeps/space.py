@@ -19,7 +19,7 @@ from rayfed_sub.config.loading import as_override, flat, load_config, overridden
 from rayfed_sub.config.schema import Config, Count, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
-from rayfed_sub.methods import build
+from rayfed_sub.methods import adopted, build
 
 _CLASSES = ("accuracy", "macro_f1")
 _TEXTS = (
@@ -118,7 +118,13 @@ class Sweep:
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The configuration of a trial.  Raises UserError where the values do not go together."""
-        return load_config(self.tree, [as_override(key, value) for key, value in values.items()])
+        return adopted(_with_values(self.tree, values))[0]
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Lines that name what trials leave out of the fields that were written for another method, see `adopted`."""
+        found = (adopted(_with_values(self.tree, values))[1] for values in self.points())
+        return tuple(dict.fromkeys(filter(None, found)))
 
     def points(self) -> list[dict[str, Any]]:
         """The values of every trial; with optuna, which finds them as it goes, each value beside the first or the last
@@ -140,6 +146,10 @@ class Sweep:
     def count(self) -> int:
         """Number of trials."""
         return self.search.trials * math.prod(len(axis.grid) for axis in self.search.space.values() if axis.grid)
+
+
+def _with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
+    return load_config(tree, [as_override(key, value) for key, value in values.items()])
 
 
 def largest(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -227,7 +237,7 @@ def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
 
 def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
     """Value as the configuration types it: 3 where 3.0 was written for a whole number, 1.0 for 1."""
-    config = load_config(tree, [as_override(key, value)])
+    config = _with_values(tree, {key: value})
     found: Any = {**config.model_dump(), "method": {**config.method, **asdict(cast(Any, build(config.method)))}}
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
