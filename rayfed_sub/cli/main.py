@@ -116,10 +116,14 @@ def plan(
         _check_write(config, overrides or [], probe, on)
     from dataclasses import replace
 
+    from rayfed_sub.methods import adopted
     from rayfed_sub.planning.fit import roomy_packs
     from rayfed_sub.planning.job import prepare
     from rayfed_sub.planning.plan import as_dict, check, plan_of
 
+    checked, left_out = adopted(checked)
+    if left_out:
+        typer.echo(f"rayfed-sub: {left_out}", err=True)
     job = prepare(checked)
     check(job, on=on)
     planned = plan_of(job, on)
@@ -273,6 +277,28 @@ def export(
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
     typer.echo(written.loading)
+
+
+@app.command("config")
+def config_(
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="a key or a group, e.g. optimizer.lr, federation, method")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="a JSON schema of all keys, by which editors complete and check")
+    ] = False,
+) -> None:
+    """Print the keys of a configuration: default, type, allowed values, meaning."""
+    if schema and key is not None:
+        raise UserError("KEY", key, "nothing with --schema, which has all keys", "leave one out")
+    if schema:
+        from rayfed_sub.cli.editor_schema import editor_schema
+
+        typer.echo(json.dumps(editor_schema(), indent=2))
+    else:
+        from rayfed_sub.cli.config_view import show
+
+        show(key)
 
 
 @app.command("list")

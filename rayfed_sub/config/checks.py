@@ -1,4 +1,7 @@
-"""Validation of what a person wrote; every fault becomes one line with field, value, allowed values and advice."""
+"""Validation of what a person wrote; every fault becomes one line with field, value, allowed values and advice.
+
+`check` holds each key against its type; `check_rules` and `check_training` hold keys against each other.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from rayfed_sub.config.keys import in_words, resolved, schema_of
+from rayfed_sub.config.schema import Config, Federation, Privacy, StepRange
 from rayfed_sub.core.errors import UserError
 
 R = TypeVar("R")
@@ -36,10 +41,7 @@ def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
-        faults = error.errors()
-        # Where a field may be one of several things, each says why it is not; our own checks know best.
-        fault = next((fault for fault in faults if fault["type"] == "value_error"), faults[0])
-        raise _user_error(fault, adapter.json_schema(), tree, prefix) from None
+        raise _user_error(error.errors()[0], schema_of(cls), tree, prefix) from None
 
 
 def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
@@ -48,75 +50,139 @@ def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
     >>> unknown_key("evaluation.examples", 64, ["every", "eval_rows"]).advice
     'set evaluation.eval_rows instead'
     """
-    renamed = RENAMED.get(path)
-    if renamed is not None and renamed.rpartition(".")[2] in keys:
-        return UserError(path, value, f"{renamed}, which replaces it", f"set {renamed} instead")
+    if RENAMED.get(path, "").rpartition(".")[2] in keys:
+        return renamed_key(path, value)
     near = get_close_matches(path.rpartition(".")[2], keys, n=1)
     advice = f"did you mean {near[0]}?" if near else "remove it"
     return UserError(path, value, f"these keys here: {', '.join(keys)}", advice)
 
 
+def renamed_key(path: str, value: object) -> UserError:
+    """The refusal of a key of `RENAMED`."""
+    return UserError(path, value, f"{RENAMED[path]}, which replaces it", f"set {RENAMED[path]} instead")
+
+
+def check_rules(config: Config) -> None:
+    """UserError for keys that no run can have together."""
+    _check_rows(config)
+    _check_partition(config.federation)
+    _check_rounds(config.federation)
+    _check_budget(config.privacy)
+
+
+def check_training(config: Config) -> None:
+    """UserError for keys of the training that do not go together, whatever the method: what the reference executor
+    cannot do, what the accountant of `privacy` assumes, and what FedNova's rule excludes."""
+    _check_reference(config)
+    _check_privacy(config)
+    _check_nova(config)
+
+
+def _check_rows(config: Config) -> None:
+    task = config.task
+    if task.held_out + task.validation >= 1:
+        allowed = f"less than {1 - task.held_out:g}, what task.held_out leaves"
+        raise UserError("task.validation", task.validation, allowed, "e.g. task.validation=0.05")
+    if config.evaluation.split == "validation" and not task.validation:
+        allowed = "held-out where task.validation is 0"
+        raise UserError("evaluation.split", "validation", allowed, "set a share, e.g. task.validation=0.05")
+
+
+def _check_partition(federation: Federation) -> None:
+    partition, prefix = federation.partition, "federation.partition"
+    if partition.kind == "column" and partition.largest is not None:
+        allowed = "nothing with partition.kind=column, which has a value for each client"
+        raise UserError(f"{prefix}.largest", partition.largest, allowed, "remove it")
+    if (partition.kind == "resample") != (partition.rows_per_client is not None):
+        needed = "a number of rows with" if partition.kind == "resample" else "nothing without"
+        allowed, advice = f"{needed} partition.kind=resample", "e.g. 32 with kind=resample, else none"
+        raise UserError(f"{prefix}.rows_per_client", partition.rows_per_client, allowed, advice)
+    if partition.kind == "pool" and federation.clients != 1:
+        allowed = "1 with partition.kind=pool"
+        raise UserError("federation.clients", federation.clients, allowed, "set federation.clients=1")
+
+
+def _check_rounds(federation: Federation) -> None:
+    steps, clients, sampled = federation.local_steps, federation.clients, federation.sampled
+    if isinstance(steps, StepRange) and steps.high < steps.low:
+        raise UserError("federation.local_steps.high", steps.high, f"{steps.low} or more", "raise it or lower low")
+    if federation.rounds is not None and federation.epochs is not None:
+        allowed = "one of rounds and epochs, not both"
+        raise UserError("federation.rounds", federation.rounds, allowed, "remove one of them")
+    if sampled is not None and sampled > clients:
+        allowed = f"1 to federation.clients={clients}"
+        raise UserError("federation.sampled", sampled, allowed, "lower it or raise federation.clients")
+
+
+def _check_budget(privacy: Privacy) -> None:
+    if privacy.clip is None and (privacy.noise, privacy.epsilon) != (None, None):
+        allowed = "a number > 0 where privacy.noise or privacy.epsilon is set"
+        raise UserError("privacy.clip", None, allowed, "e.g. privacy.clip=1.0")
+    if privacy.clip is not None and (privacy.noise is None) == (privacy.epsilon is None):
+        allowed, advice = (
+            "one of privacy.noise and privacy.epsilon, not both",
+            "set one of them, e.g. privacy.noise=1.0",
+        )
+        raise UserError("privacy.noise", privacy.noise, allowed, advice)
+
+
+def _check_reference(config: Config) -> None:
+    resources, proximal = config.resources, config.federation.proximal
+    if resources.executor != "reference":
+        return
+    if proximal:
+        raise UserError("federation.proximal", proximal, "0 with resources.executor=reference", "remove it")
+    if resources.gpus_per_worker:
+        advice = "the reference executor runs on CPUs"
+        raise UserError("resources.executor", "reference", "pack where gpus_per_worker > 0", advice)
+
+
+def _check_nova(config: Config) -> None:
+    """FedNova normalises a weighted sum of a round's gradients, with weights that are not negative."""
+    optimizer, mu = config.optimizer, config.federation.proximal
+    if not config.federation.normalise_steps:
+        return
+    if optimizer.name != "sgd":
+        allowed = f"false with optimizer.name={optimizer.name}: FedNova's rule is for SGD"
+        advice = "remove it or set optimizer.name=sgd with a learning rate for it"
+        raise UserError("federation.normalise_steps", True, allowed, advice)
+    if optimizer.weight_decay:
+        allowed = "0 with federation.normalise_steps, whose rule knows no decay"
+        raise UserError("optimizer.weight_decay", optimizer.weight_decay, allowed, "set optimizer.weight_decay=0")
+    if mu * optimizer.lr >= 1:
+        allowed = f"less than {1 / optimizer.lr:g}, 1 / optimizer.lr, with federation.normalise_steps"
+        raise UserError("federation.proximal", mu, allowed, "lower it")
+
+
+def _check_privacy(config: Config) -> None:
+    """The accountant's assumptions: see `privacy/mechanism.py`."""
+    assumed = {
+        "client_weighting": ("uniform", "every client counts the same"),
+        "availability": (1.0, "every client is drawn by itself, whatever the others do"),
+        "normalise_steps": (False, "the denominator is fixed"),
+    }
+    for field, (value, why) in assumed.items() if config.privacy.clip is not None else ():
+        if getattr(config.federation, field) != value:
+            shown = str(value).lower()
+            key, allowed = f"federation.{field}", f"{shown} with privacy.clip: {why}"
+            raise UserError(key, getattr(config.federation, field), allowed, f"set {key}={shown}")
+
+
 def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, prefix: str) -> UserError:
     """One pydantic fault as one line; schema: the JSON schema of what `tree` should be."""
-    place, path = _resolved(schema, schema), prefix
+    place, path = resolved(schema, schema), prefix
     for part in fault["loc"]:
         path = f"{path}.{part}" if path else str(part)
         if fault["type"] in ("extra_forbidden", "invalid_key") and part not in place["properties"]:
             return unknown_key(path, fault["input"], list(place["properties"]))
-        place = _resolved(place["properties"][part], schema)
+        place = resolved(place["properties"][part], schema)
         tree = tree.get(part) if isinstance(tree, Mapping) else tree
         if "properties" not in place:  # a fault inside a list is reported with the list
             break
-    if fault["type"] == "value_error":  # our own checks: field|what is allowed|advice
-        field, allowed, advice = str(fault["ctx"]["error"]).split("|")
-        for part in field.split("."):
-            inner = place.get("properties", {}).get(part, {})
-            tree = tree.get(part, inner.get("default")) if isinstance(tree, Mapping) else inner.get("default")
-            place = _resolved(inner, schema)
-        return UserError(f"{path}.{field}" if path else field, tree, allowed, advice)
-    allowed = _meaning(place, schema)
+    words = in_words(place, schema)
     if fault["type"] == "finite_number":
-        allowed = allowed.replace("a number", "a finite number")
-    if fault["type"] == "byte_size":
-        allowed = "a number of bytes, or text such as 500MB or 2GiB"
+        words = words.replace("a number", "a finite number")
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
     if fault["type"] == "string_type" and tree is not None:  # YAML takes 5, yes and {column} for no text
         advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"
-    return UserError(path, tree, allowed, advice)
-
-
-def _resolved(place: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    return schema["$defs"][place["$ref"].rpartition("/")[2]] if "$ref" in place else place
-
-
-def _meaning(place: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
-    """A part of a JSON schema in words, such as "a number > 0 and < 1"."""
-    if "anyOf" in place:
-        return ", or ".join(_meaning(_resolved(choice, schema), schema) for choice in place["anyOf"])
-    if "enum" in place:
-        return ", ".join(map(str, place["enum"][:-1])) + f" or {place['enum'][-1]}"
-    if "const" in place:
-        return str(place["const"])
-    if "properties" in place:
-        return f"keys with values: {', '.join(place['properties'])}"
-    if "prefixItems" in place:
-        inner = [_meaning(_resolved(item, schema), schema) for item in place["prefixItems"]]
-        return f"a list of {len(inner)}, {f'each {inner[0]}' if len(set(inner)) == 1 else ', '.join(inner)}"
-    if "items" in place:
-        return f"a list, each {_meaning(_resolved(place['items'], schema), schema)}"
-    if "pattern" in place:
-        return f"text that matches {place['pattern']}"
-    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = " and ".join(f"{sign} {place[name]:g}" for name, sign in bounds.items() if name in place)
-    return f"{_KINDS.get(place.get('type', ''), 'another value')} {limits}".strip()
-
-
-_KINDS = {
-    "integer": "an integer",
-    "number": "a number",
-    "boolean": "true or false",
-    "string": "text",
-    "null": "null",
-    "array": "a list",
-    "object": "keys with values",
-}
+    return UserError(path, tree, words, advice)

@@ -13,9 +13,12 @@ from typing import Any
 
 import yaml
 
-from rayfed_sub.config.checks import RENAMED, check
+from rayfed_sub.config.checks import RENAMED, check, check_rules
 from rayfed_sub.config.schema import Config, Federation, Partition
 from rayfed_sub.core.errors import UserError
+
+INHERITED = "inherited"
+"""Key of `method` with the names of those fields that were written for another method."""
 
 
 class Loader(yaml.SafeLoader):
@@ -49,7 +52,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     >>> load_config({"federation": {"rounds": 3}}, ["federation.local_steps=10"]).federation.local_steps
     10
     """
-    return check(Config, _centralised(overridden(source, overrides)))
+    config = check(Config, _centralised(overridden(source, overrides)))
+    check_rules(config)
+    return config
 
 
 def stored_config(folder: Path) -> Config:
@@ -180,14 +185,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _note_inherited(tree: dict[str, Any], written: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """With another method named on the command line, the file's fields for the old one count only where they fit: they
-    are listed under `inherited`, for `methods.build`, which knows every method's fields."""
+    are listed under `INHERITED`, for `methods.adopted`, which knows every method's fields."""
     method = tree.get("method")
     if not isinstance(method, dict) or written.get("name") in (None, method.get("name")):
         return
     given = {override.partition("=")[0] for override in overrides}
-    inherited = [key for key in written if key != "name" and f"method.{key}" not in given]
+    inherited = [key for key in written if key not in ("name", INHERITED) and f"method.{key}" not in given]
     if inherited and "method" not in given:
-        method["inherited"] = inherited
+        method[INHERITED] = inherited
 
 
 def _centralised(tree: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
-from rayfed_sub.config.checks import check, unknown_key
+from rayfed_sub.config.checks import RENAMED, check, renamed_key, unknown_key
+from rayfed_sub.config.loading import INHERITED
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods.protocol import Method
 
@@ -42,32 +44,73 @@ def check_named(name: object, said: Sequence[str], place: str, add: str) -> None
     raise UserError("method.name", name, allowed, f"if you trust that module, add {add}")
 
 
+def class_of(name: object) -> type:
+    """The class of a method's name, which is imported.  Raises UserError where there is none."""
+    known, said = ", ".join(METHODS), str(name)
+    if said not in METHODS and ":" not in said:
+        near = get_close_matches(said.lower(), METHODS, n=1)
+        advice = f"did you mean {near[0]}?" if near else "pick one of them"
+        raise UserError("method.name", name, f"{known}, or package.module:Class", advice)
+    try:
+        module, _, attribute = METHODS.get(said, said).partition(":")
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError("method.name", said, f"an importable class, or one of {known}", str(error)) from None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "start_client")):
+        advice = "see rayfed_sub/methods/README.md"
+        raise UserError("method.name", said, "a dataclass with a method's functions", advice)
+    return cls
+
+
+def shared_fields(fields: Mapping[str, Any], name: object) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fields of another method: those that the method called `name` has as well, and the names of the others.
+
+    Raises UserError for a field of an earlier version, which has another name now.
+
+    >>> shared_fields({"rank": 4, "scale": 1.0}, "fedit")
+    ({'rank': 4}, ('scale',))
+    """
+    keys = _field_names(class_of(name))
+    others = tuple(key for key in fields if key not in keys)
+    for key in others:
+        if f"method.{key}" in RENAMED:
+            raise renamed_key(f"method.{key}", fields[key])
+    return {key: value for key, value in fields.items() if key in keys}, others
+
+
+def adopted(config: Config) -> tuple[Config, str]:
+    """The configuration with fields that were written for another method as far as this one has them, and a line that
+    names the others; empty where there are none.  Raises UserError as `shared_fields`."""
+    method = config.method
+    if INHERITED not in method:
+        return config, ""
+    kept, others = _adopted(method)
+    line = f"left out, for {method['name']} has no such field: {', '.join(f'method.{key}' for key in others)}"
+    return config.model_copy(update={"method": kept}), line if others else ""
+
+
+def _adopted(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A configuration's `method` without the fields that it cannot take over, and the names of these."""
+    inherited = {key: value for key, value in fields.items() if key in fields.get(INHERITED, ())}
+    _, others = shared_fields(inherited, fields.get("name"))
+    return {key: value for key, value in fields.items() if key not in (INHERITED, *others)}, others
+
+
+def _field_names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cast(Any, cls))]
+
+
 def build(fields: Mapping[str, Any]) -> Method:
     """The method named by `fields["name"]` (a name of the table, or `package.module:Class`) with its own fields set.
 
-    `inherited` lists fields that were written for another method; those that this one lacks are dropped.
     Raises UserError for an unknown name, an unknown field or a value out of range.
 
     >>> build({"name": "fedftg", "rank": 4}).rank
     4
     """
-    known = ", ".join(METHODS)
-    name = str(fields.get("name"))
-    if name not in METHODS and ":" not in name:
-        near = get_close_matches(name.lower(), METHODS, n=1)
-        advice = f"did you mean {near[0]}?" if near else "pick one of them"
-        raise UserError("method.name", fields.get("name"), f"{known}, or package.module:Class", advice)
-    try:
-        module, _, attribute = METHODS.get(name, name).partition(":")
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError("method.name", name, f"an importable class, or one of {known}", str(error)) from None
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "start_client")):
-        advice = "see rayfed_sub/methods/README.md"
-        raise UserError("method.name", name, "a dataclass with a method's functions", advice)
-    keys = [field.name for field in dataclasses.fields(cls)]
-    dropped = {"name", "inherited", *(key for key in fields.get("inherited", ()) if key not in keys)}
-    own = {key: value for key, value in fields.items() if key not in dropped}
+    cls = class_of(fields.get("name"))
+    keys = _field_names(cls)
+    own = {key: value for key, value in _adopted(fields)[0].items() if key != "name"}
     for key, value in own.items():
         if key not in keys:
             raise unknown_key(f"method.{key}", value, keys)

@@ -30,8 +30,19 @@ from rayfed_sub.core.types import (
 
 Rank = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Memory = Literal["keep", "reset"]
-SharedMemory = Literal["keep", "reset", "average"]
+SubspaceRank = Annotated[Rank, Field(description="Rank r of the subspace.")]
+Scale = Annotated[Positive, Field(description="GaLore's scale of a step.")]
+Memory = Annotated[
+    Literal["keep", "reset"],
+    Field(description="Optimizer state at the start of a round: keep the client's own, or reset it."),
+]
+SharedMemory = Annotated[
+    Literal["keep", "reset", "average"],
+    Field(
+        description="Optimizer state at the start of a round: keep the client's own, reset it, or average that of all "
+        "clients at the server."
+    ),
+]
 RANKS = "history/ranks"
 """Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
 

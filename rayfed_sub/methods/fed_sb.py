@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rayfed_sub.core.lowrank import signed
@@ -40,9 +41,6 @@ _CUT = 1e-7  # singular values below this share of the largest are float32 round
 
 @dataclass(frozen=True)
 class FedSB:
-    """rank r, and alpha with s = alpha / r.
-    optimizer_state: what a new round does to Adam's moments (`average`: the factors are shared, so the server may)."""
-
     name: ClassVar[str] = "fed-sb"
     paper: ClassVar[str] = "arXiv 2502.15436"
     trained: ClassVar[str] = "an r x r core between the pretrained weight's top singular vectors"
@@ -52,8 +50,8 @@ class FedSB:
     wire: ClassVar[str] = "r^2 / r^2"
     departs: ClassVar[str] = "a variant: the paper starts from the singular vectors of the first gradient"
 
-    rank: averaging.Rank = 8
-    alpha: averaging.Positive = 16.0
+    rank: Annotated[averaging.Rank, Field(description="Side r of the trained core.")] = 8
+    alpha: lora.Alpha = 16.0
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank

@@ -25,8 +25,6 @@ from rayfed_sub.methods import averaging
 
 @dataclass(frozen=True)
 class FedAvg:
-    """optimizer_state: what a new round does to Adam's moments (`average`: the server averages them too)."""
-
     name: ClassVar[str] = "fedavg"
     paper: ClassVar[str] = "arXiv 1602.05629"
     trained: ClassVar[str] = "the dense target weights"

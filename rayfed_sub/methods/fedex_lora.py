@@ -27,9 +27,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class FedExLoRA:
-    """rank r, and alpha with s = alpha / r.
-    optimizer_state: what a new round does to Adam's moments (`average`: the server averages them too)."""
-
     name: ClassVar[str] = "fedex-lora"
     paper: ClassVar[str] = "arXiv 2410.09432"
     trained: ClassVar[str] = "LoRA's A and B, over a weight that takes up the averages' error"
@@ -39,8 +36,8 @@ class FedExLoRA:
     wire: ClassVar[str] = "r (m + n) / r (m + n) + min(m n, residuals missed)"
     departs: ClassVar[str] = ""
 
-    rank: averaging.Rank = 8
-    alpha: averaging.Positive = 16.0
+    rank: lora.FactorRank = 8
+    alpha: lora.Alpha = 16.0
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank

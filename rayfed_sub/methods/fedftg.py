@@ -10,9 +10,10 @@ client last synchronised (never more than m n).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import (
@@ -34,10 +35,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class FedFTG:
-    """rank r and scale as in GaLore; refresh_every counts a client's own optimiser steps; projector picks the basis;
-    moments: what a refresh does to Adam's moments; optimizer_state: what a new round does to the optimiser (released:
-    `keep`)."""
-
     name: ClassVar[str] = "fedftg"
     paper: ClassVar[str] = "arXiv 2410.23111"
     trained: ClassVar[str] = "GaLore coefficients in the client's own gradient subspace"
@@ -47,12 +44,29 @@ class FedFTG:
     wire: ClassVar[str] = "k r (m + n) / min(m n, blocks missed)"
     departs: ClassVar[str] = ""
 
-    rank: averaging.Rank = 8
-    scale: averaging.Positive = 1.0
-    refresh_every: averaging.Rank = 200
-    projector: Literal["exact", "svd", "randomized", "random"] = "exact"
-    moments: Literal["keep", "rotate", "reset"] = "keep"
-    optimizer_state: averaging.Memory = "keep"
+    rank: averaging.SubspaceRank = 8
+    scale: averaging.Scale = 1.0
+    refresh_every: Annotated[
+        averaging.Rank, Field(description="A client's own optimizer steps between two bases, over all its rounds.")
+    ] = 200
+    projector: Annotated[
+        Literal["exact", "svd", "randomized", "random"],
+        Field(
+            description="Basis of the subspace. exact: top right singular vectors of the gradient, without forming it; "
+            "svd: torch's of the gradient, as galore-torch; randomized: subspace iteration; random: no data at all."
+        ),
+    ] = "exact"
+    moments: Annotated[
+        Literal["keep", "rotate", "reset"],
+        Field(description="Adam's moments at a new basis: kept as they are, rotated into it, or reset."),
+    ] = "keep"
+    optimizer_state: Annotated[
+        averaging.Memory,
+        Field(
+            description="Optimizer state and basis at the start of a round: keep the client's own, as the released "
+            "code does, or reset them."
+        ),
+    ] = "keep"
 
     def check(self, shape: ModelShape) -> None:
         lora.check_fits(self.rank, shape)

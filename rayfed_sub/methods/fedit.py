@@ -14,9 +14,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class FedIT:
-    """rank r, and alpha with s = alpha / r.
-    optimizer_state: what a new round does to Adam's moments (`average`: the server averages them too)."""
-
     name: ClassVar[str] = "fedit"
     paper: ClassVar[str] = "arXiv 2305.05644"
     trained: ClassVar[str] = "LoRA's A and B"
@@ -26,8 +23,8 @@ class FedIT:
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = ""
 
-    rank: averaging.Rank = 8
-    alpha: averaging.Positive = 16.0
+    rank: lora.FactorRank = 8
+    alpha: lora.Alpha = 16.0
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank

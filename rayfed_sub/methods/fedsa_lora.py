@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
 from rayfed_sub.core.types import (
     Block,
@@ -33,9 +34,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class FedSALoRA:
-    """rank r, and alpha with s = alpha / r.
-    optimizer_state: what a new round does to Adam's moments; B itself is always kept."""
-
     name: ClassVar[str] = "fedsa-lora"
     paper: ClassVar[str] = "arXiv 2410.01463"
     trained: ClassVar[str] = "LoRA's A, shared, and a B of each client's own"
@@ -45,9 +43,14 @@ class FedSALoRA:
     wire: ClassVar[str] = "r n / r n"
     departs: ClassVar[str] = ""
 
-    rank: averaging.Rank = 8
-    alpha: averaging.Positive = 16.0
-    optimizer_state: averaging.Memory = "keep"
+    rank: lora.FactorRank = 8
+    alpha: lora.Alpha = 16.0
+    optimizer_state: Annotated[
+        averaging.Memory,
+        Field(
+            description="Optimizer state at the start of a round: keep the client's own, or reset it. B always stays."
+        ),
+    ] = "keep"
 
     check = lora.check_rank
     broadcast = averaging.broadcast

@@ -12,9 +12,10 @@ Wire, numbers per layer: r m up; r m down, and r n more where A is another one t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rayfed_sub.core.lowrank import signed
@@ -35,9 +36,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class FedSVD:
-    """rank r, and alpha with s = alpha / r; period: rounds between factorisations.
-    optimizer_state: what a new round does to Adam's moments within a period."""
-
     name: ClassVar[str] = "fedsvd"
     paper: ClassVar[str] = "arXiv 2505.12805"
     trained: ClassVar[str] = "LoRA's B, over an A that the server factorises anew"
@@ -47,10 +45,15 @@ class FedSVD:
     wire: ClassVar[str] = "r m / r m, after a factorisation r (m + n)"
     departs: ClassVar[str] = "spare rows of A are completed within its row space"
 
-    rank: averaging.Rank = 8
-    alpha: averaging.Positive = 16.0
-    period: averaging.Rank = 1
-    optimizer_state: averaging.Memory = "keep"
+    rank: lora.FactorRank = 8
+    alpha: lora.Alpha = 16.0
+    period: Annotated[averaging.Rank, Field(description="Rounds between factorisations.")] = 1
+    optimizer_state: Annotated[
+        averaging.Memory,
+        Field(
+            description="Optimizer state at the start of a round within a period: keep the client's own, or reset it."
+        ),
+    ] = "keep"
 
     check = lora.check_rank
     init_server = lora.init_factors

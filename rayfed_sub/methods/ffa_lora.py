@@ -25,9 +25,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class FFALoRA:
-    """rank r, and alpha with s = alpha / r.
-    optimizer_state: what a new round does to Adam's moments (`average`: all clients share A, so the server may)."""
-
     name: ClassVar[str] = "ffa-lora"
     paper: ClassVar[str] = "arXiv 2403.12313"
     trained: ClassVar[str] = "LoRA's B, over one frozen A"
@@ -37,8 +34,8 @@ class FFALoRA:
     wire: ClassVar[str] = "r m / r m"
     departs: ClassVar[str] = ""
 
-    rank: averaging.Rank = 8
-    alpha: averaging.Positive = 16.0
+    rank: lora.FactorRank = 8
+    alpha: lora.Alpha = 16.0
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank

@@ -39,9 +39,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class FlexLoRA:
-    """rank r, the server's and the largest; client_ranks: client i has entry i modulo its length (none: all have r);
-    alpha with s_i = alpha / r_i."""
-
     name: ClassVar[str] = "flexlora"
     paper: ClassVar[str] = "arXiv 2402.11505"
     trained: ClassVar[str] = "LoRA's A and B, r per client"
@@ -51,9 +48,9 @@ class FlexLoRA:
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = "Adam's moments are reset after the SVD, ranks follow client_ranks by turns"
 
-    rank: averaging.Rank = 8
+    rank: lora.LargestRank = 8
     client_ranks: lora.ClientRanks = None
-    alpha: averaging.Positive = 16.0
+    alpha: lora.OwnAlpha = 16.0
 
     check = lora.check_ranks
     init_server = lora.init_factors

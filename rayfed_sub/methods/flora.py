@@ -33,9 +33,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class FLoRA:
-    """rank r, the largest; client_ranks: client i has entry i modulo its length (none: all have r);
-    alpha with s_k = alpha / r_k."""
-
     name: ClassVar[str] = "flora"
     paper: ClassVar[str] = "arXiv 2409.05976"
     trained: ClassVar[str] = "LoRA's A and B, anew every round, r per client"
@@ -45,9 +42,9 @@ class FLoRA:
     wire: ClassVar[str] = "r (m + n) / min(m n, stacks missed)"
     departs: ClassVar[str] = ""
 
-    rank: averaging.Rank = 8
+    rank: lora.LargestRank = 8
     client_ranks: lora.ClientRanks = None
-    alpha: averaging.Positive = 16.0
+    alpha: lora.OwnAlpha = 16.0
 
     check = lora.check_ranks
     broadcast = averaging.broadcast

@@ -43,10 +43,6 @@ _ROUNDING = 1e-6  # a tail that differs by less, relatively, has not moved
 
 @dataclass(frozen=True)
 class HetLoRA:
-    """rank r, the server's and the largest; client_ranks: client i begins with entry i modulo its length (none: r);
-    alpha with s = alpha / r for all; gamma: the share of its rank that a pruning client keeps (1: no pruning);
-    penalty: the weight of the tail in the local loss."""
-
     name: ClassVar[str] = "hetlora"
     paper: ClassVar[str] = "arXiv 2401.06432"
     trained: ClassVar[str] = "LoRA's A and B, r per client, pruned by the client"
@@ -58,11 +54,15 @@ class HetLoRA:
         "p_k in the weights (uniform: as published); s = alpha / r for all ranks; the penalty's weight is ours"
     )
 
-    rank: averaging.Rank = 8
+    rank: lora.LargestRank = 8
     client_ranks: lora.ClientRanks = None
-    alpha: averaging.Positive = 16.0
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
-    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.001
+    alpha: lora.Alpha = 16.0
+    gamma: Annotated[
+        float, Field(gt=0, le=1, description="Share of its rank that a pruning client keeps; 1: no pruning.")
+    ] = 0.99
+    penalty: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="Weight of the tail's norm in a client's loss.")
+    ] = 0.001
 
     check = lora.check_ranks
     broadcast = averaging.broadcast

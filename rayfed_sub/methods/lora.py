@@ -30,9 +30,16 @@ from rayfed_sub.core.types import (
     Tensors,
     Update,
 )
-from rayfed_sub.methods.averaging import Rank, head, moments_to_send, moments_to_start, tensor_names
+from rayfed_sub.methods.averaging import Positive, Rank, head, moments_to_send, moments_to_start, tensor_names
 
-ClientRanks = Annotated[tuple[Rank, ...], Field(min_length=1)] | None
+FactorRank = Annotated[Rank, Field(description="Rank r of the factors.")]
+LargestRank = Annotated[Rank, Field(description="Largest rank r of a client.")]
+ClientRanks = Annotated[
+    Annotated[tuple[Rank, ...], Field(min_length=1)] | None,
+    Field(description="Ranks of the clients: client i has entry i modulo the list's length; null: all have rank."),
+]
+Alpha = Annotated[Positive, Field(description="Scale of the factors' product, as alpha / rank.")]
+OwnAlpha = Annotated[Positive, Field(description="Scale of a client's product, as alpha / its own rank.")]
 
 
 def check_fits(rank: int, shape: ModelShape) -> None:

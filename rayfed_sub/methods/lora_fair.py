@@ -33,9 +33,6 @@ _ZERO = 1e-12  # a norm below this share of its factors' norms is rounding
 
 @dataclass(frozen=True)
 class LoRAFAIR:
-    """rank r, and alpha with s = alpha / r; penalty: the weight of |dB|^2.
-    optimizer_state: what a new round does to Adam's moments (`average`: the server averages them too)."""
-
     name: ClassVar[str] = "lora-fair"
     paper: ClassVar[str] = "arXiv 2411.14961"
     trained: ClassVar[str] = "LoRA's A and B, B corrected by the server"
@@ -45,9 +42,11 @@ class LoRAFAIR:
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = "the objective is minimised by L-BFGS, a solver of ours"
 
-    rank: averaging.Rank = 8
-    alpha: averaging.Positive = 16.0
-    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    rank: lora.FactorRank = 8
+    alpha: lora.Alpha = 16.0
+    penalty: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="Weight of |dB|^2 in the server's objective.")
+    ] = 0.01
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank

@@ -29,8 +29,6 @@ from rayfed_sub.methods import averaging, lora
 
 @dataclass(frozen=True)
 class RoLoRA:
-    """rank r, and alpha with s = alpha / r."""
-
     name: ClassVar[str] = "rolora"
     paper: ClassVar[str] = "arXiv 2502.01755"
     trained: ClassVar[str] = "LoRA's B in even rounds, its A in odd ones"
@@ -40,8 +38,8 @@ class RoLoRA:
     wire: ClassVar[str] = "r m, r n in turn / the factors averaged since"
     departs: ClassVar[str] = ""
 
-    rank: averaging.Rank = 8
-    alpha: averaging.Positive = 16.0
+    rank: lora.FactorRank = 8
+    alpha: lora.Alpha = 16.0
 
     check = lora.check_rank
     init_server = lora.init_factors

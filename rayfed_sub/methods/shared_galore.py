@@ -14,9 +14,10 @@ more than m n).  Q never travels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rayfed_sub.core.lowrank import orthonormal_rows, sides
@@ -43,9 +44,6 @@ _SEED = "seed"  # server tensor int64: the run's seed, for the coming bases
 
 @dataclass(frozen=True)
 class SharedGaLore:
-    """rank r and scale as in GaLore; refresh_every counts rounds; moments: what a new basis does to Adam's moments;
-    optimizer_state: what a new round does to them (`average`: all clients share Q, so the server may)."""
-
     name: ClassVar[str] = "shared-galore"
     paper: ClassVar[str] = "arXiv 2602.01746"
     trained: ClassVar[str] = "GaLore coefficients in one random subspace for all"
@@ -55,10 +53,13 @@ class SharedGaLore:
     wire: ClassVar[str] = "r max(m, n) / min(m n, r max(m, n) per period missed)"
     departs: ClassVar[str] = "a simplification of FedGaLore: one random basis for all, whole moments synchronised"
 
-    rank: averaging.Rank = 8
-    scale: averaging.Positive = 1.0
-    refresh_every: averaging.Rank = 10
-    moments: Literal["reset", "rotate", "keep"] = "reset"
+    rank: averaging.SubspaceRank = 8
+    scale: averaging.Scale = 1.0
+    refresh_every: Annotated[averaging.Rank, Field(description="Rounds between two bases.")] = 10
+    moments: Annotated[
+        Literal["reset", "rotate", "keep"],
+        Field(description="Adam's moments at a new basis: reset, rotated into it, or kept as they are."),
+    ] = "reset"
     optimizer_state: averaging.SharedMemory = "keep"
 
     def check(self, shape: ModelShape) -> None:

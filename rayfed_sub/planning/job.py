@@ -1,4 +1,4 @@
-"""A run before Ray starts: everything that can be wrong with a configuration is found here."""
+"""A run before Ray starts: what can be wrong with a configuration is found here, with `config/checks.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from rayfed_sub.config.checks import check_rules, check_training
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, load_dataset
@@ -49,8 +50,19 @@ class JobInputs:
 
 def prepare(config: Config) -> Job:
     """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
-    build(config.method)  # a typing error there shows before the rows are read
+    check_settings(config)  # before the rows are read
     return job_on(load_inputs(config), config)
+
+
+def check_settings(config: Config) -> Method:
+    """The configuration's method.  Raises UserError for settings that do not go together, whatever rows and model."""
+    method = build(config.method)
+    check_rules(config)
+    _check_server(config, method)
+    _check_privacy(config, method)
+    check_training(config)
+    _check_nova(config, method)
+    return method
 
 
 def load_inputs(config: Config) -> JobInputs:
@@ -65,12 +77,9 @@ def load_inputs(config: Config) -> JobInputs:
 
 def job_on(base: JobInputs, config: Config) -> Job:
     """The job of a configuration on its inputs.  Raises UserError for whatever does not fit."""
-    method = build(config.method)
+    method = check_settings(config)
     method.check(base.architecture.shape)
     _check_positions(config, base)
-    _check_server(config, method)
-    _check_privacy(config, method)
-    _check_nova(config, method)
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     own = {"name": config.method["name"], **fields}
@@ -98,7 +107,7 @@ def processor_of(config: Config, kind: str) -> HubTokenizer | ByteTokenizer | Hu
 
 
 def _check_server(config: Config, method: Method) -> None:
-    """UserError where a server rule or a local term does not fit the method or the executor."""
+    """UserError where a server rule does not fit the method."""
     server, federation = config.server, config.federation
     asked = {
         "server.optimizer": (server.optimizer, server.optimizer != "plain", "plain"),
@@ -109,41 +118,21 @@ def _check_server(config: Config, method: Method) -> None:
         if used and not method.supports_server_optimizer:
             allowed = f"{plain} with method.name={config.method['name']}, whose factors change their basis every round"
             raise UserError(field, value, allowed, "remove it or choose another method")
-    if federation.proximal and config.resources.executor == "reference":
-        raise UserError("federation.proximal", federation.proximal, "0 with resources.executor=reference", "remove it")
 
 
 def _check_nova(config: Config, method: Method) -> None:
-    """UserError where FedNova is asked to normalise what is no weighted sum of a round's gradients, or one with
-    negative weights."""
-    optimizer, mu = config.optimizer, config.federation.proximal
-    if not config.federation.normalise_steps:
-        return
-    if optimizer.name != "sgd":
-        allowed = f"false with optimizer.name={optimizer.name}: FedNova's rule is for SGD"
-        advice = "remove it or set optimizer.name=sgd with a learning rate for it"
-        raise UserError("federation.normalise_steps", True, allowed, advice)
-    if optimizer.momentum and getattr(method, "optimizer_state", "reset") != "reset":
+    """UserError where momentum would go on from round to round under FedNova."""
+    kept = getattr(method, "optimizer_state", "reset")
+    if config.federation.normalise_steps and config.optimizer.momentum and kept != "reset":
         allowed = (
             "reset with federation.normalise_steps and optimizer.momentum: the paper's buffer begins a round at zero"
         )
-        raise UserError(
-            "method.optimizer_state",
-            getattr(method, "optimizer_state", None),
-            allowed,
-            "set method.optimizer_state=reset",
-        )
-    if optimizer.weight_decay:
-        allowed = "0 with federation.normalise_steps, whose rule knows no decay"
-        raise UserError("optimizer.weight_decay", optimizer.weight_decay, allowed, "set optimizer.weight_decay=0")
-    if mu * optimizer.lr >= 1:
-        allowed = f"less than {1 / optimizer.lr:g}, 1 / optimizer.lr, with federation.normalise_steps"
-        raise UserError("federation.proximal", mu, allowed, "lower it")
+        raise UserError("method.optimizer_state", kept, allowed, "set method.optimizer_state=reset")
 
 
 def _check_privacy(config: Config, method: Method) -> None:
-    """UserError where something does not keep what the accountant assumes: see `privacy/mechanism.py`."""
-    clip, noise, federation, name = config.privacy.clip, config.privacy.noise, config.federation, config.method["name"]
+    """UserError where noise or method do not keep what the accountant assumes: see `privacy/mechanism.py`."""
+    clip, noise, name = config.privacy.clip, config.privacy.noise, config.method["name"]
     if clip is None:
         return
     if noise is not None and not NOISES[0] <= noise <= NOISES[1]:
@@ -155,16 +144,6 @@ def _check_privacy(config: Config, method: Method) -> None:
     if getattr(method, "optimizer_state", None) == "average":
         allowed = "keep or reset with privacy.clip: moments would be released without noise"
         raise UserError("method.optimizer_state", "average", allowed, "set method.optimizer_state=keep")
-    assumed = {
-        "client_weighting": ("uniform", "every client counts the same"),
-        "availability": (1.0, "every client is drawn by itself, whatever the others do"),
-        "normalise_steps": (False, "the denominator is fixed"),
-    }
-    for field, (value, why) in assumed.items():
-        if getattr(federation, field) != value:
-            shown = str(value).lower()
-            key, allowed = f"federation.{field}", f"{shown} with privacy.clip: {why}"
-            raise UserError(key, getattr(federation, field), allowed, f"set {key}={shown}")
 
 
 def _check_positions(config: Config, base: JobInputs) -> None:
@@ -217,9 +196,6 @@ def check_resources(config: Config, there: Sequence[Node]) -> None:
     if workers > most:
         allowed = f"1 to {most} with cpus_per_worker={cpus:g} and gpus_per_worker={gpus:g} on the same node"
         raise UserError("resources.workers", workers, allowed, "lower workers, cpus_per_worker or gpus_per_worker")
-    if resources.executor == "reference":
-        advice = "the reference executor runs on CPUs"
-        raise UserError("resources.executor", "reference", "pack where gpus_per_worker > 0", advice)
 
 
 def _check_placed(kind: str, per_worker: float, workers: int, nodes: Sequence[tuple[float, int]]) -> None:

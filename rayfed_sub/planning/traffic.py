@@ -29,7 +29,7 @@ from rayfed_sub.core.types import (
     wire_bytes,
 )
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.methods import METHODS, build
+from rayfed_sub.methods import METHODS, build, shared_fields
 from rayfed_sub.methods.downloads import downloaded, first_counted
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, mixes
@@ -310,7 +310,8 @@ def _method(name: str, rank: int | None, parts: Parts) -> Method:
         return build(own)
     if max(own.get("client_ranks") or (0,)) > rank:
         own["client_ranks"] = None
-    return build({**own, "rank": rank, "inherited": ["rank"]})
+    kept, _ = shared_fields({"rank": rank}, name)
+    return build({**own, **kept})
 
 
 def _bytes(name: str, parts: Parts) -> MethodBytes:

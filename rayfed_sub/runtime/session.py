@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -25,7 +26,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
-from rayfed_sub.methods import METHODS
+from rayfed_sub.methods import METHODS, adopted
 from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
@@ -76,6 +77,11 @@ def run(
     An interruption (Ctrl-C) leaves a checkpoint.
     """
     notify = listener or (lambda record: None)
+    config, left_out = adopted(config)
+    if left_out and listener is None:
+        warnings.warn(left_out, stacklevel=3)
+    elif left_out:
+        notify(Notice(left_out))
     if out is None:
         return _run(config, None, notify, resume, address, finish)
     with placed(out, notify, resume=resume) as place:

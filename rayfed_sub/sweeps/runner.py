@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,11 @@ def run_sweep(
     Raises UserError before anything starts where the sweep does not fit: a configuration, the machine or cluster.
     """
     notify = listener or (lambda record: None)
+    for line in sweep.left_out:
+        if listener is None:
+            warnings.warn(line, stacklevel=3)
+        else:
+            notify(Notice(line))
     if out is None:
         return _run(sweep, None, notify, resume, address)
     with placed(out, notify, resume=resume, order=SWEEP) as place:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rayfed_sub.config.checks import check
 from rayfed_sub.config.loading import as_override, flat, load_config, overridden, read_yaml
 from rayfed_sub.config.schema import Config, Count, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
-from rayfed_sub.methods import build
+from rayfed_sub.methods import adopted, build
 
 _CLASSES = ("accuracy", "macro_f1")
 _TEXTS = (
@@ -44,16 +44,6 @@ class Axis(Record):
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
     uniform: tuple[float, float] | None = None
     loguniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Axis:
-        given = [kind for kind in Axis.model_fields if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise ValueError(f"{(given or ['grid'])[-1]}|one of grid, choice, uniform and loguniform|e.g. grid: [1, 2]")
-        low, high = self.between or (0.0, 1.0)
-        if low >= high:
-            raise ValueError(f"{given[0]}|a lower and a higher number|e.g. {given[0]}: [0.1, 1.0]")
-        return self
 
     @property
     def between(self) -> tuple[float, float] | None:
@@ -108,16 +98,6 @@ class Search(Record):
     retries: Annotated[int, Field(ge=0)] = 2
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
 
-    @model_validator(mode="after")
-    def _together(self) -> Search:
-        if self.searcher == "optuna" and any(axis.grid for axis in self.space.values()):
-            raise ValueError("searcher|random where the space has a grid|write choice: in place of grid:")
-        for field, asks in (("scheduler", self.scheduler != "none"), ("searcher", self.searcher == "optuna")):
-            if asks and self.metric in _TEXTS:
-                allowed = f"{Search.model_fields[field].default} with metric={self.metric}, known at a trial's end"
-                raise ValueError(f"{field}|{allowed}|use held_out_loss")
-        return self
-
     @property
     def mode(self) -> str:
         """min or max: which end of the metric is the better one."""
@@ -138,7 +118,13 @@ class Sweep:
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The configuration of a trial.  Raises UserError where the values do not go together."""
-        return load_config(self.tree, [as_override(key, value) for key, value in values.items()])
+        return adopted(_with_values(self.tree, values))[0]
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Lines that name what trials leave out of the fields that were written for another method, see `adopted`."""
+        found = (adopted(_with_values(self.tree, values))[1] for values in self.points())
+        return tuple(dict.fromkeys(filter(None, found)))
 
     def points(self) -> list[dict[str, Any]]:
         """The values of every trial; with optuna, which finds them as it goes, each value beside the first or the last
@@ -160,6 +146,10 @@ class Sweep:
     def count(self) -> int:
         """Number of trials."""
         return self.search.trials * math.prod(len(axis.grid) for axis in self.search.space.values() if axis.grid)
+
+
+def _with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
+    return load_config(tree, [as_override(key, value) for key, value in values.items()])
 
 
 def largest(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -213,8 +203,10 @@ def load_sweep(
     shared = overridden(own, [override for override in overrides if override not in section])
     name = load_config(shared).method.get("name")  # errors without any value of the space come first
     for key, axis in found["sweep"]["space"].items() if isinstance(found["sweep"].get("space"), Mapping) else ():
-        check(Axis, axis, f"sweep.space.{key}")  # each by itself, so that the key is named
+        prefix = f"sweep.space.{key}"
+        _check_axis(check(Axis, axis, prefix), prefix)  # each by itself, so that the key is named
     search = check(Search, found["sweep"], "sweep")
+    _check_search(search)
     naming = {"method", "method.name"}
     if search.space.keys() - naming:  # else every trial has a method of the space
         named(name, None)
@@ -245,11 +237,34 @@ def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
 
 def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
     """Value as the configuration types it: 3 where 3.0 was written for a whole number, 1.0 for 1."""
-    config = load_config(tree, [as_override(key, value)])
+    config = _with_values(tree, {key: value})
     found: Any = {**config.model_dump(), "method": {**config.method, **asdict(cast(Any, build(config.method)))}}
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
     return found if isinstance(found, bool | int | float | str) else value
+
+
+def _check_axis(axis: Axis, prefix: str) -> None:
+    """UserError where the values of a key are given in no way or in several, or the ends of a range do not fit."""
+    given = [kind for kind in Axis.model_fields if getattr(axis, kind) is not None]
+    kind = (given or ["grid"])[-1]
+    if len(given) != 1:
+        allowed = "one of grid, choice, uniform and loguniform"
+        raise UserError(f"{prefix}.{kind}", getattr(axis, kind), allowed, "e.g. grid: [1, 2]")
+    if axis.between is not None and axis.between[0] >= axis.between[1]:
+        raise UserError(f"{prefix}.{kind}", axis.between, "a lower and a higher number", f"e.g. {kind}: [0.1, 1.0]")
+
+
+def _check_search(search: Search) -> None:
+    """UserError where searcher or scheduler do not go with the space or the metric."""
+    if search.searcher == "optuna" and any(axis.grid for axis in search.space.values()):
+        allowed = "random where the space has a grid"
+        raise UserError("sweep.searcher", "optuna", allowed, "write choice: in place of grid:")
+    for field in ("scheduler", "searcher"):
+        value, default = getattr(search, field), Search.model_fields[field].default
+        if value != default and search.metric in _TEXTS:
+            allowed = f"{default} with metric={search.metric}, known at a trial's end"
+            raise UserError(f"sweep.{field}", value, allowed, "use held_out_loss")
 
 
 def _check_metric(metric: str, config: Config) -> None:

@@ -6,9 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel, model_validator
 
-from rayfed_sub.config.checks import check
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError, redacted
 from rayfed_sub.runtime.session import _hinted
@@ -52,25 +50,6 @@ def test_a_user_error_is_a_value_error_and_a_run_error_a_runtime_error() -> None
     """What a program that calls us may catch without knowing us."""
     assert isinstance(USER, ValueError)
     assert isinstance(RUN, RuntimeError)
-
-
-class Part(BaseModel):
-    on: str = "off"
-
-
-class Whole(BaseModel):
-    part: Part = Part(on="half")
-
-    @model_validator(mode="after")
-    def _never(self) -> Whole:
-        raise ValueError("part.on|nothing|give up")
-
-
-@pytest.mark.parametrize(("tree", "value"), [({"part": {"on": "full"}}, "full"), ({"part": {}}, "off"), ({}, "half")])
-def test_a_check_of_two_sections_tells_the_value_or_the_default(tree: dict[str, object], value: str) -> None:
-    with pytest.raises(UserError) as caught:
-        check(Whole, tree, "top")
-    assert str(caught.value) == f"top.part.on: got '{value}'; allowed: nothing; give up"
 
 
 @pytest.mark.parametrize(

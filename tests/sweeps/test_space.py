@@ -49,6 +49,9 @@ def test_another_method_keeps_the_fields_that_fit() -> None:
     sweep = space("method.name: {grid: [fedftg, fedit]}")
     assert [sweep.config(point).method["name"] for point in sweep.points()] == ["fedftg", "fedit"]
     assert prepare(sweep.config({"method.name": "fedit"})).config.method["rank"] == 4
+    assert sweep.config({"method.name": "fedit"}).method == {"name": "fedit", "rank": 4}
+    assert sweep.left_out == ("left out, for fedit has no such field: method.refresh_every",)
+    assert space("method.rank: {grid: [2]}").left_out == ()
 
 
 def test_values_are_what_the_configuration_makes_of_them() -> None:

@@ -1,0 +1,105 @@
+"""Keys of the configuration in the terminal: all, a group or one, each with default, allowed values and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from rayfed_sub.config.checks import RENAMED
+from rayfed_sub.config.keys import Group, Key, fields, groups
+from rayfed_sub.core.errors import UserError
+
+_METHOD = "method"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key as it is printed.  methods: those that have it in this form; none for keys of every run."""
+
+    key: Key
+    methods: tuple[str, ...] = ()
+
+
+def show(key: str | None = None, console: Console | None = None) -> None:
+    """Prints the key or the group, by its dotted name, or all of them.  Raises UserError for a name that is neither."""
+    console = console or Console()
+    for number, (group, entries) in enumerate(_found(key)):
+        if number:
+            console.print()
+        if group is not None and group.name:
+            _print(console, Text(group.name, "bold underline"))
+            _print(console, Text(group.meaning))
+        for entry in entries:
+            _print_entry(console, entry)
+
+
+def _found(key: str | None) -> list[tuple[Group | None, Sequence[Entry]]]:
+    """What to print: groups with their entries, or a key's alone."""
+    known = groups()
+    if key is None:
+        return [(group, _entries(group)) for group in known]
+    inside = [group for group in known if group.name and f"{group.name}.".startswith(f"{key}.")]
+    if inside:
+        return [(group, _entries(group)) for group in inside]
+    parent = next((group for group in known if group.name == key.rpartition(".")[0]), None)
+    entries = [entry for entry in _entries(parent) if entry.key.name == key] if parent is not None else []
+    if not entries:
+        raise _unknown(key, known)
+    return [(None, entries)]
+
+
+def _entries(group: Group) -> list[Entry]:
+    return _method_entries() if group.name == _METHOD else [Entry(key) for key in group.keys]
+
+
+def _method_entries() -> list[Entry]:
+    """The method's name, then every field of every method; alike fields of several methods are one entry."""
+    from rayfed_sub.methods import METHODS, class_of
+
+    alike: dict[Key, list[str]] = {}
+    for name in METHODS:
+        for key in fields(class_of(name), _METHOD):
+            alike.setdefault(key, []).append(name)
+    order = list(dict.fromkeys(key.name for key in alike))
+    found = [Entry(key, tuple(names)) for key, names in alike.items()]
+    words = f"text: {', '.join(METHODS)}, or package.module:Class"
+    first = Key(f"{_METHOD}.name", words, "fedftg", "The method, see `rayfed-sub list methods`.")
+    return [Entry(first), *sorted(found, key=lambda entry: order.index(entry.key.name))]
+
+
+def _unknown(key: str, known: Sequence[Group]) -> UserError:
+    """The refusal of a name, with those like it: of the same ending first, such as method.rank for rank."""
+    if key in RENAMED:
+        return UserError("KEY", key, f"{RENAMED[key]}, which replaces it", f"see rayfed-sub config {RENAMED[key]}")
+    names = [entry.key.name for group in known for entry in _entries(group)]
+    names = list(dict.fromkeys([*(group.name for group in known if group.name), *names]))
+    last = key.rpartition(".")[2]
+    near = [name for name in names if name.rpartition(".")[2] == last]
+    near += [name for name in get_close_matches(key, names, n=3) if name not in near]
+    near = near or [name for name in names if name.rpartition(".")[2] in get_close_matches(last, _last(names), n=2)]
+    advice = f"did you mean {', '.join(near)}?" if near else "see rayfed-sub config"
+    return UserError("KEY", key, "a key or group of the configuration", advice)
+
+
+def _last(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _print_entry(console: Console, entry: Entry) -> None:
+    """Three lines or more: key and default as an override, type and allowed values, meaning, and methods."""
+    key = entry.key
+    _print(console, Text.assemble((key.name, "bold"), "=", (key.default, "cyan")), indent=2)
+    _print(console, Text(key.allowed, "dim"), indent=6)
+    _print(console, Text(key.meaning), indent=6)
+    if entry.methods:
+        _print(console, Text(f"methods: {', '.join(entry.methods)}", "green"), indent=6)
+
+
+def _print(console: Console, text: Text, indent: int = 0) -> None:
+    if text.plain:
+        console.print(Padding(text, (0, 0, 0, indent), expand=False))

@@ -1,0 +1,48 @@
+"""JSON schema of a configuration file, for editors that complete and check YAML by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayfed_sub.config.keys import schema_of
+from rayfed_sub.config.schema import Config
+from rayfed_sub.methods import METHODS, class_of
+
+
+def editor_schema() -> dict[str, Any]:
+    """The schema, of draft 7: the newest that editors' YAML servers know well.
+
+    The fields of `method` follow from its name; a class of the user's own may have any.  Rules between keys are not in
+    it, for instance that a cohort is no larger than the federation.
+    """
+    schema, methods = schema_of(Config), {name: schema_of(class_of(name)) for name in METHODS}
+    inner = {key: part for method in methods.values() for key, part in method.pop("$defs", {}).items()}
+    properties = {**schema["properties"], "method": _method(schema["properties"]["method"], methods)}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "rayfed-sub configuration",
+        **schema,
+        "properties": properties,
+        "$defs": {**schema["$defs"], **inner},
+    }
+
+
+def _method(place: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    names = {"anyOf": [{"enum": list(methods)}, {"type": "string", "pattern": "^.+:.+$"}]}
+    return {
+        "type": "object",
+        "description": place["description"],
+        "default": place["default"],
+        "properties": {"name": names},
+        "required": ["name"],
+        "allOf": [_fields(name, schema) for name, schema in methods.items()],
+    }
+
+
+def _fields(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """The fields that go with a method's name, and no others."""
+    called = {"const": name}
+    return {
+        "if": {"properties": {"name": called}, "required": ["name"]},
+        "then": {"properties": {"name": called, **schema.get("properties", {})}, "additionalProperties": False},
+    }

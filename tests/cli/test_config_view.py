@@ -1,0 +1,133 @@
+"""`rayfed-sub config`: what is printed for all keys, a group, a key, and for a name that is neither."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from rayfed_sub.cli import main
+from rayfed_sub.cli.config_view import show
+from rayfed_sub.config.keys import groups
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.methods import METHODS, class_of
+
+
+def printed(key: str | None = None, width: int = 80) -> list[str]:
+    file = io.StringIO()
+    show(key, Console(file=file, width=width))
+    return file.getvalue().splitlines()
+
+
+def test_one_key() -> None:
+    assert printed("federation.sampled") == [
+        "  federation.sampled=null",
+        "      an integer >= 1, or null",
+        "      Clients sampled per round; null stands for all.",
+    ]
+
+
+def test_a_group_has_its_keys_and_those_below() -> None:
+    lines = printed("federation")
+    assert lines[:2] == ["federation", "The clients, their rounds, and the work of a round."]
+    assert "  federation.partition.alpha=0.5" in lines
+    assert not [line for line in lines if line.startswith("  optimizer.")]
+    assert printed("federation.partition")[0] == "federation.partition"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_all_keys_within_the_width(width: int) -> None:
+    lines = printed(width=width)
+    assert max(map(len, lines)) <= width
+    starts = {line.split("=")[0].strip() for line in lines if line.startswith("  ") and line[2] != " "}
+    assert starts >= {key.name for group in groups() for key in group.keys}
+    assert {"method.name", "method.rank", "method.gamma"} <= starts
+
+
+def test_a_method_s_field_names_its_methods_and_each_default() -> None:
+    lines = printed("method.penalty", width=120)
+    assert lines == [
+        "  method.penalty=0.001",
+        "      a number >= 0",
+        "      Weight of the tail's norm in a client's loss.",
+        "      methods: hetlora",
+        "  method.penalty=0.01",
+        "      a number >= 0",
+        "      Weight of |dB|^2 in the server's objective.",
+        "      methods: lora-fair",
+    ]
+
+
+def test_every_field_of_every_method_is_in_the_group() -> None:
+    lines = printed("method", width=200)
+    begins = [number for number, line in enumerate(lines) if line.startswith("  method.")]
+    ends = [*begins[1:], len(lines)]
+    entries = {}
+    for begin, end in zip(begins, ends, strict=True):
+        name, _, default = lines[begin].strip().partition("=")
+        for method in lines[end - 1].strip().removeprefix("methods: ").split(", "):
+            entries[method, name.removeprefix("method.")] = default
+    for method in METHODS:
+        for field, value in vars(class_of(method)()).items():
+            shown = value if isinstance(value, str) else json.dumps(value)
+            assert entries.pop((method, field)) == shown
+    assert {field for _, field in entries} == {"name"}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("optimizer.rl", "a key or group of the configuration; did you mean optimizer.lr"),
+        ("rank", "a key or group of the configuration; did you mean method.rank?"),
+        ("lr", "a key or group of the configuration; did you mean optimizer.lr, server.lr?"),
+        ("federation.rond", "a key or group of the configuration; did you mean federation.rounds"),
+        ("a", "a key or group of the configuration; see rayfed-sub config"),
+        ("", "a key or group of the configuration; see rayfed-sub config"),
+        ("evaluation.on", "evaluation.split, which replaces it; see rayfed-sub config evaluation.split"),
+    ],
+)
+def test_an_unknown_key_gets_near_ones(key: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        printed(key)
+    assert str(caught.value).startswith(f"KEY: got '{key}'; allowed: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "begins"),
+    [
+        (["optimizer.rl"], 2, "rayfed-sub: KEY: got 'optimizer.rl'"),
+        (["optimizer.lr", "--schema"], 2, "rayfed-sub: KEY: got 'optimizer.lr'; allowed: nothing with --schema"),
+        (["optimizer.lr"], 0, ""),
+    ],
+)
+def test_the_command(
+    arguments: list[str],
+    code: int,
+    begins: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rayfed-sub", "config", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == code
+    assert err.startswith(begins)
+    assert err.count("\n") == (code == 2)
+    assert ("optimizer.lr=0.001" in out) == (code == 0)
+
+
+def test_keys_of_every_run_need_no_heavy_library() -> None:
+    code = (
+        "import sys; sys.argv = ['rayfed-sub', 'config', 'federation']\n"
+        "from rayfed_sub.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "federation.clients=8" in done.stdout
+    assert set(done.stderr.split()) & {"torch", "ray", "transformers", "pandas", "matplotlib"} == set()

@@ -1,0 +1,116 @@
+"""The JSON schema for editors takes every experiment and refuses wrong keys and values where they stand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft7Validator
+
+from rayfed_sub.cli import main
+from rayfed_sub.cli.editor_schema import editor_schema
+from rayfed_sub.config.loading import load_config, overridden, read_yaml
+from rayfed_sub.methods import METHODS, build
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+FILES = sorted(path.name for path in EXPERIMENTS.glob("*.yaml"))
+TINY = read_yaml(EXPERIMENTS / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def validator() -> Draft7Validator:
+    schema = editor_schema()
+    Draft7Validator.check_schema(schema)
+    return Draft7Validator(schema)
+
+
+def places(validator: Draft7Validator, tree: Any) -> list[str]:
+    """The dotted places of all faults."""
+    return sorted(".".join(map(str, error.absolute_path)) for error in validator.iter_errors(tree))
+
+
+def test_there_are_experiments() -> None:
+    assert {"quickstart.yaml", "tiny.yaml"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_experiments_fit(name: str, validator: Draft7Validator) -> None:
+    assert places(validator, read_yaml(EXPERIMENTS / name)) == []
+
+
+def test_a_resolved_configuration_fits(validator: Draft7Validator) -> None:
+    assert places(validator, load_config(TINY).model_dump(mode="json")) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_fits_with_all_its_fields(name: str, validator: Draft7Validator) -> None:
+    method = {"name": name, **json.loads(json.dumps(vars(build({"name": name}))))}
+    assert places(validator, {**TINY, "method": method}) == []
+    assert places(validator, {**TINY, "method": {**method, "rnak": 4}}) == ["method"]
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("colour=red", ""),
+        ("federation.round=3", "federation"),
+        ("federation.rounds=2.5", "federation.rounds"),
+        ("federation.partition.kind=columns", "federation.partition.kind"),
+        ("optimizer.lr=-1", "optimizer.lr"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas.1"),
+        ("resources.state_memory=much", "resources.state_memory"),
+        ("federation.local_steps={low: 1}", "federation.local_steps"),
+        ("method.rank=0", "method.rank"),
+        ("method.projector=best", "method.projector"),
+        ("method.optimizer_state=average", "method.optimizer_state"),
+        ("method.alpha=16", "method"),
+        ("method.name=fedfgt", "method.name"),
+        ("method={}", "method"),
+    ],
+)
+def test_a_wrong_key_or_value_fails_in_its_place(override: str, place: str, validator: Draft7Validator) -> None:
+    assert places(validator, overridden(TINY, [override])) == [place]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "federation.local_steps={low: 1, high: 8}",
+        "federation.local_steps=[1,2]",
+        "federation.sampled=null",
+        "resources.state_memory=2GB",
+        "optimizer.clip_norm=1",
+        "method={name: momentum:FFALoRAM, momentum: 0.5}",
+        "method={name: fedit, optimizer_state: average}",
+    ],
+)
+def test_what_a_run_takes_fits(override: str, validator: Draft7Validator) -> None:
+    tree = overridden(TINY, [override])
+    load_config(copy.deepcopy(tree))
+    assert places(validator, tree) == []
+
+
+def test_editors_find_meanings_and_defaults() -> None:
+    schema = editor_schema()
+    federation = schema["$defs"]["Federation"]
+    assert federation["properties"]["clients"] == {
+        **{"type": "integer", "minimum": 1, "default": 8, "description": "Clients in all."},
+    }
+    rules = schema["properties"]["method"]["allOf"]
+    (fields,) = (rule["then"] for rule in rules if rule["if"]["properties"]["name"] == {"const": "fedit"})
+    assert fields["properties"]["alpha"]["default"] == 16.0
+    assert fields["properties"]["alpha"]["description"].startswith("Scale of")
+
+
+def test_the_command_prints_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["rayfed-sub", "config", "--schema"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out) == editor_schema()

@@ -1,0 +1,135 @@
+"""Rules between keys: each refusal names the field, its value, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayfed_sub.config.checks import check_rules, check_training
+from rayfed_sub.config.loading import load_config
+from rayfed_sub.config.schema import (
+    Config,
+    Evaluation,
+    Federation,
+    Optimizer,
+    Partition,
+    Privacy,
+    Resources,
+    StepRange,
+    Task,
+)
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.planning import job
+
+PRIVATE = Privacy(clip=1.0, noise=1.0)
+NOVA = Federation(normalise_steps=True)
+
+RULES = {
+    "task.validation: got 0.5; allowed: less than 0.5, what task.held_out leaves; e.g. task.validation=0.05": Config(
+        task=Task(held_out=0.5, validation=0.5)
+    ),
+    "evaluation.split: got 'validation'; allowed: held-out where task.validation is 0; "
+    "set a share, e.g. task.validation=0.05": Config(evaluation=Evaluation(split="validation")),
+    "federation.partition.largest: got 3; allowed: nothing with partition.kind=column, which has a value for each "
+    "client; remove it": Config(federation=Federation(partition=Partition(largest=3))),
+    "federation.partition.rows_per_client: got None; allowed: a number of rows with partition.kind=resample; "
+    "e.g. 32 with kind=resample, else none": Config(federation=Federation(partition=Partition(kind="resample"))),
+    "federation.partition.rows_per_client: got 4; allowed: nothing without partition.kind=resample; "
+    "e.g. 32 with kind=resample, else none": Config(
+        federation=Federation(partition=Partition(kind="iid", rows_per_client=4))
+    ),
+    "federation.clients: got 8; allowed: 1 with partition.kind=pool; set federation.clients=1": Config(
+        federation=Federation(partition=Partition(kind="pool"))
+    ),
+    "federation.local_steps.high: got 3; allowed: 5 or more; raise it or lower low": Config(
+        federation=Federation(local_steps=StepRange(low=5, high=3))
+    ),
+    "federation.rounds: got 2; allowed: one of rounds and epochs, not both; remove one of them": Config(
+        federation=Federation(rounds=2, epochs=1.0)
+    ),
+    "federation.sampled: got 9; allowed: 1 to federation.clients=8; lower it or raise federation.clients": Config(
+        federation=Federation(sampled=9)
+    ),
+    "privacy.clip: got None; allowed: a number > 0 where privacy.noise or privacy.epsilon is set; "
+    "e.g. privacy.clip=1.0": Config(privacy=Privacy(epsilon=3.0)),
+    "privacy.noise: got 1.0; allowed: one of privacy.noise and privacy.epsilon, not both; set one of them, "
+    "e.g. privacy.noise=1.0": Config(privacy=Privacy(clip=1.0, noise=1.0, epsilon=3.0)),
+    "privacy.noise: got None; allowed: one of privacy.noise and privacy.epsilon, not both; set one of them, "
+    "e.g. privacy.noise=1.0": Config(privacy=Privacy(clip=1.0)),
+}
+
+TRAINING = {
+    "federation.proximal: got 0.1; allowed: 0 with resources.executor=reference; remove it": Config(
+        federation=Federation(proximal=0.1), resources=Resources(executor="reference")
+    ),
+    "resources.executor: got 'reference'; allowed: pack where gpus_per_worker > 0; the reference executor runs on "
+    "CPUs": Config(resources=Resources(executor="reference", gpus_per_worker=0.5)),
+    "federation.normalise_steps: got True; allowed: false with optimizer.name=adamw: FedNova's rule is for SGD; "
+    "remove it or set optimizer.name=sgd with a learning rate for it": Config(federation=NOVA),
+    "optimizer.weight_decay: got 0.1; allowed: 0 with federation.normalise_steps, whose rule knows no decay; "
+    "set optimizer.weight_decay=0": Config(federation=NOVA, optimizer=Optimizer(name="sgd", weight_decay=0.1)),
+    "federation.proximal: got 2.0; allowed: less than 2, 1 / optimizer.lr, with federation.normalise_steps; "
+    "lower it": Config(
+        federation=Federation(normalise_steps=True, proximal=2.0), optimizer=Optimizer(name="sgd", lr=0.5)
+    ),
+    "federation.client_weighting: got 'samples'; allowed: uniform with privacy.clip: every client counts the same; "
+    "set federation.client_weighting=uniform": Config(privacy=PRIVATE),
+    "federation.availability: got 0.5; allowed: 1.0 with privacy.clip: every client is drawn by itself, whatever the "
+    "others do; set federation.availability=1.0": Config(
+        privacy=PRIVATE, federation=Federation(client_weighting="uniform", availability=0.5)
+    ),
+    "federation.normalise_steps: got True; allowed: false with privacy.clip: the denominator is fixed; "
+    "set federation.normalise_steps=false": Config(
+        privacy=PRIVATE,
+        federation=Federation(client_weighting="uniform", normalise_steps=True),
+        optimizer=Optimizer(name="sgd"),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", RULES)
+def test_a_rule_of_every_configuration(message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_rules(RULES[message])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("message", TRAINING)
+def test_a_rule_of_the_training(message: str) -> None:
+    check_rules(TRAINING[message])
+    with pytest.raises(UserError) as caught:
+        check_training(TRAINING[message])
+    assert str(caught.value) == message
+
+
+def test_what_goes_together() -> None:
+    for config in (
+        Config(),
+        Config(task=Task(held_out=0.5, validation=0.4), evaluation=Evaluation(split="validation")),
+        Config(federation=Federation(clients=1, partition=Partition(kind="pool", largest=3))),
+        Config(federation=Federation(partition=Partition(kind="resample", rows_per_client=4))),
+        Config(federation=Federation(sampled=8, local_steps=StepRange(low=3, high=3), epochs=0.5)),
+        Config(privacy=PRIVATE, federation=Federation(client_weighting="uniform")),
+        Config(privacy=Privacy(clip=1.0, epsilon=3.0), federation=Federation(client_weighting="uniform")),
+        Config(
+            federation=Federation(normalise_steps=True, proximal=1.9),
+            optimizer=Optimizer(name="sgd", lr=0.5, momentum=0.9),
+        ),
+        Config(resources=Resources(executor="reference")),
+    ):
+        check_rules(config)
+        check_training(config)
+
+
+def test_loading_holds_keys_against_each_other() -> None:
+    with pytest.raises(UserError, match=r"^federation\.sampled: got 9; "):
+        load_config({}, ["federation.sampled=9"])
+
+
+@pytest.mark.parametrize("message", [*RULES, *TRAINING])
+def test_a_configuration_made_in_python_is_refused_before_rows_are_read(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_inputs", lambda config: pytest.fail("rows were read"))
+    with pytest.raises(UserError) as caught:
+        job.prepare({**RULES, **TRAINING}[message])
+    assert str(caught.value) == message
