@@ -33,6 +33,7 @@ PACKAGE = ROOT / "rayfed_sub"
 DOCUMENTS = (
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
     *sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.glob("*/README.md")),
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "experiments").rglob("*.md")),
 )
 # Files that the documents name and that are made by a run or by the reader.
 MADE = {"config.yaml", "best.yaml", "momentum.py", "answers.parquet"}
