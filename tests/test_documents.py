@@ -25,6 +25,7 @@ from rayfed_sub.core.types import Client, Layer, LocalResult, ModelShape, Tensor
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.sweeps.outcome import SweepResult
 from rayfed_sub.sweeps.space import load_sweep
+from rayfed_sub.sweeps.study import check_trials, load_study
 from rayfed_sub.telemetry.events import Summary
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ PACKAGE = ROOT / "rayfed_sub"
 DOCUMENTS = (
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
     *sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.glob("*/README.md")),
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "experiments").rglob("*.md")),
 )
 # Files that the documents name and that are made by a run or by the reader.
 MADE = {"config.yaml", "best.yaml", "momentum.py", "answers.parquet"}
@@ -120,6 +122,8 @@ def test_commands_are_understood(document: str) -> None:
         given = program.commands[verb].make_context(verb, list(arguments)).params  # parses, runs nothing
         if verb == "sweep" and (ROOT / given["file"]).exists():
             load_sweep(ROOT / given["file"], given["overrides"] or ())
+        if verb == "study":
+            check_trials(load_study(ROOT / given["file"]), given["overrides"] or ())
         if verb == "run" and Path(given["config"]).name not in MADE:
             config = load_config(ROOT / given["config"], given["overrides"] or ())
             if config.method["name"].partition(":")[0] + ".py" not in MADE:

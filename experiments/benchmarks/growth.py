@@ -210,7 +210,8 @@ def _short(count: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variables", nargs="*", metavar="VARIABLE", help=", ".join(VALUES))
-    parser.add_argument("--out", type=Path, metavar="CSV", default=HERE / "results" / f"growth-{date.today()}.csv")
+    file = HERE.parent / "results" / "benchmarks" / f"growth-{date.today()}.csv"
+    parser.add_argument("--out", type=Path, metavar="CSV", default=file)
     parser.add_argument("--show", action="store_true", help="measure nothing: picture and tables of what is there")
     asked = parser.parse_args()
     unknown = [name for name in asked.variables if name not in VALUES]

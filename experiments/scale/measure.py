@@ -1,4 +1,4 @@
-"""Memory over rounds and over client counts, measured: writes memory.csv beside this file and prints a table.
+"""Memory over rounds and over client counts, measured: writes results/scale/memory.csv and prints a table.
 
     python experiments/scale/measure.py [KEY=VALUE ...]
 
@@ -25,6 +25,7 @@ from rayfed_sub.cli.run_view import print_table, size
 from rayfed_sub.telemetry.events import RoundDone, Started
 
 HERE = Path(__file__).parent
+FILE = HERE.parent / "results" / "scale" / "memory.csv"
 COUNTS = (100, 1_000, 10_000)
 COLUMNS = ("clients", "round", "driver_pss", "coordinator_pss", "workers_pss", "uss", "disk", "seconds")
 
@@ -72,7 +73,7 @@ def main(overrides: list[str]) -> None:
         seconds = statistics.median(row[-1] for row in meter.rows[1:])
         memory = [size(value) for value in (half[5], last[5], max(sum(row[2:5]) for row in meter.rows), last[6])]
         table.append((f"{clients:,}", f"{meter.started:.0f} s", f"{seconds:.0f} s", *memory))
-    with (HERE / "memory.csv").open("w", newline="") as file:
+    with FILE.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     columns = ("clients", "start", "a round", "USS, halfway", "USS, at the end", "largest PSS", "disk")
     print_table(columns, table)

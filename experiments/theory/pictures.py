@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from sheets import HERE
+from sheets import RESULTS
 
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "rayfed_sub"  # equal rows, equal bytes
@@ -24,7 +24,7 @@ def picture(name: str, down: int, across: int) -> Iterator[Any]:
         down, across, figsize=(4.5 * across, 3.4 * down), layout="constrained", squeeze=False
     )
     yield axes
-    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
     pyplot.close(figure)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "theory"
 
 
 def read(name: str) -> list[dict[str, Any]]:
     """The rows of NAME.csv, numbers as numbers; none where there is no file."""
-    file = HERE / f"{name}.csv"
+    file = RESULTS / f"{name}.csv"
     if not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as lines:
@@ -36,7 +37,7 @@ def parsed(cell: str) -> Any:
 
 def write(name: str, rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
     """NAME.csv with these rows, sorted by the columns of `order`."""
-    part, file = HERE / f"{name}.part", HERE / f"{name}.csv"
+    part, file = RESULTS / f"{name}.part", RESULTS / f"{name}.csv"
     with part.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()

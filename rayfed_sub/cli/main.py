@@ -95,6 +95,49 @@ def sweep(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="a claim, its variants and its seeds")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for all runs, e.g. task.path=FILE.parquet")
+    ] = None,
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="its run folders")] = Path("runs/studies"),
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="runs at a time, at most")] = 1,
+    show: Annotated[bool, typer.Option("--show", help="run nothing: the table of the rows that are there")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="VARIANT",
+            help="run nothing: this variant's scores less each other's, seed by seed, and their ratio",
+        ),
+    ] = None,
+) -> None:
+    """Run variants of one configuration, tuned first, over several seeds, or go on with them."""
+    from rayfed_sub.sweeps.study import check_variant, load_study
+
+    checked = load_study(file)
+    if show or against is not None:
+        from rayfed_sub.sweeps.study_tables import csv_files, differences, read_rows, study_table
+
+        if against is None:
+            lines = study_table(checked)
+        else:
+            check_variant(checked, "--against", against)
+            lines = differences(checked, read_rows(csv_files(checked)[0]), against)
+        typer.echo("\n".join(lines))
+        return
+    given = [*checked.set, *(overrides or [])]
+    _check_named(str(checked.base), load_config(checked.base, given).method.get("name"), given)
+    from rayfed_sub.cli.sweep_view import SweepDisplay
+    from rayfed_sub.sweeps.study_runner import run_study
+
+    typer.echo(checked.claim.strip())
+    with SweepDisplay() as display:
+        lines = run_study(checked, overrides or [], runs, jobs, display.show)
+    typer.echo("\n".join(lines))
+
+
+@app.command()
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,

@@ -73,6 +73,7 @@ class SweepDisplay:
                 self._trial(record)
 
     def _begun(self, sweep: Begun) -> None:
+        self._trials = {}  # a study has two parts, whose trials are numbered from 0 each
         self._sweep, self._heads = sweep, headings(sweep.keys)
         self._began, self._stage = time.monotonic(), ""
         better = {"min": "lower", "max": "higher"}[sweep.mode]
@@ -83,7 +84,8 @@ class SweepDisplay:
 
     def _trial(self, trial: TrialNow) -> None:
         before = self._trials.get(trial.number)
-        self._first.setdefault(trial.number, _progress(trial))
+        if before is None:
+            self._first[trial.number] = _progress(trial)
         # What the drawing thread looks up for a trial is there before the trial is.
         self._told[trial.number] = time.monotonic()
         self._trials[trial.number] = trial

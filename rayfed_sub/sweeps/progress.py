@@ -80,7 +80,7 @@ class Watcher(Callback):  # type: ignore[misc]
                 rounds=reported.get("of_rounds", 0),
                 metric=reported.get(self._metric),
                 seconds=time.monotonic() - self._began.get(number, time.monotonic()),
-                failure=failure_of(trial.get_error()) if status in ("failed", "retried") else None,
+                failure=failure_of(_error_of(trial)) if status in ("failed", "retried") else None,
             )
         )
 
@@ -94,7 +94,14 @@ def place_of(trial: Any) -> int:
     return int(Path(trial.local_path).name)
 
 
-def failure_of(error: Exception | None) -> str | None:
+def _error_of(trial: Any) -> str | None:
+    """The text of a trial's last error: Tune writes it beside the trial, and copies it into its storage only later."""
+    file = Path(trial.error_file) if trial.error_file else None
+    text = file.read_text(encoding="utf-8") if file is not None and file.exists() else trial.get_error()
+    return None if text is None else str(text)
+
+
+def failure_of(error: Exception | str | None) -> str | None:
     """Why a trial failed, in one line: of Ray's traceback the last."""
     if error is None:
         return None

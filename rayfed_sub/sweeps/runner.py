@@ -17,17 +17,17 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import METHODS
 from rayfed_sub.planning import plan
-from rayfed_sub.planning.job import JobInputs, check_resources, job_on
+from rayfed_sub.planning.job import Job, JobInputs, check_resources, job_on
 from rayfed_sub.runtime.cluster import HEAD, joined, nodes, ray_session
 from rayfed_sub.storage import atomic_files
-from rayfed_sub.storage.remote import SWEEP, Place, placed
+from rayfed_sub.storage.remote import SWEEP, Place, inside, placed
 from rayfed_sub.storage.run_folder import FREE, check_free, check_same, check_same_data, new, to_resume
 from rayfed_sub.sweeps.capacity import at_once, check_disk
 from rayfed_sub.sweeps.outcome import SweepResult, outcome
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher
 from rayfed_sub.sweeps.shared_inputs import all_inputs, ground_key, shared
-from rayfed_sub.sweeps.space import Sweep, largest
-from rayfed_sub.sweeps.tuner import check_unused, loggers, searcher, tuned
+from rayfed_sub.sweeps.space import Sweep, Trials, largest
+from rayfed_sub.sweeps.tuner import TRIALS, check_unused, loggers, searcher, tuned
 from rayfed_sub.telemetry.events import Notice, Stage
 
 Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
@@ -79,7 +79,10 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
     search = sweep.search
     callbacks, finder = [Watcher(search.metric, notify), *loggers(sweep)], searcher(search)
     with joined(address):
-        grounds, side_by_side = _checked(sweep, (old or place or Place(Path())).path, notify)
+        folder = (old or place or Place(Path())).path
+        grounds, jobs = checked(sweep, folder, notify)
+        check_disk(jobs, sweep.count, folder)
+        side_by_side = at_once(jobs, nodes(), min(sweep.count, search.concurrent or sweep.count))
         data = [base.dataset.fingerprint for _, base in grounds.values()]
         if old is not None and (old.path / _DATA).exists():  # without, each trial that goes on looks for itself
             then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
@@ -91,13 +94,14 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
         here.saved()
         notify(Stage("starting Ray, loading weights"))
         with ray_session():
-            _check_head()
+            check_head()
             commons = shared(grounds)
             del grounds  # the object store has them now
             keys = tuple(search.space)
             notify(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.called()))
             try:
-                grid = tuned(sweep, commons, here, side_by_side, finder, callbacks, old is not None)
+                trials = inside(here.mirror.uri if here.mirror else str(here.path.absolute()), TRIALS)
+                grid = tuned(sweep, commons, here, trials, side_by_side, finder, callbacks, old is not None)
             except KeyboardInterrupt:
                 name = sweep.config(sweep.points()[0]).method["name"] if "method.name" not in sweep.search.space else ""
                 own = [f"method.name={name}"] if name and name not in METHODS else []
@@ -107,8 +111,9 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
             return outcome(sweep, grid, here)
 
 
-def _checked(sweep: Sweep, folder: Path, notify: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], int]:
-    """Inputs of the trials, and the number of concurrent ones.  Raises UserError for whatever cannot work."""
+def checked(sweep: Trials, folder: Path, notify: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], list[Job]]:
+    """Inputs of the trials, and the most demanding jobs.  Raises UserError for whatever cannot work; folder: on whose
+    disk they would run."""
     there, points = nodes(), sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
@@ -121,8 +126,7 @@ def _checked(sweep: Sweep, folder: Path, notify: Listener) -> tuple[Mapping[str,
     if len(there) == 1:  # of a cluster's nodes no plan knows the memory
         for job in jobs:
             plan.check(job, folder)
-    check_disk(jobs, sweep.count, folder)
-    return grounds, at_once(jobs, there, min(sweep.count, sweep.search.concurrent or sweep.count))
+    return grounds, jobs
 
 
 def _tree(sweep: Sweep) -> dict[str, Any]:
@@ -130,7 +134,8 @@ def _tree(sweep: Sweep) -> dict[str, Any]:
     return {**sweep.tree, "sweep": sweep.search.model_dump(mode="json", exclude_none=True)}
 
 
-def _check_head() -> None:
+def check_head() -> None:
+    """UserError where this process is not on the cluster's head."""
     here = ray.get_runtime_context().get_node_id()
     resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
     if HEAD not in resources:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from operator import le
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 from pydantic import Field
@@ -104,6 +104,31 @@ class Search(Record):
         return METRICS[self.metric]
 
 
+class Trials(Protocol):
+    """Trials to run side by side: those of a sweep, or of a part of a study (`sweeps/study.py`)."""
+
+    @property
+    def name(self) -> str:
+        """Name of the whole."""
+
+    @property
+    def search(self) -> Search:
+        """Space, metric and limits."""
+
+    @property
+    def count(self) -> int:
+        """Number of trials."""
+
+    def points(self) -> list[dict[str, Any]]:
+        """The values of every trial."""
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """The configuration of a trial."""
+
+    def folder(self, number: str, values: Mapping[str, Any]) -> str:
+        """The run folder of a trial, relative to that of all; number: its own, of five digits."""
+
+
 @dataclass(frozen=True)
 class Sweep:
     """tree: the keys of the configuration that all trials share."""
@@ -141,6 +166,10 @@ class Sweep:
                 drawn = {key: axis.drawn(draws) for key, axis in space.items() if not axis.grid}
                 found.append({key: {**given, **drawn}[key] for key in space})
         return found
+
+    def folder(self, number: str, values: Mapping[str, Any]) -> str:
+        """A trial's run folder is its number."""
+        return number
 
     @property
     def count(self) -> int:

@@ -17,7 +17,7 @@ from rayfed_sub.storage.remote import inside, placed
 from rayfed_sub.storage.run_folder import check_data, opened, summary_of
 from rayfed_sub.sweeps.results import SENT
 from rayfed_sub.sweeps.shared_inputs import SharedInputs
-from rayfed_sub.sweeps.space import Sweep
+from rayfed_sub.sweeps.space import Trials
 from rayfed_sub.telemetry.events import RoundDone, Started, Summary
 
 NUMBER = "number"
@@ -28,16 +28,17 @@ def values_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given["trial"].items() if key != NUMBER}
 
 
-def trial(given: Mapping[str, Any], sweep: Sweep, commons: SharedInputs, trials: str) -> None:
-    """Runs the trial, or goes on with it, at `trials`/<the name of Tune's own folder for it>, a path or a URI.
+def trial(given: Mapping[str, Any], sweep: Trials, commons: SharedInputs, trials: str) -> None:
+    """Runs the trial, or goes on with it, in its folder below `trials`, a path or a URI.
 
     Raises what the run raises: Tune then begins the trial again, and it goes on from its last checkpoint.
     """
     # Tune waits so long for a stopped trial to end before it takes its process for the next, which it else gives up.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     began = time.perf_counter()
-    out = inside(trials, Path(tune.get_context().get_trial_dir()).name)
-    job, shared = commons.job(sweep.config(values_of(given)))
+    values = values_of(given)
+    out = inside(trials, sweep.folder(Path(tune.get_context().get_trial_dir()).name, values))
+    job, shared = commons.job(sweep.config(values))
     rounds = job.config.federation.rounds or 0
 
     def notify(record: object) -> None:

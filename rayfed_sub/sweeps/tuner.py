@@ -26,35 +26,39 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.runtime.cluster import HEAD
-from rayfed_sub.storage.remote import Place, inside
+from rayfed_sub.storage.remote import Place
 from rayfed_sub.sweeps.shared_inputs import SharedInputs
-from rayfed_sub.sweeps.space import Axis, Search, Sweep
+from rayfed_sub.sweeps.space import Axis, Search, Trials
 from rayfed_sub.sweeps.trial import NUMBER, trial, values_of
 
-_TUNE, _TRIALS = "tune", "trials"
+TRIALS = "trials"
+"""The folder of the trials' run folders in a sweep's."""
+_TUNE = "tune"
 _FOREVER = 10**9  # ASHA stops a trial there, which ends by itself before
 
 
 def check_unused(place: Place) -> None:
     """UserError where the place of a new sweep has files of another: Tune would unpickle what is in its folder."""
     filesystem, root = _storage(place)
-    for name in (_TUNE, _TRIALS):
+    for name in (_TUNE, TRIALS):
         if filesystem.get_file_info(fs.FileSelector(f"{root}/{name}", allow_not_found=True)):
             allowed = f"a folder without {name}/, which another sweep has left"
             raise UserError("--out", place.called(), allowed, "choose another folder")
 
 
 def tuned(
-    sweep: Sweep,
+    sweep: Trials,
     commons: SharedInputs,
     place: Place,
+    trials: str,
     side_by_side: int,
     finder: Any,
     callbacks: Sequence[Callback],
     resume: bool,
 ) -> ResultGrid:
-    """All trials to their ends; resume: from where they are.  finder: see `searcher`."""
-    search, trials = sweep.search, inside(place.mirror.uri if place.mirror else str(place.path.absolute()), _TRIALS)
+    """All trials to their ends; resume: from where they are.  place: of Tune's own state; trials: path or URI of their
+    run folders; finder: see `searcher`."""
+    search = sweep.search
     filesystem, root = _storage(place)
     numbers = count(_first_free(filesystem, f"{root}/{_TUNE}"))
     share = math.floor(1e4 / side_by_side) / 1e4  # Ray counts in ten thousandths
@@ -100,7 +104,7 @@ def _number(given: Mapping[str, Any], numbers: Iterator[int]) -> int:
     return int(given["trial"][NUMBER]) if NUMBER in given["trial"] else next(numbers)
 
 
-def _numbered(sweep: Sweep) -> list[dict[str, Any]]:
+def _numbered(sweep: Trials) -> list[dict[str, Any]]:
     return [{NUMBER: number, **point} for number, point in enumerate(sweep.points())]
 
 
@@ -159,7 +163,7 @@ def searcher(search: Search) -> Any:
     return OptunaSearch(seed=search.seed)
 
 
-def loggers(sweep: Sweep) -> list[Callback]:
+def loggers(sweep: Trials) -> list[Callback]:
     """Tune's own; Tune itself reads what the first of them writes.  Raises UserError where a package is missing."""
     found: list[Callback] = [JsonLoggerCallback()]
     for name in sweep.search.loggers:

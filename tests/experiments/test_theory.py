@@ -203,8 +203,8 @@ def test_pictures_and_scripts_are_named_in_the_readme() -> None:
     readme = (THEORY / "README.md").read_text(encoding="utf-8")
     for script in SCRIPTS:
         assert f"python experiments/theory/{script.__name__}.py" in readme
-        assert f"({script.__name__}.svg)" in readme
-        assert (THEORY / f"{script.__name__}.svg").exists()
+        assert f"(../results/theory/{script.__name__}.svg)" in readme
+        assert (sheets.RESULTS / f"{script.__name__}.svg").exists()
 
 
 def test_the_plans_bytes_are_the_formulas_and_the_papers_sizes() -> None:

@@ -1,0 +1,181 @@
+"""Definition of a study: one claim, several variants of one configuration, several seeds, a setting tuned first.
+
+A study's keys:
+    claim        the claim to be tested, and whose it is
+    base         the configuration, relative to the study's file
+    set          overrides for all runs
+    variants     name: overrides
+    seeds        of the runs that count
+    tune         optional: key, values, seeds, set (overrides of the tuning runs, such as fewer rounds); each variant
+                 takes the value with the lowest mean held-out loss on the validation rows, and never sees the held-out
+                 ones
+    equal_bytes  optional: a variant whose traffic is the budget of the column of equal bytes
+    results      optional: the folder of the CSV files, relative to the study's file (its own folder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rayfed_sub.config.checks import check
+from rayfed_sub.config.loading import load_config, read_yaml
+from rayfed_sub.config.schema import Config, Record
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.methods import build
+from rayfed_sub.sweeps.space import Axis, Search
+
+
+class Tune(Record):
+    """key: of the configuration, which is tuned; values: of which each variant takes one; seeds, set: of the runs that
+    choose it."""
+
+    key: str
+    values: Annotated[tuple[Any, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    set: tuple[str, ...] = ()
+
+
+class Study(Record):
+    """The keys of the study's file, with its paths as they are from here; file: the file itself."""
+
+    file: Path
+    claim: str
+    base: Path
+    variants: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    set: tuple[str, ...] = ()
+    tune: Tune | None = None
+    equal_bytes: str | None = None
+    results: Path
+
+    @property
+    def name(self) -> str:
+        """The file's, without its ending."""
+        return self.file.stem
+
+
+@dataclass(frozen=True)
+class StudyTrial:
+    """One run of a study.  value: of the tuned key; tuning: it only serves to choose that."""
+
+    variant: str
+    seed: int
+    value: Any
+    tuning: bool
+    overrides: tuple[str, ...] = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder, relative to the study's."""
+        value = "" if self.value is None else f"-{self.value}"
+        return Path(self.variant) / f"{'tuning' if self.tuning else 'run'}{value}-{self.seed}"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values that set it apart from the other trials of its part."""
+        return {"variant": self.variant, "seed": self.seed, "value": self.value}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The trials of a study that choose a value, or those that count, as `sweeps/runner.py` takes them.  tree: the keys
+    of the study's base."""
+
+    name: str
+    tree: Mapping[str, Any]
+    trials: tuple[StudyTrial, ...]
+    concurrent: int
+
+    @property
+    def search(self) -> Search:
+        """How trials run: none stops early, and a diverged one is not tried again."""
+        first, points = self.trials[0].values, self.points()
+        values = {key: [point[key] for point in points] for key in first if first[key] is not None}
+        space = {key: Axis(grid=tuple(dict.fromkeys(found))) for key, found in values.items()}
+        return Search(space=space, concurrent=self.concurrent, retries=0, loggers=())
+
+    @property
+    def count(self) -> int:
+        """Number of trials."""
+        return len(self.trials)
+
+    def points(self) -> list[dict[str, Any]]:
+        """The values of every trial."""
+        return [trial.values for trial in self.trials]
+
+    def trial(self, values: Mapping[str, Any]) -> StudyTrial:
+        """The trial of these values."""
+        return next(trial for trial in self.trials if trial.values == values)
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """The configuration of a trial.  Raises UserError where the overrides do not go together."""
+        return load_config(self.tree, [*self.trial(values).overrides, f"name={self.name}"])
+
+    def folder(self, number: str, values: Mapping[str, Any]) -> str:
+        """The run folder of a trial."""
+        return self.trial(values).folder.as_posix()
+
+
+def load_study(path: Path) -> Study:
+    """The checked study from its YAML file.  Raises UserError for whatever does not fit."""
+    tree = read_yaml(path)
+    for key in ("base", "results"):
+        if not isinstance(tree.get(key, "."), str):
+            raise UserError(f"study.{key}", tree[key], "a path from the study's file", f"e.g. {key}: ../tiny.yaml")
+    if "base" not in tree:
+        raise UserError("study.base", None, "the configuration that all variants share", "e.g. base: ../tiny.yaml")
+    if "file" in tree:
+        raise UserError("study.file", tree["file"], "the keys of a study", "remove it")
+    places = {"file": path, "base": path.parent / tree["base"], "results": path.parent / tree.get("results", ".")}
+    if isinstance(tree.get("tune"), Mapping):
+        check(Tune, tree["tune"], "study.tune")  # by itself, so that its key is named
+    study = check(Study, {**tree, **places}, "study")
+    if study.equal_bytes is not None:
+        check_variant(study, "study.equal_bytes", study.equal_bytes)
+    for name in study.variants:
+        if "/" in name or name in ("", ".", ".."):
+            raise UserError("study.variants", name, "names that may be a folder's", "rename it")
+    given = {"seeds": study.seeds} if study.tune is None else {"seeds": study.seeds, "tune.seeds": study.tune.seeds}
+    for key, seeds in given.items():
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"study.{key}", list(seeds), "each seed once", "remove the second")
+    return study
+
+
+def check_variant(study: Study, option: str, name: str) -> None:
+    """UserError where the study has no variant of that name; option: where it is named."""
+    if name not in study.variants:
+        raise UserError(option, name, f"a variant of {study.name}: {'; '.join(study.variants)}", "name one of these")
+
+
+def tuning_trials(study: Study, variant: str, more: Sequence[str]) -> Iterator[StudyTrial]:
+    """The variant's runs that choose a value; whatever `more` says, they are judged on validation rows."""
+    tune = study.tune
+    if tune is None:
+        return
+    for value in tune.values:
+        for seed in tune.seeds:
+            settings = (f"{tune.key}={value}", "evaluation.generate_rows=0", "evaluation.split=validation")
+            shared = (*study.set, *study.variants[variant], *tune.set, f"seed={seed}", *more)
+            yield StudyTrial(variant, seed, value, True, (*shared, *settings))
+
+
+def counted_trials(study: Study, variant: str, more: Sequence[str], value: Any) -> Iterator[StudyTrial]:
+    """The variant's runs that count, with the chosen value where there was something to choose."""
+    key = () if study.tune is None else (f"{study.tune.key}={value}",)
+    for seed in study.seeds:
+        overrides = (*study.set, *study.variants[variant], f"seed={seed}", *more, *key)
+        yield StudyTrial(variant, seed, value, False, overrides)
+
+
+def check_trials(study: Study, more: Sequence[str]) -> None:
+    """UserError for a run that has no configuration; `more` are overrides of all runs."""
+    for variant in study.variants:
+        value = study.tune.values[0] if study.tune else None
+        for trial in (*tuning_trials(study, variant, more), *counted_trials(study, variant, more, value)):
+            build(load_config(study.base, trial.overrides).method)

@@ -1,0 +1,195 @@
+"""One study from its definition to its tables: tuning runs first, then the runs that count, each part as a sweep's
+trials run, under Ray Tune.
+
+Every run is a folder of its own, so that a study that was stopped, or got more seeds or values, runs what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rayfed_sub.config.loading import load_config, read_yaml
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.planning.job import job_on
+from rayfed_sub.runtime.cluster import joined, nodes, ray_session
+from rayfed_sub.storage.remote import Place
+from rayfed_sub.storage.run_folder import check_data, make, summary_of
+from rayfed_sub.sweeps.capacity import at_once
+from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher, failure_of
+from rayfed_sub.sweeps.runner import Listener, check_head, checked
+from rayfed_sub.sweeps.shared_inputs import ground_key, shared
+from rayfed_sub.sweeps.study import Part, Study, StudyTrial, check_trials, counted_trials, tuning_trials
+from rayfed_sub.sweeps.study_tables import (
+    COLUMNS,
+    ENDS,
+    SCORES,
+    csv_files,
+    earlier,
+    edged,
+    study_table,
+    write_rows,
+)
+from rayfed_sub.sweeps.trial import values_of
+from rayfed_sub.sweeps.tuner import loggers, tuned
+from rayfed_sub.telemetry.events import Notice, Summary
+
+Ended = Callable[[StudyTrial, Config, Summary | None, str | None], None]
+"""Takes a trial at its end, with its configuration, and its summary or the cause of its failure."""
+
+
+def run_study(
+    study: Study,
+    overrides: Sequence[str],
+    runs: Path,
+    jobs: int,
+    listener: Listener | None = None,
+) -> list[str]:
+    """Runs what the study lacks, writes its CSV files after each run, and returns its Markdown table.
+
+    overrides: for all runs.  runs: the folder that gets one for each study, with the run folders.  jobs: runs at a time
+    at most.  Raises UserError before anything starts where a run does not fit, and where every value of a variant
+    diverged; RunError where a run failed of something else.
+    """
+    notify = listener or (lambda record: None)
+    check_trials(study, overrides)
+    found = earlier(study)
+    check_model(study, found.rows, overrides)
+    make(study.results, "study.results")
+
+    def run_part(trials: Sequence[StudyTrial], tuning: bool) -> None:
+        nonlocal found
+        found = found.keeping(trials, tuning)
+
+        def ended(trial: StudyTrial, config: Config, summary: Summary | None, failure: str | None) -> None:
+            nonlocal found
+            found = found.taking(*rows_of(trial, config, runs / study.name / trial.folder, summary, failure))
+            write_rows(study, found)
+
+        part = Part(study.name, read_yaml(study.base), tuple(trials), jobs)
+        carry_out_part(part, runs / study.name, notify, ended)
+
+    with joined():
+        chosen: dict[str, Any] = {}
+        if study.tune is not None:
+            run_part([trial for name in study.variants for trial in tuning_trials(study, name, overrides)], True)
+            for variant in study.variants:
+                own = [row for row in found.rows if row["variant"] == variant and row["tuning"]]
+                chosen[variant] = best_value(own, study.tune.values)
+                notify(Notice(f"{variant}: {study.tune.key}={edged(study.tune, str(chosen[variant]))}"))
+        counted = (counted_trials(study, name, overrides, chosen.get(name)) for name in study.variants)
+        run_part([trial for trials in counted for trial in trials], False)
+    return study_table(study)
+
+
+def carry_out_part(part: Part, folder: Path, notify: Listener, ended: Ended) -> None:
+    """Runs the part's trials below the study's folder; those that are through are only reported to `ended`.
+
+    Raises RunError, once all others have ended, where a trial failed of something else than that it diverged.
+    """
+    grounds, largest_jobs = checked(part, folder, notify)
+    missing, configs = [], {}
+    for trial in part.trials:
+        ground = grounds[ground_key(part.config(trial.values))][1]
+        job, place = job_on(ground, part.config(trial.values)), folder / trial.folder
+        configs[trial.folder] = job.config
+        summary = None
+        if (place / "config.yaml").exists():
+            summary = summary_of(place, job.config)
+            check_data(place, job.dataset.fingerprint)
+        if summary is None:
+            missing.append(trial)
+        else:
+            ended(trial, job.config, summary, None)
+    if not missing:
+        return
+    rest = Part(part.name, part.tree, tuple(missing), part.concurrent)
+    side_by_side = at_once(largest_jobs, nodes(), min(rest.count, part.concurrent))
+
+    def take(record: Notice | TrialNow) -> None:
+        notify(record)
+        if isinstance(record, TrialNow) and record.status == "finished":
+            trial = rest.trial(record.values)
+            ended(trial, configs[trial.folder], summary_of(folder / trial.folder, configs[trial.folder]), None)
+
+    with ray_session(), TemporaryDirectory(prefix="rayfed-sub-study-") as tune_state:
+        check_head()
+        inputs = shared(grounds)
+        search = rest.search
+        notify(Begun(part.name, tuple(search.space), search.metric, search.mode, rest.count, side_by_side, str(folder)))
+        callbacks = [Watcher(search.metric, take), *loggers(rest)]
+        run_folders = str(folder.absolute())
+        grid = tuned(rest, inputs, Place(Path(tune_state)), run_folders, side_by_side, None, callbacks, resume=False)
+    failed = [(rest.trial(values_of(one.config)), failure_of(one.error) or "") for one in grid if one.error]
+    for trial, failure in failed:
+        if diverged(failure):
+            ended(trial, configs[trial.folder], None, failure.partition(";")[0])
+    for trial, failure in failed:
+        if not diverged(failure):
+            raise RunError(f"study, run {folder / trial.folder}", failure)
+
+
+def diverged(failure: str) -> bool:
+    """True where a run failed since what it computed was not finite any more."""
+    return "finite" in failure
+
+
+def rows_of(
+    trial: StudyTrial, config: Config, folder: Path, summary: Summary | None, failure: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A trial's row and its curve; summary: None where it diverged, of `failure`."""
+    own = {"variant": trial.variant, "seed": trial.seed, "tuning": trial.tuning, "value": trial.value}
+    row = {**dict.fromkeys(COLUMNS), **own, "model": Path(config.model.path).name, "failure": failure}
+    if summary is None:
+        return row, []
+    scores = {name: summary.metrics.get(name) for name in (*SCORES, *(f"{name}_before" for name in SCORES))}
+    return {**row, **scores, **{name: getattr(summary, name) for name in ENDS}}, list(_curve(folder, own))
+
+
+def best_value(rows: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> Any:
+    """The value whose trials have the lowest mean loss; one of whose trials diverged is out.
+
+    Raises UserError where that leaves none.
+    """
+    losses = {value: [row["held_out_loss"] for row in rows if row["value"] == value] for value in values}
+    means = {
+        value: statistics.fmean(own)
+        for value, own in losses.items()
+        if all(loss is not None and math.isfinite(loss) for loss in own)
+    }
+    if not means:
+        allowed = f"values of which one does not diverge; all did with {rows[0]['variant']}"
+        raise UserError("study.tune.values", list(values), allowed, "add smaller ones")
+    return min(means, key=lambda value: means[value])
+
+
+def check_model(study: Study, rows: Sequence[Mapping[str, Any]], more: Sequence[str]) -> None:
+    """UserError where the earlier rows are of another model than the one that would run now."""
+    (first, *_) = study.variants.values()
+    model = Path(load_config(study.base, [*study.set, *first, *more]).model.path).name
+    for other in {row["model"] for row in rows} - {model}:
+        file = csv_files(study)[0]
+        raise UserError(
+            "model.path", model, f"{other}, as in the rows of {file}", "give that model, or move the CSV away"
+        )
+
+
+def _curve(folder: Path, own: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Scores over all held-out rows against the bytes sent so far, both ways, for every evaluated state."""
+    sent = [0]
+    for row in pq.read_table(folder / "rounds.parquet").to_pylist():
+        sent.append(sent[-1] + row["uplink_bytes"] + row["downlink_bytes"])
+    scores: dict[int, dict[str, float]] = {}
+    for score in pq.read_table(folder / "scores.parquet").to_pylist():
+        if score["client"] is None and score["metric"] in ("held_out_loss", "macro_f1"):
+            scores.setdefault(score["rounds"], {})[score["metric"]] = score["value"]
+    for done, found in sorted(scores.items()):
+        known = {name: found.get(name) for name in ("held_out_loss", "macro_f1")}
+        yield {**own, "rounds": done, "bytes": sent[done], **known}

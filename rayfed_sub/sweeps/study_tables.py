@@ -1,0 +1,212 @@
+"""Tables of a study: a row for every run and one for every evaluated round, as CSV, and the Markdown made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.storage import atomic_files
+from rayfed_sub.sweeps.results import SENT
+from rayfed_sub.sweeps.study import Study, StudyTrial, Tune
+
+SCORES = ("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "teacher_forced_rouge_l", "accuracy", "macro_f1")
+ENDS = ("rounds", *SENT, "change_rank", "weights_sha256")
+"""What a row takes from the run's summary besides its scores."""
+COLUMNS = (
+    *("variant", "seed", "tuning", "value", "model"),
+    *(*SCORES, *(f"{name}_before" for name in SCORES)),
+    *(*ENDS, "failure"),
+)
+
+
+@dataclass(frozen=True)
+class StudyRows:
+    """Rows of both tables so far, those of earlier sittings too."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    curves: tuple[Mapping[str, Any], ...]
+
+    def taking(self, row: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> StudyRows:
+        """With a trial's row and curve, in the place of those that it had."""
+        others = (old for old in self.rows if _trial_of(old) != _trial_of(row))
+        return StudyRows((*others, row), (*(old for old in self.curves if _trial_of(old) != _trial_of(row)), *curve))
+
+    def keeping(self, trials: Sequence[StudyTrial], tuning: bool) -> StudyRows:
+        """Without rows of an earlier sitting that are of no trial any more, be it for another value or another seed."""
+        wanted = {(trial.variant, trial.seed, trial.tuning, trial.value) for trial in trials}
+
+        def kept(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+            return tuple(row for row in rows if row["tuning"] != tuning or _trial_of(row) in wanted)
+
+        return StudyRows(kept(self.rows), kept(self.curves))
+
+
+def csv_files(study: Study) -> tuple[Path, Path]:
+    """The files of a study's rows and curves."""
+    return study.results / f"{study.name}.csv", study.results / f"{study.name}-curves.csv"
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file.  Raises UserError where there is none."""
+    if not file.is_file():
+        raise UserError("STUDY", str(file), "the CSV file of a study that has run", "run the study first")
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def earlier(study: Study) -> StudyRows:
+    """The rows that an earlier sitting left of variants that the study still has."""
+    rows, curves = (read_rows(file) if file.exists() else [] for file in csv_files(study))
+
+    def parsed(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Any], ...]:
+        own = (row for row in rows if row["variant"] in study.variants)
+        return tuple({key: _parsed(cell) for key, cell in row.items()} for row in own)
+
+    return StudyRows(parsed(rows), parsed(curves))
+
+
+def write_rows(study: Study, found: StudyRows) -> None:
+    """Both files, each with whatever rows there are, in an order of their own."""
+    for file, rows in zip(csv_files(study), (found.rows, found.curves), strict=True):
+        if rows:
+            content = io.StringIO()
+            writer = csv.DictWriter(content, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=_order))
+            atomic_files.write(file, content.getvalue().encode())
+
+
+def study_table(study: Study) -> list[str]:
+    """The Markdown table of the study, from its CSV files.  Raises UserError where it has not run."""
+    rows, curves = map(read_rows, csv_files(study))
+    return markdown(study, rows, curves)
+
+
+def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[Mapping[str, str]]) -> list[str]:
+    """The study's table: mean ± standard deviation over seeds, from the cells of its two CSV files.
+
+    The column of equal bytes is the held-out loss when `equal_bytes`' variant's whole traffic (up and down, all
+    clients) has been sent, linear between evaluated rounds; methods that send less are taken at their end, and "-" says
+    that a method sends more before its first evaluated round.
+    """
+    counted = [row for row in rows if row["tuning"] == "False"]
+    whole = [row for row in counted if not row["failure"]]
+    shown = [name for name in SCORES if any(row[name] for row in whole)]
+    sent = [sum(float(row[name]) for name in SENT) for row in _of(whole, study.equal_bytes)]
+    limit = statistics.fmean(sent) if sent else None
+    columns = ["variant", *([study.tune.key] if study.tune else []), *(name.replace("_", " ") for name in shown)]
+    columns += [*([f"loss at {limit / 1e6:.3g} MB"] if limit else []), "MB up", "MB down", "runs"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for variant in study.variants:
+        begun, own = _of(counted, variant), _of(whole, variant)
+        runs = f"{len(own)} of {len(study.seeds)}"
+        if not own:
+            why = "diverged" if begun else "not run"
+            lines.append("| " + " | ".join([variant, *[why] * (len(columns) - 2), runs]) + " |")
+            continue
+        cells = [variant, *([edged(study.tune, own[0]["value"])] if study.tune else [])]
+        cells += [_spread([float(row[name]) for row in own if row[name]]) for name in shown]
+        if limit:
+            curve = [point for point in _of(curves, variant) if point["tuning"] == "False"]
+            ends = [[point for point in curve if point["seed"] == row["seed"]] for row in own]
+            losses = [_loss_at(end, limit) for end in ends]
+            cells.append("-" if None in losses else _spread([loss for loss in losses if loss is not None]))
+        cells += [_megabytes(statistics.fmean(float(row[name]) for row in own)) for name in SENT]
+        lines.append("| " + " | ".join([*cells, runs]) + " |")
+    return lines
+
+
+def paired(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) -> tuple[list[float], float]:
+    """`one`'s score less `other`'s for every seed in which both have it, and how many times the other's mean its mean
+    over these seeds is.  Raises UserError where there is no such seed."""
+    own, theirs = (
+        {row["seed"]: float(row[score]) for row in _of(rows, variant) if row["tuning"] == "False" and row[score]}
+        for variant in (one, other)
+    )
+    seeds = sorted(own.keys() & theirs.keys(), key=int)
+    if not seeds:
+        raise UserError("--against", one, f"a variant that has a seed with {score} in common with {other}", "run both")
+    ratio = sum(own[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds)
+    return [own[seed] - theirs[seed] for seed in seeds], ratio
+
+
+def differences(study: Study, rows: Sequence[Mapping[str, str]], one: str) -> list[str]:
+    """A Markdown table of `paired`, seed by seed, of one variant with each of the others that has finished runs."""
+    whole = [row for row in rows if row["tuning"] == "False" and not row["failure"]]
+    shown = [name for name in SCORES if any(row[name] for row in _of(whole, one))]
+    lines = [
+        "| " + " | ".join([f"{one} less", *(name.replace("_", " ") for name in shown)]) + " |",
+        "|" + " --- |" * (len(shown) + 1),
+    ]
+    for other in study.variants:
+        if other == one or not _of(whole, other):
+            continue
+        found = [paired(whole, one, other, name) for name in shown]
+        cells = [f"{', '.join(f'{difference:+.3f}' for difference in own)}; {ratio:.2f}x" for own, ratio in found]
+        lines.append("| " + " | ".join([other, *cells]) + " |")
+    return lines
+
+
+def edged(tune: Tune, value: str) -> str:
+    """The tuned value, marked where it stands at the grid's edge: a better one may lie outside."""
+    return f"{value} (edge)" if value in (str(tune.values[0]), str(tune.values[-1])) else value
+
+
+def _of(rows: Sequence[Mapping[str, str]], variant: str | None) -> list[Mapping[str, str]]:
+    return [row for row in rows if row["variant"] == variant]
+
+
+def _trial_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The trial that a row is of."""
+    return tuple(row[name] for name in ("variant", "seed", "tuning", "value"))
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["variant"], not row["tuning"], str(row["value"]), row["seed"], row["rounds"] or 0
+
+
+def _loss_at(curve: Sequence[Mapping[str, str]], sent: float) -> float | None:
+    """None before the first evaluated round: a loss falls steeply at first, far below a line from the untrained one."""
+    untrained, *points = sorted((float(point["bytes"]), float(point["held_out_loss"])) for point in curve)
+    assert untrained[0] == 0
+    done, losses = zip(*points, strict=True)
+    return None if sent < done[0] else float(np.interp(sent, np.array(done), np.array(losses)))
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def _megabytes(count: float) -> str:
+    """To three digits.
+
+    >>> _megabytes(3.4739e6), _megabytes(2.1234e9)
+    ('3.47', '2,120')
+    """
+    rounded = float(f"{count / 1e6:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
+
+
+def _parsed(cell: str) -> Any:
+    """The value that was written as this cell.
+
+    >>> [_parsed(cell) for cell in ("", "True", "3", "0.003", "fedit")]
+    [None, True, 3, 0.003, 'fedit']
+    """
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            pass
+    return {"": None, "True": True, "False": False}.get(cell, cell)
