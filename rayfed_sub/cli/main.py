@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,6 +62,7 @@ def run(
     with at_hand(config, "CONFIG.yaml") as path:
         checked = load_config(path, overrides or [])
     _check_named(config, checked.method.get("name"), overrides or [])
+    _check_metrics(config, checked.evaluation.metrics, overrides or [])
     from rayfed_sub.cli.run_view import Display
 
     with Display() as display:
@@ -86,6 +88,8 @@ def sweep(
         checked = load_sweep(
             path, overrides or [], lambda name, base: _check_named(base or file, name, overrides or [])
         )
+    for place in (file, *checked.base):
+        _check_metrics(place, checked.metrics, overrides or [])
     from rayfed_sub.cli.sweep_view import SweepDisplay
     from rayfed_sub.sweeps.runner import run_sweep
 
@@ -127,7 +131,9 @@ def study(
         typer.echo("\n".join(lines))
         return
     given = [*checked.set, *(overrides or [])]
-    _check_named(str(checked.base), load_config(checked.base, given).method.get("name"), given)
+    base = load_config(checked.base, given)
+    _check_named(str(checked.base), base.method.get("name"), given)
+    _check_metrics(str(checked.base), base.evaluation.metrics, given)
     from rayfed_sub.cli.sweep_view import SweepDisplay
     from rayfed_sub.sweeps.study_runner import run_study
 
@@ -155,6 +161,7 @@ def plan(
     """Bytes, memory, disk and what fits, before anything starts."""
     checked = load_config(config, overrides or [])
     _check_named(str(config), checked.method.get("name"), overrides or [])
+    _check_metrics(str(config), checked.evaluation.metrics, overrides or [])
     if write:
         _check_write(config, overrides or [], probe, on)
     from dataclasses import replace
@@ -191,15 +198,37 @@ def plan(
 
 
 def _check_named(file: str, name: object, overrides: list[str]) -> None:
-    """UserError where a file that lies with a run or sweep, or in an object store, names a class that the command line
-    does not name.  Any other file is the caller's own."""
+    """UserError where a file that is not the caller's own names a class that the command line does not name."""
     from rayfed_sub.methods import check_named
+
+    if _anybody_s(file):
+        said = _values(overrides, "method", "method.name")
+        check_named(name, said, file, f"method.name={name}, or give a file of your own in place of {file}")
+
+
+def _check_metrics(file: str, metrics: Sequence[str], overrides: list[str]) -> None:
+    """UserError where a file that is not the caller's own names a metric, which is a program, that the command line
+    does not name."""
+    said = _values(overrides, "evaluation", "evaluation.metrics")
+    strange = [name for name in metrics if not any(name in value for value in said)]
+    if strange and _anybody_s(file):
+        allowed = f"nothing, for what {file} names is not loaded unless you name it too"
+        advice = (
+            f"if you trust it, add 'evaluation.metrics=[{', '.join(metrics)}]', or evaluation.metrics=[] to go without"
+        )
+        raise UserError("evaluation.metrics", strange[0], allowed, advice)
+
+
+def _values(overrides: Sequence[str], *keys: str) -> list[str]:
+    """The overrides' values of these keys."""
+    return [value for key, _, value in (override.partition("=") for override in overrides) if key in keys]
+
+
+def _anybody_s(file: str) -> bool:
+    """True for a file that lies with a run or sweep, or in an object store; any other file is the caller's own."""
     from rayfed_sub.storage.remote import uri_of
 
-    if uri_of(file) is not None or _lies_with_a_run(Path(file).resolve().parent):
-        parts = [override.partition("=") for override in overrides]
-        said = [value for key, _, value in parts if key in ("method", "method.name")]
-        check_named(name, said, file, f"method.name={name}, or give a file of your own in place of {file}")
+    return uri_of(file) is not None or _lies_with_a_run(Path(file).resolve().parent)
 
 
 def _lies_with_a_run(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from rayfed_sub.config.schema import StepRange
-from rayfed_sub.core.text import UNREAD, published_name, score, shown
+from rayfed_sub.core.text import UNREAD, is_named, published_name, score, shown
 from rayfed_sub.data.dataset import too_long
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.remote import inside
@@ -155,7 +155,8 @@ class Display:
 
 def _scores(metrics: Mapping[str, float]) -> Iterable[tuple[str, str]]:
     """The final table's lines of scores."""
-    both = {name: (metrics[f"{name}_before"], metrics[name]) for name in _SCORES if name in metrics}
+    names = (*_SCORES, *filter(is_named, metrics))
+    both = {name: (metrics[f"{name}_before"], metrics[name]) for name in names if f"{name}_before" in metrics}
     for name in shown(both):
         if published_name(name) not in both:
             yield score(published_name(name)), UNREAD

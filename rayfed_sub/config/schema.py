@@ -274,6 +274,11 @@ class Evaluation(Record):
         description="Of these, rows that are answered greedily before and after training, for ROUGE-L and BLEU-4 as "
         "published and over the words of any script.",
     )
+    metrics: tuple[str, ...] = Field(
+        default=(),
+        description="More metrics: ids of evaluate.load, or paths of files with an evaluate.Metric, of the answers to "
+        "generate_rows questions, or of classes.",
+    )
     max_new_tokens: Count = Field(default=40, description="Tokens of a generated answer at most.")
     batch_size: Count = Field(default=16, description="Rows of an evaluation's forward pass.")
 

@@ -152,7 +152,7 @@ class Score:
     given the true ones before it, against the labels).  Published scores are missing where they cannot read the
     references (`evaluation/generation.py`).
     Classification: `accuracy`, `macro_f1`, `f1/<class>` of classes that a row has or is given, and over all rows
-    `confusion/<true>/<predicted>` where not 0.
+    `confusion/<true>/<predicted>` where not 0.  A metric of `evaluation.metrics`: `<metric>/<its score>`.
     """
 
     client: int | None

@@ -85,26 +85,38 @@ def count(noun: str, number: int) -> str:
 def score(metric: str) -> str:
     """A score's name in words.
 
-    >>> score("macro_f1"), score("f1/glioma"), score("my_score")
-    ('macro F1', 'F1 of glioma', 'my score')
+    >>> score("macro_f1"), score("f1/glioma"), score("my_score"), score("rouge/rouge2"), score("meteor/meteor")
+    ('macro F1', 'F1 of glioma', 'my score', 'rouge rouge2', 'meteor')
     """
     kind, _, name = metric.partition("/")
+    if is_named(metric):
+        return kind if kind == name else f"{kind} {name}"
     return SCORES.get(metric, f"F1 of {name}" if kind == "f1" else metric.replace("_", " "))
 
 
 def shown(scores: Mapping[str, Sequence[object]]) -> list[str]:
-    """The names of SCORES that are among these, but no score over words of any script that is the published one again.
+    """The names of SCORES that are among these, but no score over words of any script that is the published one again;
+    then those of metrics that a configuration names, `<metric>/<score>`.
 
     scores: the values of each score over an evaluation, or several.
 
     >>> shown({"rouge_l_unicode": [0.1, 0.5], "rouge_l": [0.1, 0.5], "bleu_4_unicode": [0.2, 0.3], "mine": [1.0]})
     ['rouge_l', 'bleu_4_unicode']
+    >>> shown({"f1/glioma": [1.0], "meteor/meteor": [0.2]})
+    ['meteor/meteor']
     """
-    return [
+    known = [
         name
         for name in SCORES
         if name in scores and (name == (published := published_name(name)) or scores.get(published) != scores[name])
     ]
+    return known + [name for name in scores if is_named(name)]
+
+
+def is_named(score: str) -> bool:
+    """True for a score of a metric that a configuration names (`evaluation.metrics`)."""
+    kind, slash, _ = score.partition("/")
+    return bool(slash) and kind not in ("f1", "confusion")
 
 
 def published_name(metric: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from rayfed_sub.core.schemas import Score
 from rayfed_sub.evaluation.classification import class_scores, confusion
 from rayfed_sub.evaluation.generation import TEXT_SCORES, words
 from rayfed_sub.evaluation.language import perplexity, token_accuracy
+from rayfed_sub.evaluation.named_metrics import Compute, named_scores
 from rayfed_sub.training.inference import Generation, Prediction
 
 R = TypeVar("R")
@@ -31,12 +32,17 @@ def token_scores(rows: Rows[Prediction]) -> Iterator[Score]:
         yield Score(client, "token_accuracy", accuracy, labels)
 
 
-def label_scores(rows: Rows[Prediction], names: Sequence[str]) -> Iterator[Score]:
-    """Loss, accuracy and F1 of a classifier whose class i is called names[i], and the confusion matrix of all rows."""
+def label_scores(
+    rows: Rows[Prediction], names: Sequence[str], metrics: Mapping[str, Compute] | None = None
+) -> Iterator[Score]:
+    """Loss, accuracy and F1 of a classifier whose class i is called names[i], the confusion matrix of all rows, and the
+    configuration's metrics of class numbers."""
     for client, own in _groups(rows).items():
         labels, predicted = [row.labels[0] for row in own], [row.predicted[0] for row in own]
         yield Score(client, "held_out_loss", math.fsum(row.loss for row in own) / len(own), len(own))
         for metric, value in class_scores(labels, predicted, names).items():
+            yield Score(client, metric, value, len(own))
+        for metric, value in named_scores(metrics or {}, predicted, labels).items():
             yield Score(client, metric, value, len(own))
         if client is None:
             for name, counts in zip(names, confusion(labels, predicted, len(names)), strict=True):
@@ -45,11 +51,15 @@ def label_scores(rows: Rows[Prediction], names: Sequence[str]) -> Iterator[Score
                         yield Score(None, f"confusion/{name}/{other}", float(count), len(own))
 
 
-def text_scores(rows: Rows[Generation]) -> Iterator[Score]:
-    """ROUGE-L and BLEU-4 of answers, over the rows whose reference has anything to read; none where no row has."""
+def text_scores(rows: Rows[Generation], metrics: Mapping[str, Compute] | None = None) -> Iterator[Score]:
+    """ROUGE-L and BLEU-4 of answers, over the rows whose reference has anything to read; none where no row has.  The
+    configuration's metrics read all greedy answers."""
     for client, own in _groups(rows).items():
+        greedy, references = [row.answer for row in own], [row.reference for row in own]
+        for metric, number in named_scores(metrics or {}, greedy, references).items():
+            yield Score(client, metric, number, len(own))
         for prefix, texts in (
-            ("", [(row.answer, row.reference) for row in own]),
+            ("", list(zip(greedy, references, strict=True))),
             ("teacher_forced_", [(row.teacher_forced, row.labels) for row in own]),
         ):
             asked = [(text, reference) for text, reference in texts if words(reference)]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from rayfed_sub.config.checks import check_rules, check_training
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import Config, Evaluation
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
+from rayfed_sub.evaluation.named_metrics import metrics_of
 from rayfed_sub.methods import build
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
@@ -80,10 +82,11 @@ def job_on(base: JobInputs, config: Config) -> Job:
     method = check_settings(config)
     method.check(base.architecture.shape)
     _check_positions(config, base)
+    evaluation = _check_metrics(config, base)
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     own = {"name": config.method["name"], **fields}
-    resolved = config.model_copy(update={"federation": federation, "method": own})
+    resolved = config.model_copy(update={"federation": federation, "method": own, "evaluation": evaluation})
     return Job(resolved, method, base.architecture, base.processor, base.dataset, noise_of(resolved))
 
 
@@ -163,6 +166,13 @@ def _check_positions(config: Config, base: JobInputs) -> None:
         most, shown = limit + 1 - prompt, f"{has}, and the longest prompt that is answered has {prompt}"
         advice = f"set evaluation.max_new_tokens={most}" if most > 0 else "set evaluation.generate_rows=0"
         raise UserError("evaluation.max_new_tokens", new, f"at most {most}: {shown}", advice)
+
+
+def _check_metrics(config: Config, base: JobInputs) -> Evaluation:
+    """The section with paths of metrics that hold in every process.  Raises UserError for one that cannot be loaded."""
+    metrics_of(config, base.dataset.class_names)
+    names = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in config.evaluation.metrics)
+    return config.evaluation.model_copy(update={"metrics": names})
 
 
 def _rounds(config: Config, dataset: Dataset) -> int:

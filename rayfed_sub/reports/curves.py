@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from rayfed_sub.core.text import LOWER, SCORES, count, evenly, listed, number, rounded, score, shown
+from rayfed_sub.core.text import LOWER, SCORES, count, evenly, is_named, listed, number, rounded, score, shown
 from rayfed_sub.reports.page import Cell, Details, Figure, Legend, Section, Table, cell, line_style, plain
 from rayfed_sub.reports.run_reader import Run, Runs
 
@@ -54,7 +54,9 @@ def overall(run: Run, metric: str) -> pd.Series[float]:
 
 def shown_scores(runs: Runs) -> list[str]:
     """The scores of SCORES over all held-out rows that any run has, without those that say the same in every run."""
-    values = {metric: [overall(run, metric).tolist() for run in runs.values()] for metric in SCORES}
+    named = {metric for run in runs.values() for metric in run.scores["metric"].unique() if is_named(metric)}
+    metrics = (*SCORES, *sorted(named))
+    values = {metric: [overall(run, metric).tolist() for run in runs.values()] for metric in metrics}
     return shown({metric: found for metric, found in values.items() if any(found)})
 
 

@@ -29,6 +29,7 @@ from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.diagnostics import client_diagnostics
 from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics
 from rayfed_sub.diagnostics.server_change import ServerChange, add_ranks, server_change
+from rayfed_sub.evaluation.named_metrics import MetricError, metrics_of
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods.downloads import downloaded
 from rayfed_sub.methods.protocol import Method
@@ -101,6 +102,7 @@ class Coordinator:
         arrays: Packed = ray.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
         self._backbone, self._transposed = unpacked(arrays), transposed
+        self._metrics = metrics_of(config, self._dataset.class_names)
         self._home: dict[int, int] = {}
         self._answers: list[tuple[dict[str, str], dict[str, Any]]] = []  # versions and machine of each worker
         self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
@@ -243,9 +245,13 @@ class Coordinator:
 
     def scores(self) -> tuple[Score, ...]:
         """The current model's; of its answers too before training and after it."""
-        judged = (self._pool, self._config, self._dataset, self._model())
-        ends = self._store.current.server.round in (0, self._config.federation.rounds)
-        return (*held_out.scores(*judged), *(held_out.answer_scores(*judged) if ends else ()))
+        round = self._store.current.server.round
+        judged = (self._pool, self._config, self._dataset, self._model(), self._metrics)
+        ends = round in (0, self._config.federation.rounds)
+        try:
+            return (*held_out.scores(*judged), *(held_out.answer_scores(*judged) if ends else ()))
+        except MetricError as error:
+            raise RunError("evaluation", str(error), round=round) from None
 
     def backbone_sum(self) -> str:
         """A sum over the model's weights as they were loaded, in hex.  Vectors are left out: the rotary frequencies

@@ -6,13 +6,14 @@ row is judged by the client whose data it is like (`Dataset.held_out_clients`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import Score
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.evaluation.named_metrics import Compute
 from rayfed_sub.evaluation.scores import label_scores, text_scores, token_scores
 from rayfed_sub.planning.sampling import judged_rows
 from rayfed_sub.runtime.scheduler import WorkerPool, WorkItem, in_order
@@ -29,22 +30,27 @@ class JudgedModel:
     stored: Callable[[int], Any] | None
 
 
-def scores(pool: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
-    """The scores of `evaluation.eval_rows` held-out rows."""
+def scores(
+    pool: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
+) -> list[Score]:
+    """The scores of `evaluation.eval_rows` held-out rows; metrics: the configuration's own."""
     shards = _shards(config, dataset, config.evaluation.eval_rows, model)
     done = _each(pool, shards, model, lambda worker: worker.evaluate, "held-out rows")
     rows = [(int(dataset.held_out_clients[row]), prediction) for row, prediction in _by_row(shards, done)]
-    return list(label_scores(rows, dataset.class_names) if dataset.class_names else token_scores(rows))
+    names = dataset.class_names
+    return list(label_scores(rows, names, metrics) if names else token_scores(rows))
 
 
-def answer_scores(pool: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel) -> list[Score]:
+def answer_scores(
+    pool: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
+) -> list[Score]:
     """The scores of the answers to `evaluation.generate_rows` held-out questions; none where none are asked for."""
     if not config.evaluation.generate_rows:
         return []
     shards = _shards(config, dataset, config.evaluation.generate_rows, model)
     done = _each(pool, shards, model, lambda worker: worker.generate, "generated answers")
     rows = [(int(dataset.held_out_clients[row]), answer) for row, answer in _by_row(shards, done)]
-    return list(text_scores(rows))
+    return list(text_scores(rows, metrics))
 
 
 def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Sequence[T]]) -> Iterator[tuple[int, T]]:

@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from rayfed_sub.config.loading import as_override
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.core.errors import RunError, UserError
@@ -172,7 +173,9 @@ def _hinted(folder: RunFolder, config: Config, notify: Listener) -> Iterator[Non
 
 def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
     place, name = folder.place, str(config.method["name"])
-    own = [] if name in METHODS else [f"method.name={name}"]  # a class that only the folder names is not imported
+    # What only the folder names is not imported.
+    own = [] if name in METHODS else [f"method.name={name}"]
+    own += [as_override("evaluation.metrics", list(metrics))] if (metrics := config.evaluation.metrics) else []
     words = ["rayfed-sub", "run", place.called("config.yaml"), *own, *overrides, "--out", place.called(), "--resume"]
     return f"go on with: {shlex.join(words)}"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from rayfed_sub.config.loading import read_yaml, yaml_text
+from rayfed_sub.config.loading import as_override, read_yaml, yaml_text
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import METHODS
@@ -105,6 +105,8 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
             except KeyboardInterrupt:
                 name = sweep.config(sweep.points()[0]).method["name"] if "method.name" not in sweep.search.space else ""
                 own = [f"method.name={name}"] if name and name not in METHODS else []
+                metrics = sweep.metrics
+                own += [as_override("evaluation.metrics", list(metrics))] if metrics else []
                 words = ["rayfed-sub", "sweep", here.called(_FILE), *own, "--out", here.called(), "--resume"]
                 notify(Notice(f"interrupted; go on with: {shlex.join(words)}"))
                 raise

@@ -131,10 +131,18 @@ class Trials(Protocol):
 
 @dataclass(frozen=True)
 class Sweep:
-    """tree: the keys of the configuration that all trials share."""
+    """tree: the keys of the configuration that all trials share; base: the file that they come from besides the
+    sweep's own, if there is one."""
 
     tree: Mapping[str, Any]
     search: Search
+    base: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics that the configuration of any trial names (`evaluation.metrics`)."""
+        found = (name for values in self.points() for name in self.config(values).evaluation.metrics)
+        return tuple(dict.fromkeys(found))
 
     @property
     def name(self) -> str:
@@ -245,7 +253,7 @@ def load_sweep(
         for value in search.space[key].values:
             named(value.get("name") if isinstance(value, Mapping) else value, None)
     space = {key: _settled(shared, key, axis) for key, axis in search.space.items()}
-    sweep = Sweep(shared, search.model_copy(update={"space": space}))
+    sweep = Sweep(shared, search.model_copy(update={"space": space}), () if base is None else (str(base),))
     for config in map(sweep.config, sweep.points()):
         build(config.method)
         _check_metric(search.metric, config)

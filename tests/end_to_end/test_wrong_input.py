@@ -710,6 +710,21 @@ def test_a_class_that_only_the_base_of_a_sweep_names_is_not_imported(
         assert "if you trust that module" not in said
 
 
+@pytest.mark.parametrize("asked", ["plan {}/config.yaml", "run {0}/config.yaml --out {0} --resume"])
+def test_a_metric_that_only_a_folder_names_is_not_loaded(asked: str, tmp_path: Path, refusal: Refusal) -> None:
+    """As the folder of a run by its name; the metric, once it is named by the caller as well, is not there."""
+    tree = {**yaml.safe_load(Path(TINY).read_text(encoding="utf-8")), "evaluation": {"metrics": [f"{tmp_path}/mine.py"]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    leave(tmp_path, ["log.jsonl", "summary.json"])
+    said = refusal(asked.format(tmp_path).split())
+    assert said.startswith(f"evaluation.metrics: got '{tmp_path}/mine.py'; allowed: nothing, for what ")
+    add = f"evaluation.metrics=[{tmp_path}/mine.py]"
+    assert f"if you trust it, add '{add}', or evaluation.metrics=[] to go without" in said
+    if asked.startswith("plan"):
+        said = refusal([*asked.format(tmp_path).split(), add, "evaluation.generate_rows=2"])
+        assert "allowed: ids of `evaluate.load`, or paths of files with an evaluate.Metric" in said
+
+
 def test_export_by_another_method_than_the_run_s(strange: Path, refusal: Refusal) -> None:
     said = refusal(["export", str(strange), "--to", "new", "--method", "fedit"])
     assert said.startswith("--method: got 'fedit'; allowed: noticed_module:Noticed, the run's own")

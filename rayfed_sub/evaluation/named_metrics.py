@@ -1,0 +1,101 @@
+"""Metrics that a configuration names besides the built-in scores: a hub id or a local path, loaded by `evaluate`.
+
+They read texts (greedy answers and references) or class numbers (predicted and true), and give numbers by name.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+
+FIELD = "evaluation.metrics"
+Compute = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
+"""Predictions and references, texts or class numbers, to scores by name."""
+
+
+def load_metrics(names: Sequence[str], sample: Sequence[Any]) -> dict[str, Compute]:
+    """The metrics of these names, by name; a score is called `<metric>/<its name>`.
+
+    sample: predictions, and references equal to them, on which each metric is tried.  Raises UserError for a name that
+    `evaluate` cannot load, two of the same last part, and a metric that wants more than predictions and references or
+    gives no number.
+    """
+    found: dict[str, Compute] = {}
+    for name in names:
+        short = PurePath(name).stem
+        if short in found:
+            raise UserError(
+                FIELD, name, "metrics whose names differ in their last part", "rename the file or leave one out"
+            )
+        found[short] = _metric(name, short)
+        _tried(name, found[short], sample)
+    return found
+
+
+def metrics_of(config: Config, class_names: Sequence[str]) -> dict[str, Compute]:
+    """The metrics that a configuration names, for its task.  Raises UserError as `load_metrics`, and where there are
+    no answers to measure."""
+    asked = config.evaluation.metrics
+    if asked and not class_names and not config.evaluation.generate_rows:
+        allowed = "none where nothing is answered and nothing classified"
+        raise UserError(FIELD, list(asked), allowed, "set evaluation.generate_rows, e.g. 32")
+    return load_metrics(asked, list(range(len(class_names))) or ["one of two", "a second answer"]) if asked else {}
+
+
+def _metric(name: str, short: str) -> Compute:
+    import evaluate
+
+    # What evaluate and its loaders raise: no such file or id, no network, a package that is not there, broken code.
+    try:
+        module = evaluate.load(name, keep_in_memory=True)
+    except Exception as error:
+        allowed = "ids of `evaluate.load`, or paths of files with an evaluate.Metric"
+        raise UserError(FIELD, name, allowed, _line(error)) from None
+
+    def compute(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        given = module.compute(predictions=list(predictions), references=list(references)) or {}
+        return {f"{short}/{key}": float(value) for key, value in given.items() if _is_number(value)}
+
+    return compute
+
+
+def _tried(name: str, compute: Compute, sample: Sequence[Any]) -> None:
+    kind = "texts" if isinstance(sample[0], str) else "class numbers"
+    allowed = f"metrics that compute numbers from predictions and references alone, here {kind}"
+    advice = "name another, or a file of your own around it"
+    try:
+        found = compute(sample, sample)
+    except Exception as error:
+        raise UserError(FIELD, name, allowed, f"{advice} ({_line(error)})") from None
+    if not found:
+        raise UserError(FIELD, name, allowed, f"{advice} (it gives no number)")
+
+
+class MetricError(Exception):
+    """A named metric that failed on the predictions of a run."""
+
+
+def named_scores(
+    metrics: Mapping[str, Compute], predictions: Sequence[Any], references: Sequence[Any]
+) -> dict[str, float]:
+    """The scores of all metrics, by name; none without predictions.  Raises MetricError for one that fails."""
+    found: dict[str, float] = {}
+    for name, compute in metrics.items() if predictions else ():
+        try:
+            found |= compute(predictions, references)
+        except Exception as error:
+            raise MetricError(f"metric {name}: {_line(error)}") from error
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
