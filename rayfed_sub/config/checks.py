@@ -64,6 +64,7 @@ def renamed_key(path: str, value: object) -> UserError:
 
 def check_rules(config: Config) -> None:
     """UserError for keys that no run can have together."""
+    _check_method(config)
     _check_rows(config)
     _check_partition(config.federation)
     _check_rounds(config.federation)
@@ -76,6 +77,20 @@ def check_training(config: Config) -> None:
     _check_reference(config)
     _check_privacy(config)
     _check_nova(config)
+
+
+def _check_method(config: Config) -> None:
+    """UserError for `centralized`, which earlier versions took for a method, with the keys that say the same."""
+    federation, partition = config.federation, config.federation.partition
+    if config.method.get("name") != "centralized":
+        return
+    keys = ["method.name=fedftg", "federation.clients=1", "federation.sampled=null", "federation.partition.kind=pool"]
+    if partition.kind == "column":  # the rows of as many values as there are clients
+        keys.append(f"federation.partition.largest={federation.clients}")
+    if partition.rows_per_client is not None:
+        keys.append("federation.partition.rows_per_client=null")
+    allowed = "a method; all rows at one client are a matter of the partition"
+    raise UserError("method.name", "centralized", allowed, f"set {' '.join(keys)}")
 
 
 def _check_rows(config: Config) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from rayfed_sub.config.checks import RENAMED, check, check_rules
-from rayfed_sub.config.schema import Config, Federation, Partition
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 
 INHERITED = "inherited"
@@ -52,7 +52,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     >>> load_config({"federation": {"rounds": 3}}, ["federation.local_steps=10"]).federation.local_steps
     10
     """
-    config = check(Config, _centralised(overridden(source, overrides)))
+    config = check(Config, overridden(source, overrides))
     check_rules(config)
     return config
 
@@ -193,19 +193,3 @@ def _note_inherited(tree: dict[str, Any], written: Mapping[str, Any], overrides:
     inherited = [key for key in written if key not in ("name", INHERITED) and f"method.{key}" not in given]
     if inherited and "method" not in given:
         method[INHERITED] = inherited
-
-
-def _centralised(tree: dict[str, Any]) -> dict[str, Any]:
-    """`method.name: centralized` is FedFTG's local training with all data at one client, the upper reference: the rows
-    that the clients have together, and the same ones held out."""
-    method, federation = tree.get("method"), tree.get("federation", {})
-    if not isinstance(method, dict) or method.get("name") != "centralized" or not isinstance(federation, dict):
-        return tree
-    partition = federation.get("partition") or {}
-    if not isinstance(partition, dict):
-        return tree
-    pool = {"kind": "pool", "column": partition.get("column"), "largest": partition.get("largest")}
-    if partition.get("kind", Partition().kind) == "column":
-        pool["largest"] = federation.get("clients", Federation().clients)
-    pooled = {**federation, "clients": 1, "sampled": None, "partition": pool}
-    return {**tree, "method": {**method, "name": "fedftg"}, "federation": pooled}

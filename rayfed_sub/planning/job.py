@@ -58,8 +58,8 @@ def prepare(config: Config) -> Job:
 
 def check_settings(config: Config) -> Method:
     """The configuration's method.  Raises UserError for settings that do not go together, whatever rows and model."""
-    method = build(config.method)
     check_rules(config)
+    method = build(config.method)
     _check_server(config, method)
     _check_privacy(config, method)
     check_training(config)

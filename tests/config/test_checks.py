@@ -24,6 +24,9 @@ PRIVATE = Privacy(clip=1.0, noise=1.0)
 NOVA = Federation(normalise_steps=True)
 
 RULES = {
+    "method.name: got 'centralized'; allowed: a method; all rows at one client are a matter of the partition; set "
+    "method.name=fedftg federation.clients=1 federation.sampled=null federation.partition.kind=pool "
+    "federation.partition.largest=8": Config(method={"name": "centralized"}),
     "task.validation: got 0.5; allowed: less than 0.5, what task.held_out leaves; e.g. task.validation=0.05": Config(
         task=Task(held_out=0.5, validation=0.5)
     ),
@@ -118,6 +121,24 @@ def test_what_goes_together() -> None:
     ):
         check_rules(config)
         check_training(config)
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [
+        {"kind": "column"},
+        {"kind": "dirichlet", "alpha": 0.1, "largest": 5},
+        {"kind": "resample", "rows_per_client": 4},
+    ],
+)
+def test_the_keys_that_stand_for_centralized_load(partition: dict[str, object]) -> None:
+    tree = {"method": {"name": "fedit"}, "federation": {"clients": 6, "sampled": 3, "partition": partition}}
+    with pytest.raises(UserError) as refused:
+        load_config(tree, ["method.name=centralized"])
+    pooled = load_config(tree, refused.value.advice.removeprefix("set ").split())
+    assert (pooled.method["name"], pooled.federation.clients, pooled.federation.cohort) == ("fedftg", 1, 1)
+    largest = {"column": 6, "dirichlet": 5, "resample": None}[str(partition["kind"])]
+    assert (pooled.federation.partition.kind, pooled.federation.partition.largest) == ("pool", largest)
 
 
 def test_loading_holds_keys_against_each_other() -> None:

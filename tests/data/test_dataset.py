@@ -505,10 +505,13 @@ def test_the_clients_of_a_column_do_not_hang_on_which_rows_max_rows_leaves() -> 
         assert len(data.train) + len(data.held_out) == 20
 
 
-def test_centralized_is_judged_on_the_rows_that_its_federation_is_judged_on() -> None:
+def test_a_pool_is_judged_on_the_rows_that_its_federation_is_judged_on() -> None:
+    """By the keys with which the refusal of method.name=centralized answers."""
     pairs, tree = numbered({"x": 40, "y": 30, "z": 20}), {"federation": {"clients": 2}}
     apart = build_dataset(pairs, Task(max_rows=50), load_config(tree).federation, CODEC, seed=0)
-    pooled = load_config({**tree, "method": {"name": "centralized"}}).federation
+    with pytest.raises(UserError) as refused:
+        load_config(tree, ["method.name=centralized"])
+    pooled = load_config(tree, refused.value.advice.removeprefix("set ").split()).federation
     together = build_dataset(pairs, Task(max_rows=50), pooled, CODEC, seed=0)
     assert pooled.partition.largest == 2
     assert as_text(together.held_out) == as_text(apart.held_out)

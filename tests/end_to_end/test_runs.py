@@ -174,7 +174,7 @@ def test_every_method_runs_by_its_name_and_counts_its_bytes(name: str, ray_sessi
 
 @pytest.mark.slow
 def test_all_data_at_one_client_is_fedftgs_local_training(ray_session: None, tmp_path: Path) -> None:
-    summary = run(small("method.name=centralized"), tmp_path / "run")
+    summary = run(small("federation.clients=1", "federation.partition={kind: pool, largest: 8}"), tmp_path / "run")
     assert summary.uplink_bytes == 2 * 2 * 4 * 4 * (96 + 32)  # rounds x layers x bytes x r (m + n)
     assert summary.metrics["held_out_loss"] < summary.metrics["held_out_loss_before"]
 
