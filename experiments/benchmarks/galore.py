@@ -1,6 +1,6 @@
 """The GaLore step and refresh of rayfed_sub against galore_torch's GaLoreAdamW: time, memory and the same update.
 
-    python experiments/benchmarks/galore.py [SHAPE ...] [--out FILE.csv]
+    python -m experiments.benchmarks.galore [SHAPE ...] [--out FILE.csv]
 
 SHAPE: a weight's size such as 1536x576.  Without any, all of `SHAPES`: some eight minutes, in which galore_torch
 factorises.  --out: rows are appended as they come, so that shapes may be measured one call at a time.
@@ -49,11 +49,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import BETAS, EPS, LR, SCALE
 from galore_torch import GaLoreAdamW
-from machine import told
 from torch import Tensor
 
+from experiments.benchmarks.cases import BETAS, EPS, LR, SCALE
+from experiments.benchmarks.machine import told
 from rayfed_sub.cli.run_view import print_table, size
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides

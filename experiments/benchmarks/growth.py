@@ -1,6 +1,6 @@
 """How rayfed_sub's cost grows: seconds of a steady round and peak memory, one number varied at a time.
 
-    python experiments/benchmarks/growth.py [clients|rank|steps|layers|workers ...] [--out CSV] [--show]
+    python -m experiments.benchmarks.growth [clients|rank|steps|layers|workers ...] [--out CSV] [--show]
 
 Measures the named variables, all of them where none is named, writes their rows into the CSV and leaves the others',
 then draws all that is there beside it and prints two tables.  --show: measures nothing.  Every point is a process of
@@ -27,15 +27,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from cases import CASES, Case
-from machine import told
-from meter import metered
 from numpy.typing import ArrayLike
-from work import write_run
 
+from experiments.benchmarks.cases import CASES, Case
+from experiments.benchmarks.machine import told
+from experiments.benchmarks.meter import metered
+from experiments.benchmarks.work import write_run
 from rayfed_sub.cli.run_view import print_table, size
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+CONTESTANT = "experiments.benchmarks.run_rayfed"
 BASE, WORKERS = CASES["growth"], 2
 VALUES = {
     "clients": (10, 30, 100, 300, 1_000, 3_000, 10_000),
@@ -80,8 +81,16 @@ def measured(clients: int, rank: int, steps: int, layers: int, workers: int) -> 
         folder, out = Path(name) / "work", Path(name) / "out"
         write_run(case, folder, workers)
         out.mkdir()
-        command = [sys.executable, "run_rayfed.py", case.name, str(folder), str(out), str(workers)]
-        taken = metered(command, HERE, Path(name) / "log")
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.benchmarks.run_rayfed",
+            case.name,
+            str(folder),
+            str(out),
+            str(workers),
+        ]
+        taken = metered(command, ROOT, Path(name) / "log")
         marks: list[float] = json.loads((out / "marks.json").read_text())
     seconds = np.diff(marks)
     return {
@@ -210,7 +219,7 @@ def _short(count: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variables", nargs="*", metavar="VARIABLE", help=", ".join(VALUES))
-    file = HERE.parent / "results" / "benchmarks" / f"growth-{date.today()}.csv"
+    file = ROOT / "experiments" / "results" / "benchmarks" / f"growth-{date.today()}.csv"
     parser.add_argument("--out", type=Path, metavar="CSV", default=file)
     parser.add_argument("--show", action="store_true", help="measure nothing: picture and tables of what is there")
     asked = parser.parse_args()

@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cases import RANK, SCALE, llama
+from experiments.benchmarks.cases import RANK, SCALE, llama
 
 TINY = llama(16, 16, 1, 2, 300)
 LARGE = llama(1024, 2560, 4, 8, 300)  # up_proj: 4 x 2560 x 1024 numbers, 41.9 MB
 
-IDLE = {"name": "idle:Idle"}
+IDLE = {"name": "experiments.benchmarks.idle:Idle"}
 FEDFTG = {"name": "fedftg", "rank": RANK, "scale": SCALE, "optimizer_state": "reset"}
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import BETAS, CASES, EPS, LR, SCALE, Case
 from galore_torch import GaLoreAdamW
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from experiments.benchmarks.cases import BETAS, CASES, EPS, LR, SCALE, Case
 
 Arrays = list["np.ndarray[Any, Any]"]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import CASES, Case
+
+from experiments.benchmarks.cases import CASES, Case
 
 
 def asked() -> tuple[Case, Path, Path]:
@@ -32,5 +33,6 @@ class Marks:
 
     def leave(self, out: Path, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Writes marks.json and weights.npz: by name of the module, (m, n) float32."""
-        np.savez(out / "weights.npz", **dict(weights))
+        arrays: dict[str, Any] = dict(weights)
+        np.savez(out / "weights.npz", **arrays)
         (out / "marks.json").write_text(json.dumps(self.times))

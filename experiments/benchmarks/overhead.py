@@ -1,6 +1,6 @@
 """What the engines themselves cost where clients have nothing to compute: time, traffic and memory a client.
 
-    python experiments/benchmarks/overhead.py [PART ...] [--flower PYTHON] [--out FILE]
+    python -m experiments.benchmarks.overhead [PART ...] [--flower PYTHON] [--out FILE]
 
 time: 1,000 clients of a tiny model, packs of 100.  traffic: a model whose trained weights take 41.9 MB, 48 clients.
 memory: how the peak grows with every added client of the tiny model.  --flower: the Python of an environment with
@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from loads import FEDFTG, IDLE, LARGE, TINY, Load
-from machine import told
-from meter import metered
 
+from experiments.benchmarks.loads import FEDFTG, IDLE, LARGE, TINY, Load
+from experiments.benchmarks.machine import told
+from experiments.benchmarks.meter import metered
 from rayfed_sub.cli.run_view import print_table, size
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 WORKERS = 2
 OURS, FLOWER = "rayfed_sub", "flower"
 TRAINED, MOST, LEAST = "train, send low-rank", "send 41.9 MB back", "send nothing back"
@@ -82,9 +82,9 @@ def measured(part: str, flower: str | None) -> list[Row]:
         with tempfile.TemporaryDirectory(prefix="load-") as folder:
             out = Path(folder)
             (out / "load.json").write_text(json.dumps(asdict(load)))
-            script = "run_rayfed_load.py" if engine == OURS else "run_flower_load.py"
-            command = [python, script, str(out / "load.json"), folder, str(WORKERS)]
-            taken = metered(command, HERE, out / "log", 1.0 if part == "memory" else 5.0)
+            script = "run_rayfed_load" if engine == OURS else "run_flower_load"
+            command = [python, "-m", f"experiments.benchmarks.{script}", str(out / "load.json"), folder, str(WORKERS)]
+            taken = metered(command, ROOT, out / "log", 1.0 if part == "memory" else 5.0)
             readings = json.loads((out / "readings.json").read_text())
         steady = {
             name: float(np.median(np.diff([reading[name] for reading in readings])[1:-1]))

@@ -1,6 +1,6 @@
 """The race: the same federated work by rayfed_sub, Flower, pfl and a bare loop, each in its own virtual environment.
 
-    python experiments/benchmarks/race.py [CASE ...] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
+    python -m experiments.benchmarks.race [CASE ...] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
 
 --flower, --pfl: the Python of an environment with Flower, or with pfl; without it, that contestant stays away.  A
 machine's own speed changes from minute to minute, so all run in turns, several times (`Case.passes`).  Final weights
@@ -20,15 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from arithmetic import flops, rate
-from cases import CASES, Case
-from machine import told
-from meter import metered
-from work import write_work
 
+from experiments.benchmarks.arithmetic import flops, rate
+from experiments.benchmarks.cases import CASES, Case
+from experiments.benchmarks.machine import told
+from experiments.benchmarks.meter import metered
+from experiments.benchmarks.work import write_work
 from rayfed_sub.cli.run_view import print_table, size
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 WORKERS = 2
 TOLERANCE = 1e-5
 RACED = ("A", "B", "C", "D")
@@ -64,12 +64,13 @@ class Result:
 
 def commands(flower: str | None, pfl: str | None) -> dict[str, list[str]]:
     """Every contestant's command, less what all of them are told (`marks.asked`)."""
-    own = {"bare": [sys.executable, "run_bare.py"], "rayfed_sub": [sys.executable, "run_rayfed.py"]}
+    script = {name: ["-m", f"experiments.benchmarks.run_{name}"] for name in ("bare", "rayfed", "flower", "pfl")}
+    own = {"bare": [sys.executable, *script["bare"]], "rayfed_sub": [sys.executable, *script["rayfed"]]}
     if flower is not None:
-        own["flower"] = [flower, "run_flower.py"]
+        own["flower"] = [flower, *script["flower"]]
     if pfl is not None:
         torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(WORKERS)]
-        own |= {"pfl-1": [pfl, "run_pfl.py"], "pfl-2": [pfl, *torchrun, "run_pfl.py"]}
+        own |= {"pfl-1": [pfl, *script["pfl"]], "pfl-2": [pfl, *torchrun, *script["pfl"]]}
     return own
 
 
@@ -91,7 +92,7 @@ def race(case: Case, contestants: Mapping[str, Sequence[str]], folder: Path) -> 
 
 
 def _run(command: Sequence[str], bare: Path, out: Path) -> Pass:
-    taken = metered(command, HERE, out.with_suffix(".log"))
+    taken = metered(command, ROOT, out.with_suffix(".log"))
     marks: list[float] = json.loads((out / "marks.json").read_text())
     first, *steady, _ = np.diff(marks).tolist()
     return Pass(marks[0] - taken.began, first, tuple(steady), taken.peak_pss, _away(bare, out))

@@ -1,7 +1,7 @@
 """Flower 1.41 on Ray: its FedAvg, a message of the trained weights alone to and from every client, and in each of two
 client actors a model that is loaded once.
 
-    python run_flower.py CASE WORK OUT WORKERS
+    python -m experiments.benchmarks.run_flower CASE WORK OUT WORKERS
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from marks import Marks, asked
+
+from experiments.benchmarks.marks import Marks, asked
 
 case, work, out = asked()
 workers = int(sys.argv[4])
@@ -28,10 +29,10 @@ client_app = ClientApp()
 server_app = ServerApp()
 
 
-@client_app.train()
+@client_app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """One client's round."""
-    from local import loaded
+    from experiments.benchmarks.local import loaded
 
     local = loaded(case.name, work)
     local.set_weights(message.content["arrays"].to_numpy_ndarrays())
@@ -40,7 +41,7 @@ def train(message: Message, context: Context) -> Message:
     return Message(content=RecordDict(content), reply_to=message)
 
 
-class Timed(FedAvg):
+class Timed(FedAvg):  # type: ignore[misc]
     """FedAvg that notes when rounds end."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
@@ -49,7 +50,7 @@ class Timed(FedAvg):
         return found
 
 
-@server_app.main()
+@server_app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """All rounds."""
     begin = dict(np.load(work / "targets.npz"))

@@ -1,6 +1,6 @@
 """Flower 1.41 on Ray under a load: a message with the weights to every client, and from it, two client actors.
 
-python run_flower_load.py LOAD OUT WORKERS
+python -m experiments.benchmarks.run_flower_load LOAD OUT WORKERS
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from loads import Load
-from readings import Readings
+
+from experiments.benchmarks.loads import Load
+from experiments.benchmarks.readings import Readings
 
 load, out = Load(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
 readings = Readings()
@@ -28,7 +29,7 @@ client_app = ClientApp()
 server_app = ServerApp()
 
 
-@client_app.train()
+@client_app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """What came goes back, or only a number."""
     metrics = MetricRecord({"num-examples": 1})
@@ -36,14 +37,15 @@ def train(message: Message, context: Context) -> Message:
     return Message(content=RecordDict(content), reply_to=message)
 
 
-class Watched(FedAvg):
+class Watched(FedAvg):  # type: ignore[misc]
     """FedAvg with a reading after every round; where clients send no weights, those of the round before stand."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self._sent = arrays
-        return super().configure_train(server_round, arrays, config, grid)
+        messages: Iterable[Message] = super().configure_train(server_round, arrays, config, grid)
+        return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
         found = super().aggregate_train(server_round, replies) if load.answers else (self._sent, None)
@@ -51,7 +53,7 @@ class Watched(FedAvg):
         return found
 
 
-@server_app.main()
+@server_app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """All rounds."""
     strategy = Watched(fraction_evaluate=0.0, min_train_nodes=load.clients, min_available_nodes=load.clients)

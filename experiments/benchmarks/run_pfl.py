@@ -1,7 +1,7 @@
 """pfl 0.6: its FederatedAveraging and SimulatedBackend; under torchrun each process has its share of the clients.
 
-python run_pfl.py CASE WORK OUT WORKERS
-python -m torch.distributed.run --nproc_per_node 2 run_pfl.py CASE WORK OUT WORKERS
+python -m experiments.benchmarks.run_pfl CASE WORK OUT WORKERS
+python -m torch.distributed.run --nproc_per_node 2 -m experiments.benchmarks.run_pfl CASE WORK OUT WORKERS
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from itertools import count
 from typing import Any
 
 import torch
-from cases import LR
-from local import Local
-from marks import Marks, asked
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -23,6 +20,10 @@ from pfl.hyperparam import NNTrainHyperParams
 from pfl.internal.ops.selector import get_framework_module
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
+
+from experiments.benchmarks.cases import LR
+from experiments.benchmarks.local import Local
+from experiments.benchmarks.marks import Marks, asked
 
 case, work, out = asked()
 local, marks = Local(case, work), Marks()
@@ -44,7 +45,7 @@ class Module(torch.nn.Module):
         return {}
 
 
-class Timed(TrainingProcessCallback):
+class Timed(TrainingProcessCallback):  # type: ignore[misc]
     """Notes when rounds end."""
 
     def after_central_iteration(self, *args: Any, **kwargs: Any) -> tuple[bool, Metrics]:

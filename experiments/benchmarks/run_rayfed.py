@@ -1,14 +1,13 @@
 """rayfed_sub, as a user runs it from Python.
 
-python run_rayfed.py CASE WORK OUT WORKERS
+python -m experiments.benchmarks.run_rayfed CASE WORK OUT WORKERS
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from marks import Marks, asked
-
+from experiments.benchmarks.marks import Marks, asked
 from rayfed_sub import load_config, run
 from rayfed_sub.core.arrays import unpacked
 from rayfed_sub.storage import checkpoints

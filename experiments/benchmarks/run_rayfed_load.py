@@ -1,6 +1,6 @@
 """rayfed_sub under a load.
 
-python run_rayfed_load.py LOAD OUT WORKERS
+python -m experiments.benchmarks.run_rayfed_load LOAD OUT WORKERS
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from loads import Load
-from readings import Readings
 
+from experiments.benchmarks.loads import Load
+from experiments.benchmarks.readings import Readings
 from rayfed_sub import load_config, run
 from rayfed_sub.telemetry.events import RoundDone, Started
 

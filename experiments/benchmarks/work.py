@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from cases import BETAS, EPS, LR, SCALE, Case
 
+from experiments.benchmarks.cases import BETAS, EPS, LR, SCALE, Case
 from rayfed_sub import load_config
 from rayfed_sub.data.batching import IGNORED, ClientBatches
 from rayfed_sub.models.weights import load_weights, write_folder
@@ -33,8 +33,10 @@ def write_work(case: Case, folder: Path, workers: int) -> None:
     job = prepare(load_config(folder / "config.yaml"))
     weights = load_weights(job.config.model, job.architecture, job.config.seed)
     write_folder(job.architecture, weights, {}, folder / "model")
-    np.savez(folder / "targets.npz", **{t.name: weights[f"{t.name}.weight"] for t in job.architecture.shape.targets})
-    np.savez(folder / "batches.npz", **_batches(job, case))
+    targets: dict[str, Any] = {t.name: weights[f"{t.name}.weight"] for t in job.architecture.shape.targets}
+    np.savez(folder / "targets.npz", **targets)
+    batches: dict[str, Any] = _batches(job, case)
+    np.savez(folder / "batches.npz", **batches)
 
 
 def write_run(case: Case, folder: Path, workers: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
-from sheets import read, write
+from experiments.theory.sheets import read, write
 
 Rows = list[dict[str, Any]]
 

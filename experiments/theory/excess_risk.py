@@ -1,7 +1,7 @@
 """The paper's two bounds on the excess risk beside what happens on a convex problem: writes excess_risk.csv, reach.csv,
 excess_risk.svg and its tables in README.md.
 
-    python experiments/theory/excess_risk.py [--jobs N] [--show]
+    python -m experiments.theory.excess_risk [--jobs N] [--show]
 
 Goes on where it was stopped; --show runs nothing.  Learning rates are tuned first, with a partition that no other run
 has, and then fixed, as the theory has them.
@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from commands import parallel, processes
-from exponents import exponent
-from federation import as_array, changes, dealt, rounds, weight_of
-from pictures import lines, picture
-from problem import Classifier, digits
-from sheets import markdown, mean_and_spread, read, stand, write
 
+from experiments.theory.commands import parallel, processes
+from experiments.theory.exponents import exponent
+from experiments.theory.federation import as_array, changes, dealt, rounds, weight_of
+from experiments.theory.pictures import lines, picture
+from experiments.theory.problem import Classifier, Floats, digits
+from experiments.theory.sheets import markdown, mean_and_spread, read, stand, write
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Layer
 from rayfed_sub.methods import build
@@ -94,7 +94,8 @@ def carry_out(run: Run) -> list[dict[str, Any]]:
     shape, steps = model.shape, [run.t_agg] * run.clients
     going = rounds(model, shape, problem, method, parts, steps, optimizer, seed=run.seed)
     told = asdict(run)
-    W_mn, rows = 0 * problem.optimum, []
+    W_mn: Floats = 0 * problem.optimum
+    rows: list[dict[str, Any]] = []
     for number in range(1, run.rounds + 1):
         try:
             done = next(going)
@@ -180,10 +181,11 @@ def write_reach() -> None:
 
 def reached(name: str, seed: int) -> float:
     """The lowest excess risk of a method: 0, or that of its rank, or of its frozen A."""
-    what = {"ffa-lora": ("frozen A", seed), "fedit": ("rank", None), "flexlora": ("rank", None)}.get(name)
-    if what is None:
+    limits = {"ffa-lora": ("frozen A", seed), "fedit": ("rank", None), "flexlora": ("rank", None)}
+    if name not in limits:
         return 0.0
-    return min(row["excess"] for row in read("reach") if row["what"] == what[0] and what[1] in (None, row["which"]))
+    what, which = limits[name]
+    return min(float(row["excess"]) for row in read("reach") if row["what"] == what and which in (None, row["which"]))
 
 
 def of(rows: Sequence[Row], name: str, optimizer: str = "sgd", sweep: str = "t_agg") -> list[Row]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from problem import Floats, Problem
 from torch import Tensor, nn
 
+from experiments.theory.problem import Floats, Problem
 from rayfed_sub.config.schema import Federation, Optimizer, Partition, Server
 from rayfed_sub.core.types import Client, ClientState, LocalResult, ModelShape, ServerState, Start
 from rayfed_sub.data.batching import Batches, batch_rows
@@ -85,7 +85,7 @@ def rounds(
     steps.  batch_size None: all its rows in every step.  normalise_steps: FedNova.
     Raises ArithmeticError where a client's loss is not finite.
     """
-    weights = {f"{t.name}/weight": model.get_submodule(t.name).weight.detach().clone() for t in shape.targets}
+    weights = {f"{t.name}/weight": model.get_parameter(f"{t.name}.weight").detach().clone() for t in shape.targets}
     layers = install(model, shape)
     server = method.init_server(weights, shape, seed)
     states: dict[int, ClientState] = {}

@@ -1,7 +1,7 @@
 """The paper's second open question: GaLore's memory beside LoRA's, over ranks and numbers of clients.  Writes
 memory.csv, memory.svg and its tables in README.md.
 
-    python experiments/theory/memory.py [--show]
+    python -m experiments.theory.memory [--show]
 
 All bytes are what the engine's plan counts (`rayfed-sub plan`) for the paper's three models; nothing is trained.  Each
 stands beside its formula.  Legend: m, n layer sizes, r rank, N clients, L layers.
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from commands import command
-from pictures import picture
-from sheets import markdown, read, stand, write
 
+from experiments.theory.commands import command
+from experiments.theory.pictures import picture
+from experiments.theory.sheets import markdown, read, stand, write
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.methods import build
@@ -79,10 +79,10 @@ def tables() -> dict[str, str]:
             figures = (one["up"], one["down"], N * one["kept"], one["server"], one["broadcast"])
             cohort.append([N, name, *map(_mb, figures), one["off"] or "none"])
     columns = ("model", "r", "GaLore, kept / training", "LoRA (A and B)", "FFA-LoRA (B)")
-    ratios = ("GaLore / LoRA, kept", "training", "GaLore / dense AdamW, training")
+    shares = ("GaLore / LoRA, kept", "training", "GaLore / dense AdamW, training")
     sums = ("up, a client", "down, a client", "kept by all clients", "server", "broadcast", "off the formulas")
     return {
-        "memory-client": markdown([*columns, *ratios], clients),
+        "memory-client": markdown([*columns, *shares], clients),
         "memory-cohort": markdown(["N", "method", *sums], cohort),
     }
 

@@ -2,7 +2,7 @@
 does that depend on how non-IID their data are?  Writes rank_inflation.csv, rank_inflation.svg and its tables in
 README.md.
 
-    python experiments/theory/rank_inflation.py [--show]
+    python -m experiments.theory.rank_inflation [--show]
 
 Digits through fixed random features, 64 to 256, into a target layer (128, 256), so that N r stays below min(m, n) up
 to N = 32 at rank 4.  The figures are the engine's own diagnostics of all clients.  Goes on where it was stopped.
@@ -16,15 +16,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from commands import command
-from exponents import exponent
-from federation import rounds
-from pictures import lines, picture
-from problem import Logits, Problem, digits
-from sheets import markdown, read, stand, write
 from torch import Tensor, nn
 from torch.nn import functional
 
+from experiments.theory.commands import command
+from experiments.theory.exponents import exponent
+from experiments.theory.federation import rounds
+from experiments.theory.pictures import lines, picture
+from experiments.theory.problem import Logits, Problem, digits
+from experiments.theory.sheets import markdown, read, stand, write
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import spectrum
 from rayfed_sub.core.rng import stream

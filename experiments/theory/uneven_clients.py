@@ -1,7 +1,7 @@
 """The paper's third open question: heterogeneous data and compute at once.  Writes uneven_clients.csv,
 uneven_clients.svg and its tables in README.md.
 
-    python experiments/theory/uneven_clients.py [--jobs N] [--show]
+    python -m experiments.theory.uneven_clients [--jobs N] [--show]
 
 The convex problem of `excess_risk.py`, whose learning rates it takes: partitions from all but IID to very uneven ones,
 local steps from equal to 15 times as many, always 8 on average, with and without FedNova
@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from commands import carry_on, parallel
-from excess_risk import CLIENTS, METHODS, SEEDS, chosen
-from federation import dealt, rounds, weight_of
-from pictures import lines, picture
-from problem import Classifier, digits
-from sheets import markdown, mean_and_spread, read, stand
 
+from experiments.theory.commands import carry_on, parallel
+from experiments.theory.excess_risk import CLIENTS, METHODS, SEEDS, chosen
+from experiments.theory.federation import dealt, rounds, weight_of
+from experiments.theory.pictures import lines, picture
+from experiments.theory.problem import Classifier, digits
+from experiments.theory.sheets import markdown, mean_and_spread, read, stand
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.methods import build
 
@@ -97,8 +97,8 @@ def tables() -> dict[str, str]:
                 [row for row in own if (row["spread"], row["normalised"]) == point and row["excess"] is not None]
                 for point in (("equal", 0), ("1 and 15", 0), ("1 and 15", 1))
             )
-            columns = ((even, "excess"), (plain, "excess"), (nova, "excess"), (plain, "tilted"), (plain, "pull"))
-            cells = [mean_and_spread([row[key] for row in group]) for group, key in columns]
+            figures = ((even, "excess"), (plain, "excess"), (nova, "excess"), (plain, "tilted"), (plain, "pull"))
+            cells = [mean_and_spread([row[key] for row in group]) for group, key in figures]
             table.append([name, f"{alpha:g}", *cells])
     columns = ("equal steps", "1 and 15", "1 and 15, FedNova", "1 and 15, of the tilted F", "F at the tilted optimum")
     return {"uneven-clients": markdown(["method", "alpha", *columns], table)}
