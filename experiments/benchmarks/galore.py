@@ -53,7 +53,7 @@ from galore_torch import GaLoreAdamW
 from torch import Tensor
 
 from experiments.benchmarks.cases import BETAS, EPS, LR, SCALE
-from experiments.benchmarks.machine import told
+from experiments.benchmarks.harness import machine
 from rayfed_sub.cli.run_view import print_table, size
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
@@ -434,7 +434,7 @@ def main() -> None:
             rows.append(row)
             print(*_named(row), *_times(row)[4:], flush=True)
             if asked.out is not None:
-                _append(asked.out, {**row, **told()})
+                _append(asked.out, {**row, **machine()})
     show(rows)
 
 

@@ -14,8 +14,6 @@ the logarithms, of what stands there: what does not grow, such as the memory of 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,15 +27,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from experiments.benchmarks.cases import CASES, Case
-from experiments.benchmarks.machine import told
-from experiments.benchmarks.meter import metered
+from experiments.benchmarks.cases import GROWTH, OURS
+from experiments.benchmarks.harness import RESULTS, WORKERS, commands, machine, measured
 from experiments.benchmarks.work import write_run
 from rayfed_sub.cli.run_view import print_table, size
 
-ROOT = Path(__file__).parents[2]
-CONTESTANT = "experiments.benchmarks.run_rayfed"
-BASE, WORKERS = CASES["growth"], 2
 VALUES = {
     "clients": (10, 30, 100, 300, 1_000, 3_000, 10_000),
     "rank": (1, 2, 4, 8, 16, 32, 64),
@@ -45,7 +39,7 @@ VALUES = {
     "layers": (2, 4, 8, 16),
     "workers": (1, 2),
 }
-TOLD = {
+NAMES = {
     "clients": "clients a round",
     "rank": "rank",
     "steps": "local steps, T_agg",
@@ -61,8 +55,8 @@ mpl.use("Agg")
 
 def point(variable: str, value: int) -> tuple[int, int, int, int, int]:
     """Clients, rank, steps, layers, workers: the base, with one of them replaced."""
-    assert BASE.model is not None
-    base = (BASE.clients, BASE.rank, BASE.steps, BASE.model["num_hidden_layers"], WORKERS)
+    assert GROWTH.model is not None
+    base = (GROWTH.clients, GROWTH.rank, GROWTH.steps, GROWTH.model["num_hidden_layers"], WORKERS)
     clients, rank, steps, layers, workers = (
         value if name == variable else number for name, number in zip(VALUES, base, strict=True)
     )
@@ -70,29 +64,17 @@ def point(variable: str, value: int) -> tuple[int, int, int, int, int]:
 
 
 @cache
-def measured(clients: int, rank: int, steps: int, layers: int, workers: int) -> dict[str, Any]:
+def row_of(clients: int, rank: int, steps: int, layers: int, workers: int) -> dict[str, Any]:
     """One run's row, less the name of what it varies.  start: seconds until the first round; first, steady: of a round;
     peak_pss: bytes, the largest of the sums that were seen."""
     least, most, work = SIZED
     rounds = min(max(work // (clients * layers * (steps + 2)), least), most)
-    model = {**(BASE.model or {}), "num_hidden_layers": layers}
-    case: Case = replace(BASE, clients=clients, rank=rank, steps=steps, rounds=rounds, model=model)
+    model = {**(GROWTH.model or {}), "num_hidden_layers": layers}
+    case = replace(GROWTH, clients=clients, rank=rank, steps=steps, rounds=rounds, model=model)
     with tempfile.TemporaryDirectory(prefix="growth-") as name:
-        folder, out = Path(name) / "work", Path(name) / "out"
+        folder = Path(name) / "work"
         write_run(case, folder, workers)
-        out.mkdir()
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.benchmarks.run_rayfed",
-            case.name,
-            str(folder),
-            str(out),
-            str(workers),
-        ]
-        taken = metered(command, ROOT, Path(name) / "log")
-        marks: list[float] = json.loads((out / "marks.json").read_text())
-    seconds = np.diff(marks)
+        found = measured(commands(None, None)[OURS], folder, Path(name) / "out", case.look_every, workers)
     return {
         "clients": clients,
         "rank": rank,
@@ -101,18 +83,18 @@ def measured(clients: int, rank: int, steps: int, layers: int, workers: int) -> 
         "workers": workers,
         "pack_size": case.pack_size,
         "rounds": rounds,
-        "start": round(marks[0] - taken.began, 2),
-        "first": round(float(seconds[0]), 4),
-        "steady": round(float(np.median(seconds[1:-1])), 4),
-        "peak_pss": taken.peak_pss,
-        **told(),
+        "start": round(found.start, 2),
+        "first": round(found.rounds[0], 4),
+        "steady": round(float(np.median(found.steady)), 4),
+        "peak_pss": found.peak_pss,
+        **machine(),
     }
 
 
 def measure(variable: str, values: Sequence[int], file: Path) -> None:
     """Puts the rows of these values into the file, each as soon as it is known, in place of older ones."""
     for value in values:
-        row = {"variable": variable, "value": value, **measured(*point(variable, value))}
+        row = {"variable": variable, "value": value, **row_of(*point(variable, value))}
         print(f"{variable} {value:,}: {row['steady']:.3f} s a round, {size(row['peak_pss'])}", flush=True)
         before = [read(file)] if file.exists() else []
         rows = pd.concat([*before, pd.DataFrame([row])]).drop_duplicates(["variable", "value"], keep="last")
@@ -162,7 +144,7 @@ def show(rows: pd.DataFrame) -> None:
         for name, key in (("time", "steady"), ("memory", "peak_pss")):
             slopes = [slope(part["value"], part[key]) for part in (own, upper(own), own.tail(2))]
             span = f"{own['value'].iloc[0]:,} to {own['value'].iloc[-1]:,}"
-            table.append((name, TOLD[variable], span, *(f"{p:+.2f}" for p in slopes), more(own, key)))
+            table.append((name, NAMES[variable], span, *(f"{p:+.2f}" for p in slopes), more(own, key)))
     print_table(("exponent of", "over", "from", "all points", "upper half", "last two", "one more, last two"), table)
 
 
@@ -199,7 +181,7 @@ def draw(rows: pd.DataFrame, file: Path) -> None:
             ticks = own["value"] if len(own) < 7 else own["value"].iloc[::2]
             column[1].set_xticks(list(ticks), [_short(x) for x in ticks])
             column[1].xaxis.set_minor_locator(NullLocator())
-            column[1].set_xlabel(TOLD[variable].replace("T_agg", "$T_{agg}$"))
+            column[1].set_xlabel(NAMES[variable].replace("T_agg", "$T_{agg}$"))
         for axis, marked in zip(axes[:, 0], ((1.0,), (1.0, 2.0, 4.0)), strict=True):
             axis.yaxis.set_major_locator(LogLocator(subs=marked))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -219,7 +201,7 @@ def _short(count: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variables", nargs="*", metavar="VARIABLE", help=", ".join(VALUES))
-    file = ROOT / "experiments" / "results" / "benchmarks" / f"growth-{date.today()}.csv"
+    file = RESULTS / f"growth-{date.today()}.csv"
     parser.add_argument("--out", type=Path, metavar="CSV", default=file)
     parser.add_argument("--show", action="store_true", help="measure nothing: picture and tables of what is there")
     asked = parser.parse_args()

@@ -16,7 +16,8 @@ from galore_torch import GaLoreAdamW
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from experiments.benchmarks.cases import BETAS, CASES, EPS, LR, SCALE, Case
+from experiments.benchmarks.cases import BETAS, EPS, LR, SCALE, Case
+from experiments.benchmarks.marks import case_of
 
 Arrays = list["np.ndarray[Any, Any]"]
 
@@ -75,7 +76,7 @@ class Local:
 
 
 @cache
-def loaded(case: str, work: Path) -> Local:
+def loaded(work: Path) -> Local:
     """This process's model, loaded once.  Flower's clients come here for it, because their own module is sent along
     with every message, and what it holds is gone with that."""
-    return Local(CASES[case], work)
+    return Local(case_of(work), work)

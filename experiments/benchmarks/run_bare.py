@@ -1,6 +1,6 @@
 """The bare loop: one process, one model, the clients in turn, no engine.
 
-python -m experiments.benchmarks.run_bare CASE WORK OUT WORKERS
+python -m experiments.benchmarks.run_bare WORK OUT WORKERS
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import numpy as np
 from experiments.benchmarks.local import Local
 from experiments.benchmarks.marks import Marks, asked
 
-case, work, out = asked()
-local, marks = Local(case, work), Marks()
+case, work, out, _ = asked()
+local, marks = Local(case, work), Marks(case)
 weights = local.weights()
 marks.mark()
 for n in range(case.rounds):

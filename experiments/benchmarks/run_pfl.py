@@ -1,7 +1,7 @@
 """pfl 0.6: its FederatedAveraging and SimulatedBackend; under torchrun each process has its share of the clients.
 
-python -m experiments.benchmarks.run_pfl CASE WORK OUT WORKERS
-python -m torch.distributed.run --nproc_per_node 2 -m experiments.benchmarks.run_pfl CASE WORK OUT WORKERS
+python -m experiments.benchmarks.run_pfl WORK OUT WORKERS
+python -m torch.distributed.run --nproc_per_node 2 -m experiments.benchmarks.run_pfl WORK OUT WORKERS
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from experiments.benchmarks.cases import LR
 from experiments.benchmarks.local import Local
 from experiments.benchmarks.marks import Marks, asked
 
-case, work, out = asked()
-local, marks = Local(case, work), Marks()
+case, work, out, _ = asked()
+local, marks = Local(case, work), Marks(case)
 
 
 class Module(torch.nn.Module):
@@ -46,7 +46,7 @@ class Module(torch.nn.Module):
 
 
 class Timed(TrainingProcessCallback):  # type: ignore[misc]
-    """Notes when rounds end."""
+    """Marks the ends of rounds."""
 
     def after_central_iteration(self, *args: Any, **kwargs: Any) -> tuple[bool, Metrics]:
         marks.mark()

@@ -1,6 +1,6 @@
 """rayfed_sub, as a user runs it from Python.
 
-python -m experiments.benchmarks.run_rayfed CASE WORK OUT WORKERS
+python -m experiments.benchmarks.run_rayfed WORK OUT WORKERS
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from rayfed_sub.core.arrays import unpacked
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.telemetry.events import RoundDone, Started
 
-case, work, out = asked()
-marks = Marks()
+case, work, out, _ = asked()
+marks = Marks(case)
 
 
 def listen(record: Any) -> None:
-    """The journal, as it comes."""
+    """Marks the ends of rounds."""
     if isinstance(record, Started | RoundDone):
         marks.mark()
 
