@@ -54,7 +54,7 @@ class Case:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Of the weights that the server sends."""
+        """Shapes of the weights that the server sends."""
         assert self.model is not None
         return [(self.model["intermediate_size"], self.model["hidden_size"])] * self.model["num_hidden_layers"]
 
@@ -94,7 +94,7 @@ RACED = {
     "many": Case("many", "800 clients of A, for memory", 800, 4, SMALL, 50, steps=2),
     "smoke": Case("smoke", "4 clients, width 32", 4, 3, llama(32, 96, 2, 2, 300), 2, 2, 2),
 }
-"""What is trained, by all contestants."""
+"""Training, by all contestants."""
 LOADS = {
     "time": (load("time", OURS, LEAST, 1000, 8), load("time", FLOWER, MOST, 1000, 5)),
     "traffic": (
@@ -112,5 +112,5 @@ LOADS = {
         *(load("load-smoke", FLOWER, does, 4, 4) for does in (LEAST, MOST)),
     ),
 }
-"""What the engines themselves cost: time and traffic a client, and memory an added client."""
+"""The engines' own cost: time and traffic a client, and memory an added client."""
 GROWTH = Case("growth", "100 clients, width 64, 4 layers", 100, 40, llama(64, 172, 4, 8, 512), 50)

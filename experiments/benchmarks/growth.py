@@ -1,14 +1,14 @@
-"""How rayfed_sub's cost grows: seconds of a steady round and peak memory, one number varied at a time.
+"""Growth of rayfed_sub's cost: seconds of a steady round and peak memory, one number varied at a time.
 
     python -m experiments.benchmarks.growth [clients|rank|steps|layers|workers ...] [--out CSV] [--show]
 
 Measures the named variables, all of them where none is named, writes their rows into the CSV and leaves the others',
-then draws all that is there beside it and prints two tables.  --show: measures nothing.  Every point is a process of
+then draws all rows beside it and prints two tables.  --show: measures nothing.  Every point is a process of
 its own around the case `growth`, all of whose clients take part in every round, in packs of 50 whatever is varied: up
 to 50 clients, one of the two workers has all the work.
 
 A steady round is the median of all but the first and the last.  An exponent is the slope of a straight line through
-the logarithms, of what stands there: what does not grow, such as the memory of Ray's own processes, is not taken off.
+the logarithms of the values as they are: constant parts, such as the memory of Ray's own processes, are not taken off.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ def measure(variable: str, values: Sequence[int], file: Path) -> None:
 
 
 def read(file: Path) -> pd.DataFrame:
-    """The rows that are there; `gpu` may say "none"."""
+    """The rows of the file; `gpu` may be "none"."""
     return pd.read_csv(file, keep_default_na=False)
 
 
 def slope(x_P: ArrayLike, y_P: ArrayLike) -> float:
-    """Of log y over log x, by least squares.
+    """Slope of log y over log x, by least squares.
 
     >>> round(slope([1, 2, 4], [3, 12, 48]), 9)
     2.0
@@ -118,12 +118,12 @@ def slope(x_P: ArrayLike, y_P: ArrayLike) -> float:
 
 
 def upper(rows: pd.DataFrame) -> pd.DataFrame:
-    """The points from the middle one on: what the drawn lines are fitted to."""
+    """The points from the middle one on, to which the drawn lines are fitted."""
     return rows.iloc[(len(rows) - 1) // 2 :]
 
 
 def varied(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Every variable that has two points at least, with them in order."""
+    """Every variable with two points or more, and these in order."""
     for variable in VALUES:
         own = rows[rows["variable"] == variable]
         if len(own) > 1:
@@ -149,7 +149,7 @@ def show(rows: pd.DataFrame) -> None:
 
 
 def more(rows: pd.DataFrame, key: str) -> str:
-    """What one more adds between the two largest values."""
+    """Cost of one more, between the two largest values."""
     (x, y), (x_last, y_last) = rows[["value", key]].tail(2).to_numpy(dtype=float)
     added = (y_last - y) / (x_last - x)
     if key == "steady":
@@ -158,7 +158,7 @@ def more(rows: pd.DataFrame, key: str) -> str:
 
 
 def draw(rows: pd.DataFrame, file: Path) -> None:
-    """A column a variable, time above memory, all of a row over one scale; dashed: what is fitted to the upper half."""
+    """A column a variable, time above memory, all of a row over one scale; dashed: the fit to the upper half."""
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 

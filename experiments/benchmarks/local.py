@@ -44,7 +44,7 @@ class Local:
         return [p.detach().numpy().copy() for _, p in self.targets]
 
     def set_weights(self, weights: Sequence[np.ndarray[Any, Any]]) -> None:
-        """The opposite."""
+        """Sets the trained weights, in the model's order."""
         with torch.no_grad():
             for (_, p), weight in zip(self.targets, weights, strict=True):
                 p.copy_(torch.from_numpy(weight))
@@ -71,7 +71,7 @@ class Local:
         return loss
 
     def named(self, weights: Sequence[np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """By name of the module."""
+        """The weights by name of the module."""
         return {n.removesuffix(".weight"): w for (n, _), w in zip(self.targets, weights, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Every contestant's command line, and what it leaves: a reading between rounds, and the weights that it ended with.
+"""Every contestant's command line and output: a reading between rounds, and its final weights.
 
 A reading is the time and, where an engine is loaded, how many bytes have gone from process to process so far.  Two ways
 lead from process to process on one machine: Ray's object store, and sockets, on which calls and small objects travel.

@@ -37,11 +37,11 @@ class Module(torch.nn.Module):
         self.inner = local.model
 
     def loss(self, ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """A batch's."""
+        """The loss of a batch."""
         return local.loss(ids, labels)
 
     def metrics(self, *batch: Any, **kwargs: Any) -> dict[str, Any]:
-        """None: nothing is judged."""
+        """No metrics: nothing is judged."""
         return {}
 
 

@@ -26,7 +26,7 @@ from rayfed_sub.training.layers import based_on, install
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """What a round was made of: the server after it, and what every client began and ended with."""
+    """A finished round: the server after it, every client's start and result."""
 
     server: ServerState
     starts: Sequence[Start]
@@ -118,7 +118,7 @@ def rounds(
 
 
 def changes(done: Round) -> list[Floats]:
-    """What every client's own round did to its W, (m, n) each; without weight decay."""
+    """Every client's change of W in its own round, (m, n) each; without weight decay."""
     return [_change(start, result) for start, result in zip(done.starts, done.results, strict=True)]
 
 

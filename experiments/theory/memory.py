@@ -3,7 +3,7 @@ memory.csv, memory.svg and its tables in README.md.
 
     python -m experiments.theory.memory [--show]
 
-All bytes are what the engine's plan counts (`rayfed-sub plan`) for the paper's three models; nothing is trained.  Each
+All bytes are the engine's plan's (`rayfed-sub plan`) for the paper's three models; nothing is trained.  Each
 stands beside its formula.  Legend: m, n layer sizes, r rank, N clients, L layers.
 """
 
@@ -24,7 +24,7 @@ from rayfed_sub.methods import build
 from rayfed_sub.planning.traffic import traffic
 
 MODELS = {"gemma-2b": (18, 16384, 2048), "tinyllama": (22, 5632, 2048), "siglip": (27, 4304, 1152)}
-"""Layers, m and n of what is trained."""
+"""Target layers, their m and n."""
 RANKS, COUNTS, COUNTED = (4, 16, 64), (1, 4, 16, 64, 128), ("tinyllama", 16)
 METHODS = ("fedavg", "fedftg", "fedit", "ffa-lora")
 KEYS = ("model", "rank", "clients", "method")
@@ -52,17 +52,17 @@ def row(model: str, rank: int, clients: int, name: str) -> dict[str, Any]:
     method = build({"name": name, **({} if name == "fedavg" else {"rank": rank})})
     found = traffic(method, shape, Config(), [range(clients)] * 2, lambda client: 10)
     one = found.rounds[1][0]
-    told = {"model": model, "rank": rank, "clients": clients, "method": name}
+    keys = {"model": model, "rank": rank, "clients": clients, "method": name}
     history = 8 * layers if name == "fedftg" else 0  # the ranks of its blocks, by round and layer
     planned = {"kept": one.state, "training": one.resident, "up": one.up, "down": one.down}
     planned["server"] = found.server[1] - history
     expected = {key: layers * size for key, size in formulas(name, m, n, rank, clients).items()}
     off = [key for key, size in planned.items() if size != expected[key]]
-    return {**told, **planned, "broadcast": found.broadcast, "off": " ".join(off)}
+    return {**keys, **planned, "broadcast": found.broadcast, "off": " ".join(off)}
 
 
 def tables() -> dict[str, str]:
-    """All tables of README.md from the rows that are there."""
+    """All tables of README.md, from the CSV file."""
     rows = read("memory")
     at = {tuple(row[key] for key in KEYS): row for row in rows}
     clients, cohort = [], []
@@ -96,7 +96,7 @@ def _mb(size: float) -> str:
 
 
 def draw() -> None:
-    """memory.svg: what training takes over rank, TinyLlama, and what a client downloads over N, both by the formulas,
+    """memory.svg: memory of training over rank, TinyLlama, and a client's download over N, both by the formulas,
     with the plan's bytes as dots."""
     rows, (model, rank) = read("memory"), COUNTED
     layers, m, n = MODELS[model]

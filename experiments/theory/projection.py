@@ -1,4 +1,4 @@
-"""What projecting onto r directions costs where clients are alike and where they are not: FedFTG on the convex problem.
+"""Cost of projecting onto r directions, with similar and with different clients: FedFTG on the convex problem.
 Writes projection.csv, projection.svg and its table in README.md.
 
     python -m experiments.theory.projection [--jobs N] [--show]
@@ -62,14 +62,14 @@ def carry_out(run: Run) -> dict[str, Any]:
 
 
 def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[Run]:
-    """What has no row yet, seed by seed."""
+    """The runs without a row, seed by seed."""
     there, lr = {tuple(row[key] for key in KEYS) for row in rows}, chosen(read("excess_risk"), "sgd", "fedftg")
     points = ((alpha, rank, seed) for seed in SEEDS for alpha in ALPHAS for rank in RANKS)
     return (Run(*point, lr) for point in points if point not in there)
 
 
 def tables() -> dict[str, str]:
-    """The table of README.md from the rows that are there."""
+    """The table of README.md, from the CSV file."""
     rows, table = read("projection"), []
     for alpha in ALPHAS:
         groups = [[row for row in rows if (row["alpha"], row["rank"]) == (alpha, rank)] for rank in RANKS]

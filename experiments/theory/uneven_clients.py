@@ -45,7 +45,7 @@ class Run:
 def carry_out(run: Run) -> dict[str, Any]:
     """Its row.  excess: F(W) - F(W*) at the end.  tilted: the same for the objective that weighs clients by rows and
     steps, F_t = sum_k p_k tau_k F_k / sum_k p_k tau_k, at the same W: towards its optimum uneven steps pull.
-    pull: F(W_t*) - F(W*), what that optimum itself is worth.  distance: ||W - W*||_F."""
+    pull: F(W_t*) - F(W*), the excess risk of that optimum.  distance: ||W - W*||_F."""
     import torch
 
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def carry_out(run: Run) -> dict[str, Any]:
 
 
 def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[Run]:
-    """What has no row yet, seed by seed; equal steps need no FedNova."""
+    """The runs without a row, seed by seed; equal steps need no FedNova."""
     there, tuned = {tuple(row[key] for key in KEYS) for row in rows}, read("excess_risk")
     for seed in SEEDS:
         for name in COMPARED:
@@ -88,7 +88,7 @@ def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[Run]:
 
 
 def tables() -> dict[str, str]:
-    """All tables of README.md from the rows that are there."""
+    """The table of README.md, from the CSV file."""
     rows, table = read("uneven_clients"), []
     for name in COMPARED:
         for alpha in ALPHAS:
