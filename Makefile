@@ -27,11 +27,9 @@ test-slow: $(INSTALLED) $(MODEL) ## the slow tests alone
 chaos: $(INSTALLED) ## the table of fifteen equal hashes, and 200 rounds under fire
 	$(BIN)/python -m tests.helpers.chaos
 
-bench: $(INSTALLED) $(MODEL) .venv-flower/.installed .venv-pfl/.installed ## the race against Flower, pfl and a bare loop; an hour and a half
-	cd experiments/benchmarks && ../../$(BIN)/python race.py --out ../results/benchmarks/race-$$(date +%F).json \
+bench: $(INSTALLED) $(MODEL) .venv-flower/.installed .venv-pfl/.installed ## the race against Flower, pfl and a bare loop, and the engine alone; an hour and a half
+	$(BIN)/python -m experiments.benchmarks.race --out experiments/results/benchmarks/race-$$(date +%F).json \
 		--flower $(CURDIR)/.venv-flower/bin/python --pfl $(CURDIR)/.venv-pfl/bin/python
-	cd experiments/benchmarks && ../../$(BIN)/python overhead.py --out ../results/benchmarks/overhead-$$(date +%F).json \
-		--flower $(CURDIR)/.venv-flower/bin/python
 
 lint: $(INSTALLED) ## style, format and types
 	$(BIN)/ruff check

@@ -26,7 +26,7 @@ _SECONDS = 1.0
 def flops(work: Path) -> int:
     """Floating-point operations of one client's local step: the mean over all batches, each as long as its longest row.
 
-    They are a L + b L^2 in a row's tokens L, so that two lengths tell those of all."""
+    They are a L + b L^2 in a row's tokens L, so that two lengths give a and b."""
     model: Any = AutoModelForCausalLM.from_pretrained(work / "model").eval().requires_grad_(False)
     for name, module in model.named_modules():
         if name.endswith("up_proj"):  # a bias needs the gradient of its output, but no product of its own

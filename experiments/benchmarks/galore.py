@@ -1,6 +1,6 @@
 """The GaLore step and refresh of rayfed_sub against galore_torch's GaLoreAdamW: time, memory and the same update.
 
-    python experiments/benchmarks/galore.py [SHAPE ...] [--out FILE.csv]
+    python -m experiments.benchmarks.galore [SHAPE ...] [--out FILE.csv]
 
 SHAPE: a weight's size such as 1536x576.  Without any, all of `SHAPES`: some eight minutes, in which galore_torch
 factorises.  --out: rows are appended as they come, so that shapes may be measured one call at a time.
@@ -17,14 +17,14 @@ Outside, since both have it: x W^T and d W of the frozen weight; x, d and the ou
 Outside too: the dense weight that galore_torch changes, one for all clients in turn.  rayfed_sub's change stays in its
 factors and meets the dense weight once a round: `merge`, of one client, which galore_torch has done in every step.
 
-The updates are compared before a row is told, over a refresh and two steps, so that Adam's moments count.  A singular
+The updates are compared before a row counts, over a refresh and two steps, so that Adam's moments count.  A singular
 vector's sign is anyone's choice and no part of an update before the next refresh: rows are compared up to sign.
 galore_torch factorises in float32, rayfed_sub takes Grams in float64; Adam's first step is a sign, and so turns over
 where an entry of the projected gradient is as small as that rounding.
 
 Times: medians, warmed up, one thread; malloc keeps what is freed as in rayfed_sub's workers, though never a tensor of
 more than 32 MiB, such as large dense gradients.  What takes more than `SLOW` seconds is run once, where memory is
-measured; galore_torch's then for one client, and told eight times over for eight.
+measured; galore_torch's then for one client, and multiplied by eight for eight.
 Memory: `state`, bytes that the optimiser's own tensors hold from step to step (galore_torch's basis is a view that
 keeps all singular vectors of its side alive); `peak`, how far the process's resident memory rose meanwhile above what
 it was, inputs and state included, with malloc giving back all that is freed.  Nothing else sees what LAPACK takes for
@@ -49,11 +49,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import BETAS, EPS, LR, SCALE
 from galore_torch import GaLoreAdamW
-from machine import told
 from torch import Tensor
 
+from experiments.benchmarks.cases import BETAS, EPS, LR, SCALE
+from experiments.benchmarks.harness import machine
 from rayfed_sub.cli.run_view import print_table, size
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
@@ -86,8 +86,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one contestant.  Seconds of forming the gradient, of a whole step with it, of a whole step with a refresh, and
-    of the merge; bytes of the state, and of the two peaks.  timed: clients that were run, of the case's.
+    """Figures of one contestant: seconds of forming the gradient, of a whole step with it, of a whole step with a
+    refresh, and of the merge; bytes of the state, and of the two peaks.  timed: clients that were run, of the case's.
 
     change: each of those clients' after a refresh and two steps.
     """
@@ -115,7 +115,7 @@ _REHEARSAL = Case(172, 64, 8, 64, 1)
 
 
 def cases(m: int, n: int) -> list[Case]:
-    """What is measured of a shape: rank 8 over tokens, larger ranks on two shapes; the largest matrix once."""
+    """The cases of a shape: rank 8 over tokens, larger ranks on two shapes; the largest matrix once."""
     tokens = [256] if m * n > 2**25 else [64, 256, 1024]
     pairs = [(8, N) for N in tokens]
     if (m, n) in [(1536, 576), (5632, 2048)]:
@@ -239,7 +239,7 @@ class Theirs:
             projector.update_proj_gap = _NEVER
 
     def merge(self) -> None:
-        """Every step has done it."""
+        """Nothing: every step changes the dense weight."""
 
     def state_bytes(self) -> int:
         """Bases, with what they are views of, and moments."""
@@ -294,7 +294,7 @@ def _measured(contestant: type[Ours] | type[Theirs], case: Case) -> Found:
 
 
 def _passed(own: Ours | Theirs, case: Case, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Risen, Risen]:
-    """A refresh and two steps; what the refresh and the first step took."""
+    """A refresh and two steps; the cost of the refresh and of the first step."""
     refresh = _risen(lambda: own.refresh(*batches[0]))
     step = _risen(lambda: own.step(*batches[1]))
     own.step(*batches[0])
@@ -338,7 +338,7 @@ def _median(action: Callable[[], object]) -> float:
 
 
 def in_turn(one: Found, clients: int) -> Found:
-    """What one client took, for so many in turn: transient memory stays that of one."""
+    """The figures of one client for so many in turn: transient memory stays that of one."""
     return replace(
         one,
         gradient_s=clients * one.gradient_s,
@@ -434,7 +434,7 @@ def main() -> None:
             rows.append(row)
             print(*_named(row), *_times(row)[4:], flush=True)
             if asked.out is not None:
-                _append(asked.out, {**row, **told()})
+                _append(asked.out, {**row, **machine()})
     show(rows)
 
 

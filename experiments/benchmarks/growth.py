@@ -1,21 +1,19 @@
-"""How rayfed_sub's cost grows: seconds of a steady round and peak memory, one number varied at a time.
+"""Growth of rayfed_sub's cost: seconds of a steady round and peak memory, one number varied at a time.
 
-    python experiments/benchmarks/growth.py [clients|rank|steps|layers|workers ...] [--out CSV] [--show]
+    python -m experiments.benchmarks.growth [clients|rank|steps|layers|workers ...] [--out CSV] [--show]
 
 Measures the named variables, all of them where none is named, writes their rows into the CSV and leaves the others',
-then draws all that is there beside it and prints two tables.  --show: measures nothing.  Every point is a process of
+then draws all rows beside it and prints two tables.  --show: measures nothing.  Every point is a process of
 its own around the case `growth`, all of whose clients take part in every round, in packs of 50 whatever is varied: up
 to 50 clients, one of the two workers has all the work.
 
 A steady round is the median of all but the first and the last.  An exponent is the slope of a straight line through
-the logarithms, of what stands there: what does not grow, such as the memory of Ray's own processes, is not taken off.
+the logarithms of the values as they are: constant parts, such as the memory of Ray's own processes, are not taken off.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,16 +25,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from cases import CASES, Case
-from machine import told
-from meter import metered
 from numpy.typing import ArrayLike
-from work import write_run
 
+from experiments.benchmarks.cases import GROWTH, OURS
+from experiments.benchmarks.harness import RESULTS, WORKERS, commands, machine, measured
+from experiments.benchmarks.work import write_run
 from rayfed_sub.cli.run_view import print_table, size
 
-HERE = Path(__file__).parent
-BASE, WORKERS = CASES["growth"], 2
 VALUES = {
     "clients": (10, 30, 100, 300, 1_000, 3_000, 10_000),
     "rank": (1, 2, 4, 8, 16, 32, 64),
@@ -44,7 +39,7 @@ VALUES = {
     "layers": (2, 4, 8, 16),
     "workers": (1, 2),
 }
-TOLD = {
+NAMES = {
     "clients": "clients a round",
     "rank": "rank",
     "steps": "local steps, T_agg",
@@ -60,8 +55,8 @@ mpl.use("Agg")
 
 def point(variable: str, value: int) -> tuple[int, int, int, int, int]:
     """Clients, rank, steps, layers, workers: the base, with one of them replaced."""
-    assert BASE.model is not None
-    base = (BASE.clients, BASE.rank, BASE.steps, BASE.model["num_hidden_layers"], WORKERS)
+    assert GROWTH.model is not None
+    base = (GROWTH.clients, GROWTH.rank, GROWTH.steps, GROWTH.model["num_hidden_layers"], WORKERS)
     clients, rank, steps, layers, workers = (
         value if name == variable else number for name, number in zip(VALUES, base, strict=True)
     )
@@ -69,21 +64,17 @@ def point(variable: str, value: int) -> tuple[int, int, int, int, int]:
 
 
 @cache
-def measured(clients: int, rank: int, steps: int, layers: int, workers: int) -> dict[str, Any]:
+def row_of(clients: int, rank: int, steps: int, layers: int, workers: int) -> dict[str, Any]:
     """One run's row, less the name of what it varies.  start: seconds until the first round; first, steady: of a round;
     peak_pss: bytes, the largest of the sums that were seen."""
     least, most, work = SIZED
     rounds = min(max(work // (clients * layers * (steps + 2)), least), most)
-    model = {**(BASE.model or {}), "num_hidden_layers": layers}
-    case: Case = replace(BASE, clients=clients, rank=rank, steps=steps, rounds=rounds, model=model)
+    model = {**(GROWTH.model or {}), "num_hidden_layers": layers}
+    case = replace(GROWTH, clients=clients, rank=rank, steps=steps, rounds=rounds, model=model)
     with tempfile.TemporaryDirectory(prefix="growth-") as name:
-        folder, out = Path(name) / "work", Path(name) / "out"
+        folder = Path(name) / "work"
         write_run(case, folder, workers)
-        out.mkdir()
-        command = [sys.executable, "run_rayfed.py", case.name, str(folder), str(out), str(workers)]
-        taken = metered(command, HERE, Path(name) / "log")
-        marks: list[float] = json.loads((out / "marks.json").read_text())
-    seconds = np.diff(marks)
+        found = measured(commands(None, None)[OURS], folder, Path(name) / "out", case.look_every, workers)
     return {
         "clients": clients,
         "rank": rank,
@@ -92,18 +83,18 @@ def measured(clients: int, rank: int, steps: int, layers: int, workers: int) -> 
         "workers": workers,
         "pack_size": case.pack_size,
         "rounds": rounds,
-        "start": round(marks[0] - taken.began, 2),
-        "first": round(float(seconds[0]), 4),
-        "steady": round(float(np.median(seconds[1:-1])), 4),
-        "peak_pss": taken.peak_pss,
-        **told(),
+        "start": round(found.start, 2),
+        "first": round(found.rounds[0], 4),
+        "steady": round(float(np.median(found.steady)), 4),
+        "peak_pss": found.peak_pss,
+        **machine(),
     }
 
 
 def measure(variable: str, values: Sequence[int], file: Path) -> None:
     """Puts the rows of these values into the file, each as soon as it is known, in place of older ones."""
     for value in values:
-        row = {"variable": variable, "value": value, **measured(*point(variable, value))}
+        row = {"variable": variable, "value": value, **row_of(*point(variable, value))}
         print(f"{variable} {value:,}: {row['steady']:.3f} s a round, {size(row['peak_pss'])}", flush=True)
         before = [read(file)] if file.exists() else []
         rows = pd.concat([*before, pd.DataFrame([row])]).drop_duplicates(["variable", "value"], keep="last")
@@ -113,12 +104,12 @@ def measure(variable: str, values: Sequence[int], file: Path) -> None:
 
 
 def read(file: Path) -> pd.DataFrame:
-    """The rows that are there; `gpu` may say "none"."""
+    """The rows of the file; `gpu` may be "none"."""
     return pd.read_csv(file, keep_default_na=False)
 
 
 def slope(x_P: ArrayLike, y_P: ArrayLike) -> float:
-    """Of log y over log x, by least squares.
+    """Slope of log y over log x, by least squares.
 
     >>> round(slope([1, 2, 4], [3, 12, 48]), 9)
     2.0
@@ -127,12 +118,12 @@ def slope(x_P: ArrayLike, y_P: ArrayLike) -> float:
 
 
 def upper(rows: pd.DataFrame) -> pd.DataFrame:
-    """The points from the middle one on: what the drawn lines are fitted to."""
+    """The points from the middle one on, to which the drawn lines are fitted."""
     return rows.iloc[(len(rows) - 1) // 2 :]
 
 
 def varied(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Every variable that has two points at least, with them in order."""
+    """Every variable with two points or more, and these in order."""
     for variable in VALUES:
         own = rows[rows["variable"] == variable]
         if len(own) > 1:
@@ -153,12 +144,12 @@ def show(rows: pd.DataFrame) -> None:
         for name, key in (("time", "steady"), ("memory", "peak_pss")):
             slopes = [slope(part["value"], part[key]) for part in (own, upper(own), own.tail(2))]
             span = f"{own['value'].iloc[0]:,} to {own['value'].iloc[-1]:,}"
-            table.append((name, TOLD[variable], span, *(f"{p:+.2f}" for p in slopes), more(own, key)))
+            table.append((name, NAMES[variable], span, *(f"{p:+.2f}" for p in slopes), more(own, key)))
     print_table(("exponent of", "over", "from", "all points", "upper half", "last two", "one more, last two"), table)
 
 
 def more(rows: pd.DataFrame, key: str) -> str:
-    """What one more adds between the two largest values."""
+    """Cost of one more, between the two largest values."""
     (x, y), (x_last, y_last) = rows[["value", key]].tail(2).to_numpy(dtype=float)
     added = (y_last - y) / (x_last - x)
     if key == "steady":
@@ -167,7 +158,7 @@ def more(rows: pd.DataFrame, key: str) -> str:
 
 
 def draw(rows: pd.DataFrame, file: Path) -> None:
-    """A column a variable, time above memory, all of a row over one scale; dashed: what is fitted to the upper half."""
+    """A column a variable, time above memory, all of a row over one scale; dashed: the fit to the upper half."""
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -190,7 +181,7 @@ def draw(rows: pd.DataFrame, file: Path) -> None:
             ticks = own["value"] if len(own) < 7 else own["value"].iloc[::2]
             column[1].set_xticks(list(ticks), [_short(x) for x in ticks])
             column[1].xaxis.set_minor_locator(NullLocator())
-            column[1].set_xlabel(TOLD[variable].replace("T_agg", "$T_{agg}$"))
+            column[1].set_xlabel(NAMES[variable].replace("T_agg", "$T_{agg}$"))
         for axis, marked in zip(axes[:, 0], ((1.0,), (1.0, 2.0, 4.0)), strict=True):
             axis.yaxis.set_major_locator(LogLocator(subs=marked))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -210,7 +201,7 @@ def _short(count: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variables", nargs="*", metavar="VARIABLE", help=", ".join(VALUES))
-    file = HERE.parent / "results" / "benchmarks" / f"growth-{date.today()}.csv"
+    file = RESULTS / f"growth-{date.today()}.csv"
     parser.add_argument("--out", type=Path, metavar="CSV", default=file)
     parser.add_argument("--show", action="store_true", help="measure nothing: picture and tables of what is there")
     asked = parser.parse_args()

@@ -1,7 +1,8 @@
-"""A method that trains nothing, for `method.name: idle:Idle`: what is left of a round is the engine's own work.
+"""A method that trains nothing, so that a round is the engine's own work alone.
 
-A client draws its batch and runs it through the model, because a local step cannot be left out, and sends back its
-metrics.  The server's weights, which never change, are broadcast anew every round, as a method's are that trains them.
+Its name is `experiments.benchmarks.idle:Idle`.  A client draws its batch and runs it through the model, because a local
+step cannot be left out, and sends back its metrics.  The server's weights, which never change, are broadcast anew every
+round, as a method's are that trains them.
 """
 
 from __future__ import annotations

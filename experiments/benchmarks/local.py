@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import BETAS, CASES, EPS, LR, SCALE, Case
 from galore_torch import GaLoreAdamW
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from experiments.benchmarks.cases import BETAS, EPS, LR, SCALE, Case
+from experiments.benchmarks.marks import case_of
 
 Arrays = list["np.ndarray[Any, Any]"]
 
@@ -42,7 +44,7 @@ class Local:
         return [p.detach().numpy().copy() for _, p in self.targets]
 
     def set_weights(self, weights: Sequence[np.ndarray[Any, Any]]) -> None:
-        """The opposite."""
+        """Sets the trained weights, in the model's order."""
         with torch.no_grad():
             for (_, p), weight in zip(self.targets, weights, strict=True):
                 p.copy_(torch.from_numpy(weight))
@@ -69,12 +71,12 @@ class Local:
         return loss
 
     def named(self, weights: Sequence[np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """By name of the module."""
+        """The weights by name of the module."""
         return {n.removesuffix(".weight"): w for (n, _), w in zip(self.targets, weights, strict=True)}
 
 
 @cache
-def loaded(case: str, work: Path) -> Local:
+def loaded(work: Path) -> Local:
     """This process's model, loaded once.  Flower's clients come here for it, because their own module is sent along
     with every message, and what it holds is gone with that."""
-    return Local(CASES[case], work)
+    return Local(case_of(work), work)

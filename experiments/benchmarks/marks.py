@@ -1,4 +1,10 @@
-"""What every contestant leaves: when its rounds began and ended, and the weights that it ended with."""
+"""Every contestant's command line and output: a reading between rounds, and its final weights.
+
+A reading is the time and, where an engine is loaded, how many bytes have gone from process to process so far.  Two ways
+lead from process to process on one machine: Ray's object store, and sockets, on which calls and small objects travel.
+The store counts the bytes of all objects ever made in it.  Sockets are counted by the kernel where they go through the
+loopback interface; that counter is the machine's, so nothing else should talk over it meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +16,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import CASES, Case
+
+from experiments.benchmarks.cases import TRAIN, Case
 
 
-def asked() -> tuple[Case, Path, Path]:
-    """The command line of every contestant: case, folder of the work, folder for what it leaves; the number of workers
-    comes last, for those that are not told otherwise."""
-    name, work, out = sys.argv[1:4]
-    return CASES[name], Path(work), Path(out)
+def case_of(work: Path) -> Case:
+    """The case whose work lies in the folder."""
+    return Case(**json.loads((work / "case.json").read_text()))
+
+
+def asked() -> tuple[Case, Path, Path, int]:
+    """The command line WORK OUT WORKERS: the case, the folder of its work, that of what is left, and the workers."""
+    work, out, workers = sys.argv[1:4]
+    return case_of(Path(work)), Path(work), Path(out), int(workers)
 
 
 class Marks:
-    """Seconds since 1970: when the first round began, then the end of each."""
+    """Readings: one when the first round begins, one after each."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, case: Case) -> None:
+        self._counted, self._taken = case.does != TRAIN, list[dict[str, float]]()
 
     def mark(self) -> None:
-        """Now."""
-        self.times.append(time.time())
+        """A reading now: seconds since 1970, and bytes so far, in a process that is connected to Ray once it is up."""
+        bytes_so_far = {"stored": _stored(), "loopback": _loopback()} if self._counted else {}
+        self._taken.append({"seconds": time.time(), **bytes_so_far})
 
     def leave(self, out: Path, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Writes marks.json and weights.npz: by name of the module, (m, n) float32."""
-        np.savez(out / "weights.npz", **dict(weights))
-        (out / "marks.json").write_text(json.dumps(self.times))
+        """Writes readings.json and weights.npz: by name of the module, (m, n) float32."""
+        arrays: dict[str, Any] = dict(weights)
+        np.savez(out / "weights.npz", **arrays)
+        (out / "readings.json").write_text(json.dumps(self._taken))
+
+
+def _stored() -> int:
+    import ray
+    from ray._private.internal_api import node_stats
+
+    if not ray.is_initialized():
+        return 0
+    node = ray.nodes()[0]
+    found = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+    return int(found.store_stats.cumulative_created_bytes)
+
+
+def _loopback() -> int:
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))

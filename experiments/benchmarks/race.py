@@ -1,119 +1,130 @@
-"""The race: the same federated work by rayfed_sub, Flower, pfl and a bare loop, each in its own virtual environment.
+"""The same federated work by rayfed_sub, Flower, pfl and a bare loop, and the engines' own cost where there is none.
 
-    python experiments/benchmarks/race.py [CASE ...] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
+    python -m experiments.benchmarks.race [CASE ...] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
 
---flower, --pfl: the Python of an environment with Flower, or with pfl; without it, that contestant stays away.  A
-machine's own speed changes from minute to minute, so all run in turns, several times (`Case.passes`).  Final weights
-are compared with the bare loop's first; only where they agree are times told.  Steady rounds, the first round and the
-start-up stand apart; a contestant's steady round is the median of all of its passes' rounds but each one's first and
-last.
+--flower, --pfl: the Python of an environment with Flower, or with pfl; without it, that contestant stays away.
+
+A, B, C, D, few, many, smoke: training, by all contestants.  A machine's own speed changes from minute to minute, so all
+run in turns, several times (`Case.passes`).  Final weights are compared with the bare loop's first; only where they
+agree do times count.  Steady rounds, the first round and the start-up stand apart; a contestant's steady round is the
+median of all of its passes' rounds but each one's first and last.
+
+time, traffic, memory: clients that have nothing to compute, by rayfed_sub and Flower.  time: 1,000 clients of a tiny
+model, packs of 100.  traffic: a model whose trained weights take 41.9 MB, 48 clients.  memory: how the peak grows with
+every added client of the tiny model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from arithmetic import flops, rate
-from cases import CASES, Case
-from machine import told
-from meter import metered
-from work import write_work
 
+from experiments.benchmarks.arithmetic import flops, rate
+from experiments.benchmarks.cases import FLOWER, LEAST, LOADS, MOST, OURS, RACED, Case
+from experiments.benchmarks.harness import WORKERS, Pass, commands, machine, measured
+from experiments.benchmarks.work import write_run, write_work
 from rayfed_sub.cli.run_view import print_table, size
 
-HERE = Path(__file__).parent
-WORKERS = 2
 TOLERANCE = 1e-5
-RACED = ("A", "B", "C", "D")
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One run of one contestant: seconds until the first round begins, of the first round, of each steady one; bytes at
-    most; the largest difference of a final weight from the bare loop's."""
-
-    start: float
-    first: float
-    steady: tuple[float, ...]
-    peak_pss: int
-    away: float
+DEFAULT = ("A", "B", "C", "D", "time", "traffic", "memory")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contestant in one case, all passes together.  start, first: medians; steady: the median of `rounds`, all
-    steady ones in order; peak_pss, away: the largest; floor: seconds of a round, the median over the passes."""
+    """One contestant in one case, all passes together.  start, first: medians, seconds; steady: the median of `rounds`,
+    all steady ones in order; stored, loopback: bytes a client and round, medians over steady rounds (None: not
+    counted); peak_pss: bytes, the largest; away: the largest difference of a final weight from the bare loop's, and
+    floor: seconds of a round's arithmetic, the median over the passes (None: nothing is trained)."""
 
     case: str
     contestant: str
+    does: str
+    clients: int
     start: float
     first: float
     steady: float
     rounds: tuple[float, ...]
+    stored: float | None
+    loopback: float | None
     peak_pss: int
-    away: float
-    floor: float
-
-
-def commands(flower: str | None, pfl: str | None) -> dict[str, list[str]]:
-    """Every contestant's command, less what all of them are told (`marks.asked`)."""
-    own = {"bare": [sys.executable, "run_bare.py"], "rayfed_sub": [sys.executable, "run_rayfed.py"]}
-    if flower is not None:
-        own["flower"] = [flower, "run_flower.py"]
-    if pfl is not None:
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(WORKERS)]
-        own |= {"pfl-1": [pfl, "run_pfl.py"], "pfl-2": [pfl, *torchrun, "run_pfl.py"]}
-    return own
+    away: float | None = None
+    floor: float | None = None
 
 
 def race(case: Case, contestants: Mapping[str, Sequence[str]], folder: Path) -> list[Result]:
-    """All contestants, one after the other, as often as the case asks for."""
+    """All contestants on a case that trains, one after the other, as often as the case asks for."""
     work = folder / "work"
     write_work(case, work, WORKERS)
     counted = flops(work) * case.steps * case.clients
     floors: list[float] = []
     found: dict[str, list[Pass]] = {name: [] for name in contestants}
+    away: dict[str, float] = dict.fromkeys(contestants, 0.0)
     for n in range(case.passes):
         floors.append(counted / rate(WORKERS))
         for name, command in contestants.items():
             out = folder / f"{name}-{n}"
-            out.mkdir()
-            found[name].append(_run([*command, case.name, str(work), str(out), str(WORKERS)], folder / "bare-0", out))
+            found[name].append(measured(command, work, out, case.look_every))
+            away[name] = max(away[name], _away(folder / "bare-0", out))
             print(f"{case.name}, {name}: {np.median(found[name][-1].steady):.3f} s a round", flush=True)
-    return [_together(case.name, name, own, float(np.median(floors))) for name, own in found.items()]
+    floor = float(np.median(floors))
+    return [together(case, name, own, away[name], floor) for name, own in found.items()]
 
 
-def _run(command: Sequence[str], bare: Path, out: Path) -> Pass:
-    taken = metered(command, HERE, out.with_suffix(".log"))
-    marks: list[float] = json.loads((out / "marks.json").read_text())
-    first, *steady, _ = np.diff(marks).tolist()
-    return Pass(marks[0] - taken.began, first, tuple(steady), taken.peak_pss, _away(bare, out))
+def loaded(cases: Sequence[Case], contestants: Mapping[str, Sequence[str]], folder: Path) -> list[Result]:
+    """Each case that trains nothing, by the contestant that it is for."""
+    results = []
+    for number, case in enumerate(cases):
+        (name,) = case.contestants
+        if name in contestants:
+            work = folder / f"work-{number}"
+            write_run(case, work, WORKERS)
+            one = measured(contestants[name], work, folder / f"out-{number}", case.look_every)
+            results.append(together(case, name, [one]))
+            found = f"{results[-1].steady:.3f} s a round, {size(one.peak_pss)}"
+            print(f"{case.name}, {name}, {case.title}: {found}", flush=True)
+    return results
 
 
-def _together(case: str, contestant: str, own: Sequence[Pass], floor: float) -> Result:
+def together(
+    case: Case, contestant: str, own: Sequence[Pass], away: float | None = None, floor: float | None = None
+) -> Result:
+    """The result of a contestant's passes.
+
+    >>> one = Pass(2.0, (9.0, 1.0, 3.0, 7.0), (80.0, 8.0, 16.0, 80.0), (0.0, 4.0, 4.0, 0.0), 100)
+    >>> found = together(LOADS["time"][0], "rayfed_sub", [one])
+    >>> found.first, found.steady, found.stored, found.loopback  # of 1,000 clients
+    (9.0, 2.0, 0.012, 0.004)
+    """
+
+    def per_client(rounds: tuple[float, ...]) -> float | None:
+        return float(np.median(rounds[1:-1])) / case.clients if rounds else None
+
     rounds = tuple(seconds for one in own for seconds in one.steady)
     return Result(
-        case=case,
+        case=case.name,
         contestant=contestant,
+        does=case.does,
+        clients=case.clients,
         start=float(np.median([one.start for one in own])),
-        first=float(np.median([one.first for one in own])),
+        first=float(np.median([one.rounds[0] for one in own])),
         steady=float(np.median(rounds)),
         rounds=rounds,
+        stored=per_client(own[0].stored),
+        loopback=per_client(own[0].loopback),
         peak_pss=max(one.peak_pss for one in own),
-        away=max(one.away for one in own),
+        away=away,
         floor=floor,
     )
 
 
 def _away(bare: Path, out: Path) -> float:
-    """The largest absolute difference of a final weight.  Raises where it is beyond the tolerance."""
+    """The largest absolute difference of a final weight.  Raises SystemExit where it is beyond the tolerance."""
     theirs, ours = np.load(bare / "weights.npz"), np.load(out / "weights.npz")
     assert set(theirs) == set(ours), out
     away = max(float(np.abs(theirs[name] - ours[name]).max()) for name in theirs)
@@ -122,49 +133,87 @@ def _away(bare: Path, out: Path) -> float:
     return away
 
 
-def show(results: Sequence[Result]) -> None:
-    """One table a case."""
-    for name in dict.fromkeys(result.case for result in results):
-        own = [result for result in results if result.case == name]
-        ours = next(result for result in own if result.contestant == "rayfed_sub")
-        rows = [
-            (
-                r.contestant,
-                f"{r.steady:.3f}",
-                f"{min(r.rounds):.2f} to {max(r.rounds):.2f}",
-                f"{r.steady / ours.steady:.1f}x",
-                f"{r.first:.2f}",
-                f"{r.start:.1f}",
-                size(r.peak_pss),
-                f"{r.away:.0e}",
-            )
-            for r in own
-        ]
-        steady = ("s a round", "from, to", "against us")
-        columns = ("contestant", *steady, "first round", "start-up, s", "peak memory", "weights")
-        print(f"{name}: {CASES[name].told}; arithmetic floor {ours.floor:.3f} s a round")
-        print_table(columns, rows)
+def show_race(own: Sequence[Result]) -> None:
+    """Times, memory and distance of every contestant."""
+    ours = next(result for result in own if result.contestant == OURS)
+    print(f"{ours.case}: {RACED[ours.case].title}; arithmetic floor {ours.floor:.3f} s a round")
+    columns = (
+        "contestant",
+        "s a round",
+        "from, to",
+        "against us",
+        "first round",
+        "start-up, s",
+        "peak memory",
+        "weights",
+    )
+    rows = [
+        (
+            *(r.contestant, f"{r.steady:.3f}", f"{min(r.rounds):.2f} to {max(r.rounds):.2f}"),
+            *(f"{r.steady / ours.steady:.1f}x", f"{r.first:.2f}", f"{r.start:.1f}"),
+            *(size(r.peak_pss), f"{r.away:.0e}"),
+        )
+        for r in own
+    ]
+    print_table(columns, rows)
+
+
+def show_load(own: Sequence[Result]) -> None:
+    """Time and traffic a client, how much less traffic that is than Flower's, and memory, also of an added client."""
+    theirs = {r.does: _traffic(r) for r in own if r.contestant == FLOWER}
+    ways = [does for does in (LEAST, MOST) if does in theirs]
+    rows = []
+    for before, r in zip([None, *own], own, strict=False):
+        grown = "" if before is None or before.contestant != r.contestant else _added(before, r)
+        against = (f"{theirs[does] / _traffic(r):.1f}x" for does in ways)
+        traffic = (size(r.stored or 0), size(r.loopback or 0))
+        seconds = (f"{r.steady:.3f}", f"{1000 * r.steady / r.clients:.2f}")
+        rows.append(
+            (f"{r.contestant}: {r.clients:,} clients {r.does}", *seconds, *traffic, *against, size(r.peak_pss), grown)
+        )
+    less = [f"less than flower, {does}" for does in ways]
+    columns = (own[0].case, "s a round", "ms a client", "object store, a client", "sockets, a client")
+    print_table((*columns, *less, "peak memory", "an added client"), rows)
+
+
+def _traffic(result: Result) -> float:
+    return (result.stored or 0) + (result.loopback or 0)
+
+
+def _added(before: Result, row: Result) -> str:
+    if row.clients == before.clients:
+        return ""
+    return f"{(row.peak_pss - before.peak_pss) / (row.clients - before.clients) / 1000:.1f} kB"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; {', '.join(RACED)} if none")
+    known = [*RACED, *LOADS]
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(known)}; {', '.join(DEFAULT)} if none")
     parser.add_argument("--flower", metavar="PYTHON")
     parser.add_argument("--pfl", metavar="PYTHON")
     parser.add_argument("--out", type=Path, metavar="FILE")
-    asked = parser.parse_args()
-    if unknown := set(asked.cases) - set(CASES):
-        parser.error(f"no case {min(unknown)}; there are {', '.join(CASES)}")
-    measured: dict[str, object] = dict(told())  # of when it begins
-    results: list[Result] = []
-    for name in asked.cases or RACED:
+    given = parser.parse_args()
+    if unknown := set(given.cases) - set(known):
+        parser.error(f"no case {min(unknown)}; there are {', '.join(known)}")
+    when, contestants, results = (
+        machine(),
+        commands(given.flower, given.pfl),
+        list[Result](),
+    )  # the machine as it begins
+    for name in given.cases or DEFAULT:
         with tempfile.TemporaryDirectory(prefix="race-") as folder:
-            results += race(CASES[name], commands(asked.flower, asked.pfl), Path(folder))
-        if asked.out is not None:  # after every case: the next one may fail
-            asked.out.parent.mkdir(parents=True, exist_ok=True)
-            measured["results"] = [asdict(result) for result in results]
-            asked.out.write_text(json.dumps(measured, indent=1) + "\n")
-    show(results)
+            if name in RACED:
+                results += race(RACED[name], contestants, Path(folder))
+            else:
+                results += loaded(LOADS[name], contestants, Path(folder))
+        if given.out is not None:  # after every case: the next one may fail
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            record = {**when, "results": [asdict(result) for result in results]}
+            given.out.write_text(json.dumps(record, indent=1) + "\n")
+    for name in dict.fromkeys(result.case for result in results):
+        own = [result for result in results if result.case == name]
+        (show_race if name in RACED else show_load)(own)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """The bare loop: one process, one model, the clients in turn, no engine.
 
-python run_bare.py CASE WORK OUT WORKERS
+python -m experiments.benchmarks.run_bare WORK OUT WORKERS
 """
 
 from __future__ import annotations
 
 import numpy as np
-from local import Local
-from marks import Marks, asked
 
-case, work, out = asked()
-local, marks = Local(case, work), Marks()
+from experiments.benchmarks.local import Local
+from experiments.benchmarks.marks import Marks, asked
+
+case, work, out, _ = asked()
+local, marks = Local(case, work), Marks(case)
 weights = local.weights()
 marks.mark()
 for n in range(case.rounds):

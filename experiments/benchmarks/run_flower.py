@@ -1,13 +1,13 @@
-"""Flower 1.41 on Ray: its FedAvg, a message of the trained weights alone to and from every client, and in each of two
-client actors a model that is loaded once.
+"""Flower 1.41 on Ray: its FedAvg, a message of the trained weights alone to and from every client, two client actors.
 
-    python run_flower.py CASE WORK OUT WORKERS
+Clients that train have a model that each actor loads once; others return the weights as they came, or only a number.
+
+    python -m experiments.benchmarks.run_flower WORK OUT WORKERS
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,47 +17,61 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from marks import Marks, asked
 
-case, work, out = asked()
-workers = int(sys.argv[4])
-marks = Marks()
+from experiments.benchmarks.cases import LEAST, MOST, TRAIN
+from experiments.benchmarks.marks import Marks, asked
+
+case, work, out, workers = asked()
+marks = Marks(case)
 final: dict[str, np.ndarray[Any, Any]] = {}
 
 client_app = ClientApp()
 server_app = ServerApp()
 
 
-@client_app.train()
+@client_app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """One client's round."""
-    from local import loaded
+    content = {"metrics": MetricRecord({"num-examples": 1})}
+    if case.does == TRAIN:
+        from experiments.benchmarks.local import loaded  # imports torch, which other cases' clients do without
 
-    local = loaded(case.name, work)
-    local.set_weights(message.content["arrays"].to_numpy_ndarrays())
-    local.train(int(message.content["config"]["server-round"]) - 1, int(context.node_config["partition-id"]))
-    content = {"arrays": ArrayRecord(local.weights()), "metrics": MetricRecord({"num-examples": 1})}
+        local = loaded(work)
+        local.set_weights(message.content["arrays"].to_numpy_ndarrays())
+        local.train(int(message.content["config"]["server-round"]) - 1, int(context.node_config["partition-id"]))
+        content["arrays"] = ArrayRecord(local.weights())
+    if case.does == MOST:
+        content["arrays"] = message.content["arrays"]
     return Message(content=RecordDict(content), reply_to=message)
 
 
-class Timed(FedAvg):
-    """FedAvg that notes when rounds end."""
+class Marked(FedAvg):  # type: ignore[misc]
+    """FedAvg that marks the ends of rounds; where clients send no weights, those of the round before stand."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._sent = arrays
+        messages: Iterable[Message] = super().configure_train(server_round, arrays, config, grid)
+        return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
-        found = super().aggregate_train(server_round, replies)
+        found = (self._sent, None) if case.does == LEAST else super().aggregate_train(server_round, replies)
         marks.mark()
         return found
 
 
-@server_app.main()
+@server_app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """All rounds."""
-    begin = dict(np.load(work / "targets.npz"))
-    strategy = Timed(fraction_evaluate=0.0, min_train_nodes=case.clients, min_available_nodes=case.clients)
+    names, begin = [f"{number}" for number in range(len(case.shapes))], [np.zeros(s, np.float32) for s in case.shapes]
+    if case.does == TRAIN:
+        stored = dict(np.load(work / "targets.npz"))
+        names, begin = list(stored), list(stored.values())
+    strategy = Marked(fraction_evaluate=0.0, min_train_nodes=case.clients, min_available_nodes=case.clients)
     marks.mark()
-    arrays = ArrayRecord(list(begin.values()))
-    found = strategy.start(grid, arrays, num_rounds=case.rounds, train_config=ConfigRecord())
-    final.update(zip(begin, found.arrays.to_numpy_ndarrays(), strict=True))
+    found = strategy.start(grid, ArrayRecord(begin), num_rounds=case.rounds, train_config=ConfigRecord())
+    final.update(zip(names, found.arrays.to_numpy_ndarrays(), strict=True))
 
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

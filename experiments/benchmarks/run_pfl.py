@@ -1,7 +1,7 @@
 """pfl 0.6: its FederatedAveraging and SimulatedBackend; under torchrun each process has its share of the clients.
 
-python run_pfl.py CASE WORK OUT WORKERS
-python -m torch.distributed.run --nproc_per_node 2 run_pfl.py CASE WORK OUT WORKERS
+python -m experiments.benchmarks.run_pfl WORK OUT WORKERS
+python -m torch.distributed.run --nproc_per_node 2 -m experiments.benchmarks.run_pfl WORK OUT WORKERS
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from itertools import count
 from typing import Any
 
 import torch
-from cases import LR
-from local import Local
-from marks import Marks, asked
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -24,8 +21,12 @@ from pfl.internal.ops.selector import get_framework_module
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 
-case, work, out = asked()
-local, marks = Local(case, work), Marks()
+from experiments.benchmarks.cases import LR
+from experiments.benchmarks.local import Local
+from experiments.benchmarks.marks import Marks, asked
+
+case, work, out, _ = asked()
+local, marks = Local(case, work), Marks(case)
 
 
 class Module(torch.nn.Module):
@@ -36,16 +37,16 @@ class Module(torch.nn.Module):
         self.inner = local.model
 
     def loss(self, ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """A batch's."""
+        """The loss of a batch."""
         return local.loss(ids, labels)
 
     def metrics(self, *batch: Any, **kwargs: Any) -> dict[str, Any]:
-        """None: nothing is judged."""
+        """No metrics: nothing is judged."""
         return {}
 
 
-class Timed(TrainingProcessCallback):
-    """Notes when rounds end."""
+class Timed(TrainingProcessCallback):  # type: ignore[misc]
+    """Marks the ends of rounds."""
 
     def after_central_iteration(self, *args: Any, **kwargs: Any) -> tuple[bool, Metrics]:
         marks.mark()

@@ -1,24 +1,23 @@
 """rayfed_sub, as a user runs it from Python.
 
-python run_rayfed.py CASE WORK OUT WORKERS
+python -m experiments.benchmarks.run_rayfed WORK OUT WORKERS
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from marks import Marks, asked
-
+from experiments.benchmarks.marks import Marks, asked
 from rayfed_sub import load_config, run
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.telemetry.events import RoundDone, Started
 
-case, work, out = asked()
-marks = Marks()
+case, work, out, _ = asked()
+marks = Marks(case)
 
 
 def listen(record: Any) -> None:
-    """The journal, as it comes."""
+    """Marks the ends of rounds."""
     if isinstance(record, Started | RoundDone):
         marks.mark()
 

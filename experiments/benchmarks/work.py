@@ -1,6 +1,7 @@
-"""What all contestants are given, written by rayfed_sub itself: the initial weights and every batch, as files.
+"""The work of a case, written by rayfed_sub itself for all contestants: the initial weights and every batch, as files.
 
-<folder>/config.yaml   the run as rayfed_sub is asked for it
+<folder>/case.json     the case
+<folder>/config.yaml   the run as rayfed_sub is asked for it, and rows.parquet where it has rows of its own
 <folder>/model/        the initial weights, for transformers' from_pretrained
 <folder>/targets.npz   those of the trained layers alone, by name of the module, (m, n) float32
 <folder>/batches.npz   input_ids and labels, int64 (rounds, clients, steps, batch, tokens), padding labelled -100
@@ -8,16 +9,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import string
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
-from cases import BETAS, EPS, LR, SCALE, Case
 
+from experiments.benchmarks.cases import BETAS, EPS, LR, TRAIN, Case
 from rayfed_sub import load_config
 from rayfed_sub.data.batching import IGNORED, ClientBatches
 from rayfed_sub.models.weights import load_weights, write_folder
@@ -25,33 +28,41 @@ from rayfed_sub.planning.job import Job, prepare
 
 _FRAME = len("Q: \nA: ") + 2  # tokens of a byte-coded row besides its texts: the frame, its begin and its end
 _ANSWER = 8
+_SHARED = 100  # rows of a case that loads an engine, of which each client has one
 
 
 def write_work(case: Case, folder: Path, workers: int) -> None:
-    """Writes the case's files into a new folder."""
+    """Writes all of the case's files into a new folder."""
     write_run(case, folder, workers)
     job = prepare(load_config(folder / "config.yaml"))
     weights = load_weights(job.config.model, job.architecture, job.config.seed)
     write_folder(job.architecture, weights, {}, folder / "model")
-    np.savez(folder / "targets.npz", **{t.name: weights[f"{t.name}.weight"] for t in job.architecture.shape.targets})
-    np.savez(folder / "batches.npz", **_batches(job, case))
+    targets: dict[str, Any] = {t.name: weights[f"{t.name}.weight"] for t in job.architecture.shape.targets}
+    np.savez(folder / "targets.npz", **targets)
+    batches: dict[str, Any] = _batches(job, case)
+    np.savez(folder / "batches.npz", **batches)
 
 
 def write_run(case: Case, folder: Path, workers: int) -> None:
-    """Writes config.yaml and the rows that it names alone, which is all that rayfed_sub reads, into a new folder."""
+    """Writes case.json, config.yaml and the rows that it names, which is all that rayfed_sub reads, into a new
+    folder."""
     folder.mkdir(parents=True)
+    (folder / "case.json").write_text(json.dumps(asdict(case)))
     if case.model is not None:
-        _rows(case).to_parquet(folder / "rows.parquet")
+        (_rows(case) if case.does == TRAIN else _shared_rows()).to_parquet(folder / "rows.parquet")
     (folder / "config.yaml").write_text(yaml.safe_dump(_tree(case, folder, workers), sort_keys=False))
 
 
 def _tree(case: Case, folder: Path, workers: int) -> dict[str, Any]:
     """rayfed_sub's configuration: only training, no looks at it, no checkpoint before the end."""
     task: dict[str, Any] = {"name": "python-docs", "max_length": case.tokens}
+    partition: dict[str, Any] = {"kind": "column"}
     model: dict[str, Any] = {}
     if case.model is not None:
         task |= {"name": "table", "path": str(folder / "rows.parquet"), "prompt": "{question}", "answer": "answer"}
         model = {"path": "random", "random": {"type": "llama", **case.model}}
+        own = {"kind": "column", "column": "client"}
+        partition = own if case.does == TRAIN else {"kind": "resample", "rows_per_client": 1}
     return {
         "name": f"race-{case.name}",
         "model": model,
@@ -62,9 +73,9 @@ def _tree(case: Case, folder: Path, workers: int) -> dict[str, Any]:
             "local_steps": case.steps,
             "batch_size": case.batch,
             "client_weighting": "uniform",
-            "partition": {"kind": "column"} if case.model is None else {"kind": "column", "column": "client"},
+            "partition": partition,
         },
-        "method": {"name": "fedftg", "rank": case.rank, "scale": SCALE, "optimizer_state": "reset"},
+        "method": case.method,
         "optimizer": {"lr": LR, "betas": list(BETAS), "eps": EPS},
         "evaluation": {"every": case.rounds, "eval_rows": 1},
         "diagnostics": {"every": 0},
@@ -87,6 +98,11 @@ def _rows(case: Case) -> pd.DataFrame:
         for _ in range(per_client)
     ]
     return pd.DataFrame(rows)
+
+
+def _shared_rows() -> pd.DataFrame:
+    texts = [f"{row:02d}" for row in range(_SHARED)]
+    return pd.DataFrame({"question": texts, "answer": texts})
 
 
 def _batches(job: Job, case: Case) -> dict[str, np.ndarray[Any, Any]]:

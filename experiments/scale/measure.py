@@ -1,6 +1,6 @@
 """Memory over rounds and over client counts, measured: writes results/scale/memory.csv and prints a table.
 
-    python experiments/scale/measure.py [KEY=VALUE ...]
+    python -m experiments.scale.measure [KEY=VALUE ...]
 
 One run for each number of registered clients, 100 of them sampled a round.  Memory is what the processes of the run
 take: what is private to them (USS), and that with shared pages by their share (PSS), which moves from Ray's own

@@ -1,7 +1,7 @@
-"""The paper's two bounds on the excess risk beside what happens on a convex problem: writes excess_risk.csv, reach.csv,
-excess_risk.svg and its tables in README.md.
+"""The paper's two bounds on the excess risk beside the excess risk on a convex problem.  Writes excess_risk.csv,
+reach.csv, excess_risk.svg and its tables in README.md.
 
-    python experiments/theory/excess_risk.py [--jobs N] [--show]
+    python -m experiments.theory.excess_risk [--jobs N] [--show]
 
 Goes on where it was stopped; --show runs nothing.  Learning rates are tuned first, with a partition that no other run
 has, and then fixed, as the theory has them.
@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from commands import parallel, processes
-from exponents import exponent
-from federation import as_array, changes, dealt, rounds, weight_of
-from pictures import lines, picture
-from problem import Classifier, digits
-from sheets import markdown, mean_and_spread, read, stand, write
 
+from experiments.theory.commands import parallel, processes
+from experiments.theory.exponents import exponent
+from experiments.theory.federation import as_array, changes, dealt, rounds, weight_of
+from experiments.theory.pictures import lines, picture
+from experiments.theory.problem import Classifier, Floats, digits
+from experiments.theory.sheets import markdown, mean_and_spread, read, stand, write
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Layer
 from rayfed_sub.methods import build
@@ -63,7 +63,7 @@ KEYS = ("sweep", "optimizer", "method", "lr", "seed", "clients", "t_agg")
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """One federated run.  sweep: what it is for; rounds: how many; the rest as in the engine's configuration."""
+    """One federated run.  sweep: its purpose; rounds: their number; the rest as in the engine's configuration."""
 
     sweep: str
     optimizer: str
@@ -93,13 +93,14 @@ def carry_out(run: Run) -> list[dict[str, Any]]:
     model = Classifier(problem)
     shape, steps = model.shape, [run.t_agg] * run.clients
     going = rounds(model, shape, problem, method, parts, steps, optimizer, seed=run.seed)
-    told = asdict(run)
-    W_mn, rows = 0 * problem.optimum, []
+    own_keys = asdict(run)
+    W_mn: Floats = 0 * problem.optimum
+    rows: list[dict[str, Any]] = []
     for number in range(1, run.rounds + 1):
         try:
             done = next(going)
         except ArithmeticError:
-            return [*rows, {**told, **dict.fromkeys(FIGURES)}]
+            return [*rows, {**own_keys, **dict.fromkeys(FIGURES)}]
         before, W_mn = W_mn, weight_of(method, done.server, shape)
         if number & (number - 1) and number != run.rounds:
             continue
@@ -113,12 +114,12 @@ def carry_out(run: Run) -> list[dict[str, Any]]:
             max(np.linalg.norm(one.gradient(before)) for one in own),
         )
         values = (float(f"{figure:.6g}") for figure in figures)
-        rows.append({**told, "rounds": number, **dict(zip(FIGURES, values, strict=True))})
+        rows.append({**own_keys, "rounds": number, **dict(zip(FIGURES, values, strict=True))})
     return rows
 
 
 def tuning(methods: Sequence[str]) -> Iterator[Run]:
-    """What chooses the learning rates: a partition of its own."""
+    """The runs that choose the learning rates, on a partition of their own."""
     for name in methods:
         for lr in RATES[name]:
             yield Run("tuning", "sgd", name, lr, TUNING_SEED, CLIENTS, STEPS, TOTAL // STEPS)
@@ -157,7 +158,7 @@ def counted(rows: Sequence[Row]) -> Iterator[Run]:
 
 
 def carry_out_all(todo: Sequence[Run], pool: ProcessPoolExecutor, rows: list[dict[str, Any]]) -> None:
-    """Runs what has no rows yet and writes the table after each."""
+    """Carries out the runs without rows and writes the table after each."""
     there = {tuple(row[key] for key in KEYS) for row in rows}
     left = {pool.submit(carry_out, run): run for run in todo if tuple(asdict(run)[key] for key in KEYS) not in there}
     for done in as_completed(left):
@@ -180,10 +181,11 @@ def write_reach() -> None:
 
 def reached(name: str, seed: int) -> float:
     """The lowest excess risk of a method: 0, or that of its rank, or of its frozen A."""
-    what = {"ffa-lora": ("frozen A", seed), "fedit": ("rank", None), "flexlora": ("rank", None)}.get(name)
-    if what is None:
+    limits = {"ffa-lora": ("frozen A", seed), "fedit": ("rank", None), "flexlora": ("rank", None)}
+    if name not in limits:
         return 0.0
-    return min(row["excess"] for row in read("reach") if row["what"] == what[0] and what[1] in (None, row["which"]))
+    what, which = limits[name]
+    return min(float(row["excess"]) for row in read("reach") if row["what"] == what and which in (None, row["which"]))
 
 
 def of(rows: Sequence[Row], name: str, optimizer: str = "sgd", sweep: str = "t_agg") -> list[Row]:
@@ -205,7 +207,7 @@ def slices(rows: Sequence[Row], name: str) -> list[list[tuple[int, float, Row]]]
 
 
 def exponents_table(rows: Sequence[Row]) -> str:
-    """Exponents of the excess risk, whole and above what the method can reach, and of what t_agg adds to it."""
+    """Exponents of the excess risk, whole and above the method's own limit, and of the part that t_agg adds."""
     table = []
     for above in (False, True):
         for name in METHODS:
@@ -240,7 +242,7 @@ def equal_table(rows: Sequence[Row]) -> str:
 
 
 def drift_table(rows: Sequence[Row]) -> str:
-    """How far clients part in the first round, and the global model from where it began."""
+    """Distance between clients in the first round, and of the global model from its beginning."""
     table = []
     for name in METHODS:
         own = of(rows, name)
@@ -254,7 +256,7 @@ def drift_table(rows: Sequence[Row]) -> str:
 
 
 def bounds_table(rows: Sequence[Row]) -> str:
-    """The bounds without the terms whose constant nobody knows, D the largest client gradient of the runs.
+    """The bounds without the terms of unknown constants, D the largest client gradient of the runs.
 
     Thm 2: alpha D^2 S t_agg (+ c).  Thm 1: alpha D S t_agg ||W*||^2 (+ c alpha D^2 N^2 S^2 t_agg^2).
     """
@@ -282,13 +284,13 @@ def bounds_table(rows: Sequence[Row]) -> str:
 
 
 def _edge(name: str, optimizer: str, lr: float) -> str:
-    """Says so where the rate stands at the edge of its grid."""
+    """A mark for a rate at the edge of its grid."""
     grid = RATES[name] if optimizer == "sgd" else ADAMW_RATES
     return " (edge)" if lr in (grid[0], grid[-1]) else ""
 
 
 def tables() -> dict[str, str]:
-    """All tables of README.md from the rows that are there."""
+    """All tables of README.md, from the CSV files."""
     rows = read("excess_risk")
     return {
         "excess-exponents": exponents_table(rows),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from problem import Floats, Problem
 from torch import Tensor, nn
 
+from experiments.theory.problem import Floats, Problem
 from rayfed_sub.config.schema import Federation, Optimizer, Partition, Server
 from rayfed_sub.core.types import Client, ClientState, LocalResult, ModelShape, ServerState, Start
 from rayfed_sub.data.batching import Batches, batch_rows
@@ -26,7 +26,7 @@ from rayfed_sub.training.layers import based_on, install
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """What a round was made of: the server after it, and what every client began and ended with."""
+    """A finished round: the server after it, every client's start and result."""
 
     server: ServerState
     starts: Sequence[Start]
@@ -85,7 +85,7 @@ def rounds(
     steps.  batch_size None: all its rows in every step.  normalise_steps: FedNova.
     Raises ArithmeticError where a client's loss is not finite.
     """
-    weights = {f"{t.name}/weight": model.get_submodule(t.name).weight.detach().clone() for t in shape.targets}
+    weights = {f"{t.name}/weight": model.get_parameter(f"{t.name}.weight").detach().clone() for t in shape.targets}
     layers = install(model, shape)
     server = method.init_server(weights, shape, seed)
     states: dict[int, ClientState] = {}
@@ -116,7 +116,7 @@ def rounds(
 
 
 def changes(done: Round) -> list[Floats]:
-    """What every client's own round did to its W, (m, n) each; without weight decay."""
+    """Every client's change of W in its own round, (m, n) each; without weight decay."""
     return [_change(start, result) for start, result in zip(done.starts, done.results, strict=True)]
 
 

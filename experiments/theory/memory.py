@@ -1,9 +1,9 @@
 """The paper's second open question: GaLore's memory beside LoRA's, over ranks and numbers of clients.  Writes
 memory.csv, memory.svg and its tables in README.md.
 
-    python experiments/theory/memory.py [--show]
+    python -m experiments.theory.memory [--show]
 
-All bytes are what the engine's plan counts (`rayfed-sub plan`) for the paper's three models; nothing is trained.  Each
+All bytes are the engine's plan's (`rayfed-sub plan`) for the paper's three models; nothing is trained.  Each
 stands beside its formula.  Legend: m, n layer sizes, r rank, N clients, L layers.
 """
 
@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from commands import command
-from pictures import picture
-from sheets import markdown, read, stand, write
 
+from experiments.theory.commands import command
+from experiments.theory.pictures import picture
+from experiments.theory.sheets import markdown, read, stand, write
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.methods import build
 from rayfed_sub.planning.traffic import traffic
 
 MODELS = {"gemma-2b": (18, 16384, 2048), "tinyllama": (22, 5632, 2048), "siglip": (27, 4304, 1152)}
-"""Layers, m and n of what is trained."""
+"""Target layers, their m and n."""
 RANKS, COUNTS, COUNTED = (4, 16, 64), (1, 4, 16, 64, 128), ("tinyllama", 16)
 METHODS = ("fedavg", "fedftg", "fedit", "ffa-lora")
 KEYS = ("model", "rank", "clients", "method")
@@ -52,17 +52,17 @@ def row(model: str, rank: int, clients: int, name: str) -> dict[str, Any]:
     method = build({"name": name, **({} if name == "fedavg" else {"rank": rank})})
     found = traffic(method, shape, Config(), [range(clients)] * 2, lambda client: 10)
     one = found.rounds[1][0]
-    told = {"model": model, "rank": rank, "clients": clients, "method": name}
+    keys = {"model": model, "rank": rank, "clients": clients, "method": name}
     history = 8 * layers if name == "fedftg" else 0  # the ranks of its blocks, by round and layer
     planned = {"kept": one.state, "training": one.resident, "up": one.up, "down": one.down}
     planned["server"] = found.server[1] - history
     expected = {key: layers * size for key, size in formulas(name, m, n, rank, clients).items()}
     off = [key for key, size in planned.items() if size != expected[key]]
-    return {**told, **planned, "broadcast": found.broadcast, "off": " ".join(off)}
+    return {**keys, **planned, "broadcast": found.broadcast, "off": " ".join(off)}
 
 
 def tables() -> dict[str, str]:
-    """All tables of README.md from the rows that are there."""
+    """All tables of README.md, from the CSV file."""
     rows = read("memory")
     at = {tuple(row[key] for key in KEYS): row for row in rows}
     clients, cohort = [], []
@@ -79,10 +79,10 @@ def tables() -> dict[str, str]:
             figures = (one["up"], one["down"], N * one["kept"], one["server"], one["broadcast"])
             cohort.append([N, name, *map(_mb, figures), one["off"] or "none"])
     columns = ("model", "r", "GaLore, kept / training", "LoRA (A and B)", "FFA-LoRA (B)")
-    ratios = ("GaLore / LoRA, kept", "training", "GaLore / dense AdamW, training")
+    shares = ("GaLore / LoRA, kept", "training", "GaLore / dense AdamW, training")
     sums = ("up, a client", "down, a client", "kept by all clients", "server", "broadcast", "off the formulas")
     return {
-        "memory-client": markdown([*columns, *ratios], clients),
+        "memory-client": markdown([*columns, *shares], clients),
         "memory-cohort": markdown(["N", "method", *sums], cohort),
     }
 
@@ -96,7 +96,7 @@ def _mb(size: float) -> str:
 
 
 def draw() -> None:
-    """memory.svg: what training takes over rank, TinyLlama, and what a client downloads over N, both by the formulas,
+    """memory.svg: memory of training over rank, TinyLlama, and a client's download over N, both by the formulas,
     with the plan's bytes as dots."""
     rows, (model, rank) = read("memory"), COUNTED
     layers, m, n = MODELS[model]

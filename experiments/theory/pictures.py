@@ -9,7 +9,8 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from sheets import RESULTS
+
+from experiments.theory.sheets import RESULTS
 
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "rayfed_sub"  # equal rows, equal bytes

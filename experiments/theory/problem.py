@@ -90,7 +90,7 @@ class Problem:
         return Problem(self.x_Rn, self.y_R, w_R / w_R.sum(), self.mu, self.classes)
 
     def best_within(self, right_rn: Floats) -> float:
-        """The lowest excess of any W = B A with this A: what a frozen A can reach.  Convex in B."""
+        """The lowest excess of any W = B A with this A, the limit of a frozen A.  Convex in B."""
 
         def at(v: Floats) -> tuple[float, Floats]:
             W_mn = v.reshape(self.classes, -1) @ right_rn
@@ -100,7 +100,7 @@ class Problem:
 
     def best_of_rank(self, rank: int, starts: int = 4) -> float:
         """The lowest excess found of any W of this rank: L-BFGS over both factors from W*'s truncation and from random
-        ones.  Not convex, so this is an upper bound of the true one; what it spreads over the starts is in the README.
+        ones.  Not convex, so this is an upper bound of the true one; the README has its spread over the starts.
         """
         return min(self.ends_of_rank(rank, starts))
 
@@ -122,7 +122,7 @@ class Problem:
 
 
 def _lowest(at: Callable[[Floats], tuple[float, Floats]], start: Floats) -> float:
-    """Where L-BFGS ends; `at` gives value and slope."""
+    """The value at which L-BFGS ends; `at` gives value and slope."""
     return float(minimize(at, start, jac=True, method="L-BFGS-B", options={"maxiter": 3000, "ftol": 1e-12}).fun)
 
 

@@ -1,7 +1,7 @@
-"""What projecting onto r directions costs where clients are alike and where they are not: FedFTG on the convex problem.
+"""Cost of projecting onto r directions, with similar and with different clients: FedFTG on the convex problem.
 Writes projection.csv, projection.svg and its table in README.md.
 
-    python experiments/theory/projection.py [--jobs N] [--show]
+    python -m experiments.theory.projection [--jobs N] [--show]
 
 The gradient of ten classes has rank 9, so that r = 9 projects nothing away.  Learning rate and rounds are those of
 `uneven_clients.py`.  Goes on where it was stopped.
@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from commands import carry_on, parallel
-from excess_risk import CLIENTS, SEEDS, STEPS, chosen
-from federation import changes, dealt, rounds, weight_of
-from pictures import lines, picture
-from problem import Classifier, digits
-from sheets import markdown, mean_and_spread, read, stand
-from uneven_clients import ALPHAS, ROUNDS
 
+from experiments.theory.commands import carry_on, parallel
+from experiments.theory.excess_risk import CLIENTS, SEEDS, STEPS, chosen
+from experiments.theory.federation import changes, dealt, rounds, weight_of
+from experiments.theory.pictures import lines, picture
+from experiments.theory.problem import Classifier, digits
+from experiments.theory.sheets import markdown, mean_and_spread, read, stand
+from experiments.theory.uneven_clients import ALPHAS, ROUNDS
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.methods import build
 
@@ -62,14 +62,14 @@ def carry_out(run: Run) -> dict[str, Any]:
 
 
 def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[Run]:
-    """What has no row yet, seed by seed."""
+    """The runs without a row, seed by seed."""
     there, lr = {tuple(row[key] for key in KEYS) for row in rows}, chosen(read("excess_risk"), "sgd", "fedftg")
     points = ((alpha, rank, seed) for seed in SEEDS for alpha in ALPHAS for rank in RANKS)
     return (Run(*point, lr) for point in points if point not in there)
 
 
 def tables() -> dict[str, str]:
-    """The table of README.md from the rows that are there."""
+    """The table of README.md, from the CSV file."""
     rows, table = read("projection"), []
     for alpha in ALPHAS:
         groups = [[row for row in rows if (row["alpha"], row["rank"]) == (alpha, rank)] for rank in RANKS]

@@ -1,8 +1,7 @@
-"""The paper's first open question: how far does the rank of the mean change grow with the number of clients, and how
-does that depend on how non-IID their data are?  Writes rank_inflation.csv, rank_inflation.svg and its tables in
-README.md.
+"""The paper's first open question: growth of the mean change's rank with the number of clients, from all but IID to
+very uneven data.  Writes rank_inflation.csv, rank_inflation.svg and its tables in README.md.
 
-    python experiments/theory/rank_inflation.py [--show]
+    python -m experiments.theory.rank_inflation [--show]
 
 Digits through fixed random features, 64 to 256, into a target layer (128, 256), so that N r stays below min(m, n) up
 to N = 32 at rank 4.  The figures are the engine's own diagnostics of all clients.  Goes on where it was stopped.
@@ -16,15 +15,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from commands import command
-from exponents import exponent
-from federation import rounds
-from pictures import lines, picture
-from problem import Logits, Problem, digits
-from sheets import markdown, read, stand, write
 from torch import Tensor, nn
 from torch.nn import functional
 
+from experiments.theory.commands import command
+from experiments.theory.exponents import exponent
+from experiments.theory.federation import rounds
+from experiments.theory.pictures import lines, picture
+from experiments.theory.problem import Logits, Problem, digits
+from experiments.theory.sheets import markdown, read, stand, write
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import spectrum
 from rayfed_sub.core.rng import stream
@@ -44,7 +43,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 RATE = 0.003
 KEYS = ("method", "alpha", "clients", "seed")
-TOLD = ("rank_sum", "rank", "effective_rank", "stable_rank", "truncated", "overlap", "agreement", "drift")
+FIGURES = ("rank_sum", "rank", "effective_rank", "stable_rank", "truncated", "overlap", "agreement", "drift")
 
 
 class Features(nn.Module):
@@ -68,7 +67,7 @@ def _drawn(m: int, n: int) -> nn.Linear:
 
 
 def dealt(problem: Problem, clients: int, alpha: float, seed: int) -> list[Ints]:
-    """The rows of those of so many clients that get any.  Of 64 clients at alpha 0.05 many get none, and the engine
+    """Each client's rows, of the clients that get any.  Of 64 clients at alpha 0.05 many get none, and the engine
     would refuse the partition: hence its inner draw."""
     return [rows for rows in partitions.dirichlet([str(y) for y in problem.y_R], clients, alpha, seed) if len(rows)]
 
@@ -93,14 +92,14 @@ def carry_out(problem: Problem, name: str, alpha: float, clients: int, seed: int
         W_mn = method.model(done.server, model.shape)["layer"].apply(begun)
         after = spectrum(torch.linalg.svdvals((W_mn - begun).double()), max(layer.m, layer.n))
         row = {"method": name, "alpha": alpha, "clients": clients, "seed": seed, "present": len(parts), "round": number}
-        row |= {key: getattr(cohort, key) for key in TOLD}
+        row |= {key: getattr(cohort, key) for key in FIGURES}
         row |= {"after_rank": after.rank, "after_effective_rank": after.effective_rank}
         found.append({key: float(f"{x:.5g}") if isinstance(x, float) else x for key, x in row.items()})
     return found
 
 
 def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float, int, int]]:
-    """What has no rows yet, seed by seed."""
+    """The runs without rows, seed by seed."""
     there = {tuple(row[key] for key in KEYS) for row in rows}
     for seed in SEEDS:
         for name in METHODS:
@@ -111,7 +110,7 @@ def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float, int, i
 
 
 def tables() -> dict[str, str]:
-    """All tables of README.md from the rows that are there."""
+    """All tables of README.md, from the CSV file."""
     rows = read("rank_inflation")
     first = [row for row in rows if row["round"] == 1]
     numeric, effective = [], []
@@ -132,12 +131,12 @@ def tables() -> dict[str, str]:
 
 
 def _cohorts(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the engine's other diagnostics say of 16 clients, first round and last."""
+    """The engine's other diagnostics of 16 clients, first round and last."""
     table = []
     for name in METHODS:
         for alpha in ALPHAS:
-            told = (name, alpha, 16)
-            own = [row for row in rows if (row["method"], row["alpha"], row["clients"]) == told]
+            group = (name, alpha, 16)
+            own = [row for row in rows if (row["method"], row["alpha"], row["clients"]) == group]
             for number in (1, ROUNDS):
                 at = [row for row in own if row["round"] == number]
                 figures = [_mean(at, key, 2) for key in ("overlap", "agreement", "drift", "truncated", "stable_rank")]

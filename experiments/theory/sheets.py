@@ -1,4 +1,4 @@
-"""Raw rows as CSV, tables as Markdown, and the places in README.md where these stand."""
+"""Raw rows as CSV, tables as Markdown, and their places in README.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def parsed(cell: str) -> Any:
-    """What was written as this cell.
+    """The value of a cell.
 
     >>> [parsed(cell) for cell in ("", "3", "0.25", "fedit")]
     [None, 3, 0.25, 'fedit']
@@ -51,7 +51,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation of what did not diverge.
+    """Mean and standard deviation of the values of runs that did not diverge.
 
     >>> mean_and_spread([1.0, 3.0]), mean_and_spread([])
     ('2.0000 ± 1.4142', 'diverged')

@@ -1,7 +1,7 @@
 """The paper's third open question: heterogeneous data and compute at once.  Writes uneven_clients.csv,
 uneven_clients.svg and its tables in README.md.
 
-    python experiments/theory/uneven_clients.py [--jobs N] [--show]
+    python -m experiments.theory.uneven_clients [--jobs N] [--show]
 
 The convex problem of `excess_risk.py`, whose learning rates it takes: partitions from all but IID to very uneven ones,
 local steps from equal to 15 times as many, always 8 on average, with and without FedNova
@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from commands import carry_on, parallel
-from excess_risk import CLIENTS, METHODS, SEEDS, chosen
-from federation import dealt, rounds, weight_of
-from pictures import lines, picture
-from problem import Classifier, digits
-from sheets import markdown, mean_and_spread, read, stand
 
+from experiments.theory.commands import carry_on, parallel
+from experiments.theory.excess_risk import CLIENTS, METHODS, SEEDS, chosen
+from experiments.theory.federation import dealt, rounds, weight_of
+from experiments.theory.pictures import lines, picture
+from experiments.theory.problem import Classifier, digits
+from experiments.theory.sheets import markdown, mean_and_spread, read, stand
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.methods import build
 
@@ -45,7 +45,7 @@ class Run:
 def carry_out(run: Run) -> dict[str, Any]:
     """Its row.  excess: F(W) - F(W*) at the end.  tilted: the same for the objective that weighs clients by rows and
     steps, F_t = sum_k p_k tau_k F_k / sum_k p_k tau_k, at the same W: towards its optimum uneven steps pull.
-    pull: F(W_t*) - F(W*), what that optimum itself is worth.  distance: ||W - W*||_F."""
+    pull: F(W_t*) - F(W*), the excess risk of that optimum.  distance: ||W - W*||_F."""
     import torch
 
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def carry_out(run: Run) -> dict[str, Any]:
 
 
 def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[Run]:
-    """What has no row yet, seed by seed; equal steps need no FedNova."""
+    """The runs without a row, seed by seed; equal steps need no FedNova."""
     there, tuned = {tuple(row[key] for key in KEYS) for row in rows}, read("excess_risk")
     for seed in SEEDS:
         for name in COMPARED:
@@ -88,7 +88,7 @@ def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[Run]:
 
 
 def tables() -> dict[str, str]:
-    """All tables of README.md from the rows that are there."""
+    """The table of README.md, from the CSV file."""
     rows, table = read("uneven_clients"), []
     for name in COMPARED:
         for alpha in ALPHAS:
@@ -97,8 +97,8 @@ def tables() -> dict[str, str]:
                 [row for row in own if (row["spread"], row["normalised"]) == point and row["excess"] is not None]
                 for point in (("equal", 0), ("1 and 15", 0), ("1 and 15", 1))
             )
-            columns = ((even, "excess"), (plain, "excess"), (nova, "excess"), (plain, "tilted"), (plain, "pull"))
-            cells = [mean_and_spread([row[key] for row in group]) for group, key in columns]
+            figures = ((even, "excess"), (plain, "excess"), (nova, "excess"), (plain, "tilted"), (plain, "pull"))
+            cells = [mean_and_spread([row[key] for row in group]) for group, key in figures]
             table.append([name, f"{alpha:g}", *cells])
     columns = ("equal steps", "1 and 15", "1 and 15, FedNova", "1 and 15, of the tilted F", "F at the tilted optimum")
     return {"uneven-clients": markdown(["method", "alpha", *columns], table)}

@@ -1,60 +1,84 @@
-"""The race's smallest case: rayfed_sub and the bare loop do the same work, whatever the time they take."""
+"""The benchmarks at their smallest: rayfed_sub and the bare loop do the same work, whatever the time they take."""
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
+from experiments.benchmarks import growth, race
+from experiments.benchmarks.cases import GROWTH, LEAST, LOADS, LOW_RANK, RACED, TRAIN, Case
+from experiments.benchmarks.marks import case_of
+from experiments.benchmarks.work import write_run
+from rayfed_sub import load_config
+from rayfed_sub.methods import build
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("case", [*RACED.values(), *(case for part in LOADS.values() for case in part), GROWTH])
+def test_every_case_is_a_configuration(case: Case, tmp_path: Path) -> None:
+    write_run(case, tmp_path / "work", workers=2)
+    config = load_config(tmp_path / "work" / "config.yaml")
+    build(config.method)
+    read = case_of(tmp_path / "work")
+    assert replace(read, contestants=tuple(read.contestants)) == case  # JSON knows no tuples
+    assert (config.federation.clients, config.federation.rounds) == (case.clients, case.rounds)
+    assert (config.federation.partition.kind == "column") == (case.does == TRAIN)
+    assert (config.method["name"] == "fedftg") == (case.does in (TRAIN, LOW_RANK))
+
+
+def test_doctests() -> None:
+    for module in (growth, race):
+        result = doctest.testmod(module)
+        assert (result.failed, result.attempted > 0) == (0, True)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_race_ends_with_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_the_race_ends_with_the_same_weights_and_the_engine_alone_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "race.json"
-    command = [sys.executable, "race.py", "smoke", "--out", str(out)]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(out.read_text())
-    bare, ours = record["results"]
-    assert (bare["contestant"], ours["contestant"]) == ("bare", "rayfed_sub")
-    # Three rounds move weights by about 3 x 2 steps x lr = 6e-3; what is compared is rounding.
-    assert ours["away"] < 1e-5
-    assert 0 < ours["floor"] < 1e-5
-    assert record["cores"] == os.cpu_count()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_the_engine_alone_is_measured(tmp_path: Path) -> None:
-    out = tmp_path / "overhead.json"
-    command, began = [sys.executable, "overhead.py", "smoke", "--out", str(out)], time.monotonic()
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "experiments.benchmarks.race", "smoke", "load-smoke", "--out", str(out)]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     passed = time.monotonic() - began
     assert done.returncode == 0, done.stderr[-3000:]
-    (row,) = json.loads(out.read_text())["rows"]
+    record = json.loads(out.read_text())
+    found = {(result["case"], result["contestant"], result["does"]): result for result in record["results"]}
+    ours, idle = found["smoke", "rayfed_sub", TRAIN], found["load-smoke", "rayfed_sub", LEAST]
+    assert set(found) == {
+        *(("smoke", "bare", TRAIN), ("smoke", "rayfed_sub", TRAIN)),
+        *(("load-smoke", "rayfed_sub", LEAST), ("load-smoke", "rayfed_sub", LOW_RANK)),
+    }
+    # Three rounds move weights by about 3 x 2 steps x lr = 6e-3; what is compared is rounding.
+    assert ours["away"] < 1e-5
+    assert 0 < ours["floor"] < ours["steady"]
+    assert ours["stored"] is None
     # Idle clients: what the store gets in a round is the broadcast, at least 16 x 16 float32.
-    assert row["clients"] * row["stored"] >= 16 * 16 * 4
-    assert row["seconds"] < passed
+    assert idle["clients"] * idle["stored"] >= 16 * 16 * 4
+    assert idle["start"] + idle["steady"] < passed
+    assert record["cores"] == os.cpu_count()
 
 
 def test_a_galore_step_ends_where_galore_torchs_does(tmp_path: Path) -> None:
     out = tmp_path / "galore.csv"
-    command = [sys.executable, "galore.py", "24x16", "--out", str(out)]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "experiments.benchmarks.galore", "24x16", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(out.read_text().splitlines()) > 1
 
 
-@pytest.mark.parametrize("asked", ["race.py Z", "overhead.py Z", "growth.py Z", "growth.py --show --out Z"])
+@pytest.mark.parametrize("asked", ["race Z", "growth Z", "growth --show --out Z"])
 def test_a_wrong_name_is_refused_in_a_line(asked: str) -> None:
-    command = [sys.executable, *asked.split()]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    name, *arguments = asked.split()
+    command = [sys.executable, "-m", f"experiments.benchmarks.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Z" in done.stderr.splitlines()[-1]

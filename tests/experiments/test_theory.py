@@ -4,7 +4,6 @@ tables are those of the raw rows."""
 from __future__ import annotations
 
 import doctest
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +11,22 @@ import pytest
 import torch
 from scipy.optimize import approx_fprime
 
+from experiments.theory import (
+    excess_risk,
+    exponents,
+    federation,
+    memory,
+    projection,
+    rank_inflation,
+    sheets,
+    uneven_clients,
+)
+from experiments.theory import problem as convex
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.rng import stream
 from rayfed_sub.methods import build
 
 THEORY = Path(__file__).parents[2] / "experiments" / "theory"
-sys.path.append(str(THEORY))  # where its scripts find each other
-
-import excess_risk  # noqa: E402
-import exponents  # noqa: E402
-import federation  # noqa: E402
-import memory  # noqa: E402
-import problem as convex  # noqa: E402
-import projection  # noqa: E402
-import rank_inflation  # noqa: E402
-import sheets  # noqa: E402
-import uneven_clients  # noqa: E402
-
 SCRIPTS = (excess_risk, rank_inflation, projection, memory, uneven_clients)
 SGD = Optimizer(name="sgd", lr=0.1)
 
@@ -202,9 +200,10 @@ def test_tables_of_the_readme_are_those_of_the_raw_rows(script: object) -> None:
 def test_pictures_and_scripts_are_named_in_the_readme() -> None:
     readme = (THEORY / "README.md").read_text(encoding="utf-8")
     for script in SCRIPTS:
-        assert f"python experiments/theory/{script.__name__}.py" in readme
-        assert f"(../results/theory/{script.__name__}.svg)" in readme
-        assert (sheets.RESULTS / f"{script.__name__}.svg").exists()
+        assert f"python -m {script.__name__}" in readme
+        name = script.__name__.rpartition(".")[2]
+        assert f"(../results/theory/{name}.svg)" in readme
+        assert (sheets.RESULTS / f"{name}.svg").exists()
 
 
 def test_the_plans_bytes_are_the_formulas_and_the_papers_sizes() -> None:

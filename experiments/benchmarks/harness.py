@@ -1,0 +1,121 @@
+"""One run of one contestant in a process of its own: its rounds, its memory, and the machine that it ran on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from experiments.benchmarks.cases import FLOWER, OURS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results" / "benchmarks"
+WORKERS = 2
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """start: seconds until the first round begins; rounds: seconds of each; stored, loopback: bytes of each through
+    Ray's object store and through sockets (`marks.py`), where they were counted; peak_pss: bytes, the largest sum of
+    proportional set sizes of the whole process tree that was seen."""
+
+    start: float
+    rounds: tuple[float, ...]
+    stored: tuple[float, ...]
+    loopback: tuple[float, ...]
+    peak_pss: int
+
+    @property
+    def steady(self) -> tuple[float, ...]:
+        """All rounds but the first and the last."""
+        return self.rounds[1:-1]
+
+
+def commands(flower: str | None, pfl: str | None) -> dict[str, list[str]]:
+    """Every contestant's command, less WORK OUT WORKERS.  flower, pfl: the Python of an environment that has it."""
+    script = {name: ["-m", f"experiments.benchmarks.run_{name}"] for name in ("bare", "rayfed", "flower", "pfl")}
+    own = {"bare": [sys.executable, *script["bare"]], OURS: [sys.executable, *script["rayfed"]]}
+    if flower is not None:
+        own[FLOWER] = [flower, *script["flower"]]
+    if pfl is not None:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(WORKERS)]
+        own |= {"pfl-1": [pfl, *script["pfl"]], "pfl-2": [pfl, *torchrun, *script["pfl"]]}
+    return own
+
+
+def measured(command: Sequence[str], work: Path, out: Path, look_every: float, workers: int = WORKERS) -> Pass:
+    """Runs a contestant on the work, one torch thread a process; what it leaves is in the new folder `out`.
+
+    Raises RuntimeError with the end of its output where it fails.
+    """
+    out.mkdir()
+    log, began, peak, over = out / "log", time.time(), [0], threading.Event()
+    environment = {
+        **os.environ,
+        **THREADS,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, str(work), str(out), str(workers)], cwd=ROOT, stdout=file, stderr=file, env=environment
+        )
+        watcher = threading.Thread(target=_watch, args=(process.pid, peak, over, look_every))
+        watcher.start()
+        code = process.wait()
+        over.set()
+        watcher.join()
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}\n{log.read_text()[-3000:]}")
+    readings = json.loads((out / "readings.json").read_text())
+    taken = {name: tuple(np.diff([reading[name] for reading in readings]).tolist()) for name in readings[0]}
+    stored, loopback = taken.get("stored", ()), taken.get("loopback", ())
+    return Pass(readings[0]["seconds"] - began, taken["seconds"], stored, loopback, peak[0])
+
+
+def _watch(pid: int, peak: list[int], over: threading.Event, every: float) -> None:
+    """Notes the peak; reading the memory of twenty processes takes half a second of a core."""
+    while not over.wait(every):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            total = 0
+            for process in [root, *root.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                    total += process.memory_full_info().pss
+            peak[0] = max(peak[0], total)
+
+
+def machine() -> Mapping[str, str | int]:
+    """Date, commit (with a + where files differ from it), processor, cores, memory, GPU, torch's version."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "processor": _processor(),
+        "cores": psutil.cpu_count() or 0,
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _processor() -> str:
+    named = Path("/proc/cpuinfo")
+    lines = named.read_text().splitlines() if named.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
