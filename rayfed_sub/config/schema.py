@@ -303,7 +303,12 @@ class Diagnostics(Record):
 class Resources(Record):
     """Processors, memory and time of a run."""
 
-    workers: Count = Field(default=2, description="Processes that train and evaluate; each holds clients.")
+    workers: int = Field(
+        default=2,
+        ge=0,
+        description="Processes that train and evaluate; each holds clients. 0: the process that asks does it all, "
+        "without Ray, to debug a method or to run something small; the bits are the same.",
+    )
     cpus_per_worker: Positive = Field(
         default=1.0, description="CPUs of a worker; torch has max(1, floor(cpus_per_worker)) threads."
     )
@@ -324,6 +329,11 @@ class Resources(Record):
         description="Seconds that a pack, or a shard of an evaluation, may take before its worker is replaced and the "
         "work given to another.",
     )
+
+    @property
+    def trainers(self) -> int:
+        """Processes that train: the workers, or the one that asks."""
+        return max(1, self.workers)
 
     @property
     def threads(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from rayfed_sub.config.schema import Resources
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning.machines import Machine
-from rayfed_sub.planning.needs import BARE_WORKER, HOLES, Need, between, need
+from rayfed_sub.planning.needs import HOLES, Need, between, need
 from rayfed_sub.planning.traffic import FEW, Parts
 from rayfed_sub.planning.worker_memory import Memory, activations
 
@@ -41,7 +41,7 @@ def fits(needed: Need, one: Memory, four: Memory, machine: Machine) -> Iterable[
             taken = needed.on_gpu(memory.tensors)
             yield Fit(pack, taken, machine.gpu // taken)
             continue
-        taken, most = BARE_WORKER + memory.process, int(machine.cpus / resources.cpus_per_worker + 1e-9)
+        taken, most = needed.bare[2] + memory.process, int(machine.cpus / resources.cpus_per_worker + 1e-9)
         yield Fit(pack, taken, most_workers(needed, pack, taken, most, machine.memory))
 
 
@@ -49,8 +49,8 @@ def roomy_packs(found: Iterable[Fit], resources: Resources) -> list[int]:
     """The pack sizes at which no worker is lost: as many fit as are asked for, or as do with the configured size."""
     fitting = {fit.pack_size: fit.workers for fit in found}
     share = resources.gpus_per_worker
-    asked = int(1 / share) if 0 < share <= 1 else resources.workers  # fits are those of one GPU
-    least = max(1, min(asked, resources.workers, fitting[resources.pack_size]))
+    asked = int(1 / share) if 0 < share <= 1 else resources.trainers  # fits are those of one GPU
+    least = max(1, min(asked, resources.trainers, fitting[resources.pack_size]))
     return [size for size, workers in fitting.items() if workers >= least]
 
 
@@ -72,10 +72,10 @@ def check_fits(parts: Parts, machine: Machine) -> None:
     needed = need(parts, rounds=2, most=FEW)
     _check_disk(needed, machine)
     resources = parts.config.resources
-    workers, pack = resources.workers, min(resources.pack_size, needed.cohort)
+    workers, pack = resources.trainers, min(resources.pack_size, needed.cohort)
     passes = activations(parts.config, parts.architecture, needed.size, pack)
     wide = passes + 8 * pack * needed.most(lambda client: client.resident)
-    if machine.gpu is None and needed.fixed(workers, pack) + workers * (BARE_WORKER + wide) <= machine.memory:
+    if machine.gpu is None and needed.fixed(workers, pack) + workers * (needed.bare[2] + wide) <= machine.memory:
         return  # plainly: even several times the activations would
     tensors = needed.worker(pack).tensors
     if machine.gpu is not None:
@@ -114,7 +114,7 @@ def _nearest(needed: Need, machine: Machine) -> _Advice:
     if workers and pack == resources.pack_size:
         return "resources.workers", resources.workers, f"set resources.workers={workers}"
     if workers:
-        wanted = "" if workers == resources.workers else f" resources.workers={workers}"
+        wanted = "" if workers == resources.trainers else f" resources.workers={workers}"
         return "resources.pack_size", resources.pack_size, f"set resources.pack_size={pack}{wanted}"
     model, path = "model.path", config.model.path
     if needed.least(0, 0) > machine.memory and machine.gpu is None:
@@ -133,9 +133,9 @@ def _widest(needed: Need, machine: Machine) -> tuple[int, int]:
         memory = needed.worker(pack)
         if machine.gpu is not None:
             fits = needed.on_gpu(memory.tensors) <= _share(needed, machine.gpu)
-            workers = resources.workers if fits else 0
+            workers = resources.trainers if fits else 0
         else:
-            workers = most_workers(needed, pack, BARE_WORKER + memory.process, resources.workers, machine.memory)
+            workers = most_workers(needed, pack, needed.bare[2] + memory.process, resources.trainers, machine.memory)
         best = max(best, (workers, pack), key=lambda found: found[0] * found[1])
         pack //= 2
     return best
@@ -148,7 +148,7 @@ def _batch_size(needed: Need, machine: Machine) -> int:
     while size:
         smaller = config.model_copy(update={"federation": config.federation.model_copy(update={"batch_size": size})})
         memory = replace(needed, config=smaller).worker(1)
-        taken = needed.on_gpu(memory.tensors) if machine.gpu else needed.fixed(1, 1) + BARE_WORKER + memory.process
+        taken = needed.on_gpu(memory.tensors) if machine.gpu else needed.fixed(1, 1) + needed.bare[2] + memory.process
         if taken <= (machine.gpu or machine.memory):
             return size
         size //= 2

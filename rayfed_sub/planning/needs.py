@@ -50,10 +50,10 @@ class Need:
 
     @property
     def coordinator(self) -> int:
-        """Bytes of the coordinator's process: torch's kernels, at first pretrained weights, where those are not shared,
-        later sums and what diagnostics look at."""
+        """Bytes of the coordinator above its bare process: torch's kernels, at first pretrained weights, where those
+        are not shared, later sums and what diagnostics look at."""
         later = self.traffic.coordinator + self.looked
-        return BARE_COORDINATOR + KERNELS + max(_pretrained(self.architecture, self.config), later)
+        return KERNELS + max(_pretrained(self.architecture, self.config), later)
 
     @property
     def looked(self) -> int:
@@ -95,20 +95,27 @@ class Need:
         rest = (self.size, pack, held, self.traffic.dense)
         return worker(self.config, self.architecture, start, self.steps, *rest)
 
+    @property
+    def bare(self) -> tuple[int, int, int]:
+        """Bytes of Ray's own processes, of the bare coordinator and of a bare worker; 0 in a run of one process."""
+        return (RAY, BARE_COORDINATOR, BARE_WORKER) if self.config.resources.workers else (0, 0, 0)
+
     def least(self, workers: int, tensors: int) -> int:
         """Bytes of a node without which the run cannot go: no holes, and nothing that could lie on disk."""
+        _, coordinator, worker = self.bare
         shared = self.backbone + self.data + self.traffic.broadcast
-        return shared + DRIVER + self.coordinator + workers * (BARE_WORKER + tensors)
+        return shared + DRIVER + coordinator + self.coordinator + workers * (worker + tensors)
 
     def fixed(self, workers: int, pack: int) -> int:
         """Bytes of a node besides its workers, holes included."""
-        coordinator = self.coordinator + round((HOLES - 1) * self.traffic.coordinator)
-        return self.store(workers, pack) + DRIVER + RAY + coordinator
+        ray, bare, _ = self.bare
+        coordinator = bare + self.coordinator + round((HOLES - 1) * self.traffic.coordinator)
+        return self.store(workers, pack) + DRIVER + ray + coordinator
 
     def node(self, worker: int) -> int:
         """Bytes of a node that holds all processes of the run; worker: what each takes above the bare process."""
         resources = self.config.resources
-        return self.fixed(resources.workers, resources.pack_size) + resources.workers * (BARE_WORKER + worker)
+        return self.fixed(resources.trainers, resources.pack_size) + resources.trainers * (self.bare[2] + worker)
 
     def on_gpu(self, tensors: int) -> int:
         """Bytes of a worker on a GPU, where backbone and broadcast are copied to."""

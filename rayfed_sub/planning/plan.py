@@ -17,7 +17,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, machine_named
-from rayfed_sub.planning.needs import BARE_WORKER, need
+from rayfed_sub.planning.needs import need
 from rayfed_sub.planning.sampling import cohort, local_steps
 from rayfed_sub.planning.traffic import FEW, ClientTraffic, MethodBytes, Parts, Traffic, by_method, by_rank
 from rayfed_sub.planning.worker_memory import Lengths, Memory
@@ -88,15 +88,15 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         backbone=needed.backbone,
         data=needed.data,
         broadcast=found.broadcast,
-        bare=BARE_WORKER,
+        bare=needed.bare[2],
         worker=worker,
         one_more=(four.process - one.process) // 3,
         resident=_span(client.resident for client in found.clients),
         state=_span(client.state for client in found.clients),
         rounds=tuple(_round(n, walked) for n, walked in enumerate(found.rounds)),
         server=(found.server[0], found.server[-1]),
-        coordinator=needed.coordinator,
-        store=needed.store(resources.workers, resources.pack_size),
+        coordinator=needed.bare[1] + needed.coordinator,
+        store=needed.store(resources.trainers, resources.pack_size),
         node=needed.node(0 if machine.gpu else worker.process),
         disk=needed.disk,
         machine=machine,

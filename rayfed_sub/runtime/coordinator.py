@@ -14,11 +14,10 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, checksum, packed, unpacked
@@ -40,30 +39,20 @@ from rayfed_sub.privacy import mechanism
 from rayfed_sub.privacy.accountant import spent
 from rayfed_sub.runtime import held_out, object_store
 from rayfed_sub.runtime.held_out import JudgedModel
+from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.round_metrics import RoundMetrics, client_row, pack_row
-from rayfed_sub.runtime.scheduler import WorkerPool, WorkItem, in_order
-from rayfed_sub.runtime.worker import PackOutcome, Worker, broadcast_of
+from rayfed_sub.runtime.scheduler import WorkItem
+from rayfed_sub.runtime.worker import Answer, PackOutcome, broadcast_of
+from rayfed_sub.runtime.workers import workers_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.client_states import Key
 from rayfed_sub.storage.state_store import StateStore
 from rayfed_sub.telemetry.environment import environment, merged
 from rayfed_sub.telemetry.events import PackDone, RoundDone
-from rayfed_sub.telemetry.process_memory import PeakMemory, give_back
+from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, give_back
 from rayfed_sub.training.client_errors import client_failed, not_finite
 
 _CLAIM_SECONDS = 60.0
-_RETRY_SECONDS = 0.2
-_START_SECONDS = 1800.0  # a cluster that has to grow boots and installs new machines first
-
-
-@dataclass(frozen=True)
-class Shared:
-    """References into the object store, owned by the process that started the run, so that they outlive the
-    coordinator.  A record, because Ray would replace bare references in a call by what they refer to."""
-
-    spec: Any
-    backbone: Any
-    dataset: Any
 
 
 @dataclass(frozen=True)
@@ -94,24 +83,18 @@ class Coordinator:
         noise: float | None,
     ) -> None:
         self._memory = PeakMemory()
-        self._config, self._method, self._shape, self._shared = config, method, shape, shared
+        self._claim: IO[bytes] | None = None
+        self._config, self._method, self._shape, self._transposed = config, method, shape, transposed
         self._folder, self._noise = folder, noise
-        self._workers = [self._worker() for _ in range(config.resources.workers)]
-        self._pool = WorkerPool(self._workers, config.resources.deadline)
-        self._dataset: Dataset = ray.get(shared.dataset)
-        arrays: Packed = ray.get(shared.backbone)
+        self._workers = workers_of(config.resources, shared)
+        self._dataset: Dataset = object_store.get(shared.dataset)
+        arrays: Packed = object_store.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
-        self._backbone, self._transposed = unpacked(arrays), transposed
+        self._backbone = unpacked(arrays)
         self._metrics = metrics_of(config, self._dataset.class_names)
         self._home: dict[int, int] = {}
-        self._answers: list[tuple[dict[str, str], dict[str, Any]]] = []  # versions and machine of each worker
-        self._sent: tuple[int, Any, int] | None = None  # round, reference, checksum of the broadcast
-
-    def _worker(self) -> Any:
-        resources, shared = self._config.resources, self._shared
-        options = worker_options(resources.cpus_per_worker, resources.gpus_per_worker)
-        actor = ray.remote(Worker).options(**options)
-        return actor.remote(shared.spec, shared.backbone, shared.dataset, resources.gpus_per_worker)
+        self._answers: list[Answer] = []
+        self._sent: tuple[int, Any, int] | None = None  # round, handle, checksum of the broadcast
 
     def _initial(self) -> ServerState:
         return self._method.init_server(self._pretrained(self._shape), self._shape, self._config.seed)
@@ -121,30 +104,16 @@ class Coordinator:
         return target_weights(shape, self._transposed, self._backbone)
 
     def start(self) -> int:
-        """Takes up the newest checkpoint, if there is one, and waits until every worker has mapped the backbone; the
-        number of rounds that are finished already.
+        """Takes up the newest checkpoint, if there is one, and waits for the workers; the number of rounds that are
+        finished already.
 
-        Raises RunError where another run is at work in the folder, and where a worker cannot start; one that is killed
-        meanwhile is brought back by Ray."""
+        Raises RunError where another run is at work in the folder, and where a worker cannot start."""
         torch.set_num_threads(self._config.resources.threads)  # of this thread
         # The coordinator of a run that was killed may still be writing.
         self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
         memory = self._config.resources.state_memory
-        self._store = StateStore(self._folder, memory, self._initial, object_store.put, object_store.get)
-        asked, until = {worker.ready.remote(): worker for worker in self._workers}, time.monotonic() + _START_SECONDS
-        while asked:
-            done, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
-            if not done:
-                late = f"{len(asked)} of {len(self._workers)} workers not ready"
-                raise RunError("start", f"{late} in {_START_SECONDS:.0f} s")
-            worker = asked.pop(done[0])
-            try:
-                self._answers.append(ray.get(done[0]))
-            except ActorUnavailableError:
-                time.sleep(_RETRY_SECONDS)
-                asked[worker.ready.remote()] = worker
-            except RayError as error:
-                raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
+        self._store = StateStore(self._folder, memory, self._initial, self._workers.put, object_store.get)
+        self._answers = self._workers.ready()
         return self._store.current.server.round
 
     def workers_environment(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -216,7 +185,7 @@ class Coordinator:
         total, trained, metrics = self._zero(), list[Key](), RoundMetrics(n, len(cohort), began)
         ranks: dict[str, int | None] = dict.fromkeys(self._change_layers(n), 0)
         pack_rows, watched_rounds = list[PackRow](), list[ClientDiagnostics]()
-        for done in in_order(self._pool, items, f"round {n}, local training"):
+        for done in self._workers.in_order(items, f"round {n}, local training"):
             outcome: PackOutcome = done.result
             pack_rows.append(pack_row(n, packs[done.index], done))
             watched_rounds += map(client_diagnostics.kept, outcome.diagnostics)
@@ -246,7 +215,7 @@ class Coordinator:
     def scores(self) -> tuple[Score, ...]:
         """The current model's; of its answers too before training and after it."""
         round = self._store.current.server.round
-        judged = (self._pool, self._config, self._dataset, self._model(), self._metrics)
+        judged = (self._workers, self._config, self._dataset, self._model(), self._metrics)
         ends = round in (0, self._config.federation.rounds)
         try:
             return (*held_out.scores(*judged), *(held_out.answer_scores(*judged) if ends else ()))
@@ -272,24 +241,22 @@ class Coordinator:
                 digest.update(f"{client}/{name}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def peak_memory(self) -> int:
-        """Bytes: the sum of the peaks, each as sampled, of this process and of the workers that answer."""
-        return self._memory.peak + sum(peak for _, peak in self._workers_memory(30))
+    def memory(self) -> list[Sample]:
+        """Memory of this process and of the workers that answer."""
+        return [self._memory.sample(), *self._workers.memory(30)]
+
+    def close(self) -> None:
+        """Ends what would outlive the run where this is no process of its own: the claim to the folder, threads."""
+        if self._claim is not None:
+            self._claim.close()
+        self._memory.close()
+        self._workers.close()
 
     def _memory_now(self) -> int | None:
         """Bytes as last sampled, of this process and its workers; None where one of them does not answer."""
-        answered_bytes = self._workers_memory(1)
-        return (
-            self._memory.last + sum(last for last, _ in answered_bytes)
-            if len(answered_bytes) == len(self._workers)
-            else None
-        )
-
-    def _workers_memory(self, seconds: float) -> list[tuple[int, int]]:
-        """Memory of the workers that answer within so many seconds."""
-        asked = [worker.memory.remote() for worker in self._workers]
-        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
-        return [answered_bytes for reference in answered if (answered_bytes := _answer_of(reference)) is not None]
+        samples = self._workers.memory(1)
+        last = {sample.process: sample.last for sample in [self._memory.sample(), *samples]}
+        return sum(last.values()) if len(samples) == self._workers.count else None
 
     @property
     def _private(self) -> bool:
@@ -328,7 +295,7 @@ class Coordinator:
         return JudgedModel(self._broadcast(), stored)
 
     def _broadcast(self) -> Any:
-        """The current broadcast in the object store; training and evaluation of one state share it."""
+        """The current broadcast's handle; training and evaluation of one state share it."""
         if self._sent is None or self._sent[0] != self._store.current.server.round:
             self._sent = None  # let go of the last one first
             give_back()
@@ -337,15 +304,14 @@ class Coordinator:
         return self._sent[1]
 
     def _put(self) -> tuple[int, Any, int]:
-        """Puts the broadcast into the object store.  Tensors of the server that are sent as they are lie there alone
-        from then on."""
+        """Shares the broadcast.  Tensors of the server that are sent as they are lie there alone from then on."""
         server = self._store.current.server
         broadcast = broadcast_of(self._config, self._method, server)
-        reference = ray.put(broadcast)
-        stored: Broadcast = ray.get(reference)
+        handle = self._workers.share(broadcast)
+        stored: Broadcast = object_store.get(handle)
         own = [name for name, tensor in broadcast.tensors.items() if tensor is server.tensors.get(name)]
         self._store.move({name: stored.tensors[name] for name in own})
-        return server.round, reference, checksum(packed(broadcast.tensors))
+        return server.round, handle, checksum(packed(broadcast.tensors))
 
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
         """Wire bytes to every client of the cohort, given when it last took part."""
@@ -367,7 +333,7 @@ class Coordinator:
         return current.server.round > 0 and (self._private or bool(current.states))
 
     def _train_item(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> WorkItem:
-        home = self._home.get(clients[0], index % len(self._workers))
+        home = self._home.get(clients[0], index % self._workers.count)
         work = sampling.pack_work(self._config, self._dataset, n, clients, watched)
 
         def submit(worker: Any) -> Any:  # states come to memory when their turn has come
@@ -417,21 +383,9 @@ class Coordinator:
 
     def _verify_broadcast(self) -> None:
         sent = self._sent
-        if sent is not None and checksum(packed(ray.get(sent[1]).tensors)) != sent[2]:
+        if sent is not None and checksum(packed(object_store.get(sent[1]).tensors)) != sent[2]:
             at = self._store.current.server.round
             raise RunError("shared memory", "the broadcast's bytes changed", round=at, resume=None)
-
-
-def _answer_of(reference: Any) -> Any:
-    try:
-        return ray.get(reference, timeout=30)
-    except RayActorError:  # a worker that died at the very end must not cost the finished run
-        return None
-
-
-def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
-    """Ray's options of a worker: a restart brings it back empty, and the coordinator alone decides what runs again."""
-    return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
 
 
 def _sound(outcome: PackOutcome) -> bool:

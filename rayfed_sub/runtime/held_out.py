@@ -16,7 +16,8 @@ from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.evaluation.named_metrics import Compute
 from rayfed_sub.evaluation.scores import label_scores, text_scores, token_scores
 from rayfed_sub.planning.sampling import judged_rows
-from rayfed_sub.runtime.scheduler import WorkerPool, WorkItem, in_order
+from rayfed_sub.runtime.scheduler import WorkItem
+from rayfed_sub.runtime.workers import Workers
 
 T = TypeVar("T")
 
@@ -31,24 +32,24 @@ class JudgedModel:
 
 
 def scores(
-    pool: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
+    workers: Workers, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
 ) -> list[Score]:
     """The scores of `evaluation.eval_rows` held-out rows; metrics: the configuration's own."""
     shards = _shards(config, dataset, config.evaluation.eval_rows, model)
-    done = _each(pool, shards, model, lambda worker: worker.evaluate, "held-out rows")
+    done = _each(workers, shards, model, lambda worker: worker.evaluate, "held-out rows")
     rows = [(int(dataset.held_out_clients[row]), prediction) for row, prediction in _by_row(shards, done)]
     names = dataset.class_names
     return list(label_scores(rows, names, metrics) if names else token_scores(rows))
 
 
 def answer_scores(
-    pool: WorkerPool, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
+    workers: Workers, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
 ) -> list[Score]:
     """The scores of the answers to `evaluation.generate_rows` held-out questions; none where none are asked for."""
     if not config.evaluation.generate_rows:
         return []
     shards = _shards(config, dataset, config.evaluation.generate_rows, model)
-    done = _each(pool, shards, model, lambda worker: worker.generate, "generated answers")
+    done = _each(workers, shards, model, lambda worker: worker.generate, "generated answers")
     rows = [(int(dataset.held_out_clients[row]), answer) for row, answer in _by_row(shards, done)]
     return list(text_scores(rows, metrics))
 
@@ -72,7 +73,7 @@ def _shards(config: Config, dataset: Dataset, most: int, model: JudgedModel) -> 
 
 
 def _each(
-    pool: WorkerPool,
+    workers: Workers,
     shards: Sequence[tuple[int | None, list[int]]],
     model: JudgedModel,
     call: Callable[[Any], Any],
@@ -83,7 +84,7 @@ def _each(
             state = None if client is None or model.stored is None else model.stored(client)
             return call(worker).remote(rows, model.broadcast, client, state)
 
-        return WorkItem(submit, index % len(pool.workers), f"shard {index}")
+        return WorkItem(submit, index % workers.count, f"shard {index}")
 
     items = [item(index, client, rows) for index, (client, rows) in enumerate(shards)]
-    return [done.result for done in in_order(pool, items, stage)]
+    return [done.result for done in workers.in_order(items, stage)]

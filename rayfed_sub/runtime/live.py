@@ -1,10 +1,12 @@
-"""Live numbers of a run: TensorBoard's scalars in the run folder, gauges on Ray's Prometheus endpoints."""
+"""Live numbers of a run: TensorBoard's scalars in the run folder, gauges on Ray's Prometheus endpoints where there is a
+Ray."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
 
+import ray
 from pyarrow import compute
 from ray.util.metrics import Gauge
 
@@ -30,19 +32,22 @@ class Live:
         if not done:
             self._events.add(0, start)
         tags = {"run": config.name, "method": str(config.method["name"]), "folder": folder.place.called()}
-        self._gauges = Gauges(tags)
-        self._gauges.show(start)
+        self._gauges = Gauges(tags) if ray.is_initialized() else None
+        if self._gauges is not None:
+            self._gauges.show(start)
 
     def add(self, done: RoundDone) -> None:
         """Shows a finished round.  Raises RunError where the disk is full."""
         values = scalars(done, self._sums)
         self._sums = {tag: values[tag] for tag in SUMMED}
-        self._gauges.show(values)
+        if self._gauges is not None:
+            self._gauges.show(values)
         self._events.add(done.row.round + 1, values)
 
     def close(self) -> None:
         """Ends what repeats the gauges."""
-        self._gauges.close()
+        if self._gauges is not None:
+            self._gauges.close()
 
 
 _PREFIX = "rayfed_sub_"  # Ray puts its own ray_ in front

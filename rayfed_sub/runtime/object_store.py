@@ -1,14 +1,25 @@
-"""Client states in Ray's object store, or by value where they are small."""
+"""Values that the processes of a run share: in Ray's object store, by value where they are small, or in one process."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayfed_sub.core.types import ClientState, wire_bytes
 
 _SMALL = 100_000
 """Bytes of a state below which it travels by itself: Ray, too, sends objects of that size along with a call."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Handles of what a run's workers are made from: specification, backbone, data.  References into the object store
+    are owned by the process that started the run, so that they outlive the coordinator.  A record, because Ray would
+    replace bare references in a call by what they refer to."""
+
+    spec: Any
+    backbone: Any
+    dataset: Any
 
 
 def put(state: ClientState) -> Any:
@@ -21,11 +32,9 @@ def put(state: ClientState) -> Any:
     return ray.put(state)
 
 
-def get(stored: Any, timeout: float | None = None) -> ClientState:
-    """The state behind what `put` gave.  Raises ray's GetTimeoutError after so many seconds."""
-    if isinstance(stored, ClientState):
-        return stored
+def get(handle: Any, timeout: float | None = None) -> Any:
+    """The value behind a reference into the object store; anything else is its own.  Raises ray's GetTimeoutError after
+    so many seconds."""
     import ray
 
-    state: ClientState = ray.get(stored, timeout=timeout)
-    return state
+    return ray.get(handle, timeout=timeout) if isinstance(handle, ray.ObjectRef) else handle

@@ -53,7 +53,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     Takes the backbone into this process, and of each size three packs, short ones again and again for a second.
     """
     config = job.config
-    cohort, workers = config.federation.cohort, config.resources.workers
+    cohort, workers = config.federation.cohort, config.resources.trainers
     backbone = load_weights(config.model, job.architecture, config.seed)
     broadcast = _broadcast(job, backbone)
     spec = Spec(config, job.method, job.architecture, job.processor)
@@ -149,7 +149,7 @@ def _evaluation(job: Job, worker: Worker, broadcast: Broadcast) -> float:
     began = time.perf_counter()
     worker.evaluate(rows, broadcast, None, None)
     shards = math.ceil(examples / max(1, len(rows)))
-    return (time.perf_counter() - began) * math.ceil(shards / job.config.resources.workers)
+    return (time.perf_counter() - began) * math.ceil(shards / job.config.resources.trainers)
 
 
 def _client(config: Config, speed: PackSpeed) -> float:
@@ -161,5 +161,5 @@ def _client(config: Config, speed: PackSpeed) -> float:
 def _round(config: Config, speed: PackSpeed) -> float:
     """Seconds until the slowest worker has trained its packs."""
     size = speed.pack_size
-    turns = math.ceil(math.ceil(config.federation.cohort / size) / config.resources.workers)
+    turns = math.ceil(math.ceil(config.federation.cohort / size) / config.resources.trainers)
     return turns * size * _client(config, speed)

@@ -9,18 +9,15 @@ from __future__ import annotations
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import ObjectRefGenerator
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import get_current_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.exceptions import RayActorError, RayError
 
 from rayfed_sub.config.loading import as_override
 from rayfed_sub.config.schema import Config
@@ -34,15 +31,16 @@ from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, check_resources, prepare
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.cluster import joined, nodes, ray_session
-from rayfed_sub.runtime.coordinator import Coordinator, Shared
+from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
 from rayfed_sub.runtime.live import Live
+from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.worker import Spec
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place, placed
 from rayfed_sub.storage.run_folder import RunFolder, check_data, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.telemetry.alert_log import Watch
 from rayfed_sub.telemetry.events import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
-from rayfed_sub.telemetry.process_memory import PeakMemory
+from rayfed_sub.telemetry.process_memory import PeakMemory, peak_of
 
 _LIVES = 5  # coordinators that may die in a row without a checkpoint between them
 
@@ -98,7 +96,9 @@ def _run(
         notify(Notice("nothing to go on with: a new run begins"))
     if place is not None and old is None:
         check_free(place.path)
-    with joined(address):
+    if address is not None and not config.resources.workers:
+        raise UserError("--address", address, "nothing with resources.workers=0, which needs no Ray", "leave one out")
+    with joined(address) if config.resources.workers else nullcontext():
         check_resources(config, nodes())
         notify(Stage("reading task and model"))
         job = prepare(config)
@@ -115,15 +115,20 @@ def _run(
         checkpoints.make(folder.path)
         checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
         folder.place.saved()
-        notify(Stage("starting Ray, loading weights"))
+        notify(Stage("starting Ray, loading weights" if config.resources.workers else "loading weights"))
         with _hinted(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
             loading, planned = [pool.submit(load_backbone, job)], pool.submit(plan.memory, job)
-            with ray_session():
+            with ray_session() if config.resources.workers else nullcontext():
+                put = ray.put if config.resources.workers else _itself
                 # No name here may hold the weights for the whole run.
-                shared = Shared(ray.put(spec_of(job)), ray.put(loading.pop().result()), ray.put(job.dataset))
+                shared = Shared(put(spec_of(job)), put(loading.pop().result()), put(job.dataset))
                 summary = carry_out(job, shared, folder, notify, began, lambda: _figure(planned, notify))
         finish(folder.place, notify)
     return summary
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _figure(planned: Future[int], notify: Listener) -> int | None:
@@ -148,10 +153,9 @@ def carry_out(
     began: `time.perf_counter()` then.  planned: bytes of memory.  Raises RunError where the run cannot go on.
     """
     with closing(PeakMemory()) as memory:
-        summary = _through_deaths(job, folder, shared, notify)
-        peak = summary.peak_memory_bytes + memory.peak
+        summary = _through_deaths(job, folder, shared, notify, memory)
         wall = time.perf_counter() - began
-        whole = replace(summary, wall_seconds=wall, peak_memory_bytes=peak, planned_memory_bytes=planned())
+        whole = replace(summary, wall_seconds=wall, planned_memory_bytes=planned())
         folder.write_summary(whole)
     return whole
 
@@ -190,13 +194,13 @@ def load_backbone(job: Job) -> Packed:
     return packed(load_weights(job.config.model, job.architecture, job.config.seed))
 
 
-def _through_deaths(job: Job, folder: RunFolder, shared: Shared, notify: Listener) -> Summary:
+def _through_deaths(job: Job, folder: RunFolder, shared: Shared, notify: Listener, memory: PeakMemory) -> Summary:
     """The run under one coordinator after another, each from the newest checkpoint on."""
     lives, reached = _LIVES, checkpoints.newest(folder.path)
     while True:
-        coordinator = _coordinator(job, folder, shared)
+        coordinator = coordinator_of(job, folder.path, shared)
         try:
-            return _rounds(job, folder, coordinator, notify)
+            return _rounds(job, folder, coordinator, notify, memory)
         except RayActorError as error:
             if error.actor_init_failed:
                 raise
@@ -207,40 +211,17 @@ def _through_deaths(job: Job, folder: RunFolder, shared: Shared, notify: Listene
                 raise RunError("coordinator", f"died {_LIVES} times without a checkpoint in between: {cause}") from None
             notify(Notice(f"the coordinator died; another goes on from the last checkpoint ({cause})"))
         finally:
-            ray.kill(coordinator)  # its workers are its children and go with it
+            coordinator.close()
 
 
-def _coordinator(job: Job, folder: RunFolder, shared: Shared) -> Any:
-    """The coordinator actor, on this node, where the run folder is."""
-    server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
-    parts = (*server, shared, folder.path.absolute(), job.noise)
-    actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=_here())(Coordinator)
-    return actor.remote(*parts)
+def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: Listener, memory: PeakMemory) -> Summary:
+    """Walks the rounds that are left, and writes tables and checkpoints; the summary without the time that it took.
+    memory: this process's.  Raises RayActorError where the coordinator dies."""
+    config, ask = job.config, coordinator.ask
 
-
-def _here() -> NodeAffinitySchedulingStrategy | PlacementGroupSchedulingStrategy:
-    """This node; in a trial of a sweep the first bundle of its placement group, which lies here, and from which the
-    workers are placed into the others."""
-    group = get_current_placement_group()
-    if group is None:
-        return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return PlacementGroupSchedulingStrategy(
-        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
-    )
-
-
-def _rounds(job: Job, folder: RunFolder, coordinator: Any, notify: Listener) -> Summary:
-    """Walks the rounds that are left, and writes tables and checkpoints; the summary without this process's time and
-    memory.  Raises RayActorError where the coordinator dies."""
-    config = job.config
-
-    def ask(name: str) -> Any:
-        return answer(coordinator, getattr(coordinator, name).remote(), name)
-
-    def follow(stream: ObjectRefGenerator, n: int) -> None:
+    def follow(records: Iterable[PackDone | RoundDone]) -> None:
         """Reads a round to its end and notes its rows."""
-        for reference in stream_of(coordinator, stream, f"round {n}"):
-            record = answer(coordinator, reference, f"round {n}")
+        for record in records:
             if isinstance(record, RoundDone):
                 folder.add(record)
                 live.add(record)
@@ -253,21 +234,21 @@ def _rounds(job: Job, folder: RunFolder, coordinator: Any, notify: Listener) -> 
     targets = sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
     notify(Started(config, folder.place.called(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
-    stream: ObjectRefGenerator | None = None
+    records: Iterator[PackDone | RoundDone] = iter(())
     watch, live = Watch(folder, config), Live(folder, config)
     try:
         for n in range(done, rounds):
-            stream = coordinator.run_round.options(num_returns="streaming").remote(n)
-            follow(stream, n)
+            records = coordinator.round(n)
+            follow(records)
             if n + 1 == rounds or (every and (n + 1) % every == 0):
                 folder.write_tables()
                 ask("checkpoint")
                 folder.place.saved()
-        return _summary(job, folder, first, ask, targets)
+        return _summary(job, folder, first, ask, targets, memory)
     except (KeyboardInterrupt, RunError):
         notify(Stage("stopping: a checkpoint first"))
         with suppress(RunError, RayError):  # a full disk stays full: the first error counts
-            leave(folder, ask, lambda n: follow(stream, n) if stream is not None else None)
+            leave(folder, ask, lambda: follow(records))
         raise
     finally:
         live.close()
@@ -301,14 +282,14 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
     return beginning
 
 
-def leave(folder: RunFolder, ask: Callable[[str], Any], follow: Callable[[int], None]) -> None:
-    """A checkpoint of the last finished round, and the tables up to it; follow: reads the rest of a round's stream.
+def leave(folder: RunFolder, ask: Callable[[str], Any], follow: Callable[[], None]) -> None:
+    """A checkpoint of the last finished round, and the tables up to it; follow: reads the rest of a round's records.
 
     A round that was finished but whose rows never came does not count: the checkpoint before it stands.
     """
     finished = ask("halt")
     if folder.rounds.num_rows < finished:  # it ended while nobody listened
-        follow(finished - 1)
+        follow()
     if folder.rounds.num_rows == finished:
         folder.write_tables()
         ask("checkpoint")
@@ -320,6 +301,7 @@ def _summary(
     first: Beginning,
     ask: Callable[[str], Any],
     targets: int,
+    memory: PeakMemory,
 ) -> Summary:
     rows, config = folder.rounds.to_pylist(), job.config
     before = overall(first.scores)
@@ -336,7 +318,7 @@ def _summary(
         change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,
         train_seconds=sum(row["train_seconds"] for row in rows),
-        peak_memory_bytes=ask("peak_memory"),
+        peak_memory_bytes=peak_of([memory.sample(), *ask("memory")]),
         metrics={f"{name}_before": value for name, value in before.items()} | overall(folder.scores(len(rows))),
         versions=first.versions,
         environment=first.environment,
@@ -347,35 +329,3 @@ def _summary(
         rows=first.rows,
         folder=folder.place.called(),
     )
-
-
-_ANSWER_SECONDS = 600.0  # for an answer that takes no work
-
-
-def answer(coordinator: Any, reference: Any, stage: str) -> Any:
-    """The coordinator's answer, or the cause of its failure."""
-    _wait(coordinator, reference, stage)
-    try:
-        return ray.get(reference, timeout=_ANSWER_SECONDS)
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, RunError | UserError) else error from None
-
-
-def stream_of(coordinator: Any, stream: ObjectRefGenerator, stage: str) -> Iterator[Any]:
-    """The stream's references as they come."""
-    while True:
-        _wait(coordinator, stream, stage)
-        try:
-            yield next(stream)
-        except StopIteration:
-            return
-
-
-def _wait(coordinator: Any, coming: Any, stage: str) -> None:
-    """Waits for a reference, or for a stream's next, as long as the coordinator is alive: its second thread says so.
-
-    Raises RunError where it hangs.
-    """
-    while not ray.wait([coming], timeout=_ANSWER_SECONDS)[0]:
-        if not ray.wait([coordinator.alive.remote()], timeout=_ANSWER_SECONDS)[0]:
-            raise RunError(stage, f"the coordinator has not answered for {_ANSWER_SECONDS:.0f} s")

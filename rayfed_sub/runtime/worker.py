@@ -38,7 +38,7 @@ from rayfed_sub.planning.sampling import PackWork
 from rayfed_sub.privacy.mechanism import clipped
 from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
-from rayfed_sub.telemetry.process_memory import PeakMemory, few_kernels, give_back, keep_freed
+from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels, give_back, keep_freed
 from rayfed_sub.training.client_errors import not_finite
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, predictions
@@ -46,6 +46,10 @@ from rayfed_sub.training.layers import based_on, install
 
 _RESIDENT_BYTES = 256 * 2**20  # client states a worker keeps at hand; older ones are read from the object store again
 _FETCH_SECONDS = 120
+
+
+Answer = tuple[dict[str, str], dict[str, Any]]
+"""A worker's versions, and what it computes with."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,17 @@ class Worker:
         self._resident: OrderedDict[int, ClientState] = OrderedDict()
         self._resident_bytes = 0
 
-    def ready(self) -> tuple[dict[str, str], dict[str, Any]]:
+    def ready(self) -> Answer:
         """Versions, and what this worker computes with, once the backbone is mapped."""
         return versions(), machine(self._device.type == "cuda")
 
-    def memory(self) -> tuple[int, int]:
+    def memory(self) -> Sample:
         """Proportional set size, bytes: as last sampled, and the largest seen so far."""
-        return self._memory.last, self._memory.peak
+        return self._memory.sample()
+
+    def close(self) -> None:
+        """Ends its thread; a process that makes many runs would gather them."""
+        self._memory.close()
 
     def train(self, work: PackWork, states: Sequence[Any], broadcast: Broadcast) -> PackOutcome:
         """One pack's round.  states: per client None (its first round), or its key and what `object_store.get` takes,
@@ -267,7 +275,8 @@ class Worker:
         resident = self._resident.get(client)
         if resident is not None and resident.round == round:
             return resident
-        return object_store.get(handle, _FETCH_SECONDS)
+        state: ClientState = object_store.get(handle, _FETCH_SECONDS)
+        return state
 
     def _remember(self, client: int, state: ClientState) -> None:
         old = self._resident.pop(client, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, Node, most_workers
-from rayfed_sub.planning.needs import BARE_WORKER, DRIVER, RAY, Need, need
+from rayfed_sub.planning.needs import DRIVER, RAY, Need, need
 from rayfed_sub.planning.plan import here, job_parts
 from rayfed_sub.planning.traffic import FEW
 
@@ -33,7 +33,7 @@ def check_disk(jobs: Sequence[Job], count: int, folder: Path) -> None:
 
 def _places(job: Job, there: Sequence[Node]) -> int:
     resources = job.config.resources
-    return most_workers(there, resources.cpus_per_worker, resources.gpus_per_worker) // resources.workers
+    return most_workers(there, resources.cpus_per_worker, resources.gpus_per_worker) // resources.trainers
 
 
 def _memory(job: Job, there: Sequence[Node]) -> int:
@@ -45,8 +45,8 @@ def _memory(job: Job, there: Sequence[Node]) -> int:
 def trial_bytes(needed: Need, machine: Machine, workers_here: bool) -> int:
     """Bytes of one trial more on this machine: its own process, its coordinator, its workers where they are here."""
     resources = needed.config.resources
-    own = needed.fixed(resources.workers, resources.pack_size) - needed.backbone - needed.data - RAY
+    own = needed.fixed(resources.trainers, resources.pack_size) - needed.backbone - needed.data - needed.bare[0]
     if not workers_here:
         return own
     process = 0 if machine.gpu is not None else needed.worker(resources.pack_size).process
-    return own + resources.workers * (BARE_WORKER + process)
+    return own + resources.trainers * (needed.bare[2] + process)

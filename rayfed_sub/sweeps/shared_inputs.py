@@ -12,7 +12,7 @@ import ray
 from rayfed_sub.config.schema import Config
 from rayfed_sub.models.hub import RANDOM
 from rayfed_sub.planning.job import Job, JobInputs, job_on, kind_of, load_inputs
-from rayfed_sub.runtime.coordinator import Shared
+from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.session import load_backbone, spec_of
 
 

@@ -120,13 +120,16 @@ def _domains(search: Search) -> dict[str, Any]:
 
 
 def _bundles(config: Config, share: float) -> PlacementGroupFactory:
-    """The trial's own process and its coordinator on the head, and a bundle of exactly its shape for each worker.
+    """The trial's own process and its coordinator on the head, and a bundle of exactly its shape for each worker;
+    all in the first bundle where the trial trains in its own process.
 
     share: of the head, so that no more trials go side by side than it has: Tune's own limit knows new trials alone, and
     not those that it takes up again."""
     resources = config.resources
     worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     shape = {name: amount for name, amount in worker.items() if amount}
+    if not resources.workers:
+        return PlacementGroupFactory([{HEAD: share, **shape}])
     return PlacementGroupFactory([{HEAD: share}, *[shape] * resources.workers], strategy="PACK")
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import threading
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import psutil
 
@@ -14,6 +17,28 @@ from rayfed_sub.planning.heap import MMAP_BYTES, PRODUCT_KERNELS
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's options, from glibc's malloc.h
 _SHARE = 0.005  # of the time, that samples may take
 _LONGEST = 10.0  # seconds between two of them
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Memory of one process, bytes: as last sampled, and the largest seen.  process: its node's name and its number, so
+    that what is asked twice counts once."""
+
+    process: tuple[str, int]
+    last: int
+    peak: int
+
+
+def peak_of(samples: Iterable[Sample]) -> int:
+    """The sum of the processes' peaks.
+
+    >>> peak_of([Sample(("a", 7), 1, 5), Sample(("a", 8), 1, 2), Sample(("a", 7), 1, 6)])
+    8
+    """
+    peaks: dict[tuple[str, int], int] = {}
+    for sample in samples:
+        peaks[sample.process] = max(sample.peak, peaks.get(sample.process, 0))
+    return sum(peaks.values())
 
 
 class PeakMemory:
@@ -30,6 +55,10 @@ class PeakMemory:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-memory")
         self._thread.start()
+
+    def sample(self) -> Sample:
+        """As of now; nobody waits for it."""
+        return Sample((socket.gethostname(), self._process.pid), self.last, self.peak)
 
     def close(self) -> None:
         """Ends the thread; a process that makes many runs would gather them."""

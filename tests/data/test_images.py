@@ -409,7 +409,7 @@ def configured(path: str, numbers: dict[str, Any], method: str, **task: Any) -> 
             },
             "method": {"name": method, "rank": 4},
             "optimizer": {"lr": 0.01},
-            "resources": {"workers": 1, "cpus_per_worker": 0.5, "pack_size": 2},
+            "resources": {"workers": 0, "cpus_per_worker": 0.5, "pack_size": 2},
             "evaluation": {"every": 5},
         }
     )

@@ -26,8 +26,9 @@ TIMES = ["train_seconds", "seconds", "retries", "memory_bytes"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    return chaos.undisturbed(1, tmp_path_factory.mktemp("undisturbed") / "run")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    """In one process; others of this file have two workers."""
+    return chaos.undisturbed(0, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 def same(summary: Summary, undisturbed: Summary) -> None:
@@ -41,7 +42,7 @@ def same(summary: Summary, undisturbed: Summary) -> None:
         )
 
 
-def test_a_worker_and_two_coordinators_die(undisturbed: Summary, tmp_path: Path) -> None:
+def test_a_worker_and_two_coordinators_die(ray_session: None, undisturbed: Summary, tmp_path: Path) -> None:
     """The short form of the soak."""
     due = [(1, "ray::Worker"), (1, "ray::Coordinator"), (3, "ray::Coordinator")]
     told: list[str] = []
@@ -59,7 +60,10 @@ def test_a_worker_and_two_coordinators_die(undisturbed: Summary, tmp_path: Path)
     assert [text.partition(";")[0] for text in told][::2] == ["the coordinator died"] * 2
 
 
-def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(undisturbed: Summary, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(
+    workers: int, ray_session: None, undisturbed: Summary, tmp_path: Path
+) -> None:
     """Ctrl-C in the third round, where no checkpoint was due."""
     told: list[str] = []
 
@@ -69,7 +73,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(undisturbed: Summary
         if isinstance(record, Notice):
             told.append(record.text)
 
-    config, folder = chaos.job(2, "checkpoint.every=0"), tmp_path / "run"
+    config, folder = chaos.job(workers, "checkpoint.every=0"), tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run(config, folder, interrupt)
     assert told == [f"interrupted; go on with: rayfed-sub run {folder}/config.yaml --out {folder} --resume"]
@@ -88,7 +92,7 @@ def test_a_process_that_ends_without_a_word_costs_the_rounds_since_the_checkpoin
         if isinstance(record, RoundDone) and record.row.round == 2:
             raise MemoryError
 
-    config, folder = chaos.job(2, "checkpoint.every=2"), tmp_path / "run"
+    config, folder = chaos.job(0, "checkpoint.every=2"), tmp_path / "run"
     with pytest.raises(MemoryError):
         run(config, folder, end)
     summary = run(config, folder, resume=True)
@@ -97,12 +101,12 @@ def test_a_process_that_ends_without_a_word_costs_the_rounds_since_the_checkpoin
 
 
 def test_a_run_that_never_began_is_begun(undisturbed: Summary, tmp_path: Path) -> None:
-    same(run(chaos.job(1), tmp_path / "run", resume=True), undisturbed)
+    same(run(chaos.job(0), tmp_path / "run", resume=True), undisturbed)
 
 
 def test_a_run_is_not_taken_up_with_other_settings(undisturbed: Summary) -> None:
     with pytest.raises(UserError, match=r"method.rank: got 2; allowed: 4, with which the run in .* began"):
-        run(chaos.job(1, "method.rank=2"), undisturbed.folder, resume=True)
+        run(chaos.job(0, "method.rank=2"), undisturbed.folder, resume=True)
 
 
 @pytest.mark.slow
@@ -134,10 +138,10 @@ def test_a_round_whose_rows_never_came_does_not_count(tmp_path: Path) -> None:
         asked.append(name)
         return 1  # finished rounds
 
-    leave(folder, ask, lambda n: None)
+    leave(folder, ask, lambda: None)
     assert asked == ["halt"]
     row = RoundRow(0, 8, 0, 3.0, 2.5, 64, 64, 10, 4.0, None, 1.0, 1.0)
-    leave(folder, ask, lambda n: folder.add(RoundDone(row, ())))  # it had only not been read
+    leave(folder, ask, lambda: folder.add(RoundDone(row, ())))  # it had only not been read
     assert asked == ["halt", "halt", "checkpoint"]
     assert pd.read_parquet(tmp_path / "rounds.parquet")["round"].tolist() == [0]
 

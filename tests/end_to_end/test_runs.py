@@ -43,8 +43,8 @@ FOUR_PACKS = ["resources.pack_size=2", "resources.cpus_per_worker=0.5", "evaluat
 
 
 def small(*overrides: str) -> Config:
-    """One worker where nothing else is asked for: a second one costs seconds to start, and changes no bits."""
-    return load_config(TINY, [*SMALL, *FOUR_PACKS, "resources.workers=1", "federation.rounds=2", *overrides])
+    """In this process where nothing else is asked for: workers cost seconds to start, and change no bits."""
+    return load_config(TINY, [*SMALL, *FOUR_PACKS, "resources.workers=0", "federation.rounds=2", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def records() -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory, records: list[object]) -> Summary:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, records: list[object]) -> Summary:
     return run(small(), tmp_path_factory.mktemp("run") / "one", records.append)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_final_weights_do_not_depend_on_the_number_of_workers(
-    undisturbed: Summary, workers: int, tmp_path: Path
+    ray_session: None, undisturbed: Summary, workers: int, tmp_path: Path
 ) -> None:
     summary = run(small(f"resources.workers={workers}"), tmp_path / "run")
     assert summary.weights_sha256 == undisturbed.weights_sha256
@@ -72,7 +72,9 @@ def test_another_seed_gives_other_weights(undisturbed: Summary, tmp_path: Path) 
     assert run(small("seed=1"), tmp_path / "run").weights_sha256 != undisturbed.weights_sha256
 
 
-def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(undisturbed: Summary, tmp_path: Path) -> None:
+def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(
+    ray_session: None, undisturbed: Summary, tmp_path: Path
+) -> None:
     killed: list[int] = []
 
     def kill_one(record: Any) -> None:
@@ -161,7 +163,7 @@ EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for 
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_every_method_runs_by_its_name_and_counts_its_bytes(name: str, ray_session: None, tmp_path: Path) -> None:
+def test_every_method_runs_by_its_name_and_counts_its_bytes(name: str, tmp_path: Path) -> None:
     """With nothing but the name replaced: two rounds, 8 clients, two layers of 96 x 32, rank 4; `undisturbed` is
     fedftg."""
     config = small(f"method.name={name}")
@@ -194,7 +196,7 @@ def test_the_reference_executor_ends_where_the_packs_do(undisturbed: Summary, tm
 
 
 @pytest.mark.parametrize("method", ["fedftg", pytest.param("fedit", marks=pytest.mark.slow)])
-def test_a_classifier_trains_its_head_with_its_targets(method: str, ray_session: None, tmp_path: Path) -> None:
+def test_a_classifier_trains_its_head_with_its_targets(method: str, tmp_path: Path) -> None:
     """Rows of one letter or the other, told apart by a random BERT: from ln 2 = 0.69 nats down."""
     table = tmp_path / "letters.csv"
     rows = [f"{letter * length},{letter}" for length in range(3, 83) for letter in "az"]
@@ -206,7 +208,7 @@ def test_a_classifier_trains_its_head_with_its_targets(method: str, ray_session:
             "federation": {"clients": 3, "rounds": 4, "local_steps": 6, "partition": {"kind": "iid"}},
             "method": {"name": method, "rank": 4},
             "optimizer": {"lr": 0.01},
-            "resources": {"cpus_per_worker": 0.5, "workers": 1},
+            "resources": {"workers": 0},
         }
     )
     summary = run(config, tmp_path / "run")
@@ -214,9 +216,7 @@ def test_a_classifier_trains_its_head_with_its_targets(method: str, ray_session:
     assert summary.metrics["held_out_loss"] < 0.3
 
 
-def test_a_client_of_one_row_trains_beside_large_ones_and_validation_rows_are_judged(
-    ray_session: None, tmp_path: Path
-) -> None:
+def test_a_client_of_one_row_trains_beside_large_ones_and_validation_rows_are_judged(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     rows = [
         f"{who} {n},answer {n} of {who},{who}" for who, count in (("a", 60), ("b", 20), ("c", 1)) for n in range(count)
@@ -238,7 +238,7 @@ def test_a_client_of_one_row_trains_beside_large_ones_and_validation_rows_are_ju
     assert 2 * 14 <= judged.loc[1] <= 2 * 15
 
 
-def test_a_sampled_cohort_trains_only_its_clients(ray_session: None, tmp_path: Path) -> None:
+def test_a_sampled_cohort_trains_only_its_clients(tmp_path: Path) -> None:
     run(small("federation.sampled=3", "federation.rounds=3"), tmp_path / "run")
     clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
     assert (clients.groupby("round").client.nunique() == 3).all()
@@ -248,9 +248,10 @@ def test_a_sampled_cohort_trains_only_its_clients(ray_session: None, tmp_path: P
         assert row.downlink_bytes == 2 * min(96 * 32, row.round * 3 * 4 * (96 + 32)) * 4
 
 
-def test_a_client_that_fails_is_named_with_round_and_stage(ray_session: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_client_that_fails_is_named_with_round_and_stage(workers: int, ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"round \d+, client \d+, local training: non-finite"):
-        run(small("optimizer={lr: 3.0e+38}"), tmp_path / "run")
+        run(small("optimizer={lr: 3.0e+38}", f"resources.workers={workers}"), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()  # a run that did not finish does not look finished
 
 
@@ -263,7 +264,7 @@ def test_workers_share_a_gpu_by_fractions(ray_session: None) -> None:
     """Four workers of a quarter GPU are placed at once on the one GPU there is (a counter here), a fifth waits."""
     import ray
 
-    from rayfed_sub.runtime.coordinator import worker_options
+    from rayfed_sub.runtime.ray_workers import worker_options
 
     class Probe:
         def visible(self) -> str:
@@ -339,23 +340,23 @@ class Own(FedAvg):
 
 
 @pytest.mark.parametrize(
-    ("write", "noticed"),
+    ("write", "workers", "noticed"),
     [
         # torch's version counters notice it in the worker, by name
-        (".mul_(2.0)", r"tensor model\.layers\.0\.mlp\.up_proj/weight was written in place"),
+        (".mul_(2.0)", 0, r"tensor model\.layers\.0\.mlp\.up_proj/weight was written in place"),
         # around torch: the coordinator's checksum notices it before the round counts
-        (".numpy().__imul__(2.0)", r"round 0, shared memory: the broadcast's bytes changed"),
+        (".numpy().__imul__(2.0)", 1, r"round 0, shared memory: the broadcast's bytes changed"),
     ],
 )
 def test_an_in_place_write_to_shared_memory_stops_the_run(
-    write: str, noticed: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: str, workers: int, noticed: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A method that scribbles on the broadcast."""
     start_client = f"""
         next(iter(broadcast.tensors.values())){write}
         return super().start_client(broadcast, state, client, shape)"""
     with own_method(start_client, tmp_path, monkeypatch) as name, pytest.raises(RunError, match=noticed):
-        run(small(f"method={{name: '{name}'}}"), tmp_path / "run")
+        run(small(f"method={{name: '{name}'}}", f"resources.workers={workers}"), tmp_path / "run")
     assert checkpoints.newest(tmp_path / "run") is None  # the server lies in that memory: nothing of it is kept
 
 
@@ -382,27 +383,27 @@ def test_the_result_is_exported_and_loaded_by_transformers(undisturbed: Summary,
 
 
 def test_privacy_adds_noise_and_says_what_was_spent(ray_session: None, tmp_path: Path) -> None:
-    """Poisson cohorts of 3 of 8 on average, noise that drowns what they learn; the same bits for one worker and two."""
+    """Poisson cohorts of 3 of 8 on average, noise that drowns what they learn; the same bits with and without Ray."""
     private = [
         "federation.sampled=3",
         "federation.client_weighting=uniform",
         "privacy={clip: 0.1, noise: 50, delta: 1.0e-3}",
     ]
-    one, two = (run(small(*private, f"resources.workers={w}"), tmp_path / f"{w}") for w in (1, 2))
+    one, two = (run(small(*private, f"resources.workers={w}"), tmp_path / f"{w}") for w in (0, 2))
     assert one.weights_sha256 == two.weights_sha256
     assert one.metrics["held_out_loss"] > one.metrics["held_out_loss_before"]
-    rounds = pd.read_parquet(tmp_path / "1" / "rounds.parquet")
+    rounds = pd.read_parquet(tmp_path / "0" / "rounds.parquet")
     assert rounds.epsilon.tolist() == [epsilon(50, 3 / 8, n, 1e-3) for n in (1, 2)]
     assert one.privacy is not None
     assert (one.privacy["epsilon"], one.privacy["delta"], one.privacy["noise"]) == (rounds.epsilon[1], 1e-3, 50)
     assert one.privacy["epsilon"] <= one.privacy["epsilon_rdp"]
     assert one.environment["noise"] == 50
-    clients = pd.read_parquet(tmp_path / "1" / "clients.parquet")
+    clients = pd.read_parquet(tmp_path / "0" / "clients.parquet")
     assert (clients.weight < 1).any()  # somebody was clipped
 
 
 def test_a_client_that_always_fails_is_skipped_where_that_is_allowed(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Client 3 starts with factors that are not finite; the others' rounds count."""
     start_client = """

@@ -713,7 +713,10 @@ def test_a_class_that_only_the_base_of_a_sweep_names_is_not_imported(
 @pytest.mark.parametrize("asked", ["plan {}/config.yaml", "run {0}/config.yaml --out {0} --resume"])
 def test_a_metric_that_only_a_folder_names_is_not_loaded(asked: str, tmp_path: Path, refusal: Refusal) -> None:
     """As the folder of a run by its name; the metric, once it is named by the caller as well, is not there."""
-    tree = {**yaml.safe_load(Path(TINY).read_text(encoding="utf-8")), "evaluation": {"metrics": [f"{tmp_path}/mine.py"]}}
+    tree = {
+        **yaml.safe_load(Path(TINY).read_text(encoding="utf-8")),
+        "evaluation": {"metrics": [f"{tmp_path}/mine.py"]},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     leave(tmp_path, ["log.jsonl", "summary.json"])
     said = refusal(asked.format(tmp_path).split())

@@ -77,9 +77,9 @@ def test_bytes_are_those_of_real_training(name: str, model: Any) -> None:
         ),
     ],
 )
-def test_bytes_are_those_of_a_run(overrides: list[str], ray_session: None, tmp_path: Path) -> None:
+def test_bytes_are_those_of_a_run(overrides: list[str], tmp_path: Path) -> None:
     """clients.parquet, and the states in the last checkpoint."""
-    config = small("federation.rounds=3", "resources.workers=2", *overrides)
+    config = small("federation.rounds=3", "resources.workers=0", *overrides)
     job = prepare(config)
     found = job_parts(job).traffic()
     run(config, tmp_path / "run")

@@ -299,8 +299,8 @@ def test_a_place_that_cannot_be_is_told_before_anything_starts(uri: str) -> None
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    return chaos.undisturbed(1, tmp_path_factory.mktemp("undisturbed") / "run")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return chaos.undisturbed(0, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: str, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: st
 
     uri = f"{bucket}/runs/one"
     with pytest.raises(KeyboardInterrupt):
-        run(chaos.job(2, "checkpoint.every=0"), uri, interrupt)
+        run(chaos.job(0, "checkpoint.every=0"), uri, interrupt)
     hint = f"interrupted; go on with: rayfed-sub run {uri}/config.yaml --out {uri} --resume"
     assert [record.text for record in told if isinstance(record, Notice)] == [hint]
     assert [record.folder for record in told if isinstance(record, Started)] == [uri]
@@ -324,7 +324,7 @@ def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: st
     summary = run(config, uri, resume=True)
     assert summary.weights_sha256 == undisturbed.weights_sha256
     assert summary.metrics == undisturbed.metrics
-    assert summary.resumed in ((2,), (3,))
+    assert summary.resumed == (2,)
     assert summary.folder == uri
 
     assert run(config, uri, told.append, resume=True) == summary  # it is finished: nothing happens

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.runtime import session
-from rayfed_sub.runtime.session import answer, stream_of
+from rayfed_sub.runtime import links
+from rayfed_sub.runtime.links import RoundStream, answer
 
 
 class Actor:
@@ -25,21 +25,20 @@ class Actor:
     def refuses(self) -> None:
         raise UserError("field", 1, "2")
 
-    def counts(self, seconds: float) -> Iterator[int]:
-        for n in range(3):
-            time.sleep(seconds)
-            yield n
+    def run_round(self, n: int) -> Iterator[int]:
+        for pack in range(3):
+            time.sleep(1.3)
+            yield n + pack
 
 
 def test_a_busy_actor_is_waited_for_and_a_hung_one_is_not(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    monkeypatch.setattr(session, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(links, "_ANSWER_SECONDS", 1.0)
     busy = ray.remote(num_cpus=0, max_concurrency=2)(Actor).remote()
     ray.get(busy.alive.remote())  # an actor may take longer to start, and is then neither busy nor hung
     assert answer(busy, busy.slow.remote(2.5), "stage") == "done"
-    stream = busy.counts.options(num_returns="streaming").remote(1.3)
-    assert [answer(busy, reference, "stage") for reference in stream_of(busy, stream, "stage")] == [0, 1, 2]
+    assert list(RoundStream(busy, 4)) == [4, 5, 6]
     with pytest.raises(UserError, match="field: got 1"):
         answer(busy, busy.refuses.remote(), "stage")
 

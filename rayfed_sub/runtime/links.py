@@ -1,0 +1,126 @@
+"""The session's link to its coordinator: an actor, or, with `resources.workers=0`, an object of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.planning.job import Job
+from rayfed_sub.runtime.coordinator import Coordinator
+from rayfed_sub.runtime.object_store import Shared
+from rayfed_sub.telemetry.events import PackDone, RoundDone
+
+_ANSWER_SECONDS = 600.0  # for an answer that takes no work
+
+
+class CoordinatorLink(Protocol):
+    """A coordinator as the session talks to it."""
+
+    def ask(self, name: str) -> Any:
+        """The answer of the coordinator's method of this name, which takes no arguments."""
+
+    def round(self, n: int) -> Iterator[PackDone | RoundDone]:
+        """The records of round n as they come.  One that was interrupted can be read on, unless the interruption ended
+        the round itself."""
+
+    def close(self) -> None:
+        """Ends the coordinator and its workers."""
+
+
+def coordinator_of(job: Job, folder: Path, shared: Shared) -> CoordinatorLink:
+    """The coordinator of a run in the folder."""
+    server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
+    parts = (*server, shared, folder.absolute(), job.noise)
+    return ActorLink(parts) if job.config.resources.workers else LocalLink(parts)
+
+
+class LocalLink:
+    """A coordinator in this process.  It sets torch's threads, which `close` sets back."""
+
+    def __init__(self, parts: tuple[Any, ...]) -> None:
+        self._threads = torch.get_num_threads()
+        self._coordinator = Coordinator(*parts)
+
+    def ask(self, name: str) -> Any:
+        """See `CoordinatorLink`, as for the others."""
+        return getattr(self._coordinator, name)()
+
+    def round(self, n: int) -> Iterator[PackDone | RoundDone]:
+        return self._coordinator.run_round(n)
+
+    def close(self) -> None:
+        self._coordinator.close()
+        torch.set_num_threads(self._threads)
+
+
+class ActorLink:
+    """A coordinator as an actor on this node, where the run folder is.  Both functions raise RayActorError where it is
+    dead, and RunError where it hangs."""
+
+    def __init__(self, parts: tuple[Any, ...]) -> None:
+        actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=_here())(Coordinator)
+        self.actor = actor.remote(*parts)
+
+    def ask(self, name: str) -> Any:
+        """See `CoordinatorLink`, as for the others."""
+        return answer(self.actor, getattr(self.actor, name).remote(), name)
+
+    def round(self, n: int) -> Iterator[PackDone | RoundDone]:
+        return RoundStream(self.actor, n)
+
+    def close(self) -> None:
+        ray.kill(self.actor)  # its workers are its children and go with it
+
+
+class RoundStream:
+    """The records of a round as an actor yields them; to be read on after an interruption."""
+
+    def __init__(self, coordinator: Any, n: int) -> None:
+        self._coordinator, self._stage = coordinator, f"round {n}"
+        self._stream = coordinator.run_round.options(num_returns="streaming").remote(n)
+
+    def __iter__(self) -> RoundStream:
+        return self
+
+    def __next__(self) -> PackDone | RoundDone:
+        _wait(self._coordinator, self._stream, self._stage)
+        record: PackDone | RoundDone = answer(self._coordinator, next(self._stream), self._stage)
+        return record
+
+
+def answer(coordinator: Any, reference: Any, stage: str) -> Any:
+    """The coordinator's answer, or the cause of its failure."""
+    _wait(coordinator, reference, stage)
+    try:
+        return ray.get(reference, timeout=_ANSWER_SECONDS)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, RunError | UserError) else error from None
+
+
+def _wait(coordinator: Any, coming: Any, stage: str) -> None:
+    """Waits for a reference, or for a stream's next, as long as the coordinator is alive: its second thread says so.
+
+    Raises RunError where it hangs.
+    """
+    while not ray.wait([coming], timeout=_ANSWER_SECONDS)[0]:
+        if not ray.wait([coordinator.alive.remote()], timeout=_ANSWER_SECONDS)[0]:
+            raise RunError(stage, f"the coordinator has not answered for {_ANSWER_SECONDS:.0f} s")
+
+
+def _here() -> NodeAffinitySchedulingStrategy | PlacementGroupSchedulingStrategy:
+    """This node; in a trial of a sweep the first bundle of its placement group, which lies here, and from which the
+    workers are placed into the others."""
+    group = get_current_placement_group()
+    if group is None:
+        return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+    )

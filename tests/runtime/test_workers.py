@@ -1,0 +1,88 @@
+"""A worker in the coordinator's own process: its order, its second try, its memory, and what it leaves behind."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from rayfed_sub import load_config, run
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Broadcast, ClientState
+from rayfed_sub.runtime.scheduler import WorkItem
+from rayfed_sub.runtime.workers import LocalWorker
+
+TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
+SMALL = [
+    *("model.random.hidden_size=32", "model.random.intermediate_size=96", "model.random.num_hidden_layers=1"),
+    *("federation.rounds=1", "federation.clients=2", "federation.local_steps=1", "evaluation.eval_rows=16"),
+]
+
+
+class Counting:
+    """In place of a worker: gives how often it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def train(self, name: str) -> int:
+        self.calls.append(name)
+        return len(self.calls)
+
+
+def test_items_run_one_after_the_other_and_an_unsound_one_twice() -> None:
+    worker = Counting()
+    items = [
+        WorkItem(lambda w, name=name: w.train.remote(name), 0, name, lambda result: result not in (2, 3))
+        for name in "abc"
+    ]
+    done = list(LocalWorker(cast(Any, worker)).in_order(items, "stage"))
+    assert worker.calls == ["a", "b", "b", "c"]
+    assert [(one.index, one.result, one.worker, one.troubles) for one in done] == [
+        (0, 1, 0, ()),
+        (1, 3, 0, ("a client failed",)),  # what the second try gives counts, as by the scheduler
+        (2, 4, 0, ()),
+    ]
+
+
+def test_what_is_shared_lies_as_in_the_object_store() -> None:
+    """Contiguous and aligned; a tensor that is so already is not copied."""
+    turned, plain = torch.arange(6.0).reshape(2, 3).T, torch.zeros(4)
+    workers = LocalWorker(cast(Any, Counting()))
+    shared = workers.share(Broadcast(3, {"turned": turned, "plain": plain}))
+    assert (shared.round, shared.tensors["turned"].tolist()) == (3, turned.tolist())
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 for tensor in shared.tensors.values())
+    assert shared.tensors["plain"].data_ptr() == plain.data_ptr()
+    assert workers.put(ClientState(1, 2, 3, {"turned": turned})).tensors["turned"].is_contiguous()
+
+
+def test_a_run_in_this_process_starts_no_ray_and_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def started(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", started)
+    monkeypatch.setattr(ray, "put", started)
+    before, threads = set(threading.enumerate()), torch.get_num_threads()
+    asked = load_config(TINY, [*SMALL, "resources.workers=0", "resources.cpus_per_worker=1"])
+    torch.set_num_threads(2)
+    try:
+        summary = run(asked, tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert {thread.name for thread in threading.enumerate() if thread not in before} == set()
+    assert 0 < summary.peak_memory_bytes < 2e9  # one process, counted once
+    assert run(asked, tmp_path / "run", resume=True).weights_sha256 == summary.weights_sha256  # no claim is left
+
+
+def test_a_cluster_is_of_no_use_to_one_process(tmp_path: Path) -> None:
+    asked = load_config(TINY, [*SMALL, "resources.workers=0"])
+    with pytest.raises(UserError, match=r"^--address: got 'auto'; allowed: nothing with resources\.workers=0"):
+        run(asked, tmp_path / "run", address="auto")
