@@ -51,8 +51,8 @@ def workers_of(resources: Resources, shared: Shared) -> Workers:
     """Processes, or with `resources.workers=0` this one."""
     if resources.workers:
         return RayWorkers(resources, shared)
-    parts = map(object_store.get, (shared.spec, shared.backbone, shared.dataset))
-    return LocalWorker(Worker(*parts, resources.gpus_per_worker))
+    spec, backbone, dataset = map(object_store.get, (shared.spec, shared.backbone, shared.dataset))
+    return LocalWorker(Worker(spec, backbone, dataset, resources.gpus_per_worker))
 
 
 class LocalWorker:
