@@ -35,7 +35,7 @@ class Tune(Record):
     choose it."""
 
     key: str
-    values: Annotated[tuple[Any, ...], Field(min_length=1)]
+    values: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     set: tuple[str, ...] = ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from rayfed_sub.config.loading import load_config, read_yaml
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.planning.job import job_on
+from rayfed_sub.planning.job import JobInputs, job_on
+from rayfed_sub.reports.report import report_run
 from rayfed_sub.runtime.cluster import joined, nodes, ray_session
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import check_data, make, summary_of
@@ -41,8 +42,23 @@ from rayfed_sub.sweeps.trial import values_of
 from rayfed_sub.sweeps.tuner import loggers, tuned
 from rayfed_sub.telemetry.events import Notice, Summary
 
-Ended = Callable[[StudyTrial, Config, Summary | None, str | None], None]
-"""Takes a trial at its end, with its configuration, and its summary or the cause of its failure."""
+
+class Results:
+    """Rows of the study's runs so far, those of earlier sittings too; its CSV files are written after each."""
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        self._study, self._folder = study, folder
+        self.found = earlier(study)
+
+    def keep(self, trials: Sequence[StudyTrial], tuning: bool) -> None:
+        """Drops the rows of trials that the study has no more."""
+        self.found = self.found.keeping(trials, tuning)
+
+    def take(self, trial: StudyTrial, config: Config, summary: Summary | None, failure: str | None = None) -> None:
+        """A trial at its end, with its summary, or with the cause where it diverged."""
+        row, curve = rows_of(trial, config, self._folder / trial.folder, summary, failure)
+        self.found = self.found.taking(row, curve)
+        write_rows(self._study, self.found)
 
 
 def run_study(
@@ -60,54 +76,34 @@ def run_study(
     """
     notify = listener or (lambda record: None)
     check_trials(study, overrides)
-    found = earlier(study)
-    check_model(study, found.rows, overrides)
+    folder = runs / study.name
+    results = Results(study, folder)
+    check_model(study, results.found.rows, overrides)
     make(study.results, "study.results")
-
-    def run_part(trials: Sequence[StudyTrial], tuning: bool) -> None:
-        nonlocal found
-        found = found.keeping(trials, tuning)
-
-        def ended(trial: StudyTrial, config: Config, summary: Summary | None, failure: str | None) -> None:
-            nonlocal found
-            found = found.taking(*rows_of(trial, config, runs / study.name / trial.folder, summary, failure))
-            write_rows(study, found)
-
-        part = Part(study.name, read_yaml(study.base), tuple(trials), jobs)
-        carry_out_part(part, runs / study.name, notify, ended)
-
+    tree = read_yaml(study.base)
     with joined():
         chosen: dict[str, Any] = {}
         if study.tune is not None:
-            run_part([trial for name in study.variants for trial in tuning_trials(study, name, overrides)], True)
+            tuning = [trial for name in study.variants for trial in tuning_trials(study, name, overrides)]
+            results.keep(tuning, True)
+            run_part(Part(study.name, tree, tuple(tuning), jobs), folder, notify, results)
             for variant in study.variants:
-                own = [row for row in found.rows if row["variant"] == variant and row["tuning"]]
+                own = [row for row in results.found.rows if row["variant"] == variant and row["tuning"]]
                 chosen[variant] = best_value(own, study.tune.values)
                 notify(Notice(f"{variant}: {study.tune.key}={edged(study.tune, str(chosen[variant]))}"))
-        counted = (counted_trials(study, name, overrides, chosen.get(name)) for name in study.variants)
-        run_part([trial for trials in counted for trial in trials], False)
+        counted = [t for name in study.variants for t in counted_trials(study, name, overrides, chosen.get(name))]
+        results.keep(counted, False)
+        run_part(Part(study.name, tree, tuple(counted), jobs), folder, notify, results)
     return study_table(study)
 
 
-def carry_out_part(part: Part, folder: Path, notify: Listener, ended: Ended) -> None:
-    """Runs the part's trials below the study's folder; those that are through are only reported to `ended`.
+def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> None:
+    """Runs the part's trials below the study's folder; of those that are through only the results are taken.
 
     Raises RunError, once all others have ended, where a trial failed of something else than that it diverged.
     """
     grounds, largest_jobs = checked(part, folder, notify)
-    missing, configs = [], {}
-    for trial in part.trials:
-        ground = grounds[ground_key(part.config(trial.values))][1]
-        job, place = job_on(ground, part.config(trial.values)), folder / trial.folder
-        configs[trial.folder] = job.config
-        summary = None
-        if (place / "config.yaml").exists():
-            summary = summary_of(place, job.config)
-            check_data(place, job.dataset.fingerprint)
-        if summary is None:
-            missing.append(trial)
-        else:
-            ended(trial, job.config, summary, None)
+    missing = missing_trials(part, folder, grounds, results)
     if not missing:
         return
     rest = Part(part.name, part.tree, tuple(missing), part.concurrent)
@@ -117,23 +113,51 @@ def carry_out_part(part: Part, folder: Path, notify: Listener, ended: Ended) -> 
         notify(record)
         if isinstance(record, TrialNow) and record.status == "finished":
             trial = rest.trial(record.values)
-            ended(trial, configs[trial.folder], summary_of(folder / trial.folder, configs[trial.folder]), None)
+            results.take(trial, missing[trial], summary_of(folder / trial.folder, missing[trial]))
+            report_run(Place(folder / trial.folder), notify)
 
     with ray_session(), TemporaryDirectory(prefix="rayfed-sub-study-") as tune_state:
         check_head()
-        inputs = shared(grounds)
-        search = rest.search
+        inputs, search, run_folders = shared(grounds), rest.search, str(folder.absolute())
+        del grounds, largest_jobs  # the object store has them now
         notify(Begun(part.name, tuple(search.space), search.metric, search.mode, rest.count, side_by_side, str(folder)))
         callbacks = [Watcher(search.metric, take), *loggers(rest)]
-        run_folders = str(folder.absolute())
-        grid = tuned(rest, inputs, Place(Path(tune_state)), run_folders, side_by_side, None, callbacks, resume=False)
+        try:
+            grid = tuned(
+                rest, inputs, Place(Path(tune_state)), run_folders, side_by_side, None, callbacks, resume=False
+            )
+        except KeyboardInterrupt:
+            notify(Notice("interrupted; the same command goes on"))
+            raise
     failed = [(rest.trial(values_of(one.config)), failure_of(one.error) or "") for one in grid if one.error]
     for trial, failure in failed:
         if diverged(failure):
-            ended(trial, configs[trial.folder], None, failure.partition(";")[0])
+            results.take(trial, missing[trial], None, failure.partition(";")[0])
     for trial, failure in failed:
         if not diverged(failure):
             raise RunError(f"study, run {folder / trial.folder}", failure)
+
+
+def missing_trials(
+    part: Part, folder: Path, grounds: Mapping[str, tuple[Config, JobInputs]], results: Results
+) -> dict[StudyTrial, Config]:
+    """The trials that are not through, with their configurations; `results` takes the others.
+
+    Raises UserError where a run folder is of another configuration or of other data.
+    """
+    missing = {}
+    for trial in part.trials:
+        config = part.config(trial.values)
+        job, own = job_on(grounds[ground_key(config)][1], config), folder / trial.folder
+        summary = None
+        if (own / "config.yaml").exists():
+            summary = summary_of(own, job.config)
+            check_data(own, job.dataset.fingerprint)
+        if summary is None:
+            missing[trial] = job.config
+        else:
+            results.take(trial, job.config, summary)
+    return missing
 
 
 def diverged(failure: str) -> bool:

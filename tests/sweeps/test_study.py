@@ -122,6 +122,10 @@ def test_a_study_does_not_mix_models() -> None:
         (f"{BASE}variants: {{a: []}}\nequal_bytes: b\n", r"study\.equal_bytes: got 'b'; allowed: a variant of s: a;"),
         (f"{BASE}variants: {{a: []}}\ntune: {{key: seed}}\n", r"study\.tune\.values: got None; "),
         (f"{BASE}variants: {{a: []}}\ntune: {{key: seed, values: [1], seeds: [3, 3]}}\n", r"tune\.seeds: got \[3, 3\]"),
+        (
+            f"{BASE}variants: {{a: []}}\ntune: {{key: optimizer.betas, values: [[0.9, 0.99]]}}\n",
+            r"study\.tune\.values: got",
+        ),
         (f"{BASE}variants: {{a: []}}\nresults: 3\n", r"study\.results: got 3; allowed: a path"),
         ("variants: [", "CONFIG: got"),
     ],
@@ -153,6 +157,7 @@ def test_a_study_runs_what_is_missing(ray_session: None, tmp_path: Path) -> None
     table = study_runner.run_study(read, [], tmp_path / "runs", 2, count)
     assert begun == [2, 1]
     assert table == study_tables.study_table(read)
+    assert (tmp_path / "runs" / "s" / "a" / "run-0.003-0" / "report.html").exists()
     rows, points = map(study_tables.read_rows, study_tables.csv_files(read))
     (failed,) = (row for row in rows if row["failure"])
     assert (failed["value"], failed["held_out_loss"], failed["weights_sha256"]) == ("1e+39", "", "")
