@@ -118,7 +118,7 @@ class CohortLayer:
     agreement: mean over pairs of <D_j, D_k> / (|D_j| |D_k|).
     drift: sqrt(sum p_k ||D_k - D||_F^2) / ||D||_F; 0: all alike, sqrt(N - 1): orthogonal, of equal weight and norm.
     accumulated: ||W - W_0||_F / ||W_0||_F, W_0 the pretrained weight; server_rank: rank of the server's own change of
-        the round (`ranks.py`).
+        the round (`diagnostics/server_change.py`).
     Of dense changes ranks, spectrum, truncated, cross_term and overlap are left out; norm, agreement and drift are
     those of sampled rows.
     """

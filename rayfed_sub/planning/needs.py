@@ -1,6 +1,6 @@
 """Memory and disk of a run, for any number of workers and any pack size.
 
-Bytes are those of the method's own tensors (`traffic.py`), a worker's memory that of its own code (`footprint.py`).
+Bytes are those of the method's own tensors (`traffic.py`), a worker's memory that of its own code (`worker_memory.py`).
 What a process holds before it does anything is measured: see the constants.
 """
 
