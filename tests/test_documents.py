@@ -269,3 +269,11 @@ def test_constraints_pin_what_the_package_asks_for() -> None:
             pins[canonicalize_name(name)] = version
     asked = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
     assert [str(need) for need in asked if not need.specifier.contains(pins[canonicalize_name(need.name)])] == []
+
+
+def test_the_privacy_page_names_the_methods_that_it_fits() -> None:
+    page = text_of("rayfed_sub/privacy/README.md")
+    listed = page.partition("moves with the mean update: ")[2].partition(", noise lying")[0]
+    assert re.findall(r"`([^`]+)`", listed) == [
+        name for name in METHODS if build({"name": name}).supports_server_optimizer
+    ]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer
+from rayfed_sub.methods import METHODS, class_of
 
 # What a loss must do.
 _LEAST = 0.005  # relative fall that counts as progress; two evaluations on some dozens of rows differ by less by chance
@@ -38,10 +39,8 @@ _GROWING = 6  # rounds in a row in which memory grows; caches and heaps settle w
 _SKIPPED = 0.1  # share of clients' rounds: with more, the mean is one over other data
 _FEW = 3  # failures or retries that may be accidents
 
-_APART = ("fedit",)
-_TRUNCATES = ("flexlora",)
-_SENDS_BLOCKS = ("fedftg", "flora")
-_OWN_BASIS = ("fedftg",)
+BY_METHOD = ("cross term", "truncation", "full rank", "gradients")
+"""The rules that hold for methods which name them (`alerts` in `methods/protocol.py`); all others hold for all."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +87,25 @@ def alerts(
     A missing figure is None or NaN, so rows of a table serve as well.
     """
     method = str(config.method["name"])
-    looks = _newest(layers)
+    own, looks = _rules_of(method), _newest(layers)
     found = [
         *_losses(rounds, config, before),
         *_drift(rounds, looks, config),
-        *_cross_term(looks, method),
-        *_truncation(looks, method),
-        *_full_rank(looks, method),
-        *_gradients(_newest(client_layers), method),
+        *(_cross_term(looks, method) if "cross term" in own else ()),
+        *(_truncation(looks) if "truncation" in own else ()),
+        *(_full_rank(looks) if "full rank" in own else ()),
+        *(_gradients(_newest(client_layers)) if "gradients" in own else ()),
         *_memory(rounds, planned),
         *_trouble(rounds, config),
     ]
     return found
+
+
+def _rules_of(method: str) -> frozenset[str]:
+    """The rules of BY_METHOD that a method names.  A class outside the table is not imported for it: alerts are also
+    raised on folders that others made."""
+    rules: frozenset[str] = getattr(class_of(method), "alerts", frozenset()) if method in METHODS else frozenset()
+    return rules
 
 
 def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> Iterator[Alert]:
@@ -156,7 +162,7 @@ def _drift(rounds: Sequence[Round], looks: Sequence[Sequence[CohortLayer]], conf
 
 def _cross_term(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Alert]:
     shares = [_median(look, "cross_term") for look in looks]
-    if method in _APART and _shown(shares, _CROSS):
+    if _shown(shares, _CROSS):
         yield Alert(
             "cross term",
             f"{method} averages B and A apart, which misses {shares[-1]:.0%} of the mean of the clients' products "
@@ -164,9 +170,9 @@ def _cross_term(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator
         )
 
 
-def _truncation(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Alert]:
+def _truncation(looks: Sequence[Sequence[CohortLayer]]) -> Iterator[Alert]:
     shares = [_median(look, "truncated") for look in looks]
-    if method in _TRUNCATES and _shown(shares, _TRUNCATED):
+    if _shown(shares, _TRUNCATED):
         yield Alert(
             "truncation",
             f"cutting the mean back to the clients' rank loses {shares[-1]:.0%} of its norm (median over layers): rank "
@@ -174,13 +180,13 @@ def _truncation(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator
         )
 
 
-def _full_rank(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Alert]:
+def _full_rank(looks: Sequence[Sequence[CohortLayer]]) -> Iterator[Alert]:
     """Most layers' mean change has the rank that a dense one has."""
 
     def full(look: Sequence[CohortLayer]) -> float:
         return sum(bool(row.full_rank) and _number(row.rank) == row.full_rank for row in look) / len(look)
 
-    if method in _SENDS_BLOCKS and _shown([full(look) for look in looks], 0.5):
+    if _shown([full(look) for look in looks], 0.5):
         most = statistics.median(row.full_rank for row in looks[-1])
         yield Alert(
             "full rank",
@@ -189,9 +195,9 @@ def _full_rank(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[
         )
 
 
-def _gradients(looks: Sequence[Sequence[ClientLayer]], method: str) -> Iterator[Alert]:
+def _gradients(looks: Sequence[Sequence[ClientLayer]]) -> Iterator[Alert]:
     shares = [_median(look, "gradient_energy") for look in looks]
-    if method in _OWN_BASIS and _shown([None if share is None else -share for share in shares], -_ENERGY):
+    if _shown([None if share is None else -share for share in shares], -_ENERGY):
         yield Alert(
             "gradients",
             f"a gradient's strongest method.rank directions hold {shares[-1]:.0%} of its squared norm (median over "

@@ -22,6 +22,7 @@ class FedIT:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = ""
+    alerts: ClassVar[frozenset[str]] = frozenset({"cross term"})
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0

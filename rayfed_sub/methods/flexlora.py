@@ -47,6 +47,7 @@ class FlexLoRA:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = "Adam's moments are reset after the SVD, ranks follow client_ranks by turns"
+    alerts: ClassVar[frozenset[str]] = frozenset({"truncation"})
 
     rank: lora.LargestRank = 8
     client_ranks: lora.ClientRanks = None

@@ -49,6 +49,8 @@ class Method(Protocol):
     departs: ClassVar[str]
     """Differences from the paper, in words for the table of methods; empty: none."""
 
+    # Optional: `alerts: ClassVar[frozenset[str]]`, rules of `diagnostics/alerts.py` (BY_METHOD) that hold for it.
+
     def check(self, shape: ModelShape) -> None:
         """Raises UserError where the hyperparameters do not fit the model (a rank above the matrix)."""
 

@@ -11,7 +11,8 @@ import pytest
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer, RoundRow
-from rayfed_sub.diagnostics.alerts import Alert, alerts
+from rayfed_sub.diagnostics.alerts import BY_METHOD, Alert, alerts
+from rayfed_sub.methods import METHODS, class_of
 
 
 def config(method: str = "fedftg", **optimizer: Any) -> Config:
@@ -224,6 +225,11 @@ def test_a_loss_that_was_zero_and_losses_that_are_not_finite() -> None:
     text = only(alerts(rounds([0.5, 0.0, 0.05, 0.06]), [], [], config("fedavg")), "divergence")
     assert "held-out loss is 0.06 after round 4, above its best, 0" in text
     assert alerts(rounds([3.0, 2.0, float("inf"), float("inf")]), [], [], config("fedavg")) == []
+
+
+def test_methods_name_rules_that_there_are() -> None:
+    named = {rule for name in METHODS for rule in getattr(class_of(name), "alerts", ())}
+    assert named == set(BY_METHOD)
 
 
 def test_a_cross_term_is_none_of_an_exact_methods_business() -> None:
