@@ -35,7 +35,6 @@ Each is measured in a process of its own, forked before torch has begun to compu
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import math
@@ -48,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from galore_torch import GaLoreAdamW
 from torch import Tensor
@@ -434,18 +434,10 @@ def main() -> None:
             rows.append(row)
             print(*_named(row), *_times(row)[4:], flush=True)
             if asked.out is not None:
-                _append(asked.out, {**row, **machine()})
+                asked.out.parent.mkdir(parents=True, exist_ok=True)
+                table = pd.DataFrame([{**row, **machine()}])
+                table.to_csv(asked.out, mode="a", header=not asked.out.exists(), index=False)
     show(rows)
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":
