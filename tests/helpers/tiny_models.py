@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Subspace, Tensors
 from rayfed_sub.models.logits import logit_rule
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
-from rayfed_sub.training.layers import install
+from rayfed_sub.training.layers import PackLinear, based_on, install
 from rayfed_sub.training.reference import train_reference
 
 torch.set_num_threads(1)  # matrices of 16 x 24: a second thread only waits (ten times slower on a busy machine)
@@ -50,6 +51,11 @@ class Tiny:
     model: nn.Module
     shape: ModelShape
     draw: Callable[[torch.Generator, int, int, int], Batch]
+
+    @cached_property
+    def packed(self) -> tuple[nn.Module, dict[str, PackLinear]]:
+        """A copy with PackLinear installed, to be left with the base weights with which it was found."""
+        return installed(self)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -306,8 +312,13 @@ def run_pack(
     clients: Sequence[int] | None = None,
 ) -> list[LocalResult]:
     """`train_pack` on a model whose targets hold `weights` (None: the pretrained ones)."""
-    model, layers = installed(tiny, weights)
-    return train_pack(model, layers, tiny.shape, works(starts, batches, clients), LocalRule(optimizer, lr, 0, PAD))
+    model, layers = tiny.packed
+    given = {
+        name.removesuffix("/weight"): tensor for name, tensor in (weights or {}).items() if name.endswith("/weight")
+    }
+    bases = {name: tensor for name, tensor in given.items() if name in layers}
+    with based_on(layers, bases):
+        return train_pack(model, layers, tiny.shape, works(starts, batches, clients), LocalRule(optimizer, lr, 0, PAD))
 
 
 def run_reference(

@@ -150,8 +150,10 @@ def test_what_needs_too_much_memory_is_refused_with_the_nearest_that_fits(memory
 
 
 def test_what_fits_no_machine_says_so() -> None:
-    error, _ = refused(Machine("a toy", 400 * MB, 2.0, PLENTY))
+    toy = Machine("a toy", 400 * MB, 2.0, PLENTY)
+    error, _ = refused(toy, "resources.workers=1")
     assert error.field == "model.path"
+    fitting(toy, "resources.workers=0")  # Ray's processes, coordinator and worker take 1 GB before they hold anything
 
 
 def test_a_gpu_that_is_too_small() -> None:
