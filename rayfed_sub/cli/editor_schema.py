@@ -41,8 +41,8 @@ def _method(place: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[s
 
 def _fields(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     """The fields that go with a method's name, and no others."""
-    called = {"const": name}
+    name_schema = {"const": name}
     return {
-        "if": {"properties": {"name": called}, "required": ["name"]},
-        "then": {"properties": {"name": called, **schema.get("properties", {})}, "additionalProperties": False},
+        "if": {"properties": {"name": name_schema}, "required": ["name"]},
+        "then": {"properties": {"name": name_schema, **schema.get("properties", {})}, "additionalProperties": False},
     }

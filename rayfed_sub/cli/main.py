@@ -57,9 +57,9 @@ def run(
     address: Address = None,
 ) -> None:
     """Run a federated job to the end; Ctrl-C leaves a checkpoint to go on from."""
-    from rayfed_sub.storage.remote import at_hand
+    from rayfed_sub.storage.remote import local_copy
 
-    with at_hand(config, "CONFIG.yaml") as path:
+    with local_copy(config, "CONFIG.yaml") as path:
         checked = load_config(path, overrides or [])
     _check_named(config, checked.method.get("name"), overrides or [])
     _check_metrics(config, checked.evaluation.metrics, overrides or [])
@@ -81,10 +81,10 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Run one configuration at many points of a space, side by side."""
-    from rayfed_sub.storage.remote import at_hand
+    from rayfed_sub.storage.remote import local_copy
     from rayfed_sub.sweeps.space import load_sweep
 
-    with at_hand(file, "SWEEP.yaml") as path:
+    with local_copy(file, "SWEEP.yaml") as path:
         checked = load_sweep(
             path, overrides or [], lambda name, base: _check_named(base or file, name, overrides or [])
         )
@@ -202,15 +202,15 @@ def _check_named(file: str, name: object, overrides: list[str]) -> None:
     from rayfed_sub.methods import check_named
 
     if _anybody_s(file):
-        said = _values(overrides, "method", "method.name")
-        check_named(name, said, file, f"method.name={name}, or give a file of your own in place of {file}")
+        given = _values(overrides, "method", "method.name")
+        check_named(name, given, file, f"method.name={name}, or give a file of your own in place of {file}")
 
 
 def _check_metrics(file: str, metrics: Sequence[str], overrides: list[str]) -> None:
     """UserError where a file that is not the caller's own names a metric, which is a program, that the command line
     does not name."""
-    said = _values(overrides, "evaluation", "evaluation.metrics")
-    strange = [name for name in metrics if not any(name in value for value in said)]
+    given = _values(overrides, "evaluation", "evaluation.metrics")
+    strange = [name for name in metrics if not any(name in value for value in given)]
     if strange and _anybody_s(file):
         allowed = f"nothing, for what {file} names is not loaded unless you name it too"
         advice = (
@@ -304,7 +304,7 @@ def report(
 
     from rayfed_sub.reports.report import write_report
     from rayfed_sub.reports.run_reader import read_run
-    from rayfed_sub.storage.remote import at_hand, uri_of
+    from rayfed_sub.storage.remote import local_copy, uri_of
     from rayfed_sub.storage.run_folder import make
 
     alone = len(run_dirs) == 1 and uri_of(run_dirs[0]) is None
@@ -312,7 +312,7 @@ def report(
     if path.is_dir() or uri_of(path) is not None:
         raise UserError("--out", str(path), "a file of this machine", "e.g. --out report.html")
     with ExitStack() as stack:
-        runs = [read_run(stack.enter_context(at_hand(place, "RUN")), redacted(place)) for place in run_dirs]
+        runs = [read_run(stack.enter_context(local_copy(place, "RUN")), redacted(place)) for place in run_dirs]
         make(path.parent, "--out")
         write_report(runs, path)
     typer.echo(path)
@@ -342,9 +342,9 @@ def export(
     a classification head), it is written beside the adapter, to the folder base.
     """
     from rayfed_sub.export.exported import export_hf, export_peft
-    from rayfed_sub.storage.remote import at_hand
+    from rayfed_sub.storage.remote import local_copy
 
-    with at_hand(run_dir, "RUN") as folder:
+    with local_copy(run_dir, "RUN") as folder:
         written = (export_peft if format == "peft" else export_hf)(folder, to, client, method)
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
@@ -409,9 +409,9 @@ def _code() -> int:
         print(f"rayfed-sub: {error}", file=sys.stderr)
         return 2
     except TyperException as error:
-        said = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
-        if said:  # nothing where Typer has shown the help because nothing was asked for
-            line = redacted(" ".join(said.split())).rstrip(".")
+        message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+        if message:  # nothing where Typer has shown the help because nothing was asked for
+            line = redacted(" ".join(message.split())).rstrip(".")
             print(f"rayfed-sub: {line}; see rayfed-sub --help", file=sys.stderr)
         return 2
     except RunError as error:

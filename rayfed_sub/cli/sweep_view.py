@@ -16,7 +16,7 @@ from rich.text import Text
 from rayfed_sub.cli.data_view import cut
 from rayfed_sub.cli.run_view import clock, size
 from rayfed_sub.sweeps.progress import Begun, TrialNow
-from rayfed_sub.sweeps.results import headings, worded
+from rayfed_sub.sweeps.results import format_value, headings
 from rayfed_sub.telemetry.events import Notice, Stage
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class SweepDisplay:
         self._sweep = Begun("", (), "", "min", 0, 0, "")
         self._heads: dict[str, str] = {}  # the space's keys, and what they are called
         self._trials: dict[int, TrialNow] = {}
-        self._told: dict[int, float] = {}  # when each trial was last heard of
+        self._updated: dict[int, float] = {}  # when each trial was last heard of
         self._first: dict[int, float] = {}  # how far each trial was when it was first heard of
         self._began = time.monotonic()
         self._stage = "starting"
@@ -87,7 +87,7 @@ class SweepDisplay:
         if before is None:
             self._first[trial.number] = _progress(trial)
         # What the drawing thread looks up for a trial is there before the trial is.
-        self._told[trial.number] = time.monotonic()
+        self._updated[trial.number] = time.monotonic()
         self._trials[trial.number] = trial
         self._stage = ""
         if trial.status == "retried" and (before is None or before.status != "retried"):
@@ -111,7 +111,7 @@ class SweepDisplay:
         for row in ranked.astype("object").where(ranked.notna(), None).to_dict("records"):
             sent = [row[name] for name in ("uplink_bytes", "downlink_bytes") if row[name] is not None]
             table.add(
-                [f"{row['trial']}", *(worded(row[key]) for key in self._heads), row["status"]],
+                [f"{row['trial']}", *(format_value(row[key]) for key in self._heads), row["status"]],
                 [
                     "-" if row["rounds"] is None else f"{row['rounds']:.0f}",
                     _score(row.get(sweep.metric)) + _mark(row["trial"] == best),
@@ -130,10 +130,10 @@ class SweepDisplay:
     def _line(self, trial: TrialNow) -> str:
         """An ended trial as a line of a log."""
         sweep, done = self._sweep, sum(other.status in _ENDED for other in self._trials.values())
-        said = " ".join(f"{head}={worded(trial.values[key])}" for key, head in self._heads.items())
+        values = " ".join(f"{head}={format_value(trial.values[key])}" for key, head in self._heads.items())
         best = self._best(list(self._trials.values()))
         ended = f"failed: {trial.failure}" if trial.status == "failed" else trial.status
-        parts = [f"{done}/{sweep.total}", f"trial {trial.number}", said, ended, f"round {_of(trial)}"]
+        parts = [f"{done}/{sweep.total}", f"trial {trial.number}", values, ended, f"round {_of(trial)}"]
         if trial.metric is not None:
             parts.append(f"{sweep.metric} {_score(trial.metric)}{' (best so far)' if trial is best else ''}")
         return "  ".join([*parts, clock(trial.seconds)])
@@ -161,7 +161,7 @@ class SweepDisplay:
         for trial in shown:
             waiting = trial.status == "waiting"
             table.add(
-                [f"{trial.number}", *(worded(trial.values[key]) for key in self._heads), trial.status],
+                [f"{trial.number}", *(format_value(trial.values[key]) for key in self._heads), trial.status],
                 [
                     "" if waiting else _of(trial),
                     _score(trial.metric) + _mark(trial is best),
@@ -198,7 +198,7 @@ class SweepDisplay:
 
     def _seconds(self, trial: TrialNow) -> float:
         """The trial's time, which goes on while it runs."""
-        since = time.monotonic() - self._told[trial.number]
+        since = time.monotonic() - self._updated[trial.number]
         return trial.seconds + (since if trial.status in _RUNNING else 0.0)
 
     def _print(self, line: str, style: str = "") -> None:

@@ -128,14 +128,14 @@ def published_name(metric: str) -> str:
     return metric.removesuffix("_unicode")
 
 
-def listed(said: Sequence[str], noun: str = "run") -> str:
+def listed(phrases: Sequence[str], noun: str = "run") -> str:
     """Join a phrase of each of several, as many as a label holds.
 
     >>> listed(["a: 1", "b: 2"])
     'a: 1; b: 2.'
     """
-    more = f"; and {count(noun, len(said) - _MOST)} more" if len(said) > _MOST else ""
-    return f"{'; '.join(said[:_MOST])}{more}."
+    more = f"; and {count(noun, len(phrases) - _MOST)} more" if len(phrases) > _MOST else ""
+    return f"{'; '.join(phrases[:_MOST])}{more}."
 
 
 def evenly(places: Sequence[T], most: int) -> list[T]:

@@ -151,9 +151,11 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     broken = questions.count("") if task.image else 0
     missing = len(full) - sum(full) - broken
     if not any(full):
-        had = "an image" if task.image else "a prompt"
-        said = "an answer" if task.label is None else "a label"
-        raise UserError("task.path", task.path, f"a table with rows that have {had} and {said}", "check the columns")
+        given = "an image" if task.image else "a prompt"
+        wanted = "an answer" if task.label is None else "a label"
+        raise UserError(
+            "task.path", task.path, f"a table with rows that have {given} and {wanted}", "check the columns"
+        )
     if missing:
         what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
         log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)

@@ -27,7 +27,7 @@ SKIPPED = frozenset(
 # Public modules whose callables say that they come from somewhere else.
 ORIGINS = {"os": frozenset({"nt", "posix"})}
 # A line that begins with `name(arguments)`, one level of parentheses inside, perhaps `-> result` or `- text`.
-SIGNATURE = re.compile(r"[A-Za-z_][\w.]*\((?:[^()]|\([^()]*\))*\)(?:\s*(?:-+>?|:)\s*(?P<said>.*))?\s*(?:\n|$)")
+SIGNATURE = re.compile(r"[A-Za-z_][\w.]*\((?:[^()]|\([^()]*\))*\)(?:\s*(?:-+>?|:)\s*(?P<text>.*))?\s*(?:\n|$)")
 
 
 def documented(names: Iterator[str]) -> list[tuple[str, str, str]]:
@@ -83,9 +83,9 @@ def first_paragraph(doc: object) -> str:
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
         text = paragraph.strip()
         while signature := SIGNATURE.match(text):
-            said = re.sub(r"^None\b[.:]?\s*", "", signature["said"] or "")
+            rest = re.sub(r"^None\b[.:]?\s*", "", signature["text"] or "")
             # "name(x) -> new list" is all signature; "name(x) -> the sum of all x" says something.
-            text = f"{said if len(said.split()) > 3 else ''}\n{text[signature.end() :]}".strip()
+            text = f"{rest if len(rest.split()) > 3 else ''}\n{text[signature.end() :]}".strip()
         words = text.split()
         if words:
             return " ".join(words) if len(words) > 2 and re.match(r"[\w'\"*`]", text) else ""

@@ -90,8 +90,8 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows
     if silent := made.count(None):
         log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(made):,}")
     cuts = _counted(rows, [row.least for row in made if isinstance(row, _Dropped)])
-    if said := in_words(cuts.cut, cuts.prompts, cuts.answers, cuts.dropped):
-        log.warning("rows longer than task.max_length=%d, of %s: %s", max_length, f"{len(made):,}", said)
+    if summary := in_words(cuts.cut, cuts.prompts, cuts.answers, cuts.dropped):
+        log.warning("rows longer than task.max_length=%d, of %s: %s", max_length, f"{len(made):,}", summary)
     classes = _classes(pairs.take(kept))
     return Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes), kept, cuts
 

@@ -94,7 +94,7 @@ _TEXT_DESCRIPTIONS = {
 }
 
 METRICS: Mapping[str, Form] = {
-    **{name: Form(said, _TEXTS, _text_score(name)) for name, said in _TEXT_DESCRIPTIONS.items()},
+    **{name: Form(description, _TEXTS, _text_score(name)) for name, description in _TEXT_DESCRIPTIONS.items()},
     "token_accuracy": Form("Share of the labels that were foretold.", _NUMBERS, _token_accuracy),
     "perplexity": Form("exp of the mean loss in nats per label.", {"predictions": "float64"}, _perplexity),
     "macro_f1": Form("F1 of each class and their mean, accuracy, confusion matrix.", _NUMBERS, _macro_f1),

@@ -172,7 +172,7 @@ def _changes(run_dir: Path, job: Job, client: int | None) -> tuple[ServerState, 
         if client is not None:
             raise UserError("--client", client, f"nothing, for {method.name} has one model for all", "leave it out")
         return server, method.model(server, shape)
-    clients = sorted(client for client, _ in found.notes)
+    clients = sorted(client for client, _ in found.state_files)
     if client is None or client not in clients:
         took_part = ", ".join(map(str, clients))
         allowed = f"one of the clients that took part, for each has its own model with {method.name}: {took_part}"

@@ -47,13 +47,15 @@ def table(run: Run) -> Table:
         [Cell(f"{client}", float(client)), *map(cell, values)]
         for client, *values in by_client[columns[1:]].itertuples(name=None)
     ]
-    said = "Each client that was sampled. weight: what it counted for when it last took part, its rows or 1. Losses: "
-    said += "means over its local steps, in nats per label. "
+    caption = (
+        "Each client that was sampled. weight: what it counted for when it last took part, its rows or 1. Losses: "
+    )
+    caption += "means over its local steps, in nats per label. "
     if "cosine" in columns:
-        said += "cosine, distance: of its change to the cohort's mean change, over the layers and rounds looked at. "
+        caption += "cosine, distance: of its change to the cohort's mean change, over the layers and rounds looked at. "
     if {*SCORES} & {*columns}:
-        said += "Scores: at the last evaluation, over held-out rows like its own."
-    return Table(said.strip(), [heads.get(name, score(name).partition(" (")[0]) for name in columns], rows)
+        caption += "Scores: at the last evaluation, over held-out rows like its own."
+    return Table(caption.strip(), [heads.get(name, score(name).partition(" (")[0]) for name in columns], rows)
 
 
 def per_client(run: Run) -> pd.DataFrame:
@@ -117,12 +119,12 @@ def _spread(run: Run) -> list[Figure]:
         return []
     low, middle, high = (losses.quantile(share) for share in (0.1, 0.5, 0.9))
     rounds = evenly(middle.index.tolist(), _SHARES)
-    said = f"Median {number(middle.iloc[0])} in the first round, {number(middle.iloc[-1])} in the last; from "
-    said += f"{number(low.iloc[-1])} to {number(high.iloc[-1])} there"
+    caption = f"Median {number(middle.iloc[0])} in the first round, {number(middle.iloc[-1])} in the last; from "
+    caption += f"{number(low.iloc[-1])} to {number(high.iloc[-1])} there"
     figure = overlay(
         "Training loss of clients (nats/label)",
         ROUNDS,
-        [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], said)],
+        [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], caption)],
         "Median over the round's clients that were not skipped; the band holds the middle four fifths of them.",
     )
     band = {

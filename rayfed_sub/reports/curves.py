@@ -138,8 +138,8 @@ def _classes(runs: Runs) -> list[Details]:
 
 
 def _title(metric: str) -> str:
-    said = score(metric)
-    return said[0].upper() + said[1:]
+    text = score(metric)
+    return text[0].upper() + text[1:]
 
 
 _POINTS = 300
@@ -151,13 +151,13 @@ _MARKED = 40
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's curve.  at: its place in the legend; said: its phrase in a label."""
+    """A run's curve.  at: its place in the legend; summary: its phrase in a label."""
 
     at: int
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    said: str = ""
+    summary: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ ROUNDS = Axis("finished rounds", whole=True)
 def overlay(title: str, x: Axis, curves: Sequence[Curve], caption: str, y: Mapping[str, Any] | None = None) -> Figure:
     """The curves over one x-axis.  title: what is on the y-axis, with its unit; y: plotly's keys for it."""
     ticks = whole_ticks([value for curve in curves for value in curve.x]) if x.whole else {}
-    spoken = [f"{curve.name}: {curve.said}" for curve in curves if curve.said]
+    summaries = [f"{curve.name}: {curve.summary}" for curve in curves if curve.summary]
     return Figure(
         title=title,
-        label=f"{title} over {x.title}. {listed(spoken)}",
+        label=f"{title} over {x.title}. {listed(summaries)}",
         caption=caption,
         data=[_trace(curve) for curve in curves],
         layout={

@@ -103,12 +103,12 @@ def _bytes(run: Run, direction: str) -> str:
 
 def _table(runs: Runs) -> Table:
     scores = [metric for metric in shown_scores(runs) if metric in AGAINST_BYTES]
-    called = [score(metric).partition(" (")[0] for metric in scores]
+    score_heads = [score(metric).partition(" (")[0] for metric in scores]
     heads = [
         "run",
         "method",
         "rank",
-        *called,
+        *score_heads,
         "up (MB)",
         "down (MB)",
         "time in rounds (s)",

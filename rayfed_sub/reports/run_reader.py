@@ -76,8 +76,8 @@ Runs = Mapping[str, Run]
 """Runs by what the report calls them, in the order in which they were asked for."""
 
 
-def read_run(folder: Path, called: str | None = None) -> Run:
-    """The run in a folder, as far as it went.  called: the folder as people call it, where that is not its path.
+def read_run(folder: Path, display_name: str | None = None) -> Run:
+    """The run in a folder, as far as it went.  display_name: shown in place of the folder's path.
 
     Raises UserError where there is none, or where it cannot be read.
     """
@@ -100,7 +100,7 @@ def read_run(folder: Path, called: str | None = None) -> Run:
     if tables["scores"].empty and first.get("scores"):
         tables["scores"] = _framed([{"rounds": 0, **score} for score in first["scores"]], _COLUMNS["scores"])
     return Run(
-        folder=Path(called or folder),
+        folder=Path(display_name or folder),
         config=config,
         summary=summary,
         **tables,

@@ -68,16 +68,18 @@ def _figure(run: Run) -> Figure:
     whole = float((packs["began"] + packs["seconds"]).max())
     busy = float(packs["seconds"].sum()) / (whole * len(workers)) if whole else 0.0
     again = f" {count('pack', len(troubled))} had to be trained again." if len(troubled) else ""
-    said = f"{count('pack', len(packs))} on {count('worker', len(workers))} in {duration(whole)}; workers trained for "
-    said += f"{min(busy, 1.0):.0%} of that time."
+    summary = (
+        f"{count('pack', len(packs))} on {count('worker', len(workers))} in {duration(whole)}; workers trained for "
+    )
+    summary += f"{min(busy, 1.0):.0%} of that time."
     turn = drawn["round"].rank(method="dense")
     # Rounds in turn are strong and faint, so that their borders show.
     parity = [(drawn[turn % 2 == side], colour) for side, colour in ((0, "--accent"), (1, "--dim"))]
     marks = [_marks(troubled)] if len(troubled) else []
     return Figure(
         title="Packs by worker",
-        label=f"Timeline of workers: {said}{again}",
-        caption=f"{said} Each bar: {what}; rounds alternate in colour; the rest is evaluation, aggregation and "
+        label=f"Timeline of workers: {summary}{again}",
+        caption=f"{summary} Each bar: {what}; rounds alternate in colour; the rest is evaluation, aggregation and "
         f"waiting.{again}{' A cross marks where.' if again else ''}",
         data=[*(_bars(rows, colour) for rows, colour in parity if len(rows)), *marks],
         layout={
@@ -112,12 +114,12 @@ def _bars(rows: pd.DataFrame, colour: str) -> dict[str, Any]:
         "base": [rounded(began, 7) for began in rows["began"]],
         "x": [rounded(end - began) for began, end in zip(rows["began"], rows["end"], strict=True)],
         "marker": {"color": colour, "line": {"width": 1, "color": "--page"}},
-        "hovertext": [_told(row) for row in rows.to_dict("records")],
+        "hovertext": [_hover_text(row) for row in rows.to_dict("records")],
         "hoverinfo": "text",
     }
 
 
-def _told(row: dict[Any, Any]) -> str:
+def _hover_text(row: dict[Any, Any]) -> str:
     rounds = (
         f"round {row['round'] + 1}"
         if row["round"] == row["last"]

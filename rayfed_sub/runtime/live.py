@@ -31,7 +31,7 @@ class Live:
         self._events = Events(folder.path / "tensorboard", done + 1 if done else 0)
         if not done:
             self._events.add(0, start)
-        tags = {"run": config.name, "method": str(config.method["name"]), "folder": folder.place.called()}
+        tags = {"run": config.name, "method": str(config.method["name"]), "folder": folder.place.display_name()}
         self._gauges = Gauges(tags) if ray.is_initialized() else None
         if self._gauges is not None:
             self._gauges.show(start)

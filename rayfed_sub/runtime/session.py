@@ -36,7 +36,7 @@ from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.worker import Spec
 from rayfed_sub.storage import checkpoints
-from rayfed_sub.storage.remote import Place, placed
+from rayfed_sub.storage.remote import Place, open_place
 from rayfed_sub.storage.run_folder import RunFolder, check_data, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.telemetry.alert_log import Watch
 from rayfed_sub.telemetry.events import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
@@ -83,7 +83,7 @@ def run(
         notify(Notice(left_out))
     if out is None:
         return _run(config, None, notify, resume, address, finish)
-    with placed(out, notify, resume=resume) as place:
+    with open_place(out, notify, resume=resume) as place:
         return _run(config, place, notify, resume, address, finish)
 
 
@@ -106,15 +106,15 @@ def _run(
             summary = summary_of(old.path, job.config)
             check_data(old.path, job.dataset.fingerprint)
             if summary is not None:
-                notify(Notice(f"{old.called()} is finished already"))
+                notify(Notice(f"{old.display_name()} is finished already"))
                 finish(old, notify)
-                return replace(summary, folder=old.called())
+                return replace(summary, folder=old.display_name())
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
             plan.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
         checkpoints.make(folder.path)
         checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
-        folder.place.saved()
+        folder.place.push()
         notify(Stage("starting Ray, loading weights" if config.resources.workers else "loading weights"))
         with _hinted(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
             loading, planned = [pool.submit(load_backbone, job)], pool.submit(plan.memory, job)
@@ -178,9 +178,18 @@ def _hinted(folder: RunFolder, config: Config, notify: Listener) -> Iterator[Non
 def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
     place, name = folder.place, str(config.method["name"])
     # What only the folder names is not imported.
-    own = [] if name in METHODS else [f"method.name={name}"]
-    own += [as_override("evaluation.metrics", list(metrics))] if (metrics := config.evaluation.metrics) else []
-    words = ["rayfed-sub", "run", place.called("config.yaml"), *own, *overrides, "--out", place.called(), "--resume"]
+    named = [] if name in METHODS else [f"method.name={name}"]
+    named += [as_override("evaluation.metrics", list(metrics))] if (metrics := config.evaluation.metrics) else []
+    words = [
+        "rayfed-sub",
+        "run",
+        place.display_name("config.yaml"),
+        *named,
+        *overrides,
+        "--out",
+        place.display_name(),
+        "--resume",
+    ]
     return f"go on with: {shlex.join(words)}"
 
 
@@ -232,7 +241,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
     done = ask("start")
     first = _beginning(done, folder, job, ask, notify)
     targets = sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
-    notify(Started(config, folder.place.called(), overall(first.scores), targets, done))
+    notify(Started(config, folder.place.display_name(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     records: Iterator[PackDone | RoundDone] = iter(())
     watch, live = Watch(folder, config), Live(folder, config)
@@ -243,7 +252,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
             if n + 1 == rounds or (every and (n + 1) % every == 0):
                 folder.write_tables()
                 ask("checkpoint")
-                folder.place.saved()
+                folder.place.push()
         return _summary(job, folder, first, ask, targets, memory)
     except (KeyboardInterrupt, RunError):
         notify(Stage("stopping: a checkpoint first"))
@@ -270,7 +279,7 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         folder.begin(beginning)
         return beginning
     if before is not None and before.backbone != backbone:
-        allowed = f"the weights with which the run in {folder.place.called()} began; these are others"
+        allowed = f"the weights with which the run in {folder.place.display_name()} began; these are others"
         raise UserError("model.path", config.model.path, allowed, "restore them, or begin anew in another folder")
     beginning = folder.go_on(done)
     notify(Notice(f"going on after round {done} of {config.federation.rounds}"))
@@ -327,5 +336,5 @@ def _summary(
         precision=config.model.dtype,
         logits=None if job.architecture.logits is None else str(job.architecture.logits),
         rows=first.rows,
-        folder=folder.place.called(),
+        folder=folder.place.display_name(),
     )

@@ -53,12 +53,12 @@ class RunFolder:
         self._others = {name: _empty(kind) for name, kind in _OTHERS.items()}
 
     def begin(self, beginning: Beginning) -> None:
-        """Notes the first line of the log, and the initial model's scores."""
+        """Writes the first line of the log; keeps the initial model's scores."""
         self._scores = _scored(0, beginning.scores)
         atomic_files.write(self.path / "log.jsonl", _line("started", asdict(beginning)).encode() + b"\n")
 
     def add(self, done: RoundDone) -> None:
-        """Notes a finished round; the log has it at once, the tables with the next `write_tables`."""
+        """Adds a finished round: to the log at once, to the tables with the next `write_tables`."""
         atomic_files.append(self.path / "log.jsonl", _line("round", asdict(done.row)))
         rounds = pa.concat_tables([self.rounds, _table(RoundRow, [done.row])])
         added = {"clients": done.client_rows, "packs": done.packs}
@@ -91,8 +91,8 @@ class RunFolder:
         rows = self._scores.filter(pa.compute.equal(self._scores["rounds"], rounds)).drop_columns(["rounds"])
         return [Score(**row) for row in rows.to_pylist()]
 
-    def looks(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
-        """Diagnostics of the newest rounds that were looked at, of so many at most, in order."""
+    def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
+        """Diagnostics of the newest diagnosed rounds, at most so many, in order."""
         newest = sorted(set(self._others["layers"]["round"].to_pylist()))[-most:]
         return [
             (

@@ -49,4 +49,4 @@ def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
         found = (number, config)
     settings = search.model_dump(mode="json", exclude_none=True)
     write_report(frame, list(search.space), search.metric, search.mode, sweep.name, folder / "report.html", settings)
-    return SweepResult(frame, found, grid, place.called())
+    return SweepResult(frame, found, grid, place.display_name())

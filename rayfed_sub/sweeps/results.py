@@ -75,10 +75,10 @@ def headings(keys: Sequence[str]) -> dict[str, str]:
     return {key: next(tails, key) for key, tails in alone.items()}
 
 
-def worded(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as short as it can be read: four digits, and powers of ten where the number is small or large.
 
-    >>> [worded(value) for value in (8, 0.003, 0.01, 0.25, 2.5e7, 1.0, "fedit", None)]
+    >>> [format_value(value) for value in (8, 0.003, 0.01, 0.25, 2.5e7, 1.0, "fedit", None)]
     ['8', '3e-3', '1e-2', '0.25', '2.5e7', '1', 'fedit', '-']
     """
     if not isinstance(value, float):
@@ -97,12 +97,12 @@ def score(value: float) -> str:
     >>> score(2.73051), score(0.00002), score(123456.0)
     ('2.7305', '2e-5', '1.235e5')
     """
-    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e4 else worded(value)
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e4 else format_value(value)
 
 
 def short(value: object) -> str:
     """A value in a figure."""
-    text = worded(value)
+    text = format_value(value)
     return text if len(text) <= _WORD else f"{text[: _WORD - 1]}…"
 
 
@@ -163,7 +163,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepTable:
     """The trials, best first, and what they were about; kinds: how each key's values were drawn, where it is known."""
 
     ranked: Sequence[Trial]
@@ -191,22 +191,22 @@ class Swept:
         faint, _ = self.shades
         return {"min": min, "max": max}[self.mode](trial.metric, faint)
 
-    def said(self, trial: Trial) -> str:
+    def point_text(self, trial: Trial) -> str:
         """The trial's point in the space: "rank=8 lr=1e-3"."""
-        return " ".join(f"{head}={worded(trial.values[key])}" for key, head in self.heads.items())
+        return " ".join(f"{head}={format_value(trial.values[key])}" for key, head in self.heads.items())
 
     def hover(self, trial: Trial) -> str:
         """Hover text of a trial."""
         stopped = f"stopped after {text.count('round', trial.rounds)}<br>" if trial.status == "stopped" else ""
-        said = "<br>".join(f"{plain(f'{head} {short(trial.values[key])}')}" for key, head in self.heads.items())
-        return f"trial {trial.number}<br>{plain(self.metric)} {score(trial.metric)}<br>{stopped}{said}"
+        values = "<br>".join(f"{plain(f'{head} {short(trial.values[key])}')}" for key, head in self.heads.items())
+        return f"trial {trial.number}<br>{plain(self.metric)} {score(trial.metric)}<br>{stopped}{values}"
 
 
-def gather(frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, kinds: Mapping[str, str]) -> Swept:
+def gather(frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, kinds: Mapping[str, str]) -> SweepTable:
     """The trials of `frame`, a sweep's trials.parquet, whose columns `keys` are those of the space."""
     ranked = best_first(frame, metric, mode)
     rows = zip(ranked.to_dict("records"), _places(ranked, keys), comparable(ranked, metric), strict=True)
-    return Swept(
+    return SweepTable(
         ranked=[_trial(row, values, metric, value) for row, values, value in rows],
         heads=headings(keys),
         metric=metric,
@@ -221,7 +221,7 @@ def _places(frame: pd.DataFrame, keys: Sequence[str]) -> list[dict[str, Any]]:
     for key in keys:
         cells = [None if pd.isna(cell) else cell for cell in frame[key].tolist()]
         numbers = all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
-        columns.append(cells if numbers else [worded(cell) for cell in cells])
+        columns.append(cells if numbers else [format_value(cell) for cell in cells])
     return [dict(zip(keys, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 

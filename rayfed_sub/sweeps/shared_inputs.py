@@ -17,10 +17,10 @@ from rayfed_sub.runtime.session import load_backbone, spec_of
 
 
 @dataclass(frozen=True)
-class Common:
-    """References into the object store, owned by the sweep's process.  ground: (architecture, processor)."""
+class InputRefs:
+    """References into the object store, owned by the sweep's process.  model: (architecture, processor)."""
 
-    ground: Any
+    model: Any
     dataset: Any
 
 
@@ -28,19 +28,19 @@ class Common:
 class SharedInputs:
     """By what they depend on in a configuration: what jobs stand on, and weights."""
 
-    grounds: Mapping[str, Common]
+    inputs: Mapping[str, InputRefs]
     weights: Mapping[str, Any]
 
     def job(self, config: Config) -> tuple[Job, Shared]:
         """The trial's job and what its workers map; what nobody has prepared is loaded for it alone."""
-        common = self.grounds.get(ground_key(config))
-        if common is None:
+        refs = self.inputs.get(input_key(config))
+        if refs is None:
             job = job_on(load_inputs(config), config)
             dataset = ray.put(job.dataset)
         else:
-            architecture, processor = ray.get(common.ground)
-            job = job_on(JobInputs(architecture, processor, ray.get(common.dataset)), config)
-            dataset = common.dataset
+            architecture, processor = ray.get(refs.model)
+            job = job_on(JobInputs(architecture, processor, ray.get(refs.dataset)), config)
+            dataset = refs.dataset
         weights = self.weights.get(weights_key(config))
         return job, Shared(ray.put(spec_of(job)), ray.put(load_backbone(job)) if weights is None else weights, dataset)
 
@@ -49,7 +49,7 @@ def all_inputs(configs: Iterable[Config]) -> dict[str, tuple[Config, JobInputs]]
     """Inputs of jobs by key, each with its configuration.  Raises UserError for what does not go together."""
     found: dict[str, tuple[Config, JobInputs]] = {}
     for config in configs:
-        key = ground_key(config)
+        key = input_key(config)
         if key not in found:
             found[key] = (config, load_inputs(config))
     return found
@@ -57,15 +57,15 @@ def all_inputs(configs: Iterable[Config]) -> dict[str, tuple[Config, JobInputs]]
 
 def shared(found: Mapping[str, tuple[Config, JobInputs]]) -> SharedInputs:
     """Puts all_inputs and their weights into the object store of the Ray session that there is."""
-    grounds, weights = {}, {}
+    inputs, weights = {}, {}
     for key, (config, base) in found.items():
-        grounds[key] = Common(ray.put((base.architecture, base.processor)), ray.put(base.dataset))
+        inputs[key] = InputRefs(ray.put((base.architecture, base.processor)), ray.put(base.dataset))
         if (own := weights_key(config)) not in weights:
             weights[own] = ray.put(load_backbone(job_on(base, config)))
-    return SharedInputs(grounds, weights)
+    return SharedInputs(inputs, weights)
 
 
-def ground_key(config: Config) -> str:
+def input_key(config: Config) -> str:
     """Equal for configurations that have the same model and the same rows at the same clients."""
     federation = config.federation.model_dump(mode="json", include={"clients", "partition"})
     parts = (config.model.model_dump(mode="json"), config.task.model_dump(mode="json"), federation)

@@ -26,7 +26,7 @@ from rayfed_sub.storage.run_folder import check_data, make, summary_of
 from rayfed_sub.sweeps.capacity import at_once
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher, failure_of
 from rayfed_sub.sweeps.runner import Listener, check_head, checked
-from rayfed_sub.sweeps.shared_inputs import ground_key, shared
+from rayfed_sub.sweeps.shared_inputs import input_key, shared
 from rayfed_sub.sweeps.study import Part, Study, StudyTrial, check_trials, counted_trials, tuning_trials
 from rayfed_sub.sweeps.study_tables import (
     COLUMNS,
@@ -102,8 +102,8 @@ def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> No
 
     Raises RunError, once all others have ended, where a trial failed of something else than that it diverged.
     """
-    grounds, largest_jobs = checked(part, folder, notify)
-    missing = missing_trials(part, folder, grounds, results)
+    inputs, largest_jobs = checked(part, folder, notify)
+    missing = missing_trials(part, folder, inputs, results)
     if not missing:
         return
     rest = Part(part.name, part.tree, tuple(missing), part.concurrent)
@@ -118,13 +118,13 @@ def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> No
 
     with ray_session(), TemporaryDirectory(prefix="rayfed-sub-study-") as tune_state:
         check_head()
-        inputs, search, run_folders = shared(grounds), rest.search, str(folder.absolute())
-        del grounds, largest_jobs  # the object store has them now
+        shared_inputs, search, run_folders = shared(inputs), rest.search, str(folder.absolute())
+        del inputs, largest_jobs  # the object store has them now
         notify(Begun(part.name, tuple(search.space), search.metric, search.mode, rest.count, side_by_side, str(folder)))
         callbacks = [Watcher(search.metric, take), *loggers(rest)]
         try:
             grid = tuned(
-                rest, inputs, Place(Path(tune_state)), run_folders, side_by_side, None, callbacks, resume=False
+                rest, shared_inputs, Place(Path(tune_state)), run_folders, side_by_side, None, callbacks, resume=False
             )
         except KeyboardInterrupt:
             notify(Notice("interrupted; the same command goes on"))
@@ -139,7 +139,7 @@ def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> No
 
 
 def missing_trials(
-    part: Part, folder: Path, grounds: Mapping[str, tuple[Config, JobInputs]], results: Results
+    part: Part, folder: Path, inputs: Mapping[str, tuple[Config, JobInputs]], results: Results
 ) -> dict[StudyTrial, Config]:
     """The trials that are not through, with their configurations; `results` takes the others.
 
@@ -148,11 +148,11 @@ def missing_trials(
     missing = {}
     for trial in part.trials:
         config = part.config(trial.values)
-        job, own = job_on(grounds[ground_key(config)][1], config), folder / trial.folder
+        job, run_folder = job_on(inputs[input_key(config)][1], config), folder / trial.folder
         summary = None
-        if (own / "config.yaml").exists():
-            summary = summary_of(own, job.config)
-            check_data(own, job.dataset.fingerprint)
+        if (run_folder / "config.yaml").exists():
+            summary = summary_of(run_folder, job.config)
+            check_data(run_folder, job.dataset.fingerprint)
         if summary is None:
             missing[trial] = job.config
         else:

@@ -43,12 +43,12 @@ def check_unused(place: Place) -> None:
     for name in (_TUNE, TRIALS):
         if filesystem.get_file_info(fs.FileSelector(f"{root}/{name}", allow_not_found=True)):
             allowed = f"a folder without {name}/, which another sweep has left"
-            raise UserError("--out", place.called(), allowed, "choose another folder")
+            raise UserError("--out", place.display_name(), allowed, "choose another folder")
 
 
 def tuned(
     sweep: Trials,
-    commons: SharedInputs,
+    inputs: SharedInputs,
     place: Place,
     trials: str,
     side_by_side: int,
@@ -62,7 +62,7 @@ def tuned(
     filesystem, root = _storage(place)
     numbers = count(_first_free(filesystem, f"{root}/{_TUNE}"))
     share = math.floor(1e4 / side_by_side) / 1e4  # Ray counts in ten thousandths
-    body = tune.with_parameters(trial, sweep=sweep, commons=commons, trials=trials)
+    body = tune.with_parameters(trial, sweep=sweep, inputs=inputs, trials=trials)
     with _quiet():
         analysis = tune.run(
             tune.with_resources(body, lambda given: _bundles(sweep.config(values_of(given)), share)),

@@ -6,7 +6,7 @@ from collections import deque
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import RoundRow
-from rayfed_sub.diagnostics.alerts import LOOKS, Alert, alerts
+from rayfed_sub.diagnostics.alerts import DIAGNOSED_ROUNDS, Alert, alerts
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.run_folder import RunFolder
 from rayfed_sub.telemetry.events import RoundDone
@@ -18,19 +18,19 @@ class Watch:
     def __init__(self, folder: RunFolder, config: Config) -> None:
         self._config, self._before = config, overall(folder.scores(0)).get("held_out_loss")
         self._rounds = [RoundRow(**row) for row in folder.rounds.to_pylist()]
-        self._looks = deque(folder.looks(LOOKS), maxlen=LOOKS)
+        self._diagnosed = deque(folder.diagnosed_rounds(DIAGNOSED_ROUNDS), maxlen=DIAGNOSED_ROUNDS)
         self._reported = {alert.name for alert in self._symptoms()}
 
     def add(self, done: RoundDone) -> list[Alert]:
         """Alerts that the round raises for the first time."""
         self._rounds.append(done.row)
         if done.layers:
-            self._looks.append((done.layers, done.client_layers))
+            self._diagnosed.append((done.layers, done.client_layers))
         new = [alert for alert in self._symptoms() if alert.name not in self._reported]
         self._reported |= {alert.name for alert in new}
         return new
 
     def _symptoms(self) -> list[Alert]:
-        layers = [row for look, _ in self._looks for row in look]
-        client_layers = [row for _, look in self._looks for row in look]
+        layers = [row for rows, _ in self._diagnosed for row in rows]
+        client_layers = [row for _, rows in self._diagnosed for row in rows]
         return alerts(self._rounds, layers, client_layers, self._config, before=self._before)
