@@ -224,8 +224,8 @@ class Coordinator:
             raise RunError("evaluation", str(error), round=round) from None
 
     def backbone_sum(self) -> str:
-        """Checksum of the loaded weights, in hex.  Vectors are left out: rotary frequencies are computed, and may differ
-        in a bit between versions of torch."""
+        """Checksum of the loaded weights, in hex, without vectors: rotary frequencies are computed, and may differ in a
+        bit between versions of torch."""
         return f"{checksum({name: array for name, array in self._backbone_arrays.items() if array[1].ndim > 1}):016x}"
 
     def weights_sha256(self) -> str:

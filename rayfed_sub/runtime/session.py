@@ -109,7 +109,7 @@ def _run(
                 notify(Notice(f"{old.display_name()} is finished already"))
                 finish(old, notify)
                 return replace(summary, folder=old.display_name())
-        if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
+        if not ray.is_initialized() or len(ray.nodes()) == 1:  # a plan does not know the memory of a cluster's nodes
             plan.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
         checkpoints.make(folder.path)

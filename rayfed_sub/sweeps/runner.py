@@ -1,4 +1,4 @@
-"""One sweep from its definition to its table: checks first, then Ray, then the trials under Ray Tune."""
+"""A sweep from its definition to its table: checks, then Ray, then the trials under Ray Tune."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rayfed_sub.sweeps.tuner import TRIALS, check_unused, loggers, searcher, tun
 from rayfed_sub.telemetry.events import Notice, Stage
 
 Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
-"""Is shown the records as they come."""
+"""Receives the sweep's records as they come."""
 
 _FILE = "sweep.yaml"
 _DATA = "data.json"
@@ -84,7 +84,7 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
         check_disk(jobs, sweep.count, folder)
         side_by_side = at_once(jobs, nodes(), min(sweep.count, search.concurrent or sweep.count))
         data = [base.dataset.fingerprint for _, base in inputs.values()]
-        if old is not None and (old.path / _DATA).exists():  # without, each trial that goes on looks for itself
+        if old is not None and (old.path / _DATA).exists():  # else each resumed trial checks its own
             then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
             for before, now in zip(then, data, strict=True):
                 check_same_data(before, now, old.display_name())
@@ -122,8 +122,8 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
 
 
 def checked(sweep: Trials, folder: Path, notify: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], list[Job]]:
-    """Inputs of the trials, and the most demanding jobs.  Raises UserError for whatever cannot work; folder: on whose
-    disk they would run."""
+    """Checks all trials; returns their inputs and the most demanding jobs.  Raises UserError for a trial that cannot
+    work.  folder: on the disk of the run folders."""
     there, points = nodes(), sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
@@ -133,7 +133,7 @@ def checked(sweep: Trials, folder: Path, notify: Listener) -> tuple[Mapping[str,
     for config in configs:
         job_on(inputs[input_key(config)][1], config)
     jobs = [job_on(inputs[input_key(config)][1], config) for config in map(sweep.config, largest(points))]
-    if len(there) == 1:  # of a cluster's nodes no plan knows the memory
+    if len(there) == 1:  # a plan does not know the memory of a cluster's nodes
         for job in jobs:
             plan.check(job, folder)
     return inputs, jobs

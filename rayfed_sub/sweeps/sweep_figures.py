@@ -12,7 +12,7 @@ from rayfed_sub.sweeps.results import FEW, SweepTable, Trial, format_value, scor
 
 
 def heat_map(table: SweepTable, across: str, up: str) -> Figure:
-    """The best trial of every pair of values."""
+    """Heat map of two keys: the best trial of every pair of values."""
     xs, ys = table.values(across), table.values(up)
     cells: dict[tuple[int, int], Trial] = {}
     for trial in table.judged:
@@ -55,7 +55,7 @@ def heat_map(table: SweepTable, across: str, up: str) -> Figure:
 
 
 def points(table: SweepTable, key: str) -> Figure:
-    """Every trial over one key, and the best of each value."""
+    """Scatter plot of the metric over one key, with the best trial of each value."""
     values, head = table.values(key), table.heads[key]
     words = any(isinstance(value, str) for value in values)
     place = {value: at if words else value for at, value in enumerate(values)}
@@ -92,7 +92,7 @@ def points(table: SweepTable, key: str) -> Figure:
 
 
 def traffic(table: SweepTable, sent: Sequence[tuple[Trial, int]]) -> Figure:
-    """The metric over the bytes that were sent, for trials with their bytes, and those that none beats in both."""
+    """Scatter plot of the metric over the bytes sent, with the Pareto front; sent: trials with their bytes."""
     front: list[tuple[Trial, int]] = []
     sign = {"min": 1, "max": -1}[table.mode]
     for trial, count in sorted(sent, key=lambda pair: (pair[1], sign * pair[0].metric)):
@@ -135,7 +135,7 @@ def traffic(table: SweepTable, sent: Sequence[tuple[Trial, int]]) -> Figure:
 
 
 def parallel(table: SweepTable) -> Figure:
-    """A line per trial through all keys to the metric."""
+    """Parallel coordinates: a line per trial through all keys to the metric."""
     trials = table.judged[::-1]  # plotly draws the last on top
     drawn = [table.drawn(trial) for trial in trials]
     keys = [key for key in table.heads if len(table.values(key)) > 1]
@@ -168,7 +168,7 @@ def parallel(table: SweepTable) -> Figure:
 
 
 def _grid(cells: Mapping[tuple[int, int], Any], places: Sequence[tuple[int, int]], width: int) -> list[list[Any]]:
-    """The cells in rows of `width`, None where there is none."""
+    """The cells in rows of `width`, None for an empty cell."""
     row = [cells.get(place) for place in places]
     return [row[start : start + width] for start in range(0, len(row), width)]
 
@@ -217,7 +217,7 @@ def _legend(table: SweepTable) -> str:
 
 
 def _dimension(table: SweepTable, key: str, trials: Sequence[Trial]) -> dict[str, Any]:
-    """One axis: categories by their place, numbers as they are or by their logarithm, with ticks that say the value."""
+    """Axis of a key in parallel coordinates: categories by place, numbers linear or logarithmic, ticks as values."""
     values = table.values(key)
     at: dict[Any, float]
     if any(isinstance(value, str) for value in values):
@@ -258,14 +258,14 @@ def _coloraxis(faint: float, strong: float) -> dict[str, Any]:
 
 
 def _is_log(table: SweepTable, key: str) -> bool:
-    """True where a key of numbers has a logarithmic axis: drawn so, or over a decade wide and not drawn evenly."""
+    """True for a logarithmic axis: a key drawn from loguniform, or wider than a decade and not from uniform."""
     low, high = table.values(key)[0], table.values(key)[-1]
     kind = table.kinds.get(key)
     return bool(low > 0 and (kind == "loguniform" or (kind != "uniform" and high >= 10 * low)))
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """The powers of ten within, and the ends where there are fewer than two.
+    """Ticks: the powers of ten in the range, and its ends where there are fewer than two.
 
     >>> _decades(2e-4, 0.05)
     [0.001, 0.01]

@@ -1,4 +1,4 @@
-"""A trial: one federated run in a folder of its own, reported to Ray Tune round by round."""
+"""A trial of a sweep: a federated run in its own folder, reported to Ray Tune round by round."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ NUMBER = "number"
 
 
 def values_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The trial's values of the space's keys, out of what Tune hands over."""
+    """The trial's values of the space's keys, from the configuration that Tune gives it."""
     return {key: value for key, value in given["trial"].items() if key != NUMBER}
 
 
 def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials: str) -> None:
-    """Runs the trial, or goes on with it, in its folder below `trials`, a path or a URI.
+    """Runs or resumes the trial in its folder below `trials`, a path or a URI.
 
-    Raises what the run raises: Tune then begins the trial again, and it goes on from its last checkpoint.
+    Raises the run's error: Tune then starts the trial again, which goes on from its last checkpoint.
     """
-    # Tune waits so long for a stopped trial to end before it takes its process for the next, which it else gives up.
+    # Seconds that Tune waits for a stopped trial to end before it gives up reusing its process.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     began = time.perf_counter()
     values = values_of(given)
