@@ -16,15 +16,15 @@ from rayfed_sub.data.partition_stats import PartitionStats
 from rayfed_sub.data.rows import Ints
 
 _LISTED = 24
-"""Clients that get a line each; of more, a few of the largest and smallest do."""
+"""Most clients to list one by one; of more, some of the largest and smallest are listed."""
 _ENDS = 5
 _BLOCKS = "░▒▓█"
 _RAMP = ("#eef3f9", "#d5e3f0", "#b0cde4", "#82b1d4", "#5392c2", "#2f72ac", "#175390", "#08306b")
-"""Light to dark, so that it reads in grey too."""
+"""Light to dark, readable in grey too."""
 
 
 def show(stats: PartitionStats, console: Console | None = None) -> None:
-    """Table, picture and what became of the rows."""
+    """Prints table, picture and row counts."""
     console = console or Console()
     console.print(_clients(stats, console.width))
     console.print()
@@ -54,7 +54,7 @@ def counted(stats: PartitionStats) -> str:
 
 
 def notes(stats: PartitionStats) -> Iterable[str]:
-    """The skew in words, what was dropped, and what was said while the rows were read."""
+    """Lines with the skew, the dropped rows, and the messages logged while rows were read."""
     if stats.value_column is None:
         yield "The rows have neither a label nor a key, so nothing is counted; federation.partition.column names one."
     else:
@@ -103,7 +103,7 @@ def _clients(stats: PartitionStats, across: int) -> Table:
 
 
 def _listed(stats: PartitionStats) -> list[int]:
-    """The clients to list: all, or of many the largest and the smallest."""
+    """The clients to list: all, or the largest and the smallest of many."""
     if len(stats.clients) <= _LISTED:
         return list(range(len(stats.clients)))
     order: list[int] = stats.by_size().tolist()
@@ -136,7 +136,7 @@ def _plain(title: str | None = None) -> Table:
 
 
 def _picture(stats: PartitionStats, console: Console) -> Iterable[Table | Text]:
-    """Clients by classes or keys: a cell's shade is the share of the client's rows that are of the column's."""
+    """Clients by classes or keys: a cell's shade is the share of the client's rows in the column's class or key."""
     groups, values = stats.groups(_LISTED), stats.shown()
     banded = len(groups) < len(stats.clients)
     counts_GS = stats.table(groups)

@@ -1,6 +1,6 @@
 """A partition as a picture file: clients by classes or keys, and the clients' sizes beside them.
 
-What takes time to import is imported as it draws: a path is checked at once.
+Slow imports happen only when it draws, so that a path is checked at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _LINES = 40
-"""Clients drawn one by one; more are drawn in as many bands."""
+"""Most clients to draw one by one; more are drawn in as many bands."""
 
 
 def check_path(path: Path) -> None:

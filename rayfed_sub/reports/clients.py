@@ -1,4 +1,4 @@
-"""Clients: how unequal they are, and a table of them."""
+"""Clients in a report: differences between them, and a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rayfed_sub.reports.page import Cell, Details, Figure, Section, Table, Text,
 from rayfed_sub.reports.run_reader import Run, Runs
 
 _SHARES = 201
-"""Points of a curve over clients."""
+"""Most points of a curve over clients."""
 
 
 def clients(runs: Runs) -> Section | None:
@@ -87,16 +87,16 @@ def per_client(run: Run) -> pd.DataFrame:
 
 
 def last_scores(run: Run) -> pd.DataFrame:
-    """Each client's scores at the last evaluation, by client; no classes' own."""
-    own = run.scores[run.scores["client"].notna() & ~run.scores["metric"].astype("str").str.contains("/")]
-    own = own[own["rounds"] == own["rounds"].max()]
-    found = own.astype({"client": "int64", "value": "float64"})
+    """Each client's scores at the last evaluation, without scores of single classes."""
+    scores = run.scores[run.scores["client"].notna() & ~run.scores["metric"].astype("str").str.contains("/")]
+    scores = scores[scores["rounds"] == scores["rounds"].max()]
+    found = scores.astype({"client": "int64", "value": "float64"})
     table: pd.DataFrame = found.pivot_table(index="client", columns="metric", values="value")
     return table
 
 
 def _unequal(runs: Runs, metric: str) -> list[Figure]:
-    """A score of all clients, sorted: a flat curve is a model that serves all alike."""
+    """A score of all clients, sorted; a flat curve means equal quality for all."""
     curves = []
     for at, (name, run) in enumerate(runs.items()):
         scores = last_scores(run)
@@ -112,7 +112,7 @@ def _unequal(runs: Runs, metric: str) -> list[Figure]:
 
 
 def _spread(run: Run) -> list[Figure]:
-    """The middle and the ends of clients' losses over rounds."""
+    """Median and range of clients' losses over rounds."""
     trained = run.clients[run.clients["failure"].isna()]
     losses = trained.dropna(subset=["loss"]).astype({"loss": "float64"}).groupby("round")["loss"]
     if losses.ngroups < 2 or losses.size().max() < 2:

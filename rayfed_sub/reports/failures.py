@@ -15,7 +15,7 @@ from rayfed_sub.reports.run_reader import Run, Runs
 
 
 def failures(runs: Runs) -> Section | None:
-    """A row for each, None where all went well."""
+    """Section with a row for each failure and retry; None without any."""
     rows = [[*([name] if len(runs) > 1 else []), *row] for name, run in runs.items() for row in _rows(run)]
     retries = {name: int(run.rounds["retries"].fillna(0).sum()) for name, run in runs.items()}
     lines = [f"{name}: {count('result', lost)} made again." for name, lost in retries.items() if lost]
@@ -43,7 +43,7 @@ def _rows(run: Run) -> list[list[Cell | str]]:
 
 
 def symptoms(runs: Runs) -> Section | None:
-    """The alerts that each run showed at its end, None where none did."""
+    """Section with the alerts on each run's rows; None without alerts."""
     found = {name: symptoms_of(run) for name, run in runs.items()}
     if not any(found.values()):
         return None
@@ -55,7 +55,7 @@ def symptoms(runs: Runs) -> Section | None:
 
 
 def symptoms_of(run: Run) -> list[Alert]:
-    """Those that a run's rows show."""
+    """Alerts on a run's rows."""
     scores = overall(run, "held_out_loss")
     return alerts(
         _alert_rows(run.rounds),
@@ -72,5 +72,5 @@ def _newest(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _alert_rows(frame: pd.DataFrame) -> Sequence[Any]:
-    """With the columns' names as attributes."""
+    """Rows with the columns as attributes."""
     return list(frame.itertuples(index=False, name="Row"))

@@ -15,17 +15,17 @@ from rayfed_sub.reports.page import Details, Figure, Section, Text, line_style, 
 from rayfed_sub.reports.run_reader import Run, Runs
 
 DETAILED = 6
-"""Runs that have heat maps and a table of clients of their own."""
+"""Most runs with heat maps and a table of clients."""
 _ROUNDS, _LAYERS = 80, 64
-"""Columns and rows of a heat map; of more, evenly spaced ones are shown."""
+"""Most columns and rows of a heat map; of more, evenly spaced ones are shown."""
 _NAMED = 20
-"""Layers that are named beside a heat map."""
+"""Most layers to name beside a heat map."""
 _NAME = 22
-"""Characters of a layer's name there."""
+"""Most characters of a layer's name there."""
 _WIDE = 8
 """Pixels of a character there."""
 _SPECTRA = 3
-"""Layers whose spectrum is drawn."""
+"""Most layers with a spectrum."""
 
 
 def layers(runs: Runs) -> Section | None:
@@ -73,7 +73,7 @@ def _median(known: Mapping[str, pd.DataFrame], quantity: Quantity) -> Figure | N
 
 
 def _against_steps(runs: Runs, known: Mapping[str, pd.DataFrame]) -> list[Figure]:
-    """Distance of the weights for the steps that a client took."""
+    """Distance of the weights over a client's local steps."""
     curves = []
     for at, (name, run) in enumerate(runs.items()):
         values = known[name].groupby("round")["accumulated"].median().dropna()
@@ -96,7 +96,7 @@ def steps_until(run: Run) -> pd.Series[float]:
 
 
 def _ends(frames: Sequence[pd.DataFrame], name: str) -> tuple[float, float]:
-    """The values that are drawn faintest and strongest in all runs: from 0, so that colours compare."""
+    """Values of the faintest and the strongest colour in all runs, from 0, so that colours can be compared."""
     values = pd.concat([frame[name] for frame in frames]).dropna() if frames else pd.Series(dtype="float64")
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
     return min(low, 0.0), max(high, 1e-12)
@@ -118,7 +118,7 @@ def _pictures(run: Run, frame: pd.DataFrame, ends: Mapping[str, tuple[float, flo
 def _heat_map(
     frame: pd.DataFrame, quantity: Quantity, labels: Mapping[str, str], ends: tuple[float, float]
 ) -> Figure | None:
-    """layer x round."""
+    """Heat map of a quantity, layer x round."""
     known = frame[frame[quantity.name].notna() & frame["layer"].isin(list(labels))]
     if known.empty:
         return None
@@ -172,7 +172,7 @@ def _heat_map(
 
 
 def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[Figure]:
-    """Singular values of the aggregate in a few layers, in the first and the last round that was looked at."""
+    """Singular values of the aggregate in a few layers, in the first and the last diagnosed round."""
     rows = run.layers[[len(values) > 0 for values in run.layers["spectrum"].map(_values)]]
     rounds = sorted({*rows["round"].head(1), *rows["round"].tail(1)})
     chosen = [names[at] for at in evenly(range(len(names)), _SPECTRA)]
@@ -210,7 +210,7 @@ def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[F
 
 
 def _values(spectrum: Any) -> list[float]:
-    """A table's list, which may be missing."""
+    """A list from a table, which may be missing."""
     return [] if spectrum is None or isinstance(spectrum, float) else [float(value) for value in spectrum]
 
 
@@ -230,7 +230,7 @@ def _spectrum(at: int, name: str, values: Sequence[float], dash: str) -> dict[st
 
 @dataclass(frozen=True)
 class Quantity:
-    """name: a column of `figures`.  meaning: how to read it, for a caption.  mapped: whether it has a heat map, too."""
+    """A quantity of a layer.  name: column of `figures`; meaning: for a caption; mapped: True with a heat map, too."""
 
     name: str
     title: str
@@ -276,8 +276,8 @@ _OF_CLIENTS = ("gradient_energy", "gradient_rank", "turned")
 
 
 def figures(run: Run) -> pd.DataFrame:
-    """A row per round and layer with every quantity's column, float64, NaN where it is not known; and `bound`, what the
-    aggregate's rank can be at most."""
+    """A row per round and layer with every quantity's column, float64, NaN where unknown; and `bound`, the
+    upper bound of the aggregate's rank."""
     layers = run.layers[["round", "layer"]].copy()
     for quantity in QUANTITIES:
         if quantity.name in run.layers:

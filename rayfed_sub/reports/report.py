@@ -1,4 +1,4 @@
-"""Runs as one HTML file: what was noticed, what was run, curves of all runs, layers, clients, workers, failures."""
+"""Runs as one HTML file: symptoms, overview, curves, layers, clients, workers, failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rayfed_sub.storage.remote import Place
 from rayfed_sub.telemetry.events import Notice
 
 _TITLED = 4
-"""Runs that the title names."""
+"""Most runs to name in the title."""
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Workers over time: packs of clients on each, and memory, planned and measured."""
+"""Timeline of packs by worker, and planned and measured memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rayfed_sub.reports.page import Cell, Details, Figure, Section, Table, cell,
 from rayfed_sub.reports.run_reader import Run, Runs
 
 _BARS = 1000
-"""Bars that a browser draws at once; of more packs, those of a worker are drawn as one."""
+"""Most bars that a browser draws quickly; of more packs, several of a worker share a bar."""
 
 
 def timeline(runs: Runs) -> Section | None:
-    """A bar per pack and worker, for each run."""
+    """Section with a bar per pack and worker, for each run."""
     shown = [name for name, run in runs.items() if len(run.packs)][:DETAILED]
     if not shown:
         return None
@@ -27,15 +27,15 @@ def timeline(runs: Runs) -> Section | None:
 
 
 def clocked(run: Run) -> pd.DataFrame:
-    """The packs with `began` in seconds since the first one; where the run was taken up again, the time between its
-    sittings is left out."""
+    """The packs with `began` in seconds since the first one; the time between the sessions of a
+    resumed run is left out."""
     packs = run.packs.astype({"began": "float64", "seconds": "float64"})
-    sitting = packs["round"].map(lambda round: sum(again <= round for again in set(run.resumed)))
+    session = packs["round"].map(lambda round: sum(again <= round for again in set(run.resumed)))
     began, end = packs["began"].copy(), 0.0
-    for _, rows in packs.groupby(sitting):
-        own = rows["began"] - rows["began"].min() + end
-        began.loc[rows.index] = own
-        end = float((own + rows["seconds"]).max())
+    for _, rows in packs.groupby(session):
+        shifted = rows["began"] - rows["began"].min() + end
+        began.loc[rows.index] = shifted
+        end = float((shifted + rows["seconds"]).max())
     return packs.assign(began=began)
 
 
@@ -153,7 +153,7 @@ def _worker(worker: int) -> str:
 
 
 def memory(runs: Runs) -> Section | None:
-    """Memory of all processes of a run over rounds, beside the plan."""
+    """Section with the memory of all processes of a run over rounds, and the plan."""
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():
         planned, peak = run.summary.get("planned_memory_bytes"), _peak(run)

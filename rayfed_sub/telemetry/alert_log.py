@@ -1,4 +1,4 @@
-"""Alerts of a running run: each alert of `diagnostics/alerts.py` is raised once."""
+"""Alerts during a run: each alert of `diagnostics/alerts.py` is raised once."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from rayfed_sub.telemetry.events import RoundDone
 
 
 class Watch:
-    """folder: its alerts were raised in an earlier session."""
+    """Raises each alert once; alerts on the rows already in `folder` were raised in an earlier session."""
 
     def __init__(self, folder: RunFolder, config: Config) -> None:
         self._config, self._before = config, overall(folder.scores(0)).get("held_out_loss")
         self._rounds = [RoundRow(**row) for row in folder.rounds.to_pylist()]
         self._diagnosed = deque(folder.diagnosed_rounds(DIAGNOSED_ROUNDS), maxlen=DIAGNOSED_ROUNDS)
-        self._reported = {alert.name for alert in self._symptoms()}
+        self._reported = {alert.name for alert in self._alerts()}
 
     def add(self, done: RoundDone) -> list[Alert]:
         """Alerts that the round raises for the first time."""
         self._rounds.append(done.row)
         if done.layers:
             self._diagnosed.append((done.layers, done.client_layers))
-        new = [alert for alert in self._symptoms() if alert.name not in self._reported]
+        new = [alert for alert in self._alerts() if alert.name not in self._reported]
         self._reported |= {alert.name for alert in new}
         return new
 
-    def _symptoms(self) -> list[Alert]:
+    def _alerts(self) -> list[Alert]:
         layers = [row for rows, _ in self._diagnosed for row in rows]
         client_layers = [row for _, rows in self._diagnosed for row in rows]
         return alerts(self._rounds, layers, client_layers, self._config, before=self._before)
