@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a checked configuration.
+"""Loading of a checked configuration from a YAML file and dotted overrides.
 
 Nothing heavy is imported: reading a configuration takes milliseconds.
 """
@@ -177,7 +177,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[leaf] = yaml.load(text, Loader)
     except yaml.YAMLError:
         raise UserError(path, text, "a YAML value", "quote it") from None
-    # Length of training is said once: naming one way on the command line replaces the other.
+    # Rounds or epochs, not both: one on the command line replaces the other in the file.
     other = {"federation.rounds": "epochs", "federation.epochs": "rounds"}.get(path)
     if other:
         tree.pop(other, None)

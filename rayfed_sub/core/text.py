@@ -150,7 +150,7 @@ def evenly(places: Sequence[T], most: int) -> list[T]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Of dotted names the parts in which they differ.
+    """The parts in which dotted names differ.
 
     >>> short_names(["model.layers.0.mlp.up_proj", "model.layers.11.mlp.up_proj"])
     {'model.layers.0.mlp.up_proj': '0', 'model.layers.11.mlp.up_proj': '11'}
@@ -170,8 +170,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def first_distinct(candidates: Iterable[Sequence[str]]) -> list[str]:
-    """The first of several ways to call some things by which none is called as another; where there is none, the very
-    first, numbered.
+    """The first of several lists of names without duplicates; without such a list the first one, numbered.
 
     >>> first_distinct([["run", "run"], ["fedit", "fedftg"]])
     ['fedit', 'fedftg']

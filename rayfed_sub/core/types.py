@@ -28,7 +28,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer whose weight is (m, n) = (out, in)."""
+    """A linear layer whose weight is (m, n) = (out, in)."""
 
     name: str
     m: int
@@ -161,7 +161,7 @@ class Client:
 class ClientState:
     """State of a client between rounds: tensors only, so it can be stored, moved, hashed and spilled.
 
-    cursor: local steps ever taken; it says which batch comes next and survives an optimiser reset.
+    cursor: local steps ever taken; it selects the next batch and survives an optimiser reset.
     """
 
     round: int

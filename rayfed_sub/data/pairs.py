@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows as text.  answers: what is to be said, or the name of the class; keys: the value by which a row
+    """Rows as text.  answers: texts to learn, or names of classes; keys: the value by which a row
     may be dealt out (such as its module), "" where the task has none; class_names is empty for
     language modelling, else in the order of the class numbers.
     images: of an image classification each row's image as in its file; questions are then digests of their pixels.

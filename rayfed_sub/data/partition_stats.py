@@ -36,7 +36,7 @@ class PartitionStats:
     for images; judged_C: held-out (or validation) rows that are like the client's, by its keys; distance_C and skew: of
     the values, see `skew`.
     holders, held, counts: client, value and rows of every pair that has any, by client.
-    notes: what was said while the rows were read.
+    notes: messages logged while the rows were read.
     """
 
     name: str
@@ -95,14 +95,14 @@ def read_partition_stats(config: Config, processor: Processor) -> PartitionStats
 
     Raises UserError for whatever of task and federation does not fit.
     """
-    heard = BufferingHandler(capacity=1 << 30)  # what would go to stderr belongs into the tables
+    heard = BufferingHandler(capacity=1 << 30)  # messages go into the tables, not to stderr
     log = logging.getLogger("rayfed_sub.data")
     log.addHandler(heard)
     before, log.propagate = log.propagate, False
     try:
         dataset = load_dataset(config.task, config.federation, processor, config.seed, config.evaluation.split)
     except UserError:
-        unheard = heard.buffer  # there will be no tables, and what was said may be the cause
+        unheard = heard.buffer  # no tables follow, and the messages may name the cause
         raise
     else:
         unheard = []

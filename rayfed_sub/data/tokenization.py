@@ -216,8 +216,8 @@ def _search(longest: int, room: int) -> Generator[int, list[int], _Fitted]:
 
 
 def _begun(encode: Encode, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """As `encode`, for who needs only `max_length` tokens and the closing one: of a long text no more is read than may
-    be needed, up to a space, where tokens end.  Where that was too little, the whole text is."""
+    """Tokens of `encode` for callers that need only `max_length` tokens and the closing one: encodes the start of a
+    long text, up to a space, where tokens end; the whole text where that gives too few."""
     most = max_length * _CHARACTERS
     made = encode([text if len(text) <= most else text[:most].rpartition(" ")[0] or text[:most] for text in texts])
     again = [row for row, text in enumerate(texts) if len(text) > most and len(made[row]) <= max_length]

@@ -148,7 +148,7 @@ def missed_bytes(server: ServerState, shape: ModelShape, since: int) -> int:
 
 
 def broadcast(method: object, server: ServerState) -> Broadcast:
-    """All of the server's tensors but its notes about the past, `history/...`."""
+    """All of the server's tensors but those of the past, `history/...`."""
     return Broadcast(server.round, {n: t for n, t in server.tensors.items() if not n.startswith("history/")})
 
 

@@ -156,7 +156,7 @@ _USED = ("memory.current", "memory/memory.usage_in_bytes")
 def plan_of(job: Job, on: str | None = None, folder: Path = Path()) -> Plan:
     """The plan of a job on this machine, or with the GPU `on` (see `machine_named`).
 
-    Raises UserError for a GPU that it does not know; what does not fit is said in the plan, and refused by `check`.
+    Raises UserError for a GPU that it does not know; the plan shows what does not fit, and `check` refuses it.
     """
     machine = here(job, folder)
     return plan(job_parts(job), machine if on is None else machine_named(on, machine))

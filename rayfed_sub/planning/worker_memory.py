@@ -136,7 +136,7 @@ def _train(
     pack: int,
     bases: Mapping[str, Tensor],
 ) -> Any:
-    """One local step, with GaLore's refresh; with as many more as close the round's blocks."""
+    """Runs a local step with GaLore's refresh, and further ones until the round's blocks are closed."""
     closings = min(closed_blocks(start, steps), _PERIODS)
     if closings and start.subspace is not None:
         start = replace(start, subspace=replace(start.subspace, refresh_every=1))
@@ -156,7 +156,7 @@ def _evaluate(
     heads: Mapping[str, Tensor],
     size: Lengths,
 ) -> None:
-    """One shard of held-out rows, and of questions to answer where they are asked for."""
+    """Evaluates a shard of held-out rows, and of questions to answer if the configuration has any."""
     evaluation = config.evaluation
     changes = {name: Change(dense=weight) for name, weight in bases.items()}
     with global_model(layers, architecture.shape, changes, heads):

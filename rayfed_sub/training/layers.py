@@ -1,4 +1,4 @@
-"""A linear layer that many clients use at once: one shared frozen weight, one small term per client.
+"""Linear layer for many clients at once: a shared frozen weight, and a small term per client.
 
 The layer computes in float32 whatever the backbone's type.  Pretrained bfloat16 weights lie on bfloat16's grid, so a
 small change added to one of them, or to an output of that type, would be rounded away.  The input is cast up, the base
