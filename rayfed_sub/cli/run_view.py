@@ -46,7 +46,7 @@ class Display:
         self._rounds = self._first = 0
         self._bytes: dict[int, int] = {}  # by round: one may be run twice
         self._began = 0.0
-        self._score = self._speed = ""  # what the task is judged by from round to round, and what it is counted in
+        self._score = self._speed = ""  # headline score, and unit of the speed
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -88,7 +88,7 @@ class Display:
         self._print(_ROUND.format("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left"), "dim")
         if not record.round:
             self._print(_ROUND.format("before", "", *self._judged(record.metrics), *[""] * 5).rstrip())
-        self._first = record.round  # more than 0 in a run that was taken up again
+        self._first = record.round  # above 0 in a resumed run
         self._bar.update(self._task, description="training", total=self._rounds, completed=record.round)
 
     def _pack(self, record: PackDone) -> None:

@@ -1,4 +1,4 @@
-"""Validation of what a person wrote; every fault becomes one line with field, value, allowed values and advice.
+"""Validation of configurations; every fault becomes one line with field, value, allowed values and advice.
 
 `check` holds each key against its type; `check_rules` and `check_training` hold keys against each other.
 """
@@ -72,8 +72,8 @@ def check_rules(config: Config) -> None:
 
 
 def check_training(config: Config) -> None:
-    """UserError for keys of the training that do not go together, whatever the method: what the reference executor
-    cannot do, what the accountant of `privacy` assumes, and what FedNova's rule excludes."""
+    """UserError for keys of the training that contradict each other with any method: limits of the reference executor,
+    assumptions of the accountant of `privacy`, and conditions of FedNova."""
     _check_reference(config)
     _check_privacy(config)
     _check_nova(config)

@@ -35,7 +35,7 @@ def with_number(text: str, key: str, number: int) -> str:
 
 
 def edited(path: Path, key: str, number: int) -> str:
-    """The file's text with the key set.  Raises UserError where that would change more, or what it means."""
+    """The file's text with the key set.  Raises UserError where that would change other keys or their meaning."""
     wanted = overridden(path, [as_override(key, number)])
     text = with_number(path.read_bytes().decode("utf-8"), key, number)  # read_text would change the ends of lines
     try:

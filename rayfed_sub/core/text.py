@@ -44,7 +44,7 @@ def number(value: float | None) -> str:
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
-    """To so many digits, for a figure; None for what cannot be drawn.
+    """The number with so many digits, for a figure; None where it cannot be drawn.
 
     >>> rounded(2.272084), rounded(float("nan"))
     (2.272, None)

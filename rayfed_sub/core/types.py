@@ -96,7 +96,7 @@ class Subspace:
     """GaLore's rule for the fixed factor: where it comes from and how often it is renewed.
 
     refresh_every counts the client's own optimiser steps; 0: never, the Start's fixed factor stays as it is.
-    moments: what happens to Adam's moments at a refresh (`keep` as galore-torch, `rotate` as LDAdam, `reset`).
+    moments: rule for Adam's moments at a refresh (`keep` as galore-torch, `rotate` as LDAdam, `reset`).
     """
 
     rank: int

@@ -172,7 +172,7 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
 
 
 def _checked(task: Task) -> str:
-    """The table's path; UserError where the task does not say what a row's input and output are."""
+    """The table's path.  UserError where the task names no columns for a row's input and output."""
     if not task.path:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
     if task.image is not None:

@@ -1,4 +1,4 @@
-"""Walks the standard library for documented callables.  Runs as a script in an interpreter of its own.
+"""Finds documented callables of the standard library.  Runs as a script in a separate interpreter.
 
 It imports nothing but the standard library, so `python -I -S stdlib_docs.py` works without this package; it
 prints one JSON list of [module, dotted name, first paragraph], sorted by module and name.
@@ -42,7 +42,7 @@ def documented(names: Iterator[str]) -> list[tuple[str, str, str]]:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 module = importlib.import_module(name)
-        except Exception:  # whatever it is that a module of another platform raises, it is not available here
+        except Exception:  # a module of another platform may raise anything: it is not available here
             continue
         for path, thing in callables(module):
             text = first_paragraph(getattr(thing, "__doc__", None))

@@ -1,4 +1,4 @@
-"""The tasks that have a name: where each comes from, which of its columns are what, and under which licence."""
+"""Named tasks: their sources, columns and licences."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class _Dropped:
 def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows | Images, Ints, Cuts]:
     """The rows as the model reads them, the index of the pair behind each, int64 (rows,), and numbers of cuts.
 
-    Language modelling: prompt then answer, at most `max_length` tokens.  Of what is too long the answer keeps all of
+    Language modelling: prompt then answer, at most `max_length` tokens.  In longer rows the answer keeps all of
     itself, or at least half of `max_length`, and then loses its end and with it the end token: a cut answer must not
     teach the model to stop there.  The prompt is cut in the user's text (`shortened`).  Classification: the text is
     cut in the same way, special tokens stay.  Rows without room for a character of the user's text, and rows without a

@@ -279,7 +279,7 @@ def _shown(figures: Sequence[float | None], threshold: float) -> bool:
 
 
 def _number(figure: Any) -> float | None:
-    """A figure, or None where it is missing in whatever way a table marks it, or not finite."""
+    """A number as float; None where it is missing (None or NaN) or not finite."""
     return float(figure) if isinstance(figure, Real) and math.isfinite(figure) else None
 
 

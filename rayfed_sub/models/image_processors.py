@@ -17,8 +17,8 @@ from rayfed_sub.models.hub import RANDOM, locate, quiet
 from rayfed_sub.models.presets import ANY_PATCHES
 
 PROCESSOR = "preprocessor_config.json"
-_PLAIN = (0.5, 0.5, 0.5)  # mean and standard deviation where a model does not say: values from -1 to 1
-_SIDE = 224  # of models that say no size at all and read any
+_PLAIN = (0.5, 0.5, 0.5)  # default mean and standard deviation: values from -1 to 1
+_SIDE = 224  # default size of models that read any size
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HubImageProcessor:
         return image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
 
     def save(self, folder: str | Path) -> None:
-        """Writes the processor by which transformers does to an image what a run did."""
+        """Writes the processor with which transformers prepares images as the run did."""
         square = {"height": self.side, "width": self.side}
         processor = {
             "image_processor_type": "ViTImageProcessor",
@@ -63,7 +63,7 @@ class HubImageProcessor:
 def load_image_processor(model: Model, image_size: int | None = None) -> HubImageProcessor:
     """The processor of the model's own processor configuration, or of plain values where it has none.
 
-    image_size: task.image_size; without it the side is what the processor or the model says it is.
+    image_size: task.image_size; without it the side comes from the processor or the model.
     Raises UserError on model.path, model.random or one of its keys, or task.image_size.
     """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING

@@ -22,8 +22,8 @@ from rayfed_sub.models.hub import RANDOM, locate, quiet
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.tokenizers import HubTokenizer
 
-_SEEN = 8  # tokens of the rows by which a model is seen to be causal
-_LEAK = 3e-4  # what earlier logits may change by, as a share of the changed tokens' own
+_SEEN = 8  # tokens of the rows for the test of causality
+_LEAK = 3e-4  # allowed change of earlier logits, as a share of the changed tokens' own
 
 
 def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
             )
-    except Exception as error:  # whatever a stranger's file makes the libraries say
+    except Exception as error:  # a stranger's file may cause any error in the libraries
         raise UserError(
             "model.path", model.path, "a model whose weights transformers can load", reason(error)
         ) from error

@@ -1,4 +1,4 @@
-"""A run before Ray starts: what can be wrong with a configuration is found here, with `config/checks.py`."""
+"""The job of a run before Ray starts: checks a configuration against rows, model and machine."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class JobInputs:
 
 
 def prepare(config: Config) -> Job:
-    """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
+    """The job of a configuration.  Raises UserError, before any training, for settings that do not fit."""
     check_settings(config)  # before the rows are read
     return job_on(load_inputs(config), config)
 
 
 def check_settings(config: Config) -> Method:
-    """The configuration's method.  Raises UserError for settings that do not go together, whatever rows and model."""
+    """The configuration's method.  Raises UserError for settings that contradict each other for any rows and model."""
     check_rules(config)
     method = build(config.method)
     _check_server(config, method)
@@ -68,7 +68,7 @@ def check_settings(config: Config) -> Method:
 
 
 def load_inputs(config: Config) -> JobInputs:
-    """Reads task and model.  Raises UserError for what cannot be read or does not go together."""
+    """Reads task and model.  Raises UserError where they cannot be read or do not fit each other."""
     kind = kind_of(config)
     processor = processor_of(config, kind)
     dataset = load_dataset(config.task, config.federation, processor, config.seed, config.evaluation.split)
@@ -78,7 +78,7 @@ def load_inputs(config: Config) -> JobInputs:
 
 
 def job_on(base: JobInputs, config: Config) -> Job:
-    """The job of a configuration on its inputs.  Raises UserError for whatever does not fit."""
+    """The job of a configuration on its inputs.  Raises UserError for settings that do not fit them."""
     method = check_settings(config)
     method.check(base.architecture.shape)
     _check_positions(config, base)
@@ -134,7 +134,7 @@ def _check_nova(config: Config, method: Method) -> None:
 
 
 def _check_privacy(config: Config, method: Method) -> None:
-    """UserError where noise or method do not keep what the accountant assumes: see `privacy/mechanism.py`."""
+    """UserError where noise or method violate the accountant's assumptions: see `privacy/mechanism.py`."""
     clip, noise, name = config.privacy.clip, config.privacy.noise, config.method["name"]
     if clip is None:
         return

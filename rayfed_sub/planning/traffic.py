@@ -44,7 +44,7 @@ _Figures = dict[tuple[str | int, ...], int]
 class ClientTraffic:
     """Bytes of one client: sent and received in a round; received if pretrained weights and seed gave nothing for free
     (`down_counted`, see `methods/downloads.py`); stored for its next one (`state`).  While it trains: its tensors,
-    moments and gradients side by side in the pack (`resident`), and what it holds besides them (`held`): its start
+    moments and gradients side by side in the pack (`resident`), and its other tensors (`held`): its start
     where that is not the broadcast itself, its upload and state where they are not the result itself."""
 
     up: int

@@ -11,8 +11,8 @@ d_k / sum c_k.
 
 Protected is whether a client takes part at all, with all its rows: neighbouring federations differ by one client more
 or less, which moves the sum by C at most.  Covered by (epsilon, delta) are the server's tensors after every round, and
-what is computed from them alone.  Not covered is what only a simulation writes down (losses, steps, cohorts, clients'
-own states, a held-out loss on clients' rows), nor anything against those who know the seed, from which cohorts and
+everything computed from them alone.  Not covered are records that only a simulation writes (losses, steps, cohorts,
+clients' states, a held-out loss on clients' rows), nor anything against those who know the seed, from which cohorts and
 noise come.  The proof is about real numbers, the arithmetic float32's: fit for a simulation, not for a release under
 attack.
 """

@@ -161,7 +161,7 @@ def differences(runs: Runs) -> Section:
     else:
         columns, title = trees, "How the configurations differ"
         caption = "Keys in which the runs' configurations differ; - where a method has no such key."
-    if len(runs) == 1:  # what an older run has not is as it is by default
+    if len(runs) == 1:  # keys that an older run lacks have their defaults
         columns = {name: {key: value for key, value in tree.items() if key in keys} for name, tree in columns.items()}
     keys = [key for key in dict.fromkeys(key for tree in columns.values() for key in tree) if _differ(key, columns)]
     rows: list[list[Cell | str]] = [[key, *(_cell(tree, key) for tree in columns.values())] for key in keys]

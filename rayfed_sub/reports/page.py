@@ -233,7 +233,7 @@ def _cell(cell: Cell | str) -> str:
 
 def _figure(figure: Figure) -> str:
     title = f"<h3>{escape(figure.title)}</h3>" if figure.title else ""
-    # As high as it will be: what stands below must not jump when it is drawn.
+    # In its final height, so that the content below does not move when it is drawn.
     size = f"min-height:{figure.layout.get('height', 450)}px" + (f";min-width:{figure.width}px" if figure.width else "")
     return (
         f"<figure aria-label='{escape(figure.label)}'>{title}<div class='scroll'><div class='plot' style='{size}'>"

@@ -66,11 +66,10 @@ def run(
     """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
 
     out: a path, or s3://bucket/path or gs://bucket/path, to which the files go as they come (storage/remote.py).
-    resume: go on with the run in `out` (default: the newest of this name) from its newest checkpoint, to the weights
-    that it would have had undisturbed; begins it where there is none, and returns the summary of one that is finished.
-    address: of a Ray cluster to join (`auto`: the one that this machine belongs to), by default that in the environment
-    variable RAY_ADDRESS.  Without either it uses the cluster that this process is connected to, or starts a local one
-    of its own and shuts it down again.
+    resume: go on with the run in `out` (default: the newest of this name) from its newest checkpoint, to the same
+    weights as without the interruption; begins a run where there is none, and returns the summary of a finished one.
+    address: of a Ray cluster to join (`auto`: this machine's), by default the environment variable RAY_ADDRESS.
+    Without either it uses the cluster that this process is connected to, or starts a local one and shuts it down again.
     finish: called with the folder of a finished run before the folder is complete, e.g. to write a report into it.
     Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
     An interruption (Ctrl-C) leaves a checkpoint.
