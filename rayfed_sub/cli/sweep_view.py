@@ -133,7 +133,7 @@ class SweepDisplay:
         values = " ".join(f"{head}={format_value(trial.values[key])}" for key, head in self._heads.items())
         best = self._best(list(self._trials.values()))
         ended = f"failed: {trial.failure}" if trial.status == "failed" else trial.status
-        parts = [f"{done}/{sweep.total}", f"trial {trial.number}", values, ended, f"round {_of(trial)}"]
+        parts = [f"{done}/{sweep.total}", f"trial {trial.number}", values, ended, f"round {_rounds_text(trial)}"]
         if trial.metric is not None:
             parts.append(f"{sweep.metric} {_score(trial.metric)}{' (best so far)' if trial is best else ''}")
         return "  ".join([*parts, clock(trial.seconds)])
@@ -163,7 +163,7 @@ class SweepDisplay:
             table.add(
                 [f"{trial.number}", *(format_value(trial.values[key]) for key in self._heads), trial.status],
                 [
-                    "" if waiting else _of(trial),
+                    "" if waiting else _rounds_text(trial),
                     _score(trial.metric) + _mark(trial is best),
                 ],
                 ["" if waiting else clock(self._seconds(trial))],
@@ -206,7 +206,7 @@ class SweepDisplay:
         self._console.print(Text(line, style), soft_wrap=True)
 
 
-def _of(trial: TrialNow) -> str:
+def _rounds_text(trial: TrialNow) -> str:
     """Finished rounds of all rounds, once those are known."""
     return f"{trial.round}/{trial.rounds}" if trial.rounds else "-"
 

@@ -30,9 +30,9 @@ def packed(tensors: Mapping[str, Tensor]) -> Packed:
     """The tensors as contiguous numpy arrays (a torch view of a large storage would drag all of it along)."""
     out: Packed = {}
     for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        bits = own.view(torch.int16) if own.dtype == torch.bfloat16 else own
-        out[name] = (str(own.dtype).removeprefix("torch."), bits.numpy())
+        plain = tensor.detach().cpu().contiguous()
+        bits = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
+        out[name] = (str(plain.dtype).removeprefix("torch."), bits.numpy())
     return out
 
 

@@ -123,8 +123,8 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     read = read_table(path, task.split, frozenset({*asked, *renames}))
     table = renamed(read, renames)
     if known:
-        own = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
-        needed = tuple(dict.fromkeys(name for name in own if name is not None))
+        names = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
+        needed = tuple(dict.fromkeys(name for name in names if name is not None))
         if not set(needed) <= set(table.names):
             having = f"a table with the columns {', '.join(needed)}, as {task.name} has them"
             allowed = f"{having}; it has {', '.join(read.names) or 'none'}"
@@ -224,8 +224,8 @@ def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
 
 def _file(table: Table, cell: Any, row: int) -> str:
     """Name of a row's image for messages."""
-    own = [cell.get("path")] if isinstance(cell, Mapping) else []
-    names = [*(table.columns[name][row] for name in _FILES if name in table.columns), *own]
+    stored = [cell.get("path")] if isinstance(cell, Mapping) else []
+    names = [*(table.columns[name][row] for name in _FILES if name in table.columns), *stored]
     return next((str(name) for name in names if name), f"row {row + 1}")
 
 
@@ -254,14 +254,14 @@ def _questions(table: Table, pieces: Sequence[tuple[str, str | None]]) -> tuple[
     count = next(len(cells) for _, cells in columns if cells is not None)
     questions, spans = [], []
     for row in range(count):
-        text, own = "", []
+        text, places = "", []
         for literal, cells in columns:
             text = (text + literal).lstrip()
             if cells is not None and cells[row]:
-                own.append((len(text), len(text) + len(cells[row])))
+                places.append((len(text), len(text) + len(cells[row])))
                 text += cells[row]
         questions.append(text.rstrip())  # cells end without a space, so every span stays inside
-        spans.append(tuple(own))
+        spans.append(tuple(places))
     return questions, spans
 
 

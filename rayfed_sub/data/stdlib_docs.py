@@ -53,10 +53,10 @@ def documented(names: Iterator[str]) -> list[tuple[str, str, str]]:
 
 def callables(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """The module's own public functions, classes and methods, by the names of their definitions, sorted."""
-    own = ORIGINS.get(module.__name__, frozenset()) | {module.__name__, f"_{module.__name__}"}
+    origins = ORIGINS.get(module.__name__, frozenset()) | {module.__name__, f"_{module.__name__}"}
     for name, thing in sorted(vars(module).items()):
         origin = (getattr(thing, "__module__", None) or module.__name__).partition(".")[0]
-        if not _defined_as(name, thing) or origin not in own:
+        if not _defined_as(name, thing) or origin not in origins:
             continue
         yield name, thing
         if inspect.isclass(thing):

@@ -81,5 +81,5 @@ def filled(task: Task) -> Task:
             raise UserError("task.name", task.name, f"table where task.{name} is set", advice)
     if known is None:
         return task
-    own = {name: getattr(known, name) for name in _OWN}
-    return task.model_copy(update={"path": task.path or known.hub, **own})
+    fixed = {name: getattr(known, name) for name in _OWN}
+    return task.model_copy(update={"path": task.path or known.hub, **fixed})

@@ -170,7 +170,7 @@ def _fitted(encode: Encode, pairs: Pairs, rooms: Sequence[int]) -> list[_Fitted]
     """Each question in as many characters as its room of tokens takes.  All rows are searched side by side, because
     tokenizers are an order faster with many texts at a time."""
     texts, spans = pairs.questions, pairs.spans or [((0, len(text)),) for text in pairs.questions]
-    longest = [max((end - begin for begin, end in own), default=0) for own in spans]
+    longest = [max((end - begin for begin, end in row_spans), default=0) for row_spans in spans]
     searches = [_search(most, room) for most, room in zip(longest, rooms, strict=True)]
     asked, found = {row: next(search) for row, search in enumerate(searches)}, dict[int, _Fitted]()
     while asked:

@@ -110,8 +110,8 @@ def build(fields: Mapping[str, Any]) -> Method:
     """
     cls = class_of(fields.get("name"))
     keys = _field_names(cls)
-    own = {key: value for key, value in _adopted(fields)[0].items() if key != "name"}
-    for key, value in own.items():
+    values = {key: value for key, value in _adopted(fields)[0].items() if key != "name"}
+    for key, value in values.items():
         if key not in keys:
             raise unknown_key(f"method.{key}", value, keys)
-    return cast(Method, check(cls, own, "method"))
+    return cast(Method, check(cls, values, "method"))

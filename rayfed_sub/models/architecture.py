@@ -291,7 +291,7 @@ def position_limit(module: nn.Module, hf_config: Any) -> int | None:
         if table and configured <= tensor.shape[0] <= configured + _SPARE:
             padding = getattr(owner, "padding_idx", None)
             limits.append(configured if padding is None else tensor.shape[0] - padding - 1)
-        looked_up = any(_NAMED.search(at) and isinstance(own, nn.Embedding) for at, own in owner.named_children())
+        looked_up = any(_NAMED.search(at) and isinstance(module, nn.Embedding) for at, module in owner.named_children())
         if name.endswith("position_ids") and tensor.shape == (1, configured) and looked_up:
             limits.append(configured)
     return min(limits, default=None)

@@ -106,8 +106,8 @@ def _colours(given: Any) -> tuple[float, float, float]:
 
 def _side(asked: int | None, hf_config: Any, processor: dict[str, Any]) -> int:
     """The side that was asked for or the model's own; UserError where the model cannot read squares of that side."""
-    own, patch = _one(getattr(hf_config, "image_size", None)), _one(getattr(hf_config, "patch_size", None))
-    usual = _one(processor.get("crop_size")) or _one(processor.get("size")) or own or _SIDE
+    fixed, patch = _one(getattr(hf_config, "image_size", None)), _one(getattr(hf_config, "patch_size", None))
+    usual = _one(processor.get("crop_size")) or _one(processor.get("size")) or fixed or _SIDE
     if hf_config.model_type in ANY_PATCHES and patch:
         side = asked or max(patch, usual - usual % patch)
         if side % patch:
@@ -115,10 +115,10 @@ def _side(asked: int | None, hf_config: Any, processor: dict[str, Any]) -> int:
             allowed = f"a multiple of {patch}, the pixels of a patch of this model"
             raise UserError("task.image_size", side, allowed, f"set task.image_size={near}")
         return side
-    if asked is not None and own is not None and asked != own:
-        allowed = f"{own}, the only size that this model reads"
+    if asked is not None and fixed is not None and asked != fixed:
+        allowed = f"{fixed}, the only size that this model reads"
         raise UserError("task.image_size", asked, allowed, "remove it or take a dinov2 model, which reads other sizes")
-    return asked or own or usual
+    return asked or fixed or usual
 
 
 def _one(size: Any) -> int | None:

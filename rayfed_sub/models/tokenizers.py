@@ -132,14 +132,15 @@ def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubTokenizer:
             raise ValueError("the chat template renders no conversation that begins with a user's message")
         set_default_template(tokenizer, template)
         turn_end = _turn_end(tokenizer, template)
-    own = tokenizer.eos_token_id
+    eos_token = tokenizer.eos_token_id
     eos = next(
-        (token for token in (turn_end, own, tokenizer.sep_token_id, tokenizer.pad_token_id) if token is not None), None
+        (token for token in (turn_end, eos_token, tokenizer.sep_token_id, tokenizer.pad_token_id) if token is not None),
+        None,
     )
     if eos is None:
         raise ValueError("the tokenizer has no end, separator or padding token")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    every = tuple(dict.fromkeys(token for token in (eos, own, *ends) if token is not None))
+    every = tuple(dict.fromkeys(token for token in (eos, eos_token, *ends) if token is not None))
     return HubTokenizer(tokenizer, pad, eos, len(tokenizer), template is not None, every)
 
 

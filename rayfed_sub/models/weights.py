@@ -146,9 +146,9 @@ def generation_config(model: Model, architecture: Architecture, processor: Proce
     if model.path != RANDOM and (source := locate(model.path)).gguf is None:
         # Not every model has one, and not every one passes the check with which transformers saves it.
         with quiet(), suppress(OSError, ValueError):
-            own = GenerationConfig.from_pretrained(source.name)
-            own.validate(strict=True)
-            found = own
+            stored = GenerationConfig.from_pretrained(source.name)
+            stored.validate(strict=True)
+            found = stored
     found.eos_token_id, found.pad_token_id = list(processor.ends), processor.pad
     return found
 

@@ -85,8 +85,8 @@ def job_on(base: JobInputs, config: Config) -> Job:
     evaluation = _check_metrics(config, base)
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
-    own = {"name": config.method["name"], **fields}
-    resolved = config.model_copy(update={"federation": federation, "method": own, "evaluation": evaluation})
+    method_fields = {"name": config.method["name"], **fields}
+    resolved = config.model_copy(update={"federation": federation, "method": method_fields, "evaluation": evaluation})
     return Job(resolved, method, base.architecture, base.processor, base.dataset, noise_of(resolved))
 
 
@@ -182,7 +182,7 @@ def _rounds(config: Config, dataset: Dataset) -> int:
         assert federation.rounds is not None, "the configuration says one of rounds and epochs"
         return federation.rounds
     rows: list[int] = np.diff(dataset.client_offsets).tolist()
-    batches = [min(federation.batch_size, own) for own in rows]
+    batches = [min(federation.batch_size, count) for count in rows]
     a_round_of_all = sum(local_steps(config, client) * size for client, size in enumerate(batches))
     present = federation.cohort * federation.availability  # clients, on average
     needed = federation.epochs * sum(rows) * federation.clients / (a_round_of_all * present)
@@ -210,13 +210,15 @@ def check_resources(config: Config, there: Sequence[Node]) -> None:
 
 def _check_placed(kind: str, per_worker: float, workers: int, nodes: Sequence[tuple[float, int]]) -> None:
     """nodes: units and workers that fit, of each."""
-    units, largest, most = kind.upper().replace("S", "s"), max(own for own, _ in nodes), sum(fit for _, fit in nodes)
+    units, largest = kind.upper().replace("S", "s"), max(count for count, _ in nodes)
+    most = sum(fit for _, fit in nodes)
     if not most:
         field, whose = f"resources.{kind}_per_worker", "here" if len(nodes) == 1 else "of the largest node"
         advice = f"set {field}={largest:g} or less"
         raise UserError(field, per_worker, f"at most {largest:g}, the {units} {whose}", advice)
     if workers > most:
-        own = [f"{units_:g}" for units_, _ in nodes]
-        where = f"on {' + '.join(own) if len(own) < 5 else f'{len(own)} nodes with {own[0]} to {own[-1]}'} {units}"
+        sizes = [f"{units_:g}" for units_, _ in nodes]
+        listed = " + ".join(sizes) if len(sizes) < 5 else f"{len(sizes)} nodes with {sizes[0]} to {sizes[-1]}"
+        where = f"on {listed} {units}"
         allowed = f"1 to {most} with {kind}_per_worker={per_worker:g} {where}"
         raise UserError("resources.workers", workers, allowed, f"lower workers or {kind}_per_worker")

@@ -142,12 +142,12 @@ def environment(runs: Runs) -> Section | None:
         return None
     if len(runs) == 1:
         ((_, tree),) = known.items()
-        return Section("Versions and machine", [Facts({key: _said(tree[key]) for key in keys})])
-    rows: list[list[Cell | str]] = [[key, *(_said(tree.get(key)) for tree in known.values())] for key in keys]
+        return Section("Versions and machine", [Facts({key: _text(tree[key]) for key in keys})])
+    rows: list[list[Cell | str]] = [[key, *(_text(tree.get(key)) for tree in known.values())] for key in keys]
     return Section("Versions and machines", [Table("What each run was computed with.", ["of what", *runs], rows)])
 
 
-def _said(value: object) -> str:
+def _text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
@@ -155,14 +155,16 @@ def differences(runs: Runs) -> Section:
     """A table of the keys that differ, and their values."""
     trees = {name: flat(run.config.model_dump(mode="json")) for name, run in runs.items()}
     if len(runs) == 1:
-        (keys,) = trees.values()
-        columns = {"this run": keys, "default": defaults(next(iter(runs.values())).config)}
+        (this_run,) = trees.values()
+        columns = {"this run": this_run, "default": defaults(next(iter(runs.values())).config)}
         caption, title = "Keys whose values are not the defaults.", "What was set"
     else:
         columns, title = trees, "How the configurations differ"
         caption = "Keys in which the runs' configurations differ; - where a method has no such key."
     if len(runs) == 1:  # keys that an older run lacks have their defaults
-        columns = {name: {key: value for key, value in tree.items() if key in keys} for name, tree in columns.items()}
+        columns = {
+            name: {key: value for key, value in tree.items() if key in this_run} for name, tree in columns.items()
+        }
     keys = [key for key in dict.fromkeys(key for tree in columns.values() for key in tree) if _differ(key, columns)]
     rows: list[list[Cell | str]] = [[key, *(_cell(tree, key) for tree in columns.values())] for key in keys]
     if not rows:

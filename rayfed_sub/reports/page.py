@@ -213,12 +213,12 @@ def _columns(table: Table) -> list[dict[str, Any]]:
         column: dict[str, Any] = {"texts": [cell if isinstance(cell, str) else cell.text for cell in cells]}
         values = [None if isinstance(cell, str) else cell.value for cell in cells]
         if any(isinstance(cell, Cell) for cell in cells):
-            column["values"] = values if values != list(map(_said, column["texts"])) else True
+            column["values"] = values if values != list(map(_number_in, column["texts"])) else True
         columns.append(column)
     return columns
 
 
-def _said(text: str) -> float | None:
+def _number_in(text: str) -> float | None:
     try:
         return float(text.replace(",", ""))
     except ValueError:

@@ -95,8 +95,8 @@ class RunFolder:
         newest = sorted(set(self._others["layers"]["round"].to_pylist()))[-most:]
         return [
             (
-                tuple(CohortLayer(**row) for row in _of(n, self._others["layers"]).to_pylist()),
-                tuple(ClientLayer(**row) for row in _of(n, self._others["client_layers"]).to_pylist()),
+                tuple(CohortLayer(**row) for row in _in_round(n, self._others["layers"]).to_pylist()),
+                tuple(ClientLayer(**row) for row in _in_round(n, self._others["client_layers"]).to_pylist()),
             )
             for n in newest
         ]
@@ -313,7 +313,7 @@ def _empty(kind: type) -> pa.Table:
     return _table(kind, [])
 
 
-def _of(round: int, table: pa.Table) -> pa.Table:
+def _in_round(round: int, table: pa.Table) -> pa.Table:
     return table.filter(pa.compute.equal(table["round"], round))
 
 

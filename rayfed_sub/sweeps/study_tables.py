@@ -106,20 +106,20 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
     columns += [*([f"loss at {limit / 1e6:.3g} MB"] if limit else []), "MB up", "MB down", "runs"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for variant in study.variants:
-        begun, own = _of(counted, variant), _of(whole, variant)
-        runs = f"{len(own)} of {len(study.seeds)}"
-        if not own:
+        begun, finished = _of(counted, variant), _of(whole, variant)
+        runs = f"{len(finished)} of {len(study.seeds)}"
+        if not finished:
             why = "diverged" if begun else "not run"
             lines.append("| " + " | ".join([variant, *[why] * (len(columns) - 2), runs]) + " |")
             continue
-        cells = [variant, *([edged(study.tune, own[0]["value"])] if study.tune else [])]
-        cells += [_spread([float(row[name]) for row in own if row[name]]) for name in shown]
+        cells = [variant, *([edged(study.tune, finished[0]["value"])] if study.tune else [])]
+        cells += [_spread([float(row[name]) for row in finished if row[name]]) for name in shown]
         if limit:
             curve = [point for point in _of(curves, variant) if point["tuning"] == "False"]
-            ends = [[point for point in curve if point["seed"] == row["seed"]] for row in own]
+            ends = [[point for point in curve if point["seed"] == row["seed"]] for row in finished]
             losses = [_loss_at(end, limit) for end in ends]
             cells.append("-" if None in losses else _spread([loss for loss in losses if loss is not None]))
-        cells += [_megabytes(statistics.fmean(float(row[name]) for row in own)) for name in SENT]
+        cells += [_megabytes(statistics.fmean(float(row[name]) for row in finished)) for name in SENT]
         lines.append("| " + " | ".join([*cells, runs]) + " |")
     return lines
 
@@ -127,15 +127,15 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
 def paired(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) -> tuple[list[float], float]:
     """Differences of `one`'s score less `other`'s, by common seed, and the ratio of their means over these seeds.
     Raises UserError where they have no seed in common."""
-    own, theirs = (
+    ours, theirs = (
         {row["seed"]: float(row[score]) for row in _of(rows, variant) if row["tuning"] == "False" and row[score]}
         for variant in (one, other)
     )
-    seeds = sorted(own.keys() & theirs.keys(), key=int)
+    seeds = sorted(ours.keys() & theirs.keys(), key=int)
     if not seeds:
         raise UserError("--against", one, f"a variant that has a seed with {score} in common with {other}", "run both")
-    ratio = sum(own[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds)
-    return [own[seed] - theirs[seed] for seed in seeds], ratio
+    ratio = sum(ours[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds)
+    return [ours[seed] - theirs[seed] for seed in seeds], ratio
 
 
 def differences(study: Study, rows: Sequence[Mapping[str, str]], one: str) -> list[str]:
@@ -150,7 +150,7 @@ def differences(study: Study, rows: Sequence[Mapping[str, str]], one: str) -> li
         if other == one or not _of(whole, other):
             continue
         found = [paired(whole, one, other, name) for name in shown]
-        cells = [f"{', '.join(f'{difference:+.3f}' for difference in own)}; {ratio:.2f}x" for own, ratio in found]
+        cells = [f"{', '.join(f'{difference:+.3f}' for difference in diffs)}; {ratio:.2f}x" for diffs, ratio in found]
         lines.append("| " + " | ".join([other, *cells]) + " |")
     return lines
 

@@ -39,9 +39,9 @@ def heat_map(table: SweepTable, across: str, up: str) -> Figure:
                 "ygap": 2,
                 "coloraxis": "coloraxis",
             },
-            _words({place: score(cells[place].metric) for place in places if place in bold}, "--on-strong"),
-            _words({place: score(cells[place].metric) for place in cells if place not in bold}, "--on-faint"),
-            _words(dict.fromkeys(empty, "-"), "--dim"),
+            _cell_texts({place: score(cells[place].metric) for place in places if place in bold}, "--on-strong"),
+            _cell_texts({place: score(cells[place].metric) for place in cells if place not in bold}, "--on-faint"),
+            _cell_texts(dict.fromkeys(empty, "-"), "--dim"),
         ],
         layout={
             "height": 130 + max(44 * len(ys), 110),
@@ -173,7 +173,7 @@ def _grid(cells: Mapping[tuple[int, int], Any], places: Sequence[tuple[int, int]
     return [row[start : start + width] for start in range(0, len(row), width)]
 
 
-def _words(cells: Mapping[tuple[int, int], str], color: str) -> dict[str, Any]:
+def _cell_texts(cells: Mapping[tuple[int, int], str], color: str) -> dict[str, Any]:
     """Text in cells of a heat map."""
     return {
         "type": "scatter",

@@ -144,11 +144,11 @@ def based_on(layers: Mapping[str, PackLinear], weights: Mapping[str, Tensor]) ->
 
     The weights stay the given tensors: on a processor they are read where they lie in shared memory.
     """
-    own = {name: layers[name].weight for name in weights}
+    frozen = {name: layers[name].weight for name in weights}
     try:
         for name, weight in weights.items():
-            layers[name].weight = weight.to(own[name].device)
+            layers[name].weight = weight.to(frozen[name].device)
         yield
     finally:
-        for name, weight in own.items():
+        for name, weight in frozen.items():
             layers[name].weight = weight

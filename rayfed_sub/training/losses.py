@@ -85,8 +85,8 @@ def _class_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels_R: Tens
     """Logits (L, C) of the labelled rows, and which rows those are.  Pixels take the model's own type: not every
     architecture sees to that itself."""
     row_L = (labels_R != IGNORED).nonzero()[:, 0]
-    own = {name: x.to(cast(Any, model).dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    return model(**own).logits.float()[row_L], row_L
+    cast_inputs = {name: x.to(cast(Any, model).dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    return model(**cast_inputs).logits.float()[row_L], row_L
 
 
 def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels_RT: Tensor) -> tuple[Tensor, Tensor]:

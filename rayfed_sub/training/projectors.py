@@ -79,8 +79,8 @@ def _alike(used_GN: Tensor, x_GNn: Tensor, d_GNm: Tensor) -> Iterator[tuple[Sequ
         for some in (alike[i : i + together] for i in range(0, len(alike), together)):
             if count == N:
                 first, last = some[0], some[-1] + 1
-                own = slice(first, last) if last - first == len(some) else some  # a slice copies nothing
-                yield some, x_GNn[own], d_GNm[own]
+                part = slice(first, last) if last - first == len(some) else some  # a slice copies nothing
+                yield some, x_GNn[part], d_GNm[part]
             else:
                 token_gN = used_GN[some].nonzero()[:, 1].view(len(some), count)
                 client_g1 = torch.tensor(some, device=token_gN.device)[:, None]
