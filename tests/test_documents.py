@@ -188,7 +188,7 @@ def stand_in(folder: Path) -> Any:
     return run
 
 
-def swept(file: str, overrides: Sequence[str], out: str) -> SweepResult:
+def fake_sweep(file: str, overrides: Sequence[str], out: str) -> SweepResult:
     """`rayfed_sub.sweep` without the running: checks the sweep, gives a table."""
     found = load_sweep(file, overrides)
     frame = pd.DataFrame([{"trial": 0, **found.points()[0], "held_out_loss": 2.5}])
@@ -198,7 +198,7 @@ def swept(file: str, overrides: Sequence[str], out: str) -> SweepResult:
 
 def test_the_python_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rayfed_sub, "run", stand_in(tmp_path))
-    monkeypatch.setattr(rayfed_sub, "sweep", swept)
+    monkeypatch.setattr(rayfed_sub, "sweep", fake_sweep)
     monkeypatch.chdir(ROOT)
     for document in ("README.md", "rayfed_sub/sweeps/README.md"):
         found = blocks(document, "python")

@@ -19,7 +19,7 @@ _METHOD = "method"
 
 @dataclass(frozen=True)
 class Entry:
-    """A key as it is printed.  methods: those that have it in this form; none for keys of every run."""
+    """A key to print.  methods: those with this form of the key; empty for keys of every run."""
 
     key: Key
     methods: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ def show(key: str | None = None, console: Console | None = None) -> None:
 
 
 def _found(key: str | None) -> list[tuple[Group | None, Sequence[Entry]]]:
-    """What to print: groups with their entries, or a key's alone."""
+    """Groups with their entries, or the entries of a single key."""
     known = groups()
     if key is None:
         return [(group, _entries(group)) for group in known]
@@ -58,7 +58,7 @@ def _entries(group: Group) -> list[Entry]:
 
 
 def _method_entries() -> list[Entry]:
-    """The method's name, then every field of every method; alike fields of several methods are one entry."""
+    """The method's name, then every field of every method; equal fields of several methods are one entry."""
     from rayfed_sub.methods import METHODS, class_of
 
     alike: dict[Key, list[str]] = {}
@@ -73,7 +73,7 @@ def _method_entries() -> list[Entry]:
 
 
 def _unknown(key: str, known: Sequence[Group]) -> UserError:
-    """The refusal of a name, with those like it: of the same ending first, such as method.rank for rank."""
+    """Error for an unknown name, with similar ones: first of the same ending, such as method.rank for rank."""
     if key in RENAMED:
         return UserError("KEY", key, f"{RENAMED[key]}, which replaces it", f"see rayfed-sub config {RENAMED[key]}")
     names = [entry.key.name for group in known for entry in _entries(group)]

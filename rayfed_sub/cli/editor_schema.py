@@ -10,10 +10,10 @@ from rayfed_sub.methods import METHODS, class_of
 
 
 def editor_schema() -> dict[str, Any]:
-    """The schema, of draft 7: the newest that editors' YAML servers know well.
+    """The schema, of draft 7, the newest that editors' YAML servers support well.
 
-    The fields of `method` follow from its name; a class of the user's own may have any.  Rules between keys are not in
-    it, for instance that a cohort is no larger than the federation.
+    The fields of `method` follow from its name; a class of the user's own may have any.  Rules between keys are left
+    out, for instance that a cohort is no larger than the federation.
     """
     schema, methods = schema_of(Config), {name: schema_of(class_of(name)) for name in METHODS}
     inner = {key: part for method in methods.values() for key, part in method.pop("$defs", {}).items()}
@@ -40,9 +40,9 @@ def _method(place: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[s
 
 
 def _fields(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """The fields that go with a method's name, and no others."""
-    called = {"const": name}
+    """Condition that allows exactly the method's fields where it is named."""
+    name_schema = {"const": name}
     return {
-        "if": {"properties": {"name": called}, "required": ["name"]},
-        "then": {"properties": {"name": called, **schema.get("properties", {})}, "additionalProperties": False},
+        "if": {"properties": {"name": name_schema}, "required": ["name"]},
+        "then": {"properties": {"name": name_schema, **schema.get("properties", {})}, "additionalProperties": False},
     }

@@ -8,8 +8,8 @@ Listing = tuple[tuple[str, ...], list[tuple[object, ...]]]
 
 
 def methods() -> Listing:
-    """Name, paper, what is trained, exact or not, wire cost (numbers per layer, client and round, up / down), and
-    whether it is as published, or where it departs."""
+    """Columns: name, paper, trained tensors, exact or not, wire cost (numbers per layer, client and round, up / down),
+    departures from the paper."""
     from rayfed_sub.methods import METHODS, build
 
     built = [build({"name": name}) for name in METHODS]
@@ -18,7 +18,7 @@ def methods() -> Listing:
 
 
 def tasks() -> Listing:
-    """Name, data set's hub id, what it is, the column that deals out the rows where none is named, licence."""
+    """Columns: name, data set's hub id, description, default column of the partition, licence."""
     from rayfed_sub.data.python_docs import COLUMN
     from rayfed_sub.data.tasks import TASKS
 
@@ -30,7 +30,7 @@ def tasks() -> Listing:
 
 
 def models() -> Listing:
-    """Preset, where it comes from, and a note; any hub id, folder or GGUF file works as model.path too."""
+    """Columns: preset, source, kind, note; any hub id, folder or GGUF file works as model.path too."""
     from rayfed_sub.models.presets import MODELS
 
     rows: list[tuple[object, ...]] = [(name, preset.path, preset.kind, preset.note) for name, preset in MODELS.items()]

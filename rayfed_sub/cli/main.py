@@ -31,9 +31,9 @@ _LEFT = (
     *(("log.jsonl", "summary.json"), ("checkpoints/manifest-[0-9]*.json",)),
     *(("trials.parquet",), ("sweep.yaml", "data.json")),
 )
-"""Files by which a run's or sweep's folder is known, those of a row together."""
+"""Files that identify a run's or sweep's folder; those of a row occur together."""
 _BEGUN = b'{"event": "started"'
-"""The beginning of the log of a run that has got no further."""
+"""Start of the log of a run without a finished round."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
 Anywhere = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the configuration, here or at s3://bucket/path")]
@@ -57,9 +57,9 @@ def run(
     address: Address = None,
 ) -> None:
     """Run a federated job to the end; Ctrl-C leaves a checkpoint to go on from."""
-    from rayfed_sub.storage.remote import at_hand
+    from rayfed_sub.storage.remote import local_copy
 
-    with at_hand(config, "CONFIG.yaml") as path:
+    with local_copy(config, "CONFIG.yaml") as path:
         checked = load_config(path, overrides or [])
     _check_named(config, checked.method.get("name"), overrides or [])
     _check_metrics(config, checked.evaluation.metrics, overrides or [])
@@ -81,10 +81,10 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Run one configuration at many points of a space, side by side."""
-    from rayfed_sub.storage.remote import at_hand
+    from rayfed_sub.storage.remote import local_copy
     from rayfed_sub.sweeps.space import load_sweep
 
-    with at_hand(file, "SWEEP.yaml") as path:
+    with local_copy(file, "SWEEP.yaml") as path:
         checked = load_sweep(
             path, overrides or [], lambda name, base: _check_named(base or file, name, overrides or [])
         )
@@ -198,20 +198,20 @@ def plan(
 
 
 def _check_named(file: str, name: object, overrides: list[str]) -> None:
-    """UserError where a file that is not the caller's own names a class that the command line does not name."""
+    """UserError where a file from somebody else names a class that the command line does not name."""
     from rayfed_sub.methods import check_named
 
-    if _anybody_s(file):
-        said = _values(overrides, "method", "method.name")
-        check_named(name, said, file, f"method.name={name}, or give a file of your own in place of {file}")
+    if _from_others(file):
+        given = _values(overrides, "method", "method.name")
+        check_named(name, given, file, f"method.name={name}, or give a file of your own in place of {file}")
 
 
 def _check_metrics(file: str, metrics: Sequence[str], overrides: list[str]) -> None:
-    """UserError where a file that is not the caller's own names a metric, which is a program, that the command line
-    does not name."""
-    said = _values(overrides, "evaluation", "evaluation.metrics")
-    strange = [name for name in metrics if not any(name in value for value in said)]
-    if strange and _anybody_s(file):
+    """UserError where a file from somebody else names a metric, which is a program, that the command line does not
+    name."""
+    given = _values(overrides, "evaluation", "evaluation.metrics")
+    strange = [name for name in metrics if not any(name in value for value in given)]
+    if strange and _from_others(file):
         allowed = f"nothing, for what {file} names is not loaded unless you name it too"
         advice = (
             f"if you trust it, add 'evaluation.metrics=[{', '.join(metrics)}]', or evaluation.metrics=[] to go without"
@@ -224,15 +224,15 @@ def _values(overrides: Sequence[str], *keys: str) -> list[str]:
     return [value for key, _, value in (override.partition("=") for override in overrides) if key in keys]
 
 
-def _anybody_s(file: str) -> bool:
-    """True for a file that lies with a run or sweep, or in an object store; any other file is the caller's own."""
+def _from_others(file: str) -> bool:
+    """True for a file in the folder of a run or sweep, or in an object store; other files belong to the caller."""
     from rayfed_sub.storage.remote import uri_of
 
-    return uri_of(file) is not None or _lies_with_a_run(Path(file).resolve().parent)
+    return uri_of(file) is not None or _in_a_run_folder(Path(file).resolve().parent)
 
 
-def _lies_with_a_run(folder: Path) -> bool:
-    """True where the folder holds what only runs and sweeps leave, finished or not; anybody may have a checkpoints/."""
+def _in_a_run_folder(folder: Path) -> bool:
+    """True for a folder with files that only runs and sweeps write, finished or not; not for checkpoints/ alone."""
     if any(all(any(folder.glob(name)) for name in together) for together in _LEFT):
         return True
     log = folder / "log.jsonl"  # by itself it may be another program's
@@ -243,7 +243,7 @@ def _lies_with_a_run(folder: Path) -> bool:
 
 
 def _check_write(config: Path, overrides: list[str], probe: bool, on: str | None) -> None:
-    """UserError for a --write that could not be done, before minutes go into what it should write."""
+    """UserError where --write cannot work, before minutes are spent on the probe."""
     if not probe:
         raise UserError("--probe", False, "given with --write, which sets the pack size that it finds", "add --probe")
     if on is not None:
@@ -252,7 +252,7 @@ def _check_write(config: Path, overrides: list[str], probe: bool, on: str | None
 
 
 def _set(config: Path, key: str, number: int) -> None:
-    """Sets the key in the file that is there, or behind a link, whose rights it keeps."""
+    """Sets the key in an existing file, or in the target of a link; keeps its permissions."""
     from rayfed_sub.storage.atomic_files import write
 
     path = config.resolve()
@@ -304,7 +304,7 @@ def report(
 
     from rayfed_sub.reports.report import write_report
     from rayfed_sub.reports.run_reader import read_run
-    from rayfed_sub.storage.remote import at_hand, uri_of
+    from rayfed_sub.storage.remote import local_copy, uri_of
     from rayfed_sub.storage.run_folder import make
 
     alone = len(run_dirs) == 1 and uri_of(run_dirs[0]) is None
@@ -312,7 +312,7 @@ def report(
     if path.is_dir() or uri_of(path) is not None:
         raise UserError("--out", str(path), "a file of this machine", "e.g. --out report.html")
     with ExitStack() as stack:
-        runs = [read_run(stack.enter_context(at_hand(place, "RUN")), redacted(place)) for place in run_dirs]
+        runs = [read_run(stack.enter_context(local_copy(place, "RUN")), redacted(place)) for place in run_dirs]
         make(path.parent, "--out")
         write_report(runs, path)
     typer.echo(path)
@@ -342,9 +342,9 @@ def export(
     a classification head), it is written beside the adapter, to the folder base.
     """
     from rayfed_sub.export.exported import export_hf, export_peft
-    from rayfed_sub.storage.remote import at_hand
+    from rayfed_sub.storage.remote import local_copy
 
-    with at_hand(run_dir, "RUN") as folder:
+    with local_copy(run_dir, "RUN") as folder:
         written = (export_peft if format == "peft" else export_hf)(folder, to, client, method)
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
@@ -409,9 +409,9 @@ def _code() -> int:
         print(f"rayfed-sub: {error}", file=sys.stderr)
         return 2
     except TyperException as error:
-        said = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
-        if said:  # nothing where Typer has shown the help because nothing was asked for
-            line = redacted(" ".join(said.split())).rstrip(".")
+        message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+        if message:  # nothing where Typer has shown the help because nothing was asked for
+            line = redacted(" ".join(message.split())).rstrip(".")
             print(f"rayfed-sub: {line}; see rayfed-sub --help", file=sys.stderr)
         return 2
     except RunError as error:

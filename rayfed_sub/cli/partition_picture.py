@@ -1,6 +1,6 @@
 """A partition as a picture file: clients by classes or keys, and the clients' sizes beside them.
 
-What takes time to import is imported as it draws: a path is checked at once.
+Slow imports happen only when it draws, so that a path is checked at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _LINES = 40
-"""Clients drawn one by one; more are drawn in as many bands."""
+"""Most clients to draw one by one; more are drawn in as many bands."""
 
 
 def check_path(path: Path) -> None:
@@ -27,7 +27,7 @@ def check_path(path: Path) -> None:
         raise UserError("--out", str(path), "a file in a folder that exists", "make the folder or change --out")
 
 
-def draw(holdings: PartitionStats, path: Path) -> None:
+def draw(stats: PartitionStats, path: Path) -> None:
     """Writes the picture; a cell's shade is the share of the client's rows that are of the class or key.
 
     Raises UserError (--out) where it cannot be written.
@@ -37,10 +37,10 @@ def draw(holdings: PartitionStats, path: Path) -> None:
 
     from rayfed_sub.cli.data_view import cut, group_labels, title
 
-    groups, values = holdings.groups(_LINES), [cut(name, 28) for name in holdings.shown()]
-    counts_GS = holdings.table(groups)
+    groups, values = stats.groups(_LINES), [cut(name, 28) for name in stats.shown()]
+    counts_GS = stats.table(groups)
     shares_GS = counts_GS / counts_GS.sum(axis=1, keepdims=True)
-    banded = len(groups) < len(holdings.clients)
+    banded = len(groups) < len(stats.clients)
     width, height = max(4.0, 0.62 * len(values)), max(1.6, 0.3 * len(groups))
     figure = Figure(figsize=(width + 5.2, height + 2.2), layout="constrained")
     # The heat map, and in narrower panels that share its lines the sizes and how unlike all clients each is.
@@ -51,10 +51,10 @@ def draw(holdings: PartitionStats, path: Path) -> None:
     slanted = max(map(len, values)) > 7
     turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     cells.set_xticks(range(len(values)), values, parse_math=False, **turned)
-    cells.set_yticks(range(len(groups)), group_labels(holdings, groups, 28), parse_math=False)
+    cells.set_yticks(range(len(groups)), group_labels(stats, groups, 28), parse_math=False)
     cells.set_ylabel("clients by size" if banded else "")
     cells.set_xlabel(
-        f"{holdings.counted}: {holdings.value_column}" if holdings.value_column else "no label and no key",
+        f"{stats.counted}: {stats.value_column}" if stats.value_column else "no label and no key",
         parse_math=False,
     )
     for edge in cells.spines.values():
@@ -78,15 +78,15 @@ def draw(holdings: PartitionStats, path: Path) -> None:
     sizes.set_xlim(0, max(rows) * 1.35)
     for line, count in enumerate(rows):
         sizes.text(count, line, f" {count:,}", va="center", fontsize=7.5)
-    skews.plot(holdings.distances(groups), range(len(groups)), "o", color="#6b7a8f", markersize=4)
+    skews.plot(stats.distances(groups), range(len(groups)), "o", color="#6b7a8f", markersize=4)
     skews.set_xlim(-0.05, 1.05)
     skews.set_xlabel("skew")
     for panel in (sizes, skews):
         panel.tick_params(axis="y", which="both", length=0)
         for name in ("top", "right", "left"):
             panel.spines[name].set_visible(False)
-    skew = f"\nskew {holdings.skew:.3f} of {holdings.counted}" if holdings.value_column else ""
-    figure.suptitle(f"{title(holdings)}{skew}", fontsize=11, parse_math=False)
+    skew = f"\nskew {stats.skew:.3f} of {stats.counted}" if stats.value_column else ""
+    figure.suptitle(f"{title(stats)}{skew}", fontsize=11, parse_math=False)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

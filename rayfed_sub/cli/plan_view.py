@@ -17,20 +17,22 @@ _CLIENTS = (100, 1000, 10_000)
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
-    """The whole plan."""
+    """Prints the whole plan."""
     console = console or Console()
     print_table((f"{plan.name}: {plan.method}", "bytes"), _overview(plan), console)
     columns = ("round", "clients", "up, each", "down, each", "up, all", "down, all")
     print_table(columns, _rounds(plan), console)
-    _say(console, _free(plan), *plan.notes)
+    _print_lines(console, _free(plan), *plan.notes)
     print_table(("method", "up", "down", "training", "stored", "server"), _methods(plan), console)
-    _say(
+    _print_lines(
         console,
         "All methods at the same rank. Up, down: a client in the second round; training: a client in a pack, without "
         "activations; stored: between rounds; server: after two rounds.",
     )
     print_table(("stored clients", *(f"rank {rank}" for rank in _ranks(plan))), _states(plan), console)
-    _say(console, f"What {plan.method} keeps of so many clients; in memory up to resources.state_memory, else on disk.")
+    _print_lines(
+        console, f"What {plan.method} keeps of so many clients; in memory up to resources.state_memory, else on disk."
+    )
     print_table(("pack size", "one worker", f"workers on {plan.machine.name}"), _fits(plan), console)
     if plan.speed is not None:
         _speed(plan.speed, console)
@@ -81,7 +83,7 @@ def _rounds(plan: Plan) -> Iterable[tuple[str, ...]]:
 
 
 def _free(plan: Plan) -> str:
-    """The rule of `methods/downloads.py`, and what it saves in all rounds."""
+    """The rule of `methods/downloads.py`, and the bytes that it saves in all rounds."""
     down, counted = (sum(sizes) for sizes in zip(*((r.down_all, r.down_counted_all) for r in plan.rounds), strict=True))
     most = max(row.down_counted[1] for row in plan.rounds)
     return (
@@ -103,9 +105,9 @@ def _ranks(plan: Plan) -> list[int]:
 
 
 def _states(plan: Plan) -> Iterable[tuple[str, ...]]:
-    own: dict[int | None, MethodBytes] = {row.rank: row for row in plan.ranks if row.method == plan.method}
+    by_rank: dict[int | None, MethodBytes] = {row.rank: row for row in plan.ranks if row.method == plan.method}
     for clients in sorted({*plan.clients[:2], *_CLIENTS}):
-        yield f"{clients:,}", *(size(clients * own[rank].state) for rank in _ranks(plan))
+        yield f"{clients:,}", *(size(clients * by_rank[rank].state) for rank in _ranks(plan))
 
 
 def _fits(plan: Plan) -> Iterable[tuple[str, ...]]:
@@ -116,13 +118,13 @@ def _fits(plan: Plan) -> Iterable[tuple[str, ...]]:
 def _speed(speed: Speed, console: Console) -> None:
     rows = [(str(p.pack_size), f"{p.step:.3g} s", f"{p.refresh:.3g} s") for p in speed.packs]
     print_table(("pack size", "a local step, per client", "a pack's first step, besides"), rows, console)
-    _say(console, f"A round takes about {speed.round:.3g} s, the run {clock(speed.run)}.")
+    _print_lines(console, f"A round takes about {speed.round:.3g} s, the run {clock(speed.run)}.")
     if speed.best != speed.now:
         better = f"{speed.best_round:.3g} s and {clock(speed.best_run)}"
-        _say(console, f"resources.pack_size={speed.best} would take {better}.")
+        _print_lines(console, f"resources.pack_size={speed.best} would take {better}.")
 
 
-def _say(console: Console, *sentences: str) -> None:
+def _print_lines(console: Console, *sentences: str) -> None:
     for sentence in sentences:
         for line in textwrap.wrap(sentence, 78):
             console.print(Text(line, "dim"))

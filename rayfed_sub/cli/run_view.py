@@ -19,13 +19,13 @@ from rayfed_sub.storage.remote import inside
 from rayfed_sub.telemetry.events import Notice, PackDone, RoundDone, Stage, Started, Summary
 
 _ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
-"""A round's columns, 78 characters in all."""
+"""Widths of a round's columns, 78 characters in all."""
 
 _SCORES = (
     *("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"),
     *("accuracy", "macro_f1"),
 )
-"""Scores of the final table; summary.json has all."""
+"""Most scores of the final table; summary.json has all."""
 
 
 class Display:
@@ -46,7 +46,7 @@ class Display:
         self._rounds = self._first = 0
         self._bytes: dict[int, int] = {}  # by round: one may be run twice
         self._began = 0.0
-        self._score = self._speed = ""  # what the task is judged by from round to round, and what it is counted in
+        self._score = self._speed = ""  # headline score, and unit of the speed
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -56,7 +56,7 @@ class Display:
         self._bar.stop()
 
     def show(self, record: Stage | Notice | Started | PackDone | RoundDone) -> None:
-        """One record of the journal."""
+        """Shows a record of the run."""
         match record:
             case Stage():
                 self._stage(record)
@@ -88,7 +88,7 @@ class Display:
         self._print(_ROUND.format("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left"), "dim")
         if not record.round:
             self._print(_ROUND.format("before", "", *self._judged(record.metrics), *[""] * 5).rstrip())
-        self._first = record.round  # more than 0 in a run that was taken up again
+        self._first = record.round  # above 0 in a resumed run
         self._bar.update(self._task, description="training", total=self._rounds, completed=record.round)
 
     def _pack(self, record: PackDone) -> None:
@@ -165,7 +165,7 @@ def _scores(metrics: Mapping[str, float]) -> Iterable[tuple[str, str]]:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:
-    """Rows under columns, as wide as they need; folded only where a terminal is narrower."""
+    """A table as wide as its rows need, folded only on a narrower terminal."""
     console = console or Console()
     if not console.is_terminal:  # Rich would assume 80 columns
         console = Console(file=console.file, width=1000)
@@ -178,7 +178,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], consol
 
 
 def size(count: float) -> str:
-    """Bytes for people.
+    """Bytes as text.
 
     >>> size(1536), size(48_660_480)
     ('1.5 kB', '48.7 MB')
@@ -191,7 +191,7 @@ def size(count: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Time left for people.
+    """Duration as text.
 
     >>> clock(75), clock(3675)
     ('1:15', '1:01:15')
@@ -202,7 +202,7 @@ def clock(seconds: float) -> str:
 
 
 def _privacy(spent: Mapping[str, Any]) -> str:
-    """The account in words.
+    """The privacy account as text.
 
     >>> account = {"epsilon": 4.784, "delta": 1e-3, "accountant": "PLD", "epsilon_rdp": 5.655, "noise": 1.0}
     >>> _privacy(account)

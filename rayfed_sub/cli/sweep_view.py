@@ -16,7 +16,7 @@ from rich.text import Text
 from rayfed_sub.cli.data_view import cut
 from rayfed_sub.cli.run_view import clock, size
 from rayfed_sub.sweeps.progress import Begun, TrialNow
-from rayfed_sub.sweeps.results import headings, worded
+from rayfed_sub.sweeps.results import format_value, headings
 from rayfed_sub.telemetry.events import Notice, Stage
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ _ENDED = ("finished", "stopped", "failed")
 _ORDER = {"running": 0, "retried": 0, "finished": 1, "stopped": 2, "failed": 3, "waiting": 4}
 _STYLES = {"running": "cyan", "retried": "yellow", "failed": "red", "stopped": "dim", "waiting": "dim"}
 _VALUE = 24
-"""Characters of a key's name or value, at most."""
+"""Most characters of a key's name or value."""
 _SHORT = 8
-"""Characters of a value that are shown on the narrowest screen."""
+"""Characters of a value on the narrowest screen."""
 _ROWS = 20
 """Trials in the final table."""
 _OTHERS = 5
-"""Lines of the screen that are not trials: the heads, their rule, how many more there are, the summary, one free."""
+"""Lines of the screen besides trials: heads, rule, number of hidden trials, summary, one empty."""
 
 
 class SweepDisplay:
@@ -42,9 +42,9 @@ class SweepDisplay:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._sweep = Begun("", (), "", "min", 0, 0, "")
-        self._heads: dict[str, str] = {}  # the space's keys, and what they are called
+        self._heads: dict[str, str] = {}  # short names of the space's keys
         self._trials: dict[int, TrialNow] = {}
-        self._told: dict[int, float] = {}  # when each trial was last heard of
+        self._updated: dict[int, float] = {}  # time of each trial's last record
         self._first: dict[int, float] = {}  # how far each trial was when it was first heard of
         self._began = time.monotonic()
         self._stage = "starting"
@@ -59,7 +59,7 @@ class SweepDisplay:
         self._live.stop()
 
     def show(self, record: Stage | Notice | Begun | TrialNow) -> None:
-        """One record; a trial that is first shown at its end is taken for one of an earlier sitting."""
+        """Shows a record; a trial whose first record is its end belongs to an earlier session."""
         match record:
             case Stage():
                 self._stage = record.text
@@ -86,8 +86,8 @@ class SweepDisplay:
         before = self._trials.get(trial.number)
         if before is None:
             self._first[trial.number] = _progress(trial)
-        # What the drawing thread looks up for a trial is there before the trial is.
-        self._told[trial.number] = time.monotonic()
+        # Add the trial last: the drawing thread looks up its other entries.
+        self._updated[trial.number] = time.monotonic()
         self._trials[trial.number] = trial
         self._stage = ""
         if trial.status == "retried" and (before is None or before.status != "retried"):
@@ -111,7 +111,7 @@ class SweepDisplay:
         for row in ranked.astype("object").where(ranked.notna(), None).to_dict("records"):
             sent = [row[name] for name in ("uplink_bytes", "downlink_bytes") if row[name] is not None]
             table.add(
-                [f"{row['trial']}", *(worded(row[key]) for key in self._heads), row["status"]],
+                [f"{row['trial']}", *(format_value(row[key]) for key in self._heads), row["status"]],
                 [
                     "-" if row["rounds"] is None else f"{row['rounds']:.0f}",
                     _score(row.get(sweep.metric)) + _mark(row["trial"] == best),
@@ -130,10 +130,10 @@ class SweepDisplay:
     def _line(self, trial: TrialNow) -> str:
         """An ended trial as a line of a log."""
         sweep, done = self._sweep, sum(other.status in _ENDED for other in self._trials.values())
-        said = " ".join(f"{head}={worded(trial.values[key])}" for key, head in self._heads.items())
+        values = " ".join(f"{head}={format_value(trial.values[key])}" for key, head in self._heads.items())
         best = self._best(list(self._trials.values()))
         ended = f"failed: {trial.failure}" if trial.status == "failed" else trial.status
-        parts = [f"{done}/{sweep.total}", f"trial {trial.number}", said, ended, f"round {_of(trial)}"]
+        parts = [f"{done}/{sweep.total}", f"trial {trial.number}", values, ended, f"round {_rounds_text(trial)}"]
         if trial.metric is not None:
             parts.append(f"{sweep.metric} {_score(trial.metric)}{' (best so far)' if trial is best else ''}")
         return "  ".join([*parts, clock(trial.seconds)])
@@ -144,13 +144,13 @@ class SweepDisplay:
         return first if first is not None and _merited(first) else None
 
     def _merit(self, trial: TrialNow) -> tuple[bool, bool, float, int]:
-        """Sorts trials by merit, best first; those that have none, the running ones too, by their number."""
+        """Sort key: best first; trials without a metric, such as running ones, by their number."""
         if trial.metric is None or not _merited(trial):
             return True, False, 0.0, trial.number
         return False, trial.status == "stopped", {"min": 1, "max": -1}[self._sweep.mode] * trial.metric, trial.number
 
     def _drawn(self) -> Group | Text:
-        """The live table, by the screen's height."""
+        """The live table, fitted to the screen's height."""
         trials = list(self._trials.values())  # as they are now: Rich draws in a thread of its own
         if not trials:
             return Text(self._stage)
@@ -161,9 +161,9 @@ class SweepDisplay:
         for trial in shown:
             waiting = trial.status == "waiting"
             table.add(
-                [f"{trial.number}", *(worded(trial.values[key]) for key in self._heads), trial.status],
+                [f"{trial.number}", *(format_value(trial.values[key]) for key in self._heads), trial.status],
                 [
-                    "" if waiting else _of(trial),
+                    "" if waiting else _rounds_text(trial),
                     _score(trial.metric) + _mark(trial is best),
                 ],
                 ["" if waiting else clock(self._seconds(trial))],
@@ -191,14 +191,14 @@ class SweepDisplay:
         return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
 
     def _left(self, trials: Sequence[TrialNow]) -> float | None:
-        """Seconds until all trials have ended, at the pace of this sitting; None where it is not yet known."""
+        """Seconds until all trials have ended, at the pace of this session; None while unknown."""
         gained = sum(_progress(trial) - self._first[trial.number] for trial in trials)
         ahead = self._sweep.total - sum(map(_progress, trials))
         return (time.monotonic() - self._began) / gained * ahead if gained > 0 else None
 
     def _seconds(self, trial: TrialNow) -> float:
         """The trial's time, which goes on while it runs."""
-        since = time.monotonic() - self._told[trial.number]
+        since = time.monotonic() - self._updated[trial.number]
         return trial.seconds + (since if trial.status in _RUNNING else 0.0)
 
     def _print(self, line: str, style: str = "") -> None:
@@ -206,8 +206,8 @@ class SweepDisplay:
         self._console.print(Text(line, style), soft_wrap=True)
 
 
-def _of(trial: TrialNow) -> str:
-    """Finished rounds of how many, once that is known."""
+def _rounds_text(trial: TrialNow) -> str:
+    """Finished rounds of all rounds, once those are known."""
     return f"{trial.round}/{trial.rounds}" if trial.rounds else "-"
 
 
@@ -217,12 +217,12 @@ def _progress(trial: TrialNow) -> float:
 
 
 def _merited(trial: TrialNow) -> bool:
-    """True where the trial may be the best."""
+    """True for a trial that can be the best."""
     return trial.status in ("finished", "stopped") and trial.metric is not None and math.isfinite(trial.metric)
 
 
 class _Table:
-    """Rows of words under heads, the best one marked, fitted to a width at the cost of the keys' columns."""
+    """Table of texts with the best row marked; the keys' columns shrink to fit the width."""
 
     def __init__(self, before: Sequence[str], keys: Sequence[str], after: Sequence[str]) -> None:
         self._heads = [*before, *keys, *after]
@@ -230,11 +230,11 @@ class _Table:
         self._keys = range(len(before), len(before) + len(keys))
 
     def add(self, *parts: Sequence[str], best: bool) -> None:
-        """One row, its cells in parts."""
+        """A row whose cells consist of parts."""
         self._rows.append(([cell for part in parts for cell in part], "bold green" if best else ""))
 
     def fitted(self, width: int) -> Table:
-        """The table: a line under its heads, words to the left and all else to the right."""
+        """The table: a line under its heads, texts aligned left and numbers right."""
         natural = [
             max(map(len, column)) for column in zip(self._heads, *(cells for cells, _ in self._rows), strict=True)
         ]

@@ -1,4 +1,4 @@
-"""Validation of what a person wrote; every fault becomes one line with field, value, allowed values and advice.
+"""Validation of configurations; every fault becomes one line with field, value, allowed values and advice.
 
 `check` holds each key against its type; `check_rules` and `check_training` hold keys against each other.
 """
@@ -26,7 +26,7 @@ RENAMED = {
     "method.state": "method.optimizer_state",
     "optimizer.final": "optimizer.final_lr_ratio",
 }
-"""Keys of earlier versions, with those that took their places."""
+"""Keys of earlier versions, with the keys that replace them."""
 
 
 def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
@@ -45,7 +45,7 @@ def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
 
 
 def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
-    """The refusal of a key; keys: those known in its section.
+    """Error for an unknown key; keys: those known in its section.
 
     >>> unknown_key("evaluation.examples", 64, ["every", "eval_rows"]).advice
     'set evaluation.eval_rows instead'
@@ -58,12 +58,12 @@ def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:
 
 
 def renamed_key(path: str, value: object) -> UserError:
-    """The refusal of a key of `RENAMED`."""
+    """Error for a key of `RENAMED`."""
     return UserError(path, value, f"{RENAMED[path]}, which replaces it", f"set {RENAMED[path]} instead")
 
 
 def check_rules(config: Config) -> None:
-    """UserError for keys that no run can have together."""
+    """UserError for keys that contradict each other."""
     _check_method(config)
     _check_rows(config)
     _check_partition(config.federation)
@@ -72,15 +72,15 @@ def check_rules(config: Config) -> None:
 
 
 def check_training(config: Config) -> None:
-    """UserError for keys of the training that do not go together, whatever the method: what the reference executor
-    cannot do, what the accountant of `privacy` assumes, and what FedNova's rule excludes."""
+    """UserError for keys of the training that contradict each other with any method: limits of the reference executor,
+    assumptions of the accountant of `privacy`, and conditions of FedNova."""
     _check_reference(config)
     _check_privacy(config)
     _check_nova(config)
 
 
 def _check_method(config: Config) -> None:
-    """UserError for `centralized`, which earlier versions took for a method, with the keys that say the same."""
+    """UserError for `centralized`, a method of earlier versions, with the keys that replace it."""
     federation, partition = config.federation, config.federation.partition
     if config.method.get("name") != "centralized":
         return
@@ -184,7 +184,7 @@ def _check_privacy(config: Config) -> None:
 
 
 def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, prefix: str) -> UserError:
-    """One pydantic fault as one line; schema: the JSON schema of what `tree` should be."""
+    """A pydantic error as one line; schema: the JSON schema for `tree`."""
     place, path = resolved(schema, schema), prefix
     for part in fault["loc"]:
         path = f"{path}.{part}" if path else str(part)

@@ -1,4 +1,4 @@
-"""A configuration's file with one number changed and not a character besides: comments, order and layout stay."""
+"""Edits of a configuration file: changes one number and keeps comments, order and layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayfed_sub.core.errors import UserError
 def with_number(text: str, key: str, number: int) -> str:
     r"""YAML with the dotted key set: in its value's place, else as one more entry of its section, or of the whole.
 
-    Reads no sense into anchors and the like: `edited` looks whether anything else has changed.
+    Ignores the meaning of anchors and the like: `edited` checks that nothing else has changed.
 
     >>> with_number("resources: # here\n  pack_size: 4 # clients\n", "resources.pack_size", 16)
     'resources: # here\n  pack_size: 16 # clients\n'
@@ -35,7 +35,7 @@ def with_number(text: str, key: str, number: int) -> str:
 
 
 def edited(path: Path, key: str, number: int) -> str:
-    """The file's text with the key set.  Raises UserError where that would change more, or what it means."""
+    """The file's text with the key set.  Raises UserError where that would change other keys or their meaning."""
     wanted = overridden(path, [as_override(key, number)])
     text = with_number(path.read_bytes().decode("utf-8"), key, number)  # read_text would change the ends of lines
     try:

@@ -27,7 +27,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Group:
-    """A group of keys by its dotted name; that of the keys that stand alone is empty."""
+    """A group of keys by its dotted name, which is empty for top-level keys."""
 
     name: str
     meaning: str
@@ -35,7 +35,7 @@ class Group:
 
 
 def groups() -> list[Group]:
-    """All groups of the configuration in their order; `method` without keys, for the methods have theirs.
+    """All groups of the configuration in order; `method` without keys, because each method has its own.
 
     >>> [group.name for group in groups()][:5]
     ['', 'model', 'task', 'federation', 'federation.partition']

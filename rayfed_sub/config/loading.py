@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a checked configuration.
+"""Loading of a checked configuration from a YAML file and dotted overrides.
 
 Nothing heavy is imported: reading a configuration takes milliseconds.
 """
@@ -26,7 +26,7 @@ class Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts into quotes what the loader would not take for text."""
+    """Quotes strings that the loader would not read as text."""
 
 
 _LETTERS = {"bool": "tTfF", "float": "-+.0123456789"}
@@ -60,7 +60,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 def stored_config(folder: Path) -> Config:
     """The configuration of the run in `folder`, from its config.yaml, which has every key of the version that wrote it.
 
-    Keys of older versions get their new names.  A key that is missing stands for what older versions did: without
+    Keys of older versions get their new names.  A missing key has the behaviour of older versions: without
     `task.seed`, or with null, the run's own seed drew the splits; without `federation.batching`, batches were bucketed.
 
     Raises UserError as `load_config`.
@@ -91,7 +91,7 @@ def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def overridden(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tree of keys that `load_config` checks.  Raises UserError for what is no YAML, and no override."""
+    """The tree of keys that `load_config` checks.  Raises UserError for invalid YAML and invalid overrides."""
     tree = _copied(read_yaml(Path(source)) if isinstance(source, str | Path) else source)
     written = dict(tree["method"]) if isinstance(tree.get("method"), dict) else {}
     for override in overrides:
@@ -177,7 +177,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[leaf] = yaml.load(text, Loader)
     except yaml.YAMLError:
         raise UserError(path, text, "a YAML value", "quote it") from None
-    # Length of training is said once: naming one way on the command line replaces the other.
+    # Rounds or epochs, not both: one on the command line replaces the other in the file.
     other = {"federation.rounds": "epochs", "federation.epochs": "rounds"}.get(path)
     if other:
         tree.pop(other, None)

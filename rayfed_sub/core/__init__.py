@@ -1,1 +1,1 @@
-"""Records, random streams, low-rank arithmetic, errors and text: what every room may use."""
+"""Records, random streams, low-rank arithmetic, errors and text, for use in every room."""

@@ -30,9 +30,9 @@ def packed(tensors: Mapping[str, Tensor]) -> Packed:
     """The tensors as contiguous numpy arrays (a torch view of a large storage would drag all of it along)."""
     out: Packed = {}
     for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        bits = own.view(torch.int16) if own.dtype == torch.bfloat16 else own
-        out[name] = (str(own.dtype).removeprefix("torch."), bits.numpy())
+        plain = tensor.detach().cpu().contiguous()
+        bits = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
+        out[name] = (str(plain.dtype).removeprefix("torch."), bits.numpy())
     return out
 
 
@@ -68,7 +68,7 @@ def _from_arrays(kind: Callable[..., Any], arrays: Packed, values: dict[str, Any
 
 
 class Guard:
-    """Notices in-place writes to shared tensors through torch's version counters (views share their base's counter).
+    """Detects in-place writes to shared tensors through torch's version counters (views share their base's counter).
 
     >>> shared = torch.zeros(3); guard = Guard({"w": shared}.items())
     >>> guard.check(); _ = shared[1:].add_(1)
@@ -89,7 +89,7 @@ class Guard:
 
 
 def checksum(arrays: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) -> int:
-    """A sum over the bytes, to notice writes that went around torch's counters; about 10 GB/s."""
+    """A sum over the bytes, to detect writes that bypass torch's counters; about 10 GB/s."""
     total = 0
     for name in sorted(arrays):
         flat = np.ascontiguousarray(arrays[name][1]).reshape(-1).view(np.uint8)

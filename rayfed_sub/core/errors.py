@@ -1,4 +1,4 @@
-"""The two ways in which this package says no.
+"""The two errors that this package raises on purpose.
 
 A `UserError` is something a person can mend: one line that names the field, the value, what is allowed and
 what to do; the command line prints it and exits with code 2.  A `RunError` is a run that could not go on: it

@@ -139,7 +139,7 @@ class Spectrum:
 
 
 def singular_values(left_mR: Tensor, right_Rn: Tensor) -> Tensor:
-    """Those of left @ right, (k,) float64, largest first.
+    """Singular values of left @ right, (k,) float64, largest first.
 
     >>> left, right = torch.tensor([[3.0, 1.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     >>> singular_values(left, right).square().round(decimals=4)  # [[2, 0], [-1, 0]]

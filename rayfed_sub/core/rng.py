@@ -1,4 +1,4 @@
-"""Random streams by purpose: every draw in the system comes from hash(seed, what it is for).
+"""Random streams by purpose: every draw in the system comes from hash(seed, purpose).
 
 numpy's Philox gives the same numbers on every processor (torch's generators do not), and a stream named by
 its purpose does not care who draws first, on which worker, or whether the run was resumed.

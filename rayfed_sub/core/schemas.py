@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One round.  clients: sampled, those skipped among them; failed: skipped.  Bytes are wire bytes of the whole
+    """A round.  clients: sampled, those skipped among them; failed: skipped.  Bytes are wire bytes of the whole
     cohort; losses in nats per label, loss: the mean over clients that were not skipped; labels: tokens, or classified
-    rows, that carried loss; change_rank: median over the target layers that diagnostics look at of the rank of the
-    server's change (None: they did not look); epsilon: privacy spent up to here (None where no evaluation was due);
-    retries: packs' results that were lost or unsound, and made again; memory_bytes: of coordinator and workers at the
-    round's end; seconds include evaluation.
+    rows, that carried loss; change_rank: median over the diagnosed target layers of the rank of the server's change
+    (None: not diagnosed); epsilon: privacy spent up to here (None where no evaluation was due); retries: repeated
+    packs, whose results were lost or unsound; memory_bytes: of coordinator and workers at the round's end; seconds
+    include evaluation.
     """
 
     round: int
@@ -33,9 +33,8 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class PackRow:
-    """One pack's training: its number in the round, its clients and the first of them, which worker; began: Unix time
-    when the worker set about it, seconds until the result was there; attempts, and what troubled those before the last.
-    """
+    """Training of a pack.  pack: its number in the round; clients: their number; first: the first client; began: Unix
+    time of the start; seconds: until the result arrived; trouble: causes of earlier failed attempts."""
 
     round: int
     pack: int
@@ -50,8 +49,8 @@ class PackRow:
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client's round.  loss: mean over its local steps; loss_last: at its last step, before that step.  A client
-    that was skipped has weight 0, sent nothing, and has its failure in words."""
+    """A client's round.  loss: mean over its local steps; loss_last: at its last step, before that step.  A client
+    that was skipped has weight 0, sent nothing, and has the cause in failure."""
 
     round: int
     client: int
@@ -79,7 +78,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class ClientLayer:
-    """One client's round in one layer.
+    """A layer in a client's round.
 
     norm: ||D_k||_F.  rank, stable_rank, effective_rank, spectrum: of D_k (see `lowrank.Spectrum`), at most 16 values.
     cosine: <D_k, D> / (|D_k| |D|).  distance: ||D_k - D||_F / ||D||_F.  turned, gradient_energy, gradient_rank: see
@@ -103,7 +102,7 @@ class ClientLayer:
 
 @dataclass(frozen=True)
 class CohortLayer:
-    """One round of the watched clients together in one layer.
+    """A layer in a round, over all watched clients.
 
     clients: watched.  norm, rank, stable_rank, effective_rank, spectrum: of D, at most 64 values.
     rank_sum: the sum of the clients' ranks; the rank of D is at most that (Prop. 1 of arXiv 2410.23111) and full_rank,

@@ -44,7 +44,7 @@ def number(value: float | None) -> str:
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
-    """To so many digits, for a figure; None for what cannot be drawn.
+    """The number with so many digits, for a figure; None where it cannot be drawn.
 
     >>> rounded(2.272084), rounded(float("nan"))
     (2.272, None)
@@ -128,14 +128,14 @@ def published_name(metric: str) -> str:
     return metric.removesuffix("_unicode")
 
 
-def listed(said: Sequence[str], noun: str = "run") -> str:
+def listed(phrases: Sequence[str], noun: str = "run") -> str:
     """Join a phrase of each of several, as many as a label holds.
 
     >>> listed(["a: 1", "b: 2"])
     'a: 1; b: 2.'
     """
-    more = f"; and {count(noun, len(said) - _MOST)} more" if len(said) > _MOST else ""
-    return f"{'; '.join(said[:_MOST])}{more}."
+    more = f"; and {count(noun, len(phrases) - _MOST)} more" if len(phrases) > _MOST else ""
+    return f"{'; '.join(phrases[:_MOST])}{more}."
 
 
 def evenly(places: Sequence[T], most: int) -> list[T]:
@@ -150,7 +150,7 @@ def evenly(places: Sequence[T], most: int) -> list[T]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Of dotted names the parts in which they differ.
+    """The parts in which dotted names differ.
 
     >>> short_names(["model.layers.0.mlp.up_proj", "model.layers.11.mlp.up_proj"])
     {'model.layers.0.mlp.up_proj': '0', 'model.layers.11.mlp.up_proj': '11'}
@@ -170,8 +170,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def first_distinct(candidates: Iterable[Sequence[str]]) -> list[str]:
-    """The first of several ways to call some things by which none is called as another; where there is none, the very
-    first, numbered.
+    """The first of several lists of names without duplicates; without such a list the first one, numbered.
 
     >>> first_distinct([["run", "run"], ["fedit", "fedftg"]])
     ['fedit', 'fedftg']

@@ -28,7 +28,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer whose weight is (m, n) = (out, in)."""
+    """A linear layer whose weight is (m, n) = (out, in)."""
 
     name: str
     m: int
@@ -96,7 +96,7 @@ class Subspace:
     """GaLore's rule for the fixed factor: where it comes from and how often it is renewed.
 
     refresh_every counts the client's own optimiser steps; 0: never, the Start's fixed factor stays as it is.
-    moments: what happens to Adam's moments at a refresh (`keep` as galore-torch, `rotate` as LDAdam, `reset`).
+    moments: rule for Adam's moments at a refresh (`keep` as galore-torch, `rotate` as LDAdam, `reset`).
     """
 
     rank: int
@@ -161,7 +161,7 @@ class Client:
 class ClientState:
     """State of a client between rounds: tensors only, so it can be stored, moved, hashed and spilled.
 
-    cursor: local steps ever taken; it says which batch comes next and survives an optimiser reset.
+    cursor: local steps ever taken; it selects the next batch and survives an optimiser reset.
     """
 
     round: int

@@ -1,1 +1,1 @@
-"""From a task to token rows dealt out to clients, and from rows to batches."""
+"""Tasks, their rows dealt out to clients, and batches of rows."""

@@ -1,4 +1,4 @@
-"""A task ready to train on: rows of tokens or pixels, held-out rows, and who holds what."""
+"""A task ready to train on: rows of tokens or pixels, held-out rows, and the clients' rows."""
 
 from __future__ import annotations
 

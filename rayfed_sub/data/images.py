@@ -91,7 +91,7 @@ def encoded(cell: Any) -> bytes:
 def decoded(content: bytes) -> Any:
     """The image of an encoded file as a PIL image, upright, in mode L where all its pixels are gray, else RGB.
 
-    Raises ValueError, with the reason in a few words, for what Pillow cannot read.
+    Raises ValueError, with a short reason, for a file that Pillow cannot read.
     """
     from PIL import Image, ImageOps
 

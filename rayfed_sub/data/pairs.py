@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows as text.  answers: what is to be said, or the name of the class; keys: the value by which a row
+    """Rows as text.  answers: texts to learn, or names of classes; keys: the value by which a row
     may be dealt out (such as its module), "" where the task has none; class_names is empty for
     language modelling, else in the order of the class numbers.
     images: of an image classification each row's image as in its file; questions are then digests of their pixels.
@@ -123,8 +123,8 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     read = read_table(path, task.split, frozenset({*asked, *renames}))
     table = renamed(read, renames)
     if known:
-        own = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
-        needed = tuple(dict.fromkeys(name for name in own if name is not None))
+        names = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
+        needed = tuple(dict.fromkeys(name for name in names if name is not None))
         if not set(needed) <= set(table.names):
             having = f"a table with the columns {', '.join(needed)}, as {task.name} has them"
             allowed = f"{having}; it has {', '.join(read.names) or 'none'}"
@@ -151,9 +151,11 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     broken = questions.count("") if task.image else 0
     missing = len(full) - sum(full) - broken
     if not any(full):
-        had = "an image" if task.image else "a prompt"
-        said = "an answer" if task.label is None else "a label"
-        raise UserError("task.path", task.path, f"a table with rows that have {had} and {said}", "check the columns")
+        given = "an image" if task.image else "a prompt"
+        wanted = "an answer" if task.label is None else "a label"
+        raise UserError(
+            "task.path", task.path, f"a table with rows that have {given} and {wanted}", "check the columns"
+        )
     if missing:
         what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
         log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
@@ -170,7 +172,7 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
 
 
 def _checked(task: Task) -> str:
-    """The table's path; UserError where the task does not say what a row's input and output are."""
+    """The table's path.  UserError where the task names no columns for a row's input and output."""
     if not task.path:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
     if task.image is not None:
@@ -222,8 +224,8 @@ def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
 
 def _file(table: Table, cell: Any, row: int) -> str:
     """Name of a row's image for messages."""
-    own = [cell.get("path")] if isinstance(cell, Mapping) else []
-    names = [*(table.columns[name][row] for name in _FILES if name in table.columns), *own]
+    stored = [cell.get("path")] if isinstance(cell, Mapping) else []
+    names = [*(table.columns[name][row] for name in _FILES if name in table.columns), *stored]
     return next((str(name) for name in names if name), f"row {row + 1}")
 
 
@@ -252,14 +254,14 @@ def _questions(table: Table, pieces: Sequence[tuple[str, str | None]]) -> tuple[
     count = next(len(cells) for _, cells in columns if cells is not None)
     questions, spans = [], []
     for row in range(count):
-        text, own = "", []
+        text, places = "", []
         for literal, cells in columns:
             text = (text + literal).lstrip()
             if cells is not None and cells[row]:
-                own.append((len(text), len(text) + len(cells[row])))
+                places.append((len(text), len(text) + len(cells[row])))
                 text += cells[row]
         questions.append(text.rstrip())  # cells end without a space, so every span stays inside
-        spans.append(tuple(own))
+        spans.append(tuple(places))
     return questions, spans
 
 

@@ -36,7 +36,7 @@ class PartitionStats:
     for images; judged_C: held-out (or validation) rows that are like the client's, by its keys; distance_C and skew: of
     the values, see `skew`.
     holders, held, counts: client, value and rows of every pair that has any, by client.
-    notes: what was said while the rows were read.
+    notes: messages logged while the rows were read.
     """
 
     name: str
@@ -91,18 +91,18 @@ class PartitionStats:
 
 
 def read_partition_stats(config: Config, processor: Processor) -> PartitionStats:
-    """The holdings that a run of `config` would begin with: its rows are read and dealt out, no weights are loaded.
+    """The statistics that a run of `config` would begin with: its rows are read and dealt out, no weights are loaded.
 
     Raises UserError for whatever of task and federation does not fit.
     """
-    heard = BufferingHandler(capacity=1 << 30)  # what would go to stderr belongs into the tables
+    heard = BufferingHandler(capacity=1 << 30)  # messages go into the tables, not to stderr
     log = logging.getLogger("rayfed_sub.data")
     log.addHandler(heard)
     before, log.propagate = log.propagate, False
     try:
         dataset = load_dataset(config.task, config.federation, processor, config.seed, config.evaluation.split)
     except UserError:
-        unheard = heard.buffer  # there will be no tables, and what was said may be the cause
+        unheard = heard.buffer  # no tables follow, and the messages may name the cause
         raise
     else:
         unheard = []
@@ -111,11 +111,11 @@ def read_partition_stats(config: Config, processor: Processor) -> PartitionStats
         log.removeHandler(heard)
         for record in unheard:
             log.handle(record)
-    return holdings(config, dataset, [record.getMessage() for record in heard.buffer])
+    return stats_of(config, dataset, [record.getMessage() for record in heard.buffer])
 
 
-def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> PartitionStats:
-    """The holdings of the data set that `config` asks for."""
+def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> PartitionStats:
+    """The statistics of the data set that `config` asks for."""
     column, label = key_column(config.task, config.federation), filled(config.task).label
     if label is None:
         numbers, names = dataset.train_keys.astype(np.int64), dataset.key_names
@@ -151,27 +151,27 @@ def holdings(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Par
     )
 
 
-def as_dict(holdings: PartitionStats) -> dict[str, Any]:
+def as_dict(stats: PartitionStats) -> dict[str, Any]:
     """All of it for JSON; clients in order, with their rows of each class or key."""
-    tokens = [None] * len(holdings.clients) if holdings.tokens_C is None else holdings.tokens_C.tolist()
+    tokens = [None] * len(stats.clients) if stats.tokens_C is None else stats.tokens_C.tolist()
     clients = zip(
-        holdings.clients,
-        holdings.rows_C.tolist(),
+        stats.clients,
+        stats.rows_C.tolist(),
         tokens,
-        holdings.judged_C.tolist(),
-        holdings.distance_C.tolist(),
+        stats.judged_C.tolist(),
+        stats.distance_C.tolist(),
         strict=True,
     )
     return {
-        "name": holdings.name,
-        "partition": holdings.kind,
-        "column": holdings.column,
-        "counted": holdings.counted,
-        "value_column": holdings.value_column,
-        "judged": holdings.judged,
-        "skew": holdings.skew,
-        "rows": asdict(holdings.row_counts),
-        "notes": list(holdings.notes),
+        "name": stats.name,
+        "partition": stats.kind,
+        "column": stats.column,
+        "counted": stats.counted,
+        "value_column": stats.value_column,
+        "judged": stats.judged,
+        "skew": stats.skew,
+        "rows": asdict(stats.row_counts),
+        "notes": list(stats.notes),
         "clients": [
             {
                 "client": client,
@@ -180,7 +180,7 @@ def as_dict(holdings: PartitionStats) -> dict[str, Any]:
                 "median_tokens": median,
                 "judged_rows": judged,
                 "distance": distance,
-                "counts": holdings.counts_of(client),
+                "counts": stats.counts_of(client),
             }
             for client, (name, rows, median, judged, distance) in enumerate(clients)
         ],

@@ -54,11 +54,11 @@ class ImageProcessor(Protocol):
 
     @property
     def mean(self) -> Sequence[float]:
-        """Of the model's inputs, for values from 0 to 1: red, green, blue."""
+        """Mean of the model's inputs, for values from 0 to 1: red, green, blue."""
 
     @property
     def std(self) -> Sequence[float]:
-        """As `mean`."""
+        """Standard deviation of the model's inputs, as `mean`."""
 
     def pixels(self, content: bytes) -> Pixels:
         """The image of an encoded file as a square, uint8 (1 or 3, side, side).  Raises ValueError for a broken one."""

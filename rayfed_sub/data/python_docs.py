@@ -21,7 +21,7 @@ COLUMN = "module"
 
 
 def python_docs() -> Pairs:
-    """One row for each documented public callable, e.g. "What does `textwrap.dedent` do?", sorted by name.
+    """A row for each documented public callable, e.g. "What does `textwrap.dedent` do?", sorted by name.
 
     The modules are imported, because parsing their sources would miss what is written in C (`builtins`,
     `math`, `itertools`, `datetime`: more than a third of the rows).  That happens in an interpreter of its

@@ -180,7 +180,7 @@ def _by_number(numbers: NDArray[np.int32], count: int, among: NDArray[np.bool_] 
 
 
 def _apart(rows: Ints, others: Ints, asked: Sequence[Ints]) -> Ints:
-    """Those of `rows` that share none of the numbers in `asked` with any of `others`."""
+    """The rows that share none of the numbers in `asked` with any of `others`."""
     shared = [np.isin(numbers[rows], numbers[others]) for numbers in asked]
     own: Ints = rows[~np.logical_or.reduce(shared)]
     return own

@@ -1,4 +1,4 @@
-"""Walks the standard library for documented callables.  Runs as a script in an interpreter of its own.
+"""Finds documented callables of the standard library.  Runs as a script in a separate interpreter.
 
 It imports nothing but the standard library, so `python -I -S stdlib_docs.py` works without this package; it
 prints one JSON list of [module, dotted name, first paragraph], sorted by module and name.
@@ -27,7 +27,7 @@ SKIPPED = frozenset(
 # Public modules whose callables say that they come from somewhere else.
 ORIGINS = {"os": frozenset({"nt", "posix"})}
 # A line that begins with `name(arguments)`, one level of parentheses inside, perhaps `-> result` or `- text`.
-SIGNATURE = re.compile(r"[A-Za-z_][\w.]*\((?:[^()]|\([^()]*\))*\)(?:\s*(?:-+>?|:)\s*(?P<said>.*))?\s*(?:\n|$)")
+SIGNATURE = re.compile(r"[A-Za-z_][\w.]*\((?:[^()]|\([^()]*\))*\)(?:\s*(?:-+>?|:)\s*(?P<text>.*))?\s*(?:\n|$)")
 
 
 def documented(names: Iterator[str]) -> list[tuple[str, str, str]]:
@@ -42,7 +42,7 @@ def documented(names: Iterator[str]) -> list[tuple[str, str, str]]:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 module = importlib.import_module(name)
-        except Exception:  # whatever it is that a module of another platform raises, it is not available here
+        except Exception:  # a module of another platform may raise anything: it is not available here
             continue
         for path, thing in callables(module):
             text = first_paragraph(getattr(thing, "__doc__", None))
@@ -53,10 +53,10 @@ def documented(names: Iterator[str]) -> list[tuple[str, str, str]]:
 
 def callables(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """The module's own public functions, classes and methods, by the names of their definitions, sorted."""
-    own = ORIGINS.get(module.__name__, frozenset()) | {module.__name__, f"_{module.__name__}"}
+    origins = ORIGINS.get(module.__name__, frozenset()) | {module.__name__, f"_{module.__name__}"}
     for name, thing in sorted(vars(module).items()):
         origin = (getattr(thing, "__module__", None) or module.__name__).partition(".")[0]
-        if not _defined_as(name, thing) or origin not in own:
+        if not _defined_as(name, thing) or origin not in origins:
             continue
         yield name, thing
         if inspect.isclass(thing):
@@ -83,9 +83,9 @@ def first_paragraph(doc: object) -> str:
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
         text = paragraph.strip()
         while signature := SIGNATURE.match(text):
-            said = re.sub(r"^None\b[.:]?\s*", "", signature["said"] or "")
+            rest = re.sub(r"^None\b[.:]?\s*", "", signature["text"] or "")
             # "name(x) -> new list" is all signature; "name(x) -> the sum of all x" says something.
-            text = f"{said if len(said.split()) > 3 else ''}\n{text[signature.end() :]}".strip()
+            text = f"{rest if len(rest.split()) > 3 else ''}\n{text[signature.end() :]}".strip()
         words = text.split()
         if words:
             return " ".join(words) if len(words) > 2 and re.match(r"[\w'\"*`]", text) else ""

@@ -17,7 +17,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Table:
-    """names: every column there is; columns: the cells of those that were read, all of one length;
+    """names: all columns; columns: the cells of those that were read, all of one length;
     class_names: the names behind the numbers of `ClassLabel` columns."""
 
     names: tuple[str, ...]
@@ -46,7 +46,7 @@ def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
     """The table at `path`: a .parquet, .jsonl, .json or .csv file, else what `datasets.load_dataset` finds.
 
     columns: those that will be asked for; a Parquet file or hub data set is read only there.
-    Raises UserError (task.path, task.split) for what cannot be read.
+    Raises UserError (task.path, task.split) for a table that cannot be read.
     """
     file = Path(os.path.expanduser(path))
     reader = READERS.get(file.suffix.lower())
@@ -132,7 +132,7 @@ def _undecodable(file: Path) -> str:
 
 
 def _from_records(records: Sequence[object], places: Sequence[str]) -> Table:
-    """places: what a person calls each record."""
+    """places: the name of each record for messages."""
     names: dict[str, None] = {}
     for where, record in zip(places, records, strict=True):
         if not isinstance(record, dict):

@@ -1,4 +1,4 @@
-"""The tasks that have a name: where each comes from, which of its columns are what, and under which licence."""
+"""Named tasks: their sources, columns and licences."""
 
 from __future__ import annotations
 
@@ -81,5 +81,5 @@ def filled(task: Task) -> Task:
             raise UserError("task.name", task.name, f"table where task.{name} is set", advice)
     if known is None:
         return task
-    own = {name: getattr(known, name) for name in _OWN}
-    return task.model_copy(update={"path": task.path or known.hub, **own})
+    fixed = {name: getattr(known, name) for name in _OWN}
+    return task.model_copy(update={"path": task.path or known.hub, **fixed})

@@ -71,7 +71,7 @@ class _Dropped:
 def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows | Images, Ints, Cuts]:
     """The rows as the model reads them, the index of the pair behind each, int64 (rows,), and numbers of cuts.
 
-    Language modelling: prompt then answer, at most `max_length` tokens.  Of what is too long the answer keeps all of
+    Language modelling: prompt then answer, at most `max_length` tokens.  In longer rows the answer keeps all of
     itself, or at least half of `max_length`, and then loses its end and with it the end token: a cut answer must not
     teach the model to stop there.  The prompt is cut in the user's text (`shortened`).  Classification: the text is
     cut in the same way, special tokens stay.  Rows without room for a character of the user's text, and rows without a
@@ -90,8 +90,8 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows
     if silent := made.count(None):
         log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(made):,}")
     cuts = _counted(rows, [row.least for row in made if isinstance(row, _Dropped)])
-    if said := in_words(cuts.cut, cuts.prompts, cuts.answers, cuts.dropped):
-        log.warning("rows longer than task.max_length=%d, of %s: %s", max_length, f"{len(made):,}", said)
+    if summary := in_words(cuts.cut, cuts.prompts, cuts.answers, cuts.dropped):
+        log.warning("rows longer than task.max_length=%d, of %s: %s", max_length, f"{len(made):,}", summary)
     classes = _classes(pairs.take(kept))
     return Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes), kept, cuts
 
@@ -170,7 +170,7 @@ def _fitted(encode: Encode, pairs: Pairs, rooms: Sequence[int]) -> list[_Fitted]
     """Each question in as many characters as its room of tokens takes.  All rows are searched side by side, because
     tokenizers are an order faster with many texts at a time."""
     texts, spans = pairs.questions, pairs.spans or [((0, len(text)),) for text in pairs.questions]
-    longest = [max((end - begin for begin, end in own), default=0) for own in spans]
+    longest = [max((end - begin for begin, end in row_spans), default=0) for row_spans in spans]
     searches = [_search(most, room) for most, room in zip(longest, rooms, strict=True)]
     asked, found = {row: next(search) for row, search in enumerate(searches)}, dict[int, _Fitted]()
     while asked:
@@ -216,8 +216,8 @@ def _search(longest: int, room: int) -> Generator[int, list[int], _Fitted]:
 
 
 def _begun(encode: Encode, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """As `encode`, for who needs only `max_length` tokens and the closing one: of a long text no more is read than may
-    be needed, up to a space, where tokens end.  Where that was too little, the whole text is."""
+    """Tokens of `encode` for callers that need only `max_length` tokens and the closing one: encodes the start of a
+    long text, up to a space, where tokens end; the whole text where that gives too few."""
     most = max_length * _CHARACTERS
     made = encode([text if len(text) <= most else text[:most].rpartition(" ")[0] or text[:most] for text in texts])
     again = [row for row, text in enumerate(texts) if len(text) > most and len(made[row]) <= max_length]

@@ -1,1 +1,1 @@
-"""Ranks, drift and overlap of what clients learn; alerts."""
+"""Ranks, drift and overlap of clients' changes; alerts."""

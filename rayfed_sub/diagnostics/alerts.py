@@ -1,7 +1,7 @@
 """Alerts on signs of trouble in a run's rows: the observation, its likely cause, the key to change.
 
-Plain rules with fixed thresholds, each with its reason below.  A rule waits until it has seen enough not to take noise
-for an alert, and looks at the newest rows, so it may be asked after every round.
+Plain rules with fixed thresholds, each with its reason below.  A rule waits for enough rows not to take noise for a
+sign, and reads the newest ones, so it can run after every round.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer
 from rayfed_sub.methods import METHODS, class_of
 
-# What a loss must do.
+# Thresholds on losses.
 _LEAST = 0.005  # relative fall that counts as progress; two evaluations on some dozens of rows differ by less by chance
 _WORSE = 0.05  # relative rise of the held-out loss above its best that is no wobble any more: ten times as much
 _NATS = 0.02  # a loss that moves by less (nats per label) stands still, however much that is of a small one
-_JUDGED = 3  # evaluations after training, before anything is said of the loss
+_JUDGED = 3  # evaluations after training, before a rule judges the loss
 
-# What diagnostics must show, in so many looks in a row: one cohort may be an unlucky draw.
-LOOKS = 3
+# Thresholds on diagnostics, which so many diagnosed rounds in a row must pass: one cohort may be an unlucky draw.
+DIAGNOSED_ROUNDS = 3
 # Mean cosine of two clients' changes.  At 0.05 the mean of eight is 41 % as long as one of them, at 0 it is 35 %.
 # Healthy runs come there too as they near their end: it is an alert only where the loss has stopped falling.
 _AGREEMENT = 0.05
@@ -33,14 +33,14 @@ _CROSS = 0.1  # share of the mean product of B and A that averaging them apart l
 _TRUNCATED = 0.3  # share of the norm: 9 % of the square, which is what the truncation minimises
 _ENERGY = 0.3  # share of a gradient's square that its strongest directions hold: below it most of it is elsewhere
 
-# What machines must do.
+# Thresholds on machines.
 _MEMORY = 1.2  # times the planned memory: plans are right within a fifth; and times what it was when it began to grow
 _GROWING = 6  # rounds in a row in which memory grows; caches and heaps settle within the first two or three
 _SKIPPED = 0.1  # share of clients' rounds: with more, the mean is one over other data
 _FEW = 3  # failures or retries that may be accidents
 
 BY_METHOD = ("cross term", "truncation", "full rank", "gradients")
-"""The rules that hold for methods which name them (`alerts` in `methods/protocol.py`); all others hold for all."""
+"""Rules for methods that name them (`alerts` in `methods/protocol.py`); all other rules hold for every method."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ def alerts(
 ) -> list[Alert]:
     """Alerts on the rows so far, the gravest first; empty for a healthy run.
 
-    rounds: all rows so far, in order.  layers, client_layers: those of the newest three rounds that diagnostics looked
-    at; older ones do no harm.  before: held-out loss before training; planned: bytes of memory; both may be unknown.
+    rounds: all rows so far, in order.  layers, client_layers: rows of the newest three diagnosed rounds; older rows do
+    no harm.  before: held-out loss before training; planned: bytes of memory; both may be unknown.
     A missing figure is None or NaN, so rows of a table serve as well.
     """
     method = str(config.method["name"])
-    own, looks = _rules_of(method), _newest(layers)
+    rules, diagnosed = _rules_of(method), _newest(layers)
     found = [
         *_losses(rounds, config, before),
-        *_drift(rounds, looks, config),
-        *(_cross_term(looks, method) if "cross term" in own else ()),
-        *(_truncation(looks) if "truncation" in own else ()),
-        *(_full_rank(looks) if "full rank" in own else ()),
-        *(_gradients(_newest(client_layers)) if "gradients" in own else ()),
+        *_drift(rounds, diagnosed, config),
+        *(_cross_term(diagnosed, method) if "cross term" in rules else ()),
+        *(_truncation(diagnosed) if "truncation" in rules else ()),
+        *(_full_rank(diagnosed) if "full rank" in rules else ()),
+        *(_gradients(_newest(client_layers)) if "gradients" in rules else ()),
         *_memory(rounds, planned),
         *_trouble(rounds, config),
     ]
@@ -102,8 +102,8 @@ def alerts(
 
 
 def _rules_of(method: str) -> frozenset[str]:
-    """The rules of BY_METHOD that a method names.  A class outside the table is not imported for it: alerts are also
-    raised on folders that others made."""
+    """The rules of BY_METHOD that a method names.  A class outside the table of methods is not imported: a run
+    folder may come from somebody else."""
     rules: frozenset[str] = getattr(class_of(method), "alerts", frozenset()) if method in METHODS else frozenset()
     return rules
 
@@ -143,14 +143,14 @@ def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> It
             yield Alert("no progress", f"{seen}, while the training loss falls by {-trend:.1%}: {cause}; {keys}")
 
 
-def _drift(rounds: Sequence[Round], looks: Sequence[Sequence[CohortLayer]], config: Config) -> Iterator[Alert]:
-    """Clients pull apart, and the held-out loss stands still: orthogonal changes alone are no harm."""
+def _drift(rounds: Sequence[Round], diagnosed: Sequence[Sequence[CohortLayer]], config: Config) -> Iterator[Alert]:
+    """Disagreeing clients while the held-out loss stands still: orthogonal changes alone do no harm."""
     judged = [loss for _, loss in _judged(rounds, config)]
     if len(judged) < _JUDGED or min(judged[-2:]) < min(judged[:-2]) * (1 - _LEAST):
         return
-    agreements = [_median(look, "agreement") for look in looks]
+    agreements = [_median(rows, "agreement") for rows in diagnosed]
     if _shown([None if a is None else -a for a in agreements], -_AGREEMENT):
-        drift, agreement = _median(looks[-1], "drift"), agreements[-1]
+        drift, agreement = _median(diagnosed[-1], "drift"), agreements[-1]
         strayed = "" if drift is None else f", they lie {drift:.1f} times its length from their mean"
         yield Alert(
             "client drift",
@@ -160,8 +160,8 @@ def _drift(rounds: Sequence[Round], looks: Sequence[Sequence[CohortLayer]], conf
         )
 
 
-def _cross_term(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Alert]:
-    shares = [_median(look, "cross_term") for look in looks]
+def _cross_term(diagnosed: Sequence[Sequence[CohortLayer]], method: str) -> Iterator[Alert]:
+    shares = [_median(rows, "cross_term") for rows in diagnosed]
     if _shown(shares, _CROSS):
         yield Alert(
             "cross term",
@@ -170,8 +170,8 @@ def _cross_term(looks: Sequence[Sequence[CohortLayer]], method: str) -> Iterator
         )
 
 
-def _truncation(looks: Sequence[Sequence[CohortLayer]]) -> Iterator[Alert]:
-    shares = [_median(look, "truncated") for look in looks]
+def _truncation(diagnosed: Sequence[Sequence[CohortLayer]]) -> Iterator[Alert]:
+    shares = [_median(rows, "truncated") for rows in diagnosed]
     if _shown(shares, _TRUNCATED):
         yield Alert(
             "truncation",
@@ -180,23 +180,24 @@ def _truncation(looks: Sequence[Sequence[CohortLayer]]) -> Iterator[Alert]:
         )
 
 
-def _full_rank(looks: Sequence[Sequence[CohortLayer]]) -> Iterator[Alert]:
-    """Most layers' mean change has the rank that a dense one has."""
+def _full_rank(diagnosed: Sequence[Sequence[CohortLayer]]) -> Iterator[Alert]:
+    """Mean changes of full rank in most layers."""
 
-    def full(look: Sequence[CohortLayer]) -> float:
-        return sum(bool(row.full_rank) and _number(row.rank) == row.full_rank for row in look) / len(look)
+    def full(rows: Sequence[CohortLayer]) -> float:
+        return sum(bool(row.full_rank) and _number(row.rank) == row.full_rank for row in rows) / len(rows)
 
-    if _shown([full(look) for look in looks], 0.5):
-        most = statistics.median(row.full_rank for row in looks[-1])
+    if _shown([full(rows) for rows in diagnosed], 0.5):
+        most = statistics.median(row.full_rank for row in diagnosed[-1])
         yield Alert(
             "full rank",
-            f"the mean change has full rank ({most:g}, median over layers) in {full(looks[-1]):.0%} of the layers: of "
-            "so many clients' changes nothing low-rank is left to send down; lower federation.sampled or method.rank",
+            f"the mean change has full rank ({most:g}, median over layers) in {full(diagnosed[-1]):.0%} of the layers: "
+            "of so many clients' changes nothing low-rank is left to send down; lower federation.sampled or "
+            "method.rank",
         )
 
 
-def _gradients(looks: Sequence[Sequence[ClientLayer]]) -> Iterator[Alert]:
-    shares = [_median(look, "gradient_energy") for look in looks]
+def _gradients(diagnosed: Sequence[Sequence[ClientLayer]]) -> Iterator[Alert]:
+    shares = [_median(rows, "gradient_energy") for rows in diagnosed]
     if _shown([None if share is None else -share for share in shares], -_ENERGY):
         yield Alert(
             "gradients",
@@ -206,7 +207,7 @@ def _gradients(looks: Sequence[Sequence[ClientLayer]]) -> Iterator[Alert]:
 
 
 def _memory(rounds: Sequence[Round], planned: int | None) -> Iterator[Alert]:
-    """More than planned, or ever more."""
+    """Memory above the plan, or memory that keeps growing."""
     used = [memory for row in rounds if (memory := _number(row.memory_bytes)) is not None]
     expected = _number(planned)
     if used and expected and max(used) > _MEMORY * expected:
@@ -259,15 +260,15 @@ def _trend(rounds: Sequence[Round]) -> float | None:
 
 
 def _newest(rows: Sequence[Any]) -> list[list[Any]]:
-    """The rows of the newest rounds that were looked at, by round; empty as long as there are too few of them."""
+    """The rows of the newest diagnosed rounds, by round; empty while there are too few such rounds."""
     rounds: dict[int, list[Any]] = {}
     for row in rows:
         rounds.setdefault(row.round, []).append(row)
-    return [rounds[n] for n in sorted(rounds)[-LOOKS:]] if len(rounds) >= LOOKS else []
+    return [rounds[n] for n in sorted(rounds)[-DIAGNOSED_ROUNDS:]] if len(rounds) >= DIAGNOSED_ROUNDS else []
 
 
 def _median(rows: Sequence[Any], figure: str) -> float | None:
-    """Over the rows that have the figure."""
+    """Median over the rows that have the figure; None where none has."""
     numbers = [number for row in rows if (number := _number(getattr(row, figure))) is not None]
     return statistics.median(numbers) if numbers else None
 
@@ -278,7 +279,7 @@ def _shown(figures: Sequence[float | None], threshold: float) -> bool:
 
 
 def _number(figure: Any) -> float | None:
-    """A figure, or None where it is missing in whatever way a table marks it, or not finite."""
+    """A number as float; None where it is missing (None or NaN) or not finite."""
     return float(figure) if isinstance(figure, Real) and math.isfinite(figure) else None
 
 

@@ -1,14 +1,13 @@
 """Change of one layer by one client's round, as factors small enough to leave the worker.
 
 Two matrices (m, n) per client and layer, never formed:
-    change D   the effective weight after the client's round less that before it, without what weight decay took
-               from the weight itself
-    term E     what the client holds on top of the round's frozen weight at the end
+    change D   difference of the effective weight over the client's round, without weight decay of the weight itself
+    term E     the client's addition to the round's frozen weight at the end
 With l, c, r for left, core and right, 1 after and 0 before the round, s the scale:
     GaLore     D = E = left @ right of the round's blocks
     LoRA       D = s (l1 c1 r1 - l0 c0 r0) = s (l1 c1 - l0 c0) r1 + s l0 c0 (r1 - r0),    E = s l1 c1 r1
     dense      D = W1 - W0, no E
-The second form of LoRA's D takes like from like before it multiplies: after a tiny step nothing cancels.
+The second form of LoRA's D subtracts before it multiplies, so that digits do not cancel after a tiny step.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, LocalResult, Start, Tensors
 
 ROWS = 64
-"""Rows of a dense change that are looked at."""
+"""Sampled rows of a dense change."""
 WIDEST = 128
-"""Most columns of a change as factors; many closed blocks of GaLore make wider ones, of which rows are looked at."""
+"""Most columns of a change as factors; wider changes, from many closed blocks of GaLore, are sampled by rows."""
 
 
 @dataclass(frozen=True)
 class ClientChange:
-    """One client's round in one layer; float32.
+    """Change of a layer in a client's round; float32.
 
     tensors, as factors: `left` (m, a) and `right` (a, n), and where they are needed `before` (m, b) and `shift` (b, n):
         D = left @ right + before @ shift,    E = (left + before) @ right
-    a tensor that is not there stands for zeros; `shift` comes only with `before`.  Or, of a dense change and of one
-    wider than WIDEST, a sample: `rows` (min(m, ROWS), n), the same rows of D for all clients, times sqrt(m / rows).
-    norm: ||D||_F, of all rows.  turned: overlap of the subspace on the side that GaLore projects before and after the
-    round, ||Q0 Q1^T||_F^2 / min(r0, r1), 1: not turned; None where there was none before, or for dense ones.
-    energy, gradient_rank: share of the squared norm of the first local step's gradient that its strongest directions
-    hold, and its effective rank; None where not looked at.
+    a missing tensor stands for zeros; `shift` comes only with `before`.  For dense changes and those wider than WIDEST
+    a sample: `rows` (min(m, ROWS), n), the same rows of D for all clients, times sqrt(m / rows).
+    norm: ||D||_F, of all rows.  turned: overlap of the subspaces before and after the round, on the side that GaLore
+    projects, ||Q0 Q1^T||_F^2 / min(r0, r1), 1 if equal; None without a subspace before, and for dense changes.
+    energy, gradient_rank: share of the squared norm of the first local step's gradient in its strongest directions, and
+    its effective rank; None where not measured.
     """
 
     kind: Literal["galore", "lora", "core", "dense"]
@@ -60,7 +59,7 @@ def client_change(
 ) -> ClientChange | None:
     """Change of the layer between `start` and `result`; None where the round failed or did not touch the layer.
 
-    gradient: (energy, effective rank) of the first gradient, where somebody looked.
+    gradient: (energy, effective rank) of the first gradient, if measured.
     """
     left, right, core, weight = (f"{layer.name}/{role}" for role in ("left", "right", "core", "weight"))
     energy, gradient_rank = (None, None) if gradient is None else gradient
@@ -90,7 +89,7 @@ def client_change(
 
 
 def rows(layer: Layer, client_change: ClientChange) -> Tensor:
-    """The sampled rows of the change, (min(m, ROWS), n) float64, whether it came as factors or as a sample."""
+    """The sampled rows of the change, (min(m, ROWS), n) float64, from factors or from the sample."""
     tensors = client_change.tensors
     if "rows" in tensors:
         return tensors["rows"].double()
@@ -122,7 +121,7 @@ def _sample(layer: Layer, after_mn: Tensor, before_mn: Tensor) -> tuple[dict[str
 
 
 def _chosen(layer: Layer) -> tuple[Tensor, float]:
-    """The sampled rows' numbers in order, and the factor that makes up for the others."""
+    """Sorted indices of the sampled rows, and the factor that scales them to all rows."""
     if layer.m <= ROWS:
         return torch.arange(layer.m), 1.0
     drawn = stream(0, "sampled rows", layer.name).choice(layer.m, ROWS, replace=False)

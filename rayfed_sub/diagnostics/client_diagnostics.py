@@ -1,6 +1,6 @@
-"""Diagnostics on their way through a round: the clients that workers watch, what they send, the coordinator's rows.
+"""Diagnostics of a round: the watched clients, the measurements that workers send, the coordinator's rows.
 
-Nothing here touches what is learned: with and without diagnostics a run has the same bits.
+Diagnostics only read: a run has the same bits with and without them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ClientDiagnostics:
 
 
 def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> list[int]:
-    """The clients of round n, counted from 0, that are watched: when an evaluation of the same `every` is due.
+    """The watched clients of round n, counted from 0; none unless diagnostics are due.
 
     >>> cohort = [10, 11, 12, 13, 14, 15]
     >>> [watched(Diagnostics(clients=3, every=2), n, 3, cohort) for n in range(3)]
@@ -42,12 +42,12 @@ def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> l
 
 
 def due(asked: Diagnostics, n: int, rounds: int) -> bool:
-    """True where round n, counted from 0, is watched."""
+    """True where diagnostics are due in round n, counted from 0: as an evaluation with the same `every`."""
     return asked.every > 0 and ((n + 1) % asked.every == 0 or n + 1 == rounds)
 
 
 def spaced(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of them, evenly spaced.
+    """At most `most` of the items, evenly spaced.
 
     >>> spaced("abcdef", 4), spaced("ab", 4), spaced("ab", 0)
     (['a', 'b', 'd', 'e'], ['a', 'b'], [])
@@ -57,7 +57,7 @@ def spaced(items: Sequence[T], most: int) -> list[T]:
 
 
 def gradient_watch(asked: Diagnostics, shape: ModelShape, starts: Mapping[int, Start]) -> GradientWatch:
-    """Watch of the first of a pack's watched clients, given their starts."""
+    """Gradient watch of a pack's first watched client; starts: of the watched clients."""
     layers = frozenset(layer.name for layer in spaced(spaced(shape.targets, asked.layers), asked.gradient_layers))
     left = f"{shape.targets[0].name}/left"
     ranks = {
@@ -70,10 +70,10 @@ def gradient_watch(asked: Diagnostics, shape: ModelShape, starts: Mapping[int, S
 def measured(
     asked: Diagnostics, shape: ModelShape, start: Start, result: LocalResult, weight: float, watch: GradientWatch
 ) -> ClientDiagnostics:
-    """One client's round as it is sent."""
+    """Diagnostics of a client's round, as workers send them."""
     layers, targets = {}, spaced(shape.targets, asked.layers)
     wanted = tuple(f"{layer.name}/" for layer in targets)
-    # What a client begins with lies on the worker's device, what it ends with does not.
+    # The start's tensors are on the worker's device, the result's are not.
     start = replace(start, tensors={name: x.cpu() for name, x in start.tensors.items() if name.startswith(wanted)})
     for layer in targets:
         moved = client_change(layer, start, result, watch.seen.get((result.client, layer.name)))
@@ -83,7 +83,7 @@ def measured(
 
 
 def kept(client: ClientDiagnostics) -> ClientDiagnostics:
-    """The same in memory of its own: a view into the object store would keep the whole pack's results there."""
+    """A copy: views into the object store would keep the whole pack's results in memory."""
     layers = {
         name: replace(found, tensors={role: tensor.clone() for role, tensor in found.tensors.items()})
         for name, found in client.layers.items()
@@ -94,17 +94,17 @@ def kept(client: ClientDiagnostics) -> ClientDiagnostics:
 def rows(
     n: int, shape: ModelShape, watched: Sequence[ClientDiagnostics], server: Mapping[str, ServerChange]
 ) -> tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]:
-    """A round's rows, layer by layer; server: by layer its own change."""
+    """Rows of a round, layer by layer; server: the server's changes by layer."""
     cohort: list[CohortLayer] = []
     clients: list[ClientLayer] = []
     for layer in shape.targets:
         seen = [(one.client, one.weight, one.layers[layer.name]) for one in watched if layer.name in one.layers]
         if not seen:
             continue
-        own, together = diagnose(n, layer, seen)
+        client_rows, cohort_row = diagnose(n, layer, seen)
         if layer.name in server:
-            own_change = server[layer.name]
-            together = replace(together, server_rank=own_change.rank, accumulated=own_change.accumulated)
-        cohort.append(together)
-        clients += own
+            change = server[layer.name]
+            cohort_row = replace(cohort_row, server_rank=change.rank, accumulated=change.accumulated)
+        cohort.append(cohort_row)
+        clients += client_rows
     return tuple(cohort), tuple(clients)

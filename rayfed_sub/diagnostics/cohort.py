@@ -1,11 +1,12 @@
 """Diagnostics of a cohort, by layer, from watched clients' changes: norms, ranks, drift, overlap, truncation.
 
-With D_k and E_k, client k's change and term (see `client_change.py`), p_k its weight over the sum of the watched
-clients', all of them (m, n): D = sum_k p_k D_k, the mean change        P = sum_k p_k E_k, the mean term Everything but
-the spectra of wide sums comes from two Grams in float64, those of all clients' left and of all clients' right factors,
-side by side: <D_j, D_k> is a sum over one block of both, a client's spectrum needs its own diagonal blocks, the
-spectrum of D the whole.  Figures have no unit; norms have the weights' own.  No figure is ever NaN: one that does not
-exist (a direction of nothing, a pair of one client) is None.
+D_k and E_k are client k's change and term (see `client_change.py`), p_k its weight divided by the watched clients' sum:
+    D = sum_k p_k D_k    mean change (m, n)
+    P = sum_k p_k E_k    mean term (m, n)
+All figures but the spectra of wide sums follow from two Gram matrices in float64, of all clients' left factors and of
+all clients' right factors: <D_j, D_k> is a sum over one block of both, a client's spectrum needs its diagonal blocks,
+the spectrum of D the whole.  Norms have the unit of the weights, other figures none.  An undefined figure (direction of
+a zero change, pairs of a single client) is None, never NaN.
 
 Legend: N watched clients, m, n layer sizes, a columns of a client's term, R of its change, K = N R, q directions.
 """
@@ -27,11 +28,11 @@ CLIENT_VALUES, COHORT_VALUES = 16, 64
 """Most singular values that a row keeps."""
 
 Watched = Sequence[tuple[int, float, ClientChange]]
-"""(client, raw weight, client_change) of those whose round is looked at."""
+"""(client, raw weight, change) of each watched client."""
 
 
 def diagnose(round: int, layer: Layer, watched: Watched) -> tuple[list[ClientLayer], CohortLayer]:
-    """The rows of one layer and round; one client at least; `accumulated` and `server_rank` are left None.
+    """Rows of a layer and round, for at least one client; `accumulated` and `server_rank` stay None.
 
     It takes O(K^2 (m + n) + K^3) operations and two (K, K) float64 matrices, K the columns of all clients' factors;
     nothing of size N m n, and of size m n only where K > min(m, n) or where a change came as a sample.
@@ -121,7 +122,7 @@ class _Pairs:
 
 
 def _pairs(inner_NN: Tensor, p_N: Tensor) -> _Pairs:
-    """inner: <D_j, D_k>.  A mean within float32's rounding of what it is the mean of counts as zero."""
+    """Figures from inner = <D_j, D_k>.  A mean below float32's rounding error of its terms counts as zero."""
     square_N, dot_N = inner_NN.diagonal().clamp_min(0), inner_NN @ p_N
     norm_N = square_N.sqrt()
     norm = float((p_N @ dot_N).clamp_min(0).sqrt())
@@ -210,7 +211,7 @@ def _gram(x_Nhax: Tensor) -> Tensor:
 
 
 def _singular_values(layer: Layer, products: _Products, p_N: Tensor) -> Tensor:
-    """Those of sum_k p_k L_k R_k, float64, largest first."""
+    """Singular values of sum_k p_k L_k R_k, float64, largest first."""
     N, c, _ = products.left_Ncm.shape
     if N * c > min(layer.m, layer.n):  # the sum itself is smaller than the Grams
         left_Km = (products.left_Ncm * p_N[:, None, None]).reshape(N * c, layer.m)
@@ -259,7 +260,7 @@ def _right(layer: Layer) -> bool:
 
 
 def _overlap(layer: Layer, stack: _Stack, W_Ncc: Tensor, ranks: Sequence[int]) -> float | None:
-    """The mean over pairs of moved clients; None where there is no pair."""
+    """Mean subspace overlap over pairs of clients with a change; None without a pair."""
     count_N = torch.tensor([min(pair) for pair in zip(ranks, stack.columns, strict=True)])
     moved = count_N.nonzero()[:, 0]
     j, k = moved[torch.triu_indices(len(moved), len(moved), 1)]

@@ -21,7 +21,7 @@ from rayfed_sub.core.lowrank import root
 class GradientWatch:
     """Gradients to measure, and the measurements.
 
-    ranks: client -> the r whose share is asked for; layers: names.  seen: (client, layer) -> (energy, effective rank).
+    ranks: client -> rank r of the share; layers: names.  seen: (client, layer) -> (energy, effective rank).
     """
 
     ranks: dict[int, int]
@@ -29,7 +29,7 @@ class GradientWatch:
     seen: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)
 
     def hooks(self, layer: str, clients: Sequence[int]) -> list[Callable[[Tensor, Tensor], None]]:
-        """The layer's backward hook, which takes x (G, N, n) and d (G, N, m); none where nothing is looked at."""
+        """The layer's backward hooks of x (G, N, n) and d (G, N, m); none for a layer or pack that is not watched."""
         watched = [(g, client) for g, client in enumerate(clients) if client in self.ranks]
         if layer not in self.layers or not watched:
             return []

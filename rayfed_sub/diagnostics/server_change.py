@@ -1,8 +1,8 @@
-"""The server's own change in a round: its numerical rank (rank inflation: Prop. 1 of arXiv 2410.23111), and how far
-the weight has come.
+"""The server's change in a round: its numerical rank (rank inflation: Prop. 1 of arXiv 2410.23111), and the distance
+of the weight from the pretrained one.
 
-What counts as zero is what storing the weight W in float32 makes up by itself: noise of at most eps/2 * max|W| per
-entry, whose spectral norm stays below eps/2 * max|W| * (sqrt m + sqrt n); four times that is the cut.
+Singular values up to the rounding noise of the weight W in float32 count as zero: noise of at most eps/2 * max|W| per
+entry, whose spectral norm stays below eps/2 * max|W| * (sqrt m + sqrt n); four times that is the threshold.
 
 Legend: m, n the weight's sizes, R summed rank of blocks, k columns of a sketch.
 """
@@ -18,20 +18,20 @@ from torch import Tensor
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Change, Tensors
 
-_SPARE = 16  # columns of a sketch beyond the rank that is looked for
-_WORTH = 4  # a sketch is taken where it is so many times smaller than the matrix
+_SPARE = 16  # columns of a sketch beyond the expected rank
+_WORTH = 4  # a sketch is used where it is at least so many times smaller than the matrix
 
 
 def add_ranks(so_far: Mapping[str, int | None], update: Tensors) -> dict[str, int | None]:
-    """By layer, the summed rank of the updates so far and this one; None where one did not come as factors."""
-    own = {name: sent_rank(update, name) for name in so_far}
+    """Summed rank by layer of the updates so far and this one; None where one was not sent as factors."""
+    new = {name: sent_rank(update, name) for name in so_far}
     return {
-        name: None if total is None or (rank := own[name]) is None else total + rank for name, total in so_far.items()
+        name: None if total is None or (rank := new[name]) is None else total + rank for name, total in so_far.items()
     }
 
 
 def sent_rank(tensors: Tensors, layer: str) -> int | None:
-    """Rank of the factors that an update holds for the layer, of one of them at least; None where it has none.
+    """Rank of the factors, or of the single factor, that an update holds for the layer; None where it has none.
 
     >>> sent_rank({"up/left": torch.zeros(5, 2), "up/right": torch.zeros(2, 3)}, "up")
     2
@@ -44,8 +44,8 @@ def sent_rank(tensors: Tensors, layer: str) -> int | None:
 
 @dataclass(frozen=True)
 class ServerChange:
-    """One layer's change at the server in a round.  rank: see `moved_rank`; accumulated: how far the weight has come
-    since it was pretrained, ||W - W_0||_F / ||W_0||_F."""
+    """A layer's change at the server in a round.  rank: see `moved_rank`; accumulated: relative distance from the
+    pretrained weight, ||W - W_0||_F / ||W_0||_F."""
 
     rank: int
     accumulated: float
@@ -56,9 +56,9 @@ def server_change(
 ) -> ServerChange | None:
     """The layer's change from before a round to after it, both relative to the pretrained weight W (m, n).
 
-    expected: the summed rank of the round's updates, if they came as factors and the change is their mean, so that it
-    cannot exceed it.  None where a dense change of no expected rank, which takes seconds a large layer, is not asked
-    for (dense).
+    expected: summed rank of the round's updates, an upper bound if they were sent as factors and the change is their
+    mean.  Returns None for a dense change without an expected rank, which takes seconds for a large layer, unless
+    `dense` is set.
     """
     if after.dense is not None and expected is None and not dense:
         return None
@@ -70,9 +70,9 @@ def server_change(
 def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None) -> int:
     """Rank of after - before, both (m, n) float32.
 
-    expected: a rank that the change is expected not to exceed, such as the summed rank of the updates it was made from;
-    a sketch then takes the place of the Gram of the short side.  Where the change exceeds it (weight decay, momentum,
-    noise), the Gram is taken after all: the figure is the same either way.
+    expected: likely upper bound of the rank, such as the summed rank of the updates; a sketch then replaces the Gram
+    matrix of the short side.  Where the rank exceeds it (weight decay, momentum, noise), the Gram matrix is used after
+    all: the result is the same either way.
 
     >>> W = torch.zeros(4, 3)
     >>> change_rank(W, W + torch.ones(4, 1) @ torch.ones(1, 3))
@@ -90,10 +90,10 @@ def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None
 
 
 def moved_rank(before: Change, after: Change, W_mn: Tensor, after_mn: Tensor, expected: int | None = None) -> int:
-    """Rank of what lies between two changes of the pretrained weight W; after_mn: `after.apply(W)`, all (m, n) float32.
+    """Rank of the difference of two changes of the pretrained weight W; after_mn: `after.apply(W)`, all (m, n) float32.
 
-    Where both are blocks over equal multiples of W, from the blocks' factors alone; otherwise see `change_rank`.
-    expected: of the updates alone; blocks that are replaced count besides.
+    Computed from the factors alone where both are blocks over equal multiples of W; otherwise see `change_rank`.
+    expected: of the updates alone; replaced blocks are added to it here.
     """
     if expected is not None:
         expected += sum(block.right.shape[0] for block in before.blocks)
@@ -114,7 +114,7 @@ def _left(left_mr: Tensor, core_rr: Tensor | None) -> Tensor:
 
 
 def _noise(after_mn: Tensor) -> float:
-    """The cut for singular values."""
+    """Threshold below which singular values count as zero."""
     low, high = torch.aminmax(after_mn)
     m, n = after_mn.shape
     cut: float = 2 * torch.finfo(torch.float32).eps * max(-float(low), float(high)) * (m**0.5 + n**0.5)
@@ -124,7 +124,7 @@ def _noise(after_mn: Tensor) -> float:
 def _sketched(change_mn: Tensor, k: int) -> Tensor:
     """The k largest singular values, (k,) float64, from k random directions after two turns of subspace iteration.
 
-    None is larger than the matrix's own.  The directions are found in float32, the values in float64.
+    They do not exceed the matrix's singular values.  The directions are found in float32, the values in float64.
     """
     float_mn = change_mn.float()
     draw_nk = stream(0, "rank sketch", *change_mn.shape).standard_normal((change_mn.shape[1], k))

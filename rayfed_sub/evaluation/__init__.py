@@ -1,1 +1,1 @@
-"""From predictions to scores."""
+"""Scores from predictions."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def class_scores(labels: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict[str, float]:
-    """`accuracy`, `macro_f1` and `f1/<name>` for each class that occurs, all in [0, 1]; class i is called names[i].
+    """`accuracy`, `macro_f1` and `f1/<name>` for each class that occurs, in [0, 1]; names[i] is the name of class i.
 
-    A class's F1 is 2 tp / (2 tp + fp + fn), which is 0 / 0 for a class that occurs in neither `labels` nor `predicted`:
-    it has no score.  macro_f1 is the plain mean over the others, as scikit-learn has it: a client that holds two of
-    four classes is judged on those two, and on every other one that it wrongly names.  Raises ValueError for no rows,
+    A class's F1 is 2 tp / (2 tp + fp + fn); a class that occurs in neither `labels` nor `predicted` (0 / 0) has no
+    score.  macro_f1 is the unweighted mean over the other classes, as in scikit-learn: a client with two of four
+    classes is scored on those two, and on every other class that the model predicts.  Raises ValueError for no rows,
     lists of different lengths, or a class without a name.
 
     >>> sorted(class_scores([0, 0, 1], [0, 1, 1], ["no", "yes", "maybe"]))

@@ -1,6 +1,6 @@
-"""The same scores as `evaluate.Metric` classes, for code that works with evaluate; nothing is fetched from the hub.
+"""The built-in scores as `evaluate.Metric` classes, for code that uses evaluate; nothing is fetched from the hub.
 
-The engine calls the functions themselves: importing evaluate takes seconds.
+The engine calls the functions directly: importing evaluate takes seconds.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from rayfed_sub.evaluation.language import perplexity, token_accuracy
 
 
 def metric(name: str, cache_dir: str) -> Any:
-    """One of `METRICS` as an `evaluate.Metric` with `add`, `add_batch` and `compute`.
+    """A metric of `METRICS` as an `evaluate.Metric` with `add`, `add_batch` and `compute`.
 
-    Everything stays in memory, but `evaluate` makes an empty folder in cache_dir.  `compute` gives:
+    Everything stays in memory, but `evaluate` makes an empty folder in cache_dir.  `compute` returns:
 
     - rouge_l, bleu_4: {name: score, or None} of texts, as published; rouge_l_unicode, bleu_4_unicode: over the words of
       any script.
     - token_accuracy: {name: share, or None} of token numbers; a reference of -100 is no label.
     - perplexity: {name: value}; predictions are losses, nats of one label each, and there are no references.
-    - macro_f1: `class_scores`, and `confusion`, of class numbers; wants `compute(names=[...])`, the classes' names.
+    - macro_f1: `class_scores`, and `confusion`, of class numbers; needs `compute(names=[...])`, the classes' names.
 
-    Raises ValueError for another name; `compute` raises what the functions raise.
+    Raises ValueError for another name; `compute` raises the errors of the functions.
     """
     import datasets
     import evaluate
@@ -51,8 +51,7 @@ def metric(name: str, cache_dir: str) -> Any:
 
 @dataclass(frozen=True)
 class Form:
-    """Description of a function as an `evaluate.Metric`: the columns it takes, with their types, and its results by
-    name."""
+    """Description of an `evaluate.Metric`: its columns with their types, and the function that computes it."""
 
     description: str
     columns: Mapping[str, str]
@@ -94,7 +93,7 @@ _TEXT_DESCRIPTIONS = {
 }
 
 METRICS: Mapping[str, Form] = {
-    **{name: Form(said, _TEXTS, _text_score(name)) for name, said in _TEXT_DESCRIPTIONS.items()},
+    **{name: Form(description, _TEXTS, _text_score(name)) for name, description in _TEXT_DESCRIPTIONS.items()},
     "token_accuracy": Form("Share of the labels that were foretold.", _NUMBERS, _token_accuracy),
     "perplexity": Form("exp of the mean loss in nats per label.", {"predictions": "float64"}, _perplexity),
     "macro_f1": Form("F1 of each class and their mean, accuracy, confusion matrix.", _NUMBERS, _macro_f1),

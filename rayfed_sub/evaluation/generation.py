@@ -1,9 +1,9 @@
 """Scores of generated texts against references, each in [0, 1]: as published, and over the words of any script.
 
-The published scores know few scripts.  rouge-score's words are runs of [a-z0-9]: of a Hindi text it reads the digits,
-of a Chinese one nothing.  WMT's tokenizer 13a, BLEU's default, splits at spaces and ASCII punctuation: a sentence in a
-script without spaces is one word.  They are None where they read less than half of what the references consist of.
-The scores named `_unicode` read every script, and agree with the published ones on texts of ASCII characters.
+The published scores support few scripts.  rouge-score's words are runs of [a-z0-9]: it reads only the digits of a Hindi
+text, and nothing of a Chinese one.  WMT's tokenizer 13a, BLEU's default, splits at spaces and ASCII punctuation: a
+sentence in a script without spaces is one word.  Published scores are None where they read less than half of the
+references.  The scores named `_unicode` read every script, and equal the published ones on ASCII texts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores of a language model over its labels: the tokens it has to foretell."""
+"""Scores of a language model over its labels, the tokens to predict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def perplexity(loss: float) -> float:
 
 
 def token_accuracy(hits: int, labels: int) -> float | None:
-    """The share of labels that were the most probable token, in [0, 1]; None without labels: nothing was asked.
+    """The share of labels that were the most probable token, in [0, 1]; None without labels.
 
     >>> token_accuracy(3, 4), token_accuracy(0, 0)
     (0.75, None)

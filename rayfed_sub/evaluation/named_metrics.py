@@ -1,6 +1,7 @@
-"""Metrics that a configuration names besides the built-in scores: a hub id or a local path, loaded by `evaluate`.
+"""Additional metrics named in the configuration by hub id or local path, loaded by `evaluate`.
 
-They read texts (greedy answers and references) or class numbers (predicted and true), and give numbers by name.
+Their inputs are texts (greedy answers and references) or class numbers (predicted and true), their results numbers by
+name.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from rayfed_sub.core.errors import UserError
 
 FIELD = "evaluation.metrics"
 Compute = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
-"""Predictions and references, texts or class numbers, to scores by name."""
+"""Function from predictions and references, texts or class numbers, to scores by name."""
 
 
 def load_metrics(names: Sequence[str], sample: Sequence[Any]) -> dict[str, Compute]:
-    """The metrics of these names, by name; a score is called `<metric>/<its name>`.
+    """The metrics of these names, by name; their scores are named `<metric>/<score>`.
 
-    sample: predictions, and references equal to them, on which each metric is tried.  Raises UserError for a name that
-    `evaluate` cannot load, two of the same last part, and a metric that wants more than predictions and references or
-    gives no number.
+    sample: predictions, also used as references, to try each metric on.  Raises UserError for a name that `evaluate`
+    cannot load, for two names with the same last part, and for a metric that needs more than predictions and references
+    or returns no number.
     """
     found: dict[str, Compute] = {}
     for name in names:
@@ -38,8 +39,7 @@ def load_metrics(names: Sequence[str], sample: Sequence[Any]) -> dict[str, Compu
 
 
 def metrics_of(config: Config, class_names: Sequence[str]) -> dict[str, Compute]:
-    """The metrics that a configuration names, for its task.  Raises UserError as `load_metrics`, and where there are
-    no answers to measure."""
+    """The metrics of a configuration.  Raises UserError as `load_metrics`, and where the run generates no answers."""
     asked = config.evaluation.metrics
     if asked and not class_names and not config.evaluation.generate_rows:
         allowed = "none where nothing is answered and nothing classified"
@@ -50,7 +50,7 @@ def metrics_of(config: Config, class_names: Sequence[str]) -> dict[str, Compute]
 def _metric(name: str, short: str) -> Compute:
     import evaluate
 
-    # What evaluate and its loaders raise: no such file or id, no network, a package that is not there, broken code.
+    # evaluate and its loaders raise many kinds: no such file or id, no network, a missing package, broken code.
     try:
         module = evaluate.load(name, keep_in_memory=True)
     except Exception as error:
@@ -77,7 +77,7 @@ def _tried(name: str, compute: Compute, sample: Sequence[Any]) -> None:
 
 
 class MetricError(Exception):
-    """A named metric that failed on the predictions of a run."""
+    """Failure of a named metric on the predictions of a run."""
 
 
 def named_scores(

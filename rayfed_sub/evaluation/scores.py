@@ -1,4 +1,4 @@
-"""Scores of a model from its predictions on held-out rows: over all rows, and over the rows like each client's."""
+"""Scores of a model from its predictions on held-out rows: over all rows, and over the rows of each client."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from rayfed_sub.training.inference import Generation, Prediction
 
 R = TypeVar("R")
 Rows = Sequence[tuple[int, R]]
-"""Pairs of a held-out row's client, the one whose data it is like, and the row's prediction or answer."""
+"""Pairs of a held-out row's client (whose data it resembles) and the row's prediction or answer."""
 
 
 def token_scores(rows: Rows[Prediction]) -> Iterator[Score]:
-    """Loss, perplexity and accuracy of a language model; clients without a label have none."""
-    for client, own in _groups(rows).items():
-        labels = sum(len(row.labels) for row in own)
-        hits = sum(best == label for row in own for best, label in zip(row.predicted, row.labels, strict=True))
+    """Loss, perplexity and accuracy of a language model; no scores for clients without labels."""
+    for client, group in _groups(rows).items():
+        labels = sum(len(row.labels) for row in group)
+        hits = sum(best == label for row in group for best, label in zip(row.predicted, row.labels, strict=True))
         accuracy = token_accuracy(hits, labels)
         if accuracy is None:
             continue
-        loss = math.fsum(row.loss for row in own) / labels
+        loss = math.fsum(row.loss for row in group) / labels
         yield Score(client, "held_out_loss", loss, labels)
         yield Score(client, "perplexity", perplexity(loss), labels)
         yield Score(client, "token_accuracy", accuracy, labels)
@@ -35,32 +35,32 @@ def token_scores(rows: Rows[Prediction]) -> Iterator[Score]:
 def label_scores(
     rows: Rows[Prediction], names: Sequence[str], metrics: Mapping[str, Compute] | None = None
 ) -> Iterator[Score]:
-    """Loss, accuracy and F1 of a classifier whose class i is called names[i], the confusion matrix of all rows, and the
-    configuration's metrics of class numbers."""
-    for client, own in _groups(rows).items():
-        labels, predicted = [row.labels[0] for row in own], [row.predicted[0] for row in own]
-        yield Score(client, "held_out_loss", math.fsum(row.loss for row in own) / len(own), len(own))
+    """Loss, accuracy and F1 of a classifier, the confusion matrix of all rows, and the configuration's metrics;
+    names: of the classes."""
+    for client, group in _groups(rows).items():
+        labels, predicted = [row.labels[0] for row in group], [row.predicted[0] for row in group]
+        yield Score(client, "held_out_loss", math.fsum(row.loss for row in group) / len(group), len(group))
         for metric, value in class_scores(labels, predicted, names).items():
-            yield Score(client, metric, value, len(own))
+            yield Score(client, metric, value, len(group))
         for metric, value in named_scores(metrics or {}, predicted, labels).items():
-            yield Score(client, metric, value, len(own))
+            yield Score(client, metric, value, len(group))
         if client is None:
             for name, counts in zip(names, confusion(labels, predicted, len(names)), strict=True):
                 for other, count in zip(names, counts, strict=True):
                     if count:
-                        yield Score(None, f"confusion/{name}/{other}", float(count), len(own))
+                        yield Score(None, f"confusion/{name}/{other}", float(count), len(group))
 
 
 def text_scores(rows: Rows[Generation], metrics: Mapping[str, Compute] | None = None) -> Iterator[Score]:
-    """ROUGE-L and BLEU-4 of answers, over the rows whose reference has anything to read; none where no row has.  The
-    configuration's metrics read all greedy answers."""
-    for client, own in _groups(rows).items():
-        greedy, references = [row.answer for row in own], [row.reference for row in own]
+    """ROUGE-L and BLEU-4 of answers, over the rows whose reference has words; none where no row has.  The metrics of
+    the configuration get all greedy answers."""
+    for client, group in _groups(rows).items():
+        greedy, references = [row.answer for row in group], [row.reference for row in group]
         for metric, number in named_scores(metrics or {}, greedy, references).items():
-            yield Score(client, metric, number, len(own))
+            yield Score(client, metric, number, len(group))
         for prefix, texts in (
             ("", list(zip(greedy, references, strict=True))),
-            ("teacher_forced_", [(row.teacher_forced, row.labels) for row in own]),
+            ("teacher_forced_", [(row.teacher_forced, row.labels) for row in group]),
         ):
             asked = [(text, reference) for text, reference in texts if words(reference)]
             for name, measured in TEXT_SCORES.items() if asked else ():
@@ -79,7 +79,7 @@ def overall(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def _groups(rows: Rows[R]) -> dict[int | None, list[R]]:
-    """All rows, then each client's."""
+    """All rows (key None), then the rows of each client."""
     groups: dict[int | None, list[R]] = {None: [row for _, row in rows]}
     for client, row in sorted(rows, key=lambda pair: pair[0]):
         groups.setdefault(client, []).append(row)

@@ -48,7 +48,7 @@ class _Trained:
 def export_hf(run_dir: Path, to: Path, client: int | None = None, method: str | None = None) -> Export:
     """Writes a folder that transformers' from_pretrained loads, with the run's target weights merged in, as float32.
 
-    client: whose model, for methods with a model of its own for every client.  method: the run's method where it is not
+    client: whose model to write, for methods with a model per client.  method: the run's method where it is not
     of this package, as `package.module:Class`; a class that only the folder names is not imported.
     Raises UserError where run_dir holds no finished run, `to` is not empty, or `client` does not fit the method.
     """
@@ -72,8 +72,8 @@ def export_peft(run_dir: Path, to: Path, client: int | None = None, method: str 
     Low-rank terms are written as they are, several of a layer side by side, their scale and core in B.  The change of a
     dense weight is written at its numerical rank.  The base, a causal language model, is loaded by its name where that
     is a folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its own
-    dtype.  Tokenizer, chat template and generation configuration are written beside the adapter, for the run trained
-    with them, whatever comes with the base.
+    dtype.  Tokenizer, chat template and generation configuration of the training are written beside the adapter, also
+    where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are.
     """
@@ -172,7 +172,7 @@ def _changes(run_dir: Path, job: Job, client: int | None) -> tuple[ServerState, 
         if client is not None:
             raise UserError("--client", client, f"nothing, for {method.name} has one model for all", "leave it out")
         return server, method.model(server, shape)
-    clients = sorted(client for client, _ in found.notes)
+    clients = sorted(client for client, _ in found.state_files)
     if client is None or client not in clients:
         took_part = ", ".join(map(str, clients))
         allowed = f"one of the clients that took part, for each has its own model with {method.name}: {took_part}"

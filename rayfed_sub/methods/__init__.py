@@ -32,13 +32,13 @@ METHODS = {
 }
 
 
-def check_named(name: object, said: Sequence[str], place: str, add: str) -> None:
+def check_named(name: object, given: Sequence[str], place: str, add: str) -> None:
     """UserError where `place`, which anybody may have written, names a class that the caller does not name as well.
 
-    A class outside the table is imported, and so its module is run, only where the caller asks for it.  said: what
-    the command line says of the method; add: what to add to them.
+    A class outside the table is imported, and so its module is run, only where the caller asks for it.  given: the
+    command line's values of the method; add: what to add to them.
     """
-    if name in METHODS or ":" not in str(name) or any(str(name) in word for word in said):
+    if name in METHODS or ":" not in str(name) or any(str(name) in word for word in given):
         return
     allowed = f"a method of `rayfed-sub list methods`, for what {place} names is not imported unless you name it too"
     raise UserError("method.name", name, allowed, f"if you trust that module, add {add}")
@@ -46,19 +46,19 @@ def check_named(name: object, said: Sequence[str], place: str, add: str) -> None
 
 def class_of(name: object) -> type:
     """The class of a method's name, which is imported.  Raises UserError where there is none."""
-    known, said = ", ".join(METHODS), str(name)
-    if said not in METHODS and ":" not in said:
-        near = get_close_matches(said.lower(), METHODS, n=1)
+    known, given = ", ".join(METHODS), str(name)
+    if given not in METHODS and ":" not in given:
+        near = get_close_matches(given.lower(), METHODS, n=1)
         advice = f"did you mean {near[0]}?" if near else "pick one of them"
         raise UserError("method.name", name, f"{known}, or package.module:Class", advice)
     try:
-        module, _, attribute = METHODS.get(said, said).partition(":")
+        module, _, attribute = METHODS.get(given, given).partition(":")
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError("method.name", said, f"an importable class, or one of {known}", str(error)) from None
+        raise UserError("method.name", given, f"an importable class, or one of {known}", str(error)) from None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "start_client")):
         advice = "see rayfed_sub/methods/README.md"
-        raise UserError("method.name", said, "a dataclass with a method's functions", advice)
+        raise UserError("method.name", given, "a dataclass with a method's functions", advice)
     return cls
 
 
@@ -110,8 +110,8 @@ def build(fields: Mapping[str, Any]) -> Method:
     """
     cls = class_of(fields.get("name"))
     keys = _field_names(cls)
-    own = {key: value for key, value in _adopted(fields)[0].items() if key != "name"}
-    for key, value in own.items():
+    values = {key: value for key, value in _adopted(fields)[0].items() if key != "name"}
+    for key, value in values.items():
         if key not in keys:
             raise unknown_key(f"method.{key}", value, keys)
-    return cast(Method, check(cls, own, "method"))
+    return cast(Method, check(cls, values, "method"))

@@ -1,4 +1,4 @@
-"""The weighted mean and what goes with it: the trained head, Adam's moments between rounds, changes that travel as
+"""The weighted mean and its companions: the trained head, Adam's moments between rounds, changes that travel as
 blocks, and the blocks that a returning client has missed.
 
 Functions whose first argument is `method` answer one question of the protocol: a method takes one over by assignment
@@ -136,7 +136,7 @@ def no_history(shape: ModelShape) -> dict[str, Tensor]:
 
 
 def longer_history(server: ServerState, total: Accumulator, shape: ModelShape, less: int = 0) -> dict[str, Tensor]:
-    """The history with the round that `total` is the sum of; `less`: what its blocks' summed rank is known to lack."""
+    """The history with the round that `total` is the sum of; `less`: known deficit of its blocks' summed rank."""
     ranks = [max(0, int(total.counts.get(layer.name, 0)) - less) for layer in shape.targets]
     return {RANKS: torch.cat([server.tensors[RANKS], torch.tensor([ranks], dtype=torch.int64)])}
 
@@ -148,7 +148,7 @@ def missed_bytes(server: ServerState, shape: ModelShape, since: int) -> int:
 
 
 def broadcast(method: object, server: ServerState) -> Broadcast:
-    """All of the server's tensors but its notes about the past, `history/...`."""
+    """All of the server's tensors but those of the past, `history/...`."""
     return Broadcast(server.round, {n: t for n, t in server.tensors.items() if not n.startswith("history/")})
 
 

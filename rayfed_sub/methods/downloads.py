@@ -1,8 +1,8 @@
 """Bytes that a client downloads before a round: one rule for all methods, those of the user's own among them.
 
-Rule: what follows from the pretrained weights and the run's seed costs nothing.  Every client holds both, and a head
-that was drawn from the seed, so the server's state before anything was learned never travels, for dense FedAvg as for
-LoRA.  From then on a client pays for what it lacks; which tensors these are, each method says in `download_bytes`.
+Rule: tensors that follow from the pretrained weights and the run's seed cost nothing.  Every client holds both, and a
+head that was drawn from the seed, so the server's state before anything was learned never travels, for dense FedAvg as
+for LoRA.  From then on a client pays for the tensors that it lacks, which each method counts in `download_bytes`.
 """
 
 from __future__ import annotations

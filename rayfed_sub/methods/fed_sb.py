@@ -4,7 +4,7 @@ Rule: dW = s U_r C V_r^T with U_r, V_r the top singular vectors of the pretraine
 zero, and C' = sum_k p_k C_k.  Exact, for the outer factors are one and the same.  Every client derives them from the
 backbone that it holds (float64, signed by a fixed reference vector): they never travel.  That makes it a variant: the
 paper takes factors and core from the first step's full gradient (LoRA-SB's initialisation), which needs a pass over
-data before round 0; results of this one say nothing of the paper's.
+data before round 0; results of this one do not transfer to the paper's.
 The basis never changes, so kept or averaged Adam moments stay meaningful.
 Wire, numbers per layer: r^2 up, r^2 down.
 """
@@ -98,7 +98,7 @@ class FedSB:
 def outer_factors(W_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(U_r (m, r), V_r^T (r, n)) of W's top singular vectors, float32, from the Gram of its shorter side in float64.
 
-    Where W has a lower rank the missing vectors are zero, and so is what the core does there.
+    Where W has a lower rank the missing vectors are zero, and the core has no effect there.
 
     >>> left, right = outer_factors(torch.tensor([[0.0, 3.0], [0.0, 0.0], [2.0, 0.0]]), 1)
     >>> (left @ right)[0, 1]  # the singular value 3 sits there; u v^T is unique, whatever the signs

@@ -73,8 +73,8 @@ class FedSALoRA:
         return Update(result.client, weight, tensors, result.metrics)
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
-        own = {f"{layer.name}/left": result.tensors[f"{layer.name}/left"] for layer in shape.targets}
-        return own | averaging.moments_to_keep(self.optimizer_state, result)
+        lefts = {f"{layer.name}/left": result.tensors[f"{layer.name}/left"] for layer in shape.targets}
+        return lefts | averaging.moments_to_keep(self.optimizer_state, result)
 
     accumulator = averaging.accumulator
     accumulate = averaging.accumulate

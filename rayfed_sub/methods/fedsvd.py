@@ -1,4 +1,4 @@
-"""FedSVD: FFA-LoRA whose shared A follows what was learned (Lee et al., arXiv 2505.12805).
+"""FedSVD: FFA-LoRA whose shared A follows the learned change (Lee et al., arXiv 2505.12805).
 
 Rule: clients train B over one shared A; B' = sum_k p_k B_k; at the end of every `period` rounds the server factorises
 B'A = U S V^T and hands out A = V^T (orthonormal rows) and B = U S.  Exact: one A for all, and the factorisation leaves

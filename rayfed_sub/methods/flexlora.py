@@ -102,7 +102,7 @@ class FlexLoRA:
 
 
 def _of(layer: Layer, tensors: Tensors) -> dict[str, Tensor]:
-    """One layer's change in the form it has (see `averaging.compact`), by role."""
+    """A layer's change in the form it has (see `averaging.compact`), by role."""
     roles = ("left", "right", "weight")
     return {role: tensors[f"{layer.name}/{role}"] for role in roles if f"{layer.name}/{role}" in tensors}
 

@@ -3,7 +3,7 @@
 Rule: with the stacks B = [p_1 s_1 B_1, ..., p_N s_N B_N] and A = [A_1; ...; A_N], W <- W + B A.  Exact, for clients of
 different ranks too: B A = sum_k p_k s_k B_k A_k, and s_k = alpha / r_k.  The server adds the products as they come.
 Every round begins anew with B = 0 and an A of the client's own, drawn from (seed, round, client): nobody sends it.
-Adam's moments of the last round's factors say nothing about the new ones: they are reset.
+Adam's moments of the last round's factors do not apply to the new ones: they are reset.
 Wire, numbers per layer: up r_k (m + n), down the stacks missed since the client last synchronised, sum_k r_k (m + n) a
 round; neither more than m n.
 """

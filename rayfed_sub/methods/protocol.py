@@ -79,7 +79,7 @@ class Method(Protocol):
         """The empty sum."""
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
-        """One more update; called in a fixed order.  Uses `total` up: its tensors may be written."""
+        """Adds an update; called in a fixed order.  Uses `total` up: its tensors may be written."""
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         """The server after the round; divides by the total weight.  Uses `total` up: its tensors may be written."""
@@ -88,4 +88,5 @@ class Method(Protocol):
         """The global model: per target layer its change relative to the backbone's weight."""
 
     def personal_model(self, server: ServerState, state: ClientState | None, shape: ModelShape) -> Mapping[str, Change]:
-        """One client's model, like `model`; asked of methods with `personal` set.  state None: it never trained."""
+        """Changes of a client's model, like `model`; for methods with `personal` set.  state: None before the first
+        round."""

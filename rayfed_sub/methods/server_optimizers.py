@@ -17,7 +17,7 @@ from rayfed_sub.config.schema import Optimizer, Privacy, Server
 from rayfed_sub.core.types import ModelShape, ServerState, Tensors, wire_bytes
 
 Noise = Callable[[str, Sequence[int]], Tensor]
-"""A tensor's name and shape -> what is added to its change."""
+"""Function from a tensor's name and shape to the noise to add to its change."""
 
 
 def advance(
@@ -30,7 +30,7 @@ def advance(
 ) -> tuple[ServerState, dict[str, Tensor]]:
     """The server after the round, and the rule's memory: `<name>/v` (momentum) or `<name>/m`, `<name>/v` (adam).
 
-    after: what the method's `aggregate` made of `before`.  factor scales the change first (FedNova, a fixed
+    after: the result of the method's `aggregate` on `before`.  factor scales the change first (FedNova, a fixed
     denominator); noise, by a tensor's name and shape, is then added to it (`privacy/mechanism.py`), before momentum and
     Adam.
     """

@@ -4,7 +4,7 @@ Rule: W_k = W + scale L_k Q with one orthonormal Q for everybody; W <- W + scale
 side of each block.  Q is drawn from the run's seed, anew every `refresh_every` rounds: an average of coefficients never
 leaves span(Q), so no basis can be learned from it.  GaLore's step on L: Adam on R = (1/scale) dLoss/dL.
 `optimizer_state: average` synchronises Adam's moments, first and second.  (A simplification of FedGaLore, which keeps a
-subspace per client and sends second moments only.) A new Q finds kept moments in a stale basis: `moments` says what
+subspace per client and sends second moments only.) A new Q finds kept moments in a stale basis: `moments` selects what
 becomes of them.  `reset`: zeros (the head's too, for there is one step count).  `rotate`, with C = Q_new Q_old^T: m <-
 m C^T and v <- v (C*C)^T, LDAdam's rule (arXiv 2410.16103) without its mean term.  `keep`: they stay as they are. Wire,
 numbers per layer: r max(m, n) up; down as much per period missed, for the rounds of one period add up in one L (never

@@ -135,7 +135,7 @@ def _read_config(model: Model) -> Any:
     try:
         with quiet():
             hf_config = AutoConfig.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
-    except Exception as error:  # whatever a stranger's file makes the libraries say
+    except Exception as error:  # a stranger's file may cause any error in the libraries
         raise UserError(
             "model.path",
             model.path,
@@ -177,7 +177,7 @@ def _random_config(model: Model, kind: str, vocabulary: int | None) -> Any:
     try:
         with quiet():
             return AutoConfig.for_model(name, **numbers)
-    except Exception as error:  # a configuration checks its numbers, each class in its own words
+    except Exception as error:  # each configuration class checks its numbers with errors of its own
         raise UserError("model.random", dict(model.random), "numbers that fit together", reason(error)) from error
 
 
@@ -200,7 +200,7 @@ def _pad(hf_config: Any) -> int | None:
 def _checked_build(model: Model, hf_config: Any, kind: str) -> nn.Module:
     try:
         return build(hf_config, kind)
-    except Exception as error:  # a module checks its numbers as it is made, each class in its own words
+    except Exception as error:  # each module class checks its numbers with errors of its own
         field, value = ("model.random", dict(model.random)) if model.path == RANDOM else ("model.path", model.path)
         if "Unrecognized configuration class" in str(error):
             allowed = f"an architecture that transformers has for {kind}; {hf_config.model_type} is not one"
@@ -230,7 +230,7 @@ def _targets(model: Model, model_type: str, module: Any, head: frozenset[str]) -
         pattern = re.compile(LOWER_MLP[model_type] if model.targets == "lower-mlp" else model.targets)
     except re.error as error:
         raise UserError("model.targets", model.targets, "a regular expression", str(error)) from None
-    # What the model gives out through is no layer to adapt: it is the head, or as large as the vocabulary.
+    # Output layers are not adapted: they are the head, or as large as the vocabulary.
     output = module.get_output_embeddings()
     linears = {name: child for name, child in _linears(module) if name not in head and child is not output}
     targets = {name: child for name, child in linears.items() if pattern.search(name)}
@@ -291,7 +291,7 @@ def position_limit(module: nn.Module, hf_config: Any) -> int | None:
         if table and configured <= tensor.shape[0] <= configured + _SPARE:
             padding = getattr(owner, "padding_idx", None)
             limits.append(configured if padding is None else tensor.shape[0] - padding - 1)
-        looked_up = any(_NAMED.search(at) and isinstance(own, nn.Embedding) for at, own in owner.named_children())
+        looked_up = any(_NAMED.search(at) and isinstance(module, nn.Embedding) for at, module in owner.named_children())
         if name.endswith("position_ids") and tensor.shape == (1, configured) and looked_up:
             limits.append(configured)
     return min(limits, default=None)

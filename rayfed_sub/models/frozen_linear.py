@@ -29,8 +29,8 @@ def product(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None = None) -> Tenso
     takes a thousand times as long.  On a processor without instructions for bfloat16 such products are float32's,
     rounded once: emulated, they take 8 (forward) to 35 times as long.
     """
-    own = x.dtype == weight_mn.dtype and not (_for_onednn(x, weight_mn) or _emulated(x))
-    if x.requires_grad and torch.is_grad_enabled() and not own:
+    by_torch = x.dtype == weight_mn.dtype and not (_for_onednn(x, weight_mn) or _emulated(x))
+    if x.requires_grad and torch.is_grad_enabled() and not by_torch:
         y: Tensor = _Product.apply(x, weight_mn, bias_m)  # type: ignore[no-untyped-call]
         return y
     return _multiplied(x, weight_mn, bias_m)

@@ -61,7 +61,7 @@ def _in_package(path: str, inner: str) -> Source:
     package, _, file = inner.partition("/")
     if not package.isidentifier() or not file.endswith(".gguf"):
         raise UserError("model.path", path, "package:NAME/FILE.gguf with NAME as it is imported", "check the form")
-    # A specification says where the package is without running it: its imports may well be missing.
+    # A specification locates the package without running it: its imports may be missing.
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     if not folders:
@@ -78,7 +78,7 @@ def _in_package(path: str, inner: str) -> Source:
 def quiet() -> Iterator[None]:
     """Mutes transformers' messages below errors and its progress bars; puts both back as they were.
 
-    Its load reports warn of every classification head that is drawn anew, which is what we ask for.
+    Its load reports warn of every newly drawn classification head, which is intended here.
     """
     from transformers.utils import logging
 

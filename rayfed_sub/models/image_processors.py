@@ -17,8 +17,8 @@ from rayfed_sub.models.hub import RANDOM, locate, quiet
 from rayfed_sub.models.presets import ANY_PATCHES
 
 PROCESSOR = "preprocessor_config.json"
-_PLAIN = (0.5, 0.5, 0.5)  # mean and standard deviation where a model does not say: values from -1 to 1
-_SIDE = 224  # of models that say no size at all and read any
+_PLAIN = (0.5, 0.5, 0.5)  # default mean and standard deviation: values from -1 to 1
+_SIDE = 224  # default size of models that read any size
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HubImageProcessor:
         return image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
 
     def save(self, folder: str | Path) -> None:
-        """Writes the processor by which transformers does to an image what a run did."""
+        """Writes the processor with which transformers prepares images as the run did."""
         square = {"height": self.side, "width": self.side}
         processor = {
             "image_processor_type": "ViTImageProcessor",
@@ -63,7 +63,7 @@ class HubImageProcessor:
 def load_image_processor(model: Model, image_size: int | None = None) -> HubImageProcessor:
     """The processor of the model's own processor configuration, or of plain values where it has none.
 
-    image_size: task.image_size; without it the side is what the processor or the model says it is.
+    image_size: task.image_size; without it the side comes from the processor or the model.
     Raises UserError on model.path, model.random or one of its keys, or task.image_size.
     """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -106,8 +106,8 @@ def _colours(given: Any) -> tuple[float, float, float]:
 
 def _side(asked: int | None, hf_config: Any, processor: dict[str, Any]) -> int:
     """The side that was asked for or the model's own; UserError where the model cannot read squares of that side."""
-    own, patch = _one(getattr(hf_config, "image_size", None)), _one(getattr(hf_config, "patch_size", None))
-    usual = _one(processor.get("crop_size")) or _one(processor.get("size")) or own or _SIDE
+    fixed, patch = _one(getattr(hf_config, "image_size", None)), _one(getattr(hf_config, "patch_size", None))
+    usual = _one(processor.get("crop_size")) or _one(processor.get("size")) or fixed or _SIDE
     if hf_config.model_type in ANY_PATCHES and patch:
         side = asked or max(patch, usual - usual % patch)
         if side % patch:
@@ -115,10 +115,10 @@ def _side(asked: int | None, hf_config: Any, processor: dict[str, Any]) -> int:
             allowed = f"a multiple of {patch}, the pixels of a patch of this model"
             raise UserError("task.image_size", side, allowed, f"set task.image_size={near}")
         return side
-    if asked is not None and own is not None and asked != own:
-        allowed = f"{own}, the only size that this model reads"
+    if asked is not None and fixed is not None and asked != fixed:
+        allowed = f"{fixed}, the only size that this model reads"
         raise UserError("task.image_size", asked, allowed, "remove it or take a dinov2 model, which reads other sizes")
-    return asked or own or usual
+    return asked or fixed or usual
 
 
 def _one(size: Any) -> int | None:

@@ -74,9 +74,9 @@ def _found(model: nn.Module, head: Any, *, skipped: bool = False) -> LogitRule |
     try:
         with _without_blocks(model) if skipped else nullcontext():
             seen = [_logits_of(model, head, scale * z_TV) for scale in _SCALES]
-            with hidden_states(head):  # the way by which losses are computed
+            with hidden_states(head):  # as losses are computed
                 _run(model)
-    except Exception:  # whatever a model does to numbers that are not its own: the plain way is always right
+    except Exception:  # a model may fail on foreign numbers: its own logits are always right
         return None
     known = [logits_TV for logits_TV in seen if logits_TV is not None]
     return _fitted(z_TV, known) if len(known) == len(seen) else None

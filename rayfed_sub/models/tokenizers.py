@@ -1,4 +1,4 @@
-"""Text to tokens and back, for training: what a prompt, an answer and a text to classify look like to a model."""
+"""Tokenizers for training: prompts, answers and texts to classify as tokens, and back."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class HubTokenizer:
 
     With a chat template a prompt is a user's message up to where the assistant speaks, and eos is the token
     that ends the assistant's turn.  Without one a prompt is the text and a newline, and eos the tokenizer's.
-    chat: whether there is a chat template; the tokenizer holds the one that the run trains with, to be saved as it is.
+    chat: True with a chat template; the tokenizer holds the one that the run trains with, to be saved as it is.
     ends: the tokens at which generation stops, eos first, then those with which the pretrained model ends.
     """
 
@@ -132,14 +132,15 @@ def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubTokenizer:
             raise ValueError("the chat template renders no conversation that begins with a user's message")
         set_default_template(tokenizer, template)
         turn_end = _turn_end(tokenizer, template)
-    own = tokenizer.eos_token_id
+    eos_token = tokenizer.eos_token_id
     eos = next(
-        (token for token in (turn_end, own, tokenizer.sep_token_id, tokenizer.pad_token_id) if token is not None), None
+        (token for token in (turn_end, eos_token, tokenizer.sep_token_id, tokenizer.pad_token_id) if token is not None),
+        None,
     )
     if eos is None:
         raise ValueError("the tokenizer has no end, separator or padding token")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    every = tuple(dict.fromkeys(token for token in (eos, own, *ends) if token is not None))
+    every = tuple(dict.fromkeys(token for token in (eos, eos_token, *ends) if token is not None))
     return HubTokenizer(tokenizer, pad, eos, len(tokenizer), template is not None, every)
 
 
@@ -154,7 +155,7 @@ def load_tokenizer(model: Model) -> HubTokenizer | ByteTokenizer:
     try:
         with quiet():
             return hub_codec(_tokenizer(source), _ends(source))
-    except Exception as error:  # whatever a stranger's file makes the libraries say
+    except Exception as error:  # a stranger's file may cause any error in the libraries
         if _reads_images(source):
             allowed = "a model with a tokenizer; this one reads images"
             raise UserError("model.path", model.path, allowed, "take another model or task") from error
@@ -176,7 +177,7 @@ def _tokenizer(source: Source) -> Any:
 
 
 def _reads_images(source: Source) -> bool:
-    """True where the configuration asks for it; False too where it cannot be read."""
+    """True where the configuration asks for it; False where it cannot be read."""
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
 
     try:
@@ -202,7 +203,7 @@ def _ends(source: Source) -> list[int]:
 
 
 def _turn_end(tokenizer: Any, template: str) -> int | None:
-    """The first special token after the assistant's words: not every model ends a turn with its eos."""
+    """The first special token after the assistant's answer: not every model ends a turn with its eos."""
     words = "so be it"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
     _, found, tail = (rendered(tokenizer, template, turns, prompt=False) or "").rpartition(words)

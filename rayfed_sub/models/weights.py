@@ -22,8 +22,8 @@ from rayfed_sub.models.hub import RANDOM, locate, quiet
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.tokenizers import HubTokenizer
 
-_SEEN = 8  # tokens of the rows by which a model is seen to be causal
-_LEAK = 3e-4  # what earlier logits may change by, as a share of the changed tokens' own
+_SEEN = 8  # tokens of the rows for the test of causality
+_LEAK = 3e-4  # allowed change of earlier logits, as a share of the changed tokens' own
 
 
 def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[str, Tensor]:
@@ -146,9 +146,9 @@ def generation_config(model: Model, architecture: Architecture, processor: Proce
     if model.path != RANDOM and (source := locate(model.path)).gguf is None:
         # Not every model has one, and not every one passes the check with which transformers saves it.
         with quiet(), suppress(OSError, ValueError):
-            own = GenerationConfig.from_pretrained(source.name)
-            own.validate(strict=True)
-            found = own
+            stored = GenerationConfig.from_pretrained(source.name)
+            stored.validate(strict=True)
+            found = stored
     found.eos_token_id, found.pad_token_id = list(processor.ends), processor.pad
     return found
 
@@ -178,7 +178,7 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
             )
-    except Exception as error:  # whatever a stranger's file makes the libraries say
+    except Exception as error:  # a stranger's file may cause any error in the libraries
         raise UserError(
             "model.path", model.path, "a model whose weights transformers can load", reason(error)
         ) from error

@@ -29,7 +29,7 @@ Event = tuple[int, int]
 class Allocations(TorchDispatchMode):
     """Follows every storage that operations make while the mode is on.
 
-    live, peak: bytes of the storages alive now, and at most.  events: what happened, in order, for `heap.Heap`.
+    live, peak: bytes of the storages alive now, and at most.  events: allocations and frees in order, for `heap.Heap`.
     known: tensors that are there already and cost nothing.
 
     >>> x = torch.zeros(10, device="meta")

@@ -65,9 +65,10 @@ _Advice = tuple[str, object, str]
 
 
 def check_fits(parts: Parts, machine: Machine) -> None:
-    """UserError, one line, where the run cannot fit: what is needed, what is there, and the nearest that fits.
+    """UserError, one line, where the run cannot fit: needed and available memory, and the nearest one that fits.
 
-    What could fit is never refused: needs are lower bounds here, while what is advised has room for the heap's holes.
+    A run that could fit is never refused: needs are lower bounds here, while the advice leaves room for the heap's
+    holes.
     """
     needed = need(parts, rounds=2, most=FEW)
     _check_disk(needed, machine)

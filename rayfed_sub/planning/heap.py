@@ -17,8 +17,8 @@ PRODUCT_KERNELS = 64
 """Kernels that oneDNN keeps of those it writes, one for each shape of a product (`telemetry/process_memory.py`)."""
 
 _PAGE = 4096
-_HEAD = 16  # malloc's own, in front of each piece
-_SEARCH = 96  # posix_memalign, which torch uses with 64, looks for this much more and gives back what it cuts off
+_HEAD = 16  # malloc's header, in front of each piece
+_SEARCH = 96  # posix_memalign, which torch uses with 64, asks for this much more and frees the rest
 
 
 class Heap:
@@ -34,9 +34,9 @@ class Heap:
     def __init__(self) -> None:
         self.peak = 0
         self._end = 0  # where the heap in use ends
-        self._held = 0  # what the system has given; at least _end
+        self._held = 0  # bytes from the system; at least _end
         self._mapped = 0
-        self._used: dict[Hashable, tuple[int | None, int]] = {}  # -> address (None: mapped by itself), size
+        self._used: dict[Hashable, tuple[int | None, int]] = {}  # -> address (None: a mapping of its own), size
         self._holes: list[tuple[int, int]] = []  # (size, address), sorted
         self._hole_at: dict[int, int] = {}  # address -> size
         self._hole_to: dict[int, int] = {}  # end -> address

@@ -1,4 +1,4 @@
-"""A run before Ray starts: what can be wrong with a configuration is found here, with `config/checks.py`."""
+"""The job of a run before Ray starts: checks a configuration against rows, model and machine."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class JobInputs:
 
 
 def prepare(config: Config) -> Job:
-    """The job of a configuration.  Raises UserError, before any training, for whatever does not fit."""
+    """The job of a configuration.  Raises UserError, before any training, for settings that do not fit."""
     check_settings(config)  # before the rows are read
     return job_on(load_inputs(config), config)
 
 
 def check_settings(config: Config) -> Method:
-    """The configuration's method.  Raises UserError for settings that do not go together, whatever rows and model."""
+    """The configuration's method.  Raises UserError for settings that contradict each other for any rows and model."""
     check_rules(config)
     method = build(config.method)
     _check_server(config, method)
@@ -68,7 +68,7 @@ def check_settings(config: Config) -> Method:
 
 
 def load_inputs(config: Config) -> JobInputs:
-    """Reads task and model.  Raises UserError for what cannot be read or does not go together."""
+    """Reads task and model.  Raises UserError where they cannot be read or do not fit each other."""
     kind = kind_of(config)
     processor = processor_of(config, kind)
     dataset = load_dataset(config.task, config.federation, processor, config.seed, config.evaluation.split)
@@ -78,15 +78,15 @@ def load_inputs(config: Config) -> JobInputs:
 
 
 def job_on(base: JobInputs, config: Config) -> Job:
-    """The job of a configuration on its inputs.  Raises UserError for whatever does not fit."""
+    """The job of a configuration on its inputs.  Raises UserError for settings that do not fit them."""
     method = check_settings(config)
     method.check(base.architecture.shape)
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
-    own = {"name": config.method["name"], **fields}
-    resolved = config.model_copy(update={"federation": federation, "method": own, "evaluation": evaluation})
+    method_fields = {"name": config.method["name"], **fields}
+    resolved = config.model_copy(update={"federation": federation, "method": method_fields, "evaluation": evaluation})
     return Job(resolved, method, base.architecture, base.processor, base.dataset, noise_of(resolved))
 
 
@@ -134,7 +134,7 @@ def _check_nova(config: Config, method: Method) -> None:
 
 
 def _check_privacy(config: Config, method: Method) -> None:
-    """UserError where noise or method do not keep what the accountant assumes: see `privacy/mechanism.py`."""
+    """UserError where noise or method violate the accountant's assumptions: see `privacy/mechanism.py`."""
     clip, noise, name = config.privacy.clip, config.privacy.noise, config.method["name"]
     if clip is None:
         return
@@ -182,7 +182,7 @@ def _rounds(config: Config, dataset: Dataset) -> int:
         assert federation.rounds is not None, "the configuration says one of rounds and epochs"
         return federation.rounds
     rows: list[int] = np.diff(dataset.client_offsets).tolist()
-    batches = [min(federation.batch_size, own) for own in rows]
+    batches = [min(federation.batch_size, count) for count in rows]
     a_round_of_all = sum(local_steps(config, client) * size for client, size in enumerate(batches))
     present = federation.cohort * federation.availability  # clients, on average
     needed = federation.epochs * sum(rows) * federation.clients / (a_round_of_all * present)
@@ -210,13 +210,15 @@ def check_resources(config: Config, there: Sequence[Node]) -> None:
 
 def _check_placed(kind: str, per_worker: float, workers: int, nodes: Sequence[tuple[float, int]]) -> None:
     """nodes: units and workers that fit, of each."""
-    units, largest, most = kind.upper().replace("S", "s"), max(own for own, _ in nodes), sum(fit for _, fit in nodes)
+    units, largest = kind.upper().replace("S", "s"), max(count for count, _ in nodes)
+    most = sum(fit for _, fit in nodes)
     if not most:
         field, whose = f"resources.{kind}_per_worker", "here" if len(nodes) == 1 else "of the largest node"
         advice = f"set {field}={largest:g} or less"
         raise UserError(field, per_worker, f"at most {largest:g}, the {units} {whose}", advice)
     if workers > most:
-        own = [f"{units_:g}" for units_, _ in nodes]
-        where = f"on {' + '.join(own) if len(own) < 5 else f'{len(own)} nodes with {own[0]} to {own[-1]}'} {units}"
+        sizes = [f"{units_:g}" for units_, _ in nodes]
+        listed = " + ".join(sizes) if len(sizes) < 5 else f"{len(sizes)} nodes with {sizes[0]} to {sizes[-1]}"
+        where = f"on {listed} {units}"
         allowed = f"1 to {most} with {kind}_per_worker={per_worker:g} {where}"
         raise UserError("resources.workers", workers, allowed, f"lower workers or {kind}_per_worker")

@@ -18,7 +18,7 @@ from rayfed_sub.planning.worker_memory import KERNELS, Lengths, Memory, backbone
 
 # Private bytes (USS) of the processes of a run before they hold any tensor: Python 3.11, torch 2.13, Ray 2.60 on x86.
 BARE_WORKER = 320_000_000
-BARE_COORDINATOR = 330_000_000  # as a worker: Ray's processes import the same before they know what they will be
+BARE_COORDINATOR = 330_000_000  # as a worker: Ray's processes import the same before their actor starts
 DRIVER = 350_000_000
 RAY = 330_000_000  # its own processes on a node
 CUDA = 600_000_000  # a process's context on a GPU, and torch's kernels there
@@ -51,7 +51,7 @@ class Need:
     @property
     def coordinator(self) -> int:
         """Bytes of the coordinator above its bare process: torch's kernels, at first pretrained weights, where those
-        are not shared, later sums and what diagnostics look at."""
+        are not shared, later sums and diagnosed tensors."""
         later = self.traffic.coordinator + self.looked
         return KERNELS + max(_pretrained(self.architecture, self.config), later)
 
@@ -113,7 +113,7 @@ class Need:
         return self.store(workers, pack) + DRIVER + ray + coordinator
 
     def node(self, worker: int) -> int:
-        """Bytes of a node that holds all processes of the run; worker: what each takes above the bare process."""
+        """Bytes of a node that holds all processes of the run; worker: bytes of each above the bare process."""
         resources = self.config.resources
         return self.fixed(resources.trainers, resources.pack_size) + resources.trainers * (self.bare[2] + worker)
 
@@ -142,7 +142,7 @@ def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
 
 
 def between(pack: int, low: tuple[int, Memory], high: tuple[int, Memory]) -> Memory:
-    """A worker on the line through two pack sizes, for what a client adds is always the same.
+    """A worker on the line through two pack sizes, because every client adds the same.
 
     >>> between(6, (1, Memory(10, 20)), (4, Memory(13, 26)))
     Memory(tensors=15, process=30)
@@ -164,7 +164,7 @@ def _pretrained(architecture: Architecture, config: Config) -> int:
 
 
 def _data(dataset: Dataset) -> int:
-    """Bytes of both parts, and of who holds what."""
+    """Bytes of both parts, and of the clients' row numbers."""
     parts = (dataset.train, dataset.held_out)
     rows = sum(rows.nbytes for rows in parts)
     held = (dataset.client_rows, dataset.client_offsets, dataset.train_keys, dataset.held_out_clients)

@@ -1,4 +1,4 @@
-"""A run before it starts, in figures: bytes on the wire, memory by process, disk, and what of it fits."""
+"""Plan of a run before it starts: bytes on the wire, memory by process, disk, and pack sizes that fit."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class RoundBytes:
 @dataclass(frozen=True)
 class Plan:
     """All bytes.  clients: in all, per round, and that ever train.  rows: longest rows, in tokens.  backbone, data,
-    broadcast: once per node.  worker: above the bare process, `bare`.  one_more: what another client in a pack adds.
+    broadcast: once per node.  worker: above the bare process, `bare`.  one_more: bytes of another client in a pack.
     state: of the client with the least and the most.  server: at first and after the last walked round.  store: of the
     object store; node: all processes of a run on one node.  methods: at the same rank; ranks: per stored client.
-    privacy: what all rounds will have spent (`privacy.account`).  speed: filled in by a probe."""
+    privacy: account of all rounds (`privacy.account`).  speed: filled in by a probe."""
 
     name: str
     method: str
@@ -75,7 +75,7 @@ class Plan:
 
 
 def plan(parts: Parts, machine: Machine) -> Plan:
-    """The whole plan; what does not fit is in it too."""
+    """The whole plan, also of a run that does not fit."""
     needed, resources = need(parts), parts.config.resources
     found, wide = needed.traffic, roomy(needed)
     one, four = wide.worker(1), wide.worker(4)
@@ -156,7 +156,7 @@ _USED = ("memory.current", "memory/memory.usage_in_bytes")
 def plan_of(job: Job, on: str | None = None, folder: Path = Path()) -> Plan:
     """The plan of a job on this machine, or with the GPU `on` (see `machine_named`).
 
-    Raises UserError for a GPU that it does not know; what does not fit is said in the plan, and refused by `check`.
+    Raises UserError for a GPU that it does not know; the plan shows what does not fit, and `check` refuses it.
     """
     machine = here(job, folder)
     return plan(job_parts(job), machine if on is None else machine_named(on, machine))
@@ -194,7 +194,7 @@ def job_parts(job: Job) -> Parts:
 
 
 def _free_memory() -> int:
-    """Bytes that new processes can have: the machine's, or what a container's limit leaves of them."""
+    """Bytes available to new processes: the machine's, or fewer under a container's limit."""
     free = psutil.virtual_memory().available
     root = Path("/sys/fs/cgroup")
     for limit, used in zip(_LIMITS, _USED, strict=True):

@@ -32,8 +32,8 @@ def cohort(config: Config, n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class PackWork:
-    """One pack's work in a round, as the coordinator sends it.  steps: local steps of each client; weights: their raw
-    weights p_k, see `client_weight`; lr: learning rate; watched: clients that diagnostics look at."""
+    """A pack's work in a round, as the coordinator sends it.  steps: local steps of each client; weights: their raw
+    weights p_k, see `client_weight`; lr: learning rate; watched: clients to diagnose."""
 
     clients: tuple[int, ...]
     steps: tuple[int, ...]

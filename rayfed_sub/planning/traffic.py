@@ -44,7 +44,7 @@ _Figures = dict[tuple[str | int, ...], int]
 class ClientTraffic:
     """Bytes of one client: sent and received in a round; received if pretrained weights and seed gave nothing for free
     (`down_counted`, see `methods/downloads.py`); stored for its next one (`state`).  While it trains: its tensors,
-    moments and gradients side by side in the pack (`resident`), and what it holds besides them (`held`): its start
+    moments and gradients side by side in the pack (`resident`), and its other tensors (`held`): its start
     where that is not the broadcast itself, its upload and state where they are not the result itself."""
 
     up: int
@@ -115,8 +115,8 @@ def first_start(method: Method, shape: ModelShape, config: Config, client: int) 
     start = method.start_client(method.broadcast(server), None, Client(client, config.seed), small)
 
     def everywhere(name: str) -> list[str]:
-        own, _, role = name.rpartition("/")
-        return [f"{layer.name}/{role}" for layer in kinds[own]] if own in kinds else [name]
+        layer_name, _, role = name.rpartition("/")
+        return [f"{layer.name}/{role}" for layer in kinds[layer_name]] if layer_name in kinds else [name]
 
     tensors = {name: tensor.to("meta") for old, tensor in start.tensors.items() for name in everywhere(old)}
     trained = tuple(name for old in start.trained for name in everywhere(old))
@@ -305,13 +305,13 @@ def _method(name: str, rank: int | None, parts: Parts) -> Method:
     """A method at the rank; the run's own as it is configured."""
     if name == parts.name and rank == getattr(parts.method, "rank", None):
         return parts.method
-    own: dict[str, Any] = dict(parts.config.method) if name == parts.name else {"name": name}
+    fields: dict[str, Any] = dict(parts.config.method) if name == parts.name else {"name": name}
     if rank is None:
-        return build(own)
-    if max(own.get("client_ranks") or (0,)) > rank:
-        own["client_ranks"] = None
+        return build(fields)
+    if max(fields.get("client_ranks") or (0,)) > rank:
+        fields["client_ranks"] = None
     kept, _ = shared_fields({"rank": rank}, name)
-    return build({**own, **kept})
+    return build({**fields, **kept})
 
 
 def _bytes(name: str, parts: Parts) -> MethodBytes:

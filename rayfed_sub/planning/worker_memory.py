@@ -4,7 +4,7 @@ What is counted: the round's base weights where a worker holds copies of them, t
 gradients, activations saved for the backward pass, logits in chunks, a refresh's Grams, closed blocks, results, then
 the held-out evaluation.  All rows of a pack are taken to be as long as the longest there is, whichever batches they
 fall into.  On a processor the heap's holes come on top
-(`heap.py`), and what the kernels themselves keep.
+(`heap.py`), and memory that the kernels keep.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PERIODS = 4  # closed blocks beyond these are counted, not walked
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker: tensors alive at once, and what the process takes for them, the heap's holes included."""
+    """Bytes of a worker: tensors alive at once, and memory of the process for them, with the heap's holes."""
 
     tensors: int
     process: int
@@ -136,7 +136,7 @@ def _train(
     pack: int,
     bases: Mapping[str, Tensor],
 ) -> Any:
-    """One local step, with GaLore's refresh; with as many more as close the round's blocks."""
+    """Runs a local step with GaLore's refresh, and further ones until the round's blocks are closed."""
     closings = min(closed_blocks(start, steps), _PERIODS)
     if closings and start.subspace is not None:
         start = replace(start, subspace=replace(start.subspace, refresh_every=1))
@@ -156,7 +156,7 @@ def _evaluate(
     heads: Mapping[str, Tensor],
     size: Lengths,
 ) -> None:
-    """One shard of held-out rows, and of questions to answer where they are asked for."""
+    """Evaluates a shard of held-out rows, and of questions to answer if the configuration has any."""
     evaluation = config.evaluation
     changes = {name: Change(dense=weight) for name, weight in bases.items()}
     with global_model(layers, architecture.shape, changes, heads):

@@ -11,8 +11,8 @@ d_k / sum c_k.
 
 Protected is whether a client takes part at all, with all its rows: neighbouring federations differ by one client more
 or less, which moves the sum by C at most.  Covered by (epsilon, delta) are the server's tensors after every round, and
-what is computed from them alone.  Not covered is what only a simulation writes down (losses, steps, cohorts, clients'
-own states, a held-out loss on clients' rows), nor anything against those who know the seed, from which cohorts and
+everything computed from them alone.  Not covered are records that only a simulation writes (losses, steps, cohorts,
+clients' states, a held-out loss on clients' rows), nor anything against those who know the seed, from which cohorts and
 noise come.  The proof is about real numbers, the arithmetic float32's: fit for a simulation, not for a release under
 attack.
 """
@@ -37,8 +37,8 @@ from rayfed_sub.methods.server_optimizers import moved
 def clipped(method: Method, server: ServerState, update: Update, shape: ModelShape, clip: float) -> Update:
     """The update at weight c = min(1, clip / |d|); its tensors stay as they are.
 
-    server: all of its tensors, its notes included.  The weight is NaN where |d| is not finite.  Raises RunError where
-    the method would release anything else.
+    server: with all tensors, those of the past (`history/...`) included.  The weight is NaN where |d| is not finite.
+    Raises RunError where the method would release anything else.
     """
     square = sum(
         float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
@@ -53,7 +53,7 @@ def clipped(method: Method, server: ServerState, update: Update, shape: ModelSha
 def change(method: Method, server: ServerState, update: Update, shape: ModelShape) -> dict[str, Tensor]:
     """d of the update, by name: the server's learned tensors after a round of this update alone, less what they were.
 
-    Raises RunError where `aggregate` changes more than these and the server's notes, which never leave it.
+    Raises RunError where `aggregate` changes more than these and tensors of the past, which never leave the server.
     """
     alone = method.aggregate(server, method.accumulate(method.accumulator(server, shape), update, shape), shape)
     names = moved(server, alone)

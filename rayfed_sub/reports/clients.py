@@ -1,4 +1,4 @@
-"""Clients: how unequal they are, and a table of them."""
+"""Clients in a report: differences between them, and a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rayfed_sub.reports.page import Cell, Details, Figure, Section, Table, Text,
 from rayfed_sub.reports.run_reader import Run, Runs
 
 _SHARES = 201
-"""Points of a curve over clients."""
+"""Most points of a curve over clients."""
 
 
 def clients(runs: Runs) -> Section | None:
@@ -47,13 +47,15 @@ def table(run: Run) -> Table:
         [Cell(f"{client}", float(client)), *map(cell, values)]
         for client, *values in by_client[columns[1:]].itertuples(name=None)
     ]
-    said = "Each client that was sampled. weight: what it counted for when it last took part, its rows or 1. Losses: "
-    said += "means over its local steps, in nats per label. "
+    caption = (
+        "Each client that was sampled. weight: what it counted for when it last took part, its rows or 1. Losses: "
+    )
+    caption += "means over its local steps, in nats per label. "
     if "cosine" in columns:
-        said += "cosine, distance: of its change to the cohort's mean change, over the layers and rounds looked at. "
+        caption += "cosine, distance: of its change to the cohort's mean change, over the layers and rounds looked at. "
     if {*SCORES} & {*columns}:
-        said += "Scores: at the last evaluation, over held-out rows like its own."
-    return Table(said.strip(), [heads.get(name, score(name).partition(" (")[0]) for name in columns], rows)
+        caption += "Scores: at the last evaluation, over held-out rows like its own."
+    return Table(caption.strip(), [heads.get(name, score(name).partition(" (")[0]) for name in columns], rows)
 
 
 def per_client(run: Run) -> pd.DataFrame:
@@ -85,16 +87,16 @@ def per_client(run: Run) -> pd.DataFrame:
 
 
 def last_scores(run: Run) -> pd.DataFrame:
-    """Each client's scores at the last evaluation, by client; no classes' own."""
-    own = run.scores[run.scores["client"].notna() & ~run.scores["metric"].astype("str").str.contains("/")]
-    own = own[own["rounds"] == own["rounds"].max()]
-    found = own.astype({"client": "int64", "value": "float64"})
+    """Each client's scores at the last evaluation, without scores of single classes."""
+    scores = run.scores[run.scores["client"].notna() & ~run.scores["metric"].astype("str").str.contains("/")]
+    scores = scores[scores["rounds"] == scores["rounds"].max()]
+    found = scores.astype({"client": "int64", "value": "float64"})
     table: pd.DataFrame = found.pivot_table(index="client", columns="metric", values="value")
     return table
 
 
 def _unequal(runs: Runs, metric: str) -> list[Figure]:
-    """A score of all clients, sorted: a flat curve is a model that serves all alike."""
+    """A score of all clients, sorted; a flat curve means equal quality for all."""
     curves = []
     for at, (name, run) in enumerate(runs.items()):
         scores = last_scores(run)
@@ -110,19 +112,19 @@ def _unequal(runs: Runs, metric: str) -> list[Figure]:
 
 
 def _spread(run: Run) -> list[Figure]:
-    """The middle and the ends of clients' losses over rounds."""
+    """Median and range of clients' losses over rounds."""
     trained = run.clients[run.clients["failure"].isna()]
     losses = trained.dropna(subset=["loss"]).astype({"loss": "float64"}).groupby("round")["loss"]
     if losses.ngroups < 2 or losses.size().max() < 2:
         return []
     low, middle, high = (losses.quantile(share) for share in (0.1, 0.5, 0.9))
     rounds = evenly(middle.index.tolist(), _SHARES)
-    said = f"Median {number(middle.iloc[0])} in the first round, {number(middle.iloc[-1])} in the last; from "
-    said += f"{number(low.iloc[-1])} to {number(high.iloc[-1])} there"
+    caption = f"Median {number(middle.iloc[0])} in the first round, {number(middle.iloc[-1])} in the last; from "
+    caption += f"{number(low.iloc[-1])} to {number(high.iloc[-1])} there"
     figure = overlay(
         "Training loss of clients (nats/label)",
         ROUNDS,
-        [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], said)],
+        [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], caption)],
         "Median over the round's clients that were not skipped; the band holds the middle four fifths of them.",
     )
     band = {

@@ -13,7 +13,7 @@ from rayfed_sub.reports.page import Cell, Details, Figure, Legend, Section, Tabl
 from rayfed_sub.reports.run_reader import Run, Runs
 
 AGAINST_BYTES = ("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "accuracy", "macro_f1")
-"""The scores that are also drawn against what was sent."""
+"""Scores that are also drawn against the bytes sent."""
 
 
 def quality(runs: Runs) -> Section | None:
@@ -37,7 +37,7 @@ def traffic(runs: Runs) -> Section | None:
 
 
 def legend(runs: Runs) -> list[Legend]:
-    """The key to figures of several runs."""
+    """The legend for figures of several runs."""
     return [Legend(list(runs))] if len(runs) > 1 else []
 
 
@@ -53,7 +53,7 @@ def overall(run: Run, metric: str) -> pd.Series[float]:
 
 
 def shown_scores(runs: Runs) -> list[str]:
-    """The scores of SCORES over all held-out rows that any run has, without those that say the same in every run."""
+    """The scores of SCORES over all held-out rows that any run has, without duplicates of others in every run."""
     named = {metric for run in runs.values() for metric in run.scores["metric"].unique() if is_named(metric)}
     metrics = (*SCORES, *sorted(named))
     values = {metric: [overall(run, metric).tolist() for run in runs.values()] for metric in metrics}
@@ -61,7 +61,7 @@ def shown_scores(runs: Runs) -> list[str]:
 
 
 def change(metric: str, values: Sequence[float], rounds: Sequence[int]) -> str:
-    """A score's way, in words."""
+    """A score's change over the run as text."""
     begun = f"after {count('round', rounds[0])}" if rounds[0] else "before training"
     before = f"{number(values[0])} {begun}"
     if len(values) == 1:
@@ -72,7 +72,7 @@ def change(metric: str, values: Sequence[float], rounds: Sequence[int]) -> str:
 
 
 def _metrics(runs: Runs) -> list[str]:
-    """The scores that any run has, but for classes' own."""
+    """The scores that any run has, without scores of single classes."""
     found = {metric for run in runs.values() for metric in run.scores["metric"].dropna().unique() if "/" not in metric}
     return [*shown_scores(runs), *sorted(found - set(SCORES))]
 
@@ -119,7 +119,7 @@ def _against_bytes(runs: Runs, metric: str) -> list[Figure]:
 
 
 def sent(run: Run) -> pd.Series[float]:
-    """Bytes up and down until so many rounds were finished."""
+    """Bytes up and down by number of finished rounds."""
     total = (run.rounds["uplink_bytes"] + run.rounds["downlink_bytes"]).astype("float64").cumsum()
     return pd.Series(total.to_numpy(), index=run.rounds["round"].to_numpy("int64") + 1)
 
@@ -138,31 +138,31 @@ def _classes(runs: Runs) -> list[Details]:
 
 
 def _title(metric: str) -> str:
-    said = score(metric)
-    return said[0].upper() + said[1:]
+    text = score(metric)
+    return text[0].upper() + text[1:]
 
 
 _POINTS = 300
-"""Points of a curve; one with more is thinned."""
+"""Most points of a curve; curves with more are thinned."""
 
 _MARKED = 40
-"""A curve with more points has no marks on it but at its end."""
+"""Most points with a mark each; curves with more have one at their end only."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's curve.  at: its place in the legend; said: its phrase in a label."""
+    """A run's curve.  at: its place in the legend; summary: its phrase in a label."""
 
     at: int
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    said: str = ""
+    summary: str = ""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """title: what is on it, with its unit; layout: plotly's keys for the rest; whole: whether it counts."""
+    """An x-axis.  title: quantity and unit; layout: other keys of plotly; whole: True for whole numbers only."""
 
     title: str
     layout: Mapping[str, Any] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class Axis:
 
 
 FRAME = {"margin": {"l": 60, "r": 20, "t": 30, "b": 50}}
-"""Room for ticks.  A figure that finds out for itself how much they need, with "automargin", takes twice as long."""
+"""Room for ticks.  With plotly's "automargin" a figure takes twice as long."""
 
 FROM_ZERO = {"rangemode": "tozero"}
 
@@ -178,12 +178,12 @@ ROUNDS = Axis("finished rounds", whole=True)
 
 
 def overlay(title: str, x: Axis, curves: Sequence[Curve], caption: str, y: Mapping[str, Any] | None = None) -> Figure:
-    """The curves over one x-axis.  title: what is on the y-axis, with its unit; y: plotly's keys for it."""
+    """The curves over one x-axis.  title: quantity and unit of the y-axis; y: plotly's keys for it."""
     ticks = whole_ticks([value for curve in curves for value in curve.x]) if x.whole else {}
-    spoken = [f"{curve.name}: {curve.said}" for curve in curves if curve.said]
+    summaries = [f"{curve.name}: {curve.summary}" for curve in curves if curve.summary]
     return Figure(
         title=title,
-        label=f"{title} over {x.title}. {listed(spoken)}",
+        label=f"{title} over {x.title}. {listed(summaries)}",
         caption=caption,
         data=[_trace(curve) for curve in curves],
         layout={
@@ -197,12 +197,12 @@ def overlay(title: str, x: Axis, curves: Sequence[Curve], caption: str, y: Mappi
 
 
 def whole_ticks(values: Sequence[float]) -> dict[str, Any]:
-    """Ticks of an axis that counts: at whole numbers, none of which stands there twice."""
+    """Ticks of an axis of whole numbers, each at most once."""
     return {"dtick": 1} if max(values) - min(values) < 8 else {"tickformat": ",d", "nticks": 8}
 
 
 def log_where_wide(values: Sequence[float]) -> dict[str, Any]:
-    """An axis of amounts: by their logarithm where they span more than a decade."""
+    """Axis of positive amounts: logarithmic where they span more than a decade."""
     amounts = [value for value in values if value > 0]
     wide = amounts and max(amounts) >= 10 * min(amounts)
     return {"type": "log", "dtick": 1} if wide else {"nticks": 6}

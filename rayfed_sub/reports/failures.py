@@ -8,24 +8,24 @@ from typing import Any
 import pandas as pd
 
 from rayfed_sub.core.text import count
-from rayfed_sub.diagnostics.alerts import LOOKS, Alert, alerts
+from rayfed_sub.diagnostics.alerts import DIAGNOSED_ROUNDS, Alert, alerts
 from rayfed_sub.reports.curves import overall
 from rayfed_sub.reports.page import Cell, Facts, Section, Table, Text
 from rayfed_sub.reports.run_reader import Run, Runs
 
 
 def failures(runs: Runs) -> Section | None:
-    """A row for each, None where all went well."""
+    """Section with a row for each failure and retry; None without any."""
     rows = [[*([name] if len(runs) > 1 else []), *row] for name, run in runs.items() for row in _rows(run)]
     retries = {name: int(run.rounds["retries"].fillna(0).sum()) for name, run in runs.items()}
-    notes = [f"{name}: {count('result', lost)} made again." for name, lost in retries.items() if lost]
+    lines = [f"{name}: {count('result', lost)} made again." for name, lost in retries.items() if lost]
     if not rows:
-        return Section("Failures and retries", [Text(" ".join(notes))]) if notes else None
+        return Section("Failures and retries", [Text(" ".join(lines))]) if lines else None
     columns = [*(["run"] if len(runs) > 1 else []), "round", "what", "who", "attempts", "cause"]
     caption = (
         "Clients that were skipped, packs that were trained again, and rounds with which a run was taken up again."
     )
-    return Section("Failures and retries", [*([Text(" ".join(notes))] if notes else []), Table(caption, columns, rows)])
+    return Section("Failures and retries", [*([Text(" ".join(lines))] if lines else []), Table(caption, columns, rows)])
 
 
 def _rows(run: Run) -> list[list[Cell | str]]:
@@ -42,20 +42,20 @@ def _rows(run: Run) -> list[list[Cell | str]]:
     return [[Cell(f"{round + 1}", float(round + 1)), *cells] for round, cells in sorted(rows, key=lambda row: row[0])]
 
 
-def noticed(runs: Runs) -> Section | None:
-    """The alerts that each run showed at its end, None where none did."""
+def symptoms(runs: Runs) -> Section | None:
+    """Section with the alerts on each run's rows; None without alerts."""
     found = {name: symptoms_of(run) for name, run in runs.items()}
     if not any(found.values()):
         return None
     if len(runs) == 1:
-        return Section("Symptoms", [Facts({one.name: one.text for notes in found.values() for one in notes})])
-    rows = [[name, one.name, one.text] for name, notes in found.items() for one in notes]
+        return Section("Symptoms", [Facts({one.name: one.text for raised in found.values() for one in raised})])
+    rows = [[name, one.name, one.text] for name, raised in found.items() for one in raised]
     columns = ["run", "alert", "what was seen, a likely cause, a key to turn"]
     return Section("Symptoms", [Table("What the runs' rows showed at their ends.", columns, rows)])
 
 
 def symptoms_of(run: Run) -> list[Alert]:
-    """Those that a run's rows show."""
+    """Alerts on a run's rows."""
     scores = overall(run, "held_out_loss")
     return alerts(
         _alert_rows(run.rounds),
@@ -68,9 +68,9 @@ def symptoms_of(run: Run) -> list[Alert]:
 
 
 def _newest(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame[frame["round"].isin(sorted(frame["round"].unique())[-LOOKS:])]
+    return frame[frame["round"].isin(sorted(frame["round"].unique())[-DIAGNOSED_ROUNDS:])]
 
 
 def _alert_rows(frame: pd.DataFrame) -> Sequence[Any]:
-    """With the columns' names as attributes."""
+    """Rows with the columns as attributes."""
     return list(frame.itertuples(index=False, name="Row"))

@@ -15,17 +15,17 @@ from rayfed_sub.reports.page import Details, Figure, Section, Text, line_style, 
 from rayfed_sub.reports.run_reader import Run, Runs
 
 DETAILED = 6
-"""Runs that have heat maps and a table of clients of their own."""
+"""Most runs with heat maps and a table of clients."""
 _ROUNDS, _LAYERS = 80, 64
-"""Columns and rows of a heat map; of more, evenly spaced ones are shown."""
+"""Most columns and rows of a heat map; of more, evenly spaced ones are shown."""
 _NAMED = 20
-"""Layers that are named beside a heat map."""
+"""Most layers to name beside a heat map."""
 _NAME = 22
-"""Characters of a layer's name there."""
+"""Most characters of a layer's name there."""
 _WIDE = 8
 """Pixels of a character there."""
 _SPECTRA = 3
-"""Layers whose spectrum is drawn."""
+"""Most layers with a spectrum."""
 
 
 def layers(runs: Runs) -> Section | None:
@@ -37,9 +37,9 @@ def layers(runs: Runs) -> Section | None:
     steps = _against_steps(runs, known)
     shown = [name for name in runs if not known[name].empty][:DETAILED]
     ends = {quantity.name: _ends([known[name] for name in shown], quantity.name) for quantity in QUANTITIES}
-    said = "Of the clients whose round was looked at, at most as many as diagnostics.clients says."
+    caption = "Of the clients whose round was looked at, at most as many as diagnostics.clients says."
     if len([name for name in runs if not known[name].empty]) > DETAILED:
-        said += f" Layer by layer only for the first {DETAILED} runs."
+        caption += f" Layer by layer only for the first {DETAILED} runs."
     details = [
         Details(
             "Layer by layer" if len(runs) == 1 else f"{name}, layer by layer",
@@ -48,7 +48,7 @@ def layers(runs: Runs) -> Section | None:
         )
         for name in shown
     ]
-    return Section("Ranks, drift and subspaces", [Text(said), *legend(runs), *medians, *steps, *details])
+    return Section("Ranks, drift and subspaces", [Text(caption), *legend(runs), *medians, *steps, *details])
 
 
 def _median(known: Mapping[str, pd.DataFrame], quantity: Quantity) -> Figure | None:
@@ -58,12 +58,12 @@ def _median(known: Mapping[str, pd.DataFrame], quantity: Quantity) -> Figure | N
         if len(values):
             y = values.tolist()
             first, last = values.index[0] + 1, values.index[-1] + 1
-            said = f"{number(y[0])} in round {first}, {number(y[-1])} in round {last}"
-            curves.append(Curve(at, name, (values.index + 1).tolist(), y, said))
+            summary = f"{number(y[0])} in round {first}, {number(y[-1])} in round {last}"
+            curves.append(Curve(at, name, (values.index + 1).tolist(), y, summary))
             if quantity.name == "rank" and len(known) == 1:
                 bounds = frame.groupby("round")["bound"].median().dropna()
-                said = f"{number(bounds.iloc[-1])} in round {last}" if len(bounds) else ""
-                curves += [Curve(1, "bound", (bounds.index + 1).tolist(), bounds.tolist(), said)] if said else []
+                summary = f"{number(bounds.iloc[-1])} in round {last}" if len(bounds) else ""
+                curves += [Curve(1, "bound", (bounds.index + 1).tolist(), bounds.tolist(), summary)] if summary else []
     if not curves:
         return None
     caption = f"Median over layers. {quantity.meaning}"
@@ -73,14 +73,14 @@ def _median(known: Mapping[str, pd.DataFrame], quantity: Quantity) -> Figure | N
 
 
 def _against_steps(runs: Runs, known: Mapping[str, pd.DataFrame]) -> list[Figure]:
-    """Distance of the weights for the steps that a client took."""
+    """Distance of the weights over a client's local steps."""
     curves = []
     for at, (name, run) in enumerate(runs.items()):
         values = known[name].groupby("round")["accumulated"].median().dropna()
         steps = steps_until(run)
-        at_hand = [round for round in values.index if round in steps.index]
-        if at_hand:
-            x, y = [steps[round] for round in at_hand], [values[round] for round in at_hand]
+        measured = [round for round in values.index if round in steps.index]
+        if measured:
+            x, y = [steps[round] for round in measured], [values[round] for round in measured]
             curves.append(Curve(at, name, x, y, f"{number(y[-1])} after {number(x[-1])} steps"))
     axis = Axis("local steps of a client", {"nticks": 6})
     caption = "Median over layers of how far the weights have moved, against a client's optimiser steps until then: "
@@ -96,7 +96,7 @@ def steps_until(run: Run) -> pd.Series[float]:
 
 
 def _ends(frames: Sequence[pd.DataFrame], name: str) -> tuple[float, float]:
-    """The values that are drawn faintest and strongest in all runs: from 0, so that colours compare."""
+    """Values of the faintest and the strongest colour in all runs, from 0, so that colours can be compared."""
     values = pd.concat([frame[name] for frame in frames]).dropna() if frames else pd.Series(dtype="float64")
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
     return min(low, 0.0), max(high, 1e-12)
@@ -106,8 +106,8 @@ def _pictures(run: Run, frame: pd.DataFrame, ends: Mapping[str, tuple[float, flo
     names = list(dict.fromkeys(frame["layer"]))
     short = short_names(names)
     shown = evenly(range(len(names)), _LAYERS)
-    called = {names[at]: short[names[at]] for at in shown}
-    maps = [_heat_map(frame, quantity, called, ends[quantity.name]) for quantity in QUANTITIES if quantity.mapped]
+    labels = {names[at]: short[names[at]] for at in shown}
+    maps = [_heat_map(frame, quantity, labels, ends[quantity.name]) for quantity in QUANTITIES if quantity.mapped]
     found: list[Text | Figure] = [picture for picture in maps if picture is not None]
     found += _spectra(run, names, short)
     if len(shown) < len(names):
@@ -116,16 +116,16 @@ def _pictures(run: Run, frame: pd.DataFrame, ends: Mapping[str, tuple[float, flo
 
 
 def _heat_map(
-    frame: pd.DataFrame, quantity: Quantity, called: Mapping[str, str], ends: tuple[float, float]
+    frame: pd.DataFrame, quantity: Quantity, labels: Mapping[str, str], ends: tuple[float, float]
 ) -> Figure | None:
-    """layer x round."""
-    known = frame[frame[quantity.name].notna() & frame["layer"].isin(list(called))]
+    """Heat map of a quantity, layer x round."""
+    known = frame[frame[quantity.name].notna() & frame["layer"].isin(list(labels))]
     if known.empty:
         return None
     grid = known.pivot_table(index="layer", columns="round", values=quantity.name)
-    grid = grid.reindex([name for name in called if name in grid.index])
+    grid = grid.reindex([name for name in labels if name in grid.index])
     grid = grid[evenly(grid.columns.tolist(), _ROUNDS)]
-    rows, rounds = [called[name] for name in grid.index], [int(round) + 1 for round in grid.columns]
+    rows, rounds = [labels[name] for name in grid.index], [int(round) + 1 for round in grid.columns]
     low, high = ends
     named = list(range(0, len(rows), -(-len(rows) // _NAMED)))
     ticks = [rows[at][-_NAME:] for at in named]
@@ -135,7 +135,7 @@ def _heat_map(
         title=quantity.title,
         label=f"{quantity.title}: heat map of {count('layer', len(rows))} over rounds {rounds[0]} to {rounds[-1]}. "
         f"From {number(known[quantity.name].min())} to {number(known[quantity.name].max())}, the highest in layer "
-        f"{called[top['layer']]}, round {int(top['round']) + 1}; in the last round from {number(last.min())} to "
+        f"{labels[top['layer']]}, round {int(top['round']) + 1}; in the last round from {number(last.min())} to "
         f"{number(last.max())}.",
         caption=quantity.meaning,
         data=[
@@ -172,20 +172,20 @@ def _heat_map(
 
 
 def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[Figure]:
-    """Singular values of the aggregate in a few layers, in the first and the last round that was looked at."""
+    """Singular values of the aggregate in a few layers, in the first and the last diagnosed round."""
     rows = run.layers[[len(values) > 0 for values in run.layers["spectrum"].map(_values)]]
     rounds = sorted({*rows["round"].head(1), *rows["round"].tail(1)})
     chosen = [names[at] for at in evenly(range(len(names)), _SPECTRA)]
     data: list[dict[str, Any]] = []
-    spoken = []
+    summaries = []
     for at, name in enumerate(chosen):
         for round in rounds:
             found = rows[(rows["layer"] == name) & (rows["round"] == round)]["spectrum"].map(_values)
             values = [value for value in (found.iloc[0] if len(found) else []) if value > 0]
             if values:
-                said = f"layer {short[name]}, round {round + 1}"
-                data.append(_spectrum(at, said, values, "dot" if round == rounds[0] != rounds[-1] else "solid"))
-                spoken.append(f"{said}: {number(values[0])} falling to {number(values[-1])} over {len(values)}")
+                line = f"layer {short[name]}, round {round + 1}"
+                data.append(_spectrum(at, line, values, "dot" if round == rounds[0] != rounds[-1] else "solid"))
+                summaries.append(f"{line}: {number(values[0])} falling to {number(values[-1])} over {len(values)}")
     if not data:
         return []
     drawn, places = ([value for trace in data for value in trace[axis]] for axis in ("y", "x"))
@@ -194,7 +194,7 @@ def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[F
     return [
         Figure(
             title="Spectrum of the aggregate",
-            label=f"Singular values of the clients' mean change, largest first. {listed(spoken)}",
+            label=f"Singular values of the clients' mean change, largest first. {listed(summaries)}",
             caption="The largest singular values of the clients' mean change; a steep fall means that few directions "
             "carry it.",
             data=data,
@@ -210,7 +210,7 @@ def _spectra(run: Run, names: Sequence[str], short: Mapping[str, str]) -> list[F
 
 
 def _values(spectrum: Any) -> list[float]:
-    """A table's list, which may be missing."""
+    """A list from a table, which may be missing."""
     return [] if spectrum is None or isinstance(spectrum, float) else [float(value) for value in spectrum]
 
 
@@ -230,7 +230,7 @@ def _spectrum(at: int, name: str, values: Sequence[float], dash: str) -> dict[st
 
 @dataclass(frozen=True)
 class Quantity:
-    """name: a column of `figures`.  meaning: how to read it, for a caption.  mapped: whether it has a heat map, too."""
+    """A quantity of a layer.  name: column of `figures`; meaning: for a caption; mapped: True with a heat map, too."""
 
     name: str
     title: str
@@ -276,8 +276,8 @@ _OF_CLIENTS = ("gradient_energy", "gradient_rank", "turned")
 
 
 def figures(run: Run) -> pd.DataFrame:
-    """A row per round and layer with every quantity's column, float64, NaN where it is not known; and `bound`, what the
-    aggregate's rank can be at most."""
+    """A row per round and layer with every quantity's column, float64, NaN where unknown; and `bound`, the
+    upper bound of the aggregate's rank."""
     layers = run.layers[["round", "layer"]].copy()
     for quantity in QUANTITIES:
         if quantity.name in run.layers:

@@ -1,4 +1,4 @@
-"""Overview of runs: facts of one run or a table of several, keys in which they differ, versions and machines."""
+"""Overview of runs: facts of a run or a table of several, differing keys, versions and machines."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SPLITS = {"train": "training", "validation": "validation", "held_out": "held-ou
 
 
 def results(runs: Runs) -> Section:
-    """One run: what was run and how it ended.  Several: a row of each."""
+    """Facts and result of a single run, or a row for each of several."""
     if len(runs) == 1:
         return Section("Result", [Facts(_facts(run)) for run in runs.values()])
     return Section("Results", [_table(runs)])
 
 
 def state(run: Run) -> str:
-    """Progress of a run in words."""
+    """Progress of a run as text."""
     planned = run.config.federation.rounds
     if run.summary:
         again = f", taken up again {count('time', len(run.resumed))}" if run.resumed else ""
@@ -71,7 +71,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _rows(run: Run) -> dict[str, str]:
-    """The rows that are trained on and judged, and what became of those that are too long."""
+    """Counts of training and evaluation rows, and of rows that were cut or dropped."""
     if not run.rows:
         return {}
     kept = {name: run.rows.get(key) for key, name in _SPLITS.items()}
@@ -103,12 +103,12 @@ def _bytes(run: Run, direction: str) -> str:
 
 def _table(runs: Runs) -> Table:
     scores = [metric for metric in shown_scores(runs) if metric in AGAINST_BYTES]
-    called = [score(metric).partition(" (")[0] for metric in scores]
+    score_heads = [score(metric).partition(" (")[0] for metric in scores]
     heads = [
         "run",
         "method",
         "rank",
-        *called,
+        *score_heads,
         "up (MB)",
         "down (MB)",
         "time in rounds (s)",
@@ -135,19 +135,19 @@ def _table(runs: Runs) -> Table:
 
 
 def environment(runs: Runs) -> Section | None:
-    """Of one run as facts, of several side by side."""
+    """Facts of a single run, or a table of several side by side."""
     known = {name: {**run.versions, **run.environment} for name, run in runs.items()}
     keys = list(dict.fromkeys(key for tree in known.values() for key in tree))
     if not keys:
         return None
     if len(runs) == 1:
         ((_, tree),) = known.items()
-        return Section("Versions and machine", [Facts({key: _said(tree[key]) for key in keys})])
-    rows: list[list[Cell | str]] = [[key, *(_said(tree.get(key)) for tree in known.values())] for key in keys]
+        return Section("Versions and machine", [Facts({key: _text(tree[key]) for key in keys})])
+    rows: list[list[Cell | str]] = [[key, *(_text(tree.get(key)) for tree in known.values())] for key in keys]
     return Section("Versions and machines", [Table("What each run was computed with.", ["of what", *runs], rows)])
 
 
-def _said(value: object) -> str:
+def _text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
@@ -155,14 +155,16 @@ def differences(runs: Runs) -> Section:
     """A table of the keys that differ, and their values."""
     trees = {name: flat(run.config.model_dump(mode="json")) for name, run in runs.items()}
     if len(runs) == 1:
-        (own,) = trees.values()
-        columns = {"this run": own, "default": defaults(next(iter(runs.values())).config)}
+        (this_run,) = trees.values()
+        columns = {"this run": this_run, "default": defaults(next(iter(runs.values())).config)}
         caption, title = "Keys whose values are not the defaults.", "What was set"
     else:
         columns, title = trees, "How the configurations differ"
         caption = "Keys in which the runs' configurations differ; - where a method has no such key."
-    if len(runs) == 1:  # what an older run has not is as it is by default
-        columns = {name: {key: value for key, value in tree.items() if key in own} for name, tree in columns.items()}
+    if len(runs) == 1:  # keys that an older run lacks have their defaults
+        columns = {
+            name: {key: value for key, value in tree.items() if key in this_run} for name, tree in columns.items()
+        }
     keys = [key for key in dict.fromkeys(key for tree in columns.values() for key in tree) if _differ(key, columns)]
     rows: list[list[Cell | str]] = [[key, *(_cell(tree, key) for tree in columns.values())] for key in keys]
     if not rows:
@@ -171,13 +173,12 @@ def differences(runs: Runs) -> Section:
 
 
 def defaults(config: Config) -> dict[str, Any]:
-    """Defaults of every key, the method's own fields among them where it is one of the table: a
-    report does not import what a run's configuration names."""
-    name, own = config.method["name"], dict[str, Any]()
+    """Defaults of every key, with the fields of a built-in method; a report imports no class that a run names."""
+    name, method = config.method["name"], dict[str, Any]()
     if name in METHODS:
-        own = asdict(cast(Any, build({"name": name})))
+        method = asdict(cast(Any, build({"name": name})))
     tree = Config().model_dump(mode="json")
-    return flat({**tree, "method": {**own, "name": tree["method"]["name"]}})
+    return flat({**tree, "method": {**method, "name": tree["method"]["name"]}})
 
 
 def _differ(key: str, columns: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -1,6 +1,6 @@
-"""One self-contained HTML document of text, tables and plotly figures, for a browser without a network.
+"""A self-contained HTML document of text, tables and plotly figures, for a browser without a network.
 
-It is readable on a phone, follows the reader's choice of light or dark, and says in words what its figures show.
+It is readable on a phone, follows the reader's choice of light or dark, and describes its figures in words.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from rayfed_sub.core.text import number
 
 RUN_COLOURS = 6
-"""Colours `run-0`, `run-1`, ... of assets/report.css.  Runs beyond repeat them with other dashes and marks."""
+"""Number of colours `run-0`, `run-1`, ... of assets/report.css; more runs repeat them with other dashes and marks."""
 _LONG = 10
-"""A table with more rows gets a box that filters them."""
+"""Most rows of a table without a filter box."""
 _WRAPPED = 60
-"""Characters from which a table's cell is folded."""
+"""Length from which a table's cell is folded."""
 _LARGE = 200
-"""A table with more rows is stored as columns, and shown a page at a time."""
+"""Most rows of a plain table; larger ones are stored as columns and shown in pages."""
 _DASHES = {"solid": "", "dash": "9 5", "dot": "2 4", "dashdot": "9 4 2 4", "longdash": "15 5"}
 """Plotly's dashes, and the same for SVG."""
 _MARKS = {
@@ -46,14 +46,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what they stand for, one line each."""
+    """Names with their values, one line each."""
 
     pairs: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a table's cell, and the number that it is sorted by; a cell without one comes last."""
+    """Text of a table's cell, and the number to sort it by; cells without one come last."""
 
     text: str
     value: float | None
@@ -61,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns, sorted by clicking or pressing a column's head; a string is a cell sorted as text."""
+    """A table, sortable by its column heads; a string is a cell sorted as text."""
 
     caption: str
     columns: Sequence[str]
@@ -70,11 +70,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as plotly.js takes it: traces and layout, both only of what JSON knows, without NaN.
+    """A figure for plotly.js: traces and layout, both of JSON types without NaN.
 
-    label: what it shows, in words, for who cannot see it.  caption: how to read it.  width: in pixels; a narrower
-    screen scrolls.  title: a heading above it, if any.  A property "color", or one that ends so, may name one of the
-    page's own colours, which follow light and dark: "--text", "--dim", "--accent", "--mark", "--run-0" ...
+    label: description of its content, for readers who cannot see it.  caption: explanation.  width: in pixels; a
+    narrower screen scrolls.  title: a heading above it, if any.  A property "color", or one that ends so, may name one
+    of the page's colours, which follow light and dark: "--text", "--dim", "--accent", "--mark", "--run-0" ...
     `layout.coloraxis` runs from faint to strong; text on its lower half is legible in "--on-faint", on its upper half
     in "--on-strong".  A trace whose "meta" is a number belongs to that place in the page's legend.  Text that may hold
     "<" goes through `plain`.
@@ -90,15 +90,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Legend:
-    """Names of what the page's figures overlay, each with its line and mark (see `line_style`); a press on one hides it
-    in all figures, or shows it again."""
+    """Legend of the page's figures: names with line and mark (see `line_style`); a press on one hides it in all figures
+    or shows it again."""
 
     names: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Details:
-    """Parts behind a line that opens them."""
+    """Parts that a click on a line unfolds."""
 
     title: str
     parts: Sequence[Text | Facts | Table | Figure]
@@ -110,14 +110,14 @@ Part = Text | Facts | Table | Figure | Legend | Details
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it; figures stand side by side where there is room."""
+    """A heading and its parts; figures stand side by side where there is room."""
 
     title: str
     parts: Sequence[Part]
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """The document; plotly.js, 4.8 MB, is in it once if there is a figure."""
+    """The HTML document, with plotly.js (4.8 MB) if it has a figure."""
     parts = [part for section in sections for part in section.parts]
     inner = [inside for part in parts if isinstance(part, Details) for inside in part.parts]
     figures = any(isinstance(part, Figure) for part in [*parts, *inner])
@@ -207,19 +207,18 @@ def _table(table: Table) -> str:
 
 
 def _columns(table: Table) -> list[dict[str, Any]]:
-    """The cells by column: their texts and, where they have any, their values, which are `true` where each is what its
-    text says."""
+    """The cells by column: texts, and values if there are any, or `true` where every value equals its text."""
     columns = []
     for cells in zip(*table.rows, strict=True):
         column: dict[str, Any] = {"texts": [cell if isinstance(cell, str) else cell.text for cell in cells]}
         values = [None if isinstance(cell, str) else cell.value for cell in cells]
         if any(isinstance(cell, Cell) for cell in cells):
-            column["values"] = values if values != list(map(_said, column["texts"])) else True
+            column["values"] = values if values != list(map(_number_in, column["texts"])) else True
         columns.append(column)
     return columns
 
 
-def _said(text: str) -> float | None:
+def _number_in(text: str) -> float | None:
     try:
         return float(text.replace(",", ""))
     except ValueError:
@@ -234,7 +233,7 @@ def _cell(cell: Cell | str) -> str:
 
 def _figure(figure: Figure) -> str:
     title = f"<h3>{escape(figure.title)}</h3>" if figure.title else ""
-    # As high as it will be: what stands below must not jump when it is drawn.
+    # In its final height, so that the content below does not move when it is drawn.
     size = f"min-height:{figure.layout.get('height', 450)}px" + (f";min-width:{figure.width}px" if figure.width else "")
     return (
         f"<figure aria-label='{escape(figure.label)}'>{title}<div class='scroll'><div class='plot' style='{size}'>"
@@ -244,7 +243,7 @@ def _figure(figure: Figure) -> str:
 
 
 def _json(found: object) -> str:
-    """Within <script> nothing is escaped but what could end it."""
+    """JSON for a <script> element: escapes only text that could end it."""
     return json.dumps(found, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -302,10 +301,10 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
     "form-action 'none'"
 )
-"""The browser itself sees to it that the page neither loads nor sends anything.  Parallel coordinates are drawn by
-WebGL code that plotly.js evaluates."""
+"""Policy with which the browser blocks all loading and sending.  Parallel coordinates need WebGL code that plotly.js
+evaluates."""
 
 
 def cell(value: float | None) -> Cell:
-    """A number in a table."""
+    """Cell of a number."""
     return Cell("-", None) if value is None or not math.isfinite(value) else Cell(number(value), float(value))

@@ -1,4 +1,4 @@
-"""Runs as one HTML file: what was noticed, what was run, curves of all runs, layers, clients, workers, failures."""
+"""Runs as one HTML file: symptoms, overview, curves, layers, clients, workers, failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.reports.clients import clients
 from rayfed_sub.reports.curves import quality, traffic
-from rayfed_sub.reports.failures import failures, noticed
+from rayfed_sub.reports.failures import failures, symptoms
 from rayfed_sub.reports.layer_metrics import layers
 from rayfed_sub.reports.overview import differences, environment, results
 from rayfed_sub.reports.page import Section, page
@@ -20,7 +20,7 @@ from rayfed_sub.storage.remote import Place
 from rayfed_sub.telemetry.events import Notice
 
 _TITLED = 4
-"""Runs that the title names."""
+"""Most runs to name in the title."""
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
@@ -46,16 +46,16 @@ def report_run(place: Place, notify: Callable[[Notice], None]) -> None:
     if path.exists():
         return
     try:
-        write_report([read_run(place.path, place.called())], path)
+        write_report([read_run(place.path, place.display_name())], path)
     except Exception as error:
-        again = f"rayfed-sub report {shlex.quote(place.called())}"
+        again = f"rayfed-sub report {shlex.quote(place.display_name())}"
         notify(Notice(f"no report: {type(error).__name__}: {error}; {again} tries again"))
 
 
 def sections(runs: Runs) -> list[Section]:
     """Sections of the report; those without data are left out."""
     found = [
-        noticed(runs),
+        symptoms(runs),
         results(runs),
         differences(runs),
         quality(runs),

@@ -1,4 +1,4 @@
-"""Reader of run folders: of finished runs, of running ones, of those that were cut off."""
+"""Reader of run folders, of finished, running and interrupted runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _COLUMNS = {
     ),
     "packs": ("round", "pack", "clients", "first", "worker", "began", "seconds", "attempts", "trouble"),
 }
-"""The tables of a run folder and their columns; one that a run lacks is empty, and full of missing values."""
+"""The tables of a run folder and their columns; a missing table is empty, a missing column has missing values."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Run:
     """A run, read from its folder.
 
     The columns of each table are those of the run's records; values may be missing (NaN) in any of them.  summary:
-    summary.json, empty where the run is not finished.  resumed: the rounds with which it was taken up again.  rows: the
+    summary.json, empty where the run is not finished.  resumed: the rounds from which it was resumed.  rows: the
     task's `RowCounts`, empty for runs of older versions.
     """
 
@@ -63,23 +63,23 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Its name."""
+        """Name of the method."""
         return str(self.config.method["name"])
 
     @property
     def done(self) -> int:
-        """Rounds that are finished."""
+        """Number of finished rounds."""
         return len(self.rounds)
 
 
 Runs = Mapping[str, Run]
-"""Runs by what the report calls them, in the order in which they were asked for."""
+"""Runs by their names in the report, in the given order."""
 
 
-def read_run(folder: Path, called: str | None = None) -> Run:
-    """The run in a folder, as far as it went.  called: the folder as people call it, where that is not its path.
+def read_run(folder: Path, display_name: str | None = None) -> Run:
+    """The run in a folder, finished or not.  display_name: shown in place of the folder's path.
 
-    Raises UserError where there is none, or where it cannot be read.
+    Raises UserError where there is no run, or where it cannot be read.
     """
     if not (folder / "config.yaml").is_file():
         sweep = (folder / "sweep.yaml").is_file()
@@ -100,7 +100,7 @@ def read_run(folder: Path, called: str | None = None) -> Run:
     if tables["scores"].empty and first.get("scores"):
         tables["scores"] = _framed([{"rounds": 0, **score} for score in first["scores"]], _COLUMNS["scores"])
     return Run(
-        folder=Path(called or folder),
+        folder=Path(display_name or folder),
         config=config,
         summary=summary,
         **tables,
@@ -112,7 +112,7 @@ def read_run(folder: Path, called: str | None = None) -> Run:
 
 
 def named(runs: Sequence[Run]) -> dict[str, Run]:
-    """Each run by its name, its method, or as much of its folder's path as makes it unique."""
+    """The runs by their names or methods, or by the shortest unique ends of their paths."""
     parts = [run.folder.resolve().parts for run in runs]
     longest = max(map(len, parts))
     tails = (["/".join(path[-length:]) for path in parts] for length in range(1, longest + 1))
@@ -121,7 +121,7 @@ def named(runs: Sequence[Run]) -> dict[str, Run]:
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
-    """The log's whole lines; a last one that is being written does not count."""
+    """The log's complete lines, without a last one that is being written."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 

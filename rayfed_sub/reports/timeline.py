@@ -1,4 +1,4 @@
-"""Workers over time: packs of clients on each, and memory, planned and measured."""
+"""Timeline of packs by worker, and planned and measured memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rayfed_sub.reports.page import Cell, Details, Figure, Section, Table, cell,
 from rayfed_sub.reports.run_reader import Run, Runs
 
 _BARS = 1000
-"""Bars that a browser draws at once; of more packs, those of a worker are drawn as one."""
+"""Most bars that a browser draws quickly; of more packs, several of a worker share a bar."""
 
 
 def timeline(runs: Runs) -> Section | None:
-    """A bar per pack and worker, for each run."""
+    """Section with a bar per pack and worker, for each run."""
     shown = [name for name, run in runs.items() if len(run.packs)][:DETAILED]
     if not shown:
         return None
@@ -27,15 +27,15 @@ def timeline(runs: Runs) -> Section | None:
 
 
 def clocked(run: Run) -> pd.DataFrame:
-    """The packs with `began` in seconds since the first one; where the run was taken up again, the time between its
-    sittings is left out."""
+    """The packs with `began` in seconds since the first one; the time between the sessions of a
+    resumed run is left out."""
     packs = run.packs.astype({"began": "float64", "seconds": "float64"})
-    sitting = packs["round"].map(lambda round: sum(again <= round for again in set(run.resumed)))
+    session = packs["round"].map(lambda round: sum(again <= round for again in set(run.resumed)))
     began, end = packs["began"].copy(), 0.0
-    for _, rows in packs.groupby(sitting):
-        own = rows["began"] - rows["began"].min() + end
-        began.loc[rows.index] = own
-        end = float((own + rows["seconds"]).max())
+    for _, rows in packs.groupby(session):
+        shifted = rows["began"] - rows["began"].min() + end
+        began.loc[rows.index] = shifted
+        end = float((shifted + rows["seconds"]).max())
     return packs.assign(began=began)
 
 
@@ -68,16 +68,18 @@ def _figure(run: Run) -> Figure:
     whole = float((packs["began"] + packs["seconds"]).max())
     busy = float(packs["seconds"].sum()) / (whole * len(workers)) if whole else 0.0
     again = f" {count('pack', len(troubled))} had to be trained again." if len(troubled) else ""
-    said = f"{count('pack', len(packs))} on {count('worker', len(workers))} in {duration(whole)}; workers trained for "
-    said += f"{min(busy, 1.0):.0%} of that time."
+    summary = (
+        f"{count('pack', len(packs))} on {count('worker', len(workers))} in {duration(whole)}; workers trained for "
+    )
+    summary += f"{min(busy, 1.0):.0%} of that time."
     turn = drawn["round"].rank(method="dense")
     # Rounds in turn are strong and faint, so that their borders show.
     parity = [(drawn[turn % 2 == side], colour) for side, colour in ((0, "--accent"), (1, "--dim"))]
     marks = [_marks(troubled)] if len(troubled) else []
     return Figure(
         title="Packs by worker",
-        label=f"Timeline of workers: {said}{again}",
-        caption=f"{said} Each bar: {what}; rounds alternate in colour; the rest is evaluation, aggregation and "
+        label=f"Timeline of workers: {summary}{again}",
+        caption=f"{summary} Each bar: {what}; rounds alternate in colour; the rest is evaluation, aggregation and "
         f"waiting.{again}{' A cross marks where.' if again else ''}",
         data=[*(_bars(rows, colour) for rows, colour in parity if len(rows)), *marks],
         layout={
@@ -112,12 +114,12 @@ def _bars(rows: pd.DataFrame, colour: str) -> dict[str, Any]:
         "base": [rounded(began, 7) for began in rows["began"]],
         "x": [rounded(end - began) for began, end in zip(rows["began"], rows["end"], strict=True)],
         "marker": {"color": colour, "line": {"width": 1, "color": "--page"}},
-        "hovertext": [_told(row) for row in rows.to_dict("records")],
+        "hovertext": [_hover_text(row) for row in rows.to_dict("records")],
         "hoverinfo": "text",
     }
 
 
-def _told(row: dict[Any, Any]) -> str:
+def _hover_text(row: dict[Any, Any]) -> str:
     rounds = (
         f"round {row['round'] + 1}"
         if row["round"] == row["last"]
@@ -151,7 +153,7 @@ def _worker(worker: int) -> str:
 
 
 def memory(runs: Runs) -> Section | None:
-    """Memory of all processes of a run over rounds, beside the plan."""
+    """Section with the memory of all processes of a run over rounds, and the plan."""
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():
         planned, peak = run.summary.get("planned_memory_bytes"), _peak(run)

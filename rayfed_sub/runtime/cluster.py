@@ -1,4 +1,4 @@
-"""Ray sessions and their nodes: a cluster that is joined, the session there is, or a local one for this run alone."""
+"""Ray sessions and their nodes: a cluster to join, the current session, or a local one for this run alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the cl
 
 
 def nodes() -> tuple[Node, ...]:
-    """The nodes that are there, and those that the cluster's autoscaler may add."""
+    """The current nodes, and those that the cluster's autoscaler may add."""
     import ray  # `plan` does without
 
     if not ray.is_initialized():
@@ -35,13 +35,13 @@ def nodes() -> tuple[Node, ...]:
     heads, file = [resources for resources in there if HEAD in resources], _BOOTSTRAP.expanduser()
     if heads and file.exists():
         grown = [*heads, *grown_by(yaml.safe_load(file.read_text(encoding="utf-8")))]
-        there = max(there, grown, key=_sizes)  # the file of machines of one's own says nothing of their sizes
+        there = max(there, grown, key=_sizes)  # a file of on-premise machines does not hold their sizes
     return tuple(Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there)
 
 
 def grown_by(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The resources of the worker nodes of a grown cluster, given what `ray up` made of its YAML file; the largest
-    first, where it may not have all of them at once.
+    """Resources of the worker nodes of a fully grown cluster, from the YAML file that `ray up` left on its head; the
+    largest nodes where it may not have all at once.
 
     >>> grown_by({"max_workers": 3, "head_node_type": "head", "available_node_types": {
     ...     "head": {"resources": {"CPU": 2}, "max_workers": 0},
@@ -55,12 +55,12 @@ def grown_by(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _workers(cluster: Mapping[str, Any], most: int) -> Iterator[Mapping[str, Any]]:
     for name, kind in cluster.get("available_node_types", {}).items():
-        own = kind.get("max_workers", 0 if name == cluster.get("head_node_type") else most)
-        yield from [kind.get("resources", {})] * own
+        count = kind.get("max_workers", 0 if name == cluster.get("head_node_type") else most)
+        yield from [kind.get("resources", {})] * count
 
 
 def _sizes(nodes: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    return sum(_size(own)[0] for own in nodes), sum(_size(own)[1] for own in nodes)
+    return sum(_size(node)[0] for node in nodes), sum(_size(node)[1] for node in nodes)
 
 
 def _size(resources: Mapping[str, Any]) -> tuple[float, float]:
@@ -74,10 +74,9 @@ def available_first(
     *,
     node_availability_summary: Any,
 ) -> tuple[float, ...] | None:
-    """Score of a new node of `node_type` for the waiting `resources`, the greater the better; None: it does not fit.
+    """Score of a new node of `node_type` for the waiting `resources`, the higher the better; None: it does not fit.
 
-    Ray's own measure, after whether the kind is to be had.
-    Of equals Ray takes the one whose name comes last in the alphabet.
+    Availability of the type counts first, then Ray's own score.  Of equals Ray takes the last name in the alphabet.
     """
     from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
 
@@ -95,8 +94,8 @@ _GCS_SECONDS = 20.0  # most of them for the import of ray
 
 @contextmanager
 def joined(address: str | None = None) -> Iterator[None]:
-    """Joins the cluster at `address`, or at that in the environment variable RAY_ADDRESS; does nothing where there is
-    neither, or where this process is connected already.
+    """Joins the cluster at `address`, or at the environment variable RAY_ADDRESS; does nothing where neither is set, or
+    where this process is connected already.
 
     Raises UserError where no such cluster can be joined.
     """
@@ -124,11 +123,11 @@ def joined(address: str | None = None) -> Iterator[None]:
 def _found(address: str) -> str:
     """HOST:PORT of a cluster that answers.  Raises OSError or ValueError within seconds where none does.
 
-    `ray.init` itself waits for a cluster that is not there for a quarter of an hour, and writes about it on the way.
+    `ray.init` waits a quarter of an hour for a missing cluster, and prints messages meanwhile.
     """
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
-    if ":" in address and not address.rpartition(":")[0].strip(" []"):  # of which Ray writes a traceback
+    if ":" in address and not address.rpartition(":")[0].strip(" []"):  # Ray would print a traceback
         raise ValueError("no host is named before the port")
     found: str = canonicalize_bootstrap_address_or_die(address)
     host, _, port = found.rpartition(":")
@@ -138,7 +137,7 @@ def _found(address: str) -> str:
         socket.create_connection((host.strip("[]"), int(port)), _TCP_SECONDS).close()
     except OSError as error:
         raise OSError(f"nothing answers at {found}: {error.strerror or error}") from None
-    # Something listens there.  Whether it is a cluster's head, another process asks, which can be ended.
+    # Something listens there.  Ask in another process, which can be ended, whether it is a cluster's head.
     asks = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
     try:
         answer = subprocess.run(
@@ -156,7 +155,7 @@ def _found(address: str) -> str:
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """A Ray session: the one there is, or a local one for this run alone (never somebody's cluster by accident)."""
+    """The current Ray session, or a local one for this run alone (never somebody's cluster by accident)."""
     if ray.is_initialized():
         yield
         return
@@ -185,7 +184,7 @@ def _set_up() -> None:
 
 @contextmanager
 def _our_signals() -> Iterator[None]:
-    """Keeps what a terminating signal does here: Ray's own would end the process without a checkpoint."""
+    """Keeps this process's SIGTERM handler: Ray's would end the process without a checkpoint."""
     ours = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -193,7 +192,7 @@ def _our_signals() -> Iterator[None]:
 
 
 def _announce() -> None:
-    """Writes the file by which Prometheus finds this session's metrics; Ray itself does so with its dashboard only."""
+    """Writes the file with which Prometheus finds this session's metrics; Ray writes it only with its dashboard."""
     from ray._private.metrics_agent import PrometheusServiceDiscoveryWriter
 
     node = ray._private.worker._global_node
@@ -201,7 +200,7 @@ def _announce() -> None:
 
 
 def _tighten_token() -> None:
-    """Ray writes its token readable by everyone; it opens the cluster to whoever has it."""
+    """Makes Ray's token, which opens the cluster and which Ray writes readable for everyone, private."""
     token = Path.home() / ".ray" / "auth_token"
     if token.exists():
         token.chmod(0o600)

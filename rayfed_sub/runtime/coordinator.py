@@ -1,8 +1,8 @@
-"""The server: an actor that owns the global state and walks the rounds.
+"""The server: an actor that owns the global state and runs the rounds.
 
-One round reads like the paper's algorithm: sample clients, broadcast, train packs, fold in order, finish, evaluate.
-Workers never call the coordinator; the caller only reads the stream of records that `run_round` yields.  Whatever dies,
-the newest checkpoint in the run folder is where a new coordinator goes on.
+One round follows the paper's algorithm: sample clients, broadcast, train packs, accumulate in order, aggregate,
+evaluate.  Workers never call the coordinator; the caller only reads the stream of records that `run_round` yields.
+After any failure a new coordinator goes on from the newest checkpoint in the run folder.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _CLAIM_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class _Trained:
-    """Results of a round's training besides the state store.  changes: the server's own, by target that diagnostics
-    look at; empty in a round that they do not look at."""
+    """Results of a round's training besides the state store.  changes: the server's change of each diagnosed target
+    layer; empty in a round without diagnostics."""
 
     metrics: RoundMetrics
     seconds: float
@@ -69,8 +69,8 @@ class _Trained:
 
 
 class Coordinator:
-    """Wrapped by `ray.remote(num_cpus=0, concurrency_groups={"aside": 1})`: one thread does all the arithmetic, another
-    answers in the middle of a round."""
+    """Server of a run.  As an actor (`links.py`) it has two threads: one does all the arithmetic, the other, of the
+    concurrency group "aside", answers calls in the middle of a round."""
 
     def __init__(
         self,
@@ -100,14 +100,14 @@ class Coordinator:
         return self._method.init_server(self._pretrained(self._shape), self._shape, self._config.seed)
 
     def _pretrained(self, shape: ModelShape) -> Tensors:
-        """The layers' weights as a run begins with them; copies where the backbone is not float32."""
+        """The layers' pretrained weights; copies where the backbone is not float32."""
         return target_weights(shape, self._transposed, self._backbone)
 
     def start(self) -> int:
-        """Takes up the newest checkpoint, if there is one, and waits for the workers; the number of rounds that are
-        finished already.
+        """Loads the newest checkpoint, if there is one, and waits for the workers; returns the number of finished
+        rounds.
 
-        Raises RunError where another run is at work in the folder, and where a worker cannot start."""
+        Raises RunError where another run uses the folder, and where a worker cannot start."""
         torch.set_num_threads(self._config.resources.threads)  # of this thread
         # The coordinator of a run that was killed may still be writing.
         self._claim = checkpoints.claim(self._folder, _CLAIM_SECONDS)
@@ -117,7 +117,7 @@ class Coordinator:
         return self._store.current.server.round
 
     def workers_environment(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Versions, and what the bits depend on besides, of the workers; after `start`."""
+        """The workers' versions, and the other parts of their environment that the bits depend on; after `start`."""
         versions, machines = zip(*self._answers, strict=True)
         return merged(versions), environment(self._config, machines)
 
@@ -127,18 +127,18 @@ class Coordinator:
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def halt(self) -> int:
-        """From here on no round is finished any more; the number of those that are."""
+        """Lets no further round finish; returns the number of finished rounds."""
         return self._store.halt()
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def checkpoint(self) -> None:
-        """A checkpoint of the last finished round.  Raises RunError where the disk is full, and where the broadcast, in
-        whose memory the server's tensors lie, was written to."""
+        """Writes a checkpoint of the last finished round.  Raises RunError where the disk is full, and where somebody
+        wrote into the broadcast, whose memory holds the server's tensors."""
         self._verify_broadcast()
         self._store.checkpoint()
 
     def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
-        """Round n, counted from 0; it can be asked for again as long as it has not reached its evaluation."""
+        """Runs round n, counted from 0, and yields its records; may be called again until the round is committed."""
         finished = self._store.current.server.round
         assert n == finished, f"round {n} asked of a server that has finished {finished}"
         began = time.perf_counter()
@@ -160,21 +160,22 @@ class Coordinator:
             downlink_bytes=sum(down.values()),
             labels=metrics.labels,
             change_rank=statistics.median(ranks) if ranks else None,
-            epsilon=spent(config, self._noise, n + 1) if due else None,  # it takes most of a second
+            epsilon=spent(config, self._noise, n + 1) if due else None,  # takes most of a second
             train_seconds=trained.seconds,
             retries=sum(pack.attempts - 1 for pack in trained.packs),
             memory_bytes=self._memory_now(),
             seconds=time.perf_counter() - began,
         )
-        if due:  # the workers have read shared memory once more
+        if due:  # the workers have used shared memory again
             self._verify()
         yield RoundDone(row, tuple(metrics.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
 
     def _trained(
         self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
     ) -> Generator[PackDone, None, _Trained | None]:
-        """The round up to its commit; None where the run is being interrupted.  A call of its own, because the sum and
-        the last server must be gone before the next broadcast comes.  due: whether an evaluation follows."""
+        """The round up to its commit; None where the run is being interrupted.  due: True where an evaluation follows.
+
+        A separate function, so that the sum and the old server are freed before the next broadcast."""
         config, method, shape = self._config, self._method, self._shape
         broadcast = self._broadcast()
         current, size = self._store.current, config.resources.pack_size
@@ -213,7 +214,7 @@ class Coordinator:
         return _Trained(metrics, seconds, changes, pack_rows, *layer_rows)
 
     def scores(self) -> tuple[Score, ...]:
-        """The current model's; of its answers too before training and after it."""
+        """Scores of the current model; before the first and after the last round with those of generated answers."""
         round = self._store.current.server.round
         judged = (self._workers, self._config, self._dataset, self._model(), self._metrics)
         ends = round in (0, self._config.federation.rounds)
@@ -223,12 +224,12 @@ class Coordinator:
             raise RunError("evaluation", str(error), round=round) from None
 
     def backbone_sum(self) -> str:
-        """A sum over the model's weights as they were loaded, in hex.  Vectors are left out: the rotary frequencies
-        among them are computed, and may end in another bit with another version of torch."""
-        return f"{checksum({name: own for name, own in self._backbone_arrays.items() if own[1].ndim > 1}):016x}"
+        """Checksum of the loaded weights, in hex, without vectors: rotary frequencies are computed, and may differ in a
+        bit between versions of torch."""
+        return f"{checksum({name: array for name, array in self._backbone_arrays.items() if array[1].ndim > 1}):016x}"
 
     def weights_sha256(self) -> str:
-        """SHA-256 over everything learned: effective target weights, the server's tensors, personal clients' states."""
+        """SHA-256 of everything learned: effective target weights, server tensors, states of personal clients."""
         digest = hashlib.sha256()
         current = self._store.current
         for name, weight in self._effective(current.server):
@@ -242,18 +243,18 @@ class Coordinator:
         return digest.hexdigest()
 
     def memory(self) -> list[Sample]:
-        """Memory of this process and of the workers that answer."""
+        """Memory of this process and of the workers that answer in time."""
         return [self._memory.sample(), *self._workers.memory(30)]
 
     def close(self) -> None:
-        """Ends what would outlive the run where this is no process of its own: the claim to the folder, threads."""
+        """Releases the folder's lock and ends threads, which else outlive the run where this is no separate process."""
         if self._claim is not None:
             self._claim.close()
         self._memory.close()
         self._workers.close()
 
     def _memory_now(self) -> int | None:
-        """Bytes as last sampled, of this process and its workers; None where one of them does not answer."""
+        """Bytes of this process and its workers, as last sampled; None where a worker does not answer."""
         samples = self._workers.memory(1)
         last = {sample.process: sample.last for sample in [self._memory.sample(), *samples]}
         return sum(last.values()) if len(samples) == self._workers.count else None
@@ -263,7 +264,7 @@ class Coordinator:
         return self._config.privacy.clip is not None
 
     def _zero(self) -> Accumulator:
-        """The empty sum; with privacy it holds an update at rest, so that noise is released for an empty cohort too."""
+        """The empty sum; under privacy with an update without change, so that an empty cohort releases noise too."""
         method, shape, server = self._method, self._shape, self._store.current.server
         total = method.accumulator(server, shape)
         if not self._private:
@@ -271,9 +272,9 @@ class Coordinator:
         return method.accumulate(total, mechanism.at_rest(method, server, shape, self._config.seed), shape)
 
     def _rule(self, n: int, rows: Sequence[ClientRow], weight: float) -> tuple[float, Noise | None]:
-        """Arguments of `advance` besides the server's own rule: a factor, and noise by tensor.
+        """Factor and noise, the arguments of `advance` besides the server's optimizer.
 
-        weight: the sum's.  The fixed denominator of privacy is the expected cohort."""
+        weight: total weight of the sum.  Under privacy the denominator is fixed: the expected cohort."""
         federation, private = self._config.federation, self._config.privacy
         if private.clip is not None and self._noise is not None:
             deviation = self._noise * private.clip / federation.cohort
@@ -284,7 +285,7 @@ class Coordinator:
         return sampling.nova_factor_of(self._config, n, trained), None
 
     def _skipped(self, n: int, update: Update, down: int) -> ClientRow:
-        """The row of a client that failed.  Raises RunError where the configuration does not let it be skipped."""
+        """The row of a failed client.  Raises RunError where the configuration does not allow to skip it."""
         cause = str(update.failure)
         if self._config.federation.on_client_failure == "stop":
             raise client_failed(cause, n, update.client)
@@ -295,26 +296,27 @@ class Coordinator:
         return JudgedModel(self._broadcast(), stored)
 
     def _broadcast(self) -> Any:
-        """The current broadcast's handle; training and evaluation of one state share it."""
+        """Handle of the current broadcast, which training and evaluation of one server state share."""
         if self._sent is None or self._sent[0] != self._store.current.server.round:
-            self._sent = None  # let go of the last one first
+            self._sent = None  # free the last one first
             give_back()
             self._sent = self._put()
             give_back()
         return self._sent[1]
 
     def _put(self) -> tuple[int, Any, int]:
-        """Shares the broadcast.  Tensors of the server that are sent as they are lie there alone from then on."""
+        """Shares the broadcast: (round, handle, checksum).  Server tensors that are sent unchanged then lie in shared
+        memory alone."""
         server = self._store.current.server
         broadcast = broadcast_of(self._config, self._method, server)
         handle = self._workers.share(broadcast)
         stored: Broadcast = object_store.get(handle)
-        own = [name for name, tensor in broadcast.tensors.items() if tensor is server.tensors.get(name)]
-        self._store.move({name: stored.tensors[name] for name in own})
+        unchanged = [name for name, tensor in broadcast.tensors.items() if tensor is server.tensors.get(name)]
+        self._store.move({name: stored.tensors[name] for name in unchanged})
         return server.round, handle, checksum(packed(broadcast.tensors))
 
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
-        """Wire bytes to every client of the cohort, given when it last took part."""
+        """Wire bytes to every client of the cohort; they depend on the round in which it last took part."""
         states, server = self._store.current.states, self._store.current.server
         mixed = mixes(self._config.server, self._config.privacy)
         down = {}
@@ -327,8 +329,8 @@ class Coordinator:
         return down
 
     def _learned(self) -> bool:
-        """True where a round has moved the server: one in which somebody trained, or any one under privacy, whose
-        noise moves it."""
+        """True where a round has changed the server: a round in which a client trained; under privacy any round,
+        because of its noise."""
         current = self._store.current
         return current.server.round > 0 and (self._private or bool(current.states))
 
@@ -336,7 +338,7 @@ class Coordinator:
         home = self._home.get(clients[0], index % self._workers.count)
         work = sampling.pack_work(self._config, self._dataset, n, clients, watched)
 
-        def submit(worker: Any) -> Any:  # states come to memory when their turn has come
+        def submit(worker: Any) -> Any:  # states are read into memory as late as this
             states = [self._store.stored(client) for client in clients]
             return worker.train.remote(work, states, broadcast)
 
@@ -350,8 +352,8 @@ class Coordinator:
             yield layer.name, change.apply(weights[f"{layer.name}/weight"])
 
     def _change_layers(self, n: int) -> list[str]:
-        """The targets whose change of round n at the server diagnostics look at; none where every client has a model
-        of its own, and the server's is the pretrained one."""
+        """Names of the target layers whose change at the server is diagnosed in round n; none for methods whose clients
+        have models of their own, where the server's model stays the pretrained one."""
         diagnostics = self._config.diagnostics
         if self._method.personal or not client_diagnostics.due(diagnostics, n, self._config.federation.rounds or 0):
             return []
@@ -360,8 +362,8 @@ class Coordinator:
     def _server_changes(
         self, before: ServerState, ranks: Mapping[str, int | None], evaluated: bool
     ) -> dict[str, ServerChange]:
-        """The server's own changes of the layers of `ranks`, each given the summed rank of the round's updates; dense
-        ones of no known rank only in rounds that are evaluated."""
+        """The server's changes of the layers in `ranks` (layer -> summed rank of the round's updates); dense changes of
+        unknown rank only in rounds that are evaluated."""
         old, new = (self._method.model(server, self._shape) for server in (before, self._store.current.server))
         mixed = mixes(self._config.server, self._config.privacy)
         changes = {}
@@ -375,7 +377,7 @@ class Coordinator:
         return changes
 
     def _verify(self) -> None:
-        """Shared memory still holds what was put there; a torch write in a worker is noticed there, by name."""
+        """Checks that shared memory is unchanged.  (A worker's `Guard` finds writes by torch, and names the tensor.)"""
         if checksum(self._backbone_arrays) != self._backbone_sum:
             at = self._store.current.server.round
             raise RunError("shared memory", "the backbone's bytes changed", round=at, resume=None)

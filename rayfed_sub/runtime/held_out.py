@@ -1,7 +1,7 @@
-"""Held-out evaluation by the workers, on fixed shards, folded in order: the same numbers for any number of workers.
+"""Held-out evaluation by the workers, on fixed shards in a fixed order: the same scores for any number of workers.
 
-Methods with one model for all are judged on shards of the chosen rows.  Where every client has a model of its own, each
-row is judged by the client whose data it is like (`Dataset.held_out_clients`).
+A global model is evaluated on shards of the chosen rows.  Where every client has a model of its own, each row is
+evaluated by the client whose data it resembles (`Dataset.held_out_clients`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class JudgedModel:
-    """The model to judge: a reference to its broadcast; stored: a client's stored state, for methods whose clients have
-    models of their own (None: one model for all)."""
+    """Model to evaluate.  broadcast: handle; stored: function to a client's stored state, for methods whose clients
+    have models of their own (None: one model for all)."""
 
     broadcast: Any
     stored: Callable[[int], Any] | None
@@ -34,7 +34,7 @@ class JudgedModel:
 def scores(
     workers: Workers, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
 ) -> list[Score]:
-    """The scores of `evaluation.eval_rows` held-out rows; metrics: the configuration's own."""
+    """The scores of `evaluation.eval_rows` held-out rows; metrics: those of the configuration."""
     shards = _shards(config, dataset, config.evaluation.eval_rows, model)
     done = _each(workers, shards, model, lambda worker: worker.evaluate, "held-out rows")
     rows = [(int(dataset.held_out_clients[row]), prediction) for row, prediction in _by_row(shards, done)]
@@ -45,7 +45,7 @@ def scores(
 def answer_scores(
     workers: Workers, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
 ) -> list[Score]:
-    """The scores of the answers to `evaluation.generate_rows` held-out questions; none where none are asked for."""
+    """The scores of the answers to `evaluation.generate_rows` held-out questions; empty where that is 0."""
     if not config.evaluation.generate_rows:
         return []
     shards = _shards(config, dataset, config.evaluation.generate_rows, model)
@@ -55,13 +55,13 @@ def answer_scores(
 
 
 def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Sequence[T]]) -> Iterator[tuple[int, T]]:
-    """Each held-out row with what was found for it."""
+    """Each held-out row with its result."""
     pairs = zip(shards, done, strict=True)
     return ((row, found) for (_, rows), all_found in pairs for row, found in zip(rows, all_found, strict=True))
 
 
 def _shards(config: Config, dataset: Dataset, most: int, model: JudgedModel) -> list[tuple[int | None, list[int]]]:
-    """(client or None, rows): the judged rows, cut into shards."""
+    """Shards of the rows to evaluate: (client or None, rows)."""
     chosen = judged_rows(config, len(dataset.held_out), most)
     size = config.evaluation.batch_size
     if model.stored is None:

@@ -1,4 +1,4 @@
-"""The session's link to its coordinator: an actor, or, with `resources.workers=0`, an object of this process."""
+"""Link from session to coordinator: an actor, or with `resources.workers=0` an object of this process."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ANSWER_SECONDS = 600.0  # for an answer that takes no work
 
 
 class CoordinatorLink(Protocol):
-    """A coordinator as the session talks to it."""
+    """Interface of a coordinator for the session."""
 
     def ask(self, name: str) -> Any:
-        """The answer of the coordinator's method of this name, which takes no arguments."""
+        """Calls the coordinator's method of this name, without arguments, and returns its result."""
 
     def round(self, n: int) -> Iterator[PackDone | RoundDone]:
-        """The records of round n as they come.  One that was interrupted can be read on, unless the interruption ended
-        the round itself."""
+        """The records of round n as they come.  Reading can go on after an interruption, unless that ended the round
+        itself."""
 
     def close(self) -> None:
         """Ends the coordinator and its workers."""
@@ -50,7 +50,7 @@ class LocalLink:
         self._coordinator = Coordinator(*parts)
 
     def ask(self, name: str) -> Any:
-        """See `CoordinatorLink`, as for the others."""
+        """As in `CoordinatorLink`."""
         return getattr(self._coordinator, name)()
 
     def round(self, n: int) -> Iterator[PackDone | RoundDone]:
@@ -62,15 +62,15 @@ class LocalLink:
 
 
 class ActorLink:
-    """A coordinator as an actor on this node, where the run folder is.  Both functions raise RayActorError where it is
-    dead, and RunError where it hangs."""
+    """A coordinator as an actor on this node, where the run folder is.  `ask` and `round` raise RayActorError where it
+    is dead, and RunError where it hangs."""
 
     def __init__(self, parts: tuple[Any, ...]) -> None:
         actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=_here())(Coordinator)
         self.actor = actor.remote(*parts)
 
     def ask(self, name: str) -> Any:
-        """See `CoordinatorLink`, as for the others."""
+        """As in `CoordinatorLink`."""
         return answer(self.actor, getattr(self.actor, name).remote(), name)
 
     def round(self, n: int) -> Iterator[PackDone | RoundDone]:
@@ -81,7 +81,7 @@ class ActorLink:
 
 
 class RoundStream:
-    """The records of a round as an actor yields them; to be read on after an interruption."""
+    """The records of a round as an actor yields them; reading can go on after an interruption."""
 
     def __init__(self, coordinator: Any, n: int) -> None:
         self._coordinator, self._stage = coordinator, f"round {n}"
@@ -97,7 +97,7 @@ class RoundStream:
 
 
 def answer(coordinator: Any, reference: Any, stage: str) -> Any:
-    """The coordinator's answer, or the cause of its failure."""
+    """The coordinator's answer.  Raises the cause where the call failed."""
     _wait(coordinator, reference, stage)
     try:
         return ray.get(reference, timeout=_ANSWER_SECONDS)
@@ -106,7 +106,7 @@ def answer(coordinator: Any, reference: Any, stage: str) -> Any:
 
 
 def _wait(coordinator: Any, coming: Any, stage: str) -> None:
-    """Waits for a reference, or for a stream's next, as long as the coordinator is alive: its second thread says so.
+    """Waits for a reference, or for a stream's next record, while the coordinator's second thread answers.
 
     Raises RunError where it hangs.
     """
@@ -116,8 +116,8 @@ def _wait(coordinator: Any, coming: Any, stage: str) -> None:
 
 
 def _here() -> NodeAffinitySchedulingStrategy | PlacementGroupSchedulingStrategy:
-    """This node; in a trial of a sweep the first bundle of its placement group, which lies here, and from which the
-    workers are placed into the others."""
+    """Placement on this node: in a trial of a sweep in the first bundle of its placement group, which lies here; the
+    workers then go into the other bundles."""
     group = get_current_placement_group()
     if group is None:
         return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

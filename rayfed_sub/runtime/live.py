@@ -1,5 +1,4 @@
-"""Live numbers of a run: TensorBoard's scalars in the run folder, gauges on Ray's Prometheus endpoints where there is a
-Ray."""
+"""Live metrics of a run: TensorBoard scalars in the run folder, and with Ray gauges on its Prometheus endpoints."""
 
 from __future__ import annotations
 
@@ -18,26 +17,26 @@ from rayfed_sub.telemetry.tensorboard import Events
 
 
 class Live:
-    """Shows the rounds of a sitting, which begins after those that the folder's tables hold.
+    """Publishes the rounds after those in the folder's tables.
 
-    To be closed before Ray is shut down.  Raises RunError where the disk is full.
+    Close it before Ray is shut down.  Raises RunError where the disk is full.
     """
 
     def __init__(self, folder: RunFolder, config: Config) -> None:
         done = folder.rounds.num_rows
         sums = {tag: compute.sum(folder.rounds[column]).as_py() for tag, column in SUMMED.items()}
-        self._sums = {tag: float(total or 0) for tag, total in sums.items()}  # None: of nothing
+        self._sums = {tag: float(total or 0) for tag, total in sums.items()}  # None: no rows
         start = {"round/finished": float(done), **self._sums, **judged(folder.scores(done))}
         self._events = Events(folder.path / "tensorboard", done + 1 if done else 0)
         if not done:
             self._events.add(0, start)
-        tags = {"run": config.name, "method": str(config.method["name"]), "folder": folder.place.called()}
+        tags = {"run": config.name, "method": str(config.method["name"]), "folder": folder.place.display_name()}
         self._gauges = Gauges(tags) if ray.is_initialized() else None
         if self._gauges is not None:
             self._gauges.show(start)
 
     def add(self, done: RoundDone) -> None:
-        """Shows a finished round.  Raises RunError where the disk is full."""
+        """Publishes a finished round.  Raises RunError where the disk is full."""
         values = scalars(done, self._sums)
         self._sums = {tag: values[tag] for tag in SUMMED}
         if self._gauges is not None:
@@ -45,7 +44,7 @@ class Live:
         self._events.add(done.row.round + 1, values)
 
     def close(self) -> None:
-        """Ends what repeats the gauges."""
+        """Ends the thread of the gauges."""
         if self._gauges is not None:
             self._gauges.close()
 
@@ -56,10 +55,10 @@ _SECONDS = 1.0  # no emitter reports more often
 
 
 class Gauges:
-    """Gauges of this process, which must be connected to Ray; on the endpoint of its node as `ray_rayfed_sub_...`.
+    """Gauges of this process, which must be connected to Ray; its node's endpoint shows them as `ray_rayfed_sub_...`.
 
-    Ray hands a gauge's value on once and forgets it two reports later, so that what ended is seen to have ended: a
-    daemon thread sets each anew every second until `close`.  tags: of all gauges.
+    Ray reports a gauge's value once and forgets it two reports later, so that an ended run disappears: a daemon thread
+    sets each gauge again every second until `close`.  tags: of all gauges.
     """
 
     def __init__(self, tags: Mapping[str, str]) -> None:
@@ -91,7 +90,7 @@ class Gauges:
 
 
 def gauge_of(tag: str) -> tuple[str, str | None]:
-    """The gauge of a number's name, and which score it is.
+    """Gauge of a metric's tag, and the score's name where it is a score.
 
     >>> gauge_of("loss/training"), gauge_of("scores/f1/cat")
     (('rayfed_sub_loss_training', None), ('rayfed_sub_scores', 'f1/cat'))
@@ -101,7 +100,7 @@ def gauge_of(tag: str) -> tuple[str, str | None]:
 
 
 def _ascii(text: str) -> str:
-    """Ray takes no other characters.
+    """`text` in ASCII, the only characters that Ray takes.
 
     >>> _ascii("größe")
     'gr\\\\xf6\\\\xdfe'

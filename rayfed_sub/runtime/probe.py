@@ -1,4 +1,4 @@
-"""A short timing before a run: the worker's own code on one pack after another, in this process, without Ray."""
+"""Probe: times the worker's code on packs of several sizes before a run, in this process and without Ray."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rayfed_sub.planning.sampling import PackWork, local_steps
 from rayfed_sub.runtime.worker import Spec, Worker, broadcast_of
 
 _STEPS = 3  # of the longer of two timings; the shorter has one
-_ENOUGH = 1.0  # seconds for which a timing is repeated: short ones are the less sure
-_GAIN = 0.97  # less of a gain than this is none: timings are no surer
+_ENOUGH = 1.0  # seconds for which a timing is repeated: short timings are less certain
+_GAIN = 0.97  # a smaller gain does not count: timings are not more precise
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,9 @@ class Speed:
 
 
 def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
-    """Times packs of the given sizes (as `even` makes them) and of the configured one, up to the first that gains
-    nothing over the one before it.
+    """Times packs of the given sizes (made `even`), up to the first without a gain, and of the configured size.
 
-    Takes the backbone into this process, and of each size three packs, short ones again and again for a second.
+    Loads the backbone into this process and trains three packs of each size, short ones repeatedly for a second.
     """
     config = job.config
     cohort, workers = config.federation.cohort, config.resources.trainers
@@ -133,7 +132,7 @@ def _broadcast(job: Job, backbone: Tensors) -> Broadcast:
 
 
 def _seconds(worker: Worker, work: PackWork, broadcast: Broadcast) -> float:
-    """The shortest of several times: others at work on the machine only ever add to it."""
+    """Shortest of several timings: other work on the machine only adds time."""
     found: list[float] = []
     while sum(found) < _ENOUGH:
         began = time.perf_counter()
@@ -153,7 +152,7 @@ def _evaluation(job: Job, worker: Worker, broadcast: Broadcast) -> float:
 
 
 def _client(config: Config, speed: PackSpeed) -> float:
-    """Seconds of one client's round, of as many steps as the busiest has, with one refresh; fewer are the rule."""
+    """Upper estimate of one client's seconds in a round: the steps of the busiest client, and one refresh."""
     steps = max(local_steps(config, client) for client in range(config.federation.cohort))
     return steps * speed.step + speed.refresh
 

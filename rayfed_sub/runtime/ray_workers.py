@@ -1,4 +1,4 @@
-"""A run's workers as Ray actors, which come back after a death and share memory through the object store."""
+"""Workers as Ray actors, which restart after a death and share memory through the object store."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rayfed_sub.runtime.worker import Answer, Worker
 from rayfed_sub.telemetry.process_memory import Sample
 
 _RETRY_SECONDS = 0.2
-_START_SECONDS = 1800.0  # a cluster that has to grow boots and installs new machines first
+_START_SECONDS = 1800.0  # long enough for a cluster to boot and install new machines
 
 
 class RayWorkers:
-    """See `runtime/workers.py`.  The actors are children of the process that makes this, and go with it."""
+    """`Workers` (`runtime/workers.py`) as actors: children of this process, which end with it."""
 
     def __init__(self, resources: Resources, shared: Shared) -> None:
         actor = ray.remote(Worker).options(**worker_options(resources.cpus_per_worker, resources.gpus_per_worker))
@@ -33,9 +33,9 @@ class RayWorkers:
         self.count = resources.workers
 
     def ready(self) -> list[Answer]:
-        """Waits until every worker has mapped the backbone; what each answers, in the order in which they come.
+        """Waits until every worker has mapped the backbone; returns their answers in the order in which they come.
 
-        Raises RunError where one cannot start; one that is killed meanwhile is brought back by Ray."""
+        Raises RunError where one cannot start; Ray restarts one that is killed meanwhile."""
         answers: list[Answer] = []
         asked, until = {worker.ready.remote(): worker for worker in self._actors}, time.monotonic() + _START_SECONDS
         while asked:
@@ -54,7 +54,7 @@ class RayWorkers:
         return answers
 
     def in_order(self, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
-        """See `scheduler.in_order`."""
+        """As `scheduler.in_order`."""
         return in_order(self._pool, items, stage)
 
     def memory(self, seconds: float) -> list[Sample]:
@@ -64,19 +64,19 @@ class RayWorkers:
         return [sample for reference in answered if (sample := _answer_of(reference)) is not None]
 
     def share(self, value: Any) -> Any:
-        """See `Workers`: in the object store, where all processes of a node read the same memory."""
+        """Puts the value into the object store, where all processes of a node read the same memory."""
         return ray.put(value)
 
     def close(self) -> None:
-        """Nothing: the actors end with the process that made them."""
+        """Does nothing: the actors end with the process that made them."""
 
     def put(self, state: ClientState) -> Any:
-        """See `Workers`."""
+        """As `object_store.put`."""
         return object_store.put(state)
 
 
 def worker_options(cpus: float, gpus: float) -> dict[str, Any]:
-    """Ray's options of a worker: a restart brings it back empty, and the coordinator alone decides what runs again."""
+    """Ray's options of a worker: it restarts without its state, and only the coordinator retries work."""
     return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
 
 

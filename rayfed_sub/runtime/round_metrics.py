@@ -1,4 +1,4 @@
-"""Rows of a round's clients and packs, and sums over the clients as they come in, for a display and for the table."""
+"""Rows of a round's clients and packs, and running sums over its clients."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def pack_row(n: int, pack: Sequence[int], done: Done) -> PackRow:
 
 
 class RoundMetrics:
-    """rows: in the cohort's order.  failed: how many of them were skipped; labels, uplink_bytes: sums over all.
+    """rows: in the cohort's order.  failed: number of skipped clients; labels, uplink_bytes: sums over all.
 
-    Sums are carried along: adding up all rows after every pack would take time that grows with the cohort's square.
+    The sums are kept up to date: summing all rows after every pack would take time quadratic in the cohort.
     """
 
     def __init__(self, round: int, clients: int, began: float) -> None:
@@ -41,12 +41,12 @@ class RoundMetrics:
         self._with_loss = 0
 
     def add(self, row: ClientRow) -> None:
-        """The next client's."""
+        """Adds the next client's row."""
         self.rows.append(row)
         self.failed += row.failure is not None
         self.uplink_bytes += row.uplink_bytes
         self._labels += row.labels
-        if row.loss is not None and row.failure is None:  # a client that diverged is in its own row alone
+        if row.loss is not None and row.failure is None:  # the loss of a failed client stays in its own row
             self._with_loss += 1
             self._losses += row.loss
 
@@ -56,11 +56,11 @@ class RoundMetrics:
 
     @property
     def loss(self) -> float | None:
-        """The mean over clients that were not skipped, each counting once, nats; None while nobody has one."""
+        """Unweighted mean over clients that were not skipped, nats; None while no client has a loss."""
         return self._losses / self._with_loss if self._with_loss else None
 
     def progress(self) -> PackDone:
-        """As of now."""
+        """Progress of the round up to now."""
         return PackDone(
             round=self._round,
             clients_done=len(self.rows),

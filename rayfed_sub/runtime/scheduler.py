@@ -1,8 +1,8 @@
-"""Work to workers: at most two items in flight each, again elsewhere after a loss, results in the order of the work.
+"""Scheduler of work items: at most two in flight per worker, retried after a loss, results in the items' order.
 
-An item of work is a function of a worker that gives an object reference.  It must be repeatable without harm: after
-a worker's death its items run again, in the same composition, so that the bits do not change.  A worker that takes
-longer over an item than the deadline is killed, and then it is as any other death.
+A work item is a function from a worker to an object reference.  It must be safe to repeat: after a worker's death its
+items run again unchanged, so that the bits do not change.  A worker that exceeds the deadline is killed, which is then
+handled as any other death.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 
 from rayfed_sub.core.errors import RunError, UserError
 
-_IN_FLIGHT = 2  # one computing, one waiting at the worker's door
-_AHEAD = 4  # items per worker that may be done before their turn: bounds what the coordinator holds
-_RETRY_SECONDS = 0.02  # Ray itself takes two seconds to say that a worker is still coming back
-_RETURN_SECONDS = 1800.0  # with no worker up: how long one may take to come back, a new machine included
-_FETCH_SECONDS = 60  # a result that is there but cannot be had
-_LIVES = 3  # an item that was lost this often in a row is the likely cause
-_GRACE = 1.0  # waited for at least: time for finished results to come over from another node
+_IN_FLIGHT = 2  # one running, one queued
+_AHEAD = 4  # items per worker that may end before their turn: bounds the results that the coordinator holds
+_RETRY_SECONDS = 0.02  # Ray itself takes two seconds to report that a worker is still restarting
+_RETURN_SECONDS = 1800.0  # without any worker: time for one to restart, a new machine included
+_FETCH_SECONDS = 60  # for a finished result that cannot be fetched
+_LIVES = 3  # losses in a row after which the item is the likely cause
+_GRACE = 1.0  # shortest wait: time for finished results to arrive from another node
 _LONGEST = 3600.0  # one wait; Ray counts milliseconds in 64 bits
 
 
@@ -35,8 +35,8 @@ def _always(result: Any) -> bool:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """submit: starts the work on the given actor; home: the worker preferred (it holds the clients' states); sound: an
-    unsound result is thrown away, once, and the whole item runs again, on another worker where one is up."""
+    """submit: starts the work on the given actor; home: the preferred worker (it holds the clients' states); sound:
+    False for a result to discard: the whole item then runs once more, on another worker if there is one."""
 
     submit: Callable[[Any], ray.ObjectRef]
     home: int
@@ -46,10 +46,10 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished item: its number, its result, the worker that did it.
+    """A finished item: its number, its result, its worker.
 
-    began, ended: when the worker set about it and when its result was there, `time.monotonic()`.  troubles: why it did
-    not do at first, a line for each time that it was lost or unsound.
+    began, ended: start of the work and arrival of the result, `time.monotonic()`.  troubles: a line for each time that
+    the item was lost or its result unsound.
     """
 
     index: int
@@ -61,54 +61,53 @@ class Done:
 
 
 class WorkerPool:
-    """The workers of a run: who is up and how much each has in flight, who is coming back, and what flies.
+    """Workers of a run: the number of items in flight of each live one, the restarting ones, the items in flight.
 
-    It outlives the stages, so that a worker that died in one gets no work in the next before it answers.
-    deadline: seconds that a worker may take over one item, from when it was sent to the idle worker or from when the
-    worker's last item was done.
+    It outlives the stages, so that a worker that died in one stage gets no work in the next before it answers.
+    deadline: seconds that a worker may take over one item, from the time when it was sent to the idle worker or when
+    the worker's last item was done.
     """
 
     def __init__(self, workers: Sequence[Any], deadline: float) -> None:
         self.workers, self.deadline = workers, deadline
         self.load = dict.fromkeys(range(len(workers)), 0)
         self.returning: dict[ray.ObjectRef, int] = {}
-        self.flying: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> item, worker; oldest first
-        self._began: dict[int, float] = {}  # worker -> when the item that it is at began
-        self._deserted, self._trouble = time.monotonic(), "none reported"  # since when nobody is up, where nobody is
+        self.in_flight: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> item, worker; oldest first
+        self._began: dict[int, float] = {}  # worker -> start of its running item
+        self._idle_since, self._trouble = time.monotonic(), "none reported"  # since when no worker is up
 
     def begin(self) -> None:
-        """A new stage: what still flies is of one that was given up, and nobody waits for it."""
-        self.flying.clear()
+        """Begins a stage; forgets items in flight of a stage that was given up."""
+        self.in_flight.clear()
         self._began.clear()
         self.load = dict.fromkeys(self.load, 0)
-        self._deserted = time.monotonic()
+        self._idle_since = time.monotonic()
 
     def send(self, worker: int, index: int, item: WorkItem) -> None:
-        self.flying[item.submit(self.workers[worker])] = (index, worker)
+        self.in_flight[item.submit(self.workers[worker])] = (index, worker)
         self.load[worker] += 1
         self._began.setdefault(worker, time.monotonic())
 
     def wait(self, stage: str) -> ray.ObjectRef | None:
-        """The next reference that moved; None if that was only a resting worker's answer, or nothing moved in time.
+        """The next finished item's reference; None after a restarted worker's answer, or where nothing ended in time.
 
-        Raises RunError when no worker is up and none comes back, with the last trouble that was.
+        Raises RunError, naming the last trouble, when no worker is up and none comes back.
         """
-        limit = min(self._began.values()) + self.deadline if self._began else self._deserted + _RETURN_SECONDS
+        limit = min(self._began.values()) + self.deadline if self._began else self._idle_since + _RETURN_SECONDS
         left = limit - time.monotonic()
         if not (self.load or self.returning) or (not self.load and left <= 0):
             raise RunError(stage, f"no worker is left or answers any more; the last trouble: {self._trouble}")
         timeout = min(max(left, _GRACE), _LONGEST)
-        moved, _ = ray.wait([*self.flying, *self.returning], num_returns=1, timeout=timeout)
-        if moved and moved[0] in self.flying:
+        moved, _ = ray.wait([*self.in_flight, *self.returning], num_returns=1, timeout=timeout)
+        if moved and moved[0] in self.in_flight:
             return moved[0]
         if moved:
-            self._welcome(moved[0])
+            self._restarted(moved[0])
         return None
 
     def land(self, reference: ray.ObjectRef) -> tuple[int, float]:
-        """An item is over, one way or the other, and its worker goes on to the next: the item's number, and when the
-        worker set about it."""
-        index, worker = self.flying.pop(reference)
+        """Removes an item that has ended or failed; its worker goes on to the next.  Returns its number and start."""
+        index, worker = self.in_flight.pop(reference)
         self.load[worker] -= 1
         began = self._began.pop(worker)
         if self.load[worker]:
@@ -116,20 +115,20 @@ class WorkerPool:
         return index, began
 
     def overdue(self) -> list[int]:
-        """The workers that have taken longer than the deadline over one item."""
+        """The workers whose running item has exceeded the deadline."""
         now = time.monotonic()
         return [worker for worker, began in self._began.items() if now - began >= self.deadline]
 
     def rest(self, worker: int, trouble: str) -> list[int]:
-        """The worker died: Ray brings it back, empty; it gets no work until it answers.
+        """Takes a dead worker out until Ray has restarted it, without its state, and it answers.
 
-        Returns its items, oldest first: the first was at work, the others waited at its door.
+        Returns its lost items, oldest first: the first was running, the others were queued.
         """
-        lost = {reference: index for reference, (index, where) in self.flying.items() if where == worker}
+        lost = {reference: index for reference, (index, where) in self.in_flight.items() if where == worker}
         for reference in lost:
-            del self.flying[reference]
+            del self.in_flight[reference]
         del self.load[worker], self._began[worker]
-        self._deserted = time.monotonic()
+        self._idle_since = time.monotonic()
         self._ask(worker, trouble)
         return list(lost.values())
 
@@ -137,8 +136,8 @@ class WorkerPool:
         self._trouble = trouble
         self.returning[self.workers[worker].ready.remote()] = worker
 
-    def _welcome(self, reference: ray.ObjectRef) -> None:
-        """A resting worker answered, or did not: it works again, is asked again, or is lost for good."""
+    def _restarted(self, reference: ray.ObjectRef) -> None:
+        """Handles the answer of a restarting worker: it works again, is asked again, or is lost for good."""
         worker = self.returning.pop(reference)
         try:
             ray.get(reference, timeout=_FETCH_SECONDS)
@@ -151,10 +150,10 @@ class WorkerPool:
 
 
 def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
-    """Runs all items and yields them by number, each as soon as it and all before it are done.
+    """Runs all items and yields them in order, each as soon as it and all before it are done.
 
-    Raises the cause when an item raises; RunError when an item was lost `_LIVES` times in a row (with its worker, past
-    the deadline, on its way back), and when no worker answers any more.
+    Raises an item's own error; RunError when an item was lost `_LIVES` times in a row (with its worker, past the
+    deadline, as a result in transit), and when no worker answers any more.
     """
     waiting = deque(range(len(items)))  # a retry goes to the front
     losses: list[list[str]] = [[] for _ in items]  # in a row
@@ -164,7 +163,7 @@ def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterato
     next_out = 0
 
     def again(lost: Sequence[int], cause: str) -> None:
-        """The first of the lost was at work, and may be the cause; those that waited at the door lost nothing."""
+        """Puts lost items back; the loss counts for the first, which was running and may be the cause."""
         causes = losses[lost[0]]
         causes.append(cause)
         troubles[lost[0]].append(cause)
@@ -183,7 +182,7 @@ def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterato
                 late = f"past the deadline of {pool.deadline:g} s; raise resources.deadline"
                 again(pool.rest(worker, late), late)
             continue
-        worker = pool.flying[moved][1]
+        worker = pool.in_flight[moved][1]
         try:
             result = ray.get(moved, timeout=_FETCH_SECONDS)
         except RayError as error:
@@ -207,7 +206,7 @@ def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterato
 def _launch(
     pool: WorkerPool, items: Sequence[WorkItem], waiting: deque[int], spoiled: Mapping[int, int], horizon: int
 ) -> None:
-    """Fills free places with items below `horizon`: a worker takes those it is home to, then the first in line."""
+    """Sends items below `horizon` to workers with a free place: first items whose home they are, then the first."""
     while near := list(takewhile(lambda index: index < horizon, waiting)):
         homes = {items[index].home for index in near}
         free = [worker for worker, load in pool.load.items() if load < _IN_FLIGHT]
@@ -223,12 +222,12 @@ def _launch(
 
 
 def _lost(error: RayError) -> str:
-    """Why a result was lost, in one line.  Raises what the work itself raised: that is no loss."""
+    """Cause of a lost result, in one line.  Raises an error of the work itself, which is no loss."""
     if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
         raise error.cause if isinstance(error.cause, RunError | UserError) else error from None
     return _last_line(error)
 
 
 def _last_line(error: Exception) -> str:
-    """Ray puts the cause of a death at the end."""
+    """Last line of an error, where Ray names the cause of a death."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

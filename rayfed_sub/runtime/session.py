@@ -1,7 +1,7 @@
-"""One run from configuration to summary: checks first, then Ray, then the coordinator's stream of records.
+"""A run from configuration to summary: checks, then Ray, then the rounds of the coordinator.
 
-The run folder is where a run goes on from, whatever ended it: a new coordinator after the last one died, or a new
-process after this one did, takes up the newest checkpoint, and the tables are cut to the rounds that it holds.
+A run goes on from its folder, whatever ended it: a new coordinator, in this process or a later one, loads the newest
+checkpoint, and the tables are cut to the rounds that it holds.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.worker import Spec
 from rayfed_sub.storage import checkpoints
-from rayfed_sub.storage.remote import Place, placed
+from rayfed_sub.storage.remote import Place, open_place
 from rayfed_sub.storage.run_folder import RunFolder, check_data, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.telemetry.alert_log import Watch
 from rayfed_sub.telemetry.events import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.telemetry.process_memory import PeakMemory, peak_of
 
-_LIVES = 5  # coordinators that may die in a row without a checkpoint between them
+_LIVES = 5  # coordinators that may die one after another without a new checkpoint
 
 Listener = Callable[[Stage | Notice | Started | PackDone | RoundDone], None]
-"""Is shown the journal's records as they come."""
+"""Receives the run's records as they come."""
 Finisher = Callable[[Place, Listener], None]
-"""Adds to the folder of a finished run what is not the run's own, such as its report."""
+"""Adds files to the folder of a finished run, such as its report."""
 
 
 def no_finisher(place: Place, notify: Listener) -> None:
@@ -66,11 +66,10 @@ def run(
     """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
 
     out: a path, or s3://bucket/path or gs://bucket/path, to which the files go as they come (storage/remote.py).
-    resume: go on with the run in `out` (default: the newest of this name) from its newest checkpoint, to the weights
-    that it would have had undisturbed; begins it where there is none, and returns the summary of one that is finished.
-    address: of a Ray cluster to join (`auto`: the one that this machine belongs to), by default that in the environment
-    variable RAY_ADDRESS.  Without either it uses the cluster that this process is connected to, or starts a local one
-    of its own and shuts it down again.
+    resume: go on with the run in `out` (default: the newest of this name) from its newest checkpoint, to the same
+    weights as without the interruption; begins a run where there is none, and returns the summary of a finished one.
+    address: of a Ray cluster to join (`auto`: this machine's), by default the environment variable RAY_ADDRESS.
+    Without either it uses the cluster that this process is connected to, or starts a local one and shuts it down again.
     finish: called with the folder of a finished run before the folder is complete, e.g. to write a report into it.
     Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
     An interruption (Ctrl-C) leaves a checkpoint.
@@ -83,7 +82,7 @@ def run(
         notify(Notice(left_out))
     if out is None:
         return _run(config, None, notify, resume, address, finish)
-    with placed(out, notify, resume=resume) as place:
+    with open_place(out, notify, resume=resume) as place:
         return _run(config, place, notify, resume, address, finish)
 
 
@@ -106,32 +105,32 @@ def _run(
             summary = summary_of(old.path, job.config)
             check_data(old.path, job.dataset.fingerprint)
             if summary is not None:
-                notify(Notice(f"{old.called()} is finished already"))
+                notify(Notice(f"{old.display_name()} is finished already"))
                 finish(old, notify)
-                return replace(summary, folder=old.called())
-        if not ray.is_initialized() or len(ray.nodes()) == 1:  # of a cluster's nodes no plan knows the memory
+                return replace(summary, folder=old.display_name())
+        if not ray.is_initialized() or len(ray.nodes()) == 1:  # a plan does not know the memory of a cluster's nodes
             plan.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
         checkpoints.make(folder.path)
         checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
-        folder.place.saved()
+        folder.place.push()
         notify(Stage("starting Ray, loading weights" if config.resources.workers else "loading weights"))
-        with _hinted(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
+        with _resume_hint(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
             loading, planned = [pool.submit(load_backbone, job)], pool.submit(plan.memory, job)
             with ray_session() if config.resources.workers else nullcontext():
-                put = ray.put if config.resources.workers else _itself
+                put = ray.put if config.resources.workers else _unchanged
                 # No name here may hold the weights for the whole run.
                 shared = Shared(put(spec_of(job)), put(loading.pop().result()), put(job.dataset))
-                summary = carry_out(job, shared, folder, notify, began, lambda: _figure(planned, notify))
+                summary = carry_out(job, shared, folder, notify, began, lambda: _planned_bytes(planned, notify))
         finish(folder.place, notify)
     return summary
 
 
-def _itself(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
-def _figure(planned: Future[int], notify: Listener) -> int | None:
+def _planned_bytes(planned: Future[int], notify: Listener) -> int | None:
     """Planned bytes; None, with a notice, where no plan can be made, e.g. for a method of the user's own."""
     error = planned.exception()
     if error is None:
@@ -148,12 +147,13 @@ def carry_out(
     began: float,
     planned: Callable[[], int | None] = lambda: None,
 ) -> Summary:
-    """The job in its folder, from the newest checkpoint on, in the Ray session that there is; its summary, written.
+    """Runs the job in its folder from the newest checkpoint on, in the current Ray session; writes and returns the
+    summary.
 
-    began: `time.perf_counter()` then.  planned: bytes of memory.  Raises RunError where the run cannot go on.
+    began: `time.perf_counter()` at the start.  planned: bytes of memory.  Raises RunError where the run cannot go on.
     """
     with closing(PeakMemory()) as memory:
-        summary = _through_deaths(job, folder, shared, notify, memory)
+        summary = _with_restarts(job, folder, shared, notify, memory)
         wall = time.perf_counter() - began
         whole = replace(summary, wall_seconds=wall, planned_memory_bytes=planned())
         folder.write_summary(whole)
@@ -161,8 +161,8 @@ def carry_out(
 
 
 @contextmanager
-def _hinted(folder: RunFolder, config: Config, notify: Listener) -> Iterator[None]:
-    """Add the command that takes the run up again to what ended it, where that would get further."""
+def _resume_hint(folder: RunFolder, config: Config, notify: Listener) -> Iterator[None]:
+    """Adds the resume command to the error or interruption that ended the run, where resuming can help."""
     try:
         yield
     except RunError as error:
@@ -177,10 +177,19 @@ def _hinted(folder: RunFolder, config: Config, notify: Listener) -> Iterator[Non
 
 def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
     place, name = folder.place, str(config.method["name"])
-    # What only the folder names is not imported.
-    own = [] if name in METHODS else [f"method.name={name}"]
-    own += [as_override("evaluation.metrics", list(metrics))] if (metrics := config.evaluation.metrics) else []
-    words = ["rayfed-sub", "run", place.called("config.yaml"), *own, *overrides, "--out", place.called(), "--resume"]
+    # Classes and metrics that only the folder names are not imported: name them in the command.
+    named = [] if name in METHODS else [f"method.name={name}"]
+    named += [as_override("evaluation.metrics", list(metrics))] if (metrics := config.evaluation.metrics) else []
+    words = [
+        "rayfed-sub",
+        "run",
+        place.display_name("config.yaml"),
+        *named,
+        *overrides,
+        "--out",
+        place.display_name(),
+        "--resume",
+    ]
     return f"go on with: {shlex.join(words)}"
 
 
@@ -190,12 +199,12 @@ def spec_of(job: Job) -> Spec:
 
 
 def load_backbone(job: Job) -> Packed:
-    """The model's weights as they go into the object store."""
+    """The model's weights as arrays for the object store."""
     return packed(load_weights(job.config.model, job.architecture, job.config.seed))
 
 
-def _through_deaths(job: Job, folder: RunFolder, shared: Shared, notify: Listener, memory: PeakMemory) -> Summary:
-    """The run under one coordinator after another, each from the newest checkpoint on."""
+def _with_restarts(job: Job, folder: RunFolder, shared: Shared, notify: Listener, memory: PeakMemory) -> Summary:
+    """Runs the rounds; after a coordinator's death under another one, from the newest checkpoint on."""
     lives, reached = _LIVES, checkpoints.newest(folder.path)
     while True:
         coordinator = coordinator_of(job, folder.path, shared)
@@ -215,12 +224,12 @@ def _through_deaths(job: Job, folder: RunFolder, shared: Shared, notify: Listene
 
 
 def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: Listener, memory: PeakMemory) -> Summary:
-    """Walks the rounds that are left, and writes tables and checkpoints; the summary without the time that it took.
-    memory: this process's.  Raises RayActorError where the coordinator dies."""
+    """Runs the remaining rounds and writes tables and checkpoints; returns the summary without its wall time.
+    memory: of this process.  Raises RayActorError where the coordinator dies."""
     config, ask = job.config, coordinator.ask
 
     def follow(records: Iterable[PackDone | RoundDone]) -> None:
-        """Reads a round to its end and notes its rows."""
+        """Reads a round's records to the end; writes and reports them."""
         for record in records:
             if isinstance(record, RoundDone):
                 folder.add(record)
@@ -232,7 +241,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
     done = ask("start")
     first = _beginning(done, folder, job, ask, notify)
     targets = sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
-    notify(Started(config, folder.place.called(), overall(first.scores), targets, done))
+    notify(Started(config, folder.place.display_name(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     records: Iterator[PackDone | RoundDone] = iter(())
     watch, live = Watch(folder, config), Live(folder, config)
@@ -243,7 +252,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
             if n + 1 == rounds or (every and (n + 1) % every == 0):
                 folder.write_tables()
                 ask("checkpoint")
-                folder.place.saved()
+                folder.place.push()
         return _summary(job, folder, first, ask, targets, memory)
     except (KeyboardInterrupt, RunError):
         notify(Stage("stopping: a checkpoint first"))
@@ -255,12 +264,12 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
 
 
 def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], notify: Listener) -> Beginning:
-    """The beginning of the run: now, or in an earlier sitting, which is then cut to the `done` rounds that count.
+    """The run's beginning: of a new run, or of the resumed one, whose tables are then cut to its `done` rounds.
 
-    Raises UserError where it began with other weights than the model has now."""
+    Raises UserError where the resumed run began with other weights."""
     config, backbone = job.config, ask("backbone_sum")
     versions, environment = ask("workers_environment")
-    noise = {} if job.noise is None else {"noise": job.noise}  # another accountant might find another one
+    noise = {} if job.noise is None else {"noise": job.noise}  # other versions of the accountant may find another one
     now: dict[str, Any] = {"versions": versions, "environment": {**environment, **noise}}
     before = folder.beginning()
     if before is None and not done:
@@ -270,7 +279,7 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         folder.begin(beginning)
         return beginning
     if before is not None and before.backbone != backbone:
-        allowed = f"the weights with which the run in {folder.place.called()} began; these are others"
+        allowed = f"the weights with which the run in {folder.place.display_name()} began; these are others"
         raise UserError("model.path", config.model.path, allowed, "restore them, or begin anew in another folder")
     beginning = folder.go_on(done)
     notify(Notice(f"going on after round {done} of {config.federation.rounds}"))
@@ -283,12 +292,13 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
 
 
 def leave(folder: RunFolder, ask: Callable[[str], Any], follow: Callable[[], None]) -> None:
-    """A checkpoint of the last finished round, and the tables up to it; follow: reads the rest of a round's records.
+    """Stops the coordinator and writes tables and checkpoint of the last finished round.  follow: reads the rest of a
+    round's records.
 
-    A round that was finished but whose rows never came does not count: the checkpoint before it stands.
+    Nothing is written for a finished round whose rows are lost: the earlier checkpoint stays the newest.
     """
     finished = ask("halt")
-    if folder.rounds.num_rows < finished:  # it ended while nobody listened
+    if folder.rounds.num_rows < finished:  # a round ended unread
         follow()
     if folder.rounds.num_rows == finished:
         folder.write_tables()
@@ -327,5 +337,5 @@ def _summary(
         precision=config.model.dtype,
         logits=None if job.architecture.logits is None else str(job.architecture.logits),
         rows=first.rows,
-        folder=folder.place.called(),
+        folder=folder.place.display_name(),
     )

@@ -44,12 +44,12 @@ from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, predictions
 from rayfed_sub.training.layers import based_on, install
 
-_RESIDENT_BYTES = 256 * 2**20  # client states a worker keeps at hand; older ones are read from the object store again
+_RESIDENT_BYTES = 256 * 2**20  # client states that a worker keeps; older ones are read from the object store again
 _FETCH_SECONDS = 120
 
 
 Answer = tuple[dict[str, str], dict[str, Any]]
-"""A worker's versions, and what it computes with."""
+"""A worker's versions and machine."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class PackOutcome:
-    """Outcome of a pack: the uploads and the new states, in the pack's order.  A client that failed has
-    none: it keeps the one it had.  diagnostics: of the watched clients."""
+    """Outcome of a pack: updates and new states, in the pack's order.  A failed client's state is None: it keeps the
+    old one.  diagnostics: of the watched clients."""
 
     updates: tuple[Update, ...]
     states: tuple[ClientState | None, ...]
@@ -76,14 +76,14 @@ class PackOutcome:
 
 
 def broadcast_of(config: Config, method: Method, server: ServerState) -> Broadcast:
-    """Server tensors for workers: the method's broadcast, and under privacy the server's notes as well,
-    because clipping asks for `aggregate`, which reads them."""
-    notes = server.tensors if config.privacy.clip is not None else {}
-    return Broadcast(server.round, {**notes, **method.broadcast(server).tensors})
+    """Server tensors for workers: the method's broadcast; under privacy all server tensors, which `aggregate` reads
+    when a worker clips."""
+    all_tensors = server.tensors if config.privacy.clip is not None else {}
+    return Broadcast(server.round, {**all_tensors, **method.broadcast(server).tensors})
 
 
 class Worker:
-    """Wrapped by `ray.remote`; plain, so that it can be tested without Ray."""
+    """Trains and evaluates with one backbone.  A plain class, so that it also works without Ray."""
 
     def __init__(self, spec: Spec, backbone: Packed, dataset: Dataset, gpu_share: float = 0.0) -> None:
         torch.set_num_threads(spec.config.resources.threads)
@@ -102,7 +102,7 @@ class Worker:
         self._resident_bytes = 0
 
     def ready(self) -> Answer:
-        """Versions, and what this worker computes with, once the backbone is mapped."""
+        """This worker's versions and machine, once the backbone is mapped."""
         return versions(), machine(self._device.type == "cuda")
 
     def memory(self) -> Sample:
@@ -110,12 +110,12 @@ class Worker:
         return self._memory.sample()
 
     def close(self) -> None:
-        """Ends its thread; a process that makes many runs would gather them."""
+        """Ends the thread that samples memory."""
         self._memory.close()
 
     def train(self, work: PackWork, states: Sequence[Any], broadcast: Broadcast) -> PackOutcome:
-        """One pack's round.  states: per client None (its first round), or its key and what `object_store.get` takes,
-        asked only when the state is not resident.  A client that fails by itself has the cause in its update."""
+        """Trains one pack.  states: per client None (its first round), or key and handle for `object_store.get`, which
+        is read only when the state is not resident.  A failed client has the cause in its update."""
         method, shape = self._spec.method, self._spec.architecture.shape
         clients, watched = work.clients, work.watched
         received = self._received(broadcast)
@@ -158,8 +158,8 @@ class Worker:
         return PackOutcome(tuple(updates), tuple(kept), tuple(diagnostics))
 
     def evaluate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Prediction]:
-        """Predictions for the given held-out rows by the broadcast's model: the global one, or the client's own where
-        `client` is given (state as in `train`)."""
+        """Predictions for the given held-out rows by the global model, or by that of `client` where it is given (state
+        as in `train`)."""
         with self._judged(broadcast, client, state):
             out = predictions(self._model, self._held_out(rows))
         give_back()
@@ -186,12 +186,12 @@ class Worker:
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def _received(self, broadcast: Broadcast) -> Broadcast:
-        """The round's broadcast on this worker's device.  A GPU keeps its copy, because several packs and shards read
-        the same; shared memory is not held on to, or the store could not let go of a round that is over."""
+        """The round's broadcast on this worker's device.  A GPU keeps its copy for several packs and shards; no
+        reference to shared memory is kept, so that the store can free the round."""
         if self._device.type == "cpu":
             return broadcast
         if self._broadcast is None or self._broadcast.round != broadcast.round:
-            self._broadcast = None  # let go of the last one first
+            self._broadcast = None  # free the last one first
             tensors = {name: tensor.to(self._device) for name, tensor in broadcast.tensors.items()}
             self._broadcast = Broadcast(broadcast.round, tensors)
         return self._broadcast
@@ -234,7 +234,7 @@ class Worker:
     def _ended(
         self, broadcast: Broadcast, result: LocalResult, state: ClientState | None, weight: float
     ) -> tuple[Update, ClientState] | str:
-        """A client's update and next state, or why it failed; the broadcast's tensors are in host memory."""
+        """A client's update and next state, or the cause of its failure; the broadcast's tensors are in host memory."""
         round = broadcast.round
         method, shape, clip = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy.clip
         if result.failure is not None:
@@ -268,7 +268,7 @@ class Worker:
         )
 
     def _state(self, client: int, stored: Any) -> ClientState | None:
-        """The client's state: resident when this worker trained it last, else fetched from the object store."""
+        """The client's state: resident where this worker trained the client last, else from the object store."""
         if stored is None:
             return None
         (_, round), handle = stored
@@ -295,7 +295,7 @@ def _failed(result: LocalResult, failure: str) -> Update:
 
 
 def _device(gpu_share: float, deterministic: bool) -> torch.device:
-    """This worker's device; on a GPU its share of the memory is a hard limit, which Ray itself does not enforce."""
+    """This worker's device; limits a GPU's memory to the worker's share, which Ray does not enforce."""
     if not gpu_share:
         return torch.device("cpu")
     if deterministic:

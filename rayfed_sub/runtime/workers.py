@@ -1,8 +1,7 @@
-"""The coordinator's view of its workers, and a worker in the coordinator's own process.
+"""Interface of a run's workers for the coordinator, and a worker in the coordinator's own process.
 
-`RayWorkers` (`ray_workers.py`) are processes; `LocalWorker` serves `resources.workers=0`: no process besides this one
-and no Ray, so that a debugger stops in a method of the user's own, and a small run starts at once.  Both give the same
-bits.
+`RayWorkers` (`ray_workers.py`) are processes; `LocalWorker` serves `resources.workers=0`: one process without Ray, in
+which a debugger stops in a user's method and a small run starts at once.  Both give the same bits.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ class Workers(Protocol):
     count: int
 
     def ready(self) -> list[Answer]:
-        """What each worker answers once it has the backbone."""
+        """Waits until every worker has mapped the backbone; returns their answers."""
 
     def in_order(self, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
-        """Runs all items and yields them in their order."""
+        """Runs all items and yields their results in order."""
 
     def memory(self, seconds: float) -> list[Sample]:
-        """Memory of the workers' processes, of those that answer within so many seconds."""
+        """Memory of the worker processes that answer within so many seconds."""
 
     def share(self, value: Any) -> Any:
-        """A handle of a value for all workers, for `object_store.get`; it is not written to from then on."""
+        """Handle of a value for all workers, for `object_store.get`; nobody may change the value afterwards."""
 
     def put(self, state: ClientState) -> Any:
-        """A handle of a client's state, for `object_store.get`."""
+        """Handle of a client's state, for `object_store.get`."""
 
     def close(self) -> None:
-        """Ends what would outlive the run in this process."""
+        """Ends threads that would outlive the run in this process."""
 
 
 def workers_of(resources: Resources, shared: Shared) -> Workers:
-    """Processes, or with `resources.workers=0` this one."""
+    """Worker processes, or with `resources.workers=0` a worker in this process."""
     if resources.workers:
         return RayWorkers(resources, shared)
     spec, backbone, dataset = map(object_store.get, (shared.spec, shared.backbone, shared.dataset))
@@ -56,7 +55,7 @@ def workers_of(resources: Resources, shared: Shared) -> Workers:
 
 
 class LocalWorker:
-    """One worker, called in this process.  An unsound result is thrown away, once, as by the scheduler."""
+    """A worker in this process.  As with the scheduler, an item with an unsound result runs once more."""
 
     count = 1
 
@@ -64,7 +63,7 @@ class LocalWorker:
         self._worker, self._remote = worker, _Remote(worker)
 
     def ready(self) -> list[Answer]:
-        """See `Workers`, as for all the others."""
+        """As in `Workers`."""
         return [self._worker.ready()]
 
     def in_order(self, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
@@ -91,7 +90,7 @@ class LocalWorker:
 
 
 class _Remote:
-    """A worker of this process behind the calls of an actor: `worker.train.remote(...)` is the result itself."""
+    """A worker of this process with an actor's interface: `worker.train.remote(...)` returns the result itself."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker

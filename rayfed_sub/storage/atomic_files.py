@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are still there after the machine has lost its power; one run a folder."""
+"""Atomic and durable writes, and the lock of a run folder's writer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rayfed_sub.core.errors import RunError
 
 
 def write(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes the parts, one after the other, beside their place, forces them to the disk, then renames: whoever reads
-    `path` sees the old bytes or the new.
+    """Writes the parts to a temporary file beside `path`, syncs it to the disk, then renames it: a reader of `path`
+    sees the old bytes or the new ones.
 
-    Raises RunError naming the file where the disk is full or refuses; `path` is then as it was.
+    Raises RunError naming the file where the disk is full or refuses; `path` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}")
     with disk_errors(path):
@@ -42,9 +42,9 @@ def append(path: Path, line: str) -> None:
 
 
 def claim(path: Path, seconds: float) -> IO[bytes]:
-    """A lock that lasts as long as the returned file is open, and no longer than this process, however that ends.
+    """Exclusive lock on the file, held while the returned file is open and at most until this process ends.
 
-    Waits for another holder, which may be on its way out.  Raises RunError after `seconds`.
+    Waits for another holder, which may be ending.  Raises RunError after `seconds`.
     """
     with disk_errors(path):
         file, until = path.open("wb"), time.monotonic() + seconds
@@ -69,7 +69,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk when its folder is."""
+    """Syncs the folder, without which a rename may be lost with the power."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

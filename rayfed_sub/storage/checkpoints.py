@@ -4,7 +4,7 @@
                 server-000003.safetensors          the server's tensors, and its optimiser's as `server/...`
                 clients/000012-000003.safetensors  client 12's state for round 3, see storage/client_states.py
 
-Only what changed since the last checkpoint is written.  The one before the newest stays whole as well.
+Only what changed since the last checkpoint is written.  The newest two checkpoints are kept whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rayfed_sub.core.arrays import packed, settled
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ClientState, Tensors
 from rayfed_sub.storage import atomic_files, client_states
-from rayfed_sub.storage.client_states import Key, Note
+from rayfed_sub.storage.client_states import Key, StateFile
 
 KEPT = 2
 _KINDS = {
@@ -34,11 +34,11 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Rounds finished, the server's tensors, and of each client that has trained its state's key and file."""
+    """Finished rounds, the server's tensors, and the state files of clients that have trained, by key."""
 
     round: int
     server: Tensors
-    notes: Mapping[Key, Note]
+    state_files: Mapping[Key, StateFile]
 
 
 def root(folder: Path) -> Path:
@@ -52,21 +52,21 @@ def clients(folder: Path) -> Path:
 
 
 def make(folder: Path) -> None:
-    """The two folders.  Raises RunError where they cannot be."""
+    """Makes both folders.  Raises RunError where that fails."""
     with atomic_files.disk_errors(clients(folder)):
         clients(folder).mkdir(parents=True, exist_ok=True)
 
 
 def claim(folder: Path, seconds: float) -> IO[bytes]:
-    """The right to write here, see `atomic_files.claim`."""
+    """The lock of the run's writer, see `atomic_files.claim`."""
     make(folder)
     return atomic_files.claim(root(folder) / ".lock", seconds)
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes server and manifest (the states' files are there already) and forgets all but the newest `KEPT`.
+    """Writes server and manifest, after the states' files, and deletes all checkpoints but the newest `KEPT`.
 
-    Raises RunError where the disk is full; the checkpoints that were there are then as good as before.
+    Raises RunError where the disk is full; the earlier checkpoints then stay valid.
     """
     parts = _safetensors(checkpoint.server)
     atomic_files.write(_server(folder, checkpoint.round), *parts)
@@ -76,13 +76,13 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     manifest = {
         "round": checkpoint.round,
         "server": [sum(map(len, parts)), crc],
-        "clients": [[*key, *astuple(note)] for key, note in sorted(checkpoint.notes.items())],
+        "clients": [[*key, *astuple(entry)] for key, entry in sorted(checkpoint.state_files.items())],
     }
     atomic_files.write(root(folder) / f"manifest-{checkpoint.round:06d}.json", json.dumps(manifest).encode())
     for old in _manifests(folder)[:-KEPT]:
         old.unlink()
     kept = {_server(folder, _round(manifest)) for manifest in _manifests(folder)}
-    for file in (*root(folder).glob("server-*"), *root(folder).glob(".*-*")):  # .: what an interrupted write left
+    for file in (*root(folder).glob("server-*"), *root(folder).glob(".*-*")):  # .: of an interrupted write
         if file not in kept:
             file.unlink()
 
@@ -90,20 +90,20 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 def read(folder: Path) -> Checkpoint | None:
     """The newest checkpoint; None where there is none.
 
-    Raises UserError, naming the file and what to go on with, where it is torn.
+    Raises UserError, naming the damaged file and the checkpoint to go on from, where it is torn.
     """
     found = _manifests(folder)
     return _read(folder, found[-1]) if found else None
 
 
 def newest(folder: Path) -> int | None:
-    """The rounds that the newest checkpoint holds; None where there is none."""
+    """Finished rounds of the newest checkpoint; None where there is none."""
     found = _manifests(folder)
     return _round(found[-1]) if found else None
 
 
 def older(folder: Path) -> set[Key]:
-    """The states that the checkpoints before the newest name; a torn one names none."""
+    """Keys of the states in checkpoints before the newest; a torn checkpoint, which is deleted, has none."""
     keys: set[Key] = set()
     for manifest in _manifests(folder)[:-1]:
         try:
@@ -114,7 +114,7 @@ def older(folder: Path) -> set[Key]:
 
 
 def sweep(folder: Path, kept: set[Key]) -> None:
-    """Deletes state files that nothing names: of a round that was cut off, or half written."""
+    """Deletes state files other than `kept`: left by an interrupted round, or half written."""
     names = {client_states.path(clients(folder), key).name for key in kept}
     for file in clients(folder).iterdir():
         if file.name not in names:
@@ -122,13 +122,13 @@ def sweep(folder: Path, kept: set[Key]) -> None:
 
 
 def stored_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientState:
-    """The state of a client that has trained.  Raises RunError where its file is not whole."""
-    key = next(key for key in checkpoint.notes if key[0] == client)
-    return client_states.read(clients(folder), key, checkpoint.notes[key])
+    """The state of a client that has trained.  Raises RunError where its file is damaged."""
+    key = next(key for key in checkpoint.state_files if key[0] == client)
+    return client_states.read(clients(folder), key, checkpoint.state_files[key])
 
 
 def _safetensors(tensors: Tensors) -> list[bytes | memoryview]:
-    """A safetensors file's parts, whose bytes are the tensors' own: the library's `save` copies them, twice.
+    """Parts of a safetensors file, as views of the tensors' memory: the library's `save` copies the tensors twice.
 
     Format: length of the header as 8 bytes, little endian; the header, JSON; the tensors without a gap, here the wide
     numbers first, so that each begins at a multiple of its size (github.com/huggingface/safetensors).
@@ -146,18 +146,18 @@ def _safetensors(tensors: Tensors) -> list[bytes | memoryview]:
 def _read(folder: Path, manifest: Path) -> Checkpoint:
     try:
         tree = json.loads(manifest.read_bytes())
-        notes = {(client, round): Note(*note) for client, round, *note in tree["clients"]}
+        state_files = {(client, round): StateFile(*entry) for client, round, *entry in tree["clients"]}
         server, expected = _server(folder, tree["round"]), tree["server"]
         content = server.read_bytes()
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise _torn(folder, manifest, str(error).partition("\n")[0]) from None
     if [len(content), zlib.crc32(content)] != expected:
         raise _torn(folder, manifest, f"{server.name} is not as it was written")
-    for key, note in notes.items():
+    for key, entry in state_files.items():
         file = client_states.path(clients(folder), key)
-        if not file.exists() or file.stat().st_size != note.size:
+        if not file.exists() or file.stat().st_size != entry.size:
             raise _torn(folder, manifest, f"{file.name} is cut or gone")
-    return Checkpoint(tree["round"], settled(load(content)), notes)
+    return Checkpoint(tree["round"], settled(load(content)), state_files)
 
 
 def _torn(folder: Path, manifest: Path, why: str) -> UserError:

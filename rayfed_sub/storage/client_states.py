@@ -1,8 +1,8 @@
-"""Client states between rounds, in tiers: in memory while there is room, in safetensors files under a budget.
+"""Client states between rounds, in two tiers: in memory up to a budget, beyond it in safetensors files.
 
-A state is immutable and known by its client and the round in which it will be read, so that a round that fails, or is
-run again, finds the old ones in their places: states are added under new keys, and dropped when nobody needs them.
-Workers keep those that they used last at hand as well (runtime/worker.py).
+A state is immutable.  Its key is its client and the round that will read it: new states get new keys, so a round that
+fails or runs again finds the old states unchanged.  Workers also keep the states that they used last
+(runtime/worker.py).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Note:
-    """A state's file in the manifest: cursor and step as in ClientState, bytes, CRC-32."""
+class StateFile:
+    """A state file's entry in the manifest.  cursor, step: as in ClientState; size: bytes; crc: CRC-32."""
 
     cursor: int
     step: int
@@ -35,80 +35,81 @@ class Note:
     crc: int
 
 
-class States:
-    """put, get: into memory and out of it (see `runtime/object_store.py`); budget: bytes of tensors held there."""
+class ClientStates:
+    """Client states by key.  put, get: into memory and out of it (see `runtime/object_store.py`); budget: bytes of
+    tensors in memory."""
 
     def __init__(self, folder: Path, budget: int, put: Callable[[Any], Any], get: Callable[[Any], Any]) -> None:
         self._folder, self._budget, self._put, self._get = folder, budget, put, get
         self._held: OrderedDict[Key, tuple[Any, int]] = OrderedDict()  # -> reference, bytes; longest unused first
         self._total = 0
-        self._notes: dict[Key, Note] = {}
+        self._files: dict[Key, StateFile] = {}
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of tensors in memory; above the budget only while a single state is."""
+        """Bytes of tensors in memory; above the budget only where a single state is larger."""
         return self._total
 
     def add(self, client: int, state: ClientState) -> Key:
-        """Takes a state in.  Others move to disk where the budget asks for it.  Raises RunError where it is full."""
+        """Adds a state; moves others to disk to stay within the budget.  Raises RunError where the disk is full."""
         key = (client, state.round)
-        self._notes.pop(key, None)  # a round that is run again writes its own files
+        self._files.pop(key, None)  # a round that is run again writes its own files
         self._hold(key, state)
         return key
 
     def reference(self, key: Key) -> Any:
-        """Handle of the state, read from its file where it was not in memory.
+        """Handle of the state, which is read from its file where it is not in memory.
 
-        Raises RunError, naming the client, where its file is not as it was written.
+        Raises RunError, naming the client, where the file is missing or damaged.
         """
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][0]
-        return self._hold(key, read(self._folder, key, self._notes[key]))
+        return self._hold(key, read(self._folder, key, self._files[key]))
 
-    def save(self, keys: Iterable[Key]) -> dict[Key, Note]:
-        """Writes those of the states that have no file yet; what is known of each file."""
-        return {key: self._notes.get(key) or self._write(key) for key in keys}
+    def save(self, keys: Iterable[Key]) -> dict[Key, StateFile]:
+        """Writes the states that have no file yet; returns the manifest entries of all."""
+        return {key: self._files.get(key) or self._write(key) for key in keys}
 
-    def recall(self, notes: Mapping[Key, Note]) -> None:
-        """Knows states that a checkpoint left on disk."""
-        self._notes.update(notes)
+    def recall(self, state_files: Mapping[Key, StateFile]) -> None:
+        """Registers states that a checkpoint left on disk."""
+        self._files.update(state_files)
 
     def release(self, keys: Iterable[Key]) -> None:
-        """Lets go of states in memory whose files somebody may still ask for."""
+        """Frees the memory of states whose files are still needed."""
         for key in keys:
-            self._let_go(key)
+            self._free(key)
 
     def drop(self, keys: Iterable[Key]) -> None:
-        """Forgets states, in memory and on disk."""
+        """Deletes states, in memory and on disk."""
         for key in keys:
-            self._let_go(key)
-            self._notes.pop(key, None)
+            self._free(key)
+            self._files.pop(key, None)
             path(self._folder, key).unlink(missing_ok=True)
 
     def _hold(self, key: Key, state: ClientState) -> Any:
         size = wire_bytes(state.tensors)
-        self._let_go(key)
+        self._free(key)
         while self._held and self._total + size > self._budget:
             oldest = next(iter(self._held))
-            if oldest not in self._notes:
+            if oldest not in self._files:
                 self._write(oldest)
-            self._let_go(oldest)
+            self._free(oldest)
         reference = self._put(state)
         self._held[key] = (reference, size)
         self._total += size
         return reference
 
-    def _let_go(self, key: Key) -> None:
+    def _free(self, key: Key) -> None:
         if key in self._held:
             self._total -= self._held.pop(key)[1]
 
-    def _write(self, key: Key) -> Note:
+    def _write(self, key: Key) -> StateFile:
         state: ClientState = self._get(self._held[key][0])
         content = save(dict(state.tensors))
         atomic_files.write(path(self._folder, key), content)
-        self._notes[key] = Note(state.cursor, state.step, len(content), zlib.crc32(content))
-        return self._notes[key]
+        self._files[key] = StateFile(state.cursor, state.step, len(content), zlib.crc32(content))
+        return self._files[key]
 
 
 def path(folder: Path, key: Key) -> Path:
@@ -121,8 +122,8 @@ def path(folder: Path, key: Key) -> Path:
     return folder / f"{client:06d}-{round:06d}.safetensors"
 
 
-def read(folder: Path, key: Key, note: Note) -> ClientState:
-    """A state from its file.  Raises RunError, naming the client, where that is gone, cut or changed."""
+def read(folder: Path, key: Key, entry: StateFile) -> ClientState:
+    """A state from its file.  Raises RunError, naming the client, where the file is gone, cut or changed."""
     client, round = key
     file = path(folder, key)
     try:
@@ -130,8 +131,8 @@ def read(folder: Path, key: Key, note: Note) -> ClientState:
     except OSError as error:
         cause = f"{file}: {error.strerror}; begin anew in another folder"
         raise RunError("reading a client's state", cause, round=round, client=client, resume=None) from None
-    if (len(content), zlib.crc32(content)) != (note.size, note.crc):
-        cut = f"{len(content)} of {note.size} bytes" if len(content) != note.size else "its checksum differs"
+    if (len(content), zlib.crc32(content)) != (entry.size, entry.crc):
+        cut = f"{len(content)} of {entry.size} bytes" if len(content) != entry.size else "its checksum differs"
         cause = f"{file}: not as it was written ({cut}); begin anew in another folder"
         raise RunError("reading a client's state", cause, round=round, client=client, resume=None)
-    return ClientState(round, note.cursor, note.step, settled(load(content)))
+    return ClientState(round, entry.cursor, entry.step, settled(load(content)))

@@ -1,13 +1,13 @@
-"""A run folder in an object store: the run works in a local folder as ever, and what is new there is sent after it.
+"""Run folders in an object store: the run works in a temporary local folder (TMPDIR), whose new files are uploaded.
 
-Files go in such an order that a run can go on from what is there whenever the sending is cut off: what a manifest
-needs, then the manifest, then away with what nobody names any more, last summary.json.  An object appears whole or not
-at all, as a file does that `atomic_files.write` has written.
+Upload order: the files that a manifest needs, then the manifest, then deletions, then summary.json.  So a run can go on
+from the store wherever an upload was cut off.  An object appears whole or not at all, as do files of
+`atomic_files.write`.
 
-Where the store is and who may write there, pyarrow reads from the URI (s3://bucket/path?region=eu-central-1) and from
-the environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and their like, the machine's role;
-GOOGLE_APPLICATION_CREDENTIALS.  Credentials belong there: those in a URI work, but nothing that is shown or stored
-repeats them (`redacted` in `core/errors.py`).  The local folder is a temporary one, where TMPDIR says.
+pyarrow takes address and credentials from the URI (s3://bucket/path?region=eu-central-1) and from the environment:
+AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and the like, the machine's role; GOOGLE_APPLICATION_CREDENTIALS.
+Credentials belong into the environment: in a URI they work, and are never shown or stored (`redacted` in
+`core/errors.py`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from rayfed_sub.core.errors import RunError, UserError, redacted
 _MANIFESTS = ("checkpoints/manifest-*.json",)
 _NEEDED = (
     *("checkpoints/clients/[0-9]*.safetensors", "checkpoints/server-*.safetensors", "log.jsonl", "*.parquet"),
-    *("report.html", "tensorboard/*"),  # for people: nothing is missing where summary.json is there
+    *("report.html", "tensorboard/*"),  # for people, but complete where summary.json is there
 )
 
 Order = tuple[tuple[str, ...], ...]
-"""Patterns of the files that are sent, group by group; what is gone is deleted before the last.  Nothing else in the
-store is read or touched.  The first file of all is the one by which a folder is known."""
+"""Patterns of the files to send, in groups; files that are gone are deleted before the last group is sent.  No other
+object of the store is read or changed.  The first file identifies the folder as a run's or a sweep's."""
 RUN: Order = (("config.yaml",), _NEEDED, _MANIFESTS, ("summary.json",))
 SWEEP: Order = (("sweep.yaml",), ("data.json", "trials.parquet", "best.yaml", "report.html"))
 _REFUSED = (OSError, pa.ArrowException)
@@ -63,7 +63,7 @@ def uri_of(place: str | Path | None) -> str | None:
 
 
 def inside(place: str, name: str) -> str:
-    """A place in another one, which is a folder of this machine or the URI of one.
+    """Path or URI of a file or folder inside `place`, which is a folder of this machine or a URI.
 
     >>> inside("s3://bucket/run?region=eu-west-1", "config.yaml"), inside("runs/tiny", "config.yaml")
     ('s3://bucket/run/config.yaml?region=eu-west-1', 'runs/tiny/config.yaml')
@@ -73,22 +73,22 @@ def inside(place: str, name: str) -> str:
 
 
 class Mirror:
-    """filesystem, root: pyarrow's, and the folder in it.  Knows what it has sent or fetched, and sends nothing twice.
+    """Folder `root` of pyarrow's `filesystem`.  Remembers the files that it sent or fetched, and sends none twice.
 
-    What the store refuses comes as OSError or ArrowException, but for `push`.  That one run at a time is at work here
-    is the person's to see to: an object store has no locks.
+    Refusals of the store are raised as OSError or ArrowException, by `push` as RunError.  Two runs must not use one
+    folder at a time: an object store has no locks.
     """
 
     def __init__(self, uri: str, filesystem: Any, root: str, order: Order = RUN) -> None:
         self.uri, self.filesystem, self.root, self._order = uri, filesystem, root, order
-        self._known: dict[str, Sign] = {}  # files that are there, by the content that the local ones had
+        self._known: dict[str, Sign] = {}  # files in the store -> version of the local file
 
     def at(self, name: str = "") -> str:
-        """The URI of the folder, or of a file in it, as it may be shown: `uri` itself may hold credentials."""
+        """URI of the folder, or of a file in it, without the credentials that `uri` may hold."""
         return redacted(inside(self.uri, name) if name else self.uri)
 
     def names(self) -> list[str]:
-        """The run's files that are there, relative to the folder."""
+        """Names of the run's files in the store, relative to the folder."""
         patterns = [f"{self.root}/{pattern}" for group in self._order for pattern in group]
         folders = sorted({pattern.rpartition("/")[0] for pattern in patterns})
         listings = [self.filesystem.get_file_info(fs.FileSelector(at, allow_not_found=True)) for at in folders]
@@ -96,14 +96,14 @@ class Mirror:
         return [path for path in paths if any(_fits(path, pattern) for patterns in self._order for pattern in patterns)]
 
     def try_out(self) -> None:
-        """Writes a file and deletes it again."""
+        """Checks write access: writes a file and deletes it again."""
         path = f"{self.root}/.rayfed-sub"
         with self.filesystem.open_output_stream(path) as file:
             file.write(b"can this be written?")
         self.filesystem.delete_file(path)
 
     def pull(self, folder: Path) -> None:
-        """Fetches the run into a folder, which is made."""
+        """Fetches the run into a folder, which is created."""
 
         def fetch(name: str) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class Mirror:
         _each(fetch, self.names())
 
     def fetch(self, into: Path) -> Path:
-        """Fetches the run, or the file that the URI names, to a path in a folder that is there."""
+        """Fetches the run, or the file that the URI names, into an existing folder; returns its path."""
         path = into / Path(self.root).name
         if self.filesystem.get_file_info(self.root).is_file:
             self._copy(self.filesystem, self.root, fs.LocalFileSystem(), str(path))
@@ -122,9 +122,9 @@ class Mirror:
         return path
 
     def push(self, folder: Path) -> None:
-        """Sends what is new or changed, and deletes what is gone.  Raises RunError where the store refuses.
+        """Sends new and changed files, and deletes those that are gone.  Raises RunError where the store refuses.
 
-        The folder's owner may be writing a checkpoint meanwhile.
+        Safe while the folder's owner writes a checkpoint.
         """
 
         def send(name: str) -> None:
@@ -138,7 +138,7 @@ class Mirror:
                 self.filesystem.delete_file(f"{self.root}/{name}")
             del self._known[name]
 
-        # From the last to the first: what a manifest that is seen needs was there before it.
+        # List the last group first: the files that a listed manifest needs were written before it.
         here = [_found(folder, patterns) for patterns in reversed(self._order)][::-1]
         *before, summary = here
         gone = self._known.keys() - {name for names in here for name in names}
@@ -154,30 +154,30 @@ class Mirror:
 
     @staticmethod
     def _copy(source: Any, path: str, destination: Any, to: str) -> None:
-        # In one call: a stream of our own would be closed by an interruption, and what was written then counts.
+        # In one call: an interruption would close a stream of our own, and leave a cut object that counts.
         fs.copy_files(path, to, source_filesystem=source, destination_filesystem=destination, chunk_size=_CHUNK)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of this machine; with a mirror, a temporary one for what belongs into an object store."""
+    """A folder of this machine; with a mirror, a temporary folder whose files belong into an object store."""
 
     path: Path
     mirror: Mirror | None = None
 
-    def called(self, name: str = "") -> str:
-        """The folder, or a file in it, as a person calls it."""
+    def display_name(self, name: str = "") -> str:
+        """Path or URI of the folder, or of a file in it, as messages show it."""
         return str(self.path / name) if self.mirror is None else self.mirror.at(name)
 
-    def saved(self) -> None:
-        """Says that there is something new to go on from.  Raises RunError where it cannot be sent."""
+    def push(self) -> None:
+        """Sends new files to the object store, if there is one.  Raises RunError where the store refuses."""
         if self.mirror is not None:
             self.mirror.push(self.path)
 
 
 def connect(uri: str, order: Order = RUN) -> Mirror:
-    """Raises OSError or ArrowException where pyarrow knows no such store."""
-    ours = _SETTINGS.get(uri.partition(":")[0], "")  # after the person's, of which the first counts
+    """Mirror of a URI.  Raises OSError or ArrowException where pyarrow knows no such store."""
+    ours = _SETTINGS.get(uri.partition(":")[0], "")  # after those in the URI: the first of a name counts
     filesystem, root = fs.FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}{ours}" if ours else uri)
     if not root or isinstance(filesystem, fs.LocalFileSystem):
         raise OSError("no bucket is named")
@@ -185,15 +185,15 @@ def connect(uri: str, order: Order = RUN) -> Mirror:
 
 
 @contextmanager
-def placed(out: str | Path, notify: Callable[[Any], None], *, resume: bool, order: Order = RUN) -> Iterator[Place]:
-    """The place of a run or sweep: a folder of this machine, or a temporary one whose content goes to an object store.
-    In that lies what is there already, where it is to go on.
+def open_place(out: str | Path, notify: Callable[[Any], None], *, resume: bool, order: Order = RUN) -> Iterator[Place]:
+    """Place of a run or sweep: a folder of this machine, or a temporary folder that mirrors one in an object store.
+    With `resume` the temporary folder begins with the files in the store.
 
-    The run calls `push` whenever there is something new to go on from; its end, of whatever kind, is sent from here.
-    Raises UserError where the store cannot be written to, or holds a run that is not to go on; RunError where what the
-    run left cannot be sent: it then stays in the temporary folder.
+    The run calls `push` after each checkpoint; on exit, also after an error, the rest is sent from here.
+    Raises UserError where the store cannot be written to, or holds a run that is not to be resumed; RunError where the
+    last files cannot be sent: they then stay in the temporary folder.
     """
-    from rayfed_sub.telemetry.events import Notice, Stage  # reaches torch, for which `at_hand` need not wait
+    from rayfed_sub.telemetry.events import Notice, Stage  # reaches torch, for which `local_copy` need not wait
 
     uri = uri_of(out)
     if uri is None:
@@ -213,7 +213,7 @@ def placed(out: str | Path, notify: Callable[[Any], None], *, resume: bool, orde
             with store_errors(uri, "--out"):
                 mirror.pull(path)
         try:
-            with _called(path, uri):
+            with _errors_name_uri(path, uri):
                 yield Place(path, mirror)
         finally:
             unsent = True
@@ -228,10 +228,10 @@ def placed(out: str | Path, notify: Callable[[Any], None], *, resume: bool, orde
 
 
 @contextmanager
-def at_hand(place: str | Path, field: str) -> Iterator[Path]:
-    """A path of this machine as it is; a file or a run that is in an object store, in a temporary folder.
+def local_copy(place: str | Path, field: str) -> Iterator[Path]:
+    """Path of a local file or run folder, unchanged; for a URI, that of a copy in a temporary folder.
 
-    Raises UserError, naming `field`, where the store does not give it.
+    Raises UserError, naming `field`, where the copy cannot be fetched.
     """
     uri = uri_of(place)
     if uri is None:
@@ -240,7 +240,7 @@ def at_hand(place: str | Path, field: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="rayfed-sub-") as folder:
         with store_errors(uri, field):
             path = connect(uri).fetch(Path(folder))
-        with _called(path, uri):
+        with _errors_name_uri(path, uri):
             yield path
 
 
@@ -258,14 +258,14 @@ def _sign(path: Path) -> Sign:
 
 
 def _each(action: Callable[[str], None], names: Iterable[str]) -> None:
-    """Side by side; of several errors the first, when those that had begun are done."""
+    """Calls `action` for all names in threads; raises the first error once the calls that began have ended."""
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(action, names))
 
 
 @contextmanager
-def _called(path: Path, uri: str) -> Iterator[None]:
-    """Has errors that a person can mend name the place that the person knows."""
+def _errors_name_uri(path: Path, uri: str) -> Iterator[None]:
+    """Puts the URI in place of the temporary path in UserErrors."""
     try:
         yield
     except UserError as error:
@@ -285,7 +285,7 @@ def store_errors(uri: str, field: str) -> Iterator[None]:
 
 
 def _line(error: Exception, uri: str) -> str:
-    """The words of the store; none where the URI holds credentials, parts of which pyarrow repeats."""
+    """The store's error in one line; without its text where the URI holds credentials, which pyarrow may repeat."""
     if redacted(uri) != uri:
         return f"{type(error).__name__}, whose text may repeat the credentials in the URI"
-    return shorten(redacted(str(error)), 300)  # Google's has a thousand characters
+    return shorten(redacted(str(error)), 300)  # Google's have a thousand characters

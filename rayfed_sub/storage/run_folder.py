@@ -1,11 +1,10 @@
 """The run folder: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
 
-The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, and, of diagnostics, layers.parquet and
-client_layers.parquet.  The report, which is made from all of it, comes after the end.
+The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, and with diagnostics layers.parquet and
+client_layers.parquet.  The report is made from all of them after the last round.
 
-Every file appears whole or not at all; summary.json comes last of all, so a folder that has it holds a finished run.
-The tables never lack a round that a checkpoint has finished; rounds that they have beyond it are cut off when the run
-is taken up again.
+Every file appears whole or not at all; summary.json is written last, so a folder with it holds a finished run.  The
+tables have every round of the newest checkpoint; later rounds are cut off when the run is resumed.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ FREE = (
     *("checkpoint.every", "federation.on_client_failure"),
     *("diagnostics.every", "diagnostics.clients", "diagnostics.layers", "diagnostics.gradient_layers"),
 )
-"""Settings that may differ when a run is taken up again: they change no bits of what is learned."""
+"""Settings that may differ when a run is resumed: they do not change the weights."""
 
 
 _OTHERS = {"clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer}
-"""Tables whose rows belong to a round each, by their names."""
+"""Tables with rows per round, by name, besides rounds.parquet."""
 
 
 class RunFolder:
-    """A run's folder, which is there already, owned by the process that started the run."""
+    """A run's existing folder, owned by the process that started the run."""
 
     def __init__(self, place: Place) -> None:
         self.place, self.path = place, place.path
@@ -53,12 +52,12 @@ class RunFolder:
         self._others = {name: _empty(kind) for name, kind in _OTHERS.items()}
 
     def begin(self, beginning: Beginning) -> None:
-        """Notes the first line of the log, and the initial model's scores."""
+        """Writes the first line of the log; keeps the initial model's scores."""
         self._scores = _scored(0, beginning.scores)
         atomic_files.write(self.path / "log.jsonl", _line("started", asdict(beginning)).encode() + b"\n")
 
     def add(self, done: RoundDone) -> None:
-        """Notes a finished round; the log has it at once, the tables with the next `write_tables`."""
+        """Adds a finished round: to the log at once, to the tables with the next `write_tables`."""
         atomic_files.append(self.path / "log.jsonl", _line("round", asdict(done.row)))
         rounds = pa.concat_tables([self.rounds, _table(RoundRow, [done.row])])
         added = {"clients": done.client_rows, "packs": done.packs}
@@ -69,9 +68,9 @@ class RunFolder:
         self.rounds = rounds  # last: it decides whether the round counts
 
     def go_on(self, round: int) -> Beginning:
-        """Cuts off what the log and the tables know of `round` and later; how the run began.
+        """Cuts `round` and later rounds off log and tables; returns the run's beginning.
 
-        Raises UserError where they lack a round before it.
+        Raises UserError where they lack an earlier round.
         """
         self.rounds, beginning = _before(round, self._read("rounds", RoundRow)), self.beginning()
         if self.rounds.num_rows != round or beginning is None:
@@ -87,23 +86,23 @@ class RunFolder:
         return beginning
 
     def scores(self, rounds: int) -> list[Score]:
-        """The scores after so many finished rounds."""
+        """The scores after `rounds` finished rounds."""
         rows = self._scores.filter(pa.compute.equal(self._scores["rounds"], rounds)).drop_columns(["rounds"])
         return [Score(**row) for row in rows.to_pylist()]
 
-    def looks(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
-        """Diagnostics of the newest rounds that were looked at, of so many at most, in order."""
+    def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
+        """Diagnostics of the newest diagnosed rounds, at most so many, in order."""
         newest = sorted(set(self._others["layers"]["round"].to_pylist()))[-most:]
         return [
             (
-                tuple(CohortLayer(**row) for row in _of(n, self._others["layers"]).to_pylist()),
-                tuple(ClientLayer(**row) for row in _of(n, self._others["client_layers"]).to_pylist()),
+                tuple(CohortLayer(**row) for row in _in_round(n, self._others["layers"]).to_pylist()),
+                tuple(ClientLayer(**row) for row in _in_round(n, self._others["client_layers"]).to_pylist()),
             )
             for n in newest
         ]
 
     def resumed(self) -> tuple[int, ...]:
-        """The rounds with which the run was taken up again."""
+        """The rounds from which the run was resumed."""
         return tuple(entry["round"] for entry in _entries(self.path) if entry["event"] == "resumed")
 
     def begun(self) -> bool:
@@ -136,23 +135,23 @@ class RunFolder:
 
 
 def create(place: Place, config: Config) -> RunFolder:
-    """A new run's folder, which is there already; config.yaml is its first file."""
+    """Writes config.yaml, the first file of a new run, into its existing folder."""
     atomic_files.write(place.path / "config.yaml", yaml_text(config.model_dump(mode="json")).encode())
     return RunFolder(place)
 
 
 def reopen(place: Place, config: Config) -> RunFolder:
-    """The folder of a run that was begun with `config`.
+    """The folder of a run that began with `config`.
 
-    Raises UserError naming the first setting that differs, apart from those in `FREE`.
+    Raises UserError naming the first setting that differs, except for those in `FREE`.
     """
     _check_config(place.path, config)
     return RunFolder(place)
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], where: str) -> None:
-    """UserError naming the first key whose value differs, apart from the free ones; where: what began with
-    the old, e.g. the run in a folder."""
+    """UserError naming the first key whose value differs, except for the free ones; where: the run or sweep that began
+    with `old`, for the message."""
     before, now = flat(old), flat(new)
     for key in [*before, *(key for key in now if key not in before)]:
         if key not in free and before.get(key) != now.get(key):
@@ -174,10 +173,9 @@ _CHANGED = {
 
 
 def check_data(path: Path, now: Fingerprint) -> None:
-    """UserError where the run in the folder began with other data than `now`, or does not say with which.
+    """UserError where the run in the folder began with other data than `now`, or with unknown data.
 
-    A run whose initial model was not evaluated yet may go on with any.  A finished one goes on with none: its data is
-    compared where it is known.
+    Passes any data for a run whose initial model was not evaluated yet, and unknown data of a finished run.
     """
     first = _started(_entries(path))
     if first is None or ("data" not in first and (path / "summary.json").exists()):
@@ -189,8 +187,8 @@ def check_data(path: Path, now: Fingerprint) -> None:
 
 
 def check_same_data(then: Mapping[str, Any], now: Fingerprint, where: str) -> None:
-    """UserError saying in what the data differs from `then`, a stored fingerprint's, with which what is at `where`
-    began."""
+    """UserError naming the difference between the data and `then`, the stored fingerprint of the run or sweep at
+    `where`."""
     for name, change in _CHANGED.items():
         if then[name] != getattr(now, name):
             counts = f" ({then['count']:,} rows then, {now.count:,} now)" if then["count"] != now.count else ""
@@ -199,7 +197,7 @@ def check_same_data(then: Mapping[str, Any], now: Fingerprint, where: str) -> No
 
 
 def summary_of(path: Path, config: Config) -> Summary | None:
-    """The summary of a finished run; None where it is not finished.  Raises UserError as `reopen`."""
+    """The summary of a run; None where it is not finished.  Raises UserError as `reopen`."""
     _check_config(path, config)
     if not (path / "summary.json").exists():
         return None
@@ -208,7 +206,7 @@ def summary_of(path: Path, config: Config) -> Summary | None:
 
 
 def opened(place: Place, config: Config) -> RunFolder:
-    """The folder of a run that goes on where it was, or begins.  Raises UserError as `reopen` and `make`."""
+    """The folder of a run to resume or to begin.  Raises UserError as `reopen` and `make`."""
     if (place.path / "config.yaml").exists():
         return reopen(place, config)
     make(place.path, "--out")
@@ -224,7 +222,7 @@ def to_resume(place: Place | None, name: str, file: str = "config.yaml") -> Plac
 
 
 def latest(name: str, file: str = "config.yaml") -> Path | None:
-    """The run of this name under runs/ that was begun last, or the sweep, by its first `file`; None where none was."""
+    """The latest run (or sweep, by its first `file`) of this name under runs/; None where there is none."""
     found = [Path("runs") / name]
     found += [path for path in Path("runs").glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
     begun = [path / file for path in found if (path / file).exists()]
@@ -232,7 +230,7 @@ def latest(name: str, file: str = "config.yaml") -> Path | None:
 
 
 def check_free(path: Path, file: str = "config.yaml") -> None:
-    """UserError where `path` cannot be a new run's folder, or a new sweep's, by its first `file`."""
+    """UserError where `path` cannot be the folder of a new run or, by its first `file`, a new sweep."""
     if any((path / other).exists() for other in ("config.yaml", "sweep.yaml")):
         advice = "choose another, or go on with --resume" if (path / file).exists() else "choose another"
         raise UserError("--out", str(path), "a folder without a run in it", advice)
@@ -241,13 +239,13 @@ def check_free(path: Path, file: str = "config.yaml") -> None:
 
 
 def new(place: Place | None, name: str) -> Place:
-    """The place that was asked for, its folder made, or a fresh one of this machine."""
+    """The given place with its folder created, or a fresh one on this machine."""
     path = fresh(None if place is None else place.path, name)
     return Place(path, None if place is None else place.mirror)
 
 
 def fresh(path: Path | None, name: str) -> Path:
-    """Makes a new run's folder: `path`, which must be free, or the first free of runs/<name>, runs/<name>-2 ..."""
+    """Creates a new run's folder: `path`, which must be free, or the first free of runs/<name>, runs/<name>-2 ..."""
     if path is not None:
         check_free(path)
         make(path, "--out")
@@ -257,7 +255,7 @@ def fresh(path: Path | None, name: str) -> Path:
     while True:
         candidate = base if number == 1 else base.with_name(f"{name}-{number}")
         try:
-            candidate.mkdir()  # makes and claims it in one, for runs that start at the same time
+            candidate.mkdir()  # creates and claims it at once, for runs that start together
         except FileExistsError:
             number += 1
         else:
@@ -265,7 +263,7 @@ def fresh(path: Path | None, name: str) -> Path:
 
 
 def make(path: Path, field: str) -> None:
-    """Makes the folder, and those above it.  Raises UserError, naming `field`, where that cannot be."""
+    """Creates the folder and its parents.  Raises UserError, naming `field`, where that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -280,14 +278,14 @@ def finished(path: Path) -> Config:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """The log's whole lines; a last one that was cut off does not count."""
+    """The log's complete lines, without a cut last one."""
     log = path / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def _started(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The run's beginning, written once its initial model was evaluated."""
+    """The log's entry of the run's beginning, written once the initial model was evaluated."""
     return next((entry for entry in entries if entry["event"] == "started" and "scores" in entry), None)
 
 
@@ -296,7 +294,7 @@ def _line(event: str, entry: Mapping[str, Any]) -> str:
 
 
 def _schema(kind: type) -> pa.Schema:
-    """The columns of a record: numbers and texts, any of which may be missing where the record says `| None`."""
+    """Columns of a record: numbers and texts, nullable where the record's type has `| None`."""
     arrow = {int: pa.int64(), float: pa.float64(), str: pa.string(), tuple[float, ...]: pa.list_(pa.float64())}
     hints = typing.get_type_hints(kind)
     plain = {name: hint.__args__[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints.items()}
@@ -315,7 +313,7 @@ def _empty(kind: type) -> pa.Table:
     return _table(kind, [])
 
 
-def _of(round: int, table: pa.Table) -> pa.Table:
+def _in_round(round: int, table: pa.Table) -> pa.Table:
     return table.filter(pa.compute.equal(table["round"], round))
 
 

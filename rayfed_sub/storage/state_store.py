@@ -1,7 +1,7 @@
 """State store: the last finished round as a whole, in memory and on disk.
 
-A round's new states are taken in beside the old ones; only `commit` makes the round count, all of it at once.  So a
-round that fails leaves nothing behind, and a checkpoint may be written at any moment.
+New client states are added beside the old ones; `commit` replaces the whole round at once.  So a failed round leaves
+nothing behind, and a checkpoint may be written at any moment.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from rayfed_sub.core.arrays import settled
 from rayfed_sub.core.types import ClientState, ServerState, Tensors
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.checkpoints import Checkpoint
-from rayfed_sub.storage.client_states import Key, States
+from rayfed_sub.storage.client_states import ClientStates, Key
 
-_RULE = "server/"  # how a checkpoint names the tensors of the server's optimiser
+_RULE = "server/"  # prefix of the server optimiser's tensors in a checkpoint
 
 
 @dataclass(frozen=True)
 class RoundState:
-    """State after a finished round, replaced as one.  memory: the server optimiser's; states: of each client that has
-    trained, the round for which its stored state is."""
+    """State after a finished round, replaced as one.  memory: the server optimiser's tensors; states: client -> round
+    for which its stored state is, for clients that have trained."""
 
     server: ServerState
     memory: Tensors = field(default_factory=dict)
@@ -33,15 +33,15 @@ class RoundState:
 
     @property
     def keys(self) -> frozenset[Key]:
-        """The states that it refers to."""
+        """Keys of the clients' states."""
         return frozenset(self.states.items())
 
 
 class StateStore:
-    """current: the last finished round's.  Every method may be called while another thread is in one.
+    """State of a run: `current` after the last finished round.  Thread-safe.
 
-    budget, put, get: as in States.  begin: the server before round 0, asked for where the folder has no checkpoint;
-    otherwise the newest is where the run stands.  Raises UserError where that is torn.
+    Starts from the folder's newest checkpoint, or from `begin()`, the server before round 0.  budget, put, get: see
+    `ClientStates`.  Raises UserError where the newest checkpoint is torn.
     """
 
     def __init__(
@@ -55,33 +55,33 @@ class StateStore:
         self._folder, self._lock, self._halted = folder, threading.Lock(), False
         checkpoints.make(folder)
         found = checkpoints.read(folder)
-        self._states = States(checkpoints.clients(folder), budget, put, get)
+        self._states = ClientStates(checkpoints.clients(folder), budget, put, get)
         self._named: deque[frozenset[Key]] = deque(maxlen=checkpoints.KEPT)  # states of the checkpoints on disk
         if found is None:
             server = begin()
             self.current = RoundState(ServerState(server.round, settled(server.tensors)))
         else:
-            self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.notes)])
-            self._states.recall(found.notes)
+            self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.state_files)])
+            self._states.recall(found.state_files)
             self.current = _round_state(found)
         checkpoints.sweep(folder, set().union(*self._named))
 
     def add(self, client: int, state: ClientState) -> Key:
-        """Takes in a state of the round that is going on, for `commit`."""
+        """Stores a client's state of the current round until `commit`."""
         with self._lock:
             return self._states.add(client, state)
 
     def stored(self, client: int) -> tuple[Key, Any] | None:
-        """Key and handle of the client's state there; None where it never trained."""
+        """Key and handle of the client's stored state; None for a client that never trained."""
         with self._lock:
             round = self.current.states.get(client)
             return None if round is None else ((client, round), self._states.reference((client, round)))
 
     def commit(self, server: ServerState, memory: Tensors, trained: Iterable[Key]) -> bool:
-        """From here on the round counts; False, and it never will, after `halt`.  The states that it replaced go, but
-        for files that checkpoints name.
+        """Makes the round the current one; does nothing and returns False after `halt`.
 
-        trained: the states that were taken in and count.
+        trained: keys of the added states that belong to the round.  The states that they replace are dropped, except
+        for the files that a checkpoint names.
         """
         with self._lock:
             if self._halted:
@@ -95,22 +95,22 @@ class StateStore:
             return True
 
     def move(self, tensors: Tensors) -> None:
-        """The same server, with these tensors of equal numbers in the place of those of their names."""
+        """Replaces server tensors by others of the same names and values, e.g. in shared memory."""
         with self._lock:
             server = self.current.server
             whole = ServerState(server.round, {**server.tensors, **tensors})
             self.current = replace(self.current, server=whole)
 
     def halt(self) -> int:
-        """From here on no round is committed any more; the number of those that are."""
+        """Refuses every later commit; returns the number of committed rounds."""
         with self._lock:
             self._halted = True
             return self.current.server.round
 
     def checkpoint(self) -> None:
-        """Writes what has changed since the last one.
+        """Writes a checkpoint of the current round: only files that the last one lacks.
 
-        Raises RunError where the disk is full; the checkpoints that were there are then still good.
+        Raises RunError where the disk is full; the earlier checkpoints then stay valid.
         """
         with self._lock:
             current, keys = self.current, self.current.keys
@@ -118,8 +118,8 @@ class StateStore:
                 return
             rule = {f"{_RULE}{name}": tensor for name, tensor in current.memory.items()}
             server = settled({**current.server.tensors, **rule})
-            notes = self._states.save(keys)
-            checkpoints.write(self._folder, Checkpoint(current.server.round, server, notes))
+            state_files = self._states.save(keys)
+            checkpoints.write(self._folder, Checkpoint(current.server.round, server, state_files))
             leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
             self._named.append(keys)
             self._states.drop(leaving.difference(*self._named))
@@ -129,4 +129,4 @@ def _round_state(found: Checkpoint) -> RoundState:
     tensors = found.server
     memory = {name.removeprefix(_RULE): tensor for name, tensor in tensors.items() if name.startswith(_RULE)}
     server = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RULE)}
-    return RoundState(ServerState(found.round, server), memory, dict(found.notes.keys()))
+    return RoundState(ServerState(found.round, server), memory, dict(found.state_files.keys()))

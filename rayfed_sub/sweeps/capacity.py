@@ -1,4 +1,4 @@
-"""Number of concurrent trials, by places for workers and by this machine's memory."""
+"""Number of concurrent trials: limited by room for workers and by this machine's memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rayfed_sub.planning.traffic import FEW
 
 
 def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int) -> int:
-    """Trials side by side, at least 1 and at most `most`, if all were the most demanding of `jobs`.
+    """Number of concurrent trials, at least 1 and at most `most`, if all were the most demanding of `jobs`.
 
-    On a cluster the memory of its other nodes is not known: there workers' places alone count, and here the trials'
-    own processes.
+    The memory of a cluster's other nodes is not known: there only CPUs and GPUs for workers count; on this node the
+    trials' processes count too.
     """
     return max(1, min(most, *(_places(job, there) for job in jobs), *(_memory(job, there) for job in jobs)))
 
 
 def check_disk(jobs: Sequence[Job], count: int, folder: Path) -> None:
-    """UserError where the run folders of so many trials do not fit the folder's disk."""
+    """UserError where the run folders of `count` trials do not fit the folder's disk."""
     there = here(jobs[0], folder).disk
     taken = count * max(need(job_parts(job), rounds=2, most=FEW).disk for job in jobs)
     if taken > there:
@@ -43,10 +43,10 @@ def _memory(job: Job, there: Sequence[Node]) -> int:
 
 
 def trial_bytes(needed: Need, machine: Machine, workers_here: bool) -> int:
-    """Bytes of one trial more on this machine: its own process, its coordinator, its workers where they are here."""
+    """Bytes of another trial on this machine: its process, its coordinator, and its workers where they are here."""
     resources = needed.config.resources
-    own = needed.fixed(resources.trainers, resources.pack_size) - needed.backbone - needed.data - needed.bare[0]
+    processes = needed.fixed(resources.trainers, resources.pack_size) - needed.backbone - needed.data - needed.bare[0]
     if not workers_here:
-        return own
+        return processes
     process = 0 if machine.gpu is not None else needed.worker(resources.pack_size).process
-    return own + resources.trainers * (needed.bare[2] + process)
+    return processes + resources.trainers * (needed.bare[2] + process)

@@ -21,8 +21,8 @@ from rayfed_sub.sweeps.trial import values_of
 
 @dataclass(frozen=True)
 class SweepResult:
-    """frame: see `table`; best: number and configuration of the best trial, None where none has the metric; grid: Ray
-    Tune's own."""
+    """Result of a sweep.  frame: see `table`; best: number and configuration of the best trial, None where none has the
+    metric; grid: Ray Tune's results."""
 
     frame: pd.DataFrame
     best: tuple[int, Config] | None
@@ -31,7 +31,7 @@ class SweepResult:
 
 
 def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
-    """Table, best configuration and report, from what Tune knows of the trials."""
+    """Writes table, best configuration and report from Tune's results."""
     search, folder = sweep.search, place.path
     ended = [
         Ended(int(Path(one.path).name), values_of(one.config), one.metrics or {}, failure_of(one.error)) for one in grid
@@ -49,4 +49,4 @@ def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
         found = (number, config)
     settings = search.model_dump(mode="json", exclude_none=True)
     write_report(frame, list(search.space), search.metric, search.mode, sweep.name, folder / "report.html", settings)
-    return SweepResult(frame, found, grid, place.called())
+    return SweepResult(frame, found, grid, place.display_name())

@@ -1,4 +1,4 @@
-"""Progress of a sweep: Ray Tune's callbacks as one record per change of a trial."""
+"""Progress of a sweep: a record for each change of a trial, from Ray Tune's callbacks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rayfed_sub.core.errors import RunError
 from rayfed_sub.sweeps.trial import values_of
 from rayfed_sub.telemetry.events import Notice
 
-_TELL = 60.0  # seconds without any trial going on
+_NOTICE_SECONDS = 60.0  # without a running trial
 
-_PATIENCE = 1800.0
+_GIVE_UP_SECONDS = 1800.0
 
 
 class Watcher(Callback):  # type: ignore[misc]
@@ -27,28 +27,28 @@ class Watcher(Callback):  # type: ignore[misc]
         self._metric, self._notify = metric, notify
         self._began: dict[int, float] = {}
         self._reported = set[int]()
-        self._idle, self._warned = time.monotonic(), False  # since when nothing goes on
+        self._idle, self._warned = time.monotonic(), False  # since when no trial runs
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Trials that ended in an earlier session are reported as well."""
+        """Also reports trials that ended in an earlier session."""
         self._check_going(trials)
         for trial in trials:
             if trial.is_finished() and place_of(trial) not in self._reported:
                 self._show(trial, "failed" if trial.get_error() else _end(trial))
 
     def _check_going(self, trials: list[Any]) -> None:
-        """Tune would wait in silence for a cluster that does not grow.  Raises RunError after `_PATIENCE`."""
+        """Reports a wait for resources, during which Tune is silent; raises RunError after `_GIVE_UP_SECONDS`."""
         now = time.monotonic()
         if not trials or any(trial.status != "PENDING" for trial in trials if not trial.is_finished()):
             self._idle, self._warned = now, False
-        if now - self._idle > _PATIENCE:
-            raise RunError("sweep", f"no trial could be placed for {_PATIENCE:.0f} s; look at `ray status`")
-        if now - self._idle > _TELL and not self._warned:
+        if now - self._idle > _GIVE_UP_SECONDS:
+            raise RunError("sweep", f"no trial could be placed for {_GIVE_UP_SECONDS:.0f} s; look at `ray status`")
+        if now - self._idle > _NOTICE_SECONDS and not self._warned:
             self._warned = True
             self._notify(Notice("waiting for a place for the next trial, e.g. for the cluster to grow"))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        self.on_step_begin(0, trials)  # with nothing left to do there was no step
+        self.on_step_begin(0, trials)  # without trials left there was no step
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._began[place_of(trial)] = time.monotonic()
@@ -90,19 +90,19 @@ def _end(trial: Any) -> str:
 
 
 def place_of(trial: Any) -> int:
-    """The number of one of Tune's trials, which is the name of its folder."""
+    """Number of a Tune trial: the name of its folder."""
     return int(Path(trial.local_path).name)
 
 
 def _error_of(trial: Any) -> str | None:
-    """The text of a trial's last error: Tune writes it beside the trial, and copies it into its storage only later."""
+    """Text of a trial's last error: Tune writes it beside the trial first, and copies it to its storage later."""
     file = Path(trial.error_file) if trial.error_file else None
     text = file.read_text(encoding="utf-8") if file is not None and file.exists() else trial.get_error()
     return None if text is None else str(text)
 
 
 def failure_of(error: Exception | str | None) -> str | None:
-    """Why a trial failed, in one line: of Ray's traceback the last."""
+    """Cause of a trial's failure: the last line of Ray's traceback."""
     if error is None:
         return None
     last = [line.strip() for line in str(error).splitlines() if line.strip()][-1:] or [type(error).__name__]
@@ -111,8 +111,8 @@ def failure_of(error: Exception | str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Begun:
-    """A sweep before its first trial.  keys: the space's; mode: min or max, the metric's better end; total: trials,
-    of which at_once go side by side; folder: the sweep's."""
+    """A sweep before its first trial.  keys: of the space; mode: min or max, the metric's better direction; total:
+    number of trials, at_once of them concurrent; folder: the sweep's."""
 
     name: str
     keys: tuple[str, ...]
@@ -125,11 +125,11 @@ class Begun:
 
 @dataclass(frozen=True)
 class TrialNow:
-    """A trial as it stands.
+    """State of a trial.
 
     values: the space's keys by dotted name.  status: "waiting", "running", "retried" (runs again after a failure),
-    or at its end "finished", "stopped" (by the scheduler) or "failed".  round: finished rounds of `rounds`, which are
-    0 until they are known.  metric: the sweep's own, None before the first evaluation.  seconds: since the trial began.
+    or at its end "finished", "stopped" (by the scheduler) or "failed".  round: finished rounds of `rounds`, which is
+    0 until it is known.  metric: the sweep's, None before the first evaluation.  seconds: since the trial began.
     """
 
     number: int

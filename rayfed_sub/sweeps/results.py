@@ -1,4 +1,4 @@
-"""Results of a sweep: the table of trials (without times, so that tables compare), its best trial, its files."""
+"""Results of a sweep: the table of trials (without times, so that tables can be compared), and the best trial."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rayfed_sub.reports.page import plain
 from rayfed_sub.storage import atomic_files
 
 SENT = ("uplink_bytes", "downlink_bytes")
-"""Total uplink, as the summary names it."""
+"""Columns of the total traffic, named as in a run's summary."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial at its end.  reported: what it last reported; failure: why it failed, in one line."""
+    """A trial that has ended.  reported: its last report to Tune; failure: the cause in one line."""
 
     number: int
     values: Mapping[str, Any]
@@ -37,8 +37,8 @@ class Ended:
 
 
 def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
-    """One row per trial, in their order: trial, the space's keys, status, rounds, metrics, uplink_bytes,
-    downlink_bytes, weights_sha256, failure, folder.  Values that are lists or mappings stand as JSON."""
+    """A row per trial, in order: trial, the space's keys, status, rounds, metrics, uplink_bytes,
+    downlink_bytes, weights_sha256, failure, folder.  Lists and mappings are written as JSON."""
     rows = []
     for trial in sorted(ended, key=lambda trial: trial.number):
         reported = trial.reported
@@ -62,11 +62,11 @@ def _plain(value: Any) -> bool:
 
 
 _WORD = 24
-"""Characters of a value in a figure."""
+"""Most characters of a value in a figure."""
 
 
 def headings(keys: Sequence[str]) -> dict[str, str]:
-    """For every dotted key its last part, or as many of its last parts as make it unique.
+    """The shortest unique ending of every dotted key.
 
     >>> headings(["method.rank", "optimizer.lr", "server.lr"])
     {'method.rank': 'rank', 'optimizer.lr': 'optimizer.lr', 'server.lr': 'server.lr'}
@@ -75,10 +75,10 @@ def headings(keys: Sequence[str]) -> dict[str, str]:
     return {key: next(tails, key) for key, tails in alone.items()}
 
 
-def worded(value: object) -> str:
-    """A value as short as it can be read: four digits, and powers of ten where the number is small or large.
+def format_value(value: object) -> str:
+    """A value as short text: four digits, with a power of ten where the number is small or large.
 
-    >>> [worded(value) for value in (8, 0.003, 0.01, 0.25, 2.5e7, 1.0, "fedit", None)]
+    >>> [format_value(value) for value in (8, 0.003, 0.01, 0.25, 2.5e7, 1.0, "fedit", None)]
     ['8', '3e-3', '1e-2', '0.25', '2.5e7', '1', 'fedit', '-']
     """
     if not isinstance(value, float):
@@ -92,17 +92,17 @@ def worded(value: object) -> str:
 
 
 def score(value: float) -> str:
-    """A metric to four digits after the point, or where that says nothing to four digits.
+    """A metric with four decimals, or with four significant digits where it is small or large.
 
     >>> score(2.73051), score(0.00002), score(123456.0)
     ('2.7305', '2e-5', '1.235e5')
     """
-    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e4 else worded(value)
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e4 else format_value(value)
 
 
 def short(value: object) -> str:
-    """A value in a figure."""
-    text = worded(value)
+    """A value as text for a figure, cut to `_WORD` characters."""
+    text = format_value(value)
     return text if len(text) <= _WORD else f"{text[: _WORD - 1]}…"
 
 
@@ -116,17 +116,17 @@ def _ends(key: str, tail: str) -> bool:
 
 
 def best(frame: pd.DataFrame, metric: str, mode: str) -> int | None:
-    """The number of the best trial, None where no trial may be compared."""
+    """Number of the best trial; None where no trial has a comparable metric."""
     if comparable(frame, metric).isna().all():
         return None
     return int(best_first(frame, metric, mode)["trial"].iloc[0])
 
 
 def best_first(frame: pd.DataFrame, metric: str, mode: str) -> pd.DataFrame:
-    """The trials by merit: finished ones by the metric, then those that the scheduler stopped, then the rest.
+    """The trials, best first: finished ones by the metric, then those that the scheduler stopped, then the rest.
 
-    A stopped trial comes after every finished one whatever its metric, which was taken earlier in its run.  The rest
-    are trials that failed or whose metric is missing or not finite.  Ties go to the lower number.
+    A stopped trial comes after every finished one, because its metric is of an earlier round.  The rest are trials that
+    failed or whose metric is missing or not finite.  Ties go to the lower number.
     """
     value = comparable(frame, metric)
     rank = (frame["status"] == "stopped").astype("int64").where(value.notna(), 2)
@@ -143,13 +143,13 @@ def comparable(frame: pd.DataFrame, metric: str) -> pd.Series[float]:
 
 
 FEW = 12
-"""More values than this are not shown one by one: a heat map's cells would be too small, and most of them empty."""
+"""Most values to show one by one: with more, a heat map's cells would be small and mostly empty."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A row of the table as the figures need it; metric: NaN where it cannot be compared; sent: bytes up and down, of a
-    trial that was stopped unknown."""
+    """A row of the table for the figures.  metric: NaN where it cannot be compared; sent: bytes up and down, None for a
+    stopped trial."""
 
     number: int
     values: Mapping[str, Any]
@@ -163,8 +163,9 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Swept:
-    """The trials, best first, and what they were about; kinds: how each key's values were drawn, where it is known."""
+class SweepTable:
+    """Table of a sweep's trials for its report.  ranked: best first; heads: short names by key; kinds: the kind of each
+    key's values (grid, loguniform, ...), where it is known."""
 
     ranked: Sequence[Trial]
     heads: Mapping[str, str]
@@ -183,30 +184,30 @@ class Swept:
 
     @property
     def shades(self) -> tuple[float, float]:
-        """The metrics that are drawn faintest and strongest."""
+        """The metrics with the faintest and the strongest colour."""
         return shades([trial.metric for trial in self.judged], self.mode)
 
     def drawn(self, trial: Trial) -> float:
-        """The trial's metric, or the edge of the figures where it is beyond."""
+        """The trial's metric for a figure, cut at the end of the axis."""
         faint, _ = self.shades
         return {"min": min, "max": max}[self.mode](trial.metric, faint)
 
-    def said(self, trial: Trial) -> str:
+    def point_text(self, trial: Trial) -> str:
         """The trial's point in the space: "rank=8 lr=1e-3"."""
-        return " ".join(f"{head}={worded(trial.values[key])}" for key, head in self.heads.items())
+        return " ".join(f"{head}={format_value(trial.values[key])}" for key, head in self.heads.items())
 
     def hover(self, trial: Trial) -> str:
         """Hover text of a trial."""
         stopped = f"stopped after {text.count('round', trial.rounds)}<br>" if trial.status == "stopped" else ""
-        said = "<br>".join(f"{plain(f'{head} {short(trial.values[key])}')}" for key, head in self.heads.items())
-        return f"trial {trial.number}<br>{plain(self.metric)} {score(trial.metric)}<br>{stopped}{said}"
+        values = "<br>".join(f"{plain(f'{head} {short(trial.values[key])}')}" for key, head in self.heads.items())
+        return f"trial {trial.number}<br>{plain(self.metric)} {score(trial.metric)}<br>{stopped}{values}"
 
 
-def gather(frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, kinds: Mapping[str, str]) -> Swept:
+def gather(frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, kinds: Mapping[str, str]) -> SweepTable:
     """The trials of `frame`, a sweep's trials.parquet, whose columns `keys` are those of the space."""
     ranked = best_first(frame, metric, mode)
     rows = zip(ranked.to_dict("records"), _places(ranked, keys), comparable(ranked, metric), strict=True)
-    return Swept(
+    return SweepTable(
         ranked=[_trial(row, values, metric, value) for row, values, value in rows],
         heads=headings(keys),
         metric=metric,
@@ -216,12 +217,12 @@ def gather(frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, kin
 
 
 def _places(frame: pd.DataFrame, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Each trial's values: a column's are all numbers, or all words where any is none (true, null, a word)."""
+    """Each trial's values; a key's values are all numbers, or all text where any is not a number (true, null, text)."""
     columns = []
     for key in keys:
         cells = [None if pd.isna(cell) else cell for cell in frame[key].tolist()]
         numbers = all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
-        columns.append(cells if numbers else [worded(cell) for cell in cells])
+        columns.append(cells if numbers else [format_value(cell) for cell in cells])
     return [dict(zip(keys, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
@@ -241,10 +242,10 @@ def _trial(row: Mapping[Any, Any], values: Mapping[str, Any], metric: str, value
 
 
 def shades(values: Sequence[float], mode: str) -> tuple[float, float]:
-    """The metrics that get the faintest and the strongest colour.
+    """The metrics with the faintest and the strongest colour.
 
-    Strongest is the best.  Faintest is the worst, or what is four times as far from the best as the median: a trial
-    that diverged would leave all others one colour.
+    The strongest is the best.  The faintest is the worst, but at most four times as far from the best as the median: a
+    diverged trial would give all others one colour.
 
     >>> shades([2.0, 2.1, 2.5, 9.0, 50.0], "min")  # 2.0 + 4 (2.5 - 2.0)
     (4.0, 2.0)

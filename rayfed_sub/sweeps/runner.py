@@ -1,4 +1,4 @@
-"""One sweep from its definition to its table: checks first, then Ray, then the trials under Ray Tune."""
+"""A sweep from its definition to its table: checks, then Ray, then the trials under Ray Tune."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, JobInputs, check_resources, job_on
 from rayfed_sub.runtime.cluster import HEAD, joined, nodes, ray_session
 from rayfed_sub.storage import atomic_files
-from rayfed_sub.storage.remote import SWEEP, Place, inside, placed
+from rayfed_sub.storage.remote import SWEEP, Place, inside, open_place
 from rayfed_sub.storage.run_folder import FREE, check_free, check_same, check_same_data, new, to_resume
 from rayfed_sub.sweeps.capacity import at_once, check_disk
 from rayfed_sub.sweeps.outcome import SweepResult, outcome
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher
-from rayfed_sub.sweeps.shared_inputs import all_inputs, ground_key, shared
+from rayfed_sub.sweeps.shared_inputs import all_inputs, input_key, shared
 from rayfed_sub.sweeps.space import Sweep, Trials, largest
 from rayfed_sub.sweeps.tuner import TRIALS, check_unused, loggers, searcher, tuned
 from rayfed_sub.telemetry.events import Notice, Stage
 
 Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
-"""Is shown the records as they come."""
+"""Receives the sweep's records as they come."""
 
 _FILE = "sweep.yaml"
 _DATA = "data.json"
@@ -63,7 +63,7 @@ def run_sweep(
             notify(Notice(line))
     if out is None:
         return _run(sweep, None, notify, resume, address)
-    with placed(out, notify, resume=resume, order=SWEEP) as place:
+    with open_place(out, notify, resume=resume, order=SWEEP) as place:
         return _run(sweep, place, notify, resume, address)
 
 
@@ -72,7 +72,7 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
     if resume and old is None:
         notify(Notice("nothing to go on with: a new sweep begins"))
     if old is not None:
-        check_same(read_yaml(old.path / _FILE), _tree(sweep), _FREE, f"the sweep in {old.called()}")
+        check_same(read_yaml(old.path / _FILE), _tree(sweep), _FREE, f"the sweep in {old.display_name()}")
     elif place is not None:
         check_free(place.path, _FILE)
         check_unused(place)
@@ -80,55 +80,63 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
     callbacks, finder = [Watcher(search.metric, notify), *loggers(sweep)], searcher(search)
     with joined(address):
         folder = (old or place or Place(Path())).path
-        grounds, jobs = checked(sweep, folder, notify)
+        inputs, jobs = checked(sweep, folder, notify)
         check_disk(jobs, sweep.count, folder)
         side_by_side = at_once(jobs, nodes(), min(sweep.count, search.concurrent or sweep.count))
-        data = [base.dataset.fingerprint for _, base in grounds.values()]
-        if old is not None and (old.path / _DATA).exists():  # without, each trial that goes on looks for itself
+        data = [base.dataset.fingerprint for _, base in inputs.values()]
+        if old is not None and (old.path / _DATA).exists():  # else each resumed trial checks its own
             then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
             for before, now in zip(then, data, strict=True):
-                check_same_data(before, now, old.called())
+                check_same_data(before, now, old.display_name())
         here = old or new(place, sweep.name)
         atomic_files.write(here.path / _DATA, json.dumps([asdict(now) for now in data]).encode())
         atomic_files.write(here.path / _FILE, yaml_text(_tree(sweep)).encode())
-        here.saved()
+        here.push()
         notify(Stage("starting Ray, loading weights"))
         with ray_session():
             check_head()
-            commons = shared(grounds)
-            del grounds  # the object store has them now
+            shared_inputs = shared(inputs)
+            del inputs  # the object store has them now
             keys = tuple(search.space)
-            notify(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.called()))
+            notify(Begun(sweep.name, keys, search.metric, search.mode, sweep.count, side_by_side, here.display_name()))
             try:
                 trials = inside(here.mirror.uri if here.mirror else str(here.path.absolute()), TRIALS)
-                grid = tuned(sweep, commons, here, trials, side_by_side, finder, callbacks, old is not None)
+                grid = tuned(sweep, shared_inputs, here, trials, side_by_side, finder, callbacks, old is not None)
             except KeyboardInterrupt:
                 name = sweep.config(sweep.points()[0]).method["name"] if "method.name" not in sweep.search.space else ""
-                own = [f"method.name={name}"] if name and name not in METHODS else []
+                named = [f"method.name={name}"] if name and name not in METHODS else []
                 metrics = sweep.metrics
-                own += [as_override("evaluation.metrics", list(metrics))] if metrics else []
-                words = ["rayfed-sub", "sweep", here.called(_FILE), *own, "--out", here.called(), "--resume"]
+                named += [as_override("evaluation.metrics", list(metrics))] if metrics else []
+                words = [
+                    "rayfed-sub",
+                    "sweep",
+                    here.display_name(_FILE),
+                    *named,
+                    "--out",
+                    here.display_name(),
+                    "--resume",
+                ]
                 notify(Notice(f"interrupted; go on with: {shlex.join(words)}"))
                 raise
             return outcome(sweep, grid, here)
 
 
 def checked(sweep: Trials, folder: Path, notify: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], list[Job]]:
-    """Inputs of the trials, and the most demanding jobs.  Raises UserError for whatever cannot work; folder: on whose
-    disk they would run."""
+    """Checks all trials; returns their inputs and the most demanding jobs.  Raises UserError for a trial that cannot
+    work.  folder: on the disk of the run folders."""
     there, points = nodes(), sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
         check_resources(config, there)
     notify(Stage("reading tasks and models"))
-    grounds = all_inputs(configs)
+    inputs = all_inputs(configs)
     for config in configs:
-        job_on(grounds[ground_key(config)][1], config)
-    jobs = [job_on(grounds[ground_key(own)][1], own) for own in map(sweep.config, largest(points))]
-    if len(there) == 1:  # of a cluster's nodes no plan knows the memory
+        job_on(inputs[input_key(config)][1], config)
+    jobs = [job_on(inputs[input_key(config)][1], config) for config in map(sweep.config, largest(points))]
+    if len(there) == 1:  # a plan does not know the memory of a cluster's nodes
         for job in jobs:
             plan.check(job, folder)
-    return grounds, jobs
+    return inputs, jobs
 
 
 def _tree(sweep: Sweep) -> dict[str, Any]:

@@ -17,63 +17,64 @@ from rayfed_sub.runtime.session import load_backbone, spec_of
 
 
 @dataclass(frozen=True)
-class Common:
-    """References into the object store, owned by the sweep's process.  ground: (architecture, processor)."""
+class InputRefs:
+    """References to a job's inputs in the object store, owned by the sweep's process.  model: (architecture,
+    processor)."""
 
-    ground: Any
+    model: Any
     dataset: Any
 
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """By what they depend on in a configuration: what jobs stand on, and weights."""
+    """Inputs of jobs by `input_key`, weights by `weights_key`."""
 
-    grounds: Mapping[str, Common]
+    inputs: Mapping[str, InputRefs]
     weights: Mapping[str, Any]
 
     def job(self, config: Config) -> tuple[Job, Shared]:
-        """The trial's job and what its workers map; what nobody has prepared is loaded for it alone."""
-        common = self.grounds.get(ground_key(config))
-        if common is None:
+        """The trial's job and the handles for its workers; inputs that are not shared are loaded for it alone."""
+        refs = self.inputs.get(input_key(config))
+        if refs is None:
             job = job_on(load_inputs(config), config)
             dataset = ray.put(job.dataset)
         else:
-            architecture, processor = ray.get(common.ground)
-            job = job_on(JobInputs(architecture, processor, ray.get(common.dataset)), config)
-            dataset = common.dataset
+            architecture, processor = ray.get(refs.model)
+            job = job_on(JobInputs(architecture, processor, ray.get(refs.dataset)), config)
+            dataset = refs.dataset
         weights = self.weights.get(weights_key(config))
         return job, Shared(ray.put(spec_of(job)), ray.put(load_backbone(job)) if weights is None else weights, dataset)
 
 
 def all_inputs(configs: Iterable[Config]) -> dict[str, tuple[Config, JobInputs]]:
-    """Inputs of jobs by key, each with its configuration.  Raises UserError for what does not go together."""
+    """Inputs of jobs by `input_key`, each with a configuration.  Raises UserError for inputs that do not fit."""
     found: dict[str, tuple[Config, JobInputs]] = {}
     for config in configs:
-        key = ground_key(config)
+        key = input_key(config)
         if key not in found:
             found[key] = (config, load_inputs(config))
     return found
 
 
 def shared(found: Mapping[str, tuple[Config, JobInputs]]) -> SharedInputs:
-    """Puts all_inputs and their weights into the object store of the Ray session that there is."""
-    grounds, weights = {}, {}
+    """Puts the inputs and their weights into the object store of the current Ray session."""
+    inputs, weights = {}, {}
     for key, (config, base) in found.items():
-        grounds[key] = Common(ray.put((base.architecture, base.processor)), ray.put(base.dataset))
-        if (own := weights_key(config)) not in weights:
-            weights[own] = ray.put(load_backbone(job_on(base, config)))
-    return SharedInputs(grounds, weights)
+        inputs[key] = InputRefs(ray.put((base.architecture, base.processor)), ray.put(base.dataset))
+        if (weight_key := weights_key(config)) not in weights:
+            weights[weight_key] = ray.put(load_backbone(job_on(base, config)))
+    return SharedInputs(inputs, weights)
 
 
-def ground_key(config: Config) -> str:
-    """Equal for configurations that have the same model and the same rows at the same clients."""
+def input_key(config: Config) -> str:
+    """Key that is equal for configurations with the same model and the same rows at the same clients."""
     federation = config.federation.model_dump(mode="json", include={"clients", "partition"})
     parts = (config.model.model_dump(mode="json"), config.task.model_dump(mode="json"), federation)
     return json.dumps([*parts, config.seed, config.evaluation.split])
 
 
 def weights_key(config: Config) -> str:
-    """Equal for configurations that begin with the same weights: the seed counts where weights are drawn."""
+    """Key that is equal for configurations with the same initial weights; with the seed where weights are drawn."""
     drawn = config.model.path == RANDOM or kind_of(config) != "causal-lm"
     task = config.task.model_dump(mode="json") if drawn else None
     return json.dumps([config.model.model_dump(mode="json"), task, config.seed if drawn else None])

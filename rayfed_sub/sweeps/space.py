@@ -37,7 +37,7 @@ _SECTION = "sweep."
 
 
 class Axis(Record):
-    """One key's values.  grid: every one of them, with every point of the other grids; choice: drawn from these;
+    """Values of a key.  grid: all of them, combined with every point of the other grids; choice: drawn from these;
     uniform, loguniform: drawn between two numbers, or between their logarithms."""
 
     grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
@@ -47,7 +47,7 @@ class Axis(Record):
 
     @property
     def between(self) -> tuple[float, float] | None:
-        """The two ends of what is drawn between."""
+        """The two ends of the range to draw from; None for a list of values."""
         return self.uniform or self.loguniform
 
     @property
@@ -56,7 +56,7 @@ class Axis(Record):
         return self.grid or self.choice or cast(tuple[float, float], self.between)
 
     def drawn(self, draws: np.random.Generator) -> Any:
-        """One of its values."""
+        """A random value."""
         if self.choice:
             return self.choice[int(draws.integers(len(self.choice)))]
         low, high = cast(tuple[float, float], self.between)
@@ -66,8 +66,8 @@ class Axis(Record):
 
 
 class Search(Record):
-    """The section `sweep`.  space: dotted keys of the configuration and their values.  metric: what trials are compared
-    by.  trials: draws per point of the grid, from `seed`.  scheduler: asha stops the worse half of the trials at rounds
+    """The section `sweep`.  space: dotted keys of the configuration and their values.  metric: compares the trials.
+    trials: draws per point of the grid, from `seed`.  scheduler: asha stops the worse half of the trials at rounds
     grace, 2 grace, 4 grace ...; median stops a trial whose best so far is worse than the median of what at least three
     others were on average up to that round, from round grace on.  searcher: random, or optuna (TPE), which has no grid.
     concurrent: trials at a time at most (None: as many as fit).  retries: how often a trial that failed goes on from
@@ -100,7 +100,7 @@ class Search(Record):
 
     @property
     def mode(self) -> str:
-        """min or max: which end of the metric is the better one."""
+        """min or max: the better direction of the metric."""
         return METRICS[self.metric]
 
 
@@ -109,7 +109,7 @@ class Trials(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the whole."""
+        """Name of the sweep or study."""
 
     @property
     def search(self) -> Search:
@@ -126,13 +126,13 @@ class Trials(Protocol):
         """The configuration of a trial."""
 
     def folder(self, number: str, values: Mapping[str, Any]) -> str:
-        """The run folder of a trial, relative to that of all; number: its own, of five digits."""
+        """The trial's run folder, relative to the folder of all trials; number: the trial's, of five digits."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """tree: the keys of the configuration that all trials share; base: the file that they come from besides the
-    sweep's own, if there is one."""
+    """A checked sweep.  tree: the keys of the configuration that all trials share; base: the path of the file that the
+    sweep builds on, if there is one."""
 
     tree: Mapping[str, Any]
     search: Search
@@ -146,7 +146,7 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        """The configuration's."""
+        """Name of the configuration."""
         return load_config(self.tree).name
 
     def config(self, values: Mapping[str, Any]) -> Config:
@@ -155,13 +155,13 @@ class Sweep:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Lines that name what trials leave out of the fields that were written for another method, see `adopted`."""
+        """Lines that name the fields of other methods that trials ignore, see `adopted`."""
         found = (adopted(_with_values(self.tree, values))[1] for values in self.points())
         return tuple(dict.fromkeys(filter(None, found)))
 
     def points(self) -> list[dict[str, Any]]:
-        """The values of every trial; with optuna, which finds them as it goes, each value beside the first or the last
-        of all others."""
+        """The values of every trial; with optuna, which proposes them one by one, a sample for checks: each value of a
+        key with the first and with the last values of all other keys."""
         space, seed = self.search.space, self.search.seed
         if self.search.searcher == "optuna":
             ends = [{key: axis.values[end] for key, axis in space.items()} for end in (0, -1)]
@@ -176,7 +176,7 @@ class Sweep:
         return found
 
     def folder(self, number: str, values: Mapping[str, Any]) -> str:
-        """A trial's run folder is its number."""
+        """The trial's number."""
         return number
 
     @property
@@ -190,8 +190,8 @@ def _with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
 
 
 def largest(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of the points those that may take the most: whole numbers are sizes, of which more is more, but for those of
-    `resources`; of what is no size every value counts, and of other numbers none.
+    """The most demanding points: the Pareto-largest by integer keys (but those of `resources`), for every combination
+    of the other values except floats.
 
     >>> largest([{"method.rank": 4, "optimizer.lr": 0.1}, {"method.rank": 8, "optimizer.lr": 0.2}])
     [{'method.rank': 8, 'optimizer.lr': 0.2}]
@@ -204,7 +204,7 @@ def largest(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     found = []
     for alike in kinds.values():
         by_size = dict(reversed(alike))
-        found += [by_size[own] for own in by_size if not any(own != o and all(map(le, own, o)) for o in by_size)]
+        found += [by_size[one] for one in by_size if not any(one != o and all(map(le, one, o)) for o in by_size)]
     return found
 
 
@@ -223,9 +223,9 @@ def load_sweep(
 ) -> Sweep:
     """The checked sweep from its YAML file and overrides: `sweep.trials=20` of the section, others of all trials.
 
-    named: is given every method's name before its class is imported, and may refuse it; with it the path of `base`
-    where the name comes from there, None where it is the file's own.
-    Raises UserError, one line, for whatever does not fit: a file, a key of the space, a combination of values.
+    named: called with every method's name before its class is imported, and may refuse it; second argument: the path
+    of `base` where the name comes from there, None where it is in the sweep's file.
+    Raises UserError, one line, for a file, a key of the space or a combination of values that is not valid.
     """
     tree = read_yaml(Path(path))
     section = [override for override in overrides if override.startswith(_SECTION)]
@@ -241,7 +241,7 @@ def load_sweep(
     name = load_config(shared).method.get("name")  # errors without any value of the space come first
     for key, axis in found["sweep"]["space"].items() if isinstance(found["sweep"].get("space"), Mapping) else ():
         prefix = f"sweep.space.{key}"
-        _check_axis(check(Axis, axis, prefix), prefix)  # each by itself, so that the key is named
+        _check_axis(check(Axis, axis, prefix), prefix)  # one at a time, so that the error names the key
     search = check(Search, found["sweep"], "sweep")
     _check_search(search)
     naming = {"method", "method.name"}
@@ -261,9 +261,9 @@ def load_sweep(
 
 
 def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
-    """The axis with its values as the configuration takes them.
+    """The axis with its values in the configuration's types.
 
-    Raises UserError for a key that the configuration does not have, and a value that the key does not take.
+    Raises UserError for an unknown key, and for a value that the key does not allow.
     """
     if key == "name":
         raise UserError("sweep.space", key, "keys that change what a trial does", "remove it")
@@ -273,7 +273,7 @@ def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
 
 
 def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
-    """Value as the configuration types it: 3 where 3.0 was written for a whole number, 1.0 for 1."""
+    """The value in the configuration's type: 3 for 3.0 of an integer key, 1.0 for 1 of a float key."""
     config = _with_values(tree, {key: value})
     found: Any = {**config.model_dump(), "method": {**config.method, **asdict(cast(Any, build(config.method)))}}
     for part in key.split("."):
@@ -282,7 +282,7 @@ def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
 
 
 def _check_axis(axis: Axis, prefix: str) -> None:
-    """UserError where the values of a key are given in no way or in several, or the ends of a range do not fit."""
+    """UserError where a key has no kind of values or several kinds, or a range whose ends do not fit."""
     given = [kind for kind in Axis.model_fields if getattr(axis, kind) is not None]
     kind = (given or ["grid"])[-1]
     if len(given) != 1:
@@ -293,7 +293,7 @@ def _check_axis(axis: Axis, prefix: str) -> None:
 
 
 def _check_search(search: Search) -> None:
-    """UserError where searcher or scheduler do not go with the space or the metric."""
+    """UserError where searcher or scheduler do not fit the space or the metric."""
     if search.searcher == "optuna" and any(axis.grid for axis in search.space.values()):
         allowed = "random where the space has a grid"
         raise UserError("sweep.searcher", "optuna", allowed, "write choice: in place of grid:")
@@ -305,7 +305,7 @@ def _check_search(search: Search) -> None:
 
 
 def _check_metric(metric: str, config: Config) -> None:
-    """UserError for a metric that a trial will not have."""
+    """UserError for a metric that the trial will not compute."""
     from rayfed_sub.data.tasks import filled
 
     classes = filled(config.task).label is not None

@@ -1,14 +1,13 @@
-"""Definition of a study: one claim, several variants of one configuration, several seeds, a setting tuned first.
+"""Definition of a study: a claim, variants of a configuration, several seeds, and a setting to tune first.
 
 A study's keys:
-    claim        the claim to be tested, and whose it is
+    claim        the claim to be tested, with its source
     base         the configuration, relative to the study's file
     set          overrides for all runs
     variants     name: overrides
     seeds        of the runs that count
     tune         optional: key, values, seeds, set (overrides of the tuning runs, such as fewer rounds); each variant
-                 takes the value with the lowest mean held-out loss on the validation rows, and never sees the held-out
-                 ones
+                 takes the value with the lowest mean loss on the validation rows; tuning never uses the held-out rows
     equal_bytes  optional: a variant whose traffic is the budget of the column of equal bytes
     results      optional: the folder of the CSV files, relative to the study's file (its own folder)
 """
@@ -31,8 +30,7 @@ from rayfed_sub.sweeps.space import Axis, Search
 
 
 class Tune(Record):
-    """key: of the configuration, which is tuned; values: of which each variant takes one; seeds, set: of the runs that
-    choose it."""
+    """Tuning of a study.  key: the configuration's key to tune; values: candidates; seeds, set: of the tuning runs."""
 
     key: str
     values: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)]
@@ -41,7 +39,7 @@ class Tune(Record):
 
 
 class Study(Record):
-    """The keys of the study's file, with its paths as they are from here; file: the file itself."""
+    """The keys of a study's file, with paths relative to the working directory; file: the study's file."""
 
     file: Path
     claim: str
@@ -55,13 +53,13 @@ class Study(Record):
 
     @property
     def name(self) -> str:
-        """The file's, without its ending."""
+        """The file's name without its ending."""
         return self.file.stem
 
 
 @dataclass(frozen=True)
 class StudyTrial:
-    """One run of a study.  value: of the tuned key; tuning: it only serves to choose that."""
+    """A run of a study.  value: of the tuned key; tuning: True for a run that serves to choose the value."""
 
     variant: str
     seed: int
@@ -77,14 +75,14 @@ class StudyTrial:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The values that set it apart from the other trials of its part."""
+        """The values that identify the trial in its part of the study."""
         return {"variant": self.variant, "seed": self.seed, "value": self.value}
 
 
 @dataclass(frozen=True)
 class Part:
-    """The trials of a study that choose a value, or those that count, as `sweeps/runner.py` takes them.  tree: the keys
-    of the study's base."""
+    """A study's tuning trials or its counted trials, as `Trials` for `sweeps/runner.py`.  tree: the keys of the study's
+    base."""
 
     name: str
     tree: Mapping[str, Any]
@@ -93,7 +91,7 @@ class Part:
 
     @property
     def search(self) -> Search:
-        """How trials run: none stops early, and a diverged one is not tried again."""
+        """Settings of the trials: no early stopping, no retry after a failure."""
         first, points = self.trials[0].values, self.points()
         values = {key: [point[key] for point in points] for key in first if first[key] is not None}
         space = {key: Axis(grid=tuple(dict.fromkeys(found))) for key, found in values.items()}
@@ -122,7 +120,7 @@ class Part:
 
 
 def load_study(path: Path) -> Study:
-    """The checked study from its YAML file.  Raises UserError for whatever does not fit."""
+    """The checked study from its YAML file.  Raises UserError for keys and values that are not valid."""
     tree = read_yaml(path)
     for key in ("base", "results"):
         if not isinstance(tree.get(key, "."), str):
@@ -133,7 +131,7 @@ def load_study(path: Path) -> Study:
         raise UserError("study.file", tree["file"], "the keys of a study", "remove it")
     places = {"file": path, "base": path.parent / tree["base"], "results": path.parent / tree.get("results", ".")}
     if isinstance(tree.get("tune"), Mapping):
-        check(Tune, tree["tune"], "study.tune")  # by itself, so that its key is named
+        check(Tune, tree["tune"], "study.tune")  # first, so that the error names its key
     study = check(Study, {**tree, **places}, "study")
     if study.equal_bytes is not None:
         check_variant(study, "study.equal_bytes", study.equal_bytes)
@@ -148,13 +146,13 @@ def load_study(path: Path) -> Study:
 
 
 def check_variant(study: Study, option: str, name: str) -> None:
-    """UserError where the study has no variant of that name; option: where it is named."""
+    """UserError where the study has no variant of that name; option: the key or option that names it."""
     if name not in study.variants:
         raise UserError(option, name, f"a variant of {study.name}: {'; '.join(study.variants)}", "name one of these")
 
 
 def tuning_trials(study: Study, variant: str, more: Sequence[str]) -> Iterator[StudyTrial]:
-    """The variant's runs that choose a value; whatever `more` says, they are judged on validation rows."""
+    """The variant's tuning runs, always evaluated on validation rows; more: overrides of all runs."""
     tune = study.tune
     if tune is None:
         return
@@ -166,7 +164,7 @@ def tuning_trials(study: Study, variant: str, more: Sequence[str]) -> Iterator[S
 
 
 def counted_trials(study: Study, variant: str, more: Sequence[str], value: Any) -> Iterator[StudyTrial]:
-    """The variant's runs that count, with the chosen value where there was something to choose."""
+    """The variant's counted runs, with the chosen value if the study tunes a key."""
     key = () if study.tune is None else (f"{study.tune.key}={value}",)
     for seed in study.seeds:
         overrides = (*study.set, *study.variants[variant], f"seed={seed}", *more, *key)
@@ -174,7 +172,7 @@ def counted_trials(study: Study, variant: str, more: Sequence[str], value: Any) 
 
 
 def check_trials(study: Study, more: Sequence[str]) -> None:
-    """UserError for a run that has no configuration; `more` are overrides of all runs."""
+    """UserError for a run whose configuration is not valid; more: overrides of all runs."""
     for variant in study.variants:
         value = study.tune.values[0] if study.tune else None
         for trial in (*tuning_trials(study, variant, more), *counted_trials(study, variant, more, value)):

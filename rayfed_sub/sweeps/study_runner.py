@@ -1,7 +1,6 @@
-"""One study from its definition to its tables: tuning runs first, then the runs that count, each part as a sweep's
-trials run, under Ray Tune.
+"""A study from its definition to its tables: tuning runs, then the counted runs, both as trials under Ray Tune.
 
-Every run is a folder of its own, so that a study that was stopped, or got more seeds or values, runs what is missing.
+Every run has its own folder, so that an interrupted study, or one with more seeds or values, runs only what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from rayfed_sub.storage.run_folder import check_data, make, summary_of
 from rayfed_sub.sweeps.capacity import at_once
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher, failure_of
 from rayfed_sub.sweeps.runner import Listener, check_head, checked
-from rayfed_sub.sweeps.shared_inputs import ground_key, shared
+from rayfed_sub.sweeps.shared_inputs import input_key, shared
 from rayfed_sub.sweeps.study import Part, Study, StudyTrial, check_trials, counted_trials, tuning_trials
 from rayfed_sub.sweeps.study_tables import (
     COLUMNS,
@@ -44,18 +43,18 @@ from rayfed_sub.telemetry.events import Notice, Summary
 
 
 class Results:
-    """Rows of the study's runs so far, those of earlier sittings too; its CSV files are written after each."""
+    """Rows of the study's runs so far, also of earlier sessions; writes the CSV files after each run."""
 
     def __init__(self, study: Study, folder: Path) -> None:
         self._study, self._folder = study, folder
         self.found = earlier(study)
 
     def keep(self, trials: Sequence[StudyTrial], tuning: bool) -> None:
-        """Drops the rows of trials that the study has no more."""
+        """Drops the rows of trials that are no longer part of the study."""
         self.found = self.found.keeping(trials, tuning)
 
     def take(self, trial: StudyTrial, config: Config, summary: Summary | None, failure: str | None = None) -> None:
-        """A trial at its end, with its summary, or with the cause where it diverged."""
+        """Adds an ended trial: its summary, or the cause where it diverged."""
         row, curve = rows_of(trial, config, self._folder / trial.folder, summary, failure)
         self.found = self.found.taking(row, curve)
         write_rows(self._study, self.found)
@@ -70,9 +69,9 @@ def run_study(
 ) -> list[str]:
     """Runs what the study lacks, writes its CSV files after each run, and returns its Markdown table.
 
-    overrides: for all runs.  runs: the folder that gets one for each study, with the run folders.  jobs: runs at a time
-    at most.  Raises UserError before anything starts where a run does not fit, and where every value of a variant
-    diverged; RunError where a run failed of something else.
+    overrides: for all runs.  runs: the folder that gets one for each study, with the run folders.  jobs: most
+    concurrent runs.  Raises UserError before anything starts where a run is not valid, and where every value of a
+    variant diverged; RunError where a run failed for another reason.
     """
     notify = listener or (lambda record: None)
     check_trials(study, overrides)
@@ -88,8 +87,8 @@ def run_study(
             results.keep(tuning, True)
             run_part(Part(study.name, tree, tuple(tuning), jobs), folder, notify, results)
             for variant in study.variants:
-                own = [row for row in results.found.rows if row["variant"] == variant and row["tuning"]]
-                chosen[variant] = best_value(own, study.tune.values)
+                tuned_rows = [row for row in results.found.rows if row["variant"] == variant and row["tuning"]]
+                chosen[variant] = best_value(tuned_rows, study.tune.values)
                 notify(Notice(f"{variant}: {study.tune.key}={edged(study.tune, str(chosen[variant]))}"))
         counted = [t for name in study.variants for t in counted_trials(study, name, overrides, chosen.get(name))]
         results.keep(counted, False)
@@ -98,12 +97,12 @@ def run_study(
 
 
 def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> None:
-    """Runs the part's trials below the study's folder; of those that are through only the results are taken.
+    """Runs the part's unfinished trials below the study's folder, and takes the results of all.
 
-    Raises RunError, once all others have ended, where a trial failed of something else than that it diverged.
+    Raises RunError, after all trials have ended, where a trial failed for another reason than divergence.
     """
-    grounds, largest_jobs = checked(part, folder, notify)
-    missing = missing_trials(part, folder, grounds, results)
+    inputs, largest_jobs = checked(part, folder, notify)
+    missing = missing_trials(part, folder, inputs, results)
     if not missing:
         return
     rest = Part(part.name, part.tree, tuple(missing), part.concurrent)
@@ -118,13 +117,13 @@ def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> No
 
     with ray_session(), TemporaryDirectory(prefix="rayfed-sub-study-") as tune_state:
         check_head()
-        inputs, search, run_folders = shared(grounds), rest.search, str(folder.absolute())
-        del grounds, largest_jobs  # the object store has them now
+        shared_inputs, search, run_folders = shared(inputs), rest.search, str(folder.absolute())
+        del inputs, largest_jobs  # the object store has them now
         notify(Begun(part.name, tuple(search.space), search.metric, search.mode, rest.count, side_by_side, str(folder)))
         callbacks = [Watcher(search.metric, take), *loggers(rest)]
         try:
             grid = tuned(
-                rest, inputs, Place(Path(tune_state)), run_folders, side_by_side, None, callbacks, resume=False
+                rest, shared_inputs, Place(Path(tune_state)), run_folders, side_by_side, None, callbacks, resume=False
             )
         except KeyboardInterrupt:
             notify(Notice("interrupted; the same command goes on"))
@@ -139,20 +138,20 @@ def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> No
 
 
 def missing_trials(
-    part: Part, folder: Path, grounds: Mapping[str, tuple[Config, JobInputs]], results: Results
+    part: Part, folder: Path, inputs: Mapping[str, tuple[Config, JobInputs]], results: Results
 ) -> dict[StudyTrial, Config]:
-    """The trials that are not through, with their configurations; `results` takes the others.
+    """The unfinished trials with their configurations; `results` takes the finished ones.
 
-    Raises UserError where a run folder is of another configuration or of other data.
+    Raises UserError where a run folder belongs to another configuration or to other data.
     """
     missing = {}
     for trial in part.trials:
         config = part.config(trial.values)
-        job, own = job_on(grounds[ground_key(config)][1], config), folder / trial.folder
+        job, run_folder = job_on(inputs[input_key(config)][1], config), folder / trial.folder
         summary = None
-        if (own / "config.yaml").exists():
-            summary = summary_of(own, job.config)
-            check_data(own, job.dataset.fingerprint)
+        if (run_folder / "config.yaml").exists():
+            summary = summary_of(run_folder, job.config)
+            check_data(run_folder, job.dataset.fingerprint)
         if summary is None:
             missing[trial] = job.config
         else:
@@ -161,32 +160,32 @@ def missing_trials(
 
 
 def diverged(failure: str) -> bool:
-    """True where a run failed since what it computed was not finite any more."""
+    """True for the failure of a run whose numbers became infinite or NaN."""
     return "finite" in failure
 
 
 def rows_of(
     trial: StudyTrial, config: Config, folder: Path, summary: Summary | None, failure: str | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A trial's row and its curve; summary: None where it diverged, of `failure`."""
-    own = {"variant": trial.variant, "seed": trial.seed, "tuning": trial.tuning, "value": trial.value}
-    row = {**dict.fromkeys(COLUMNS), **own, "model": Path(config.model.path).name, "failure": failure}
+    """A trial's row and its curve; summary: None where it diverged, with the cause in `failure`."""
+    keys = {"variant": trial.variant, "seed": trial.seed, "tuning": trial.tuning, "value": trial.value}
+    row = {**dict.fromkeys(COLUMNS), **keys, "model": Path(config.model.path).name, "failure": failure}
     if summary is None:
         return row, []
     scores = {name: summary.metrics.get(name) for name in (*SCORES, *(f"{name}_before" for name in SCORES))}
-    return {**row, **scores, **{name: getattr(summary, name) for name in ENDS}}, list(_curve(folder, own))
+    return {**row, **scores, **{name: getattr(summary, name) for name in ENDS}}, list(_curve(folder, keys))
 
 
 def best_value(rows: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> Any:
-    """The value whose trials have the lowest mean loss; one of whose trials diverged is out.
+    """The value with the lowest mean loss among values of which no trial diverged.
 
-    Raises UserError where that leaves none.
+    Raises UserError where there is none.
     """
     losses = {value: [row["held_out_loss"] for row in rows if row["value"] == value] for value in values}
     means = {
-        value: statistics.fmean(own)
-        for value, own in losses.items()
-        if all(loss is not None and math.isfinite(loss) for loss in own)
+        value: statistics.fmean(of_value)
+        for value, of_value in losses.items()
+        if all(loss is not None and math.isfinite(loss) for loss in of_value)
     }
     if not means:
         allowed = f"values of which one does not diverge; all did with {rows[0]['variant']}"
@@ -195,7 +194,7 @@ def best_value(rows: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> Any:
 
 
 def check_model(study: Study, rows: Sequence[Mapping[str, Any]], more: Sequence[str]) -> None:
-    """UserError where the earlier rows are of another model than the one that would run now."""
+    """UserError where the earlier rows belong to another model than the one to run now."""
     (first, *_) = study.variants.values()
     model = Path(load_config(study.base, [*study.set, *first, *more]).model.path).name
     for other in {row["model"] for row in rows} - {model}:
@@ -205,7 +204,7 @@ def check_model(study: Study, rows: Sequence[Mapping[str, Any]], more: Sequence[
         )
 
 
-def _curve(folder: Path, own: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _curve(folder: Path, keys: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Scores over all held-out rows against the bytes sent so far, both ways, for every evaluated state."""
     sent = [0]
     for row in pq.read_table(folder / "rounds.parquet").to_pylist():
@@ -216,4 +215,4 @@ def _curve(folder: Path, own: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             scores.setdefault(score["rounds"], {})[score["metric"]] = score["value"]
     for done, found in sorted(scores.items()):
         known = {name: found.get(name) for name in ("held_out_loss", "macro_f1")}
-        yield {**own, "rounds": done, "bytes": sent[done], **known}
+        yield {**keys, "rounds": done, "bytes": sent[done], **known}

@@ -1,4 +1,4 @@
-"""Tables of a study: a row for every run and one for every evaluated round, as CSV, and the Markdown made of them."""
+"""Tables of a study: CSV files with a row per run and a row per evaluated round, and Markdown made from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rayfed_sub.sweeps.study import Study, StudyTrial, Tune
 
 SCORES = ("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "teacher_forced_rouge_l", "accuracy", "macro_f1")
 ENDS = ("rounds", *SENT, "change_rank", "weights_sha256")
-"""What a row takes from the run's summary besides its scores."""
+"""Columns from the run's summary besides its scores."""
 COLUMNS = (
     *("variant", "seed", "tuning", "value", "model"),
     *(*SCORES, *(f"{name}_before" for name in SCORES)),
@@ -29,18 +29,18 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class StudyRows:
-    """Rows of both tables so far, those of earlier sittings too."""
+    """Rows of both CSV files so far, also of earlier sessions."""
 
     rows: tuple[Mapping[str, Any], ...]
     curves: tuple[Mapping[str, Any], ...]
 
     def taking(self, row: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> StudyRows:
-        """With a trial's row and curve, in the place of those that it had."""
+        """The rows with a trial's row and curve added, or replaced."""
         others = (old for old in self.rows if _trial_of(old) != _trial_of(row))
         return StudyRows((*others, row), (*(old for old in self.curves if _trial_of(old) != _trial_of(row)), *curve))
 
     def keeping(self, trials: Sequence[StudyTrial], tuning: bool) -> StudyRows:
-        """Without rows of an earlier sitting that are of no trial any more, be it for another value or another seed."""
+        """The rows without those of trials that are no longer among `trials`, e.g. of a dropped value or seed."""
         wanted = {(trial.variant, trial.seed, trial.tuning, trial.value) for trial in trials}
 
         def kept(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
@@ -50,7 +50,7 @@ class StudyRows:
 
 
 def csv_files(study: Study) -> tuple[Path, Path]:
-    """The files of a study's rows and curves."""
+    """Paths of a study's CSV files: rows, curves."""
     return study.results / f"{study.name}.csv", study.results / f"{study.name}-curves.csv"
 
 
@@ -63,18 +63,18 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def earlier(study: Study) -> StudyRows:
-    """The rows that an earlier sitting left of variants that the study still has."""
+    """The rows of earlier sessions, of variants that the study still has."""
     rows, curves = (read_rows(file) if file.exists() else [] for file in csv_files(study))
 
     def parsed(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Any], ...]:
-        own = (row for row in rows if row["variant"] in study.variants)
-        return tuple({key: _parsed(cell) for key, cell in row.items()} for row in own)
+        known = (row for row in rows if row["variant"] in study.variants)
+        return tuple({key: _parsed(cell) for key, cell in row.items()} for row in known)
 
     return StudyRows(parsed(rows), parsed(curves))
 
 
 def write_rows(study: Study, found: StudyRows) -> None:
-    """Both files, each with whatever rows there are, in an order of their own."""
+    """Writes both files, sorted; none without rows."""
     for file, rows in zip(csv_files(study), (found.rows, found.curves), strict=True):
         if rows:
             content = io.StringIO()
@@ -93,9 +93,9 @@ def study_table(study: Study) -> list[str]:
 def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[Mapping[str, str]]) -> list[str]:
     """The study's table: mean ± standard deviation over seeds, from the cells of its two CSV files.
 
-    The column of equal bytes is the held-out loss when `equal_bytes`' variant's whole traffic (up and down, all
-    clients) has been sent, linear between evaluated rounds; methods that send less are taken at their end, and "-" says
-    that a method sends more before its first evaluated round.
+    The column of equal bytes is the held-out loss after the total traffic (up and down, all clients) of the variant
+    `equal_bytes`, interpolated between evaluated rounds.  For methods that send less it is the last loss; "-" marks a
+    method that sends more before its first evaluated round.
     """
     counted = [row for row in rows if row["tuning"] == "False"]
     whole = [row for row in counted if not row["failure"]]
@@ -106,40 +106,40 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
     columns += [*([f"loss at {limit / 1e6:.3g} MB"] if limit else []), "MB up", "MB down", "runs"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for variant in study.variants:
-        begun, own = _of(counted, variant), _of(whole, variant)
-        runs = f"{len(own)} of {len(study.seeds)}"
-        if not own:
+        begun, finished = _of(counted, variant), _of(whole, variant)
+        runs = f"{len(finished)} of {len(study.seeds)}"
+        if not finished:
             why = "diverged" if begun else "not run"
             lines.append("| " + " | ".join([variant, *[why] * (len(columns) - 2), runs]) + " |")
             continue
-        cells = [variant, *([edged(study.tune, own[0]["value"])] if study.tune else [])]
-        cells += [_spread([float(row[name]) for row in own if row[name]]) for name in shown]
+        cells = [variant, *([edged(study.tune, finished[0]["value"])] if study.tune else [])]
+        cells += [_spread([float(row[name]) for row in finished if row[name]]) for name in shown]
         if limit:
             curve = [point for point in _of(curves, variant) if point["tuning"] == "False"]
-            ends = [[point for point in curve if point["seed"] == row["seed"]] for row in own]
+            ends = [[point for point in curve if point["seed"] == row["seed"]] for row in finished]
             losses = [_loss_at(end, limit) for end in ends]
             cells.append("-" if None in losses else _spread([loss for loss in losses if loss is not None]))
-        cells += [_megabytes(statistics.fmean(float(row[name]) for row in own)) for name in SENT]
+        cells += [_megabytes(statistics.fmean(float(row[name]) for row in finished)) for name in SENT]
         lines.append("| " + " | ".join([*cells, runs]) + " |")
     return lines
 
 
 def paired(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) -> tuple[list[float], float]:
-    """`one`'s score less `other`'s for every seed in which both have it, and how many times the other's mean its mean
-    over these seeds is.  Raises UserError where there is no such seed."""
-    own, theirs = (
+    """Differences of `one`'s score less `other`'s, by common seed, and the ratio of their means over these seeds.
+    Raises UserError where they have no seed in common."""
+    ours, theirs = (
         {row["seed"]: float(row[score]) for row in _of(rows, variant) if row["tuning"] == "False" and row[score]}
         for variant in (one, other)
     )
-    seeds = sorted(own.keys() & theirs.keys(), key=int)
+    seeds = sorted(ours.keys() & theirs.keys(), key=int)
     if not seeds:
         raise UserError("--against", one, f"a variant that has a seed with {score} in common with {other}", "run both")
-    ratio = sum(own[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds)
-    return [own[seed] - theirs[seed] for seed in seeds], ratio
+    ratio = sum(ours[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds)
+    return [ours[seed] - theirs[seed] for seed in seeds], ratio
 
 
 def differences(study: Study, rows: Sequence[Mapping[str, str]], one: str) -> list[str]:
-    """A Markdown table of `paired`, seed by seed, of one variant with each of the others that has finished runs."""
+    """Markdown table of `paired` differences, seed by seed, of one variant to each other variant with finished runs."""
     whole = [row for row in rows if row["tuning"] == "False" and not row["failure"]]
     shown = [name for name in SCORES if any(row[name] for row in _of(whole, one))]
     lines = [
@@ -150,13 +150,13 @@ def differences(study: Study, rows: Sequence[Mapping[str, str]], one: str) -> li
         if other == one or not _of(whole, other):
             continue
         found = [paired(whole, one, other, name) for name in shown]
-        cells = [f"{', '.join(f'{difference:+.3f}' for difference in own)}; {ratio:.2f}x" for own, ratio in found]
+        cells = [f"{', '.join(f'{difference:+.3f}' for difference in diffs)}; {ratio:.2f}x" for diffs, ratio in found]
         lines.append("| " + " | ".join([other, *cells]) + " |")
     return lines
 
 
 def edged(tune: Tune, value: str) -> str:
-    """The tuned value, marked where it stands at the grid's edge: a better one may lie outside."""
+    """The tuned value, marked where it is the first or last candidate: a better one may lie outside."""
     return f"{value} (edge)" if value in (str(tune.values[0]), str(tune.values[-1])) else value
 
 
@@ -165,7 +165,7 @@ def _of(rows: Sequence[Mapping[str, str]], variant: str | None) -> list[Mapping[
 
 
 def _trial_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The trial that a row is of."""
+    """Identity of a row's trial."""
     return tuple(row[name] for name in ("variant", "seed", "tuning", "value"))
 
 
@@ -174,7 +174,8 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _loss_at(curve: Sequence[Mapping[str, str]], sent: float) -> float | None:
-    """None before the first evaluated round: a loss falls steeply at first, far below a line from the untrained one."""
+    """Interpolated loss after so many bytes.  None before the first evaluated round: the loss falls steeply at first,
+    and interpolation from the untrained model would be far too high."""
     untrained, *points = sorted((float(point["bytes"]), float(point["held_out_loss"])) for point in curve)
     assert untrained[0] == 0
     done, losses = zip(*points, strict=True)
@@ -189,7 +190,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _megabytes(count: float) -> str:
-    """To three digits.
+    """Megabytes with three significant digits.
 
     >>> _megabytes(3.4739e6), _megabytes(2.1234e9)
     ('3.47', '2,120')
@@ -199,7 +200,7 @@ def _megabytes(count: float) -> str:
 
 
 def _parsed(cell: str) -> Any:
-    """The value that was written as this cell.
+    """The value of a CSV cell.
 
     >>> [_parsed(cell) for cell in ("", "True", "3", "0.003", "fedit")]
     [None, True, 3, 0.003, 'fedit']

@@ -14,7 +14,7 @@ import pandas as pd
 from rayfed_sub.core import text
 from rayfed_sub.reports.page import Cell, Facts, Section, Table, Text, page
 from rayfed_sub.storage import atomic_files
-from rayfed_sub.sweeps.results import FEW, Swept, Trial, best_first, gather, score, worded
+from rayfed_sub.sweeps.results import FEW, SweepTable, Trial, best_first, format_value, gather, score
 from rayfed_sub.sweeps.sweep_figures import heat_map, parallel, points, traffic
 
 
@@ -41,50 +41,50 @@ def sections(
     """Sections of the report, arguments as `write_report`."""
     space: Mapping[str, Any] = settings.get("space", {})
     kinds = {key: kind for key in keys for kind in space.get(key, {})}
-    swept = gather(frame, keys, metric, mode, kinds)
-    found = [Section("Result", _result(swept)), Section("What was swept", _space(swept, space, settings))]
-    if swept.judged:
-        few = [key for key in keys if 2 <= len(swept.values(key)) <= FEW]
+    table = gather(frame, keys, metric, mode, kinds)
+    found = [Section("Result", _result(table)), Section("What was swept", _space(table, space, settings))]
+    if table.judged:
+        few = [key for key in keys if 2 <= len(table.values(key)) <= FEW]
         pairs = list(combinations(few, 2))
         if pairs:
-            said = f"Each cell: the {metric} of its best trial over all other keys; stronger is better."
-            found.append(Section("Pairs of keys", [Text(said), *(heat_map(swept, *pair) for pair in pairs)]))
-        alone = [key for key in keys if len(swept.values(key)) > 1 and (key not in few or not pairs)]
+            caption = f"Each cell: the {metric} of its best trial over all other keys; stronger is better."
+            found.append(Section("Pairs of keys", [Text(caption), *(heat_map(table, *pair) for pair in pairs)]))
+        alone = [key for key in keys if len(table.values(key)) > 1 and (key not in few or not pairs)]
         if alone:
-            found.append(Section("One key at a time", [points(swept, key) for key in alone]))
-        if len(keys) > 1 and len(swept.judged) > 1:
-            found.append(Section("All keys at once", [parallel(swept)]))
-        sent = [(trial, trial.sent) for trial in swept.judged if trial.sent is not None]
+            found.append(Section("One key at a time", [points(table, key) for key in alone]))
+        if len(keys) > 1 and len(table.judged) > 1:
+            found.append(Section("All keys at once", [parallel(table)]))
+        sent = [(trial, trial.sent) for trial in table.judged if trial.sent is not None]
         if any(count for _, count in sent):
-            found.append(Section("Quality against traffic", [traffic(swept, sent)]))
-    failed = [trial for trial in swept.ranked if trial.status == "failed"]
+            found.append(Section("Quality against traffic", [traffic(table, sent)]))
+    failed = [trial for trial in table.ranked if trial.status == "failed"]
     if failed:
-        found.append(Section("Failures", [_failures(swept, failed)]))
-    return [*found, Section("Trials", [_table(swept, best_first(frame, metric, mode))])]
+        found.append(Section("Failures", [_failures(table, failed)]))
+    return [*found, Section("Trials", [_table(table, best_first(frame, metric, mode))])]
 
 
-def _result(swept: Swept) -> list[Text | Facts]:
+def _result(table: SweepTable) -> list[Text | Facts]:
     """The best trial and how far ahead it is."""
-    counts = pd.Series([trial.status for trial in swept.ranked], dtype="object").value_counts()
+    counts = pd.Series([trial.status for trial in table.ranked], dtype="object").value_counts()
     ended = ", ".join(f"{counts[status]} {status}" for status in ("finished", "stopped", "failed") if status in counts)
-    summary = f"{text.count('trial', len(swept.ranked))}: {ended}."
-    if not swept.judged:
-        return [Text(f"{summary} None has a {swept.metric}, so there is no best one.")]
-    first, *others = swept.judged
-    facts = {"best trial": f"{first.number}", **{key: worded(value) for key, value in first.values.items()}}
-    facts[swept.metric] = score(first.metric)
+    summary = f"{text.count('trial', len(table.ranked))}: {ended}."
+    if not table.judged:
+        return [Text(f"{summary} None has a {table.metric}, so there is no best one.")]
+    first, *others = table.judged
+    facts = {"best trial": f"{first.number}", **{key: format_value(value) for key, value in first.values.items()}}
+    facts[table.metric] = score(first.metric)
     if not math.isnan(first.before):
         facts["before training"] = score(first.before)
     if others:
-        second, middle = others[0], median(trial.metric for trial in swept.judged)
-        facts["next"] = f"trial {second.number}, {swept.said(second)}: {score(second.metric)}"
+        second, middle = others[0], median(trial.metric for trial in table.judged)
+        facts["next"] = f"trial {second.number}, {table.point_text(second)}: {score(second.metric)}"
         facts["ahead of the next by"] = _lead(first.metric, second.metric)
         facts["ahead of the median by"] = f"{_lead(first.metric, middle)}; the median is {score(middle)}"
     if first.sent is not None:
         facts["sent up and down"] = text.megabytes(first.sent)
     facts["run folder"] = first.folder
-    better = {"min": "lower", "max": "higher"}[swept.mode]
-    return [Text(f"{summary} {swept.metric}: {better} is better."), Facts(facts)]
+    better = {"min": "lower", "max": "higher"}[table.mode]
+    return [Text(f"{summary} {table.metric}: {better} is better."), Facts(facts)]
 
 
 def _lead(value: float, other: float) -> str:
@@ -92,14 +92,16 @@ def _lead(value: float, other: float) -> str:
     return f"{score(lead)} ({lead / abs(other):.2%})" if other else score(lead)
 
 
-def _space(swept: Swept, space: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Table | Facts]:
+def _space(table: SweepTable, space: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Table | Facts]:
     """The keys and their values, and the sweep's other settings."""
     rows: list[list[Cell | str]] = []
-    for key, head in swept.heads.items():
-        values = swept.values(key)
+    for key, head in table.heads.items():
+        values = table.values(key)
         given_values = "; ".join(f"{kind} {_listed(given)}" for kind, given in space.get(key, {}).items())
         few = len(values) <= FEW
-        drawn = ", ".join(map(worded, values)) if few else f"{worded(values[0])} to {worded(values[-1])}"
+        drawn = (
+            ", ".join(map(format_value, values)) if few else f"{format_value(values[0])} to {format_value(values[-1])}"
+        )
         rows.append([key, head, given_values, Cell(f"{len(values)}", len(values)), drawn])
     others = {name: _listed(value) for name, value in settings.items() if name != "space"}
     caption = "Keys of the space, what they are called below, and the values that trials had."
@@ -107,23 +109,23 @@ def _space(swept: Swept, space: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def _listed(value: object) -> str:
-    return ", ".join(map(worded, value)) if isinstance(value, list | tuple) else worded(value)
+    return ", ".join(map(format_value, value)) if isinstance(value, list | tuple) else format_value(value)
 
 
-def _failures(swept: Swept, failed: Sequence[Trial]) -> Table:
+def _failures(table: SweepTable, failed: Sequence[Trial]) -> Table:
     rows: list[list[Cell | str]] = [
-        [Cell(f"{trial.number}", trial.number), swept.said(trial), trial.failure, trial.folder]
+        [Cell(f"{trial.number}", trial.number), table.point_text(trial), trial.failure, trial.folder]
         for trial in sorted(failed, key=lambda trial: trial.number)
     ]
     return Table("Trials that failed, and why.", ["trial", "values", "cause", "run folder"], rows)
 
 
-def _table(swept: Swept, ranked: pd.DataFrame) -> Table:
+def _table(table: SweepTable, ranked: pd.DataFrame) -> Table:
     """Every trial and column of the table but sums and folders."""
-    first = ["trial", *swept.heads, "status", "rounds", *([swept.metric] if swept.metric in ranked else [])]
+    first = ["trial", *table.heads, "status", "rounds", *([table.metric] if table.metric in ranked else [])]
     hidden = {"weights_sha256", "folder", "failure"}
     columns = [*first, *(name for name in ranked.columns if name not in {*first, *hidden})]
-    heads = {**swept.heads, "uplink_bytes": "up (MB)", "downlink_bytes": "down (MB)"}
+    heads = {**table.heads, "uplink_bytes": "up (MB)", "downlink_bytes": "down (MB)"}
     rows = [[_cell(name, row[name]) for name in columns] for row in ranked.to_dict("records")]
     caption = "All trials, best first; their weights' sums and folders are in trials.parquet."
     return Table(caption, [heads.get(name, name) for name in columns], rows)
@@ -138,4 +140,4 @@ def _cell(column: str, value: Any) -> Cell | str:
         return Cell(f"{value / 1e6:,.2f}", value)
     # Metrics keep their digits, which differ between trials; a key's values are few and round.
     metric = isinstance(value, float) and "." not in column
-    return Cell(score(value) if metric else worded(value), value if math.isfinite(value) else None)
+    return Cell(score(value) if metric else format_value(value), value if math.isfinite(value) else None)

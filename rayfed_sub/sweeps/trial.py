@@ -1,4 +1,4 @@
-"""A trial: one federated run in a folder of its own, reported to Ray Tune round by round."""
+"""A trial of a sweep: a federated run in its own folder, reported to Ray Tune round by round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray import tune
 
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.runtime.session import carry_out
-from rayfed_sub.storage.remote import inside, placed
+from rayfed_sub.storage.remote import inside, open_place
 from rayfed_sub.storage.run_folder import check_data, opened, summary_of
 from rayfed_sub.sweeps.results import SENT
 from rayfed_sub.sweeps.shared_inputs import SharedInputs
@@ -24,31 +24,31 @@ NUMBER = "number"
 
 
 def values_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The trial's values of the space's keys, out of what Tune hands over."""
+    """The trial's values of the space's keys, from the configuration that Tune gives it."""
     return {key: value for key, value in given["trial"].items() if key != NUMBER}
 
 
-def trial(given: Mapping[str, Any], sweep: Trials, commons: SharedInputs, trials: str) -> None:
-    """Runs the trial, or goes on with it, in its folder below `trials`, a path or a URI.
+def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials: str) -> None:
+    """Runs or resumes the trial in its folder below `trials`, a path or a URI.
 
-    Raises what the run raises: Tune then begins the trial again, and it goes on from its last checkpoint.
+    Raises the run's error: Tune then starts the trial again, which goes on from its last checkpoint.
     """
-    # Tune waits so long for a stopped trial to end before it takes its process for the next, which it else gives up.
+    # Seconds that Tune waits for a stopped trial to end before it gives up reusing its process.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     began = time.perf_counter()
     values = values_of(given)
     out = inside(trials, sweep.folder(Path(tune.get_context().get_trial_dir()).name, values))
-    job, shared = commons.job(sweep.config(values))
+    job, shared = inputs.job(sweep.config(values))
     rounds = job.config.federation.rounds or 0
 
     def notify(record: object) -> None:
         """The last round is reported with the summary."""
         if isinstance(record, Started) and not record.round:
-            tune.report(_told(0, rounds, record.metrics))
+            tune.report(_progress(0, rounds, record.metrics))
         if isinstance(record, RoundDone) and record.scores and record.row.round + 1 != rounds:
-            tune.report(_told(record.row.round + 1, rounds, overall(record.scores)))
+            tune.report(_progress(record.row.round + 1, rounds, overall(record.scores)))
 
-    with placed(out, notify, resume=True) as place:
+    with open_place(out, notify, resume=True) as place:
         done = None
         if (place.path / "config.yaml").exists():
             done = summary_of(place.path, job.config)
@@ -59,7 +59,7 @@ def trial(given: Mapping[str, Any], sweep: Trials, commons: SharedInputs, trials
             tune.report(_end(carry_out(job, shared, opened(place, job.config), notify, began)))
 
 
-def _told(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+def _progress(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, Any]:
     return {"rounds": round, "of_rounds": rounds, "finished": False, **metrics}
 
 

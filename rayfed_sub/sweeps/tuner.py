@@ -1,8 +1,8 @@
 """Trials under Ray Tune, each a federated run in a placement group of its own.
 
-The first bundle of every group lies on the cluster's head and holds the trial's own process and its coordinator, so
-that run folders lie where the sweep was started; the others hold a worker each.  What Tune needs to go on lies in the
-folder's tune/, what a trial needs in its run folder.
+The first bundle of every group lies on the cluster's head and holds the trial's process and its coordinator, so that
+run folders lie where the sweep was started; every other bundle holds a worker.  Tune keeps its state in the folder's
+tune/, a trial in its run folder.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from rayfed_sub.sweeps.trial import NUMBER, trial, values_of
 TRIALS = "trials"
 """The folder of the trials' run folders in a sweep's."""
 _TUNE = "tune"
-_FOREVER = 10**9  # ASHA stops a trial there, which ends by itself before
+_FOREVER = 10**9  # ASHA's last round, which no trial reaches
 
 
 def check_unused(place: Place) -> None:
-    """UserError where the place of a new sweep has files of another: Tune would unpickle what is in its folder."""
+    """UserError where the place of a new sweep has files of another: Tune would unpickle files in its folder."""
     filesystem, root = _storage(place)
     for name in (_TUNE, TRIALS):
         if filesystem.get_file_info(fs.FileSelector(f"{root}/{name}", allow_not_found=True)):
             allowed = f"a folder without {name}/, which another sweep has left"
-            raise UserError("--out", place.called(), allowed, "choose another folder")
+            raise UserError("--out", place.display_name(), allowed, "choose another folder")
 
 
 def tuned(
     sweep: Trials,
-    commons: SharedInputs,
+    inputs: SharedInputs,
     place: Place,
     trials: str,
     side_by_side: int,
@@ -56,13 +56,13 @@ def tuned(
     callbacks: Sequence[Callback],
     resume: bool,
 ) -> ResultGrid:
-    """All trials to their ends; resume: from where they are.  place: of Tune's own state; trials: path or URI of their
-    run folders; finder: see `searcher`."""
+    """Runs or resumes all trials.  place: for Tune's state; trials: path or URI of their run folders; finder: see
+    `searcher`."""
     search = sweep.search
     filesystem, root = _storage(place)
     numbers = count(_first_free(filesystem, f"{root}/{_TUNE}"))
     share = math.floor(1e4 / side_by_side) / 1e4  # Ray counts in ten thousandths
-    body = tune.with_parameters(trial, sweep=sweep, commons=commons, trials=trials)
+    body = tune.with_parameters(trial, sweep=sweep, inputs=inputs, trials=trials)
     with _quiet():
         analysis = tune.run(
             tune.with_resources(body, lambda given: _bundles(sweep.config(values_of(given)), share)),
@@ -78,7 +78,7 @@ def tuned(
             scheduler=_scheduler(search),
             max_failures=search.retries,
             reuse_actors=True,
-            trial_dirname_creator=lambda own: f"{_number(own.config, numbers):05d}",
+            trial_dirname_creator=lambda new: f"{_number(new.config, numbers):05d}",
             callbacks=callbacks,
             resume="AUTO+ERRORED" if resume else False,
             raise_on_failed_trial=False,
@@ -88,14 +88,14 @@ def tuned(
 
 
 def _storage(place: Place) -> tuple[fs.FileSystem, str]:
-    """File system and path of Tune's own state, for pyarrow."""
+    """pyarrow's file system for Tune's state, and the path in it."""
     if place.mirror is None:
         return fs.LocalFileSystem(), str(place.path.absolute())
     return place.mirror.filesystem, place.mirror.root
 
 
 def _first_free(filesystem: fs.FileSystem, folder: str) -> int:
-    """The number after those of the trials that have a folder, for trials that a searcher thinks of as it goes."""
+    """First number without a trial's folder, for trials that a searcher proposes one by one."""
     found = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     return max((int(info.base_name) + 1 for info in found if info.base_name.isdigit()), default=0)
 
@@ -109,7 +109,7 @@ def _numbered(sweep: Trials) -> list[dict[str, Any]]:
 
 
 def _domains(search: Search) -> dict[str, Any]:
-    """The space in Tune's words."""
+    """The space as Tune's domains."""
 
     def domain(axis: Axis) -> Any:
         if axis.choice:
@@ -120,11 +120,10 @@ def _domains(search: Search) -> dict[str, Any]:
 
 
 def _bundles(config: Config, share: float) -> PlacementGroupFactory:
-    """The trial's own process and its coordinator on the head, and a bundle of exactly its shape for each worker;
-    all in the first bundle where the trial trains in its own process.
+    """Placement group of a trial: a bundle on the head for its process and coordinator, and one for each worker; a
+    single bundle where the trial trains in its own process.
 
-    share: of the head, so that no more trials go side by side than it has: Tune's own limit knows new trials alone, and
-    not those that it takes up again."""
+    share: of the head's resource; limits concurrent trials.  Tune's own limit ignores trials that it resumes."""
     resources = config.resources
     worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     shape = {name: amount for name, amount in worker.items() if amount}
@@ -141,7 +140,7 @@ def _scheduler(search: Search) -> TrialScheduler | None:
             max_t=_FOREVER,
             grace_period=search.grace,
             reduction_factor=2,
-            stop_last_trials=False,  # or a trial is judged by rungs that it passed between two evaluations
+            stop_last_trials=False,  # else rungs passed between two evaluations would count
         )
     if search.scheduler == "median":
         return MedianStoppingRule(time_attr=rounds, grace_period=search.grace, min_time_slice=math.inf)  # never pauses
@@ -149,7 +148,7 @@ def _scheduler(search: Search) -> TrialScheduler | None:
 
 
 def searcher(search: Search) -> Any:
-    """Search algorithm that proposes trials one by one; None where all are known before.
+    """Search algorithm that proposes trials one by one; None where all are known in advance.
 
     Raises UserError where a package is missing.
     """
@@ -167,7 +166,7 @@ def searcher(search: Search) -> Any:
 
 
 def loggers(sweep: Trials) -> list[Callback]:
-    """Tune's own; Tune itself reads what the first of them writes.  Raises UserError where a package is missing."""
+    """Tune's loggers; Tune reads the files of the first one itself.  Raises UserError where a package is missing."""
     found: list[Callback] = [JsonLoggerCallback()]
     for name in sweep.search.loggers:
         try:
@@ -188,7 +187,7 @@ def loggers(sweep: Trials) -> list[Callback]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune's own words and habits: it prints tables, takes over Ctrl-C, and writes logs that nobody asked for."""
+    """Turns off Tune's tables, its handling of Ctrl-C and its default logs."""
     ours = {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -1,4 +1,4 @@
-"""Alerts of a running run: each alert of `diagnostics/alerts.py` is raised once."""
+"""Alerts during a run: each alert of `diagnostics/alerts.py` is raised once."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections import deque
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import RoundRow
-from rayfed_sub.diagnostics.alerts import LOOKS, Alert, alerts
+from rayfed_sub.diagnostics.alerts import DIAGNOSED_ROUNDS, Alert, alerts
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.run_folder import RunFolder
 from rayfed_sub.telemetry.events import RoundDone
 
 
 class Watch:
-    """folder: its alerts were raised in an earlier session."""
+    """Raises each alert once; alerts on the rows already in `folder` were raised in an earlier session."""
 
     def __init__(self, folder: RunFolder, config: Config) -> None:
         self._config, self._before = config, overall(folder.scores(0)).get("held_out_loss")
         self._rounds = [RoundRow(**row) for row in folder.rounds.to_pylist()]
-        self._looks = deque(folder.looks(LOOKS), maxlen=LOOKS)
-        self._reported = {alert.name for alert in self._symptoms()}
+        self._diagnosed = deque(folder.diagnosed_rounds(DIAGNOSED_ROUNDS), maxlen=DIAGNOSED_ROUNDS)
+        self._reported = {alert.name for alert in self._alerts()}
 
     def add(self, done: RoundDone) -> list[Alert]:
         """Alerts that the round raises for the first time."""
         self._rounds.append(done.row)
         if done.layers:
-            self._looks.append((done.layers, done.client_layers))
-        new = [alert for alert in self._symptoms() if alert.name not in self._reported]
+            self._diagnosed.append((done.layers, done.client_layers))
+        new = [alert for alert in self._alerts() if alert.name not in self._reported]
         self._reported |= {alert.name for alert in new}
         return new
 
-    def _symptoms(self) -> list[Alert]:
-        layers = [row for look, _ in self._looks for row in look]
-        client_layers = [row for _, look in self._looks for row in look]
+    def _alerts(self) -> list[Alert]:
+        layers = [row for rows, _ in self._diagnosed for row in rows]
+        client_layers = [row for _, rows in self._diagnosed for row in rows]
         return alerts(self._rounds, layers, client_layers, self._config, before=self._before)

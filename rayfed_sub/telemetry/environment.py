@@ -1,6 +1,6 @@
-"""Versions, machine and settings that results depend on bit by bit, as the workers report them: kept with every run.
+"""Versions, machine and settings that determine the bits, reported by the workers and stored with every run.
 
-The process that starts a run may be on a head without a GPU, and with another build of torch.
+The process that starts a run may be on a head without a GPU, or with another build of torch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that compute, and of Python."""
+    """Versions of Python and of the libraries that compute."""
     return {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
 
 
 def machine(gpu: bool) -> dict[str, Any]:
-    """The processor and GPU of this process; gpu: whether it computes on one."""
+    """Processor and GPU of this process; gpu: True where it computes on a GPU."""
     import torch
 
     return {
@@ -33,19 +33,22 @@ def machine(gpu: bool) -> dict[str, Any]:
 
 
 def environment(config: Config, machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The machine, and the settings of its use, that results depend on; machines: the workers' own, see `machine`."""
+    """Machine and settings that results depend on; machines: the workers', see `machine`."""
     found = merged(machines)
-    own = {"threads": config.resources.threads, "pack_size": config.resources.pack_size}
-    return {"processor": found.pop("processor", None), **own, **found}
+    settings = {"threads": config.resources.threads, "pack_size": config.resources.pack_size}
+    return {"processor": found.pop("processor", None), **settings, **found}
 
 
 def merged(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The workers' answers as one: the value they agree on, or their different values side by side.
+    """The workers' answers merged: the common value, or the different values joined.
 
     >>> merged([{"gpu": "L4", "torch": "2.13"}, {"gpu": "A100", "torch": "2.13"}])
     {'gpu': 'A100, L4', 'torch': '2.13'}
     """
-    values = {key: {own.get(key) for own in answers} for key in dict.fromkeys(key for own in answers for key in own)}
+    values = {
+        key: {answer.get(key) for answer in answers}
+        for key in dict.fromkeys(key for answer in answers for key in answer)
+    }
     return {
         key: next(iter(found)) if len(found) == 1 else ", ".join(sorted("none" if x is None else str(x) for x in found))
         for key, found in values.items()

@@ -1,4 +1,4 @@
-"""Events of a run, as its listener gets them, and its summary."""
+"""Events of a run for its listener, and its summary."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something out of the ordinary, worth a line that stays: an interruption, a run taken up again."""
+    """A message to keep on the screen, e.g. of an interruption or a resumed run."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Start of a run, for resuming: the initial model's scores, and what the bits
-    depend on besides the configuration.  rows: the task's `RowCounts`; data: its `Fingerprint`; backbone: a sum over
-    the frozen weights in hex."""
+    """Start of a run, for resuming: the initial model's scores, and the conditions besides the configuration that
+    determine the bits.  rows: the task's `RowCounts`; data: its `Fingerprint`; backbone: checksum of the frozen weights
+    in hex."""
 
     scores: tuple[Score, ...]
     versions: dict[str, str]
@@ -40,7 +40,8 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Started:
-    """The initial state is evaluated; training begins, or goes on, with round `round`.  folder: as people call it."""
+    """Training begins, or goes on, with round `round`; the initial model has been evaluated.  folder: as shown to
+    people."""
 
     config: Config
     folder: str
@@ -51,7 +52,7 @@ class Started:
 
 @dataclass(frozen=True)
 class PackDone:
-    """One pack of a round is folded: what a live display shows."""
+    """A pack of a round has been accumulated: numbers for a live display."""
 
     round: int
     clients_done: int
@@ -64,8 +65,8 @@ class PackDone:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round is over; all of it goes to the run folder.  scores: none where no evaluation was due; layers and
-    client_layers: none where diagnostics did not look."""
+    """A round has finished; all of it goes to the run folder.  scores: empty where no evaluation was due; layers,
+    client_layers: empty without diagnostics in the round."""
 
     row: RoundRow
     client_rows: tuple[ClientRow, ...]
@@ -79,11 +80,11 @@ class RoundDone:
 class Summary:
     """The finished run, as summary.json.  metrics: the scores over all held-out rows, `<metric>_before` training and
     `<metric>` after, which `evaluation/scores.py` defines; dense_bytes, dense_downlink_bytes:
-    what the same clients would have sent and received with dense target weights, by the rule of
-    `methods/downloads.py`; privacy: what was spent, see `accountant.account`; wall_seconds and
-    peak_memory_bytes: of the last sitting; planned_memory_bytes: what `plan` gives for all processes of a run on one
-    machine (None: a sweep's trial); resumed: the rounds with which earlier sittings were taken up again; precision: of
-    the model that was judged, but for its target layers and head, which compute in float32; logits: how they follow
+    traffic of the same clients with dense target weights, by the rule of
+    `methods/downloads.py`; privacy: the account, see `accountant.account`; wall_seconds and
+    peak_memory_bytes: of the last session; planned_memory_bytes: of `plan`, for all processes of a run on one
+    machine (None: a sweep's trial); resumed: the rounds from which the run was resumed; precision: of the evaluated
+    model, except for its target layers and head, which compute in float32; logits: how they follow
     from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's); rows:
     the task's `RowCounts`."""
 

@@ -1,8 +1,7 @@
-"""A finished round as numbers by name: what TensorBoard and Prometheus show, from the same record as the terminal's
-line and the tables.
+"""Metrics of a finished round by name, for TensorBoard and Prometheus, from the same record as the tables.
 
-What counts events is summed over the run, since whoever reads gauges may miss rounds; what is known after some rounds
-only (scores, drift) is there after those.
+Counts are summed over the run, because a reader of gauges may miss rounds; metrics of some rounds only (scores, drift)
+are set after those.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ FIGURES = {
     "gradient/energy": "share of a gradient's energy in its top r directions, median over clients and layers",
     "weights/accumulated": "distance to the pretrained weights over their norm, median over target layers",
 }
-"""Every number's name and what it is, but for `scores/<metric>`."""
+"""Names and meanings of all metrics except `scores/<metric>`."""
 
 SCORES = "scores"
 
@@ -63,8 +62,8 @@ SUMMED = {
 
 
 def scalars(done: RoundDone, before: Mapping[str, float]) -> dict[str, float]:
-    """The numbers of a round by name; those that do not exist, such as scores where no evaluation was due, are left
-    out.  before: `SUMMED` over the rounds before this one."""
+    """The metrics of a round by name, without missing ones, such as scores where no evaluation was due.
+    before: `SUMMED` over the rounds before this one."""
     row, seconds = done.row, done.row.train_seconds
     known = {
         "loss/training": row.loss,

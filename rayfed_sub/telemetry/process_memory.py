@@ -21,8 +21,8 @@ _LONGEST = 10.0  # seconds between two of them
 
 @dataclass(frozen=True)
 class Sample:
-    """Memory of one process, bytes: as last sampled, and the largest seen.  process: its node's name and its number, so
-    that what is asked twice counts once."""
+    """Memory of one process, bytes: as last sampled, and the largest seen.  process: its node's name and
+    its number, so that a process asked twice counts once."""
 
     process: tuple[str, int]
     last: int
@@ -30,7 +30,7 @@ class Sample:
 
 
 def peak_of(samples: Iterable[Sample]) -> int:
-    """The sum of the processes' peaks.
+    """Sum of the processes' peaks.
 
     >>> peak_of([Sample(("a", 7), 1, 5), Sample(("a", 8), 1, 2), Sample(("a", 7), 1, 6)])
     8
@@ -57,16 +57,16 @@ class PeakMemory:
         self._thread.start()
 
     def sample(self) -> Sample:
-        """As of now; nobody waits for it."""
+        """The last sample, without waiting for a new one."""
         return Sample((socket.gethostname(), self._process.pid), self.last, self.peak)
 
     def close(self) -> None:
-        """Ends the thread; a process that makes many runs would gather them."""
+        """Ends the sampling thread."""
         self._over.set()
         self._thread.join()
 
     def _sample(self) -> float:
-        """Takes one; the seconds until the next."""
+        """Takes a sample; returns the seconds until the next."""
         began = time.thread_time()
         memory = self._process.memory_full_info()
         self.last = getattr(memory, "pss", memory.uss)
@@ -80,10 +80,10 @@ class PeakMemory:
 
 
 def keep_freed() -> None:
-    """From here on malloc keeps what this process frees, until `give_back`, where malloc has the options (glibc).
+    """Makes malloc (of glibc) keep memory that this process frees, until `give_back`.
 
-    By default every tensor of some megabytes is memory fresh from the system, whose pages are zeroed one by one at the
-    first touch: on a virtual machine that took seven times as long as the arithmetic of an elementwise operation.
+    By default every tensor of some megabytes gets fresh memory from the system, whose pages are zeroed at first touch:
+    on a virtual machine that took seven times as long as the arithmetic of an elementwise operation.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -92,17 +92,16 @@ def keep_freed() -> None:
 
 
 def few_kernels() -> None:
-    """From here on oneDNN keeps its last `PRODUCT_KERNELS` alone, in a process that has not made its first one yet.
+    """Limits oneDNN's kernel cache to `PRODUCT_KERNELS`, in a process without a kernel yet.
 
-    It writes one of some 0.6 MB for each shape of a product and keeps 1,024: with rows of all lengths half a gigabyte.
-    A model has about a dozen shapes for each number of tokens, and a new one takes 0.2 ms.
+    oneDNN makes a kernel of some 0.6 MB for each shape of a product and keeps 1,024, half a gigabyte with rows of all
+    lengths.  A model has about a dozen shapes for each number of tokens, and a new one takes 0.2 ms.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCT_KERNELS))
 
 
 def give_back() -> None:
-    """Hands freed memory back to the system.  glibc's malloc keeps it for the process, which may wait for long while
-    others on the node are at work; elsewhere nothing happens."""
+    """Returns freed memory to the system, for other processes on the node; does nothing without glibc's malloc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -12,10 +12,10 @@ from rayfed_sub.storage import atomic_files
 
 
 class Events:
-    """TensorBoard's event files, one for each sitting, in the order of their names.
+    """TensorBoard's event files, one for each session, ordered by name.
 
-    first: the step that comes first; TensorBoard forgets what earlier sittings said of it and of later ones.  Written
-    here and not by tensorboardX's own writer, whose thread would die of a full disk, and its caller wait for ever.
+    first: the session's first step; TensorBoard drops values of earlier sessions from this step on.  tensorboardX's
+    writer is not used: on a full disk its thread dies, and its caller waits for ever.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
@@ -29,7 +29,7 @@ class Events:
         self._write(Event(file_version="brain.Event:2"), Event(step=first, session_log=start))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Notes values by name after `step` finished rounds.  Raises RunError where the disk is full."""
+        """Writes values by name after `step` finished rounds.  Raises RunError where the disk is full."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 

@@ -33,7 +33,7 @@ GradientHooks = Callable[[str, Sequence[int]], list[Callable[[Tensor, Tensor], N
 
 @dataclass(frozen=True)
 class ClientWork:
-    """One client's local training: where it starts, and a batch for each of its optimiser steps."""
+    """A client's local training: its start, and a batch for each of its optimiser steps."""
 
     client: int
     start: Start
@@ -54,7 +54,7 @@ class LocalRule:
 
 @dataclass
 class Trainee:
-    """One client in training."""
+    """A client in training."""
 
     client: int
     start: Start
@@ -133,7 +133,7 @@ def _step(
     rule: LocalRule,
     gradient_hooks: GradientHooks | None,
 ) -> None:
-    """One forward, backward and optimiser step of every client in the pack."""
+    """Runs a forward, backward and optimiser step of every client in the pack."""
     optimizer, lr = rule.optimizer, rule.lr
     trainees, first = pack.trainees, pack.trainees[0].start
     scale_G = torch.tensor([trainee.start.scale for trainee in trainees], device=batch["labels"].device)

@@ -26,7 +26,7 @@ from rayfed_sub.training.projectors import bases, extremes
 
 @dataclass
 class Refresh:
-    """One refresh in the making: which clients are due, and what the backward pass finds for them.
+    """A refresh: the due clients, and the results of the backward pass for them.
 
     rows: per layer the new bases (G, r, k), zero for clients that are not due.  gradients: per layer the projected
     gradient in the new basis, shaped like the trained factor.  failures: client position -> cause.

@@ -54,8 +54,8 @@ def _terms(change: Change, device: torch.device) -> Terms | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One held-out row: its summed loss (nats), and by label the likeliest token or class and the true one; tokens are
-    predicted given the true ones before them."""
+    """Prediction for a held-out row: its summed loss (nats), and by label the likeliest token or class and the true
+    one; tokens are predicted given the true ones before them."""
 
     loss: float
     predicted: tuple[int, ...]
@@ -74,7 +74,7 @@ class Generation:
 
 
 def predictions(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Prediction]:
-    """One per row of a held-out batch, under the bound global model."""
+    """Predictions for the rows of a held-out batch, under the bound global model."""
     seen = predicted(model, batch)
     rows = len(batch["labels"])
     loss_R = seen.loss_L.new_zeros(rows).index_add(0, seen.row_L, seen.loss_L)

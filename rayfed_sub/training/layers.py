@@ -1,4 +1,4 @@
-"""A linear layer that many clients use at once: one shared frozen weight, one small term per client.
+"""Linear layer for many clients at once: a shared frozen weight, and a small term per client.
 
 The layer computes in float32 whatever the backbone's type.  Pretrained bfloat16 weights lie on bfloat16's grid, so a
 small change added to one of them, or to an output of that type, would be rounded away.  The input is cast up, the base
@@ -144,11 +144,11 @@ def based_on(layers: Mapping[str, PackLinear], weights: Mapping[str, Tensor]) ->
 
     The weights stay the given tensors: on a processor they are read where they lie in shared memory.
     """
-    own = {name: layers[name].weight for name in weights}
+    frozen = {name: layers[name].weight for name in weights}
     try:
         for name, weight in weights.items():
-            layers[name].weight = weight.to(own[name].device)
+            layers[name].weight = weight.to(frozen[name].device)
         yield
     finally:
-        for name, weight in own.items():
+        for name, weight in frozen.items():
             layers[name].weight = weight

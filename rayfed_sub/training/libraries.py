@@ -1,4 +1,4 @@
-"""One client inside the real libraries: `peft` holds LoRA's factors, `galore_torch` projects and steps, torch does SGD.
+"""A client inside the real libraries: `peft` holds LoRA's factors, `galore_torch` projects and steps, torch does SGD.
 An inner factor (`core`), which neither library knows, is plain autograd: left, core and right multiplied out.
 
 Legend: m, n layer sizes, r rank, k = size of the projected side (n on the right, m on the left), l = the other side.
@@ -27,7 +27,7 @@ _STATE = {"adamw": {"m1": "exp_avg", "m2": "exp_avg_sq"}, "sgd": {"m1": "momentu
 
 @dataclass
 class Moving:
-    """One trained tensor: its name, the parameter that autograd differentiates, and the one the optimiser steps.
+    """A trained tensor: its name, the parameter that autograd differentiates, and the one the optimiser steps.
 
     They are the same, except for GaLore under SGD: galore_torch has no such optimiser, so torch's SGD steps a zero
     matrix of the projected shape, which is then projected back onto the weight.

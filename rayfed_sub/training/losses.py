@@ -54,8 +54,8 @@ class Predicted:
 
 @torch.inference_mode()
 def predicted(model: nn.Module, batch: Mapping[str, Tensor]) -> Predicted:
-    """The model's verdict on each label of the batch, as for `client_losses`; for language modelling, each token given
-    the true ones before it (teacher forcing)."""
+    """Predictions for the labels of the batch, as for `client_losses`; in language modelling for each token given the
+    true ones before it (teacher forcing)."""
     labels = batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if labels.dim() == 1:
@@ -85,8 +85,8 @@ def _class_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels_R: Tens
     """Logits (L, C) of the labelled rows, and which rows those are.  Pixels take the model's own type: not every
     architecture sees to that itself."""
     row_L = (labels_R != IGNORED).nonzero()[:, 0]
-    own = {name: x.to(cast(Any, model).dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    return model(**own).logits.float()[row_L], row_L
+    cast_inputs = {name: x.to(cast(Any, model).dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    return model(**cast_inputs).logits.float()[row_L], row_L
 
 
 def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels_RT: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels_RT: Ten
 
 
 def _places(labels_RT: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and place of the token before every labelled one: what is said there is judged by the label."""
+    """Row and place of the token before every labelled one, where the label is predicted."""
     row_L, before_L = (labels_RT[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return row_L, before_L
 

@@ -39,7 +39,7 @@ def step(
     moments: dict[str, list[Tensor]],
     step_G: Sequence[int],
 ) -> None:
-    """One optimiser step in place on params and moments, all (G, ...) float32.
+    """Optimiser step in place on params and moments, all (G, ...) float32.
 
     step_G: steps that each client had taken before this one.  moments: role -> one tensor per parameter.
 

@@ -1,4 +1,4 @@
-"""The four ways to pick GaLore's basis from a batch (GaLore, arXiv 2403.03507; `random`: GoLore, 2410.11289).
+"""Four rules for GaLore's basis from a batch (GaLore, arXiv 2403.03507; `random`: GoLore, 2410.11289).
 
 A layer's gradient for one client is G = d^T x (m, n), where x (N, n) is the layer's input and d (N, m) the
 gradient of its output; neither `exact`, `randomized` nor `random` forms G while N < min(m, n).
@@ -79,8 +79,8 @@ def _alike(used_GN: Tensor, x_GNn: Tensor, d_GNm: Tensor) -> Iterator[tuple[Sequ
         for some in (alike[i : i + together] for i in range(0, len(alike), together)):
             if count == N:
                 first, last = some[0], some[-1] + 1
-                own = slice(first, last) if last - first == len(some) else some  # a slice copies nothing
-                yield some, x_GNn[own], d_GNm[own]
+                part = slice(first, last) if last - first == len(some) else some  # a slice copies nothing
+                yield some, x_GNn[part], d_GNm[part]
             else:
                 token_gN = used_GN[some].nonzero()[:, 1].view(len(some), count)
                 client_g1 = torch.tensor(some, device=token_gN.device)[:, None]
@@ -104,7 +104,7 @@ def basis(
 
 
 def _one(kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: Generator, swapped: bool) -> Tensor:
-    """One client's basis (rank, n), unsigned, by a rule that takes clients one at a time."""
+    """A client's basis (rank, n), unsigned, by a rule that takes clients one at a time."""
     n = x_Nn.shape[1]
     if kind == "random":
         new_rn = _orthonormal(torch.from_numpy(rng.standard_normal((rank, n))).to(x_Nn.device))
@@ -143,7 +143,7 @@ def _exact(x_GNn: Tensor, d_GNm: Tensor, rank: int) -> Tensor:
             rows_Gqn = E_Gmm.flip(2).mT[:, :rank] @ G_Gmn
             energy_Gq = rows_Gqn.square().sum(2)
     kept_Gq = (energy_Gq > _ENERGY_CUT * energy_Gq[:, :1]).cumprod(1).bool()
-    # What is left out comes last, so that it does not turn the rows before it.
+    # Left-out rows come last, so that they do not turn the rows before them.
     rows_Gqn = _orthonormal(rows_Gqn) * kept_Gq[:, :, None]
     return torch.nn.functional.pad(rows_Gqn.float(), (0, 0, 0, rank - rows_Gqn.shape[1]))
 

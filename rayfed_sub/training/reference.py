@@ -1,7 +1,7 @@
 """The reference executor: one client at a time, on a float32 copy of the plain model, with the real libraries.
 
-It is slow and stores every gradient; it exists to be believed.  The pack executor must agree with it, and tests hold
-it to that.  How a client's tensors get into the libraries stands in `libraries.py`.
+It is slow and stores every gradient: its purpose is to be simple enough to trust.  Tests compare the pack executor with
+it.  `libraries.py` puts a client's tensors into the libraries.
 
 Legend: m, n layer sizes, r rank, l = size of the side that is not projected.
 """
@@ -151,7 +151,7 @@ def _step(
     step: int,
     due: bool,
 ) -> None:
-    """One optimiser step: gradients clipped, moments moved into the new basis, the library's step, SGD's decay."""
+    """Optimiser step: gradients clipped, moments moved into the new basis, the library's step, SGD's decay."""
     projected = [x for x in moving if x.projector is not None]
     for x in projected:
         x.projector.taken = step

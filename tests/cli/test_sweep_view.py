@@ -13,7 +13,7 @@ from rich.text import Text
 from rayfed_sub.cli import sweep_view
 from rayfed_sub.cli.sweep_view import SweepDisplay
 from rayfed_sub.sweeps.progress import Begun, TrialNow
-from rayfed_sub.sweeps.results import headings, worded
+from rayfed_sub.sweeps.results import format_value, headings
 from rayfed_sub.telemetry.events import Notice, Stage
 
 KEYS = ("federation.local_steps", "method.rank", "optimizer.lr")
@@ -219,7 +219,7 @@ def test_headings_tell_keys_apart() -> None:
 
 
 def test_values_are_short() -> None:
-    assert [worded(value) for value in (0, 0.0, 1024, 1e-4, 0.00316228, 123456.0, float("nan"), True)] == [
+    assert [format_value(value) for value in (0, 0.0, 1024, 1e-4, 0.00316228, 123456.0, float("nan"), True)] == [
         "0",
         "0",
         "1024",

@@ -9,7 +9,7 @@ import pytest
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError, redacted
-from rayfed_sub.runtime.session import _hinted
+from rayfed_sub.runtime.session import _resume_hint
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import RunFolder
@@ -102,7 +102,7 @@ def test_advice_after_a_client_s_failure_is_such_as_can_work(
     """A run that goes on from its checkpoint meets the same losses again; without the client it gets further."""
     monkeypatch.setattr(checkpoints, "newest", lambda folder: 3)
     config = Config(name="x", method={"name": "mine.module:Mine"})
-    with pytest.raises(RunError) as caught, _hinted(RunFolder(Place(tmp_path)), config, print):
+    with pytest.raises(RunError) as caught, _resume_hint(RunFolder(Place(tmp_path)), config, print):
         raise client_failed(cause, 4, 17)
     said = str(caught.value)
     assert said.startswith(f"round 4, client 17, local training: {cause}; {advice}")
@@ -125,12 +125,12 @@ def test_the_command_to_go_on_is_said_where_it_gets_further(
 ) -> None:
     folder = RunFolder(Place(tmp_path))
     monkeypatch.setattr(checkpoints, "newest", lambda folder: 3)
-    with pytest.raises(RunError) as caught, _hinted(folder, Config(), print):
+    with pytest.raises(RunError) as caught, _resume_hint(folder, Config(), print):
         raise error
     hint = f"; go on with: rayfed-sub run {tmp_path / 'config.yaml'} --out {tmp_path} --resume"
     assert str(caught.value) == f"{error}{hint if resumes else ''}"
     monkeypatch.setattr(checkpoints, "newest", lambda folder: None)  # nothing to go on from
-    with pytest.raises(RunError) as caught, _hinted(folder, Config(), print):
+    with pytest.raises(RunError) as caught, _resume_hint(folder, Config(), print):
         raise error
     assert str(caught.value) == str(error)
 

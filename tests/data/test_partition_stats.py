@@ -24,7 +24,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import build_dataset
 from rayfed_sub.data.pairs import Pairs
-from rayfed_sub.data.partition_stats import PartitionStats, as_dict, distances, holdings, skew
+from rayfed_sub.data.partition_stats import PartitionStats, as_dict, distances, skew, stats_of
 from rayfed_sub.models.tokenizers import ByteTokenizer
 
 TINY = str(Path(__file__).parents[2] / "experiments" / "tiny.yaml")
@@ -38,7 +38,7 @@ class Case:
     clients: int
     partition: dict[str, Any]
 
-    def holdings(self) -> PartitionStats:
+    def stats(self) -> PartitionStats:
         keys = [key for key, size in self.sizes.items() for _ in range(size)]
         numbers = range(len(keys))
         pairs = Pairs(
@@ -51,7 +51,7 @@ class Case:
             "federation": {"clients": self.clients, "partition": {"column": column, **self.partition}},
         }
         config = Config.model_validate(tree)
-        return holdings(
+        return stats_of(
             config, build_dataset(pairs, config.task, config.federation, ByteTokenizer(), config.seed), ["a note"]
         )
 
@@ -63,8 +63,8 @@ ALIKE = Case({"": 50}, 5, {"kind": "iid"})
 
 @cache
 def dealt(case: Case) -> PartitionStats:
-    """The case's holdings, made once."""
-    return case.holdings()
+    """The case's statistics, made once."""
+    return case.stats()
 
 
 def printed(held: PartitionStats, width: int = 80, coloured: bool = False) -> str:
@@ -120,7 +120,7 @@ def moods() -> PartitionStats:
     task = {"name": "table", "path": "rows.csv", "prompt": "{text}", "label": "mood", "held_out": 0.125}
     tree = {"task": task, "federation": {"clients": 3, "partition": {"kind": "column", "column": "site"}}}
     config = Config.model_validate(tree)
-    return holdings(config, build_dataset(pairs, config.task, config.federation, ByteTokenizer(), config.seed))
+    return stats_of(config, build_dataset(pairs, config.task, config.federation, ByteTokenizer(), config.seed))
 
 
 def test_classes_are_the_label_s_where_clients_come_from_another_column() -> None:
@@ -172,7 +172,7 @@ def test_bands_hold_every_client_by_size() -> None:
 
 
 def test_overlapping_clients() -> None:
-    held = Case({"x": 50, "y": 50}, 40, {"kind": "resample", "rows_per_client": 16}).holdings()
+    held = Case({"x": 50, "y": 50}, 40, {"kind": "resample", "rows_per_client": 16}).stats()
     assert held.rows_C.tolist() == [16] * 40
     assert "640 rows were drawn from 90" in " ".join(printed(held).split())  # 40 * 16
 
@@ -262,7 +262,7 @@ def test_without_a_column_it_says_so() -> None:
 
 @pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_a_picture_file(tmp_path: Path, suffix: str, begin: bytes) -> None:
-    draw(Case({"$x^$": 60, "y": 30}, 2, {"kind": "dirichlet", "alpha": 5.0}).holdings(), tmp_path / f"picture{suffix}")
+    draw(Case({"$x^$": 60, "y": 30}, 2, {"kind": "dirichlet", "alpha": 5.0}).stats(), tmp_path / f"picture{suffix}")
     assert (tmp_path / f"picture{suffix}").read_bytes().startswith(begin)
 
 

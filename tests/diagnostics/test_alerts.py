@@ -41,12 +41,12 @@ def rounds(held_out: list[float | None], loss: list[float | None] | None = None,
     return rows
 
 
-def layers(looks: int = 3, **figures: Any) -> list[CohortLayer]:
+def layers(diagnosed: int = 3, **figures: Any) -> list[CohortLayer]:
     """Three layers of 64 x 172 in each of so many rounds, of a healthy run but for `figures`: one for all, a list over
     rounds, or a tuple over layers."""
     healthy = {"rank": 48, "rank_sum": 64, "truncated": 0.2, "cross_term": 0.04, "agreement": 0.2, "drift": 1.4}
     rows = []
-    for n in range(looks):
+    for n in range(diagnosed):
         for i, layer in enumerate("abc"):
             own = {
                 name: value[n] if isinstance(value, list) else value[i] if isinstance(value, tuple) else value
@@ -63,10 +63,10 @@ def layers(looks: int = 3, **figures: Any) -> list[CohortLayer]:
     return rows
 
 
-def clients(energy: float | None, looks: int = 3) -> list[ClientLayer]:
+def clients(energy: float | None, diagnosed: int = 3) -> list[ClientLayer]:
     return [
         ClientLayer(n, k, "a", 1.0, 8, 2.0, 6.0, 0.5, 1.0, None, energy if k == 0 else None, 20.0, ())
-        for n in range(looks)
+        for n in range(diagnosed)
         for k in range(8)
     ]
 

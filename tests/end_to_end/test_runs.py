@@ -340,7 +340,7 @@ class Own(FedAvg):
 
 
 @pytest.mark.parametrize(
-    ("write", "workers", "noticed"),
+    ("write", "workers", "message"),
     [
         # torch's version counters notice it in the worker, by name
         (".mul_(2.0)", 0, r"tensor model\.layers\.0\.mlp\.up_proj/weight was written in place"),
@@ -349,13 +349,13 @@ class Own(FedAvg):
     ],
 )
 def test_an_in_place_write_to_shared_memory_stops_the_run(
-    write: str, workers: int, noticed: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: str, workers: int, message: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A method that scribbles on the broadcast."""
     start_client = f"""
         next(iter(broadcast.tensors.values())){write}
         return super().start_client(broadcast, state, client, shape)"""
-    with own_method(start_client, tmp_path, monkeypatch) as name, pytest.raises(RunError, match=noticed):
+    with own_method(start_client, tmp_path, monkeypatch) as name, pytest.raises(RunError, match=message):
         run(small(f"method={{name: '{name}'}}", f"resources.workers={workers}"), tmp_path / "run")
     assert checkpoints.newest(tmp_path / "run") is None  # the server lies in that memory: nothing of it is kept
 
@@ -378,8 +378,8 @@ def test_the_result_is_exported_and_loaded_by_transformers(undisturbed: Summary,
     assert found is not None
     weight = found.server["model.layers.0.mlp.up_proj/weight"]
     assert torch.equal(model.get_parameter("model.layers.0.mlp.up_proj.weight"), weight)
-    assert sorted(client for client, _ in found.notes) == list(range(8))
-    assert {note.cursor for note in found.notes.values()} == {8}  # 2 rounds x 4 steps
+    assert sorted(client for client, _ in found.state_files) == list(range(8))
+    assert {file.cursor for file in found.state_files.values()} == {8}  # 2 rounds x 4 steps
 
 
 def test_privacy_adds_noise_and_says_what_was_spent(ray_session: None, tmp_path: Path) -> None:

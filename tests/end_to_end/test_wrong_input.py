@@ -680,7 +680,7 @@ def test_a_file_in_an_object_store_is_one_however_many_slashes(
     """The store, here a folder, gives the file by itself, without what lies beside it."""
     own = strange.parent / "own.yaml"
     own.write_bytes((strange / "config.yaml").read_bytes())
-    monkeypatch.setattr("rayfed_sub.storage.remote.at_hand", lambda place, field: nullcontext(own))
+    monkeypatch.setattr("rayfed_sub.storage.remote.local_copy", lambda place, field: nullcontext(own))
     assert "if you trust that module" in refusal(["run", f"s3:{slashes}bucket/run/config.yaml"])
     assert not imported()
 

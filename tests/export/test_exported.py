@@ -119,7 +119,7 @@ def stored(run: Path) -> tuple[ServerState, dict[int, ClientState]]:
     """What a run's checkpoint holds."""
     found = checkpoints.read(run)
     assert found is not None
-    clients = {client: checkpoints.stored_state(run, found, client) for client, _ in found.notes}
+    clients = {client: checkpoints.stored_state(run, found, client) for client, _ in found.state_files}
     return ServerState(found.round, found.server), clients
 
 

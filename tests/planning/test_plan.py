@@ -89,8 +89,8 @@ def test_bytes_are_those_of_a_run(overrides: list[str], tmp_path: Path) -> None:
         assert (client.up, client.down) == (row.uplink_bytes, row.downlink_bytes)
     checkpoint = checkpoints.read(tmp_path / "run")
     assert checkpoint is not None
-    assert {client for client, _ in checkpoint.notes} == set(rows.client)
-    for client, after in checkpoint.notes:
+    assert {client for client, _ in checkpoint.state_files} == set(rows.client)
+    for client, after in checkpoint.state_files:
         state = checkpoints.stored_state(tmp_path / "run", checkpoint, client)
         assert wire_bytes(state.tensors) == found.rounds[after - 1][client].state
     assert wire_bytes(checkpoint.server) == found.server[-1]

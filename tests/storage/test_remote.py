@@ -17,7 +17,7 @@ from rayfed_sub import run
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.storage import atomic_files, checkpoints, remote
-from rayfed_sub.storage.remote import Mirror, Place, at_hand, placed
+from rayfed_sub.storage.remote import Mirror, Place, local_copy, open_place
 from rayfed_sub.storage.run_folder import finished
 from rayfed_sub.telemetry.events import Notice, PackDone, Stage, Started, Summary
 from tests.helpers import chaos
@@ -184,7 +184,7 @@ def temporary(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_end_is_sent_whatever_it_is(store: Store, temporary: Path) -> None:
     def interrupted() -> None:
-        with placed("s3://bucket/run", print, resume=False) as place:
+        with open_place("s3://bucket/run", print, resume=False) as place:
             work(place.path, copy(place), rounds=1)
             atomic_files.write(place.path / "log.jsonl", b"interrupted")
             raise KeyboardInterrupt
@@ -199,7 +199,7 @@ def test_what_cannot_be_sent_stays_here(store: Store, temporary: Path) -> None:
     told: list[Any] = []
 
     def cut() -> None:
-        with placed("s3://bucket/run", told.append, resume=False) as place:
+        with open_place("s3://bucket/run", told.append, resume=False) as place:
             work(place.path, copy(place), rounds=1)
             store.left = 3
             work(place.path, copy(place), rounds=2)
@@ -216,10 +216,10 @@ def test_a_run_that_is_there_is_not_overwritten(store: Store, temporary: Path, t
     work(tmp_path / "run", store.mirror(), rounds=2)
     before = local(store.root)
     with pytest.raises(UserError, match=r"--out: got 's3://bucket/run'; allowed: a folder without a run in it"):
-        placed("s3://bucket/run", print, resume=False).__enter__()
+        open_place("s3://bucket/run", print, resume=False).__enter__()
     (store.root / "config.yaml").unlink()  # what is left is no run to go on with, and none to mix with a new one
     with pytest.raises(UserError, match="a folder without a run in it"):
-        placed("s3://bucket/run", print, resume=True).__enter__()
+        open_place("s3://bucket/run", print, resume=True).__enter__()
     assert local(store.root) == before - {"config.yaml"}
     assert not list(temporary.iterdir())
 
@@ -228,7 +228,7 @@ def test_errors_name_the_place_that_the_person_knows(store: Store, temporary: Pa
     work(tmp_path / "run", store.mirror(), rounds=2)
     (store.root / "checkpoints" / "manifest-000002.json").write_bytes(b"")
     told: list[Any] = []
-    with pytest.raises(UserError) as caught, placed("s3://bucket/run", told.append, resume=True) as place:
+    with pytest.raises(UserError) as caught, open_place("s3://bucket/run", told.append, resume=True) as place:
         state_store(place.path)
     assert told == [Stage("fetching what is in s3://bucket/run")]
     assert caught.value.value == "s3://bucket/run/checkpoints/manifest-000002.json"
@@ -237,11 +237,11 @@ def test_errors_name_the_place_that_the_person_knows(store: Store, temporary: Pa
 
 def test_a_run_there_is_at_hand_here(store: Store, temporary: Path, tmp_path: Path) -> None:
     work(tmp_path / "run", store.mirror(), rounds=2)
-    with at_hand("s3://bucket/run", "RUN") as folder:
+    with local_copy("s3://bucket/run", "RUN") as folder:
         assert local(folder) == local(tmp_path / "run")
-    with pytest.raises(UserError, match=r"^RUN: got 's3://bucket/run'"), at_hand("s3://bucket/run", "RUN") as folder:
+    with pytest.raises(UserError, match=r"^RUN: got 's3://bucket/run'"), local_copy("s3://bucket/run", "RUN") as folder:
         finished(folder)
-    with at_hand("runs/tiny", "RUN") as folder:
+    with local_copy("runs/tiny", "RUN") as folder:
         assert folder == Path("runs/tiny")
     assert not list(temporary.iterdir())
 
@@ -268,14 +268,14 @@ def test_credentials_in_a_uri_are_used_and_never_repeated(
     assert connected.uri == SECRET  # for the trials of a sweep, which connect as well
     place = Place(tmp_path, connected)
     shown = "s3://bucket/run?region=eu-west-1"
-    assert (place.called(), place.called("a")) == (shown, "s3://bucket/run/a?region=eu-west-1")
+    assert (place.display_name(), place.display_name("a")) == (shown, "s3://bucket/run/a?region=eu-west-1")
 
     def refused(uri: str, order: object = None) -> Any:
         raise OSError(f"cannot reach {uri}: 'AKIAKEY:hush' is no bucket")  # as pyarrow does, without the scheme
 
     monkeypatch.setattr(remote, "connect", refused)
     with pytest.raises(UserError) as caught:
-        placed(SECRET, print, resume=False).__enter__()
+        open_place(SECRET, print, resume=False).__enter__()
     assert "AKIAKEY" not in str(caught.value)
     assert "hush" not in str(caught.value)
     assert f"got '{shown}'" in str(caught.value)
@@ -319,7 +319,7 @@ def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: st
     assert [record.text for record in told if isinstance(record, Notice)] == [hint]
     assert [record.folder for record in told if isinstance(record, Started)] == [uri]
 
-    with at_hand(f"{uri}/config.yaml", "CONFIG.yaml") as path:
+    with local_copy(f"{uri}/config.yaml", "CONFIG.yaml") as path:
         config = load_config(path)
     summary = run(config, uri, resume=True)
     assert summary.weights_sha256 == undisturbed.weights_sha256
@@ -329,7 +329,7 @@ def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: st
 
     assert run(config, uri, told.append, resume=True) == summary  # it is finished: nothing happens
     assert told[-1] == Notice(f"{uri} is finished already")
-    with at_hand(uri, "RUN") as folder:
+    with local_copy(uri, "RUN") as folder:
         assert finished(folder) == config
         assert checkpoints.newest(folder) == 4
         state_store(folder)  # whole

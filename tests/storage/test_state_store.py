@@ -23,7 +23,7 @@ from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.types import ClientState, ServerState
 from rayfed_sub.storage import atomic_files, checkpoints
-from rayfed_sub.storage.client_states import Note, States, path
+from rayfed_sub.storage.client_states import ClientStates, StateFile, path
 from rayfed_sub.storage.state_store import StateStore, settled
 
 Model = Mapping[str, Any]
@@ -185,7 +185,7 @@ def test_two_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_memory_stays_within_its_budget(tmp_path: Path) -> None:
     """402 bytes a state: two fit into 1,000."""
-    states = States(tmp_path, 1000, lambda value: [value], lambda box: box[0])
+    states = ClientStates(tmp_path, 1000, lambda value: [value], lambda box: box[0])
     for client in range(5):
         states.add(client, state(client, 1))
         assert states.held_bytes == 402 * min(2, client + 1)
@@ -197,7 +197,7 @@ def test_memory_stays_within_its_budget(tmp_path: Path) -> None:
 
 def test_a_state_that_is_added_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
     """A round that is run again in the same process, with no room for two states."""
-    states = States(tmp_path, 402, lambda value: [value], lambda box: box[0])
+    states = ClientStates(tmp_path, 402, lambda value: [value], lambda box: box[0])
     for step in (4, 99):
         states.add(0, ClientState(1, 4, step, state(0, 1).tensors))
     states.add(1, state(1, 1))  # client 0 goes to disk
@@ -263,8 +263,8 @@ def test_a_changed_state_is_told_with_its_client_when_it_is_read(tmp_path: Path)
 def test_a_manifest_names_what_it_needs(tmp_path: Path) -> None:
     walk(state_store(tmp_path), [[7]])
     tree = json.loads((checkpoints.root(tmp_path) / "manifest-000001.json").read_text())
-    client, round, *note = tree["clients"][0]
-    assert (client, round, Note(*note).cursor, Note(*note).step) == (7, 1, 4, 11)
+    client, round, *entry = tree["clients"][0]
+    assert (client, round, StateFile(*entry).cursor, StateFile(*entry).step) == (7, 1, 4, 11)
 
 
 def test_the_servers_file_is_what_safetensors_reads(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rayfed_sub import UserError, load_config
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.machines import Machine, Node
 from rayfed_sub.sweeps import capacity
-from rayfed_sub.sweeps.shared_inputs import ground_key, weights_key
+from rayfed_sub.sweeps.shared_inputs import input_key, weights_key
 from rayfed_sub.sweeps.space import Axis, Sweep, largest, load_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -220,7 +220,7 @@ def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch)
 def test_what_rows_and_weights_depend_on() -> None:
     def keys(*overrides: str) -> tuple[str, str]:
         config = load_config(TINY, overrides)
-        return ground_key(config), weights_key(config)
+        return input_key(config), weights_key(config)
 
     rows, weights = keys()
     assert keys("method.rank=2", "optimizer.lr=1", "federation.local_steps=9") == (rows, weights)
