@@ -32,11 +32,11 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """An S3 server in this process, and the environment that leads to it."""
+    """An S3 server in this process, with the environment variables that point to it."""
     import boto3
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The documents say what is there: files, links, commands, tables, and code that runs."""
+"""The documents match the repository: files, links, commands, tables, and code that runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DOCUMENTS = (
     *sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.glob("*/README.md")),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "experiments").rglob("*.md")),
 )
-# Files that the documents name and that are made by a run or by the reader.
+# Files that the documents name and that a run or the reader creates.
 MADE = {"config.yaml", "best.yaml", "momentum.py", "answers.parquet"}
 
 documents = pytest.mark.parametrize("document", DOCUMENTS)
@@ -56,7 +56,7 @@ def prose(document: str) -> str:
 
 
 def commands(document: str) -> Iterator[list[str]]:
-    """The command lines of the shell blocks, in words, without comments and variables set in front."""
+    """The command lines of the shell blocks, split into words, without comments and leading variables."""
     for block in blocks(document, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
@@ -82,26 +82,26 @@ def table(document: str, title: str) -> list[list[str]]:
 
 
 @documents
-def test_links_lead_somewhere(document: str) -> None:
+def test_links_resolve(document: str) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(document))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not ((ROOT / document).parent / target).exists()] == []
 
 
 @documents
-def test_files_that_are_named_are_there(document: str) -> None:
-    """In backticks, from the root, from the package or from the document's own folder."""
+def test_named_files_exist(document: str) -> None:
+    """In backticks, relative to the root, the package or the document's own folder."""
     names = set(re.findall(r"`([\w./-]+\.(?:py|md|yaml|toml|ipynb|txt))`", prose(document))) - MADE
     places = (ROOT, PACKAGE, (ROOT / document).parent)
     assert [name for name in sorted(names) if not any((place / name).exists() for place in places)] == []
 
 
-def test_the_architecture_names_every_room() -> None:
+def test_architecture_names_every_room() -> None:
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert {room for room in rooms if f"`{room}/`" not in text_of("ARCHITECTURE.md")} == set()
 
 
-def test_the_readme_takes_ten_minutes() -> None:
+def test_readme_takes_ten_minutes() -> None:
     assert len(text_of("README.md").splitlines()) <= 250
 
 
@@ -109,8 +109,8 @@ def test_the_readme_takes_ten_minutes() -> None:
 
 
 @documents
-def test_commands_are_understood(document: str) -> None:
-    """rayfed-sub's arguments parse and its configurations load; make's verbs exist."""
+def test_commands_are_valid(document: str) -> None:
+    """rayfed-sub's arguments parse and its configurations load; make's targets exist."""
     verbs = set(re.findall(r"^([a-z-]+):.*## ", text_of("Makefile"), re.MULTILINE))
     program: Any = typer.main.get_command(app)
     for words in commands(document):
@@ -133,9 +133,9 @@ def test_commands_are_understood(document: str) -> None:
 
 
 @documents
-def test_settings_that_are_shown_load(document: str, tmp_path: Path) -> None:
+def test_shown_settings_load(document: str, tmp_path: Path) -> None:
     for block in blocks(document, "yaml"):
-        shown = tmp_path / "sweeps" / "shown.yaml"  # a sweep may build on experiments/tiny.yaml
+        shown = tmp_path / "sweeps" / "shown.yaml"  # a sweep can build on experiments/tiny.yaml
         shown.parent.mkdir(exist_ok=True)
         shown.write_text(block)
         shutil.copy(ROOT / "experiments" / "tiny.yaml", tmp_path)
@@ -145,8 +145,8 @@ def test_settings_that_are_shown_load(document: str, tmp_path: Path) -> None:
             build(load_config(shown).method)
 
 
-def test_make_prints_its_verbs() -> None:
-    """The default is help, which lists what has a `## ` comment: that must be every phony verb."""
+def test_make_prints_its_targets() -> None:
+    """The default is help, which lists the targets with a `## ` comment: that must be every phony target."""
     phony = re.search(r"^\.PHONY: (.*)$", text_of("Makefile"), re.MULTILINE)
     assert phony is not None
     assert set(phony[1].split()) == set(re.findall(r"^([a-z-]+):.*## ", text_of("Makefile"), re.MULTILINE))
@@ -154,7 +154,7 @@ def test_make_prints_its_verbs() -> None:
 
 
 @documents
-def test_prose_names_verbs_that_exist(document: str) -> None:
+def test_prose_names_existing_make_targets(document: str) -> None:
     verbs = set(re.findall(r"^([a-z-]+):.*## ", text_of("Makefile"), re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", prose(document))) <= verbs
 
@@ -162,7 +162,7 @@ def test_prose_names_verbs_that_exist(document: str) -> None:
 # --- tables and code
 
 
-def test_the_table_of_methods_is_generated() -> None:
+def test_table_of_methods_is_generated() -> None:
     begin, end = "<!-- methods: begin (rayfed-sub list methods --markdown) -->\n", "\n<!-- methods: end -->"
     assert text_of("README.md").partition(begin)[2].partition(end)[0] == markdown(*LISTINGS["methods"]())
     _, rows = LISTINGS["methods"]()
@@ -173,7 +173,7 @@ def test_the_table_of_methods_is_generated() -> None:
 
 
 def stand_in(folder: Path) -> Any:
-    """`rayfed_sub.run` without the running: checks the configuration, leaves a table, gives a summary."""
+    """`rayfed_sub.run` without training: checks the configuration, writes a table, returns a summary."""
 
     def run(config: rayfed_sub.Config, out: str | Path | None = None, listener: Any = None) -> Summary:
         build(config.method)
@@ -188,17 +188,17 @@ def stand_in(folder: Path) -> Any:
     return run
 
 
-def fake_sweep(file: str, overrides: Sequence[str], out: str) -> SweepResult:
-    """`rayfed_sub.sweep` without the running: checks the sweep, gives a table."""
+def sweep_stand_in(file: str, overrides: Sequence[str], out: str) -> SweepResult:
+    """`rayfed_sub.sweep` without training: checks the sweep, returns a table."""
     found = load_sweep(file, overrides)
     frame = pd.DataFrame([{"trial": 0, **found.points()[0], "held_out_loss": 2.5}])
     grid = SimpleNamespace(get_best_result=lambda: None)
     return SweepResult(frame, (0, found.config(found.points()[0])), cast(Any, grid), out)
 
 
-def test_the_python_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rayfed_sub, "run", stand_in(tmp_path))
-    monkeypatch.setattr(rayfed_sub, "sweep", fake_sweep)
+    monkeypatch.setattr(rayfed_sub, "sweep", sweep_stand_in)
     monkeypatch.chdir(ROOT)
     for document in ("README.md", "rayfed_sub/sweeps/README.md"):
         found = blocks(document, "python")
@@ -207,7 +207,7 @@ def test_the_python_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.Mo
             exec(compile(block, document, "exec"), {"__name__": "readme"})
 
 
-def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer of 2 x 3, rank 1, alpha 1, momentum 1/2; two clients, one with three times the rows of the other."""
     (source,) = blocks("rayfed_sub/methods/README.md", "python")
     (tmp_path / "momentum.py").write_text(source)
@@ -221,10 +221,10 @@ def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.Monk
     assert server.tensors["up/left"].tolist() == [[0.0], [0.0]]
 
     def a_round(left_of: dict[int, list[float]], rows_of: dict[int, float]) -> None:
-        """Each client comes back from training with the B of `left_of`, whatever it began with."""
+        """Each client returns from training with the B of `left_of`, whatever its initial value."""
         nonlocal server
         broadcast = method.broadcast(server)
-        assert set(broadcast.tensors) == {"up/left", "up/right"}  # no client sees the velocity
+        assert set(broadcast.tensors) == {"up/left", "up/right"}  # no client receives the velocity
         total = method.accumulator(server, shape)
         for client, left in left_of.items():
             start = method.start_client(broadcast, None, Client(client, 0), shape)
@@ -240,7 +240,7 @@ def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.Monk
     # p = 1/4, 3/4.  Mean B = [1, 0]/4 + 3 [0, 1]/4 = [1/4, 3/4]; it began at 0, so v = [1/4, 3/4] and B = v.
     a_round({0: [1.0, 0.0], 1: [0.0, 1.0]}, {0: 5.0, 1: 15.0})
     assert server.tensors["up/left"].flatten().tolist() == [0.25, 0.75]
-    # All clients come back with B as it was: the mean step is 0, v = v/2 = [1/8, 3/8], B = [3/8, 9/8].
+    # All clients return B unchanged: the mean step is 0, v = v/2 = [1/8, 3/8], B = [3/8, 9/8].
     a_round({0: [0.25, 0.75], 1: [0.25, 0.75]}, {0: 5.0, 1: 15.0})
     assert server.tensors["up/left"].flatten().tolist() == [0.375, 1.125]
     assert server.round == 2
@@ -250,10 +250,10 @@ def test_the_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(change, torch.tensor([[0.375], [1.125]]) @ A)
 
 
-# --- the package as it is installed
+# --- the installed package
 
 
-def test_constraints_pin_what_the_package_asks_for() -> None:
+def test_constraints_pin_every_direct_dependency() -> None:
     """Every direct dependency has exactly one pin, and the pin is in its range."""
     import tomllib
 
@@ -271,7 +271,7 @@ def test_constraints_pin_what_the_package_asks_for() -> None:
     assert [str(need) for need in asked if not need.specifier.contains(pins[canonicalize_name(need.name)])] == []
 
 
-def test_the_privacy_page_names_the_methods_that_it_fits() -> None:
+def test_privacy_page_names_the_supported_methods() -> None:
     page = text_of("rayfed_sub/privacy/README.md")
     listed = page.partition("moves with the mean update: ")[2].partition(", noise lying")[0]
     assert re.findall(r"`([^`]+)`", listed) == [

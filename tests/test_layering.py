@@ -1,4 +1,4 @@
-"""Imports point downward only, and every library stays in its own place."""
+"""Imports point downward only, and every library stays in its own room."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYERS = (
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
-# Where a library may be imported at all.  Libraries that are not named here may be imported anywhere.
+# The rooms that may import a library.  Libraries that are not named here may be imported anywhere.
 HOMES = {
     "ray": ("runtime", "sweeps"),
     "tensorboardX": ("telemetry",),
@@ -85,7 +85,7 @@ def part_of(path: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every imported module by its dotted name, wherever in the file it is imported, for type checking too."""
+    """Every imported module by its dotted name, anywhere in the file, including imports for type checking."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -96,7 +96,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def at_import(tree: ast.Module) -> Iterator[str]:
-    """What is imported when the file is: everything outside functions and `if TYPE_CHECKING`."""
+    """The imports that run with the file's own import: everything outside functions and `if TYPE_CHECKING`."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -122,8 +122,8 @@ def upward(part: str, source: str) -> list[str]:
     return found
 
 
-def strangers(part: str, source: str) -> list[str]:
-    """The libraries that `source`, a file of `part`, imports though they have their home elsewhere."""
+def misplaced(part: str, source: str) -> list[str]:
+    """The libraries that `source`, a file of `part`, imports outside their room."""
     libraries = {name.split(".")[0] for name in imports(ast.parse(source))}
     return sorted(name for name in libraries if part not in HOMES.get(name, (part,)))
 
@@ -132,7 +132,7 @@ def test_every_file_has_a_layer() -> None:
     assert {part_of(path) for path in files()} <= set(HEIGHT), "add it to LAYERS and to ARCHITECTURE.md"
 
 
-def test_no_file_name_stands_twice_and_the_root_holds_rooms_alone() -> None:
+def test_file_names_are_unique_and_the_root_has_only_rooms() -> None:
     names = [path.name for path in files() if path.name != "__init__.py"]
     assert sorted(names) == sorted(set(names))
     assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {"__init__.py", "py.typed"}
@@ -142,8 +142,8 @@ def test_imports_point_downward() -> None:
     assert {path: found for path in files() if (found := upward(part_of(path), path.read_text()))} == {}
 
 
-def test_libraries_stay_at_home() -> None:
-    assert {path: found for path in files() if (found := strangers(part_of(path), path.read_text()))} == {}
+def test_libraries_stay_in_their_rooms() -> None:
+    assert {path: found for path in files() if (found := misplaced(part_of(path), path.read_text()))} == {}
 
 
 def test_slow_libraries_are_imported_where_they_are_used() -> None:
@@ -151,20 +151,20 @@ def test_slow_libraries_are_imported_where_they_are_used() -> None:
     assert [(path, name) for path, name in early if name.split(".")[0] in SLOW] == []
 
 
-def test_the_rules_see_what_they_must() -> None:
-    """The three rules, on sources that break them in every way there is."""
+def test_rules_detect_violations() -> None:
+    """The three rules, on sources that break them in every possible way."""
     assert upward("methods", "from rayfed_sub.training import layers") == ["rayfed_sub.training.layers"]
     assert upward("data", "def f():\n    import rayfed_sub.planning.job") == ["rayfed_sub.planning.job"]
     assert upward("config", "if TYPE_CHECKING:\n    from rayfed_sub import models") == ["rayfed_sub.models"]
     assert upward("runtime", "from rayfed_sub import run") == ["rayfed_sub.run"]
     assert upward("training", "from rayfed_sub.methods import build") == []
     assert upward("data", "from rayfed_sub.data.rows import Rows") == []
-    assert strangers("methods", "def f():\n    import ray.exceptions") == ["ray"]
-    assert strangers("runtime", "import ray\nfrom peft import LoraConfig") == ["peft"]
+    assert misplaced("methods", "def f():\n    import ray.exceptions") == ["ray"]
+    assert misplaced("runtime", "import ray\nfrom peft import LoraConfig") == ["peft"]
     assert list(at_import(ast.parse("class A:\n    import peft\ndef f():\n    import evaluate"))) == ["peft"]
 
 
-def test_the_command_line_answers_at_once() -> None:
+def test_command_line_is_fast() -> None:
     """`--help` must not wait for the libraries that only a run needs."""
     code = "import sys, rayfed_sub.cli.main; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""`rayfed-sub config`: what is printed for all keys, a group, a key, and for a name that is neither."""
+"""`rayfed-sub config`: the output for all keys, a group, a key and an unknown name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_one_key() -> None:
     ]
 
 
-def test_a_group_has_its_keys_and_those_below() -> None:
+def test_group_lists_its_keys_and_those_below() -> None:
     lines = printed("federation")
     assert lines[:2] == ["federation", "The clients, their rounds, and the work of a round."]
     assert "  federation.partition.alpha=0.5" in lines
@@ -40,7 +40,7 @@ def test_a_group_has_its_keys_and_those_below() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_all_keys_within_the_width(width: int) -> None:
+def test_all_keys_fit_the_width(width: int) -> None:
     lines = printed(width=width)
     assert max(map(len, lines)) <= width
     starts = {line.split("=")[0].strip() for line in lines if line.startswith("  ") and line[2] != " "}
@@ -48,7 +48,7 @@ def test_all_keys_within_the_width(width: int) -> None:
     assert {"method.name", "method.rank", "method.gamma"} <= starts
 
 
-def test_a_method_s_field_names_its_methods_and_each_default() -> None:
+def test_method_field_lists_its_methods_and_their_defaults() -> None:
     lines = printed("method.penalty", width=120)
     assert lines == [
         "  method.penalty=0.001",
@@ -62,7 +62,7 @@ def test_a_method_s_field_names_its_methods_and_each_default() -> None:
     ]
 
 
-def test_every_field_of_every_method_is_in_the_group() -> None:
+def test_method_group_lists_every_field_of_every_method() -> None:
     lines = printed("method", width=200)
     begins = [number for number, line in enumerate(lines) if line.startswith("  method.")]
     ends = [*begins[1:], len(lines)]
@@ -90,7 +90,7 @@ def test_every_field_of_every_method_is_in_the_group() -> None:
         ("evaluation.on", "evaluation.split, which replaces it; see rayfed-sub config evaluation.split"),
     ],
 )
-def test_an_unknown_key_gets_near_ones(key: str, message: str) -> None:
+def test_unknown_key_gets_suggestions(key: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         printed(key)
     assert str(caught.value).startswith(f"KEY: got '{key}'; allowed: {message}")

@@ -1,4 +1,4 @@
-"""The JSON schema for editors takes every experiment and refuses wrong keys and values where they stand."""
+"""The JSON schema for editors accepts every experiment and locates wrong keys and values."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def validator() -> Draft7Validator:
     return Draft7Validator(schema)
 
 
-def places(validator: Draft7Validator, tree: Any) -> list[str]:
-    """The dotted places of all faults."""
+def error_paths(validator: Draft7Validator, tree: Any) -> list[str]:
+    """The dotted paths of all errors."""
     return sorted(".".join(map(str, error.absolute_path)) for error in validator.iter_errors(tree))
 
 
@@ -38,19 +38,19 @@ def test_there_are_experiments() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_experiments_fit(name: str, validator: Draft7Validator) -> None:
-    assert places(validator, read_yaml(EXPERIMENTS / name)) == []
+def test_schema_accepts_experiments(name: str, validator: Draft7Validator) -> None:
+    assert error_paths(validator, read_yaml(EXPERIMENTS / name)) == []
 
 
-def test_a_resolved_configuration_fits(validator: Draft7Validator) -> None:
-    assert places(validator, load_config(TINY).model_dump(mode="json")) == []
+def test_schema_accepts_a_resolved_configuration(validator: Draft7Validator) -> None:
+    assert error_paths(validator, load_config(TINY).model_dump(mode="json")) == []
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_fits_with_all_its_fields(name: str, validator: Draft7Validator) -> None:
+def test_schema_accepts_every_method_with_all_its_fields(name: str, validator: Draft7Validator) -> None:
     method = {"name": name, **json.loads(json.dumps(vars(build({"name": name}))))}
-    assert places(validator, {**TINY, "method": method}) == []
-    assert places(validator, {**TINY, "method": {**method, "rnak": 4}}) == ["method"]
+    assert error_paths(validator, {**TINY, "method": method}) == []
+    assert error_paths(validator, {**TINY, "method": {**method, "rnak": 4}}) == ["method"]
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_every_method_fits_with_all_its_fields(name: str, validator: Draft7Valid
         ("method={}", "method"),
     ],
 )
-def test_a_wrong_key_or_value_fails_in_its_place(override: str, place: str, validator: Draft7Validator) -> None:
-    assert places(validator, overridden(TINY, [override])) == [place]
+def test_wrong_key_or_value_is_located(override: str, place: str, validator: Draft7Validator) -> None:
+    assert error_paths(validator, overridden(TINY, [override])) == [place]
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_a_wrong_key_or_value_fails_in_its_place(override: str, place: str, vali
         "method={name: fedit, optimizer_state: average}",
     ],
 )
-def test_what_a_run_takes_fits(override: str, validator: Draft7Validator) -> None:
+def test_schema_accepts_what_a_run_accepts(override: str, validator: Draft7Validator) -> None:
     tree = overridden(TINY, [override])
     load_config(copy.deepcopy(tree))
-    assert places(validator, tree) == []
+    assert error_paths(validator, tree) == []
 
 
-def test_editors_find_meanings_and_defaults() -> None:
+def test_schema_has_meanings_and_defaults() -> None:
     schema = editor_schema()
     federation = schema["$defs"]["Federation"]
     assert federation["properties"]["clients"] == {
@@ -108,7 +108,7 @@ def test_editors_find_meanings_and_defaults() -> None:
     assert fields["properties"]["alpha"]["description"].startswith("Scale of")
 
 
-def test_the_command_prints_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_schema(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["rayfed-sub", "config", "--schema"])
     with pytest.raises(SystemExit) as ended:
         main.main()

@@ -1,4 +1,4 @@
-"""What a person sees: with a terminal a live line, without one plain lines; the final table; the listings; --help."""
+"""Terminal output of a run: a live line in a terminal, plain lines elsewhere; the final table; the listings; --help."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BEFORE = {"held_out_loss": 4.0, SCORE: 0.125}
 
 
 class Clock:
-    """Stands for the time module: it goes on when it is told to."""
+    """Stand-in for the time module that advances only on request."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -75,7 +75,7 @@ def console(terminal: bool, width: int = 120) -> tuple[Console, StringIO]:
 
 
 def pack(n: int, done: int) -> PackDone:
-    """Every client has 1500 labels and sends 25 kB; a round of 8 takes 4 s."""
+    """Every client has 1500 labels and uploads 25 kB; a round of 8 takes 4 s."""
     return PackDone(n, done, 8, loss=2.5, labels=1500 * done, seconds=done / 2, uplink_bytes=25_000 * done)
 
 
@@ -99,11 +99,11 @@ def round_done(n: int, held_out: float | None = 3.5, loss: float | None = 2.5) -
 
 
 def plain(text: str) -> str:
-    """What is left of terminal output without its escape codes."""
+    """Terminal output without its escape codes."""
     return Text.from_ansi(text).plain
 
 
-def test_the_live_line_says_where_the_run_is(clock: Clock) -> None:
+def test_live_line_shows_the_run_s_progress(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
         shown.show(Stage("reading task and model"))
@@ -126,8 +126,8 @@ def test_the_live_line_says_where_the_run_is(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("width", [50, 80, 100])
-def test_the_live_line_stays_one_line(width: int) -> None:
-    """A long run's numbers: what does not fit is cut, not folded."""
+def test_live_line_stays_one_line(width: int) -> None:
+    """Large numbers of a long run are cut, not folded."""
     terminal, text = console(terminal=True, width=width)
     with Display(terminal) as shown:
         shown.show(Started(CONFIG, "runs/look", BEFORE, 10**6))
@@ -141,18 +141,18 @@ def test_the_live_line_stays_one_line(width: int) -> None:
     assert len([line for line in drawn.splitlines() if line.strip()]) == 1
 
 
-def test_a_run_that_was_taken_up_again_does_not_count_the_rounds_before(clock: Clock) -> None:
+def test_time_left_of_a_resumed_run_ignores_earlier_rounds(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
         shown.show(Started(CONFIG, "runs/look", BEFORE, 10**6, round=3))
         clock.now += 10
         shown.show(pack(3, 8))
         shown._bar.refresh()
-    # Of rounds 4 and 5 the first took 10 s; counted from round 1 it would seem that only 2.5 s are left.
+    # Of rounds 4 and 5 the first took 10 s; counted from round 1, only 2.5 s would seem to be left.
     assert "0:10 left" in plain(text.getvalue())
 
 
-def test_without_a_terminal_each_round_is_one_plain_line(clock: Clock) -> None:
+def test_each_round_is_one_plain_line_without_a_terminal(clock: Clock) -> None:
     pipe, text = console(terminal=False, width=40)
     with Display(pipe) as shown:
         shown.show(Stage("reading task and model"))
@@ -186,7 +186,7 @@ def test_rounds_stay_above_the_live_line_in_a_terminal_too(clock: Clock) -> None
     assert "    1/5   2.500     3.500     0.250    3,000 200.0 kB   1.6 MB   5.0 s    0:20\n" in plain(text.getvalue())
 
 
-def test_a_classifier_is_followed_by_its_macro_f1_and_counted_in_rows() -> None:
+def test_classifier_shows_macro_f1_and_row_counts() -> None:
     pipe, text = console(terminal=False)
     with Display(pipe) as shown:
         shown.show(Started(CONFIG, "runs/look", {"held_out_loss": 1.4, "accuracy": 0.5, "macro_f1": 0.3}, 10**6))
@@ -197,7 +197,7 @@ def test_a_classifier_is_followed_by_its_macro_f1_and_counted_in_rows() -> None:
 def test_the_final_table(clock: Clock) -> None:
     pipe, text = console(terminal=False, width=40)
     Display(pipe).table(SUMMARY)
-    said = text.getvalue()
+    output = text.getvalue()
     for row in (
         ("look: fedftg", "5 rounds"),
         ("held-out loss (nats/label)", "4.0000 -> 3.2500"),
@@ -210,30 +210,30 @@ def test_the_final_table(clock: Clock) -> None:
         ("weights_sha256", SHA),
         ("run folder", "runs/[look]"),
     ):
-        line = next(line for line in said.splitlines() if row[0] in line)
+        line = next(line for line in output.splitlines() if row[0] in line)
         cells = [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")]
         assert tuple(cells) == row
 
 
-def test_scores_of_a_bfloat16_model_are_called_so() -> None:
+def test_scores_of_a_bfloat16_model_are_labelled() -> None:
     for precision, marked in (("bfloat16", True), ("float32", False)):
         pipe, text = console(terminal=False)
         Display(pipe).table(Summary(**{**vars(SUMMARY), "precision": precision}))
         assert ("the bfloat16 model" in text.getvalue()) == marked
 
 
-def test_the_table_shows_the_scores_there_are() -> None:
+def test_table_shows_the_available_scores() -> None:
     pipe, text = console(terminal=False)
     metrics = {"accuracy_before": 0.25, "accuracy": 0.5, "macro_f1_before": 0.2, "macro_f1": 0.75}
     Display(pipe).table(Summary(**{**vars(SUMMARY), "metrics": metrics, "downlink_bytes": 0}))
-    said = text.getvalue()
-    assert all(cell in said for cell in ("macro F1", "0.2000 -> 0.7500", "0.2500 -> 0.5000"))
-    assert "ROUGE-L" not in said
-    assert "nothing, against 20.0 MB of dense target weights" in said
+    output = text.getvalue()
+    assert all(cell in output for cell in ("macro F1", "0.2000 -> 0.7500", "0.2500 -> 0.5000"))
+    assert "ROUGE-L" not in output
+    assert "nothing, against 20.0 MB of dense target weights" in output
 
 
-def test_the_table_says_which_published_score_does_not_read_the_texts() -> None:
-    """Of Chinese answers rouge-score reads nothing; of English ones both scores are one, and stand there once."""
+def test_table_names_published_scores_that_do_not_apply() -> None:
+    """rouge-score reads nothing of Chinese answers; on English ones both scores are equal and shown once."""
     pipe, text = console(terminal=False)
     chinese = {"rouge_l_unicode_before": 0.25, "rouge_l_unicode": 0.5}
     english = {"bleu_4_before": 0.1, "bleu_4": 0.2, "bleu_4_unicode_before": 0.1, "bleu_4_unicode": 0.2}
@@ -246,14 +246,14 @@ def test_the_table_says_which_published_score_does_not_read_the_texts() -> None:
     ]
 
 
-def test_a_rank_that_nobody_looked_at_is_no_number(clock: Clock) -> None:
+def test_unmeasured_rank_is_not_a_number(clock: Clock) -> None:
     pipe, text = console(terminal=False)
     Display(pipe).table(Summary(**{**vars(SUMMARY), "change_rank": None}))
     (line,) = (line for line in text.getvalue().splitlines() if "rank of the last change" in line)
     assert "not looked at" in line
 
 
-def test_at_100_columns_the_checksum_is_on_one_line() -> None:
+def test_checksum_fits_one_line_at_100_columns() -> None:
     terminal, text = console(terminal=True, width=100)
     Display(terminal).table(SUMMARY)
     lines = plain(text.getvalue()).splitlines()
@@ -261,7 +261,7 @@ def test_at_100_columns_the_checksum_is_on_one_line() -> None:
     assert [line for line in lines if SHA in line]
 
 
-def test_at_60_columns_the_checksum_is_folded_but_whole() -> None:
+def test_checksum_is_folded_but_complete_at_60_columns() -> None:
     terminal, text = console(terminal=True, width=60)
     Display(terminal).table(SUMMARY)
     lines = plain(text.getvalue()).splitlines()
@@ -270,11 +270,11 @@ def test_at_60_columns_the_checksum_is_folded_but_whole() -> None:
     assert SHA in "".join(right)
 
 
-def test_cells_are_shown_as_they_are() -> None:
+def test_cells_are_shown_verbatim() -> None:
     pipe, text = console(terminal=False)
     print_table(("a", "[b]"), [(True, "[red]x[/]"), (False, ":cat:")], pipe)
-    said = text.getvalue()
-    assert all(cell in said for cell in ("[b]", "yes", "no", "[red]x[/]", ":cat:"))
+    output = text.getvalue()
+    assert all(cell in output for cell in ("[b]", "yes", "no", "[red]x[/]", ":cat:"))
 
 
 # Listings
@@ -312,15 +312,15 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_listings(
     what: str, name: str, rest: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line each where it is no terminal, so that `rayfed-sub list models | grep gpt2` works."""
-    said = listed(capsys, monkeypatch, what)
-    assert [line for line in said.splitlines() if f"│ {name} " in line and rest in line]
+    """One line each without a terminal, so that `rayfed-sub list models | grep gpt2` works."""
+    output = listed(capsys, monkeypatch, what)
+    assert [line for line in output.splitlines() if f"│ {name} " in line and rest in line]
 
 
 # --help
 
 
-def test_help_comes_at_once() -> None:
+def test_help_is_fast() -> None:
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "rayfed_sub.cli.main", "--help"],
@@ -335,14 +335,14 @@ def test_help_comes_at_once() -> None:
     assert time.perf_counter() - began < 2  # about 0.6 s; torch or ray alone would take longer
 
 
-def test_the_table_counts_rows_that_were_cut_and_dropped() -> None:
+def test_table_counts_cut_and_dropped_rows() -> None:
     counts = {"read": 120, "strange": 0, "capped": 0, "silent": 0, "dropped": 3, "repeated": 0, "train": 107}
     counts |= {"validation": 0, "held_out": 10, "cut": 40, "cut_prompts": 15, "cut_answers": 30}
-    for dropped, said in ((3, "40 cut (15 in the text, 30 in the answer), 3 dropped"), (0, "30 in the answer) ")):
+    for dropped, expected in ((3, "40 cut (15 in the text, 30 in the answer), 3 dropped"), (0, "30 in the answer) ")):
         pipe, text = console(terminal=False)
         Display(pipe).table(Summary(**{**vars(SUMMARY), "rows": {**counts, "dropped": dropped}}))
         (line,) = (line for line in text.getvalue().splitlines() if "rows beyond task.max_length" in line)
-        assert said in line
+        assert expected in line
     pipe, text = console(terminal=False)
     Display(pipe).table(Summary(**{**vars(SUMMARY), "rows": {**counts, "dropped": 0, "cut": 0}}))
     assert "task.max_length" not in text.getvalue()

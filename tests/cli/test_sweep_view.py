@@ -1,4 +1,4 @@
-"""What a person sees of a sweep in the terminal."""
+"""Terminal output of a sweep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = ("federation.local_steps", "method.rank", "optimizer.lr")
 
 
 class Clock:
-    """Stands for the time module: it goes on when it is told to."""
+    """Stand-in for the time module that advances only on request."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -44,7 +44,7 @@ def trial(number: int, status: str, round: int = 4, metric: float | None = None,
 def shown(
     trials: list[TrialNow], terminal: bool = True, width: int = 100, height: int = 24, mode: str = "min"
 ) -> tuple[SweepDisplay, StringIO]:
-    """A display of a sweep of 10 trials that was shown these."""
+    """A display of a sweep of 10 trials after these records."""
     text = StringIO()
     console = Console(file=text, force_terminal=terminal, width=width, height=height, legacy_windows=False)
     display = SweepDisplay(console)
@@ -55,18 +55,18 @@ def shown(
 
 
 def screen(display: SweepDisplay) -> list[str]:
-    """The live table's lines as they stand."""
+    """The current lines of the live table."""
     console = Console(file=StringIO(), width=display._console.width, height=display._console.height)
     console.print(display._drawn())
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
 
 
 def numbers(lines: list[str]) -> list[int]:
-    """The trials of the table's lines, from top to bottom."""
+    """The trial numbers in the table's lines, from top to bottom."""
     return [int(line.split()[0]) for line in lines if line.split()[0].isdigit()]
 
 
-def test_running_trials_stand_on_top_then_the_best() -> None:
+def test_running_trials_come_first_then_the_best() -> None:
     trials = [
         trial(0, "waiting", 0),
         trial(1, "failed", metric=0.5, failure="loss is NaN"),
@@ -80,29 +80,29 @@ def test_running_trials_stand_on_top_then_the_best() -> None:
     lines = screen(display)
     assert numbers(lines[2:-1]) == [4, 6, 5, 3, 2, 1, 0]
     assert lines[0].split() == ["trial", "local_steps", "rank", "lr", "status", "round", "held_out_loss", "time"]
-    # The best so far is of the finished ones: what runs or failed may still be anything.
+    # The best so far is a finished trial: running and failed ones may still change.
     assert [line.split() for line in lines if "*" in line] == [
         ["5", "2", "8", "1e-3", "finished", "4/4", "2.5000", "*", "0:40"]
     ]
     assert lines[-1].startswith("4/10 done  2 running  1 failed  best 2.5000 (trial 5)")
 
 
-def test_a_trial_that_has_not_said_how_long_it_is() -> None:
+def test_trial_without_a_known_length() -> None:
     begun = TrialNow(0, dict.fromkeys(KEYS, 1), "running", round=0, rounds=0, metric=None, seconds=0.0)
     display, _ = shown([begun])
     assert "running      -" in "\n".join(screen(display))
 
 
-def test_a_higher_metric_may_be_better() -> None:
+def test_higher_metric_can_be_better() -> None:
     display, _ = shown([trial(0, "finished", metric=0.25), trial(1, "finished", metric=0.75)], mode="max")
     assert numbers(screen(display)[2:-1]) == [1, 0]
     assert "best 0.7500 (trial 1)" in screen(display)[-1]
 
 
-def test_as_many_lines_as_the_screen_has_room_for() -> None:
+def test_table_fits_the_screen_height() -> None:
     display, _ = shown([trial(number, "finished", metric=float(number)) for number in range(9)], height=10)
     lines = screen(display)
-    # 10 lines less the 5 that are not trials.
+    # 10 lines less the 5 without a trial.
     assert numbers(lines[2:7]) == [0, 1, 2, 3, 4]
     assert lines[7] == "and 4 more"
     assert len(lines) == 9
@@ -116,8 +116,8 @@ def test_numbers_are_whole_at_any_width(width: int) -> None:
     assert lines[2].split() == ["0", "2", "8", "1e-3", "finished", "4/4", "2.5000", "*", "0:40"]
 
 
-def test_time_left_goes_by_what_this_sitting_has_done(clock: Clock) -> None:
-    # Three of ten trials were there before and took no time here.
+def test_time_left_uses_this_session_alone(clock: Clock) -> None:
+    # Three of ten trials were finished before and took no time in this session.
     display, _ = shown([trial(number, "finished", metric=3.0) for number in range(3)])
     assert "left" not in screen(display)[-1]
     display.show(trial(3, "running", 0))
@@ -127,18 +127,18 @@ def test_time_left_goes_by_what_this_sitting_has_done(clock: Clock) -> None:
     assert screen(display)[-1].endswith("6:30 left")
     assert screen(display)[2].endswith("0:20")
     clock.now += 5
-    assert screen(display)[2].endswith("0:25"), "the time of a running trial goes on between its rounds"
+    assert screen(display)[2].endswith("0:25"), "the time of a running trial advances between its rounds"
 
 
-def test_failures_stay_in_the_terminal() -> None:
+def test_failures_remain_in_the_terminal() -> None:
     retried = trial(1, "retried", 0, failure="node lost")
     failed = trial(1, "failed", 2, failure="[round 2] loss is NaN")
     _, text = shown([trial(1, "running", 1), retried, retried, failed, failed])
-    said = Text.from_ansi(text.getvalue()).plain.splitlines()
-    assert said[1:] == ["trial 1 runs again: node lost", "trial 1 failed: [round 2] loss is NaN"]
+    lines = Text.from_ansi(text.getvalue()).plain.splitlines()
+    assert lines[1:] == ["trial 1 runs again: node lost", "trial 1 failed: [round 2] loss is NaN"]
 
 
-def test_without_a_terminal_a_line_per_trial_that_ended() -> None:
+def test_each_ended_trial_is_one_line_without_a_terminal() -> None:
     trials = [
         trial(0, "running", 1, 4.0),
         trial(0, "finished", metric=3.0),
@@ -167,7 +167,7 @@ def test_the_live_table_leaves_nothing_behind() -> None:
         display.show(Begun("look", KEYS, "held_out_loss", "min", 1, 1, "runs/look"))
         display.show(trial(0, "finished", metric=2.5))
     assert "held_out_loss" in text.getvalue()
-    assert text.getvalue().endswith("\x1b[2K"), "the last thing is that the table's lines are erased"
+    assert text.getvalue().endswith("\x1b[2K"), "the table's lines are erased last"
 
 
 FRAME = pd.DataFrame(
@@ -210,7 +210,7 @@ def test_the_final_table_of_failures() -> None:
     ]
 
 
-def test_headings_tell_keys_apart() -> None:
+def test_headings_distinguish_keys() -> None:
     assert headings(["seed", "task.seed", "method.rank"]) == {
         "seed": "seed",
         "task.seed": "task.seed",

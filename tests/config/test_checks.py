@@ -1,4 +1,4 @@
-"""Rules between keys: each refusal names the field, its value, what is allowed and what to do."""
+"""Rules between keys: each refusal names the field, its value, the allowed values and the remedy."""
 
 from __future__ import annotations
 
@@ -90,21 +90,21 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("message", RULES)
-def test_a_rule_of_every_configuration(message: str) -> None:
+def test_rules_of_every_configuration(message: str) -> None:
     with pytest.raises(UserError) as caught:
         check_rules(RULES[message])
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("message", TRAINING)
-def test_a_rule_of_the_training(message: str) -> None:
+def test_rules_of_training(message: str) -> None:
     check_rules(TRAINING[message])
     with pytest.raises(UserError) as caught:
         check_training(TRAINING[message])
     assert str(caught.value) == message
 
 
-def test_what_goes_together() -> None:
+def test_valid_combinations() -> None:
     for config in (
         Config(),
         Config(task=Task(held_out=0.5, validation=0.4), evaluation=Evaluation(split="validation")),
@@ -131,7 +131,7 @@ def test_what_goes_together() -> None:
         {"kind": "resample", "rows_per_client": 4},
     ],
 )
-def test_the_keys_that_stand_for_centralized_load(partition: dict[str, object]) -> None:
+def test_keys_that_replace_centralized_load(partition: dict[str, object]) -> None:
     tree = {"method": {"name": "fedit"}, "federation": {"clients": 6, "sampled": 3, "partition": partition}}
     with pytest.raises(UserError) as refused:
         load_config(tree, ["method.name=centralized"])
@@ -141,13 +141,13 @@ def test_the_keys_that_stand_for_centralized_load(partition: dict[str, object]) 
     assert (pooled.federation.partition.kind, pooled.federation.partition.largest) == ("pool", largest)
 
 
-def test_loading_holds_keys_against_each_other() -> None:
+def test_loading_checks_rules_between_keys() -> None:
     with pytest.raises(UserError, match=r"^federation\.sampled: got 9; "):
         load_config({}, ["federation.sampled=9"])
 
 
 @pytest.mark.parametrize("message", [*RULES, *TRAINING])
-def test_a_configuration_made_in_python_is_refused_before_rows_are_read(
+def test_invalid_configuration_object_is_refused_before_rows_are_read(
     message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "load_inputs", lambda config: pytest.fail("rows were read"))

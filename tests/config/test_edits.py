@@ -1,4 +1,4 @@
-"""A number set in a configuration's file: in its place whatever the layout, and nothing else changes."""
+"""Edits of a number in a configuration file: in place, in any layout, with nothing else changed."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ KEY = "resources.pack_size"
         ("seed: 1\r\n# é\r\nname: a\r\n", "seed: 1\r\n# é\r\nname: a\r\nresources:\r\n  pack_size: 16\r\n"),
     ],
 )
-def test_the_number_goes_where_it_belongs(before: str, after: str, tmp_path: Path) -> None:
+def test_number_is_set_in_place(before: str, after: str, tmp_path: Path) -> None:
     assert with_number(before, KEY, 16) == after
     file = tmp_path / "config.yaml"
     file.write_bytes(before.encode())
-    assert edited(file, KEY, 16) == after  # and means the same, but for the number
+    assert edited(file, KEY, 16) == after  # the same meaning except for the number
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
-def test_configurations_of_ours_change_in_one_line(file: Path) -> None:
+def test_shipped_configurations_change_in_one_line(file: Path) -> None:
     before, after = file.read_text().splitlines(), edited(file, KEY, 16).splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert changed == [("  pack_size: 4", "  pack_size: 16")]
@@ -67,10 +67,10 @@ def test_configurations_of_ours_change_in_one_line(file: Path) -> None:
     [
         "seed: &n 4\nresources: {pack_size: *n}\n",  # the number is another key's
         "resources: &same {workers: 2}\nname: a\ntask: *same\n",  # the section is
-        "base: &same\n  workers: 2\nresources: *same\n",  # it stands elsewhere
+        "base: &same\n  workers: 2\nresources: *same\n",  # the value is elsewhere
     ],
 )
-def test_what_would_change_more_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_edit_that_would_change_more_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=r"^--write: got '.*config.yaml'; allowed: ") as caught:
@@ -80,14 +80,14 @@ def test_what_would_change_more_is_refused_in_one_line(text: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("override", ["resources.pack_size=8", "resources={workers: 1}"])
-def test_an_override_of_what_is_written_contradicts(override: str) -> None:
+def test_override_of_the_edited_key_is_refused(override: str) -> None:
     with pytest.raises(UserError, match="in the file alone"):
         check_editable(TINY, KEY, [override])
     check_editable(TINY, KEY, ["resources.workers=1", "seed=1"])
 
 
-def test_a_file_that_cannot_be_written_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != TINY)  # root may write anything
+def test_unwritable_file_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != TINY)  # root can write anything
     with pytest.raises(UserError, match="a file and a folder that may be written to"):
         check_editable(TINY, KEY, [])
 
@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(monkeypatch: pytest.Mo
 
 
 def timed(best: int) -> Speed:
-    """Now at 4, a round in 2 s; the best one in half of that."""
+    """Pack size 4 at present, a round in 2 s; the best size takes half of that."""
     return Speed(
         (PackSpeed(4, 0.25, 0.0), PackSpeed(16, 0.125, 0.0)), 4, best, 2.0, 1.0 if best != 4 else 2.0, 20.0, 10.0
     )
@@ -109,7 +109,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, best: int, *words: str) -> int:
     return main._code()
 
 
-def test_the_pack_size_that_was_found_is_written(
+def test_best_pack_size_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
@@ -126,7 +126,7 @@ def test_the_pack_size_that_was_found_is_written(
     assert last == f"{link}: resources.pack_size is 16 now, was 4; a round saves 1 s of about 2 s"
 
 
-def test_what_is_quick_enough_stays(
+def test_fast_enough_pack_size_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "tiny.yaml"
@@ -134,19 +134,19 @@ def test_what_is_quick_enough_stays(
     assert planned(monkeypatch, 4, str(file), "--probe", "--write", "--json") == 0
     assert file.read_bytes() == TINY.read_bytes()
     shown = capsys.readouterr()
-    assert shown.out.startswith("{")  # the JSON alone
+    assert shown.out.startswith("{")  # only the JSON
     assert shown.err == f"{file}: not changed; resources.pack_size=4 is as quick as any that was timed\n"
 
 
-def test_a_probe_says_how_to_write(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probe_names_the_write_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(monkeypatch, 16, str(TINY), "--probe") == 0
-    *_, said, last = capsys.readouterr().out.splitlines()
-    assert said == "resources.pack_size=16 would take 1 s and 0:10."
+    *_, message, last = capsys.readouterr().out.splitlines()
+    assert message == "resources.pack_size=16 would take 1 s and 0:10."
     assert last == f"rayfed-sub plan {TINY} --probe --write sets it in the file"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--write"], "--probe: got False; allowed: given with --write"),
         (["--probe", "--write", "--on", "l4"], "--on: got 'l4'; allowed: nothing with --write"),
@@ -156,11 +156,11 @@ def test_a_probe_says_how_to_write(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ),
     ],
 )
-def test_words_that_do_not_go_together(
-    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_incompatible_options(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = TINY.read_bytes()
     assert planned(monkeypatch, 16, str(TINY), *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"rayfed-sub: {said}")
+    assert line.startswith(f"rayfed-sub: {message}")
     assert TINY.read_bytes() == before

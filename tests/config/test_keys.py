@@ -17,7 +17,7 @@ from rayfed_sub.methods import METHODS, class_of
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a dumped configuration; a method's and a random model's own are values."""
+    """Dotted keys of a dumped configuration; the fields of a method or a random model count as values."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -29,8 +29,8 @@ def by_name(of: list[Group]) -> dict[str, Key]:
     return {key.name: key for group in of for key in group.keys}
 
 
-def test_every_key_is_there_with_its_default() -> None:
-    """Against a dumped configuration; the length of training is filled in there."""
+def test_every_key_has_its_default() -> None:
+    """Compare with a dumped configuration, in which the length of training is filled in."""
     expected = leaves(Config().model_dump(mode="json"))
     del expected["method.name"]
     found = {name: load_config({}, [f"{name}={key.default}"]) for name, key in by_name(groups()).items()}
@@ -45,7 +45,7 @@ def test_every_key_and_every_group_has_a_meaning() -> None:
     assert [group.name for group in groups() if not group.meaning] == []
 
 
-def test_the_words_are_those_of_the_types() -> None:
+def test_descriptions_follow_the_types() -> None:
     found = by_name(groups())
     assert found["federation.sampled"] == Key(
         "federation.sampled", "an integer >= 1, or null", "null", "Clients sampled per round; null stands for all."
@@ -80,7 +80,7 @@ def test_fields_of_a_method_s_class() -> None:
         *[(size, False) for size in (-1, "5 XB", "MB", "5 ki", "")],
     ],
 )
-def test_the_schema_of_a_number_of_bytes_takes_what_the_configuration_takes(size: Any, taken: bool) -> None:
+def test_schema_of_a_byte_count_matches_the_configuration(size: Any, taken: bool) -> None:
     assert Draft7Validator(TypeAdapter(Bytes).json_schema()).is_valid(size) == taken
     if taken:
         assert TypeAdapter(Bytes).validate_python(size) >= 0

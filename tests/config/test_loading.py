@@ -1,4 +1,4 @@
-"""Configuration: overrides, defaults, what a resolved one looks like, and the arithmetic of rounds and resources."""
+"""Configuration: overrides, defaults, the resolved form, and the arithmetic of rounds and resources."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ def fault(call: Any, *arguments: Any) -> UserError:
 # Overrides
 
 
-def test_an_override_replaces_one_value_and_leaves_its_neighbours() -> None:
+def test_override_replaces_one_value_only() -> None:
     before, after = load(""), load("federation.local_steps=10 optimizer.lr=1e-3 optimizer.betas=[0.5,0.9]")
     assert (before.federation.local_steps, after.federation.local_steps) == (4, 10)
-    assert after.optimizer.lr == 0.001  # YAML takes 1e-3 for text; a number is what it means
+    assert after.optimizer.lr == 0.001  # YAML reads 1e-3 as text; the loader makes it a number
     assert after.optimizer.betas == (0.5, 0.9)
     assert after.federation.clients == before.federation.clients
     assert after.method == before.method
 
 
-def test_the_last_override_counts() -> None:
+def test_last_override_wins() -> None:
     assert load("seed=1 seed=2").seed == 2
 
 
-def test_an_override_may_replace_a_whole_section() -> None:
+def test_override_can_replace_a_whole_section() -> None:
     config = load('method={"name":"fedit","rank":2} federation.partition.kind=iid')
     assert config.method == {"name": "fedit", "rank": 2}
     assert config.federation.partition.kind == "iid"
 
 
-def test_an_override_may_hold_equals_signs() -> None:
+def test_override_value_can_contain_equals_signs() -> None:
     assert load("model.targets=up=x").model.targets == "up=x"
 
 
 def test_rounds_and_epochs_replace_each_other_on_the_command_line() -> None:
-    epochs = load("federation.epochs=1.5").federation  # the file says rounds: 3
+    epochs = load("federation.epochs=1.5").federation  # the file has rounds: 3
     assert (epochs.rounds, epochs.epochs) == (None, 1.5)
     rounds = load("federation.rounds=2", {"federation": {"epochs": 4}}).federation
     assert (rounds.rounds, rounds.epochs) == (2, None)
@@ -78,14 +78,14 @@ def test_rounds_and_epochs_together_in_one_file_are_refused() -> None:
     assert (refused.field, refused.value) == ("federation.rounds", 1)
 
 
-def test_an_override_leaves_what_shares_its_anchor(tmp_path: Path) -> None:
+def test_override_leaves_other_uses_of_an_anchor(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("optimizer: &same {lr: 0.5}\nserver: *same\n")
     config = load_config(file, ["optimizer.lr=0.25"])
     assert (config.optimizer.lr, config.server.lr) == (0.25, 0.5)
 
 
-def test_overrides_do_not_write_into_the_mapping_they_start_from() -> None:
+def test_overrides_do_not_change_the_given_mapping() -> None:
     source = {"method": {"name": "fedftg", "rank": 4}, "optimizer": {"lr": 0.1}}
     kept = copy.deepcopy(source)
     assert load("method.rank=2 optimizer.lr=1 seed=3", source).method["rank"] == 2
@@ -95,19 +95,19 @@ def test_overrides_do_not_write_into_the_mapping_they_start_from() -> None:
 # Sources and defaults
 
 
-def test_an_empty_mapping_is_the_default_configuration() -> None:
+def test_empty_mapping_is_the_default_configuration() -> None:
     config = load_config({})
     assert config == Config()
     assert (config.method, config.model.path, config.task.name) == ({"name": "fedftg"}, "smollm2-135m", "python-docs")
     assert (config.federation.clients, config.federation.local_steps, config.resources.workers) == (8, 4, 2)
 
 
-def test_file_name_and_mapping_give_the_same(tmp_path: Path) -> None:
+def test_file_name_and_mapping_give_the_same_configuration(tmp_path: Path) -> None:
     tree = yaml.safe_load(TINY.read_text())
     assert load_config(str(TINY)) == load_config(TINY) == load_config(tree)
 
 
-def test_a_configuration_cannot_be_written_to() -> None:
+def test_configuration_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().federation.clients = 3
 
@@ -120,7 +120,7 @@ def test_a_configuration_cannot_be_written_to() -> None:
         ({"federation": {"partition": {"kinds": "iid"}}}, "federation.partition.kinds", "kind, column, alpha"),
     ],
 )
-def test_an_unknown_key_is_refused_with_those_known_in_its_place(tree: Any, field: str, known: str) -> None:
+def test_unknown_key_is_refused_with_the_known_keys(tree: Any, field: str, known: str) -> None:
     refused = fault(load_config, tree)
     assert refused.field == field
     assert refused.allowed.startswith(f"these keys here: {known}")
@@ -146,25 +146,25 @@ def test_an_unknown_key_is_refused_with_those_known_in_its_place(tree: Any, fiel
         ("method.state=keep", "method.state: got 'keep'; allowed: method.optimizer_state, which replaces it"),
     ],
 )
-def test_a_renamed_key_is_refused_with_its_new_name(override: str, message: str) -> None:
+def test_renamed_key_is_refused_with_its_new_name(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         build(load_config({"method": {"name": "fedftg"}}, [override]).method)
     assert str(caught.value).startswith(message)
 
 
-def test_a_key_that_stands_twice_is_refused_where_yaml_would_take_the_last(tmp_path: Path) -> None:
+def test_duplicate_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("method: {rank: 4, rank: 8}\n", encoding="utf-8")
     assert "each key once; method.rank stands again in line 1" in str(fault(load_config, tmp_path / "twice.yaml"))
     (tmp_path / "once.yaml").write_text("optimizer: {name: sgd}\nmethod: {name: fedit}\n", encoding="utf-8")
     assert load_config(tmp_path / "once.yaml").method == {"name": "fedit"}
 
 
-# What a refusal says is read from the types: integer or number, bounds, choices, default.
+# A refusal's text is read from the types: integer or number, bounds, choices, default.
 
 
 @dataclass(frozen=True)
 class Fields:
-    """As a method's own fields: a plain dataclass."""
+    """A plain dataclass, as for a method's own fields."""
 
     size: int
     words: tuple[str, ...] = ()
@@ -185,18 +185,18 @@ class Fields:
         ),
     ],
 )
-def test_a_refusal_says_what_is_allowed(cls: type, tree: Any, message: str) -> None:
+def test_refusal_names_the_allowed_values(cls: type, tree: Any, message: str) -> None:
     assert str(fault(check, cls, tree, "at")) == message
 
 
 @pytest.mark.parametrize("steps", ["0", "[]", "[1,0]", '{"low":1}', '{"low":0,"high":2}', "x"])
-def test_a_field_of_several_kinds_names_them_all(steps: str) -> None:
+def test_field_of_several_types_names_them_all(steps: str) -> None:
     refused = fault(load, f"federation.local_steps={steps}")
     assert refused.field == "federation.local_steps"
     assert refused.allowed == "an integer >= 1, or a list, each an integer >= 1, or keys with values: low, high"
 
 
-def test_a_range_of_steps_is_held_against_itself() -> None:
+def test_range_of_steps_must_be_ordered() -> None:
     refused = fault(load, 'federation.local_steps={"low":5,"high":3}')
     assert (refused.field, refused.value, refused.allowed) == ("federation.local_steps.high", 3, "5 or more")
 
@@ -209,11 +209,11 @@ def test_dataclasses_are_checked_too() -> None:
 
 
 def small(overrides: str = "") -> Config:
-    """A model of one block, so that it is ready in no time."""
+    """A model of one block, for speed."""
     return load_config(TINY, [f"model.random={SMALL}", "task.max_length=64", *overrides.split()])
 
 
-def test_the_resolved_form_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
+def test_resolved_form_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
     resolved = prepare(small("federation.epochs=0.2 optimizer.clip_norm=1 optimizer.eps=1e-6")).config
     text = yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False)
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
@@ -221,14 +221,14 @@ def test_the_resolved_form_reads_back_as_the_same_configuration(tmp_path: Path) 
     assert prepare(resolved).config == resolved
 
 
-def test_the_resolved_form_holds_every_field_of_the_method() -> None:
+def test_resolved_form_has_every_field_of_the_method() -> None:
     assert prepare(small()).config.method == {
         **{"name": "fedftg", "rank": 4, "scale": 1.0, "refresh_every": 8},
         **{"projector": "exact", "moments": "keep", "optimizer_state": "keep"},
     }
 
 
-def test_rounds_are_three_where_nothing_is_said() -> None:
+def test_default_is_three_rounds() -> None:
     source = {"model": {"path": "random", "random": SMALL}, "task": {"max_length": 64}}
     assert prepare(load_config(source)).config.federation.rounds == 3
 
@@ -247,7 +247,7 @@ def test_rounds_are_three_where_nothing_is_said() -> None:
         ("federation.rounds=7", 7),
     ],
 )
-def test_epochs_are_counted_in_rounds(more: str, rounds: int, tmp_path: Path) -> None:
+def test_epochs_are_converted_to_rounds(more: str, rounds: int, tmp_path: Path) -> None:
     lines = [f'{{"q": "what {i}?", "a": "{i}"}}' for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     source = {
@@ -271,12 +271,12 @@ def test_epochs_are_counted_in_rounds(more: str, rounds: int, tmp_path: Path) ->
         (1, 0.25, 4),  # 1 / 0.25
         (1, 0.3, 3),  # 1 / 0.3 = 3.33
         (1, 0.1, 10),
-        (2, 0.4, 4),  # two on each, and not 2 / 0.4 = 5: a worker's share lies on one GPU
+        (2, 0.4, 4),  # two on each, and not 2 / 0.4 = 5: a worker's share is on one GPU
         (3, 0.7, 3),  # one on each, and not 3 / 0.7 = 4.29
         (2, 1, 2),
     ],
 )
-def test_gpu_workers_that_fit(gpus: int, per_worker: float, most: int) -> None:
+def test_number_of_gpu_workers_that_fit(gpus: int, per_worker: float, most: int) -> None:
     there = [Node(16, gpus)]
     asked = f"resources.gpus_per_worker={per_worker}"
     check_resources(load(f"{asked} resources.workers={most}"), there)
@@ -294,7 +294,7 @@ def test_gpu_workers_that_fit(gpus: int, per_worker: float, most: int) -> None:
         (3, 1.5, 2),
     ],
 )
-def test_cpu_workers_that_fit(cpus: int, per_worker: float, most: int) -> None:
+def test_number_of_cpu_workers_that_fit(cpus: int, per_worker: float, most: int) -> None:
     asked = f"resources.cpus_per_worker={per_worker}"
     check_resources(load(f"{asked} resources.workers={most}"), [Node(cpus)])
     refused = fault(check_resources, load(f"{asked} resources.workers={most + 1}"), [Node(cpus)])
@@ -310,7 +310,7 @@ def test_cpu_workers_that_fit(cpus: int, per_worker: float, most: int) -> None:
         ("cpus_per_worker=9", Node(8), "cpus_per_worker", "at most 8, the CPUs here"),
     ],
 )
-def test_resources_that_are_not_there(asked: str, there: Node, field: str, allowed: str) -> None:
+def test_missing_resources_are_refused(asked: str, there: Node, field: str, allowed: str) -> None:
     refused = fault(check_resources, load(f"resources.{asked}"), [there])
     assert (refused.field, refused.allowed) == (f"resources.{field}", allowed)
 
@@ -335,7 +335,7 @@ def test_resources_of_several_nodes(asked: str, field: str, allowed: str) -> Non
     assert (refused.field, refused.allowed) == (f"resources.{field}", allowed)
 
 
-def test_the_task_s_seed_is_a_number_and_up_to_256_rows_are_judged() -> None:
+def test_default_task_seed_is_a_number_and_default_eval_rows_are_256() -> None:
     assert (Config().task.seed, Config().evaluation.eval_rows) == (0, 256)
     with pytest.raises(UserError, match=r"^task\.seed: got None; allowed: an integer >= 0; e\.g\. task\.seed=0$"):
         load_config({"task": {"seed": None}})

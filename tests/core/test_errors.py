@@ -1,4 +1,4 @@
-"""The two ways to say no: one line each, and whole after a process border."""
+"""UserError and RunError: one line each, unchanged across a process boundary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USER = UserError("task.prompt", "{a}\n{b}", "a template", "see\n  the manual")
 RUN = RunError("local training", "the loss is not finite", round=3, client=17, resume=None)
 
 
-def test_a_user_error_is_one_line_of_field_value_allowed_and_advice() -> None:
+def test_user_error_is_one_line_of_field_value_allowed_and_advice() -> None:
     assert str(USER) == r"task.prompt: got '{a}\n{b}'; allowed: a template; see the manual"
     assert str(UserError("seed", -1, "an integer >= 0")) == "seed: got -1; allowed: an integer >= 0"
 
@@ -34,20 +34,20 @@ def test_a_user_error_is_one_line_of_field_value_allowed_and_advice() -> None:
         (RunError("x", "y", client=0), "client 0, x: y"),
     ],
 )
-def test_a_run_error_names_round_client_stage_and_cause(error: RunError, text: str) -> None:
+def test_run_error_names_round_client_stage_and_cause(error: RunError, text: str) -> None:
     assert str(error) == text
 
 
 @pytest.mark.parametrize("error", [USER, RUN, RunError("start", "no workers")], ids=["user", "run", "run, bare"])
-def test_errors_survive_a_process_border(error: Exception) -> None:
+def test_errors_survive_a_process_boundary(error: Exception) -> None:
     back = pickle.loads(pickle.dumps(error))
     assert type(back) is type(error)
     assert str(back) == str(error)
     assert vars(back) == vars(error)
 
 
-def test_a_user_error_is_a_value_error_and_a_run_error_a_runtime_error() -> None:
-    """What a program that calls us may catch without knowing us."""
+def test_user_error_is_a_value_error_and_run_error_a_runtime_error() -> None:
+    """A calling program can catch the built-in types without importing ours."""
     assert isinstance(USER, ValueError)
     assert isinstance(RUN, RuntimeError)
 
@@ -56,7 +56,7 @@ def test_a_user_error_is_a_value_error_and_a_run_error_a_runtime_error() -> None
     ("text", "shown"),
     [
         ("s3://AKIA:abc@bucket/run", "s3://bucket/run"),
-        ("s3:/AKIA:abc@bucket/run", "s3:/bucket/run"),  # what a Path leaves of it
+        ("s3:/AKIA:abc@bucket/run", "s3:/bucket/run"),  # the form that a Path gives it
         ("S3://AKIA:abc@bucket", "S3://bucket"),
         ("gs://someone@bucket/run", "gs://bucket/run"),
         ("s3://AKIA:a/b+c@d@bucket/run?region=eu", "s3://bucket/run?region=eu"),  # a key with a slash and an @
@@ -64,7 +64,7 @@ def test_a_user_error_is_a_value_error_and_a_run_error_a_runtime_error() -> None
         ("s3://b/r?region=eu&access_key=A&scheme=http", "s3://b/r?region=eu&scheme=http"),
         ("s3://b/r?X-Amz-Signature=A&X-Amz-Date=1", "s3://b/r?X-Amz-Date=1"),
         ("s3://b/r?endpoint_override=http://u:p@h:9000", "s3://b/r?endpoint_override=http://h:9000"),
-        ("s3://AKIAKEY:7/SECRET/SECRET@bucket/run", "s3://bucket/run"),  # no port: that of http only
+        ("s3://AKIAKEY:7/SECRET/SECRET@bucket/run", "s3://bucket/run"),  # no port: HTTP only
         ("gs://K:12/3@bucket; s3:9/4", "gs://bucket; s3:9/4"),
         ("http://host:9000/a@b and http://K:S@host:9000/a@b", "http://host:9000/a@b and http://host:9000/a@b"),
         ("s3:////K:S@b/run", "s3:////b/run"),
@@ -96,20 +96,20 @@ SKIP = "federation.on_client_failure=skip"
         ("batch of local step 2: OSError: gone", f"{SKIP} would go on without it; go on with: rayfed-sub run"),
     ],
 )
-def test_advice_after_a_client_s_failure_is_such_as_can_work(
+def test_advice_after_a_client_failure_fits_the_cause(
     cause: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that goes on from its checkpoint meets the same losses again; without the client it gets further."""
+    """A run that resumes from its checkpoint gets the same loss again; without the client it gets further."""
     monkeypatch.setattr(checkpoints, "newest", lambda folder: 3)
     config = Config(name="x", method={"name": "mine.module:Mine"})
     with pytest.raises(RunError) as caught, _resume_hint(RunFolder(Place(tmp_path)), config, print):
         raise client_failed(cause, 4, 17)
-    said = str(caught.value)
-    assert said.startswith(f"round 4, client 17, local training: {cause}; {advice}")
+    message = str(caught.value)
+    assert message.startswith(f"round 4, client 17, local training: {cause}; {advice}")
     path = tmp_path / "config.yaml"
     words = f"rayfed-sub run {path} method.name=mine.module:Mine {SKIP} --out {tmp_path} --resume"
-    assert said.endswith(words) == ("finite" not in cause)
-    assert ("--resume" in said) == ("finite" not in cause)
+    assert message.endswith(words) == ("finite" not in cause)
+    assert ("--resume" in message) == ("finite" not in cause)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_advice_after_a_client_s_failure_is_such_as_can_work(
         (RunError("aggregation", "non-finite values in a/left", resume=None), False),
     ],
 )
-def test_the_command_to_go_on_is_said_where_it_gets_further(
+def test_resume_command_is_given_where_it_helps(
     error: RunError, resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(Place(tmp_path))
@@ -129,18 +129,18 @@ def test_the_command_to_go_on_is_said_where_it_gets_further(
         raise error
     hint = f"; go on with: rayfed-sub run {tmp_path / 'config.yaml'} --out {tmp_path} --resume"
     assert str(caught.value) == f"{error}{hint if resumes else ''}"
-    monkeypatch.setattr(checkpoints, "newest", lambda folder: None)  # nothing to go on from
+    monkeypatch.setattr(checkpoints, "newest", lambda folder: None)  # nothing to resume from
     with pytest.raises(RunError) as caught, _resume_hint(folder, Config(), print):
         raise error
     assert str(caught.value) == str(error)
 
 
-def test_the_workers_answer_for_versions_and_devices() -> None:
-    """A head without a GPU starts a run whose workers have two kinds of it."""
-    told = [{"processor": "EPYC", "cpu_capability": "AVX2", "gpu": gpu} for gpu in ("L4", "A100", "L4")]
-    assert environment(Config(), told) == {
+def test_environment_reports_the_workers_versions_and_devices() -> None:
+    """A head without a GPU starts a run whose workers have two kinds of GPU."""
+    reports = [{"processor": "EPYC", "cpu_capability": "AVX2", "gpu": gpu} for gpu in ("L4", "A100", "L4")]
+    assert environment(Config(), reports) == {
         **{"processor": "EPYC", "threads": 1, "pack_size": 4, "cpu_capability": "AVX2", "gpu": "A100, L4"},
     }
-    assert environment(Config(), [{**told[0], "gpu": None}])["gpu"] is None
+    assert environment(Config(), [{**reports[0], "gpu": None}])["gpu"] is None
     assert merged([{"torch": "2.13.0+cu128"}, {"torch": "2.13.0"}]) == {"torch": "2.13.0, 2.13.0+cu128"}
     assert machine(gpu=False)["gpu"] is None

@@ -1,4 +1,4 @@
-"""Random streams: one for each purpose, the same in every process and in every version."""
+"""Random streams: one per purpose, the same in every process and in every version."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_same_purpose_gives_the_same_numbers() -> None:
     assert stream(3, "batches", 7).random(100).tolist() == stream(3, "batches", 7).random(100).tolist()
 
 
-def test_a_draw_from_one_stream_leaves_the_others_alone() -> None:
+def test_streams_are_independent() -> None:
     alone = stream(0, "a").random(3).tolist()
     stream(0, "b").random(100)
     assert stream(0, "a").random(3).tolist() == alone
@@ -47,9 +47,9 @@ def test_purposes_do_not_collide() -> None:
 
 
 def test_other_processes_draw_the_same() -> None:
-    """Python's own hash differs from process to process; the streams must not."""
+    """Python's own hash differs between processes; the streams must not."""
     code = "from rayfed_sub.core.rng import stream; print(stream(5, 'x', 2).integers(2**63, size=3).tolist())"
-    told = {
+    drawn = {
         subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -60,10 +60,10 @@ def test_other_processes_draw_the_same() -> None:
         ).stdout.strip()
         for seed in ("1", "2")
     }
-    assert told == {str(stream(5, "x", 2).integers(2**63, size=3).tolist())}
+    assert drawn == {str(stream(5, "x", 2).integers(2**63, size=3).tolist())}
 
 
-def test_the_scheme_is_the_one_that_earlier_runs_used() -> None:
-    """Written down once: who changes the scheme changes every result ever published, and should notice."""
+def test_scheme_is_that_of_earlier_runs() -> None:
+    """Pinned values: a change of the scheme changes every published result and must fail here."""
     assert stream(0, "batches", 7, 0).integers(2**32, size=4).tolist() == [2342796335, 248904662, 403477145, 1411425038]
     assert stream(0).permutation(8).tolist() == [5, 2, 4, 3, 6, 7, 1, 0]

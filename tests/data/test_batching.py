@@ -1,4 +1,4 @@
-"""Batches: which rows, in which order, and as which tensors."""
+"""Batches: their rows, their order, and their tensors."""
 
 import numpy as np
 import pytest
@@ -14,21 +14,21 @@ SPOKEN = Rows.of([[1, 2, 3, 4], [5, 6], [7, 8, 1]], prompts=[2, 1, 0])
 CLASSED = Rows.of([[1, 2, 3], [4]], prompts=[3, 1], classes=[1, 0])
 
 
-# --- which rows
+# --- rows
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (10, 4), (7, 3), (3, 8), (1, 4), (5, 1)])
 def test_every_epoch_is_a_permutation(rows: int, batch_size: int) -> None:
     mine = np.arange(100, 100 + rows)
     size = min(batch_size, rows)
-    steps = rows * 4 // size  # at least 4 * rows - size rows, of which 3 whole epochs are looked at
+    steps = rows * 4 // size  # at least 4 * rows - size rows, of which 3 whole epochs are compared
     run = np.concatenate([batch_rows(0, 5, mine, batch_size, step) for step in range(steps)])
     assert len(run) == steps * size
     for epoch in range(3):
         assert sorted(run[epoch * rows : (epoch + 1) * rows]) == mine.tolist()
 
 
-def test_epochs_and_clients_and_seeds_differ() -> None:
+def test_order_differs_by_epoch_client_and_seed() -> None:
     mine = np.arange(50)
 
     def whole(seed: int, client: int, step: int) -> list[int]:
@@ -38,7 +38,7 @@ def test_epochs_and_clients_and_seeds_differ() -> None:
     assert len(set(map(tuple, orders))) == 5
 
 
-def test_a_batch_needs_only_its_number() -> None:
+def test_batch_depends_only_on_its_number() -> None:
     mine = np.arange(10)
     forward = [batch_rows(3, 1, mine, 4, step).tolist() for step in range(40)]
     backward = [batch_rows(3, 1, mine, 4, step).tolist() for step in reversed(range(40))]
@@ -47,8 +47,8 @@ def test_a_batch_needs_only_its_number() -> None:
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (10, 4), (7, 3), (3, 8), (5, 1)])
-def test_shuffled_batches_are_the_permutations_slices(rows: int, batch_size: int) -> None:
-    """The permutations of three epochs laid end to end, cut into equal pieces."""
+def test_shuffled_batches_are_slices_of_the_permutations(rows: int, batch_size: int) -> None:
+    """The permutations of three epochs end to end, cut into equal slices."""
     mine = np.arange(100, 100 + rows)
     run = [row for epoch in range(3) for row in stream(0, "batches", 5, epoch).permutation(mine).tolist()]
     size = min(batch_size, rows)
@@ -57,7 +57,7 @@ def test_shuffled_batches_are_the_permutations_slices(rows: int, batch_size: int
 
 
 def test_bucketed_batches_are_pinned() -> None:
-    """As commit 6313489 drew them: an epoch of a pool of 8 batches and one of 2, and batches over an epoch's end."""
+    """As in commit 6313489: an epoch of a pool of 8 batches and one of 2, and batches across an epoch's end."""
     forty, ten = np.array([5, 1, 9, 3, 7, 2, 8, 4, 6, 0] * 4), np.array([5, 1, 9, 3, 7, 2, 8, 4, 6, 0])
     assert [batch_rows(3, 2, np.arange(40), 4, step, forty).tolist() for step in (0, 1, 2, 9, 10)] == [
         [9, 19, 39, 11],
@@ -77,11 +77,13 @@ def test_bucketed_batches_are_pinned() -> None:
     ]
 
 
-# --- which rows, by length
+# --- rows by length
 
 
-def life(rows: int, batch_size: int, client: int = 5, seed: int = 0, epochs: int = 4) -> tuple[Ints, list[list[int]]]:
-    """Lengths of `rows` rows, which are numbered from 100, and the client's batches."""
+def epochs_of(
+    rows: int, batch_size: int, client: int = 5, seed: int = 0, epochs: int = 4
+) -> tuple[Ints, list[list[int]]]:
+    """Lengths of `rows` rows, numbered from 100, and the client's batches."""
     lengths = stream(0, "lengths").integers(1, 500, 100 + rows)
     steps = rows * epochs // min(batch_size, rows)
     mine = np.arange(100, 100 + rows)
@@ -89,7 +91,7 @@ def life(rows: int, batch_size: int, client: int = 5, seed: int = 0, epochs: int
 
 
 def pools(rows: int, size: int, epoch: int) -> list[range]:
-    """Numbers of the batches that lie inside one epoch, in pools: batch t covers places t * size to (t + 1) * size of
+    """Numbers of the batches that lie inside one epoch, by pool: batch t covers places t * size to (t + 1) * size of
     the run, and the epoch covers the places from epoch * rows to (epoch + 1) * rows."""
     whole = [t for t in range((epoch + 1) * rows) if epoch * rows <= t * size and (t + 1) * size <= (epoch + 1) * rows]
     return [range(whole[i], whole[min(i + POOL, len(whole)) - 1] + 1) for i in range(0, len(whole), POOL)]
@@ -99,9 +101,9 @@ SIZES = [(12, 4), (10, 4), (7, 3), (3, 8), (1, 4), (5, 1), (100, 4), (64, 4), (1
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), SIZES)
-def test_every_epoch_is_a_permutation_with_lengths_too(rows: int, batch_size: int) -> None:
-    """Each place of the run is filled once, though within a pool the places change."""
-    _, batches = life(rows, batch_size)
+def test_every_bucketed_epoch_is_a_permutation(rows: int, batch_size: int) -> None:
+    """Each place of the run is filled once, though places change within a pool."""
+    _, batches = epochs_of(rows, batch_size)
     size = min(batch_size, rows)
     assert {len(batch) for batch in batches} == {size}
     for epoch in range(3):
@@ -115,18 +117,18 @@ def test_every_epoch_is_a_permutation_with_lengths_too(rows: int, batch_size: in
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), SIZES)
-def test_a_pool_is_cut_from_its_sorted_rows(rows: int, batch_size: int) -> None:
-    lengths, batches = life(rows, batch_size)
+def test_pool_is_cut_from_its_sorted_rows(rows: int, batch_size: int) -> None:
+    lengths, batches = epochs_of(rows, batch_size)
     for epoch in range(3):
         for pool in pools(rows, min(batch_size, rows), epoch):
             by_rank = sorted((batches[t] for t in pool), key=lambda batch: [int(lengths[row]) for row in batch])
-            told = [int(lengths[row]) for batch in by_rank for row in batch]
-            assert told == sorted(told)
+            in_order = [int(lengths[row]) for batch in by_rank for row in batch]
+            assert in_order == sorted(in_order)
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), SIZES)
-def test_pools_and_borders_hold_the_rows_that_they_would_hold_unsorted(rows: int, batch_size: int) -> None:
-    _, batches = life(rows, batch_size)
+def test_pools_hold_the_same_rows_as_unsorted(rows: int, batch_size: int) -> None:
+    _, batches = epochs_of(rows, batch_size)
     size, mine = min(batch_size, rows), np.arange(100, 100 + rows)
     plain = [batch_rows(0, 5, mine, batch_size, step).tolist() for step in range(len(batches))]
     pooled = [pool for epoch in range(3) for pool in pools(rows, size, epoch)]
@@ -138,7 +140,7 @@ def test_pools_and_borders_hold_the_rows_that_they_would_hold_unsorted(rows: int
     assert bool(borders) == bool(rows % size)
 
 
-def test_equal_lengths_keep_the_order_of_the_run() -> None:
+def test_equal_lengths_keep_their_order() -> None:
     mine, lengths = np.arange(32), np.arange(32) % 2
     pool = [row for step in range(8) for row in batch_rows(0, 5, mine, 4, step).tolist()]
     batches = [batch_rows(0, 5, mine, 4, step, lengths).tolist() for step in range(8)]
@@ -147,26 +149,26 @@ def test_equal_lengths_keep_the_order_of_the_run() -> None:
 
 
 def ranks(rows: int, client: int, pool: int = 0, seed: int = 0) -> list[int]:
-    """By step of a pool: the place of its batch among the pool's batches by length, where lengths all differ."""
+    """By step of a pool: the rank of its batch among the pool's batches by length, where all lengths differ."""
     lengths = np.arange(rows)
     steps = range(pool * POOL, min((pool + 1) * POOL, rows // 4))
     longest = [int(batch_rows(seed, client, np.arange(rows), 4, step, lengths).max()) for step in steps]
     return [sorted(longest).index(one) for one in longest]
 
 
-def test_clients_meet_short_and_long_batches_at_the_same_time() -> None:
+def test_clients_get_short_and_long_batches_at_the_same_time() -> None:
     """Pools of 8 batches of 4 rows; 72 rows are two whole pools and one of 2 batches."""
     assert sorted(ranks(72, client=0)) == list(range(8))
     assert ranks(72, client=0) == ranks(72, client=1) == ranks(32, client=2)
     assert ranks(72, client=0, pool=1) == ranks(72, client=3, pool=1) != ranks(72, client=0)
     assert ranks(72, client=0, seed=1) != ranks(72, client=0)
     assert sorted(ranks(72, client=0, pool=2)) == [0, 1]
-    # A client of 20 rows has 5 batches; they stand to each other as the first 5 of those with 8.
+    # A client of 20 rows has 5 batches, ordered like the first 5 of those with 8.
     first = ranks(72, client=0)[:5]
     assert ranks(20, client=4) == [sorted(first).index(rank) for rank in first]
 
 
-def test_a_pack_is_padded_less() -> None:
+def test_bucketed_pack_has_less_padding() -> None:
     """4 clients of 64 rows with lengths 1 to 64, a batch of 4 rows each.  The longest of 16 rows at random is about
     16/17 of 64, so 46 % of a pack is padding: 1 - 32.5 / 60.  Sorted, a batch holds an eighth of a pool's lengths,
     about 8 of 64, and were all clients' eighths the same, the mean longest would be 36: 1 - 32.5 / 36 = 10 %."""
@@ -180,7 +182,7 @@ def test_a_pack_is_padded_less() -> None:
     assert padding(lengths) < 0.2
 
 
-def test_a_sorted_batch_needs_only_its_number() -> None:
+def test_bucketed_batch_depends_only_on_its_number() -> None:
     lengths, mine = np.arange(10)[::-1] * 3, np.arange(10)
     forward = [batch_rows(3, 1, mine, 4, step, lengths).tolist() for step in range(40)]
     backward = [batch_rows(3, 1, mine, 4, step, lengths).tolist() for step in reversed(range(40))]
@@ -188,10 +190,10 @@ def test_a_sorted_batch_needs_only_its_number() -> None:
     assert len(batch_rows(3, 1, mine, 4, 10**12, lengths)) == 4
 
 
-# --- as tensors
+# --- tensors
 
 
-def test_labels_leave_out_padding_and_prompt() -> None:
+def test_labels_exclude_padding_and_prompt() -> None:
     batch = collate(SPOKEN, np.array([1, 0]), mask_prompt=True, pad=PAD)
     assert sorted(batch) == ["input_ids", "labels"]
     assert batch["input_ids"].tolist() == [[5, 6, PAD, PAD], [1, 2, 3, 4]]
@@ -199,12 +201,12 @@ def test_labels_leave_out_padding_and_prompt() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_labels_hold_the_prompt_where_it_is_not_masked() -> None:
+def test_labels_include_an_unmasked_prompt() -> None:
     batch = collate(SPOKEN, np.array([1, 0]), mask_prompt=False, pad=PAD)
     assert batch["labels"].tolist() == [[5, 6, -100, -100], [1, 2, 3, 4]]
 
 
-def test_a_token_that_equals_pad_is_still_learned() -> None:
+def test_token_equal_to_pad_is_still_a_label() -> None:
     rows = Rows.of([[1, PAD], [1, 2, 3]], prompts=[1, 1])
     batch = collate(rows, np.array([0, 1]), mask_prompt=True, pad=PAD)
     assert batch["labels"].tolist() == [[-100, PAD, -100], [-100, 2, 3]]
@@ -224,7 +226,7 @@ def client_batches(cursor: int, steps: int) -> ClientBatches:
     return ClientBatches(rows, mine, 0, 2, 4, cursor, steps, mask_prompt=True, pad=PAD, batching="shuffled")
 
 
-def test_client_batches_go_on_where_they_stopped() -> None:
+def test_client_batches_continue_in_the_next_round() -> None:
     whole = [batch["input_ids"].flatten().tolist() for batch in client_batches(0, 6)]
     first, rest = client_batches(0, 4), client_batches(4, 2)
     assert (len(first), len(rest)) == (4, 2)
@@ -240,7 +242,7 @@ def by_length(client: int, batching: Batching) -> list[list[int]]:
     return [(batch["labels"] != -100).sum(dim=1).tolist() for batch in batches]
 
 
-def test_bucketed_client_batches_know_the_lengths_of_their_rows() -> None:
+def test_bucketed_client_batches_use_the_lengths_of_their_rows() -> None:
     """One pool of 4 batches: sorted rows, and the same order of lengths for every client."""
     assert sorted(map(sorted, by_length(2, "bucketed"))) == [
         [1, 2, 3, 4],
@@ -253,8 +255,8 @@ def test_bucketed_client_batches_know_the_lengths_of_their_rows() -> None:
 
 
 def test_shuffled_client_batches_do_not() -> None:
-    """Row i has i + 1 tokens, so lengths say which rows a batch has.  Of 20 clients, each has its longest row in a step
-    of its own: were that one of 4 for all, it would be so by chance once in 4 ** 19."""
+    """Row i has i + 1 tokens, so lengths identify a batch's rows.  Of 20 clients, each has its longest row in a
+    different step: that it is the same one of 4 for all has a chance of one in 4 ** 19."""
     expected = [[int(row) + 1 for row in batch_rows(0, 2, np.arange(16), 4, step)] for step in range(4)]
     assert by_length(2, "shuffled") == expected
     longest = [batch.index(max(batch, key=max)) for batch in (by_length(k, "shuffled") for k in range(20))]
@@ -283,13 +285,13 @@ def test_merged_tokens_fill_rows_and_columns() -> None:
     assert both["labels"].tolist() == [[-100, 6, -100], [-100] * 3, [7, 8, 1], [-100, 6, -100]]
 
 
-def test_merged_classes_attend_to_something_in_every_row() -> None:
+def test_merged_classes_have_attention_in_every_row() -> None:
     one = collate(CLASSED, np.array([1]), mask_prompt=True, pad=PAD)
     two = collate(CLASSED, np.array([1, 0]), mask_prompt=True, pad=PAD)
     both = merge([one, two], pad=PAD)
     assert both["labels"].tolist() == [0, -100, 0, 1]
     assert both["attention_mask"].tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]
-    assert one["attention_mask"].tolist() == [[1]]  # the clients' own batches are not written to
+    assert one["attention_mask"].tolist() == [[1]]  # the clients' own batches are not modified
 
 
 def test_merged_pixels_are_zero_where_a_row_is_missing() -> None:
@@ -302,7 +304,7 @@ def test_merged_pixels_are_zero_where_a_row_is_missing() -> None:
     assert both["labels"].tolist() == [1, -100, 0, 1]
 
 
-def test_one_client_is_left_as_it_is() -> None:
+def test_merge_of_one_client_is_unchanged() -> None:
     batch = collate(SPOKEN, np.array([0, 1]), mask_prompt=True, pad=PAD)
     merged = merge([batch], pad=PAD)
     assert all(torch.equal(merged[name], batch[name]) for name in batch)

@@ -1,4 +1,4 @@
-"""From a task to rows: tokens, cuts, the built-in task, and the whole of `load_dataset`."""
+"""From a task to rows: tokens, cuts, the built-in task, and `load_dataset` as a whole."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ PAD, EOS, ASK, CLS = 256, 257, 258, 259
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """A byte is a token; a prompt ends with ASK, an answer and a text with EOS, a text begins with CLS."""
+    """One token per byte; a prompt ends with ASK, an answer and a text with EOS, a text begins with CLS."""
 
     pad: int = PAD
     eos: int = EOS
@@ -60,7 +60,7 @@ CODEC: Processor = ByteTokenizer()
 
 @dataclass(frozen=True)
 class SilentCodec(ByteTokenizer):
-    """Has no tokens for the answer "-"."""
+    """Gives no tokens for the answer "-"."""
 
     def answer(self, text: str) -> list[int]:
         return [] if text == "-" else super().answer(text)
@@ -76,21 +76,21 @@ class WordyCodec(ByteTokenizer):
 
 @dataclass(frozen=True)
 class RunCodec(ByteTokenizer):
-    """A question's tokens are its runs of letters, by their length, and its digits."""
+    """The tokens of a question are its runs of letters, by their length, and its digits."""
 
     def prompt(self, text: str) -> list[int]:
         return [*map(len, re.findall(r"[a-z]+|[0-9]", text)), ASK]
 
 
-def spoken(*pairs: tuple[str, str], keys: Sequence[str] | None = None) -> Pairs:
+def pairs_of(*pairs: tuple[str, str], keys: Sequence[str] | None = None) -> Pairs:
     questions, answers = zip(*pairs, strict=True)
     return Pairs("causal-lm", questions, answers, tuple(keys or [""] * len(pairs)))
 
 
 def numbered(sizes: dict[str, int]) -> Pairs:
-    """Pairs that are all different; sizes[key] of them with each key."""
+    """Distinct pairs; sizes[key] of them with each key."""
     keys = [key for key, size in sizes.items() for _ in range(size)]
-    return spoken(*((f"q{i}", f"a{i}") for i in range(len(keys))), keys=keys)
+    return pairs_of(*((f"q{i}", f"a{i}") for i in range(len(keys))), keys=keys)
 
 
 def federation(kind: str, clients: int) -> Federation:
@@ -105,7 +105,7 @@ def as_text(rows: Rows) -> list[tuple[str, str]]:
 # --- rows
 
 
-def test_rows_are_flat_arrays_of_stated_types() -> None:
+def test_rows_are_flat_arrays_of_fixed_types() -> None:
     rows = Rows.of([[1, 2, 3], [], [4]], prompts=[1, 0, 0], classes=[2, 0, 1])
     assert rows.tokens.tolist() == [1, 2, 3, 4]
     assert rows.offsets.tolist() == [0, 3, 3, 4]
@@ -124,18 +124,18 @@ def test_no_rows() -> None:
 # --- tokens
 
 
-def test_a_short_row_is_prompt_then_answer() -> None:
-    rows, _, cuts = tokenised(spoken(("ab", "cd")), CODEC, max_length=8)
+def test_short_row_is_prompt_then_answer() -> None:
+    rows, _, cuts = tokenised(pairs_of(("ab", "cd")), CODEC, max_length=8)
     assert cuts == Cuts()
     assert rows.row(0).tolist() == [97, 98, ASK, 99, 100, EOS]
     assert rows.prompts.tolist() == [3]
 
 
-def test_a_long_answer_keeps_its_start_and_loses_its_end_token() -> None:
+def test_long_answer_keeps_its_start_and_loses_its_end_token() -> None:
     """Without its end token: the model must not learn to stop there."""
-    rows, _, cuts = tokenised(spoken(("ab", "cdefghij"), ("ab", "cdefg")), CODEC, max_length=8)
+    rows, _, cuts = tokenised(pairs_of(("ab", "cdefghij"), ("ab", "cdefg")), CODEC, max_length=8)
     assert rows.row(0).tolist() == [97, 98, ASK, *b"cdefg"]  # 3 + 5 = 8
-    assert rows.row(1).tolist() == [97, 98, ASK, *b"cdefg"]  # only its end token has no room
+    assert rows.row(1).tolist() == [97, 98, ASK, *b"cdefg"]  # without room for its end token
     assert rows.prompts.tolist() == [3, 3]
     assert cuts == Cuts(cut=2, answers=2)
 
@@ -143,28 +143,28 @@ def test_a_long_answer_keeps_its_start_and_loses_its_end_token() -> None:
 @pytest.mark.parametrize(
     ("question", "answer", "kept", "learned"),
     [
-        # Of 12 tokens the answer's EOS takes one and the prompt's ASK one; of an even cut the beginning has the half.
+        # Of 12 tokens the answer's EOS takes one and the prompt's ASK one; the beginning gets half of an even cut.
         ("0123456", "xyz", "0123456", [*b"xyz", EOS]),  # 8 + 4 = 12 fits
         ("01234567", "xyz", "0123567", [*b"xyz", EOS]),  # 7 of 8 characters
         ("0123456789abcdefghij" * 9, "xyz", "0123hij", [*b"xyz", EOS]),
-        ("0123456789", "uvwxy", "01289", [*b"uvwxy", EOS]),  # an answer of half a row stays whole
-        ("0123456789", "uvwxyz", "01289", [*b"uvwxyz"]),  # a longer one keeps that half
-        ("012", "opqrstuvwxyz", "012", [*b"opqrstuv"]),  # and more, where the prompt leaves it
-        ("\u00e9" * 9, "xyz", "\u00e9\u00e9\u00e9", [*b"xyz", EOS]),  # 2 bytes a character, of which none is broken
+        ("0123456789", "uvwxy", "01289", [*b"uvwxy", EOS]),  # an answer of half a row stays complete
+        ("0123456789", "uvwxyz", "01289", [*b"uvwxyz"]),  # a longer one keeps half a row
+        ("012", "opqrstuvwxyz", "012", [*b"opqrstuv"]),  # and more, if the prompt leaves it
+        ("\u00e9" * 9, "xyz", "\u00e9\u00e9\u00e9", [*b"xyz", EOS]),  # 2 bytes a character; no character is split
     ],
 )
-def test_a_long_row_is_cut_in_the_middle_of_its_question(
+def test_long_row_is_cut_in_the_middle_of_its_question(
     question: str, answer: str, kept: str, learned: list[int]
 ) -> None:
-    rows, _, cuts = tokenised(spoken((question, answer)), CODEC, max_length=12)
+    rows, _, cuts = tokenised(pairs_of((question, answer)), CODEC, max_length=12)
     assert rows.row(0).tolist() == [*kept.encode(), ASK, *learned]
     assert rows.prompts.tolist() == [len(kept.encode()) + 1]
     text, end = int(kept != question), int(learned[-1] != EOS)
     assert cuts == Cuts(cut=max(text, end), prompts=text, answers=end)
 
 
-def test_only_the_columns_texts_are_cut_the_longest_first(tmp_path: Path) -> None:
-    """Of 40 tokens "ok" and EOS take 3, "Sum up: ", ", for " and " >>" 16, ASK one; 20 are left for both."""
+def test_only_column_texts_are_cut_longest_first(tmp_path: Path) -> None:
+    """In 40 tokens "ok" and EOS take 3, "Sum up: ", ", for " and " >>" 16, ASK one; 20 are left for both."""
     file = tmp_path / "rows.jsonl"
     texts = [("abcdefghijklmnopqrstuvwxyz", "Tom"), ("abcdefghijklmnopqrstuvwxyz", "0123456789ABCDEF"), ("", "Tom")]
     file.write_text("\n".join(json.dumps({"text": text, "who": who, "a": "ok"}) for text, who in texts))
@@ -181,21 +181,21 @@ def test_only_the_columns_texts_are_cut_the_longest_first(tmp_path: Path) -> Non
 
 
 def test_rows_without_room_for_the_question_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """A question of one letter takes 10 tokens; of 16 an answer keeps 8 at least."""
-    pairs = spoken(("a" * 50, "0123456"), ("b", "01234"), ("c" * 50, "0123"), ("d", "0123456789abcdef"))
+    """A question of one letter takes 10 tokens; of 16 an answer keeps at least 8."""
+    pairs = pairs_of(("a" * 50, "0123456"), ("b", "01234"), ("c" * 50, "0123"), ("d", "0123456789abcdef"))
     with caplog.at_level(logging.WARNING):
         rows, index, cuts = tokenised(pairs, WordyCodec(), max_length=16)
     assert index.tolist() == [1, 2]
     assert as_text(rows) == [("b", "01234"), ("cc", "0123")]
-    # The first needs 10 + 8, the last 10 + 10: half of 20 is the prompt's.
+    # The first needs 10 + 8, the last 10 + 10: the prompt gets half of 20.
     assert cuts == Cuts(cut=1, prompts=1, answers=0, dropped=2, least=18)
     assert [record.getMessage() for record in caplog.records] == [
         "rows longer than task.max_length=16, of 4: 1 cut (1 in the text), 2 dropped"
     ]
 
 
-def test_where_all_rows_are_dropped_one_line_says_what_would_do() -> None:
-    pairs = spoken(("a" * 50, "0123456"), ("b" * 50, "0123456789abcdef"))
+def test_error_names_a_sufficient_length_if_all_rows_are_dropped() -> None:
+    pairs = pairs_of(("a" * 50, "0123456"), ("b" * 50, "0123456789abcdef"))
     with pytest.raises(UserError) as caught:
         build_dataset(pairs, Task(max_length=16), federation("iid", 1), WordyCodec(), seed=0)
     assert (caught.value.field, caught.value.value) == ("task.max_length", 16)
@@ -204,22 +204,22 @@ def test_where_all_rows_are_dropped_one_line_says_what_would_do() -> None:
 
 
 @pytest.mark.parametrize("max_length", [24, 25, 64, 200])
-def test_a_cut_row_is_as_long_as_it_may_be_for_a_tokenizer_whose_tokens_differ_in_length(max_length: int) -> None:
-    """A token is a run of letters or a digit; what is cut may not fall short by more than the longest run's tokens."""
+def test_cut_row_fills_max_length_with_tokens_of_different_lengths(max_length: int) -> None:
+    """A token is a run of letters or a digit; a cut row is short of the limit by at most the longest run's tokens."""
     words = "".join(f"{'abcdefghij'[: i % 9 + 1]}{i}" for i in range(2000))
-    rows, _, cuts = tokenised(spoken((words, "xyz"), (words[:700], "x")), RunCodec(), max_length)
+    rows, _, cuts = tokenised(pairs_of((words, "xyz"), (words[:700], "x")), RunCodec(), max_length)
     assert cuts.prompts == 2
     assert all(max_length - 1 <= length <= max_length for length in rows.lengths.tolist())
 
 
 def test_rows_without_answer_tokens_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        rows, kept, _ = tokenised(spoken(("a", "-"), ("b", "B"), ("c", "-")), SilentCodec(), max_length=8)
+        rows, kept, _ = tokenised(pairs_of(("a", "-"), ("b", "B"), ("c", "-")), SilentCodec(), max_length=8)
     assert (len(rows), kept.tolist()) == (1, [1])
     assert [record.getMessage() for record in caplog.records] == ["2 of 3 rows have no tokens to learn from; dropped"]
 
 
-def test_a_long_text_keeps_its_closing_token_and_its_class() -> None:
+def test_long_text_keeps_its_closing_token_and_its_class() -> None:
     pairs = Pairs("classification", ("abcdefghij", "ab"), ("no", "yes"), ("", ""), ("yes", "no"))
     rows, _, cuts = tokenised(pairs, CODEC, max_length=8)
     assert rows.row(0).tolist() == [CLS, *b"abchij", EOS]
@@ -232,12 +232,12 @@ def test_a_long_text_keeps_its_closing_token_and_its_class() -> None:
 
 
 def test_distinct_compares_question_and_answer_together() -> None:
-    pairs = spoken(("q", "a"), ("q", "b"), ("p", "a"), ("q", "a"))
+    pairs = pairs_of(("q", "a"), ("q", "b"), ("p", "a"), ("q", "a"))
     assert distinct(pairs).take(np.arange(3)) == pairs.take(np.array([0, 1, 2]))
     assert len(distinct(pairs)) == 3
 
 
-def test_a_cap_draws_by_seed_and_keeps_the_order() -> None:
+def test_row_limit_draws_by_seed_and_keeps_the_order() -> None:
     pairs = numbered({"k": 100})
     chosen = [int(question[1:]) for question in capped(pairs, 10, seed=0).questions]
     assert len(set(chosen)) == 10
@@ -262,24 +262,24 @@ def test_python_docs_hold_thousands_of_rows_of_many_modules(docs: Pairs) -> None
     assert list(docs.keys) == sorted(docs.keys)
 
 
-def test_python_docs_know_python_and_c(docs: Pairs) -> None:
+def test_python_docs_cover_python_and_c(docs: Pairs) -> None:
     answer = dict(zip(docs.questions, docs.answers, strict=True))
     assert answer["What does `textwrap.dedent` do?"].startswith("Remove any common leading whitespace from every")
     assert answer["What does `math.ceil` do?"].startswith("Return the ceiling of x as an Integral")
     assert "What does `os.mkdir` do?" in answer
 
 
-def test_python_docs_say_each_answer_once_in_single_spaces(docs: Pairs) -> None:
+def test_python_docs_have_each_answer_once_in_single_spaces(docs: Pairs) -> None:
     assert len(set(docs.answers)) == len(docs) == len(set(docs.questions))
     assert all(answer == " ".join(answer.split()) and len(answer.split()) > 2 for answer in docs.answers)
 
 
-def test_python_docs_are_the_same_whatever_this_process_did(docs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_docs_do_not_depend_on_the_process(docs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("textwrap.dedent.__doc__", "Something that was patched in.")
     assert python_docs() == docs
 
 
-def test_a_module_s_callables_are_its_own_under_their_own_names() -> None:
+def test_module_callables_are_its_own_under_their_own_names() -> None:
     module = ModuleType("toys")
     code = "def spin(): pass\ndef _hidden(): pass\nclass Top:\n  def turn(self): pass\n  def __len__(self): return 0\n"
     exec(code + "whirl = spin\nfrom textwrap import dedent\nsize = 3", module.__dict__)
@@ -307,7 +307,7 @@ def test_first_paragraph(doc: object, text: str) -> None:
     assert first_paragraph(doc) == text
 
 
-# --- the whole
+# --- load_dataset
 
 
 def same(one: Dataset, other: Dataset) -> bool:
@@ -320,7 +320,7 @@ def same(one: Dataset, other: Dataset) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["column", "dirichlet", "shards", "power-law", "iid", "pool"])
-def test_training_rows_are_dealt_out_whole_and_apart_from_the_held_out(kind: str) -> None:
+def test_training_rows_are_partitioned_apart_from_the_held_out(kind: str) -> None:
     pairs = numbered({"x": 40, "y": 30, "z": 10})
     clients = 1 if kind == "pool" else 3
 
@@ -335,16 +335,16 @@ def test_training_rows_are_dealt_out_whole_and_apart_from_the_held_out(kind: str
     assert not set(as_text(data.train)) & set(as_text(data.held_out))
     assert same(data, build(0))
     other = build(1)
-    assert as_text(other.train) == as_text(data.train)  # task.seed draws the rows, the run's seed deals them out
+    assert as_text(other.train) == as_text(data.train)  # task.seed draws the rows, the run's seed partitions them
     assert as_text(other.held_out) == as_text(data.held_out)
     assert same(data, other) == (kind in ("column", "pool"))
 
 
-def test_a_column_makes_the_largest_values_clients_and_leaves_the_rest_out() -> None:
+def test_column_partition_uses_the_largest_values() -> None:
     sizes = {"small": 3, "large": 30, "middle": 10, "other": 10}
     data = build_dataset(numbered(sizes), Task(held_out=0.1), federation("column", 3), CODEC, seed=0)
     assert data.client_names == ("large", "middle", "other")
-    # 0.1 of 30, 10 and 10 rows are held out; "small" (q0, q1, q2) is nowhere.
+    # 0.1 of 30, 10 and 10 rows are held out; "small" (q0, q1, q2) is not used.
     assert [len(data.rows_of(client)) for client in range(3)] == [27, 9, 9]
     seen = {question for rows in (data.train, data.held_out) for question, _ in as_text(rows)}
     assert seen == {f"q{i}" for i in range(3, 53)}
@@ -352,7 +352,7 @@ def test_a_column_makes_the_largest_values_clients_and_leaves_the_rest_out() -> 
     assert first <= {f"q{i}" for i in range(3, 33)}
 
 
-def test_repeats_never_stand_on_both_sides(tmp_path: Path) -> None:
+def test_repeats_are_never_in_both_splits(tmp_path: Path) -> None:
     file = f"{tmp_path}/rows.jsonl"
     with open(file, "w", encoding="utf-8") as lines:
         for i in range(300):  # 30 different rows, ten of each
@@ -369,8 +369,8 @@ def prompts(rows: Rows | Images) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "classification"])
-def test_no_held_out_prompt_is_trained_on_once_rows_are_cut(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
-    """90 long questions of which a cut leaves the end's letter alone, nine of each, and 10 short ones that stay."""
+def test_no_held_out_prompt_is_trained_on_after_cuts(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    """90 long questions that a cut reduces to their last letter, nine of each, and 10 short ones that stay."""
     long = [f"begin {'x' * 30}{i:04d}{'y' * 30} {'abcdefghij'[i % 10]}" for i in range(90)]
     questions = (*long, *(f"short {i}" for i in range(10)))
     answers, names = (("yes",) * 100, ()) if kind == "causal-lm" else (("yes", "no") * 50, ("yes", "no"))
@@ -379,7 +379,7 @@ def test_no_held_out_prompt_is_trained_on_once_rows_are_cut(kind: Kind, caplog: 
         data = build_dataset(pairs, Task(max_length=24, held_out=0.05), federation("iid", 2), CODEC, seed=0)
     assert not set(prompts(data.train)) & set(prompts(data.held_out))
     assert len(data.held_out) == 5
-    # Each held-out letter takes the eight other rows of it, or seven where two of the five have one letter.
+    # Each held-out letter removes its eight other rows, or seven if two of the five have one letter.
     taken = {prompt for prompt in prompts(data.held_out) if len(prompt) > 12}
     assert data.row_counts.repeated == 9 * len(taken) - sum(len(prompt) > 12 for prompt in prompts(data.held_out))
     assert data.row_counts.cut_prompts == 90
@@ -389,18 +389,18 @@ def test_no_held_out_prompt_is_trained_on_once_rows_are_cut(kind: Kind, caplog: 
     )
 
 
-def test_one_question_cut_in_two_ways_is_one_question() -> None:
+def test_question_cut_in_two_ways_is_one_question() -> None:
     """The long answer leaves 10 tokens of 20 to the prompt, the short one 18."""
     questions = [f"{i:03d}{'x' * 40}{i:03d}" for i in range(20) for _ in range(2)]
-    pairs = spoken(*zip(questions, ["a", "a" * 30] * 20, strict=True))
+    pairs = pairs_of(*zip(questions, ["a", "a" * 30] * 20, strict=True))
     data = build_dataset(pairs, Task(max_length=20, held_out=0.2), federation("iid", 2), CODEC, seed=0)
     asked = [{CODEC.decode(prompt[:3]) for prompt in prompts(rows)} for rows in (data.train, data.held_out)]
     assert not asked[0] & asked[1]
     assert len(asked[0] | asked[1]) == 20
 
 
-def test_where_a_cut_makes_all_questions_equal_one_line_says_what_would_tell_them_apart() -> None:
-    pairs = spoken(*((f"begin {'x' * 30}{i:04d}{'y' * 30} end", "answer") for i in range(100)))
+def test_error_names_a_sufficient_length_if_a_cut_makes_all_questions_equal() -> None:
+    pairs = pairs_of(*((f"begin {'x' * 30}{i:04d}{'y' * 30} end", "answer") for i in range(100)))
     with pytest.raises(UserError, match=r"or let task\.prompt, and task\.max_length or") as caught:
         build_dataset(pairs, Task(max_length=40, held_out=0.2), federation("iid", 2), CODEC, seed=0)
     assert caught.value.field == "task.held_out"
@@ -415,7 +415,7 @@ def test_classes_from_a_table(tmp_path: Path) -> None:
     data = load_dataset(task, federation("iid", 4), CODEC, seed=0)
     assert (data.kind, data.class_names) == ("classification", ("glad", "sad"))
     assert data.client_names == ("client 0", "client 1", "client 2", "client 3")
-    # Held-out rows are spread over the classes: 0.2 of 30 glad and of 10 sad rows.
+    # Held-out rows are stratified by class: 0.2 of 30 glad and of 10 sad rows.
     assert np.bincount(data.held_out.classes).tolist() == [6, 2]
     assert np.bincount(data.train.classes).tolist() == [24, 8]
     for i in range(len(data.train)):
@@ -423,7 +423,7 @@ def test_classes_from_a_table(tmp_path: Path) -> None:
         assert data.train.classes[i] == (0 if number % 4 else 1)
 
 
-def test_keys_of_training_rows_and_the_clients_that_judged_rows_are_like() -> None:
+def test_keys_of_training_rows_and_clients_of_evaluation_rows() -> None:
     """40, 30 and 10 rows of x, y and z; a tenth is held out: 4, 3 and 1."""
     data = build_dataset(numbered({"x": 40, "y": 30, "z": 10}), Task(), federation("column", 3), CODEC, seed=0)
     assert data.key_names == ("x", "y", "z")
@@ -436,7 +436,7 @@ def test_keys_of_training_rows_and_the_clients_that_judged_rows_are_like() -> No
 
 
 @pytest.mark.parametrize("kind", ["dirichlet", "shards", "power-law", "iid"])
-def test_judged_rows_are_dealt_out_like_the_training_rows_of_their_key(kind: str) -> None:
+def test_evaluation_rows_are_assigned_like_training_rows_of_their_key(kind: str) -> None:
     pairs = numbered({"x": 400, "y": 300, "z": 100})
     data = build_dataset(pairs, Task(held_out=0.2), federation(kind, 4), CODEC, seed=0)
     counts = np.stack([np.bincount(data.train_keys[data.rows_of(client)], minlength=3) for client in range(4)])
@@ -449,7 +449,7 @@ def test_judged_rows_are_dealt_out_like_the_training_rows_of_their_key(kind: str
         assert (abs(dealt - exact) < 1).all()  # largest remainders: the whole part, or one more
 
 
-def test_validation_rows_can_be_judged_in_place_of_the_held_out() -> None:
+def test_validation_rows_can_replace_held_out_rows() -> None:
     pairs, task = numbered({"x": 60, "y": 40}), Task(held_out=0.2, validation=0.1)
     held_out = build_dataset(pairs, task, federation("column", 2), CODEC, seed=0)
     validation = build_dataset(pairs, task, federation("column", 2), CODEC, 0, "validation")
@@ -460,8 +460,9 @@ def test_validation_rows_can_be_judged_in_place_of_the_held_out() -> None:
     assert np.bincount(validation.held_out_clients).tolist() == [6, 4]
 
 
-def test_the_census_accounts_for_every_row() -> None:
-    """120 rows: 10 of "z", then 10 beyond max_rows; a silent one among x; the question of q0 stands twice."""
+def test_row_counts_account_for_every_row() -> None:
+    """120 rows: 10 of "z", then 10 beyond max_rows; a row without answer tokens among x; a repeat of the question
+    q0."""
     pairs = numbered({"x": 70, "y": 40, "z": 10})
     questions = [*pairs.questions[:69], "Q0", *pairs.questions[70:]]
     answers = ["a0", "-", *pairs.answers[2:]]
@@ -484,20 +485,20 @@ def test_max_rows_counts_training_and_held_out_rows() -> None:
     assert (len(data.train), len(data.held_out)) == (15, 5)
 
 
-def test_the_task_s_seed_keeps_rows_apart_for_all_seeds_of_the_run() -> None:
-    """Settings chosen with one seed must not have seen what another is judged on."""
+def test_task_seed_fixes_the_splits_for_all_run_seeds() -> None:
+    """Settings chosen with one seed must not depend on the rows that evaluate another."""
     pairs, dirichlet = numbered({"x": 90, "y": 70, "z": 40}), federation("dirichlet", 3)
     task = Task(max_rows=100, held_out=0.2, validation=0.2)
     first, second = (build_dataset(pairs, task, dirichlet, CODEC, seed) for seed in (0, 1))
     tuned = build_dataset(pairs, task, dirichlet, CODEC, 2, "validation")
     assert as_text(first.held_out) == as_text(second.held_out)
     assert not set(as_text(first.held_out)) & {*as_text(tuned.train), *as_text(tuned.held_out)}
-    assert first.client_rows.tolist() != second.client_rows.tolist()  # the partition is the run's own
+    assert first.client_rows.tolist() != second.client_rows.tolist()  # the partition follows the run's own seed
     other = build_dataset(pairs, task.model_copy(update={"seed": 6}), dirichlet, CODEC, 0)
     assert as_text(other.held_out) != as_text(first.held_out)
 
 
-def test_the_clients_of_a_column_do_not_hang_on_which_rows_max_rows_leaves() -> None:
+def test_column_clients_do_not_depend_on_the_rows_that_max_rows_keeps() -> None:
     pairs = numbered({"x": 31, "y": 30, "z": 29})
     for seed in range(5):
         data = build_dataset(pairs, Task(max_rows=20, seed=seed), federation("column", 2), CODEC, seed=0)
@@ -505,8 +506,8 @@ def test_the_clients_of_a_column_do_not_hang_on_which_rows_max_rows_leaves() -> 
         assert len(data.train) + len(data.held_out) == 20
 
 
-def test_a_pool_is_judged_on_the_rows_that_its_federation_is_judged_on() -> None:
-    """By the keys with which the refusal of method.name=centralized answers."""
+def test_pool_and_federation_have_the_same_evaluation_rows() -> None:
+    """With the keys that the refusal of method.name=centralized recommends."""
     pairs, tree = numbered({"x": 40, "y": 30, "z": 20}), {"federation": {"clients": 2}}
     apart = build_dataset(pairs, Task(max_rows=50), load_config(tree).federation, CODEC, seed=0)
     with pytest.raises(UserError) as refused:
@@ -538,8 +539,8 @@ def test_python_docs_as_a_federation() -> None:
 
 
 @pytest.mark.parametrize("max_length", [40, 48, 64])
-def test_python_docs_cut_short_keep_their_template_and_splits_apart(max_length: int) -> None:
-    """Of 20 tokens for the longest prompts 17 are the template's and ASK, which leaves 3 for the name."""
+def test_python_docs_cut_short_keep_their_template_and_disjoint_splits(max_length: int) -> None:
+    """For the longest prompts the template and ASK take 17 of 20 tokens, which leaves 3 for the name."""
     task, shares = Task(max_length=max_length), federation("iid", 8)
     data = build_dataset(load_pairs(task, shares), task, shares, CODEC, seed=0)
     assert all(text.startswith("What does `") and text.endswith("` do?") for text, _ in as_text(data.train))
@@ -547,13 +548,13 @@ def test_python_docs_cut_short_keep_their_template_and_splits_apart(max_length: 
     assert data.row_counts.repeated > 0
 
 
-def test_the_built_in_task_refuses_a_table_s_fields() -> None:
+def test_built_in_task_refuses_the_fields_of_a_table() -> None:
     with pytest.raises(UserError, match=r"set task\.name=table") as caught:
         load_dataset(Task(path="rows.csv"), federation("iid", 2), CODEC, seed=0)
     assert caught.value.field == "task.name"
 
 
-def test_rows_without_any_tokens_are_an_error() -> None:
+def test_rows_without_any_tokens_are_refused() -> None:
     with pytest.raises(UserError) as caught:
-        build_dataset(spoken(("q", "-")), Task(), federation("iid", 1), SilentCodec(), seed=0)
+        build_dataset(pairs_of(("q", "-")), Task(), federation("iid", 1), SilentCodec(), seed=0)
     assert caught.value.field == "task.path"

@@ -1,4 +1,4 @@
-"""Digests of a task's data, and runs and sweeps that refuse to go on with other data; nothing here starts Ray."""
+"""Digests of a task's data, and the refusal to resume a run or a sweep with other data; nothing here starts Ray."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ CHANGES: dict[str, tuple[Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_fingerprint_says_what_changed(change: str, tmp_path: Path) -> None:
+def test_fingerprint_names_what_changed(change: str, tmp_path: Path) -> None:
     made, expected = CHANGES[change]
     before = data(config(written(tmp_path / "rows.jsonl", ROWS), "task.seed=3"))
     after = data(config(written(tmp_path / "rows.jsonl", made(ROWS)), "task.seed=3"))
@@ -92,13 +92,13 @@ def test_a_fingerprint_says_what_changed(change: str, tmp_path: Path) -> None:
         assert differing(before.fingerprint, after.fingerprint) == expected
 
 
-def test_other_owners_of_the_same_splits(tmp_path: Path) -> None:
+def test_other_partition_of_the_same_splits(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", ROWS)
     one, other = (data(config(path, "federation.partition={kind: iid}", f"seed={seed}")) for seed in (0, 1))
     assert differing(one.fingerprint, other.fingerprint) == ["owners"]
 
 
-def test_another_tokenizer_and_other_labels_are_other_rows(tmp_path: Path) -> None:
+def test_other_tokenizer_and_labels_give_other_rows(tmp_path: Path) -> None:
     class Louder(ByteTokenizer):
         def prompt(self, text: str) -> list[int]:
             return super().prompt(text.upper())
@@ -113,7 +113,7 @@ def test_another_tokenizer_and_other_labels_are_other_rows(tmp_path: Path) -> No
     assert differing(before.fingerprint, after.fingerprint)[0] == "rows"
 
 
-def test_images_are_told_apart_by_pixels_labels_and_what_the_model_makes_of_them() -> None:
+def test_images_differ_by_pixels_labels_and_processor() -> None:
     pixels = np.arange(4 * 3 * 2 * 2, dtype=np.uint8).reshape(4, 3, 2, 2)
     splits = Splits(np.array([0, 1]), np.array([2]), np.array([3]), np.array([], np.int64))
 
@@ -132,11 +132,11 @@ def test_images_are_told_apart_by_pixels_labels_and_what_the_model_makes_of_them
     assert differing(of(), of(names=("y", "x"))) == ["rows"]
 
 
-# --- a run that goes on
+# --- resumed runs
 
 
 def begun(folder: Path, config: Config) -> None:
-    """A run's folder once the initial model was evaluated."""
+    """A run's folder after the evaluation of the initial model."""
     folder.mkdir()
     job = prepare(config)
     create(Place(folder), job.config).begin(Beginning((), {}, {}, data=asdict(job.dataset.fingerprint), backbone="7"))
@@ -148,7 +148,7 @@ def refusal(config: Config, folder: Path) -> UserError:
     return caught.value
 
 
-def test_a_run_is_not_taken_up_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never() -> None:
         raise AssertionError("Ray was started")
 
@@ -180,42 +180,42 @@ SUMMARY = (
 )
 
 
-def test_other_owners_are_named(tmp_path: Path) -> None:
+def test_other_partition_is_named(tmp_path: Path) -> None:
     then = asdict(data(config(written(tmp_path / "rows.jsonl", ROWS))).fingerprint)
     (tmp_path / "log.jsonl").write_text(json.dumps({"event": "started", "scores": [], "data": then}) + "\n")
     with pytest.raises(UserError, match=r"now there are other owners of the same rows: clients' names, or which"):
         check_data(tmp_path, Fingerprint(**{**then, "owners": "0"}))
 
 
-def test_a_run_of_a_version_without_digests_is_not_taken_up(tmp_path: Path) -> None:
+def test_run_of_a_version_without_digests_does_not_resume(tmp_path: Path) -> None:
     now = Fingerprint(1, "a", "b", "c")
-    check_data(tmp_path, now)  # nothing has begun
+    check_data(tmp_path, now)  # nothing has started
     (tmp_path / "log.jsonl").write_text(json.dumps({"event": "started", "scores": []}) + "\n")
     with pytest.raises(UserError, match=r"--resume: .*this one is of an older version; begin anew in another folder"):
         check_data(tmp_path, now)
     (tmp_path / "summary.json").write_text("{}")
-    check_data(tmp_path, now)  # it is finished: nothing goes on
+    check_data(tmp_path, now)  # a finished run: nothing to resume
 
 
-def test_a_run_is_not_taken_up_with_other_weights(tmp_path: Path) -> None:
+def test_run_does_not_resume_with_other_weights(tmp_path: Path) -> None:
     kept = config(written(tmp_path / "rows.jsonl", ROWS))
     begun(tmp_path / "run", kept)
-    job, told = prepare(kept), list[object]()
+    job, records = prepare(kept), list[object]()
     folder = session.reopen(Place(tmp_path / "run"), job.config)
     asked: dict[str, Any] = {"backbone_sum": "8", "workers_environment": ({}, {})}
     before = (tmp_path / "run" / "log.jsonl").read_bytes()
     with pytest.raises(UserError) as caught:
-        session._beginning(0, folder, job, asked.__getitem__, told.append)
+        session._beginning(0, folder, job, asked.__getitem__, records.append)
     assert str(caught.value) == (
         f"model.path: got 'random'; allowed: the weights with which the run in {tmp_path / 'run'} began; these are "
         "others; restore them, or begin anew in another folder"
     )
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
     asked["backbone_sum"] = "7"
-    assert session._beginning(0, folder, job, asked.__getitem__, told.append).backbone == "7"
+    assert session._beginning(0, folder, job, asked.__getitem__, records.append).backbone == "7"
 
 
-def test_the_sum_over_the_weights_leaves_out_what_is_computed() -> None:
+def test_checksum_of_the_weights_excludes_computed_tensors() -> None:
     from rayfed_sub.runtime.coordinator import Coordinator
 
     def summed(**arrays: Any) -> str:
@@ -225,10 +225,10 @@ def test_the_sum_over_the_weights_leaves_out_what_is_computed() -> None:
     assert summed(w=[[1.0, 2.0]], f=[1.0]) == summed(w=[[1.0, 2.0]], f=[1.1]) != summed(w=[[1.0, 2.5]], f=[1.0])
 
 
-# --- a sweep that goes on
+# --- resumed sweeps
 
 
-def test_a_sweep_is_not_taken_up_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder = written(tmp_path / "rows.jsonl", ROWS), tmp_path / "sweep"
     tree = config(path, "task.validation=0.1", "evaluation.split=validation", "name=grid").model_dump(mode="json")
     tree["sweep"] = {"space": {"task.seed": {"grid": [0, 1]}, "optimizer.lr": {"grid": [0.1, 0.2]}}}
@@ -246,7 +246,7 @@ def test_a_sweep_is_not_taken_up_with_other_rows(tmp_path: Path, monkeypatch: py
         run_sweep(load_sweep(file), folder)
     with pytest.raises(StartError):
         run_sweep(load_sweep(file), folder, resume=True)
-    assert len(json.loads((folder / "data.json").read_text())) == 2  # a data set for each task.seed
+    assert len(json.loads((folder / "data.json").read_text())) == 2  # one data set per task.seed
     written(path, swapped(ROWS, 0, 2))
     with pytest.raises(UserError, match=rf"--resume: got '{folder}'; .* now there are other splits of the same rows"):
         run_sweep(load_sweep(file), folder, resume=True)

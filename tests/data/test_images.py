@@ -73,7 +73,7 @@ def random_model(numbers: dict[str, Any]) -> Model:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "WEBP"])
-def test_the_same_pixels_have_one_digest_in_every_lossless_file(kind: str) -> None:
+def test_same_pixels_have_one_digest_in_every_lossless_format(kind: str) -> None:
     picture = drawn("disc", 0)
     how = {"lossless": True} if kind == "WEBP" else {}
     assert digest(decoded(filed(picture, kind, **how))) == digest(picture)
@@ -81,7 +81,7 @@ def test_the_same_pixels_have_one_digest_in_every_lossless_file(kind: str) -> No
     assert digest(decoded(filed(drawn("disc", 1)))) != digest(picture)
 
 
-def test_what_is_not_eight_bits_gray_or_red_green_blue_becomes_so() -> None:
+def test_other_formats_become_eight_bit_gray_or_rgb() -> None:
     values = np.array([[0, 256], [51 * 256, 65535]], dtype=np.uint16)
     assert np.asarray(decoded(filed(Image.fromarray(values)))).tolist() == [[0, 1], [51, 255]]  # 16 bits
     assert np.asarray(decoded(filed(Image.new("1", (1, 1), 1)))).tolist() == [[255]]
@@ -90,22 +90,22 @@ def test_what_is_not_eight_bits_gray_or_red_green_blue_becomes_so() -> None:
     assert decoded(filed(RED.convert("P", palette=Image.Palette.ADAPTIVE))).getpixel((0, 0)) == (255, 0, 51)
 
 
-def test_a_photograph_is_put_upright() -> None:
+def test_photograph_is_rotated_upright() -> None:
     lying = Image.new("L", (4, 2))
     exif = lying.getexif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # EXIF: rotate by 90 degrees
     assert decoded(filed(lying, "PNG", exif=exif)).size == (2, 4)
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"no image", filed(drawn("disc", 0))[:80], filed(drawn("disc", 0), "JPEG")[:90]]
 )
-def test_a_broken_file_says_why(content: bytes) -> None:
+def test_broken_file_is_reported_with_its_cause(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         decoded(content)
 
 
-def test_no_picture_stands_in_two_splits(tmp_path: Path) -> None:
+def test_no_image_is_in_two_splits(tmp_path: Path) -> None:
     """32 pictures, each three times: as PNG, as BMP and under another label."""
     pictures = [drawn("disc", number) for number in range(32)]
     cells = [*map(filed, pictures), *(filed(picture, "BMP") for picture in pictures), *map(filed, pictures)]
@@ -120,7 +120,7 @@ def test_no_picture_stands_in_two_splits(tmp_path: Path) -> None:
     assert len(set.union(*seen)) == 32
 
 
-def test_pictures_that_are_one_once_they_are_scaled_stand_in_one_split() -> None:
+def test_images_that_are_equal_after_scaling_are_in_one_split() -> None:
     """20 gray squares, each also with a left half that is lighter by as much as the right half is darker."""
     plain = [np.full((4, 4), 60 + 5 * i, np.uint8) for i in range(20)]
     halves = np.array([2, 2, -2, -2], np.int64)
@@ -151,7 +151,7 @@ def test_inputs_by_hand() -> None:
     assert images.take(np.array([1])).classes.tolist() == [0]
 
 
-def test_gray_images_are_kept_with_one_channel_and_read_as_three() -> None:
+def test_gray_images_are_stored_with_one_channel_and_read_as_three() -> None:
     pairs = Pairs("classification", ("x",), ("a",), ("",), ("a", "b"), (filed(GRAY),))
     images, _, _ = tokenised(pairs, HubImageProcessor(4), 8)
     assert isinstance(images, Images)
@@ -161,7 +161,7 @@ def test_gray_images_are_kept_with_one_channel_and_read_as_three() -> None:
     torch.testing.assert_close(inputs, torch.full((1, 3, 4, 4), (0.2 - 0.5) / 0.5))
 
 
-def test_the_whole_image_is_resized_and_nothing_cut() -> None:
+def test_whole_image_is_resized_without_a_crop() -> None:
     wide = Image.new("L", (8, 2))
     wide.paste(255, (4, 0, 8, 2))  # the right half is white
     (pixels,) = HubImageProcessor(2).pixels(filed(wide))
@@ -173,7 +173,7 @@ def test_the_whole_image_is_resized_and_nothing_cut() -> None:
 
 
 @pytest.mark.parametrize("form", ["bytes", "mapping"])
-def test_cells_of_both_forms_are_read(form: str, tmp_path: Path) -> None:
+def test_both_forms_of_cells_are_read(form: str, tmp_path: Path) -> None:
     files = [filed(drawn(kind, 0)) for kind in KINDS]
     cells = files if form == "bytes" else [{"bytes": file, "path": None} for file in files]
     pairs = table_pairs(table(tmp_path / "rows.parquet", cells, list(KINDS)), None)
@@ -181,9 +181,7 @@ def test_cells_of_both_forms_are_read(form: str, tmp_path: Path) -> None:
     assert pairs.questions == tuple(digest(drawn(kind, 0)) for kind in KINDS)
 
 
-def test_images_of_datasets_come_with_their_files_and_class_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_datasets_images_have_their_files_and_class_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file and a folder in the form of the hub: an Image column, and classes as numbers with names."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["z", "b"])})
@@ -205,15 +203,13 @@ def test_broken_images_are_skipped_by_name_and_counted(tmp_path: Path, caplog: p
     with caplog.at_level(logging.WARNING):
         pairs = table_pairs(table(tmp_path / "rows.parquet", cells, ["a", "b"] * 3, file=names), None)
     assert (pairs.images, pairs.answers) == (tuple(good), ("a", "b", "b"))
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("task.image: 3 of 6 images cannot be read; skipped: 1.png (cannot identify image")
-    assert "row 3 (empty)" in said
-    assert "4.png (empty)" in said
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("task.image: 3 of 6 images cannot be read; skipped: 1.png (cannot identify image")
+    assert "row 3 (empty)" in message
+    assert "4.png (empty)" in message
 
 
-def test_an_image_has_its_own_path_for_a_name_and_every_one_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_broken_image_is_named_by_its_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cells = [{"bytes": filed(GRAY), "path": None}, *({"bytes": b"x", "path": f"{i}.png"} for i in range(5))]
     with caplog.at_level(logging.WARNING):
         table_pairs(table(tmp_path / "rows.parquet", cells), None)
@@ -221,8 +217,8 @@ def test_an_image_has_its_own_path_for_a_name_and_every_one_is_named(
     assert all(f"{i}.png" in caplog.text for i in range(5))
 
 
-def test_pixels_without_a_known_range_and_paths_are_broken_and_not_guessed_at() -> None:
-    """Nobody says where 32-bit pixels are black and white; cut to a byte, different pictures would become the same."""
+def test_pixels_of_unknown_range_and_paths_are_refused() -> None:
+    """The range of 32-bit pixels is unknown; cut to a byte, different images would become the same."""
     deep = io.BytesIO()
     Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(deep, format="TIFF")
     with pytest.raises(ValueError, match="32-bit pixels"):
@@ -231,9 +227,7 @@ def test_pixels_without_a_known_range_and_paths_are_broken_and_not_guessed_at() 
         encoded("a/b.png")
 
 
-def test_rows_without_a_label_are_counted_apart_from_broken_images(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_without_a_label_are_counted_separately(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cells = [filed(drawn("disc", 0)), filed(drawn("disc", 1)), b"torn", b"torn"]
     with caplog.at_level(logging.WARNING):
         pairs = table_pairs(table(tmp_path / "rows.parquet", cells, ["a", None, "b", None]), None)
@@ -264,17 +258,15 @@ def test_no_image_left(tmp_path: Path) -> None:
         ({"image": "x"}, "task.image"),
     ],
 )
-def test_an_image_goes_with_a_label_alone(fields: dict[str, Any], field: str, tmp_path: Path) -> None:
+def test_image_task_accepts_only_a_label(fields: dict[str, Any], field: str, tmp_path: Path) -> None:
     task = table(tmp_path / "rows.parquet", [filed(GRAY), filed(RED)]).model_copy(update=fields)
     with pytest.raises(UserError) as caught:
         table_pairs(task, None)
     assert caught.value.field == field
 
 
-def test_the_same_pixels_count_once_whatever_file_and_label_they_have(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A disc three times, saved anew twice, once with another label; a cross."""
+def test_same_pixels_count_once_in_any_file_and_label(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A disc three times, two of them saved anew, one of these with another label; a cross."""
     disc = drawn("disc", 0)
     cells = [filed(disc), filed(disc, "BMP"), filed(disc, "PNG", compress_level=0), filed(drawn("cross", 0))]
     assert len(set(cells)) == 4
@@ -287,41 +279,41 @@ def test_the_same_pixels_count_once_whatever_file_and_label_they_have(
     ]
 
 
-# --- codecs
+# --- image processors
 
 
-def processor(folder: Path, numbers: dict[str, Any], **said: Any) -> Model:
-    """A model's folder with nothing but its configuration and, where something is said, that of its processor."""
+def processor(folder: Path, numbers: dict[str, Any], **fields: Any) -> Model:
+    """A model's folder with its configuration and, if `fields` are given, that of its image processor."""
     numbers = dict(numbers)
     transformers.AutoConfig.for_model(numbers.pop("type"), **numbers).save_pretrained(folder)
-    if said:
-        (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    if fields:
+        (folder / "preprocessor_config.json").write_text(json.dumps(fields))
     return Model(path=str(folder))
 
 
-def test_numbers_come_from_the_models_processor(tmp_path: Path) -> None:
-    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"shortest_edge": 40}}
-    model = processor(tmp_path, DINOV2, **said, crop_size={"height": 24, "width": 24})
+def test_numbers_come_from_the_model_s_processor(tmp_path: Path) -> None:
+    fields = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"shortest_edge": 40}}
+    model = processor(tmp_path, DINOV2, **fields, crop_size={"height": 24, "width": 24})
     assert load_image_processor(model) == HubImageProcessor(24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert load_image_processor(model, 12).side == 12
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said", "expected"),
+    ("numbers", "fields", "expected"),
     [
-        (DINOV2, {"size": 20}, HubImageProcessor(20)),  # a number, as older files have it
+        (DINOV2, {"size": 20}, HubImageProcessor(20)),  # a plain number, as in older files
         (DINOV2, {"size": {"height": 22, "width": 22}}, HubImageProcessor(20)),  # 5 patches of 4
         (DINOV2, {}, HubImageProcessor(32)),  # no processor: the model's own size
-        (VIT, {"size": {"height": 224, "width": 224}}, HubImageProcessor(16)),  # the only size that its positions fit
+        (VIT, {"size": {"height": 224, "width": 224}}, HubImageProcessor(16)),  # the only size that its positions allow
         (SIGLIP, {}, HubImageProcessor(16)),
         (VIT, {"do_normalize": False}, HubImageProcessor(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))),
         (VIT, {"image_mean": 0.5, "image_std": 1.0}, HubImageProcessor(16, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))),
     ],
 )
-def test_processors_say_it_in_many_ways(
-    numbers: dict[str, Any], said: dict[str, Any], expected: HubImageProcessor, tmp_path: Path
+def test_all_forms_of_processor_fields_are_read(
+    numbers: dict[str, Any], fields: dict[str, Any], expected: HubImageProcessor, tmp_path: Path
 ) -> None:
-    assert load_image_processor(processor(tmp_path, numbers, **said)) == expected
+    assert load_image_processor(processor(tmp_path, numbers, **fields)) == expected
 
 
 @pytest.mark.parametrize(
@@ -333,13 +325,13 @@ def test_processors_say_it_in_many_ways(
         (SIGLIP, 32, "16, the only size that this model reads; remove it"),
     ],
 )
-def test_sizes_that_a_model_cannot_read(numbers: dict[str, Any], size: int, allowed: str, tmp_path: Path) -> None:
+def test_unreadable_sizes_are_refused(numbers: dict[str, Any], size: int, allowed: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_image_processor(random_model(numbers), size)
     assert str(caught.value).startswith(f"task.image_size: got {size}; allowed: {allowed}")
 
 
-def test_a_broken_processor_and_a_model_of_gray_images(tmp_path: Path) -> None:
+def test_broken_processor_and_gray_image_model_are_refused(tmp_path: Path) -> None:
     model = processor(tmp_path, VIT)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match=r"model.path: .*preprocessor_config.json can be read; JSONDecodeError"):
@@ -348,8 +340,8 @@ def test_a_broken_processor_and_a_model_of_gray_images(tmp_path: Path) -> None:
         load_image_processor(random_model({**VIT, "num_channels": 1}))
 
 
-def test_a_language_model_reads_no_images(tmp_path: Path) -> None:
-    """Without this refusal it would get squares of 224 pixels, and be refused after all images are read."""
+def test_language_model_refuses_images(tmp_path: Path) -> None:
+    """Refuse before reading all images as squares of 224 pixels."""
     processor(tmp_path, {"type": "llama", **SMALL})
     allowed = "an architecture that transformers has for image-classification; llama is not one; take another model"
     for model, field in (
@@ -363,7 +355,7 @@ def test_a_language_model_reads_no_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ANY_PATCHES)
-def test_some_models_fit_their_positions_to_the_image(name: str) -> None:
+def test_some_models_interpolate_their_positions(name: str) -> None:
     bones = architecture(random_model({**DINOV2, "type": name}), "image-classification", KINDS)
     module = build(bones.hf_config, bones.kind, "cpu")
     for side in (4, 12, 40):
@@ -371,7 +363,7 @@ def test_some_models_fit_their_positions_to_the_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("numbers", [VIT, SIGLIP])
-def test_other_models_read_their_own_size(numbers: dict[str, Any]) -> None:
+def test_other_models_read_their_own_size_only(numbers: dict[str, Any]) -> None:
     bones = architecture(random_model(numbers), "image-classification", KINDS)
     assert [layer.name.split(".")[-1] for layer in bones.shape.targets] == ["fc1", "fc1"]
     assert [layer.name for layer in bones.shape.head] == ["classifier"]
@@ -384,7 +376,7 @@ def test_other_models_read_their_own_size(numbers: dict[str, Any]) -> None:
 # --- training
 
 
-def test_a_pack_of_images_is_the_reference() -> None:
+def test_pack_of_images_matches_the_reference() -> None:
     """Three clients with different numbers of rows, DINOv2 at another size than its own."""
     tiny, optimizer = dinov2(), Optimizer()
     for start in (lora_start(tiny, 2), galore_start(tiny, Subspace(2, 3))):
@@ -425,7 +417,7 @@ Runs = Callable[[str], tuple[Summary, Path]]
 
 @pytest.fixture(scope="module")
 def runs(pictures: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A finished run by method, made when first asked for."""
+    """A finished run per method, made on first request."""
     made: dict[str, tuple[Summary, Path]] = {}
 
     def of(method: str) -> tuple[Summary, Path]:
@@ -438,15 +430,15 @@ def runs(pictures: str, ray_session: None, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("method", ["fedftg", "fedit"])
-def test_a_run_learns_to_tell_four_kinds_of_pictures(method: str, runs: Runs) -> None:
-    """From about ln 4 = 1.39 nats down."""
+def test_run_learns_to_classify_four_kinds_of_images(method: str, runs: Runs) -> None:
+    """Starts near ln 4 = 1.39 nats."""
     summary, _ = runs(method)
     assert summary.metrics["held_out_loss_before"] == pytest.approx(1.39, abs=0.5)
     assert summary.metrics["held_out_loss"] < 0.7
 
 
 @pytest.mark.slow
-def test_a_model_of_one_size_trains_too(pictures: str, ray_session: None, tmp_path: Path) -> None:
+def test_model_of_one_size_trains_too(pictures: str, ray_session: None, tmp_path: Path) -> None:
     config = configured(pictures, SIGLIP, "fedit", max_rows=60)
     config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": 1})})
     summary = run(config, tmp_path / "run")
@@ -454,7 +446,7 @@ def test_a_model_of_one_size_trains_too(pictures: str, ray_session: None, tmp_pa
 
 
 @pytest.mark.parametrize("numbers", [DINOV2, VIT, SIGLIP])
-def test_a_run_is_planned(numbers: dict[str, Any], pictures: str) -> None:
+def test_run_of_images_is_planned(numbers: dict[str, Any], pictures: str) -> None:
     """The data set: 32 of 160 rows are held out; all are gray squares of 16 x 16 with an int64 class."""
     size = {"image_size": 16} if numbers is DINOV2 else {}
     job = prepare(configured(pictures, numbers, "fedftg", **size))
@@ -465,7 +457,7 @@ def test_a_run_is_planned(numbers: dict[str, Any], pictures: str) -> None:
     assert backbone_bytes(job.architecture) == wire_bytes(load_weights(job.config.model, job.architecture, seed=0))
 
 
-def test_the_plan_speaks_of_pixels(
+def test_plan_counts_pixels(
     pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "config.json"  # JSON is YAML
@@ -483,7 +475,7 @@ def test_more_pixels_take_more_memory(pictures: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["hf", "peft"])
-def test_an_exported_run_has_the_loss_that_was_measured(form: str, runs: Runs, tmp_path: Path) -> None:
+def test_exported_run_has_the_measured_loss(form: str, runs: Runs, tmp_path: Path) -> None:
     summary, folder = runs("fedit")
     if form == "hf":
         export_hf(folder, tmp_path / "out")
@@ -504,11 +496,11 @@ def test_an_exported_run_has_the_loss_that_was_measured(form: str, runs: Runs, t
     assert float(loss) == pytest.approx(summary.metrics["held_out_loss"], rel=1e-4)
 
 
-def test_the_exported_processor_does_what_the_run_did(runs: Runs, pictures: str, tmp_path: Path) -> None:
+def test_exported_processor_matches_the_run(runs: Runs, pictures: str, tmp_path: Path) -> None:
     _, folder = runs("fedit")
     export_hf(folder, tmp_path / "out")
-    said = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    assert (said["size"], said["image_mean"]) == ({"height": 16, "width": 16}, [0.5, 0.5, 0.5])
+    fields = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (fields["size"], fields["image_mean"]) == ({"height": 16, "width": 16}, [0.5, 0.5, 0.5])
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", use_fast=False)
     picture = drawn("disc", 3)
     expected = theirs(images=picture.convert("RGB"), return_tensors="np")["pixel_values"]
@@ -520,12 +512,12 @@ def test_the_exported_processor_does_what_the_run_did(runs: Runs, pictures: str,
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_a_size_without_images_is_refused() -> None:
+def test_image_size_without_images_is_refused() -> None:
     with pytest.raises(UserError, match=r"task.image_size: got 16; allowed: nothing where the task has no images"):
         prepare(load_config({"task": {"image_size": 16}}))
 
 
-def test_a_named_task_of_images(tmp_path: Path) -> None:
+def test_named_task_of_images(tmp_path: Path) -> None:
     """Its classes are numbers, as in its file; the default column is the class itself."""
     cells = [filed(drawn(kind, number)) for number in range(6) for kind in KINDS]
     table(tmp_path / "rows.parquet", cells, [3, 0, 1, 2] * 6)
@@ -538,8 +530,8 @@ def test_a_named_task_of_images(tmp_path: Path) -> None:
         assert set(dataset.train.classes[dataset.rows_of(client)]) == {dataset.class_names.index(name)}
 
 
-def test_pixels_take_the_model_s_own_type() -> None:
-    """BEiT's first layer is a convolution that wants them in bfloat16; ViT's sees to it itself."""
+def test_pixels_have_the_model_s_dtype() -> None:
+    """BEiT's first layer is a convolution that needs bfloat16 input; ViT converts it itself."""
     numbers = {"type": "beit", **SMALL, "intermediate_size": 48, "image_size": 16, "patch_size": 4}
     bones = architecture(random_model(numbers), "image-classification", ("a", "b"))
     model = build(bones.hf_config, "image-classification").to_empty(device="cpu").to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""`rayfed-sub data`: the skew, the table, the picture in the terminal and as a file, JSON, and what it refuses."""
+"""`rayfed-sub data`: the skew, the table, the picture in the terminal and as a file, JSON, and refusals."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ ALIKE = Case({"": 50}, 5, {"kind": "iid"})
 
 
 @cache
-def dealt(case: Case) -> PartitionStats:
-    """The case's statistics, made once."""
+def case_stats(case: Case) -> PartitionStats:
+    """The case's partition statistics, computed once."""
     return case.stats()
 
 
@@ -84,7 +84,7 @@ def printed(held: PartitionStats, width: int = 80, coloured: bool = False) -> st
 
 
 def test_distances_by_hand() -> None:
-    """12 rows, 6 of class 0, 4 of 1, 2 of 2: g = 1/2, 1/3, 1/6.  Client 0 has 3, 2, 1 of them and is like all.
+    """12 rows, 6 of class 0, 4 of 1, 2 of 2: g = 1/2, 1/3, 1/6.  Client 0 has 3, 2, 1 of them and the same shares.
     Client 1 has 3, 0, 0: half of 1/2 + 1/3 + 1/6 is 1/2.  Client 2 has 0, 2, 1: half of 1/2 + 1/3 + 1/6 again."""
     clients = np.repeat([0, 1, 2], [6, 3, 3])
     classes = np.asarray([0, 0, 0, 1, 1, 2, 0, 0, 0, 1, 1, 2])
@@ -92,16 +92,16 @@ def test_distances_by_hand() -> None:
     assert skew(clients, classes) == pytest.approx((6 * 0 + 3 / 2 + 3 / 2) / 12)
 
 
-def test_one_class_each_is_as_far_as_it_goes() -> None:
+def test_one_class_each_has_the_largest_distance() -> None:
     """Ten clients with a class each: g = 1/10, so each is 9/10 away."""
     assert skew(np.arange(10), np.arange(10)) == pytest.approx(0.9)
 
 
-# --- what is held
+# --- rows of the clients
 
 
-def test_a_column_s_clients_hold_one_class_each() -> None:
-    held = dealt(THREE)
+def test_column_clients_have_one_class_each() -> None:
+    held = case_stats(THREE)
     assert (held.column, held.values, held.clients) == ("by", ("x", "y", "z [b]"), ("x", "y", "z [b]"))
     assert (held.counted, held.value_column) == ("keys", "by")  # language modelling has no classes
     assert held.rows_C.tolist() == [54, 27, 9]  # nine tenths
@@ -123,7 +123,7 @@ def moods() -> PartitionStats:
     return stats_of(config, build_dataset(pairs, config.task, config.federation, ByteTokenizer(), config.seed))
 
 
-def test_classes_are_the_label_s_where_clients_come_from_another_column() -> None:
+def test_classes_come_from_the_label_and_clients_from_another_column() -> None:
     """2 of 16 rows of east are held out, 1 of 8 of north and of south: 14, 7 and 7 to train on, of which north's are
     good and south's bad.  East has g good ones of 14, so all have 7 + g of 28."""
     held = moods()
@@ -136,39 +136,39 @@ def test_classes_are_the_label_s_where_clients_come_from_another_column() -> Non
     share = (7 + good) / 28
     assert held.distance_C == pytest.approx([abs(good / 14 - share), 1 - share, share])
     assert held.skew == pytest.approx((14 * abs(good / 14 - share) + 7 * (1 - share) + 7 * share) / 28)
-    assert held.judged_C.tolist() == [2, 1, 1]  # by site: a held-out row of the north is like the north's
+    assert held.judged_C.tolist() == [2, 1, 1]  # by site: a held-out row of the north is assigned to the north
     text = " ".join(printed(held).split())
     assert "3 clients, column, by site" in text
     assert "classes largest class" in text
     assert "Classes: the values of the label, column mood." in text
 
 
-def test_keys_are_called_keys() -> None:
-    text = " ".join(printed(dealt(THREE)).split())
+def test_keys_are_labelled_keys() -> None:
+    text = " ".join(printed(case_stats(THREE)).split())
     assert "keys largest key" in text
     assert "Keys: the values of the column by, since the task has no label." in text
     assert "class" not in text
 
 
-def test_many_classes_end_in_other() -> None:
-    held = dealt(MANY)
+def test_many_classes_are_summarised_as_other() -> None:
+    held = case_stats(MANY)
     assert held.shown() == (*(f"class {i:02}" for i in range(19)), "other")
     counts_GS = held.table(held.groups(24))
     assert counts_GS.shape == (24, 20)
-    # All training rows: nine tenths of 100 - i, rounded to the whole of all, are 90 - i or next to it.
+    # All training rows: nine tenths of 100 - i, rounded so that the total fits, are 90 - i or next to it.
     assert counts_GS.sum() == held.rows_C.sum() == held.row_counts.train
     assert counts_GS.sum(axis=0)[-1] == sum(
         sum(held.counts_of(k).get(f"class {i:02}", 0) for i in range(19, 30)) for k in range(300)
     )
 
 
-def test_bands_hold_every_client_by_size() -> None:
-    held = dealt(MANY)
+def test_bands_cover_every_client_by_size() -> None:
+    held = case_stats(MANY)
     bands = held.groups(24)
     assert sorted(int(client) for band in bands for client in band) == list(range(300))
     sizes = [held.rows_C[band] for band in bands]
     assert all(one.min() >= after.max() for one, after in pairwise(sizes))
-    assert [group.tolist() for group in dealt(THREE).groups(24)] == [[0], [1], [2]]
+    assert [group.tolist() for group in case_stats(THREE).groups(24)] == [[0], [1], [2]]
 
 
 def test_overlapping_clients() -> None:
@@ -177,10 +177,10 @@ def test_overlapping_clients() -> None:
     assert "640 rows were drawn from 90" in " ".join(printed(held).split())  # 40 * 16
 
 
-def test_json_holds_everything() -> None:
-    told = json.loads(json.dumps(as_dict(dealt(THREE))))
-    assert (told["name"], told["partition"], told["column"], told["judged"]) == ("case", "column", "by", "held-out")
-    assert told["rows"] == {
+def test_json_has_everything() -> None:
+    data = json.loads(json.dumps(as_dict(case_stats(THREE))))
+    assert (data["name"], data["partition"], data["column"], data["judged"]) == ("case", "column", "by", "held-out")
+    assert data["rows"] == {
         "read": 100,
         "capped": 0,
         "strange": 0,
@@ -192,9 +192,9 @@ def test_json_holds_everything() -> None:
         "validation": 0,
         "held_out": 10,
     }
-    assert told["notes"] == ["a note"]
-    assert (told["counted"], told["value_column"]) == ("keys", "by")
-    first = told["clients"][0]
+    assert data["notes"] == ["a note"]
+    assert (data["counted"], data["value_column"]) == ("keys", "by")
+    first = data["clients"][0]
     assert {key: first[key] for key in ("client", "name", "rows", "judged_rows", "counts")} == {
         "client": 0,
         "name": "x",
@@ -208,23 +208,23 @@ def test_json_holds_everything() -> None:
 # --- in the terminal
 
 
-def test_the_table_has_a_line_for_every_client() -> None:
-    lines = [line.split() for line in printed(dealt(THREE)).splitlines()]
+def test_table_has_a_line_for_every_client() -> None:
+    lines = [line.split() for line in printed(case_stats(THREE)).splitlines()]
     assert ["x", "54", "60.0%"] in [line[:3] for line in lines]
     assert ["100%", "x", "0.400", "6"] in [line[-4:] for line in lines]
     assert ["all", "90", "100.0%"] in [line[:3] for line in lines]
     assert ["training", "90", "90.0%"] in lines
     assert ["held-out", "10", "10.0%", "yes"] in lines
-    assert "z [b]" in printed(dealt(THREE))  # not taken for markup
+    assert "z [b]" in printed(case_stats(THREE))  # not read as markup
 
 
-def test_the_picture_has_blocks_or_shades() -> None:
+def test_picture_has_blocks_or_shades() -> None:
     """Each client has all of its rows in one class: a full block, or the darkest shade, and two empty cells."""
-    plain = printed(dealt(THREE))
+    plain = printed(case_stats(THREE))
     row = next(line for line in plain.splitlines() if line.startswith("y") and "█" in line)
     assert row.split()[:3] == ["y", "27", "·"]
     assert row.split()[3].startswith("27█")
-    shaded = printed(dealt(THREE), coloured=True)
+    shaded = printed(case_stats(THREE), coloured=True)
     assert shaded.count("48;2;8;48;107") == 3  # #08306b, the darkest, as a background
     assert "█" not in shaded
 
@@ -232,16 +232,16 @@ def test_the_picture_has_blocks_or_shades() -> None:
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("coloured", [False, True])
 @pytest.mark.parametrize("case", [THREE, MANY, ALIKE])
-def test_it_fits(case: Case, width: int, coloured: bool) -> None:
+def test_table_and_picture_fit_the_width(case: Case, width: int, coloured: bool) -> None:
     console = Console(width=1000, file=io.StringIO())
-    lines = [console.render_str(line).plain for line in printed(dealt(case), width, False).splitlines()]
+    lines = [console.render_str(line).plain for line in printed(case_stats(case), width, False).splitlines()]
     assert max(map(len, lines)) <= width
     assert len(lines) < 80
-    assert printed(dealt(case), width, coloured)
+    assert printed(case_stats(case), width, coloured)
 
 
 def test_large_federations_show_the_ends_and_quartiles() -> None:
-    text = printed(dealt(MANY))
+    text = printed(case_stats(MANY))
     assert "client 0 " in text
     assert "client 299" in text
     assert "client 150" not in text
@@ -250,8 +250,8 @@ def test_large_federations_show_the_ends_and_quartiles() -> None:
     assert "other" in text
 
 
-def test_without_a_column_it_says_so() -> None:
-    text = " ".join(printed(dealt(ALIKE)).split())
+def test_missing_column_is_reported() -> None:
+    text = " ".join(printed(case_stats(ALIKE)).split())
     assert "The rows have neither a label nor a key, so nothing is counted" in text
     assert "100% all" in text
     assert "Skew" not in text
@@ -261,19 +261,19 @@ def test_without_a_column_it_says_so() -> None:
 
 
 @pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
-def test_a_picture_file(tmp_path: Path, suffix: str, begin: bytes) -> None:
+def test_picture_file(tmp_path: Path, suffix: str, begin: bytes) -> None:
     draw(Case({"$x^$": 60, "y": 30}, 2, {"kind": "dirichlet", "alpha": 5.0}).stats(), tmp_path / f"picture{suffix}")
     assert (tmp_path / f"picture{suffix}").read_bytes().startswith(begin)
 
 
 @pytest.mark.parametrize("case", [MANY, ALIKE])
-def test_a_picture_of_many_and_of_one_class(tmp_path: Path, case: Case) -> None:
-    draw(dealt(case), tmp_path / "picture.png")
+def test_picture_of_many_classes_and_of_one(tmp_path: Path, case: Case) -> None:
+    draw(case_stats(case), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["picture.jpg", "picture", "nowhere/picture.png"])
-def test_files_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+def test_unwritable_picture_files_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as caught:
         check_path(tmp_path / name)
     assert caught.value.field == "--out"
@@ -283,7 +283,7 @@ def test_files_that_cannot_be_written(tmp_path: Path, name: str) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """In a process of its own: JSON on stdout, the picture in its file, and Ray is never imported."""
+    """In a separate process: JSON on stdout, the picture in its file, and Ray is not imported."""
     out = tmp_path / "tiny.png"
     code = (
         "import sys; from rayfed_sub.cli.main import _code; code = _code(); "
@@ -293,16 +293,16 @@ def test_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=120
     )
-    told = json.loads(done.stdout)
-    assert "rayfed-sub" not in done.stderr  # matplotlib may say that it looks for fonts
-    assert (told["column"], told["partition"], len(told["clients"])) == ("module", "column", 4)
-    assert told["rows"]["validation"] > 0
-    assert sum(client["rows"] for client in told["clients"]) == told["rows"]["train"]
-    assert sum(client["judged_rows"] for client in told["clients"]) == told["rows"]["held_out"]
+    data = json.loads(done.stdout)
+    assert "rayfed-sub" not in done.stderr  # matplotlib may report that it looks for fonts
+    assert (data["column"], data["partition"], len(data["clients"])) == ("module", "column", 4)
+    assert data["rows"]["validation"] > 0
+    assert sum(client["rows"] for client in data["clients"]) == data["rows"]["train"]
+    assert sum(client["judged_rows"] for client in data["clients"]) == data["rows"]["held_out"]
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_in_a_terminal_and_its_refusals(
+def test_command_in_a_terminal_and_its_refusals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ended(*arguments: str) -> int:
@@ -326,14 +326,14 @@ def test_cut_and_dropped_rows_are_counted_in_tables_and_before_an_error(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """14 bytes stand around a question.  Of 20 "no" and its end take 3, which leaves a question 3; a longer answer
-    keeps 10, which leaves none."""
+    """14 bytes surround a question.  Of 20 "no" and its end take 3, which leaves a question 3; a longer answer keeps
+    10, which leaves none."""
     rows = [(f"{i}?", "no") for i in range(6)] + [("long " * 9 + f"{i}?", "no") for i in range(6)]
     rows += [("b?", "a whole lot of words"), ("{q}, {a}", "no")]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in rows))
     task = f"task={{name: table, path: {path}, prompt: 'Tell: {{q}}', answer: a, max_length: 20}}"
-    told = "rows longer than task.max_length=20, of 14: 7 cut (7 in the text), 1 dropped"
+    warning = "rows longer than task.max_length=20, of 14: 7 cut (7 in the text), 1 dropped"
 
     def ended(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["rayfed-sub", "data", TINY, task, "federation.clients=1", *arguments])
@@ -343,12 +343,12 @@ def test_cut_and_dropped_rows_are_counted_in_tables_and_before_an_error(
         return int(str(caught.value.code)), " ".join(out.split()), err
 
     code, out, _ = ended("federation.partition={kind: iid}")
-    assert (code, told in out) == (0, True)
+    assert (code, warning in out) == (0, True)
     code, out, _ = ended("federation.partition={kind: iid}", "--json")
     counts = json.loads(out)["rows"]
     assert [counts[name] for name in ("read", "cut", "cut_prompts", "cut_answers", "dropped")] == [14, 7, 7, 0, 1]
     assert not caplog.records
     code, out, err = ended("federation.partition={kind: iid}", "federation.clients=99")
     assert code == 2
-    assert [record.getMessage() for record in caplog.records] == [told]  # which goes to stderr
+    assert [record.getMessage() for record in caplog.records] == [warning]  # which goes to stderr
     assert err.startswith("rayfed-sub: federation.clients: got 99")

@@ -1,4 +1,4 @@
-"""Who holds what: the rows of the clients."""
+"""Partitions: the rows of each client."""
 
 from collections import Counter
 
@@ -26,7 +26,7 @@ def parts_of(kind: str, clients: int, keys: list[str], seed: int = 0, **more: ob
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "shards", "power-law"])
-def test_every_row_has_one_client_by_seed(kind: str) -> None:
+def test_every_row_has_one_client(kind: str) -> None:
     keys = ["a", "b", "c"] * 40
     parts = parts_of(kind, 5, keys)
     assert sorted(row for part in parts for row in part) == list(range(120))
@@ -34,14 +34,14 @@ def test_every_row_has_one_client_by_seed(kind: str) -> None:
     assert parts == parts_of(kind, 5, keys, seed=0) != parts_of(kind, 5, keys, seed=1)
 
 
-def test_iid_shares_are_equal_to_one_row_and_mixed() -> None:
+def test_iid_shares_are_mixed_and_differ_by_at_most_one_row() -> None:
     keys = ["a"] * 50 + ["b"] * 52
     parts = parts_of("iid", 4, keys)
     assert sorted(map(len, parts)) == [25, 25, 26, 26]
     assert all({keys[row] for row in part} == {"a", "b"} for part in parts)
 
 
-def test_a_small_alpha_concentrates_keys_and_a_large_one_spreads_them() -> None:
+def test_small_alpha_concentrates_keys_and_large_alpha_spreads_them() -> None:
     keys = [str(i % 4) for i in range(400)]
 
     def largest_share(alpha: float) -> float:
@@ -54,7 +54,7 @@ def test_a_small_alpha_concentrates_keys_and_a_large_one_spreads_them() -> None:
     assert largest_share(0.1) > 0.6
 
 
-def test_dirichlet_draws_again_before_it_gives_up() -> None:
+def test_dirichlet_draws_again_before_it_fails() -> None:
     # With three clients and 12 rows a single draw often leaves a client empty.
     for seed in range(20):
         assert all(parts_of("dirichlet", 3, ["a", "b"] * 6, seed=seed))
@@ -62,7 +62,7 @@ def test_dirichlet_draws_again_before_it_gives_up() -> None:
 
 @pytest.mark.parametrize("kind", ["iid", "shards", "power-law"])
 @pytest.mark.parametrize("rows", [7, 10, 13])
-def test_numbers_that_do_not_divide_leave_no_row_over(kind: str, rows: int) -> None:
+def test_indivisible_numbers_leave_no_row_over(kind: str, rows: int) -> None:
     parts = parts_of(kind, 3, [str(i % 2) for i in range(rows)])
     assert sorted(row for part in parts for row in part) == list(range(rows))
 
@@ -74,7 +74,7 @@ def test_clients_of_one_row(kind: str, more: dict[str, object]) -> None:
 
 def test_shards_are_runs_of_the_sorted_rows() -> None:
     """24 rows, 8 of each of 3 keys, for 4 clients with 2 shards of 3 rows: sorted, aaa aaa aab bbb bbb bcc ccc ccc.
-    Whatever the seed, the clients' keys are those of such pairs of shards."""
+    For any seed, the clients' keys are those of such pairs of shards."""
     keys, shards = ["c", "a", "b"] * 8, ("aaa", "aaa", "aab", "bbb", "bbb", "bcc", "ccc", "ccc")
     ways = {tuple(sorted("".join(pair) for pair in deal)) for deal in _deals(shards)}
     seen = set()
@@ -93,8 +93,8 @@ def _deals(shards: tuple[str, ...]) -> list[list[tuple[str, str]]]:
     return [[(first, rest[i]), *deal] for i in range(len(rest)) for deal in _deals(rest[:i] + rest[i + 1 :])]
 
 
-def test_where_shards_divide_the_rows_they_are_those_of_flwr_datasets() -> None:
-    """Its partitioner over rows that are sorted already, with the seed that ours takes from the stream."""
+def test_shards_that_divide_the_rows_match_flwr_datasets() -> None:
+    """flwr_datasets' partitioner over sorted rows, with the seed that ours takes from the stream."""
     from datasets import Dataset
     from flwr_datasets.partitioner import ShardPartitioner
 
@@ -125,7 +125,7 @@ def test_power_law_sizes(rows: int, clients: int, exponent: float, sizes: list[i
     assert power_law_sizes(rows, clients, exponent) == sizes
 
 
-def test_power_law_clients_have_these_sizes_and_mixed_rows() -> None:
+def test_power_law_clients_have_the_computed_sizes_and_mixed_rows() -> None:
     keys = ["a"] * 550 + ["b"] * 550
     parts = parts_of("power-law", 3, keys, exponent=1.0)
     assert [len(part) for part in parts] == [600, 300, 200]
@@ -133,22 +133,22 @@ def test_power_law_clients_have_these_sizes_and_mixed_rows() -> None:
     assert abs(sum(keys[row] == "a" for row in parts[2]) - 100) < 5 * 6.4
 
 
-def test_a_column_s_clients_hold_their_value() -> None:
-    """z is nobody's."""
+def test_column_clients_have_their_value() -> None:
+    """z has no client."""
     parts = partitioned(["y", "x", "z", "y", "x", "x"], ("x", "y"), federation("column", 2), seed=0)
     assert [part.tolist() for part in parts] == [[1, 4, 5], [0, 3]]
 
 
-def test_a_pool_holds_all() -> None:
+def test_pool_has_all_rows() -> None:
     assert parts_of("pool", 1, ["a", "b", "c"]) == [[0, 1, 2]]
 
 
-def test_the_largest_keys_come_first_and_equals_by_name() -> None:
+def test_largest_keys_come_first_and_ties_by_name() -> None:
     assert largest_keys(["c", "b", "a", "c", "a", "b", "d", "e", "e", "e"], 3) == ("e", "a", "b")
 
 
 def test_resampled_clients_draw_different_rows_by_seed() -> None:
-    """More clients than rows; that two of 100 draw the same 16 of 80 rows is a chance of 4,950 in 2.7e16."""
+    """More clients than rows; the chance that two of 100 draw the same 16 of 80 rows is 4,950 in 2.7e16."""
     parts = parts_of("resample", 100, ["a"] * 80, rows_per_client=16)
     assert all(len(part) == 16 and part == sorted(set(part)) and set(part) <= set(range(80)) for part in parts)
     assert len(set(map(tuple, parts))) == 100
@@ -178,7 +178,7 @@ def test_every_row_is_held_equally_often() -> None:
 # --- errors
 
 
-def test_more_rows_a_client_than_there_are() -> None:
+def test_more_rows_per_client_than_rows() -> None:
     with pytest.raises(UserError, match="got 3; allowed: 1 to 2, the number of training rows") as caught:
         parts_of("resample", 1, ["a", "a"], rows_per_client=3)
     assert caught.value.field == "federation.partition.rows_per_client"
@@ -203,7 +203,7 @@ def test_more_clients_than_values() -> None:
     assert caught.value.field == "federation.clients"
 
 
-def test_an_empty_client_is_named_with_the_keys_to_turn() -> None:
+def test_empty_client_is_named_with_the_keys_to_change() -> None:
     # One key and alpha 1e-4: one client gets everything, in each of the draws.
     with pytest.raises(UserError, match=r"client \d has none.*lower federation.clients or raise") as caught:
         parts_of("dirichlet", 4, ["a"] * 8, alpha=1e-4)
@@ -211,7 +211,7 @@ def test_an_empty_client_is_named_with_the_keys_to_turn() -> None:
     assert "federation.partition.alpha" in str(caught.value)
 
 
-def test_a_column_client_without_rows_is_named() -> None:
+def test_column_client_without_rows_is_named() -> None:
     with pytest.raises(UserError, match="y has none") as caught:
         partitioned(["x", "x"], ("x", "y"), federation("column", 2), seed=0)
     assert caught.value.field == "federation.clients"
@@ -251,7 +251,7 @@ def test_key_column(task: Task, shares: Federation, column: str | None) -> None:
         (Task(), federation("column", 8, column="package")),
     ],
 )
-def test_a_missing_or_unknown_column(task: Task, shares: Federation) -> None:
+def test_missing_or_unknown_column(task: Task, shares: Federation) -> None:
     with pytest.raises(UserError) as caught:
         key_column(task, shares)
     assert caught.value.field == "federation.partition.column"

@@ -1,4 +1,4 @@
-"""Training, validation and held-out rows: shares, seeds, questions apart, and whose data a judged row is like."""
+"""Training, validation and held-out rows: shares, seeds, disjoint questions, and the client of an evaluation row."""
 
 import logging
 from collections import Counter
@@ -20,13 +20,13 @@ def test_held_out_rows_come_from_every_key_in_proportion() -> None:
     assert held_out.tolist() == sorted(set(held_out.tolist()))
 
 
-def test_what_rounding_leaves_over_goes_to_the_largest_remainders() -> None:
+def test_remaining_rows_go_to_the_largest_remainders() -> None:
     keys = ["a"] * 14 + ["b"] * 18 + ["c"] * 11
     # Shares 1.4, 1.8 and 1.1 of round(4.3) = 4 rows: one each, and the fourth from "b".
     assert [sum(keys[row] == key for row in drawn_rows(keys, 0.1, 0)) for key in "abc"] == [1, 2, 1]
 
 
-def test_no_key_gives_its_last_row() -> None:
+def test_every_key_keeps_a_training_row() -> None:
     keys = ["a", "b", "c", "c"]
     # Shares 0.9, 0.9 and 1.8 of round(3.6) = 4 rows, but only "c" has a row to spare.
     assert [keys[row] for row in drawn_rows(keys, 0.9, seed=0)] == ["c"]
@@ -39,13 +39,13 @@ def test_held_out_rows_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize(("keys", "share"), [(["a"] * 4, 0.1), (["a", "b", "c"], 0.5)])
-def test_an_empty_held_out_set_is_an_error(keys: list[str], share: float) -> None:
+def test_empty_held_out_set_is_refused(keys: list[str], share: float) -> None:
     with pytest.raises(UserError) as caught:
         drawn_rows(keys, share, seed=0)
     assert caught.value.field == "task.held_out"
 
 
-def test_validation_rows_are_a_share_of_all_rows_apart_from_the_held_out() -> None:
+def test_validation_rows_are_a_share_of_all_rows() -> None:
     keys = ["a"] * 50 + ["b"] * 30 + ["c"] * 20
     held_out = drawn_rows(keys, 0.1, seed=0)
     validation = drawn_rows(keys, 0.2, 0, "validation", held_out)
@@ -54,7 +54,7 @@ def test_validation_rows_are_a_share_of_all_rows_apart_from_the_held_out() -> No
     assert not set(validation.tolist()) & set(held_out.tolist())
 
 
-def test_validation_leaves_each_key_a_row_to_train_on() -> None:
+def test_validation_leaves_each_key_a_training_row() -> None:
     keys = ["a"] * 4 + ["b"] * 10
     held_out = drawn_rows(keys, 0.5, seed=0)  # 2 and 5
     validation = drawn_rows(keys, 0.49, 0, "validation", held_out)
@@ -62,7 +62,7 @@ def test_validation_leaves_each_key_a_row_to_train_on() -> None:
     assert [sum(keys[row] == key for row in validation) for key in "ab"] == [1, 4]
 
 
-def test_an_empty_validation_set_is_an_error() -> None:
+def test_empty_validation_set_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"got 0\.1; allowed: a share that sets aside at least one of the 4 rows"
     ) as caught:
@@ -70,8 +70,9 @@ def test_an_empty_validation_set_is_an_error() -> None:
     assert caught.value.field == "task.validation"
 
 
-def test_a_large_federation_is_quick() -> None:
-    """50,000 rows of 10,000 keys: some tenths of a second, where a pass over all rows for each key takes many."""
+def test_large_federation_is_split_fast() -> None:
+    """50,000 rows of 10,000 keys: some tenths of a second, where a pass over all rows for each key takes many
+    seconds."""
     held_out = drawn_rows([str(i % 10_000) for i in range(50_000)], 0.2, seed=0)
     assert np.array_equal(np.bincount(held_out % 10_000), np.ones(10_000))
 
@@ -83,12 +84,12 @@ TASK = Task(held_out=0.1, validation=0.1)
 
 
 def spelt(number: int, row: int) -> str:
-    """Question `number` in one of the spellings that count as one."""
+    """Question `number` in one of the equivalent spellings."""
     return (f"What is {number}?", f" what  IS\t{number}?", f"WHAT\nis {number}? ")[row % 3]
 
 
 def split(questions: list[str], keys: list[str], task: Task) -> Splits:
-    """The splits of questions that the model reads as they are."""
+    """The splits of questions whose tokens are the questions themselves."""
     return split_rows(questions, [question.encode() for question in questions], keys, task)
 
 
@@ -96,7 +97,7 @@ def every(splits: Splits) -> list[int]:
     return [int(row) for part in (splits.train, splits.validation, splits.held_out, splits.repeated) for row in part]
 
 
-def test_different_questions_are_split_without_loss(caplog: pytest.LogCaptureFixture) -> None:
+def test_distinct_questions_are_split_without_loss(caplog: pytest.LogCaptureFixture) -> None:
     splits = split([f"q{i}" for i in range(300)], KEYS, TASK)
     assert [len(splits.train), len(splits.validation), len(splits.held_out), len(splits.repeated)] == [240, 30, 30, 0]
     assert sorted(every(splits)) == list(range(300))
@@ -115,7 +116,7 @@ def test_splits_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_question_stands_in_two_splits(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_question_is_in_two_splits(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     numbers = [i % 100 for i in range(300)]  # each question three times, once in each spelling
     with caplog.at_level(logging.WARNING):
         task = TASK.model_copy(update={"seed": seed})
@@ -126,7 +127,7 @@ def test_no_question_stands_in_two_splits(seed: int, caplog: pytest.LogCaptureFi
     assert not asked[0] & asked[2]
     assert not asked[1] & asked[2]
     assert sorted(every(splits)) == list(range(300))
-    # The held-out rows are those of the draw; the others give way.
+    # The held-out rows are as drawn; the others give way.
     assert len(splits.held_out) == 30
     lost = [240 - len(splits.train), 30 - len(splits.validation)]
     assert sum(lost) == len(splits.repeated)
@@ -135,7 +136,7 @@ def test_no_question_stands_in_two_splits(seed: int, caplog: pytest.LogCaptureFi
     assert record.getMessage().startswith(f"{lost[0]} training and {lost[1]} validation rows left out")
 
 
-def test_a_question_that_everyone_asks_leaves_nothing_to_train_on() -> None:
+def test_one_question_for_all_rows_leaves_no_training_rows() -> None:
     with pytest.raises(UserError) as caught:
         split(["Continue."] * 20, [""] * 20, Task(held_out=0.1))
     assert caught.value.field == "task.held_out"
@@ -144,8 +145,8 @@ def test_a_question_that_everyone_asks_leaves_nothing_to_train_on() -> None:
     assert caught.value.field == "task.validation"
 
 
-def test_questions_that_the_model_reads_alike_are_kept_apart_too() -> None:
-    """300 questions, the same pair of which is one input whether or not it is one question."""
+def test_questions_with_equal_tokens_are_in_one_split() -> None:
+    """300 distinct questions; each two neighbours have the same tokens."""
     inputs = [str(i // 2).encode() for i in range(300)]
     splits = split_rows([f"q{i}" for i in range(300)], inputs, KEYS, TASK)
     read = [{inputs[row] for row in part} for part in (splits.train, splits.validation, splits.held_out)]
@@ -157,7 +158,7 @@ def test_questions_that_the_model_reads_alike_are_kept_apart_too() -> None:
     assert sorted(every(splits)) == list(range(300))
 
 
-# --- judged rows
+# --- evaluation rows
 
 
 def owners(judged: list[int], train: list[int], parts: list[list[int]], seed: int = 0) -> list[int]:
@@ -166,34 +167,34 @@ def owners(judged: list[int], train: list[int], parts: list[list[int]], seed: in
     return judged_clients(np.asarray(judged, np.int32), np.asarray(train, np.int32), names, arrays, seed).tolist()
 
 
-def test_a_key_of_one_client_goes_to_that_client() -> None:
+def test_key_of_one_client_goes_to_that_client() -> None:
     assert owners([1, 0, 1], train=[0, 0, 1], parts=[[2], [0, 1]]) == [0, 1, 0]
 
 
-def test_shared_keys_are_dealt_out_in_proportion() -> None:
-    # Key 0: the clients hold 6, 3 and 1 of its 10 rows; of 10 judged rows they get as many.
+def test_shared_keys_are_assigned_in_proportion() -> None:
+    # Key 0: the clients have 6, 3 and 1 of its 10 rows; of 10 evaluation rows they get as many.
     train = [0] * 10 + [1] * 2
     parts = [list(range(6)), [6, 7, 8, 10], [9, 11]]
     assert Counter(owners([0] * 10, train, parts)) == {0: 6, 1: 3, 2: 1}
-    # Of 5: shares 3, 1.5 and 0.5; the one that is left over goes to the lower of two equal remainders.
+    # Of 5: shares 3, 1.5 and 0.5; the remaining one goes to the lower of two equal remainders.
     assert Counter(owners([0] * 5, train, parts)) == {0: 3, 1: 2}
-    # Key 1 is half client 1's and half client 2's; with 1 judged row the lower gets it.
+    # Key 1 is half client 1's and half client 2's; with 1 evaluation row the lower gets it.
     assert owners([1], train, parts) == [1]
 
 
-def test_without_a_column_sizes_decide() -> None:
+def test_rows_follow_client_sizes_without_a_column() -> None:
     assert Counter(owners([0] * 8, train=[0] * 4, parts=[[0, 1, 2], [3]])) == {0: 6, 1: 2}
 
 
-def test_a_key_that_nobody_trains_on_counts_as_all_keys() -> None:
+def test_key_without_training_rows_counts_as_all_keys() -> None:
     assert Counter(owners([2] * 4, train=[0, 0, 0, 1], parts=[[0, 1, 2], [3]])) == {0: 3, 1: 1}
 
 
-def test_overlapping_clients_count_the_rows_that_each_holds() -> None:
+def test_overlapping_clients_count_their_own_rows() -> None:
     assert Counter(owners([0] * 4, train=[0, 0, 0], parts=[[0, 1, 2], [1]])) == {0: 3, 1: 1}
 
 
-def test_which_row_goes_to_whom_is_the_seed_s() -> None:
+def test_assignment_follows_the_seed() -> None:
     def dealt(seed: int) -> list[int]:
         return owners([0] * 40, train=[0, 0], parts=[[0], [1]], seed=seed)
 
@@ -202,7 +203,7 @@ def test_which_row_goes_to_whom_is_the_seed_s() -> None:
     assert dealt(0) != sorted(dealt(0))
 
 
-def test_many_keys_of_one_row_leave_the_share_to_the_others() -> None:
+def test_keys_of_one_row_leave_the_share_to_the_others() -> None:
     """A fifth of 100 rows are 20; 50 keys must keep their only row, so that all come from the other one."""
     keys = [*(f"single {i}" for i in range(50)), *["big"] * 50]
     drawn = drawn_rows(keys, 0.2, seed=0)

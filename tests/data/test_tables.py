@@ -1,4 +1,4 @@
-"""Tables as pairs: every kind of file, templates, labels, and each way of getting it wrong."""
+"""Tables as pairs: every file format, templates, labels, and every error."""
 
 import json
 import logging
@@ -46,11 +46,11 @@ def fault(task: Task, key: str | None = None) -> UserError:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv"])
-def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
+def test_every_file_format_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
     pairs = table_pairs(task(written(tmp_path, suffix), prompt="{about}\n{q}"), key="n")
     assert pairs == Pairs(
         kind="causal-lm",
-        questions=("A\none?", "two?", "B\nthree?"),  # cells and the whole are stripped
+        questions=("A\none?", "two?", "B\nthree?"),  # cells and the whole text are stripped
         answers=("1", "2", "3"),
         keys=("10", "9", "10"),
         spans=(((0, 1), (2, 6)), ((0, 4),), ((0, 1), (2, 8))),
@@ -64,7 +64,7 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     assert (pairs.questions, pairs.answers) == (("007", "1.0"), ("NA", "null"))
 
 
-def test_a_folder_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     written(tmp_path / "set", ".jsonl")
@@ -99,7 +99,7 @@ def test_rows_without_a_key_are_dropped_where_a_key_is_needed(tmp_path: Path) ->
     assert table_pairs(task(path), None).keys == ("", "", "")
 
 
-def test_a_template_may_hold_braces(tmp_path: Path) -> None:
+def test_template_can_contain_braces(tmp_path: Path) -> None:
     path = written(tmp_path, ".jsonl")
     assert table_pairs(task(path, prompt="{{x}} {q} {{}}"), None).questions[0] == "{x} one? {}"
 
@@ -163,7 +163,7 @@ def test_unknown_suffix(tmp_path: Path) -> None:
         ("rows.csv", ""),
     ],
 )
-def test_broken_files(tmp_path: Path, name: str, content: str) -> None:
+def test_broken_files_are_refused(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     wrong = fault(task(str(tmp_path / name)))
     assert wrong.field == "task.path"
@@ -185,7 +185,7 @@ def test_not_utf8(tmp_path: Path) -> None:
         ({}, "by", "federation.partition.column"),
     ],
 )
-def test_no_such_column_names_those_there_are(
+def test_unknown_column_is_refused_with_the_known_columns(
     tmp_path: Path, suffix: str, fields: dict[str, Any], key: str | None, field: str
 ) -> None:
     wrong = fault(task(written(tmp_path, suffix), **fields), key)
@@ -194,23 +194,23 @@ def test_no_such_column_names_those_there_are(
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"answer": None}, "got None; allowed: a column of the table, here"),
         ({"answer": "a", "label": "n"}, "got 'a'; allowed: nothing where task.label is set"),
     ],
 )
-def test_one_of_answer_and_label(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
-    assert str(fault(task(written(tmp_path, ".csv"), **fields))).startswith(f"task.answer: {says}")
+def test_exactly_one_of_answer_and_label(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    assert str(fault(task(written(tmp_path, ".csv"), **fields))).startswith(f"task.answer: {message}")
 
 
 @pytest.mark.parametrize("prompt", [None, "", "no column", "{", "{}", "{q!r}", "{q:>9}"])
-def test_templates_that_are_none(tmp_path: Path, prompt: str | None) -> None:
+def test_invalid_templates(tmp_path: Path, prompt: str | None) -> None:
     assert fault(task(written(tmp_path, ".csv"), prompt=prompt)).field == "task.prompt"
 
 
 @pytest.mark.parametrize("wanted", ["answer", "label"])
-def test_what_the_model_is_to_say_does_not_stand_in_its_prompt(tmp_path: Path, wanted: str) -> None:
+def test_prompt_must_not_contain_the_answer(tmp_path: Path, wanted: str) -> None:
     fields = {"answer": None, wanted: "a", "prompt": "{q} {a}"}
     wrong = fault(task(written(tmp_path, ".csv"), **fields))
     assert wrong.field == "task.prompt"
@@ -223,11 +223,11 @@ def test_no_rows_left(tmp_path: Path) -> None:
     assert "rows that have a prompt and an answer" in str(wrong)
 
 
-def test_a_split_of_a_single_file(tmp_path: Path) -> None:
+def test_split_of_a_single_file(tmp_path: Path) -> None:
     assert fault(task(written(tmp_path, ".csv"), split="test")).field == "task.split"
 
 
-def test_a_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(path: str, split: str) -> None:
         raise ConnectionError(f"Couldn't reach {path}\non the hub")
 

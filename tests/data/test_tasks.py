@@ -1,4 +1,4 @@
-"""The named tasks from small files with the real columns, the hub's and the local ones, and their rows as tokens."""
+"""The named tasks from small files with the real columns, of the hub and of local files, and their rows as tokens."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_medquad_with_the_local_and_the_hubs_columns(source: str, tmp_path: Path
     assert pairs.keys[:4] == ("CDC", "NIH", "NIH", "CDC")
 
 
-def test_the_context_of_dolly_follows_after_a_blank_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dolly_context_follows_a_blank_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = Task(name="dolly-15k", path=written(tmp_path / "rows.parquet", DOLLY))
     with caplog.at_level(logging.WARNING):
         pairs = load_pairs(task, federation())
@@ -74,10 +74,10 @@ def test_the_context_of_dolly_follows_after_a_blank_line(tmp_path: Path, caplog:
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
-def test_the_papers_clients_are_whole_numbers_and_rows_without_one_are_dropped(
+def test_client_numbers_are_integers_and_rows_without_one_are_dropped(
     suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """pandas keeps whole numbers with gaps as floats: 1.0 and NaN."""
+    """pandas stores integers with gaps as floats: 1.0 and NaN."""
     path, frame = tmp_path / f"rows.{suffix}", pd.DataFrame(DOLLY)
     assert frame.fedftg_client.dtype == np.float64
     frame.to_parquet(path) if suffix == "parquet" else frame.to_json(path, orient="records", lines=True)
@@ -87,14 +87,14 @@ def test_the_papers_clients_are_whole_numbers_and_rows_without_one_are_dropped(
     assert "2 of 4 rows have no prompt, answer or key; dropped" in caplog.text
 
 
-def test_numbers_that_are_no_whole_ones_stay_as_they_are(tmp_path: Path) -> None:
+def test_other_numbers_are_unchanged(tmp_path: Path) -> None:
     records = [{**row, "fedftg_client": value} for row, value in zip(DOLLY, [0.5, 1.0, float("nan"), 2.0], strict=True)]
     path = written(tmp_path / "rows.parquet", records)
     assert load_pairs(Task(name="dolly-15k", path=path), federation(column="fedftg_client")).keys == ("0.5", "1.0")
 
 
 @pytest.mark.parametrize("dtype", ["int64", "float64"])
-def test_tumours_have_names_behind_their_numbers(dtype: str, tmp_path: Path) -> None:
+def test_tumour_classes_have_names(dtype: str, tmp_path: Path) -> None:
     frame = pd.DataFrame({"image": [filed(drawn(kind, 0)) for kind in KINDS], "label": [2, 0, 3, 1]})
     frame.astype({"label": dtype}).to_parquet(tmp_path / "rows.parquet")
     pairs = load_pairs(Task(name="brain-tumor", path=str(tmp_path / "rows.parquet")), federation())
@@ -102,7 +102,7 @@ def test_tumours_have_names_behind_their_numbers(dtype: str, tmp_path: Path) -> 
     assert pairs.answers == pairs.keys == ("notumor", "glioma", "pituitary", "meningioma")
 
 
-def test_every_named_task_has_a_column_and_takes_another() -> None:
+def test_named_task_has_a_default_column_and_accepts_another() -> None:
     for name, default in {"medquad": "source", "dolly-15k": "category", "brain-tumor": "label"}.items():
         task = Task.model_validate({"name": name})
         for kind in ("column", "dirichlet", "shards", "iid"):
@@ -114,7 +114,7 @@ def test_every_named_task_has_a_column_and_takes_another() -> None:
 
 @pytest.mark.parametrize("name", ["python-docs", *TASKS])
 @pytest.mark.parametrize("field", ["prompt", "answer", "label", "image"])
-def test_a_named_task_says_itself_what_its_columns_are(name: str, field: str) -> None:
+def test_named_task_refuses_columns_of_its_own(name: str, field: str) -> None:
     with pytest.raises(UserError) as caught:
         load_pairs(Task.model_validate({"name": name, field: "x"}), federation())
     assert str(caught.value) == (
@@ -122,7 +122,7 @@ def test_a_named_task_says_itself_what_its_columns_are(name: str, field: str) ->
     )
 
 
-def test_the_list_tells_hub_id_column_and_licence() -> None:
+def test_list_shows_hub_id_column_and_licence() -> None:
     columns, rows = tasks()
     assert columns == ("name", "hub id", "what", "column", "licence")
     assert [row[0] for row in rows] == ["python-docs", *TASKS, "table"]
@@ -130,7 +130,7 @@ def test_the_list_tells_hub_id_column_and_licence() -> None:
     assert (dolly[1], dolly[3], dolly[4]) == ("databricks/databricks-dolly-15k", "category", "CC BY-SA 3.0")
 
 
-def test_a_named_task_goes_all_the_way(tmp_path: Path) -> None:
+def test_named_task_from_file_to_dataset(tmp_path: Path) -> None:
     tree = {
         "model": {"path": "random", "random": {"type": "llama", "hidden_size": 64, "num_hidden_layers": 1}},
         "task": medquad(tmp_path / "rows.parquet", "document_source").model_dump(exclude_none=True),
@@ -149,7 +149,7 @@ def test_a_named_task_goes_all_the_way(tmp_path: Path) -> None:
         ("brain-tumor", "image, label"),
     ],
 )
-def test_a_file_without_a_named_tasks_columns_is_the_wrong_file(name: str, needed: str, tmp_path: Path) -> None:
+def test_file_without_the_task_s_columns_is_refused(name: str, needed: str, tmp_path: Path) -> None:
     path = written(tmp_path / "rows.parquet", [{"q": "Why?", "answer": "So.", "document_source": "NIH"}])
     with pytest.raises(UserError) as caught:
         load_pairs(Task.model_validate({"name": name, "path": path}), federation())
@@ -159,17 +159,17 @@ def test_a_file_without_a_named_tasks_columns_is_the_wrong_file(name: str, neede
     )
 
 
-def test_a_column_that_the_person_named_is_the_persons_to_mend(tmp_path: Path) -> None:
+def test_unknown_user_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_pairs(medquad(tmp_path / "rows.parquet", "source"), federation(column="focus"))
     assert str(caught.value).startswith("federation.partition.column: got 'focus'; allowed: a column of the table: ")
 
 
-def test_too_many_clients_are_told_the_column() -> None:
+def test_too_many_clients_error_names_the_column() -> None:
     with pytest.raises(UserError) as caught:
         largest_keys(["CDC", "NIH", "NIH"], 8, column="source")
-    told = "federation.clients: got 8; allowed: 1 to 2, the number of values of the column source; set "
-    assert str(caught.value) == f"{told}federation.clients=2"
+    message = "federation.clients: got 8; allowed: 1 to 2, the number of values of the column source; set "
+    assert str(caught.value) == f"{message}federation.clients=2"
 
 
 # --- repeats
@@ -189,19 +189,19 @@ def test_too_many_clients_are_told_the_column() -> None:
 def test_repeats_of_a_held_out_question_are_counted(
     copies: int, share: float, begins: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The rows of key "x" all ask the same, those of "y" something else each."""
+    """The rows of key "x" all have one question, those of "y" a different one each."""
     questions, keys = ["?"] * copies + [f"{i}?" for i in range(copies)], ["x"] * copies + ["y"] * copies
     with caplog.at_level(logging.WARNING):
         split_rows(questions, [question.encode() for question in questions], keys, Task(held_out=share))
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(begins)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(begins)
 
 
 def test_repeats_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    said = Pairs("causal-lm", ("q", "q", "q", "p"), ("a", "b", "a", "a"), ("",) * 4)
+    pairs = Pairs("causal-lm", ("q", "q", "q", "p"), ("a", "b", "a", "a"), ("",) * 4)
     judged = Pairs("classification", ("q", "q", "q", "p"), ("a", "b", "a", "a"), ("",) * 4, ("a", "b"))
     with caplog.at_level(logging.WARNING):
-        assert distinct(said).answers == ("a", "b", "a")
+        assert distinct(pairs).answers == ("a", "b", "a")
         assert (distinct(judged).questions, distinct(judged).answers) == (("q", "p"), ("a", "a"))
         distinct(distinct(judged))
     messages = list(dict.fromkeys(record.getMessage() for record in caplog.records))
@@ -233,7 +233,7 @@ def test_prompt_and_padding_carry_no_label() -> None:
     assert whole["labels"].tolist() == [[*prompt, a, 2]]
 
 
-def test_what_is_too_long_keeps_its_template_and_the_answer_or_half_a_row_of_it() -> None:
+def test_long_row_keeps_its_template_and_the_answer_or_half_a_row_of_it() -> None:
     processor = ByteTokenizer()
     rows = rows_of([("?", "abcdefghijklmn"), ("a long question", "x")], 20)
     assert rows.row(0).tolist() == [*processor.prompt("?"), *processor.answer("abcdefghijk")[:11]]  # 9 + 11
@@ -244,7 +244,7 @@ def test_what_is_too_long_keeps_its_template_and_the_answer_or_half_a_row_of_it(
 
 @dataclass(frozen=True)
 class WordCodec(ByteTokenizer):
-    """A token is a word of any length, by its place in the dictionary; notes how many characters it was given."""
+    """A token is a word of any length, by its place in the dictionary; counts the characters that it was given."""
 
     seen: list[int] = field(default_factory=list)
 
@@ -253,9 +253,9 @@ class WordCodec(ByteTokenizer):
         return [[*(len(word) for word in text.split()), self.eos] for text in texts]
 
 
-def test_of_a_long_answer_only_what_may_be_needed_is_read() -> None:
+def test_only_the_needed_start_of_a_long_answer_is_read() -> None:
     """At most 16 tokens are kept, for which 96 characters are read.  The first answer has more words than that in them;
-    the second has only two and is read whole, to the last of its three."""
+    the second has only two and is read completely, to the last of its three."""
     processor = WordCodec()
     answers = ("abc " * 1000, "a" * 40 + " " + "b" * 40 + " " + "c" * 300)
     pairs = Pairs("causal-lm", ("", ""), answers, ("", ""))
@@ -268,7 +268,7 @@ def test_of_a_long_answer_only_what_may_be_needed_is_read() -> None:
     assert processor.seen == [95 + 81, 382]
 
 
-def test_long_answers_have_the_tokens_of_the_whole() -> None:
+def test_long_answers_have_the_tokens_of_the_full_text() -> None:
     processor, text = ByteTokenizer(), "one two three " * 200
     rows = rows_of([("?", text)], 64)
     assert rows.row(0).tolist() == [*processor.prompt("?"), *processor.answer(text)][:64]
@@ -278,7 +278,7 @@ def dataset(task: Task, **partition: Any) -> Dataset:
     return load_dataset(task, federation(**partition), ByteTokenizer(), seed=0)
 
 
-def test_named_tasks_are_dealt_out_without_a_column_being_named(tmp_path: Path) -> None:
+def test_named_task_is_partitioned_by_its_default_column(tmp_path: Path) -> None:
     """20 rows: 7 of CDC, 13 of NIH; a tenth is held out, 2."""
     task = medquad(tmp_path / "rows.parquet", "source")
     by_source = dataset(task)
@@ -289,8 +289,8 @@ def test_named_tasks_are_dealt_out_without_a_column_being_named(tmp_path: Path) 
     assert sum(len(spread.rows_of(client)) for client in (0, 1)) == 18
 
 
-def test_pairs_of_a_table_need_no_name(tmp_path: Path) -> None:
-    """The same file as a `table`, spelled out: only the runs of spaces stay."""
+def test_table_gives_the_pairs_of_a_named_task(tmp_path: Path) -> None:
+    """The same file as a `table` with all fields: only the runs of spaces stay."""
     task = medquad(tmp_path / "rows.parquet", "source")
     plain = Task(name="table", path=task.path, prompt="{question}", answer="answer")
     assert table_pairs(plain, "source").answers[1] == "It is\n  a\t1 ."

@@ -20,7 +20,7 @@ def config(method: str = "fedftg", **optimizer: Any) -> Config:
 
 
 def rounds(held_out: list[float | None], loss: list[float | None] | None = None, **figures: Any) -> list[RoundRow]:
-    """One row for each held-out loss; a figure is one for all rows or a list."""
+    """One row per held-out loss; a figure is one value for all rows or a list."""
     rows = []
     for n, judged in enumerate(held_out):
         row = RoundRow(
@@ -42,8 +42,8 @@ def rounds(held_out: list[float | None], loss: list[float | None] | None = None,
 
 
 def layers(diagnosed: int = 3, **figures: Any) -> list[CohortLayer]:
-    """Three layers of 64 x 172 in each of so many rounds, of a healthy run but for `figures`: one for all, a list over
-    rounds, or a tuple over layers."""
+    """Three layers of 64 x 172 in each of so many rounds of a healthy run, with `figures` replaced: one value for all,
+    a list over rounds, or a tuple over layers."""
     healthy = {"rank": 48, "rank_sum": 64, "truncated": 0.2, "cross_term": 0.04, "agreement": 0.2, "drift": 1.4}
     rows = []
     for n in range(diagnosed):
@@ -110,22 +110,22 @@ REAL = {
 
 
 @pytest.mark.parametrize("method", REAL)
-def test_real_healthy_runs_show_none(method: str) -> None:
-    """At any round, with memory that grows in the first three, one retry and one skipped client.  That eight clients of
-    rank 8 fill a layer of rank 64 is told, and true."""
+def test_real_healthy_runs_have_no_alerts(method: str) -> None:
+    """At any round, with memory that grows in the first three, one retry and one skipped client.  The reported full
+    rank is correct: eight clients of rank 8 fill a layer of rank 64."""
     figures: dict[str, Any] = dict(REAL[method])
     held_out, loss = figures.pop("held_out"), figures.pop("loss")
     memory = [10**9, 14 * 10**8, 15 * 10**8] + [15 * 10**8 + n % 2 for n in range(len(held_out) - 3)]
     rows = rounds(held_out, loss, memory_bytes=memory, retries=[1] + [0] * (len(held_out) - 1))
     rows[2] = replace(rows[2], failed=1)
-    looked = layers(len(held_out), **figures)
+    layer_rows = layers(len(held_out), **figures)
     for n in range(1, len(rows) + 1):
-        seen = [row for row in looked if row.round < n]
+        seen = [row for row in layer_rows if row.round < n]
         found = alerts(rows[:n], seen, clients(0.85, n), config(method), before=4.4972, planned=14 * 10**8)
         assert names(found) == (["full rank"] if method == "fedftg" and n >= 3 else [])
 
 
-def test_nothing_is_said_of_nothing() -> None:
+def test_missing_rows_give_no_alert() -> None:
     assert alerts([], [], [], config()) == []
     assert alerts(rounds([None, None, None, None]), [], [], config()) == []
 
@@ -133,7 +133,7 @@ def test_nothing_is_said_of_nothing() -> None:
 # The loss.
 
 
-def test_divergence_is_told_after_two_bad_evaluations() -> None:
+def test_divergence_is_reported_after_two_bad_evaluations() -> None:
     """Best 2.0; 2.11 is 5.5 % above it, 2.09 only 4.5 %."""
     assert alerts(rounds([2.5, 2.0, 2.2, 2.09]), [], [], config()) == []
     assert alerts(rounds([2.5, 2.0, 2.05, 2.2]), [], [], config()) == []
@@ -142,17 +142,17 @@ def test_divergence_is_told_after_two_bad_evaluations() -> None:
     assert "optimizer.lr=0.1 or federation.local_steps" in text
 
 
-def test_a_falling_training_loss_makes_it_overfitting() -> None:
+def test_falling_training_loss_means_overfitting() -> None:
     rows = rounds([2.5, 2.0, 2.3, 2.4], [2.5, 2.0, 1.5, 1.2])
     assert "clients overfit; end earlier (federation.rounds)" in only(alerts(rows, [], [], config()), "divergence")
 
 
-def test_a_small_loss_may_wobble() -> None:
+def test_small_loss_can_fluctuate() -> None:
     """0.010 to 0.012 is 20 % up, and 0.002 nats."""
     assert alerts(rounds([0.5, 0.010, 0.012, 0.012]), [], [], config()) == []
 
 
-def test_divergence_from_the_first_round_on_is_one_symptom() -> None:
+def test_divergence_from_the_first_round_on_is_one_alert() -> None:
     text = only(alerts(rounds([5.0, 5.5, 6.0]), [], [], config(), before=4.0), "divergence")
     assert "50% above its best 4" in text
 
@@ -173,26 +173,26 @@ def test_no_progress_and_its_causes(loss: list[float | None], words: str) -> Non
     assert "held-out loss is 3.01 after round 4, at best 2.99, was 3: no progress" in text
 
 
-def test_one_percent_is_progress_and_a_tiny_loss_needs_none() -> None:
+def test_one_percent_is_progress_and_a_tiny_loss_is_exempt() -> None:
     assert alerts(rounds([3.0, 2.99, 2.97]), [], [], config()) == []
     assert alerts(rounds([0.01, 0.01, 0.01]), [], [], config()) == []
 
 
-def test_progress_is_seen_against_the_loss_before_training() -> None:
-    """A run whose first round has brought it to its end stands still ever after."""
+def test_progress_is_measured_against_the_loss_before_training() -> None:
+    """A run that converges in its first round makes no progress afterwards."""
     flat = rounds([2.0, 2.0, 2.0])
     assert names(alerts(flat, [], [], config())) == ["no progress"]
     assert alerts(flat, [], [], config(), before=4.0) == []
     assert names(alerts(flat, [], [], config(), before=2.001)) == ["no progress"]
 
 
-def test_three_evaluations_are_waited_for_and_warm_up_does_not_count() -> None:
+def test_no_progress_needs_three_evaluations_after_warm_up() -> None:
     assert alerts(rounds([3.0, None, 3.0]), [], [], config()) == []
     assert names(alerts(rounds([3.0, None, 3.0, None, 3.0]), [], [], config())) == ["no progress"]
     assert alerts(rounds([3.0, 3.0, 3.0]), [], [], config(warmup_rounds=2)) == []
 
 
-# What diagnostics show.
+# Diagnostics.
 
 
 def test_client_drift() -> None:
@@ -202,15 +202,15 @@ def test_client_drift() -> None:
     assert "2.9 times its length" in text
     assert "federation.local_steps (T_agg)" in text
     assert "federation.proximal" in text
-    assert alerts(rounds(FALLING), apart, [], config()) == []  # it still learns
-    assert alerts(rounds(STILL), layers(6, agreement=0.1), [], config()) == []  # they agree
-    assert alerts(rounds(STILL), layers(6, agreement=[0, 0, 0, 0, 0.1, 0]), [], config()) == []  # not always
+    assert alerts(rounds(FALLING), apart, [], config()) == []  # the loss still falls
+    assert alerts(rounds(STILL), layers(6, agreement=0.1), [], config()) == []  # the clients agree
+    assert alerts(rounds(STILL), layers(6, agreement=[0, 0, 0, 0, 0.1, 0]), [], config()) == []  # not in every round
     assert alerts(rounds(STILL), layers(6, agreement=(0.0, 0.2, 0.1)), [], config()) == []  # not in most layers
-    assert alerts(rounds(STILL), layers(2, agreement=0.0), [], config()) == []  # seen twice
+    assert alerts(rounds(STILL), layers(2, agreement=0.0), [], config()) == []  # only two rounds
     assert alerts(rounds(STILL), layers(6, agreement=None, drift=None), [], config()) == []  # one client
 
 
-def test_a_large_cross_term() -> None:
+def test_large_cross_term() -> None:
     method = "fedit"
     text = only(alerts(rounds(FALLING), layers(cross_term=0.25), [], config(method)), "cross term")
     assert f"{method} averages B and A apart, which misses 25%" in text
@@ -221,18 +221,18 @@ def test_a_large_cross_term() -> None:
     assert alerts(rounds(FALLING), layers(cross_term=(0.3, 0.3, 0.0)), [], config(method)) != []
 
 
-def test_a_loss_that_was_zero_and_losses_that_are_not_finite() -> None:
+def test_zero_and_non_finite_losses() -> None:
     text = only(alerts(rounds([0.5, 0.0, 0.05, 0.06]), [], [], config("fedavg")), "divergence")
     assert "held-out loss is 0.06 after round 4, above its best, 0" in text
     assert alerts(rounds([3.0, 2.0, float("inf"), float("inf")]), [], [], config("fedavg")) == []
 
 
-def test_methods_name_rules_that_there_are() -> None:
+def test_methods_name_existing_rules() -> None:
     named = {rule for name in METHODS for rule in getattr(class_of(name), "alerts", ())}
     assert named == set(BY_METHOD)
 
 
-def test_a_cross_term_is_none_of_an_exact_methods_business() -> None:
+def test_exact_methods_have_no_cross_term_alert() -> None:
     assert alerts(rounds(FALLING), layers(cross_term=0.9), [], config("flora")) == []
 
 
@@ -241,14 +241,14 @@ def test_truncation() -> None:
     assert "loses 40% of its norm" in text
     assert "raise method.rank" in text
     assert alerts(rounds(FALLING), layers(truncated=0.29), [], config("flexlora")) == []
-    assert alerts(rounds(FALLING), layers(truncated=0.4), [], config("fedftg")) == []  # which truncates nothing
+    assert alerts(rounds(FALLING), layers(truncated=0.4), [], config("fedftg")) == []  # which does not truncate
 
 
 def test_full_rank() -> None:
     text = only(alerts(rounds(FALLING), layers(rank=(64, 64, 60)), [], config()), "full rank")
     assert "full rank (64, median over layers) in 67% of the layers" in text
     assert alerts(rounds(FALLING), layers(rank=(64, 60, 60)), [], config()) == []
-    assert alerts(rounds(FALLING), layers(rank=64), [], config("ffa-lora")) == []  # which sends one factor
+    assert alerts(rounds(FALLING), layers(rank=64), [], config("ffa-lora")) == []  # which uploads one factor
     assert alerts(rounds(FALLING), layers(rank=None), [], config()) == []
 
 
@@ -257,7 +257,7 @@ def test_gradients_that_are_not_low_rank() -> None:
     assert "hold 22% of its squared norm" in text
     assert "raise method.rank or lower method.refresh_every" in text
     assert alerts(rounds(FALLING), layers(), clients(0.31), config()) == []
-    assert alerts(rounds(FALLING), layers(), clients(0.22), config("ffa-lora")) == []  # whose basis is none of theirs
+    assert alerts(rounds(FALLING), layers(), clients(0.22), config("ffa-lora")) == []  # a fixed basis
     assert alerts(rounds(FALLING), layers(), clients(None), config()) == []
 
 
@@ -287,12 +287,12 @@ def test_memory_that_grows() -> None:
 
 
 def test_skipped_clients() -> None:
-    """Of 6 rounds of 8 clients 48; 5 are more than a tenth, 4 are not."""
+    """6 rounds of 8 clients are 48; 5 are more than a tenth, 4 are not."""
     text = only(alerts(rounds(FALLING, failed=[1, 1, 1, 1, 1, 0]), [], [], config(lr=0.5)), "skipped clients")
     assert "5 of 48 clients' rounds were skipped" in text
     assert "optimizer.lr=0.5" in text
     assert alerts(rounds(FALLING, failed=[1, 1, 1, 1, 0, 0]), [], [], config()) == []
-    assert alerts(rounds([3.0, 2.9], failed=[2, 1]), [], [], config()) == []  # few
+    assert alerts(rounds([3.0, 2.9], failed=[2, 1]), [], [], config()) == []  # too few
 
 
 def test_retries() -> None:
@@ -301,28 +301,28 @@ def test_retries() -> None:
     assert "resources.deadline" in text
     assert alerts(rounds(FALLING, retries=[2, 1, 0, 0, 0, 0]), [], [], config()) == []
     many: list[float | None] = [4 - n / 10 for n in range(8)]
-    assert alerts(rounds(many, retries=[2, 2] + [0] * 6), [], [], config()) == []  # one in two rounds
+    assert alerts(rounds(many, retries=[2, 2] + [0] * 6), [], [], config()) == []  # every second round
 
 
 # Rows of tables.
 
 
-def test_rows_of_a_table_with_holes_serve_as_well() -> None:
-    """A Parquet file gives NaN or NA for what is missing, and numpy's numbers."""
+def test_rows_with_missing_values_are_accepted() -> None:
+    """A Parquet file gives NaN or NA for missing values, and numpy's numbers."""
     rows = rounds([3.0, None, 3.0, None, 3.0], [3.0, 3.0, None, 3.0, 3.0], memory_bytes=[10**9, None] + [2 * 10**9] * 3)
-    looked = layers(5, cross_term=(0.3, None, 0.2), drift=None)
-    table = [pd.DataFrame(rows), pd.DataFrame(looked).astype({"rank": "Int64"}), pd.DataFrame(clients(None))]
+    layer_rows = layers(5, cross_term=(0.3, None, 0.2), drift=None)
+    table = [pd.DataFrame(rows), pd.DataFrame(layer_rows).astype({"rank": "Int64"}), pd.DataFrame(clients(None))]
     read: list[Any] = [list(frame.itertuples()) for frame in table]
     assert math.isnan(read[0][1].held_out_loss)
     found = alerts(read[0], read[1], read[2], config("fedit"), before=float("nan"), planned=10**9)
-    assert found == alerts(rows, looked, clients(None), config("fedit"), planned=10**9)
+    assert found == alerts(rows, layer_rows, clients(None), config("fedit"), planned=10**9)
     assert names(found) == ["no progress", "cross term", "memory"]
 
 
-def test_rows_of_an_older_run_have_no_full_rank() -> None:
+def test_rows_of_an_older_run_have_no_full_rank_alert() -> None:
     assert alerts(rounds(FALLING), [replace(row, full_rank=0, rank=64) for row in layers()], [], config()) == []
 
 
-def test_the_gravest_comes_first() -> None:
+def test_most_severe_alert_comes_first() -> None:
     found = alerts(rounds([3.0, 3.5, 3.6]), layers(agreement=0.0), clients(0.1), config(), planned=None)
     assert names(found) == ["divergence", "client drift", "gradients"]

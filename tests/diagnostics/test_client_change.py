@@ -1,4 +1,4 @@
-"""What a client's round did to a layer, as factors, against dense effective weights before and after."""
+"""A client's change of a layer in a round, as factors, against dense effective weights before and after."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tests.methods.test_protocol import begun, clients_data, local_change, made,
 TALL, WIDE = Layer("up", m=20, n=12), Layer("down", m=12, n=20)
 
 
-def dense(told: ClientChange) -> Tensor:
+def dense(measured: ClientChange) -> Tensor:
     """D = left @ right + before @ shift, (m, n) float64."""
-    got = {name: tensor.double() for name, tensor in told.tensors.items()}
+    got = {name: tensor.double() for name, tensor in measured.tensors.items()}
     change = got["left"] @ got["right"]
     return change + got["before"] @ got["shift"] if "shift" in got else change
 
 
-def term(told: ClientChange) -> Tensor:
+def term(measured: ClientChange) -> Tensor:
     """E = (left + before) @ right, (m, n) float64."""
-    got = {name: tensor.double() for name, tensor in told.tensors.items()}
+    got = {name: tensor.double() for name, tensor in measured.tensors.items()}
     return (got["left"] + got.get("before", torch.zeros(()))) @ got["right"]
 
 
 def ended(start: Start, tensors: Tensors, **fields: object) -> LocalResult:
-    """The end of a round of client 0 with the given tensors in the place of those it began with."""
+    """The end of a round of client 0, with the given tensors in place of the initial ones."""
     return LocalResult(
         client=0,
         tensors={**start.tensors, **tensors},
@@ -52,9 +52,9 @@ def lora(layer: Layer, r: int, seed: int, *, core: bool = False) -> dict[str, Te
 
 
 def moved(layer: Layer, start: Start, tensors: Tensors, **fields: object) -> ClientChange:
-    told = client_change(layer, start, ended(start, tensors, **fields))
-    assert told is not None
-    return told
+    measured = client_change(layer, start, ended(start, tensors, **fields))
+    assert measured is not None
+    return measured
 
 
 METHODS = {
@@ -70,31 +70,31 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_trained_round_is_told_as_it_was(name: str) -> None:
+def test_trained_round_matches_the_dense_change(name: str) -> None:
     """Real local training on layers with m > n, m < n and m = n, from a server whose factors are no longer zero.  The
-    dense changes that they are compared with are differences of float32 products, right to 1e-5 or so."""
+    dense changes for the comparison are differences of float32 products, with errors of about 1e-5."""
     kind, fields = METHODS[name]
     method, tiny = made(name, **fields), llama()
     server = begun(method, tiny)
     done = walk(method, tiny, server, clients_data(tiny, 2), weights=[1, 2])
     for target in tiny.shape.targets:
         for k in range(2):
-            told = client_change(target, done.starts[k], done.results[k])
-            assert told is not None
-            assert told.kind == kind
+            measured = client_change(target, done.starts[k], done.results[k])
+            assert measured is not None
+            assert measured.kind == kind
             theirs = local_change(tiny, server, done, k, target.name).double()
-            ours = rows(target, told) if kind == "dense" else dense(told)
+            ours = rows(target, measured) if kind == "dense" else dense(measured)
             assert distance(ours, theirs) < 1e-4
-            assert told.norm == pytest.approx(float(theirs.norm()), rel=1e-4)
-            assert all(tensor.dtype == torch.float32 for tensor in told.tensors.values())
+            assert measured.norm == pytest.approx(float(theirs.norm()), rel=1e-4)
+            assert all(tensor.dtype == torch.float32 for tensor in measured.tensors.values())
             if name == "fedftg":
-                assert told.tensors["right"].shape == (4, target.n)
+                assert measured.tensors["right"].shape == (4, target.n)
 
 
 @pytest.mark.parametrize("core", [False, True])
 @pytest.mark.parametrize("layer", [TALL, WIDE])
-def test_a_tiny_step_does_not_cancel(layer: Layer, core: bool) -> None:
-    """A step of 1e-5: the difference of the two float32 products has lost it, the factors have not."""
+def test_tiny_step_does_not_cancel(layer: Layer, core: bool) -> None:
+    """A step of 1e-5 is lost in the difference of the two float32 products, but not in the factors."""
     start = Start(lora(layer, 3, 0, core=core), (), scale=2.0)
     end = {name: tensor + 1e-5 * torch.randn(tensor.shape) for name, tensor in start.tensors.items()}
 
@@ -106,16 +106,16 @@ def test_a_tiny_step_does_not_cancel(layer: Layer, core: bool) -> None:
         return 2.0 * folded @ right.to(kind)
 
     exact = product(end, torch.float64) - product(start.tensors, torch.float64)
-    told = moved(layer, start, end)
-    assert distance(dense(told), exact) < 3e-7  # float32 holds the factors to 6e-8
+    measured = moved(layer, start, end)
+    assert distance(dense(measured), exact) < 3e-7  # float32 stores the factors to 6e-8
     assert distance(product(end, torch.float32) - product(start.tensors, torch.float32), exact) > 1e-3
-    assert distance(term(told), product(end, torch.float64)) < 1e-6
-    assert told.norm == pytest.approx(float(exact.norm()), rel=1e-6)
-    assert told.kind == ("core" if core else "lora")
+    assert distance(term(measured), product(end, torch.float64)) < 1e-6
+    assert measured.norm == pytest.approx(float(exact.norm()), rel=1e-6)
+    assert measured.kind == ("core" if core else "lora")
 
 
-def test_only_what_is_needed_is_held() -> None:
-    """B = 0 before: the right factor's own change counts for nothing; A at rest: there is none."""
+def test_only_the_needed_factors_are_kept() -> None:
+    """B = 0 before: the right factor's own change has no effect; A at rest: it has no change."""
     start = Start(lora(TALL, 3, 0), (), scale=0.5)
     left, right = (start.tensors[f"up/{role}"] for role in ("left", "right"))
     first = replace(start, tensors={"up/left": torch.zeros(20, 3), "up/right": right})
@@ -128,7 +128,7 @@ def test_only_what_is_needed_is_held() -> None:
     assert set(both.tensors) == {"left", "right", "before", "shift"}
 
 
-def test_who_did_not_move_has_no_norm() -> None:
+def test_unchanged_client_has_no_norm() -> None:
     still = moved(TALL, Start(lora(TALL, 3, 0), ()), {})
     assert still.norm == 0.0
     assert not dense(still).any()
@@ -137,30 +137,30 @@ def test_who_did_not_move_has_no_norm() -> None:
 
 @pytest.mark.parametrize("m", [40, ROWS, 200])
 def test_dense_changes_are_sampled_by_rows(m: int) -> None:
-    """Up to 64 rows all of them; beyond, the same 64 for every client, which keep the square norm in the mean."""
+    """Up to 64 rows all of them; beyond, the same 64 for every client, scaled to keep the mean square norm."""
     layer = Layer("up", m=m, n=12)
     start = Start({"up/weight": torch.randn(m, 12)}, ())
     change = torch.arange(1.0, m + 1)[:, None] * torch.ones(12)
-    told = moved(layer, start, {"up/weight": start.tensors["up/weight"] + change})
-    assert told.norm == pytest.approx(float(change.norm()), rel=1e-5)
-    sample = rows(layer, told)
+    measured = moved(layer, start, {"up/weight": start.tensors["up/weight"] + change})
+    assert measured.norm == pytest.approx(float(change.norm()), rel=1e-5)
+    sample = rows(layer, measured)
     assert sample.shape == (min(m, ROWS), 12)
     scale = max(1.0, m / ROWS) ** 0.5
-    drawn = (sample[:, 0] / scale).round()  # row i holds i + 1
+    drawn = (sample[:, 0] / scale).round()  # row i consists of i + 1
     assert len(set(drawn.tolist())) == min(m, ROWS)
     assert torch.equal(drawn, drawn.sort().values)
-    assert float(sample.norm()) == pytest.approx(told.norm, rel=0.15 if m > ROWS else 1e-5)
+    assert float(sample.norm()) == pytest.approx(measured.norm, rel=0.15 if m > ROWS else 1e-5)
     twice = moved(layer, start, {"up/weight": start.tensors["up/weight"] + 2 * change})
     assert torch.allclose(rows(layer, twice), 2 * sample, rtol=1e-4)
 
 
-def test_a_factored_change_gives_the_same_rows() -> None:
+def test_factored_change_gives_the_same_rows() -> None:
     layer = Layer("up", m=200, n=12)
     start, end = Start(lora(layer, 3, 0), ()), lora(layer, 3, 1)
-    told = moved(layer, start, end)
+    measured = moved(layer, start, end)
     as_dense = Start({"up/weight": torch.zeros(200, 12)}, ())
-    sampled = moved(layer, as_dense, {"up/weight": dense(told).float()})
-    assert torch.allclose(rows(layer, told), rows(layer, sampled), atol=1e-5)
+    sampled = moved(layer, as_dense, {"up/weight": dense(measured).float()})
+    assert torch.allclose(rows(layer, measured), rows(layer, sampled), atol=1e-5)
 
 
 def test_many_closed_blocks_are_sampled() -> None:
@@ -169,16 +169,16 @@ def test_many_closed_blocks_are_sampled() -> None:
     left, right = torch.randn(300, WIDEST), torch.randn(WIDEST, 200)
     assert set(moved(layer, start, {}, blocks={"up": (left, right)}).tensors) == {"left", "right"}
     left, right = torch.randn(300, WIDEST + 1), torch.randn(WIDEST + 1, 200)
-    told = moved(layer, start, {}, blocks={"up": (left, right)})
-    assert (told.kind, set(told.tensors)) == ("galore", {"rows"})
-    assert told.tensors["rows"].shape == (ROWS, 200)
-    assert told.norm == pytest.approx(float((left.double() @ right.double()).norm()), rel=1e-6)
+    measured = moved(layer, start, {}, blocks={"up": (left, right)})
+    assert (measured.kind, set(measured.tensors)) == ("galore", {"rows"})
+    assert measured.tensors["rows"].shape == (ROWS, 200)
+    assert measured.norm == pytest.approx(float((left.double() @ right.double()).norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("layer", [TALL, WIDE])
-def test_turned_compares_the_projected_side_before_and_after(layer: Layer) -> None:
-    """Rows (or columns, m < n) e1, e2 against e2, (e3 + e4) / sqrt 2: one of two directions is shared; scaled and
-    mixed rows span the same."""
+def test_subspace_overlap_compares_the_projected_side_before_and_after(layer: Layer) -> None:
+    """Rows (or columns, m < n) e1, e2 against e2, (e3 + e4) / sqrt 2: one of two directions is shared; scaled and mixed
+    rows span the same space."""
     k, right = min(layer.m, layer.n), layer.m >= layer.n
     unit = torch.eye(k)
     before, after = unit[:2], torch.stack([unit[1], (unit[2] + unit[3]) / 2**0.5])
@@ -198,7 +198,7 @@ def test_turned_compares_the_projected_side_before_and_after(layer: Layer) -> No
     assert moved(layer, Start(factors(0 * before, 1.0), ()), factors(after, 2.0)).turned is None
 
 
-def test_a_rank_one_basis_within_one_of_rank_two_has_not_turned() -> None:
+def test_rank_one_basis_within_a_rank_two_basis_overlaps_fully() -> None:
     unit = torch.eye(12)
     start = Start({"up/left": torch.ones(20, 2), "up/right": unit[:2]}, ())
     one = torch.stack([unit[0], torch.zeros(12)])  # GaLore's missing rows are zero
@@ -226,11 +226,11 @@ def test_galore_keeps_its_basis_within_a_period() -> None:
         assert turns[2].turned == 1.0
 
 
-def test_what_was_seen_of_the_gradient_is_passed_on() -> None:
+def test_gradient_figures_are_passed_on() -> None:
     start = Start(lora(TALL, 3, 0), ())
-    told = client_change(TALL, start, ended(start, {}), (0.75, 3.5))
-    assert told is not None
-    assert (told.energy, told.gradient_rank) == (0.75, 3.5)
+    measured = client_change(TALL, start, ended(start, {}), (0.75, 3.5))
+    assert measured is not None
+    assert (measured.energy, measured.gradient_rank) == (0.75, 3.5)
     assert (moved(TALL, start, {}).energy, moved(TALL, start, {}).gradient_rank) == (None, None)
 
 

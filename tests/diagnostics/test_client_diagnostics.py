@@ -1,4 +1,4 @@
-"""Diagnostics on their way: whom they look at, what travels, what the coordinator keeps."""
+"""Client diagnostics on their way: selected clients and layers, what travels, and what the coordinator keeps."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def a_round(client: int) -> tuple[Start, LocalResult]:
     return Start(before, tuple(before)), LocalResult(client, after, {}, 4, {}, 1.0, 1, {}, trained=tuple(before))
 
 
-def look(client: int, asked: Diagnostics) -> ClientDiagnostics:
+def diagnostics_of(client: int, asked: Diagnostics) -> ClientDiagnostics:
     return measured(asked, SHAPE, *a_round(client), 1.0, NOBODY)
 
 
-def test_cohorts_without_clients_are_not_looked_at() -> None:
+def test_empty_cohorts_are_not_measured() -> None:
     assert watched(Diagnostics(), 0, 3, []) == []
     assert watched(Diagnostics(every=0), 2, 3, [1, 2]) == []
 
 
-def test_what_a_client_begins_with_may_lie_on_another_device() -> None:
+def test_initial_tensors_can_be_on_another_device() -> None:
     class OnDevice:
         def __init__(self, tensor: Tensor) -> None:
             self.tensor = tensor
@@ -61,15 +61,15 @@ def test_what_a_client_begins_with_may_lie_on_another_device() -> None:
     start, result = a_round(0)
     there = Start({name: cast(Tensor, OnDevice(x)) for name, x in start.tensors.items()}, start.trained)
     found = measured(Diagnostics(), SHAPE, there, result, 1.0, NOBODY)
-    expected = look(0, Diagnostics())
+    expected = diagnostics_of(0, Diagnostics())
     assert found.layers.keys() == expected.layers.keys()
     for name, change in found.layers.items():
         assert change.norm == expected.layers[name].norm
         assert all(torch.equal(x, expected.layers[name].tensors[role]) for role, x in change.tensors.items())
 
 
-def test_the_coordinator_keeps_no_view_of_what_came() -> None:
-    came = look(0, Diagnostics())
+def test_coordinator_keeps_no_view_of_received_data() -> None:
+    came = diagnostics_of(0, Diagnostics())
     own = kept(came)
     for name, change in own.layers.items():
         for role, tensor in change.tensors.items():
@@ -78,9 +78,11 @@ def test_the_coordinator_keeps_no_view_of_what_came() -> None:
             assert tensor.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr()
 
 
-def test_layers_are_looked_at_evenly_and_told_in_order() -> None:
+def test_layers_are_selected_evenly_and_reported_in_order() -> None:
     asked = Diagnostics(layers=2)
-    layers, clients = rows(7, SHAPE, [look(k, asked) for k in (3, 4, 5)], {"block.2.up": ServerChange(4, 0.5)})
+    layers, clients = rows(
+        7, SHAPE, [diagnostics_of(k, asked) for k in (3, 4, 5)], {"block.2.up": ServerChange(4, 0.5)}
+    )
     assert [(row.round, row.layer, row.clients) for row in layers] == [(7, "block.0.up", 3), (7, "block.2.up", 3)]
     assert [(row.server_rank, row.accumulated) for row in layers] == [(None, None), (4, 0.5)]
     assert [(row.layer, row.client) for row in clients] == [
@@ -88,7 +90,7 @@ def test_layers_are_looked_at_evenly_and_told_in_order() -> None:
     ]
 
 
-def test_gradients_are_looked_at_for_one_client_of_a_pack_in_layers_that_are() -> None:
+def test_gradients_are_measured_for_one_client_of_a_pack_in_selected_layers() -> None:
     starts = [a_round(k)[0] for k in (3, 4, 5)]
     watch = gradient_watch(Diagnostics(layers=2, gradient_layers=4), SHAPE, {4: starts[1], 5: starts[2]})
     assert watch.ranks == {4: 2}
@@ -99,6 +101,6 @@ def test_gradients_are_looked_at_for_one_client_of_a_pack_in_layers_that_are() -
     assert gradient_watch(Diagnostics(), SHAPE, {3: dense}).ranks == {3: 8}
 
 
-def test_rounds_that_are_looked_at() -> None:
+def test_measured_rounds() -> None:
     assert [due(Diagnostics(every=2), n, 5) for n in range(5)] == [False, True, False, True, True]
     assert not any(due(Diagnostics(every=0), n, 5) for n in range(5))

@@ -1,4 +1,4 @@
-"""Every diagnostic against its definition, worked out on dense (m, n) matrices in float64."""
+"""Every diagnostic against its definition, computed on dense (m, n) matrices in float64."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Figures = dict[str, object]
 
 @dataclass(frozen=True)
 class Known:
-    """A client whose round is known in full: raw weight, dense change D and term E (m, n) float64, the term's factors
-    and how the library is told of it."""
+    """A client with a fully known round: raw weight, dense change D and term E (m, n) float64, the term's factors and
+    the change as the library represents it."""
 
     weight: float
     D: Tensor
     E: Tensor
     left: Tensor
     right: Tensor
-    told: ClientChange
+    change: ClientChange
 
 
 def known(layer: Layer, kind: str, r: int, weight: float, seed: int, step: float = 0.1) -> Known:
-    """A random client.  kind: `galore`; `lora`, with both factors moved by `step`; `first`: LoRA that began with B = 0;
-    `ffa`: only the left factor moved; `core`; `still`: LoRA that moved nothing; `nothing`: zeros throughout."""
+    """A random client.  kind: `galore`; `lora`, with both factors moved by `step`; `first`: LoRA from B = 0; `ffa`:
+    only the left factor moved; `core`; `still`: LoRA without a change; `nothing`: zeros throughout."""
     rng = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
@@ -60,17 +60,17 @@ def known(layer: Layer, kind: str, r: int, weight: float, seed: int, step: float
         D = D + exact["before"] @ exact["shift"]
     whole = exact["left"] + exact.get("before", torch.zeros(()))
     label = "lora" if kind in ("first", "ffa", "still") else "galore" if kind == "nothing" else kind
-    told = ClientChange(label, tensors, float(D.norm()))  # type: ignore[arg-type]
-    return Known(weight, D, whole @ exact["right"], whole, exact["right"], told)
+    change = ClientChange(label, tensors, float(D.norm()))  # type: ignore[arg-type]
+    return Known(weight, D, whole @ exact["right"], whole, exact["right"], change)
 
 
-def told(layer: Layer, clients: Sequence[Known]) -> tuple[list[ClientLayer], CohortLayer]:
+def diagnosed(layer: Layer, clients: Sequence[Known]) -> tuple[list[ClientLayer], CohortLayer]:
     """Clients are numbered 10, 11, ... in round 3."""
-    return diagnose(3, layer, [(10 + k, client.weight, client.told) for k, client in enumerate(clients)])
+    return diagnose(3, layer, [(10 + k, client.weight, client.change) for k, client in enumerate(clients)])
 
 
 def brute(layer: Layer, clients: Sequence[Known]) -> tuple[list[Figures], Figures]:
-    """The definitions, word for word."""
+    """The definitions, literally."""
     total = sum(client.weight for client in clients)
     p = [client.weight / total for client in clients]
     D = sum(w * client.D for w, client in zip(p, clients, strict=True))
@@ -93,7 +93,7 @@ def brute(layer: Layer, clients: Sequence[Known]) -> tuple[list[Figures], Figure
     tail = torch.linalg.svdvals(P)[r:]
     B = sum(w * wide(client.left, r) for w, client in zip(p, clients, strict=True))
     A = sum(w * wide(client.right.T, r).T for w, client in zip(p, clients, strict=True))
-    lora = all(client.told.kind == "lora" for client in clients)
+    lora = all(client.change.kind == "lora" for client in clients)
     cohort = {
         **ranks(D),
         "clients": len(clients),
@@ -165,8 +165,8 @@ def compare(ours: object, theirs: Figures, tolerance: float = 1e-6) -> None:
 
 
 def check(layer: Layer, clients: Sequence[Known]) -> CohortLayer:
-    """Every figure of every row, and that none is left out."""
-    own, cohort = told(layer, clients)
+    """Compare every figure of every row, and require that none is missing."""
+    own, cohort = diagnosed(layer, clients)
     theirs, together = brute(layer, clients)
     assert [(row.round, row.client, row.layer) for row in own] == [(3, 10 + k, "up") for k in range(len(clients))]
     for row, expected in zip(own, theirs, strict=True):
@@ -204,7 +204,7 @@ COHORTS = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cohort", COHORTS)
-def test_every_figure_is_its_definition(cohort: str, shape: str) -> None:
+def test_every_figure_matches_its_definition(cohort: str, shape: str) -> None:
     layer = Layer("up", *SHAPES[shape])
     clients = [known(layer, kind, r, weight, seed) for seed, (kind, r, weight) in enumerate(COHORTS[cohort])]
     check(layer, clients)
@@ -231,15 +231,15 @@ def test_random_cohorts(size: tuple[int, int], kind: str, ranks: list[int], step
 
 
 def at_the_cut(X: Tensor) -> bool:
-    """Whether rounding may decide on which side of the rank's cut a singular value falls."""
+    """True if rounding may decide on which side of the rank threshold a singular value falls."""
     sigma = torch.linalg.svdvals(X)
     return bool((sigma / (max(X.shape) * EPS * sigma[0]) - 1).abs().min() < 0.1) if X.any() else False
 
 
 @pytest.mark.parametrize("core", [False, True])
-def test_tiny_steps_after_a_long_way(core: bool) -> None:
-    """LoRA far from zero that moves by 1e-6 of itself, told through `client_change`: drift and agreement are those of
-    the steps, where differences of products in float32 would be all rounding."""
+def test_tiny_steps_far_from_zero(core: bool) -> None:
+    """LoRA far from zero with a change of 1e-6 of itself, through `client_change`: drift and agreement are those of the
+    steps, where differences of products in float32 would be only rounding."""
 
     layer = Layer("up", m=20, n=12)
     begin = lora(layer, 3, 0, core=core)
@@ -298,22 +298,23 @@ def test_dense_changes(m: int) -> None:
 
 
 def test_factors_beside_a_sample_are_sampled() -> None:
-    """A client with many closed blocks comes as rows: the others are looked at in the same rows."""
+    """A client with many closed blocks is given as rows: the others are compared in the same rows."""
     layer = Layer("up", m=200, n=9)
     whole = known(layer, "galore", 3, 1.0, 0)
-    sample = ClientChange("galore", {"rows": rows(layer, whole.told).float()}, float(whole.D.norm()))
-    own, cohort = diagnose(0, layer, [(0, 1.0, whole.told), (1, 1.0, sample)])
+    sample = ClientChange("galore", {"rows": rows(layer, whole.change).float()}, float(whole.D.norm()))
+    own, cohort = diagnose(0, layer, [(0, 1.0, whole.change), (1, 1.0, sample)])
     assert cohort.agreement == pytest.approx(1)
     assert cohort.drift == pytest.approx(0, abs=1e-6)
     assert [row.norm for row in own] == pytest.approx([float(whole.D.norm())] * 2)
     assert (cohort.rank, own[0].rank) == (None, None)
 
 
-# What theory says.
+# Theory.
 
 
 def test_rank_inflation() -> None:
-    """Prop. 1: N = 4 changes of rank 3 in 40 x 30 have a mean of rank 12; of 11 of them it is 30 = min(m, n) < 33."""
+    """Prop. 1: N = 4 changes of rank 3 in 40 x 30 have a mean of rank 12; the mean of 11 has rank 30 = min(m, n) <
+    33."""
     layer = Layer("up", m=40, n=30)
     for N, rank in ((4, 12), (11, 30)):
         cohort = check(layer, [known(layer, "galore", 3, 1.0, k) for k in range(N)])
@@ -339,10 +340,10 @@ def test_two_unit_directions() -> None:
 
 @pytest.mark.parametrize("kind", ["galore", "lora", "core", "ffa"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equal_clients_are_one(kind: str, shape: str) -> None:
+def test_equal_clients_match_one_client(kind: str, shape: str) -> None:
     layer = Layer("up", *SHAPES[shape])
-    own, cohort = told(layer, [known(layer, kind, 3, 1.0 + k, seed=5) for k in range(4)])
-    alone, _ = told(layer, [known(layer, kind, 3, 1.0, seed=5)])
+    own, cohort = diagnosed(layer, [known(layer, kind, 3, 1.0 + k, seed=5) for k in range(4)])
+    alone, _ = diagnosed(layer, [known(layer, kind, 3, 1.0, seed=5)])
     assert cohort.drift == pytest.approx(0, abs=1e-7)
     assert cohort.agreement == pytest.approx(1)
     assert cohort.overlap == pytest.approx(1)
@@ -354,8 +355,8 @@ def test_equal_clients_are_one(kind: str, shape: str) -> None:
     assert all(row.distance == pytest.approx(0, abs=1e-6) and row.cosine == pytest.approx(1) for row in own)
 
 
-def test_one_frozen_right_factor_has_no_cross_term_and_one_subspace() -> None:
-    """FFA-LoRA: sum p_k B_k A = B'A, however unlike the B_k; on the right side all clients lie in A's rows."""
+def test_frozen_right_factor_has_no_cross_term_and_one_subspace() -> None:
+    """FFA-LoRA: sum p_k B_k A = B'A for any B_k; on the right side all clients are in A's row space."""
     layer = Layer("up", m=20, n=12)
     right = torch.randn(3, 12)
     clients = []
@@ -372,7 +373,7 @@ def test_one_frozen_right_factor_has_no_cross_term_and_one_subspace() -> None:
 
 
 def test_orthogonal_clients_drift_by_the_root_of_n_minus_1() -> None:
-    """Of equal norm and weight: |D|^2 = 1 / N, |D_k - D|^2 = 1 - 1 / N, their ratio N - 1."""
+    """Equal norms and weights: |D|^2 = 1 / N, |D_k - D|^2 = 1 - 1 / N, their ratio N - 1."""
     layer, unit = Layer("up", m=8, n=8), torch.eye(8)
     for N in (2, 5):
         pair = [(k, 1.0, ClientChange("galore", {"left": unit[:, [k]], "right": unit[[k]]}, 1.0)) for k in range(N)]
@@ -380,10 +381,11 @@ def test_orthogonal_clients_drift_by_the_root_of_n_minus_1() -> None:
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.1])
-def test_opposite_clients_have_a_mean_of_nothing(factor: float) -> None:
-    """D = 0, or what float32's rounding leaves: no cosine with it, no share of it; they still share a subspace."""
+def test_opposite_clients_have_a_mean_of_zero(factor: float) -> None:
+    """D = 0, or the residue of float32's rounding: no cosine with it, no share of it; the clients still share a
+    subspace."""
     layer = Layer("up", m=20, n=12)
-    one = known(layer, "galore", 3, 1.0, 0).told
+    one = known(layer, "galore", 3, 1.0, 0).change
     opposite = {"left": -factor * one.tensors["left"], "right": one.tensors["right"] / factor}
     other = ClientChange("galore", opposite, one.norm)
     own, cohort = diagnose(0, layer, [(0, 1.0, one), (1, 1.0, other)])
@@ -393,7 +395,7 @@ def test_opposite_clients_have_a_mean_of_nothing(factor: float) -> None:
     assert [(row.cosine, row.distance, row.rank) for row in own] == [(None, None, 3)] * 2
 
 
-def test_the_sum_of_products_is_the_product_of_sums_and_the_cross_term() -> None:
+def test_mean_product_is_product_of_means_plus_cross_term() -> None:
     """sum p_k B_k A_k - B'A' = sum p_k (B_k - B')(A_k - A'), of which cross_term is the share of the first."""
     layer = Layer("up", m=20, n=12)
     clients = [known(layer, "first", 3, weight, k) for k, weight in enumerate((1.0, 2.0, 5.0))]
@@ -404,7 +406,7 @@ def test_the_sum_of_products_is_the_product_of_sums_and_the_cross_term() -> None
     assert isinstance(P, Tensor)
     assert isinstance(cross, Tensor)
     assert torch.allclose(P - B @ A, cross)
-    assert told(layer, clients)[1].cross_term == pytest.approx(float(cross.norm() / P.norm()))
+    assert diagnosed(layer, clients)[1].cross_term == pytest.approx(float(cross.norm() / P.norm()))
 
 
 @pytest.mark.parametrize("name", ["fedftg", "fedit", "flora", "fed-sb", "fedavg"])

@@ -1,4 +1,4 @@
-"""How low-rank gradients are: against the singular values of the gradient itself."""
+"""The rank of gradients, against the singular values of the gradient itself."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def by_hand(x_Nn: Tensor, d_Nm: Tensor, rank: int) -> tuple[float, float]:
 
 # Fewer tokens than the layer's short side: token Grams; more: the gradient itself, tall and wide.
 @pytest.mark.parametrize(("N", "n", "m"), [(6, 10, 20), (6, 20, 10), (30, 10, 20), (30, 20, 10), (10, 10, 10)])
-def test_share_and_rank_are_those_of_the_gradient(N: int, n: int, m: int) -> None:
+def test_share_and_rank_match_the_gradient(N: int, n: int, m: int) -> None:
     torch.manual_seed(N + n)
     x, d = torch.randn(N, n) * torch.logspace(0, -2, N)[:, None], torch.randn(N, m)
     assert energy(x, d, 3) == pytest.approx(by_hand(x, d, 3), rel=1e-4)  # its Grams are float32
 
 
-def test_tokens_without_a_gradient_and_the_gradient_s_size_do_not_count() -> None:
+def test_tokens_without_a_gradient_and_gradient_scale_have_no_effect() -> None:
     torch.manual_seed(0)
     x, d = torch.randn(8, 12), torch.randn(8, 16)
     d[3:5] = 0
@@ -37,7 +37,7 @@ def test_tokens_without_a_gradient_and_the_gradient_s_size_do_not_count() -> Non
     assert energy(1e-25 * x, 1e-25 * d, 2) == pytest.approx(expected, rel=1e-5)
 
 
-def test_equal_tokens_make_a_gradient_of_rank_one() -> None:
+def test_equal_tokens_give_a_gradient_of_rank_one() -> None:
     """d d^T is singular then, and has no Cholesky factor."""
     x, d = torch.ones(5, 8), torch.ones(5, 9)
     share, effective = energy(x, d, 1) or (0.0, 0.0)
@@ -45,13 +45,13 @@ def test_equal_tokens_make_a_gradient_of_rank_one() -> None:
     assert effective == pytest.approx(1.0, abs=1e-3)
 
 
-def test_there_is_nothing_to_tell_of_no_gradient() -> None:
+def test_no_gradient_gives_no_figures() -> None:
     x = torch.ones(5, 8)
     assert energy(x, torch.zeros(5, 9), 1) is None
     assert energy(x, torch.full((5, 9), torch.nan), 1) is None
 
 
-def test_only_the_watched_are_looked_at() -> None:
+def test_only_selected_clients_and_layers_are_measured() -> None:
     watch = GradientWatch({7: 1}, frozenset({"up"}))
     assert watch.hooks("down", [3, 7]) == []
     assert watch.hooks("up", [3, 4]) == []
@@ -61,7 +61,7 @@ def test_only_the_watched_are_looked_at() -> None:
     assert watch.seen == {(7, "up"): energy(x[1], d[1], 1)}
 
 
-def test_all_uses_of_a_layer_count() -> None:
+def test_gradient_covers_all_uses_of_a_layer() -> None:
     """ALBERT's two blocks are one module, whose gradient is the sum over both."""
     tiny = albert()
     (batch,) = draw_batches(tiny, 0, 1)

@@ -1,4 +1,4 @@
-"""The rank of what the server changed: by hand, from factors, from a sketch and from the whole matrix alike."""
+"""The rank of the server's change: by hand, from factors, from a sketch and from the full matrix."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def product(m: int, n: int, sigma: list[float], seed: int = 1) -> tuple[Tensor, 
 
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Sizes of the matrices whose eigenvalues were asked for."""
+    """Sizes of the matrices whose eigenvalues were computed."""
     seen, real = list[tuple[int, ...]](), torch.linalg.eigvalsh
 
     def watched(matrix: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("m", "n"), [(400, 300), (300, 400)])
-def test_a_dense_change_is_sketched(m: int, n: int, whole: list[tuple[int, ...]]) -> None:
-    """Singular values 10^0 to 10^-4 in even steps, 12 of them, all above rounding: |W| is 0.1 at most, so the cut is at
-    most 2 * 1.2e-7 * 0.1 * (20 + 17.4) = 9e-7."""
+def test_dense_change_is_sketched(m: int, n: int, whole: list[tuple[int, ...]]) -> None:
+    """Singular values 10^0 to 10^-4 in even steps, 12 of them, all above rounding: |W| is 0.1 at most, so the threshold
+    is at most 2 * 1.2e-7 * 0.1 * (20 + 17.4) = 9e-7."""
     left, right = product(m, n, torch.logspace(0, -4, 12).tolist())
     before = weight(m, n)
     after = before + left @ right
@@ -62,8 +62,8 @@ def test_a_dense_change_is_sketched(m: int, n: int, whole: list[tuple[int, ...]]
     assert whole == [(300, 300)]
 
 
-def test_what_a_sketch_cannot_hold_is_counted_on_the_whole(whole: list[tuple[int, ...]]) -> None:
-    """Rank 30 where 12 were expected: 28 columns are all above the cut.  Weight decay: every direction moves."""
+def test_rank_above_the_sketch_uses_the_full_matrix(whole: list[tuple[int, ...]]) -> None:
+    """Rank 30 where 12 were expected: all 28 columns are above the threshold.  Weight decay: every direction moves."""
     left, right = product(400, 300, [1.0] * 30)
     before = weight(400, 300)
     assert change_rank(before, before + left @ right, expected=12) == 30
@@ -71,8 +71,8 @@ def test_what_a_sketch_cannot_hold_is_counted_on_the_whole(whole: list[tuple[int
     assert whole == [(300, 300)] * 2
 
 
-def test_a_direction_below_rounding_does_not_count() -> None:
-    """1 and 1e-3 are seen; 1e-8 is below half a unit in the last place of weights of 0.02 and more."""
+def test_direction_below_rounding_does_not_count() -> None:
+    """1 and 1e-3 count; 1e-8 is below half a unit in the last place of weights of 0.02 and more."""
     left, right = product(400, 300, [1.0, 1e-3, 1e-8])
     before = weight(400, 300)
     for expected in (None, 3):
@@ -82,7 +82,9 @@ def test_a_direction_below_rounding_does_not_count() -> None:
     assert change_rank(before, before.clone(), 3) == 0
 
 
-def test_blocks_are_judged_by_their_factors(whole: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_of_blocks_follows_from_their_factors(
+    whole: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """B A before, B' A after with one A of rank 2: rank 2, not 4.  With another A: 4.  A core of rank 1 between fixed
     outer factors: 1.  Nothing before: 2; the same before and after: 0."""
     monkeypatch.setattr(module, "change_rank", None)
@@ -104,7 +106,7 @@ def test_blocks_are_judged_by_their_factors(whole: list[tuple[int, ...]], monkey
 
 
 def test_blocks_over_a_dense_weight_and_over_another_multiple_of_it() -> None:
-    """FedEx-LoRA's model: the weight takes up the residual.  diag(1, 2, 0) -> diag(1, 2, 3) beside one block."""
+    """FedEx-LoRA's model: the weight absorbs the residual.  diag(1, 2, 0) -> diag(1, 2, 3) beside one block."""
     unit, W = torch.eye(3), torch.zeros(3, 3)
     block = Block(unit[:, :1], unit[:1])
     before = Change(dense=torch.diag(torch.tensor([1.0, 2.0, 0.0])))
@@ -121,7 +123,7 @@ def test_the_rank_of_factors_in_an_update() -> None:
     assert [sent_rank(tensors, name) for name in "abcdef"] == [2, 3, None, None, 5, None]
 
 
-def test_ranks_add_up_until_an_update_has_none() -> None:
+def test_ranks_add_up_until_an_update_has_no_rank() -> None:
     factors = {"a/left": torch.zeros(6, 2), "b/right": torch.zeros(3, 4)}
     once = add_ranks({"a": 0, "b": 0}, factors)
     assert once == {"a": 2, "b": 3}
@@ -129,7 +131,7 @@ def test_ranks_add_up_until_an_update_has_none() -> None:
     assert add_ranks({"b": None}, factors) == {"b": None}
 
 
-def test_a_dense_change_of_no_known_rank_waits_for_an_evaluation() -> None:
+def test_dense_change_of_unknown_rank_waits_for_an_evaluation() -> None:
     W = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     dense = Change(dense=W + torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
     assert server_change(Change(), dense, W, None, dense=False) is None

@@ -1,4 +1,4 @@
-"""The clusters' files: what Ray accepts, and what Ray does not look at."""
+"""The clusters' files: what Ray accepts, and fields that Ray does not check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AWS = "cluster.yaml"
 LAUNCHED = (AWS, "experiments/clusters/gcp.yaml", "experiments/clusters/on-premise.yaml")  # by `ray up`
 KUBERAY = "experiments/clusters/kuberay.yaml"
 
-# What Ray's providers read (ray/autoscaler/_private/{aws,gcp,local}).
+# Keys that Ray's providers read (ray/autoscaler/_private/{aws,gcp,local}).
 PROVIDER = {
     "aws": {
         *("type", "region", "availability_zone", "cache_stopped_nodes", "use_internal_ips", "use_external_head_ip"),
@@ -70,7 +70,7 @@ def commands(config: dict[str, Any]) -> list[str]:
 
 
 def faults(config: dict[str, Any]) -> list[str]:
-    """What is misspelt under `provider` and in every `node_config`, where Ray's schema takes anything."""
+    """Misspelt keys under `provider` and in every `node_config`, where Ray's schema accepts anything."""
     provider = config["provider"]["type"]
     found = [f"provider.{key}" for key in config["provider"] if key not in PROVIDER[provider]]
     for name, kind in config.get("available_node_types", {}).items():
@@ -80,7 +80,7 @@ def faults(config: dict[str, Any]) -> list[str]:
 
 
 def aws_faults(node_config: dict[str, Any]) -> list[str]:
-    """By the service model with which botocore itself checks the parameters of RunInstances, at every depth."""
+    """Checked with the service model that botocore itself uses for the parameters of RunInstances, at every depth."""
     import botocore.session
     from botocore.validate import ParamValidator
 
@@ -113,11 +113,11 @@ def test_ray_accepts_the_cluster(name: str) -> None:
         *("upscaling_speed", "cluster_synced_files", "file_mounts_sync_continuously", "rsync_exclude", "rsync_filter")
     }
     made_by_ray = {"available_node_types", "head_node_type"} if "local" in prepared["provider"].values() else set()
-    assert set(prepared) - set(read(name)) <= left_to_ray | made_by_ray, "what matters is said in the file"
+    assert set(prepared) - set(read(name)) <= left_to_ray | made_by_ray, "every setting that matters is in the file"
 
 
 @launched
-def test_nothing_is_misspelt(name: str) -> None:
+def test_no_key_is_misspelt(name: str) -> None:
     assert faults(read(name)) == []
 
 
@@ -136,20 +136,21 @@ def test_nothing_is_misspelt(name: str) -> None:
         (LAUNCHED[2], ("provider",), "workers", []),
     ],
 )
-def test_a_planted_typo_is_seen(name: str, place: tuple[str | int, ...], key: str, value: object) -> None:
+def test_planted_typo_is_found(name: str, place: tuple[str | int, ...], key: str, value: object) -> None:
     config = copy.deepcopy(read(name))
     spot: Any = config
     for step in place:
         spot = spot[step]
     spot[key] = value
-    found = faults(config)  # one for every node type that shares what an anchor names
+    found = faults(config)  # one per node type that shares an anchor
     assert found != []
     assert [fault for fault in found if key not in fault] == []
 
 
 @launched
-def test_every_node_asks_for_the_token(name: str) -> None:
-    """On every line that starts Ray; the token's file is for its owner alone; the dashboard stays on the head."""
+def test_every_node_requires_the_token(name: str) -> None:
+    """On every line that starts Ray; the token's file is readable by its owner alone; the dashboard stays on the
+    head."""
     config = read(name)
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         first, *_, start = config[key]
@@ -164,7 +165,7 @@ def test_every_node_asks_for_the_token(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*LAUNCHED, KUBERAY])
 def test_every_node_frees_objects_at_once(name: str) -> None:
-    """As a local run does (runtime/cluster.py), and however many nodes there are: head and workers."""
+    """As in a local run (runtime/cluster.py), for any number of nodes: head and workers."""
     config = read(name)
     if name == KUBERAY:
         groups = [config["spec"]["headGroupSpec"], *config["spec"]["workerGroupSpecs"]]
@@ -176,24 +177,24 @@ def test_every_node_frees_objects_at_once(name: str) -> None:
 
 
 @launched
-def test_what_is_sent_is_there(name: str) -> None:
-    """And enough of it for `pip install -e`: what pyproject.toml names, and the versions."""
+def test_sent_files_exist(name: str) -> None:
+    """They are enough for `pip install -e`: the paths that pyproject.toml names, and the versions."""
     sources = [source for source in read(name)["file_mounts"].values() if not source.startswith("~")]
     assert [source for source in sources if not (ROOT / source).exists()] == []
     assert {"rayfed_sub", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} <= set(sources)
 
 
 @pytest.mark.parametrize("name", [*LAUNCHED, KUBERAY])
-def test_versions_are_those_of_the_constraints(name: str) -> None:
+def test_versions_match_the_constraints(name: str) -> None:
     text, pinned = (ROOT / name).read_text(encoding="utf-8"), pins()
-    said = re.findall(r"\b([a-z0-9-]+)(?:\[[a-z,]+\])?==([\w.]+)", text)
-    assert {package for package, _ in said} >= {"ray", "torch"}
-    assert [(package, version) for package, version in said if pinned.get(package, version) != version] == []
+    installed = re.findall(r"\b([a-z0-9-]+)(?:\[[a-z,]+\])?==([\w.]+)", text)
+    assert {package for package, _ in installed} >= {"ray", "torch"}
+    assert [(package, version) for package, version in installed if pinned.get(package, version) != version] == []
     assert "constraints.txt ray" in text or 'constraints.txt "ray' in text
 
 
 def chosen(scorer: Any, **available: bool) -> dict[str, int]:
-    """What Ray's first autoscaler starts for one waiting worker, after what the last launches of the kinds said."""
+    """The nodes that Ray's first autoscaler starts for one waiting worker, given the outcome of the last launches."""
     from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
 
     records = {kind.replace("_", "-"): SimpleNamespace(is_available=there) for kind, there in available.items()}
@@ -203,7 +204,7 @@ def chosen(scorer: Any, **available: bool) -> dict[str, int]:
     return dict(added)
 
 
-def test_spot_comes_first_and_what_aws_refuses_is_passed_over() -> None:
+def test_spot_comes_first_and_refused_types_are_skipped() -> None:
     kinds = read(AWS)["available_node_types"]
     assert [kind for kind in kinds if "InstanceMarketOptions" in kinds[kind]["node_config"]] == ["gpu-spot"]
     assert kinds["gpu-spot"]["resources"] == kinds["gpu-on-demand"]["resources"]
@@ -214,12 +215,11 @@ def test_spot_comes_first_and_what_aws_refuses_is_passed_over() -> None:
     assert chosen(available_first, gpu_spot=False, gpu_on_demand=False) == {"gpu-spot": 1}  # both again, in turn
 
 
-def test_ray_by_itself_goes_on_asking_for_what_it_does_not_get() -> None:
-    """Why `available_first` is there.  Where this fails, Ray has learned it, and `launches.py` may go.
+def test_ray_alone_keeps_requesting_unavailable_nodes() -> None:
+    """The reason for `available_first`.  If this test fails, Ray has the feature, and `launches.py` can go.
 
-    The second autoscaler lowers a kind of node for one thing alone, a node that was launched and never came up; a
-    launch that the cloud refuses is ALLOCATION_FAILED.
-    """
+    The second autoscaler lowers the priority of a node type only if a launched node never came up; a launch that the
+    cloud refuses is ALLOCATION_FAILED."""
     from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
     from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
     from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
@@ -232,8 +232,8 @@ def test_ray_by_itself_goes_on_asking_for_what_it_does_not_get() -> None:
     assert second.get_recoverable_resource_availabilities() == {"gpu-spot": 0.0}
 
 
-def test_the_head_starts_the_autoscaler_with_our_choice() -> None:
-    """The name in the start line is that of the function, as Ray loads it, in the autoscaler that reads it."""
+def test_head_starts_the_autoscaler_with_our_scorer() -> None:
+    """The start line has the function's name as Ray loads it, in the autoscaler that reads it."""
     from ray.autoscaler._private.loader import load_function_or_class
 
     start = read(AWS)["head_start_ray_commands"][-1]
@@ -243,12 +243,12 @@ def test_the_head_starts_the_autoscaler_with_our_choice() -> None:
     assert "RAY_enable_autoscaler_v2=0" in start
 
 
-def test_a_run_knows_how_far_the_cluster_grows() -> None:
-    """Four GPU nodes of 8 CPUs: the limit of both kinds together, not of each."""
+def test_run_reads_the_cluster_s_limits() -> None:
+    """Four GPU nodes of 8 CPUs: the limit of both types together, not of each."""
     assert grown_by(read(AWS)) == [{"CPU": 8, "GPU": 1}] * 4
 
 
-def test_the_cluster_on_kubernetes() -> None:
+def test_cluster_on_kubernetes() -> None:
     manifest = read(KUBERAY)
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayCluster")
     spec = manifest["spec"]

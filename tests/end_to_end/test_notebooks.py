@@ -1,4 +1,4 @@
-"""The notebooks: clean and up to date as they lie here, and executed from a clean kernel."""
+"""The notebooks: clean and up to date in the repository, and executed from a clean kernel."""
 
 from __future__ import annotations
 
@@ -22,36 +22,35 @@ every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
 def cells(name: str, kind: str) -> list[nbformat.NotebookNode]:
-    book = nbformat.read(FOLDER / name, as_version=nbformat.NO_CONVERT)
-    return [cell for cell in book.cells if cell.cell_type == kind]
+    notebook = nbformat.read(FOLDER / name, as_version=nbformat.NO_CONVERT)
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
 
 
 def sources(name: str) -> Iterator[str]:
-    """The Python of every code cell, without the magic that its output is not shown; files that are written are left
-    out."""
+    """The Python of every code cell, without the magic that hides its output and without files that are written."""
     for cell in cells(name, "code"):
         magic, _, rest = cell.source.partition("\n")
         if not magic.startswith("%%writefile "):
             yield rest if magic == "%%capture" else cell.source
 
 
-def test_they_are_numbered() -> None:
+def test_notebooks_are_numbered() -> None:
     assert [name[:3] for name in NAMES] == [f"{number:02}-" for number in range(1, len(NAMES) + 1)]
     assert len(NAMES) == 5
 
 
 @every_notebook
-def test_a_notebook_is_valid_and_holds_no_output(name: str) -> None:
-    book, code = nbformat.read(FOLDER / name, as_version=nbformat.NO_CONVERT), cells(name, "code")
-    nbformat.validate(book)
-    assert book.nbformat == 4
-    assert len({cell.id for cell in book.cells}) == len(book.cells) > 1
+def test_notebook_is_valid_and_has_no_output(name: str) -> None:
+    notebook, code = nbformat.read(FOLDER / name, as_version=nbformat.NO_CONVERT), cells(name, "code")
+    nbformat.validate(notebook)
+    assert notebook.nbformat == 4
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells) > 1
     assert [(cell.outputs, cell.execution_count) for cell in code] == [([], None)] * len(code)
 
 
 @every_notebook
-def test_a_notebook_uses_the_package_and_defines_nothing(name: str) -> None:
-    """What it imports of the package is there; the only code that it adds is the file that one of them writes."""
+def test_notebook_uses_the_package_and_defines_nothing(name: str) -> None:
+    """Its imports from the package exist; the only code of its own is a file that one of the notebooks writes."""
     nodes = [node for source in sources(name) for node in ast.walk(ast.parse(source))]
     assert not any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in nodes)
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rayfed")]
@@ -61,11 +60,11 @@ def test_a_notebook_uses_the_package_and_defines_nothing(name: str) -> None:
         assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
     written = [cell.source.split()[1] for cell in cells(name, "code") if cell.source.startswith("%%writefile")]
     assert [file for file in written if file.endswith(".py")] == ["runs/own/top_directions.py"] * name.startswith("04")
-    assert all(file.startswith("runs/") for file in written)  # which git ignores
+    assert all(file.startswith("runs/") for file in written)  # ignored by git
 
 
 @every_notebook
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_resolve(name: str) -> None:
     text = "\n".join(cell.source for cell in cells(name, "markdown"))
     local = [target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target]
     assert [target for target in local if not (FOLDER / target).exists()] == []
@@ -73,15 +72,15 @@ def test_links_lead_somewhere(name: str) -> None:
 
 @pytest.mark.slow
 @every_notebook
-def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a copy, where it leaves its runs, each cell in two minutes at most, or in its share of a machine that others
-    use as well; what it is about it asserts itself."""
-    for folder in ("notebooks", "experiments", "tests"):  # one runs the conformance suite
+def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a copy, which gets its run folders, each cell in two minutes at most, scaled by the load of the machine;
+    the notebook itself asserts its results."""
+    for folder in ("notebooks", "experiments", "tests"):  # one notebook runs the conformance suite
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     before, copy = sorted(FOLDER.rglob("*")), tmp_path / "notebooks"
-    book = nbformat.read(copy / name, as_version=4)
+    notebook = nbformat.read(copy / name, as_version=4)
     resources = {"metadata": {"path": str(copy)}}
     seconds = min(280, int(120 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))))
-    NotebookClient(book, timeout=seconds, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=seconds, kernel_name="python3", resources=resources).execute()
     assert sorted(FOLDER.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""Nothing is lost: whatever dies, the run ends with the same bits and the same rows; see chaos.py."""
+"""After any death a run ends with the same bits and the same rows; see chaos.py."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from rayfed_sub.telemetry.events import Notice, PackDone, RoundDone, Summary
 from tests.helpers import chaos
 
 TIMES = ["train_seconds", "seconds", "retries", "memory_bytes"]
-"""What may differ: times, and what tells of the disturbance."""
+"""Columns that may differ: times, and traces of the disturbance."""
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    """In one process; others of this file have two workers."""
+    """In one process; other tests of this file have two workers."""
     return chaos.undisturbed(0, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 def same(summary: Summary, undisturbed: Summary) -> None:
-    """The same weights, scores and rows: none lost, none doubled."""
+    """Compare weights, scores and rows: none lost, none doubled."""
     assert summary.weights_sha256 == undisturbed.weights_sha256
     assert summary.metrics == undisturbed.metrics
     for table in ("rounds", "clients", "scores", "layers", "client_layers"):
@@ -42,51 +42,49 @@ def same(summary: Summary, undisturbed: Summary) -> None:
         )
 
 
-def test_a_worker_and_two_coordinators_die(ray_session: None, undisturbed: Summary, tmp_path: Path) -> None:
+def test_run_survives_a_worker_and_two_coordinators(ray_session: None, undisturbed: Summary, tmp_path: Path) -> None:
     """The short form of the soak."""
     due = [(1, "ray::Worker"), (1, "ray::Coordinator"), (3, "ray::Coordinator")]
-    told: list[str] = []
+    messages: list[str] = []
 
     def listener(record: Any) -> None:
         if isinstance(record, PackDone) and due and due[0][0] == record.round:
             chaos.kill_one(due.pop(0)[1])
         if isinstance(record, Notice):
-            told.append(record.text)
+            messages.append(record.text)
 
     summary = run(chaos.job(2), tmp_path / "run", listener)
     assert not due
     same(summary, undisturbed)
-    assert summary.resumed == (1, 3)  # checkpoints are asked for when a round has been read
-    assert [text.partition(";")[0] for text in told][::2] == ["the coordinator died"] * 2
+    assert summary.resumed == (1, 3)  # checkpoints are requested after a round has been read
+    assert [text.partition(";")[0] for text in messages][::2] == ["the coordinator died"] * 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(
+def test_interrupted_run_leaves_a_checkpoint_and_resumes(
     workers: int, ray_session: None, undisturbed: Summary, tmp_path: Path
 ) -> None:
-    """Ctrl-C in the third round, where no checkpoint was due."""
-    told: list[str] = []
+    """Ctrl-C in the third round, without a due checkpoint."""
+    messages: list[str] = []
 
     def interrupt(record: Any) -> None:
         if isinstance(record, PackDone) and record.round == 2:
             raise KeyboardInterrupt
         if isinstance(record, Notice):
-            told.append(record.text)
+            messages.append(record.text)
 
     config, folder = chaos.job(workers, "checkpoint.every=0"), tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run(config, folder, interrupt)
-    assert told == [f"interrupted; go on with: rayfed-sub run {folder}/config.yaml --out {folder} --resume"]
+    assert messages == [f"interrupted; go on with: rayfed-sub run {folder}/config.yaml --out {folder} --resume"]
     summary = run(config, folder, resume=True)
     same(summary, undisturbed)
-    assert summary.resumed in ((2,), (3,))  # the third round may have ended while the interruption was on its way
-    assert run(config, folder, resume=True) == summary  # it is finished: nothing happens
+    assert summary.resumed in ((2,), (3,))  # the third round may end while the interrupt is delivered
+    assert run(config, folder, resume=True) == summary  # finished: nothing happens
 
 
-def test_a_process_that_ends_without_a_word_costs_the_rounds_since_the_checkpoint(
-    undisturbed: Summary, tmp_path: Path
-) -> None:
-    """What SIGKILL leaves: tables and log that know more than the checkpoint."""
+def test_killed_process_loses_the_rounds_since_the_checkpoint(undisturbed: Summary, tmp_path: Path) -> None:
+    """The state after SIGKILL: tables and log are ahead of the checkpoint."""
 
     def end(record: Any) -> None:
         if isinstance(record, RoundDone) and record.row.round == 2:
@@ -100,18 +98,18 @@ def test_a_process_that_ends_without_a_word_costs_the_rounds_since_the_checkpoin
     assert summary.resumed == (2,)
 
 
-def test_a_run_that_never_began_is_begun(undisturbed: Summary, tmp_path: Path) -> None:
+def test_resume_starts_a_run_that_never_began(undisturbed: Summary, tmp_path: Path) -> None:
     same(run(chaos.job(0), tmp_path / "run", resume=True), undisturbed)
 
 
-def test_a_run_is_not_taken_up_with_other_settings(undisturbed: Summary) -> None:
+def test_run_does_not_resume_with_other_settings(undisturbed: Summary) -> None:
     with pytest.raises(UserError, match=r"method.rank: got 2; allowed: 4, with which the run in .* began"):
         run(chaos.job(0, "method.rank=2"), undisturbed.folder, resume=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_fifteen_hashes_are_one(ray_session: None, tmp_path: Path) -> None:
+def test_fifteen_disturbed_runs_have_one_hash(ray_session: None, tmp_path: Path) -> None:
     hashes = {row[:2]: row[2] for row in chaos.table(tmp_path)}
     assert len(hashes) == 15
     assert len(set(hashes.values())) == 1
@@ -119,19 +117,19 @@ def test_fifteen_hashes_are_one(ray_session: None, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_soak_under_fire(ray_session: None, tmp_path: Path) -> None:
-    """200 rounds; a pack takes about 0.1 s, somebody dies every 2.5 to 5 s."""
+def test_soak_with_deaths(ray_session: None, tmp_path: Path) -> None:
+    """200 rounds; a pack takes about 0.1 s, and a process dies every 2.5 to 5 s."""
     calm, quiet = chaos.soak(200, 0, tmp_path / "calm")
     fierce, fire = chaos.soak(200, chaos.PAUSE, tmp_path / "fierce")
     same(fierce, calm)
     print(f"{len(fire.deaths)} deaths; growth {quiet.growth(20) / 1e3:.0f} and {fire.growth(20) / 1e3:.0f} kB a round")
-    assert len(fire.deaths) >= 10  # one of them the coordinator
+    assert len(fire.deaths) >= 10  # one of the deaths is the coordinator's
     assert quiet.growth(20) < 1e6
     assert fire.growth(20) < 1e6
 
 
-def test_a_round_whose_rows_never_came_does_not_count(tmp_path: Path) -> None:
-    """Its evaluation failed after the server had moved: the checkpoint before it stands, and the round runs again."""
+def test_round_without_its_rows_does_not_count(tmp_path: Path) -> None:
+    """Its evaluation failed after the server's update: the checkpoint before it is valid, and the round runs again."""
     folder, asked = create(Place(tmp_path), chaos.job(1)), []
 
     def ask(name: str) -> Any:
@@ -148,8 +146,8 @@ def test_a_round_whose_rows_never_came_does_not_count(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_the_command_is_ended_cleanly(signal_: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C as a terminal does it, for the whole process group, Ray's processes among them; SIGTERM as a scheduler."""
+def test_command_ends_cleanly(signal_: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C as from a terminal, for the whole process group with Ray's processes; SIGTERM as from a scheduler."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "rayfed_sub.cli.main", "run", "experiments/tiny.yaml", *chaos.settings(2)]
     process = subprocess.Popen(
@@ -168,8 +166,8 @@ def test_the_command_is_ended_cleanly(signal_: signal.Signals, tmp_path: Path) -
         os.killpg(process.pid, signal_)
     else:
         process.send_signal(signal_)
-    said = process.stdout.read()
+    output = process.stdout.read()
     assert process.wait() == 130
-    assert f"interrupted; go on with: rayfed-sub run {folder}/config.yaml --out {folder} --resume" in said
-    assert "Traceback" not in said
+    assert f"interrupted; go on with: rayfed-sub run {folder}/config.yaml --out {folder} --resume" in output
+    assert "Traceback" not in output
     assert list((folder / "checkpoints").glob("manifest-*.json"))

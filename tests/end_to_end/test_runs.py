@@ -43,13 +43,13 @@ FOUR_PACKS = ["resources.pack_size=2", "resources.cpus_per_worker=0.5", "evaluat
 
 
 def small(*overrides: str) -> Config:
-    """In this process where nothing else is asked for: workers cost seconds to start, and change no bits."""
+    """Without workers unless requested: they cost seconds to start, and change no bits."""
     return load_config(TINY, [*SMALL, *FOUR_PACKS, "resources.workers=0", "federation.rounds=2", *overrides])
 
 
 @pytest.fixture(scope="module")
 def records() -> list[object]:
-    """Events of the undisturbed run, in the order in which its listener got them."""
+    """Events of the undisturbed run, in the order in which its listener received them."""
     return []
 
 
@@ -68,17 +68,17 @@ def test_final_weights_do_not_depend_on_the_number_of_workers(
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_weights(undisturbed: Summary, tmp_path: Path) -> None:
+def test_other_seed_gives_other_weights(undisturbed: Summary, tmp_path: Path) -> None:
     assert run(small("seed=1"), tmp_path / "run").weights_sha256 != undisturbed.weights_sha256
 
 
-def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(
+def test_worker_killed_in_the_middle_of_a_round_changes_nothing(
     ray_session: None, undisturbed: Summary, tmp_path: Path
 ) -> None:
     killed: list[int] = []
 
     def kill_one(record: Any) -> None:
-        if isinstance(record, PackDone) and not killed:  # the first pack is folded; the round's other three are not
+        if isinstance(record, PackDone) and not killed:  # one pack of four is accumulated
             workers = [p for p in psutil.Process().children(recursive=True) if "ray::Worker" in p.name() + _title(p)]
             os.kill(workers[0].pid, signal.SIGKILL)
             killed.append(workers[0].pid)
@@ -97,7 +97,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def test_the_folder_of_a_run(undisturbed: Summary) -> None:
+def test_run_folder(undisturbed: Summary) -> None:
     folder = Path(undisturbed.folder)
     assert {p.name for p in folder.iterdir()} == {
         *("rounds.parquet", "clients.parquet", "packs.parquet", "scores.parquet"),
@@ -121,7 +121,7 @@ def test_diagnostics_change_no_bits(undisturbed: Summary, tmp_path: Path) -> Non
     assert len(pd.read_parquet(tmp_path / "run" / "layers.parquet")) == 0
 
 
-def test_diagnostics_tell_of_every_layer_round_and_client(undisturbed: Summary) -> None:
+def test_diagnostics_cover_every_layer_round_and_client(undisturbed: Summary) -> None:
     """Two layers of 96 x 32, two rounds of 8 clients, whose changes have rank 4 each."""
     folder = Path(undisturbed.folder)
     layers, clients, packs = (
@@ -149,12 +149,12 @@ def test_wire_bytes_of_fedftg_by_hand(undisturbed: Summary) -> None:
     """Two layers of 96 x 32, rank 4, 8 clients, 2 rounds of 4 steps, a refresh every 8 steps: one period a round."""
     up = 2 * 4 * (96 + 32) * 4  # layers x r x (m + n) x bytes
     assert undisturbed.uplink_bytes == 2 * 8 * up
-    # Before round 0 a client holds everything; before round 1 it misses 8 clients' blocks of rank 4: rank 32 in all,
+    # Before round 0 a client has everything; before round 1 it misses 8 clients' blocks of rank 4: rank 32 in all,
     # 32 * (96 + 32) = 4,096 numbers, but the matrix itself has only 96 * 32 = 3,072.
     assert undisturbed.downlink_bytes == 8 * 2 * 96 * 32 * 4
 
 
-def test_training_helps(undisturbed: Summary) -> None:
+def test_training_lowers_the_loss(undisturbed: Summary) -> None:
     assert undisturbed.metrics["held_out_loss"] < undisturbed.metrics["held_out_loss_before"] - 0.02
 
 
@@ -163,9 +163,8 @@ EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for 
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_every_method_runs_by_its_name_and_counts_its_bytes(name: str, tmp_path: Path) -> None:
-    """With nothing but the name replaced: two rounds, 8 clients, two layers of 96 x 32, rank 4; `undisturbed` is
-    fedftg."""
+def test_every_method_runs_by_name_and_counts_its_bytes(name: str, tmp_path: Path) -> None:
+    """With only the name replaced: two rounds, 8 clients, two layers of 96 x 32, rank 4; `undisturbed` is fedftg."""
     config = small(f"method.name={name}")
     summary = run(config, tmp_path / "run")
     wire = build(config.method).wire
@@ -175,29 +174,29 @@ def test_every_method_runs_by_its_name_and_counts_its_bytes(name: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_all_data_at_one_client_is_fedftgs_local_training(ray_session: None, tmp_path: Path) -> None:
+def test_centralized_training_is_local_training_of_fedftg(ray_session: None, tmp_path: Path) -> None:
     summary = run(small("federation.clients=1", "federation.partition={kind: pool, largest: 8}"), tmp_path / "run")
     assert summary.uplink_bytes == 2 * 2 * 4 * 4 * (96 + 32)  # rounds x layers x bytes x r (m + n)
     assert summary.metrics["held_out_loss"] < summary.metrics["held_out_loss_before"]
 
 
 @pytest.mark.parametrize("room", ["training", "storage", "telemetry", "runtime", "privacy"])
-def test_no_method_is_named_where_all_methods_run(room: str) -> None:
+def test_engine_names_no_method(room: str) -> None:
     files = list((Path(__file__).parents[2] / "rayfed_sub" / room).glob("*.py"))
     assert files
     words = "\n".join(path.read_text() for path in files)
     assert not [name for name in METHODS if f'"{name}"' in words]
 
 
-def test_the_reference_executor_ends_where_the_packs_do(undisturbed: Summary, tmp_path: Path) -> None:
+def test_reference_executor_agrees_with_packs(undisturbed: Summary, tmp_path: Path) -> None:
     summary = run(small("resources.executor=reference"), tmp_path / "run")
     assert summary.metrics["held_out_loss"] == pytest.approx(undisturbed.metrics["held_out_loss"], rel=1e-4)
     assert summary.uplink_bytes == undisturbed.uplink_bytes
 
 
 @pytest.mark.parametrize("method", ["fedftg", pytest.param("fedit", marks=pytest.mark.slow)])
-def test_a_classifier_trains_its_head_with_its_targets(method: str, tmp_path: Path) -> None:
-    """Rows of one letter or the other, told apart by a random BERT: from ln 2 = 0.69 nats down."""
+def test_classifier_trains_its_head_with_its_targets(method: str, tmp_path: Path) -> None:
+    """Rows of one letter or the other, classified by a random BERT: starts at ln 2 = 0.69 nats."""
     table = tmp_path / "letters.csv"
     rows = [f"{letter * length},{letter}" for length in range(3, 83) for letter in "az"]
     table.write_text("sentence,letter\n" + "\n".join(rows) + "\n")
@@ -216,7 +215,7 @@ def test_a_classifier_trains_its_head_with_its_targets(method: str, tmp_path: Pa
     assert summary.metrics["held_out_loss"] < 0.3
 
 
-def test_a_client_of_one_row_trains_beside_large_ones_and_validation_rows_are_judged(tmp_path: Path) -> None:
+def test_client_of_one_row_trains_and_validation_rows_are_evaluated(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     rows = [
         f"{who} {n},answer {n} of {who},{who}" for who, count in (("a", 60), ("b", 20), ("c", 1)) for n in range(count)
@@ -238,30 +237,30 @@ def test_a_client_of_one_row_trains_beside_large_ones_and_validation_rows_are_ju
     assert 2 * 14 <= judged.loc[1] <= 2 * 15
 
 
-def test_a_sampled_cohort_trains_only_its_clients(tmp_path: Path) -> None:
+def test_sampled_cohort_trains_only_its_clients(tmp_path: Path) -> None:
     run(small("federation.sampled=3", "federation.rounds=3"), tmp_path / "run")
     clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
     assert (clients.groupby("round").client.nunique() == 3).all()
     first_time = clients.sort_values("round").drop_duplicates("client")
-    # A newcomer holds the pretrained weights: it needs all blocks of the rounds before, 3 clients x rank 4 each.
+    # A new client has the pretrained weights: it needs all blocks of earlier rounds, 3 clients x rank 4 each.
     for row in first_time.itertuples():
         assert row.downlink_bytes == 2 * min(96 * 32, row.round * 3 * 4 * (96 + 32)) * 4
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_client_that_fails_is_named_with_round_and_stage(workers: int, ray_session: None, tmp_path: Path) -> None:
+def test_failing_client_is_named_with_round_and_stage(workers: int, ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"round \d+, client \d+, local training: non-finite"):
         run(small("optimizer={lr: 3.0e+38}", f"resources.workers={workers}"), tmp_path / "run")
-    assert not (tmp_path / "run" / "summary.json").exists()  # a run that did not finish does not look finished
+    assert not (tmp_path / "run" / "summary.json").exists()  # an unfinished run does not look finished
 
 
-def test_a_run_does_not_overwrite_another(undisturbed: Summary) -> None:
+def test_run_does_not_overwrite_another(undisturbed: Summary) -> None:
     with pytest.raises(UserError, match="--out"):
         run(small(), undisturbed.folder)
 
 
 def test_workers_share_a_gpu_by_fractions(ray_session: None) -> None:
-    """Four workers of a quarter GPU are placed at once on the one GPU there is (a counter here), a fifth waits."""
+    """Four workers of a quarter GPU are placed at once on the only GPU (a counter here), a fifth waits."""
     import ray
 
     from rayfed_sub.runtime.ray_workers import worker_options
@@ -279,7 +278,7 @@ def test_workers_share_a_gpu_by_fractions(ray_session: None) -> None:
         ray.kill(actor)
 
 
-def test_a_backbone_costs_a_worker_no_private_memory(ray_session: None) -> None:
+def test_backbone_takes_no_private_memory_of_a_worker(ray_session: None) -> None:
     """400 MB of weights: USS after loading minus USS before grows by less than 15 % of them (60 MB)."""
     import ray
 
@@ -317,7 +316,7 @@ def test_a_backbone_costs_a_worker_no_private_memory(ray_session: None) -> None:
 
 @contextmanager
 def own_method(start_client: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a method that is FedAvg but for the given body of `start_client`."""
+    """The name of a method that is FedAvg except for the given body of `start_client`."""
     from ray import cloudpickle
 
     (folder / "own.py").write_text(
@@ -342,31 +341,31 @@ class Own(FedAvg):
 @pytest.mark.parametrize(
     ("write", "workers", "message"),
     [
-        # torch's version counters notice it in the worker, by name
+        # torch's version counters detect it in the worker, by name
         (".mul_(2.0)", 0, r"tensor model\.layers\.0\.mlp\.up_proj/weight was written in place"),
-        # around torch: the coordinator's checksum notices it before the round counts
+        # bypasses torch: the coordinator's checksum detects it before the round counts
         (".numpy().__imul__(2.0)", 1, r"round 0, shared memory: the broadcast's bytes changed"),
     ],
 )
-def test_an_in_place_write_to_shared_memory_stops_the_run(
+def test_in_place_write_to_shared_memory_stops_the_run(
     write: str, workers: int, message: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A method that scribbles on the broadcast."""
+    """A method that writes to the broadcast."""
     start_client = f"""
         next(iter(broadcast.tensors.values())){write}
         return super().start_client(broadcast, state, client, shape)"""
     with own_method(start_client, tmp_path, monkeypatch) as name, pytest.raises(RunError, match=message):
         run(small(f"method={{name: '{name}'}}", f"resources.workers={workers}"), tmp_path / "run")
-    assert checkpoints.newest(tmp_path / "run") is None  # the server lies in that memory: nothing of it is kept
+    assert checkpoints.newest(tmp_path / "run") is None  # the server is in that memory: nothing of it is kept
 
 
-def test_a_listener_gets_every_stage_pack_and_round(undisturbed: Summary, records: list[object]) -> None:
+def test_listener_gets_every_stage_pack_and_round(undisturbed: Summary, records: list[object]) -> None:
     kinds = [type(record).__name__ for record in records]
     assert kinds[:3] == ["Stage"] * 3
     assert kinds[kinds.index("Started") + 1 :] == (["PackDone"] * 4 + ["RoundDone"]) * 2
 
 
-def test_the_result_is_exported_and_loaded_by_transformers(undisturbed: Summary, tmp_path: Path) -> None:
+def test_exported_result_is_loaded_by_transformers(undisturbed: Summary, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from rayfed_sub.export.exported import export_hf
@@ -382,8 +381,8 @@ def test_the_result_is_exported_and_loaded_by_transformers(undisturbed: Summary,
     assert {file.cursor for file in found.state_files.values()} == {8}  # 2 rounds x 4 steps
 
 
-def test_privacy_adds_noise_and_says_what_was_spent(ray_session: None, tmp_path: Path) -> None:
-    """Poisson cohorts of 3 of 8 on average, noise that drowns what they learn; the same bits with and without Ray."""
+def test_privacy_adds_noise_and_reports_the_spent_budget(ray_session: None, tmp_path: Path) -> None:
+    """Poisson cohorts of 3 of 8 on average, noise above the signal; the same bits with and without Ray."""
     private = [
         "federation.sampled=3",
         "federation.client_weighting=uniform",
@@ -399,12 +398,10 @@ def test_privacy_adds_noise_and_says_what_was_spent(ray_session: None, tmp_path:
     assert one.privacy["epsilon"] <= one.privacy["epsilon_rdp"]
     assert one.environment["noise"] == 50
     clients = pd.read_parquet(tmp_path / "0" / "clients.parquet")
-    assert (clients.weight < 1).any()  # somebody was clipped
+    assert (clients.weight < 1).any()  # at least one client was clipped
 
 
-def test_a_client_that_always_fails_is_skipped_where_that_is_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_client_that_always_fails_is_skipped_if_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Client 3 starts with factors that are not finite; the others' rounds count."""
     start_client = """
         start = super().start_client(broadcast, state, client, shape)
@@ -428,7 +425,7 @@ def test_a_client_that_always_fails_is_skipped_where_that_is_allowed(
 
 
 @pytest.mark.slow
-def test_a_run_leaves_no_thread_behind(undisturbed: Summary, tmp_path: Path) -> None:
+def test_run_leaves_no_thread_behind(undisturbed: Summary, tmp_path: Path) -> None:
     """Many runs in one process, as in a sweep."""
     before = set(threading.enumerate())
     run(small("federation.rounds=1"), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Sweeps end to end: each trial is the run of its configuration, whatever fails, is stopped or is killed beside it."""
+"""Sweeps end to end: each trial is the run of its configuration, even if others fail, are stopped or are killed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def space(text: str, *overrides: str) -> list[str]:
     return [*SMALL, f"sweep.space={{{text}}}", *overrides]
 
 
-def test_trials_are_the_runs_of_their_configurations(ray_session: None, tmp_path: Path) -> None:
-    told: list[Any] = []
+def test_trials_match_the_runs_of_their_configurations(ray_session: None, tmp_path: Path) -> None:
+    records: list[Any] = []
     text = "optimizer.lr: {grid: [0.003, 1e39]}"  # 1e39 is infinite in float32
     checked = load_sweep(GRID, space(text, "sweep.retries=1"))
-    result = run_sweep(checked, tmp_path / "sweep", told.append)
+    result = run_sweep(checked, tmp_path / "sweep", records.append)
 
     frame = result.frame
     assert list(frame["status"]) == ["finished", "failed"]
@@ -54,12 +54,12 @@ def test_trials_are_the_runs_of_their_configurations(ray_session: None, tmp_path
     assert (tmp_path / "sweep" / "report.html").exists()
     assert list((tmp_path / "sweep" / "tune").glob("00000/events.*"))  # TensorBoard's
 
-    (begun,) = (record for record in told if isinstance(record, Begun))
+    (begun,) = (record for record in records if isinstance(record, Begun))
     assert (begun.total, begun.at_once) == (2, 2)
-    assert {r.number: r.status for r in told if isinstance(r, TrialNow)} == {0: "finished", 1: "failed"}
-    assert {r.number for r in told if isinstance(r, TrialNow) and r.status == "retried"} == {1}
+    assert {r.number: r.status for r in records if isinstance(r, TrialNow)} == {0: "finished", 1: "failed"}
+    assert {r.number for r in records if isinstance(r, TrialNow) and r.status == "retried"} == {1}
 
-    # Taken up again: what is through is told and stays.
+    # Resumed: finished trials are reported and kept.
     again: list[Any] = []
     resumed = run_sweep(checked, tmp_path / "sweep", again.append, resume=True)
     pd.testing.assert_frame_equal(resumed.frame, result.frame)
@@ -70,19 +70,19 @@ def test_trials_are_the_runs_of_their_configurations(ray_session: None, tmp_path
         run_sweep(checked, tmp_path / "sweep")
 
 
-def test_nothing_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
+def test_resume_without_a_sweep_starts_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[Any] = []
     monkeypatch.chdir(tmp_path)
     checked = load_sweep(GRID, ["resources.workers=100"])
     with pytest.raises(UserError, match=r"resources\.workers: got 100; allowed: 1 to"):
-        run_sweep(checked, None, told.append, resume=True)
-    assert told == [Notice("nothing to go on with: a new sweep begins")]
+        run_sweep(checked, None, records.append, resume=True)
+    assert records == [Notice("nothing to go on with: a new sweep begins")]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
+def test_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
     text = "federation.local_steps: {grid: [1, 2]}, optimizer.lr: {loguniform: [1e-3, 1e-2]}"
     asked = [str(GRID), *space(text, "sweep.trials=2"), "--out"]
     command = [sys.executable, "-m", main.__name__, "sweep", *asked]
@@ -106,7 +106,7 @@ def test_a_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
 def test_schedulers_stop_the_worse_trials(ray_session: None, tmp_path: Path, scheduler: str) -> None:
-    # One after the other, the best first: what follows is worse at the same round.
+    # One after the other, the best first: each later trial is worse at the same round.
     text = "optimizer.lr: {grid: [0.01, 0.003, 1e-6, 1e-7]}"
     more = ("federation.rounds=4", f"sweep.scheduler={scheduler}", "sweep.concurrent=1")
     frame = sweep(GRID, space(text, *more), tmp_path / "sweep").frame
@@ -116,7 +116,7 @@ def test_schedulers_stop_the_worse_trials(ray_session: None, tmp_path: Path, sch
 
 
 @pytest.mark.slow
-def test_optuna_finds_trials_as_it_goes(ray_session: None, tmp_path: Path) -> None:
+def test_optuna_suggests_trials_one_by_one(ray_session: None, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     text = "optimizer.lr: {loguniform: [1e-3, 1e-2]}, method.rank: {choice: [2, 4]}"
     result = sweep(GRID, space(text, "sweep.searcher=optuna", "sweep.trials=3"), tmp_path / "sweep")
@@ -127,7 +127,7 @@ def test_optuna_finds_trials_as_it_goes(ray_session: None, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_sweep_in_an_object_store(bucket: str, tmp_path: Path) -> None:
+def test_sweep_in_an_object_store(bucket: str, tmp_path: Path) -> None:
     import boto3
 
     asked = [str(GRID), *space("method.rank: {grid: [2, 4]}"), "--out", f"{bucket}/sweep"]

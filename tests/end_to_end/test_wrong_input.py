@@ -1,4 +1,4 @@
-"""Wrong input ends before Ray starts: one line on stderr that names field, value and what is allowed; exit code 2."""
+"""Wrong input ends before Ray starts: one line on stderr that names field, value and allowed values; exit code 2."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GPT2 = (
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 rows: `by` is x 12 times and y 8 times, `n` is 0 or 1, `same` is always s; and files that nobody can use."""
+    """20 rows: `by` is x 12 times and y 8 times, `n` is 0 or 1, `same` is always s; and unusable files."""
     folder = tmp_path_factory.mktemp("files")
     numbers = range(20)
     columns = {
@@ -86,8 +86,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refusal(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
-    """What `rayfed-sub ARGUMENTS` says on stderr as it refuses, on a machine of 2 CPUs without a GPU, in the folder of
-    the files.  Starting Ray fails the test, and so does a run folder that is left behind."""
+    """The refusal of `rayfed-sub ARGUMENTS` on stderr, on a machine of 2 CPUs without a GPU, in the folder of the
+    files.  Starting Ray fails the test, and so does a run folder that is left behind."""
     import ray
     import torch
 
@@ -104,18 +104,18 @@ def refusal(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         monkeypatch.setattr(sys, "argv", ["rayfed-sub", *arguments])
         with pytest.raises(SystemExit) as ended:
             main.main()
-        said = capsys.readouterr().err
+        message = capsys.readouterr().err
         assert ended.value.code == 2
-        assert said.startswith("rayfed-sub: ")
-        assert said.endswith("\n")
-        assert said.count("\n") == 1, said
+        assert message.startswith("rayfed-sub: ")
+        assert message.endswith("\n")
+        assert message.count("\n") == 1, message
         assert not Path("runs").exists()
-        return said.removeprefix("rayfed-sub: ")
+        return message.removeprefix("rayfed-sub: ")
 
     return refusal
 
 
-# For `rayfed-sub run experiments/tiny.yaml OVERRIDES`: the overrides, and what the line begins with and contains.
+# For `rayfed-sub run experiments/tiny.yaml OVERRIDES`: the overrides, the line's beginning, and a part of it.
 SINGLE = {
     "unknown key": ("colour=red", "colour: got 'red'; allowed: these keys here", "these keys here: name, seed, model"),
     "misspelt key": ("federation.round=3", "federation.round: got 3", "did you mean rounds?"),
@@ -272,10 +272,10 @@ SINGLE = {
 
 @pytest.mark.parametrize(("asked", "begins", "contains"), SINGLE.values(), ids=SINGLE.keys())
 def test_override(asked: str, begins: str, contains: str, refusal: Refusal) -> None:
-    said = refusal(["run", TINY, *asked.split()])
-    assert said.startswith(begins)
-    assert contains in said
-    assert "; allowed: " in said
+    message = refusal(["run", TINY, *asked.split()])
+    assert message.startswith(begins)
+    assert contains in message
+    assert "; allowed: " in message
 
 
 # The same for a table of 20 rows in two clients.
@@ -387,9 +387,9 @@ TABLES = {
 
 @pytest.mark.parametrize(("asked", "begins", "contains"), TABLES.values(), ids=TABLES.keys())
 def test_table(asked: str, begins: str, contains: str, refusal: Refusal) -> None:
-    said = refusal(["run", TINY, *TABLE, *asked.split()])
-    assert said.startswith(begins)
-    assert contains in said
+    message = refusal(["run", TINY, *TABLE, *asked.split()])
+    assert message.startswith(begins)
+    assert contains in message
 
 
 # Whole command lines.
@@ -442,9 +442,9 @@ COMMANDS = {
 
 @pytest.mark.parametrize(("asked", "begins", "contains"), COMMANDS.values(), ids=COMMANDS.keys())
 def test_command(asked: str, begins: str, contains: str, refusal: Refusal) -> None:
-    said = refusal(asked.split())
-    assert said.startswith(begins)
-    assert contains in said
+    message = refusal(asked.split())
+    assert message.startswith(begins)
+    assert contains in message
 
 
 @pytest.mark.parametrize(
@@ -459,21 +459,21 @@ def test_command(asked: str, begins: str, contains: str, refusal: Refusal) -> No
     ],
 )
 @pytest.mark.parametrize("uri", ["s3://AKIA:hush@bucket/run", "s3://bucket/run?secret_key=hush"])
-def test_what_is_no_argument_is_shown_without_credentials(words: str, uri: str, refusal: Refusal) -> None:
-    said = refusal(words.format(uri).split())
-    assert "hush" not in said
-    assert "s3://bucket/run" in said or "No such option" in said
+def test_unknown_argument_is_shown_without_credentials(words: str, uri: str, refusal: Refusal) -> None:
+    message = refusal(words.format(uri).split())
+    assert "hush" not in message
+    assert "s3://bucket/run" in message or "No such option" in message
 
 
 @pytest.mark.parametrize("to", ["full", "rows.txt", "rows.txt/new"])
-def test_export_into_something_else(to: str, refusal: Refusal, tmp_path: Path) -> None:
+def test_export_to_an_invalid_destination(to: str, refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: done\n", encoding="utf-8")
     (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
-    said = refusal(["export", str(tmp_path), "--to", to])
-    assert said.startswith(f"--to: got '{to}'; allowed: a ")
+    message = refusal(["export", str(tmp_path), "--to", to])
+    assert message.startswith(f"--to: got '{to}'; allowed: a ")
 
 
-def test_rows_that_fit_are_not_refused_for_a_longer_max_length(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_fit_are_accepted_with_a_longer_max_length(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """15 + 10 tokens in 25 positions; after a prompt of 15, generation reads all but the last of 11 tokens."""
     from rayfed_sub.planning.job import prepare
 
@@ -483,7 +483,7 @@ def test_rows_that_fit_are_not_refused_for_a_longer_max_length(files: Path, monk
     assert (job.architecture.positions, job.config.task.max_length) == (25, 48)
 
 
-# What is not the address of a cluster, and where the line ends.
+# Values that are no address of a cluster, and the end of the line.
 ADDRESSES = {
     "a port that is closed": ("127.0.0.1:1", "Connection refused"),
     "a host that is nowhere": ("nowhere.invalid:6379", "nothing answers at nowhere.invalid:6379: "),
@@ -498,18 +498,18 @@ ADDRESSES = {
 @pytest.mark.parametrize(("address", "ends"), ADDRESSES.values(), ids=ADDRESSES.keys())
 def test_no_cluster_at_the_address(address: str, ends: str, refusal: Refusal) -> None:
     began = time.monotonic()
-    said = refusal(["run", TINY, "--address", address])
-    assert said.startswith(f"--address: got '{address}'; allowed: auto, or HOST:PORT of a Ray cluster")
-    assert ends in said
+    message = refusal(["run", TINY, "--address", address])
+    assert message.startswith(f"--address: got '{address}'; allowed: auto, or HOST:PORT of a Ray cluster")
+    assert ends in message
     assert time.monotonic() - began < 10
 
 
-def test_something_else_at_the_address(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_server_at_the_address(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener that never answers."""
     monkeypatch.setattr("rayfed_sub.runtime.cluster._GCS_SECONDS", 1.0)
     with socket.create_server(("0.0.0.0", 0)) as listener:
-        said = refusal(["run", TINY, "--address", f"127.0.0.1:{listener.getsockname()[1]}"])
-    assert "is not the head of a Ray cluster" in said
+        message = refusal(["run", TINY, "--address", f"127.0.0.1:{listener.getsockname()[1]}"])
+    assert "is not the head of a Ray cluster" in message
 
 
 def outcome(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -533,21 +533,21 @@ def outcome(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     ],
     ids=["wrong value", "wrong option", "hub id without a network"],
 )
-def test_as_its_own_process(arguments: list[str], begins: str, files: Path) -> None:
+def test_refusal_in_a_separate_process(arguments: list[str], begins: str, files: Path) -> None:
     done = outcome(*arguments, folder=files)
     assert done.returncode == 2
     assert done.stderr.startswith(f"rayfed-sub: {begins}")
     assert done.stderr.count("\n") == 1
 
 
-def test_as_its_own_process_when_all_is_well(files: Path) -> None:
+def test_success_in_a_separate_process(files: Path) -> None:
     done = outcome("list", "tasks", "--json", folder=files)
     assert (done.returncode, done.stderr) == (0, "")
     names = [row["name"] for row in json.loads(done.stdout)]
     assert names == ["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"]
 
 
-def test_a_picture_of_another_kind_is_refused_at_once() -> None:
+def test_unknown_picture_format_is_refused_at_once() -> None:
     code = "import sys; from rayfed_sub.cli.main import _code; code = _code(); print(*sys.modules); sys.exit(code)"
     arguments = [sys.executable, "-c", code, "data", TINY, "--out", "x.gif"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
@@ -562,7 +562,8 @@ def test_a_picture_of_another_kind_is_refused_at_once() -> None:
 
 @pytest.fixture
 def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder, and in it a sweep's, whose method is a class of a module that cannot be imported unnoticed."""
+    """A run's folder with a sweep's in it, whose method is a class of a module that shows in `sys.modules` once
+    imported."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "noticed_module.py").write_text("class Noticed: ...\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
@@ -581,7 +582,7 @@ def imported() -> bool:
     return "noticed_module" in sys.modules
 
 
-def test_reading_a_run_s_folder_imports_nothing(
+def test_reading_a_run_folder_imports_nothing(
     strange: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`report` shows the name that it does not import; `data` needs no method."""
@@ -612,19 +613,19 @@ TINY_ROWS = (
         ("export {} --to new --format peft", "--method noticed_module:Noticed"),
     ],
 )
-def test_a_class_that_only_a_folder_names_is_not_imported(
-    asked: str, add: str, strange: Path, refusal: Refusal
-) -> None:
-    said = refusal(asked.format(strange).split())
-    assert said.startswith("method.name: got 'noticed_module:Noticed'; allowed: a method of `rayfed-sub list methods`")
-    assert f"if you trust that module, add {add}" in said
+def test_class_named_only_by_a_folder_is_not_imported(asked: str, add: str, strange: Path, refusal: Refusal) -> None:
+    message = refusal(asked.format(strange).split())
+    assert message.startswith(
+        "method.name: got 'noticed_module:Noticed'; allowed: a method of `rayfed-sub list methods`"
+    )
+    assert f"if you trust that module, add {add}" in message
     assert not imported()
-    said = refusal([*asked.format(strange).split(), *add.split()])  # as it was told; this class is no method
-    assert "a dataclass with a method's functions" in said
+    message = refusal([*asked.format(strange).split(), *add.split()])  # as the message advises; this class is no method
+    assert "a dataclass with a method's functions" in message
     assert imported()
 
 
-def test_a_class_that_the_caller_s_own_file_names_is_imported(strange: Path, tmp_path: Path, refusal: Refusal) -> None:
+def test_class_named_by_the_caller_s_own_file_is_imported(strange: Path, tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "own.yaml").write_bytes((strange / "config.yaml").read_bytes())
     assert "a dataclass with a method's functions" in refusal(["run", str(tmp_path / "own.yaml")])
     assert imported()
@@ -646,7 +647,7 @@ def leave(folder: Path, names: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize("names", ANYBODY_S, ids=" ".join)
-def test_a_folder_of_another_s_making_is_the_caller_s_own(
+def test_folder_without_run_files_counts_as_the_caller_s_own(
     names: Sequence[str], strange: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
     (tmp_path / "own.yaml").write_bytes((strange / "config.yaml").read_bytes())
@@ -656,7 +657,7 @@ def test_a_folder_of_another_s_making_is_the_caller_s_own(
 
 
 @pytest.mark.parametrize("names", RUN_OR_SWEEP, ids=" ".join)
-def test_a_folder_is_known_by_what_runs_and_sweeps_leave(
+def test_run_and_sweep_folders_are_recognised_by_their_files(
     names: Sequence[str], strange: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
     (tmp_path / "left.yaml").write_bytes((strange / "config.yaml").read_bytes())
@@ -665,7 +666,7 @@ def test_a_folder_is_known_by_what_runs_and_sweeps_leave(
     assert not imported()
 
 
-def test_a_run_that_has_only_begun_is_known_by_its_log(strange: Path, tmp_path: Path, refusal: Refusal) -> None:
+def test_run_that_has_just_begun_is_recognised_by_its_log(strange: Path, tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "config.yaml").write_bytes((strange / "config.yaml").read_bytes())
     with (strange / "log.jsonl").open(encoding="utf-8") as log:
         (tmp_path / "log.jsonl").write_text(log.readline(), encoding="utf-8")
@@ -674,10 +675,10 @@ def test_a_run_that_has_only_begun_is_known_by_its_log(strange: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("slashes", ["/", "//", "///"])
-def test_a_file_in_an_object_store_is_one_however_many_slashes(
+def test_file_in_an_object_store_is_recognised_with_extra_slashes(
     slashes: str, strange: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store, here a folder, gives the file by itself, without what lies beside it."""
+    """The store, here a folder, gives the file alone, without the files beside it."""
     own = strange.parent / "own.yaml"
     own.write_bytes((strange / "config.yaml").read_bytes())
     monkeypatch.setattr("rayfed_sub.storage.remote.local_copy", lambda place, field: nullcontext(own))
@@ -695,52 +696,52 @@ def test_a_file_in_an_object_store_is_one_however_many_slashes(
         ({}, {"method.name": ["fedit", "fedavg"]}, False),
     ],
 )
-def test_a_class_that_only_the_base_of_a_sweep_names_is_not_imported(
+def test_class_named_only_by_the_base_of_a_sweep_is_not_imported(
     own: dict[str, object], space: dict[str, object], refused: bool, strange: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
     file = tmp_path / "own.yaml"
     section = {"space": {key: {"grid": values} for key, values in space.items()}, "trials": 1}
     file.write_text(yaml.safe_dump({"base": "strange/config.yaml", **own, "sweep": section}), encoding="utf-8")
-    said = refusal(["sweep", str(file), "--out", str(strange)])  # where another run lies
+    message = refusal(["sweep", str(file), "--out", str(strange)])  # the folder of another run
     place = f"for what {tmp_path / 'strange' / 'config.yaml'} names is not imported unless you name it too"
-    assert (place in said) == refused
+    assert (place in message) == refused
     assert imported() == (own == {"method": {"name": "noticed_module:Noticed"}})
     if refused:
-        said = refusal(["sweep", str(file), "method.name=noticed_module:Noticed"])
-        assert "if you trust that module" not in said
+        message = refusal(["sweep", str(file), "method.name=noticed_module:Noticed"])
+        assert "if you trust that module" not in message
 
 
 @pytest.mark.parametrize("asked", ["plan {}/config.yaml", "run {0}/config.yaml --out {0} --resume"])
-def test_a_metric_that_only_a_folder_names_is_not_loaded(asked: str, tmp_path: Path, refusal: Refusal) -> None:
-    """As the folder of a run by its name; the metric, once it is named by the caller as well, is not there."""
+def test_metric_named_only_by_a_folder_is_not_loaded(asked: str, tmp_path: Path, refusal: Refusal) -> None:
+    """The refusal names the metric; if the caller names it too, the error is its missing file."""
     tree = {
         **yaml.safe_load(Path(TINY).read_text(encoding="utf-8")),
         "evaluation": {"metrics": [f"{tmp_path}/mine.py"]},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     leave(tmp_path, ["log.jsonl", "summary.json"])
-    said = refusal(asked.format(tmp_path).split())
-    assert said.startswith(f"evaluation.metrics: got '{tmp_path}/mine.py'; allowed: nothing, for what ")
+    message = refusal(asked.format(tmp_path).split())
+    assert message.startswith(f"evaluation.metrics: got '{tmp_path}/mine.py'; allowed: nothing, for what ")
     add = f"evaluation.metrics=[{tmp_path}/mine.py]"
-    assert f"if you trust it, add '{add}', or evaluation.metrics=[] to go without" in said
+    assert f"if you trust it, add '{add}', or evaluation.metrics=[] to go without" in message
     if asked.startswith("plan"):
-        said = refusal([*asked.format(tmp_path).split(), add, "evaluation.generate_rows=2"])
-        assert "allowed: ids of `evaluate.load`, or paths of files with an evaluate.Metric" in said
+        message = refusal([*asked.format(tmp_path).split(), add, "evaluation.generate_rows=2"])
+        assert "allowed: ids of `evaluate.load`, or paths of files with an evaluate.Metric" in message
 
 
-def test_export_by_another_method_than_the_run_s(strange: Path, refusal: Refusal) -> None:
-    said = refusal(["export", str(strange), "--to", "new", "--method", "fedit"])
-    assert said.startswith("--method: got 'fedit'; allowed: noticed_module:Noticed, the run's own")
+def test_export_with_another_method_is_refused(strange: Path, refusal: Refusal) -> None:
+    message = refusal(["export", str(strange), "--to", "new", "--method", "fedit"])
+    assert message.startswith("--method: got 'fedit'; allowed: noticed_module:Noticed, the run's own")
     assert not imported()
 
 
 @pytest.mark.parametrize("left", ["tune", "trials"])
 @pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["anew", "resumed"])
-def test_what_another_sweep_left_is_not_read(left: str, resume: list[str], tmp_path: Path, refusal: Refusal) -> None:
-    """Ray Tune would unpickle its files; without a sweep.yaml there is nothing to go on with."""
+def test_files_of_another_sweep_are_not_read(left: str, resume: list[str], tmp_path: Path, refusal: Refusal) -> None:
+    """Ray Tune would unpickle its files; without a sweep.yaml there is nothing to resume."""
     (tmp_path / "out" / left / "00000").mkdir(parents=True)
     (tmp_path / "sweep.yaml").write_text(f"base: {TINY}\nsweep: {{space: {{method.rank: {{grid: [1, 2]}}}}}}\n")
-    said = refusal(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), *resume])
-    assert said.splitlines()[-1].startswith(
+    message = refusal(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), *resume])
+    assert message.splitlines()[-1].startswith(
         f"--out: got '{tmp_path / 'out'}'; allowed: a folder without {left}/, which"
     )

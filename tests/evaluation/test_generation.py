@@ -57,17 +57,19 @@ def test_rouge_l_agrees_with_rouge_score_and_the_subsequence() -> None:
 def test_bleu_4_by_hand() -> None:
     """Two pairs, counted together.
 
-    told "the cat sat on the mat" (6 words), wanted "the cat sat on a red mat" (7); told "a b c d e", wanted the same.
-    1-grams: the, cat, sat, on, mat of 6 (the second "the" is not wanted twice), and 5 of 5: 10 of 11.
-    2-grams: the cat, cat sat, sat on of 5, and 4 of 4: 7 of 9.    3-grams: 2 of 4, and 3 of 3: 5 of 7.
-    4-grams: "the cat sat on" of 3, and 2 of 2: 3 of 5.    11 words told for 12: times exp(1 - 12/11).
-    """
-    told, wanted = ["the cat sat on the mat", "a b c d e"], ["the cat sat on a red mat", "a b c d e"]
+    Predicted "the cat sat on the mat" (6 words), reference "the cat sat on a red mat" (7); predicted "a b c d e",
+    reference the same.
+    1-grams: the, cat, sat, on, mat of 6 (the second "the" is not in the reference twice), and 5 of 5: 10 of 11.
+    2-grams: the cat, cat sat, sat on of 5, and 4 of 4: 7 of 9.
+    3-grams: 2 of 4, and 3 of 3: 5 of 7.
+    4-grams: "the cat sat on" of 3, and 2 of 2: 3 of 5.
+    11 predicted words for 12: times exp(1 - 12/11)."""
+    predicted, references = ["the cat sat on the mat", "a b c d e"], ["the cat sat on a red mat", "a b c d e"]
     by_hand = math.exp(1 - 12 / 11) * (10 / 11 * 7 / 9 * 5 / 7 * 3 / 5) ** (1 / 4)
-    assert bleu_4(told, wanted) == pytest.approx(by_hand)
-    # Told longer than wanted costs no more than the words that are too many: 7 words for 6, precisions turned round.
+    assert bleu_4(predicted, references) == pytest.approx(by_hand)
+    # A longer prediction costs only its extra words: 7 words for 6, with the precisions exchanged.
     by_hand = (10 / 12 * 7 / 10 * 5 / 8 * 3 / 6) ** (1 / 4)
-    assert bleu_4(wanted, told) == pytest.approx(by_hand)
+    assert bleu_4(references, predicted) == pytest.approx(by_hand)
 
 
 def test_bleu_4_of_few_matches_is_smoothed() -> None:
@@ -81,29 +83,31 @@ def test_bleu_4_agrees_with_sacrebleu() -> None:
     theirs = sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score
     assert 0 < theirs < 100
     assert bleu_4(PREDICTIONS, REFERENCES) == theirs / 100
-    # It is of the corpus: the mean over the pairs is another number.
-    each = [bleu_4([told], [wanted]) for told, wanted in zip(PREDICTIONS, REFERENCES, strict=True)]
+    # The score is of the corpus: the mean over the pairs is another number.
+    each = [bleu_4([prediction], [reference]) for prediction, reference in zip(PREDICTIONS, REFERENCES, strict=True)]
     assert abs(sum(each) / len(each) - theirs / 100) > 0.01
     assert bleu_4(["A b c d"], ["a b c d"]) < 1  # capitals count
 
 
 @pytest.mark.parametrize(
-    ("told", "wanted", "rouge", "bleu"),
+    ("predicted", "references", "rouge", "bleu"),
     [
         (["a b c d", "e"], ["a b c d", "e"], 1.0, 1.0),  # equal
         (["a b c"], ["a b c"], 1.0, 0.0),  # equal, but the whole corpus has no 4-gram
         ([""], ["a b c d"], 0.0, 0.0),  # an empty answer
-        (["a b c d"], [""], None, None),  # nothing is asked for
+        (["a b c d"], [""], None, None),  # nothing to match
         ([""], [""], None, None),
-        (["", "a b c d"], ["", "a b c d"], 0.5, 1.0),  # an empty pair is a pair of the mean, but no words of the corpus
-        (["e f g h"], ["a b c d"], 0.0, 0.0),  # no smoothing where no word is right
-        (["été à la"], ["été à la"], 1.0, 0.0),  # ROUGE sees "t" and "la", half of the letters
-        (["äöü"], ["äöü"], None, 0.0),  # and here nothing
+        (["", "a b c d"], ["", "a b c d"], 0.5, 1.0),  # counts in the mean, adds no words to the corpus
+        (["e f g h"], ["a b c d"], 0.0, 0.0),  # no smoothing without any matching word
+        (["été à la"], ["été à la"], 1.0, 0.0),  # ROUGE reads "t" and "la", half of the letters
+        (["äöü"], ["äöü"], None, 0.0),  # and nothing here
         (["été à la mode"], ["été à la mode"], 1.0, 1.0),  # 7 letters of 10 are ASCII
     ],
 )
-def test_texts_at_the_edges(told: list[str], wanted: list[str], rouge: float | None, bleu: float | None) -> None:
-    assert (rouge_l(told, wanted), bleu_4(told, wanted)) == (rouge, bleu)
+def test_edge_cases_of_texts(
+    predicted: list[str], references: list[str], rouge: float | None, bleu: float | None
+) -> None:
+    assert (rouge_l(predicted, references), bleu_4(predicted, references)) == (rouge, bleu)
 
 
 SCRIPTS = {
@@ -129,9 +133,9 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_equal_texts_score_1_in_every_script_and_others_less(script: str) -> None:
+def test_equal_texts_score_1_in_every_script_and_different_texts_less(script: str) -> None:
     text, others = SCRIPTS[script], [text for name, text in SCRIPTS.items() if name != script]
-    assert rouge_l([text], [text]) is None  # of none does rouge-score read half the words
+    assert rouge_l([text], [text]) is None  # rouge-score reads less than half the words of each
     assert (rouge_l_unicode([text], [text]), bleu_4_unicode([text], [text])) == (1.0, 1.0)
     half = text[: len(text) // 2]
     assert 0 < (rouge_l_unicode([half], [text]) or 0) < 1
@@ -145,46 +149,51 @@ def test_words_of_any_script() -> None:
     # SARA AM is NIKHAHIT and SARA AA to NFKC: a mark of its consonant, and a vowel that stands by itself.
     assert words("น้ำ") == ["น\u0e49\u0e4d", "า"]
     assert words("iPhone手机, 2台") == ["iphone", "手", "机", "2", "台"]
-    assert words("Caf\u00e9") == words("CAFE\u0301") == ["caf\u00e9"]  # one sign or two, the same text
-    assert words("می\u200cخواهم\u200f") == words("میخواهم")  # characters without a trace
-    assert words("👍🏽👍") == ["👍🏽", "👍"]  # another skin, another pictograph
+    assert words("Caf\u00e9") == words("CAFE\u0301") == ["caf\u00e9"]  # one code point or two, the same text
+    assert words("می\u200cخواهم\u200f") == words("میخواهم")  # invisible characters
+    assert words("👍🏽👍") == ["👍🏽", "👍"]  # another skin tone, another pictograph
     assert words("don't x_1 3.14 -- ok") == ["don", "t", "x", "1", "3", "14", "ok"]  # as rouge-score
     assert words(" \n\u200b") == []
 
 
-def test_scores_of_any_script_are_the_published_ones_of_ascii() -> None:
+def test_scores_of_any_script_equal_the_published_ones_on_ascii() -> None:
     rng = random.Random(0)
     texts = ["".join(rng.choices(string.printable, k=40)) + "a" for _ in range(40)]
     texts += ["the cat sat on the mat", "it's 3.5 km, e.g. x_y", "a b c d"] * 2
-    told, wanted = texts[::2], texts[1::2]
-    for said, true in [*zip(told, wanted, strict=True), *zip(wanted, wanted, strict=True)]:
-        assert rouge_l_unicode([said], [true]) == RougeScorer(["rougeL"]).score(true, said)["rougeL"].fmeasure
-        assert bleu_4_unicode([said], [true]) == pytest.approx(sacrebleu.corpus_bleu([said], [[true]]).score / 100)
+    predicted, references = texts[::2], texts[1::2]
+    for prediction, reference in [*zip(predicted, references, strict=True), *zip(references, references, strict=True)]:
+        assert (
+            rouge_l_unicode([prediction], [reference])
+            == RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
+        )
+        assert bleu_4_unicode([prediction], [reference]) == pytest.approx(
+            sacrebleu.corpus_bleu([prediction], [[reference]]).score / 100
+        )
     assert rouge_l(PREDICTIONS, REFERENCES) == rouge_l_unicode(PREDICTIONS, REFERENCES)
     assert bleu_4(PREDICTIONS, REFERENCES) == bleu_4_unicode(PREDICTIONS, REFERENCES)
 
 
 def test_published_scores_need_half_of_the_text() -> None:
-    """rouge-score reads letters of ASCII; 13a, what stands between spaces."""
-    assert rouge_l(["кот cat"], ["cat кот"]) == 1.0  # half; it sees "cat" alone
+    """rouge-score reads ASCII letters; 13a reads what is between spaces."""
+    assert rouge_l(["кот cat"], ["cat кот"]) == 1.0  # half; it reads "cat" alone
     assert rouge_l(["кот cat"], ["коты cat"]) is None  # 3 letters of 7
-    assert rouge_l(["ＡＢＣ"], ["ＡＢＣ"]) is None  # full-width letters are none of its own
+    assert rouge_l(["ＡＢＣ"], ["ＡＢＣ"]) is None  # full-width letters are not among them
     assert rouge_l_unicode(["ＡＢＣ"], ["abc"]) == 1.0
     assert bleu_4(["Кошка спит на кровати"], ["Кошка спит на кровати"]) == 1.0
-    assert bleu_4(["我喜欢猫"], ["我喜欢猫"]) is None  # one word, where four characters are
+    assert bleu_4(["我喜欢猫"], ["我喜欢猫"]) is None  # one word instead of four characters
     assert bleu_4(["see 我喜欢猫"], ["see 我喜欢猫"]) is None  # two of five
     assert bleu_4(["please do see 我喜欢猫"], ["please do see 我喜欢猫"]) == 1.0  # four of seven
 
 
 @pytest.mark.parametrize("score", [rouge_l, rouge_l_unicode, bleu_4, bleu_4_unicode])
 @pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"]), ([], ["a"]), (["a"], [])])
-def test_texts_that_do_not_match(score: Any, predictions: list[str], references: list[str]) -> None:
+def test_texts_of_different_lengths_are_refused(score: Any, predictions: list[str], references: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{len(predictions)} predictions for {len(references)} references"):
         score(predictions, references)
 
 
 def test_perplexity() -> None:
-    assert perplexity(math.log(50)) == pytest.approx(50)  # as unsure as among 50 equally likely tokens
+    assert perplexity(math.log(50)) == pytest.approx(50)  # as uncertain as among 50 equally likely tokens
     assert perplexity(709.0) < math.inf
     assert perplexity(710.0) == perplexity(math.inf) == math.inf  # e^709.8 is the largest float
     assert math.isnan(perplexity(math.nan))
@@ -196,7 +205,7 @@ def test_token_accuracy() -> None:
     assert token_accuracy(0, 0) is None
 
 
-# Class 0: 2 of 3 found.  1: both found, and the third row of 0 was called so too.  2: its one row was called 3.
+# Class 0: 2 of 3 found.  1: both found, and the third row of 0 was predicted as 1.  2: its one row was predicted as 3.
 LABELS, PREDICTED, NAMES = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 3], ["glioma", "none", "pituitary", "other", "never"]
 
 
@@ -207,7 +216,7 @@ def test_class_scores_by_hand() -> None:
     assert scores == pytest.approx(
         {
             "accuracy": 4 / 6,
-            "macro_f1": (first + second + 0 + 0) / 4,  # over 0, 1, 2 and 3; nobody has or names "never"
+            "macro_f1": (first + second + 0 + 0) / 4,  # over 0, 1, 2 and 3; "never" has no rows and no predictions
             "f1/glioma": first,
             "f1/none": second,
             "f1/pituitary": 0.0,
@@ -215,7 +224,7 @@ def test_class_scores_by_hand() -> None:
         }
     )
     assert list(scores) == ["accuracy", "macro_f1", *(f"f1/{name}" for name in NAMES[:4])]  # "never" has 0 / 0
-    assert all(type(score) is float for score in scores.values())  # summary.json can hold them
+    assert all(type(score) is float for score in scores.values())  # summary.json can store them
 
 
 def test_class_scores_agree_with_scikit_learn() -> None:
@@ -228,18 +237,18 @@ def test_class_scores_agree_with_scikit_learn() -> None:
     assert {name: scores[f"f1/{name}"] for name in NAMES[:4]} == {name: report[name]["f1-score"] for name in NAMES[:4]}
 
 
-def test_a_client_is_judged_on_the_classes_that_it_meets() -> None:
-    """Two of four classes, all right: 1, not 1/2.  A third class, wrongly named once, counts."""
+def test_client_score_covers_its_own_classes() -> None:
+    """Two of four classes, all right: 1, not 1/2.  A third class, wrongly predicted once, counts."""
     names = list("abcd")
     assert class_scores([1, 3, 3], [1, 3, 3], names)["macro_f1"] == 1.0
     assert class_scores([1, 3, 3], [1, 3, 0], names)["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
 def test_confusion() -> None:
-    told = confusion(LABELS, PREDICTED, 5)
-    assert told == [[2, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 0, 1, 0], [0] * 5, [0] * 5]
-    assert told == confusion_matrix(LABELS, PREDICTED, labels=range(5)).tolist()
-    assert type(told[0][0]) is int
+    counts = confusion(LABELS, PREDICTED, 5)
+    assert counts == [[2, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 0, 1, 0], [0] * 5, [0] * 5]
+    assert counts == confusion_matrix(LABELS, PREDICTED, labels=range(5)).tolist()
+    assert type(counts[0][0]) is int
 
 
 @pytest.mark.parametrize(
@@ -251,14 +260,14 @@ def test_confusion() -> None:
         ([0, 1], [0, -1], r"classes \[-1\] of 2"),
     ],
 )
-def test_classes_that_do_not_match(labels: list[int], predicted: list[int], message: str) -> None:
+def test_class_lists_of_different_lengths_are_refused(labels: list[int], predicted: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         class_scores(labels, predicted, ["no", "yes"])
     with pytest.raises(ValueError, match=message):
         confusion(labels, predicted, 2)
 
 
-# name -> batches of columns, what compute wants besides, what it must give.
+# name -> batches of columns, further arguments of compute, the expected result.
 USES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]] = {
     **{
         name: ({"predictions": PREDICTIONS, "references": REFERENCES}, {}, {name: measured(PREDICTIONS, REFERENCES)})
@@ -283,7 +292,7 @@ USES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_evaluate_metrics_take_batches_and_leave_nothing(
+def test_evaluate_metrics_accept_batches_and_leave_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import evaluate
@@ -296,7 +305,7 @@ def test_evaluate_metrics_take_batches_and_leave_nothing(
     built = metric(name, str(own))
     assert isinstance(built, evaluate.Metric)
     assert built.name == name
-    for _ in range(2):  # what was computed is forgotten
+    for _ in range(2):  # computed results are cleared
         for i in range(0, len(columns["predictions"]), 2):
             built.add_batch(**{column: values[i : i + 2] for column, values in columns.items()})
         assert built.compute(**more) == expected
@@ -305,7 +314,7 @@ def test_evaluate_metrics_take_batches_and_leave_nothing(
     assert list(elsewhere.rglob("*")) == []
 
 
-def test_the_functions_touch_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_touch_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -315,6 +324,6 @@ def test_the_functions_touch_no_cache(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_an_unknown_metric(tmp_path: Path) -> None:
+def test_unknown_metric(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metric 'rouge'; there are rouge_l, rouge_l_unicode, bleu_4, "):
         metric("rouge", str(tmp_path))

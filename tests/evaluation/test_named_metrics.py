@@ -1,4 +1,4 @@
-"""Metrics that a configuration names: loaded, tried before a run starts, and scored beside the built-in ones."""
+"""Metrics that a configuration names: loaded, tried before a run starts, and computed beside the built-in ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def written(folder: Path, name: str, body: str, kind: str = "string", more: str 
     return str(path)
 
 
-def test_a_metric_of_texts_reads_greedy_answers_of_all_and_of_each_client(tmp_path: Path) -> None:
+def test_text_metric_scores_greedy_answers_of_all_and_of_each_client(tmp_path: Path) -> None:
     metrics = load_metrics([written(tmp_path, "first_word", FIRST_WORD)], ["a b", "c"])
     rows = [
         (0, Generation("the cat", reference="the dog", teacher_forced="x", labels="y")),
@@ -49,7 +49,7 @@ def test_a_metric_of_texts_reads_greedy_answers_of_all_and_of_each_client(tmp_pa
     ]
 
 
-def test_a_metric_of_classes_reads_their_numbers(tmp_path: Path) -> None:
+def test_class_metric_reads_class_numbers(tmp_path: Path) -> None:
     body = 'return {"off": sum(abs(p - r) for p, r in zip(predictions, references))}'
     metrics = load_metrics([written(tmp_path, "distance", body, "int64")], [0, 1, 2])
     rows = [(0, Prediction(0.5, (2,), (0,))), (0, Prediction(1.5, (1,), (0,)))]
@@ -67,9 +67,7 @@ def test_a_metric_of_classes_reads_their_numbers(tmp_path: Path) -> None:
         ("raise KeyError(3)", "", "KeyError: 3"),
     ],
 )
-def test_a_metric_that_cannot_be_used_is_refused_before_anything_starts(
-    body: str, more: str, why: str, tmp_path: Path
-) -> None:
+def test_unusable_metric_is_refused_before_the_run_starts(body: str, more: str, why: str, tmp_path: Path) -> None:
     path = written(tmp_path, "mine", body, more=more)
     with pytest.raises(UserError) as caught:
         load_metrics([path], ["a b", "c"])
@@ -77,7 +75,7 @@ def test_a_metric_that_cannot_be_used_is_refused_before_anything_starts(
     assert why in caught.value.advice
 
 
-def test_a_file_that_is_not_there_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_missing_file_and_duplicate_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"evaluation\.metrics: got '.*nowhere\.py'; allowed: ids of `evaluate\.load`, or"
     ):
@@ -88,7 +86,7 @@ def test_a_file_that_is_not_there_and_two_of_one_name_are_refused(tmp_path: Path
         load_metrics(both, ["a b"])
 
 
-def test_a_metric_that_fails_later_is_named(tmp_path: Path) -> None:
+def test_metric_that_fails_later_is_named(tmp_path: Path) -> None:
     """It divides by the number of words of the references."""
     body = 'return {"per_word": 1 / sum(len(r.split()) for r in references)}'
     metrics = load_metrics([written(tmp_path, "per_word", body)], ["a b", "c"])

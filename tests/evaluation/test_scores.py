@@ -1,4 +1,4 @@
-"""Scores of held-out rows by hand: over all rows, and over the rows that are like each client's."""
+"""Scores of held-out rows by hand: over all rows, and over the rows of each client."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_rows_without_a_label_have_no_scores() -> None:
 
 
 def test_classes_by_hand() -> None:
-    """True a a b, said a b b: a has tp 1, fn 1; b has tp 1, fp 1; c never occurs, and does not count."""
+    """True a a b, predicted a b b: a has tp 1, fn 1; b has tp 1, fp 1; c never occurs, and does not count."""
     rows = [(0, Prediction(0.5, (0,), (0,))), (0, Prediction(1.5, (1,), (0,))), (2, Prediction(1.0, (1,), (1,)))]
     scores = list(label_scores(rows, ("a", "b", "c")))
     two_thirds = 2 / (2 + 1)
@@ -53,20 +53,20 @@ def test_classes_by_hand() -> None:
             "f1/b": two_thirds,
         }
     )
-    assert values(scores, 2) == {"held_out_loss": 1, "accuracy": 1, "macro_f1": 1, "f1/b": 1}  # it never met a
+    assert values(scores, 2) == {"held_out_loss": 1, "accuracy": 1, "macro_f1": 1, "f1/b": 1}  # it has no row of a
     confusion = {score.metric: score.value for score in scores if score.metric.startswith("confusion/")}
     assert confusion == {"confusion/a/a": 1, "confusion/a/b": 1, "confusion/b/b": 1}
 
 
-def test_a_round_s_training_loss_leaves_out_clients_that_were_skipped() -> None:
-    """2 and 4, each once; the client that diverged at a loss of 1e6 is counted, but its update is of no weight."""
-    tally, rest = RoundMetrics(0, 3, 0.0), {"loss_last": 1.0, "labels": 5.0, "steps": 2.0}
+def test_round_s_training_loss_excludes_skipped_clients() -> None:
+    """2 and 4, each once; the client that diverged at a loss of 1e6 is counted, but its update has no weight."""
+    metrics, rest = RoundMetrics(0, 3, 0.0), {"loss_last": 1.0, "labels": 5.0, "steps": 2.0}
     for client, loss, failure in ((0, 2.0, None), (1, 1e6, "non-finite loss at local step 1"), (2, 4.0, None)):
-        tally.add(ClientRow(0, client, 1.0, 10, 10, loss=loss, **rest, failure=failure))  # type: ignore[arg-type]
-    assert (tally.loss, tally.failed, tally.labels) == (3.0, 1, 15)
+        metrics.add(ClientRow(0, client, 1.0, 10, 10, loss=loss, **rest, failure=failure))  # type: ignore[arg-type]
+    assert (metrics.loss, metrics.failed, metrics.labels) == (3.0, 1, 15)
 
 
-def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:
+def test_texts_are_scored_by_generation_and_under_teacher_forcing() -> None:
     rows = [
         (
             0,
@@ -88,8 +88,8 @@ def test_texts_are_judged_freely_and_under_teacher_forcing() -> None:
     assert values(scores, None)["rouge_l_unicode"] == values(scores, None)["rouge_l"]
 
 
-def test_published_scores_are_missing_where_they_cannot_read() -> None:
-    """Hindi, equal: rouge-score would see the digits alone.  Chinese, 4 of 5 characters in order, of which the first 4
+def test_published_scores_are_missing_for_unreadable_scripts() -> None:
+    """Hindi, equal: rouge-score would read only the digits.  Chinese, 4 of 5 characters in order, of which the first 4
     are the first 4: 2 * 4 / (5 + 5); 1- to 4-grams 4 of 5, 3 of 4, 2 of 3, 1 of 2."""
     hindi, chinese = "औज़ार शेल्फ 3 पर है।", "我喜欢绿茶"
     scores = list(
@@ -105,8 +105,8 @@ def test_published_scores_are_missing_where_they_cannot_read() -> None:
     assert values(scores, None)["rouge_l_unicode"] == pytest.approx((1 + 8 / 10) / 2)
 
 
-def test_references_with_nothing_to_read_are_not_counted() -> None:
-    """A reference that was cut to nothing asks for nothing; its row is of neither mean nor count."""
+def test_empty_references_are_not_counted() -> None:
+    """A reference that was cut to nothing has no words; its row is in neither mean nor count."""
     nothing, right = Generation("a guess", " \n", "a", "a"), Generation(*["the cat sat"] * 4)
     scores = list(text_scores([(0, nothing), (1, right)]))
     assert [(score.value, score.count) for score in scores if score.metric == "rouge_l" and score.client is None] == [
@@ -117,8 +117,8 @@ def test_references_with_nothing_to_read_are_not_counted() -> None:
     assert values(scores, None)["teacher_forced_rouge_l"] == 1
 
 
-def test_bleu_takes_the_answer_for_the_hypothesis_and_the_reference_for_the_reference() -> None:
-    """BLEU, unlike ROUGE-L's F, changes when the two change places: only a short hypothesis is punished."""
+def test_bleu_distinguishes_hypothesis_and_reference() -> None:
+    """BLEU, unlike ROUGE-L's F, changes if the two change places: only a short hypothesis is penalised."""
     long, short = "a b c d e f g h", "a b c d e f"
     scores = overall(list(text_scores([(0, Generation(short, reference=long, teacher_forced=long, labels=short))])))
     assert scores["bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([short], [[long]]).score / 100)

@@ -1,4 +1,4 @@
-"""The benchmarks at their smallest: rayfed_sub and the bare loop do the same work, whatever the time they take."""
+"""The benchmarks at their smallest: rayfed_sub and the bare loop do the same work, whatever time they take."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_case_is_a_configuration(case: Case, tmp_path: Path) -> None:
     config = load_config(tmp_path / "work" / "config.yaml")
     build(config.method)
     read = case_of(tmp_path / "work")
-    assert replace(read, contestants=tuple(read.contestants)) == case  # JSON knows no tuples
+    assert replace(read, contestants=tuple(read.contestants)) == case  # JSON has no tuples
     assert (config.federation.clients, config.federation.rounds) == (case.clients, case.rounds)
     assert (config.federation.partition.kind == "column") == (case.does == TRAIN)
     assert (config.method["name"] == "fedftg") == (case.does in (TRAIN, LOW_RANK))
@@ -43,7 +43,7 @@ def test_doctests() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_race_ends_with_the_same_weights_and_the_engine_alone_is_measured(tmp_path: Path) -> None:
+def test_both_sides_end_with_the_same_weights_and_the_engine_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "race.json"
     command = [sys.executable, "-m", "experiments.benchmarks.race", "smoke", "load-smoke", "--out", str(out)]
     began = time.monotonic()
@@ -57,17 +57,17 @@ def test_the_race_ends_with_the_same_weights_and_the_engine_alone_is_measured(tm
         *(("smoke", "bare", TRAIN), ("smoke", "rayfed_sub", TRAIN)),
         *(("load-smoke", "rayfed_sub", LEAST), ("load-smoke", "rayfed_sub", LOW_RANK)),
     }
-    # Three rounds move weights by about 3 x 2 steps x lr = 6e-3; what is compared is rounding.
+    # Three rounds move weights by about 3 x 2 steps x lr = 6e-3; the difference compared is rounding.
     assert ours["away"] < 1e-5
     assert 0 < ours["floor"] < ours["steady"]
     assert ours["stored"] is None
-    # Idle clients: what the store gets in a round is the broadcast, at least 16 x 16 float32.
+    # Idle clients: the store gets the broadcast in a round, at least 16 x 16 float32.
     assert idle["clients"] * idle["stored"] >= 16 * 16 * 4
     assert idle["start"] + idle["steady"] < passed
     assert record["cores"] == os.cpu_count()
 
 
-def test_a_galore_step_ends_where_galore_torchs_does(tmp_path: Path) -> None:
+def test_galore_step_agrees_with_galore_torch(tmp_path: Path) -> None:
     out = tmp_path / "galore.csv"
     command = [sys.executable, "-m", "experiments.benchmarks.galore", "24x16", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -76,7 +76,7 @@ def test_a_galore_step_ends_where_galore_torchs_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["race Z", "growth Z", "growth --show --out Z"])
-def test_a_wrong_name_is_refused_in_a_line(asked: str) -> None:
+def test_wrong_name_is_refused_in_one_line(asked: str) -> None:
     name, *arguments = asked.split()
     command = [sys.executable, "-m", f"experiments.benchmarks.{name}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

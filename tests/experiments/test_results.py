@@ -1,4 +1,4 @@
-"""Generated results lie apart from the sources that they come from."""
+"""Generated results are separate from their sources."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GENERATED = {".csv", ".svg", ".png", ".json", ".parquet"}
 SOURCES = {EXPERIMENTS / "clusters" / "grafana.json"}
 
 
-def test_generated_files_lie_in_results_and_nowhere_else() -> None:
+def test_generated_files_are_in_results_only() -> None:
     results = EXPERIMENTS / "results"
     found = {path for path in EXPERIMENTS.rglob("*") if path.suffix in GENERATED}
     assert {path for path in found if results not in path.parents} == SOURCES

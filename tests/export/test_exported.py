@@ -1,7 +1,7 @@
-"""Exports of runs: what transformers and peft load gives the logits that our own evaluation sees.
+"""Exports of runs: transformers and peft load models with the logits of our own evaluation.
 
-The runs are walked without Ray: one Worker as a plain object, two clients, two rounds, on models of 10,000 parameters.
-"""
+The runs go through their rounds without Ray: one Worker as a plain object, two clients, two rounds, on models of 10,000
+parameters."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ from rayfed_sub.training.losses import predicted
 PERSONAL = [name for name in METHODS if build({"name": name}).personal]
 # Federated AdamW moves every direction of a dense weight; there is no adapter for it.
 ADAPTED = [name for name in METHODS if name != "fedavg"]
-# The rank of what two rounds do to dense weights, with two clients of rank 2.
+# The rank of two rounds' changes of dense weights, with two clients of rank 2.
 RANKS = {
-    "fedftg": 4,  # each client's basis stays, for it is renewed after 200 steps
+    "fedftg": 4,  # each client's basis stays, as it is renewed only after 200 steps
     "shared-galore": 2,  # one basis for both, renewed after 200 steps
     "flora": 6,  # fresh factors every round, of rank 2 and 1
     "fedex-lora": 6,  # every round's residual of rank (2 - 1) * 2, and the averaged factors
@@ -83,7 +83,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fields: object) -> Config:
-    """Two clients, two rounds of two steps, rank 2 where the method has one, client ranks 2 and 1 where it has them."""
+    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them."""
     ranks = {"rank": 2, "client_ranks": [2, 1]}
     known = {field.name for field in dataclasses.fields(build({"name": method}))}  # type: ignore[arg-type]
     own = {key: value for key, value in ranks.items() if key in known}
@@ -106,9 +106,9 @@ def write_run(folder: Path, config: Config, server: ServerState, states: Mapping
     """A finished run's folder."""
     folder.mkdir()
     written = create(Place(folder), config)
-    book = StateStore(folder, 10**9, lambda: server, lambda state: [state], lambda box: box[0])
-    book.commit(server, {}, [book.add(client, state) for client, state in states.items()])
-    book.checkpoint()
+    store = StateStore(folder, 10**9, lambda: server, lambda state: [state], lambda box: box[0])
+    store.commit(server, {}, [store.add(client, state) for client, state in states.items()])
+    store.checkpoint()
     written.write_summary(
         Summary(config.name, str(config.method["name"]), 2, "0" * 64, 1, 1, 1, 1.0, 1.0, 1.0, 1, {}, {}, {})
     )
@@ -116,7 +116,7 @@ def write_run(folder: Path, config: Config, server: ServerState, states: Mapping
 
 
 def stored(run: Path) -> tuple[ServerState, dict[int, ClientState]]:
-    """What a run's checkpoint holds."""
+    """The contents of a run's checkpoint."""
     found = checkpoints.read(run)
     assert found is not None
     clients = {client: checkpoints.stored_state(run, found, client) for client, _ in found.state_files}
@@ -124,7 +124,7 @@ def stored(run: Path) -> tuple[ServerState, dict[int, ClientState]]:
 
 
 def trained(folder: Path, config: Config, clients: Sequence[int] = (0, 1)) -> Path:
-    """A run as the coordinator would walk it, with one pack of `clients` a round."""
+    """A run as the coordinator executes it, with one pack of `clients` a round."""
     job = prepare(config)
     method, shape = job.method, job.architecture.shape
     backbone = load_weights(config.model, job.architecture, config.seed)
@@ -146,7 +146,7 @@ def trained(folder: Path, config: Config, clients: Sequence[int] = (0, 1)) -> Pa
 
 @pytest.fixture(scope="module")
 def runs(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Method -> the folder of a run with it, walked once."""
+    """Method -> the folder of a run with it, made once."""
     made: dict[str, Path] = {}
 
     def run(method: str) -> Path:
@@ -191,7 +191,7 @@ def ours(run: Path, client: int | None = None) -> tuple[Tensor, Tensor]:
         return before, logits(model)
 
 
-def judged(model: Any, job: Job) -> float:
+def loss_of(model: Any, job: Job) -> float:
     """Mean loss (nats) over the labels of the held-out rows."""
     rows = np.arange(len(job.dataset.held_out))
     batch = collate(job.dataset.held_out, rows, mask_prompt=True, pad=job.processor.pad)
@@ -199,8 +199,8 @@ def judged(model: Any, job: Job) -> float:
 
 
 @pytest.mark.parametrize("method", ["fedftg", "fedavg", "fedit", "flora"])
-def test_an_export_of_a_bfloat16_run_holds_all_that_was_learned(method: str, table: Path, tmp_path: Path) -> None:
-    """In float32 the exported weights are judged as we judge them; the run's own score is the bfloat16 model's."""
+def test_export_of_a_bfloat16_run_keeps_the_whole_change(method: str, table: Path, tmp_path: Path) -> None:
+    """In float32 the exported weights have the loss of our evaluation; the run's own score is the bfloat16 model's."""
     config = configured(table, method)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     run = trained(tmp_path / "run", config)
@@ -210,17 +210,17 @@ def test_an_export_of_a_bfloat16_run_holds_all_that_was_learned(method: str, tab
     scores = []
     for tensors in ({name: tensor.float() for name, tensor in backbone.items()}, backbone):
         model = assemble(job.architecture, tensors)
-        before = judged(model, job)
+        before = loss_of(model, job)
         with global_model(install(model, shape), shape, changes, server.tensors):
-            scores.append(judged(model, job))
+            scores.append(loss_of(model, job))
         assert before - scores[-1] > 0.1
     export_hf(run, tmp_path / "hf")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert exported.dtype == torch.float32
     wide, narrow = scores
-    assert judged(exported, job) == pytest.approx(wide, abs=1e-5)
+    assert loss_of(exported, job) == pytest.approx(wide, abs=1e-5)
     assert narrow == pytest.approx(wide, abs=0.01)
-    assert narrow != pytest.approx(wide, abs=1e-5)  # which is why it is called the bfloat16 model's
+    assert narrow != pytest.approx(wide, abs=1e-5)  # hence the label "bfloat16 model"
 
 
 def loaded(adapter: Path, auto: Any = AutoModelForCausalLM) -> tuple[Tensor, Tensor]:
@@ -229,13 +229,14 @@ def loaded(adapter: Path, auto: Any = AutoModelForCausalLM) -> tuple[Tensor, Ten
 
     base = auto.from_pretrained(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # peft only warns of tensors that are missing or fit nowhere
+        warnings.simplefilter("error", UserWarning)  # peft only warns of tensors that are missing or unexpected
         model = PeftModel.from_pretrained(base, str(adapter))
     return logits(model), logits(model.merge_and_unload())
 
 
 def agree(run: Path, folder: Path, client: int | None = None, auto: Any = AutoModelForCausalLM) -> str | None:
-    """Both formats give our logits, which are not the pretrained model's; the adapter's warning."""
+    """Check that both formats give our logits, which differ from the pretrained model's; return the adapter's
+    warning."""
     before, expected = ours(run, client)
     assert float((expected - before).abs().max()) > 0.05
     export_hf(run, folder / "hf", client)
@@ -252,11 +253,11 @@ def agree(run: Path, folder: Path, client: int | None = None, auto: Any = AutoMo
 
 
 def by_readme(folder: Path, **given: object) -> dict[str, Any]:
-    """The names that the Python lines of a folder's README define when they are run in it."""
+    """The names defined by the Python lines of a folder's README when run in it."""
     lines = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = dict(given)
     with contextlib.chdir(folder), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # peft only warns of tensors that are missing or fit nowhere
+        warnings.simplefilter("error", UserWarning)  # peft only warns of tensors that are missing or unexpected
         for line in lines if given else lines[:1]:
             exec(line, names)
     return names
@@ -273,11 +274,11 @@ def test_every_format_gives_the_logits_of_our_own_evaluation(
     changes = job.method.model(server, shape) if client is None else None
     changes = changes or job.method.personal_model(server, states[client or 0], shape)
     dense = any(change.dense is not None for change in changes.values())
-    # Only what held dense weights had to be factorised, which the person is told.
+    # Only changes of dense weights had to be factorised, which the warning reports.
     assert dense == (method in RANKS)
     rank = RANKS.get(method)
-    told = f"the change of dense weights is written at its numerical rank, {rank} a layer"
-    assert warning == (told if dense else None)
+    note = f"the change of dense weights is written at its numerical rank, {rank} a layer"
+    assert warning == (note if dense else None)
     if dense:
         assert {t.shape[0] for name, t in adapter_of(tmp_path / "peft").items() if "lora_A" in name} == {rank}
 
@@ -287,7 +288,7 @@ def adapter_of(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedftg"])
-def test_gpt2_stores_its_weights_transposed(method: str, table: Path, tmp_path: Path) -> None:
+def test_gpt2_export_stores_weights_transposed(method: str, table: Path, tmp_path: Path) -> None:
     run = trained(tmp_path / "run", configured(table, method, GPT2))
     agree(run, tmp_path)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -295,14 +296,16 @@ def test_gpt2_stores_its_weights_transposed(method: str, table: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("random", "heads"), [(BERT, 1), (DISTILBERT, 2)], ids=["bert", "distilbert"])
-def test_a_classifier_takes_its_head_along(random: Mapping[str, Any], heads: int, table: Path, tmp_path: Path) -> None:
+def test_classifier_export_includes_its_head(
+    random: Mapping[str, Any], heads: int, table: Path, tmp_path: Path
+) -> None:
     run = trained(tmp_path / "run", configured(table, "fedit", random))
     agree(run, tmp_path, auto=AutoModelForSequenceClassification)
     plain = [name for name in adapter_of(tmp_path / "peft") if "lora_" not in name]
     assert len(plain) == 2 * heads  # a weight and a bias each
 
 
-def test_the_factors_are_the_servers_own_with_the_scale_in_b(runs: Callable[[str], Path], tmp_path: Path) -> None:
+def test_factors_are_the_server_s_own_with_the_scale_in_b(runs: Callable[[str], Path], tmp_path: Path) -> None:
     """fedit: alpha 16 over rank 2 is a scale of 8, and alpha = r afterwards, a scale of 1."""
     run, name = runs("fedit"), "model.layers.1.mlp.down_proj"
     export_peft(run, tmp_path / "peft")
@@ -327,20 +330,20 @@ def dense_run(folder: Path, table: Path, ranks: Sequence[int]) -> Path:
     return write_run(folder, job.config, ServerState(2, tensors), {})
 
 
-def test_every_layer_is_written_at_the_rank_of_its_own_change(table: Path, tmp_path: Path) -> None:
+def test_every_layer_is_written_at_the_rank_of_its_change(table: Path, tmp_path: Path) -> None:
     run = dense_run(tmp_path / "run", table, [3, 0, 3, 7])
     warning = agree(run, tmp_path)
     assert warning == "the change of dense weights is written at its numerical rank, 1 to 7 a layer"
     adapter = adapter_of(tmp_path / "peft")
     found = [adapter[f"base_model.model.{t.name}.lora_A.weight"] for t in job_of(run).architecture.shape.targets]
-    assert [right.shape[0] for right in found] == [3, 1, 3, 7]  # peft knows no rank 0: rank 1, and B is zero
+    assert [right.shape[0] for right in found] == [3, 1, 3, 7]  # peft has no rank 0: rank 1, and B is zero
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 3)
     assert sorted(config["rank_pattern"].values()) == [1, 7]
     assert config["alpha_pattern"] == config["rank_pattern"]
 
 
-def test_a_change_that_no_adapter_is_smaller_than_is_refused(table: Path, tmp_path: Path) -> None:
+def test_change_without_a_smaller_adapter_is_refused(table: Path, tmp_path: Path) -> None:
     """A layer of 96 x 32 has 3,072 numbers, one rank of it 128: 24 ranks are as many numbers as the layer itself."""
     run = dense_run(tmp_path / "almost", table, [24, 24, 24, 23])
     export_peft(run, tmp_path / "peft")
@@ -352,7 +355,7 @@ def test_a_change_that_no_adapter_is_smaller_than_is_refused(table: Path, tmp_pa
 @pytest.mark.parametrize(
     ("method", "optimizer"), [("fedavg", {}), ("fedftg", {"weight_decay": 0.1})], ids=["fedavg", "fedftg with decay"]
 )
-def test_training_at_full_rank_is_refused(
+def test_full_rank_training_is_refused(
     method: str, optimizer: Mapping[str, float], table: Path, tmp_path: Path
 ) -> None:
     config = configured(table, method)
@@ -367,10 +370,10 @@ def test_training_at_full_rank_is_refused(
     assert not torch.allclose(found, before, atol=1e-2)
 
 
-def test_a_shrunk_weight_is_no_low_rank_term(
+def test_scaled_base_weight_is_not_a_low_rank_term(
     runs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A base_scale of 0.9 takes a tenth of every direction away, whatever blocks come on top."""
+    """A base_scale of 0.9 removes a tenth of every direction, whatever blocks are added."""
     run = runs("fedit")
     method = type(job_of(run).method)
     plain = method.model
@@ -383,14 +386,12 @@ def test_a_shrunk_weight_is_no_low_rank_term(
         export_peft(run, tmp_path / "peft")
 
 
-def test_a_base_in_a_folder_is_named_and_not_written_again(
-    runs: Callable[[str], Path], table: Path, tmp_path: Path
-) -> None:
+def test_base_in_a_folder_is_named_and_not_copied(runs: Callable[[str], Path], table: Path, tmp_path: Path) -> None:
     """The model of a finished run as the start of the next one."""
     export_hf(runs("fedit"), tmp_path / "first")
     config = configured(table, "fedit")
     model = config.model.model_copy(update={"path": str(tmp_path / "first"), "random": {}})
-    tokenizer().save_pretrained(tmp_path / "first")  # a run from a folder needs one; bytes have none
+    tokenizer().save_pretrained(tmp_path / "first")  # a model in a folder needs a tokenizer; bytes need none
     run = trained(tmp_path / "run", config.model_copy(update={"model": model}))
     agree(run, tmp_path)
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
@@ -405,8 +406,8 @@ def test_a_base_in_a_folder_is_named_and_not_written_again(
     assert config_of["base_model_name_or_path"] == str(tmp_path / "first")
 
 
-def test_an_encoder_that_was_made_causal_is_loaded_so(table: Path, tmp_path: Path) -> None:
-    """By the line in the README: BERT's own configuration lets tokens see later ones."""
+def test_encoder_made_causal_is_loaded_as_causal(table: Path, tmp_path: Path) -> None:
+    """By the line in the README: BERT's own configuration lets tokens attend to later ones."""
     sizes = {key: value for key, value in BERT.items() if key != "type"}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", vocab_size=300, **sizes)).save_pretrained(
         tmp_path / "bert"
@@ -440,10 +441,10 @@ CHAT = (
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_is_prompted_and_stopped_as_in_training(
+def test_export_has_prompts_and_stops_as_in_training(
     dtype: str, runs: Callable[[str], Path], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model in a folder, named by a relative path, whose turns end with token 11 and whose own end is 2."""
+    """A model in a folder, named by a relative path, with turns that end with token 11 and an end token of 2."""
     export_hf(runs("fedit"), tmp_path / "first")
     words = tokenizer()
     words.add_special_tokens({"extra_special_tokens": ["10", "11"]})
@@ -469,15 +470,13 @@ def test_an_export_is_prompted_and_stopped_as_in_training(
         assert named["model"].generation_config.eos_token_id == [11, 2]
         assert (named["model"].generation_config.top_k, named["model"].generation_config.pad_token_id) == (33, 0)
         monkeypatch.chdir(tmp_path)
-    # The adapter over its base computes what the whole model computes.
+    # The adapter over its base computes the same as the full model.
     whole, adapted = (logits(by_readme(tmp_path / "moved" / name)["model"]) for name in ("hf", "peft"))
     torch.testing.assert_close(adapted, whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("label", [False, True], ids=["answers", "classes"])
-def test_inputs_of_a_model_that_reads_bytes(
-    label: bool, runs: Callable[[str], Path], table: Path, tmp_path: Path
-) -> None:
+def test_inputs_of_a_byte_model(label: bool, runs: Callable[[str], Path], table: Path, tmp_path: Path) -> None:
     run = trained(tmp_path / "run", configured(table, "fedit", BERT)) if label else runs("fedit")
     processor = job_of(run).processor
     wanted = processor.texts(["why é?"])[0] if label else processor.prompts(["why é?"])[0]  # type: ignore[union-attr]
@@ -496,16 +495,16 @@ def test_inputs_of_a_tokenizer_without_a_template(runs: Callable[[str], Path], t
     assert by_readme(tmp_path / "peft", text="7 9")["ids"] == job_of(run).processor.prompts(["7 9"])[0]  # type: ignore[union-attr]
 
 
-def test_a_gguf_file_is_no_name_for_a_base(tmp_path: Path) -> None:
+def test_gguf_file_cannot_name_a_base(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
     assert loadable(str(tmp_path / "model.gguf"), "causal-lm") is None
 
 
-# --- whose model
+# --- the model's client
 
 
 @pytest.mark.parametrize("export", [export_hf, export_peft])
-def test_a_client_is_refused_where_there_is_one_model(
+def test_client_is_refused_for_a_method_with_one_model(
     export: Export, runs: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"^--client: got 1; allowed: nothing, for fedit has one model for all"):
@@ -515,10 +514,10 @@ def test_a_client_is_refused_where_there_is_one_model(
 @pytest.mark.parametrize("method", PERSONAL)
 @pytest.mark.parametrize("export", [export_hf, export_peft])
 @pytest.mark.parametrize("client", [None, 1, -1])
-def test_a_client_that_took_part_is_required_where_each_has_its_own(
+def test_personal_model_needs_a_client_that_took_part(
     client: int | None, export: Export, method: str, table: Path, tmp_path: Path
 ) -> None:
-    """Of the two clients only client 0 ever trained."""
+    """Only client 0 of the two clients ever trained."""
     run = trained(tmp_path / "run", configured(table, method), clients=(0,))
     with pytest.raises(UserError, match=rf"^--client: got {client}; allowed: .* {method}: 0; e\.g\. --client 0$"):
         export(run, tmp_path / "to", client)
@@ -526,7 +525,7 @@ def test_a_client_that_took_part_is_required_where_each_has_its_own(
 
 
 @pytest.mark.parametrize("method", PERSONAL)
-def test_clients_get_models_of_their_own(method: str, runs: Callable[[str], Path], tmp_path: Path) -> None:
+def test_clients_have_models_of_their_own(method: str, runs: Callable[[str], Path], tmp_path: Path) -> None:
     found = []
     for client in (0, 1):
         export_peft(runs(method), tmp_path / str(client), client)
@@ -537,7 +536,9 @@ def test_clients_get_models_of_their_own(method: str, runs: Callable[[str], Path
 # --- the command
 
 
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+def run_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
+) -> tuple[int, str, str]:
     """`rayfed-sub WORDS`: exit code, stdout, stderr."""
     monkeypatch.setattr("sys.argv", ["rayfed-sub", *words])
     with pytest.raises(SystemExit) as ended:
@@ -546,12 +547,12 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
     return int(str(ended.value.code)), captured.out, captured.err
 
 
-def test_the_command_warns_on_stderr_and_says_how_to_load(
+def test_command_warns_on_stderr_and_prints_how_to_load(
     runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to = tmp_path / "peft"
     words = ("export", str(runs("fedftg")), "--to", str(to), "--format", "peft")
-    code, out, err = said(capsys, monkeypatch, *words)
+    code, out, err = run_command(capsys, monkeypatch, *words)
     assert (code, out.count("\n"), err.count("\n")) == (0, 1, 1)
     base = "AutoModelForCausalLM.from_pretrained('base', dtype='float32')"
     assert out == (
@@ -560,15 +561,15 @@ def test_the_command_warns_on_stderr_and_says_how_to_load(
     )
     assert err.startswith("rayfed-sub: the change of dense weights is written at its numerical rank, ")
     assert (to / "adapter_config.json").exists()
-    code, out, err = said(capsys, monkeypatch, *words)
+    code, out, err = run_command(capsys, monkeypatch, *words)
     assert (code, err.split(";")[0]) == (2, f"rayfed-sub: --to: got '{to}'")
 
 
-def test_the_command_takes_a_client(
+def test_command_accepts_a_client(
     runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("export", str(runs("fedit")), "--to", str(tmp_path / "to"), "--client", "3")
-    code, out, err = said(capsys, monkeypatch, *words)
+    code, out, err = run_command(capsys, monkeypatch, *words)
     assert (code, out) == (2, "")
     assert err == "rayfed-sub: --client: got 3; allowed: nothing, for fedit has one model for all; leave it out\n"
 
@@ -577,7 +578,7 @@ def test_the_command_takes_a_client(
 
 
 @pytest.mark.parametrize(("m", "n"), [(9, 5), (5, 9), (6, 6)])
-def test_a_factorisation_keeps_the_largest_directions(m: int, n: int) -> None:
+def test_factorisation_keeps_the_largest_directions(m: int, n: int) -> None:
     """Singular values 8, 4, 2, 1 cut at rank 2 leave an error of 2 in the spectral norm."""
     rng = torch.Generator().manual_seed(m)
     U, _ = torch.linalg.qr(torch.randn(m, 4, generator=rng, dtype=torch.float64))

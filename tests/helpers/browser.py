@@ -1,4 +1,4 @@
-"""Documents as a browser sees them."""
+"""Documents as rendered by a browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOID = {"meta", "link", "input", "br"}
 
 
 class Outline(HTMLParser):
-    """The elements of a document, each with its attributes and text; a wrong nesting is an error."""
+    """The elements of a document, each with its attributes and text; wrong nesting is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -42,15 +42,15 @@ class Outline(HTMLParser):
 
 
 def browse(path: Path, *options: str) -> tuple[str, list[str]]:
-    """The document as Chromium leaves it after 20 s of its own time, and what its console said."""
+    """The document after 20 s of Chromium's virtual time, and its console output."""
     done = _chromium(path, "--virtual-time-budget=20000", "--enable-logging=stderr", *options)
-    # What drawing without a graphics card says is no fault of the page.
-    said = [line for line in done.stderr.splitlines() if ":CONSOLE" in line and "GL Driver Message" not in line]
-    return done.stdout, said
+    # Messages about drawing without a graphics card are no error of the page.
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line and "GL Driver Message" not in line]
+    return done.stdout, console
 
 
 def in_real_time(path: Path) -> str:
-    """The document as it is when it has been loaded."""
+    """The document once it is loaded."""
     return _chromium(path).stdout
 
 

@@ -1,4 +1,4 @@
-"""One round of a method without any training: the clients come back with the tensors that the test gives them."""
+"""One round of a method without training: the clients return the tensors that the test gives them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayfed_sub.methods.protocol import Method
 
 @dataclass(frozen=True)
 class Walked:
-    """The outcome of one round, by client where it is the client's."""
+    """The outcome of one round, by client where it belongs to the client."""
 
     server: ServerState
     starts: dict[int, Start]
@@ -32,8 +32,8 @@ def walked(
     states: Mapping[int, ClientState] | None = None,
     moments: Mapping[int, Tensors] | None = None,
 ) -> Walked:
-    """ends: per client the trained tensors by name (or nested lists); what a client began with stays, where nothing is
-    given.  moments: Adam's, with which a client comes back after one more step."""
+    """ends: per client the trained tensors by name (or nested lists); other tensors keep their initial values.
+    moments: Adam's, which a client returns after one more step."""
     broadcast, total = method.broadcast(server), method.accumulator(server, shape)
     starts, updates, kept = {}, {}, {}
     for client, given in ends.items():
@@ -56,5 +56,5 @@ def factors(layer: str, left: list[list[float]], right: list[list[float]]) -> di
 
 
 def changed(method: Method, shape: ModelShape, server: ServerState, layer: str, W: Tensor) -> Tensor:
-    """The global model's change to a pretrained weight."""
+    """The global model's change of a pretrained weight."""
     return method.model(server, shape)[layer].apply(W) - W

@@ -1,10 +1,10 @@
-"""What must not change a run's bits: more workers, and the death of a worker, a node, the coordinator, the command.
+"""Disturbances that must not change a run's bits: more workers, and the death of a worker, a node, the coordinator, the
+command.
 
     python -m tests.helpers.chaos            the table of fifteen hashes, and the soak (`make chaos`)
 
 Each function runs the same small job with one disturbance and returns its summary.  Those that need no cluster of their
-own use the Ray session of the calling process.
-"""
+own use the Ray session of the calling process."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ JOB = [
     "model.random.hidden_size=32",
     "model.random.intermediate_size=96",
     "model.random.num_hidden_layers=2",
-    # Four packs a round, projector refreshes within rounds and across them, a server with a memory of its own.
+    # Four packs a round, projector refreshes within and across rounds, a server with a state of its own.
     *("federation.sampled=7", "federation.rounds=4", "federation.local_steps=4", "federation.batch_size=2"),
     *("method.refresh_every=6", "server.optimizer=momentum", "optimizer.lr=0.01"),
     *("resources.pack_size=2", "resources.cpus_per_worker=0.5", "evaluation.batch_size=8"),
 ]
-PAUSE = 2.5  # seconds between two deaths, at least: a pack takes 0.1 s, and a worker some three to come back
+PAUSE = 2.5  # minimum seconds between two deaths: a pack takes 0.1 s, and a worker about three to come back
 Kill = Callable[[], object]
 
 
@@ -63,7 +63,7 @@ def coordinator_killed(workers: int, folder: Path) -> Summary:
 
 
 def node_killed(workers: int, folder: Path) -> Summary:
-    """In a cluster of two nodes, one of which is lost with all or half of the workers."""
+    """Run in a cluster of two nodes, one of which is lost with all or half of the workers."""
     _python("node", str(workers), str(folder))
     return summary(folder)
 
@@ -89,7 +89,7 @@ DISTURBANCES = (undisturbed, worker_killed, node_killed, coordinator_killed, com
 
 
 def in_the_middle(kill: Kill) -> Callable[[Any], None]:
-    """A listener that calls `kill` once, when the first pack of the third round is folded and three are not."""
+    """A listener that calls `kill` once, when the first pack of the third round is accumulated and three are not."""
     called: list[object] = []
 
     def listener(record: Any) -> None:
@@ -100,14 +100,14 @@ def in_the_middle(kill: Kill) -> Callable[[Any], None]:
 
 
 def kill_one(title: str) -> int:
-    """SIGKILL for the oldest actor of that name; its process number."""
+    """Kill the oldest actor of that name with SIGKILL; return its process id."""
     found = sorted(actors(title), key=lambda process: process.create_time())
     found[0].kill()
     return found[0].pid
 
 
 def actors(title: str) -> list[psutil.Process]:
-    """The processes of this process's own Ray session whose title, an actor's class, begins so."""
+    """The processes of this process's own Ray session whose title, an actor's class, has this prefix."""
     return [process for process in psutil.Process().children(recursive=True) if _title(process).startswith(title)]
 
 
@@ -119,11 +119,10 @@ def _title(process: psutil.Process) -> str:
 
 
 class Soak:
-    """A listener for a long run: it notes the memory of all its processes round by round, bytes, and while it listens
-    somebody kills actors: a worker every `pause` to 2 `pause` seconds, the coordinator every tenth time.
+    """A listener for a long run: it records the memory of all its processes round by round, bytes, and during the run
+    it kills actors: a worker every `pause` to 2 `pause` seconds, the coordinator every tenth time.
 
-    pause 0: nobody does.  The moments are chance, and must not matter.
-    """
+    pause 0: no deaths.  The moments are random, and must not matter."""
 
     def __init__(self, pause: float) -> None:
         self.memory: list[int] = []
@@ -157,7 +156,7 @@ class Soak:
 
 
 def memory() -> int:
-    """Bytes, shared pages by their share (PSS), of this process, the coordinator and the workers."""
+    """Bytes of this process, the coordinator and the workers, shared pages by their share (PSS)."""
     total = 0
     for process in [psutil.Process(), *actors("ray::Worker"), *actors("ray::Coordinator")]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -166,28 +165,28 @@ def memory() -> int:
 
 
 def soak(rounds: int, pause: float, folder: Path) -> tuple[Summary, Soak]:
-    """The job over many rounds; with a pause, under fire."""
+    """The job over many rounds; with a pause, under random deaths."""
     config = job(2, f"federation.rounds={rounds}", f"evaluation.every={rounds}")
     with Soak(pause) as listener:
         return run(config, folder, listener), listener
 
 
 def summary(folder: Path) -> Summary:
-    """Of a finished run, whoever ran it."""
+    """The summary of a finished run, read from its folder."""
     found = summary_of(folder, load_config(folder / "config.yaml"))
     assert found is not None
     return found
 
 
 def _python(*arguments: str) -> None:
-    """This module in a process of its own."""
+    """Run this module in a separate process."""
     command = [sys.executable, "-m", "tests.helpers.chaos", *arguments]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def _on_two_nodes(workers: int, folder: Path) -> None:
-    """The head has room for half of the workers, the other node for the rest; a third node comes when that is lost."""
+    """The head has room for half of the workers, the other node for the rest; a third node joins when that is lost."""
     soon = {"period_ms": 500, "timeout_ms": 1000, "initial_delay_ms": 1000, "failure_threshold": 3}
     os.environ |= {f"RAY_health_check_{name}": str(value) for name, value in soon.items()}
     import ray
@@ -210,7 +209,7 @@ def _on_two_nodes(workers: int, folder: Path) -> None:
 
 
 def table(root: Path) -> Iterator[tuple[str, int, str, str]]:
-    """Disturbance, workers, hash, how long it took; in the Ray session of this process."""
+    """Disturbance, workers, hash, seconds; in the Ray session of this process."""
     for disturbance in DISTURBANCES:
         for workers in (1, 2, 4):
             began = time.perf_counter()
@@ -220,7 +219,7 @@ def table(root: Path) -> Iterator[tuple[str, int, str, str]]:
 
 
 def main() -> None:
-    """The table and the soak; exit code 1 where hashes differ."""
+    """Print the table and run the soak; exit code 1 if hashes differ."""
     import ray
 
     from rayfed_sub.cli.run_view import print_table

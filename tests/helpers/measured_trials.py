@@ -1,10 +1,8 @@
-"""Runs side by side on one node over one backbone and one data set, their memory watched.
+"""Runs side by side on one node over one backbone and one data set, with their memory measured.
 
-`python -m tests.helpers.measured_trials FOLDER COUNT KEY=VALUE ...` prints what so many runs of the
-quickstart take at most, as
-JSON: `private`, what coordinators and workers have for themselves, summed; `store`, the memory that the object store's
-file takes more than before the first run (what it once took it keeps, so that this only grows); `both` at once.
-"""
+`python -m tests.helpers.measured_trials FOLDER COUNT KEY=VALUE ...` prints the peak memory of so many runs of the
+quickstart as JSON: `private`, the private memory of coordinators and workers, summed; `store`, the growth of the object
+store's file since before the first run (the file never shrinks); `both` at once."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ TITLES = ("ray::Coordinator", "ray::Worker")
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes; seconds between looks: 0.2."""
+    """Bytes; 0.2 seconds between samples."""
 
     private: int
     store: int
@@ -52,7 +50,7 @@ class Peaks:
 
 
 def processes() -> list[tuple[str, psutil.Process]]:
-    """Coordinators and workers below this process."""
+    """Coordinators and workers among the descendants of this process."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -62,7 +60,7 @@ def processes() -> list[tuple[str, psutil.Process]]:
 
 
 def private() -> dict[str, int]:
-    """Anonymous memory by kind of process, summed; nothing of the object store's is in it, whoever reads it."""
+    """Anonymous memory by kind of process, summed; it contains nothing of the object store."""
     sums = dict.fromkeys(TITLES, 0)
     for name, process in processes():
         with contextlib.suppress(OSError):  # it has ended
@@ -72,7 +70,7 @@ def private() -> dict[str, int]:
 
 
 def store_file() -> Path:
-    """The object store's memory: a file without a name that the raylet holds open."""
+    """The object store's memory: an unnamed file that the raylet holds open."""
     for process in psutil.Process().children(recursive=True):
         if process.name() == "raylet":
             for handle in Path(f"/proc/{process.pid}/fd").iterdir():
@@ -83,7 +81,7 @@ def store_file() -> Path:
 
 
 class Meter:
-    """Looks every 0.2 s while it is entered."""
+    """Samples every 0.2 s while entered."""
 
     def __init__(self) -> None:
         self._store, self._over = store_file(), threading.Event()
@@ -128,7 +126,7 @@ def side_by_side(job: Job, shared: Shared, folder: Path, count: int) -> Peaks:
 
 def main(folder: Path, count: int, overrides: list[str]) -> None:
     job = prepare(load_config(QUICKSTART, [*SMALL, *overrides]))
-    # Ray frees a second late, and the next broadcast would take new pages.
+    # Ray frees objects a second late, and the next broadcast would take new pages.
     os.environ.setdefault("RAY_free_objects_batch_size", "1")
     with ray_session():
         shared = Shared(ray.put(spec_of(job)), ray.put(load_backbone(job)), ray.put(job.dataset))

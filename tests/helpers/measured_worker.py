@@ -1,11 +1,9 @@
-"""A worker in a process of its own, its private memory watched.
+"""A worker in a separate process, with its private memory measured.
 
-The process begins as one of Ray's does: what it works on was made elsewhere (`prepared`), and backbone and broadcast
-lie in mapped files whose pages have been read, as they lie in shared memory in a run.
-`python -m tests.helpers.measured_worker FOLDER` prints by how many bytes its memory grows at most over two rounds, each
-with an
-evaluation; mapped pages were there before, so that all growth is private.
-"""
+The process starts like one of Ray's: its inputs are made elsewhere (`prepared`), and backbone and broadcast are in
+mapped files whose pages have been read, as they are in shared memory in a run.
+`python -m tests.helpers.measured_worker FOLDER` prints the largest growth of its memory in bytes over two rounds, each
+with an evaluation; mapped pages were there before, so that all growth is private."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ Layout = dict[str, tuple[str, str, tuple[int, ...], int]]
 
 
 def prepared(job: Job, folder: Path) -> None:
-    """Writes what a worker is given."""
+    """Write the inputs of a worker."""
     tensors = load_weights(job.config.model, job.architecture, job.config.seed)
     pretrained = target_weights(job.architecture.shape, job.architecture.transposed, tensors)
     server = job.method.init_server(pretrained, job.architecture.shape, job.config.seed)
@@ -66,7 +64,7 @@ def growth(folder: Path) -> int:
     spec, dataset, layouts = pickle.loads((folder / "given").read_bytes())
     backbone, broadcast = (mapped(x, folder / n) for x, n in zip(layouts, ("backbone", "broadcast"), strict=True))
     received = Broadcast(0, unpacked(broadcast))
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory begins here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark of resident memory
     before = high_water()
     worker = Worker(spec, backbone, dataset)
     clients = range(spec.config.resources.pack_size)
@@ -77,7 +75,7 @@ def growth(folder: Path) -> int:
 
 
 def high_water() -> int:
-    """The largest resident memory since the mark was set, bytes; nothing falls between two looks, as with sampling."""
+    """The largest resident memory since the mark was set, bytes; unlike with sampling, no peak is missed."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 

@@ -1,4 +1,4 @@
-"""Pictures of four kinds, drawn: stripes that lie and that stand, discs and crosses."""
+"""Drawn images of four kinds: horizontal and vertical stripes, discs and crosses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("cross", "disc", "lying", "standing")
 
 
 def drawn(kind: str, number: int, side: int = 24) -> Image.Image:
-    """Gray, light on dark; place, size and brightness differ from number to number."""
+    """Gray, light on dark; place, size and brightness vary with the number."""
     shift, width, light = (int(x) for x in stream(0, "picture", kind, number).integers((0, 2, 120), (6, 5, 256)))
     image = Image.new("L", (side, side), color=number % 40)
     pen = ImageDraw.Draw(image)
@@ -32,14 +32,14 @@ def drawn(kind: str, number: int, side: int = 24) -> Image.Image:
 
 
 def filed(image: Image.Image, kind: str = "PNG", **how: object) -> bytes:
-    """The image as in a file of that kind."""
+    """The image encoded in that format."""
     file = io.BytesIO()
     image.save(file, kind, **how)
     return file.getvalue()
 
 
 def album(path: Path, each: int) -> str:
-    """Writes a Parquet file of so many pictures of each kind: PNG and JPEG in turn, with columns image, label, file."""
+    """Write a Parquet file of so many images of each kind: PNG and JPEG in turn, with columns image, label, file."""
     rows = [
         {
             "image": filed(drawn(kind, number, 20 + number % 8), ("PNG", "JPEG")[number % 2]),

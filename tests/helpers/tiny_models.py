@@ -1,7 +1,6 @@
 """Tiny random models, batches and starts that several tests share.
 
-Targets are chosen so that each model has layers with m > n, m < n and, in the language models, m = n.
-"""
+Targets are chosen so that each model has layers with m > n, m < n and, in the language models, m = n."""
 
 from __future__ import annotations
 
@@ -103,8 +102,8 @@ def gpt2(targets: str = r"(mlp\.c_fc|mlp\.c_proj|attn\.c_proj)$") -> Tiny:
 
 
 def bent(name: str) -> Tiny:
-    """Models that do more to their logits than a matrix product: soft-capping (`gemma2`, `xlstm`, `nanochat`), a factor
-    (the others)."""
+    """Models whose logits are more than a matrix product: soft-capping (`gemma2`, `xlstm`, `nanochat`), a factor (the
+    others)."""
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -253,7 +252,7 @@ def core_start(tiny: Tiny, rank: int, *, scale: float = 3.0) -> Start:
 
 
 def dense_start(tiny: Tiny) -> Start:
-    """Every target and head tensor trained as it is."""
+    """Every target and head tensor trained directly."""
     tensors = {name: tensor.clone() for name, tensor in tiny.weights.items()}
     return Start(tensors, tuple(tensors))
 
@@ -275,7 +274,7 @@ def galore_start(tiny: Tiny, subspace: Subspace, *, scale: float = 0.25, step: i
 
 
 def next_start(start: Start, result: LocalResult, tiny: Tiny) -> Start:
-    """A second round with kept state: basis, moments and step go on, the trained factors begin at zero again."""
+    """A second round with kept state: basis, moments and step continue, the trained factors begin at zero again."""
     tensors = dict(result.tensors)
     for layer in tiny.shape.targets if start.subspace else ():
         moving = sides(layer)[1]
@@ -362,7 +361,7 @@ def installed(tiny: Tiny, weights: Tensors | None = None):
 
 
 def change(tiny: Tiny, start: Start, result: LocalResult, weights: Tensors | None = None) -> dict[str, Tensor]:
-    """What the round did to every effective weight: (m, n) per target, and the head's tensors, end minus beginning."""
+    """A round's change of every effective weight: (m, n) per target, and the head's tensors, end minus beginning."""
     begun = {**tiny.weights, **(weights or {}), **start.tensors}
     changes = {name: result.tensors[name] - begun[name] for name in tiny.shape.head_names}
     for layer in tiny.shape.targets:

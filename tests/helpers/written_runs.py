@@ -44,11 +44,10 @@ def write_run(
 ) -> Path:
     """The folder of a run.
 
-    every: rounds between evaluations; done: rounds that are finished, where not all are, of which the last is only in
-    the log; skipped: (round, client) pairs that failed; again: (round, pack) pairs that were trained twice;
-    diagnostics: whether layers were looked at; cross: the least cross term.  Losses fall from round to round, and are
-    the worse the higher a client's number.
-    """
+    every: rounds between evaluations; done: the number of finished rounds, if not all, of which the last is only in the
+    log; skipped: (round, client) pairs that failed; again: (round, pack) pairs that were trained twice; diagnostics:
+    whether to write rows of layers; cross: the smallest cross term.  Losses fall from round to round, and rise with a
+    client's number."""
     config = load_config(
         {
             "name": folder.name,
@@ -65,23 +64,23 @@ def write_run(
     (folder / "config.yaml").write_text(yaml_text(config.model_dump(mode="json")))
     taken = _clients(config, finished, set(skipped), draw)
     packs = _packs(config, taken, set(again), resumed, draw)
-    judged = [n + 1 for n in range(finished) if (n + 1) % every == 0 or n + 1 == rounds]
-    scores = _scores(config, [0, *judged], draw)
-    told = _rounds(config, taken, packs, scores)
-    tables = {"rounds": told, "clients": taken, "packs": packs, "scores": scores}
+    evaluated = [n + 1 for n in range(finished) if (n + 1) % every == 0 or n + 1 == rounds]
+    scores = _scores(config, [0, *evaluated], draw)
+    round_rows = _rounds(config, taken, packs, scores)
+    tables = {"rounds": round_rows, "clients": taken, "packs": packs, "scores": scores}
     if diagnostics:
-        tables["layers"] = _layers(config, layers, finished, judged, cross, draw)
+        tables["layers"] = _layers(config, layers, finished, evaluated, cross, draw)
         tables["client_layers"] = _client_layers(config, tables["layers"], taken, draw)
     began = scores[scores["rounds"] == 0].drop(columns="rounds")
-    _log(folder, told, began, resumed)
+    _log(folder, round_rows, began, resumed)
     for name, table in tables.items():
         column = "rounds" if name == "scores" else "round"
         kept = table if done is None else table[table[column] < finished - 1 + (name == "scores")]
-        # Without pandas' own types: as the engine writes them.
+        # Without pandas' own types, as the engine writes them.
         plain = pa.Table.from_pandas(kept, preserve_index=False).replace_schema_metadata(None)
         parquet.write_table(plain, folder / f"{name}.parquet")
     if done is None:
-        (folder / "summary.json").write_text(json.dumps(_summary(config, told, scores, resumed)))
+        (folder / "summary.json").write_text(json.dumps(_summary(config, round_rows, scores, resumed)))
     return folder
 
 
@@ -117,8 +116,8 @@ def _clients(config: Config, rounds: int, skipped: set[tuple[int, int]], draw: A
 def _packs(
     config: Config, taken: pd.DataFrame, again: set[tuple[int, int]], resumed: tuple[int, ...], draw: Any
 ) -> pd.DataFrame:
-    """Packs of a round go to the workers in turn; a round lasts a second more than its packs, a sitting begins an hour
-    after the one before."""
+    """Packs of a round go to the workers in turn; a round lasts a second more than its packs, and a resumed session
+    begins an hour after the previous one."""
     size, workers, rows, clock = config.resources.pack_size, config.resources.workers, [], 1_700_000_000.0
     for round, cohort in taken.groupby("round")["client"]:
         clock += 3600.0 if round in resumed else 0.0
@@ -145,9 +144,9 @@ def _packs(
     return pd.DataFrame(rows).astype({"trouble": "string"}) if rows else pd.DataFrame()
 
 
-def _scores(config: Config, judged: list[int], draw: Any) -> pd.DataFrame:
+def _scores(config: Config, evaluated: list[int], draw: Any) -> pd.DataFrame:
     clients, rows = config.federation.clients, []
-    for rounds in judged:
+    for rounds in evaluated:
         loss = 4.0 * 0.8**rounds + 1.0
         own = loss + np.arange(clients) / clients + draw.uniform(0, 0.1, clients)
         for client, value in [(None, loss), *enumerate(own.tolist())]:
@@ -185,8 +184,8 @@ def _rounds(config: Config, taken: pd.DataFrame, packs: pd.DataFrame, scores: pd
     return pd.DataFrame(rows).astype({"held_out_loss": "float64", "change_rank": "float64", "epsilon": "float64"})
 
 
-def _layers(config: Config, layers: int, rounds: int, judged: list[int], cross: float, draw: Any) -> pd.DataFrame:
-    """Each client's rank is the configured one, the aggregate's all of them together less one."""
+def _layers(config: Config, layers: int, rounds: int, evaluated: list[int], cross: float, draw: Any) -> pd.DataFrame:
+    """Each client's rank is the configured one, the aggregate's rank is their sum less one."""
     watched, rows = min(8, config.federation.cohort), []
     for round in range(rounds):
         for layer in range(layers):
@@ -206,8 +205,8 @@ def _layers(config: Config, layers: int, rounds: int, judged: list[int], cross: 
                     "overlap": float(0.3 + 0.1 * draw.random()),
                     "agreement": float(0.5 - 0.3 * round / max(rounds, 1) - 0.1 * draw.random()),
                     "drift": float(1.0 + round / max(rounds, 1) + 0.2 * draw.random()),
-                    "accumulated": 0.01 * (round + 1) if round + 1 in judged else None,
-                    "server_rank": RANK if round + 1 in judged else None,
+                    "accumulated": 0.01 * (round + 1) if round + 1 in evaluated else None,
+                    "server_rank": RANK if round + 1 in evaluated else None,
                     "spectrum": sigma[:64].tolist(),
                     "full_rank": 64,
                 }
@@ -216,7 +215,7 @@ def _layers(config: Config, layers: int, rounds: int, judged: list[int], cross: 
 
 
 def _client_layers(config: Config, layers: pd.DataFrame, taken: pd.DataFrame, draw: Any) -> pd.DataFrame:
-    """Of the round's first clients; gradients in every other layer."""
+    """Rows of the round's first clients; gradients in every other layer."""
     rows = []
     cohorts = {round: cohort["client"].head(8).tolist() for round, cohort in taken.groupby("round")}
     for at, (round, layer) in enumerate(layers[["round", "layer"]].itertuples(index=False, name=None)):
@@ -249,7 +248,7 @@ def _log(folder: Path, rounds: pd.DataFrame, began: pd.DataFrame, resumed: tuple
         lines += [{"event": "resumed", "round": row["round"]}] if row["round"] in resumed else []
         lines.append({"event": "round", **row})
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "log.jsonl").write_text(text + '{"event": "round", "rou')  # as if it were being written
+    (folder / "log.jsonl").write_text(text + '{"event": "round", "rou')  # as if still being written
 
 
 def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed: tuple[int, ...]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Checks of the conformance suite as plain functions of a method, so that a method outside the table can be run through
-them.  Each raises AssertionError where the method fails."""
+"""Checks of the conformance suite as plain functions of a method, so that a method outside the table can use them. Each
+raises AssertionError if the method fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def rounds_of(method: Method, tiny: Tiny, clients: int = 2) -> list[Round]:
 
 
 def check_server_names(method: Method, tiny: Tiny) -> None:
-    """The server's tensors have the same names and shapes after every round, but for its history, which grows."""
+    """Check that the server's tensors have the same names and shapes after every round, except its history, which
+    grows."""
 
     def shapes(tensors: Tensors) -> dict[str, tuple[int, ...] | None]:
         return {name: None if name.startswith("history/") else tuple(x.shape) for name, x in tensors.items()}
@@ -57,18 +58,18 @@ def check_server_names(method: Method, tiny: Tiny) -> None:
 
 
 def check_upload_bytes(method: Method, tiny: Tiny, rank: int) -> None:
-    """Every upload has the bytes of the `wire` formula (and of the head), in even and odd rounds."""
+    """Check that every upload has the bytes of the `wire` formula (and of the head), in even and odd rounds."""
     head = sum(tiny.weights[name].numel() for name in tiny.shape.head_names)
     for n, done in enumerate(rounds_of(method, tiny)):
         for result, update in zip(done.results, done.updates, strict=True):
             sizes = {"r": rank, "k": result.periods}
             numbers = sum(upload_numbers(method.wire, n, m=t.m, n=t.n, **sizes) for t in tiny.shape.targets)
-            assert update.wire_bytes == 4 * (head + numbers), f"round {n}: not what wire={method.wire!r} says"
+            assert update.wire_bytes == 4 * (head + numbers), f"round {n}: differs from wire={method.wire!r}"
 
 
 def check_upload_represents_the_change(method: Method, tiny: Tiny) -> None:
-    """The upload stands for what the client trained: the product of the factors as sent, with those that
-    were fixed, equals the product as trained, in even and odd rounds."""
+    """Check that the upload represents the client's training: the product of the factors as sent, with the fixed ones,
+    equals the product as trained, in even and odd rounds."""
     for n, done in enumerate(rounds_of(method, tiny)):
         for start, result, update in zip(done.starts, done.results, done.updates, strict=True):
             for layer in tiny.shape.targets:
@@ -85,7 +86,7 @@ def check_upload_represents_the_change(method: Method, tiny: Tiny) -> None:
                     else _product({**start.tensors, **update.tensors}, names)
                 )
                 gap = min(distance(sent, trained), distance(start.scale * sent, trained))
-                assert gap < 1e-5, f"round {n}: the upload of {layer.name} is not what the client trained"
+                assert gap < 1e-5, f"round {n}: the upload of {layer.name} differs from the client's training"
 
 
 def _product(tensors: Tensors, names: dict[str, str]) -> Tensor:
@@ -94,8 +95,8 @@ def _product(tensors: Tensors, names: dict[str, str]) -> Tensor:
 
 
 def check_aligned(method: Method, tiny: Tiny, aligned: Callable[[int], str]) -> None:
-    """For methods that align factors before upload: a client whose `aligned(round)` factor is the broadcast's, turned
-    by a rotation, uploads the broadcast's own; in rounds 1, 2, 3 and 4."""
+    """For methods that align factors before upload: check that a client whose `aligned(round)` factor is the
+    broadcast's, rotated, uploads the broadcast's own; in rounds 1, 2, 3 and 4."""
     rng = torch.Generator().manual_seed(5)
     for n, done in enumerate(rounds_of(method, tiny)[:ROUNDS], start=1):
         broadcast = method.broadcast(done.server)

@@ -1,5 +1,5 @@
-"""Fields of a file's method after `method.name` is changed on the command line: kept where the new method has them,
-else named."""
+"""Fields of a file's method after `method.name` is changed on the command line: kept if the new method has them, else
+named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def changed(*overrides: str) -> Any:
     return load_config(FILE, ["method.name=fedit", *overrides])
 
 
-def test_fields_that_both_have_stay_and_the_others_are_named() -> None:
+def test_common_fields_are_kept_and_the_others_are_named() -> None:
     assert shared_fields({"rank": 4, "scale": 2.0, "moments": "reset"}, "fedit") == ({"rank": 4}, ("scale", "moments"))
     config, line = adopted(changed())
     assert config.method == {"name": "fedit", "rank": 4, "optimizer_state": "reset"}
@@ -37,28 +37,28 @@ def test_fields_that_both_have_stay_and_the_others_are_named() -> None:
     assert build(config.method) == build(changed().method) == FedIT(rank=4, optimizer_state="reset")
 
 
-def test_nothing_is_left_out_where_the_method_stays_or_is_replaced_as_a_whole() -> None:
+def test_no_field_is_dropped_if_the_method_stays_or_is_replaced_as_a_whole() -> None:
     for config in (load_config(FILE), load_config(FILE, ["method.name=fedftg"]), changed("method={name: fedit}")):
         assert adopted(config) == (config, "")
     config, line = adopted(load_config({"method": {"name": "fedit", "rank": 4}}, ["method.name=fed-sb"]))
     assert (config.method, line) == ({"name": "fed-sb", "rank": 4}, "")
 
 
-def test_a_field_that_the_command_line_names_is_not_left_out() -> None:
+def test_field_on_the_command_line_is_not_dropped() -> None:
     config, line = adopted(changed("method.scale=3"))
     assert line == "left out, for fedit has no such field: method.moments"
     with pytest.raises(UserError, match=r"^method\.scale: got 3; allowed: these keys here: rank, alpha"):
         build(config.method)
 
 
-def test_a_value_that_the_new_method_does_not_take_is_refused() -> None:
+def test_invalid_value_for_the_new_method_is_refused() -> None:
     file = {"method": {"name": "fedit", "optimizer_state": "average"}}
     with pytest.raises(UserError, match=r"^method\.optimizer_state: got 'average'; allowed: keep or reset"):
         build(load_config(file, ["method.name=fedftg"]).method)
 
 
 @pytest.mark.parametrize("name", ["fedit", "rolora"])
-def test_a_renamed_field_is_refused_and_not_left_out(name: str) -> None:
+def test_renamed_field_is_refused_and_not_dropped(name: str) -> None:
     """rolora has no optimizer_state either."""
     config = load_config({"method": {"name": "fedftg", "state": "keep"}}, [f"method.name={name}"])
     for take in (adopted, lambda config: build(config.method)):
@@ -70,7 +70,7 @@ def test_a_renamed_field_is_refused_and_not_left_out(name: str) -> None:
         )
 
 
-def test_a_run_names_them_to_its_listener_else_as_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_reports_dropped_fields_to_its_listener_or_as_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
     monkeypatch.setattr(session, "_run", lambda config, *rest: ran.append(config))
     records: list[object] = []
@@ -86,9 +86,7 @@ def test_a_run_names_them_to_its_listener_else_as_a_warning(monkeypatch: pytest.
     assert caught[0].filename == __file__
 
 
-def test_a_plan_names_them_beside_its_figures(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_reports_dropped_fields(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["rayfed-sub", "plan", TINY, "method.name=fedit", "--json"])
     with pytest.raises(SystemExit) as ended:
         main.main()

@@ -1,4 +1,4 @@
-"""The checks of `checks.py` over every method of the table, and over an external one, FedRot-LoRA, right and wrong."""
+"""The checks of `checks.py` on every method of the table, and on an external one, FedRot-LoRA, right and wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def case(name: str) -> Method:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_server_holds_the_same_names_after_every_round(name: str) -> None:
+def test_server_has_the_same_names_after_every_round(name: str) -> None:
     check_server_names(case(name), llama())
 
 
@@ -35,7 +35,7 @@ def test_uploads_have_the_bytes_of_the_wire_formula(name: str, tiny: object) -> 
 
 
 @pytest.mark.parametrize("name", GLOBAL)
-def test_an_upload_represents_what_its_client_trained(name: str) -> None:
+def test_upload_represents_the_client_s_training(name: str) -> None:
     check_upload_represents_the_change(case(name), llama())
 
 
@@ -56,19 +56,19 @@ def test_fedrot_lora_passes_every_check() -> None:
     check_aligned(method, tiny, side)
 
 
-def test_a_turned_by_r_in_place_of_its_transpose_is_caught() -> None:
-    with pytest.raises(AssertionError, match="not what the client trained"):
+def test_wrong_rotation_of_a_is_caught() -> None:
+    with pytest.raises(AssertionError, match="differs from the client's training"):
         check_upload_represents_the_change(fedrot("TurnsAWrongly"), llama())
 
 
 @pytest.mark.parametrize("name", ["SwapsParity", "TransposesR"])
-def test_a_wrong_alignment_is_caught(name: str) -> None:
+def test_wrong_alignment_is_caught(name: str) -> None:
     with pytest.raises(AssertionError, match="not aligned"):
         check_aligned(fedrot(name), llama(), side)
 
 
-def test_an_uploaded_reference_is_caught() -> None:
-    with pytest.raises(AssertionError, match="not what wire="):
+def test_uploaded_reference_is_caught() -> None:
+    with pytest.raises(AssertionError, match="differs from wire="):
         check_upload_bytes(fedrot("UploadsTheReference"), llama(), RANK)
     with pytest.raises(AssertionError, match="server's tensors changed"):
         check_server_names(fedrot("UploadsTheReference"), llama())

@@ -30,7 +30,7 @@ def test_one_round_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("m", "n"), [(9, 6), (6, 9), (6, 6)])
-def test_the_outer_factors_are_the_top_singular_vectors(m: int, n: int) -> None:
+def test_outer_factors_are_the_top_singular_vectors(m: int, n: int) -> None:
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     left, right = outer_factors(W, 3)
     U, s, Vh = torch.linalg.svd(W)
@@ -38,14 +38,14 @@ def test_the_outer_factors_are_the_top_singular_vectors(m: int, n: int) -> None:
     for rows in (left.T, right):
         torch.testing.assert_close(rows @ rows.T, torch.eye(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(left.T @ W @ right.T, torch.diag(s[:3]))  # in order, u and v of one sign
-    # Rounding may not turn a sign: server and client compute them apart, perhaps on unlike processors.
+    # Rounding must not flip a sign: server and client compute them separately, perhaps on different processors.
     again = outer_factors(W * (1 + 1e-6 * torch.randn(m, n, generator=torch.Generator().manual_seed(1))), 3)
     torch.testing.assert_close(again[0], left, atol=1e-4, rtol=0)
     torch.testing.assert_close(again[1], right, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("m", "n"), [(9, 6), (6, 9)])
-def test_a_weight_of_lower_rank_gives_zeros(m: int, n: int) -> None:
+def test_weight_of_lower_rank_gives_zeros(m: int, n: int) -> None:
     rng = torch.Generator().manual_seed(0)
     W = torch.randn(m, 2, generator=rng) @ torch.randn(2, n, generator=rng)
     left, right = outer_factors(W, 4)

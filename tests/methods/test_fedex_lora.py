@@ -1,4 +1,4 @@
-"""FedEx-LoRA: the averages' error goes into the frozen weight, and returning clients get it later."""
+"""FedEx-LoRA: the averages' error is added to the frozen weight, and returning clients download it later."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_two_clients_by_hand() -> None:
     assert method.download_bytes(again.server, SHAPE, Client(0, 0), since=0) == (5 + 5) * 4
 
 
-def test_the_residual_is_the_cross_term() -> None:
+def test_residual_is_the_cross_term() -> None:
     """It equals s sum p_k (B_k - B')(A_k - A'), of rank (N - 1) r = 4 for three clients of rank 2."""
     method, tiny = build({"name": "fedex-lora", "rank": 2}), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -59,7 +59,7 @@ def test_the_residual_is_the_cross_term() -> None:
         assert not torch.equal(done.server.tensors[f"{t.name}/weight"], server.tensors[f"{t.name}/weight"])
 
 
-def test_a_returning_client_gets_the_residuals_it_missed() -> None:
+def test_returning_client_gets_the_residuals_it_missed() -> None:
     """Rank 2, rounds of two clients: residuals of rank (2 - 1) * 2 each; r (m + n) for A' and B' every time."""
     method, tiny = build({"name": "fedex-lora", "rank": 2}), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)

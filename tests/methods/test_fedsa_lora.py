@@ -1,4 +1,4 @@
-"""FedSA-LoRA by hand: A travels, B does not."""
+"""FedSA-LoRA by hand: A is sent, B is not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_two_rounds_by_hand() -> None:
     }
     done = walked(method, SHAPE, server, returned, {0: 5.0, 1: 15.0})
     assert done.starts[0].tensors["up/left"].tolist() == [[0.0], [0.0]]
-    # A' = [4, 0, 0]/4 + 3 [0, 4, 0]/4 = [1, 3, 0]; r n numbers up and down; no B anywhere on the way.
+    # A' = [4, 0, 0]/4 + 3 [0, 4, 0]/4 = [1, 3, 0]; r n numbers up and down; B is in no message.
     assert {name: t.tolist() for name, t in done.server.tensors.items()} == {"up/right": [[1.0, 3.0, 0.0]]}
     assert set(done.updates[1].tensors) == {"up/right"}
     assert done.updates[1].wire_bytes == 3 * 4
@@ -37,14 +37,14 @@ def test_two_rounds_by_hand() -> None:
     for changes in (method.model(done.server, SHAPE), method.personal_model(done.server, None, SHAPE)):
         assert torch.equal(changes["up"].apply(W), W)
 
-    # The next round begins with the client's own B and everybody's A; client 2 is new.
+    # The next round begins with the client's own B and the common A; client 2 is new.
     returned = {k: {"up/left": [[1], [1]], "up/right": [[1, 1, 1]]} for k in range(3)}
     again = walked(method, SHAPE, done.server, returned, dict.fromkeys(range(3), 1.0), states=done.states)
     assert [again.starts[k].tensors["up/left"].flatten().tolist() for k in range(3)] == [[1, 0], [0, 5], [0, 0]]
     assert [again.starts[k].tensors["up/right"].tolist() for k in range(3)] == [[[1.0, 3.0, 0.0]]] * 3
 
 
-def test_b_is_kept_even_where_moments_are_reset() -> None:
+def test_b_is_kept_even_if_moments_are_reset() -> None:
     method = build({"name": "fedsa-lora", "rank": 1, "optimizer_state": "reset"})
     server = method.init_server({"up/weight": torch.zeros(2, 3)}, SHAPE, seed=0)
     returned = {0: {"up/left": [[1], [2]], "up/right": [[0, 0, 0]]}}
@@ -53,7 +53,7 @@ def test_b_is_kept_even_where_moments_are_reset() -> None:
     assert {name: t.flatten().tolist() for name, t in done.states[0].tensors.items()} == {"up/left": [1.0, 2.0]}
 
 
-def test_the_scale_is_alpha_over_rank_in_training_and_in_the_model() -> None:
+def test_scale_is_alpha_over_rank_in_training_and_in_the_model() -> None:
     """Rank 2, alpha 6: B A = [[1, 0, 0], [0, 1, 0]], three times."""
     method = build({"name": "fedsa-lora", "rank": 2, "alpha": 6.0})
     W = torch.zeros(2, 3)

@@ -1,4 +1,4 @@
-"""FedSVD by hand, and what a factorisation must leave as it is."""
+"""FedSVD by hand, and the invariants of a factorisation."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_two_rounds_of_one_period_by_hand() -> None:
     torch.testing.assert_close(sign * left, torch.tensor([[6.0], [8.0]]))  # all of S is in B
     change = method.model(second.server, SHAPE)["up"].apply(torch.zeros(2, 3))
     torch.testing.assert_close(change, 2 * torch.tensor([[0.0, 6.0, 0.0], [0.0, 8.0, 0.0]]))
-    # r (m + n) numbers for whoever holds the old A; r m for a client of the running period.
+    # r (m + n) numbers for a client with the old A; r m for a client of the current period.
     for since in (-1, 0, 1):
         assert method.download_bytes(second.server, SHAPE, Client(0, 0), since) == (2 + 3) * 4
     third = walked(method, SHAPE, second.server, returned, weights)
     assert method.download_bytes(third.server, SHAPE, Client(0, 0), since=2) == 2 * 4
 
 
-def test_a_new_basis_resets_kept_moments() -> None:
+def test_new_basis_resets_kept_moments() -> None:
     method = build({"name": "fedsvd", "rank": 1, "period": 2})
     server = method.init_server({"up/weight": torch.zeros(2, 3)}, SHAPE, seed=0)
     returned, states, early, steps = {0: {"up/left": [[1], [2]]}}, {}, {}, []
@@ -54,13 +54,13 @@ def test_a_new_basis_resets_kept_moments() -> None:
         server, states = done.server, done.states
         early = done.states if n == 0 else early
     assert steps == [0, 1, 0, 1, 0]  # rounds 2 and 4 begin with another A
-    # In round 5: a client of round 4, and one that sat out since round 0, whose moments are of the first A.
+    # In round 5: a client of round 4, and one absent since round 0, whose moments belong to the first A.
     for before, step in ((states, 1), (early, 0)):
         assert walked(method, SHAPE, server, returned, {0: 1.0}, states=before).starts[0].step == step
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(7, 5, 3), (5, 7, 3), (6, 6, 6)])
-def test_the_product_stays_and_the_rows_are_orthonormal(m: int, n: int, rank: int) -> None:
+def test_product_is_kept_and_the_rows_are_orthonormal(m: int, n: int, rank: int) -> None:
     rng = torch.Generator().manual_seed(0)
     B, A = torch.randn(m, rank, generator=rng), torch.randn(rank, n, generator=rng)
     left, right = factorised(B, A)
@@ -76,7 +76,7 @@ def test_the_product_stays_and_the_rows_are_orthonormal(m: int, n: int, rank: in
 
 
 @pytest.mark.parametrize("rank_of_b", [0, 1])
-def test_a_product_of_lower_rank_still_gives_a_whole_basis(rank_of_b: int) -> None:
+def test_product_of_lower_rank_still_gives_a_full_basis(rank_of_b: int) -> None:
     """B = 0 before anything is learned, or of rank 1: the rows of A span the rest."""
     rng = torch.Generator().manual_seed(0)
     A = torch.randn(3, 5, generator=rng)

@@ -1,4 +1,4 @@
-"""FlexLoRA: the truncated mean is the best there is, and clients of any rank get their share of it."""
+"""FlexLoRA: the truncated mean is the best one, and clients of any rank get their part of it."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_two_clients_by_hand() -> None:
     B, A = (again.starts[1].tensors[f"up/{role}"] for role in ("left", "right"))
     torch.testing.assert_close(again.starts[1].scale * B @ A, kept)
     assert [method.download_bytes(done.server, shape, Client(k, 0), since=0) for k in (0, 1, 2)] == [44, 88, 44]
-    # Nobody trains: the mean of diag(0, 0, 6) and diag(0, 3, 6) has lost half of the 3.
+    # No training: the mean of diag(0, 0, 6) and diag(0, 3, 6) has lost half of the 3.
     lost = torch.diag(torch.tensor(column(6, e2=1.5, e3=6.0)))[:, :5]
     torch.testing.assert_close(changed(method, shape, again.server, "up", W), lost)
 
 
 def test_two_orthogonal_directions_cannot_both_be_kept() -> None:
-    """The mean of e1 e1^T and e2 e2^T is diag(1/2, 1/2); at rank 1 it is missed by exactly 1/2."""
+    """The mean of e1 e1^T and e2 e2^T is diag(1/2, 1/2); at rank 1 its error is exactly 1/2."""
     shape, W = ModelShape((Layer("up", m=2, n=2),)), torch.zeros(2, 2)
     method = build({"name": "flexlora", "rank": 1, "alpha": 1.0})
     server = method.init_server({"up/weight": W}, shape, seed=0)
@@ -57,9 +57,9 @@ def test_two_orthogonal_directions_cannot_both_be_kept() -> None:
 
 
 @pytest.mark.parametrize(("clients", "form"), [(4, "left"), (8, "weight")])
-def test_the_truncation_is_the_best_there_is(clients: int, form: str) -> None:
-    """On 40 x 30 at rank 3: stacks of 4 * 3 * 70 = 840 numbers stay stacks, 8 * 3 * 70 = 1,680 > 1,200 do not.
-    The result is that of the dense mean's SVD, and A -> M^-1 A, B -> B M leave it alone."""
+def test_truncation_is_the_best_approximation(clients: int, form: str) -> None:
+    """On 40 x 30 at rank 3: stacks of 4 * 3 * 70 = 840 numbers stay stacks, 8 * 3 * 70 = 1,680 > 1,200 do not. The
+    result is that of the dense mean's SVD, and A -> M^-1 A, B -> B M do not change it."""
     shape, rng = ModelShape((Layer("up", m=40, n=30),)), torch.Generator().manual_seed(0)
     method = build({"name": "flexlora", "rank": 3, "alpha": 6.0})  # s = 2
     server = method.init_server({"up/weight": torch.zeros(40, 30)}, shape, seed=0)
@@ -82,7 +82,7 @@ def test_the_truncation_is_the_best_there_is(clients: int, form: str) -> None:
             2 * done.server.tensors["up/left"].norm(dim=0).double(), sigma[:3], rtol=1e-5, atol=0
         )
         results.append(done.server.tensors)
-    assert distance(results[0]["up/left"], results[1]["up/left"]) < 1e-4  # signs and all
+    assert distance(results[0]["up/left"], results[1]["up/left"]) < 1e-4  # including signs
     assert distance(results[0]["up/right"], results[1]["up/right"]) < 1e-4
 
 
@@ -96,7 +96,7 @@ def test_truncation_of_narrow_and_zero_factors() -> None:
 
 
 def test_equal_products_have_equal_signs() -> None:
-    """A library may turn any pair of singular vectors round; a fixed reference vector decides."""
+    """A library may flip any pair of singular vectors; a fixed reference vector decides."""
     rng = torch.Generator().manual_seed(0)
     for _ in range(10):
         _, right = truncated(torch.randn(5, 3, generator=rng), torch.randn(3, 4, generator=rng), rank=3)
@@ -104,7 +104,7 @@ def test_equal_products_have_equal_signs() -> None:
 
 
 def test_spare_components_stay_trainable() -> None:
-    """Only the client of rank 1 came: the server's other components keep B = 0 and the A they had."""
+    """Only the client of rank 1 took part: the server's other components keep B = 0 and their A."""
     shape = ModelShape((Layer("up", m=6, n=5),))
     method = build({"name": "flexlora", "rank": 3, "client_ranks": [1, 3]})
     server = method.init_server({"up/weight": torch.zeros(6, 5)}, shape, seed=0)

@@ -1,4 +1,4 @@
-"""FLoRA: stacks add up exactly, whatever the ranks; every round begins anew; what a returning client has missed."""
+"""FLoRA: stacks add up exactly for any ranks; every round begins anew; downloads of returning clients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_two_clients_by_hand() -> None:
     assert method.download_bytes(done.server, SHAPE, Client(0, 0), since=0) == 12 * 4
 
 
-def test_every_round_begins_with_zero_and_a_draw_of_its_own() -> None:
+def test_every_round_begins_with_zero_and_its_own_draw() -> None:
     method = build({"name": "flora", "rank": 2, "client_ranks": [1, 2]})
     server = method.init_server({"up/weight": W}, SHAPE, seed=0)
     assert method.download_bytes(server, SHAPE, Client(0, 0), since=-1) == 0  # A is drawn, B is zero, W is pretrained
@@ -52,7 +52,7 @@ def test_every_round_begins_with_zero_and_a_draw_of_its_own() -> None:
     assert torch.equal(again.starts[1].tensors["up/right"], drawn[1])
 
 
-def test_a_returning_client_gets_the_stacks_it_missed() -> None:
+def test_returning_client_gets_the_stacks_it_missed() -> None:
     """Two clients of ranks 1 and 2: summed rank 3 a round, for each of the small Llama's targets."""
     method, tiny = build({"name": "flora", "rank": 2, "client_ranks": [1, 2]}), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)

@@ -1,4 +1,4 @@
-"""HetLoRA: padded means by strength, truncation per client, and ranks that clients give up."""
+"""HetLoRA: padded means weighted by norm, truncation per client, and pruning of a client's rank."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_two_clients_by_hand() -> None:
     assert torch.equal(again.starts[1].tensors["up/right"], done.server.tensors["up/right"])
 
 
-def test_without_any_change_the_weights_are_p() -> None:
+def test_weights_are_p_without_any_change() -> None:
     """All norms zero: A' = (1 [4, 0] + 3 [0, 4]) / 4, and the second row 3/4 of client 1's."""
     method = build({"name": "hetlora", "rank": 2, "client_ranks": [1, 2]})
     server = method.init_server(START, SHAPE, seed=0)
@@ -54,8 +54,8 @@ def test_without_any_change_the_weights_are_p() -> None:
 
 
 @pytest.mark.parametrize("order", [(1, 3), (3, 1)])
-def test_beside_a_change_no_change_counts_for_nothing(order: tuple[int, int]) -> None:
-    """Client 1 has a change, client 3 none, whoever comes first."""
+def test_unchanged_client_has_no_weight_beside_a_changed_one(order: tuple[int, int]) -> None:
+    """Client 1 has a change, client 3 none, in either order."""
     method = build({"name": "hetlora", "rank": 2})
     server = method.init_server(START, SHAPE, seed=0)
     ends = {
@@ -67,13 +67,13 @@ def test_beside_a_change_no_change_counts_for_nothing(order: tuple[int, int]) ->
         assert torch.equal(done.server.tensors[name], tensor)
 
 
-def test_a_client_drops_a_tail_that_shrank() -> None:
+def test_client_prunes_a_tail_that_shrank() -> None:
     """gamma 0.99 of rank 2 is 1.98: the tail is the second component.  It begins at 2 * 1 = 2."""
     method = build({"name": "hetlora", "rank": 2})
     right = [[1.0, 0.0], [0.0, 1.0]]
     end = factors("up", [[2.0, 2.0], [0.0, 0.0], [0.0, 0.0]], right)
     first = walked(method, SHAPE, method.init_server(START, SHAPE, seed=0), {0: end}, {0: 1.0})
-    assert int(first.states[0].tensors["rank"]) == 2  # B began at zero: nothing can be smaller
+    assert int(first.states[0].tensors["rank"]) == 2  # B began at zero: its norm cannot be smaller
     grown = factors("up", [[2.0, 3.0], [0.0, 0.0], [0.0, 0.0]], right)
     shrunk = factors("up", [[2.0, 1.0], [0.0, 0.0], [0.0, 0.0]], right)
     for end, rank, kept in ((grown, 2, right), (shrunk, 1, [[1.0, 0.0], [0.0, 0.0]])):
@@ -83,7 +83,7 @@ def test_a_client_drops_a_tail_that_shrank() -> None:
         assert second.server.tensors["up/right"].tolist() == kept
         assert method.download_bytes(second.server, SHAPE, Client(0, 0), since=1) == 4 * (rank * 5 + 2)
         assert method.download_bytes(second.server, SHAPE, Client(1, 0), since=-1) == 4 * (2 * 5 + 2)
-    # It stays at rank 1, and gives up no more: the last component is nobody's tail.
+    # It stays at rank 1, and prunes no further: the last component is never a tail.
     less = factors("up", [[1.0], [0.0], [0.0]], [[0.5, 0.0]])
     third = walked(method, SHAPE, second.server, {0: less}, {0: 1.0}, second.states)
     assert third.starts[0].penalty is None
@@ -102,7 +102,7 @@ def test_gamma_of_one_never_prunes() -> None:
     assert int(second.states[0].tensors["rank"]) == 2
 
 
-def test_the_penalty_by_hand() -> None:
+def test_penalty_by_hand() -> None:
     """Rank 4, gamma 1/2: the tail is components 3 and 4.  ||B_tail|| = |(3, 4)| = 5, ||A_tail|| = 2; times 0.1."""
     shape = ModelShape((Layer("up", m=4, n=4),))
     method = build({"name": "hetlora", "rank": 4, "gamma": 0.5, "penalty": 0.1})
@@ -119,8 +119,8 @@ def test_the_penalty_by_hand() -> None:
     torch.testing.assert_close(by_right, torch.diag(torch.tensor([0.0, 0.0, 0.5, 0.0])))
 
 
-def test_the_penalty_is_trained_and_both_executors_agree() -> None:
-    """Ranks 2 and 4 in one pack, heavy penalties: smaller tails than without, and as the reference has them."""
+def test_penalty_is_trained_and_both_executors_agree() -> None:
+    """Ranks 2 and 4 in one pack, large penalties: smaller tails than without, equal to the reference's."""
     tiny, optimizer = llama(), Optimizer(lr=0.01, eps=1e-4)
     fields = {"name": "hetlora", "rank": 4, "client_ranks": [2, 4], "gamma": 0.5}
     free, method = build({**fields, "penalty": 0.0}), build({**fields, "penalty": 50.0})

@@ -1,4 +1,4 @@
-"""LoRA-FAIR by hand, and the correction held to the objective that it minimises, formed here as (m, n) matrices."""
+"""LoRA-FAIR by hand, and the correction against the objective that it minimises, formed here as (m, n) matrices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_one_round_by_hand(penalty: float, left: list[float]) -> None:
         (([[1], [2]], [[1], [2]]), ([[1, 0]], [[-3, 0]]), [1.0, 2.0]),  # A' = 0
     ],
 )
-def test_without_a_direction_there_is_no_correction(lefts, rights, mean) -> None:  # type: ignore[no-untyped-def]
+def test_no_direction_gives_no_correction(lefts, rights, mean) -> None:  # type: ignore[no-untyped-def]
     method = build({"name": "lora-fair", "rank": 1})
     server = method.init_server({"up/weight": torch.zeros(2, 2)}, SHAPE, seed=0)
     returned = {k: {"up/left": lefts[k], "up/right": rights[k]} for k in (0, 1)}
@@ -66,14 +66,14 @@ def cohort(size: float, m: int = 12, n: int = 9, rank: int = 3) -> tuple[Tensor,
 
 
 def objective(X: Tensor, B: Tensor, A: Tensor, L: Tensor, R: Tensor, penalty: float) -> Tensor:
-    """As the paper writes it, (m, n) and all."""
+    """The paper's formula, with (m, n) matrices."""
     dW, change = L.double() @ R.double(), X.double() @ A.double()
     return 1 - (dW * change).sum() / (dW.norm() * change.norm()) + penalty * (X.double() - B.double()).square().sum()
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0])
 @pytest.mark.parametrize("penalty", [0.0, 0.01, 1.0, 100.0])
-def test_the_objective_falls_to_a_stationary_point(penalty: float, size: float) -> None:
+def test_objective_falls_to_a_stationary_point(penalty: float, size: float) -> None:
     stacks = cohort(size)
     X = corrected(*stacks, penalty)
     at = {}
@@ -85,12 +85,12 @@ def test_the_objective_falls_to_a_stationary_point(penalty: float, size: float) 
     assert at["after"][0] < at["before"][0]
     assert at["after"][1] < 1e-3 * at["before"][1]  # X is float32
     rng = torch.Generator().manual_seed(0)
-    for _ in range(20):  # and it is a minimum: whatever lies around it is higher
+    for _ in range(20):  # and a minimum: every neighbour is higher
         near = X + 0.1 * X.norm() * torch.nn.functional.normalize(torch.randn(X.shape, generator=rng), dim=None)
         assert objective(near, *stacks, penalty) > at["after"][0]
 
 
-def test_without_penalty_the_cosine_is_the_best_in_the_row_space() -> None:
+def test_cosine_without_penalty_is_the_best_in_the_row_space() -> None:
     """X A' = dW A'^+ A' is the projection of dW on the rows of A': cos = |dW Q| / |dW|, Q an orthonormal basis."""
     stacks = cohort(1.0)
     _, A, L, R = stacks
@@ -110,8 +110,8 @@ def test_one_client_needs_no_correction() -> None:
     torch.testing.assert_close(corrected(B, A, B, A, 0.01), B, atol=1e-6, rtol=1e-6)
 
 
-def test_a_mean_change_that_is_rounding_gives_no_direction() -> None:
-    """Two clients that cancel, B A and -B A: in floating point what is left of dW is noise, not zero."""
+def test_mean_change_of_rounding_error_gives_no_direction() -> None:
+    """Two clients that cancel, B A and -B A: in floating point the rest of dW is noise, not zero."""
     rng = torch.Generator().manual_seed(0)
     B, A = torch.randn(6, 2, generator=rng), torch.randn(2, 5, generator=rng)
     mean = torch.randn(6, 2, generator=rng)

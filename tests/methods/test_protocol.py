@@ -1,7 +1,6 @@
-"""One conformance suite over every method of the table, and what each promises on the server.
+"""One conformance suite over every method of the table, and the guarantees of each on the server.
 
-Rounds are walked by hand on a small Llama whose targets are taller and wider than square; no Ray.
-"""
+Rounds are executed by hand on a small Llama with targets taller and wider than square; no Ray."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ Data = Sequence[Sequence[Mapping[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Round:
-    """One round walked by hand."""
+    """One round executed by hand."""
 
     server: ServerState
     starts: list[Start]
@@ -67,8 +66,8 @@ def walk(
     trainer: object = run_pack,
     ids: Sequence[int] | None = None,
 ) -> Round:
-    """start_client, local training, upload, keep, fold, finish.  ids: the clients' numbers, from 0 if not given; equal
-    numbers make equal private draws."""
+    """start_client, local training, upload, client_state, accumulate, aggregate.  ids: the clients' numbers, from 0 by
+    default; equal numbers make equal private draws."""
     shape, clients = tiny.shape, range(len(data))
     broadcast = method.broadcast(server)
     before = list(states or [None] * len(data))
@@ -104,14 +103,14 @@ def effective(method: Method, tiny: Tiny, server: ServerState) -> dict[str, Tens
 
 
 def somebody(tiny: Tiny) -> ClientState:
-    """The state of a client that sits out the round: a B that is not zero."""
+    """The state of a client that does not take part in the round: a B that is not zero."""
     rng = torch.Generator().manual_seed(7)
     left = {f"{t.name}/left": 0.1 * torch.randn(t.m, RANK, generator=rng) for t in tiny.shape.targets}
     return ClientState(1, STEPS, STEPS, left)
 
 
 def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: str) -> Tensor:
-    """dW_k: what client k's own round did to a target's effective weight."""
+    """dW_k: the change that client k's own round made to a target's effective weight."""
     result, start = done.results[k], done.starts[k]
     if start.subspace is not None:
         W = server.tensors[f"{layer}/weight"]
@@ -128,7 +127,7 @@ def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: st
 
 
 def begun(method: Method, tiny: Tiny) -> ServerState:
-    """A server that has finished one round, so that no factor is zero."""
+    """A server after one finished round, so that no factor is zero."""
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     return walk(method, tiny, server, clients_data(tiny, 2, seed=90), weights=[1, 2]).server
 
@@ -149,7 +148,7 @@ every_method = pytest.mark.parametrize("name", list(METHODS))
 
 
 @every_method
-def test_inputs_stay_as_they_are_and_equal_inputs_give_equal_outputs(name: str) -> None:
+def test_inputs_are_not_modified_and_equal_inputs_give_equal_outputs(name: str) -> None:
     method, tiny = made(name), llama()
     server = begun(method, tiny)
     data = clients_data(tiny, 2)
@@ -171,7 +170,7 @@ def test_updates_and_states_survive_the_object_store(name: str) -> None:
 
 
 @every_method
-def test_identical_clients_are_one_client(name: str) -> None:
+def test_identical_clients_match_one_client(name: str) -> None:
     method, tiny = made(name), llama()
     server, data = begun(method, tiny), clients_data(tiny, 1)
     one = effective(method, tiny, walk(method, tiny, server, data, weights=[1]).server)
@@ -203,7 +202,7 @@ def test_only_the_ratio_of_the_weights_counts(name: str) -> None:
 
 
 @every_method
-def test_a_sum_takes_no_memory_of_what_it_is_made_from(name: str) -> None:
+def test_sum_shares_no_memory_with_its_inputs(name: str) -> None:
     """`accumulate` and `aggregate` write to the sum's tensors: neither updates nor the server may be among them."""
     method, tiny = made(name), llama()
     server = begun(method, tiny)
@@ -218,7 +217,7 @@ def test_a_sum_takes_no_memory_of_what_it_is_made_from(name: str) -> None:
 
 
 @every_method
-def test_a_weightless_client_counts_for_nothing(name: str) -> None:
+def test_client_of_weight_zero_has_no_effect(name: str) -> None:
     method, tiny = made(name), llama()
     server, data = begun(method, tiny), clients_data(tiny, 2)
     both = effective(method, tiny, walk(method, tiny, server, data, weights=[1, 0]).server)
@@ -228,7 +227,7 @@ def test_a_weightless_client_counts_for_nothing(name: str) -> None:
 
 @every_method
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_exact_methods_average_the_changes_and_the_others_say_so(name: str, decay: float) -> None:
+def test_exact_methods_average_the_changes_and_the_others_are_marked(name: str, decay: float) -> None:
     """Server change = sum_k p_k dW_k, with alpha / r = 8 and unequal p = (1, 2, 5) / 8."""
     method, tiny = made(name), llama()
     server = begun(method, tiny)
@@ -244,8 +243,8 @@ def test_exact_methods_average_the_changes_and_the_others_say_so(name: str, deca
 @every_method
 @pytest.mark.parametrize("tiny", [llama, gpt2, bert, vit])
 def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
-    """On the change of the global model.  eps = 1e-4: with a smaller one Adam blows up the rounding of entries whose
-    gradient is nearly zero, in both executors alike, and the comparison would measure that."""
+    """Compare the change of the global model.  eps = 1e-4: with a smaller one Adam amplifies the rounding of entries
+    whose gradient is nearly zero, in both executors, and the comparison would measure that."""
     model: Tiny = tiny()  # type: ignore[operator]
     method = made(name)
     server = begun(method, model)
@@ -263,7 +262,7 @@ def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
 
 
 @every_method
-def test_how_clients_are_grouped_does_not_matter(name: str) -> None:
+def test_grouping_of_clients_does_not_matter(name: str) -> None:
     method, tiny = made(name), llama()
     server, data, weights = begun(method, tiny), clients_data(tiny, 4), [1.0, 2.0, 3.0, 4.0]
     before = effective(method, tiny, server)
@@ -277,7 +276,7 @@ def test_how_clients_are_grouped_does_not_matter(name: str) -> None:
 
 
 @every_method
-def test_a_rank_above_the_matrix_is_refused(name: str) -> None:
+def test_rank_above_the_matrix_is_refused(name: str) -> None:
     tiny = llama(hidden=16, inner=24)
     if name == "fedavg":
         made(name).check(tiny.shape)
@@ -287,7 +286,7 @@ def test_a_rank_above_the_matrix_is_refused(name: str) -> None:
         made(name, rank=17).check(tiny.shape)
 
 
-def test_uploads_weigh_what_the_formulas_say() -> None:
+def test_upload_bytes_match_the_formulas() -> None:
     """Targets of the small Llama: numbers per layer by each method's rule, 4 bytes each."""
     tiny = llama()
     dense = sum(t.m * t.n for t in tiny.shape.targets)
@@ -329,10 +328,12 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
 @every_method
 @pytest.mark.parametrize("make", [llama, bert])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_what_follows_from_pretrained_weights_and_seed_is_not_downloaded(name: str, make: object, mixed: bool) -> None:
-    """Before round 0 nobody downloads anything, the classifier's head included, nor after a round that taught nothing;
-    a client that joins for the first time before round 1 downloads what was learned, with the head: a server that mixes
-    sends dense weights whole."""
+def test_tensors_that_follow_from_pretrained_weights_and_seed_are_not_downloaded(
+    name: str, make: object, mixed: bool
+) -> None:
+    """Before round 0 no client downloads anything, the classifier's head included, nor after a round without a change;
+    a client that joins before round 1 downloads the change, with the head: a server that mixes sends complete dense
+    weights."""
     tiny: Tiny = make()  # type: ignore[operator]
     method, new = made(name), Client(7, 0)
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -349,8 +350,8 @@ def test_what_follows_from_pretrained_weights_and_seed_is_not_downloaded(name: s
 
 
 @every_method
-def test_a_plan_counts_no_first_download_and_says_what_it_would_be(name: str) -> None:
-    """Three clients, of whom the last comes in round 1; counted in full, a first download is the whole broadcast."""
+def test_plan_excludes_the_first_download_and_reports_its_size(name: str) -> None:
+    """Three clients, the last of which joins in round 1; a first download counted in full is the entire broadcast."""
     tiny, method = bert(), made(name)
     found = traffic(method, tiny.shape, Config(), [[0, 1], [1, 2]], lambda client: STEPS)
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -361,7 +362,7 @@ def test_a_plan_counts_no_first_download_and_says_what_it_would_be(name: str) ->
     assert 0 < new.down <= new.down_counted >= whole
 
 
-def test_fedftg_sends_the_matrix_where_its_blocks_are_larger() -> None:
+def test_fedftg_sends_the_matrix_if_its_blocks_are_larger() -> None:
     """Three periods of rank 8 on layers of at least 16 x 16: R (m + n) = 24 * 32 > 256 = m n."""
     tiny = llama()
     method = made("fedftg", rank=8, refresh_every=1)
@@ -374,7 +375,7 @@ def test_fedftg_sends_the_matrix_where_its_blocks_are_larger() -> None:
         assert distance(after[target.name] - W, local_change(tiny, server, done, 0, target.name)) < 1e-5
 
 
-def test_fedftg_downloads_what_a_returning_client_missed() -> None:
+def test_fedftg_returning_client_downloads_missed_blocks() -> None:
     """One 40 x 30 matrix would hold 1,200 numbers; blocks of rank 2 cost 2 * 70 = 140 each."""
     tiny = llama()
     method = made("fedftg")
@@ -407,7 +408,7 @@ def test_fedit_misses_exactly_the_cross_term() -> None:
         assert torch.linalg.matrix_rank(cross) <= (3 - 1) * RANK
 
 
-def test_rank_inflation_is_kept_not_truncated() -> None:
+def test_rank_inflation_is_kept() -> None:
     """The mean of N = 4 changes of rank r = 2 has rank 8 = N r, while each has rank 2."""
     method, tiny = made("fedftg"), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -439,7 +440,7 @@ def test_fedftg_refuses_to_average_moments_of_different_subspaces() -> None:
 
 
 def remembers(name: str) -> bool:
-    """True where it is left open what a new round does to Adam's moments."""
+    """True if the method does not fix Adam's moments in a new round."""
     return hasattr(made(name), "optimizer_state")
 
 
@@ -452,7 +453,7 @@ def test_methods_that_always_reset(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if remembers(name)])
-def test_reset_forgets_the_optimiser_and_keep_remembers_it(name: str) -> None:
+def test_reset_clears_the_optimizer_state_and_keep_keeps_it(name: str) -> None:
     tiny = llama()
     for rule, step in (("keep", STEPS), ("reset", 0)):
         method = made(
@@ -467,7 +468,7 @@ def test_reset_forgets_the_optimiser_and_keep_remembers_it(name: str) -> None:
             assert same(start.moments, {n: t for n, t in done.results[0].moments.items() if n in start.moments})
 
 
-def test_t_agg_of_one_with_sgd_is_large_batch_sgd() -> None:
+def test_one_sgd_step_per_round_is_large_batch_sgd() -> None:
     """For the dense method one SGD step each, equal weights, is one step on the mean gradient."""
     method, tiny = made("fedavg"), llama()
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -494,8 +495,8 @@ def test_unknown_names_fields_and_values_are_refused() -> None:
             build(fields)
 
 
-def test_ranks_may_differ_within_a_pack() -> None:
-    """A client of rank 1 beside one of rank 3: each ends where it ends alone."""
+def test_ranks_can_differ_within_a_pack() -> None:
+    """A client of rank 1 beside one of rank 3: each has the same result as alone."""
     tiny = llama()
     data = clients_data(tiny, 2)
     starts = []

@@ -34,7 +34,7 @@ def test_two_rounds_by_hand() -> None:
     assert second.server.tensors["up/right"].tolist() == [[1.0, 3.0, 0.0]]
     assert second.updates[0].wire_bytes == 3 * 4  # r n
     assert method.download_bytes(second.server, SHAPE, Client(0, 0), since=1) == 3 * 4  # the new A
-    for since in (-1, 0):  # a client that has seen neither: both
+    for since in (-1, 0):  # a client that has neither: both
         assert method.download_bytes(second.server, SHAPE, Client(0, 0), since) == (2 + 3) * 4
 
     # s B'A' = 2 [1/4, 3/4]^T [1, 3, 0].
@@ -42,7 +42,7 @@ def test_two_rounds_by_hand() -> None:
     assert change.tolist() == [[0.5, 1.5, 0.0], [1.5, 4.5, 0.0]]
 
 
-def test_four_rounds_are_exact_and_leave_one_factor_alone() -> None:
+def test_four_rounds_are_exact_and_keep_one_factor_fixed() -> None:
     tiny = llama()
     method = build({"name": "rolora", "rank": 2, "alpha": 6.0})
     server: ServerState = method.init_server(tiny.weights, tiny.shape, seed=0)

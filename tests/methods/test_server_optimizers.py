@@ -1,4 +1,4 @@
-"""Server optimisers, FedNova and FedProx: against arithmetic and against each other."""
+"""Server optimizers, FedNova and FedProx: against arithmetic and against each other."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ OLD = ServerState(0, {"up/weight": torch.tensor([[1.0, 2.0]]), "seed": torch.ten
 NEW = OLD.advance({"up/weight": torch.tensor([[2.0, 2.0]]), "step": torch.tensor(4.0)})  # d = [1, 0]
 
 
-def test_plain_at_rate_one_changes_no_bit() -> None:
+def test_plain_at_rate_one_is_bit_identical() -> None:
     after, memory = advance(Server(), OLD, NEW, {})
     assert after is NEW
     assert memory == {}
 
 
-def test_a_server_learning_rate_scales_the_change_alone() -> None:
+def test_server_learning_rate_scales_the_change_alone() -> None:
     after, _ = advance(Server(lr=0.5), OLD, NEW, {})
     assert after.tensors["up/weight"].tolist() == [[1.5, 2.0]]  # 1 + d / 2
     assert float(after.tensors["step"]) == 4.0  # a counter is no weight
@@ -54,7 +54,7 @@ def test_momentum_by_hand() -> None:
 
 def test_adam_by_hand() -> None:
     """d = [1, 0] in two rounds, betas (0, 3/4), tau 1: v begins at tau^2 = 1 and stays there while d^2 = 1, m = d and
-    the step d / (1 + 1) = 1/2; where d = 0 nothing moves, and v falls from 1 to 3/4, then 9/16."""
+    the step d / (1 + 1) = 1/2; for d = 0 nothing moves, and v falls from 1 to 3/4, then 9/16."""
     rule = Server(optimizer="adam", tau=1.0, betas=(0.0, 0.75))
     first, memory = advance(rule, OLD, NEW, {})
     assert first.tensors["up/weight"].tolist() == [[1.5, 2.0]]
@@ -73,7 +73,7 @@ def test_adam_s_first_step_is_damped_by_tau() -> None:
     assert memory["up/weight/m"][0].tolist() == pytest.approx([0.1, 0.0])
 
 
-def test_fednova_makes_the_mean_of_changes_per_step() -> None:
+def test_fednova_averages_the_changes_per_step() -> None:
     """w = (1, 3), tau = (2, 4), changes 2 and 8, so 1 and 2 a step.  tau_eff = (2 + 12) / 4 = 3.5 and
     tau_eff sum p_k d_k = 3.5 (1/4 * 1 + 3/4 * 2) = 6.125."""
     raw = [1 / 2, 3 / 4]  # w_k / tau_k
@@ -83,8 +83,8 @@ def test_fednova_makes_the_mean_of_changes_per_step() -> None:
 
 
 def test_fednova_s_normaliser_by_hand() -> None:
-    """The way of w in units of lr under gradients of 1.  Momentum 1/2: buffers 1, 3/2, 7/4, sum 17/4.  lr mu = 1/2:
-    1, then 1 - 1/2 = 1/2, then 1 - 3/4 = 1/4, sum 7/4.  Both: 1; 1/2 + 1 - 1/2 = 1; 1/2 + 1 - 1 = 1/2; sum 5/2."""
+    """The path of w in units of lr under gradients of 1.  Momentum 1/2: buffers 1, 3/2, 7/4, sum 17/4.  lr mu = 1/2: 1,
+    then 1 - 1/2 = 1/2, then 1 - 3/4 = 1/4, sum 7/4.  Both: 1; 1/2 + 1 - 1/2 = 1; 1/2 + 1 - 1 = 1/2; sum 5/2."""
     plain, heavy = Optimizer(name="sgd"), Optimizer(name="sgd", momentum=0.5)
     assert [nova_length(plain, 0.1, 0.0, steps) for steps in (1, 3, 10)] == [1.0, 3.0, 10.0]
     assert nova_length(heavy, 0.1, 0.0, 3) == 17 / 4
@@ -93,8 +93,8 @@ def test_fednova_s_normaliser_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("momentum", "mu"), [(0.0, 0.0), (0.9, 0.0), (0.0, 2.0), (0.9, 2.0)])
-def test_fednova_s_normaliser_is_the_way_that_training_goes(momentum: float, mu: float) -> None:
-    """SGD of ours on one number whose gradient is always 1, FedProx's pull added, lr 0.1, four steps from 0."""
+def test_fednova_s_normaliser_matches_the_path_of_training(momentum: float, mu: float) -> None:
+    """Our SGD on one number whose gradient is always 1, with FedProx's pull, lr 0.1, four steps from 0."""
     optimizer, lr = Optimizer(name="sgd", momentum=momentum), 0.1
     w, buffer = torch.zeros(1, 1), torch.zeros(1, 1)
     for t in range(4):
@@ -102,8 +102,8 @@ def test_fednova_s_normaliser_is_the_way_that_training_goes(momentum: float, mu:
     assert nova_length(optimizer, lr, mu, 4) == pytest.approx(-float(w) / lr, rel=1e-6)
 
 
-def test_a_moved_dense_weight_is_downloaded_whole() -> None:
-    """By momentum, Adam or noise: it is no sum of the cohort's blocks any more."""
+def test_changed_dense_weight_is_downloaded_in_full() -> None:
+    """After momentum, Adam or noise the change is no longer a sum of the cohort's blocks."""
     shape = ModelShape((Layer("up", 3, 5),))
     assert mixed_bytes({"up/weight": torch.zeros(3, 5)}, shape, 12) == 3 * 5 * 4
     assert mixed_bytes({"up/left": torch.zeros(3, 1)}, shape, 12) == 12
@@ -122,7 +122,7 @@ def pulled(kind: str, mu: float, steps: int = 4):
     return change(tiny, start, result)
 
 
-def test_the_pull_shortens_the_way_and_vanishes_with_mu() -> None:
+def test_pull_shortens_the_path_and_vanishes_with_mu() -> None:
     for kind in ("dense", "lora", "galore"):
         free, weak, strong = (pulled(kind, mu) for mu in (0.0, 1e-6, 2.0))
         for layer in free:
@@ -130,7 +130,7 @@ def test_the_pull_shortens_the_way_and_vanishes_with_mu() -> None:
             assert strong[layer].norm() < 0.95 * free[layer].norm()
 
 
-def test_at_full_rank_galore_feels_the_same_pull_as_the_dense_weight() -> None:
+def test_full_rank_galore_has_the_same_pull_as_the_dense_weight() -> None:
     """With FedProx: r = min(m, n) = 16, SGD, scale 1, a refresh in between: GaLore's change is SGD's."""
     galore, dense = pulled("galore", 1.0), pulled("dense", 1.0)
     for layer in galore:
@@ -141,10 +141,10 @@ def test_one_round_of_pull_by_hand() -> None:
     """SGD, lr 1/10, mu 1: the second step's pull is lr mu times the first step: W2 = W1 - lr g2 - lr (W1 - W0)."""
     free, held = pulled("dense", 0.0, steps=1), pulled("dense", 1.0, steps=1)
     for layer in free:
-        assert torch.equal(free[layer], held[layer])  # the first step starts where the pull points to
+        assert torch.equal(free[layer], held[layer])  # the first step starts at the pull's centre
 
 
-def test_a_penalty_adds_its_gradient() -> None:
+def test_penalty_adds_its_gradient() -> None:
     """lr 1/10, SGD, one step, penalty 3 sum(B): B ends 0.3 lower than without."""
     tiny, method = llama(), build({"name": "fedit", "rank": 2})
     server = method.init_server(tiny.weights, tiny.shape, seed=0)

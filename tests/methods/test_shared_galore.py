@@ -1,4 +1,4 @@
-"""Shared-subspace GaLore by hand, as projected SGD, as GaLore in a given basis, and over a change of basis."""
+"""Shared-subspace GaLore by hand, as projected SGD, as GaLore in a given basis, and across a change of basis."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_t_agg_of_one_with_sgd_is_projected_large_batch_sgd(scale: float) -> Non
         assert distance(ends[0][name] - tiny.weights[name], -lr * scale * projected) < 1e-4
 
 
-def test_it_is_galore_in_the_shared_basis() -> None:
-    """fedftg's own Start with that Q, from step 1 on (step 0 would refresh) and no refresh in sight: the same bits."""
+def test_shared_galore_is_galore_in_the_shared_basis() -> None:
+    """fedftg's own Start with that Q, from step 1 on (step 0 would refresh) and without a refresh: the same bits."""
     tiny = llama()
     method = build({"name": "shared-galore", "rank": 2, "scale": 0.25})
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -104,8 +104,8 @@ def test_it_is_galore_in_the_shared_basis() -> None:
     assert (ours.step, ours.base_scale) == (theirs.step, theirs.base_scale)
 
 
-def test_a_period_stays_in_its_subspace_and_two_periods_add_up() -> None:
-    """Rank r after any number of rounds of one period, rank 2 r once there was a second one."""
+def test_period_stays_in_its_subspace_and_two_periods_add_up() -> None:
+    """Rank r after any number of rounds of one period, rank 2 r with a second one."""
     tiny = llama()
     method = build({"name": "shared-galore", "rank": 2, "refresh_every": 2})
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -156,8 +156,9 @@ def test_moments_when_the_basis_changes(rule: str, state: str) -> None:
         assert method.download_bytes(server, SHAPE, Client(0, 0), since=2) == (3 + 3) * 4 + 2 * (3 + 3) * 4 + 8
 
 
-def test_rotation_is_the_gradients_own() -> None:
-    """Rank 2: m1 of a gradient G that stays is G Q^T; rotated it is G Q^T C^T = G Q^T Q Q_new^T, what is left of it."""
+def test_rotated_moments_match_the_gradient() -> None:
+    """Rank 2: m1 of a constant gradient G is G Q^T; rotated it is G Q^T C^T = G Q^T Q Q_new^T, the part of it that
+    remains."""
     shape = ModelShape((Layer("up", m=5, n=4),))
     method = build({"name": "shared-galore", "rank": 2, "refresh_every": 1, "moments": "rotate"})
     server = method.init_server({"up/weight": torch.zeros(5, 4)}, shape, seed=0)
@@ -169,11 +170,11 @@ def test_rotation_is_the_gradients_own() -> None:
     torch.testing.assert_close(second.starts[0].moments["up/left/m1"], G @ old.T @ old @ new.T)
 
 
-def test_a_server_optimiser_moves_the_weights_alone() -> None:
+def test_server_optimizer_changes_the_weights_alone() -> None:
     tiny = llama()
     method = build({"name": "shared-galore", "rank": 2, "refresh_every": 1, "optimizer_state": "average"})
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     after = walk(method, tiny, server, clients_data(tiny, 1), weights=[1]).server
     assert method.supports_server_optimizer
-    assert any(name.endswith("/m1") for name in after.tensors)  # the averaged moments lie there too
+    assert any(name.endswith("/m1") for name in after.tensors)  # the averaged moments are stored there too
     assert sorted(moved_by_server(server, after)) == sorted(f"{t.name}/weight" for t in tiny.shape.targets)

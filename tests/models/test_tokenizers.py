@@ -77,9 +77,9 @@ def test_bytes_decode() -> None:
 def test_no_template() -> None:
     processor = hub_codec(tokenizer())
     assert not processor.chat
-    assert spell(processor.prompt("why be")) == "why be"  # the newline is no word here
+    assert spell(processor.prompt("why be")) == "why be"  # the newline is not a word here
     assert spell(processor.answer("so it")) == "so it <eos>"
-    assert (processor.eos, processor.pad, processor.vocabulary) == (2, 2, 13)  # pad falls back to eos
+    assert (processor.eos, processor.pad, processor.vocabulary) == (2, 2, 13)  # pad defaults to eos
     assert hub_codec(tokenizer(pad_token="<pad>")).pad == 0
 
 
@@ -97,7 +97,7 @@ def test_template_and_end_of_turn() -> None:
     assert processor.answers([]) == processor.prompts([]) == []
 
 
-def test_a_template_s_own_system_text_is_left_out() -> None:
+def test_system_text_of_a_template_is_removed() -> None:
     processor = hub_codec(tokenizer(POLITE + TURNS + BEGIN))
     assert spell(processor.prompt("why")) == "<turn> system <end> <turn> user why <end> <turn> assistant"
 
@@ -108,8 +108,8 @@ def test_template_without_system_messages() -> None:
     assert processor.tokenizer.chat_template == REFUSES + TURNS + BEGIN  # nothing to edit
 
 
-def test_a_template_that_cannot_be_edited_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A renderer that drops the second message of a conversation wherever the template was edited."""
+def test_template_that_cannot_be_edited_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renderer that drops the second message of a conversation if the template was edited."""
     made = tokenizer(POLITE + TURNS + BEGIN)
     plain = made.apply_chat_template
 
@@ -152,7 +152,7 @@ LLAMA3 = (
 )
 NEWLINES = "\n\n" + HELPFUL
 SHOUTS = "{% for m in messages %}{{ m['content'] | upper }}{{ eos_token }}{% endfor %}"
-# What a user's `why?` becomes, where it is not obvious: by hand.
+# The text of a user's `why?`, where it is not obvious: by hand.
 EMPTY = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATES: dict[str, tuple[str | dict[str, str], str]] = {
     "default system text": (HELPFUL, EMPTY),
@@ -172,7 +172,7 @@ TEMPLATES: dict[str, tuple[str | dict[str, str], str]] = {
 
 
 def spelling(template: str | dict[str, str] | None, bos: bool = True) -> Any:
-    """Bytes as tokens; the tokenizer itself puts <s> in front as well, where it is asked for special tokens."""
+    """Bytes as tokens; the tokenizer itself also prepends <s> if asked for special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -193,7 +193,7 @@ def spelling(template: str | dict[str, str] | None, bos: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_what_is_saved_prompts_as_in_training(name: str, tmp_path: Path) -> None:
+def test_saved_tokenizer_prompts_as_in_training(name: str, tmp_path: Path) -> None:
     """The saved tokenizer with one plain user message, as every user of an exported model calls it."""
     from transformers import AutoTokenizer
 
@@ -220,22 +220,22 @@ def test_what_is_saved_prompts_as_in_training(name: str, tmp_path: Path) -> None
 USER = {"role": "user", "content": "why?"}
 
 
-def test_names_without_a_default_are_no_template() -> None:
+def test_template_names_without_a_default_are_refused() -> None:
     """transformers' own call refuses such a tokenizer."""
     processor = hub_codec(spelling({"tool_use": HELPFUL, "rag": HELPFUL}))
     assert not processor.chat
     assert processor.tokenizer.decode(processor.prompt("why?")) == "<s>why?\n"
 
 
-def test_a_template_that_refuses_every_conversation(tmp_path: Path) -> None:
+def test_template_that_refuses_every_conversation(tmp_path: Path) -> None:
     spelling("{{ raise_exception('no') }}").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"model\.path: .*the chat template renders no conversation that begins with"):
         load_tokenizer(Model(path=str(tmp_path)))
 
 
-def test_generation_stops_at_the_turn_s_end_and_at_the_model_s_own(tmp_path: Path) -> None:
-    """256 letters, then <s>, </s>, <pad>, <|im_start|>, <|im_end|> in the order in which they were added."""
+def test_generation_stops_at_the_end_of_turn_and_at_the_model_s_own_end(tmp_path: Path) -> None:
+    """256 letters, then <s>, </s>, <pad>, <|im_start|>, <|im_end|> in the order of their addition."""
     made = spelling(HELPFUL)
     start, turn, eos = (made.convert_tokens_to_ids(word) for word in ("<|im_start|>", "<|im_end|>", "</s>"))
     made.save_pretrained(tmp_path)
@@ -249,7 +249,7 @@ def test_generation_stops_at_the_turn_s_end_and_at_the_model_s_own(tmp_path: Pat
     assert ByteTokenizer().ends == (2,)
 
 
-def test_hub_decode_leaves_special_tokens_out() -> None:
+def test_hub_decode_omits_special_tokens() -> None:
     processor = hub_codec(tokenizer(TURNS + BEGIN))
     assert processor.decode([8, 4, 2]) == "why"
 
@@ -262,8 +262,9 @@ def test_hub_decode_leaves_special_tokens_out() -> None:
         (POLITE + TURNS + BEGIN, "<turn> system <end> <turn> user ", " <end> <turn> assistant"),
     ],
 )
-def test_a_long_question_leaves_the_template_whole(template: str | None, header: str, footer: str) -> None:
-    """Of 16 tokens "so it" and its end take 3; what the template leaves of the other 13 is the question's."""
+def test_long_question_keeps_the_template_complete(template: str | None, header: str, footer: str) -> None:
+    """The words "so it" and their end take 3 of 16 tokens; the question gets what the template leaves of the other
+    13."""
     processor = hub_codec(tokenizer(template))
     pairs = Pairs("causal-lm", ("why " + "be " * 50 + "polite",), ("so it",), ("",))
     rows, _, cuts = tokenised(pairs, processor, 16)
@@ -278,7 +279,7 @@ def test_a_long_question_leaves_the_template_whole(template: str | None, header:
     assert cuts == Cuts(cut=1, prompts=1)
 
 
-def test_a_long_text_keeps_special_tokens_that_close_no_answer() -> None:
+def test_long_text_keeps_its_own_closing_tokens() -> None:
     """The text is closed by <end>, an answer would be by <eos>."""
     from tokenizers.processors import TemplateProcessing
 
@@ -332,7 +333,7 @@ def test_smollm2() -> None:
         [{"role": "user", "content": "What is 2+2?"}], add_generation_prompt=True
     )
     assert whole["input_ids"] == asked
-    # 19 tokens around the question and its answer, which ends a turn: whatever is asked, they stay.
+    # 19 tokens around the question and its answer, which ends a turn; they stay for any question.
     long = Pairs("causal-lm", ("What is two times " + "two times " * 300 + "two?",), ("A lot.",), ("",))
     rows, _, _ = tokenised(long, processor, 64)
     cut = processor.tokenizer.decode(rows.row(0).tolist())

@@ -1,4 +1,4 @@
-"""The plan: bytes equal those of real rounds, memory is what a real worker takes, what cannot fit is refused."""
+"""The plan: bytes equal those of real rounds, memory matches a real worker, a job that cannot fit is refused."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ LIKE = ["federation.local_steps=2", "evaluation.generate_rows=0"]
 
 @pytest.mark.parametrize("model", [llama, bert])
 @pytest.mark.parametrize("name", list(METHODS))
-def test_bytes_are_those_of_real_training(name: str, model: Any) -> None:
-    """Three rounds of clients (0, 1, 2), (0, 2) and (1, 2) on layers of two or three shapes, GaLore closing blocks
-    (3 steps, a refresh every 2); clients that prune themselves send no more than the plan says."""
+def test_bytes_match_real_training(name: str, model: Any) -> None:
+    """Three rounds of clients (0, 1, 2), (0, 2) and (1, 2) on layers of two or three shapes, GaLore closing blocks (3
+    steps, a refresh every 2); clients that prune themselves send at most the planned bytes."""
     tiny, method = model(), made(name, **{"refresh_every": 2} if name == "fedftg" else {})
     cohorts = [[0, 1, 2], [0, 2], [1, 2]]
     planned = traffic(method, tiny.shape, Config(optimizer=OPTIMIZER), cohorts, lambda client: STEPS)
@@ -77,8 +77,8 @@ def test_bytes_are_those_of_real_training(name: str, model: Any) -> None:
         ),
     ],
 )
-def test_bytes_are_those_of_a_run(overrides: list[str], tmp_path: Path) -> None:
-    """clients.parquet, and the states in the last checkpoint."""
+def test_bytes_match_a_run(overrides: list[str], tmp_path: Path) -> None:
+    """Compare with clients.parquet, and with the states in the last checkpoint."""
     config = small("federation.rounds=3", "resources.workers=0", *overrides)
     job = prepare(config)
     found = job_parts(job).traffic()
@@ -96,7 +96,7 @@ def test_bytes_are_those_of_a_run(overrides: list[str], tmp_path: Path) -> None:
     assert wire_bytes(checkpoint.server) == found.server[-1]
 
 
-def test_what_a_cohort_adds_to_a_download_ends_at_the_dense_size() -> None:
+def test_download_is_limited_to_the_dense_size() -> None:
     """Layers of 24 x 16 at rank 2: a client's block has 2 * 40 = 80 numbers, the matrix 384, so five fill it."""
     tiny = llama(targets=r"up_proj$")
     for clients, numbers in ((1, 80), (4, 320), (5, 384), (50, 384)):
@@ -108,15 +108,15 @@ def test_what_a_cohort_adds_to_a_download_ends_at_the_dense_size() -> None:
 @pytest.mark.parametrize(
     "overrides", [[], ["model.dtype=bfloat16"], ["model.random={type: gpt2, n_embd: 32, n_layer: 2, n_head: 2}"]]
 )
-def test_the_backbone_weighs_what_is_loaded(overrides: list[str]) -> None:
+def test_backbone_bytes_match_the_loaded_backbone(overrides: list[str]) -> None:
     job = prepare(load_config(TINY, overrides))
     loaded = load_weights(job.config.model, job.architecture, seed=0)
     assert backbone_bytes(job.architecture) == sum(x.numel() * x.element_size() for x in loaded.values())
 
 
-# --- what fits
+# --- limits
 
-MANY = ["federation.clients=128", "federation.partition={kind: iid}"]  # no pack is larger than a cohort
+MANY = ["federation.clients=128", "federation.partition={kind: iid}"]  # a pack is not larger than a cohort
 
 
 def refused(machine: Machine, *overrides: str) -> tuple[UserError, list[str]]:
@@ -139,7 +139,7 @@ MB, PLENTY = 10**6, 10**12
 @pytest.mark.parametrize(
     ("memory", "pack", "field"), [(1840, 2, "resources.workers"), (1490, 64, "resources.pack_size")]
 )
-def test_what_needs_too_much_memory_is_refused_with_the_nearest_that_fits(memory: int, pack: int, field: str) -> None:
+def test_job_with_too_much_memory_is_refused_with_the_nearest_fit(memory: int, pack: int, field: str) -> None:
     """Eight workers need eight bare processes of 320 MB."""
     machine = Machine("a small machine", memory * MB, 8.0, PLENTY)
     wide = ["resources.workers=8", f"resources.pack_size={pack}", *MANY]
@@ -149,14 +149,14 @@ def test_what_needs_too_much_memory_is_refused_with_the_nearest_that_fits(memory
     fitting(machine, *wide, *advice)
 
 
-def test_what_fits_no_machine_says_so() -> None:
+def test_job_that_fits_no_machine_is_refused() -> None:
     toy = Machine("a toy", 400 * MB, 2.0, PLENTY)
     error, _ = refused(toy, "resources.workers=1")
     assert error.field == "model.path"
     fitting(toy, "resources.workers=0")  # Ray's processes, coordinator and worker take 1 GB before they hold anything
 
 
-def test_a_gpu_that_is_too_small() -> None:
+def test_too_small_gpu_is_refused() -> None:
     """A context alone takes 600 MB."""
     gpu = machine_named("640MB", Machine("here", PLENTY, 8.0, PLENTY))
     fitting(gpu)
@@ -167,8 +167,8 @@ def test_a_gpu_that_is_too_small() -> None:
         machine_named("abacus", gpu)
 
 
-def test_a_pack_is_no_larger_than_a_cohort() -> None:
-    """Eight clients make one pack of eight, however large packs may be."""
+def test_pack_is_not_larger_than_a_cohort() -> None:
+    """Eight clients make one pack of eight, whatever the largest pack is."""
     eight, more = (need(job_parts(prepare(small(f"resources.pack_size={n}")))) for n in (8, 512))
     assert eight.worker(8) == more.worker(512)
 
@@ -183,16 +183,17 @@ def test_states_that_fill_the_disk_are_refused() -> None:
     fitting(full, "method.name=fedavg", *advice)
 
 
-# --- the whole
+# --- the plan
 
 
-def test_a_plan_by_hand() -> None:
-    """Two layers of 96 x 32 at rank 4, 8 clients: the figures of test_engine.py, and an Adam state of two factors."""
+def test_plan_by_hand() -> None:
+    """Two layers of 96 x 32 at rank 4, 8 clients: the figures of tests/end_to_end/test_runs.py, and an Adam state of
+    two factors."""
     planned = plan_of(prepare(small("resources.workers=2")))
     up = 2 * 4 * (96 + 32) * 4
     assert [row.up_all for row in planned.rounds] == [8 * up, 8 * up]
     assert [row.down for row in planned.rounds] == [(0, 0), (2 * 96 * 32 * 4,) * 2]  # 8 blocks exceed the matrix
-    # What the first broadcast would cost, and what everybody's two downloads do.
+    # The cost of the first broadcast, and of all clients' two downloads.
     assert [row.down_counted for row in planned.rounds] == [(2 * 96 * 32 * 4,) * 2] * 2
     assert [row.down_counted_all for row in planned.rounds] == [8 * 2 * 96 * 32 * 4] * 2
     # The basis on the side of 32, two moments on the side of 96.
@@ -209,7 +210,7 @@ def test_a_plan_by_hand() -> None:
     assert json.loads(json.dumps(as_dict(planned)))["server"][0] == 2 * 96 * 32 * 4
 
 
-def test_a_plan_starts_no_ray() -> None:
+def test_plan_does_not_start_ray() -> None:
     code = (
         "import sys; sys.argv[1:] = ['plan', *sys.argv[1:]]\n"
         "from rayfed_sub.cli.main import _code\n"
@@ -222,7 +223,7 @@ def test_a_plan_starts_no_ray() -> None:
     assert json.loads(done.stdout)["method"] == "fedftg"
 
 
-def test_a_private_run_is_timed_as_it_will_run() -> None:
+def test_private_run_is_timed_with_its_clipping() -> None:
     """Workers clip with the server's own notes, which `fedftg` needs for its ranks, so they must be sent."""
     private = ["federation.sampled=4", "federation.client_weighting=uniform", "privacy.clip=0.5", "privacy.noise=1"]
     speed = probe(prepare(small(*private)), [1])
@@ -230,7 +231,7 @@ def test_a_private_run_is_timed_as_it_will_run() -> None:
     assert speed.round > 0
 
 
-def test_a_classifier_is_planned_too(tmp_path: Path) -> None:
+def test_classifier_is_planned_too(tmp_path: Path) -> None:
     table = tmp_path / "letters.csv"
     table.write_text("sentence,letter\n" + "\n".join(f"{x * n},{x}" for n in range(3, 40) for x in "az") + "\n")
     tree = {
@@ -249,8 +250,8 @@ def test_a_classifier_is_planned_too(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["method.name=fedit"], ["model.dtype=float32"]])
-def test_a_worker_takes_the_memory_that_was_planned(overrides: list[str], tmp_path: Path) -> None:
-    """SmolLM2-135M, 4 clients x 4 rows x 64 tokens, within 15 % of what a real worker grows by."""
+def test_worker_takes_the_planned_memory(overrides: list[str], tmp_path: Path) -> None:
+    """SmolLM2-135M, 4 clients x 4 rows x 64 tokens, within 15 % of the growth of a real worker."""
     job = prepare(load_config(ROOT / "experiments" / "quickstart.yaml", [*LIKE, *overrides]))
     planned = need(job_parts(job)).worker(4).process
     prepared(job, tmp_path)
@@ -261,8 +262,8 @@ def test_a_worker_takes_the_memory_that_was_planned(overrides: list[str], tmp_pa
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-def test_the_machine_is_looked_at(tmp_path: Path) -> None:
+def test_machine_is_measured(tmp_path: Path) -> None:
     machine = here(prepare(small()), tmp_path / "not" / "there" / "yet")
     assert 0 < machine.memory < PLENTY
     assert machine.disk > 0
-    assert machine.gpu is None, "the job asks for none"
+    assert machine.gpu is None, "the job requests no GPU"

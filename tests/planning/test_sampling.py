@@ -1,4 +1,4 @@
-"""Who takes part, how long and how fast: pure functions of configuration and seed."""
+"""Cohorts, local steps and learning rates: pure functions of configuration and seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def config(**federation: object) -> Config:
     return load_config({"federation": {"clients": 50, **federation}})
 
 
-def test_a_cohort_is_sorted_distinct_and_of_the_asked_size() -> None:
+def test_cohort_is_sorted_distinct_and_of_the_configured_size() -> None:
     drawn = [cohort(config(sampled=10), n) for n in range(20)]
     assert all(clients == sorted(set(clients)) and len(clients) == 10 for clients in drawn)
     assert drawn[0] != drawn[1]
@@ -24,7 +24,7 @@ def test_a_cohort_is_sorted_distinct_and_of_the_asked_size() -> None:
     assert cohort(config(), 3) == list(range(50))
 
 
-def test_unavailable_clients_stay_away_at_the_asked_rate() -> None:
+def test_clients_are_unavailable_at_the_configured_rate() -> None:
     """200 rounds of 50 clients at availability 0.7: 7,000 expected, standard deviation sqrt(10,000 * 0.21) = 46."""
     present = sum(len(cohort(config(availability=0.7), n)) for n in range(200))
     assert abs(present - 7000) < 4 * 46
@@ -39,7 +39,7 @@ def test_local_steps_by_number_list_and_range() -> None:
     assert drawn == [local_steps(config(local_steps={"low": 2, "high": 4}), k) for k in range(50)]
 
 
-def test_a_range_upside_down_is_refused() -> None:
+def test_reversed_range_is_refused() -> None:
     with pytest.raises(UserError, match="high"):
         config(local_steps={"low": 4, "high": 2})
 

@@ -1,4 +1,4 @@
-"""Differential privacy: clipping, noise and the accountant against arithmetic, and what the engine refuses."""
+"""Differential privacy: clipping, noise and the accountant against arithmetic, and the engine's refusals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def update_of(
     blocks: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     base_scale: float = 1.0,
 ) -> Update:
-    """The update of a client that comes back with the tensors `ends`."""
+    """The update of a client that returns the tensors `ends`."""
     broadcast = method.broadcast(server)
     start = method.start_client(broadcast, None, Client(0, 0), SHAPE)
     tensors = {**start.tensors, **ends}
@@ -65,7 +65,7 @@ def update_of(
 # --- clipping, by hand
 
 
-def test_a_factor_that_is_sent_is_what_is_clipped() -> None:
+def test_sent_factor_is_clipped() -> None:
     """FFA-LoRA: B moves by (3, 4, 0), the head by (0, 12) and its bias by 0: |d| = sqrt(9 + 16 + 144) = 13."""
     method = made("ffa-lora", rank=1)
     server = method.init_server(WEIGHTS, SHAPE, seed=0)
@@ -89,7 +89,7 @@ def test_both_factors_count_together() -> None:
     assert clipped(method, server, sent, SHAPE, clip=1.5).weight == pytest.approx(0.5)
 
 
-def test_blocks_are_clipped_as_the_dense_change_they_make() -> None:
+def test_blocks_are_clipped_as_their_dense_change() -> None:
     """FedFTG with decay: W halves, [[-2, 0], [0, -3], [0, 0]], and a block adds 6: |d| = sqrt(4 + 9 + 36) = 7."""
     method = made("fedftg", rank=1)
     server = method.init_server(WEIGHTS, SHAPE, seed=0)
@@ -100,14 +100,14 @@ def test_blocks_are_clipped_as_the_dense_change_they_make() -> None:
 
 
 class Chatty(FedIT):
-    """Also releases how many clients came."""
+    """Also releases the number of clients."""
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         after = super().aggregate(server, total, shape)
         return ServerState(after.round, {**after.tensors, "clients": torch.tensor(total.weight)})
 
 
-def test_what_would_be_released_without_noise_ends_the_run() -> None:
+def test_release_without_noise_ends_the_run() -> None:
     method = Chatty(rank=1)
     server = method.init_server(WEIGHTS, SHAPE, seed=0)
     with pytest.raises(RunError, match="client 0, privacy: the server's clients would be released without noise"):
@@ -126,7 +126,7 @@ def released(method: Method, server: ServerState, updates: list[Update], shape: 
     return advance(Server(), server, after, {}, total.weight / expected, lambda _, size: torch.zeros(size))[0]
 
 
-def test_a_round_is_the_clipped_sum_over_the_fixed_denominator() -> None:
+def test_round_is_the_clipped_sum_over_the_fixed_denominator() -> None:
     """B moves by (3, 4, 0), clipped to (1.5, 2, 0), and by (0, 0, 2), left alone; the expected cohort is 4."""
     method = made("ffa-lora", rank=1)
     server = method.init_server(WEIGHTS, SHAPE, seed=0)
@@ -137,7 +137,7 @@ def test_a_round_is_the_clipped_sum_over_the_fixed_denominator() -> None:
 
 
 @every_linear
-def test_an_empty_cohort_releases_noise_alone(name: str) -> None:
+def test_empty_cohort_releases_noise_alone(name: str) -> None:
     tiny = bert()
     method = made(name)
     server = begun(method, tiny)
@@ -152,7 +152,7 @@ def test_an_empty_cohort_releases_noise_alone(name: str) -> None:
 
 
 def test_noise_is_added_before_the_server_s_rule() -> None:
-    """d = [1, 0]; half of it and the noise [10, 20] make [10.5, 20], which momentum then remembers."""
+    """d = [1, 0]; half of it and the noise [10, 20] make [10.5, 20], which momentum then stores."""
     before = ServerState(0, {"up/weight": torch.tensor([[1.0, 2.0]]), "step": torch.tensor(3.0)})
     after = before.advance({"up/weight": torch.tensor([[2.0, 2.0]]), "step": torch.tensor(4.0)})
     drawn = {"up/weight": torch.tensor([[10.0, 20.0]])}
@@ -167,7 +167,7 @@ def test_noise_is_added_before_the_server_s_rule() -> None:
     assert moved.tensors["up/weight"].tolist() == [[1 + 2 * 10.5, 2 + 2 * 20.0]]
 
 
-def test_a_change_that_is_not_finite_has_no_weight() -> None:
+def test_non_finite_change_has_no_weight() -> None:
     """Finite factors whose product overflows float32: 1e30 * 1e30."""
     method, shape = build({"name": "fedftg", "rank": 1}), ModelShape((Layer("up", 2, 1),))
     server = method.init_server({"up/weight": torch.zeros(2, 1)}, shape, 0)
@@ -175,7 +175,7 @@ def test_a_change_that_is_not_finite_has_no_weight() -> None:
     assert math.isnan(clipped(method, server, Update(0, 1.0, huge), shape, 1.0).weight)
 
 
-# --- what every linear method must keep
+# --- invariants of every linear method
 
 
 def clients(name: str, tiny: Tiny, lr: float = 0.01) -> tuple[Method, ServerState, list[Update]]:
@@ -196,8 +196,9 @@ def folded(method: Method, server: ServerState, updates: list[Update], weights: 
 
 @every_linear
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 1.0), (1.0, 1e-3)])
-def test_the_mean_of_updates_is_the_mean_of_their_changes(name: str, weights: tuple[float, float]) -> None:
-    """finish = server + (a d1 + b d2) / (a + b): why clipping a weight clips a change.  float32 weights hold the d."""
+def test_mean_of_updates_is_the_mean_of_their_changes(name: str, weights: tuple[float, float]) -> None:
+    """aggregate = server + (a d1 + b d2) / (a + b): the reason that clipping a weight clips a change.  float32 weights
+    hold the d."""
     tiny = bert()
     method, server, updates = clients(name, tiny)
     changes = [change(method, server, update, tiny.shape) for update in updates]
@@ -210,7 +211,7 @@ def test_the_mean_of_updates_is_the_mean_of_their_changes(name: str, weights: tu
 
 
 @every_linear
-def test_a_client_at_rest_moves_nothing_and_names_all_that_may_move(name: str) -> None:
+def test_client_at_rest_changes_nothing_and_names_all_trainable_tensors(name: str) -> None:
     tiny = bert()
     method, server, updates = clients(name, tiny)
     still = change(method, server, at_rest(method, server, tiny.shape, seed=0), tiny.shape)
@@ -219,7 +220,7 @@ def test_a_client_at_rest_moves_nothing_and_names_all_that_may_move(name: str) -
 
 
 @every_linear
-def test_one_client_moves_what_is_released_by_clip_at_most(name: str) -> None:
+def test_one_client_changes_the_release_by_clip_at_most(name: str) -> None:
     """The accountant's neighbours: a cohort with and without its second client, clip 1/100, denominator 5.  The client
     would go further, so the gap is the whole of clip / 5, up to float32's rounding of the weights."""
     tiny, clip, expected = bert(), 0.01, 5.0
@@ -238,7 +239,7 @@ def test_one_client_moves_what_is_released_by_clip_at_most(name: str) -> None:
 # --- noise
 
 
-def test_noise_has_the_asked_deviation_and_is_new_for_every_round_and_tensor() -> None:
+def test_noise_has_the_configured_deviation_and_is_new_for_every_round_and_tensor() -> None:
     """200,000 draws: the sample's deviation errs by 1 / sqrt(2 * 200,000) of itself, mean and correlations by
     1 / sqrt(200,000); five times that is allowed."""
     draws = [noise(0, n, 0.5, name, (400, 500)).double() for n, name in ((0, "a"), (1, "a"), (0, "b"))]
@@ -263,7 +264,7 @@ def gaussian_delta(eps: float, mu: float) -> float:
 
 @pytest.mark.parametrize(("z", "rounds"), [(1.0, 1), (4.0, 10), (20.0, 100), (1.0, 500), (1e3, 1)])
 @pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-12])
-def test_without_sampling_epsilon_is_the_exact_one(z: float, rounds: int, delta: float) -> None:
+def test_epsilon_without_sampling_is_exact(z: float, rounds: int, delta: float) -> None:
     """All clients in every round: `rounds` Gaussian mechanisms are one with mu = sqrt(rounds) / z."""
     mu, got = math.sqrt(rounds) / z, epsilon(z, 1.0, rounds, delta)
     assert (got == 0 and gaussian_delta(0.0, mu) <= delta) or gaussian_delta(0.999 * got, mu) > delta
@@ -272,7 +273,7 @@ def test_without_sampling_epsilon_is_the_exact_one(z: float, rounds: int, delta:
 
 @pytest.mark.parametrize(("z", "q"), [(1.0, 0.1), (0.5, 0.01), (3.0, 0.7)])
 @pytest.mark.parametrize("delta", [1e-3, 1e-6])
-def test_of_one_sampled_round_epsilon_is_the_exact_one(z: float, q: float, delta: float) -> None:
+def test_epsilon_of_one_sampled_round_is_exact(z: float, q: float, delta: float) -> None:
     """P = N(0, z^2), Q = (1 - q) P + q N(1, z^2).  Q > e^eps P above x with (2x - 1) / (2 z^2) = t, and P > e^eps Q
     below such an x, e^t = (e^(+-eps) - 1 + q) / q; delta is the larger of the two gaps."""
     below = NormalDist(0, z).cdf
@@ -291,7 +292,7 @@ def test_of_one_sampled_round_epsilon_is_the_exact_one(z: float, q: float, delta
     assert got == 0 or delta_of(0.999 * got) > delta
 
 
-def test_pld_is_below_the_sum_over_coalitions_which_rdp_agrees_with() -> None:
+def test_pld_is_below_rdp_and_rdp_matches_the_sum_over_coalitions() -> None:
     """For whole alpha the sampled Gaussian's divergence is a sum (arXiv 1908.10530, section 3.3):
     log(sum_k C(alpha, k) (1 - q)^(alpha - k) q^k exp(k (k - 1) / (2 z^2))) / (alpha - 1)."""
     z, q, rounds, delta = 1.1, 0.01, 1000, 1e-5
@@ -304,13 +305,13 @@ def test_pld_is_below_the_sum_over_coalitions_which_rdp_agrees_with() -> None:
         divergence = rounds * math.log(math.fsum(terms)) / (alpha - 1)
         bounds.append(divergence + math.log1p(-1 / alpha) - math.log(delta * alpha) / (alpha - 1))
     got, (by_renyi,) = epsilon(z, q, rounds, delta), renyi_epsilons(z, q, rounds, (delta,))
-    assert 0.99 * min(bounds) < by_renyi <= min(bounds) + 1e-9  # between whole alphas there is a slightly better one
+    assert 0.99 * min(bounds) < by_renyi <= min(bounds) + 1e-9  # between integer alphas there is a slightly better one
     assert 0.8 * by_renyi < got < by_renyi
     assert got < epsilon(z, 0.02, rounds, delta) < epsilon(z, 1.0, rounds, delta)
 
 
-def test_the_accountant_is_the_tighter_one() -> None:
-    """dp-accounting 0.6's PLDAccountant on its own grid of 1e-4 says 4.78435; RDP 5.65505."""
+def test_accountant_is_the_tighter_one() -> None:
+    """dp-accounting 0.6's PLDAccountant on its own grid of 1e-4 gives 4.78435; RDP 5.65505."""
     config = private({"clients": 50, "sampled": 5, "rounds": 100}, noise=1.0, delta=1e-3)
     figures = account(config, 1.0, 100)
     assert figures is not None
@@ -329,35 +330,33 @@ def test_the_accountant_is_the_tighter_one() -> None:
     ("z", "q", "rounds"),
     [(1.0, 1e-6, 100), (0.02, 0.1, 10), (0.1, 1e-4, 10), (1.0, 0.01, 1_000_000), (1e4, 0.1, 100), (1e6, 0.5, 3)],
 )
-def test_numbers_at_the_edge_stay_below_rdp_s(z: float, q: float, rounds: int) -> None:
-    """On the default grid the second takes minutes and gigabytes.  A client that never comes is worth nothing: where
+def test_extreme_settings_stay_below_rdp(z: float, q: float, rounds: int) -> None:
+    """On the default grid the second takes minutes and gigabytes.  A client that never takes part costs nothing: if
     rounds * q <= delta, epsilon is 0."""
     got, (by_renyi,) = epsilon(z, q, rounds, 1e-3), renyi_epsilons(z, q, rounds, (1e-3,))
     assert got >= 0
     assert got == 0 or rounds * q > 1e-3
-    # RDP's bound stands alone where it is 0, and where nothing is protected.
+    # Only RDP's bound is available where it is 0, and where nothing is protected.
     assert got < by_renyi if 0 < by_renyi < 1e6 else got == by_renyi
 
 
 @pytest.mark.parametrize(("target", "q", "rounds"), [(1.0, 1.0, 3), (8.0, 0.05, 50), (0.5, 0.01, 100)])
-def test_the_noise_that_is_found_keeps_the_budget_and_little_less_would_not(
-    target: float, q: float, rounds: int
-) -> None:
+def test_found_noise_is_nearly_the_smallest_that_keeps_the_budget(target: float, q: float, rounds: int) -> None:
     found = noise_for(target, 1e-5, q, rounds)
     assert found == float(f"{found:.5g}")
     assert epsilon(found, q, rounds, 1e-5) <= target < epsilon(0.999 * found, q, rounds, 1e-5)
 
 
-def test_budgets_beyond_what_the_accountant_can_judge() -> None:
+def test_budgets_beyond_the_accountant_s_range() -> None:
     with pytest.raises(UserError, match=r"privacy\.epsilon: got 1e-07; .* 1000 rounds .*raise it"):
         noise_for(1e-7, 1e-9, 1.0, 1000)
     assert noise_for(1e15, 1e-5, 1.0, 1) == NOISES[0]
 
 
-def test_the_accountant_neither_warns_nor_sets_up_logging(
+def test_accountant_neither_warns_nor_sets_up_logging(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At q = 0.1, z = 1 it leaves out the orders below 1.6, which it would say with a handler of its own."""
+    """At q = 0.1, z = 1 it omits the orders below 1.6, which it would report with a handler of its own."""
     monkeypatch.setattr(logging.root, "handlers", [])
     assert 0 < epsilon(1.0, 0.1, 10, 1e-5) < 10
     assert capfd.readouterr() == ("", "")
@@ -374,7 +373,7 @@ def private(federation: Mapping[str, object] | None = None, *overrides: str, **p
     )
 
 
-def test_clients_come_independently_at_the_asked_rate() -> None:
+def test_clients_take_part_independently_at_the_configured_rate() -> None:
     """400 rounds of 50 clients at 10 / 50: 4,000 expected, standard deviation sqrt(20,000 * 0.2 * 0.8) = 57.  A size
     has variance 50 * 0.2 * 0.8 = 8, the mean of 400 squared deviations an error of about 8 sqrt(2 / 400) = 0.57."""
     config = private({"clients": 50, "sampled": 10}, noise=1.0)
@@ -406,7 +405,7 @@ def job() -> Job:
     return prepare(private({"clients": 4, "sampled": 2, "local_steps": 2}, clip=0.1, epsilon=8.0, delta=1e-3))
 
 
-def test_a_budget_stays_as_it_was_asked_for_and_becomes_noise_in_the_job(job: Job) -> None:
+def test_budget_stays_in_the_configuration_and_becomes_noise_in_the_job(job: Job) -> None:
     config, noise = job.config, job.noise
     assert (config.privacy.epsilon, config.privacy.noise) == (8.0, None)
     assert noise == noise_for(8.0, 1e-3, 0.5, 3)
@@ -414,7 +413,7 @@ def test_a_budget_stays_as_it_was_asked_for_and_becomes_noise_in_the_job(job: Jo
     assert spent(load_config(TINY), None, 3) is None
 
 
-def test_a_resolved_configuration_means_the_same_when_it_is_loaded_again(job: Job, tmp_path: Path) -> None:
+def test_resolved_configuration_has_the_same_meaning_when_loaded_again(job: Job, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml_text(job.config.model_dump(mode="json")), encoding="utf-8")
     again = prepare(load_config(file))
@@ -422,7 +421,7 @@ def test_a_resolved_configuration_means_the_same_when_it_is_loaded_again(job: Jo
     assert again.noise == job.noise
 
 
-def test_a_plan_shows_what_will_be_spent(job: Job) -> None:
+def test_plan_shows_the_budget_to_be_spent(job: Job) -> None:
     figures = plan_of(job).privacy
     assert figures is not None
     assert figures == account(job.config, job.noise, 3)

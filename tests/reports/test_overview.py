@@ -1,8 +1,4 @@
-"""Facts of the paper and its release that stand on their own, each with its arithmetic.
-
-Where the others are: 2 test_methods, test_fedex_lora; 3 and 4 test_flexlora; 5 test_methods, test_flora; 6, 7, 8
-and 10 test_reference; 6 and 9 test_shared_galore; 9 test_methods.
-"""
+"""Facts of the paper and of its released code, each with its arithmetic."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from rayfed_sub.data.dataset import load_pairs
 from rayfed_sub.diagnostics.server_change import change_rank
 
 
-def test_fact_1_rank_inflation() -> None:
+def test_rank_inflation() -> None:
     """N = 4 changes of rank r = 3 on 40 x 30: rank(sum p_k B_k A_k) = min(40, 30, 4 * 3) = 12; with N = 11, 30."""
     rng = torch.Generator().manual_seed(0)
 
@@ -31,11 +27,11 @@ def test_fact_1_rank_inflation() -> None:
 
     assert torch.linalg.matrix_rank(mean(4)) == 12
     assert torch.linalg.matrix_rank(mean(11)) == 30
-    assert change_rank(torch.zeros(40, 30), mean(4).float()) == 12  # our own count, in stored float32 weights
+    assert change_rank(torch.zeros(40, 30), mean(4).float()) == 12  # our own rank, in stored float32 weights
 
 
 @pytest.mark.skipif("DOLLY_PARQUET" not in os.environ, reason="set DOLLY_PARQUET to the release's split of Dolly-15k")
-def test_fact_11_the_release_splits_dolly_in_four() -> None:
+def test_released_code_splits_dolly_in_four() -> None:
     """15,011 rows = 4 * 3,752 + 3 without a client; read as a run reads them, less repeats."""
     import pandas as pd
 

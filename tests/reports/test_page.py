@@ -1,4 +1,4 @@
-"""The report in a browser: drawn, sorted, filtered, legible, quick; and its colours, computed."""
+"""The report in a browser: drawn, sorted, filtered, legible, fast; and its computed colours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RUNS = [f"run-{at}" for at in range(RUN_COLOURS)]
 
 
 def linear(colour: str) -> np.ndarray[Any, Any]:
-    """Light of red, green and blue, 0 to 1, from "#rrggbb" in sRGB."""
+    """Linear red, green and blue, 0 to 1, from "#rrggbb" in sRGB."""
     stored = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
     return np.where(stored <= 0.04045, stored / 12.92, ((stored + 0.055) / 1.055) ** 2.4)
 
@@ -43,7 +43,7 @@ def contrast(one: str, other: str) -> float:
     return (bright + 0.05) / (faint + 0.05)
 
 
-# What the light of a colour becomes for eyes without one kind of cones (Machado et al., 2009, severity 1).
+# Linear colours as seen without one kind of cones (Machado et al., 2009, severity 1).
 EYES = {
     "all cones": np.eye(3),
     "no red": np.array(
@@ -59,7 +59,7 @@ EYES = {
 
 
 def perceived(light: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """In OKLab, where distances are as eyes tell them: black to white is 1, and 0.02 is just to be seen."""
+    """In OKLab, where distances match perception: black to white is 1, and 0.02 is just visible."""
     cones = np.array(
         [
             [0.4122214708, 0.5363325363, 0.0514459929],
@@ -77,7 +77,7 @@ def perceived(light: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(mixed @ np.cbrt(cones @ np.clip(light, 0, 1)))
 
 
-def test_contrast_and_distance_are_what_they_should_be() -> None:
+def test_contrast_and_distance_of_known_colours() -> None:
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)  # the well-known gray that just fails
     assert np.linalg.norm(perceived(linear("#ffffff")) - perceived(linear("#000000"))) == pytest.approx(1, abs=1e-3)
@@ -93,13 +93,13 @@ def test_text_and_lines_are_legible(colours: dict[str, str]) -> None:
 
 @SCHEMES
 @pytest.mark.parametrize("eyes", EYES)
-def test_runs_are_told_apart_by_all_eyes(colours: dict[str, str], eyes: str) -> None:
+def test_colours_of_runs_are_distinct_for_all_eyes(colours: dict[str, str], eyes: str) -> None:
     seen = {name: perceived(EYES[eyes] @ linear(colours[name])) for name in RUNS}
     near = min((float(np.linalg.norm(seen[a] - seen[b])), a, b) for a, b in combinations(RUNS, 2))
     assert near[0] > 0.1, near
 
 
-def test_runs_are_told_apart_without_colours() -> None:
+def test_runs_are_distinct_without_colours() -> None:
     styles = [line_style(at) for at in range(30)]
     assert len({(style["line"]["dash"], style["marker"]["symbol"]) for style in styles}) == 30
     assert len({json.dumps(style) for style in styles}) == 30
@@ -121,7 +121,7 @@ def test_large_tables_are_stored_by_column() -> None:
     assert "<td" not in text
 
 
-def test_details_and_legends_hold_together() -> None:
+def test_details_and_legends_are_consistent() -> None:
     figure = Figure("Shows 1 & 2.", "how", [{"x": [1]}], {"height": 300}, title="A <b>")
     text = page("a page", [Section("one", [Legend(["<x>", "y"]), Details("more & more", [Text("z"), figure], True)])])
     outline = Outline(text)
@@ -139,23 +139,25 @@ BROWSER = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 DRAWN = 'plots.filter(plot => plot.querySelector("svg.main-svg")).length'
 
 
-def asked(path: Path, script: str) -> Path:
-    """A copy of the page that also runs the script, which leaves what it finds in `said`."""
+def with_script(path: Path, script: str) -> Path:
+    """A copy of the page that also runs the script, which stores its findings in `result`."""
     copy = path.with_name(f"asked-{path.name}")
-    ending = f"<script>{{ const said = {{}}; {script}; document.body.dataset.said = JSON.stringify(said); }}</script>"
+    ending = (
+        f"<script>{{ const result = {{}}; {script}; document.body.dataset.result = JSON.stringify(result); }}</script>"
+    )
     copy.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{ending}</body>"), encoding="utf-8")
     return copy
 
 
-def told(dom: str) -> dict[str, Any]:
-    found = re.search(r'data-said="(.*?)"', dom)
+def result_of(dom: str) -> dict[str, Any]:
+    found = re.search(r'data-result="(.*?)"', dom)
     assert found
     return dict(json.loads(html.unescape(found[1])))
 
 
 @pytest.mark.slow
 @BROWSER
-def test_everything_is_drawn_in_light_and_dark(tmp_path: Path) -> None:
+def test_everything_is_drawn_in_light_and_dark_mode(tmp_path: Path) -> None:
     runs = [
         read_run(write_run(tmp_path / "one", clients=300, sampled=20, rounds=6, layers=30, again=((1, 0),))),
         read_run(write_run(tmp_path / "two", clients=12, rounds=4, done=3, method="fedftg")),
@@ -166,35 +168,35 @@ def test_everything_is_drawn_in_light_and_dark(tmp_path: Path) -> None:
       const shut = () => document.querySelectorAll("details:not([open])").length;
       const sheet = [...document.querySelectorAll("main")][0], before = shut(), screen = sheet.offsetWidth;
       dispatchEvent(new Event("beforeprint"));
-      said.printed = [shut(), {DRAWN}, sheet.offsetWidth, new Set(plots.map(plot => plot._fullLayout.width)).size];
+      result.printed = [shut(), {DRAWN}, sheet.offsetWidth, new Set(plots.map(plot => plot._fullLayout.width)).size];
       dispatchEvent(new Event("afterprint"));
-      said.shut = [before, shut()]; said.back = sheet.offsetWidth === screen;
+      result.shut = [before, shut()]; result.back = sheet.offsetWidth === screen;
       for (const details of document.querySelectorAll("details")) details.open = true;
       plots.forEach(draw);
-      said.plots = plots.length;
-      said.wide = document.documentElement.scrollWidth - innerWidth;
-      said.shares = plots.some(plot => plot._context.showSendToCloud);
-      said.papers = [...new Set(plots.map(plot => plot._fullLayout.paper_bgcolor))];
-      said.lines = plots[0]._fullData.map(trace => trace.line.color);
-      said.heights = plots.filter(plot => plot.offsetHeight !== plot._fullLayout.height).length;
-      said.unnamed = [...document.querySelectorAll("figure")].filter(one => !/\\d/.test(one.ariaLabel)).length;
-      said.cut = plots.flatMap(plot => [...plot.querySelectorAll(".ytick text, .y2tick text")].filter(
+      result.plots = plots.length;
+      result.wide = document.documentElement.scrollWidth - innerWidth;
+      result.shares = plots.some(plot => plot._context.showSendToCloud);
+      result.papers = [...new Set(plots.map(plot => plot._fullLayout.paper_bgcolor))];
+      result.lines = plots[0]._fullData.map(trace => trace.line.color);
+      result.heights = plots.filter(plot => plot.offsetHeight !== plot._fullLayout.height).length;
+      result.unnamed = [...document.querySelectorAll("figure")].filter(one => !/\\d/.test(one.ariaLabel)).length;
+      result.cut = plots.flatMap(plot => [...plot.querySelectorAll(".ytick text, .y2tick text")].filter(
         tick => tick.getBoundingClientRect().left < plot.getBoundingClientRect().left - 1)).length;
     """
     for scheme, colours, number in (("dark", DARK, 0), ("light", LIGHT, 1)):
         dom, console = browse(
-            asked(path, script), f"--blink-settings=preferredColorScheme={number}", "--window-size=500,900"
+            with_script(path, script), f"--blink-settings=preferredColorScheme={number}", "--window-size=500,900"
         )
         assert console == []
-        look = told(dom)
-        assert look["plots"] > 50
-        assert look["printed"][:3] == [0, look["plots"], 704], scheme  # 44 rem
-        assert look["printed"][3] <= 4, "all figures have one of the sheet's widths"
-        assert look["shut"][0] == look["shut"][1] > 0
-        assert look["back"]
-        assert look["papers"] == [colours["page"]]
-        assert look["lines"] == [colours["run-0"], colours["run-1"]]
-        assert (look["wide"] <= 0, look["shares"], look["heights"], look["unnamed"], look["cut"]) == (
+        result = result_of(dom)
+        assert result["plots"] > 50
+        assert result["printed"][:3] == [0, result["plots"], 704], scheme  # 44 rem
+        assert result["printed"][3] <= 4, "every figure has one of the sheet's widths"
+        assert result["shut"][0] == result["shut"][1] > 0
+        assert result["back"]
+        assert result["papers"] == [colours["page"]]
+        assert result["lines"] == [colours["run-0"], colours["run-1"]]
+        assert (result["wide"] <= 0, result["shares"], result["heights"], result["unnamed"], result["cut"]) == (
             *(True, False, 0),
             *(0, 0),
         )
@@ -202,7 +204,7 @@ def test_everything_is_drawn_in_light_and_dark(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @BROWSER
-def test_figures_out_of_sight_wait(tmp_path: Path) -> None:
+def test_figures_out_of_sight_are_drawn_later(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report([read_run(write_run(tmp_path / "one"))], path)
     dom, console = browse(path, "--window-size=1000,1200")
@@ -213,7 +215,7 @@ def test_figures_out_of_sight_wait(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @BROWSER
-def test_a_large_table_sorts_filters_and_turns_over(tmp_path: Path) -> None:
+def test_large_table_sorts_filters_and_pages(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report([read_run(write_run(tmp_path / "one", clients=300, rounds=2, skipped=((1, 7), (1, 8))))], path)
     script = """
@@ -224,68 +226,68 @@ def test_a_large_table_sorts_filters_and_turns_over(tmp_path: Path) -> None:
       const [first, previous, next, last] = part.querySelectorAll(".pages button");
       const place = () => part.querySelector(".pages output").textContent, box = part.querySelector("input");
       const filter = text => { box.value = text; box.dispatchEvent(new Event("input")); };
-      said.names = names;
-      said.start = [column("client"), place(), first.disabled, previous.disabled, next.disabled];
-      next.click(); said.second = [column("client")[0], place()];
-      last.focus(); last.click(); said.end = [column("client").at(-1), place(), document.activeElement === first];
-      press("last loss"); press("last loss"); said.worst = column("last loss").map(Number);
-      filter("client > 296"); said.above = [column("client"), place(), part.querySelector("output").textContent];
-      filter("skipped = 1, client < 8"); said.both = column("client");
-      filter("no such thing"); said.none = [column("client"), place()];
-      filter(""); said.all = place();
+      result.names = names;
+      result.start = [column("client"), place(), first.disabled, previous.disabled, next.disabled];
+      next.click(); result.second = [column("client")[0], place()];
+      last.focus(); last.click(); result.end = [column("client").at(-1), place(), document.activeElement === first];
+      press("last loss"); press("last loss"); result.worst = column("last loss").map(Number);
+      filter("client > 296"); result.above = [column("client"), place(), part.querySelector("output").textContent];
+      filter("skipped = 1, client < 8"); result.both = column("client");
+      filter("no such thing"); result.none = [column("client"), place()];
+      filter(""); result.all = place();
     """
-    dom, console = browse(asked(path, script))
+    dom, console = browse(with_script(path, script))
     assert console == []
-    look = told(dom)
-    assert look["start"] == [[str(at) for at in range(50)], "rows 1 to 50 of 300", True, True, False]
-    assert look["second"] == ["50", "rows 51 to 100 of 300"]
-    assert look["end"] == ["299", "rows 251 to 300 of 300", True], "the keyboard's place is not lost"
-    assert look["worst"] == sorted(look["worst"], reverse=True)
-    assert sorted(look["above"][0]) == ["297", "298", "299"]
-    assert look["above"][1:] == ["rows 1 to 3 of 3", "3 of 300 rows"]
-    assert look["both"] == ["7"]
-    assert look["none"] == [[], "no rows"]
-    assert look["all"] == "rows 1 to 50 of 300"
+    result = result_of(dom)
+    assert result["start"] == [[str(at) for at in range(50)], "rows 1 to 50 of 300", True, True, False]
+    assert result["second"] == ["50", "rows 51 to 100 of 300"]
+    assert result["end"] == ["299", "rows 251 to 300 of 300", True], "the keyboard's place is not lost"
+    assert result["worst"] == sorted(result["worst"], reverse=True)
+    assert sorted(result["above"][0]) == ["297", "298", "299"]
+    assert result["above"][1:] == ["rows 1 to 3 of 3", "3 of 300 rows"]
+    assert result["both"] == ["7"]
+    assert result["none"] == [[], "no rows"]
+    assert result["all"] == "rows 1 to 50 of 300"
 
 
 @pytest.mark.slow
 @BROWSER
-def test_a_press_on_the_legend_hides_a_run_everywhere(tmp_path: Path) -> None:
+def test_legend_click_hides_a_run_everywhere(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / name, method=name)) for name in ("fedit", "fedftg")]
     path = tmp_path / "report.html"
     write_report(runs, path)
     script = """
       const second = () => [...document.querySelectorAll('.legend button[data-at="1"]')];
       const shown = () => { plots.forEach(draw); return plots[0]._fullData.map(trace => trace.visible); };
-      said.before = shown();
-      second()[0].click(); said.hidden = [shown(), second().map(one => one.getAttribute("aria-pressed"))];
-      second()[1].click(); said.after = [shown(), second().map(one => one.getAttribute("aria-pressed"))];
+      result.before = shown();
+      second()[0].click(); result.hidden = [shown(), second().map(one => one.getAttribute("aria-pressed"))];
+      second()[1].click(); result.after = [shown(), second().map(one => one.getAttribute("aria-pressed"))];
     """
-    dom, console = browse(asked(path, script))
+    dom, console = browse(with_script(path, script))
     assert console == []
-    look = told(dom)
-    legends = len(look["after"][1])
+    result = result_of(dom)
+    legends = len(result["after"][1])
     assert legends > 2
-    assert look["before"] == [True, True]
-    assert look["hidden"] == [[True, False], ["false"] * legends]
-    assert look["after"] == [[True, True], ["true"] * legends]
+    assert result["before"] == [True, True]
+    assert result["hidden"] == [[True, False], ["false"] * legends]
+    assert result["after"] == [[True, True], ["true"] * legends]
 
 
 @pytest.mark.slow
 @BROWSER
 @pytest.mark.parametrize(("rounds", "sampled"), [(100, 100), (10, None)])
-def test_ten_thousand_clients_open_at_once(tmp_path: Path, rounds: int, sampled: int | None) -> None:
+def test_page_of_ten_thousand_clients_opens_fast(tmp_path: Path, rounds: int, sampled: int | None) -> None:
     folder = write_run(tmp_path / "run", clients=10_000, sampled=sampled, rounds=rounds, layers=30, every=rounds)
     path = tmp_path / "report.html"
     write_report([read_run(folder)], path)
     # From the start of the navigation until every figure is drawn, also those out of sight.
-    script = f"""plots.forEach(draw); said.drawn = {DRAWN}; said.plots = plots.length;
-      document.body.offsetHeight; said.seconds = performance.now() / 1000;"""
-    page_asked, best = asked(path, script), float("inf")
-    for _ in range(8):  # other processes take the processor at times, and the quickest shows what the page needs
-        look = told(in_real_time(page_asked))
-        assert look["drawn"] == look["plots"] > 30
-        best = min(best, look["seconds"])
+    script = f"""plots.forEach(draw); result.drawn = {DRAWN}; result.plots = plots.length;
+      document.body.offsetHeight; result.seconds = performance.now() / 1000;"""
+    page_with_script, best = with_script(path, script), float("inf")
+    for _ in range(8):  # other processes use the processor at times; the fastest time is the page's own
+        result = result_of(in_real_time(page_with_script))
+        assert result["drawn"] == result["plots"] > 30
+        best = min(best, result["seconds"])
         if best < 3:
             break
     assert best < 3

@@ -1,4 +1,4 @@
-"""The report of runs: the right numbers from run folders, whole, cut off, old or many."""
+"""The report of runs: the right numbers from run folders that are complete, interrupted, old or many."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECORDS = {
 
 
 def report(*runs: Run) -> dict[str, list[Any]]:
-    """The report's sections by title, each its parts, those of details among them."""
+    """The report's sections by title, each with its parts, including those of details."""
     found = {section.title: section for section in sections(named(runs))}
     return {title: parts(section) for title, section in found.items()}
 
@@ -41,7 +41,7 @@ def parts(section: Section) -> list[Any]:
 
 
 def figure(found: list[Any], title: str) -> Figure:
-    """The first of that title."""
+    """The first figure of that title."""
     return next(part for part in found if isinstance(part, Figure) and part.title == title)
 
 
@@ -57,17 +57,17 @@ def texts(found: Table, column: str) -> list[str]:
 # --- the folder
 
 
-def test_the_written_tables_are_those_of_the_engine(tmp_path: Path) -> None:
+def test_written_tables_match_the_engine_s(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     for name, record in RECORDS.items():
         names = {field.name for field in dataclasses.fields(record)}
         assert set(pd.read_parquet(folder / f"{name}.parquet").columns) == names, name
         assert set(_COLUMNS[name]) == names, name
-    told = json.loads((folder / "summary.json").read_text())
-    assert set(told) == {field.name for field in dataclasses.fields(Summary)} - {"folder"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == {field.name for field in dataclasses.fields(Summary)} - {"folder"}
 
 
-def test_a_run_that_goes_on_is_shown_as_far_as_its_log(tmp_path: Path) -> None:
+def test_running_run_is_shown_up_to_its_log(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", rounds=5, done=3))  # tables lack the third round
     assert (run.done, run.summary) == (3, {})
     assert run.clients["round"].max() == 1
@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_its_log(tmp_path: Path) -> None:
     assert figure(found["Quality over rounds"], "Training loss (nats/label)").data[0]["x"] == [1, 2, 3]
 
 
-def test_a_run_without_a_round_has_facts_and_settings(tmp_path: Path) -> None:
+def test_run_without_a_round_has_summary_and_settings(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", rounds=5, done=1)
     for name in RECORDS:
         (folder / f"{name}.parquet").unlink()
@@ -85,7 +85,7 @@ def test_a_run_without_a_round_has_facts_and_settings(tmp_path: Path) -> None:
     assert list(report(read_run(folder))) == ["Result", "What was set"]
 
 
-def test_an_older_run_lacks_what_it_lacks(tmp_path: Path) -> None:
+def test_older_run_omits_missing_figures(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", diagnostics=False)
     (folder / "packs.parquet").unlink()
     rounds = pd.read_parquet(folder / "rounds.parquet")
@@ -102,7 +102,7 @@ def test_an_older_run_lacks_what_it_lacks(tmp_path: Path) -> None:
     assert "cosine to mean" not in table(found["Clients"]).columns
 
 
-def test_a_run_from_before_its_task_had_a_seed_of_its_own(tmp_path: Path) -> None:
+def test_run_of_a_version_without_a_task_seed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", seed=3)
     stored = read_yaml(folder / "config.yaml")
     stored["task"]["seed"] = None
@@ -114,7 +114,7 @@ def test_a_run_from_before_its_task_had_a_seed_of_its_own(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         (None, "", r"the folder of a run \(it has a config.yaml\); check the path"),
         ("sweep.yaml", "", r"a sweep's own report is .*report.html"),
@@ -123,7 +123,7 @@ def test_a_run_from_before_its_task_had_a_seed_of_its_own(tmp_path: Path) -> Non
         ("summary.json", "{", "a run folder that this version can read"),
     ],
 )
-def test_what_is_no_run(tmp_path: Path, file: str | None, content: str, said: str) -> None:
+def test_folder_without_a_run_is_refused(tmp_path: Path, file: str | None, content: str, message: str) -> None:
     folder = tmp_path / "run"
     if file in (None, "sweep.yaml"):
         folder.mkdir()
@@ -131,11 +131,11 @@ def test_what_is_no_run(tmp_path: Path, file: str | None, content: str, said: st
         write_run(folder)
     if file:
         (folder / file).write_text(content)
-    with pytest.raises(UserError, match=f"^RUN: got .*{said}"):
+    with pytest.raises(UserError, match=f"^RUN: got .*{message}"):
         read_run(folder)
 
 
-def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
+def test_run_labels_name_their_differences(tmp_path: Path) -> None:
     def called(*names: str, methods: tuple[str, ...] = ("fedit",) * 3) -> list[str]:
         base = tmp_path / "-".join([*names, *methods]).replace("/", "_")
         places = zip(names, methods, strict=False)
@@ -149,10 +149,10 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
     assert list(named([run, run])) == ["twice 1", "twice 2"]
 
 
-# --- what it says
+# --- contents
 
 
-def test_the_order_is_that_of_a_persons_questions(tmp_path: Path) -> None:
+def test_section_order_follows_a_reader_s_questions(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", again=((1, 0),), cross=0.3))
     assert list(report(run)) == [
         *("Symptoms", "Result", "What was set", "Quality over rounds", "Quality against traffic"),
@@ -161,7 +161,7 @@ def test_the_order_is_that_of_a_persons_questions(tmp_path: Path) -> None:
     ]
 
 
-def test_symptoms_come_first(tmp_path: Path) -> None:
+def test_alerts_come_first(tmp_path: Path) -> None:
     healthy, ill = (read_run(write_run(tmp_path / name, cross=cross)) for name, cross in (("a", 0.05), ("b", 0.3)))
     assert "Symptoms" not in report(healthy)
     (alone,) = report(ill)["Symptoms"]
@@ -171,7 +171,7 @@ def test_symptoms_come_first(tmp_path: Path) -> None:
     assert [row[:2] for row in both.rows] == [["b", "cross term"]]
 
 
-def test_facts_of_one_run(tmp_path: Path) -> None:
+def test_summary_of_one_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", rounds=5, clients=6, resumed=(2,)))
     (facts,) = report(run)["Result"]
     assert isinstance(facts, Facts)
@@ -186,7 +186,7 @@ def test_facts_of_one_run(tmp_path: Path) -> None:
     assert facts.pairs["rows beyond task.max_length"] == "40 cut (15 in the text, 30 in the answer), 3 dropped"
 
 
-def test_what_privacy_cost_and_by_which_accountant(tmp_path: Path) -> None:
+def test_privacy_budget_and_accountant_are_shown(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     run.rounds["epsilon"] = [float(n) / 2 for n in range(1, len(run.rounds) + 1)]
     run.summary["privacy"] = {"epsilon": 2.5, "epsilon_rdp": 3.0, "noise": 1.25, "accountant": "PLD", "delta": 1e-5}
@@ -196,7 +196,7 @@ def test_what_privacy_cost_and_by_which_accountant(tmp_path: Path) -> None:
     assert facts.pairs["privacy"] == f"epsilon {most} at delta 1e-05, by PLD (3 by RDP), noise 1.25"
 
 
-def test_a_row_for_each_of_several(tmp_path: Path) -> None:
+def test_each_of_several_runs_has_a_row(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / name, seed=at, method=name)) for at, name in enumerate(("fedit", "fedavg"))]
     rows = table(report(*runs)["Results"])
     assert texts(rows, "run") == ["fedit", "fedavg"]
@@ -207,7 +207,7 @@ def test_a_row_for_each_of_several(tmp_path: Path) -> None:
     assert (texts(rows, "rows cut"), texts(rows, "rows dropped")) == (["40", "40"], ["3", "3"])
 
 
-def test_settings_against_each_other_and_against_the_defaults(tmp_path: Path) -> None:
+def test_settings_are_compared_with_each_other_and_with_the_defaults(tmp_path: Path) -> None:
     first = read_run(write_run(tmp_path / "a", "optimizer.lr=0.1", "method.alpha=8"))
     second = read_run(write_run(tmp_path / "b", method="flora"))
     found = table(report(first, second)["How the configurations differ"])
@@ -222,10 +222,10 @@ def test_settings_against_each_other_and_against_the_defaults(tmp_path: Path) ->
     assert alone.columns == ["key", "this run", "default"]
     assert "optimizer.lr" in texts(alone, "key")
     assert texts(alone, "default")[texts(alone, "key").index("method.alpha")] == "16"
-    assert "method.optimizer_state" not in texts(alone, "key"), "what an older run does not know is as it is by default"
+    assert "method.optimizer_state" not in texts(alone, "key"), "a key unknown to an older run has its default"
 
 
-def test_settings_of_a_method_that_cannot_be_found_here(tmp_path: Path) -> None:
+def test_settings_of_an_unknown_method(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("name: fedit", "name: 'elsewhere:Method'"))
@@ -249,7 +249,7 @@ def test_scores_over_rounds_and_against_bytes(tmp_path: Path) -> None:
     assert not any(isinstance(part, Legend) for part in found["Quality over rounds"])
 
 
-def test_bytes_far_apart_are_read_by_their_logarithm(tmp_path: Path) -> None:
+def test_widely_spread_bytes_use_a_logarithmic_axis(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / f"{clients}", clients=clients)) for clients in (2, 40)]
     found = report(*runs)["Quality against traffic"]
     assert found[0] == Legend(["2", "40"])
@@ -259,14 +259,14 @@ def test_bytes_far_apart_are_read_by_their_logarithm(tmp_path: Path) -> None:
     assert [trace["meta"] for trace in sent.data] == [0, 1]
 
 
-def test_long_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
+def test_long_curves_are_thinned_and_keep_their_end_points(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", rounds=1000, clients=1, layers=1, every=1000))
     (trace,) = figure(report(run)["Quality over rounds"], "Training loss (nats/label)").data
     assert len(trace["x"]) == 300
     assert (trace["x"][0], trace["x"][-1]) == (1, 1000)
 
 
-def test_axes_that_count_name_no_number_twice(tmp_path: Path) -> None:
+def test_axes_of_counts_repeat_no_number(tmp_path: Path) -> None:
     def axis(rounds: int) -> dict[str, Any]:
         run = read_run(write_run(tmp_path / f"{rounds}", rounds=rounds))
         return dict(figure(report(run)["Quality over rounds"], "Held-out loss (nats/label)").layout["xaxis"])
@@ -284,13 +284,13 @@ def test_classes_have_a_table(tmp_path: Path) -> None:
     assert found.rows == [["run", "cat", Cell("0.1", 0.1), Cell("0.5", 0.5), Cell("0.6", 0.6)]]
 
 
-def test_published_scores_that_do_not_read_the_texts(tmp_path: Path) -> None:
-    """The score over words of any script is there where it is another; a published one that is not, is named."""
+def test_published_scores_that_do_not_apply(tmp_path: Path) -> None:
+    """The score over words of any script is shown where it differs; a missing published score is named."""
     folder = write_run(tmp_path / "run", rounds=2)
     scores = pd.read_parquet(folder / "scores.parquet")
     again = scores[scores["metric"] == "rouge_l"].assign(metric="rouge_l_unicode")
 
-    def said(table: pd.DataFrame) -> tuple[dict[str, str], set[str]]:
+    def summary_and_titles(table: pd.DataFrame) -> tuple[dict[str, str], set[str]]:
         table.to_parquet(folder / "scores.parquet")
         found = report(read_run(folder))
         (facts,) = [part for part in found["Result"] if isinstance(part, Facts)]
@@ -298,11 +298,11 @@ def test_published_scores_that_do_not_read_the_texts(tmp_path: Path) -> None:
         return dict(facts.pairs), {title for title in titles if title.startswith("ROUGE")}
 
     published, unicode = "ROUGE-L of greedy answers", "ROUGE-L of greedy answers, words of any script"
-    facts, titles = said(pd.concat([scores, again]))
+    facts, titles = summary_and_titles(pd.concat([scores, again]))
     assert (published in facts, unicode in facts, titles) == (True, False, {published})
-    facts, titles = said(pd.concat([scores, again.assign(value=0.5)]))
+    facts, titles = summary_and_titles(pd.concat([scores, again.assign(value=0.5)]))
     assert (published in facts, unicode in facts, titles) == (True, True, {published, unicode})
-    facts, titles = said(pd.concat([scores[scores["metric"] != "rouge_l"], again]))
+    facts, titles = summary_and_titles(pd.concat([scores[scores["metric"] != "rouge_l"], again]))
     assert facts[published] == "none: its published tokenizer does not read the script"
     assert (unicode in facts, titles) == (True, {unicode})
 
@@ -310,11 +310,11 @@ def test_published_scores_that_do_not_read_the_texts(tmp_path: Path) -> None:
 # --- layers
 
 
-def test_quantities_of_layers(tmp_path: Path) -> None:
+def test_figures_of_layers(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", rounds=3, clients=20, sampled=10, layers=4, every=3))
     found = figures(run)
     assert len(found) == 3 * 4
-    # Eight watched clients of rank 4: 31 of 32 directions; the layer's own bound is 64.
+    # Eight measured clients of rank 4: 31 of 32 directions; the layer's own bound is 64.
     assert found["bound"].unique().tolist() == [8 * RANK]
     assert found["inflation"].unique().tolist() == pytest.approx([31 / 32])
     assert found["accumulated"].notna().sum() == 4  # after the last round
@@ -356,7 +356,7 @@ def test_many_layers_and_rounds_are_thinned(tmp_path: Path) -> None:
     assert (drift["x"][0], drift["x"][-1], drift["y"][-1]) == (1, 100, "29.down_proj")
 
 
-def test_of_dense_changes_there_are_no_ranks(tmp_path: Path) -> None:
+def test_dense_changes_have_no_ranks(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", method="fedavg", rounds=1, clients=1, layers=1)
     layers = pd.read_parquet(folder / "layers.parquet")
     ranks = ["rank", "rank_sum", "stable_rank", "effective_rank", "truncated", "cross_term", "overlap", "agreement"]
@@ -395,7 +395,7 @@ def test_spectra_of_the_first_and_the_last_round(tmp_path: Path) -> None:
 # --- clients
 
 
-def test_each_client_over_the_whole_run(tmp_path: Path) -> None:
+def test_each_client_has_totals_over_the_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", rounds=4, clients=3, skipped=((1, 2), (3, 2))))
     found = per_client(run)
     assert found["rounds"].tolist() == [4, 4, 2]
@@ -413,7 +413,7 @@ def test_each_client_over_the_whole_run(tmp_path: Path) -> None:
     assert texts(shown, "up (MB)") == ["0.16", "0.16", "0.08"]
 
 
-def test_how_unequal_clients_are(tmp_path: Path) -> None:
+def test_spread_of_client_scores(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", clients=5))
     found = report(run)["Clients"]
     unequal = figure(found, "Held-out loss (nats/label) of clients, best to worst").data[0]
@@ -428,7 +428,7 @@ def test_how_unequal_clients_are(tmp_path: Path) -> None:
 # --- workers, memory, failures
 
 
-def test_sittings_stand_side_by_side_on_the_timeline(tmp_path: Path) -> None:
+def test_sessions_are_side_by_side_on_the_timeline(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", clients=8, rounds=4, resumed=(2,)))
     packs = clocked(run)
     assert packs["began"].min() == 0
@@ -451,17 +451,17 @@ def test_sittings_stand_side_by_side_on_the_timeline(tmp_path: Path) -> None:
 )
 def test_many_packs_are_drawn_together(tmp_path: Path, most: int, number: int, what: str) -> None:
     run = read_run(write_run(tmp_path / "run", clients=24, rounds=10))  # 6 packs a round
-    drawn, told = bars(clocked(run), most)
-    assert (len(drawn), told) == (number, what)
+    drawn, note = bars(clocked(run), most)
+    assert (len(drawn), note) == (number, what)
     assert drawn["clients"].sum() == 240
     assert drawn["packs"].sum() == 60
 
 
-def test_what_went_wrong(tmp_path: Path) -> None:
+def test_failures_and_retries(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", clients=8, skipped=((2, 3),), again=((1, 1),), resumed=(2,)))
     found = report(run)
-    said, rows = found["Failures and retries"]
-    assert said == Text("run: 1 result made again.")
+    summary, rows = found["Failures and retries"]
+    assert summary == Text("run: 1 result made again.")
     assert rows.rows == [
         [Cell("2", 2.0), "pack again", "pack 1, worker 1", Cell("2", 2.0), "worker 1 died"],
         [Cell("3", 3.0), "client skipped", "client 3", Cell("-", None), FAILURE],
@@ -473,7 +473,7 @@ def test_what_went_wrong(tmp_path: Path) -> None:
     assert "Failures and retries" not in report(read_run(write_run(tmp_path / "well")))
 
 
-def test_memory_beside_what_was_planned(tmp_path: Path) -> None:
+def test_measured_memory_is_shown_beside_the_plan(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", rounds=3))
     shown, rows = report(run)["Memory"]
     assert [trace["y"] for trace in shown.data] == [[800, 801, 802], [900, 900]]
@@ -518,10 +518,10 @@ def test_plotly_knows_every_property(tmp_path: Path) -> None:
     assert len(drawn) == len(QUANTITIES) + maps + 2 + 4 + 3 + 2 + 1 + 1  # steps, spectrum; scores; bytes; clients; ...
     for one in drawn:
         go.Figure([coloured(trace) for trace in one.data], coloured(one.layout))
-        assert re.search(r"\d", one.label), "a label says what a figure shows, with numbers"
+        assert re.search(r"\d", one.label), "a label describes the figure, with numbers"
 
 
-def test_the_file_is_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_file_is_complete_or_absent(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     with pytest.raises(UserError, match=r"^--out: got .*no/report.html.*No such file"):
         write_report([run], tmp_path / "no" / "report.html")
@@ -552,7 +552,7 @@ def test_ten_thousand_clients_stay_small(tmp_path: Path, rounds: int, sampled: i
     assert path.stat().st_size < 10_000_000
 
 
-def test_the_title_says_whose_runs_they_are(tmp_path: Path) -> None:
+def test_title_names_the_runs(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / f"{at}", "name=study", seed=at, layers=1, rounds=1)) for at in range(5)]
     others = [read_run(write_run(tmp_path / name, layers=1, rounds=1)) for name in ("a", "b")]
     found = []

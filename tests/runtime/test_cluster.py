@@ -21,7 +21,7 @@ from rayfed_sub.runtime.cluster import grown_by
 
 TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
 SMALL = ("federation.rounds=2", "federation.local_steps=2", "evaluation.eval_rows=16", "resources.workers=2")
-# A head and a worker node with one CPU each, so that two workers of one CPU lie on two nodes.
+# A head and a worker node with one CPU each, so that two workers of one CPU are on two nodes.
 TWO_NODES = """
 import sys
 from ray.cluster_utils import Cluster
@@ -33,11 +33,11 @@ cluster.shutdown()
 """
 
 
-def test_a_cluster_may_grow_to_its_files_limits() -> None:
+def test_cluster_can_grow_to_the_limits_of_its_file() -> None:
     kinds = {
-        "head": {"resources": {"CPU": 2}},  # never more than the one that is there
+        "head": {"resources": {"CPU": 2}},  # not more than the existing one
         "spot": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3},
-        "on_demand": {"resources": {"CPU": 8, "GPU": 1}},  # as many as the cluster may have
+        "on_demand": {"resources": {"CPU": 8, "GPU": 1}},  # as many as the cluster can have
     }
     grown = grown_by({"max_workers": 4, "head_node_type": "head", "available_node_types": kinds})
     assert grown == [{"CPU": 8, "GPU": 1}] * 4
@@ -46,15 +46,15 @@ def test_a_cluster_may_grow_to_its_files_limits() -> None:
 @pytest.mark.parametrize(
     ("there", "kinds", "sizes"),
     [
-        # A head, and three machines of one's own, of whose sizes Ray's file says nothing.
+        # A head, and three machines of one's own, whose sizes are not in Ray's file.
         ([0, 8, 8, 8], {"local.cluster.node": {"resources": {}, "max_workers": 3}}, [0, 8, 8, 8]),
-        # A head alone, and spot nodes that may come.
+        # A head alone, and spot nodes that may be added.
         ([0], {"spot": {"resources": {"CPU": 8}, "max_workers": 2}}, [0, 8, 8]),
-        # One of them is there already.
+        # One of them exists already.
         ([0, 8], {"spot": {"resources": {"CPU": 8}, "max_workers": 2}}, [0, 8, 8]),
     ],
 )
-def test_the_nodes_of_a_cluster(
+def test_nodes_of_a_cluster(
     there: list[int], kinds: dict[str, Any], sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in there]
@@ -76,7 +76,7 @@ def test_workers_of_one_shape_on_unlike_nodes() -> None:
 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[str]:
-    """The address of a cluster of two cluster, in a process of its own: this one's Ray session stays what it is."""
+    """The address of a cluster of two nodes, in a separate process: the Ray session of this one is unchanged."""
     log = (tmp_path / "cluster.log").open("w")
     process = subprocess.Popen(
         [sys.executable, "-c", TWO_NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
@@ -89,11 +89,11 @@ def two_nodes(tmp_path: Path) -> Iterator[str]:
 
 
 def done(command: str, out: Path, *overrides: str, address: str | None = None) -> None:
-    """A small run or sweep to its end; in a process of its own, as a person starts it."""
+    """Run a small run or sweep to its end, in a separate process, as a user starts it."""
     words = [sys.executable, "-m", main.__name__, command, str(TINY), *SMALL, *overrides, "--out", str(out)]
     own = {"RAY_ADDRESS": address} if address else {}
-    told = subprocess.run(words, env={**os.environ, **own}, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
+    process = subprocess.run(words, env={**os.environ, **own}, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 def weights(run: Path) -> str:
@@ -105,7 +105,7 @@ def test_two_nodes_give_the_bits_of_one(two_nodes: str, tmp_path: Path) -> None:
     done("run", tmp_path / "apart", address=two_nodes)
     done("run", tmp_path / "together")
     assert weights(tmp_path / "apart") == weights(tmp_path / "together")
-    # A trial, whose placement group spans both nodes; 4 is the rank of the file.
+    # A trial, whose placement group spans both nodes; 4 is the rank in the file.
     done("sweep", tmp_path / "sweep", "sweep.space={method.rank: {grid: [4]}}", address=two_nodes)
     assert weights(tmp_path / "sweep/trials/00000") == weights(tmp_path / "together")
 
@@ -113,16 +113,16 @@ def test_two_nodes_give_the_bits_of_one(two_nodes: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_more_workers_than_a_cluster_holds_are_refused(two_nodes: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", main.__name__, "run", str(TINY), "resources.workers=3"]
-    told = subprocess.run(
+    process = subprocess.run(
         [*command, "--address", two_nodes, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False
     )
-    assert told.returncode == 2
-    assert "resources.workers: got 3; allowed: 1 to 2 with cpus_per_worker=1 on 1 + 1 CPUs" in told.stderr
+    assert process.returncode == 2
+    assert "resources.workers: got 3; allowed: 1 to 2 with cpus_per_worker=1 on 1 + 1 CPUs" in process.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_no_cluster_at_an_address(tmp_path: Path) -> None:
     command = [sys.executable, "-m", main.__name__, "run", str(TINY), "--out", str(tmp_path / "run")]
-    told = subprocess.run([*command, "--address", "ray://127.0.0.1:1"], capture_output=True, text=True, check=False)
-    assert told.returncode == 2
-    assert told.stderr.startswith("rayfed-sub: --address: got 'ray://127.0.0.1:1'; allowed: auto, or HOST:PORT")
+    process = subprocess.run([*command, "--address", "ray://127.0.0.1:1"], capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith("rayfed-sub: --address: got 'ray://127.0.0.1:1'; allowed: auto, or HOST:PORT")

@@ -1,4 +1,4 @@
-"""Answers of an actor: waited for as long as it lives, and no longer."""
+"""Answers of an actor: waited for while it is alive, and no longer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rayfed_sub.runtime.links import RoundStream, answer
 
 
 class Actor:
-    """Slow, with a second thread for `alive` where it was made with two."""
+    """Slow, with a second thread for `alive` if created with two."""
 
     def alive(self) -> None:
         pass
@@ -31,7 +31,7 @@ class Actor:
             yield n + pack
 
 
-def test_a_busy_actor_is_waited_for_and_a_hung_one_is_not(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_actor_is_waited_for_and_hung_actor_is_not(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.setattr(links, "_ANSWER_SECONDS", 1.0)
@@ -42,7 +42,7 @@ def test_a_busy_actor_is_waited_for_and_a_hung_one_is_not(ray_session: None, mon
     with pytest.raises(UserError, match="field: got 1"):
         answer(busy, busy.refuses.remote(), "stage")
 
-    hung = ray.remote(num_cpus=0)(Actor).remote()  # one thread: while it sleeps, it does not say that it is alive
+    hung = ray.remote(num_cpus=0)(Actor).remote()  # one thread: while it sleeps, it does not answer `alive`
     with pytest.raises(RunError, match=r"stage: the coordinator has not answered for 1 s"):
         answer(hung, hung.slow.remote(20), "stage")
     for actor in (busy, hung):

@@ -1,4 +1,4 @@
-"""What is seen of a run while it runs: one mapping to numbers, TensorBoard's files, gauges on Ray's endpoint."""
+"""Live figures of a run: one mapping to numbers, TensorBoard's files, gauges on Ray's endpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST = (Score(None, "held_out_loss", 4.0, 50), Score(3, "held_out_loss", 5.0, 9
 
 
 def cohort_layer(**figures: float) -> CohortLayer:
-    """A layer of a round in which only these figures exist."""
+    """A layer's row of a round with only these figures."""
     row: dict[str, Any] = {**dict.fromkeys(CohortLayer.__dataclass_fields__), "spectrum": (), **figures}
     return CohortLayer(**row)
 
@@ -42,7 +42,7 @@ def client_layer(energy: float | None) -> ClientLayer:
 
 
 def round_done(n: int, held_out: float | None = None) -> RoundDone:
-    """Round n: 4 clients, one of them skipped, with 120 labels in 2 of 3 seconds; one pack went out again."""
+    """Round n: 4 clients, one of them skipped, with 120 labels in 2 of 3 seconds; one pack was sent twice."""
     row = RoundRow(n, 4, 1, 2.5 - n, held_out, 100, 200, 120, None, None, 2.0, 3.0, 1, 5000)
     scores = () if held_out is None else (Score(None, "held_out_loss", held_out, 50),)
     return RoundDone(row, (ClientRow(n, 0, 1.0, 100, 200),), scores)
@@ -64,14 +64,14 @@ FULL = replace(
     ),
     client_layers=(client_layer(0.5), client_layer(None), client_layer(0.75), client_layer(1.0)),
 )
-"""Of two rounds the second, with everything in it that there is; of the third layer ranks are not known."""
+"""The second of two rounds, with every figure; the third layer has no ranks."""
 
 
 def test_every_number_of_a_round() -> None:
     before = {"bytes/up": 50.0, "bytes/down": 0.0, "trouble/failed": 2.0, "trouble/retries": 0.0}
     assert scalars(FULL, before) == {
         **{"loss/training": 1.5, "loss/held_out": 2.25, "scores/f1/tabby cat": 0.5},
-        # Of what is summed, before + the round's.
+        # Accumulated figures: earlier rounds + this one.
         **{"bytes/up": 150.0, "bytes/down": 200.0, "trouble/failed": 3.0, "trouble/retries": 1.0},
         **{"round/finished": 2.0, "round/seconds": 3.0, "round/training_seconds": 2.0},
         **{"round/clients_per_second": 4 / 2.0, "round/labels_per_second": 120 / 2.0},
@@ -83,12 +83,12 @@ def test_every_number_of_a_round() -> None:
     }
 
 
-def test_the_table_names_every_number() -> None:
-    told = {tag for tag in scalars(FULL, NOTHING) if not tag.startswith("scores/")}
-    assert told == set(FIGURES)
+def test_table_names_every_number() -> None:
+    tags = {tag for tag in scalars(FULL, NOTHING) if not tag.startswith("scores/")}
+    assert tags == set(FIGURES)
 
 
-def test_what_does_not_exist_is_left_out() -> None:
+def test_missing_figures_are_omitted() -> None:
     assert set(FIGURES) - set(scalars(round_done(0), NOTHING)) == {
         *("loss/held_out", "privacy/epsilon", "rank/server", "rank/cohort", "rank/effective", "gradient/energy"),
         *("clients/drift", "clients/agreement", "clients/overlap", "lost/truncated", "lost/cross_term"),
@@ -100,8 +100,8 @@ def test_what_does_not_exist_is_left_out() -> None:
 
 
 def events_of(path: Path) -> list[Any]:
-    """The events of a file: length (8 bytes), its checksum (4), the event, its checksum (4), again and again; the last
-    may be cut off."""
+    """The events of a file: length (8 bytes), its checksum (4), the event, its checksum (4), repeated; the last may be
+    cut off."""
     from tensorboardX.proto.event_pb2 import Event
 
     content, events = path.read_bytes(), []
@@ -114,9 +114,9 @@ def events_of(path: Path) -> list[Any]:
     return events
 
 
-def told_by(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """(step, value) as TensorBoard shows them: file after file by name; the start of a sitting at a step takes away
-    what was said before of that step and later ones (tensorboard/backend/event_processing/event_accumulator.py)."""
+def points_of(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard shows them: file after file by name; the start of a session at a step removes
+    earlier values of that step and later ones (tensorboard/backend/event_processing/event_accumulator.py)."""
     points: list[tuple[int, float]] = []
     for path in sorted(folder.glob("*tfevents*")):
         for event in events_of(path):
@@ -126,7 +126,7 @@ def told_by(folder: Path, tag: str) -> list[tuple[int, float]]:
     return points
 
 
-def test_the_file_is_what_tensorboardx_writes(tmp_path: Path) -> None:
+def test_file_matches_tensorboardx(tmp_path: Path) -> None:
     from tensorboardX.record_writer import RecordWriter
 
     Events(tmp_path / "ours", 0).add(1, {"loss/training": 2.5})
@@ -144,9 +144,9 @@ def test_the_file_is_what_tensorboardx_writes(tmp_path: Path) -> None:
 
 
 class FakeGauge:
-    """Takes what Ray's takes; `told` has all values that were set by name and tags."""
+    """Accepts the arguments of Ray's gauge; `values` has all values that were set by name and tags."""
 
-    told: dict[tuple[str, frozenset[tuple[str, str]]], list[float]] = {}  # noqa: RUF012
+    values: dict[tuple[str, frozenset[tuple[str, str]]], list[float]] = {}  # noqa: RUF012
 
     def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
         self._name, self._keys = name, tag_keys
@@ -154,7 +154,7 @@ class FakeGauge:
     def set(self, value: float, tags: Mapping[str, str]) -> None:
         assert set(tags) == set(self._keys)
         assert all(text.isascii() for text in tags.values())  # else Ray raises UnicodeEncodeError
-        self.told.setdefault((self._name, frozenset(tags.items())), []).append(value)
+        self.values.setdefault((self._name, frozenset(tags.items())), []).append(value)
 
 
 @pytest.fixture
@@ -167,15 +167,15 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def gauges(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
     """Values set so far of the gauge of this name with the tags of the tests' runs and these."""
-    FakeGauge.told = {}
+    FakeGauge.values = {}
     monkeypatch.setattr(live, "Gauge", FakeGauge)
     monkeypatch.setattr(live, "_SECONDS", 0.01)
 
-    def told(name: str, folder: Path, **tags: str) -> list[float]:
+    def values_of(name: str, folder: Path, **tags: str) -> list[float]:
         common = {"run": "kept", "method": "fedftg", "folder": str(folder).replace("größe", r"gr\xf6\xdfe")}
-        return FakeGauge.told.get((name, frozenset({**common, **tags}.items())), [])
+        return FakeGauge.values.get((name, frozenset({**common, **tags}.items())), [])
 
-    return told
+    return values_of
 
 
 def begun(path: Path) -> RunFolder:
@@ -184,7 +184,7 @@ def begun(path: Path) -> RunFolder:
     return folder
 
 
-def test_a_run_taken_up_again_tells_no_round_twice(path: Path, gauges: Callable[..., list[float]]) -> None:
+def test_resumed_run_reports_no_round_twice(path: Path, gauges: Callable[..., list[float]]) -> None:
     folder = begun(path)
     with closing(Live(folder, CONFIG)) as shown:
         for n in range(3):
@@ -192,28 +192,28 @@ def test_a_run_taken_up_again_tells_no_round_twice(path: Path, gauges: Callable[
             shown.add(round_done(n, held_out=3.0 - n))
     folder.write_tables()
     board = path / "tensorboard"
-    assert told_by(board, "loss/held_out") == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 1.0)]
-    assert told_by(board, "scores/perplexity") == [(0, 55.0)]
-    assert told_by(board, "bytes/up") == [(0, 0.0), (1, 100.0), (2, 200.0), (3, 300.0)]
+    assert points_of(board, "loss/held_out") == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 1.0)]
+    assert points_of(board, "scores/perplexity") == [(0, 55.0)]
+    assert points_of(board, "bytes/up") == [(0, 0.0), (1, 100.0), (2, 200.0), (3, 300.0)]
 
     (first,) = board.iterdir()
     first.write_bytes(first.read_bytes()[:-5])  # killed while it wrote
     again = reopen(Place(path), CONFIG)
     again.go_on(2)  # the checkpoint has two rounds
     with closing(Live(again, CONFIG)) as shown:
-        assert told_by(board, "bytes/up") == [(0, 0.0), (1, 100.0), (2, 200.0)]  # round 3 does not count any more
+        assert points_of(board, "bytes/up") == [(0, 0.0), (1, 100.0), (2, 200.0)]  # round 3 no longer counts
         shown.add(round_done(2, held_out=1.5))
         wait_for(lambda: gauges("rayfed_sub_bytes_up", path)[-1:] == [300.0])
-    assert told_by(board, "loss/held_out") == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 1.5)]
-    assert told_by(board, "bytes/up") == [(0, 0.0), (1, 100.0), (2, 200.0), (3, 300.0)]
+    assert points_of(board, "loss/held_out") == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 1.5)]
+    assert points_of(board, "bytes/up") == [(0, 0.0), (1, 100.0), (2, 200.0), (3, 300.0)]
 
     afresh = reopen(Place(path), CONFIG)
     afresh.go_on(0)  # no checkpoint was left
     with closing(Live(afresh, CONFIG)):
-        assert told_by(board, "loss/held_out") == [(0, 4.0)]
+        assert points_of(board, "loss/held_out") == [(0, 4.0)]
 
 
-def test_a_full_disk_ends_the_run_with_the_file_named(path: Path, gauges: Callable[..., list[float]]) -> None:
+def test_full_disk_ends_the_run_and_names_the_file(path: Path, gauges: Callable[..., list[float]]) -> None:
     with closing(Live(begun(path), CONFIG)) as shown:
         (file,) = (path / "tensorboard").iterdir()
         file.unlink()
@@ -236,7 +236,7 @@ def wait_for(met: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_gauges_are_set_again_and_again_until_the_end(path: Path, gauges: Callable[..., list[float]]) -> None:
+def test_gauges_are_set_repeatedly_until_the_end(path: Path, gauges: Callable[..., list[float]]) -> None:
     with closing(Live(begun(path), CONFIG)) as shown:
         wait_for(lambda: len(gauges("rayfed_sub_loss_held_out", path)) > 3)  # before the first round is over
         assert set(gauges("rayfed_sub_loss_held_out", path)) == {4.0}
@@ -268,8 +268,8 @@ def samples(url: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
 
 
 @pytest.mark.slow
-def test_prometheus_sees_what_the_tables_hold(ray_session: None, tmp_path: Path) -> None:
-    """Ray hands gauges on every 10 s, so that each round is waited for until it is seen."""
+def test_prometheus_matches_the_tables(ray_session: None, tmp_path: Path) -> None:
+    """Ray forwards gauges every 10 s, so the test waits until each round is visible."""
     import ray
 
     from rayfed_sub import run
@@ -303,9 +303,9 @@ def test_prometheus_sees_what_the_tables_hold(ray_session: None, tmp_path: Path)
     assert [now["memory_bytes"] for now in seen] == rounds.memory_bytes.tolist()
     layers = pd.read_parquet(tmp_path / "run" / "layers.parquet").groupby("round")
     assert [now["clients_drift"] for now in seen] == layers.drift.median().tolist()
-    assert [now["accuracy"] for now in seen] == scores.value.tolist()[1:]  # the first is the initial model's
-    steps, losses = zip(*told_by(tmp_path / "run" / "tensorboard", "loss/training"), strict=True)
+    assert [now["accuracy"] for now in seen] == scores.value.tolist()[1:]  # the first row belongs to the initial model
+    steps, losses = zip(*points_of(tmp_path / "run" / "tensorboard", "loss/training"), strict=True)
     assert steps == tuple(rounds["round"] + 1)
     assert losses == pytest.approx(rounds.loss.tolist(), rel=1e-6)  # float32
-    time.sleep(35)  # two reports of 10 s, and one on the way
+    time.sleep(35)  # two reports of 10 s, and one in transit
     assert frozenset(tags) not in samples(url).get("ray_rayfed_sub_round_finished", {})

@@ -1,4 +1,4 @@
-"""Tensors across process borders: the same bits, aligned, and no write goes unnoticed."""
+"""Tensors across process boundaries: the same bits, aligned, and no write goes undetected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def through_pickle(value: T) -> T:
-    """As the object store gives it: every array over a read-only buffer of its own."""
+    """A copy as from the object store: every array over a read-only buffer of its own."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     back: T = pickle.loads(head, buffers=[bytes(buffer.raw()) for buffer in buffers])
@@ -45,7 +45,7 @@ def through_pickle(value: T) -> T:
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_the_same_bits_come_back(name: str) -> None:
+def test_bits_survive_the_object_store(name: str) -> None:
     tensor = TENSORS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -54,7 +54,7 @@ def test_the_same_bits_come_back(name: str) -> None:
     assert back.is_contiguous()
 
 
-def test_a_small_view_does_not_drag_its_storage_along() -> None:
+def test_small_view_is_sent_without_its_storage() -> None:
     large = torch.zeros(1000, 1000)
     assert len(pickle.dumps(Broadcast(0, {"row": large[3]}))) < 10_000  # 4 kB of numbers, not 4 MB
 
@@ -68,7 +68,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
-def test_a_record_travels_as_itself_and_its_tensors_outside_the_pickle(record: Any) -> None:
+def test_record_keeps_its_type_and_its_tensors_are_sent_outside_the_pickle(record: Any) -> None:
     buffers: list[pickle.PickleBuffer] = []
     pickle.dumps(record, protocol=5, buffer_callback=buffers.append)
     assert len(buffers) == len(TENSORS)
@@ -82,8 +82,8 @@ def test_a_record_travels_as_itself_and_its_tensors_outside_the_pickle(record: A
     }
 
 
-def test_a_small_state_travels_by_itself_and_keeps_nothing_else_in_memory() -> None:
-    result = torch.arange(10_000.0)  # what a worker returned for a whole pack
+def test_small_state_is_sent_alone_and_keeps_nothing_else_in_memory() -> None:
+    result = torch.arange(10_000.0)  # a worker's result for an entire pack
     state = ClientState(3, 8, 8, {"a/m1": result[:24]})  # 96 bytes of it: no object in the store
     kept = get(put(state))
     assert (kept.round, kept.cursor, kept.step) == (3, 8, 8)
@@ -91,7 +91,7 @@ def test_a_small_state_travels_by_itself_and_keeps_nothing_else_in_memory() -> N
     assert kept.tensors["a/m1"].untyped_storage().nbytes() == 96
 
 
-def test_a_larger_state_goes_through_the_store(ray_session: None) -> None:
+def test_larger_state_is_sent_through_the_store(ray_session: None) -> None:
     import ray
 
     state = ClientState(3, 8, 8, {"a/m1": torch.arange(25_000.0)})  # 100 kB
@@ -102,14 +102,14 @@ def test_a_larger_state_goes_through_the_store(ray_session: None) -> None:
     assert bits(back.tensors["a/m1"]) == bits(torch.arange(25_000.0))
 
 
-def test_a_trained_tensor_travels_without_its_graph() -> None:
+def test_trained_tensor_is_sent_without_its_graph() -> None:
     tensor = torch.ones(2, requires_grad=True)
     assert not unpacked(packed({"w": tensor * 2}))["w"].requires_grad
 
 
 @pytest.mark.parametrize("shift", [0, 4, 32, 60])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tensors_begin_at_multiples_of_64_bytes_wherever_the_buffer_does(shift: int, dtype: str) -> None:
+def test_tensors_begin_at_multiples_of_64_bytes_in_any_buffer(shift: int, dtype: str) -> None:
     buffer = np.zeros(1024, np.uint8)
     begin = -buffer.ctypes.data % 64 + shift
     kind = np.dtype(np.int16 if dtype == "bfloat16" else dtype)
@@ -120,7 +120,7 @@ def test_tensors_begin_at_multiples_of_64_bytes_wherever_the_buffer_does(shift: 
     assert tensor.data_ptr() % 64 == 0
     assert tensor.dtype == getattr(torch, dtype)
     assert bits(tensor) == array.tobytes()
-    assert (tensor.data_ptr() == array.ctypes.data) == (shift == 0)  # copied only where it must be
+    assert (tensor.data_ptr() == array.ctypes.data) == (shift == 0)  # copied only if necessary
 
 
 def in_place(tensor: Tensor) -> None:
@@ -151,7 +151,7 @@ READS: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_the_guard_notices_writes(write: Callable[[Tensor], object]) -> None:
+def test_guard_detects_writes(write: Callable[[Tensor], object]) -> None:
     shared = unpacked({"quiet": ("float32", np.ones(3, np.float32)), "w": ("float32", np.ones((2, 3), np.float32))})
     guard = Guard(shared.items())
     guard.check()
@@ -160,7 +160,7 @@ def test_the_guard_notices_writes(write: Callable[[Tensor], object]) -> None:
         guard.check()
 
 
-def test_the_guard_notices_a_write_to_bfloat16() -> None:
+def test_guard_detects_a_write_to_bfloat16() -> None:
     shared = unpacked(packed({"w": torch.ones(2, 3).bfloat16()}))
     guard = Guard(shared.items())
     in_place(shared["w"][0])
@@ -169,7 +169,7 @@ def test_the_guard_notices_a_write_to_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
-def test_the_guard_is_quiet_about_reads(read: Callable[[Tensor], object]) -> None:
+def test_guard_ignores_reads(read: Callable[[Tensor], object]) -> None:
     shared = unpacked({"w": ("float32", np.ones((2, 3), np.float32))})
     guard = Guard(shared.items())
     read(shared["w"])
@@ -177,7 +177,7 @@ def test_the_guard_is_quiet_about_reads(read: Callable[[Tensor], object]) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in TENSORS if name != "empty"])
-def test_the_checksum_notices_every_single_bit(name: str) -> None:
+def test_checksum_detects_every_single_bit(name: str) -> None:
     arrays = {key: (dtype, array.copy()) for key, (dtype, array) in packed(TENSORS).items()}
     before = checksum(arrays)
     flat = arrays[name][1].reshape(-1).view(np.uint8)
@@ -189,7 +189,7 @@ def test_the_checksum_notices_every_single_bit(name: str) -> None:
     assert checksum(arrays) == before
 
 
-def test_the_checksum_is_the_sum_of_words_and_of_the_bytes_that_are_left() -> None:
+def test_checksum_is_the_sum_of_words_and_of_the_remaining_bytes() -> None:
     # 3 int32 are 12 bytes: one word, 1 + 2 * 2^32, and the bytes 3, 0, 0, 0
     assert checksum({"w": ("int32", np.array([1, 2, 3], np.int32))}) == 1 + 2 * 2**32 + 3
     # 2^63 + 2^63 = 2^64, which is 0 modulo 2^64

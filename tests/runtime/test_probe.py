@@ -1,4 +1,4 @@
-"""The probe: which pack sizes are timed, when it stops, and which one is best."""
+"""The probe: the pack sizes that it times, when it stops, and the best one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.end_to_end.test_runs import small
     ("seconds", "timed"),
     [
         ({1: 8.0, 2: 6.0, 4: 5.0, 8: 4.9, 16: 1.0}, [1, 2, 4, 8]),  # 4.9 is 2 % less than 5: no gain, 16 is not tried
-        ({1: 8.0, 2: 6.0, 4: 5.0, 8: 4.8, 16: 4.5, 32: 9.0, 64: 1.0}, [1, 2, 4, 8, 16, 32]),  # 4 % is one
-        ({1: 8.0, 2: 8.0, 4: 1.0}, [1, 2]),  # a large model: one more client is one more's work
+        ({1: 8.0, 2: 6.0, 4: 5.0, 8: 4.8, 16: 4.5, 32: 9.0, 64: 1.0}, [1, 2, 4, 8, 16, 32]),  # 4 % is a gain
+        ({1: 8.0, 2: 8.0, 4: 1.0}, [1, 2]),  # a large model: each further client costs as much as the first
         ({4: 1.0}, [4]),
         ({}, []),
     ],
@@ -38,8 +38,8 @@ def test_sizes_grow_while_they_gain(seconds: dict[int, float], timed: list[int])
 @pytest.mark.parametrize("cohort", [1, 7, 8, 50, 200])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 4, 16, 64])
-def test_even_packs_cost_no_turn(cohort: int, workers: int, size: int) -> None:
-    """No larger, and as many packs one after another; one client less would need more of them."""
+def test_even_packs_add_no_pack(cohort: int, workers: int, size: int) -> None:
+    """Not larger, and as many packs one after another; one client less would need more of them."""
 
     def turns(pack: int) -> int:
         return math.ceil(math.ceil(cohort / pack) / workers)
@@ -50,13 +50,13 @@ def test_even_packs_cost_no_turn(cohort: int, workers: int, size: int) -> None:
     assert found == 1 or turns(found - 1) > turns(size)
 
 
-def test_what_cannot_be_told_apart_is_as_good() -> None:
+def test_times_within_the_noise_are_equally_good() -> None:
     """Within 3 % of the quickest: the configured size if it is one of them, else the smallest."""
     rounds = {1: 9.0, 4: 6.1, 8: 6.0, 16: 7.0}
     assert [quickest(rounds, now) for now in (1, 4, 8, 16)] == [4, 4, 8, 4]
 
 
-def test_packs_that_would_take_a_worker_away_are_not_timed() -> None:
+def test_packs_that_would_idle_a_worker_are_not_timed() -> None:
     """Packs of 16 leave room for one worker alone."""
     found = [Fit(4, 10, 4), Fit(8, 20, 2), Fit(16, 40, 1), Fit(32, 80, 0)]
     assert roomy_packs(found, Resources(workers=2, pack_size=4)) == [4, 8]
@@ -66,8 +66,8 @@ def test_packs_that_would_take_a_worker_away_are_not_timed() -> None:
     assert roomy_packs(found, Resources(workers=8, pack_size=4, gpus_per_worker=0.5)) == [4, 8]
 
 
-def test_a_probe_of_a_real_job() -> None:
-    """Eight clients and two workers: packs of 8 would leave one worker idle, so those of 4 stand for them."""
+def test_probe_of_a_real_job() -> None:
+    """Eight clients and two workers: packs of 8 would leave one worker idle, so packs of 4 are timed instead."""
     speed = probe(prepare(small("resources.workers=2", "resources.pack_size=8", "federation.local_steps=2")), [8])
     assert [timed.pack_size for timed in speed.packs] == [4, 8]
     assert speed.now == 8

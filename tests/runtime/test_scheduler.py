@@ -1,4 +1,5 @@
-"""Pieces to workers: deaths, losses, deadlines, order.  Most workers and the clock are stand-ins; some are Ray's."""
+"""Work items on workers: deaths, losses, deadlines, order.  Most workers and the clock are stand-ins; some are
+Ray's."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ from rayfed_sub.runtime.scheduler import WorkerPool, WorkItem, in_order
 
 @dataclass(frozen=True)
 class After:
-    """An answer that takes its time, in seconds."""
+    """An answer after some seconds."""
 
     seconds: float
     answer: Any
@@ -47,7 +48,7 @@ NEVER = After(math.inf, None)
 
 
 class Clock:
-    """Time that passes only while somebody waits."""
+    """Time that passes only while something waits."""
 
     now = 0.0
 
@@ -64,8 +65,8 @@ class Reference:
 
 
 class Worker:
-    """Answers calls, one after the other, with what stands in `answers`, the last one for ever; an exception is raised
-    at the get.  `alive` is its answer to `ready`."""
+    """Answers calls, one after the other, with the entries of `answers`, repeating the last; an exception is raised at
+    the get.  `alive` is its answer to `ready`."""
 
     def __init__(self, *answers: Any, alive: Any = "cpu") -> None:
         self.answers, self.alive = deque(answers), alive
@@ -112,26 +113,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def crew_of(clock: Clock, *workers: Worker, deadline: float = 10.0) -> WorkerPool:
+def pool_of(clock: Clock, *workers: Worker, deadline: float = 10.0) -> WorkerPool:
     for worker in workers:
         worker.clock = clock
     return WorkerPool(workers, deadline)
 
 
-def pieces(count: int, **more: Any) -> list[WorkItem]:
-    return [WorkItem(lambda worker, i=i: worker.work(i), i % 2, f"piece {i}", **more) for i in range(count)]
+def items(count: int, **more: Any) -> list[WorkItem]:
+    return [WorkItem(lambda worker, i=i: worker.work(i), i % 2, f"item {i}", **more) for i in range(count)]
 
 
-def results(crew: WorkerPool, work: Sequence[WorkItem]) -> list[Any]:
-    done = list(in_order(crew, work, "stage"))
+def results(pool: WorkerPool, work: Sequence[WorkItem]) -> list[Any]:
+    done = list(in_order(pool, work, "stage"))
     assert [d.index for d in done] == list(range(len(work)))
     return [d.result for d in done]
 
 
-def test_a_piece_tells_when_it_was_done_and_what_troubled_it(clock: Clock) -> None:
-    """WorkItem 0 takes 2 s, is lost on the way back once and takes 3 s then; piece 1 waits at the door meanwhile."""
+def test_result_reports_its_times_and_failures(clock: Clock) -> None:
+    """WorkItem 0 takes 2 s, is lost on the way back once and takes 3 s then; item 1 is queued meanwhile."""
     worker = Worker(After(2.0, ObjectLostError("00" * 28, None, "")), After(1.0, "b"), After(3.0, "a"))
-    first, second = in_order(crew_of(clock, worker), pieces(2), "stage")
+    first, second = in_order(pool_of(clock, worker), items(2), "stage")
     assert (second.began, second.ended, second.troubles) == (2.0, 3.0, ())
     assert (first.began, first.ended, len(first.troubles)) == (3.0, 6.0, 1)
 
@@ -141,26 +142,26 @@ def gone(text: str = "killed") -> ActorUnavailableError:
 
 
 def test_results_come_in_order_from_several_workers(clock: Clock) -> None:
-    crew = crew_of(clock, Worker("a"), Worker("b"))
-    assert results(crew, pieces(9)) == ["a0", "b1", "a2", "b3", "a4", "b5", "a6", "b7", "a8"]
+    pool = pool_of(clock, Worker("a"), Worker("b"))
+    assert results(pool, items(9)) == ["a0", "b1", "a2", "b3", "a4", "b5", "a6", "b7", "a8"]
 
 
-def test_a_dead_workers_pieces_run_again_elsewhere(clock: Clock) -> None:
-    crew = crew_of(clock, Worker(gone(), alive=gone("restarting")), Worker("b"))
-    assert results(crew, pieces(6)) == [f"b{i}" for i in range(6)]
+def test_items_of_a_dead_worker_run_again_elsewhere(clock: Clock) -> None:
+    pool = pool_of(clock, Worker(gone(), alive=gone("restarting")), Worker("b"))
+    assert results(pool, items(6)) == [f"b{i}" for i in range(6)]
 
 
-def test_a_worker_that_comes_back_works_again(clock: Clock) -> None:
-    assert results(crew_of(clock, Worker(gone(), gone(), "a")), pieces(2)) == ["a0", "a1"]
+def test_restarted_worker_works_again(clock: Clock) -> None:
+    assert results(pool_of(clock, Worker(gone(), gone(), "a")), items(2)) == ["a0", "a1"]
 
 
-def test_workers_that_died_before_do_not_wear_out_a_piece(clock: Clock) -> None:
-    """Three dead workers are met in one stage; in the next they get nothing, and its one piece lives."""
+def test_workers_that_died_earlier_do_not_count_as_losses(clock: Clock) -> None:
+    """Three dead workers are found in one stage; in the next they get no work, and its single item succeeds."""
     dead = [Worker(gone(), alive=gone("restarting")) for _ in range(3)]
-    crew = crew_of(clock, *dead, Worker("d"))
-    assert results(crew, pieces(8)) == [f"d{i}" for i in range(8)]
-    assert set(crew.load) == {3}
-    assert results(crew, pieces(1)) == ["d0"]
+    pool = pool_of(clock, *dead, Worker("d"))
+    assert results(pool, items(8)) == [f"d{i}" for i in range(8)]
+    assert set(pool.load) == {3}
+    assert results(pool, items(1)) == ["d0"]
 
 
 LOST = ObjectLostError("00" * 28, None, "")
@@ -173,108 +174,108 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("error", LOSSES, ids=lambda error: type(error).__name__)
-def test_whatever_ray_loses_is_computed_again(clock: Clock, error: RayError) -> None:
-    assert results(crew_of(clock, Worker(error, "a")), pieces(1)) == ["a0"]
+def test_every_loss_of_ray_is_computed_again(clock: Clock, error: RayError) -> None:
+    assert results(pool_of(clock, Worker(error, "a")), items(1)) == ["a0"]
 
 
-def test_what_the_work_itself_raises_is_no_loss(clock: Clock) -> None:
+def test_exception_of_the_work_itself_is_not_a_loss(clock: Clock) -> None:
     bug, ours = (RayTaskError("work", "traceback", cause) for cause in (KeyError("x"), UserError("a.b", 1, "2")))
     with pytest.raises(RayTaskError, match="traceback"):
-        results(crew_of(clock, Worker(bug, "a")), pieces(1))
+        results(pool_of(clock, Worker(bug, "a")), items(1))
     with pytest.raises(UserError, match=r"a\.b"):
-        results(crew_of(clock, Worker(ours, "a")), pieces(1))
+        results(pool_of(clock, Worker(ours, "a")), items(1))
 
 
-def test_a_piece_that_always_kills_its_worker_ends_the_run(clock: Clock) -> None:
-    with pytest.raises(RunError, match=r"stage: piece 0 lost 3 times in a row: .*killed"):
-        results(crew_of(clock, Worker(gone())), pieces(1))
+def test_item_that_always_kills_its_worker_ends_the_run(clock: Clock) -> None:
+    with pytest.raises(RunError, match=r"stage: item 0 lost 3 times in a row: .*killed"):
+        results(pool_of(clock, Worker(gone())), items(1))
 
 
-def test_a_death_counts_for_the_piece_at_work_alone(clock: Clock) -> None:
-    """Pieces 0 and 1 are at the worker when it dies, and of 1, which waited at the door, the news comes first: were it
-    counted there, or for both, it would be piece 1's third loss."""
-    at_work, at_the_door = After(1.0, gone()), After(-1.0, gone())
-    deaths = [at_work, at_the_door, at_work, at_the_door]
-    assert results(crew_of(clock, Worker(*deaths, "a")), pieces(2)) == ["a0", "a1"]
-    with pytest.raises(RunError, match="piece 0 lost 3 times in a row"):
-        results(crew_of(clock, Worker(*deaths, at_work, at_the_door, "a")), pieces(2))
+def test_death_counts_for_the_running_item_alone(clock: Clock) -> None:
+    """Items 0 and 1 are at the worker when it dies, and the failure of 1, which was queued, arrives first: counted for
+    1, or for both, it would be item 1's third loss."""
+    at_work, queued = After(1.0, gone()), After(-1.0, gone())
+    deaths = [at_work, queued, at_work, queued]
+    assert results(pool_of(clock, Worker(*deaths, "a")), items(2)) == ["a0", "a1"]
+    with pytest.raises(RunError, match="item 0 lost 3 times in a row"):
+        results(pool_of(clock, Worker(*deaths, at_work, queued, "a")), items(2))
 
 
-def test_a_crew_that_never_comes_back_is_not_waited_for_for_ever(clock: Clock) -> None:
+def test_waiting_for_a_lost_pool_is_limited(clock: Clock) -> None:
     with pytest.raises(RunError, match=r"no worker is left or answers any more.*restarting"):
-        results(crew_of(clock, Worker(gone(), alive=gone("restarting"))), pieces(1))
+        results(pool_of(clock, Worker(gone(), alive=gone("restarting"))), items(1))
     assert 1800 <= clock.now < 1801
 
 
-def test_a_crew_that_dies_after_a_long_piece_has_its_time_to_come_back(clock: Clock) -> None:
-    crew = crew_of(clock, Worker(After(1000.0, gone()), "a"), deadline=2000.0)
-    assert results(crew, pieces(1)) == ["a0"]
+def test_pool_that_dies_after_a_long_item_has_time_to_restart(clock: Clock) -> None:
+    pool = pool_of(clock, Worker(After(1000.0, gone()), "a"), deadline=2000.0)
+    assert results(pool, items(1)) == ["a0"]
 
 
-def test_a_crew_that_is_dead_for_good_ends_the_run_at_once(clock: Clock) -> None:
+def test_permanently_dead_pool_ends_the_run_at_once(clock: Clock) -> None:
     with pytest.raises(RunError, match="no worker is left"):
-        results(crew_of(clock, Worker(gone(), alive=ActorDiedError())), pieces(1))
+        results(pool_of(clock, Worker(gone(), alive=ActorDiedError())), items(1))
     assert clock.now == 0
 
 
-def test_an_unsound_result_is_computed_once_more_elsewhere(clock: Clock) -> None:
-    crew = crew_of(clock, Worker("a"), Worker("b"))
-    assert results(crew, pieces(5, sound=lambda result: result[0] == "b")) == ["b0", "b1", "b2", "b3", "b4"]
+def test_unsound_result_is_computed_once_more_elsewhere(clock: Clock) -> None:
+    pool = pool_of(clock, Worker("a"), Worker("b"))
+    assert results(pool, items(5, sound=lambda result: result[0] == "b")) == ["b0", "b1", "b2", "b3", "b4"]
 
 
-def test_the_second_result_is_taken_as_it_is(clock: Clock) -> None:
-    crew = crew_of(clock, Worker("a"), Worker("b"))
-    assert results(crew, pieces(2, sound=lambda result: False)) == ["b0", "a1"]
-    assert results(crew_of(clock, Worker("x", "y", "z")), pieces(1, sound=lambda result: False)) == ["y0"]
+def test_second_result_is_accepted(clock: Clock) -> None:
+    pool = pool_of(clock, Worker("a"), Worker("b"))
+    assert results(pool, items(2, sound=lambda result: False)) == ["b0", "a1"]
+    assert results(pool_of(clock, Worker("x", "y", "z")), items(1, sound=lambda result: False)) == ["y0"]
 
 
-def test_an_unsound_result_is_no_loss_and_ends_a_row_of_them(clock: Clock) -> None:
+def test_unsound_result_is_not_a_loss_and_resets_the_count(clock: Clock) -> None:
     worker = Worker(gone(), gone(), "x", gone(), gone(), "y")
-    assert results(crew_of(clock, worker), pieces(1, sound=lambda result: False)) == ["y0"]
+    assert results(pool_of(clock, worker), items(1, sound=lambda result: False)) == ["y0"]
 
 
-def test_a_stuck_worker_is_killed_and_its_pieces_run_elsewhere(clock: Clock) -> None:
+def test_stuck_worker_is_killed_and_its_items_run_elsewhere(clock: Clock) -> None:
     stuck, other = Worker(NEVER, alive=gone("restarting")), Worker(After(1.0, "b"))
-    assert results(crew_of(clock, stuck, other), pieces(4)) == ["b0", "b1", "b2", "b3"]
+    assert results(pool_of(clock, stuck, other), items(4)) == ["b0", "b1", "b2", "b3"]
     assert (stuck.kills, other.kills) == (1, 0)
-    assert clock.now == pytest.approx(12, abs=0.5)  # 10 s deadline, then pieces 0 and 2 of one second each
+    assert clock.now == pytest.approx(12, abs=0.5)  # 10 s deadline, then items 0 and 2 of one second each
 
 
-def test_a_stuck_worker_comes_back_and_works(clock: Clock) -> None:
+def test_stuck_worker_restarts_and_works(clock: Clock) -> None:
     worker = Worker(NEVER, NEVER, "a")
-    assert results(crew_of(clock, worker), pieces(2)) == ["a0", "a1"]
+    assert results(pool_of(clock, worker), items(2)) == ["a0", "a1"]
     assert worker.kills == 1
 
 
-def test_waiting_at_the_door_does_not_count_towards_the_deadline(clock: Clock) -> None:
-    """Two pieces of 6 s are sent at once; the second is done after 12 s, but takes 6."""
+def test_time_in_the_queue_does_not_count_towards_the_deadline(clock: Clock) -> None:
+    """Two items of 6 s are sent at once; the second is done after 12 s, but takes 6."""
     worker = Worker(After(6.0, "a"))
-    assert results(crew_of(clock, worker, deadline=10.0), pieces(3)) == ["a0", "a1", "a2"]
+    assert results(pool_of(clock, worker, deadline=10.0), items(3)) == ["a0", "a1", "a2"]
     assert (worker.kills, clock.now) == (0, 18.0)
 
 
-def test_three_times_past_the_deadline_ends_the_run(clock: Clock) -> None:
+def test_third_missed_deadline_ends_the_run(clock: Clock) -> None:
     worker = Worker(After(11.0, "a"))
-    says = r"^stage: piece 0 lost 3 times in a row: past the deadline of 10 s; raise resources\.deadline$"
-    with pytest.raises(RunError, match=says):
-        results(crew_of(clock, worker, deadline=10.0), pieces(1))
+    message = r"^stage: item 0 lost 3 times in a row: past the deadline of 10 s; raise resources\.deadline$"
+    with pytest.raises(RunError, match=message):
+        results(pool_of(clock, worker, deadline=10.0), items(1))
     assert worker.kills == 3
 
 
-def test_an_endless_deadline_is_waited_for(clock: Clock) -> None:
-    crew = crew_of(clock, Worker(After(1e5, "a")), deadline=1e300)
-    assert results(crew, pieces(1)) == ["a0"]
+def test_very_long_deadline_is_waited_for(clock: Clock) -> None:
+    pool = pool_of(clock, Worker(After(1e5, "a")), deadline=1e300)
+    assert results(pool, items(1)) == ["a0"]
 
 
-def test_what_a_stage_that_was_given_up_left_behind_is_not_taken_for_results(clock: Clock) -> None:
-    crew = crew_of(clock, Worker("x", "x", "y"))
-    given_up = in_order(crew, pieces(3), "stage")
-    assert next(given_up).result == "x0"  # x1 is in flight
-    assert results(crew, pieces(3)) == ["y0", "y1", "y2"]
+def test_results_of_an_abandoned_stage_are_not_used(clock: Clock) -> None:
+    pool = pool_of(clock, Worker("x", "x", "y"))
+    abandoned = in_order(pool, items(3), "stage")
+    assert next(abandoned).result == "x0"  # x1 is in flight
+    assert results(pool, items(3)) == ["y0", "y1", "y2"]
 
 
 class Sleeper:
-    """Sleeps for ever over the first piece that it finds unmarked, in whatever life."""
+    """Sleeps for ever over the first item that it finds unmarked, in every life."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -289,12 +290,12 @@ class Sleeper:
         return index
 
 
-def test_rays_worker_that_sleeps_is_killed_and_works_again(ray_session: None, tmp_path: Path) -> None:
+def test_sleeping_ray_worker_is_killed_and_works_again(ray_session: None, tmp_path: Path) -> None:
     make = ray.remote(Sleeper).options(num_cpus=0.5, max_restarts=-1, max_task_retries=0)
     workers = [make.remote(tmp_path / "mark")]
     ray.get([worker.ready.remote() for worker in workers], timeout=60)
     submit: Callable[[int], Callable[[Any], Any]] = lambda i: lambda worker: worker.work.remote(i)  # noqa: E731
-    work = [WorkItem(submit(i), 0, f"piece {i}") for i in range(3)]
+    work = [WorkItem(submit(i), 0, f"item {i}") for i in range(3)]
     try:
         assert results(WorkerPool(workers, 1.0), work) == [0, 1, 2]
     finally:
@@ -318,12 +319,12 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, log_to_driver=False)
 make = ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=0)
-crew = WorkerPool([make.remote(), make.remote()], 60.0)
-ray.get([worker.ready.remote() for worker in crew.workers], timeout=60)
+pool = WorkerPool([make.remote(), make.remote()], 60.0)
+ray.get([worker.ready.remote() for worker in pool.workers], timeout=60)
 work = [WorkItem(lambda worker, i=i: worker.work.remote(i), i % 2, str(i)) for i in range(12)]
 done = []
 def stage():
-    done.append([d.result[:2] for d in in_order(crew, work, "stage")])
+    done.append([d.result[:2] for d in in_order(pool, work, "stage")])
 def during(act, seconds):
     thread = threading.Thread(target=stage)
     thread.start()
@@ -332,10 +333,10 @@ def during(act, seconds):
     thread.join()
     assert [index for index, _ in done[-1]] == list(range(12)), done[-1]
 during(lambda: cluster.remove_node(nodes[0], allow_graceful=False), 1.2)  # cannot be placed any more
-assert len(crew.load) == 1, crew.load
+assert len(pool.load) == 1, pool.load
 during(lambda: nodes.append(cluster.add_node(num_cpus=1)), 0.5)
 stage()
-assert len(crew.load) == 2, crew.load
+assert len(pool.load) == 2, pool.load
 assert {node for _, node in done[-1]} == {nodes[1].node_id, nodes[2].node_id}
 def replace_all():
     for node in nodes[1:]:
@@ -349,8 +350,8 @@ cluster.shutdown()
 
 
 @pytest.mark.slow
-def test_a_lost_node_and_one_that_joins_later() -> None:
-    """Two nodes with a worker each: one is lost and comes back as another, then both at once.  A Ray of its own."""
+def test_lost_node_and_node_that_joins_later() -> None:
+    """Two nodes with a worker each: one is lost and replaced, then both at once.  A Ray of its own."""
     health = {"period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3, "initial_delay_ms": 1000}
     settings = {f"RAY_health_check_{name}": str(value) for name, value in health.items()}
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""A worker without Ray: what clients that fail by themselves send and leave behind."""
+"""A worker without Ray: the updates and states of clients that fail."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 class Trial:
-    """A worker and what it is sent in round 0."""
+    """A worker and its inputs in round 0."""
 
     def __init__(self, job: Job, dataset: Dataset | None = None, **resources: Any) -> None:
         config = job.config.model_copy(update={"resources": job.config.resources.model_copy(update=resources)})
@@ -60,7 +60,7 @@ class Trial:
 
 
 def without_rows(dataset: Dataset, client: int) -> Dataset:
-    """The client's rows are not there."""
+    """The client's rows are missing."""
     rows = dataset.client_rows.copy()
     rows[dataset.client_offsets[client] : dataset.client_offsets[client + 1]] = 10**6
     return replace(dataset, client_rows=rows)
@@ -71,8 +71,8 @@ def same(a: Tensors, b: Tensors) -> bool:
 
 
 @pytest.mark.parametrize("executor", ["pack", "reference"])
-def test_batches_are_drawn_as_the_configuration_says(job: Job, executor: str) -> None:
-    """Rows of different lengths are met in another order, which the weights show."""
+def test_batches_follow_the_configuration(job: Job, executor: str) -> None:
+    """Rows of different lengths come in another order, which shows in the weights."""
     ways = [job.config.federation.model_copy(update={"batching": way}) for way in ("shuffled", "bucketed", "shuffled")]
     jobs = [replace(job, config=job.config.model_copy(update={"federation": way})) for way in ways]
     first, second, again = (Trial(one, executor=executor).train(CLIENTS).updates[0].tensors for one in jobs)
@@ -81,7 +81,7 @@ def test_batches_are_drawn_as_the_configuration_says(job: Job, executor: str) ->
 
 
 @pytest.mark.parametrize("executor", ["pack", "reference"])
-def test_a_client_whose_rows_cannot_be_read_says_so_in_its_update(job: Job, executor: str) -> None:
+def test_unreadable_rows_are_reported_in_the_client_s_update(job: Job, executor: str) -> None:
     torn = without_rows(job.dataset, 1)
     outcome = Trial(job, torn, executor=executor).train(CLIENTS)
     first, bad, last = outcome.updates
@@ -101,8 +101,8 @@ def test_a_client_whose_rows_cannot_be_read_says_so_in_its_update(job: Job, exec
 
 
 @pytest.mark.parametrize("executor", ["pack", "reference"])
-def test_nan_does_not_get_into_the_metrics(job: Job, executor: str) -> None:
-    """A step of 1e38 cannot but overflow: step 0 has a loss, step 1 has none that is finite, and there it ends."""
+def test_nan_is_kept_out_of_the_metrics(job: Job, executor: str) -> None:
+    """A step of 1e38 must overflow: step 0 has a loss, step 1 has no finite one, and training ends there."""
     outcome = Trial(job, executor=executor).train([0], lr=1e38)
     (update,) = outcome.updates
     assert update.failure == "non-finite loss at local step 1"
@@ -113,7 +113,7 @@ def test_nan_does_not_get_into_the_metrics(job: Job, executor: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["upload", "client_state"])
-def test_what_is_sent_or_kept_must_be_finite(job: Job, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sent_and_kept_tensors_must_be_finite(job: Job, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(type(job.method), part)
 
     def spoiled(self: Any, broadcast: Any, result: Any, *rest: Any) -> Any:
@@ -130,8 +130,8 @@ def test_what_is_sent_or_kept_must_be_finite(job: Job, part: str, monkeypatch: p
     assert [state is None for state in outcome.states] == [False, True, False]
 
 
-def test_a_pack_with_a_failure_leaves_nothing_at_hand(job: Job) -> None:
-    """It is run again, and what its other clients end with then need not be what they ended with here."""
+def test_pack_with_a_failure_caches_no_states(job: Job) -> None:
+    """The pack is run again, and its other clients may then end with different states."""
     failed, whole = Trial(job, without_rows(job.dataset, 1)), Trial(job)
     failed.train(CLIENTS)
     assert not failed.worker._resident
@@ -139,21 +139,21 @@ def test_a_pack_with_a_failure_leaves_nothing_at_hand(job: Job) -> None:
     assert list(whole.worker._resident) == CLIENTS
 
 
-def test_the_states_longest_at_hand_go_first(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten numbers, 40 bytes a state, room for 100 bytes: two of them; one that comes again is the newest."""
+def test_oldest_cached_states_are_dropped_first(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten numbers, 40 bytes a state, room for 100 bytes: two of them; a repeated one becomes the newest."""
     monkeypatch.setattr("rayfed_sub.runtime.worker._RESIDENT_BYTES", 100)
     worker = Trial(job).worker
     for client in (0, 1, 0, 2):
         worker._remember(client, ClientState(1, 0, 0, {"x": torch.zeros(10)}))
     assert list(worker._resident) == [0, 2]
-    worker._remember(3, ClientState(1, 0, 0, {"x": torch.zeros(30)}))  # too large even alone, and kept alone
+    worker._remember(3, ClientState(1, 0, 0, {"x": torch.zeros(30)}))  # too large even alone, yet kept alone
     assert list(worker._resident) == [3]
     worker._remember(4, ClientState(1, 0, 0, {"x": torch.zeros(20)}))
     worker._remember(5, ClientState(1, 0, 0, {"x": torch.zeros(5)}))
     assert list(worker._resident) == [4, 5]
 
 
-def test_an_exception_of_the_method_keeps_its_traceback(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exception_of_the_method_keeps_its_traceback(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise KeyError("x")
 
@@ -162,8 +162,8 @@ def test_an_exception_of_the_method_keeps_its_traceback(job: Job, monkeypatch: p
         Trial(job).train(CLIENTS)
 
 
-def test_a_worker_lets_go_of_the_broadcast(job: Job) -> None:
-    """The object store keeps what any process still reads."""
+def test_worker_releases_the_broadcast(job: Job) -> None:
+    """The object store keeps whatever a process still reads."""
     trial = Trial(job)
     trial.train([0])
     trial.worker.evaluate(range(1), trial.broadcast, None, None)
@@ -174,8 +174,8 @@ def test_a_worker_lets_go_of_the_broadcast(job: Job) -> None:
     assert all(tensor() is None for tensor in tensors)
 
 
-def test_an_answer_comes_with_its_reference_cut_as_in_training_and_the_likeliest_tokens(job: Job) -> None:
-    """task.max_length is 36 bytes here: after bos and "Q: 15 + 15 =\\nA: " 19 are left of "30, as everybody knows"."""
+def test_answer_has_its_reference_cut_as_in_training_and_the_likeliest_tokens(job: Job) -> None:
+    """task.max_length is 36 bytes here: after bos and "Q: 15 + 15 =\nA: " 19 are left of "30, as everybody knows"."""
     trial, held_out = Trial(job), job.dataset.held_out
     rows = list(range(len(held_out)))
     generated = trial.worker.generate(rows, trial.broadcast, None, None)
@@ -189,10 +189,10 @@ def test_an_answer_comes_with_its_reference_cut_as_in_training_and_the_likeliest
         assert found.teacher_forced == job.processor.decode(prediction.predicted)
         assert 0 < len(prediction.predicted) == len(shown)
         assert len(found.answer) <= job.config.evaluation.max_new_tokens
-    assert {len(found.reference) for found in generated} == {19, 21}  # of two figures and of one
+    assert {len(found.reference) for found in generated} == {19, 21}  # of two digits and of one
 
 
-def test_a_worker_sees_to_it_that_few_kernels_are_kept(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_limits_the_kernel_cache(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     Trial(job)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"

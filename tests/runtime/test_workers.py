@@ -1,4 +1,4 @@
-"""A worker in the coordinator's own process: its order, its second try, its memory, and what it leaves behind."""
+"""A worker in the coordinator's own process: its order, its second try, its memory, and its cleanup."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = [
 
 
 class Counting:
-    """In place of a worker: gives how often it was asked."""
+    """A stand-in for a worker: returns the number of calls so far."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -33,7 +33,7 @@ class Counting:
         return len(self.calls)
 
 
-def test_items_run_one_after_the_other_and_an_unsound_one_twice() -> None:
+def test_items_run_one_after_the_other_and_unsound_ones_twice() -> None:
     worker = Counting()
     items = [
         WorkItem(lambda w, name=name: w.train.remote(name), 0, name, lambda result: result not in (2, 3))
@@ -43,12 +43,12 @@ def test_items_run_one_after_the_other_and_an_unsound_one_twice() -> None:
     assert worker.calls == ["a", "b", "b", "c"]
     assert [(one.index, one.result, one.worker, one.troubles) for one in done] == [
         (0, 1, 0, ()),
-        (1, 3, 0, ("a client failed",)),  # what the second try gives counts, as by the scheduler
+        (1, 3, 0, ("a client failed",)),  # the second result counts, as in the scheduler
         (2, 4, 0, ()),
     ]
 
 
-def test_what_is_shared_lies_as_in_the_object_store() -> None:
+def test_shared_tensors_have_the_layout_of_the_object_store() -> None:
     """Contiguous and aligned; a tensor that is so already is not copied."""
     turned, plain = torch.arange(6.0).reshape(2, 3).T, torch.zeros(4)
     workers = LocalWorker(cast(Any, Counting()))
@@ -59,9 +59,7 @@ def test_what_is_shared_lies_as_in_the_object_store() -> None:
     assert workers.put(ClientState(1, 2, 3, {"turned": turned})).tensors["turned"].is_contiguous()
 
 
-def test_a_run_in_this_process_starts_no_ray_and_leaves_it_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_in_this_process_starts_no_ray_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     def started(*_: Any, **__: Any) -> None:
@@ -82,7 +80,7 @@ def test_a_run_in_this_process_starts_no_ray_and_leaves_it_as_it_was(
     assert run(asked, tmp_path / "run", resume=True).weights_sha256 == summary.weights_sha256  # no claim is left
 
 
-def test_a_cluster_is_of_no_use_to_one_process(tmp_path: Path) -> None:
+def test_cluster_address_is_refused_for_one_process(tmp_path: Path) -> None:
     asked = load_config(TINY, [*SMALL, "resources.workers=0"])
     with pytest.raises(UserError, match=r"^--address: got 'auto'; allowed: nothing with resources\.workers=0"):
         run(asked, tmp_path / "run", address="auto")

@@ -29,10 +29,10 @@ def measured(folder: Path, count: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_costs_two_copies_of_the_target_weights(tmp_path: Path) -> None:
-    """SmolLM2-135M in bfloat16 under FedFTG, two runs side by side, a coordinator and a worker each: what a run is
-    planned to take besides the backbone and the rows.  Of the targets' weights there are two copies, the server, which
-    is the broadcast, and the sum of its clients, and never a third.  All of the model would be 2.5 copies more."""
+def test_run_costs_two_copies_of_the_target_weights(tmp_path: Path) -> None:
+    """SmolLM2-135M in bfloat16 under FedFTG, two runs side by side, a coordinator and a worker each: the planned memory
+    of a run besides the backbone and the rows.  Of the targets' weights there are two copies, the server, which is the
+    broadcast, and the sum of its clients, and never a third.  All of the model would be 2.5 copies more."""
     job = prepare(load_config(QUICKSTART, SMALL))
     planned = need(job_parts(job))
     # 30 layers, query and output 576 x 576, key and value 192 x 576, 4 bytes a number
@@ -43,5 +43,5 @@ def test_a_run_costs_two_copies_of_the_target_weights(tmp_path: Path) -> None:
     print(f"a run of two: {two['both'] / 2 / MB:.0f} MB, planned {alone / MB:.0f} MB")
     assert two["both"] <= 2 * alone
     assert two["coordinators"] <= 2 * (BARE_COORDINATOR + KERNELS + 2 * targets)
-    assert two["store"] <= 2 * 2 * targets  # the frozen rest is there once, from before the runs
-    assert len(set(two["sha256"])) == 1  # neighbours change no bits
+    assert two["store"] <= 2 * 2 * targets  # the frozen weights are there once, from before the runs
+    assert len(set(two["sha256"])) == 1  # side-by-side runs change no bits

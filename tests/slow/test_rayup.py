@@ -1,4 +1,4 @@
-"""The cluster of cluster.yaml, started and lost and ended by Ray itself on this machine (tests/rayup)."""
+"""The cluster of cluster.yaml, started, lost and ended by Ray itself on this machine (tests/slow/rayup)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.slow.rayup.__main__ import missing, play
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_the_cluster_comes_up_survives_and_goes(tmp_path: Path) -> None:
+def test_cluster_starts_survives_and_stops(tmp_path: Path) -> None:
     why_not = missing()
     if why_not is not None:
         pytest.skip(why_not)

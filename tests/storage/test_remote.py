@@ -1,7 +1,6 @@
-"""Runs in an object store: whatever cuts the sending, a run can go on from what is there, and ends with the same bits.
+"""Runs in an object store: after any interrupted upload a run can resume, and ends with the same bits.
 
-The store is a local folder behind a handler that counts, and breaks when told to; or S3, as moto's server has it.
-"""
+The store is a local folder behind a handler that counts, and fails on request; or S3, served by moto."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ TABLES = ("log.jsonl", "rounds.parquet")
 
 
 class Store(FSSpecHandler):  # type: ignore[misc]
-    """Notes what is sent and deleted; refuses everything after the first `left` of these."""
+    """Records what is sent and deleted; refuses everything after the first `left` of these."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(LocalFileSystem(auto_mkdir=True))  # an object store needs no folders
@@ -58,16 +57,16 @@ def store(tmp_path: Path) -> Store:
 
 
 def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS)) -> None:
-    """What a run does with its folder: begun or gone on with, a checkpoint every round, sent each time."""
+    """A run's use of its folder: started or resumed, a checkpoint every round, sent each time."""
     folder.mkdir(exist_ok=True)
     if not (folder / "config.yaml").exists():
         atomic_files.write(folder / "config.yaml", b"name: tiny")
     copy.push(folder)
-    book = state_store(folder)
-    for n in range(book.current.server.round, rounds):
+    states = state_store(folder)
+    for n in range(states.current.server.round, rounds):
         for name in TABLES:
             atomic_files.write(folder / name, b"." * (n + 1))
-        walk(book, COHORTS[: n + 1])
+        walk(states, COHORTS[: n + 1])
         copy.push(folder)
     if rounds == len(COHORTS):
         atomic_files.write(folder / "summary.json", b"{}")
@@ -83,12 +82,10 @@ def local(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_whatever_cuts_the_sending_a_run_can_go_on_from_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The line dies after every number of steps there is; then another machine goes on."""
-    monkeypatch.setattr(atomic_files.os, "fsync", lambda handle: None)  # 40 times a whole run
-    steps, whole, said = 0, False, set[str]()
+def test_run_resumes_after_an_upload_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection fails after every possible number of steps; then another machine resumes."""
+    monkeypatch.setattr(atomic_files.os, "fsync", lambda handle: None)  # 40 times an entire run
+    steps, whole, messages = 0, False, set[str]()
     while not whole:
         store = Store(tmp_path / f"store-{steps}")
         store.left = steps
@@ -96,7 +93,7 @@ def test_whatever_cuts_the_sending_a_run_can_go_on_from_what_is_there(
             work(tmp_path / f"first-{steps}", store.mirror())
             whole = True
         except RunError as error:
-            said.add(str(error))
+            messages.add(str(error))
         store.left = 10**6
 
         there, folder = store.mirror(), tmp_path / f"second-{steps}"
@@ -110,19 +107,19 @@ def test_whatever_cuts_the_sending_a_run_can_go_on_from_what_is_there(
             check(state_store(folder), COHORTS, reached)
         work(folder, there)
         check(state_store(folder), COHORTS, len(COHORTS))
-        assert local(store.root) == local(folder)  # nothing lies about that nobody names
+        assert local(store.root) == local(folder)  # no file is left that no manifest names
         steps += 1
-    assert said == {"writing files: s3://bucket/run: the line is dead"}
-    # config.yaml and summary.json, five rounds of server, manifest and two tables, 8 states; 3 rounds go again,
+    assert messages == {"writing files: s3://bucket/run: the line is dead"}
+    # config.yaml and summary.json, five rounds of server, manifest and two tables, 8 states; 3 rounds are deleted,
     # each a server and a manifest, with the states that only they named: 000001-000001, 000000-000001, 000001-000002.
     assert steps == 1 + 2 + 5 * 4 + 8 + 3 * 2 + 3
 
 
-def test_what_a_checkpoint_costs(store: Store, tmp_path: Path) -> None:
-    """The third: two states, the server, tables and log; then the manifest; then the first one's leave, manifest first.
+def test_requests_of_a_checkpoint(store: Store, tmp_path: Path) -> None:
+    """The third: two states, the server, tables and log; then the manifest; then the removal of the first one, manifest
+    first.
 
-    State 000001-000001 was replaced in round 2, which only the first checkpoint does not know.
-    """
+    State 000001-000001 was replaced in round 2, so only the first checkpoint names it."""
     copy = store.mirror()
     work(tmp_path / "run", copy, rounds=2)
     store.done.clear()
@@ -139,7 +136,7 @@ def test_what_a_checkpoint_costs(store: Store, tmp_path: Path) -> None:
     assert len(store.done) == 9  # nothing is new
 
 
-def test_a_whole_run_goes_from_its_configuration_to_its_summary(store: Store, tmp_path: Path) -> None:
+def test_complete_run_is_sent_from_configuration_to_summary(store: Store, tmp_path: Path) -> None:
     work(tmp_path / "run", Store(tmp_path / "elsewhere").mirror())
     store.mirror().push(tmp_path / "run")
     assert store.done[0] == "+config.yaml"
@@ -147,8 +144,8 @@ def test_a_whole_run_goes_from_its_configuration_to_its_summary(store: Store, tm
     assert store.done[-1] == "+summary.json"
 
 
-def test_a_file_of_the_same_length_with_other_content_is_sent(store: Store, tmp_path: Path) -> None:
-    """A state that a cut round left there, and that the round, run again, writes anew."""
+def test_file_of_the_same_length_with_other_content_is_sent(store: Store, tmp_path: Path) -> None:
+    """A state that an interrupted round left there, and that the repeated round writes anew."""
     name = "checkpoints/clients/000001-000002.safetensors"
     checkpoints.make(tmp_path)
     for content in (b"old", b"new"):
@@ -159,7 +156,7 @@ def test_a_file_of_the_same_length_with_other_content_is_sent(store: Store, tmp_
         assert (store.root / name).read_bytes() == content
 
 
-def test_what_is_not_the_runs_stays_where_it_is(store: Store, tmp_path: Path) -> None:
+def test_foreign_files_are_not_sent(store: Store, tmp_path: Path) -> None:
     (store.root / "checkpoints").mkdir(parents=True)
     for name in ("notes.txt", "checkpoints/notes.txt"):
         (store.root / name).write_text("mine")
@@ -167,7 +164,7 @@ def test_what_is_not_the_runs_stays_where_it_is(store: Store, tmp_path: Path) ->
     copy = store.mirror()
     copy.pull(tmp_path / "again")
     assert local(tmp_path / "again") == local(tmp_path / "run")
-    atomic_files.write(tmp_path / "again" / ".log.jsonl", b"half")  # and what a write has begun is not sent
+    atomic_files.write(tmp_path / "again" / ".log.jsonl", b"half")  # and an unfinished write is not sent
     work(tmp_path / "again", copy, rounds=4)
     assert {"notes.txt", "checkpoints/notes.txt"} == local(store.root) - local(tmp_path / "again")
     assert not list(store.root.glob(".*"))
@@ -175,14 +172,14 @@ def test_what_is_not_the_runs_stays_where_it_is(store: Store, tmp_path: Path) ->
 
 @pytest.fixture
 def temporary(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary folders lie; every URI leads to `store`."""
+    """The folder of temporary folders; every URI leads to `store`."""
     monkeypatch.setattr(remote, "connect", lambda uri, order=remote.RUN: store.mirror())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     return tmp_path / "tmp"
 
 
-def test_the_end_is_sent_whatever_it_is(store: Store, temporary: Path) -> None:
+def test_files_are_sent_after_any_ending(store: Store, temporary: Path) -> None:
     def interrupted() -> None:
         with open_place("s3://bucket/run", print, resume=False) as place:
             work(place.path, copy(place), rounds=1)
@@ -195,11 +192,11 @@ def test_the_end_is_sent_whatever_it_is(store: Store, temporary: Path) -> None:
     assert not list(temporary.iterdir())
 
 
-def test_what_cannot_be_sent_stays_here(store: Store, temporary: Path) -> None:
-    told: list[Any] = []
+def test_unsent_files_stay_on_this_machine(store: Store, temporary: Path) -> None:
+    records: list[Any] = []
 
     def cut() -> None:
-        with open_place("s3://bucket/run", told.append, resume=False) as place:
+        with open_place("s3://bucket/run", records.append, resume=False) as place:
             work(place.path, copy(place), rounds=1)
             store.left = 3
             work(place.path, copy(place), rounds=2)
@@ -208,34 +205,34 @@ def test_what_cannot_be_sent_stays_here(store: Store, temporary: Path) -> None:
         cut()
     (folder,) = temporary.iterdir()
     where = f"is in {folder}: go on there, with --out {folder} --resume"
-    assert told == [Notice(f"what could not be sent to s3://bucket/run {where}")]
+    assert records == [Notice(f"what could not be sent to s3://bucket/run {where}")]
     assert checkpoints.newest(folder) == 2
 
 
-def test_a_run_that_is_there_is_not_overwritten(store: Store, temporary: Path, tmp_path: Path) -> None:
+def test_existing_run_is_not_overwritten(store: Store, temporary: Path, tmp_path: Path) -> None:
     work(tmp_path / "run", store.mirror(), rounds=2)
     before = local(store.root)
     with pytest.raises(UserError, match=r"--out: got 's3://bucket/run'; allowed: a folder without a run in it"):
         open_place("s3://bucket/run", print, resume=False).__enter__()
-    (store.root / "config.yaml").unlink()  # what is left is no run to go on with, and none to mix with a new one
+    (store.root / "config.yaml").unlink()  # the rest is no run to resume, and must not mix with a new one
     with pytest.raises(UserError, match="a folder without a run in it"):
         open_place("s3://bucket/run", print, resume=True).__enter__()
     assert local(store.root) == before - {"config.yaml"}
     assert not list(temporary.iterdir())
 
 
-def test_errors_name_the_place_that_the_person_knows(store: Store, temporary: Path, tmp_path: Path) -> None:
+def test_errors_name_the_user_s_location(store: Store, temporary: Path, tmp_path: Path) -> None:
     work(tmp_path / "run", store.mirror(), rounds=2)
     (store.root / "checkpoints" / "manifest-000002.json").write_bytes(b"")
-    told: list[Any] = []
-    with pytest.raises(UserError) as caught, open_place("s3://bucket/run", told.append, resume=True) as place:
+    records: list[Any] = []
+    with pytest.raises(UserError) as caught, open_place("s3://bucket/run", records.append, resume=True) as place:
         state_store(place.path)
-    assert told == [Stage("fetching what is in s3://bucket/run")]
+    assert records == [Stage("fetching what is in s3://bucket/run")]
     assert caught.value.value == "s3://bucket/run/checkpoints/manifest-000002.json"
     assert caught.value.advice == "delete manifest-000002.json to go on from round 1"
 
 
-def test_a_run_there_is_at_hand_here(store: Store, temporary: Path, tmp_path: Path) -> None:
+def test_remote_run_can_be_read_locally(store: Store, temporary: Path, tmp_path: Path) -> None:
     work(tmp_path / "run", store.mirror(), rounds=2)
     with local_copy("s3://bucket/run", "RUN") as folder:
         assert local(folder) == local(tmp_path / "run")
@@ -249,10 +246,10 @@ def test_a_run_there_is_at_hand_here(store: Store, temporary: Path, tmp_path: Pa
 SECRET = "s3://AKIAKEY:hush@bucket/run?region=eu-west-1&session_token=hush"
 
 
-def test_credentials_in_a_uri_are_used_and_never_repeated(
+def test_credentials_in_a_uri_are_used_and_never_shown(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store is connected to with all of the URI; the run's place is called, and fails, without the credentials."""
+    """The connection uses all of the URI; names and errors of the run's location omit the credentials."""
     given: list[str] = []
 
     class Files:
@@ -293,7 +290,7 @@ def test_credentials_in_a_uri_are_used_and_never_repeated(
 
 
 @pytest.mark.parametrize("uri", ["s4://bucket/run", "s3://", "s3:// bucket/run", "file:///tmp/run"])
-def test_a_place_that_cannot_be_is_told_before_anything_starts(uri: str) -> None:
+def test_impossible_location_is_refused_before_the_run_starts(uri: str) -> None:
     with pytest.raises(UserError, match=r"^--out: got '[^']*'; allowed: what an object store gives access to \("):
         run(chaos.job(1), uri)
 
@@ -303,12 +300,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Summary:
     return chaos.undisturbed(0, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
-def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: str, tmp_path: Path) -> None:
-    """Ctrl-C in the third round, where no checkpoint was due; the second machine has nothing but the URI."""
-    told: list[Any] = []
+def test_run_in_s3_resumes_after_an_interrupt(undisturbed: Summary, bucket: str, tmp_path: Path) -> None:
+    """Ctrl-C in the third round, without a due checkpoint; the second machine has only the URI."""
+    records: list[Any] = []
 
     def interrupt(record: Any) -> None:
-        told.append(record)
+        records.append(record)
         if isinstance(record, PackDone) and record.round == 2:
             raise KeyboardInterrupt
 
@@ -316,8 +313,8 @@ def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: st
     with pytest.raises(KeyboardInterrupt):
         run(chaos.job(0, "checkpoint.every=0"), uri, interrupt)
     hint = f"interrupted; go on with: rayfed-sub run {uri}/config.yaml --out {uri} --resume"
-    assert [record.text for record in told if isinstance(record, Notice)] == [hint]
-    assert [record.folder for record in told if isinstance(record, Started)] == [uri]
+    assert [record.text for record in records if isinstance(record, Notice)] == [hint]
+    assert [record.folder for record in records if isinstance(record, Started)] == [uri]
 
     with local_copy(f"{uri}/config.yaml", "CONFIG.yaml") as path:
         config = load_config(path)
@@ -327,8 +324,8 @@ def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: st
     assert summary.resumed == (2,)
     assert summary.folder == uri
 
-    assert run(config, uri, told.append, resume=True) == summary  # it is finished: nothing happens
-    assert told[-1] == Notice(f"{uri} is finished already")
+    assert run(config, uri, records.append, resume=True) == summary  # finished: nothing happens
+    assert records[-1] == Notice(f"{uri} is finished already")
     with local_copy(uri, "RUN") as folder:
         assert finished(folder) == config
         assert checkpoints.newest(folder) == 4
@@ -336,6 +333,6 @@ def test_a_run_in_s3_is_interrupted_and_goes_on(undisturbed: Summary, bucket: st
         assert {path.name for path in folder.iterdir()} == {path.name for path in Path(undisturbed.folder).iterdir()}
 
 
-def test_what_s3_refuses_is_told_before_anything_starts(bucket: str) -> None:
+def test_refusal_by_s3_is_reported_before_the_run_starts(bucket: str) -> None:
     with pytest.raises(UserError, match=r"^--out: got 's3://nobody/run'; allowed: .*\(.*NO_SUCH_BUCKET"):
         run(chaos.job(1), "s3://nobody/run")

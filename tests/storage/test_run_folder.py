@@ -1,4 +1,4 @@
-"""The run folder: names, atomic files, tables, and what counts as finished."""
+"""The run folder: names, atomic files, tables, and the mark of a finished run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def summary(folder: Path) -> Summary:
     return Summary("kept", "fedftg", 2, "ab" * 32, 1, 2, 3, 8.0, 2.0, 1.0, 4, metrics, {}, {}, folder=str(folder))
 
 
-def test_names_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_names_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = [fresh(None, "tiny") for _ in range(3)]
     assert made == [Path("runs/tiny"), Path("runs/tiny-2"), Path("runs/tiny-3")]
@@ -68,22 +68,20 @@ def test_names_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(path.is_dir() for path in made)
 
 
-def test_runs_that_start_at_the_same_time_get_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_simultaneous_runs_get_separate_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: fresh(None, "tiny"), range(40)))
     assert len(set(made)) == 40
 
 
-def test_a_folder_that_is_named_is_taken_with_what_is_in_it(tmp_path: Path) -> None:
+def test_named_folder_is_used_with_its_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     assert fresh(tmp_path, "tiny") == tmp_path
     assert fresh(tmp_path / "a" / "b", "tiny").is_dir()
 
 
-def test_a_folder_with_a_run_and_a_file_are_refused(tmp_path: Path) -> None:
+def test_folder_with_a_run_and_file_are_refused(tmp_path: Path) -> None:
     create(Place(tmp_path), CONFIG)
     for path, allowed in ((tmp_path, "a folder without a run in it"), (tmp_path / "config.yaml", "a folder")):
         for refuse in (check_free, lambda path: fresh(path, "tiny")):
@@ -92,7 +90,7 @@ def test_a_folder_with_a_run_and_a_file_are_refused(tmp_path: Path) -> None:
             assert (caught.value.field, caught.value.value, caught.value.allowed) == ("--out", str(path), allowed)
 
 
-def test_a_folder_that_cannot_be_made_is_refused_under_the_given_name(tmp_path: Path) -> None:
+def test_impossible_folder_is_refused_under_the_given_name(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(
         UserError, match=r"^--to: got '.*file/sub'; allowed: a folder that can be made; Not a directory"
@@ -124,9 +122,9 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
     assert folder.scores(2) == [Score(None, "held_out_loss", 2.0, 50), Score(1, "held_out_loss", 2.0, 50)]
 
     folder.write_summary(summary(tmp_path))
-    told = json.loads((tmp_path / "summary.json").read_text())
-    assert told["metrics"] == {"held_out_loss_before": 4.0, "held_out_loss": 2.0}
-    assert "folder" not in told  # a run may be moved
+    summary_json = json.loads((tmp_path / "summary.json").read_text())
+    assert summary_json["metrics"] == {"held_out_loss_before": 4.0, "held_out_loss": 2.0}
+    assert "folder" not in summary_json  # a run folder can be moved
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("client_layers.parquet", "clients.parquet", "config.yaml", "layers.parquet", "log.jsonl", "packs.parquet"),
         *("rounds.parquet", "scores.parquet", "summary.json"),
@@ -134,9 +132,7 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "rounds.parquet", "summary.json"])
-def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_write_keeps_the_old_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = create(Place(tmp_path), CONFIG)
     folder.add(done(0, 3.0, 1))
     folder.write_tables()
@@ -156,10 +152,10 @@ def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
     with pytest.raises(RunError, match=rf"writing files: .*{file}: No space left on device"):
         writes[file]()
     assert (tmp_path / file).read_bytes() == before
-    assert not list(tmp_path.glob(".*"))  # what was begun takes no space either
+    assert not list(tmp_path.glob(".*"))  # the unfinished file takes no space either
 
 
-def test_a_run_is_finished_once_it_has_its_summary(tmp_path: Path) -> None:
+def test_run_with_a_summary_is_finished(tmp_path: Path) -> None:
     folder = create(Place(tmp_path), CONFIG)
     folder.write_tables()
     with pytest.raises(UserError, match="the folder of a finished run"):
@@ -171,8 +167,8 @@ def test_a_run_is_finished_once_it_has_its_summary(tmp_path: Path) -> None:
 BEGINNING = Beginning((Score(None, "held_out_loss", 4.0, 50),), {"torch": "2.13"}, {"threads": 1})
 
 
-def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: Path) -> None:
-    """Three rounds were run, the tables were written after two of them, the checkpoint holds one."""
+def test_resumed_run_is_cut_to_the_rounds_that_count(tmp_path: Path) -> None:
+    """Three rounds were run, the tables were written after two of them, the checkpoint has one."""
     first = create(Place(tmp_path), CONFIG)
     assert not first.begun()
     first.begin(BEGINNING)
@@ -181,7 +177,7 @@ def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: 
         if n == 1:
             first.write_tables()
     with (tmp_path / "log.jsonl").open("a") as log:
-        log.write('{"event": "rou')  # the process died while it wrote
+        log.write('{"event": "rou')  # the process died during the write
 
     again = reopen(Place(tmp_path), CONFIG)
     assert again.begun()
@@ -204,7 +200,7 @@ def test_a_run_that_is_taken_up_again_is_cut_to_the_rounds_that_count(tmp_path: 
     assert again.resumed() == (1,)
 
 
-def test_a_first_line_that_was_torn_is_written_anew(tmp_path: Path) -> None:
+def test_incomplete_first_line_is_written_anew(tmp_path: Path) -> None:
     folder = create(Place(tmp_path), CONFIG)
     (tmp_path / "log.jsonl").write_text('{"event": "star')
     assert not folder.begun()
@@ -212,7 +208,7 @@ def test_a_first_line_that_was_torn_is_written_anew(tmp_path: Path) -> None:
     assert reopen(Place(tmp_path), CONFIG).go_on(0) == BEGINNING
 
 
-def test_tables_that_lack_a_finished_round_are_refused(tmp_path: Path) -> None:
+def test_tables_without_a_finished_round_are_refused(tmp_path: Path) -> None:
     folder = create(Place(tmp_path), CONFIG)
     folder.begin(BEGINNING)
     folder.add(done(0, 2.0))
@@ -221,7 +217,7 @@ def test_tables_that_lack_a_finished_round_are_refused(tmp_path: Path) -> None:
         reopen(Place(tmp_path), CONFIG).go_on(2)
 
 
-def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
+def test_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
     create(Place(tmp_path), CONFIG)
     free = ["resources.workers=7", "resources.state_memory=3MB", "resources.deadline=5", "checkpoint.every=4"]
     settings = {"name": "kept", "federation": {"rounds": 2}}
@@ -237,8 +233,8 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
         assert str(caught.value).startswith(message)
 
 
-def test_a_stored_configuration_of_an_older_version_keeps_its_meaning(tmp_path: Path) -> None:
-    """Then the run's own seed drew the splits where the task had none, and all batches were bucketed."""
+def test_stored_configuration_of_an_older_version_keeps_its_meaning(tmp_path: Path) -> None:
+    """In older versions the run's own seed drew the splits if the task had none, and all batches were bucketed."""
     create(Place(tmp_path), CONFIG).write_summary(summary(tmp_path))
     for task in ({"seed": None}, {}, {"seed": 5}):
         old = {"name": "kept", "seed": 7, "task": task, "federation": {"rounds": 2}}
@@ -248,11 +244,11 @@ def test_a_stored_configuration_of_an_older_version_keeps_its_meaning(tmp_path: 
         assert reopen(Place(tmp_path), config).path == tmp_path
         with pytest.raises(UserError, match=r"^federation\.batching: got 'shuffled'; allowed: 'bucketed', with which"):
             summary_of(tmp_path, load_config({**old, "task": {"seed": config.task.seed}}))
-    with pytest.raises(UserError, match=r"^task\.seed: got None"):  # a configuration handed over is not a stored one
+    with pytest.raises(UserError, match=r"^task\.seed: got None"):  # a configuration passed in is not a stored one
         load_config({"task": {"seed": None}})
 
 
-def test_a_stored_configuration_of_an_older_version_has_the_new_names(tmp_path: Path) -> None:
+def test_stored_configuration_of_an_older_version_gets_the_new_names(tmp_path: Path) -> None:
     new = {
         "evaluation": {"eval_rows": 64, "generate_rows": 3, "split": "validation"},
         "federation": {"rounds": 2, "client_weighting": "uniform"},
@@ -271,14 +267,14 @@ def test_a_stored_configuration_of_an_older_version_has_the_new_names(tmp_path: 
     assert stored_config(tmp_path) == load_config(new, ["federation.batching=bucketed"])
 
 
-def test_a_finished_run_gives_its_summary_again(tmp_path: Path) -> None:
+def test_finished_run_returns_its_summary_again(tmp_path: Path) -> None:
     folder = create(Place(tmp_path), CONFIG)
     assert summary_of(tmp_path, CONFIG) is None
     folder.write_summary(summary(tmp_path))
     assert summary_of(tmp_path, CONFIG) == summary(tmp_path)
 
 
-def test_the_newest_run_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_run_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert latest("tiny") is None
     for _ in range(11):
@@ -286,11 +282,11 @@ def test_the_newest_run_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "runs" / "tiny-12").mkdir()  # claimed, but nothing in it
     create(Place(fresh(Path("runs/tiny-large"), "tiny")), CONFIG)
     assert latest("tiny") == Path("runs/tiny-11")
-    os.utime("runs/tiny/config.yaml", (2**31, 2**31))  # the first folder was deleted, and its name given again
+    os.utime("runs/tiny/config.yaml", (2**31, 2**31))  # the first folder was deleted, and its name used again
     assert latest("tiny") == Path("runs/tiny")
 
 
-def test_text_that_looks_like_a_number_comes_back_as_text(tmp_path: Path) -> None:
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
     config = load_config({"name": "1e5"})
     create(Place(tmp_path), config)
     assert load_config(tmp_path / "config.yaml") == config

@@ -1,7 +1,6 @@
-"""The state store: any order of completions, any budget, any torn write lead to the same state.
+"""The state store: any order of completions, any budget and any interrupted write lead to the same state.
 
-The object store is a stand-in: `put` gives a box, `get` opens it.
-"""
+The object store is a stand-in: `put` gives a box, `get` opens it."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from rayfed_sub.storage.client_states import ClientStates, StateFile, path
 from rayfed_sub.storage.state_store import StateStore, settled
 
 Model = Mapping[str, Any]
-"""What should be true: the server's and the memory's numbers, and of each client its round and numbers."""
+"""The expected state: the server's and the memory's numbers, and each client's round and numbers."""
 
 
 class Crash(BaseException):
@@ -35,7 +34,7 @@ class Crash(BaseException):
 
 
 def server(n: int) -> ServerState:
-    """Tensors of several dtypes, a view and an empty one among them, all telling the round."""
+    """Tensors of several dtypes, a view and an empty one among them, with values that depend on the round."""
     grid = torch.arange(12.0).reshape(3, 4) + n
     return ServerState(
         n,
@@ -63,20 +62,20 @@ def bits(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], by
     return {name: (dtype, array.shape, array.tobytes()) for name, (dtype, array) in sorted(packed(tensors).items())}
 
 
-def walk(book: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1) -> None:
-    """Trains the cohorts from where the ledger stands; a checkpoint every so many rounds."""
-    for n in range(book.current.server.round, len(cohorts)):
+def walk(store: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1) -> None:
+    """Train the cohorts from the store's current round; a checkpoint every so many rounds."""
+    for n in range(store.current.server.round, len(cohorts)):
         for client in cohorts[n]:
-            book.add(client, state(client, n + 1))
+            store.add(client, state(client, n + 1))
         trained = [(client, n + 1) for client in cohorts[n]]
-        book.commit(server(n + 1), {"layer/weight/v": torch.full((2,), n + 1.0)}, trained)
+        store.commit(server(n + 1), {"layer/weight/v": torch.full((2,), n + 1.0)}, trained)
         if (n + 1) % every == 0:
-            book.checkpoint()
+            store.checkpoint()
 
 
-def check(book: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> None:
-    """The store stands where `rounds` undisturbed rounds lead, bit for bit."""
-    current = book.current
+def check(store: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> None:
+    """Check that the store has the state of `rounds` undisturbed rounds, bit for bit."""
+    current = store.current
     assert current.server.round == rounds
     assert bits(current.server.tensors) == bits(server(rounds).tensors)
     if rounds:
@@ -84,7 +83,7 @@ def check(book: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> No
     last = {client: n + 1 for n in range(rounds) for client in cohorts[n]}
     assert current.states == last
     for client, n in last.items():
-        key, box = book.stored(client) or (None, [None])
+        key, box = store.stored(client) or (None, [None])
         found, expected = box[0], state(client, n)
         assert (key, found.round, found.cursor, found.step) == ((client, n), n, expected.cursor, expected.step)
         assert bits(found.tensors) == bits(expected.tensors)
@@ -97,11 +96,11 @@ cohorts_of_rounds = st.lists(st.lists(st.integers(0, 5), unique=True, max_size=4
 @given(cohorts=cohorts_of_rounds, every=st.integers(1, 3), budget=st.sampled_from([0, 402, 1000, 10**6]))
 def test_any_order_and_any_budget_lead_to_the_same_state(cohorts: list[list[int]], every: int, budget: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        book = state_store(Path(folder), budget)
-        walk(book, cohorts, every)
-        check(book, cohorts, len(cohorts))
-        assert book.stored(99) is None
-        # What is on disk leads to the newest checkpoint's state, and on to the same end.
+        store = state_store(Path(folder), budget)
+        walk(store, cohorts, every)
+        check(store, cohorts, len(cohorts))
+        assert store.stored(99) is None
+        # The files on disk lead to the newest checkpoint's state, and on to the same end.
         again = state_store(Path(folder), budget)
         check(again, cohorts, len(cohorts) // every * every)
         walk(again, cohorts, every)
@@ -110,10 +109,10 @@ def test_any_order_and_any_budget_lead_to_the_same_state(cohorts: list[list[int]
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data(), cohorts=cohorts_of_rounds, budget=st.sampled_from([0, 500, 10**6]))
-def test_a_write_that_is_torn_anywhere_leaves_a_whole_checkpoint(
+def test_write_interrupted_anywhere_leaves_a_complete_checkpoint(
     data: st.DataObject, cohorts: list[list[int]], budget: int
 ) -> None:
-    """The n-th change of a file is cut in the middle, as by SIGKILL or a full disk; then a new process goes on."""
+    """The n-th change of a file is cut in the middle, as by SIGKILL or a full disk; then a new process resumes."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         fatal = data.draw(st.integers(0, 30), label="the change that is cut")
         full = data.draw(st.booleans(), label="full disk, not SIGKILL")
@@ -149,28 +148,28 @@ def test_a_write_that_is_torn_anywhere_leaves_a_whole_checkpoint(
         check(again, cohorts, newest)
         walk(again, cohorts)
         check(again, cohorts, len(cohorts))
-        # Nothing half written is left, and no state that neither of the two checkpoints names.
+        # No partial file is left, and no state that neither of the two checkpoints names.
         named = again.current.keys | checkpoints.older(Path(folder))
         assert {file.name for file in checkpoints.clients(Path(folder)).iterdir()} == {
             path(Path(), key).name for key in named
         }
 
 
-def test_only_what_changed_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    book = state_store(tmp_path)
-    walk(book, [[0, 1, 2]])
+def test_only_changed_states_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = state_store(tmp_path)
+    walk(store, [[0, 1, 2]])
     written: list[str] = []
     write = atomic_files.write
     monkeypatch.setattr(
         atomic_files, "write", lambda target, *parts: (written.append(target.name), write(target, *parts))
     )
-    walk(book, [[0, 1, 2], [1]])
+    walk(store, [[0, 1, 2], [1]])
     assert written == ["000001-000002.safetensors", "server-000002.safetensors", "manifest-000002.json"]
-    book.checkpoint()  # nothing new
+    store.checkpoint()  # nothing new
     assert len(written) == 3
 
 
-def test_two_checkpoints_stay(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     walk(state_store(tmp_path), [[0], [1], [0]])
     assert sorted(file.name for file in checkpoints.root(tmp_path).iterdir()) == [
         *("clients", "manifest-000002.json", "manifest-000003.json"),
@@ -195,7 +194,7 @@ def test_memory_stays_within_its_budget(tmp_path: Path) -> None:
     assert (tmp_path / "000003-000001.safetensors").exists()
 
 
-def test_a_state_that_is_added_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+def test_state_added_again_replaces_the_first(tmp_path: Path) -> None:
     """A round that is run again in the same process, with no room for two states."""
     states = ClientStates(tmp_path, 402, lambda value: [value], lambda box: box[0])
     for step in (4, 99):
@@ -204,9 +203,9 @@ def test_a_state_that_is_added_again_takes_the_place_of_the_first(tmp_path: Path
     assert states.reference((0, 1))[0].step == 99
 
 
-def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    book = state_store(tmp_path)
-    walk(book, [[0]])
+def test_full_disk_is_reported_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = state_store(tmp_path)
+    walk(store, [[0]])
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
@@ -214,43 +213,43 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(atomic_files.os, "fsync", full)
         with pytest.raises(RunError, match=r"writing files: .*000000-000002.safetensors: No space left on device"):
-            walk(book, [[0], [0]])
+            walk(store, [[0], [0]])
     check(state_store(tmp_path), [[0]], 1)
-    book.checkpoint()  # there is space again
+    store.checkpoint()  # there is space again
     check(state_store(tmp_path), [[0], [0]], 2)
 
 
-def test_after_a_halt_no_round_counts(tmp_path: Path) -> None:
-    book = state_store(tmp_path)
-    walk(book, [[0]])
-    assert book.halt() == 1
-    assert not book.commit(server(2), {}, [book.add(1, state(1, 2))])
-    check(book, [[0]], 1)
+def test_no_round_counts_after_a_halt(tmp_path: Path) -> None:
+    store = state_store(tmp_path)
+    walk(store, [[0]])
+    assert store.halt() == 1
+    assert not store.commit(server(2), {}, [store.add(1, state(1, 2))])
+    check(store, [[0]], 1)
 
 
 @pytest.mark.parametrize(
-    ("file", "said"),
+    ("file", "message"),
     [
         ("manifest-000002.json", "Expecting"),
         ("server-000002.safetensors", "server-000002.safetensors is not as it was written"),
         ("clients/000001-000002.safetensors", "000001-000002.safetensors is cut or gone"),
     ],
 )
-def test_a_torn_checkpoint_is_refused_and_the_one_before_is_good(file: str, said: str, tmp_path: Path) -> None:
+def test_corrupt_checkpoint_is_refused_and_the_previous_one_is_used(file: str, message: str, tmp_path: Path) -> None:
     walk(state_store(tmp_path), [[0], [1]])
     torn = checkpoints.root(tmp_path) / file
     torn.write_bytes(torn.read_bytes()[:-10] if not file.startswith("manifest") else b"")
     with pytest.raises(UserError) as caught:
         state_store(tmp_path)
     assert caught.value.field == "checkpoint"
-    assert said in caught.value.allowed
+    assert message in caught.value.allowed
     assert caught.value.advice == "delete manifest-000002.json to go on from round 1"
     Path(str(caught.value.value)).unlink()
     again = state_store(tmp_path)
     check(again, [[0], [1]], 1)
 
 
-def test_a_changed_state_is_told_with_its_client_when_it_is_read(tmp_path: Path) -> None:
+def test_corrupt_state_is_reported_with_its_client_when_read(tmp_path: Path) -> None:
     walk(state_store(tmp_path), [[3]])
     file = path(checkpoints.clients(tmp_path), (3, 1))
     content = bytearray(file.read_bytes())
@@ -260,17 +259,17 @@ def test_a_changed_state_is_told_with_its_client_when_it_is_read(tmp_path: Path)
         state_store(tmp_path).stored(3)
 
 
-def test_a_manifest_names_what_it_needs(tmp_path: Path) -> None:
+def test_manifest_names_its_files(tmp_path: Path) -> None:
     walk(state_store(tmp_path), [[7]])
     tree = json.loads((checkpoints.root(tmp_path) / "manifest-000001.json").read_text())
     client, round, *entry = tree["clients"][0]
     assert (client, round, StateFile(*entry).cursor, StateFile(*entry).step) == (7, 1, 4, 11)
 
 
-def test_the_servers_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+def test_server_file_can_be_read_by_safetensors(tmp_path: Path) -> None:
     """Names, types and numbers; the widest numbers come first, so that all begin at multiples of their size."""
-    book = state_store(tmp_path)
-    walk(book, [[0]])
+    store = state_store(tmp_path)
+    walk(store, [[0]])
     file = checkpoints.root(tmp_path) / "server-000001.safetensors"
     rule = {"server/layer/weight/v": torch.full((2,), 1.0)}
     assert bits(load_file(file)) == bits({**server(1).tensors, **rule})
@@ -280,19 +279,19 @@ def test_the_servers_file_is_what_safetensors_reads(tmp_path: Path) -> None:
     assert [entry["data_offsets"][1] for entry in header.values()] == [16, 24, 72, 88, 96, 112]
 
 
-def test_the_server_moves_to_other_memory(tmp_path: Path) -> None:
-    book = state_store(tmp_path)
-    walk(book, [[3]])
-    before = book.current
+def test_server_can_move_to_other_memory(tmp_path: Path) -> None:
+    store = state_store(tmp_path)
+    walk(store, [[3]])
+    before = store.current
     there = before.server.tensors["layer/weight"].clone()
-    book.move({"layer/weight": there})
-    assert book.current.server.tensors["layer/weight"] is there
-    assert book.current.server.tensors["odd"] is before.server.tensors["odd"]
-    check(book, [[3]], 1)
+    store.move({"layer/weight": there})
+    assert store.current.server.tensors["layer/weight"] is there
+    assert store.current.server.tensors["odd"] is before.server.tensors["odd"]
+    check(store, [[3]], 1)
 
 
-def test_one_run_at_a_time(tmp_path: Path) -> None:
-    """The lock goes with its holder: a file that is closed stands for a process that has ended."""
+def test_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    """The lock ends with its holder: a closed file stands for a process that has ended."""
     holder = checkpoints.claim(tmp_path, 1)
     with pytest.raises(RunError, match=r"start: .*checkpoints: another run is at work here"):
         checkpoints.claim(tmp_path, 0.2)
@@ -300,7 +299,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     checkpoints.claim(tmp_path, 10).close()
 
 
-def test_settled_tensors_are_the_same_numbers_in_memory_of_their_own_kind() -> None:
+def test_settled_tensors_are_contiguous_and_aligned_with_the_same_numbers() -> None:
     """A transposed view becomes contiguous, as it would be when read from a file."""
     before = server(3)
     after = settled(before.tensors)

@@ -1,4 +1,4 @@
-"""A sweep before it starts: what is written, what is drawn, what is refused, and how many trials go side by side."""
+"""A sweep before it starts: its file, its draws, its refusals, and the number of trials side by side."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def space(text: str, *overrides: str) -> Sweep:
     return load_sweep(GRID, [f"sweep.space={{{text}}}", *overrides])
 
 
-# What is written
+# The file
 
 
-def test_the_papers_grid_is_three_by_three_by_three() -> None:
+def test_grid_of_the_paper_is_three_by_three_by_three() -> None:
     sweep = load_sweep(GRID)
     points = sweep.points()
     assert sweep.count == len(points) == 27  # 3 * 3 * 3
@@ -35,7 +35,7 @@ def test_the_papers_grid_is_three_by_three_by_three() -> None:
     assert set(sweep.search.space) == {"federation.local_steps", "method.rank", "optimizer.lr"}
 
 
-def test_a_trial_is_the_base_with_the_files_keys_and_its_own() -> None:
+def test_trial_is_the_base_with_the_file_s_keys_and_its_own() -> None:
     sweep = load_sweep(GRID, ["federation.rounds=7"])
     config = sweep.config({"method.rank": 2, "optimizer.lr": 0.01})
     assert config.model == load_config(TINY).model  # from the base
@@ -44,7 +44,7 @@ def test_a_trial_is_the_base_with_the_files_keys_and_its_own() -> None:
     assert (config.method["rank"], config.optimizer.lr) == (2, 0.01)  # from the space
 
 
-def test_another_method_keeps_the_fields_that_fit() -> None:
+def test_other_method_keeps_the_fields_it_has() -> None:
     # tiny.yaml has rank and refresh_every; fedit has a rank and no periods.
     sweep = space("method.name: {grid: [fedftg, fedit]}")
     assert [sweep.config(point).method["name"] for point in sweep.points()] == ["fedftg", "fedit"]
@@ -54,7 +54,7 @@ def test_another_method_keeps_the_fields_that_fit() -> None:
     assert space("method.rank: {grid: [2]}").left_out == ()
 
 
-def test_values_are_what_the_configuration_makes_of_them() -> None:
+def test_values_are_normalised_by_the_configuration() -> None:
     values = space(
         "optimizer.lr: {grid: [1e-3, 1]}, model.dtype: {grid: [bfloat16]}, federation.availability: {grid: [1]}"
     ).search.space
@@ -62,45 +62,45 @@ def test_values_are_what_the_configuration_makes_of_them() -> None:
     assert [type(value) for value in values["federation.availability"].grid or ()] == [float]
 
 
-# What is drawn
+# Draws
 
 
-def test_draws_are_repeatable_and_within_bounds() -> None:
+def test_draws_are_reproducible_and_within_bounds() -> None:
     text = "optimizer.lr: {loguniform: [1e-4, 1e-1]}, method.scale: {uniform: [0.5, 2]}, method.rank: {choice: [2, 8]}"
     points = space(text, "sweep.trials=200").points()
     assert points == space(text, "sweep.trials=200").points()
     assert points != space(text, "sweep.trials=200", "sweep.seed=1").points()
     assert all(0.0001 <= point["optimizer.lr"] <= 0.1 and 0.5 <= point["method.scale"] <= 2 for point in points)
-    # Half of the draws lie below the middle of the three decades, 10 ** -2.5: 100 with a deviation of 7.
+    # Half of the draws are below the middle of the three decades, 10 ** -2.5: 100 with a deviation of 7.
     assert 72 <= sum(math.log10(point["optimizer.lr"]) < -2.5 for point in points) <= 128
     assert 72 <= sum(point["method.rank"] == 2 for point in points) <= 128
 
 
-def test_more_trials_leave_the_first_ones_as_they_were() -> None:
+def test_more_trials_do_not_change_the_first_ones() -> None:
     text = "optimizer.lr: {loguniform: [1e-4, 1e-1]}"
     assert space(text, "sweep.trials=3").points() == space(text, "sweep.trials=9").points()[:3]
 
 
-def test_every_point_of_the_grid_has_so_many_draws() -> None:
+def test_every_point_of_the_grid_has_the_same_number_of_draws() -> None:
     sweep = space("method.rank: {grid: [2, 4]}, optimizer.lr: {uniform: [0.1, 0.2]}", "sweep.trials=3")
     assert sweep.count == len(sweep.points()) == 6  # 2 * 3
     assert sorted(point["method.rank"] for point in sweep.points()) == [2, 2, 2, 4, 4, 4]
     assert len({point["optimizer.lr"] for point in sweep.points()}) == 6
 
 
-def test_optunas_points_are_each_value_beside_the_ends_of_the_others() -> None:
+def test_checked_points_of_optuna_are_each_value_with_the_ends_of_the_others() -> None:
     text = "optimizer.lr: {loguniform: [1e-3, 1e-1]}, method.rank: {choice: [2, 4, 8]}"
     points = space(text, "sweep.searcher=optuna", "sweep.trials=50").points()
     pairs = {(point["optimizer.lr"], point["method.rank"]) for point in points}
     assert pairs == {(0.001, 2), (0.001, 4), (0.001, 8), (0.1, 2), (0.1, 4), (0.1, 8)}
 
 
-def test_many_choices_for_optuna_are_few_points() -> None:
+def test_many_choices_of_optuna_give_few_checked_points() -> None:
     text = ", ".join(f"model.random.{key}: {{choice: [4, 8, 16, 32]}}" for key in ("hidden_size", "intermediate_size"))
     assert len(space(text, "sweep.searcher=optuna").points()) == 2 * (4 + 4)  # and not their product
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_many_choices_for_optuna_are_few_points() -> None:
         ("name: {grid: [a, b]}", "sweep.space", "keys that change what a trial does"),
     ],
 )
-def test_a_space_that_does_not_fit(text: str, field: str, hint: str) -> None:
+def test_invalid_space_is_refused(text: str, field: str, hint: str) -> None:
     with pytest.raises(UserError) as refused:
         space(text)
     assert refused.value.field == field
@@ -139,15 +139,15 @@ def test_a_space_that_does_not_fit(text: str, field: str, hint: str) -> None:
         ("task.validation=0", "evaluation.split"),  # of the shared configuration
     ],
 )
-def test_a_section_that_does_not_fit(override: str, field: str) -> None:
+def test_invalid_section_is_refused(override: str, field: str) -> None:
     with pytest.raises(UserError) as refused:
         load_sweep(GRID, [override])
     assert refused.value.field == field
 
 
-@pytest.mark.parametrize("who", ["sweep.scheduler=asha", "sweep.searcher=optuna"])
-def test_nobody_can_wait_for_answers(who: str) -> None:
-    more = ("sweep.metric=rouge_l", "evaluation.generate_rows=4", who)
+@pytest.mark.parametrize("override", ["sweep.scheduler=asha", "sweep.searcher=optuna"])
+def test_scheduler_and_searcher_refuse_metrics_known_only_at_the_end(override: str) -> None:
+    more = ("sweep.metric=rouge_l", "evaluation.generate_rows=4", override)
     with pytest.raises(UserError, match="known at a trial's end"):
         space("optimizer.lr: {choice: [0.1, 0.2]}", *more)
 
@@ -159,7 +159,7 @@ def test_every_point_must_have_the_metric() -> None:
     assert space("evaluation.generate_rows: {grid: [8, 16]}", "sweep.metric=rouge_l").count == 2
 
 
-def test_a_configuration_is_no_sweep() -> None:
+def test_plain_configuration_is_refused_as_a_sweep() -> None:
     with pytest.raises(UserError, match="sweep: got None; allowed: a section with a space"):
         load_sweep(TINY)
 
@@ -167,7 +167,7 @@ def test_a_configuration_is_no_sweep() -> None:
 # Side by side
 
 
-def test_the_largest_points_are_those_that_no_other_exceeds() -> None:
+def test_largest_points_are_pareto_optimal() -> None:
     points = [
         {"method.rank": 8, "federation.local_steps": 1, "optimizer.lr": 0.1},
         {"method.rank": 2, "federation.local_steps": 4, "optimizer.lr": 0.1},
@@ -177,7 +177,7 @@ def test_the_largest_points_are_those_that_no_other_exceeds() -> None:
     assert points[2] not in largest(points)
 
 
-def test_every_name_and_every_resource_counts_by_itself() -> None:
+def test_every_name_and_every_resource_counts_separately() -> None:
     points = [
         {"method.name": name, "method.rank": rank, "resources.workers": workers}
         for name in ("fedftg", "fedavg")
@@ -197,7 +197,7 @@ def test_every_name_and_every_resource_counts_by_itself() -> None:
         ([Node(0), Node(4), Node(4)], "resources.workers=2", 4),  # 8 CPUs on two nodes
     ],
 )
-def test_trials_side_by_side_follow_from_places(there: list[Node], asked: str, most: int) -> None:
+def test_trials_side_by_side_follow_from_resources(there: list[Node], asked: str, most: int) -> None:
     job = prepare(load_config(TINY, asked.split()))
     assert capacity.at_once([job], there, most=100) == most
     assert capacity.at_once([job], there, most=1) == 1
@@ -214,10 +214,10 @@ def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch)
         assert capacity.at_once([job], [Node(64)], most=100) == most
 
 
-# What trials share
+# Shared inputs
 
 
-def test_what_rows_and_weights_depend_on() -> None:
+def test_keys_that_rows_and_weights_depend_on() -> None:
     def keys(*overrides: str) -> tuple[str, str]:
         config = load_config(TINY, overrides)
         return input_key(config), weights_key(config)
@@ -232,5 +232,5 @@ def test_what_rows_and_weights_depend_on() -> None:
     assert pretrained[0] == pretrained[1]
 
 
-def test_an_axis_says_its_ends() -> None:
+def test_axis_values_are_its_ends() -> None:
     assert Axis(uniform=(0.5, 2)).values == (0.5, 2.0)

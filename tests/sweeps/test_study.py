@@ -1,4 +1,4 @@
-"""Studies: they load, choose what they say, run what is missing, and the README's tables are those of the raw rows."""
+"""Studies: loading, choice, missing runs, and the README's tables against the raw rows."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_every_run_of_a_study_has_a_configuration(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_tables_of_the_readme_are_those_of_the_raw_rows(file: Path) -> None:
+def test_readme_tables_match_the_raw_rows(file: Path) -> None:
     readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     assert f"rayfed-sub study experiments/studies/{file.name}" in readme
     assert "\n".join(study_tables.study_table(load_study(file))) in readme
 
 
-def test_the_figures_of_the_verdicts_are_those_of_the_raw_rows() -> None:
-    """The column of what came out has `A - B: SCORE differences (ratio)`, by names of variants of the row's studies."""
+def test_figures_of_the_conclusions_match_the_raw_rows() -> None:
+    """The outcome column has `A - B: SCORE differences (ratio)`, by names of variants of the row's studies."""
     readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     claims = [line.split("|") for line in readme.partition("## Tables")[0].splitlines() if line.count("|") == 7]
     compared = 0
@@ -72,12 +72,14 @@ def test_the_figures_of_the_verdicts_are_those_of_the_raw_rows() -> None:
             continue
         files = [study_tables.csv_files(named(name.strip()))[0] for name in names.split(",")]
         rows = [row for file in files for row in study_tables.read_rows(file)]
-        for said in came_out.strip().split("<br>"):
-            one, other = said.partition(": ")[0].split(" - ")
-            for score, differences, times in re.findall(rf"({'|'.join(SCORES)}) ({DIFFERENCES})(?: \((.*?)x\))?", said):
+        for outcome in came_out.strip().split("<br>"):
+            one, other = outcome.partition(": ")[0].split(" - ")
+            for score, differences, times in re.findall(
+                rf"({'|'.join(SCORES)}) ({DIFFERENCES})(?: \((.*?)x\))?", outcome
+            ):
                 found, ratio = study_tables.paired(rows, one, other, SCORES[score])
-                assert differences == ", ".join(f"{difference:+.3f}" for difference in found), (claim, said)
-                assert times == (f"{ratio:.2f}" if score == "ROUGE-L" else ""), (claim, said)
+                assert differences == ", ".join(f"{difference:+.3f}" for difference in found), (claim, outcome)
+                assert times == (f"{ratio:.2f}" if score == "ROUGE-L" else ""), (claim, outcome)
                 compared += 1
     assert compared == len(re.findall(DIFFERENCES, readme)) > 50
 
@@ -85,15 +87,15 @@ def test_the_figures_of_the_verdicts_are_those_of_the_raw_rows() -> None:
 # --- trials and their choice
 
 
-def test_tuning_cannot_be_talked_into_judging_held_out_rows() -> None:
+def test_tuning_never_evaluates_held_out_rows() -> None:
     read = named("medquad-small")
     for trial in tuning_trials(read, "fedftg", ["evaluation.split=held-out", "evaluation.generate_rows=9"]):
         config = load_config(read.base, trial.overrides)
         assert (config.evaluation.split, config.evaluation.generate_rows) == ("validation", 0)
-        assert config.task.seed == 0  # so that no seed's held-out rows are among these
+        assert config.task.seed == 0  # so that they contain no seed's held-out rows
 
 
-def test_the_lowest_mean_validation_loss_is_chosen_and_what_diverged_is_not() -> None:
+def test_lowest_mean_validation_loss_is_chosen_without_diverged_trials() -> None:
     def row(value: float, loss: float | None) -> dict[str, Any]:
         return {"variant": "a", "value": value, "held_out_loss": loss}
 
@@ -104,7 +106,7 @@ def test_the_lowest_mean_validation_loss_is_chosen_and_what_diverged_is_not() ->
         study_runner.best_value([row(0.3, None)], (0.3,))
 
 
-def test_a_study_does_not_mix_models() -> None:
+def test_study_does_not_mix_models() -> None:
     read, rows = named("t-agg"), [{"model": "stories260K"}]
     study_runner.check_model(read, rows, ["model.path=models/stories260K"])
     with pytest.raises(UserError, match=r"model.path: got 'other'; allowed: stories260K"):
@@ -130,7 +132,7 @@ def test_a_study_does_not_mix_models() -> None:
         ("variants: [", "CONFIG: got"),
     ],
 )
-def test_a_wrong_study_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_error_in_a_study_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_study(written(tmp_path, text))
 
@@ -142,8 +144,8 @@ def test_every_run_is_checked_before_the_first(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.yaml"]
 
 
-def test_a_study_runs_what_is_missing(ray_session: None, tmp_path: Path) -> None:
-    """Of two values one diverges; the other's run has the bits of the run alone; one seed more is one run more."""
+def test_study_runs_missing_trials_only(ray_session: None, tmp_path: Path) -> None:
+    """Two values, one of which diverges; the other's run has the bits of a run alone; one more seed is one more run."""
     tune = "tune: {key: optimizer.lr, values: [0.003, 1.0e+39]}\n"
     file = written(tmp_path, f"{BASE}{SMALL}{tune}variants: {{a: []}}\nresults: out\n")
     read, begun, failures = load_study(file), list[int](), list[str | None]()
@@ -175,14 +177,14 @@ def test_a_study_runs_what_is_missing(ray_session: None, tmp_path: Path) -> None
     file.write_text(file.read_text().replace("seeds: [0]", "seeds: [0, 1]"))
     begun.clear()
     study_runner.run_study(load_study(file), [], tmp_path / "runs", 1, count)
-    assert begun == [1, 1]  # a run that diverged has no end to go on from, so it begins anew
+    assert begun == [1, 1]  # a diverged run has no end to resume from, so it begins anew
     assert len(study_tables.read_rows(tmp_path / "out" / "s.csv")) == len(rows) + 1
 
 
 # --- tables
 
 
-def test_rows_of_an_earlier_sitting_count_only_for_trials_that_there_still_are() -> None:
+def test_rows_of_an_earlier_session_count_only_for_current_trials() -> None:
     def row(seed: int, value: float, tuning: bool = False) -> dict[str, Any]:
         return {"variant": "a", "seed": seed, "tuning": tuning, "value": value}
 
@@ -195,7 +197,7 @@ def test_rows_of_an_earlier_sitting_count_only_for_trials_that_there_still_are()
     assert found.curves == (row(0, 0.03, tuning=True),)
 
 
-def test_a_difference_is_taken_in_seeds_that_both_have() -> None:
+def test_difference_uses_common_seeds() -> None:
     def row(variant: str, seed: str, loss: str, tuning: str = "False") -> dict[str, str]:
         return {"variant": variant, "seed": seed, "tuning": tuning, "held_out_loss": loss}
 
@@ -208,14 +210,14 @@ def test_a_difference_is_taken_in_seeds_that_both_have() -> None:
         study_tables.paired(rows, "a", "c", "held_out_loss")
 
 
-def test_loss_at_equal_bytes_lies_between_the_evaluated_rounds() -> None:
+def test_loss_at_equal_bytes_is_interpolated_between_evaluated_rounds() -> None:
     curve = [{"bytes": str(sent), "held_out_loss": str(loss)} for sent, loss in ((0, 4.0), (100, 3.0), (300, 2.0))]
     assert study_tables._loss_at(curve, 150) == pytest.approx(3.0 - 50 / 200)
-    assert study_tables._loss_at(curve, 999) == 2.0  # less was sent in all
-    assert study_tables._loss_at(curve, 99) is None  # nobody knows how it fell from the untrained model's
+    assert study_tables._loss_at(curve, 999) == 2.0  # fewer bytes were sent in total
+    assert study_tables._loss_at(curve, 99) is None  # the loss curve from the untrained model is unknown
 
 
-def test_a_table_gives_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path: Path) -> None:
+def test_table_has_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path: Path) -> None:
     read = load_study(
         written(
             tmp_path,

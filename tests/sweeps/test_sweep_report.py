@@ -1,4 +1,4 @@
-"""A sweep's report: the right numbers, in a document that holds together in a browser."""
+"""A sweep's report: the right numbers, in a well-formed document in a browser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS, RANK, LR = KEYS = ("federation.local_steps", "method.rank", "optimizer.lr
 
 
 def trials(*rows: dict[str, Any]) -> pd.DataFrame:
-    """A table of finished trials, of 4 rounds and 3 MB each where their rows do not say otherwise."""
+    """A table of finished trials, of 4 rounds and 3 MB each unless their rows set other values."""
     common = {
         "status": "finished",
         "rounds": 4,
@@ -40,7 +40,7 @@ def grid(loss: Any = lambda steps, rank, lr: 2.0 + 1 / rank + steps / 10 + abs(m
 
 
 def report(frame: pd.DataFrame, keys: tuple[str, ...] = KEYS, mode: str = "min", **settings: Any) -> dict[str, Any]:
-    """The report's sections by title, each its parts."""
+    """The report's sections by title, each with its parts."""
     return {section.title: section.parts for section in sections(frame, keys, "held_out_loss", mode, settings)}
 
 
@@ -53,12 +53,12 @@ def figures(found: dict[str, Any]) -> list[Figure]:
 
 
 def words(figure: Figure) -> dict[tuple[int, int], str]:
-    """What stands in a heat map's cells, by column and row."""
+    """The texts of a heat map's cells, by column and row."""
     texts = [trace for trace in figure.data if trace["type"] == "scatter"]
     return {(x, y): text for trace in texts for x, y, text in zip(trace["x"], trace["y"], trace["text"], strict=True)}
 
 
-# --- who is best
+# --- order of the trials
 
 
 def test_stopped_trials_come_after_finished_ones_and_failures_last() -> None:
@@ -78,7 +78,7 @@ def test_stopped_trials_come_after_finished_ones_and_failures_last() -> None:
     assert best(frame, "accuracy", "max") is None
 
 
-def test_the_best_and_how_far_ahead_it_is() -> None:
+def test_best_trial_and_its_lead() -> None:
     frame = trials(
         {RANK: 4, LR: 0.001, "held_out_loss": 2.5, "held_out_loss_before": 4.0},
         {RANK: 8, LR: 0.003, "held_out_loss": 2.0, "held_out_loss_before": 4.0},
@@ -102,7 +102,7 @@ def test_the_best_and_how_far_ahead_it_is() -> None:
 # --- the figures
 
 
-def test_heat_maps_hold_the_best_of_each_pair() -> None:
+def test_heat_maps_show_the_best_of_each_pair() -> None:
     maps = report(grid())["Pairs of keys"][1:]
     assert [figure.caption.split(":")[0] for figure in maps] == [
         "rank over local_steps",
@@ -135,7 +135,7 @@ def test_cells_without_a_trial_are_empty() -> None:
     assert "1 of 9 cells are empty" in ranks.label
 
 
-def test_a_diverged_trial_does_not_take_all_colours() -> None:
+def test_diverged_trial_does_not_dominate_the_colours() -> None:
     frame = trials(*({RANK: rank, LR: 0.1, "held_out_loss": loss} for rank, loss in ((1, 2.0), (2, 2.5), (4, 1e6))))
     points = report(frame, (RANK,))["One key at a time"][0]
     # 2.0 and four times the distance to the median: 2.0 + 4 * 0.5.
@@ -155,7 +155,7 @@ def test_parallel_coordinates_have_ticks_of_values_on_logarithmic_axes() -> None
     assert len(metric["values"]) == 27
 
 
-def test_many_values_have_points_and_no_heat_map() -> None:
+def test_many_values_are_drawn_as_points_without_a_heat_map() -> None:
     frame = trials(*({LR: 10 ** (-4 + at / 10), RANK: 2 + at % 2, "held_out_loss": 3 - at / 100} for at in range(20)))
     found = report(frame, (LR, RANK), space={LR: {"loguniform": [1e-4, 1e-2]}, RANK: {"choice": [2, 3]}})
     assert "Pairs of keys" not in found
@@ -172,7 +172,7 @@ def test_many_values_have_points_and_no_heat_map() -> None:
     assert found["What was swept"][0].rows[0][2] == "loguniform 1e-4, 1e-2"
 
 
-def test_the_line_of_traffic_joins_what_none_beats() -> None:
+def test_traffic_line_joins_the_pareto_front() -> None:
     sent = ((10, 3.0), (10, 2.9), (20, 2.95), (30, 2.5), (40, 2.6))
     frame = trials(
         *(
@@ -191,7 +191,7 @@ def test_the_line_of_traffic_joins_what_none_beats() -> None:
 # --- odd sweeps
 
 
-def test_a_stopped_trial_whose_bytes_nobody_knows_is_no_bargain() -> None:
+def test_stopped_trial_with_unknown_bytes_is_not_on_the_front() -> None:
     stopped = {RANK: 2, "held_out_loss": 1.0, "status": "stopped", "uplink_bytes": None, "downlink_bytes": None}
     found = report(trials({RANK: 4, "held_out_loss": 2.0}, stopped), (RANK,))
     (figure,) = found["Quality against traffic"]
@@ -199,7 +199,7 @@ def test_a_stopped_trial_whose_bytes_nobody_knows_is_no_bargain() -> None:
     assert [len(trace["x"]) for trace in figure.data] == [1, 1]  # the line, the marks
 
 
-def test_words_truths_and_nothing_are_values() -> None:
+def test_strings_booleans_and_none_are_values() -> None:
     frame = trials(
         *(
             {"method.name": name, "x.flag": flag, "x.cap": cap, "held_out_loss": loss}
@@ -229,7 +229,7 @@ def test_one_trial() -> None:
     assert "next" not in facts(found)
 
 
-def test_the_table_sorts_by_numbers_and_shows_the_rest() -> None:
+def test_table_sorts_by_numbers_and_shows_other_values() -> None:
     frame = trials({RANK: 16, "held_out_loss": 2.0, "x": None}, {RANK: 2, "held_out_loss": math.nan, "x": None})
     frame["uplink_bytes"] = pd.array([1_500_000, None], dtype="Int64")
     table = report(frame, (RANK,))["Trials"][0]
@@ -279,13 +279,13 @@ def test_text_is_never_markup(tmp_path: Path) -> None:
     outline = Outline(text)
     assert {tag for tag, _ in outline.found} & {"b", "img"} == set()
     assert outline.texts.count(NASTY) >= 4  # title, heading, the best one's value, the failure's cause
-    # Plotly has its own markup: its words keep their brackets escaped, but for the ticks of parallel coordinates.
+    # Plotly has its own markup: its texts keep their brackets escaped, except the ticks of parallel coordinates.
     heat_map, *_ = re.findall(r"<script type='application/json'>(.*?)</script>", text)
     ticks = json.loads(heat_map)["layout"]["xaxis"]["ticktext"]
     assert ticks == ["&lt;/script&gt;&lt;b&gt;\"'&amp;$x$ &lt;img…", "fedit"]
 
 
-def test_the_document_is_whole_small_and_by_itself(tmp_path: Path) -> None:
+def test_document_is_complete_small_and_self_contained(tmp_path: Path) -> None:
     from plotly.offline import get_plotlyjs
 
     path = tmp_path / "report.html"
@@ -305,7 +305,7 @@ def test_the_document_is_whole_small_and_by_itself(tmp_path: Path) -> None:
     assert {"scheduler", "asha"} <= set(outline.texts)
 
 
-def test_a_page_without_figures_needs_no_plotly() -> None:
+def test_page_without_figures_needs_no_plotly() -> None:
     text = page(
         "a & b", [Section("one", [Text("x < y"), Facts({"k": "v"}), Table("t", ["c"], [[Cell("1", 1.0)], ["z"]])])]
     )
@@ -319,29 +319,29 @@ def test_a_page_without_figures_needs_no_plotly() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-def test_in_a_browser(tmp_path: Path) -> None:
-    """Everything is drawn, in light and dark; tables sort and filter; a phone need not scroll sideways."""
+def test_sweep_report_in_a_browser(tmp_path: Path) -> None:
+    """Everything is drawn, in light and dark; tables sort and filter; a phone needs no sideways scroll."""
     path = tmp_path / "report.html"
     frame = grid()
     frame.loc[3, ["status", "held_out_loss", "failure"]] = ["failed", math.nan, "round 1: loss is NaN"]
     write_report(frame, KEYS, "held_out_loss", "min", "look", path, {})
     asked = """<script>
       plots.forEach(draw);  // also what is out of sight
-      const table = [...document.querySelectorAll("table")].at(-1), said = {};
+      const table = [...document.querySelectorAll("table")].at(-1), seen = {};
       const column = at => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[at].textContent);
       const press = at => table.tHead.rows[0].cells[at].firstChild.click();
-      press(2); said.up = column(2); press(2); said.down = column(2); said.sort = table.tHead.rows[0].cells[2].ariaSort;
-      press(6); said.loss = column(6);
+      press(2); seen.up = column(2); press(2); seen.down = column(2); seen.sort = table.tHead.rows[0].cells[2].ariaSort;
+      press(6); seen.loss = column(6);
       const box = table.closest(".table").querySelector("input");
-      box.value = "FAIL"; box.dispatchEvent(new Event("input")); said.kept = column(0);
-      said.count = table.closest(".table").querySelector("output").textContent;
+      box.value = "FAIL"; box.dispatchEvent(new Event("input")); seen.kept = column(0);
+      seen.count = table.closest(".table").querySelector("output").textContent;
       const style = getComputedStyle(document.body);
-      const said_of = plot => ({wide: plot.scrollWidth, drawn: plot.querySelectorAll("svg.main-svg").length,
+      const measured = plot => ({wide: plot.scrollWidth, drawn: plot.querySelectorAll("svg.main-svg").length,
         text: plot.textContent, paper: plot._fullLayout.paper_bgcolor, shares: plot._context.showSendToCloud});
-      said.plots = [...document.querySelectorAll(".plot")].map(said_of);
-      said.page = style.backgroundColor;
-      said.overflow = document.documentElement.scrollWidth - innerWidth;
-      document.body.dataset.said = JSON.stringify(said);
+      seen.plots = [...document.querySelectorAll(".plot")].map(measured);
+      seen.page = style.backgroundColor;
+      seen.overflow = document.documentElement.scrollWidth - innerWidth;
+      document.body.dataset.seen = JSON.stringify(seen);
     </script>"""
     path.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{asked}</body>"), encoding="utf-8")
     looks = {}
@@ -349,13 +349,13 @@ def test_in_a_browser(tmp_path: Path) -> None:
         dom, console = browse(path, f"--blink-settings=preferredColorScheme={number}", "--window-size=500,900")
         assert console == []
         ((_, body),) = [found for found in Outline(dom).found if found[0] == "body"]
-        looks[scheme] = json.loads(body["data-said"] or "")
+        looks[scheme] = json.loads(body["data-seen"] or "")
     light = looks["light"]
     assert light["up"] == [rank for rank in ("2", "4", "8") for _ in range(9)]
     assert light["down"] == light["up"][::-1]
     assert light["sort"] == "descending"
     assert light["loss"][0] == "2.2250"
-    assert light["loss"][-1] == "-", "what has no number comes last"
+    assert light["loss"][-1] == "-", "rows without a number come last"
     assert (light["kept"], light["count"]) == (["3"], "1 of 27 rows")
     assert len(light["plots"]) == 5
     assert all(plot["drawn"] and "not supported" not in plot["text"] for plot in light["plots"])

@@ -1,4 +1,4 @@
-"""Symptoms are told while a run goes on, each once, also when it was taken up again."""
+"""Alerts are reported while a run goes on, each once, also after a resume."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.storage.test_run_folder import BEGINNING, done
 CONFIG = load_config({"name": "watched", "federation": {"rounds": 9}})
 
 
-def test_a_loss_that_rises_is_told_once(tmp_path: Path) -> None:
+def test_rising_loss_is_reported_once(tmp_path: Path) -> None:
     """It begins at 4, falls to 3 and stays two thirds above that."""
     folder = create(Place(tmp_path), CONFIG)
     folder.begin(BEGINNING)
-    watch, told = Watch(folder, CONFIG), []
+    watch, reported = Watch(folder, CONFIG), []
     for n, held_out in enumerate((3.0, 5.0, 5.0, 5.0)):
         folder.add(done(n, held_out, 1))
-        told.append([alert.name for alert in watch.add(done(n, held_out, 1))])
-    assert told == [[], [], ["divergence"], []]
+        reported.append([alert.name for alert in watch.add(done(n, held_out, 1))])
+    assert reported == [[], [], ["divergence"], []]
     folder.write_tables()
 
     again = reopen(Place(tmp_path), CONFIG)
@@ -30,7 +30,7 @@ def test_a_loss_that_rises_is_told_once(tmp_path: Path) -> None:
     assert Watch(again, CONFIG).add(done(4, 5.0, 1)) == []
 
 
-def test_a_healthy_run_says_nothing(tmp_path: Path) -> None:
+def test_healthy_run_reports_nothing(tmp_path: Path) -> None:
     folder = create(Place(tmp_path), CONFIG)
     folder.begin(BEGINNING)
     watch = Watch(folder, CONFIG)

@@ -1,4 +1,4 @@
-"""The dashboard: every gauge that is exported is on it, and nothing else."""
+"""The dashboard: it shows every exported gauge, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXPRESSION = re.compile(
 
 
 def exported() -> set[str]:
-    """Names on the Prometheus endpoint, where Ray puts ray_ in front."""
+    """Names on the Prometheus endpoint, where Ray prepends ray_."""
     return {"ray_" + gauge_of(tag)[0] for tag in (*FIGURES, f"{SCORES}/accuracy")}
 
 
@@ -34,7 +34,7 @@ def targets() -> list[dict[str, Any]]:
     return [target for panel in PANELS for target in panel["targets"]]
 
 
-def test_the_panels_show_what_is_exported_and_nothing_else() -> None:
+def test_panels_show_exactly_the_exported_gauges() -> None:
     shown = set()
     for target in targets():
         found = EXPRESSION.fullmatch(target["expr"])
@@ -48,7 +48,7 @@ def test_the_panels_show_what_is_exported_and_nothing_else() -> None:
     assert shown == exported()
 
 
-def test_runs_and_methods_are_chosen_among_those_that_are_there() -> None:
+def test_runs_and_methods_are_chosen_among_existing_ones() -> None:
     assert list(VARIABLES) == ["datasource", "run", "method"]
     assert (VARIABLES["datasource"]["type"], VARIABLES["datasource"]["query"]) == ("datasource", "prometheus")
     for name in ("run", "method"):
@@ -62,7 +62,7 @@ def test_runs_and_methods_are_chosen_among_those_that_are_there() -> None:
     assert all(source == SOURCE for source in [*sources, *(one["datasource"] for one in (*PANELS, *targets()))])
 
 
-def test_panels_have_numbers_and_places_of_their_own() -> None:
+def test_panels_have_distinct_ids_and_positions() -> None:
     assert len({panel["id"] for panel in PANELS}) == len({panel["title"] for panel in PANELS}) == len(PANELS)
     places = [panel["gridPos"] for panel in PANELS]
     assert all(at["x"] >= 0 and at["y"] >= 0 and at["w"] > 0 and at["h"] > 0 for at in places)

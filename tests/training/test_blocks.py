@@ -25,26 +25,26 @@ def dense(y: Tensor, x: Tensor, left: Tensor, right: Tensor, scale_G: Tensor) ->
 @pytest.mark.parametrize(
     "trained", [("left",), ("right",), ("left", "right"), ("x", "left"), ("y", "x"), ("x", "right")]
 )
-def test_gradients_are_those_of_the_dense_change(trained: tuple[str, ...]) -> None:
+def test_gradients_match_the_dense_change(trained: tuple[str, ...]) -> None:
     scale_G = torch.tensor([0.5, 1.0, 2.0])
     d = torch.ones(G, N, M)
     grads = []
     for added in (add_block, dense):
         given = operands()
         leaves = [given[name].requires_grad_() for name in trained]
-        given["y"] = given["y"].clone()  # what autograd follows may be changed in place, a leaf not
+        given["y"] = given["y"].clone()  # a tensor in the autograd graph may be changed in place, a leaf not
         out = added(*given.values(), scale_G)
         grads.append((out.detach(), *torch.autograd.grad(out, leaves, d)))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
 
 
-def test_without_a_scale_it_is_one() -> None:
+def test_default_scale_is_one() -> None:
     given = operands()
     assert torch.equal(add_block(*operands().values()), dense(*given.values(), torch.ones(G)))
 
 
-def test_it_is_added_in_place() -> None:
-    """And autograd knows."""
+def test_block_is_added_in_place() -> None:
+    """Autograd tracks the change."""
     given = operands()
     version = given["y"]._version
     assert add_block(*given.values()) is given["y"]

@@ -1,4 +1,5 @@
-"""A pack is its clients, side by side: nobody feels a neighbour, and the shared backbone is never written."""
+"""A pack gives each client its result alone: clients do not affect each other, and the shared backbone is never
+written."""
 
 from __future__ import annotations
 
@@ -60,9 +61,9 @@ def eight_batches(tiny: Tiny) -> list[list[dict[str, torch.Tensor]]]:
 KINDS = ["exact", "randomized", "random", "lora", "dense"]
 
 
-# `svd` needs rank(G) >= r to be reproducible at all: a classifier's one row gives rank 1, the rest is torch's whim.
+# `svd` needs rank(G) >= r to be reproducible at all: a classifier's one row gives rank 1, torch chooses the rest.
 @pytest.mark.parametrize(("make", "kind"), [*product([llama, gpt2, bert, vit], KINDS), (llama, "svd")])
-def test_a_client_in_a_pack_of_eight_ends_where_it_ends_alone(make, kind):
+def test_client_in_a_pack_of_eight_has_its_result_alone(make, kind):
     tiny = make()
     starts, batches = eight_starts(tiny, kind), eight_batches(tiny)
     # Adam's first steps are the gradient's sign, so eps = 1e-6 would show float32's rounding of coordinates near zero
@@ -78,7 +79,7 @@ def test_a_client_in_a_pack_of_eight_ends_where_it_ends_alone(make, kind):
         assert error < 1e-5
         assert worst(ours.moments, alone.moments) < 1e-4
         assert ours.metrics == pytest.approx(alone.metrics, rel=1e-5)
-        # What is uploaded may not depend on the neighbours either.
+        # The upload must not depend on the neighbours either.
         for layer, (left, right) in alone.blocks.items():
             assert (ours.blocks[layer][0].shape, ours.blocks[layer][1].shape) == (left.shape, right.shape)
 
@@ -95,7 +96,7 @@ def test_equal_packs_give_equal_bits_in_the_given_order():
 
 @pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
 @pytest.mark.parametrize("where", ["inputs", "tensors"])
-def test_a_client_with_nan_fails_alone(kind, where):
+def test_client_with_nan_fails_alone(kind, where):
     tiny = vit()
     batches = [draw_batches(tiny, seed, 5) for seed in range(3)]
     start = start_of(kind, tiny)
@@ -118,7 +119,7 @@ def test_a_client_with_nan_fails_alone(kind, where):
 
 
 class Torn(list):
-    """Batches of which number `at` cannot be read, nor any after it."""
+    """Batches of which number `at` and all later ones cannot be read."""
 
     at = 0
 
@@ -137,7 +138,7 @@ def torn(batches: list[dict[str, torch.Tensor]], at: int) -> Torn:
 @pytest.mark.parametrize("run", [run_pack, run_reference])
 @pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
 @pytest.mark.parametrize("at", [0, 2])
-def test_a_client_whose_data_raise_fails_alone(kind, at, run):
+def test_client_whose_data_raise_fails_alone(kind, at, run):
     tiny = llama()
     start, optimizer = start_of(kind, tiny), Optimizer(clip_norm=0.5)
     whole = [draw_batches(tiny, seed, 5) for seed in range(3)]
@@ -146,7 +147,7 @@ def test_a_client_whose_data_raise_fails_alone(kind, at, run):
     first, bad, last = run(tiny, [start] * 3, cut, optimizer, lr=LR)
     assert bad.failure == f"batch of local step {at}: ValueError: row 17: not UTF-8"
     assert bad.metrics["steps"] == at
-    # It stays what it was up to there: the mean of the steps that it took.
+    # Its loss stays the mean of the steps that it took.
     (short,) = run(tiny, [start], [whole[1][:at]], optimizer, lr=LR)
     assert bad.metrics["loss"] == pytest.approx(short.metrics["loss"], rel=1e-5)
     for ours, theirs in ((first, good[0]), (last, good[2])):
@@ -159,10 +160,10 @@ def test_a_client_whose_data_raise_fails_alone(kind, at, run):
 
 
 @pytest.mark.parametrize("run", [run_pack, run_reference])
-def test_a_pack_whose_clients_all_fail_ends(run):
+def test_pack_whose_clients_all_fail_ends(run):
     tiny = llama()
     whole = [draw_batches(tiny, seed, 5) for seed in range(2)]
-    whole[0][1]["labels"] = torch.full_like(whole[0][1]["labels"], 10**6)  # would raise: it must not be reached
+    whole[0][1]["labels"] = torch.full_like(whole[0][1]["labels"], 10**6)  # would raise: must not be reached
     cut = [torn(whole[0], 1), torn(whole[1], 0)]
     one, two = run(tiny, [lora_start(tiny, 2)] * 2, cut, Optimizer(), lr=LR)
     assert [one.metrics["steps"], two.metrics["steps"]] == [1, 0]
@@ -170,7 +171,7 @@ def test_a_pack_whose_clients_all_fail_ends(run):
     assert two.failure.startswith("batch of local step 0")
 
 
-def test_a_client_with_nan_leaves_the_pack():
+def test_client_with_nan_leaves_the_pack():
     """Its later batches are not even drawn."""
     tiny = vit()
     batches = [draw_batches(tiny, seed, 5) for seed in range(2)]
@@ -182,7 +183,7 @@ def test_a_client_with_nan_leaves_the_pack():
 
 @pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
 @pytest.mark.parametrize("make", [llama, bert])
-def test_a_client_without_labels_stays_put(make, kind):
+def test_client_without_labels_does_not_change(make, kind):
     tiny = make()
     start = start_of(kind, tiny)
     batches = [draw_batches(tiny, 0, 5), draw_batches(tiny, 1, 5, labels=0), draw_batches(tiny, 2, 5)]
@@ -196,13 +197,13 @@ def test_a_client_without_labels_stays_put(make, kind):
     for ours, theirs in ((first, good[0]), (last, good[2])):
         error = worst(change(tiny, start, ours), change(tiny, start, theirs))
         assert error < 1e-6
-    # Nobody in the pack has a label: there is no loss to differentiate.
+    # No client in the pack has a label: there is no loss to differentiate.
     (lonely,) = run_pack(tiny, [start], batches[1:2], Optimizer(), lr=LR)
     assert lonely.failure is None
     assert all(not delta.any() for delta in change(tiny, start, lonely).values())
 
 
-def test_a_client_without_steps_comes_back_as_it_went():
+def test_client_without_steps_returns_unchanged():
     tiny = llama()
     start = galore_start(tiny, Subspace(2, 3), step=4)
     idle, busy = run_pack(tiny, [start] * 2, [[], draw_batches(tiny, 0, 2)], Optimizer(weight_decay=0.1), lr=LR)
@@ -211,7 +212,7 @@ def test_a_client_without_steps_comes_back_as_it_went():
     assert busy.step == 6
 
 
-def test_folding_closed_blocks_leaves_the_change_as_it_is():
+def test_folding_closed_blocks_keeps_the_change():
     """12 refreshes of rank 3 exceed min(m, n) = 16 twice over; the reference never folds."""
     tiny = llama()
     start, batches = galore_start(tiny, Subspace(3, 1)), [draw_batches(tiny, 0, 12)]
@@ -255,12 +256,12 @@ def test_lr_zero_is_a_fixed_point(name):
         (result,) = run_pack(tiny, [start], [draw_batches(tiny, 0, 5)], optimizer, lr=0.0)
         assert result.base_scale == 1.0
         assert all(not delta.any() for delta in change(tiny, start, result).values())
-        assert any(moment.any() for moment in result.moments.values())  # it did look
+        assert any(moment.any() for moment in result.moments.values())  # the projector did run
 
 
-def test_clipping_is_each_clients_own():
+def test_clipping_is_per_client():
     """Plain SGD with lr 1: the step is the gradient, so a clipped client moves by exactly clip_norm.  The other one's
-    gradients are below the bound (its scale is tiny), and it must not notice."""
+    gradients are below the bound (its scale is tiny), and it must not be affected."""
     tiny, sgd = llama(), Optimizer(name="sgd")
     loud, quiet = lora_start(tiny, 2, roles=("left",)), lora_start(tiny, 2, roles=("left",), scale=1e-5)
     batches = [draw_batches(tiny, seed, 1) for seed in range(2)]
@@ -284,7 +285,7 @@ def replace_clip(optimizer: Optimizer, norm: float) -> Optimizer:
 
 
 @pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
-def test_the_shared_backbone_is_never_written(kind):
+def test_shared_backbone_is_never_written(kind):
     tiny = gpt2()
     model, layers = installed(tiny)
     shared = {**dict(model.named_parameters()), **{name: layer.weight for name, layer in layers.items()}}
@@ -299,9 +300,9 @@ def test_the_shared_backbone_is_never_written(kind):
         assert shared[name]._version == version
         assert torch.equal(shared[name], content)
         assert shared[name].grad is None
-    assert all(torch.equal(start.tensors[name], kept[name]) for name in kept)  # a Start may lie in shared memory too
+    assert all(torch.equal(start.tensors[name], kept[name]) for name in kept)  # a Start may be in shared memory too
     assert all(layer.terms is None for layer in layers.values())
 
 
-def test_distance_sees_a_small_change():
+def test_distance_detects_a_small_change():
     assert distance(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-3])) == pytest.approx(1e-3, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Verdicts on held-out rows against the plain model's own logits and loss."""
+"""Predictions on held-out rows against the plain model's own logits and loss."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LANGUAGE: list[Callable[[], Tiny]] = [llama, gpt2, *(lambda name=name: bent(name
 
 
 @pytest.mark.parametrize("model", LANGUAGE, ids=["llama", "gpt2", "gemma2", "cohere"])
-def test_a_token_is_judged_by_the_logits_before_it(model: Callable[[], Tiny]) -> None:
+def test_token_is_predicted_from_the_logits_before_it(model: Callable[[], Tiny]) -> None:
     tiny = model()
     (batch,) = draw_batches(tiny, seed=3, steps=1, rows=4)
-    batch["labels"][2] = IGNORED  # a row that asks for nothing
+    batch["labels"][2] = IGNORED  # a row without labels
     with torch.no_grad():
         logits_RTV = tiny.model(input_ids=batch["input_ids"]).logits.float()
     for row, prediction in enumerate(predictions(tiny.model, batch)):
@@ -36,8 +36,9 @@ def test_a_token_is_judged_by_the_logits_before_it(model: Callable[[], Tiny]) ->
 
 
 @pytest.mark.parametrize("model", [llama, gpt2], ids=["llama", "gpt2"])
-def test_answers_are_the_likeliest_tokens_whatever_stands_beside_them(model: Callable[[], Tiny]) -> None:
-    """One prompt at a time and without padding, token after token: prompts of a batch are padded on the left."""
+def test_answers_are_the_likeliest_tokens_in_any_batch(model: Callable[[], Tiny]) -> None:
+    """The reference: one prompt at a time and without padding, token after token; prompts of a batch are padded on the
+    left."""
     net = model().model
 
     def greedy(prompt: list[int], limit: int) -> list[int]:
@@ -54,14 +55,14 @@ def test_answers_are_the_likeliest_tokens_whatever_stands_beside_them(model: Cal
     found = answers(net, prompts, pad=PAD, ends=[eos], limit=6)
     assert found == [answer[: answer.index(eos)] if eos in answer else answer for answer in wanted]
     assert len(found[0]) <= 3
-    # Any of several ends will do, whichever comes first.
+    # Any of several end tokens stops generation, whichever comes first.
     assert answers(net, prompts[:1], pad=PAD, ends=[eos, wanted[0][1]], limit=6) == [
         wanted[0][: wanted[0].index(wanted[0][1])]
     ]
 
 
 @pytest.mark.parametrize("model", [bert, dinov2], ids=["bert", "dinov2"])
-def test_a_row_is_judged_by_its_class(model: Callable[[], Tiny]) -> None:
+def test_row_is_scored_by_its_class(model: Callable[[], Tiny]) -> None:
     tiny = model()
     (batch,) = draw_batches(tiny, seed=3, steps=1, rows=4)
     batch["labels"][1] = IGNORED
@@ -78,7 +79,7 @@ def test_a_row_is_judged_by_its_class(model: Callable[[], Tiny]) -> None:
         assert prediction.loss == pytest.approx(functional.cross_entropy(logits_RC[row], torch.tensor(label)).item())
 
 
-def test_which_rows_are_judged_hangs_on_the_task_s_seed_and_not_on_the_run_s() -> None:
+def test_evaluation_rows_follow_the_task_s_seed_and_not_the_run_s() -> None:
     held_out = cast(Any, SimpleNamespace(held_out=range(1000)))
 
     def judged(run: int, task: int, most: int = 64) -> list[int]:
@@ -87,4 +88,4 @@ def test_which_rows_are_judged_hangs_on_the_task_s_seed_and_not_on_the_run_s() -
 
     assert judged(0, 0) == judged(1, 0) != judged(0, 1)
     assert len(set(judged(1, 0))) == 64
-    assert set(judged(0, 0, 16)) < set(judged(1, 0))  # rows with answers are some of those with a loss
+    assert set(judged(0, 0, 16)) < set(judged(1, 0))  # rows with answers are a subset of those with a loss

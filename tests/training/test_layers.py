@@ -39,7 +39,7 @@ def rows(tiny: Tiny) -> list[list[dict[str, Tensor]]]:
 
 
 def trained(method: Method, tiny: Tiny) -> dict[str, Change]:
-    """A round's change of every target (of the first client's, where each has a model of its own)."""
+    """A round's change of every target (of the first client's, if each has a model of its own)."""
     weights = {name: tensor.float() for name, tensor in tiny.weights.items()}
     begun, lr = method.init_server(weights, tiny.shape, seed=0), RATES.get(method.name, 1e-3)
     done = walk(method, tiny, begun, rows(tiny), weights=[1, 1, 1], lr=lr, optimizer=Optimizer(lr=lr))
@@ -57,8 +57,8 @@ def loss(tiny: Tiny, changes: dict[str, Change]) -> float:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_small_change_gains_what_it_gains_in_float32(name: str) -> None:
-    """The same change over both backbones, and one that was trained over the narrow one."""
+def test_small_change_lowers_the_loss_as_in_float32(name: str) -> None:
+    """The same change over both backbones, and one that was trained over the bfloat16 one."""
     method = build({"name": name, **({} if name == "fedavg" else {"rank": 2})})
     wide, narrow = on_the_grid()
     change = trained(method, wide)
@@ -92,8 +92,8 @@ def terms(kind: str, m: int, n: int) -> Terms:
     return Terms(2, **pairs[kind])
 
 
-def test_a_base_weight_of_float32_is_used_as_it_is() -> None:
-    """W0 + dW as the server holds it, without a copy: the round's broadcast lies in shared memory."""
+def test_float32_base_weight_is_used_without_a_copy() -> None:
+    """W0 + dW as the server holds it, without a copy: the round's broadcast is in shared memory."""
     layer, weight = PackLinear(torch.ones(6, 5).bfloat16(), None), torch.full((6, 5), 1.001)
     with based_on({"up": layer}, {"up": weight}):
         assert layer.weight.data_ptr() == weight.data_ptr()
@@ -103,8 +103,8 @@ def test_a_base_weight_of_float32_is_used_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sum_is_float32_and_rounded_once(kind: str) -> None:
-    """Against the layer over the same weights in float32; and the gradient that goes on to the layers below."""
+def test_sum_is_float32_and_rounded_once(kind: str) -> None:
+    """Against the layer over the same weights in float32; also for the gradient that goes to the layers below."""
     m, n = 6, 5
     rng = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(m, n, generator=rng).bfloat16(), torch.randn(m, generator=rng).bfloat16()

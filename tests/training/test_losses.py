@@ -17,15 +17,15 @@ from tests.helpers.tiny_models import bent, draw_batches, llama
 
 
 @pytest.mark.parametrize("behind", [1.0, 8.0, 12.0])
-def test_the_loss_of_a_sure_prediction_keeps_its_digits(behind: float) -> None:
+def test_loss_of_a_confident_prediction_keeps_its_precision(behind: float) -> None:
     """Two tokens' logits, 20 and 20 - behind: the loss of the first is ln(1 + e^-behind), 6.1e-6 for 12, where floats
-    near 20 lie 1.9e-6 apart."""
+    near 20 are 1.9e-6 apart."""
     head_V1, hidden_L1 = torch.tensor([[20.0], [20.0 - behind]]), torch.ones(1, 1)
     loss = _HeadLoss.apply(hidden_L1, head_V1, None, torch.tensor([0]), LogitRule())
     assert loss.item() == pytest.approx(math.log1p(math.exp(-behind)), rel=0.02)
 
 
-def test_the_loss_of_a_wrong_prediction_is_what_it_lies_behind() -> None:
+def test_loss_of_a_wrong_prediction_is_the_logit_difference() -> None:
     """Logits 20 and 8, the second is right: 12 + ln(1 + e^-12)."""
     loss = _HeadLoss.apply(torch.ones(1, 1), torch.tensor([[20.0], [8.0]]), None, torch.tensor([1]), LogitRule())
     assert loss.item() == pytest.approx(12.0000061, rel=1e-6)
@@ -42,8 +42,8 @@ def test_the_loss_of_a_wrong_prediction_is_what_it_lies_behind() -> None:
         ("falcon_h1", "output layer x 0.3"),
     ],
 )
-def test_logits_follow_from_the_output_layer_by_a_rule_that_is_seen(name: str, rule: str) -> None:
-    """On the model with its weights as on the meta device, where a run decides it."""
+def test_rule_from_output_layer_to_logits_is_detected(name: str, rule: str) -> None:
+    """On the model with its weights as on the meta device, where a run detects it."""
     model = bent(name).model
     assert str(logit_rule(model)) == rule
     with torch.device("meta"):
@@ -51,8 +51,8 @@ def test_logits_follow_from_the_output_layer_by_a_rule_that_is_seen(name: str, r
     assert str(logit_rule(bare)) == rule
 
 
-def test_experts_are_passed_over() -> None:
-    """Where their tokens go no meta tensor knows; what comes after the output layer is seen all the same."""
+def test_experts_are_skipped() -> None:
+    """The routing of tokens is unknown to meta tensors; the steps after the output layer are detected all the same."""
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
     with torch.device("meta"):
@@ -65,14 +65,14 @@ def test_experts_are_passed_over() -> None:
     [
         lambda z: z + 1.0,
         lambda z: z.clamp(max=20.0),
-        lambda z: z.index_fill(-1, torch.tensor([3]), -1e9),  # tokens that are never said
+        lambda z: z.index_fill(-1, torch.tensor([3]), -1e9),  # tokens that are never generated
         lambda z: z * torch.arange(64.0),
         lambda z: z.log_softmax(-1),
         lambda z: 9 * torch.atan(z / 9),
     ],
 )
-def test_what_is_no_rule_is_left_to_the_model(after: Callable[[Tensor], Tensor]) -> None:
-    """And its loss is that of its own logits."""
+def test_other_output_functions_are_left_to_the_model(after: Callable[[Tensor], Tensor]) -> None:
+    """The loss is that of the model's own logits."""
     tiny = llama()
     plain = tiny.model.forward
 
@@ -91,8 +91,8 @@ def test_what_is_no_rule_is_left_to_the_model(after: Callable[[Tensor], Tensor])
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "bert", "gemma2", "phi", "gpt_bigcode"])
-def test_losses_are_the_model_s_own(name: str) -> None:
-    """Hidden states are what the output layer is given: llama4_text's inner model has none, BERT's are turned once
+def test_losses_match_the_model_s_own(name: str) -> None:
+    """Hidden states are the inputs of the output layer: llama4_text's inner model has none, BERT's are transformed once
     more, Phi's output layer has a bias."""
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "pad_token_id": 0}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2}

@@ -1,4 +1,4 @@
-"""The bases that GaLore projects on, against torch's SVD of the gradient that they never form."""
+"""GaLore's projection bases, against torch's SVD of the gradient, which they never form."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def factors(m: int, n: int, N: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 
 
 def rows(kind: str, x: torch.Tensor, d: torch.Tensor, rank: int = RANK, old=None, seed: int = 0) -> torch.Tensor:
-    """The basis of the projected side as rows, for either side, as the pack asks for it."""
+    """The basis of the projected side as rows, for either side, as the pack requests it."""
     right = d.shape[1] >= x.shape[1]
     near, far = (x, d) if right else (d, x)
     return basis(kind, near, far, rank, old, stream(seed, "test"), swapped=not right)
@@ -48,7 +48,7 @@ def cosines(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 def assert_exact(x: torch.Tensor, d: torch.Tensor, rank: int = RANK) -> None:
     """Row by row the singular vectors, orthonormal, float32."""
     s, vectors = truth(x, d)
-    assert (s[:rank] / s[1 : rank + 1]).min() > 1.01  # or the question has no answer
+    assert (s[:rank] / s[1 : rank + 1]).min() > 1.01  # otherwise the basis is not unique
     ours = rows("exact", x, d, rank)
     assert ours.dtype == torch.float32
     assert cosines(ours, vectors[:rank]).min() > 0.9999
@@ -61,8 +61,8 @@ def test_exact_gives_the_singular_vectors(m, n, N):
 
 
 @pytest.mark.parametrize(("m", "n", "N"), SIZES)
-def test_exact_does_not_mind_padding(m, n, N):
-    """Rows without an output gradient are no tokens, whatever stands in x: same bits as without them."""
+def test_exact_ignores_padding(m, n, N):
+    """Rows without an output gradient are no tokens, whatever x contains: same bits as without them."""
     x, d = factors(m, n, N)
     order = torch.randperm(N + 7, generator=torch.Generator().manual_seed(1))
     padded_x, padded_d = torch.cat([x, torch.randn(7, n)]), torch.cat([d, torch.zeros(7, m)])
@@ -82,8 +82,8 @@ def test_padding_costs_nothing():
 @pytest.mark.parametrize("kind", ["exact", "randomized"])
 @pytest.mark.parametrize(("m", "n"), [(40, 24), (24, 40)])
 @pytest.mark.parametrize("N", [3, 30, 60])
-def test_rows_beyond_the_gradients_rank_are_zero(kind, m, n, N):
-    """Only two different tokens: rank(G) = 2 of the 4 asked for; the other tokens repeat them (d is dependent)."""
+def test_rows_beyond_the_gradient_s_rank_are_zero(kind, m, n, N):
+    """Only two different tokens: rank(G) = 2 of 4 requested; the other tokens repeat them (d is dependent)."""
     x, d = factors(m, n, 2)
     repeat = torch.arange(N) % 2
     ours = rows(kind, x[repeat], d[repeat])
@@ -94,8 +94,8 @@ def test_rows_beyond_the_gradients_rank_are_zero(kind, m, n, N):
 
 @pytest.mark.parametrize(("m", "n", "N"), SIZES)
 def test_linearly_dependent_output_gradients(m, n, N):
-    """d has rank 5 in exact arithmetic (small integers), so d d^T has no Cholesky factor; G's rank is 5, and 4 rows
-    are asked for."""
+    """d has rank 5 in exact arithmetic (small integers), so d d^T has no Cholesky factor; G's rank is 5, and 4 rows are
+    requested."""
     rng = torch.Generator().manual_seed(2)
     x = torch.randn(N, n, generator=rng)
     d = torch.randint(-2, 3, (N, 5), generator=rng).float() @ torch.randint(-2, 3, (5, m), generator=rng).float()
@@ -104,7 +104,7 @@ def test_linearly_dependent_output_gradients(m, n, N):
 
 
 @pytest.mark.parametrize("kind", ["exact", "svd", "randomized"])
-def test_a_zero_gradient_has_a_basis_of_zeros(kind):
+def test_zero_gradient_has_a_basis_of_zeros(kind):
     for m, n, N in SIZES:
         x, d = factors(m, n, N)
         for zeroed in ((x, 0 * d), (0 * x, d)):
@@ -116,7 +116,7 @@ def test_a_zero_gradient_has_a_basis_of_zeros(kind):
 @pytest.mark.parametrize("size", [1e-20, 1e15])
 @pytest.mark.parametrize("kind", ["exact", "randomized"])
 @pytest.mark.parametrize(("m", "n", "N"), SIZES)
-def test_the_gradients_size_does_not_matter(kind, m, n, N, size):
+def test_gradient_scale_does_not_matter(kind, m, n, N, size):
     x, d = factors(m, n, N)
     assert torch.allclose(rows(kind, x, size * d), rows(kind, x, d), atol=1e-5)
     assert torch.allclose(rows(kind, size * x, d), rows(kind, x, d), atol=1e-5)
@@ -144,16 +144,16 @@ def shapes(kind: str, x: torch.Tensor, d: torch.Tensor) -> list[torch.Size]:
 
 @pytest.mark.parametrize("kind", ["exact", "randomized", "random"])
 @pytest.mark.parametrize(("m", "n"), [(96, 48), (48, 96), (64, 64)])
-def test_the_gradient_is_never_formed(kind, m, n):
+def test_gradient_is_never_formed(kind, m, n):
     x, d = factors(m, n, min(m, n) - 16)
     assert max(shape.numel() for shape in shapes(kind, x, d)) < m * n
     dependent = d.clone()
     dependent[1:3] = dependent[:1]
     assert max(shape.numel() for shape in shapes(kind, x, dependent)) < m * n
-    assert torch.Size((m, n)) in shapes("svd", x, d)  # the recorder does see it
+    assert torch.Size((m, n)) in shapes("svd", x, d)  # the recorder does detect it
 
 
-def test_new_rows_agree_with_the_old_ones():
+def test_new_rows_have_the_signs_of_the_old_ones():
     x, d = factors(40, 24, 10)
     first = rows("exact", x, d)
     flips = torch.tensor([1.0, -1.0, -1.0, 1.0])[:, None]
@@ -169,7 +169,7 @@ def test_signs_without_an_old_row_come_from_a_fixed_reference():
     reference = torch.from_numpy(stream(0, "sign reference").standard_normal(24)).float()
     assert (new @ reference > 0).all()
     assert torch.equal(rows("exact", x, d), new)
-    # An old row of zeros (a gradient of smaller rank), or one at a right angle, says nothing about the sign.
+    # An old row of zeros (a gradient of smaller rank), or an orthogonal one, does not determine the sign.
     old = torch.stack([-new[0], torch.zeros(24), new[3], -new[3]])
     old[2] -= new[2] * (new[2] @ old[2])
     assert torch.equal(signed(new, old)[0], -new[0])
@@ -179,19 +179,19 @@ def test_signs_without_an_old_row_come_from_a_fixed_reference():
 
 @pytest.mark.parametrize("kind", ["randomized", "random"])
 @pytest.mark.parametrize(("m", "n", "N"), SIZES)
-def test_random_projectors_are_orthonormal_and_repeatable(kind, m, n, N):
+def test_random_projectors_are_orthonormal_and_reproducible(kind, m, n, N):
     x, d = factors(m, n, N)
     once = rows(kind, x, d)
     assert torch.allclose(once @ once.T, torch.eye(RANK), atol=1e-5)
     assert torch.equal(once, rows(kind, x, d))
     if kind == "random":
         assert (once - rows(kind, x, d, seed=1)).abs().max() > 0.01
-        assert torch.equal(once, rows(kind, x + 1, d))  # it does not look at the gradient
+        assert torch.equal(once, rows(kind, x + 1, d))  # independent of the gradient
 
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_randomized_finds_the_top_of_a_decaying_spectrum(warm):
-    """Singular values 1, 1/2, 1/4, ...: two power steps leave out at most 1 % of the top four directions."""
+    """Singular values 1, 1/2, 1/4, ...: two power steps omit at most 1 % of the top four directions."""
     rng = np.random.default_rng(0)
     U, V = (np.linalg.qr(rng.standard_normal((size, 30)))[0] for size in (60, 40))
     x = torch.from_numpy(V.T).float()
@@ -239,9 +239,9 @@ def test_exact_is_faster_than_the_svd_of_the_gradient(m, n, N, least, times):
     assert theirs / ours > least
 
 
-def test_a_plan_sees_every_token_of_a_refresh() -> None:
-    """Which tokens send a gradient is unknown before a run: a plan takes all 64 of each client.  The float64 copies of
-    x and d alone are 2 clients x 64 tokens x (24 + 16) numbers x 8 bytes."""
+def test_plan_counts_every_token_of_a_refresh() -> None:
+    """The tokens with a gradient are unknown before a run: a plan takes all 64 of each client.  The float64 copies of x
+    and d alone are 2 clients x 64 tokens x (24 + 16) numbers x 8 bytes."""
     x_GNn, d_GNm = torch.empty(2, 64, 24, device="meta"), torch.empty(2, 64, 16, device="meta")
     old_Grn = torch.empty(2, 4, 24, device="meta")
     with Allocations([x_GNn, d_GNm, old_Grn]) as seen:
@@ -250,7 +250,7 @@ def test_a_plan_sees_every_token_of_a_refresh() -> None:
 
 
 def test_clients_share_factorisations_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five clients, three of which use all 6 tokens: however many go together, each gets what it gets alone."""
+    """Five clients, three of which use all 6 tokens: in groups of any size, each gets its result alone."""
     rng = torch.Generator().manual_seed(0)
     x_GNn, d_GNm = torch.randn(5, 6, 8, generator=rng), torch.randn(5, 6, 10, generator=rng)
     d_GNm[1, 4:] = 0

@@ -1,9 +1,8 @@
 """The pack executor against the libraries that it replaces: galore_torch, peft and torch.optim.
 
-What is compared is the change of every weight, since 1e-5 of a weight can hide 1 % of its change.  All is float32.
-The language models' batches have 6 x 8 labelled tokens, more than min(m, n) = 16: a gradient of full rank with its
-singular values apart, or else rounding would turn torch's basis or flip its signs, and `svd` keeps them as they come.
-"""
+The comparison is of the change of every weight, since 1e-5 of a weight can hide 1 % of its change.  All is float32.
+The language models' batches have 6 x 8 labelled tokens, more than min(m, n) = 16: a gradient of full rank with
+separated singular values; otherwise rounding would turn torch's basis or flip its signs, which `svd` does not fix."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ OPTIMIZERS = {
 
 
 def moved_weights(tiny: Tiny) -> dict[str, torch.Tensor]:
-    """The weights of a later round: not those that the model was built with."""
+    """The weights of a later round, different from those of the built model."""
     rng = torch.Generator().manual_seed(9)
     return {
         name: tensor + 0.05 * torch.randn(tensor.shape, generator=rng)
@@ -62,7 +61,7 @@ def moved_weights(tiny: Tiny) -> dict[str, torch.Tensor]:
 def compare(
     tiny: Tiny, start: Start, optimizer: Optimizer, lr: float, seed: int = 5
 ) -> tuple[LocalResult, LocalResult]:
-    """Trains one client both ways, asserts that they agree, and returns both results."""
+    """Train one client both ways, assert that they agree, and return both results."""
     weights, batches = moved_weights(tiny), [draw_batches(tiny, seed, STEPS, **FULL)]
     (ours,) = run_pack(tiny, [start], batches, optimizer, lr=lr, weights=weights)
     (theirs,) = run_reference(tiny, [start], batches, optimizer, lr=lr, weights=weights)
@@ -91,7 +90,7 @@ def assert_equal(tiny: Tiny, start: Start, ours: LocalResult, theirs: LocalResul
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_fedftgs_trajectory_is_galore_torchs(decay, seed):
+def test_fedftg_s_trajectory_matches_galore_torch(decay, seed):
     """The library alone, unmodified, on a plain model: 5 periods on layers with m > n, m < n and m = n."""
     from galore_torch import GaLoreAdamW
 
@@ -127,7 +126,7 @@ def test_fedftgs_trajectory_is_galore_torchs(decay, seed):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["lora", "ffa", "core", "dense", "exact", "shared"])
 @pytest.mark.parametrize("make", [llama, gpt2, bert, vit])
-def test_pack_is_the_reference(make, kind, name):
+def test_pack_matches_the_reference(make, kind, name):
     tiny = make()
     start = galore_start(tiny, Subspace(2, 3)) if kind == "exact" else start_of(kind, tiny)
     ours, _ = compare(tiny, start, *OPTIMIZERS[name])
@@ -135,10 +134,10 @@ def test_pack_is_the_reference(make, kind, name):
     assert all(delta.norm() > 1e-3 for delta in change(tiny, start, ours, moved_weights(tiny)).values())
 
 
-# `svd` only where G has full rank: a classifier's last layer sees six tokens, and signs then hang on rounding.
+# `svd` only if G has full rank: a classifier's last layer has six tokens, and signs then depend on rounding.
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_the_svd_projector_is_galore_torchs(make, name):
+def test_svd_projector_matches_galore_torch(make, name):
     tiny = make()
     compare(tiny, galore_start(tiny, Subspace(2, 3, "svd")), *OPTIMIZERS[name])
 
@@ -154,7 +153,7 @@ def test_moments_at_a_refresh(make, moments, projector):
 
 
 @pytest.mark.parametrize("projector", ["randomized", "random"])
-def test_the_random_projectors_draw_by_client_layer_and_step(projector):
+def test_random_projectors_draw_by_client_layer_and_step(projector):
     tiny = gpt2()
     start = galore_start(tiny, Subspace(2, 3, projector))
     compare(tiny, start, *OPTIMIZERS["decay"])
@@ -164,9 +163,9 @@ def test_the_random_projectors_draw_by_client_layer_and_step(projector):
     assert (min(apart) > 0.1) == (projector == "random")
 
 
-def test_reset_begins_bias_correction_anew():
-    """With a refresh at every step each step is Adam's first: every entry of the trained factor is lr to the bit of
-    eps, and so are all columns of the blocks: 4 closed and 1 open."""
+def test_reset_restarts_bias_correction():
+    """With a refresh at every step each step is Adam's first: every entry of the trained factor is lr up to eps, and so
+    are all columns of the blocks: 4 closed and 1 open."""
     tiny = llama(r"up_proj$")
     start = galore_start(tiny, Subspace(2, 1, moments="reset"), scale=1.0)
     (result,) = run_pack(tiny, [start], [draw_batches(tiny, 0, 5)], Optimizer(eps=1e-12), lr=1e-2)
@@ -181,8 +180,8 @@ def test_reset_begins_bias_correction_anew():
     + [("lora", "keep"), ("dense", "keep")],
 )
 def test_state_kept_over_two_rounds(kind, moments):
-    """7 + 6 steps in two rounds, the boundary inside a period: the same as the reference in two rounds, and the same
-    as 13 steps in one (the second round begins with the weights that the first one left)."""
+    """7 + 6 steps in two rounds, the boundary inside a period: the same as the reference in two rounds, and the same as
+    13 steps in one (the second round begins with the weights of the first one)."""
     tiny, (optimizer, lr) = llama(), OPTIMIZERS["decay"]
     first = galore_start(tiny, Subspace(2, 3, kind, moments)) if kind in ("exact", "svd") else start_of(kind, tiny)
     batches = draw_batches(tiny, 5, STEPS, **FULL)
@@ -214,14 +213,14 @@ def test_ranks_up_to_the_matrix(rank):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "falcon_h1", "nanochat"])
-def test_logits_that_are_capped_or_scaled(name):
-    """The pack computes logits itself where they are labelled; these models do more than a matrix product."""
+def test_capped_and_scaled_logits(name):
+    """The pack computes labelled logits itself; these models do more than a matrix product."""
     tiny = bent(name)
     compare(tiny, lora_start(tiny, 2), *OPTIMIZERS["adamw"])
 
 
 @pytest.mark.parametrize("kind", ["lora", "dense", "exact", "randomized", "random"])
-def test_a_layer_that_is_used_twice_in_a_forward_pass(kind):
+def test_layer_used_twice_in_a_forward_pass(kind):
     """ALBERT's blocks are one module: its gradient is the sum over both uses, in the new basis too."""
     tiny = albert()
     start = start_of(kind, tiny) if kind in ("lora", "dense") else galore_start(tiny, Subspace(2, 3, kind))
@@ -262,7 +261,7 @@ def test_one_period_moves_inside_its_subspace_and_periods_add_rank():
     assert (one.periods, three.periods) == (1, 3)
 
 
-def test_the_first_step_has_length_lr_scale_sqrt_r_max():
+def test_first_step_has_length_lr_scale_sqrt_r_max():
     """6 x 10, r = 2, scale 0.25, lr 0.01 gives 0.01 * 0.25 * sqrt(2 * 10) = 0.01118."""
     tiny = llama(r"up_proj$", hidden=10, inner=6)
     assert (tiny.shape.targets[0].m, tiny.shape.targets[0].n) == (6, 10)
@@ -275,8 +274,8 @@ def test_the_first_step_has_length_lr_scale_sqrt_r_max():
 @pytest.mark.parametrize("run", [run_pack, run_reference])
 @pytest.mark.parametrize("make", [llama, bert])
 def test_full_rank_galore_with_sgd_is_sgd(make, run):
-    """Rank min(m, n) and scale 1; projecting on the whole space changes nothing.  24 rows, so that every
-    gradient has full rank: the basis is complete and serves the step after its refresh too."""
+    """Rank min(m, n) and scale 1; projection on the full space changes nothing.  24 rows, so that every gradient has
+    full rank: the basis is complete and valid for the step after its refresh too."""
     tiny, optimizer = make(), Optimizer(name="sgd", weight_decay=0.1)
     galore, dense = galore_start(tiny, Subspace(16, 2, "exact"), scale=1.0), dense_start(tiny)
     batches = [draw_batches(tiny, 0, 6, rows=24)]
@@ -286,7 +285,7 @@ def test_full_rank_galore_with_sgd_is_sgd(make, run):
     assert error < 1e-4
 
 
-def test_the_side_is_chosen_on_the_canonical_shape():
+def test_side_is_chosen_on_the_canonical_shape():
     """GPT-2 stores (n, m): c_fc (32 x 16) must be projected on the right, mlp.c_proj (16 x 32) on the left, and the
     square attn.c_proj on the right, by both executors."""
     tiny = gpt2()
@@ -299,7 +298,7 @@ def test_the_side_is_chosen_on_the_canonical_shape():
             assert sides(layer)[0].endswith("/left" if short == "mlp.c_proj" else "/right")
 
 
-def test_the_reference_leaves_the_model_as_it_is():
+def test_reference_does_not_modify_the_model():
     tiny = gpt2()
     before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
     kinds = {name: type(module) for name, module in tiny.model.named_modules()}
@@ -310,7 +309,7 @@ def test_the_reference_leaves_the_model_as_it_is():
 
 
 @pytest.mark.parametrize("kind", ["lora", "dense", "galore"])
-def test_failures_and_idle_clients_are_told_as_the_pack_tells_them(kind):
+def test_failures_and_idle_clients_match_the_pack(kind):
     tiny = vit()
     start, batches = start_of(kind, tiny), [draw_batches(tiny, 0, 4), draw_batches(tiny, 1, 4, labels=0)]
     batches[0][3]["pixel_values"][0] = float("nan")
@@ -322,8 +321,8 @@ def test_failures_and_idle_clients_are_told_as_the_pack_tells_them(kind):
     assert ours[1].metrics == theirs[1].metrics
 
 
-def test_a_basis_that_is_never_renewed_stays_and_says_what_was_learned():
-    """Step 0 is a refresh under any other rule.  Both executors give back Q as it was, and the L that was learned."""
+def test_fixed_basis_is_kept_and_returns_the_trained_factor():
+    """Step 0 is a refresh under any other rule.  Both executors return Q unchanged, and the trained L."""
     tiny = llama()
     start = replace(start_of("shared", tiny), step=0)
     for result in compare(tiny, start, *OPTIMIZERS["adamw"]):
@@ -336,8 +335,8 @@ def test_a_basis_that_is_never_renewed_stays_and_says_what_was_learned():
         assert result.periods == 1
 
 
-def test_a_lora_start_is_not_at_zero():
-    """Both factors must have a gradient in the comparisons above, or half of them would compare zeros."""
+def test_lora_start_is_not_zero():
+    """Both factors must have a gradient in the comparisons above, or half of the comparisons would be of zeros."""
     tiny = llama()
     start = lora_start(tiny, 2)
     assert all(product(layer, start.tensors).norm() > 0.1 for layer in tiny.shape.targets)

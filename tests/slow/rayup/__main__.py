@@ -1,4 +1,4 @@
-"""python -m tests.slow.rayup FOLDER: puts the stage up, plays on it, takes it down."""
+"""python -m tests.slow.rayup FOLDER: sets the stage up, runs the test on it, takes it down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMESPACES = ("unshare", "--pid", "--net", "--mount", "--fork", "--mount-proc", 
 
 
 def missing() -> str | None:
-    """What this machine lacks for it, or None."""
+    """The first missing requirement of this machine, or None."""
     lacking = [tool for tool in ("unshare", "ip", "sshd", "rsync", "ssh-keygen") if shutil.which(tool) is None]
     if lacking:
         return f"needs {', '.join(lacking)}"
@@ -23,7 +23,7 @@ def missing() -> str | None:
 
 
 def play(folder: Path) -> int:
-    """Runs it with its files in `folder`; the exit status, 0 where everything was as it must be."""
+    """Run it with its files in `folder`; the exit status, 0 if everything passed."""
     folder.mkdir(parents=True, exist_ok=True)
     stage = ["bash", str(Path(__file__).with_name("stage.sh")), str(folder.resolve()), sys.executable, str(ROOT)]
     return subprocess.run([*NAMESPACES, *stage], check=False).returncode

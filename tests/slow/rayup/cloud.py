@@ -1,4 +1,4 @@
-"""AWS on port 5000, by moto.  While the file that is named exists, there is no spot capacity."""
+"""AWS on port 5000, by moto.  While the named file exists, there is no spot capacity."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # stage.sh FOLDER PYTHON ROOT: runs `PYTHON -m tests.slow.rayup.up FOLDER` on a stage of its own.
-# To be started in fresh namespaces of processes, network and mounts, which take everything along when they end.
+# Start it in fresh namespaces of processes, network and mounts, so that everything ends with them.
 set -eu
 folder=$1 python=$2 root=$3
 bin=$(dirname "$python")
 
-# A /tmp of its own, for Ray's sockets and files; what we need and lies in the old one stays where it is.
+# A /tmp of its own, for Ray's sockets and files; required files of the old one stay available.
 mount -t tmpfs tmpfs /mnt
 for kept in "$folder" "$root" "$(dirname "$bin")"; do
     case $kept in /tmp/*)
@@ -16,7 +16,7 @@ mount --move /mnt /tmp
 chmod 1777 /tmp
 mount -t tmpfs tmpfs /run
 
-# Every address is this machine, so that those which the cloud makes up lead to our sshd.
+# Every address is this machine, so that the addresses of the stand-in cloud lead to our sshd.
 ip link set lo up
 ip address add 10.77.0.1/32 dev lo
 ip route add local 0.0.0.0/1 dev lo
@@ -33,7 +33,7 @@ mkdir -p -m 700 /home/ubuntu /home/ubuntu/.ssh "$folder/laptop" "$folder/laptop/
 { echo 'ubuntu:x:0:0::/home/ubuntu:/bin/bash'; cat "$folder/passwd.others"; } > "$folder/passwd"
 mount --bind "$folder/passwd" /etc/passwd
 
-# What the setup commands would install; the network that they need is not here.
+# The packages that the setup commands would install, from this machine: there is no network.
 ln -s "$(dirname "$bin")" /home/ubuntu/venv
 export AWS_ENDPOINT_URL=http://127.0.0.1:5000 AWS_ACCESS_KEY_ID=key AWS_SECRET_ACCESS_KEY=secret
 export AWS_DEFAULT_REGION=us-west-2 AWS_EC2_METADATA_DISABLED=true RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1

@@ -34,7 +34,7 @@ PATIENCE = 400  # seconds; the machine may have other things to do
 
 
 def adapted(cluster: dict[str, Any], image: str) -> tuple[dict[str, Any], list[str]]:
-    """The project's cluster with what a machine without a cloud forces on it, and that in words."""
+    """The project's cluster with the changes that a machine without a cloud requires, and a description of them."""
     changed = copy.deepcopy(cluster)
     kinds = changed["available_node_types"]
     for kind in kinds.values():
@@ -51,7 +51,7 @@ def adapted(cluster: dict[str, Any], image: str) -> tuple[dict[str, Any], list[s
         own = "--node-ip-address=$(set -- $SSH_CONNECTION; echo $3) --object-store-memory=200000000"
         changed[key] = [*lines[:-1], f"{lines[-1]} {own}"]
     *before, start = changed["worker_start_ray_commands"]
-    apart = "mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"  # or one node clears away what another works in
+    apart = "mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"  # or one node deletes the working files of another
     changed["worker_start_ray_commands"] = [*before, f"unshare --mount bash -c {shlex.quote(f'{apart} && {start}')}"]
     return changed, [
         f"ImageId: {image}, which moto knows, for the placeholder",
@@ -68,14 +68,14 @@ def adapted(cluster: dict[str, Any], image: str) -> tuple[dict[str, Any], list[s
 
 @contextmanager
 def step(what: str) -> Iterator[list[str]]:
-    """Prints what was done, with what the block adds to the list, and the seconds that it took."""
+    """Print what was done, with the lines that the block adds to the list, and the seconds taken."""
     began, found = time.monotonic(), list[str]()
     yield found
     print(f"{time.monotonic() - began:6.1f} s  {what}{': ' if found else ''}{', '.join(found)}", flush=True)
 
 
 def until(true: Callable[[], Any], what: str) -> Any:
-    """Waits for a true value, and gives it back."""
+    """Wait for a true value, and return it."""
     end = time.monotonic() + PATIENCE
     while not (value := true()):
         assert time.monotonic() < end, f"waited {PATIENCE} s in vain for {what}"
@@ -84,7 +84,7 @@ def until(true: Callable[[], Any], what: str) -> Any:
 
 
 def started(*words: str, log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """A command that goes on in the background; its output goes to the log."""
+    """Start a command in the background; its output goes to the log."""
     file = log.open("ab")
     return subprocess.Popen(
         words, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
@@ -92,13 +92,13 @@ def started(*words: str, log: Path, **environment: str) -> subprocess.Popen[byte
 
 
 def call(*words: str, log: Path, **environment: str) -> None:
-    """Runs a command to its end; its output goes to the log."""
+    """Run a command to its end; its output goes to the log."""
     ended = started(*words, log=log, **environment).wait()
     assert ended == 0, f"{' '.join(words)} ended with {ended}:\n{log.read_text()[-3000:]}"
 
 
 def answer(token: str | None, about: str = "") -> tuple[int, Any]:
-    """What the dashboard says to a question about its jobs, a job, or what a job has printed (`<job>/logs`)."""
+    """The dashboard's answer about its jobs, a job, or a job's output (`<job>/logs`)."""
     request = urllib.request.Request(f"{DASHBOARD}/api/jobs/{about}")
     if token is not None:
         request.add_header("Authorization", f"Bearer {token}")
@@ -112,7 +112,7 @@ def answer(token: str | None, about: str = "") -> tuple[int, Any]:
 
 
 def instances(ec2: Any) -> list[dict[str, Any]]:
-    """What AWS says is running or about to."""
+    """The instances that AWS reports as running or pending."""
     there = [node for group in ec2.describe_instances()["Reservations"] for node in group["Instances"]]
     return [node for node in there if node["State"]["Name"] in ("pending", "running")]
 
@@ -135,7 +135,7 @@ def raylet(node: dict[str, Any]) -> psutil.Process | None:
 
 
 def lose(ec2: Any, node: dict[str, Any]) -> None:
-    """As AWS takes a spot instance back: everything on it ends at once, then it is gone."""
+    """Ends an instance as AWS reclaims a spot instance: everything on it ends at once, then it is gone."""
     root = raylet(node)
     assert root is not None
     for process in [root, *root.children(recursive=True)]:
@@ -145,7 +145,7 @@ def lose(ec2: Any, node: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where everything is: the folder of this machine's files, the changed cluster.yaml, the commands' output."""
+    """Locations: the folder of this machine's files, the changed cluster.yaml, the commands' output."""
 
     folder: Path
     ec2: Any
@@ -160,7 +160,7 @@ class Stage:
 
     @property
     def no_spot(self) -> Path:
-        """While this file is there, the cloud has no spot capacity."""
+        """While this file exists, the cloud has no spot capacity."""
         return self.folder / "no-spot"
 
     @property
@@ -169,7 +169,7 @@ class Stage:
 
 
 def open_cloud(stage: Stage) -> subprocess.Popen[bytes]:
-    """Starts moto, gives it the key pair that Ray would make, writes the changed cluster.yaml and says what changed."""
+    """Start moto, give it the key pair that Ray would make, write the changed cluster.yaml and print the changes."""
     cloud = (sys.executable, "-m", "tests.slow.rayup.cloud", str(stage.no_spot))
     moto = started(*cloud, log=stage.log, MOTO_IAM_LOAD_MANAGED_POLICIES="true")  # Ray gives the head two of them
     image = until(lambda: images(stage.ec2), "moto")
@@ -182,7 +182,7 @@ def open_cloud(stage: Stage) -> subprocess.Popen[bytes]:
 
 
 def come_up(stage: Stage) -> subprocess.Popen[bytes]:
-    """The head, and its dashboard's port at hand."""
+    """Bring up the head, and forward its dashboard's port."""
     with step("ray up"):
         call("ray", "get-auth-token", "--generate", log=stage.log)
         call("ray", "up", "-y", "--no-config-cache", stage.cluster, log=stage.log)
@@ -198,35 +198,35 @@ def come_up(stage: Stage) -> subprocess.Popen[bytes]:
 
 
 def submit(stage: Stage, job: str, *words: str) -> None:
-    """Hands the cluster a sweep, which goes on by itself."""
+    """Submit a sweep to the cluster, which runs on by itself."""
     command = ("ray", "job", "submit", "--no-wait", "--submission-id", job, "--address", DASHBOARD)
     sweep = ("--working-dir", "experiments", "--", "rayfed-sub", "sweep", *words)
     call(*command, *sweep, log=stage.log, RAY_AUTH_MODE="token")
 
 
 def status(stage: Stage, job: str) -> Any:
-    """In Ray's words; None where it gives no answer just now."""
-    _, told = answer(stage.token, job)
-    return told and told["status"]
+    """The status in Ray's words; None without an answer."""
+    _, found = answer(stage.token, job)
+    return found and found["status"]
 
 
 def printed(stage: Stage, job: str) -> str:
-    told = until(lambda: answer(stage.token, f"{job}/logs")[1], "what the job has printed")
-    return str(told["logs"])
+    output = until(lambda: answer(stage.token, f"{job}/logs")[1], "the job's output")
+    return str(output["logs"])
 
 
 def be_refused(stage: Stage) -> None:
-    """More workers than the cluster may ever have: one line at once, and nothing is started for them."""
+    """More workers than the cluster can ever have: one line at once, and nothing is started for them."""
     with step("a sweep for 99 workers") as found:
         submit(stage, "99", *GRID, "resources.workers=99", "--out", str(HOME / "runs/99"))
         until(lambda: status(stage, "99") == "FAILED", "the refusal")
         ray = ("job_manager.py", "Running entrypoint")  # what Ray itself adds
-        said = [line for line in printed(stage, "99").splitlines() if not any(its in line for its in ray)]
-        assert len(said) == 1, said
-        assert "resources.workers: got 99; allowed: 1 to 4 with cpus_per_worker=1" in said[0], said
+        lines = [line for line in printed(stage, "99").splitlines() if not any(its in line for its in ray)]
+        assert len(lines) == 1, lines
+        assert "resources.workers: got 99; allowed: 1 to 4 with cpus_per_worker=1" in lines[0], lines
         assert not (HOME / "runs/99").exists()
         assert workers(stage.ec2) == []
-        found.append(said[0])
+        found.append(lines[0])
 
 
 def survive(stage: Stage) -> pd.DataFrame:
@@ -234,7 +234,7 @@ def survive(stage: Stage) -> pd.DataFrame:
     sweep, ec2 = HOME / "runs/grid", stage.ec2
 
     def there(file: str) -> bool:
-        """In both trials."""
+        """True if both trials have the file."""
         assert status(stage, JOB) not in ("FAILED", "STOPPED"), printed(stage, JOB)
         return all((sweep / "trials" / trial / file).exists() for trial in TRIALS)
 
@@ -268,7 +268,7 @@ def survive(stage: Stage) -> pd.DataFrame:
 
 
 def go(stage: Stage) -> None:
-    """Idle workers go by themselves, the head on command."""
+    """Idle workers stop by themselves, the head on command."""
     with step("no worker left, since they were idle"):
         until(lambda: not workers(stage.ec2), "the scale-down")
     with step("ray down") as found:
@@ -278,7 +278,7 @@ def go(stage: Stage) -> None:
 
 
 def table(sweep: Path) -> pd.DataFrame:
-    """What the sweep left; all its trials are finished."""
+    """The sweep's table; all its trials are finished."""
     frame = pd.read_parquet(sweep / "trials.parquet")
     assert list(frame["status"]) == ["finished"] * len(TRIALS), frame
     return frame
@@ -297,19 +297,19 @@ def main(folder: Path) -> None:
         survived = survive(stage)
         go(stage)
     finally:
-        started("cp", "-r", "/tmp/ray", str(folder / "ray"), log=stage.log).wait()  # its logs, to look at afterwards
+        started("cp", "-r", "/tmp/ray", str(folder / "ray"), log=stage.log).wait()  # its logs, for later inspection
         for process in background:
             process.terminate()
     with step("the same sweep on one machine, undisturbed, to the same table") as found:
         file, *overrides = GRID
         words = ("rayfed-sub", "sweep", f"experiments/{file}", *overrides, "--out", str(folder / "local"))
         call(*words, log=stage.log)
-        pd.testing.assert_frame_equal(table(folder / "local"), survived)  # the sums of the weights, too
+        pd.testing.assert_frame_equal(table(folder / "local"), survived)  # including the sums of the weights
         found.extend(short(survived))
 
 
 def images(ec2: Any) -> str | None:
-    """The id of an image that moto knows, once it answers."""
+    """The id of an image that moto has, once it answers."""
     try:
         found = ec2.describe_images(Owners=["amazon"])["Images"]
     except (BotoCoreError, ClientError):  # it is still starting
