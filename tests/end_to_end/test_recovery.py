@@ -60,7 +60,7 @@ def test_run_survives_a_worker_and_two_coordinators(ray_session: None, undisturb
     assert [text.partition(";")[0] for text in messages][::2] == ["the coordinator died"] * 2
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupted_run_leaves_a_checkpoint_and_resumes(
     workers: int, ray_session: None, undisturbed: Summary, tmp_path: Path
 ) -> None:

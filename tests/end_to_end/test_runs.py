@@ -247,7 +247,7 @@ def test_sampled_cohort_trains_only_its_clients(tmp_path: Path) -> None:
         assert row.downlink_bytes == 2 * min(96 * 32, row.round * 3 * 4 * (96 + 32)) * 4
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_failing_client_is_named_with_round_and_stage(workers: int, ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"round \d+, client \d+, local training: non-finite"):
         run(small("optimizer={lr: 3.0e+38}", f"resources.workers={workers}"), tmp_path / "run")
@@ -381,15 +381,21 @@ def test_exported_result_is_loaded_by_transformers(undisturbed: Summary, tmp_pat
     assert {file.cursor for file in found.state_files.values()} == {8}  # 2 rounds x 4 steps
 
 
-def test_privacy_adds_noise_and_reports_the_spent_budget(ray_session: None, tmp_path: Path) -> None:
-    """Poisson cohorts of 3 of 8 on average, noise above the signal; the same bits with and without Ray."""
-    private = [
-        "federation.sampled=3",
-        "federation.client_weighting=uniform",
-        "privacy={clip: 0.1, noise: 50, delta: 1.0e-3}",
-    ]
-    one, two = (run(small(*private, f"resources.workers={w}"), tmp_path / f"{w}") for w in (0, 2))
+PRIVATE = [
+    *("federation.sampled=3", "federation.client_weighting=uniform"),
+    "privacy={clip: 0.1, noise: 50, delta: 1.0e-3}",
+]
+
+
+@pytest.mark.slow
+def test_noise_does_not_depend_on_the_workers(ray_session: None, tmp_path: Path) -> None:
+    one, two = (run(small(*PRIVATE, f"resources.workers={w}"), tmp_path / f"{w}") for w in (0, 2))
     assert one.weights_sha256 == two.weights_sha256
+
+
+def test_privacy_adds_noise_and_reports_the_spent_budget(tmp_path: Path) -> None:
+    """Poisson cohorts of 3 of 8 on average, noise above the signal."""
+    one = run(small(*PRIVATE), tmp_path / "0")
     assert one.metrics["held_out_loss"] > one.metrics["held_out_loss_before"]
     rounds = pd.read_parquet(tmp_path / "0" / "rounds.parquet")
     assert rounds.epsilon.tolist() == [epsilon(50, 3 / 8, n, 1e-3) for n in (1, 2)]

@@ -29,10 +29,11 @@ def space(text: str, *overrides: str) -> list[str]:
     return [*SMALL, f"sweep.space={{{text}}}", *overrides]
 
 
-def test_trials_match_the_runs_of_their_configurations(ray_session: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_trials_match_the_runs_of_their_configurations(workers: int, ray_session: None, tmp_path: Path) -> None:
     records: list[Any] = []
     text = "optimizer.lr: {grid: [0.003, 1e39]}"  # 1e39 is infinite in float32
-    checked = load_sweep(GRID, space(text, "sweep.retries=1"))
+    checked = load_sweep(GRID, space(text, "sweep.retries=1", f"resources.workers={workers}"))
     result = run_sweep(checked, tmp_path / "sweep", records.append)
 
     frame = result.frame
@@ -65,7 +66,11 @@ def test_trials_match_the_runs_of_their_configurations(ray_session: None, tmp_pa
     pd.testing.assert_frame_equal(resumed.frame, result.frame)
     assert {r.number for r in again if isinstance(r, TrialNow) and r.status == "finished"} == {0}
     with pytest.raises(UserError, match=r"optimizer\.eps: got 0\.1; allowed: None, with which the sweep in"):
-        run_sweep(load_sweep(GRID, space(text, "optimizer.eps=0.1")), tmp_path / "sweep", resume=True)
+        run_sweep(
+            load_sweep(GRID, space(text, "optimizer.eps=0.1", f"resources.workers={workers}")),
+            tmp_path / "sweep",
+            resume=True,
+        )
     with pytest.raises(UserError, match="a folder without a run in it"):
         run_sweep(checked, tmp_path / "sweep")
 

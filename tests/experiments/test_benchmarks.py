@@ -67,6 +67,7 @@ def test_both_sides_end_with_the_same_weights_and_the_engine_is_measured(tmp_pat
     assert record["cores"] == os.cpu_count()
 
 
+@pytest.mark.slow
 def test_galore_step_agrees_with_galore_torch(tmp_path: Path) -> None:
     out = tmp_path / "galore.csv"
     command = [sys.executable, "-m", "experiments.benchmarks.galore", "24x16", "--out", str(out)]

@@ -27,23 +27,23 @@ class Actor:
 
     def run_round(self, n: int) -> Iterator[int]:
         for pack in range(3):
-            time.sleep(1.3)
+            time.sleep(0.6)
             yield n + pack
 
 
 def test_busy_actor_is_waited_for_and_hung_actor_is_not(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    monkeypatch.setattr(links, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(links, "_ANSWER_SECONDS", 0.5)
     busy = ray.remote(num_cpus=0, max_concurrency=2)(Actor).remote()
     ray.get(busy.alive.remote())  # an actor may take longer to start, and is then neither busy nor hung
-    assert answer(busy, busy.slow.remote(2.5), "stage") == "done"
+    assert answer(busy, busy.slow.remote(1.2), "stage") == "done"
     assert list(RoundStream(busy, 4)) == [4, 5, 6]
     with pytest.raises(UserError, match="field: got 1"):
         answer(busy, busy.refuses.remote(), "stage")
 
     hung = ray.remote(num_cpus=0)(Actor).remote()  # one thread: while it sleeps, it does not answer `alive`
-    with pytest.raises(RunError, match=r"stage: the coordinator has not answered for 1 s"):
+    with pytest.raises(RunError, match=r"stage: the coordinator has not answered for [01] s"):
         answer(hung, hung.slow.remote(20), "stage")
     for actor in (busy, hung):
         ray.kill(actor)

@@ -145,7 +145,7 @@ def test_every_run_is_checked_before_the_first(tmp_path: Path) -> None:
 
 
 def test_study_runs_missing_trials_only(ray_session: None, tmp_path: Path) -> None:
-    """Two values, one of which diverges; the other's run has the bits of a run alone; one more seed is one more run."""
+    """Two values, one of which diverges; the other's run has the bits of a run alone."""
     tune = "tune: {key: optimizer.lr, values: [0.003, 1.0e+39]}\n"
     file = written(tmp_path, f"{BASE}{SMALL}{tune}variants: {{a: []}}\nresults: out\n")
     read, begun, failures = load_study(file), list[int](), list[str | None]()
@@ -174,10 +174,24 @@ def test_study_runs_missing_trials_only(ray_session: None, tmp_path: Path) -> No
     (end,) = (row for row in points if row["tuning"] == "False" and row["rounds"] == "1")
     assert int(end["bytes"]) == alone.uplink_bytes + alone.downlink_bytes
 
+
+@pytest.mark.slow
+def test_one_more_seed_is_one_more_run(ray_session: None, tmp_path: Path) -> None:
+    """A diverged run has no end to resume from, so it begins anew."""
+    tune = "tune: {key: optimizer.lr, values: [0.003, 1.0e+39]}\n"
+    file = written(tmp_path, f"{BASE}{SMALL}{tune}variants: {{a: []}}\nresults: out\n")
+    begun: list[int] = []
+
+    def count(record: object) -> None:
+        if isinstance(record, Begun):
+            begun.append(record.total)
+
+    study_runner.run_study(load_study(file), [], tmp_path / "runs", 2, count)
+    rows = study_tables.read_rows(tmp_path / "out" / "s.csv")
     file.write_text(file.read_text().replace("seeds: [0]", "seeds: [0, 1]"))
     begun.clear()
     study_runner.run_study(load_study(file), [], tmp_path / "runs", 1, count)
-    assert begun == [1, 1]  # a diverged run has no end to resume from, so it begins anew
+    assert begun == [1, 1]
     assert len(study_tables.read_rows(tmp_path / "out" / "s.csv")) == len(rows) + 1
 
 
