@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
 import torch
 
@@ -76,7 +77,8 @@ def test_run_in_this_process_starts_no_ray_and_cleans_up(tmp_path: Path, monkeyp
     finally:
         torch.set_num_threads(threads)
     assert {thread.name for thread in threading.enumerate() if thread not in before} == set()
-    assert 0 < summary.peak_memory_bytes < 2e9  # one process, counted once
+    held = psutil.Process().memory_full_info().pss
+    assert 0.5 * held < summary.peak_memory_bytes < 1.5 * held  # one process, counted once
     assert run(asked, tmp_path / "run", resume=True).weights_sha256 == summary.weights_sha256  # no claim is left
 
 
