@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 import rayfed_sub
+from rayfed_sub.cli.trust import check_metrics, check_named
 from rayfed_sub.config.edits import check_editable, edited
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.errors import RunError, UserError, redacted
@@ -27,14 +27,6 @@ app = typer.Typer(
 )
 
 PACK_SIZE = "resources.pack_size"
-_LEFT = (
-    *(("log.jsonl", "summary.json"), ("checkpoints/manifest-[0-9]*.json",)),
-    *(("trials.parquet",), ("sweep.yaml", "data.json")),
-)
-"""Files that identify a run's or sweep's folder; those of a row occur together."""
-_BEGUN = b'{"event": "started"'
-"""Start of the log of a run without a finished round."""
-
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the configuration")]
 Anywhere = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the configuration, here or at s3://bucket/path")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.rank=4")]
@@ -61,8 +53,8 @@ def run(
 
     with local_copy(config, "CONFIG.yaml") as path:
         checked = load_config(path, overrides or [])
-    _check_named(config, checked.method.get("name"), overrides or [])
-    _check_metrics(config, checked.evaluation.metrics, overrides or [])
+    check_named(config, checked.method.get("name"), overrides or [])
+    check_metrics(config, checked.evaluation.metrics, overrides or [])
     from rayfed_sub.cli.run_view import Display
 
     with Display() as display:
@@ -85,11 +77,9 @@ def sweep(
     from rayfed_sub.sweeps.space import load_sweep
 
     with local_copy(file, "SWEEP.yaml") as path:
-        checked = load_sweep(
-            path, overrides or [], lambda name, base: _check_named(base or file, name, overrides or [])
-        )
+        checked = load_sweep(path, overrides or [], lambda name, base: check_named(base or file, name, overrides or []))
     for place in (file, *checked.base):
-        _check_metrics(place, checked.metrics, overrides or [])
+        check_metrics(place, checked.metrics, overrides or [])
     from rayfed_sub.cli.sweep_view import SweepDisplay
     from rayfed_sub.sweeps.runner import run_sweep
 
@@ -132,8 +122,8 @@ def study(
         return
     given = [*checked.set, *(overrides or [])]
     base = load_config(checked.base, given)
-    _check_named(str(checked.base), base.method.get("name"), given)
-    _check_metrics(str(checked.base), base.evaluation.metrics, given)
+    check_named(str(checked.base), base.method.get("name"), given)
+    check_metrics(str(checked.base), base.evaluation.metrics, given)
     from rayfed_sub.cli.sweep_view import SweepDisplay
     from rayfed_sub.sweeps.study_runner import run_study
 
@@ -160,8 +150,8 @@ def plan(
 ) -> None:
     """Bytes, memory, disk and what fits, before anything starts."""
     checked = load_config(config, overrides or [])
-    _check_named(str(config), checked.method.get("name"), overrides or [])
-    _check_metrics(str(config), checked.evaluation.metrics, overrides or [])
+    check_named(str(config), checked.method.get("name"), overrides or [])
+    check_metrics(str(config), checked.evaluation.metrics, overrides or [])
     if write:
         _check_write(config, overrides or [], probe, on)
     from dataclasses import replace
@@ -195,51 +185,6 @@ def plan(
         if planned.speed.best != planned.speed.now:
             _set(config, PACK_SIZE, planned.speed.best)
         typer.echo(written(config, checked.resources.pack_size, planned.speed), err=as_json)
-
-
-def _check_named(file: str, name: object, overrides: list[str]) -> None:
-    """UserError where a file from somebody else names a class that the command line does not name."""
-    from rayfed_sub.methods import check_named
-
-    if _from_others(file):
-        given = _values(overrides, "method", "method.name")
-        check_named(name, given, file, f"method.name={name}, or give a file of your own in place of {file}")
-
-
-def _check_metrics(file: str, metrics: Sequence[str], overrides: list[str]) -> None:
-    """UserError where a file from somebody else names a metric, which is a program, that the command line does not
-    name."""
-    given = _values(overrides, "evaluation", "evaluation.metrics")
-    strange = [name for name in metrics if not any(name in value for value in given)]
-    if strange and _from_others(file):
-        allowed = f"nothing, for what {file} names is not loaded unless you name it too"
-        advice = (
-            f"if you trust it, add 'evaluation.metrics=[{', '.join(metrics)}]', or evaluation.metrics=[] to go without"
-        )
-        raise UserError("evaluation.metrics", strange[0], allowed, advice)
-
-
-def _values(overrides: Sequence[str], *keys: str) -> list[str]:
-    """The overrides' values of these keys."""
-    return [value for key, _, value in (override.partition("=") for override in overrides) if key in keys]
-
-
-def _from_others(file: str) -> bool:
-    """True for a file in the folder of a run or sweep, or in an object store; other files belong to the caller."""
-    from rayfed_sub.storage.remote import uri_of
-
-    return uri_of(file) is not None or _in_a_run_folder(Path(file).resolve().parent)
-
-
-def _in_a_run_folder(folder: Path) -> bool:
-    """True for a folder with files that only runs and sweeps write, finished or not; not for checkpoints/ alone."""
-    if any(all(any(folder.glob(name)) for name in together) for together in _LEFT):
-        return True
-    log = folder / "log.jsonl"  # by itself it may be another program's
-    if not log.is_file():
-        return False
-    with log.open("rb") as file:
-        return file.readline(4096).startswith(_BEGUN)
 
 
 def _check_write(config: Path, overrides: list[str], probe: bool, on: str | None) -> None:

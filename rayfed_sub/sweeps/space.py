@@ -141,7 +141,9 @@ class Sweep:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metrics that the configuration of any trial names (`evaluation.metrics`)."""
-        found = (name for values in self.points() for name in self.config(values).evaluation.metrics)
+        varied = {"evaluation", "evaluation.metrics"} & self.search.space.keys()
+        points = self.points() if varied else [{}]
+        found = (name for values in points for name in _with_values(self.tree, values).evaluation.metrics)
         return tuple(dict.fromkeys(found))
 
     @property

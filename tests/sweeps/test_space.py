@@ -12,7 +12,7 @@ from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.machines import Machine, Node
 from rayfed_sub.sweeps import capacity
 from rayfed_sub.sweeps.shared_inputs import input_key, weights_key
-from rayfed_sub.sweeps.space import Axis, Sweep, largest, load_sweep
+from rayfed_sub.sweeps.space import Axis, Search, Sweep, largest, load_sweep
 
 ROOT = Path(__file__).parents[2]
 GRID = ROOT / "experiments" / "sweeps" / "tagg-rank-lr.yaml"
@@ -234,3 +234,12 @@ def test_keys_that_rows_and_weights_depend_on() -> None:
 
 def test_axis_values_are_its_ends() -> None:
     assert Axis(uniform=(0.5, 2)).values == (0.5, 2.0)
+
+
+def test_metrics_of_all_trials_are_named() -> None:
+    """Of the shared configuration, or of every value where the space varies them."""
+    shared = {"evaluation": {"metrics": ["a.py"], "generate_rows": 2}}
+    fixed = {"space": {"seed": {"grid": [0, 1]}}}
+    varied = {"space": {"evaluation.metrics": {"grid": [["b.py"], ["c.py", "b.py"]]}, "seed": {"grid": [0, 1]}}}
+    found = [Sweep(shared, Search.model_validate(search)).metrics for search in (fixed, varied)]
+    assert found == [("a.py",), ("b.py", "c.py")]

@@ -1,0 +1,61 @@
+"""Trust in a configuration file: programs that somebody else's file names need naming on the command line too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rayfed_sub.core.errors import UserError
+
+_LEFT = (
+    *(("log.jsonl", "summary.json"), ("checkpoints/manifest-[0-9]*.json",)),
+    *(("trials.parquet",), ("sweep.yaml", "data.json")),
+)
+"""Files that identify a run's or sweep's folder; those of a row occur together."""
+_BEGUN = b'{"event": "started"'
+"""Start of the log of a run without a finished round."""
+
+
+def check_named(file: str, name: object, overrides: list[str]) -> None:
+    """UserError where a file from somebody else names a class that the command line does not name."""
+    from rayfed_sub import methods
+
+    if _from_others(file):
+        given = _values(overrides, "method", "method.name")
+        methods.check_named(name, given, file, f"method.name={name}, or give a file of your own in place of {file}")
+
+
+def check_metrics(file: str, metrics: Sequence[str], overrides: list[str]) -> None:
+    """UserError where a file from somebody else names a metric, which is a program, that the command line does not
+    name."""
+    given = _values(overrides, "evaluation", "evaluation.metrics")
+    strange = [name for name in metrics if not any(name in value for value in given)]
+    if strange and _from_others(file):
+        allowed = f"nothing, for what {file} names is not loaded unless you name it too"
+        advice = (
+            f"if you trust it, add 'evaluation.metrics=[{', '.join(metrics)}]', or evaluation.metrics=[] to go without"
+        )
+        raise UserError("evaluation.metrics", strange[0], allowed, advice)
+
+
+def _values(overrides: Sequence[str], *keys: str) -> list[str]:
+    """The overrides' values of these keys."""
+    return [value for key, _, value in (override.partition("=") for override in overrides) if key in keys]
+
+
+def _from_others(file: str) -> bool:
+    """True for a file in the folder of a run or sweep, or in an object store; other files belong to the caller."""
+    from rayfed_sub.storage.remote import uri_of
+
+    return uri_of(file) is not None or _in_a_run_folder(Path(file).resolve().parent)
+
+
+def _in_a_run_folder(folder: Path) -> bool:
+    """True for a folder with files that only runs and sweeps write, finished or not; not for checkpoints/ alone."""
+    if any(all(any(folder.glob(name)) for name in together) for together in _LEFT):
+        return True
+    log = folder / "log.jsonl"  # by itself it may be another program's
+    if not log.is_file():
+        return False
+    with log.open("rb") as file:
+        return file.readline(4096).startswith(_BEGUN)
