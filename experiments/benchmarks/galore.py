@@ -61,8 +61,8 @@ from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Block, Change, Layer, Subspace
 from rayfed_sub.telemetry.process_memory import MMAP_THRESHOLD, TRIM_THRESHOLD, give_back, keep_freed
 from rayfed_sub.training import optimizers
-from rayfed_sub.training.galore import Closed, Refresh, renew
-from rayfed_sub.training.layers import Terms, with_blocks  # PackLinear without the frozen product
+from rayfed_sub.training.blocks import Closed, add_product, multiplied
+from rayfed_sub.training.galore import Refresh, renew
 
 SLOW = 3.0
 UPDATE_TOLERANCE = 1e-3  # of the update's own length
@@ -154,21 +154,17 @@ class Ours:
         self.weight_mn: Tensor | None = None  # only for the merge
 
     def gradient(self, x_GNn: Tensor, d_GNm: Tensor, refresh: Refresh | None = None) -> Tensor:
-        """The projected gradient, shaped like the trained factor."""
-        x_GNn, leaf = x_GNn.detach().requires_grad_(), self.tensors[self.trained].detach().requires_grad_()
-        tensors = {**self.tensors, self.trained: leaf}
-        terms = Terms(
-            clients=self.case.clients,
-            left_Gmr=tensors["up/left"],
-            right_Grn=tensors["up/right"],
-            scale_G=self.scale_G,
-        )
-        y_GNm = with_blocks(self.output_GNm.detach(), x_GNn, terms)
+        """The projected gradient, shaped like the trained factor: `PackLinear`'s products but the frozen one."""
+        left_Gmr, right_Grn, scale_G11 = self.tensors["up/left"], self.tensors["up/right"], self.scale_G[:, None, None]
+        z_GrN = multiplied(right_Grn, x_GNn.mT).mul_(scale_G11)
+        add_product(self.output_GNm, z_GrN.mT, left_Gmr.mT)
         if refresh is not None:
-            hook, kept_GNn = refresh.capture(self.layer), x_GNn.detach()
-            y_GNm.register_hook(lambda d: hook(kept_GNn, d))
-        gradient, _ = torch.autograd.grad(y_GNm, [leaf, x_GNn], d_GNm)
-        return gradient / self.scale_G[:, None, None]
+            refresh.capture(self.layer)([(0, x_GNn, d_GNm)])
+        dz_GrN = multiplied(left_Gmr.mT, d_GNm.mT).mul_(scale_G11)
+        multiplied(dz_GrN.mT, right_Grn)  # the gradient for the layers below
+        trains_left = self.trained.endswith("/left")
+        gradient = multiplied(z_GrN, d_GNm).mT if trains_left else multiplied(dz_GrN, x_GNn)
+        return gradient / scale_G11
 
     def step(self, x_GNn: Tensor, d_GNm: Tensor) -> None:
         """A step within a period."""
@@ -180,7 +176,7 @@ class Ours:
         refresh = Refresh(self.subspaces, [True] * G, [(0, g, self.steps) for g in range(G)], self.tensors)
         gradients = {self.trained: self.gradient(x_GNn, d_GNm, refresh)}
         if self.steps:
-            Closed().close(self.tensors["up/left"], self.tensors["up/right"], self.scale_G, [self.case.rank] * G)
+            Closed().close(self.tensors["up/left"], self.tensors["up/right"], self.scale_G, [True] * G)
         renew(self.layer, refresh, self.tensors, gradients, self.moments, [self.steps] * G, self.rule)
         self._adam(gradients[self.trained])
 

@@ -103,7 +103,7 @@ def rounds(
         works = [ClientWork(*work) for work in zip(range(len(parts)), starts, batches, strict=True)]
         base = {t.name: sent.tensors[f"{t.name}/weight"] for t in shape.targets if f"{t.name}/weight" in sent.tensors}
         with based_on(layers, base):
-            results = train_pack(model, layers, shape, works, LocalRule(optimizer, optimizer.lr, seed, pad=0))
+            results = train_pack(model, layers, shape, works, LocalRule(optimizer, optimizer.lr, seed, pad=0)).results
         total = method.accumulator(server, shape)
         for result, weight in zip(results, share, strict=True):
             if result.failure:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.training.layers import PackLinear
+from rayfed_sub.training.layers import PackLinear, Run
 
 Floats = NDArray[np.float64]
 
@@ -153,17 +153,24 @@ class Classifier(nn.Module):
         self.mu, self.unit_nn = problem.mu, torch.eye(target.n)
 
     def forward(self, pixels: Tensor) -> Logits:
-        """pixels (G * B, n), client by client."""
-        terms = self.layer.terms if isinstance(self.layer, PackLinear) else None
-        G = 1 if terms is None else terms.clients
-        x_GBn = pixels.reshape(G, -1, pixels.shape[-1])
-        y_GNm = self.layer(torch.cat([x_GBn, self.unit_nn.expand(G, -1, -1)], dim=1).flatten(0, 1)).unflatten(
-            0, (G, -1)
-        )
-        z_GBm, W_Gnm = y_GNm[:, : x_GBn.shape[1]], y_GNm[:, x_GBn.shape[1] :]
-        c_G = LIFT + self.mu / 2 * W_Gnm.square().sum((1, 2))
-        lift_GB = z_GBm.logsumexp(2) + c_G.expm1().log()[:, None]
-        return Logits(torch.cat([z_GBm, lift_GB[:, :, None]], dim=2).flatten(0, 1))
+        """pixels (R, n), client by client.  Every row brings the unit matrix with it; a client's first one counts."""
+        R = len(pixels)
+        y_RNm = self.layer(torch.cat([pixels[:, None], self.unit_nn.expand(R, -1, -1)], dim=1))
+        z_Rm, first_R = y_RNm[:, 0], self._first_rows(R)
+        rows, client_R = first_R.unique(return_inverse=True)
+        c_G = LIFT + self.mu / 2 * y_RNm[rows, 1:].square().sum((1, 2))
+        lift_R1 = z_Rm.logsumexp(1, keepdim=True) + c_G.expm1().log()[client_R, None]
+        return Logits(torch.cat([z_Rm, lift_R1], dim=1))
+
+    def _first_rows(self, rows: int) -> Tensor:
+        """The first row of each row's client."""
+        bound = self.layer.bound if isinstance(self.layer, PackLinear) else None
+        first_R = torch.zeros(rows, dtype=torch.int64)
+        found: list[Run] = [] if bound is None else [run for terms in bound.stacks for run in terms.rows or ()]
+        for run in found:
+            for begin in range(run.begin, run.begin + (run.last - run.first) * run.count, run.count):
+                first_R[begin : begin + run.count] = begin
+        return first_R
 
 
 @dataclass(frozen=True)

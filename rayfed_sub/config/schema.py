@@ -296,7 +296,7 @@ class Diagnostics(Record):
     gradient_layers: int = Field(
         default=2,
         ge=0,
-        description="Of these layers, those where one client of a pack has its gradients examined; 0: none.",
+        description="Of these layers, those where one of four such clients has its gradients examined; 0: none.",
     )
 
 

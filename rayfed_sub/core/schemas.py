@@ -34,7 +34,9 @@ class RoundRow:
 @dataclass(frozen=True)
 class PackRow:
     """Training of a pack.  pack: its number in the round; clients: their number; first: the first client; began: Unix
-    time of the start; seconds: until the result arrived; trouble: causes of earlier failed attempts."""
+    time of the start; seconds: until the result arrived; tokens: of its rows, over all local steps (of images, their
+    number); computed: those that linear layers saw, with what only fills up; trouble: causes of earlier failures.
+    Unlike all other tables this one depends on workers and failures."""
 
     round: int
     pack: int
@@ -43,6 +45,8 @@ class PackRow:
     worker: int
     began: float
     seconds: float
+    tokens: int | None = None
+    computed: int | None = None
     attempts: int = 1
     trouble: str | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -82,9 +82,9 @@ def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) 
     """The rows at `indices` as one batch, padded on the right to its longest row.
 
     Language modelling: input_ids and labels int64 (B, T).  labels[b, t] is the token at t itself (the loss
-    shifts), or -100 on padding and, with mask_prompt, on the prompt.  There is no attention mask: tokens only
-    look to the left.
-    Classification (rows with classes): input_ids and attention_mask int64 (B, T), labels int64 (B,).
+    shifts), or -100 on padding and, with mask_prompt, on the prompt.
+    Classification (rows with classes): labels int64 (B,).
+    Both: attention_mask int64 (B, T), 0 on padding.
     Images: pixel_values float32 (B, 3, side, side), labels int64 (B,).
     """
     if isinstance(rows, Images):
@@ -98,14 +98,11 @@ def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) 
     input_ids = np.full(filled.shape, pad, np.int64)
     input_ids[filled] = np.concatenate([rows.row(int(index)) for index in indices])
     if len(rows.classes):
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": filled.astype(np.int64),
-            "labels": rows.classes[indices],
-        }
+        labels = rows.classes[indices]
     else:
         learned = filled & (places >= rows.prompts[indices][:, None]) if mask_prompt else filled
-        batch = {"input_ids": input_ids, "labels": np.where(learned, input_ids, IGNORED)}
+        labels = np.where(learned, input_ids, IGNORED)
+    batch = {"input_ids": input_ids, "attention_mask": filled.astype(np.int64), "labels": labels}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -141,28 +138,3 @@ class ClientBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[index] for index in range(self.steps))
-
-
-def merge(batches: Sequence[Mapping[str, Tensor]], pad: int) -> dict[str, Tensor]:
-    """The batches of G clients as one: every (B_g, ...) filled up to the largest (B, ...), then (G * B, ...).
-
-    What is filled in counts for nothing: `pad` in input_ids, -100 in labels, 0 elsewhere (attention_mask,
-    pixel_values).  A missing row looks at its first token all the same: attention over nothing is NaN.
-    All batches hold the same names.
-    """
-    merged = {
-        name: _stacked([batch[name] for batch in batches], {"input_ids": pad, "labels": IGNORED}.get(name, 0))
-        for name in batches[0]
-    }
-    if "attention_mask" in merged:
-        mask_NT = merged["attention_mask"]
-        mask_NT[:, 0] = torch.where(mask_NT.any(dim=1), mask_NT[:, 0], 1)
-    return merged
-
-
-def _stacked(tensors: Sequence[Tensor], fill: int) -> Tensor:
-    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
-    stacked = tensors[0].new_full((len(tensors), *shape), fill)
-    for slot, tensor in zip(stacked, tensors, strict=True):
-        slot[tuple(slice(size) for size in tensor.shape)] = tensor
-    return stacked.flatten(0, 1)

@@ -41,6 +41,15 @@ def watched(asked: Diagnostics, n: int, rounds: int, cohort: Sequence[int]) -> l
     return spaced(cohort, asked.clients) if due(asked, n, rounds) else []
 
 
+def examined(watched: Sequence[int]) -> list[int]:
+    """The watched clients whose gradients are examined, one of four: it takes as long as a refresh.
+
+    >>> examined([10, 12, 14, 20, 21])
+    [10, 21]
+    """
+    return list(watched[::4])
+
+
 def due(asked: Diagnostics, n: int, rounds: int) -> bool:
     """True where diagnostics are due in round n, counted from 0: as an evaluation with the same `every`."""
     return asked.every > 0 and ((n + 1) % asked.every == 0 or n + 1 == rounds)
@@ -57,12 +66,12 @@ def spaced(items: Sequence[T], most: int) -> list[T]:
 
 
 def gradient_watch(asked: Diagnostics, shape: ModelShape, starts: Mapping[int, Start]) -> GradientWatch:
-    """Gradient watch of a pack's first watched client; starts: of the watched clients."""
+    """Gradient watch of a pack's examined clients, with their starts."""
     layers = frozenset(layer.name for layer in spaced(spaced(shape.targets, asked.layers), asked.gradient_layers))
     left = f"{shape.targets[0].name}/left"
     ranks = {
         client: start.tensors[left].shape[1] if left in start.tensors else _DENSE_RANK
-        for client, start in list(starts.items())[:1]
+        for client, start in starts.items()
     }
     return GradientWatch(ranks, layers)
 

@@ -3,18 +3,19 @@
 A layer's gradient for one client is G = d^T x, (m, n).  Its squared singular values are the eigenvalues of
 C^T (x x^T) C with d d^T = C C^T, a matrix of tokens by tokens; G itself is formed where that is smaller.
 
-Legend: G clients of a pack, N tokens of a client's batch (rows of x and d), m, n layer sizes.
+Legend: g clients of a part, N tokens of a client's batch (rows of x and d), m, n layer sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rayfed_sub.core.lowrank import root
+from rayfed_sub.training.layers import Capture, Part
 
 
 @dataclass
@@ -28,17 +29,18 @@ class GradientWatch:
     layers: frozenset[str]
     seen: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)
 
-    def hooks(self, layer: str, clients: Sequence[int]) -> list[Callable[[Tensor, Tensor], None]]:
-        """The layer's backward hooks of x (G, N, n) and d (G, N, m); none for a layer or pack that is not watched."""
-        watched = [(g, client) for g, client in enumerate(clients) if client in self.ranks]
-        if layer not in self.layers or not watched:
+    def hooks(self, layer: str, clients: Sequence[int]) -> list[Capture]:
+        """The layer's backward hooks for these clients; none for a layer or clients that are not watched."""
+        if layer not in self.layers or not self.ranks.keys() & set(clients):
             return []
 
-        def hook(x_GNn: Tensor, d_GNm: Tensor) -> None:
-            for g, client in watched:
-                found = energy(x_GNn[g], d_GNm[g], self.ranks[client])
-                if found is not None:
-                    self.seen[client, layer] = found
+        def hook(parts: Sequence[Part]) -> None:
+            for first, x_gNn, d_gNm in parts:
+                for client, x_Nn, d_Nm in zip(clients[first:], x_gNn, d_gNm, strict=False):
+                    if client in self.ranks:
+                        found = energy(x_Nn, d_Nm, self.ranks[client])
+                        if found is not None:
+                            self.seen[client, layer] = found
 
         return [hook]
 

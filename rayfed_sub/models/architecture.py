@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch import nn
 from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Layer, ModelShape
+from rayfed_sub.models.flat_rows import is_flat
 from rayfed_sub.models.hub import RANDOM, locate, quiet
 from rayfed_sub.models.logits import LogitRule, logit_rule
-from rayfed_sub.models.presets import LOWER_MLP
+from rayfed_sub.models.positions import position_limit
+from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, LOWER_MLP, SAME_IN_ANY_PACK
 from rayfed_sub.models.tokenizers import ByteTokenizer
 
 AUTO_CLASSES = {
@@ -55,6 +56,13 @@ class Architecture:
     logits: LogitRule | None = None
     positions: int | None = None
     causal: tuple[str, ...] = ()
+
+    @property
+    def any_pack(self) -> bool:
+        """Whether a client's result has the same bits in any pack: the types for which the tests show it."""
+        if self.kind == "causal-lm":
+            return is_flat(self.hf_config) and self.hf_config.model_type in SAME_IN_ANY_PACK
+        return self.hf_config.model_type in CLASSIFIERS_IN_ANY_PACK
 
 
 def architecture(
@@ -263,35 +271,3 @@ def _tied(module: nn.Module) -> Iterator[tuple[str, str]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if first.setdefault(id(parameter), name) != name:
             yield name, first[id(parameter)]
-
-
-_NAMED = re.compile(r"posit|pos_e|wpe")
-
-_SPARE = 2  # rows that some models' tables have beyond the positions of the configuration
-
-
-def position_limit(module: nn.Module, hf_config: Any) -> int | None:
-    """The longest row in tokens; None where positions have no table (rotary, ALiBi, relative biases), and no limit.
-
-    A table is a matrix with a row for each configured position, learned (GPT-2, BERT, OPT) or computed (GPT-J).  Models
-    of RoBERTa's kind count positions from the padding token's number on, so that their tables are used up earlier; they
-    are known by the table's `padding_idx`.  CANINE's table is hashed; what ends there is the list of positions that is
-    looked up, the buffer `position_ids` (1, P).  It counts beside a table only: others keep one and do not read it.
-    """
-    text = hf_config.get_text_config()
-    configured = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if not isinstance(configured, int):
-        return None
-    limits = []
-    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        owner = module.get_submodule(name.rpartition(".")[0])
-        named = any(_NAMED.search(part) for part in name.split(".")[-2:])
-        grows = hasattr(owner, "make_weights")  # computed positions that are made anew for longer rows (XGLM)
-        table = named and tensor.ndim == 2 and not (grows or isinstance(owner, nn.Linear))
-        if table and configured <= tensor.shape[0] <= configured + _SPARE:
-            padding = getattr(owner, "padding_idx", None)
-            limits.append(configured if padding is None else tensor.shape[0] - padding - 1)
-        looked_up = any(_NAMED.search(at) and isinstance(module, nn.Embedding) for at, module in owner.named_children())
-        if name.endswith("position_ids") and tensor.shape == (1, configured) and looked_up:
-            limits.append(configured)
-    return min(limits, default=None)

@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _EMULATES = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+_FEW = 8
+"""Fewer rows are filled up to so many: one row takes another path in oneDNN, up to five in torch's own products, with
+other bits."""
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -54,6 +57,10 @@ class _Product(torch.autograd.Function):
 def _multiplied(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
     if _emulated(x):
         return _multiplied(x.float(), weight_mn, bias_m).to(x.dtype)
+    rows = x.shape[:-1].numel()
+    if 0 < rows < _FEW:
+        filled = functional.pad(x.reshape(rows, -1), (0, 0, 0, _FEW - rows))
+        return _multiplied(filled, weight_mn, bias_m)[:rows].reshape(*x.shape[:-1], -1)
     weight_mn, bias_m = weight_mn.to(x.dtype), None if bias_m is None else bias_m.to(x.dtype)
     if not _for_onednn(x, weight_mn):
         return functional.linear(x, weight_mn, bias_m)
@@ -78,10 +85,10 @@ class FrozenLinear(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
-        self._transposed = transposed  # stored as (n, m), as GPT-2's Conv1D does
+        self.transposed = transposed  # stored as (n, m), as GPT-2's Conv1D does
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight.T if self._transposed else self.weight, self.bias)
+        return product(x, self.weight.T if self.transposed else self.weight, self.bias)
 
 
 def freeze(module: nn.Module) -> None:

@@ -33,23 +33,30 @@ def cohort(config: Config, n: int) -> list[int]:
 @dataclass(frozen=True)
 class PackWork:
     """A pack's work in a round, as the coordinator sends it.  steps: local steps of each client; weights: their raw
-    weights p_k, see `client_weight`; lr: learning rate; watched: clients to diagnose."""
+    weights p_k, see `client_weight`; lr: learning rate; watched: clients to diagnose; examined: those of them
+    whose gradients are."""
 
     clients: tuple[int, ...]
     steps: tuple[int, ...]
     weights: tuple[float, ...]
     lr: float
     watched: tuple[int, ...] = ()
+    examined: tuple[int, ...] = ()
 
 
 def pack_work(
-    config: Config, dataset: Dataset, n: int, clients: Sequence[int], watched: Sequence[int] = ()
+    config: Config,
+    dataset: Dataset,
+    n: int,
+    clients: Sequence[int],
+    watched: Sequence[int] = (),
+    examined: Sequence[int] = (),
 ) -> PackWork:
-    """The work of a pack of clients in round n."""
+    """The work of a pack of clients in round n; watched, examined: of the whole cohort."""
     steps = tuple(local_steps(config, client) for client in clients)
     weights = tuple(client_weight(config, dataset, n, client) for client in clients)
-    mine = tuple(client for client in clients if client in watched)
-    return PackWork(tuple(clients), steps, weights, learning_rate(config, n), mine)
+    mine = (tuple(client for client in clients if client in some) for some in (watched, examined))
+    return PackWork(tuple(clients), steps, weights, learning_rate(config, n), *mine)
 
 
 def client_weight(config: Config, dataset: Dataset, n: int, client: int) -> float:

@@ -35,7 +35,7 @@ from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, mixes
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.training import optimizers
-from rayfed_sub.training.galore import Closed
+from rayfed_sub.training.blocks import Closed
 
 _Figures = dict[tuple[str | int, ...], int]
 
@@ -238,7 +238,7 @@ def _blocks(start: Start, tensors: Tensors, shape: ModelShape, closings: int) ->
         left, right = tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"]
         closed = Closed()
         for _ in range(closings):
-            closed.close(left[None], right[None], scale_G, [start.subspace.rank])
+            closed.close(left[None], right[None], scale_G, [True])
         if closings:
             closed_left, closed_right = closed.of(0)
             left, right = torch.cat([closed_left, left], dim=1), torch.cat([closed_right, right])

@@ -71,7 +71,7 @@ def _figure(run: Run) -> Figure:
     summary = (
         f"{count('pack', len(packs))} on {count('worker', len(workers))} in {duration(whole)}; workers trained for "
     )
-    summary += f"{min(busy, 1.0):.0%} of that time."
+    summary += f"{min(busy, 1.0):.0%} of that time.{_useful(packs)}"
     turn = drawn["round"].rank(method="dense")
     # Rounds in turn are strong and faint, so that their borders show.
     parity = [(drawn[turn % 2 == side], colour) for side, colour in ((0, "--accent"), (1, "--dim"))]
@@ -104,6 +104,14 @@ def _figure(run: Run) -> Figure:
             },
         },
     )
+
+
+def _useful(packs: pd.DataFrame) -> str:
+    """The share of real tokens among those that linear layers saw; nothing where no pack tells it."""
+    computed = float(packs["computed"].sum()) if "computed" in packs else 0.0
+    if not computed:
+        return ""
+    return f" {float(packs['tokens'].sum()) / computed:.1%} of what linear layers computed were real tokens or images."
 
 
 def _bars(rows: pd.DataFrame, colour: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from rayfed_sub.methods.downloads import downloaded
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import Noise, advance, mixes
 from rayfed_sub.models.weights import target_weights
-from rayfed_sub.planning import sampling
+from rayfed_sub.planning import packs, sampling
 from rayfed_sub.privacy import mechanism
 from rayfed_sub.privacy.accountant import spent
 from rayfed_sub.runtime import held_out, object_store
@@ -78,6 +78,7 @@ class Coordinator:
         method: Method,
         shape: ModelShape,
         transposed: frozenset[str],
+        any_pack: bool,
         shared: Shared,
         folder: Path,
         noise: float | None,
@@ -85,7 +86,7 @@ class Coordinator:
         self._memory = PeakMemory()
         self._claim: IO[bytes] | None = None
         self._config, self._method, self._shape, self._transposed = config, method, shape, transposed
-        self._folder, self._noise = folder, noise
+        self._folder, self._noise, self._any_pack = folder, noise, any_pack
         self._workers = workers_of(config.resources, shared)
         self._dataset: Dataset = object_store.get(shared.dataset)
         arrays: Packed = object_store.get(shared.backbone)
@@ -142,7 +143,8 @@ class Coordinator:
         finished = self._store.current.server.round
         assert n == finished, f"round {n} asked of a server that has finished {finished}"
         began = time.perf_counter()
-        config, cohort = self._config, sampling.cohort(self._config, n)
+        config = self._config
+        cohort = packs.ordered(config, self._dataset, sampling.cohort(config, n))
         down = self._download_bytes(cohort)
         due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
         trained = yield from self._trained(n, cohort, down, began, due)
@@ -178,19 +180,19 @@ class Coordinator:
         A separate function, so that the sum and the old server are freed before the next broadcast."""
         config, method, shape = self._config, self._method, self._shape
         broadcast = self._broadcast()
-        current, size = self._store.current, config.resources.pack_size
-        packs = [cohort[i : i + size] for i in range(0, len(cohort), size)]
+        current, most = self._store.current, config.resources.pack_size
+        cut = packs.cuts(cohort, most, config.resources.trainers, free=self._any_pack)
         watched = client_diagnostics.watched(config.diagnostics, n, config.federation.rounds or 0, cohort)
-        items = [self._train_item(n, pack, i, broadcast, watched) for i, pack in enumerate(packs)]
+        items = [self._train_item(n, pack, i % self._workers.count, broadcast, watched) for i, pack in enumerate(cut)]
 
         total, trained, metrics = self._zero(), list[Key](), RoundMetrics(n, len(cohort), began)
         ranks: dict[str, int | None] = dict.fromkeys(self._change_layers(n), 0)
         pack_rows, watched_rounds = list[PackRow](), list[ClientDiagnostics]()
         for done in self._workers.in_order(items, f"round {n}, local training"):
             outcome: PackOutcome = done.result
-            pack_rows.append(pack_row(n, packs[done.index], done))
+            pack_rows.append(pack_row(n, done))
             watched_rounds += map(client_diagnostics.kept, outcome.diagnostics)
-            for client, update, state in zip(packs[done.index], outcome.updates, outcome.states, strict=True):
+            for client, update, state in zip(done.units, outcome.updates, outcome.states, strict=True):
                 self._home[client] = done.worker
                 if update.failure is not None or state is None:
                     metrics.add(self._skipped(n, update, down[client]))
@@ -334,15 +336,25 @@ class Coordinator:
         current = self._store.current
         return current.server.round > 0 and (self._private or bool(current.states))
 
-    def _train_item(self, n: int, clients: list[int], index: int, broadcast: Any, watched: Sequence[int]) -> WorkItem:
-        home = self._home.get(clients[0], index % self._workers.count)
-        work = sampling.pack_work(self._config, self._dataset, n, clients, watched)
+    def _train_item(
+        self, n: int, clients: Sequence[int], worker: int, broadcast: Any, watched: Sequence[int]
+    ) -> WorkItem:
+        """worker: the one to prefer while none has trained the first client."""
+        home = self._home.get(clients[0], worker)
+        examined = client_diagnostics.examined(watched)
+        work = sampling.pack_work(self._config, self._dataset, n, clients, watched, examined)
 
         def submit(worker: Any) -> Any:  # states are read into memory as late as this
             states = [self._store.stored(client) for client in clients]
             return worker.train.remote(work, states, broadcast)
 
-        return WorkItem(submit, home, f"clients {clients[0]}-{clients[-1]}", _sound)
+        def halves() -> list[WorkItem]:
+            middle = len(clients) // 2
+            parts = [clients[:middle], clients[middle:]] if self._any_pack and middle else []
+            return [self._train_item(n, part, worker, broadcast, watched) for part in parts]
+
+        label = f"client {clients[0]}" if len(clients) == 1 else f"clients {', '.join(map(str, clients))}"
+        return WorkItem(submit, home, label, _sound, clients, halves)
 
     def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:
         changes = self._method.model(server, self._shape)

@@ -84,7 +84,7 @@ def _each(
             state = None if client is None or model.stored is None else model.stored(client)
             return call(worker).remote(rows, model.broadcast, client, state)
 
-        return WorkItem(submit, index % workers.count, f"shard {index}")
+        return WorkItem(submit, index % workers.count, f"shard {index}", units=rows)
 
     items = [item(index, client, rows) for index, (client, rows) in enumerate(shards)]
     return [done.result for done in workers.in_order(items, stage)]

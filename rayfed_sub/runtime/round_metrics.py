@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from rayfed_sub.core.schemas import ClientRow, PackRow
@@ -18,13 +17,26 @@ def client_row(n: int, update: Update, down: int) -> ClientRow:
     return ClientRow(n, update.client, update.weight, update.wire_bytes, down, **measured, failure=update.failure)
 
 
-def pack_row(n: int, pack: Sequence[int], done: Done) -> PackRow:
+def pack_row(n: int, done: Done) -> PackRow:
     """A pack's row of round n."""
     # Ray's answers are timed by a clock that has no date.
     began = time.time() - (time.monotonic() - done.began)
     trouble = "; ".join(dict.fromkeys(done.troubles)) or None
     seconds, attempts = done.ended - done.began, len(done.troubles) + 1
-    return PackRow(n, done.index, len(pack), pack[0], done.worker, began, seconds, attempts, trouble)
+    outcome = done.result
+    return PackRow(
+        round=n,
+        pack=done.index,
+        clients=len(done.units),
+        first=done.units[0],
+        worker=done.worker,
+        began=began,
+        seconds=seconds,
+        tokens=outcome.tokens,
+        computed=outcome.computed,
+        attempts=attempts,
+        trouble=trouble,
+    )
 
 
 class RoundMetrics:

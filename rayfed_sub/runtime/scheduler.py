@@ -1,7 +1,7 @@
 """Scheduler of work items: at most two in flight per worker, retried after a loss, results in the items' order.
 
 A work item is a function from a worker to an object reference.  It must be safe to repeat: after a worker's death its
-items run again unchanged, so that the bits do not change.  A worker that exceeds the deadline is killed, which is then
+items run again, unchanged or in halves of the same bits.  A worker that exceeds the deadline is killed, which is then
 handled as any other death.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from typing import Any
 
 import ray
@@ -36,17 +36,21 @@ def _always(result: Any) -> bool:
 @dataclass(frozen=True)
 class WorkItem:
     """submit: starts the work on the given actor; home: the preferred worker (it holds the clients' states); sound:
-    False for a result to discard: the whole item then runs once more, on another worker if there is one."""
+    False for a result to discard: the whole item then runs once more, on another worker if there is one.  units: what
+    the work is about, clients or rows; halves: the same work in two parts, which take the item's place once it is lost:
+    what killed its worker may be its size.  Empty where it cannot be divided."""
 
     submit: Callable[[Any], ray.ObjectRef]
     home: int
     label: str
     sound: Callable[[Any], bool] = _always
+    units: Sequence[int] = ()
+    halves: Callable[[], Sequence[WorkItem]] = tuple
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished item: its number, its result, its worker.
+    """A finished item: its number, its result, its worker, its units.
 
     began, ended: start of the work and arrival of the result, `time.monotonic()`.  troubles: a line for each time that
     the item was lost or its result unsound.
@@ -58,6 +62,7 @@ class Done:
     began: float
     ended: float
     troubles: tuple[str, ...]
+    units: Sequence[int] = ()
 
 
 class WorkerPool:
@@ -149,38 +154,78 @@ class WorkerPool:
             self._ask(worker, _last_line(error))
 
 
+class Backlog:
+    """Items of a stage that are still to be yielded, and what has happened to them so far.
+
+    coming: numbers of the items whose results are still to be yielded, in order; waiting: of those that no worker has.
+    spoiled: item -> the worker that gave an unsound result.
+    """
+
+    def __init__(self, items: Sequence[WorkItem], stage: str) -> None:
+        self.items = dict(enumerate(items))
+        self.coming, self.waiting = deque(self.items), deque(self.items)
+        self.spoiled: dict[int, int] = {}
+        self.troubles: dict[int, list[str]] = {number: [] for number in self.items}
+        self._losses: dict[int, list[str]] = {number: [] for number in self.items}  # in a row
+        self._stage = stage
+
+    def lost(self, numbers: Sequence[int], cause: str) -> None:
+        """Puts lost items back, to the front; the loss counts for the first, which was running and may be the cause.
+
+        Raises RunError at an item's third loss in a row."""
+        first, *queued = numbers
+        self._losses[first].append(cause)
+        self.troubles[first].append(cause)
+        if len(self._losses[first]) == _LIVES:
+            why = "; ".join(dict.fromkeys(self._losses[first]))
+            raise RunError(self._stage, f"{self.items[first].label} lost {_LIVES} times in a row: {why}")
+        self.waiting.extendleft(reversed([*self._halved(first), *queued]))
+
+    def unsound(self, number: int, worker: int) -> None:
+        """Puts an item back whose result is to be discarded."""
+        self.spoiled[number] = worker
+        self._losses[number].clear()
+        self.troubles[number].append("a client failed")
+        self.waiting.appendleft(number)
+
+    def soon(self, most: int) -> list[int]:
+        """The waiting items among the next ones to be yielded."""
+        next_ones = set(islice(self.coming, most))
+        return list(takewhile(lambda number: number in next_ones, self.waiting))
+
+    def _halved(self, number: int) -> list[int]:
+        """The items that take this one's place: its halves, or itself."""
+        halves = self.items[number].halves()
+        if not halves:
+            return [number]
+        numbers, place = [len(self.items) + i for i in range(len(halves))], self.coming.index(number)
+        del self.coming[place]
+        for i, (new, half) in enumerate(zip(numbers, halves, strict=True)):
+            self.items[new] = half
+            self._losses[new], self.troubles[new] = list(self._losses[number]), list(self.troubles[number])
+            self.coming.insert(place + i, new)
+        return numbers
+
+
 def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
-    """Runs all items and yields them in order, each as soon as it and all before it are done.
+    """Runs all items and yields them in order, each as soon as it and all before it are done; halves in the place of a
+    lost item, and numbered as they come.
 
     Raises an item's own error; RunError when an item was lost `_LIVES` times in a row (with its worker, past the
     deadline, as a result in transit), and when no worker answers any more.
     """
-    waiting = deque(range(len(items)))  # a retry goes to the front
-    losses: list[list[str]] = [[] for _ in items]  # in a row
-    troubles: list[list[str]] = [[] for _ in items]
-    spoiled: dict[int, int] = {}  # item -> the worker that gave an unsound result
+    work = Backlog(items, stage)
     ready: dict[int, Done] = {}
-    next_out = 0
-
-    def again(lost: Sequence[int], cause: str) -> None:
-        """Puts lost items back; the loss counts for the first, which was running and may be the cause."""
-        causes = losses[lost[0]]
-        causes.append(cause)
-        troubles[lost[0]].append(cause)
-        if len(causes) == _LIVES:
-            why = "; ".join(dict.fromkeys(causes))
-            raise RunError(stage, f"{items[lost[0]].label} lost {_LIVES} times in a row: {why}")
-        waiting.extendleft(reversed(lost))
-
+    yielded = 0
     pool.begin()
-    while next_out < len(items):
-        _launch(pool, items, waiting, spoiled, next_out + _AHEAD * len(pool.workers))
+    while work.coming:
+        _launch(pool, work)
         moved = pool.wait(stage)
         if moved is None:
             for worker in pool.overdue():  # Ray kills a loop in C at once, a stopped process after five seconds
                 ray.kill(pool.workers[worker], no_restart=False)
                 late = f"past the deadline of {pool.deadline:g} s; raise resources.deadline"
-                again(pool.rest(worker, late), late)
+                work.lost(pool.rest(worker, late), late)
             continue
         worker = pool.in_flight[moved][1]
         try:
@@ -188,37 +233,34 @@ def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterato
         except RayError as error:
             cause = _lost(error)
             died = not isinstance(error, ObjectLostError | GetTimeoutError)
-            again(pool.rest(worker, cause) if died else [pool.land(moved)[0]], cause)
+            work.lost(pool.rest(worker, cause) if died else [pool.land(moved)[0]], cause)
             continue
-        index, began = pool.land(moved)
-        if index in spoiled or items[index].sound(result):
-            ready[index] = Done(index, result, worker, began, time.monotonic(), tuple(troubles[index]))
+        number, began = pool.land(moved)
+        item, troubles = work.items[number], tuple(work.troubles[number])
+        if number in work.spoiled or item.sound(result):
+            ready[number] = Done(number, result, worker, began, time.monotonic(), troubles, item.units)
         else:
-            spoiled[index] = worker
-            losses[index].clear()
-            troubles[index].append("a client failed")
-            waiting.appendleft(index)
-        while next_out in ready:
-            yield ready.pop(next_out)
-            next_out += 1
+            work.unsound(number, worker)
+        while work.coming and work.coming[0] in ready:
+            yield replace(ready.pop(work.coming.popleft()), index=yielded)
+            yielded += 1
 
 
-def _launch(
-    pool: WorkerPool, items: Sequence[WorkItem], waiting: deque[int], spoiled: Mapping[int, int], horizon: int
-) -> None:
-    """Sends items below `horizon` to workers with a free place: first items whose home they are, then the first."""
-    while near := list(takewhile(lambda index: index < horizon, waiting)):
-        homes = {items[index].home for index in near}
+def _launch(pool: WorkerPool, work: Backlog) -> None:
+    """Sends items that are needed soon to workers with a free place: first items whose home they are, then the
+    first."""
+    while near := work.soon(_AHEAD * len(pool.workers)):
+        homes = {work.items[number].home for number in near}
         free = [worker for worker, load in pool.load.items() if load < _IN_FLIGHT]
         for worker in sorted(free, key=lambda w: (pool.load[w], w not in homes, w)):
-            fit = [index for index in near if len(pool.load) == 1 or spoiled.get(index) != worker]
+            fit = [number for number in near if len(pool.load) == 1 or work.spoiled.get(number) != worker]
             if fit:
                 break
         else:
             return
-        index = next((index for index in fit if items[index].home == worker), fit[0])
-        waiting.remove(index)
-        pool.send(worker, index, items[index])
+        number = next((number for number in fit if work.items[number].home == worker), fit[0])
+        work.waiting.remove(number)
+        pool.send(worker, number, work.items[number])
 
 
 def _lost(error: RayError) -> str:

@@ -40,7 +40,7 @@ from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
 from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels, give_back, keep_freed
 from rayfed_sub.training.client_errors import not_finite
-from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
+from rayfed_sub.training.executor import ClientWork, LocalRule, PackResult, train_pack
 from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, predictions
 from rayfed_sub.training.layers import based_on, install
 
@@ -68,11 +68,13 @@ class Spec:
 @dataclass(frozen=True)
 class PackOutcome:
     """Outcome of a pack: updates and new states, in the pack's order.  A failed client's state is None: it keeps the
-    old one.  diagnostics: of the watched clients."""
+    old one.  diagnostics: of the watched clients; tokens, computed: see `PackRow`."""
 
     updates: tuple[Update, ...]
     states: tuple[ClientState | None, ...]
     diagnostics: tuple[ClientDiagnostics, ...] = ()
+    tokens: int | None = None
+    computed: int | None = None
 
 
 def broadcast_of(config: Config, method: Method, server: ServerState) -> Broadcast:
@@ -131,8 +133,10 @@ class Worker:
             for client, state, steps in zip(clients, before, work.steps, strict=True)
         ]
         asked = self._spec.config.diagnostics
-        watch = gradient_watch(asked, shape, {one.client: one.start for one in works if one.client in watched})
-        results = self._train(received, works, work.lr, watch)
+        examined = {one.client: one.start for one in works if one.client in work.examined}
+        watch = gradient_watch(asked, shape, examined)
+        trained = self._train(received, works, work.lr, watch)
+        results = trained.results
         updates: list[Update] = []
         kept: list[ClientState | None] = []
         diagnostics: list[ClientDiagnostics] = []
@@ -155,13 +159,13 @@ class Worker:
                 self._remember(client, new)
         given.check()
         self._guard.check()
-        return PackOutcome(tuple(updates), tuple(kept), tuple(diagnostics))
+        return PackOutcome(tuple(updates), tuple(kept), tuple(diagnostics), trained.tokens, trained.computed)
 
     def evaluate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Prediction]:
         """Predictions for the given held-out rows by the global model, or by that of `client` where it is given (state
         as in `train`)."""
         with self._judged(broadcast, client, state):
-            out = predictions(self._model, self._held_out(rows))
+            out = predictions(self._model, self._held_out(rows), self._spec.processor.pad)
         give_back()
         return out
 
@@ -175,7 +179,7 @@ class Worker:
         limit = self._spec.config.evaluation.max_new_tokens
         with self._judged(broadcast, client, state):
             tokens = answers(self._model, prompts, pad=processor.pad, ends=processor.ends, limit=limit)
-            forced = predictions(self._model, self._held_out(rows))
+            forced = predictions(self._model, self._held_out(rows), processor.pad)
         give_back()
         texts = zip(tokens, references, (row.predicted for row in forced), (row.labels for row in forced), strict=True)
         return [Generation(*map(processor.decode, row)) for row in texts]
@@ -211,9 +215,7 @@ class Worker:
         given.check()
         self._guard.check()
 
-    def _train(
-        self, received: Broadcast, works: Sequence[ClientWork], lr: float, watch: GradientWatch
-    ) -> list[LocalResult]:
+    def _train(self, received: Broadcast, works: Sequence[ClientWork], lr: float, watch: GradientWatch) -> PackResult:
         config, shape = self._spec.config, self._spec.architecture.shape
         rule = LocalRule(config.optimizer, lr, config.seed, self._spec.processor.pad, config.federation.proximal)
         bases = {
@@ -227,7 +229,7 @@ class Worker:
             weights = target_weights(shape, self._spec.architecture.transposed, self._tensors)
             weights |= {f"{name}/weight": weight for name, weight in bases.items()}
             plain = assemble(self._spec.architecture, self._tensors)
-            return train_reference(plain, shape, weights, works, rule)
+            return PackResult(train_reference(plain, shape, weights, works, rule))
         with based_on(self._layers, bases):
             return train_pack(self._model, self._layers, shape, works, rule, watch.hooks)
 

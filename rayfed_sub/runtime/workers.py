@@ -73,7 +73,7 @@ class LocalWorker:
             if not item.sound(result):
                 troubles.append("a client failed")
                 result = item.submit(self._remote)
-            yield Done(index, result, 0, began, time.monotonic(), tuple(troubles))
+            yield Done(index, result, 0, began, time.monotonic(), tuple(troubles), item.units)
 
     def memory(self, seconds: float) -> list[Sample]:
         return [self._worker.memory()]

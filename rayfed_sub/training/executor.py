@@ -1,34 +1,37 @@
-"""Local training of a pack: G clients side by side, one forward and one backward pass per local step.
+"""Local training of a pack: G clients side by side, one optimiser step of each at a time.
 
-The frozen layers see one big batch (G * B, T); every target layer adds its clients' own terms with batched products;
-the pack's loss is the sum of the clients' own means, so no client feels another.  Clients with fewer steps leave the
-pack when they are done; smaller ranks are padded with zeros, which stay zero because their gradients are.
+The frozen layers see the tokens of the whole pack; every target layer adds its clients' own terms with products that
+clients of equal shape share.  The pack's loss is the sum of the clients' own means, so no client feels another, and a
+client's result has the same bits in any pack (ARCHITECTURE.md says on which models).  Clients with fewer steps leave
+the pack when they are done.
 
-Legend: G clients, m, n layer sizes, r rank, R summed rank of closed blocks, N tokens of a client's batch.
+Legend: G clients of a stack, m, n layer sizes, r rank, R summed rank of closed blocks, N tokens of a client's batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.lowrank import padded
 from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
-from rayfed_sub.data.batching import Batches, merge
+from rayfed_sub.data.batching import Batches
+from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.training import optimizers
+from rayfed_sub.training.blocks import Closed
 from rayfed_sub.training.client_errors import drawn, not_finite
-from rayfed_sub.training.galore import Closed, Refresh, renew
-from rayfed_sub.training.layers import PackLinear, Terms
+from rayfed_sub.training.galore import Refresh, renew
+from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Terms, bound, runs
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
+from rayfed_sub.training.passes import Pass, passes
 
-GradientHooks = Callable[[str, Sequence[int]], list[Callable[[Tensor, Tensor], None]]]
-"""(layer, clients) -> backward hooks, which take the layer's inputs (G, N, n) and output gradients (G, N, m)."""
+GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
+"""(layer, clients) -> backward hooks."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,19 @@ class LocalRule:
     proximal: float = 0.0
 
 
+@dataclass(frozen=True)
+class PackResult:
+    """results: in the given order.  tokens: of all rows (of images, their number); computed: those that linear layers
+    saw, with what only fills up."""
+
+    results: list[LocalResult]
+    tokens: int | None = None
+    computed: int | None = None
+
+
 @dataclass
 class Trainee:
-    """A client in training."""
+    """A client in training.  losses: of its steps so far, nats."""
 
     client: int
     start: Start
@@ -64,19 +77,33 @@ class Trainee:
     periods: int = 0
     base_scale: float = 1.0
     tokens: int = 0
+    losses: list[float] = field(default_factory=list)
     failure: str | None = None
 
 
 @dataclass
-class Pack:
-    """The clients still training and their tensors (G, ...), private copies that change in place."""
+class Stack:
+    """Clients still training whose tensors have equal shapes, and these (G, ...): private copies that change in
+    place."""
 
     trainees: list[Trainee]
     tensors: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     closed: dict[str, Closed]
-    losses: Tensor  # (steps so far, G)
     anchors: dict[str, Tensor]  # the trained tensors as the round began; empty without FedProx
+
+
+@dataclass
+class _Step:
+    """What a step needs of a stack: trained leaves, scales, and the refresh if any client's own step count asks for
+    one; captures: by layer; gradients: summed over the passes."""
+
+    leaves: dict[str, Tensor]
+    scale_G: Tensor
+    base_scale_G: Tensor | None
+    refresh: Refresh | None
+    captures: dict[str, Captures]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 def train_pack(
@@ -86,35 +113,39 @@ def train_pack(
     works: Sequence[ClientWork],
     rule: LocalRule,
     gradient_hooks: GradientHooks | None = None,
-) -> list[LocalResult]:
-    """Trains every client from its start, one optimiser step for each of its batches; results in the given order.
+) -> PackResult:
+    """Trains every client from its start, one optimiser step for each of its batches.
 
     model: the frozen model with `layers` installed; layers' weights are the round's base weights.  Ranks, scales, step
     counts and numbers of steps may differ between clients; `trained`, `decays_base` and the kind of subspace may not.
-    gradient_hooks: backward hooks of a layer in the first local step, given its name and the pack's clients.
+    gradient_hooks: backward hooks of a layer in the first local step, given its name and a stack's clients.
     A client whose batch cannot be drawn, or whose loss, gradient or result is not finite, leaves the pack, the others
     unharmed, and comes back with `failure` set; what it holds besides that and its metrics means nothing.
     """
     device = next(iter(layers.values())).weight.device
     trainees = [Trainee(work.client, work.start, work.batches, work.start.step) for work in works]
-    pack = _stack(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
+    stacks = _stacks(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
     results: dict[int, LocalResult] = {}
+    tokens = computed = 0
     for t in range(max(len(work.batches) for work in works)):
-        own_batches = _draw(pack, t)
-        pack = _without_finished(pack, t, shape, results)
-        if not pack.trainees:  # all have failed
+        batches = _draw(stacks, t)
+        stacks = [left for stack in stacks if (left := _without_finished(stack, t, shape, results)).trainees]
+        if not stacks:  # all have failed
             break
-        merged = merge([own_batches[trainee.client] for trainee in pack.trainees], rule.pad)
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in merged.items()}
-        _step(model, layers, shape, pack, batch, rule, gradient_hooks if t == 0 else None)
-    _without_finished(pack, None, shape, results)
-    return [results[work.client] for work in works]
+        own = [batches[trainee.client] for stack in stacks for trainee in stack.trainees]
+        turns = [one.to(device) for one in passes(own, pass_rule(model), rule.pad)]
+        _step(model, layers, shape, stacks, turns, rule, gradient_hooks if t == 0 else None)
+        tokens += sum(one.tokens[0] for one in turns)
+        computed += sum(one.tokens[1] for one in turns)
+    for stack in stacks:
+        _without_finished(stack, None, shape, results)
+    return PackResult([results[work.client] for work in works], tokens, computed)
 
 
-def _draw(pack: Pack, t: int) -> dict[int, Tensors]:
+def _draw(stacks: Sequence[Stack], t: int) -> dict[int, Tensors]:
     """Batch number t of the clients that have one; a client whose data raise has failed."""
     found = {}
-    for trainee in pack.trainees:
+    for trainee in (trainee for stack in stacks for trainee in stack.trainees):
         if trainee.failure is None and t < len(trainee.batches):
             batch = drawn(trainee.batches, t)
             if isinstance(batch, str):
@@ -128,41 +159,118 @@ def _step(
     model: nn.Module,
     layers: Mapping[str, PackLinear],
     shape: ModelShape,
-    pack: Pack,
-    batch: Tensors,
+    stacks: Sequence[Stack],
+    turns: Sequence[Pass],
     rule: LocalRule,
     gradient_hooks: GradientHooks | None,
 ) -> None:
-    """Runs a forward, backward and optimiser step of every client in the pack."""
-    optimizer, lr = rule.optimizer, rule.lr
-    trainees, first = pack.trainees, pack.trainees[0].start
-    scale_G = torch.tensor([trainee.start.scale for trainee in trainees], device=batch["labels"].device)
-    leaves = {name: pack.tensors[name].detach().requires_grad_() for name in first.trained}
-    refresh = _refresh(pack, rule.seed)
-    _bind(layers, shape, pack, {**pack.tensors, **leaves}, scale_G, refresh, gradient_hooks)
-    try:
-        loss_G, count_G = client_losses(model, batch, len(trainees))
-        grads = _gradients(loss_G.sum() + _penalties(trainees, {**pack.tensors, **leaves}), leaves)
-        for layer in layers.values():
-            if layer.terms is not None:
-                layer.terms.finish()
-    finally:
-        for layer in layers.values():
-            layer.terms = None
-    pack.losses = torch.cat([pack.losses, loss_G.detach()[None]])
+    """Runs a step's forward and backward passes, then an optimiser step of every client."""
+    steps = [_begun(stack, shape, rule.seed, len(turns), gradient_hooks) for stack in stacks]
+    count_G = torch.stack([one.counts() for one in turns]).sum(0)
+    loss_G = torch.zeros(len(count_G), device=count_G.device)
+    for turn in turns:
+        with bound(layers, _terms(shape, stacks, steps, turn)):
+            losses = client_losses(model, turn, count_G)
+            _differentiate(losses.sum(), steps)
+        loss_G += losses.detach()
+        for capture in (capture for step in steps for capture in step.captures.values()):
+            capture.passes -= 1
+    for step in steps:
+        for capture in step.captures.values():
+            capture.finish()
+    trainees = [trainee for stack in stacks for trainee in stack.trainees]
     for trainee, loss, count in zip(trainees, loss_G.tolist(), count_G.tolist(), strict=True):
         trainee.tokens += count
+        trainee.losses.append(loss)
         if not math.isfinite(loss):
-            trainee.failure = trainee.failure or f"non-finite loss at local step {len(pack.losses) - 1}"
+            trainee.failure = trainee.failure or f"non-finite loss at local step {len(trainee.losses) - 1}"
+    for stack, step in zip(stacks, steps, strict=True):
+        _penalise(stack, step)
+        _move(stack, step, shape, rule)
 
+
+def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hooks: GradientHooks | None) -> _Step:
+    device = next(iter(stack.tensors.values())).device
+    scale_G = torch.tensor([trainee.start.scale for trainee in stack.trainees], device=device)
+    base_scales = [trainee.base_scale for trainee in stack.trainees]
+    base_scale_G = torch.tensor(base_scales, device=device) if any(c != 1.0 for c in base_scales) else None
+    leaves = {name: stack.tensors[name].detach().requires_grad_() for name in stack.trainees[0].start.trained}
+    refresh, clients = _refresh(stack, seed), [trainee.client for trainee in stack.trainees]
+    captures = {}
+    for layer in shape.targets:
+        hooks = [] if refresh is None else [refresh.capture(layer)]
+        hooks += [] if gradient_hooks is None else gradient_hooks(layer.name, clients)
+        if hooks:
+            captures[layer.name] = Captures(hooks, turns)
+    return _Step(leaves, scale_G, base_scale_G, refresh, captures)
+
+
+def _terms(shape: ModelShape, stacks: Sequence[Stack], steps: Sequence[_Step], turn: Pass) -> dict[str, Bound]:
+    """What every layer adds for its clients in one pass."""
+    begins, first = [], 0  # each stack's clients and first row in the pass
+    for stack in stacks:
+        begins.append((slice(first, first + len(stack.trainees)), sum(turn.parts[:first])))
+        first += len(stack.trainees)
+    terms: dict[str, list[Terms]] = {layer.name: [] for layer in (*shape.targets, *shape.head)}
+    for stack, step, (clients, begin) in zip(stacks, steps, begins, strict=True):
+        tensors, parts = {**stack.tensors, **step.leaves}, turn.parts[clients]
+        rows = runs(parts, begin)
+        for layer in shape.targets:
+            closed = stack.closed[layer.name]
+            terms[layer.name].append(
+                Terms(
+                    rows=runs(parts, begin, closed.used_G) if closed.used_G else rows,
+                    weight_Gmn=tensors.get(f"{layer.name}/weight"),
+                    left_Gmr=tensors.get(f"{layer.name}/left"),
+                    right_Grn=tensors.get(f"{layer.name}/right"),
+                    core_Grr=tensors.get(f"{layer.name}/core"),
+                    scale_G=step.scale_G,
+                    closed=closed,
+                    base_scale_G=step.base_scale_G,
+                    captures=step.captures.get(layer.name),
+                )
+            )
+        for layer in shape.head:
+            weight, bias = tensors[f"{layer.name}/weight"], tensors.get(f"{layer.name}/bias")
+            terms[layer.name].append(Terms(rows=rows, weight_Gmn=weight, bias_Gm=bias))
+    return {name: Bound(turn.size, tuple(own)) for name, own in terms.items()}
+
+
+def _differentiate(loss: Tensor, steps: Sequence[_Step]) -> None:
+    """Adds a pass's gradients to the steps'."""
+    leaves = [(step, name, leaf) for step in steps for name, leaf in step.leaves.items()]
+    if loss.requires_grad:  # else there is no label in any client's batch
+        found = torch.autograd.grad(loss, [leaf for _, _, leaf in leaves], allow_unused=True)
+        for (step, name, _), gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                step.gradients[name] = step.gradients[name] + gradient if name in step.gradients else gradient
+
+
+def _penalise(stack: Stack, step: _Step) -> None:
+    """Adds the gradients of the clients' own penalties; zeros where a tensor took no part in a loss."""
+    terms = [
+        trainee.start.penalty({name: {**stack.tensors, **step.leaves}[name][g] for name in trainee.start.tensors})
+        for g, trainee in enumerate(stack.trainees)
+        if trainee.start.penalty is not None
+    ]
+    if terms:
+        _differentiate(torch.stack(terms).sum(), [step])
+    for name, leaf in step.leaves.items():
+        step.gradients.setdefault(name, torch.zeros_like(leaf))
+
+
+def _move(stack: Stack, step: _Step, shape: ModelShape, rule: LocalRule) -> None:
+    """The optimiser step of a stack's clients, and the new periods of those that begin one."""
+    optimizer, lr, grads, scale_G = rule.optimizer, rule.lr, step.gradients, step.scale_G
+    trainees, first = stack.trainees, stack.trainees[0].start
     factors = [name for name in first.trained if name.endswith(("/left", "/right", "/core"))]
     if first.subspace is not None:
         for name in factors:  # R = G Q^T = (1 / scale) dLoss/dL: GaLore's projected gradient
             grads[name] = grads[name] / scale_G[:, None, None]
-    if refresh is not None:
-        _new_period(pack, shape, refresh, grads, scale_G, optimizer)
+    if step.refresh is not None:
+        _new_period(stack, shape, step.refresh, grads, scale_G, optimizer)
     if rule.proximal:
-        pull(rule.proximal, shape, first, pack.tensors, pack.anchors, pack.closed, grads, scale_G)
+        pull(rule.proximal, shape, first, stack.tensors, stack.anchors, stack.closed, grads, scale_G)
     if optimizer.clip_norm is not None:
         optimizers.clip(list(grads.values()), optimizer.clip_norm)
     step_G = [trainee.step for trainee in trainees]
@@ -171,11 +279,11 @@ def _step(
         since_G = [trainee.step % (_period(trainee) or trainee.step + 1) for trainee in trainees]
     others = [name for name in first.trained if name not in factors]
     for names, taken_G in ((factors, since_G), (others, step_G)):
-        moments = {role: [tensors[name] for name in names] for role, tensors in pack.moments.items()}
-        params = [pack.tensors[name] for name in names]
+        moments = {role: [tensors[name] for name in names] for role, tensors in stack.moments.items()}
+        params = [stack.tensors[name] for name in names]
         optimizers.step(optimizer, lr, params, [grads[name] for name in names], moments, taken_G)
     if first.decays_base and optimizer.weight_decay:
-        for closed in pack.closed.values():
+        for closed in stack.closed.values():
             closed.decay(optimizers.decay(optimizer, lr))
     for trainee in trainees:
         trainee.step += 1
@@ -189,17 +297,17 @@ def _period(trainee: Trainee) -> int:
     return 0 if trainee.start.subspace is None else trainee.start.subspace.refresh_every
 
 
-def _refresh(pack: Pack, seed: int) -> Refresh | None:
+def _refresh(stack: Stack, seed: int) -> Refresh | None:
     """The refresh of this step, if any client's own step count asks for one."""
-    subspaces = [trainee.start.subspace for trainee in pack.trainees if trainee.start.subspace is not None]
-    due_G = [bool(_period(t)) and t.step % _period(t) == 0 for t in pack.trainees]
+    subspaces = [trainee.start.subspace for trainee in stack.trainees if trainee.start.subspace is not None]
+    due_G = [bool(_period(t)) and t.step % _period(t) == 0 for t in stack.trainees]
     if not any(due_G):
         return None
-    return Refresh(subspaces, due_G, [(seed, t.client, t.step) for t in pack.trainees], pack.tensors)
+    return Refresh(subspaces, due_G, [(seed, t.client, t.step) for t in stack.trainees], stack.tensors)
 
 
 def _new_period(
-    pack: Pack,
+    stack: Stack,
     shape: ModelShape,
     refresh: Refresh,
     grads: dict[str, Tensor],
@@ -207,93 +315,36 @@ def _new_period(
     optimizer: Optimizer,
 ) -> None:
     """Closes the due clients' open blocks (if they were stepped in this round) and opens new ones."""
-    closing_G = [
-        subspace.rank if due and trainee.touched else 0
-        for subspace, due, trainee in zip(refresh.subspaces, refresh.due_G, pack.trainees, strict=True)
-    ]
-    step_G = [trainee.step for trainee in pack.trainees]
+    closing_G = [due and trainee.touched for due, trainee in zip(refresh.due_G, stack.trainees, strict=True)]
+    step_G = [trainee.step for trainee in stack.trainees]
     for layer in shape.targets:
         if any(closing_G):
-            left, right = pack.tensors[f"{layer.name}/left"], pack.tensors[f"{layer.name}/right"]
-            pack.closed[layer.name].close(left, right, scale_G, closing_G)
-        renew(layer, refresh, pack.tensors, grads, pack.moments, step_G, optimizer)
-    for g, trainee in enumerate(pack.trainees):
+            left, right = stack.tensors[f"{layer.name}/left"], stack.tensors[f"{layer.name}/right"]
+            stack.closed[layer.name].close(left, right, scale_G, closing_G)
+        renew(layer, refresh, stack.tensors, grads, stack.moments, step_G, optimizer)
+    for g, trainee in enumerate(stack.trainees):
         trainee.touched = trainee.touched and not refresh.due_G[g]
         trainee.failure = trainee.failure or refresh.failures.get(g)
 
 
-def _bind(
-    layers: Mapping[str, PackLinear],
-    shape: ModelShape,
-    pack: Pack,
-    tensors: Tensors,
-    scale_G: Tensor,
-    refresh: Refresh | None,
-    gradient_hooks: GradientHooks | None,
-) -> None:
-    """Hands every layer its clients' terms for one forward pass."""
-    G = len(pack.trainees)
-    base_scales = [trainee.base_scale for trainee in pack.trainees]
-    base_scale_G = scale_G.new_tensor(base_scales) if any(c != 1.0 for c in base_scales) else None
-    clients = [trainee.client for trainee in pack.trainees]
-    for layer in shape.targets:
-        closed = pack.closed[layer.name]
-        hooks = [] if refresh is None else [refresh.capture(layer)]
-        hooks += [] if gradient_hooks is None else gradient_hooks(layer.name, clients)
-        layers[layer.name].terms = Terms(
-            clients=G,
-            weight_Gmn=tensors.get(f"{layer.name}/weight"),
-            left_Gmr=tensors.get(f"{layer.name}/left"),
-            right_Grn=tensors.get(f"{layer.name}/right"),
-            core_Grr=tensors.get(f"{layer.name}/core"),
-            scale_G=scale_G,
-            closed_left_GmR=closed.left_GmR,
-            closed_right_GRn=closed.right_GRn,
-            base_scale_G=base_scale_G,
-            captures=hooks,
-        )
-    for layer in shape.head:
-        weight, bias = tensors[f"{layer.name}/weight"], tensors.get(f"{layer.name}/bias")
-        layers[layer.name].terms = Terms(clients=G, weight_Gmn=weight, bias_Gm=bias)
-
-
-def _penalties(trainees: Sequence[Trainee], tensors: Tensors) -> Tensor | float:
-    """The sum of the clients' own penalties, each over its own tensors without padding."""
-    terms = [
-        trainee.start.penalty({name: own(tensors[name][g], start) for name, start in trainee.start.tensors.items()})
-        for g, trainee in enumerate(trainees)
-        if trainee.start.penalty is not None
-    ]
-    return torch.stack(terms).sum() if terms else 0.0
-
-
-def own(tensor: Tensor, like: Tensor) -> Tensor:
-    """A client's tensor without the padding to the pack's largest rank."""
-    if tensor.shape == like.shape:
-        return tensor
-    return tensor[tuple(slice(size) for size in like.shape)]
-
-
-def _gradients(loss: Tensor, leaves: Tensors) -> dict[str, Tensor]:
-    """Gradients of the summed loss; zero where a tensor took no part in it."""
-    if not loss.requires_grad:  # no label in any client's batch
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-    }
+def _stacks(
+    trainees: Sequence[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
+) -> list[Stack]:
+    """The clients in stacks of equal shapes, in the order of each stack's first."""
+    alike: dict[tuple[tuple[int, ...], ...], list[Trainee]] = {}
+    for trainee in trainees:
+        alike.setdefault(tuple(tuple(t.shape) for t in trainee.start.tensors.values()), []).append(trainee)
+    return [_stack(some, shape, optimizer, device, anchored=anchored) for some in alike.values()]
 
 
 def _stack(
     trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
-) -> Pack:
-    """The clients' tensors side by side, padded to the largest rank, in fresh memory: equal packs, equal bits."""
+) -> Stack:
+    """The clients' tensors side by side, in fresh memory: equal packs, equal bits."""
     starts = [trainee.start for trainee in trainees]
 
     def stacked(tensors: Sequence[Tensor]) -> Tensor:
-        largest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-        return torch.stack([padded(t.float(), largest) for t in tensors]).to(device)
+        return torch.stack([tensor.float() for tensor in tensors]).to(device)
 
     tensors = {name: stacked([start.tensors[name] for start in starts]) for name in starts[0].tensors}
     moments = {
@@ -305,51 +356,47 @@ def _stack(
     }
     closed = {layer.name: Closed() for layer in shape.targets}
     anchors = {name: tensors[name].clone() for name in starts[0].trained} if anchored else {}
-    return Pack(list(trainees), tensors, moments, closed, torch.zeros(0, len(trainees), device=device), anchors)
+    return Stack(trainees, tensors, moments, closed, anchors)
 
 
-def _without_finished(pack: Pack, t: int | None, shape: ModelShape, results: dict[int, LocalResult]) -> Pack:
-    """The pack without the clients that failed or have no batch number t; their results are noted.  t = None: all are
+def _without_finished(stack: Stack, t: int | None, shape: ModelShape, results: dict[int, LocalResult]) -> Stack:
+    """The stack without the clients that failed or have no batch number t; their results are noted.  t = None: all are
     done."""
-    kept = [g for g, x in enumerate(pack.trainees) if t is not None and t < len(x.batches) and x.failure is None]
-    if len(kept) == len(pack.trainees):
-        return pack
-    for g in set(range(len(pack.trainees))) - set(kept):
-        results[pack.trainees[g].client] = _result(pack, g, shape)
-    index = torch.tensor(kept, dtype=torch.long, device=pack.losses.device)
-    for closed in pack.closed.values():
+    kept = [g for g, x in enumerate(stack.trainees) if t is not None and t < len(x.batches) and x.failure is None]
+    if len(kept) == len(stack.trainees):
+        return stack
+    for g in set(range(len(stack.trainees))) - set(kept):
+        results[stack.trainees[g].client] = _result(stack, g, shape)
+    index = torch.tensor(kept, dtype=torch.long, device=next(iter(stack.tensors.values())).device)
+    for closed in stack.closed.values():
         closed.select(index)
-    return Pack(
-        [pack.trainees[g] for g in kept],
-        {name: tensor[index] for name, tensor in pack.tensors.items()},
-        {role: {name: tensor[index] for name, tensor in tensors.items()} for role, tensors in pack.moments.items()},
-        pack.closed,
-        pack.losses[:, index],
-        {name: tensor[index] for name, tensor in pack.anchors.items()},
+    return Stack(
+        [stack.trainees[g] for g in kept],
+        {name: tensor[index] for name, tensor in stack.tensors.items()},
+        {role: {name: tensor[index] for name, tensor in tensors.items()} for role, tensors in stack.moments.items()},
+        stack.closed,
+        {name: tensor[index] for name, tensor in stack.anchors.items()},
     )
 
 
-def _result(pack: Pack, g: int, shape: ModelShape) -> LocalResult:
-    """Client g's round, on the CPU, without padding."""
-    trainee = pack.trainees[g]
-    start = trainee.start
-
-    def alone(name: str, tensor: Tensor) -> Tensor:
-        return own(tensor[g], start.tensors[name]).cpu().clone()
-
-    tensors = {name: alone(name, tensor) for name, tensor in pack.tensors.items()}
-    moved = {f"{name}/{role}": alone(name, at[name]) for role, at in pack.moments.items() for name in start.trained}
+def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
+    """Client g's round, on the CPU."""
+    trainee = stack.trainees[g]
+    start, losses = trainee.start, trainee.losses
+    tensors = {name: tensor[g].cpu().clone() for name, tensor in stack.tensors.items()}
+    moved = {
+        f"{name}/{role}": at[name][g].cpu().clone() for role, at in stack.moments.items() for name in start.trained
+    }
     moments = {**start.moments, **moved}  # of a factor at rest they stay as they were
     blocks = {}
     if start.subspace is not None:
         for layer in shape.targets:
             left, right = start.scale * tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"]
-            closed = pack.closed[layer.name]
+            closed = stack.closed[layer.name]
             if closed.left_GmR is not None:
                 closed_left, closed_right = (x.cpu() for x in closed.of(g))
                 left, right = torch.cat([closed_left, left], dim=1), torch.cat([closed_right, right])
             blocks[layer.name] = (left, right)
-    losses = pack.losses[:, g].tolist()
     metrics = {
         "loss": sum(losses) / max(1, len(losses)),
         "loss_last": losses[-1] if losses else 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.core.types import Change, ModelShape, Tensors
-from rayfed_sub.training.layers import PackLinear, Terms, based_on
+from rayfed_sub.models.flat_rows import pass_rule
+from rayfed_sub.training.blocks import Closed
+from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound
 from rayfed_sub.training.losses import predicted
 
 
@@ -25,30 +27,27 @@ def global_model(
     changes: per target its change to the layer's own weight; head: `<layer>/weight` (m, n), `<layer>/bias` (m,).
     """
     dense = {name: change.dense for name, change in changes.items() if change.dense is not None}
-    try:
-        for name, change in changes.items():
-            layers[name].terms = _terms(change, layers[name].weight.device)
-        for spec in shape.head:
-            weight, bias = head[f"{spec.name}/weight"], head.get(f"{spec.name}/bias")
-            device = layers[spec.name].weight.device
-            bias_Gm = None if bias is None else bias[None].to(device)
-            layers[spec.name].terms = Terms(1, weight_Gmn=weight[None].to(device), bias_Gm=bias_Gm)
-        with based_on(layers, dense):
-            yield
-    finally:
-        for layer in layers.values():
-            layer.terms = None
+    terms = {name: _terms(change, layers[name].weight.device) for name, change in changes.items()}
+    for spec in shape.head:
+        weight, bias = head[f"{spec.name}/weight"], head.get(f"{spec.name}/bias")
+        device = layers[spec.name].weight.device
+        bias_Gm = None if bias is None else bias[None].to(device)
+        terms[spec.name] = Terms(weight_Gmn=weight[None].to(device), bias_Gm=bias_Gm)
+    here = {name: Bound(0, (one,)) for name, one in terms.items() if one is not None}
+    with based_on(layers, dense), bound(layers, here):
+        yield
 
 
 def _terms(change: Change, device: torch.device) -> Terms | None:
     if not change.blocks and change.base_scale == 1.0:
         return None
-    left, right = change.factors() if change.blocks else (None, None)
+    closed = None
+    if change.blocks:
+        left_mR, right_Rn = change.factors()
+        closed = Closed(left_mR[None].to(device), right_Rn[None].to(device), [len(right_Rn)])
     return Terms(
-        clients=1,
-        closed_left_GmR=None if left is None else left[None].to(device),
-        closed_right_GRn=None if right is None else right[None].to(device),
-        base_scale_G=torch.tensor([change.base_scale], device=device),
+        closed=closed,
+        base_scale_G=None if change.base_scale == 1.0 else torch.tensor([change.base_scale], device=device),
     )
 
 
@@ -73,9 +72,9 @@ class Generation:
     labels: str
 
 
-def predictions(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Prediction]:
+def predictions(model: nn.Module, batch: Mapping[str, Tensor], pad: int) -> list[Prediction]:
     """Predictions for the rows of a held-out batch, under the bound global model."""
-    seen = predicted(model, batch)
+    seen = predicted(model, batch, pad)
     rows = len(batch["labels"])
     loss_R = seen.loss_L.new_zeros(rows).index_add(0, seen.row_L, seen.loss_L)
     counts = torch.bincount(seen.row_L, minlength=rows).tolist()
@@ -92,13 +91,36 @@ def _split(flat: list[int], counts: Sequence[int]) -> list[list[int]]:
 def answers(
     model: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], limit: int
 ) -> list[list[int]]:
-    """Greedy answers, at most `limit` tokens each, cut before the first of `ends`; prompts are padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
+    """Greedy answers, at most `limit` tokens each, cut before the first of `ends`.  Prompts of equal canonical length
+    are answered together, so that an answer does not hang on the others."""
+    rule = pass_rule(model)
+    if rule.longest is not None:
+        rule = replace(rule, longest=rule.longest - limit)
+    by_width: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        by_width.setdefault(rule.canonical(len(prompt)), []).append(number)
+    found: dict[int, list[int]] = {}
+    for width, numbers in by_width.items():
+        more = [prompts[numbers[-1]]] * (-len(numbers) % rule.rows)
+        given = _padded_left([prompts[number] for number in numbers] + more, width, pad)
+        said = _generated(model, given, pad=pad, ends=ends, limit=limit)
+        found |= dict(zip(numbers, said[: len(numbers)], strict=True))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _padded_left(prompts: Sequence[Sequence[int]], width: int, pad: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts filled up on the left, and their attention masks."""
+    tokens = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    return tokens, [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+
+
+def _generated(
+    model: Any, given: tuple[list[list[int]], list[list[int]]], *, pad: int, ends: Sequence[int], limit: int
+) -> list[list[int]]:
+    """What the model says after each row, up to the first of `ends`."""
     device = next(iter(model.parameters())).device
-    ids_BT = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    generator: Any = model
-    out_BT = generator.generate(
+    ids_BT, mask_BT = (torch.tensor(rows, device=device) for rows in given)
+    out_BT = model.generate(
         input_ids=ids_BT,
         attention_mask=mask_BT,
         do_sample=False,
@@ -106,4 +128,5 @@ def answers(
         eos_token_id=list(ends),
         pad_token_id=pad,
     )
+    width = ids_BT.shape[1]
     return [list(takewhile(lambda token: token not in ends, row)) for row in out_BT[:, width:].tolist()]

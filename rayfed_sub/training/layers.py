@@ -1,10 +1,14 @@
-"""Linear layer for many clients at once: a shared frozen weight, and a small term per client.
+"""Linear layer for many clients at once: a shared frozen weight, and small terms of each client's own.
 
 The layer computes in float32 whatever the backbone's type.  Pretrained bfloat16 weights lie on bfloat16's grid, so a
 small change added to one of them, or to an output of that type, would be rounded away.  The input is cast up, the base
 product and all terms are added in float32, and the sum is rounded once, to the input's type.
 
-Legend: G clients, B rows, T tokens, N = B * T, m outputs, n inputs, r rank, R summed rank of closed blocks.
+The shared weight is multiplied with the tokens of the whole pack, the clients' own factors each with its own tokens;
+neighbours of equal shape share those calls.  The (m, n) products of factors are never formed.
+
+Legend: G clients of a stack, g of them side by side, S tokens of a pass, N tokens of a client, m outputs, n inputs,
+r rank, R summed rank of closed blocks.
 """
 
 from __future__ import annotations
@@ -12,108 +16,291 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.frozen_linear import freeze, product
-from rayfed_sub.training.blocks import add_block
+from rayfed_sub.training.blocks import Closed, add_product, multiplied
 
-Capture = Callable[[Tensor, Tensor], None]
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbours in a stack whose tokens are equally many and follow each other: clients first to last - 1, `count`
+    tokens each, from token `begin` of the pass on."""
+
+    first: int
+    last: int
+    begin: int
+    count: int
+
+    def of(self, x_Sn: Tensor) -> Tensor:
+        """Their tokens, (g, N, n), a view."""
+        clients = self.last - self.first
+        return x_Sn[self.begin : self.begin + clients * self.count].view(clients, self.count, -1)
+
+    def times(self, factor: int) -> Run:
+        return Run(self.first, self.last, self.begin * factor, self.count * factor)
+
+
+def runs(count_G: Sequence[int], begin: int = 0, kind_G: Sequence[int] | None = None) -> tuple[Run, ...]:
+    """The clients that have tokens, in runs of equal number and equal `kind`, from token `begin` on.
+
+    >>> runs([4, 4, 0, 8])
+    (Run(first=0, last=2, begin=0, count=4), Run(first=3, last=4, begin=8, count=8))
+    """
+    found: list[Run] = []
+    for g, count in enumerate(count_G):
+        alike = kind_G is None or g == 0 or kind_G[g] == kind_G[g - 1]
+        if found and alike and found[-1].last == g and found[-1].count == count:
+            found[-1] = Run(found[-1].first, g + 1, found[-1].begin, count)
+        elif count:
+            found.append(Run(g, g + 1, begin, count))
+        begin += count
+    return tuple(found)
+
+
+Part = tuple[int, Tensor, Tensor]
+"""A layer's inputs x (g, N, n) and output gradients d (g, N, m) of g clients with equally many tokens, and the first
+one's place in the stack."""
+Capture = Callable[[Sequence[Part]], None]
+
+
+@dataclass
+class Captures:
+    """Backward hooks of one layer for one stack, called once a step with the tokens of all the layer's uses: ALBERT's
+    blocks are one module, and a step may take several passes.
+
+    passes: how many are still to come, the current one included.
+    """
+
+    hooks: Sequence[Capture]
+    passes: int = 1
+    uses: int = 0
+    seen: dict[int, tuple[Tensor, Tensor, tuple[Run, ...]]] = field(default_factory=dict)
+    """(x, d, runs) of the uses whose gradient has come, by use, until the hooks are called."""
+
+    def take(self, use: int, x_Sn: Tensor, d_Sm: Tensor, found: tuple[Run, ...]) -> None:
+        """Takes a use's tokens; with the last one's the hooks are called, so that nothing is held longer."""
+        self.seen[use] = (x_Sn, d_Sm, found)
+        if self.passes == 1 and len(self.seen) == self.uses:
+            self.finish()
+
+    def finish(self) -> None:
+        """Calls the hooks with what has come, after the backward pass: a use outside the loss has no gradient."""
+        if not self.seen:
+            return
+        uses = [self.seen.pop(use) for use in sorted(self.seen)]
+        parts = _parts(*uses[0]) if len(uses) == 1 else _joined(uses)
+        for hook in self.hooks:
+            hook(parts)
+
+
+def _parts(x_Sn: Tensor, d_Sm: Tensor, found: Sequence[Run]) -> list[Part]:
+    return [(run.first, run.of(x_Sn), run.of(d_Sm)) for run in found]
+
+
+def _joined(uses: Sequence[tuple[Tensor, Tensor, tuple[Run, ...]]]) -> list[Part]:
+    """Each client's tokens of all uses, one use after the other."""
+    own: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for use in uses:
+        for first, x_gNn, d_gNm in _parts(*use):
+            for g, pair in enumerate(zip(x_gNn, d_gNm, strict=True), start=first):
+                own.setdefault(g, []).append(pair)
+    whole = {g: tuple(torch.cat(side) for side in zip(*pairs, strict=True)) for g, pairs in sorted(own.items())}
+    count_G = [len(whole[g][0]) if g in whole else 0 for g in range(max(whole) + 1)]
+    return [
+        (
+            run.first,
+            torch.stack([whole[g][0] for g in range(run.first, run.last)]),
+            torch.stack([whole[g][1] for g in range(run.first, run.last)]),
+        )
+        for run in runs(count_G)
+    ]
 
 
 @dataclass
 class Terms:
-    """Terms that G clients add to one layer.  All tensors float32 and private to the pack; None where not in use.
+    """Terms that the G clients of a stack add to one layer.  All tensors float32 and private to the pack; None where
+    not in use.
 
-    output = base_scale * (x W^T) + scale * x (left core right)^T + x (closed_left closed_right)^T + bias
+    output = base_scale * (x W^T) + scale * x (left core right)^T + x (closed blocks)^T + bias
     with x W^T replaced by x weight^T where the clients own a dense weight.
+
+    rows: the clients' rows in the pass (see `Bound`), a run's clients having equally many closed blocks; None for a
+    single client that has all rows.
     """
 
-    clients: int
+    rows: tuple[Run, ...] | None = None
     weight_Gmn: Tensor | None = None
     bias_Gm: Tensor | None = None
     left_Gmr: Tensor | None = None
     right_Grn: Tensor | None = None
     core_Grr: Tensor | None = None
     scale_G: Tensor | None = None
-    closed_left_GmR: Tensor | None = None
-    closed_right_GRn: Tensor | None = None
+    closed: Closed | None = None
     base_scale_G: Tensor | None = None
-    captures: Sequence[Capture] = ()
-    """Called once in a backward pass with this layer's (x, d), each (G, N, size), the tokens of all its uses."""
-    uses: int = 0
-    """Forward passes through the layer since the terms were bound: ALBERT's blocks are one module."""
-    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """(x, d) of the uses whose gradient has come, by use, until the captures are called."""
+    captures: Captures | None = None
 
-    def finish(self) -> None:
-        """Calls the captures with what has come, after the backward pass: a use outside the loss has no gradient."""
-        if not self.seen:
-            return
-        uses = [self.seen.pop(use) for use in sorted(self.seen)]
-        x_GNn, d_GNm = uses[0] if len(uses) == 1 else (torch.cat(tokens, dim=1) for tokens in zip(*uses, strict=True))
-        for capture in self.captures:
-            capture(x_GNn, d_GNm)
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient: weight, bias, left (times core), right."""
+        left_Gmr = self.left_Gmr
+        if left_Gmr is not None and self.core_Grr is not None:
+            left_Gmr = multiplied(left_Gmr, self.core_Grr)
+        return self.weight_Gmn, self.bias_Gm, left_Gmr, self.right_Grn
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A pass's terms at a layer.  rows: rows of the pass, of all stacks, those that only fill it up included; a layer
+    sees a whole number of tokens for each row (in a flat pass a row is a token)."""
+
+    rows: int
+    stacks: tuple[Terms, ...]
 
 
 class PackLinear(nn.Module):
-    """y = x W^T + bias for a frozen shared W (m, n), plus the `terms` of the pack that is bound at the moment.
+    """y = x W^T + bias for a frozen shared W (m, n), plus what the clients add that are `bound` at the moment.
 
-    Input (G * B, ..., n), client-major; output (G * B, ..., m) in the input's dtype, rounded once from float32.
+    Input (..., n), its tokens client by client; output (..., m) in the input's dtype, rounded once from float32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         # Plain attributes, not parameters: the tensors are shared memory and nothing may collect them for training.
         self.weight, self.bias = weight, bias
-        self.terms: Terms | None = None
+        self.bound: Bound | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        terms = self.terms
-        if terms is None:
+        if self.bound is None:
             return product(x.float(), self.weight, self.bias).to(x.dtype)
-        own_GNn = x.reshape(terms.clients, -1, x.shape[-1])
-        x_GNn = own_GNn.float()
-        y_GNm = with_blocks(self._base(x_GNn, terms), x_GNn, terms)
-        if terms.captures and y_GNm.requires_grad:
-            y_GNm.register_hook(_seen(terms, own_GNn.detach()))
-        return y_GNm.to(x.dtype).reshape(*x.shape[:-1], -1)
+        x_Sn = x.reshape(-1, x.shape[-1]).float()
+        stacks = self.bound.stacks
+        found = tuple(_tokens(terms.rows, len(x_Sn), self.bound.rows) for terms in stacks)
+        leaves = [leaf for terms in stacks for leaf in terms.leaves()]
+        y_Sm: Tensor = _Sum.apply(x_Sn, self.weight, self.bias, stacks, found, *leaves)  # type: ignore[no-untyped-call]
+        return y_Sm.to(x.dtype).reshape(*x.shape[:-1], -1)
 
-    def _base(self, x_GNn: Tensor, terms: Terms) -> Tensor:
-        bias = self.bias if terms.bias_Gm is None else terms.bias_Gm[:, None]
-        if terms.weight_Gmn is not None:
-            y_GNm = torch.bmm(x_GNn, terms.weight_Gmn.transpose(1, 2))
-        elif terms.base_scale_G is None and terms.bias_Gm is None:
-            return product(x_GNn, self.weight, self.bias)
+
+def _tokens(rows: tuple[Run, ...] | None, tokens: int, all_rows: int) -> tuple[Run, ...]:
+    """The runs of rows as runs of tokens."""
+    return (Run(0, 1, 0, tokens),) if rows is None else tuple(run.times(tokens // all_rows) for run in rows)
+
+
+class _Sum(torch.autograd.Function):
+    """The base product and all clients' terms, with gradients for the input and the clients' own tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_Sn: Tensor,
+        weight_mn: Tensor,
+        bias_m: Tensor | None,
+        stacks: tuple[Terms, ...],
+        found: tuple[tuple[Run, ...], ...],
+        *leaves: Tensor | None,
+    ) -> Tensor:
+        owned = [leaves[4 * i : 4 * i + 4] for i in range(len(stacks))]
+        dense, scaled = owned[0][0] is not None, any(terms.base_scale_G is not None for terms in stacks)
+        own_bias = owned[0][1] is not None
+        if dense:
+            y_Sm = x_Sn.new_zeros(len(x_Sn), len(weight_mn))
         else:
-            y_GNm = product(x_GNn, self.weight)
-        if terms.base_scale_G is not None:
-            y_GNm = y_GNm * terms.base_scale_G[:, None, None]
-        return y_GNm if bias is None else y_GNm + bias
+            y_Sm = product(x_Sn, weight_mn, None if scaled or own_bias else bias_m)
+        asked = ctx.needs_input_grad
+        projected: list[Tensor] = []  # z of every run whose left factor has a gradient
+        for i, (terms, (weight_Gmn, _, left_Gmr, right_Grn)) in enumerate(zip(stacks, owned, strict=True)):
+            for run in found[i]:
+                g, x_gNn, y_gNm = slice(run.first, run.last), run.of(x_Sn), run.of(y_Sm)
+                if weight_Gmn is not None:
+                    add_product(y_gNm, x_gNn, weight_Gmn[g].mT)
+                if terms.base_scale_G is not None:
+                    y_gNm *= terms.base_scale_G[g, None, None]
+                if left_Gmr is not None and right_Grn is not None:
+                    z_grN = _scaled(multiplied(right_Grn[g], x_gNn.mT), terms.scale_G, g)
+                    add_product(y_gNm, z_grN.mT, left_Gmr[g].mT)
+                    if asked[5 + 4 * i + 2]:
+                        projected.append(z_grN)
+                if (closed := _closed(terms, run)) is not None:
+                    add_product(y_gNm, multiplied(closed[1], x_gNn.mT).mT, closed[0].mT)
+        if own_bias:
+            for i, terms in enumerate(stacks):
+                for run in found[i]:
+                    assert terms.bias_Gm is not None
+                    y_gNm = run.of(y_Sm)
+                    y_gNm += terms.bias_Gm[run.first : run.last, None]
+        elif (dense or scaled) and bias_m is not None:
+            y_Sm += bias_m
+        captures = [terms.captures for terms in stacks]
+        ctx.uses = [one.uses if one is not None else 0 for one in captures]
+        for one in captures:
+            if one is not None and any(asked):
+                one.uses += 1
+        reads_x = dense or any(one is not None for one in captures) or any(asked[8::4])
+        ctx.save_for_backward(x_Sn if reads_x else None, *leaves, *projected)
+        ctx.weight_mn, ctx.stacks, ctx.found, ctx.leaves = weight_mn, stacks, found, len(leaves)
+        return y_Sm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (d_Sm,) = outputs
+        d_Sm = d_Sm.contiguous()
+        x_Sn, *kept = ctx.saved_tensors
+        leaves, projected = kept[: ctx.leaves], iter(kept[ctx.leaves :])
+        asked, stacks, found = ctx.needs_input_grad, ctx.stacks, ctx.found
+        for use, terms, own_runs in zip(ctx.uses, stacks, found, strict=True):
+            if terms.captures is not None:
+                terms.captures.take(use, x_Sn, d_Sm, own_runs)
+        dx_Sn = None
+        if asked[0]:
+            dense = leaves[0] is not None
+            dx_Sn = d_Sm.new_zeros(len(d_Sm), ctx.weight_mn.shape[1]) if dense else product(d_Sm, ctx.weight_mn.mT)
+        grads = [
+            _empty(leaf, found[i // 4]) if leaf is not None and asked[5 + i] else None for i, leaf in enumerate(leaves)
+        ]
+        for i, terms in enumerate(stacks):
+            weight_Gmn, _, left_Gmr, right_Grn = leaves[4 * i : 4 * i + 4]
+            dweight, dbias, dleft, dright = grads[4 * i : 4 * i + 4]
+            for run in found[i]:
+                g, d_gNm = slice(run.first, run.last), run.of(d_Sm)
+                dx_gNn = None if dx_Sn is None else run.of(dx_Sn)
+                if dx_gNn is not None and weight_Gmn is not None:
+                    add_product(dx_gNn, d_gNm, weight_Gmn[g])
+                if dx_gNn is not None and terms.base_scale_G is not None:
+                    dx_gNn *= terms.base_scale_G[g, None, None]
+                if dweight is not None:
+                    dweight[g] = multiplied(d_gNm.mT, run.of(x_Sn))
+                if dbias is not None:
+                    dbias[g] = d_gNm.sum(1)
+                if dleft is not None:
+                    dleft[g] = multiplied(next(projected), d_gNm).mT
+                if left_Gmr is not None and right_Grn is not None and (dx_gNn is not None or dright is not None):
+                    dz_grN = _scaled(multiplied(left_Gmr[g].mT, d_gNm.mT), terms.scale_G, g)
+                    if dx_gNn is not None:
+                        add_product(dx_gNn, dz_grN.mT, right_Grn[g])
+                    if dright is not None:
+                        dright[g] = multiplied(dz_grN, run.of(x_Sn))
+                if dx_gNn is not None and (closed := _closed(terms, run)) is not None:
+                    add_product(dx_gNn, multiplied(closed[0].mT, d_gNm.mT).mT, closed[1])
+        return dx_Sn, None, None, None, None, *grads
 
 
-def _seen(terms: Terms, x_GNn: Tensor) -> Callable[[Tensor], None]:
-    """The backward hook of one use of the layer; the last use to have its gradient calls the captures."""
-    use, terms.uses = terms.uses, terms.uses + 1
-
-    def hook(d_GNm: Tensor) -> None:
-        terms.seen[use] = (x_GNn, d_GNm)
-        if len(terms.seen) == terms.uses:
-            terms.finish()
-
-    return hook
+def _closed(terms: Terms, run: Run) -> tuple[Tensor, Tensor] | None:
+    return None if terms.closed is None else terms.closed.between(run.first, run.last)
 
 
-def with_blocks(y_GNm: Tensor, x_GNn: Tensor, terms: Terms) -> Tensor:
-    """y with the terms' low-rank blocks added in place; all float32."""
-    if terms.left_Gmr is not None and terms.right_Grn is not None:
-        left_Gmr = terms.left_Gmr if terms.core_Grr is None else torch.bmm(terms.left_Gmr, terms.core_Grr)
-        y_GNm = add_block(y_GNm, x_GNn, left_Gmr, terms.right_Grn, terms.scale_G)
-    if terms.closed_left_GmR is not None and terms.closed_right_GRn is not None:
-        y_GNm = add_block(y_GNm, x_GNn, terms.closed_left_GmR, terms.closed_right_GRn)
-    return y_GNm
+def _scaled(z_grN: Tensor, scale_G: Tensor | None, g: slice) -> Tensor:
+    return z_grN if scale_G is None else z_grN.mul_(scale_G[g, None, None])
+
+
+def _empty(leaf: Tensor, found: Sequence[Run]) -> Tensor:
+    """Memory for a stack's gradients: zeros where a client has no tokens in the pass."""
+    whole = sum(run.last - run.first for run in found) == len(leaf)
+    return torch.empty_like(leaf) if whole else torch.zeros_like(leaf)
 
 
 def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
@@ -136,6 +323,18 @@ def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
         parent.register_module(child, layers[layer.name])
     freeze(module)
     return layers
+
+
+@contextmanager
+def bound(layers: Mapping[str, PackLinear], terms: Mapping[str, Bound]) -> Iterator[None]:
+    """Puts the terms at their layers."""
+    try:
+        for name, here in terms.items():
+            layers[name].bound = here
+        yield
+    finally:
+        for name in terms:
+            layers[name].bound = None
 
 
 @contextmanager

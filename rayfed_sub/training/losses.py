@@ -8,6 +8,7 @@ Legend: G clients, R rows, T tokens, L labels, c a chunk of them, h hidden size,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,30 +16,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfed_sub.data.batching import IGNORED
+from rayfed_sub.models.flat_rows import attending, pass_rule
 from rayfed_sub.models.frozen_linear import FrozenLinear, product
 from rayfed_sub.models.logits import LogitRule, hidden_states
+from rayfed_sub.training.passes import Pass, passes
 
 _TOKENS, _LOGITS = 128, 2**20  # a chunk of logits is as many numbers as that, or those of as many tokens if more
 
 
-def client_losses(model: nn.Module, batch: Mapping[str, Tensor], clients: int) -> tuple[Tensor, Tensor]:
-    """Each client's mean loss (G,) float32, with gradient, and its number of labels (G,) int64.
+def client_losses(model: nn.Module, one: Pass, count_G: Tensor) -> Tensor:
+    """Each client's summed loss in this pass over the number of its labels in the step, (G,) float32, with gradient:
+    summed over the step's passes it is the mean over its labels.
 
-    batch: rows client-major, (G * B, ...), with `labels` (G * B, T) unshifted for language modelling or (G * B,) for
-    classification; -100 is no label.  A client without any label has loss 0.
+    count_G: int64; a client without any label has loss 0.
     """
-    labels = batch["labels"]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    if labels.dim() == 2:
-        loss_L, row_L = _token_losses(model, inputs, labels)
+    at_L = one.labelled()
+    label_L, output = one.labels[at_L], _output_layer(model) if one.shifted else None
+    if output is None:
+        loss_L = functional.cross_entropy(_logits_at(model, one, at_L), label_L, reduction="none")
     else:
-        logits_LC, row_L = _class_logits(model, inputs, labels)
-        loss_L = functional.cross_entropy(logits_LC, labels[row_L], reduction="none")
-    client_L = row_L // (len(labels) // clients)
-    count_G = torch.bincount(client_L, minlength=clients)
-    total_G = loss_L.new_zeros(clients).index_add(0, client_L, loss_L)
-    return total_G / count_G.clamp_min(1), count_G
+        head, rule = output
+        hidden_Lh = _hidden(model, head, one, at_L)
+        loss_L = _HeadLoss.apply(hidden_Lh, head.weight, head.bias, label_L, rule)  # type: ignore[no-untyped-call]
+    total_G = loss_L.new_zeros(len(one.parts)).index_add(0, one.client[at_L], loss_L)
+    return total_G / count_G.clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -53,60 +54,57 @@ class Predicted:
 
 
 @torch.inference_mode()
-def predicted(model: nn.Module, batch: Mapping[str, Tensor]) -> Predicted:
+def predicted(model: nn.Module, batch: Mapping[str, Tensor], pad: int = 0) -> Predicted:
     """Predictions for the labels of the batch, as for `client_losses`; in language modelling for each token given the
-    true ones before it (teacher forcing)."""
-    labels = batch["labels"]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    if labels.dim() == 1:
-        logits_LC, row_L = _class_logits(model, inputs, labels)
-        loss_L = functional.cross_entropy(logits_LC, labels[row_L], reduction="none")
-        return Predicted(loss_L, row_L, labels[row_L], logits_LC.argmax(dim=-1))
-    row_L, before_L = _places(labels)
-    label_L = labels[row_L, before_L + 1]
-    output = _output_layer(model)
+    true ones before it (teacher forcing).  A row's are the same in any batch."""
+    device = next(model.parameters()).device
+    found = [_predicted(model, one.to(device)) for one in passes([batch], pass_rule(model), pad)]
+    loss_L, row_L, label_L, best_L = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order_L = row_L.argsort(stable=True)
+    return Predicted(loss_L[order_L], row_L[order_L], label_L[order_L], best_L[order_L])
+
+
+def _predicted(model: nn.Module, one: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, row, label and likeliest label (L,) of a pass."""
+    at_L = one.labelled()
+    label_L, output = one.labels[at_L], _output_layer(model) if one.shifted else None
     losses, best = [], []
     if output is None:
-        logits_LV = cast(Any, model)(**inputs, use_cache=False).logits[row_L, before_L].float()
+        logits_LV = _logits_at(model, one, at_L)
         chunk = _chunk(logits_LV.shape[1])
         chunks = iter(logits_LV.split(chunk))
     else:
         head, rule = output
         chunk = _chunk(len(head.weight))
-        hidden_Lh = _hidden(model, head, inputs, row_L, before_L)
+        hidden_Lh = _hidden(model, head, one, at_L)
         chunks = (_logits(hidden_ch, head.weight, head.bias, rule) for hidden_ch in hidden_Lh.split(chunk))
     for logits_cV, label_c in zip(chunks, label_L.split(chunk), strict=True):
         losses.append(functional.cross_entropy(logits_cV, label_c, reduction="none"))
         best.append(logits_cV.argmax(dim=-1))
-    return Predicted(torch.cat(losses), row_L, label_L, torch.cat(best))
+    return torch.cat(losses), one.row[at_L], label_L, torch.cat(best)
 
 
-def _class_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (L, C) of the labelled rows, and which rows those are.  Pixels take the model's own type: not every
-    architecture sees to that itself."""
-    row_L = (labels_R != IGNORED).nonzero()[:, 0]
-    cast_inputs = {name: x.to(cast(Any, model).dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    return model(**cast_inputs).logits.float()[row_L], row_L
+def _run(model: Any, one: Pass) -> Any:
+    """The model's answer.  Pixels take its own type: not every architecture sees to that itself."""
+    dtype = getattr(model, "dtype", torch.float32)
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in one.inputs.items()}
+    how = {"use_cache": False} if one.shifted else {}
+    with nullcontext() if one.flat is None else attending(model, one.flat):
+        return model(**inputs, **how)
 
 
-def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels_RT: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss (L,) of every labelled token and the row it stands in."""
-    row_L, before_L = _places(labels_RT)
-    label_L = labels_RT[row_L, before_L + 1]
-    output = _output_layer(model)
-    if output is None:
-        logits_LV = cast(Any, model)(**inputs, use_cache=False).logits[row_L, before_L].float()
-        return functional.cross_entropy(logits_LV, label_L, reduction="none"), row_L
-    head, rule = output
-    hidden_Lh = _hidden(model, head, inputs, row_L, before_L)
-    loss_L: Tensor = _HeadLoss.apply(hidden_Lh, head.weight, head.bias, label_L, rule)  # type: ignore[no-untyped-call]
-    return loss_L, row_L
+def _logits_at(model: nn.Module, one: Pass, at_L: Tensor) -> Tensor:
+    """The model's own logits (L, V) or (L, C), float32, for the labels at these places."""
+    logits: Tensor = _run(model, one).logits
+    return logits.flatten(0, -2)[at_L - 1 if one.shifted else at_L].float()
 
 
-def _places(labels_RT: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and place of the token before every labelled one, where the label is predicted."""
-    row_L, before_L = (labels_RT[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    return row_L, before_L
+def _hidden(model: nn.Module, head: nn.Module, one: Pass, at_L: Tensor) -> Tensor:
+    """The output layer's input (L, h) at the tokens before these."""
+    with hidden_states(head) as seen:
+        _run(model, one)
+    (hidden_RTh,) = seen
+    return hidden_RTh.flatten(0, -2)[at_L - 1]
 
 
 def _output_layer(model: nn.Module) -> tuple[nn.Linear | FrozenLinear, LogitRule] | None:
@@ -114,14 +112,6 @@ def _output_layer(model: nn.Module) -> tuple[nn.Linear | FrozenLinear, LogitRule
     its own logits."""
     rule, head = getattr(model, "logit_rule", None), cast(Any, model).get_output_embeddings()
     return (head, rule) if isinstance(rule, LogitRule) and isinstance(head, nn.Linear | FrozenLinear) else None
-
-
-def _hidden(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor], row_L: Tensor, place_L: Tensor) -> Tensor:
-    """The output layer's input (L, h) at those places."""
-    with hidden_states(head) as seen:
-        model(**inputs, use_cache=False)
-    (hidden_RTh,) = seen
-    return hidden_RTh[row_L, place_L]
 
 
 def _chunk(vocabulary: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import ModelShape, Start, Tensors
-from rayfed_sub.training.galore import Closed
+from rayfed_sub.training.blocks import Closed, multiplied
 
 
 def moment_roles(optimizer: Optimizer) -> tuple[str, ...]:
@@ -26,8 +26,9 @@ def moment_roles(optimizer: Optimizer) -> tuple[str, ...]:
 
 def clip(grads: Sequence[Tensor], norm: float) -> None:
     """Scales every client's gradients (G, ...) in place so that their joint 2-norm is at most `norm`."""
-    squares_G = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0)
-    factor_G = (norm / (squares_G.sqrt() + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_'s rule
+    # Client by client down to the last sum: a sum over an axis that does not come last takes another path for one.
+    squares_GK = torch.stack([g.flatten(1).square().sum(1) for g in grads], dim=1)
+    factor_G = (norm / (squares_GK.sum(1).sqrt() + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_'s rule
     torch._foreach_mul_(list(grads), [_spread(factor_G, g) for g in grads])
 
 
@@ -101,11 +102,13 @@ def pull(
             continue
         layer = projected[name]
         change = scale_G[:, None, None] * tensors[name]  # the open block in its own basis: R = dW Q^T = scale L
-        left, right = closed[layer.name].left_GmR, closed[layer.name].right_GRn
-        if left is not None and right is not None:
-            fixed = tensors[sides(layer)[0]]
+        fixed = tensors[sides(layer)[0]].mT
+        for first, last in closed[layer.name].alike():
+            if (blocks := closed[layer.name].between(first, last)) is None:
+                continue
+            (left, right), some = blocks, slice(first, last)
             if name.endswith("/left"):
-                change = change + torch.bmm(left, torch.bmm(right, fixed.transpose(1, 2)))
+                change[some] += multiplied(left, multiplied(right, fixed[some]))
             else:
-                change = change + torch.bmm(torch.bmm(fixed.transpose(1, 2), left), right)
+                change[some] += multiplied(multiplied(fixed[some], left), right)
         gradients[name] = gradients[name] + mu * change

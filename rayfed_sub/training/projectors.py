@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from numpy.random import Generator
 from torch import Tensor
+from torch.nn import functional
 
 from rayfed_sub.core.lowrank import signed
 
@@ -24,41 +25,40 @@ _ENERGY_CUT = 1e-14  # squared singular values of G below this share of the larg
 _TOGETHER = 2**22  # numbers of x and d that are factorised at once: their float64 copies take 32 MiB
 _OVERSAMPLE = 4  # extra directions of the randomised range finder
 _POWER_STEPS = 2  # its subspace iterations
+_EVEN = 8  # numbers of float64 in 64 bytes
 
 
 def bases(
     kind: str,
     x_GNn: Tensor,
     d_GNm: Tensor,
-    ranks: Sequence[int],
     old_Grn: Tensor,
     draw: Callable[[int], Generator],
     *,
     swapped: bool = False,
 ) -> Tensor:
-    """The orthonormal row bases (G, r, n) of the clients' gradients d^T x, float32, r the largest rank; a client's rows
-    beyond its own rank, and beyond that of its gradient, are zero.
+    """The orthonormal row bases (G, r, n) of the clients' gradients d^T x, float32; rows beyond a gradient's rank are
+    zero.
 
     kind: `exact` | `svd` | `randomized` | `random`.  old_Grn: the bases so far (zero rows: none); new rows are signed
     to agree with them, except for `svd`, which is torch's answer untouched, as galore-torch uses it.  draw: the stream
     of the client at a position, for the random projectors.  swapped: x and d have changed places, for the left side
     (only `svd` minds: torch gives a matrix and its transpose other signs, and galore-torch factorises the gradient as
-    it lies).  A gradient of zero gives a basis of zeros; the caller has already refused non-finite input.
+    it lies).  A gradient of zero gives a basis of zeros; the caller has already refused non-finite input.  A client's
+    basis has the same bits beside any others.
     """
     rows_Grn = torch.zeros_like(old_Grn)
+    rank = rows_Grn.shape[1]
     # Padding and masked tokens send no gradient; on the left side x is what the gradient flows through.
     used_GN = (extremes(x_GNn) != 0).any(dim=0) & (extremes(d_GNm) != 0).any(dim=0)
     if kind != "exact":
-        for g, rank in enumerate(ranks):
+        for g in range(len(rows_Grn)):
             if used_GN[g].any() or kind == "random":
-                x_Nn, d_Nm, old_rn = x_GNn[g, used_GN[g]], d_GNm[g, used_GN[g]], old_Grn[g, :rank]
-                rows_Grn[g, :rank] = _one(kind, x_Nn, d_Nm, rank, old_rn, draw(g), swapped)
+                x_Nn, d_Nm = x_GNn[g, used_GN[g]], d_GNm[g, used_GN[g]]
+                rows_Grn[g] = _one(kind, x_Nn, d_Nm, rank, old_Grn[g], draw(g), swapped)
         return rows_Grn if kind == "svd" else signed(rows_Grn, old_Grn)
-    for alike, x_gNn, d_gNm in _alike(used_GN, x_GNn, d_GNm):
-        rows_Grn[alike] = _exact(x_gNn, d_gNm, old_Grn.shape[1])
-    for g, rank in enumerate(ranks):
-        if rank < rows_Grn.shape[1]:
-            rows_Grn[g, rank:] = 0
+    for alike, count, x_gNn, d_gNm in _alike(used_GN, x_GNn, d_GNm):
+        rows_Grn[alike] = _exact(x_gNn, d_gNm, count, rank)
     return signed(rows_Grn, old_Grn)
 
 
@@ -68,23 +68,25 @@ def extremes(x_GNn: Tensor) -> Tensor:
     return torch.stack([x_GNn.amax(dim=2), x_GNn.amin(dim=2)])
 
 
-def _alike(used_GN: Tensor, x_GNn: Tensor, d_GNm: Tensor) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-    """Clients with equally many used tokens, (g, N, n) and (g, N, m) of these alone: they share their factorisations,
-    as many of them as `_TOGETHER` allows."""
+def _alike(used_GN: Tensor, x_GNn: Tensor, d_GNm: Tensor) -> Iterator[tuple[Sequence[int], int, Tensor, Tensor]]:
+    """Clients with equally many used tokens, their number, and these tokens alone, (g, N, n) and (g, N, m) float64:
+    they share their factorisations, as many of them as `_TOGETHER` allows.
+
+    Zeros follow the tokens up to a multiple of `_EVEN`: factorisations have other bits where memory is not aligned.
+    """
     G, N = used_GN.shape
     counts: list[int] = [N] * G if used_GN.all() else used_GN.sum(dim=1).tolist()
     for count in sorted({count for count in counts if count}):
-        alike = [g for g in range(G) if counts[g] == count]
+        alike = [g for g, own in enumerate(counts) if own == count]
         together = max(1, _TOGETHER // (count * (x_GNn.shape[2] + d_GNm.shape[2])))
         for some in (alike[i : i + together] for i in range(0, len(alike), together)):
-            if count == N:
-                first, last = some[0], some[-1] + 1
-                part = slice(first, last) if last - first == len(some) else some  # a slice copies nothing
-                yield some, x_GNn[part], d_GNm[part]
-            else:
+            pair = [x_GNn[some], d_GNm[some]] if len(some) < G else [x_GNn, d_GNm]
+            if count < N:
                 token_gN = used_GN[some].nonzero()[:, 1].view(len(some), count)
-                client_g1 = torch.tensor(some, device=token_gN.device)[:, None]
-                yield some, x_GNn[client_g1, token_gN], d_GNm[client_g1, token_gN]
+                client_g1 = torch.arange(len(some), device=token_gN.device)[:, None]
+                pair = [t[client_g1, token_gN] for t in pair]
+            x_gNn, d_gNm = (functional.pad(t.double(), (0, 0, 0, -count % _EVEN)) for t in pair)
+            yield some, count, x_gNn, d_gNm
 
 
 def basis(
@@ -100,7 +102,7 @@ def basis(
     old_1rn = x_Nn.new_zeros(1, rank, x_Nn.shape[1], dtype=torch.float32)
     if old_rn is not None:
         old_1rn[0] = old_rn
-    return bases(kind, x_Nn[None], d_Nm[None], [rank], old_1rn, lambda g: rng, swapped=swapped)[0]
+    return bases(kind, x_Nn[None], d_Nm[None], old_1rn, lambda g: rng, swapped=swapped)[0]
 
 
 def _one(kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: Generator, swapped: bool) -> Tensor:
@@ -118,17 +120,16 @@ def _one(kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: 
         new_rn = _randomized(x_Nn, d_Nm, rank, old_rn if old_rn.any() else None, rng)
     else:
         raise AssertionError(f"unknown projector {kind}")
-    return torch.nn.functional.pad(new_rn.float(), (0, 0, 0, rank - len(new_rn)))
+    return functional.pad(new_rn.float(), (0, 0, 0, rank - len(new_rn)))
 
 
-def _exact(x_GNn: Tensor, d_GNm: Tensor, rank: int) -> Tensor:
+def _exact(x_GNn: Tensor, d_GNm: Tensor, used: int, rank: int) -> Tensor:
     """Top right singular vectors (G, rank, n) of each d^T x, zero beyond its rank, from token Grams: with
     d d^T = C C^T, (C^T x)(C^T x)^T = M is (N, N), and M's eigenvectors E with eigenvalues w give V = w^-1/2 E^T C^T x.
-    float64, because the Grams square the condition."""
+    float64, because the Grams square the condition.  Of the N tokens the first `used` are real."""
     (N, n), m = x_GNn.shape[1:], d_GNm.shape[2]
-    x_GNn, d_GNm = x_GNn.double(), d_GNm.double()
     if min(m, n) > N:
-        C_GNN = _roots(d_GNm @ d_GNm.mT)
+        C_GNN = _roots(d_GNm @ d_GNm.mT, used)
         w_GN, E_GNN = torch.linalg.eigh(_scaled(C_GNN.mT @ (x_GNn @ x_GNn.mT) @ C_GNN))
         energy_Gq, E_GNq = w_GN.flip(1)[:, :rank], E_GNN.flip(2)[:, :, :rank]
         rows_Gqn = (C_GNN @ E_GNq).mT @ x_GNn
@@ -145,12 +146,14 @@ def _exact(x_GNn: Tensor, d_GNm: Tensor, rank: int) -> Tensor:
     kept_Gq = (energy_Gq > _ENERGY_CUT * energy_Gq[:, :1]).cumprod(1).bool()
     # Left-out rows come last, so that they do not turn the rows before them.
     rows_Gqn = _orthonormal(rows_Gqn) * kept_Gq[:, :, None]
-    return torch.nn.functional.pad(rows_Gqn.float(), (0, 0, 0, rank - rows_Gqn.shape[1]))
+    return functional.pad(rows_Gqn.float(), (0, 0, 0, rank - rows_Gqn.shape[1]))
 
 
-def _roots(gram_GNN: Tensor) -> Tensor:
-    """C (G, N, N) with C C^T = each Gram, up to a positive factor."""
+def _roots(gram_GNN: Tensor, used: int) -> Tensor:
+    """C (G, N, N) with C C^T = each Gram, up to a positive factor; ones on the diagonal beyond the used tokens, or the
+    Gram would not be definite."""
     scaled_GNN = _scaled(gram_GNN)
+    scaled_GNN.diagonal(dim1=1, dim2=2)[:, used:] = 1.0
     C_GNN, failed_G = torch.linalg.cholesky_ex(scaled_GNN)
     if failed_G.any():  # linearly dependent output gradients: the positive part is all there is
         s_gN, U_gNN = torch.linalg.eigh(scaled_GNN[failed_G > 0])

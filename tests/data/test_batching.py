@@ -6,7 +6,7 @@ import torch
 
 from rayfed_sub.config.schema import Batching, Config
 from rayfed_sub.core.rng import stream
-from rayfed_sub.data.batching import POOL, ClientBatches, batch_rows, collate, merge
+from rayfed_sub.data.batching import POOL, ClientBatches, batch_rows, collate
 from rayfed_sub.data.rows import Ints, Rows
 
 PAD = 9
@@ -195,7 +195,7 @@ def test_bucketed_batch_depends_only_on_its_number() -> None:
 
 def test_labels_exclude_padding_and_prompt() -> None:
     batch = collate(SPOKEN, np.array([1, 0]), mask_prompt=True, pad=PAD)
-    assert sorted(batch) == ["input_ids", "labels"]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["input_ids"].tolist() == [[5, 6, PAD, PAD], [1, 2, 3, 4]]
     assert batch["labels"].tolist() == [[-100, 6, -100, -100], [-100, -100, 3, 4]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
@@ -272,39 +272,3 @@ def test_batches_are_shuffled_by_default() -> None:
 def test_client_batches_end(index: int) -> None:
     with pytest.raises(IndexError):
         client_batches(4, 2)[index]
-
-
-# --- several clients
-
-
-def test_merged_tokens_fill_rows_and_columns() -> None:
-    one = collate(SPOKEN, np.array([1]), mask_prompt=True, pad=PAD)  # (1, 2)
-    two = collate(SPOKEN, np.array([2, 1]), mask_prompt=True, pad=PAD)  # (2, 3)
-    both = merge([one, two], pad=PAD)
-    assert both["input_ids"].tolist() == [[5, 6, PAD], [PAD, PAD, PAD], [7, 8, 1], [5, 6, PAD]]
-    assert both["labels"].tolist() == [[-100, 6, -100], [-100] * 3, [7, 8, 1], [-100, 6, -100]]
-
-
-def test_merged_classes_have_attention_in_every_row() -> None:
-    one = collate(CLASSED, np.array([1]), mask_prompt=True, pad=PAD)
-    two = collate(CLASSED, np.array([1, 0]), mask_prompt=True, pad=PAD)
-    both = merge([one, two], pad=PAD)
-    assert both["labels"].tolist() == [0, -100, 0, 1]
-    assert both["attention_mask"].tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]
-    assert one["attention_mask"].tolist() == [[1]]  # the clients' own batches are not modified
-
-
-def test_merged_pixels_are_zero_where_a_row_is_missing() -> None:
-    one = {"pixel_values": torch.ones(1, 3, 2, 2), "labels": torch.tensor([1])}
-    two = {"pixel_values": torch.full((2, 3, 2, 2), 2.0), "labels": torch.tensor([0, 1])}
-    both = merge([one, two], pad=PAD)
-    assert both["pixel_values"].shape == (4, 3, 2, 2)
-    assert both["pixel_values"].dtype == torch.float32
-    assert both["pixel_values"].sum(dim=(1, 2, 3)).tolist() == [12, 0, 24, 24]  # 3 * 2 * 2 = 12 numbers
-    assert both["labels"].tolist() == [1, -100, 0, 1]
-
-
-def test_merge_of_one_client_is_unchanged() -> None:
-    batch = collate(SPOKEN, np.array([0, 1]), mask_prompt=True, pad=PAD)
-    merged = merge([batch], pad=PAD)
-    assert all(torch.equal(merged[name], batch[name]) for name in batch)

@@ -538,4 +538,4 @@ def test_pixels_have_the_model_s_dtype() -> None:
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 0.01)
     batch = {"pixel_values": torch.rand(3, 3, 16, 16), "labels": torch.tensor([0, 1, 1])}
-    assert [prediction.labels for prediction in predictions(model, batch)] == [(0,), (1,), (1,)]
+    assert [prediction.labels for prediction in predictions(model, batch, 0)] == [(0,), (1,), (1,)]

@@ -57,7 +57,7 @@ def test_only_selected_clients_and_layers_are_measured() -> None:
     assert watch.hooks("up", [3, 4]) == []
     (hook,) = watch.hooks("up", [3, 7])
     x, d = torch.randn(2, 4, 6), torch.randn(2, 4, 5)
-    hook(x, d)
+    hook([(0, x, d)])
     assert watch.seen == {(7, "up"): energy(x[1], d[1], 1)}
 
 

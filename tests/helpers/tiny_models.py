@@ -207,12 +207,11 @@ def _tokens(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
         length = max(labels + 1, tokens - b)
         input_ids[b, :length] = torch.randint(1, VOCABULARY, (length,), generator=rng)
         targets[b, length - labels : length] = input_ids[b, length - labels : length]
-    return {"input_ids": input_ids, "labels": targets}
+    return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": targets}
 
 
 def _sentences(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
     batch = _tokens(rng, rows, tokens, 0)
-    batch["attention_mask"] = (batch["input_ids"] != PAD).long()
     batch["labels"] = _classes(rng, rows, labels)
     return batch
 
@@ -317,7 +316,8 @@ def run_pack(
     }
     bases = {name: tensor for name, tensor in given.items() if name in layers}
     with based_on(layers, bases):
-        return train_pack(model, layers, tiny.shape, works(starts, batches, clients), LocalRule(optimizer, lr, 0, PAD))
+        rule = LocalRule(optimizer, lr, 0, PAD)
+        return train_pack(model, layers, tiny.shape, works(starts, batches, clients), rule).results
 
 
 def run_reference(

@@ -135,6 +135,8 @@ def _packs(
                     "worker": worker,
                     "began": free[worker],
                     "seconds": seconds,
+                    "tokens": 970,
+                    "computed": 1000,
                     "attempts": 2 if trouble else 1,
                     "trouble": trouble,
                 }

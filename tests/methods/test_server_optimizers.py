@@ -118,7 +118,8 @@ def pulled(kind: str, mu: float, steps: int = 4):
     start = galore_start(tiny, Subspace(16, 2), scale=1.0) if kind == "galore" else start_of(kind, tiny)
     model, layers = installed(tiny)
     work = works([start], [draw_batches(tiny, 0, steps, rows=8)])
-    (result,) = train_pack(model, layers, tiny.shape, work, LocalRule(Optimizer(name="sgd"), 0.1, 0, PAD, mu))
+    rule = LocalRule(Optimizer(name="sgd"), 0.1, 0, PAD, mu)
+    (result,) = train_pack(model, layers, tiny.shape, work, rule).results
     return change(tiny, start, result)
 
 

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from rayfed_sub.models import frozen_linear
 from rayfed_sub.models.frozen_linear import FrozenLinear, freeze, product
-from rayfed_sub.training.blocks import add_block
 
 
 def whole(*shape: int) -> torch.Tensor:
@@ -93,17 +92,16 @@ def test_linear_layers_of_both_kinds_are_replaced_and_no_other() -> None:
         torch.testing.assert_close(layer(x), outputs[name])
 
 
-@pytest.mark.parametrize("onednn", [False, True])
-def test_block_is_added_to_either_kernel_s_product(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """y = x W^T + x (left right)^T: dy/dx = W + left right, summed over outputs; dy/dleft = the sum of right x."""
-    monkeypatch.setattr(frozen_linear, "_ONEDNN", onednn and frozen_linear._ONEDNN)
-    x, weight, bias = whole(2, 5, 8).requires_grad_(), whole(6, 8), whole(6)
-    left, right = whole(2, 6, 3).requires_grad_(), whole(2, 3, 8)
-    y = add_block(product(x * 1, weight, bias), x, left, right)
-    assert torch.equal(y, x @ weight.T + bias + x @ (left @ right).mT)
-    dx, dleft = torch.autograd.grad(y.sum(), [x, left])
-    assert torch.equal(dx, (weight + left @ right).sum(dim=1, keepdim=True).expand(2, 5, 8))
-    assert torch.equal(dleft, (x @ right.mT).sum(dim=1, keepdim=True).expand(2, 6, 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [16, 172])
+def test_row_has_the_same_bits_beside_any_others(dtype: torch.dtype, n: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, n, generator=rng).to(dtype), torch.randn(48, n, generator=rng).to(dtype)
+    whole = product(x, weight)
+    for first in range(0, 40, 7):
+        for rows in (1, 2, 3, 5, 8, 13):
+            part = product(x[first : first + rows], weight)
+            assert torch.equal(part, whole[first : first + rows])
 
 
 @pytest.mark.parametrize("emulated", [False, True])

@@ -262,6 +262,33 @@ def test_third_missed_deadline_ends_the_run(clock: Clock) -> None:
     assert worker.kills == 3
 
 
+def halving(units: Sequence[int]) -> WorkItem:
+    """Work on units that is divided once it is lost."""
+
+    def halves() -> list[WorkItem]:
+        middle = len(units) // 2
+        return [halving(part) for part in (units[:middle], units[middle:])] if middle else []
+
+    label = "unit " + ", ".join(map(str, units))
+    return WorkItem(lambda worker: worker.work(units), 0, label, units=units, halves=halves)
+
+
+def test_lost_item_comes_back_in_halves_in_its_place(clock: Clock) -> None:
+    worker = Worker(WorkerCrashedError(), "a")
+    work = [halving([0, 1, 2]), halving([3]), halving([4, 5])]
+    done = list(in_order(pool_of(clock, worker), work, "stage"))
+    assert [(one.index, one.units) for one in done] == [(0, [0]), (1, [1, 2]), (2, [3]), (3, [4, 5])]
+    assert [one.result for one in done] == ["a[0]", "a[1, 2]", "a[3]", "a[4, 5]"]
+    assert [len(one.troubles) for one in done] == [1, 1, 0, 0]
+
+
+def test_what_kills_its_worker_again_and_again_is_named_alone(clock: Clock) -> None:
+    """Eight units in three halvings: the losses of what they came from count."""
+    worker = Worker(WorkerCrashedError())
+    with pytest.raises(RunError, match=r"^stage: unit 0, 1 lost 3 times in a row"):
+        list(in_order(pool_of(clock, worker), [halving(range(8))], "stage"))
+
+
 def test_very_long_deadline_is_waited_for(clock: Clock) -> None:
     pool = pool_of(clock, Worker(After(1e5, "a")), deadline=1e300)
     assert results(pool, items(1)) == ["a0"]

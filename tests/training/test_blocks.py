@@ -1,51 +1,51 @@
-"""Low-rank blocks added to a layer's output."""
+"""Products and closed blocks of many clients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from rayfed_sub.training.blocks import add_block
-
-G, N, M, K, R = 3, 5, 6, 4, 2
+from rayfed_sub.training.blocks import Closed, add_product, multiplied
 
 
-def operands() -> dict[str, Tensor]:
-    shapes = {"y": (G, N, M), "x": (G, N, K), "left": (G, M, R), "right": (G, R, K)}
+@pytest.mark.parametrize("size", [(1, 5, 7), (7, 5, 1), (1, 5, 1), (3, 1, 4), (4, 9, 6)])
+def test_client_s_product_has_the_same_bits_beside_others(size: tuple[int, int, int]) -> None:
+    i, j, k = size
     rng = torch.Generator().manual_seed(0)
-    return {name: torch.randint(-3, 4, shape, generator=rng).float() for name, shape in shapes.items()}  # exact sums
+    a, b = torch.randn(5, i, j, generator=rng), torch.randn(5, j, k, generator=rng)
+    y = torch.randn(5, i, k, generator=rng)
+    together, added = multiplied(a, b), y.clone()
+    torch.testing.assert_close(together, torch.bmm(a, b))
+    add_product(added, a, b)
+    torch.testing.assert_close(added, y + together)
+    for g in range(5):
+        one = slice(g, g + 1)
+        alone = y[one].clone()
+        add_product(alone, a[one].clone(), b[one].clone())
+        assert torch.equal(multiplied(a[one].clone(), b[one].clone()), together[one])
+        assert torch.equal(alone, added[one])
 
 
-def dense(y: Tensor, x: Tensor, left: Tensor, right: Tensor, scale_G: Tensor) -> Tensor:
-    """The same with the (m, n) change formed."""
-    return y + x @ (scale_G[:, None, None] * left @ right).mT
-
-
-@pytest.mark.parametrize(
-    "trained", [("left",), ("right",), ("left", "right"), ("x", "left"), ("y", "x"), ("x", "right")]
-)
-def test_gradients_match_the_dense_change(trained: tuple[str, ...]) -> None:
-    scale_G = torch.tensor([0.5, 1.0, 2.0])
-    d = torch.ones(G, N, M)
-    grads = []
-    for added in (add_block, dense):
-        given = operands()
-        leaves = [given[name].requires_grad_() for name in trained]
-        given["y"] = given["y"].clone()  # a tensor in the autograd graph may be changed in place, a leaf not
-        out = added(*given.values(), scale_G)
-        grads.append((out.detach(), *torch.autograd.grad(out, leaves, d)))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
-
-
-def test_default_scale_is_one() -> None:
-    given = operands()
-    assert torch.equal(add_block(*operands().values()), dense(*given.values(), torch.ones(G)))
-
-
-def test_block_is_added_in_place() -> None:
-    """Autograd tracks the change."""
-    given = operands()
-    version = given["y"]._version
-    assert add_block(*given.values()) is given["y"]
-    assert given["y"]._version > version
+@pytest.mark.parametrize(("m", "n"), [(7, 5), (5, 7), (5, 5)])
+def test_closed_blocks_keep_the_sum_of_their_products(m: int, n: int) -> None:
+    """Client 0 closes rank 2 three times (6 > 5: folded), client 1 once, client 2 never."""
+    rng = torch.Generator().manual_seed(0)
+    closed, dense = Closed(), torch.zeros(3, m, n)
+    for closing in ((True, False, False), (True, True, False), (True, False, False)):
+        left, right = torch.randn(3, m, 2, generator=rng), torch.randn(3, 2, n, generator=rng)
+        closed.close(left, right, torch.tensor([0.5, 2.0, 1.0]), closing)
+        closed.decay(0.9)
+        for g, (closes, scale) in enumerate(zip(closing, (0.5, 2.0, 1.0), strict=True)):
+            dense[g] = 0.9 * (dense[g] + closes * scale * left[g] @ right[g])
+    assert closed.left_GmR is not None
+    assert closed.right_GRn is not None
+    assert torch.allclose(torch.bmm(closed.left_GmR, closed.right_GRn), dense, atol=1e-6)
+    assert closed.used_G == [5, 2, 0]
+    assert list(closed.alike()) == [(0, 1), (1, 2), (2, 3)]
+    assert closed.between(2, 3) is None
+    left_1, right_1 = closed.between(1, 2) or pytest.fail("client 1 has a closed block")
+    assert left_1.shape == (1, m, 2)
+    torch.testing.assert_close(left_1[0] @ right_1[0], dense[1])
+    closed.select(torch.tensor([1]))
+    torch.testing.assert_close(torch.bmm(closed.left_GmR, closed.right_GRn), dense[1:2])
+    assert closed.of(0)[0].shape == (m, 2)

@@ -4,17 +4,14 @@ written."""
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.types import Start, Subspace
+from rayfed_sub.core.types import Subspace
 from rayfed_sub.training.executor import LocalRule, train_pack
-from rayfed_sub.training.galore import Closed
 from tests.helpers.tiny_models import (
-    Tiny,
     bert,
     change,
     dense_start,
@@ -32,62 +29,16 @@ from tests.helpers.tiny_models import (
     works,
     worst,
 )
+from tests.training.test_any_pack import batches as eight_batches
+from tests.training.test_any_pack import starts
 
 LR = 5e-2
 
 
-def eight_starts(tiny: Tiny, kind: str) -> list[Start]:
-    """Eight clients that differ in rank, scale and, under GaLore, in the steps taken: at any step only some refresh."""
-    ranks, steps = (1, 2, 3, 2, 1, 3, 2, 4), (0, 1, 2, 3, 4, 0, 5, 7)
-    if kind == "dense":
-        return [dense_start(tiny)] * 8
-    if kind == "lora":
-        return [lora_start(tiny, rank, scale=0.2 * rank) for rank in ranks]
-    return [
-        galore_start(tiny, Subspace(rank, 3, kind), scale=0.2 * rank, step=step)
-        for rank, step in zip(ranks, steps, strict=True)
-    ]
-
-
-def eight_batches(tiny: Tiny) -> list[list[dict[str, torch.Tensor]]]:
-    """Different numbers of local steps, rows and tokens."""
-    steps, rows, tokens = (7, 5, 7, 3, 6, 7, 1, 4), (3, 1, 2, 3, 2, 3, 1, 3), (9, 12, 6, 9, 7, 14, 9, 10)
-    return [
-        draw_batches(tiny, seed, s, rows=b, tokens=t)
-        for seed, (s, b, t) in enumerate(zip(steps, rows, tokens, strict=True))
-    ]
-
-
-KINDS = ["exact", "randomized", "random", "lora", "dense"]
-
-
-# `svd` needs rank(G) >= r to be reproducible at all: a classifier's one row gives rank 1, torch chooses the rest.
-@pytest.mark.parametrize(("make", "kind"), [*product([llama, gpt2, bert, vit], KINDS), (llama, "svd")])
-def test_client_in_a_pack_of_eight_has_its_result_alone(make, kind):
-    tiny = make()
-    starts, batches = eight_starts(tiny, kind), eight_batches(tiny)
-    # Adam's first steps are the gradient's sign, so eps = 1e-6 would show float32's rounding of coordinates near zero
-    # (2e-5 with AVX512, more with AVX2); with 1e-3 all that is left is the pack.
-    optimizer = Optimizer(weight_decay=0.1, clip_norm=0.5, eps=1e-3)
-    together = run_pack(tiny, starts, batches, optimizer, lr=LR)
-    for client, (start, ours) in enumerate(zip(starts, together, strict=True)):
-        (alone,) = run_pack(tiny, [start], [batches[client]], optimizer, lr=LR, clients=[client])
-        assert ours.client == client
-        assert ours.failure is None
-        assert (ours.step, ours.periods, ours.base_scale) == (alone.step, alone.periods, alone.base_scale)
-        error = worst(change(tiny, start, ours), change(tiny, start, alone))
-        assert error < 1e-5
-        assert worst(ours.moments, alone.moments) < 1e-4
-        assert ours.metrics == pytest.approx(alone.metrics, rel=1e-5)
-        # The upload must not depend on the neighbours either.
-        for layer, (left, right) in alone.blocks.items():
-            assert (ours.blocks[layer][0].shape, ours.blocks[layer][1].shape) == (left.shape, right.shape)
-
-
 def test_equal_packs_give_equal_bits_in_the_given_order():
     tiny = llama()
-    starts, batches, order = eight_starts(tiny, "exact"), eight_batches(tiny), [40, 7, 3, 19, 2, 8, 0, 33]
-    once, again = (run_pack(tiny, starts, batches, Optimizer(), lr=LR, clients=order) for _ in range(2))
+    given, batches, order = starts(tiny, "exact"), eight_batches(tiny), [40, 7, 3, 19, 2, 8, 0, 33]
+    once, again = (run_pack(tiny, given, batches, Optimizer(), lr=LR, clients=order) for _ in range(2))
     assert [result.client for result in once] == order
     for a, b in zip(once, again, strict=True):
         assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
@@ -227,27 +178,6 @@ def test_folding_closed_blocks_keeps_the_change():
         assert (left.shape, right.shape) == ((layer.m, 16 + 3), (16 + 3, layer.n))
 
 
-@pytest.mark.parametrize(("m", "n"), [(7, 5), (5, 7), (5, 5)])
-def test_closed_blocks_keep_the_sum_of_their_products(m, n):
-    """Client 0 closes rank 2 three times (6 > 5: folded), client 1 rank 1 once, client 2 never."""
-    rng = torch.Generator().manual_seed(0)
-    closed, dense = Closed(), torch.zeros(3, m, n)
-    for ranks in ((2, 0, 0), (2, 1, 0), (2, 0, 0)):
-        left, right = torch.randn(3, m, 2, generator=rng), torch.randn(3, 2, n, generator=rng)
-        closed.close(left, right, torch.tensor([0.5, 2.0, 1.0]), ranks)
-        closed.decay(0.9)
-        for g, (rank, scale) in enumerate(zip(ranks, (0.5, 2.0, 1.0), strict=True)):
-            dense[g] = 0.9 * (dense[g] + scale * left[g, :, :rank] @ right[g, :rank])
-    assert torch.allclose(torch.bmm(closed.left_GmR, closed.right_GRn), dense, atol=1e-6)
-    assert [closed.of(g)[0].shape[1] for g in range(3)] == [5, 1, 0]
-    for g in range(3):
-        left, right = closed.of(g)
-        assert torch.allclose(left @ right, dense[g], atol=1e-6)
-    closed.select(torch.tensor([1]))
-    assert torch.allclose(closed.left_GmR @ closed.right_GRn, dense[1:2], atol=1e-6)
-    assert closed.of(0)[0].shape == (m, 1)
-
-
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_lr_zero_is_a_fixed_point(name):
     tiny = bert()
@@ -301,7 +231,7 @@ def test_shared_backbone_is_never_written(kind):
         assert torch.equal(shared[name], content)
         assert shared[name].grad is None
     assert all(torch.equal(start.tensors[name], kept[name]) for name in kept)  # a Start may be in shared memory too
-    assert all(layer.terms is None for layer in layers.values())
+    assert all(layer.bound is None for layer in layers.values())
 
 
 def test_distance_detects_a_small_change():

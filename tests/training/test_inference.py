@@ -26,7 +26,7 @@ def test_token_is_predicted_from_the_logits_before_it(model: Callable[[], Tiny])
     batch["labels"][2] = IGNORED  # a row without labels
     with torch.no_grad():
         logits_RTV = tiny.model(input_ids=batch["input_ids"]).logits.float()
-    for row, prediction in enumerate(predictions(tiny.model, batch)):
+    for row, prediction in enumerate(predictions(tiny.model, batch, PAD)):
         places = (batch["labels"][row, 1:] != IGNORED).nonzero()[:, 0]
         true_L, logits_LV = batch["labels"][row, places + 1], logits_RTV[row, places]
         assert prediction.labels == tuple(true_L.tolist())
@@ -70,7 +70,7 @@ def test_row_is_scored_by_its_class(model: Callable[[], Tiny]) -> None:
     with torch.no_grad():
         logits_RC = tiny.model(**inputs).logits
     for row, (prediction, label) in enumerate(
-        zip(predictions(tiny.model, batch), batch["labels"].tolist(), strict=True)
+        zip(predictions(tiny.model, batch, PAD), batch["labels"].tolist(), strict=True)
     ):
         if row == 1:
             assert (prediction.loss, prediction.predicted, prediction.labels) == (0.0, (), ())

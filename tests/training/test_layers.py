@@ -16,8 +16,9 @@ from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Change
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.protocol import Method
+from rayfed_sub.training.blocks import Closed
 from rayfed_sub.training.inference import global_model
-from rayfed_sub.training.layers import PackLinear, Terms, based_on
+from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound, runs
 from rayfed_sub.training.losses import predicted
 from tests.helpers.tiny_models import Tiny, draw_batches, installed, llama
 from tests.methods.test_protocol import walk
@@ -74,7 +75,7 @@ def test_small_change_lowers_the_loss_as_in_float32(name: str) -> None:
 KINDS = ["dense", "left", "core", "closed", "decayed", "bias"]
 
 
-def terms(kind: str, m: int, n: int) -> Terms:
+def terms(kind: str, m: int, n: int, rows: tuple[int, ...] = (7, 7)) -> Terms:
     """Two clients' terms of one kind, a thousandth of a weight in size."""
     rng = torch.Generator().manual_seed(1)
 
@@ -85,11 +86,11 @@ def terms(kind: str, m: int, n: int) -> Terms:
         "dense": {"weight_Gmn": torch.ones(2, m, n) + small(m, n)},
         "left": {"left_Gmr": small(m, 2), "right_Grn": small(2, n) * 1e3, "scale_G": torch.tensor([1.0, 2.0])},
         "core": {"left_Gmr": small(m, 2) * 1e3, "right_Grn": small(2, n) * 1e3, "core_Grr": small(2, 2)},
-        "closed": {"closed_left_GmR": small(m, 3), "closed_right_GRn": small(3, n) * 1e3},
+        "closed": {"closed": Closed(small(m, 3), small(3, n) * 1e3, [3, 3])},
         "decayed": {"base_scale_G": torch.tensor([1 - 1e-4, 1 - 2e-4])},
         "bias": {"bias_Gm": torch.ones(2, m) + small(m)},
     }
-    return Terms(2, **pairs[kind])
+    return Terms(runs(rows), **pairs[kind])  # type: ignore[arg-type]
 
 
 def test_float32_base_weight_is_used_without_a_copy() -> None:
@@ -112,7 +113,7 @@ def test_sum_is_float32_and_rounded_once(kind: str) -> None:
     results = []
     for wide in (True, False):
         layer = PackLinear(weight.float(), bias.float()) if wide else PackLinear(weight, bias)
-        layer.terms = terms(kind, m, n)
+        layer.bound = Bound(14, (terms(kind, m, n),))
         leaf = (x.float() if wide else x.clone()).requires_grad_()
         y = layer(leaf)
         results.append((y, *torch.autograd.grad(y.float().square().sum() if not wide else _once(y), leaf)))
@@ -125,3 +126,44 @@ def test_sum_is_float32_and_rounded_once(kind: str) -> None:
 def _once(y: Tensor) -> Tensor:
     """The same loss of the output rounded once, whose gradient 2 y is rounded too."""
     return y.bfloat16().float().square().sum()
+
+
+@pytest.mark.parametrize("rows", [(4, 4), (3, 8), (0, 5)])
+@pytest.mark.parametrize("trained", [("left",), ("right",), ("left", "right"), ("weight",), ("bias",), ()])
+def test_gradients_match_the_dense_change(trained: tuple[str, ...], rows: tuple[int, int]) -> None:
+    """Whole numbers, whose sums are exact: y_k = c_k x_k W^T + x_k (s_k L_k R_k + C_k D_k)^T, or x_k W_k^T + b_k; rows
+    that only fill the pass up take the base product alone."""
+    m, n, filler = 6, 5, 2
+    rng = torch.Generator().manual_seed(0)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-3, 4, shape, generator=rng).float()
+
+    W, S = whole(m, n), sum(rows) + filler
+    x = whole(S, n).requires_grad_()
+    own = {"left": whole(2, m, 2), "right": whole(2, 2, n), "weight": whole(2, m, n), "bias": whole(2, m)}
+    leaves = {name: own[name].requires_grad_() for name in trained}
+    closed_left, closed_right = whole(2, m, 3), whole(2, 3, n)
+    scale, base = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.25])
+    dense = bool({"weight", "bias"} & set(trained))
+    if dense:
+        given = Terms(runs(rows), weight_Gmn=own["weight"], bias_Gm=own["bias"])
+    else:
+        closed = Closed(closed_left, closed_right, [3, 3])
+        pair = {"left_Gmr": own["left"], "right_Grn": own["right"], "scale_G": scale}
+        given = Terms(runs(rows), **pair, base_scale_G=base, closed=closed)
+    layer = PackLinear(W, None)
+    with bound({"up": layer}, {"up": Bound(S, (given,))}):
+        ours = layer(x[None])[0]
+    theirs, begin = [], 0
+    for k, count in enumerate(rows):
+        x_k, begin = x[begin : begin + count], begin + count
+        W_k = base[k] * W + scale[k] * own["left"][k] @ own["right"][k] + closed_left[k] @ closed_right[k]
+        theirs.append(x_k @ own["weight"][k].T + own["bias"][k] if dense else x_k @ W_k.T)
+    theirs.append(torch.zeros(filler, m) if dense else x[begin:] @ W.T)
+    expected = torch.cat(theirs)
+    assert torch.equal(ours, expected)
+    d, wanted = whole(S, m), [x, *leaves.values()]
+    found = torch.autograd.grad(ours, wanted, d)
+    for a, b in zip(found, torch.autograd.grad(expected, wanted, d, allow_unused=True), strict=True):
+        assert torch.equal(a, torch.zeros_like(a) if b is None else b)

@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.logits import LogitRule, logit_rule
 from rayfed_sub.training.losses import _HeadLoss, client_losses
-from tests.helpers.tiny_models import bent, draw_batches, llama
+from rayfed_sub.training.passes import passes
+from tests.helpers.tiny_models import PAD, bent, draw_batches, llama
+
+
+def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """One client's loss, summed over the passes of its batch."""
+    turns = passes([batch], pass_rule(model), PAD)
+    count_G = torch.stack([one.counts() for one in turns]).sum(0)
+    return torch.stack([client_losses(model, one, count_G) for one in turns]).sum()
 
 
 @pytest.mark.parametrize("behind", [1.0, 8.0, 12.0])
@@ -86,8 +95,7 @@ def test_other_output_functions_are_left_to_the_model(after: Callable[[Tensor], 
     (batch,) = draw_batches(tiny, 0, 1)
     logits_RTV = tiny.model(input_ids=batch["input_ids"]).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits_RTV.flatten(0, 1), batch["labels"][:, 1:].flatten())
-    loss_G, _ = client_losses(tiny.model, batch, 1)
-    assert loss_G.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert mean_loss(tiny.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "bert", "gemma2", "phi", "gpt_bigcode"])
@@ -107,7 +115,7 @@ def test_losses_match_the_model_s_own(name: str) -> None:
     (batch,) = draw_batches(llama(), 0, 1)
     logits_RTV = model(input_ids=batch["input_ids"]).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits_RTV.flatten(0, 1), batch["labels"][:, 1:].flatten())
-    loss_G, _ = client_losses(model, batch, 1)
-    ours, theirs = (torch.autograd.grad(loss.sum(), moving)[0] for loss in (loss_G, expected))
-    assert loss_G.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss = mean_loss(model, batch)
+    ours, theirs = (torch.autograd.grad(one, moving)[0] for one in (loss, expected))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.dist(ours, theirs) < 1e-5 * theirs.norm()

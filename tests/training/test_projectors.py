@@ -245,7 +245,7 @@ def test_plan_counts_every_token_of_a_refresh() -> None:
     x_GNn, d_GNm = torch.empty(2, 64, 24, device="meta"), torch.empty(2, 64, 16, device="meta")
     old_Grn = torch.empty(2, 4, 24, device="meta")
     with Allocations([x_GNn, d_GNm, old_Grn]) as seen:
-        bases("exact", x_GNn, d_GNm, [4, 4], old_Grn, lambda g: stream(0))
+        bases("exact", x_GNn, d_GNm, old_Grn, lambda g: stream(0))
     assert seen.peak >= 2 * 64 * (24 + 16) * 8
 
 
@@ -258,7 +258,7 @@ def test_clients_share_factorisations_as_far_as_memory_allows(monkeypatch: pytes
     old_Grn = torch.zeros(5, 3, 8)
 
     def found() -> torch.Tensor:
-        return bases("exact", x_GNn, d_GNm, [3] * 5, old_Grn, lambda g: stream(0))
+        return bases("exact", x_GNn, d_GNm, old_Grn, lambda g: stream(0))
 
     together = found()
     monkeypatch.setattr("rayfed_sub.training.projectors._TOGETHER", 6 * (8 + 10))  # one at a time

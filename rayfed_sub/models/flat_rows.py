@@ -1,0 +1,269 @@
+"""Rows of a pack side by side as one flat row, without filling: attention alone sees where a row begins and ends.
+
+Linear layers, norms, embeddings and activations treat every token by itself, so they take the tokens of all rows one
+after the other.  Attention takes each row alone, filled up to a canonical length that follows from its own length; rows
+of equal canonical length share a call.  So a row meets the same kernels, with the same bits, whatever stands beside it.
+
+transformers lets a caller register an attention function and a mask function under a name; the ones here hand each
+group of rows to the model's own (`sdpa` or eager), which know windows, soft caps, sinks and scaling.
+
+Legend: S tokens of the flat row, P those of all rows at their canonical lengths, R rows of a group, L their canonical
+length, H heads, d size of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from math import gcd
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rayfed_sub.models.positions import position_limit
+from rayfed_sub.models.presets import FLAT
+
+_VECTOR = 32
+"""Numbers that torch's kernels take at a time.  Of a tensor's last ones, if fewer are left, SiLU, GELU and sigmoid are
+computed by other code, with other bits."""
+_ALIGNED = 8
+"""Tokens of a client are filled up to a multiple of this, so that its part of the flat row begins where memory is
+aligned: matrix products may have other bits at another offset."""
+_SHORTEST = 16
+"""The shortest canonical length."""
+_NAME = "rayfed-flat"
+"""The attention implementation that transformers knows the functions here by."""
+_CHANGING = ("dynamic", "longrope")
+"""Rotary positions whose frequencies follow from the longest row of a pass, so from a row's neighbours."""
+
+
+@dataclass(frozen=True)
+class PassRule:
+    """How rows go through a model.  flat: as one flat row; else rows are grouped by canonical length.  granule: every
+    number of tokens is a multiple of it.  rows: so is that of rows, where layers see one vector of each (pooled heads,
+    images, a generated token).  longest: the most positions that the model has; None without limit."""
+
+    flat: bool = False
+    granule: int = _ALIGNED
+    rows: int = 1
+    longest: int | None = None
+
+    def canonical(self, tokens: int) -> int:
+        """The length at which attention sees a row of so many tokens: in eight steps from each power of two to the
+        next.
+
+        >>> [PassRule().canonical(tokens) for tokens in (1, 16, 17, 100, 130, 1000)]
+        [16, 16, 32, 112, 144, 1024]
+        >>> PassRule(longest=100).canonical(99)
+        100
+        """
+        step = max(_SHORTEST, self.granule, 1 << max(0, tokens.bit_length() - 4))
+        rounded = -(-tokens // step) * step
+        return rounded if self.longest is None else max(tokens, min(rounded, self.longest))
+
+
+def pass_rule(model: nn.Module) -> PassRule:
+    """The rule of a transformers model, on any device; worked out once and kept with it."""
+    found = vars(model).get("_pass_rule")
+    if isinstance(found, PassRule):
+        return found
+    owner: Any = model
+    config, heads = getattr(model, "config", None), getattr(model, "get_output_embeddings", lambda: None)()
+    part = _VECTOR // gcd(_VECTOR, *_inner_sizes(model))
+    longest = None if config is None else position_limit(model, config)
+    rule = PassRule(heads is not None and is_flat(config), max(_ALIGNED, part), part, longest)
+    owner._pass_rule = rule
+    return rule
+
+
+def _inner_sizes(model: nn.Module) -> list[int]:
+    """The input sizes of linear layers: what activations give out."""
+    sizes = []
+    for part in model.modules():
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(part, nn.Embedding):
+            turned = type(part).__name__ == "Conv1D" or getattr(part, "transposed", False)
+            sizes.append(weight.shape[0 if turned else 1])
+    return sizes
+
+
+def is_flat(config: Any) -> bool:
+    """Whether rows of a causal model of this configuration may lie side by side (`presets.FLAT`)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]
+    return config.model_type in FLAT and all(one.get("rope_type") not in _CHANGING for one in layers)
+
+
+@dataclass(frozen=True, eq=False)
+class FlatRows:
+    """Where rows lie in a flat row.  groups: (rows, canonical length) of each call of attention, in the order of P.
+    source_P: the flat token at each of attention's places; filled_P: True at places that only fill a row up, which
+    repeat its last token.  place_S: each flat token's place; strange_S: True at tokens that belong to no row: attention
+    gives them zeros.  as_they_lie: attention's places are the flat tokens in their order, so nothing is moved."""
+
+    groups: tuple[tuple[int, int], ...]
+    source_P: Tensor
+    filled_P: Tensor
+    place_S: Tensor
+    strange_S: Tensor
+    as_they_lie: bool = False
+
+    def to(self, device: torch.device) -> FlatRows:
+        names = ("source_P", "filled_P", "place_S", "strange_S")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def flat_rows(begins: Sequence[int], lengths: Sequence[int], size: int, rule: PassRule) -> FlatRows:
+    """Rows of these lengths that begin at these tokens of a flat row of `size` tokens.
+
+    >>> rows = flat_rows([0, 3], [3, 2], 6, PassRule())
+    >>> rows.groups, rows.place_S.tolist(), rows.strange_S.tolist()[4:]
+    (((2, 16),), [0, 1, 2, 16, 17, 0], [False, True])
+    """
+    begin_R, length_R = np.array(begins), np.array(lengths)
+    canonical_R = np.array([rule.canonical(length) for length in lengths])
+    sources, filled, groups = [], [], []
+    for canonical in sorted(set(canonical_R.tolist())):
+        rows = canonical_R == canonical
+        token_L, last_R1 = np.arange(canonical)[None], length_R[rows, None] - 1
+        sources.append((begin_R[rows, None] + np.minimum(token_L, last_R1)).ravel())
+        filled.append((token_L > last_R1).ravel())
+        groups.append((int(rows.sum()), canonical))
+    source_P, filled_P = np.concatenate(sources), np.concatenate(filled)
+    place_S, strange_S = np.zeros(size, np.int64), np.ones(size, bool)
+    (real_N,) = (~filled_P).nonzero()
+    place_S[source_P[real_N]] = real_N
+    strange_S[source_P[real_N]] = False
+    as_they_lie = len(source_P) == size and bool((source_P == np.arange(size)).all())
+    source, filled_, place, strange = map(torch.from_numpy, (source_P, filled_P, place_S, strange_S))
+    return FlatRows(tuple(groups), source, filled_, place, strange, as_they_lie)
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A forward pass: its rows, the implementation that the model has itself, the mask functions' arguments that the
+    model asked masks with, and masks by (number, length)."""
+
+    rows: FlatRows
+    plain: str
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+
+
+_PASS: ContextVar[_Pass | None] = ContextVar("flat rows of the forward pass", default=None)
+
+
+@contextmanager
+def attending(model: nn.Module, rows: FlatRows) -> Iterator[None]:
+    """Within it the model's attention sees each of the rows alone.  The model takes `input_ids`, `position_ids` (from 0
+    in each row) and `attention_mask` (all ones), each (1, S)."""
+    _register()
+    configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    plain: str = configs[id(model.config)]._attn_implementation or "eager"
+    token = _PASS.set(_Pass(rows, plain))
+    try:
+        for config, _ in before:
+            config._attn_implementation = _NAME
+        yield
+    finally:
+        _PASS.reset(token)
+        for config, old in before:
+            config._attn_implementation = old
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if _NAME not in AttentionInterface._global_mapping:
+        AttentionInterface.register(_NAME, _attention)
+        AttentionMaskInterface.register(_NAME, _mask)
+
+
+def _mask(**asked: Any) -> Tensor:
+    """Stands for a mask until attention knows a length: the number of what was asked for."""
+    current = _PASS.get()
+    assert current is not None
+    current.asked.append(asked)
+    return torch.full((1, 1, 1, 1), len(current.asked) - 1)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+) -> tuple[Tensor, None]:
+    """Attention of query (1, H, S, d), key and value likewise, to (1, S, H, d): row by row, by the model's own
+    function."""
+    current = _PASS.get()
+    assert current is not None
+    rows, plain = current.rows, _plain(module, current.plain)
+    parts = [query[0], key[0], value[0]]
+    if not rows.as_they_lie:
+        parts = [_Spread.apply(x, rows) for x in parts]  # type: ignore[no-untyped-call]
+    outputs, begin = [], 0
+    for R, L in rows.groups:
+        given = [x.narrow(1, begin, R * L).unflatten(1, (R, L)).transpose(0, 1) for x in parts]
+        mask = None if attention_mask is None else _mask_of(current, int(attention_mask.flatten()[0]), L)
+        outputs.append(plain(module, *given, mask, **how)[0].flatten(0, 1))
+        begin += R * L
+    out_PHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if not rows.as_they_lie:
+        out_PHd = _Gathered.apply(out_PHd, rows)  # type: ignore[no-untyped-call]
+    return out_PHd[None], None
+
+
+def _plain(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function that the module's model would take itself."""
+    from transformers import AttentionInterface
+
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., tuple[Tensor, Any]] = AttentionInterface().get_interface(name, eager)
+    return function
+
+
+def _mask_of(current: _Pass, number: int, length: int) -> Tensor | None:
+    """The mask that was asked for, at this length, by the model's own mask function; None where attention needs
+    none."""
+    from transformers import AttentionMaskInterface
+
+    if (number, length) not in current.masks:
+        sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0}
+        asked = {**current.asked[number], **sizes, "attention_mask": None}
+        current.masks[number, length] = AttentionMaskInterface._global_mapping[current.plain](**asked)
+    return current.masks[number, length]
+
+
+class _Spread(torch.autograd.Function):
+    """Flat tokens (H, S, d) to attention's places (H, P, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_HSd: Tensor, rows: FlatRows) -> Tensor:
+        ctx.rows = rows
+        return x_HSd.index_select(1, rows.source_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+        """A row's last token stands at filled places too, but nothing looks at those: their gradient is zero."""
+        (d_HPd,) = outputs
+        return d_HPd.index_select(1, ctx.rows.place_S).masked_fill_(ctx.rows.strange_S[:, None], 0.0), None
+
+
+class _Gathered(torch.autograd.Function):
+    """Attention's places (P, H, d) to flat tokens (S, H, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, y_PHd: Tensor, rows: FlatRows) -> Tensor:
+        ctx.rows = rows
+        return y_PHd.index_select(0, rows.place_S).masked_fill_(rows.strange_S[:, None, None], 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+        (d_SHd,) = outputs
+        return d_SHd.index_select(0, ctx.rows.source_P).masked_fill_(ctx.rows.filled_P[:, None, None], 0.0), None

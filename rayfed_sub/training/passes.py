@@ -1,0 +1,179 @@
+"""A step's batches as forward passes: one flat row of all tokens, or rows grouped by canonical length.
+
+What a client computes follows from its own rows, whatever stands beside them: to which length they are filled up, and
+in which order its parts are added.
+
+Legend: G clients, R rows of a pass, T tokens of a row, L a canonical length, S tokens of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayfed_sub.data.batching import IGNORED
+from rayfed_sub.models.flat_rows import FlatRows, PassRule, flat_rows
+
+Batch = Mapping[str, Tensor]
+Numbers = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward pass.
+
+    inputs: the model's.  labels: of a language model one for each token, (S,), -100 where there is none and at a row's
+    first token, which nothing predicts; else of each row, (R,).  row: the number of each label's row, counted client by
+    client over the step's batches; client: its client's place in the step.
+    shifted: a label is predicted at the token before it.
+    parts: each client's tokens in a flat pass, its rows else; size: all of those, with what only fills the pass up.
+    flat: where the rows lie in a flat pass.  tokens: the real ones, and all that linear layers see.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    row: Tensor
+    client: Tensor
+    parts: tuple[int, ...]
+    size: int
+    tokens: tuple[int, int]
+    shifted: bool = False
+    flat: FlatRows | None = None
+
+    def to(self, device: torch.device) -> Pass:
+        """The pass on a device."""
+        if device.type == self.labels.device.type:
+            return self
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        labels, row, client = (x.to(device, non_blocking=True) for x in (self.labels, self.row, self.client))
+        flat = None if self.flat is None else self.flat.to(device)
+        return replace(self, inputs=inputs, labels=labels, row=row, client=client, flat=flat)
+
+    def labelled(self) -> Tensor:
+        """The places (L,) of labels."""
+        return (self.labels != IGNORED).nonzero()[:, 0]
+
+    def counts(self) -> Tensor:
+        """Labels of each client, (G,) int64."""
+        return torch.bincount(self.client[self.labelled()], minlength=len(self.parts))
+
+
+def passes(batches: Sequence[Batch], rule: PassRule, pad: int) -> list[Pass]:
+    """The passes of a step, in the order in which their gradients are added.
+
+    batches: one for each client, as `Batches` gives them; a text ends where its attention mask does.  pad: the token
+    that fills up.
+    """
+    if "input_ids" not in batches[0]:
+        return [_images(batches, rule)]
+    texts = [_texts(batch) for batch in batches]
+    if rule.flat and batches[0]["labels"].dim() == 2:
+        return [_flat(texts, rule, pad)]
+    lengths = {rule.canonical(int(length)) for text in texts for length in text.lengths}
+    return [_grouped(texts, rule, pad, length) for length in sorted(lengths)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """A client's rows, (B, T) each: tokens, whether a token is real, labels (B, T) or (B,); lengths (B,)."""
+
+    ids: Numbers
+    real: Numbers
+    labels: Numbers
+    lengths: Numbers
+
+
+def _texts(batch: Batch) -> _Texts:
+    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    real = batch["attention_mask"].numpy() != 0 if "attention_mask" in batch else np.ones(ids.shape, bool)
+    if labels.ndim == 2:
+        labels = labels.copy()
+        labels[:, 0] = IGNORED
+    return _Texts(ids, real, labels, real.sum(axis=1))
+
+
+def _flat(texts: Sequence[_Texts], rule: PassRule, pad: int) -> Pass:
+    """All rows as one, each client's part filled up to a multiple of the granule."""
+    own_G = [int(text.lengths.sum()) for text in texts]
+    part_G = [-(-own // rule.granule) * rule.granule for own in own_G]
+    S, begins = sum(part_G), list[Numbers]()
+    ids_S, labels_S = np.full(S, pad, np.int64), np.full(S, IGNORED, np.int64)
+    place_S, row_S = np.zeros(S, np.int64), np.zeros(S, np.int64)
+    begin = number = 0
+    for text, own, part in zip(texts, own_G, part_G, strict=True):
+        B, T = text.ids.shape
+        here = slice(begin, begin + own)
+        ids_S[here], labels_S[here] = text.ids[text.real], text.labels[text.real]
+        place_S[here] = np.broadcast_to(np.arange(T), (B, T))[text.real]
+        row_S[here] = np.repeat(np.arange(number, number + B), text.lengths)
+        begins.append(begin + np.cumsum(text.lengths) - text.lengths)
+        begin, number = begin + part, number + B
+    client_S = np.repeat(np.arange(len(texts)), part_G)
+    inputs = {"input_ids": ids_S[None], "position_ids": place_S[None], "attention_mask": np.ones((1, S), np.int64)}
+    lengths = np.concatenate([text.lengths for text in texts])
+    flat = flat_rows(np.concatenate(begins).tolist(), lengths.tolist(), S, rule)
+    return _pass(inputs, labels_S, row_S, client_S, part_G, S, (sum(own_G), S), shifted=True, flat=flat)
+
+
+def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> Pass:
+    """The rows of one canonical length.  More rows fill the pass up where layers see one vector of each."""
+    shifted = texts[0].labels.ndim == 2
+    found, first = list[tuple[int, int, int]](), 0  # client, row of the client, number
+    for g, text in enumerate(texts):
+        found += [(g, b, first + b) for b, own in enumerate(text.lengths) if rule.canonical(int(own)) == length]
+        first += len(text.lengths)
+    R = len(found) if shifted else -(-len(found) // rule.rows) * rule.rows
+    ids_RL, mask_RL = np.full((R, length), pad, np.int64), np.zeros((R, length), np.int64)
+    labels = np.full((R, length) if shifted else R, IGNORED, np.int64)
+    for r, (g, b, _) in enumerate(found):
+        text, own = texts[g], slice(int(texts[g].lengths[b]))
+        ids_RL[r, own], mask_RL[r, own] = text.ids[b, own], 1
+        if shifted:
+            labels[r, own] = text.labels[b, own]
+        else:
+            labels[r] = text.labels[b]
+    mask_RL[len(found) :, 0] = 1  # attention over nothing is NaN
+    # Tokens of a causal model look to the left, where nothing is filled up.
+    inputs = {"input_ids": ids_RL} if shifted else {"input_ids": ids_RL, "attention_mask": mask_RL}
+    row_R, client_R = (np.array([one[i] for one in found] + [0] * (R - len(found))) for i in (2, 0))
+    if shifted:
+        labels, row_R, client_R = labels.reshape(-1), np.repeat(row_R, length), np.repeat(client_R, length)
+    part_G = np.bincount([g for g, _, _ in found], minlength=len(texts)).tolist()
+    tokens = (int(mask_RL[: len(found)].sum()), R * length)
+    return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, shifted=shifted)
+
+
+def _images(batches: Sequence[Batch], rule: PassRule) -> Pass:
+    """All images, and empty ones that fill the pass up."""
+    part_G = [len(batch["labels"]) for batch in batches]
+    real = sum(part_G)
+    more = -real % rule.rows
+    filled = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    if more:
+        filled = {name: torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for name, x in filled.items()}
+        filled["labels"][real:] = IGNORED
+    labels = filled.pop("labels")
+    client_R = torch.tensor([g for g, part in enumerate(part_G) for _ in range(part)] + [0] * more)
+    return Pass(filled, labels, torch.arange(len(labels)), client_R, tuple(part_G), real + more, (real, real + more))
+
+
+def _pass(
+    inputs: Mapping[str, Numbers],
+    labels: Numbers,
+    row: Numbers,
+    client: Numbers,
+    part_G: Sequence[int],
+    size: int,
+    tokens: tuple[int, int],
+    *,
+    shifted: bool,
+    flat: FlatRows | None = None,
+) -> Pass:
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    at = [torch.from_numpy(array) for array in (labels, row, client)]
+    return Pass(tensors, at[0], at[1], at[2], tuple(part_G), size, tokens, shifted, flat)
