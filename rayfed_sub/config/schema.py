@@ -313,7 +313,7 @@ class Resources(Record):
         default=1.0, description="CPUs of a worker; torch has max(1, floor(cpus_per_worker)) threads."
     )
     gpus_per_worker: float = Field(default=0.0, ge=0, description="Share of one GPU that a worker has, at most 1.")
-    pack_size: Count = Field(default=4, description="Clients that a worker trains side by side.")
+    pack_size: Count = Field(default=4, description="Clients that a worker trains side by side, at most.")
     executor: Literal["pack", "reference"] = Field(
         default="pack",
         description="pack, or reference: one client at a time with peft and galore-torch; slow, the tests' oracle.",

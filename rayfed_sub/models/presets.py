@@ -67,106 +67,35 @@ LOWER_MLP = {name: pattern for pattern, names in _MODEL_TYPES.items() for name i
 projection from the hidden size up to the MLP's inner size."""
 
 SAME_IN_ANY_PACK = frozenset(
-    [
-        "apertus",
-        "arcee",
-        "beam",
-        "bert",
-        "bert-generation",
-        "biogpt",
-        "bitnet",
-        "cohere",
-        "cohere2",
-        "cwm",
-        "diffllama",
-        "electra",
-        "ernie",
-        "ernie4_5",
-        "exaone4",
-        "flint",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt-sw3",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neox",
-        "granite",
-        "granite_swa",
-        "helium",
-        "hrm_text",
-        "hunyuan_v1_dense",
-        "hyperclovax",
-        "internlm3",
-        "iquestcoder",
-        "jais2",
-        "llama",
-        "llama4_text",
-        "ministral",
-        "ministral3",
-        "mistral",
-        "modernbert-decoder",
-        "nanochat",
-        "nemotron",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "opt",
-        "persimmon",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "seed_oss",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-        "vaultgemma",
-    ]
+    (
+        *("apertus", "arcee", "beam", "bert", "bert-generation", "biogpt", "bitnet", "cohere", "cohere2"),
+        *("cwm", "diffllama", "electra", "ernie", "ernie4_5", "exaone4", "flint", "gemma", "gemma2"),
+        *("gemma3_text", "glm", "glm4", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
+        *("granite_swa", "helium", "hrm_text", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder"),
+        *("jais2", "llama", "llama4_text", "ministral", "ministral3", "mistral", "modernbert-decoder"),
+        *("nanochat", "nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "qwen2"),
+        *("qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
+    )
 )
-"""Types of causal language models a client of which has the same bits in any pack (`tests/models/test_flat_rows.py`
-tries each with transformers' own code)."""
+"""Types of causal language models on which a client has the same bits in any pack; `tests/models/test_flat_rows.py`
+tries each."""
 
-CLASSIFIERS_IN_ANY_PACK = frozenset({"albert", "bert", "dinov2", "vit"})
+CLASSIFIERS_IN_ANY_PACK = frozenset(
+    (
+        *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra"),
+        *("beit", "dinov2", "dinov2_with_registers", "vit"),
+    )
+)
 """The same of models that classify texts or images."""
 
 FLAT = SAME_IN_ANY_PACK | frozenset(
-    [
-        "afmoe",
-        "aria_text",
-        "axk2",
-        "cohere2_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "flex_olmo",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "gpt_oss",
-        "granitemoe",
-        "granitemoe_swa",
-        "granitemoeshared",
-        "hunyuan_v1_moe",
-        "hy_v3",
-        "jetmoe",
-        "kolibri1",
-        "laguna",
-        "mellum",
-        "mimo_v2_flash",
-        "minicpm3",
-        "minimax_m2",
-        "minimax_m3_vl_text",
-        "mixtral",
-        "olmoe",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_moe",
-        "solar_open",
-        "youtu",
-    ]
+    (
+        *("afmoe", "aria_text", "axk2", "cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"),
+        *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa"),
+        *("granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jetmoe", "kolibri1", "laguna", "mellum"),
+        *("mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe", "phimoe"),
+        *("qwen2_moe", "qwen3_moe", "solar_open", "youtu"),
+    )
 )
 """Types whose rows may lie side by side: their attention goes through transformers' interface and nothing else mixes
 tokens.  Experts see as many tokens at once as their neighbours send them, so that a mixture's bits hang on the pack."""

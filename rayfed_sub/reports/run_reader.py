@@ -33,7 +33,19 @@ _COLUMNS = {
         *("round", "client", "layer", "norm", "rank", "stable_rank", "effective_rank", "cosine", "distance"),
         *("turned", "gradient_energy", "gradient_rank", "spectrum"),
     ),
-    "packs": ("round", "pack", "clients", "first", "worker", "began", "seconds", "attempts", "trouble"),
+    "packs": (
+        "round",
+        "pack",
+        "clients",
+        "first",
+        "worker",
+        "began",
+        "seconds",
+        "tokens",
+        "computed",
+        "attempts",
+        "trouble",
+    ),
 }
 """The tables of a run folder and their columns; a missing table is empty, a missing column has missing values."""
 

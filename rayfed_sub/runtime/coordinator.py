@@ -120,7 +120,7 @@ class Coordinator:
     def workers_environment(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The workers' versions, and the other parts of their environment that the bits depend on; after `start`."""
         versions, machines = zip(*self._answers, strict=True)
-        return merged(versions), environment(self._config, machines)
+        return merged(versions), environment(self._config, machines, self._any_pack)
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def alive(self) -> None:

@@ -29,6 +29,7 @@ from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, check_resources, prepare
+from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.cluster import joined, nodes, ray_session
 from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
@@ -101,8 +102,9 @@ def _run(
         check_resources(config, nodes())
         notify(Stage("reading task and model"))
         job = prepare(config)
+        same = any_pack(job.config, job.architecture)
         if old is not None:
-            summary = summary_of(old.path, job.config)
+            summary = summary_of(old.path, job.config, same)
             check_data(old.path, job.dataset.fingerprint)
             if summary is not None:
                 notify(Notice(f"{old.display_name()} is finished already"))
@@ -110,7 +112,7 @@ def _run(
                 return replace(summary, folder=old.display_name())
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # a plan does not know the memory of a cluster's nodes
             plan.check(job, (old or place or Place(Path())).path)
-        folder = reopen(old, job.config) if old is not None else create(new(place, config.name), job.config)
+        folder = reopen(old, job.config, same) if old is not None else create(new(place, config.name), job.config)
         checkpoints.make(folder.path)
         checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
         folder.place.push()

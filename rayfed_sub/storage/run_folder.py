@@ -36,6 +36,8 @@ FREE = (
     *("diagnostics.every", "diagnostics.clients", "diagnostics.layers", "diagnostics.gradient_layers"),
 )
 """Settings that may differ when a run is resumed: they do not change the weights."""
+PACKING = ("resources.pack_size", "evaluation.batch_size")
+"""Settings that may differ too where the bits are the same in any pack (`planning/packs.py`)."""
 
 
 _OTHERS = {"clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer}
@@ -140,13 +142,18 @@ def create(place: Place, config: Config) -> RunFolder:
     return RunFolder(place)
 
 
-def reopen(place: Place, config: Config) -> RunFolder:
-    """The folder of a run that began with `config`.
+def reopen(place: Place, config: Config, any_pack: bool = False) -> RunFolder:
+    """The folder of a run that began with `config`; any_pack: whether its bits are the same in any pack.
 
-    Raises UserError naming the first setting that differs, except for those in `FREE`.
+    Raises UserError naming the first setting that differs, except for those in `FREE`, and in `PACKING` with any_pack.
     """
-    _check_config(place.path, config)
+    _check_config(place.path, config, any_pack)
     return RunFolder(place)
+
+
+def _check_config(path: Path, config: Config, any_pack: bool) -> None:
+    old, free = stored_config(path), (*FREE, *PACKING) if any_pack else FREE
+    check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), free, f"the run in {path}")
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], where: str) -> None:
@@ -157,11 +164,6 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[st
         if key not in free and before.get(key) != now.get(key):
             allowed = f"{before.get(key)!r}, with which {where} began"
             raise UserError(key, now.get(key), allowed, "set that, or begin anew in another folder")
-
-
-def _check_config(path: Path, config: Config) -> None:
-    old = stored_config(path)
-    check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), FREE, f"the run in {path}")
 
 
 _CHANGED = {
@@ -196,19 +198,19 @@ def check_same_data(then: Mapping[str, Any], now: Fingerprint, where: str) -> No
             raise UserError("--resume", where, allowed, "restore the data, or begin anew in another folder")
 
 
-def summary_of(path: Path, config: Config) -> Summary | None:
+def summary_of(path: Path, config: Config, any_pack: bool = False) -> Summary | None:
     """The summary of a run; None where it is not finished.  Raises UserError as `reopen`."""
-    _check_config(path, config)
+    _check_config(path, config, any_pack)
     if not (path / "summary.json").exists():
         return None
     entries = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     return Summary(**{**entries, "resumed": tuple(entries["resumed"])}, folder=str(path))
 
 
-def opened(place: Place, config: Config) -> RunFolder:
+def opened(place: Place, config: Config, any_pack: bool) -> RunFolder:
     """The folder of a run to resume or to begin.  Raises UserError as `reopen` and `make`."""
     if (place.path / "config.yaml").exists():
-        return reopen(place, config)
+        return reopen(place, config, any_pack)
     make(place.path, "--out")
     return create(place, config)
 

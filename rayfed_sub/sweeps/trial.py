@@ -12,6 +12,7 @@ from typing import Any
 from ray import tune
 
 from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.runtime.session import carry_out
 from rayfed_sub.storage.remote import inside, open_place
 from rayfed_sub.storage.run_folder import check_data, opened, summary_of
@@ -39,7 +40,7 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
     values = values_of(given)
     out = inside(trials, sweep.folder(Path(tune.get_context().get_trial_dir()).name, values))
     job, shared = inputs.job(sweep.config(values))
-    rounds = job.config.federation.rounds or 0
+    rounds, same = job.config.federation.rounds or 0, any_pack(job.config, job.architecture)
 
     def notify(record: object) -> None:
         """The last round is reported with the summary."""
@@ -51,12 +52,12 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
     with open_place(out, notify, resume=True) as place:
         done = None
         if (place.path / "config.yaml").exists():
-            done = summary_of(place.path, job.config)
+            done = summary_of(place.path, job.config, same)
             check_data(place.path, job.dataset.fingerprint)
         if done is not None:
             tune.report(_end(done))
         else:
-            tune.report(_end(carry_out(job, shared, opened(place, job.config), notify, began)))
+            tune.report(_end(carry_out(job, shared, opened(place, job.config, same), notify, began)))
 
 
 def _progress(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, Any]:

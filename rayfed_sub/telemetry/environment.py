@@ -32,10 +32,12 @@ def machine(gpu: bool) -> dict[str, Any]:
     }
 
 
-def environment(config: Config, machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Machine and settings that results depend on; machines: the workers', see `machine`."""
+def environment(config: Config, machines: Sequence[Mapping[str, Any]], any_pack: bool) -> dict[str, Any]:
+    """Machine and settings that results depend on; machines: the workers', see `machine`.  any_pack: whether the bits
+    are the same in any pack."""
     found = merged(machines)
-    settings = {"threads": config.resources.threads, "pack_size": config.resources.pack_size}
+    pack_size = "any" if any_pack else config.resources.pack_size
+    settings = {"threads": config.resources.threads, "pack_size": pack_size}
     return {"processor": found.pop("processor", None), **settings, **found}
 
 

@@ -138,9 +138,10 @@ def test_resume_command_is_given_where_it_helps(
 def test_environment_reports_the_workers_versions_and_devices() -> None:
     """A head without a GPU starts a run whose workers have two kinds of GPU."""
     reports = [{"processor": "EPYC", "cpu_capability": "AVX2", "gpu": gpu} for gpu in ("L4", "A100", "L4")]
-    assert environment(Config(), reports) == {
+    assert environment(Config(), reports, False) == {
         **{"processor": "EPYC", "threads": 1, "pack_size": 4, "cpu_capability": "AVX2", "gpu": "A100, L4"},
     }
-    assert environment(Config(), [{**reports[0], "gpu": None}])["gpu"] is None
+    alone = environment(Config(), [{**reports[0], "gpu": None}], True)
+    assert (alone["gpu"], alone["pack_size"]) == (None, "any")
     assert merged([{"torch": "2.13.0+cu128"}, {"torch": "2.13.0"}]) == {"torch": "2.13.0, 2.13.0+cu128"}
     assert machine(gpu=False)["gpu"] is None

@@ -262,17 +262,18 @@ def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
 
 
 @every_method
-def test_grouping_of_clients_does_not_matter(name: str) -> None:
+def test_server_has_the_same_bits_for_any_packs(name: str) -> None:
+    """Clients of unequal rows and tokens; clipped, since that is a sum over all of a client's tensors."""
     method, tiny = made(name), llama()
-    server, data, weights = begun(method, tiny), clients_data(tiny, 4), [1.0, 2.0, 3.0, 4.0]
-    before = effective(method, tiny, server)
-    runs = [
-        effective(method, tiny, walk(method, tiny, server, data, weights=weights, packs=packs).server)
-        for packs in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]])
-    ]
-    for other in runs[1:]:
-        for layer in other:
-            assert distance(other[layer] - before[layer], runs[0][layer] - before[layer]) < 1e-5
+    server, weights = begun(method, tiny), [1.0, 2.0, 3.0, 4.0]
+    data = [draw_batches(tiny, k, STEPS, rows=1 + k % 3, tokens=9 + 4 * k) for k in range(4)]
+    optimizer = OPTIMIZER.model_copy(update={"clip_norm": 0.05})
+    first, *others = (
+        walk(method, tiny, server, data, weights=weights, packs=packs, optimizer=optimizer).server
+        for packs in ([[0, 1, 2, 3]], [[0, 1, 2], [3]], [[0], [1], [2], [3]])
+    )
+    for other in others:
+        assert [name for name in first.tensors if not torch.equal(first.tensors[name], other.tensors[name])] == []
 
 
 @every_method

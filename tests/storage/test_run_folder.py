@@ -233,6 +233,15 @@ def test_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
         assert str(caught.value).startswith(message)
 
 
+def test_run_whose_bits_are_the_same_in_any_pack_resumes_with_other_packs(tmp_path: Path) -> None:
+    create(Place(tmp_path), CONFIG)
+    settings = {"name": "kept", "federation": {"rounds": 2}, "resources": {"pack_size": 9}}
+    config = load_config(settings, ["evaluation.batch_size=1"])
+    assert reopen(Place(tmp_path), config, any_pack=True).path == tmp_path
+    with pytest.raises(UserError, match=r"^evaluation\.batch_size: got 1|^resources\.pack_size: got 9"):
+        reopen(Place(tmp_path), config)
+
+
 def test_stored_configuration_of_an_older_version_keeps_its_meaning(tmp_path: Path) -> None:
     """In older versions the run's own seed drew the splits if the task had none, and all batches were bucketed."""
     create(Place(tmp_path), CONFIG).write_summary(summary(tmp_path))
