@@ -24,7 +24,7 @@ test: lint $(MODEL) ## lint, then doctests and all tests but the slow ones
 test-slow: $(INSTALLED) $(MODEL) ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
-chaos: $(INSTALLED) ## the table of fifteen equal hashes, and 200 rounds under fire
+chaos: $(INSTALLED) ## fifteen equal hashes, thirty ways of packing, 200 rounds under fire
 	$(BIN)/python -m tests.helpers.chaos
 
 bench: $(INSTALLED) $(MODEL) .venv-flower/.installed .venv-pfl/.installed ## the race against Flower, pfl and a bare loop, and the engine alone; an hour and a half

@@ -77,7 +77,9 @@ def test_interrupted_run_leaves_a_checkpoint_and_resumes(
     with pytest.raises(KeyboardInterrupt):
         run(config, folder, interrupt)
     assert messages == [f"interrupted; go on with: rayfed-sub run {folder}/config.yaml --out {folder} --resume"]
-    summary = run(config, folder, resume=True)
+    # As on a smaller machine: the bits do not depend on which clients train side by side.
+    smaller = chaos.job(workers, "checkpoint.every=0", "resources.pack_size=1", "evaluation.batch_size=3")
+    summary = run(smaller, folder, resume=True)
     same(summary, undisturbed)
     assert summary.resumed in ((2,), (3,))  # the third round may end while the interrupt is delivered
     assert run(config, folder, resume=True) == summary  # finished: nothing happens

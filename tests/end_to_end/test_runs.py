@@ -67,6 +67,15 @@ def test_final_weights_do_not_depend_on_the_number_of_workers(
     assert summary.metrics == undisturbed.metrics
 
 
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_final_weights_and_scores_do_not_depend_on_which_clients_train_side_by_side(
+    undisturbed: Summary, most: int, tmp_path: Path
+) -> None:
+    summary = run(small(f"resources.pack_size={most}", f"evaluation.batch_size={most}"), tmp_path / "run")
+    assert summary.weights_sha256 == undisturbed.weights_sha256
+    assert summary.metrics == undisturbed.metrics
+
+
 @pytest.mark.slow
 def test_other_seed_gives_other_weights(undisturbed: Summary, tmp_path: Path) -> None:
     assert run(small("seed=1"), tmp_path / "run").weights_sha256 != undisturbed.weights_sha256

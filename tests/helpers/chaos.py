@@ -1,7 +1,7 @@
 """Disturbances that must not change a run's bits: more workers, and the death of a worker, a node, the coordinator, the
 command.
 
-    python -m tests.helpers.chaos            the table of fifteen hashes, and the soak (`make chaos`)
+    python -m tests.helpers.chaos       the table of fifteen hashes, thirty ways of packing, and the soak (`make chaos`)
 
 Each function runs the same small job with one disturbance and returns its summary.  Those that need no cluster of their
 own use the Ray session of the calling process."""
@@ -223,6 +223,7 @@ def main() -> None:
     import ray
 
     from rayfed_sub.cli.run_view import print_table
+    from tests.helpers.packings import table as packed_cases
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     with TemporaryDirectory() as folder:
@@ -230,18 +231,23 @@ def main() -> None:
         for row in table(root):
             rows.append(row)
             print(*row, flush=True)
+        packings = []
+        for case, equal in packed_cases(root / "packings"):
+            packings.append(equal)
+            print(*case.values(), "the same hash" if equal else "ANOTHER HASH", flush=True)
         calm, _ = soak(200, 0, root / "calm")
         fierce, fire = soak(200, PAUSE, root / "fierce")
     ray.shutdown()
     print_table(("disturbance", "workers", "weights_sha256", "took"), rows)
     hashes = {row[2] for row in rows}
     print(f"{len(rows)} runs, {len(hashes)} hash{'es' if len(hashes) > 1 else ''}")
+    print(f"{len(packings)} ways of packing, {packings.count(False)} with another hash")
     same = fierce.weights_sha256 == calm.weights_sha256
     print(
         f"200 rounds with {len(fire.deaths)} deaths: {'the same hash' if same else 'ANOTHER HASH'} as without; "
         f"memory grew by {fire.growth(20) / 1e3:.0f} kB a round after round 20"
     )
-    sys.exit(len(hashes) > 1 or not same)
+    sys.exit(len(hashes) > 1 or not same or not all(packings))
 
 
 if __name__ == "__main__":
