@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rayfed_sub import UserError, load_config, run
+from rayfed_sub.config.loading import read_yaml
 from rayfed_sub.methods import build
 from rayfed_sub.sweeps import study_runner, study_tables
 from rayfed_sub.sweeps.progress import Begun, TrialNow
@@ -40,14 +41,14 @@ def written(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_run_of_a_study_has_a_configuration(file: Path) -> None:
-    read = load_study(file)
-    folders = []
+    read, folders = load_study(file), []
+    base = read_yaml(read.base)
     for variant in read.variants:
         chosen = read.tune.values[0] if read.tune else None
         runs = [*counted_trials(read, variant, ["task.path=x.parquet"], chosen)]
         runs += tuning_trials(read, variant, [])
         for trial in runs:
-            config = load_config(read.base, trial.overrides)
+            config = load_config(base, trial.overrides)
             build(config.method)
             assert config.seed == trial.seed
             assert (config.evaluation.split == "validation") == trial.tuning
