@@ -73,6 +73,7 @@ def test_other_seed_gives_other_weights(undisturbed: Summary, tmp_path: Path) ->
     assert run(small("seed=1"), tmp_path / "run").weights_sha256 != undisturbed.weights_sha256
 
 
+@pytest.mark.slow
 def test_worker_killed_in_the_middle_of_a_round_changes_nothing(
     ray_session: None, undisturbed: Summary, tmp_path: Path
 ) -> None:
