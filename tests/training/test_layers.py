@@ -64,7 +64,12 @@ def loss(tiny: Tiny, changes: dict[str, Change]) -> float:
     return float(torch.cat(losses).double().mean())
 
 
-@pytest.mark.parametrize("name", METHODS)
+KINDS_OF_TRAINING = ("fedftg", "fedavg", "fedit", "ffa-lora", "fed-sb", "shared-galore")
+"""GaLore, dense, both of LoRA's factors, one of them, a core between them, GaLore in a fixed basis."""
+EACH = [pytest.param(name, marks=() if name in KINDS_OF_TRAINING else pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_small_change_lowers_the_loss_as_in_float32(name: str) -> None:
     """The same change over both backbones, and one that was trained over the bfloat16 one."""
     method = build({"name": name, **({} if name == "fedavg" else {"rank": 2})})
