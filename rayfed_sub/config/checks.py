@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -37,11 +38,17 @@ def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
     Traceback (most recent call last):
     rayfed_sub.core.errors.UserError: checkpoint.every: got -1; allowed: an integer >= 0; e.g. checkpoint.every=1
     """
-    adapter = TypeAdapter(cls)
     try:
-        return adapter.validate_python(tree)
+        checked: R = _adapter(cls).validate_python(tree)  # type: ignore[arg-type]  # mypy: no type[R] is Hashable
     except ValidationError as error:
         raise _user_error(error.errors()[0], schema_of(cls), tree, prefix) from None
+    return checked
+
+
+@cache
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    """The validator of a class; making it takes longer than to use it."""
+    return TypeAdapter(cls)
 
 
 def unknown_key(path: str, value: object, keys: Sequence[str]) -> UserError:

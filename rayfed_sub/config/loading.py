@@ -137,7 +137,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
     try:
         text = path.read_text(encoding="utf-8")
-        tree, root = yaml.load(text, Loader), yaml.compose(text, Loader)
+        tree, root = _parsed(text)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         cause = str(error).replace('"<unicode string>", ', "")
         raise UserError("CONFIG", str(path), "a readable file of valid YAML", cause) from None
@@ -145,6 +145,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError("CONFIG", str(path), "a YAML mapping of keys to values", "see experiments/tiny.yaml")
     _check_repeats(path, root)
     return tree
+
+
+def _parsed(text: str) -> tuple[Any, yaml.Node | None]:
+    """The tree and the nodes it is made of.  Raises YAMLError."""
+    loader = Loader(text)
+    try:
+        root = loader.get_single_node()
+        return (None if root is None else loader.construct_document(root)), root
+    finally:
+        loader.dispose()
 
 
 def _check_repeats(path: Path, node: yaml.Node | None, parent: str = "") -> None:

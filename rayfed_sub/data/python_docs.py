@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from rayfed_sub.data import stdlib_docs
@@ -20,6 +21,7 @@ COLUMN = "module"
 """The partition column: the top-level module."""
 
 
+@cache
 def python_docs() -> Pairs:
     """A row for each documented public callable, e.g. "What does `textwrap.dedent` do?", sorted by name.
 
@@ -30,7 +32,7 @@ def python_docs() -> Pairs:
     are modules that open, print or write something when imported, need Tk, or name a platform
     (`stdlib_docs.SKIPPED`), and private ones.
 
-    Takes about half a second.  Raises RuntimeError where the interpreter cannot be started again.
+    Takes about half a second, once a process.  Raises RuntimeError where the interpreter cannot be started again.
     """
     command = [sys.executable, "-I", "-S", "-W", "ignore", str(Path(stdlib_docs.__file__))]
     done = subprocess.run(

@@ -173,7 +173,8 @@ def counted_trials(study: Study, variant: str, more: Sequence[str], value: Any) 
 
 def check_trials(study: Study, more: Sequence[str]) -> None:
     """UserError for a run whose configuration is not valid; more: overrides of all runs."""
+    base = read_yaml(study.base)
     for variant in study.variants:
         value = study.tune.values[0] if study.tune else None
         for trial in (*tuning_trials(study, variant, more), *counted_trials(study, variant, more, value)):
-            build(load_config(study.base, trial.overrides).method)
+            build(load_config(base, trial.overrides).method)

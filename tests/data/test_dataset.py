@@ -276,6 +276,7 @@ def test_python_docs_have_each_answer_once_in_single_spaces(docs: Pairs) -> None
 
 def test_python_docs_do_not_depend_on_the_process(docs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("textwrap.dedent.__doc__", "Something that was patched in.")
+    python_docs.cache_clear()
     assert python_docs() == docs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,8 +72,9 @@ def test_gradient_covers_all_uses_of_a_layer() -> None:
     start = galore_start(tiny, Subspace(2, 3))
     rule = LocalRule(Optimizer(), lr=0.1, seed=0, pad=0)
     train_pack(model, layers, tiny.shape, works([start], [[batch]]), rule, watch.hooks)
+    plain = copy.deepcopy(tiny.model)
     for layer in tiny.shape.targets:
-        weight = tiny.model.get_submodule(layer.name).weight.requires_grad_()
-        (G_mn,) = torch.autograd.grad(tiny.model(**batch).loss, weight)
+        weight = plain.get_submodule(layer.name).weight.requires_grad_()
+        (G_mn,) = torch.autograd.grad(plain(**batch).loss, weight)
         expected = by_hand(torch.eye(layer.n), G_mn.T, 2)  # x = 1, d = G^T give G
         assert watch.seen[0, layer.name] == pytest.approx(expected, rel=1e-3)

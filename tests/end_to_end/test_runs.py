@@ -58,7 +58,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, records: list[object])
     return run(small(), tmp_path_factory.mktemp("run") / "one", records.append)
 
 
-@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_final_weights_do_not_depend_on_the_number_of_workers(
     ray_session: None, undisturbed: Summary, workers: int, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_other_seed_gives_other_weights(undisturbed: Summary, tmp_path: Path) ->
     assert run(small("seed=1"), tmp_path / "run").weights_sha256 != undisturbed.weights_sha256
 
 
+@pytest.mark.slow
 def test_worker_killed_in_the_middle_of_a_round_changes_nothing(
     ray_session: None, undisturbed: Summary, tmp_path: Path
 ) -> None:
@@ -95,6 +97,7 @@ def test_worker_killed_in_the_middle_of_a_round_changes_nothing(
     summary = run(small("resources.workers=2"), tmp_path / "run", kill_one)
     assert killed
     assert summary.weights_sha256 == undisturbed.weights_sha256
+    assert summary.metrics == undisturbed.metrics
     clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
     assert sorted(clients.client) == sorted(list(range(8)) * 2)  # every client once a round: none lost, none twice
 
@@ -282,8 +285,9 @@ def test_workers_share_a_gpu_by_fractions(ray_session: None) -> None:
 
     actors = [ray.remote(Probe).options(**worker_options(0.25, 0.25)).remote() for _ in range(5)]
     calls = [actor.visible.remote() for actor in actors]
-    done, waiting = ray.wait(calls, num_returns=5, timeout=6)
+    done, waiting = ray.wait(calls, num_returns=4, timeout=60)
     assert ray.get(done) == ["0"] * 4
+    assert ray.wait(waiting, timeout=2) == ([], waiting)
     assert len(waiting) == 1
     for actor in actors:
         ray.kill(actor)

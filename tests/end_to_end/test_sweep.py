@@ -62,7 +62,8 @@ def test_trials_match_the_runs_of_their_configurations(workers: int, ray_session
 
     # Resumed: finished trials are reported and kept.
     again: list[Any] = []
-    resumed = run_sweep(checked, tmp_path / "sweep", again.append, resume=True)
+    once = load_sweep(GRID, space(text, "sweep.retries=0", f"resources.workers={workers}"))
+    resumed = run_sweep(once, tmp_path / "sweep", again.append, resume=True)
     pd.testing.assert_frame_equal(resumed.frame, result.frame)
     assert {r.number for r in again if isinstance(r, TrialNow) and r.status == "finished"} == {0}
     with pytest.raises(UserError, match=r"optimizer\.eps: got 0\.1; allowed: None, with which the sweep in"):

@@ -1,13 +1,14 @@
 """Tiny random models, batches and starts that several tests share.
 
-Targets are chosen so that each model has layers with m > n, m < n and, in the language models, m = n."""
+Targets are chosen so that each model has layers with m > n, m < n and, in the language models, m = n.  A model is built
+once for all tests, which leave it as it is."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class Tiny:
         return tensors
 
 
+@cache
 def llama(targets: str = r"(up_proj|down_proj|o_proj)$", hidden: int = 16, inner: int = 24) -> Tiny:
     """up_proj is inner x hidden (24 x 16), down_proj 16 x 24, o_proj 16 x 16."""
     config = LlamaConfig(
@@ -85,6 +87,7 @@ def llama(targets: str = r"(up_proj|down_proj|o_proj)$", hidden: int = 16, inner
     return _tiny(LlamaForCausalLM, config, targets, "", _tokens)
 
 
+@cache
 def gpt2(targets: str = r"(mlp\.c_fc|mlp\.c_proj|attn\.c_proj)$") -> Tiny:
     """Conv1D layers: c_fc is 32 x 16, mlp.c_proj 16 x 32, attn.c_proj 16 x 16."""
     config = GPT2Config(
@@ -101,6 +104,7 @@ def gpt2(targets: str = r"(mlp\.c_fc|mlp\.c_proj|attn\.c_proj)$") -> Tiny:
     return _tiny(GPT2LMHeadModel, config, targets, "", _tokens)
 
 
+@cache
 def bent(name: str) -> Tiny:
     """Models whose logits are more than a matrix product: soft-capping (`gemma2`, `xlstm`, `nanochat`), a factor (the
     others)."""
@@ -137,18 +141,21 @@ _ENCODER = {
 }
 
 
+@cache
 def bert(targets: str = r"(intermediate\.dense|\d\.output\.dense)$") -> Tiny:
     """Sequence classification: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
     config = BertConfig(**_ENCODER)
     return _tiny(BertForSequenceClassification, config, targets, "classifier", _sentences)
 
 
+@cache
 def albert(targets: str = r"albert_layers\.\d+\.(ffn|ffn_output)$") -> Tiny:
     """Sequence classification whose two blocks are one: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
     config = AlbertConfig(**_ENCODER, embedding_size=16)
     return _tiny(AlbertForSequenceClassification, config, targets, "classifier", _sentences)
 
 
+@cache
 def vit(targets: str = r"(fc1|fc2)$") -> Tiny:
     """Image classification: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
     config = ViTConfig(
@@ -164,6 +171,7 @@ def vit(targets: str = r"(fc1|fc2)$") -> Tiny:
     return _tiny(ViTForImageClassification, config, targets, "classifier", _images)
 
 
+@cache
 def dinov2(targets: str = r"(fc1|fc2)$") -> Tiny:
     """Image classification at 8 x 8 pixels, to which the positions of a 12 x 12 model are fitted: 32 x 16, 16 x 32,
     and a trained head 3 x 32 with bias, over the class token and the mean of the patches."""

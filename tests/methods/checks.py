@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,15 +35,16 @@ def upload_numbers(wire: str, round: int, /, **sizes: int) -> int:
     return int(eval(expression, {"max": max, "min": min, "__builtins__": {}}, dict(sizes)))
 
 
-def rounds_of(method: Method, tiny: Tiny, clients: int = 2) -> list[Round]:
-    """ROUNDS rounds from the beginning; every client takes part in all of them."""
-    server, walked = method.init_server(tiny.weights, tiny.shape, seed=0), []
+@cache
+def rounds_of(method: Method, tiny: Tiny, clients: int = 2) -> tuple[Round, ...]:
+    """ROUNDS rounds from the beginning, the same for all checks; every client takes part in all of them."""
+    server, walked = method.init_server(tiny.weights, tiny.shape, seed=0), list[Round]()
     for n in range(ROUNDS):
         states = walked[-1].states if walked else None
         data = clients_data(tiny, clients, seed=100 * n)
         walked.append(walk(method, tiny, server, data, weights=[1.0, 2.0][:clients], states=states))
         server = walked[-1].server
-    return walked
+    return tuple(walked)
 
 
 def check_server_names(method: Method, tiny: Tiny) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -126,8 +127,9 @@ def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: st
     return product(result.tensors) - product(start.tensors)
 
 
+@cache
 def begun(method: Method, tiny: Tiny) -> ServerState:
-    """A server after one finished round, so that no factor is zero."""
+    """A server after one finished round, so that no factor is zero; the same one for all tests."""
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     return walk(method, tiny, server, clients_data(tiny, 2, seed=90), weights=[1, 2]).server
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rayfed_sub import UserError, load_config, run
+from rayfed_sub.config.loading import read_yaml
 from rayfed_sub.methods import build
 from rayfed_sub.sweeps import study_runner, study_tables
 from rayfed_sub.sweeps.progress import Begun, TrialNow
@@ -40,14 +41,14 @@ def written(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_run_of_a_study_has_a_configuration(file: Path) -> None:
-    read = load_study(file)
-    folders = []
+    read, folders = load_study(file), []
+    base = read_yaml(read.base)
     for variant in read.variants:
         chosen = read.tune.values[0] if read.tune else None
         runs = [*counted_trials(read, variant, ["task.path=x.parquet"], chosen)]
         runs += tuning_trials(read, variant, [])
         for trial in runs:
-            config = load_config(read.base, trial.overrides)
+            config = load_config(base, trial.overrides)
             build(config.method)
             assert config.seed == trial.seed
             assert (config.evaluation.split == "validation") == trial.tuning
@@ -145,7 +146,8 @@ def test_every_run_is_checked_before_the_first(tmp_path: Path) -> None:
 
 
 def test_study_runs_missing_trials_only(ray_session: None, tmp_path: Path) -> None:
-    """Two values, one of which diverges; the other's run has the bits of a run alone."""
+    """Two values, one of which diverges; the other's run has the bits of a run alone.  One run at a time, so that both
+    share a process, whose start takes longer than they."""
     tune = "tune: {key: optimizer.lr, values: [0.003, 1.0e+39]}\n"
     file = written(tmp_path, f"{BASE}{SMALL}{tune}variants: {{a: []}}\nresults: out\n")
     read, begun, failures = load_study(file), list[int](), list[str | None]()
@@ -156,7 +158,7 @@ def test_study_runs_missing_trials_only(ray_session: None, tmp_path: Path) -> No
         if isinstance(record, TrialNow) and record.status == "failed":
             failures.append(record.failure)
 
-    table = study_runner.run_study(read, [], tmp_path / "runs", 2, count)
+    table = study_runner.run_study(read, [], tmp_path / "runs", 1, count)
     assert begun == [2, 1]
     assert table == study_tables.study_table(read)
     assert (tmp_path / "runs" / "s" / "a" / "run-0.003-0" / "report.html").exists()

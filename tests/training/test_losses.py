@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -83,19 +84,20 @@ def test_experts_are_skipped() -> None:
 def test_other_output_functions_are_left_to_the_model(after: Callable[[Tensor], Tensor]) -> None:
     """The loss is that of the model's own logits."""
     tiny = llama()
-    plain = tiny.model.forward
+    model = copy.deepcopy(tiny.model)
+    plain = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = plain(*args, **kwargs)
         out.logits = after(out.logits)
         return out
 
-    tiny.model.forward = forward
-    assert logit_rule(tiny.model) is None
+    model.forward = forward
+    assert logit_rule(model) is None
     (batch,) = draw_batches(tiny, 0, 1)
-    logits_RTV = tiny.model(input_ids=batch["input_ids"]).logits[:, :-1]
+    logits_RTV = model(input_ids=batch["input_ids"]).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits_RTV.flatten(0, 1), batch["labels"][:, 1:].flatten())
-    assert mean_loss(tiny.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert mean_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "bert", "gemma2", "phi", "gpt_bigcode"])
