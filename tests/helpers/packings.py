@@ -48,7 +48,7 @@ def job_of(case: Case, workers: str, most: str) -> list[str]:
     return [
         *(f"resources.workers={workers}", f"resources.pack_size={most}", f"model.dtype={case['dtype']}"),
         *(f"method.name={case['method']}", f"federation.local_steps={case['steps']}"),
-        *(f"optimizer.clip_norm={case['clip']}", "federation.rounds=3", "server.optimizer=none"),
+        *(f"optimizer.clip_norm={case['clip']}", "federation.rounds=3", "server.optimizer=plain"),
     ]
 
 
