@@ -17,7 +17,13 @@ Case = Mapping[str, str]
 """A value of each factor."""
 
 FACTORS = {
-    "method": ("fedftg", "hetlora", "flora", "fedsa-lora", "fedavg"),
+    "method": (
+        "{name: fedftg, rank: 4, refresh_every: 6}",
+        "{name: hetlora, rank: 4, client_ranks: [2, 3, 4]}",
+        "{name: flora, rank: 4}",
+        "{name: fedsa-lora, rank: 4}",
+        "{name: fedavg}",
+    ),
     "most": ("1", "2", "3", "8", "100"),
     "steps": ("4", "[4, 2, 3]"),
     "clip": ("null", "0.1"),
@@ -47,7 +53,7 @@ def job_of(case: Case, workers: str, most: str) -> list[str]:
     """The overrides of a case's job."""
     return [
         *(f"resources.workers={workers}", f"resources.pack_size={most}", f"model.dtype={case['dtype']}"),
-        *(f"method.name={case['method']}", f"federation.local_steps={case['steps']}"),
+        *(f"method={case['method']}", f"federation.local_steps={case['steps']}"),
         *(f"optimizer.clip_norm={case['clip']}", "federation.rounds=3", "server.optimizer=plain"),
     ]
 
