@@ -22,13 +22,13 @@ from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.data.batching import Batches
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.training import optimizers
-from rayfed_sub.training.blocks import Closed
-from rayfed_sub.training.client_errors import drawn, not_finite
+from rayfed_sub.training.client_errors import drawn
 from rayfed_sub.training.galore import Refresh, renew
 from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Terms, bound, runs
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
 from rayfed_sub.training.passes import Pass, passes
+from rayfed_sub.training.stacks import Stack, Trainee, stacks_of, without_finished
 
 GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
 """(layer, clients) -> backward hooks."""
@@ -66,34 +66,6 @@ class PackResult:
 
 
 @dataclass
-class Trainee:
-    """A client in training.  losses: of its steps so far, nats."""
-
-    client: int
-    start: Start
-    batches: Batches
-    step: int
-    touched: bool = False  # whether the open block has been stepped in this round
-    periods: int = 0
-    base_scale: float = 1.0
-    tokens: int = 0
-    losses: list[float] = field(default_factory=list)
-    failure: str | None = None
-
-
-@dataclass
-class Stack:
-    """Clients still training whose tensors have equal shapes, and these (G, ...): private copies that change in
-    place."""
-
-    trainees: list[Trainee]
-    tensors: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
-    closed: dict[str, Closed]
-    anchors: dict[str, Tensor]  # the trained tensors as the round began; empty without FedProx
-
-
-@dataclass
 class _Step:
     """What a step needs of a stack: trained leaves, scales, and the refresh if any client's own step count asks for
     one; captures: by layer; gradients: summed over the passes."""
@@ -124,12 +96,12 @@ def train_pack(
     """
     device = next(iter(layers.values())).weight.device
     trainees = [Trainee(work.client, work.start, work.batches, work.start.step) for work in works]
-    stacks = _stacks(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
+    stacks = stacks_of(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
     results: dict[int, LocalResult] = {}
     tokens = computed = 0
     for t in range(max(len(work.batches) for work in works)):
         batches = _draw(stacks, t)
-        stacks = [left for stack in stacks if (left := _without_finished(stack, t, shape, results)).trainees]
+        stacks = [left for stack in stacks if (left := without_finished(stack, t, shape, results)).trainees]
         if not stacks:  # all have failed
             break
         own = [batches[trainee.client] for stack in stacks for trainee in stack.trainees]
@@ -138,7 +110,7 @@ def train_pack(
         tokens += sum(one.tokens[0] for one in turns)
         computed += sum(one.tokens[1] for one in turns)
     for stack in stacks:
-        _without_finished(stack, None, shape, results)
+        without_finished(stack, None, shape, results)
     return PackResult([results[work.client] for work in works], tokens, computed)
 
 
@@ -325,94 +297,3 @@ def _new_period(
     for g, trainee in enumerate(stack.trainees):
         trainee.touched = trainee.touched and not refresh.due_G[g]
         trainee.failure = trainee.failure or refresh.failures.get(g)
-
-
-def _stacks(
-    trainees: Sequence[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
-) -> list[Stack]:
-    """The clients in stacks of equal shapes, in the order of each stack's first."""
-    alike: dict[tuple[tuple[int, ...], ...], list[Trainee]] = {}
-    for trainee in trainees:
-        alike.setdefault(tuple(tuple(t.shape) for t in trainee.start.tensors.values()), []).append(trainee)
-    return [_stack(some, shape, optimizer, device, anchored=anchored) for some in alike.values()]
-
-
-def _stack(
-    trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
-) -> Stack:
-    """The clients' tensors side by side, in fresh memory: equal packs, equal bits."""
-    starts = [trainee.start for trainee in trainees]
-
-    def stacked(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([tensor.float() for tensor in tensors]).to(device)
-
-    tensors = {name: stacked([start.tensors[name] for start in starts]) for name in starts[0].tensors}
-    moments = {
-        role: {
-            name: stacked([s.moments.get(f"{name}/{role}", torch.zeros_like(s.tensors[name])) for s in starts])
-            for name in starts[0].trained
-        }
-        for role in optimizers.moment_roles(optimizer)
-    }
-    closed = {layer.name: Closed() for layer in shape.targets}
-    anchors = {name: tensors[name].clone() for name in starts[0].trained} if anchored else {}
-    return Stack(trainees, tensors, moments, closed, anchors)
-
-
-def _without_finished(stack: Stack, t: int | None, shape: ModelShape, results: dict[int, LocalResult]) -> Stack:
-    """The stack without the clients that failed or have no batch number t; their results are noted.  t = None: all are
-    done."""
-    kept = [g for g, x in enumerate(stack.trainees) if t is not None and t < len(x.batches) and x.failure is None]
-    if len(kept) == len(stack.trainees):
-        return stack
-    for g in set(range(len(stack.trainees))) - set(kept):
-        results[stack.trainees[g].client] = _result(stack, g, shape)
-    index = torch.tensor(kept, dtype=torch.long, device=next(iter(stack.tensors.values())).device)
-    for closed in stack.closed.values():
-        closed.select(index)
-    return Stack(
-        [stack.trainees[g] for g in kept],
-        {name: tensor[index] for name, tensor in stack.tensors.items()},
-        {role: {name: tensor[index] for name, tensor in tensors.items()} for role, tensors in stack.moments.items()},
-        stack.closed,
-        {name: tensor[index] for name, tensor in stack.anchors.items()},
-    )
-
-
-def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
-    """Client g's round, on the CPU."""
-    trainee = stack.trainees[g]
-    start, losses = trainee.start, trainee.losses
-    tensors = {name: tensor[g].cpu().clone() for name, tensor in stack.tensors.items()}
-    moved = {
-        f"{name}/{role}": at[name][g].cpu().clone() for role, at in stack.moments.items() for name in start.trained
-    }
-    moments = {**start.moments, **moved}  # of a factor at rest they stay as they were
-    blocks = {}
-    if start.subspace is not None:
-        for layer in shape.targets:
-            left, right = start.scale * tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"]
-            closed = stack.closed[layer.name]
-            if closed.left_GmR is not None:
-                closed_left, closed_right = (x.cpu() for x in closed.of(g))
-                left, right = torch.cat([closed_left, left], dim=1), torch.cat([closed_right, right])
-            blocks[layer.name] = (left, right)
-    metrics = {
-        "loss": sum(losses) / max(1, len(losses)),
-        "loss_last": losses[-1] if losses else 0.0,
-        "labels": float(trainee.tokens),
-        "steps": float(len(losses)),
-        "periods": float(max(1, trainee.periods)),
-    }
-    return LocalResult(
-        client=trainee.client,
-        tensors=tensors,
-        moments=moments,
-        step=trainee.step,
-        blocks=blocks,
-        base_scale=trainee.base_scale,
-        periods=max(1, trainee.periods),
-        metrics=metrics,
-        failure=trainee.failure or not_finite(tensors),
-        trained=start.trained,
-    )
