@@ -137,22 +137,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
     try:
         text = path.read_text(encoding="utf-8")
-        tree, root = _parsed(text)
+        tree = _parsed(path, text)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         cause = str(error).replace('"<unicode string>", ', "")
         raise UserError("CONFIG", str(path), "a readable file of valid YAML", cause) from None
     if not isinstance(tree, dict):
         raise UserError("CONFIG", str(path), "a YAML mapping of keys to values", "see experiments/tiny.yaml")
-    _check_repeats(path, root)
     return tree
 
 
-def _parsed(text: str) -> tuple[Any, yaml.Node | None]:
-    """The tree and the nodes it is made of.  Raises YAMLError."""
+def _parsed(path: Path, text: str) -> Any:
+    """The tree.  Raises YAMLError, and UserError for a key that stands twice."""
     loader = Loader(text)
     try:
         root = loader.get_single_node()
-        return (None if root is None else loader.construct_document(root)), root
+        _check_repeats(path, root)  # before the tree is made, which writes merged keys (`<<`) into the nodes
+        return None if root is None else loader.construct_document(root)
     finally:
         loader.dispose()
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from rayfed_sub.models.frozen_linear import FrozenLinear
+
 _NAMED = re.compile(r"posit|pos_e|wpe")
 
 _SPARE = 2  # rows that some models' tables have beyond the positions of the configuration
@@ -30,7 +32,7 @@ def position_limit(module: nn.Module, hf_config: Any) -> int | None:
         owner = module.get_submodule(name.rpartition(".")[0])
         named = any(_NAMED.search(part) for part in name.split(".")[-2:])
         grows = hasattr(owner, "make_weights")  # computed positions that are made anew for longer rows (XGLM)
-        table = named and tensor.ndim == 2 and not (grows or isinstance(owner, nn.Linear))
+        table = named and tensor.ndim == 2 and not (grows or isinstance(owner, nn.Linear | FrozenLinear))
         if table and configured <= tensor.shape[0] <= configured + _SPARE:
             padding = getattr(owner, "padding_idx", None)
             limits.append(configured if padding is None else tensor.shape[0] - padding - 1)

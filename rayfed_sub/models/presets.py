@@ -72,7 +72,7 @@ SAME_IN_ANY_PACK = frozenset(
         *("cwm", "diffllama", "electra", "ernie", "ernie4_5", "exaone4", "flint", "gemma", "gemma2"),
         *("gemma3_text", "glm", "glm4", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
         *("granite_swa", "helium", "hrm_text", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder"),
-        *("jais2", "llama", "llama4_text", "ministral", "ministral3", "mistral", "modernbert-decoder"),
+        *("jais2", "llama", "ministral", "ministral3", "mistral", "modernbert-decoder"),
         *("nanochat", "nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "qwen2"),
         *("qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
     )

@@ -20,8 +20,6 @@ def any_pack(config: Config, architecture: Architecture) -> bool:
     """Whether a client's result has the same bits in any pack: on a processor, with one thread of torch, and models of
     the types for which the tests show it."""
     resources = config.resources
-    if resources.executor == "reference":  # one client at a time
-        return True
     return not resources.gpus_per_worker and resources.threads == 1 and architecture.any_pack
 
 

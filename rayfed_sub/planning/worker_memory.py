@@ -23,6 +23,7 @@ from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.images import Images
 from rayfed_sub.models.architecture import Architecture, build
+from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.weights import all_tensors, ruled
 from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
 from rayfed_sub.planning.heap import PRODUCT_KERNELS, Heap
@@ -162,8 +163,9 @@ def _evaluate(
     with global_model(layers, architecture.shape, changes, heads):
         predicted(model, _batch(architecture.shape, evaluation.batch_size, size))
         if evaluation.generate_rows:
-            rows = min(evaluation.batch_size, evaluation.generate_rows)
-            ids = torch.zeros(rows, size.prompt + evaluation.max_new_tokens, dtype=torch.int64)
+            rule, rows = pass_rule(model), min(evaluation.batch_size, evaluation.generate_rows)
+            width = rule.canonical(size.prompt) + evaluation.max_new_tokens
+            ids = torch.zeros(-(-rows // rule.rows) * rule.rows, width, dtype=torch.int64)
             with torch.inference_mode():
                 model.base_model(input_ids=ids, use_cache=True)
 

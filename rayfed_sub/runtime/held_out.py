@@ -1,4 +1,4 @@
-"""Held-out evaluation by the workers, on fixed shards in a fixed order: the same scores for any number of workers.
+"""Held-out evaluation by the workers, in a fixed order of rows: the same scores for any number of workers.
 
 A global model is evaluated on shards of the chosen rows.  Where every client has a model of its own, each row is
 evaluated by the client whose data it resembles (`Dataset.held_out_clients`).
@@ -84,7 +84,7 @@ def _each(
             state = None if client is None or model.stored is None else model.stored(client)
             return call(worker).remote(rows, model.broadcast, client, state)
 
-        return WorkItem(submit, index % workers.count, f"shard {index}", units=rows)
+        return WorkItem(submit, index % workers.count, f"shard {index}")
 
     items = [item(index, client, rows) for index, (client, rows) in enumerate(shards)]
     return [done.result for done in workers.in_order(items, stage)]

@@ -1,8 +1,8 @@
 """Scheduler of work items: at most two in flight per worker, retried after a loss, results in the items' order.
 
 A work item is a function from a worker to an object reference.  It must be safe to repeat: after a worker's death its
-items run again, unchanged or in halves of the same bits.  A worker that exceeds the deadline is killed, which is then
-handled as any other death.
+items run again, unchanged, or in halves where the bits are the same.  A worker that exceeds the deadline is killed,
+which is then handled as any other death.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 import ray
@@ -37,8 +37,8 @@ def _always(result: Any) -> bool:
 class WorkItem:
     """submit: starts the work on the given actor; home: the preferred worker (it holds the clients' states); sound:
     False for a result to discard: the whole item then runs once more, on another worker if there is one.  units: what
-    the work is about, clients or rows; halves: the same work in two parts, which take the item's place once it is lost:
-    what killed its worker may be its size.  Empty where it cannot be divided."""
+    the work is about; halves: the same work in two parts, which take the item's place once it is lost: what killed its
+    worker may be its size.  Empty where it cannot be divided."""
 
     submit: Callable[[Any], ray.ObjectRef]
     home: int
@@ -170,16 +170,19 @@ class Backlog:
         self._stage = stage
 
     def lost(self, numbers: Sequence[int], cause: str) -> None:
-        """Puts lost items back, to the front; the loss counts for the first, which was running and may be the cause.
+        """Puts lost items back, to the front; the first was running and may be the cause: it comes back in halves, or
+        if it cannot be divided, the loss counts.
 
         Raises RunError at an item's third loss in a row."""
         first, *queued = numbers
-        self._losses[first].append(cause)
         self.troubles[first].append(cause)
+        parts = self._halved(first)
+        if parts == [first]:
+            self._losses[first].append(cause)
         if len(self._losses[first]) == _LIVES:
             why = "; ".join(dict.fromkeys(self._losses[first]))
             raise RunError(self._stage, f"{self.items[first].label} lost {_LIVES} times in a row: {why}")
-        self.waiting.extendleft(reversed([*self._halved(first), *queued]))
+        self.waiting.extendleft(reversed([*parts, *queued]))
 
     def unsound(self, number: int, worker: int) -> None:
         """Puts an item back whose result is to be discarded."""
@@ -190,8 +193,8 @@ class Backlog:
 
     def soon(self, most: int) -> list[int]:
         """The waiting items among the next ones to be yielded."""
-        next_ones = set(islice(self.coming, most))
-        return list(takewhile(lambda number: number in next_ones, self.waiting))
+        waiting = set(self.waiting)
+        return [number for number in islice(self.coming, most) if number in waiting]
 
     def _halved(self, number: int) -> list[int]:
         """The items that take this one's place: its halves, or itself."""
@@ -202,7 +205,9 @@ class Backlog:
         del self.coming[place]
         for i, (new, half) in enumerate(zip(numbers, halves, strict=True)):
             self.items[new] = half
-            self._losses[new], self.troubles[new] = list(self._losses[number]), list(self.troubles[number])
+            self._losses[new], self.troubles[new] = [], [] if i else self.troubles[number]  # a trouble counts once
+            if number in self.spoiled:
+                self.spoiled[new] = self.spoiled[number]
             self.coming.insert(place + i, new)
         return numbers
 
@@ -238,7 +243,7 @@ def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterato
         number, began = pool.land(moved)
         item, troubles = work.items[number], tuple(work.troubles[number])
         if number in work.spoiled or item.sound(result):
-            ready[number] = Done(number, result, worker, began, time.monotonic(), troubles, item.units)
+            ready[number] = Done(0, result, worker, began, time.monotonic(), troubles, item.units)
         else:
             work.unsound(number, worker)
         while work.coming and work.coming[0] in ready:

@@ -186,8 +186,7 @@ class Worker:
 
     def _held_out(self, rows: Sequence[int]) -> dict[str, Tensor]:
         indices, mask = np.asarray(rows, dtype=np.int64), self._spec.config.task.mask_prompt
-        batch = collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.processor.pad)
-        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+        return collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.processor.pad)
 
     def _received(self, broadcast: Broadcast) -> Broadcast:
         """The round's broadcast on this worker's device.  A GPU keeps its copy for several packs and shards; no

@@ -34,7 +34,7 @@ def multiplied(a_Gij: Tensor, b_Gjk: Tensor) -> Tensor:
 
 def add_product(y_Gik: Tensor, a_Gij: Tensor, b_Gjk: Tensor) -> None:
     """y += a b for every client, in place."""
-    if min(y_Gik.shape[1:]) > 1:
+    if min(*y_Gik.shape[1:], a_Gij.shape[2]) > 1:  # else another path for one client than for several
         y_Gik.baddbmm_(a_Gij, b_Gjk)
     else:
         y_Gik += multiplied(a_Gij, b_Gjk)

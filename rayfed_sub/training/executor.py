@@ -5,7 +5,7 @@ clients of equal shape share.  The pack's loss is the sum of the clients' own me
 client's result has the same bits in any pack (ARCHITECTURE.md says on which models).  Clients with fewer steps leave
 the pack when they are done.
 
-Legend: G clients of a stack, m, n layer sizes, r rank, R summed rank of closed blocks, N tokens of a client's batch.
+Legend: G clients of a stack.
 """
 
 from __future__ import annotations
@@ -214,8 +214,10 @@ def _differentiate(loss: Tensor, steps: Sequence[_Step]) -> None:
     if loss.requires_grad:  # else there is no label in any client's batch
         found = torch.autograd.grad(loss, [leaf for _, _, leaf in leaves], allow_unused=True)
         for (step, name, _), gradient in zip(leaves, found, strict=True):
-            if gradient is not None:
-                step.gradients[name] = step.gradients[name] + gradient if name in step.gradients else gradient
+            if gradient is not None and name in step.gradients:
+                step.gradients[name] += gradient
+            elif gradient is not None:
+                step.gradients[name] = gradient
 
 
 def _penalise(stack: Stack, step: _Step) -> None:

@@ -5,7 +5,7 @@ basis) and the other trained from zero.  At a refresh the old block is closed an
 pass gives the new basis and the first projected gradient in it, from the layer's input x and output gradient d.
 
 Legend: G clients, g those that are renewed, m, n layer sizes, r rank, k projected side (n on the right, m on the
-left), l the other side, R closed ranks, N tokens.
+left), l the other side, N tokens.
 """
 
 from __future__ import annotations

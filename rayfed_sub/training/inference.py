@@ -28,13 +28,10 @@ def global_model(
     """
     dense = {name: change.dense for name, change in changes.items() if change.dense is not None}
     terms = {name: _terms(change, layers[name].weight.device) for name, change in changes.items()}
-    for spec in shape.head:
-        weight, bias = head[f"{spec.name}/weight"], head.get(f"{spec.name}/bias")
-        device = layers[spec.name].weight.device
-        bias_Gm = None if bias is None else bias[None].to(device)
-        terms[spec.name] = Terms(weight_Gmn=weight[None].to(device), bias_Gm=bias_Gm)
     here = {name: Bound(0, (one,)) for name, one in terms.items() if one is not None}
-    with based_on(layers, dense), bound(layers, here):
+    weights = {spec.name: head[f"{spec.name}/weight"] for spec in shape.head}
+    biases = {spec.name: head[f"{spec.name}/bias"] for spec in shape.head if spec.bias}
+    with based_on(layers, {**dense, **weights}, biases), bound(layers, here):
         yield
 
 

@@ -8,7 +8,7 @@ The shared weight is multiplied with the tokens of the whole pack, the clients' 
 neighbours of equal shape share those calls.  The (m, n) products of factors are never formed.
 
 Legend: G clients of a stack, g of them side by side, S tokens of a pass, N tokens of a client, m outputs, n inputs,
-r rank, R summed rank of closed blocks.
+r rank.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.frozen_linear import freeze, product
 from rayfed_sub.training.blocks import Closed, add_product, multiplied
+
+_FEW = 16
+"""Tokens below which a client's own products have other bits than among more."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +182,13 @@ class PackLinear(nn.Module):
         if self.bound is None:
             return product(x.float(), self.weight, self.bias).to(x.dtype)
         x_Sn = x.reshape(-1, x.shape[-1]).float()
-        stacks = self.bound.stacks
+        S, stacks = len(x_Sn), self.bound.stacks
+        if stacks[0].rows is None and S < _FEW:  # a few generated tokens
+            x_Sn = functional.pad(x_Sn, (0, 0, 0, _FEW - S))
         found = tuple(_tokens(terms.rows, len(x_Sn), self.bound.rows) for terms in stacks)
         leaves = [leaf for terms in stacks for leaf in terms.leaves()]
         y_Sm: Tensor = _Sum.apply(x_Sn, self.weight, self.bias, stacks, found, *leaves)  # type: ignore[no-untyped-call]
+        y_Sm = y_Sm[:S] if len(y_Sm) > S else y_Sm
         return y_Sm.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -338,16 +345,21 @@ def bound(layers: Mapping[str, PackLinear], terms: Mapping[str, Bound]) -> Itera
 
 
 @contextmanager
-def based_on(layers: Mapping[str, PackLinear], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Puts the round's base weights (m, n), float32, in place of the backbone's; a layer without one keeps its own.
+def based_on(
+    layers: Mapping[str, PackLinear], weights: Mapping[str, Tensor], biases: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Puts the round's base weights (m, n) and biases (m,), float32, in place of the backbone's; a layer without one
+    keeps its own.
 
     The weights stay the given tensors: on a processor they are read where they lie in shared memory.
     """
-    frozen = {name: layers[name].weight for name in weights}
+    frozen = {name: (layers[name].weight, layers[name].bias) for name in weights}
     try:
         for name, weight in weights.items():
-            layers[name].weight = weight.to(frozen[name].device)
+            layers[name].weight = weight.to(frozen[name][0].device)
+        for name, bias in (biases or {}).items():
+            layers[name].bias = bias.to(frozen[name][0].device)
         yield
     finally:
-        for name, weight in frozen.items():
-            layers[name].weight = weight
+        for name, (weight, old_bias) in frozen.items():
+            layers[name].weight, layers[name].bias = weight, old_bias

@@ -3,7 +3,7 @@
 What a client computes follows from its own rows, whatever stands beside them: to which length they are filled up, and
 in which order its parts are added.
 
-Legend: G clients, R rows of a pass, T tokens of a row, L a canonical length, S tokens of a pass.
+Legend: G clients, B rows of a client, R of a pass, T tokens of a row, L a canonical length, S tokens of a pass.
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ def _alike(used_GN: Tensor, x_GNn: Tensor, d_GNm: Tensor) -> Iterator[tuple[Sequ
                 token_gN = used_GN[some].nonzero()[:, 1].view(len(some), count)
                 client_g1 = torch.arange(len(some), device=token_gN.device)[:, None]
                 pair = [t[client_g1, token_gN] for t in pair]
-            x_gNn, d_gNm = (functional.pad(t.double(), (0, 0, 0, -count % _EVEN)) for t in pair)
+            x_gNn, d_gNm = (t.double() for t in pair)
+            if more := -count % _EVEN:
+                x_gNn, d_gNm = (functional.pad(t, (0, 0, 0, more)) for t in (x_gNn, d_gNm))
             yield some, count, x_gNn, d_gNm
 
 

@@ -1,4 +1,4 @@
-"""Clients in training whose tensors have equal shapes, side by side: nothing is filled up, and all share their calls.
+"""Clients in training whose tensors have equal shapes, side by side, so that all share their calls.
 
 Legend: G clients of a stack, m, n layer sizes, R summed rank of closed blocks.
 """

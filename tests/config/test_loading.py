@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rayfed_sub.config.checks import check
-from rayfed_sub.config.loading import load_config
+from rayfed_sub.config.loading import load_config, read_yaml
 from rayfed_sub.config.schema import Checkpoint, Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import build
@@ -339,3 +339,13 @@ def test_default_task_seed_is_a_number_and_default_eval_rows_are_256() -> None:
     assert (Config().task.seed, Config().evaluation.eval_rows) == (0, 256)
     with pytest.raises(UserError, match=r"^task\.seed: got None; allowed: an integer >= 0; e\.g\. task\.seed=0$"):
         load_config({"task": {"seed": None}})
+
+
+def test_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    """YAML's `<<` is no repeat of the key that it brings along."""
+    file = tmp_path / "merged.yaml"
+    file.write_text("base: &base {pack_size: 4, workers: 1}\nresources: {<<: *base, pack_size: 16}\n")
+    assert read_yaml(file)["resources"] == {"pack_size": 16, "workers": 1}
+    file.write_text("resources: {pack_size: 4, pack_size: 16}\n")
+    with pytest.raises(UserError, match=r"each key once; resources\.pack_size stands again in line 1"):
+        read_yaml(file)

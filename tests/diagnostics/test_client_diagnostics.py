@@ -90,10 +90,10 @@ def test_layers_are_selected_evenly_and_reported_in_order() -> None:
     ]
 
 
-def test_gradients_are_measured_for_one_client_of_a_pack_in_selected_layers() -> None:
+def test_gradients_are_measured_for_the_examined_clients_in_selected_layers() -> None:
     starts = [a_round(k)[0] for k in (3, 4, 5)]
     watch = gradient_watch(Diagnostics(layers=2, gradient_layers=4), SHAPE, {4: starts[1], 5: starts[2]})
-    assert watch.ranks == {4: 2}
+    assert watch.ranks == {4: 2, 5: 2}
     assert watch.layers == {"block.0.up", "block.2.up"}
     nowhere = gradient_watch(Diagnostics(gradient_layers=0), SHAPE, {3: starts[0]})
     assert nowhere.layers == frozenset()

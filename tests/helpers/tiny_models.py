@@ -145,14 +145,14 @@ _ENCODER = {
 def bert(targets: str = r"(intermediate\.dense|\d\.output\.dense)$") -> Tiny:
     """Sequence classification: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
     config = BertConfig(**_ENCODER)
-    return _tiny(BertForSequenceClassification, config, targets, "classifier", _sentences)
+    return _tiny(BertForSequenceClassification, config, targets, "classifier", draw_sentences)
 
 
 @cache
 def albert(targets: str = r"albert_layers\.\d+\.(ffn|ffn_output)$") -> Tiny:
     """Sequence classification whose two blocks are one: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
     config = AlbertConfig(**_ENCODER, embedding_size=16)
-    return _tiny(AlbertForSequenceClassification, config, targets, "classifier", _sentences)
+    return _tiny(AlbertForSequenceClassification, config, targets, "classifier", draw_sentences)
 
 
 @cache
@@ -168,7 +168,7 @@ def vit(targets: str = r"(fc1|fc2)$") -> Tiny:
         num_labels=CLASSES,
         initializer_range=0.3,
     )
-    return _tiny(ViTForImageClassification, config, targets, "classifier", _images)
+    return _tiny(ViTForImageClassification, config, targets, "classifier", draw_images)
 
 
 @cache
@@ -185,7 +185,7 @@ def dinov2(targets: str = r"(fc1|fc2)$") -> Tiny:
         num_labels=CLASSES,
         initializer_range=0.3,
     )
-    return _tiny(Dinov2ForImageClassification, config, targets, "classifier", _images)
+    return _tiny(Dinov2ForImageClassification, config, targets, "classifier", draw_images)
 
 
 def _tiny(
@@ -218,13 +218,13 @@ def _tokens(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
     return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": targets}
 
 
-def _sentences(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
+def draw_sentences(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
     batch = _tokens(rng, rows, tokens, 0)
     batch["labels"] = _classes(rng, rows, labels)
     return batch
 
 
-def _images(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
+def draw_images(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
     return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=rng), "labels": _classes(rng, rows, labels)}
 
 

@@ -272,7 +272,7 @@ def test_server_has_the_same_bits_for_any_packs(name: str) -> None:
     optimizer = OPTIMIZER.model_copy(update={"clip_norm": 0.05})
     first, *others = (
         walk(method, tiny, server, data, weights=weights, packs=packs, optimizer=optimizer).server
-        for packs in ([[0, 1, 2, 3]], [[0, 1, 2], [3]], [[0], [1], [2], [3]])
+        for packs in ([[0, 1, 2, 3]], [[0], [1, 2], [3]])
     )
     for other in others:
         assert [name for name in first.tensors if not torch.equal(first.tensors[name], other.tensors[name])] == []

@@ -10,9 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.config.schema import Model, Optimizer
 from rayfed_sub.core.types import LocalResult, Start, Subspace
+from rayfed_sub.models.architecture import architecture, bare_config
+from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK
+from rayfed_sub.models.weights import assemble, load_weights
 from tests.helpers.tiny_models import (
+    PAD,
+    VOCABULARY,
     Tiny,
     bent,
     bert,
@@ -20,6 +25,8 @@ from tests.helpers.tiny_models import (
     dense_start,
     dinov2,
     draw_batches,
+    draw_images,
+    draw_sentences,
     galore_start,
     gpt2,
     llama,
@@ -56,14 +63,22 @@ def starts(tiny: Tiny, kind: str) -> list[Start]:
 
 def batches(tiny: Tiny, *, equal: bool = False) -> list[list[dict[str, Tensor]]]:
     """Different numbers of local steps, rows and tokens; or equal ones."""
-    # Rows of 16 and 17: alone they lie as attention sees them, beside others they do not.
-    steps, rows, tokens = (5, 4, 5, 2, 4, 5, 1, 3), (3, 1, 2, 3, 1, 3, 1, 3), (9, 17, 6, 9, 16, 29, 16, 10)
+    # Rows of 16: alone they lie as attention sees them, beside others they do not.  Clients 0 and 4, of rank 1, have
+    # equally many tokens, as have 1 and 3, of rank 2.
+    steps, rows, tokens = (5, 4, 5, 2, 4, 5, 1, 3), (1, 2, 2, 2, 1, 3, 1, 3), (16, 9, 6, 9, 16, 29, 17, 10)
     if equal:
         steps, rows, tokens = (4,) * 8, (2,) * 8, (11,) * 8
     return [
         draw_batches(tiny, seed, s, rows=b, tokens=t)
         for seed, (s, b, t) in enumerate(zip(steps, rows, tokens, strict=True))
     ]
+
+
+def differing(tiny: Tiny, given: Sequence[Start], data: list[list[dict[str, Tensor]]], clip: float | None) -> list[str]:
+    """What a client's result in one of the packs has other than in the first."""
+    optimizer = Optimizer(weight_decay=0.1, clip_norm=clip)
+    first, *others = (trained(tiny, given, data, optimizer, packs) for packs in PACKS)
+    return [f"client {k}, {name}" for other in others for k in first for name in apart(other[k], first[k])]
 
 
 def trained(
@@ -103,11 +118,11 @@ MODELS = {"llama": llama, "gpt2": gpt2, "gemma2": lambda: bent("gemma2"), "bert"
 
 EVERY = [(model, kind, clip) for model in MODELS for kind in KINDS for clip in (None, 0.05)]
 OFTEN = {
-    *(("llama", kind, 0.05) for kind in KINDS),
-    *(("gpt2", "exact", None), ("gemma2", "lora", None), ("bert", "exact", None), ("bert", "dense", None)),
-    *(("vit", "exact", None), ("vit", "dense", None), ("dinov2", "lora", None)),
+    *(("llama", "exact+rotate", 0.05), ("llama", "randomized", 0.05), ("llama", "lora", None), ("llama", "core", 0.05)),
+    *(("gpt2", "exact", 0.05), ("gemma2", "random", None), ("bert", "svd", 0.05), ("bert", "dense", None)),
+    *(("vit", "exact+reset", 0.05), ("dinov2", "lora", 0.05)),
 }
-"""Every kind, model and way to clip."""
+"""Every kind and every model once, with and without clipping."""
 
 
 @pytest.mark.parametrize(
@@ -116,20 +131,31 @@ OFTEN = {
 )
 def test_client_has_the_same_bits_in_any_pack(model: str, kind: str, clip: float | None) -> None:
     tiny = MODELS[model]()
-    given, data = starts(tiny, kind), batches(tiny)
-    optimizer = Optimizer(weight_decay=0.1, clip_norm=clip)
-    first, *others = (trained(tiny, given, data, optimizer, packs) for packs in PACKS)
-    for packs, other in zip(PACKS[1:], others, strict=True):
-        assert not [(k, name) for k in first for name in apart(other[k], first[k])], packs
+    assert not differing(tiny, starts(tiny, kind), batches(tiny), clip)
 
 
-@pytest.mark.parametrize(("model", "kind"), [("llama", "exact"), ("gpt2", "lora"), ("llama", "dense")])
+@pytest.mark.parametrize("rank", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["exact", "lora", "core"])
+def test_clients_of_equal_shape_share_calls_and_have_the_same_bits(kind: str, rank: int) -> None:
+    tiny = llama()
+    one = {
+        "exact": galore_start(tiny, Subspace(rank, 3)),
+        "lora": lora_start(tiny, rank),
+        "core": core_start(tiny, rank),
+    }
+    assert not differing(tiny, [one[kind]] * 8, batches(tiny, equal=True), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("llama", "exact"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("gpt2", "lora"), ("llama", "dense"))),
+    ],
+)
 def test_so_it_has_over_a_bfloat16_backbone(model: str, kind: str) -> None:
     tiny = narrow(MODELS[model])
-    given, data = starts(tiny, kind), batches(tiny)
-    first, *others = (trained(tiny, given, data, Optimizer(clip_norm=0.05), packs) for packs in PACKS)
-    for packs, other in zip(PACKS[1:], others, strict=True):
-        assert not [(k, name) for k in first for name in apart(other[k], first[k])], packs
+    assert not differing(tiny, starts(tiny, kind), batches(tiny), 0.05)
 
 
 @pytest.mark.parametrize("model", ["llama", "vit"])
@@ -152,3 +178,30 @@ def test_clients_of_equal_shape_take_as_many_calls_as_one(model: str) -> None:
             run_pack(tiny, [lora_start(tiny, 2)] * clients, data[:clients], Optimizer(), lr=LR)
         found.append(counted.products)
     assert found[0] == found[1] > 0
+
+
+SMALL = {
+    **{"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"max_position_embeddings": 64, "initializer_range": 0.3, "dim": 24, "hidden_dim": 36, "n_layers": 2},
+    **{"n_heads": 2, "embedding_size": 24, "pad_token_id": PAD, "image_size": 8, "patch_size": 2},
+}
+
+
+def classifier(name: str) -> Tiny:
+    """A small model of the type as a run has it, for three classes of texts or images."""
+    known = bare_config(Model(path="random", random={"type": name}), "text-classification")
+    texts = hasattr(known, "vocab_size")
+    kind = "text-classification" if texts else "image-classification"
+    numbers = {key: value for key, value in SMALL.items() if hasattr(known, key)}
+    built = architecture(Model(path="random", random={"type": name, **numbers}), kind, "abc", VOCABULARY, PAD)
+    weights = load_weights(Model(path="random"), built, seed=0)
+    return Tiny(assemble(built, weights), built.shape, draw_sentences if texts else draw_images)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "albert" else pytest.mark.slow) for n in sorted(CLASSIFIERS_IN_ANY_PACK)]
+)
+def test_classifier_of_every_listed_type_gives_the_same_bits_in_any_pack(name: str) -> None:
+    tiny = classifier(name)
+    given = [lora_start(tiny, rank) for rank in (1, 2, 3, 2, 1, 3, 2, 4)]
+    assert not differing(tiny, given, batches(tiny), 0.05)

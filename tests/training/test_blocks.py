@@ -8,7 +8,7 @@ import torch
 from rayfed_sub.training.blocks import Closed, add_product, multiplied
 
 
-@pytest.mark.parametrize("size", [(1, 5, 7), (7, 5, 1), (1, 5, 1), (3, 1, 4), (4, 9, 6)])
+@pytest.mark.parametrize("size", [(1, 5, 7), (7, 5, 1), (1, 5, 1), (24, 1, 16), (56, 1, 24), (4, 9, 6)])
 def test_client_s_product_has_the_same_bits_beside_others(size: tuple[int, int, int]) -> None:
     i, j, k = size
     rng = torch.Generator().manual_seed(0)

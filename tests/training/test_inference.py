@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional
 
 from rayfed_sub.config.loading import load_config
+from rayfed_sub.core.types import Block, Change
 from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.runtime.held_out import JudgedModel, _shards
-from rayfed_sub.training.inference import answers, predictions
-from tests.helpers.tiny_models import PAD, Tiny, bent, bert, dinov2, draw_batches, gpt2, llama
+from rayfed_sub.training.inference import answers, global_model, predictions
+from tests.helpers.tiny_models import PAD, Tiny, bent, bert, dinov2, draw_batches, gpt2, installed, llama, lora_start
 
 LANGUAGE: list[Callable[[], Tiny]] = [llama, gpt2, *(lambda name=name: bent(name) for name in ("gemma2", "cohere"))]
 
@@ -77,6 +78,26 @@ def test_row_is_scored_by_its_class(model: Callable[[], Tiny]) -> None:
             continue
         assert (prediction.predicted, prediction.labels) == ((int(logits_RC[row].argmax()),), (label,))
         assert prediction.loss == pytest.approx(functional.cross_entropy(logits_RC[row], torch.tensor(label)).item())
+
+
+@pytest.mark.parametrize("model", [llama, bert, dinov2], ids=["llama", "bert", "dinov2"])
+def test_row_has_the_same_scores_in_any_batch(model: Callable[[], Tiny]) -> None:
+    """With a trained head and closed blocks, as the global model has them."""
+    tiny = model()
+    net, layers = installed(tiny)
+    (batch,) = draw_batches(tiny, seed=3, steps=1, rows=16)
+    start = lora_start(tiny, 2)
+    blocks = {t.name: (start.tensors[f"{t.name}/left"], start.tensors[f"{t.name}/right"]) for t in tiny.shape.targets}
+    changes = {name: Change(blocks=(Block(*pair),)) for name, pair in blocks.items()}
+    prompts = [[3, 4, 5], [9], [7, 7, 2, 1], [60, 5]]
+    with global_model(layers, tiny.shape, changes, start.tensors):
+        whole = predictions(net, batch, PAD)
+        for size in (1, 2, 3, 7):
+            parts = [{name: x[i : i + size] for name, x in batch.items()} for i in range(0, 16, size)]
+            assert [one for part in parts for one in predictions(net, part, PAD)] == whole
+        if model is llama:
+            said = answers(net, prompts, pad=PAD, ends=[1], limit=6)
+            assert [answers(net, [prompt], pad=PAD, ends=[1], limit=6)[0] for prompt in prompts] == said
 
 
 def test_evaluation_rows_follow_the_task_s_seed_and_not_the_run_s() -> None:
