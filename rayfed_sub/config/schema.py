@@ -157,7 +157,8 @@ class Federation(Record):
     batching: Batching = Field(
         default="shuffled",
         description="shuffled: batches are cut from a random permutation of a client's rows. bucketed: their rows have "
-        "like length, the same step long or short for all clients, which pads less but ties the order to lengths.",
+        "like length, the same step long or short for all clients: fewer passes where rows do not lie side by side, "
+        "but the order is tied to lengths.",
     )
     partition: Partition = Partition()
     client_weighting: Literal["samples", "uniform"] = Field(

@@ -19,7 +19,7 @@ from rayfed_sub.data.rows import Ints, Rows
 IGNORED = -100
 """The label that no loss counts, as in torch and Hugging Face."""
 POOL = 8
-"""Bucketed batches among which rows are sorted by length: a larger pool pads less, but its batches are less random."""
+"""Bucketed batches among which rows are sorted by length: in a larger pool they are more alike, and less random."""
 
 
 class Batches(Protocol):
@@ -42,7 +42,7 @@ def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int, l
     lengths (one for each row that there is, by row number): bucketed batches.  Those that lie in one epoch are made of
     rows of like length: in pools of POOL consecutive ones the rows are sorted by length and cut anew.  The seed, the
     epoch and the pool decide which of a pool's batches is short and which long, not the client, so that clients trained
-    side by side meet them at the same time and pad each other little.  The price: all clients take their steps on long
+    side by side meet them at the same time.  The price: all clients take their steps on long
     rows together, so the order of training depends on the rows' lengths.
 
     >>> [batch_rows(0, 7, np.arange(4), 2, step).tolist() for step in (0, 1)]

@@ -45,9 +45,10 @@ _CHANGING = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class PassRule:
-    """How rows go through a model.  flat: as one flat row; else rows are grouped by canonical length.  granule: every
-    number of tokens is a multiple of it.  rows: so is that of rows, where layers see one vector of each (pooled heads,
-    images, a generated token).  longest: the most positions that the model has; None without limit."""
+    """How rows go through a model.  flat: as one flat row; else rows are grouped by canonical length.  granule: a
+    client's tokens are filled up to a multiple of it.  rows: rows are filled up to a multiple of this where layers see
+    one vector of each (pooled heads, images, a generated token).  longest: the most positions that the model has; None
+    without limit."""
 
     flat: bool = False
     granule: int = _ALIGNED

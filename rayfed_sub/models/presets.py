@@ -98,7 +98,7 @@ FLAT = SAME_IN_ANY_PACK | frozenset(
     )
 )
 """Types whose rows may lie side by side: their attention goes through transformers' interface and nothing else mixes
-tokens.  Experts see as many tokens at once as their neighbours send them, so that a mixture's bits hang on the pack."""
+tokens.  Experts see as many tokens at once as a pack sends them, so that a mixture's bits depend on it."""
 
 ANY_PATCHES = ("dinov2", "dinov2_with_registers")
 """Model types that fit their position encoding to an image of any number of patches; others read one size."""

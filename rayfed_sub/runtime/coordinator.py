@@ -353,7 +353,9 @@ class Coordinator:
             parts = [clients[:middle], clients[middle:]] if self._any_pack and middle else []
             return [self._train_item(n, part, worker, broadcast, watched) for part in parts]
 
-        label = f"client {clients[0]}" if len(clients) == 1 else f"clients {', '.join(map(str, clients))}"
+        label = f"client {clients[0]}"
+        if len(clients) > 1:
+            label = f"{len(clients)} clients from {clients[0]} to {clients[-1]} in the cohort's order"
         return WorkItem(submit, home, label, _sound, clients, halves)
 
     def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:

@@ -153,7 +153,8 @@ class Worker:
             kept.append(new)
             if result.client in watched:
                 diagnostics.append(measured(asked, shape, one.start, result, update.weight, watch))
-        # A pack with a failure runs again; if the failure stays away then, the others may end with other bits.
+        # A pack with a failure runs again; if the failure stays away then, the others may end with other bits on models
+        # that are not the same in any pack.
         if len(fresh) == len(results):
             for client, new in fresh.items():
                 self._remember(client, new)

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,41 +43,55 @@ def peak_of(samples: Iterable[Sample]) -> int:
 
 
 class PeakMemory:
-    """Samples this process's PSS in a daemon thread until `close`; `last` is the newest value, `peak` the largest seen,
-    in bytes: a lower bound, since a peak may fall between two samples and a restarted process begins anew.  A sample
-    takes some 10 ms of a large process, so nobody who asks waits for one, and they come at least `seconds` apart, and
-    further, up to ten, where they would take more than half a percent of the time."""
+    """Samples this process's PSS in a daemon thread until `close`, or until nobody holds it any more; `last` is the
+    newest value, `peak` the largest seen, in bytes: a lower bound, since a peak may fall between two samples and a
+    restarted process begins anew.  A sample takes some 10 ms of a large process, so nobody who asks waits for one, and
+    they come at least `seconds` apart, and further, up to ten, where they would take more than half a percent of the
+    time."""
 
     def __init__(self, seconds: float = 1.0) -> None:
-        self._process = psutil.Process()
-        self._seconds = seconds
-        self.last = self.peak = 0
-        self._sample()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="peak-memory")
+        self._samples = _Samples()
+        pause, self._over = self._samples.take(seconds), threading.Event()
+        watching = (self._samples, self._over, seconds, pause)  # not this object, which the thread would keep alive
+        self._thread = threading.Thread(target=_watch, args=watching, daemon=True, name="peak-memory")
         self._thread.start()
+        weakref.finalize(self, self._over.set)
+
+    @property
+    def last(self) -> int:
+        return self._samples.last
+
+    @property
+    def peak(self) -> int:
+        return self._samples.peak
 
     def sample(self) -> Sample:
         """The last sample, without waiting for a new one."""
-        return Sample((socket.gethostname(), self._process.pid), self.last, self.peak)
+        return Sample((socket.gethostname(), self._samples.process.pid), self.last, self.peak)
 
     def close(self) -> None:
         """Ends the sampling thread."""
         self._over.set()
         self._thread.join()
 
-    def _sample(self) -> float:
-        """Takes a sample; returns the seconds until the next."""
+
+class _Samples:
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.last = self.peak = 0
+
+    def take(self, seconds: float) -> float:
+        """Takes a sample; returns the seconds until the next, `seconds` at least."""
         began = time.thread_time()
-        memory = self._process.memory_full_info()
+        memory = self.process.memory_full_info()
         self.last = getattr(memory, "pss", memory.uss)
         self.peak = max(self.peak, self.last)
-        return min(max(self._seconds, (time.thread_time() - began) / _SHARE), _LONGEST)
+        return min(max(seconds, (time.thread_time() - began) / _SHARE), _LONGEST)
 
-    def _watch(self) -> None:
-        pause = self._seconds
-        while not self._over.wait(pause):
-            pause = self._sample()
+
+def _watch(samples: _Samples, over: threading.Event, seconds: float, pause: float) -> None:
+    while not over.wait(pause):
+        pause = samples.take(seconds)
 
 
 def keep_freed() -> None:

@@ -89,7 +89,7 @@ def answers(
     model: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], limit: int
 ) -> list[list[int]]:
     """Greedy answers, at most `limit` tokens each, cut before the first of `ends`.  Prompts of equal canonical length
-    are answered together, so that an answer does not hang on the others."""
+    are answered together, so that an answer does not depend on the others."""
     rule = pass_rule(model)
     if rule.longest is not None:
         rule = replace(rule, longest=rule.longest - limit)
