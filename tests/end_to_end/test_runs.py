@@ -68,7 +68,7 @@ def test_final_weights_do_not_depend_on_the_number_of_workers(
     assert summary.metrics == undisturbed.metrics
 
 
-@pytest.mark.parametrize("most", [1, 3, 100])
+@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.slow), 3, 100])
 def test_final_weights_and_scores_do_not_depend_on_which_clients_train_side_by_side(
     undisturbed: Summary, most: int, tmp_path: Path
 ) -> None:
