@@ -68,10 +68,10 @@ projection from the hidden size up to the MLP's inner size."""
 
 SAME_IN_ANY_PACK = frozenset(
     (
-        *("apertus", "arcee", "beam", "bert", "bert-generation", "biogpt", "bitnet", "cohere", "cohere2"),
-        *("cwm", "diffllama", "electra", "ernie", "ernie4_5", "exaone4", "flint", "gemma", "gemma2"),
+        *("apertus", "arcee", "bert", "bert-generation", "biogpt", "bitnet", "cohere", "cohere2"),
+        *("cwm", "diffllama", "electra", "ernie", "ernie4_5", "exaone4", "gemma", "gemma2"),
         *("gemma3_text", "glm", "glm4", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
-        *("granite_swa", "helium", "hrm_text", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder"),
+        *("granite_swa", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder"),
         *("jais2", "llama", "ministral", "ministral3", "mistral", "modernbert-decoder"),
         *("nanochat", "nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "qwen2"),
         *("qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
@@ -90,11 +90,11 @@ CLASSIFIERS_IN_ANY_PACK = frozenset(
 
 FLAT = SAME_IN_ANY_PACK | frozenset(
     (
-        *("afmoe", "aria_text", "axk2", "cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"),
-        *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa"),
+        *("afmoe", "aria_text", "axk2", "cohere2_moe", "deepseek_v2", "ernie4_5_moe"),
+        *("exaone_moe", "flex_olmo", "flint", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa"),
         *("granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jetmoe", "kolibri1", "laguna", "mellum"),
         *("mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe", "phimoe"),
-        *("qwen2_moe", "qwen3_moe", "solar_open", "youtu"),
+        *("qwen2_moe", "qwen3_moe", "solar_open"),
     )
 )
 """Types whose rows may lie side by side: their attention goes through transformers' interface and nothing else mixes

@@ -13,7 +13,7 @@ from torch import Tensor
 from rayfed_sub.config.schema import Model, Optimizer
 from rayfed_sub.core.types import LocalResult, Start, Subspace
 from rayfed_sub.models.architecture import architecture, bare_config
-from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK
+from rayfed_sub.models.presets import ANY_PATCHES, CLASSIFIERS_IN_ANY_PACK
 from rayfed_sub.models.weights import assemble, load_weights
 from tests.helpers.tiny_models import (
     PAD,
@@ -189,9 +189,9 @@ SMALL = {
 
 def classifier(name: str) -> Tiny:
     """A small model of the type as a run has it, for three classes of texts or images."""
-    known = bare_config(Model(path="random", random={"type": name}), "text-classification")
-    texts = hasattr(known, "vocab_size")
+    texts = name not in ("beit", "vit", *ANY_PATCHES)
     kind = "text-classification" if texts else "image-classification"
+    known = bare_config(Model(path="random", random={"type": name}), kind)
     numbers = {key: value for key, value in SMALL.items() if hasattr(known, key)}
     built = architecture(Model(path="random", random={"type": name, **numbers}), kind, "abc", VOCABULARY, PAD)
     weights = load_weights(Model(path="random"), built, seed=0)
