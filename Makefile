@@ -13,8 +13,8 @@ help: ## show this list
 demo: $(INSTALLED) $(MODEL) ## fine-tune SmolLM2-135M over 8 clients, before and after
 	$(BIN)/rayfed-sub run experiments/quickstart.yaml
 
-# Rooms whose tests need neither Ray nor a model's weights.
-QUICK := core config methods/test_[!ps]*.py privacy/test_mechanism.py diagnostics evaluation/test_[!n]*.py telemetry storage/test_run_folder.py storage/test_state_store.py
+# Rooms whose tests need neither Ray nor a model's weights, and little time.
+QUICK := core config methods/test_[!ps]*.py diagnostics evaluation/test_[!n]*.py telemetry storage/test_run_folder.py
 check: lint ## lint and unit tests without Ray, for daily work
 	$(BIN)/python -m pytest -q -m "not slow" tests/test_layering.py tests/test_documents.py $(addprefix tests/,$(QUICK))
 
