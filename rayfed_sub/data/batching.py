@@ -42,8 +42,8 @@ def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int, l
     lengths (one for each row that there is, by row number): bucketed batches.  Those that lie in one epoch are made of
     rows of like length: in pools of POOL consecutive ones the rows are sorted by length and cut anew.  The seed, the
     epoch and the pool decide which of a pool's batches is short and which long, not the client, so that clients trained
-    side by side meet them at the same time.  The price: all clients take their steps on long
-    rows together, so the order of training depends on the rows' lengths.
+    side by side meet them at the same time.  The price: all clients take their steps on long rows together, so the
+    order of training depends on the rows' lengths.
 
     >>> [batch_rows(0, 7, np.arange(4), 2, step).tolist() for step in (0, 1)]
     [[0, 1], [2, 3]]

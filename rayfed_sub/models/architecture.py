@@ -59,7 +59,7 @@ class Architecture:
 
     @property
     def any_pack(self) -> bool:
-        """Whether a client's result has the same bits in any pack: the types for which the tests show it."""
+        """True where a client's result has the same bits in any pack: for types for which the tests show it."""
         if self.kind == "causal-lm":
             return is_flat(self.hf_config) and self.hf_config.model_type in SAME_IN_ANY_PACK
         return self.hf_config.model_type in CLASSIFIERS_IN_ANY_PACK

@@ -45,10 +45,12 @@ _CHANGING = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class PassRule:
-    """How rows go through a model.  flat: as one flat row; else rows are grouped by canonical length.  granule: a
-    client's tokens are filled up to a multiple of it.  rows: rows are filled up to a multiple of this where layers see
-    one vector of each (pooled heads, images, a generated token).  longest: the most positions that the model has; None
-    without limit."""
+    """Rule by which rows go through a model.
+
+    flat: as one flat row; else rows are grouped by canonical length.  granule: a client's tokens are filled up to a
+    multiple of it.  rows: rows are filled up to a multiple of this where layers see one vector of each (pooled heads,
+    images, a generated token).  longest: the most positions that the model has; None without limit.
+    """
 
     flat: bool = False
     granule: int = _ALIGNED
@@ -95,7 +97,7 @@ def _inner_sizes(model: nn.Module) -> list[int]:
 
 
 def is_flat(config: Any) -> bool:
-    """Whether rows of a causal model of this configuration may lie side by side (`presets.FLAT`)."""
+    """True where rows of a causal model of this configuration may lie side by side (`presets.FLAT`)."""
     rope = getattr(config, "rope_parameters", None) or {}
     layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]
     return config.model_type in FLAT and all(one.get("rope_type") not in _CHANGING for one in layers)
@@ -103,7 +105,7 @@ def is_flat(config: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class FlatRows:
-    """Where rows lie in a flat row.  groups: (rows, canonical length) of each call of attention, in the order of P.
+    """Places of rows in a flat row.  groups: (rows, canonical length) of each call of attention, in the order of P.
     source_P: the flat token at each of attention's places; filled_P: True at places that only fill a row up, which
     repeat its last token.  place_S: each flat token's place; strange_S: True at tokens that belong to no row: attention
     gives them zeros.  as_they_lie: attention's places are the flat tokens in their order, so nothing is moved."""

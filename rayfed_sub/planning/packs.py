@@ -17,8 +17,8 @@ from rayfed_sub.planning.sampling import local_steps
 
 
 def any_pack(config: Config, architecture: Architecture) -> bool:
-    """Whether a client's result has the same bits in any pack: on a processor, with one thread of torch, and models of
-    the types for which the tests show it."""
+    """True where a client's result has the same bits in any pack: on a processor, with one thread of torch, on models
+    of the types for which the tests show it."""
     resources = config.resources
     return not resources.gpus_per_worker and resources.threads == 1 and architecture.any_pack
 

@@ -67,8 +67,8 @@ class PackResult:
 
 @dataclass
 class _Step:
-    """What a step needs of a stack: trained leaves, scales, and the refresh if any client's own step count asks for
-    one; captures: by layer; gradients: summed over the passes."""
+    """A stack's part in a step: trained leaves, scales, and the refresh if any client's own step count asks for one;
+    captures: by layer; gradients: summed over the passes."""
 
     leaves: dict[str, Tensor]
     scale_G: Tensor
@@ -222,8 +222,9 @@ def _differentiate(loss: Tensor, steps: Sequence[_Step]) -> None:
 
 def _penalise(stack: Stack, step: _Step) -> None:
     """Adds the gradients of the clients' own penalties; zeros where a tensor took no part in a loss."""
+    tensors = {**stack.tensors, **step.leaves}
     terms = [
-        trainee.start.penalty({name: {**stack.tensors, **step.leaves}[name][g] for name in trainee.start.tensors})
+        trainee.start.penalty({name: tensors[name][g] for name in trainee.start.tensors})
         for g, trainee in enumerate(stack.trainees)
         if trainee.start.penalty is not None
     ]
