@@ -38,7 +38,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
         _speed(plan.speed, console)
 
 
-def written(file: object, before: int, speed: Speed) -> str:
+def written(file: object, before: object, speed: Speed) -> str:
     """Result of --write as one line.  before: the pack size in the file, or the default."""
     if speed.best == speed.now:
         return f"{file}: not changed; resources.pack_size={before} is as quick as any that was timed"

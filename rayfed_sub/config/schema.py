@@ -314,7 +314,12 @@ class Resources(Record):
         default=1.0, description="CPUs of a worker; torch has max(1, floor(cpus_per_worker)) threads."
     )
     gpus_per_worker: float = Field(default=0.0, ge=0, description="Share of one GPU that a worker has, at most 1.")
-    pack_size: Count = Field(default=4, description="Clients that a worker trains side by side, at most.")
+    pack_size: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Clients that a worker trains side by side, at most. auto: a run begins with packs of 4, times "
+        "larger and smaller ones as it goes on and keeps the quickest that memory has room for; always 4 where bits "
+        "depend on packs.",
+    )
     executor: Literal["pack", "reference"] = Field(
         default="pack",
         description="pack, or reference: one client at a time with peft and galore-torch; slow, the tests' oracle.",
@@ -330,6 +335,11 @@ class Resources(Record):
         description="Seconds that a pack, or a shard of an evaluation, may take before its worker is replaced and the "
         "work given to another.",
     )
+
+    @property
+    def first_pack(self) -> int:
+        """Clients of a pack at most when a run begins."""
+        return 4 if self.pack_size == "auto" else self.pack_size
 
     @property
     def trainers(self) -> int:

@@ -35,7 +35,7 @@ def fits(needed: Need, one: Memory, four: Memory, machine: Machine) -> Iterable[
     needed: a roomy one, whose workers with packs of one and of four clients are given.
     """
     resources = needed.config.resources
-    for pack in sorted({*PACKS, resources.pack_size}):
+    for pack in sorted({*PACKS, resources.first_pack}):
         memory = between(pack, (1, one), (4, four))
         if machine.gpu is not None:
             taken = needed.on_gpu(memory.tensors)
@@ -50,7 +50,7 @@ def roomy_packs(found: Iterable[Fit], resources: Resources) -> list[int]:
     fitting = {fit.pack_size: fit.workers for fit in found}
     share = resources.gpus_per_worker
     asked = int(1 / share) if 0 < share <= 1 else resources.trainers  # fits are those of one GPU
-    least = max(1, min(asked, resources.trainers, fitting[resources.pack_size]))
+    least = max(1, min(asked, resources.trainers, fitting[resources.first_pack]))
     return [size for size, workers in fitting.items() if workers >= least]
 
 
@@ -73,7 +73,7 @@ def check_fits(parts: Parts, machine: Machine) -> None:
     needed = need(parts, rounds=2, most=FEW)
     _check_disk(needed, machine)
     resources = parts.config.resources
-    workers, pack = resources.trainers, min(resources.pack_size, needed.cohort)
+    workers, pack = resources.trainers, min(resources.first_pack, needed.cohort)
     passes = activations(parts.config, parts.architecture, needed.size, pack)
     wide = passes + 8 * pack * needed.most(lambda client: client.resident)
     if machine.gpu is None and needed.fixed(workers, pack) + workers * (needed.bare[2] + wide) <= machine.memory:
@@ -112,7 +112,7 @@ def _nearest(needed: Need, machine: Machine) -> _Advice:
     """Fewer workers before smaller packs, smaller packs before batches, those before another model."""
     config, resources = needed.config, needed.config.resources
     workers, pack = _widest(needed, machine)
-    if workers and pack == resources.pack_size:
+    if workers and pack == resources.first_pack:
         return "resources.workers", resources.workers, f"set resources.workers={workers}"
     if workers:
         wanted = "" if workers == resources.trainers else f" resources.workers={workers}"
@@ -129,7 +129,7 @@ def _nearest(needed: Need, machine: Machine) -> _Advice:
 def _widest(needed: Need, machine: Machine) -> tuple[int, int]:
     """Workers and pack size that train the most clients at once; no workers where not even packs of one fit."""
     resources = needed.config.resources
-    best, pack = (0, 0), resources.pack_size
+    best, pack = (0, 0), resources.first_pack
     while pack:
         memory = needed.worker(pack)
         if machine.gpu is not None:

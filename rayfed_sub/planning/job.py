@@ -24,6 +24,7 @@ from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
 from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer
 from rayfed_sub.planning.machines import Node, most_workers
+from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.planning.sampling import judged_rows, local_steps
 from rayfed_sub.privacy.accountant import NOISES, noise_of
 
@@ -39,6 +40,11 @@ class Job:
     processor: Processor
     dataset: Dataset
     noise: float | None = None
+
+    @property
+    def any_pack(self) -> bool:
+        """Whether a client's result has the same bits in any pack, see `packs.any_pack`."""
+        return any_pack(self.config, self.architecture)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import psutil
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from rayfed_sub.core.errors import UserError
+
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+_USED = ("memory.current", "memory/memory.usage_in_bytes")
 
 GPUS = {
     "t4": 15 * 2**30,
@@ -21,6 +26,16 @@ GPUS = {
     "h200": 140 * 2**30,
 }
 """Share of a GPU's memory that a process can have."""
+
+
+def free_memory() -> int:
+    """Bytes available to new processes: the machine's, or fewer under a container's limit."""
+    free = psutil.virtual_memory().available
+    root = Path("/sys/fs/cgroup")
+    for limit, used in zip(_LIMITS, _USED, strict=True):
+        if (root / limit).exists() and (text := (root / limit).read_text().strip()).isdigit():
+            free = min(free, int(text) - int((root / used).read_text()))
+    return free
 
 
 @dataclass(frozen=True)

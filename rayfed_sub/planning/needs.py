@@ -112,10 +112,11 @@ class Need:
         coordinator = bare + self.coordinator + round((HOLES - 1) * self.traffic.coordinator)
         return self.store(workers, pack) + DRIVER + ray + coordinator
 
-    def node(self, worker: int) -> int:
-        """Bytes of a node that holds all processes of the run; worker: bytes of each above the bare process."""
-        resources = self.config.resources
-        return self.fixed(resources.trainers, resources.pack_size) + resources.trainers * (self.bare[2] + worker)
+    def node(self, pack: int, worker: int) -> int:
+        """Bytes of a node that holds all processes of the run, with packs of this size; worker: bytes of each worker
+        above the bare process."""
+        workers = self.config.resources.trainers
+        return self.fixed(workers, pack) + workers * (self.bare[2] + worker)
 
     def on_gpu(self, tensors: int) -> int:
         """Bytes of a worker on a GPU, where backbone and broadcast are copied to."""

@@ -1,12 +1,13 @@
 """Packs of a round: one canonical order of the cohort, of which packs are contiguous runs.
 
 The order follows from configuration and rows alone.  Where a client's result has the same bits in any pack, the cuts
-are free: they follow the workers that are there, and a pack that is lost comes back in halves.
+are free: each is made when a worker has a place for it, and a pack that is lost comes back in halves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from math import ceil
 
 from rayfed_sub.config.schema import Config
@@ -23,31 +24,65 @@ def any_pack(config: Config, architecture: Architecture) -> bool:
     return not resources.gpus_per_worker and resources.threads == 1 and architecture.any_pack
 
 
+def most_clients(config: Config, cohort: int, *, free: bool) -> int:
+    """The largest pack that a run may cut; free: whether the cuts are.
+
+    A pack of more than a worker's share of the cohort would leave other workers idle."""
+    resources = config.resources
+    if resources.pack_size != "auto" or not free:
+        return min(resources.first_pack, cohort)
+    return max(min(resources.first_pack, cohort), ceil(cohort / resources.trainers))
+
+
 def ordered(config: Config, dataset: Dataset, cohort: Sequence[int]) -> list[int]:
-    """The cohort in the order in which updates are added: clients of like work side by side, by their local steps, the
-    length of their rows (in powers of two) and their number."""
-    return sorted(cohort, key=lambda client: (local_steps(config, client), _length(dataset, client), client))
+    """The cohort in the order in which updates are added: clients of like work side by side, the most work first, by
+    their local steps, the length of their rows (in powers of two) and their number."""
+
+    def place(client: int) -> tuple[int, int, int]:
+        return -local_steps(config, client), -int(_length(dataset, client)).bit_length(), client
+
+    return sorted(cohort, key=place)
 
 
-def _length(dataset: Dataset, client: int) -> int:
+def work(config: Config, dataset: Dataset, client: int) -> float:
+    """A client's work in a round, to compare clients with each other: its local steps times the length of its rows."""
+    return local_steps(config, client) * max(1.0, _length(dataset, client))
+
+
+def _length(dataset: Dataset, client: int) -> float:
+    """The mean number of tokens of the client's rows; 0 for images, which are all of one size."""
     if not isinstance(dataset.train, Rows):
-        return 0
-    return int(dataset.train.lengths[dataset.rows_of(client)].mean()).bit_length()
+        return 0.0
+    return float(dataset.train.lengths[dataset.rows_of(client)].mean())
 
 
-def cuts(clients: Sequence[int], most: int, workers: int, *, free: bool) -> list[list[int]]:
-    """The clients as packs of at most `most`; free: as even as they go in as many turns of all workers, the larger ones
-    first.
+def fixed_cuts(clients: Sequence[int], size: int) -> list[Sequence[int]]:
+    """The clients as packs of one size, the last one of the rest."""
+    return [clients[i : i + size] for i in range(0, len(clients), size)]
 
-    >>> cuts(range(10), 4, 2, free=False), cuts(range(10), 4, 2, free=True)
-    ([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]], [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]])
+
+def free_cuts(work: Sequence[float], workers: int, most: Callable[[], int]) -> Iterator[range]:
+    """The packs of a round as ranges of the cohort's places, where the cuts are free.
+
+    Packs have equal work, as far as none has more than `most()` clients, which is asked anew for each.  A round of
+    several turns of all workers ends with packs of half the work, so that no worker waits long for another one.
+
+    >>> [len(pack) for pack in free_cuts([1] * 7, workers=2, most=lambda: 4)]
+    [4, 3]
+    >>> [len(pack) for pack in free_cuts([1] * 24, workers=2, most=lambda: 8)]
+    [6, 6, 3, 3, 3, 3]
     """
-    if not free:
-        return [list(clients[i : i + most]) for i in range(0, len(clients), most)]
-    packs = min(len(clients), ceil(len(clients) / (most * workers)) * workers)
-    found, first = list[list[int]](), 0
-    for left in range(packs, 0, -1):
-        size = ceil((len(clients) - first) / left)
-        found.append(list(clients[first : first + size]))
-        first += size
-    return found
+    sums, begin, by, packs, halves = [0.0, *accumulate(work)], 0, 0, 0, 0
+    while begin < len(work):
+        left, size = len(work) - begin, most()
+        if size != by:
+            turns = ceil(left / (size * workers))
+            halves = 2 * workers if begin or turns > 1 else 0
+            by, packs = size, turns * workers + halves // 2
+        mine = 0.5 if packs <= halves else 1.0
+        share = (sums[-1] - sums[begin]) * mine / (packs - min(packs, halves) / 2)
+        # The cut next to that share: a client belongs to the pack that has room for half of it.
+        ends = range(begin + 1, begin + min(size, left) + 1)
+        end = begin + max(1, sum((sums[end] + sums[end - 1]) / 2 - sums[begin] < share for end in ends))
+        yield range(begin, end)
+        begin, packs = end, max(packs - 1, ceil((len(work) - end) / size))

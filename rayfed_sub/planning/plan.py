@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy
 from rayfed_sub.planning.job import Job
-from rayfed_sub.planning.machines import Machine, machine_named
+from rayfed_sub.planning.machines import Machine, free_memory, machine_named
 from rayfed_sub.planning.needs import need
+from rayfed_sub.planning.packs import most_clients
 from rayfed_sub.planning.sampling import cohort, local_steps
 from rayfed_sub.planning.traffic import FEW, ClientTraffic, MethodBytes, Parts, Traffic, by_method, by_rank
 from rayfed_sub.planning.worker_memory import Lengths, Memory
@@ -77,9 +77,10 @@ class Plan:
 def plan(parts: Parts, machine: Machine) -> Plan:
     """The whole plan, also of a run that does not fit."""
     needed, resources = need(parts), parts.config.resources
+    pack = resources.first_pack
     found, wide = needed.traffic, roomy(needed)
     one, four = wide.worker(1), wide.worker(4)
-    worker = {1: one, 4: four}.get(min(resources.pack_size, needed.cohort)) or needed.worker(resources.pack_size)
+    worker = {1: one, 4: four}.get(min(pack, needed.cohort)) or needed.worker(pack)
     return Plan(
         name=parts.config.name,
         method=parts.name,
@@ -96,8 +97,8 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         rounds=tuple(_round(n, walked) for n, walked in enumerate(found.rounds)),
         server=(found.server[0], found.server[-1]),
         coordinator=needed.bare[1] + needed.coordinator,
-        store=needed.store(resources.trainers, resources.pack_size),
-        node=needed.node(0 if machine.gpu else worker.process),
+        store=needed.store(resources.trainers, pack),
+        node=needed.node(pack, 0 if machine.gpu else worker.process),
         disk=needed.disk,
         machine=machine,
         fits=tuple(fits(wide, one, four, machine)),
@@ -137,6 +138,11 @@ def _span(sizes: Iterable[int]) -> tuple[int, int]:
 
 def _notes(config: Config, found: Traffic) -> Iterable[str]:
     """Notes beside the figures."""
+    if config.resources.pack_size == "auto":
+        yield (
+            f"Memory is that of packs of {config.resources.first_pack}, with which the run begins; they grow where "
+            "that is quicker and memory is free."
+        )
     downs = [max((client.down for client in walked.values()), default=0) for walked in found.rounds]
     if len(downs) > 1 and downs[-1] > max(client.up for client in found.clients):
         yield "A download holds the changes of the whole cohort: it grows with the cohort's ranks, up to dense weights."
@@ -146,11 +152,6 @@ def _notes(config: Config, found: Traffic) -> Iterable[str]:
         yield "Clients prune themselves as they learn: bytes are at most these."
     if config.resources.executor == "reference":
         yield "resources.executor=reference: each worker holds a float32 copy of the model besides."
-
-
-_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
-
-_USED = ("memory.current", "memory/memory.usage_in_bytes")
 
 
 def plan_of(job: Job, on: str | None = None, folder: Path = Path()) -> Plan:
@@ -169,9 +170,11 @@ def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
 
 
 def memory(job: Job) -> int:
-    """Bytes that all processes of the run take on one machine, as in its plan; some seconds for a large model."""
-    needed, resources = need(job_parts(job), rounds=2, most=FEW), job.config.resources
-    return needed.node(0 if resources.gpus_per_worker else needed.worker(resources.pack_size).process)
+    """Bytes that all processes of the run take on one machine with its largest packs; some seconds for a large
+    model."""
+    needed = need(job_parts(job), rounds=2, most=FEW)
+    pack = most_clients(job.config, needed.cohort, free=job.any_pack)
+    return needed.node(pack, 0 if job.config.resources.gpus_per_worker else needed.worker(pack).process)
 
 
 def here(job: Job, folder: Path = Path()) -> Machine:
@@ -182,7 +185,7 @@ def here(job: Job, folder: Path = Path()) -> Machine:
     while not folder.exists():
         folder = folder.parent
     name = "this machine" if gpu is None else torch.cuda.get_device_name()
-    return Machine(name, _free_memory(), float(os.cpu_count() or 1), shutil.disk_usage(folder).free, gpu)
+    return Machine(name, free_memory(), float(os.cpu_count() or 1), shutil.disk_usage(folder).free, gpu)
 
 
 def job_parts(job: Job) -> Parts:
@@ -191,13 +194,3 @@ def job_parts(job: Job) -> Parts:
     cohorts = [cohort(config, n) for n in range(config.federation.rounds or 0)]
     steps = partial(local_steps, config)
     return Parts(config, job.method, job.architecture, job.dataset, cohorts, steps, job.noise)
-
-
-def _free_memory() -> int:
-    """Bytes available to new processes: the machine's, or fewer under a container's limit."""
-    free = psutil.virtual_memory().available
-    root = Path("/sys/fs/cgroup")
-    for limit, used in zip(_LIMITS, _USED, strict=True):
-        if (root / limit).exists() and (text := (root / limit).read_text().strip()).isdigit():
-            free = min(free, int(text) - int((root / used).read_text()))
-    return free

@@ -40,8 +40,8 @@ from rayfed_sub.privacy.accountant import spent
 from rayfed_sub.runtime import held_out, object_store
 from rayfed_sub.runtime.held_out import JudgedModel
 from rayfed_sub.runtime.object_store import Shared
+from rayfed_sub.runtime.pack_queue import PackQueue
 from rayfed_sub.runtime.round_metrics import RoundMetrics, client_row, pack_row
-from rayfed_sub.runtime.scheduler import WorkItem
 from rayfed_sub.runtime.worker import Answer, PackOutcome, broadcast_of
 from rayfed_sub.runtime.workers import workers_of
 from rayfed_sub.storage import checkpoints
@@ -93,7 +93,6 @@ class Coordinator:
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
         self._backbone = unpacked(arrays)
         self._metrics = metrics_of(config, self._dataset.class_names)
-        self._home: dict[int, int] = {}
         self._answers: list[Answer] = []
         self._sent: tuple[int, Any, int] | None = None  # round, handle, checksum of the broadcast
 
@@ -115,6 +114,8 @@ class Coordinator:
         memory = self._config.resources.state_memory
         self._store = StateStore(self._folder, memory, self._initial, self._workers.put, object_store.get)
         self._answers = self._workers.ready()
+        stored, free = self._store.stored, self._any_pack
+        self._packs = PackQueue(self._config, self._dataset, self._workers, stored, free=free)
         return self._store.current.server.round
 
     def workers_environment(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,20 +181,17 @@ class Coordinator:
         A separate function, so that the sum and the old server are freed before the next broadcast."""
         config, method, shape = self._config, self._method, self._shape
         broadcast = self._broadcast()
-        current, most = self._store.current, config.resources.pack_size
-        cut = packs.cuts(cohort, most, config.resources.trainers, free=self._any_pack)
-        watched = client_diagnostics.watched(config.diagnostics, n, config.federation.rounds or 0, cohort)
-        items = [self._train_item(n, pack, i % self._workers.count, broadcast, watched) for i, pack in enumerate(cut)]
-
+        current = self._store.current
         total, trained, metrics = self._zero(), list[Key](), RoundMetrics(n, len(cohort), began)
         ranks: dict[str, int | None] = dict.fromkeys(self._change_layers(n), 0)
         pack_rows, watched_rounds = list[PackRow](), list[ClientDiagnostics]()
+        items = self._packs.items(n, cohort, broadcast)
         for done in self._workers.in_order(items, f"round {n}, local training"):
+            self._packs.done(n, done)
             outcome: PackOutcome = done.result
             pack_rows.append(pack_row(n, done))
             watched_rounds += map(client_diagnostics.kept, outcome.diagnostics)
             for client, update, state in zip(done.units, outcome.updates, outcome.states, strict=True):
-                self._home[client] = done.worker
                 if update.failure is not None or state is None:
                     metrics.add(self._skipped(n, update, down[client]))
                     continue
@@ -336,28 +334,6 @@ class Coordinator:
         current = self._store.current
         return current.server.round > 0 and (self._private or bool(current.states))
 
-    def _train_item(
-        self, n: int, clients: Sequence[int], worker: int, broadcast: Any, watched: Sequence[int]
-    ) -> WorkItem:
-        """worker: the one to prefer while none has trained the first client."""
-        home = self._home.get(clients[0], worker)
-        examined = client_diagnostics.examined(watched)
-        work = sampling.pack_work(self._config, self._dataset, n, clients, watched, examined)
-
-        def submit(worker: Any) -> Any:  # states are read into memory as late as this
-            states = [self._store.stored(client) for client in clients]
-            return worker.train.remote(work, states, broadcast)
-
-        def halves() -> list[WorkItem]:
-            middle = len(clients) // 2
-            parts = [clients[:middle], clients[middle:]] if self._any_pack and middle else []
-            return [self._train_item(n, part, worker, broadcast, watched) for part in parts]
-
-        label = f"client {clients[0]}"
-        if len(clients) > 1:
-            label = f"{len(clients)} clients from {clients[0]} to {clients[-1]} in the cohort's order"
-        return WorkItem(submit, home, label, _sound, clients, halves)
-
     def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:
         changes = self._method.model(server, self._shape)
         for layer in self._shape.targets:
@@ -402,10 +378,6 @@ class Coordinator:
         if sent is not None and checksum(packed(object_store.get(sent[1]).tensors)) != sent[2]:
             at = self._store.current.server.round
             raise RunError("shared memory", "the broadcast's bytes changed", round=at, resume=None)
-
-
-def _sound(outcome: PackOutcome) -> bool:
-    return all(update.failure is None for update in outcome.updates)
 
 
 def _check_finite(server: ServerState, n: int) -> None:

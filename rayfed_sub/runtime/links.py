@@ -14,7 +14,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.planning.job import Job
-from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.runtime.coordinator import Coordinator
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.telemetry.events import PackDone, RoundDone
@@ -39,7 +38,7 @@ class CoordinatorLink(Protocol):
 def coordinator_of(job: Job, folder: Path, shared: Shared) -> CoordinatorLink:
     """The coordinator of a run in the folder."""
     server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
-    parts = (*server, any_pack(job.config, job.architecture), shared, folder.absolute(), job.noise)
+    parts = (*server, job.any_pack, shared, folder.absolute(), job.noise)
     return ActorLink(parts) if job.config.resources.workers else LocalLink(parts)
 
 

@@ -13,7 +13,6 @@ from rayfed_sub.core.types import Broadcast, Tensors
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.fit import PACKS
 from rayfed_sub.planning.job import Job
-from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.planning.sampling import PackWork, local_steps
 from rayfed_sub.runtime.worker import Spec, Worker, broadcast_of
 
@@ -67,8 +66,8 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
 
     evened = sorted({even(size, cohort, workers) for size in sizes})
     packs = {speed.pack_size: speed for speed in while_it_gains(evened, timed, lambda speed: _client(config, speed))}
-    now = min(config.resources.pack_size, cohort)
-    if any_pack(config, job.architecture):  # as it is cut
+    now = min(config.resources.first_pack, cohort)
+    if job.any_pack:  # as it is cut
         now = even(now, cohort, workers)
     if now not in packs:
         packs[now] = timed(now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
@@ -53,7 +53,7 @@ class RayWorkers:
                 raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
         return answers
 
-    def in_order(self, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
+    def in_order(self, items: Iterable[WorkItem], stage: str) -> Iterator[Done]:
         """As `scheduler.in_order`."""
         return in_order(self._pool, items, stage)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -157,17 +157,34 @@ class WorkerPool:
 class Backlog:
     """Items of a stage that are still to be yielded, and what has happened to them so far.
 
+    items are taken from their source (`fill`) when they are needed, so that the source decides as late as it can.
     coming: numbers of the items whose results are still to be yielded, in order; waiting: of those that no worker has.
     spoiled: item -> the worker that gave an unsound result.
     """
 
-    def __init__(self, items: Sequence[WorkItem], stage: str) -> None:
-        self.items = dict(enumerate(items))
-        self.coming, self.waiting = deque(self.items), deque(self.items)
+    def __init__(self, items: Iterable[WorkItem], stage: str) -> None:
+        self.items: dict[int, WorkItem] = {}
+        self.coming, self.waiting = deque[int](), deque[int]()
         self.spoiled: dict[int, int] = {}
-        self.troubles: dict[int, list[str]] = {number: [] for number in self.items}
-        self._losses: dict[int, list[str]] = {number: [] for number in self.items}  # in a row
-        self._stage = stage
+        self.troubles: dict[int, list[str]] = {}
+        self._losses: dict[int, list[str]] = {}  # in a row
+        self._stage, self._more = stage, iter(items)
+
+    def fill(self, places: int, most: int) -> None:
+        """Takes items while fewer than `places` wait for a worker, and fewer than `most` are still to be yielded."""
+        while len(self.waiting) < places and len(self.coming) < most:
+            item = next(self._more, None)
+            if item is None:
+                return
+            number = self._numbered(item)
+            self.coming.append(number)
+            self.waiting.append(number)
+
+    def unfinished(self) -> bool:
+        """True while an item is still to be yielded."""
+        if not self.coming:
+            self.fill(1, 1)
+        return bool(self.coming)
 
     def lost(self, numbers: Sequence[int], cause: str) -> None:
         """Puts lost items back, to the front; the first was running and may be the cause: it comes back in halves, or
@@ -201,20 +218,24 @@ class Backlog:
         halves = self.items[number].halves()
         if not halves:
             return [number]
-        numbers, place = [len(self.items) + i for i in range(len(halves))], self.coming.index(number)
+        numbers, place = [self._numbered(half) for half in halves], self.coming.index(number)
         del self.coming[place]
-        for i, (new, half) in enumerate(zip(numbers, halves, strict=True)):
-            self.items[new] = half
-            self._losses[new], self.troubles[new] = [], [] if i else self.troubles[number]  # a trouble counts once
+        self.troubles[numbers[0]] = self.troubles[number]  # a trouble counts once
+        for i, new in enumerate(numbers):
             if number in self.spoiled:
                 self.spoiled[new] = self.spoiled[number]
             self.coming.insert(place + i, new)
         return numbers
 
+    def _numbered(self, item: WorkItem) -> int:
+        number = len(self.items)
+        self.items[number], self._losses[number], self.troubles[number] = item, [], []
+        return number
 
-def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
-    """Runs all items and yields them in order, each as soon as it and all before it are done; halves in the place of a
-    lost item, and numbered as they come.
+
+def in_order(pool: WorkerPool, items: Iterable[WorkItem], stage: str) -> Iterator[Done]:
+    """Takes items when workers have a place for them, runs them and yields them in order, each as soon as it and all
+    before it are done; halves in the place of a lost item, and numbered as they come.
 
     Raises an item's own error; RunError when an item was lost `_LIVES` times in a row (with its worker, past the
     deadline, as a result in transit), and when no worker answers any more.
@@ -223,7 +244,7 @@ def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterato
     ready: dict[int, Done] = {}
     yielded = 0
     pool.begin()
-    while work.coming:
+    while work.unfinished():
         _launch(pool, work)
         moved = pool.wait(stage)
         if moved is None:
@@ -254,7 +275,9 @@ def in_order(pool: WorkerPool, items: Sequence[WorkItem], stage: str) -> Iterato
 def _launch(pool: WorkerPool, work: Backlog) -> None:
     """Sends items that are needed soon to workers with a free place: first items whose home they are, then the
     first."""
-    while near := work.soon(_AHEAD * len(pool.workers)):
+    ahead = _AHEAD * len(pool.workers)
+    work.fill(sum(_IN_FLIGHT - load for load in pool.load.values()), ahead)
+    while near := work.soon(ahead):
         homes = {work.items[number].home for number in near}
         free = [worker for worker, load in pool.load.items() if load < _IN_FLIGHT]
         for worker in sorted(free, key=lambda w: (pool.load[w], w not in homes, w)):

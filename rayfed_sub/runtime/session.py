@@ -29,7 +29,6 @@ from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, check_resources, prepare
-from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.cluster import joined, nodes, ray_session
 from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
@@ -102,7 +101,7 @@ def _run(
         check_resources(config, nodes())
         notify(Stage("reading task and model"))
         job = prepare(config)
-        same = any_pack(job.config, job.architecture)
+        same = job.any_pack
         if old is not None:
             summary = summary_of(old.path, job.config, same)
             check_data(old.path, job.dataset.fingerprint)

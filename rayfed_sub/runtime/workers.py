@@ -7,7 +7,7 @@ which a debugger stops in a user's method and a small run starts at once.  Both 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class Workers(Protocol):
     def ready(self) -> list[Answer]:
         """Waits until every worker has mapped the backbone; returns their answers."""
 
-    def in_order(self, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
+    def in_order(self, items: Iterable[WorkItem], stage: str) -> Iterator[Done]:
         """Runs all items and yields their results in order."""
 
     def memory(self, seconds: float) -> list[Sample]:
@@ -66,7 +66,7 @@ class LocalWorker:
         """As in `Workers`."""
         return [self._worker.ready()]
 
-    def in_order(self, items: Sequence[WorkItem], stage: str) -> Iterator[Done]:
+    def in_order(self, items: Iterable[WorkItem], stage: str) -> Iterator[Done]:
         for index, item in enumerate(items):
             began, troubles = time.monotonic(), list[str]()
             result = item.submit(self._remote)

@@ -9,6 +9,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, Node, most_workers
 from rayfed_sub.planning.needs import DRIVER, RAY, Need, need
+from rayfed_sub.planning.packs import most_clients
 from rayfed_sub.planning.plan import here, job_parts
 from rayfed_sub.planning.traffic import FEW
 
@@ -39,14 +40,16 @@ def _places(job: Job, there: Sequence[Node]) -> int:
 def _memory(job: Job, there: Sequence[Node]) -> int:
     needed, machine = need(job_parts(job), rounds=2, most=FEW), here(job)
     once = needed.backbone + needed.data + DRIVER + RAY
-    return int((machine.memory - once) // trial_bytes(needed, machine, workers_here=len(there) == 1))
+    pack = most_clients(job.config, needed.cohort, free=job.any_pack)
+    return int((machine.memory - once) // trial_bytes(needed, machine, pack, workers_here=len(there) == 1))
 
 
-def trial_bytes(needed: Need, machine: Machine, workers_here: bool) -> int:
-    """Bytes of another trial on this machine: its process, its coordinator, and its workers where they are here."""
+def trial_bytes(needed: Need, machine: Machine, pack: int, workers_here: bool) -> int:
+    """Bytes of another trial on this machine: its process, its coordinator, and where they are here its workers, with
+    packs of this size."""
     resources = needed.config.resources
-    processes = needed.fixed(resources.trainers, resources.pack_size) - needed.backbone - needed.data - needed.bare[0]
+    processes = needed.fixed(resources.trainers, pack) - needed.backbone - needed.data - needed.bare[0]
     if not workers_here:
         return processes
-    process = 0 if machine.gpu is not None else needed.worker(resources.pack_size).process
+    process = 0 if machine.gpu is not None else needed.worker(pack).process
     return processes + resources.trainers * (needed.bare[2] + process)

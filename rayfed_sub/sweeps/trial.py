@@ -12,7 +12,6 @@ from typing import Any
 from ray import tune
 
 from rayfed_sub.evaluation.scores import overall
-from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.runtime.session import carry_out
 from rayfed_sub.storage.remote import inside, open_place
 from rayfed_sub.storage.run_folder import check_data, opened, summary_of
@@ -40,7 +39,7 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
     values = values_of(given)
     out = inside(trials, sweep.folder(Path(tune.get_context().get_trial_dir()).name, values))
     job, shared = inputs.job(sweep.config(values))
-    rounds, same = job.config.federation.rounds or 0, any_pack(job.config, job.architecture)
+    rounds, same = job.config.federation.rounds or 0, job.any_pack
 
     def notify(record: object) -> None:
         """The last round is reported with the summary."""

@@ -36,7 +36,7 @@ def environment(config: Config, machines: Sequence[Mapping[str, Any]], any_pack:
     """Machine and settings that results depend on; machines: the workers', see `machine`.  any_pack: whether the bits
     are the same in any pack."""
     found = merged(machines)
-    pack_size = "any" if any_pack else config.resources.pack_size
+    pack_size = "any" if any_pack else config.resources.first_pack
     settings = {"threads": config.resources.threads, "pack_size": pack_size}
     return {"processor": found.pop("processor", None), **settings, **found}
 

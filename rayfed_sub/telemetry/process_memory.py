@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import psutil
 
 from rayfed_sub.planning.heap import MMAP_BYTES, PRODUCT_KERNELS
+from rayfed_sub.planning.machines import free_memory
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's options, from glibc's malloc.h
 _SHARE = 0.005  # of the time, that samples may take
@@ -23,11 +24,12 @@ _LONGEST = 10.0  # seconds between two of them
 @dataclass(frozen=True)
 class Sample:
     """Memory of one process, bytes: as last sampled, and the largest seen.  process: its node's name and
-    its number, so that a process asked twice counts once."""
+    its number, so that a process asked twice counts once.  free: of its node, for new processes."""
 
     process: tuple[str, int]
     last: int
     peak: int
+    free: int = 0
 
 
 def peak_of(samples: Iterable[Sample]) -> int:
@@ -67,7 +69,7 @@ class PeakMemory:
 
     def sample(self) -> Sample:
         """The last sample, without waiting for a new one."""
-        return Sample((socket.gethostname(), self._samples.process.pid), self.last, self.peak)
+        return Sample((socket.gethostname(), self._samples.process.pid), self.last, self.peak, free_memory())
 
     def close(self) -> None:
         """Ends the sampling thread."""

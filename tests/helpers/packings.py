@@ -24,7 +24,7 @@ FACTORS = {
         "{name: fedsa-lora, rank: 4}",
         "{name: fedavg}",
     ),
-    "most": ("1", "2", "3", "8", "100"),
+    "most": ("1", "2", "3", "8", "100", "auto"),
     "steps": ("4", "[4, 2, 3]"),
     "clip": ("null", "0.1"),
     "dtype": ("float32", "bfloat16"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,9 @@ def items(count: int, **more: Any) -> list[WorkItem]:
     return [WorkItem(lambda worker, i=i: worker.work(i), i % 2, f"item {i}", **more) for i in range(count)]
 
 
-def results(pool: WorkerPool, work: Sequence[WorkItem]) -> list[Any]:
+def results(pool: WorkerPool, work: Iterable[WorkItem]) -> list[Any]:
     done = list(in_order(pool, work, "stage"))
-    assert [d.index for d in done] == list(range(len(work)))
+    assert [d.index for d in done] == list(range(len(done)))
     return [d.result for d in done]
 
 
@@ -300,6 +300,7 @@ def test_pack_too_large_for_its_worker_is_trained_client_by_client(clock: Clock)
 def test_halves_do_not_hide_what_waits_before_them() -> None:
     """Items 0 and 1 are lost, then 6 and 7: their halves fill the eight next places but for some of the first."""
     work = Backlog([halving([2 * i, 2 * i + 1]) for i in range(12)], "stage")
+    work.fill(12, 12)
     for _ in range(8):
         work.waiting.popleft()
     for number in (2, 3, 4, 5):  # done, and not yet yielded
@@ -311,8 +312,27 @@ def test_halves_do_not_hide_what_waits_before_them() -> None:
     assert all(number not in work.waiting for number in list(work.coming)[:8])
 
 
+def test_items_are_taken_when_a_worker_has_a_place_for_them(clock: Clock) -> None:
+    taken = list[int]()
+
+    def source() -> Iterator[WorkItem]:
+        for number, item in enumerate(items(5)):
+            taken.append(number)
+            yield item
+
+    seen = [len(taken) for _ in in_order(pool_of(clock, Worker(*"abcde")), source(), "stage")]
+    assert seen == [2, 3, 4, 5, 5]  # the one that is done, and one that waits for the worker's second place
+
+
+def test_source_is_read_to_its_end_while_no_worker_is_up(clock: Clock) -> None:
+    """A worker dies with all that is in flight; the rest of the source is not forgotten."""
+    worker = Worker(WorkerCrashedError(), "lost with it", "a", "b", "c")
+    assert results(pool_of(clock, worker), iter(items(3))) == ["a0", "b1", "c2"]
+
+
 def test_half_of_an_unsound_pack_is_not_given_a_third_chance(clock: Clock) -> None:
     work = Backlog([halving([0, 1])], "stage")
+    work.fill(1, 1)
     work.unsound(0, worker=1)
     work.lost([0], "died")
     assert [work.spoiled[number] for number in work.coming] == [1, 1]

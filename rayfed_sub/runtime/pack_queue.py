@@ -1,0 +1,113 @@
+"""A round's packs as work items: cut one by one, each when a worker has a place for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.diagnostics import client_diagnostics
+from rayfed_sub.planning import packs, sampling
+from rayfed_sub.runtime import pack_sizes
+from rayfed_sub.runtime.pack_sizes import PackSizes, Timing
+from rayfed_sub.runtime.scheduler import Done, WorkItem
+from rayfed_sub.runtime.worker import PackOutcome
+from rayfed_sub.runtime.workers import Workers
+from rayfed_sub.telemetry.process_memory import Sample
+
+_MARGIN = 2  # times the memory that larger packs are expected to take
+_LIKE = 0.5  # of a size: a pack of more is timed as one of it
+
+
+class PackQueue:
+    """Packs of a run's rounds.  It remembers which worker trained a client last and what sizes have cost.
+
+    state_of: the client's stored state, for `Worker.train`.  free: whether cuts change no bits; else all packs of a
+    round have `resources.first_pack` clients, the last one the rest.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, workers: Workers, state_of: Callable[[int], Any], *, free: bool
+    ) -> None:
+        self._config, self._dataset, self._workers, self._state_of = config, dataset, workers, state_of
+        self._free, self._sizes = free, PackSizes(config.resources.first_pack)
+        self._home: dict[int, int] = {}  # client -> the worker that trained it last
+        self._cut_by: dict[int, int] = {}  # a pack's first client -> the size by which it was cut
+        self._most = 1  # clients of a pack in this round
+        self._bare = {sample.process: sample.last for sample in workers.memory(1)}  # before the first pack
+
+    def items(self, n: int, cohort: Sequence[int], broadcast: Any) -> Iterator[WorkItem]:
+        """The packs of round n, whose cohort stands in its canonical order."""
+        rounds = self._config.federation.rounds or 0
+        watched = client_diagnostics.watched(self._config.diagnostics, n, rounds, cohort)
+        self._most = packs.most_clients(self._config, len(cohort), free=self._free)
+        self._cut_by.clear()
+        for i, clients in enumerate(self._cuts(cohort)):
+            yield self._item(n, clients, i % self._workers.count, broadcast, watched)
+
+    def done(self, n: int, done: Done) -> None:
+        """Takes note of a finished pack of round n."""
+        self._home.update(dict.fromkeys(done.units, done.worker))
+        size = self._cut_by.pop(done.units[0], None)
+        if (
+            size is None
+            or done.troubles
+            or len(done.units) <= _LIKE * size
+            or self._config.resources.pack_size != "auto"
+        ):
+            return
+        work = sum(packs.work(self._config, self._dataset, client) for client in done.units)
+        timing = Timing(n, size, (done.ended - done.began) / work)
+        self._sizes = pack_sizes.timed(self._sizes, timing, self._most, self._has_room)
+
+    def _cuts(self, cohort: Sequence[int]) -> Iterator[Sequence[int]]:
+        if not self._free:
+            yield from packs.fixed_cuts(cohort, self._config.resources.first_pack)
+            return
+        work = [packs.work(self._config, self._dataset, client) for client in cohort]
+        for places in packs.free_cuts(work, self._workers.count, lambda: min(self._sizes.size, self._most)):
+            clients = cohort[places.start : places.stop]
+            self._cut_by[clients[0]] = self._sizes.size
+            yield clients
+
+    def _item(self, n: int, clients: Sequence[int], worker: int, broadcast: Any, watched: Sequence[int]) -> WorkItem:
+        """worker: the one to prefer while none has trained the first client."""
+        home = self._home.get(clients[0], worker)
+        examined = client_diagnostics.examined(watched)
+        work = sampling.pack_work(self._config, self._dataset, n, clients, watched, examined)
+
+        def submit(worker: Any) -> Any:  # states are read into memory as late as this
+            return worker.train.remote(work, [self._state_of(client) for client in clients], broadcast)
+
+        def halves() -> list[WorkItem]:
+            middle = len(clients) // 2
+            if not self._free or not middle:
+                return []
+            self._sizes = pack_sizes.lost(self._sizes, len(clients), n)
+            return [self._item(n, part, worker, broadcast, watched) for part in (clients[:middle], clients[middle:])]
+
+        label = f"client {clients[0]}"
+        if len(clients) > 1:
+            label = f"{len(clients)} clients from {clients[0]} to {clients[-1]} in the cohort's order"
+        return WorkItem(submit, home, label, _sound, clients, halves)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether every node has memory for packs of this size, by what the packs so far have taken."""
+        samples = self._workers.memory(1)
+        if len(samples) < self._workers.count:
+            return False
+        by_node: dict[str, list[Sample]] = {}
+        for sample in samples:
+            by_node.setdefault(sample.process[0], []).append(sample)
+        return all(
+            _MARGIN
+            * sum(sample.peak - self._bare.get(sample.process, 0) for sample in node)
+            * (size / self._sizes.now - 1)
+            <= min(sample.free for sample in node)
+            for node in by_node.values()
+        )
+
+
+def _sound(outcome: PackOutcome) -> bool:
+    return all(update.failure is None for update in outcome.updates)
