@@ -10,7 +10,7 @@ Legend: T tokens, h hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -72,15 +72,16 @@ def logit_rule(model: nn.Module) -> LogitRule | None:
 
 def _found(model: nn.Module, head: Any, *, skipped: bool) -> LogitRule | None:
     z_TV = torch.from_numpy(stream(0, "logits").standard_normal((_TOKENS, len(head.weight)))).float()
+    given = [(scale * z_TV).to(head.weight.dtype).float() for scale in _SCALES]  # as the output layer rounds
     try:
         with _without_blocks(model) if skipped else nullcontext():
-            seen = [_logits_of(model, head, scale * z_TV) for scale in _SCALES]
+            seen = [_logits_of(model, head, z_TV) for z_TV in given]
             with hidden_states(head):  # as losses are computed
                 _run(model)
     except Exception:  # a model may fail on foreign numbers: its own logits are always right
         return None
     known = [logits_TV for logits_TV in seen if logits_TV is not None]
-    return _fitted(z_TV, known) if len(known) == len(seen) else None
+    return _fitted(given, known) if len(known) == len(seen) else None
 
 
 @contextmanager
@@ -122,7 +123,7 @@ def _logits_of(model: nn.Module, head: nn.Module, z_TV: Tensor) -> Tensor | None
 
     def replaced(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
         calls.append(args[0].shape[:-1] == (1, _TOKENS) and result.shape == (1, *z_TV.shape))
-        return z_TV[None].to(result.dtype).float()
+        return z_TV[None]
 
     handle = head.register_forward_hook(replaced)
     try:
@@ -149,9 +150,9 @@ class _Affirming(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fitted(z_TV: Tensor, seen: list[Tensor]) -> LogitRule | None:
-    """The rule by which all logits follow from z times the scales."""
-    highest, largest = float(seen[-1].abs().max()), float(_SCALES[-1] * z_TV.abs().max())
+def _fitted(given: Sequence[Tensor], seen: Sequence[Tensor]) -> LogitRule | None:
+    """The rule by which all logits follow from what the output layer gave, both (T, V) and growing."""
+    z_TV, highest, largest = given[0], float(seen[-1].abs().max()), float(given[-1].abs().max())
     linear = LogitRule(_rounded(float((seen[0] * z_TV).sum() / z_TV.square().sum())))
     cap = _rounded(highest)
     rules = [linear]
@@ -159,7 +160,7 @@ def _fitted(z_TV: Tensor, seen: list[Tensor]) -> LogitRule | None:
         steep_TV = torch.atanh((seen[0] / cap).clamp(-0.999, 0.999)) * cap
         rules.append(LogitRule(_rounded(float((steep_TV * z_TV).sum() / z_TV.square().sum())), cap))
     for rule in rules:
-        expected = [rule.logits(scale * z_TV) for scale in _SCALES]
+        expected = [rule.logits(z_TV) for z_TV in given]
         if all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in zip(seen, expected, strict=True)):
             return rule
     return None

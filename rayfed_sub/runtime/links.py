@@ -43,10 +43,12 @@ def coordinator_of(job: Job, folder: Path, shared: Shared) -> CoordinatorLink:
 
 
 class LocalLink:
-    """A coordinator in this process.  It sets torch's threads, which `close` sets back."""
+    """A coordinator in this process.  It sets torch's threads and default dtype, as a process of its own would have
+    them; `close` sets both back."""
 
     def __init__(self, parts: tuple[Any, ...]) -> None:
-        self._threads = torch.get_num_threads()
+        self._threads, self._dtype = torch.get_num_threads(), torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
         self._coordinator = Coordinator(*parts)
 
     def ask(self, name: str) -> Any:
@@ -59,6 +61,7 @@ class LocalLink:
     def close(self) -> None:
         self._coordinator.close()
         torch.set_num_threads(self._threads)
+        torch.set_default_dtype(self._dtype)
 
 
 class ActorLink:

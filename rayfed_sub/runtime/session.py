@@ -10,9 +10,10 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _run(
         folder.place.push()
         notify(Stage("starting Ray, loading weights" if config.resources.workers else "loading weights"))
         with _resume_hint(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
-            loading, planned = [pool.submit(load_backbone, job)], pool.submit(plan.memory, job)
+            loading, planned = [pool.submit(load_backbone, job)], _planned(pool, job)
             with ray_session() if config.resources.workers else nullcontext():
                 put = ray.put if config.resources.workers else _unchanged
                 # No name here may hold the weights for the whole run.
@@ -131,13 +132,19 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _planned_bytes(planned: Future[int], notify: Listener) -> int | None:
+def _planned(pool: ThreadPoolExecutor, job: Job) -> Callable[[], int]:
+    """Plans the run's memory, aside while workers train.  A run of one process plans at its end: while transformers
+    builds a model, torch's default dtype is the model's for all threads, and a loss made meanwhile would be rounded."""
+    return pool.submit(plan.memory, job).result if job.config.resources.workers else partial(plan.memory, job)
+
+
+def _planned_bytes(planned: Callable[[], int], notify: Listener) -> int | None:
     """Planned bytes; None, with a notice, where no plan can be made, e.g. for a method of the user's own."""
-    error = planned.exception()
-    if error is None:
-        return planned.result()
-    notify(Notice(f"memory was not planned: {type(error).__name__}: {error}"))
-    return None
+    try:
+        return planned()
+    except Exception as error:
+        notify(Notice(f"memory was not planned: {type(error).__name__}: {error}"))
+        return None
 
 
 def carry_out(

@@ -23,9 +23,11 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.methods import METHODS, build
+from rayfed_sub.planning import plan
 from rayfed_sub.privacy.accountant import epsilon
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.telemetry.events import PackDone, Summary
+from tests.helpers import packings
 from tests.methods.checks import upload_numbers
 
 TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
@@ -75,6 +77,44 @@ def test_final_weights_and_scores_do_not_depend_on_which_clients_train_side_by_s
     summary = run(small(f"resources.pack_size={most}", f"evaluation.batch_size={most}"), tmp_path / "run")
     assert summary.weights_sha256 == undisturbed.weights_sha256
     assert summary.metrics == undisturbed.metrics
+
+
+THREE = (("8", "2", "none"), ("auto", "1", "worker killed"), ("100", "1", "resumed with another size"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case["trouble"])
+        for case in packings.cases()
+        if (case["most"], case["workers"], case["trouble"]) in THREE
+    ],
+)
+def test_ways_of_packing_under_ray_give_the_bits_of_a_run_without_it(
+    ray_session: None, case: packings.Case, tmp_path: Path
+) -> None:
+    """Three of the thirty of `make chaos`."""
+    quiet = packings.quiet(case, tmp_path / "quiet").weights_sha256
+    assert packings.packed(case, tmp_path / "packed").weights_sha256 == quiet
+
+
+def test_run_of_one_process_has_a_default_dtype_of_its_own(undisturbed: Summary, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        summary = run(small(), tmp_path / "run")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert summary.weights_sha256 == undisturbed.weights_sha256
+
+
+def test_run_of_one_process_builds_no_model_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers sets torch's default dtype meanwhile, for all threads."""
+    events = list[str]()
+    real = plan.memory
+    monkeypatch.setattr(plan, "memory", lambda job: events.append("planned") or real(job))
+    run(small("federation.rounds=1"), tmp_path / "run", lambda record: events.append(type(record).__name__))
+    assert events.index("planned") > events.index("RoundDone")
 
 
 @pytest.mark.slow

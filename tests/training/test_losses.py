@@ -53,12 +53,13 @@ def test_loss_of_a_wrong_prediction_is_the_logit_difference() -> None:
     ],
 )
 def test_rule_from_output_layer_to_logits_is_detected(name: str, rule: str) -> None:
-    """On the model with its weights as on the meta device, where a run detects it."""
+    """On the model with its weights as on the meta device, where a run detects it, in either dtype."""
     model = bent(name).model
     assert str(logit_rule(model)) == rule
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(model.config).eval()
-    assert str(logit_rule(bare)) == rule
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+        assert str(logit_rule(bare)) == rule
 
 
 def test_experts_are_skipped() -> None:
