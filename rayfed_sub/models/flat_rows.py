@@ -212,7 +212,12 @@ def _attention(
     for R, L in rows.groups:
         given = [x.narrow(1, begin, R * L).unflatten(1, (R, L)).transpose(0, 1) for x in parts]
         mask = None if attention_mask is None else _mask_of(current, int(attention_mask.flatten()[0]), L)
-        outputs.append(plain(module, *given, mask, **how)[0].flatten(0, 1))
+        # The keys of several heads that share one are a copy for several rows, and for one row a view of stride 0,
+        # whose products have other bits: a row alone goes in twice.
+        alone = R == 1 and len(parts[1]) == 1
+        if alone:
+            given = [torch.cat([x, x]) for x in given]
+        outputs.append(plain(module, *given, mask, **how)[0][:R].flatten(0, 1))
         begin += R * L
     out_PHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if not rows.as_they_lie:
