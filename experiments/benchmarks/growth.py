@@ -28,7 +28,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from experiments.benchmarks.cases import GROWTH, OURS
-from experiments.benchmarks.harness import RESULTS, WORKERS, commands, machine, measured
+from experiments.benchmarks.harness import RESULTS, WORKERS, contestants, machine, measured
 from experiments.benchmarks.work import write_run
 from rayfed_sub.cli.run_view import print_table, size
 
@@ -74,7 +74,7 @@ def row_of(clients: int, rank: int, steps: int, layers: int, workers: int) -> di
     with tempfile.TemporaryDirectory(prefix="growth-") as name:
         folder = Path(name) / "work"
         write_run(case, folder, workers)
-        found = measured(commands(None, None)[OURS], folder, Path(name) / "out", case.look_every, workers)
+        found = measured(contestants()[OURS], folder, Path(name) / "out", case.look_every, workers)
     return {
         "clients": clients,
         "rank": rank,

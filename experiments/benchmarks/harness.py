@@ -45,19 +45,47 @@ class Pass:
         return self.rounds[1:-1]
 
 
-def commands(flower: str | None, pfl: str | None) -> dict[str, list[str]]:
-    """Every contestant's command, less WORK OUT WORKERS.  flower, pfl: the Python of an environment that has it."""
-    script = {name: ["-m", f"experiments.benchmarks.run_{name}"] for name in ("bare", "rayfed", "flower", "pfl")}
-    own = {"bare": [sys.executable, *script["bare"]], OURS: [sys.executable, *script["rayfed"]]}
-    if flower is not None:
-        own[FLOWER] = [flower, *script["flower"]]
+@dataclass(frozen=True)
+class Contestant:
+    """command: of one run, less WORK OUT WORKERS; tree: the checkout that it runs from."""
+
+    command: tuple[str, ...]
+    tree: Path = ROOT
+
+
+def contestants(
+    flower: Sequence[str] = (), pfl: str | None = None, before: Path | None = None
+) -> dict[str, Contestant]:
+    """All contestants by name.  flower, pfl: the Python of an environment that has it, of several versions of Flower;
+    before: a checkout of an earlier state of this project."""
+    script = {name: ("-m", f"experiments.benchmarks.run_{name}") for name in ("bare", "rayfed", "flower", "pfl")}
+    own = {
+        "bare": Contestant((sys.executable, *script["bare"])),
+        OURS: Contestant((sys.executable, *script["rayfed"])),
+    }
+    if before is not None:
+        own[f"{OURS} before"] = Contestant((sys.executable, *script["rayfed"]), before)
+    for python in flower:
+        version = _version(python, "flwr")
+        own[f"{FLOWER} {version}"] = Contestant((python, *script["flower"]))
+        if version >= "1.42":  # which deprecates the other way
+            own[f"{FLOWER} {version}, flwr run"] = Contestant(
+                (python, f"{script['flower'][0]}", f"{script['flower'][1]}_app")
+            )
     if pfl is not None:
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(WORKERS)]
-        own |= {"pfl-1": [pfl, *script["pfl"]], "pfl-2": [pfl, *torchrun, *script["pfl"]]}
+        torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", str(WORKERS))
+        own |= {"pfl-1": Contestant((pfl, *script["pfl"])), "pfl-2": Contestant((pfl, *torchrun, *script["pfl"]))}
     return own
 
 
-def measured(command: Sequence[str], work: Path, out: Path, look_every: float, workers: int = WORKERS) -> Pass:
+def _version(python: str, package: str) -> str:
+    """Major and minor version of the package in an environment."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    return ".".join(found.split(".")[:2])
+
+
+def measured(one: Contestant, work: Path, out: Path, look_every: float, workers: int = WORKERS) -> Pass:
     """Runs a contestant on the work, one torch thread a process; what it leaves is in the new folder `out`.
 
     Raises RuntimeError with the end of its output where it fails.
@@ -67,11 +95,11 @@ def measured(command: Sequence[str], work: Path, out: Path, look_every: float, w
     environment = {
         **os.environ,
         **THREADS,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": str(one.tree),
     }
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, str(work), str(out), str(workers)], cwd=ROOT, stdout=file, stderr=file, env=environment
+            [*one.command, str(work), str(out), str(workers)], cwd=one.tree, stdout=file, stderr=file, env=environment
         )
         watcher = threading.Thread(target=_watch, args=(process.pid, peak, over, look_every))
         watcher.start()
@@ -79,7 +107,7 @@ def measured(command: Sequence[str], work: Path, out: Path, look_every: float, w
         over.set()
         watcher.join()
     if code:
-        raise RuntimeError(f"{' '.join(command)} ended with {code}\n{log.read_text()[-3000:]}")
+        raise RuntimeError(f"{' '.join(one.command)} ended with {code}\n{log.read_text()[-3000:]}")
     readings = json.loads((out / "readings.json").read_text())
     taken = {name: tuple(np.diff([reading[name] for reading in readings]).tolist()) for name in readings[0]}
     stored, loopback = taken.get("stored", ()), taken.get("loopback", ())

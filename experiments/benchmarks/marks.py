@@ -9,6 +9,7 @@ loopback interface; that counter is the machine's, so nothing else should talk o
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -25,9 +26,14 @@ def case_of(work: Path) -> Case:
     return Case(**json.loads((work / "case.json").read_text()))
 
 
+ASKED = "RAYFED_RACE"
+"""The environment variable with the words of the command line, for processes that others start with theirs."""
+
+
 def asked() -> tuple[Case, Path, Path, int]:
     """The command line WORK OUT WORKERS: the case, the folder of its work, that of what is left, and the workers."""
-    work, out, workers = sys.argv[1:4]
+    words = os.environ.setdefault(ASKED, os.pathsep.join(sys.argv[1:4]))
+    work, out, workers = words.split(os.pathsep)
     return case_of(Path(work)), Path(work), Path(out), int(workers)
 
 

@@ -1,8 +1,10 @@
 """The same federated work by rayfed_sub, Flower, pfl and a bare loop, and the engines' own cost where there is none.
 
-    python -m experiments.benchmarks.race [CASE ...] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
+    python -m experiments.benchmarks.race [CASE ...] [--flower PYTHON ...] [--pfl PYTHON] [--before TREE]
 
---flower, --pfl: the Python of an environment with Flower, or with pfl; without it, that contestant stays away.
+--flower, --pfl: the Python of an environment with Flower (several versions: the option again), or with pfl; --before: a
+checkout of an earlier state of this project.  Without them these contestants stay away.  --only: these beside the bare
+loop.  --passes: runs of each contestant, instead of the case's own number.
 
 A, B, C, D, few, many, smoke: training, by all contestants.  A machine's own speed changes from minute to minute, so all
 run in turns, several times (`Case.passes`).  Final weights are compared with the bare loop's first; only where they
@@ -20,14 +22,14 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from experiments.benchmarks.arithmetic import flops, rate
 from experiments.benchmarks.cases import FLOWER, LEAST, LOADS, MOST, OURS, RACED, Case
-from experiments.benchmarks.harness import WORKERS, Pass, commands, machine, measured
+from experiments.benchmarks.harness import WORKERS, Contestant, Pass, contestants, machine, measured
 from experiments.benchmarks.work import write_run, write_work
 from rayfed_sub.cli.run_view import print_table, size
 
@@ -57,34 +59,35 @@ class Result:
     floor: float | None = None
 
 
-def race(case: Case, contestants: Mapping[str, Sequence[str]], folder: Path) -> list[Result]:
+def race(case: Case, there: Mapping[str, Contestant], folder: Path) -> list[Result]:
     """All contestants on a case that trains, one after the other, as often as the case asks for."""
     work = folder / "work"
     write_work(case, work, WORKERS)
     counted = flops(work) * case.steps * case.clients
     floors: list[float] = []
-    found: dict[str, list[Pass]] = {name: [] for name in contestants}
-    away: dict[str, float] = dict.fromkeys(contestants, 0.0)
+    found: dict[str, list[Pass]] = {name: [] for name in there}
+    away: dict[str, float] = dict.fromkeys(there, 0.0)
     for n in range(case.passes):
         floors.append(counted / rate(WORKERS))
-        for name, command in contestants.items():
+        for name, one in there.items():
             out = folder / f"{name}-{n}"
-            found[name].append(measured(command, work, out, case.look_every))
+            found[name].append(measured(one, work, out, case.look_every))
             away[name] = max(away[name], _away(folder / "bare-0", out))
             print(f"{case.name}, {name}: {np.median(found[name][-1].steady):.3f} s a round", flush=True)
     floor = float(np.median(floors))
     return [together(case, name, own, away[name], floor) for name, own in found.items()]
 
 
-def loaded(cases: Sequence[Case], contestants: Mapping[str, Sequence[str]], folder: Path) -> list[Result]:
+def loaded(cases: Sequence[Case], there: Mapping[str, Contestant], folder: Path) -> list[Result]:
     """Each case that trains nothing, by the contestant that it is for."""
     results = []
     for number, case in enumerate(cases):
-        (name,) = case.contestants
-        if name in contestants:
+        (wanted,) = case.contestants
+        name = next((name for name in there if name.startswith(wanted)), None)
+        if name is not None:
             work = folder / f"work-{number}"
             write_run(case, work, WORKERS)
-            one = measured(contestants[name], work, folder / f"out-{number}", case.look_every)
+            one = measured(there[name], work, folder / f"out-{number}", case.look_every)
             results.append(together(case, name, [one]))
             found = f"{results[-1].steady:.3f} s a round, {size(one.peak_pss)}"
             print(f"{case.name}, {name}, {case.title}: {found}", flush=True)
@@ -160,7 +163,7 @@ def show_race(own: Sequence[Result]) -> None:
 
 def show_load(own: Sequence[Result]) -> None:
     """Time and traffic a client, how much less traffic that is than Flower's, and memory, also of an added client."""
-    theirs = {r.does: _traffic(r) for r in own if r.contestant == FLOWER}
+    theirs = {r.does: _traffic(r) for r in own if r.contestant.startswith(FLOWER)}
     ways = [does for does in (LEAST, MOST) if does in theirs]
     rows = []
     for before, r in zip([None, *own], own, strict=False):
@@ -190,23 +193,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*RACED, *LOADS]
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(known)}; {', '.join(DEFAULT)} if none")
-    parser.add_argument("--flower", metavar="PYTHON")
+    parser.add_argument("--flower", metavar="PYTHON", action="append", default=[])
     parser.add_argument("--pfl", metavar="PYTHON")
+    parser.add_argument("--before", type=Path, metavar="TREE")
+    parser.add_argument("--only", metavar="NAME", action="append", default=[])
+    parser.add_argument("--passes", type=int, metavar="NUMBER")
     parser.add_argument("--out", type=Path, metavar="FILE")
     given = parser.parse_args()
     if unknown := set(given.cases) - set(known):
         parser.error(f"no case {min(unknown)}; there are {', '.join(known)}")
-    when, contestants, results = (
-        machine(),
-        commands(given.flower, given.pfl),
-        list[Result](),
-    )  # the machine as it begins
+    when, results = machine(), list[Result]()  # the machine as it begins
+    there = contestants(given.flower, given.pfl, given.before)
+    if unknown := set(given.only) - set(there):
+        parser.error(f"no contestant {min(unknown)}; there are {', '.join(there)}")
+    if given.only:
+        there = {name: one for name, one in there.items() if name in {"bare", *given.only}}
     for name in given.cases or DEFAULT:
         with tempfile.TemporaryDirectory(prefix="race-") as folder:
             if name in RACED:
-                results += race(RACED[name], contestants, Path(folder))
+                case = RACED[name]
+                results += race(replace(case, passes=given.passes or case.passes), there, Path(folder))
             else:
-                results += loaded(LOADS[name], contestants, Path(folder))
+                results += loaded(LOADS[name], there, Path(folder))
         if given.out is not None:  # after every case: the next one may fail
             given.out.parent.mkdir(parents=True, exist_ok=True)
             record = {**when, "results": [asdict(result) for result in results]}
