@@ -26,7 +26,7 @@ from rayfed_sub.planning.traffic import traffic
 from rayfed_sub.planning.worker_memory import backbone_bytes
 from rayfed_sub.runtime.probe import probe
 from rayfed_sub.storage import checkpoints
-from tests.end_to_end.test_runs import BERT, TINY, small
+from tests.end_to_end.test_runs import BERT, SMALL, TINY, small
 from tests.helpers.measured_worker import prepared
 from tests.helpers.tiny_models import bert, llama
 from tests.methods.test_protocol import OPTIMIZER, STEPS, clients_data, made, walk
@@ -216,9 +216,8 @@ def test_plan_does_not_start_ray() -> None:
         "from rayfed_sub.cli.main import _code\n"
         "code = _code(); print('ray' in sys.modules, file=sys.stderr); sys.exit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(TINY), "--json"], capture_output=True, text=True, check=True, timeout=120
-    )
+    words = [sys.executable, "-c", code, str(TINY), *SMALL, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
     assert done.stderr.strip().splitlines()[-1] == "False"
     assert json.loads(done.stdout)["method"] == "fedftg"
 
