@@ -92,8 +92,7 @@ class Need:
 
     @cached_property
     def _known(self) -> dict[int, Memory]:
-        """Workers that were walked, by pack size: the search for a pack size that fits asks for some again and again.
-        """
+        """Walked workers by pack size, as the search for one that fits asks for some again and again."""
         return {}
 
     def _walked(self, pack: int) -> Memory:

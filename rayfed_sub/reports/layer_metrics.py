@@ -113,7 +113,11 @@ def _pictures(run: Run, frame: pd.DataFrame, ends: Mapping[str, tuple[float, flo
     values = [quantity.name for quantity in mapped if frame[quantity.name].notna().any()]
     known = frame[frame["layer"].isin(list(labels))]
     grids = known.pivot_table(index="layer", columns="round", values=values).reindex(list(labels)) if values else known
-    maps = [_heat_map(grids[each.name], each, labels, ends[each.name]) for each in mapped if each.name in values]
+    maps = [
+        _heat_map(pd.DataFrame(grids[each.name]), each, labels, ends[each.name])
+        for each in mapped
+        if each.name in values
+    ]
     found: list[Text | Figure] = [picture for picture in maps if picture is not None]
     found += _spectra(run, names, short)
     if len(shown) < len(names):
@@ -140,7 +144,7 @@ def _heat_map(
         title=quantity.title,
         label=f"{quantity.title}: heat map of {count('layer', len(rows))} over rounds {rounds[0]} to {rounds[-1]}. "
         f"From {number(np.nanmin(every_RL))} to {number(np.nanmax(every_RL))}, the highest in layer "
-        f"{rows[at_layer]}, round {int(known.columns[at_round]) + 1}; in the last round from "
+        f"{rows[at_layer]}, round {int(known.columns[int(at_round)]) + 1}; in the last round from "
         f"{number(np.nanmin(last))} to {number(np.nanmax(last))}.",
         caption=quantity.meaning,
         data=[
