@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from rayfed_sub.config.checks import check
-from rayfed_sub.config.loading import as_override, flat, load_config, overridden, read_yaml
+from rayfed_sub.config.loading import as_override, check_kind, flat, load_config, overridden, read_yaml
 from rayfed_sub.config.schema import Config, Count, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
@@ -231,6 +231,8 @@ def load_sweep(
     """
     tree = read_yaml(Path(path))
     section = [override for override in overrides if override.startswith(_SECTION)]
+    if not section:
+        check_kind(path, tree, "sweep")
     if not isinstance(tree.get("sweep"), Mapping) and not section:
         raise UserError("sweep", tree.get("sweep"), "a section with a space", "see experiments/sweeps")
     own = {key: value for key, value in tree.items() if key not in ("sweep", "base")}

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rayfed_sub.config.checks import check
-from rayfed_sub.config.loading import load_config, read_yaml
+from rayfed_sub.config.loading import check_kind, load_config, read_yaml
 from rayfed_sub.config.schema import Config, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import build
@@ -122,6 +122,8 @@ class Part:
 def load_study(path: Path) -> Study:
     """The checked study from its YAML file.  Raises UserError for keys and values that are not valid."""
     tree = read_yaml(path)
+    if "sweep" in tree or not tree.keys() & Study.model_fields.keys():
+        check_kind(path, tree, "study")
     for key in ("base", "results"):
         if not isinstance(tree.get(key, "."), str):
             raise UserError(f"study.{key}", tree[key], "a path from the study's file", f"e.g. {key}: ../tiny.yaml")
