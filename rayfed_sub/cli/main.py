@@ -306,13 +306,14 @@ def export(
 @app.command("config")
 def config_(
     key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="a key or a group, e.g. optimizer.lr, federation, method")
+        str | None,
+        typer.Argument(metavar="[KEY]", help="a key or a group, e.g. optimizer.lr, federation, sweep"),
     ] = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="a JSON schema of all keys, by which editors complete and check")
+        bool, typer.Option("--schema", help="a JSON schema of runs and sweeps, by which editors complete and check")
     ] = False,
 ) -> None:
-    """Print the keys of a configuration: default, type, allowed values, meaning."""
+    """Print the keys of a configuration, a sweep or a study: default, type, allowed values, meaning."""
     if schema and key is not None:
         raise UserError("KEY", key, "nothing with --schema, which has all keys", "leave one out")
     if schema:
