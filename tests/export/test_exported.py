@@ -173,6 +173,7 @@ def client_of(method: str) -> int | None:
     return 1 if method in PERSONAL else None
 
 
+@cache
 def job_of(run: Path) -> Job:
     return prepare(load_config(run / "config.yaml"))
 
