@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from rayfed_sub.telemetry.events import Summary
 
 # The tests' matrices are tiny: more threads only wait for each other.  Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +24,17 @@ def pytest_collection_finish() -> None:
     """The tests and the libraries that they import stay to the end: the garbage collector need not visit them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test changes the models that all tests share."""
+    yield
+    helpers = sys.modules.get("tests.helpers.tiny_models")
+    own = [getattr(value, "__module__", None) for value in vars(request.module).values()]
+    if helpers is not None and helpers.__name__ in own:
+        names = [type(tiny.model).__name__ for tiny in helpers.SHARED if not tiny.intact]
+        assert not names, f"a test of {request.module.__name__} changed the weights of {names}"
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +53,24 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def undisturbed_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Summary]:
+    """The job of `helpers/chaos.py`, run once in this process, for all tests that disturb it; none may change its
+    folder."""
+    from tests.helpers import chaos
+
+    summary = chaos.undisturbed(0, tmp_path_factory.mktemp("undisturbed") / "run")
+    before = contents(Path(summary.folder))
+    yield summary
+    assert contents(Path(summary.folder)) == before, "a test changed the run that others compare with"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The checksum of every file in the folder, by path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")

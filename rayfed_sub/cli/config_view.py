@@ -1,4 +1,5 @@
-"""Keys of the configuration in the terminal: all, a group or one, each with default, allowed values and meaning."""
+"""Keys of configurations, sweeps and studies in the terminal: all, a group or one, each with default, allowed values
+and meaning."""
 
 from __future__ import annotations
 
@@ -40,17 +41,30 @@ def show(key: str | None = None, console: Console | None = None) -> None:
 
 def _found(key: str | None) -> list[tuple[Group | None, Sequence[Entry]]]:
     """Groups with their entries, or the entries of a single key."""
-    known = groups()
     if key is None:
-        return [(group, _entries(group)) for group in known]
+        return [(group, _entries(group)) for group in (*groups(), *_of_trials())]
+    found = _named(key, groups()) or _named(key, _of_trials())  # the second imports torch
+    if not found:
+        raise _unknown(key, [*groups(), *_of_trials()])
+    return found
+
+
+def _named(key: str, known: Sequence[Group]) -> list[tuple[Group | None, Sequence[Entry]]]:
+    """The group of that name with those in it, or the key; nothing where neither is known."""
     inside = [group for group in known if group.name and f"{group.name}.".startswith(f"{key}.")]
     if inside:
         return [(group, _entries(group)) for group in inside]
     parent = next((group for group in known if group.name == key.rpartition(".")[0]), None)
     entries = [entry for entry in _entries(parent) if entry.key.name == key] if parent is not None else []
-    if not entries:
-        raise _unknown(key, known)
-    return [(None, entries)]
+    return [(None, entries)] if entries else []
+
+
+def _of_trials() -> list[Group]:
+    """The section of a sweep, and the keys of a study's file."""
+    from rayfed_sub.sweeps.space import Search
+    from rayfed_sub.sweeps.study import Tune, Written
+
+    return [*groups(Search, "sweep"), *groups(Written, "study"), *groups(Tune, "study.tune")]
 
 
 def _entries(group: Group) -> list[Entry]:
@@ -93,7 +107,8 @@ def _last(names: Iterable[str]) -> list[str]:
 def _print_entry(console: Console, entry: Entry) -> None:
     """Three lines or more: key and default as an override, type and allowed values, meaning, and methods."""
     key = entry.key
-    _print(console, Text.assemble((key.name, "bold"), "=", (key.default, "cyan")), indent=2)
+    value = ("", " (must be given)") if key.default is None else ("=", (key.default, "cyan"))
+    _print(console, Text.assemble((key.name, "bold"), *value), indent=2)
     _print(console, Text(key.allowed, "dim"), indent=6)
     _print(console, Text(key.meaning), indent=6)
     if entry.methods:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -16,7 +16,7 @@ import rayfed_sub
 from rayfed_sub.cli.trust import check_metrics, check_named
 from rayfed_sub.config.edits import check_editable, edited
 from rayfed_sub.config.loading import load_config
-from rayfed_sub.core.errors import RunError, UserError, redacted
+from rayfed_sub.core.errors import RunError, UserError, redacted, unknown_word
 
 app = typer.Typer(
     name="rayfed-sub",
@@ -268,8 +268,12 @@ def export(
     run_dir: Annotated[str, typer.Argument(help="the folder of a finished run, or s3://bucket/path")],
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],
     format: Annotated[
-        Literal["hf", "peft"],
-        typer.Option("--format", help="hf: a transformers model folder; peft: a LoRA adapter, which is much smaller"),
+        str,
+        typer.Option(
+            "--format",
+            metavar="hf|peft",
+            help="hf: a transformers model folder; peft: a LoRA adapter, which is much smaller",
+        ),
     ] = "hf",
     client: Annotated[
         int | None, typer.Option("--client", help="whose model, with methods that give every client its own")
@@ -289,8 +293,11 @@ def export(
     from rayfed_sub.export.exported import export_hf, export_peft
     from rayfed_sub.storage.remote import local_copy
 
+    formats = {"hf": export_hf, "peft": export_peft}
+    if format not in formats:
+        raise unknown_word("--format", format, list(formats))
     with local_copy(run_dir, "RUN") as folder:
-        written = (export_peft if format == "peft" else export_hf)(folder, to, client, method)
+        written = formats[format](folder, to, client, method)
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
     typer.echo(written.loading)
@@ -299,13 +306,14 @@ def export(
 @app.command("config")
 def config_(
     key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="a key or a group, e.g. optimizer.lr, federation, method")
+        str | None,
+        typer.Argument(metavar="[KEY]", help="a key or a group, e.g. optimizer.lr, federation, sweep"),
     ] = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="a JSON schema of all keys, by which editors complete and check")
+        bool, typer.Option("--schema", help="a JSON schema of runs and sweeps, by which editors complete and check")
     ] = False,
 ) -> None:
-    """Print the keys of a configuration: default, type, allowed values, meaning."""
+    """Print the keys of a configuration, a sweep or a study: default, type, allowed values, meaning."""
     if schema and key is not None:
         raise UserError("KEY", key, "nothing with --schema, which has all keys", "leave one out")
     if schema:
@@ -320,13 +328,15 @@ def config_(
 
 @app.command("list")
 def list_(
-    what: Annotated[Literal["methods", "tasks", "models"], typer.Argument()],
+    what: Annotated[str, typer.Argument(metavar="methods|tasks|models")],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="as a table for a document")] = False,
 ) -> None:
     """List the methods, tasks or model presets."""
     from rayfed_sub.cli.listings import LISTINGS, markdown
 
+    if what not in LISTINGS:
+        raise unknown_word("WHAT", what, list(LISTINGS))
     columns, rows = LISTINGS[what]()
     if as_markdown:
         typer.echo(markdown(columns, rows))

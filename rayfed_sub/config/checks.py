@@ -205,6 +205,19 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
     if fault["type"] == "finite_number":
         words = words.replace("a number", "a finite number")
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
+    if isinstance(tree, str) and (key := _key_of(tree, path, place, schema)):
+        advice = f"set {path}.{key}={tree}"
     if fault["type"] == "string_type" and tree is not None:  # YAML takes 5, yes and {column} for no text
         advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"
     return UserError(path, tree, words, advice)
+
+
+def _key_of(word: str, path: str, place: Mapping[str, Any], schema: Mapping[str, Any]) -> str | None:
+    """The key of a group that a word in the group's own place was meant for, if any: one that allows the word, else
+    the one that names the thing."""
+    if path in ("method", "model.random"):  # whose keys depend on this one
+        return "name" if path == "method" else "type"
+    keys = {key: resolved(part, schema) for key, part in place.get("properties", {}).items()}
+    allowing = [key for key, part in keys.items() if word in part.get("enum", ())]
+    naming = [key for key in ("path", "kind", "name") if key in keys]
+    return next(iter([*allowing, *naming]), None)

@@ -17,11 +17,12 @@ Place = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Key:
-    """name: dotted.  allowed: type and range, in words; default: as an override spells it."""
+    """name: dotted.  allowed: type and range, in words; default: as an override spells it, None for a key that must be
+    given."""
 
     name: str
     allowed: str
-    default: str
+    default: str | None
     meaning: str
 
 
@@ -34,14 +35,15 @@ class Group:
     keys: tuple[Key, ...]
 
 
-def groups() -> list[Group]:
-    """All groups of the configuration in order; `method` without keys, because each method has its own.
+def groups(record: type = Config, name: str = "") -> list[Group]:
+    """All groups of the configuration in order; `method` without keys, because each method has its own.  Or those of
+    another record by its name.
 
     >>> [group.name for group in groups()][:5]
     ['', 'model', 'task', 'federation', 'federation.partition']
     """
-    schema = schema_of(Config)
-    return list(_groups(schema, schema, ""))
+    schema = schema_of(record)
+    return list(_groups(schema, schema, name))
 
 
 def fields(cls: type, prefix: str) -> tuple[Key, ...]:
@@ -128,7 +130,7 @@ def _key(place: Place, schema: Place, name: str) -> Key:
     words = f"text: {words}" if "enum" in place else words
     default = place.get("default")
     shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
-    return Key(name, words, shown, str(place.get("description", "")))
+    return Key(name, words, shown if "default" in place else None, str(place.get("description", "")))
 
 
 def _plain(part: Any) -> Any:

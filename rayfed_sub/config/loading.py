@@ -52,9 +52,34 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     >>> load_config({"federation": {"rounds": 3}}, ["federation.local_steps=10"]).federation.local_steps
     10
     """
-    config = check(Config, overridden(source, overrides))
+    tree = overridden(source, overrides)
+    if isinstance(source, str | Path):
+        check_kind(source, tree, "run")
+    config = check(Config, tree)
     check_rules(config)
     return config
+
+
+KINDS = {
+    "run": "the configuration of a run",
+    "sweep": "a configuration with a section `sweep`",
+    "study": "a study, with a claim and variants",
+}
+"""What the file of a command is, by the command's name."""
+
+
+def check_kind(path: str | Path, tree: Mapping[str, Any], wanted: str) -> None:
+    """UserError for the file of another command; wanted: a name of KINDS.
+
+    >>> check_kind("rates.yaml", {"sweep": {"space": {}}}, "run")
+    Traceback (most recent call last):
+    rayfed_sub.core.errors.UserError: CONFIG: got 'rates.yaml'; allowed: the configuration of a run; this is a \
+configuration with a section `sweep`: use rayfed-sub sweep rates.yaml
+    """
+    keys = tree.keys()
+    kind = "study" if keys & {"claim", "variants"} else "sweep" if keys & {"sweep", "base"} else "run"
+    if kind != wanted:
+        raise UserError("CONFIG", str(path), KINDS[wanted], f"this is {KINDS[kind]}: use rayfed-sub {kind} {path}")
 
 
 def stored_config(folder: Path) -> Config:

@@ -8,6 +8,8 @@ names client, round and stage; exit code 1.  Everything else is a bug and keeps 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 from urllib.parse import quote, unquote
 
 _SCHEME = r"(?:(?P<web>(?i:https?))|(?!(?i:https?):)[A-Za-z][\w+.-]*)"
@@ -70,6 +72,17 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
         # Exceptions rebuild themselves from `args`; ours has four, and it crosses process borders.
         return UserError, (self.field, self.value, self.allowed, self.advice)
+
+
+def unknown_word(field: str, word: str, known: Sequence[str]) -> UserError:
+    """Error for a word that is none of those known, with the nearest of them.
+
+    >>> str(unknown_word("WHAT", "tsaks", ["methods", "tasks"]))
+    "WHAT: got 'tsaks'; allowed: methods or tasks; did you mean tasks?"
+    """
+    near = get_close_matches(word, known, n=1)
+    allowed = " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known)
+    return UserError(field, word, allowed, f"did you mean {near[0]}?" if near else "")
 
 
 class RunError(RuntimeError):

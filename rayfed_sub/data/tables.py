@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rayfed_sub.core.errors import UserError
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
     """
     file = Path(os.path.expanduser(path))
     reader = READERS.get(file.suffix.lower())
-    if file.is_dir() or (reader is None and not file.is_file() and HUB_ID.fullmatch(path)):
+    if file.is_dir() or (reader is None and not file.is_file() and is_hub_id(path)):
         return _from_datasets(path, split, columns)
     kinds = ", ".join(READERS)
     if not file.is_file():
@@ -146,7 +145,8 @@ def _from_datasets(path: str, split: str, columns: frozenset[str]) -> Table:
     import datasets
 
     try:
-        data = datasets.load_dataset(path, split=split)
+        with hub_or_cache() if is_hub_id(path) else nullcontext():
+            data = datasets.load_dataset(path, split=split)
     except Exception as error:  # the hub's client raises several families of errors; all mean the same to a person
         cause = str(error).partition("\n")[0][:200]
         if "split" in cause.lower():

@@ -16,7 +16,7 @@ from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.models.flat_rows import is_flat
-from rayfed_sub.models.hub import RANDOM, locate, quiet
+from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
 from rayfed_sub.models.logits import LogitRule, logit_rule
 from rayfed_sub.models.positions import position_limit
 from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, LOWER_MLP, SAME_IN_ANY_PACK
@@ -141,7 +141,7 @@ def _read_config(model: Model) -> Any:
 
     source = locate(model.path)
     try:
-        with quiet():
+        with reading(source):
             hf_config = AutoConfig.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
     except Exception as error:  # a stranger's file may cause any error in the libraries
         raise UserError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id
 from rayfed_sub.models.presets import INSTALLS, MODELS
 
 RANDOM = "random"
@@ -17,21 +18,23 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Source:
-    """Arguments of transformers' from_pretrained: a folder or hub id, and the GGUF file in it if it is one."""
+    """Arguments of transformers' from_pretrained: a folder or hub id, and the GGUF file in it if it is one.  hub: True
+    for a hub id."""
 
     name: str
     gguf: str | None = None
+    hub: bool = False
 
 
 def locate(path: str) -> Source:
     """`model.path` (not `random`) as a Source.
 
-    A local folder must hold a config.json, a GGUF file must exist and its package must be installed; anything
-    that does not look like a local path is taken for a hub id, whether or not it exists there.
+    A local folder must hold a config.json, a GGUF file must exist and its package must be installed; any other name
+    that the hub can have is taken for a hub id, whether or not it exists there.
     Raises UserError on model.path.
 
     >>> locate("gpt2")
-    Source(name='openai-community/gpt2', gguf=None)
+    Source(name='openai-community/gpt2', gguf=None, hub=True)
     """
     meant = MODELS[path].path if path in MODELS else path
     if meant.startswith("package:"):
@@ -47,14 +50,14 @@ def locate(path: str) -> Source:
                 "model.path", path, "a folder with a config.json", "save the model there with save_pretrained"
             )
         return Source(str(place))
-    if place.exists() or meant.startswith(("/", "./", "../", "~")) or meant.count("/") > 1 or not meant.strip():
+    if place.exists() or not is_hub_id(meant):
         raise UserError(
             "model.path",
             path,
             "random, a preset, a model folder, a .gguf file, package:NAME/FILE.gguf or a hub id",
             "check the path; presets: " + ", ".join(MODELS),
         )
-    return Source(meant)
+    return Source(meant, hub=True)
 
 
 def _in_package(path: str, inner: str) -> Source:
@@ -72,6 +75,13 @@ def _in_package(path: str, inner: str) -> Source:
             return Source(folder, file)
     present = ", ".join(sorted(found.name for folder in folders for found in Path(folder).glob("*.gguf")))
     raise UserError("model.path", path, f"a file that is in {package}", f"GGUF files there: {present or 'none'}")
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Around what transformers reads from `source`: `quiet`, and without a hub that answers its cache."""
+    with quiet(), hub_or_cache() if source.hub else nullcontext():
+        yield
 
 
 @contextmanager

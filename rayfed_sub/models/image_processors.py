@@ -13,7 +13,7 @@ from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.images import Pixels, decoded
 from rayfed_sub.models.architecture import bare_config, reason
-from rayfed_sub.models.hub import RANDOM, locate, quiet
+from rayfed_sub.models.hub import RANDOM, locate, reading
 from rayfed_sub.models.presets import ANY_PATCHES
 
 PROCESSOR = "preprocessor_config.json"
@@ -89,9 +89,10 @@ def _processor(model: Model) -> dict[str, Any]:
     """The model's processor configuration; empty where it has none."""
     from transformers.utils import cached_file
 
+    source = locate(model.path)
     try:
-        with quiet():
-            file = cached_file(locate(model.path).name, PROCESSOR, _raise_exceptions_for_missing_entries=False)
+        with reading(source):
+            file = cached_file(source.name, PROCESSOR, _raise_exceptions_for_missing_entries=False)
         return dict(json.loads(Path(file).read_text(encoding="utf-8"))) if file else {}
     except Exception as error:  # the hub's errors, and whatever a stranger's file holds
         raise UserError("model.path", model.path, f"a model whose {PROCESSOR} can be read", reason(error)) from error

@@ -10,7 +10,7 @@ from typing import Any
 from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.models.chat_templates import default_template, rendered, set_default_template, trained_template
-from rayfed_sub.models.hub import RANDOM, Source, locate, quiet
+from rayfed_sub.models.hub import RANDOM, Source, locate, reading
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def load_tokenizer(model: Model) -> HubTokenizer | ByteTokenizer:
         return ByteTokenizer()
     source = locate(model.path)
     try:
-        with quiet():
+        with reading(source):
             return hub_codec(_tokenizer(source), _ends(source))
     except Exception as error:  # a stranger's file may cause any error in the libraries
         if _reads_images(source):
@@ -181,7 +181,7 @@ def _reads_images(source: Source) -> bool:
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
 
     try:
-        with quiet():
+        with reading(source):
             hf_config = AutoConfig.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
     except Exception:  # the tokenizer's error, which the caller reports, has the same cause
         return False

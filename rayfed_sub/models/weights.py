@@ -18,7 +18,7 @@ from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, build, reason
-from rayfed_sub.models.hub import RANDOM, locate, quiet
+from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.tokenizers import HubTokenizer
 
@@ -145,7 +145,7 @@ def generation_config(model: Model, architecture: Architecture, processor: Proce
     found = GenerationConfig.from_model_config(architecture.hf_config)
     if model.path != RANDOM and (source := locate(model.path)).gguf is None:
         # Not every model has one, and not every one passes the check with which transformers saves it.
-        with quiet(), suppress(OSError, ValueError):
+        with reading(source), suppress(OSError, ValueError):
             stored = GenerationConfig.from_pretrained(source.name)
             stored.validate(strict=True)
             found = stored
@@ -167,7 +167,7 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
 
     source = locate(model.path)
     try:
-        with quiet():
+        with reading(source):
             module, info = getattr(transformers, AUTO_CLASSES[architecture.kind]).from_pretrained(
                 source.name,
                 config=copy.deepcopy(architecture.hf_config),  # or transformers reads a GGUF file once more for it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.data.dataset import Dataset
@@ -89,7 +90,17 @@ class Need:
             return between(pack, (_LARGE // 2, low), (_LARGE, high))
         return self._walked(pack)
 
+    @cached_property
+    def _known(self) -> dict[int, Memory]:
+        """Walked workers by pack size, as the search for one that fits asks for some again and again."""
+        return {}
+
     def _walked(self, pack: int) -> Memory:
+        if pack not in self._known:
+            self._known[pack] = self._walk(pack)
+        return self._known[pack]
+
+    def _walk(self, pack: int) -> Memory:
         start = first_start(self.method, self.architecture.shape, self.config, self.widest)
         held = self.most(lambda client: client.held)
         rest = (self.size, pack, held, self.traffic.dense)

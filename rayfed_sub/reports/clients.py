@@ -82,24 +82,15 @@ def per_client(run: Run) -> pd.DataFrame:
     looked = ["cosine", "distance", "turned"]
     seen = run.client_layers[["client", *looked]].astype(dict.fromkeys(looked, "float64"))
     found = found.join(seen.groupby("client")[looked].mean())
-    scores = last_scores(run)
+    scores = run.of_clients
     return found.join(scores[shown({str(metric): scores[metric].dropna().tolist() for metric in scores})])
-
-
-def last_scores(run: Run) -> pd.DataFrame:
-    """Each client's scores at the last evaluation, without scores of single classes."""
-    scores = run.scores[run.scores["client"].notna() & ~run.scores["metric"].astype("str").str.contains("/")]
-    scores = scores[scores["rounds"] == scores["rounds"].max()]
-    found = scores.astype({"client": "int64", "value": "float64"})
-    table: pd.DataFrame = found.pivot_table(index="client", columns="metric", values="value")
-    return table
 
 
 def _unequal(runs: Runs, metric: str) -> list[Figure]:
     """A score of all clients, sorted; a flat curve means equal quality for all."""
     curves = []
     for at, (name, run) in enumerate(runs.items()):
-        scores = last_scores(run)
+        scores = run.of_clients
         values = sorted(scores[metric].dropna().tolist(), reverse=metric not in LOWER) if metric in scores else []
         if len(values) > 1:
             kept = evenly(range(len(values)), _SHARES)

@@ -42,14 +42,8 @@ def legend(runs: Runs) -> list[Legend]:
 
 
 def overall(run: Run, metric: str) -> pd.Series[float]:
-    """A score over all held-out rows by finished rounds."""
-    scores = run.scores
-    rows = scores[(scores["metric"] == metric) & scores["client"].isna()]
-    if rows.empty and metric == "held_out_loss":  # a run that was cut off has its rounds in the log alone
-        rows = run.rounds[run.rounds["held_out_loss"].notna()]
-        return pd.Series(rows["held_out_loss"].to_numpy("float64"), index=rows["round"].to_numpy("int64") + 1)
-    found = pd.Series(rows["value"].to_numpy("float64"), index=rows["rounds"].to_numpy("int64"))
-    return found.dropna().sort_index()
+    """A score over all held-out rows by finished rounds, empty where there is none."""
+    return run.overall.get(metric, pd.Series(dtype="float64"))
 
 
 def shown_scores(runs: Runs) -> list[str]:

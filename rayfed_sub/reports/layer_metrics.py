@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from rayfed_sub.core.text import count, evenly, listed, number, rounded, short_names
@@ -107,7 +108,16 @@ def _pictures(run: Run, frame: pd.DataFrame, ends: Mapping[str, tuple[float, flo
     short = short_names(names)
     shown = evenly(range(len(names)), _LAYERS)
     labels = {names[at]: short[names[at]] for at in shown}
-    maps = [_heat_map(frame, quantity, labels, ends[quantity.name]) for quantity in QUANTITIES if quantity.mapped]
+    # In one pass: pandas takes ten times as long for each quantity by itself.
+    mapped = [quantity for quantity in QUANTITIES if quantity.mapped]
+    values = [quantity.name for quantity in mapped if frame[quantity.name].notna().any()]
+    known = frame[frame["layer"].isin(list(labels))]
+    grids = known.pivot_table(index="layer", columns="round", values=values).reindex(list(labels)) if values else known
+    maps = [
+        _heat_map(pd.DataFrame(grids[each.name]), each, labels, ends[each.name])
+        for each in mapped
+        if each.name in values
+    ]
     found: list[Text | Figure] = [picture for picture in maps if picture is not None]
     found += _spectra(run, names, short)
     if len(shown) < len(names):
@@ -116,27 +126,26 @@ def _pictures(run: Run, frame: pd.DataFrame, ends: Mapping[str, tuple[float, flo
 
 
 def _heat_map(
-    frame: pd.DataFrame, quantity: Quantity, labels: Mapping[str, str], ends: tuple[float, float]
+    values: pd.DataFrame, quantity: Quantity, labels: Mapping[str, str], ends: tuple[float, float]
 ) -> Figure | None:
-    """Heat map of a quantity, layer x round."""
-    known = frame[frame[quantity.name].notna() & frame["layer"].isin(list(labels))]
+    """Heat map of a quantity; values: layer x round, NaN where unknown."""
+    known = values.dropna(how="all").dropna(how="all", axis="columns")
     if known.empty:
         return None
-    grid = known.pivot_table(index="layer", columns="round", values=quantity.name)
-    grid = grid.reindex([name for name in labels if name in grid.index])
-    grid = grid[evenly(grid.columns.tolist(), _ROUNDS)]
+    grid = known[evenly(known.columns.tolist(), _ROUNDS)]
     rows, rounds = [labels[name] for name in grid.index], [int(round) + 1 for round in grid.columns]
     low, high = ends
     named = list(range(0, len(rows), -(-len(rows) // _NAMED)))
     ticks = [rows[at][-_NAME:] for at in named]
-    top = known.iloc[int(known[quantity.name].to_numpy().argmax())]
-    last = known[known["round"] == known["round"].max()][quantity.name]
+    every_RL = known.to_numpy().T
+    at_round, at_layer = np.unravel_index(np.nanargmax(every_RL), every_RL.shape)
+    last = every_RL[-1]
     return Figure(
         title=quantity.title,
         label=f"{quantity.title}: heat map of {count('layer', len(rows))} over rounds {rounds[0]} to {rounds[-1]}. "
-        f"From {number(known[quantity.name].min())} to {number(known[quantity.name].max())}, the highest in layer "
-        f"{labels[top['layer']]}, round {int(top['round']) + 1}; in the last round from {number(last.min())} to "
-        f"{number(last.max())}.",
+        f"From {number(np.nanmin(every_RL))} to {number(np.nanmax(every_RL))}, the highest in layer "
+        f"{rows[at_layer]}, round {int(known.columns[int(at_round)]) + 1}; in the last round from "
+        f"{number(np.nanmin(last))} to {number(np.nanmax(last))}.",
         caption=quantity.meaning,
         data=[
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,28 @@ class Run:
     def method(self) -> str:
         """Name of the method."""
         return str(self.config.method["name"])
+
+    @cached_property
+    def overall(self) -> Mapping[str, pd.Series[float]]:
+        """Every score over all held-out rows, by finished rounds."""
+        rows = self.scores[self.scores["client"].isna()]
+        found = {
+            str(metric): pd.Series(own["value"].to_numpy("float64"), index=own["rounds"].to_numpy("int64"))
+            for metric, own in rows.groupby("metric", sort=False)
+        }
+        if "held_out_loss" not in found:  # a run that was cut off has its rounds in the log alone
+            known = self.rounds[self.rounds["held_out_loss"].notna()]
+            index = known["round"].to_numpy("int64") + 1
+            found["held_out_loss"] = pd.Series(known["held_out_loss"].to_numpy("float64"), index=index)
+        return {metric: values.dropna().sort_index() for metric, values in found.items()}
+
+    @cached_property
+    def of_clients(self) -> pd.DataFrame:
+        """Each client's scores at the last evaluation, without scores of single classes: client x metric."""
+        rows = self.scores[self.scores["client"].notna() & ~self.scores["metric"].astype("str").str.contains("/")]
+        rows = rows[rows["rounds"] == rows["rounds"].max()].astype({"client": "int64", "value": "float64"})
+        table: pd.DataFrame = rows.pivot_table(index="client", columns="metric", values="value")
+        return table
 
     @property
     def done(self) -> int:

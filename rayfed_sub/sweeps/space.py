@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from rayfed_sub.config.checks import check
-from rayfed_sub.config.loading import as_override, flat, load_config, overridden, read_yaml
+from rayfed_sub.config.loading import as_override, check_kind, flat, load_config, overridden, read_yaml
 from rayfed_sub.config.schema import Config, Count, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
@@ -37,13 +37,18 @@ _SECTION = "sweep."
 
 
 class Axis(Record):
-    """Values of a key.  grid: all of them, combined with every point of the other grids; choice: drawn from these;
-    uniform, loguniform: drawn between two numbers, or between their logarithms."""
+    """Values of a key of the space."""
 
-    grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+    grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = Field(
+        default=None, description="All of them, combined with every point of the other grids."
+    )
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = Field(
+        default=None, description="One of these is drawn."
+    )
+    uniform: tuple[float, float] | None = Field(default=None, description="Drawn between two numbers.")
+    loguniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="Drawn between the logarithms of two numbers."
+    )
 
     @property
     def between(self) -> tuple[float, float] | None:
@@ -66,14 +71,13 @@ class Axis(Record):
 
 
 class Search(Record):
-    """The section `sweep`.  space: dotted keys of the configuration and their values.  metric: compares the trials.
-    trials: draws per point of the grid, from `seed`.  scheduler: asha stops the worse half of the trials at rounds
-    grace, 2 grace, 4 grace ...; median stops a trial whose best so far is worse than the median of what at least three
-    others were on average up to that round, from round grace on.  searcher: random, or optuna (TPE), which has no grid.
-    concurrent: trials at a time at most (None: as many as fit).  retries: how often a trial that failed goes on from
-    its last round.  loggers: besides the sweep's own table; wandb and mlflow must be installed."""
+    """The section `sweep`: the space of its trials, and how they are drawn, compared and stopped."""
 
-    space: Annotated[dict[str, Axis], Field(min_length=1)]
+    space: Annotated[dict[str, Axis], Field(min_length=1)] = Field(
+        description="Dotted keys of the configuration, each with one kind of values: grid (all of them, combined with "
+        "every point of the other grids), choice (drawn from these), uniform or loguniform (drawn between two numbers, "
+        "or between their logarithms)."
+    )
     metric: Literal[
         "held_out_loss",
         "perplexity",
@@ -88,15 +92,29 @@ class Search(Record):
         "teacher_forced_rouge_l_unicode",
         "teacher_forced_bleu_4",
         "teacher_forced_bleu_4_unicode",
-    ] = "held_out_loss"
-    trials: Count = 1
-    seed: Annotated[int, Field(ge=0)] = 0
-    scheduler: Literal["none", "asha", "median"] = "none"
-    grace: Count = 1
-    searcher: Literal["random", "optuna"] = "random"
-    concurrent: Count | None = None
-    retries: Annotated[int, Field(ge=0)] = 2
-    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    ] = Field(default="held_out_loss", description="Score that compares the trials.")
+    trials: Count = Field(default=1, description="Draws for each point of the grid.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Seed of the draws.")
+    scheduler: Literal["none", "asha", "median"] = Field(
+        default="none",
+        description="`asha` stops the worse half of the trials at rounds grace, 2 grace, 4 grace ...; `median` stops a "
+        "trial whose best so far is worse than the median of what at least three others were on average up to that "
+        "round, from round grace on.",
+    )
+    grace: Count = Field(default=1, description="Rounds before the scheduler stops a trial.")
+    searcher: Literal["random", "optuna"] = Field(
+        default="random", description="`random` draws, or optuna's TPE, which proposes and has no grid."
+    )
+    concurrent: Count | None = Field(
+        default=None, description="Trials at a time at most; null stands for as many as fit."
+    )
+    retries: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="Times that a trial that failed goes on from its last round."
+    )
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        description="Loggers besides the sweep's own table; wandb and mlflow must be installed.",
+    )
 
     @property
     def mode(self) -> str:
@@ -231,6 +249,8 @@ def load_sweep(
     """
     tree = read_yaml(Path(path))
     section = [override for override in overrides if override.startswith(_SECTION)]
+    if not section:
+        check_kind(path, tree, "sweep")
     if not isinstance(tree.get("sweep"), Mapping) and not section:
         raise UserError("sweep", tree.get("sweep"), "a section with a space", "see experiments/sweeps")
     own = {key: value for key, value in tree.items() if key not in ("sweep", "base")}

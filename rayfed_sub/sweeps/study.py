@@ -1,16 +1,4 @@
-"""Definition of a study: a claim, variants of a configuration, several seeds, and a setting to tune first.
-
-A study's keys:
-    claim        the claim to be tested, with its source
-    base         the configuration, relative to the study's file
-    set          overrides for all runs
-    variants     name: overrides
-    seeds        of the runs that count
-    tune         optional: key, values, seeds, set (overrides of the tuning runs, such as fewer rounds); each variant
-                 takes the value with the lowest mean loss on the validation rows; tuning never uses the held-out rows
-    equal_bytes  optional: a variant whose traffic is the budget of the column of equal bytes
-    results      optional: the folder of the CSV files, relative to the study's file (its own folder)
-"""
+"""Definition of a study: a claim, variants of a configuration, several seeds, and a setting to tune first."""
 
 from __future__ import annotations
 
@@ -22,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rayfed_sub.config.checks import check
-from rayfed_sub.config.loading import load_config, read_yaml
+from rayfed_sub.config.loading import check_kind, load_config, read_yaml
 from rayfed_sub.config.schema import Config, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import build
@@ -30,26 +18,38 @@ from rayfed_sub.sweeps.space import Axis, Search
 
 
 class Tune(Record):
-    """Tuning of a study.  key: the configuration's key to tune; values: candidates; seeds, set: of the tuning runs."""
+    """Tuning of a study: each variant takes the value with the lowest mean loss on the validation rows; the held-out
+    rows are never used."""
 
-    key: str
-    values: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    set: tuple[str, ...] = ()
+    key: str = Field(description="The configuration's key to tune.")
+    values: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)] = Field(description="Candidates.")
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        default=(0,), description="Seeds of the tuning runs."
+    )
+    set: tuple[str, ...] = Field(default=(), description="Overrides of the tuning runs, such as fewer rounds.")
 
 
-class Study(Record):
-    """The keys of a study's file, with paths relative to the working directory; file: the study's file."""
+class Written(Record):
+    """The keys of a study's file, where they stand without `study.`; paths are relative to it."""
+
+    claim: str = Field(description="The claim to be tested, with its source.")
+    base: Path = Field(description="File of the configuration that all variants share.")
+    variants: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)] = Field(
+        description="Overrides of each variant, by its name."
+    )
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(description="Seeds of the runs that count.")
+    set: tuple[str, ...] = Field(default=(), description="Overrides of all runs.")
+    tune: Tune | None = Field(default=None, description="A key whose value each variant chooses first.")
+    equal_bytes: str | None = Field(
+        default=None, description="Variant whose traffic is the budget of the column of equal bytes."
+    )
+    results: Path = Field(default=Path(), description="Folder of the CSV files; by default that of the study's file.")
+
+
+class Study(Written):
+    """A study with paths relative to the working directory; file: the study's file."""
 
     file: Path
-    claim: str
-    base: Path
-    variants: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
-    set: tuple[str, ...] = ()
-    tune: Tune | None = None
-    equal_bytes: str | None = None
-    results: Path
 
     @property
     def name(self) -> str:
@@ -122,6 +122,8 @@ class Part:
 def load_study(path: Path) -> Study:
     """The checked study from its YAML file.  Raises UserError for keys and values that are not valid."""
     tree = read_yaml(path)
+    if "sweep" in tree or not tree.keys() & Written.model_fields.keys():
+        check_kind(path, tree, "study")
     for key in ("base", "results"):
         if not isinstance(tree.get(key, "."), str):
             raise UserError(f"study.{key}", tree[key], "a path from the study's file", f"e.g. {key}: ../tiny.yaml")

@@ -15,6 +15,8 @@ from rayfed_sub.cli.config_view import show
 from rayfed_sub.config.keys import groups
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import METHODS, class_of
+from rayfed_sub.sweeps.space import Axis, Search
+from rayfed_sub.sweeps.study import Tune, Written
 
 
 def printed(key: str | None = None, width: int = 80) -> list[str]:
@@ -37,6 +39,29 @@ def test_group_lists_its_keys_and_those_below() -> None:
     assert "  federation.partition.alpha=0.5" in lines
     assert not [line for line in lines if line.startswith("  optimizer.")]
     assert printed("federation.partition")[0] == "federation.partition"
+
+
+def test_keys_of_sweeps_and_studies() -> None:
+    assert printed("sweep.trials") == [
+        "  sweep.trials=1",
+        "      an integer >= 1",
+        "      Draws for each point of the grid.",
+    ]
+    assert printed("sweep.space")[:2] == ["  sweep.space (must be given)", "      keys with values"]
+    assert printed("sweep")[0] == "sweep"
+    lines = printed("study")
+    assert next(line for line in lines if line and line[0] != " ") == "study"
+    assert "study.tune" in lines
+    names = {line.split("=")[0].split()[0] for line in lines if line.startswith("  study.")}
+    assert names >= {f"study.{key}" for key in ("claim", "base", "variants", "seeds", "set", "tune.key", "tune.values")}
+    assert "study.file" not in names
+
+
+@pytest.mark.parametrize("record", [Search, Axis, Written, Tune])
+def test_every_key_of_sweeps_and_studies_has_a_meaning(record: type) -> None:
+    of = groups(record, "file")
+    assert [key.name for group in of for key in group.keys if not key.meaning.endswith((".", ")."))] == []
+    assert [group.name for group in of if not group.meaning] == []
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -84,6 +109,7 @@ def test_method_group_lists_every_field_of_every_method() -> None:
         ("optimizer.rl", "a key or group of the configuration; did you mean optimizer.lr"),
         ("rank", "a key or group of the configuration; did you mean method.rank?"),
         ("lr", "a key or group of the configuration; did you mean optimizer.lr, server.lr?"),
+        ("sweep.trails", "a key or group of the configuration; did you mean sweep.trials"),
         ("federation.rond", "a key or group of the configuration; did you mean federation.rounds"),
         ("a", "a key or group of the configuration; see rayfed-sub config"),
         ("", "a key or group of the configuration; see rayfed-sub config"),

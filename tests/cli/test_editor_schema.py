@@ -17,7 +17,8 @@ from rayfed_sub.config.loading import load_config, overridden, read_yaml
 from rayfed_sub.methods import METHODS, build
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-FILES = sorted(path.name for path in EXPERIMENTS.glob("*.yaml"))
+FILES = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.glob("*.yaml"))
+SWEEPS = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.glob("sweeps/*.yaml"))
 TINY = read_yaml(EXPERIMENTS / "tiny.yaml")
 
 
@@ -35,9 +36,10 @@ def error_paths(validator: Draft7Validator, tree: Any) -> list[str]:
 
 def test_there_are_experiments() -> None:
     assert {"quickstart.yaml", "tiny.yaml"} <= set(FILES)
+    assert SWEEPS
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *SWEEPS])
 def test_schema_accepts_experiments(name: str, validator: Draft7Validator) -> None:
     assert error_paths(validator, read_yaml(EXPERIMENTS / name)) == []
 
@@ -94,6 +96,30 @@ def test_schema_accepts_what_a_run_accepts(override: str, validator: Draft7Valid
     tree = overridden(TINY, [override])
     load_config(copy.deepcopy(tree))
     assert error_paths(validator, tree) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("sweep.trails=3", "sweep"),
+        ("sweep.metric=loss", "sweep.metric"),
+        ("sweep.space={}", "sweep.space"),
+        ("sweep.space={method.rank: {grid: []}}", "sweep.space.method.rank.grid"),
+        ("sweep.space={method.rank: {values: [1]}}", "sweep.space.method.rank"),
+        ("sweep.space={optimizer.lr: {loguniform: [0.1]}}", "sweep.space.optimizer.lr.loguniform"),
+    ],
+)
+def test_wrong_key_or_value_of_a_sweep_is_located(override: str, place: str, validator: Draft7Validator) -> None:
+    tree = overridden(read_yaml(EXPERIMENTS / SWEEPS[0]), [override])
+    assert error_paths(validator, tree) == [place]
+
+
+def test_only_a_sweep_builds_on_a_file(validator: Draft7Validator) -> None:
+    """Which has the method's name then."""
+    sweep = {"space": {"seed": {"grid": [0, 1]}}}
+    assert error_paths(validator, {"base": "tiny.yaml", "method": {"rank": 2}, "sweep": sweep}) == []
+    assert error_paths(validator, {"base": "tiny.yaml"}) == [""]
+    assert error_paths(validator, {"method": {"rank": 2}, "sweep": sweep}) == ["method"]
 
 
 def test_schema_has_meanings_and_defaults() -> None:

@@ -103,9 +103,11 @@ def timed(best: int) -> Speed:
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, best: int, *words: str) -> int:
-    """The exit code of `rayfed-sub plan` with a probe that takes no time."""
+    """The exit code of `rayfed-sub plan` with few rows and a probe that takes no time."""
     monkeypatch.setattr(probe, "probe", lambda job, sizes: timed(best))
-    monkeypatch.setattr("sys.argv", ["rayfed-sub", "plan", *words])
+    monkeypatch.setattr(
+        "sys.argv", ["rayfed-sub", "plan", *words, "task.max_rows=120", "model.random.num_hidden_layers=1"]
+    )
     return main._code()
 
 

@@ -34,7 +34,8 @@ from rayfed_sub.models.image_processors import HubImageProcessor, load_image_pro
 from rayfed_sub.models.presets import ANY_PATCHES
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning.job import prepare
-from rayfed_sub.planning.plan import plan_of
+from rayfed_sub.planning.needs import need
+from rayfed_sub.planning.plan import job_parts, plan_of
 from rayfed_sub.planning.worker_memory import backbone_bytes
 from rayfed_sub.telemetry.events import Summary
 from rayfed_sub.training.inference import predictions
@@ -470,8 +471,10 @@ def test_plan_counts_pixels(
 
 
 def test_more_pixels_take_more_memory(pictures: str) -> None:
-    small, large = (plan_of(prepare(configured(pictures, DINOV2, "fedit", image_size=side))) for side in (16, 32))
-    assert large.worker.tensors > 2 * small.worker.tensors
+    small, large = (
+        need(job_parts(prepare(configured(pictures, DINOV2, "fedit", image_size=side)))).worker(2) for side in (16, 32)
+    )
+    assert large.tensors > 2 * small.tensors
 
 
 @pytest.mark.parametrize("form", ["hf", "peft"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -282,19 +281,15 @@ def test_unwritable_picture_files_are_refused(tmp_path: Path, name: str) -> None
 # --- the command
 
 
-def test_the_command(tmp_path: Path) -> None:
-    """In a separate process: JSON on stdout, the picture in its file, and Ray is not imported."""
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON on stdout, the picture in its file; `tests/planning/test_plan.py` has it in a process of its own."""
     out = tmp_path / "tiny.png"
-    code = (
-        "import sys; from rayfed_sub.cli.main import _code; code = _code(); "
-        "assert 'ray' not in sys.modules; sys.exit(code)"
-    )
     arguments = ["data", TINY, "federation.clients=4", "task.validation=0.05", "--json", "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=120
-    )
-    data = json.loads(done.stdout)
-    assert "rayfed-sub" not in done.stderr  # matplotlib may report that it looks for fonts
+    monkeypatch.setattr(sys, "argv", ["rayfed-sub", *arguments])
+    assert main._code() == 0
+    shown = capsys.readouterr()
+    data = json.loads(shown.out)
+    assert "rayfed-sub" not in shown.err
     assert (data["column"], data["partition"], len(data["clients"])) == ("module", "column", 4)
     assert data["rows"]["validation"] > 0
     assert sum(client["rows"] for client in data["clients"]) == data["rows"]["train"]

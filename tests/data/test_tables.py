@@ -228,6 +228,8 @@ def test_split_of_a_single_file(tmp_path: Path) -> None:
 
 
 def test_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or the hub is asked whether it is there
+
     def unreachable(path: str, split: str) -> None:
         raise ConnectionError(f"Couldn't reach {path}\non the hub")
 

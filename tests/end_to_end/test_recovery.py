@@ -25,12 +25,6 @@ TIMES = ["train_seconds", "seconds", "retries", "memory_bytes"]
 """Columns that may differ: times, and traces of the disturbance."""
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    """In one process; other tests of this file have two workers."""
-    return chaos.undisturbed(0, tmp_path_factory.mktemp("undisturbed") / "run")
-
-
 def same(summary: Summary, undisturbed: Summary) -> None:
     """Compare weights, scores and rows: none lost, none doubled."""
     assert summary.weights_sha256 == undisturbed.weights_sha256
@@ -44,7 +38,7 @@ def same(summary: Summary, undisturbed: Summary) -> None:
 
 @pytest.mark.parametrize("coordinators", [(2,), pytest.param((1, 3), marks=pytest.mark.slow)])
 def test_run_survives_a_worker_and_coordinators(
-    coordinators: tuple[int, ...], ray_session: None, undisturbed: Summary, tmp_path: Path
+    coordinators: tuple[int, ...], ray_session: None, undisturbed_job: Summary, tmp_path: Path
 ) -> None:
     """The short form of the soak: a worker dies in the second round, coordinators in others."""
     due = [(1, "ray::Worker"), *((round, "ray::Coordinator") for round in coordinators)]
@@ -58,14 +52,14 @@ def test_run_survives_a_worker_and_coordinators(
 
     summary = run(chaos.job(2), tmp_path / "run", listener)
     assert not due
-    same(summary, undisturbed)
+    same(summary, undisturbed_job)
     assert summary.resumed == coordinators  # checkpoints are requested after a round has been read
     assert [text.partition(";")[0] for text in messages][::2] == ["the coordinator died"] * len(coordinators)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupted_run_leaves_a_checkpoint_and_resumes(
-    workers: int, ray_session: None, undisturbed: Summary, tmp_path: Path
+    workers: int, ray_session: None, undisturbed_job: Summary, tmp_path: Path
 ) -> None:
     """Ctrl-C in the third round, without a due checkpoint."""
     messages: list[str] = []
@@ -83,12 +77,12 @@ def test_interrupted_run_leaves_a_checkpoint_and_resumes(
     # As on a smaller machine: the bits do not depend on which clients train side by side.
     smaller = chaos.job(workers, "checkpoint.every=0", "resources.pack_size=1", "evaluation.batch_size=3")
     summary = run(smaller, folder, resume=True)
-    same(summary, undisturbed)
+    same(summary, undisturbed_job)
     assert summary.resumed in ((2,), (3,))  # the third round may end while the interrupt is delivered
     assert run(config, folder, resume=True) == summary  # finished: nothing happens
 
 
-def test_killed_process_loses_the_rounds_since_the_checkpoint(undisturbed: Summary, tmp_path: Path) -> None:
+def test_killed_process_loses_the_rounds_since_the_checkpoint(undisturbed_job: Summary, tmp_path: Path) -> None:
     """The state after SIGKILL: tables and log are ahead of the checkpoint."""
 
     def end(record: Any) -> None:
@@ -99,17 +93,17 @@ def test_killed_process_loses_the_rounds_since_the_checkpoint(undisturbed: Summa
     with pytest.raises(MemoryError):
         run(config, folder, end)
     summary = run(config, folder, resume=True)
-    same(summary, undisturbed)
+    same(summary, undisturbed_job)
     assert summary.resumed == (2,)
 
 
-def test_resume_starts_a_run_that_never_began(undisturbed: Summary, tmp_path: Path) -> None:
-    same(run(chaos.job(0), tmp_path / "run", resume=True), undisturbed)
+def test_resume_starts_a_run_that_never_began(undisturbed_job: Summary, tmp_path: Path) -> None:
+    same(run(chaos.job(0), tmp_path / "run", resume=True), undisturbed_job)
 
 
-def test_run_does_not_resume_with_other_settings(undisturbed: Summary) -> None:
+def test_run_does_not_resume_with_other_settings(undisturbed_job: Summary) -> None:
     with pytest.raises(UserError, match=r"method.rank: got 2; allowed: 4, with which the run in .* began"):
-        run(chaos.job(0, "method.rank=2"), undisturbed.folder, resume=True)
+        run(chaos.job(0, "method.rank=2"), undisturbed_job.folder, resume=True)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ SMALL = [
     "model.random.intermediate_size=96",
     "model.random.num_hidden_layers=2",
     "optimizer.lr=0.01",
+    "task.max_rows=240",  # of 1,180, which take longer to tokenise than to train on
 ]
 BERT = {
     **{"type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},

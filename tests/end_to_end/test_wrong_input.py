@@ -71,6 +71,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pool.yaml": "federation:\n  partition: {kind: pool}\n",
         "numbers.yaml": "federation: {2: 3}\n",
         "date.yaml": "name: 2024-01-01\n",
+        "sweep.yaml": f"base: {TINY}\nsweep: {{space: {{seed: {{grid: [0, 1]}}}}}}\n",
+        "study.yaml": f"claim: none\nbase: {TINY}\nvariants: {{a: []}}\nseeds: [0]\n",
     }.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.yaml").write_bytes(b"name: \xff\n")
@@ -124,7 +126,12 @@ SINGLE = {
     "method without a name": ("method={}", "method.name: got None", "fedftg, fedavg"),
     "method that is no method": ("method.name=json:JSONDecoder", "method.name: got 'json:JSONDecoder'", "method"),
     "method that is nowhere": ("method.name=nowhere:Nothing", "method.name: got 'nowhere:Nothing'", "importable"),
-    "method as a word": ("method=fedftg", "method: got 'fedftg'", "keys with values; e.g. method={'name': 'fedftg'}"),
+    "method as a word": ("method=fedsvd", "method: got 'fedsvd'", "keys with values; set method.name=fedsvd"),
+    "model as a word": ("model=gpt2", "model: got 'gpt2'", "; set model.path=gpt2"),
+    "architecture as a word": ("model.random=gpt2", "model.random: got 'gpt2'", "; set model.random.type=gpt2"),
+    "task as a word": ("task=medquad", "task: got 'medquad'", "; set task.name=medquad"),
+    "optimizer as a word": ("optimizer=sgd", "optimizer: got 'sgd'", "; set optimizer.name=sgd"),
+    "server as a word": ("server=adam", "server: got 'adam'", "; set server.optimizer=adam"),
     "misspelt field of a method": ("method.ranks=3", "method.ranks: got 3", "did you mean rank?"),
     "field of another method": (
         'method={"name":"fedavg","rank":4}',
@@ -154,7 +161,11 @@ SINGLE = {
     "more sampled than there are": ("federation.sampled=9", "federation.sampled: got 9", "1 to federation.clients=8"),
     "none sampled": ("federation.sampled=0", "federation.sampled: got 0", "an integer >= 1, or null"),
     "a pool of many": ("federation.partition.kind=pool", "federation.clients: got 8", "1 with partition.kind=pool"),
-    "section as a word": ("federation.partition=iid", "federation.partition: got 'iid'", "kind, column, alpha"),
+    "section as a word": (
+        "federation.partition=iid",
+        "federation.partition: got 'iid'; allowed: keys with values: kind, column, alpha",
+        "; set federation.partition.kind=iid",
+    ),
     "empty section": ("federation=", "federation: got None", "keys with values: clients, sampled"),
     "unknown weights": (
         "federation.client_weighting=rows",
@@ -393,6 +404,7 @@ def test_table(asked: str, begins: str, contains: str, refusal: Refusal) -> None
 
 
 # Whole command lines.
+FILES = {"run": TINY, "sweep": "sweep.yaml", "study": "study.yaml"}
 COMMANDS = {
     "config that is missing": ("run none.yaml", "CONFIG: got 'none.yaml'", "a YAML file that exists"),
     "config that is a folder": ("run full", "CONFIG: got 'full'", "a YAML file that exists"),
@@ -432,11 +444,31 @@ COMMANDS = {
     "export of an open run": ("export a_run --to new", "RUN: got 'a_run'", "the folder of a finished run"),
     "export of nothing": ("export none --to new", "RUN: got 'none'", "the folder of a finished run"),
     "export to nowhere": ("export a_run", "Missing option '--to'", "see rayfed-sub --help"),
-    "export as something else": ("export a_run --to new --format gguf", "Invalid value for '--format'", "'hf'"),
+    "export as something else": (
+        "export a_run --to new --format petf",
+        "--format: got 'petf'; allowed: hf or",
+        "peft?",
+    ),
     "no config": ("run", "Missing argument 'CONFIG.yaml'", "see rayfed-sub --help"),
     "unknown option": (f"run {TINY} --colour", "No such option: --colour", "see rayfed-sub --help"),
     "unknown command": ("ruin", "No such command 'ruin'", "see rayfed-sub --help"),
-    "unknown list": ("list foo", "Invalid value for 'what': ", "'methods', 'tasks', 'models'"),
+    "unknown list": ("list foo", "WHAT: got 'foo'; allowed: methods, tasks or models", "models\n"),
+    "misspelt list": ("list tsaks", "WHAT: got 'tsaks'; allowed: methods, tasks or models", "; did you mean tasks?"),
+    **{
+        f"{command} of a {kind}": (
+            f"{command} {FILES[kind]}",
+            f"CONFIG: got '{FILES[kind]}'; allowed: {allowed}; this is ",
+            f": use rayfed-sub {kind} {FILES[kind]}\n",
+        )
+        for command, kinds, allowed in (
+            ("run", ("sweep", "study"), "the configuration of a run"),
+            ("plan", ("sweep", "study"), "the configuration of a run"),
+            ("data", ("sweep", "study"), "the configuration of a run"),
+            ("sweep", ("run", "study"), "a configuration with a section `sweep`"),
+            ("study", ("run", "sweep"), "a study, with a claim and variants"),
+        )
+        for kind in kinds
+    },
 }
 
 
@@ -527,7 +559,7 @@ def outcome(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "begins"),
     [
-        (["run", TINY, "method.rank=0"], "method.rank: got 0"),
+        (["run", TINY, "optimizer.lr=-1"], "optimizer.lr: got -1"),
         (["run", TINY, "--colour"], "No such option"),
         (["run", TINY, "model.path=nobody/nothing"], "model.path: got 'nobody/nothing'"),
     ],

@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,22 @@ def runs(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return run
 
 
+@pytest.fixture(scope="module")
+def runs_of_one(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Method -> the folder of a run in which only client 0 of the two ever trained, made once."""
+
+    @cache
+    def run(method: str) -> Path:
+        return trained(tmp_path_factory.mktemp("runs of one") / method, configured(table, method), clients=(0,))
+
+    return run
+
+
 def client_of(method: str) -> int | None:
     return 1 if method in PERSONAL else None
 
 
+@cache
 def job_of(run: Path) -> Job:
     return prepare(load_config(run / "config.yaml"))
 
@@ -515,10 +528,10 @@ def test_client_is_refused_for_a_method_with_one_model(
 @pytest.mark.parametrize("export", [export_hf, export_peft])
 @pytest.mark.parametrize("client", [None, 1, -1])
 def test_personal_model_needs_a_client_that_took_part(
-    client: int | None, export: Export, method: str, table: Path, tmp_path: Path
+    client: int | None, export: Export, method: str, runs_of_one: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Only client 0 of the two clients ever trained."""
-    run = trained(tmp_path / "run", configured(table, method), clients=(0,))
+    run = runs_of_one(method)
     with pytest.raises(UserError, match=rf"^--client: got {client}; allowed: .* {method}: 0; e\.g\. --client 0$"):
         export(run, tmp_path / "to", client)
     export(run, tmp_path / "again", 0)

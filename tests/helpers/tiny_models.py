@@ -5,6 +5,7 @@ once for all tests, which leave it as it is."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,13 +45,19 @@ Batch = dict[str, Tensor]
 VOCABULARY, CLASSES, PAD = 64, 3, 0
 
 
+SHARED: list[Tiny] = []
+"""The models that were made, which `tests/conftest.py` checks after each file that uses them."""
+
+
 @dataclass(frozen=True, repr=False)
 class Tiny:
-    """A model, its shape, and how to draw one batch: draw(generator, rows, tokens, labels a row)."""
+    """A model, its shape, and how to draw one batch: draw(generator, rows, tokens, labels a row).  made: the checksum
+    of a model that all tests share, "" for others."""
 
     model: nn.Module
     shape: ModelShape
     draw: Callable[[torch.Generator, int, int, int], Batch]
+    made: str = ""
 
     @cached_property
     def packed(self) -> tuple[nn.Module, dict[str, PackLinear]]:
@@ -68,6 +75,13 @@ class Tiny:
             if layer in self.shape.head:
                 tensors[f"{layer.name}/bias"] = module.bias.detach()
         return tensors
+
+    @property
+    def intact(self) -> bool:
+        """Whether model and `packed` have the weights with which the model was made."""
+        layers = self.packed[1] if "packed" in vars(self) else {}
+        based = all(torch.equal(layer.weight, self.weights[f"{name}/weight"]) for name, layer in layers.items())
+        return based and checksum(self.model) == self.made
 
 
 @cache
@@ -128,7 +142,11 @@ def bent(name: str) -> Tiny:
         "granite": {"logits_scaling": 3.0},
         "xlstm": {"output_logit_soft_cap": 2.0, "num_heads": 2, "hidden_size": 32, "num_blocks": 2},
         "nanochat": {"final_logit_softcapping": 2.0},
-        "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+        # A row is filled up to whole chunks, by default to 256 tokens.
+        "falcon_h1": {
+            **{"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+            **{"mamba_chunk_size": 16, "mamba_d_state": 16},
+        },
     }
     config = AutoConfig.for_model(name, **{**sizes, **bends[name]})
     targets = {"xlstm": r"proj_up$", "nanochat": r"fc1$"}.get(name, r"up_proj$")
@@ -199,7 +217,16 @@ def _tiny(
                 parameter.normal_(std=0.1)
     chosen = [_layer(name, module) for name, module in model.named_modules() if re.search(targets, name)]
     heads = (_layer(head, model.get_submodule(head)),) if head else ()
-    return Tiny(model, ModelShape(tuple(chosen), heads), draw)
+    SHARED.append(Tiny(model, ModelShape(tuple(chosen), heads), draw, checksum(model)))
+    return SHARED[-1]
+
+
+def checksum(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers."""
+    read = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        read.update(tensor.contiguous().numpy())
+    return read.hexdigest()
 
 
 def _layer(name: str, module: nn.Module) -> Layer:

@@ -433,10 +433,23 @@ def test_missing_preset_package_error_names_the_command(monkeypatch: pytest.Monk
         locate("smollm2-135m")
 
 
-def test_unreachable_hub_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert locate("nobody/nothing") == Source("nobody/nothing")
+@pytest.mark.parametrize("offline", [True, False])
+def test_unreachable_hub_is_a_user_error(
+    offline: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the environment says, or because nothing answers: at once, and with no line of the hub's client."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits to try again"))
+    assert locate("nobody/nothing") == Source("nobody/nothing", hub=True)
     assert refusal(Model(path="nobody/nothing")).startswith("model.path: got 'nobody/nothing'; allowed: a model that")
+    assert capfd.readouterr().err == ""
+
+
+def test_names_that_the_hub_cannot_have_are_no_hub_ids() -> None:
+    for path in ("two words", "a/b/c", "nobody--nothing", "model.git"):
+        with pytest.raises(UserError, match=r"^model\.path: got .*a model folder, .* or a hub id; check the path"):
+            locate(path)
 
 
 def test_quantised_checkpoint_is_refused(tmp_path: Path) -> None:

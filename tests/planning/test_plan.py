@@ -26,7 +26,7 @@ from rayfed_sub.planning.traffic import traffic
 from rayfed_sub.planning.worker_memory import backbone_bytes
 from rayfed_sub.runtime.probe import probe
 from rayfed_sub.storage import checkpoints
-from tests.end_to_end.test_runs import BERT, TINY, small
+from tests.end_to_end.test_runs import BERT, SMALL, TINY, small
 from tests.helpers.measured_worker import prepared
 from tests.helpers.tiny_models import bert, llama
 from tests.methods.test_protocol import OPTIMIZER, STEPS, clients_data, made, walk
@@ -210,17 +210,22 @@ def test_plan_by_hand() -> None:
     assert json.loads(json.dumps(as_dict(planned)))["server"][0] == 2 * 96 * 32 * 4
 
 
-def test_plan_does_not_start_ray() -> None:
+def test_neither_data_nor_plan_imports_ray() -> None:
+    """Both in one process of their own, with JSON alone on stdout."""
     code = (
-        "import sys; sys.argv[1:] = ['plan', *sys.argv[1:]]\n"
+        "import sys; words = sys.argv[1:]\n"
         "from rayfed_sub.cli.main import _code\n"
-        "code = _code(); print('ray' in sys.modules, file=sys.stderr); sys.exit(code)"
+        "for command in ('data', 'plan'):\n"
+        "    sys.argv[1:] = [command, *words]\n"
+        "    assert _code() == 0\n"
+        "    print(command, 'ray' in sys.modules, file=sys.stderr)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(TINY), "--json"], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stderr.strip().splitlines()[-1] == "False"
-    assert json.loads(done.stdout)["method"] == "fedftg"
+    words = [sys.executable, "-c", code, str(TINY), *SMALL, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    assert {"data False", "plan False"} <= set(done.stderr.splitlines())
+    data, end = json.JSONDecoder().raw_decode(done.stdout)
+    assert data["column"] == "module"
+    assert json.loads(done.stdout[end:])["method"] == "fedftg"
 
 
 def test_private_run_is_timed_with_its_clipping() -> None:

@@ -119,10 +119,3 @@ def test_more_workers_than_a_cluster_holds_are_refused(two_nodes: str, tmp_path:
     assert process.returncode == 2
     assert "resources.workers: got 3; allowed: 1 to 2 with cpus_per_worker=1 on 1 + 1 CPUs" in process.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_no_cluster_at_an_address(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", main.__name__, "run", str(TINY), "--out", str(tmp_path / "run")]
-    process = subprocess.run([*command, "--address", "ray://127.0.0.1:1"], capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert process.stderr.startswith("rayfed-sub: --address: got 'ray://127.0.0.1:1'; allowed: auto, or HOST:PORT")

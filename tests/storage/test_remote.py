@@ -295,12 +295,7 @@ def test_impossible_location_is_refused_before_the_run_starts(uri: str) -> None:
         run(chaos.job(1), uri)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    return chaos.undisturbed(0, tmp_path_factory.mktemp("undisturbed") / "run")
-
-
-def test_run_in_s3_resumes_after_an_interrupt(undisturbed: Summary, bucket: str, tmp_path: Path) -> None:
+def test_run_in_s3_resumes_after_an_interrupt(undisturbed_job: Summary, bucket: str, tmp_path: Path) -> None:
     """Ctrl-C in the third round, without a due checkpoint; the second machine has only the URI."""
     records: list[Any] = []
 
@@ -319,8 +314,8 @@ def test_run_in_s3_resumes_after_an_interrupt(undisturbed: Summary, bucket: str,
     with local_copy(f"{uri}/config.yaml", "CONFIG.yaml") as path:
         config = load_config(path)
     summary = run(config, uri, resume=True)
-    assert summary.weights_sha256 == undisturbed.weights_sha256
-    assert summary.metrics == undisturbed.metrics
+    assert summary.weights_sha256 == undisturbed_job.weights_sha256
+    assert summary.metrics == undisturbed_job.metrics
     assert summary.resumed == (2,)
     assert summary.folder == uri
 
@@ -330,7 +325,8 @@ def test_run_in_s3_resumes_after_an_interrupt(undisturbed: Summary, bucket: str,
         assert finished(folder) == config
         assert checkpoints.newest(folder) == 4
         state_store(folder)  # whole
-        assert {path.name for path in folder.iterdir()} == {path.name for path in Path(undisturbed.folder).iterdir()}
+        ours, theirs = ({path.name for path in place.iterdir()} for place in (folder, Path(undisturbed_job.folder)))
+        assert ours == theirs
 
 
 def test_refusal_by_s3_is_reported_before_the_run_starts(bucket: str) -> None:

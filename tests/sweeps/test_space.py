@@ -160,7 +160,7 @@ def test_every_point_must_have_the_metric() -> None:
 
 
 def test_plain_configuration_is_refused_as_a_sweep() -> None:
-    with pytest.raises(UserError, match="sweep: got None; allowed: a section with a space"):
+    with pytest.raises(UserError, match=r"this is the configuration of a run: use rayfed-sub run .*tiny\.yaml$"):
         load_sweep(TINY)
 
 
@@ -198,13 +198,13 @@ def test_every_name_and_every_resource_counts_separately() -> None:
     ],
 )
 def test_trials_side_by_side_follow_from_resources(there: list[Node], asked: str, most: int) -> None:
-    job = prepare(load_config(TINY, asked.split()))
+    job = prepare(load_config(TINY, [*asked.split(), "task.max_rows=120"]))
     assert capacity.at_once([job], there, most=100) == most
     assert capacity.at_once([job], there, most=1) == 1
 
 
 def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = prepare(load_config(TINY, ["resources.workers=1"]))
+    job = prepare(load_config(TINY, ["resources.workers=1", "task.max_rows=120"]))
     needed = capacity.need(capacity.job_parts(job), rounds=2, most=capacity.FEW)
     here = Machine("here", 0, 64, 10**12)
     one = capacity.trial_bytes(needed, here, 4, workers_here=True)

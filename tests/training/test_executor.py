@@ -4,6 +4,7 @@ written."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -86,14 +87,20 @@ def torn(batches: list[dict[str, torch.Tensor]], at: int) -> Torn:
     return out
 
 
+@cache
+def undisturbed(kind, run):
+    """A start, the batches of three clients that have it, and their results."""
+    tiny = llama()
+    start, whole = start_of(kind, tiny), [draw_batches(tiny, seed, 5) for seed in range(3)]
+    return start, whole, run(tiny, [start] * 3, whole, Optimizer(clip_norm=0.5), lr=LR)
+
+
 @pytest.mark.parametrize("run", [run_pack, run_reference])
 @pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
 @pytest.mark.parametrize("at", [0, 2])
 def test_client_whose_data_raise_fails_alone(kind, at, run):
-    tiny = llama()
-    start, optimizer = start_of(kind, tiny), Optimizer(clip_norm=0.5)
-    whole = [draw_batches(tiny, seed, 5) for seed in range(3)]
-    good = run(tiny, [start] * 3, whole, optimizer, lr=LR)
+    tiny, optimizer = llama(), Optimizer(clip_norm=0.5)
+    start, whole, good = undisturbed(kind, run)
     cut = [whole[0], torn(whole[1], at), whole[2]]
     first, bad, last = run(tiny, [start] * 3, cut, optimizer, lr=LR)
     assert bad.failure == f"batch of local step {at}: ValueError: row 17: not UTF-8"

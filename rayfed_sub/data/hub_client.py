@@ -1,0 +1,58 @@
+"""The hub of models, data sets and metrics: which names it can have, and how to go on where it does not answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+_PATIENCE = 5.0  # seconds for an answer
+_REMEMBERED = 60.0  # seconds after which the hub is asked again
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the hub can have a repository of this name, whether or not it does.
+
+    >>> [is_hub_id(name) for name in ("gpt2", "openai-community/gpt2", "two words", "a/b/c", "./here")]
+    [True, True, False, False, False]
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Where the hub does not answer, its client is offline inside: what is in the cache is read, anything else raises
+    at once.  By itself the client tries every file six times, which takes a minute and a half for a model, and logs
+    each try."""
+    from huggingface_hub import constants
+
+    minute = int(time.monotonic() / _REMEMBERED)
+    if constants.HF_HUB_OFFLINE or _answers(constants.ENDPOINT, minute):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True  # read at every request
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+@lru_cache(maxsize=1)
+def _answers(endpoint: str, minute: int) -> bool:
+    """Whether a request gets any answer; minute: when it is asked, so that an answer is not kept for ever."""
+    import httpx
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=_PATIENCE)
+    except httpx.TransportError:
+        return False
+    return True
