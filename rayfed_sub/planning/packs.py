@@ -61,15 +61,15 @@ def fixed_cuts(clients: Sequence[int], size: int) -> list[Sequence[int]]:
     return [clients[i : i + size] for i in range(0, len(clients), size)]
 
 
-def free_cuts(work: Sequence[float], workers: int, most: Callable[[], int]) -> Iterator[range]:
+def free_cuts(work: Sequence[float], workers: int, most: Callable[[], int], *, finer: bool = False) -> Iterator[range]:
     """The packs of a round as ranges of the cohort's places, where the cuts are free.
 
-    Packs have equal work, as far as none has more than `most()` clients, which is asked anew for each.  A round of
-    several turns of all workers ends with packs of half the work, so that no worker waits long for another one.
+    Packs have equal work, as far as none has more than `most()` clients, which is asked anew for each.  finer: a round
+    of several turns of all workers ends with packs of half the work, so that no worker waits long for another one.
 
     >>> [len(pack) for pack in free_cuts([1] * 7, workers=2, most=lambda: 4)]
     [4, 3]
-    >>> [len(pack) for pack in free_cuts([1] * 24, workers=2, most=lambda: 8)]
+    >>> [len(pack) for pack in free_cuts([1] * 24, workers=2, most=lambda: 8, finer=True)]
     [6, 6, 3, 3, 3, 3]
     """
     sums, begin, by, packs, halves = [0.0, *accumulate(work)], 0, 0, 0, 0
@@ -77,7 +77,7 @@ def free_cuts(work: Sequence[float], workers: int, most: Callable[[], int]) -> I
         left, size = len(work) - begin, most()
         if size != by:
             turns = ceil(left / (size * workers))
-            halves = 2 * workers if begin or turns > 1 else 0
+            halves = 2 * workers if finer and (begin or turns > 1) else 0
             by, packs = size, turns * workers + halves // 2
         mine = 0.5 if packs <= halves else 1.0
         share = (sums[-1] - sums[begin]) * mine / (packs - min(packs, halves) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import Any
 
 from rayfed_sub.config.schema import Config
@@ -35,6 +36,8 @@ class PackQueue:
         self._home: dict[int, int] = {}  # client -> the worker that trained it last
         self._cut_by: dict[int, int] = {}  # a pack's first client -> the size by which it was cut
         self._most = 1  # clients of a pack in this round
+        self._ended: dict[int, float] = {}  # worker -> the end of its last pack in this round
+        self._shortest, self._finer = inf, False  # seconds of this round's shortest pack; how its last turn is cut
         self._bare = {sample.process: sample.last for sample in workers.memory(1)}  # before the first pack
 
     def items(self, n: int, cohort: Sequence[int], broadcast: Any) -> Iterator[WorkItem]:
@@ -42,6 +45,10 @@ class PackQueue:
         rounds = self._config.federation.rounds or 0
         watched = client_diagnostics.watched(self._config.diagnostics, n, rounds, cohort)
         self._most = packs.most_clients(self._config, len(cohort), free=self._free)
+        # Half a pack's time was waited for at the end of the last round: finer packs there would have been even.
+        waited = max(self._ended.values(), default=0.0) - min(self._ended.values(), default=0.0)
+        self._finer, self._shortest = waited > self._shortest / 2, inf
+        self._ended.clear()
         self._cut_by.clear()
         for i, clients in enumerate(self._cuts(cohort)):
             yield self._item(n, clients, i % self._workers.count, broadcast, watched)
@@ -49,6 +56,8 @@ class PackQueue:
     def done(self, n: int, done: Done) -> None:
         """Takes note of a finished pack of round n."""
         self._home.update(dict.fromkeys(done.units, done.worker))
+        self._ended[done.worker] = done.ended
+        self._shortest = min(self._shortest, done.ended - done.began)
         size = self._cut_by.pop(done.units[0], None)
         if (
             size is None
@@ -58,7 +67,8 @@ class PackQueue:
         ):
             return
         work = sum(packs.work(self._config, self._dataset, client) for client in done.units)
-        timing = Timing(n, size, (done.ended - done.began) / work)
+        # The worker's own seconds: those between two results also depend on when the coordinator looks.
+        timing = Timing(n, size, done.result.seconds / work)
         self._sizes = pack_sizes.timed(self._sizes, timing, self._most, self._has_room)
 
     def _cuts(self, cohort: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -66,7 +76,8 @@ class PackQueue:
             yield from packs.fixed_cuts(cohort, self._config.resources.first_pack)
             return
         work = [packs.work(self._config, self._dataset, client) for client in cohort]
-        for places in packs.free_cuts(work, self._workers.count, lambda: min(self._sizes.size, self._most)):
+        count = self._workers.count
+        for places in packs.free_cuts(work, count, lambda: min(self._sizes.size, self._most), finer=self._finer):
             clients = cohort[places.start : places.stop]
             self._cut_by[clients[0]] = self._sizes.size
             yield clients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,10 +69,11 @@ class Spec:
 @dataclass(frozen=True)
 class PackOutcome:
     """Outcome of a pack: updates and new states, in the pack's order.  A failed client's state is None: it keeps the
-    old one.  diagnostics: of the watched clients; tokens, computed: see `PackRow`."""
+    old one.  seconds: the worker's own; diagnostics: of the watched clients; tokens, computed: see `PackRow`."""
 
     updates: tuple[Update, ...]
     states: tuple[ClientState | None, ...]
+    seconds: float
     diagnostics: tuple[ClientDiagnostics, ...] = ()
     tokens: int | None = None
     computed: int | None = None
@@ -118,6 +120,7 @@ class Worker:
     def train(self, work: PackWork, states: Sequence[Any], broadcast: Broadcast) -> PackOutcome:
         """Trains one pack.  states: per client None (its first round), or key and handle for `object_store.get`, which
         is read only when the state is not resident.  A failed client has the cause in its update."""
+        began = time.perf_counter()
         method, shape = self._spec.method, self._spec.architecture.shape
         clients, watched = work.clients, work.watched
         received = self._received(broadcast)
@@ -160,7 +163,8 @@ class Worker:
                 self._remember(client, new)
         given.check()
         self._guard.check()
-        return PackOutcome(tuple(updates), tuple(kept), tuple(diagnostics), trained.tokens, trained.computed)
+        seconds = time.perf_counter() - began
+        return PackOutcome(tuple(updates), tuple(kept), seconds, tuple(diagnostics), trained.tokens, trained.computed)
 
     def evaluate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Prediction]:
         """Predictions for the given held-out rows by the global model, or by that of `client` where it is given (state

@@ -32,9 +32,9 @@ def test_clients_of_like_steps_stand_together_before_that() -> None:
     assert ordered(config, dataset([9], [100], [90], [9]), range(4)) == [2, 0, 1, 3]
 
 
-def sizes(work: list[float], most: int, workers: int) -> list[int]:
+def sizes(work: list[float], most: int, workers: int, *, finer: bool = False) -> list[int]:
     """Sizes of a round's packs."""
-    packs = list(free_cuts(work, workers, lambda: most))
+    packs = list(free_cuts(work, workers, lambda: most, finer=finer))
     assert [client for pack in packs for client in pack] == list(range(len(work)))
     return [len(pack) for pack in packs]
 
@@ -59,8 +59,10 @@ def test_packs_of_a_turn_have_equal_work() -> None:
     assert sizes([4.0, 4, 2, 2, 2, 2], most=3, workers=2) == [2, 2, 2]  # room for three
 
 
-def test_last_of_several_turns_is_cut_finer() -> None:
-    assert sizes([1.0] * 24, most=8, workers=2) == [6, 6, 3, 3, 3, 3]
+def test_last_of_several_turns_may_be_cut_finer() -> None:
+    assert sizes([1.0] * 24, most=8, workers=2) == [6, 6, 6, 6]
+    assert sizes([1.0] * 24, most=8, workers=2, finer=True) == [6, 6, 3, 3, 3, 3]
+    assert sizes([1.0] * 12, most=8, workers=2, finer=True) == [6, 6]  # one turn
 
 
 def test_largest_pack_leaves_no_worker_idle() -> None:

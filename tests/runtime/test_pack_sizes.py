@@ -95,9 +95,12 @@ def queue(workers: Stage, **resources: Any) -> PackQueue:
 
 
 def a_round(packs: PackQueue, n: int, seconds: Callable[[int], float]) -> Iterator[int]:
-    """Sizes of the packs of round n, which take so many seconds each, one after the other."""
+    """Sizes of the packs of round n, which take so many seconds each on the two workers in turns."""
+    now = [0.0, 0.0]
     for i, item in enumerate(packs.items(n, range(64), None)):
-        packs.done(n, Done(i, None, i % 2, 0.0, seconds(len(item.units)), (), item.units))
+        began, taken = now[i % 2], seconds(len(item.units))
+        now[i % 2] += taken
+        packs.done(n, Done(i, SimpleNamespace(seconds=taken), i % 2, began, began + taken, (), item.units))
         yield len(item.units)
 
 
@@ -109,7 +112,7 @@ def workers_with(free: int) -> Stage:
 def test_round_is_cut_by_what_its_first_packs_took() -> None:
     packs = queue(workers_with(free=10**9))
     first = list(a_round(packs, 0, lambda clients: 1 + clients / 100))
-    assert first == [4, 4, 7, 7, 10, 11, 5, 5, 5, 6]
+    assert first == [4, 4, 7, 7, 10, 11, 10, 11]
     assert list(a_round(packs, 1, lambda clients: 1 + clients / 100)) == [32, 32]
 
 
@@ -122,6 +125,14 @@ def test_packs_do_not_grow_beyond_free_memory() -> None:
         workers.samples = [Sample(sample.process, 100, 150, sample.free) for sample in workers.samples]
         sizes = [size for n in range(3) for size in a_round(packs, n, lambda clients: 1 + clients / 100)]
         assert max(sizes) == largest
+
+
+def test_round_ends_with_finer_packs_where_a_worker_waited_for_another() -> None:
+    packs = queue(workers_with(free=10**9), pack_size=16)
+    slow = iter([1.0, 2.0] * 99)
+    assert list(a_round(packs, 0, lambda clients: clients * next(slow))) == [16, 16, 16, 16]
+    assert list(a_round(packs, 1, float)) == [16, 16, 8, 8, 8, 8]
+    assert list(a_round(packs, 2, float)) == [16, 16, 16, 16]  # nobody waited
 
 
 def test_number_in_the_configuration_stays() -> None:
