@@ -27,8 +27,9 @@ from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.frozen_linear import freeze, product
 from rayfed_sub.training.blocks import Closed, add_product, multiplied
 
-_FEW = 16
-"""Tokens below which a client's own products have other bits than among more."""
+_TILE = 16
+"""The one client of an evaluation has as many tokens as a batch happens to have: they are filled up to a multiple of
+this, beyond which products with few ranks have other bits at the end of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ class PackLinear(nn.Module):
             return product(x.float(), self.weight, self.bias).to(x.dtype)
         x_Sn = x.reshape(-1, x.shape[-1]).float()
         S, stacks = len(x_Sn), self.bound.stacks
-        if stacks[0].rows is None and S < _FEW:  # a few generated tokens
-            x_Sn = functional.pad(x_Sn, (0, 0, 0, _FEW - S))
+        if stacks[0].rows is None and S % _TILE:
+            x_Sn = functional.pad(x_Sn, (0, 0, 0, -S % _TILE))
         found = tuple(_tokens(terms.rows, len(x_Sn), self.bound.rows) for terms in stacks)
         leaves = [leaf for terms in stacks for leaf in terms.leaves()]
         y_Sm: Tensor = _Sum.apply(x_Sn, self.weight, self.bias, stacks, found, *leaves)  # type: ignore[no-untyped-call]
