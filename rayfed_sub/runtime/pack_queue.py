@@ -34,6 +34,7 @@ class PackQueue:
         self._config, self._dataset, self._workers, self._state_of = config, dataset, workers, state_of
         self._free, self._sizes = free, PackSizes(config.resources.first_pack)
         self._home: dict[int, int] = {}  # client -> the worker that trained it last
+        self._warm: set[tuple[int, int]] = set()  # worker and size of packs so far
         self._cut_by: dict[int, int] = {}  # a pack's first client -> the size by which it was cut
         self._most = 1  # clients of a pack in this round
         self._ended: dict[int, float] = {}  # worker -> the end of its last pack in this round
@@ -67,8 +68,12 @@ class PackQueue:
         ):
             return
         work = sum(packs.work(self._config, self._dataset, client) for client in done.units)
-        # The worker's own seconds: those between two results also depend on when the coordinator looks.
-        timing = Timing(n, size, done.result.seconds / work)
+        first = (done.worker, size) not in self._warm
+        self._warm.add((done.worker, size))
+        if first:  # kernels are made
+            return
+        # Computed ones (cuts are free with one thread alone): other work on the machine adds to those that pass.
+        timing = Timing(n, size, done.result.seconds[1] / work)
         self._sizes = pack_sizes.timed(self._sizes, timing, self._most, self._has_room)
 
     def _cuts(self, cohort: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -6,12 +6,11 @@ no bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 _GAIN = 0.97  # another size is taken where a unit of work takes less than this share: timings are not more precise
-_TIMED = 2  # packs of a size before it is judged
-_KEPT = 64  # newest timings that are kept
+_TIMED = 4  # packs of each of two sizes, by the quickest of which they are compared
 _AGAIN = 16  # rounds after which a size is tried again
 
 
@@ -26,8 +25,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class PackSizes:
-    """now: the quickest size that is known; tried: another one, which the next packs have until it is judged; judged:
-    size -> the round in which it was found slower, or too large; timings: the newest ones."""
+    """now: the quickest size that is known; tried: another one, which takes turns with it until they are compared:
+    rounds differ, since some compute new bases; judged: size -> the round in which it was found slower, or too large;
+    timings: of these two sizes, since they take turns."""
 
     now: int
     tried: int | None = None
@@ -37,7 +37,9 @@ class PackSizes:
     @property
     def size(self) -> int:
         """Clients of the next pack at most."""
-        return self.tried or self.now
+        if self.tried is None or len(_rates(self, self.tried)) > len(_rates(self, self.now)):
+            return self.now
+        return self.tried
 
 
 def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int], bool]) -> PackSizes:
@@ -45,15 +47,13 @@ def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int],
 
     most: clients of a pack at most, however large the size.  has_room: whether memory is free for packs of a size;
     asked only before a larger one is tried."""
-    sizes = replace(sizes, timings=(*sizes.timings, timing)[-_KEPT:])
     if sizes.tried is not None:
-        quicker = _quicker(sizes.timings, sizes.tried, sizes.now)
-        if quicker is None:
+        sizes = replace(sizes, timings=(*sizes.timings, timing))
+        now, tried = _rates(sizes, sizes.now), _rates(sizes, sizes.tried)
+        if min(len(now), len(tried)) < _TIMED:
             return sizes
-        now, slower = (sizes.tried, sizes.now) if quicker else (sizes.now, sizes.tried)
-        sizes = replace(sizes, now=now, tried=None, judged={**sizes.judged, slower: timing.round})
-    if not _enough(sizes.timings, sizes.now):
-        return sizes
+        better, worse = (sizes.tried, sizes.now) if min(tried) < _GAIN * min(now) else (sizes.now, sizes.tried)
+        sizes = PackSizes(better, None, {**sizes.judged, worse: timing.round})
     larger, smaller = 2 * sizes.now, sizes.now // 2
     if sizes.now < most and _unknown(sizes, larger, timing.round):
         if has_room(larger):
@@ -67,27 +67,12 @@ def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int],
 def lost(sizes: PackSizes, clients: int, n: int) -> PackSizes:
     """What is known after a pack of so many clients was lost in round n: it may have been too large."""
     too_large = {size: n for size in (sizes.now, sizes.tried, 2 * sizes.now) if size is not None and size >= clients}
-    return PackSizes(max(1, min(sizes.now, clients // 2)), None, {**sizes.judged, **too_large}, sizes.timings)
+    return PackSizes(max(1, min(sizes.now, clients // 2)), None, {**sizes.judged, **too_large})
+
+
+def _rates(sizes: PackSizes, size: int) -> list[float]:
+    return [timing.rate for timing in sizes.timings if timing.size == size]
 
 
 def _unknown(sizes: PackSizes, size: int, n: int) -> bool:
     return n - sizes.judged.get(size, -_AGAIN) >= _AGAIN
-
-
-def _enough(timings: Sequence[Timing], size: int) -> bool:
-    return sum(timing.size == size for timing in timings) >= _TIMED
-
-
-def _quicker(timings: Sequence[Timing], size: int, other: int) -> bool | None:
-    """True where packs of `size` take less time than those of `other`; None while that cannot be said.
-
-    Packs of one round are compared where it has enough of both: another round may compute new bases, or none.  Of
-    packs of different rounds the quickest count, without those of a run's first round, in which kernels are made."""
-    newest = max(timing.round for timing in timings)
-    both = [timing for timing in timings if timing.round == newest]
-    if not (_enough(both, size) and _enough(both, other)):
-        both = [timing for timing in timings if timing.round]
-    if not (_enough(both, size) and _enough(both, other)):
-        return None
-    mine, others = (min(timing.rate for timing in both if timing.size == one) for one in (size, other))
-    return mine < _GAIN * others

@@ -20,18 +20,17 @@ def client_row(n: int, update: Update, down: int) -> ClientRow:
 def pack_row(n: int, done: Done) -> PackRow:
     """A pack's row of round n."""
     # Ray's answers are timed by a clock that has no date.
-    began = time.time() - (time.monotonic() - done.began)
+    ended = time.time() - (time.monotonic() - done.ended)
     trouble = "; ".join(dict.fromkeys(done.troubles)) or None
-    seconds, attempts = done.ended - done.began, len(done.troubles) + 1
-    outcome = done.result
+    outcome, attempts = done.result, len(done.troubles) + 1
     return PackRow(
         round=n,
         pack=done.index,
         clients=len(done.units),
         first=done.units[0],
         worker=done.worker,
-        began=began,
-        seconds=seconds,
+        began=ended - outcome.seconds[0],
+        seconds=outcome.seconds[0],
         tokens=outcome.tokens,
         computed=outcome.computed,
         attempts=attempts,

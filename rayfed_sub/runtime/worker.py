@@ -69,11 +69,12 @@ class Spec:
 @dataclass(frozen=True)
 class PackOutcome:
     """Outcome of a pack: updates and new states, in the pack's order.  A failed client's state is None: it keeps the
-    old one.  seconds: the worker's own; diagnostics: of the watched clients; tokens, computed: see `PackRow`."""
+    old one.  seconds: the worker's own, passed and computed; diagnostics: of the watched clients; tokens, computed: see
+    `PackRow`."""
 
     updates: tuple[Update, ...]
     states: tuple[ClientState | None, ...]
-    seconds: float
+    seconds: tuple[float, float]
     diagnostics: tuple[ClientDiagnostics, ...] = ()
     tokens: int | None = None
     computed: int | None = None
@@ -120,7 +121,7 @@ class Worker:
     def train(self, work: PackWork, states: Sequence[Any], broadcast: Broadcast) -> PackOutcome:
         """Trains one pack.  states: per client None (its first round), or key and handle for `object_store.get`, which
         is read only when the state is not resident.  A failed client has the cause in its update."""
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.thread_time()
         method, shape = self._spec.method, self._spec.architecture.shape
         clients, watched = work.clients, work.watched
         received = self._received(broadcast)
@@ -163,7 +164,7 @@ class Worker:
                 self._remember(client, new)
         given.check()
         self._guard.check()
-        seconds = time.perf_counter() - began
+        seconds = (time.perf_counter() - began, time.thread_time() - computed)
         return PackOutcome(tuple(updates), tuple(kept), seconds, tuple(diagnostics), trained.tokens, trained.computed)
 
     def evaluate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Prediction]:
