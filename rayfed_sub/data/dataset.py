@@ -29,8 +29,8 @@ class RowCounts:
     strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
     dropped: longer than task.max_length and without room for the user's text; repeated: left out so that no question
     stands in two splits, neither whole nor as it was cut.  cut: of the rows that are neither silent nor dropped, those
-    that were longer than task.max_length; cut_prompts and cut_answers: of these, with a shorter text of the user's,
-    with a shorter answer.
+    that were longer than task.max_length; cut_prompts, cut_answers and cut_turns: of these, with a shorter text of the
+    user's, with a shorter answer, and chats with fewer turns.
     """
 
     read: int
@@ -45,11 +45,12 @@ class RowCounts:
     cut: int
     cut_prompts: int
     cut_answers: int
+    cut_turns: int = 0
 
 
 def too_long(rows: Mapping[str, int]) -> str:
     """Cut and dropped rows in words, of a stored `RowCounts`; "" where no row was longer than task.max_length."""
-    return in_words(*(rows.get(name, 0) for name in ("cut", "cut_prompts", "cut_answers", "dropped")))
+    return in_words(*(rows.get(name, 0) for name in ("cut", "cut_prompts", "cut_answers", "dropped", "cut_turns")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +160,7 @@ def build_dataset(
             cut=cuts.cut,
             cut_prompts=cuts.prompts,
             cut_answers=cuts.answers,
+            cut_turns=cuts.turns,
         ),
         fingerprint=fingerprint(rows, pairs.class_names, splits, names, parts, judged_by),
     )
