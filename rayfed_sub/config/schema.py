@@ -57,7 +57,7 @@ class Model(Record):
 class Task(Record):
     """The rows: source, prompt, answer or label, and splits. A table row becomes a prompt by `prompt` and either an
     `answer` column (language modelling) or a `label` column (classification); or its `image` column goes with a
-    `label`; or it is a chat, its column `messages`."""
+    `label`; or it is a chat, its column `messages`, or plain text, its column `text`."""
 
     name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"] = Field(
         default="python-docs",
@@ -80,6 +80,12 @@ class Task(Record):
     )
     image_size: Count | None = Field(
         default=None, description="Side of the square image in pixels; null stands for the model's own."
+    )
+    text: str | None = Field(
+        default=None,
+        description="Column with plain text, for next-token training on all of it: each row's text between the "
+        "tokenizer's first and last token, in chunks of max_length tokens, in which every token but the first is a "
+        "label once.",
     )
     max_length: int = Field(
         default=128,

@@ -37,7 +37,8 @@ class Pairs:
     images: of an image classification each row's image as in its file; questions are then digests of their pixels.
     spans: of each question the parts that are the user's text, in order; the rest is a template's own and is never cut.
     Empty: questions are the user's as a whole.
-    chats: of a task of chats each row's; its question is then the history of its last answer, its answer that one."""
+    chats: of a task of chats each row's; its question is then the history of its last answer, its answer that one.
+    plain: True for plain text, which has neither: questions are the texts, answers are empty."""
 
     kind: Kind
     questions: tuple[str, ...]
@@ -47,6 +48,7 @@ class Pairs:
     images: tuple[bytes, ...] = ()
     spans: tuple[tuple[Span, ...], ...] = ()
     chats: tuple[Chat, ...] = ()
+    plain: bool = False
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -59,18 +61,21 @@ class Pairs:
         images = tuple(self.images[int(index)] for index in indices) if self.images else ()
         spans = tuple(self.spans[int(index)] for index in indices) if self.spans else ()
         chats = tuple(self.chats[int(index)] for index in indices) if self.chats else ()
-        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans, chats)
+        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans, chats, self.plain)
 
 
 def distinct(pairs: Pairs) -> Pairs:
     """Each (question, answer) once, of a classification each question: the first.  Copies could stand in training and
     held-out rows at once, and those with another label contradict each other.  One warning says how many were dropped.
+    Plain text keeps its repeats: how often something is said is what a model of it learns, and each client has its own.
 
     >>> distinct(Pairs("causal-lm", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"))).keys
     ('1', '2')
     >>> distinct(Pairs("classification", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"), ("a", "b"))).keys
     ('1',)
     """
+    if pairs.plain:
+        return pairs
     first: dict[tuple[str, ...], int] = {}
     contradicting = 0
     for index, pair in enumerate(zip(pairs.questions, pairs.answers, strict=True)):
@@ -121,7 +126,9 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     """
     path = _checked(task)
     if task.messages is not None:
-        return _chats(task, read_table(path, task.split, frozenset({task.messages, key} - {None})), key)
+        return _chats(task, read_table(path, task.split, _columns(task.messages, key)), key)
+    if task.text is not None:
+        return _plain(task, read_table(path, task.split, _columns(task.text, key)), key)
     pieces = _pieces(task.prompt) if task.prompt else []
     known = TASKS.get(task.name)
     named = {name for _, name in pieces if name is not None} | {task.answer, task.label, task.image, key}
@@ -199,12 +206,31 @@ def _chats(task: Task, table: Table, key: str | None) -> Pairs:
     )
 
 
+def _plain(task: Task, table: Table, key: str | None) -> Pairs:
+    """The texts of a table.  Rows without a text or a key are dropped, and counted in one warning."""
+    texts = _texts(table, "task.text", str(task.text))
+    keys = _texts(_whole(table, key), "federation.partition.column", key) if key else ["*"] * len(texts)
+    full = [row for row, both in enumerate(zip(texts, keys, strict=True)) if all(both)]
+    if not full:
+        raise UserError("task.path", task.path, "a table with rows that have a text", "check task.text")
+    if len(full) < len(texts):
+        counts = f"{len(texts) - len(full):,} of {len(texts):,}"
+        log.warning("task.path: %s rows have no text or key; dropped", counts)
+    named = tuple(keys[row] if key else "" for row in full)
+    return Pairs("causal-lm", tuple(texts[row] for row in full), ("",) * len(full), named, plain=True)
+
+
+def _columns(*names: str | None) -> frozenset[str]:
+    return frozenset(name for name in names if name is not None)
+
+
 def _checked(task: Task) -> str:
     """The table's path.  UserError where the task names no columns for a row's input and output."""
     if not task.path:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
-    if task.messages is not None:
-        return _alone(task, "messages")
+    for field in ("messages", "text"):
+        if getattr(task, field) is not None:
+            return _alone(task, field)
     if task.image is not None:
         if task.label is None:
             raise UserError("task.label", task.label, "the column of classes where task.image is set", "set task.label")
@@ -230,7 +256,7 @@ def _checked(task: Task) -> str:
 
 def _alone(task: Task, field: str) -> str:
     """The table's path, of a task whose `field` says all of a row.  UserError where another column is named too."""
-    for name in ("prompt", "answer", "label", "image", "messages"):
+    for name in ("prompt", "answer", "label", "image", "messages", "text"):
         if name != field and (value := getattr(task, name)) is not None:
             raise UserError(f"task.{name}", value, f"nothing where task.{field} is set", f"remove task.{name}")
     return str(task.path)

@@ -37,6 +37,10 @@ class Tokenizer(Protocol):
         """Each chat in the model's chat template where it has one: its tokens, and for each of them whether it is
         learned, that is said by the assistant.  Raises ChatError."""
 
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Plain text for next-token training, between a token that begins it and one that ends it; nothing where the
+        text has no token of its own."""
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special tokens."""
 

@@ -67,7 +67,8 @@ class Rows:
         if not len(self.learned):
             return self.lengths - self.prompts
         counted = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.learned)])
-        return counted[self.offsets[1:]] - counted[self.offsets[:-1]]
+        labels: Ints = counted[self.offsets[1:]] - counted[self.offsets[:-1]]
+        return labels
 
     def row(self, index: int) -> NDArray[np.int32]:
         """The tokens of one row, a view."""
@@ -77,7 +78,8 @@ class Rows:
         """The tokens of one row that are learned where prompts carry no loss, bool (tokens,)."""
         if len(self.learned):
             return self.learned[self.offsets[index] : self.offsets[index + 1]]
-        return np.arange(self.lengths[index]) >= self.prompts[index]
+        learned: NDArray[np.bool_] = np.arange(self.lengths[index]) >= self.prompts[index]
+        return learned
 
     def take(self, indices: Ints) -> Rows:
         """The rows at `indices`, in that order, as new arrays."""

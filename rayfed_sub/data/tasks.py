@@ -10,7 +10,7 @@ from rayfed_sub.core.errors import UserError
 
 _OWN = ("prompt", "answer", "label", "image")
 """Fields of `Task` that a named task fills in itself."""
-_TABLES = ("messages",)
+_TABLES = ("messages", "text")
 """Fields of `Task` for tables alone."""
 
 

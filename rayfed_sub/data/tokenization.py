@@ -88,10 +88,14 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows
     Chats: rendered as a whole; a longer one ends with the latest answer that fits.  Where none does, its first answer
     and the user's text before it are cut as an answer and its prompt are.  Raises UserError (task.messages) for a chat
     that the model's chat template refuses.
+
+    Plain text: chunks, several rows with the same index (`chunked`).
     """
     if isinstance(processor, ImageProcessor):
         pixels = [processor.pixels(content) for content in pairs.images]
         return Images.of(pixels, _classes(pairs), processor.mean, processor.std), np.arange(len(pairs)), Cuts()
+    if pairs.plain:
+        return _chunks(pairs, processor, max_length)
     made = [
         row
         for begin in range(0, len(pairs), _AT_ONCE)
@@ -239,6 +243,29 @@ def _shorter_chat(turns: Sequence[Turn], processor: Tokenizer, max_length: int) 
         turns_cut=len(ends) > 1,
         learned=[*[False] * used, *masks],
     )
+
+
+def _chunks(pairs: Pairs, processor: Tokenizer, max_length: int) -> tuple[Rows, Ints, Cuts]:
+    rows, behind, silent = list[list[int]](), list[int](), 0
+    for begin in range(0, len(pairs), _AT_ONCE):
+        for number, tokens in enumerate(processor.documents(pairs.questions[begin : begin + _AT_ONCE]), begin):
+            silent += not tokens
+            made = chunked(tokens, max_length)
+            rows += made
+            behind += [number] * len(made)
+    if silent:
+        log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(pairs):,}")
+    return Rows.of(rows, [1] * len(rows)), np.asarray(behind, np.int64), Cuts()
+
+
+def chunked(tokens: Sequence[int], most: int) -> list[list[int]]:
+    """Chunks of at most `most` >= 2 tokens, which overlap in one: the last of a chunk is the first of the next, where
+    it is no label but what the next token follows.  So every token but the first of all is a label once.
+
+    >>> chunked([1, 2, 3, 4, 5], 3), chunked([1, 2, 3], 3), chunked([1], 3)
+    ([[1, 2, 3], [3, 4, 5]], [[1, 2, 3]], [])
+    """
+    return [list(tokens[begin : begin + most]) for begin in range(0, len(tokens) - 1, most - 1)]
 
 
 def _counted(rows: Sequence[_Row], least: Sequence[int]) -> Cuts:

@@ -62,6 +62,9 @@ class ByteTokenizer:
         forms = {"system": "S: {}\n", "user": "Q: {}\n", "assistant": "A: "}
         return [_in_turns(turns, forms, self._opening, self._tokens, self.eos) for turns in chats]
 
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.text(text) if text else [] for text in texts]
+
     def _opening(self, text: str) -> list[int]:
         return [self.bos, *self._tokens(text)]
 
@@ -131,6 +134,16 @@ class HubTokenizer:
             return self._tokens([text], special=False)[0]
 
         return [_in_turns(turns, forms, opening, more, self.eos) for turns in chats]
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Texts between the tokens that the tokenizer puts around a text; where it puts none before or none after it,
+        its eos, with which pretraining separates texts."""
+        bare, around = (self._tokens(["a"], special=special)[0] for special in (False, True))
+        begins = [at for at in range(len(around)) if around[at : at + len(bare)] == bare]
+        at = begins[0] if bare and begins else len(around)
+        between = self.eos if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        before, after = around[:at] or [between], around[at + len(bare) :] or [between]
+        return [[*before, *own, *after] if own else [] for own in self._tokens(texts, special=False)]
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         if not texts:
