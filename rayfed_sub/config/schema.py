@@ -288,7 +288,7 @@ class Evaluation(Record):
         default=0,
         ge=0,
         description="Of these, rows that are answered greedily before and after training, for ROUGE-L and BLEU-4 as "
-        "published and over the words of any script.",
+        "published and over the words of any script, and for answers.parquet.",
     )
     metrics: tuple[str, ...] = Field(
         default=(),
