@@ -40,22 +40,21 @@ def chat_tokens(
     eos: ends the last answer where the template closes it with no special token.  Raises ChatError for a chat that
     the template refuses, or of which it cannot be found where the answers are.
     """
-    found: dict[int, tuple[list[int], list[bool]]] = {}
-    if tokenizer.is_fast and _GENERATION.search(template):
-        own = ((index, _own_mask(tokenizer, turns, index)) for index, turns in enumerate(chats))
-        found = {index: made for index, made in own if True in made[1]}  # a mask of nothing is no mask
+    own = _GENERATION.search(template) is not None
     ends = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     ends = sorted((end for end in ends if end != tokenizer.bos_token), key=len, reverse=True)
-    left = [index for index in range(len(chats)) if index not in found]
     marked = []
-    for index in left:
+    for index, turns in enumerate(chats):
         try:
-            marked.append(marked_chat(lambda turns, prompt: _rendered(tokenizer, turns, prompt), chats[index], ends))
+            by_template = _by_template(tokenizer, template, turns) if own else None
+            found = by_template or marked_chat(lambda said, prompt: _rendered(tokenizer, said, prompt), turns, ends)
         except ValueError as error:
             raise ChatError(index, str(error)) from None
-    for index, one, (tokens, learned) in zip(left, marked, _masked(tokenizer, marked), strict=True):
-        found[index] = (tokens, learned) if one.closed else _closed(tokens, learned, eos)
-    return [found[index] for index in range(len(chats))]
+        marked.append(found)
+    return [
+        (tokens, learned) if one.closed else _closed(tokens, learned, eos)
+        for one, (tokens, learned) in zip(marked, _masked(tokenizer, marked), strict=True)
+    ]
 
 
 def marked_chat(render: Callable[[Sequence[Turn], bool], str], turns: Sequence[Turn], ends: Sequence[str]) -> Marked:
@@ -124,12 +123,23 @@ def _rendered(tokenizer: Any, turns: Sequence[Turn], prompt: bool) -> str:
     return text
 
 
-def _own_mask(tokenizer: Any, turns: Sequence[Turn], index: int) -> tuple[list[int], list[bool]]:
+def _by_template(tokenizer: Any, template: str, turns: Sequence[Turn]) -> Marked | None:
+    """The chat with the template's own marks; None where they mark nothing.
+
+    `apply_chat_template` has a mask of tokens, but looks only for those of a mark's first and last character: a byte
+    pair's white space may belong to none, and then it ends the mask, or marks all that follows."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
-        made = tokenizer.apply_chat_template(_messages(turns), return_dict=True, return_assistant_tokens_mask=True)
+        (text,), (spans,) = render_jinja_template(
+            conversations=[_messages(turns)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
     except Exception as error:
-        raise ChatError(index, f"the template says: {_line(error)}") from None
-    return list(made["input_ids"]), [mask == 1 for mask in made["assistant_masks"]]
+        raise ValueError(f"the template says: {_line(error)}") from None
+    return Marked(text, tuple(spans), closed=True) if any(text[begin:end].strip() for begin, end in spans) else None
 
 
 def _messages(turns: Sequence[Turn]) -> list[Mapping[str, str]]:
@@ -141,7 +151,7 @@ def _line(error: Exception) -> str:
 
 
 def _masked(tokenizer: Any, chats: Sequence[Marked]) -> list[tuple[list[int], list[bool]]]:
-    """A token is learned where a character of it is."""
+    """A token is learned where a character of it is; white space without a place of its own counts where it ends."""
     if not tokenizer.is_fast:  # it does not know which characters its tokens are
         return [_in_pieces(tokenizer, chat) for chat in chats]
     if not chats:
@@ -149,9 +159,14 @@ def _masked(tokenizer: Any, chats: Sequence[Marked]) -> list[tuple[list[int], li
     given: dict[str, bool] = {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
     made = tokenizer([chat.text for chat in chats], return_offsets_mapping=True, **given)
     return [
-        (list(tokens), [any(b < max(end, begin + 1) and begin < e for b, e in chat.spans) for begin, end in offsets])
+        (list(tokens), [any(_inside(place, span) for span in chat.spans) for place in offsets])
         for chat, tokens, offsets in zip(chats, made["input_ids"], made["offset_mapping"], strict=True)
     ]
+
+
+def _inside(place: tuple[int, int], span: tuple[int, int]) -> bool:
+    (begin, end), (first, last) = place, span
+    return first < begin <= last if begin == end else first < end and begin < last
 
 
 def _in_pieces(tokenizer: Any, chat: Marked) -> tuple[list[int], list[bool]]:

