@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.chats import ChatError, Turn
+from rayfed_sub.data.chats import Chat, ChatError, Turn
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.pairs import Pairs, Span
 from rayfed_sub.data.processors import ImageProcessor, Processor, Tokenizer
@@ -180,15 +180,23 @@ def _answered(prompt: _Fitted, answer: list[int], max_length: int) -> _Row | _Dr
 def _chats(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _Dropped | None]:
     try:
         made = processor.chats([chat.turns for chat in pairs.chats])
-        rows = [_whole_chat(tokens, learned) for tokens, learned in made]
-        return [
-            row if row is None or len(row.tokens) <= max_length else _shorter_chat(chat.turns, processor, max_length)
-            for chat, row in zip(pairs.chats, rows, strict=True)
-        ]
     except ChatError as error:
-        row = f"row {pairs.chats[error.index].row:,}"
-        allowed = "chats that the model's chat template renders with every text in its place"
-        raise UserError("task.messages", row, allowed, error.cause) from None
+        raise _refused(pairs.chats[error.index], error.cause) from None
+    rows: list[_Row | _Dropped | None] = []
+    for chat, (tokens, learned) in zip(pairs.chats, made, strict=True):
+        row: _Row | _Dropped | None = _whole_chat(tokens, learned)
+        if isinstance(row, _Row) and len(row.tokens) > max_length:
+            try:
+                row = _shorter_chat(chat.turns, processor, max_length)
+            except ChatError as error:
+                raise _refused(chat, error.cause) from None
+        rows.append(row)
+    return rows
+
+
+def _refused(chat: Chat, cause: str) -> UserError:
+    allowed = "chats that the model's chat template renders with every text in its place"
+    return UserError("task.messages", f"row {chat.row:,}", allowed, cause)
 
 
 def _whole_chat(tokens: list[int], learned: list[bool], turns_cut: bool = False) -> _Row | None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import IGNORED, collate
-from rayfed_sub.data.chats import Chat, read_chats
+from rayfed_sub.data.chats import Chat, ChatError, Turn, read_chats
 from rayfed_sub.data.dataset import load_dataset, load_pairs, too_long
 from rayfed_sub.data.fingerprint import fingerprint
 from rayfed_sub.data.pairs import Pairs
@@ -203,6 +204,26 @@ def test_repeated_and_empty_chats_are_dropped_and_counted(tmp_path: Path, caplog
     Path(str(task.path)).write_text('{"talk": null}')
     with pytest.raises(UserError, match=r"task\.path: .*chats that hold an answer; check task\.messages"):
         load_pairs(task, IID)
+
+
+class Strict(ByteTokenizer):
+    """Renders no chat whose first text begins with "no", and none of more than one question that ends early."""
+
+    def chats(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
+        for index, turns in enumerate(chats):
+            if turns[0][1].startswith("no") or (turns[0][1] == "half" and len(turns) == 4):
+                raise ChatError(index, "the template says: not this one")
+        return super().chats(chats)
+
+
+@pytest.mark.parametrize(("turns", "most"), [("no b", 64), ("half b c d e f", 30)])
+def test_chat_that_a_template_refuses_is_named_by_its_row(turns: str, most: int) -> None:
+    """Rows of the table, whichever were left out before."""
+    pairs = chats("a b", "c d", turns, "e f").take(np.array([1, 2, 3]))
+    with pytest.raises(UserError) as caught:
+        tokenised(pairs, Strict(), most)
+    assert str(caught.value).startswith("task.messages: got 'row 3'; allowed: chats that the model's chat template")
+    assert str(caught.value).endswith("; the template says: not this one")
 
 
 def test_cut_chats_are_counted_in_words(tmp_path: Path) -> None:
