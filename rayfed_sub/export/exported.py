@@ -130,10 +130,12 @@ def _write_readme(to: Path, job: Job, loading: str, model: Mapping[str, str]) ->
     if (command := evaluation_command(job, model)) is not None:
         text += "\nEvaluate it with lm-evaluation-harness (`pip install lm-eval[hf]`), in this folder:\n"
         text += f"\n```sh\n{command}\n```\n"
-        tokens, known = job.architecture.hf_config.get_text_config().vocab_size, job.processor.vocabulary
-        if "peft" in model and tokens != known:
-            text += f"\nIt cuts an adapter's base to the tokenizer's {known:,} of {tokens:,} tokens, among which its "
-            text += "likelihoods are then shared; `--format hf` keeps all.\n"
+        tokens = job.architecture.hf_config.get_text_config().vocab_size
+        if "peft" in model and isinstance(job.processor, HubTokenizer) and job.processor.vocabulary != tokens:
+            text += (
+                f"\nIt cuts an adapter's base to the tokenizer's {job.processor.vocabulary:,} of {tokens:,} tokens, "
+            )
+            text += "among which its likelihoods are then shared; `--format hf` keeps all.\n"
     (to / "README.md").write_text(text, encoding="utf-8")
 
 
