@@ -21,7 +21,7 @@ check: lint ## lint and unit tests without Ray, for daily work
 test: lint $(MODEL) ## lint, then doctests and all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" --doctest-modules rayfed_sub tests
 
-test-slow: $(INSTALLED) $(MODEL) ## the slow tests alone
+test-slow: $(INSTALLED) $(MODEL) .venv-lm-eval/.installed ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(INSTALLED) ## fifteen equal hashes, thirty ways of packing, 200 rounds under fire
@@ -53,6 +53,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 # The others of the race, each in an environment of its own: Flower asks for another Ray.
 .venv-flower/.installed: RIVAL := flwr[simulation]==1.41.0
 .venv-pfl/.installed: RIVAL := pfl==0.6.0
+# lm-evaluation-harness, which judges exports in a slow test.
+.venv-lm-eval/.installed: RIVAL := lm-eval[hf]==0.4.13
 .venv-%/.installed: constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet "$(RIVAL)" $$(grep -E "^(torch|transformers)==" constraints.txt) galore-torch==1.0

@@ -65,7 +65,10 @@ def notes(stats: PartitionStats) -> Iterable[str]:
             f"rows."
         )
     row_counts = stats.row_counts
-    if stats.kind == "resample":
+    if row_counts.chunks:
+        texts = row_counts.train + row_counts.validation + row_counts.held_out + row_counts.repeated
+        yield f"Rows of clients are chunks: {row_counts.chunks:,} of {texts:,} texts, which the splits count."
+    if stats.kind == "resample" and not row_counts.chunks:
         yield f"Clients overlap: {int(stats.rows_C.sum()):,} rows were drawn from {row_counts.train:,}."
     if row_counts.capped:
         yield f"{row_counts.capped:,} of {row_counts.read:,} rows were left out by task.max_rows."

@@ -11,12 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from rayfed_sub.cli.data_view import cut
 from rayfed_sub.config.schema import StepRange
+from rayfed_sub.core.schemas import AnswerRow
 from rayfed_sub.core.text import UNREAD, is_named, published_name, score, shown
 from rayfed_sub.data.dataset import too_long
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.remote import inside
-from rayfed_sub.telemetry.events import Notice, PackDone, RoundDone, Stage, Started, Summary
+from rayfed_sub.telemetry.events import Answered, Notice, PackDone, RoundDone, Stage, Started, Summary
 
 _ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
 """Widths of a round's columns, 78 characters in all."""
@@ -26,6 +28,10 @@ _SCORES = (
     *("accuracy", "macro_f1"),
 )
 """Most scores of the final table; summary.json has all."""
+
+
+_ANSWERS, _ANSWER_WIDTH = 3, 100
+"""Answers that are shown at the end of a run, and characters of each of their texts at most."""
 
 
 class Display:
@@ -55,7 +61,7 @@ class Display:
     def __exit__(self, *raised: object) -> None:
         self._bar.stop()
 
-    def show(self, record: Stage | Notice | Started | PackDone | RoundDone) -> None:
+    def show(self, record: Stage | Notice | Started | PackDone | RoundDone | Answered) -> None:
         """Shows a record of the run."""
         match record:
             case Stage():
@@ -68,6 +74,8 @@ class Display:
                 self._pack(record)
             case RoundDone():
                 self._round(record)
+            case Answered():
+                self._answered(record)
 
     def _stage(self, record: Stage) -> None:
         self._bar.update(self._task, description=record.text)
@@ -123,6 +131,22 @@ class Display:
         for client in record.client_rows:
             if client.failure is not None:
                 self._print(f"round {row.round + 1}: client {client.client} skipped: {client.failure}")
+
+    def _answered(self, record: Answered) -> None:
+        """A few answers, those that training changed first."""
+        by_row: dict[int, list[AnswerRow]] = {}
+        for answer in record.answers:
+            by_row.setdefault(answer.row, []).append(answer)
+        both = sorted(by_row.values(), key=lambda found: found[0].answer == found[-1].answer)
+        for found in both[:_ANSWERS]:
+            texts = {"question": found[0].question, "reference": found[0].reference}
+            texts |= {("after" if answer.rounds else "before"): answer.answer for answer in found}
+            self._print("")
+            for name, text in texts.items():
+                # A question's end says most: what comes before it may be a template's or a chat's.
+                shown = cut(text[::-1], _ANSWER_WIDTH)[::-1] if name == "question" else cut(text, _ANSWER_WIDTH)
+                self._print(f"{name:>9}  {shown}")
+        self._print("")
 
     def _judged(self, metrics: Mapping[str, float]) -> tuple[str, str]:
         """Held-out loss and headline score; empty where there was no evaluation."""

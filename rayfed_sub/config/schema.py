@@ -57,7 +57,7 @@ class Model(Record):
 class Task(Record):
     """The rows: source, prompt, answer or label, and splits. A table row becomes a prompt by `prompt` and either an
     `answer` column (language modelling) or a `label` column (classification); or its `image` column goes with a
-    `label`."""
+    `label`; or it is a chat, its column `messages`, or plain text, its column `text`."""
 
     name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"] = Field(
         default="python-docs",
@@ -73,13 +73,25 @@ class Task(Record):
     answer: str | None = Field(default=None, description="Column with the text to learn.")
     label: str | None = Field(default=None, description="Column with the class.")
     image: str | None = Field(default=None, description="Column with the image.")
+    messages: str | None = Field(
+        default=None,
+        description="Column with a chat: a list of {role, content} or of {from, value}, or the JSON text of one. "
+        "Learned is what the assistant says, in all turns.",
+    )
     image_size: Count | None = Field(
         default=None, description="Side of the square image in pixels; null stands for the model's own."
+    )
+    text: str | None = Field(
+        default=None,
+        description="Column with plain text, for next-token training on all of it: each row's text between the "
+        "tokenizer's first and last token, in chunks of max_length tokens, in which every token but the first is a "
+        "label once.",
     )
     max_length: int = Field(
         default=128,
         ge=8,
-        description="Tokens of a row at most. Longer rows are cut in the columns' texts, then in the answer.",
+        description="Tokens of a row at most. Longer rows are cut in the columns' texts, then in the answer; longer "
+        "chats after an earlier answer.",
     )
     max_rows: Count | None = Field(default=None, description="Rows at most, drawn by task.seed; null stands for all.")
     held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -95,7 +107,10 @@ class Task(Record):
         description="Seed of the splits, of the evaluated rows and of those that max_rows leaves. The run's own seed "
         "has no part in them, so runs of all seeds are evaluated on the same rows.",
     )
-    mask_prompt: bool = Field(default=True, description="true: the loss is over the answer alone.")
+    mask_prompt: bool = Field(
+        default=True,
+        description="true: the loss is over the answer alone, of a chat over all of the assistant's turns.",
+    )
 
 
 class Partition(Record):
@@ -273,7 +288,7 @@ class Evaluation(Record):
         default=0,
         ge=0,
         description="Of these, rows that are answered greedily before and after training, for ROUGE-L and BLEU-4 as "
-        "published and over the words of any script.",
+        "published and over the words of any script, and for answers.parquet.",
     )
     metrics: tuple[str, ...] = Field(
         default=(),

@@ -81,6 +81,22 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
+class AnswerRow:
+    """The greedy answer to a held-out question by the model after so many finished rounds, none and all of them.
+
+    row: number of the held-out row; client: whose data it resembles, and, where clients have models of their own, who
+    answers; question: what the model reads, without special tokens, of a chat all before its last answer; reference:
+    what it should say, cut to task.max_length; answer: at most evaluation.max_new_tokens tokens."""
+
+    rounds: int
+    row: int
+    client: int
+    question: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class ClientLayer:
     """A layer in a client's round.
 

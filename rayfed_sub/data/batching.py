@@ -82,7 +82,7 @@ def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) 
     """The rows at `indices` as one batch, padded on the right to its longest row.
 
     Language modelling: input_ids and labels int64 (B, T).  labels[b, t] is the token at t itself (the loss
-    shifts), or -100 on padding and, with mask_prompt, on the prompt.
+    shifts), or -100 on padding and, with mask_prompt, on the prompt, of chats on all that the assistant does not say.
     Classification (rows with classes): labels int64 (B,).
     Both: attention_mask int64 (B, T), 0 on padding.
     Images: pixel_values float32 (B, 3, side, side), labels int64 (B,).
@@ -100,7 +100,12 @@ def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) 
     if len(rows.classes):
         labels = rows.classes[indices]
     else:
-        learned = filled & (places >= rows.prompts[indices][:, None]) if mask_prompt else filled
+        learned = filled
+        if mask_prompt and len(rows.learned):
+            learned = np.zeros_like(filled)
+            learned[filled] = np.concatenate([rows.answered(int(index)) for index in indices])
+        elif mask_prompt:
+            learned = filled & (places >= rows.prompts[indices][:, None])
         labels = np.where(learned, input_ids, IGNORED)
     batch = {"input_ids": input_ids, "attention_mask": filled.astype(np.int64), "labels": labels}
     return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -17,7 +17,7 @@ from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, par
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Ints, Rows
-from rayfed_sub.data.splits import Judged, judged_clients, numbered, split_rows
+from rayfed_sub.data.splits import Judged, Splits, judged_clients, numbered, split_rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.data.tokenization import in_words, tokenised
 
@@ -29,8 +29,9 @@ class RowCounts:
     strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
     dropped: longer than task.max_length and without room for the user's text; repeated: left out so that no question
     stands in two splits, neither whole nor as it was cut.  cut: of the rows that are neither silent nor dropped, those
-    that were longer than task.max_length; cut_prompts and cut_answers: of these, with a shorter text of the user's,
-    with a shorter answer.
+    that were longer than task.max_length; cut_prompts, cut_answers and cut_turns: of these, with a shorter text of the
+    user's, with a shorter answer, and chats with fewer turns.  chunks: of plain text the rows of tokens that all texts
+    make, which clients and evaluations count; the other numbers count texts.
     """
 
     read: int
@@ -45,11 +46,13 @@ class RowCounts:
     cut: int
     cut_prompts: int
     cut_answers: int
+    cut_turns: int = 0
+    chunks: int = 0
 
 
 def too_long(rows: Mapping[str, int]) -> str:
     """Cut and dropped rows in words, of a stored `RowCounts`; "" where no row was longer than task.max_length."""
-    return in_words(*(rows.get(name, 0) for name in ("cut", "cut_prompts", "cut_answers", "dropped")))
+    return in_words(*(rows.get(name, 0) for name in ("cut", "cut_prompts", "cut_answers", "dropped", "cut_turns")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +130,23 @@ def build_dataset(
         raise UserError("task.max_length", task.max_length, allowed, f"set task.max_length={2 * cuts.least} or more")
     if not len(rows):
         raise UserError("task.path", task.path, "a task with rows that have tokens", "check task.prompt")
+    kept, sizes = np.unique(kept, return_counts=True)  # a plain text is several rows of tokens, all of one client
     pairs = pairs.take(kept)
     passed.append(len(pairs))
 
-    splits = split_rows(pairs.questions, inputs(rows), pairs.keys, task)
-    chosen = splits.held_out if judged == "held-out" else splits.validation
+    read = [question.encode("utf-8", "surrogatepass") for question in pairs.questions] if pairs.plain else inputs(rows)
+    split = split_rows(pairs.questions, read, pairs.keys, task)
+    chosen = split.held_out if judged == "held-out" else split.validation
     key_names, keys = numbered(pairs.keys)
-    parts = partitioned([pairs.keys[row] for row in splits.train], names, federation, seed)
-    judged_by = judged_clients(keys[chosen], keys[splits.train], key_names, parts, seed)
+    dealt = partitioned([pairs.keys[row] for row in split.train], names, federation, seed)
+    judged_by = judged_clients(keys[chosen], keys[split.train], key_names, dealt, seed)
+    # From here on in rows of tokens.
+    parts = [_rows_of(part, sizes[split.train]) for part in dealt]
+    judged_by, keys = np.repeat(judged_by, sizes[chosen]), np.repeat(keys, sizes)
+    chosen = _rows_of(chosen, sizes)
+    splits = Splits(
+        *(_rows_of(part, sizes) for part in (split.train, split.validation, split.held_out, split.repeated))
+    )
     return Dataset(
         kind=pairs.kind,
         train=rows.take(splits.train),
@@ -152,13 +164,26 @@ def build_dataset(
             capped=passed[1] - passed[2],
             silent=passed[2] - passed[3] - cuts.dropped,
             dropped=cuts.dropped,
-            repeated=len(splits.repeated),
-            train=len(splits.train),
-            validation=len(splits.validation),
-            held_out=len(splits.held_out),
+            repeated=len(split.repeated),
+            train=len(split.train),
+            validation=len(split.validation),
+            held_out=len(split.held_out),
             cut=cuts.cut,
             cut_prompts=cuts.prompts,
             cut_answers=cuts.answers,
+            cut_turns=cuts.turns,
+            chunks=len(rows) if pairs.plain else 0,
         ),
         fingerprint=fingerprint(rows, pairs.class_names, splits, names, parts, judged_by),
     )
+
+
+def _rows_of(units: Ints, sizes: Ints) -> Ints:
+    """The rows of tokens of these rows of the table, in order; sizes: of each row of the table, in the same order.
+
+    >>> _rows_of(np.array([0, 2]), np.array([1, 2, 3])).tolist()
+    [0, 3, 4, 5]
+    """
+    ends = np.cumsum(sizes)
+    ranges = [np.arange(ends[unit] - sizes[unit], ends[unit]) for unit in units]
+    return np.concatenate([np.empty(0, np.int64), *ranges])

@@ -57,9 +57,14 @@ def inputs(rows: Rows | Images) -> list[bytes]:
 def _of_tokens(rows: Rows) -> list[bytes]:
     classes = rows.classes if len(rows.classes) else np.zeros(len(rows), np.int64)
     return [
-        _short(rows.row(row).tobytes() + np.asarray([prompt, number], np.int64).tobytes())
+        _short(rows.row(row).tobytes() + np.asarray([prompt, number], np.int64).tobytes() + _mask(rows, row))
         for row, (prompt, number) in enumerate(zip(rows.prompts.tolist(), classes.tolist(), strict=True))
     ]
+
+
+def _mask(rows: Rows, row: int) -> bytes:
+    """Which tokens of a chat are learned; nothing for other rows, whose prompt says it."""
+    return rows.answered(row).tobytes() if len(rows.learned) else b""
 
 
 def _of_images(images: Images) -> list[bytes]:

@@ -15,6 +15,7 @@ import numpy as np
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
+from rayfed_sub.data.chats import Chat, read_chats
 from rayfed_sub.data.images import decoded, digest, encoded
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.tables import Table, read_table, renamed
@@ -35,7 +36,9 @@ class Pairs:
     language modelling, else in the order of the class numbers.
     images: of an image classification each row's image as in its file; questions are then digests of their pixels.
     spans: of each question the parts that are the user's text, in order; the rest is a template's own and is never cut.
-    Empty: questions are the user's as a whole."""
+    Empty: questions are the user's as a whole.
+    chats: of a task of chats each row's; its question is then the history of its last answer, its answer that one.
+    plain: True for plain text, which has neither: questions are the texts, answers are empty."""
 
     kind: Kind
     questions: tuple[str, ...]
@@ -44,6 +47,8 @@ class Pairs:
     class_names: tuple[str, ...] = ()
     images: tuple[bytes, ...] = ()
     spans: tuple[tuple[Span, ...], ...] = ()
+    chats: tuple[Chat, ...] = ()
+    plain: bool = False
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -55,25 +60,30 @@ class Pairs:
         )
         images = tuple(self.images[int(index)] for index in indices) if self.images else ()
         spans = tuple(self.spans[int(index)] for index in indices) if self.spans else ()
-        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans)
+        chats = tuple(self.chats[int(index)] for index in indices) if self.chats else ()
+        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans, chats, self.plain)
 
 
 def distinct(pairs: Pairs) -> Pairs:
     """Each (question, answer) once, of a classification each question: the first.  Copies could stand in training and
     held-out rows at once, and those with another label contradict each other.  One warning says how many were dropped.
+    Plain text keeps its repeats: how often something is said is what a model of it learns, and each client has its own.
 
     >>> distinct(Pairs("causal-lm", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"))).keys
     ('1', '2')
     >>> distinct(Pairs("classification", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"), ("a", "b"))).keys
     ('1',)
     """
+    if pairs.plain:
+        return pairs
     first: dict[tuple[str, ...], int] = {}
     contradicting = 0
     for index, pair in enumerate(zip(pairs.questions, pairs.answers, strict=True)):
         kept = first.setdefault(pair if pairs.kind == "causal-lm" else pair[:1], index)
         contradicting += pairs.answers[kept] != pair[1]
     if len(first) < len(pairs):
-        what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else "prompt and answer"
+        asked = "history and answer" if pairs.chats else "prompt and answer"
+        what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else asked
         other = f" ({contradicting:,} of them with another label)" if contradicting else ""
         counts = f"{len(pairs) - len(first):,} of {len(pairs):,} rows"
         log.warning("%s have the %s of a row before them; dropped%s", counts, what, other)
@@ -115,6 +125,10 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     (('A: one?',), ('1',), ('A',))
     """
     path = _checked(task)
+    if task.messages is not None:
+        return _chats(task, read_table(path, task.split, _columns(task.messages, key)), key)
+    if task.text is not None:
+        return _plain(task, read_table(path, task.split, _columns(task.text, key)), key)
     pieces = _pieces(task.prompt) if task.prompt else []
     known = TASKS.get(task.name)
     named = {name for _, name in pieces if name is not None} | {task.answer, task.label, task.image, key}
@@ -171,10 +185,52 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     return pairs.take(np.flatnonzero(full))
 
 
+def _chats(task: Task, table: Table, key: str | None) -> Pairs:
+    """The pairs of a table of chats.  Rows without an answer or a key are dropped, and counted in one warning."""
+    column = str(task.messages)
+    chats = read_chats(column, table.column("task.messages", column))
+    keys = _texts(_whole(table, key), "federation.partition.column", key) if key else [""] * len(chats)
+    full = [chat for chat, named in zip(chats, keys, strict=True) if chat is not None and (named or not key)]
+    if not full:
+        raise UserError("task.path", task.path, "a table with chats that hold an answer", "check task.messages")
+    if len(full) < len(chats):
+        log.warning(
+            "task.path: %s of %s rows have no answer or key; dropped", f"{len(chats) - len(full):,}", f"{len(chats):,}"
+        )
+    return Pairs(
+        "causal-lm",
+        tuple(chat.history for chat in full),
+        tuple(chat.turns[-1][1] for chat in full),
+        tuple(keys[chat.row - 1] for chat in full),
+        chats=tuple(full),
+    )
+
+
+def _plain(task: Task, table: Table, key: str | None) -> Pairs:
+    """The texts of a table.  Rows without a text or a key are dropped, and counted in one warning."""
+    texts = _texts(table, "task.text", str(task.text))
+    keys = _texts(_whole(table, key), "federation.partition.column", key) if key else ["*"] * len(texts)
+    full = [row for row, both in enumerate(zip(texts, keys, strict=True)) if all(both)]
+    if not full:
+        raise UserError("task.path", task.path, "a table with rows that have a text", "check task.text")
+    if len(full) < len(texts):
+        counts = f"{len(texts) - len(full):,} of {len(texts):,}"
+        log.warning("task.path: %s rows have no text or key; dropped", counts)
+    named = tuple(keys[row] if key else "" for row in full)
+    return Pairs("causal-lm", tuple(texts[row] for row in full), ("",) * len(full), named, plain=True)
+
+
+def _columns(*names: str | None) -> frozenset[str]:
+    return frozenset(name for name in names if name is not None)
+
+
 def _checked(task: Task) -> str:
     """The table's path.  UserError where the task names no columns for a row's input and output."""
     if not task.path:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
+    for field in ("messages", "text"):
+        if getattr(task, field) is not None:
+            return _alone(task, field)
     if task.image is not None:
         if task.label is None:
             raise UserError("task.label", task.label, "the column of classes where task.image is set", "set task.label")
@@ -196,6 +252,14 @@ def _checked(task: Task) -> str:
         allowed = f"a template without {{{wanted}}}, which is what the model is to say"
         raise UserError("task.prompt", task.prompt, allowed, "leave that column out")
     return task.path
+
+
+def _alone(task: Task, field: str) -> str:
+    """The table's path, of a task whose `field` says all of a row.  UserError where another column is named too."""
+    for name in ("prompt", "answer", "label", "image", "messages", "text"):
+        if name != field and (value := getattr(task, name)) is not None:
+            raise UserError(f"task.{name}", value, f"nothing where task.{field} is set", f"remove task.{name}")
+    return str(task.path)
 
 
 def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:

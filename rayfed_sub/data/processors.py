@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from rayfed_sub.data.chats import Turn
 from rayfed_sub.data.images import Pixels
 
 
@@ -31,6 +32,14 @@ class Tokenizer(Protocol):
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Plain text for classification, with the special tokens the model was trained with."""
+
+    def chats(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
+        """Each chat in the model's chat template where it has one: its tokens, and for each of them whether it is
+        learned, that is said by the assistant.  Raises ChatError."""
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Plain text for next-token training, between a token that begins it and one that ends it; nothing where the
+        text has no token of its own."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special tokens."""

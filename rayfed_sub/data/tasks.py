@@ -10,6 +10,8 @@ from rayfed_sub.core.errors import UserError
 
 _OWN = ("prompt", "answer", "label", "image")
 """Fields of `Task` that a named task fills in itself."""
+_TABLES = ("messages", "text")
+"""Fields of `Task` for tables alone."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def filled(task: Task) -> Task:
     if task.name == "table":
         return task
     known = TASKS.get(task.name)
-    for name in _OWN if known else ("path", *_OWN):
+    for name in (*_OWN, *_TABLES) if known else ("path", *_OWN, *_TABLES):
         if getattr(task, name) is not None:
             advice = f"set task.name=table or remove task.{name}"
             raise UserError("task.name", task.name, f"table where task.{name} is set", advice)

@@ -2,16 +2,20 @@
 
 A row that is longer than `task.max_length` is cut in the user's text alone.  The prompt is rendered anew from the
 shortened text, so the tokens of the chat template and of `task.prompt` stay whole for every tokenizer and template.
+A chat that is longer ends with an earlier answer, as if the rest had not been said.
 """
 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.chats import Chat, ChatError, Turn
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.pairs import Pairs, Span
 from rayfed_sub.data.processors import ImageProcessor, Processor, Tokenizer
@@ -29,26 +33,30 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 class Cuts:
     """Numbers of rows that were longer than `task.max_length`.
 
-    cut: kept, with a shorter text or answer; prompts, answers: of these, with a shorter user's text, with a shorter
-    answer; dropped: left out, as no character of the user's text would have had room.  least: the smallest max_length
-    with which a dropped row would be kept, 0 where none was dropped.
+    cut: kept, with a shorter text or answer, or fewer turns; prompts, answers, turns: of these, with a shorter user's
+    text, with a shorter answer, with fewer turns; dropped: left out, as no character of the user's text would have had
+    room.  least: the smallest max_length with which a dropped row would be kept, 0 where none was dropped.
     """
 
     cut: int = 0
     prompts: int = 0
     answers: int = 0
+    turns: int = 0
     dropped: int = 0
     least: int = 0
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row's tokens, of which the first `prompt` are its prompt, and whether text and answer were cut."""
+    """A row's tokens, of which the first `prompt` are its prompt, and whether text, answer and turns were cut.
+    learned: of a chat, for each token whether it is learned."""
 
     tokens: list[int]
     prompt: int
     text_cut: bool
     answer_cut: bool
+    turns_cut: bool = False
+    learned: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,18 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows
     teach the model to stop there.  The prompt is cut in the user's text (`shortened`).  Classification: the text is
     cut in the same way, special tokens stay.  Rows without room for a character of the user's text, and rows without a
     token to learn from, are dropped.  Each is counted in a warning.  Images become pixels.
+
+    Chats: rendered as a whole; a longer one ends with the latest answer that fits.  Where none does, its first answer
+    and the user's text before it are cut as an answer and its prompt are.  Raises UserError (task.messages) for a chat
+    that the model's chat template refuses.
+
+    Plain text: chunks, several rows with the same index (`chunked`).
     """
     if isinstance(processor, ImageProcessor):
         pixels = [processor.pixels(content) for content in pairs.images]
         return Images.of(pixels, _classes(pairs), processor.mean, processor.std), np.arange(len(pairs)), Cuts()
+    if pairs.plain:
+        return _chunks(pairs, processor, max_length)
     made = [
         row
         for begin in range(0, len(pairs), _AT_ONCE)
@@ -90,21 +106,24 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows
     if silent := made.count(None):
         log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(made):,}")
     cuts = _counted(rows, [row.least for row in made if isinstance(row, _Dropped)])
-    if summary := in_words(cuts.cut, cuts.prompts, cuts.answers, cuts.dropped):
+    if summary := in_words(cuts.cut, cuts.prompts, cuts.answers, cuts.dropped, cuts.turns):
         log.warning("rows longer than task.max_length=%d, of %s: %s", max_length, f"{len(made):,}", summary)
     classes = _classes(pairs.take(kept))
-    return Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes), kept, cuts
+    learned = [row.learned for row in rows] if pairs.chats else []
+    return Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes, learned), kept, cuts
 
 
-def in_words(cut: int, prompts: int, answers: int, dropped: int) -> str:
+def in_words(cut: int, prompts: int, answers: int, dropped: int, turns: int = 0) -> str:
     """The counts of `Cuts`; "" where all are 0.
 
     >>> in_words(cut=1200, prompts=3, answers=1198, dropped=2)
     '1,200 cut (3 in the text, 1,198 in the answer), 2 dropped'
     >>> in_words(0, 0, 0, 2), in_words(0, 0, 0, 0)
     ('2 dropped', '')
+    >>> in_words(cut=3, prompts=0, answers=1, dropped=0, turns=3)
+    '3 cut (1 in the answer, 3 after an earlier answer)'
     """
-    parts = {"in the text": prompts, "in the answer": answers}
+    parts = {"in the text": prompts, "in the answer": answers, "after an earlier answer": turns}
     where = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
     return ", ".join([*[f"{cut:,} cut ({where})"] * (cut > 0), *[f"{dropped:,} dropped"] * (dropped > 0)])
 
@@ -129,6 +148,8 @@ def shortened(text: str, spans: Sequence[Span], most: int) -> str:
 
 def _rows(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _Dropped | None]:
     """A row for each pair; None for one without a token to learn from."""
+    if pairs.chats:
+        return _chats(pairs, processor, max_length)
     if pairs.kind == "classification":
         texts = _fitted(processor.texts, pairs, [max_length] * len(pairs))
         return [_classified(text) for text in texts]
@@ -156,11 +177,111 @@ def _answered(prompt: _Fitted, answer: list[int], max_length: int) -> _Row | _Dr
     return _Row([*prompt.tokens, *begun], used, prompt.cut, len(begun) < len(answer))
 
 
+def _chats(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _Dropped | None]:
+    try:
+        made = processor.chats([chat.turns for chat in pairs.chats])
+    except ChatError as error:
+        raise _refused(pairs.chats[error.index], error.cause) from None
+    rows: list[_Row | _Dropped | None] = []
+    for chat, (tokens, learned) in zip(pairs.chats, made, strict=True):
+        row: _Row | _Dropped | None = _whole_chat(tokens, learned)
+        if isinstance(row, _Row) and len(row.tokens) > max_length:
+            try:
+                row = _shorter_chat(chat.turns, processor, max_length)
+            except ChatError as error:
+                raise _refused(chat, error.cause) from None
+        rows.append(row)
+    return rows
+
+
+def _refused(chat: Chat, cause: str) -> UserError:
+    allowed = "chats that the model's chat template renders with every text in its place"
+    return UserError("task.messages", f"row {chat.row:,}", allowed, cause)
+
+
+def _whole_chat(tokens: list[int], learned: list[bool], turns_cut: bool = False) -> _Row | None:
+    if True not in learned:
+        return None
+    end = len(tokens) - learned[::-1].index(True)  # nothing is learned after it
+    begin = end - [*learned[:end][::-1], False].index(False)
+    return _Row(tokens[:end], begin, False, False, turns_cut, learned[:end])
+
+
+def _shorter_chat(turns: Sequence[Turn], processor: Tokenizer, max_length: int) -> _Row | _Dropped | None:
+    """The chat up to the latest answer that fits, or else its first exchange with a shorter text and answer."""
+    ends = [end for end, (role, _) in enumerate(turns, 1) if role == "assistant"]
+
+    def length(end: int) -> int:
+        row = _whole_chat(*processor.chats([turns[:end]])[0])
+        return len(row.tokens) if row is not None else 0
+
+    if fitting := bisect_right(ends, max_length, key=length):
+        end = ends[fitting - 1]
+        return _whole_chat(*processor.chats([turns[:end]])[0], turns_cut=end < len(turns))
+    *before, answer = turns[: ends[0]]
+    text = before.pop()[1] if before and before[-1][0] == "user" else ""
+
+    def said(shorter: str, answered: Turn = answer) -> tuple[list[int], list[bool]]:
+        return processor.chats([[*before, *[("user", shorter)] * bool(text), answered]])[0]
+
+    def prompt(shorter: str) -> list[int]:
+        tokens, learned = said(shorter, ("assistant", "."))  # a long answer need not be read at every try
+        return tokens[: learned.index(True)]
+
+    tokens, learned = said(text)
+    if True not in learned:
+        return None
+    begin = learned.index(True)
+    row = _whole_chat(tokens, learned)
+    assert row is not None, "a token is learned"
+    tokens, learned = row.tokens[begin:], list(row.learned[begin:])
+    share = min(len(tokens), max_length - max_length // 2)
+    spans = ((0, len(text)),) if text else ()
+    one = Pairs("causal-lm", (text,), (answer[1],), ("",), spans=(spans,))
+    (fitted,) = _fitted(lambda texts: list(map(prompt, texts)), one, [max_length - share])
+    used = len(fitted.tokens)
+    if not fitted.fits:
+        return _Dropped(used + min(used, len(tokens)))
+    begun, masks = tokens[: max_length - used], learned[: max_length - used]
+    return _Row(
+        [*fitted.tokens, *begun],
+        used,
+        fitted.cut,
+        len(begun) < len(tokens),
+        turns_cut=len(ends) > 1,
+        learned=[*[False] * used, *masks],
+    )
+
+
+def _chunks(pairs: Pairs, processor: Tokenizer, max_length: int) -> tuple[Rows, Ints, Cuts]:
+    rows, behind, silent = list[list[int]](), list[int](), 0
+    for begin in range(0, len(pairs), _AT_ONCE):
+        for number, tokens in enumerate(processor.documents(pairs.questions[begin : begin + _AT_ONCE]), begin):
+            silent += not tokens
+            made = chunked(tokens, max_length)
+            rows += made
+            behind += [number] * len(made)
+    if silent:
+        log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(pairs):,}")
+    return Rows.of(rows, [1] * len(rows)), np.asarray(behind, np.int64), Cuts()
+
+
+def chunked(tokens: Sequence[int], most: int) -> list[list[int]]:
+    """Chunks of at most `most` >= 2 tokens, which overlap in one: the last of a chunk is the first of the next, where
+    it is no label but what the next token follows.  So every token but the first of all is a label once.
+
+    >>> chunked([1, 2, 3, 4, 5], 3), chunked([1, 2, 3], 3), chunked([1], 3)
+    ([[1, 2, 3], [3, 4, 5]], [[1, 2, 3]], [])
+    """
+    return [list(tokens[begin : begin + most]) for begin in range(0, len(tokens) - 1, most - 1)]
+
+
 def _counted(rows: Sequence[_Row], least: Sequence[int]) -> Cuts:
     return Cuts(
-        cut=sum(row.text_cut or row.answer_cut for row in rows),
+        cut=sum(row.text_cut or row.answer_cut or row.turns_cut for row in rows),
         prompts=sum(row.text_cut for row in rows),
         answers=sum(row.answer_cut for row in rows),
+        turns=sum(row.turns_cut for row in rows),
         dropped=len(least),
         least=min(least, default=0),
     )

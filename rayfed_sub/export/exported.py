@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def export_hf(run_dir: Path, to: Path, client: int | None = None, method: str | 
     write_folder(architecture, trained.tensors, everything, to, job.processor, torch.float32, generation)
     auto = AUTO_CLASSES[architecture.kind]
     loading = f'from transformers import {auto}; model = {auto}.from_pretrained(".")  # in the exported folder'
-    _write_readme(to, job, loading)
+    _write_readme(to, job, loading, {"pretrained": "."})
     return Export(loading)
 
 
@@ -90,7 +91,7 @@ def export_peft(run_dir: Path, to: Path, client: int | None = None, method: str 
     if generation is not None:
         generation.save_pretrained(to)
     loading = _loading_peft(job, name)
-    _write_readme(to, job, loading)
+    _write_readme(to, job, loading, {"pretrained": name or "base", "peft": ".", "tokenizer": "."})
     if not ranks:
         return Export(loading)
     span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}"
@@ -115,8 +116,9 @@ def _loading_peft(job: Job, name: str | None) -> str:
     return f"from peft import PeftModel; from transformers import {imports}; {loaded}  # in the exported folder"
 
 
-def _write_readme(to: Path, job: Job, loading: str) -> None:
-    """README.md of an export: the lines of Python that load it and make its inputs as the run did."""
+def _write_readme(to: Path, job: Job, loading: str, model: Mapping[str, str]) -> None:
+    """README.md of an export: the lines of Python that load it and make its inputs as the run did, and the command that
+    evaluates it.  model: arguments of lm-evaluation-harness that load it."""
     config = job.config
     about = f"`{config.model.path}` trained by rayfed_sub with `{config.method['name']}`, run `{config.name}`."
     inputs = "\n".join(_inputs(job))
@@ -125,7 +127,30 @@ def _write_readme(to: Path, job: Job, loading: str) -> None:
     if job.architecture.kind == "causal-lm":
         ends = ", ".join(map(str, job.processor.ends))
         text += f"\nAnswers end with token {job.processor.eos}; generation stops at {ends}.\n"
+    if (command := evaluation_command(job, model)) is not None:
+        text += "\nEvaluate it with lm-evaluation-harness (`pip install lm-eval[hf]`), in this folder:\n"
+        text += f"\n```sh\n{command}\n```\n"
+        tokens = job.architecture.hf_config.get_text_config().vocab_size
+        if "peft" in model and isinstance(job.processor, HubTokenizer) and job.processor.vocabulary != tokens:
+            text += (
+                f"\nIt cuts an adapter's base to the tokenizer's {job.processor.vocabulary:,} of {tokens:,} tokens, "
+            )
+            text += "among which its likelihoods are then shared; `--format hf` keeps all.\n"
     (to / "README.md").write_text(text, encoding="utf-8")
+
+
+def evaluation_command(job: Job, model: Mapping[str, str]) -> str | None:
+    """The command of lm-evaluation-harness, in the exported folder, for a task of the caller's choice (TASK).
+
+    None where it cannot load the model: it takes causal language models with a tokenizer, and reads no argument with a
+    comma or an equals sign in it.  model: the arguments that name it."""
+    if job.architecture.kind != "causal-lm" or not isinstance(job.processor, HubTokenizer):
+        return None
+    if any("," in value or "=" in value for value in model.values()):
+        return None
+    given = ",".join(f"{name}={value}" for name, value in {**model, "dtype": "float32"}.items())
+    chat = ["--apply_chat_template"] if job.processor.chat else []
+    return shlex.join(["lm_eval", "--model", "hf", "--model_args", given, *chat, "--tasks", "TASK"])
 
 
 def _inputs(job: Job) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.chats import Turn
+from rayfed_sub.models.chat_masks import chat_tokens
 from rayfed_sub.models.chat_templates import default_template, rendered, set_default_template, trained_template
 from rayfed_sub.models.hub import RANDOM, Source, locate, reading
 
@@ -54,6 +56,17 @@ class ByteTokenizer:
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.text(text) for text in texts]
+
+    def chats(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
+        """A chat of one question has the tokens of a prompt and its answer."""
+        forms = {"system": "S: {}\n", "user": "Q: {}\n", "assistant": "A: "}
+        return [_in_turns(turns, forms, self._opening, self._tokens, self.eos) for turns in chats]
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.text(text) if text else [] for text in texts]
+
+    def _opening(self, text: str) -> list[int]:
+        return [self.bos, *self._tokens(text)]
 
     def _tokens(self, text: str) -> list[int]:
         # Lone surrogates, which JSON can bring in, have no UTF-8 form.
@@ -107,12 +120,62 @@ class HubTokenizer:
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokens(texts, special=True)
 
+    def chats(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
+        """Chats in the chat template; without one the texts of system and user, each with a newline, and the answers,
+        each with eos.  A chat of one question has the tokens of a prompt and its answer."""
+        if self.chat:
+            return chat_tokens(self.tokenizer, str(default_template(self.tokenizer)), self.eos, chats)
+        forms = {"system": "{}\n", "user": "{}\n", "assistant": ""}
+
+        def opening(text: str) -> list[int]:
+            return self._tokens([text], special=True)[0]
+
+        def more(text: str) -> list[int]:
+            return self._tokens([text], special=False)[0]
+
+        return [_in_turns(turns, forms, opening, more, self.eos) for turns in chats]
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Texts between the tokens that the tokenizer puts around a text; where it puts none before or none after it,
+        its eos, with which pretraining separates texts."""
+        bare, around = (self._tokens(["a"], special=special)[0] for special in (False, True))
+        begins = [at for at in range(len(around)) if around[at : at + len(bare)] == bare]
+        at = begins[0] if bare and begins else len(around)
+        between = self.eos if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        before, after = around[:at] or [between], around[at + len(bare) :] or [between]
+        return [[*before, *own, *after] if own else [] for own in self._tokens(texts, special=False)]
+
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
         # verbose=False: cutting rows to length is the data layer's work, so no word about long ones.
         encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False, return_attention_mask=False)
         return [list(tokens) for tokens in encoded["input_ids"]]
+
+
+def _in_turns(
+    turns: Sequence[Turn],
+    forms: Mapping[str, str],
+    opening: Callable[[str], list[int]],
+    more: Callable[[str], list[int]],
+    eos: int,
+) -> tuple[list[int], list[bool]]:
+    """A chat without a chat template: its tokens, and for each whether it is an answer's.
+
+    forms: of each role's text, of the assistant what comes before it; opening, more: tokens of the beginning, and of
+    what follows."""
+    tokens, learned, before = list[int](), list[bool](), ""
+    for role, text in turns:
+        if role != "assistant":
+            before += forms[role].replace("{}", text)
+            continue
+        before += forms[role]
+        asked = (more if tokens else opening)(before) if before or not tokens else []
+        answer = [*more(text), eos]
+        tokens += [*asked, *answer]
+        learned += [*[False] * len(asked), *[True] * len(answer)]
+        before = ""
+    return tokens, learned
 
 
 def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubTokenizer:

@@ -68,8 +68,8 @@ def lengths(dataset: Dataset, config: Config) -> Lengths:
         if isinstance(rows, Images) or not len(rows):
             continue
         sizes = rows.offsets[1:] - rows.offsets[:-1]
-        masked = rows.prompts if config.task.mask_prompt else 0 * rows.prompts
-        longest, labels = max(longest, int(sizes.max())), max(labels, int((sizes - masked).max()))
+        learned = rows.labels if config.task.mask_prompt else sizes
+        longest, labels = max(longest, int(sizes.max())), max(labels, int(learned.max()))
         prompt = max(prompt, int(rows.prompts.max()))
     return Lengths(longest, labels, prompt)
 

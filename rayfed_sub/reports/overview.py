@@ -76,6 +76,8 @@ def _rows(run: Run) -> dict[str, str]:
         return {}
     kept = {name: run.rows.get(key) for key, name in _SPLITS.items()}
     shown = {"rows": ", ".join(f"{count:,} {name}" for name, count in kept.items() if count)}
+    if chunks := run.rows.get("chunks"):
+        shown["rows"] += f" texts, {chunks:,} chunks of tokens in all"
     cuts = too_long(run.rows)
     return shown | ({"rows beyond task.max_length": cuts} if cuts else {})
 

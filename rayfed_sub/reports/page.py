@@ -21,8 +21,6 @@ _LONG = 10
 """Most rows of a table without a filter box."""
 _WRAPPED = 60
 """Length from which a table's cell is folded."""
-_LARGE = 200
-"""Most rows of a plain table; larger ones are stored as columns and shown in pages."""
 _DASHES = {"solid": "", "dash": "9 5", "dot": "2 4", "dashdot": "9 4 2 4", "longdash": "15 5"}
 """Plotly's dashes, and the same for SVG."""
 _MARKS = {
@@ -60,12 +58,22 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """Text of a table's cell, sorted as text, with marked parts: beginnings and ends in characters, in order."""
+
+    text: str
+    marks: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table, sortable by its column heads; a string is a cell sorted as text."""
+    """A table, sortable by its column heads; a string is a cell sorted as text.  plain: most rows that are shown at
+    once; of more, stored as columns, pages are."""
 
     caption: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
+    rows: Sequence[Sequence[Cell | Marked | str]]
+    plain: int = 200
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ def _table(table: Table) -> str:
         f"<th scope='col' aria-sort='none'><button type='button'>{escape(column)}</button></th>"
         for column in table.columns
     )
-    large, box, after = len(table.rows) > _LARGE, "", ""
+    large, box, after = len(table.rows) > table.plain, "", ""
     if len(table.rows) > _LONG:
         more = f" (also, as {escape(table.columns[0])} &gt; 5; commas join several)" if large else ""
         box = f"<label>Show only rows with <input type='search'>{more}</label> <output></output>"
@@ -211,7 +219,9 @@ def _columns(table: Table) -> list[dict[str, Any]]:
     columns = []
     for cells in zip(*table.rows, strict=True):
         column: dict[str, Any] = {"texts": [cell if isinstance(cell, str) else cell.text for cell in cells]}
-        values = [None if isinstance(cell, str) else cell.value for cell in cells]
+        if any(isinstance(cell, Marked) for cell in cells):
+            column["marks"] = [cell.marks if isinstance(cell, Marked) else [] for cell in cells]
+        values = [cell.value if isinstance(cell, Cell) else None for cell in cells]
         if any(isinstance(cell, Cell) for cell in cells):
             column["values"] = values if values != list(map(_number_in, column["texts"])) else True
         columns.append(column)
@@ -225,10 +235,24 @@ def _number_in(text: str) -> float | None:
         return None
 
 
-def _cell(cell: Cell | str) -> str:
+def _cell(cell: Cell | Marked | str) -> str:
+    if isinstance(cell, Marked):
+        return f"<td{_folded(cell.text)}>{_with_marks(cell)}</td>"
     if isinstance(cell, str):
-        return f"<td{' class=long' if len(cell) > _WRAPPED else ''}>{escape(cell)}</td>"
+        return f"<td{_folded(cell)}>{escape(cell)}</td>"
     return f"<td data-value='{'' if cell.value is None else repr(cell.value)}'>{escape(cell.text)}</td>"
+
+
+def _folded(text: str) -> str:
+    return " class=long" if len(text) > _WRAPPED else ""
+
+
+def _with_marks(cell: Marked) -> str:
+    parts, at = [], 0
+    for begin, end in cell.marks:
+        parts += [escape(cell.text[at:begin]), f"<mark>{escape(cell.text[begin:end])}</mark>"]
+        at = end
+    return "".join([*parts, escape(cell.text[at:])])
 
 
 def _figure(figure: Figure) -> str:

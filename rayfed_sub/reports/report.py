@@ -1,4 +1,4 @@
-"""Runs as one HTML file: symptoms, overview, curves, layers, clients, workers, failures."""
+"""Runs as one HTML file: symptoms, overview, curves, answers, layers, clients, workers, failures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.reports.answers import answers
 from rayfed_sub.reports.clients import clients
 from rayfed_sub.reports.curves import quality, traffic
 from rayfed_sub.reports.failures import failures, symptoms
@@ -60,6 +61,7 @@ def sections(runs: Runs) -> list[Section]:
         differences(runs),
         quality(runs),
         traffic(runs),
+        answers(runs),
         layers(runs),
         clients(runs),
         timeline(runs),

@@ -26,6 +26,7 @@ _COLUMNS = {
         *("periods", "failure"),
     ),
     "scores": ("rounds", "client", "metric", "value", "count"),
+    "answers": ("rounds", "row", "client", "question", "reference", "answer"),
     "layers": (
         *("round", "layer", "clients", "norm", "rank", "rank_sum", "stable_rank", "effective_rank", "truncated"),
         *("cross_term", "overlap", "agreement", "drift", "accumulated", "server_rank", "spectrum", "full_rank"),
@@ -66,6 +67,7 @@ class Run:
     rounds: pd.DataFrame
     clients: pd.DataFrame
     scores: pd.DataFrame
+    answers: pd.DataFrame
     layers: pd.DataFrame
     client_layers: pd.DataFrame
     packs: pd.DataFrame

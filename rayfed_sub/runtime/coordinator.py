@@ -22,7 +22,7 @@ import torch
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
-from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
+from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
 from rayfed_sub.core.types import Accumulator, Broadcast, Change, Client, ModelShape, ServerState, Tensors, Update
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.diagnostics import client_diagnostics
@@ -152,7 +152,7 @@ class Coordinator:
         if trained is None:
             return  # the run is being interrupted
         metrics, ranks = trained.metrics, [change.rank for change in trained.changes.values()]
-        scores = self.scores() if due else ()
+        scores, answers = self.evaluated() if due else ((), ())
         row = RoundRow(
             round=n,
             clients=len(cohort),
@@ -171,7 +171,8 @@ class Coordinator:
         )
         if due:  # the workers have used shared memory again
             self._verify()
-        yield RoundDone(row, tuple(metrics.rows), scores, tuple(trained.packs), trained.layers, trained.client_layers)
+        layers = (trained.layers, trained.client_layers)
+        yield RoundDone(row, tuple(metrics.rows), scores, tuple(trained.packs), *layers, answers)
 
     def _trained(
         self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
@@ -213,15 +214,17 @@ class Coordinator:
         layer_rows = client_diagnostics.rows(n, shape, watched_rounds, changes)
         return _Trained(metrics, seconds, changes, pack_rows, *layer_rows)
 
-    def scores(self) -> tuple[Score, ...]:
-        """Scores of the current model; before the first and after the last round with those of generated answers."""
+    def evaluated(self) -> tuple[tuple[Score, ...], tuple[AnswerRow, ...]]:
+        """Scores of the current model; before the first and after the last round answers too, and their scores."""
         round = self._store.current.server.round
         judged = (self._workers, self._config, self._dataset, self._model(), self._metrics)
         ends = round in (0, self._config.federation.rounds)
         try:
-            return (*held_out.scores(*judged), *(held_out.answer_scores(*judged) if ends else ()))
+            scores = held_out.scores(*judged)
+            more, answers = held_out.answers(*judged, round) if ends else ([], [])
         except MetricError as error:
             raise RunError("evaluation", str(error), round=round) from None
+        return (*scores, *more), tuple(answers)
 
     def backbone_sum(self) -> str:
         """Checksum of the loaded weights, in hex, without vectors: rotary frequencies are computed, and may differ in a

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.schemas import Score
+from rayfed_sub.core.schemas import AnswerRow, Score
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.evaluation.named_metrics import Compute
 from rayfed_sub.evaluation.scores import label_scores, text_scores, token_scores
@@ -42,16 +42,24 @@ def scores(
     return list(label_scores(rows, names, metrics) if names else token_scores(rows))
 
 
-def answer_scores(
-    workers: Workers, config: Config, dataset: Dataset, model: JudgedModel, metrics: Mapping[str, Compute]
-) -> list[Score]:
-    """The scores of the answers to `evaluation.generate_rows` held-out questions; empty where that is 0."""
+def answers(
+    workers: Workers,
+    config: Config,
+    dataset: Dataset,
+    model: JudgedModel,
+    metrics: Mapping[str, Compute],
+    rounds: int,
+) -> tuple[list[Score], list[AnswerRow]]:
+    """The answers to `evaluation.generate_rows` held-out questions, by row, and their scores; nothing where that is 0.
+    rounds: finished ones."""
     if not config.evaluation.generate_rows:
-        return []
+        return [], []
     shards = _shards(config, dataset, config.evaluation.generate_rows, model)
     done = _each(workers, shards, model, lambda worker: worker.generate, "generated answers")
-    rows = [(int(dataset.held_out_clients[row]), answer) for row, answer in _by_row(shards, done)]
-    return list(text_scores(rows, metrics))
+    found = [(row, int(dataset.held_out_clients[row]), answer) for row, answer in _by_row(shards, done)]
+    given = [AnswerRow(rounds, row, k, one.question, one.reference, one.answer) for row, k, one in found]
+    scored = list(text_scores([(client, answer) for _, client, answer in found], metrics))
+    return scored, sorted(given, key=lambda answer: answer.row)
 
 
 def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Sequence[T]]) -> Iterator[tuple[int, T]]:

@@ -47,12 +47,13 @@ def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int],
 
     most: clients of a pack at most, however large the size.  has_room: whether memory is free for packs of a size;
     asked only before a larger one is tried."""
-    if sizes.tried is not None:
+    now, tried = sizes.now, sizes.tried
+    if tried is not None:
         sizes = replace(sizes, timings=(*sizes.timings, timing))
-        now, tried = _rates(sizes, sizes.now), _rates(sizes, sizes.tried)
-        if min(len(now), len(tried)) < _TIMED:
+        both = _rates(sizes, now), _rates(sizes, tried)
+        if min(map(len, both)) < _TIMED:
             return sizes
-        better, worse = (sizes.tried, sizes.now) if min(tried) < _GAIN * min(now) else (sizes.now, sizes.tried)
+        better, worse = (tried, now) if min(both[1]) < _GAIN * min(both[0]) else (now, tried)
         sizes = PackSizes(better, None, {**sizes.judged, worse: timing.round})
     larger, smaller = 2 * sizes.now, sizes.now // 2
     if sizes.now < most and _unknown(sizes, larger, timing.round):

@@ -40,12 +40,12 @@ from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place, open_place
 from rayfed_sub.storage.run_folder import RunFolder, check_data, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.telemetry.alert_log import Watch
-from rayfed_sub.telemetry.events import Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
+from rayfed_sub.telemetry.events import Answered, Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
 from rayfed_sub.telemetry.process_memory import PeakMemory, peak_of
 
 _LIVES = 5  # coordinators that may die one after another without a new checkpoint
 
-Listener = Callable[[Stage | Notice | Started | PackDone | RoundDone], None]
+Listener = Callable[[Stage | Notice | Started | PackDone | RoundDone | Answered], None]
 """Receives the run's records as they come."""
 Finisher = Callable[[Place, Listener], None]
 """Adds files to the folder of a finished run, such as its report."""
@@ -261,6 +261,8 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
                 folder.write_tables()
                 ask("checkpoint")
                 folder.place.push()
+        if answers := folder.answers():
+            notify(Answered(tuple(answers)))
         return _summary(job, folder, first, ask, targets, memory)
     except (KeyboardInterrupt, RunError):
         notify(Stage("stopping: a checkpoint first"))
@@ -283,8 +285,9 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
     if before is None and not done:
         notify(Stage("evaluating the initial model"))
         rows, data = asdict(job.dataset.row_counts), asdict(job.dataset.fingerprint)
-        beginning = Beginning(ask("scores"), **now, rows=rows, data=data, backbone=backbone)
-        folder.begin(beginning)
+        scores, answers = ask("evaluated")
+        beginning = Beginning(scores, **now, rows=rows, data=data, backbone=backbone)
+        folder.begin(beginning, answers)
         return beginning
     if before is not None and before.backbone != backbone:
         allowed = f"the weights with which the run in {folder.place.display_name()} began; these are others"

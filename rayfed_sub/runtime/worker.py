@@ -187,7 +187,8 @@ class Worker:
             tokens = answers(self._model, prompts, pad=processor.pad, ends=processor.ends, limit=limit)
             forced = predictions(self._model, self._held_out(rows), processor.pad)
         give_back()
-        texts = zip(tokens, references, (row.predicted for row in forced), (row.labels for row in forced), strict=True)
+        said, labels = [row.predicted for row in forced], [row.labels for row in forced]
+        texts = zip(prompts, tokens, references, said, labels, strict=True)
         return [Generation(*map(processor.decode, row)) for row in texts]
 
     def _held_out(self, rows: Sequence[int]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """The run folder: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
 
-The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, and with diagnostics layers.parquet and
-client_layers.parquet.  The report is made from all of them after the last round.
+The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, with diagnostics layers.parquet and
+client_layers.parquet, and where questions are answered answers.parquet.  The report is made from all of them after the
+last round.
 
 Every file appears whole or not at all; summary.json is written last, so a folder with it holds a finished run.  The
 tables have every round of the newest checkpoint; later rounds are cut off when the run is resumed.
@@ -24,7 +25,7 @@ from pyarrow import parquet
 from rayfed_sub.config.loading import flat, stored_config, yaml_text
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
+from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import Place
@@ -50,12 +51,13 @@ class RunFolder:
     def __init__(self, place: Place) -> None:
         self.place, self.path = place, place.path
         self.rounds = _empty(RoundRow)
-        self._scores = _empty(ScoreRow)
+        self._scores, self._answers = _empty(ScoreRow), _empty(AnswerRow)
         self._others = {name: _empty(kind) for name, kind in _OTHERS.items()}
 
-    def begin(self, beginning: Beginning) -> None:
-        """Writes the first line of the log; keeps the initial model's scores."""
-        self._scores = _scored(0, beginning.scores)
+    def begin(self, beginning: Beginning, answers: Sequence[AnswerRow] = ()) -> None:
+        """Writes the initial model's answers, then the first line of the log; keeps its scores."""
+        self._scores, self._answers = _scored(0, beginning.scores), _table(AnswerRow, answers)
+        self._write_answers()
         atomic_files.write(self.path / "log.jsonl", _line("started", asdict(beginning)).encode() + b"\n")
 
     def add(self, done: RoundDone) -> None:
@@ -67,6 +69,7 @@ class RunFolder:
         for name, kind in _OTHERS.items():
             self._others[name] = pa.concat_tables([self._others[name], _table(kind, added[name])])
         self._scores = pa.concat_tables([self._scores, _scored(done.row.round + 1, done.scores)])
+        self._answers = pa.concat_tables([self._answers, _table(AnswerRow, done.answers)])
         self.rounds = rounds  # last: it decides whether the round counts
 
     def go_on(self, round: int) -> Beginning:
@@ -85,12 +88,18 @@ class RunFolder:
         atomic_files.append(self.path / "log.jsonl", _line("resumed", {"round": round}))
         later = pa.compute.and_(pa.compute.greater(scores["rounds"], 0), pa.compute.less_equal(scores["rounds"], round))
         self._scores = pa.concat_tables([_scored(0, beginning.scores), scores.filter(later)])
+        answers = self._read("answers", AnswerRow)
+        self._answers = answers.filter(pa.compute.less_equal(answers["rounds"], round))
         return beginning
 
     def scores(self, rounds: int) -> list[Score]:
         """The scores after `rounds` finished rounds."""
         rows = self._scores.filter(pa.compute.equal(self._scores["rounds"], rounds)).drop_columns(["rounds"])
         return [Score(**row) for row in rows.to_pylist()]
+
+    def answers(self) -> list[AnswerRow]:
+        """The answers of the initial model, then those of the trained one; none where nothing is answered."""
+        return [AnswerRow(**row) for row in self._answers.to_pylist()]
 
     def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
         """Diagnostics of the newest diagnosed rounds, at most so many, in order."""
@@ -122,14 +131,22 @@ class RunFolder:
     def write_tables(self) -> None:
         """All tables with all rows so far."""
         for name, table in {"rounds": self.rounds, "scores": self._scores, **self._others}.items():
-            content = io.BytesIO()
-            parquet.write_table(table, content)
-            atomic_files.write(self.path / f"{name}.parquet", content.getvalue())
+            self._write(name, table)
+        self._write_answers()
 
     def write_summary(self, summary: Summary) -> None:
         """summary.json, the last file of a run."""
         content = {key: value for key, value in asdict(summary).items() if key != "folder"}
         atomic_files.write(self.path / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        content = io.BytesIO()
+        parquet.write_table(table, content)
+        atomic_files.write(self.path / f"{name}.parquet", content.getvalue())
+
+    def _write_answers(self) -> None:
+        if self._answers.num_rows:
+            self._write("answers", self._answers)
 
     def _read(self, name: str, kind: type) -> pa.Table:
         file = self.path / f"{name}.parquet"

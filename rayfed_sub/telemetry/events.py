@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
+from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PackDone:
 @dataclass(frozen=True)
 class RoundDone:
     """A round has finished; all of it goes to the run folder.  scores: empty where no evaluation was due; layers,
-    client_layers: empty without diagnostics in the round."""
+    client_layers: empty without diagnostics in the round; answers: of the last round, of the trained model."""
 
     row: RoundRow
     client_rows: tuple[ClientRow, ...]
@@ -74,6 +74,14 @@ class RoundDone:
     packs: tuple[PackRow, ...] = ()
     layers: tuple[CohortLayer, ...] = ()
     client_layers: tuple[ClientLayer, ...] = ()
+    answers: tuple[AnswerRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The greedy answers of a run that has finished its rounds: of the initial model and of the trained one."""
+
+    answers: tuple[AnswerRow, ...]
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Generation:
-    """Texts for a held-out question: the greedy answer, and the reference, cut to `task.max_length` as in training;
-    teacher_forced: the likeliest token at each label, given the true ones before it; labels: the labels themselves."""
+    """Texts for a held-out question: itself, the greedy answer, and the reference, cut to `task.max_length` as in
+    training; teacher_forced: the likeliest token at each label, given the true ones before it; labels: the labels
+    themselves."""
 
+    question: str
     answer: str
     reference: str
     teacher_forced: str

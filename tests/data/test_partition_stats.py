@@ -185,7 +185,7 @@ def test_json_has_everything() -> None:
         "strange": 0,
         "silent": 0,
         "dropped": 0,
-        **{"cut": 0, "cut_prompts": 0, "cut_answers": 0},
+        **{"cut": 0, "cut_prompts": 0, "cut_answers": 0, "cut_turns": 0, "chunks": 0},
         "repeated": 0,
         "train": 90,
         "validation": 0,

@@ -388,6 +388,26 @@ TABLES = {
         "evaluation.generate_rows: got 4",
         "0 for a classification task",
     ),
+    "texts in place of chats": (
+        "task.prompt=null task.answer=null task.messages=q",
+        "task.messages: got 'q'; allowed: lists of {role, content} or {from, value}",
+        "; row 1: the text is no JSON list of messages",
+    ),
+    "chats with an answer's column": (
+        "task.prompt=null task.messages=q",
+        "task.answer: got 'a'",
+        "nothing where task.messages is set; remove task.answer",
+    ),
+    "plain text with a prompt": (
+        "task.answer=null task.text=q",
+        "task.prompt: got '{q}'",
+        "nothing where task.text is set; remove task.prompt",
+    ),
+    "answers to plain text, before anything is read": (
+        "task.path=none.parquet task.prompt=null task.answer=null task.text=q evaluation.generate_rows=2",
+        "evaluation.generate_rows: got 2",
+        "0 for plain text, which asks nothing",
+    ),
     "images for a language model, before anything is read": (
         "task.path=none.parquet task.prompt=null task.answer=null task.label=n task.image=q",
         "model.random.type: got 'llama'",

@@ -38,8 +38,8 @@ def written(folder: Path, name: str, body: str, kind: str = "string", more: str 
 def test_text_metric_scores_greedy_answers_of_all_and_of_each_client(tmp_path: Path) -> None:
     metrics = load_metrics([written(tmp_path, "first_word", FIRST_WORD)], ["a b", "c"])
     rows = [
-        (0, Generation("the cat", reference="the dog", teacher_forced="x", labels="y")),
-        (2, Generation("a cat", reference="the cat", teacher_forced="the", labels="the")),
+        (0, Generation("", "the cat", reference="the dog", teacher_forced="x", labels="y")),
+        (2, Generation("", "a cat", reference="the cat", teacher_forced="the", labels="the")),
     ]
     found = [score for score in text_scores(rows, metrics) if "/" in score.metric]
     assert [(s.client, s.metric, s.value, s.count) for s in found] == [

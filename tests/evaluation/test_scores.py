@@ -71,10 +71,10 @@ def test_texts_are_scored_by_generation_and_under_teacher_forcing() -> None:
         (
             0,
             Generation(
-                answer="the cat sat", reference="the cat ate a fish", teacher_forced="the cat", labels="the cat"
+                "", answer="the cat sat", reference="the cat ate a fish", teacher_forced="the cat", labels="the cat"
             ),
         ),
-        (1, Generation(answer="a dog", reference="a dog", teacher_forced="no", labels="a dog")),
+        (1, Generation("", answer="a dog", reference="a dog", teacher_forced="no", labels="a dog")),
     ]
     scores = list(text_scores(rows))
     rouge = RougeScorer(["rougeL"])
@@ -93,7 +93,7 @@ def test_published_scores_are_missing_for_unreadable_scripts() -> None:
     are the first 4: 2 * 4 / (5 + 5); 1- to 4-grams 4 of 5, 3 of 4, 2 of 3, 1 of 2."""
     hindi, chinese = "औज़ार शेल्फ 3 पर है।", "我喜欢绿茶"
     scores = list(
-        text_scores([(0, Generation(*[hindi] * 4)), (1, Generation("我喜欢绿色", chinese, chinese, chinese))])
+        text_scores([(0, Generation(*[hindi] * 5)), (1, Generation("", "我喜欢绿色", chinese, chinese, chinese))])
     )
     assert values(scores, 0) == {
         **{"rouge_l_unicode": 1, "bleu_4": 1, "bleu_4_unicode": 1},
@@ -107,7 +107,7 @@ def test_published_scores_are_missing_for_unreadable_scripts() -> None:
 
 def test_empty_references_are_not_counted() -> None:
     """A reference that was cut to nothing has no words; its row is in neither mean nor count."""
-    nothing, right = Generation("a guess", " \n", "a", "a"), Generation(*["the cat sat"] * 4)
+    nothing, right = Generation("", "a guess", " \n", "a", "a"), Generation(*["the cat sat"] * 5)
     scores = list(text_scores([(0, nothing), (1, right)]))
     assert [(score.value, score.count) for score in scores if score.metric == "rouge_l" and score.client is None] == [
         (1.0, 1)
@@ -120,7 +120,7 @@ def test_empty_references_are_not_counted() -> None:
 def test_bleu_distinguishes_hypothesis_and_reference() -> None:
     """BLEU, unlike ROUGE-L's F, changes if the two change places: only a short hypothesis is penalised."""
     long, short = "a b c d e f g h", "a b c d e f"
-    scores = overall(list(text_scores([(0, Generation(short, reference=long, teacher_forced=long, labels=short))])))
+    scores = overall(list(text_scores([(0, Generation("", short, reference=long, teacher_forced=long, labels=short))])))
     assert scores["bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([short], [[long]]).score / 100)
     assert scores["bleu_4"] == pytest.approx(math.exp(1 - 8 / 6))  # every n-gram is right; the brevity penalty alone
     assert scores["teacher_forced_bleu_4"] == pytest.approx(sacrebleu.corpus_bleu([long], [[short]]).score / 100)

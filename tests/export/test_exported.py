@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
+import shlex
+import subprocess
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -25,12 +28,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rayfed_sub import load_config
 from rayfed_sub.cli import main
+from rayfed_sub.config.loading import yaml_text
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Change, ClientState, ServerState
 from rayfed_sub.data.batching import collate
-from rayfed_sub.export.exported import export_hf, export_peft, factorised, loadable
+from rayfed_sub.export.exported import evaluation_command, export_hf, export_peft, factorised, loadable
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.weights import assemble, load_weights, target_weights
 from rayfed_sub.planning.job import Job, prepare
@@ -45,6 +49,7 @@ from rayfed_sub.training.inference import global_model
 from rayfed_sub.training.layers import install
 from rayfed_sub.training.losses import predicted
 
+ROOT = Path(__file__).parents[2]
 PERSONAL = [name for name in METHODS if build({"name": name}).personal]
 # Federated AdamW moves every direction of a dense weight; there is no adapter for it.
 ADAPTED = [name for name in METHODS if name != "fedavg"]
@@ -440,7 +445,7 @@ def tokenizer() -> Any:
     """A tokenizer whose words are numbers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {**{"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}, **{str(i): i for i in range(4, 200)}}
+    words = {**{"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}, **{str(i): i for i in range(4, 259)}}
     fast = Tokenizer(models.WordLevel(words, "<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -506,6 +511,101 @@ def test_inputs_of_a_tokenizer_without_a_template(runs: Callable[[str], Path], t
     run = trained(tmp_path / "run", config.model_copy(update={"model": model}))
     export_peft(run, tmp_path / "peft")
     assert by_readme(tmp_path / "peft", text="7 9")["ids"] == job_of(run).processor.prompts(["7 9"])[0]  # type: ignore[union-attr]
+
+
+# --- lm-evaluation-harness
+
+LM_EVAL = next((ROOT / ".venv-lm-eval" / "bin").glob("lm_eval"), None)
+WRITTEN = re.compile(r"```sh\n(lm_eval .*)\n```")
+
+
+def in_words(runs: Callable[[str], Path], table: Path, tmp_path: Path, template: str | None = None) -> Path:
+    """A run with fedit from a model in the folder "first", whose tokenizer has a word for each token."""
+    export_hf(runs("fedit"), tmp_path / "first")
+    words = tokenizer()
+    words.chat_template = template
+    words.save_pretrained(tmp_path / "first")
+    config = configured(table, "fedit")
+    model = config.model.model_copy(update={"path": str(tmp_path / "first"), "random": {}})
+    return trained(tmp_path / "run", config.model_copy(update={"model": model}))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_export_names_the_command_that_evaluates_it(
+    chat: bool, runs: Callable[[str], Path], table: Path, tmp_path: Path
+) -> None:
+    run = in_words(runs, table, tmp_path, CHAT if chat else None)
+    loading = {"hf": "pretrained=.", "peft": f"pretrained={tmp_path / 'first'},peft=.,tokenizer=."}
+    for name, export in {"hf": export_hf, "peft": export_peft}.items():
+        export(run, tmp_path / name)
+        (command,) = WRITTEN.findall((tmp_path / name / "README.md").read_text())
+        turns = " --apply_chat_template" if chat else ""
+        assert command == f"lm_eval --model hf --model_args {loading[name]},dtype=float32{turns} --tasks TASK"
+        assert "cuts an adapter's base" not in (tmp_path / name / "README.md").read_text()
+    job = job_of(run)
+    assert evaluation_command(job, {"pretrained": "a,b"}) is None
+    assert evaluation_command(job, {"pretrained": "a b"}) == (
+        f"lm_eval --model hf --model_args 'pretrained=a b,dtype=float32'{turns} --tasks TASK"
+    )
+
+
+def test_export_says_that_the_harness_cuts_an_adapter_s_base(
+    runs: Callable[[str], Path], table: Path, tmp_path: Path
+) -> None:
+    run = in_words(runs, table, tmp_path)
+    config = json.loads((tmp_path / "first" / "tokenizer.json").read_text())
+    del config["model"]["vocab"]["258"]
+    (tmp_path / "first" / "tokenizer.json").write_text(json.dumps(config))
+    for name, export in {"hf": export_hf, "peft": export_peft}.items():
+        export(run, tmp_path / name)
+        cut = "It cuts an adapter's base to the tokenizer's 258 of 259 tokens"
+        assert (cut in (tmp_path / name / "README.md").read_text()) == (name == "peft")
+
+
+def test_model_that_the_harness_cannot_load_has_no_command(
+    runs: Callable[[str], Path], table: Path, tmp_path: Path
+) -> None:
+    """Bytes for a tokenizer, and a classifier."""
+    classifies = trained(tmp_path / "run", configured(table, "fedit", BERT))
+    for at, run in enumerate((runs("fedit"), classifies)):
+        export_hf(run, tmp_path / f"{at}")
+        assert "lm_eval" not in (tmp_path / f"{at}" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(LM_EVAL is None, reason="no .venv-lm-eval: make .venv-lm-eval/.installed")
+def test_harness_computes_the_exported_model_s_likelihoods(
+    runs: Callable[[str], Path], table: Path, tmp_path: Path
+) -> None:
+    """Bits per byte of two texts: of the whole model, of the adapter, and worked out from the whole model's logits."""
+    run, texts = in_words(runs, table, tmp_path), ["7 9 11 13 40", "100 3 5"]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "texts.json").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    task = {
+        **{"task": "texts", "dataset_path": "json", "test_split": "test", "output_type": "loglikelihood_rolling"},
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "texts.json")}},
+        **{"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}]},
+    }
+    (tasks / "texts.yaml").write_text(yaml_text(task))
+    found = {}
+    for name, export in {"hf": export_hf, "peft": export_peft}.items():
+        export(run, tmp_path / name)
+        (command,) = WRITTEN.findall((tmp_path / name / "README.md").read_text())
+        words = [str(LM_EVAL), *shlex.split(command.replace("TASK", "texts"))[1:]]
+        words += ["--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / f"{name}.json")]
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+        subprocess.run(words, cwd=tmp_path / name, env={**os.environ, **quiet}, check=True, timeout=280)
+        (written,) = tmp_path.glob(f"{name}_*.json")
+        found[name] = json.loads(written.read_text())["results"]["texts"]["bits_per_byte,none"]
+    model, words_of = by_readme(tmp_path / "hf")["model"], tokenizer()
+    nats = 0.0
+    for text in texts:
+        ids = torch.tensor([[words_of.bos_token_id, *words_of(text, add_special_tokens=False)["input_ids"]]])
+        nats += len(ids[0][1:]) * float(model(input_ids=ids, labels=ids).loss)
+    wanted = nats / sum(len(text) for text in texts) / np.log(2)
+    assert found["hf"] == pytest.approx(wanted, rel=1e-4)
+    assert found["peft"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_gguf_file_cannot_name_a_base(tmp_path: Path) -> None:

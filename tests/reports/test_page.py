@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 
 from rayfed_sub.reports import page as page_module
-from rayfed_sub.reports.page import RUN_COLOURS, Cell, Details, Figure, Legend, Section, Table, Text, line_style, page
+from rayfed_sub.reports.page import (
+    RUN_COLOURS,
+    Cell,
+    Details,
+    Figure,
+    Legend,
+    Marked,
+    Section,
+    Table,
+    Text,
+    line_style,
+    page,
+)
 from rayfed_sub.reports.report import write_report
 from rayfed_sub.reports.run_reader import read_run
 from tests.helpers.browser import CHROMIUM, Outline, browse, in_real_time
@@ -119,6 +131,18 @@ def test_large_tables_are_stored_by_column() -> None:
     assert third == {"texts": [f"<{at}>" for at in range(1500)]}
     assert fourth["values"][2] == 3.0
     assert "<td" not in text
+
+
+def test_marked_text_is_marked_in_plain_and_in_stored_tables() -> None:
+    row = [Marked("\U0001f600 <b> c", [(2, 5), (6, 7)]), "plain"]
+    short = page("a page", [Section("one", [Table("rows", ["a", "b"], [row])])])
+    assert "<td>\U0001f600 <mark>&lt;b&gt;</mark> <mark>c</mark></td><td>plain</td>" in short
+    large = page("a page", [Section("one", [Table("rows", ["a", "b"], [row] * 3, plain=2)])])
+    (stored,) = re.findall(r"<script type='application/json'>(.*?)</script>", large)
+    assert json.loads(stored) == [
+        {"texts": ["\U0001f600 <b> c"] * 3, "marks": [[[2, 5], [6, 7]]] * 3},
+        {"texts": ["plain"] * 3},
+    ]
 
 
 def test_details_and_legends_are_consistent() -> None:
@@ -248,6 +272,28 @@ def test_large_table_sorts_filters_and_pages(tmp_path: Path) -> None:
     assert result["both"] == ["7"]
     assert result["none"] == [[], "no rows"]
     assert result["all"] == "rows 1 to 50 of 300"
+
+
+@pytest.mark.slow
+@BROWSER
+def test_stored_marks_are_where_they_belong(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    rows = [[f"{at}", Marked(f"\U0001f600 {at} b", [(2, 3)])] for at in range(3)]
+    path.write_text(page("a page", [Section("one", [Table("rows", ["a", "b"], rows, plain=1)])]), encoding="utf-8")
+    script = """
+      const cells = () => [...document.querySelectorAll("tbody td:nth-child(2)")];
+      result.texts = cells().map(cell => cell.textContent);
+      result.marks = cells().map(cell => [...cell.querySelectorAll("mark")].map(mark => mark.textContent));
+      const box = document.querySelector("input"); box.value = "\\u{1f600} 1";
+      box.dispatchEvent(new Event("input")); result.found = cells().map(cell => cell.innerHTML);
+    """
+    dom, console = browse(with_script(path, script))
+    assert console == []
+    assert result_of(dom) == {
+        "texts": [f"\U0001f600 {at} b" for at in range(3)],
+        "marks": [["0"], ["1"], ["2"]],
+        "found": ["\U0001f600 <mark>1</mark> b"],
+    }
 
 
 @pytest.mark.slow

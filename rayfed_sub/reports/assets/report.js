@@ -59,9 +59,18 @@ function rowsOf(part, body) {
       column.values = column.texts.map(text => text === "" || Number.isNaN(digits(text)) ? null : digits(text));
   const row = at => {
     const made = document.createElement("tr");
-    for (const {texts, values} of columns) {
-      const cell = made.insertCell();
-      cell.textContent = texts[at];
+    for (const {texts, values, marks} of columns) {
+      const cell = made.insertCell(), text = texts[at];
+      const letters = marks ? [...text] : text, part = (from, to) => marks ? letters.slice(from, to).join("") : text;
+      let from = 0;
+      for (const [begin, end] of marks?.[at] ?? []) {
+        const mark = document.createElement("mark");
+        mark.textContent = part(begin, end);
+        cell.append(part(from, begin), mark);
+        from = end;
+      }
+      cell.append(part(from));
+      cell.classList.toggle("long", text.length > 60);
       if (values) cell.dataset.value = values[at] ?? "";
     }
     return made;
