@@ -64,9 +64,10 @@ class Task(Record):
         description="A task of `rayfed-sub list tasks`, which knows its source, columns and prompt, or `table` for any "
         "source that `datasets` reads.",
     )
-    path: str | None = Field(
+    path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None,
-        description="Hub id, or a Parquet, JSONL, JSON or CSV file, in place of the task's own source.",
+        description="Hub id, file (Parquet, JSONL, JSON, CSV, TSV, text), glob, or folder (of such files, of images by "
+        "class, or of `save_to_disk`), in place of the task's own source; or a list of these.",
     )
     split: str = Field(default="train", description="Split of the hub's data set that all rows are taken from.")
     prompt: str | None = Field(default=None, description="Format string over the columns, e.g. '{title}: {question}'.")

@@ -12,7 +12,7 @@ from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
 from rayfed_sub.data.images import Images
-from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys, table_pairs
+from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys, ordered, table_pairs
 from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
@@ -95,9 +95,10 @@ def load_dataset(
 
 
 def load_pairs(task: Task, federation: Federation) -> Pairs:
-    """The task's rows as text, with the keys by which `federation` deals them out; repeats are dropped."""
+    """The task's rows as text, with the keys by which `federation` deals them out, in canonical order; repeats are
+    dropped."""
     column, task = key_column(task, federation), filled(task)
-    return distinct(python_docs() if task.name == "python-docs" else table_pairs(task, column))
+    return distinct(python_docs() if task.name == "python-docs" else ordered(table_pairs(task, column)))
 
 
 def build_dataset(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import math
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import compress
 from string import Formatter
 from typing import Any, Literal
@@ -16,8 +16,9 @@ from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.images import decoded, digest, encoded
+from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.data.tables import Table, read_table, renamed
+from rayfed_sub.data.tables import Table, class_names, classes, load_table, renamed
 from rayfed_sub.data.tasks import TASKS
 
 Kind = Literal["causal-lm", "classification"]
@@ -80,6 +81,25 @@ def distinct(pairs: Pairs) -> Pairs:
     return pairs.take(np.fromiter(first.values(), np.int64, len(first)))
 
 
+def ordered(pairs: Pairs) -> Pairs:
+    """The pairs in canonical order, by the digests of question and answer, then by key: the order of a source's rows
+    and files decides nothing.
+
+    >>> one, other = (Pairs("causal-lm", tuple(rows), tuple(rows), ("", "")) for rows in ("ab", "ba"))
+    >>> ordered(one) == ordered(other)
+    True
+    """
+    places = [
+        (_digest(question), _digest(answer), key)
+        for question, answer, key in zip(pairs.questions, pairs.answers, pairs.keys, strict=True)
+    ]
+    return pairs.take(np.asarray(sorted(range(len(pairs)), key=places.__getitem__), np.int64))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def capped(pairs: Pairs, max_rows: int | None, seed: int) -> Pairs:
     """At most `max_rows` pairs drawn without replacement, in their first order."""
     if max_rows is None or len(pairs) <= max_rows:
@@ -114,13 +134,17 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     >>> pairs.questions, pairs.answers, pairs.keys
     (('A: one?',), ('1',), ('A',))
     """
-    path = _checked(task)
+    _check_columns(task)
     pieces = _pieces(task.prompt) if task.prompt else []
     known = TASKS.get(task.name)
-    named = {name for _, name in pieces if name is not None} | {task.answer, task.label, task.image, key}
-    asked = {name for name in named if name is not None} | (set(_FILES) if task.image else set())
-    renames = {old: name for old, name in known.renames.items() if name in asked} if known else {}
-    read = read_table(path, task.split, frozenset({*asked, *renames}))
+    texts = {
+        **{name: "task.prompt" for _, name in pieces if name is not None},
+        **{str(getattr(task, role)): f"task.{role}" for role in ("answer", "label") if getattr(task, role) is not None},
+        **({key: "federation.partition.column"} if key and key not in (task.answer, task.label) else {}),
+    }
+    cells = {name: "task.image" for name in (task.image, *_FILES) if name} if task.image else {}
+    renames = {old: name for old, name in known.renames.items() if name in texts} if known else {}
+    read = load_table(task, Wanted({**texts, **{old: texts[name] for old, name in renames.items()}}, cells))
     table = renamed(read, renames)
     if known:
         names = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
@@ -128,24 +152,26 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
         if not set(needed) <= set(table.names):
             having = f"a table with the columns {', '.join(needed)}, as {task.name} has them"
             allowed = f"{having}; it has {', '.join(read.names) or 'none'}"
-            raise UserError("task.path", path, allowed, "give another file, or set task.name=table")
-    for name in (task.label, key):
-        table = _whole(table, name) if name else table
+            raise UserError("task.path", task.path, allowed, "give another file, or set task.name=table")
 
-    if known and known.tidy:
-        table = _tidied(table, {name for _, name in pieces if name} | {str(task.answer)})
     images: list[bytes] = []
     spans: list[tuple[Span, ...]] = []
     if task.image is not None:
         questions, images = _images(table, task.image)
     else:
-        questions, spans = _questions(table, pieces)
+        questions, spans = _questions(table, pieces, tidy=bool(known and known.tidy))
     if task.label is not None:
-        table = _with_names(table, task.label, known.class_names if known else ())
-        answers, class_names = _classes(table, task.label)
+        answers = _named(classes(table.texts("task.label", task.label)), known.class_names if known else ())
+        labels = class_names(answers)
     else:
-        answers, class_names = _texts(table, "task.answer", str(task.answer)), ()
-    keys = _texts(table, "federation.partition.column", key) if key else ["*"] * len(questions)
+        answers, labels = table.texts("task.answer", str(task.answer)), ()
+        answers = [" ".join(answer.split()) for answer in answers] if known and known.tidy else answers
+    if key is None:
+        keys = ["*"] * len(questions)
+    elif key == task.label:
+        keys = answers
+    else:
+        keys = classes(table.texts("federation.partition.column", key))
 
     full = [all(row) for row in zip(questions, answers, keys, strict=True)]
     broken = questions.count("") if task.image else 0
@@ -164,15 +190,15 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
         tuple(questions),
         tuple(answers),
         tuple(keys if key else [""] * len(keys)),
-        class_names,
+        labels,
         tuple(images),
         tuple(spans),
     )
     return pairs.take(np.flatnonzero(full))
 
 
-def _checked(task: Task) -> str:
-    """The table's path.  UserError where the task names no columns for a row's input and output."""
+def _check_columns(task: Task) -> None:
+    """UserError where the task names no columns for a row's input and output."""
     if not task.path:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
     if task.image is not None:
@@ -182,7 +208,7 @@ def _checked(task: Task) -> str:
             if (value := getattr(task, name)) is not None:
                 allowed = "nothing where task.image is set, which goes with task.label"
                 raise UserError(f"task.{name}", value, allowed, f"remove task.{name}")
-        return task.path
+        return
     if task.answer is None and task.label is None:
         allowed = "a column of the table, here (language modelling) or in task.label (classification)"
         raise UserError("task.answer", None, allowed, "set one of them")
@@ -195,12 +221,13 @@ def _checked(task: Task) -> str:
     if any(name == wanted for _, name in _pieces(task.prompt)):
         allowed = f"a template without {{{wanted}}}, which is what the model is to say"
         raise UserError("task.prompt", task.prompt, allowed, "leave that column out")
-    return task.path
 
 
 def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
     """The digest of each image's pixels, "" where it cannot be read, and the image as in its file."""
-    digests, contents, broken = [], [], []
+    digests: list[str] = []
+    contents: list[bytes] = []
+    broken: list[tuple[int, str]] = []
     cells = table.column("task.image", name)
     for row, cell in enumerate(cells):
         content = b""
@@ -209,24 +236,27 @@ def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
             digests.append(digest(decoded(content)))
         except (ValueError, OSError) as error:
             digests.append("")
-            broken.append(f"{_file(table, cell, row)} ({error})")
+            broken.append((row, str(error)))
         contents.append(content)
+    shown = [f"{file} ({error})" for file, error in _files(table, cells, broken)]
     if len(broken) == len(cells):
-        some = ", ".join(broken[:_NAMED])
+        some = ", ".join(shown[:_NAMED])
         raise UserError(
             "task.image", name, "a column of images in a format that Pillow knows", some or "it has no rows"
         )
     if broken:
         counts = f"{len(broken):,} of {len(cells):,}"
-        log.warning("task.image: %s images cannot be read; skipped: %s", counts, ", ".join(broken))
+        log.warning("task.image: %s images cannot be read; skipped: %s", counts, ", ".join(shown))
     return digests, contents
 
 
-def _file(table: Table, cell: Any, row: int) -> str:
-    """Name of a row's image for messages."""
-    stored = [cell.get("path")] if isinstance(cell, Mapping) else []
-    names = [*(table.columns[name][row] for name in _FILES if name in table.columns), *stored]
-    return next((str(name) for name in names if name), f"row {row + 1}")
+def _files(table: Table, cells: Sequence[Any], rows: Sequence[tuple[int, str]]) -> Iterator[tuple[str, str]]:
+    """Names of images for messages, each with its text from `rows`."""
+    named = [table.column("task.image", name) for name in _FILES if rows and all(name in p.names for p in table.parts)]
+    for row, text in rows:
+        cell = cells[row]
+        names = [*(column[row] for column in named), cell.get("path") if isinstance(cell, Mapping) else None]
+        yield next((str(name) for name in names if name), f"row {row + 1}"), text
 
 
 def _pieces(template: str) -> list[tuple[str, str | None]]:
@@ -247,71 +277,26 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, _, _ in parsed]
 
 
-def _questions(table: Table, pieces: Sequence[tuple[str, str | None]]) -> tuple[list[str], list[tuple[Span, ...]]]:
+def _questions(
+    table: Table, pieces: Sequence[tuple[str, str | None]], tidy: bool
+) -> tuple[list[str], list[tuple[Span, ...]]]:
     """The template filled in for every row, stripped, and where the columns' texts stand in it; an empty cell is empty
-    text."""
-    columns = [(literal, _texts(table, "task.prompt", name) if name else None) for literal, name in pieces]
-    count = next(len(cells) for _, cells in columns if cells is not None)
+    text.  tidy: runs of white space in the cells become one space."""
+    columns = [(literal, table.texts("task.prompt", name) if name else None) for literal, name in pieces]
     questions, spans = [], []
-    for row in range(count):
+    for row in range(len(table)):
         text, places = "", []
         for literal, cells in columns:
             text = (text + literal).lstrip()
-            if cells is not None and cells[row]:
-                places.append((len(text), len(text) + len(cells[row])))
-                text += cells[row]
+            if cells is not None and (cell := " ".join(cells[row].split()) if tidy else cells[row]):
+                places.append((len(text), len(text) + len(cell)))
+                text += cell
         questions.append(text.rstrip())  # cells end without a space, so every span stays inside
         spans.append(tuple(places))
     return questions, spans
 
 
-def _tidied(table: Table, names: Set[str]) -> Table:
-    """The table with runs of white space in the texts of these columns as one space."""
-    tidy = {
-        name: [" ".join(cell.split()) if isinstance(cell, str) else cell for cell in table.columns[name]]
-        for name in table.columns.keys() & names
-    }
-    return replace(table, columns={**table.columns, **tidy})
-
-
-def _texts(table: Table, field: str, name: str) -> list[str]:
-    """A column as stripped text: "" for a missing cell, the class's name for a `ClassLabel`."""
-    cells = [None if _missing(cell) else cell for cell in table.column(field, name)]
-    if name in table.class_names:
-        names = table.class_names[name]
-        return ["" if cell is None or cell < 0 else names[cell] for cell in cells]  # -1 is "no label"
-    return ["" if cell is None else str(cell).strip() for cell in cells]
-
-
-def _classes(table: Table, name: str) -> tuple[list[str], tuple[str, ...]]:
-    """Each row's class name, and all in order: a `ClassLabel`'s own, numbers by size, else the alphabet."""
-    texts = _texts(table, "task.label", name)
-    if name in table.class_names:
-        return texts, table.class_names[name]
-    numbers = all(type(cell) is int for cell in _present(table, name))
-    return texts, tuple(sorted(set(texts) - {""}, key=(lambda text: (int(text), text)) if numbers else None))
-
-
-def _whole(table: Table, name: str) -> Table:
-    """The table with integers in a column of floats without a fraction: so pandas keeps integers with missing cells."""
-    cells = _present(table, name)
-    if not cells or not all(isinstance(cell, float) and cell.is_integer() for cell in cells):
-        return table
-    whole = [None if _missing(cell) else int(cell) for cell in table.columns[name]]
-    return replace(table, columns={**table.columns, name: whole})
-
-
-def _with_names(table: Table, name: str, class_names: tuple[str, ...]) -> Table:
-    """The table with names for the numbers of a column that has none of its own, where they fit."""
-    cells = _present(table, name)
-    if name in table.class_names or not all(type(cell) is int and cell < len(class_names) for cell in cells):
-        return table
-    return replace(table, class_names={**table.class_names, name: class_names})
-
-
-def _present(table: Table, name: str) -> list[Any]:
-    return [cell for cell in table.columns.get(name, ()) if not _missing(cell)]
-
-
-def _missing(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))  # NaN is how pandas says None
+def _named(labels: list[str], names: Sequence[str]) -> list[str]:
+    """Labels that are numbers of `names` as these names, where all are."""
+    numbers = {label: label.isdecimal() and int(label) < len(names) for label in set(labels) - {""}}
+    return [names[int(label)] if label else "" for label in labels] if all(numbers.values()) and names else labels

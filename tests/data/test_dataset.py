@@ -16,7 +16,7 @@ from rayfed_sub.config.schema import Federation, Partition, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, build_dataset, load_dataset, load_pairs
 from rayfed_sub.data.images import Images
-from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct
+from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, table_pairs
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Rows
@@ -169,8 +169,7 @@ def test_only_column_texts_are_cut_longest_first(tmp_path: Path) -> None:
     texts = [("abcdefghijklmnopqrstuvwxyz", "Tom"), ("abcdefghijklmnopqrstuvwxyz", "0123456789ABCDEF"), ("", "Tom")]
     file.write_text("\n".join(json.dumps({"text": text, "who": who, "a": "ok"}) for text, who in texts))
     task = Task(name="table", path=str(file), prompt="  Sum up: {text}, for {who} >>", answer="a", max_length=40)
-    pairs = load_pairs(task, federation("iid", 1))
-    rows, _, cuts = tokenised(pairs, CODEC, task.max_length)
+    rows, _, cuts = tokenised(table_pairs(task, None), CODEC, task.max_length)
     assert [question for question, _ in as_text(rows)] == [
         "Sum up: abcdefghstuvwxyz, for Tom >>",  # 16 + 3
         "Sum up: abcdewxyz, for 01234CDEF >>",  # 9 + 9, as both are longer

@@ -191,7 +191,7 @@ def test_datasets_images_have_their_files_and_class_names(tmp_path: Path, monkey
     rows.to_parquet(tmp_path / "set" / "rows.parquet")
     for path in (tmp_path / "set", tmp_path / "set" / "rows.parquet"):
         pairs = table_pairs(Task(name="table", path=str(path), image="image", label="label"), "label")
-        assert pairs.class_names == ("z", "b")
+        assert pairs.class_names == ("b", "z")
         assert pairs.answers == pairs.keys == ("b", "z")
         assert pairs.questions == tuple(map(digest, pictures))
 

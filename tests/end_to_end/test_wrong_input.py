@@ -56,7 +56,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in {
         "no_rows.csv": "q,a,by\n",
         "nothing.csv": "",
-        "rows.txt": "q a by",
+        "rows.doc": "q a by",
         "one_record.json": '{"q": 1}',
         "broken.jsonl": '{"q": 1}\n{"q": \n',
         "broken-41.jsonl": '{"q": "a", "a": "b", "by": "x"}\n' * 39 + '\n{"q": "a" "a": "b"}\n',
@@ -281,7 +281,7 @@ def test_override(asked: str, begins: str, contains: str, refusal: Refusal) -> N
 # The same for a table of 20 rows in two clients.
 TABLES = {
     "no such file": ("task.path=none.parquet", "task.path: got 'none.parquet'", "a file that exists (.parquet, .jsonl"),
-    "unknown kind of file": ("task.path=rows.txt", "task.path: got 'rows.txt'", "a file ending in .parquet, .jsonl,"),
+    "unknown kind of file": ("task.path=rows.doc", "task.path: got 'rows.doc'", "a file ending in .parquet, .jsonl,"),
     "folder without data": ("task.path=nothing_in_it", "task.path: got 'nothing_in_it'", "can be loaded"),
     "broken Parquet": ("task.path=broken.parquet", "task.path: got 'broken.parquet'", "a readable .parquet file"),
     "broken JSON": ("task.path=broken.jsonl", "task.path: got 'broken.jsonl'", "a readable .jsonl file"),
@@ -299,7 +299,7 @@ TABLES = {
     "four fields in line 3 of three": (
         "task.path=fields-3.csv",
         "task.path: got",
-        "Expected 3 fields in line 3",
+        "line 3 has 4 fields, the header 3 fields",
     ),
     **{
         f"no UTF-8 in line 2 of {kind}": (
@@ -324,7 +324,7 @@ TABLES = {
     "table without rows": ("task.path=empty.parquet", "task.path: got 'empty.parquet'", "a table with rows"),
     "header alone": ("task.path=no_rows.csv", "task.path: got 'no_rows.csv'", "a table with rows"),
     "empty file": ("task.path=nothing.csv", "task.path: got 'nothing.csv'", "a readable .csv file"),
-    "split of a file": ("task.split=test", "task.split: got 'test'", "train where task.path is one file"),
+    "split of a file": ("task.split=test", "task.split: got 'test'", "a split of rows.parquet: train"),
     "no such answer": ("task.answer=b", "task.answer: got 'b'", "a column of the table: q, a, by, n, same"),
     "no such label": ("task.answer=null task.label=b", "task.label: got 'b'", "a column of the table: q, a, by, n"),
     "answer and label": (
