@@ -139,6 +139,8 @@ class Display:
         rows = [
             *_scores(metrics),
             *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
+            *([("scores are on", summary.split)] if summary.split else []),
+            *([("rows in two official splits", f"{shared:,}")] if (shared := summary.rows.get("shared")) else []),
             *([("rows beyond task.max_length", cuts)] if (cuts := too_long(summary.rows)) else []),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_downlink_bytes)),

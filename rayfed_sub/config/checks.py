@@ -26,6 +26,8 @@ RENAMED = {
     "federation.weights": "federation.client_weighting",
     "method.state": "method.optimizer_state",
     "optimizer.final": "optimizer.final_lr_ratio",
+    "task.held_out": "task.test_share",
+    "task.split": "task.train",
 }
 """Keys of earlier versions, with the keys that replace them."""
 
@@ -102,12 +104,18 @@ def _check_method(config: Config) -> None:
 
 def _check_rows(config: Config) -> None:
     task = config.task
-    if task.held_out + task.validation >= 1:
-        allowed = f"less than {1 - task.held_out:g}, what task.held_out leaves"
-        raise UserError("task.validation", task.validation, allowed, "e.g. task.validation=0.05")
-    if config.evaluation.split == "validation" and not task.validation:
-        allowed = "held-out where task.validation is 0"
-        raise UserError("evaluation.split", "validation", allowed, "set a share, e.g. task.validation=0.05")
+    if task.test_share + task.validation_share >= 1:
+        allowed = f"less than {1 - task.test_share:g}, what task.test_share leaves"
+        raise UserError("task.validation_share", task.validation_share, allowed, "e.g. task.validation_share=0.05")
+    # Whether a source has official validation rows is known once it is read.
+    if config.evaluation.split == "validation" and not (task.validation_share or task.validation or task.path):
+        raise no_validation()
+
+
+def no_validation() -> UserError:
+    """Error for an evaluation of validation rows where there are none."""
+    allowed = "held-out without validation rows: task.validation names none, task.validation_share is 0"
+    return UserError("evaluation.split", "validation", allowed, "set a share, e.g. task.validation_share=0.05")
 
 
 def _check_partition(federation: Federation) -> None:
@@ -204,6 +212,9 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
     words = in_words(place, schema)
     if fault["type"] == "finite_number":
         words = words.replace("a number", "a finite number")
+    if path == "task.validation" and isinstance(tree, float):  # of earlier versions
+        allowed = "names of splits or files; a share is task.validation_share"
+        return UserError(path, tree, allowed, f"set task.validation_share={tree} instead")
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
     if fault["type"] == "string_type" and tree is not None:  # YAML takes 5, yes and {column} for no text
         advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"

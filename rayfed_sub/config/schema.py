@@ -14,6 +14,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, mod
 Count = Annotated[int, Field(ge=1, strict=True)]
 Batching = Literal["shuffled", "bucketed"]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Names = str | tuple[str, ...]
 Positive = Annotated[float, Field(gt=0)]
 _BYTES = {
     "anyOf": [
@@ -69,7 +70,24 @@ class Task(Record):
         description="Hub id, file (Parquet, JSONL, JSON, CSV, TSV, text), glob, or folder (of such files, of images by "
         "class, or of `save_to_disk`), in place of the task's own source; or a list of these.",
     )
-    split: str = Field(default="train", description="Split of the hub's data set that all rows are taken from.")
+    train: Names | None = Field(
+        default=None,
+        description="Training rows: splits of task.path (of a hub's data set, or a folder) by name, or files, folders "
+        "or globs; one or a list. null stands for `train`, or all rows where there are no splits.",
+    )
+    validation: Names | None = Field(
+        default=None,
+        description="Official validation rows, named as in train; null stands for `validation` where task.path has it, "
+        "else for validation_share; [] for that share in any case.",
+    )
+    test: Names | None = Field(
+        default=None,
+        description="Official test rows, the held-out ones, named as in train; null stands for `test` where task.path "
+        "has it, else for test_share; [] for that share in any case.",
+    )
+    split_column: str | None = Field(
+        default=None, description="Column whose values are the names of the splits, in place of folders and files."
+    )
     prompt: str | None = Field(default=None, description="Format string over the columns, e.g. '{title}: {question}'.")
     answer: str | None = Field(default=None, description="Column with the text to learn.")
     label: str | None = Field(default=None, description="Column with the class.")
@@ -82,13 +100,19 @@ class Task(Record):
         ge=8,
         description="Tokens of a row at most. Longer rows are cut in the columns' texts, then in the answer.",
     )
-    max_rows: Count | None = Field(default=None, description="Rows at most, drawn by task.seed; null stands for all.")
-    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="Share of all rows that nobody trains on, for the reported scores."
+    max_rows: Count | None = Field(
+        default=None,
+        description="Training rows at most, with those that shares hold out, drawn by task.seed; null: all.",
     )
-    validation: Share = Field(
+    test_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1,
+        description="Share of the training rows that nobody trains on, for the reported scores, where there is no "
+        "official test split.",
+    )
+    validation_share: Share = Field(
         default=0.0,
-        description="Share of all rows that nobody trains on, for choosing settings (evaluation.split=validation).",
+        description="Share of the training rows that nobody trains on, for choosing settings "
+        "(evaluation.split=validation), where there is no official validation split.",
     )
     seed: int = Field(
         default=0,
@@ -267,7 +291,8 @@ class Evaluation(Record):
     )
     split: Literal["held-out", "validation"] = Field(
         default="held-out",
-        description="Evaluated rows: those of task.held_out, or, to choose settings by, task.validation.",
+        description="Evaluated rows: held-out, those of task.test or its share, or, to choose settings by, those of "
+        "task.validation or its share.",
     )
     eval_rows: Count = Field(default=256, description="Rows for loss, accuracy and F1 at most, drawn by task.seed.")
     generate_rows: int = Field(

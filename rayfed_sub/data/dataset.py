@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfed_sub.config.checks import no_validation
 from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
@@ -17,6 +19,7 @@ from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, par
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.data.sources import listed
 from rayfed_sub.data.splits import Judged, judged_clients, numbered, split_rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.data.tokenization import in_words, tokenised
@@ -28,7 +31,8 @@ class RowCounts:
 
     strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
     dropped: longer than task.max_length and without room for the user's text; repeated: left out so that no question
-    stands in two splits, neither whole nor as it was cut.  cut: of the rows that are neither silent nor dropped, those
+    stands in two splits, neither whole nor as it was cut.  shared: of the rows of official validation and test splits,
+    those whose question stands in another one; they stay.  cut: of the rows that are neither silent nor dropped, those
     that were longer than task.max_length; cut_prompts and cut_answers: of these, with a shorter text of the user's,
     with a shorter answer.
     """
@@ -45,6 +49,7 @@ class RowCounts:
     cut: int
     cut_prompts: int
     cut_answers: int
+    shared: int = 0
 
 
 def too_long(rows: Mapping[str, int]) -> str:
@@ -54,9 +59,10 @@ def too_long(rows: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """train and held_out share no question, but for case and spaces, and no input of the model (`split_rows`).
+    """train and held_out share no question, but for case and spaces, and no input of the model (`split_rows`), unless
+    their splits are official.
 
-    held_out: the rows that are judged, which may be those of validation.
+    held_out: the rows that are judged, which may be those of validation; split: the name of their split.
 
     class_names: in the order of the class numbers, empty for language modelling; client_names: the value of the
     partition's column, or "client 3"; held_out_clients int64: the client whose data a held-out row resembles
@@ -77,6 +83,7 @@ class Dataset:
     client_offsets: Ints
     row_counts: RowCounts
     fingerprint: Fingerprint
+    split: str
 
     def rows_of(self, client: int) -> Ints:
         """The client's indices into train, int64, sorted, a view."""
@@ -113,7 +120,8 @@ def build_dataset(
     names = tuple(f"client {client}" for client in range(federation.clients))
     if (most := federation.clients if by_key else federation.partition.largest) is not None:
         field = "federation.clients" if by_key else "federation.partition.largest"
-        largest = largest_keys(pairs.keys, most, field, key_column(task, federation))
+        trained = [key for key, kept in zip(pairs.keys, pairs.trained, strict=True) if kept]
+        largest = largest_keys(trained, most, field, key_column(task, federation))
         pairs = of_keys(pairs, largest)
         names = largest if by_key else names
     passed.append(len(pairs))
@@ -131,8 +139,10 @@ def build_dataset(
     pairs = pairs.take(kept)
     passed.append(len(pairs))
 
-    splits = split_rows(pairs.questions, inputs(rows), pairs.keys, task)
+    splits = split_rows(pairs.questions, inputs(rows), pairs.keys, task, pairs.splits)
     chosen = splits.held_out if judged == "held-out" else splits.validation
+    if not len(chosen):
+        raise no_validation()
     key_names, keys = numbered(pairs.keys)
     parts = partitioned([pairs.keys[row] for row in splits.train], names, federation, seed)
     judged_by = judged_clients(keys[chosen], keys[splits.train], key_names, parts, seed)
@@ -160,6 +170,21 @@ def build_dataset(
             cut=cuts.cut,
             cut_prompts=cuts.prompts,
             cut_answers=cuts.answers,
+            shared=splits.shared,
         ),
         fingerprint=fingerprint(rows, pairs.class_names, splits, names, parts, judged_by),
+        split=_split_name(task, judged, pairs.splits),
     )
+
+
+def _split_name(task: Task, judged: Judged, official: Sequence[str]) -> str:
+    """The name of the judged split.
+
+    >>> _split_name(Task(), "held-out", ()), _split_name(Task(test="data/dev.csv"), "held-out", ("train", "test"))
+    ('held-out share', 'test (dev.csv)')
+    """
+    split = "test" if judged == "held-out" else judged
+    if split not in official:
+        return f"{judged} share"
+    names = ", ".join(Path(name).name for name in listed(getattr(task, split)))
+    return split if names in ("", split) else f"{split} ({names})"

@@ -11,6 +11,7 @@ from string import Formatter
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
@@ -18,7 +19,8 @@ from rayfed_sub.core.rng import stream
 from rayfed_sub.data.images import decoded, digest, encoded
 from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.data.tables import Table, class_names, classes, load_table, renamed
+from rayfed_sub.data.sources import SPLITS
+from rayfed_sub.data.tables import Table, class_names, classes, load_table, renamed, splits_of
 from rayfed_sub.data.tasks import TASKS
 
 Kind = Literal["causal-lm", "classification"]
@@ -36,7 +38,8 @@ class Pairs:
     language modelling, else in the order of the class numbers.
     images: of an image classification each row's image as in its file; questions are then digests of their pixels.
     spans: of each question the parts that are the user's text, in order; the rest is a template's own and is never cut.
-    Empty: questions are the user's as a whole."""
+    Empty: questions are the user's as a whole.
+    splits: of each row the official split that it is in, train, validation or test; empty where all are in train."""
 
     kind: Kind
     questions: tuple[str, ...]
@@ -45,6 +48,7 @@ class Pairs:
     class_names: tuple[str, ...] = ()
     images: tuple[bytes, ...] = ()
     spans: tuple[tuple[Span, ...], ...] = ()
+    splits: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -56,27 +60,37 @@ class Pairs:
         )
         images = tuple(self.images[int(index)] for index in indices) if self.images else ()
         spans = tuple(self.spans[int(index)] for index in indices) if self.spans else ()
-        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans)
+        splits = tuple(self.splits[int(index)] for index in indices) if self.splits else ()
+        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans, splits)
+
+    @property
+    def trained(self) -> NDArray[np.bool_]:
+        """Which rows are in no official validation or test split, (rows,)."""
+        return (
+            np.fromiter((split == "train" for split in self.splits), bool) if self.splits else np.ones(len(self), bool)
+        )
 
 
 def distinct(pairs: Pairs) -> Pairs:
     """Each (question, answer) once, of a classification each question: the first.  Copies could stand in training and
     held-out rows at once, and those with another label contradict each other.  One warning says how many were dropped.
+    Rows of official validation and test splits stay as they are.
 
     >>> distinct(Pairs("causal-lm", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"))).keys
     ('1', '2')
     >>> distinct(Pairs("classification", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"), ("a", "b"))).keys
     ('1',)
     """
-    first: dict[tuple[str, ...], int] = {}
-    contradicting = 0
+    first: dict[tuple[object, ...], int] = {}
+    contradicting, trained = 0, pairs.trained
     for index, pair in enumerate(zip(pairs.questions, pairs.answers, strict=True)):
-        kept = first.setdefault(pair if pairs.kind == "causal-lm" else pair[:1], index)
+        repeated = pair if pairs.kind == "causal-lm" else pair[:1]
+        kept = first.setdefault(repeated if trained[index] else (index,), index)
         contradicting += pairs.answers[kept] != pair[1]
     if len(first) < len(pairs):
         what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else "prompt and answer"
         other = f" ({contradicting:,} of them with another label)" if contradicting else ""
-        counts = f"{len(pairs) - len(first):,} of {len(pairs):,} rows"
+        counts = f"{len(pairs) - len(first):,} of {int(trained.sum()):,} rows"
         log.warning("%s have the %s of a row before them; dropped%s", counts, what, other)
     return pairs.take(np.fromiter(first.values(), np.int64, len(first)))
 
@@ -89,9 +103,10 @@ def ordered(pairs: Pairs) -> Pairs:
     >>> ordered(one) == ordered(other)
     True
     """
+    splits = pairs.splits or [""] * len(pairs)
     places = [
-        (_digest(question), _digest(answer), key)
-        for question, answer, key in zip(pairs.questions, pairs.answers, pairs.keys, strict=True)
+        (_digest(question), _digest(answer), key, split)
+        for question, answer, key, split in zip(pairs.questions, pairs.answers, pairs.keys, splits, strict=True)
     ]
     return pairs.take(np.asarray(sorted(range(len(pairs)), key=places.__getitem__), np.int64))
 
@@ -101,16 +116,18 @@ def _digest(text: str) -> bytes:
 
 
 def capped(pairs: Pairs, max_rows: int | None, seed: int) -> Pairs:
-    """At most `max_rows` pairs drawn without replacement, in their first order."""
-    if max_rows is None or len(pairs) <= max_rows:
+    """At most `max_rows` pairs of the training rows, drawn without replacement, and all rows of official validation and
+    test splits, in their first order."""
+    trained = np.flatnonzero(pairs.trained)
+    if max_rows is None or len(trained) <= max_rows:
         return pairs
-    drawn = stream(seed, "max-rows").permutation(len(pairs))[:max_rows]
-    return pairs.take(np.sort(drawn))
+    drawn = stream(seed, "max-rows").permutation(len(trained))[:max_rows]
+    return pairs.take(np.sort(np.concatenate([trained[drawn], np.flatnonzero(~pairs.trained)])))
 
 
 def of_keys(pairs: Pairs, keys: tuple[str, ...]) -> Pairs:
-    """The pairs whose key is one of `keys`."""
-    wanted = frozenset(keys)
+    """The pairs whose key is one of `keys`, and those without a key, which are nobody's."""
+    wanted = frozenset((*keys, ""))
     kept = compress(range(len(pairs)), (key in wanted for key in pairs.keys))
     return pairs.take(np.fromiter(kept, np.int64))
 
@@ -141,6 +158,7 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
         **{name: "task.prompt" for _, name in pieces if name is not None},
         **{str(getattr(task, role)): f"task.{role}" for role in ("answer", "label") if getattr(task, role) is not None},
         **({key: "federation.partition.column"} if key and key not in (task.answer, task.label) else {}),
+        **({task.split_column: "task.split_column"} if task.split_column else {}),
     }
     cells = {name: "task.image" for name in (task.image, *_FILES) if name} if task.image else {}
     renames = {old: name for old, name in known.renames.items() if name in texts} if known else {}
@@ -171,9 +189,14 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     elif key == task.label:
         keys = answers
     else:
-        keys = classes(table.texts("federation.partition.column", key))
+        keys = classes(table.texts("federation.partition.column", key, optional=True))
 
-    full = [all(row) for row in zip(questions, answers, keys, strict=True)]
+    splits = splits_of(table, task)
+    # Rows that nobody trains on need no key: they are nobody's.
+    full = [
+        bool(question and answer and (row_key or split != "train"))
+        for question, answer, row_key, split in zip(questions, answers, keys, splits, strict=True)
+    ]
     broken = questions.count("") if task.image else 0
     missing = len(full) - sum(full) - broken
     if not any(full):
@@ -185,6 +208,11 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     if missing:
         what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
         log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
+    used = {split for split, whole in zip(splits, full, strict=True) if whole}
+    for split in SPLITS:
+        if split in splits and split not in used:
+            allowed = "a split with rows that have all that the task asks for; its rows lack text, label or key"
+            raise UserError(f"task.{split}", getattr(task, split), allowed, f"name another one, or set task.{split}=[]")
     pairs = Pairs(
         "classification" if task.label is not None else "causal-lm",
         tuple(questions),
@@ -193,13 +221,14 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
         labels,
         tuple(images),
         tuple(spans),
+        tuple(splits) if used - {"train", ""} else (),
     )
-    return pairs.take(np.flatnonzero(full))
+    return pairs.take(np.flatnonzero([whole and bool(split) for whole, split in zip(full, splits, strict=True)]))
 
 
 def _check_columns(task: Task) -> None:
     """UserError where the task names no columns for a row's input and output."""
-    if not task.path:
+    if not task.path and not task.train:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
     if task.image is not None:
         if task.label is None:

@@ -33,11 +33,10 @@ _WHOLE = 2**53  # beyond it a float does not say which whole number it is
 @dataclass(frozen=True)
 class Wanted:
     """Columns to read, each with the configuration's field that asks for it.  texts: those whose cells are to be text;
-    cells: those whose cells stay as they are, such as images.  optional: columns of `texts` that a file may lack."""
+    cells: those whose cells stay as they are, such as images."""
 
     texts: Mapping[str, str]
     cells: Mapping[str, str]
-    optional: frozenset[str] = frozenset()
 
     @property
     def names(self) -> dict[str, str]:
@@ -48,12 +47,14 @@ class Wanted:
 @dataclass(frozen=True, eq=False)
 class Part:
     """The rows of one file or data set.  place: its name for messages; names: all its columns; data: those that were
-    asked for; as_json: cells other than text are JSON."""
+    asked for; as_json: cells other than text are JSON; split, client: of all its rows, by its place."""
 
     place: str
     names: tuple[str, ...]
     data: datasets.Dataset
     as_json: bool = False
+    split: str = "train"
+    client: str = ""
 
 
 class NoTextError(ValueError):

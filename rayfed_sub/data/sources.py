@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.readers import READERS, Part, Wanted, read_file
 
 if TYPE_CHECKING:
     import datasets
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -43,6 +47,59 @@ Found = Mapping[str, Sequence[Source]]
 """Sources by the name of their split; what has no splits is "train"."""
 
 
+def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]:
+    """The sources of the task's splits; with task.split_column all are in train, as rows say their splits themselves.
+
+    Raises UserError (task.path, task.train, task.validation, task.test) for a split or a file that is not there, and
+    for one that is named twice.
+    """
+    found: dict[str, list[Source]] = {}
+    for place in listed(task.path):
+        for split, sources in sources_at("task.path", place, by_client).items():
+            found.setdefault(split, []).extend(sources)
+    if task.split_column is not None:
+        return {"train": [source for sources in found.values() for source in sources]}
+    chosen: dict[Split, list[Source]] = {}
+    for split in SPLITS:
+        given = getattr(task, split)
+        names = [split] if given is None and split in found else listed(given)
+        chosen[split] = [source for name in names for source in _named(split, name, found, task.path, by_client)]
+    if not chosen["train"]:
+        allowed = f"names of the training rows, of the splits {', '.join(found) or 'of task.path'} or of files"
+        raise UserError("task.train", task.train, allowed, "set task.train")
+    seen: dict[object, Split] = {}
+    for split in SPLITS:
+        for source in chosen[split]:
+            other = seen.setdefault(source.file.resolve() if source.file else id(source.data), split)
+            if other != split:
+                allowed = f"other rows than task.{other} has; {source.place} is in both"
+                raise UserError(f"task.{split}", getattr(task, split), allowed, "name another split or file")
+    used = {id(source) for sources in chosen.values() for source in sources}
+    if idle := [name for name, sources in found.items() if not any(id(source) in used for source in sources)]:
+        log.warning("task.path: the splits %s are not used", ", ".join(idle))
+    return chosen
+
+
+def listed(names: str | Sequence[str] | None) -> list[str]:
+    """A name or a list of names as a list."""
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _named(
+    split: Split, name: str, found: Found, path: str | Sequence[str] | None, by_client: bool
+) -> Sequence[Source]:
+    """The sources of a split of task.path, or, where it has none of that name, at the place of that name."""
+    if name in found:
+        return found[name]
+    field, within = f"task.{split}", Path(os.path.expanduser(path)) / name if isinstance(path, str) else Path(name)
+    place = next((str(file) for file in (Path(os.path.expanduser(name)), within) if file.exists()), name)
+    if not (Path(place).exists() or glob.has_magic(name) or Path(name).suffix.lower() in READERS):
+        known = f"a split of {', '.join(listed(path))} ({', '.join(found)}), or " if found else ""
+        raise UserError(field, name, f"{known}a file, a folder or a glob", f"change {field}")
+    there = sources_at(field, place, by_client)
+    return there.get(split) or [source for sources in there.values() for source in sources]
+
+
 def sources_at(field: str, place: str, by_client: bool = False) -> dict[str, list[Source]]:
     """What is at a place: a file, a glob of files, a folder (of files, of images, or written by `save_to_disk`), or a
     hub id.
@@ -69,12 +126,12 @@ def sources_at(field: str, place: str, by_client: bool = False) -> dict[str, lis
     raise UserError(field, place, f"a file that exists ({kinds}), a folder, a glob or a hub id", "check the path")
 
 
-def read_source(source: Source, wanted: Wanted, field: str) -> Part:
-    """The rows of a source.  Raises UserError for `field`, or for the field of a column."""
+def read_source(source: Source, wanted: Wanted, field: str, split: Split = "train") -> Part:
+    """The rows of a source, which are in that split.  Raises UserError for `field`, or for the field of a column."""
     import datasets
 
     if source.file is not None:
-        return replace(read_file(source.file, wanted, field), place=source.place)
+        return replace(read_file(source.file, wanted, field), place=source.place, split=split, client=source.client)
     data = source.data
     assert data is not None, "a source is a file or a data set"
     names = tuple(data.column_names)
@@ -82,7 +139,7 @@ def read_source(source: Source, wanted: Wanted, field: str) -> Part:
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):  # its file's bytes will do, nobody needs the pixels yet
             data = data.cast_column(name, datasets.Image(decode=False))
-    return Part(source.place, names, data)
+    return Part(source.place, names, data, split=split, client=source.client)
 
 
 def split_of(path: Path) -> tuple[Split | None, str]:

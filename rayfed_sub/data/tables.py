@@ -5,6 +5,7 @@ Its rows are in the order of the sources; `pairs.py` gives them their canonical 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ from typing import Any
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.readers import NoTextError, Part, Wanted, as_text, no_text
-from rayfed_sub.data.sources import read_source, sources_at
+from rayfed_sub.data.sources import SPLITS, listed, read_source, sources_of
+
+log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.0+)?")
 _TRUTHS = {"true": "True", "false": "False"}
@@ -36,7 +39,7 @@ class Table:
     def texts(self, field: str, name: str, optional: bool = False) -> list[str]:
         """The cells of column `name` as canonical text (`as_text`), "" where they are missing.
 
-        optional: a part without the column has it empty, as long as another has it.
+        optional: the column may be missing from parts that nobody trains on.
         Raises UserError for the configuration's `field` where there is no such column, or a cell that is no text.
         """
         self._check(field, name, optional)
@@ -51,23 +54,51 @@ class Table:
         if name not in self.names:
             known = ", ".join(self.names) or "it has none"
             raise UserError(field, name, f"a column of the table: {known}", f"change {field}")
-        for part in () if optional else self.parts:
-            if name not in part.names and len(part.data):
+        for part in self.parts:
+            needed = len(part.data) and not (optional and part.split != "train")
+            if needed and name not in part.names:
                 allowed = f"a column of every file; {part.place} has {', '.join(part.names)}"
                 raise UserError(field, name, allowed, f"rename its columns, or change {field}")
 
 
-def load_table(task: Task, wanted: Wanted) -> Table:
-    """The table at task.path, of the split task.split.  Raises UserError for them, or for the field of a column."""
-    places = [task.path] if isinstance(task.path, str) else task.path or ()
+def load_table(task: Task, wanted: Wanted, by_client: bool = False) -> Table:
+    """The rows of the task's splits, as `sources_of` finds them.  Raises UserError as that does, or for the field of a
+    column.
+
+    by_client: a file belongs to the client that its place names.
+    """
     parts: list[Part] = []
-    for place in places:
-        found = sources_at("task.path", place)
-        if task.split not in found:
-            allowed = f"a split of {place}: {', '.join(found)}"
-            raise UserError("task.split", task.split, allowed, "change task.split")
-        parts += [read_source(source, wanted, "task.path") for source in found[task.split]]
+    for split, sources in sources_of(task, by_client).items():
+        field = f"task.{split}" if getattr(task, split) else "task.path"
+        parts += [read_source(source, wanted, field, split) for source in sources]
     return Table(tuple(parts))
+
+
+def splits_of(table: Table, task: Task) -> list[str]:
+    """Each row's split, "" for rows of none; with task.split_column by its cells.
+
+    Raises UserError (task.split_column, .train, .validation, .test) where it does not have the values that are named.
+    """
+    if task.split_column is None:
+        return [part.split for part in table.parts for _ in range(len(part.data))]
+    cells = table.texts("task.split_column", task.split_column)
+    found = set(cells) - {""}
+    split_of: dict[str, str] = {}
+    for split in SPLITS:
+        given = getattr(task, split)
+        names = [split] if given is None and split in found else listed(given)
+        if missing := [name for name in names if name not in found] or (
+            [split] if split == "train" and not names else []
+        ):
+            allowed = f"values of the column {task.split_column}: {', '.join(sorted(found)) or 'it has none'}"
+            raise UserError(f"task.{split}", given, allowed, f"set task.{split}; there is no {missing[0]}")
+        for name in names:
+            if split_of.setdefault(name, split) != split:
+                allowed = f"other rows than task.{split_of[name]} has"
+                raise UserError(f"task.{split}", given, allowed, "name another value")
+    if idle := sum(cell not in split_of for cell in cells):
+        log.warning("task.split_column: %s of %s rows are in no split that is used", f"{idle:,}", f"{len(cells):,}")
+    return [split_of.get(cell, "") for cell in cells]
 
 
 def renamed(table: Table, renames: Mapping[str, str]) -> Table:

@@ -77,7 +77,14 @@ def _rows(run: Run) -> dict[str, str]:
     kept = {name: run.rows.get(key) for key, name in _SPLITS.items()}
     shown = {"rows": ", ".join(f"{count:,} {name}" for name, count in kept.items() if count)}
     cuts = too_long(run.rows)
-    return shown | ({"rows beyond task.max_length": cuts} if cuts else {})
+    shared = run.rows.get("shared", 0)
+    judged = run.scores["split"].dropna().unique().tolist()
+    return {
+        **shown,
+        **({"scores are on": ", ".join(judged)} if judged else {}),
+        **({"rows in two official splits": f"{shared:,}"} if shared else {}),
+        **({"rows beyond task.max_length": cuts} if cuts else {}),
+    }
 
 
 def _method(run: Run) -> str:

@@ -24,7 +24,7 @@ _COLUMNS = {
         *("round", "client", "weight", "uplink_bytes", "downlink_bytes", "loss", "loss_last", "labels", "steps"),
         *("periods", "failure"),
     ),
-    "scores": ("rounds", "client", "metric", "value", "count"),
+    "scores": ("rounds", "client", "metric", "value", "count", "split"),
     "layers": (
         *("round", "layer", "clients", "norm", "rank", "rank_sum", "stable_rank", "effective_rank", "truncated"),
         *("cross_term", "overlap", "agreement", "drift", "accumulated", "server_rank", "spectrum", "full_rank"),

@@ -41,7 +41,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 def config(path: Path, *overrides: str) -> Config:
     tree = {
         "model": {"path": "random", "random": MODEL},
-        "task": {"name": "table", "path": str(path), "prompt": "{q}", "answer": "a", "held_out": 0.2},
+        "task": {"name": "table", "path": str(path), "prompt": "{q}", "answer": "a", "test_share": 0.2},
         "federation": {"clients": 2, "rounds": 2, "partition": {"kind": "column", "column": "who"}},
         "evaluation": {"eval_rows": 8},
     }
@@ -225,7 +225,7 @@ def test_checksum_of_the_weights_excludes_computed_tensors() -> None:
 
 def test_sweep_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder = written(tmp_path / "rows.jsonl", ROWS), tmp_path / "sweep"
-    tree = config(path, "task.validation=0.1", "evaluation.split=validation", "name=grid").model_dump(mode="json")
+    tree = config(path, "task.validation_share=0.1", "evaluation.split=validation", "name=grid").model_dump(mode="json")
     tree["sweep"] = {"space": {"task.seed": {"grid": [0, 1]}, "optimizer.lr": {"grid": [0.1, 0.2]}}}
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml_text(tree))

@@ -110,7 +110,7 @@ def test_no_image_is_in_two_splits(tmp_path: Path) -> None:
     pictures = [drawn("disc", number) for number in range(32)]
     cells = [*map(filed, pictures), *(filed(picture, "BMP") for picture in pictures), *map(filed, pictures)]
     task = table(tmp_path / "rows.parquet", cells, ["a", "b"] * 32 + ["b", "a"] * 16)
-    task = task.model_copy(update={"held_out": 0.25, "validation": 0.25})
+    task = task.model_copy(update={"test_share": 0.25, "validation_share": 0.25})
     federation = Federation(clients=2, partition=Partition(kind="iid"))
     processor = HubImageProcessor(16, (0.5,) * 3, (0.5,) * 3)
     parts = [load_dataset(task, federation, processor, 0, judged) for judged in ("held-out", "validation")]
@@ -128,7 +128,7 @@ def test_images_that_are_equal_after_scaling_are_in_one_split() -> None:
     names = tuple(digest(decoded(cell)) for cell in cells)
     pairs = Pairs("classification", names, ("a", "b") * 20, ("",) * 40, ("a", "b"), cells)
     shares = Federation(clients=2, partition=Partition(kind="iid"))
-    data = build_dataset(pairs, Task(held_out=0.2), shares, HubImageProcessor(1), seed=0)
+    data = build_dataset(pairs, Task(test_share=0.2), shares, HubImageProcessor(1), seed=0)
     assert isinstance(data.train, Images)
     assert isinstance(data.held_out, Images)
     train, held_out = ({int(value) for value in images.pixels.ravel()} for images in (data.train, data.held_out))
@@ -394,7 +394,7 @@ def configured(path: str, numbers: dict[str, Any], method: str, **task: Any) -> 
     return load_config(
         {
             "model": {"path": "random", "random": numbers},
-            "task": {"name": "table", "path": path, "image": "image", "label": "label", "held_out": 0.2, **task},
+            "task": {"name": "table", "path": path, "image": "image", "label": "label", "test_share": 0.2, **task},
             "federation": {
                 **{"clients": 4, "rounds": 5, "local_steps": 6, "batch_size": 8},
                 "partition": {"kind": "dirichlet", "alpha": 5.0},

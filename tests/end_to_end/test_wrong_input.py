@@ -219,7 +219,7 @@ SINGLE = {
     ),
     "alpha of 0": ("federation.partition.alpha=0", "federation.partition.alpha: got 0", "a number > 0"),
     "more clients than modules": ("federation.clients=9999", "federation.clients: got 9999", "the number of values of"),
-    "held out more than all": ("task.held_out=1.5", "task.held_out: got 1.5", "a number > 0 and < 1"),
+    "held out more than all": ("task.test_share=1.5", "task.test_share: got 1.5", "a number > 0 and < 1"),
     "short rows": ("task.max_length=7", "task.max_length: got 7", "an integer >= 8"),
     "neither true nor false": ("task.mask_prompt=maybe", "task.mask_prompt: got 'maybe'", "true or false"),
     "unknown task": ("task.name=tables", "task.name: got 'tables'", "python-docs, medquad, dolly"),
@@ -258,7 +258,7 @@ SINGLE = {
     "validation rows without any": (
         "evaluation.split=validation",
         "evaluation.split: got 'validation'",
-        "held-out where task.validation is 0; set a share, e.g. task.validation=0.05",
+        "task.validation names none, task.validation_share is 0; set a share, e.g. task.validation_share=0.05",
     ),
     "unknown executor": ("resources.executor=fast", "resources.executor: got 'fast'", "pack or reference"),
     "no evaluation": ("evaluation.every=0", "evaluation.every: got 0", "an integer >= 1"),
@@ -324,7 +324,7 @@ TABLES = {
     "table without rows": ("task.path=empty.parquet", "task.path: got 'empty.parquet'", "a table with rows"),
     "header alone": ("task.path=no_rows.csv", "task.path: got 'no_rows.csv'", "a table with rows"),
     "empty file": ("task.path=nothing.csv", "task.path: got 'nothing.csv'", "a readable .csv file"),
-    "split of a file": ("task.split=test", "task.split: got 'test'", "a split of rows.parquet: train"),
+    "split of a file": ("task.test=dev", "task.test: got 'dev'", "a split of rows.parquet (train), or a file"),
     "no such answer": ("task.answer=b", "task.answer: got 'b'", "a column of the table: q, a, by, n, same"),
     "no such label": ("task.answer=null task.label=b", "task.label: got 'b'", "a column of the table: q, a, by, n"),
     "answer and label": (
@@ -366,7 +366,11 @@ TABLES = {
         "federation.partition.rows_per_client: got 19",
         "1 to 18, the number of training rows",
     ),
-    "nothing held out": ("task.held_out=0.001", "task.held_out: got 0.001", "holds out at least one of the 20 rows"),
+    "nothing held out": (
+        "task.test_share=0.001",
+        "task.test_share: got 0.001",
+        "holds out at least one of the 20 rows",
+    ),
     "answers to classify": (
         "task.answer=null task.label=n evaluation.generate_rows=4",
         "evaluation.generate_rows: got 4",
@@ -411,8 +415,8 @@ COMMANDS = {
         "--out: got 'a_sweep'",
         "a folder without a run in it; choose another\n",
     ),
-    "folder that is a file": (f"run {TINY} --out rows.txt", "--out: got 'rows.txt'", "a folder"),
-    "folder in a file": (f"run {TINY} --out rows.txt/run", "--out: got 'rows.txt/run'", "a folder that can be made"),
+    "folder that is a file": (f"run {TINY} --out rows.doc", "--out: got 'rows.doc'", "a folder"),
+    "folder in a file": (f"run {TINY} --out rows.doc/run", "--out: got 'rows.doc/run'", "a folder that can be made"),
     "picture of another kind, first of all": (
         "data none.yaml --out x.gif",
         "--out: got 'x.gif'",
@@ -465,7 +469,7 @@ def test_unknown_argument_is_shown_without_credentials(words: str, uri: str, ref
     assert "s3://bucket/run" in message or "No such option" in message
 
 
-@pytest.mark.parametrize("to", ["full", "rows.txt", "rows.txt/new"])
+@pytest.mark.parametrize("to", ["full", "rows.doc", "rows.doc/new"])
 def test_export_to_an_invalid_destination(to: str, refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: done\n", encoding="utf-8")
     (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
