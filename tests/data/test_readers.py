@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 
 from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import load_pairs
 
 ROWS: list[dict[str, Any]] = [
@@ -78,3 +80,103 @@ def test_order_of_rows_and_files_changes_nothing(tmp_path: Path) -> None:
     ]
     assert labelled[0] == labelled[1]
     assert len(labelled[0]) == 9
+
+
+# --- bad data: one line each
+
+QA = b'{"q": "one?", "a": "1"}\n'
+
+BAD: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
+    "a field too many": ({"r.csv": b'q,a\n"1\n2",x\n\ny,z,w\n'}, {}, "line 5 has 3 fields, the header 2 fields"),
+    "a field too few": ({"r.tsv": b"q\ta\n1\n"}, {}, "line 2 has 1 field, the header 2 fields"),
+    "an open quote": ({"r.csv": b'q,a\n1,2\n"3,4\n5,6\n'}, {}, "line 3: unexpected end of data"),
+    "text after a quote": ({"r.csv": b'q,a\n"1"x,2\n'}, {}, "line 2: ',' expected after '\"'"),
+    "a column twice": ({"r.csv": b"q,a,q\n1,2,3\n"}, {}, "line 1: the header has q more than once"),
+    "a key twice": (
+        {"r.jsonl": QA + b'{"q": "2", "q": "3", "a": "4"}'},
+        {},
+        "line 2: the key 'q' stands in one object",
+    ),
+    "a broken line": ({"r.jsonl": QA * 40 + b'{"q": "cut'}, {}, "line 41: Unterminated string starting at, column 7"),
+    "no object": ({"r.jsonl": QA + b"\n7\n"}, {}, "line 3 is not a mapping of columns to values"),
+    "a broken document": ({"r.json": b'[{"q": 1},\n{"q" 2}]'}, {}, "Expecting ':' delimiter: line 2 column 6"),
+    "a document of one record": ({"r.json": b'{"q": "one?", "a": "1"}'}, {}, "must hold one list of records"),
+    "half a surrogate": ({"r.jsonl": QA + b'{"q": "\\ud800", "a": "1"}'}, {}, "line 2: half of a surrogate pair"),
+    "another encoding": ({"r.csv": "q,a\n1,2\nä,b\n".encode("latin-1")}, {}, "line 3: byte 0xe4 is not UTF-8"),
+    "UTF-16": ({"r.csv": "q,a\n1,2\n".encode("utf-16")}, {}, "line 1: byte 0xff is not UTF-8"),
+    "nothing": ({"r.jsonl": b""}, {}, "it is empty"),
+    "no rows": ({"r.csv": b"q,a\n"}, {}, "a table with rows that have a prompt and an answer"),
+    "blank cells alone": ({"r.csv": b"q,a\n  ,1\n2,\n"}, {}, "a table with rows that have a prompt and an answer"),
+    "a torn Parquet file": ({"r.parquet": b"PAR1 and no more"}, {}, "a readable .parquet file"),
+    "a nested answer": ({"r.jsonl": QA + b'{"q": "2", "a": {"text": ["3"]}}'}, {}, "line 2 of r.jsonl holds an object"),
+    "a list": ({"r.json": b'[{"q": ["1"], "a": "2"}]'}, {}, "record 1 of r.json holds a list"),
+    "a fraction": (
+        {"r.jsonl": QA + b'{"q": "2", "a": 0.5}'},
+        {},
+        "line 2 of r.jsonl holds the number 0.5, which is not",
+    ),
+    "infinity": ({"r.jsonl": QA + b'{"q": "2", "a": Infinity}'}, {}, "line 2 of r.jsonl holds the number inf"),
+    "a file without the column": ({"1.csv": b"q,a\n1,2\n", "2.csv": b"q,b\n1,2\n"}, {}, "2.csv has q, b"),
+    "no such column": ({"r.csv": b"q;a\n1;2\n"}, {}, "a column of the table: q;a"),
+    "no such file": ({"r.csv": b"q,a\n1,2\n"}, {"path": "r*.json"}, "a glob that files match"),
+    "an unknown type": ({"r.xlsx": b"PK"}, {"path": "r.xlsx"}, "a file ending in .parquet"),
+    "a folder of nothing known": ({"r.xlsx": b"PK"}, {}, "a folder with data that can be loaded"),
+    "lists of unequal length by user": (
+        {"r.json": b'{"users": ["u"], "user_data": {"u": {"q": ["1"], "a": []}}}'},
+        {},
+        "user_data of u must hold lists of equal length",
+    ),
+    "a client's own column": ({"r.json": b'{"u": [{"q": "1", "a": "2", "client": "v"}]}'}, {}, "have a column client"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_one_line(case: str, tmp_path: Path) -> None:
+    files, fields, message = BAD[case]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    path = str(tmp_path / fields["path"]) if "path" in fields else str(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_pairs(table(path), Federation.model_validate({"partition": {"kind": "iid"}}))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+
+
+TYPED: dict[str, tuple[Callable[[], list[Any]], str]] = {
+    "bytes": (lambda: [None, b"x"], "row 2 of rows.parquet holds a cell of type binary"),
+    "lists": (lambda: [None, None, ["x"]], "row 3 of rows.parquet holds a cell of type list"),
+    "objects": (lambda: [{"text": "x"}], "row 1 of rows.parquet holds a cell of type struct"),
+    "dates": (lambda: [pd.Timestamp("2026-01-02")], "row 1 of rows.parquet holds a cell of type timestamp"),
+    "fractions": (lambda: [1.0, float("nan"), 2.5], "row 3 of rows.parquet holds the number 2.5, which is not whole"),
+}
+
+
+@pytest.mark.parametrize("field", ["answer", "label", "prompt", "key"])
+@pytest.mark.parametrize("kind", TYPED)
+def test_cells_that_are_no_text_are_one_line(kind: str, field: str, tmp_path: Path) -> None:
+    made, message = TYPED[kind]
+    cells = made()
+    frame = pd.DataFrame({"q": ["1"] * len(cells), "a": ["2"] * len(cells), "odd": cells})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    fields = {
+        "answer": {"answer": "odd"},
+        "label": {"answer": None, "label": "odd"},
+        "prompt": {"prompt": "{q} {odd}"},
+        "key": {},
+    }[field]
+    partition = {"kind": "iid", "column": "odd"} if field == "key" else {"kind": "iid"}
+    with pytest.raises(UserError) as caught:
+        load_pairs(table(str(tmp_path / "rows.parquet"), **fields), Federation.model_validate({"partition": partition}))
+    expected = "federation.partition.column" if field == "key" else f"task.{field}"
+    assert (caught.value.field, caught.value.value) == (expected, "odd")
+    assert message in str(caught.value)
+
+
+def test_columns_that_nobody_asks_for_may_hold_anything(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"q": ["1"], "a": ["2"], "when": [pd.Timestamp("2026-01-02")], "data": [b"x"], "list": [[1]]})
+    frame["kind"] = pd.Categorical(["x"])
+    frame.to_parquet(tmp_path / "rows.parquet")
+    iid = Federation.model_validate({"partition": {"kind": "iid"}})
+    pairs = load_pairs(table(str(tmp_path / "rows.parquet"), prompt="{q} {kind}"), iid)
+    assert (pairs.questions, pairs.answers) == (("1 x",), ("2",))

@@ -64,13 +64,12 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     assert (pairs.questions, pairs.answers) == (("007", "1.0"), ("NA", "null"))
 
 
-def test_folder_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_folder(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     written(tmp_path / "set", ".jsonl")
     assert table_pairs(task(str(tmp_path / "set")), "n").answers == ("1", "2", "3")
-    wrong = fault(task(str(tmp_path / "set"), split="test"))
-    assert (wrong.field, wrong.value) == ("task.split", "test")
+    wrong = fault(task(str(tmp_path / "set"), test="dev"))
+    assert (wrong.field, wrong.value) == ("task.test", "dev")
     assert fault(task(str(tmp_path / "set"), answer="b")).field == "task.answer"
 
 
@@ -221,10 +220,6 @@ def test_no_rows_left(tmp_path: Path) -> None:
     wrong = fault(task(written(tmp_path, ".jsonl", [{"q": "one?", "a": None}])))
     assert wrong.field == "task.path"
     assert "rows that have a prompt and an answer" in str(wrong)
-
-
-def test_split_of_a_single_file(tmp_path: Path) -> None:
-    assert fault(task(written(tmp_path, ".csv"), split="test")).field == "task.split"
 
 
 def test_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

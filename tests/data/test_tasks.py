@@ -203,7 +203,7 @@ def test_repeats_of_a_held_out_question_are_counted(
     """The rows of key "x" all have one question, those of "y" a different one each."""
     questions, keys = ["?"] * copies + [f"{i}?" for i in range(copies)], ["x"] * copies + ["y"] * copies
     with caplog.at_level(logging.WARNING):
-        split_rows(questions, [question.encode() for question in questions], keys, Task(held_out=share))
+        split_rows(questions, [question.encode() for question in questions], keys, Task(test_share=share))
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(begins)
 
