@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayfed_sub.config.keys import in_words, resolved, schema_of
-from rayfed_sub.config.schema import Config, Federation, Privacy, StepRange
+from rayfed_sub.config.schema import BY_CLIENT, Config, Federation, Privacy, StepRange
 from rayfed_sub.core.errors import UserError
 
 R = TypeVar("R")
@@ -120,13 +120,25 @@ def no_validation() -> UserError:
 
 def _check_partition(federation: Federation) -> None:
     partition, prefix = federation.partition, "federation.partition"
-    if partition.kind == "column" and partition.largest is not None:
-        allowed = "nothing with partition.kind=column, which has a value for each client"
+    if partition.kind in BY_CLIENT and partition.largest is not None:
+        allowed = f"nothing with partition.kind={partition.kind}, which has a value for each client"
         raise UserError(f"{prefix}.largest", partition.largest, allowed, "remove it")
     if (partition.kind == "resample") != (partition.rows_per_client is not None):
         needed = "a number of rows with" if partition.kind == "resample" else "nothing without"
         allowed, advice = f"{needed} partition.kind=resample", "e.g. 32 with kind=resample, else none"
         raise UserError(f"{prefix}.rows_per_client", partition.rows_per_client, allowed, advice)
+    for name, kind in {"file": "rows", "partitioner": "flwr"}.items():
+        value = getattr(partition, name)
+        if (partition.kind == kind) != (value is not None):
+            needed = "a value with" if partition.kind == kind else "nothing without"
+            raise UserError(
+                f"{prefix}.{name}", value, f"{needed} partition.kind={kind}", f"set or remove {prefix}.{name}"
+            )
+    if partition.kind in ("files", "rows", "flwr") and partition.column is not None:
+        allowed = f"nothing with partition.kind={partition.kind}, which deals out the rows by itself"
+        raise UserError(f"{prefix}.column", partition.column, allowed, "remove it")
+    if partition.args and partition.kind != "flwr":
+        raise UserError(f"{prefix}.args", partition.args, "nothing without partition.kind=flwr", "remove it")
     if partition.kind == "pool" and federation.clients != 1:
         allowed = "1 with partition.kind=pool"
         raise UserError("federation.clients", federation.clients, allowed, "set federation.clients=1")

@@ -123,20 +123,40 @@ class Task(Record):
     mask_prompt: bool = Field(default=True, description="true: the loss is over the answer alone.")
 
 
+PartitionKind = Literal[
+    "column", "files", "rows", "flwr", "dirichlet", "shards", "power-law", "iid", "resample", "pool"
+]
+BY_CLIENT = ("column", "files", "rows", "flwr")
+"""Kinds of partitions that name each row's client; of more clients than federation.clients the largest are taken."""
+
+
 class Partition(Record):
     """Partition of the training rows among the clients."""
 
-    kind: Literal["column", "dirichlet", "shards", "power-law", "iid", "resample", "pool"] = Field(
+    kind: PartitionKind = Field(
         default="column",
-        description="column: one client per value of `column`, the largest values first. dirichlet: shares over the "
-        "values of `column` drawn from Dirichlet(alpha). shards: the rows sorted by `column` are cut into equal "
-        "shards, of which every client draws `shards_per_client`. power-law: the i-th largest client has a share "
-        "proportional to i ** -exponent, rows at random. iid: equal shares. resample: every client draws "
-        "`rows_per_client` different rows of its own from all of them, so clients overlap and may outnumber the rows. "
-        "pool: one client holds all.",
+        description="column: one client per value of `column`, the largest values first. files: one client per file or "
+        "folder below task.path. rows: the lists of row numbers in `file`. flwr: flwr-datasets' `partitioner` with "
+        "`args`, over the source's own rows. dirichlet: shares over the values of `column` drawn from "
+        "Dirichlet(alpha). shards: the rows sorted by `column` are cut into equal shards, of which every client draws "
+        "`shards_per_client`. power-law: the i-th largest client has a share proportional to i ** -exponent, rows at "
+        "random. iid: equal shares. resample: every client draws `rows_per_client` different rows of its own from all "
+        "of them, so clients overlap and may outnumber the rows. pool: one client holds all.",
     )
     column: str | None = Field(
         default=None, description="Column that deals out the rows; null stands for the task's own."
+    )
+    file: str | None = Field(
+        default=None,
+        description="For kind=rows: JSON file with a list of training row numbers, from 0 in the source's order, for "
+        "each client, or lists for train and test.",
+    )
+    partitioner: str | None = Field(
+        default=None, description="For kind=flwr: class of flwr_datasets.partitioner, such as DirichletPartitioner."
+    )
+    args: dict[str, Any] = Field(
+        default={},
+        description="Arguments of `partitioner`, its seed too; federation.clients stands for num_partitions.",
     )
     alpha: Positive = Field(
         default=0.5, description="Concentration of the Dirichlet distribution; smaller is more skewed."

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfed_sub.config.checks import no_validation
-from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.config.schema import BY_CLIENT, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
 from rayfed_sub.data.images import Images
@@ -105,7 +105,7 @@ def load_pairs(task: Task, federation: Federation) -> Pairs:
     """The task's rows as text, with the keys by which `federation` deals them out, in canonical order; repeats are
     dropped."""
     column, task = key_column(task, federation), filled(task)
-    return distinct(python_docs() if task.name == "python-docs" else ordered(table_pairs(task, column)))
+    return distinct(python_docs() if task.name == "python-docs" else ordered(table_pairs(task, column, federation)))
 
 
 def build_dataset(
@@ -115,7 +115,7 @@ def build_dataset(
 
     seed: deals out the rows; task.seed draws them and their splits.
     """
-    by_key = federation.partition.kind == "column"
+    by_key = federation.partition.kind in BY_CLIENT
     passed = [len(pairs)]
     names = tuple(f"client {client}" for client in range(federation.clients))
     if (most := federation.clients if by_key else federation.partition.largest) is not None:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfed_sub.config.schema import Task
+from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
+from rayfed_sub.data.client_keys import clients_of, partitioned_by
 from rayfed_sub.data.images import decoded, digest, encoded
 from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.rows import Ints
@@ -137,8 +138,9 @@ _FILES = ("file", "path")  # columns that may name an image's file
 _NAMED = 3  # broken images named in a warning
 
 
-def table_pairs(task: Task, key: str | None) -> Pairs:
-    """The pairs of the table that `task`, `filled`, describes; key: the column whose values are the pairs' keys.
+def table_pairs(task: Task, key: str | None, federation: Federation | None = None) -> Pairs:
+    """The pairs of the table that `task`, `filled`, describes, in the order of its sources.  key: the column whose
+    values are the pairs' keys, unless `federation` names each row's client in another way (`clients_of`).
 
     Rows without a question, an answer (or label) or a key are dropped, and counted in one warning; so are, in another
     one that names some, images that cannot be read: by column `file` or `path`, the image's own path, or its number,
@@ -152,17 +154,13 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     (('A: one?',), ('1',), ('A',))
     """
     _check_columns(task)
+    by_client = federation is not None and federation.partition.kind in ("files", "rows", "flwr")
+    key = None if by_client else key
+    dealt_by = partitioned_by(federation.partition) if federation else None
     pieces = _pieces(task.prompt) if task.prompt else []
     known = TASKS.get(task.name)
-    texts = {
-        **{name: "task.prompt" for _, name in pieces if name is not None},
-        **{str(getattr(task, role)): f"task.{role}" for role in ("answer", "label") if getattr(task, role) is not None},
-        **({key: "federation.partition.column"} if key and key not in (task.answer, task.label) else {}),
-        **({task.split_column: "task.split_column"} if task.split_column else {}),
-    }
-    cells = {name: "task.image" for name in (task.image, *_FILES) if name} if task.image else {}
-    renames = {old: name for old, name in known.renames.items() if name in texts} if known else {}
-    read = load_table(task, Wanted({**texts, **{old: texts[name] for old, name in renames.items()}}, cells))
+    wanted, renames = _wanted(task, pieces, key, dealt_by)
+    read = load_table(task, wanted, by_client=federation is not None and federation.partition.kind == "files")
     table = renamed(read, renames)
     if known:
         names = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
@@ -184,14 +182,16 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     else:
         answers, labels = table.texts("task.answer", str(task.answer)), ()
         answers = [" ".join(answer.split()) for answer in answers] if known and known.tidy else answers
-    if key is None:
+    splits: Sequence[str] = splits_of(table, task)
+    if federation is not None and by_client:
+        keys, splits = clients_of(table, federation.partition, federation.clients, splits)
+    elif key is None:
         keys = ["*"] * len(questions)
     elif key == task.label:
         keys = answers
     else:
         keys = classes(table.texts("federation.partition.column", key, optional=True))
 
-    splits = splits_of(table, task)
     # Rows that nobody trains on need no key: they are nobody's.
     full = [
         bool(question and answer and (row_key or split != "train"))
@@ -201,29 +201,51 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     missing = len(full) - sum(full) - broken
     if not any(full):
         given = "an image" if task.image else "a prompt"
-        wanted = "an answer" if task.label is None else "a label"
+        learned = "an answer" if task.label is None else "a label"
         raise UserError(
-            "task.path", task.path, f"a table with rows that have {given} and {wanted}", "check the columns"
+            "task.path", task.path, f"a table with rows that have {given} and {learned}", "check the columns"
         )
     if missing:
         what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
         log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
+    _check_splits(task, splits, full)
+    pairs = Pairs(
+        "classification" if task.label is not None else "causal-lm",
+        tuple(questions),
+        tuple(answers),
+        tuple(keys if key or by_client else [""] * len(keys)),
+        labels,
+        tuple(images),
+        tuple(spans),
+        tuple(splits) if {"validation", "test"} & set(splits) else (),
+    )
+    return pairs.take(np.flatnonzero([whole and bool(split) for whole, split in zip(full, splits, strict=True)]))
+
+
+def _wanted(
+    task: Task, pieces: Sequence[tuple[str, str | None]], key: str | None, dealt_by: str | None
+) -> tuple[Wanted, dict[str, str]]:
+    """The columns to read, under their names in the source too, and the renames that give them ours."""
+    texts = {
+        **{name: "task.prompt" for _, name in pieces if name is not None},
+        **{str(getattr(task, role)): f"task.{role}" for role in ("answer", "label") if getattr(task, role) is not None},
+        **({key: "federation.partition.column"} if key and key not in (task.answer, task.label) else {}),
+        **({dealt_by: "federation.partition.args.partition_by"} if dealt_by else {}),
+        **({task.split_column: "task.split_column"} if task.split_column else {}),
+    }
+    cells = {name: "task.image" for name in (task.image, *_FILES) if name} if task.image else {}
+    known = TASKS.get(task.name)
+    renames = {old: name for old, name in known.renames.items() if name in texts} if known else {}
+    return Wanted({**texts, **{old: texts[name] for old, name in renames.items()}}, cells), renames
+
+
+def _check_splits(task: Task, splits: Sequence[str], full: Sequence[bool]) -> None:
+    """UserError for a split none of whose rows is complete."""
     used = {split for split, whole in zip(splits, full, strict=True) if whole}
     for split in SPLITS:
         if split in splits and split not in used:
             allowed = "a split with rows that have all that the task asks for; its rows lack text, label or key"
             raise UserError(f"task.{split}", getattr(task, split), allowed, f"name another one, or set task.{split}=[]")
-    pairs = Pairs(
-        "classification" if task.label is not None else "causal-lm",
-        tuple(questions),
-        tuple(answers),
-        tuple(keys if key else [""] * len(keys)),
-        labels,
-        tuple(images),
-        tuple(spans),
-        tuple(splits) if used - {"train", ""} else (),
-    )
-    return pairs.take(np.flatnonzero([whole and bool(split) for whole, split in zip(full, splits, strict=True)]))
 
 
 def _check_columns(task: Task) -> None:

@@ -121,6 +121,19 @@ def classes(texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
+def whole_numbers(table: Table, field: str, name: str) -> Sequence[str | int]:
+    """A column as `datasets` would have it: the numbers of a `ClassLabel`, whole numbers where all cells are such, else
+    texts.  Raises UserError as `Table.texts`."""
+    import datasets
+
+    texts = table.texts(field, name)
+    if all(isinstance(part.data.features.get(name), datasets.ClassLabel) for part in table.parts):
+        return table.column(field, name)
+    return (
+        [int(text) for text in texts] if all(_NUMBER.fullmatch(text) and "." not in text for text in texts) else texts
+    )
+
+
 def class_names(names: Sequence[str]) -> tuple[str, ...]:
     """The different names but "", numbers by size, else by the alphabet: the same order for numbers, texts and
     `ClassLabel`s in any file.

@@ -117,7 +117,7 @@ def test_configuration_is_immutable() -> None:
     [
         ({"colour": 1}, "colour", "name, seed, model, task"),
         ({"optimizer": {"rate": 1}}, "optimizer.rate", "name, lr, betas"),
-        ({"federation": {"partition": {"kinds": "iid"}}}, "federation.partition.kinds", "kind, column, alpha"),
+        ({"federation": {"partition": {"kinds": "iid"}}}, "federation.partition.kinds", "kind, column, file"),
     ],
 )
 def test_unknown_key_is_refused_with_the_known_keys(tree: Any, field: str, known: str) -> None:

@@ -154,7 +154,7 @@ SINGLE = {
     "more sampled than there are": ("federation.sampled=9", "federation.sampled: got 9", "1 to federation.clients=8"),
     "none sampled": ("federation.sampled=0", "federation.sampled: got 0", "an integer >= 1, or null"),
     "a pool of many": ("federation.partition.kind=pool", "federation.clients: got 8", "1 with partition.kind=pool"),
-    "section as a word": ("federation.partition=iid", "federation.partition: got 'iid'", "kind, column, alpha"),
+    "section as a word": ("federation.partition=iid", "federation.partition: got 'iid'", "kind, column, file"),
     "empty section": ("federation=", "federation: got None", "keys with values: clients, sampled"),
     "unknown weights": (
         "federation.client_weighting=rows",
@@ -357,8 +357,8 @@ TABLES = {
         "1 to 18, the number of training rows",
     ),
     "client without rows": (
-        "federation.clients=6 federation.partition.kind=dirichlet federation.partition.alpha=0.0001",
-        "federation.clients: got 6",
+        "task.max_rows=3 task.test_share=0.4 task.seed=1",
+        "federation.clients: got 2",
         "at least one row for every client",
     ),
     "more rows a client than there are": (
