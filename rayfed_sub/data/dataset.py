@@ -14,7 +14,7 @@ from rayfed_sub.config.schema import BY_CLIENT, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
 from rayfed_sub.data.images import Images
-from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys, ordered, table_pairs
+from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Kind, Pairs, capped, distinct, of_keys, ordered, table_pairs
 from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
@@ -32,7 +32,10 @@ class RowCounts:
     strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
     dropped: longer than task.max_length and without room for the user's text; repeated: left out so that no question
     stands in two splits, neither whole nor as it was cut.  shared: of the rows of official validation and test splits,
-    those whose question stands in another one; they stay.  cut: of the rows that are neither silent nor dropped, those
+    those whose question stands in another one; they stay.  transparent, deep: of those
+    that are read, images that lie over white, and of 16 bits.
+
+    cut: of the rows that are neither silent nor dropped, those
     that were longer than task.max_length; cut_prompts and cut_answers: of these, with a shorter text of the user's,
     with a shorter answer.
     """
@@ -50,6 +53,18 @@ class RowCounts:
     cut_prompts: int
     cut_answers: int
     shared: int = 0
+    transparent: int = 0
+    deep: int = 0
+
+
+def changed_images(rows: Mapping[str, int]) -> str:
+    """Images that were changed on reading in words, of a stored `RowCounts`; "" where there are none.
+
+    >>> changed_images({"transparent": 2, "deep": 1200})
+    '2 transparent, over white; 1,200 of 16 bits, scaled'
+    """
+    words = {"transparent": "transparent, over white", "deep": "of 16 bits, scaled"}
+    return "; ".join(f"{rows[name]:,} {what}" for name, what in words.items() if rows.get(name))
 
 
 def too_long(rows: Mapping[str, int]) -> str:
@@ -116,7 +131,7 @@ def build_dataset(
     seed: deals out the rows; task.seed draws them and their splits.
     """
     by_key = federation.partition.kind in BY_CLIENT
-    passed = [len(pairs)]
+    passed, changes = [len(pairs)], pairs.changes
     names = tuple(f"client {client}" for client in range(federation.clients))
     if (most := federation.clients if by_key else federation.partition.largest) is not None:
         field = "federation.clients" if by_key else "federation.partition.largest"
@@ -171,6 +186,8 @@ def build_dataset(
             cut_prompts=cuts.prompts,
             cut_answers=cuts.answers,
             shared=splits.shared,
+            transparent=changes.count(OVER_WHITE),
+            deep=changes.count(SCALED),
         ),
         fingerprint=fingerprint(rows, pairs.class_names, splits, names, parts, judged_by),
         split=_split_name(task, judged, pairs.splits),

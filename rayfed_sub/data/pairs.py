@@ -17,7 +17,7 @@ from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.client_keys import clients_of, partitioned_by
-from rayfed_sub.data.images import decoded, digest, encoded
+from rayfed_sub.data.images import as_png, digest, encoded, opened
 from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.sources import SPLITS
@@ -25,6 +25,7 @@ from rayfed_sub.data.tables import Table, class_names, classes, load_table, rena
 from rayfed_sub.data.tasks import TASKS
 
 Kind = Literal["causal-lm", "classification"]
+OVER_WHITE, SCALED = "over white", "scaled"
 Span = tuple[int, int]
 """Begin and end of a part of a text, in characters."""
 
@@ -40,7 +41,8 @@ class Pairs:
     images: of an image classification each row's image as in its file; questions are then digests of their pixels.
     spans: of each question the parts that are the user's text, in order; the rest is a template's own and is never cut.
     Empty: questions are the user's as a whole.
-    splits: of each row the official split that it is in, train, validation or test; empty where all are in train."""
+    splits: of each row the official split that it is in, train, validation or test; empty where all are in train.
+    changes: of each image OVER_WHITE where it has transparent pixels, SCALED where it has 16 bits, else ""."""
 
     kind: Kind
     questions: tuple[str, ...]
@@ -50,6 +52,7 @@ class Pairs:
     images: tuple[bytes, ...] = ()
     spans: tuple[tuple[Span, ...], ...] = ()
     splits: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -62,7 +65,8 @@ class Pairs:
         images = tuple(self.images[int(index)] for index in indices) if self.images else ()
         spans = tuple(self.spans[int(index)] for index in indices) if self.spans else ()
         splits = tuple(self.splits[int(index)] for index in indices) if self.splits else ()
-        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans, splits)
+        changes = tuple(self.changes[int(index)] for index in indices) if self.changes else ()
+        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans, splits, changes)
 
     @property
     def trained(self) -> NDArray[np.bool_]:
@@ -170,10 +174,11 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
             allowed = f"{having}; it has {', '.join(read.names) or 'none'}"
             raise UserError("task.path", task.path, allowed, "give another file, or set task.name=table")
 
-    images: list[bytes] = []
+    pictures = _Pictures([], [], [])
     spans: list[tuple[Span, ...]] = []
     if task.image is not None:
-        questions, images = _images(table, task.image)
+        pictures = _images(table, task.image)
+        questions = pictures.digests
     else:
         questions, spans = _questions(table, pieces, tidy=bool(known and known.tidy))
     if task.label is not None:
@@ -197,17 +202,7 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
         bool(question and answer and (row_key or split != "train"))
         for question, answer, row_key, split in zip(questions, answers, keys, splits, strict=True)
     ]
-    broken = questions.count("") if task.image else 0
-    missing = len(full) - sum(full) - broken
-    if not any(full):
-        given = "an image" if task.image else "a prompt"
-        learned = "an answer" if task.label is None else "a label"
-        raise UserError(
-            "task.path", task.path, f"a table with rows that have {given} and {learned}", "check the columns"
-        )
-    if missing:
-        what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
-        log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
+    _check_full(task, full, broken=questions.count("") if task.image else 0)
     _check_splits(task, splits, full)
     pairs = Pairs(
         "classification" if task.label is not None else "causal-lm",
@@ -215,9 +210,10 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
         tuple(answers),
         tuple(keys if key or by_client else [""] * len(keys)),
         labels,
-        tuple(images),
+        tuple(pictures.files),
         tuple(spans),
         tuple(splits) if {"validation", "test"} & set(splits) else (),
+        tuple(pictures.changes) if any(pictures.changes) else (),
     )
     return pairs.take(np.flatnonzero([whole and bool(split) for whole, split in zip(full, splits, strict=True)]))
 
@@ -237,6 +233,20 @@ def _wanted(
     known = TASKS.get(task.name)
     renames = {old: name for old, name in known.renames.items() if name in texts} if known else {}
     return Wanted({**texts, **{old: texts[name] for old, name in renames.items()}}, cells), renames
+
+
+def _check_full(task: Task, full: Sequence[bool], broken: int) -> None:
+    """UserError where no row is complete; else a warning with the number of those that are not, broken images aside."""
+    missing = len(full) - sum(full) - broken
+    if not any(full):
+        given = "an image" if task.image else "a prompt"
+        learned = "an answer" if task.label is None else "a label"
+        raise UserError(
+            "task.path", task.path, f"a table with rows that have {given} and {learned}", "check the columns"
+        )
+    if missing:
+        what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
+        log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
 
 
 def _check_splits(task: Task, splits: Sequence[str], full: Sequence[bool]) -> None:
@@ -274,21 +284,34 @@ def _check_columns(task: Task) -> None:
         raise UserError("task.prompt", task.prompt, allowed, "leave that column out")
 
 
-def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
-    """The digest of each image's pixels, "" where it cannot be read, and the image as in its file."""
-    digests: list[str] = []
-    contents: list[bytes] = []
-    broken: list[tuple[int, str]] = []
+@dataclass(frozen=True)
+class _Pictures:
+    """Of each image the digest of its pixels, "" where it cannot be read, its file, and its change (`Pairs`)."""
+
+    digests: list[str]
+    files: list[bytes]
+    changes: list[str]
+
+
+def _images(table: Table, name: str) -> _Pictures:
+    """The images of a column; 16-bit ones as files of 8 bits, in which the largest value of all of them is white."""
     cells = table.column("task.image", name)
+    read = _Pictures([""] * len(cells), [b""] * len(cells), [""] * len(cells))
+    broken: list[tuple[int, str]] = []
+    largest = 0
     for row, cell in enumerate(cells):
-        content = b""
         try:
-            content = encoded(cell)
-            digests.append(digest(decoded(content)))
+            read.files[row] = encoded(cell)
+            found = opened(read.files[row])
         except (ValueError, OSError) as error:
-            digests.append("")
             broken.append((row, str(error)))
-        contents.append(content)
+            continue
+        read.digests[row] = digest(found.image)
+        read.changes[row] = SCALED if found.largest is not None else OVER_WHITE if found.transparent else ""
+        largest = max(largest, found.largest or 0)
+    for row in [row for row, change in enumerate(read.changes) if change == SCALED]:
+        image = opened(read.files[row], max(largest, 1)).image
+        read.files[row], read.digests[row] = as_png(image), digest(image)
     shown = [f"{file} ({error})" for file, error in _files(table, cells, broken)]
     if len(broken) == len(cells):
         some = ", ".join(shown[:_NAMED])
@@ -298,7 +321,12 @@ def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
     if broken:
         counts = f"{len(broken):,} of {len(cells):,}"
         log.warning("task.image: %s images cannot be read; skipped: %s", counts, ", ".join(shown))
-    return digests, contents
+    if transparent := read.changes.count(OVER_WHITE):
+        log.warning("task.image: %s of %s images are transparent; over white", f"{transparent:,}", f"{len(cells):,}")
+    if deep := read.changes.count(SCALED):
+        counts = f"{deep:,} of {len(cells):,}"
+        log.warning("task.image: %s images have 16 bits; scaled by %s, the largest value", counts, f"{largest:,}")
+    return read
 
 
 def _files(table: Table, cells: Sequence[Any], rows: Sequence[tuple[int, str]]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from rayfed_sub.config.loading import flat
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.text import UNREAD, count, duration, megabytes, published_name, score
-from rayfed_sub.data.dataset import too_long
+from rayfed_sub.data.dataset import changed_images, too_long
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
 from rayfed_sub.reports.page import Cell, Facts, Section, Table, Text, cell
@@ -83,6 +83,7 @@ def _rows(run: Run) -> dict[str, str]:
         **shown,
         **({"scores are on": ", ".join(judged)} if judged else {}),
         **({"rows in two official splits": f"{shared:,}"} if shared else {}),
+        **({"images": images} if (images := changed_images(run.rows)) else {}),
         **({"rows beyond task.max_length": cuts} if cuts else {}),
     }
 

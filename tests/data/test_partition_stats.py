@@ -191,7 +191,7 @@ def test_json_has_everything() -> None:
         "train": 90,
         "validation": 0,
         "held_out": 10,
-        "shared": 0,
+        **{"shared": 0, "transparent": 0, "deep": 0},
     }
     assert data["split"] == "held-out share"
     assert data["notes"] == ["a note"]
