@@ -218,7 +218,10 @@ def _loaded(
     """The splits of what `datasets` itself reads.  builder: of the folder `path`."""
     import datasets
 
+    bars = not datasets.are_progress_bars_disabled()
     try:
+        if saved or builder:  # which takes no time worth a bar
+            datasets.disable_progress_bars()
         if saved:
             data = datasets.load_from_disk(path)
         elif builder:
@@ -228,5 +231,8 @@ def _loaded(
     except Exception as error:  # the hub's client raises several families of errors; all mean the same to a person
         cause = str(error).partition("\n")[0][:200]
         raise UserError(field, place, "a hub id or folder that can be loaded", cause or type(error).__name__) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
     splits = {"train": data} if isinstance(data, datasets.Dataset) else data
     return {str(split): [Source(place, data=rows)] for split, rows in splits.items()}

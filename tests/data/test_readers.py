@@ -13,7 +13,8 @@ import pytest
 
 from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.dataset import load_pairs
+from rayfed_sub.data.dataset import load_dataset, load_pairs
+from rayfed_sub.models.tokenizers import ByteTokenizer
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -55,9 +56,15 @@ def table(path: Any, **fields: Any) -> Task:
 @pytest.mark.parametrize("label", [None, "n", "sure"])
 def test_every_type_of_file_gives_the_same_rows(tmp_path: Path, kind: str, label: str | None) -> None:
     fields = {"prompt": "{q} {by}" if label else "{q} {n} {by}", "answer": None if label else "a", "label": label}
-    federation = Federation.model_validate({"partition": {"kind": "iid", "column": "sure"}})
+    federation = Federation.model_validate({"clients": 3, "partition": {"kind": "dirichlet", "column": "sure"}})
     expected = load_pairs(table(saved(tmp_path, "parquet"), **fields), federation)
-    assert load_pairs(table(saved(tmp_path, kind), **fields), federation) == expected
+    other = table(saved(tmp_path, kind), **fields)
+    assert load_pairs(other, federation) == expected
+    data = [
+        load_dataset(task, federation, ByteTokenizer(), 0)
+        for task in (table(str(tmp_path / "rows.parquet"), **fields), other)
+    ]
+    assert data[0].fingerprint == data[1].fingerprint  # rows, splits and owners: all that a run's bits depend on
     assert (len(expected), set(expected.keys)) == (24, {"True", "False"})
     assert expected.class_names == {None: (), "n": ("8", "9", "10", "11"), "sure": ("False", "True")}[label]
     assert f'What is 3,\n"3"? {"" if label else "11 "}é' in expected.questions
