@@ -27,6 +27,7 @@ CLIENT = "client"
 """The column with the client's name, of JSON files that hold rows by client."""
 
 _BATCH = 10_000  # rows in memory at a time
+_SMALL = 2**20
 _WHOLE = 2**53  # beyond it a float does not say which whole number it is
 
 
@@ -122,15 +123,22 @@ def read_file(file: Path, wanted: Wanted, field: str) -> Part:
 
 
 def _mapped(schema: Any, batches: Batches) -> tuple[Names, datasets.Dataset]:
-    """The batches as a memory-mapped data set."""
+    """The batches as a memory-mapped data set, or in memory where it has less than `_SMALL` bytes: each mapping keeps a
+    file open, and there may be a file for each of thousands of clients."""
     import datasets
     import pyarrow as pa
+    from datasets.table import InMemoryTable, MemoryMappedTable
 
     handle, path = tempfile.mkstemp(suffix=".arrow", prefix="rayfed-sub-")
     try:
         with os.fdopen(handle, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
             names = _written(batches, stream.write)
-        return names, datasets.Dataset.from_file(path)
+        if os.path.getsize(path) < _SMALL:
+            rows = InMemoryTable.from_buffer(pa.py_buffer(Path(path).read_bytes()))
+        else:
+            rows = MemoryMappedTable.from_file(path)
+        # Without a fingerprint `datasets` would take 10 ms to make one.
+        return names, datasets.Dataset(rows, fingerprint=Path(path).stem)
     finally:
         os.unlink(path)  # the mapping keeps the bytes
 

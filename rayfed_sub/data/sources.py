@@ -184,16 +184,16 @@ def _of_folder(field: str, place: str, folder: Path, by_client: bool) -> dict[st
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _loaded(field, place, str(folder), saved=True)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file.relative_to(folder))]
-    if any(file.suffix.lower() in _IMAGES for file in files):
+    rows = [file for file in files if file.suffix.lower() in READERS]
+    if any(file.suffix.lower() in _IMAGES for file in files) and all(file.stem == "metadata" for file in rows):
         return _of_images(field, place, folder, by_client)
-    if not any(file.suffix.lower() in READERS for file in files):
+    if not rows:
         allowed = f"a folder with data that can be loaded: files ending in {', '.join(READERS)}, or images"
         raise UserError(field, place, allowed, "check the path")
     found: dict[str, list[Source]] = {}
-    for file in files:
-        if file.suffix.lower() in READERS:
-            split, _ = split_of(file.relative_to(folder))
-            found.setdefault(split or "train", []).append(_file(field, file, folder, by_client))
+    for file in rows:
+        split, _ = split_of(file.relative_to(folder))
+        found.setdefault(split or "train", []).append(_file(field, file, folder, by_client))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import datasets
 import pandas as pd
 import pytest
+from datasets.table import MemoryMappedTable
 
 from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import load_dataset, load_pairs
+from rayfed_sub.data.readers import Wanted, read_file
 from rayfed_sub.models.tokenizers import ByteTokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -187,3 +190,26 @@ def test_columns_that_nobody_asks_for_may_hold_anything(tmp_path: Path) -> None:
     iid = Federation.model_validate({"partition": {"kind": "iid"}})
     pairs = load_pairs(table(str(tmp_path / "rows.parquet"), prompt="{q} {kind}"), iid)
     assert (pairs.questions, pairs.answers) == (("1 x",), ("2",))
+
+
+def test_large_files_are_memory_mapped_in_batches(tmp_path: Path) -> None:
+    rows = [{"q": f"{i}? " + "é" * 60, "a": str(i)} for i in range(12_000)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    wanted = Wanted({"q": "task.prompt", "a": "task.answer"}, {})
+    part = read_file(file, wanted, "task.path")
+    assert isinstance(part.data.data, MemoryMappedTable)
+    assert part.data[11_999] == {"q": rows[-1]["q"], "a": "11999"}
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write('{"q": "1?", "a": [1]}\n')
+    with pytest.raises(UserError, match=r"task\.answer: got 'a'; .* line 12001 of rows\.jsonl holds a list"):
+        read_file(file, wanted, "task.path")
+    assert not list(Path(tempfile.gettempdir()).glob("rayfed-sub-*.arrow"))
+
+
+def test_folder_of_tables_may_hold_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("q,a\n1,2\n", encoding="utf-8")
+    (tmp_path / "README.txt").write_text("What is in here", encoding="utf-8")
+    (tmp_path / "plot.png").write_bytes(b"")
+    iid = Federation.model_validate({"partition": {"kind": "iid"}})
+    assert load_pairs(table(str(tmp_path)), iid).answers == ("2",)
