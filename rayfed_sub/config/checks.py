@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayfed_sub.config.keys import in_words, resolved, schema_of
-from rayfed_sub.config.schema import BY_CLIENT, Config, Federation, Privacy, StepRange
+from rayfed_sub.config.schema import BY_CLIENT, BY_SOURCE, Config, Federation, Privacy, StepRange
 from rayfed_sub.core.errors import UserError
 
 R = TypeVar("R")
@@ -134,7 +134,7 @@ def _check_partition(federation: Federation) -> None:
             raise UserError(
                 f"{prefix}.{name}", value, f"{needed} partition.kind={kind}", f"set or remove {prefix}.{name}"
             )
-    if partition.kind in ("files", "rows", "flwr") and partition.column is not None:
+    if partition.kind in BY_SOURCE and partition.column is not None:
         allowed = f"nothing with partition.kind={partition.kind}, which deals out the rows by itself"
         raise UserError(f"{prefix}.column", partition.column, allowed, "remove it")
     if partition.args and partition.kind != "flwr":

@@ -126,7 +126,9 @@ class Task(Record):
 PartitionKind = Literal[
     "column", "files", "rows", "flwr", "dirichlet", "shards", "power-law", "iid", "resample", "pool"
 ]
-BY_CLIENT = ("column", "files", "rows", "flwr")
+BY_SOURCE = ("files", "rows", "flwr")
+"""Kinds of partitions that name each row's client by its place in the source."""
+BY_CLIENT = ("column", *BY_SOURCE)
 """Kinds of partitions that name each row's client; of more clients than federation.clients the largest are taken."""
 
 

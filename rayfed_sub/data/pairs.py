@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.config.schema import BY_SOURCE, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.client_keys import clients_of, partitioned_by
@@ -139,6 +139,8 @@ def of_keys(pairs: Pairs, keys: tuple[str, ...]) -> Pairs:
 
 _FILES = ("file", "path")  # columns that may name an image's file
 
+_ANYBODY = "\0"  # the key of rows that nothing deals out
+
 _NAMED = 3  # broken images named in a warning
 
 
@@ -149,7 +151,8 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
     Rows without a question, an answer (or label) or a key are dropped, and counted in one warning; so are, in another
     one that names some, images that cannot be read: by column `file` or `path`, the image's own path, or its number,
     counted from 1.
-    Raises UserError (task.path, .split, .prompt, .answer, .label, .image, federation.partition.column).
+    Raises UserError (task.path, .train, .validation, .test, .split_column, .prompt, .answer, .label, .image,
+    federation.partition.column, .file, .partitioner, .args).
 
     >>> import tempfile; file = tempfile.NamedTemporaryFile("w", suffix=".jsonl")
     >>> print('{"q": "one?", "by": "A", "a": 1}', file=file, flush=True)
@@ -158,12 +161,11 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
     (('A: one?',), ('1',), ('A',))
     """
     _check_columns(task)
-    by_client = federation is not None and federation.partition.kind in ("files", "rows", "flwr")
-    key = None if by_client else key
+    column = None if federation is not None and federation.partition.kind in BY_SOURCE else key
     dealt_by = partitioned_by(federation.partition) if federation else None
     pieces = _pieces(task.prompt) if task.prompt else []
     known = TASKS.get(task.name)
-    wanted, renames = _wanted(task, pieces, key, dealt_by)
+    wanted, renames = _wanted(task, pieces, column, dealt_by)
     read = load_table(task, wanted, by_client=federation is not None and federation.partition.kind == "files")
     table = renamed(read, renames)
     if known:
@@ -187,16 +189,7 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
     else:
         answers, labels = table.texts("task.answer", str(task.answer)), ()
         answers = [" ".join(answer.split()) for answer in answers] if known and known.tidy else answers
-    splits: Sequence[str] = splits_of(table, task)
-    if federation is not None and by_client:
-        keys, splits = clients_of(table, federation.partition, federation.clients, splits)
-    elif key is None:
-        keys = ["*"] * len(questions)
-    elif key == task.label:
-        keys = answers
-    else:
-        keys = classes(table.texts("federation.partition.column", key, optional=True))
-
+    keys, splits = _owners(table, task, key, federation)
     # Rows that nobody trains on need no key: they are nobody's.
     full = [
         bool(question and answer and (row_key or split != "train"))
@@ -208,7 +201,7 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
         "classification" if task.label is not None else "causal-lm",
         tuple(questions),
         tuple(answers),
-        tuple(keys if key or by_client else [""] * len(keys)),
+        tuple("" if row_key == _ANYBODY else row_key for row_key in keys),
         labels,
         tuple(pictures.files),
         tuple(spans),
@@ -216,6 +209,20 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
         tuple(pictures.changes) if any(pictures.changes) else (),
     )
     return pairs.take(np.flatnonzero([whole and bool(split) for whole, split in zip(full, splits, strict=True)]))
+
+
+def _owners(
+    table: Table, task: Task, key: str | None, federation: Federation | None
+) -> tuple[list[str], Sequence[str]]:
+    """Each row's key, "" where it has none, and its split; _ANYBODY where the task has no keys."""
+    splits = splits_of(table, task)
+    if federation is not None and federation.partition.kind in BY_SOURCE:
+        return clients_of(table, federation.partition, federation.clients, splits)
+    if key is None:
+        return [_ANYBODY] * len(table), splits
+    keys = classes(table.texts("federation.partition.column", key, optional=key != task.label))
+    known = TASKS.get(task.name)
+    return _named(keys, known.class_names if known and key == task.label else ()), splits
 
 
 def _wanted(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rayfed_sub.config.schema import BY_CLIENT, Federation, Task
+from rayfed_sub.config.schema import BY_CLIENT, BY_SOURCE, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data import python_docs
@@ -34,7 +34,7 @@ def key_column(task: Task, federation: Federation) -> str | None:
     Raises UserError (federation.partition.column) where the partition needs a column and none is named.
     """
     column, kind = federation.partition.column, federation.partition.kind
-    if kind in BY_CLIENT and kind != "column":
+    if kind in BY_SOURCE:
         if task.name == "python-docs":
             allowed = "another kind with task.name=python-docs, whose rows are in no file"
             raise UserError("federation.partition.kind", kind, allowed, "e.g. federation.partition.kind=column")
