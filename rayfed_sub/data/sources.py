@@ -113,7 +113,8 @@ def sources_at(field: str, place: str, by_client: bool = False) -> dict[str, lis
     if path.is_dir():
         return _of_folder(field, place, path, by_client)
     if path.is_file():
-        return {"train": [_file(field, path, path.parent, by_client)]}
+        named = split_of(Path(path.name))[1]  # north.csv; of north/train.csv the folder names the client
+        return {"train": [_file(field, path, path.parent if named else path.parent.parent, by_client)]}
     if glob.has_magic(place):
         files = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
         if not files:

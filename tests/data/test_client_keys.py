@@ -71,6 +71,10 @@ def test_clients_of_files_without_test_rows(tmp_path: Path) -> None:
         data = load_dataset(table(path, test_share=0.2), dealt(2, kind="files"), ByteTokenizer(), 0)
         assert held(data) == {"b": (16, 4), "a": (8, 2)}  # the two largest
         assert data.row_counts.strange == 5
+    north = written(tmp_path / "north" / "train.jsonl", rows(0, 10))
+    named = load_dataset(table((north, str(tmp_path / "a.jsonl"))), dealt(2, kind="files"), ByteTokenizer(), 0)
+    assert set(named.client_names) == {"north", "a"}
+    (tmp_path / "north" / "train.jsonl").unlink()
     with pytest.raises(UserError, match=r"federation\.clients: got 4; allowed: 1 to 3, .* column client"):
         load_dataset(table(str(tmp_path)), dealt(4, kind="files"), ByteTokenizer(), 0)
 
