@@ -66,7 +66,7 @@ def _tree(case: Case, folder: Path, workers: int) -> dict[str, Any]:
     return {
         "name": f"race-{case.name}",
         "model": model,
-        "task": {**task, "mask_prompt": False, "held_out": 0.05},
+        "task": {**task, "mask_prompt": False, "test_share": 0.05},
         "federation": {
             "clients": case.clients,
             "rounds": case.rounds,

@@ -72,6 +72,8 @@ def notes(stats: PartitionStats) -> Iterable[str]:
         yield f"Clients overlap: {int(stats.rows_C.sum()):,} rows were drawn from {row_counts.train:,}."
     if row_counts.capped:
         yield f"{row_counts.capped:,} of {row_counts.read:,} rows were left out by task.max_rows."
+    if row_counts.shared:
+        yield f"{row_counts.shared:,} rows of official splits ask what stands in another split too; they stay."
     if row_counts.strange:
         yield f"{row_counts.strange:,} rows were left out: their {stats.column} is not among the clients'."
     yield from stats.notes
@@ -227,5 +229,6 @@ def _rows(stats: PartitionStats) -> Table:
     splits = {"training": row_counts.train, "validation": row_counts.validation, "held-out": row_counts.held_out}
     for name, count in splits.items():
         share = count / sum(splits.values())
-        table.add_row(name, f"{count:,}", f"{share:.1%}", "yes" if name == stats.judged else "")
+        official = "" if stats.split.endswith(" share") else f": {stats.split}"
+        table.add_row(name, f"{count:,}", f"{share:.1%}", f"yes{official}" if name == stats.judged else "")
     return table

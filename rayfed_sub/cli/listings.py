@@ -23,7 +23,7 @@ def tasks() -> Listing:
     from rayfed_sub.data.tasks import TASKS
 
     docs = "questions and answers from the standard library's docstrings, keyed by module"
-    table = "any datasets source at task.path: hub id, Parquet, JSONL or CSV, with task.prompt, image, messages or text"
+    table = "hub id, file, folder or glob at task.path, with task.prompt, image, messages or text"
     rows: list[tuple[object, ...]] = [("python-docs", "built in", docs, COLUMN, "PSF-2.0")]
     rows += [(name, task.hub, task.what, task.key, task.licence) for name, task in TASKS.items()]
     return ("name", "hub id", "what", "column", "licence"), [*rows, ("table", "yours", table, "none", "yours")]

@@ -15,7 +15,7 @@ from rayfed_sub.cli.data_view import cut
 from rayfed_sub.config.schema import StepRange
 from rayfed_sub.core.schemas import AnswerRow
 from rayfed_sub.core.text import UNREAD, is_named, published_name, score, shown
-from rayfed_sub.data.dataset import too_long
+from rayfed_sub.data.dataset import changed_images, too_long
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.remote import inside
 from rayfed_sub.telemetry.events import Answered, Notice, PackDone, RoundDone, Stage, Started, Summary
@@ -163,6 +163,9 @@ class Display:
         rows = [
             *_scores(metrics),
             *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
+            *([("scores are on", summary.split)] if summary.split else []),
+            *([("rows in two official splits", f"{shared:,}")] if (shared := summary.rows.get("shared")) else []),
+            *([("images", images)] if (images := changed_images(summary.rows)) else []),
             *([("rows beyond task.max_length", cuts)] if (cuts := too_long(summary.rows)) else []),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_downlink_bytes)),

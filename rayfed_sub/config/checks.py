@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayfed_sub.config.keys import in_words, resolved, schema_of
-from rayfed_sub.config.schema import Config, Federation, Privacy, StepRange
+from rayfed_sub.config.schema import BY_CLIENT, BY_SOURCE, Config, Federation, Privacy, StepRange
 from rayfed_sub.core.errors import UserError
 
 R = TypeVar("R")
@@ -26,6 +26,8 @@ RENAMED = {
     "federation.weights": "federation.client_weighting",
     "method.state": "method.optimizer_state",
     "optimizer.final": "optimizer.final_lr_ratio",
+    "task.held_out": "task.test_share",
+    "task.split": "task.train",
 }
 """Keys of earlier versions, with the keys that replace them."""
 
@@ -102,23 +104,41 @@ def _check_method(config: Config) -> None:
 
 def _check_rows(config: Config) -> None:
     task = config.task
-    if task.held_out + task.validation >= 1:
-        allowed = f"less than {1 - task.held_out:g}, what task.held_out leaves"
-        raise UserError("task.validation", task.validation, allowed, "e.g. task.validation=0.05")
-    if config.evaluation.split == "validation" and not task.validation:
-        allowed = "held-out where task.validation is 0"
-        raise UserError("evaluation.split", "validation", allowed, "set a share, e.g. task.validation=0.05")
+    if task.test_share + task.validation_share >= 1:
+        allowed = f"less than {1 - task.test_share:g}, what task.test_share leaves"
+        raise UserError("task.validation_share", task.validation_share, allowed, "e.g. task.validation_share=0.05")
+    # Whether a source has official validation rows is known once it is read.
+    if config.evaluation.split == "validation" and not (task.validation_share or task.validation or task.path):
+        raise no_validation()
+
+
+def no_validation() -> UserError:
+    """Error for an evaluation of validation rows where there are none."""
+    allowed = "held-out without validation rows: task.validation names none, task.validation_share is 0"
+    return UserError("evaluation.split", "validation", allowed, "set a share, e.g. task.validation_share=0.05")
 
 
 def _check_partition(federation: Federation) -> None:
     partition, prefix = federation.partition, "federation.partition"
-    if partition.kind == "column" and partition.largest is not None:
-        allowed = "nothing with partition.kind=column, which has a value for each client"
+    if partition.kind in BY_CLIENT and partition.largest is not None:
+        allowed = f"nothing with partition.kind={partition.kind}, which has a value for each client"
         raise UserError(f"{prefix}.largest", partition.largest, allowed, "remove it")
     if (partition.kind == "resample") != (partition.rows_per_client is not None):
         needed = "a number of rows with" if partition.kind == "resample" else "nothing without"
         allowed, advice = f"{needed} partition.kind=resample", "e.g. 32 with kind=resample, else none"
         raise UserError(f"{prefix}.rows_per_client", partition.rows_per_client, allowed, advice)
+    for name, kind in {"file": "rows", "partitioner": "flwr"}.items():
+        value = getattr(partition, name)
+        if (partition.kind == kind) != (value is not None):
+            needed = "a value with" if partition.kind == kind else "nothing without"
+            raise UserError(
+                f"{prefix}.{name}", value, f"{needed} partition.kind={kind}", f"set or remove {prefix}.{name}"
+            )
+    if partition.kind in BY_SOURCE and partition.column is not None:
+        allowed = f"nothing with partition.kind={partition.kind}, which deals out the rows by itself"
+        raise UserError(f"{prefix}.column", partition.column, allowed, "remove it")
+    if partition.args and partition.kind != "flwr":
+        raise UserError(f"{prefix}.args", partition.args, "nothing without partition.kind=flwr", "remove it")
     if partition.kind == "pool" and federation.clients != 1:
         allowed = "1 with partition.kind=pool"
         raise UserError("federation.clients", federation.clients, allowed, "set federation.clients=1")
@@ -204,6 +224,9 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
     words = in_words(place, schema)
     if fault["type"] == "finite_number":
         words = words.replace("a number", "a finite number")
+    if path == "task.validation" and isinstance(tree, float):  # of earlier versions
+        allowed = "names of splits or files; a share is task.validation_share"
+        return UserError(path, tree, allowed, f"set task.validation_share={tree} instead")
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
     if isinstance(tree, str) and (key := _key_of(tree, path, place, schema)):
         advice = f"set {path}.{key}={tree}"

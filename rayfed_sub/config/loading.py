@@ -87,13 +87,19 @@ def stored_config(folder: Path) -> Config:
 
     Keys of older versions get their new names.  A missing key has the behaviour of older versions: without
     `task.seed`, or with null, the run's own seed drew the splits; without `federation.batching`, batches were bucketed.
+    `task.validation` was a share, and `task.split=train` stood there for files too.
 
     Raises UserError as `load_config`.
     """
     tree = read_yaml(folder / "config.yaml")
     task, federation = tree.get("task"), tree.get("federation")
     if isinstance(task, dict) and task.get("seed") is None:
-        tree["task"] = {**task, "seed": tree.get("seed", Config().seed)}
+        tree["task"] = task = {**task, "seed": tree.get("seed", Config().seed)}
+    if isinstance(task, dict) and isinstance(task.get("validation"), float | int):
+        names = {"validation": "validation_share"}
+        tree["task"] = task = {names.get(key, key): value for key, value in task.items()}
+    if isinstance(task, dict) and task.get("split") == "train":
+        tree["task"] = {key: value for key, value in task.items() if key != "split"}
     if isinstance(federation, dict):
         tree["federation"] = {"batching": "bucketed", **federation}
     tree = _renamed(tree)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, mod
 Count = Annotated[int, Field(ge=1, strict=True)]
 Batching = Literal["shuffled", "bucketed"]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Names = str | tuple[str, ...]
 Positive = Annotated[float, Field(gt=0)]
 _BYTES = {
     "anyOf": [
@@ -64,11 +65,29 @@ class Task(Record):
         description="A task of `rayfed-sub list tasks`, which knows its source, columns and prompt, or `table` for any "
         "source that `datasets` reads.",
     )
-    path: str | None = Field(
+    path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None,
-        description="Hub id, or a Parquet, JSONL, JSON or CSV file, in place of the task's own source.",
+        description="Hub id, file (Parquet, JSONL, JSON, CSV, TSV, text), glob, or folder (of such files, of images by "
+        "class, or of `save_to_disk`), in place of the task's own source; or a list of these.",
     )
-    split: str = Field(default="train", description="Split of the hub's data set that all rows are taken from.")
+    train: Names | None = Field(
+        default=None,
+        description="Training rows: splits of task.path (of a hub's data set, or a folder) by name, or files, folders "
+        "or globs; one or a list. null stands for `train`, or all rows where there are no splits.",
+    )
+    validation: Names | None = Field(
+        default=None,
+        description="Official validation rows, named as in train; null stands for `validation` where task.path has it, "
+        "else for validation_share; [] for that share in any case.",
+    )
+    test: Names | None = Field(
+        default=None,
+        description="Official test rows, the held-out ones, named as in train; null stands for `test` where task.path "
+        "has it, else for test_share; [] for that share in any case.",
+    )
+    split_column: str | None = Field(
+        default=None, description="Column whose values are the names of the splits, in place of folders and files."
+    )
     prompt: str | None = Field(default=None, description="Format string over the columns, e.g. '{title}: {question}'.")
     answer: str | None = Field(default=None, description="Column with the text to learn.")
     label: str | None = Field(default=None, description="Column with the class.")
@@ -93,13 +112,19 @@ class Task(Record):
         description="Tokens of a row at most. Longer rows are cut in the columns' texts, then in the answer; longer "
         "chats after an earlier answer.",
     )
-    max_rows: Count | None = Field(default=None, description="Rows at most, drawn by task.seed; null stands for all.")
-    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="Share of all rows that nobody trains on, for the reported scores."
+    max_rows: Count | None = Field(
+        default=None,
+        description="Training rows at most, with those that shares hold out, drawn by task.seed; null: all.",
     )
-    validation: Share = Field(
+    test_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1,
+        description="Share of the training rows that nobody trains on, for the reported scores, where there is no "
+        "official test split.",
+    )
+    validation_share: Share = Field(
         default=0.0,
-        description="Share of all rows that nobody trains on, for choosing settings (evaluation.split=validation).",
+        description="Share of the training rows that nobody trains on, for choosing settings "
+        "(evaluation.split=validation), where there is no official validation split.",
     )
     seed: int = Field(
         default=0,
@@ -113,20 +138,42 @@ class Task(Record):
     )
 
 
+PartitionKind = Literal[
+    "column", "files", "rows", "flwr", "dirichlet", "shards", "power-law", "iid", "resample", "pool"
+]
+BY_SOURCE = ("files", "rows", "flwr")
+"""Kinds of partitions that name each row's client by its place in the source."""
+BY_CLIENT = ("column", *BY_SOURCE)
+"""Kinds of partitions that name each row's client; of more clients than federation.clients the largest are taken."""
+
+
 class Partition(Record):
     """Partition of the training rows among the clients."""
 
-    kind: Literal["column", "dirichlet", "shards", "power-law", "iid", "resample", "pool"] = Field(
+    kind: PartitionKind = Field(
         default="column",
-        description="column: one client per value of `column`, the largest values first. dirichlet: shares over the "
-        "values of `column` drawn from Dirichlet(alpha). shards: the rows sorted by `column` are cut into equal "
-        "shards, of which every client draws `shards_per_client`. power-law: the i-th largest client has a share "
-        "proportional to i ** -exponent, rows at random. iid: equal shares. resample: every client draws "
-        "`rows_per_client` different rows of its own from all of them, so clients overlap and may outnumber the rows. "
-        "pool: one client holds all.",
+        description="column: one client per value of `column`, the largest values first. files: one client per file or "
+        "folder below task.path. rows: the lists of row numbers in `file`. flwr: flwr-datasets' `partitioner` with "
+        "`args`, over the source's own rows. dirichlet: shares over the values of `column` drawn from "
+        "Dirichlet(alpha). shards: the rows sorted by `column` are cut into equal shards, of which every client draws "
+        "`shards_per_client`. power-law: the i-th largest client has a share proportional to i ** -exponent, rows at "
+        "random. iid: equal shares. resample: every client draws `rows_per_client` different rows of its own from all "
+        "of them, so clients overlap and may outnumber the rows. pool: one client holds all.",
     )
     column: str | None = Field(
         default=None, description="Column that deals out the rows; null stands for the task's own."
+    )
+    file: str | None = Field(
+        default=None,
+        description="For kind=rows: JSON file with a list of training row numbers, from 0 in the source's order, for "
+        "each client, or lists for train and test.",
+    )
+    partitioner: str | None = Field(
+        default=None, description="For kind=flwr: class of flwr_datasets.partitioner, such as DirichletPartitioner."
+    )
+    args: dict[str, Any] = Field(
+        default={},
+        description="Arguments of `partitioner`, its seed too; federation.clients stands for num_partitions.",
     )
     alpha: Positive = Field(
         default=0.5, description="Concentration of the Dirichlet distribution; smaller is more skewed."
@@ -281,7 +328,8 @@ class Evaluation(Record):
     )
     split: Literal["held-out", "validation"] = Field(
         default="held-out",
-        description="Evaluated rows: those of task.held_out, or, to choose settings by, task.validation.",
+        description="Evaluated rows: held-out, those of task.test or its share, or, to choose settings by, those of "
+        "task.validation or its share.",
     )
     eval_rows: Count = Field(default=256, description="Rows for loss, accuracy and F1 at most, drawn by task.seed.")
     generate_rows: int = Field(

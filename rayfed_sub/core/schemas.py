@@ -78,6 +78,7 @@ class ScoreRow:
     metric: str
     value: float
     count: int
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,12 @@ class Score:
     references (`evaluation/generation.py`).
     Classification: `accuracy`, `macro_f1`, `f1/<class>` of classes that a row has or is given, and over all rows
     `confusion/<true>/<predicted>` where not 0.  A metric of `evaluation.metrics`: `<metric>/<its score>`.
+
+    split: the name of the split that the rows are of (`Dataset.split`); None in runs of older versions.
     """
 
     client: int | None
     metric: str
     value: float
     count: int
+    split: str | None = None

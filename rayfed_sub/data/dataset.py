@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.config.checks import no_validation
+from rayfed_sub.config.schema import BY_CLIENT, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
 from rayfed_sub.data.images import Images
-from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, of_keys, table_pairs
+from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Kind, Pairs, capped, distinct, of_keys, ordered, table_pairs
 from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.data.sources import listed
 from rayfed_sub.data.splits import Judged, Splits, judged_clients, numbered, split_rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.data.tokenization import in_words, tokenised
@@ -28,10 +31,12 @@ class RowCounts:
 
     strange: of values of the column that are not wanted; capped: left out by task.max_rows; silent: without tokens;
     dropped: longer than task.max_length and without room for the user's text; repeated: left out so that no question
-    stands in two splits, neither whole nor as it was cut.  cut: of the rows that are neither silent nor dropped, those
-    that were longer than task.max_length; cut_prompts, cut_answers and cut_turns: of these, with a shorter text of the
-    user's, with a shorter answer, and chats with fewer turns.  chunks: of plain text the rows of tokens that all texts
-    make, which clients and evaluations count; the other numbers count texts.
+    stands in two splits, neither whole nor as it was cut.  shared: of the rows of official validation and test splits,
+    those whose question stands in another one; they stay.  transparent, deep: of those that are read, images that lie
+    over white, and of 16 bits.  cut: of the rows that are neither silent nor dropped, those that were longer than
+    task.max_length; cut_prompts, cut_answers and cut_turns: of these, with a shorter text of the user's, with a shorter
+    answer, and chats with fewer turns.  chunks: of plain text the rows of tokens that all texts make, which clients and
+    evaluations count; the other numbers count texts.
     """
 
     read: int
@@ -48,6 +53,19 @@ class RowCounts:
     cut_answers: int
     cut_turns: int = 0
     chunks: int = 0
+    shared: int = 0
+    transparent: int = 0
+    deep: int = 0
+
+
+def changed_images(rows: Mapping[str, int]) -> str:
+    """Images that were changed on reading in words, of a stored `RowCounts`; "" where there are none.
+
+    >>> changed_images({"transparent": 2, "deep": 1200})
+    '2 transparent, over white; 1,200 of 16 bits, scaled'
+    """
+    words = {"transparent": "transparent, over white", "deep": "of 16 bits, scaled"}
+    return "; ".join(f"{rows[name]:,} {what}" for name, what in words.items() if rows.get(name))
 
 
 def too_long(rows: Mapping[str, int]) -> str:
@@ -57,9 +75,10 @@ def too_long(rows: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """train and held_out share no question, but for case and spaces, and no input of the model (`split_rows`).
+    """train and held_out share no question, but for case and spaces, and no input of the model (`split_rows`), unless
+    their splits are official.
 
-    held_out: the rows that are judged, which may be those of validation.
+    held_out: the rows that are judged, which may be those of validation; split: the name of their split.
 
     class_names: in the order of the class numbers, empty for language modelling; client_names: the value of the
     partition's column, or "client 3"; held_out_clients int64: the client whose data a held-out row resembles
@@ -80,6 +99,7 @@ class Dataset:
     client_offsets: Ints
     row_counts: RowCounts
     fingerprint: Fingerprint
+    split: str
 
     def rows_of(self, client: int) -> Ints:
         """The client's indices into train, int64, sorted, a view."""
@@ -98,9 +118,10 @@ def load_dataset(
 
 
 def load_pairs(task: Task, federation: Federation) -> Pairs:
-    """The task's rows as text, with the keys by which `federation` deals them out; repeats are dropped."""
+    """The task's rows as text, with the keys by which `federation` deals them out, in canonical order; repeats are
+    dropped."""
     column, task = key_column(task, federation), filled(task)
-    return distinct(python_docs() if task.name == "python-docs" else table_pairs(task, column))
+    return distinct(python_docs() if task.name == "python-docs" else ordered(table_pairs(task, column, federation)))
 
 
 def build_dataset(
@@ -110,12 +131,13 @@ def build_dataset(
 
     seed: deals out the rows; task.seed draws them and their splits.
     """
-    by_key = federation.partition.kind == "column"
-    passed = [len(pairs)]
+    by_key = federation.partition.kind in BY_CLIENT
+    passed, changes = [len(pairs)], pairs.changes
     names = tuple(f"client {client}" for client in range(federation.clients))
     if (most := federation.clients if by_key else federation.partition.largest) is not None:
         field = "federation.clients" if by_key else "federation.partition.largest"
-        largest = largest_keys(pairs.keys, most, field, key_column(task, federation))
+        trained = [key for key, kept in zip(pairs.keys, pairs.trained, strict=True) if kept]
+        largest = largest_keys(trained, most, field, key_column(task, federation))
         pairs = of_keys(pairs, largest)
         names = largest if by_key else names
     passed.append(len(pairs))
@@ -135,8 +157,10 @@ def build_dataset(
     passed.append(len(pairs))
 
     read = [question.encode("utf-8", "surrogatepass") for question in pairs.questions] if pairs.plain else inputs(rows)
-    split = split_rows(pairs.questions, read, pairs.keys, task)
+    split = split_rows(pairs.questions, read, pairs.keys, task, pairs.splits)
     chosen = split.held_out if judged == "held-out" else split.validation
+    if not len(chosen):
+        raise no_validation()
     key_names, keys = numbered(pairs.keys)
     dealt = partitioned([pairs.keys[row] for row in split.train], names, federation, seed)
     judged_by = judged_clients(keys[chosen], keys[split.train], key_names, dealt, seed)
@@ -145,7 +169,10 @@ def build_dataset(
     judged_by, keys = np.repeat(judged_by, sizes[chosen]), np.repeat(keys, sizes)
     chosen = _rows_of(chosen, sizes)
     splits = Splits(
-        *(_rows_of(part, sizes) for part in (split.train, split.validation, split.held_out, split.repeated))
+        train=_rows_of(split.train, sizes),
+        validation=_rows_of(split.validation, sizes),
+        held_out=_rows_of(split.held_out, sizes),
+        repeated=_rows_of(split.repeated, sizes),
     )
     return Dataset(
         kind=pairs.kind,
@@ -173,8 +200,12 @@ def build_dataset(
             cut_answers=cuts.answers,
             cut_turns=cuts.turns,
             chunks=len(rows) if pairs.plain else 0,
+            shared=split.shared,
+            transparent=changes.count(OVER_WHITE),
+            deep=changes.count(SCALED),
         ),
         fingerprint=fingerprint(rows, pairs.class_names, splits, names, parts, judged_by),
+        split=_split_name(task, judged, pairs.splits),
     )
 
 
@@ -187,3 +218,16 @@ def _rows_of(units: Ints, sizes: Ints) -> Ints:
     ends = np.cumsum(sizes)
     ranges = [np.arange(ends[unit] - sizes[unit], ends[unit]) for unit in units]
     return np.concatenate([np.empty(0, np.int64), *ranges])
+
+
+def _split_name(task: Task, judged: Judged, official: Sequence[str]) -> str:
+    """The name of the judged split.
+
+    >>> _split_name(Task(), "held-out", ()), _split_name(Task(test="data/dev.csv"), "held-out", ("train", "test"))
+    ('held-out share', 'test (dev.csv)')
+    """
+    split = "test" if judged == "held-out" else judged
+    if split not in official:
+        return f"{judged} share"
+    names = ", ".join(Path(name).name for name in listed(getattr(task, split)))
+    return split if names in ("", split) else f"{split} ({names})"

@@ -80,16 +80,25 @@ def encoded(cell: Any) -> bytes:
         content, path = cell.get("bytes"), cell.get("path")
         return Path(path).read_bytes() if not content and path else content or b""
     if hasattr(cell, "save"):
-        file = io.BytesIO()
-        cell.save(file, format="PNG")
-        return file.getvalue()
+        return as_png(cell)
     if isinstance(cell, str):
         raise ValueError(f"{cell!r} is text, not an image's bytes")
     return cell if isinstance(cell, bytes) else b""
 
 
-def decoded(content: bytes) -> Any:
-    """The image of an encoded file as a PIL image, upright, in mode L where all its pixels are gray, else RGB.
+@dataclass(frozen=True)
+class Opened:
+    """An image as the eye sees it.  image: a PIL image, upright, in mode L where all its pixels are gray, else RGB;
+    transparent: whether white shows through it; largest: of 16-bit pixels, the largest value."""
+
+    image: Any
+    transparent: bool = False
+    largest: int | None = None
+
+
+def opened(content: bytes, white: int = 65535) -> Opened:
+    """The image of an encoded file, over white where it is transparent.  white: the value of 16-bit pixels that is
+    white; what is brighter is white too.
 
     Raises ValueError, with a short reason, for a file that Pillow cannot read.
     """
@@ -101,16 +110,35 @@ def decoded(content: bytes) -> Any:
         with Image.open(io.BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16"):  # Pillow would cut off what is brighter than 255
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ("1", "L", "LA"):
-                return image.convert("L")
+                values = np.asarray(image).astype(np.int64)
+                scaled = np.minimum((values * 255 + white // 2) // white, 255)
+                return Opened(Image.fromarray(scaled.astype(np.uint8)), largest=int(values.max(initial=0)))
             if image.mode in ("I", "F"):
                 raise ValueError(f"32-bit pixels (mode {image.mode}), whose black and white nobody says")
-            image = image.convert("RGB")
+            transparent = False
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                transparent = bool((np.asarray(image.getchannel("A")) < 255).any())
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except Exception as error:  # a broken file makes Pillow and its codecs raise nearly anything
         raise ValueError(str(error).replace("\n", " ") or type(error).__name__) from error
-    red, green, blue = image.split()
-    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
+    if image.mode == "RGB":
+        red, green, blue = image.split()
+        image = red if red.tobytes() == green.tobytes() == blue.tobytes() else image
+    return Opened(image, transparent)
+
+
+def decoded(content: bytes) -> Any:
+    """The image of `opened`, as a PIL image."""
+    return opened(content).image
+
+
+def as_png(image: Any) -> bytes:
+    """A PIL image as the bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
 
 
 def digest(image: Any) -> str:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import math
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import compress
 from string import Formatter
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rayfed_sub.config.schema import Task
+from rayfed_sub.config.schema import BY_SOURCE, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.chats import Chat, read_chats
-from rayfed_sub.data.images import decoded, digest, encoded
+from rayfed_sub.data.client_keys import clients_of, partitioned_by
+from rayfed_sub.data.images import as_png, digest, encoded, opened
+from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.data.tables import Table, read_table, renamed
+from rayfed_sub.data.sources import SPLITS
+from rayfed_sub.data.tables import Table, class_names, classes, load_table, renamed, splits_of
 from rayfed_sub.data.tasks import TASKS
 
 Kind = Literal["causal-lm", "classification"]
+OVER_WHITE, SCALED = "over white", "scaled"
 Span = tuple[int, int]
 """Begin and end of a part of a text, in characters."""
 
@@ -38,7 +43,9 @@ class Pairs:
     spans: of each question the parts that are the user's text, in order; the rest is a template's own and is never cut.
     Empty: questions are the user's as a whole.
     chats: of a task of chats each row's; its question is then the history of its last answer, its answer that one.
-    plain: True for plain text, which has neither: questions are the texts, answers are empty."""
+    plain: True for plain text, which has neither: questions are the texts, answers are empty.
+    splits: of each row the official split that it is in, train, validation or test; empty where all are in train.
+    changes: of each image OVER_WHITE where it has transparent pixels, SCALED where it has 16 bits, else ""."""
 
     kind: Kind
     questions: tuple[str, ...]
@@ -49,6 +56,8 @@ class Pairs:
     spans: tuple[tuple[Span, ...], ...] = ()
     chats: tuple[Chat, ...] = ()
     plain: bool = False
+    splits: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -61,13 +70,24 @@ class Pairs:
         images = tuple(self.images[int(index)] for index in indices) if self.images else ()
         spans = tuple(self.spans[int(index)] for index in indices) if self.spans else ()
         chats = tuple(self.chats[int(index)] for index in indices) if self.chats else ()
-        return Pairs(self.kind, questions, answers, keys, self.class_names, images, spans, chats, self.plain)
+        splits = tuple(self.splits[int(index)] for index in indices) if self.splits else ()
+        changes = tuple(self.changes[int(index)] for index in indices) if self.changes else ()
+        names, plain = self.class_names, self.plain
+        return Pairs(self.kind, questions, answers, keys, names, images, spans, chats, plain, splits, changes)
+
+    @property
+    def trained(self) -> NDArray[np.bool_]:
+        """Which rows are in no official validation or test split, (rows,)."""
+        return (
+            np.fromiter((split == "train" for split in self.splits), bool) if self.splits else np.ones(len(self), bool)
+        )
 
 
 def distinct(pairs: Pairs) -> Pairs:
     """Each (question, answer) once, of a classification each question: the first.  Copies could stand in training and
     held-out rows at once, and those with another label contradict each other.  One warning says how many were dropped.
     Plain text keeps its repeats: how often something is said is what a model of it learns, and each client has its own.
+    Rows of official validation and test splits stay as they are.
 
     >>> distinct(Pairs("causal-lm", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"))).keys
     ('1', '2')
@@ -76,47 +96,74 @@ def distinct(pairs: Pairs) -> Pairs:
     """
     if pairs.plain:
         return pairs
-    first: dict[tuple[str, ...], int] = {}
-    contradicting = 0
+    first: dict[tuple[object, ...], int] = {}
+    contradicting, trained = 0, pairs.trained
     for index, pair in enumerate(zip(pairs.questions, pairs.answers, strict=True)):
-        kept = first.setdefault(pair if pairs.kind == "causal-lm" else pair[:1], index)
+        repeated = pair if pairs.kind == "causal-lm" else pair[:1]
+        kept = first.setdefault(repeated if trained[index] else (index,), index)
         contradicting += pairs.answers[kept] != pair[1]
     if len(first) < len(pairs):
         asked = "history and answer" if pairs.chats else "prompt and answer"
         what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else asked
         other = f" ({contradicting:,} of them with another label)" if contradicting else ""
-        counts = f"{len(pairs) - len(first):,} of {len(pairs):,} rows"
+        counts = f"{len(pairs) - len(first):,} of {int(trained.sum()):,} rows"
         log.warning("%s have the %s of a row before them; dropped%s", counts, what, other)
     return pairs.take(np.fromiter(first.values(), np.int64, len(first)))
 
 
+def ordered(pairs: Pairs) -> Pairs:
+    """The pairs in canonical order, by the digests of question and answer, then by key: the order of a source's rows
+    and files decides nothing.
+
+    >>> one, other = (Pairs("causal-lm", tuple(rows), tuple(rows), ("", "")) for rows in ("ab", "ba"))
+    >>> ordered(one) == ordered(other)
+    True
+    """
+    splits = pairs.splits or [""] * len(pairs)
+    places = [
+        (_digest(question), _digest(answer), key, split)
+        for question, answer, key, split in zip(pairs.questions, pairs.answers, pairs.keys, splits, strict=True)
+    ]
+    return pairs.take(np.asarray(sorted(range(len(pairs)), key=places.__getitem__), np.int64))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def capped(pairs: Pairs, max_rows: int | None, seed: int) -> Pairs:
-    """At most `max_rows` pairs drawn without replacement, in their first order."""
-    if max_rows is None or len(pairs) <= max_rows:
+    """At most `max_rows` pairs of the training rows, drawn without replacement, and all rows of official validation and
+    test splits, in their first order."""
+    trained = np.flatnonzero(pairs.trained)
+    if max_rows is None or len(trained) <= max_rows:
         return pairs
-    drawn = stream(seed, "max-rows").permutation(len(pairs))[:max_rows]
-    return pairs.take(np.sort(drawn))
+    drawn = stream(seed, "max-rows").permutation(len(trained))[:max_rows]
+    return pairs.take(np.sort(np.concatenate([trained[drawn], np.flatnonzero(~pairs.trained)])))
 
 
 def of_keys(pairs: Pairs, keys: tuple[str, ...]) -> Pairs:
-    """The pairs whose key is one of `keys`."""
-    wanted = frozenset(keys)
+    """The pairs whose key is one of `keys`, and those without a key, which are nobody's."""
+    wanted = frozenset((*keys, ""))
     kept = compress(range(len(pairs)), (key in wanted for key in pairs.keys))
     return pairs.take(np.fromiter(kept, np.int64))
 
 
 _FILES = ("file", "path")  # columns that may name an image's file
 
+_ANYBODY = "\0"  # the key of rows that nothing deals out
+
 _NAMED = 3  # broken images named in a warning
 
 
-def table_pairs(task: Task, key: str | None) -> Pairs:
-    """The pairs of the table that `task`, `filled`, describes; key: the column whose values are the pairs' keys.
+def table_pairs(task: Task, key: str | None, federation: Federation | None = None) -> Pairs:
+    """The pairs of the table that `task`, `filled`, describes, in the order of its sources.  key: the column whose
+    values are the pairs' keys, unless `federation` names each row's client in another way (`clients_of`).
 
     Rows without a question, an answer (or label) or a key are dropped, and counted in one warning; so are, in another
     one that names some, images that cannot be read: by column `file` or `path`, the image's own path, or its number,
     counted from 1.
-    Raises UserError (task.path, .split, .prompt, .answer, .label, .image, federation.partition.column).
+    Raises UserError (task.path, .train, .validation, .test, .split_column, .prompt, .answer, .label, .image,
+    federation.partition.column, .file, .partitioner, .args).
 
     >>> import tempfile; file = tempfile.NamedTemporaryFile("w", suffix=".jsonl")
     >>> print('{"q": "one?", "by": "A", "a": 1}', file=file, flush=True)
@@ -124,17 +171,13 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
     >>> pairs.questions, pairs.answers, pairs.keys
     (('A: one?',), ('1',), ('A',))
     """
-    path = _checked(task)
-    if task.messages is not None:
-        return _chats(task, read_table(path, task.split, _columns(task.messages, key)), key)
-    if task.text is not None:
-        return _plain(task, read_table(path, task.split, _columns(task.text, key)), key)
+    _check_columns(task)
+    column = None if federation is not None and federation.partition.kind in BY_SOURCE else key
+    dealt_by = partitioned_by(federation.partition) if federation else None
     pieces = _pieces(task.prompt) if task.prompt else []
     known = TASKS.get(task.name)
-    named = {name for _, name in pieces if name is not None} | {task.answer, task.label, task.image, key}
-    asked = {name for name in named if name is not None} | (set(_FILES) if task.image else set())
-    renames = {old: name for old, name in known.renames.items() if name in asked} if known else {}
-    read = read_table(path, task.split, frozenset({*asked, *renames}))
+    wanted, renames = _wanted(task, pieces, column, dealt_by)
+    read = load_table(task, wanted, by_client=federation is not None and federation.partition.kind == "files")
     table = renamed(read, renames)
     if known:
         names = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
@@ -142,95 +185,116 @@ def table_pairs(task: Task, key: str | None) -> Pairs:
         if not set(needed) <= set(table.names):
             having = f"a table with the columns {', '.join(needed)}, as {task.name} has them"
             allowed = f"{having}; it has {', '.join(read.names) or 'none'}"
-            raise UserError("task.path", path, allowed, "give another file, or set task.name=table")
-    for name in (task.label, key):
-        table = _whole(table, name) if name else table
+            raise UserError("task.path", task.path, allowed, "give another file, or set task.name=table")
 
-    if known and known.tidy:
-        table = _tidied(table, {name for _, name in pieces if name} | {str(task.answer)})
-    images: list[bytes] = []
+    pictures, chats, labels = _Pictures([], [], []), list[Chat | None](), tuple[str, ...]()
     spans: list[tuple[Span, ...]] = []
-    if task.image is not None:
-        questions, images = _images(table, task.image)
+    if task.messages is not None:
+        chats = read_chats(task.messages, table.column("task.messages", task.messages))
+        questions = [chat.history if chat else "" for chat in chats]
+    elif task.text is not None:
+        questions = table.texts("task.text", task.text)
+    elif task.image is not None:
+        pictures = _images(table, task.image)
+        questions = pictures.digests
     else:
-        questions, spans = _questions(table, pieces)
-    if task.label is not None:
-        table = _with_names(table, task.label, known.class_names if known else ())
-        answers, class_names = _classes(table, task.label)
+        questions, spans = _questions(table, pieces, tidy=bool(known and known.tidy))
+    if task.messages is not None or task.text is not None:
+        answers = [chat.turns[-1][1] if chat else "" for chat in chats] or [""] * len(questions)
+    elif task.label is not None:
+        answers = _named(classes(table.texts("task.label", task.label)), known.class_names if known else ())
+        labels = class_names(answers)
     else:
-        answers, class_names = _texts(table, "task.answer", str(task.answer)), ()
-    keys = _texts(table, "federation.partition.column", key) if key else ["*"] * len(questions)
-
-    full = [all(row) for row in zip(questions, answers, keys, strict=True)]
-    broken = questions.count("") if task.image else 0
-    missing = len(full) - sum(full) - broken
-    if not any(full):
-        given = "an image" if task.image else "a prompt"
-        wanted = "an answer" if task.label is None else "a label"
-        raise UserError(
-            "task.path", task.path, f"a table with rows that have {given} and {wanted}", "check the columns"
-        )
-    if missing:
-        what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
-        log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
+        answers = table.texts("task.answer", str(task.answer))
+        answers = [" ".join(answer.split()) for answer in answers] if known and known.tidy else answers
+    keys, splits = _owners(table, task, key, federation)
+    # Rows that nobody trains on need no key: they are nobody's.
+    full = [
+        bool(question and (answer or task.text) and (row_key or split != "train"))
+        for question, answer, row_key, split in zip(questions, answers, keys, splits, strict=True)
+    ]
+    _check_full(task, full, broken=questions.count("") if task.image else 0)
+    _check_splits(task, splits, full)
     pairs = Pairs(
         "classification" if task.label is not None else "causal-lm",
         tuple(questions),
         tuple(answers),
-        tuple(keys if key else [""] * len(keys)),
-        class_names,
-        tuple(images),
+        tuple("" if row_key == _ANYBODY else row_key for row_key in keys),
+        labels,
+        tuple(pictures.files),
         tuple(spans),
+        cast(tuple[Chat, ...], tuple(chats)),  # rows without one are not taken
+        task.text is not None,
+        tuple(splits) if {"validation", "test"} & set(splits) else (),
+        tuple(pictures.changes) if any(pictures.changes) else (),
     )
-    return pairs.take(np.flatnonzero(full))
+    return pairs.take(np.flatnonzero([whole and bool(split) for whole, split in zip(full, splits, strict=True)]))
 
 
-def _chats(task: Task, table: Table, key: str | None) -> Pairs:
-    """The pairs of a table of chats.  Rows without an answer or a key are dropped, and counted in one warning."""
-    column = str(task.messages)
-    chats = read_chats(column, table.column("task.messages", column))
-    keys = _texts(_whole(table, key), "federation.partition.column", key) if key else [""] * len(chats)
-    full = [chat for chat, named in zip(chats, keys, strict=True) if chat is not None and (named or not key)]
-    if not full:
-        raise UserError("task.path", task.path, "a table with chats that hold an answer", "check task.messages")
-    if len(full) < len(chats):
-        log.warning(
-            "task.path: %s of %s rows have no answer or key; dropped", f"{len(chats) - len(full):,}", f"{len(chats):,}"
-        )
-    return Pairs(
-        "causal-lm",
-        tuple(chat.history for chat in full),
-        tuple(chat.turns[-1][1] for chat in full),
-        tuple(keys[chat.row - 1] for chat in full),
-        chats=tuple(full),
-    )
+def _owners(
+    table: Table, task: Task, key: str | None, federation: Federation | None
+) -> tuple[list[str], Sequence[str]]:
+    """Each row's key, "" where it has none, and its split; _ANYBODY where the task has no keys."""
+    splits = splits_of(table, task)
+    if federation is not None and federation.partition.kind in BY_SOURCE:
+        return clients_of(table, federation.partition, federation.clients, splits)
+    if key is None:
+        return [_ANYBODY] * len(table), splits
+    keys = classes(table.texts("federation.partition.column", key, optional=key != task.label))
+    known = TASKS.get(task.name)
+    return _named(keys, known.class_names if known and key == task.label else ()), splits
 
 
-def _plain(task: Task, table: Table, key: str | None) -> Pairs:
-    """The texts of a table.  Rows without a text or a key are dropped, and counted in one warning."""
-    texts = _texts(table, "task.text", str(task.text))
-    keys = _texts(_whole(table, key), "federation.partition.column", key) if key else ["*"] * len(texts)
-    full = [row for row, both in enumerate(zip(texts, keys, strict=True)) if all(both)]
-    if not full:
-        raise UserError("task.path", task.path, "a table with rows that have a text", "check task.text")
-    if len(full) < len(texts):
-        counts = f"{len(texts) - len(full):,} of {len(texts):,}"
-        log.warning("task.path: %s rows have no text or key; dropped", counts)
-    named = tuple(keys[row] if key else "" for row in full)
-    return Pairs("causal-lm", tuple(texts[row] for row in full), ("",) * len(full), named, plain=True)
+def _wanted(
+    task: Task, pieces: Sequence[tuple[str, str | None]], key: str | None, dealt_by: str | None
+) -> tuple[Wanted, dict[str, str]]:
+    """The columns to read, under their names in the source too, and the renames that give them ours."""
+    texts = {
+        **{name: "task.prompt" for _, name in pieces if name is not None},
+        **{str(getattr(task, role)): f"task.{role}" for role in ("answer", "label") if getattr(task, role) is not None},
+        **({key: "federation.partition.column"} if key and key not in (task.answer, task.label) else {}),
+        **({dealt_by: "federation.partition.args.partition_by"} if dealt_by else {}),
+        **({task.split_column: "task.split_column"} if task.split_column else {}),
+    }
+    texts |= {task.text: "task.text"} if task.text else {}
+    cells = {name: "task.image" for name in (task.image, *_FILES) if name} if task.image else {}
+    cells |= {task.messages: "task.messages"} if task.messages else {}
+    known = TASKS.get(task.name)
+    renames = {old: name for old, name in known.renames.items() if name in texts} if known else {}
+    return Wanted({**texts, **{old: texts[name] for old, name in renames.items()}}, cells), renames
 
 
-def _columns(*names: str | None) -> frozenset[str]:
-    return frozenset(name for name in names if name is not None)
+def _check_full(task: Task, full: Sequence[bool], broken: int) -> None:
+    """UserError where no row is complete; else a warning with the number of those that are not, broken images aside."""
+    missing = len(full) - sum(full) - broken
+    if not any(full):
+        given = "an image" if task.image else "a prompt"
+        needed = f"{given} and {'an answer' if task.label is None else 'a label'}"
+        needed = "a chat with an answer" if task.messages else "a text" if task.text else needed
+        raise UserError("task.path", task.path, f"a table with rows that have {needed}", "check the columns")
+    if missing:
+        what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
+        what = "answer" if task.messages else "text" if task.text else what
+        log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
 
 
-def _checked(task: Task) -> str:
-    """The table's path.  UserError where the task names no columns for a row's input and output."""
-    if not task.path:
+def _check_splits(task: Task, splits: Sequence[str], full: Sequence[bool]) -> None:
+    """UserError for a split none of whose rows is complete."""
+    used = {split for split, whole in zip(splits, full, strict=True) if whole}
+    for split in SPLITS:
+        if split in splits and split not in used:
+            allowed = "a split with rows that have all that the task asks for; its rows lack text, label or key"
+            raise UserError(f"task.{split}", getattr(task, split), allowed, f"name another one, or set task.{split}=[]")
+
+
+def _check_columns(task: Task) -> None:
+    """UserError where the task names no columns for a row's input and output."""
+    if not task.path and not task.train:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
     for field in ("messages", "text"):
         if getattr(task, field) is not None:
-            return _alone(task, field)
+            _alone(task, field)
+            return
     if task.image is not None:
         if task.label is None:
             raise UserError("task.label", task.label, "the column of classes where task.image is set", "set task.label")
@@ -238,7 +302,7 @@ def _checked(task: Task) -> str:
             if (value := getattr(task, name)) is not None:
                 allowed = "nothing where task.image is set, which goes with task.label"
                 raise UserError(f"task.{name}", value, allowed, f"remove task.{name}")
-        return task.path
+        return
     if task.answer is None and task.label is None:
         allowed = "a column of the table, here (language modelling) or in task.label (classification)"
         raise UserError("task.answer", None, allowed, "set one of them")
@@ -251,46 +315,67 @@ def _checked(task: Task) -> str:
     if any(name == wanted for _, name in _pieces(task.prompt)):
         allowed = f"a template without {{{wanted}}}, which is what the model is to say"
         raise UserError("task.prompt", task.prompt, allowed, "leave that column out")
-    return task.path
 
 
-def _alone(task: Task, field: str) -> str:
-    """The table's path, of a task whose `field` says all of a row.  UserError where another column is named too."""
+def _alone(task: Task, field: str) -> None:
+    """UserError where another column is named beside `field`, which says all of a row."""
     for name in ("prompt", "answer", "label", "image", "messages", "text"):
         if name != field and (value := getattr(task, name)) is not None:
             raise UserError(f"task.{name}", value, f"nothing where task.{field} is set", f"remove task.{name}")
-    return str(task.path)
 
 
-def _images(table: Table, name: str) -> tuple[list[str], list[bytes]]:
-    """The digest of each image's pixels, "" where it cannot be read, and the image as in its file."""
-    digests, contents, broken = [], [], []
+@dataclass(frozen=True)
+class _Pictures:
+    """Of each image the digest of its pixels, "" where it cannot be read, its file, and its change (`Pairs`)."""
+
+    digests: list[str]
+    files: list[bytes]
+    changes: list[str]
+
+
+def _images(table: Table, name: str) -> _Pictures:
+    """The images of a column; 16-bit ones as files of 8 bits, in which the largest value of all of them is white."""
     cells = table.column("task.image", name)
+    read = _Pictures([""] * len(cells), [b""] * len(cells), [""] * len(cells))
+    broken: list[tuple[int, str]] = []
+    largest = 0
     for row, cell in enumerate(cells):
-        content = b""
         try:
-            content = encoded(cell)
-            digests.append(digest(decoded(content)))
+            read.files[row] = encoded(cell)
+            found = opened(read.files[row])
         except (ValueError, OSError) as error:
-            digests.append("")
-            broken.append(f"{_file(table, cell, row)} ({error})")
-        contents.append(content)
+            broken.append((row, str(error)))
+            continue
+        read.digests[row] = digest(found.image)
+        read.changes[row] = SCALED if found.largest is not None else OVER_WHITE if found.transparent else ""
+        largest = max(largest, found.largest or 0)
+    for row in [row for row, change in enumerate(read.changes) if change == SCALED]:
+        image = opened(read.files[row], max(largest, 1)).image
+        read.files[row], read.digests[row] = as_png(image), digest(image)
+    shown = [f"{file} ({error})" for file, error in _files(table, cells, broken)]
     if len(broken) == len(cells):
-        some = ", ".join(broken[:_NAMED])
+        some = ", ".join(shown[:_NAMED])
         raise UserError(
             "task.image", name, "a column of images in a format that Pillow knows", some or "it has no rows"
         )
     if broken:
         counts = f"{len(broken):,} of {len(cells):,}"
-        log.warning("task.image: %s images cannot be read; skipped: %s", counts, ", ".join(broken))
-    return digests, contents
+        log.warning("task.image: %s images cannot be read; skipped: %s", counts, ", ".join(shown))
+    if transparent := read.changes.count(OVER_WHITE):
+        log.warning("task.image: %s of %s images are transparent; over white", f"{transparent:,}", f"{len(cells):,}")
+    if deep := read.changes.count(SCALED):
+        counts = f"{deep:,} of {len(cells):,}"
+        log.warning("task.image: %s images have 16 bits; scaled by %s, the largest value", counts, f"{largest:,}")
+    return read
 
 
-def _file(table: Table, cell: Any, row: int) -> str:
-    """Name of a row's image for messages."""
-    stored = [cell.get("path")] if isinstance(cell, Mapping) else []
-    names = [*(table.columns[name][row] for name in _FILES if name in table.columns), *stored]
-    return next((str(name) for name in names if name), f"row {row + 1}")
+def _files(table: Table, cells: Sequence[Any], rows: Sequence[tuple[int, str]]) -> Iterator[tuple[str, str]]:
+    """Names of images for messages, each with its text from `rows`."""
+    named = [table.column("task.image", name) for name in _FILES if rows and all(name in p.names for p in table.parts)]
+    for row, text in rows:
+        cell = cells[row]
+        names = [*(column[row] for column in named), cell.get("path") if isinstance(cell, Mapping) else None]
+        yield next((str(name) for name in names if name), f"row {row + 1}"), text
 
 
 def _pieces(template: str) -> list[tuple[str, str | None]]:
@@ -311,71 +396,26 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, _, _ in parsed]
 
 
-def _questions(table: Table, pieces: Sequence[tuple[str, str | None]]) -> tuple[list[str], list[tuple[Span, ...]]]:
+def _questions(
+    table: Table, pieces: Sequence[tuple[str, str | None]], tidy: bool
+) -> tuple[list[str], list[tuple[Span, ...]]]:
     """The template filled in for every row, stripped, and where the columns' texts stand in it; an empty cell is empty
-    text."""
-    columns = [(literal, _texts(table, "task.prompt", name) if name else None) for literal, name in pieces]
-    count = next(len(cells) for _, cells in columns if cells is not None)
+    text.  tidy: runs of white space in the cells become one space."""
+    columns = [(literal, table.texts("task.prompt", name) if name else None) for literal, name in pieces]
     questions, spans = [], []
-    for row in range(count):
+    for row in range(len(table)):
         text, places = "", []
         for literal, cells in columns:
             text = (text + literal).lstrip()
-            if cells is not None and cells[row]:
-                places.append((len(text), len(text) + len(cells[row])))
-                text += cells[row]
+            if cells is not None and (cell := " ".join(cells[row].split()) if tidy else cells[row]):
+                places.append((len(text), len(text) + len(cell)))
+                text += cell
         questions.append(text.rstrip())  # cells end without a space, so every span stays inside
         spans.append(tuple(places))
     return questions, spans
 
 
-def _tidied(table: Table, names: Set[str]) -> Table:
-    """The table with runs of white space in the texts of these columns as one space."""
-    tidy = {
-        name: [" ".join(cell.split()) if isinstance(cell, str) else cell for cell in table.columns[name]]
-        for name in table.columns.keys() & names
-    }
-    return replace(table, columns={**table.columns, **tidy})
-
-
-def _texts(table: Table, field: str, name: str) -> list[str]:
-    """A column as stripped text: "" for a missing cell, the class's name for a `ClassLabel`."""
-    cells = [None if _missing(cell) else cell for cell in table.column(field, name)]
-    if name in table.class_names:
-        names = table.class_names[name]
-        return ["" if cell is None or cell < 0 else names[cell] for cell in cells]  # -1 is "no label"
-    return ["" if cell is None else str(cell).strip() for cell in cells]
-
-
-def _classes(table: Table, name: str) -> tuple[list[str], tuple[str, ...]]:
-    """Each row's class name, and all in order: a `ClassLabel`'s own, numbers by size, else the alphabet."""
-    texts = _texts(table, "task.label", name)
-    if name in table.class_names:
-        return texts, table.class_names[name]
-    numbers = all(type(cell) is int for cell in _present(table, name))
-    return texts, tuple(sorted(set(texts) - {""}, key=(lambda text: (int(text), text)) if numbers else None))
-
-
-def _whole(table: Table, name: str) -> Table:
-    """The table with integers in a column of floats without a fraction: so pandas keeps integers with missing cells."""
-    cells = _present(table, name)
-    if not cells or not all(isinstance(cell, float) and cell.is_integer() for cell in cells):
-        return table
-    whole = [None if _missing(cell) else int(cell) for cell in table.columns[name]]
-    return replace(table, columns={**table.columns, name: whole})
-
-
-def _with_names(table: Table, name: str, class_names: tuple[str, ...]) -> Table:
-    """The table with names for the numbers of a column that has none of its own, where they fit."""
-    cells = _present(table, name)
-    if name in table.class_names or not all(type(cell) is int and cell < len(class_names) for cell in cells):
-        return table
-    return replace(table, class_names={**table.class_names, name: class_names})
-
-
-def _present(table: Table, name: str) -> list[Any]:
-    return [cell for cell in table.columns.get(name, ()) if not _missing(cell)]
-
-
-def _missing(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))  # NaN is how pandas says None
+def _named(labels: list[str], names: Sequence[str]) -> list[str]:
+    """Labels that are numbers of `names` as these names, where all are."""
+    numbers = {label: label.isdecimal() and int(label) < len(names) for label in set(labels) - {""}}
+    return [names[int(label)] if label else "" for label in labels] if all(numbers.values()) and names else labels

@@ -36,7 +36,7 @@ class PartitionStats:
     for images; judged_C: held-out (or validation) rows that are like the client's, by its keys; distance_C and skew: of
     the values, see `skew`.
     holders, held, counts: client, value and rows of every pair that has any, by client.
-    notes: messages logged while the rows were read.
+    split: the name of the judged split.  notes: messages logged while the rows were read.
     """
 
     name: str
@@ -57,6 +57,7 @@ class PartitionStats:
     counts: Ints
     row_counts: RowCounts
     notes: tuple[str, ...]
+    split: str
 
     def counts_of(self, client: int) -> dict[str, int]:
         """The client's rows of each value that it has, largest first."""
@@ -148,6 +149,7 @@ def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Par
         counts=counts,
         row_counts=dataset.row_counts,
         notes=tuple(notes),
+        split=dataset.split,
     )
 
 
@@ -169,6 +171,7 @@ def as_dict(stats: PartitionStats) -> dict[str, Any]:
         "counted": stats.counted,
         "value_column": stats.value_column,
         "judged": stats.judged,
+        "split": stats.split,
         "skew": stats.skew,
         "rows": asdict(stats.row_counts),
         "notes": list(stats.notes),

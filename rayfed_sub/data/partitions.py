@@ -5,6 +5,7 @@ Everything is an array of row numbers: no row is copied, and each draw has a str
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -12,12 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.config.schema import BY_CLIENT, BY_SOURCE, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data import python_docs
+from rayfed_sub.data.client_keys import topped_up
+from rayfed_sub.data.readers import CLIENT
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.tasks import TASKS
+
+log = logging.getLogger(__name__)
 
 DIRICHLET_DRAWS = 10
 """Dirichlet shares are drawn again, this many times at most, while they leave a client without rows."""
@@ -29,6 +34,11 @@ def key_column(task: Task, federation: Federation) -> str | None:
     Raises UserError (federation.partition.column) where the partition needs a column and none is named.
     """
     column, kind = federation.partition.column, federation.partition.kind
+    if kind in BY_SOURCE:
+        if task.name == "python-docs":
+            allowed = "another kind with task.name=python-docs, whose rows are in no file"
+            raise UserError("federation.partition.kind", kind, allowed, "e.g. federation.partition.kind=column")
+        return CLIENT
     if task.name == "python-docs":
         if column not in (None, python_docs.COLUMN):
             allowed = f"{python_docs.COLUMN} with task.name=python-docs"
@@ -77,7 +87,7 @@ def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federatio
     if clients > len(keys):
         allowed = f"1 to {len(keys)}, the number of training rows"
         raise UserError("federation.clients", clients, allowed, "lower federation.clients or use more rows")
-    if kind == "column":
+    if kind in BY_CLIENT:
         number = {name: k for k, name in enumerate(names)}
         client_R = np.fromiter((number.get(key, clients) for key in keys), np.int64, len(keys))
         ends = np.cumsum(np.bincount(client_R, minlength=clients)[:clients])
@@ -95,8 +105,7 @@ def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federatio
     for name, part in zip(names, parts, strict=True):
         if not len(part):
             allowed = f"at least one row for every client ({name} has none)"
-            more = " or raise federation.partition.alpha" if kind == "dirichlet" else " or use more rows"
-            raise UserError("federation.clients", clients, allowed, f"lower federation.clients{more}")
+            raise UserError("federation.clients", clients, allowed, "lower federation.clients or use more rows")
     return parts
 
 
@@ -178,7 +187,8 @@ def dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int) -> lis
     """Each client's row numbers, int64 (rows of the client,), ascending: a row's key goes to clients by shares from
     Dirichlet(alpha), flwr-datasets' `DirichletPartitioner`.
 
-    keys: of every row.  Drawn up to DIRICHLET_DRAWS times while a client is left empty; the last may leave one so.
+    keys: of every row, at least as many as clients.  Drawn up to DIRICHLET_DRAWS times while a client is left empty; in
+    the last draw those that still are get one row each, of the largest client.
     """
     from flwr_datasets.partitioner import DirichletPartitioner
 
@@ -195,8 +205,11 @@ def dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int) -> lis
         )
         parts = _dealt(partitioner, order, [keys[row] for row in order])
         if all(len(part) for part in parts):
-            break
-    return parts
+            return parts
+    if empty := sum(not len(part) for part in parts):
+        which = f"{empty:,} of {clients:,} clients"
+        log.warning("Dirichlet(%g) left %s without rows; each has a row of the largest client", alpha, which)
+    return topped_up(parts)
 
 
 def _dealt(partitioner: Any, order: Ints, keys: Sequence[str | int] | None) -> list[Ints]:

@@ -1,4 +1,5 @@
-"""Training, validation and held-out rows, of which no two share a question; and whose data judged rows are like.
+"""Training, validation and held-out rows: official splits, or shares that share no question; and whose data judged
+rows are like.
 
 Everything is an array of row numbers: no row is copied, and each draw has a stream of its own.
 """
@@ -28,42 +29,64 @@ _DISTINGUISH = "or let task.prompt, and task.max_length or task.image_size, make
 @dataclass(frozen=True, eq=False)
 class Splits:
     """Row numbers int64, each sorted.  repeated: rows that belong nowhere, because their question or their input
-    stands in a split that comes before theirs: held-out before validation before training."""
+    stands in a drawn split that comes before theirs: held-out before validation before training.  shared: the number of
+    rows of official validation and test splits whose question or input stands in another split, training first; they
+    stay."""
 
     train: Ints
     validation: Ints
     held_out: Ints
     repeated: Ints
+    shared: int = 0
 
 
-def split_rows(questions: Sequence[str], inputs: Sequence[bytes], keys: Sequence[str], task: Task) -> Splits:
-    """The rows of each split, drawn by task.seed; no two share a question, but for case and spaces, or an input.
+def split_rows(
+    questions: Sequence[str],
+    inputs: Sequence[bytes],
+    keys: Sequence[str],
+    task: Task,
+    official: Sequence[str] = (),
+) -> Splits:
+    """The rows of each split.  official: each row's own, train, validation or test; a split that no row is in is drawn
+    from train by task.seed, as are both without official splits.
+
+    No row shares a question, but for case and spaces, or an input, with one of a split that is drawn.  Official splits
+    stay as they are; rows that two of them share are counted.
 
     inputs: what the model reads of each question, as bytes: two questions may have one input once they are cut to
     task.max_length, scaled to task.image_size, or tokenised.  One warning gives the number of rows left out for this.
 
-    Raises UserError (task.held_out, task.validation) where a split that is asked for would be empty.
+    Raises UserError (task.test_share, task.validation_share) where a split that is asked for would be empty.
 
-    >>> task = Task(held_out=0.25, validation=0.25)
+    >>> task = Task(test_share=0.25, validation_share=0.25)
     >>> splits = split_rows(["a?", "b?", "c?", "d?"], [b"a", b"b", b"c", b"d"], [""] * 4, task)
     >>> [len(part) for part in (splits.train, splits.validation, splits.held_out, splits.repeated)]
     [2, 1, 1, 0]
     """
-    held_out = drawn_rows(keys, task.held_out, task.seed)
-    validation = np.empty(0, np.int64)
-    if task.validation:
-        validation = drawn_rows(keys, task.validation, task.seed, "validation", held_out)
-    train = np.setdiff1d(np.arange(len(keys)), np.concatenate([held_out, validation]))
-
+    split_R = np.asarray(official if len(official) else ["train"] * len(keys))
+    pool, held_out, validation = (np.flatnonzero(split_R == name) for name in ("train", "test", "validation"))
+    pool_keys = [keys[int(row)] for row in pool]
+    drawn = np.empty(0, np.int64)
+    if not len(held_out):
+        drawn = drawn_rows(pool_keys, task.test_share, task.seed)
+        held_out = pool[drawn]
+    kept_apart = pool[drawn]
+    share = 0.0 if len(validation) else task.validation_share
     asked = [_numbers(" ".join(question.casefold().split()) for question in questions), _numbers(inputs)]
-    checked = _apart(validation, held_out, asked)
-    if task.validation and not len(checked):
-        allowed = f"a share that leaves questions which are not held out (of {len(validation):,} drawn, all are)"
-        raise UserError("task.validation", task.validation, allowed, f"raise it, lower task.held_out, {_DISTINGUISH}")
-    kept = _apart(train, np.concatenate([held_out, checked]), asked)
+    checked = validation
+    if share:
+        validation = pool[drawn_rows(pool_keys, share, task.seed, "validation", drawn)]
+        checked = _apart(validation, kept_apart, asked)
+        if not len(checked):
+            allowed = f"a share that leaves questions which are not held out (of {len(validation):,} drawn, all are)"
+            advice = f"raise it, lower task.test_share, {_DISTINGUISH}"
+            raise UserError("task.validation_share", share, allowed, advice)
+        kept_apart = np.concatenate([kept_apart, checked])
+    train = np.setdiff1d(pool, np.concatenate([pool[drawn], validation]))
+    kept = _apart(train, kept_apart, asked)
     if not len(kept):
         allowed = "a share that leaves questions to train on; every training row asks what is held out or validation"
-        raise UserError("task.held_out", task.held_out, allowed, f"lower it, {_DISTINGUISH}")
+        raise UserError("task.test_share", task.test_share, allowed, f"lower it, {_DISTINGUISH}")
     lost = {"training": len(train) - len(kept), "validation": len(validation) - len(checked)}
     if any(lost.values()):
         log.warning(
@@ -72,8 +95,22 @@ def split_rows(questions: Sequence[str], inputs: Sequence[bytes], keys: Sequence
             " and ".join(f"{count:,} {name}" for name, count in lost.items() if count),
             "row" if sum(lost.values()) == 1 else "rows",
         )
-    repeated = np.setdiff1d(np.arange(len(keys)), np.concatenate([kept, checked, held_out]))
-    return Splits(kept, checked, held_out, repeated)
+    repeated = np.setdiff1d(pool, np.concatenate([kept, checked, held_out]))
+    return Splits(kept, checked, held_out, repeated, _shared(split_R, kept, checked, asked))
+
+
+def _shared(split_R: NDArray[np.str_], train: Ints, validation: Ints, asked: Sequence[Ints]) -> int:
+    """The rows of the official test split that ask what stands in training or validation, and those of the official
+    validation split that ask what stands in training; said in a warning."""
+    before = {"validation": train, "test": np.concatenate([train, validation])}
+    counts = {}
+    for name, others in before.items():
+        rows = np.flatnonzero(split_R == name)
+        counts[name] = (len(rows) - len(_apart(rows, others, asked)), len(rows))
+    if any(count for count, _ in counts.values()):
+        shown = " and ".join(f"{count:,} of {rows:,} {name} rows" for name, (count, rows) in counts.items() if count)
+        log.warning("%s ask what stands in another official split too, but for case, spaces and what is cut", shown)
+    return sum(count for count, _ in counts.values())
 
 
 def drawn_rows(
@@ -85,7 +122,7 @@ def drawn_rows(
     Each key gives the whole part of its share of all its rows; what is missing then comes from the keys with the
     largest remainders.  No key gives its last row.  taken: rows that another
     split has.
-    Raises UserError (task.held_out or task.validation) where nothing would be drawn.
+    Raises UserError (task.test_share or task.validation_share) where nothing would be drawn.
 
     >>> rows = drawn_rows(["a"] * 10 + ["b"] * 20, 0.2, seed=0)
     >>> len(rows), int((rows < 10).sum())
@@ -107,7 +144,8 @@ def drawn_rows(
             break
         counts[able[:missing]] += 1
     if not counts.sum():
-        field, what = f"task.{purpose.replace('-', '_')}", "holds out" if purpose == "held-out" else "sets aside"
+        held_out = purpose == "held-out"
+        field, what = f"task.{'test' if held_out else 'validation'}_share", "holds out" if held_out else "sets aside"
         allowed = f"a share that {what} at least one of the {len(keys):,} rows (each key keeps one for training)"
         raise UserError(field, share, allowed, f"raise {field} or use more rows")
     drawn = [

@@ -1,166 +1,200 @@
-"""A table from a local file or the hub, as columns of Python values.  Readers are imported when used."""
+"""A table of one or several sources, whose cells are the same whatever the type of file that they stand in.
+
+Its rows are in the order of the sources; `pairs.py` gives them their canonical order.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id
+from rayfed_sub.data.readers import NoTextError, Part, Wanted, as_text, no_text
+from rayfed_sub.data.sources import SPLITS, listed, read_source, sources_of
+
+log = logging.getLogger(__name__)
+
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.0+)?")
+_TRUTHS = {"true": "True", "false": "False"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """names: all columns; columns: the cells of those that were read, all of one length;
-    class_names: the names behind the numbers of `ClassLabel` columns."""
+    """parts: the sources, one after the other."""
 
-    names: tuple[str, ...]
-    columns: Mapping[str, Sequence[Any]]
-    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[Part, ...]
 
-    def column(self, field: str, name: str) -> Sequence[Any]:
-        """The cells of column `name`; UserError for the configuration's `field` where there is none."""
-        if name not in self.columns:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All columns, each once."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.names))
+
+    def __len__(self) -> int:
+        return sum(len(part.data) for part in self.parts)
+
+    def texts(self, field: str, name: str, optional: bool = False) -> list[str]:
+        """The cells of column `name` as canonical text (`as_text`), "" where they are missing.
+
+        optional: the column may be missing from parts that nobody trains on.
+        Raises UserError for the configuration's `field` where there is no such column, or a cell that is no text.
+        """
+        self._check(field, name, optional)
+        return [text for part in self.parts for text in _part_texts(part, field, name)]
+
+    def column(self, field: str, name: str) -> list[Any]:
+        """The cells of column `name` as they are, None where they are missing.  Raises UserError as `texts`."""
+        self._check(field, name)
+        return [cell for part in self.parts for cell in _cells(part, name)]
+
+    def _check(self, field: str, name: str, optional: bool = False) -> None:
+        if name not in self.names:
             known = ", ".join(self.names) or "it has none"
             raise UserError(field, name, f"a column of the table: {known}", f"change {field}")
-        return self.columns[name]
+        for part in self.parts:
+            needed = len(part.data) and not (optional and part.split != "train")
+            if needed and name not in part.names:
+                allowed = f"a column of every file; {part.place} has {', '.join(part.names)}"
+                raise UserError(field, name, allowed, f"rename its columns, or change {field}")
+
+
+def load_table(task: Task, wanted: Wanted, by_client: bool = False) -> Table:
+    """The rows of the task's splits, as `sources_of` finds them.  Raises UserError as that does, or for the field of a
+    column.
+
+    by_client: a file belongs to the client that its place names.
+    """
+    parts: list[Part] = []
+    for split, sources in sources_of(task, by_client).items():
+        field = f"task.{split}" if getattr(task, split) else "task.path"
+        parts += [read_source(source, wanted, field, split) for source in sources]
+    return Table(tuple(parts))
+
+
+def splits_of(table: Table, task: Task) -> list[str]:
+    """Each row's split, "" for rows of none; with task.split_column by its cells.
+
+    Raises UserError (task.split_column, .train, .validation, .test) where it does not have the values that are named.
+    """
+    if task.split_column is None:
+        return [part.split for part in table.parts for _ in range(len(part.data))]
+    cells = table.texts("task.split_column", task.split_column)
+    found = set(cells) - {""}
+    split_of: dict[str, str] = {}
+    for split in SPLITS:
+        given = getattr(task, split)
+        names = [split] if given is None and split in found else listed(given)
+        if missing := [name for name in names if name not in found] or (
+            [split] if split == "train" and not names else []
+        ):
+            allowed = f"values of the column {task.split_column}: {', '.join(sorted(found)) or 'it has none'}"
+            raise UserError(f"task.{split}", given, allowed, f"set task.{split}; there is no {missing[0]}")
+        for name in names:
+            if split_of.setdefault(name, split) != split:
+                allowed = f"other rows than task.{split_of[name]} has"
+                raise UserError(f"task.{split}", given, allowed, "name another value")
+    if idle := sum(cell not in split_of for cell in cells):
+        log.warning("task.split_column: %s of %s rows are in no split that is used", f"{idle:,}", f"{len(cells):,}")
+    return [split_of.get(cell, "") for cell in cells]
 
 
 def renamed(table: Table, renames: Mapping[str, str]) -> Table:
     """The table with columns under other names (old -> new), where it has none of the new name."""
-    new = {old: name for old, name in renames.items() if old in table.names and name not in table.names}
-    return Table(
-        tuple(new.get(name, name) for name in table.names),
-        {new.get(name, name): cells for name, cells in table.columns.items()},
-        {new.get(name, name): names for name, names in table.class_names.items()},
+    return Table(tuple(_renamed(part, renames) for part in table.parts))
+
+
+def classes(texts: Sequence[str]) -> list[str]:
+    """Canonical names of classes or keys: whole numbers without the ".0" that programs give them where some are
+    missing, True and False in one spelling, where all are such.
+
+    >>> classes(["1.0", "", "3.0"]), classes(["true", "FALSE"]), classes(["007", "1.0"])
+    (['1', '', '3'], ['True', 'False'], ['007', '1.0'])
+    """
+    names = {text for text in texts if text}
+    if all(_NUMBER.fullmatch(name) for name in names):
+        return [text.partition(".")[0] for text in texts]
+    if all(name.lower() in _TRUTHS for name in names):
+        return [_TRUTHS.get(text.lower(), text) for text in texts]
+    return list(texts)
+
+
+def whole_numbers(table: Table, field: str, name: str) -> Sequence[str | int]:
+    """A column as `datasets` would have it: the numbers of a `ClassLabel`, whole numbers where all cells are such, else
+    texts.  Raises UserError as `Table.texts`."""
+    import datasets
+
+    texts = table.texts(field, name)
+    if all(isinstance(part.data.features.get(name), datasets.ClassLabel) for part in table.parts):
+        return table.column(field, name)
+    return (
+        [int(text) for text in texts] if all(_NUMBER.fullmatch(text) and "." not in text for text in texts) else texts
     )
 
 
-def read_table(path: str, split: str, columns: frozenset[str]) -> Table:
-    """The table at `path`: a .parquet, .jsonl, .json or .csv file, else what `datasets.load_dataset` finds.
+def class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The different names but "", numbers by size, else by the alphabet: the same order for numbers, texts and
+    `ClassLabel`s in any file.
 
-    columns: those that will be asked for; a Parquet file or hub data set is read only there.
-    Raises UserError (task.path, task.split) for a table that cannot be read.
+    >>> class_names(["10", "9", "", "10"])
+    ('9', '10')
     """
-    file = Path(os.path.expanduser(path))
-    reader = READERS.get(file.suffix.lower())
-    if file.is_dir() or (reader is None and not file.is_file() and is_hub_id(path)):
-        return _from_datasets(path, split, columns)
-    kinds = ", ".join(READERS)
-    if not file.is_file():
-        raise UserError("task.path", path, f"a file that exists ({kinds}) or a hub id", "check the path")
-    if reader is None:
-        raise UserError("task.path", path, f"a file ending in {kinds}, or a hub id", "convert the file")
-    if split != "train":
-        raise UserError("task.split", split, "train where task.path is one file", "remove task.split")
-    try:
-        return reader(file, columns)
-    except (ValueError, OSError, NotImplementedError) as error:  # Arrow's, pandas' and json's errors are these
-        cause = _undecodable(file) if isinstance(error, UnicodeDecodeError) else str(error).partition("\n")[0][:200]
-        raise UserError("task.path", path, f"a readable {file.suffix} file", cause) from None
+    found = set(names) - {""}
+    numbers = all(_NUMBER.fullmatch(name) for name in found)
+    return tuple(sorted(found, key=(lambda name: (int(name), name)) if numbers else None))
 
 
-def _parquet(file: Path, columns: frozenset[str]) -> Table:
-    import pyarrow.parquet as pq
-
-    schema = pq.read_schema(file)
-    wanted = [name for name in schema.names if name in columns]
-    table = pq.read_table(file, columns=wanted)
-    cells = {name: table.column(name).to_pylist() for name in wanted}
-    # Where `datasets` wrote the file, it left the names of its classes in the schema.
-    notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = notes.get("info", {}).get("features", {})
-    names = {
-        name: tuple(feature["names"])
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
-    return Table(tuple(schema.names), cells, names)
+def _renamed(part: Part, renames: Mapping[str, str]) -> Part:
+    new = {old: name for old, name in renames.items() if old in part.names and name not in part.names}
+    names = tuple(new.get(name, name) for name in part.names)
+    inside = {old: name for old, name in new.items() if old in part.data.column_names}
+    return replace(part, names=names, data=part.data.rename_columns(inside) if inside else part.data)
 
 
-def _json_lines(file: Path, columns: frozenset[str]) -> Table:
-    with file.open(encoding="utf-8") as lines:
-        numbered = [(f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    return _from_records([_parsed(where, line) for where, line in numbered], [where for where, _ in numbered])
+def _cells(part: Part, name: str) -> Iterator[Any]:
+    import json
+
+    for chunk in part.data.data.column(name).chunks:
+        for cell in chunk.to_pylist():
+            yield json.loads(cell) if part.as_json and cell is not None else cell
 
 
-def _parsed(where: str, line: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:  # it counts lines from the beginning of what it was given
-        raise ValueError(f"{where}: {error.msg}, column {error.colno}") from None
-
-
-def _json(file: Path, columns: frozenset[str]) -> Table:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, list):
-        raise ValueError("a .json file must hold one list of records; name it .jsonl if it has one record a line")
-    return _from_records(content, [f"record {number}" for number in range(1, len(content) + 1)])
-
-
-def _csv(file: Path, columns: frozenset[str]) -> Table:
-    import pandas as pd
-
-    # Every cell stays the text that stands in the file: no guessing at numbers, dates or "NA".
-    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-    cells = {str(name): frame[name].tolist() for name in frame.columns}
-    return Table(tuple(cells), cells)
-
-
-READERS: Mapping[str, Callable[[Path, frozenset[str]], Table]] = {
-    ".parquet": _parquet,
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-}
-
-
-def _undecodable(file: Path) -> str:
-    """The first line that is not UTF-8."""
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return f"line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
-    return "it is not UTF-8; save it as UTF-8"
-
-
-def _from_records(records: Sequence[object], places: Sequence[str]) -> Table:
-    """places: the name of each record for messages."""
-    names: dict[str, None] = {}
-    for where, record in zip(places, records, strict=True):
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is not a mapping of columns to values")
-        names.update(dict.fromkeys(record))
-    rows = [record for record in records if isinstance(record, dict)]
-    return Table(tuple(names), {name: [row.get(name) for row in rows] for name in names})
-
-
-def _from_datasets(path: str, split: str, columns: frozenset[str]) -> Table:
+def _part_texts(part: Part, field: str, name: str) -> Iterator[str]:
     import datasets
 
-    try:
-        with hub_or_cache() if is_hub_id(path) else nullcontext():
-            data = datasets.load_dataset(path, split=split)
-    except Exception as error:  # the hub's client raises several families of errors; all mean the same to a person
-        cause = str(error).partition("\n")[0][:200]
-        if "split" in cause.lower():
-            raise UserError("task.split", split, f"a split of {path}", cause) from error
-        raise UserError(
-            "task.path", path, "a hub id or file that can be loaded", cause or type(error).__name__
-        ) from error
-    wanted = [name for name in data.column_names if name in columns]
-    for name in wanted:
-        if isinstance(data.features[name], datasets.Image):  # its file's bytes will do, nobody needs the pixels yet
-            data = data.cast_column(name, datasets.Image(decode=False))
-    names = {
-        name: tuple(feature.names)
-        for name, feature in data.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
-    return Table(tuple(data.column_names), {name: data[name][:] for name in wanted}, names)
+    if name not in part.data.column_names:
+        yield from [""] * len(part.data)
+        return
+    feature = part.data.features[name]
+    labels = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    row = 0
+    for chunk in part.data.data.column(name).chunks:
+        _check_kind(chunk, row, part, field, name)
+        for cell in chunk.to_pylist():
+            row += 1
+            try:
+                yield as_text(cell) if labels is None else _label(cell, labels)
+            except NoTextError as error:
+                raise no_text(field, name, f"row {row} of {part.place}", str(error)) from None
+
+
+def _check_kind(chunk: Any, before: int, part: Part, field: str, name: str) -> None:
+    """UserError for a column of another type than text and numbers, without a look into its cells."""
+    from pyarrow import types
+
+    simple = (
+        *(types.is_string, types.is_large_string, types.is_null, types.is_boolean),
+        *(types.is_integer, types.is_floating, types.is_decimal),
+    )
+    if not any(test(chunk.type) for test in simple) and chunk.null_count < len(chunk):
+        row = before + chunk.is_valid().to_pylist().index(True) + 1
+        raise no_text(field, name, f"row {row} of {part.place}", f"a cell of type {chunk.type}")
+
+
+def _label(number: int | None, names: Sequence[str]) -> str:
+    """The name of a class by its number; -1 is "no label"."""
+    if number is not None and number >= len(names):
+        raise NoTextError(f"the number {number} of {len(names)} classes")
+    return "" if number is None or number < 0 else names[number].strip()

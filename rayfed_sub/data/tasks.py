@@ -77,7 +77,9 @@ def filled(task: Task) -> Task:
     if task.name == "table":
         return task
     known = TASKS.get(task.name)
-    for name in (*_OWN, *_TABLES) if known else ("path", *_OWN, *_TABLES):
+    for name in (
+        (*_OWN, *_TABLES) if known else ("path", "train", "validation", "test", "split_column", *_OWN, *_TABLES)
+    ):
         if getattr(task, name) is not None:
             advice = f"set task.name=table or remove task.{name}"
             raise UserError("task.name", task.name, f"table where task.{name} is set", advice)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from rayfed_sub.config.loading import flat
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.text import UNREAD, count, duration, megabytes, published_name, score
-from rayfed_sub.data.dataset import too_long
+from rayfed_sub.data.dataset import changed_images, too_long
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
 from rayfed_sub.reports.page import Cell, Facts, Section, Table, Text, cell
@@ -79,7 +79,15 @@ def _rows(run: Run) -> dict[str, str]:
     if chunks := run.rows.get("chunks"):
         shown["rows"] += f" texts, {chunks:,} chunks of tokens in all"
     cuts = too_long(run.rows)
-    return shown | ({"rows beyond task.max_length": cuts} if cuts else {})
+    shared = run.rows.get("shared", 0)
+    judged = run.scores["split"].dropna().unique().tolist()
+    return {
+        **shown,
+        **({"scores are on": ", ".join(judged)} if judged else {}),
+        **({"rows in two official splits": f"{shared:,}"} if shared else {}),
+        **({"images": images} if (images := changed_images(run.rows)) else {}),
+        **({"rows beyond task.max_length": cuts} if cuts else {}),
+    }
 
 
 def _method(run: Run) -> str:

@@ -25,7 +25,7 @@ _COLUMNS = {
         *("round", "client", "weight", "uplink_bytes", "downlink_bytes", "loss", "loss_last", "labels", "steps"),
         *("periods", "failure"),
     ),
-    "scores": ("rounds", "client", "metric", "value", "count"),
+    "scores": ("rounds", "client", "metric", "value", "count", "split"),
     "answers": ("rounds", "row", "client", "question", "reference", "answer"),
     "layers": (
         *("round", "layer", "clients", "norm", "rank", "rank_sum", "stable_rank", "effective_rank", "truncated"),

@@ -7,7 +7,7 @@ evaluated by the client whose data it resembles (`Dataset.held_out_clients`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from rayfed_sub.config.schema import Config
@@ -39,7 +39,8 @@ def scores(
     done = _each(workers, shards, model, lambda worker: worker.evaluate, "held-out rows")
     rows = [(int(dataset.held_out_clients[row]), prediction) for row, prediction in _by_row(shards, done)]
     names = dataset.class_names
-    return list(label_scores(rows, names, metrics) if names else token_scores(rows))
+    found = label_scores(rows, names, metrics) if names else token_scores(rows)
+    return [replace(score, split=dataset.split) for score in found]
 
 
 def answers(
@@ -58,8 +59,8 @@ def answers(
     done = _each(workers, shards, model, lambda worker: worker.generate, "generated answers")
     found = [(row, int(dataset.held_out_clients[row]), answer) for row, answer in _by_row(shards, done)]
     given = [AnswerRow(rounds, row, k, one.question, one.reference, one.answer) for row, k, one in found]
-    scored = list(text_scores([(client, answer) for _, client, answer in found], metrics))
-    return scored, sorted(given, key=lambda answer: answer.row)
+    scored = text_scores([(client, answer) for _, client, answer in found], metrics)
+    return [replace(score, split=dataset.split) for score in scored], sorted(given, key=lambda answer: answer.row)
 
 
 def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Sequence[T]]) -> Iterator[tuple[int, T]]:

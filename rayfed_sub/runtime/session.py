@@ -348,5 +348,6 @@ def _summary(
         precision=config.model.dtype,
         logits=None if job.architecture.logits is None else str(job.architecture.logits),
         rows=first.rows,
+        split=next((score.split for score in first.scores), None),
         folder=folder.place.display_name(),
     )

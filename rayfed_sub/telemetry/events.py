@@ -94,7 +94,7 @@ class Summary:
     machine (None: a sweep's trial); resumed: the rounds from which the run was resumed; precision: of the evaluated
     model, except for its target layers and head, which compute in float32; logits: how they follow
     from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's); rows:
-    the task's `RowCounts`."""
+    the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version)."""
 
     name: str
     method: str
@@ -117,4 +117,5 @@ class Summary:
     precision: str = "float32"
     logits: str | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    split: str | None = None
     folder: str = field(default="", compare=False)

@@ -305,7 +305,7 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     ("what", "name", "rest"),
     [
         ("methods", "fedit", "LoRA's A and B"),
-        ("tasks", "table", "Parquet, JSONL or CSV"),
+        ("tasks", "table", "hub id, file, folder or glob"),
         ("models", "gpt2", "openai-community/gpt2"),
     ],
 )

@@ -27,11 +27,12 @@ RULES = {
     "method.name: got 'centralized'; allowed: a method; all rows at one client are a matter of the partition; set "
     "method.name=fedftg federation.clients=1 federation.sampled=null federation.partition.kind=pool "
     "federation.partition.largest=8": Config(method={"name": "centralized"}),
-    "task.validation: got 0.5; allowed: less than 0.5, what task.held_out leaves; e.g. task.validation=0.05": Config(
-        task=Task(held_out=0.5, validation=0.5)
+    "task.validation_share: got 0.5; allowed: less than 0.5, what task.test_share leaves; "
+    "e.g. task.validation_share=0.05": Config(task=Task(test_share=0.5, validation_share=0.5)),
+    "evaluation.split: got 'validation'; allowed: held-out without validation rows: task.validation names none, "
+    "task.validation_share is 0; set a share, e.g. task.validation_share=0.05": Config(
+        evaluation=Evaluation(split="validation")
     ),
-    "evaluation.split: got 'validation'; allowed: held-out where task.validation is 0; "
-    "set a share, e.g. task.validation=0.05": Config(evaluation=Evaluation(split="validation")),
     "federation.partition.largest: got 3; allowed: nothing with partition.kind=column, which has a value for each "
     "client; remove it": Config(federation=Federation(partition=Partition(largest=3))),
     "federation.partition.rows_per_client: got None; allowed: a number of rows with partition.kind=resample; "
@@ -107,7 +108,7 @@ def test_rules_of_training(message: str) -> None:
 def test_valid_combinations() -> None:
     for config in (
         Config(),
-        Config(task=Task(held_out=0.5, validation=0.4), evaluation=Evaluation(split="validation")),
+        Config(task=Task(test_share=0.5, validation_share=0.4), evaluation=Evaluation(split="validation")),
         Config(federation=Federation(clients=1, partition=Partition(kind="pool", largest=3))),
         Config(federation=Federation(partition=Partition(kind="resample", rows_per_client=4))),
         Config(federation=Federation(sampled=8, local_steps=StepRange(low=3, high=3), epochs=0.5)),

@@ -17,11 +17,12 @@ from rayfed_sub.methods import METHODS, class_of
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a dumped configuration; the fields of a method or a random model count as values."""
+    """Dotted keys of a dumped configuration; fields of a method, a random model or a partitioner count as values."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        found |= leaves(value, f"{key}.") if isinstance(value, dict) and key != "model.random" else {key: value}
+        whole = not isinstance(value, dict) or key in ("model.random", "federation.partition.args")
+        found |= {key: value} if whole else leaves(value, f"{key}.")
     return found
 
 

@@ -117,7 +117,7 @@ def test_configuration_is_immutable() -> None:
     [
         ({"colour": 1}, "colour", "name, seed, model, task"),
         ({"optimizer": {"rate": 1}}, "optimizer.rate", "name, lr, betas"),
-        ({"federation": {"partition": {"kinds": "iid"}}}, "federation.partition.kinds", "kind, column, alpha"),
+        ({"federation": {"partition": {"kinds": "iid"}}}, "federation.partition.kinds", "kind, column, file"),
     ],
 )
 def test_unknown_key_is_refused_with_the_known_keys(tree: Any, field: str, known: str) -> None:
@@ -254,7 +254,7 @@ def test_epochs_are_converted_to_rounds(more: str, rounds: int, tmp_path: Path) 
         "model": {"path": "random", "random": SMALL},
         "task": {
             **{"name": "table", "path": str(tmp_path / "rows.jsonl"), "prompt": "{q}", "answer": "a"},
-            **{"held_out": 0.25, "max_length": 32},
+            **{"test_share": 0.25, "max_length": 32},
         },
         "federation": {"clients": 4, "local_steps": 2, "batch_size": 3, "partition": {"kind": "iid"}},
     }

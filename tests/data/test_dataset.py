@@ -16,7 +16,7 @@ from rayfed_sub.config.schema import Federation, Partition, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, build_dataset, load_dataset, load_pairs
 from rayfed_sub.data.images import Images
-from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct
+from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, table_pairs
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Rows
@@ -169,8 +169,7 @@ def test_only_column_texts_are_cut_longest_first(tmp_path: Path) -> None:
     texts = [("abcdefghijklmnopqrstuvwxyz", "Tom"), ("abcdefghijklmnopqrstuvwxyz", "0123456789ABCDEF"), ("", "Tom")]
     file.write_text("\n".join(json.dumps({"text": text, "who": who, "a": "ok"}) for text, who in texts))
     task = Task(name="table", path=str(file), prompt="  Sum up: {text}, for {who} >>", answer="a", max_length=40)
-    pairs = load_pairs(task, federation("iid", 1))
-    rows, _, cuts = tokenised(pairs, CODEC, task.max_length)
+    rows, _, cuts = tokenised(table_pairs(task, None), CODEC, task.max_length)
     assert [question for question, _ in as_text(rows)] == [
         "Sum up: abcdefghstuvwxyz, for Tom >>",  # 16 + 3
         "Sum up: abcdewxyz, for 01234CDEF >>",  # 9 + 9, as both are longer
@@ -326,7 +325,7 @@ def test_training_rows_are_partitioned_apart_from_the_held_out(kind: str) -> Non
     clients = 1 if kind == "pool" else 3
 
     def build(seed: int) -> Dataset:
-        return build_dataset(pairs, Task(held_out=0.2), federation(kind, clients), CODEC, seed)
+        return build_dataset(pairs, Task(test_share=0.2), federation(kind, clients), CODEC, seed)
 
     data = build(0)
     assert (len(data.train), len(data.held_out)) == (64, 16)
@@ -343,7 +342,7 @@ def test_training_rows_are_partitioned_apart_from_the_held_out(kind: str) -> Non
 
 def test_column_partition_uses_the_largest_values() -> None:
     sizes = {"small": 3, "large": 30, "middle": 10, "other": 10}
-    data = build_dataset(numbered(sizes), Task(held_out=0.1), federation("column", 3), CODEC, seed=0)
+    data = build_dataset(numbered(sizes), Task(test_share=0.1), federation("column", 3), CODEC, seed=0)
     assert data.client_names == ("large", "middle", "other")
     # 0.1 of 30, 10 and 10 rows are held out; "small" (q0, q1, q2) is not used.
     assert [len(data.rows_of(client)) for client in range(3)] == [27, 9, 9]
@@ -358,7 +357,7 @@ def test_repeats_are_never_in_both_splits(tmp_path: Path) -> None:
     with open(file, "w", encoding="utf-8") as lines:
         for i in range(300):  # 30 different rows, ten of each
             print(json.dumps({"q": f"q{i % 30}", "a": "a"}), file=lines)
-    task = Task(name="table", path=file, prompt="{q}", answer="a", held_out=0.3)
+    task = Task(name="table", path=file, prompt="{q}", answer="a", test_share=0.3)
     data = load_dataset(task, federation("iid", 2), CODEC, seed=0)
     assert (len(data.train), len(data.held_out)) == (21, 9)
     assert not set(as_text(data.train)) & set(as_text(data.held_out))
@@ -377,7 +376,7 @@ def test_no_held_out_prompt_is_trained_on_after_cuts(kind: Kind, caplog: pytest.
     answers, names = (("yes",) * 100, ()) if kind == "causal-lm" else (("yes", "no") * 50, ("yes", "no"))
     pairs = Pairs(kind, questions, answers, ("",) * 100, names)
     with caplog.at_level(logging.WARNING):
-        data = build_dataset(pairs, Task(max_length=24, held_out=0.05), federation("iid", 2), CODEC, seed=0)
+        data = build_dataset(pairs, Task(max_length=24, test_share=0.05), federation("iid", 2), CODEC, seed=0)
     assert not set(prompts(data.train)) & set(prompts(data.held_out))
     assert len(data.held_out) == 5
     # Each held-out letter removes its eight other rows, or seven if two of the five have one letter.
@@ -394,7 +393,7 @@ def test_question_cut_in_two_ways_is_one_question() -> None:
     """The long answer leaves 10 tokens of 20 to the prompt, the short one 18."""
     questions = [f"{i:03d}{'x' * 40}{i:03d}" for i in range(20) for _ in range(2)]
     pairs = pairs_of(*zip(questions, ["a", "a" * 30] * 20, strict=True))
-    data = build_dataset(pairs, Task(max_length=20, held_out=0.2), federation("iid", 2), CODEC, seed=0)
+    data = build_dataset(pairs, Task(max_length=20, test_share=0.2), federation("iid", 2), CODEC, seed=0)
     asked = [{CODEC.decode(prompt[:3]) for prompt in prompts(rows)} for rows in (data.train, data.held_out)]
     assert not asked[0] & asked[1]
     assert len(asked[0] | asked[1]) == 20
@@ -403,8 +402,8 @@ def test_question_cut_in_two_ways_is_one_question() -> None:
 def test_error_names_a_sufficient_length_if_a_cut_makes_all_questions_equal() -> None:
     pairs = pairs_of(*((f"begin {'x' * 30}{i:04d}{'y' * 30} end", "answer") for i in range(100)))
     with pytest.raises(UserError, match=r"or let task\.prompt, and task\.max_length or") as caught:
-        build_dataset(pairs, Task(max_length=40, held_out=0.2), federation("iid", 2), CODEC, seed=0)
-    assert caught.value.field == "task.held_out"
+        build_dataset(pairs, Task(max_length=40, test_share=0.2), federation("iid", 2), CODEC, seed=0)
+    assert caught.value.field == "task.test_share"
 
 
 def test_classes_from_a_table(tmp_path: Path) -> None:
@@ -412,7 +411,7 @@ def test_classes_from_a_table(tmp_path: Path) -> None:
     with open(file, "w", encoding="utf-8") as lines:
         for i in range(40):
             print(json.dumps({"text": f"t{i}", "mood": "glad" if i % 4 else "sad"}), file=lines)
-    task = Task(name="table", path=file, prompt="{text}", label="mood", held_out=0.2)
+    task = Task(name="table", path=file, prompt="{text}", label="mood", test_share=0.2)
     data = load_dataset(task, federation("iid", 4), CODEC, seed=0)
     assert (data.kind, data.class_names) == ("classification", ("glad", "sad"))
     assert data.client_names == ("client 0", "client 1", "client 2", "client 3")
@@ -439,7 +438,7 @@ def test_keys_of_training_rows_and_clients_of_evaluation_rows() -> None:
 @pytest.mark.parametrize("kind", ["dirichlet", "shards", "power-law", "iid"])
 def test_evaluation_rows_are_assigned_like_training_rows_of_their_key(kind: str) -> None:
     pairs = numbered({"x": 400, "y": 300, "z": 100})
-    data = build_dataset(pairs, Task(held_out=0.2), federation(kind, 4), CODEC, seed=0)
+    data = build_dataset(pairs, Task(test_share=0.2), federation(kind, 4), CODEC, seed=0)
     counts = np.stack([np.bincount(data.train_keys[data.rows_of(client)], minlength=3) for client in range(4)])
     asked = [int(question[1:]) for question, _ in as_text(data.held_out)]
     judged_keys = np.asarray([0 if i < 400 else 1 if i < 700 else 2 for i in asked])
@@ -451,7 +450,7 @@ def test_evaluation_rows_are_assigned_like_training_rows_of_their_key(kind: str)
 
 
 def test_validation_rows_can_replace_held_out_rows() -> None:
-    pairs, task = numbered({"x": 60, "y": 40}), Task(held_out=0.2, validation=0.1)
+    pairs, task = numbered({"x": 60, "y": 40}), Task(test_share=0.2, validation_share=0.1)
     held_out = build_dataset(pairs, task, federation("column", 2), CODEC, seed=0)
     validation = build_dataset(pairs, task, federation("column", 2), CODEC, 0, "validation")
     assert (len(held_out.train), len(held_out.held_out), len(validation.held_out)) == (70, 20, 10)
@@ -469,7 +468,7 @@ def test_row_counts_account_for_every_row() -> None:
     answers = ["a0", "-", *pairs.answers[2:]]
     pairs = Pairs("causal-lm", tuple(questions), tuple(answers), pairs.keys)
     for seed in range(5):
-        task = Task(max_rows=100, held_out=0.3, validation=0.1, seed=seed)
+        task = Task(max_rows=100, test_share=0.3, validation_share=0.1, seed=seed)
         row_counts = build_dataset(pairs, task, federation("column", 2), SilentCodec(), seed).row_counts
         parts = (row_counts.capped, row_counts.strange, row_counts.silent, row_counts.dropped, row_counts.repeated)
         assert sum(parts) + row_counts.train + row_counts.validation + row_counts.held_out == row_counts.read == 120
@@ -481,7 +480,7 @@ def test_row_counts_account_for_every_row() -> None:
 
 
 def test_max_rows_counts_training_and_held_out_rows() -> None:
-    task = Task(max_rows=20, held_out=0.25)
+    task = Task(max_rows=20, test_share=0.25)
     data = build_dataset(numbered({"k": 100}), task, federation("iid", 2), CODEC, seed=0)
     assert (len(data.train), len(data.held_out)) == (15, 5)
 
@@ -489,7 +488,7 @@ def test_max_rows_counts_training_and_held_out_rows() -> None:
 def test_task_seed_fixes_the_splits_for_all_run_seeds() -> None:
     """Settings chosen with one seed must not depend on the rows that evaluate another."""
     pairs, dirichlet = numbered({"x": 90, "y": 70, "z": 40}), federation("dirichlet", 3)
-    task = Task(max_rows=100, held_out=0.2, validation=0.2)
+    task = Task(max_rows=100, test_share=0.2, validation_share=0.2)
     first, second = (build_dataset(pairs, task, dirichlet, CODEC, seed) for seed in (0, 1))
     tuned = build_dataset(pairs, task, dirichlet, CODEC, 2, "validation")
     assert as_text(first.held_out) == as_text(second.held_out)
@@ -522,7 +521,7 @@ def test_pool_and_federation_have_the_same_evaluation_rows() -> None:
 
 def test_one_row_clients() -> None:
     sizes = {"a": 1, "b": 1, "c": 4}
-    data = build_dataset(numbered(sizes), Task(held_out=0.25), federation("column", 3), CODEC, seed=0)
+    data = build_dataset(numbered(sizes), Task(test_share=0.25), federation("column", 3), CODEC, seed=0)
     # 0.25 * 6 rounds to 2; "a" and "b" must keep their only row.
     assert [len(data.rows_of(client)) for client in range(3)] == [2, 1, 1]
     assert len(data.held_out) == 2

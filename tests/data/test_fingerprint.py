@@ -41,7 +41,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 def config(path: Path, *overrides: str) -> Config:
     tree = {
         "model": {"path": "random", "random": MODEL},
-        "task": {"name": "table", "path": str(path), "prompt": "{q}", "answer": "a", "held_out": 0.2},
+        "task": {"name": "table", "path": str(path), "prompt": "{q}", "answer": "a", "test_share": 0.2},
         "federation": {"clients": 2, "rounds": 2, "partition": {"kind": "column", "column": "who"}},
         "evaluation": {"eval_rows": 8},
     }
@@ -58,14 +58,9 @@ def differing(one: Fingerprint, other: Fingerprint) -> list[str]:
     return [name for name, value in asdict(one).items() if value != asdict(other)[name]]
 
 
-def swapped(rows: list[dict[str, Any]], i: int, j: int) -> list[dict[str, Any]]:
-    out = list(rows)
-    out[i], out[j] = out[j], out[i]
-    return out
-
-
-def relabelled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, "who": {"a": "b", "b": "a"}[row["who"]] if n < 2 else row["who"]} for n, row in enumerate(rows)]
+def moved(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, of which the first is another client's."""
+    return [{**rows[0], "who": "b"}, *rows[1:]]
 
 
 CHANGES: dict[str, tuple[Callable[[list[dict[str, Any]]], list[dict[str, Any]]], list[str]]] = {
@@ -75,8 +70,8 @@ CHANGES: dict[str, tuple[Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
         ["count", "rows", "splits", "owners"],
     ),
     "an answer": (lambda rows: [{**rows[0], "a": "On no shelf."}, *rows[1:]], ["rows", "splits"]),
-    "a row's place": (lambda rows: swapped(rows, 0, 2), ["splits"]),  # of one client, so that nothing else changes
-    "the order": (lambda rows: rows[::-1], ["splits", "owners"]),
+    "the order": (lambda rows: rows[::-1], []),
+    "a row's client": (moved, ["splits", "owners"]),
     "a client's name": (lambda rows: [{**r, "who": r["who"].replace("b", "c")} for r in rows], ["owners"]),
 }
 
@@ -167,7 +162,7 @@ def test_run_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pytest
         "the data with which it began; now there are other rows (tokens, pixels or labels) (40 rows then, 80 now)"
     )
     assert error.advice == "restore the data, or begin anew in another folder"
-    written(path, swapped(ROWS, 0, 2))
+    written(path, moved(ROWS))
     assert "other splits of the same rows, or another order" in refusal(kept, folder).allowed
     (folder / "summary.json").write_text(json.dumps({"resumed": [], **dict.fromkeys(SUMMARY)}))
     assert "other splits" in refusal(kept, folder).allowed, "of a finished run too"
@@ -230,7 +225,7 @@ def test_checksum_of_the_weights_excludes_computed_tensors() -> None:
 
 def test_sweep_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder = written(tmp_path / "rows.jsonl", ROWS), tmp_path / "sweep"
-    tree = config(path, "task.validation=0.1", "evaluation.split=validation", "name=grid").model_dump(mode="json")
+    tree = config(path, "task.validation_share=0.1", "evaluation.split=validation", "name=grid").model_dump(mode="json")
     tree["sweep"] = {"space": {"task.seed": {"grid": [0, 1]}, "optimizer.lr": {"grid": [0.1, 0.2]}}}
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml_text(tree))
@@ -247,6 +242,6 @@ def test_sweep_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(StartError):
         run_sweep(load_sweep(file), folder, resume=True)
     assert len(json.loads((folder / "data.json").read_text())) == 2  # one data set per task.seed
-    written(path, swapped(ROWS, 0, 2))
+    written(path, moved(ROWS))
     with pytest.raises(UserError, match=rf"--resume: got '{folder}'; .* now there are other splits of the same rows"):
         run_sweep(load_sweep(file), folder, resume=True)

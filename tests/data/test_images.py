@@ -25,7 +25,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Subspace, wire_bytes
 from rayfed_sub.data.batching import collate
 from rayfed_sub.data.dataset import build_dataset, load_dataset
-from rayfed_sub.data.images import Images, decoded, digest, encoded
+from rayfed_sub.data.images import Images, decoded, digest, encoded, opened
 from rayfed_sub.data.pairs import Pairs, distinct, table_pairs
 from rayfed_sub.data.tokenization import Cuts, tokenised
 from rayfed_sub.export.exported import export_hf, export_peft
@@ -86,9 +86,72 @@ def test_other_formats_become_eight_bit_gray_or_rgb() -> None:
     values = np.array([[0, 256], [51 * 256, 65535]], dtype=np.uint16)
     assert np.asarray(decoded(filed(Image.fromarray(values)))).tolist() == [[0, 1], [51, 255]]  # 16 bits
     assert np.asarray(decoded(filed(Image.new("1", (1, 1), 1)))).tolist() == [[255]]
-    assert decoded(filed(Image.new("RGBA", (1, 1), (255, 0, 51, 9)))).getpixel((0, 0)) == (255, 0, 51)
     assert decoded(filed(Image.new("CMYK", (1, 1), (0, 0, 0, 0)), "TIFF")).getpixel((0, 0)) == 255
     assert decoded(filed(RED.convert("P", palette=Image.Palette.ADAPTIVE))).getpixel((0, 0)) == (255, 0, 51)
+
+
+def test_transparent_pixels_lie_over_white() -> None:
+    """Of 51 a share of 1/5 stays: 0.2 * value + 0.8 * 255."""
+    faint = Image.new("RGBA", (2, 1), (255, 0, 100, 51))
+    assert decoded(filed(faint)).getpixel((0, 0)) == (255, 204, 224)
+    assert decoded(filed(Image.new("LA", (1, 1), (100, 51)))).getpixel((0, 0)) == 224
+    clear = Image.new("P", (2, 1))
+    clear.putpalette([10, 10, 10, 20, 20, 20])
+    clear.putpixel((1, 0), 1)
+    assert [decoded(filed(clear, "PNG", transparency=0)).getpixel((x, 0)) for x in (0, 1)] == [255, 20]
+    gray = Image.new("L", (2, 1), 7)
+    gray.putpixel((1, 0), 9)
+    assert [decoded(filed(gray, "PNG", transparency=7)).getpixel((x, 0)) for x in (0, 1)] == [255, 9]
+    assert [opened(filed(image)).transparent for image in (faint, Image.new("RGBA", (1, 1), "red"), RED)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def picture_folder(folder: Path) -> dict[str, bytes]:
+    """Plain, transparent and 16-bit pictures in folders by class; the brightest 16-bit pixel is 4,000."""
+    files = {}
+    for number, kind in enumerate(("disc", "cross")):
+        picture = drawn(kind, number)
+        clear = picture.convert("RGBA")
+        clear.putalpha(picture)
+        deep = Image.fromarray((np.asarray(picture).astype(np.uint16) * 4).clip(0, 1000))
+        bright = np.asarray(deep).copy()
+        bright[0, 0] = 4000 if kind == "disc" else 8
+        for name, image in {"plain": picture, "clear": clear, "deep": deep, "bright": Image.fromarray(bright)}.items():
+            file = folder / kind / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+            files[f"{kind}/{name}"] = file.read_bytes()
+    return files
+
+
+def test_folder_and_parquet_give_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = picture_folder(tmp_path / "set")
+    task = table(tmp_path / "rows.parquet", list(files.values()), [name.partition("/")[0] for name in files])
+    federation = Federation(clients=2, partition=Partition(kind="iid"))
+    processor = HubImageProcessor(8, (0.5,) * 3, (0.5,) * 3)
+    with caplog.at_level(logging.WARNING):
+        one, other = (
+            load_dataset(task.model_copy(update={"path": str(path), "test_share": 0.25}), federation, processor, 0)
+            for path in (tmp_path / "rows.parquet", tmp_path / "set")
+        )
+    assert one.fingerprint == other.fingerprint
+    assert (one.row_counts.transparent, one.row_counts.deep, one.row_counts.read) == (2, 4, 8)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if message.startswith("task.image")] == 2 * [
+        "task.image: 2 of 8 images are transparent; over white",
+        "task.image: 4 of 8 images have 16 bits; scaled by 4,000, the largest value",
+    ]
+    pairs = table_pairs(task, None)
+    deep = decoded(pairs.images[list(files).index("disc/bright")])
+    assert (deep.mode, deep.getpixel((0, 0))) == ("L", 255)
+    expected = (np.asarray(Image.open(io.BytesIO(files["cross/deep"]))).astype(int) * 255 + 2000) // 4000
+    assert np.array_equal(np.asarray(decoded(pairs.images[list(files).index("cross/deep")])), expected)
 
 
 def test_photograph_is_rotated_upright() -> None:
@@ -111,7 +174,7 @@ def test_no_image_is_in_two_splits(tmp_path: Path) -> None:
     pictures = [drawn("disc", number) for number in range(32)]
     cells = [*map(filed, pictures), *(filed(picture, "BMP") for picture in pictures), *map(filed, pictures)]
     task = table(tmp_path / "rows.parquet", cells, ["a", "b"] * 32 + ["b", "a"] * 16)
-    task = task.model_copy(update={"held_out": 0.25, "validation": 0.25})
+    task = task.model_copy(update={"test_share": 0.25, "validation_share": 0.25})
     federation = Federation(clients=2, partition=Partition(kind="iid"))
     processor = HubImageProcessor(16, (0.5,) * 3, (0.5,) * 3)
     parts = [load_dataset(task, federation, processor, 0, judged) for judged in ("held-out", "validation")]
@@ -129,7 +192,7 @@ def test_images_that_are_equal_after_scaling_are_in_one_split() -> None:
     names = tuple(digest(decoded(cell)) for cell in cells)
     pairs = Pairs("classification", names, ("a", "b") * 20, ("",) * 40, ("a", "b"), cells)
     shares = Federation(clients=2, partition=Partition(kind="iid"))
-    data = build_dataset(pairs, Task(held_out=0.2), shares, HubImageProcessor(1), seed=0)
+    data = build_dataset(pairs, Task(test_share=0.2), shares, HubImageProcessor(1), seed=0)
     assert isinstance(data.train, Images)
     assert isinstance(data.held_out, Images)
     train, held_out = ({int(value) for value in images.pixels.ravel()} for images in (data.train, data.held_out))
@@ -192,7 +255,7 @@ def test_datasets_images_have_their_files_and_class_names(tmp_path: Path, monkey
     rows.to_parquet(tmp_path / "set" / "rows.parquet")
     for path in (tmp_path / "set", tmp_path / "set" / "rows.parquet"):
         pairs = table_pairs(Task(name="table", path=str(path), image="image", label="label"), "label")
-        assert pairs.class_names == ("z", "b")
+        assert pairs.class_names == ("b", "z")
         assert pairs.answers == pairs.keys == ("b", "z")
         assert pairs.questions == tuple(map(digest, pictures))
 
@@ -395,7 +458,7 @@ def configured(path: str, numbers: dict[str, Any], method: str, **task: Any) -> 
     return load_config(
         {
             "model": {"path": "random", "random": numbers},
-            "task": {"name": "table", "path": path, "image": "image", "label": "label", "held_out": 0.2, **task},
+            "task": {"name": "table", "path": path, "image": "image", "label": "label", "test_share": 0.2, **task},
             "federation": {
                 **{"clients": 4, "rounds": 5, "local_steps": 6, "batch_size": 8},
                 "partition": {"kind": "dirichlet", "alpha": 5.0},

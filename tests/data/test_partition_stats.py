@@ -46,7 +46,7 @@ class Case:
         column = "by" if "" not in self.sizes else None
         tree = {
             "name": "case",
-            "task": {"name": "table", "path": "rows.csv", "prompt": "{q}", "answer": "a", "held_out": 0.1},
+            "task": {"name": "table", "path": "rows.csv", "prompt": "{q}", "answer": "a", "test_share": 0.1},
             "federation": {"clients": self.clients, "partition": {"column": column, **self.partition}},
         }
         config = Config.model_validate(tree)
@@ -116,7 +116,7 @@ def moods() -> PartitionStats:
     numbers = range(len(rows))
     sites, labels = zip(*rows, strict=True)
     pairs = Pairs("classification", tuple(f"visit {i}" for i in numbers), labels, sites, ("bad", "good", "odd"))
-    task = {"name": "table", "path": "rows.csv", "prompt": "{text}", "label": "mood", "held_out": 0.125}
+    task = {"name": "table", "path": "rows.csv", "prompt": "{text}", "label": "mood", "test_share": 0.125}
     tree = {"task": task, "federation": {"clients": 3, "partition": {"kind": "column", "column": "site"}}}
     config = Config.model_validate(tree)
     return stats_of(config, build_dataset(pairs, config.task, config.federation, ByteTokenizer(), config.seed))
@@ -190,7 +190,9 @@ def test_json_has_everything() -> None:
         "train": 90,
         "validation": 0,
         "held_out": 10,
+        **{"shared": 0, "transparent": 0, "deep": 0},
     }
+    assert data["split"] == "held-out share"
     assert data["notes"] == ["a note"]
     assert (data["counted"], data["value_column"]) == ("keys", "by")
     first = data["clients"][0]
@@ -284,7 +286,7 @@ def test_unwritable_picture_files_are_refused(tmp_path: Path, name: str) -> None
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON on stdout, the picture in its file; `tests/planning/test_plan.py` has it in a process of its own."""
     out = tmp_path / "tiny.png"
-    arguments = ["data", TINY, "federation.clients=4", "task.validation=0.05", "--json", "--out", str(out)]
+    arguments = ["data", TINY, "federation.clients=4", "task.validation_share=0.05", "--json", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["rayfed-sub", *arguments])
     assert main._code() == 0
     shown = capsys.readouterr()
@@ -345,5 +347,5 @@ def test_cut_and_dropped_rows_are_counted_in_tables_and_before_an_error(
     assert not caplog.records
     code, out, err = ended("federation.partition={kind: iid}", "federation.clients=99")
     assert code == 2
-    assert [record.getMessage() for record in caplog.records] == [warning]  # which goes to stderr
+    assert caplog.records[0].getMessage() == warning  # which goes to stderr
     assert err.startswith("rayfed-sub: federation.clients: got 99")

@@ -203,12 +203,23 @@ def test_more_clients_than_values() -> None:
     assert caught.value.field == "federation.clients"
 
 
-def test_empty_client_is_named_with_the_keys_to_change() -> None:
+def test_clients_that_dirichlet_leaves_empty_get_a_row(caplog: pytest.LogCaptureFixture) -> None:
     # One key and alpha 1e-4: one client gets everything, in each of the draws.
-    with pytest.raises(UserError, match=r"client \d has none.*lower federation.clients or raise") as caught:
-        parts_of("dirichlet", 4, ["a"] * 8, alpha=1e-4)
-    assert caught.value.field == "federation.clients"
-    assert "federation.partition.alpha" in str(caught.value)
+    parts = parts_of("dirichlet", 4, ["a"] * 8, alpha=1e-4)
+    assert sorted(map(len, parts)) == [1, 1, 1, 5]
+    assert sorted(row for part in parts for row in part) == list(range(8))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Dirichlet(0.0001) left 3 of 4 clients without rows; each has a row of the largest client"
+    ]
+
+
+def test_every_seed_deals_out_500_rows_of_two_classes_at_alpha_0_1() -> None:
+    """flwr-datasets wants ten rows for every client, and refuses nearly every seed."""
+    keys = ["a", "b"] * 250
+    for seed in range(4):
+        parts = parts_of("dirichlet", 10, keys, seed, alpha=0.1)
+        assert sorted(row for part in parts for row in part) == list(range(500))
+        assert all(parts)
 
 
 def test_column_client_without_rows_is_named() -> None:

@@ -42,7 +42,7 @@ def test_held_out_rows_follow_the_seed() -> None:
 def test_empty_held_out_set_is_refused(keys: list[str], share: float) -> None:
     with pytest.raises(UserError) as caught:
         drawn_rows(keys, share, seed=0)
-    assert caught.value.field == "task.held_out"
+    assert caught.value.field == "task.test_share"
 
 
 def test_validation_rows_are_a_share_of_all_rows() -> None:
@@ -67,7 +67,7 @@ def test_empty_validation_set_is_refused() -> None:
         UserError, match=r"got 0\.1; allowed: a share that sets aside at least one of the 4 rows"
     ) as caught:
         drawn_rows(["a"] * 4, 0.1, 0, "validation")
-    assert caught.value.field == "task.validation"
+    assert caught.value.field == "task.validation_share"
 
 
 def test_large_federation_is_split_fast() -> None:
@@ -80,7 +80,7 @@ def test_large_federation_is_split_fast() -> None:
 # --- no question in two splits
 
 KEYS = [str(i % 3) for i in range(300)]
-TASK = Task(held_out=0.1, validation=0.1)
+TASK = Task(test_share=0.1, validation_share=0.1)
 
 
 def spelt(number: int, row: int) -> str:
@@ -112,7 +112,7 @@ def test_splits_follow_the_seed() -> None:
     assert content(0) == content(0)
     assert all(one != other for one, other in zip(content(0), content(1), strict=True))
     # Setting rows aside for validation does not move the held-out ones.
-    assert content(0)[2] == content(0, Task(held_out=0.1))[2]
+    assert content(0)[2] == content(0, Task(test_share=0.1))[2]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -138,11 +138,11 @@ def test_no_question_is_in_two_splits(seed: int, caplog: pytest.LogCaptureFixtur
 
 def test_one_question_for_all_rows_leaves_no_training_rows() -> None:
     with pytest.raises(UserError) as caught:
-        split(["Continue."] * 20, [""] * 20, Task(held_out=0.1))
-    assert caught.value.field == "task.held_out"
+        split(["Continue."] * 20, [""] * 20, Task(test_share=0.1))
+    assert caught.value.field == "task.test_share"
     with pytest.raises(UserError, match=r"got 0\.3") as caught:
-        split(["Continue."] * 20, [""] * 20, Task(held_out=0.1, validation=0.3))
-    assert caught.value.field == "task.validation"
+        split(["Continue."] * 20, [""] * 20, Task(test_share=0.1, validation_share=0.3))
+    assert caught.value.field == "task.validation_share"
 
 
 def test_questions_with_equal_tokens_are_in_one_split() -> None:

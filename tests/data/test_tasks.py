@@ -45,6 +45,11 @@ def federation(**partition: Any) -> Federation:
     return Federation.model_validate({"clients": 2, "partition": partition})
 
 
+def in_order(task: Task, **partition: Any) -> Pairs:
+    """The pairs of a named task in the order of its file."""
+    return table_pairs(filled(task), key_column(task, federation(**partition)))
+
+
 def medquad(path: Path, source: str, count: int = 20) -> Task:
     """NIH has two thirds of the rows, CDC one; answers have runs of spaces and line breaks."""
     records = [
@@ -56,7 +61,7 @@ def medquad(path: Path, source: str, count: int = 20) -> Task:
 
 @pytest.mark.parametrize("source", ["source", "document_source"])
 def test_medquad_with_the_local_and_the_hubs_columns(source: str, tmp_path: Path) -> None:
-    pairs = load_pairs(medquad(tmp_path / "rows.parquet", source), federation())
+    pairs = in_order(medquad(tmp_path / "rows.parquet", source))
     assert (pairs.kind, pairs.questions[1], pairs.answers[1]) == ("causal-lm", "What is 1 ?", "It is a 1 .")
     assert pairs.keys[:4] == ("CDC", "NIH", "NIH", "CDC")
 
@@ -64,7 +69,7 @@ def test_medquad_with_the_local_and_the_hubs_columns(source: str, tmp_path: Path
 def test_dolly_context_follows_a_blank_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = Task(name="dolly-15k", path=written(tmp_path / "rows.parquet", DOLLY))
     with caplog.at_level(logging.WARNING):
-        pairs = load_pairs(task, federation())
+        pairs = in_order(task)
     assert pairs.questions == ("Why?", "Sum up.\n\nA b.", "Where?")
     assert pairs.answers == ("So.", "B", "Here.")
     assert pairs.keys == ("open_qa", "summarization", "open_qa")
@@ -82,22 +87,28 @@ def test_client_numbers_are_integers_and_rows_without_one_are_dropped(
     assert frame.fedftg_client.dtype == np.float64
     frame.to_parquet(path) if suffix == "parquet" else frame.to_json(path, orient="records", lines=True)
     with caplog.at_level(logging.WARNING):
-        pairs = load_pairs(Task(name="dolly-15k", path=str(path)), federation(column="fedftg_client"))
+        pairs = in_order(Task(name="dolly-15k", path=str(path)), column="fedftg_client")
     assert pairs.keys == ("1", "3")
     assert "2 of 4 rows have no prompt, answer or key; dropped" in caplog.text
 
 
-def test_other_numbers_are_unchanged(tmp_path: Path) -> None:
-    records = [{**row, "fedftg_client": value} for row, value in zip(DOLLY, [0.5, 1.0, float("nan"), 2.0], strict=True)]
+def test_numbers_with_a_fraction_are_refused(tmp_path: Path) -> None:
+    records = [{**row, "fedftg_client": value} for row, value in zip(DOLLY, [1.0, 0.5, float("nan"), 2.0], strict=True)]
     path = written(tmp_path / "rows.parquet", records)
-    assert load_pairs(Task(name="dolly-15k", path=path), federation(column="fedftg_client")).keys == ("0.5", "1.0")
+    with pytest.raises(UserError) as caught:
+        load_pairs(Task(name="dolly-15k", path=path), federation(column="fedftg_client"))
+    assert str(caught.value) == (
+        "federation.partition.column: got 'fedftg_client'; allowed: a column of text, whole numbers, true or false; "
+        "row 2 of rows.parquet holds the number 0.5, which is not whole; name another column, or write its values as "
+        "text"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["int64", "float64"])
 def test_tumour_classes_have_names(dtype: str, tmp_path: Path) -> None:
     frame = pd.DataFrame({"image": [filed(drawn(kind, 0)) for kind in KINDS], "label": [2, 0, 3, 1]})
     frame.astype({"label": dtype}).to_parquet(tmp_path / "rows.parquet")
-    pairs = load_pairs(Task(name="brain-tumor", path=str(tmp_path / "rows.parquet")), federation())
+    pairs = in_order(Task(name="brain-tumor", path=str(tmp_path / "rows.parquet")))
     assert pairs.class_names == ("glioma", "meningioma", "notumor", "pituitary")
     assert pairs.answers == pairs.keys == ("notumor", "glioma", "pituitary", "meningioma")
 
@@ -192,7 +203,7 @@ def test_repeats_of_a_held_out_question_are_counted(
     """The rows of key "x" all have one question, those of "y" a different one each."""
     questions, keys = ["?"] * copies + [f"{i}?" for i in range(copies)], ["x"] * copies + ["y"] * copies
     with caplog.at_level(logging.WARNING):
-        split_rows(questions, [question.encode() for question in questions], keys, Task(held_out=share))
+        split_rows(questions, [question.encode() for question in questions], keys, Task(test_share=share))
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(begins)
 

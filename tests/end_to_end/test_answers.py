@@ -45,7 +45,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_chats(rows: Path, *overrides: str) -> Config:
-    task = f"task={{name: table, path: {rows}, messages: talk, max_length: 128, held_out: 0.2}}"
+    task = f"task={{name: table, path: {rows}, messages: talk, max_length: 128, test_share: 0.2}}"
     shops = "federation.partition={kind: column, column: shop}"
     several = ["federation.clients=2", "federation.rounds=2", "evaluation.generate_rows=6", "evaluation.batch_size=4"]
     here = ["resources.workers=0", "diagnostics.every=0", "evaluation.max_new_tokens=12"]
@@ -135,7 +135,7 @@ def test_run_without_generation_has_no_answers(rows: Path, tmp_path: Path) -> No
 
 
 def test_plain_text_is_learned(rows: Path, tmp_path: Path) -> None:
-    task = f"task={{name: table, path: {rows}, text: text, max_length: 64, held_out: 0.2}}"
+    task = f"task={{name: table, path: {rows}, text: text, max_length: 64, test_share: 0.2}}"
     summary = run(of_chats(rows, task, "evaluation.generate_rows=0"), tmp_path / "run")
     assert summary.metrics["held_out_loss"] < summary.metrics["held_out_loss_before"] - 0.1
     assert 0 < summary.metrics["token_accuracy"] < 1

@@ -276,7 +276,7 @@ def test_client_of_one_row_trains_and_validation_rows_are_evaluated(tmp_path: Pa
         f"{who} {n},answer {n} of {who},{who}" for who, count in (("a", 60), ("b", 20), ("c", 1)) for n in range(count)
     ]
     table.write_text("q,a,by\n" + "\n".join(rows) + "\n")
-    task = f"task={{name: table, path: {table}, prompt: '{{q}}', answer: a, held_out: 0.2, validation: 0.1}}"
+    task = f"task={{name: table, path: {table}, prompt: '{{q}}', answer: a, test_share: 0.2, validation_share: 0.1}}"
     column = "federation.partition={kind: column, column: by}"
     settings = [task, column, "federation.clients=3", "resources.pack_size=3", "evaluation.generate_rows=4"]
     run(small(*settings, "evaluation.split=validation"), tmp_path / "run")

@@ -56,7 +56,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in {
         "no_rows.csv": "q,a,by\n",
         "nothing.csv": "",
-        "rows.txt": "q a by",
+        "rows.doc": "q a by",
         "one_record.json": '{"q": 1}',
         "broken.jsonl": '{"q": 1}\n{"q": \n',
         "broken-41.jsonl": '{"q": "a", "a": "b", "by": "x"}\n' * 39 + '\n{"q": "a" "a": "b"}\n',
@@ -163,7 +163,7 @@ SINGLE = {
     "a pool of many": ("federation.partition.kind=pool", "federation.clients: got 8", "1 with partition.kind=pool"),
     "section as a word": (
         "federation.partition=iid",
-        "federation.partition: got 'iid'; allowed: keys with values: kind, column, alpha",
+        "federation.partition: got 'iid'; allowed: keys with values: kind, column, file",
         "; set federation.partition.kind=iid",
     ),
     "empty section": ("federation=", "federation: got None", "keys with values: clients, sampled"),
@@ -230,7 +230,7 @@ SINGLE = {
     ),
     "alpha of 0": ("federation.partition.alpha=0", "federation.partition.alpha: got 0", "a number > 0"),
     "more clients than modules": ("federation.clients=9999", "federation.clients: got 9999", "the number of values of"),
-    "held out more than all": ("task.held_out=1.5", "task.held_out: got 1.5", "a number > 0 and < 1"),
+    "held out more than all": ("task.test_share=1.5", "task.test_share: got 1.5", "a number > 0 and < 1"),
     "short rows": ("task.max_length=7", "task.max_length: got 7", "an integer >= 8"),
     "neither true nor false": ("task.mask_prompt=maybe", "task.mask_prompt: got 'maybe'", "true or false"),
     "unknown task": ("task.name=tables", "task.name: got 'tables'", "python-docs, medquad, dolly"),
@@ -269,7 +269,7 @@ SINGLE = {
     "validation rows without any": (
         "evaluation.split=validation",
         "evaluation.split: got 'validation'",
-        "held-out where task.validation is 0; set a share, e.g. task.validation=0.05",
+        "task.validation names none, task.validation_share is 0; set a share, e.g. task.validation_share=0.05",
     ),
     "unknown executor": ("resources.executor=fast", "resources.executor: got 'fast'", "pack or reference"),
     "no evaluation": ("evaluation.every=0", "evaluation.every: got 0", "an integer >= 1"),
@@ -292,7 +292,7 @@ def test_override(asked: str, begins: str, contains: str, refusal: Refusal) -> N
 # The same for a table of 20 rows in two clients.
 TABLES = {
     "no such file": ("task.path=none.parquet", "task.path: got 'none.parquet'", "a file that exists (.parquet, .jsonl"),
-    "unknown kind of file": ("task.path=rows.txt", "task.path: got 'rows.txt'", "a file ending in .parquet, .jsonl,"),
+    "unknown kind of file": ("task.path=rows.doc", "task.path: got 'rows.doc'", "a file ending in .parquet, .jsonl,"),
     "folder without data": ("task.path=nothing_in_it", "task.path: got 'nothing_in_it'", "can be loaded"),
     "broken Parquet": ("task.path=broken.parquet", "task.path: got 'broken.parquet'", "a readable .parquet file"),
     "broken JSON": ("task.path=broken.jsonl", "task.path: got 'broken.jsonl'", "a readable .jsonl file"),
@@ -310,7 +310,7 @@ TABLES = {
     "four fields in line 3 of three": (
         "task.path=fields-3.csv",
         "task.path: got",
-        "Expected 3 fields in line 3",
+        "line 3 has 4 fields, the header 3 fields",
     ),
     **{
         f"no UTF-8 in line 2 of {kind}": (
@@ -335,7 +335,7 @@ TABLES = {
     "table without rows": ("task.path=empty.parquet", "task.path: got 'empty.parquet'", "a table with rows"),
     "header alone": ("task.path=no_rows.csv", "task.path: got 'no_rows.csv'", "a table with rows"),
     "empty file": ("task.path=nothing.csv", "task.path: got 'nothing.csv'", "a readable .csv file"),
-    "split of a file": ("task.split=test", "task.split: got 'test'", "train where task.path is one file"),
+    "split of a file": ("task.test=dev", "task.test: got 'dev'", "a split of rows.parquet (train), or a file"),
     "no such answer": ("task.answer=b", "task.answer: got 'b'", "a column of the table: q, a, by, n, same"),
     "no such label": ("task.answer=null task.label=b", "task.label: got 'b'", "a column of the table: q, a, by, n"),
     "answer and label": (
@@ -368,8 +368,8 @@ TABLES = {
         "1 to 18, the number of training rows",
     ),
     "client without rows": (
-        "federation.clients=6 federation.partition.kind=dirichlet federation.partition.alpha=0.0001",
-        "federation.clients: got 6",
+        "task.max_rows=3 task.test_share=0.4 task.seed=1",
+        "federation.clients: got 2",
         "at least one row for every client",
     ),
     "more rows a client than there are": (
@@ -377,7 +377,11 @@ TABLES = {
         "federation.partition.rows_per_client: got 19",
         "1 to 18, the number of training rows",
     ),
-    "nothing held out": ("task.held_out=0.001", "task.held_out: got 0.001", "holds out at least one of the 20 rows"),
+    "nothing held out": (
+        "task.test_share=0.001",
+        "task.test_share: got 0.001",
+        "holds out at least one of the 20 rows",
+    ),
     "answers to classify": (
         "task.answer=null task.label=n evaluation.generate_rows=4",
         "evaluation.generate_rows: got 4",
@@ -443,8 +447,8 @@ COMMANDS = {
         "--out: got 'a_sweep'",
         "a folder without a run in it; choose another\n",
     ),
-    "folder that is a file": (f"run {TINY} --out rows.txt", "--out: got 'rows.txt'", "a folder"),
-    "folder in a file": (f"run {TINY} --out rows.txt/run", "--out: got 'rows.txt/run'", "a folder that can be made"),
+    "folder that is a file": (f"run {TINY} --out rows.doc", "--out: got 'rows.doc'", "a folder"),
+    "folder in a file": (f"run {TINY} --out rows.doc/run", "--out: got 'rows.doc/run'", "a folder that can be made"),
     "picture of another kind, first of all": (
         "data none.yaml --out x.gif",
         "--out: got 'x.gif'",
@@ -517,7 +521,7 @@ def test_unknown_argument_is_shown_without_credentials(words: str, uri: str, ref
     assert "s3://bucket/run" in message or "No such option" in message
 
 
-@pytest.mark.parametrize("to", ["full", "rows.txt", "rows.txt/new"])
+@pytest.mark.parametrize("to", ["full", "rows.doc", "rows.doc/new"])
 def test_export_to_an_invalid_destination(to: str, refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: done\n", encoding="utf-8")
     (tmp_path / "summary.json").write_text("{}", encoding="utf-8")

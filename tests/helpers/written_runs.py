@@ -21,6 +21,7 @@ ENVIRONMENT = {"processor": "A processor", "threads": 1, "pack_size": 4, "cpu_ca
 ROWS = {
     **{"read": 1300, "strange": 0, "capped": 100, "silent": 0, "dropped": 3, "repeated": 7, "train": 1080},
     **{"validation": 0, "held_out": 110, "cut": 40, "cut_prompts": 15, "cut_answers": 30},
+    **{"shared": 4, "transparent": 2, "deep": 0},
 }
 FAILURE = "step 2: the loss is nan"
 
@@ -155,7 +156,7 @@ def _scores(config: Config, evaluated: list[int], draw: Any) -> pd.DataFrame:
             rows.append((rounds, client, "held_out_loss", value, LABELS))
             rows.append((rounds, client, "token_accuracy", float(np.exp(-value / 3)), LABELS))
         rows.append((rounds, None, "rouge_l", 0.3 - 0.25 * 0.8**rounds, 16))
-    frame = pd.DataFrame(rows, columns=["rounds", "client", "metric", "value", "count"])
+    frame = pd.DataFrame(rows, columns=["rounds", "client", "metric", "value", "count"]).assign(split="test")
     return frame.astype({"client": "Int64"})
 
 
@@ -277,4 +278,5 @@ def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed
         "planned_memory_bytes": 900_000_000,
         "resumed": list(resumed),
         "rows": ROWS,
+        "split": "test",
     }

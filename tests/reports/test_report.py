@@ -183,6 +183,9 @@ def test_summary_of_one_run(tmp_path: Path) -> None:
     assert facts.pairs["method"] == "fedit, rank 4"
     assert facts.pairs["weights_sha256"] == "00" * 32
     assert facts.pairs["rows"] == "1,080 training, 110 held-out"
+    assert facts.pairs["scores are on"] == "test"
+    assert facts.pairs["rows in two official splits"] == "4"
+    assert facts.pairs["images"] == "2 transparent, over white"
     assert facts.pairs["rows beyond task.max_length"] == "40 cut (15 in the text, 30 in the answer), 3 dropped"
 
 

@@ -263,14 +263,14 @@ def test_stored_configuration_of_an_older_version_gets_the_new_names(tmp_path: P
         "federation": {"rounds": 2, "client_weighting": "uniform"},
         "method": {"name": "fedavg", "optimizer_state": "reset"},
         "optimizer": {"final_lr_ratio": 0.1},
-        "task": {"validation": 0.1},
+        "task": {"validation_share": 0.1},
     }
     old = {
         "evaluation": {"examples": 64, "generate": 3, "on": "validation"},
         "federation": {"rounds": 2, "weights": "uniform"},
         "method": {"name": "fedavg", "state": "reset"},
         "optimizer": {"final": 0.1},
-        "task": {"validation": 0.1, "seed": 0},
+        "task": {"validation_share": 0.1, "seed": 0},
     }
     (tmp_path / "config.yaml").write_text(yaml_text(old))
     assert stored_config(tmp_path) == load_config(new, ["federation.batching=bucketed"])

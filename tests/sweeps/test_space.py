@@ -39,7 +39,7 @@ def test_trial_is_the_base_with_the_file_s_keys_and_its_own() -> None:
     sweep = load_sweep(GRID, ["federation.rounds=7"])
     config = sweep.config({"method.rank": 2, "optimizer.lr": 0.01})
     assert config.model == load_config(TINY).model  # from the base
-    assert config.task.validation == 0.1  # from the sweep's own keys
+    assert config.task.validation_share == 0.1  # from the sweep's own keys
     assert config.federation.rounds == 7  # from the command line
     assert (config.method["rank"], config.optimizer.lr) == (2, 0.01)  # from the space
 
@@ -136,7 +136,7 @@ def test_invalid_space_is_refused(text: str, field: str, hint: str) -> None:
         ("sweep.searcher=optuna", "sweep.searcher"),  # a grid
         ("sweep.trials=0", "sweep.trials"),
         ("sweep.trails=3", "sweep.trails"),
-        ("task.validation=0", "evaluation.split"),  # of the shared configuration
+        ("task.validation_share=0", "evaluation.split"),  # of the shared configuration
     ],
 )
 def test_invalid_section_is_refused(override: str, field: str) -> None:

@@ -22,7 +22,7 @@ FILES = sorted((ROOT / "experiments" / "studies").glob("*.yaml"))
 BASE = f"claim: c\nbase: {ROOT / 'experiments' / 'tiny.yaml'}\nseeds: [0]\n"
 SMALL = (
     "set: [federation.clients=2, federation.rounds=1, federation.local_steps=1, evaluation.eval_rows=16,\n"
-    "      resources.workers=0, task.validation=0.1]\n"
+    "      resources.workers=0, task.validation_share=0.1]\n"
 )
 
 

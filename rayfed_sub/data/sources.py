@@ -1,0 +1,240 @@
+"""The sources of a task's rows: hub ids, folders, files and globs, by split and by client."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rayfed_sub.config.schema import Task
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id
+from rayfed_sub.data.readers import READERS, Part, Wanted, read_file
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+_WORDS: Mapping[str, Split] = {  # as `datasets` reads the names of files
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A file, or a data set that `datasets` has read.  client: the name that the file's place gives it."""
+
+    place: str
+    file: Path | None = None
+    data: datasets.Dataset | None = None
+    client: str = ""
+
+
+Found = Mapping[str, Sequence[Source]]
+"""Sources by the name of their split; what has no splits is "train"."""
+
+
+def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]:
+    """The sources of the task's splits; with task.split_column all are in train, as rows say their splits themselves.
+
+    Raises UserError (task.path, task.train, task.validation, task.test) for a split or a file that is not there, and
+    for one that is named twice.
+    """
+    found: dict[str, list[Source]] = {}
+    for place in listed(task.path):
+        for split, sources in sources_at("task.path", place, by_client).items():
+            found.setdefault(split, []).extend(sources)
+    if task.split_column is not None:
+        return {"train": [source for sources in found.values() for source in sources]}
+    chosen: dict[Split, list[Source]] = {}
+    for split in SPLITS:
+        given = getattr(task, split)
+        names = [split] if given is None and split in found else listed(given)
+        chosen[split] = [source for name in names for source in _named(split, name, found, task.path, by_client)]
+    if not chosen["train"]:
+        allowed = f"names of the training rows, of the splits {', '.join(found) or 'of task.path'} or of files"
+        raise UserError("task.train", task.train, allowed, "set task.train")
+    seen: dict[object, Split] = {}
+    for split in SPLITS:
+        for source in chosen[split]:
+            other = seen.setdefault(source.file.resolve() if source.file else id(source.data), split)
+            if other != split:
+                allowed = f"other rows than task.{other} has; {source.place} is in both"
+                raise UserError(f"task.{split}", getattr(task, split), allowed, "name another split or file")
+    used = {id(source) for sources in chosen.values() for source in sources}
+    if idle := [name for name, sources in found.items() if not any(id(source) in used for source in sources)]:
+        log.warning("task.path: the splits %s are not used", ", ".join(idle))
+    return chosen
+
+
+def listed(names: str | Sequence[str] | None) -> list[str]:
+    """A name or a list of names as a list."""
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _named(
+    split: Split, name: str, found: Found, path: str | Sequence[str] | None, by_client: bool
+) -> Sequence[Source]:
+    """The sources of a split of task.path, or, where it has none of that name, at the place of that name."""
+    if name in found:
+        return found[name]
+    field, within = f"task.{split}", Path(os.path.expanduser(path)) / name if isinstance(path, str) else Path(name)
+    place = next((str(file) for file in (Path(os.path.expanduser(name)), within) if file.exists()), name)
+    if not (Path(place).exists() or glob.has_magic(name) or Path(name).suffix.lower() in READERS):
+        known = f"a split of {', '.join(listed(path))} ({', '.join(found)}), or " if found else ""
+        raise UserError(field, name, f"{known}a file, a folder or a glob", f"change {field}")
+    there = sources_at(field, place, by_client)
+    return there.get(split) or [source for sources in there.values() for source in sources]
+
+
+def sources_at(field: str, place: str, by_client: bool = False) -> dict[str, list[Source]]:
+    """What is at a place: a file, a glob of files, a folder (of files, of images, or written by `save_to_disk`), or a
+    hub id.
+
+    Files of a folder are in the split that a word of their path names, as in train.csv, a/test.jsonl or
+    dev-00000-of-00002.parquet, else in train; all of a glob are in train.  by_client: files belong to the client that
+    the first folder below the place, or else their own name names.
+    Raises UserError for `field` where there is nothing that can be read.
+    """
+    path = Path(os.path.expanduser(place))
+    if path.is_dir():
+        return _of_folder(field, place, path, by_client)
+    if path.is_file():
+        named = split_of(Path(path.name))[1]  # north.csv; of north/train.csv the folder names the client
+        return {"train": [_file(field, path, path.parent if named else path.parent.parent, by_client)]}
+    if glob.has_magic(place):
+        files = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
+        if not files:
+            raise UserError(field, place, "a glob that files match", "check the path")
+        root = Path(*(part for part in _fixed(path.parts)))
+        return {"train": [_file(field, file, root, by_client) for file in files]}
+    if path.suffix.lower() not in READERS and is_hub_id(place):
+        return _loaded(field, place, place)
+    kinds = ", ".join(READERS)
+    raise UserError(field, place, f"a file that exists ({kinds}), a folder, a glob or a hub id", "check the path")
+
+
+def read_source(source: Source, wanted: Wanted, field: str, split: Split = "train") -> Part:
+    """The rows of a source, which are in that split.  Raises UserError for `field`, or for the field of a column."""
+    import datasets
+
+    if source.file is not None:
+        return replace(read_file(source.file, wanted, field), place=source.place, split=split, client=source.client)
+    data = source.data
+    assert data is not None, "a source is a file or a data set"
+    names = tuple(data.column_names)
+    data = data.select_columns([name for name in names if name in wanted.names])
+    for name, feature in data.features.items():
+        if isinstance(feature, datasets.Image):  # its file's bytes will do, nobody needs the pixels yet
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return Part(source.place, names, data, split=split, client=source.client)
+
+
+def split_of(path: Path) -> tuple[Split | None, str]:
+    """The split that a relative path's words name, and the client: the first part that is no word of a split.
+
+    >>> split_of(Path("a/train-00000-of-00002.parquet")), split_of(Path("test/b.csv")), split_of(Path("c_dev.csv"))
+    (('train', 'a'), ('test', 'b'), ('validation', 'c'))
+    """
+    found: Split | None = None
+    client = ""
+    for part in (*path.parent.parts, _SHARD.sub("", path.stem)):
+        words = re.split(r"([-_. ])", part)
+        other = [word for word in words if word.lower() not in _WORDS]
+        if len(other) < len(words):
+            found = next(_WORDS[word.lower()] for word in words if word.lower() in _WORDS)
+        client = client or "".join(other).strip("-_. ")
+    return found, client
+
+
+def _file(field: str, file: Path, root: Path, by_client: bool) -> Source:
+    if file.suffix.lower() not in READERS:
+        raise UserError(field, str(file), f"a file ending in {', '.join(READERS)}, or a hub id", "convert the file")
+    below = file.relative_to(root)
+    client = split_of(below)[1] if by_client else ""
+    if by_client and not client:
+        allowed = "a file whose name, or whose folder below the path, names its client"
+        raise UserError(field, str(file), allowed, "put each client's files in a folder of its own")
+    return Source(str(below), file, client=client)
+
+
+def _fixed(parts: Sequence[str]) -> list[str]:
+    """The parts of a glob before the first that has magic."""
+    fixed: list[str] = []
+    for part in parts:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    return fixed
+
+
+def _of_folder(field: str, place: str, folder: Path, by_client: bool) -> dict[str, list[Source]]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _loaded(field, place, str(folder), saved=True)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file.relative_to(folder))]
+    rows = [file for file in files if file.suffix.lower() in READERS]
+    if any(file.suffix.lower() in _IMAGES for file in files) and all(file.stem == "metadata" for file in rows):
+        return _of_images(field, place, folder, by_client)
+    if not rows:
+        allowed = f"a folder with data that can be loaded: files ending in {', '.join(READERS)}, or images"
+        raise UserError(field, place, allowed, "check the path")
+    found: dict[str, list[Source]] = {}
+    for file in rows:
+        split, _ = split_of(file.relative_to(folder))
+        found.setdefault(split or "train", []).append(_file(field, file, folder, by_client))
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in path.parts) or path.stem.lower() in ("readme", "license")
+
+
+def _of_images(field: str, place: str, folder: Path, by_client: bool) -> dict[str, list[Source]]:
+    """Images with the names of their folders as labels, as `datasets` reads them; by client: a folder for each."""
+    if not by_client:
+        return _loaded(field, place, str(folder), "imagefolder")
+    found: dict[str, list[Source]] = {}
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not _hidden(Path(path.name))):
+        for split, parts in _loaded(field, str(inner), str(inner), "imagefolder").items():
+            found.setdefault(split, []).extend(replace(part, client=inner.name) for part in parts)
+    return found
+
+
+def _loaded(
+    field: str, place: str, path: str, builder: str | None = None, saved: bool = False
+) -> dict[str, list[Source]]:
+    """The splits of what `datasets` itself reads.  builder: of the folder `path`."""
+    import datasets
+
+    bars = not datasets.are_progress_bars_disabled()
+    try:
+        if saved or builder:  # which takes no time worth a bar
+            datasets.disable_progress_bars()
+        if saved:
+            data = datasets.load_from_disk(path)
+        elif builder:
+            data = datasets.load_dataset(builder, data_dir=path)
+        else:
+            with hub_or_cache():
+                data = datasets.load_dataset(path)
+    except Exception as error:  # the hub's client raises several families of errors; all mean the same to a person
+        cause = str(error).partition("\n")[0][:200]
+        raise UserError(field, place, "a hub id or folder that can be loaded", cause or type(error).__name__) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    splits = {"train": data} if isinstance(data, datasets.Dataset) else data
+    return {str(split): [Source(place, data=rows)] for split, rows in splits.items()}
