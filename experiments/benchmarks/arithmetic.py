@@ -1,7 +1,8 @@
-"""The arithmetic floor: the time that a round's matrix products would take at the rate of a plain one.
+"""The arithmetic floor: the time that a round's matrix products would take at the rate of a large one.
 
-Counted are those that nobody can leave out: the forward pass, and the gradients of the layers' inputs down to the
-lowest trained layer.  Not counted is what serves the subspaces, softmax, norms, and whatever is no matrix product.
+Counted are those that nobody can leave out: of real tokens, the forward pass, and the gradients of the layers' inputs
+down to the lowest trained layer.  Not counted is what serves the subspaces, softmax, norms, and whatever is no matrix
+product.  The rate is that of the kernel that the engine itself multiplies with.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from rayfed_sub.data.batching import IGNORED
+from rayfed_sub.models.frozen_linear import product
 
 _SIDE = 1024
 _SECONDS = 1.0
 
 
 def flops(work: Path) -> int:
-    """Floating-point operations of one client's local step: the mean over all batches, each as long as its longest row.
+    """Floating-point operations of one client's local step on its real tokens, the mean over all batches.
 
-    They are a L + b L^2 in a row's tokens L, so that two lengths give a and b."""
+    They are a L + b L^2 in the tokens L of its rows, so that two lengths give a and b."""
     model: Any = AutoModelForCausalLM.from_pretrained(work / "model").eval().requires_grad_(False)
     for name, module in model.named_modules():
         if name.endswith("up_proj"):  # a bias needs the gradient of its output, but no product of its own
             module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
     labels = np.load(work / "batches.npz")["labels"]
-    lengths = (labels != IGNORED).sum(axis=-1).max(axis=-1)
+    lengths = (labels != IGNORED).sum(axis=-1)  # all tokens are learned
     ends = np.array([lengths.max() // 2, lengths.max()])
     counted = [_flops(model, labels.shape[-2], int(length)) for length in ends]
     a, b = np.linalg.solve(np.stack([ends, ends**2], axis=1).astype(float), counted)
@@ -47,9 +49,9 @@ def _flops(model: Any, rows: int, tokens: int) -> int:
 
 
 def rate(processes: int) -> float:
-    """Operations a second of plain float32 products of 1024 x 1024 matrices, one thread in each of so many processes at
-    once, all together."""
-    command, pipe = [sys.executable, __file__], subprocess.PIPE
+    """Operations a second of the engine's float32 products of 1024 x 1024 matrices, one thread in each of so many
+    processes at once, all together."""
+    command, pipe = [sys.executable, "-m", "experiments.benchmarks.arithmetic"], subprocess.PIPE
     running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(processes)]
     for process in running:
         assert process.stdout is not None
@@ -63,14 +65,14 @@ def rate(processes: int) -> float:
 
 def _own_rate() -> float:
     torch.set_num_threads(1)
-    a, out = torch.randn(_SIDE, _SIDE), torch.empty(_SIDE, _SIDE)
+    a = torch.randn(_SIDE, _SIDE)
     for _ in range(5):
-        torch.mm(a, a, out=out)
+        product(a, a)
     print("ready", flush=True)
     sys.stdin.readline()
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < _SECONDS:
-        torch.mm(a, a, out=out)
+        product(a, a)
         done += 1
     return done * 2 * _SIDE**3 / (time.perf_counter() - began)
 

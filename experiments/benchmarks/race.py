@@ -3,8 +3,8 @@
     python -m experiments.benchmarks.race [CASE ...] [--flower PYTHON ...] [--pfl PYTHON] [--before TREE]
 
 --flower, --pfl: the Python of an environment with Flower (several versions: the option again), or with pfl; --before: a
-checkout of an earlier state of this project.  Without them these contestants stay away.  --only: these beside the bare
-loop.  --passes: runs of each contestant, instead of the case's own number.
+checkout of an earlier state of this project.  Without them these contestants stay away.  --only: these, and the bare
+loop once, for its weights.  --passes: runs of each contestant, instead of the case's own number.
 
 A, B, C, D, few, many, smoke: training, by all contestants.  A machine's own speed changes from minute to minute, so all
 run in turns, several times (`Case.passes`).  Final weights are compared with the bare loop's first; only where they
@@ -59,8 +59,9 @@ class Result:
     floor: float | None = None
 
 
-def race(case: Case, there: Mapping[str, Contestant], folder: Path) -> list[Result]:
-    """All contestants on a case that trains, one after the other, as often as the case asks for."""
+def race(case: Case, there: Mapping[str, Contestant], folder: Path, once: Sequence[str] = ()) -> list[Result]:
+    """All contestants on a case that trains, one after the other, as often as the case asks for; `once`: in the first
+    pass alone."""
     work = folder / "work"
     write_work(case, work, WORKERS)
     counted = flops(work) * case.steps * case.clients
@@ -70,6 +71,8 @@ def race(case: Case, there: Mapping[str, Contestant], folder: Path) -> list[Resu
     for n in range(case.passes):
         floors.append(counted / rate(WORKERS))
         for name, one in there.items():
+            if n and name in once:
+                continue
             out = folder / f"{name}-{n}"
             found[name].append(measured(one, work, out, case.look_every))
             away[name] = max(away[name], _away(folder / "bare-0", out))
@@ -211,8 +214,11 @@ def main() -> None:
     for name in given.cases or DEFAULT:
         with tempfile.TemporaryDirectory(prefix="race-") as folder:
             if name in RACED:
-                case = RACED[name]
-                results += race(replace(case, passes=given.passes or case.passes), there, Path(folder))
+                case, once = (
+                    replace(RACED[name], passes=given.passes or RACED[name].passes),
+                    ("bare",) if given.only else (),
+                )
+                results += race(case, there, Path(folder), once)
             else:
                 results += loaded(LOADS[name], there, Path(folder))
         if given.out is not None:  # after every case: the next one may fail

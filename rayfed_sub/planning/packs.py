@@ -83,6 +83,6 @@ def free_cuts(work: Sequence[float], workers: int, most: Callable[[], int], *, f
         share = (sums[-1] - sums[begin]) * mine / (packs - min(packs, halves) / 2)
         # The cut next to that share: a client belongs to the pack that has room for half of it.
         ends = range(begin + 1, begin + min(size, left) + 1)
-        end = begin + max(1, sum((sums[end] + sums[end - 1]) / 2 - sums[begin] < share for end in ends))
+        end = begin + max(1, sum((sums[end] + sums[end - 1]) / 2 - sums[begin] <= share for end in ends))
         yield range(begin, end)
         begin, packs = end, max(packs - 1, ceil((len(work) - end) / size))

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data import hub_client
 from rayfed_sub.data.hub_client import hub_or_cache
-from rayfed_sub.data.tables import read_table
+from rayfed_sub.data.sources import sources_at
 
 CLOSED = "http://127.0.0.1:1"
 
@@ -75,13 +75,15 @@ def test_data_set_that_is_not_in_the_cache_is_refused(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", CLOSED)
-    with pytest.raises(UserError, match=r"^task\.path: got 'nobody/nothing'; allowed: a hub id or file that can be"):
-        read_table("nobody/nothing", "train", frozenset())
+    with pytest.raises(UserError, match=r"^task\.path: got 'nobody/nothing'; allowed: a hub id or folder that can be"):
+        sources_at("task.path", "nobody/nothing")
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("path", ["two words", "a/b/c", "a--b/c", "here."])
 def test_what_can_be_no_hub_id_is_refused_without_a_request(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_client, "_answers", lambda endpoint, minute: pytest.fail("the hub was asked"))
-    with pytest.raises(UserError, match=r"^task\.path: got .*a file that exists \(.*\) or a hub id; check the path"):
-        read_table(path, "train", frozenset())
+    with pytest.raises(
+        UserError, match=r"^task\.path: got .*a file that exists \(.*\), a folder, a glob or a hub id; check the path"
+    ):
+        sources_at("task.path", path)

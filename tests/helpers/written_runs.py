@@ -119,7 +119,7 @@ def _packs(
 ) -> pd.DataFrame:
     """Packs of a round go to the workers in turn; a round lasts a second more than its packs, and a resumed session
     begins an hour after the previous one."""
-    size, workers, rows, clock = config.resources.pack_size, config.resources.workers, [], 1_700_000_000.0
+    size, workers, rows, clock = config.resources.first_pack, config.resources.workers, [], 1_700_000_000.0
     for round, cohort in taken.groupby("round")["client"]:
         clock += 3600.0 if round in resumed else 0.0
         free = [clock] * workers
