@@ -269,9 +269,13 @@ def _check_full(task: Task, full: Sequence[bool], broken: int) -> None:
     missing = len(full) - sum(full) - broken
     if not any(full):
         given = "an image" if task.image else "a prompt"
-        needed = f"{given} and {'an answer' if task.label is None else 'a label'}"
-        needed = "a chat with an answer" if task.messages else "a text" if task.text else needed
-        raise UserError("task.path", task.path, f"a table with rows that have {needed}", "check the columns")
+        allowed = f"a table with rows that have {given} and {'an answer' if task.label is None else 'a label'}"
+        advice = "check the columns"
+        if task.messages:
+            allowed, advice = "a table with chats that hold an answer", "check task.messages"
+        if task.text:
+            allowed, advice = "a table with rows that have a text", "check task.text"
+        raise UserError("task.path", task.path, allowed, advice)
     if missing:
         what = "label" if task.image else "prompt, answer" if task.label is None else "prompt, label"
         what = "answer" if task.messages else "text" if task.text else what
