@@ -40,7 +40,8 @@ def same(summary: Summary, undisturbed: Summary) -> None:
 def test_run_survives_a_worker_and_coordinators(
     coordinators: tuple[int, ...], ray_session: None, undisturbed_job: Summary, tmp_path: Path
 ) -> None:
-    """The short form of the soak: a worker dies in the second round, coordinators in others."""
+    """The short form of the soak: a worker dies in the second round, coordinators in others.  Packs find their size,
+    the undisturbed run has two clients in each."""
     due = [(1, "ray::Worker"), *((round, "ray::Coordinator") for round in coordinators)]
     messages: list[str] = []
 
@@ -50,7 +51,7 @@ def test_run_survives_a_worker_and_coordinators(
         if isinstance(record, Notice):
             messages.append(record.text)
 
-    summary = run(chaos.job(2), tmp_path / "run", listener)
+    summary = run(chaos.job(2, "resources.pack_size=auto"), tmp_path / "run", listener)
     assert not due
     same(summary, undisturbed_job)
     assert summary.resumed == coordinators  # checkpoints are requested after a round has been read
