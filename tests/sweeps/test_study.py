@@ -145,6 +145,7 @@ def test_every_run_is_checked_before_the_first(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.yaml"]
 
 
+@pytest.mark.slow  # that a trial has the bits of a run alone is quick in `tests/end_to_end/test_sweep.py`
 def test_study_runs_missing_trials_only(ray_session: None, tmp_path: Path) -> None:
     """Two values, one of which diverges; the other's run has the bits of a run alone.  One run at a time, so that both
     share a process, whose start takes longer than they."""
