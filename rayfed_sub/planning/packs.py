@@ -39,20 +39,20 @@ def ordered(config: Config, dataset: Dataset, cohort: Sequence[int]) -> list[int
     their local steps, the length of their rows (in powers of two) and their number."""
 
     def place(client: int) -> tuple[int, int, int]:
-        return -local_steps(config, client), -int(_length(dataset, client)).bit_length(), client
+        return -local_steps(config, client), -int(tokens(dataset, client)).bit_length(), client
 
     return sorted(cohort, key=place)
 
 
 def work(config: Config, dataset: Dataset, client: int) -> float:
     """A client's work in a round, to compare clients with each other: its local steps times the length of its rows."""
-    return local_steps(config, client) * max(1.0, _length(dataset, client))
+    return local_steps(config, client) * tokens(dataset, client)
 
 
-def _length(dataset: Dataset, client: int) -> float:
-    """The mean number of tokens of the client's rows; 0 for images, which are all of one size."""
+def tokens(dataset: Dataset, client: int) -> float:
+    """The mean number of tokens of the client's rows; 1 for images, which are all of one size."""
     if not isinstance(dataset.train, Rows):
-        return 0.0
+        return 1.0
     return float(dataset.train.lengths[dataset.rows_of(client)].mean())
 
 

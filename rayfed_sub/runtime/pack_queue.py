@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import inf
+from dataclasses import replace
+from math import ceil, inf
 from typing import Any
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.rows import Rows
 from rayfed_sub.diagnostics import client_diagnostics
 from rayfed_sub.planning import packs, sampling
 from rayfed_sub.runtime import pack_sizes
@@ -17,6 +19,7 @@ from rayfed_sub.runtime.worker import PackOutcome
 from rayfed_sub.runtime.workers import Workers
 from rayfed_sub.telemetry.process_memory import Sample
 
+_TOKENS = 1024  # of a step, with which products are efficient
 _MARGIN = 2  # times the memory that larger packs are expected to take
 _LIKE = 0.5  # of a size: a pack of more is timed as one of it
 
@@ -46,6 +49,8 @@ class PackQueue:
         rounds = self._config.federation.rounds or 0
         watched = client_diagnostics.watched(self._config.diagnostics, n, rounds, cohort)
         self._most = packs.most_clients(self._config, len(cohort), free=self._free)
+        if not self._sizes.likely and cohort:
+            self._sizes = replace(self._sizes, likely=self._likely(cohort))
         # Half a pack's time was waited for at the end of the last round: finer packs there would have been even.
         waited = max(self._ended.values(), default=0.0) - min(self._ended.values(), default=0.0)
         self._finer, self._shortest = waited > self._shortest / 2, inf
@@ -75,6 +80,13 @@ class PackQueue:
         # Computed ones (cuts are free with one thread alone): other work on the machine adds to those that pass.
         timing = Timing(n, size, done.result.seconds[1] / work)
         self._sizes = pack_sizes.timed(self._sizes, timing, self._most, self._has_room)
+
+    def _likely(self, cohort: Sequence[int]) -> int:
+        """Clients of a pack whose steps have enough tokens; 0 where rows are images."""
+        if not isinstance(self._dataset.train, Rows):
+            return 0
+        tokens = [packs.tokens(self._dataset, client) for client in cohort]
+        return ceil(_TOKENS * len(cohort) / (self._config.federation.batch_size * sum(tokens)))
 
     def _cuts(self, cohort: Sequence[int]) -> Iterator[Sequence[int]]:
         if not self._free:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 _GAIN = 0.97  # another size is taken where a unit of work takes less than this share: timings are not more precise
-_TIMED = 4  # packs of each of two sizes, by the quickest of which they are compared
+_TIMED = 2  # packs of each of two sizes, by the quickest of which they are compared
 _AGAIN = 16  # rounds after which a size is tried again
 
 
@@ -27,12 +27,13 @@ class Timing:
 class PackSizes:
     """now: the quickest size that is known; tried: another one, which takes turns with it until they are compared:
     rounds differ, since some compute new bases; judged: size -> the round in which it was found slower, or too large;
-    timings: of these two sizes, since they take turns."""
+    timings: of these two sizes, since they take turns; likely: a size that is tried before those in between."""
 
     now: int
     tried: int | None = None
     judged: Mapping[int, int] = field(default_factory=dict)
     timings: tuple[Timing, ...] = ()
+    likely: int = 0
 
     @property
     def size(self) -> int:
@@ -54,12 +55,14 @@ def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int],
         if min(map(len, both)) < _TIMED:
             return sizes
         better, worse = (tried, now) if min(both[1]) < _GAIN * min(both[0]) else (now, tried)
-        sizes = PackSizes(better, None, {**sizes.judged, worse: timing.round})
-    larger, smaller = 2 * sizes.now, sizes.now // 2
-    if sizes.now < most and _unknown(sizes, larger, timing.round):
-        if has_room(larger):
-            return replace(sizes, tried=larger)
-        sizes = replace(sizes, judged={**sizes.judged, larger: timing.round})
+        judged = {**sizes.judged, worse: timing.round}
+        sizes = replace(sizes, now=better, tried=None, judged=judged, timings=())
+    smaller = sizes.now // 2
+    for larger in (sizes.likely, 2 * sizes.now):
+        if sizes.now < min(larger, most) and _unknown(sizes, larger, timing.round):
+            if has_room(larger):
+                return replace(sizes, tried=larger)
+            sizes = replace(sizes, judged={**sizes.judged, larger: timing.round})
     if smaller and _unknown(sizes, smaller, timing.round):
         return replace(sizes, tried=smaller)
     return sizes
@@ -67,8 +70,10 @@ def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int],
 
 def lost(sizes: PackSizes, clients: int, n: int) -> PackSizes:
     """What is known after a pack of so many clients was lost in round n: it may have been too large."""
-    too_large = {size: n for size in (sizes.now, sizes.tried, 2 * sizes.now) if size is not None and size >= clients}
-    return PackSizes(max(1, min(sizes.now, clients // 2)), None, {**sizes.judged, **too_large})
+    known = (sizes.now, sizes.tried, 2 * sizes.now, sizes.likely)
+    too_large = {size: n for size in known if size is not None and size >= clients}
+    smaller = max(1, min(sizes.now, clients // 2))
+    return replace(sizes, now=smaller, tried=None, judged={**sizes.judged, **too_large}, timings=())
 
 
 def _rates(sizes: PackSizes, size: int) -> list[float]:

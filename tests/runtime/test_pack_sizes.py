@@ -27,9 +27,16 @@ def sizes_of(seconds: Callable[[int], float], packs: int = 60, most: int = 64, r
 
 def test_packs_grow_while_that_is_quicker() -> None:
     found = sizes_of(lambda size: 1 / min(size, 16))
-    assert found[:9] == [4, 8, 4, 8, 4, 8, 4, 8, 4]
+    assert found[:5] == [4, 8, 4, 8, 4]
     assert max(found) == 32
     assert found[-1] == 16
+
+
+def test_likely_size_is_tried_before_those_in_between() -> None:
+    sizes = PackSizes(4, likely=32)
+    assert timed(sizes, Timing(0, 4, 1.0), 64, lambda size: True).tried == 32
+    assert timed(sizes, Timing(0, 4, 1.0), 64, lambda size: size < 32).tried == 8
+    assert timed(sizes, Timing(0, 4, 1.0), 3, lambda size: True).tried == 2
 
 
 def test_packs_shrink_where_that_is_quicker() -> None:
