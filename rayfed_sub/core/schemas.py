@@ -34,7 +34,7 @@ class RoundRow:
 @dataclass(frozen=True)
 class PackRow:
     """Training of a pack.  pack: its number in the round; clients: their number; first: the first client; began: Unix
-    time of the start; seconds: until the result arrived; tokens: of its rows, over all local steps (of images, their
+    time of the start; seconds: that the worker took; tokens: of its rows, over all local steps (of images, their
     number); computed: those that linear layers saw, with what only fills up; trouble: causes of earlier failures.
     This table depends on workers and failures."""
 

@@ -132,7 +132,7 @@ def build_dataset(
     seed: deals out the rows; task.seed draws them and their splits.
     """
     by_key = federation.partition.kind in BY_CLIENT
-    passed, changes = [len(pairs)], pairs.changes
+    passed, changes, official = [len(pairs)], pairs.changes, set(pairs.splits)
     names = tuple(f"client {client}" for client in range(federation.clients))
     if (most := federation.clients if by_key else federation.partition.largest) is not None:
         field = "federation.clients" if by_key else "federation.partition.largest"
@@ -156,6 +156,7 @@ def build_dataset(
     pairs = pairs.take(kept)
     passed.append(len(pairs))
 
+    _check_splits_left(task, official - set(pairs.splits))
     read = [question.encode("utf-8", "surrogatepass") for question in pairs.questions] if pairs.plain else inputs(rows)
     split = split_rows(pairs.questions, read, pairs.keys, task, pairs.splits)
     chosen = split.held_out if judged == "held-out" else split.validation
@@ -207,6 +208,13 @@ def build_dataset(
         fingerprint=fingerprint(rows, pairs.class_names, splits, names, parts, judged_by),
         split=_split_name(task, judged, pairs.splits),
     )
+
+
+def _check_splits_left(task: Task, gone: set[str]) -> None:
+    """UserError for an official split of which no row is left: a share of the training rows is another one."""
+    for split in sorted(gone - {"train"}):
+        allowed = "a split with rows of the clients that train, which have tokens"
+        raise UserError(f"task.{split}", getattr(task, split), allowed, f"name another one, or set task.{split}=[]")
 
 
 def _rows_of(units: Ints, sizes: Ints) -> Ints:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
@@ -62,7 +62,7 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
     chosen: dict[Split, list[Source]] = {}
     for split in SPLITS:
         given = getattr(task, split)
-        names = [split] if given is None and split in found else listed(given)
+        names = [split] if given is None and split in found and not named_elsewhere(task, split) else listed(given)
         chosen[split] = [source for name in names for source in _named(split, name, found, task.path, by_client)]
     if not chosen["train"]:
         allowed = f"names of the training rows, of the splits {', '.join(found) or 'of task.path'} or of files"
@@ -78,6 +78,11 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
     if idle := [name for name, sources in found.items() if not any(id(source) in used for source in sources)]:
         log.warning("task.path: the splits %s are not used", ", ".join(idle))
     return chosen
+
+
+def named_elsewhere(task: Task, split: Split) -> bool:
+    """Whether another split's key names this one, which is not training: task.test=validation leaves no validation."""
+    return split != "train" and any(split in listed(getattr(task, other)) for other in SPLITS if other != split)
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
@@ -121,6 +126,9 @@ def sources_at(field: str, place: str, by_client: bool = False) -> dict[str, lis
             raise UserError(field, place, "a glob that files match", "check the path")
         root = Path(*(part for part in _fixed(path.parts)))
         return {"train": [_file(field, file, root, by_client) for file in files]}
+    if by_client and path.suffix.lower() not in READERS:
+        allowed = "another kind than files where task.path is a hub id, whose rows say no client by their place"
+        raise UserError("federation.partition.kind", "files", allowed, "name a column that does")
     if path.suffix.lower() not in READERS and is_hub_id(place):
         return _loaded(field, place, place)
     kinds = ", ".join(READERS)
@@ -183,6 +191,9 @@ def _fixed(parts: Sequence[str]) -> list[str]:
 
 def _of_folder(field: str, place: str, folder: Path, by_client: bool) -> dict[str, list[Source]]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if by_client:
+            allowed = "another kind than files for a saved data set, whose rows say no client by their place"
+            raise UserError("federation.partition.kind", "files", allowed, "name a column that does")
         return _loaded(field, place, str(folder), saved=True)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file.relative_to(folder))]
     rows = [file for file in files if file.suffix.lower() in READERS]
@@ -208,13 +219,16 @@ def _of_images(field: str, place: str, folder: Path, by_client: bool) -> dict[st
         return _loaded(field, place, str(folder), "imagefolder")
     found: dict[str, list[Source]] = {}
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not _hidden(Path(path.name))):
-        for split, parts in _loaded(field, str(inner), str(inner), "imagefolder").items():
+        # A client may have images of one class alone, whose folder `datasets` would take for no label.
+        classed = any(path.is_dir() and not _hidden(Path(path.name)) for path in inner.iterdir())
+        options = {"drop_labels": False} if classed else {}
+        for split, parts in _loaded(field, str(inner), str(inner), "imagefolder", **options).items():
             found.setdefault(split, []).extend(replace(part, client=inner.name) for part in parts)
     return found
 
 
 def _loaded(
-    field: str, place: str, path: str, builder: str | None = None, saved: bool = False
+    field: str, place: str, path: str, builder: str | None = None, saved: bool = False, **options: Any
 ) -> dict[str, list[Source]]:
     """The splits of what `datasets` itself reads.  builder: of the folder `path`."""
     import datasets
@@ -226,7 +240,7 @@ def _loaded(
         if saved:
             data = datasets.load_from_disk(path)
         elif builder:
-            data = datasets.load_dataset(builder, data_dir=path)
+            data = datasets.load_dataset(builder, data_dir=path, **options)
         else:
             with hub_or_cache():
                 data = datasets.load_dataset(path)

@@ -14,7 +14,7 @@ from typing import Any
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.readers import NoTextError, Part, Wanted, as_text, no_text
-from rayfed_sub.data.sources import SPLITS, listed, read_source, sources_of
+from rayfed_sub.data.sources import SPLITS, listed, named_elsewhere, read_source, sources_of
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def splits_of(table: Table, task: Task) -> list[str]:
     split_of: dict[str, str] = {}
     for split in SPLITS:
         given = getattr(task, split)
-        names = [split] if given is None and split in found else listed(given)
+        names = [split] if given is None and split in found and not named_elsewhere(task, split) else listed(given)
         if missing := [name for name in names if name not in found] or (
             [split] if split == "train" and not names else []
         ):
@@ -156,6 +156,9 @@ def _renamed(part: Part, renames: Mapping[str, str]) -> Part:
 def _cells(part: Part, name: str) -> Iterator[Any]:
     import json
 
+    if name not in part.data.column_names:
+        yield from [None] * len(part.data)
+        return
     for chunk in part.data.data.column(name).chunks:
         for cell in chunk.to_pylist():
             yield json.loads(cell) if part.as_json and cell is not None else cell

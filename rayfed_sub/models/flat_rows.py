@@ -208,17 +208,20 @@ def _attention(
     parts = [query[0], key[0], value[0]]
     if not rows.as_they_lie:
         parts = [_Spread.apply(x, rows) for x in parts]  # type: ignore[no-untyped-call]
-    outputs, begin = [], 0
-    for R, L in rows.groups:
-        given = [x.narrow(1, begin, R * L).unflatten(1, (R, L)).transpose(0, 1) for x in parts]
+    # One group is all there is: a slice's gradient would be zeros first.
+    sizes = [R * L for R, L in rows.groups]
+    by_group = [[x] if len(sizes) == 1 else x.split(sizes, dim=1) for x in parts]
+    outputs = []
+    for (R, L), *group in zip(rows.groups, *by_group, strict=True):
+        given = [x.unflatten(1, (R, L)).transpose(0, 1) for x in group]
         mask = None if attention_mask is None else _mask_of(current, int(attention_mask.flatten()[0]), L)
         # The keys of several heads that share one are a copy for several rows, and for one row a view of stride 0,
         # whose products have other bits: a row alone goes in twice.
         alone = R == 1 and len(parts[1]) == 1
         if alone:
             given = [torch.cat([x, x]) for x in given]
-        outputs.append(plain(module, *given, mask, **how)[0][:R].flatten(0, 1))
-        begin += R * L
+        out_RLHd = plain(module, *given, mask, **how)[0]
+        outputs.append((out_RLHd[:R] if alone else out_RLHd).flatten(0, 1))
     out_PHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if not rows.as_they_lie:
         out_PHd = _Gathered.apply(out_PHd, rows)  # type: ignore[no-untyped-call]

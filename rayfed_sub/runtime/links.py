@@ -49,7 +49,11 @@ class LocalLink:
     def __init__(self, parts: tuple[Any, ...]) -> None:
         self._threads, self._dtype = torch.get_num_threads(), torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
-        self._coordinator = Coordinator(*parts)
+        try:
+            self._coordinator = Coordinator(*parts)
+        except BaseException:
+            self._restore()
+            raise
 
     def ask(self, name: str) -> Any:
         """As in `CoordinatorLink`."""
@@ -59,7 +63,12 @@ class LocalLink:
         return self._coordinator.run_round(n)
 
     def close(self) -> None:
-        self._coordinator.close()
+        try:
+            self._coordinator.close()
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
         torch.set_num_threads(self._threads)
         torch.set_default_dtype(self._dtype)
 

@@ -43,6 +43,7 @@ class PackQueue:
         self._ended: dict[int, float] = {}  # worker -> the end of its last pack in this round
         self._shortest, self._finer = inf, False  # seconds of this round's shortest pack; how its last turn is cut
         self._bare = {sample.process: sample.last for sample in workers.memory(1)}  # before the first pack
+        self._samples: dict[int, Sample] = {}  # worker -> its memory after its last pack
 
     def items(self, n: int, cohort: Sequence[int], broadcast: Any) -> Iterator[WorkItem]:
         """The packs of round n, whose cohort stands in its canonical order."""
@@ -62,6 +63,7 @@ class PackQueue:
     def done(self, n: int, done: Done) -> None:
         """Takes note of a finished pack of round n."""
         self._home.update(dict.fromkeys(done.units, done.worker))
+        self._samples[done.worker] = done.result.memory
         self._ended[done.worker] = done.ended
         self._shortest = min(self._shortest, done.ended - done.began)
         size = self._cut_by.pop(done.units[0], None)
@@ -75,7 +77,7 @@ class PackQueue:
         work = sum(packs.work(self._config, self._dataset, client) for client in done.units)
         first = (done.worker, size) not in self._warm
         self._warm.add((done.worker, size))
-        if first:  # kernels are made
+        if first or len(self._samples) < self._workers.count:  # kernels are made; what packs take is not known
             return
         # Computed ones (cuts are free with one thread alone): other work on the machine adds to those that pass.
         timing = Timing(n, size, done.result.seconds[1] / work)
@@ -112,7 +114,8 @@ class PackQueue:
             middle = len(clients) // 2
             if not self._free or not middle:
                 return []
-            self._sizes = pack_sizes.lost(self._sizes, len(clients), n)
+            if self._config.resources.pack_size == "auto" and len(clients) > _LIKE * self._sizes.now:
+                self._sizes = pack_sizes.lost(self._sizes, len(clients), n)
             return [self._item(n, part, worker, broadcast, watched) for part in (clients[:middle], clients[middle:])]
 
         label = f"client {clients[0]}"
@@ -122,11 +125,8 @@ class PackQueue:
 
     def _has_room(self, size: int) -> bool:
         """Whether every node has memory for packs of this size, by what the packs so far have taken."""
-        samples = self._workers.memory(1)
-        if len(samples) < self._workers.count:
-            return False
         by_node: dict[str, list[Sample]] = {}
-        for sample in samples:
+        for sample in self._samples.values():
             by_node.setdefault(sample.process[0], []).append(sample)
         return all(
             _MARGIN

@@ -46,7 +46,7 @@ class PackSizes:
 def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int], bool]) -> PackSizes:
     """What is known after another finished pack.
 
-    most: clients of a pack at most, however large the size.  has_room: whether memory is free for packs of a size;
+    most: the largest size.  has_room: whether memory is free for packs of a size;
     asked only before a larger one is tried."""
     now, tried = sizes.now, sizes.tried
     if tried is not None:
@@ -58,8 +58,8 @@ def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int],
         judged = {**sizes.judged, worse: timing.round}
         sizes = replace(sizes, now=better, tried=None, judged=judged, timings=())
     smaller = sizes.now // 2
-    for larger in (sizes.likely, 2 * sizes.now):
-        if sizes.now < min(larger, most) and _unknown(sizes, larger, timing.round):
+    for larger in (min(sizes.likely, most), min(2 * sizes.now, most)):
+        if sizes.now < larger and _unknown(sizes, larger, timing.round):
             if has_room(larger):
                 return replace(sizes, tried=larger)
             sizes = replace(sizes, judged={**sizes.judged, larger: timing.round})

@@ -69,12 +69,13 @@ class Spec:
 @dataclass(frozen=True)
 class PackOutcome:
     """Outcome of a pack: updates and new states, in the pack's order.  A failed client's state is None: it keeps the
-    old one.  seconds: the worker's own, passed and computed; diagnostics: of the watched clients; tokens, computed: see
-    `PackRow`."""
+    old one.  seconds: the worker's own, passed and computed; memory: of its process; diagnostics: of the watched
+    clients; tokens, computed: see `PackRow`."""
 
     updates: tuple[Update, ...]
     states: tuple[ClientState | None, ...]
     seconds: tuple[float, float]
+    memory: Sample
     diagnostics: tuple[ClientDiagnostics, ...] = ()
     tokens: int | None = None
     computed: int | None = None
@@ -165,7 +166,8 @@ class Worker:
         given.check()
         self._guard.check()
         seconds = (time.perf_counter() - began, time.thread_time() - computed)
-        return PackOutcome(tuple(updates), tuple(kept), seconds, tuple(diagnostics), trained.tokens, trained.computed)
+        found, counts = (tuple(updates), tuple(kept)), (trained.tokens, trained.computed)
+        return PackOutcome(*found, seconds, self._memory.sample(), tuple(diagnostics), *counts)
 
     def evaluate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Prediction]:
         """Predictions for the given held-out rows by the global model, or by that of `client` where it is given (state

@@ -64,6 +64,19 @@ def test_clients_of_files_have_their_own_test_rows(place: str, tmp_path: Path) -
     assert data.split == "test"
 
 
+def test_official_split_of_other_clients_is_not_replaced_by_a_share(tmp_path: Path) -> None:
+    written(tmp_path / "train" / "alice.jsonl", rows(0, 9))
+    written(tmp_path / "test" / "zoe.jsonl", rows(20, 29))
+    with pytest.raises(UserError, match=r"task\.test: got None; allowed: a split with rows of the clients that train"):
+        load_dataset(table(str(tmp_path)), dealt(1, kind="files"), ByteTokenizer(), 0)
+
+
+def test_saved_data_set_has_no_clients_by_file(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(rows(0, 9)).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"federation\.partition\.kind: got 'files'; .*name a column that does"):
+        load_pairs(table(str(tmp_path / "saved")), dealt(1, kind="files"))
+
+
 def test_clients_of_files_without_test_rows(tmp_path: Path) -> None:
     for client, count in (("a", 10), ("b", 20), ("c", 5)):
         written(tmp_path / f"{client}.jsonl", rows(100 * count, 101 * count))

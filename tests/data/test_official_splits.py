@@ -47,7 +47,7 @@ def test_folder_s_own_splits_are_used(tmp_path: Path) -> None:
     assert (len(validation.held_out), validation.split) == (5, "validation")
     shares = built(str(tmp_path), test=(), validation=(), test_share=0.2)
     assert (sizes(shares), shares.split) == ((16, 0, 4), "held-out share")
-    swapped = built(str(tmp_path), test="validation", validation=())
+    swapped = built(str(tmp_path), test="validation")
     assert (sizes(swapped), swapped.split) == ((20, 0, 5), "test (validation)")
     files = [str(tmp_path / f"{name}.jsonl") for name in ("train-1", "test")]
     named = built(None, train=f"{tmp_path}/train-*.jsonl", test=files[1], validation_share=0.1)

@@ -39,6 +39,10 @@ def test_likely_size_is_tried_before_those_in_between() -> None:
     assert timed(sizes, Timing(0, 4, 1.0), 3, lambda size: True).tried == 2
 
 
+def test_likely_size_beyond_a_worker_s_share_is_that_share() -> None:
+    assert timed(PackSizes(4, likely=64), Timing(0, 4, 1.0), 5, lambda size: True).tried == 5
+
+
 def test_packs_shrink_where_that_is_quicker() -> None:
     assert sizes_of(float)[-1] == 1
 
@@ -48,9 +52,8 @@ def test_equal_times_keep_the_size() -> None:
     assert sizes_of(lambda size: 0.99 if size == 8 else 1.0)[-1] == 4
 
 
-@pytest.mark.parametrize(("limits", "largest"), [({"most": 12}, 16), ({"room": 8}, 8)])
+@pytest.mark.parametrize(("limits", "largest"), [({"most": 12}, 12), ({"room": 8}, 8)])
 def test_packs_grow_to_their_share_and_to_free_memory(limits: dict[str, int], largest: int) -> None:
-    """A size may be above the most clients that a pack can have: then the cut is that."""
     assert max(sizes_of(lambda size: 1 / size, **limits)) == largest
 
 
@@ -109,7 +112,9 @@ def a_round(packs: PackQueue, n: int, seconds: Callable[[int], float]) -> Iterat
     for i, item in enumerate(packs.items(n, range(64), None)):
         began, taken = now[i % 2], seconds(len(item.units))
         now[i % 2] += taken
-        packs.done(n, Done(i, SimpleNamespace(seconds=(taken, taken)), i % 2, began, began + taken, (), item.units))
+        memory = cast(Stage, packs._workers).samples[i % 2]
+        outcome = SimpleNamespace(seconds=(taken, taken), memory=memory)
+        packs.done(n, Done(i, outcome, i % 2, began, began + taken, (), item.units))
         yield len(item.units)
 
 
@@ -144,6 +149,23 @@ def test_round_ends_with_finer_packs_where_a_worker_waited_for_another() -> None
     assert list(a_round(packs, 0, lambda clients: clients * next(slow))) == [16, 16, 16, 16]
     assert list(a_round(packs, 1, float)) == [16, 16, 8, 8, 8, 8]
     assert list(a_round(packs, 2, float)) == [16, 16, 16, 16]  # nobody waited
+
+
+def test_lost_pack_does_not_change_a_number_in_the_configuration() -> None:
+    packs = queue(workers_with(free=10**9), pack_size=16)
+    (first, *_) = packs.items(0, range(64), None)
+    assert [len(half.units) for half in first.halves()] == [8, 8]
+    assert max(a_round(packs, 1, float)) == 16
+
+
+def test_lost_rest_of_a_round_says_nothing_about_the_size() -> None:
+    packs = queue(workers_with(free=10**9))
+    for _ in range(12):
+        list(a_round(packs, 0, lambda clients: 1 + clients / 100))
+    now = packs._sizes.now
+    (item,) = packs.items(12, range(2), None) if now < 2 else list(packs.items(12, range(3), None))[:1]
+    item.halves()
+    assert packs._sizes.now == now
 
 
 def test_number_in_the_configuration_stays() -> None:
