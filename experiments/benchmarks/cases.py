@@ -24,7 +24,8 @@ class Case:
     """clients all take part in every round, each with `steps` local steps of `batch` rows of `tokens` tokens.
 
     model: a Llama's numbers, random weights; None: SmolLM2-135M on Python's documentation, rows of up to `tokens`.
-    pack_size: rayfed_sub's, as `rayfed-sub plan --probe` finds it.  rounds: the first, which stands apart, included.
+    pack_size: rayfed_sub's where nothing is trained, and of states that find none themselves.  rounds: the first, which
+    stands apart, included.
     does: a client's work.  With TRAIN it trains on batches of its own and sends what it learned; with the others, which
     load the engine alone, it has one of a few short rows.  passes: runs of each contestant.  contestants: by name; none
     for all.  look_every: seconds between two looks at the memory.

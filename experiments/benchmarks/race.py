@@ -214,11 +214,8 @@ def main() -> None:
     for name in given.cases or DEFAULT:
         with tempfile.TemporaryDirectory(prefix="race-") as folder:
             if name in RACED:
-                case, once = (
-                    replace(RACED[name], passes=given.passes or RACED[name].passes),
-                    ("bare",) if given.only else (),
-                )
-                results += race(case, there, Path(folder), once)
+                case, once = RACED[name], ("bare",) if given.only else ()
+                results += race(replace(case, passes=given.passes or case.passes), there, Path(folder), once)
             else:
                 results += loaded(LOADS[name], there, Path(folder))
         if given.out is not None:  # after every case: the next one may fail

@@ -65,7 +65,7 @@ KINDS = {
     "sweep": "a configuration with a section `sweep`",
     "study": "a study, with a claim and variants",
 }
-"""What the file of a command is, by the command's name."""
+"""Kinds of files that commands take, by the command's name."""
 
 
 def check_kind(path: str | Path, tree: Mapping[str, Any], wanted: str) -> None:

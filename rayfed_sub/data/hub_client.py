@@ -12,7 +12,7 @@ _REMEMBERED = 60.0  # seconds after which the hub is asked again
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the hub can have a repository of this name, whether or not it does.
+    """True where the hub can have a repository of this name, whether or not it has.
 
     >>> [is_hub_id(name) for name in ("gpt2", "openai-community/gpt2", "two words", "a/b/c", "./here")]
     [True, True, False, False, False]
@@ -29,9 +29,9 @@ def is_hub_id(name: str) -> bool:
 
 @contextmanager
 def hub_or_cache() -> Iterator[None]:
-    """Where the hub does not answer, its client is offline inside: what is in the cache is read, anything else raises
-    at once.  By itself the client tries every file six times, which takes a minute and a half for a model, and logs
-    each try."""
+    """Sets the hub's client offline inside where the hub does not answer: what is in the cache is read, anything else
+    raises at once.  By itself the client tries every file six times, which takes a minute and a half for a model, and
+    logs each try."""
     from huggingface_hub import constants
 
     minute = int(time.monotonic() / _REMEMBERED)
@@ -47,7 +47,7 @@ def hub_or_cache() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _answers(endpoint: str, minute: int) -> bool:
-    """Whether a request gets any answer; minute: when it is asked, so that an answer is not kept for ever."""
+    """True where a request gets any answer; minute: when it is asked, so that an answer is not kept for ever."""
     import httpx
     from huggingface_hub.utils import get_session
 

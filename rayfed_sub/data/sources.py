@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,8 +61,7 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
         return {"train": [source for sources in found.values() for source in sources]}
     chosen: dict[Split, list[Source]] = {}
     for split in SPLITS:
-        given = getattr(task, split)
-        names = [split] if given is None and split in found and not named_elsewhere(task, split) else listed(given)
+        names = names_of(task, split, found)
         chosen[split] = [source for name in names for source in _named(split, name, found, task.path, by_client)]
     if not chosen["train"]:
         allowed = f"names of the training rows, of the splits {', '.join(found) or 'of task.path'} or of files"
@@ -80,9 +79,12 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
     return chosen
 
 
-def named_elsewhere(task: Task, split: Split) -> bool:
-    """Whether another split's key names this one, which is not training: task.test=validation leaves no validation."""
-    return split != "train" and any(split in listed(getattr(task, other)) for other in SPLITS if other != split)
+def names_of(task: Task, split: Split, found: Container[str]) -> list[str]:
+    """The names of a split's rows: those that its key gives, else its own where it is found and not, but for training,
+    what another split's key names: task.test=validation leaves no validation split."""
+    given = getattr(task, split)
+    elsewhere = split != "train" and any(split in listed(getattr(task, other)) for other in SPLITS if other != split)
+    return [split] if given is None and split in found and not elsewhere else listed(given)
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
@@ -106,8 +108,8 @@ def _named(
 
 
 def sources_at(field: str, place: str, by_client: bool = False) -> dict[str, list[Source]]:
-    """What is at a place: a file, a glob of files, a folder (of files, of images, or written by `save_to_disk`), or a
-    hub id.
+    """The sources at a place: a file, a glob of files, a folder (of files, of images, or written by `save_to_disk`), or
+    a hub id.
 
     Files of a folder are in the split that a word of their path names, as in train.csv, a/test.jsonl or
     dev-00000-of-00002.parquet, else in train; all of a glob are in train.  by_client: files belong to the client that

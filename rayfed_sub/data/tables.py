@@ -14,7 +14,7 @@ from typing import Any
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.readers import NoTextError, Part, Wanted, as_text, no_text
-from rayfed_sub.data.sources import SPLITS, listed, named_elsewhere, read_source, sources_of
+from rayfed_sub.data.sources import SPLITS, names_of, read_source, sources_of
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ def splits_of(table: Table, task: Task) -> list[str]:
     found = set(cells) - {""}
     split_of: dict[str, str] = {}
     for split in SPLITS:
-        given = getattr(task, split)
-        names = [split] if given is None and split in found and not named_elsewhere(task, split) else listed(given)
+        given, names = getattr(task, split), names_of(task, split, found)
         if missing := [name for name in names if name not in found] or (
             [split] if split == "train" and not names else []
         ):

@@ -38,7 +38,7 @@ class PackQueue:
         self._free, self._sizes = free, PackSizes(config.resources.first_pack)
         self._home: dict[int, int] = {}  # client -> the worker that trained it last
         self._warm: set[tuple[int, int]] = set()  # worker and size of packs so far
-        self._cut_by: dict[int, int] = {}  # a pack's first client -> the size by which it was cut
+        self._cut_by: dict[int, tuple[int, float]] = {}  # a pack's first client -> the size it was cut by, its work
         self._most = 1  # clients of a pack in this round
         self._ended: dict[int, float] = {}  # worker -> the end of its last pack in this round
         self._shortest, self._finer = inf, False  # seconds of this round's shortest pack; how its last turn is cut
@@ -66,15 +66,10 @@ class PackQueue:
         self._samples[done.worker] = done.result.memory
         self._ended[done.worker] = done.ended
         self._shortest = min(self._shortest, done.ended - done.began)
-        size = self._cut_by.pop(done.units[0], None)
-        if (
-            size is None
-            or done.troubles
-            or len(done.units) <= _LIKE * size
-            or self._config.resources.pack_size != "auto"
-        ):
+        size, work = self._cut_by.pop(done.units[0], (0, 0.0))
+        fixed = self._config.resources.pack_size != "auto"
+        if fixed or not size or done.troubles or len(done.units) <= _LIKE * size:
             return
-        work = sum(packs.work(self._config, self._dataset, client) for client in done.units)
         first = (done.worker, size) not in self._warm
         self._warm.add((done.worker, size))
         if first or len(self._samples) < self._workers.count:  # kernels are made; what packs take is not known
@@ -98,7 +93,7 @@ class PackQueue:
         count = self._workers.count
         for places in packs.free_cuts(work, count, lambda: min(self._sizes.size, self._most), finer=self._finer):
             clients = cohort[places.start : places.stop]
-            self._cut_by[clients[0]] = self._sizes.size
+            self._cut_by[clients[0]] = self._sizes.size, sum(work[places.start : places.stop])
             yield clients
 
     def _item(self, n: int, clients: Sequence[int], worker: int, broadcast: Any, watched: Sequence[int]) -> WorkItem:

@@ -46,8 +46,8 @@ class PackSizes:
 def timed(sizes: PackSizes, timing: Timing, most: int, has_room: Callable[[int], bool]) -> PackSizes:
     """What is known after another finished pack.
 
-    most: the largest size.  has_room: whether memory is free for packs of a size;
-    asked only before a larger one is tried."""
+    most: the largest size.  has_room: whether memory is free for packs of a size; asked only before a larger one is
+    tried."""
     now, tried = sizes.now, sizes.tried
     if tried is not None:
         sizes = replace(sizes, timings=(*sizes.timings, timing))
