@@ -252,5 +252,6 @@ def _loaded(
     finally:
         if bars:
             datasets.enable_progress_bars()
-    splits = {"train": data} if isinstance(data, datasets.Dataset) else data
-    return {str(split): [Source(place, data=rows)] for split, rows in splits.items()}
+    if isinstance(data, datasets.Dataset):
+        return {"train": [Source(place, data=data)]}
+    return {str(split): [Source(f"{place}, {split}", data=rows)] for split, rows in data.items()}

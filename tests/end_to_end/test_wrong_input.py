@@ -395,7 +395,7 @@ TABLES = {
     "texts in place of chats": (
         "task.prompt=null task.answer=null task.messages=q",
         "task.messages: got 'q'; allowed: lists of {role, content} or {from, value}",
-        "; row 1: the text is no JSON list of messages",
+        "; row 1 of rows.parquet: the text is no JSON list of messages",
     ),
     "chats with an answer's column": (
         "task.prompt=null task.messages=q",
