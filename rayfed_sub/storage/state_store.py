@@ -64,7 +64,8 @@ class StateStore:
             self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.state_files)])
             self._states.recall(found.state_files)
             self.current = _round_state(found)
-        checkpoints.sweep(folder, set().union(*self._named))
+        self._best = frozenset(checkpoints.best_states(folder))  # states of the best checkpoint
+        checkpoints.sweep(folder, set().union(*self._named, self._best))
 
     def add(self, client: int, state: ClientState) -> Key:
         """Stores a client's state of the current round until `commit`."""
@@ -88,7 +89,7 @@ class StateStore:
                 return False
             whole = ServerState(server.round, settled(server.tensors))
             new = RoundState(whole, settled(memory), {**self.current.states, **dict(trained)})
-            left, named = self.current.keys - new.keys, frozenset().union(*self._named)
+            left, named = self.current.keys - new.keys, self._best.union(*self._named)
             self.current = new
             self._states.release(left & named)
             self._states.drop(left - named)
@@ -122,7 +123,19 @@ class StateStore:
             checkpoints.write(self._folder, Checkpoint(current.server.round, server, state_files))
             leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
             self._named.append(keys)
-            self._states.drop(leaving.difference(*self._named))
+            self._states.drop(leaving.difference(self._best, *self._named))
+
+    def keep_best(self) -> None:
+        """Keeps the newest checkpoint, that of the current round, as the best one, and frees an earlier best.
+
+        Raises RunError where the disk is full; an earlier best checkpoint then stays valid.
+        """
+        with self._lock:
+            if checkpoints.best(self._folder) == self.current.server.round:
+                return
+            checkpoints.keep_best(self._folder, self.current.server.round)
+            leaving, self._best = self._best, self.current.keys
+            self._states.drop(leaving.difference(self._best, *self._named))
 
 
 def _round_state(found: Checkpoint) -> RoundState:

@@ -5,6 +5,7 @@ The store is a local folder behind a handler that counts, and fails on request; 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rayfed_sub.storage.remote import Mirror, Place, local_copy, open_place
 from rayfed_sub.storage.run_folder import finished
 from rayfed_sub.telemetry.events import Notice, PackDone, Stage, Started, Summary
 from tests.helpers import chaos
-from tests.storage.test_state_store import check, state_store, walk
+from tests.storage.test_state_store import check, check_best, state_store, walk
 
 COHORTS = [[0, 1, 2], [1], [0, 3], [1], [2]]
 TABLES = ("log.jsonl", "rounds.parquet")
@@ -56,7 +57,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS)) -> None:
+def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS), bests: Collection[int] = ()) -> None:
     """A run's use of its folder: started or resumed, a checkpoint every round, sent each time."""
     folder.mkdir(exist_ok=True)
     if not (folder / "config.yaml").exists():
@@ -66,7 +67,7 @@ def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS)) -> None:
     for n in range(states.current.server.round, rounds):
         for name in TABLES:
             atomic_files.write(folder / name, b"." * (n + 1))
-        walk(states, COHORTS[: n + 1])
+        walk(states, COHORTS[: n + 1], bests=bests)
         copy.push(folder)
     if rounds == len(COHORTS):
         atomic_files.write(folder / "summary.json", b"{}")
@@ -85,12 +86,12 @@ def local(folder: Path) -> set[str]:
 def test_run_resumes_after_an_upload_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection fails after every possible number of steps; then another machine resumes."""
     monkeypatch.setattr(atomic_files.os, "fsync", lambda handle: None)  # 40 times an entire run
-    steps, whole, messages = 0, False, set[str]()
+    steps, whole, messages, bests = 0, False, set[str](), {2, 4}
     while not whole:
         store = Store(tmp_path / f"store-{steps}")
         store.left = steps
         try:
-            work(tmp_path / f"first-{steps}", store.mirror())
+            work(tmp_path / f"first-{steps}", store.mirror(), bests=bests)
             whole = True
         except RunError as error:
             messages.add(str(error))
@@ -105,14 +106,16 @@ def test_run_resumes_after_an_upload_cut_anywhere(tmp_path: Path, monkeypatch: p
         assert all(len((folder / name).read_bytes()) >= reached for name in TABLES if reached)
         if reached:
             check(state_store(folder), COHORTS, reached)
-        work(folder, there)
+        work(folder, there, bests=bests)
         check(state_store(folder), COHORTS, len(COHORTS))
+        check_best(folder, COHORTS, 4)
         assert local(store.root) == local(folder)  # no file is left that no manifest names
         steps += 1
     assert messages == {"writing files: s3://bucket/run: the line is dead"}
     # config.yaml and summary.json, five rounds of server, manifest and two tables, 8 states; 3 rounds are deleted,
     # each a server and a manifest, with the states that only they named: 000001-000001, 000000-000001, 000001-000002.
-    assert steps == 1 + 2 + 5 * 4 + 8 + 3 * 2 + 3
+    # Two best manifests, of which one is deleted.
+    assert steps == 1 + 2 + 5 * 4 + 8 + 3 * 2 + 3 + 2 + 1
 
 
 def test_requests_of_a_checkpoint(store: Store, tmp_path: Path) -> None:
