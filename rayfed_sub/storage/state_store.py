@@ -89,7 +89,7 @@ class StateStore:
                 return False
             whole = ServerState(server.round, settled(server.tensors))
             new = RoundState(whole, settled(memory), {**self.current.states, **dict(trained)})
-            left, named = self.current.keys - new.keys, self._best.union(*self._named)
+            left, named = self.current.keys - new.keys, frozenset().union(*self._named)
             self.current = new
             self._states.release(left & named)
             self._states.drop(left - named)

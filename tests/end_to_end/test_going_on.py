@@ -67,7 +67,7 @@ def test_more_rounds_on_a_finished_run_are_those_of_one_run(tmp_path: Path) -> N
     assert run(longer, folder, resume=True) == more  # finished: nothing happens
 
 
-def test_early_stop_keeps_the_best_checkpoint(tmp_path: Path) -> None:
+def test_early_stop_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too high a rate, with which the third round's accuracy is not reached again; its model can be exported."""
     watched = ["early_stopping={metric: token_accuracy, patience: 2}", "federation.rounds=9", "checkpoint.every=2"]
     watched += ["optimizer.lr=0.3", "evaluation.generate_rows=1", "evaluation.max_new_tokens=2"]
@@ -89,10 +89,21 @@ def test_early_stop_keeps_the_best_checkpoint(tmp_path: Path) -> None:
     assert scores["rounds"].tolist() == list(range(1, end + 1))
     assert scores["rounds"].iloc[scores["value"].argmax()] == best
 
-    again = tmp_path / "again"
-    with pytest.raises(MemoryError):
-        run(config, again, dies(end - 1))
+    again, keep_best = tmp_path / "again", checkpoints.keep_best
+
+    def keeps(path: Path, round: int) -> None:
+        """The process ends between the best round's checkpoint and its mark."""
+        if round == best:
+            raise MemoryError
+        keep_best(path, round)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "keep_best", keeps)
+        with pytest.raises(MemoryError):
+            run(config, again)
+    assert (checkpoints.newest(again), checkpoints.best(again)) == (best, best - 1)
     resumed = run(config, again, resume=True)
+    assert checkpoints.best(again) == best
     same(resumed, stopped)
     assert everything(resumed) == everything(stopped)
     with pytest.raises(UserError, match=r"^federation.rounds: got 12; allowed: 9, for the run in .* stopped after"):
