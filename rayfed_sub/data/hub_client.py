@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0  # seconds for an answer
 _REMEMBERED = 60.0  # seconds after which the hub is asked again
@@ -39,8 +42,13 @@ def plain_files(name: str, suffixes: Sequence[str]) -> Path | None:
         if not constants.HF_HUB_OFFLINE:
             files = HfApi().list_repo_files(name, repo_type="dataset")
             if any(Path(file).suffix.lower() not in ("", *suffixes) for file in files):
-                return None
-        return Path(snapshot_download(name, repo_type="dataset"))
+                return None  # before it is fetched
+        folder = Path(snapshot_download(name, repo_type="dataset"))
+        if any(file.suffix.lower() not in ("", *suffixes) for file in folder.rglob("*") if file.is_file()):
+            return None
+        if constants.HF_HUB_OFFLINE:
+            log.warning("%s: the hub is not asked; read is what its cache has", name)
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError):
         # `datasets` says what is wrong, or has the rows in a cache of its own.
         return None

@@ -295,7 +295,7 @@ def _rounds(
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     records: Iterator[PackDone | RoundDone] = iter(())
     watch, live, course = Watch(folder, config), Live(folder, config), Course(folder, config, callbacks)
-    stopped: str | None = None
+    stopped, factor = None, 1.0
     try:
         if done and course.best == done:  # the last session may have ended before it kept it
             ask("keep_best")
@@ -304,7 +304,10 @@ def _rounds(
             if decided.stop is not None:
                 stopped = decided.stop
                 break
-            records = coordinator.round(n, decided.lr_factor)
+            if decided.lr_factor != factor:
+                notify(Notice(f"from round {n + 1} on: the learning rate times {decided.lr_factor:g}"))
+            factor = decided.lr_factor
+            records = coordinator.round(n, factor)
             follow(records)
             if n + 1 == rounds or (every and (n + 1) % every == 0) or course.best == n + 1:
                 _keep(folder, ask, course)

@@ -201,7 +201,7 @@ def reopen(place: Place, config: Config, any_pack: bool = False) -> RunFolder:
     """
     old = _check_config(place.path, config, any_pack)
     if _longer(config, old):
-        _lengthen(place.path, old, config)
+        _lengthen(place, old, config)
     return RunFolder(place)
 
 
@@ -255,16 +255,19 @@ def _out_of_turn(path: Path, old: Config) -> bool:
     return unlike or evaluation.generate_rows > 0
 
 
-def _lengthen(path: Path, old: Config, config: Config) -> None:
+def _lengthen(place: Place, old: Config, config: Config) -> None:
     """Makes a run of more rounds of the one in the folder; a last round like no other is to run again.
 
-    Raises RunError where another run is at work there."""
-    with checkpoints.claim(path, 0):
-        (path / "summary.json").unlink(missing_ok=True)  # first: wherever this is cut off, the run is one to resume
-        if _out_of_turn(path, old):
-            checkpoints.go_back(path)
+    One step after the other, also in an object store: wherever this is cut off, there is a run to lengthen.
+    Raises RunError where another run is at work there, and where the store refuses."""
+    with checkpoints.claim(place.path, 0):
+        (place.path / "summary.json").unlink(missing_ok=True)
+        place.push()
+        if _out_of_turn(place.path, old):
+            checkpoints.go_back(place.path)
+            place.push()
         federation = old.federation.model_copy(update={"rounds": config.federation.rounds})
-        _write_config(path, old.model_copy(update={"federation": federation}))
+        _write_config(place.path, old.model_copy(update={"federation": federation}))
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], where: str) -> None:

@@ -186,6 +186,13 @@ def test_states_that_fill_the_disk_are_refused() -> None:
     fitting(full, "method.name=fedavg", *advice)
 
 
+def test_best_checkpoint_takes_its_place_on_disk() -> None:
+    """Another server, and another state of each of eight clients, while one best checkpoint replaces another."""
+    best = ["early_stopping.metric=held_out_loss", "evaluation.split=validation", "task.validation_share=0.1"]
+    plain, kept = (need(job_parts(prepare(small("method.name=fedavg", *more)))).disk for more in ([], best))
+    assert kept - plain == 8 * 49_152 + 24_576
+
+
 # --- the plan
 
 

@@ -14,11 +14,11 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from rayfed_sub import run
-from rayfed_sub.config.loading import load_config
+from rayfed_sub.config.loading import load_config, stored_config
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.storage import atomic_files, checkpoints, remote
 from rayfed_sub.storage.remote import Mirror, Place, local_copy, open_place
-from rayfed_sub.storage.run_folder import finished
+from rayfed_sub.storage.run_folder import create, finished, reopen
 from rayfed_sub.telemetry.events import Notice, PackDone, Stage, Started, Summary
 from tests.helpers import chaos
 from tests.storage.test_state_store import check, check_best, state_store, walk
@@ -116,6 +116,39 @@ def test_run_resumes_after_an_upload_cut_anywhere(tmp_path: Path, monkeypatch: p
     # each a server and a manifest, with the states that only they named: 000001-000001, 000000-000001, 000001-000002.
     # Two best manifests, of which one is deleted.
     assert steps == 1 + 2 + 5 * 4 + 8 + 3 * 2 + 3 + 2 + 1
+
+
+def test_run_is_lengthened_wherever_that_was_cut(tmp_path: Path) -> None:
+    """Its last round, judged out of turn, is to run again: summary, manifest and configuration go one by one."""
+    short, longer = (
+        load_config({"federation": {"rounds": rounds}, "evaluation": {"every": 4}}, []) for rounds in (2, 9)
+    )
+    steps, whole = 0, False
+    while not whole:
+        store, folder = Store(tmp_path / f"store-{steps}"), tmp_path / f"first-{steps}"
+        checkpoints.make(folder)
+        place = Place(folder, store.mirror())
+        create(place, short)
+        for rounds in (1, 2):
+            checkpoints.write(folder, checkpoints.Checkpoint(rounds, {}, {}))
+        atomic_files.write(folder / "summary.json", b"{}")
+        place.push()
+        store.left = steps
+        try:
+            reopen(place, longer)
+            place.push()
+            whole = True
+        except RunError:
+            steps += 1
+        store.left = 10**6
+
+        there, again = store.mirror(), tmp_path / f"second-{steps}-{whole}"
+        there.pull(again)
+        assert checkpoints.newest(again) == 2 or not (again / "summary.json").exists()
+        reopen(Place(again, there), longer)
+        assert (checkpoints.newest(again), stored_config(again)) == (1, longer)
+        assert not (again / "summary.json").exists()
+    assert steps == 3
 
 
 def test_requests_of_a_checkpoint(store: Store, tmp_path: Path) -> None:
