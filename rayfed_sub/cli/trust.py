@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rayfed_sub.core.errors import UserError
@@ -25,17 +25,16 @@ def check_named(file: str, name: object, overrides: list[str]) -> None:
         methods.check_named(name, given, file, f"method.name={name}, or give a file of your own in place of {file}")
 
 
-def check_metrics(file: str, metrics: Sequence[str], overrides: list[str]) -> None:
-    """UserError where a file from somebody else names a metric, which is a program, that the command line does not
-    name."""
-    given = _values(overrides, "evaluation", "evaluation.metrics")
-    strange = [name for name in metrics if not any(name in value for value in given)]
-    if strange and _from_others(file):
-        allowed = f"nothing, for what {file} names is not loaded unless you name it too"
-        advice = (
-            f"if you trust it, add 'evaluation.metrics=[{', '.join(metrics)}]', or evaluation.metrics=[] to go without"
-        )
-        raise UserError("evaluation.metrics", strange[0], allowed, advice)
+def check_programs(file: str, programs: Mapping[str, Sequence[str]], overrides: list[str]) -> None:
+    """UserError where a file from somebody else names a program, such as a metric, that the command line does not name.
+    programs: names by the key that has them."""
+    for key, names in programs.items():
+        given = _values(overrides, key, key.partition(".")[0])
+        strange = [name for name in names if not any(name in value for value in given)]
+        if strange and _from_others(file):
+            allowed = f"nothing, for what {file} names is not loaded unless you name it too"
+            advice = f"if you trust it, add '{key}=[{', '.join(names)}]', or {key}=[] to go without"
+            raise UserError(key, strange[0], allowed, advice)
 
 
 def _values(overrides: Sequence[str], *keys: str) -> list[str]:

@@ -78,6 +78,7 @@ def check_rules(config: Config) -> None:
     _check_partition(config.federation)
     _check_rounds(config.federation)
     _check_budget(config.privacy)
+    _check_stopping(config)
 
 
 def check_training(config: Config) -> None:
@@ -154,6 +155,22 @@ def _check_rounds(federation: Federation) -> None:
     if sampled is not None and sampled > clients:
         allowed = f"1 to federation.clients={clients}"
         raise UserError("federation.sampled", sampled, allowed, "lower it or raise federation.clients")
+
+
+def _check_stopping(config: Config) -> None:
+    stopping, prefix = config.early_stopping, "early_stopping"
+    if stopping.metric is None:
+        for field, unset in {"patience": None, "min_gain": 0.0}.items():
+            if (value := getattr(stopping, field)) != unset:
+                allowed = f"nothing without {prefix}.metric, the score to look at"
+                raise UserError(f"{prefix}.{field}", value, allowed, f"e.g. {prefix}.metric=held_out_loss")
+    elif config.evaluation.split != "validation":
+        allowed = f"null with evaluation.split={config.evaluation.split}, whose rows would choose the round"
+        advice = "set evaluation.split=validation and, where there are no such rows, task.validation_share=0.1"
+        raise UserError(f"{prefix}.metric", stopping.metric, allowed, advice)
+    if stopping.patience is None and stopping.min_gain:
+        allowed = f"0 without {prefix}.patience, for the best round is that of the best score"
+        raise UserError(f"{prefix}.min_gain", stopping.min_gain, allowed, f"e.g. {prefix}.patience=3")
 
 
 def _check_budget(privacy: Privacy) -> None:

@@ -415,6 +415,23 @@ class Resources(Record):
         return max(1, int(self.cpus_per_worker))
 
 
+class EarlyStopping(Record):
+    """The best round, and the end of a run that no longer gains, by a score of the validation rows."""
+
+    metric: Literal["held_out_loss", "perplexity", "token_accuracy", "accuracy", "macro_f1"] | None = Field(
+        default=None,
+        description="Score with which the best round's checkpoint is kept besides the last one's; null: none is. It "
+        "needs evaluation.split=validation.",
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="Evaluations in a row without a gain after which the run stops; null: it takes all its rounds.",
+    )
+    min_gain: float = Field(
+        default=0.0, ge=0, description="Smallest gain over the best score so far that counts for patience."
+    )
+
+
 class Checkpoint(Record):
     """Checkpoints, from which an ended run goes on."""
 
@@ -446,4 +463,15 @@ class Config(Record):
     evaluation: Evaluation = Evaluation()
     diagnostics: Diagnostics = Diagnostics()
     resources: Resources = Resources()
+    early_stopping: EarlyStopping = EarlyStopping()
     checkpoint: Checkpoint = Checkpoint()
+    callbacks: tuple[str, ...] = Field(
+        default=(),
+        description="Functions (package.module:name) that are asked between rounds, and may stop the run or change its "
+        "learning rate.",
+    )
+
+    @property
+    def programs(self) -> dict[str, tuple[str, ...]]:
+        """The programs that the configuration names besides its method, by key."""
+        return {"evaluation.metrics": self.evaluation.metrics, "callbacks": self.callbacks}

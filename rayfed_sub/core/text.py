@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -92,6 +92,15 @@ def score(metric: str) -> str:
     if is_named(metric):
         return kind if kind == name else f"{kind} {name}"
     return SCORES.get(metric, f"F1 of {name}" if kind == "f1" else metric.replace("_", " "))
+
+
+def best_in_words(best: Mapping[str, Any]) -> str:
+    """The best round of a run's summary.
+
+    >>> best_in_words({"round": 7, "metric": "accuracy", "value": 0.81234})
+    '7, accuracy 0.8123'
+    """
+    return f"{best['round']}, {score(best['metric'])} {number(best['value'])}"
 
 
 def shown(scores: Mapping[str, Sequence[object]]) -> list[str]:

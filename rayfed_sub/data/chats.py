@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.readers import Place
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +33,10 @@ _ALLOWED = (
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat that ends with an answer.  row: its number in the table, from 1; turns: at most one system text, the
-    first, then texts of user and assistant, none of them empty but for the system's."""
+    """A chat that ends with an answer.  place: its file or data set, and its row there; turns: at most one system text,
+    the first, then texts of user and assistant, none of them empty but for the system's."""
 
-    row: int
+    place: Place
     turns: tuple[Turn, ...]
 
     @property
@@ -55,27 +56,29 @@ class ChatError(Exception):
         return ChatError, (self.index, self.cause)
 
 
-def read_chats(column: str, cells: Sequence[Any]) -> list[Chat | None]:
-    """The chat of each cell; None for an empty one and one without an answer.
+def read_chats(column: str, cells: Sequence[Any], places: Iterable[Place]) -> list[Chat | None]:
+    """The chat of each cell, which stands at such a place; None for an empty one and one without an answer.
 
     Turns after the last answer are left out, which one warning counts: nothing in them is learned.  Texts lose their
-    outer white space.  Raises UserError (task.messages) naming the row and what is wrong with the first bad chat.
+    outer white space.  Raises UserError (task.messages) naming the file, the row and what is wrong with the first bad
+    chat.
 
     >>> cells = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}], None,
     ...          '[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": " So. "}]']
-    >>> [chat and chat.turns for chat in read_chats("messages", cells)]
+    >>> places = [Place("a.jsonl", row) for row in (1, 2, 3)]
+    >>> [chat and chat.turns for chat in read_chats("messages", cells, places)]
     [(('user', 'Why?'), ('assistant', 'So.')), None, (('user', 'Why?'), ('assistant', 'So.'))]
     """
     chats: list[Chat | None] = []
     unanswered = 0
-    for row, cell in enumerate(cells, 1):
+    for place, cell in zip(places, cells, strict=True):
         try:
             turns = _turns(cell)
         except ValueError as error:
-            raise UserError("task.messages", column, _ALLOWED, f"row {row:,}: {error}") from None
+            raise UserError("task.messages", column, _ALLOWED, f"{place}: {error}") from None
         answered = max((end for end, (role, _) in enumerate(turns, 1) if role == "assistant"), default=0)
         unanswered += 0 < answered < len(turns)
-        chats.append(Chat(row, tuple(turns[:answered])) if answered else None)
+        chats.append(Chat(place, tuple(turns[:answered])) if answered else None)
     if unanswered:
         log.warning(
             "task.messages: %s of %s chats go on after their last answer; those turns are left out",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0  # seconds for an answer
 _REMEMBERED = 60.0  # seconds after which the hub is asked again
@@ -25,6 +29,29 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def plain_files(name: str, suffixes: Sequence[str]) -> Path | None:
+    """Folder with all files of a data set of the hub, where those with a suffix end in these; None where it has others,
+    or is not there.  Without an answer of the hub: what the cache has of the set."""
+    import httpx
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            files = HfApi().list_repo_files(name, repo_type="dataset")
+            if any(Path(file).suffix.lower() not in ("", *suffixes) for file in files):
+                return None  # before it is fetched
+        folder = Path(snapshot_download(name, repo_type="dataset"))
+        if any(file.suffix.lower() not in ("", *suffixes) for file in folder.rglob("*") if file.is_file()):
+            return None
+        if constants.HF_HUB_OFFLINE:
+            log.warning("%s: the hub is not asked; read is what its cache has", name)
+        return folder
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError):
+        # `datasets` says what is wrong, or has the rows in a cache of its own.
+        return None
 
 
 @contextmanager

@@ -160,8 +160,7 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
     values are the pairs' keys, unless `federation` names each row's client in another way (`clients_of`).
 
     Rows without a question, an answer (or label) or a key are dropped, and counted in one warning; so are, in another
-    one that names some, images that cannot be read: by column `file` or `path`, the image's own path, or its number,
-    counted from 1.
+    one that names some, images that cannot be read: by column `file` or `path`, the image's own path, or its row.
     Raises UserError (task.path, .train, .validation, .test, .split_column, .prompt, .answer, .label, .image,
     federation.partition.column, .file, .partitioner, .args).
 
@@ -190,7 +189,7 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
     pictures, chats, labels = _Pictures([], [], []), list[Chat | None](), tuple[str, ...]()
     spans: list[tuple[Span, ...]] = []
     if task.messages is not None:
-        chats = read_chats(task.messages, table.column("task.messages", task.messages))
+        chats = read_chats(task.messages, table.column("task.messages", task.messages), table.places())
         questions = [chat.history if chat else "" for chat in chats]
     elif task.text is not None:
         questions = table.texts("task.text", task.text)
@@ -376,10 +375,11 @@ def _images(table: Table, name: str) -> _Pictures:
 def _files(table: Table, cells: Sequence[Any], rows: Sequence[tuple[int, str]]) -> Iterator[tuple[str, str]]:
     """Names of images for messages, each with its text from `rows`."""
     named = [table.column("task.image", name) for name in _FILES if rows and all(name in p.names for p in table.parts)]
+    places = list(table.places()) if rows else []
     for row, text in rows:
         cell = cells[row]
         names = [*(column[row] for column in named), cell.get("path") if isinstance(cell, Mapping) else None]
-        yield next((str(name) for name in names if name), f"row {row + 1}"), text
+        yield next((str(name) for name in names if name), str(places[row])), text
 
 
 def _pieces(template: str) -> list[tuple[str, str | None]]:

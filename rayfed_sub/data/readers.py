@@ -45,6 +45,21 @@ class Wanted:
         return {**self.texts, **self.cells}
 
 
+@dataclass(frozen=True)
+class Place:
+    """A row for messages.  file: its file or data set; row: its number there, from 1.
+
+    >>> str(Place("north.jsonl", 1200))
+    'row 1,200 of north.jsonl'
+    """
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"row {self.row:,} of {self.file}"
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """The rows of one file or data set.  place: its name for messages; names: all its columns; data: those that were
@@ -95,7 +110,7 @@ def as_text(value: object) -> str:
 _KINDS: Mapping[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
 
 
-def no_text(field: str, name: str, place: str, what: str) -> UserError:
+def no_text(field: str, name: str, place: str | Place, what: str) -> UserError:
     """Error for a cell that is no text; place: its file and row."""
     allowed = f"a column of text, whole numbers, true or false; {place} holds {what}"
     return UserError(field, name, allowed, "name another column, or write its values as text")

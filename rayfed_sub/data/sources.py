@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id
+from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id, plain_files
 from rayfed_sub.data.readers import READERS, Part, Wanted, read_file
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ _WORDS: Mapping[str, Split] = {  # as `datasets` reads the names of files
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_PLAIN = (*(suffix for suffix in READERS if suffix != ".parquet"), ".md")
+"""Suffixes of a hub's data set in whose files `datasets` would guess at types."""
 _IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"))
 
 
@@ -132,7 +134,7 @@ def sources_at(field: str, place: str, by_client: bool = False) -> dict[str, lis
         allowed = "another kind than files where task.path is a hub id, whose rows say no client by their place"
         raise UserError("federation.partition.kind", "files", allowed, "name a column that does")
     if path.suffix.lower() not in READERS and is_hub_id(place):
-        return _loaded(field, place, place)
+        return _of_hub(field, place)
     kinds = ", ".join(READERS)
     raise UserError(field, place, f"a file that exists ({kinds}), a folder, a glob or a hub id", "check the path")
 
@@ -229,6 +231,46 @@ def _of_images(field: str, place: str, folder: Path, by_client: bool) -> dict[st
     return found
 
 
+def _of_hub(field: str, place: str) -> dict[str, list[Source]]:
+    """The splits of a hub's data set: of one that consists of files that we read, its files, else what `datasets` makes
+    of it."""
+    with hub_or_cache():
+        folder = plain_files(place, _PLAIN)
+    found = _plain(folder, place) if folder is not None else None
+    return _loaded(field, place, place) if found is None else found
+
+
+def _plain(folder: Path, place: str) -> dict[str, list[Source]] | None:
+    """The splits of a folder of a data set's files as `datasets` finds them, by the words of their paths or by the
+    configuration in README.md; None where `datasets` reads more out of them than their text: where README.md names
+    classes, images or options of a reader."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(str(folder))
+    except Exception:  # several kinds; whatever it cannot load is refused by its own words, under the set's own name
+        return None
+    config = builder.config
+    files = {str(split): [Path(file) for file in given] for split, given in (config.data_files or {}).items()}
+    every = [file for given in files.values() for file in given]
+    ours = {"name", "version", "data_dir", "data_files", "description", "features"}
+    own = {name for name, value in vars(config).items() if value != getattr(type(config)(), name, None)} - ours
+    read = every and all(file.suffix.lower() in READERS and file.is_file() for file in every)
+    if not read or own or not _of_texts(builder.info.features):
+        return None
+    return {split: [Source(f"{place}/{file.name}", file) for file in given] for split, given in files.items()}
+
+
+def _of_texts(feature: Any) -> bool:
+    """True for features, declared or not (None), that say no more than a file's own text."""
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return all(map(_of_texts, feature.values()))
+    inner = getattr(feature, "feature", None) if not isinstance(feature, list) else feature[0]
+    return feature is None or isinstance(feature, datasets.Value) or (inner is not None and _of_texts(inner))
+
+
 def _loaded(
     field: str, place: str, path: str, builder: str | None = None, saved: bool = False, **options: Any
 ) -> dict[str, list[Source]]:
@@ -252,5 +294,6 @@ def _loaded(
     finally:
         if bars:
             datasets.enable_progress_bars()
-    splits = {"train": data} if isinstance(data, datasets.Dataset) else data
-    return {str(split): [Source(place, data=rows)] for split, rows in splits.items()}
+    if isinstance(data, datasets.Dataset):
+        return {"train": [Source(place, data=data)]}
+    return {str(split): [Source(f"{place}, {split}", data=rows)] for split, rows in data.items()}

@@ -50,8 +50,9 @@ def split_rows(
     """The rows of each split.  official: each row's own, train, validation or test; a split that no row is in is drawn
     from train by task.seed, as are both without official splits.
 
-    No row shares a question, but for case and spaces, or an input, with one of a split that is drawn.  Official splits
-    stay as they are; rows that two of them share are counted.
+    No row shares a question, but for case and spaces, or an input, with one of a split that is drawn: what stands in an
+    official validation or test split is not drawn, and training gives way to what is.  Official splits stay as they
+    are; rows that two of them share are counted.
 
     inputs: what the model reads of each question, as bytes: two questions may have one input once they are cut to
     task.max_length, scaled to task.image_size, or tokenised.  One warning gives the number of rows left out for this.
@@ -66,16 +67,18 @@ def split_rows(
     split_R = np.asarray(official if len(official) else ["train"] * len(keys))
     pool, held_out, validation = (np.flatnonzero(split_R == name) for name in ("train", "test", "validation"))
     pool_keys = [keys[int(row)] for row in pool]
+    asked = [_numbers(" ".join(question.casefold().split()) for question in questions), _numbers(inputs)]
+    # Rows that ask what another official split asks stay in training, as they would without a share.
+    fixed = np.flatnonzero(~np.isin(pool, _apart(pool, np.concatenate([held_out, validation]), asked)))
     drawn = np.empty(0, np.int64)
     if not len(held_out):
-        drawn = drawn_rows(pool_keys, task.test_share, task.seed)
+        drawn = drawn_rows(pool_keys, task.test_share, task.seed, taken=fixed)
         held_out = pool[drawn]
     kept_apart = pool[drawn]
     share = 0.0 if len(validation) else task.validation_share
-    asked = [_numbers(" ".join(question.casefold().split()) for question in questions), _numbers(inputs)]
     checked = validation
     if share:
-        validation = pool[drawn_rows(pool_keys, share, task.seed, "validation", drawn)]
+        validation = pool[drawn_rows(pool_keys, share, task.seed, "validation", np.concatenate([drawn, fixed]))]
         checked = _apart(validation, kept_apart, asked)
         if not len(checked):
             allowed = f"a share that leaves questions which are not held out (of {len(validation):,} drawn, all are)"
@@ -120,8 +123,7 @@ def drawn_rows(
     the keys in proportion.
 
     Each key gives the whole part of its share of all its rows; what is missing then comes from the keys with the
-    largest remainders.  No key gives its last row.  taken: rows that another
-    split has.
+    largest remainders.  No key gives its last row.  taken: rows that another split has, or asks too.
     Raises UserError (task.test_share or task.validation_share) where nothing would be drawn.
 
     >>> rows = drawn_rows(["a"] * 10 + ["b"] * 20, 0.2, seed=0)
@@ -146,7 +148,8 @@ def drawn_rows(
     if not counts.sum():
         held_out = purpose == "held-out"
         field, what = f"task.{'test' if held_out else 'validation'}_share", "holds out" if held_out else "sets aside"
-        allowed = f"a share that {what} at least one of the {len(keys):,} rows (each key keeps one for training)"
+        rest = "each key keeps one for training, and what another split asks is not drawn"
+        allowed = f"a share that {what} at least one of the {len(keys):,} rows ({rest})"
         raise UserError(field, share, allowed, f"raise {field} or use more rows")
     drawn = [
         stream(seed, purpose, name).permutation(rows)[:count]

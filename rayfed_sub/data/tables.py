@@ -13,7 +13,7 @@ from typing import Any
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.readers import NoTextError, Part, Wanted, as_text, no_text
+from rayfed_sub.data.readers import NoTextError, Part, Place, Wanted, as_text, no_text
 from rayfed_sub.data.sources import SPLITS, names_of, read_source, sources_of
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,10 @@ class Table:
 
     def __len__(self) -> int:
         return sum(len(part.data) for part in self.parts)
+
+    def places(self) -> Iterator[Place]:
+        """Each row's file and its number in it."""
+        return (Place(part.place, row) for part in self.parts for row in range(1, len(part.data) + 1))
 
     def texts(self, field: str, name: str, optional: bool = False) -> list[str]:
         """The cells of column `name` as canonical text (`as_text`), "" where they are missing.
@@ -179,7 +183,7 @@ def _part_texts(part: Part, field: str, name: str) -> Iterator[str]:
             try:
                 yield as_text(cell) if labels is None else _label(cell, labels)
             except NoTextError as error:
-                raise no_text(field, name, f"row {row} of {part.place}", str(error)) from None
+                raise no_text(field, name, Place(part.place, row), str(error)) from None
 
 
 def _check_kind(chunk: Any, before: int, part: Part, field: str, name: str) -> None:
@@ -192,7 +196,7 @@ def _check_kind(chunk: Any, before: int, part: Part, field: str, name: str) -> N
     )
     if not any(test(chunk.type) for test in simple) and chunk.null_count < len(chunk):
         row = before + chunk.is_valid().to_pylist().index(True) + 1
-        raise no_text(field, name, f"row {row} of {part.place}", f"a cell of type {chunk.type}")
+        raise no_text(field, name, Place(part.place, row), f"a cell of type {chunk.type}")
 
 
 def _label(number: int | None, names: Sequence[str]) -> str:

@@ -196,7 +196,7 @@ def _chats(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _
 
 def _refused(chat: Chat, cause: str) -> UserError:
     allowed = "chats that the model's chat template renders with every text in its place"
-    return UserError("task.messages", f"row {chat.row:,}", allowed, cause)
+    return UserError("task.messages", str(chat.place), allowed, cause)
 
 
 def _whole_chat(tokens: list[int], learned: list[bool], turns_cut: bool = False) -> _Row | None:

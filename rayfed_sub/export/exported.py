@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.errors import UserError, unknown_word
 from rayfed_sub.core.types import Change, ServerState
 from rayfed_sub.diagnostics.server_change import change_rank
 from rayfed_sub.export.peft_adapter import Factors, write_adapter
@@ -23,6 +23,10 @@ from rayfed_sub.models.weights import generation_config, load_weights, target_we
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.run_folder import finished, make
+
+BEST, LAST = "best", "last"
+CHECKPOINTS = (LAST, BEST)
+"""Checkpoints that can be exported."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,18 @@ class _Trained:
     head: Mapping[str, Tensor]
 
 
-def export_hf(run_dir: Path, to: Path, client: int | None = None, method: str | None = None) -> Export:
+def export_hf(
+    run_dir: Path, to: Path, client: int | None = None, method: str | None = None, checkpoint: str = LAST
+) -> Export:
     """Writes a folder that transformers' from_pretrained loads, with the run's target weights merged in, as float32.
 
     client: whose model to write, for methods with a model per client.  method: the run's method where it is not
-    of this package, as `package.module:Class`; a class that only the folder names is not imported.
-    Raises UserError where run_dir holds no finished run, `to` is not empty, or `client` does not fit the method.
+    of this package, as `package.module:Class`; a class that only the folder names is not imported.  checkpoint: last,
+    or best where the run has kept one (early_stopping.metric).
+    Raises UserError where run_dir holds no finished run or no such checkpoint, `to` is not empty, or `client` does not
+    fit the method.
     """
-    trained = _read(run_dir, to, client, method)
+    trained = _read(run_dir, to, client, method, checkpoint)
     architecture, job = trained.job.architecture, trained.job
     merged = {f"{t.name}/weight": _changed(trained, t.name) for t in architecture.shape.targets}
     everything, generation = (
@@ -67,7 +75,9 @@ def export_hf(run_dir: Path, to: Path, client: int | None = None, method: str | 
     return Export(loading)
 
 
-def export_peft(run_dir: Path, to: Path, client: int | None = None, method: str | None = None) -> Export:
+def export_peft(
+    run_dir: Path, to: Path, client: int | None = None, method: str | None = None, checkpoint: str = LAST
+) -> Export:
     """Writes a LoRA adapter that peft's PeftModel.from_pretrained loads: the change of every target, and the head.
 
     Low-rank terms are written as they are, several of a layer side by side, their scale and core in B.  The change of a
@@ -78,7 +88,7 @@ def export_peft(run_dir: Path, to: Path, client: int | None = None, method: str 
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are.
     """
-    trained = _read(run_dir, to, client, method)
+    trained = _read(run_dir, to, client, method, checkpoint)
     factors, ranks = _factors(trained)
     job, architecture = trained.job, trained.job.architecture
     generation = generation_config(job.config.model, architecture, job.processor)
@@ -170,8 +180,13 @@ def _inputs(job: Job) -> list[str]:
     return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if answers else 'ids = tokenizer(text)["input_ids"]']
 
 
-def _read(run_dir: Path, to: Path, client: int | None, method: str | None) -> _Trained:
+def _read(run_dir: Path, to: Path, client: int | None, method: str | None, checkpoint: str) -> _Trained:
     config = finished(run_dir)
+    if checkpoint not in CHECKPOINTS:
+        raise unknown_word("--checkpoint", checkpoint, CHECKPOINTS)
+    if checkpoint == BEST and checkpoints.best(run_dir) is None:
+        allowed = f"{LAST}, for this run has kept no best checkpoint (early_stopping.metric)"
+        raise UserError("--checkpoint", checkpoint, allowed, "leave it out")
     name = config.method.get("name")
     if method is not None and method != name:
         raise UserError("--method", method, f"{name}, the run's own", "leave it out or name that")
@@ -181,15 +196,15 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None) -> _T
     make(to, "--to")
     job = prepare(config)
     shape = job.architecture.shape
-    server, changes = _changes(run_dir, job, client)
+    server, changes = _changes(run_dir, job, client, checkpoint)
     tensors = load_weights(config.model, job.architecture, config.seed)
     weights = target_weights(shape, job.architecture.transposed, tensors)
     return _Trained(job, tensors, weights, changes, {name: server.tensors[name] for name in shape.head_names})
 
 
-def _changes(run_dir: Path, job: Job, client: int | None) -> tuple[ServerState, Mapping[str, Change]]:
+def _changes(run_dir: Path, job: Job, client: int | None, checkpoint: str) -> tuple[ServerState, Mapping[str, Change]]:
     """The trained server, and the changes of the model of all or of the client's."""
-    found, method, shape = checkpoints.read(run_dir), job.method, job.architecture.shape
+    found, method, shape = checkpoints.read(run_dir, best=checkpoint == BEST), job.method, job.architecture.shape
     if found is None:
         raise UserError("RUN", str(run_dir), "a run folder with a checkpoint", "check the path")
     server = ServerState(found.round, found.server)

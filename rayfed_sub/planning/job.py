@@ -28,6 +28,8 @@ from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.planning.sampling import judged_rows, local_steps
 from rayfed_sub.privacy.accountant import NOISES, noise_of
 
+_OF_CLASSES, _OF_TOKENS = ("accuracy", "macro_f1"), ("token_accuracy", "perplexity")
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -180,6 +182,11 @@ def _check_positions(config: Config, base: JobInputs) -> None:
 def _check_metrics(config: Config, base: JobInputs) -> Evaluation:
     """The section with paths of metrics that hold in every process.  Raises UserError for one that cannot be loaded."""
     metrics_of(config, base.dataset.class_names)
+    watched, classes = config.early_stopping.metric, bool(base.dataset.class_names)
+    if watched not in (None, "held_out_loss") and classes != (watched in _OF_CLASSES):
+        known = ", ".join(["held_out_loss", *(_OF_CLASSES if classes else _OF_TOKENS)])
+        allowed = f"a score of {'a classification' if classes else 'language modelling'}: {known}"
+        raise UserError("early_stopping.metric", watched, allowed, "set one of these")
     names = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in config.evaluation.metrics)
     return config.evaluation.model_copy(update={"metrics": names})
 

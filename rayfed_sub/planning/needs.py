@@ -73,8 +73,10 @@ class Need:
 
     @property
     def disk(self) -> int:
-        """Bytes of a run folder at most: two checkpoints with their states, a third server while it is written."""
-        return 2 * self.states + 3 * self.traffic.server[-1]
+        """Bytes of a run folder at most: two checkpoints with their states, a third server while it is written, and
+        where a best checkpoint is kept that one, with another while it is replaced."""
+        best = 0 if self.config.early_stopping.metric is None else 1
+        return (2 + best) * self.states + (3 + best) * self.traffic.server[-1]
 
     def store(self, workers: int, pack: int) -> int:
         """Bytes in the object store: backbone, data, two broadcasts, states, and two packs a worker on their way."""

@@ -51,18 +51,20 @@ def pack_work(
     clients: Sequence[int],
     watched: Sequence[int] = (),
     examined: Sequence[int] = (),
+    lr_factor: float = 1.0,
 ) -> PackWork:
-    """The work of a pack of clients in round n; watched, examined: of the whole cohort."""
+    """The work of a pack of clients in round n; watched, examined: of the whole cohort; lr_factor: see
+    `learning_rate`."""
     steps = tuple(local_steps(config, client) for client in clients)
-    weights = tuple(client_weight(config, dataset, n, client) for client in clients)
+    weights = tuple(client_weight(config, dataset, n, client, lr_factor) for client in clients)
     mine = (tuple(client for client in clients if client in some) for some in (watched, examined))
-    return PackWork(tuple(clients), steps, weights, learning_rate(config, n), *mine)
+    return PackWork(tuple(clients), steps, weights, learning_rate(config, n, lr_factor), *mine)
 
 
-def client_weight(config: Config, dataset: Dataset, n: int, client: int) -> float:
+def client_weight(config: Config, dataset: Dataset, n: int, client: int, lr_factor: float = 1.0) -> float:
     """p_k before normalisation: the client's rows, or 1; under FedNova over the length of its local steps."""
     weight = float(len(dataset.rows_of(client))) if config.federation.client_weighting == "samples" else 1.0
-    return weight / local_length(config, n, client) if config.federation.normalise_steps else weight
+    return weight / local_length(config, n, client, lr_factor) if config.federation.normalise_steps else weight
 
 
 def local_steps(config: Config, client: int) -> int:
@@ -75,28 +77,32 @@ def local_steps(config: Config, client: int) -> int:
     return steps[client % len(steps)]
 
 
-def local_length(config: Config, n: int, client: int) -> float:
+def local_length(config: Config, n: int, client: int, lr_factor: float = 1.0) -> float:
     """FedNova's normaliser of the client's local steps in round n: see `server_optimizers.nova_length`."""
     mu = config.federation.proximal
-    return nova_length(config.optimizer, learning_rate(config, n), mu, local_steps(config, client))
+    return nova_length(config.optimizer, learning_rate(config, n, lr_factor), mu, local_steps(config, client))
 
 
-def nova_factor_of(config: Config, n: int, trained: Sequence[tuple[int, float]]) -> float:
+def nova_factor_of(config: Config, n: int, trained: Sequence[tuple[int, float]], lr_factor: float = 1.0) -> float:
     """FedNova's factor of round n (see `server_optimizers.nova_factor`) from the clients that trained and their raw
     weights, which are per length of their local steps already: w_k is that times the length."""
-    lengths = [local_length(config, n, client) for client, _ in trained]
+    lengths = [local_length(config, n, client, lr_factor) for client, _ in trained]
     weights = [weight * length for (_, weight), length in zip(trained, lengths, strict=True)]
     return nova_factor(weights, lengths) if trained else 1.0
 
 
-def learning_rate(config: Config, n: int) -> float:
-    """The learning rate of round n, counted from 0.
+def learning_rate(config: Config, n: int, factor: float = 1.0) -> float:
+    """The learning rate of round n, counted from 0: the schedule's times `factor`, which callbacks set.
 
     >>> from rayfed_sub.config.loading import load_config
     >>> config = load_config({"federation": {"rounds": 5}, "optimizer": {"lr": 1.0, "schedule": "linear"}})
     >>> [round(learning_rate(config, n), 2) for n in range(5)]
     [1.0, 0.8, 0.6, 0.4, 0.2]
     """
+    return factor * _scheduled(config, n)
+
+
+def _scheduled(config: Config, n: int) -> float:
     optimizer, rounds = config.optimizer, config.federation.rounds or 1
     if n < optimizer.warmup_rounds:
         return optimizer.lr * (n + 1) / (optimizer.warmup_rounds + 1)

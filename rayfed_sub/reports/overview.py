@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from rayfed_sub.config.loading import flat
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.text import UNREAD, count, duration, megabytes, published_name, score
+from rayfed_sub.core.text import UNREAD, best_in_words, count, duration, megabytes, published_name, score
 from rayfed_sub.data.dataset import changed_images, too_long
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
@@ -30,7 +30,8 @@ def state(run: Run) -> str:
     planned = run.config.federation.rounds
     if run.summary:
         again = f", taken up again {count('time', len(run.resumed))}" if run.resumed else ""
-        return f"finished: {count('round', run.done)}{again}"
+        stopped = f", stopped early: {why}" if (why := run.summary.get("stopped")) else ""
+        return f"finished: {count('round', run.done)}{stopped}{again}"
     return f"not finished: {run.done:,} of {f'{planned:,}' if planned else '?'} rounds so far"
 
 
@@ -44,6 +45,8 @@ def _facts(run: Run) -> dict[str, str]:
             found[score(published_name(metric))] = UNREAD
         values = overall(run, metric)
         found[score(metric)] = change(metric, values.tolist(), values.index.tolist())
+    if best := run.summary.get("best"):
+        found["best round"] = f"{best_in_words(best)}; its checkpoint is kept"
     if config.model.dtype != "float32":
         found["scores are of"] = f"the {config.model.dtype} model"
     found |= {
@@ -61,8 +64,10 @@ def _facts(run: Run) -> dict[str, str]:
         seconds, training = run.rounds["seconds"].sum(), run.rounds["train_seconds"].sum()
         found["time in rounds"] = f"{duration(seconds)}, {duration(training)} of it training"
     if run.rounds["epsilon"].notna().any():
-        found["privacy"] = f"epsilon {run.rounds['epsilon'].max():.3g} at delta {config.privacy.delta:g}"
-        if (whole := run.summary.get("privacy")) is not None:
+        whole = run.summary.get("privacy")
+        epsilon = run.rounds["epsilon"].max() if whole is None else whole["epsilon"]
+        found["privacy"] = f"epsilon {epsilon:.3g} at delta {config.privacy.delta:g}"
+        if whole is not None:
             by = f"by {whole['accountant']} ({whole['epsilon_rdp']:.3g} by RDP)"
             found["privacy"] += f", {by}, noise {whole['noise']:g}"
     if "weights_sha256" in run.summary:

@@ -139,8 +139,14 @@ class Coordinator:
         self._verify_broadcast()
         self._store.checkpoint()
 
-    def run_round(self, n: int) -> Iterator[PackDone | RoundDone]:
-        """Runs round n, counted from 0, and yields its records; may be called again until the round is committed."""
+    @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
+    def keep_best(self) -> None:
+        """Keeps the checkpoint of the last finished round as the best one."""
+        self._store.keep_best()
+
+    def run_round(self, n: int, lr_factor: float) -> Iterator[PackDone | RoundDone]:
+        """Runs round n, counted from 0, and yields its records; may be called again until the round is committed.
+        lr_factor: on the round's learning rate."""
         finished = self._store.current.server.round
         assert n == finished, f"round {n} asked of a server that has finished {finished}"
         began = time.perf_counter()
@@ -148,11 +154,11 @@ class Coordinator:
         cohort = packs.ordered(config, self._dataset, sampling.cohort(config, n))
         down = self._download_bytes(cohort)
         due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
-        trained = yield from self._trained(n, cohort, down, began, due)
+        trained = yield from self._trained(n, cohort, down, began, lr_factor, due)
         if trained is None:
             return  # the run is being interrupted
         metrics, ranks = trained.metrics, [change.rank for change in trained.changes.values()]
-        scores, answers = self.evaluated() if due else ((), ())
+        scores, answers = self._evaluated(ends=n + 1 == config.federation.rounds) if due else ((), ())
         row = RoundRow(
             round=n,
             clients=len(cohort),
@@ -175,7 +181,7 @@ class Coordinator:
         yield RoundDone(row, tuple(metrics.rows), scores, tuple(trained.packs), *layers, answers)
 
     def _trained(
-        self, n: int, cohort: list[int], down: Mapping[int, int], began: float, due: bool
+        self, n: int, cohort: list[int], down: Mapping[int, int], began: float, lr_factor: float, due: bool
     ) -> Generator[PackDone, None, _Trained | None]:
         """The round up to its commit; None where the run is being interrupted.  due: True where an evaluation follows.
 
@@ -186,7 +192,7 @@ class Coordinator:
         total, trained, metrics = self._zero(), list[Key](), RoundMetrics(n, len(cohort), began)
         ranks: dict[str, int | None] = dict.fromkeys(self._change_layers(n), 0)
         pack_rows, watched_rounds = list[PackRow](), list[ClientDiagnostics]()
-        items = self._packs.items(n, cohort, broadcast)
+        items = self._packs.items(n, cohort, broadcast, lr_factor)
         for done in self._workers.in_order(items, f"round {n}, local training"):
             self._packs.done(n, done)
             outcome: PackOutcome = done.result
@@ -204,7 +210,7 @@ class Coordinator:
         self._verify()
 
         before, after = current.server, method.aggregate(current.server, total, shape)
-        factor, noise = self._rule(n, metrics.rows, total.weight)
+        factor, noise = self._rule(n, metrics.rows, total.weight, lr_factor)
         after, memory = advance(config.server, before, after, current.memory, factor, noise)
         _check_finite(after, n)
         if not self._store.commit(after, memory, trained):
@@ -215,16 +221,25 @@ class Coordinator:
         return _Trained(metrics, seconds, changes, pack_rows, *layer_rows)
 
     def evaluated(self) -> tuple[tuple[Score, ...], tuple[AnswerRow, ...]]:
-        """Scores of the current model; before the first and after the last round answers too, and their scores."""
+        """Scores, answers and their scores of the current model: the initial one, or that of a run that ends here."""
+        found = self._evaluated(ends=True)
+        self._verify()
+        return found
+
+    def _evaluated(self, *, ends: bool) -> tuple[tuple[Score, ...], tuple[AnswerRow, ...]]:
+        """Scores of the current model; ends: answers too, and their scores."""
         round = self._store.current.server.round
         judged = (self._workers, self._config, self._dataset, self._model(), self._metrics)
-        ends = round in (0, self._config.federation.rounds)
         try:
             scores = held_out.scores(*judged)
             more, answers = held_out.answers(*judged, round) if ends else ([], [])
         except MetricError as error:
             raise RunError("evaluation", str(error), round=round) from None
         return (*scores, *more), tuple(answers)
+
+    def epsilon(self) -> float | None:
+        """Privacy spent by the finished rounds; None without privacy."""
+        return spent(self._config, self._noise, self._store.current.server.round)
 
     def backbone_sum(self) -> str:
         """Checksum of the loaded weights, in hex, without vectors: rotary frequencies are computed, and may differ in a
@@ -274,7 +289,7 @@ class Coordinator:
             return total
         return method.accumulate(total, mechanism.at_rest(method, server, shape, self._config.seed), shape)
 
-    def _rule(self, n: int, rows: Sequence[ClientRow], weight: float) -> tuple[float, Noise | None]:
+    def _rule(self, n: int, rows: Sequence[ClientRow], weight: float, lr_factor: float) -> tuple[float, Noise | None]:
         """Factor and noise, the arguments of `advance` besides the server's optimizer.
 
         weight: total weight of the sum.  Under privacy the denominator is fixed: the expected cohort."""
@@ -285,7 +300,7 @@ class Coordinator:
         if not federation.normalise_steps:
             return 1.0, None
         trained = [(row.client, row.weight) for row in rows if row.failure is None]
-        return sampling.nova_factor_of(self._config, n, trained), None
+        return sampling.nova_factor_of(self._config, n, trained, lr_factor), None
 
     def _skipped(self, n: int, update: Update, down: int) -> ClientRow:
         """The row of a failed client.  Raises RunError where the configuration does not allow to skip it."""

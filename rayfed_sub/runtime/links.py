@@ -27,9 +27,9 @@ class CoordinatorLink(Protocol):
     def ask(self, name: str) -> Any:
         """Calls the coordinator's method of this name, without arguments, and returns its result."""
 
-    def round(self, n: int) -> Iterator[PackDone | RoundDone]:
-        """The records of round n as they come.  Reading can go on after an interruption, unless that ended the round
-        itself."""
+    def round(self, n: int, lr_factor: float) -> Iterator[PackDone | RoundDone]:
+        """The records of round n as they come; lr_factor: on its learning rate.  Reading can go on after an
+        interruption, unless that ended the round itself."""
 
     def close(self) -> None:
         """Ends the coordinator and its workers."""
@@ -59,8 +59,8 @@ class LocalLink:
         """As in `CoordinatorLink`."""
         return getattr(self._coordinator, name)()
 
-    def round(self, n: int) -> Iterator[PackDone | RoundDone]:
-        return self._coordinator.run_round(n)
+    def round(self, n: int, lr_factor: float) -> Iterator[PackDone | RoundDone]:
+        return self._coordinator.run_round(n, lr_factor)
 
     def close(self) -> None:
         try:
@@ -85,8 +85,8 @@ class ActorLink:
         """As in `CoordinatorLink`."""
         return answer(self.actor, getattr(self.actor, name).remote(), name)
 
-    def round(self, n: int) -> Iterator[PackDone | RoundDone]:
-        return RoundStream(self.actor, n)
+    def round(self, n: int, lr_factor: float) -> Iterator[PackDone | RoundDone]:
+        return RoundStream(self.actor, n, lr_factor)
 
     def close(self) -> None:
         ray.kill(self.actor)  # its workers are its children and go with it
@@ -95,9 +95,9 @@ class ActorLink:
 class RoundStream:
     """The records of a round as an actor yields them; reading can go on after an interruption."""
 
-    def __init__(self, coordinator: Any, n: int) -> None:
+    def __init__(self, coordinator: Any, n: int, lr_factor: float) -> None:
         self._coordinator, self._stage = coordinator, f"round {n}"
-        self._stream = coordinator.run_round.options(num_returns="streaming").remote(n)
+        self._stream = coordinator.run_round.options(num_returns="streaming").remote(n, lr_factor)
 
     def __iter__(self) -> RoundStream:
         return self

@@ -40,13 +40,15 @@ class PackQueue:
         self._warm: set[tuple[int, int]] = set()  # worker and size of packs so far
         self._cut_by: dict[int, tuple[int, float]] = {}  # a pack's first client -> the size it was cut by, its work
         self._most = 1  # clients of a pack in this round
+        self._lr_factor = 1.0  # of this round
         self._ended: dict[int, float] = {}  # worker -> the end of its last pack in this round
         self._shortest, self._finer = inf, False  # seconds of this round's shortest pack; how its last turn is cut
         self._bare = {sample.process: sample.last for sample in workers.memory(1)}  # before the first pack
         self._samples: dict[int, Sample] = {}  # worker -> its memory after its last pack
 
-    def items(self, n: int, cohort: Sequence[int], broadcast: Any) -> Iterator[WorkItem]:
+    def items(self, n: int, cohort: Sequence[int], broadcast: Any, lr_factor: float) -> Iterator[WorkItem]:
         """The packs of round n, whose cohort stands in its canonical order."""
+        self._lr_factor = lr_factor
         rounds = self._config.federation.rounds or 0
         watched = client_diagnostics.watched(self._config.diagnostics, n, rounds, cohort)
         self._most = packs.most_clients(self._config, len(cohort), free=self._free)
@@ -100,7 +102,7 @@ class PackQueue:
         """worker: the one to prefer while none has trained the first client."""
         home = self._home.get(clients[0], worker)
         examined = client_diagnostics.examined(watched)
-        work = sampling.pack_work(self._config, self._dataset, n, clients, watched, examined)
+        work = sampling.pack_work(self._config, self._dataset, n, clients, watched, examined, self._lr_factor)
 
         def submit(worker: Any) -> Any:  # states are read into memory as late as this
             return worker.train.remote(work, [self._state_of(client) for client in clients], broadcast)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -31,7 +31,9 @@ from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, check_resources, prepare
 from rayfed_sub.privacy.accountant import account
+from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.cluster import joined, nodes, ray_session
+from rayfed_sub.runtime.course import Course
 from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
 from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
@@ -40,7 +42,17 @@ from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place, open_place
 from rayfed_sub.storage.run_folder import RunFolder, check_data, check_free, create, new, reopen, summary_of, to_resume
 from rayfed_sub.telemetry.alert_log import Watch
-from rayfed_sub.telemetry.events import Answered, Beginning, Notice, PackDone, RoundDone, Stage, Started, Summary
+from rayfed_sub.telemetry.events import (
+    Answered,
+    Beginning,
+    Callback,
+    Notice,
+    PackDone,
+    RoundDone,
+    Stage,
+    Started,
+    Summary,
+)
 from rayfed_sub.telemetry.process_memory import PeakMemory, peak_of
 
 _LIVES = 5  # coordinators that may die one after another without a new checkpoint
@@ -63,6 +75,7 @@ def run(
     resume: bool = False,
     address: str | None = None,
     finish: Finisher = no_finisher,
+    callbacks: Sequence[Callback] = (),
 ) -> Summary:
     """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
 
@@ -71,24 +84,34 @@ def run(
     weights as without the interruption; begins a run where there is none, and returns the summary of a finished one.
     address: of a Ray cluster to join (`auto`: this machine's), by default the environment variable RAY_ADDRESS.
     Without either it uses the cluster that this process is connected to, or starts a local one and shuts it down again.
+    A longer run of the same configuration goes on as one of that length would.
     finish: called with the folder of a finished run before the folder is complete, e.g. to write a report into it.
+    callbacks: asked between rounds, besides those that the configuration names; they may stop the run or change its
+    learning rate.
     Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
     An interruption (Ctrl-C) leaves a checkpoint.
     """
     notify = listener or (lambda record: None)
     config, left_out = adopted(config)
+    config, asked = with_callbacks(config, callbacks)
     if left_out and listener is None:
         warnings.warn(left_out, stacklevel=3)
     elif left_out:
         notify(Notice(left_out))
     if out is None:
-        return _run(config, None, notify, resume, address, finish)
+        return _run(config, None, notify, resume, address, finish, asked)
     with open_place(out, notify, resume=resume) as place:
-        return _run(config, place, notify, resume, address, finish)
+        return _run(config, place, notify, resume, address, finish, asked)
 
 
 def _run(
-    config: Config, place: Place | None, notify: Listener, resume: bool, address: str | None, finish: Finisher
+    config: Config,
+    place: Place | None,
+    notify: Listener,
+    resume: bool,
+    address: str | None,
+    finish: Finisher,
+    callbacks: Mapping[str, Callback],
 ) -> Summary:
     began = time.perf_counter()
     old = to_resume(place, config.name) if resume else None
@@ -123,7 +146,8 @@ def _run(
                 put = ray.put if config.resources.workers else _unchanged
                 # No name here may hold the weights for the whole run.
                 shared = Shared(put(spec_of(job)), put(loading.pop().result()), put(job.dataset))
-                summary = carry_out(job, shared, folder, notify, began, lambda: _planned_bytes(planned, notify))
+                plans = partial(_planned_bytes, planned, notify)
+                summary = carry_out(job, shared, folder, notify, began, plans, callbacks)
         finish(folder.place, notify)
     return summary
 
@@ -154,14 +178,17 @@ def carry_out(
     notify: Listener,
     began: float,
     planned: Callable[[], int | None] = lambda: None,
+    callbacks: Mapping[str, Callback] | None = None,
 ) -> Summary:
     """Runs the job in its folder from the newest checkpoint on, in the current Ray session; writes and returns the
     summary.
 
-    began: `time.perf_counter()` at the start.  planned: bytes of memory.  Raises RunError where the run cannot go on.
+    began: `time.perf_counter()` at the start.  planned: bytes of memory.  callbacks: by name; None: those that the
+    configuration names.  Raises RunError where the run cannot go on.
     """
+    callbacks = with_callbacks(job.config, ())[1] if callbacks is None else callbacks
     with closing(PeakMemory()) as memory:
-        summary = _with_restarts(job, folder, shared, notify, memory)
+        summary = _with_restarts(job, folder, shared, notify, memory, callbacks)
         wall = time.perf_counter() - began
         whole = replace(summary, wall_seconds=wall, planned_memory_bytes=planned())
         folder.write_summary(whole)
@@ -185,9 +212,9 @@ def _resume_hint(folder: RunFolder, config: Config, notify: Listener) -> Iterato
 
 def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
     place, name = folder.place, str(config.method["name"])
-    # Classes and metrics that only the folder names are not imported: name them in the command.
+    # Classes, metrics and callbacks that only the folder names are not imported: name them in the command.
     named = [] if name in METHODS else [f"method.name={name}"]
-    named += [as_override("evaluation.metrics", list(metrics))] if (metrics := config.evaluation.metrics) else []
+    named += [as_override(key, list(names)) for key, names in config.programs.items() if names]
     words = [
         "rayfed-sub",
         "run",
@@ -211,13 +238,20 @@ def load_backbone(job: Job) -> Packed:
     return packed(load_weights(job.config.model, job.architecture, job.config.seed))
 
 
-def _with_restarts(job: Job, folder: RunFolder, shared: Shared, notify: Listener, memory: PeakMemory) -> Summary:
+def _with_restarts(
+    job: Job,
+    folder: RunFolder,
+    shared: Shared,
+    notify: Listener,
+    memory: PeakMemory,
+    callbacks: Mapping[str, Callback],
+) -> Summary:
     """Runs the rounds; after a coordinator's death under another one, from the newest checkpoint on."""
     lives, reached = _LIVES, checkpoints.newest(folder.path)
     while True:
         coordinator = coordinator_of(job, folder.path, shared)
         try:
-            return _rounds(job, folder, coordinator, notify, memory)
+            return _rounds(job, folder, coordinator, notify, memory, callbacks)
         except RayActorError as error:
             if error.actor_init_failed:
                 raise
@@ -231,7 +265,14 @@ def _with_restarts(job: Job, folder: RunFolder, shared: Shared, notify: Listener
             coordinator.close()
 
 
-def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: Listener, memory: PeakMemory) -> Summary:
+def _rounds(
+    job: Job,
+    folder: RunFolder,
+    coordinator: CoordinatorLink,
+    notify: Listener,
+    memory: PeakMemory,
+    callbacks: Mapping[str, Callback],
+) -> Summary:
     """Runs the remaining rounds and writes tables and checkpoints; returns the summary without its wall time.
     memory: of this process.  Raises RayActorError where the coordinator dies."""
     config, ask = job.config, coordinator.ask
@@ -242,6 +283,7 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
             if isinstance(record, RoundDone):
                 folder.add(record)
                 live.add(record)
+                course.add(record)
             notify(record)
             for alert in watch.add(record) if isinstance(record, RoundDone) else ():
                 notify(Notice(alert.text))
@@ -252,18 +294,29 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
     notify(Started(config, folder.place.display_name(), overall(first.scores), targets, done))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     records: Iterator[PackDone | RoundDone] = iter(())
-    watch, live = Watch(folder, config), Live(folder, config)
+    watch, live, course = Watch(folder, config), Live(folder, config), Course(folder, config, callbacks)
+    stopped, factor = None, 1.0
     try:
+        if done and course.best == done:  # the last session may have ended before it kept it
+            ask("keep_best")
         for n in range(done, rounds):
-            records = coordinator.round(n)
+            decided = course.decide(n)
+            if decided.stop is not None:
+                stopped = decided.stop
+                break
+            if decided.lr_factor != factor:
+                notify(Notice(f"from round {n + 1} on: the learning rate times {decided.lr_factor:g}"))
+            factor = decided.lr_factor
+            records = coordinator.round(n, factor)
             follow(records)
-            if n + 1 == rounds or (every and (n + 1) % every == 0):
-                folder.write_tables()
-                ask("checkpoint")
-                folder.place.push()
+            if n + 1 == rounds or (every and (n + 1) % every == 0) or course.best == n + 1:
+                _keep(folder, ask, course)
+        if stopped is not None:
+            notify(Notice(f"stopped after round {folder.rounds.num_rows} of {rounds}: {stopped}"))
+            _complete(folder, ask, course)
         if answers := folder.answers():
             notify(Answered(tuple(answers)))
-        return _summary(job, folder, first, ask, targets, memory)
+        return _summary(job, folder, first, ask, targets, memory, stopped, course.best_score())
     except (KeyboardInterrupt, RunError):
         notify(Stage("stopping: a checkpoint first"))
         with suppress(RunError, RayError):  # a full disk stays full: the first error counts
@@ -271,6 +324,23 @@ def _rounds(job: Job, folder: RunFolder, coordinator: CoordinatorLink, notify: L
         raise
     finally:
         live.close()
+
+
+def _keep(folder: RunFolder, ask: Callable[[str], Any], course: Course) -> None:
+    """Writes tables and a checkpoint of the last finished round, which may be the best one."""
+    folder.write_tables()
+    ask("checkpoint")
+    if course.best == folder.rounds.num_rows:
+        ask("keep_best")
+    folder.place.push()
+
+
+def _complete(folder: RunFolder, ask: Callable[[str], Any], course: Course) -> None:
+    """Gives the last finished round, after which the run stops, what a last round has."""
+    scores, answers = ask("evaluated")
+    folder.complete(scores, answers, ask("epsilon"))
+    course.judged(folder.rounds.num_rows, scores)
+    _keep(folder, ask, course)
 
 
 def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], notify: Listener) -> Beginning:
@@ -323,6 +393,8 @@ def _summary(
     ask: Callable[[str], Any],
     targets: int,
     memory: PeakMemory,
+    stopped: str | None,
+    best: dict[str, Any] | None,
 ) -> Summary:
     rows, config = folder.rounds.to_pylist(), job.config
     before = overall(first.scores)
@@ -343,11 +415,14 @@ def _summary(
         metrics={f"{name}_before": value for name, value in before.items()} | overall(folder.scores(len(rows))),
         versions=first.versions,
         environment=first.environment,
-        privacy=account(config, job.noise, len(rows)),
+        # The moment of a stop follows from what the rounds released, so all that were planned count.
+        privacy=account(config, job.noise, len(rows) if stopped is None else config.federation.rounds or 0),
         resumed=folder.resumed(),
         precision=config.model.dtype,
         logits=None if job.architecture.logits is None else str(job.architecture.logits),
         rows=first.rows,
         split=next((score.split for score in first.scores), None),
+        stopped=stopped,
+        best=best,
         folder=folder.place.display_name(),
     )

@@ -3,8 +3,9 @@
     checkpoints/manifest-000003.json               round, files with their lengths and sums
                 server-000003.safetensors          the server's tensors, and its optimiser's as `server/...`
                 clients/000012-000003.safetensors  client 12's state for round 3, see storage/client_states.py
+                best-000002.json                   the manifest of the best round's checkpoint, where one is kept
 
-Only what changed since the last checkpoint is written.  The newest two checkpoints are kept whole.
+Only what changed since the last checkpoint is written.  The newest two checkpoints are kept whole, and the best one.
 """
 
 from __future__ import annotations
@@ -78,21 +79,34 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         "server": [sum(map(len, parts)), crc],
         "clients": [[*key, *astuple(entry)] for key, entry in sorted(checkpoint.state_files.items())],
     }
-    atomic_files.write(root(folder) / f"manifest-{checkpoint.round:06d}.json", json.dumps(manifest).encode())
+    atomic_files.write(_manifest(folder, checkpoint.round), json.dumps(manifest).encode())
     for old in _manifests(folder)[:-KEPT]:
         old.unlink()
-    kept = {_server(folder, _round(manifest)) for manifest in _manifests(folder)}
-    for file in (*root(folder).glob("server-*"), *root(folder).glob(".*-*")):  # .: of an interrupted write
-        if file not in kept:
-            file.unlink()
+    _tidy(folder)
 
 
-def read(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint; None where there is none.
+def keep_best(folder: Path, round: int) -> None:
+    """Keeps the checkpoint of that round, the newest, until a better one replaces it.
+
+    Raises RunError where the disk is full; an earlier best checkpoint then stays.
+    """
+    atomic_files.write(_best_manifest(folder, round), _manifest(folder, round).read_bytes())
+    for old in _bests(folder)[:-1]:
+        old.unlink()
+    _tidy(folder)
+
+
+def go_back(folder: Path) -> None:
+    """Deletes the newest checkpoint's manifest: the one before it is then the newest."""
+    _manifests(folder)[-1].unlink()
+
+
+def read(folder: Path, *, best: bool = False) -> Checkpoint | None:
+    """The newest checkpoint, or the best; None where there is none.
 
     Raises UserError, naming the damaged file and the checkpoint to go on from, where it is torn.
     """
-    found = _manifests(folder)
+    found = _bests(folder) if best else _manifests(folder)
     return _read(folder, found[-1]) if found else None
 
 
@@ -100,6 +114,30 @@ def newest(folder: Path) -> int | None:
     """Finished rounds of the newest checkpoint; None where there is none."""
     found = _manifests(folder)
     return _round(found[-1]) if found else None
+
+
+def count(folder: Path) -> int:
+    """Number of the checkpoints that a run can go on from."""
+    return len(_manifests(folder))
+
+
+def best(folder: Path) -> int | None:
+    """Finished rounds of the best checkpoint; None where none is kept."""
+    found = _bests(folder)
+    return _round(found[-1]) if found else None
+
+
+def best_states(folder: Path) -> set[Key]:
+    """Keys of the best checkpoint's states.  Raises UserError where its manifest is torn."""
+    found = _bests(folder)
+    if not found:
+        return set()
+    for old in found[:-1]:  # of an interrupted write
+        old.unlink()
+    try:
+        return {(entry[0], entry[1]) for entry in json.loads(found[-1].read_bytes())["clients"]}
+    except (ValueError, KeyError) as error:
+        raise _torn(folder, found[-1], str(error).partition("\n")[0]) from None
 
 
 def older(folder: Path) -> set[Key]:
@@ -165,11 +203,34 @@ def _torn(folder: Path, manifest: Path, why: str) -> UserError:
     advice = (
         f"delete {manifest.name} to go on from round {_round(before[0])}" if before else "begin anew in another folder"
     )
+    if manifest in _bests(folder):
+        advice = f"delete {manifest.name} to go on without it"
     return UserError("checkpoint", str(manifest), f"a whole checkpoint: {why}", advice)
+
+
+def _tidy(folder: Path) -> None:
+    """Deletes server files that no manifest names, and what interrupted writes have left."""
+    kept = {_server(folder, _round(manifest)) for manifest in (*_manifests(folder), *_bests(folder))}
+    for file in (*root(folder).glob("server-*"), *root(folder).glob(".*-*")):  # .: of an interrupted write
+        if file not in kept:
+            file.unlink()
 
 
 def _manifests(folder: Path) -> list[Path]:
     return sorted(root(folder).glob("manifest-*.json"), key=_round)
+
+
+def _bests(folder: Path) -> list[Path]:
+    """More than one where a write was interrupted: the last is the best."""
+    return sorted(root(folder).glob("best-*.json"), key=_round)
+
+
+def _manifest(folder: Path, round: int) -> Path:
+    return root(folder) / f"manifest-{round:06d}.json"
+
+
+def _best_manifest(folder: Path, round: int) -> Path:
+    return root(folder) / f"best-{round:06d}.json"
 
 
 def _round(manifest: Path) -> int:

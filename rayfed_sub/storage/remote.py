@@ -29,7 +29,7 @@ from pyarrow import fs
 
 from rayfed_sub.core.errors import RunError, UserError, redacted
 
-_MANIFESTS = ("checkpoints/manifest-*.json",)
+_MANIFESTS = ("checkpoints/manifest-*.json", "checkpoints/best-*.json")
 _NEEDED = (
     *("checkpoints/clients/[0-9]*.safetensors", "checkpoints/server-*.safetensors", "log.jsonl", "*.parquet"),
     *("report.html", "tensorboard/*"),  # for people, but complete where summary.json is there

@@ -15,7 +15,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
 from rayfed_sub.data.fingerprint import Fingerprint
-from rayfed_sub.storage import atomic_files
+from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.remote import Place
-from rayfed_sub.telemetry.events import Beginning, RoundDone, Summary
+from rayfed_sub.telemetry.events import Beginning, Decided, RoundDone, Summary
 
 FREE = (
     *("resources.workers", "resources.state_memory", "resources.deadline"),
@@ -40,6 +41,9 @@ FREE = (
 PACKING = ("resources.pack_size", "evaluation.batch_size")
 """Settings that may differ too where the bits are the same in any pack (`planning/packs.py`)."""
 
+
+_ROUNDS = "federation.rounds"
+_DECIDED = "decided"  # the log's entry of what holds from a round on
 
 _OTHERS = {"clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer}
 """Tables with rows per round, by name, besides rounds.parquet."""
@@ -72,8 +76,29 @@ class RunFolder:
         self._answers = pa.concat_tables([self._answers, _table(AnswerRow, done.answers)])
         self.rounds = rounds  # last: it decides whether the round counts
 
+    def complete(self, scores: Sequence[Score], answers: Sequence[AnswerRow], epsilon: float | None) -> None:
+        """Adds to the last round what a run's last round has: scores, answers, the privacy spent; in place of what it
+        has of these."""
+        finished = self.rounds.num_rows
+        row = RoundRow(**self.rounds.slice(finished - 1).to_pylist()[0])
+        row = replace(row, held_out_loss=overall(scores).get("held_out_loss"), epsilon=epsilon)
+        self.rounds = pa.concat_tables([self.rounds.slice(0, finished - 1), _table(RoundRow, [row])])
+        kept = self._scores.filter(pa.compute.less(self._scores["rounds"], finished))
+        self._scores = pa.concat_tables([kept, _scored(finished, scores)])
+        others = self._answers.filter(pa.compute.less(self._answers["rounds"], finished))
+        self._answers = pa.concat_tables([others, _table(AnswerRow, answers)])
+
+    def record(self, decided: Decided) -> None:
+        """Writes to the log what holds after so many rounds, before it takes effect."""
+        atomic_files.append(self.path / "log.jsonl", _line(_DECIDED, asdict(decided)))
+
+    def decisions(self) -> dict[int, Decided]:
+        """What the log has recorded, by finished rounds, also of rounds that are to run again."""
+        return _decisions(self.path)
+
     def go_on(self, round: int) -> Beginning:
-        """Cuts `round` and later rounds off log and tables; returns the run's beginning.
+        """Cuts `round` and later rounds off log and tables, but for what was decided after them; returns the run's
+        beginning.
 
         Raises UserError where they lack an earlier round.
         """
@@ -96,6 +121,10 @@ class RunFolder:
         """The scores after `rounds` finished rounds."""
         rows = self._scores.filter(pa.compute.equal(self._scores["rounds"], rounds)).drop_columns(["rounds"])
         return [Score(**row) for row in rows.to_pylist()]
+
+    def overall_scores(self) -> dict[int, dict[str, float]]:
+        """The scores over all held-out rows, by finished rounds."""
+        return {rounds: overall(self.scores(rounds)) for rounds in sorted(set(self._scores["rounds"].to_pylist()))}
 
     def answers(self) -> list[AnswerRow]:
         """The answers of the initial model, then those of the trained one; none where nothing is answered."""
@@ -155,22 +184,90 @@ class RunFolder:
 
 def create(place: Place, config: Config) -> RunFolder:
     """Writes config.yaml, the first file of a new run, into its existing folder."""
-    atomic_files.write(place.path / "config.yaml", yaml_text(config.model_dump(mode="json")).encode())
+    _write_config(place.path, config)
     return RunFolder(place)
+
+
+def _write_config(path: Path, config: Config) -> None:
+    atomic_files.write(path / "config.yaml", yaml_text(config.model_dump(mode="json")).encode())
 
 
 def reopen(place: Place, config: Config, any_pack: bool = False) -> RunFolder:
-    """The folder of a run that began with `config`; any_pack: whether its bits are the same in any pack.
+    """The folder of a run that began with `config`, or with fewer rounds, and then is to go on to their number;
+    any_pack: whether its bits are the same in any pack.
 
-    Raises UserError naming the first setting that differs, except for those in `FREE`, and in `PACKING` with any_pack.
+    Raises UserError naming the first setting that differs, except for those in `FREE`, and in `PACKING` with any_pack,
+    and where something depended on the number of rounds.
     """
-    _check_config(place.path, config, any_pack)
+    old = _check_config(place.path, config, any_pack)
+    if _longer(config, old):
+        _lengthen(place, old, config)
     return RunFolder(place)
 
 
-def _check_config(path: Path, config: Config, any_pack: bool) -> None:
+def _check_config(path: Path, config: Config, any_pack: bool) -> Config:
+    """The stored configuration."""
     old, free = stored_config(path), (*FREE, *PACKING) if any_pack else FREE
+    if old.resources.first_pack == config.resources.first_pack:  # `auto` keeps it where bits depend on packs
+        free = (*free, PACKING[0])
+    if _longer(config, old):
+        free = (*free, _ROUNDS)
     check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), free, f"the run in {path}")
+    if _longer(config, old):
+        _check_longer(path, old, config)
+    return old
+
+
+def _longer(config: Config, old: Config) -> bool:
+    return (config.federation.rounds or 0) > (old.federation.rounds or 0)
+
+
+def _check_longer(path: Path, old: Config, config: Config) -> None:
+    """UserError where the rounds of a longer run would not begin with those of the run in the folder."""
+    rounds, advice = old.federation.rounds or 0, "begin anew in another folder"
+    depends = {
+        f"optimizer.schedule={old.optimizer.schedule} follows their number": old.optimizer.schedule != "constant",
+        "privacy.epsilon is a budget of them all": old.privacy.epsilon is not None,
+    }
+    for why in (reason for reason, so in depends.items() if so):
+        allowed = f"{rounds}, with which the run in {path} began: {why}"
+        raise UserError(_ROUNDS, config.federation.rounds, allowed, advice)
+    for decided in _decisions(path).values():
+        if decided.stop is not None:
+            allowed = f"{rounds}, for the run in {path} stopped after round {decided.finished} ({decided.stop})"
+            raise UserError(_ROUNDS, config.federation.rounds, allowed, advice)
+    if not _out_of_turn(path, old):
+        return
+    end = f"{rounds}, for the last round of the run in {path} was judged or diagnosed out of turn"
+    if checkpoints.count(path) < 2:
+        allowed = f"{end}, and no checkpoint before it is left (checkpoint.every={old.checkpoint.every})"
+        raise UserError(_ROUNDS, config.federation.rounds, allowed, advice)
+    if checkpoints.best(path) == rounds:
+        raise UserError(_ROUNDS, config.federation.rounds, f"{end}, and became the best one", advice)
+
+
+def _out_of_turn(path: Path, old: Config) -> bool:
+    """True where the run has finished a last round with what only a last round has, which a longer run would lack."""
+    rounds, evaluation, diagnostics = old.federation.rounds or 0, old.evaluation, old.diagnostics
+    if checkpoints.newest(path) != rounds:
+        return False
+    unlike = bool(rounds % evaluation.every) or bool(diagnostics.every and rounds % diagnostics.every)
+    return unlike or evaluation.generate_rows > 0
+
+
+def _lengthen(place: Place, old: Config, config: Config) -> None:
+    """Makes a run of more rounds of the one in the folder; a last round like no other is to run again.
+
+    One step after the other, also in an object store: wherever this is cut off, there is a run to lengthen.
+    Raises RunError where another run is at work there, and where the store refuses."""
+    with checkpoints.claim(place.path, 0):
+        (place.path / "summary.json").unlink(missing_ok=True)
+        place.push()
+        if _out_of_turn(place.path, old):
+            checkpoints.go_back(place.path)
+            place.push()
+        federation = old.federation.model_copy(update={"rounds": config.federation.rounds})
+        _write_config(place.path, old.model_copy(update={"federation": federation}))
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], where: str) -> None:
@@ -216,9 +313,10 @@ def check_same_data(then: Mapping[str, Any], now: Fingerprint, where: str) -> No
 
 
 def summary_of(path: Path, config: Config, any_pack: bool = False) -> Summary | None:
-    """The summary of a run; None where it is not finished.  Raises UserError as `reopen`."""
-    _check_config(path, config, any_pack)
-    if not (path / "summary.json").exists():
+    """The summary of a run; None where it is not finished, or has fewer rounds than `config`.  Raises UserError as
+    `reopen`."""
+    old = _check_config(path, config, any_pack)
+    if not (path / "summary.json").exists() or _longer(config, old):
         return None
     entries = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     return Summary(**{**entries, "resumed": tuple(entries["resumed"])}, folder=str(path))
@@ -301,6 +399,12 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     log = path / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def _decisions(path: Path) -> dict[int, Decided]:
+    names = [field.name for field in fields(Decided)]
+    found = [Decided(**{name: entry[name] for name in names}) for entry in _entries(path) if entry["event"] == _DECIDED]
+    return {decided.finished: decided for decided in found}
 
 
 def _started(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -64,7 +64,8 @@ class StateStore:
             self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.state_files)])
             self._states.recall(found.state_files)
             self.current = _round_state(found)
-        checkpoints.sweep(folder, set().union(*self._named))
+        self._best = frozenset(checkpoints.best_states(folder))  # states of the best checkpoint
+        checkpoints.sweep(folder, set().union(*self._named, self._best))
 
     def add(self, client: int, state: ClientState) -> Key:
         """Stores a client's state of the current round until `commit`."""
@@ -122,7 +123,19 @@ class StateStore:
             checkpoints.write(self._folder, Checkpoint(current.server.round, server, state_files))
             leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
             self._named.append(keys)
-            self._states.drop(leaving.difference(*self._named))
+            self._states.drop(leaving.difference(self._best, *self._named))
+
+    def keep_best(self) -> None:
+        """Keeps the newest checkpoint, that of the current round, as the best one, and frees an earlier best.
+
+        Raises RunError where the disk is full; an earlier best checkpoint then stays valid.
+        """
+        with self._lock:
+            if checkpoints.best(self._folder) == self.current.server.round:
+                return
+            checkpoints.keep_best(self._folder, self.current.server.round)
+            leaving, self._best = self._best, self.current.keys
+            self._states.drop(leaving.difference(self._best, *self._named))
 
 
 def _round_state(found: Checkpoint) -> RoundState:

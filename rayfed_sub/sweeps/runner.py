@@ -18,6 +18,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import METHODS
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, JobInputs, check_resources, job_on
+from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.cluster import HEAD, joined, nodes, ray_session
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import SWEEP, Place, inside, open_place
@@ -105,8 +106,7 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
             except KeyboardInterrupt:
                 name = sweep.config(sweep.points()[0]).method["name"] if "method.name" not in sweep.search.space else ""
                 named = [f"method.name={name}"] if name and name not in METHODS else []
-                metrics = sweep.metrics
-                named += [as_override("evaluation.metrics", list(metrics))] if metrics else []
+                named += [as_override(key, list(names)) for key, names in sweep.programs.items() if names]
                 words = [
                     "rayfed-sub",
                     "sweep",
@@ -128,6 +128,7 @@ def checked(sweep: Trials, folder: Path, notify: Listener) -> tuple[Mapping[str,
     configs = [sweep.config(point) for point in points]
     for config in configs:
         check_resources(config, there)
+        with_callbacks(config, ())  # those that the configuration names can be imported
     notify(Stage("reading tasks and models"))
     inputs = all_inputs(configs)
     for config in configs:

@@ -157,12 +157,11 @@ class Sweep:
     base: tuple[str, ...] = ()
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Metrics that the configuration of any trial names (`evaluation.metrics`)."""
-        varied = {"evaluation", "evaluation.metrics"} & self.search.space.keys()
-        points = self.points() if varied else [{}]
-        found = (name for values in points for name in _with_values(self.tree, values).evaluation.metrics)
-        return tuple(dict.fromkeys(found))
+    def programs(self) -> dict[str, tuple[str, ...]]:
+        """The programs that the configuration of any trial names besides its method, by key."""
+        varied = {"evaluation", "evaluation.metrics", "callbacks"} & self.search.space.keys()
+        found = [_with_values(self.tree, values).programs for values in (self.points() if varied else [{}])]
+        return {key: tuple(dict.fromkeys(name for one in found for name in one[key])) for key in found[0]}
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,42 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """A run between two rounds, as its callbacks see it.  finished: rounds so far; rounds: their rows; scores: finished
+    rounds -> score -> value over all held-out rows, with the initial model's at 0; lr_factor: on the schedule's
+    learning rate at present."""
+
+    config: Config
+    finished: int
+    rounds: tuple[RoundRow, ...]
+    scores: Mapping[int, Mapping[str, float]]
+    lr_factor: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A callback's answer.  stop: the reason why no further round is to run; lr_factor: on the schedule's learning rate
+    from the next round on, in place of the present one."""
+
+    stop: str | None = None
+    lr_factor: float | None = None
+
+
+Callback = Callable[[Progress], Decision | None]
+"""Function that is asked after every round but the last.  It sees all of the run so far, so it needs no memory of its
+own; what it answers is recorded, and a round that runs again does not ask again."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What holds after so many finished rounds, as the run's log records it."""
+
+    finished: int
+    lr_factor: float
+    stop: str | None = None
+
+
+@dataclass(frozen=True)
 class Summary:
     """The finished run, as summary.json.  metrics: the scores over all held-out rows, `<metric>_before` training and
     `<metric>` after, which `evaluation/scores.py` defines; dense_bytes, dense_downlink_bytes:
@@ -94,7 +130,9 @@ class Summary:
     machine (None: a sweep's trial); resumed: the rounds from which the run was resumed; precision: of the evaluated
     model, except for its target layers and head, which compute in float32; logits: how they follow
     from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's); rows:
-    the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version)."""
+    the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version); stopped:
+    why the run ended before its last round; best: `round`, finished ones, and `value` of early_stopping's `metric`
+    (None: no best checkpoint is kept)."""
 
     name: str
     method: str
@@ -118,4 +156,6 @@ class Summary:
     logits: str | None = None
     rows: dict[str, int] = field(default_factory=dict)
     split: str | None = None
+    stopped: str | None = None
+    best: dict[str, Any] | None = None
     folder: str = field(default="", compare=False)

@@ -8,6 +8,7 @@ from rayfed_sub.config.checks import check_rules, check_training
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import (
     Config,
+    EarlyStopping,
     Evaluation,
     Federation,
     Optimizer,
@@ -22,6 +23,7 @@ from rayfed_sub.planning import job
 
 PRIVATE = Privacy(clip=1.0, noise=1.0)
 NOVA = Federation(normalise_steps=True)
+JUDGED = Config(task=Task(validation_share=0.1), evaluation=Evaluation(split="validation"))
 
 RULES = {
     "method.name: got 'centralized'; allowed: a method; all rows at one client are a matter of the partition; set "
@@ -32,6 +34,18 @@ RULES = {
     "evaluation.split: got 'validation'; allowed: held-out without validation rows: task.validation names none, "
     "task.validation_share is 0; set a share, e.g. task.validation_share=0.05": Config(
         evaluation=Evaluation(split="validation")
+    ),
+    "early_stopping.patience: got 3; allowed: nothing without early_stopping.metric, the score to look at; "
+    "e.g. early_stopping.metric=held_out_loss": Config(early_stopping=EarlyStopping(patience=3)),
+    "early_stopping.metric: got 'accuracy'; allowed: null with evaluation.split=held-out, whose rows would choose the "
+    "round; set evaluation.split=validation and, where there are no such rows, task.validation_share=0.1": Config(
+        early_stopping=EarlyStopping(metric="accuracy")
+    ),
+    "early_stopping.min_gain: got 0.1; allowed: 0 without early_stopping.patience, for the best round is that of the "
+    "best score; e.g. early_stopping.patience=3": Config(
+        task=JUDGED.task,
+        evaluation=JUDGED.evaluation,
+        early_stopping=EarlyStopping(metric="accuracy", min_gain=0.1),
     ),
     "federation.partition.largest: got 3; allowed: nothing with partition.kind=column, which has a value for each "
     "client; remove it": Config(federation=Federation(partition=Partition(largest=3))),

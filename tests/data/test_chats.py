@@ -17,6 +17,7 @@ from rayfed_sub.data.chats import Chat, ChatError, Turn, read_chats
 from rayfed_sub.data.dataset import load_dataset, load_pairs, too_long
 from rayfed_sub.data.fingerprint import fingerprint
 from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.readers import Place
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.splits import Splits
 from rayfed_sub.data.tokenization import Cuts, tokenised
@@ -30,12 +31,19 @@ IID = Federation.model_validate({"clients": 2, "partition": {"kind": "iid"}})
 def chats(*turns: str) -> Pairs:
     """One chat a text: letters before a space are said by turns, the user first."""
     made = [
-        Chat(row, tuple((("user", "assistant")[number % 2], text) for number, text in enumerate(said.split(), 0)))
+        Chat(
+            Place("c", row),
+            tuple((("user", "assistant")[number % 2], text) for number, text in enumerate(said.split(), 0)),
+        )
         for row, said in enumerate(turns, 1)
     ]
     return Pairs(
         "causal-lm", tuple(chat.history for chat in made), ("",) * len(made), ("",) * len(made), chats=tuple(made)
     )
+
+
+def read(cells: Sequence[Any]) -> list[Chat | None]:
+    return read_chats("c", cells, (Place("c", row) for row in range(1, len(cells) + 1)))
 
 
 def learned(rows: Rows, row: int) -> list[str]:
@@ -51,16 +59,17 @@ def test_forms_of_a_chat_are_read_alike() -> None:
     mixed = [{**message, "role": None, "content": None, "weight": 0.5} for message in shared]
     columns = {"role": ["user", "assistant"], "content": ["Why?", "So."]}
     cells = [ONE, tuple(ONE), json.dumps(ONE), shared, mixed, columns, json.dumps(shared, indent=1)]
-    assert {chat.turns for chat in read_chats("c", cells) if chat} == {(("user", "Why?"), ("assistant", "So."))}
-    assert read_chats("c", [None, "", "  ", [], float("nan"), ONE[:1]]) == [None] * 6
+    assert {chat.turns for chat in read(cells) if chat} == {(("user", "Why?"), ("assistant", "So."))}
+    assert read([None, "", "  ", [], float("nan"), ONE[:1]]) == [None] * 6
     told = [{"role": "developer", "content": ""}, *ONE]
-    assert read_chats("c", [told])[0] == Chat(1, (("system", ""), ("user", "Why?"), ("assistant", "So.")))
+    turns = (("system", ""), ("user", "Why?"), ("assistant", "So."))
+    assert read([told])[0] == Chat(Place("c", 1), turns)
 
 
 def test_turns_after_the_last_answer_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        read = read_chats("c", [[*ONE, ONE[0]], ONE, [*ONE, ONE[0], ONE[0]], [ONE[0]]])
-    assert [len(chat.turns) if chat else None for chat in read] == [2, 2, 2, None]
+        found = read([[*ONE, ONE[0]], ONE, [*ONE, ONE[0], ONE[0]], [ONE[0]]])
+    assert [len(chat.turns) if chat else None for chat in found] == [2, 2, 2, None]
     (record,) = caplog.records
     expected = "task.messages: 2 of 4 chats go on after their last answer; those turns are left out"
     assert record.getMessage() == expected
@@ -89,10 +98,10 @@ def test_turns_after_the_last_answer_are_left_out_and_counted(caplog: pytest.Log
 )
 def test_bad_chat_is_one_line_with_column_row_and_fault(cell: Any, wrong: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_chats("talk", [ONE, cell])
+        read_chats("talk", [ONE, cell], [Place("a.jsonl", 7), Place("b.jsonl", 1)])
     line = str(caught.value)
     assert line.startswith("task.messages: got 'talk'; allowed: lists of {role, content}")
-    assert f"; row 2: {wrong}" in line
+    assert f"; row 1 of b.jsonl: {wrong}" in line
     assert "\n" not in line
 
 
@@ -187,7 +196,7 @@ def test_files_of_any_type_give_the_same_rows(tmp_path: Path) -> None:
 def test_chats_ask_the_same_where_the_history_of_the_last_answer_is_the_same() -> None:
     first = [*ONE, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]
     other = [*first[:3], {"role": "assistant", "content": "Yes."}]
-    questions = [chat.history for chat in read_chats("c", [first, other, ONE]) if chat]
+    questions = [chat.history for chat in read([first, other, ONE]) if chat]
     assert questions[0] == questions[1] != questions[2]
 
 
@@ -218,11 +227,13 @@ class Strict(ByteTokenizer):
 
 @pytest.mark.parametrize(("turns", "most"), [("no b", 64), ("half b c d e f", 30)])
 def test_chat_that_a_template_refuses_is_named_by_its_row(turns: str, most: int) -> None:
-    """Rows of the table, whichever were left out before."""
+    """Its row in its file, whichever rows were left out before."""
     pairs = chats("a b", "c d", turns, "e f").take(np.array([1, 2, 3]))
     with pytest.raises(UserError) as caught:
         tokenised(pairs, Strict(), most)
-    assert str(caught.value).startswith("task.messages: got 'row 3'; allowed: chats that the model's chat template")
+    assert str(caught.value).startswith(
+        "task.messages: got 'row 3 of c'; allowed: chats that the model's chat template"
+    )
     assert str(caught.value).endswith("; the template says: not this one")
 
 
@@ -238,7 +249,7 @@ def test_cut_chats_are_counted_in_words(tmp_path: Path) -> None:
         ({"prompt": "{talk}"}, r"task\.prompt: .*nothing where task\.messages is set"),
         ({"label": "shop"}, r"task\.label: .*nothing where task\.messages is set"),
         ({"messages": "chat"}, r"task\.messages: got 'chat'; allowed: a column of the table: shop, talk"),
-        ({"messages": "shop"}, r"task\.messages: got 'shop'; .*; row 1: the text is no JSON list of messages"),
+        ({"messages": "shop"}, r"task\.messages: got 'shop'; .*; row 1 of rows.jsonl: the text is no JSON"),
     ],
 )
 def test_settings_that_do_not_go_with_chats(more: dict[str, str], line: str, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_broken_images_are_skipped_by_name_and_counted(tmp_path: Path, caplog: p
     assert (pairs.images, pairs.answers) == (tuple(good), ("a", "b", "b"))
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("task.image: 3 of 6 images cannot be read; skipped: 1.png (cannot identify image")
-    assert "row 3 (empty)" in message
+    assert "row 3 of rows.parquet (empty)" in message
     assert "4.png (empty)" in message
 
 
@@ -310,7 +310,7 @@ def test_no_image_left(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         table_pairs(table(tmp_path / "rows.parquet", [b"torn", b""]), None)
     assert caught.value.field == "task.image"
-    assert "row 1 (cannot identify" in str(caught.value)
+    assert "row 1 of rows.parquet (cannot identify" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,20 @@ def test_drawn_validation_gives_way_to_nothing_official(tmp_path: Path) -> None:
     assert data.row_counts.repeated > 0
 
 
+def test_drawn_splits_are_apart_from_official_ones(tmp_path: Path) -> None:
+    """Half of the training rows stand in the official split; none of them is drawn, and all stay in training."""
+    written(tmp_path / "train.jsonl", rows(0, 20))
+    for official, drawn in {"test": "validation", "validation": "held-out"}.items():
+        written(tmp_path / f"{official}.jsonl", rows(0, 10))
+        shares = {"validation_share": 0.4} if official == "test" else {"test_share": 0.4}
+        judged = [built(str(tmp_path), judged=split, **shares) for split in ("validation", "held-out")]
+        (tmp_path / f"{official}.jsonl").unlink()
+        ours, theirs = ({bytes(data.held_out.row(row)) for row in range(len(data.held_out))} for data in judged)
+        assert not ours & theirs
+        counts = judged[0].row_counts
+        assert (counts.train, counts.repeated, counts.shared) == (12, 0, 10), drawn
+
+
 def test_max_rows_leaves_official_test_rows(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", rows(0, 20))
     written(tmp_path / "test.jsonl", rows(20, 30))

@@ -382,6 +382,17 @@ TABLES = {
         "task.test_share: got 0.001",
         "holds out at least one of the 20 rows",
     ),
+    "early stopping of answers by classes": (
+        "evaluation.split=validation task.validation_share=0.2 early_stopping.metric=macro_f1",
+        "early_stopping.metric: got 'macro_f1'",
+        "a score of language modelling: held_out_loss, token_accuracy, perplexity; set one of these",
+    ),
+    "early stopping of classes by tokens": (
+        "task.answer=null task.label=n evaluation.split=validation task.validation_share=0.2 "
+        "early_stopping.metric=perplexity",
+        "early_stopping.metric: got 'perplexity'",
+        "a score of a classification: held_out_loss, accuracy, macro_f1; set one of these",
+    ),
     "answers to classify": (
         "task.answer=null task.label=n evaluation.generate_rows=4",
         "evaluation.generate_rows: got 4",
@@ -395,7 +406,7 @@ TABLES = {
     "texts in place of chats": (
         "task.prompt=null task.answer=null task.messages=q",
         "task.messages: got 'q'; allowed: lists of {role, content} or {from, value}",
-        "; row 1: the text is no JSON list of messages",
+        "; row 1 of rows.parquet: the text is no JSON list of messages",
     ),
     "chats with an answer's column": (
         "task.prompt=null task.messages=q",
@@ -783,6 +794,25 @@ def test_metric_named_only_by_a_folder_is_not_loaded(asked: str, tmp_path: Path,
     if asked.startswith("plan"):
         message = refusal([*asked.format(tmp_path).split(), add, "evaluation.generate_rows=2"])
         assert "allowed: ids of `evaluate.load`, or paths of files with an evaluate.Metric" in message
+
+
+@pytest.mark.parametrize("asked", ["plan {}/config.yaml", "run {0}/config.yaml --out {0} --resume"])
+def test_callback_named_only_by_a_folder_is_not_imported(
+    asked: str, strange: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    """Named by the caller too, it is imported by what runs it."""
+    tree = {**yaml.safe_load(Path(TINY).read_text(encoding="utf-8")), "callbacks": ["noticed_module:noticed"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    leave(tmp_path, ["log.jsonl", "summary.json"])
+    message = refusal(asked.format(tmp_path).split())
+    assert message.startswith("callbacks: got 'noticed_module:noticed'; allowed: nothing, for what ")
+    assert not imported()
+    add = "callbacks=[noticed_module:noticed]"
+    assert f"if you trust it, add '{add}', or callbacks=[] to go without" in message
+    if asked.startswith("run"):
+        message = refusal([*asked.format(tmp_path).split(), add])
+        assert message.startswith("callbacks: got 'noticed_module:noticed'; allowed: package.module:name of a function")
+        assert imported()
 
 
 def test_export_with_another_method_is_refused(strange: Path, refusal: Refusal) -> None:

@@ -602,7 +602,7 @@ def test_harness_computes_the_exported_model_s_likelihoods(
     nats = 0.0
     for text in texts:
         ids = torch.tensor([[words_of.bos_token_id, *words_of(text, add_special_tokens=False)["input_ids"]]])
-        nats += len(ids[0][1:]) * float(model(input_ids=ids, labels=ids).loss)
+        nats += len(ids[0][1:]) * model(input_ids=ids, labels=ids).loss.item()
     wanted = nats / sum(len(text) for text in texts) / np.log(2)
     assert found["hf"] == pytest.approx(wanted, rel=1e-4)
     assert found["peft"] == pytest.approx(wanted, rel=1e-4)

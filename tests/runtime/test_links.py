@@ -25,7 +25,7 @@ class Actor:
     def refuses(self) -> None:
         raise UserError("field", 1, "2")
 
-    def run_round(self, n: int) -> Iterator[int]:
+    def run_round(self, n: int, lr_factor: float) -> Iterator[int]:
         for pack in range(3):
             time.sleep(0.6)
             yield n + pack
@@ -38,7 +38,7 @@ def test_busy_actor_is_waited_for_and_hung_actor_is_not(ray_session: None, monke
     busy = ray.remote(num_cpus=0, max_concurrency=2)(Actor).remote()
     ray.get(busy.alive.remote())  # an actor may take longer to start, and is then neither busy nor hung
     assert answer(busy, busy.slow.remote(1.2), "stage") == "done"
-    assert list(RoundStream(busy, 4)) == [4, 5, 6]
+    assert list(RoundStream(busy, 4, 1.0)) == [4, 5, 6]
     with pytest.raises(UserError, match="field: got 1"):
         answer(busy, busy.refuses.remote(), "stage")
 

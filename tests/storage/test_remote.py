@@ -5,6 +5,7 @@ The store is a local folder behind a handler that counts, and fails on request; 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from rayfed_sub import run
-from rayfed_sub.config.loading import load_config
+from rayfed_sub.config.loading import load_config, stored_config
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.storage import atomic_files, checkpoints, remote
 from rayfed_sub.storage.remote import Mirror, Place, local_copy, open_place
-from rayfed_sub.storage.run_folder import finished
+from rayfed_sub.storage.run_folder import create, finished, reopen
 from rayfed_sub.telemetry.events import Notice, PackDone, Stage, Started, Summary
 from tests.helpers import chaos
-from tests.storage.test_state_store import check, state_store, walk
+from tests.storage.test_state_store import check, check_best, state_store, walk
 
 COHORTS = [[0, 1, 2], [1], [0, 3], [1], [2]]
 TABLES = ("log.jsonl", "rounds.parquet")
@@ -56,7 +57,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS)) -> None:
+def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS), bests: Collection[int] = ()) -> None:
     """A run's use of its folder: started or resumed, a checkpoint every round, sent each time."""
     folder.mkdir(exist_ok=True)
     if not (folder / "config.yaml").exists():
@@ -66,7 +67,7 @@ def work(folder: Path, copy: Mirror, rounds: int = len(COHORTS)) -> None:
     for n in range(states.current.server.round, rounds):
         for name in TABLES:
             atomic_files.write(folder / name, b"." * (n + 1))
-        walk(states, COHORTS[: n + 1])
+        walk(states, COHORTS[: n + 1], bests=bests)
         copy.push(folder)
     if rounds == len(COHORTS):
         atomic_files.write(folder / "summary.json", b"{}")
@@ -85,12 +86,12 @@ def local(folder: Path) -> set[str]:
 def test_run_resumes_after_an_upload_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection fails after every possible number of steps; then another machine resumes."""
     monkeypatch.setattr(atomic_files.os, "fsync", lambda handle: None)  # 40 times an entire run
-    steps, whole, messages = 0, False, set[str]()
+    steps, whole, messages, bests = 0, False, set[str](), {2, 4}
     while not whole:
         store = Store(tmp_path / f"store-{steps}")
         store.left = steps
         try:
-            work(tmp_path / f"first-{steps}", store.mirror())
+            work(tmp_path / f"first-{steps}", store.mirror(), bests=bests)
             whole = True
         except RunError as error:
             messages.add(str(error))
@@ -105,14 +106,49 @@ def test_run_resumes_after_an_upload_cut_anywhere(tmp_path: Path, monkeypatch: p
         assert all(len((folder / name).read_bytes()) >= reached for name in TABLES if reached)
         if reached:
             check(state_store(folder), COHORTS, reached)
-        work(folder, there)
+        work(folder, there, bests=bests)
         check(state_store(folder), COHORTS, len(COHORTS))
+        check_best(folder, COHORTS, 4)
         assert local(store.root) == local(folder)  # no file is left that no manifest names
         steps += 1
     assert messages == {"writing files: s3://bucket/run: the line is dead"}
     # config.yaml and summary.json, five rounds of server, manifest and two tables, 8 states; 3 rounds are deleted,
     # each a server and a manifest, with the states that only they named: 000001-000001, 000000-000001, 000001-000002.
-    assert steps == 1 + 2 + 5 * 4 + 8 + 3 * 2 + 3
+    # Two best manifests, of which one is deleted.
+    assert steps == 1 + 2 + 5 * 4 + 8 + 3 * 2 + 3 + 2 + 1
+
+
+def test_run_is_lengthened_wherever_that_was_cut(tmp_path: Path) -> None:
+    """Its last round, judged out of turn, is to run again: summary, manifest and configuration go one by one."""
+    short, longer = (
+        load_config({"federation": {"rounds": rounds}, "evaluation": {"every": 4}}, []) for rounds in (2, 9)
+    )
+    steps, whole = 0, False
+    while not whole:
+        store, folder = Store(tmp_path / f"store-{steps}"), tmp_path / f"first-{steps}"
+        checkpoints.make(folder)
+        place = Place(folder, store.mirror())
+        create(place, short)
+        for rounds in (1, 2):
+            checkpoints.write(folder, checkpoints.Checkpoint(rounds, {}, {}))
+        atomic_files.write(folder / "summary.json", b"{}")
+        place.push()
+        store.left = steps
+        try:
+            reopen(place, longer)
+            place.push()
+            whole = True
+        except RunError:
+            steps += 1
+        store.left = 10**6
+
+        there, again = store.mirror(), tmp_path / f"second-{steps}-{whole}"
+        there.pull(again)
+        assert checkpoints.newest(again) == 2 or not (again / "summary.json").exists()
+        reopen(Place(again, there), longer)
+        assert (checkpoints.newest(again), stored_config(again)) == (1, longer)
+        assert not (again / "summary.json").exists()
+    assert steps == 3
 
 
 def test_requests_of_a_checkpoint(store: Store, tmp_path: Path) -> None:

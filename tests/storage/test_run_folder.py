@@ -14,6 +14,7 @@ from pyarrow import parquet
 from rayfed_sub.config.loading import load_config, stored_config, yaml_text
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.schemas import ClientRow, RoundRow, Score
+from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import (
     check_free,
@@ -220,17 +221,72 @@ def test_tables_without_a_finished_round_are_refused(tmp_path: Path) -> None:
 def test_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
     create(Place(tmp_path), CONFIG)
     free = ["resources.workers=7", "resources.state_memory=3MB", "resources.deadline=5", "checkpoint.every=4"]
+    free += ["resources.pack_size=4"]  # what auto stands for here
     settings = {"name": "kept", "federation": {"rounds": 2}}
     assert reopen(Place(tmp_path), load_config(settings, free)).path == tmp_path
     for override, message in {
         "seed=3": f"seed: got 3; allowed: 0, with which the run in {tmp_path} began; set that, or begin anew",
         "optimizer.lr=2": "optimizer.lr: got 2.0; allowed: 0.001, with which",
-        "federation.rounds=9": "federation.rounds: got 9; allowed: 2, with which",
+        "federation.rounds=1": "federation.rounds: got 1; allowed: 2, with which",
         "resources.pack_size=9": "resources.pack_size: got 9; allowed: 'auto', with which",
     }.items():
         with pytest.raises(UserError) as caught:
             reopen(Place(tmp_path), load_config(settings, [override]))
         assert str(caught.value).startswith(message)
+
+
+SETTINGS = {"name": "kept", "federation": {"rounds": 2}}
+LONGER = {
+    "nothing depends on it": ([], 2, None),
+    "a run that is not finished": (["evaluation.every=4"], 1, None),
+    "a schedule": (["optimizer.schedule=cosine"], 2, "optimizer.schedule=cosine follows their number"),
+    "a budget": (
+        ["privacy={clip: 1, epsilon: 8}", "federation.client_weighting=uniform"],
+        2,
+        "privacy.epsilon is a budget of them all",
+    ),
+    "a last round like no other": (["evaluation.every=4", "checkpoint.every=0"], 2, "no checkpoint before it is left"),
+}
+
+
+@pytest.mark.parametrize("case", LONGER)
+def test_run_goes_on_for_more_rounds_where_nothing_depended_on_them(case: str, tmp_path: Path) -> None:
+    overrides, finished_rounds, refusal = LONGER[case]
+    folder = create(Place(tmp_path), load_config(SETTINGS, overrides))
+    checkpoints.make(tmp_path)
+    checkpoints.write(tmp_path, checkpoints.Checkpoint(finished_rounds, {}, {}))
+    folder.write_summary(summary(tmp_path))
+    longer = load_config(SETTINGS, [*overrides, "federation.rounds=9", "resources.workers=7"])
+    if refusal is None:
+        assert summary_of(tmp_path, longer) is None
+        reopen(Place(tmp_path), longer)
+        assert not (tmp_path / "summary.json").exists()
+        assert stored_config(tmp_path) == load_config(SETTINGS, [*overrides, "federation.rounds=9"])
+        return
+    for look in (lambda: summary_of(tmp_path, longer), lambda: reopen(Place(tmp_path), longer)):
+        with pytest.raises(UserError) as caught:
+            look()
+        assert str(caught.value).startswith("federation.rounds: got 9; allowed: 2, ")
+        assert refusal in str(caught.value)
+    assert summary_of(tmp_path, load_config(SETTINGS, overrides)) is not None  # nothing is lost
+
+
+def test_last_round_like_no_other_runs_again(tmp_path: Path) -> None:
+    config = load_config(SETTINGS, ["diagnostics.every=4"])
+    create(Place(tmp_path), config)
+    checkpoints.make(tmp_path)
+    for rounds in (1, 2):
+        checkpoints.write(tmp_path, checkpoints.Checkpoint(rounds, {}, {}))
+    checkpoints.keep_best(tmp_path, 2)
+    longer = load_config(SETTINGS, ["diagnostics.every=4", "federation.rounds=9"])
+    with pytest.raises(UserError, match=r"judged or diagnosed out of turn, and became the best one"):
+        reopen(Place(tmp_path), longer)
+    (checkpoints.root(tmp_path) / "best-000002.json").unlink()
+    with checkpoints.claim(tmp_path, 0), pytest.raises(RunError, match="another run is at work here"):
+        reopen(Place(tmp_path), longer)
+    assert (checkpoints.newest(tmp_path), stored_config(tmp_path)) == (2, config)
+    reopen(Place(tmp_path), longer)
+    assert (checkpoints.newest(tmp_path), stored_config(tmp_path)) == (1, longer)
 
 
 def test_run_whose_bits_are_the_same_in_any_pack_resumes_with_other_packs(tmp_path: Path) -> None:

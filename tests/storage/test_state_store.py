@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -62,15 +62,20 @@ def bits(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], by
     return {name: (dtype, array.shape, array.tobytes()) for name, (dtype, array) in sorted(packed(tensors).items())}
 
 
-def walk(store: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1) -> None:
-    """Train the cohorts from the store's current round; a checkpoint every so many rounds."""
+def walk(store: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1, bests: Collection[int] = ()) -> None:
+    """Train the cohorts from the store's current round; a checkpoint every so many rounds, and after the rounds in
+    `bests`, each better than those before it."""
+    if store.current.server.round in bests:  # the last process may have ended before it kept it
+        store.keep_best()
     for n in range(store.current.server.round, len(cohorts)):
         for client in cohorts[n]:
             store.add(client, state(client, n + 1))
         trained = [(client, n + 1) for client in cohorts[n]]
         store.commit(server(n + 1), {"layer/weight/v": torch.full((2,), n + 1.0)}, trained)
-        if (n + 1) % every == 0:
+        if (n + 1) % every == 0 or n + 1 in bests:
             store.checkpoint()
+        if n + 1 in bests:
+            store.keep_best()
 
 
 def check(store: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> None:
@@ -87,6 +92,23 @@ def check(store: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> N
         found, expected = box[0], state(client, n)
         assert (key, found.round, found.cursor, found.step) == ((client, n), n, expected.cursor, expected.step)
         assert bits(found.tensors) == bits(expected.tensors)
+
+
+def check_best(folder: Path, cohorts: Sequence[Sequence[int]], rounds: int | None) -> None:
+    """Check that the best checkpoint is that of `rounds` rounds, whole, and that no other is there."""
+    found = checkpoints.read(folder, best=True)
+    assert [file.name for file in checkpoints.root(folder).glob("best-*")] == (
+        [] if rounds is None else [f"best-{rounds:06d}.json"]
+    )
+    if rounds is None or found is None:
+        assert found is rounds
+        return
+    memory = {"server/layer/weight/v": torch.full((2,), float(rounds))}
+    assert (found.round, bits(found.server)) == (rounds, bits({**server(rounds).tensors, **memory}))
+    last = {client: n + 1 for n in range(rounds) for client in cohorts[n]}
+    assert dict(found.state_files) == {key: found.state_files[key] for key in last.items()}
+    for client, n in last.items():
+        assert bits(checkpoints.stored_state(folder, found, client).tensors) == bits(state(client, n).tensors)
 
 
 cohorts_of_rounds = st.lists(st.lists(st.integers(0, 5), unique=True, max_size=4), min_size=1, max_size=5)
@@ -116,6 +138,7 @@ def test_write_interrupted_anywhere_leaves_a_complete_checkpoint(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         fatal = data.draw(st.integers(0, 30), label="the change that is cut")
         full = data.draw(st.booleans(), label="full disk, not SIGKILL")
+        bests = data.draw(st.sets(st.integers(1, len(cohorts))), label="rounds that are better than all before")
         changes = 0
 
         def dies() -> bool:
@@ -140,16 +163,17 @@ def test_write_interrupted_anywhere_leaves_a_complete_checkpoint(
         patch.setattr(atomic_files, "write", torn_write)
         patch.setattr(Path, "unlink", torn_unlink)
         with contextlib.suppress(Crash, RunError):
-            walk(state_store(Path(folder), budget), cohorts)
+            walk(state_store(Path(folder), budget), cohorts, bests=bests)
         patch.undo()
 
         newest = checkpoints.newest(Path(folder)) or 0
         again = state_store(Path(folder), budget)
         check(again, cohorts, newest)
-        walk(again, cohorts)
+        walk(again, cohorts, bests=bests)
         check(again, cohorts, len(cohorts))
-        # No partial file is left, and no state that neither of the two checkpoints names.
-        named = again.current.keys | checkpoints.older(Path(folder))
+        check_best(Path(folder), cohorts, max(bests, default=None))
+        # No partial file is left, and no state that neither of the two checkpoints nor the best one names.
+        named = again.current.keys | checkpoints.older(Path(folder)) | checkpoints.best_states(Path(folder))
         assert {file.name for file in checkpoints.clients(Path(folder)).iterdir()} == {
             path(Path(), key).name for key in named
         }
@@ -180,6 +204,36 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
         "000000-000003.safetensors",
         "000001-000002.safetensors",
     ]
+
+
+def test_best_checkpoint_stays_until_a_better_one(tmp_path: Path) -> None:
+    """Each round's client trains no more, so the states of round 1 are in all checkpoints."""
+    walk(state_store(tmp_path), [[0, 1], [0], [0], [0], [0]], bests={2})
+    assert sorted(file.name for file in checkpoints.root(tmp_path).iterdir()) == [
+        *("best-000002.json", "clients", "manifest-000004.json", "manifest-000005.json"),
+        *("server-000002.safetensors", "server-000004.safetensors", "server-000005.safetensors"),
+    ]
+    assert sorted(file.name for file in checkpoints.clients(tmp_path).iterdir()) == [
+        *(f"000000-00000{n}.safetensors" for n in (2, 4, 5)),
+        "000001-000001.safetensors",
+    ]
+    walk(state_store(tmp_path), [[0, 1], [0], [0], [0], [0], [1]], bests={2, 6})
+    assert {file.name for file in checkpoints.root(tmp_path).iterdir()} == {
+        *("best-000006.json", "clients", "manifest-000005.json", "manifest-000006.json"),
+        *("server-000005.safetensors", "server-000006.safetensors"),
+    }
+    assert sorted(file.name for file in checkpoints.clients(tmp_path).iterdir()) == [
+        *("000000-000005.safetensors", "000001-000001.safetensors", "000001-000006.safetensors"),
+    ]
+
+
+def test_torn_best_checkpoint_is_named(tmp_path: Path) -> None:
+    walk(state_store(tmp_path), [[0], [0]], bests={1})
+    torn = checkpoints.root(tmp_path) / "best-000001.json"
+    torn.write_bytes(torn.read_bytes()[:9])
+    for read in (lambda: state_store(tmp_path), lambda: checkpoints.read(tmp_path, best=True)):
+        with pytest.raises(UserError, match=r"a whole checkpoint: .*; delete best-000001.json to go on without it"):
+            read()
 
 
 def test_memory_stays_within_its_budget(tmp_path: Path) -> None:

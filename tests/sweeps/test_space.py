@@ -236,10 +236,13 @@ def test_axis_values_are_its_ends() -> None:
     assert Axis(uniform=(0.5, 2)).values == (0.5, 2.0)
 
 
-def test_metrics_of_all_trials_are_named() -> None:
+def test_programs_of_all_trials_are_named() -> None:
     """Of the shared configuration, or of every value where the space varies them."""
-    shared = {"evaluation": {"metrics": ["a.py"], "generate_rows": 2}}
+    shared = {"evaluation": {"metrics": ["a.py"], "generate_rows": 2}, "callbacks": ["a:b"]}
     fixed = {"space": {"seed": {"grid": [0, 1]}}}
     varied = {"space": {"evaluation.metrics": {"grid": [["b.py"], ["c.py", "b.py"]]}, "seed": {"grid": [0, 1]}}}
-    found = [Sweep(shared, Search.model_validate(search)).metrics for search in (fixed, varied)]
-    assert found == [("a.py",), ("b.py", "c.py")]
+    found = [Sweep(shared, Search.model_validate(search)).programs for search in (fixed, varied)]
+    assert found == [
+        {"evaluation.metrics": ("a.py",), "callbacks": ("a:b",)},
+        {"evaluation.metrics": ("b.py", "c.py"), "callbacks": ("a:b",)},
+    ]
