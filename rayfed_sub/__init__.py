@@ -6,21 +6,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.models.own_model import OwnModel
 from rayfed_sub.telemetry.events import Decision, Progress
 
 if TYPE_CHECKING:
+    from rayfed_sub.data.given import RowSource
+    from rayfed_sub.methods.protocol import Method
     from rayfed_sub.runtime.session import Listener
     from rayfed_sub.sweeps.outcome import SweepResult
     from rayfed_sub.telemetry.events import Callback, Summary
 
-__all__ = ["Config", "Decision", "Progress", "RunError", "UserError", "load_config", "run", "sweep"]
+__all__ = ["Config", "Decision", "OwnModel", "Progress", "RunError", "UserError", "load_config", "run", "sweep"]
 
 
 def run(
@@ -28,15 +31,43 @@ def run(
     out: str | Path | None = None,
     listener: Listener | None = None,
     *,
+    data: Mapping[str, RowSource] | None = None,
+    validation: Mapping[str, RowSource] | RowSource | None = None,
+    test: Mapping[str, RowSource] | RowSource | None = None,
+    model: OwnModel | None = None,
+    method: Method | None = None,
     resume: bool = False,
     address: str | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Summary:
-    """Runs a federated job to the end, or goes on with one; with a report; see `rayfed_sub.runtime.session.run`."""
-    from rayfed_sub.reports.report import report_run  # heavy: torch and Ray
+    """Runs a federated job to the end, or goes on with one; writes a report; returns the summary.
+
+    out, listener, resume, address: see `rayfed_sub.runtime.session.run`.
+
+    data: the training rows of each client by its name, in place of task.path; each a `datasets.Dataset`, a torch
+    Dataset with a length, or a list.  The names are the partition, so federation.clients is their number.  Rows are
+    mappings of columns to values, of which the configuration's task names those to read (task.prompt and answer or
+    label, messages, text, or image and label), as of files; or, with a loss of the caller's own, anything that can be
+    pickled.
+    validation, test: official rows, as `data` a mapping of clients to their own rows, or rows of nobody in particular;
+    without them shares of the training rows, task.validation_share and task.test_share.  A configuration that says
+    evaluation.split=validation before it knows the rows says task.name=given too.
+    model: an `OwnModel`, in place of model.path: a module with a tokenizer, or with a loss and batch function.
+    method: an instance of a class with a method's functions (`rayfed_sub.methods.protocol.Method`), in place of
+    `config.method`.
+
+    The run folder knows these objects by digests: the same call with resume=True goes on with the run, one with others
+    is refused, as is the command line, which cannot have them.  Raises UserError, naming the argument, for objects that
+    do not fit; RunError, naming client, round and stage, where the caller's code fails later.
+    """
+    from rayfed_sub.planning.call import given  # heavy: torch and Ray
+    from rayfed_sub.reports.report import report_run
     from rayfed_sub.runtime import session
 
-    return session.run(config, out, listener, resume=resume, address=address, finish=report_run, callbacks=callbacks)
+    objects = given(data, validation, test, model, method)
+    return session.run(
+        config, out, listener, given=objects, callbacks=callbacks, resume=resume, address=address, finish=report_run
+    )
 
 
 def sweep(

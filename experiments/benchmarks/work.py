@@ -23,6 +23,7 @@ import yaml
 from experiments.benchmarks.cases import BETAS, EPS, LR, TRAIN, Case
 from rayfed_sub import load_config
 from rayfed_sub.data.batching import IGNORED, ClientBatches
+from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.weights import load_weights, write_folder
 from rayfed_sub.planning.job import Job, prepare
 
@@ -114,6 +115,7 @@ def _batches(job: Job, case: Case) -> dict[str, np.ndarray[Any, Any]]:
             rest = (job.config.seed, client, case.batch, n * case.steps, case.steps, False, job.processor.pad)
             how = job.config.federation.batching
             for step, batch in enumerate(ClientBatches(job.dataset.train, job.dataset.rows_of(client), *rest, how)):
+                assert not isinstance(batch, OwnBatch)
                 for name, array in arrays.items():
                     rows, tokens = batch[name].shape
                     array[n, client, step, :rows, :tokens] = batch[name].numpy()

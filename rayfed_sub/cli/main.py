@@ -268,13 +268,14 @@ def export(
     run_dir: Annotated[str, typer.Argument(help="the folder of a finished run, or s3://bucket/path")],
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],
     format: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
-            metavar="hf|peft",
-            help="hf: a transformers model folder; peft: a LoRA adapter, which is much smaller",
+            metavar="hf|peft|state-dict",
+            help="hf: a transformers model folder (default); peft: a LoRA adapter, which is much smaller; state-dict: "
+            "of a model that a Python call handed over",
         ),
-    ] = "hf",
+    ] = None,
     client: Annotated[
         int | None, typer.Option("--client", help="whose model, with methods that give every client its own")
     ] = None,
@@ -287,21 +288,21 @@ def export(
         typer.Option("--checkpoint", metavar="last|best", help="the last round's, or the best (early_stopping.metric)"),
     ] = "last",
 ) -> None:
-    """Write the trained model so that transformers or peft loads it.
+    """Write the trained model so that transformers, peft or its own module loads it.
 
     Prints the line of Python that loads it, to be run in its folder wherever
     that lies; README.md there has it too, with how to make a prompt. Where
     transformers could not load an adapter's base by a name (random, GGUF, with
     a classification head), it is written beside the adapter, to the folder base.
     """
-    from rayfed_sub.export.exported import export_hf, export_peft
+    from rayfed_sub.export.exported import export_hf, export_peft, export_state, usual_format
     from rayfed_sub.storage.remote import local_copy
 
-    formats = {"hf": export_hf, "peft": export_peft}
-    if format not in formats:
+    formats = {"hf": export_hf, "peft": export_peft, "state-dict": export_state}
+    if format is not None and format not in formats:
         raise unknown_word("--format", format, list(formats))
     with local_copy(run_dir, "RUN") as folder:
-        written = formats[format](folder, to, client, method, checkpoint)
+        written = formats[format or usual_format(folder)](folder, to, client, method, checkpoint)
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
     typer.echo(written.loading)

@@ -90,9 +90,11 @@ class Display:
             f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
             f"{cohort} of {federation.clients} clients each; into {record.folder}"
         )
-        classes = "macro_f1" in record.metrics
-        self._score, title = ("macro_f1", "macro F1") if classes else ("token_accuracy", "accuracy")
-        self._speed = "rows/s" if classes else "tokens/s"
+        known = {"macro_f1": "macro F1", "accuracy": "accuracy"}
+        self._score = next((name for name in known if name in record.metrics), "token_accuracy")
+        title, self._speed = known.get(self._score, "accuracy"), "tokens/s"
+        if "token_accuracy" not in record.metrics:
+            self._speed = "rows/s"
         self._print(_ROUND.format("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left"), "dim")
         if not record.round:
             self._print(_ROUND.format("before", "", *self._judged(record.metrics), *[""] * 5).rstrip())
@@ -169,6 +171,7 @@ class Display:
             *([("rows beyond task.max_length", cuts)] if (cuts := too_long(summary.rows)) else []),
             *([("stopped early", summary.stopped)] if summary.stopped else []),
             *([("best round", best_in_words(summary.best))] if summary.best else []),
+            *([("clients", "trained one at a time")] if summary.one_at_a_time else []),
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_downlink_bytes)),
             ("rank of the last change", _rank(summary.change_rank)),

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayfed_sub.config.keys import in_words, resolved, schema_of
-from rayfed_sub.config.schema import BY_CLIENT, BY_SOURCE, Config, Federation, Privacy, StepRange
+from rayfed_sub.config.schema import BY_CLIENT, BY_SOURCE, GIVEN, Config, Federation, Privacy, StepRange
 from rayfed_sub.core.errors import UserError
 
 R = TypeVar("R")
@@ -109,7 +109,8 @@ def _check_rows(config: Config) -> None:
         allowed = f"less than {1 - task.test_share:g}, what task.test_share leaves"
         raise UserError("task.validation_share", task.validation_share, allowed, "e.g. task.validation_share=0.05")
     # Whether a source has official validation rows is known once it is read.
-    if config.evaluation.split == "validation" and not (task.validation_share or task.validation or task.path):
+    known = task.validation_share or task.validation or task.path or task.name == GIVEN
+    if config.evaluation.split == "validation" and not known:
         raise no_validation()
 
 
@@ -117,6 +118,14 @@ def no_validation() -> UserError:
     """Error for an evaluation of validation rows where there are none."""
     allowed = "held-out without validation rows: task.validation names none, task.validation_share is 0"
     return UserError("evaluation.split", "validation", allowed, "set a share, e.g. task.validation_share=0.05")
+
+
+def not_given(field: str) -> UserError:
+    """Error for a configuration that names an object of a Python call, where there is none; field: task.name or
+    model.path."""
+    argument = {"task.name": "data", "model.path": "model"}[field]
+    allowed = f"anything but {GIVEN}, which stands for an object that only the call of run() in Python knows"
+    return UserError(field, GIVEN, allowed, f"call rayfed_sub.run(config, {argument}=...) again in Python")
 
 
 def _check_partition(federation: Federation) -> None:

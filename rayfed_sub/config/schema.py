@@ -27,6 +27,10 @@ _BYTES = {
 Bytes = Annotated[ByteSize, WithJsonSchema(_BYTES)]
 
 
+GIVEN = "given"
+"""Name of rows (task.name) and of a model (model.path) that a Python call hands over: no file can."""
+
+
 class Record(BaseModel):
     """A group of keys: unknown ones are refused, values do not change."""
 
@@ -39,7 +43,8 @@ class Model(Record):
     path: str = Field(
         default="smollm2-135m",
         description="Hub id, local folder, `package:NAME/FILE.gguf`, a preset of `rayfed-sub list models`, or "
-        "`random`, which builds the architecture of model.random with seeded weights.",
+        "`random`, which builds the architecture of model.random with seeded weights. In a run's folder `given` stands "
+        "for the object of `run(model=...)`.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Type of the frozen backbone; everything that is trained is float32."
@@ -60,10 +65,10 @@ class Task(Record):
     `answer` column (language modelling) or a `label` column (classification); or its `image` column goes with a
     `label`; or it is a chat, its column `messages`, or plain text, its column `text`."""
 
-    name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table"] = Field(
+    name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table", "given"] = Field(
         default="python-docs",
         description="A task of `rayfed-sub list tasks`, which knows its source, columns and prompt, or `table` for any "
-        "source that `datasets` reads.",
+        "source that `datasets` reads. In a run's folder `given` stands for the rows of `run(data=...)`.",
     )
     path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None,
@@ -153,12 +158,12 @@ class Partition(Record):
     kind: PartitionKind = Field(
         default="column",
         description="column: one client per value of `column`, the largest values first. files: one client per file or "
-        "folder below task.path. rows: the lists of row numbers in `file`. flwr: flwr-datasets' `partitioner` with "
-        "`args`, over the source's own rows. dirichlet: shares over the values of `column` drawn from "
-        "Dirichlet(alpha). shards: the rows sorted by `column` are cut into equal shards, of which every client draws "
-        "`shards_per_client`. power-law: the i-th largest client has a share proportional to i ** -exponent, rows at "
-        "random. iid: equal shares. resample: every client draws `rows_per_client` different rows of its own from all "
-        "of them, so clients overlap and may outnumber the rows. pool: one client holds all.",
+        "folder below task.path, or for each name in `run(data=...)`. rows: the lists of row numbers in `file`. flwr: "
+        "flwr-datasets' `partitioner` with `args`, over the source's own rows. dirichlet: shares over the values of "
+        "`column` drawn from Dirichlet(alpha). shards: the rows sorted by `column` are cut into equal shards, of which "
+        "every client draws `shards_per_client`. power-law: the i-th largest client has a share proportional to i ** "
+        "-exponent, rows at random. iid: equal shares. resample: every client draws `rows_per_client` different rows "
+        "of its own from all of them, so clients overlap and may outnumber the rows. pool: one client holds all.",
     )
     column: str | None = Field(
         default=None, description="Column that deals out the rows; null stands for the task's own."

@@ -14,6 +14,7 @@ from torch import Tensor
 from rayfed_sub.config.schema import Batching
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.images import Images
+from rayfed_sub.data.objects import Objects, OwnBatch
 from rayfed_sub.data.rows import Ints, Rows
 
 IGNORED = -100
@@ -21,15 +22,19 @@ IGNORED = -100
 POOL = 8
 """Bucketed batches among which rows are sorted by length: in a larger pool they are more alike, and less random."""
 
+AnyRows = Rows | Images | Objects
+Batch = Mapping[str, Tensor] | OwnBatch
+"""Tensors (B, ...) by name, or what the caller's own function makes of B rows."""
+
 
 class Batches(Protocol):
-    """A client's batches of one round: as many as it takes local steps, each a dict of tensors (B, ...)."""
+    """A client's batches of one round: as many as it takes local steps."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
+    def __getitem__(self, index: int, /) -> Batch: ...
 
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 def batch_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int, lengths: Ints | None = None) -> Ints:
@@ -78,7 +83,7 @@ def _bucket(seed: int, epoch: int, pool: int) -> Ints:
     return stream(seed, "buckets", epoch, pool).permutation(POOL)
 
 
-def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) -> dict[str, Tensor]:
+def collate(rows: AnyRows, indices: Ints, *, mask_prompt: bool, pad: int, draw: tuple[int | str, ...] = (0,)) -> Batch:
     """The rows at `indices` as one batch, padded on the right to its longest row.
 
     Language modelling: input_ids and labels int64 (B, T).  labels[b, t] is the token at t itself (the loss
@@ -86,7 +91,12 @@ def collate(rows: Rows | Images, indices: Ints, *, mask_prompt: bool, pad: int) 
     Classification (rows with classes): labels int64 (B,).
     Both: attention_mask int64 (B, T), 0 on padding.
     Images: pixel_values float32 (B, 3, side, side), labels int64 (B,).
+    Rows of the caller's own: whatever the caller's function makes of them, which may raise anything.  draw: seed and
+    purpose of what it draws.
     """
+    if isinstance(rows, Objects):
+        seed, *purpose = draw
+        return rows.batch_of(indices, int(stream(int(seed), "own code", *purpose).integers(2**32)))
     if isinstance(rows, Images):
         return {
             "pixel_values": torch.from_numpy(rows.inputs(indices)),
@@ -119,7 +129,7 @@ class ClientBatches:
     have no buckets.
     """
 
-    rows: Rows | Images
+    rows: AnyRows
     indices: Ints
     seed: int
     client: int
@@ -133,13 +143,15 @@ class ClientBatches:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Batch:
         """Batch `index`, 0 <= index < steps, as `collate` gives it.  Raises IndexError outside."""
         if not 0 <= index < self.steps:
             raise IndexError(index)
         lengths = self.rows.lengths if self.batching == "bucketed" and isinstance(self.rows, Rows) else None
-        chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, self.cursor + index, lengths)
-        return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad)
+        step = self.cursor + index
+        chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, step, lengths)
+        draw = (self.seed, self.client, step)
+        return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad, draw=draw)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(self.steps))

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfed_sub.config.checks import no_validation
-from rayfed_sub.config.schema import BY_CLIENT, Federation, Task
+from rayfed_sub.config.checks import no_validation, not_given
+from rayfed_sub.config.schema import BY_CLIENT, GIVEN, Federation, Task
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
-from rayfed_sub.data.images import Images
+from rayfed_sub.data.given import GivenRows, given_table, own_pairs
+from rayfed_sub.data.objects import AsTheyAre
 from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Kind, Pairs, capped, distinct, of_keys, ordered, table_pairs
 from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
-from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.sources import listed
 from rayfed_sub.data.splits import Judged, Splits, judged_clients, numbered, split_rows
 from rayfed_sub.data.tasks import filled
@@ -88,8 +91,8 @@ class Dataset:
     """
 
     kind: Kind
-    train: Rows | Images
-    held_out: Rows | Images
+    train: AnyRows
+    held_out: AnyRows
     class_names: tuple[str, ...]
     client_names: tuple[str, ...]
     held_out_clients: Ints
@@ -107,21 +110,34 @@ class Dataset:
 
 
 def load_dataset(
-    task: Task, federation: Federation, processor: Processor, seed: int, judged: Judged = "held-out"
+    task: Task,
+    federation: Federation,
+    processor: Processor,
+    seed: int,
+    judged: Judged = "held-out",
+    given: GivenRows | None = None,
 ) -> Dataset:
     """Reads, cuts, holds out and deals out the rows of `task`; equal arguments give equal rows everywhere.
-    judged: the split that `held_out` holds.
+    judged: the split that `held_out` holds; given: the rows of a Python call.
 
     Raises UserError naming the field of `task` or `federation` that does not fit.
     """
-    return build_dataset(load_pairs(task, federation), task, federation, processor, seed, judged)
+    pairs = load_pairs(task, federation, given, own=isinstance(processor, AsTheyAre))
+    return build_dataset(pairs, task, federation, processor, seed, judged)
 
 
-def load_pairs(task: Task, federation: Federation) -> Pairs:
+def load_pairs(task: Task, federation: Federation, given: GivenRows | None = None, *, own: bool = False) -> Pairs:
     """The task's rows as text, with the keys by which `federation` deals them out, in canonical order; repeats are
-    dropped."""
+    dropped.  own: the given rows are read by nobody but the caller's own functions."""
+    if task.name == GIVEN and given is None:
+        raise not_given("task.name")
+    if given is not None and own:
+        return ordered(own_pairs(given))
     column, task = key_column(task, federation), filled(task)
-    return distinct(python_docs() if task.name == "python-docs" else ordered(table_pairs(task, column, federation)))
+    reader = None if given is None else partial(given_table, given)
+    return distinct(
+        python_docs() if task.name == "python-docs" else ordered(table_pairs(task, column, federation, reader))
+    )
 
 
 def build_dataset(
@@ -157,7 +173,8 @@ def build_dataset(
     passed.append(len(pairs))
 
     _check_splits_left(task, official - set(pairs.splits))
-    read = [question.encode("utf-8", "surrogatepass") for question in pairs.questions] if pairs.plain else inputs(rows)
+    whole = pairs.plain or bool(pairs.objects)  # questions are all that a model reads
+    read = [question.encode("utf-8", "surrogatepass") for question in pairs.questions] if whole else inputs(rows)
     split = split_rows(pairs.questions, read, pairs.keys, task, pairs.splits)
     chosen = split.held_out if judged == "held-out" else split.validation
     if not len(chosen):

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.images import Images
+from rayfed_sub.data.objects import Objects
 from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.data.splits import Splits
 
@@ -26,7 +28,7 @@ class Fingerprint:
 
 
 def fingerprint(
-    rows: Rows | Images,
+    rows: AnyRows,
     class_names: Sequence[str],
     splits: Splits,
     client_names: Sequence[str],
@@ -37,7 +39,7 @@ def fingerprint(
 
     Each row is hashed once, about a microsecond for a row of tokens; an image costs a millisecond a megabyte.
     """
-    hashes = _of_images(rows) if isinstance(rows, Images) else _of_tokens(rows)
+    hashes = _hashes(rows)
     split = [[hashes[row] for row in part] for part in (splits.train, splits.validation, splits.held_out)]
     return Fingerprint(
         count=len(rows),
@@ -47,8 +49,16 @@ def fingerprint(
     )
 
 
-def inputs(rows: Rows | Images) -> list[bytes]:
+def _hashes(rows: AnyRows) -> list[bytes]:
+    if isinstance(rows, Objects):
+        return [own.tobytes() for own in rows.digests]
+    return _of_images(rows) if isinstance(rows, Images) else _of_tokens(rows)
+
+
+def inputs(rows: AnyRows) -> list[bytes]:
     """A digest of each row's input, without answer or class: the tokens of the prompt or classified text, or pixels."""
+    if isinstance(rows, Objects):
+        return _hashes(rows)
     if isinstance(rows, Images):
         return [_short(pixels.tobytes()) for pixels in rows.pixels]
     return [_short(rows.row(row)[:prompt].tobytes()) for row, prompt in enumerate(rows.prompts.tolist())]
@@ -74,7 +84,7 @@ def _of_images(images: Images) -> list[bytes]:
     ]
 
 
-def _settings(rows: Rows | Images) -> list[bytes]:
+def _settings(rows: AnyRows) -> list[bytes]:
     """The mean and standard deviation by which pixels become a model's inputs."""
     return [rows.mean.tobytes(), rows.std.tobytes()] if isinstance(rows, Images) else []
 

@@ -74,11 +74,18 @@ class Images:
 
 
 def encoded(cell: Any) -> bytes:
-    """The bytes of an image's file, from a table's cell: bytes, {"bytes", "path"} as `datasets` has it, or a PIL image
-    (as PNG).  b"" for an empty cell.  Raises OSError for a path that cannot be read."""
+    """The bytes of an image's file, from a table's cell: bytes, {"bytes", "path"} as `datasets` has it, or (as PNG) a
+    PIL image or an array of one, uint8 (height, width) or (height, width, 3).  b"" for an empty cell.  Raises OSError
+    for a path that cannot be read, ValueError for text and for another array."""
     if isinstance(cell, Mapping):
         content, path = cell.get("bytes"), cell.get("path")
         return Path(path).read_bytes() if not content and path else content or b""
+    if isinstance(cell, np.ndarray):
+        from PIL import Image
+
+        if cell.dtype != np.uint8:
+            raise ValueError(f"an array of {cell.dtype}, not of uint8")
+        return as_png(Image.fromarray(cell))
     if hasattr(cell, "save"):
         return as_png(cell)
     if isinstance(cell, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from string import Formatter
@@ -25,7 +25,7 @@ from rayfed_sub.data.sources import SPLITS
 from rayfed_sub.data.tables import Table, class_names, classes, load_table, renamed, splits_of
 from rayfed_sub.data.tasks import TASKS
 
-Kind = Literal["causal-lm", "classification"]
+Kind = Literal["causal-lm", "classification", "own"]
 OVER_WHITE, SCALED = "over white", "scaled"
 Span = tuple[int, int]
 """Begin and end of a part of a text, in characters."""
@@ -45,7 +45,9 @@ class Pairs:
     chats: of a task of chats each row's; its question is then the history of its last answer, its answer that one.
     plain: True for plain text, which has neither: questions are the texts, answers are empty.
     splits: of each row the official split that it is in, train, validation or test; empty where all are in train.
-    changes: of each image OVER_WHITE where it has transparent pixels, SCALED where it has 16 bits, else ""."""
+    changes: of each image OVER_WHITE where it has transparent pixels, SCALED where it has 16 bits, else "".
+    objects: of rows of the caller's own (kind own) their pickles; questions are then digests of what they hold, answers
+    are empty."""
 
     kind: Kind
     questions: tuple[str, ...]
@@ -58,6 +60,7 @@ class Pairs:
     plain: bool = False
     splits: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    objects: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -72,8 +75,9 @@ class Pairs:
         chats = tuple(self.chats[int(index)] for index in indices) if self.chats else ()
         splits = tuple(self.splits[int(index)] for index in indices) if self.splits else ()
         changes = tuple(self.changes[int(index)] for index in indices) if self.changes else ()
+        objects = tuple(self.objects[int(index)] for index in indices) if self.objects else ()
         names, plain = self.class_names, self.plain
-        return Pairs(self.kind, questions, answers, keys, names, images, spans, chats, plain, splits, changes)
+        return Pairs(self.kind, questions, answers, keys, names, images, spans, chats, plain, splits, changes, objects)
 
     @property
     def trained(self) -> NDArray[np.bool_]:
@@ -87,14 +91,15 @@ def distinct(pairs: Pairs) -> Pairs:
     """Each (question, answer) once, of a classification each question: the first.  Copies could stand in training and
     held-out rows at once, and those with another label contradict each other.  One warning says how many were dropped.
     Plain text keeps its repeats: how often something is said is what a model of it learns, and each client has its own.
-    Rows of official validation and test splits stay as they are.
+    So do rows of the caller's own, of which nobody knows what a repeat means.  Rows of official validation and test
+    splits stay as they are.
 
     >>> distinct(Pairs("causal-lm", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"))).keys
     ('1', '2')
     >>> distinct(Pairs("classification", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"), ("a", "b"))).keys
     ('1',)
     """
-    if pairs.plain:
+    if pairs.plain or pairs.objects:
         return pairs
     first: dict[tuple[object, ...], int] = {}
     contradicting, trained = 0, pairs.trained
@@ -155,9 +160,15 @@ _ANYBODY = "\0"  # the key of rows that nothing deals out
 _NAMED = 3  # broken images named in a warning
 
 
-def table_pairs(task: Task, key: str | None, federation: Federation | None = None) -> Pairs:
+def table_pairs(
+    task: Task,
+    key: str | None,
+    federation: Federation | None = None,
+    given: Callable[[Wanted], Table] | None = None,
+) -> Pairs:
     """The pairs of the table that `task`, `filled`, describes, in the order of its sources.  key: the column whose
-    values are the pairs' keys, unless `federation` names each row's client in another way (`clients_of`).
+    values are the pairs' keys, unless `federation` names each row's client in another way (`clients_of`).  given: reads
+    the table in place of the task's sources.
 
     Rows without a question, an answer (or label) or a key are dropped, and counted in one warning; so are, in another
     one that names some, images that cannot be read: by column `file` or `path`, the image's own path, or its row.
@@ -170,13 +181,14 @@ def table_pairs(task: Task, key: str | None, federation: Federation | None = Non
     >>> pairs.questions, pairs.answers, pairs.keys
     (('A: one?',), ('1',), ('A',))
     """
-    _check_columns(task)
+    _check_columns(task, sources=given is None)
     column = None if federation is not None and federation.partition.kind in BY_SOURCE else key
     dealt_by = partitioned_by(federation.partition) if federation else None
     pieces = _pieces(task.prompt) if task.prompt else []
     known = TASKS.get(task.name)
     wanted, renames = _wanted(task, pieces, column, dealt_by)
-    read = load_table(task, wanted, by_client=federation is not None and federation.partition.kind == "files")
+    by_client = federation is not None and federation.partition.kind == "files"
+    read = load_table(task, wanted, by_client) if given is None else given(wanted)
     table = renamed(read, renames)
     if known:
         names = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
@@ -290,9 +302,9 @@ def _check_splits(task: Task, splits: Sequence[str], full: Sequence[bool]) -> No
             raise UserError(f"task.{split}", getattr(task, split), allowed, f"name another one, or set task.{split}=[]")
 
 
-def _check_columns(task: Task) -> None:
-    """UserError where the task names no columns for a row's input and output."""
-    if not task.path and not task.train:
+def _check_columns(task: Task, *, sources: bool) -> None:
+    """UserError where the task names no columns for a row's input and output; sources: whether it must name those."""
+    if sources and not task.path and not task.train:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
     for field in ("messages", "text"):
         if getattr(task, field) is not None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, RowCounts, load_dataset
+from rayfed_sub.data.objects import Objects
 from rayfed_sub.data.partitions import key_column
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Ints, Rows
@@ -121,6 +122,7 @@ def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Par
     if label is None:
         numbers, names = dataset.train_keys.astype(np.int64), dataset.key_names
     else:
+        assert not isinstance(dataset.train, Objects), "rows of the caller's own have no label that we know"
         numbers, names = dataset.train.classes, dataset.class_names
     sizes = np.bincount(numbers, minlength=len(names))
     order = np.argsort(-sizes, kind="stable")

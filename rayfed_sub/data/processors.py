@@ -7,8 +7,10 @@ from typing import Protocol, runtime_checkable
 
 from rayfed_sub.data.chats import Turn
 from rayfed_sub.data.images import Pixels
+from rayfed_sub.data.objects import AsTheyAre
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to tokens and back, for one model.  Many texts at a time: tokenizers are an order faster so."""
 
@@ -73,4 +75,4 @@ class ImageProcessor(Protocol):
         """The image of an encoded file as a square, uint8 (1 or 3, side, side).  Raises ValueError for a broken one."""
 
 
-Processor = Tokenizer | ImageProcessor
+Processor = Tokenizer | ImageProcessor | AsTheyAre

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rayfed_sub.config.schema import Task
+from rayfed_sub.config.schema import GIVEN, Task
 from rayfed_sub.core.errors import UserError
 
 _OWN = ("prompt", "answer", "label", "image")
@@ -66,7 +66,8 @@ TASKS = {
 
 
 def filled(task: Task) -> Task:
-    """`task` with the source and columns that its name stands for; a `table` comes back as it is.
+    """`task` with the source and columns that its name stands for; a `table`, and rows that a Python call hands over,
+    come back as they are.
 
     Raises UserError (task.name) where the person names columns of a task that has its own.
 
@@ -74,7 +75,7 @@ def filled(task: Task) -> Task:
     >>> task.path, task.prompt, task.answer
     ('lavita/MedQuAD', '{question}', 'answer')
     """
-    if task.name == "table":
+    if task.name in ("table", GIVEN):
         return task
     known = TASKS.get(task.name)
     for name in (

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.chats import Chat, ChatError, Turn
 from rayfed_sub.data.images import Images
+from rayfed_sub.data.objects import AsTheyAre, Objects
 from rayfed_sub.data.pairs import Pairs, Span
 from rayfed_sub.data.processors import ImageProcessor, Processor, Tokenizer
 from rayfed_sub.data.rows import Ints, Rows
@@ -76,7 +78,7 @@ class _Dropped:
     least: int
 
 
-def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows | Images, Ints, Cuts]:
+def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[AnyRows, Ints, Cuts]:
     """The rows as the model reads them, the index of the pair behind each, int64 (rows,), and numbers of cuts.
 
     Language modelling: prompt then answer, at most `max_length` tokens.  In longer rows the answer keeps all of
@@ -90,7 +92,11 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[Rows
     that the model's chat template refuses.
 
     Plain text: chunks, several rows with the same index (`chunked`).
+    Rows of the caller's own stay as they are.
     """
+    if isinstance(processor, AsTheyAre):
+        digests = [bytes.fromhex(question) for question in pairs.questions]
+        return Objects.of(pairs.objects, digests, processor.batch), np.arange(len(pairs)), Cuts()
     if isinstance(processor, ImageProcessor):
         pixels = [processor.pixels(content) for content in pairs.images]
         return Images.of(pixels, _classes(pairs), processor.mean, processor.std), np.arange(len(pairs)), Cuts()

@@ -12,6 +12,7 @@ from rayfed_sub.evaluation.generation import TEXT_SCORES, words
 from rayfed_sub.evaluation.language import perplexity, token_accuracy
 from rayfed_sub.evaluation.named_metrics import Compute, named_scores
 from rayfed_sub.training.inference import Generation, Prediction
+from rayfed_sub.training.own_loss import BatchScores
 
 R = TypeVar("R")
 Rows = Sequence[tuple[int, R]]
@@ -67,6 +68,20 @@ def text_scores(rows: Rows[Generation], metrics: Mapping[str, Compute] | None = 
                 value = measured([text for text, _ in asked], [reference for _, reference in asked])
                 if value is not None:
                     yield Score(client, f"{prefix}{name}", value, len(asked))
+
+
+def batch_scores(batches: Rows[BatchScores]) -> Iterator[Score]:
+    """Means over held-out rows of what the caller's own functions say of their batches.
+
+    >>> rows = [(0, BatchScores(3, {"held_out_loss": 1.0})), (1, BatchScores(1, {"held_out_loss": 5.0}))]
+    >>> [(score.client, score.value, score.count) for score in batch_scores(rows)]
+    [(None, 2.0, 4), (0, 1.0, 3), (1, 5.0, 1)]
+    """
+    for client, group in _groups(batches).items():
+        for metric in dict.fromkeys(name for batch in group for name in batch.means):
+            judged = [batch for batch in group if metric in batch.means]
+            rows = sum(batch.rows for batch in judged)
+            yield Score(client, metric, math.fsum(batch.rows * batch.means[metric] for batch in judged) / rows, rows)
 
 
 def overall(scores: Sequence[Score]) -> dict[str, float]:

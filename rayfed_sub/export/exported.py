@@ -8,21 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.errors import UserError, unknown_word
-from rayfed_sub.core.types import Change, ServerState
+from rayfed_sub.core.types import Change, ModelShape, ServerState
+from rayfed_sub.data.processors import Processor
 from rayfed_sub.diagnostics.server_change import change_rank
 from rayfed_sub.export.peft_adapter import Factors, write_adapter
-from rayfed_sub.methods import check_named
-from rayfed_sub.models.architecture import AUTO_CLASSES
+from rayfed_sub.methods import build, check_named
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture
+from rayfed_sub.models.architecture import architecture as architecture_of
 from rayfed_sub.models.hub import RANDOM, locate
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.tokenizers import HubTokenizer
 from rayfed_sub.models.weights import generation_config, load_weights, target_weights, write_codec, write_folder
-from rayfed_sub.planning.job import Job, prepare
+from rayfed_sub.planning.job import kind_of, prepare, processor_of
 from rayfed_sub.storage import checkpoints
-from rayfed_sub.storage.run_folder import finished, make
+from rayfed_sub.storage.kept_models import kept
+from rayfed_sub.storage.run_folder import class_names, finished, make
 
 BEST, LAST = "best", "last"
 CHECKPOINTS = (LAST, BEST)
@@ -39,11 +45,21 @@ class Export:
 
 
 @dataclass(frozen=True, eq=False)
+class Setup:
+    """What a finished run trained: the model without its weights, by which method, under which configuration."""
+
+    config: Config
+    method: Method
+    architecture: Architecture
+    processor: Processor
+
+
+@dataclass(frozen=True, eq=False)
 class _Trained:
     """A finished run's result.  tensors: the pretrained model by dotted name; weights: its `<target>/weight` (m, n);
     changes: per target, relative to those; head: `<layer>/weight` and `<layer>/bias` as trained."""
 
-    job: Job
+    job: Setup
     tensors: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     changes: Mapping[str, Change]
@@ -108,7 +124,7 @@ def export_peft(
     return Export(loading, f"the change of dense weights is written at its numerical rank, {span} a layer")
 
 
-def _loading_peft(job: Job, name: str | None) -> str:
+def _loading_peft(job: Setup, name: str | None) -> str:
     """A line of Python that loads the adapter in its folder; name: the base's, None where it lies in `base`.
 
     The base gets the values that the run began with, in the run's dtype, and computes in float32, as an exported whole
@@ -126,7 +142,7 @@ def _loading_peft(job: Job, name: str | None) -> str:
     return f"from peft import PeftModel; from transformers import {imports}; {loaded}  # in the exported folder"
 
 
-def _write_readme(to: Path, job: Job, loading: str, model: Mapping[str, str]) -> None:
+def _write_readme(to: Path, job: Setup, loading: str, model: Mapping[str, str]) -> None:
     """README.md of an export: the lines of Python that load it and make its inputs as the run did, and the command that
     evaluates it.  model: arguments of lm-evaluation-harness that load it."""
     config = job.config
@@ -149,7 +165,7 @@ def _write_readme(to: Path, job: Job, loading: str, model: Mapping[str, str]) ->
     (to / "README.md").write_text(text, encoding="utf-8")
 
 
-def evaluation_command(job: Job, model: Mapping[str, str]) -> str | None:
+def evaluation_command(job: Setup, model: Mapping[str, str]) -> str | None:
     """The command of lm-evaluation-harness, in the exported folder, for a task of the caller's choice (TASK).
 
     None where it cannot load the model: it takes causal language models with a tokenizer, and reads no argument with a
@@ -163,7 +179,7 @@ def evaluation_command(job: Job, model: Mapping[str, str]) -> str | None:
     return shlex.join(["lm_eval", "--model", "hf", "--model_args", given, *chat, "--tasks", "TASK"])
 
 
-def _inputs(job: Job) -> list[str]:
+def _inputs(job: Setup) -> list[str]:
     """Python that makes `ids` of `text`, or `inputs` of `image`, as the run's processor does."""
     processor, answers = job.processor, job.architecture.kind == "causal-lm"
     if isinstance(processor, HubImageProcessor):
@@ -180,7 +196,40 @@ def _inputs(job: Job) -> list[str]:
     return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if answers else 'ids = tokenizer(text)["input_ids"]']
 
 
-def _read(run_dir: Path, to: Path, client: int | None, method: str | None, checkpoint: str) -> _Trained:
+def export_state(
+    run_dir: Path, to: Path, client: int | None = None, method: str | None = None, checkpoint: str = LAST
+) -> Export:
+    """Writes model.safetensors, the trained state dict of a model that a Python call handed over, for the module's
+    `load_state_dict`: trained layers float32, all other tensors as they were.
+
+    Arguments and errors as `export_hf`; raises UserError on `--format` for a model that has a name.
+    """
+    config = _finished(run_dir, to, method, checkpoint)
+    if config.model.path != GIVEN:
+        allowed = f"hf or peft, for the run's model is {config.model.path}"
+        raise UserError("--format", "state-dict", allowed, "use --format hf")
+    make(to, "--to")
+    model = kept(run_dir)
+    server, changes = _changes(run_dir, build(config.method), model.shape, client, checkpoint)
+    weights = target_weights(model.shape, model.transposed, model.tensors)
+    state = dict(model.tensors)
+    for layer in model.shape.targets:
+        W_mn = changes[layer.name].apply(weights[f"{layer.name}/weight"])
+        state[f"{layer.name}.weight"] = (W_mn.T if layer.name in model.transposed else W_mn).contiguous()
+    state |= {name.replace("/", "."): server.tensors[name].contiguous() for name in model.shape.head_names}
+    state |= {alias: state[name].clone() for alias, name in model.tied.items()}
+    save_file(state, to / "model.safetensors")
+    load = 'module.load_state_dict(load_file("model.safetensors"))'
+    return Export(f"from safetensors.torch import load_file; {load}  # in the exported folder")
+
+
+def usual_format(run_dir: Path) -> str:
+    """The format of an export that names none: hf, or state-dict for a model that a Python call handed over."""
+    return "state-dict" if finished(run_dir).model.path == GIVEN else "hf"
+
+
+def _finished(run_dir: Path, to: Path, method: str | None, checkpoint: str) -> Config:
+    """The configuration of the finished run, whose method may be imported; `to` is free."""
     config = finished(run_dir)
     if checkpoint not in CHECKPOINTS:
         raise unknown_word("--checkpoint", checkpoint, CHECKPOINTS)
@@ -193,18 +242,39 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None, check
     check_named(name, [method or ""], str(run_dir), f"--method {name}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
+    return config
+
+
+def _read(run_dir: Path, to: Path, client: int | None, method: str | None, checkpoint: str) -> _Trained:
+    config = _finished(run_dir, to, method, checkpoint)
+    if config.model.path == GIVEN:
+        allowed = "state-dict for a model that a Python call handed over"
+        raise UserError("--format", "hf or peft", allowed, "use --format state-dict")
     make(to, "--to")
-    job = prepare(config)
+    job = _setup(run_dir, config)
     shape = job.architecture.shape
-    server, changes = _changes(run_dir, job, client, checkpoint)
+    server, changes = _changes(run_dir, job.method, shape, client, checkpoint)
     tensors = load_weights(config.model, job.architecture, config.seed)
     weights = target_weights(shape, job.architecture.transposed, tensors)
     return _Trained(job, tensors, weights, changes, {name: server.tensors[name] for name in shape.head_names})
 
 
-def _changes(run_dir: Path, job: Job, client: int | None, checkpoint: str) -> tuple[ServerState, Mapping[str, Change]]:
+def _setup(run_dir: Path, config: Config) -> Setup:
+    """Of rows that a Python call handed over nobody knows more than the names of their classes."""
+    if config.task.name != GIVEN:
+        job = prepare(config)
+        return Setup(job.config, job.method, job.architecture, job.processor)
+    kind = kind_of(config)
+    processor = processor_of(config, kind)
+    known = (kind, class_names(run_dir), processor.vocabulary, processor.pad)
+    return Setup(config, build(config.method), architecture_of(config.model, *known), processor)
+
+
+def _changes(
+    run_dir: Path, method: Method, shape: ModelShape, client: int | None, checkpoint: str
+) -> tuple[ServerState, Mapping[str, Change]]:
     """The trained server, and the changes of the model of all or of the client's."""
-    found, method, shape = checkpoints.read(run_dir, best=checkpoint == BEST), job.method, job.architecture.shape
+    found = checkpoints.read(run_dir, best=checkpoint == BEST)
     if found is None:
         raise UserError("RUN", str(run_dir), "a run folder with a checkpoint", "check the path")
     server = ServerState(found.round, found.server)

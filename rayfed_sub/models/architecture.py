@@ -18,6 +18,7 @@ from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.models.flat_rows import is_flat
 from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
 from rayfed_sub.models.logits import LogitRule, logit_rule
+from rayfed_sub.models.own_model import Loss, Measure
 from rayfed_sub.models.positions import position_limit
 from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, LOWER_MLP, SAME_IN_ANY_PACK
 from rayfed_sub.models.tokenizers import ByteTokenizer
@@ -39,13 +40,17 @@ _NOT_NUMBERS = {"architectures", "dtype", "id2label", "label2id", "model_type", 
 class Architecture:
     """A model without its weights.  It can be pickled; treat it as read-only.
 
-    hf_config: the transformers configuration, number of classes and dtype included, never a quantisation.
+    hf_config: the transformers configuration, number of classes and dtype included, never a quantisation; None where
+    there is a module.
+    kind: causal-lm, text-classification or image-classification, or own: with a loss of the caller's own.
     shape: the target layers in the model's order, and the classification head.
     tied: names of parameters that are another parameter (alias -> the name that stays).
     transposed: target layers whose stored weight is (n, m), transformers' Conv1D of GPT-2.
     logits: how a causal model's logits follow from its output layer; None where they are the model's own affair.
     positions: the longest row in tokens, where the model has a table of positions.
     causal: keys of the model's own configuration that were false and are true here, or its tokens would see later ones.
+    module: a module of the caller's own that transformers does not build, on the meta device; loss, measure: the
+    caller's own, see `OwnModel`.
     """
 
     hf_config: Any
@@ -56,27 +61,38 @@ class Architecture:
     logits: LogitRule | None = None
     positions: int | None = None
     causal: tuple[str, ...] = ()
+    module: nn.Module | None = None
+    loss: Loss | None = None
+    measure: Measure | None = None
 
     @property
     def any_pack(self) -> bool:
         """True where a client's result has the same bits in any pack: for types for which the tests show it."""
+        if self.module is not None:
+            return False
         if self.kind == "causal-lm":
             return is_flat(self.hf_config) and self.hf_config.model_type in SAME_IN_ANY_PACK
         return self.hf_config.model_type in CLASSIFIERS_IN_ANY_PACK
 
 
 def architecture(
-    model: Model, kind: str, class_names: Sequence[str] = (), vocabulary: int | None = None, pad: int | None = None
+    model: Model,
+    kind: str,
+    class_names: Sequence[str] = (),
+    vocabulary: int | None = None,
+    pad: int | None = None,
+    given: Any = None,
 ) -> Architecture:
     """The architecture of `model` as a `causal-lm`, `text-classification` or `image-classification` model.
 
-    Reads the model's configuration only.  class_names: of a classification, in order.  vocabulary: tokens the processor
-    can give; the model must have as many.  pad: the processor's padding token, which decoders that classify need.
+    Reads the model's configuration only; given: a transformers configuration in its place.  class_names: of a
+    classification, in order.  vocabulary: tokens the processor can give; the model must have as many.  pad: the
+    processor's padding token, which decoders that classify need.
     Raises UserError on model.path, model.targets, model.random or one of its keys, task.label.
     """
     if kind != "causal-lm" and len(class_names) < 2:
         raise UserError("task.label", len(class_names), "at least 2 classes", "choose a column with more values")
-    hf_config = bare_config(model, kind, vocabulary)
+    hf_config = copy.deepcopy(given) if given is not None else bare_config(model, kind, vocabulary)
     hf_config.dtype = getattr(torch, model.dtype)
     _check_vocabulary(model, kind, hf_config, vocabulary)
     causal = [key for key in _CAUSAL if kind == "causal-lm" and getattr(hf_config, key, None) is False]
@@ -97,10 +113,10 @@ def architecture(
         hf_config,
         kind,
         ModelShape(
-            tuple(_layer(name, layer) for name, layer in targets.items()),
-            tuple(_layer(name, layer) for name, layer in head.items()),
+            tuple(layer_of(name, layer) for name, layer in targets.items()),
+            tuple(layer_of(name, layer) for name, layer in head.items()),
         ),
-        dict(_tied(module)),
+        dict(tied(module)),
         frozenset(name for name, layer in targets.items() if not isinstance(layer, nn.Linear)),
         logit_rule(module) if kind == "causal-lm" else None,
         None if kind == "image-classification" else position_limit(module, hf_config),
@@ -128,6 +144,13 @@ def build(hf_config: Any, kind: str, device: str = "meta") -> nn.Module:
     with torch.device(device), quiet():
         module: nn.Module = getattr(transformers, AUTO_CLASSES[kind]).from_config(hf_config)
     return module.eval()
+
+
+def skeleton(architecture: Architecture) -> nn.Module:
+    """The architecture's module on the meta device, a new one each time."""
+    if architecture.module is not None:
+        return copy.deepcopy(architecture.module)
+    return build(architecture.hf_config, architecture.kind)
 
 
 def reason(error: Exception) -> str:
@@ -227,6 +250,17 @@ def _head(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _targets(model: Model, model_type: str, module: Any, head: frozenset[str]) -> dict[str, nn.Module]:
+    """The layers that `model.targets` finds, by name; output layers are not adapted: they are the head, or as large as
+    the vocabulary."""
+    output = module.get_output_embeddings()
+    linears = {name: child for name, child in _linears(module) if name not in head and child is not output}
+    return found_targets(model, model_type, module, linears)
+
+
+def found_targets(
+    model: Model, model_type: str, module: nn.Module, linears: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Those of the linear layers, by name, that `model.targets` finds.  Raises UserError where there is none."""
     if model.targets == "lower-mlp" and model_type not in LOWER_MLP:
         raise UserError(
             "model.targets",
@@ -238,9 +272,6 @@ def _targets(model: Model, model_type: str, module: Any, head: frozenset[str]) -
         pattern = re.compile(LOWER_MLP[model_type] if model.targets == "lower-mlp" else model.targets)
     except re.error as error:
         raise UserError("model.targets", model.targets, "a regular expression", str(error)) from None
-    # Output layers are not adapted: they are the head, or as large as the vocabulary.
-    output = module.get_output_embeddings()
-    linears = {name: child for name, child in _linears(module) if name not in head and child is not output}
     targets = {name: child for name, child in linears.items() if pattern.search(name)}
     if targets:
         return targets
@@ -260,13 +291,15 @@ def _some(names: Any, most: int = 8) -> str:
     return ", ".join(kinds[:most]) + (", ..." if len(kinds) > most else "")
 
 
-def _layer(name: str, module: nn.Module) -> Layer:
+def layer_of(name: str, module: nn.Module) -> Layer:
+    """The record of a linear layer."""
     rows, columns = module.get_parameter("weight").shape
     m, n = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
     return Layer(name, m, n, getattr(module, "bias", None) is not None)
 
 
-def _tied(module: nn.Module) -> Iterator[tuple[str, str]]:
+def tied(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Parameters that are another one: their name, and the name that stays."""
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if first.setdefault(id(parameter), name) != name:

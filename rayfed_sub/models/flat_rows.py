@@ -79,8 +79,10 @@ def pass_rule(model: nn.Module) -> PassRule:
     owner: Any = model
     config, heads = getattr(model, "config", None), getattr(model, "get_output_embeddings", lambda: None)()
     part = _VECTOR // gcd(_VECTOR, *_inner_sizes(model))
-    longest = None if config is None else position_limit(model, config)
-    rule = PassRule(heads is not None and is_flat(config), max(_ALIGNED, part), part, longest)
+    known = hasattr(config, "get_text_config")  # a module of the caller's own may call anything its config
+    longest = position_limit(model, config) if known else None
+    flat = heads is not None and is_flat(config) and not vars(model).get("as_it_is", False)
+    rule = PassRule(flat, max(_ALIGNED, part), part, longest)
     owner._pass_rule = rule
     return rule
 

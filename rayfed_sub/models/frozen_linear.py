@@ -86,6 +86,8 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = weight, bias
         self.transposed = transposed  # stored as (n, m), as GPT-2's Conv1D does
+        # As nn.Linear has them: a module may ask.
+        self.out_features, self.in_features = weight.shape[::-1] if transposed else weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight.T if self.transposed else self.weight, self.bias)

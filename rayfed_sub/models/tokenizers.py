@@ -261,6 +261,15 @@ def _ends(source: Source) -> list[int]:
     named = [AutoConfig.from_pretrained(source.name, trust_remote_code=False).get_text_config()]
     with suppress(OSError):  # not every model has a generation_config.json
         named.append(GenerationConfig.from_pretrained(source.name))
+    return _eos_of(named)
+
+
+def end_tokens(module: Any) -> list[int]:
+    """The end tokens that a loaded transformers model names; none for any other module."""
+    return _eos_of([getattr(module, "config", None), getattr(module, "generation_config", None)])
+
+
+def _eos_of(named: Sequence[Any]) -> list[int]:
     found = [getattr(config, "eos_token_id", None) for config in named]
     return [token for ids in found if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
 

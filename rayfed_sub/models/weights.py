@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
 from rayfed_sub.data.processors import Processor
-from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, build, reason
+from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, build, reason, skeleton
 from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.tokenizers import HubTokenizer
@@ -52,7 +53,7 @@ def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
 
     Eval mode, no gradients, tied weights tied.  Raises ValueError where a tensor is missing, or of another shape.
     """
-    module = build(architecture.hf_config, architecture.kind)
+    module = skeleton(architecture)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
         if name in parameters and parameters[name].shape != tensor.shape:
@@ -68,9 +69,39 @@ def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
 
 
 def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
-    """The module with the architecture's `logit_rule`, which losses go by."""
-    cast(Any, module).logit_rule = architecture.logits
+    """The module with the architecture's `logit_rule`, `own_loss` and `own_measure`, which losses go by; as_it_is: True
+    for a module that transformers does not build, whatever it looks like."""
+    # Past nn.Module, which would take a loss that is a module for a part of this one.
+    vars(module).update(
+        logit_rule=architecture.logits,
+        own_loss=architecture.loss,
+        own_measure=architecture.measure,
+        as_it_is=architecture.module is not None,
+    )
     return module
+
+
+@contextmanager
+def through_modules() -> Iterator[None]:
+    """Within it torch's Transformer layers call their linear layers.  Frozen and in eval mode they would multiply the
+    layers' weights themselves, past whatever stands in the layers' places."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def answered(module: Any, inputs: Mapping[str, Tensor], *, causal: bool) -> Any:
+    """A module's answer, whose `logits` are its logits; causal: of a language model, whose tokens look to the left, so
+    that a module of the caller's own needs no mask."""
+    if hasattr(module, "get_output_embeddings"):
+        return module(**inputs, **({"use_cache": False} if causal else {}))
+    given = {name: x for name, x in inputs.items() if name != "attention_mask" or not causal}
+    with through_modules():
+        answer = module(**given)
+    return SimpleNamespace(logits=answer) if isinstance(answer, Tensor) else answer
 
 
 def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tensors) -> dict[str, Tensor]:
@@ -199,21 +230,23 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
 
 
 @torch.no_grad()
-def check_causal(model: Model, module: Any) -> None:
+def check_causal(model: Model, module: Any, vocabulary: int | None = None) -> None:
     """UserError where logits change with later tokens: two rows that differ in their last two tokens are compared.
+    vocabulary: number of tokens; None: of the model's embeddings.
 
     Where attention is causal, equal tokens have equal logits to the bit; mixtures of experts may round otherwise.  An
     encoder's differ by 3e-3 of what the changed tokens' own do at least, in fresh tiny models of all types.
     """
-    vocabulary = module.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary or module.get_input_embeddings().weight.shape[0]
     ids_2T = torch.arange(3, 3 + _SEEN).remainder(vocabulary).repeat(2, 1)
     ids_2T[1, -2:] = ids_2T[1, :2]
     with quiet():
-        logits_2TV = module(input_ids=ids_2T, attention_mask=torch.ones_like(ids_2T), use_cache=False).logits.float()
+        answer = answered(module, {"input_ids": ids_2T, "attention_mask": torch.ones_like(ids_2T)}, causal=True)
+    logits_2TV: Tensor = answer.logits.float()
     apart_T = (logits_2TV[0] - logits_2TV[1]).abs().amax(dim=-1)
     if apart_T[:-2].max() > _LEAK * apart_T[-2:].max():
-        kind = module.config.model_type
-        field, value = ("model.random.type", kind) if model.path == RANDOM else ("model.path", model.path)
+        value = module.config.model_type if model.path == RANDOM else model.path
+        field = "model.random.type" if model.path == RANDOM else "model.path"
         allowed = "a causal language model; this one's tokens see later tokens, so it would read its own answers"
         raise UserError(field, value, allowed, "take a decoder, or give the task a label to classify")
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
-from rayfed_sub.config.checks import check_rules, check_training
-from rayfed_sub.config.schema import Config, Evaluation
+from rayfed_sub.config.checks import check_rules, check_training, not_given
+from rayfed_sub.config.schema import GIVEN, Config, Evaluation, Resources
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.data.objects import AsTheyAre
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
@@ -22,7 +26,10 @@ from rayfed_sub.methods import build
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
+from rayfed_sub.models.own_architecture import OwnWeights, own_architecture, own_processor
 from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer
+from rayfed_sub.planning.call import NOTHING, Given, code_digests
+from rayfed_sub.planning.first_step import check_first_step
 from rayfed_sub.planning.machines import Node, most_workers
 from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.planning.sampling import judged_rows, local_steps
@@ -34,7 +41,8 @@ _OF_CLASSES, _OF_TOKENS = ("accuracy", "macro_f1"), ("token_accuracy", "perplexi
 @dataclass(frozen=True, eq=False)
 class Job:
     """A checked run.  config is resolved: every default filled in, rounds counted.  noise: under privacy, as set or as
-    found for privacy.epsilon, which stays in config as it was asked for."""
+    found for privacy.epsilon, which stays in config as it was asked for.  weights: of a model that the caller handed
+    over; code: digests of the caller's own code, by its name in the call."""
 
     config: Config
     method: Method
@@ -42,6 +50,8 @@ class Job:
     processor: Processor
     dataset: Dataset
     noise: float | None = None
+    weights: OwnWeights | None = None
+    code: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def any_pack(self) -> bool:
@@ -51,23 +61,29 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class JobInputs:
-    """Inputs of a job: the model without its weights, and the task's rows."""
+    """Inputs of a job: the model without its weights, and the task's rows; weights: as in `Job`."""
 
     architecture: Architecture
     processor: Processor
     dataset: Dataset
+    weights: OwnWeights | None = None
 
 
-def prepare(config: Config) -> Job:
-    """The job of a configuration.  Raises UserError, before any training, for settings that do not fit."""
-    check_settings(config)  # before the rows are read
-    return job_on(load_inputs(config), config)
+def prepare(config: Config, given: Given = NOTHING) -> Job:
+    """The job of a configuration, in which `named` has put what the call hands over.  Raises UserError, before any
+    training, for settings that do not fit."""
+    check_settings(config, given.method)  # before the rows are read
+    job = job_on(load_inputs(config, given), config, given.method)
+    if job.weights is not None and job.architecture.module is not None:
+        check_first_step(job.config, job.architecture, job.weights.tensors, job.dataset, job.processor.pad)
+    return replace(job, code=code_digests(given))
 
 
-def check_settings(config: Config) -> Method:
-    """The configuration's method.  Raises UserError for settings that contradict each other for any rows and model."""
+def check_settings(config: Config, given: Method | None = None) -> Method:
+    """The configuration's method, or the given one.  Raises UserError for settings that contradict each other for any
+    rows and model."""
     check_rules(config)
-    method = build(config.method)
+    method = build(config.method) if given is None else given
     _check_server(config, method)
     _check_privacy(config, method)
     check_training(config)
@@ -75,27 +91,53 @@ def check_settings(config: Config) -> Method:
     return method
 
 
-def load_inputs(config: Config) -> JobInputs:
+def load_inputs(config: Config, given: Given = NOTHING) -> JobInputs:
     """Reads task and model.  Raises UserError where they cannot be read or do not fit each other."""
+    own = given.model
+    read = partial(load_dataset, config.task, config.federation)
+    how: dict[str, Any] = {"seed": config.seed, "judged": config.evaluation.split, "given": given.rows}
+    if own is not None and own.loss is not None:
+        as_they_are = AsTheyAre(own.batch or torch.utils.data.default_collate)
+        shape, weights = own_architecture(own, config.model, "own")
+        return JobInputs(shape, as_they_are, read(as_they_are, **how), weights)
     kind = kind_of(config)
-    processor = processor_of(config, kind)
-    dataset = load_dataset(config.task, config.federation, processor, config.seed, config.evaluation.split)
-    return JobInputs(
-        architecture(config.model, kind, dataset.class_names, processor.vocabulary, processor.pad), processor, dataset
-    )
+    processor = processor_of(config, kind) if own is None else own_processor(own, kind)
+    dataset = read(processor, **how)
+    known = (kind, dataset.class_names, processor.vocabulary, processor.pad)
+    if own is None:
+        return JobInputs(architecture(config.model, *known), processor, dataset)
+    shape, weights = own_architecture(own, config.model, *known)
+    if shape.module is not None and (rows := config.evaluation.generate_rows):
+        allowed = "0 with a module of the caller's own, which cannot generate"
+        raise UserError("evaluation.generate_rows", rows, allowed, "remove it, or give a transformers model")
+    return JobInputs(shape, processor, dataset, weights)
 
 
-def job_on(base: JobInputs, config: Config) -> Job:
-    """The job of a configuration on its inputs.  Raises UserError for settings that do not fit them."""
-    method = check_settings(config)
+def job_on(base: JobInputs, config: Config, given: Method | None = None) -> Job:
+    """The job of a configuration, with the given method if any, on its inputs.  Raises UserError for settings that do
+    not fit them."""
+    method = check_settings(config, given)
     method.check(base.architecture.shape)
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
     fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     method_fields = {"name": config.method["name"], **fields}
-    resolved = config.model_copy(update={"federation": federation, "method": method_fields, "evaluation": evaluation})
-    return Job(resolved, method, base.architecture, base.processor, base.dataset, noise_of(resolved))
+    parts = {"federation": federation, "method": method_fields, "evaluation": evaluation}
+    resolved = config.model_copy(update={**parts, "resources": _packs(config, base.architecture)})
+    noise = noise_of(resolved)
+    return Job(resolved, method, base.architecture, base.processor, base.dataset, noise, base.weights)
+
+
+def _packs(config: Config, architecture: Architecture) -> Resources:
+    """The resources; packs have one client where nothing says how a module of the caller's own treats several."""
+    resources = config.resources
+    if architecture.module is None:
+        return resources
+    if resources.pack_size not in ("auto", 1):
+        allowed = "auto or 1 with a module of the caller's own, whose clients train one at a time"
+        raise UserError("resources.pack_size", resources.pack_size, allowed, "remove it")
+    return resources.model_copy(update={"pack_size": 1})
 
 
 def kind_of(config: Config) -> str:
@@ -115,6 +157,8 @@ def kind_of(config: Config) -> str:
 
 def processor_of(config: Config, kind: str) -> HubTokenizer | ByteTokenizer | HubImageProcessor:
     """Tokenizer or image processor for a model of this kind.  Raises UserError for a model that cannot read them."""
+    if config.model.path == GIVEN:
+        raise not_given("model.path")
     if kind == "image-classification":
         return load_image_processor(config.model, config.task.image_size)
     return load_tokenizer(config.model)

@@ -164,14 +164,19 @@ def plan_of(job: Job, on: str | None = None, folder: Path = Path()) -> Plan:
 
 
 def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
-    """UserError where the job cannot fit this machine; folder: where the run's files will lie, or a parent of it."""
+    """UserError where the job cannot fit this machine; folder: where the run's files will lie, or a parent of it.
+    What a module of the caller's own takes is not known before it trains."""
+    if job.architecture.module is not None:
+        return
     machine = here(job, folder)
     check_fits(job_parts(job), machine if on is None else machine_named(on, machine))
 
 
-def memory(job: Job) -> int:
+def memory(job: Job) -> int | None:
     """Bytes that all processes of the run take on one machine with its largest packs; some seconds for a large
-    model."""
+    model.  None with a module of the caller's own."""
+    if job.architecture.module is not None:
+        return None
     needed = need(job_parts(job), rounds=2, most=FEW)
     pack = most_clients(job.config, needed.cohort, free=job.any_pack)
     return needed.node(pack, 0 if job.config.resources.gpus_per_worker else needed.worker(pack).process)

@@ -22,6 +22,7 @@ from rayfed_sub.core.types import Change, ModelShape, Start
 from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.images import Images
+from rayfed_sub.data.rows import Rows
 from rayfed_sub.models.architecture import Architecture, build
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.weights import all_tensors, ruled
@@ -65,7 +66,7 @@ def lengths(dataset: Dataset, config: Config) -> Lengths:
         return Lengths(1, 1, 1, dataset.train.pixels.shape[-1])
     longest, labels, prompt = 1, 1, 1
     for rows in (dataset.train, dataset.held_out):
-        if isinstance(rows, Images) or not len(rows):
+        if not isinstance(rows, Rows) or not len(rows):
             continue
         sizes = rows.offsets[1:] - rows.offsets[:-1]
         learned = rows.labels if config.task.mask_prompt else sizes

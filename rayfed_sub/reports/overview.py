@@ -55,6 +55,7 @@ def _facts(run: Run) -> dict[str, str]:
         "task": config.task.name,
         **_rows(run),
         "clients": f"{federation.clients:,}{cohort}",
+        **({"packs": "of one client"} if run.summary.get("one_at_a_time") else {}),
         "local steps": _steps(run),
         "partition": config.federation.partition.kind,
     }

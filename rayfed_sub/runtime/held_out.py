@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.schemas import AnswerRow, Score
 from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.objects import Objects
 from rayfed_sub.evaluation.named_metrics import Compute
-from rayfed_sub.evaluation.scores import label_scores, text_scores, token_scores
+from rayfed_sub.evaluation.scores import batch_scores, label_scores, text_scores, token_scores
 from rayfed_sub.planning.sampling import judged_rows
 from rayfed_sub.runtime.scheduler import WorkItem
 from rayfed_sub.runtime.workers import Workers
@@ -36,6 +37,12 @@ def scores(
 ) -> list[Score]:
     """The scores of `evaluation.eval_rows` held-out rows; metrics: those of the configuration."""
     shards = _shards(config, dataset, config.evaluation.eval_rows, model)
+    if isinstance(dataset.held_out, Objects):
+        measured = _each(workers, shards, model, lambda worker: worker.measure, "held-out rows")
+        clients = [int(dataset.held_out_clients[rows[0]]) for _, rows in shards]
+        return [
+            replace(score, split=dataset.split) for score in batch_scores(list(zip(clients, measured, strict=True)))
+        ]
     done = _each(workers, shards, model, lambda worker: worker.evaluate, "held-out rows")
     rows = [(int(dataset.held_out_clients[row]), prediction) for row, prediction in _by_row(shards, done)]
     names = dataset.class_names
@@ -70,15 +77,17 @@ def _by_row(shards: Sequence[tuple[int | None, list[int]]], done: Sequence[Seque
 
 
 def _shards(config: Config, dataset: Dataset, most: int, model: JudgedModel) -> list[tuple[int | None, list[int]]]:
-    """Shards of the rows to evaluate: (client or None, rows)."""
+    """Shards of the rows to evaluate: (client or None, rows).  Rows of a shard that is scored as a whole are of one
+    client, too."""
     chosen = judged_rows(config, len(dataset.held_out), most)
-    size = config.evaluation.batch_size
-    if model.stored is None:
+    size, personal = config.evaluation.batch_size, model.stored is not None
+    if not personal and not isinstance(dataset.held_out, Objects):
         return [(None, chosen[i : i + size]) for i in range(0, len(chosen), size)]
     owned: dict[int, list[int]] = {}
     for row in chosen:
         owned.setdefault(int(dataset.held_out_clients[row]), []).append(row)
-    return [(k, rows[i : i + size]) for k, rows in sorted(owned.items()) for i in range(0, len(rows), size)]
+    by_client = [(k, rows[i : i + size]) for k, rows in sorted(owned.items()) for i in range(0, len(rows), size)]
+    return [(client if personal else None, rows) for client, rows in by_client]
 
 
 def _each(

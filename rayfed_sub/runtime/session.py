@@ -21,14 +21,16 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from rayfed_sub.config.loading import as_override
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import METHODS, adopted
 from rayfed_sub.methods.downloads import dense_downloads
+from rayfed_sub.models.own_architecture import without_data
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
+from rayfed_sub.planning.call import NOTHING, Given, named
 from rayfed_sub.planning.job import Job, check_resources, prepare
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.callbacks import with_callbacks
@@ -39,8 +41,20 @@ from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.worker import Spec
 from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.kept_models import KeptModel, keep
 from rayfed_sub.storage.remote import Place, open_place
-from rayfed_sub.storage.run_folder import RunFolder, check_data, check_free, create, new, reopen, summary_of, to_resume
+from rayfed_sub.storage.run_folder import (
+    RunFolder,
+    check_code,
+    check_data,
+    check_free,
+    check_given,
+    create,
+    new,
+    reopen,
+    summary_of,
+    to_resume,
+)
 from rayfed_sub.telemetry.alert_log import Watch
 from rayfed_sub.telemetry.events import (
     Answered,
@@ -72,6 +86,7 @@ def run(
     out: str | Path | None = None,
     listener: Listener | None = None,
     *,
+    given: Given = NOTHING,
     resume: bool = False,
     address: str | None = None,
     finish: Finisher = no_finisher,
@@ -79,6 +94,7 @@ def run(
 ) -> Summary:
     """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
 
+    given: objects in place of what the configuration names.
     out: a path, or s3://bucket/path or gs://bucket/path, to which the files go as they come (storage/remote.py).
     resume: go on with the run in `out` (default: the newest of this name) from its newest checkpoint, to the same
     weights as without the interruption; begins a run where there is none, and returns the summary of a finished one.
@@ -92,22 +108,23 @@ def run(
     An interruption (Ctrl-C) leaves a checkpoint.
     """
     notify = listener or (lambda record: None)
-    config, left_out = adopted(config)
+    config, left_out = adopted(named(config, given))
     config, asked = with_callbacks(config, callbacks)
     if left_out and listener is None:
         warnings.warn(left_out, stacklevel=3)
     elif left_out:
         notify(Notice(left_out))
     if out is None:
-        return _run(config, None, notify, resume, address, finish, asked)
+        return _run(config, None, notify, given, resume, address, finish, asked)
     with open_place(out, notify, resume=resume) as place:
-        return _run(config, place, notify, resume, address, finish, asked)
+        return _run(config, place, notify, given, resume, address, finish, asked)
 
 
 def _run(
     config: Config,
     place: Place | None,
     notify: Listener,
+    given: Given,
     resume: bool,
     address: str | None,
     finish: Finisher,
@@ -117,6 +134,8 @@ def _run(
     old = to_resume(place, config.name) if resume else None
     if resume and old is None:
         notify(Notice("nothing to go on with: a new run begins"))
+    if old is not None:
+        check_given(old.path, config)
     if place is not None and old is None:
         check_free(place.path)
     if address is not None and not config.resources.workers:
@@ -124,20 +143,30 @@ def _run(
     with joined(address) if config.resources.workers else nullcontext():
         check_resources(config, nodes())
         notify(Stage("reading task and model"))
-        job = prepare(config)
+        job = prepare(config, given)
         same = job.any_pack
+        if job.config.resources.workers:
+            check_sent(given)
         if old is not None:
             summary = summary_of(old.path, job.config, same)
             check_data(old.path, job.dataset.fingerprint)
+            check_code(old.path, job.code)
             if summary is not None:
                 notify(Notice(f"{old.display_name()} is finished already"))
                 finish(old, notify)
                 return replace(summary, folder=old.display_name())
+        if job.architecture.module is not None:
+            whose = f"{type(job.architecture.module).__qualname__} is the caller's own"
+            notify(Notice(f"{whose}: clients train one at a time, and memory is not planned"))
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # a plan does not know the memory of a cluster's nodes
             plan.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config, same) if old is not None else create(new(place, config.name), job.config)
         checkpoints.make(folder.path)
         checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
+        if (weights := job.weights) is not None:
+            shape, known = job.architecture.shape, job.architecture
+            state = {name: weights.tensors[name] for name in weights.state}
+            keep(folder.path, KeptModel(shape, known.transposed, known.tied, state))
         folder.place.push()
         notify(Stage("starting Ray, loading weights" if config.resources.workers else "loading weights"))
         with _resume_hint(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
@@ -156,13 +185,13 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _planned(pool: ThreadPoolExecutor, job: Job) -> Callable[[], int]:
+def _planned(pool: ThreadPoolExecutor, job: Job) -> Callable[[], int | None]:
     """Plans the run's memory, aside while workers train.  A run of one process plans at its end: while transformers
     builds a model, torch's default dtype is the model's for all threads, and a loss made meanwhile would be rounded."""
     return pool.submit(plan.memory, job).result if job.config.resources.workers else partial(plan.memory, job)
 
 
-def _planned_bytes(planned: Callable[[], int], notify: Listener) -> int | None:
+def _planned_bytes(planned: Callable[[], int | None], notify: Listener) -> int | None:
     """Planned bytes; None, with a notice, where no plan can be made, e.g. for a method of the user's own."""
     try:
         return planned()
@@ -212,6 +241,8 @@ def _resume_hint(folder: RunFolder, config: Config, notify: Listener) -> Iterato
 
 def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
     place, name = folder.place, str(config.method["name"])
+    if GIVEN in (config.task.name, config.model.path):
+        return f"go on with the same call in Python: run(..., {place.display_name()!r}, resume=True)"
     # Classes, metrics and callbacks that only the folder names are not imported: name them in the command.
     named = [] if name in METHODS else [f"method.name={name}"]
     named += [as_override(key, list(names)) for key, names in config.programs.items() if names]
@@ -228,6 +259,24 @@ def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) ->
     return f"go on with: {shlex.join(words)}"
 
 
+def check_sent(given: Given) -> None:
+    """UserError naming the first object of the call that cannot be sent to workers."""
+    parts: dict[str, Any] = {"method": given.method}
+    if (own := given.model) is not None:
+        # Weights travel by themselves: of the module its code counts, and what it holds besides.
+        module = without_data(own.module)
+        parts |= {"model": module, "loss": own.loss, "batch": own.batch, "measure": own.measure}
+    for name, value in parts.items():
+        try:
+            ray.cloudpickle.dumps(value)
+        except Exception as error:  # objects raise anything when they are pickled
+            allowed = f"what cloudpickle can send to workers: {type(error).__name__}: {error}"
+            shown = getattr(value, "__qualname__", type(value).__qualname__)
+            raise UserError(
+                name, shown, allowed, "make what it holds where it is used, or set resources.workers=0"
+            ) from None
+
+
 def spec_of(job: Job) -> Spec:
     """Specification of the job's workers."""
     return Spec(job.config, job.method, job.architecture, job.processor)
@@ -235,6 +284,8 @@ def spec_of(job: Job) -> Spec:
 
 def load_backbone(job: Job) -> Packed:
     """The model's weights as arrays for the object store."""
+    if job.weights is not None:
+        return packed(job.weights.tensors)
     return packed(load_weights(job.config.model, job.architecture, job.config.seed))
 
 
@@ -356,7 +407,9 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         notify(Stage("evaluating the initial model"))
         rows, data = asdict(job.dataset.row_counts), asdict(job.dataset.fingerprint)
         scores, answers = ask("evaluated")
-        beginning = Beginning(scores, **now, rows=rows, data=data, backbone=backbone)
+        about: dict[str, Any] = {"rows": rows, "data": data, "backbone": backbone}
+        code, classes = dict(job.code), list(job.dataset.class_names)
+        beginning = Beginning(scores, **now, **about, code=code, classes=classes)
         folder.begin(beginning, answers)
         return beginning
     if before is not None and before.backbone != backbone:
@@ -424,5 +477,6 @@ def _summary(
         split=next((score.split for score in first.scores), None),
         stopped=stopped,
         best=best,
+        one_at_a_time=job.architecture.module is not None,
         folder=folder.place.display_name(),
     )

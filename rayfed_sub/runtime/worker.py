@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Guard, Packed, unpacked
+from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.types import (
     Broadcast,
     Client,
@@ -26,9 +26,10 @@ from rayfed_sub.core.types import (
     Update,
     wire_bytes,
 )
-from rayfed_sub.data.batching import ClientBatches, collate
+from rayfed_sub.data.batching import Batch, ClientBatches, collate
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.data.processors import ImageProcessor, Processor
+from rayfed_sub.data.objects import Objects, OwnBatch
+from rayfed_sub.data.processors import Processor, Tokenizer
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics, gradient_watch, measured
 from rayfed_sub.diagnostics.gradients import GradientWatch
@@ -40,10 +41,11 @@ from rayfed_sub.privacy.mechanism import clipped
 from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
 from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels, give_back, keep_freed
-from rayfed_sub.training.client_errors import not_finite
+from rayfed_sub.training.client_errors import failed, not_finite
 from rayfed_sub.training.executor import ClientWork, LocalRule, PackResult, train_pack
 from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, predictions
 from rayfed_sub.training.layers import based_on, install
+from rayfed_sub.training.own_loss import BatchScores, OwnCodeError, own_scores
 
 _RESIDENT_BYTES = 256 * 2**20  # client states that a worker keeps; older ones are read from the object store again
 _FETCH_SECONDS = 120
@@ -140,7 +142,7 @@ class Worker:
         asked = self._spec.config.diagnostics
         examined = {one.client: one.start for one in works if one.client in work.examined}
         watch = gradient_watch(asked, shape, examined)
-        trained = self._train(received, works, work.lr, watch)
+        trained = self._trained_or_failed(received, works, work.lr, watch)
         results = trained.results
         updates: list[Update] = []
         kept: list[ClientState | None] = []
@@ -172,8 +174,24 @@ class Worker:
     def evaluate(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> list[Prediction]:
         """Predictions for the given held-out rows by the global model, or by that of `client` where it is given (state
         as in `train`)."""
+        batch = self._held_out(rows)
+        assert not isinstance(batch, OwnBatch)
         with self._judged(broadcast, client, state):
-            out = predictions(self._model, self._held_out(rows), self._spec.processor.pad)
+            out = predictions(self._model, batch, self._spec.processor.pad)
+        give_back()
+        return out
+
+    def measure(self, rows: Sequence[int], broadcast: Broadcast, client: int | None, state: Any) -> BatchScores:
+        """Scores of a batch of the caller's own, the given held-out rows of one client; arguments as in `evaluate`.
+        Raises RunError where the caller's code fails."""
+        try:
+            batch = self._held_out(rows)
+            assert isinstance(batch, OwnBatch)
+            with self._judged(broadcast, client, state):
+                out = own_scores(self._model, batch.to(self._device))
+        except OwnCodeError as error:
+            whose = int(self._dataset.held_out_clients[rows[0]])
+            raise RunError("evaluation", str(error), round=broadcast.round, client=whose, resume=None) from None
         give_back()
         return out
 
@@ -181,21 +199,28 @@ class Worker:
         """Answers to the questions of the given held-out rows; arguments as in `evaluate`."""
         held_out, processor = self._dataset.held_out, self._spec.processor
         assert isinstance(held_out, Rows)
-        assert not isinstance(processor, ImageProcessor)
+        assert isinstance(processor, Tokenizer)
         prompts = [held_out.row(row)[: held_out.prompts[row]].tolist() for row in rows]
         references = [held_out.row(row)[held_out.prompts[row] :].tolist() for row in rows]
-        limit = self._spec.config.evaluation.max_new_tokens
+        limit, batch = self._spec.config.evaluation.max_new_tokens, self._held_out(rows)
+        assert not isinstance(batch, OwnBatch)
         with self._judged(broadcast, client, state):
             tokens = answers(self._model, prompts, pad=processor.pad, ends=processor.ends, limit=limit)
-            forced = predictions(self._model, self._held_out(rows), processor.pad)
+            forced = predictions(self._model, batch, processor.pad)
         give_back()
         said, labels = [row.predicted for row in forced], [row.labels for row in forced]
         texts = zip(prompts, tokens, references, said, labels, strict=True)
         return [Generation(*map(processor.decode, row)) for row in texts]
 
-    def _held_out(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        indices, mask = np.asarray(rows, dtype=np.int64), self._spec.config.task.mask_prompt
-        return collate(self._dataset.held_out, indices, mask_prompt=mask, pad=self._spec.processor.pad)
+    def _held_out(self, rows: Sequence[int]) -> Batch:
+        indices, task = np.asarray(rows, dtype=np.int64), self._spec.config.task
+        draw, pad = (task.seed, "held-out", rows[0]), self._spec.processor.pad
+        try:
+            return collate(self._dataset.held_out, indices, mask_prompt=task.mask_prompt, pad=pad, draw=draw)
+        except Exception as error:
+            if not isinstance(self._dataset.held_out, Objects):
+                raise
+            raise OwnCodeError(f"batch raises {type(error).__name__}: {error}") from error
 
     def _received(self, broadcast: Broadcast) -> Broadcast:
         """The round's broadcast on this worker's device.  A GPU keeps its copy for several packs and shards; no
@@ -240,6 +265,16 @@ class Worker:
             return PackResult(train_reference(plain, shape, weights, works, rule))
         with based_on(self._layers, bases):
             return train_pack(self._model, self._layers, shape, works, rule, watch.hooks)
+
+    def _trained_or_failed(
+        self, received: Broadcast, works: Sequence[ClientWork], lr: float, watch: GradientWatch
+    ) -> PackResult:
+        """As `_train`; a client with whose batch the caller's own code fails has failed."""
+        try:
+            return self._train(received, works, lr, watch)
+        except OwnCodeError as error:
+            (work,) = works  # such clients train alone
+            return PackResult([failed(work.client, work.start, str(error))])
 
     def _ended(
         self, broadcast: Broadcast, result: LocalResult, state: ClientState | None, weight: float

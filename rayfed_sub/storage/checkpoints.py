@@ -69,7 +69,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 
     Raises RunError where the disk is full; the earlier checkpoints then stay valid.
     """
-    parts = _safetensors(checkpoint.server)
+    parts = safetensors_parts(checkpoint.server)
     atomic_files.write(_server(folder, checkpoint.round), *parts)
     crc = 0
     for part in parts:
@@ -165,7 +165,7 @@ def stored_state(folder: Path, checkpoint: Checkpoint, client: int) -> ClientSta
     return client_states.read(clients(folder), key, checkpoint.state_files[key])
 
 
-def _safetensors(tensors: Tensors) -> list[bytes | memoryview]:
+def safetensors_parts(tensors: Tensors) -> list[bytes | memoryview]:
     """Parts of a safetensors file, as views of the tensors' memory: the library's `save` copies the tensors twice.
 
     Format: length of the header as 8 bytes, little endian; the header, JSON; the tensors without a gap, here the wide

@@ -32,6 +32,7 @@ from rayfed_sub.core.errors import RunError, UserError, redacted
 _MANIFESTS = ("checkpoints/manifest-*.json", "checkpoints/best-*.json")
 _NEEDED = (
     *("checkpoints/clients/[0-9]*.safetensors", "checkpoints/server-*.safetensors", "log.jsonl", "*.parquet"),
+    *("model.json", "model.safetensors"),
     *("report.html", "tensorboard/*"),  # for people, but complete where summary.json is there
 )
 

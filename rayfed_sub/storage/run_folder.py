@@ -1,7 +1,8 @@
 """The run folder: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
 
 The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, with diagnostics layers.parquet and
-client_layers.parquet, and where questions are answered answers.parquet.  The report is made from all of them after the
+client_layers.parquet, and where questions are answered answers.parquet.  A model that a Python call handed over is kept
+in model.json and model.safetensors (`kept_models.py`).  The report is made from all of them after the
 last round.
 
 Every file appears whole or not at all; summary.json is written last, so a folder with it holds a finished run.  The
@@ -22,8 +23,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from rayfed_sub.config.checks import not_given
 from rayfed_sub.config.loading import flat, stored_config, yaml_text
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
 from rayfed_sub.data.fingerprint import Fingerprint
@@ -310,6 +312,34 @@ def check_same_data(then: Mapping[str, Any], now: Fingerprint, where: str) -> No
             counts = f" ({then['count']:,} rows then, {now.count:,} now)" if then["count"] != now.count else ""
             allowed = f"the data with which it began; now there are {change}{counts}"
             raise UserError("--resume", where, allowed, "restore the data, or begin anew in another folder")
+
+
+def check_given(path: Path, config: Config) -> None:
+    """UserError where the run in the folder began with rows or a model of a Python call, and this call has none."""
+    then = stored_config(path)
+    for field, before, now in (
+        ("task.name", then.task.name, config.task.name),
+        ("model.path", then.model.path, config.model.path),
+    ):
+        if before == GIVEN and now != GIVEN:
+            raise not_given(field)
+
+
+def check_code(path: Path, now: Mapping[str, str]) -> None:
+    """UserError naming the object of the call whose code or settings are others than those with which the run in the
+    folder began.  Passes for a run whose initial model was not evaluated yet."""
+    first = _started(_entries(path))
+    then = {} if first is None else first.get("code", {})
+    for name in (*then, *(name for name in now if name not in then)) if first is not None else ():
+        if then.get(name) != now.get(name):
+            allowed = f"the {name} with which the run in {path} began; this one has other code or settings"
+            raise UserError(name, "another one" if name in now else None, allowed, "or begin anew in another folder")
+
+
+def class_names(path: Path) -> tuple[str, ...]:
+    """Names of the classes with which the run in the folder began, in order; empty for language models."""
+    first = _started(_entries(path))
+    return () if first is None else tuple(first.get("classes", ()))
 
 
 def summary_of(path: Path, config: Config, any_pack: bool = False) -> Summary | None:

@@ -28,7 +28,7 @@ class Notice:
 class Beginning:
     """Start of a run, for resuming: the initial model's scores, and the conditions besides the configuration that
     determine the bits.  rows: the task's `RowCounts`; data: its `Fingerprint`; backbone: checksum of the frozen weights
-    in hex."""
+    in hex; code: digests of the caller's own code, by its name in the call of `run`; classes: names of the classes."""
 
     scores: tuple[Score, ...]
     versions: dict[str, str]
@@ -36,6 +36,8 @@ class Beginning:
     rows: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     backbone: str = ""
+    code: dict[str, str] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Summary:
     from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's); rows:
     the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version); stopped:
     why the run ended before its last round; best: `round`, finished ones, and `value` of early_stopping's `metric`
-    (None: no best checkpoint is kept)."""
+    (None: no best checkpoint is kept); one_at_a_time: the model is a module of the caller's own, whose clients train in
+    packs of one."""
 
     name: str
     method: str
@@ -158,4 +161,5 @@ class Summary:
     split: str | None = None
     stopped: str | None = None
     best: dict[str, Any] | None = None
+    one_at_a_time: bool = False
     folder: str = field(default="", compare=False)

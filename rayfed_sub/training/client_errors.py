@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.core.errors import RunError
-from rayfed_sub.core.types import Tensors
-from rayfed_sub.data.batching import Batches
+from rayfed_sub.core.types import LocalResult, Start, Tensors
+from rayfed_sub.data.batching import Batch, Batches
 
 _LENGTH = 300  # characters; an error message may hold whole records
 
 
-def drawn(batches: Batches, t: int) -> Tensors | str:
+def drawn(batches: Batches, t: int) -> Batch | str:
     """Batch number t, or why it cannot be drawn: a client's data may raise, and that is the client's failure alone.
 
     >>> drawn([{}, {}], 2)
@@ -25,6 +25,14 @@ def drawn(batches: Batches, t: int) -> Tensors | str:
         return batches[t]
     except Exception as error:
         return textwrap.shorten(f"batch of local step {t}: {type(error).__name__}: {error}", _LENGTH)
+
+
+def failed(client: int, start: Start, cause: str) -> LocalResult:
+    """The result of a client whose training ended with an error, as if it had taken no step."""
+    metrics = {"loss": 0.0, "loss_last": 0.0, "labels": 0.0, "steps": 0.0, "periods": 1.0}
+    return LocalResult(
+        client, start.tensors, start.moments, start.step, {}, 1.0, 1, metrics, cause, trained=start.trained
+    )
 
 
 def not_finite(tensors: Tensors) -> str | None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
-from rayfed_sub.data.batching import Batches
+from rayfed_sub.core.types import LocalResult, ModelShape, Start
+from rayfed_sub.data.batching import Batch, Batches
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.client_errors import drawn
@@ -27,7 +27,7 @@ from rayfed_sub.training.galore import Refresh, renew
 from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Terms, bound, runs
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
-from rayfed_sub.training.passes import Pass, passes
+from rayfed_sub.training.passes import AnyPass, passes
 from rayfed_sub.training.stacks import Stack, Trainee, stacks_of, without_finished
 
 GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
@@ -114,7 +114,7 @@ def train_pack(
     return PackResult([results[work.client] for work in works], tokens, computed)
 
 
-def _draw(stacks: Sequence[Stack], t: int) -> dict[int, Tensors]:
+def _draw(stacks: Sequence[Stack], t: int) -> dict[int, Batch]:
     """Batch number t of the clients that have one; a client whose data raise has failed."""
     found = {}
     for trainee in (trainee for stack in stacks for trainee in stack.trainees):
@@ -132,7 +132,7 @@ def _step(
     layers: Mapping[str, PackLinear],
     shape: ModelShape,
     stacks: Sequence[Stack],
-    turns: Sequence[Pass],
+    turns: Sequence[AnyPass],
     rule: LocalRule,
     gradient_hooks: GradientHooks | None,
 ) -> None:
@@ -177,7 +177,7 @@ def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hook
     return _Step(leaves, scale_G, base_scale_G, refresh, captures)
 
 
-def _terms(shape: ModelShape, stacks: Sequence[Stack], steps: Sequence[_Step], turn: Pass) -> dict[str, Bound]:
+def _terms(shape: ModelShape, stacks: Sequence[Stack], steps: Sequence[_Step], turn: AnyPass) -> dict[str, Bound]:
     """What every layer adds for its clients in one pass."""
     begins, first = [], 0  # each stack's clients and first row in the pass
     for stack in stacks:

@@ -47,8 +47,10 @@ class Run:
         clients = self.last - self.first
         return x_Sn[self.begin : self.begin + clients * self.count].view(clients, self.count, -1)
 
-    def times(self, factor: int) -> Run:
-        return Run(self.first, self.last, self.begin * factor, self.count * factor)
+    def scaled(self, tokens: int, rows: int) -> Run:
+        """The run of tokens where so many rows have so many tokens; a client that has all rows has all of them, also
+        where they are no multiple of the rows."""
+        return Run(self.first, self.last, self.begin * tokens // rows, self.count * tokens // rows)
 
 
 def runs(count_G: Sequence[int], begin: int = 0, kind_G: Sequence[int] | None = None) -> tuple[Run, ...]:
@@ -177,6 +179,7 @@ class PackLinear(nn.Module):
         super().__init__()
         # Plain attributes, not parameters: the tensors are shared memory and nothing may collect them for training.
         self.weight, self.bias = weight, bias
+        self.out_features, self.in_features = weight.shape  # as nn.Linear has them: a module may ask
         self.bound: Bound | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,7 +198,7 @@ class PackLinear(nn.Module):
 
 def _tokens(rows: tuple[Run, ...] | None, tokens: int, all_rows: int) -> tuple[Run, ...]:
     """The runs of rows as runs of tokens."""
-    return (Run(0, 1, 0, tokens),) if rows is None else tuple(run.times(tokens // all_rows) for run in rows)
+    return (Run(0, 1, 0, tokens),) if rows is None else tuple(run.scaled(tokens, all_rows) for run in rows)
 
 
 class _Sum(torch.autograd.Function):

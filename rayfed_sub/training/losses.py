@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,21 @@ from torch.nn import functional
 from rayfed_sub.models.flat_rows import attending, pass_rule
 from rayfed_sub.models.frozen_linear import FrozenLinear, product
 from rayfed_sub.models.logits import LogitRule, hidden_states
-from rayfed_sub.training.passes import Pass, passes
+from rayfed_sub.models.weights import answered
+from rayfed_sub.training.own_loss import OwnPass, trained_loss
+from rayfed_sub.training.passes import AnyPass, Pass, labelled_passes
 
 _TOKENS, _LOGITS = 128, 2**20  # a chunk of logits is as many numbers as that, or those of as many tokens if more
 
 
-def client_losses(model: nn.Module, one: Pass, count_G: Tensor) -> Tensor:
+def client_losses(model: nn.Module, one: AnyPass, count_G: Tensor) -> Tensor:
     """Each client's summed loss in this pass over the number of its labels in the step, (G,) float32, with gradient:
     summed over the step's passes it is the mean over its labels.
 
-    count_G: int64; a client without any label has loss 0.
+    count_G: int64; a client without any label has loss 0.  A loss of the caller's own is its batch's mean already.
     """
+    if isinstance(one, OwnPass):
+        return trained_loss(model, one.batch)[None]
     at_L = one.labelled()
     label_L, output = one.labels[at_L], _output_layer(model) if one.shifted else None
     if output is None:
@@ -58,7 +62,7 @@ def predicted(model: nn.Module, batch: Mapping[str, Tensor], pad: int = 0) -> Pr
     """Predictions for the labels of the batch, as for `client_losses`; in language modelling for each token given the
     true ones before it (teacher forcing).  A row's are the same in any batch."""
     device = next(model.parameters()).device
-    found = [_predicted(model, one.to(device)) for one in passes([batch], pass_rule(model), pad)]
+    found = [_predicted(model, one.to(device)) for one in labelled_passes([batch], pass_rule(model), pad)]
     loss_L, row_L, label_L, best_L = (torch.cat(parts) for parts in zip(*found, strict=True))
     order_L = row_L.argsort(stable=True)
     return Predicted(loss_L[order_L], row_L[order_L], label_L[order_L], best_L[order_L])
@@ -88,9 +92,8 @@ def _run(model: Any, one: Pass) -> Any:
     """The model's answer.  Pixels take its own type: not every architecture sees to that itself."""
     dtype = getattr(model, "dtype", torch.float32)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in one.inputs.items()}
-    how = {"use_cache": False} if one.shifted else {}
     with nullcontext() if one.flat is None else attending(model, one.flat):
-        return model(**inputs, **how)
+        return answered(model, inputs, causal=one.shifted)
 
 
 def _logits_at(model: nn.Module, one: Pass, at_L: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ def _hidden(model: nn.Module, head: nn.Module, one: Pass, at_L: Tensor) -> Tenso
 def _output_layer(model: nn.Module) -> tuple[nn.Linear | FrozenLinear, LogitRule] | None:
     """The output layer and the rule by which logits follow from it; None where there is none and the model must give
     its own logits."""
-    rule, head = getattr(model, "logit_rule", None), cast(Any, model).get_output_embeddings()
+    rule, head = getattr(model, "logit_rule", None), getattr(model, "get_output_embeddings", lambda: None)()
     return (head, rule) if isinstance(rule, LogitRule) and isinstance(head, nn.Linear | FrozenLinear) else None
 
 

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayfed_sub.data.batching import IGNORED
+from rayfed_sub.data.batching import IGNORED, Batch
+from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.flat_rows import FlatRows, PassRule, flat_rows
+from rayfed_sub.training.own_loss import OwnPass
 
-Batch = Mapping[str, Tensor]
+Labelled = Mapping[str, Tensor]
 Numbers = np.ndarray[Any, Any]
 
 
@@ -63,12 +65,23 @@ class Pass:
         return torch.bincount(self.client[self.labelled()], minlength=len(self.parts))
 
 
-def passes(batches: Sequence[Batch], rule: PassRule, pad: int) -> list[Pass]:
+AnyPass = Pass | OwnPass
+
+
+def passes(batches: Sequence[Batch], rule: PassRule, pad: int) -> Sequence[AnyPass]:
     """The passes of a step, in the order in which their gradients are added.
 
     batches: one for each client, as `Batches` gives them; a text ends where its attention mask does.  pad: the token
-    that fills up.
+    that fills up.  Batches of the caller's own come one at a time.
     """
+    if isinstance(batches[0], OwnBatch):
+        assert len(batches) == 1, "the rows of several clients' own batches are not known"
+        return [OwnPass(batches[0])]
+    return labelled_passes([batch for batch in batches if not isinstance(batch, OwnBatch)], rule, pad)
+
+
+def labelled_passes(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:
+    """The passes of batches with labels."""
     if "input_ids" not in batches[0]:
         return [_images(batches, rule)]
     texts = [_texts(batch) for batch in batches]
@@ -88,7 +101,7 @@ class _Texts:
     lengths: Numbers
 
 
-def _texts(batch: Batch) -> _Texts:
+def _texts(batch: Labelled) -> _Texts:
     ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
     real = batch["attention_mask"].numpy() != 0 if "attention_mask" in batch else np.ones(ids.shape, bool)
     if labels.ndim == 2:
@@ -148,7 +161,7 @@ def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> 
     return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, shifted=shifted)
 
 
-def _images(batches: Sequence[Batch], rule: PassRule) -> Pass:
+def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:
     """All images, and empty ones that fill the pass up."""
     part_G = [len(batch["labels"]) for batch in batches]
     real = sum(part_G)

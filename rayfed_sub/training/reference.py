@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,13 @@ from torch.nn import functional
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.data.batching import Batch
+from rayfed_sub.data.objects import OwnBatch
+from rayfed_sub.models.weights import answered
 from rayfed_sub.training.client_errors import drawn, not_finite
 from rayfed_sub.training.executor import ClientWork, LocalRule
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
+from rayfed_sub.training.own_loss import trained_loss
 
 
 def train_reference(
@@ -117,12 +121,15 @@ def _client(
     return LocalResult(client, tensors, moments, step, blocks, base_scale, periods, metrics, None, start.trained)
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """The mean cross-entropy over labelled tokens (or rows), and how many there are; without labels 0."""
+def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """The mean cross-entropy over labelled tokens (or rows), and how many there are; without labels 0.  Of the caller's
+    own loss the mean over the batch's rows."""
     device = next(model.parameters()).device
+    if isinstance(batch, OwnBatch):
+        return trained_loss(model, batch.to(device)), batch.rows
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")
-    logits = model(**inputs).logits.float()
+    logits = answered(model, inputs, causal=labels.dim() == 2).logits.float()
     if labels.dim() == 2:  # a token is predicted from those before it
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     count = int((labels != -100).sum())

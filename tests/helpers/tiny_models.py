@@ -33,6 +33,7 @@ from transformers import (
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Subspace, Tensors
+from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.logits import logit_rule
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.layers import PackLinear, based_on, install
@@ -204,6 +205,40 @@ def dinov2(targets: str = r"(fc1|fc2)$") -> Tiny:
         initializer_range=0.3,
     )
     return _tiny(Dinov2ForImageClassification, config, targets, "classifier", draw_images)
+
+
+class OwnEncoder(nn.Module):
+    """A module that transformers does not know: torch's Transformer layer, then a layer that sees positions before
+    rows, as no pack could lie."""
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+        self.embed, self.block = nn.Linear(5, 16), nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.mix, self.out = nn.Linear(16, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, x_BTk: Tensor) -> Tensor:
+        h_BTd = self.block(self.embed(x_BTk))
+        z_TBd = torch.tanh(self.mix(h_BTd.transpose(0, 1)))
+        logits: Tensor = self.out(z_TBd.mean(0))
+        return logits
+
+
+def class_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x_BTk, y_B = batch
+    return nn.functional.cross_entropy(model(x_BTk), y_B)
+
+
+@cache
+def own() -> Tiny:
+    """linear1 is 24 x 16, linear2 16 x 24, mix 12 x 16, and a trained head 3 x 12 with bias."""
+
+    def draw(rng: torch.Generator, rows: int, tokens: int, labels: int) -> OwnBatch:
+        content = (torch.randn(rows, tokens, 5, generator=rng), _classes(rng, rows, 1))
+        return OwnBatch(content, rows)
+
+    tiny = _tiny(OwnEncoder, None, r"(linear1|linear2|mix)$", "out", draw)  # type: ignore[arg-type]
+    vars(tiny.model).update(own_loss=class_loss, own_measure=None)
+    return tiny
 
 
 def _tiny(

@@ -30,7 +30,18 @@ from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.downloads import downloaded
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.planning.traffic import traffic
-from tests.helpers.tiny_models import Tiny, bert, distance, draw_batches, gpt2, llama, run_pack, run_reference, vit
+from tests.helpers.tiny_models import (
+    Tiny,
+    bert,
+    distance,
+    draw_batches,
+    gpt2,
+    llama,
+    own,
+    run_pack,
+    run_reference,
+    vit,
+)
 
 RANK, STEPS = 2, 3
 OPTIMIZER = Optimizer(lr=0.01)
@@ -261,6 +272,24 @@ def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
     before = effective(method, model, server)
     for layer in ours:
         assert distance(ours[layer] - before[layer], theirs[layer] - before[layer]) < 1e-4
+
+
+@every_method
+def test_modules_of_the_caller_s_own_train_as_in_the_reference(name: str) -> None:
+    """A loss of the caller's own, one client at a time; torch's Transformer layers call their linear layers."""
+    model, method = own(), made(name)
+    how = {"weights": [1, 2], "packs": [[0], [1]], "optimizer": OPTIMIZER.model_copy(update={"eps": 1e-4})}
+    server, data = method.init_server(model.weights, model.shape, seed=0), clients_data(model, 2)
+    server = walk(method, model, server, clients_data(model, 2, seed=90), **how).server  # type: ignore[arg-type]
+    ours, theirs = (
+        effective(method, model, walk(method, model, server, data, trainer=t, **how).server)  # type: ignore[arg-type]
+        for t in (run_pack, run_reference)
+    )
+    before = effective(method, model, server)
+    for layer in ours:
+        assert distance(ours[layer] - before[layer], theirs[layer] - before[layer]) < 1e-4
+        if not method.personal:
+            assert not torch.equal(ours[layer], before[layer])
 
 
 @every_method

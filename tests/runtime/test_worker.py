@@ -16,7 +16,8 @@ import torch
 from rayfed_sub import load_config
 from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.types import ClientState, Tensors
-from rayfed_sub.data.dataset import Dataset, Rows
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.rows import Rows
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.sampling import pack_work

@@ -1,0 +1,150 @@
+"""What a Python call hands over in place of what a configuration names: rows, a model, a method."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, cast
+
+from rayfed_sub.config.checks import check
+from rayfed_sub.config.schema import GIVEN, Config
+from rayfed_sub.core.digests import digest, module_digest
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.given import GivenRows, given_rows
+from rayfed_sub.methods import METHODS
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.own_architecture import own_dtype
+from rayfed_sub.models.own_model import OwnModel
+
+_COLUMNS = ("prompt", "answer", "label", "image", "messages", "text")
+_SOURCES = ("path", "train", "validation", "test", "split_column")
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Objects of a Python call, each in place of what the configuration names; None: as the configuration says."""
+
+    rows: GivenRows | None = None
+    model: OwnModel | None = None
+    method: Method | None = None
+
+
+NOTHING = Given()
+
+
+def given(data: Any = None, validation: Any = None, test: Any = None, model: Any = None, method: Any = None) -> Given:
+    """The arguments of `run`, checked by themselves.  Raises UserError naming the argument."""
+    if data is None and (validation is not None or test is not None):
+        field = "validation" if validation is not None else "test"
+        raise UserError(field, "rows", "nothing without data, the clients' training rows", "give data as well")
+    if model is not None:
+        _check_model(model)
+    if method is not None:
+        _check_method(method)
+    return Given(None if data is None else given_rows(data, validation, test), model, method)
+
+
+def named(config: Config, objects: Given) -> Config:
+    """The configuration with `given` in place of what the call hands over, as it stands in the run folder.
+
+    A mapping of rows is the partition: federation.clients is their number.  Raises UserError for keys that say
+    something else than the objects.
+    """
+    tree: dict[str, Any] = {}
+    if objects.rows is not None:
+        _check_task(config)
+        partition = config.federation.partition.model_copy(update={"kind": "files"})
+        clients = len(objects.rows.clients)
+        tree["task"] = config.task.model_copy(update={"name": GIVEN})
+        tree["federation"] = config.federation.model_copy(update={"partition": partition, "clients": clients})
+    if objects.model is not None:
+        if objects.model.loss is not None:
+            _check_own(config, objects)
+        dtype = own_dtype(objects.model)
+        tree["model"] = config.model.model_copy(update={"path": GIVEN, "dtype": dtype, "random": {}})
+    if objects.method is not None:
+        tree["method"] = {"name": method_name(objects.method), **asdict(cast(Any, objects.method))}
+    return config.model_copy(update=tree)
+
+
+def code_digests(objects: Given) -> dict[str, str]:
+    """A digest of the code and the settings of each object that brings some, by the argument's name; rows and weights
+    have digests of their own."""
+    found: dict[str, bytes] = {}
+    if (model := objects.model) is not None:
+        found["model"] = module_digest(model.module)
+        functions = {"loss": model.loss, "batch": model.batch, "measure": model.measure}
+        found |= {name: digest(function) for name, function in functions.items() if function is not None}
+    if objects.method is not None and method_name(objects.method) not in METHODS:
+        found["method"] = digest(type(objects.method))
+    return {name: value.hex() for name, value in found.items()}
+
+
+def method_name(method: Method) -> str:
+    """The name by which `methods.build` finds the method's class: of the table, or package.module:Class."""
+    path = f"{type(method).__module__}:{type(method).__qualname__}"
+    return next((name for name, place in METHODS.items() if place == path), path)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, OwnModel):
+        allowed = "OwnModel(module, tokenizer=...) or OwnModel(module, loss=..., batch=...)"
+        raise UserError("model", type(model).__qualname__, allowed, "from rayfed_sub import OwnModel")
+    if (model.tokenizer is None) == (model.loss is None):
+        given = "both" if model.loss is not None else "neither"
+        raise UserError("model", given, "OwnModel with one of tokenizer and loss", "give the one that reads the rows")
+    for name in ("loss", "batch", "measure"):
+        function = getattr(model, name)
+        if function is not None and model.loss is None:
+            raise UserError(name, _shown(function), "nothing without loss", "give a loss, or leave it out")
+        if function is not None and not callable(function):
+            raise UserError(name, type(function).__qualname__, "a function", "see rayfed_sub.OwnModel")
+
+
+def _check_method(method: Any) -> None:
+    """UserError for what is no method, or has fields that no configuration holds."""
+    kind = type(method)
+    if isinstance(method, type) or not is_dataclass(method) or not hasattr(method, "start_client"):
+        shown = method.__qualname__ if isinstance(method, type) else kind.__qualname__
+        allowed = "an instance of a dataclass with a method's functions"
+        raise UserError("method", shown, allowed, "see rayfed_sub/methods/README.md")
+    fields = asdict(cast(Any, method))
+    try:
+        json.dumps(fields)
+        check(kind, fields, "method")
+    except UserError:
+        raise
+    except Exception as error:  # pydantic raises a family of errors for types that it cannot check
+        allowed = "fields that YAML can hold: numbers, text, lists"
+        raise UserError("method", kind.__qualname__, allowed, str(error).partition("\n")[0]) from None
+
+
+def _check_task(config: Config) -> None:
+    task, kind = config.task, config.federation.partition.kind
+    if task.name not in ("python-docs", "table", GIVEN):
+        raise UserError("task.name", task.name, "table with data=..., which brings the rows", "set task.name=table")
+    for name in _SOURCES:
+        if (value := getattr(task, name)) is not None:
+            raise UserError(
+                f"task.{name}", value, "nothing with data=..., which brings the rows", f"remove task.{name}"
+            )
+    if kind not in ("column", "files"):
+        allowed = "nothing else than the default with data=..., whose names are the clients"
+        raise UserError("federation.partition.kind", kind, allowed, "remove it, or give the rows of other clients")
+
+
+def _check_own(config: Config, objects: Given) -> None:
+    """UserError for keys that read rows which only the caller's own functions understand."""
+    if objects.rows is None:
+        raise UserError("data", None, "rows for the model's own loss", "call run(config, data={'client': rows}, ...)")
+    for name in _COLUMNS:
+        if (value := getattr(config.task, name)) is not None:
+            allowed = "nothing with a loss of the caller's own, whose batch reads the rows"
+            raise UserError(f"task.{name}", value, allowed, f"remove task.{name}")
+    if rows := config.evaluation.generate_rows:
+        allowed = "0 with a loss of the caller's own, which answers nothing"
+        raise UserError("evaluation.generate_rows", rows, allowed, "remove it")
+
+
+def _shown(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)

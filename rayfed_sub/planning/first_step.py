@@ -1,0 +1,87 @@
+"""A trial of a module of the caller's own before the run: one batch, forward and backward, nothing learned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.rng import stream
+from rayfed_sub.data.batching import collate
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.data.objects import OwnBatch
+from rayfed_sub.models.architecture import Architecture
+from rayfed_sub.models.flat_rows import pass_rule
+from rayfed_sub.models.weights import assemble
+from rayfed_sub.training.layers import Bound, Terms, bound, install, runs
+from rayfed_sub.training.losses import client_losses
+from rayfed_sub.training.own_loss import OwnCodeError, own_scores
+from rayfed_sub.training.passes import passes
+
+log = logging.getLogger(__name__)
+
+
+def check_first_step(
+    config: Config, architecture: Architecture, tensors: Mapping[str, Tensor], dataset: Dataset, pad: int
+) -> None:
+    """UserError (batch, loss, measure, model, model.targets) where the caller's functions fail on the first client's
+    first rows, the loss is no scalar with a gradient, or depends on no trained layer.  A warning names layers that this
+    batch does not reach."""
+    client = dataset.client_names[0]
+    rows = dataset.rows_of(0)[: config.federation.batch_size]
+    model = assemble(architecture, tensors)
+    layers = install(model, architecture.shape)
+    try:
+        batch = collate(dataset.train, rows, mask_prompt=config.task.mask_prompt, pad=pad)
+    except Exception as error:  # the caller's code raises anything
+        allowed = f"a function that makes a batch of a list of rows; with {len(rows)} of client {client} it raises"
+        raise UserError("batch", "OwnModel.batch", allowed, _line(error)) from error
+    try:
+        turns = passes([batch], pass_rule(model), pad)
+        leaves = {layer.name: torch.zeros(1, layer.m, 1, requires_grad=True) for layer in architecture.shape.targets}
+        leaves |= {
+            layer.name: layers[layer.name].weight.float()[None].clone().requires_grad_()
+            for layer in architecture.shape.head
+        }
+        reached: set[str] = set()
+        for turn in turns:
+            rows_ = runs(turn.parts)
+            terms = {
+                layer.name: Terms(rows_, left_Gmr=leaves[layer.name], right_Grn=_random(layer.name, layer.n))
+                for layer in architecture.shape.targets
+            }
+            terms |= {layer.name: Terms(rows_, weight_Gmn=leaves[layer.name]) for layer in architecture.shape.head}
+            here = {name: Bound(turn.size, (own,)) for name, own in terms.items()}
+            with bound(layers, here):
+                loss = client_losses(model, turn, turn.counts()).sum()
+                found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            reached |= {name for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+        if isinstance(batch, OwnBatch):
+            own_scores(model, batch)
+    except OwnCodeError as error:
+        name, _, cause = str(error).partition(" ")
+        allowed = f"a function of the module and a batch; with rows of client {client} it {cause}"
+        raise UserError(name, f"OwnModel.{name}", allowed, "run it by hand on batch(rows)") from error
+    except UserError:
+        raise
+    except Exception as error:  # so does the caller's module
+        allowed = f"a module that reads this task's rows; with rows of client {client} it raises"
+        raise UserError("model", type(architecture.module).__qualname__, allowed, _line(error)) from error
+    missed = [name for name in leaves if name not in reached]
+    if not any(layer.name in reached for layer in architecture.shape.targets):
+        allowed = f"layers that the loss depends on; it does not on {', '.join(missed[:4])}"
+        raise UserError("model.targets", config.model.targets, allowed, "name layers whose forward is called")
+    if missed:
+        log.warning("the loss of a first batch does not depend on %s", ", ".join(missed[:8]))
+
+
+def _random(name: str, n: int) -> Tensor:
+    return torch.from_numpy(stream(0, "first step", name).standard_normal((1, 1, n), "float32"))
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
