@@ -440,6 +440,11 @@ class Config(Record):
         description="The federated method: its name (`rayfed-sub list methods`, or package.module:Class) and its own "
         "fields.",
     )
+    hook: dict[str, Any] = Field(
+        default={},
+        description="A hook into the clients' steps: its name (`rayfed-sub list hooks`, or package.module:Class) and "
+        "its own fields. Empty: none.",
+    )
     optimizer: Optimizer = Optimizer()
     server: Server = Server()
     privacy: Privacy = Privacy()
@@ -447,3 +452,9 @@ class Config(Record):
     diagnostics: Diagnostics = Diagnostics()
     resources: Resources = Resources()
     checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def method_in_words(self) -> str:
+        """Names of the method and its hook, such as `ffa-lora with scaffold`."""
+        hook = self.hook.get("name")
+        return str(self.method["name"]) + ("" if hook is None else f" with {hook}")

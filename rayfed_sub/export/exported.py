@@ -175,11 +175,11 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None) -> _T
     name = config.method.get("name")
     if method is not None and method != name:
         raise UserError("--method", method, f"{name}, the run's own", "leave it out or name that")
-    check_named(name, [method or ""], str(run_dir), f"--method {name}")
+    check_named("method", name, [method or ""], str(run_dir), f"--method {name}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
     make(to, "--to")
-    job = prepare(config)
+    job = prepare(config.model_copy(update={"hook": {}}))  # a trained model needs its method alone
     shape = job.architecture.shape
     server, changes = _changes(run_dir, job, client)
     tensors = load_weights(config.model, job.architecture, config.seed)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
@@ -18,7 +17,9 @@ from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.evaluation.named_metrics import metrics_of
-from rayfed_sub.methods import build
+from rayfed_sub.methods import METHODS, build, build_hook, class_of, fields_of
+from rayfed_sub.methods.hooked import hooked
+from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
@@ -70,7 +71,27 @@ def check_settings(config: Config) -> Method:
     _check_privacy(config, method)
     check_training(config)
     _check_nova(config, method)
-    return method
+    return with_hook(config, method, build_hook(config.hook))
+
+
+def with_hook(config: Config, method: Method, hook: LocalHook | None) -> Method:
+    """The method with the hook, if there is one.  Raises UserError where method or settings do not fit hooks, or not
+    this one."""
+    if hook is None:
+        return method
+    name, federation = hook.name, config.federation
+    if getattr(method, "shared_basis", None) is None:
+        fitting = ", ".join(known for known in METHODS if hasattr(class_of(known), "shared_basis"))
+        allowed = f"nothing with method.name={config.method['name']}, whose clients do not all train in one basis"
+        raise UserError("hook.name", name, allowed, f"remove it or choose one of {fitting}")
+    if config.privacy.clip is not None:
+        allowed = "nothing with privacy.clip: a hook's tensors would be released without noise"
+        raise UserError("hook.name", name, allowed, "remove one of them")
+    if federation.normalise_steps:
+        allowed = f"false with hook.name={name}: FedNova's rule is for plain gradients"
+        raise UserError("federation.normalise_steps", True, allowed, "remove one of them")
+    hook.check(config)
+    return hooked(method, hook, federation.clients)
 
 
 def load_inputs(config: Config) -> JobInputs:
@@ -89,10 +110,9 @@ def job_on(base: JobInputs, config: Config) -> Job:
     method.check(base.architecture.shape)
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
-    fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
-    method_fields = {"name": config.method["name"], **fields}
-    resolved = config.model_copy(update={"federation": federation, "method": method_fields, "evaluation": evaluation})
+    updated = {**fields_of(config), "federation": federation, "evaluation": evaluation}
+    resolved = config.model_copy(update=updated)
     return Job(resolved, method, base.architecture, base.processor, base.dataset, noise_of(resolved))
 
 

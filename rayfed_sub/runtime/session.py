@@ -25,7 +25,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
-from rayfed_sub.methods import METHODS, adopted
+from rayfed_sub.methods import adopted, strangers
 from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
@@ -184,9 +184,9 @@ def _resume_hint(folder: RunFolder, config: Config, notify: Listener) -> Iterato
 
 
 def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
-    place, name = folder.place, str(config.method["name"])
+    place = folder.place
     # Classes and metrics that only the folder names are not imported: name them in the command.
-    named = [] if name in METHODS else [f"method.name={name}"]
+    named = [f"{key}={name}" for key, name in strangers(config).items()]
     named += [as_override("evaluation.metrics", list(metrics))] if (metrics := config.evaluation.metrics) else []
     words = [
         "rayfed-sub",
