@@ -51,10 +51,6 @@ class Hooked:
 
     personal = False  # a client's own model has tensors that are not shared
 
-    @property
-    def supports_server_optimizer(self) -> bool:
-        return self.method.supports_server_optimizer
-
     def check(self, shape: ModelShape) -> None:
         self.method.check(shape)
 

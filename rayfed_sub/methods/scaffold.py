@@ -11,7 +11,8 @@ and K eta is 0 in a round whose learning rate is 0.  So every client counts its 
 weight decay and momentum stay outside, and a clipped gradient counts as clipped, before the correction.  The head of a
 classification is trained, and has control variates too.
 
-With optimizer.name=adamw the corrected gradients go into AdamW: control variates stay gradients, not Adam's steps.
+With optimizer.name=adamw the corrected gradients go into AdamW, of which the paper says nothing: control variates stay
+gradients, and are no differences of Adam's steps, whose length does not depend on that of the gradients.
 Wire, numbers beside the method's own: as many as its trained tensors have, up and down.
 """
 

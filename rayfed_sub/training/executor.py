@@ -272,13 +272,15 @@ def _move(stack: Stack, step: _Step, shape: ModelShape, rule: LocalRule) -> None
 
 
 def _correct(stack: Stack, grads: dict[str, Tensor], lr: float) -> None:
-    """Replaces the gradients by those of the clients' hooks: each client by itself and on copies, whose memory is
-    aligned as if it were alone, so that its bits depend on no other."""
+    """Replaces the gradients by those of the clients' hooks: each client by itself and on copies that begin and lie in
+    memory as if it were alone, so that its bits depend on no other."""
     found = []
     for g, trainee in enumerate(stack.trainees):
         start, number = trainee.start, len(trainee.losses) - 1
-        own = {name: grads[name][g].clone() for name in start.trained}
-        now = {name: stack.tensors[name][g].clone() for name in start.trained}
+        own, now = (
+            {name: given[name][g].clone(memory_format=torch.contiguous_format) for name in start.trained}
+            for given in (grads, stack.tensors)
+        )
         assert start.correct is not None
         given, trainee.memory = optimizers.corrected(start.correct, trainee.memory, LocalStep(now, own, number, lr))
         found.append(given)

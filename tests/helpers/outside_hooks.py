@@ -70,11 +70,21 @@ def orthogonal(x: Tensor) -> Tensor:
     """A matrix with singular values near 1, by five steps of Newton and Schulz; a vector of norm 1."""
     if x.dim() == 1:
         return x / (x.norm() + 1e-7)
-    x = x / (x.norm() + 1e-7)
+    x = x / ((x @ x.T).diagonal().sum().sqrt() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x
+
+
+@dataclass(frozen=True)
+class SpectralDescent(FedProx):
+    """Steepest descent in the spectral norm (Carlson et al. 2015): the orthogonal factor of the gradient as it is."""
+
+    name: ClassVar[str] = "spectral"
+
+    def correct(self, memory: Tensors, step: LocalStep) -> tuple[Tensors, Tensors]:
+        return {name: orthogonal(gradient) for name, gradient in step.gradients.items()}, memory
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rayfed_sub.planning.job import check_settings
 from rayfed_sub.planning.traffic import first_start, traffic
 from rayfed_sub.training.executor import LocalRule, train_pack
 from tests.helpers import outside_hooks
-from tests.helpers.outside_hooks import FedProx, Muon
+from tests.helpers.outside_hooks import FedProx, Muon, SpectralDescent
 from tests.helpers.tiny_models import (
     PAD,
     bert,
@@ -36,7 +36,7 @@ from tests.training.test_any_pack import PACKS
 
 
 def hook_of(name: str) -> LocalHook:
-    outside = {"fedprox": FedProx(), "muon": Muon()}
+    outside = {"fedprox": FedProx(), "muon": Muon(), "spectral": SpectralDescent()}
     hook = outside.get(name) or build_hook({"name": name})
     assert hook is not None
     return hook
@@ -54,10 +54,10 @@ def test_hook_passes_every_check(hook: str, check: object) -> None:
 
 @pytest.mark.parametrize(
     ("hook", "method"),
-    [("scaffold", "fedavg"), ("scaffold", "shared-galore"), ("muon", "fedit"), ("fedprox", "fed-sb")],
+    [("scaffold", "fedavg"), ("scaffold", "shared-galore"), ("muon", "fedit"), ("spectral", "fed-sb")],
 )
 def test_client_with_a_hook_has_the_same_bits_in_any_pack(hook: str, method: str) -> None:
-    """In packs of 1, 2, 3 and 8; Muon's matrix products depend on where their inputs begin in memory."""
+    """In packs of 1, 2, 3 and 8; the Gram of a 5 x 5 gradient has other bits where it begins elsewhere in memory."""
     check_any_pack(hook_of(hook), method, bert() if method == "fedit" else llama(), PACKS)
 
 
@@ -74,7 +74,7 @@ def test_client_with_a_hook_has_the_same_bits_in_any_pack(hook: str, method: str
 def test_wrong_hook_is_caught(wrong: str, check: str, words: str) -> None:
     hook = getattr(outside_hooks, wrong)()
     if wrong == "ForgetsATensor":
-        with pytest.raises(RunError, match=r"hook: it gives .* the shape of no tensor, not 16 x 2"):
+        with pytest.raises(RunError, match=r"hook: it gives .* the shape of no tensor, not 16 x 5"):
             starts_of(hook, "fedit", llama(), 1)
         return
     with pytest.raises((AssertionError, RunError), match=words):

@@ -18,15 +18,20 @@ from tests.helpers.tiny_models import distance, draw_batches, llama, run_pack
 from tests.methods.hook_checks import hooked_as, starts_of
 
 SHAPE = ModelShape((Layer("up", 1, 1),))
+SGD = Optimizer(name="sgd")
 A, B = (1.0, 3.0), (0.0, 1.0)
 """Client i has the loss A_i / 2 (y - B_i)^2, so the gradient A_i (y - B_i).  The mean loss is least at 3 / 4."""
 
 
 def quadratic(
-    method: Method, cohorts: Sequence[Sequence[int]], steps: Sequence[int], lr: float
+    method: Method,
+    cohorts: Sequence[Sequence[int]],
+    steps: Sequence[int],
+    lr: float,
+    optimizer: Optimizer = SGD,
 ) -> tuple[list[float], list[float], ServerState, dict[int, ClientState]]:
-    """Rounds of our own method and SGD from y = 0: the server's weight after each, and the distance of the clients'
-    weights from their mean."""
+    """Rounds of our own method and optimizer from y = 0: after each the server's weight, and how far apart the clients
+    ended; then server and states."""
     server = method.init_server({"up/weight": torch.zeros(1, 1)}, SHAPE, seed=0)
     states, path, spread = dict[int, ClientState](), list[float](), list[float]()
     for n, cohort in enumerate(cohorts):
@@ -34,19 +39,22 @@ def quadratic(
         for k in cohort:
             start = method.start_client(broadcast, states.get(k), Client(k, 0), SHAPE)
             y, memory = start.tensors["up/weight"].clone()[None], start.memory
+            held = {f"up/weight/{role}": torch.zeros(1, 1) for role in optimizers.moment_roles(optimizer)}
+            moments = {name.rpartition("/")[2]: [x.clone()[None]] for name, x in {**held, **start.moments}.items()}
             for t in range(steps[k]):
                 gradient = A[k] * (y[0] - B[k])
                 if start.correct is not None:
                     at = LocalStep({"up/weight": y[0].clone()}, {"up/weight": gradient}, t, lr)
                     given, memory = optimizers.corrected(start.correct, memory, at)
                     gradient = given["up/weight"]
-                optimizers.step(Optimizer(name="sgd"), lr, [y], [gradient[None]], {}, [t])
-            metrics = {"steps": float(steps[k])}
+                optimizers.step(optimizer, lr, [y], [gradient[None]], moments, [start.step + t])
+            metrics, end = {"steps": float(steps[k])}, start.step + steps[k]
+            kept = {f"up/weight/{role}": x[0] for role, (x,) in moments.items()}
             result = LocalResult(
-                k, {"up/weight": y[0]}, {}, steps[k], {}, 1.0, 1, metrics, trained=start.trained, memory=memory
+                k, {"up/weight": y[0]}, kept, end, {}, 1.0, 1, metrics, trained=start.trained, memory=memory
             )
             total = method.accumulate(total, method.upload(broadcast, result, 1.0, SHAPE), SHAPE)
-            states[k] = ClientState(n + 1, 0, steps[k], method.client_state(broadcast, result, SHAPE))
+            states[k] = ClientState(n + 1, 0, end, method.client_state(broadcast, result, SHAPE))
             ends.append(float(y))
         server = method.aggregate(server, total, SHAPE)
         path.append(float(server.tensors["up/weight"]))
@@ -105,6 +113,18 @@ def test_scaffold_reaches_the_minimum_that_averaging_misses() -> None:
     assert together[-1] < 1e-5
 
 
+def test_adamw_gets_the_corrected_gradients() -> None:
+    """Adam's steps have the length of the rate whatever the gradients, so averaged clients pull against each other and
+    stay near where the first round left them; with gradients that agree they go to the minimum, 3/4."""
+    rounds, steps = [[0, 1]] * 60, [5, 5]
+    drifting, apart, *_ = quadratic(build({"name": "fedavg"}), rounds, steps, 0.03, Optimizer())
+    corrected, together, *_ = quadratic(scaffold(), rounds, steps, 0.03, Optimizer())
+    assert drifting[-1] < 0.3
+    assert corrected[-1] == pytest.approx(0.75, abs=1e-3)
+    assert apart[-1] > 0.25  # of 2 * 5 * 0.03 = 0.3 at most
+    assert together[-1] < 0.01
+
+
 @pytest.mark.parametrize("steps", [[2, 2], [1, 4]])
 def test_rounds_of_some_of_the_clients_match_the_algorithm(steps: list[int]) -> None:
     """N = 3, of which one client is never sampled; clients with equal and with unequal steps."""
@@ -131,7 +151,7 @@ def test_mean_of_the_gradients_is_option_ii(method: str) -> None:
     """On a real model with SGD: c_i+ = c_i - c + (x - y_i) / (K eta), in a later round, K = 3 and eta = 1/2."""
     tiny, hook = llama(), Scaffold()
     start = starts_of(hook, method, tiny, 2)[1]
-    (result,) = run_pack(tiny, [start], [draw_batches(tiny, 0, 3, rows=6)], Optimizer(name="sgd"), lr=0.5)
+    (result,) = run_pack(tiny, [start], [draw_batches(tiny, 0, 3, rows=6)], SGD, lr=0.5)
     kept = hook.client_state(result.memory, {name: result.tensors[name] for name in start.trained}, 3)
     for name in start.trained:
         shift = start.memory[f"{name}/shift"]
@@ -153,7 +173,7 @@ def test_control_variates_begin_anew_in_another_basis() -> None:
         own = [start.memory[f"{name}/c"] for name in start.trained]
         shared = [server.tensors[f"hook/{name}/c"] for name in start.trained]
         assert all(bool(c.any()) == (n == 1) for c in (*own, *shared)), f"round {n}"
-        (result,) = run_pack(tiny, [start], [draw_batches(tiny, n, 2)], Optimizer(name="sgd"), lr=0.1)
+        (result,) = run_pack(tiny, [start], [draw_batches(tiny, n, 2)], SGD, lr=0.1)
         update = method.upload(broadcast, result, 1.0, tiny.shape)
         state = ClientState(n + 1, 2, 2, method.client_state(broadcast, result, tiny.shape))
         total = method.accumulate(method.accumulator(server, tiny.shape), update, tiny.shape)
