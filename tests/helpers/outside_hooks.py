@@ -78,6 +78,50 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """MOON's contrast (arXiv 2103.16257) between models' tensors in place of their representations: near the server's
+    x, far from the client's own z of the round before, by -log of the softmax of their cosines with y."""
+
+    name: ClassVar[str] = "contrast"
+    paper: ClassVar[str] = "arXiv 2103.16257"
+    wire: ClassVar[str] = "0 / 0"
+    departs: ClassVar[str] = "tensors in place of representations"
+
+    mu: float = 1.0
+    temperature: float = 0.5
+
+    check = hooks.nothing_refused
+    init_server = hooks.nothing_at_server
+    broadcast = hooks.nothing_received
+    upload = hooks.nothing_kept
+    aggregate = hooks.nothing_moved
+
+    def begin(self, received: Tensors, kept: Tensors, trained: Tensors) -> Tensors:
+        last = {f"{name}/last": kept.get(f"{name}/last", tensor) for name, tensor in trained.items()}
+        return {**last, **{f"{name}/start": tensor for name, tensor in trained.items()}}
+
+    def correct(self, memory: Tensors, step: LocalStep) -> tuple[Tensors, Tensors]:
+        def loss(y: Tensors) -> Tensor:
+            sides = [cosine(y, {name: memory[f"{name}/{kind}"] for name in y}) for kind in ("start", "last")]
+            return -self.mu * torch.log_softmax(torch.stack(sides) / self.temperature, 0)[0]
+
+        term = torch.func.grad(loss)(dict(step.tensors))
+        return {name: gradient + term[name] for name, gradient in step.gradients.items()}, memory
+
+    def client_state(self, memory: Tensors, ended: Tensors, steps: int) -> Tensors:
+        return {f"{name}/last": tensor for name, tensor in ended.items()}
+
+
+def cosine(a: Tensors, b: Tensors) -> Tensor:
+    """Of all tensors together."""
+
+    def inner(x: Tensors, y: Tensors) -> Tensor:
+        return torch.stack([(x[name] * y[name]).sum() for name in x]).sum()
+
+    return inner(a, b) / ((inner(a, a) + 1e-12) * (inner(b, b) + 1e-12)).sqrt()
+
+
+@dataclass(frozen=True)
 class SpectralDescent(FedProx):
     """Steepest descent in the spectral norm (Carlson et al. 2015): the orthogonal factor of the gradient as it is."""
 
