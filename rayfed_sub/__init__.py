@@ -18,6 +18,7 @@ from rayfed_sub.telemetry.events import Decision, Progress
 
 if TYPE_CHECKING:
     from rayfed_sub.data.given import RowSource
+    from rayfed_sub.methods.hooks import LocalHook
     from rayfed_sub.methods.protocol import Method
     from rayfed_sub.runtime.session import Listener
     from rayfed_sub.sweeps.outcome import SweepResult
@@ -36,6 +37,7 @@ def run(
     test: Mapping[str, RowSource] | RowSource | None = None,
     model: OwnModel | None = None,
     method: Method | None = None,
+    hooks: LocalHook | Sequence[LocalHook] = (),
     resume: bool = False,
     address: str | None = None,
     callbacks: Sequence[Callback] = (),
@@ -55,6 +57,10 @@ def run(
     model: an `OwnModel`, in place of model.path: a module with a tokenizer, or with a loss and batch function.
     method: an instance of a class with a method's functions (`rayfed_sub.methods.protocol.Method`), in place of
     `config.method`.
+    hooks: an instance of a class with a hook's functions (`rayfed_sub.methods.hooks.LocalHook`), or a list of one, in
+    place of `config.hook`.
+    callbacks: functions that are asked between rounds, besides those that the configuration names
+    (`rayfed_sub.telemetry.events.Callback`); they may stop the run or change its learning rate.
 
     The run folder knows these objects by digests: the same call with resume=True goes on with the run, one with others
     is refused, as is the command line, which cannot have them.  Raises UserError, naming the argument, for objects that
@@ -64,7 +70,7 @@ def run(
     from rayfed_sub.reports.report import report_run
     from rayfed_sub.runtime import session
 
-    objects = given(data, validation, test, model, method)
+    objects = given(data, validation, test, model, method, hooks or None)
     return session.run(
         config, out, listener, given=objects, callbacks=callbacks, resume=resume, address=address, finish=report_run
     )

@@ -22,11 +22,15 @@ from rayfed_sub.cli.listings import LISTINGS, markdown
 from rayfed_sub.cli.main import app
 from rayfed_sub.core.schemas import RoundRow
 from rayfed_sub.core.types import Client, Layer, LocalResult, ModelShape, Tensors
-from rayfed_sub.methods import METHODS, build
+from rayfed_sub.methods import METHODS, build, build_hook
+from rayfed_sub.methods.hooked import hooked
 from rayfed_sub.sweeps.outcome import SweepResult
 from rayfed_sub.sweeps.space import load_sweep
 from rayfed_sub.sweeps.study import check_trials, load_study
 from rayfed_sub.telemetry.events import Summary
+from tests.helpers.tiny_models import llama
+from tests.methods.hook_checks import CHECKS
+from tests.methods.test_scaffold import quadratic
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rayfed_sub"
@@ -36,7 +40,7 @@ DOCUMENTS = (
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "experiments").rglob("*.md")),
 )
 # Files that the documents name and that a run or the reader creates.
-MADE = {"config.yaml", "best.yaml", "momentum.py", "answers.parquet"}
+MADE = {"config.yaml", "best.yaml", "momentum.py", "feddyn.py", "answers.parquet"}
 
 documents = pytest.mark.parametrize("document", DOCUMENTS)
 
@@ -209,7 +213,7 @@ def test_python_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer of 2 x 3, rank 1, alpha 1, momentum 1/2; two clients, one with three times the rows of the other."""
-    (source,) = blocks("rayfed_sub/methods/README.md", "python")
+    source, _ = blocks("rayfed_sub/methods/README.md", "python")
     (tmp_path / "momentum.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
@@ -248,6 +252,28 @@ def test_method_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # s = alpha / r = 1: the change is B A.
     change = method.model(server, shape)["up"].apply(torch.zeros(2, 3))
     torch.testing.assert_close(change, torch.tensor([[0.375], [1.125]]) @ A)
+
+
+def test_hook_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clients of three, with losses a / 2 (y - b)^2, a = 1, 3 and b = 0, 1; SGD with two steps of 1/10; alpha 1/2.
+
+    Round 0 from x = 0: y_1 = 0; y_2 = 3/10, then 3/10 - (3 (-7/10) + 3/20) / 10 = .495.  h_2 = -.2475; mean .2475, h =
+    -1/2 * 2/3 * .2475 = -.0825, x = .2475 + .165 = .4125.  Round 1, client 1 (h_1 = 0): .4125 - .04125 = .37125, then
+    .37125 - (.37125 + (.37125 - .4125) / 2) / 10 = .3361875.  Client 2: .4125 - (3 (-.5875) + .2475) / 10 = .564, then
+    .564 - (3 (-.436) + .2475 + .07575) / 10 = .662475.  Mean .49933125, h = -.0825 - .08683125 / 3 = -.11144375."""
+    _, source = blocks("rayfed_sub/methods/README.md", "python")
+    (tmp_path / "feddyn.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    hook = build_hook({"name": "feddyn:FedDyn", "alpha": 0.5})
+    assert hook is not None
+    method = hooked(build({"name": "fedavg"}), hook, clients=3)
+    path, _, server, states = quadratic(method, [[0, 1]] * 2, [2, 2], lr=0.1)
+    assert path == pytest.approx([0.4125, 0.49933125 + 0.2228875], abs=1e-6)
+    assert float(server.tensors["hook/up/weight/h"]) == pytest.approx(-0.11144375, abs=1e-6)
+    assert float(states[1].tensors["hook/up/weight/h"]) == pytest.approx(-0.2475 - 0.249975 / 2, abs=1e-6)
+    for check in CHECKS:
+        check(hook, "ffa-lora", llama())
 
 
 # --- the installed package

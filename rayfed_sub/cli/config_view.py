@@ -13,17 +13,16 @@ from rich.text import Text
 
 from rayfed_sub.config.checks import RENAMED
 from rayfed_sub.config.keys import Group, Key, fields, groups
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-
-_METHOD = "method"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A key to print.  methods: those with this form of the key; empty for keys of every run."""
+    """A key to print.  owners: the methods, or hooks, with this form of the key; empty for keys of every run."""
 
     key: Key
-    methods: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()
 
 
 def show(key: str | None = None, console: Console | None = None) -> None:
@@ -68,21 +67,23 @@ def _of_trials() -> list[Group]:
 
 
 def _entries(group: Group) -> list[Entry]:
-    return _method_entries() if group.name == _METHOD else [Entry(key) for key in group.keys]
+    return _entries_of(group.name) if group.name in ("method", "hook") else [Entry(key) for key in group.keys]
 
 
-def _method_entries() -> list[Entry]:
-    """The method's name, then every field of every method; equal fields of several methods are one entry."""
-    from rayfed_sub.methods import METHODS, class_of
+def _entries_of(group: str) -> list[Entry]:
+    """The method's name, then every field of every method; equal fields of several methods are one entry.  Or those of
+    hooks."""
+    from rayfed_sub.methods import class_of, table_of
 
     alike: dict[Key, list[str]] = {}
-    for name in METHODS:
-        for key in fields(class_of(name), _METHOD):
+    for name in table_of(group):
+        for key in fields(class_of(name, group), group):
             alike.setdefault(key, []).append(name)
     order = list(dict.fromkeys(key.name for key in alike))
     found = [Entry(key, tuple(names)) for key, names in alike.items()]
-    words = f"text: {', '.join(METHODS)}, or package.module:Class"
-    first = Key(f"{_METHOD}.name", words, "fedftg", "The method, see `rayfed-sub list methods`.")
+    words = f"text: {', '.join(table_of(group))}, or package.module:Class"
+    default = Config().model_dump()[group].get("name", "")
+    first = Key(f"{group}.name", words, default, f"The {group}, see `rayfed-sub list {group}s`.")
     return [Entry(first), *sorted(found, key=lambda entry: order.index(entry.key.name))]
 
 
@@ -105,14 +106,15 @@ def _last(names: Iterable[str]) -> list[str]:
 
 
 def _print_entry(console: Console, entry: Entry) -> None:
-    """Three lines or more: key and default as an override, type and allowed values, meaning, and methods."""
+    """Three lines or more: key and default as an override, type and allowed values, meaning, and whose key it is."""
     key = entry.key
     value = ("", " (must be given)") if key.default is None else ("=", (key.default, "cyan"))
     _print(console, Text.assemble((key.name, "bold"), *value), indent=2)
     _print(console, Text(key.allowed, "dim"), indent=6)
     _print(console, Text(key.meaning), indent=6)
-    if entry.methods:
-        _print(console, Text(f"methods: {', '.join(entry.methods)}", "green"), indent=6)
+    if entry.owners:
+        whose = f"{key.name.partition('.')[0]}s: {', '.join(entry.owners)}"
+        _print(console, Text(whose, "green"), indent=6)
 
 
 def _print(console: Console, text: Text, indent: int = 0) -> None:

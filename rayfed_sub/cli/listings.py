@@ -1,8 +1,9 @@
-"""Tables of `rayfed-sub list`: columns and rows of methods, tasks and model presets."""
+"""Tables of `rayfed-sub list`: columns and rows of methods, hooks, tasks and model presets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 Listing = tuple[tuple[str, ...], list[tuple[object, ...]]]
 
@@ -15,6 +16,16 @@ def methods() -> Listing:
     built = [build({"name": name}) for name in METHODS]
     columns = ("name", "paper", "trained", "exact", "wire", "as published")
     return columns, [(m.name, m.paper, m.trained, m.exact, m.wire, m.departs or "yes") for m in built]
+
+
+def hooks() -> Listing:
+    """Columns: name, paper, wire cost (numbers beside the method's own, per client and round, up / down; t: those of
+    the trained tensors), departures from the paper."""
+    from rayfed_sub.methods import HOOKS, class_of
+
+    classes: list[Any] = [class_of(name, "hook") for name in HOOKS]
+    columns = ("name", "paper", "wire", "as published")
+    return columns, [(cls.name, cls.paper, cls.wire, cls.departs or "yes") for cls in classes]
 
 
 def tasks() -> Listing:
@@ -50,4 +61,4 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [columns, ["---"] * len(columns), *body])
 
 
-LISTINGS: dict[str, Callable[[], Listing]] = {"methods": methods, "tasks": tasks, "models": models}
+LISTINGS: dict[str, Callable[[], Listing]] = {"methods": methods, "hooks": hooks, "tasks": tasks, "models": models}

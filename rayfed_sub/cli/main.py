@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 import rayfed_sub
-from rayfed_sub.cli.trust import check_named, check_programs
+from rayfed_sub.cli.trust import check_classes, check_named, check_programs
 from rayfed_sub.config.edits import check_editable, edited
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.errors import RunError, UserError, redacted, unknown_word
@@ -53,7 +53,7 @@ def run(
 
     with local_copy(config, "CONFIG.yaml") as path:
         checked = load_config(path, overrides or [])
-    check_named(config, checked.method.get("name"), overrides or [])
+    check_classes(config, checked, overrides or [])
     check_programs(config, checked.programs, overrides or [])
     from rayfed_sub.cli.run_view import Display
 
@@ -77,7 +77,9 @@ def sweep(
     from rayfed_sub.sweeps.space import load_sweep
 
     with local_copy(file, "SWEEP.yaml") as path:
-        checked = load_sweep(path, overrides or [], lambda name, base: check_named(base or file, name, overrides or []))
+        checked = load_sweep(
+            path, overrides or [], lambda group, name, base: check_named(base or file, group, name, overrides or [])
+        )
     for place in (file, *checked.base):
         check_programs(place, checked.programs, overrides or [])
     from rayfed_sub.cli.sweep_view import SweepDisplay
@@ -122,7 +124,7 @@ def study(
         return
     given = [*checked.set, *(overrides or [])]
     base = load_config(checked.base, given)
-    check_named(str(checked.base), base.method.get("name"), given)
+    check_classes(str(checked.base), base, given)
     check_programs(str(checked.base), base.programs, given)
     from rayfed_sub.cli.sweep_view import SweepDisplay
     from rayfed_sub.sweeps.study_runner import run_study
@@ -150,7 +152,7 @@ def plan(
 ) -> None:
     """Bytes, memory, disk and what fits, before anything starts."""
     checked = load_config(config, overrides or [])
-    check_named(str(config), checked.method.get("name"), overrides or [])
+    check_classes(str(config), checked, overrides or [])
     check_programs(str(config), checked.programs, overrides or [])
     if write:
         _check_write(config, overrides or [], probe, on)

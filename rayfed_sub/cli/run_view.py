@@ -83,7 +83,7 @@ class Display:
             self._print(record.text)
 
     def _started(self, record: Started) -> None:
-        federation, method = record.config.federation, record.config.method["name"]
+        federation, method = record.config.federation, record.config.method_in_words
         self._rounds, self._began = federation.rounds or 0, time.monotonic()
         cohort = federation.cohort
         self._print(

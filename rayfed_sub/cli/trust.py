@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 
 _LEFT = (
@@ -16,13 +17,20 @@ _BEGUN = b'{"event": "started"'
 """Start of the log of a run without a finished round."""
 
 
-def check_named(file: str, name: object, overrides: list[str]) -> None:
-    """UserError where a file from somebody else names a class that the command line does not name."""
+def check_named(file: str, group: str, name: object, overrides: list[str]) -> None:
+    """UserError where a file from somebody else names a class that the command line does not name.  group: what names
+    it, `method` or `hook`."""
     from rayfed_sub import methods
 
     if _from_others(file):
-        given = _values(overrides, "method", "method.name")
-        methods.check_named(name, given, file, f"method.name={name}, or give a file of your own in place of {file}")
+        given, add = _values(overrides, group, f"{group}.name"), f"{group}.name={name}"
+        methods.check_named(group, name, given, file, f"{add}, or give a file of your own in place of {file}")
+
+
+def check_classes(file: str, config: Config, overrides: list[str]) -> None:
+    """`check_named` for a configuration's method and hook."""
+    check_named(file, "method", config.method.get("name"), overrides)
+    check_named(file, "hook", config.hook.get("name"), overrides)
 
 
 def check_programs(file: str, programs: Mapping[str, Sequence[str]], overrides: list[str]) -> None:

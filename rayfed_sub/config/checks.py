@@ -264,8 +264,8 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
 def _key_of(word: str, path: str, place: Mapping[str, Any], schema: Mapping[str, Any]) -> str | None:
     """The key of a group that a word in the group's own place was meant for, if any: one that allows the word, else
     the one that names the thing."""
-    if path in ("method", "model.random"):  # whose keys depend on this one
-        return "name" if path == "method" else "type"
+    if path in ("method", "hook", "model.random"):  # whose keys depend on this one
+        return "type" if path == "model.random" else "name"
     keys = {key: resolved(part, schema) for key, part in place.get("properties", {}).items()}
     allowing = [key for key, part in keys.items() if word in part.get("enum", ())]
     naming = [key for key in ("path", "kind", "name") if key in keys]

@@ -36,8 +36,8 @@ class Group:
 
 
 def groups(record: type = Config, name: str = "") -> list[Group]:
-    """All groups of the configuration in order; `method` without keys, because each method has its own.  Or those of
-    another record by its name.
+    """All groups of the configuration in order; `method` and `hook` without keys, because each method and each hook has
+    its own.  Or those of another record by its name.
 
     >>> [group.name for group in groups()][:5]
     ['', 'model', 'task', 'federation', 'federation.partition']
@@ -47,7 +47,7 @@ def groups(record: type = Config, name: str = "") -> list[Group]:
 
 
 def fields(cls: type, prefix: str) -> tuple[Key, ...]:
-    """The keys of a method's class.
+    """The keys of a method's class, or a hook's.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _groups(place: Place, schema: Place, name: str) -> Iterator[Group]:
         part = resolved(value, schema)
         if "properties" in part:
             inner[dotted] = part
-        elif dotted == "method":
+        elif dotted in ("method", "hook"):
             inner[dotted] = {**part, "properties": {}}
         else:
             own.append(_key(part, schema, dotted))

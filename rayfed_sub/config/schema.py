@@ -462,6 +462,11 @@ class Config(Record):
         description="The federated method: its name (`rayfed-sub list methods`, or package.module:Class) and its own "
         "fields.",
     )
+    hook: dict[str, Any] = Field(
+        default={},
+        description="A hook into the clients' steps: its name (`rayfed-sub list hooks`, or package.module:Class) and "
+        "its own fields. Empty: none.",
+    )
     optimizer: Optimizer = Optimizer()
     server: Server = Server()
     privacy: Privacy = Privacy()
@@ -480,3 +485,9 @@ class Config(Record):
     def programs(self) -> dict[str, tuple[str, ...]]:
         """The programs that the configuration names besides its method, by key."""
         return {"evaluation.metrics": self.evaluation.metrics, "callbacks": self.callbacks}
+
+    @property
+    def method_in_words(self) -> str:
+        """Names of the method and its hook, such as `ffa-lora with scaffold`."""
+        hook = self.hook.get("name")
+        return str(self.method["name"]) + ("" if hook is None else f" with {hook}")

@@ -9,7 +9,8 @@ Tensor names are `<module>/<role>`, where module is the layer's dotted name in t
     weight  dense matrix (m, n)          bias   dense vector (m,)
     left    factor (m, r)                right  factor (r, n)            core  factor (r, r)
 A low-rank change of a layer is `scale * left @ core @ right` (core: identity when absent).  LoRA's B is
-`left`, its A is `right`; GaLore's basis is the one of the two that is not trained.
+`left`, its A is `right`; GaLore's basis is the one of the two that is not trained.  A hook's tensors stand beside a
+method's as `hook/<name>` (`methods/hooked.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from torch import Tensor
 from rayfed_sub.core.arrays import as_arrays
 
 Tensors = Mapping[str, Tensor]
+
+HOOK = "hook/"
+"""Prefix of a hook's tensors in records."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,25 @@ class Subspace:
 
 
 @dataclass(frozen=True)
+class LocalStep:
+    """A client's local step as a hook sees it (`methods/hooks.py`), after the backward pass and clipping.
+
+    tensors: the trained tensors before the step; gradients: of the client's loss, by the same names, both float32 and
+    the hook's own, to be written where it likes.  GaLore's gradients are those in the subspace.  number: of the round's
+    steps, from 0; lr: learning rate of the round.
+    """
+
+    tensors: Tensors
+    gradients: Tensors
+    number: int
+    lr: float
+
+
+Correction = Callable[[Tensors, LocalStep], tuple[Tensors, Tensors]]
+"""(memory, step) -> the gradients that the optimizer gets, and the memory after the step."""
+
+
+@dataclass(frozen=True)
 class Start:
     """Start of one client's round, chosen by the method.
 
@@ -115,6 +138,8 @@ class Start:
     zeros at step 0, whose refresh fills it; a zero row moves nothing until the next refresh).
     decays_base: weight decay shrinks the whole weight, as GaLore's does, and not only what is trained.
     penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
+    correct: a hook's change of every step's gradients; memory: the tensors with which it begins, named
+    `<trained tensor>/<kind>`.
     """
 
     tensors: Tensors
@@ -125,6 +150,8 @@ class Start:
     subspace: Subspace | None = None
     decays_base: bool = False
     penalty: Callable[[Tensors], Tensor] | None = None
+    correct: Correction | None = None
+    memory: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,7 +161,7 @@ class LocalResult:
     tensors, moments, step: as in `Start`, after the round.  blocks: per target layer the whole change of the
     round as (left (m, R), right (R, n)), scale folded into left, closed and open periods alike; empty for
     methods without a subspace.  base_scale: the factor c that weight decay left on the weight the round began with.
-    periods: projector periods touched, at least 1.  trained: as in `Start`.
+    periods: projector periods touched, at least 1.  trained: as in `Start`.  memory: a hook's, after the last step.
     """
 
     client: int
@@ -147,6 +174,7 @@ class LocalResult:
     metrics: Mapping[str, float]
     failure: str | None = None
     trained: tuple[str, ...] = ()
+    memory: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

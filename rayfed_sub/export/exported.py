@@ -239,7 +239,7 @@ def _finished(run_dir: Path, to: Path, method: str | None, checkpoint: str) -> C
     name = config.method.get("name")
     if method is not None and method != name:
         raise UserError("--method", method, f"{name}, the run's own", "leave it out or name that")
-    check_named(name, [method or ""], str(run_dir), f"--method {name}")
+    check_named("method", name, [method or ""], str(run_dir), f"--method {name}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
     return config
@@ -251,7 +251,7 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None, check
         allowed = "state-dict for a model that a Python call handed over"
         raise UserError("--format", "hf or peft", allowed, "use --format state-dict")
     make(to, "--to")
-    job = _setup(run_dir, config)
+    job = _setup(run_dir, config.model_copy(update={"hook": {}}))  # a trained model needs its method alone
     shape = job.architecture.shape
     server, changes = _changes(run_dir, job.method, shape, client, checkpoint)
     tensors = load_weights(config.model, job.architecture, config.seed)

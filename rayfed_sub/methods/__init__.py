@@ -1,4 +1,5 @@
-"""The table of methods, and how a configuration's `method` becomes one.  A new method is one file and one line here."""
+"""The tables of methods and hooks, and how a configuration's `method` and `hook` become one.  A new one is one file and
+one line here."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from rayfed_sub.config.checks import RENAMED, check, renamed_key, unknown_key
 from rayfed_sub.config.loading import INHERITED
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.protocol import Method
 
 METHODS = {
@@ -32,33 +34,68 @@ METHODS = {
 }
 
 
-def check_named(name: object, given: Sequence[str], place: str, add: str) -> None:
+HOOKS = {"scaffold": "rayfed_sub.methods.scaffold:Scaffold"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What a group of the configuration names.  noun: in words; table: the built-in ones; function: one that all have;
+    page: how to write one."""
+
+    noun: str
+    table: Mapping[str, str]
+    function: str
+    page: str
+
+
+_KINDS = {
+    "method": _Kind("a method", METHODS, "start_client", "rayfed_sub/methods/README.md"),
+    "hook": _Kind("a hook", HOOKS, "correct", "rayfed_sub/methods/README.md"),
+}
+GROUPS = tuple(_KINDS)
+"""Groups of the configuration that name a class, whose fields are the group's other keys."""
+
+
+def table_of(group: str) -> Mapping[str, str]:
+    """The built-in names of a group of GROUPS, and where their classes are."""
+    return _KINDS[group].table
+
+
+def strangers(config: Config) -> dict[str, str]:
+    """The configuration's classes that no table has, by the keys that name them."""
+    names = {group: str(getattr(config, group).get("name")) for group in GROUPS if getattr(config, group).get("name")}
+    return {f"{group}.name": name for group, name in names.items() if name not in _KINDS[group].table}
+
+
+def check_named(group: str, name: object, given: Sequence[str], place: str, add: str) -> None:
     """UserError where `place`, which anybody may have written, names a class that the caller does not name as well.
 
-    A class outside the table is imported, and so its module is run, only where the caller asks for it.  given: the
-    command line's values of the method; add: what to add to them.
+    A class outside the table is imported, and so its module is run, only where the caller asks for it.  group: one of
+    GROUPS; given: the command line's values of it; add: what to add to them.
     """
-    if name in METHODS or ":" not in str(name) or any(str(name) in word for word in given):
+    kind = _KINDS[group]
+    if name in kind.table or ":" not in str(name) or any(str(name) in word for word in given):
         return
-    allowed = f"a method of `rayfed-sub list methods`, for what {place} names is not imported unless you name it too"
-    raise UserError("method.name", name, allowed, f"if you trust that module, add {add}")
+    listed = f"{kind.noun} of `rayfed-sub list {group}s`"
+    allowed = f"{listed}, for what {place} names is not imported unless you name it too"
+    raise UserError(f"{group}.name", name, allowed, f"if you trust that module, add {add}")
 
 
-def class_of(name: object) -> type:
-    """The class of a method's name, which is imported.  Raises UserError where there is none."""
-    known, given = ", ".join(METHODS), str(name)
-    if given not in METHODS and ":" not in given:
-        near = get_close_matches(given.lower(), METHODS, n=1)
+def class_of(name: object, group: str = "method") -> type:
+    """The class of a method's name, or a hook's, which is imported.  Raises UserError where there is none."""
+    kind, field = _KINDS[group], f"{group}.name"
+    known, given = ", ".join(kind.table), str(name)
+    if given not in kind.table and ":" not in given:
+        near = get_close_matches(given.lower(), kind.table, n=1)
         advice = f"did you mean {near[0]}?" if near else "pick one of them"
-        raise UserError("method.name", name, f"{known}, or package.module:Class", advice)
+        raise UserError(field, name, f"{known}, or package.module:Class", advice)
     try:
-        module, _, attribute = METHODS.get(given, given).partition(":")
+        module, _, attribute = kind.table.get(given, given).partition(":")
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError("method.name", given, f"an importable class, or one of {known}", str(error)) from None
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "start_client")):
-        advice = "see rayfed_sub/methods/README.md"
-        raise UserError("method.name", given, "a dataclass with a method's functions", advice)
+        raise UserError(field, given, f"an importable class, or one of {known}", str(error)) from None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, kind.function)):
+        raise UserError(field, given, f"a dataclass with {kind.noun}'s functions", f"see {kind.page}")
     return cls
 
 
@@ -108,10 +145,35 @@ def build(fields: Mapping[str, Any]) -> Method:
     >>> build({"name": "fedftg", "rank": 4}).rank
     4
     """
-    cls = class_of(fields.get("name"))
+    return cast(Method, _built(_adopted(fields)[0], "method"))
+
+
+def build_hook(fields: Mapping[str, Any]) -> LocalHook | None:
+    """The hook named by `fields["name"]` with its own fields set; None where there are no fields.
+
+    Raises UserError as `build`.
+
+    >>> build_hook({"name": "scaffold"}), build_hook({})
+    (Scaffold(), None)
+    """
+    return cast(LocalHook, _built(fields, "hook")) if fields else None
+
+
+def fields_of(config: Config, method: Method | None = None, hook: LocalHook | None = None) -> dict[str, dict[str, Any]]:
+    """`method` and `hook` of the configuration, with every field of their classes.  method, hook: in place of what it
+    names.  Raises UserError as `build`."""
+    built = {"method": method or build(config.method), "hook": hook or build_hook(config.hook)}
+    return {
+        group: {} if x is None else {"name": getattr(config, group)["name"], **dataclasses.asdict(cast(Any, x))}
+        for group, x in built.items()
+    }
+
+
+def _built(fields: Mapping[str, Any], group: str) -> object:
+    cls = class_of(fields.get("name"), group)
     keys = _field_names(cls)
-    values = {key: value for key, value in _adopted(fields)[0].items() if key != "name"}
+    values = {key: value for key, value in fields.items() if key != "name"}
     for key, value in values.items():
         if key not in keys:
-            raise unknown_key(f"method.{key}", value, keys)
-    return cast(Method, check(cls, values, "method"))
+            raise unknown_key(f"{group}.{key}", value, ["name", *keys] if group == "hook" else keys)
+    return check(cls, values, group)

@@ -167,6 +167,11 @@ def no_client_state(method: object, broadcast: Broadcast, result: LocalResult, s
     return {}
 
 
+def one_basis(method: object, round: int) -> int:
+    """For methods whose clients all train in one basis, the same in every round."""
+    return 0
+
+
 def accumulator(method: object, server: ServerState, shape: ModelShape) -> Accumulator:
     """The empty sum."""
     return Accumulator(0.0, {})

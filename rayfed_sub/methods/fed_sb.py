@@ -93,6 +93,7 @@ class FedSB:
         return changes
 
     personal_model = averaging.no_personal_model
+    shared_basis = averaging.one_basis
 
 
 def outer_factors(W_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:

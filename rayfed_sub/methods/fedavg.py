@@ -60,3 +60,4 @@ class FedAvg:
     aggregate = averaging.aggregate
     model = averaging.dense_model
     personal_model = averaging.no_personal_model
+    shared_basis = averaging.one_basis

@@ -41,3 +41,4 @@ class FedIT:
     aggregate = averaging.aggregate
     model = lora.lora_model
     personal_model = averaging.no_personal_model
+    shared_basis = averaging.one_basis

@@ -62,3 +62,4 @@ class FFALoRA:
     aggregate = averaging.aggregate
     model = lora.lora_model
     personal_model = averaging.no_personal_model
+    shared_basis = averaging.one_basis

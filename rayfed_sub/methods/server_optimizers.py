@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config.schema import Optimizer, Privacy, Server
-from rayfed_sub.core.types import ModelShape, ServerState, Tensors, wire_bytes
+from rayfed_sub.core.types import HOOK, ModelShape, ServerState, Tensors, wire_bytes
 
 Noise = Callable[[str, Sequence[int]], Tensor]
 """Function from a tensor's name and shape to the noise to add to its change."""
@@ -56,12 +56,14 @@ def advance(
 
 
 def moved(before: ServerState, after: ServerState) -> list[str]:
-    """The learned tensors that `aggregate` replaced: factors, weights and head; not moments, counters or histories."""
+    """The learned tensors that `aggregate` replaced: factors, weights and head; not moments, counters, histories or a
+    hook's."""
     learned = ("/weight", "/left", "/right", "/core", "/bias")
     return [
         name
         for name, tensor in after.tensors.items()
         if name.endswith(learned) and name in before.tensors and tensor is not before.tensors[name]
+        if not name.startswith(HOOK)
     ]
 
 

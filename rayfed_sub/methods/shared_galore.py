@@ -130,6 +130,9 @@ class SharedGaLore:
     model = averaging.dense_model
     personal_model = averaging.no_personal_model
 
+    def shared_basis(self, round: int) -> int:
+        return round // self.refresh_every
+
 
 def basis(seed: int, period: int, layer: Layer, rank: int) -> Tensor:
     """The period's orthonormal rows (r, k) for the layer's shorter side k, float32, uniformly distributed."""

@@ -1,8 +1,9 @@
-"""What a Python call hands over in place of what a configuration names: rows, a model, a method."""
+"""What a Python call hands over in place of what a configuration names: rows, a model, a method, a hook."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, cast
 
@@ -11,7 +12,8 @@ from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.digests import digest, module_digest
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.given import GivenRows, given_rows
-from rayfed_sub.methods import METHODS
+from rayfed_sub.methods import HOOKS, METHODS
+from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.own_architecture import own_dtype
 from rayfed_sub.models.own_model import OwnModel
@@ -27,12 +29,20 @@ class Given:
     rows: GivenRows | None = None
     model: OwnModel | None = None
     method: Method | None = None
+    hook: LocalHook | None = None
 
 
 NOTHING = Given()
 
 
-def given(data: Any = None, validation: Any = None, test: Any = None, model: Any = None, method: Any = None) -> Given:
+def given(
+    data: Any = None,
+    validation: Any = None,
+    test: Any = None,
+    model: Any = None,
+    method: Any = None,
+    hooks: Any = None,
+) -> Given:
     """The arguments of `run`, checked by themselves.  Raises UserError naming the argument."""
     if data is None and (validation is not None or test is not None):
         field = "validation" if validation is not None else "test"
@@ -40,8 +50,14 @@ def given(data: Any = None, validation: Any = None, test: Any = None, model: Any
     if model is not None:
         _check_model(model)
     if method is not None:
-        _check_method(method)
-    return Given(None if data is None else given_rows(data, validation, test), model, method)
+        _check_object("method", method, "start_client", "rayfed_sub/methods/README.md")
+    several = list(hooks) if isinstance(hooks, list | tuple) else [] if hooks is None else [hooks]
+    if len(several) > 1:
+        raise UserError("hooks", f"{len(several)} hooks", "one hook", "write one that does what they do")
+    for hook in several:
+        _check_object("hooks", hook, "correct", "rayfed_sub/methods/README.md")
+    rows = None if data is None else given_rows(data, validation, test)
+    return Given(rows, model, method, next(iter(several), None))
 
 
 def named(config: Config, objects: Given) -> Config:
@@ -63,7 +79,9 @@ def named(config: Config, objects: Given) -> Config:
         dtype = own_dtype(objects.model)
         tree["model"] = config.model.model_copy(update={"path": GIVEN, "dtype": dtype, "random": {}})
     if objects.method is not None:
-        tree["method"] = {"name": method_name(objects.method), **asdict(cast(Any, objects.method))}
+        tree["method"] = {"name": name_of(objects.method, METHODS), **asdict(cast(Any, objects.method))}
+    if objects.hook is not None:
+        tree["hook"] = {"name": name_of(objects.hook, HOOKS), **asdict(cast(Any, objects.hook))}
     return config.model_copy(update=tree)
 
 
@@ -75,15 +93,18 @@ def code_digests(objects: Given) -> dict[str, str]:
         found["model"] = module_digest(model.module)
         functions = {"loss": model.loss, "batch": model.batch, "measure": model.measure}
         found |= {name: digest(function) for name, function in functions.items() if function is not None}
-    if objects.method is not None and method_name(objects.method) not in METHODS:
+    if objects.method is not None and name_of(objects.method, METHODS) not in METHODS:
         found["method"] = digest(type(objects.method))
+    if objects.hook is not None and name_of(objects.hook, HOOKS) not in HOOKS:
+        found["hooks"] = digest(type(objects.hook))
     return {name: value.hex() for name, value in found.items()}
 
 
-def method_name(method: Method) -> str:
-    """The name by which `methods.build` finds the method's class: of the table, or package.module:Class."""
-    path = f"{type(method).__module__}:{type(method).__qualname__}"
-    return next((name for name, place in METHODS.items() if place == path), path)
+def name_of(value: object, table: Mapping[str, str]) -> str:
+    """The name by which `methods.build` or `build_hook` finds the object's class: of the table, or
+    package.module:Class."""
+    path = f"{type(value).__module__}:{type(value).__qualname__}"
+    return next((name for name, place in table.items() if place == path), path)
 
 
 def _check_model(model: Any) -> None:
@@ -101,22 +122,22 @@ def _check_model(model: Any) -> None:
             raise UserError(name, type(function).__qualname__, "a function", "see rayfed_sub.OwnModel")
 
 
-def _check_method(method: Any) -> None:
-    """UserError for what is no method, or has fields that no configuration holds."""
-    kind = type(method)
-    if isinstance(method, type) or not is_dataclass(method) or not hasattr(method, "start_client"):
-        shown = method.__qualname__ if isinstance(method, type) else kind.__qualname__
-        allowed = "an instance of a dataclass with a method's functions"
-        raise UserError("method", shown, allowed, "see rayfed_sub/methods/README.md")
-    fields = asdict(cast(Any, method))
+def _check_object(field: str, value: Any, function: str, page: str) -> None:
+    """UserError for an object without a function of its protocol, or with fields that no configuration holds."""
+    kind = type(value)
+    if isinstance(value, type) or not is_dataclass(value) or not hasattr(value, function):
+        shown = value.__qualname__ if isinstance(value, type) else kind.__qualname__
+        allowed = f"an instance of a dataclass with a {field.removesuffix('s')}'s functions, such as {function}"
+        raise UserError(field, shown, allowed, f"see {page}")
+    fields = asdict(cast(Any, value))
     try:
         json.dumps(fields)
-        check(kind, fields, "method")
+        check(kind, fields, field)
     except UserError:
         raise
     except Exception as error:  # pydantic raises a family of errors for types that it cannot check
         allowed = "fields that YAML can hold: numbers, text, lists"
-        raise UserError("method", kind.__qualname__, allowed, str(error).partition("\n")[0]) from None
+        raise UserError(field, kind.__qualname__, allowed, str(error).partition("\n")[0]) from None
 
 
 def _check_task(config: Config) -> None:

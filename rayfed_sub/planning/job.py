@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.evaluation.named_metrics import metrics_of
-from rayfed_sub.methods import build
+from rayfed_sub.methods import METHODS, build, build_hook, class_of, fields_of
+from rayfed_sub.methods.hooked import hooked
+from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
@@ -72,23 +74,43 @@ class JobInputs:
 def prepare(config: Config, given: Given = NOTHING) -> Job:
     """The job of a configuration, in which `named` has put what the call hands over.  Raises UserError, before any
     training, for settings that do not fit."""
-    check_settings(config, given.method)  # before the rows are read
-    job = job_on(load_inputs(config, given), config, given.method)
+    check_settings(config, given)  # before the rows are read
+    job = job_on(load_inputs(config, given), config, given)
     if job.weights is not None and job.architecture.module is not None:
         check_first_step(job.config, job.architecture, job.weights.tensors, job.dataset, job.processor.pad)
     return replace(job, code=code_digests(given))
 
 
-def check_settings(config: Config, given: Method | None = None) -> Method:
-    """The configuration's method, or the given one.  Raises UserError for settings that contradict each other for any
-    rows and model."""
+def check_settings(config: Config, given: Given = NOTHING) -> Method:
+    """The configuration's method with its hook, or what is given in place of either.  Raises UserError for settings
+    that contradict each other for any rows and model."""
     check_rules(config)
-    method = build(config.method) if given is None else given
+    method = given.method or build(config.method)
     _check_server(config, method)
     _check_privacy(config, method)
     check_training(config)
     _check_nova(config, method)
-    return method
+    return with_hook(config, method, given.hook or build_hook(config.hook))
+
+
+def with_hook(config: Config, method: Method, hook: LocalHook | None) -> Method:
+    """The method with the hook, if there is one.  Raises UserError where method or settings do not fit hooks, or not
+    this one."""
+    if hook is None:
+        return method
+    name, federation = hook.name, config.federation
+    if getattr(method, "shared_basis", None) is None:
+        fitting = ", ".join(known for known in METHODS if hasattr(class_of(known), "shared_basis"))
+        allowed = f"nothing with method.name={config.method['name']}, whose clients do not all train in one basis"
+        raise UserError("hook.name", name, allowed, f"remove it or choose one of {fitting}")
+    if config.privacy.clip is not None:
+        allowed = "nothing with privacy.clip: a hook's tensors would be released without noise"
+        raise UserError("hook.name", name, allowed, "remove one of them")
+    if federation.normalise_steps:
+        allowed = f"false with hook.name={name}: FedNova's rule is for plain gradients"
+        raise UserError("federation.normalise_steps", True, allowed, "remove one of them")
+    hook.check(config)
+    return hooked(method, hook, federation.clients)
 
 
 def load_inputs(config: Config, given: Given = NOTHING) -> JobInputs:
@@ -113,17 +135,16 @@ def load_inputs(config: Config, given: Given = NOTHING) -> JobInputs:
     return JobInputs(shape, processor, dataset, weights)
 
 
-def job_on(base: JobInputs, config: Config, given: Method | None = None) -> Job:
-    """The job of a configuration, with the given method if any, on its inputs.  Raises UserError for settings that do
-    not fit them."""
+def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
+    """The job of a configuration, with the given method and hook if any, on its inputs.  Raises UserError for settings
+    that do not fit them."""
     method = check_settings(config, given)
     method.check(base.architecture.shape)
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
-    fields = asdict(cast(Any, method))
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
-    method_fields = {"name": config.method["name"], **fields}
-    parts = {"federation": federation, "method": method_fields, "evaluation": evaluation}
+    classes = fields_of(config, given.method, given.hook)
+    parts = {**classes, "federation": federation, "evaluation": evaluation}
     resolved = config.model_copy(update={**parts, "resources": _packs(config, base.architecture)})
     noise = noise_of(resolved)
     return Job(resolved, method, base.architecture, base.processor, base.dataset, noise, base.weights)

@@ -150,6 +150,8 @@ def _notes(config: Config, found: Traffic) -> Iterable[str]:
         yield "The server holds dense weights from the start: it does not grow with clients."
     if config.method.get("gamma", 1.0) != 1.0:
         yield "Clients prune themselves as they learn: bytes are at most these."
+    if config.hook:
+        yield f"The figures of {config.method['name']} hold the hook's tensors; those of other methods are without it."
     if config.resources.executor == "reference":
         yield "resources.executor=reference: each worker holds a float32 copy of the model besides."
 

@@ -31,6 +31,7 @@ from rayfed_sub.core.types import (
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods import METHODS, build, shared_fields
 from rayfed_sub.methods.downloads import downloaded, first_counted
+from rayfed_sub.methods.hooked import unhooked, with_hook_of
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, mixes
 from rayfed_sub.models.architecture import Architecture
@@ -115,12 +116,15 @@ def first_start(method: Method, shape: ModelShape, config: Config, client: int) 
     start = method.start_client(method.broadcast(server), None, Client(client, config.seed), small)
 
     def everywhere(name: str) -> list[str]:
-        layer_name, _, role = name.rpartition("/")
-        return [f"{layer.name}/{role}" for layer in kinds[layer_name]] if layer_name in kinds else [name]
+        layer_name, _, rest = name.partition("/")
+        return [f"{layer.name}/{rest}" for layer in kinds[layer_name]] if layer_name in kinds else [name]
 
-    tensors = {name: tensor.to("meta") for old, tensor in start.tensors.items() for name in everywhere(old)}
+    tensors, memory = (
+        {name: tensor.to("meta") for old, tensor in given.items() for name in everywhere(old)}
+        for given in (start.tensors, start.memory)
+    )
     trained = tuple(name for old in start.trained for name in everywhere(old))
-    return replace(start, tensors=tensors, trained=trained, moments={})
+    return replace(start, tensors=tensors, trained=trained, moments={}, memory=memory)
 
 
 def _alike(targets: Iterable[Layer]) -> list[list[Layer]]:
@@ -163,7 +167,7 @@ def _walk(
             total = method.accumulate(total, update, shape)
             given = [broadcast.tensors, *([state.tensors] if state else [])]
             ended = [result.tensors, result.moments, *_sides(result)]
-            held = _own([start.tensors], given) + _own([update.tensors, kept], [*given, *ended])
+            held = _own([start.tensors, start.memory], given) + _own([update.tensors, kept], [*given, *ended])
             figures = (
                 update.wire_bytes,
                 down,
@@ -195,10 +199,10 @@ def _weights(shape: ModelShape) -> dict[str, Tensor]:
 
 
 def _resident(start: Start, config: Config) -> int:
-    """Tensors, moments, gradients and FedProx's anchors of one client in a pack."""
+    """Tensors, moments, gradients, FedProx's anchors and a hook's memory of one client in a pack."""
     trained = wire_bytes({name: start.tensors[name] for name in start.trained})
     copies = len(optimizers.moment_roles(config.optimizer)) + 1 + (config.federation.proximal > 0)
-    return wire_bytes(start.tensors) + copies * trained
+    return wire_bytes(start.tensors) + copies * trained + wire_bytes(start.memory)
 
 
 def _result(start: Start, client: int, steps: int, shape: ModelShape, config: Config) -> LocalResult:
@@ -221,6 +225,7 @@ def _result(start: Start, client: int, steps: int, shape: ModelShape, config: Co
         periods=closings + 1,
         metrics={"loss": 0.0, "loss_last": 0.0, "labels": 1.0, "steps": float(steps), "periods": closings + 1.0},
         trained=start.trained,
+        memory=start.memory,
     )
 
 
@@ -281,7 +286,7 @@ class MethodBytes:
 
 def by_method(parts: Parts) -> Iterable[MethodBytes]:
     """Every method at the run's rank, over its first two rounds."""
-    two, rank = parts.first(2, FEW), getattr(parts.method, "rank", None)
+    two, rank = parts.first(2, FEW), getattr(unhooked(parts.method), "rank", None)
     for name in _names(parts):
         yield _bytes(name, replace(two, method=_method(name, rank, parts)))
 
@@ -302,8 +307,8 @@ def _names(parts: Parts) -> list[str]:
 
 
 def _method(name: str, rank: int | None, parts: Parts) -> Method:
-    """A method at the rank; the run's own as it is configured."""
-    if name == parts.name and rank == getattr(parts.method, "rank", None):
+    """A method at the rank, without the run's hook; the run's own as it is configured, with its hook."""
+    if name == parts.name and rank == getattr(unhooked(parts.method), "rank", None):
         return parts.method
     fields: dict[str, Any] = dict(parts.config.method) if name == parts.name else {"name": name}
     if rank is None:
@@ -311,7 +316,8 @@ def _method(name: str, rank: int | None, parts: Parts) -> Method:
     if max(fields.get("client_ranks") or (0,)) > rank:
         fields["client_ranks"] = None
     kept, _ = shared_fields({"rank": rank}, name)
-    return build({**fields, **kept})
+    built = build({**fields, **kept})
+    return with_hook_of(parts.method, built) if name == parts.name else built
 
 
 def _bytes(name: str, parts: Parts) -> MethodBytes:
@@ -324,7 +330,7 @@ def _bytes(name: str, parts: Parts) -> MethodBytes:
 
     return MethodBytes(
         method=name,
-        rank=getattr(parts.method, "rank", None),
+        rank=getattr(unhooked(parts.method), "rank", None),
         up=most(lambda client: client.up),
         down=most(lambda client: client.down),
         down_counted=most(lambda client: client.down_counted),

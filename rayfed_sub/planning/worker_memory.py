@@ -100,7 +100,7 @@ def worker(
     model, layers = _built(architecture)
     shape = architecture.shape
     kinds = {f"{t.name}/weight": torch.empty(t.m, t.n, device="meta") for t in shape.targets}
-    known = [*(x for _, x in all_tensors(model)), *kinds.values(), *start.tensors.values()]
+    known = [*(x for _, x in all_tensors(model)), *kinds.values(), *start.tensors.values(), *start.memory.values()]
     heads = {name: start.tensors.get(name, torch.empty(0)) for name in shape.head_names}
     bases = {t.name: kinds[f"{t.name}/weight"] for t in shape.targets} if base else {}
     seen = Allocations([*known, *heads.values()])

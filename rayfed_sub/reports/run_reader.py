@@ -78,8 +78,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Name of the method."""
-        return str(self.config.method["name"])
+        """Names of the method and its hook."""
+        return self.config.method_in_words
 
     @cached_property
     def overall(self) -> Mapping[str, pd.Series[float]]:

@@ -25,7 +25,7 @@ from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
-from rayfed_sub.methods import METHODS, adopted
+from rayfed_sub.methods import adopted, strangers
 from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.own_architecture import without_data
 from rayfed_sub.models.weights import load_weights
@@ -240,11 +240,11 @@ def _resume_hint(folder: RunFolder, config: Config, notify: Listener) -> Iterato
 
 
 def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
-    place, name = folder.place, str(config.method["name"])
+    place = folder.place
     if GIVEN in (config.task.name, config.model.path):
         return f"go on with the same call in Python: run(..., {place.display_name()!r}, resume=True)"
     # Classes, metrics and callbacks that only the folder names are not imported: name them in the command.
-    named = [] if name in METHODS else [f"method.name={name}"]
+    named = [f"{key}={name}" for key, name in strangers(config).items()]
     named += [as_override(key, list(names)) for key, names in config.programs.items() if names]
     words = [
         "rayfed-sub",
@@ -261,7 +261,7 @@ def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) ->
 
 def check_sent(given: Given) -> None:
     """UserError naming the first object of the call that cannot be sent to workers."""
-    parts: dict[str, Any] = {"method": given.method}
+    parts: dict[str, Any] = {"method": given.method, "hooks": given.hook}
     if (own := given.model) is not None:
         # Weights travel by themselves: of the module its code counts, and what it holds besides.
         module = without_data(own.module)

@@ -15,7 +15,7 @@ import ray
 from rayfed_sub.config.loading import as_override, read_yaml, yaml_text
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.methods import METHODS
+from rayfed_sub.methods import strangers
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, JobInputs, check_resources, job_on
 from rayfed_sub.runtime.callbacks import with_callbacks
@@ -104,8 +104,8 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
                 trials = inside(here.mirror.uri if here.mirror else str(here.path.absolute()), TRIALS)
                 grid = tuned(sweep, shared_inputs, here, trials, side_by_side, finder, callbacks, old is not None)
             except KeyboardInterrupt:
-                name = sweep.config(sweep.points()[0]).method["name"] if "method.name" not in sweep.search.space else ""
-                named = [f"method.name={name}"] if name and name not in METHODS else []
+                names = strangers(sweep.config(sweep.points()[0]))
+                named = [f"{key}={name}" for key, name in names.items() if key not in sweep.search.space]
                 named += [as_override(key, list(names)) for key, names in sweep.programs.items() if names]
                 words = [
                     "rayfed-sub",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from operator import le
 from pathlib import Path
@@ -19,7 +19,7 @@ from rayfed_sub.config.loading import as_override, check_kind, flat, load_config
 from rayfed_sub.config.schema import Config, Count, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
-from rayfed_sub.methods import adopted, build
+from rayfed_sub.methods import GROUPS, adopted, build, build_hook, fields_of
 
 _CLASSES = ("accuracy", "macro_f1")
 _TEXTS = (
@@ -238,12 +238,13 @@ def _real(value: Any) -> bool:
 def load_sweep(
     path: str | Path,
     overrides: Sequence[str] = (),
-    named: Callable[[object, str | None], None] = lambda name, base: None,
+    named: Callable[[str, object, str | None], None] = lambda group, name, base: None,
 ) -> Sweep:
     """The checked sweep from its YAML file and overrides: `sweep.trials=20` of the section, others of all trials.
 
-    named: called with every method's name before its class is imported, and may refuse it; second argument: the path
-    of `base` where the name comes from there, None where it is in the sweep's file.
+    named: called with every name of a method or hook before its class is imported, and may refuse it; arguments:
+    `method` or `hook`, the name, and the path of `base` where the name comes from there, None where it is in the
+    sweep's file.
     Raises UserError, one line, for a file, a key of the space or a combination of values that is not valid.
     """
     tree = read_yaml(Path(path))
@@ -254,29 +255,31 @@ def load_sweep(
         raise UserError("sweep", tree.get("sweep"), "a section with a space", "see experiments/sweeps")
     own = {key: value for key, value in tree.items() if key not in ("sweep", "base")}
     base = None if tree.get("base") is None else Path(path).parent / str(tree["base"])
-    says_it = "method.name" in flat(own)
+    said = flat(own)
     if base is not None:
         own = overridden(base, [as_override(*item) for item in flat(own).items()])
     found = overridden({"sweep": tree.get("sweep", {})}, section)
     shared = overridden(own, [override for override in overrides if override not in section])
-    name = load_config(shared).method.get("name")  # errors without any value of the space come first
+    common = load_config(shared)  # errors without any value of the space come first
     for key, axis in found["sweep"]["space"].items() if isinstance(found["sweep"].get("space"), Mapping) else ():
         prefix = f"sweep.space.{key}"
         _check_axis(check(Axis, axis, prefix), prefix)  # one at a time, so that the error names the key
     search = check(Search, found["sweep"], "sweep")
     _check_search(search)
-    naming = {"method", "method.name"}
-    if search.space.keys() - naming:  # else every trial has a method of the space
-        named(name, None)
-        if base is not None and not says_it:
-            named(name, str(base))
-    for key in naming & search.space.keys():
-        for value in search.space[key].values:
-            named(value.get("name") if isinstance(value, Mapping) else value, None)
+    for group in GROUPS:
+        naming, name = {group, f"{group}.name"}, getattr(common, group).get("name")
+        if search.space.keys() - naming:  # else every trial has one of the space
+            named(group, name, None)
+            if base is not None and f"{group}.name" not in said:
+                named(group, name, str(base))
+        for key in naming & search.space.keys():
+            for value in search.space[key].values:
+                named(group, value.get("name") if isinstance(value, Mapping) else value, None)
     space = {key: _settled(shared, key, axis) for key, axis in search.space.items()}
     sweep = Sweep(shared, search.model_copy(update={"space": space}), () if base is None else (str(base),))
     for config in map(sweep.config, sweep.points()):
         build(config.method)
+        build_hook(config.hook)
         _check_metric(search.metric, config)
     return sweep
 
@@ -296,7 +299,7 @@ def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
 def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
     """The value in the configuration's type: 3 for 3.0 of an integer key, 1.0 for 1 of a float key."""
     config = _with_values(tree, {key: value})
-    found: Any = {**config.model_dump(), "method": {**config.method, **asdict(cast(Any, build(config.method)))}}
+    found: Any = {**config.model_dump(), **fields_of(config)}
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
     return found if isinstance(found, bool | int | float | str) else value

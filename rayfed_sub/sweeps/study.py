@@ -13,7 +13,7 @@ from rayfed_sub.config.checks import check
 from rayfed_sub.config.loading import check_kind, load_config, read_yaml
 from rayfed_sub.config.schema import Config, Record
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.methods import build
+from rayfed_sub.methods import build, build_hook
 from rayfed_sub.sweeps.space import Axis, Search
 
 
@@ -179,4 +179,6 @@ def check_trials(study: Study, more: Sequence[str]) -> None:
     for variant in study.variants:
         value = study.tune.values[0] if study.tune else None
         for trial in (*tuning_trials(study, variant, more), *counted_trials(study, variant, more, value)):
-            build(load_config(base, trial.overrides).method)
+            config = load_config(base, trial.overrides)
+            build(config.method)
+            build_hook(config.hook)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.types import LocalResult, ModelShape, Start
+from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start
 from rayfed_sub.data.batching import Batch, Batches
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.training import optimizers
@@ -28,7 +28,7 @@ from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Ter
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
 from rayfed_sub.training.passes import AnyPass, passes
-from rayfed_sub.training.stacks import Stack, Trainee, stacks_of, without_finished
+from rayfed_sub.training.stacks import Stack, Trainee, stacks_of, trainee_of, without_finished
 
 GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
 """(layer, clients) -> backward hooks."""
@@ -89,13 +89,14 @@ def train_pack(
     """Trains every client from its start, one optimiser step for each of its batches.
 
     model: the frozen model with `layers` installed; layers' weights are the round's base weights.  Ranks, scales, step
-    counts and numbers of steps may differ between clients; `trained`, `decays_base` and the kind of subspace may not.
+    counts and numbers of steps may differ between clients; `trained`, `decays_base`, the kind of
+    subspace and whether there is a hook may not.
     gradient_hooks: backward hooks of a layer in the first local step, given its name and a stack's clients.
     A client whose batch cannot be drawn, or whose loss, gradient or result is not finite, leaves the pack, the others
     unharmed, and comes back with `failure` set; what it holds besides that and its metrics means nothing.
     """
     device = next(iter(layers.values())).weight.device
-    trainees = [Trainee(work.client, work.start, work.batches, work.start.step) for work in works]
+    trainees = [trainee_of(work.client, work.start, work.batches, device) for work in works]
     stacks = stacks_of(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
     results: dict[int, LocalResult] = {}
     tokens = computed = 0
@@ -248,6 +249,8 @@ def _move(stack: Stack, step: _Step, shape: ModelShape, rule: LocalRule) -> None
         pull(rule.proximal, shape, first, stack.tensors, stack.anchors, stack.closed, grads, scale_G)
     if optimizer.clip_norm is not None:
         optimizers.clip(list(grads.values()), optimizer.clip_norm)
+    if first.correct is not None:
+        _correct(stack, grads, lr)
     step_G = [trainee.step for trainee in trainees]
     since_G = step_G
     if first.subspace is not None and first.subspace.moments == "reset":  # bias correction starts anew with the moments
@@ -266,6 +269,23 @@ def _move(stack: Stack, step: _Step, shape: ModelShape, rule: LocalRule) -> None
         trainee.touched = True
         if first.decays_base:
             trainee.base_scale *= optimizers.decay(optimizer, lr)
+
+
+def _correct(stack: Stack, grads: dict[str, Tensor], lr: float) -> None:
+    """Replaces the gradients by those of the clients' hooks: each client by itself and on copies that begin and lie in
+    memory as if it were alone, so that its bits depend on no other."""
+    found = []
+    for g, trainee in enumerate(stack.trainees):
+        start, number = trainee.start, len(trainee.losses) - 1
+        own, now = (
+            {name: given[name][g].clone(memory_format=torch.contiguous_format) for name in start.trained}
+            for given in (grads, stack.tensors)
+        )
+        assert start.correct is not None
+        given, trainee.memory = optimizers.corrected(start.correct, trainee.memory, LocalStep(now, own, number, lr))
+        found.append(given)
+    for name in stack.trainees[0].start.trained:
+        grads[name] = torch.stack([given[name] for given in found])
 
 
 def _period(trainee: Trainee) -> int:

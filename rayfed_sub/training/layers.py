@@ -156,8 +156,18 @@ class Terms:
         """What may have a gradient: weight, bias, left (times core), right."""
         left_Gmr = self.left_Gmr
         if left_Gmr is not None and self.core_Grr is not None:
-            left_Gmr = multiplied(left_Gmr, self.core_Grr)
+            left_Gmr = _with_core(left_Gmr, self.core_Grr)
         return self.weight_Gmn, self.bias_Gm, left_Gmr, self.right_Grn
+
+
+def _with_core(left_Gmr: Tensor, core_Grr: Tensor) -> Tensor:
+    """left core for every client.  Square products of odd rank above 3 have other bits for a client whose matrices
+    begin elsewhere in memory; a column of zeros keeps them, in the gradients too."""
+    rank = core_Grr.shape[1]
+    if rank <= 3 or rank % 2 == 0:
+        return multiplied(left_Gmr, core_Grr)
+    wide = functional.pad(left_Gmr, (0, 1))
+    return multiplied(wide, functional.pad(core_Grr, (0, 1, 0, 1)))[:, :, :rank]
 
 
 @dataclass(frozen=True)

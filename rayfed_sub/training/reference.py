@@ -19,13 +19,14 @@ from torch.nn import functional
 
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
-from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start, Tensors
 from rayfed_sub.data.batching import Batch
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.weights import answered
 from rayfed_sub.training.client_errors import drawn, not_finite
 from rayfed_sub.training.executor import ClientWork, LocalRule
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
+from rayfed_sub.training.optimizers import corrected
 from rayfed_sub.training.own_loss import trained_loss
 
 
@@ -62,7 +63,7 @@ def _client(
     stepper = stepper_of(moving, start, optimizer, lr)
     losses: list[float] = []
     labels, periods, step, base_scale = 0, 0, start.step, 1.0
-    failure = None
+    failure, memory = None, start.memory
     for t in range(len(batches)):
         batch = drawn(batches, t)
         if isinstance(batch, str):
@@ -78,8 +79,10 @@ def _client(
         failure = _not_finite(t, losses[-1], moving)
         if failure:
             break
-        period = 0 if start.subspace is None else start.subspace.refresh_every
-        due = bool(period) and step % period == 0
+        due = _due(start, step)
+        _count(moving, step)
+        _clip(moving, optimizer.clip_norm, step)
+        memory = _correct(start, memory, moving, begun, base_scale, t, lr)
         _step(stepper, moving, start, optimizer, lr, step, due)
         periods += due or t == 0
         step += 1
@@ -94,7 +97,7 @@ def _client(
     failure = failure or not_finite({x.name: x.parameter for x in moving})
     if failure:
         return LocalResult(
-            client, start.tensors, start.moments, step, {}, base_scale, 1, metrics, failure, start.trained
+            client, start.tensors, start.moments, step, {}, base_scale, 1, metrics, failure, start.trained, memory
         )
     tensors = {name: tensor.cpu().clone() for name, tensor in start.tensors.items()}
     moments, blocks = {}, {}
@@ -111,14 +114,26 @@ def _client(
         U_mq, S_q, V_qn = torch.linalg.svd(change_mn.double(), full_matrices=False)
         R = min(len(S_q), max(1, periods) * start.subspace.rank)  # a period adds r; beyond that is rounding
         blocks[layer.name] = ((U_mq * S_q)[:, :R].float(), V_qn[:R].float())
-        if start.subspace is not None and start.subspace.refresh_every:
-            tensors[trained] = torch.zeros_like(start.tensors[trained])
-        else:  # one orthonormal basis Q all along: change = scale L Q
-            Q = tensors[fixed].T
-            tensors[trained] = (change_mn @ Q if layer.n <= layer.m else Q @ change_mn) / start.scale
+        renewed, at_rest = start.subspace.refresh_every > 0, torch.zeros_like(start.tensors[trained])
+        tensors[trained] = at_rest if renewed else _factor(x, begun, base_scale).cpu()
     moments = {**start.moments, **moments}  # of a factor at rest they stay as they were
     periods = max(1, periods)
-    return LocalResult(client, tensors, moments, step, blocks, base_scale, periods, metrics, None, start.trained)
+    return LocalResult(
+        client, tensors, moments, step, blocks, base_scale, periods, metrics, None, start.trained, memory
+    )
+
+
+def _due(start: Start, step: int) -> bool:
+    """Whether this step has a new basis."""
+    period = 0 if start.subspace is None else start.subspace.refresh_every
+    return bool(period) and step % period == 0
+
+
+def _count(moving: Sequence[Moving], step: int) -> None:
+    """Gives the projectors, whose draws depend on it, the number of steps taken."""
+    for x in moving:
+        if x.projector is not None:
+            x.projector.taken = step
 
 
 def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -158,12 +173,8 @@ def _step(
     step: int,
     due: bool,
 ) -> None:
-    """Optimiser step: gradients clipped, moments moved into the new basis, the library's step, SGD's decay."""
+    """Optimiser step: moments moved into the new basis, the library's step, SGD's decay."""
     projected = [x for x in moving if x.projector is not None]
-    for x in projected:
-        x.projector.taken = step
-    if optimizer.clip_norm is not None:
-        _clip(moving, optimizer.clip_norm, step)
     if due and start.subspace is not None and start.subspace.moments != "keep":
         for x in projected:
             ahead = copy.copy(x.projector)
@@ -182,14 +193,53 @@ def _step(
             x.parameter.mul_(1 - lr * optimizer.weight_decay)
 
 
-def _clip(moving: Sequence[Moving], norm: float, step: int) -> None:
-    """Scales all gradients so that their joint norm, GaLore's measured in its subspace, is at most `norm`."""
+def _correct(
+    start: Start, memory: Tensors, moving: Sequence[Moving], begun: Tensors, base_scale: float, number: int, lr: float
+) -> Tensors:
+    """Replaces the gradients by those of the client's hook, if it has one; returns the hook's memory.  Within a
+    subspace the hook's change of the projected gradient is projected back."""
+    if start.correct is None:
+        return memory
+    now = {x.name: _factor(x, begun, base_scale) for x in moving}
+    own = {x.name: _projected(x, number) for x in moving}
+    given, memory = corrected(start.correct, memory, LocalStep(now, {n: g.clone() for n, g in own.items()}, number, lr))
+    for x in moving:
+        assert x.parameter.grad is not None
+        if x.projector is None:
+            x.parameter.grad.copy_(given[x.name])
+        else:  # galore_torch multiplies by its scale
+            x.parameter.grad.add_(x.projector.project_back(given[x.name] - own[x.name]) / x.projector.scale)
+    return memory
+
+
+def _projected(x: Moving, step: int) -> Tensor:
+    """The gradient, GaLore's in its subspace; the basis stays as it is."""
+    assert x.parameter.grad is not None
+    return x.parameter.grad if x.projector is None else _coefficients(x, x.parameter.grad, step)
+
+
+def _factor(x: Moving, begun: Tensors, base_scale: float) -> Tensor:
+    """A copy of the trained tensor; of GaLore in one orthonormal basis Q all along its L: change = scale L Q."""
+    if x.projector is None:
+        return x.parameter.detach().clone()
+    W_mn = begun[f"{x.name.rpartition('/')[0]}/weight"]
+    change_mn = x.parameter.detach() - base_scale * W_mn.to(x.parameter.device)
+    return _coefficients(x, change_mn, 0) / float(x.projector.scale)
+
+
+def _coefficients(x: Moving, matrix_mn: Tensor, step: int) -> Tensor:
+    """The matrix in the projector's basis, which stays as it is."""
+    found: Tensor = copy.copy(x.projector).project(matrix_mn, step)
+    return found
+
+
+def _clip(moving: Sequence[Moving], norm: float | None, step: int) -> None:
+    """Scales all gradients so that their joint norm, GaLore's measured in its subspace, is at most `norm`, if set."""
+    if norm is None:
+        return
     squares = 0.0
     for x in moving:
-        grad: Any = x.parameter.grad
-        if x.projector is not None:
-            grad = copy.copy(x.projector).project(grad, step)
-        squares += float(grad.square().sum())
+        squares += float(_projected(x, step).square().sum())
     for x in moving:
         assert x.parameter.grad is not None
         x.parameter.grad.mul_(min(1.0, norm / (math.sqrt(squares) + 1e-6)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.types import LocalResult, ModelShape, Start
+from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.data.batching import Batches
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.blocks import Closed
@@ -21,7 +21,7 @@ from rayfed_sub.training.client_errors import not_finite
 
 @dataclass
 class Trainee:
-    """A client in training.  losses: of its steps so far, nats."""
+    """A client in training.  losses: of its steps so far, nats; memory: its hook's, of its own."""
 
     client: int
     start: Start
@@ -33,6 +33,7 @@ class Trainee:
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
     failure: str | None = None
+    memory: Tensors = field(default_factory=dict)
 
 
 @dataclass
@@ -45,6 +46,12 @@ class Stack:
     moments: dict[str, dict[str, Tensor]]
     closed: dict[str, Closed]
     anchors: dict[str, Tensor]  # the trained tensors as the round began; empty without FedProx
+
+
+def trainee_of(client: int, start: Start, batches: Batches, device: torch.device) -> Trainee:
+    """A client before its first step."""
+    memory = {name: tensor.to(device) for name, tensor in start.memory.items()}
+    return Trainee(client, start, batches, start.step, memory=memory)
 
 
 def stacks_of(
@@ -135,4 +142,5 @@ def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
         metrics=metrics,
         failure=trainee.failure or not_finite(tensors),
         trained=start.trained,
+        memory={name: tensor.cpu() for name, tensor in trainee.memory.items()},
     )

@@ -87,6 +87,14 @@ def test_method_field_lists_its_methods_and_their_defaults() -> None:
     ]
 
 
+def test_hook_group_names_the_hooks() -> None:
+    assert printed("hook")[-3:] == [
+        "  hook.name=",
+        "      text: scaffold, or package.module:Class",
+        "      The hook, see `rayfed-sub list hooks`.",
+    ]
+
+
 def test_method_group_lists_every_field_of_every_method() -> None:
     lines = printed("method", width=200)
     begins = [number for number, line in enumerate(lines) if line.startswith("  method.")]

@@ -55,6 +55,13 @@ def test_schema_accepts_every_method_with_all_its_fields(name: str, validator: D
     assert error_paths(validator, {**TINY, "method": {**method, "rnak": 4}}) == ["method"]
 
 
+def test_schema_accepts_hooks_with_their_fields(validator: Draft7Validator) -> None:
+    """No hook, a built-in one, and one of the user's own, whose fields are unknown."""
+    for hook in ({}, {"name": "scaffold"}, {"name": "feddyn:FedDyn", "alpha": 0.1}):
+        assert error_paths(validator, {**TINY, "hook": hook}) == []
+    assert error_paths(validator, {**TINY, "hook": {"name": "scaffold", "alpha": 0.1}}) == ["hook"]
+
+
 @pytest.mark.parametrize(
     ("override", "place"),
     [
@@ -73,6 +80,7 @@ def test_schema_accepts_every_method_with_all_its_fields(name: str, validator: D
         ("method.optimizer_state=average", "method.optimizer_state"),
         ("method.alpha=16", "method"),
         ("method.name=fedfgt", "method.name"),
+        ("hook.name=scafold", "hook.name"),
         ("method={}", "method"),
     ],
 )

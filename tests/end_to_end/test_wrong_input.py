@@ -692,6 +692,30 @@ def test_class_named_only_by_a_folder_is_not_imported(asked: str, add: str, stra
     assert imported()
 
 
+@pytest.mark.parametrize("asked", ["run {0}/config.yaml --out {0} --resume", "sweep {0}/sweep.yaml --out {0} --resume"])
+def test_hook_named_only_by_a_folder_is_not_imported(asked: str, strange: Path, refusal: Refusal) -> None:
+    tree = {"method": {"name": "fedit"}, "hook": {"name": "noticed_module:Noticed"}}
+    (strange / "config.yaml").write_text(yaml.safe_dump({"name": "s", **tree}), encoding="utf-8")
+    space = {"sweep": {"space": {"seed": {"grid": [1, 2]}}}}
+    (strange / "sweep.yaml").write_text(yaml.safe_dump({"name": "s", **tree, **space}), encoding="utf-8")
+    message = refusal(asked.format(strange).split())
+    assert message.startswith("hook.name: got 'noticed_module:Noticed'; allowed: a hook of `rayfed-sub list hooks`")
+    assert "if you trust that module, add hook.name=noticed_module:Noticed" in message
+    assert not imported()
+    message = refusal([*asked.format(strange).split(), "hook.name=noticed_module:Noticed"])
+    assert "a dataclass with a hook's functions" in message
+    assert imported()
+
+
+def test_hooks_of_a_sweep_s_space_are_not_imported_either(strange: Path, refusal: Refusal) -> None:
+    grid = {"space": {"hook.name": {"grid": ["scaffold", "noticed_module:Noticed"]}}}
+    tree = {"name": "s", "method": {"name": "fedit"}, "sweep": grid}
+    (strange / "sweep.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    message = refusal(f"sweep {strange}/sweep.yaml --out {strange} --resume".split())
+    assert message.startswith("hook.name: got 'noticed_module:Noticed'; allowed: a hook of")
+    assert not imported()
+
+
 def test_class_named_by_the_caller_s_own_file_is_imported(strange: Path, tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "own.yaml").write_bytes((strange / "config.yaml").read_bytes())
     assert "a dataclass with a method's functions" in refusal(["run", str(tmp_path / "own.yaml")])

@@ -146,6 +146,13 @@ def test_clients_of_equal_shape_share_calls_and_have_the_same_bits(kind: str, ra
     assert not differing(tiny, [one[kind]] * 8, batches(tiny, equal=True), 0.05)
 
 
+@pytest.mark.parametrize("rank", [5, pytest.param(7, marks=pytest.mark.slow)])
+def test_cores_of_odd_rank_have_the_same_bits(rank: int) -> None:
+    """Of 5 x 5 numbers, so that in a stack only every sixteenth begins where it would alone."""
+    tiny = llama()
+    assert not differing(tiny, [core_start(tiny, rank)] * 8, batches(tiny), 0.05)
+
+
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
