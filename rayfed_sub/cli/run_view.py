@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +35,20 @@ _ANSWERS, _ANSWER_WIDTH = 3, 100
 """Answers that are shown at the end of a run, and characters of each of their texts at most."""
 
 
+_PROGRESS = logging.getLogger("rayfed_sub.progress")  # how far a long reading of data is
+
+
+class _Heard(logging.Handler):
+    """Shows each message."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.getMessage())
+
+
 class Display:
     """Shows a run's records as they come; without a terminal, one plain line per round."""
 
@@ -49,6 +64,7 @@ class Display:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, note="")
+        self._heard = _Heard(lambda text: self._bar.update(self._task, description=text))
         self._rounds = self._first = 0
         self._bytes: dict[int, int] = {}  # by round: one may be run twice
         self._began = 0.0
@@ -56,9 +72,12 @@ class Display:
 
     def __enter__(self) -> Display:
         self._bar.start()
+        _PROGRESS.addHandler(self._heard)
+        _PROGRESS.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *raised: object) -> None:
+        _PROGRESS.removeHandler(self._heard)
         self._bar.stop()
 
     def show(self, record: Stage | Notice | Started | PackDone | RoundDone | Answered) -> None:

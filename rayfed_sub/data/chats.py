@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.columns import Labels, Texts
 from rayfed_sub.data.readers import Place
+from rayfed_sub.data.rows import Ints
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,35 @@ class Chat:
         return json.dumps(self.turns[:-1], ensure_ascii=False)
 
 
+@dataclass(frozen=True, eq=False)
+class Chats(Sequence[Chat]):
+    """Chats of which only those that are asked for are read.  histories: their `Chat.history`; answers: their last
+    texts; files: their files; rows int32 (chats,): their numbers there."""
+
+    histories: Texts
+    answers: Texts
+    files: Labels
+    rows: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int, /) -> Chat: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> Chats: ...
+    def __getitem__(self, index: int | slice, /) -> Chat | Chats:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        before = [(role, text) for role, text in json.loads(self.histories[index])]
+        place = Place(self.files[index], int(self.rows[index]))
+        return Chat(place, (*before, ("assistant", self.answers[index])))
+
+    def take(self, rows: Ints) -> Chats:
+        """The chats at `rows`, in that order."""
+        return Chats(self.histories.take(rows), self.answers.take(rows), self.files.take(rows), self.rows[rows])
+
+
 class ChatError(Exception):
     """A chat that cannot be rendered.  index: its number among those given; cause: as a person may read it."""
 
@@ -56,7 +90,7 @@ class ChatError(Exception):
         return ChatError, (self.index, self.cause)
 
 
-def read_chats(column: str, cells: Sequence[Any], places: Iterable[Place]) -> list[Chat | None]:
+def read_chats(column: str, cells: Iterable[Any], places: Iterable[Place]) -> Iterator[Chat | None]:
     """The chat of each cell, which stands at such a place; None for an empty one and one without an answer.
 
     Turns after the last answer are left out, which one warning counts: nothing in them is learned.  Texts lose their
@@ -69,8 +103,7 @@ def read_chats(column: str, cells: Sequence[Any], places: Iterable[Place]) -> li
     >>> [chat and chat.turns for chat in read_chats("messages", cells, places)]
     [(('user', 'Why?'), ('assistant', 'So.')), None, (('user', 'Why?'), ('assistant', 'So.'))]
     """
-    chats: list[Chat | None] = []
-    unanswered = 0
+    count = unanswered = 0
     for place, cell in zip(places, cells, strict=True):
         try:
             turns = _turns(cell)
@@ -78,14 +111,14 @@ def read_chats(column: str, cells: Sequence[Any], places: Iterable[Place]) -> li
             raise UserError("task.messages", column, _ALLOWED, f"{place}: {error}") from None
         answered = max((end for end, (role, _) in enumerate(turns, 1) if role == "assistant"), default=0)
         unanswered += 0 < answered < len(turns)
-        chats.append(Chat(place, tuple(turns[:answered])) if answered else None)
+        count += 1
+        yield Chat(place, tuple(turns[:answered])) if answered else None
     if unanswered:
         log.warning(
             "task.messages: %s of %s chats go on after their last answer; those turns are left out",
             f"{unanswered:,}",
-            f"{len(chats):,}",
+            f"{count:,}",
         )
-    return chats
 
 
 def _turns(cell: Any) -> list[Turn]:

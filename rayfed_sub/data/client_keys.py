@@ -20,6 +20,7 @@ import numpy as np
 
 from rayfed_sub.config.schema import Partition
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.sources import SPLITS
 from rayfed_sub.data.tables import Table, whole_numbers
@@ -32,13 +33,13 @@ _ROW, _PREFIX = "row", "federation.partition"
 
 def clients_of(
     table: Table, partition: Partition, clients: int, splits: Sequence[str]
-) -> tuple[list[str], Sequence[str]]:
+) -> tuple[Sequence[str], Sequence[str]]:
     """Each row's client, "" for nobody's, and its split, which a list of row numbers may change.
 
     Raises UserError (federation.partition.file, .partitioner, .args).
     """
     if partition.kind == "files":
-        return [part.client for part in table.parts for _ in range(len(part.data))], splits
+        return Labels.runs([part.client for part in table.parts], [len(part.data) for part in table.parts]), splits
     if partition.kind == "rows":
         return _by_numbers(str(partition.file), splits)
     return _by_partitioner(table, partition, clients, splits), splits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,21 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfed_sub.config.checks import no_validation, not_given
-from rayfed_sub.config.schema import BY_CLIENT, GIVEN, Federation, Task
-from rayfed_sub.core.errors import UserError
+from rayfed_sub.config.schema import GIVEN, Federation, Task
 from rayfed_sub.data.batching import AnyRows
-from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, inputs
+from rayfed_sub.data.fingerprint import Fingerprint, fingerprint
 from rayfed_sub.data.given import GivenRows, given_table, own_pairs
+from rayfed_sub.data.kept import kept
 from rayfed_sub.data.objects import AsTheyAre
-from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Kind, Pairs, capped, distinct, of_keys, ordered, table_pairs
-from rayfed_sub.data.partitions import key_column, largest_keys, offsets_of, partitioned
+from rayfed_sub.data.pairs import Kind, Pairs, distinct, ordered
+from rayfed_sub.data.partitions import key_column, offsets_of, partitioned
+from rayfed_sub.data.prepared import Prepared, prepared
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
-from rayfed_sub.data.rows import Ints
+from rayfed_sub.data.rows import Ints, Rows
 from rayfed_sub.data.sources import listed
 from rayfed_sub.data.splits import Judged, Splits, judged_clients, numbered, split_rows
+from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tasks import filled
-from rayfed_sub.data.tokenization import in_words, tokenised
+from rayfed_sub.data.tokenization import in_words
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,19 @@ class Dataset:
         """The client's indices into train, int64, sorted, a view."""
         return self.client_rows[self.client_offsets[client] : self.client_offsets[client + 1]]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays in memory."""
+        held = (self.client_rows, self.client_offsets, self.train_keys, self.held_out_clients)
+        arrays = {id(array): array for array in (*self.train.arrays, *self.held_out.arrays, *held)}
+        return sum(array.nbytes for array in arrays.values())
+
+    def in_memory(self) -> Dataset:
+        """The data set for machines that do not have the file in which its tokens lie."""
+        if not isinstance(self.train, Rows) or not isinstance(self.held_out, Rows):
+            return self
+        return replace(self, train=self.train.in_memory(), held_out=self.held_out.in_memory())
+
 
 def load_dataset(
     task: Task,
@@ -122,8 +137,13 @@ def load_dataset(
 
     Raises UserError naming the field of `task` or `federation` that does not fit.
     """
-    pairs = load_pairs(task, federation, given, own=isinstance(processor, AsTheyAre))
-    return build_dataset(pairs, task, federation, processor, seed, judged)
+
+    def make() -> Prepared:
+        pairs = load_pairs(task, federation, given, own=isinstance(processor, AsTheyAre))
+        return prepared(pairs, task, federation, processor)
+
+    found = kept(task, federation, processor, make) if given is None else make()
+    return dealt_out(found, task, federation, seed, judged)
 
 
 def load_pairs(task: Task, federation: Federation, given: GivenRows | None = None, *, own: bool = False) -> Pairs:
@@ -147,40 +167,19 @@ def build_dataset(
 
     seed: deals out the rows; task.seed draws them and their splits.
     """
-    by_key = federation.partition.kind in BY_CLIENT
-    passed, changes, official = [len(pairs)], pairs.changes, set(pairs.splits)
-    names = tuple(f"client {client}" for client in range(federation.clients))
-    if (most := federation.clients if by_key else federation.partition.largest) is not None:
-        field = "federation.clients" if by_key else "federation.partition.largest"
-        trained = [key for key, kept in zip(pairs.keys, pairs.trained, strict=True) if kept]
-        largest = largest_keys(trained, most, field, key_column(task, federation))
-        pairs = of_keys(pairs, largest)
-        names = largest if by_key else names
-    passed.append(len(pairs))
-    pairs = capped(pairs, task.max_rows, task.seed)
-    passed.append(len(pairs))
-    rows, kept, cuts = tokenised(pairs, processor, task.max_length)
-    if not len(rows) and cuts.dropped:
-        allowed = (
-            f"{cuts.least} or more: of all {cuts.dropped:,} rows the template around the user's text and the answer, "
-            "or half a row for it, leave no room for the text"
-        )
-        raise UserError("task.max_length", task.max_length, allowed, f"set task.max_length={2 * cuts.least} or more")
-    if not len(rows):
-        raise UserError("task.path", task.path, "a task with rows that have tokens", "check task.prompt")
-    kept, sizes = np.unique(kept, return_counts=True)  # a plain text is several rows of tokens, all of one client
-    pairs = pairs.take(kept)
-    passed.append(len(pairs))
+    return dealt_out(prepared(pairs, task, federation, processor), task, federation, seed, judged)
 
-    _check_splits_left(task, official - set(pairs.splits))
-    whole = pairs.plain or bool(pairs.objects)  # questions are all that a model reads
-    read = [question.encode("utf-8", "surrogatepass") for question in pairs.questions] if whole else inputs(rows)
-    split = split_rows(pairs.questions, read, pairs.keys, task, pairs.splits)
+
+def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, judged: Judged = "held-out") -> Dataset:
+    """The data set of prepared rows: their splits, and the clients' shares."""
+    rows, sizes, cuts = found.rows, found.sizes, found.cuts
+    names = found.client_names or tuple(f"client {client}" for client in range(federation.clients))
+    split = split_rows([found.questions, found.inputs], found.keys, task, found.splits)
     chosen = split.held_out if judged == "held-out" else split.validation
     if not len(chosen):
         raise no_validation()
-    key_names, keys = numbered(pairs.keys)
-    dealt = partitioned([pairs.keys[row] for row in split.train], names, federation, seed)
+    key_names, keys = numbered(found.keys)
+    dealt = partitioned(found.keys.take(split.train), names, federation, seed)
     judged_by = judged_clients(keys[chosen], keys[split.train], key_names, dealt, seed)
     # From here on in rows of tokens.
     parts = [_rows_of(part, sizes[split.train]) for part in dealt]
@@ -193,10 +192,10 @@ def build_dataset(
         repeated=_rows_of(split.repeated, sizes),
     )
     return Dataset(
-        kind=pairs.kind,
+        kind=found.kind,
         train=rows.take(splits.train),
         held_out=rows.take(chosen),
-        class_names=pairs.class_names,
+        class_names=found.class_names,
         client_names=names,
         held_out_clients=judged_by,
         train_keys=keys[splits.train],
@@ -204,10 +203,10 @@ def build_dataset(
         client_rows=np.concatenate(parts),
         client_offsets=offsets_of(parts),
         row_counts=RowCounts(
-            read=passed[0],
-            strange=passed[0] - passed[1],
-            capped=passed[1] - passed[2],
-            silent=passed[2] - passed[3] - cuts.dropped,
+            read=found.read,
+            strange=found.read - found.wanted,
+            capped=found.wanted - found.chosen,
+            silent=found.chosen - len(found) - cuts.dropped,
             dropped=cuts.dropped,
             repeated=len(split.repeated),
             train=len(split.train),
@@ -217,21 +216,14 @@ def build_dataset(
             cut_prompts=cuts.prompts,
             cut_answers=cuts.answers,
             cut_turns=cuts.turns,
-            chunks=len(rows) if pairs.plain else 0,
+            chunks=len(rows) if found.plain else 0,
             shared=split.shared,
-            transparent=changes.count(OVER_WHITE),
-            deep=changes.count(SCALED),
+            transparent=found.transparent,
+            deep=found.deep,
         ),
-        fingerprint=fingerprint(rows, pairs.class_names, splits, names, parts, judged_by),
-        split=_split_name(task, judged, pairs.splits),
+        fingerprint=fingerprint(rows, found.hashes, found.class_names, splits, names, parts, judged_by),
+        split=_split_name(task, judged, found.splits.names),
     )
-
-
-def _check_splits_left(task: Task, gone: set[str]) -> None:
-    """UserError for an official split of which no row is left: a share of the training rows is another one."""
-    for split in sorted(gone - {"train"}):
-        allowed = "a split with rows of the clients that train, which have tokens"
-        raise UserError(f"task.{split}", getattr(task, split), allowed, f"name another one, or set task.{split}=[]")
 
 
 def _rows_of(units: Ints, sizes: Ints) -> Ints:
@@ -240,9 +232,9 @@ def _rows_of(units: Ints, sizes: Ints) -> Ints:
     >>> _rows_of(np.array([0, 2]), np.array([1, 2, 3])).tolist()
     [0, 3, 4, 5]
     """
-    ends = np.cumsum(sizes)
-    ranges = [np.arange(ends[unit] - sizes[unit], ends[unit]) for unit in units]
-    return np.concatenate([np.empty(0, np.int64), *ranges])
+    own, begins = sizes[units], (np.cumsum(sizes) - sizes)[units]
+    rows: Ints = np.arange(own.sum()) + np.repeat(begins - (np.cumsum(own) - own), own)
+    return rows
 
 
 def _split_name(task: Task, judged: Judged, official: Sequence[str]) -> str:

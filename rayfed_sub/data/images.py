@@ -52,9 +52,9 @@ class Images:
         return len(self.classes)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return self.pixels.nbytes + self.classes.nbytes
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """All arrays that grow with the rows."""
+        return self.pixels, self.classes
 
     def take(self, indices: Ints) -> Images:
         """The rows at `indices`, in that order, as new arrays."""

@@ -78,9 +78,9 @@ class Objects:
         return len(self.offsets) - 1
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return self.content.nbytes + self.offsets.nbytes + self.digests.nbytes
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """All arrays."""
+        return self.content, self.offsets, self.digests
 
     def batch_of(self, indices: Ints, seed: int = 0) -> OwnBatch:
         """The batch of the rows at `indices`, in that order, as new objects.  Raises what the caller's function

@@ -193,7 +193,7 @@ def as_dict(stats: PartitionStats) -> dict[str, Any]:
 
 
 def _medians(dataset: Dataset, rows: Rows) -> NDArray[np.float64]:
-    lengths = np.diff(rows.offsets)
+    lengths = rows.lengths
     clients = range(len(dataset.client_names))
     return np.asarray([np.median(lengths[dataset.rows_of(client)]) for client in clients])
 

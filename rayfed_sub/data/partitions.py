@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data import python_docs
 from rayfed_sub.data.client_keys import topped_up
+from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.readers import CLIENT
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.tasks import TASKS
@@ -63,7 +63,9 @@ def largest_keys(
     >>> largest_keys(["b", "a", "c", "b"], 2)
     ('b', 'a')
     """
-    counts = Counter(keys)
+    labels = Labels.of(keys)
+    counts = dict(zip(labels.names, np.bincount(labels.numbers, minlength=len(labels.names)).tolist(), strict=True))
+    counts = {name: count for name, count in counts.items() if count}
     if most > len(counts):
         where = "the partition's column" if column is None else f"the column {column}"
         allowed = f"1 to {len(counts)}, the number of values of {where}"
@@ -88,8 +90,8 @@ def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federatio
         allowed = f"1 to {len(keys)}, the number of training rows"
         raise UserError("federation.clients", clients, allowed, "lower federation.clients or use more rows")
     if kind in BY_CLIENT:
-        number = {name: k for k, name in enumerate(names)}
-        client_R = np.fromiter((number.get(key, clients) for key in keys), np.int64, len(keys))
+        number, labels = {name: k for k, name in enumerate(names)}, Labels.of(keys)
+        client_R = np.asarray([number.get(name, clients) for name in labels.names], np.int64)[labels.numbers]
         ends = np.cumsum(np.bincount(client_R, minlength=clients)[:clients])
         parts = np.split(np.argsort(client_R, kind="stable"), ends)[:clients]
     elif kind == "pool":
@@ -142,7 +144,7 @@ def _shards(keys: Sequence[str], clients: int, each: int, seed: int) -> list[Int
         allowed = f"1 to {len(keys) // clients}: {len(keys):,} training rows for {clients:,} clients"
         raise UserError("federation.partition.shards_per_client", each, allowed, "lower it or federation.clients")
     order = stream(seed, "partition").permutation(len(keys))
-    ordered = order[np.argsort(np.asarray(keys)[order], kind="stable")]
+    ordered = order[np.argsort(Labels.of(keys).numbers[order], kind="stable")]
     partitioner = ShardPartitioner(
         num_partitions=clients,
         partition_by="key",

@@ -26,6 +26,10 @@ class Tokenizer(Protocol):
     def ends(self) -> Sequence[int]:
         """The tokens at which generation stops, eos among them."""
 
+    @property
+    def identity(self) -> str:
+        """What its tokens follow from: equal for tokenizers that read every text alike."""
+
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """The questions, in the model's chat template where it has one, ready for the answers to follow."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +19,15 @@ Ints = NDArray[np.int64]
 class Rows:
     """Rows of tokens.
 
-    tokens int32 (total,), all rows one after the other; offsets int64 (rows + 1,), where each begins and
-    ends; prompts int32 (rows,), how many of a row's first tokens are its prompt, of a chat the history of its last
-    answer; classes int64 (rows,), or empty for language modelling; learned bool (total,), of chats the tokens that the
-    assistant says, or empty: what follows the prompt is learned.
+    tokens int32 (total,), of all rows and maybe of others; begins int64 and lengths int32 (rows,), where each row
+    begins among them, and its number of tokens; prompts int32 (rows,), how many of a row's first tokens are its prompt,
+    of a chat the history of its last answer; classes int64 (rows,), or empty for language modelling; learned bool
+    (total,), of chats the tokens that the assistant says, or empty: what follows the prompt is learned.
     """
 
     tokens: NDArray[np.int32]
-    offsets: Ints
+    begins: Ints
+    lengths: NDArray[np.int32]
     prompts: NDArray[np.int32]
     classes: Ints
     learned: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
@@ -39,57 +43,82 @@ class Rows:
         """Rows from lists, one entry a row.
 
         >>> rows = Rows.of([[5, 6, 7], [8]], prompts=[2, 0])
-        >>> len(rows), rows.offsets.tolist(), rows.row(0).tolist()
-        (2, [0, 3, 4], [5, 6, 7])
+        >>> len(rows), rows.begins.tolist(), rows.row(0).tolist()
+        (2, [0, 3], [5, 6, 7])
         """
-        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        flat = np.fromiter((token for row in tokens for token in row), np.int32, int(offsets[-1]))
-        mask = np.fromiter((token for row in learned for token in row), bool)
-        return cls(flat, offsets, np.asarray(prompts, np.int32), np.asarray(classes, np.int64), mask)
+        lengths = np.fromiter(map(len, tokens), np.int32, len(tokens))
+        ends = np.cumsum(lengths, dtype=np.int64)
+        flat = np.fromiter(chain.from_iterable(tokens), np.int32, int(ends[-1]) if len(ends) else 0)
+        mask = np.fromiter(chain.from_iterable(learned), bool)
+        return cls(flat, ends - lengths, lengths, np.asarray(prompts, np.int32), np.asarray(classes, np.int64), mask)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.lengths)
 
-    @cached_property
-    def lengths(self) -> Ints:
-        """Tokens of every row, (rows,)."""
-        return np.diff(self.offsets)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Tokens in a file that has a name travel as its name, which other processes of the machine map, too."""
+        return _received, tuple(_sent(getattr(self, field.name)) for field in fields(self))
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in (self.tokens, self.offsets, self.prompts, self.classes, self.learned))
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """All arrays that lie in memory."""
+        every = (getattr(self, field.name) for field in fields(self))
+        return tuple(array for array in every if _file_of(array) is None)
+
+    def in_memory(self) -> Rows:
+        """The rows with their own tokens alone, in memory."""
+        flat = np.concatenate([np.empty(0, np.int32), *(self.row(row) for row in range(len(self)))])
+        learned = [self.answered(row) for row in range(len(self))] if len(self.learned) else []
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        mask = np.concatenate([np.empty(0, bool), *learned])
+        return replace(self, tokens=flat, begins=ends - self.lengths, learned=mask)
 
     @cached_property
     def labels(self) -> Ints:
         """Tokens of every row that are learned where prompts carry no loss, (rows,)."""
         if not len(self.learned):
-            return self.lengths - self.prompts
+            return (self.lengths - self.prompts).astype(np.int64)
         counted = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.learned)])
-        labels: Ints = counted[self.offsets[1:]] - counted[self.offsets[:-1]]
+        labels: Ints = counted[self.begins + self.lengths] - counted[self.begins]
         return labels
 
     def row(self, index: int) -> NDArray[np.int32]:
         """The tokens of one row, a view."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        return self.tokens[self.begins[index] : self.begins[index] + self.lengths[index]]
 
     def answered(self, index: int) -> NDArray[np.bool_]:
         """The tokens of one row that are learned where prompts carry no loss, bool (tokens,)."""
         if len(self.learned):
-            return self.learned[self.offsets[index] : self.offsets[index + 1]]
+            return self.learned[self.begins[index] : self.begins[index] + self.lengths[index]]
         learned: NDArray[np.bool_] = np.arange(self.lengths[index]) >= self.prompts[index]
         return learned
 
     def take(self, indices: Ints) -> Rows:
-        """The rows at `indices`, in that order, as new arrays."""
-        tokens = [self.row(int(index)) for index in indices]
-        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
-        learned = [self.answered(int(index)) for index in indices] if len(self.learned) else []
-        return Rows(
-            np.concatenate([np.empty(0, np.int32), *tokens]),
-            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            self.prompts[indices],
-            self.classes[indices] if len(self.classes) else self.classes,
-            np.concatenate([np.empty(0, bool), *learned]),
-        )
+        """The rows at `indices`, in that order; their tokens are not copied."""
+        classes = self.classes[indices] if len(self.classes) else self.classes
+        places = (self.begins[indices], self.lengths[indices], self.prompts[indices])
+        return Rows(self.tokens, *places, classes, self.learned)
+
+
+@dataclass(frozen=True)
+class _File:
+    """An array in a file of NumPy's format."""
+
+    path: str
+
+
+def _file_of(array: NDArray[Any]) -> str | None:
+    """The file of NumPy's format that holds just this array, where it has a name."""
+    if not isinstance(array, np.memmap) or not isinstance(array.base, mmap.mmap):
+        return None  # in memory, or a part of a file
+    name = str(array.filename)
+    return name if name.endswith(".npy") else None
+
+
+def _sent(array: NDArray[Any]) -> NDArray[Any] | _File:
+    file = _file_of(array)
+    return array if file is None else _File(file)
+
+
+def _received(*arrays: NDArray[Any] | _File) -> Rows:
+    return Rows(*(np.load(array.path, mmap_mode="r") if isinstance(array, _File) else array for array in arrays))

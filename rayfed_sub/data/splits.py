@@ -7,7 +7,7 @@ Everything is an array of row numbers: no row is copied, and each draw has a str
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
+from rayfed_sub.data.columns import Labels, numbers_of
+from rayfed_sub.data.pairs import digests
 from rayfed_sub.data.rows import Ints
 
 log = logging.getLogger(__name__)
@@ -41,8 +43,7 @@ class Splits:
 
 
 def split_rows(
-    questions: Sequence[str],
-    inputs: Sequence[bytes],
+    asked: Sequence[Ints],
     keys: Sequence[str],
     task: Task,
     official: Sequence[str] = (),
@@ -54,20 +55,20 @@ def split_rows(
     official validation or test split is not drawn, and training gives way to what is.  Official splits stay as they
     are; rows that two of them share are counted.
 
-    inputs: what the model reads of each question, as bytes: two questions may have one input once they are cut to
+    asked: int64 (rows,), numbers of the rows' questions, equal for equal ones alone, as `questions_asked` gives them,
+    and of their inputs, what the model reads of them: two questions may have one input once they are cut to
     task.max_length, scaled to task.image_size, or tokenised.  One warning gives the number of rows left out for this.
 
     Raises UserError (task.test_share, task.validation_share) where a split that is asked for would be empty.
 
     >>> task = Task(test_share=0.25, validation_share=0.25)
-    >>> splits = split_rows(["a?", "b?", "c?", "d?"], [b"a", b"b", b"c", b"d"], [""] * 4, task)
+    >>> splits = split_rows([questions_asked(["a?", "b?", "c?", "d?"])], [""] * 4, task)
     >>> [len(part) for part in (splits.train, splits.validation, splits.held_out, splits.repeated)]
     [2, 1, 1, 0]
     """
-    split_R = np.asarray(official if len(official) else ["train"] * len(keys))
-    pool, held_out, validation = (np.flatnonzero(split_R == name) for name in ("train", "test", "validation"))
-    pool_keys = [keys[int(row)] for row in pool]
-    asked = [_numbers(" ".join(question.casefold().split()) for question in questions), _numbers(inputs)]
+    split = Labels.of(official) if len(official) else Labels.runs(["train"], [len(keys)])
+    pool, held_out, validation = (np.flatnonzero(split.are(name)) for name in ("train", "test", "validation"))
+    pool_keys = Labels.of(keys).take(pool)
     # Rows that ask what another official split asks stay in training, as they would without a share.
     fixed = np.flatnonzero(~np.isin(pool, _apart(pool, np.concatenate([held_out, validation]), asked)))
     drawn = np.empty(0, np.int64)
@@ -99,16 +100,16 @@ def split_rows(
             "row" if sum(lost.values()) == 1 else "rows",
         )
     repeated = np.setdiff1d(pool, np.concatenate([kept, checked, held_out]))
-    return Splits(kept, checked, held_out, repeated, _shared(split_R, kept, checked, asked))
+    return Splits(kept, checked, held_out, repeated, _shared(split, kept, checked, asked))
 
 
-def _shared(split_R: NDArray[np.str_], train: Ints, validation: Ints, asked: Sequence[Ints]) -> int:
+def _shared(split: Labels, train: Ints, validation: Ints, asked: Sequence[Ints]) -> int:
     """The rows of the official test split that ask what stands in training or validation, and those of the official
     validation split that ask what stands in training; said in a warning."""
     before = {"validation": train, "test": np.concatenate([train, validation])}
     counts = {}
     for name, others in before.items():
-        rows = np.flatnonzero(split_R == name)
+        rows = np.flatnonzero(split.are(name))
         counts[name] = (len(rows) - len(_apart(rows, others, asked)), len(rows))
     if any(count for count, _ in counts.values()):
         shown = " and ".join(f"{count:,} of {rows:,} {name} rows" for name, (count, rows) in counts.items() if count)
@@ -201,9 +202,8 @@ def numbered(keys: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int32]]:
     >>> names, numbers.tolist()
     (('a', 'b'), [1, 0, 1])
     """
-    names = tuple(sorted(set(keys)))
-    number = {name: index for index, name in enumerate(names)}
-    return names, np.fromiter((number[key] for key in keys), np.int32, len(keys))
+    labels = Labels.of(keys).compact()
+    return labels.names, labels.numbers
 
 
 def _apportioned(rows: int, weights: Ints) -> Ints:
@@ -227,7 +227,10 @@ def _apart(rows: Ints, others: Ints, asked: Sequence[Ints]) -> Ints:
     return own
 
 
-def _numbers(values: Iterable[Hashable]) -> Ints:
-    """A number for each value, equal for equal values alone."""
-    number: dict[Hashable, int] = {}
-    return np.asarray([number.setdefault(value, len(number)) for value in values], np.int64)
+def questions_asked(questions: Iterable[str]) -> Ints:
+    """A number for each question, int64, equal for those alone that are equal but for case and spaces.
+
+    >>> questions_asked(["Why  so?", "why so?", "so?"]).tolist() in ([0, 0, 1], [1, 1, 0])
+    True
+    """
+    return numbers_of(digests(" ".join(question.casefold().split()) for question in questions))

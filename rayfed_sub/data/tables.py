@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.readers import NoTextError, Part, Place, Wanted, as_text, no_text
 from rayfed_sub.data.sources import SPLITS, names_of, read_source, sources_of
 
@@ -40,19 +45,27 @@ class Table:
         """Each row's file and its number in it."""
         return (Place(part.place, row) for part in self.parts for row in range(1, len(part.data) + 1))
 
-    def texts(self, field: str, name: str, optional: bool = False) -> list[str]:
+    def files(self) -> Labels:
+        """Each row's file."""
+        return Labels.runs([part.place for part in self.parts], [len(part.data) for part in self.parts])
+
+    def numbers(self) -> NDArray[np.int32]:
+        """Each row's number in its file, from 1, (rows,)."""
+        return np.concatenate([np.arange(1, len(part.data) + 1, dtype=np.int32) for part in self.parts])
+
+    def texts(self, field: str, name: str, optional: bool = False) -> Iterator[str]:
         """The cells of column `name` as canonical text (`as_text`), "" where they are missing.
 
         optional: the column may be missing from parts that nobody trains on.
         Raises UserError for the configuration's `field` where there is no such column, or a cell that is no text.
         """
         self._check(field, name, optional)
-        return [text for part in self.parts for text in _part_texts(part, field, name)]
+        return chain.from_iterable(_part_texts(part, field, name) for part in self.parts)
 
-    def column(self, field: str, name: str) -> list[Any]:
+    def column(self, field: str, name: str) -> Iterator[Any]:
         """The cells of column `name` as they are, None where they are missing.  Raises UserError as `texts`."""
         self._check(field, name)
-        return [cell for part in self.parts for cell in _cells(part, name)]
+        return chain.from_iterable(_cells(part, name) for part in self.parts)
 
     def _check(self, field: str, name: str, optional: bool = False) -> None:
         if name not in self.names:
@@ -78,15 +91,15 @@ def load_table(task: Task, wanted: Wanted, by_client: bool = False) -> Table:
     return Table(tuple(parts))
 
 
-def splits_of(table: Table, task: Task) -> list[str]:
+def splits_of(table: Table, task: Task) -> Labels:
     """Each row's split, "" for rows of none; with task.split_column by its cells.
 
     Raises UserError (task.split_column, .train, .validation, .test) where it does not have the values that are named.
     """
     if task.split_column is None:
-        return [part.split for part in table.parts for _ in range(len(part.data))]
-    cells = table.texts("task.split_column", task.split_column)
-    found = set(cells) - {""}
+        return Labels.runs([part.split for part in table.parts], [len(part.data) for part in table.parts])
+    cells = Labels.of(table.texts("task.split_column", task.split_column))
+    found = set(cells.used) - {""}
     split_of: dict[str, str] = {}
     for split in SPLITS:
         given, names = getattr(task, split), names_of(task, split, found)
@@ -99,9 +112,9 @@ def splits_of(table: Table, task: Task) -> list[str]:
             if split_of.setdefault(name, split) != split:
                 allowed = f"other rows than task.{split_of[name]} has"
                 raise UserError(f"task.{split}", given, allowed, "name another value")
-    if idle := sum(cell not in split_of for cell in cells):
+    if idle := int((~cells.are(*split_of)).sum()):
         log.warning("task.split_column: %s of %s rows are in no split that is used", f"{idle:,}", f"{len(cells):,}")
-    return [split_of.get(cell, "") for cell in cells]
+    return cells.renamed([split_of.get(name, "") for name in cells.names])
 
 
 def renamed(table: Table, renames: Mapping[str, str]) -> Table:
@@ -109,19 +122,20 @@ def renamed(table: Table, renames: Mapping[str, str]) -> Table:
     return Table(tuple(_renamed(part, renames) for part in table.parts))
 
 
-def classes(texts: Sequence[str]) -> list[str]:
+def classes(texts: Iterable[str]) -> Labels:
     """Canonical names of classes or keys: whole numbers without the ".0" that programs give them where some are
     missing, True and False in one spelling, where all are such.
 
-    >>> classes(["1.0", "", "3.0"]), classes(["true", "FALSE"]), classes(["007", "1.0"])
-    (['1', '', '3'], ['True', 'False'], ['007', '1.0'])
+    >>> [list(classes(texts)) for texts in (["1.0", "", "3.0"], ["true", "FALSE"], ["007", "1.0"])]
+    [['1', '', '3'], ['True', 'False'], ['007', '1.0']]
     """
-    names = {text for text in texts if text}
+    labels = Labels.of(texts)
+    names = [name for name in labels.names if name]
     if all(_NUMBER.fullmatch(name) for name in names):
-        return [text.partition(".")[0] for text in texts]
+        return labels.renamed([name.partition(".")[0] for name in labels.names])
     if all(name.lower() in _TRUTHS for name in names):
-        return [_TRUTHS.get(text.lower(), text) for text in texts]
-    return list(texts)
+        return labels.renamed([_TRUTHS.get(name.lower(), name) for name in labels.names])
+    return labels
 
 
 def whole_numbers(table: Table, field: str, name: str) -> Sequence[str | int]:
@@ -129,9 +143,9 @@ def whole_numbers(table: Table, field: str, name: str) -> Sequence[str | int]:
     texts.  Raises UserError as `Table.texts`."""
     import datasets
 
-    texts = table.texts(field, name)
+    texts = list(table.texts(field, name))
     if all(isinstance(part.data.features.get(name), datasets.ClassLabel) for part in table.parts):
-        return table.column(field, name)
+        return list(table.column(field, name))
     return (
         [int(text) for text in texts] if all(_NUMBER.fullmatch(text) and "." not in text for text in texts) else texts
     )

@@ -8,15 +8,22 @@ A chat that is longer ends with an earlier answer, as if the rest had not been s
 from __future__ import annotations
 
 import logging
+import os
+import time
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import islice
 
 import numpy as np
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.chats import Chat, ChatError, Turn
+from rayfed_sub.data.columns import ArrayWriter
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.objects import AsTheyAre, Objects
 from rayfed_sub.data.pairs import Pairs, Span
@@ -24,9 +31,13 @@ from rayfed_sub.data.processors import ImageProcessor, Processor, Tokenizer
 from rayfed_sub.data.rows import Ints, Rows
 
 log = logging.getLogger(__name__)
+progress = logging.getLogger("rayfed_sub.progress")
+"""How far a long reading is, for displays; nobody else hears it."""
 
 _CHARACTERS = 6  # in a token, at most, of all but few texts
-_AT_ONCE = 1024  # rows in a tokenizer's hands: their lists of integers take ten times the arrays' memory
+_AT_ONCE = 256  # rows in a tokenizer's hands: their lists of integers take ten times the arrays' memory
+
+_SAID = 1.0  # seconds between two words on progress
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
@@ -100,23 +111,89 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[AnyR
     if isinstance(processor, ImageProcessor):
         pixels = [processor.pixels(content) for content in pairs.images]
         return Images.of(pixels, _classes(pairs), processor.mean, processor.std), np.arange(len(pairs)), Cuts()
+    rows, kept, cuts, silent = _Parts(), [np.empty(0, np.int64)], list[Cuts](), 0
+    for part in _side_by_side(partial(_made, processor=processor, max_length=max_length), pairs):
+        rows.add(part.rows)
+        kept.append(part.kept)
+        cuts.append(part.cuts)
+        silent += part.silent
+    if silent:
+        log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(pairs):,}")
+    counts = _counted(cuts)
+    if summary := in_words(counts.cut, counts.prompts, counts.answers, counts.dropped, counts.turns):
+        log.warning("rows longer than task.max_length=%d, of %s: %s", max_length, f"{len(pairs):,}", summary)
+    return rows.done(), np.concatenate(kept), counts
+
+
+class _Parts:
+    """Rows that come in parts: their tokens in a file, where they are many."""
+
+    def __init__(self) -> None:
+        self._tokens, self._learned = ArrayWriter(np.int32), ArrayWriter(np.bool_)
+        self._rest = [Rows.of([], [])]
+
+    def add(self, part: Rows) -> None:
+        self._tokens.add(part.tokens)
+        self._learned.add(part.learned)
+        self._rest.append(replace(part, tokens=part.tokens[:0], learned=part.learned[:0]))
+
+    def done(self) -> Rows:
+        lengths, prompts, classes = (
+            np.concatenate([getattr(part, name) for part in self._rest]) for name in ("lengths", "prompts", "classes")
+        )
+        begins = np.cumsum(lengths, dtype=np.int64) - lengths
+        return Rows(self._tokens.done(), begins, lengths, prompts, classes, self._learned.done())
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """Rows of some pairs, the pairs' indices, int64 (rows,), numbers of cuts, and of pairs without tokens."""
+
+    rows: Rows
+    kept: Ints
+    cuts: Cuts
+    silent: int
+
+
+def _made(pairs: Pairs, begin: int, *, processor: Tokenizer, max_length: int) -> _Made:
+    """The rows of these pairs, the first of which has the index `begin`."""
     if pairs.plain:
-        return _chunks(pairs, processor, max_length)
-    made = [
-        row
-        for begin in range(0, len(pairs), _AT_ONCE)
-        for row in _rows(pairs.take(np.arange(begin, min(begin + _AT_ONCE, len(pairs)))), processor, max_length)
-    ]
+        return _chunks(pairs, begin, processor, max_length)
+    made = _rows(pairs, processor, max_length)
     kept = np.flatnonzero([isinstance(row, _Row) for row in made])
     rows = [row for row in made if isinstance(row, _Row)]
-    if silent := made.count(None):
-        log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(made):,}")
-    cuts = _counted(rows, [row.least for row in made if isinstance(row, _Dropped)])
-    if summary := in_words(cuts.cut, cuts.prompts, cuts.answers, cuts.dropped, cuts.turns):
-        log.warning("rows longer than task.max_length=%d, of %s: %s", max_length, f"{len(made):,}", summary)
+    least = [row.least for row in made if isinstance(row, _Dropped)]
+    cuts = Cuts(
+        cut=sum(row.text_cut or row.answer_cut or row.turns_cut for row in rows),
+        prompts=sum(row.text_cut for row in rows),
+        answers=sum(row.answer_cut for row in rows),
+        turns=sum(row.turns_cut for row in rows),
+        dropped=len(least),
+        least=min(least, default=0),
+    )
+    learned = [row.learned for row in rows] if len(pairs.chats) else []
     classes = _classes(pairs.take(kept))
-    learned = [row.learned for row in rows] if pairs.chats else []
-    return Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes, learned), kept, cuts
+    tokens = Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes, learned)
+    return _Made(tokens, kept + begin, cuts, made.count(None))
+
+
+def _side_by_side(make: Callable[[Pairs, int], _Made], pairs: Pairs) -> Iterator[_Made]:
+    """What `make` makes of the pairs, some at a time, in order; a few at once, since tokenizers leave Python alone."""
+    begins, done = iter(range(0, len(pairs), _AT_ONCE)), 0
+
+    def begun(begin: int) -> Future[_Made]:
+        return pool.submit(make, pairs.take(np.arange(begin, min(begin + _AT_ONCE, len(pairs)))), begin)
+
+    cores, said = os.cpu_count() or 1, time.monotonic()
+    with ThreadPoolExecutor(cores) as pool:
+        coming = deque(begun(begin) for begin in islice(begins, 2 * cores))
+        while coming:
+            yield coming.popleft().result()
+            if time.monotonic() - said > _SAID:
+                said = time.monotonic()
+                progress.info("tokenised %s of %s rows", f"{min(done + _AT_ONCE, len(pairs)):,}", f"{len(pairs):,}")
+            done += _AT_ONCE
+            coming.extend(begun(begin) for begin in islice(begins, 1))
 
 
 def in_words(cut: int, prompts: int, answers: int, dropped: int, turns: int = 0) -> str:
@@ -154,12 +231,12 @@ def shortened(text: str, spans: Sequence[Span], most: int) -> str:
 
 def _rows(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _Dropped | None]:
     """A row for each pair; None for one without a token to learn from."""
-    if pairs.chats:
+    if len(pairs.chats):
         return _chats(pairs, processor, max_length)
     if pairs.kind == "classification":
         texts = _fitted(processor.texts, pairs, [max_length] * len(pairs))
         return [_classified(text) for text in texts]
-    answers = _begun(processor.answers, pairs.answers, max_length)
+    answers = _begun(processor.answers, list(pairs.answers), max_length)
     # An answer's share of the row: all of it, or half of the row.
     shares = [min(len(answer), max_length - max_length // 2) for answer in answers]
     prompts = _fitted(processor.prompts, pairs, [max_length - share for share in shares])
@@ -184,12 +261,13 @@ def _answered(prompt: _Fitted, answer: list[int], max_length: int) -> _Row | _Dr
 
 
 def _chats(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _Dropped | None]:
+    chats = list(pairs.chats)
     try:
-        made = processor.chats([chat.turns for chat in pairs.chats])
+        made = processor.chats([chat.turns for chat in chats])
     except ChatError as error:
-        raise _refused(pairs.chats[error.index], error.cause) from None
+        raise _refused(chats[error.index], error.cause) from None
     rows: list[_Row | _Dropped | None] = []
-    for chat, (tokens, learned) in zip(pairs.chats, made, strict=True):
+    for chat, (tokens, learned) in zip(chats, made, strict=True):
         row: _Row | _Dropped | None = _whole_chat(tokens, learned)
         if isinstance(row, _Row) and len(row.tokens) > max_length:
             try:
@@ -259,17 +337,14 @@ def _shorter_chat(turns: Sequence[Turn], processor: Tokenizer, max_length: int) 
     )
 
 
-def _chunks(pairs: Pairs, processor: Tokenizer, max_length: int) -> tuple[Rows, Ints, Cuts]:
+def _chunks(pairs: Pairs, begin: int, processor: Tokenizer, max_length: int) -> _Made:
     rows, behind, silent = list[list[int]](), list[int](), 0
-    for begin in range(0, len(pairs), _AT_ONCE):
-        for number, tokens in enumerate(processor.documents(pairs.questions[begin : begin + _AT_ONCE]), begin):
-            silent += not tokens
-            made = chunked(tokens, max_length)
-            rows += made
-            behind += [number] * len(made)
-    if silent:
-        log.warning("%s rows have no tokens to learn from; dropped", f"{silent:,} of {len(pairs):,}")
-    return Rows.of(rows, [1] * len(rows)), np.asarray(behind, np.int64), Cuts()
+    for number, tokens in enumerate(processor.documents(list(pairs.questions)), begin):
+        silent += not tokens
+        made = chunked(tokens, max_length)
+        rows += made
+        behind += [number] * len(made)
+    return _Made(Rows.of(rows, [1] * len(rows)), np.asarray(behind, np.int64), Cuts(), silent)
 
 
 def chunked(tokens: Sequence[int], most: int) -> list[list[int]]:
@@ -282,21 +357,17 @@ def chunked(tokens: Sequence[int], most: int) -> list[list[int]]:
     return [list(tokens[begin : begin + most]) for begin in range(0, len(tokens) - 1, most - 1)]
 
 
-def _counted(rows: Sequence[_Row], least: Sequence[int]) -> Cuts:
-    return Cuts(
-        cut=sum(row.text_cut or row.answer_cut or row.turns_cut for row in rows),
-        prompts=sum(row.text_cut for row in rows),
-        answers=sum(row.answer_cut for row in rows),
-        turns=sum(row.turns_cut for row in rows),
-        dropped=len(least),
-        least=min(least, default=0),
-    )
+def _counted(cuts: Sequence[Cuts]) -> Cuts:
+    least = min((part.least for part in cuts if part.dropped), default=0)
+    counts = (field.name for field in fields(Cuts) if field.name != "least")
+    return Cuts(**{name: sum(getattr(part, name) for part in cuts) for name in counts}, least=least)
 
 
 def _fitted(encode: Encode, pairs: Pairs, rooms: Sequence[int]) -> list[_Fitted]:
     """Each question in as many characters as its room of tokens takes.  All rows are searched side by side, because
     tokenizers are an order faster with many texts at a time."""
-    texts, spans = pairs.questions, pairs.spans or [((0, len(text)),) for text in pairs.questions]
+    texts = list(pairs.questions)
+    spans = list(pairs.spans) if len(pairs.spans) else [((0, len(text)),) for text in texts]
     longest = [max((end - begin for begin, end in row_spans), default=0) for row_spans in spans]
     searches = [_search(most, room) for most, room in zip(longest, rooms, strict=True)]
     asked, found = {row: next(search) for row, search in enumerate(searches)}, dict[int, _Fitted]()

@@ -34,6 +34,10 @@ class ByteTokenizer:
         """The tokens at which generation stops."""
         return (self.eos,)
 
+    @property
+    def identity(self) -> str:
+        return repr(self)
+
     def prompt(self, text: str) -> list[int]:
         return [self.bos, *self._tokens(f"Q: {text}\nA: ")]
 
@@ -89,6 +93,11 @@ class HubTokenizer:
     vocabulary: int
     chat: bool
     ends: tuple[int, ...]
+
+    @property
+    def identity(self) -> str:
+        coded = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
+        return repr((type(self.tokenizer).__name__, coded, default_template(self.tokenizer), self.eos, self.chat))
 
     def prompt(self, text: str) -> list[int]:
         return self.prompts([text])[0]
@@ -148,6 +157,9 @@ class HubTokenizer:
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
+        if self.tokenizer.is_fast:  # without the lists of each token's type, mask and place
+            backend = self.tokenizer.backend_tokenizer
+            return [made.ids for made in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
         # verbose=False: cutting rows to length is the data layer's work, so no word about long ones.
         encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False, return_attention_mask=False)
         return [list(tokens) for tokens in encoded["input_ids"]]
@@ -203,6 +215,9 @@ def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubTokenizer:
     if eos is None:
         raise ValueError("the tokenizer has no end, separator or padding token")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if tokenizer.is_fast:  # rows are cut to length by the data layer alone, whatever the tokenizer's file says
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     every = tuple(dict.fromkeys(token for token in (eos, eos_token, *ends) if token is not None))
     return HubTokenizer(tokenizer, pad, eos, len(tokenizer), template is not None, every)
 

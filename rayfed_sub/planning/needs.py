@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.planning.traffic import ClientTraffic, Parts, Traffic, first_start
@@ -151,7 +150,7 @@ def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
         cohort=max([1, *map(len, parts.cohorts)]),
         trained=parts.trained,
         backbone=backbone_bytes(parts.architecture),
-        data=_data(parts.dataset),
+        data=parts.dataset.nbytes,
     )
 
 
@@ -175,11 +174,3 @@ def _pretrained(architecture: Architecture, config: Config) -> int:
     shape, exact = architecture.shape, config.model.dtype == "float32"
     copied = [layer for layer in shape.targets if not exact or layer.name in architecture.transposed]
     return sum(4 * layer.m * layer.n for layer in (*copied, *(() if exact else shape.head)))
-
-
-def _data(dataset: Dataset) -> int:
-    """Bytes of both parts, and of the clients' row numbers."""
-    parts = (dataset.train, dataset.held_out)
-    rows = sum(rows.nbytes for rows in parts)
-    held = (dataset.client_rows, dataset.client_offsets, dataset.train_keys, dataset.held_out_clients)
-    return rows + sum(array.nbytes for array in held)

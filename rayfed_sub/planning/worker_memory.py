@@ -68,7 +68,7 @@ def lengths(dataset: Dataset, config: Config) -> Lengths:
     for rows in (dataset.train, dataset.held_out):
         if not isinstance(rows, Rows) or not len(rows):
             continue
-        sizes = rows.offsets[1:] - rows.offsets[:-1]
+        sizes = rows.lengths
         learned = rows.labels if config.task.mask_prompt else sizes
         longest, labels = max(longest, int(sizes.max())), max(labels, int(learned.max()))
         prompt = max(prompt, int(rows.prompts.max()))

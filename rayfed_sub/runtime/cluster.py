@@ -17,6 +17,7 @@ import ray
 import yaml
 
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.planning.machines import Node
 
 HEAD = "node:__internal_head__"
@@ -37,6 +38,12 @@ def nodes() -> tuple[Node, ...]:
         grown = [*heads, *grown_by(yaml.safe_load(file.read_text(encoding="utf-8")))]
         there = max(there, grown, key=_sizes)  # a file of on-premise machines does not hold their sizes
     return tuple(Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there)
+
+
+def put_rows(dataset: Dataset) -> Any:
+    """Puts a data set into the object store; its tokens too, where they lie in a file and there are, or may be, other
+    machines."""
+    return ray.put(dataset if len(nodes()) == 1 else dataset.in_memory())
 
 
 def grown_by(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:

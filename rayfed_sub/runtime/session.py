@@ -34,7 +34,7 @@ from rayfed_sub.planning.call import NOTHING, Given, named
 from rayfed_sub.planning.job import Job, check_resources, prepare
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.callbacks import with_callbacks
-from rayfed_sub.runtime.cluster import joined, nodes, ray_session
+from rayfed_sub.runtime.cluster import joined, nodes, put_rows, ray_session
 from rayfed_sub.runtime.course import Course
 from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
 from rayfed_sub.runtime.live import Live
@@ -172,9 +172,9 @@ def _run(
         with _resume_hint(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
             loading, planned = [pool.submit(load_backbone, job)], _planned(pool, job)
             with ray_session() if config.resources.workers else nullcontext():
-                put = ray.put if config.resources.workers else _unchanged
+                put, put_data = (ray.put, put_rows) if config.resources.workers else (_unchanged, _unchanged)
                 # No name here may hold the weights for the whole run.
-                shared = Shared(put(spec_of(job)), put(loading.pop().result()), put(job.dataset))
+                shared = Shared(put(spec_of(job)), put(loading.pop().result()), put_data(job.dataset))
                 plans = partial(_planned_bytes, planned, notify)
                 summary = carry_out(job, shared, folder, notify, began, plans, callbacks)
         finish(folder.place, notify)

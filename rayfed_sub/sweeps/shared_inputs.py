@@ -12,6 +12,7 @@ import ray
 from rayfed_sub.config.schema import Config
 from rayfed_sub.models.hub import RANDOM
 from rayfed_sub.planning.job import Job, JobInputs, job_on, kind_of, load_inputs
+from rayfed_sub.runtime.cluster import put_rows
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.session import load_backbone, spec_of
 
@@ -37,7 +38,7 @@ class SharedInputs:
         refs = self.inputs.get(input_key(config))
         if refs is None:
             job = job_on(load_inputs(config), config)
-            dataset = ray.put(job.dataset)
+            dataset = put_rows(job.dataset)
         else:
             architecture, processor = ray.get(refs.model)
             job = job_on(JobInputs(architecture, processor, ray.get(refs.dataset)), config)
@@ -60,7 +61,7 @@ def shared(found: Mapping[str, tuple[Config, JobInputs]]) -> SharedInputs:
     """Puts the inputs and their weights into the object store of the current Ray session."""
     inputs, weights = {}, {}
     for key, (config, base) in found.items():
-        inputs[key] = InputRefs(ray.put((base.architecture, base.processor)), ray.put(base.dataset))
+        inputs[key] = InputRefs(ray.put((base.architecture, base.processor)), put_rows(base.dataset))
         if (weight_key := weights_key(config)) not in weights:
             weights[weight_key] = ray.put(load_backbone(job_on(base, config)))
     return SharedInputs(inputs, weights)

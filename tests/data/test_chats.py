@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import IGNORED, collate
 from rayfed_sub.data.chats import Chat, ChatError, Turn, read_chats
 from rayfed_sub.data.dataset import load_dataset, load_pairs, too_long
-from rayfed_sub.data.fingerprint import fingerprint
+from rayfed_sub.data.fingerprint import fingerprint, hashes
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.data.readers import Place
 from rayfed_sub.data.rows import Rows
@@ -43,7 +44,7 @@ def chats(*turns: str) -> Pairs:
 
 
 def read(cells: Sequence[Any]) -> list[Chat | None]:
-    return read_chats("c", cells, (Place("c", row) for row in range(1, len(cells) + 1)))
+    return list(read_chats("c", cells, (Place("c", row) for row in range(1, len(cells) + 1))))
 
 
 def learned(rows: Rows, row: int) -> list[str]:
@@ -98,7 +99,7 @@ def test_turns_after_the_last_answer_are_left_out_and_counted(caplog: pytest.Log
 )
 def test_bad_chat_is_one_line_with_column_row_and_fault(cell: Any, wrong: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_chats("talk", [ONE, cell], [Place("a.jsonl", 7), Place("b.jsonl", 1)])
+        list(read_chats("talk", [ONE, cell], [Place("a.jsonl", 7), Place("b.jsonl", 1)]))
     line = str(caught.value)
     assert line.startswith("task.messages: got 'talk'; allowed: lists of {role, content}")
     assert f"; row 1 of b.jsonl: {wrong}" in line
@@ -124,10 +125,10 @@ def test_every_answer_is_learned_and_nothing_else() -> None:
 def test_mask_is_part_of_a_chat_s_digest() -> None:
     rows, _, _ = tokenised(chats("q a r b", "s d"), CODEC, 64)
     assert isinstance(rows, Rows)
-    last = np.arange(len(rows.tokens)) >= rows.offsets[:-1].repeat(rows.lengths) + rows.prompts.repeat(rows.lengths)
-    other = Rows(rows.tokens, rows.offsets, rows.prompts, rows.classes, last)
+    last = np.arange(len(rows.tokens)) >= rows.begins.repeat(rows.lengths) + rows.prompts.repeat(rows.lengths)
+    other = replace(rows, learned=last)
     parts = Splits(*(np.arange(2) for _ in range(4)))
-    one, two = (fingerprint(made, (), parts, (), [], np.arange(0)) for made in (rows, other))
+    one, two = (fingerprint(made, hashes(made), (), parts, (), [], np.arange(0)) for made in (rows, other))
     assert one.rows != two.rows
 
 

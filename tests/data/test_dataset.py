@@ -16,11 +16,12 @@ from rayfed_sub.config.schema import Federation, Partition, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, build_dataset, load_dataset, load_pairs
 from rayfed_sub.data.images import Images
-from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct, table_pairs
+from rayfed_sub.data.pairs import Kind, Pairs, capped, distinct
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.stdlib_docs import SKIPPED, callables, first_paragraph
+from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tokenization import Cuts, tokenised
 
 PAD, EOS, ASK, CLS = 256, 257, 258, 259
@@ -108,8 +109,8 @@ def as_text(rows: Rows) -> list[tuple[str, str]]:
 def test_rows_are_flat_arrays_of_fixed_types() -> None:
     rows = Rows.of([[1, 2, 3], [], [4]], prompts=[1, 0, 0], classes=[2, 0, 1])
     assert rows.tokens.tolist() == [1, 2, 3, 4]
-    assert rows.offsets.tolist() == [0, 3, 3, 4]
-    types = [rows.tokens.dtype, rows.offsets.dtype, rows.prompts.dtype, rows.classes.dtype]
+    assert (rows.begins.tolist(), rows.lengths.tolist()) == ([0, 3, 3], [3, 0, 1])
+    types = [rows.tokens.dtype, rows.begins.dtype, rows.prompts.dtype, rows.classes.dtype]
     assert types == [np.int32, np.int64, np.int32, np.int64]
     taken = rows.take(np.array([2, 0]))
     assert [taken.row(i).tolist() for i in range(2)] == [[4], [1, 2, 3]]
@@ -535,7 +536,7 @@ def test_python_docs_as_a_federation() -> None:
     sizes = [list(pairs.keys).count(name) for name in data.client_names]
     assert sizes == sorted(sizes, reverse=True)
     assert len(data.train) + len(data.held_out) == sum(sizes)
-    assert (data.train.offsets[1:] - data.train.offsets[:-1]).max() == task.max_length
+    assert data.train.lengths.max() == task.max_length
 
 
 @pytest.mark.parametrize("max_length", [40, 48, 64])

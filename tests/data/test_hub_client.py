@@ -105,8 +105,8 @@ def test_plain_files_of_a_hub_s_data_set_are_read_by_our_readers(
         for path in ("us/set", str(folder))
     )
     for table in (of_hub, of_folder):
-        assert table.texts("task.prompt", "q") == ["007", "1e5", "1_000"]
-        assert table.texts("task.answer", "a") == ["NA", "2026-01-02", "x"]
+        assert list(table.texts("task.prompt", "q")) == ["007", "1e5", "1_000"]
+        assert list(table.texts("task.answer", "a")) == ["NA", "2026-01-02", "x"]
         assert [part.split for part in table.parts] == ["train", "test"]
     assert of_hub.parts[0].place == "us/set/train.csv"
 

@@ -26,7 +26,8 @@ from rayfed_sub.core.types import Subspace, wire_bytes
 from rayfed_sub.data.batching import collate
 from rayfed_sub.data.dataset import build_dataset, load_dataset
 from rayfed_sub.data.images import Images, decoded, digest, encoded, opened
-from rayfed_sub.data.pairs import Pairs, distinct, table_pairs
+from rayfed_sub.data.pairs import Pairs, distinct
+from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tokenization import Cuts, tokenised
 from rayfed_sub.export.exported import export_hf, export_peft
 from rayfed_sub.models.architecture import architecture, build
@@ -220,7 +221,7 @@ def test_gray_images_are_stored_with_one_channel_and_read_as_three() -> None:
     images, _, _ = tokenised(pairs, HubImageProcessor(4), 8)
     assert isinstance(images, Images)
     assert images.pixels.tolist() == np.full((1, 1, 4, 4), 51).tolist()
-    assert images.nbytes == 16 + 8
+    assert sum(array.nbytes for array in images.arrays) == 16 + 8
     inputs = collate(images, np.array([0]), mask_prompt=True, pad=0)["pixel_values"]
     torch.testing.assert_close(inputs, torch.full((1, 3, 4, 4), (0.2 - 0.5) / 0.5))
 

@@ -77,7 +77,7 @@ def test_all_of_a_chunk_but_its_first_token_is_learned(tmp_path: Path) -> None:
     batch = collate(data.train, np.array([0]), mask_prompt=True, pad=0)
     row = data.train.row(0).tolist()
     assert batch["labels"][0].tolist() == [IGNORED, *row[1:]]
-    assert data.train.labels.sum() == len(data.train.tokens) - len(data.train)
+    assert data.train.labels.sum() == data.train.lengths.sum() - len(data.train)
 
 
 def test_texts_stay_whole_whatever_deals_them_out(tmp_path: Path) -> None:

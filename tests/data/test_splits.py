@@ -8,7 +8,7 @@ import pytest
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.splits import Splits, drawn_rows, judged_clients, split_rows
+from rayfed_sub.data.splits import Splits, drawn_rows, judged_clients, questions_asked, split_rows
 
 # --- held-out rows
 
@@ -90,7 +90,7 @@ def spelt(number: int, row: int) -> str:
 
 def split(questions: list[str], keys: list[str], task: Task) -> Splits:
     """The splits of questions whose tokens are the questions themselves."""
-    return split_rows(questions, [question.encode() for question in questions], keys, task)
+    return split_rows([questions_asked(questions)], keys, task)
 
 
 def every(splits: Splits) -> list[int]:
@@ -148,7 +148,8 @@ def test_one_question_for_all_rows_leaves_no_training_rows() -> None:
 def test_questions_with_equal_tokens_are_in_one_split() -> None:
     """300 distinct questions; each two neighbours have the same tokens."""
     inputs = [str(i // 2).encode() for i in range(300)]
-    splits = split_rows([f"q{i}" for i in range(300)], inputs, KEYS, TASK)
+    asked = [questions_asked(f"q{i}" for i in range(300)), questions_asked(one.decode() for one in inputs)]
+    splits = split_rows(asked, KEYS, TASK)
     read = [{inputs[row] for row in part} for part in (splits.train, splits.validation, splits.held_out)]
     assert all(read)
     assert not read[0] & read[1]

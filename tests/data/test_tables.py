@@ -11,7 +11,8 @@ import pytest
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.pairs import Pairs, table_pairs
+from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.table_pairs import table_pairs
 
 RECORDS: list[dict[str, Any]] = [
     {"q": "one?", "about": "A", "a": "1", "n": 10},

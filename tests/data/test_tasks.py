@@ -18,10 +18,11 @@ from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import collate
 from rayfed_sub.data.dataset import Dataset, load_dataset, load_pairs
-from rayfed_sub.data.pairs import Pairs, distinct, table_pairs
+from rayfed_sub.data.pairs import Pairs, distinct
 from rayfed_sub.data.partitions import key_column, largest_keys
 from rayfed_sub.data.rows import Rows
-from rayfed_sub.data.splits import split_rows
+from rayfed_sub.data.splits import questions_asked, split_rows
+from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tasks import TASKS, filled
 from rayfed_sub.data.tokenization import tokenised
 from rayfed_sub.models.tokenizers import ByteTokenizer
@@ -203,7 +204,7 @@ def test_repeats_of_a_held_out_question_are_counted(
     """The rows of key "x" all have one question, those of "y" a different one each."""
     questions, keys = ["?"] * copies + [f"{i}?" for i in range(copies)], ["x"] * copies + ["y"] * copies
     with caplog.at_level(logging.WARNING):
-        split_rows(questions, [question.encode() for question in questions], keys, Task(test_share=share))
+        split_rows([questions_asked(questions)], keys, Task(test_share=share))
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(begins)
 

@@ -1,0 +1,157 @@
+"""Rows of large files, which a second start maps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.data import columns, kept
+from rayfed_sub.data.columns import ArrayWriter, Labels, Texts, TextWriter, numbers_of
+from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.data.rows import Rows
+from rayfed_sub.models.tokenizers import ByteTokenizer
+
+SHARED = Federation.model_validate({"clients": 3, "partition": {"kind": "column", "column": "who"}})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache's folder; every file counts as large, and arrays go to files early."""
+    monkeypatch.setenv("RAYFED_SUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "_LARGE", 1)
+    monkeypatch.setattr(columns, "_BUFFER", 64)
+    return tmp_path / "cache"
+
+
+def written(file: Path, answer: str = "so") -> str:
+    rows = [{"q": f"why {i // 2} {'x' * (i % 7)}?", "a": f"{answer} {i % 11}", "who": f"w{i % 4}"} for i in range(300)]
+    rows += rows[:5]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(file)
+
+
+def table(path: str, **more: object) -> Task:
+    fields = {"name": "table", "path": path, "prompt": "{q}", "answer": "a", "max_length": 24}
+    return Task.model_validate({**fields, **more})
+
+
+def loaded(task: Task, federation: Federation = SHARED, seed: int = 0) -> Dataset:
+    return load_dataset(task, federation, ByteTokenizer(), seed)
+
+
+def same(one: Dataset, other: Dataset) -> bool:
+    """Whether all is equal, tokens included."""
+    assert isinstance(one.train, Rows)
+    assert isinstance(other.train, Rows)
+    rows = zip(range(len(one.train)), range(len(other.train)), strict=True)
+    tokens = all(np.array_equal(one.train.row(a), other.train.row(b)) for a, b in rows)
+    numbers = all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("client_rows", "client_offsets", "held_out_clients", "train_keys")
+    )
+    return tokens and numbers and (one.fingerprint, one.row_counts) == (other.fingerprint, other.row_counts)
+
+
+def test_second_start_has_the_rows_and_the_warnings_of_the_first(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = table(written(tmp_path / "rows.jsonl"))
+    plain = loaded(task)
+    notes = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any("cut" in note for note in notes)
+    assert any("of a row before them" in note for note in notes)
+    monkeypatch.setattr("rayfed_sub.data.dataset.load_pairs", None)  # nothing is read again
+    caplog.clear()
+    assert same(loaded(task), plain)
+    assert [record.getMessage() for record in caplog.records] == notes
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_rows_of_small_files_are_not_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = table(written(tmp_path / "rows.jsonl"))
+    large = loaded(task)
+    monkeypatch.setattr(kept, "_LARGE", 2**30)
+    assert same(loaded(task), large)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_whatever_rows_follow_from_makes_them_anew(cache: Path, tmp_path: Path) -> None:
+    task = table(written(tmp_path / "rows.jsonl"))
+    loaded(task)
+    loaded(task, seed=1)  # deals out the same rows
+    resampled = Federation.model_validate({"clients": 3, "partition": {"kind": "resample", "rows_per_client": 4}})
+    assert len(list(cache.iterdir())) == 1
+    for changed, federation in (
+        (table(task.path, max_length=20), SHARED),
+        (table(task.path, prompt="{q}!"), SHARED),
+        (task, SHARED.model_copy(update={"clients": 2})),
+        (task, resampled),
+    ):
+        before = len(list(cache.iterdir()))
+        loaded(changed, federation)
+        assert len(list(cache.iterdir())) == before + 1
+    loaded(task, resampled.model_copy(update={"clients": 9}))  # whose clients share all rows
+    assert len(list(cache.iterdir())) == 5
+    written(tmp_path / "rows.jsonl", answer="thus")
+    assert loaded(task).fingerprint.rows != loaded(table(written(tmp_path / "other.jsonl"))).fingerprint.rows
+
+
+def test_a_copy_of_the_files_has_the_same_rows(cache: Path, tmp_path: Path) -> None:
+    one = loaded(table(written(tmp_path / "one.jsonl")))
+    assert same(loaded(table(written(tmp_path / "two.jsonl"))), one)
+
+
+def test_unused_rows_go_after_a_month(cache: Path, tmp_path: Path) -> None:
+    loaded(table(written(tmp_path / "one.jsonl")))
+    (old,) = cache.iterdir()
+    month = time.time() - 31 * 24 * 3600
+    os.utime(old / "rows.json", (month, month))
+    loaded(table(written(tmp_path / "two.jsonl", answer="thus")))
+    assert not old.exists()
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_mapped_tokens_travel_as_a_path(cache: Path, tmp_path: Path) -> None:
+    data = loaded(table(written(tmp_path / "rows.jsonl")))
+    assert isinstance(data.train, Rows)
+    assert isinstance(data.train.tokens, np.memmap)
+    sent = pickle.dumps(data)
+    assert data.train.tokens.tobytes() not in sent
+    assert same(pickle.loads(sent), data)
+    assert same(data.in_memory(), data)
+    assert not isinstance(data.in_memory().train.tokens, np.memmap)  # type: ignore[union-attr]
+    assert data.nbytes < data.in_memory().nbytes
+
+
+def test_texts_and_labels_in_files(cache: Path) -> None:
+    words = [f"wörd {i} \ud800" for i in range(50)]
+    writer = TextWriter()
+    for word in words:
+        writer.add(word)
+    made = writer.done()
+    assert isinstance(made.content, np.memmap)
+    assert list(made) == words == Texts.of(words)
+    assert list(made.take(np.array([7, 7, 0]))) == [words[7], words[7], words[0]]
+    labels = Labels.of(word[-3:] for word in words).take(np.array([1, 2, 1]))
+    assert labels.compact() == labels
+    assert (len(labels.names), len(labels.compact().names)) == (10, 2)
+
+
+def test_numbers_are_equal_for_equal_digests_alone() -> None:
+    digests = np.random.default_rng(0).integers(0, 3, (400, 16), np.uint8)
+    digests[:, 2:] = 0
+    numbers = numbers_of(digests)
+    for row in range(40):
+        assert np.array_equal(numbers == numbers[row], (digests == digests[row]).all(axis=1))
+
+
+def test_an_empty_array_is_written(cache: Path) -> None:
+    assert ArrayWriter(np.int32).done().shape == (0,)
