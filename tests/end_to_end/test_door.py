@@ -19,7 +19,9 @@ from torch.utils.data import TensorDataset
 
 from rayfed_sub import Config, OwnModel, RunError, UserError, load_config, run
 from rayfed_sub.cli import main
+from rayfed_sub.core.types import LocalStep, Tensors
 from rayfed_sub.methods.fedit import FedIT
+from rayfed_sub.methods.hooks import nothing_at_server, nothing_kept, nothing_moved, nothing_received, nothing_refused
 from rayfed_sub.telemetry.events import RoundDone, Summary
 from tests.helpers.pictures import KINDS, drawn, filed
 
@@ -236,6 +238,47 @@ def test_reference_executor_takes_own_modules(finished: Summary, tmp_path: Path)
     done = run(config("resources.executor=reference"), tmp_path / "run", data=DATA, model=model())
     assert done.metrics["held_out_loss"] == pytest.approx(finished.metrics["held_out_loss"], rel=1e-4)
     assert done.weights_sha256 != finished.weights_sha256
+
+
+@dataclass(frozen=True)
+class Halved:
+    """A hook of the caller's own, known to nobody else: every gradient counts half."""
+
+    name: ClassVar[str] = "halved"
+    paper: ClassVar[str] = ""
+    wire: ClassVar[str] = "0 / 0"
+    departs: ClassVar[str] = ""
+    share: float = 0.5
+
+    check = nothing_refused
+    init_server = nothing_at_server
+    broadcast = nothing_received
+    upload = client_state = nothing_kept
+    aggregate = nothing_moved
+
+    def begin(self, received: Tensors, kept: Tensors, trained: Tensors) -> Tensors:
+        return {}
+
+    def correct(self, memory: Tensors, step: LocalStep) -> tuple[Tensors, Tensors]:
+        return {name: self.share * g for name, g in step.gradients.items()}, memory
+
+
+def test_hook_of_the_caller_s_own_changes_steps_of_an_own_module(tmp_path: Path) -> None:
+    """Half of each gradient moves SGD as half the rate does."""
+    plain = ("optimizer.name=sgd", "method={name: fedavg}")
+    half = run(config(*plain, "optimizer.lr=0.05"), tmp_path / "half", data=DATA, model=model())
+    whole = run(config(*plain, "optimizer.lr=0.1"), tmp_path / "hooked", data=DATA, model=model(), hooks=[Halved()])
+    assert whole.metrics["held_out_loss"] == pytest.approx(half.metrics["held_out_loss"], rel=1e-6)
+    again = run(
+        config(*plain, "optimizer.lr=0.1"), tmp_path / "hooked", data=DATA, model=model(), hooks=[Halved()], resume=True
+    )
+    assert again.weights_sha256 == whole.weights_sha256
+    with pytest.raises(UserError, match=r"hook"):
+        run(
+            config(*plain, "optimizer.lr=0.1"),
+            *(tmp_path / "hooked",),
+            **{"data": DATA, "model": model(), "hooks": [Halved(share=0.25)], "resume": True},
+        )
 
 
 def test_random_draws_of_the_caller_s_code_repeat(tmp_path: Path) -> None:

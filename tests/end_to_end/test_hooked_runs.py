@@ -4,12 +4,14 @@ in the checkpoint."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rayfed_sub import load_config, run
+from rayfed_sub import UserError, load_config, run
 from rayfed_sub.config.schema import Config
+from rayfed_sub.methods.scaffold import Scaffold
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.plan import job_parts
 from rayfed_sub.storage import checkpoints, client_states
@@ -40,6 +42,30 @@ def whole(folder: Path) -> Summary:
 
 def test_run_in_other_packs_has_the_same_bits(whole: Summary, tmp_path: Path) -> None:
     assert run(hooked("resources.pack_size=8"), tmp_path / "run").weights_sha256 == whole.weights_sha256
+
+
+def test_object_stands_for_its_name(whole: Summary, tmp_path: Path) -> None:
+    done = run(hooked("hook={}"), tmp_path / "run", hooks=Scaffold())
+    assert (done.weights_sha256, done.uplink_bytes) == (whole.weights_sha256, whole.uplink_bytes)
+    assert load_config(tmp_path / "run" / "config.yaml").hook == {"name": "scaffold"}
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        ([Scaffold(), Scaffold()], "hooks: got '2 hooks'; allowed: one hook"),
+        (
+            Scaffold,
+            "hooks: got 'Scaffold'; allowed: an instance of a dataclass with a hook's functions, such as correct",
+        ),
+        (7, "hooks: got 'int'; allowed: an instance of a dataclass with a hook's functions, such as correct"),
+    ],
+)
+def test_what_is_no_hook_is_one_line(hooks: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        run(hooked("hook={}"), tmp_path / "run", hooks=hooks)
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_interrupted_run_ends_with_the_same_bits(whole: Summary, tmp_path: Path) -> None:
