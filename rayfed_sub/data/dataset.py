@@ -17,7 +17,7 @@ from rayfed_sub.data.fingerprint import Fingerprint, fingerprint
 from rayfed_sub.data.given import GivenRows, given_table, own_pairs
 from rayfed_sub.data.kept import kept
 from rayfed_sub.data.objects import AsTheyAre
-from rayfed_sub.data.pairs import Kind, Pairs, distinct, ordered
+from rayfed_sub.data.pairs import Kind, Pairs, canonical, distinct, ordered
 from rayfed_sub.data.partitions import key_column, offsets_of, partitioned
 from rayfed_sub.data.prepared import Prepared, prepared
 from rayfed_sub.data.processors import Processor
@@ -155,8 +155,10 @@ def load_pairs(task: Task, federation: Federation, given: GivenRows | None = Non
         return ordered(own_pairs(given))
     column, task = key_column(task, federation), filled(task)
     reader = None if given is None else partial(given_table, given)
-    return distinct(
-        python_docs() if task.name == "python-docs" else ordered(table_pairs(task, column, federation, reader))
+    return (
+        distinct(python_docs())
+        if task.name == "python-docs"
+        else canonical(table_pairs(task, column, federation, reader))
     )
 
 

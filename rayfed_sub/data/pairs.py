@@ -87,6 +87,8 @@ class Pairs:
 
     def take(self, indices: Ints) -> Pairs:
         """The pairs at `indices`, in that order."""
+        if len(indices) == len(self) and np.array_equal(indices, np.arange(len(self))):
+            return self
         columns = (self.questions, self.answers, self.keys)
         more = (self.images, self.spans, self.chats)
         last = (self.splits, self.changes, self.objects)
@@ -124,20 +126,7 @@ def distinct(pairs: Pairs) -> Pairs:
     >>> distinct(Pairs("classification", ("q", "q", "q"), ("a", "b", "a"), ("1", "2", "3"), ("a", "b"))).keys
     ('1',)
     """
-    if pairs.plain or pairs.objects:
-        return pairs
-    trained, asked = np.flatnonzero(pairs.trained), numbers_of(digests(pairs.questions))
-    answers = Labels.of(pairs.answers).numbers if pairs.kind == "classification" else numbers_of(digests(pairs.answers))
-    said = asked if pairs.kind == "classification" else asked * len(pairs) + answers
-    _, first, group = np.unique(said[trained], return_index=True, return_inverse=True)
-    if len(first) < len(trained):
-        contradicting = int((answers[trained] != answers[trained[first]][group]).sum())
-        words = "history and answer" if len(pairs.chats) else "prompt and answer"
-        what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else words
-        other = f" ({contradicting:,} of them with another label)" if contradicting else ""
-        counts = f"{len(trained) - len(first):,} of {len(trained):,} rows"
-        log.warning("%s have the %s of a row before them; dropped%s", counts, what, other)
-    return pairs.take(np.sort(np.concatenate([trained[first], np.flatnonzero(~pairs.trained)])))
+    return pairs.take(_firsts(pairs, _digested(pairs), np.arange(len(pairs))))
 
 
 def ordered(pairs: Pairs) -> Pairs:
@@ -148,14 +137,57 @@ def ordered(pairs: Pairs) -> Pairs:
     >>> ordered(one) == ordered(other)
     True
     """
+    return pairs.take(_order(pairs, _digested(pairs)))
+
+
+def canonical(pairs: Pairs) -> Pairs:
+    """The pairs in canonical order without repeats: `distinct` of `ordered`, in one go."""
+    found = _digested(pairs)
+    order = _order(pairs, found)
+    return pairs.take(order[_firsts(pairs, found, order)])
+
+
+Digests = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Of each question and of each answer, uint8 (rows, 16)."""
+
+
+def _digested(pairs: Pairs) -> Digests:
+    return digests(pairs.questions), digests(pairs.answers)
+
+
+def _order(pairs: Pairs, found: Digests) -> Ints:
+    """The rows in canonical order."""
     splits = Labels.of(pairs.splits or [""] * len(pairs))
-    words = [digests(texts).view(">u8").T for texts in (pairs.answers, pairs.questions)]
+    asked, said = (one.view(">u8").T for one in found)
     # Of several keys numpy sorts by the last one first.
-    return pairs.take(np.lexsort((splits.numbers, Labels.of(pairs.keys).numbers, *words[0][::-1], *words[1][::-1])))
+    return np.lexsort((splits.numbers, Labels.of(pairs.keys).numbers, *said[::-1], *asked[::-1]))
+
+
+def _firsts(pairs: Pairs, found: Digests, order: Ints) -> Ints:
+    """Places in `order` of the rows that stay."""
+    if pairs.plain or pairs.objects:
+        return np.arange(len(order))
+    trained = np.flatnonzero(pairs.trained[order])
+    rows = order[trained]
+    answers = numbers_of(found[1])[rows]
+    said = numbers_of(found[0])[rows]
+    if pairs.kind != "classification":
+        said = said * len(pairs) + answers
+    _, first, group = np.unique(said, return_index=True, return_inverse=True)
+    if len(first) < len(trained):
+        contradicting = int((answers != answers[first][group]).sum())
+        words = "history and answer" if len(pairs.chats) else "prompt and answer"
+        what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else words
+        other = f" ({contradicting:,} of them with another label)" if contradicting else ""
+        counts = f"{len(trained) - len(first):,} of {len(trained):,} rows"
+        log.warning("%s have the %s of a row before them; dropped%s", counts, what, other)
+    return np.sort(np.concatenate([trained[first], np.flatnonzero(~pairs.trained[order])]))
 
 
 def digests(texts: Iterable[str]) -> NDArray[np.uint8]:
     """A digest of each text, uint8 (texts, 16)."""
+    if isinstance(texts, Labels):
+        return digests(texts.names)[texts.numbers]
     found = bytearray()
     for coded in coded_texts(texts):
         found += hashlib.blake2b(coded, digest_size=16).digest()

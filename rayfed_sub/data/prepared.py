@@ -59,7 +59,8 @@ def prepared(pairs: Pairs, task: Task, federation: Federation, processor: Proces
 
     Raises UserError (federation.clients, federation.partition.largest, task.max_length, task.path, .validation, .test).
     """
-    by_key, read, names = federation.partition.kind in BY_CLIENT, pairs, tuple[str, ...]()
+    by_key, names = federation.partition.kind in BY_CLIENT, tuple[str, ...]()
+    read, official, changes = len(pairs), Labels.of(pairs.splits).used, pairs.changes
     if (most := federation.clients if by_key else federation.partition.largest) is not None:
         field = "federation.clients" if by_key else "federation.partition.largest"
         trained = Labels.of(pairs.keys).take(np.flatnonzero(pairs.trained))
@@ -81,7 +82,7 @@ def prepared(pairs: Pairs, task: Task, federation: Federation, processor: Proces
     kept, sizes = np.unique(kept, return_counts=True)  # a plain text is several rows of tokens, all of one client
     pairs = pairs.take(kept)
     splits = Labels.of(pairs.splits).compact()
-    _check_splits_left(task, set(Labels.of(read.splits).used) - set(splits.names))
+    _check_splits_left(task, set(official) - set(splits.names))
     whole = pairs.plain or bool(pairs.objects)  # questions are all that a model reads
     return Prepared(
         kind=pairs.kind,
@@ -96,11 +97,11 @@ def prepared(pairs: Pairs, task: Task, federation: Federation, processor: Proces
         questions=questions_asked(pairs.questions),
         inputs=numbers_of(digests(pairs.questions) if whole else inputs(rows)),
         cuts=cuts,
-        read=len(read),
+        read=read,
         wanted=wanted,
         chosen=chosen,
-        transparent=read.changes.count(OVER_WHITE),
-        deep=read.changes.count(SCALED),
+        transparent=changes.count(OVER_WHITE),
+        deep=changes.count(SCALED),
     )
 
 

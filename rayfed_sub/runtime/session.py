@@ -67,7 +67,7 @@ from rayfed_sub.telemetry.events import (
     Started,
     Summary,
 )
-from rayfed_sub.telemetry.process_memory import PeakMemory, peak_of
+from rayfed_sub.telemetry.process_memory import PeakMemory, give_back, peak_of
 
 _LIVES = 5  # coordinators that may die one after another without a new checkpoint
 
@@ -144,6 +144,7 @@ def _run(
         check_resources(config, nodes())
         notify(Stage("reading task and model"))
         job = prepare(config, given)
+        give_back()  # what texts and tokenizers took
         same = job.any_pack
         if job.config.resources.workers:
             check_sent(given)
