@@ -31,6 +31,7 @@ from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLay
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage import atomic_files, checkpoints
+from rayfed_sub.storage.longer_runs import ROUNDS, check_longer, is_longer, lengthened
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.telemetry.events import Beginning, Decided, RoundDone, Summary
 
@@ -44,7 +45,6 @@ PACKING = ("resources.pack_size", "evaluation.batch_size")
 """Settings that may differ too where the bits are the same in any pack (`planning/packs.py`)."""
 
 
-_ROUNDS = "federation.rounds"
 _DECIDED = "decided"  # the log's entry of what holds from a round on
 
 _OTHERS = {"clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer}
@@ -199,11 +199,12 @@ def reopen(place: Place, config: Config, any_pack: bool = False) -> RunFolder:
     any_pack: whether its bits are the same in any pack.
 
     Raises UserError naming the first setting that differs, except for those in `FREE`, and in `PACKING` with any_pack,
-    and where something depended on the number of rounds.
+    and where something depended on the number of rounds; RunError where a run to lengthen is at work.
     """
     old = _check_config(place.path, config, any_pack)
-    if _longer(config, old):
-        _lengthen(place, old, config)
+    if is_longer(config, old):
+        with checkpoints.claim(place.path, 0):  # another run may be at work there
+            _write_config(place.path, lengthened(place, old, config))
     return RunFolder(place)
 
 
@@ -212,64 +213,13 @@ def _check_config(path: Path, config: Config, any_pack: bool) -> Config:
     old, free = stored_config(path), (*FREE, *PACKING) if any_pack else FREE
     if old.resources.first_pack == config.resources.first_pack:  # `auto` keeps it where bits depend on packs
         free = (*free, PACKING[0])
-    if _longer(config, old):
-        free = (*free, _ROUNDS)
+    if is_longer(config, old):
+        free = (*free, ROUNDS)
     check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), free, f"the run in {path}")
-    if _longer(config, old):
-        _check_longer(path, old, config)
+    if is_longer(config, old):
+        stops = (decided for decided in _decisions(path).values() if decided.stop is not None)
+        check_longer(path, old, config, next(stops, None))
     return old
-
-
-def _longer(config: Config, old: Config) -> bool:
-    return (config.federation.rounds or 0) > (old.federation.rounds or 0)
-
-
-def _check_longer(path: Path, old: Config, config: Config) -> None:
-    """UserError where the rounds of a longer run would not begin with those of the run in the folder."""
-    rounds, advice = old.federation.rounds or 0, "begin anew in another folder"
-    depends = {
-        f"optimizer.schedule={old.optimizer.schedule} follows their number": old.optimizer.schedule != "constant",
-        "privacy.epsilon is a budget of them all": old.privacy.epsilon is not None,
-    }
-    for why in (reason for reason, so in depends.items() if so):
-        allowed = f"{rounds}, with which the run in {path} began: {why}"
-        raise UserError(_ROUNDS, config.federation.rounds, allowed, advice)
-    for decided in _decisions(path).values():
-        if decided.stop is not None:
-            allowed = f"{rounds}, for the run in {path} stopped after round {decided.finished} ({decided.stop})"
-            raise UserError(_ROUNDS, config.federation.rounds, allowed, advice)
-    if not _out_of_turn(path, old):
-        return
-    end = f"{rounds}, for the last round of the run in {path} was judged or diagnosed out of turn"
-    if checkpoints.count(path) < 2:
-        allowed = f"{end}, and no checkpoint before it is left (checkpoint.every={old.checkpoint.every})"
-        raise UserError(_ROUNDS, config.federation.rounds, allowed, advice)
-    if checkpoints.best(path) == rounds:
-        raise UserError(_ROUNDS, config.federation.rounds, f"{end}, and became the best one", advice)
-
-
-def _out_of_turn(path: Path, old: Config) -> bool:
-    """True where the run has finished a last round with what only a last round has, which a longer run would lack."""
-    rounds, evaluation, diagnostics = old.federation.rounds or 0, old.evaluation, old.diagnostics
-    if checkpoints.newest(path) != rounds:
-        return False
-    unlike = bool(rounds % evaluation.every) or bool(diagnostics.every and rounds % diagnostics.every)
-    return unlike or evaluation.generate_rows > 0
-
-
-def _lengthen(place: Place, old: Config, config: Config) -> None:
-    """Makes a run of more rounds of the one in the folder; a last round like no other is to run again.
-
-    One step after the other, also in an object store: wherever this is cut off, there is a run to lengthen.
-    Raises RunError where another run is at work there, and where the store refuses."""
-    with checkpoints.claim(place.path, 0):
-        (place.path / "summary.json").unlink(missing_ok=True)
-        place.push()
-        if _out_of_turn(place.path, old):
-            checkpoints.go_back(place.path)
-            place.push()
-        federation = old.federation.model_copy(update={"rounds": config.federation.rounds})
-        _write_config(place.path, old.model_copy(update={"federation": federation}))
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], where: str) -> None:
@@ -346,7 +296,7 @@ def summary_of(path: Path, config: Config, any_pack: bool = False) -> Summary | 
     """The summary of a run; None where it is not finished, or has fewer rounds than `config`.  Raises UserError as
     `reopen`."""
     old = _check_config(path, config, any_pack)
-    if not (path / "summary.json").exists() or _longer(config, old):
+    if not (path / "summary.json").exists() or is_longer(config, old):
         return None
     entries = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     return Summary(**{**entries, "resumed": tuple(entries["resumed"])}, folder=str(path))

@@ -106,7 +106,7 @@ def test_early_stop_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytes
     assert checkpoints.best(again) == best
     same(resumed, stopped)
     assert everything(resumed) == everything(stopped)
-    with pytest.raises(UserError, match=r"^federation.rounds: got 12; allowed: 9, for the run in .* stopped after"):
+    with pytest.raises(UserError, match=r"^federation.rounds: got 12; allowed: 9, with which .* stopped after round"):
         run(job(*watched, "federation.rounds=12"), folder, resume=True)
 
     short = run(job(*watched, f"federation.rounds={best}"), tmp_path / "short")
