@@ -6,18 +6,19 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
-from rayfed_sub.data.batching import collate
+from rayfed_sub.core.types import ModelShape
+from rayfed_sub.data.batching import Batch, collate
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.weights import assemble
-from rayfed_sub.training.layers import Bound, Terms, bound, install, runs
+from rayfed_sub.training.layers import Bound, PackLinear, Terms, bound, install, runs
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.own_loss import OwnCodeError, own_scores
 from rayfed_sub.training.passes import passes
@@ -41,25 +42,7 @@ def check_first_step(
         allowed = f"a function that makes a batch of a list of rows; with {len(rows)} of client {client} it raises"
         raise UserError("batch", "OwnModel.batch", allowed, _line(error)) from error
     try:
-        turns = passes([batch], pass_rule(model), pad)
-        leaves = {layer.name: torch.zeros(1, layer.m, 1, requires_grad=True) for layer in architecture.shape.targets}
-        leaves |= {
-            layer.name: layers[layer.name].weight.float()[None].clone().requires_grad_()
-            for layer in architecture.shape.head
-        }
-        reached: set[str] = set()
-        for turn in turns:
-            rows_ = runs(turn.parts)
-            terms = {
-                layer.name: Terms(rows_, left_Gmr=leaves[layer.name], right_Grn=_random(layer.name, layer.n))
-                for layer in architecture.shape.targets
-            }
-            terms |= {layer.name: Terms(rows_, weight_Gmn=leaves[layer.name]) for layer in architecture.shape.head}
-            here = {name: Bound(turn.size, (own,)) for name, own in terms.items()}
-            with bound(layers, here):
-                loss = client_losses(model, turn, turn.counts()).sum()
-                found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            reached |= {name for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+        reached = _reached(model, layers, architecture.shape, batch, pad)
         if isinstance(batch, OwnBatch):
             own_scores(model, batch)
     except OwnCodeError as error:
@@ -71,12 +54,33 @@ def check_first_step(
     except Exception as error:  # so does the caller's module
         allowed = f"a module that reads this task's rows; with rows of client {client} it raises"
         raise UserError("model", type(architecture.module).__qualname__, allowed, _line(error)) from error
-    missed = [name for name in leaves if name not in reached]
+    trained = [layer.name for layer in (*architecture.shape.targets, *architecture.shape.head)]
+    missed = [name for name in trained if name not in reached]
     if not any(layer.name in reached for layer in architecture.shape.targets):
         allowed = f"layers that the loss depends on; it does not on {', '.join(missed[:4])}"
         raise UserError("model.targets", config.model.targets, allowed, "name layers whose forward is called")
     if missed:
         log.warning("the loss of a first batch does not depend on %s", ", ".join(missed[:8]))
+
+
+def _reached(model: nn.Module, layers: Mapping[str, PackLinear], shape: ModelShape, batch: Batch, pad: int) -> set[str]:
+    """The trained layers that have a gradient from the batch: targets with a term of rank 1 that is zero, heads with
+    weights of their own."""
+    leaves = {layer.name: torch.zeros(1, layer.m, 1, requires_grad=True) for layer in shape.targets}
+    leaves |= {layer.name: layers[layer.name].weight.float()[None].clone().requires_grad_() for layer in shape.head}
+    reached: set[str] = set()
+    for turn in passes([batch], pass_rule(model), pad):
+        own = runs(turn.parts)
+        terms = {
+            layer.name: Terms(own, left_Gmr=leaves[layer.name], right_Grn=_random(layer.name, layer.n))
+            for layer in shape.targets
+        }
+        terms |= {layer.name: Terms(own, weight_Gmn=leaves[layer.name]) for layer in shape.head}
+        with bound(layers, {name: Bound(turn.size, (one,)) for name, one in terms.items()}):
+            loss = client_losses(model, turn, turn.counts()).sum()
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        reached |= {name for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+    return reached
 
 
 def _random(name: str, n: int) -> Tensor:

@@ -481,7 +481,7 @@ COMMANDS = {
     "export to nowhere": ("export a_run", "Missing option '--to'", "see rayfed-sub --help"),
     "export as something else": (
         "export a_run --to new --format petf",
-        "--format: got 'petf'; allowed: hf or",
+        "--format: got 'petf'; allowed: hf, peft or state-dict",
         "peft?",
     ),
     "no config": ("run", "Missing argument 'CONFIG.yaml'", "see rayfed-sub --help"),
