@@ -39,19 +39,16 @@ HOOKS = {"scaffold": "rayfed_sub.methods.scaffold:Scaffold"}
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What a group of the configuration names.  noun: in words; table: the built-in ones; function: one that all have;
-    page: how to write one."""
+    """What a group of the configuration names.  noun: in words; table: the built-in ones; parts: attributes by which a
+    class is known as one."""
 
     noun: str
     table: Mapping[str, str]
-    function: str
-    page: str
+    parts: tuple[str, ...]
 
 
-_KINDS = {
-    "method": _Kind("a method", METHODS, "start_client", "rayfed_sub/methods/README.md"),
-    "hook": _Kind("a hook", HOOKS, "correct", "rayfed_sub/methods/README.md"),
-}
+_HOOK = ("name", "check", "init_server", "broadcast", "begin", "correct", "upload", "client_state", "aggregate")
+_KINDS = {"method": _Kind("a method", METHODS, ("start_client",)), "hook": _Kind("a hook", HOOKS, _HOOK)}
 GROUPS = tuple(_KINDS)
 """Groups of the configuration that name a class, whose fields are the group's other keys."""
 
@@ -74,7 +71,7 @@ def check_named(group: str, name: object, given: Sequence[str], place: str, add:
     GROUPS; given: the command line's values of it; add: what to add to them.
     """
     kind = _KINDS[group]
-    if name in kind.table or ":" not in str(name) or any(str(name) in word for word in given):
+    if str(name) in kind.table or ":" not in str(name) or any(str(name) in word for word in given):
         return
     listed = f"{kind.noun} of `rayfed-sub list {group}s`"
     allowed = f"{listed}, for what {place} names is not imported unless you name it too"
@@ -94,8 +91,11 @@ def class_of(name: object, group: str = "method") -> type:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(field, given, f"an importable class, or one of {known}", str(error)) from None
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, kind.function)):
-        raise UserError(field, given, f"a dataclass with {kind.noun}'s functions", f"see {kind.page}")
+    missing = [part for part in kind.parts if not hasattr(cls, part)]
+    if missing or not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        lacks = f"it has no {missing[0]}; " if missing and len(missing) < len(kind.parts) else ""
+        advice = f"{lacks}see rayfed_sub/methods/README.md"
+        raise UserError(field, given, f"a dataclass with {kind.noun}'s functions", advice)
     return cls
 
 
