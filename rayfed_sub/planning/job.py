@@ -18,7 +18,7 @@ from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.evaluation.named_metrics import metrics_of
 from rayfed_sub.methods import METHODS, build, build_hook, class_of, fields_of
-from rayfed_sub.methods.hooked import hooked
+from rayfed_sub.methods.hooked import hook_of, hooked, unhooked
 from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
@@ -111,7 +111,8 @@ def job_on(base: JobInputs, config: Config) -> Job:
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
-    updated = {**fields_of(config), "federation": federation, "evaluation": evaluation}
+    fields = fields_of(config, unhooked(method), hook_of(method))
+    updated = {**fields, "federation": federation, "evaluation": evaluation}
     resolved = config.model_copy(update=updated)
     return Job(resolved, method, base.architecture, base.processor, base.dataset, noise_of(resolved))
 
