@@ -159,13 +159,13 @@ def build_hook(fields: Mapping[str, Any]) -> LocalHook | None:
     return cast(LocalHook, _built(fields, "hook")) if fields else None
 
 
-def fields_of(config: Config, method: Method | None = None, hook: LocalHook | None = None) -> dict[str, dict[str, Any]]:
-    """`method` and `hook` of the configuration, with every field of their classes.  method, hook: in place of what it
-    names.  Raises UserError as `build`."""
-    built = {"method": method or build(config.method), "hook": hook or build_hook(config.hook)}
+def fields_of(config: Config, method: Method, hook: LocalHook | None) -> dict[str, dict[str, Any]]:
+    """`method` and `hook` of the configuration with every field of the objects that were built from them; a group of
+    the configuration that is empty stays so."""
+    named = {"method": (config.method, method), "hook": (config.hook, hook)}
     return {
-        group: {} if x is None else {"name": getattr(config, group)["name"], **dataclasses.asdict(cast(Any, x))}
-        for group, x in built.items()
+        group: {"name": fields["name"], **dataclasses.asdict(cast(Any, built))} if fields else {}
+        for group, (fields, built) in named.items()
     }
 
 

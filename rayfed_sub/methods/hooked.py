@@ -133,6 +133,11 @@ def unhooked(method: Method) -> Method:
     return method.method if isinstance(method, Hooked) else method
 
 
+def hook_of(method: Method) -> LocalHook | None:
+    """The method's hook, if it has one."""
+    return method.hook if isinstance(method, Hooked) else None
+
+
 def with_hook_of(method: Method, other: Method) -> Method:
     """The other method with the hook of this one, if it has one."""
     return hooked(other, method.hook, method.clients) if isinstance(method, Hooked) else other

@@ -23,7 +23,7 @@ from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.evaluation.named_metrics import metrics_of
 from rayfed_sub.methods import METHODS, build, build_hook, class_of, fields_of
-from rayfed_sub.methods.hooked import hooked
+from rayfed_sub.methods.hooked import hook_of, hooked, unhooked
 from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
@@ -143,7 +143,7 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
-    classes = fields_of(config, given.method, given.hook)
+    classes = fields_of(config, unhooked(method), hook_of(method))
     parts = {**classes, "federation": federation, "evaluation": evaluation}
     resolved = config.model_copy(update={**parts, "resources": _packs(config, base.architecture)})
     noise = noise_of(resolved)

@@ -299,7 +299,7 @@ def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
 def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
     """The value in the configuration's type: 3 for 3.0 of an integer key, 1.0 for 1 of a float key."""
     config = _with_values(tree, {key: value})
-    found: Any = {**config.model_dump(), **fields_of(config)}
+    found: Any = {**config.model_dump(), **fields_of(config, build(config.method), build_hook(config.hook))}
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
     return found if isinstance(found, bool | int | float | str) else value
