@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _FORM = 1  # of what lies in a folder; a change of reading, order or tokenization is one, too
 _LARGE = 2**25  # bytes of files from which on their rows are kept
 _AT_ONCE = 2**22  # rows or tokens written at a time
+_NOT_ROWS = {"path", *SPLITS, "test_share", "validation_share"}  # places of the files, and what is drawn later
 _MONTH = 30 * 24 * 3600
 _ROWS = ("tokens", "begins", "lengths", "prompts", "classes", "learned")
 _ARRAYS = ("hashes", "sizes", "questions", "inputs")
@@ -56,8 +57,12 @@ def kept(task: Task, federation: Federation, processor: Processor, make: Callabl
     if not (folder / "rows.json").exists():
         with _heard() as notes:
             made = make()
-        _write(made, notes, folder)
-        _clear(folder.parent)
+        try:
+            _write(made, notes, folder)
+            _clear(folder.parent)
+        except OSError as error:  # no room, or no right to write
+            log.warning("rows are not kept for the next start: %s", error)
+            return made
         return _mapped(folder)
     os.utime(folder / "rows.json")
     for note in _meta(folder)["notes"]:
@@ -86,7 +91,7 @@ def _key(files: list[tuple[Path, str]], task: Task, federation: Federation, proc
     follows = {
         "form": _FORM,
         "files": sorted((_content(file), file.suffix.lower(), name) for file, name in files),
-        "task": task.model_dump(mode="json"),
+        "task": task.model_dump(mode="json", exclude=_NOT_ROWS if task.max_rows else {*_NOT_ROWS, "seed"}),
         "partition": partition.model_dump(mode="json"),
         "clients": federation.clients if counted else None,
         "listed": _content(Path(os.path.expanduser(partition.file))) if partition.file else None,
@@ -143,9 +148,11 @@ def _write(made: Prepared, notes: list[str], folder: Path) -> None:
         meta = {name: getattr(made, name) for name in _PLAIN} | {"cuts": asdict(made.cuts), "notes": notes}
         meta |= {f"{name}_names": getattr(made, name).names for name in _LABELS}
         (new / "rows.json").write_text(json.dumps(meta), encoding="utf-8")
-        if folder.exists():
-            return
-        os.replace(new, folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -156,6 +163,8 @@ def _save(file: Path, array: NDArray[Any]) -> None:
         for begin in range(0, len(array), _AT_ONCE):
             sink.write(np.ascontiguousarray(array[begin : begin + _AT_ONCE]).data)
             forget(array)
+        sink.flush()
+        os.fsync(sink.fileno())  # a folder that is there is whole, whatever ended the machine
 
 
 def _mapped(folder: Path) -> Prepared:

@@ -8,6 +8,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,8 @@ def test_whatever_rows_follow_from_makes_them_anew(cache: Path, tmp_path: Path) 
         assert len(list(cache.iterdir())) == before + 1
     loaded(task, resampled.model_copy(update={"clients": 9}))  # whose clients share all rows
     assert len(list(cache.iterdir())) == 5
+    loaded(table(task.path, test_share=0.3, seed=3))  # splits are drawn anew at every start
+    assert len(list(cache.iterdir())) == 5
     written(tmp_path / "rows.jsonl", answer="thus")
     assert loaded(task).fingerprint.rows != loaded(table(written(tmp_path / "other.jsonl"))).fingerprint.rows
 
@@ -107,6 +110,36 @@ def test_whatever_rows_follow_from_makes_them_anew(cache: Path, tmp_path: Path) 
 def test_a_copy_of_the_files_has_the_same_rows(cache: Path, tmp_path: Path) -> None:
     one = loaded(table(written(tmp_path / "one.jsonl")))
     assert same(loaded(table(written(tmp_path / "two.jsonl"))), one)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_rows_that_cannot_be_kept_are_used(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = loaded(table(written(tmp_path / "one.jsonl")))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RAYFED_SUB_CACHE", str(tmp_path / "file" / "below"))
+    assert same(loaded(table(written(tmp_path / "one.jsonl"))), one)
+    assert "rows are not kept for the next start" in caplog.records[-2].getMessage()
+
+
+def test_rows_that_another_process_has_kept_meanwhile_stay(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = table(written(tmp_path / "one.jsonl"))
+    one = loaded(task)
+    (folder,) = cache.iterdir()
+    write = kept._write
+    (folder / "rows.json").rename(folder / "hidden")  # not there yet when this process looks
+
+    def late(*args: Any) -> None:
+        (folder / "hidden").rename(folder / "rows.json")
+        write(*args)
+
+    monkeypatch.setattr(kept, "_write", late)
+    assert same(loaded(task), one)
+    assert list(cache.iterdir()) == [folder]
+    assert not any("are not kept" in record.getMessage() for record in caplog.records)
 
 
 def test_unused_rows_go_after_a_month(cache: Path, tmp_path: Path) -> None:
