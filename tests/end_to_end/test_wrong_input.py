@@ -487,8 +487,8 @@ COMMANDS = {
     "no config": ("run", "Missing argument 'CONFIG.yaml'", "see rayfed-sub --help"),
     "unknown option": (f"run {TINY} --colour", "No such option: --colour", "see rayfed-sub --help"),
     "unknown command": ("ruin", "No such command 'ruin'", "see rayfed-sub --help"),
-    "unknown list": ("list foo", "WHAT: got 'foo'; allowed: methods, tasks or models", "models\n"),
-    "misspelt list": ("list tsaks", "WHAT: got 'tsaks'; allowed: methods, tasks or models", "; did you mean tasks?"),
+    "unknown list": ("list foo", "WHAT: got 'foo'; allowed: methods, hooks, tasks or models", "models\n"),
+    "misspelt list": ("list tsaks", "WHAT: got 'tsaks'; allowed: methods, hooks, tasks or models", "; did you mean tasks?"),
     **{
         f"{command} of a {kind}": (
             f"{command} {FILES[kind]}",

@@ -109,7 +109,7 @@ def queue(workers: Stage, **resources: Any) -> PackQueue:
 def a_round(packs: PackQueue, n: int, seconds: Callable[[int], float]) -> Iterator[int]:
     """Sizes of the packs of round n, which take so many seconds each on the two workers in turns."""
     now = [0.0, 0.0]
-    for i, item in enumerate(packs.items(n, range(64), None)):
+    for i, item in enumerate(packs.items(n, range(64), None, 1.0)):
         began, taken = now[i % 2], seconds(len(item.units))
         now[i % 2] += taken
         memory = cast(Stage, packs._workers).samples[i % 2]
@@ -153,7 +153,7 @@ def test_round_ends_with_finer_packs_where_a_worker_waited_for_another() -> None
 
 def test_lost_pack_does_not_change_a_number_in_the_configuration() -> None:
     packs = queue(workers_with(free=10**9), pack_size=16)
-    (first, *_) = packs.items(0, range(64), None)
+    (first, *_) = packs.items(0, range(64), None, 1.0)
     assert [len(half.units) for half in first.halves()] == [8, 8]
     assert max(a_round(packs, 1, float)) == 16
 
@@ -163,7 +163,7 @@ def test_lost_rest_of_a_round_says_nothing_about_the_size() -> None:
     for _ in range(12):
         list(a_round(packs, 0, lambda clients: 1 + clients / 100))
     now = packs._sizes.now
-    (item,) = packs.items(12, range(2), None) if now < 2 else list(packs.items(12, range(3), None))[:1]
+    (item,) = packs.items(12, range(2), None, 1.0) if now < 2 else list(packs.items(12, range(3), None, 1.0))[:1]
     item.halves()
     assert packs._sizes.now == now
 
