@@ -13,6 +13,7 @@ from typing import IO, Any, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.rows import Ints
 
 _AT_ONCE = 10_000  # rows that are Python's texts at a time
@@ -101,10 +102,14 @@ class ArrayWriter:
         return np.memmap(self._file, self._kind, mode="r")  # the mapping keeps the file
 
     def _flush(self) -> None:
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="rayfed-sub-")  # noqa: SIM115 - open until `done`
-        self._file.write(self._coded)
-        self._file.flush()
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="rayfed-sub-")  # noqa: SIM115 - open until `done`
+            self._file.write(self._coded)
+            self._file.flush()
+        except OSError as error:
+            allowed = "a folder with room for the texts and tokens of the task"
+            raise UserError("TMPDIR", tempfile.gettempdir(), allowed, str(error)) from None
         self._coded.clear()
 
 

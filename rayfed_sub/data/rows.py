@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
+_AT_ONCE = 10_000  # rows that are copied at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -67,11 +69,18 @@ class Rows:
 
     def in_memory(self) -> Rows:
         """The rows with their own tokens alone, in memory."""
-        flat = np.concatenate([np.empty(0, np.int32), *(self.row(row) for row in range(len(self)))])
-        learned = [self.answered(row) for row in range(len(self))] if len(self.learned) else []
         ends = np.cumsum(self.lengths, dtype=np.int64)
-        mask = np.concatenate([np.empty(0, bool), *learned])
-        return replace(self, tokens=flat, begins=ends - self.lengths, learned=mask)
+        begins = ends - self.lengths
+        tokens = np.empty(int(self.lengths.sum()), np.int32)
+        learned = np.empty(len(tokens) if len(self.learned) else 0, bool)
+        for low in range(0, len(self), _AT_ONCE):
+            rows = slice(low, low + _AT_ONCE)
+            own = slice(begins[low], ends[rows][-1])
+            places = np.arange(own.start, own.stop) + np.repeat((self.begins - begins)[rows], self.lengths[rows])
+            tokens[own] = self.tokens[places]
+            if len(learned):
+                learned[own] = self.learned[places]
+        return replace(self, tokens=tokens, begins=begins, learned=learned)
 
     @cached_property
     def labels(self) -> Ints:
@@ -117,7 +126,8 @@ def _file_of(array: NDArray[Any]) -> str | None:
 
 def _sent(array: NDArray[Any]) -> NDArray[Any] | _File:
     file = _file_of(array)
-    return array if file is None else _File(file)
+    # Arrays of a file without a name as plain ones, which pickle and Ray send without a copy.
+    return np.asarray(array) if file is None else _File(file)
 
 
 def _received(*arrays: NDArray[Any] | _File) -> Rows:

@@ -149,6 +149,8 @@ def read_source(source: Source, wanted: Wanted, field: str, split: Split = "trai
     assert data is not None, "a source is a file or a data set"
     names = tuple(data.column_names)
     data = data.select_columns([name for name in names if name in wanted.names])
+    if data._indices is not None:  # chosen, filtered or shuffled rows: tables are read column by column
+        data = data.flatten_indices()
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):  # its file's bytes will do, nobody needs the pixels yet
             data = data.cast_column(name, datasets.Image(decode=False))

@@ -96,8 +96,11 @@ class HubTokenizer:
 
     @property
     def identity(self) -> str:
-        coded = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
-        return repr((type(self.tokenizer).__name__, coded, default_template(self.tokenizer), self.eos, self.chat))
+        fast = self.tokenizer.is_fast
+        coded = self.tokenizer.backend_tokenizer.to_str() if fast else sorted(self.tokenizer.get_vocab().items())
+        named = sorted((key, str(token)) for key, token in self.tokenizer.special_tokens_map.items())
+        kind, template = type(self.tokenizer).__name__, default_template(self.tokenizer)
+        return repr((kind, coded, named, template, self.eos, self.chat))
 
     def prompt(self, text: str) -> list[int]:
         return self.prompts([text])[0]

@@ -21,6 +21,7 @@ from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.planning.machines import Node
 
 HEAD = "node:__internal_head__"
+_OWN: list[bool] = []  # of a session that this process has started for itself
 _BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the cluster's file, on its head
 
 
@@ -41,9 +42,9 @@ def nodes() -> tuple[Node, ...]:
 
 
 def put_rows(dataset: Dataset) -> Any:
-    """Puts a data set into the object store; its tokens too, where they lie in a file and there are, or may be, other
-    machines."""
-    return ray.put(dataset if len(nodes()) == 1 else dataset.in_memory())
+    """Puts a data set into the object store; its tokens too, where they lie in a file, unless the session is one that
+    `ray_session` has started here, which no other machine can join."""
+    return ray.put(dataset if _OWN else dataset.in_memory())
 
 
 def grown_by(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -171,11 +172,13 @@ def ray_session() -> Iterator[None]:
     cpus = os.cpu_count()
     with _our_signals():
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+    _OWN.append(True)
     try:
         _tighten_token()
         _announce()
         yield
     finally:
+        _OWN.pop()
         ray.shutdown()
 
 

@@ -46,13 +46,19 @@ class Listed(torch.utils.data.Dataset[Any]):
         return {**row, "n": np.int64(row["n"]) if index % 2 else torch.tensor(row["n"])}
 
 
+def chosen(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    """The rows by an index over a larger set in another order."""
+    whole = datasets.Dataset.from_list([*rows[::-1], *RECORDS["west"]])
+    return whole.select(range(len(rows))[::-1])
+
+
 def handed(data: Any, fields: dict[str, Any] = TEXTS, processor: Any = None, **more: Any) -> Dataset:
     task, clients = Task(name="given", **fields), BY_NAME.model_copy(update={"clients": len(data)})
     return load_dataset(task, clients, processor or ByteTokenizer(), 0, given=given_rows(data, **more))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
-@pytest.mark.parametrize("form", [list, datasets.Dataset.from_list, Listed])
+@pytest.mark.parametrize("form", [list, datasets.Dataset.from_list, chosen, Listed])
 def test_given_texts_are_those_of_files(suffix: str, form: Callable[[Any], Any], tmp_path: Path) -> None:
     """The same fingerprint: tokens, splits, owners, and so the same run."""
     file = tmp_path / f"rows.{suffix}"

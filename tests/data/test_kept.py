@@ -6,14 +6,19 @@ import json
 import logging
 import os
 import pickle
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rayfed_sub.config.schema import Federation, Task
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.data import columns, kept
 from rayfed_sub.data.columns import ArrayWriter, Labels, Texts, TextWriter, numbers_of
 from rayfed_sub.data.dataset import Dataset, load_dataset
@@ -142,11 +147,58 @@ def test_rows_that_another_process_has_kept_meanwhile_stay(
     assert not any("are not kept" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "rows.json").unlink(),
+        lambda folder: (folder / "rows.json").write_text(""),
+        lambda folder: (folder / "tokens.npy").unlink(),
+        lambda folder: (folder / "tokens.npy").write_bytes((folder / "tokens.npy").read_bytes()[:-4]),
+        lambda folder: (folder / "keys.npy").write_bytes(b""),
+    ],
+)
+def test_damaged_rows_are_made_anew(harm: Callable[[Path], object], cache: Path, tmp_path: Path) -> None:
+    task = table(written(tmp_path / "one.jsonl"))
+    one = loaded(task).in_memory()  # the harm is done to what is mapped, too
+    (folder,) = cache.iterdir()
+    harm(folder)
+    assert same(loaded(task), one)
+    assert [entry.name for entry in cache.iterdir()] == [folder.name]
+    assert kept._read(folder) is not None
+
+
+def test_values_of_a_split_column_make_other_rows(cache: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "one.jsonl")
+    frame = pd.read_json(path, lines=True).assign(part=lambda rows: np.where(rows.index % 3 > 0, "x", "y"))
+    frame.to_parquet(tmp_path / "one.parquet")
+    one, other = (
+        loaded(table(str(tmp_path / "one.parquet"), split_column="part", train=train, test=test))
+        for train, test in (("x", "y"), ("y", "x"))
+    )
+    assert one.row_counts.train > one.row_counts.held_out
+    assert other.row_counts.train < other.row_counts.held_out
+    with pytest.raises(UserError, match=r"^task\.test"):
+        loaded(table(str(tmp_path / "one.parquet"), split_column="part", train="x", test="z"))
+
+
+def test_order_of_files_decides_where_row_numbers_do(cache: Path, tmp_path: Path) -> None:
+    first, second = written(tmp_path / "a.jsonl"), written(tmp_path / "b.jsonl", answer="thus")
+    (tmp_path / "clients.json").write_text(json.dumps({"north": list(range(305)), "south": list(range(305, 610))}))
+    rows = {"kind": "rows", "file": str(tmp_path / "clients.json")}
+    for partition in (rows, {"kind": "column", "column": "who"}):
+        federation = Federation.model_validate({"clients": 2, "partition": partition})
+        orders = (first, second), (second, first)
+        one, other = (loaded(table("").model_copy(update={"path": paths}), federation) for paths in orders)
+        assert same(one, other) == (partition is not rows)
+
+
 def test_unused_rows_go_after_a_month(cache: Path, tmp_path: Path) -> None:
     loaded(table(written(tmp_path / "one.jsonl")))
     (old,) = cache.iterdir()
     month = time.time() - 31 * 24 * 3600
-    os.utime(old / "rows.json", (month, month))
+    os.utime(old, (month, month))
+    (cache / "new-dead").mkdir()
+    os.utime(cache / "new-dead", (month, month))
     loaded(table(written(tmp_path / "two.jsonl", answer="thus")))
     assert not old.exists()
     assert len(list(cache.iterdir())) == 1
@@ -160,6 +212,9 @@ def test_mapped_tokens_travel_as_a_path(cache: Path, tmp_path: Path) -> None:
     assert data.train.tokens.tobytes() not in sent
     assert same(pickle.loads(sent), data)
     assert same(data.in_memory(), data)
+    unnamed = replace(data.train, tokens=np.memmap(tempfile.TemporaryFile(), np.int32, "w+", shape=(10**6,)))  # noqa: SIM115
+    buffers: list[pickle.PickleBuffer] = []
+    assert len(pickle.dumps(unnamed, protocol=5, buffer_callback=buffers.append)) < 10**4
     assert not isinstance(data.in_memory().train.tokens, np.memmap)  # type: ignore[union-attr]
     assert data.nbytes < data.in_memory().nbytes
 

@@ -407,6 +407,8 @@ def test_rows_give_one_hash_from_anywhere(tmp_path: Path) -> None:
     found.append(run(load_config(keys), tmp_path / "list", data=QUESTIONS))
     sets = {name: datasets.Dataset.from_list(own) for name, own in QUESTIONS.items()}
     found.append(run(load_config(keys), tmp_path / "set", data=sets))
+    chosen = {name: whole.shuffle(seed=0) for name, whole in sets.items()}
+    found.append(run(load_config(keys), tmp_path / "chosen", data=chosen))
     assert len({done.weights_sha256 for done in found}) == 1
 
     pictures = [("a", kind, drawn(kind, n)) for n in range(6) for kind in KINDS]
