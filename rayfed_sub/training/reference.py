@@ -122,7 +122,8 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")
-    logits = model(**inputs).logits.float()
+    how = {"use_cache": False} if labels.dim() == 2 else {}  # some caches are written in place
+    logits = model(**inputs, **how).logits.float()
     if labels.dim() == 2:  # a token is predicted from those before it
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     count = int((labels != -100).sum())
