@@ -13,7 +13,7 @@ from torch import Tensor
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Change, ServerState
 from rayfed_sub.diagnostics.server_change import change_rank
-from rayfed_sub.export.peft_adapter import Factors, write_adapter
+from rayfed_sub.export.peft_adapter import Factors, taken_for_experts, write_adapter
 from rayfed_sub.methods import check_named
 from rayfed_sub.models.architecture import AUTO_CLASSES
 from rayfed_sub.models.hub import RANDOM, locate
@@ -76,11 +76,14 @@ def export_peft(run_dir: Path, to: Path, client: int | None = None, method: str 
     dtype.  Tokenizer, chat template and generation configuration of the training are written beside the adapter, also
     where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
-    would be no smaller than they are.
+    would be no smaller than they are, or where peft would take targets for something else.
     """
     trained = _read(run_dir, to, client, method)
     factors, ranks = _factors(trained)
     job, architecture = trained.job, trained.job.architecture
+    if taken := taken_for_experts(factors, architecture.hf_config.model_type):
+        allowed = f"hf, for peft takes {taken} of such models for a part of their experts"
+        raise UserError("--format", "peft", allowed, "use --format hf")
     generation = generation_config(job.config.model, architecture, job.processor)
     name = loadable(job.config.model.path, architecture.kind)
     if name is None:
