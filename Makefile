@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 MODEL := .venv/.model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-slow chaos bench lint docs-check clean
+.PHONY: help demo check test test-slow chaos models bench lint docs-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test-slow: $(INSTALLED) $(MODEL) .venv-lm-eval/.installed ## the slow tests alon
 
 chaos: $(INSTALLED) ## fifteen equal hashes, thirty ways of packing, 200 rounds under fire
 	$(BIN)/python -m tests.helpers.chaos
+
+models: $(INSTALLED) ## what works with every type of model of the installed transformers; half an hour
+	$(BIN)/python -m tests.helpers.model_types
 
 bench: $(INSTALLED) $(MODEL) .venv-flower/.installed .venv-pfl/.installed ## the race against Flower, pfl and a bare loop, and the engine alone; an hour and a half
 	$(BIN)/python -m experiments.benchmarks.race --out experiments/results/benchmarks/race-$$(date +%F).json \

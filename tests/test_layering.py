@@ -34,7 +34,7 @@ HOMES = {
     "ray": ("runtime", "sweeps"),
     "tensorboardX": ("telemetry",),
     "galore_torch": ("training",),
-    "peft": ("training", "export"),
+    "peft": ("models", "training", "export"),
     "dp_accounting": ("privacy",),
     "absl": ("privacy",),
     "bitsandbytes": ("training",),

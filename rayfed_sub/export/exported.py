@@ -16,7 +16,7 @@ from rayfed_sub.core.errors import UserError, unknown_word
 from rayfed_sub.core.types import Change, ModelShape, ServerState
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.diagnostics.server_change import change_rank
-from rayfed_sub.export.peft_adapter import Factors, write_adapter
+from rayfed_sub.export.peft_adapter import Factors, taken_for_experts, write_adapter
 from rayfed_sub.methods import build, check_named
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture
@@ -102,11 +102,14 @@ def export_peft(
     dtype.  Tokenizer, chat template and generation configuration of the training are written beside the adapter, also
     where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
-    would be no smaller than they are.
+    would be no smaller than they are, or where peft would take targets for something else.
     """
     trained = _read(run_dir, to, client, method, checkpoint)
     factors, ranks = _factors(trained)
     job, architecture = trained.job, trained.job.architecture
+    if taken := taken_for_experts(factors, architecture.hf_config.model_type):
+        allowed = f"hf, for peft takes {taken} of such models for a part of their experts"
+        raise UserError("--format", "peft", allowed, "use --format hf")
     generation = generation_config(job.config.model, architecture, job.processor)
     name = loadable(job.config.model.path, architecture.kind)
     if name is None:

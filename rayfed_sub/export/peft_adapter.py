@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,3 +54,26 @@ def write_adapter(folder: Path, factors: Factors, head: Tensors, *, kind: str, b
         tensors |= {f"{name}.lora_B.weight": left, f"{name}.lora_A.weight": right}
     stored = {f"base_model.model.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def taken_for_experts(names: Iterable[str], model_type: str) -> str | None:
+    """The first of these layers that peft takes for a part of the experts, in models of some types, when it loads an
+    adapter; None where it takes each for itself.
+
+    >>> taken_for_experts(["model.layers.1.mlp.shared_experts.up_proj"], "deepseek_v3")
+    'model.layers.1.mlp.shared_experts.up_proj'
+    >>> taken_for_experts(["model.layers.1.mlp.up_proj"], "llama")
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))  # all of a model that is looked at
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # a part without its neighbour
+            return name
+        if set(config.target_modules or ()) != {name}:
+            return name
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,7 +19,8 @@ from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
 from rayfed_sub.models.logits import LogitRule, logit_rule
 from rayfed_sub.models.own_model import Loss, Measure
 from rayfed_sub.models.positions import position_limit
-from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, LOWER_MLP, SAME_IN_ANY_PACK
+from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, SAME_IN_ANY_PACK
+from rayfed_sub.models.targets import find_targets, layer_size, linear_layers
 from rayfed_sub.models.tokenizers import ByteTokenizer
 
 AUTO_CLASSES = {
@@ -108,7 +108,8 @@ def architecture(
     head = _head(module) if kind != "causal-lm" else {}
     if kind != "causal-lm" and not head:
         raise UserError("model.path", model.path, f"a model whose head for {kind} is linear", "take another model")
-    targets = _targets(model, hf_config.model_type, module, frozenset(head))
+    rule = logit_rule(module) if kind == "causal-lm" else None
+    targets = find_targets(model.targets, module, kind, head)
     return Architecture(
         hf_config,
         kind,
@@ -118,7 +119,7 @@ def architecture(
         ),
         dict(tied(module)),
         frozenset(name for name, layer in targets.items() if not isinstance(layer, nn.Linear)),
-        logit_rule(module) if kind == "causal-lm" else None,
+        rule,
         None if kind == "image-classification" else position_limit(module, hf_config),
         tuple(causal),
     )
@@ -187,8 +188,12 @@ def _random_config(model: Model, kind: str, vocabulary: int | None) -> Any:
         near = get_close_matches(str(name), list(CONFIG_MAPPING.keys()), n=1)
         advice = f"did you mean {near[0]}?" if near else "e.g. model.random.type=llama"
         raise UserError("model.random.type", name, "a model type that transformers knows", advice)
-    with quiet():
-        default = AutoConfig.for_model(name)
+    try:
+        with quiet():
+            default = AutoConfig.for_model(name)
+    except Exception as error:  # of some types not even the defaults fit together
+        allowed = "a model type whose configuration has defaults that fit together"
+        raise UserError("model.random.type", name, allowed, reason(error)) from error
     known = (set(default.to_dict()) | set(default.attribute_map)) - _NOT_NUMBERS
     for key, value in numbers.items():
         # transformers takes any name and forgets it.
@@ -213,7 +218,13 @@ def _random_config(model: Model, kind: str, vocabulary: int | None) -> Any:
 
 
 def _check_vocabulary(model: Model, kind: str, hf_config: Any, vocabulary: int | None) -> None:
-    size = getattr(hf_config.get_text_config(), "vocab_size", None)
+    try:
+        size = getattr(hf_config.get_text_config(), "vocab_size", None)
+    except ValueError as error:  # several language models in one
+        field, value = (
+            ("model.random.type", hf_config.model_type) if model.path == RANDOM else ("model.path", model.path)
+        )
+        raise UserError(field, value, "a model with one language model in it", reason(error)) from error
     if vocabulary is None or size is None or kind == "image-classification" or size >= vocabulary:
         return
     if model.path == RANDOM:
@@ -239,63 +250,16 @@ def _checked_build(model: Model, hf_config: Any, kind: str) -> nn.Module:
         raise UserError(field, value, f"a model that can be built for {kind}", reason(error)) from error
 
 
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    from transformers.pytorch_utils import Conv1D
-
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D))
-
-
-def _head(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: child for name, child in _linears(module) if name.split(".")[0] in _HEADS}
-
-
-def _targets(model: Model, model_type: str, module: Any, head: frozenset[str]) -> dict[str, nn.Module]:
-    """The layers that `model.targets` finds, by name; output layers are not adapted: they are the head, or as large as
-    the vocabulary."""
-    output = module.get_output_embeddings()
-    linears = {name: child for name, child in _linears(module) if name not in head and child is not output}
-    return found_targets(model, model_type, module, linears)
-
-
-def found_targets(
-    model: Model, model_type: str, module: nn.Module, linears: Mapping[str, nn.Module]
-) -> dict[str, nn.Module]:
-    """Those of the linear layers, by name, that `model.targets` finds.  Raises UserError where there is none."""
-    if model.targets == "lower-mlp" and model_type not in LOWER_MLP:
-        raise UserError(
-            "model.targets",
-            model.targets,
-            f"a regular expression, for models of type {model_type}",
-            f"e.g. one that matches some of {_some(name for name, _ in _linears(module))}",
-        )
-    try:
-        pattern = re.compile(LOWER_MLP[model_type] if model.targets == "lower-mlp" else model.targets)
-    except re.error as error:
-        raise UserError("model.targets", model.targets, "a regular expression", str(error)) from None
-    targets = {name: child for name, child in linears.items() if pattern.search(name)}
-    if targets:
-        return targets
-    matched = [name for name, _ in module.named_modules() if name and pattern.search(name)]
-    found = f"it matches only {_some(matched)}" if matched else "it matches no module"
-    raise UserError(
-        "model.targets",
-        model.targets,
-        "lower-mlp or a regular expression that matches linear layers besides the head",
-        f"{found}; linear layers: {_some(linears)}",
-    )
-
-
-def _some(names: Any, most: int = 8) -> str:
-    """A few of many dotted names, one for each kind of layer."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".0.", name) for name in names))
-    return ", ".join(kinds[:most]) + (", ..." if len(kinds) > most else "")
+def _head(module: Any) -> dict[str, nn.Module]:
+    """The linear layers of a classification: those of the usual names, or else all that lie outside the base model."""
+    linears = dict(linear_layers(module))
+    usual = {name: child for name, child in linears.items() if name.split(".")[0] in _HEADS}
+    return usual or {name: child for name, child in linears.items() if name.split(".")[0] != module.base_model_prefix}
 
 
 def layer_of(name: str, module: nn.Module) -> Layer:
     """The record of a linear layer."""
-    rows, columns = module.get_parameter("weight").shape
-    m, n = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
-    return Layer(name, m, n, getattr(module, "bias", None) is not None)
+    return Layer(name, *layer_size(module), getattr(module, "bias", None) is not None)
 
 
 def tied(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -136,17 +136,20 @@ def _logits_of(model: nn.Module, head: nn.Module, z_TV: Tensor) -> Tensor | None
 @torch.no_grad()
 def _run(model: Any) -> Tensor:
     ids_1T = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device)[None]
-    with _Affirming():  # type: ignore[no-untyped-call]
+    with Affirming():  # type: ignore[no-untyped-call]
         logits: Tensor = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits
     return logits
 
 
-class _Affirming(TorchDispatchMode):
-    """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance."""
+class Affirming(TorchDispatchMode):
+    """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance; and
+    none where it asks for the places of values: no token goes to an expert."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
+            return torch.empty(0, args[0].ndim, dtype=torch.int64, device="meta")
         return func(*args, **(kwargs or {}))
 
 

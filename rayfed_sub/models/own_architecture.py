@@ -14,8 +14,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
-from rayfed_sub.models.architecture import Architecture, architecture, found_targets, layer_of, reason, skeleton, tied
+from rayfed_sub.models.architecture import Architecture, architecture, layer_of, reason, skeleton, tied
 from rayfed_sub.models.own_model import OwnModel
+from rayfed_sub.models.targets import own_targets
 from rayfed_sub.models.tokenizers import HubTokenizer, end_tokens, hub_codec
 from rayfed_sub.models.weights import all_tensors, assemble, check_causal
 
@@ -123,7 +124,7 @@ def _as_it_is(own: OwnModel, model: Model, kind: str, aliases: Mapping[str, str]
         allowed = f"head with names of linear layers: {', '.join(list(linears)[:8])}"
         raise UserError("model", strange[0], allowed, "correct head")
     others = {name: child for name, child in linears.items() if name not in head}
-    targets = found_targets(model, type(module).__name__, module, others)
+    targets = own_targets(model.targets, module, others)
     _check_apart(model, module, {**targets, **{name: linears[name] for name in head}}, aliases)
     return Architecture(
         hf_config=None,

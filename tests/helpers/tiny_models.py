@@ -73,7 +73,7 @@ class Tiny:
             module = self.model.get_submodule(layer.name)
             stored = module.weight.detach()
             tensors[f"{layer.name}/weight"] = stored if isinstance(module, nn.Linear) else stored.T
-            if layer in self.shape.head:
+            if layer in self.shape.head and layer.bias:
                 tensors[f"{layer.name}/bias"] = module.bias.detach()
         return tensors
 
@@ -99,7 +99,7 @@ def llama(targets: str = r"(up_proj|down_proj|o_proj)$", hidden: int = 16, inner
         max_position_embeddings=64,
         initializer_range=0.3,
     )
-    return _tiny(LlamaForCausalLM, config, targets, "", _tokens)
+    return _tiny(LlamaForCausalLM, config, targets, "", draw_tokens)
 
 
 @cache
@@ -116,7 +116,7 @@ def gpt2(targets: str = r"(mlp\.c_fc|mlp\.c_proj|attn\.c_proj)$") -> Tiny:
         bos_token_id=1,
         eos_token_id=1,
     )
-    return _tiny(GPT2LMHeadModel, config, targets, "", _tokens)
+    return _tiny(GPT2LMHeadModel, config, targets, "", draw_tokens)
 
 
 @cache
@@ -151,7 +151,7 @@ def bent(name: str) -> Tiny:
     }
     config = AutoConfig.for_model(name, **{**sizes, **bends[name]})
     targets = {"xlstm": r"proj_up$", "nanochat": r"fc1$"}.get(name, r"up_proj$")
-    return _tiny(AutoModelForCausalLM.from_config, config, targets, "", _tokens)
+    return _tiny(AutoModelForCausalLM.from_config, config, targets, "", draw_tokens)
 
 
 _ENCODER = {
@@ -269,7 +269,7 @@ def _layer(name: str, module: nn.Module) -> Layer:
     return Layer(name, m, n, module.bias is not None)
 
 
-def _tokens(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
+def draw_tokens(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
     """The last `labels` tokens of each row carry a label; row b is b tokens shorter than the longest, padded right."""
     input_ids = torch.full((rows, tokens), PAD)
     targets = torch.full((rows, tokens), -100)
@@ -281,7 +281,7 @@ def _tokens(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
 
 
 def draw_sentences(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
-    batch = _tokens(rng, rows, tokens, 0)
+    batch = draw_tokens(rng, rows, tokens, 0)
     batch["labels"] = _classes(rng, rows, labels)
     return batch
 
@@ -453,7 +453,7 @@ def product(layer: Layer, tensors: Tensors) -> Tensor:
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
     """|ours - theirs| / |theirs|, Frobenius; 0 for two zeros."""
-    gap = float((ours.double() - theirs.double()).norm())
+    gap = float((ours.detach().double() - theirs.double()).norm())
     return gap / float(theirs.double().norm()) if gap else 0.0
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch.nn import functional
 
 from rayfed_sub import load_config, run
 from rayfed_sub.config.schema import Config
@@ -20,6 +22,7 @@ from rayfed_sub.core.types import Client, ClientState, wire_bytes
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.methods import METHODS
 from rayfed_sub.models.weights import load_weights
+from rayfed_sub.planning.allocations import Allocations
 from rayfed_sub.planning.fit import check_fits
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.machines import Machine, machine_named
@@ -194,6 +197,18 @@ def test_best_checkpoint_takes_its_place_on_disk() -> None:
 
 
 # --- the plan
+
+
+def test_experts_are_planned_in_float32() -> None:
+    """Six tokens of eight numbers for three experts of 8 x 4: the products have 6 x 4 numbers, their gradient 6 x 8."""
+    x_Sk, weight_Ekn = torch.empty(6, 8, device="meta", requires_grad=True), torch.empty(3, 8, 4, device="meta")
+    offs_E = torch.empty(3, dtype=torch.int32, device="meta")
+    with Allocations([x_Sk, weight_Ekn, offs_E]) as seen:
+        y_Sn = functional.grouped_mm(x_Sk, weight_Ekn, offs=offs_E)
+        assert (y_Sn.shape, seen.live) == ((6, 4), 6 * 4 * 4)
+        (d_Sk,) = torch.autograd.grad(y_Sn, x_Sk, torch.empty_like(y_Sn))
+        assert d_Sk.shape == (6, 8)
+        assert torch.empty(3, 2, device="meta").nonzero().shape == (6, 2)
 
 
 def test_plan_by_hand() -> None:

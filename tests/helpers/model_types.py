@@ -1,0 +1,442 @@
+"""Every type of transformers' models, tiny and random, judged one by one: what of this engine works with it.
+
+    python -m tests.helpers.model_types [TYPE ...] [--kind KIND] [--jobs N]
+
+Without types it judges all.  The rows go into experiments/results/models.csv in place of their own earlier ones, and
+experiments/MODELS.md is made of all rows there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional
+
+from rayfed_sub.config.schema import Model, Optimizer
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Start, Subspace
+from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, architecture
+from rayfed_sub.models.hub import quiet
+from rayfed_sub.models.image_processors import load_image_processor
+from rayfed_sub.models.targets import some
+from rayfed_sub.models.weights import assemble, load_weights, target_weights, write_folder
+from rayfed_sub.training.losses import predicted
+from tests.helpers.tiny_models import (
+    PAD,
+    VOCABULARY,
+    Tiny,
+    change,
+    draw_batches,
+    draw_sentences,
+    draw_tokens,
+    galore_start,
+    lora_start,
+    run_pack,
+    run_reference,
+    worst,
+)
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+ROWS, PAGE = EXPERIMENTS / "results" / "models.csv", EXPERIMENTS / "MODELS.md"
+MAPPINGS = {
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+}
+CLASSES = ("few", "many", "some")
+LARGEST = 60_000_000
+"""Parameters of a model that counts as tiny, at most."""
+SIZES: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.1},
+    **{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128, "encoder_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4, "num_local_experts": 4},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "rotary_dim": 4},
+    **{"shared_expert_intermediate_size": 16, "attention_chunk_size": 6, "sliding_window": 6, "max_window_layers": 0},
+    **{"use_sliding_window": True, "n_embd": 32, "n_head": 2, "n_positions": 128},
+    **{"floor_scale": 8, "ffn_dim": 48, "word_embed_proj_dim": 32, "d_model": 32},
+    **{"decoder_attention_heads": 2, "encoder_attention_heads": 2},
+    **{"decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "d_inner": 48, "n_inner": 48, "emb_dim": 32},
+    **{"n_heads": 2, "dim": 32, "hidden_dim": 48, "embedding_size": 32, "image_size": 32, "patch_size": 8},
+    **{"num_heads": 2, "dff": 48, "attention_heads": 2, "num_local_heads": 2, "d_ff": 48, "d_kv": 16},
+    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 8, "q_lora_rank": 16},
+    **{"embed_dim": 32, "projection_dim": 32, "init_std": 0.1, "vocab_size_per_layer_input": VOCABULARY},
+    **{"hidden_size_per_layer_input": 8},
+}
+_BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "n_layers", "num_decoder_layers")
+LEAVE_OUT = ((), ("sliding_window",), ("head_dim",), ("num_key_value_heads",), ("head_dim", "num_key_value_heads"))
+"""Sizes that some types do not take together."""
+_GROUPED = {"n_group": 2, "topk_group": 1}
+_LOW_RANK = {"num_key_value_heads": 2, "head_dim": 8, **_GROUPED}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_STAGES = {"patch_size": 4, "window_size": 2}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LOW_RANK),
+    **dict.fromkeys(("longcat_flash", "minicpm3", "mistral4", "youtu"), _LOW_RANK),
+    **dict.fromkeys(("bailing_hybrid", "beam"), _GROUPED),
+    **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
+    **dict.fromkeys(("convnext", "convnextv2", "swin", "swinv2", "donut-swin"), _STAGES),
+    "mobilevitv2": {"image_size": 64, "patch_size": 2},
+    "codegen": {"n_head": 4, "num_attention_heads": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 1},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "dots3_note_text": {"num_key_value_heads": 2},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
+    "granitemoeshared": {"shared_intermediate_size": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 10, "n_mamba_heads": 2},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "chunk_size": 16},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""Sizes of single types."""
+SECONDS = 240
+"""A type that takes longer is given up."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What works with a type.  Words: `yes`, `no` or what was found; empty where it was not reached.
+
+    built: a model of at most LARGEST parameters can be built.  targets: the default's.  causal: of a language model.
+    loss: as of the model's own logits, row by row.  gradient: every target gets one.  pack: three clients together
+    against each alone.  fedftg, fedit: largest relative difference from the reference.  export: the written folder
+    gives the trained logits.  reason: why not.
+    """
+
+    type: str
+    kind: str
+    built: bool = False
+    targets: str = ""
+    causal: str = ""
+    loss: str = ""
+    gradient: str = ""
+    pack: str = ""
+    fedftg: str = ""
+    fedit: str = ""
+    export: str = ""
+    reason: str = ""
+
+    @property
+    def works(self) -> bool:
+        return not self.reason
+
+
+def types_of(kind: str) -> list[str]:
+    """The model types that transformers has for a kind, by name."""
+    known = getattr(transformers, MAPPINGS[kind])
+    return sorted({config.model_type for config in known if config.model_type})
+
+
+def sizes(name: str, left_out: Sequence[str] = (), blocks: int = 4) -> dict[str, Any]:
+    """`model.random` for a tiny model of the type, nested configurations filled in."""
+    with quiet():
+        default = transformers.AutoConfig.for_model(name)
+    known = default.to_dict().keys() | default.attribute_map.keys()
+    own = {key: value for key, value in OWN.get(name, {}).items() if key in known}
+    return {"type": name, **_merged(_filled(default, left_out, blocks), own)}
+
+
+def _filled(config: Any, left_out: Sequence[str], blocks: int) -> dict[str, Any]:
+    own = config.to_dict()
+    given = SIZES | dict.fromkeys(_BLOCKS, blocks)
+    known = (own.keys() | config.attribute_map.keys()) & given.keys() - set(left_out)
+    # Where a type has a size for each of its stages, its own are small.
+    staged = {key for key in known if isinstance(own.get(config.attribute_map.get(key, key)), list | tuple)}
+    found = {key: given[key] for key in sorted(known - staged)}
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if part is not None:
+            found[key] = {"model_type": part.model_type, **_filled(part, left_out, blocks)}
+    return found
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(one[key], other[key]) for key in one if isinstance(other.get(key), dict) and key in one}
+    return {**one, **other, **both}
+
+
+def built(name: str, kind: str, blocks: int = 4, **fields: Any) -> tuple[Model, Architecture]:
+    """A tiny model of the type, and fields of `model`, and its architecture.  Raises UserError."""
+    last: Exception | None = None
+    for left_out in LEAVE_OUT:
+        model = Model(path="random", random=sizes(name, left_out, blocks), **fields)
+        try:
+            bones = architecture(model, kind, () if kind == "causal-lm" else CLASSES, _vocabulary(kind), PAD)
+        except UserError as error:
+            if error.field == "model.targets" and "without its weights" not in str(error):
+                raise
+            last = last or error
+            continue
+        return model, bones
+    assert last is not None
+    raise last
+
+
+def _vocabulary(kind: str) -> int | None:
+    return None if kind == "image-classification" else VOCABULARY
+
+
+def judged(name: str, kind: str, blocks: int = 4) -> Verdict:
+    """The verdict on a type, on a model of so many blocks, made of as many checks as it passes until one raises."""
+    verdict = Verdict(name, kind)
+    try:
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(0)
+            for verdict in _checks(name, kind, blocks):  # noqa: B007
+                pass
+    except Exception as error:  # each type fails in its own way: that is what the table is for
+        known = f"{type(error).__name__}: {error}"
+        if isinstance(error, UserError):
+            known = f"{error.allowed}; {error.advice}"
+        built_ = verdict.built or (isinstance(error, UserError) and error.field == "model.targets")
+        verdict = replace(verdict, built=built_, reason=" ".join(known.split())[:300])
+    return verdict
+
+
+def _checks(name: str, kind: str, blocks: int) -> Iterator[Verdict]:
+    """The verdict after each check."""
+    verdict = Verdict(name, kind)
+    model, bones = built(name, kind, blocks)
+    tensors = load_weights(model, bones, seed=0)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    assert numbers <= LARGEST, f"{numbers:,} parameters in the smallest form that was found"
+    yield (verdict := replace(verdict, built=True, targets=some(layer.name for layer in bones.shape.targets)))
+    if kind == "causal-lm":
+        yield (verdict := replace(verdict, causal="made so" if bones.causal else "yes"))
+    tiny = Tiny(assemble(bones, tensors), bones.shape, _draw(kind, model))
+    yield (verdict := replace(verdict, loss=_word(_loss(tiny), 1e-5)))
+    yield (verdict := replace(verdict, gradient=_gradient(tiny)))
+    yield (verdict := replace(verdict, pack=_pack(tiny)))
+    for method, start in (("fedftg", galore_start(tiny, Subspace(2, 2))), ("fedit", lora_start(tiny, 2))):
+        yield (verdict := replace(verdict, **{method: _word(_reference(tiny, start), 1e-4)}))
+    yield (verdict := replace(verdict, export=_word(_export(tiny, bones, tensors), 1e-5)))
+    wrong = [f.name for f in fields(verdict) if str(getattr(verdict, f.name)).startswith("no, ")]
+    if wrong:
+        yield replace(verdict, reason=f"differs: {', '.join(wrong)}")
+
+
+def _word(found: float, allowed: float) -> str:
+    return "yes" if found <= allowed else f"no, {found:.0e}"
+
+
+def _draw(kind: str, model: Model) -> Any:
+    if kind == "causal-lm":
+        return draw_tokens
+    if kind == "text-classification":
+        return draw_sentences
+    side = load_image_processor(model).side
+
+    def draw(rng: torch.Generator, rows: int, tokens: int, labels: int) -> dict[str, Tensor]:
+        pixels = torch.randn(rows, 3, side, side, generator=rng)
+        return {"pixel_values": pixels, "labels": torch.randint(len(CLASSES), (rows,), generator=rng)}
+
+    return draw
+
+
+def _loss(tiny: Tiny) -> float:
+    """The largest relative difference of a row's loss from that of the model's own logits for the row alone."""
+    (batch,) = draw_batches(tiny, 0, 1, tokens=20)
+    ours = predicted(tiny.packed[0], batch, PAD)
+    how = {} if tiny.shape.head else {"use_cache": False}
+    apart = 0.0
+    for row in range(len(batch["labels"])):
+        alone = {key: tensor[row : row + 1] for key, tensor in batch.items()}
+        labels = alone.pop("labels")
+        if "attention_mask" in alone:
+            real = int(alone["attention_mask"].sum())
+            alone = {key: tensor[:, :real] for key, tensor in alone.items()}
+        with torch.no_grad():
+            logits: Tensor = tiny.model(**alone, **how).logits.float()
+        if labels.dim() == 2:
+            logits, labels = logits[0, :-1], labels[0, 1 : logits.shape[1]]
+        theirs = functional.cross_entropy(logits, labels, reduction="sum")
+        mine = ours.loss_L[ours.row_L == row].sum()
+        apart = max(apart, float((mine - theirs).abs() / theirs))
+    return apart
+
+
+def _gradient(tiny: Tiny) -> str:
+    """Whether both factors of every target move in one step."""
+    start = lora_start(tiny, 2)
+    (result,) = run_pack(tiny, [start], [draw_batches(tiny, 1, 1)], Optimizer(name="sgd"), lr=1.0)
+    assert result.failure is None, result.failure
+    still = [name for name in start.trained if torch.equal(result.tensors[name], start.tensors[name])]
+    layers = dict.fromkeys(name.rpartition("/")[0] for name in still)
+    return f"no, {some(layers)}" if layers else "yes"
+
+
+def _pack(tiny: Tiny) -> str:
+    """`same bits`, `yes` up to 1e-5, or how far the three clients are from each of them alone."""
+    starts = [lora_start(tiny, rank) for rank in (1, 2, 2)]
+    data = [draw_batches(tiny, 2 + k, 2, rows=1 + k, tokens=(16, 9, 21)[k]) for k in range(3)]
+    together = run_pack(tiny, starts, data, Optimizer(), lr=1e-2)
+    apart = 0.0
+    same = True
+    for k, result in enumerate(together):
+        (alone,) = run_pack(tiny, [starts[k]], [data[k]], Optimizer(), lr=1e-2, clients=[k])
+        assert result.failure is None, result.failure
+        same = same and all(torch.equal(result.tensors[name], alone.tensors[name]) for name in alone.tensors)
+        apart = max(apart, worst(change(tiny, starts[k], result), change(tiny, starts[k], alone)))
+    return "same bits" if same else _word(apart, 1e-5)
+
+
+def _reference(tiny: Tiny, start: Start) -> float:
+    """The largest relative difference of a change from the reference executor's, over two steps."""
+    batches, optimizer = draw_batches(tiny, 5, 2, tokens=18), Optimizer()
+    (ours,) = run_pack(tiny, [start], [batches], optimizer, lr=1e-2)
+    (theirs,) = run_reference(tiny, [start], [batches], optimizer, lr=1e-2)
+    assert ours.failure is None, ours.failure
+    return worst(change(tiny, start, ours), change(tiny, start, theirs))
+
+
+def _export(tiny: Tiny, bones: Architecture, tensors: Mapping[str, Tensor]) -> float:
+    """The relative difference of logits of the written folder from those of the trained weights."""
+    weights = target_weights(bones.shape, bones.transposed, tensors)
+    changed = {name: tensor * 1.1 + 0.01 for name, tensor in weights.items()}
+    named = {name: t.T if name.rpartition("/")[0] in bones.transposed else t for name, t in changed.items()}
+    trained = assemble(bones, {**tensors, **{n.replace("/", "."): t.contiguous() for n, t in named.items()}})
+    (batch,) = draw_batches(tiny, 6, 1, rows=1, tokens=16)
+    batch.pop("labels")
+    how = {"use_cache": False} if bones.kind == "causal-lm" else {}
+    with TemporaryDirectory() as folder, torch.no_grad():
+        write_folder(bones, tensors, changed, folder)
+        loaded = getattr(transformers, AUTO_CLASSES[bones.kind]).from_pretrained(folder).eval()
+        theirs, ours = loaded(**batch, **how).logits, trained(**batch, **how).logits
+    if bones.kind == "causal-lm":  # of some types (Youtu) transformers loads no embedding of the padding token
+        theirs, ours = theirs[..., PAD + 1 :], ours[..., PAD + 1 :]
+    return float((ours - theirs).abs().max() / ours.abs().max())
+
+
+class TooLongError(Exception):
+    """A type took longer than SECONDS."""
+
+
+def _alarmed(job: tuple[str, str]) -> Verdict:
+    def stop(*_: object) -> None:
+        raise TooLongError(f"longer than {SECONDS} s")
+
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        return judged(*job)
+    finally:
+        signal.alarm(0)
+
+
+def verdicts(jobs: Sequence[tuple[str, str]], processes: int) -> Iterator[Verdict]:
+    """The verdicts of types and kinds, in their order; each is printed once it is there."""
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=40) as pool:
+        for verdict in pool.imap(_alarmed, jobs):
+            print(_row(verdict), flush=True)
+            yield verdict
+
+
+COLUMNS = {
+    "type": "type",
+    "targets": "targets of `lower-mlp`",
+    "causal": "causal",
+    "loss": "loss",
+    "gradient": "gradient",
+    "pack": "pack of three",
+    "fedftg": "FedFTG",
+    "fedit": "FedIT",
+    "export": "export",
+    "reason": "why not",
+}
+TITLES = {"causal-lm": "Language models", "text-classification": "Texts", "image-classification": "Images"}
+HEAD = """# Types of models
+
+What works with the defaults, type by type of `config.model_type`, on a tiny random model of each (transformers
+{transformers}, torch {torch}, peft {peft}, one thread of a CPU, float32). `make models` makes this file; a model of
+another size may differ where its configuration switches on other parts.
+
+- targets: what `model.targets=lower-mlp`, the default, trains, a name for each place in a block. Where it finds none,
+  `attention`, `all-linear` or a regular expression may.
+- causal: no token sees later ones; "made so" where a key of the configuration had to be set, which a run does itself.
+- loss: equal to the cross-entropy of the model's own logits for each row alone, to 1e-5.
+- gradient: every target moves in one step.
+- pack of three: clients trained together as each alone, "same bits", or to 1e-5 ("yes"). What a run relies on is the
+  shorter list that more tests hold (`SAME_IN_ANY_PACK` and `CLASSIFIERS_IN_ANY_PACK` in `models/presets.py`).
+- FedFTG, FedIT: change of all targets equal to that of galore-torch and peft, to 1e-4.
+- export: the written folder, loaded by transformers, has the logits of the trained weights, to 1e-5.
+
+| | types | built with at most {largest} M parameters | all of it works |
+| --- | --- | --- | --- |
+{counts}
+"""
+
+
+def page(found: Sequence[Verdict]) -> str:
+    """The verdicts as a Markdown page."""
+    import peft
+
+    counts, tables = [], []
+    for kind, title in TITLES.items():
+        own = [verdict for verdict in found if verdict.kind == kind]
+        built_, works = (sum(getattr(verdict, key) for verdict in own) for key in ("built", "works"))
+        counts.append(f"| {title.lower()} | {len(own)} | {built_} | {works} |")
+        columns = [text for key, text in COLUMNS.items() if key != "causal" or kind == "causal-lm"]
+        tables.append("\n".join([f"## {title}", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]))
+        tables[-1] += "".join(f"\n{_row(verdict)}" for verdict in own)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__, "peft": peft.__version__}
+    head = HEAD.format(**versions, largest=LARGEST // 10**6, counts="\n".join(counts))
+    return "\n\n".join([head.rstrip(), *tables]) + "\n"
+
+
+def _row(verdict: Verdict) -> str:
+    cells = [getattr(verdict, key) for key in COLUMNS if key != "causal" or verdict.kind == "causal-lm"]
+    cells[0], cells[1] = f"`{cells[0]}`", f"`{cells[1]}`" if cells[1] else ""
+    return f"| {' | '.join(cell.replace('|', '/').replace('<', '(').replace('>', ')') for cell in cells)} |"
+
+
+def stored() -> list[Verdict]:
+    """The verdicts of models.csv."""
+    with ROWS.open(newline="", encoding="utf-8") as file:
+        return [Verdict(**{**row, "built": row["built"] == "True"}) for row in csv.DictReader(file)]
+
+
+def store(made: Iterable[Verdict]) -> None:
+    """Puts verdicts into models.csv, in place of those of the same types and kinds, and writes the page anew.  Types
+    that transformers no longer has are left out."""
+    rows = {(verdict.kind, verdict.type): verdict for verdict in [*(stored() if ROWS.exists() else ()), *made]}
+    known = [(kind, name) for kind in MAPPINGS for name in types_of(kind)]
+    ordered = [rows[key] for key in known if key in rows]
+    with ROWS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Verdict)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(verdict) for verdict in ordered)
+    PAGE.write_text(page(ordered), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--kind", choices=list(MAPPINGS))
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    kinds = [given.kind] if given.kind else list(MAPPINGS)
+    work = [(name, kind) for kind in kinds for name in types_of(kind) if name in given.types or not given.types]
+    store(verdicts(work, given.jobs))
