@@ -279,4 +279,7 @@ def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed
         "resumed": list(resumed),
         "rows": ROWS,
         "split": "test",
+        "stopped": None,
+        "best": None,
+        "one_at_a_time": False,
     }
