@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.checks import not_given
+from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.errors import UserError
 
 _LEFT = (
@@ -28,7 +29,13 @@ def check_named(file: str, group: str, name: object, overrides: list[str]) -> No
 
 
 def check_classes(file: str, config: Config, overrides: list[str]) -> None:
-    """`check_named` for a configuration's method and hook."""
+    """`check_named` for a configuration's method and hook.
+
+    Raises UserError first for an object of a Python call: to name the call's classes and callbacks would not help.
+    """
+    for field, name in (("task.name", config.task.name), ("model.path", config.model.path)):
+        if name == GIVEN:
+            raise not_given(field)
     check_named(file, "method", config.method.get("name"), overrides)
     check_named(file, "hook", config.hook.get("name"), overrides)
 

@@ -77,7 +77,7 @@ def export_hf(
     Raises UserError where run_dir holds no finished run or no such checkpoint, `to` is not empty, or `client` does not
     fit the method.
     """
-    trained = _read(run_dir, to, client, method, checkpoint)
+    trained = _read(run_dir, to, client, method, checkpoint, "hf")
     architecture, job = trained.job.architecture, trained.job
     merged = {f"{t.name}/weight": _changed(trained, t.name) for t in architecture.shape.targets}
     everything, generation = (
@@ -104,7 +104,7 @@ def export_peft(
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are, or where peft would take targets for something else.
     """
-    trained = _read(run_dir, to, client, method, checkpoint)
+    trained = _read(run_dir, to, client, method, checkpoint, "peft")
     factors, ranks = _factors(trained)
     job, architecture = trained.job, trained.job.architecture
     if taken := taken_for_experts(factors, architecture.hf_config.model_type):
@@ -248,11 +248,12 @@ def _finished(run_dir: Path, to: Path, method: str | None, checkpoint: str) -> C
     return config
 
 
-def _read(run_dir: Path, to: Path, client: int | None, method: str | None, checkpoint: str) -> _Trained:
+def _read(run_dir: Path, to: Path, client: int | None, method: str | None, checkpoint: str, form: str) -> _Trained:
+    """The trained model for an export of the format `form`."""
     config = _finished(run_dir, to, method, checkpoint)
     if config.model.path == GIVEN:
         allowed = "state-dict for a model that a Python call handed over"
-        raise UserError("--format", "hf or peft", allowed, "use --format state-dict")
+        raise UserError("--format", form, allowed, "use --format state-dict")
     make(to, "--to")
     job = _setup(run_dir, config.model_copy(update={"hook": {}}))  # a trained model needs its method alone
     shape = job.architecture.shape

@@ -248,6 +248,9 @@ def _check_metrics(config: Config, base: JobInputs) -> Evaluation:
     """The section with paths of metrics that hold in every process.  Raises UserError for one that cannot be loaded."""
     metrics_of(config, base.dataset.class_names)
     watched, classes = config.early_stopping.metric, bool(base.dataset.class_names)
+    if watched not in (None, "held_out_loss") and base.architecture.loss is not None:
+        allowed = "held_out_loss, the score of a model with a loss of the caller's own"
+        raise UserError("early_stopping.metric", watched, allowed, "set early_stopping.metric=held_out_loss")
     if watched not in (None, "held_out_loss") and classes != (watched in _OF_CLASSES):
         known = ", ".join(["held_out_loss", *(_OF_CLASSES if classes else _OF_TOKENS)])
         allowed = f"a score of {'a classification' if classes else 'language modelling'}: {known}"

@@ -19,7 +19,7 @@ AGAINST_BYTES = ("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode"
 def quality(runs: Runs) -> Section | None:
     """Every score over all held-out rows, and the training loss, over rounds."""
     figures: list[Figure] = []
-    for metric in _metrics(runs):
+    for metric in all_scores(runs):
         figures += _scores(runs, metric)
     figures += _training_loss(runs)
     classes = _classes(runs)
@@ -31,7 +31,7 @@ def quality(runs: Runs) -> Section | None:
 def traffic(runs: Runs) -> Section | None:
     """Scores against the bytes sent until then."""
     figures = [
-        figure for metric in _metrics(runs) if metric in AGAINST_BYTES for figure in _against_bytes(runs, metric)
+        figure for metric in all_scores(runs) if metric in AGAINST_BYTES for figure in _against_bytes(runs, metric)
     ]
     return Section("Quality against traffic", [*legend(runs), *figures]) if figures else None
 
@@ -60,12 +60,14 @@ def change(metric: str, values: Sequence[float], rounds: Sequence[int]) -> str:
     before = f"{number(values[0])} {begun}"
     if len(values) == 1:
         return before
+    if metric not in SCORES:  # of another metric nothing says which end is the better one
+        return f"{before}, {number(values[-1])} after {count('round', rounds[-1])}"
     best = min(values) if metric in LOWER else max(values)
     top = "" if best == values[-1] else f", best {number(best)} after {rounds[list(values).index(best)]}"
     return f"{before}, {number(values[-1])} after {count('round', rounds[-1])}{top}"
 
 
-def _metrics(runs: Runs) -> list[str]:
+def all_scores(runs: Runs) -> list[str]:
     """The scores that any run has, without scores of single classes."""
     found = {metric for run in runs.values() for metric in run.scores["metric"].dropna().unique() if "/" not in metric}
     return [*shown_scores(runs), *sorted(found - set(SCORES))]
@@ -78,8 +80,9 @@ def _scores(runs: Runs, metric: str) -> list[Figure]:
         if len(values):
             x, y = values.index.tolist(), values.tolist()
             curves.append(Curve(at, name, x, y, change(metric, y, x)))
-    better = "lower" if metric in LOWER else "higher"
-    caption = f"Over all held-out rows; {better} is better."
+    caption = "Over all held-out rows."
+    if metric in SCORES:
+        caption = f"Over all held-out rows; {'lower' if metric in LOWER else 'higher'} is better."
     return [overlay(_title(metric), ROUNDS, curves, caption)] if curves else []
 
 

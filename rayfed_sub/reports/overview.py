@@ -7,15 +7,17 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from rayfed_sub.config.loading import flat
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.text import UNREAD, best_in_words, count, duration, megabytes, published_name, score
 from rayfed_sub.data.dataset import changed_images, too_long
 from rayfed_sub.methods import METHODS, build
-from rayfed_sub.reports.curves import AGAINST_BYTES, change, overall, shown_scores
+from rayfed_sub.reports.curves import AGAINST_BYTES, all_scores, change, overall, shown_scores
 from rayfed_sub.reports.page import Cell, Facts, Section, Table, Text, cell
 from rayfed_sub.reports.run_reader import Run, Runs
 
 _SPLITS = {"train": "training", "validation": "validation", "held_out": "held-out"}
+_CALL = "of the Python call"
+"""Text for what objects of a call say in place of a configuration."""
 
 
 def results(runs: Runs) -> Section:
@@ -39,7 +41,7 @@ def _facts(run: Run) -> dict[str, str]:
     config, federation = run.config, run.config.federation
     cohort = f", {federation.cohort:,} in a round" if federation.cohort != federation.clients else ""
     found = {"state": state(run)}
-    scores = shown_scores({run.config.name: run})
+    scores = all_scores({run.config.name: run})
     for metric in scores:
         if published_name(metric) not in scores:
             found[score(published_name(metric))] = UNREAD
@@ -51,13 +53,13 @@ def _facts(run: Run) -> dict[str, str]:
         found["scores are of"] = f"the {config.model.dtype} model"
     found |= {
         "method": _method(run),
-        "model": f"{config.model.path}, {config.model.dtype}",
-        "task": config.task.name,
+        "model": f"{_CALL if config.model.path == GIVEN else config.model.path}, {config.model.dtype}",
+        "task": _CALL if config.task.name == GIVEN else config.task.name,
         **_rows(run),
         "clients": f"{federation.clients:,}{cohort}",
         **({"packs": "of one client"} if run.summary.get("one_at_a_time") else {}),
         "local steps": _steps(run),
-        "partition": config.federation.partition.kind,
+        "partition": _CALL if config.task.name == GIVEN else federation.partition.kind,
     }
     if run.done:
         found["sent up"] = _bytes(run, "uplink_bytes")

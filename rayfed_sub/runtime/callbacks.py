@@ -19,8 +19,12 @@ def with_callbacks(config: Config, given: Sequence[Callback]) -> tuple[Config, d
     that order.
 
     Names are package.module:name, so a run folder says what its run asked; a function that cannot be imported by its
-    name has to be given again.  Raises UserError for a name that cannot be imported, and for two functions of one name.
+    name has to be given again.  Raises UserError for a name that cannot be imported, for two functions of one name, and
+    for anything but a sequence of functions.
     """
+    if not isinstance(given, Sequence) or not all(callable(one) and not isinstance(one, type) for one in given):
+        allowed = "a list of functions of the run's progress, or of instances that can be called as such"
+        raise UserError(FIELD, _kinds(given), allowed, "give e.g. callbacks=[on_plateau]")
     objects: dict[str, Callback] = {}
     for callback in given:
         if objects.setdefault(name_of(callback), callback) is not callback:
@@ -28,6 +32,13 @@ def with_callbacks(config: Config, given: Sequence[Callback]) -> tuple[Config, d
     names = tuple(dict.fromkeys([*config.callbacks, *objects]))
     found = {name: objects.get(name) or _imported(name) for name in names}
     return config.model_copy(update={"callbacks": names}), found
+
+
+def _kinds(given: object) -> str:
+    """What was given in place of callbacks, by type."""
+    if not isinstance(given, list | tuple):
+        return type(given).__name__
+    return f"[{', '.join('a class' if isinstance(one, type) else type(one).__name__ for one in given)}]"
 
 
 def name_of(callback: Callback) -> str:

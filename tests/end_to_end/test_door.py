@@ -19,9 +19,14 @@ from torch.utils.data import TensorDataset
 
 from rayfed_sub import Config, OwnModel, RunError, UserError, load_config, run
 from rayfed_sub.cli import main
+from rayfed_sub.core.text import number
 from rayfed_sub.core.types import LocalStep, Tensors
 from rayfed_sub.methods.fedit import FedIT
 from rayfed_sub.methods.hooks import nothing_at_server, nothing_kept, nothing_moved, nothing_received, nothing_refused
+from rayfed_sub.reports.curves import quality
+from rayfed_sub.reports.overview import results
+from rayfed_sub.reports.page import Facts, Figure
+from rayfed_sub.reports.run_reader import read_run
 from rayfed_sub.telemetry.events import RoundDone, Summary
 from tests.helpers.pictures import KINDS, drawn, filed
 
@@ -46,7 +51,9 @@ def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def measure(module: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
     x_BTk, y_B = batch
-    return {"accuracy": (module(x_BTk).argmax(-1) == y_B).float().mean().item()}
+    p_BC = module(x_BTk).softmax(-1)
+    wrong = 1 - p_BC.gather(-1, y_B[:, None])
+    return {"accuracy": (p_BC.argmax(-1) == y_B).float().mean().item(), "wrong": wrong.mean().item()}
 
 
 def rows(client: int) -> TensorDataset:
@@ -110,7 +117,9 @@ def test_own_module_learns_and_stays_as_it_was(tmp_path: Path) -> None:
     assert (done.rows["train"], done.rows["held_out"], done.split) == (84, 9, "held-out share")
 
 
-def test_exported_state_dict_loads_into_the_module(finished: Summary, tmp_path: Path, cli: Any) -> None:
+def test_exported_state_dict_loads_into_the_module(
+    finished: Summary, tmp_path: Path, cli: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Judged by hand, the module has the run's last score: the mean over held-out rows, client by client."""
     assert cli("export", finished.folder, "--to", str(tmp_path / "out")) == 0
     module = net(seed=7).eval()
@@ -132,6 +141,18 @@ def test_exported_state_dict_loads_into_the_module(finished: Summary, tmp_path: 
     assert cli("report", str(folder), "--out", str(tmp_path / "report.html")) == 0
     for form in ("hf", "peft"):
         assert cli("export", str(folder), "--to", str(tmp_path / form), "--format", form) == 2
+        assert f"--format: got '{form}'; allowed: state-dict" in capsys.readouterr().err
+    runs = {"run": read_run(folder)}
+    facts, curves = results(runs).parts[0], quality(runs)
+    assert isinstance(facts, Facts)
+    assert facts.pairs["model"] == "of the Python call, float32"
+    assert (facts.pairs["task"], facts.pairs["partition"]) == ("of the Python call", "of the Python call")
+    begun, ended = (finished.metrics[name] for name in ("wrong_before", "wrong"))
+    assert facts.pairs["wrong"] == f"{number(begun)} before training, {number(ended)} after 2 rounds"
+    assert curves is not None
+    captions = {part.title: part.caption for part in curves.parts if isinstance(part, Figure)}
+    assert captions["Accuracy"] == "Over all held-out rows; higher is better."
+    assert captions["Wrong"] == "Over all held-out rows."  # of a score of the caller's own nobody knows
 
 
 @pytest.fixture
@@ -195,6 +216,12 @@ def test_same_call_goes_on_and_others_are_refused(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "got 'given'" in line
     assert "in Python" in line
+    written = tmp_path / "run" / "config.yaml"  # as it is after run(..., callbacks=[slower])
+    before = written.read_text()
+    written.write_text(f"{before.replace('callbacks: []', '')}\ncallbacks: ['__main__:slower']\n")
+    assert cli("run", str(written), "--out", str(tmp_path / "run"), "--resume") == 2
+    assert capsys.readouterr().err.strip() == line  # no callback is asked for, which would not help
+    written.write_text(before)
     done = run(config(), tmp_path / "run", **same, resume=True)
     assert (done.weights_sha256, done.resumed) == (finished.weights_sha256, (1,))
 
@@ -513,6 +540,21 @@ MISTAKES: dict[str, tuple[Mapping[str, Any], tuple[str, ...], str]] = {
     "named task": (bad(), ("task.name=medquad",), r"^task\.name: got 'medquad'; allowed: table with data"),
     "partition": (bad(), ("federation.partition.kind=iid",), r"^federation\.partition\.kind: got 'iid'; allowed"),
     "answers": (bad(), ("evaluation.generate_rows=2",), r"^evaluation\.generate_rows: got 2; allowed: 0 with a loss"),
+    "class of a callback": (
+        {**bad(), "callbacks": [Locked]},
+        (),
+        r"^callbacks: got '\[a class\]'; allowed: a list of functions",
+    ),
+    "bare callback": ({**bad(), "callbacks": loss}, (), r"^callbacks: got 'function'; .*give e\.g\. callbacks=\[on_pl"),
+    "best of tokens": (
+        bad(),
+        (
+            "early_stopping.metric=token_accuracy",
+            "evaluation.split=validation",
+            *("task.name=given", "task.validation_share=0.2"),
+        ),
+        r"^early_stopping\.metric: got 'token_accuracy'; allowed: held_out_loss, the score of a model with a loss",
+    ),
     "no data": ({"model": model()}, (), r"^data: got None; allowed: rows for the model's own loss"),
     "test alone": ({"test": [1]}, (), r"^test: got 'rows'; allowed: nothing without data"),
     "class of a method": ({"method": FedIT}, (), r"^method: got 'FedIT'; allowed: an instance of a dataclass"),
