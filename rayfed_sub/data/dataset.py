@@ -184,14 +184,15 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
     dealt = partitioned(found.keys.take(split.train), names, federation, seed)
     judged_by = judged_clients(keys[chosen], keys[split.train], key_names, dealt, seed)
     # From here on in rows of tokens.
-    parts = [_rows_of(part, sizes[split.train]) for part in dealt]
+    trained, every = _Places(sizes[split.train]), _Places(sizes)
+    parts = [trained.of(part) for part in dealt]
     judged_by, keys = np.repeat(judged_by, sizes[chosen]), np.repeat(keys, sizes)
-    chosen = _rows_of(chosen, sizes)
+    chosen = every.of(chosen)
     splits = Splits(
-        train=_rows_of(split.train, sizes),
-        validation=_rows_of(split.validation, sizes),
-        held_out=_rows_of(split.held_out, sizes),
-        repeated=_rows_of(split.repeated, sizes),
+        train=every.of(split.train),
+        validation=every.of(split.validation),
+        held_out=every.of(split.held_out),
+        repeated=every.of(split.repeated),
     )
     return Dataset(
         kind=found.kind,
@@ -228,15 +229,25 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
     )
 
 
-def _rows_of(units: Ints, sizes: Ints) -> Ints:
-    """The rows of tokens of these rows of the table, in order; sizes: of each row of the table, in the same order.
+class _Places:
+    """Where the rows of tokens of each row of a table lie, in the same order.
 
-    >>> _rows_of(np.array([0, 2]), np.array([1, 2, 3])).tolist()
+    >>> _Places(np.array([1, 2, 3])).of(np.array([0, 2])).tolist()
     [0, 3, 4, 5]
     """
-    own, begins = sizes[units], (np.cumsum(sizes) - sizes)[units]
-    rows: Ints = np.arange(own.sum()) + np.repeat(begins - (np.cumsum(own) - own), own)
-    return rows
+
+    def __init__(self, sizes: Ints) -> None:
+        """sizes: rows of tokens of each row of the table."""
+        self._sizes, self._begins = sizes, np.cumsum(sizes) - sizes
+        self._one_each = bool((sizes == 1).all())
+
+    def of(self, units: Ints) -> Ints:
+        """The rows of tokens of these rows of the table, in order."""
+        if self._one_each:
+            return units
+        own, begins = self._sizes[units], self._begins[units]
+        rows: Ints = np.arange(own.sum()) + np.repeat(begins - (np.cumsum(own) - own), own)
+        return rows
 
 
 def _split_name(task: Task, judged: Judged, official: Sequence[str]) -> str:

@@ -70,7 +70,7 @@ def split_rows(
     pool, held_out, validation = (np.flatnonzero(split.are(name)) for name in ("train", "test", "validation"))
     pool_keys = Labels.of(keys).take(pool)
     # Rows that ask what another official split asks stay in training, as they would without a share.
-    fixed = np.flatnonzero(~np.isin(pool, _apart(pool, np.concatenate([held_out, validation]), asked)))
+    fixed = np.flatnonzero(_shares(pool, np.concatenate([held_out, validation]), asked))
     drawn = np.empty(0, np.int64)
     if not len(held_out):
         drawn = drawn_rows(pool_keys, task.test_share, task.seed, taken=fixed)
@@ -86,7 +86,7 @@ def split_rows(
             advice = f"raise it, lower task.test_share, {_DISTINGUISH}"
             raise UserError("task.validation_share", share, allowed, advice)
         kept_apart = np.concatenate([kept_apart, checked])
-    train = np.setdiff1d(pool, np.concatenate([pool[drawn], validation]))
+    train = _without(pool, pool[drawn], validation)
     kept = _apart(train, kept_apart, asked)
     if not len(kept):
         allowed = "a share that leaves questions to train on; every training row asks what is held out or validation"
@@ -99,7 +99,7 @@ def split_rows(
             " and ".join(f"{count:,} {name}" for name, count in lost.items() if count),
             "row" if sum(lost.values()) == 1 else "rows",
         )
-    repeated = np.setdiff1d(pool, np.concatenate([kept, checked, held_out]))
+    repeated = _without(pool, kept, checked, held_out)
     return Splits(kept, checked, held_out, repeated, _shared(split, kept, checked, asked))
 
 
@@ -222,9 +222,27 @@ def _by_number(numbers: NDArray[np.int32], count: int, among: NDArray[np.bool_] 
 
 def _apart(rows: Ints, others: Ints, asked: Sequence[Ints]) -> Ints:
     """The rows that share none of the numbers in `asked` with any of `others`."""
-    shared = [np.isin(numbers[rows], numbers[others]) for numbers in asked]
-    own: Ints = rows[~np.logical_or.reduce(shared)]
+    own: Ints = rows[~_shares(rows, others, asked)]
     return own
+
+
+def _shares(rows: Ints, others: Ints, asked: Sequence[Ints]) -> NDArray[np.bool_]:
+    """Which of the rows share a number in `asked` with one of `others`, (rows,)."""
+    shared = np.zeros(len(rows), bool)
+    for numbers in asked if len(others) else ():
+        met = np.zeros(int(numbers.max()) + 1, bool)
+        met[numbers[others]] = True
+        shared |= met[numbers[rows]]
+    return shared
+
+
+def _without(rows: Ints, *others: Ints) -> Ints:
+    """Those of the sorted rows that are in none of the others."""
+    left = np.zeros(int(rows.max(initial=-1)) + 1, bool)
+    left[rows] = True
+    for other in others:
+        left[other[other < len(left)]] = False
+    return np.flatnonzero(left)
 
 
 def questions_asked(questions: Iterable[str]) -> Ints:
