@@ -519,7 +519,7 @@ MISTAKES: dict[str, tuple[Mapping[str, Any], tuple[str, ...], str]] = {
     "lazy": (bad(module=nn.LazyLinear(3)), (), r"^model: got 'LazyLinear'; allowed: a module with initialised"),
     "no such head": (bad(head=("top",)), (), r"^model: got 'top'; allowed: head with names of linear layers: encode"),
     "no targets": (bad(), ("model.targets=conv",), r"^model\.targets: got 'conv'.*linear layers: encode\.linear1"),
-    "lower-mlp": (bad(), ("model.targets=lower-mlp",), r"^model\.targets: got 'lower-mlp'; allowed: a regular expr"),
+    "lower-mlp": (bad(), ("model.targets=lower-mlp",), r"^model\.targets: got 'lower-mlp'; allowed: all-linear or a regular expr"),
     "attention": (bad(), ("model.targets=out_proj",), r"^model\.targets: got 'out_proj'.*matches only encode\.self"),
     "two names": (bad(module=Tied()), (), r"^model\.targets: .*layers with one name each; mix is again as well"),
     "unused": (bad(module=Unused()), ("model.targets=idle",), r"^model\.targets: .*it does not on idle"),
