@@ -110,6 +110,7 @@ def run(
     notify = listener or (lambda record: None)
     config, left_out = adopted(named(config, given))
     config, asked = with_callbacks(config, callbacks)
+    given = replace(given, callbacks=tuple(callbacks))
     if left_out and listener is None:
         warnings.warn(left_out, stacklevel=3)
     elif left_out:

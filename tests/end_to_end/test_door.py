@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from rayfed_sub import Config, OwnModel, RunError, UserError, load_config, run
+from rayfed_sub import Config, Decision, OwnModel, Progress, RunError, UserError, load_config, run
 from rayfed_sub.cli import main
 from rayfed_sub.core.types import LocalStep, Tensors
 from rayfed_sub.methods.fedit import FedIT
@@ -169,7 +169,19 @@ class Deeper(Net):
         return super().forward(x_BTk) * 2
 
 
+class Patient:
+    """A callback with a setting."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def __call__(self, progress: Progress) -> Decision | None:
+        return Decision(stop="enough") if progress.finished > self.rounds else None
+
+
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "callback's setting": ({"callbacks": [Patient(8)]}, "callbacks"),
+    "no callback": ({"callbacks": []}, "callbacks"),
     "loss": ({"model": model(loss=other_loss)}, "loss"),
     "measure": ({"model": model(measure=None)}, "measure"),
     "batch": ({"model": model(batch=lambda some: torch.utils.data.default_collate(some[:1]))}, "batch"),
@@ -184,14 +196,15 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_same_call_goes_on_and_others_are_refused(
     finished: Summary, tmp_path: Path, cli: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = {"data": DATA, "model": model()}
+    same = {"data": DATA, "model": model(), "callbacks": [Patient(9)]}
     interrupted(tmp_path / "run", **same)
     for others, field in OTHERS.values():
         with pytest.raises(UserError) as caught:
             run(config(), tmp_path / "run", **{**same, **others}, resume=True)
         assert caught.value.field == field
         assert "\n" not in str(caught.value)
-    assert cli("run", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "run"), "--resume") == 2
+    folder = str(tmp_path / "run")
+    assert cli("run", f"{folder}/config.yaml", "callbacks=[]", "--out", folder, "--resume") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "got 'given'" in line
     assert "in Python" in line

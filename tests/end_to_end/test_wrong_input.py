@@ -488,7 +488,11 @@ COMMANDS = {
     "unknown option": (f"run {TINY} --colour", "No such option: --colour", "see rayfed-sub --help"),
     "unknown command": ("ruin", "No such command 'ruin'", "see rayfed-sub --help"),
     "unknown list": ("list foo", "WHAT: got 'foo'; allowed: methods, hooks, tasks or models", "models\n"),
-    "misspelt list": ("list tsaks", "WHAT: got 'tsaks'; allowed: methods, hooks, tasks or models", "; did you mean tasks?"),
+    "misspelt list": (
+        "list tsaks",
+        "WHAT: got 'tsaks'; allowed: methods, hooks, tasks or models",
+        "; did you mean tasks?",
+    ),
     **{
         f"{command} of a {kind}": (
             f"{command} {FILES[kind]}",
