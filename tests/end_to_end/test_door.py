@@ -561,3 +561,19 @@ def test_failure_later_names_client_round_and_stage(tmp_path: Path) -> None:
     assert done.rounds == 2
     with pytest.raises(RunError, match=r"^round 0, client \d, evaluation: measure raises ValueError: tired$"):
         run(config(), tmp_path / "judged", data=DATA, model=model(measure=tired))
+
+
+@pytest.mark.parametrize("function", ["start_client", "upload", "accumulate", "aggregate", "model"])
+def test_failure_of_a_method_names_round_and_function(function: str, tmp_path: Path) -> None:
+    def raises(*arguments: object) -> Any:
+        raise KeyError("left out")
+
+    whose = r", client \d" if function in ("start_client", "upload", "accumulate") else ""
+    failures = [
+        (raises, "it raises KeyError: 'left out'"),
+        (lambda *arguments: None, "it gives nothing, not [A-Z]\\w+"),
+    ]
+    for number, (found, said) in enumerate(failures if function != "model" else failures[:1]):
+        kind = type("Fails", (FedIT,), {function: found, "name": "fails", "__module__": __name__})
+        with pytest.raises(RunError, match=rf"^round 0{whose}, method fails\.{function}: {said}$"):
+            run(config(), tmp_path / f"run-{number}", data=DATA, model=model(), method=kind(rank=2))
