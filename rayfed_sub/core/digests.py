@@ -1,18 +1,25 @@
 """Digests of Python objects: of values by what they hold, of functions and classes by what they do.
 
 They are the same in every process of one version of Python, which pickles are not.  A function counts with its
-bytecode, defaults, closure, and with the constants and own functions that it reads by a global name; comments do not.
+bytecode, defaults, closure, and with what it reads by a global name: constants, objects, and own functions, also
+through the name of a module of the caller's; comments do not, nor what it imports when it is called.
 """
 
 from __future__ import annotations
 
+import argparse
+import enum
 import functools
 import hashlib
 import inspect
+import logging
+import numbers
+import re
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import cloudpickle
@@ -22,6 +29,10 @@ from torch import Tensor, nn
 
 _LIBRARIES = ("site-packages", "dist-packages")
 _PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None))
+_CONSTANTS = (
+    *(*_PLAIN, numbers.Number, range, re.Pattern, PurePath, enum.Enum, torch.dtype, torch.device),
+    *(Tensor, np.ndarray, np.generic, nn.Module, types.SimpleNamespace, argparse.Namespace),
+)
 
 
 def digest(value: Any) -> bytes:
@@ -97,6 +108,10 @@ class _Digests:
             return self._class(value)
         if isinstance(value, types.BuiltinFunctionType | types.ModuleType):
             return _sum("name", _name(value).encode())
+        if isinstance(value, logging.Logger):  # which holds all others
+            return _sum("logger", value.name.encode())
+        if isinstance(value, functools._lru_cache_wrapper):
+            return _sum("cached", self.of(value.__wrapped__))
         if isinstance(value, nn.Module):
             return _sum("weighted", self.of_module(value), self.of(dict(value.state_dict())))
         if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
@@ -110,15 +125,18 @@ class _Digests:
         if held:  # pickles of such objects follow the order of their sets
             return _sum("object", self.of(type(value)), self.of(held))
         try:
+            if _is_own(type(value)):  # the pickle of a class of a script's is another one in each process
+                return _sum("made", self.of(value.__reduce_ex__(4)))
             return _sum("pickle", cloudpickle.dumps(value))
         except Exception:  # objects such as locks raise anything
             return _sum("name", _name(type(value)).encode())
 
     def _function(self, function: types.FunctionType) -> bytes:
         if not _is_own(function):
-            return _sum("name", _name(function).encode())
+            inner = getattr(function, "__wrapped__", None)  # of a library's decorator
+            return _sum("name", _name(function).encode(), *([] if inner is None else [self.of(inner)]))
         held = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-        read = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
+        read = _read(function.__globals__, set(_names(function.__code__)))
         return _sum(
             "function",
             self._bytecode(function.__code__),
@@ -153,19 +171,41 @@ def _plain_function(value: Any) -> Any:
     """The function behind a property, a class method or a static method."""
     if isinstance(value, property):
         return value.fget
+    if isinstance(value, functools.cached_property):
+        return value.func
     return getattr(value, "__func__", value)
 
 
 def _counts(value: Any) -> bool:
-    """Whether a value that code reads by name is part of what it does: constants, and functions and classes of the
-    caller's own; whole libraries and open resources are not."""
-    if isinstance(value, (*_PLAIN, Tensor, np.ndarray, np.generic, nn.Module)):
+    """Whether a value that code reads by name is part of what it does: constants, records, and objects, functions and
+    classes of the caller's own; whole libraries and open resources are not."""
+    if isinstance(value, _CONSTANTS):
         return True
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_counts, value))
     if isinstance(value, Mapping):
         return all(map(_counts, value.values()))
-    return isinstance(value, types.FunctionType | type | functools.partial) and _is_own(value)
+    if isinstance(value, types.MethodType):
+        return _counts(value.__self__)
+    if isinstance(value, type | functools.partial):
+        return _is_own(value)
+    if isinstance(value, types.FunctionType | functools._lru_cache_wrapper):
+        return _is_own(value) or _is_own(inspect.unwrap(value))
+    return is_dataclass(value) or _is_own(type(value))
+
+
+def _read(space: Mapping[str, Any], names: set[str], within: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """What code that mentions these names may read of a module's: globals, and those of the caller's own modules among
+    them, `module.name`.  within: names of the modules on the way."""
+    found = {}
+    for name in sorted(names & space.keys()):
+        value = space[name]
+        if not isinstance(value, types.ModuleType):
+            found[name] = value
+        elif value.__name__ not in within and _is_own_module(value):
+            inner = _read(vars(value), names, within | {value.__name__})
+            found |= {f"{name}.{key}": x for key, x in inner.items()}
+    return found
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -183,12 +223,30 @@ def _is_own(value: Callable[..., Any] | type) -> bool:
     module = getattr(value, "__module__", None) or ""
     if module == "__main__":
         return True
-    if module.partition(".")[0] == __name__.partition(".")[0]:
+    if _is_of_a_package(module):
         return False
     try:
         file = inspect.getfile(value)
-    except (TypeError, OSError):  # built in, or made by exec
-        return module not in ("builtins", "") and not module.startswith("torch")
+    except (TypeError, OSError):  # made by exec, or of an extension
+        return bool(module) and not module.startswith("torch")
+    return _is_own_file(file)
+
+
+def _is_own_module(module: types.ModuleType) -> bool:
+    """True for a module that neither Python nor an installed library brings."""
+    if _is_of_a_package(module.__name__):
+        return False
+    files = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return all(_is_own_file(file) for file in files if file)
+
+
+def _is_of_a_package(module: str) -> bool:
+    """True for names of this package's modules and of Python's, some of which have no file."""
+    root = module.partition(".")[0]
+    return root == __name__.partition(".")[0] or root in sys.stdlib_module_names
+
+
+def _is_own_file(file: str) -> bool:
     path = Path(file)
     return not (set(path.parts) & set(_LIBRARIES)) and not path.is_relative_to(Path(inspect.__file__).parent)
 

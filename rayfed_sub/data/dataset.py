@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from rayfed_sub.config.checks import no_validation, not_given
 from rayfed_sub.config.schema import GIVEN, Federation, Task
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint
-from rayfed_sub.data.given import GivenRows, given_table, own_pairs
+from rayfed_sub.data.given import GivenRows, check_left, given_table, own_pairs
 from rayfed_sub.data.kept import kept
 from rayfed_sub.data.objects import AsTheyAre
 from rayfed_sub.data.pairs import Kind, Pairs, canonical, distinct, ordered
@@ -140,10 +141,19 @@ def load_dataset(
 
     def make() -> Prepared:
         pairs = load_pairs(task, federation, given, own=isinstance(processor, AsTheyAre))
+        if given is not None:
+            check_left(given, pairs)
         return prepared(pairs, task, federation, processor)
 
-    found = kept(task, federation, processor, make) if given is None else make()
-    return dealt_out(found, task, federation, seed, judged)
+    if given is None:
+        return dealt_out(kept(task, federation, processor, make), task, federation, seed, judged)
+    try:
+        return dealt_out(make(), task, federation, seed, judged)
+    except UserError as error:
+        if error.field != "federation.clients":
+            raise
+        advice = "leave that client out, or give it more rows"  # their number follows from the mapping
+        raise UserError("data", f"{federation.clients} clients", error.allowed, advice) from None
 
 
 def load_pairs(task: Task, federation: Federation, given: GivenRows | None = None, *, own: bool = False) -> Pairs:

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from rayfed_sub.core.digests import digest
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.images import encoded
 from rayfed_sub.data.objects import pickled
 from rayfed_sub.data.pairs import Pairs
@@ -109,6 +112,15 @@ def own_pairs(given: GivenRows) -> Pairs:
     official = tuple(splits) if {"validation", "test"} & set(splits) else ()
     answers = ("",) * len(questions)
     return Pairs("own", tuple(questions), answers, tuple(keys), splits=official, objects=tuple(pickles))
+
+
+def check_left(given: GivenRows, pairs: Pairs) -> None:
+    """UserError (data) naming the first client of which no training row is among `pairs`, those without repeats."""
+    left = set(Labels.of(pairs.keys).take(np.flatnonzero(pairs.trained)).used)
+    for part in given.parts:
+        if part.split == "train" and part.client not in left:
+            allowed = f"a row that no other client has, with all its values; none of its {len(part.rows)} rows is one"
+            raise UserError(part.place, _kind(part.rows), allowed, "leave the client out, or give it rows of its own")
 
 
 def _names(field: str, data: Mapping[Any, Any]) -> list[str]:

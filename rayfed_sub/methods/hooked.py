@@ -6,8 +6,12 @@ The hook's tensors stand beside the method's in the same records, as `hook/<name
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
+
+from torch import Tensor
 
 from rayfed_sub.core.types import (
     HOOK,
@@ -17,6 +21,7 @@ from rayfed_sub.core.types import (
     Client,
     ClientState,
     LocalResult,
+    LocalStep,
     ModelShape,
     ServerState,
     Start,
@@ -26,6 +31,7 @@ from rayfed_sub.core.types import (
 )
 from rayfed_sub.methods import averaging
 from rayfed_sub.methods.hooks import CohortMean, LocalHook
+from rayfed_sub.methods.own_failures import AnswerError, named, shown
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import moved
 
@@ -43,7 +49,9 @@ class SharedBasis(Method, Protocol):
 
 @dataclass(frozen=True)
 class Hooked:
-    """The functions of `Method` with the hook's beside the method's.  clients: of the federation."""
+    """The functions of `Method` with the hook's beside the method's.  clients: of the federation.
+
+    They raise RunError, naming function, round and client, where the hook's code fails or gives what it should not."""
 
     method: SharedBasis
     hook: LocalHook
@@ -56,15 +64,15 @@ class Hooked:
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         server = self.method.init_server(weights, shape, seed)
-        return _with(server, self.hook.init_server(_trained(self.method, server, shape)))
+        return _with(server, self._begun(server, shape))
 
     def broadcast(self, server: ServerState) -> Broadcast:
         own, held = _parted(server)
-        return _with(self.method.broadcast(own), self.hook.broadcast(held))
+        return _with(self.method.broadcast(own), self._sent(server.round, held))
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         own, held = _parted(server)
-        return self.method.download_bytes(own, shape, client, since) + wire_bytes(self.hook.broadcast(held))
+        return self.method.download_bytes(own, shape, client, since) + wire_bytes(self._sent(server.round, held))
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         own, received = _parted(broadcast)
@@ -78,15 +86,19 @@ class Hooked:
         start = self.method.start_client(own, state, client, shape)
         kept = {name: tensor.to(device) for name, tensor in kept.items()}
         trained = {name: start.tensors[name].to(device) for name in start.trained}
-        return replace(start, correct=self.hook.correct, memory=self.hook.begin(received, kept, trained))
+        with self._named("begin", broadcast.round, client.id):
+            memory = _tensors(self.hook.begin(received, kept, trained))
+        return replace(start, correct=partial(self._corrected, broadcast.round, client.id), memory=memory)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         update = self.method.upload(_parted(broadcast)[0], result, weight, shape)
-        return _with(update, self.hook.upload(*_ended(result)))
+        with self._named("upload", broadcast.round, result.client):
+            return _with(update, _tensors(self.hook.upload(*_ended(result))))
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         tensors = self.method.client_state(_parted(broadcast)[0], result, shape)
-        return {**tensors, **_stored(self.hook.client_state(*_ended(result)))}
+        with self._named("client_state", broadcast.round, result.client):
+            return {**tensors, **_stored(_tensors(self.hook.client_state(*_ended(result))))}
 
     def accumulator(self, server: ServerState, shape: ModelShape) -> Accumulator:
         return self.method.accumulator(_parted(server)[0], shape)
@@ -94,7 +106,10 @@ class Hooked:
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
         (own, sums), (sent, more) = _parted(total), _parted(update)
         added = self.method.accumulate(own, sent, shape)
-        beside = averaging.add(Accumulator(total.counts.get(_WEIGHT, 0.0), sums), more, update.weight)
+        with self._named("upload", None, update.client):
+            common = more.keys() & sums.keys()
+            _check_shapes(*({name: tensors[name] for name in common} for tensors in (more, sums)))
+            beside = averaging.add(Accumulator(total.counts.get(_WEIGHT, 0.0), sums), more, update.weight)
         counts = {_CLIENTS: total.counts.get(_CLIENTS, 0.0) + 1, _WEIGHT: beside.weight}
         return replace(_with(added, beside.tensors), counts={**added.counts, **counts})
 
@@ -110,16 +125,39 @@ class Hooked:
                 trained=round(total.counts[_CLIENTS]),
                 clients=self.clients,
             )
-            held, learned = self.hook.aggregate(held, mean)
+            with self._named("aggregate", before.round):
+                held, learned = map(_tensors, _pair(self.hook.aggregate(held, mean)))
+                _check_shapes(learned, {name: after.tensors[name] for name in names if name in learned})
             after = replace(after, tensors={**after.tensors, **learned})
         if self.method.shared_basis(before.round) != self.method.shared_basis(after.round):
-            held = self.hook.init_server(_trained(self.method, after, shape))
+            held = self._begun(after, shape)
         return _with(after, held)
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         return self.method.model(_parted(server)[0], shape)
 
     personal_model = averaging.no_personal_model
+
+    def _named(self, function: str, round: int | None, client: int | None = None) -> AbstractContextManager[None]:
+        return named("hook", self.hook, function, round, client)
+
+    def _begun(self, server: ServerState, shape: ModelShape) -> Tensors:
+        trained = _trained(self.method, server, shape)
+        with self._named("init_server", server.round):
+            return _tensors(self.hook.init_server(trained))
+
+    def _sent(self, round: int, held: Tensors) -> Tensors:
+        with self._named("broadcast", round):
+            return _tensors(self.hook.broadcast(held))
+
+    def _corrected(self, round: int, client: int, memory: Tensors, step: LocalStep) -> tuple[Tensors, Tensors]:
+        """The hook's gradients and memory in a local step, of the names and shapes that it was given."""
+        wanted = dict(step.gradients)  # the mapping is the hook's own
+        with self._named("correct", round, client):
+            gradients, after = map(_tensors, _pair(self.hook.correct(memory, step)))
+            _check_shapes(gradients, wanted)
+            _check_shapes(after, memory)
+        return gradients, after
 
 
 def hooked(method: Method, hook: LocalHook, clients: int) -> Method:
@@ -131,6 +169,13 @@ def hooked(method: Method, hook: LocalHook, clients: int) -> Method:
 def unhooked(method: Method) -> Method:
     """The method without its hook, if it has one."""
     return method.method if isinstance(method, Hooked) else method
+
+
+def failures_of(
+    method: Method, function: str, round: int | None, client: int | None = None
+) -> AbstractContextManager[None]:
+    """`own_failures.named` for a function of the method, with a hook or without."""
+    return named("method", unhooked(method), function, round, client)
 
 
 def hook_of(method: Method) -> LocalHook | None:
@@ -168,3 +213,32 @@ def _trained(method: Method, server: ServerState, shape: ModelShape) -> Tensors:
 def _ended(result: LocalResult) -> tuple[Tensors, Tensors, int]:
     """The arguments of a hook's functions after a client's round."""
     return result.memory, {name: result.tensors[name] for name in result.trained}, int(result.metrics["steps"])
+
+
+def _pair(found: Any) -> tuple[Any, Any]:
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise AnswerError(f"it gives {shown(found)}, not two mappings of tensors")
+    return found
+
+
+def _tensors(found: Any) -> Tensors:
+    if not isinstance(found, Mapping):
+        raise AnswerError(f"it gives {shown(found)}, not tensors by name")
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise AnswerError(f"it gives {shown(tensor)} as {name}, not a tensor")
+    return found
+
+
+def _check_shapes(found: Tensors, wanted: Tensors) -> None:
+    """AnswerError naming the first tensor that is missing, too much, or of another shape or type."""
+    given, asked = ({name: _shape(tensor) for name, tensor in tensors.items()} for tensors in (found, wanted))
+    apart = sorted(name for name in given.keys() | asked.keys() if given.get(name) != asked.get(name))
+    if apart:
+        nothing, name = "of no tensor", apart[0]
+        raise AnswerError(f"it gives {name} the shape {given.get(name, nothing)}, not {asked.get(name, nothing)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    size = " x ".join(map(str, tensor.shape)) or "of a number"
+    return size if str(tensor.dtype) == "torch.float32" else f"{size} ({str(tensor.dtype).removeprefix('torch.')})"

@@ -1,9 +1,9 @@
-"""What a Python call hands over in place of what a configuration names: rows, a model, a method, a hook."""
+"""What a Python call hands over in place of what a configuration names: rows, a model, a method, a hook, callbacks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, cast
 
@@ -24,12 +24,19 @@ _SOURCES = ("path", "train", "validation", "test", "split_column")
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """Objects of a Python call, each in place of what the configuration names; None: as the configuration says."""
+    """Objects of a Python call, each in place of what the configuration names; None: as the configuration says.
+    callbacks: besides those that it names."""
 
     rows: GivenRows | None = None
     model: OwnModel | None = None
     method: Method | None = None
     hook: LocalHook | None = None
+    callbacks: tuple[Callable[..., Any], ...] = ()
+
+    @property
+    def has_any(self) -> bool:
+        """Whether the call has handed over anything."""
+        return bool(self.callbacks) or any(x is not None for x in (self.rows, self.model, self.method, self.hook))
 
 
 NOTHING = Given()
@@ -97,6 +104,8 @@ def code_digests(objects: Given) -> dict[str, str]:
         found["method"] = digest(type(objects.method))
     if objects.hook is not None and name_of(objects.hook, HOOKS) not in HOOKS:
         found["hooks"] = digest(type(objects.hook))
+    if objects.callbacks:
+        found["callbacks"] = digest(objects.callbacks)
     return {name: value.hex() for name, value in found.items()}
 
 

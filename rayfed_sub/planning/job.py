@@ -23,8 +23,9 @@ from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.evaluation.named_metrics import metrics_of
 from rayfed_sub.methods import METHODS, build, build_hook, class_of, fields_of
-from rayfed_sub.methods.hooked import hook_of, hooked, unhooked
+from rayfed_sub.methods.hooked import failures_of, hook_of, hooked, unhooked
 from rayfed_sub.methods.hooks import LocalHook
+from rayfed_sub.methods.own_failures import named
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
@@ -109,7 +110,8 @@ def with_hook(config: Config, method: Method, hook: LocalHook | None) -> Method:
     if federation.normalise_steps:
         allowed = f"false with hook.name={name}: FedNova's rule is for plain gradients"
         raise UserError("federation.normalise_steps", True, allowed, "remove one of them")
-    hook.check(config)
+    with named("hook", hook, "check"):
+        hook.check(config)
     return hooked(method, hook, federation.clients)
 
 
@@ -139,7 +141,8 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     """The job of a configuration, with the given method and hook if any, on its inputs.  Raises UserError for settings
     that do not fit them."""
     method = check_settings(config, given)
-    method.check(base.architecture.shape)
+    with failures_of(method, "check", None):
+        method.check(base.architecture.shape)
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})

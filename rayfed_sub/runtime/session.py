@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from rayfed_sub.config.loading import as_override
-from rayfed_sub.config.schema import GIVEN, Config
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
@@ -110,6 +110,7 @@ def run(
     notify = listener or (lambda record: None)
     config, left_out = adopted(named(config, given))
     config, asked = with_callbacks(config, callbacks)
+    given = replace(given, callbacks=tuple(callbacks))
     if left_out and listener is None:
         warnings.warn(left_out, stacklevel=3)
     elif left_out:
@@ -170,7 +171,7 @@ def _run(
             keep(folder.path, KeptModel(shape, known.transposed, known.tied, state))
         folder.place.push()
         notify(Stage("starting Ray, loading weights" if config.resources.workers else "loading weights"))
-        with _resume_hint(folder, job.config, notify), ThreadPoolExecutor(1) as pool:
+        with _resume_hint(folder, job.config, notify, given), ThreadPoolExecutor(1) as pool:
             loading, planned = [pool.submit(load_backbone, job)], _planned(pool, job)
             with ray_session() if config.resources.workers else nullcontext():
                 put, put_data = (ray.put, put_rows) if config.resources.workers else (_unchanged, _unchanged)
@@ -226,27 +227,31 @@ def carry_out(
 
 
 @contextmanager
-def _resume_hint(folder: RunFolder, config: Config, notify: Listener) -> Iterator[None]:
-    """Adds the resume command to the error or interruption that ended the run, where resuming can help."""
+def _resume_hint(folder: RunFolder, config: Config, notify: Listener, given: Given = NOTHING) -> Iterator[None]:
+    """Adds how to go on to the error or interruption that ended the run, where resuming can help."""
     try:
         yield
     except RunError as error:
         cause = error.cause
         if error.resume is not None and checkpoints.newest(folder.path) is not None:
-            cause = f"{cause}; {_resume(folder, config, error.resume)}"
+            cause = f"{cause}; {_resume(folder, config, error.resume, given)}"
         raise RunError(error.stage, cause, round=error.round, client=error.client, resume=error.resume) from None
     except KeyboardInterrupt:
-        notify(Notice(f"interrupted; {_resume(folder, config)}"))
+        notify(Notice(f"interrupted; {_resume(folder, config, (), given)}"))
         raise
 
 
-def _resume(folder: RunFolder, config: Config, overrides: Sequence[str] = ()) -> str:
-    place = folder.place
-    if GIVEN in (config.task.name, config.model.path):
-        return f"go on with the same call in Python: run(..., {place.display_name()!r}, resume=True)"
+def _resume(folder: RunFolder, config: Config, overrides: Sequence[str], given: Given) -> str:
+    """The command that goes on with a run, or, where none can name what the call handed over, the call."""
+    place, classes = folder.place, strangers(config)
+    programs = {key: list(names) for key, names in config.programs.items() if names}
+    names = [*classes.values(), *(name for found in programs.values() for name in found)]
+    if given.has_any or any(name.startswith("__main__") or "<" in name for name in names):
+        changed = f", with {' '.join(overrides)}" if overrides else ""
+        return f"go on with the same call in Python{changed}: run(..., {place.display_name()!r}, resume=True)"
     # Classes, metrics and callbacks that only the folder names are not imported: name them in the command.
-    named = [f"{key}={name}" for key, name in strangers(config).items()]
-    named += [as_override(key, list(names)) for key, names in config.programs.items() if names]
+    named = [f"{key}={name}" for key, name in classes.items()]
+    named += [as_override(key, found) for key, found in programs.items()]
     words = [
         "rayfed-sub",
         "run",

@@ -90,9 +90,11 @@ def keep_best(folder: Path, round: int) -> None:
 
     Raises RunError where the disk is full; an earlier best checkpoint then stays.
     """
-    atomic_files.write(_best_manifest(folder, round), _manifest(folder, round).read_bytes())
-    for old in _bests(folder)[:-1]:
-        old.unlink()
+    kept = _best_manifest(folder, round)
+    atomic_files.write(kept, _manifest(folder, round).read_bytes())
+    for old in _bests(folder):
+        if old != kept:  # also one of a later round, from which the run went back
+            old.unlink()
     _tidy(folder)
 
 

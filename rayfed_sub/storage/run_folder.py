@@ -282,8 +282,9 @@ def check_code(path: Path, now: Mapping[str, str]) -> None:
     then = {} if first is None else first.get("code", {})
     for name in (*then, *(name for name in now if name not in then)) if first is not None else ():
         if then.get(name) != now.get(name):
-            allowed = f"the {name} with which the run in {path} began; this one has other code or settings"
-            raise UserError(name, "another one" if name in now else None, allowed, "or begin anew in another folder")
+            allowed = f"the {name} with which the run in {path} began; now there is other code, or other settings"
+            advice = "give that to run(..., resume=True) in Python, or begin anew in another folder"
+            raise UserError(name, "another one" if name in now else None, allowed, advice)
 
 
 def class_names(path: Path) -> tuple[str, ...]:

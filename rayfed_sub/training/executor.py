@@ -282,7 +282,7 @@ def _correct(stack: Stack, grads: dict[str, Tensor], lr: float) -> None:
             for given in (grads, stack.tensors)
         )
         assert start.correct is not None
-        given, trainee.memory = optimizers.corrected(start.correct, trainee.memory, LocalStep(now, own, number, lr))
+        given, trainee.memory = start.correct(trainee.memory, LocalStep(now, own, number, lr))
         found.append(given)
     for name in stack.trainees[0].start.trained:
         grads[name] = torch.stack([given[name] for given in found])

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.lowrank import sides
-from rayfed_sub.core.types import Correction, LocalStep, ModelShape, Start, Tensors
+from rayfed_sub.core.types import ModelShape, Start, Tensors
 from rayfed_sub.training.blocks import Closed, multiplied
 
 
@@ -31,23 +30,6 @@ def clip(grads: Sequence[Tensor], norm: float) -> None:
     squares_GK = torch.stack([g.flatten(1).square().sum(1) for g in grads], dim=1)
     factor_G = (norm / (squares_GK.sum(1).sqrt() + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_'s rule
     torch._foreach_mul_(list(grads), [_spread(factor_G, g) for g in grads])
-
-
-def corrected(correct: Correction, memory: Tensors, step: LocalStep) -> tuple[Tensors, Tensors]:
-    """A client's gradients as its hook gives them to the optimizer, and the hook's memory.  Raises RunError where they
-    are not those of the trained tensors."""
-    wanted = {name: gradient.shape for name, gradient in step.gradients.items()}
-    given, memory = correct(memory, step)
-    found = {name: gradient.shape for name, gradient in given.items()}
-    if found != wanted:
-        apart = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        cause = f"it gives {apart[0]} the shape {_size(found, apart[0])}, not {_size(wanted, apart[0])}"
-        raise RunError("hook", cause, resume=None)
-    return given, memory
-
-
-def _size(shapes: Mapping[str, Sequence[int]], name: str) -> str:
-    return " x ".join(map(str, shapes[name])) if name in shapes else "of no tensor"
 
 
 def step(

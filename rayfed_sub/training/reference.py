@@ -26,7 +26,6 @@ from rayfed_sub.models.weights import answered
 from rayfed_sub.training.client_errors import drawn, not_finite
 from rayfed_sub.training.executor import ClientWork, LocalRule
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
-from rayfed_sub.training.optimizers import corrected
 from rayfed_sub.training.own_loss import trained_loss
 
 
@@ -202,7 +201,7 @@ def _correct(
         return memory
     now = {x.name: _factor(x, begun, base_scale) for x in moving}
     own = {x.name: _projected(x, number) for x in moving}
-    given, memory = corrected(start.correct, memory, LocalStep(now, {n: g.clone() for n, g in own.items()}, number, lr))
+    given, memory = start.correct(memory, LocalStep(now, {n: g.clone() for n, g in own.items()}, number, lr))
     for x in moving:
         assert x.parameter.grad is not None
         if x.projector is None:

@@ -16,16 +16,36 @@ import torch
 
 from rayfed_sub.core.digests import digest, module_digest
 
-CODE = """
+CODE = (
+    """
+import functools, types
+from dataclasses import dataclass
 import torch
 from torch import nn
 SCALE = 0.5
+"""
+    + (
+        "inner = types.ModuleType('inner')\n"
+        "exec('FACTOR = 2.0\\ndef scaled(x): return x * FACTOR\\ndef unread(x): return 1', vars(inner))"
+    )
+    + """
+class Options:
+    def __init__(self, **held):
+        vars(self).update(held)
+@dataclass
+class Record:
+    floor: float
+held, record, space = Options(ceiling=9.0), Record(floor=0.0), types.SimpleNamespace(shift=0.25)
+@functools.lru_cache
+def cached(x):
+    return x + 11
 KINDS = {"a", "b", "c"}
 weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
 def helper(x):
     return x * SCALE
 def loss(module, batch, power=2):
-    return helper(weighted(module(batch[0]), batch[1])) ** power if "a" in KINDS else 0
+    x = inner.scaled(weighted(module(batch[0]), batch[1])).clamp(record.floor, held.ceiling) + space.shift
+    return helper(x) ** power if "a" in KINDS else cached(0)
 def made(rate):
     return lambda module, batch: loss(module, batch) * rate
 class Net(nn.Module):
@@ -39,11 +59,12 @@ class Net(nn.Module):
     def size(self):
         return self.steps
 """
+)
 
 
 def defined(source: str, name: str) -> dict[str, Any]:
     space: dict[str, Any] = {"__name__": name}
-    exec(compile(source, "<cell>", "exec"), space)
+    exec(compile(source, "<cell>", "exec", dont_inherit=True), space)
     return space
 
 
@@ -58,6 +79,13 @@ def digests(source: str, name: str = "__main__") -> dict[str, bytes]:
     ("old", "new", "changed"),
     [
         ("return helper", "# in words\n    return helper", set()),
+        ("return 1", "return 2", set()),
+        ("x * FACTOR", "x / FACTOR", {"loss", "made"}),
+        ("FACTOR = 2.0", "FACTOR = 3.0", {"loss", "made"}),
+        ("ceiling=9.0", "ceiling=8.0", {"loss", "made"}),
+        ("floor=0.0", "floor=0.1", {"loss", "made"}),
+        ("shift=0.25", "shift=0.5", {"loss", "made"}),
+        ("x + 11", "x + 12", {"loss", "made"}),
         ("** power", "** (power + 1)", {"loss", "made"}),
         ("power=2", "power=3", {"loss", "made"}),
         ("SCALE = 0.5", "SCALE = 0.6", {"loss", "made"}),
@@ -85,14 +113,15 @@ def test_code_counts_by_what_it_does(old: str, new: str, changed: set[str]) -> N
 def test_digests_are_the_same_in_every_process(tmp_path: Path) -> None:
     """Sets have another order in each process, and pickles follow it."""
     words = "{" + ", ".join(repr(f"word {i}") for i in range(50)) + "}"
-    made = f"{CODE}\nimport argparse\nheld = argparse.Namespace(words={words})\n"
-    shown = "print(digest(loss), digest(made(1)), module_digest(Net()), digest(held))"
+    made = f"{CODE}\nimport argparse\nwide = argparse.Namespace(words={words})\nclass Empty: pass\n"
+    shown = "print(digest(loss), digest(made(1)), module_digest(Net()), digest(wide), digest(Empty()))"
     script = tmp_path / "script.py"
     script.write_text(f"{made}from rayfed_sub.core.digests import digest, module_digest\n{shown}\n")
     env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     there = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=True).stdout
     space = defined(made, "__main__")
-    here = (digest(space["loss"]), digest(space["made"](1)), module_digest(space["Net"]()), digest(space["held"]))
+    values = (space["wide"], space["Empty"]())
+    here = (digest(space["loss"]), digest(space["made"](1)), module_digest(space["Net"]()), *map(digest, values))
     assert there.strip() == " ".join(map(str, here))
 
 

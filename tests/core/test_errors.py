@@ -9,6 +9,8 @@ import pytest
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError, redacted
+from rayfed_sub.methods.scaffold import Scaffold
+from rayfed_sub.planning.call import NOTHING, Given
 from rayfed_sub.runtime.session import _resume_hint
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place
@@ -133,6 +135,27 @@ def test_resume_command_is_given_where_it_helps(
     with pytest.raises(RunError) as caught, _resume_hint(folder, Config(), print):
         raise error
     assert str(caught.value) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        (Config(), Given(hook=Scaffold())),
+        (Config(), Given(callbacks=(print,))),
+        (Config(method={"name": "__main__:Mine"}), NOTHING),
+        (Config(callbacks=("mine.module:made.<locals>.callback",)), NOTHING),
+    ],
+)
+def test_call_with_objects_goes_on_in_python(
+    config: Config, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "newest", lambda folder: 3)
+    for resume, words in (((), ""), ((SKIP,), f", with {SKIP}")):
+        error = RunError("local training", "gone", resume=resume)
+        with pytest.raises(RunError) as caught, _resume_hint(RunFolder(Place(tmp_path)), config, print, given):
+            raise error
+        hint = f"go on with the same call in Python{words}: run(..., {str(tmp_path)!r}, resume=True)"
+        assert str(caught.value) == f"{error}; {hint}"
 
 
 def test_environment_reports_the_workers_versions_and_devices() -> None:

@@ -204,6 +204,18 @@ MISTAKES = {
         r"^test: got 'b'; allowed: clients that data has: a; give rows of nobody as test=rows",
     ),
     "empty test": (lambda: handed({"a": NORTH}, test=[]), r"^test: got 'list'; allowed: one row at least"),
+    "rows of another client": (
+        lambda: handed({"a": NORTH, "b": NORTH[:2]}),
+        r"^data\['b'\]: got 'list'; allowed: a row that no other client has, with all its values; none of its 2 rows",
+    ),
+    "incomplete rows": (
+        lambda: handed({"a": NORTH, "b": [{**NORTH[0], "a": None}]}),
+        r"^data\['b'\]: got 'list'; allowed: a row that no other client has, with all its values; none of its 1 rows",
+    ),
+    "clients whose only row is not drawn": (
+        lambda: handed({"a": NORTH} | {k: [{**NORTH[0], "q": k}] for k in "bcde"}, {**TEXTS, "max_rows": 7}),
+        r"^data: got '5 clients'; allowed: at least one row for every client \(\w has none\); leave that client out",
+    ),
     "no data": (
         lambda: load_dataset(Task(name="given", **TEXTS), BY_NAME, ByteTokenizer(), 0),
         r"^task\.name: got 'given'; allowed: anything but given.*call rayfed_sub\.run\(config, data=\.\.\.\)",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from rayfed_sub import Config, OwnModel, RunError, UserError, load_config, run
+from rayfed_sub import Config, Decision, OwnModel, Progress, RunError, UserError, load_config, run
 from rayfed_sub.cli import main
 from rayfed_sub.core.text import number
 from rayfed_sub.core.types import LocalStep, Tensors
@@ -190,7 +190,19 @@ class Deeper(Net):
         return super().forward(x_BTk) * 2
 
 
+class Patient:
+    """A callback with a setting."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def __call__(self, progress: Progress) -> Decision | None:
+        return Decision(stop="enough") if progress.finished > self.rounds else None
+
+
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "callback's setting": ({"callbacks": [Patient(8)]}, "callbacks"),
+    "no callback": ({"callbacks": []}, "callbacks"),
     "loss": ({"model": model(loss=other_loss)}, "loss"),
     "measure": ({"model": model(measure=None)}, "measure"),
     "batch": ({"model": model(batch=lambda some: torch.utils.data.default_collate(some[:1]))}, "batch"),
@@ -205,14 +217,15 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_same_call_goes_on_and_others_are_refused(
     finished: Summary, tmp_path: Path, cli: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = {"data": DATA, "model": model()}
+    same = {"data": DATA, "model": model(), "callbacks": [Patient(9)]}
     interrupted(tmp_path / "run", **same)
     for others, field in OTHERS.values():
         with pytest.raises(UserError) as caught:
             run(config(), tmp_path / "run", **{**same, **others}, resume=True)
         assert caught.value.field == field
         assert "\n" not in str(caught.value)
-    assert cli("run", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "run"), "--resume") == 2
+    folder = str(tmp_path / "run")
+    assert cli("run", f"{folder}/config.yaml", "callbacks=[]", "--out", folder, "--resume") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "got 'given'" in line
     assert "in Python" in line
@@ -592,3 +605,19 @@ def test_failure_later_names_client_round_and_stage(tmp_path: Path) -> None:
     assert done.rounds == 2
     with pytest.raises(RunError, match=r"^round 0, client \d, evaluation: measure raises ValueError: tired$"):
         run(config(), tmp_path / "judged", data=DATA, model=model(measure=tired))
+
+
+@pytest.mark.parametrize("function", ["start_client", "upload", "accumulate", "aggregate", "model"])
+def test_failure_of_a_method_names_round_and_function(function: str, tmp_path: Path) -> None:
+    def raises(*arguments: object) -> Any:
+        raise KeyError("left out")
+
+    whose = r", client \d" if function in ("start_client", "upload", "accumulate") else ""
+    failures = [
+        (raises, "it raises KeyError: 'left out'"),
+        (lambda *arguments: None, "it gives nothing, not [A-Z]\\w+"),
+    ]
+    for number, (found, said) in enumerate(failures if function != "model" else failures[:1]):
+        kind = type("Fails", (FedIT,), {function: found, "name": "fails", "__module__": __name__})
+        with pytest.raises(RunError, match=rf"^round 0{whose}, method fails\.{function}: {said}$"):
+            run(config(), tmp_path / f"run-{number}", data=DATA, model=model(), method=kind(rank=2))

@@ -125,10 +125,10 @@ def test_what_callbacks_decided_survives_a_death_before_the_checkpoint(tmp_path:
     """The process ends after a decision and before its round's checkpoint; whoever is asked later answers otherwise."""
 
     def answers(*factors: float) -> Callable[[Progress], Decision]:
-        left = list(factors)
+        left = (factor for factor in factors)  # a generator's content is no setting, so it may be another one
 
         def callback(progress: Progress) -> Decision:
-            return Decision(lr_factor=left.pop(0), stop="enough" if progress.finished == 3 else None)
+            return Decision(lr_factor=next(left), stop="enough" if progress.finished == 3 else None)
 
         return callback
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import shlex
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ from tests.helpers.tiny_models import (
     worst,
 )
 from tests.methods import hook_checks
-from tests.methods.hook_checks import CHECKS, SHARING, check_any_pack, hooked_as, starts_of
+from tests.methods.hook_checks import CHECKS, SHARING, check_any_pack, hooked_as, rounds_of, starts_of
 from tests.training.test_any_pack import PACKS
 
 
@@ -80,11 +82,56 @@ def test_client_with_a_hook_has_the_same_bits_in_any_pack(hook: str, method: str
 def test_wrong_hook_is_caught(wrong: str, check: str, words: str) -> None:
     hook = getattr(outside_hooks, wrong)()
     if wrong == "ForgetsATensor":
-        with pytest.raises(RunError, match=r"hook: it gives .* the shape of no tensor, not 16 x 5"):
+        with pytest.raises(
+            RunError, match=r"^round 0, client 0, hook fedprox\.correct: it gives .* the shape of no tensor, not 16 x 5"
+        ):
             starts_of(hook, "fedit", llama(), 1)
         return
     with pytest.raises((AssertionError, RunError), match=words):
         getattr(hook_checks, check)(hook, "fedit", llama())
+
+
+FAILURES: dict[str, tuple[Any, str]] = {
+    "begin": (None, "round 0, client 0, hook fails.begin: it gives nothing, not tensors by name"),
+    "correct": (None, "round 0, client 0, hook fails.correct: it gives nothing, not two mappings of tensors"),
+    "upload": ({"a": 1.0}, "round 0, client 0, hook fails.upload: it gives a value of type float as a, not a tensor"),
+    "client_state": (
+        3,
+        "round 0, client 0, hook fails.client_state: it gives a value of type int, not tensors by name",
+    ),
+    "init_server": (None, "round 0, hook fails.init_server: it gives nothing, not tensors by name"),
+    "broadcast": (None, "round 0, hook fails.broadcast: it gives nothing, not tensors by name"),
+    "aggregate": (
+        ({}, {"b": torch.zeros(2)}),
+        "round 0, hook fails.aggregate: it gives b the shape 2, not of no tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", FAILURES)
+def test_failure_of_a_hook_names_function_round_and_client(function: str) -> None:
+    def raises(*arguments: object) -> Any:
+        raise KeyError("left out")
+
+    answer, said = FAILURES[function]
+    where = said.partition(": ")[0]
+    for found, message in ((raises, f"{where}: it raises KeyError: 'left out'"), (lambda *arguments: answer, said)):
+        kind = type("Fails", (outside_hooks.FedProx,), {function: found, "name": "fails", "__module__": __name__})
+        with pytest.raises(RunError) as caught:
+            rounds_of(kind(), "fedit", llama())
+        assert str(caught.value) == message
+
+
+def test_clients_that_send_other_shapes_are_named() -> None:
+    @dataclass(frozen=True)
+    class Uneven(outside_hooks.FedProx):
+        def upload(self, memory: Tensors, ended: Tensors, steps: int) -> Tensors:
+            sizes.append(len(sizes) + 1)
+            return {"a": torch.zeros(sizes[-1])}
+
+    sizes: list[int] = []
+    with pytest.raises(RunError, match=r"^client 1, hook fedprox\.upload: it gives a the shape 2, not 1$"):
+        rounds_of(Uneven(), "fedit", llama())
 
 
 HEAVY = (Optimizer(name="sgd", momentum=0.9, weight_decay=0.1, clip_norm=0.5), 0.05)

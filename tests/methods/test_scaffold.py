@@ -45,7 +45,7 @@ def quadratic(
                 gradient = A[k] * (y[0] - B[k])
                 if start.correct is not None:
                     at = LocalStep({"up/weight": y[0].clone()}, {"up/weight": gradient}, t, lr)
-                    given, memory = optimizers.corrected(start.correct, memory, at)
+                    given, memory = start.correct(memory, at)
                     gradient = given["up/weight"]
                 optimizers.step(optimizer, lr, [y], [gradient[None]], moments, [start.step + t])
             metrics, end = {"steps": float(steps[k])}, start.step + steps[k]

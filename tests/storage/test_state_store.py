@@ -227,6 +227,14 @@ def test_best_checkpoint_stays_until_a_better_one(tmp_path: Path) -> None:
     ]
 
 
+def test_best_checkpoint_may_be_of_an_earlier_round_than_the_one_before(tmp_path: Path) -> None:
+    """A run goes on from the checkpoint before a torn one, which was the best."""
+    walk(state_store(tmp_path), [[0], [0], [0]], bests={3})
+    checkpoints.go_back(tmp_path)
+    walk(state_store(tmp_path), [[0], [0]], bests={2})
+    check_best(tmp_path, [[0], [0]], 2)
+
+
 def test_torn_best_checkpoint_is_named(tmp_path: Path) -> None:
     walk(state_store(tmp_path), [[0], [0]], bests={1})
     torn = checkpoints.root(tmp_path) / "best-000001.json"
