@@ -31,7 +31,7 @@ from rayfed_sub.core.types import (
 )
 from rayfed_sub.methods import averaging
 from rayfed_sub.methods.hooks import CohortMean, LocalHook
-from rayfed_sub.methods.own_failures import AnswerError, named, shown
+from rayfed_sub.methods.own_failures import AnswerError, Reported, named, shown
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import moved
 
@@ -58,6 +58,10 @@ class Hooked:
     clients: int
 
     personal = False  # a client's own model has tensors that are not shared
+
+    @property
+    def name(self) -> str:
+        return self.method.name
 
     def check(self, shape: ModelShape) -> None:
         self.method.check(shape)
@@ -167,15 +171,9 @@ def hooked(method: Method, hook: LocalHook, clients: int) -> Method:
 
 
 def unhooked(method: Method) -> Method:
-    """The method without its hook, if it has one."""
-    return method.method if isinstance(method, Hooked) else method
-
-
-def failures_of(
-    method: Method, function: str, round: int | None, client: int | None = None
-) -> AbstractContextManager[None]:
-    """`own_failures.named` for a function of the method, with a hook or without."""
-    return named("method", unhooked(method), function, round, client)
+    """The method's own object, without its hook, if it has one."""
+    inner = method.method if isinstance(method, Hooked) else method
+    return inner.method if isinstance(inner, Reported) else inner
 
 
 def hook_of(method: Method) -> LocalHook | None:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.core.types import (
+    Accumulator,
+    Broadcast,
+    Change,
+    Client,
+    ClientState,
+    LocalResult,
+    ModelShape,
+    ServerState,
+    Start,
+    Tensors,
+    Update,
+)
+from rayfed_sub.methods.protocol import Method
 
 _LENGTH = 300  # characters of a cause
 
@@ -36,8 +51,7 @@ def named(
         whose = client if error.client is None else error.client
         raise RunError(error.stage, error.cause, round=round, client=whose, resume=error.resume) from error
     except Exception as error:  # the caller's code raises anything
-        known = type(owner).__module__.partition(".")[0] == __name__.partition(".")[0]
-        if known and not isinstance(error, AnswerError):
+        if _is_known(owner) and not isinstance(error, AnswerError):
             raise
         what = str(error) if isinstance(error, AnswerError) else f"it raises {type(error).__name__}: {error}"
         stage = f"{kind} {getattr(owner, 'name', type(owner).__qualname__)}.{function}"
@@ -59,3 +73,87 @@ def shown(found: Any) -> str:
     ('nothing', 'a value of type int')
     """
     return "nothing" if found is None else f"a value of type {type(found).__qualname__}"
+
+
+def _is_known(owner: object) -> bool:
+    return type(owner).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Reported:
+    """The functions of a method of the caller's own.  They raise RunError, naming function, round and client, where its
+    code fails or gives what it should not; `accumulate`, which knows no round, without one."""
+
+    method: Method
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    def personal(self) -> bool:
+        return self.method.personal
+
+    def check(self, shape: ModelShape) -> None:
+        with self._named("check"):
+            self.method.check(shape)
+
+    def shared_basis(self, round: int) -> int:
+        with self._named("shared_basis", round):
+            basis: int = cast(Any, self.method).shared_basis(round)
+            return basis
+
+    def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
+        with self._named("init_server", 0):
+            return answer(self.method.init_server(weights, shape, seed), ServerState)
+
+    def broadcast(self, server: ServerState) -> Broadcast:
+        with self._named("broadcast", server.round):
+            return answer(self.method.broadcast(server), Broadcast)
+
+    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+        with self._named("download_bytes", server.round, client.id):
+            return self.method.download_bytes(server, shape, client, since)
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        with self._named("start_client", broadcast.round, client.id):
+            return answer(self.method.start_client(broadcast, state, client, shape), Start)
+
+    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+        with self._named("upload", broadcast.round, result.client):
+            return answer(self.method.upload(broadcast, result, weight, shape), Update)
+
+    def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
+        with self._named("client_state", broadcast.round, result.client):
+            return answer(self.method.client_state(broadcast, result, shape), Mapping)  # type: ignore[type-abstract]
+
+    def accumulator(self, server: ServerState, shape: ModelShape) -> Accumulator:
+        with self._named("accumulator", server.round):
+            return answer(self.method.accumulator(server, shape), Accumulator)
+
+    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
+        with self._named("accumulate", None, update.client):
+            return answer(self.method.accumulate(total, update, shape), Accumulator)
+
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
+        with self._named("aggregate", server.round):
+            return answer(self.method.aggregate(server, total, shape), ServerState)
+
+    def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
+        with self._named("model", server.round):
+            return answer(self.method.model(server, shape), Mapping)  # type: ignore[type-abstract]
+
+    def personal_model(self, server: ServerState, state: ClientState | None, shape: ModelShape) -> Mapping[str, Change]:
+        with self._named("personal_model", server.round):
+            return answer(self.method.personal_model(server, state, shape), Mapping)  # type: ignore[type-abstract]
+
+    def _named(
+        self, function: str, round: int | None = None, client: int | None = None
+    ) -> AbstractContextManager[None]:
+        return named("method", self.method, function, round, client)
+
+
+def reported(method: Method) -> Method:
+    """The method, its failures named if it is the caller's own."""
+    # `Method` asks for attributes of a class; those that the engine reads follow from the method here.
+    return method if _is_known(method) else cast(Method, Reported(method))

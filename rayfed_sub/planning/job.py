@@ -23,9 +23,9 @@ from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.evaluation.named_metrics import metrics_of
 from rayfed_sub.methods import METHODS, build, build_hook, class_of, fields_of
-from rayfed_sub.methods.hooked import failures_of, hook_of, hooked, unhooked
+from rayfed_sub.methods.hooked import hook_of, hooked, unhooked
 from rayfed_sub.methods.hooks import LocalHook
-from rayfed_sub.methods.own_failures import named
+from rayfed_sub.methods.own_failures import named, reported
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
@@ -98,7 +98,7 @@ def with_hook(config: Config, method: Method, hook: LocalHook | None) -> Method:
     """The method with the hook, if there is one.  Raises UserError where method or settings do not fit hooks, or not
     this one."""
     if hook is None:
-        return method
+        return reported(method)
     name, federation = hook.name, config.federation
     if getattr(method, "shared_basis", None) is None:
         fitting = ", ".join(known for known in METHODS if hasattr(class_of(known), "shared_basis"))
@@ -112,7 +112,7 @@ def with_hook(config: Config, method: Method, hook: LocalHook | None) -> Method:
         raise UserError("federation.normalise_steps", True, allowed, "remove one of them")
     with named("hook", hook, "check"):
         hook.check(config)
-    return hooked(method, hook, federation.clients)
+    return hooked(reported(method), hook, federation.clients)
 
 
 def load_inputs(config: Config, given: Given = NOTHING) -> JobInputs:
@@ -141,8 +141,7 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     """The job of a configuration, with the given method and hook if any, on its inputs.  Raises UserError for settings
     that do not fit them."""
     method = check_settings(config, given)
-    with failures_of(method, "check", None):
-        method.check(base.architecture.shape)
+    method.check(base.architecture.shape)
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})

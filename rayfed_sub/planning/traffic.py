@@ -32,6 +32,7 @@ from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods import METHODS, build, shared_fields
 from rayfed_sub.methods.downloads import downloaded, first_counted
 from rayfed_sub.methods.hooked import unhooked, with_hook_of
+from rayfed_sub.methods.own_failures import named
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, mixes
 from rayfed_sub.models.architecture import Architecture
@@ -164,7 +165,8 @@ def _walk(
             update = method.upload(broadcast, result, 1.0, shape)
             kept = method.client_state(broadcast, result, shape)
             fresh[k] = ClientState(n + 1, steps(k), result.step, kept)
-            total = method.accumulate(total, update, shape)
+            with named("method", unhooked(method), "accumulate", n, k):
+                total = method.accumulate(total, update, shape)
             given = [broadcast.tensors, *([state.tensors] if state else [])]
             ended = [result.tensors, result.moments, *_sides(result)]
             held = _own([start.tensors, start.memory], given) + _own([update.tensors, kept], [*given, *ended])

@@ -31,8 +31,8 @@ from rayfed_sub.diagnostics.server_change import ServerChange, add_ranks, server
 from rayfed_sub.evaluation.named_metrics import MetricError, metrics_of
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods.downloads import downloaded
-from rayfed_sub.methods.hooked import failures_of
-from rayfed_sub.methods.own_failures import answer
+from rayfed_sub.methods.hooked import unhooked
+from rayfed_sub.methods.own_failures import named
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import Noise, advance, mixes
 from rayfed_sub.models.weights import target_weights
@@ -99,9 +99,7 @@ class Coordinator:
         self._sent: tuple[int, Any, int] | None = None  # round, handle, checksum of the broadcast
 
     def _initial(self) -> ServerState:
-        with failures_of(self._method, "init_server", 0):
-            found = self._method.init_server(self._pretrained(self._shape), self._shape, self._config.seed)
-            return answer(found, ServerState)
+        return self._method.init_server(self._pretrained(self._shape), self._shape, self._config.seed)
 
     def _pretrained(self, shape: ModelShape) -> Tensors:
         """The layers' pretrained weights; copies where the backbone is not float32."""
@@ -206,17 +204,15 @@ class Coordinator:
                 if update.failure is not None or state is None:
                     metrics.add(self._skipped(n, update, down[client]))
                     continue
-                with failures_of(method, "accumulate", n, client):
-                    total = answer(method.accumulate(total, update, shape), Accumulator)
+                with named("method", unhooked(method), "accumulate", n, client):
+                    total = method.accumulate(total, update, shape)
                 ranks = add_ranks(ranks, update.tensors)
                 metrics.add(client_row(n, update, down[client]))
                 trained.append(self._store.add(client, state))
             yield metrics.progress()
         self._verify()
 
-        before = current.server
-        with failures_of(method, "aggregate", n):
-            after = answer(method.aggregate(before, total, shape), ServerState)
+        before, after = current.server, method.aggregate(current.server, total, shape)
         factor, noise = self._rule(n, metrics.rows, total.weight, lr_factor)
         after, memory = advance(config.server, before, after, current.memory, factor, noise)
         _check_finite(after, n)
@@ -291,8 +287,7 @@ class Coordinator:
     def _zero(self) -> Accumulator:
         """The empty sum; under privacy with an update without change, so that an empty cohort releases noise too."""
         method, shape, server = self._method, self._shape, self._store.current.server
-        with failures_of(method, "accumulator", server.round):
-            total = method.accumulator(server, shape)
+        total = method.accumulator(server, shape)
         if not self._private:
             return total
         return method.accumulate(total, mechanism.at_rest(method, server, shape, self._config.seed), shape)
@@ -349,10 +344,9 @@ class Coordinator:
         for client in cohort:
             who = Client(client, self._config.seed)
             since = states.get(client, 0) - 1  # a state is for the round after the one that made it
-            with failures_of(self._method, "download_bytes", server.round, client):
-                down[client] = downloaded(
-                    self._method, server, self._shape, who, since, learned=self._learned(), mixed=mixed
-                )
+            down[client] = downloaded(
+                self._method, server, self._shape, who, since, learned=self._learned(), mixed=mixed
+            )
         return down
 
     def _learned(self) -> bool:
@@ -362,8 +356,7 @@ class Coordinator:
         return current.server.round > 0 and (self._private or bool(current.states))
 
     def _effective(self, server: ServerState) -> Iterator[tuple[str, torch.Tensor]]:
-        with failures_of(self._method, "model", server.round):
-            changes = self._method.model(server, self._shape)
+        changes = self._method.model(server, self._shape)
         for layer in self._shape.targets:
             change: Change = changes[layer.name]
             weights = self._pretrained(ModelShape((layer,)))

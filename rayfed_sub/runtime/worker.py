@@ -23,7 +23,6 @@ from rayfed_sub.core.types import (
     ClientState,
     LocalResult,
     ServerState,
-    Start,
     Update,
     wire_bytes,
 )
@@ -34,8 +33,6 @@ from rayfed_sub.data.processors import Processor, Tokenizer
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics, gradient_watch, measured
 from rayfed_sub.diagnostics.gradients import GradientWatch
-from rayfed_sub.methods.hooked import failures_of
-from rayfed_sub.methods.own_failures import answer
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.weights import assemble, target_weights
@@ -90,8 +87,7 @@ def broadcast_of(config: Config, method: Method, server: ServerState) -> Broadca
     """Server tensors for workers: the method's broadcast; under privacy all server tensors, which `aggregate` reads
     when a worker clips."""
     all_tensors = server.tensors if config.privacy.clip is not None else {}
-    with failures_of(method, "broadcast", server.round):
-        return Broadcast(server.round, {**all_tensors, **method.broadcast(server).tensors})
+    return Broadcast(server.round, {**all_tensors, **method.broadcast(server).tensors})
 
 
 class Worker:
@@ -129,7 +125,7 @@ class Worker:
         """Trains one pack.  states: per client None (its first round), or key and handle for `object_store.get`, which
         is read only when the state is not resident.  A failed client has the cause in its update."""
         began, computed = time.perf_counter(), time.thread_time()
-        shape = self._spec.architecture.shape
+        method, shape = self._spec.method, self._spec.architecture.shape
         clients, watched = work.clients, work.watched
         received = self._received(broadcast)
         before = [self._state(client, state) for client, state in zip(clients, states, strict=True)]
@@ -138,7 +134,7 @@ class Worker:
         works = [
             ClientWork(
                 client,
-                self._start(received, state, client),
+                method.start_client(received, state, Client(client, self._spec.config.seed), shape),
                 self._batches(client, state.cursor if state else 0, steps),
             )
             for client, state, steps in zip(clients, before, work.steps, strict=True)
@@ -243,20 +239,14 @@ class Worker:
         received = self._received(broadcast)
         server = ServerState(received.round, received.tensors)
         given = Guard(server.tensors.items())
-        with failures_of(method, "model" if client is None else "personal_model", received.round, client):
-            if client is None:
-                changes = method.model(server, shape)
-            else:
-                changes = method.personal_model(server, self._state(client, state), shape)
+        if client is None:
+            changes = method.model(server, shape)
+        else:
+            changes = method.personal_model(server, self._state(client, state), shape)
         with global_model(self._layers, shape, changes, server.tensors):
             yield
         given.check()
         self._guard.check()
-
-    def _start(self, received: Broadcast, state: ClientState | None, client: int) -> Start:
-        method, shape = self._spec.method, self._spec.architecture.shape
-        with failures_of(method, "start_client", received.round, client):
-            return answer(method.start_client(received, state, Client(client, self._spec.config.seed), shape), Start)
 
     def _train(self, received: Broadcast, works: Sequence[ClientWork], lr: float, watch: GradientWatch) -> PackResult:
         config, shape = self._spec.config, self._spec.architecture.shape
@@ -294,11 +284,9 @@ class Worker:
         method, shape, clip = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy.clip
         if result.failure is not None:
             return result.failure
-        with failures_of(method, "upload", round, result.client):
-            update = answer(method.upload(broadcast, result, weight, shape), Update)
+        update = method.upload(broadcast, result, weight, shape)
         cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
-        with failures_of(method, "client_state", round, result.client):
-            new = ClientState(round + 1, cursor, result.step, method.client_state(broadcast, result, shape))
+        new = ClientState(round + 1, cursor, result.step, method.client_state(broadcast, result, shape))
         failure = not_finite(update.tensors) or not_finite(new.tensors)
         if failure is not None:
             return failure
