@@ -234,7 +234,7 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
             transparent=found.transparent,
             deep=found.deep,
         ),
-        fingerprint=fingerprint(rows, found.hashes, found.class_names, splits, names, parts, judged_by),
+        fingerprint=fingerprint(found.digest, found.hashes, splits, names, parts, judged_by),
         split=_split_name(task, judged, found.splits.names),
     )
 

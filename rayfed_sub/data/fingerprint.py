@@ -32,22 +32,26 @@ class Fingerprint:
 
 
 def fingerprint(
-    rows: AnyRows,
+    rows: str,
     hashes: NDArray[np.uint8],
-    class_names: Sequence[str],
     splits: Splits,
     client_names: Sequence[str],
     parts: Sequence[Ints],
     judged_clients: Ints,
 ) -> Fingerprint:
-    """The fingerprint of all rows, of which `splits` holds the numbers.  hashes: the rows' digests; parts: the clients'
-    numbers of training rows."""
+    """The fingerprint of all rows, of which `splits` holds the numbers.  rows: their digest (`of_rows`); hashes: each
+    row's; parts: the clients' numbers of training rows."""
     return Fingerprint(
-        count=len(rows),
-        rows=_sum([*_encoded(class_names), *_settings(rows), _sorted(hashes)]),
+        count=len(hashes),
+        rows=rows,
         splits=_sum([hashes[part].tobytes() for part in (splits.train, splits.validation, splits.held_out)]),
         owners=_sum([*_encoded(client_names), *(part.tobytes() for part in parts), judged_clients.tobytes()]),
     )
+
+
+def of_rows(rows: AnyRows, hashes: NDArray[np.uint8], class_names: Sequence[str]) -> str:
+    """The digest of the rows in any order and of their classes' names, in hex.  hashes: of each row."""
+    return _sum([*_encoded(class_names), *_settings(rows), _sorted(hashes)])
 
 
 def hashes(rows: AnyRows) -> NDArray[np.uint8]:

@@ -46,7 +46,7 @@ _MONTH = 30 * 24 * 3600
 _ROWS = ("tokens", "begins", "lengths", "prompts", "classes", "learned")
 _ARRAYS = ("hashes", "sizes", "questions", "inputs")
 _LABELS = ("keys", "splits")
-_PLAIN = ("kind", "plain", "class_names", "client_names", "read", "wanted", "chosen", "transparent", "deep")
+_PLAIN = ("kind", "plain", "digest", "class_names", "client_names", "read", "wanted", "chosen", "transparent", "deep")
 
 
 def kept(task: Task, federation: Federation, processor: Processor, make: Callable[[], Prepared]) -> Prepared:

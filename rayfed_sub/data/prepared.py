@@ -11,7 +11,7 @@ from rayfed_sub.config.schema import BY_CLIENT, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.columns import Labels, numbers_of
-from rayfed_sub.data.fingerprint import hashes, inputs
+from rayfed_sub.data.fingerprint import hashes, inputs, of_rows
 from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Kind, Pairs, capped, digests, of_keys
 from rayfed_sub.data.partitions import key_column, largest_keys
 from rayfed_sub.data.processors import Processor
@@ -24,7 +24,8 @@ from rayfed_sub.data.tokenization import Cuts, tokenised
 class Prepared:
     """Units are the rows of a table, in canonical order; each is one row that a model reads, of plain text several.
 
-    rows: of all units, one after the other; hashes uint8 (rows, 16), their digests; sizes int64 (units,), rows of each;
+    rows: of all units, one after the other; hashes uint8 (rows, 16), their digests; digest: of all of them; sizes int64
+    (units,), rows of each;
     keys, splits: of each unit, splits empty where all are in train; questions, inputs int64 (units,): numbers that are
     equal for equal questions and inputs alone (`split_rows`).
     client_names: of the partition's largest keys where those are the clients, else empty.
@@ -36,6 +37,7 @@ class Prepared:
     plain: bool
     rows: AnyRows
     hashes: NDArray[np.uint8]
+    digest: str
     sizes: Ints
     keys: Labels
     splits: Labels
@@ -84,11 +86,13 @@ def prepared(pairs: Pairs, task: Task, federation: Federation, processor: Proces
     splits = Labels.of(pairs.splits).compact()
     _check_splits_left(task, set(official) - set(splits.names))
     whole = pairs.plain or bool(pairs.objects)  # questions are all that a model reads
+    row_hashes = hashes(rows)
     return Prepared(
         kind=pairs.kind,
         plain=pairs.plain,
         rows=rows,
-        hashes=hashes(rows),
+        hashes=row_hashes,
+        digest=of_rows(rows, row_hashes, pairs.class_names),
         sizes=sizes,
         keys=Labels.of(pairs.keys).compact(),
         splits=splits,

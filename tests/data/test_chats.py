@@ -16,7 +16,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import IGNORED, collate
 from rayfed_sub.data.chats import Chat, ChatError, Turn, read_chats
 from rayfed_sub.data.dataset import load_dataset, load_pairs, too_long
-from rayfed_sub.data.fingerprint import fingerprint, hashes
+from rayfed_sub.data.fingerprint import fingerprint, hashes, of_rows
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.data.readers import Place
 from rayfed_sub.data.rows import Rows
@@ -128,7 +128,10 @@ def test_mask_is_part_of_a_chat_s_digest() -> None:
     last = np.arange(len(rows.tokens)) >= rows.begins.repeat(rows.lengths) + rows.prompts.repeat(rows.lengths)
     other = replace(rows, learned=last)
     parts = Splits(*(np.arange(2) for _ in range(4)))
-    one, two = (fingerprint(made, hashes(made), (), parts, (), [], np.arange(0)) for made in (rows, other))
+    one, two = (
+        fingerprint(of_rows(made, hashes(made), ()), hashes(made), parts, (), [], np.arange(0))
+        for made in (rows, other)
+    )
     assert one.rows != two.rows
 
 
