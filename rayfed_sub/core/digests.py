@@ -177,7 +177,7 @@ def _plain_function(value: Any) -> Any:
 
 
 def _counts(value: Any) -> bool:
-    """Whether a value that code reads by name is part of what it does: constants, records, and objects, functions and
+    """True for a value that is part of what code does that reads it: constants, records, and objects, functions and
     classes of the caller's own; whole libraries and open resources are not."""
     if isinstance(value, _CONSTANTS):
         return True
@@ -195,8 +195,8 @@ def _counts(value: Any) -> bool:
 
 
 def _read(space: Mapping[str, Any], names: set[str], within: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """What code that mentions these names may read of a module's: globals, and those of the caller's own modules among
-    them, `module.name`.  within: names of the modules on the way."""
+    """The values of a module that code which mentions these names may read: globals, and those of the caller's own
+    modules among them, `module.name`.  within: names of the modules on the way."""
     found = {}
     for name in sorted(names & space.keys()):
         value = space[name]

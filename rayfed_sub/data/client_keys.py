@@ -20,7 +20,6 @@ import numpy as np
 
 from rayfed_sub.config.schema import Partition
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.sources import SPLITS
 from rayfed_sub.data.tables import Table, whole_numbers
@@ -39,7 +38,7 @@ def clients_of(
     Raises UserError (federation.partition.file, .partitioner, .args).
     """
     if partition.kind == "files":
-        return Labels.runs([part.client for part in table.parts], [len(part.data) for part in table.parts]), splits
+        return table.of_parts(lambda part: part.client), splits
     if partition.kind == "rows":
         return _by_numbers(str(partition.file), splits)
     return _by_partitioner(table, partition, clients, splits), splits

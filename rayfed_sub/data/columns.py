@@ -184,10 +184,15 @@ class Labels(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     @cached_property
+    def counts(self) -> dict[str, int]:
+        """The number of rows of each name that a row has, by name, sorted."""
+        counts = np.bincount(self.numbers, minlength=len(self.names)).tolist()
+        return {name: count for name, count in zip(self.names, counts, strict=True) if count}
+
+    @property
     def used(self) -> tuple[str, ...]:
         """The names that a row has, sorted."""
-        counts = np.bincount(self.numbers, minlength=len(self.names))
-        return tuple(name for name, count in zip(self.names, counts, strict=True) if count)
+        return tuple(self.counts)
 
     def take(self, rows: Ints) -> Labels:
         """The labels at `rows`, in that order."""
@@ -208,8 +213,7 @@ class Labels(Sequence[str]):
 
     def compact(self) -> Labels:
         """The labels without names that no row has."""
-        counts = np.bincount(self.numbers, minlength=len(self.names))
-        moved = np.cumsum(counts > 0, dtype=np.int32) - 1
+        moved = np.cumsum([name in self.counts for name in self.names], dtype=np.int32) - 1
         return Labels(self.used, moved[self.numbers] if len(moved) else self.numbers)
 
 

@@ -240,7 +240,7 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
 
 
 class _Places:
-    """Where the rows of tokens of each row of a table lie, in the same order.
+    """Places of the rows of tokens of each row of a table, in the same order.
 
     >>> _Places(np.array([1, 2, 3])).of(np.array([0, 2])).tolist()
     [0, 3, 4, 5]

@@ -145,8 +145,8 @@ def _part(field: str, name: str, split: Split, rows: Any) -> GivenPart:
 
 
 def _is_rows(rows: Any) -> bool:
-    """Whether rows are a sequence: not a mapping (such as a DatasetDict), text, a stream, or a pandas DataFrame, whose
-    items are columns."""
+    """True for rows that are a sequence: not a mapping (such as a DatasetDict), text, a stream, or a pandas
+    DataFrame, whose items are columns."""
     from torch.utils.data import IterableDataset
 
     if isinstance(rows, Mapping | str | bytes | IterableDataset) or hasattr(rows, "iloc"):

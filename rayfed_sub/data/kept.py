@@ -50,7 +50,7 @@ _PLAIN = ("kind", "plain", "digest", "class_names", "client_names", "read", "wan
 
 
 def kept(task: Task, federation: Federation, processor: Processor, make: Callable[[], Prepared]) -> Prepared:
-    """What `make` makes of the task's rows, or what it made of them before where they are large files here."""
+    """The rows that `make` makes of the task's, or, where those are large files here, that it made of them before."""
     found = _sources(task, federation) if isinstance(processor, Tokenizer) else None
     if found is None or not isinstance(processor, Tokenizer):
         return make()

@@ -167,7 +167,8 @@ def _firsts(pairs: Pairs, found: Digests, order: Ints) -> Ints:
     """Places in `order` of the rows that stay."""
     if pairs.plain or pairs.objects:
         return np.arange(len(order))
-    trained = np.flatnonzero(pairs.trained[order])
+    in_train = pairs.trained[order]
+    trained = np.flatnonzero(in_train)
     rows = order[trained]
     answers = numbers_of(found[1])[rows]
     said = numbers_of(found[0])[rows]
@@ -181,7 +182,7 @@ def _firsts(pairs: Pairs, found: Digests, order: Ints) -> Ints:
         other = f" ({contradicting:,} of them with another label)" if contradicting else ""
         counts = f"{len(trained) - len(first):,} of {len(trained):,} rows"
         log.warning("%s have the %s of a row before them; dropped%s", counts, what, other)
-    return np.sort(np.concatenate([trained[first], np.flatnonzero(~pairs.trained[order])]))
+    return np.sort(np.concatenate([trained[first], np.flatnonzero(~in_train)]))
 
 
 def digests(texts: Iterable[str]) -> NDArray[np.uint8]:

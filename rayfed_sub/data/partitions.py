@@ -63,9 +63,7 @@ def largest_keys(
     >>> largest_keys(["b", "a", "c", "b"], 2)
     ('b', 'a')
     """
-    labels = Labels.of(keys)
-    counts = dict(zip(labels.names, np.bincount(labels.numbers, minlength=len(labels.names)).tolist(), strict=True))
-    counts = {name: count for name, count in counts.items() if count}
+    counts = Labels.of(keys).counts
     if most > len(counts):
         where = "the partition's column" if column is None else f"the column {column}"
         allowed = f"1 to {len(counts)}, the number of values of {where}"

@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
     @property
     def identity(self) -> str:
-        """What its tokens follow from: equal for tokenizers that read every text alike."""
+        """A text of all that tokens follow from, equal for tokenizers that read every text alike."""
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """The questions, in the model's chat template where it has one, ready for the answers to follow."""

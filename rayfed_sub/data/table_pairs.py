@@ -103,6 +103,7 @@ def table_pairs(
     _check_splits(task, splits, full)
     kept = np.flatnonzero(full & used)
     asked, said, splits = questions.done(), answers.done(), splits.take(kept).compact()
+    files = table.of_parts(lambda part: part.place).take(kept)
     parts = np.frombuffer(spans, np.int32) if spans else np.empty(0, np.int32)
     return Pairs(
         "causal-lm" if labels is None else "classification",
@@ -112,7 +113,7 @@ def table_pairs(
         () if labels is None else class_names(labels.used),
         taken(pictures.files, kept),
         Spans(parts.reshape(len(kept), -1, 2)) if len(parts) else (),
-        Chats(asked, said, table.files().take(kept), table.numbers()[kept]) if task.messages is not None else (),
+        Chats(asked, said, files, table.numbers()[kept]) if task.messages is not None else (),
         task.text is not None,
         splits if {"validation", "test"} & set(splits.names) else (),
         taken(pictures.changes, kept) if any(pictures.changes) else (),

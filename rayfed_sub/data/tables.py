@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -45,9 +45,9 @@ class Table:
         """Each row's file and its number in it."""
         return (Place(part.place, row) for part in self.parts for row in range(1, len(part.data) + 1))
 
-    def files(self) -> Labels:
-        """Each row's file."""
-        return Labels.runs([part.place for part in self.parts], [len(part.data) for part in self.parts])
+    def of_parts(self, says: Callable[[Part], str]) -> Labels:
+        """What is said of each row's part, such as its file."""
+        return Labels.runs([says(part) for part in self.parts], [len(part.data) for part in self.parts])
 
     def numbers(self) -> NDArray[np.int32]:
         """Each row's number in its file, from 1, (rows,)."""
@@ -97,7 +97,7 @@ def splits_of(table: Table, task: Task) -> Labels:
     Raises UserError (task.split_column, .train, .validation, .test) where it does not have the values that are named.
     """
     if task.split_column is None:
-        return Labels.runs([part.split for part in table.parts], [len(part.data) for part in table.parts])
+        return table.of_parts(lambda part: part.split)
     cells = Labels.of(table.texts("task.split_column", task.split_column))
     found = set(cells.used) - {""}
     split_of: dict[str, str] = {}

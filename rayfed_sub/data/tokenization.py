@@ -172,7 +172,7 @@ def _made(pairs: Pairs, begin: int, *, processor: Tokenizer, max_length: int) ->
         least=min(least, default=0),
     )
     learned = [row.learned for row in rows] if len(pairs.chats) else []
-    classes = _classes(pairs.take(kept))
+    classes = [number for number, row in zip(_classes(pairs), made, strict=False) if isinstance(row, _Row)]
     tokens = Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes, learned)
     return _Made(tokens, kept + begin, cuts, made.count(None))
 
