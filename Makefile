@@ -19,7 +19,7 @@ check: lint ## lint and unit tests without Ray, for daily work
 	$(BIN)/python -m pytest -q -m "not slow" tests/test_layering.py tests/test_documents.py $(addprefix tests/,$(QUICK))
 
 test: lint $(MODEL) ## lint, then doctests and all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" --doctest-modules rayfed_sub tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" --doctest-modules rayfed_sub tests
 
 test-slow: $(INSTALLED) $(MODEL) .venv-lm-eval/.installed ## the slow tests alone
 	$(BIN)/python -m pytest -m slow

@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the tests (`-n 2 --dist loadgroup`): one begins with all that use Ray, in one Ray session,
+    the other takes the rest file by file."""
+    with_ray = {"ray_session", "undisturbed_job"}
+
+    def group(item: pytest.Item) -> str:
+        room = Path(item.path).parent.name
+        uses_ray = room in ("end_to_end", "runtime", "sweeps") or with_ray & set(getattr(item, "fixturenames", ()))
+        return "ray" if uses_ray else str(item.path)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) != "ray")
+
+
 def pytest_collection_finish() -> None:
     """The tests and the libraries that they import stay to the end: the garbage collector need not visit them."""
     gc.collect()

@@ -109,7 +109,7 @@ def test_clients_with_models_of_their_own_answer_for_themselves(rows: Path, answ
     pd.testing.assert_frame_equal(table[keys], answers(answered)[keys])
 
 
-def test_terminal_shows_a_few_answers_those_that_changed_first(records: list[Any]) -> None:
+def test_terminal_shows_a_few_answers_those_that_changed_first(answered: Path, records: list[Any]) -> None:
     (found,) = [record for record in records if isinstance(record, Answered)]
     console = Console(file=io.StringIO(), width=200)
     Display(console).show(found)
