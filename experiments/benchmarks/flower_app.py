@@ -61,10 +61,11 @@ class Marked(FedAvg):  # type: ignore[misc]
 @server_app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """All rounds."""
-    names, begin = [f"{number}" for number in range(len(case.shapes))], [np.zeros(s, np.float32) for s in case.shapes]
     if case.does == TRAIN:
-        stored = dict(np.load(work / "targets.npz"))
-        names, begin = list(stored), list(stored.values())
+        stored: dict[str, Any] = dict(np.load(work / "targets.npz"))
+    else:
+        stored = {f"{number}": np.zeros(shape, np.float32) for number, shape in enumerate(case.shapes)}
+    names, begin = list(stored), list(stored.values())
     strategy = Marked(fraction_evaluate=0.0, min_train_nodes=case.clients, min_available_nodes=case.clients)
     marks.mark()
     found = strategy.start(grid, ArrayRecord(begin), num_rounds=case.rounds, train_config=ConfigRecord())

@@ -249,11 +249,15 @@ class ServerState:
 @dataclass(frozen=True)
 class Accumulator:
     """A running weighted sum: total weight and per name the sum of weight * tensor (normalised at the end).  Its
-    tensors belong to it alone, so that the next sum, and the mean, may take their memory."""
+    tensors belong to it alone, so that the next sum, and the mean, may take their memory.
+
+    waiting: by name, terms left (m, r) @ right (r, n) of the sum that are not yet in its tensor, in their order
+    (`averaging.add_changes`)."""
 
     weight: float
     tensors: Tensors
     counts: Mapping[str, float] = field(default_factory=dict)
+    waiting: Mapping[str, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict)
 
 
 def wire_bytes(tensors: Tensors) -> int:

@@ -7,12 +7,15 @@ in its class body, as in `accumulate = averaging.accumulate`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from rayfed_sub.core.side_by_side import side_by_side
 from rayfed_sub.core.types import (
     Accumulator,
     Broadcast,
@@ -43,6 +46,9 @@ SharedMemory = Annotated[
         "clients at the server."
     ),
 ]
+STACKED = 128
+"""Summed rank from which factors are multiplied and added to a dense sum at once, or before, where they take half of
+that sum's memory."""
 RANKS = "history/ranks"
 """Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
 
@@ -53,12 +59,14 @@ def add(total: Accumulator, tensors: Tensors, weight: float) -> Accumulator:
     for name, tensor in tensors.items():
         term = weight * tensor
         sums[name] = sums[name].add_(term) if name in sums else term
-    return Accumulator(total.weight + weight, sums, total.counts)
+    return replace(total, weight=total.weight + weight, tensors=sums)
 
 
 def mean(total: Accumulator) -> dict[str, Tensor]:
     """The weighted mean, in the sums' own memory; empty when no update arrived (the server then stays as it is)."""
-    return {name: tensor.div_(total.weight) for name, tensor in total.tensors.items()} if total.weight else {}
+    if not total.weight:
+        return {}
+    return {name: tensor.div_(total.weight) for name, tensor in _folded(total, total.waiting).tensors.items()}
 
 
 def head(shape: ModelShape, tensors: Tensors) -> dict[str, Tensor]:
@@ -117,17 +125,39 @@ def compact(layer: Layer, left: Tensor, right: Tensor) -> dict[str, Tensor]:
 
 def add_changes(total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
     """The running sum with the update's changes (in either form of `compact`) added in place to the dense sums
-    `<layer>/weight`, and their ranks in `counts` by layer; the total weight is left to `add`."""
-    sent, sums, ranks = update.tensors, dict(total.tensors), dict(total.counts)
+    `<layer>/weight`, and their ranks in `counts` by layer; the total weight is left to `add`.
+
+    Factors wait for those of the next clients, up to `STACKED`: adding a product to the (m, n) sum is bound by memory
+    where its rank is small.  `mean` adds what still waits."""
+    sent, sums, ranks, waiting = update.tensors, dict(total.tensors), dict(total.counts), dict(total.waiting)
     for layer in shape.targets:
         name, left = f"{layer.name}/weight", sent.get(f"{layer.name}/left")
-        so_far = sums[name] if name in sums else torch.zeros(layer.m, layer.n)
         if left is None:
-            sums[name] = so_far.add_(update.weight * sent[name])
+            term = update.weight * sent[name]
+            sums[name] = sums[name].add_(term) if name in sums else term
         else:
-            sums[name] = so_far.addmm_(left, sent[f"{layer.name}/right"], alpha=update.weight)
+            factors = (update.weight * left, sent[f"{layer.name}/right"])
+            waiting[name] = (*waiting.get(name, ()), factors)
         ranks[layer.name] = ranks.get(layer.name, 0.0) + (min(layer.m, layer.n) if left is None else left.shape[1])
-    return Accumulator(total.weight, sums, ranks)
+    full = {name: terms for name, terms in waiting.items() if _enough(terms)}
+    return _folded(Accumulator(total.weight, sums, ranks, waiting), full)
+
+
+def _enough(terms: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    (m, _), n, rank = terms[0][0].shape, terms[0][1].shape[1], sum(left_mr.shape[1] for left_mr, _ in terms)
+    return rank >= STACKED or 2 * rank * (m + n) >= m * n
+
+
+def _folded(total: Accumulator, waiting: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> Accumulator:
+    """The sum with these of its waiting terms added, layers side by side."""
+
+    def added(name: str) -> Tensor:
+        left_mR, right_Rn = (torch.cat(side, dim=1 - i) for i, side in enumerate(zip(*waiting[name], strict=True)))
+        return total.tensors[name].addmm_(left_mR, right_Rn) if name in total.tensors else left_mR @ right_Rn
+
+    sums = {**total.tensors, **dict(zip(waiting, side_by_side(added, waiting), strict=True))}
+    left = {name: terms for name, terms in total.waiting.items() if name not in waiting}
+    return replace(total, tensors=sums, waiting=left)
 
 
 def no_history(shape: ModelShape) -> dict[str, Tensor]:

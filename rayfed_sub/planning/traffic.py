@@ -181,7 +181,13 @@ def _walk(
             found |= {(n, k, what): size for what, size in zip(_CLIENT, figures, strict=True)}
         states |= fresh
         after, renewed = advance(rule, server, method.aggregate(server, total, shape), memory)
-        there = [server.tensors, total.tensors, memory, after.tensors, renewed]
+        waiting = {
+            f"{name}/{i}/{side}": x
+            for name, own in total.waiting.items()
+            for i, terms in enumerate(own)
+            for side, x in enumerate(terms)
+        }
+        there = [server.tensors, total.tensors, waiting, memory, after.tensors, renewed]
         found["coordinator", n] = _own(there, [weights, broadcast.tensors])
         server, memory = after, renewed
         found["server", n + 1] = wire_bytes(server.tensors) + wire_bytes(memory)

@@ -27,7 +27,7 @@ from rayfed_sub.core.types import Accumulator, Broadcast, Change, Client, ModelS
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.diagnostics import client_diagnostics
 from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics
-from rayfed_sub.diagnostics.server_change import ServerChange, add_ranks, server_change
+from rayfed_sub.diagnostics.server_change import ServerChange, add_ranks, server_changes
 from rayfed_sub.evaluation.named_metrics import MetricError, metrics_of
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods.downloads import downloaded
@@ -376,16 +376,13 @@ class Coordinator:
         """The server's changes of the layers in `ranks` (layer -> summed rank of the round's updates); dense changes of
         unknown rank only in rounds that are evaluated."""
         old, new = (self._method.model(server, self._shape) for server in (before, self._store.current.server))
-        mixed = mixes(self._config.server, self._config.privacy)
-        changes = {}
-        for layer in self._shape.targets:
-            if layer.name in ranks:
-                W_mn = self._pretrained(ModelShape((layer,)))[f"{layer.name}/weight"]
-                rank = None if mixed else ranks[layer.name]
-                change = server_change(old[layer.name], new[layer.name], W_mn, rank, dense=evaluated)
-                if change is not None:
-                    changes[layer.name] = change
-        return changes
+        known = dict.fromkeys(ranks) if mixes(self._config.server, self._config.privacy) else ranks
+        layers = {layer.name: layer for layer in self._shape.targets if layer.name in ranks}
+
+        def pretrained(name: str) -> torch.Tensor:
+            return self._pretrained(ModelShape((layers[name],)))[f"{name}/weight"]
+
+        return server_changes(old, new, pretrained, {name: known[name] for name in layers}, dense=evaluated)
 
     def _verify(self) -> None:
         """Checks that shared memory is unchanged.  (A worker's `Guard` finds writes by torch, and names the tensor.)"""

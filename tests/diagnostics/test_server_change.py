@@ -37,14 +37,14 @@ def product(m: int, n: int, sigma: list[float], seed: int = 1) -> tuple[Tensor, 
 
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Sizes of the matrices whose eigenvalues were computed."""
-    seen, real = list[tuple[int, ...]](), torch.linalg.eigvalsh
+    """Sizes of the matrices whose eigenvalues were counted."""
+    seen, real = list[tuple[int, ...]](), torch.linalg.ldl_factor
 
-    def watched(matrix: Tensor) -> Tensor:
+    def watched(matrix: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(tuple(matrix.shape))
         return real(matrix)
 
-    monkeypatch.setattr(torch.linalg, "eigvalsh", watched)
+    monkeypatch.setattr(torch.linalg, "ldl_factor", watched)
     return seen
 
 
@@ -56,10 +56,31 @@ def test_dense_change_is_sketched(m: int, n: int, whole: list[tuple[int, ...]]) 
     before = weight(m, n)
     after = before + left @ right
     assert change_rank(before, after, expected=12) == 12
+    assert whole == [(34, 34)]  # a part of 1.5 * 12 + 16 rows and columns has all of the rank
     assert change_rank(before, after, expected=40) == 12  # clients that share directions
-    assert whole == []
+    assert whole == [(34, 34), (76, 76)]
     assert change_rank(before, after) == 12
-    assert whole == [(300, 300)]
+    assert whole[2:] == [(300, 300)]
+
+
+def test_a_part_that_lacks_a_direction_is_not_believed(whole: list[tuple[int, ...]]) -> None:
+    """Of two directions one moves a single entry, in a row that the part of 1.5 * 2 + 16 rows has not."""
+    left, right = product(400, 300, [1.0])
+    before = weight(400, 300)
+    after = before + left @ right
+    after[1, 1] += 1.0  # of rows 0, 21, 42, ...
+    assert change_rank(before, after, expected=2) == 2
+    assert whole == [(19, 19)]  # a sketch did the rest
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7, 30])
+def test_inertia_counts_singular_values(rank: int) -> None:
+    """Against LAPACK's singular values, thresholds between them."""
+    left, right = product(40, 30, [2.0**-i for i in range(rank)]) if rank else product(40, 30, [0.0])
+    matrix = left.double() @ right.double()
+    for kept in range(rank + 1):
+        cut = 2.0**-kept * 1.5
+        assert module._above(matrix, cut) == int((torch.linalg.svdvals(matrix) > cut).sum()) == kept
 
 
 def test_rank_above_the_sketch_uses_the_full_matrix(whole: list[tuple[int, ...]]) -> None:
@@ -68,7 +89,7 @@ def test_rank_above_the_sketch_uses_the_full_matrix(whole: list[tuple[int, ...]]
     before = weight(400, 300)
     assert change_rank(before, before + left @ right, expected=12) == 30
     assert change_rank(before, 0.99 * before, expected=12) == 300
-    assert whole == [(300, 300)] * 2
+    assert whole == [(34, 34), (300, 300)] * 2
 
 
 def test_direction_below_rounding_does_not_count() -> None:
