@@ -175,5 +175,8 @@ def _built(fields: Mapping[str, Any], group: str) -> object:
     values = {key: value for key, value in fields.items() if key != "name"}
     for key, value in values.items():
         if key not in keys:
-            raise unknown_key(f"{group}.{key}", value, ["name", *keys] if group == "hook" else keys)
+            error = unknown_key(f"{group}.{key}", value, ["name", *keys] if group == "hook" else keys)
+            having = [name for name in _KINDS[group].table if key in _field_names(class_of(name, group))]
+            of = f"; it is a key of {', '.join(having)}" if having else ""
+            raise UserError(error.field, value, error.allowed, error.advice + of)
     return check(cls, values, group)
