@@ -30,6 +30,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.models.start import StartFrom
 from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.longer_runs import ROUNDS, check_longer, is_longer, lengthened
 from rayfed_sub.storage.remote import Place
@@ -131,6 +132,10 @@ class RunFolder:
     def answers(self) -> list[AnswerRow]:
         """The answers of the initial model, then those of the trained one; none where nothing is answered."""
         return [AnswerRow(**row) for row in self._answers.to_pylist()]
+
+    def clients(self) -> int:
+        """Clients that took part in any round."""
+        return len(set(self._others["clients"]["client"].to_pylist()))
 
     def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
         """Diagnostics of the newest diagnosed rounds, at most so many, in order."""
@@ -285,6 +290,21 @@ def check_code(path: Path, now: Mapping[str, str]) -> None:
             allowed = f"the {name} with which the run in {path} began; now there is other code, or other settings"
             advice = "give that to run(..., resume=True) in Python, or begin anew in another folder"
             raise UserError(name, "another one" if name in now else None, allowed, advice)
+
+
+def check_start(path: Path, now: StartFrom | None) -> None:
+    """UserError where the run in the folder began from another adapter or run of the same name.  Passes for a run whose
+    initial model was not evaluated yet."""
+    if now is not None and (known := start_digest(path)) is not None and known != now.info.digest:
+        allowed = f"the one from which the run in {path} began; its tensors are others now"
+        raise UserError("model.start_from", now.place, allowed, "restore it, or begin anew in another folder")
+
+
+def start_digest(path: Path) -> str | None:
+    """Digest of what the run in the folder began from; None where it is not known, or nothing."""
+    first = _started(_entries(path))
+    digest: str | None = None if first is None else first.get("start")
+    return digest
 
 
 def class_names(path: Path) -> tuple[str, ...]:
