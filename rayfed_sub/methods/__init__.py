@@ -169,6 +169,15 @@ def fields_of(config: Config, method: Method, hook: LocalHook | None) -> dict[st
     }
 
 
+def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A `method` of the table with the defaults of the fields that it does not name: those of later versions than a
+    stored configuration's change nothing by their defaults."""
+    if fields.get("name") not in METHODS:
+        return dict(fields)
+    known = dataclasses.fields(cast(Any, class_of(fields["name"])))
+    return {**{field.name: field.default for field in known}, **fields}
+
+
 def _built(fields: Mapping[str, Any], group: str) -> object:
     cls = class_of(fields.get("name"), group)
     keys = _field_names(cls)

@@ -30,6 +30,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.methods import with_defaults
 from rayfed_sub.models.start import StartFrom
 from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.longer_runs import ROUNDS, check_longer, is_longer, lengthened
@@ -220,7 +221,8 @@ def _check_config(path: Path, config: Config, any_pack: bool) -> Config:
         free = (*free, PACKING[0])
     if is_longer(config, old):
         free = (*free, ROUNDS)
-    check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), free, f"the run in {path}")
+    then, now = (one.model_copy(update={"method": with_defaults(one.method)}) for one in (old, config))
+    check_same(then.model_dump(mode="json"), now.model_dump(mode="json"), free, f"the run in {path}")
     if is_longer(config, old):
         stops = (decided for decided in _decisions(path).values() if decided.stop is not None)
         check_longer(path, old, config, next(stops, None))
@@ -231,6 +233,12 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[st
     """UserError naming the first key whose value differs, except for the free ones; where: the run or sweep that began
     with `old`, for the message."""
     before, now = flat(old), flat(new)
+    for field in ("method.rank_pattern", "method.alpha_pattern"):  # the first pattern that matches counts
+        then, asked = ([key for key in keys if key.startswith(f"{field}.")] for keys in (before, now))
+        if then != asked and sorted(then) == sorted(asked):
+            patterns = [key.removeprefix(f"{field}.") for key in then]
+            allowed = f"the order of patterns with which {where} began: {', '.join(patterns)}"
+            raise UserError(field, asked[0].removeprefix(f"{field}."), allowed, "put them in that order")
     for key in [*before, *(key for key in now if key not in before)]:
         if key not in free and before.get(key) != now.get(key):
             allowed = f"{before.get(key)!r}, with which {where} began"
