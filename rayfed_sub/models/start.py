@@ -111,12 +111,12 @@ def is_adapter(place: str) -> bool:
     return (folder / CONFIG).is_file() if folder.exists() else is_hub_id(place)
 
 
-def read_adapter(place: str, folder: Path | None = None) -> StartFrom:
-    """The adapter in a folder, or of a hub id; folder: where the files of `place` lie, if not there.
+def read_adapter(place: str) -> StartFrom:
+    """The adapter in a folder, or of a hub id.
 
     Raises UserError for one that cannot be read, or not be merged exactly."""
     with quiet():
-        config, tensors = _files(place, Path(place).expanduser() if folder is None else folder)
+        config, tensors = _files(place)
     _check_config(place, config)
     alphas = config.get("alpha_pattern") or {}
     sides: dict[str, dict[str, Tensor]] = {}
@@ -145,10 +145,12 @@ def read_adapter(place: str, folder: Path | None = None) -> StartFrom:
     return StartFrom(place, "an adapter of peft's", changes, head, copied=copied)
 
 
-def _files(place: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _files(place: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of an adapter."""
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
+
+    folder = Path(place).expanduser()
 
     def path(name: str) -> Path:
         return folder / name if folder.is_dir() else Path(hf_hub_download(place, name))
@@ -196,8 +198,8 @@ def fitted(start: StartFrom, architecture: Architecture, classes: Sequence[str])
     parts = dict(module.named_modules(remove_duplicate=False))
     for name, changes in start.changes.items():
         here, size = parts.get(name), _size(changes[0])
-        if f"{name}.weight" in architecture.tied or name not in parts:
-            what = "is the embeddings' own" if name in parts else "is not in it"
+        if name not in parts or f"{name}.weight" in {*architecture.tied, *architecture.tied.values()}:
+            what = "shares its weight with another layer" if name in parts else "is not in it"
             allowed = f"one for this model; {name} {what}"
             raise UserError(FIELD, start.place, allowed, "take the model that it was trained on")
         if not isinstance(here, nn.Linear | Conv1D) or (layer_of(name, here).m, layer_of(name, here).n) != size:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rayfed_sub.config.loading import stored_config
 from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.text import count
 from rayfed_sub.core.types import ServerState
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.architecture import architecture
@@ -30,11 +31,8 @@ def read_start(config: Config) -> StartFrom | None:
         raise UserError(FIELD, place, allowed, "remove it")
     if is_adapter(place):
         return read_adapter(place)
-    with local_copy(place, FIELD) as copy:
-        folder = copy.expanduser()
-        if is_adapter(str(folder)):
-            return read_adapter(place, folder)
-        return _of_run(place, folder, config)
+    with local_copy(place, FIELD) as folder:
+        return _of_run(place, folder.expanduser(), config)
 
 
 def _of_run(place: str, folder: Path, config: Config) -> StartFrom:
@@ -68,4 +66,4 @@ def _of_run(place: str, folder: Path, config: Config) -> StartFrom:
     for layer, change in method.model(server, shape).items():
         changes[layer] = (*changes.get(layer, ()), change)
     head = {name: server.tensors[name] for name in shape.head_names}
-    return StartFrom(place, f"a run of {then.method_in_words}, {found.round} rounds", changes, head, classes)
+    return StartFrom(place, f"a run of {then.method_in_words}, {count('round', found.round)}", changes, head, classes)

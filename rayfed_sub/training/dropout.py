@@ -98,6 +98,7 @@ def column_words(seed: int, layer: str, use: int, n: int) -> Tensor:
     return torch.from_numpy(words)
 
 
+@lru_cache(maxsize=1024)
 def _key(seed: int, client: int, step: int) -> int:
     return int(stream(seed, "dropout", client, step).integers(2**32))
 

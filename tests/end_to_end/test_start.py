@@ -227,6 +227,21 @@ def test_resuming_needs_the_same_tensors(start: Path, table: Path, tmp_path: Pat
     assert run(config, tmp_path / "run", resume=True).rounds == 1
 
 
+@pytest.mark.slow
+def test_earlier_run_may_lie_in_an_object_store(start: Path, table: Path, bucket: str) -> None:
+    run(configured(table, start), f"{bucket}/run")
+    found = read_start(configured(table, f"{bucket}/run"))
+    assert found is not None
+    assert found.what == "a run of fedit, 1 round"
+    assert "model.layers.0.self_attn.q_proj" in found.changes  # of the adapter, no target of the run
+
+
+def test_layer_that_shares_its_weight_is_refused(table: Path, tmp_path: Path) -> None:
+    tied = {**LLAMA, "tie_word_embeddings": True}
+    adapter(configured(table, None, random=tied), tmp_path / "adapter", target_modules=["lm_head"], r=2)
+    refused(configured(table, tmp_path / "adapter", random=tied), "lm_head shares its weight with another layer")
+
+
 def test_head_of_other_classes_is_drawn_anew(table: Path, tmp_path: Path) -> None:
     adapter(configured(table, None, random=BERT), tmp_path / "two", **MODELS["bert"][1])
     three = configured(table, tmp_path / "two", "task.label=three", random=BERT)
