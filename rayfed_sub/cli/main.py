@@ -162,11 +162,12 @@ def plan(
     from rayfed_sub.planning.fit import roomy_packs
     from rayfed_sub.planning.job import prepare
     from rayfed_sub.planning.plan import as_dict, check, plan_of
+    from rayfed_sub.storage.earlier_runs import read_start
 
     checked, left_out = adopted(checked)
     if left_out:
         typer.echo(f"rayfed-sub: {left_out}", err=True)
-    job = prepare(checked)
+    job = prepare(checked, start=read_start(checked))
     check(job, on=on)
     planned = plan_of(job, on)
     if probe:

@@ -15,7 +15,7 @@ from rich.text import Text
 from rayfed_sub.cli.data_view import cut
 from rayfed_sub.config.schema import StepRange
 from rayfed_sub.core.schemas import AnswerRow
-from rayfed_sub.core.text import UNREAD, best_in_words, is_named, published_name, score, shown
+from rayfed_sub.core.text import UNREAD, best_in_words, is_named, published_name, score, shown, start_in_words
 from rayfed_sub.data.dataset import changed_images, too_long
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.remote import inside
@@ -188,6 +188,7 @@ class Display:
             *([("rows in two official splits", f"{shared:,}")] if (shared := summary.rows.get("shared")) else []),
             *([("images", images)] if (images := changed_images(summary.rows)) else []),
             *([("rows beyond task.max_length", cuts)] if (cuts := too_long(summary.rows)) else []),
+            *([("begins from", start_in_words(summary.start_from))] if summary.start_from else []),
             *([("stopped early", summary.stopped)] if summary.stopped else []),
             *([("best round", best_in_words(summary.best))] if summary.best else []),
             *([("clients", "trained one at a time")] if summary.one_at_a_time else []),

@@ -55,6 +55,12 @@ class Model(Record):
         "gate; `attention`, the projections into and out of what mixes tokens; `all-linear`, all but the output layer; "
         "`peft`, peft's defaults for the type; or a regular expression over modules' names.",
     )
+    start_from: str | None = Field(
+        default=None,
+        description="What training begins from besides the pretrained weights: an adapter of peft's (folder or hub "
+        "id), or an earlier run (its folder, also in an object store; its final model). null: nothing. It is merged "
+        "into the weights; every client downloads it before its first round.",
+    )
     random: dict[str, Any] = Field(
         default={},
         description="Architecture for model.path=random: `type`, a model type of transformers, and keys of its "

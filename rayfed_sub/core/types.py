@@ -133,9 +133,11 @@ class Start:
     """Start of one client's round, chosen by the method.
 
     tensors: every local tensor by name (both factors of a block, dense weights, the head); trained: those the
-    optimiser steps; scale multiplies every block; moments: `<name>/m1`, `<name>/m2` (absent = zeros); step:
-    optimiser steps already taken with these moments; subspace: set for GaLore (the fixed factor may be all
-    zeros at step 0, whose refresh fills it; a zero row moves nothing until the next refresh).
+    optimiser steps; scale multiplies every block, or what `scales` has for its layer (never with a subspace);
+    moments: `<name>/m1`, `<name>/m2` (absent = zeros); step: optimiser steps already taken with these moments;
+    subspace: set for GaLore (the fixed factor may be all zeros at step 0, whose refresh fills it; a zero row moves
+    nothing until the next refresh).
+    dropout: share of the numbers in a block's input that training drops (`training/dropout.py`).
     decays_base: weight decay shrinks the whole weight, as GaLore's does, and not only what is trained.
     penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
     correct: a hook's change of every step's gradients; memory: the tensors with which it begins, named
@@ -152,6 +154,12 @@ class Start:
     penalty: Callable[[Tensors], Tensor] | None = None
     correct: Correction | None = None
     memory: Tensors = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+
+    def scale_of(self, layer: str) -> float:
+        """The scale of the layer's block."""
+        return self.scales.get(layer, self.scale)
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,12 @@ def client_change(
             norm = _norm(tensors)
         return ClientChange("galore", tensors, norm, _turned(layer, start, result), energy, gradient_rank)
     if left in start.tensors:
+        scale = start.scale_of(layer.name)
         l0, l1 = (_left(tensors, left, core) for tensors in (start.tensors, result.tensors))
         r0, r1 = (tensors[right].double() for tensors in (start.tensors, result.tensors))
-        tensors = {"left": start.scale * (l1 - l0), "right": r1}
+        tensors = {"left": scale * (l1 - l0), "right": r1}
         if l0.any():
-            tensors |= {"before": start.scale * l0} | ({} if torch.equal(r0, r1) else {"shift": r1 - r0})
+            tensors |= {"before": scale * l0} | ({} if torch.equal(r0, r1) else {"shift": r1 - r0})
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
         kind: Literal["lora", "core"] = "core" if core in start.tensors else "lora"
         return ClientChange(kind, tensors, _norm(tensors), _turned(layer, start, result), energy, gradient_rank)

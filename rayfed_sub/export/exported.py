@@ -16,19 +16,21 @@ from rayfed_sub.core.errors import UserError, unknown_word
 from rayfed_sub.core.types import Change, ModelShape, ServerState
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.diagnostics.server_change import change_rank
-from rayfed_sub.export.peft_adapter import Factors, taken_for_experts, write_adapter
+from rayfed_sub.export.peft_adapter import Factors, Settings, taken_for_experts, write_adapter
 from rayfed_sub.methods import build, check_named
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture
 from rayfed_sub.models.architecture import architecture as architecture_of
 from rayfed_sub.models.hub import RANDOM, locate
 from rayfed_sub.models.image_processors import HubImageProcessor
+from rayfed_sub.models.start import StartFrom, applied, changed_weights, fitted, merged
 from rayfed_sub.models.tokenizers import HubTokenizer
 from rayfed_sub.models.weights import generation_config, load_weights, target_weights, write_codec, write_folder
 from rayfed_sub.planning.job import kind_of, prepare, processor_of
 from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import kept
-from rayfed_sub.storage.run_folder import class_names, finished, make
+from rayfed_sub.storage.run_folder import check_start, class_names, finished, make
 
 BEST, LAST = "best", "last"
 CHECKPOINTS = (LAST, BEST)
@@ -46,21 +48,25 @@ class Export:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What a finished run trained: the model without its weights, by which method, under which configuration."""
+    """What a finished run trained: the model without its weights, by which method, under which configuration, from
+    which start."""
 
     config: Config
     method: Method
     architecture: Architecture
     processor: Processor
+    start: StartFrom | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """A finished run's result.  tensors: the pretrained model by dotted name; weights: its `<target>/weight` (m, n);
-    changes: per target, relative to those; head: `<layer>/weight` and `<layer>/bias` as trained."""
+    """A finished run's result.  tensors: the pretrained model by dotted name; begun: the same with what the run began
+    from; weights: of that `<target>/weight` (m, n); changes: per target, relative to those; head: `<layer>/weight` and
+    `<layer>/bias` as trained."""
 
     job: Setup
     tensors: Mapping[str, Tensor]
+    begun: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     changes: Mapping[str, Change]
     head: Mapping[str, Tensor]
@@ -84,7 +90,7 @@ def export_hf(
         merged | dict(trained.head),
         generation_config(job.config.model, architecture, job.processor),
     )
-    write_folder(architecture, trained.tensors, everything, to, job.processor, torch.float32, generation)
+    write_folder(architecture, trained.begun, everything, to, job.processor, torch.float32, generation)
     auto = AUTO_CLASSES[architecture.kind]
     loading = f'from transformers import {auto}; model = {auto}.from_pretrained(".")  # in the exported folder'
     _write_readme(to, job, loading, {"pretrained": "."})
@@ -97,10 +103,11 @@ def export_peft(
     """Writes a LoRA adapter that peft's PeftModel.from_pretrained loads: the change of every target, and the head.
 
     Low-rank terms are written as they are, several of a layer side by side, their scale and core in B.  The change of a
-    dense weight is written at its numerical rank.  The base, a causal language model, is loaded by its name where that
-    is a folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its own
-    dtype.  Tokenizer, chat template and generation configuration of the training are written beside the adapter, also
-    where the base has others.
+    dense weight is written at its numerical rank.  What the run began from is part of the adapter: its factors stand
+    beside the trained ones, those of layers that were no targets too, so that base and adapter together are the trained
+    model.  The base, a causal language model, is loaded by its name where that is a folder or hub id; any other, which
+    transformers could not load by a name, is written to `to`/base in its own dtype.  Tokenizer, chat template and
+    generation configuration of the training are written beside the adapter, also where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are, or where peft would take targets for something else.
     """
@@ -115,7 +122,9 @@ def export_peft(
     if name is None:
         write_folder(architecture, trained.tensors, {}, to / "base", job.processor, generation=generation)
     base, turned = name or str((to / "base").resolve()), bool(architecture.transposed)
-    write_adapter(to, factors, trained.head, kind=architecture.kind, base=base, transposed=turned)
+    asked = job.config.method
+    settings = Settings(bool(asked.get("use_rslora", False)), float(asked.get("dropout", 0.0)))
+    write_adapter(to, factors, trained.head, kind=architecture.kind, base=base, transposed=turned, settings=settings)
     write_codec(job.processor, to)
     if generation is not None:
         generation.save_pretrained(to)
@@ -149,7 +158,8 @@ def _write_readme(to: Path, job: Setup, loading: str, model: Mapping[str, str]) 
     """README.md of an export: the lines of Python that load it and make its inputs as the run did, and the command that
     evaluates it.  model: arguments of lm-evaluation-harness that load it."""
     config = job.config
-    about = f"`{config.model.path}` trained by rayfed_sub with `{config.method['name']}`, run `{config.name}`."
+    began = "" if job.start is None else f", from `{job.start.place}` on, which it holds"
+    about = f"`{config.model.path}` trained by rayfed_sub with `{config.method['name']}`, run `{config.name}`{began}."
     inputs = "\n".join(_inputs(job))
     text = f"# {config.name}\n\n{about}\n\nLoad it, in this folder:\n\n```python\n{loading}\n```\n"
     text += f"\nMake its inputs as in training:\n\n```python\n{inputs}\n```\n"
@@ -259,19 +269,24 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None, check
     shape = job.architecture.shape
     server, changes = _changes(run_dir, job.method, shape, client, checkpoint)
     tensors = load_weights(config.model, job.architecture, config.seed)
-    weights = target_weights(shape, job.architecture.transposed, tensors)
-    return _Trained(job, tensors, weights, changes, {name: server.tensors[name] for name in shape.head_names})
+    begun = merged(tensors, job.start, job.architecture)
+    weights = target_weights(shape, job.architecture.transposed, begun)
+    return _Trained(job, tensors, begun, weights, changes, {name: server.tensors[name] for name in shape.head_names})
 
 
 def _setup(run_dir: Path, config: Config) -> Setup:
     """Of rows that a Python call handed over nobody knows more than the names of their classes."""
+    start = read_start(config)
+    check_start(run_dir, start)
     if config.task.name != GIVEN:
-        job = prepare(config)
-        return Setup(job.config, job.method, job.architecture, job.processor)
+        job = prepare(config, start=start)
+        return Setup(job.config, job.method, job.architecture, job.processor, job.start)
     kind = kind_of(config)
     processor = processor_of(config, kind)
     known = (kind, class_names(run_dir), processor.vocabulary, processor.pad)
-    return Setup(config, build(config.method), architecture_of(config.model, *known), processor)
+    bones = architecture_of(config.model, *known)
+    start = None if start is None else fitted(start, bones, known[1])
+    return Setup(config, build(config.method), bones, processor, start)
 
 
 def _changes(
@@ -300,25 +315,43 @@ def _changed(trained: _Trained, target: str) -> Tensor:
 
 
 def _factors(trained: _Trained) -> tuple[Factors, list[int]]:
-    """Every target's change as left (m, r) and right (r, n), and the ranks of those that had to be factorised."""
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    """Every changed layer's change of the pretrained weight as left (m, r) and right (r, n), and the ranks of those
+    that had to be factorised."""
+    job, factors = trained.job, dict[str, tuple[Tensor, Tensor]]()
     dense, most, numbers, size = [], (0, ""), 0, 0
-    for layer in trained.job.architecture.shape.targets:
-        change = trained.changes[layer.name]
-        if change.blocks and change.dense is None and change.base_scale == 1.0:
-            factors[layer.name] = change.factors()
+    for name, (W_mn, changes) in _changed_layers(trained).items():
+        if any(change.blocks for change in changes) and all(_is_low_rank(change) for change in changes):
+            sides = [change.factors() for change in changes if change.blocks]
+            lefts, rights = zip(*sides, strict=True)
+            factors[name] = (lefts[0], rights[0]) if len(sides) == 1 else (torch.cat(lefts, dim=1), torch.cat(rights))
             continue
-        rank = change_rank(trained.weights[f"{layer.name}/weight"], _changed(trained, layer.name))
-        dense.append((layer.name, max(1, rank)))  # peft knows no rank 0
-        most = max(most, (rank, f"{layer.name}, {layer.m} x {layer.n}"))
-        numbers, size = numbers + rank * (layer.m + layer.n), size + layer.m * layer.n
+        (m, n), after_mn = W_mn.shape, applied(changes, W_mn)
+        rank = change_rank(W_mn, after_mn)
+        dense.append((name, W_mn, after_mn, max(1, rank)))  # peft knows no rank 0
+        most = max(most, (rank, f"{name}, {m} x {n}"))
+        numbers, size = numbers + rank * (m + n), size + m * n
     if dense and numbers >= size:
-        allowed = f"hf, for {trained.job.method.name} changed {most[1]}, by rank {most[0]}, too high for an adapter"
+        allowed = f"hf, for {job.method.name} changed {most[1]}, by rank {most[0]}, too high for an adapter"
         raise UserError("--format", "peft", allowed, "use --format hf")
-    for name, rank in dense:
-        W_mn = trained.weights[f"{name}/weight"]
-        factors[name] = factorised(_changed(trained, name).double() - W_mn.double(), rank)
-    return factors, [rank for _, rank in dense]
+    for name, W_mn, after_mn, rank in dense:
+        factors[name] = factorised(after_mn.double() - W_mn.double(), rank)
+    return factors, [rank for *_, rank in dense]
+
+
+def _changed_layers(trained: _Trained) -> dict[str, tuple[Tensor, list[Change]]]:
+    """By layer its pretrained weight (m, n), and what the start and the training changed, one after the other."""
+    bones, start = trained.job.architecture, trained.job.start
+    pretrained = target_weights(bones.shape, bones.transposed, trained.tensors)
+    weights = {layer.name: pretrained[f"{layer.name}/weight"] for layer in bones.shape.targets}
+    changes = {name: [change] for name, change in trained.changes.items()}
+    if start is not None:
+        weights = {**changed_weights(start, trained.tensors, bones), **weights}
+        changes = {name: [*start.changes.get(name, ()), *changes.get(name, ())] for name in weights}
+    return {name: (W_mn, changes[name]) for name, W_mn in weights.items()}
+
+
+def _is_low_rank(change: Change) -> bool:
+    return change.dense is None and change.base_scale == 1.0
 
 
 def factorised(change_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:

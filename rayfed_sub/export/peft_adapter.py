@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +21,29 @@ own."""
 _TASKS = {"causal-lm": "CAUSAL_LM", "text-classification": "SEQ_CLS"}  # peft has no name for other kinds
 
 
-def write_adapter(folder: Path, factors: Factors, head: Tensors, *, kind: str, base: str, transposed: bool) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """Settings of peft's that change no logits here, but say how the factors were trained."""
+
+    use_rslora: bool = False
+    dropout: float = 0.0
+
+
+def write_adapter(
+    folder: Path,
+    factors: Factors,
+    head: Tensors,
+    *,
+    kind: str,
+    base: str,
+    transposed: bool,
+    settings: Settings = Settings(),
+) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, float32, for the model that `base` names.
 
     head: `<layer>/weight` (m, n) and `<layer>/bias` (m,), which take the place of the base's own.  kind: the
-    architecture's.  transposed: the layers are transformers' Conv1D.  alpha is the rank in every layer: B is `left`, A
-    is `right`, and peft multiplies their product by one.
+    architecture's.  transposed: the layers are transformers' Conv1D.  alpha is the rank in every layer, or with
+    use_rslora its root: B is `left`, A is `right`, and peft multiplies their product by one.
     """
     # peft imports bitsandbytes where it is there, which complains about parts for 4-bit weights.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -33,14 +52,17 @@ def write_adapter(folder: Path, factors: Factors, head: Tensors, *, kind: str, b
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     usual = max(ranks.values(), key=list(ranks.values()).count)
     others = {f"^{name.replace('.', '[.]')}": rank for name, rank in ranks.items() if rank != usual}
+    alphas = {rank: math.sqrt(rank) if settings.use_rslora else rank for rank in ranks.values()}
     config = LoraConfig(
         base_model_name_or_path=base,
         task_type=_TASKS.get(kind),
         inference_mode=True,
         r=usual,
-        lora_alpha=usual,
+        lora_alpha=alphas[usual],
+        lora_dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
         rank_pattern=others,
-        alpha_pattern=others,
+        alpha_pattern={pattern: alphas[rank] for pattern, rank in others.items()},
         target_modules=list(factors),
         fan_in_fan_out=transposed,
         # Top-level modules, which a classifier's layers may lie in: peft itself adds `classifier` and `score`.

@@ -169,11 +169,23 @@ def fields_of(config: Config, method: Method, hook: LocalHook | None) -> dict[st
     }
 
 
+def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A `method` of the table with the defaults of the fields that it does not name: those of later versions than a
+    stored configuration's change nothing by their defaults."""
+    if fields.get("name") not in METHODS:
+        return dict(fields)
+    known = dataclasses.fields(cast(Any, class_of(fields["name"])))
+    return {**{field.name: field.default for field in known}, **fields}
+
+
 def _built(fields: Mapping[str, Any], group: str) -> object:
     cls = class_of(fields.get("name"), group)
     keys = _field_names(cls)
     values = {key: value for key, value in fields.items() if key != "name"}
     for key, value in values.items():
         if key not in keys:
-            raise unknown_key(f"{group}.{key}", value, ["name", *keys] if group == "hook" else keys)
+            error = unknown_key(f"{group}.{key}", value, ["name", *keys] if group == "hook" else keys)
+            having = [name for name in _KINDS[group].table if key in _field_names(class_of(name, group))]
+            of = f"; it is a key of {', '.join(having)}" if having else ""
+            raise UserError(error.field, value, error.allowed, error.advice + of)
     return check(cls, values, group)

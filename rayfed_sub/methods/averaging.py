@@ -165,9 +165,13 @@ def no_history(shape: ModelShape) -> dict[str, Tensor]:
     return {RANKS: torch.zeros(0, len(shape.targets), dtype=torch.int64)}
 
 
-def longer_history(server: ServerState, total: Accumulator, shape: ModelShape, less: int = 0) -> dict[str, Tensor]:
-    """The history with the round that `total` is the sum of; `less`: known deficit of its blocks' summed rank."""
-    ranks = [max(0, int(total.counts.get(layer.name, 0)) - less) for layer in shape.targets]
+def longer_history(
+    server: ServerState, total: Accumulator, shape: ModelShape, less: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """The history with the round that `total` is the sum of; `less`: known deficit of each target's summed rank."""
+    missing = [0] * len(shape.targets) if less is None else less
+    sums = [int(total.counts.get(layer.name, 0)) for layer in shape.targets]
+    ranks = [max(0, rank - fewer) for rank, fewer in zip(sums, missing, strict=True)]
     return {RANKS: torch.cat([server.tensors[RANKS], torch.tensor([ranks], dtype=torch.int64)])}
 
 

@@ -52,6 +52,10 @@ class FedSB:
 
     rank: Annotated[averaging.Rank, Field(description="Side r of the trained core.")] = 8
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank
@@ -60,8 +64,9 @@ class FedSB:
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         tensors = averaging.head(shape, weights)
         for layer in shape.targets:
-            left, right = outer_factors(weights[f"{layer.name}/weight"], self.rank)
-            core = torch.zeros(self.rank, self.rank)
+            rank = lora.layer_rank(self, layer.name)
+            left, right = outer_factors(weights[f"{layer.name}/weight"], rank)
+            core = torch.zeros(rank, rank)
             tensors |= {f"{layer.name}/left": left, f"{layer.name}/core": core, f"{layer.name}/right": right}
         return ServerState(0, tensors)
 
@@ -73,7 +78,7 @@ class FedSB:
         names = averaging.tensor_names(shape, "left", "core", "right")
         tensors = {name: broadcast.tensors[name] for name in names}
         moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, averaging.tensor_names(shape, "core"), self.alpha / self.rank, moments, step)
+        return lora.start(self, shape, tensors, averaging.tensor_names(shape, "core"), moments, step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "core")}
@@ -89,7 +94,7 @@ class FedSB:
         changes = {}
         for layer in shape.targets:
             left, core, right = (server.tensors[f"{layer.name}/{role}"] for role in ("left", "core", "right"))
-            changes[layer.name] = Change(blocks=(Block(left, right, self.alpha / self.rank, core),))
+            changes[layer.name] = Change(blocks=(Block(left, right, lora.layer_scale(self, layer.name), core),))
         return changes
 
     personal_model = averaging.no_personal_model

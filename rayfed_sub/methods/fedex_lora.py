@@ -38,6 +38,10 @@ class FedExLoRA:
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank
@@ -62,11 +66,11 @@ class FedExLoRA:
         return averaging.add_changes(averaging.add(total, update.tensors, update.weight), update, shape)
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
-        changed, scale = averaging.mean(total), self.alpha / self.rank
+        changed, ranks = averaging.mean(total), [lora.layer_rank(self, layer.name) for layer in shape.targets]
         for layer in shape.targets if changed else ():
             name, product = f"{layer.name}/weight", changed[f"{layer.name}/left"] @ changed[f"{layer.name}/right"]
-            changed[name].sub_(product).mul_(scale).add_(server.tensors[name])
-        return server.advance({**changed, **averaging.longer_history(server, total, shape, less=self.rank)})
+            changed[name].sub_(product).mul_(lora.layer_scale(self, layer.name)).add_(server.tensors[name])
+        return server.advance({**changed, **averaging.longer_history(server, total, shape, less=ranks)})
 
     def model(self, server: ServerState, shape: ModelShape) -> dict[str, Change]:
         adapted, based = lora.lora_model(self, server, shape), averaging.dense_model(self, server, shape)

@@ -26,6 +26,10 @@ class FedIT:
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank

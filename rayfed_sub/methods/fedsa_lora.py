@@ -45,6 +45,10 @@ class FedSALoRA:
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
     optimizer_state: Annotated[
         averaging.Memory,
         Field(
@@ -63,10 +67,10 @@ class FedSALoRA:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "right")}
         for layer in shape.targets:
-            name = f"{layer.name}/left"
-            tensors[name] = torch.zeros(layer.m, self.rank) if state is None else state.tensors[name]
+            name, rank = f"{layer.name}/left", lora.layer_rank(self, layer.name)
+            tensors[name] = torch.zeros(layer.m, rank) if state is None else state.tensors[name]
         moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, averaging.tensor_names(shape, "left", "right"), self.alpha / self.rank, moments, step)
+        return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"), moments, step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "right")}
@@ -90,5 +94,5 @@ class FedSALoRA:
         for layer in shape.targets:
             right = server.tensors[f"{layer.name}/right"]
             left = state.tensors[f"{layer.name}/left"].to(right)
-            changes[layer.name] = Change(blocks=(Block(left, right, self.alpha / self.rank),))
+            changes[layer.name] = Change(blocks=(Block(left, right, lora.layer_scale(self, layer.name)),))
         return changes

@@ -47,6 +47,10 @@ class FedSVD:
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
     period: Annotated[averaging.Rank, Field(description="Rounds between factorisations.")] = 1
     optimizer_state: Annotated[
         averaging.Memory,
@@ -70,7 +74,7 @@ class FedSVD:
         if state is not None and (state.round - 1) // self.period != broadcast.round // self.period:
             state = None  # its moments are in the basis of another A
         moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, averaging.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
+        return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left"), moments, step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "left")}

@@ -36,6 +36,10 @@ class FFALoRA:
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
     optimizer_state: averaging.SharedMemory = "keep"
 
     check = lora.check_rank
@@ -49,7 +53,7 @@ class FFALoRA:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "left", "right")}
         moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
-        return Start(tensors, averaging.tensor_names(shape, "left"), self.alpha / self.rank, moments, step)
+        return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left"), moments, step)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "left")}

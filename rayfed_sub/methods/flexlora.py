@@ -52,27 +52,32 @@ class FlexLoRA:
     rank: lora.LargestRank = 8
     client_ranks: lora.ClientRanks = None
     alpha: lora.OwnAlpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
 
     check = lora.check_ranks
     init_server = lora.init_factors
     broadcast = averaging.broadcast
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        factors = lora.cut(server.tensors, shape, lora.rank_of(self, client.id))
+        factors = lora.cut(self, server.tensors, shape, lora.rank_of(self, client.id))
         return wire_bytes({**factors, **averaging.head(shape, server.tensors)})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         rank = lora.rank_of(self, client.id)
-        tensors = lora.cut(broadcast.tensors, shape, rank) | averaging.head(shape, broadcast.tensors)
+        tensors = lora.cut(self, broadcast.tensors, shape, rank) | averaging.head(shape, broadcast.tensors)
         for layer in shape.targets:  # the server's B is for s = alpha / r
-            tensors[f"{layer.name}/left"] = rank / self.rank * tensors[f"{layer.name}/left"]
-        return Start(tensors, averaging.tensor_names(shape, "left", "right"), self.alpha / rank)
+            name, shrunk = f"{layer.name}/left", lora.rescaling(self, layer.name, rank)
+            tensors[name] = shrunk * tensors[name]
+        return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"), rank=rank)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         sent = averaging.head(shape, result.tensors)
         for layer in shape.targets:
             left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
-            sent |= averaging.compact(layer, self.alpha / left.shape[1] * left, right)
+            sent |= averaging.compact(layer, lora.sent_scale(self, layer.name, left.shape[1]) * left, right)
         return Update(result.client, weight, sent, result.metrics)
 
     client_state = averaging.no_client_state
@@ -91,8 +96,9 @@ class FlexLoRA:
             return server.advance({})
         changed = {name: total.tensors[name] / total.weight for name in shape.head_names}
         for layer in shape.targets:
-            left, right = truncated(*_factors(_of(layer, total.tensors), layer), self.rank)
-            left = pad(left / (total.weight * self.alpha / self.rank), (0, self.rank - len(right)))
+            rank, alpha = lora.layer_rank(self, layer.name), lora.layer_alpha(self, layer.name)
+            left, right = truncated(*_factors(_of(layer, total.tensors), layer), rank)
+            left = pad(left / (total.weight * alpha / lora.divisor(self, rank)), (0, rank - len(right)))
             spare = server.tensors[f"{layer.name}/right"][len(right) :]
             changed |= {f"{layer.name}/left": left, f"{layer.name}/right": torch.cat([right, spare])}
         return server.advance(changed)

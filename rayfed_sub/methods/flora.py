@@ -1,7 +1,8 @@
 """FLoRA: federated LoRA by stacking (Wang et al., arXiv 2409.05976).
 
 Rule: with the stacks B = [p_1 s_1 B_1, ..., p_N s_N B_N] and A = [A_1; ...; A_N], W <- W + B A.  Exact, for clients of
-different ranks too: B A = sum_k p_k s_k B_k A_k, and s_k = alpha / r_k.  The server adds the products as they come.
+different ranks too: B A = sum_k p_k s_k B_k A_k, and s_k = alpha / r_k, or alpha / sqrt(r_k) with use_rslora.  The
+server adds the products as they come.
 Every round begins anew with B = 0 and an A of the client's own, drawn from (seed, round, client): nobody sends it.
 Adam's moments of the last round's factors do not apply to the new ones: they are reset.
 Wire, numbers per layer: up r_k (m + n), down the stacks missed since the client last synchronised, sum_k r_k (m + n) a
@@ -46,6 +47,10 @@ class FLoRA:
     rank: lora.LargestRank = 8
     client_ranks: lora.ClientRanks = None
     alpha: lora.OwnAlpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
 
     check = lora.check_ranks
     broadcast = averaging.broadcast
@@ -59,15 +64,16 @@ class FLoRA:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         rank, tensors = lora.rank_of(self, client.id), averaging.head(shape, broadcast.tensors)
         for layer in shape.targets:
-            tensors[f"{layer.name}/left"] = torch.zeros(layer.m, rank)
-            tensors[f"{layer.name}/right"] = lora.lora_right(layer, rank, client.seed, broadcast.round, client.id)
-        return Start(tensors, averaging.tensor_names(shape, "left", "right"), self.alpha / rank)
+            own = lora.layer_rank(self, layer.name, rank)
+            tensors[f"{layer.name}/left"] = torch.zeros(layer.m, own)
+            tensors[f"{layer.name}/right"] = lora.lora_right(layer, own, client.seed, broadcast.round, client.id)
+        return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"), rank=rank)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         sent = averaging.head(shape, result.tensors)
         for layer in shape.targets:
             left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
-            sent |= averaging.compact(layer, self.alpha / left.shape[1] * left, right)
+            sent |= averaging.compact(layer, lora.sent_scale(self, layer.name, left.shape[1]) * left, right)
         return Update(result.client, weight, sent, result.metrics)
 
     client_state = averaging.no_client_state

@@ -6,9 +6,10 @@ Pruning: a client's tail are its components from floor(gamma r_k) on.  Its loss 
 sum over layers of ||B_tail||_F ||A_tail||_F; where the round made the tail smaller, the client drops it before it
 sends, and its rank stays lower.  At least one component remains; B = 0 in round 0 prunes nobody. The paper leaves open,
 or we chose: it has no p_k (set federation.client_weighting=uniform for its rule), no trained head (averaged by p_k
-here) and no alpha (s = alpha / r for all, as a padded client is one of rank r); all norms zero: q = p; gamma is what
-public implementations use, the penalty's weight is ours. Components change length, weight and number between rounds, so
-Adam's moments are reset. Wire, numbers per layer: r_k (m + n) up, r_k (m + n) down.
+here) and no alpha (s = alpha / r for all, as a padded client is one of rank r; with use_rslora alpha / sqrt(r_k), B
+being rescaled on its way to a client and back); all norms zero: q = p; gamma is what public implementations use, the
+penalty's weight is ours. Components change length, weight and number between rounds, so Adam's moments are reset.
+Wire, numbers per layer: r_k (m + n) up, r_k (m + n) down.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class HetLoRA:
     rank: lora.LargestRank = 8
     client_ranks: lora.ClientRanks = None
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
     gamma: Annotated[
         float, Field(gt=0, le=1, description="Share of its rank that a pruning client keeps; 1: no pruning.")
     ] = 0.99
@@ -73,18 +78,21 @@ class HetLoRA:
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         rank = dict(server.tensors[_PRUNED].tolist()).get(client.id, lora.rank_of(self, client.id))
-        return wire_bytes({**lora.cut(server.tensors, shape, rank), **averaging.head(shape, server.tensors)})
+        return wire_bytes({**lora.cut(self, server.tensors, shape, rank), **averaging.head(shape, server.tensors)})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         rank = lora.rank_of(self, client.id) if state is None else int(state.tensors["rank"])
-        tensors = lora.cut(broadcast.tensors, shape, rank) | averaging.head(shape, broadcast.tensors)
+        cut = lora.cut(self, broadcast.tensors, shape, rank)
+        tensors = {**self._rescaled(cut, shape, rank), **averaging.head(shape, broadcast.tensors)}
         trained = averaging.tensor_names(shape, "left", "right")
         kept = self._kept(rank)
-        penalty = partial(_penalty, self.penalty, shape, kept) if self.penalty and kept < rank else None
-        return Start(tensors, trained, self.alpha / self.rank, penalty=penalty)
+        penalty = partial(_penalty, self, shape, rank, kept) if self.penalty and kept < rank else None
+        own = rank if self.use_rslora else None
+        return lora.start(self, shape, tensors, trained, rank=own, penalty=penalty)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        sent = lora.cut(result.tensors, shape, self._pruned(broadcast, result, shape))
+        trained = self._rescaled(result.tensors, shape, lora.client_rank(self, result.tensors, shape), back=True)
+        sent = lora.cut(self, trained, shape, self._pruned(broadcast, result, shape))
         return Update(result.client, weight, sent | averaging.head(shape, result.tensors), result.metrics)
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
@@ -99,8 +107,8 @@ class HetLoRA:
             sums = {name: tensor for name, tensor in sums.items() if name in shape.head_names}
         added = averaging.add(Accumulator(total.weight, sums), averaging.head(shape, sent), update.weight)
         share = strength if strength or so_far else update.weight
-        factors = averaging.add(added, lora.padded_factors(sent, shape, self.rank), share).tensors
-        rank = sent[f"{shape.targets[0].name}/left"].shape[1]
+        factors = averaging.add(added, lora.padded_factors(self, sent, shape), share).tensors
+        rank = lora.client_rank(self, sent, shape)
         counts = {**total.counts, "strength": so_far + strength, f"rank/{update.client}": float(rank)}
         return Accumulator(added.weight, factors, counts)
 
@@ -119,23 +127,34 @@ class HetLoRA:
     def _kept(self, rank: int) -> int:
         return max(1, math.floor(self.gamma * rank))
 
+    def _rescaled(self, tensors: Tensors, shape: ModelShape, rank: int, *, back: bool = False) -> Tensors:
+        """The server's factors as those of a client of rank `rank`, whose scale may be its own; back: the other way."""
+        if not self.use_rslora:
+            return tensors
+        by = {f"{t.name}/left": lora.rescaling(self, t.name, rank) for t in shape.targets}
+        scaled = {name: tensors[name] * (1 / factor if back else factor) for name, factor in by.items()}
+        return {**tensors, **scaled}
+
     def _pruned(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> int:
         """The client's rank after the round."""
-        rank = result.tensors[f"{shape.targets[0].name}/left"].shape[1]
+        rank = lora.client_rank(self, result.tensors, shape)
         kept = self._kept(rank)
-        before = float(tail(lora.cut(broadcast.tensors, shape, rank), shape, kept))
-        after = float(tail(result.tensors, shape, kept))
+        before = float(tail(self, lora.cut(self, broadcast.tensors, shape, rank), shape, kept))
+        after = float(tail(self, self._rescaled(result.tensors, shape, rank, back=True), shape, kept))
         return kept if after < (1 - _ROUNDING) * before else rank
 
 
-def tail(tensors: Tensors, shape: ModelShape, kept: int) -> Tensor:
-    """Sum over layers of ||B_tail||_F ||A_tail||_F, (1,) float32, of the components from `kept` on; 0 if none are."""
+def tail(method: HetLoRA, tensors: Tensors, shape: ModelShape, kept: int) -> Tensor:
+    """Sum over layers of ||B_tail||_F ||A_tail||_F, (1,) float32, of the components that a client of rank `kept` has
+    not; 0 if there are none."""
     norms = []
     for layer in shape.targets:
         left_mr, right_rn = tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"]
-        norms.append(torch.linalg.vector_norm(left_mr[:, kept:]) * torch.linalg.vector_norm(right_rn[kept:]))
+        begin = lora.layer_rank(method, layer.name, kept)
+        norms.append(torch.linalg.vector_norm(left_mr[:, begin:]) * torch.linalg.vector_norm(right_rn[begin:]))
     return torch.stack(norms).sum()[None]
 
 
-def _penalty(weight: float, shape: ModelShape, kept: int, tensors: Tensors) -> Tensor:
-    return weight * tail(tensors, shape, kept)[0]
+def _penalty(method: HetLoRA, shape: ModelShape, rank: int, kept: int, tensors: Tensors) -> Tensor:
+    factors = method._rescaled(tensors, shape, rank, back=True)
+    return method.penalty * tail(method, factors, shape, kept)[0]

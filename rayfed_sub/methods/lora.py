@@ -1,4 +1,5 @@
-"""Shared parts of the LoRA methods: initial factors, ranks per client, and clients that train and send both factors.
+"""Shared parts of the LoRA methods: peft's settings, initial factors, ranks per client and per layer, and clients that
+train and send both factors.
 
 Functions whose first argument is `method` answer one question of the protocol: a method takes one over by assignment
 in its class body, as in `start_client = lora.start_client`.
@@ -7,7 +8,10 @@ in its class body, as in `start_client = lora.start_client`.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Protocol
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.lowrank import padded
+from rayfed_sub.core.patterns import pattern_key
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (
     Block,
@@ -40,6 +45,29 @@ ClientRanks = Annotated[
 ]
 Alpha = Annotated[Positive, Field(description="Scale of the factors' product, as alpha / rank.")]
 OwnAlpha = Annotated[Positive, Field(description="Scale of a client's product, as alpha / its own rank.")]
+Dropout = Annotated[
+    float,
+    Field(
+        ge=0,
+        lt=1,
+        description="Share of the numbers in the factors' input that is dropped in training (peft's lora_dropout); the "
+        "same ones in any pack.",
+    ),
+]
+UseRslora = Annotated[
+    bool, Field(description="true: scales are alpha / sqrt(rank) in place of alpha / rank (rsLoRA, arXiv 2312.03732).")
+]
+RankPattern = Annotated[
+    Mapping[str, Rank] | None,
+    Field(
+        description="Ranks of layers, as in peft: regular expressions over the end of a layer's name, of which the "
+        "first that matches counts, e.g. {q_proj: 16}; null: all have rank. A client of a lower rank has as much less."
+    ),
+]
+AlphaPattern = Annotated[
+    Mapping[str, Positive] | None,
+    Field(description="Alphas of layers, as rank_pattern has ranks; null: all have alpha."),
+]
 
 
 def check_fits(rank: int, shape: ModelShape) -> None:
@@ -59,7 +87,8 @@ def lora_right(layer: Layer, rank: int, seed: int, *whose: int | str) -> Tensor:
 
 
 class _LoRA(Protocol):
-    """A method with LoRA's fields; s = alpha / rank."""
+    """A method with LoRA's fields.  It may have peft's settings too, `dropout`, `use_rslora`, `rank_pattern` and
+    `alpha_pattern`; a method of another package that has none of them is plain LoRA."""
 
     @property
     def rank(self) -> int: ...
@@ -67,23 +96,129 @@ class _LoRA(Protocol):
     def alpha(self) -> float: ...
 
 
-class _Ranks(Protocol):
+def layer_rank(method: _LoRA, layer: str, rank: int | None = None) -> int:
+    """The rank at a layer, of a client of rank `rank` (None: of the largest).  Where the pattern gives a layer another
+    rank than the method's, a client of a lower rank has as much less there, and one at least."""
+    whole: int = _matched(_patterns(method, "rank_pattern"), layer, method.rank)
+    if rank is None or rank == method.rank:
+        return whole
+    return rank if whole == method.rank else max(1, whole * rank // method.rank)
+
+
+def divisor(method: _LoRA, rank: int) -> float:
+    """What alpha is divided by at this rank."""
+    return math.sqrt(rank) if getattr(method, "use_rslora", False) else rank
+
+
+def layer_alpha(method: _LoRA, layer: str) -> float:
+    """The alpha of a layer."""
+    alpha: float = _matched(_patterns(method, "alpha_pattern"), layer, method.alpha)
+    return alpha
+
+
+def layer_scale(method: _LoRA, layer: str, rank: int | None = None) -> float:
+    """The scale of a layer's product, of a client as in `layer_rank`."""
+    return layer_alpha(method, layer) / divisor(method, layer_rank(method, layer, rank))
+
+
+def sent_scale(method: _LoRA, layer: str, rank: int) -> float:
+    """The scale of factors of so many components at a layer."""
+    return layer_alpha(method, layer) / divisor(method, rank)
+
+
+def rescaling(method: _LoRA, layer: str, rank: int) -> float:
+    """What B is multiplied by on its way from the server, with its scale, to a client of rank `rank` with its own."""
+    return divisor(method, layer_rank(method, layer, rank)) / divisor(method, layer_rank(method, layer))
+
+
+def client_rank(method: _LoRA, tensors: Tensors, shape: ModelShape) -> int:
+    """The rank of the client that has these factors; the largest, where several ranks have them."""
+    first = shape.targets[0]
+    if not _patterns(method, "rank_pattern"):
+        return tensors[f"{first.name}/left"].shape[1]
+    has = [tensors[f"{layer.name}/left"].shape[1] for layer in shape.targets]
+    ranks = range(method.rank, 0, -1)
+    return next(r for r in ranks if has == [layer_rank(method, layer.name, r) for layer in shape.targets])
+
+
+N = TypeVar("N", int, float)
+
+
+def _patterns(method: _LoRA, field: str) -> Mapping[str, Any]:
+    return getattr(method, field, None) or {}
+
+
+def _matched(patterns: Mapping[str, N], layer: str, usual: N) -> N:
+    key = _key(tuple(patterns), layer)
+    return usual if key is None else patterns[key]
+
+
+@lru_cache(maxsize=8192)
+def _key(patterns: tuple[str, ...], layer: str) -> str | None:
+    return pattern_key(patterns, layer)
+
+
+def start(
+    method: _LoRA,
+    shape: ModelShape,
+    tensors: Tensors,
+    trained: tuple[str, ...],
+    moments: Tensors | None = None,
+    step: int = 0,
+    *,
+    rank: int | None = None,
+    penalty: Callable[[Tensors], Tensor] | None = None,
+) -> Start:
+    """A client's start with the method's scales and dropout; rank: the client's (None: the largest)."""
+    own = bool(_patterns(method, "rank_pattern") or _patterns(method, "alpha_pattern"))
+    return Start(
+        tensors,
+        trained,
+        method.alpha / divisor(method, method.rank if rank is None else rank),
+        {} if moments is None else moments,
+        step,
+        penalty=penalty,
+        scales={layer.name: layer_scale(method, layer.name, rank) for layer in shape.targets} if own else {},
+        dropout=getattr(method, "dropout", 0.0),
+    )
+
+
+class _Ranks(_LoRA, Protocol):
     """A method with a largest rank and, where client_ranks is set, a rank for each client."""
 
-    @property
-    def rank(self) -> int: ...
     @property
     def client_ranks(self) -> tuple[int, ...] | None: ...
 
 
 def check_rank(method: _LoRA, shape: ModelShape) -> None:
-    """UserError where the rank exceeds a target matrix."""
+    """UserError where a rank exceeds its target matrix, and for a pattern that no target matches."""
     check_fits(method.rank, shape)
+    names = [layer.name for layer in shape.targets]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key, value in _patterns(method, field).items():
+            _check_pattern(f"method.{field}", key, value, names)
+    for layer in shape.targets:
+        rank, most = layer_rank(method, layer.name), min(layer.m, layer.n)
+        if rank > most:
+            whose = pattern_key(_patterns(method, "rank_pattern"), layer.name)
+            allowed = f"ranks of 1 to {most} for {layer.name}, which is {layer.m} x {layer.n}"
+            raise UserError(f"method.rank_pattern.{whose}", rank, allowed, "lower it")
+
+
+def _check_pattern(field: str, key: str, value: float, names: Sequence[str]) -> None:
+    try:
+        found = any(pattern_key([key], name) for name in names)
+    except re.error as error:
+        raise UserError(field, key, f"regular expressions over layers' names: {error}", "mend it") from None
+    if not found:
+        shown = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+        allowed = f"patterns that match the end of a target's name, from its beginning or after a dot: {shown}"
+        raise UserError(field, key, allowed, "mend it or remove it")
 
 
 def check_ranks(method: _Ranks, shape: ModelShape) -> None:
-    """UserError where `rank` exceeds a target matrix, or a client's rank exceeds `rank`."""
-    check_fits(method.rank, shape)
+    """UserError as `check_rank`, and where a client's rank exceeds `rank`."""
+    check_rank(method, shape)
     if max(method.client_ranks or (1,)) > method.rank:
         allowed = f"ranks from 1 to method.rank={method.rank}"
         raise UserError("method.client_ranks", method.client_ranks, allowed, "raise method.rank or lower them")
@@ -94,12 +229,14 @@ def rank_of(method: _Ranks, client: int) -> int:
     return method.client_ranks[client % len(method.client_ranks)] if method.client_ranks else method.rank
 
 
-def cut(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
-    """The first `rank` components of every target's two factors: left (m, rank), right (rank, n), views."""
+def cut(method: _LoRA, tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
+    """The first components of every target's two factors, as many as a client of rank `rank` has there: left (m, r),
+    right (r, n), views."""
     factors = {}
     for layer in shape.targets:
-        factors[f"{layer.name}/left"] = tensors[f"{layer.name}/left"][:, :rank]
-        factors[f"{layer.name}/right"] = tensors[f"{layer.name}/right"][:rank]
+        own = layer_rank(method, layer.name, rank)
+        factors[f"{layer.name}/left"] = tensors[f"{layer.name}/left"][:, :own]
+        factors[f"{layer.name}/right"] = tensors[f"{layer.name}/right"][:own]
     return factors
 
 
@@ -107,16 +244,19 @@ def init_factors(method: _LoRA, weights: Tensors, shape: ModelShape, seed: int) 
     """LoRA before round 0: left (B) zero, right (A) drawn, and the head."""
     tensors = head(shape, weights)
     for layer in shape.targets:
-        tensors[f"{layer.name}/left"] = torch.zeros(layer.m, method.rank)
-        tensors[f"{layer.name}/right"] = lora_right(layer, method.rank, seed)
+        rank = layer_rank(method, layer.name)
+        tensors[f"{layer.name}/left"] = torch.zeros(layer.m, rank)
+        tensors[f"{layer.name}/right"] = lora_right(layer, rank, seed)
     return ServerState(0, tensors)
 
 
 def lora_model(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[str, Change]:
     """The global model of a method whose server holds one left and one right factor per target."""
-    tensors, scale = server.tensors, method.alpha / method.rank
-    blocks = {t.name: Block(tensors[f"{t.name}/left"], tensors[f"{t.name}/right"], scale) for t in shape.targets}
-    return {name: Change(blocks=(block,)) for name, block in blocks.items()}
+    changes = {}
+    for layer in shape.targets:
+        left, right = (server.tensors[f"{layer.name}/{role}"] for role in ("left", "right"))
+        changes[layer.name] = Change(blocks=(Block(left, right, layer_scale(method, layer.name)),))
+    return changes
 
 
 class _BothFactors(_LoRA, Protocol):
@@ -132,7 +272,7 @@ def start_client(
     """Both factors and the head, all trained, from the broadcast; Adam's moments by `optimizer_state`."""
     names = tensor_names(shape, "left", "right")
     moments, step = moments_to_start(method.optimizer_state, broadcast, state)
-    return Start({name: broadcast.tensors[name] for name in names}, names, method.alpha / method.rank, moments, step)
+    return start(method, shape, {name: broadcast.tensors[name] for name in names}, names, moments, step)
 
 
 def upload(method: _BothFactors, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
@@ -151,10 +291,10 @@ def change_norm(tensors: Tensors, shape: ModelShape) -> float:
     return math.sqrt(max(0.0, square))
 
 
-def padded_factors(tensors: Tensors, shape: ModelShape, rank: int) -> dict[str, Tensor]:
-    """Every target's factors with zeros appended up to `rank`."""
+def padded_factors(method: _LoRA, tensors: Tensors, shape: ModelShape) -> dict[str, Tensor]:
+    """Every target's factors with zeros appended up to the largest rank there."""
     factors: dict[str, Tensor] = {}
     for layer in shape.targets:
-        left, right = f"{layer.name}/left", f"{layer.name}/right"
+        rank, left, right = layer_rank(method, layer.name), f"{layer.name}/left", f"{layer.name}/right"
         factors |= {left: padded(tensors[left], (layer.m, rank)), right: padded(tensors[right], (rank, layer.n))}
     return factors

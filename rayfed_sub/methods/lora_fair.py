@@ -44,6 +44,10 @@ class LoRAFAIR:
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
     penalty: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="Weight of |dB|^2 in the server's objective.")
     ] = 0.01

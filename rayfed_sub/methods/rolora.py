@@ -40,6 +40,10 @@ class RoLoRA:
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
+    dropout: lora.Dropout = 0.0
+    use_rslora: lora.UseRslora = False
+    rank_pattern: lora.RankPattern = None
+    alpha_pattern: lora.AlphaPattern = None
 
     check = lora.check_rank
     init_server = lora.init_factors
@@ -52,7 +56,7 @@ class RoLoRA:
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "left", "right")}
-        return Start(tensors, averaging.tensor_names(shape, _role(broadcast.round)), self.alpha / self.rank)
+        return lora.start(self, shape, tensors, averaging.tensor_names(shape, _role(broadcast.round)))
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in result.trained}

@@ -30,6 +30,7 @@ from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
 from rayfed_sub.models.own_architecture import OwnWeights, own_architecture, own_processor
+from rayfed_sub.models.start import StartFrom, fitted
 from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer
 from rayfed_sub.planning.call import NOTHING, Given, code_digests
 from rayfed_sub.planning.first_step import check_first_step
@@ -45,7 +46,7 @@ _OF_CLASSES, _OF_TOKENS = ("accuracy", "macro_f1"), ("token_accuracy", "perplexi
 class Job:
     """A checked run.  config is resolved: every default filled in, rounds counted.  noise: under privacy, as set or as
     found for privacy.epsilon, which stays in config as it was asked for.  weights: of a model that the caller handed
-    over; code: digests of the caller's own code, by its name in the call."""
+    over; code: digests of the caller's own code, by its name in the call; start: of model.start_from."""
 
     config: Config
     method: Method
@@ -55,6 +56,7 @@ class Job:
     noise: float | None = None
     weights: OwnWeights | None = None
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    start: StartFrom | None = None
 
     @property
     def any_pack(self) -> bool:
@@ -64,19 +66,21 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class JobInputs:
-    """Inputs of a job: the model without its weights, and the task's rows; weights: as in `Job`."""
+    """Inputs of a job: the model without its weights, and the task's rows; weights, start: as in `Job`."""
 
     architecture: Architecture
     processor: Processor
     dataset: Dataset
     weights: OwnWeights | None = None
+    start: StartFrom | None = None
 
 
-def prepare(config: Config, given: Given = NOTHING) -> Job:
-    """The job of a configuration, in which `named` has put what the call hands over.  Raises UserError, before any
-    training, for settings that do not fit."""
+def prepare(config: Config, given: Given = NOTHING, start: StartFrom | None = None) -> Job:
+    """The job of a configuration, in which `named` has put what the call hands over; start: what model.start_from
+    names, as `storage/earlier_runs.py` reads it.  Raises UserError, before any training, for settings that do not
+    fit."""
     check_settings(config, given)  # before the rows are read
-    job = job_on(load_inputs(config, given), config, given)
+    job = job_on(load_inputs(config, given, start), config, given)
     if job.weights is not None and job.architecture.module is not None:
         check_first_step(job.config, job.architecture, job.weights.tensors, job.dataset, job.processor.pad)
     return replace(job, code=code_digests(given))
@@ -115,8 +119,9 @@ def with_hook(config: Config, method: Method, hook: LocalHook | None) -> Method:
     return hooked(reported(method), hook, federation.clients)
 
 
-def load_inputs(config: Config, given: Given = NOTHING) -> JobInputs:
-    """Reads task and model.  Raises UserError where they cannot be read or do not fit each other."""
+def load_inputs(config: Config, given: Given = NOTHING, start: StartFrom | None = None) -> JobInputs:
+    """Reads task and model.  Raises UserError where they cannot be read or do not fit each other, nor the start."""
+    assert (start is None) == (config.model.start_from is None)
     own = given.model
     read = partial(load_dataset, config.task, config.federation)
     how: dict[str, Any] = {"seed": config.seed, "judged": config.evaluation.split, "given": given.rows}
@@ -129,7 +134,9 @@ def load_inputs(config: Config, given: Given = NOTHING) -> JobInputs:
     dataset = read(processor, **how)
     known = (kind, dataset.class_names, processor.vocabulary, processor.pad)
     if own is None:
-        return JobInputs(architecture(config.model, *known), processor, dataset)
+        shape = architecture(config.model, *known)
+        start = None if start is None else fitted(start, shape, dataset.class_names)
+        return JobInputs(shape, processor, dataset, start=start)
     shape, weights = own_architecture(own, config.model, *known)
     if shape.module is not None and (rows := config.evaluation.generate_rows):
         allowed = "0 with a module of the caller's own, which cannot generate"
@@ -149,7 +156,8 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     parts = {**classes, "federation": federation, "evaluation": evaluation}
     resolved = config.model_copy(update={**parts, "resources": _packs(config, base.architecture)})
     noise = noise_of(resolved)
-    return Job(resolved, method, base.architecture, base.processor, base.dataset, noise, base.weights)
+    inputs = (base.architecture, base.processor, base.dataset)
+    return Job(resolved, method, *inputs, noise, base.weights, start=base.start)
 
 
 def _packs(config: Config, architecture: Architecture) -> Resources:

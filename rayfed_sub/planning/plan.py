@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from rayfed_sub.config.schema import Config
+from rayfed_sub.core.text import megabytes
 from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, free_memory, machine_named
@@ -104,7 +104,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         fits=tuple(fits(wide, one, four, machine)),
         methods=tuple(by_method(parts)),
         ranks=tuple(by_rank(parts, needed.widest)),
-        notes=tuple(_notes(parts.config, found)),
+        notes=tuple(_notes(parts, found)),
         privacy=account(parts.config, parts.noise, parts.config.federation.rounds or 0),
     )
 
@@ -136,8 +136,12 @@ def _span(sizes: Iterable[int]) -> tuple[int, int]:
     return (min(found, default=0), max(found, default=0))
 
 
-def _notes(config: Config, found: Traffic) -> Iterable[str]:
+def _notes(parts: Parts, found: Traffic) -> Iterable[str]:
     """Notes beside the figures."""
+    config = parts.config
+    if (start := parts.start) is not None:
+        size = megabytes(start.wire_bytes)
+        yield f"Training begins from {start.place}, {start.what}: {size} to every client before its first round."
     if config.resources.pack_size == "auto":
         yield (
             f"Memory is that of packs of {config.resources.first_pack}, with which the run begins; they grow where "
@@ -200,4 +204,5 @@ def job_parts(job: Job) -> Parts:
     config = job.config
     cohorts = [cohort(config, n) for n in range(config.federation.rounds or 0)]
     steps = partial(local_steps, config)
-    return Parts(config, job.method, job.architecture, job.dataset, cohorts, steps, job.noise)
+    start = None if job.start is None else job.start.info
+    return Parts(config, job.method, job.architecture, job.dataset, cohorts, steps, job.noise, start)

@@ -29,13 +29,14 @@ from rayfed_sub.core.types import (
     wire_bytes,
 )
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.methods import METHODS, build, shared_fields
+from rayfed_sub.methods import METHODS, build, lora, shared_fields
 from rayfed_sub.methods.downloads import downloaded, first_counted
 from rayfed_sub.methods.hooked import unhooked, with_hook_of
 from rayfed_sub.methods.own_failures import named
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, mixes
 from rayfed_sub.models.architecture import Architecture
+from rayfed_sub.models.start import StartInfo
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.blocks import Closed
 
@@ -83,15 +84,17 @@ def traffic(
     config: Config,
     cohorts: Sequence[Sequence[int]],
     steps: Callable[[int], int],
+    start: int = 0,
 ) -> Traffic:
-    """The bytes of the rounds whose clients are `cohorts`; steps: a client's local steps."""
-    kinds = _alike(shape.targets)
+    """The bytes of the rounds whose clients are `cohorts`; steps: a client's local steps; start: bytes of
+    model.start_from."""
+    kinds = _alike(shape.targets, method)
     firsts = [layers[0] for layers in kinds]
-    one = _walk(method, ModelShape(tuple(firsts), shape.head), config, cohorts, steps)
+    one = _walk(method, ModelShape(tuple(firsts), shape.head), config, cohorts, steps, start)
     figures = Counter(one)
     for layers in kinds:
         if len(layers) > 1:
-            two = _walk(method, ModelShape((*firsts, layers[1]), shape.head), config, cohorts, steps)
+            two = _walk(method, ModelShape((*firsts, layers[1]), shape.head), config, cohorts, steps, start)
             for key, size in one.items():
                 figures[key] += (len(layers) - 1) * (two[key] - size)
     return Traffic(
@@ -111,7 +114,7 @@ _CLIENT = ("up", "down", "down_counted", "state", "resident", "held")
 
 def first_start(method: Method, shape: ModelShape, config: Config, client: int) -> Start:
     """Start of a client's first round, for all targets, on the `meta` device, from the small model's."""
-    kinds = {layers[0].name: layers for layers in _alike(shape.targets)}
+    kinds = {layers[0].name: layers for layers in _alike(shape.targets, method)}
     small = ModelShape(tuple(layers[0] for layers in kinds.values()), shape.head)
     server = method.init_server(_weights(small), small, config.seed)
     start = method.start_client(method.broadcast(server), None, Client(client, config.seed), small)
@@ -128,11 +131,13 @@ def first_start(method: Method, shape: ModelShape, config: Config, client: int) 
     return replace(start, tensors=tensors, trained=trained, moments={}, memory=memory)
 
 
-def _alike(targets: Iterable[Layer]) -> list[list[Layer]]:
-    """The targets of each shape, in the order of their first ones."""
-    kinds: dict[tuple[int, int, bool], list[Layer]] = defaultdict(list)
+def _alike(targets: Iterable[Layer], method: Method) -> list[list[Layer]]:
+    """The targets of each shape, and of each rank that the method's pattern gives, in the order of their first ones."""
+    own: Any = unhooked(method)
+    kinds: dict[tuple[int, int, bool, int], list[Layer]] = defaultdict(list)
     for layer in targets:
-        kinds[layer.m, layer.n, layer.bias].append(layer)
+        rank = lora.layer_rank(own, layer.name) if getattr(own, "rank_pattern", None) else 0
+        kinds[layer.m, layer.n, layer.bias, rank].append(layer)
     return list(kinds.values())
 
 
@@ -142,6 +147,7 @@ def _walk(
     config: Config,
     cohorts: Sequence[Sequence[int]],
     steps: Callable[[int], int],
+    begun: int,
 ) -> _Figures:
     """All figures of the small model by name."""
     rule, mixed = config.server, mixes(config.server, config.privacy)
@@ -159,7 +165,7 @@ def _walk(
         for k in cohort:
             who, state = Client(k, config.seed), states.get(k)
             since = -1 if state is None else state.round - 1
-            down = downloaded(method, server, shape, who, since, learned=learned, mixed=mixed)
+            down = downloaded(method, server, shape, who, since, learned=learned, mixed=mixed, start=begun)
             start = method.start_client(broadcast, state, who, shape)
             result = _result(start, k, steps(k), shape, config)
             update = method.upload(broadcast, result, 1.0, shape)
@@ -173,7 +179,7 @@ def _walk(
             figures = (
                 update.wire_bytes,
                 down,
-                first_counted(method, server, since, down),
+                first_counted(method, server, since, down, begun),
                 wire_bytes(kept),
                 _resident(start, config),
                 held,
@@ -356,7 +362,7 @@ FEW = 64
 @dataclass(frozen=True, eq=False)
 class Parts:
     """config: resolved.  cohorts: the clients of every round; steps: how many local steps a client takes in a round;
-    noise: under privacy."""
+    noise: under privacy; start: what model.start_from names."""
 
     config: Config
     method: Method
@@ -365,6 +371,7 @@ class Parts:
     cohorts: Sequence[Sequence[int]]
     steps: Callable[[int], int]
     noise: float | None = None
+    start: StartInfo | None = None
 
     @property
     def name(self) -> str:
@@ -382,4 +389,5 @@ class Parts:
 
     def traffic(self) -> Traffic:
         """The bytes of all its rounds."""
-        return traffic(self.method, self.architecture.shape, self.config, self.cohorts, self.steps)
+        start = 0 if self.start is None else self.start.wire_bytes
+        return traffic(self.method, self.architecture.shape, self.config, self.cohorts, self.steps, start)

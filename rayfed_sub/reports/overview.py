@@ -8,7 +8,16 @@ from typing import Any, cast
 
 from rayfed_sub.config.loading import flat
 from rayfed_sub.config.schema import GIVEN, Config
-from rayfed_sub.core.text import UNREAD, best_in_words, count, duration, megabytes, published_name, score
+from rayfed_sub.core.text import (
+    UNREAD,
+    best_in_words,
+    count,
+    duration,
+    megabytes,
+    published_name,
+    score,
+    start_in_words,
+)
 from rayfed_sub.data.dataset import changed_images, too_long
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.reports.curves import AGAINST_BYTES, all_scores, change, overall, shown_scores
@@ -54,6 +63,7 @@ def _facts(run: Run) -> dict[str, str]:
     found |= {
         "method": _method(run),
         "model": f"{_CALL if config.model.path == GIVEN else config.model.path}, {config.model.dtype}",
+        **({"begins from": start_in_words(start)} if (start := run.summary.get("start_from")) else {}),
         "task": _CALL if config.task.name == GIVEN else config.task.name,
         **_rows(run),
         "clients": f"{federation.clients:,}{cohort}",

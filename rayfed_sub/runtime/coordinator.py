@@ -35,6 +35,7 @@ from rayfed_sub.methods.hooked import unhooked
 from rayfed_sub.methods.own_failures import named
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import Noise, advance, mixes
+from rayfed_sub.models.start import StartInfo
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.planning import packs, sampling
 from rayfed_sub.privacy import mechanism
@@ -84,11 +85,12 @@ class Coordinator:
         shared: Shared,
         folder: Path,
         noise: float | None,
+        start: StartInfo | None = None,
     ) -> None:
         self._memory = PeakMemory()
         self._claim: IO[bytes] | None = None
         self._config, self._method, self._shape, self._transposed = config, method, shape, transposed
-        self._folder, self._noise, self._any_pack = folder, noise, any_pack
+        self._folder, self._noise, self._any_pack, self._start = folder, noise, any_pack, start
         self._workers = workers_of(config.resources, shared)
         self._dataset: Dataset = object_store.get(shared.dataset)
         arrays: Packed = object_store.get(shared.backbone)
@@ -250,8 +252,9 @@ class Coordinator:
         return f"{checksum({name: array for name, array in self._backbone_arrays.items() if array[1].ndim > 1}):016x}"
 
     def weights_sha256(self) -> str:
-        """SHA-256 of everything learned: effective target weights, server tensors, states of personal clients."""
-        digest = hashlib.sha256()
+        """SHA-256 of everything learned: effective target weights, server tensors, states of personal clients, and what
+        the run began from, which may have changed other layers."""
+        digest = hashlib.sha256(b"" if self._start is None else self._start.digest.encode())
         current = self._store.current
         for name, weight in self._effective(current.server):
             digest.update(name.encode() + weight.contiguous().numpy().tobytes())
@@ -340,12 +343,12 @@ class Coordinator:
         """Wire bytes to every client of the cohort; they depend on the round in which it last took part."""
         states, server = self._store.current.states, self._store.current.server
         mixed = mixes(self._config.server, self._config.privacy)
-        down = {}
+        begun, down = 0 if self._start is None else self._start.wire_bytes, {}
         for client in cohort:
             who = Client(client, self._config.seed)
             since = states.get(client, 0) - 1  # a state is for the round after the one that made it
             down[client] = downloaded(
-                self._method, server, self._shape, who, since, learned=self._learned(), mixed=mixed
+                self._method, server, self._shape, who, since, learned=self._learned(), mixed=mixed, start=begun
             )
         return down
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.types import Broadcast, Tensors
+from rayfed_sub.models.start import merged
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.fit import PACKS
 from rayfed_sub.planning.job import Job
@@ -53,7 +54,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     """
     config = job.config
     cohort, workers = config.federation.cohort, config.resources.trainers
-    backbone = load_weights(config.model, job.architecture, config.seed)
+    backbone = merged(load_weights(config.model, job.architecture, config.seed), job.start, job.architecture)
     broadcast = _broadcast(job, backbone)
     spec = Spec(config, job.method, job.architecture, job.processor)
     worker = Worker(spec, packed(backbone), job.dataset, config.resources.gpus_per_worker)

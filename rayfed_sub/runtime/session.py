@@ -28,6 +28,7 @@ from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import adopted, strangers
 from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.own_architecture import without_data
+from rayfed_sub.models.start import merged
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.call import NOTHING, Given, named
@@ -41,6 +42,7 @@ from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.worker import Spec
 from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import KeptModel, keep
 from rayfed_sub.storage.remote import Place, open_place
 from rayfed_sub.storage.run_folder import (
@@ -49,6 +51,7 @@ from rayfed_sub.storage.run_folder import (
     check_data,
     check_free,
     check_given,
+    check_start,
     create,
     new,
     reopen,
@@ -144,7 +147,7 @@ def _run(
     with joined(address) if config.resources.workers else nullcontext():
         check_resources(config, nodes())
         notify(Stage("reading task and model"))
-        job = prepare(config, given)
+        job = prepare(config, given, read_start(config))
         give_back()  # what texts and tokenizers took
         same = job.any_pack
         if job.config.resources.workers:
@@ -153,6 +156,7 @@ def _run(
             summary = summary_of(old.path, job.config, same)
             check_data(old.path, job.dataset.fingerprint)
             check_code(old.path, job.code)
+            check_start(old.path, job.start)
             if summary is not None:
                 notify(Notice(f"{old.display_name()} is finished already"))
                 finish(old, notify)
@@ -289,10 +293,11 @@ def spec_of(job: Job) -> Spec:
 
 
 def load_backbone(job: Job) -> Packed:
-    """The model's weights as arrays for the object store."""
+    """The weights with which the run begins, as arrays for the object store."""
     if job.weights is not None:
         return packed(job.weights.tensors)
-    return packed(load_weights(job.config.model, job.architecture, job.config.seed))
+    weights = load_weights(job.config.model, job.architecture, job.config.seed)
+    return packed(merged(weights, job.start, job.architecture))
 
 
 def _with_restarts(
@@ -415,7 +420,8 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         scores, answers = ask("evaluated")
         about: dict[str, Any] = {"rows": rows, "data": data, "backbone": backbone}
         code, classes = dict(job.code), list(job.dataset.class_names)
-        beginning = Beginning(scores, **now, **about, code=code, classes=classes)
+        start = None if job.start is None else job.start.info.digest
+        beginning = Beginning(scores, **now, **about, code=code, classes=classes, start=start)
         folder.begin(beginning, answers)
         return beginning
     if before is not None and before.backbone != backbone:
@@ -456,7 +462,7 @@ def _summary(
     best: dict[str, Any] | None,
 ) -> Summary:
     rows, config = folder.rounds.to_pylist(), job.config
-    before = overall(first.scores)
+    before, start = overall(first.scores), None if job.start is None else job.start.info
     clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
     return Summary(
         name=config.name,
@@ -466,7 +472,8 @@ def _summary(
         uplink_bytes=sum(row["uplink_bytes"] for row in rows),
         downlink_bytes=sum(row["downlink_bytes"] for row in rows),
         dense_bytes=sum(clients) * targets,
-        dense_downlink_bytes=dense_downloads(clients, failed, targets, private=config.privacy.clip is not None),
+        dense_downlink_bytes=dense_downloads(clients, failed, targets, private=config.privacy.clip is not None)
+        + (0 if start is None else start.wire_bytes * folder.clients()),
         change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,
         train_seconds=sum(row["train_seconds"] for row in rows),
@@ -484,5 +491,6 @@ def _summary(
         stopped=stopped,
         best=best,
         one_at_a_time=job.architecture.module is not None,
+        start_from=None if start is None else asdict(start),
         folder=folder.place.display_name(),
     )

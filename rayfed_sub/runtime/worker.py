@@ -136,6 +136,7 @@ class Worker:
                 client,
                 method.start_client(received, state, Client(client, self._spec.config.seed), shape),
                 self._batches(client, state.cursor if state else 0, steps),
+                state.cursor if state else 0,
             )
             for client, state, steps in zip(clients, before, work.steps, strict=True)
         ]

@@ -30,6 +30,8 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.methods import with_defaults
+from rayfed_sub.models.start import StartFrom
 from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.longer_runs import ROUNDS, check_longer, is_longer, lengthened
 from rayfed_sub.storage.remote import Place
@@ -132,6 +134,10 @@ class RunFolder:
         """The answers of the initial model, then those of the trained one; none where nothing is answered."""
         return [AnswerRow(**row) for row in self._answers.to_pylist()]
 
+    def clients(self) -> int:
+        """Clients that took part in any round."""
+        return len(set(self._others["clients"]["client"].to_pylist()))
+
     def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
         """Diagnostics of the newest diagnosed rounds, at most so many, in order."""
         newest = sorted(set(self._others["layers"]["round"].to_pylist()))[-most:]
@@ -215,7 +221,8 @@ def _check_config(path: Path, config: Config, any_pack: bool) -> Config:
         free = (*free, PACKING[0])
     if is_longer(config, old):
         free = (*free, ROUNDS)
-    check_same(old.model_dump(mode="json"), config.model_dump(mode="json"), free, f"the run in {path}")
+    then, now = (one.model_copy(update={"method": with_defaults(one.method)}) for one in (old, config))
+    check_same(then.model_dump(mode="json"), now.model_dump(mode="json"), free, f"the run in {path}")
     if is_longer(config, old):
         stops = (decided for decided in _decisions(path).values() if decided.stop is not None)
         check_longer(path, old, config, next(stops, None))
@@ -226,6 +233,12 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[st
     """UserError naming the first key whose value differs, except for the free ones; where: the run or sweep that began
     with `old`, for the message."""
     before, now = flat(old), flat(new)
+    for field in ("method.rank_pattern", "method.alpha_pattern"):  # the first pattern that matches counts
+        then, asked = ([key for key in keys if key.startswith(f"{field}.")] for keys in (before, now))
+        if then != asked and sorted(then) == sorted(asked):
+            patterns = [key.removeprefix(f"{field}.") for key in then]
+            allowed = f"the order of patterns with which {where} began: {', '.join(patterns)}"
+            raise UserError(field, asked[0].removeprefix(f"{field}."), allowed, "put them in that order")
     for key in [*before, *(key for key in now if key not in before)]:
         if key not in free and before.get(key) != now.get(key):
             allowed = f"{before.get(key)!r}, with which {where} began"
@@ -285,6 +298,21 @@ def check_code(path: Path, now: Mapping[str, str]) -> None:
             allowed = f"the {name} with which the run in {path} began; now there is other code, or other settings"
             advice = "give that to run(..., resume=True) in Python, or begin anew in another folder"
             raise UserError(name, "another one" if name in now else None, allowed, advice)
+
+
+def check_start(path: Path, now: StartFrom | None) -> None:
+    """UserError where the run in the folder began from another adapter or run of the same name.  Passes for a run whose
+    initial model was not evaluated yet."""
+    if now is not None and (known := start_digest(path)) is not None and known != now.info.digest:
+        allowed = f"the one from which the run in {path} began; its tensors are others now"
+        raise UserError("model.start_from", now.place, allowed, "restore it, or begin anew in another folder")
+
+
+def start_digest(path: Path) -> str | None:
+    """Digest of what the run in the folder began from; None where it is not known, or nothing."""
+    first = _started(_entries(path))
+    digest: str | None = None if first is None else first.get("start")
+    return digest
 
 
 def class_names(path: Path) -> tuple[str, ...]:

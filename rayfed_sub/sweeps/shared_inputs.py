@@ -15,12 +15,13 @@ from rayfed_sub.planning.job import Job, JobInputs, job_on, kind_of, load_inputs
 from rayfed_sub.runtime.cluster import put_rows
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.session import load_backbone, spec_of
+from rayfed_sub.storage.earlier_runs import read_start
 
 
 @dataclass(frozen=True)
 class InputRefs:
     """References to a job's inputs in the object store, owned by the sweep's process.  model: (architecture,
-    processor)."""
+    processor, start)."""
 
     model: Any
     dataset: Any
@@ -37,11 +38,11 @@ class SharedInputs:
         """The trial's job and the handles for its workers; inputs that are not shared are loaded for it alone."""
         refs = self.inputs.get(input_key(config))
         if refs is None:
-            job = job_on(load_inputs(config), config)
+            job = job_on(load_inputs(config, start=read_start(config)), config)
             dataset = put_rows(job.dataset)
         else:
-            architecture, processor = ray.get(refs.model)
-            job = job_on(JobInputs(architecture, processor, ray.get(refs.dataset)), config)
+            architecture, processor, start = ray.get(refs.model)
+            job = job_on(JobInputs(architecture, processor, ray.get(refs.dataset), start=start), config)
             dataset = refs.dataset
         weights = self.weights.get(weights_key(config))
         return job, Shared(ray.put(spec_of(job)), ray.put(load_backbone(job)) if weights is None else weights, dataset)
@@ -53,7 +54,7 @@ def all_inputs(configs: Iterable[Config]) -> dict[str, tuple[Config, JobInputs]]
     for config in configs:
         key = input_key(config)
         if key not in found:
-            found[key] = (config, load_inputs(config))
+            found[key] = (config, load_inputs(config, start=read_start(config)))
     return found
 
 
@@ -61,7 +62,7 @@ def shared(found: Mapping[str, tuple[Config, JobInputs]]) -> SharedInputs:
     """Puts the inputs and their weights into the object store of the current Ray session."""
     inputs, weights = {}, {}
     for key, (config, base) in found.items():
-        inputs[key] = InputRefs(ray.put((base.architecture, base.processor)), put_rows(base.dataset))
+        inputs[key] = InputRefs(ray.put((base.architecture, base.processor, base.start)), put_rows(base.dataset))
         if (weight_key := weights_key(config)) not in weights:
             weights[weight_key] = ray.put(load_backbone(job_on(base, config)))
     return SharedInputs(inputs, weights)

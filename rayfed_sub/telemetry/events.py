@@ -28,7 +28,8 @@ class Notice:
 class Beginning:
     """Start of a run, for resuming: the initial model's scores, and the conditions besides the configuration that
     determine the bits.  rows: the task's `RowCounts`; data: its `Fingerprint`; backbone: checksum of the frozen weights
-    in hex; code: digests of the caller's own code, by its name in the call of `run`; classes: names of the classes."""
+    in hex; code: digests of the caller's own code, by its name in the call of `run`; classes: names of the classes;
+    start: digest of what model.start_from names."""
 
     scores: tuple[Score, ...]
     versions: dict[str, str]
@@ -38,6 +39,7 @@ class Beginning:
     backbone: str = ""
     code: dict[str, str] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Summary:
     the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version); stopped:
     why the run ended before its last round; best: `round`, finished ones, and `value` of early_stopping's `metric`
     (None: no best checkpoint is kept); one_at_a_time: the model is a module of the caller's own, whose clients train in
-    packs of one."""
+    packs of one; start_from: the `StartInfo` of what model.start_from names."""
 
     name: str
     method: str
@@ -162,4 +164,5 @@ class Summary:
     stopped: str | None = None
     best: dict[str, Any] | None = None
     one_at_a_time: bool = False
+    start_from: dict[str, Any] | None = None
     folder: str = field(default="", compare=False)

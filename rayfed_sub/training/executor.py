@@ -23,6 +23,7 @@ from rayfed_sub.data.batching import Batch, Batches
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.client_errors import drawn
+from rayfed_sub.training.dropout import Dropout, dropouts
 from rayfed_sub.training.galore import Refresh, renew
 from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Terms, bound, runs
 from rayfed_sub.training.losses import client_losses
@@ -36,11 +37,13 @@ GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
 
 @dataclass(frozen=True)
 class ClientWork:
-    """A client's local training: its start, and a batch for each of its optimiser steps."""
+    """A client's local training: its start, and a batch for each of its optimiser steps; taken: local steps of its life
+    before these."""
 
     client: int
     start: Start
     batches: Batches
+    taken: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ class PackResult:
 @dataclass
 class _Step:
     """A stack's part in a step: trained leaves, scales, and the refresh if any client's own step count asks for one;
-    captures: by layer; gradients: summed over the passes."""
+    own_scales: of layers that have their own; captures: by layer; gradients: summed over the passes."""
 
     leaves: dict[str, Tensor]
     scale_G: Tensor
+    own_scales: dict[str, Tensor]
     base_scale_G: Tensor | None
     refresh: Refresh | None
     captures: dict[str, Captures]
@@ -89,14 +93,14 @@ def train_pack(
     """Trains every client from its start, one optimiser step for each of its batches.
 
     model: the frozen model with `layers` installed; layers' weights are the round's base weights.  Ranks, scales, step
-    counts and numbers of steps may differ between clients; `trained`, `decays_base`, the kind of
+    counts and numbers of steps may differ between clients; `trained`, `decays_base`, `dropout`, the kind of
     subspace and whether there is a hook may not.
     gradient_hooks: backward hooks of a layer in the first local step, given its name and a stack's clients.
     A client whose batch cannot be drawn, or whose loss, gradient or result is not finite, leaves the pack, the others
     unharmed, and comes back with `failure` set; what it holds besides that and its metrics means nothing.
     """
     device = next(iter(layers.values())).weight.device
-    trainees = [trainee_of(work.client, work.start, work.batches, device) for work in works]
+    trainees = [trainee_of(work.client, work.start, work.batches, device, work.taken) for work in works]
     stacks = stacks_of(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
     results: dict[int, LocalResult] = {}
     tokens = computed = 0
@@ -141,8 +145,11 @@ def _step(
     steps = [_begun(stack, shape, rule.seed, len(turns), gradient_hooks) for stack in stacks]
     count_G = torch.stack([one.counts() for one in turns]).sum(0)
     loss_G = torch.zeros(len(count_G), device=count_G.device)
+    trainees = [trainee for stack in stacks for trainee in stack.trainees]
+    clients, rate = [(one.client, one.taken + len(one.losses)) for one in trainees], trainees[0].start.dropout
     for turn in turns:
-        with bound(layers, _terms(shape, stacks, steps, turn)):
+        dropped = dropouts(shape, turn.where, clients, rule.seed, rate)
+        with bound(layers, _terms(shape, stacks, steps, turn, dropped)):
             losses = client_losses(model, turn, count_G)
             _differentiate(losses.sum(), steps)
         loss_G += losses.detach()
@@ -151,7 +158,6 @@ def _step(
     for step in steps:
         for capture in step.captures.values():
             capture.finish()
-    trainees = [trainee for stack in stacks for trainee in stack.trainees]
     for trainee, loss, count in zip(trainees, loss_G.tolist(), count_G.tolist(), strict=True):
         trainee.tokens += count
         trainee.losses.append(loss)
@@ -165,6 +171,10 @@ def _step(
 def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hooks: GradientHooks | None) -> _Step:
     device = next(iter(stack.tensors.values())).device
     scale_G = torch.tensor([trainee.start.scale for trainee in stack.trainees], device=device)
+    own_scales = {
+        name: torch.tensor([trainee.start.scale_of(name) for trainee in stack.trainees], device=device)
+        for name in stack.trainees[0].start.scales
+    }
     base_scales = [trainee.base_scale for trainee in stack.trainees]
     base_scale_G = torch.tensor(base_scales, device=device) if any(c != 1.0 for c in base_scales) else None
     leaves = {name: stack.tensors[name].detach().requires_grad_() for name in stack.trainees[0].start.trained}
@@ -175,11 +185,13 @@ def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hook
         hooks += [] if gradient_hooks is None else gradient_hooks(layer.name, clients)
         if hooks:
             captures[layer.name] = Captures(hooks, turns)
-    return _Step(leaves, scale_G, base_scale_G, refresh, captures)
+    return _Step(leaves, scale_G, own_scales, base_scale_G, refresh, captures)
 
 
-def _terms(shape: ModelShape, stacks: Sequence[Stack], steps: Sequence[_Step], turn: AnyPass) -> dict[str, Bound]:
-    """What every layer adds for its clients in one pass."""
+def _terms(
+    shape: ModelShape, stacks: Sequence[Stack], steps: Sequence[_Step], turn: AnyPass, dropped: Mapping[str, Dropout]
+) -> dict[str, Bound]:
+    """What every layer adds for its clients in one pass; dropped: by layer."""
     begins, first = [], 0  # each stack's clients and first row in the pass
     for stack in stacks:
         begins.append((slice(first, first + len(stack.trainees)), sum(turn.parts[:first])))
@@ -197,7 +209,7 @@ def _terms(shape: ModelShape, stacks: Sequence[Stack], steps: Sequence[_Step], t
                     left_Gmr=tensors.get(f"{layer.name}/left"),
                     right_Grn=tensors.get(f"{layer.name}/right"),
                     core_Grr=tensors.get(f"{layer.name}/core"),
-                    scale_G=step.scale_G,
+                    scale_G=step.own_scales.get(layer.name, step.scale_G),
                     closed=closed,
                     base_scale_G=step.base_scale_G,
                     captures=step.captures.get(layer.name),
@@ -206,7 +218,7 @@ def _terms(shape: ModelShape, stacks: Sequence[Stack], steps: Sequence[_Step], t
         for layer in shape.head:
             weight, bias = tensors[f"{layer.name}/weight"], tensors.get(f"{layer.name}/bias")
             terms[layer.name].append(Terms(rows=rows, weight_Gmn=weight, bias_Gm=bias))
-    return {name: Bound(turn.size, tuple(own)) for name, own in terms.items()}
+    return {name: Bound(turn.size, tuple(own), dropped.get(name)) for name, own in terms.items()}
 
 
 def _differentiate(loss: Tensor, steps: Sequence[_Step]) -> None:

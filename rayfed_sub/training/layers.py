@@ -26,6 +26,7 @@ from torch.nn import functional
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.frozen_linear import freeze, product
 from rayfed_sub.training.blocks import Closed, add_product, multiplied
+from rayfed_sub.training.dropout import Dropout
 
 _TILE = 16
 """The one client of an evaluation has as many tokens as a batch happens to have: they are filled up to a multiple of
@@ -134,7 +135,7 @@ class Terms:
     """Terms that the G clients of a stack add to one layer.  All tensors float32 and private to the pack; None where
     not in use.
 
-    output = base_scale * (x W^T) + scale * x (left core right)^T + x (closed blocks)^T + bias
+    output = base_scale * (x W^T) + scale * dropout(x) (left core right)^T + x (closed blocks)^T + bias
     with x W^T replaced by x weight^T where the clients own a dense weight.
 
     rows: the clients' rows in the pass (see `Bound`), a run's clients having equally many closed blocks; None for a
@@ -173,10 +174,12 @@ def _with_core(left_Gmr: Tensor, core_Grr: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Bound:
     """A pass's terms at a layer.  rows: rows of the pass, of all stacks, those that only fill it up included; a layer
-    sees a whole number of tokens for each row (in a flat pass a row is a token)."""
+    sees a whole number of tokens for each row (in a flat pass a row is a token).  dropout: of the input of left core
+    right, without the base product and closed blocks."""
 
     rows: int
     stacks: tuple[Terms, ...]
+    dropout: Dropout | None = None
 
 
 class PackLinear(nn.Module):
@@ -201,7 +204,10 @@ class PackLinear(nn.Module):
             x_Sn = functional.pad(x_Sn, (0, 0, 0, -S % _TILE))
         found = tuple(_tokens(terms.rows, len(x_Sn), self.bound.rows) for terms in stacks)
         leaves = [leaf for terms in stacks for leaf in terms.leaves()]
-        y_Sm: Tensor = _Sum.apply(x_Sn, self.weight, self.bias, stacks, found, *leaves)  # type: ignore[no-untyped-call]
+        dropout = self.bound.dropout
+        kept = None if dropout is None else (dropout.kept(x_Sn), dropout.factor)
+        given = (x_Sn, self.weight, self.bias, stacks, found, kept)
+        y_Sm: Tensor = _Sum.apply(*given, *leaves)  # type: ignore[no-untyped-call]
         y_Sm = y_Sm[:S] if len(y_Sm) > S else y_Sm
         return y_Sm.to(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -211,8 +217,13 @@ def _tokens(rows: tuple[Run, ...] | None, tokens: int, all_rows: int) -> tuple[R
     return (Run(0, 1, 0, tokens),) if rows is None else tuple(run.scaled(tokens, all_rows) for run in rows)
 
 
+_LEAVES = 6
+"""The place of the first leaf among `_Sum`'s arguments."""
+
+
 class _Sum(torch.autograd.Function):
-    """The base product and all clients' terms, with gradients for the input and the clients' own tensors."""
+    """The base product and all clients' terms, with gradients for the input and the clients' own tensors.  kept: which
+    numbers of x the factors read, (S, n) bool, and what these are multiplied by."""
 
     @staticmethod
     def forward(
@@ -222,6 +233,7 @@ class _Sum(torch.autograd.Function):
         bias_m: Tensor | None,
         stacks: tuple[Terms, ...],
         found: tuple[tuple[Run, ...], ...],
+        kept: tuple[Tensor, float] | None,
         *leaves: Tensor | None,
     ) -> Tensor:
         owned = [leaves[4 * i : 4 * i + 4] for i in range(len(stacks))]
@@ -231,7 +243,7 @@ class _Sum(torch.autograd.Function):
             y_Sm = x_Sn.new_zeros(len(x_Sn), len(weight_mn))
         else:
             y_Sm = product(x_Sn, weight_mn, None if scaled or own_bias else bias_m)
-        asked = ctx.needs_input_grad
+        asked, read_Sn = ctx.needs_input_grad, _dropped(x_Sn, kept)
         projected: list[Tensor] = []  # z of every run whose left factor has a gradient
         for i, (terms, (weight_Gmn, _, left_Gmr, right_Grn)) in enumerate(zip(stacks, owned, strict=True)):
             for run in found[i]:
@@ -241,9 +253,9 @@ class _Sum(torch.autograd.Function):
                 if terms.base_scale_G is not None:
                     y_gNm *= terms.base_scale_G[g, None, None]
                 if left_Gmr is not None and right_Grn is not None:
-                    z_grN = _scaled(multiplied(right_Grn[g], x_gNn.mT), terms.scale_G, g)
+                    z_grN = _scaled(multiplied(right_Grn[g], run.of(read_Sn).mT), terms.scale_G, g)
                     add_product(y_gNm, z_grN.mT, left_Gmr[g].mT)
-                    if asked[5 + 4 * i + 2]:
+                    if asked[_LEAVES + 4 * i + 2]:
                         projected.append(z_grN)
                 if (closed := _closed(terms, run)) is not None:
                     add_product(y_gNm, multiplied(closed[1], x_gNn.mT).mT, closed[0].mT)
@@ -260,8 +272,9 @@ class _Sum(torch.autograd.Function):
         for one in captures:
             if one is not None and any(asked):
                 one.uses += 1
-        reads_x = dense or any(one is not None for one in captures) or any(asked[8::4])
-        ctx.save_for_backward(x_Sn if reads_x else None, *leaves, *projected)
+        reads_x = dense or any(one is not None for one in captures) or any(asked[_LEAVES + 3 :: 4])
+        keep_Sn, ctx.factor = (None, 1.0) if kept is None else kept
+        ctx.save_for_backward(x_Sn if reads_x else None, keep_Sn, *leaves, *projected)
         ctx.weight_mn, ctx.stacks, ctx.found, ctx.leaves = weight_mn, stacks, found, len(leaves)
         return y_Sm
 
@@ -270,8 +283,9 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (d_Sm,) = outputs
         d_Sm = d_Sm.contiguous()
-        x_Sn, *kept = ctx.saved_tensors
-        leaves, projected = kept[: ctx.leaves], iter(kept[ctx.leaves :])
+        x_Sn, keep_Sn, *saved = ctx.saved_tensors
+        leaves, projected = saved[: ctx.leaves], iter(saved[ctx.leaves :])
+        kept = None if keep_Sn is None else (keep_Sn, ctx.factor)
         asked, stacks, found = ctx.needs_input_grad, ctx.stacks, ctx.found
         for use, terms, own_runs in zip(ctx.uses, stacks, found, strict=True):
             if terms.captures is not None:
@@ -281,8 +295,10 @@ class _Sum(torch.autograd.Function):
             dense = leaves[0] is not None
             dx_Sn = d_Sm.new_zeros(len(d_Sm), ctx.weight_mn.shape[1]) if dense else product(d_Sm, ctx.weight_mn.mT)
         grads = [
-            _empty(leaf, found[i // 4]) if leaf is not None and asked[5 + i] else None for i, leaf in enumerate(leaves)
+            _empty(leaf, found[i // 4]) if leaf is not None and asked[_LEAVES + i] else None
+            for i, leaf in enumerate(leaves)
         ]
+        read_Sn = _dropped(x_Sn, kept) if any(grad is not None for grad in grads[3::4]) else None
         for i, terms in enumerate(stacks):
             weight_Gmn, _, left_Gmr, right_Grn = leaves[4 * i : 4 * i + 4]
             dweight, dbias, dleft, dright = grads[4 * i : 4 * i + 4]
@@ -301,13 +317,19 @@ class _Sum(torch.autograd.Function):
                     dleft[g] = multiplied(next(projected), d_gNm).mT
                 if left_Gmr is not None and right_Grn is not None and (dx_gNn is not None or dright is not None):
                     dz_grN = _scaled(multiplied(left_Gmr[g].mT, d_gNm.mT), terms.scale_G, g)
-                    if dx_gNn is not None:
+                    if dx_gNn is not None and keep_Sn is None:
                         add_product(dx_gNn, dz_grN.mT, right_Grn[g])
+                    elif dx_gNn is not None:
+                        dx_gNn += multiplied(dz_grN.mT, right_Grn[g]).mul_(run.of(keep_Sn)).mul_(ctx.factor)
                     if dright is not None:
-                        dright[g] = multiplied(dz_grN, run.of(x_Sn))
+                        dright[g] = multiplied(dz_grN, run.of(read_Sn))
                 if dx_gNn is not None and (closed := _closed(terms, run)) is not None:
                     add_product(dx_gNn, multiplied(closed[0].mT, d_gNm.mT).mT, closed[1])
-        return dx_Sn, None, None, None, None, *grads
+        return dx_Sn, *[None] * (_LEAVES - 1), *grads
+
+
+def _dropped(x_Sn: Tensor, kept: tuple[Tensor, float] | None) -> Tensor:
+    return x_Sn if kept is None else (x_Sn * kept[0]).mul_(kept[1])
 
 
 def _closed(terms: Terms, run: Run) -> tuple[Tensor, Tensor] | None:

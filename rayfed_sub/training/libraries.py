@@ -19,6 +19,7 @@ from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides, signed
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, ModelShape, Start, Tensors
+from rayfed_sub.training.dropout import GivenDropout
 from rayfed_sub.training.projectors import basis
 
 _SINGULAR_CUT = 1e-7  # singular values below this share of the largest are float32 rounding: rank(G) < r
@@ -53,7 +54,7 @@ def moving_tensors(
     for layer in shape.targets:
         weight, left, core = (f"{layer.name}/{role}" for role in ("weight", "left", "core"))
         if core in begun:
-            parameters |= _cored(model, layer, begun, start.scale)
+            parameters |= _cored(model, layer, begun, start, names)
             continue
         if start.subspace is None and left in begun:
             _load(model.get_submodule(layer.name), begun[weight])
@@ -67,7 +68,7 @@ def moving_tensors(
         parameters[weight], parameters[bias] = linear.weight, linear.bias
     has = {name.rpartition("/")[2] for name in start.tensors}
     if start.subspace is None and "left" in has and "core" not in has:
-        parameters |= _lora(model, shape, start)
+        parameters |= _lora(model, shape, start, names)
     moving = []
     for name in start.trained:
         parameter = stepped = parameters[name]
@@ -105,37 +106,47 @@ def _linear(model: nn.Module, layer: Layer, W_mn: Tensor, bias_m: Tensor | None)
 class _Cored(nn.Module):
     """A linear layer plus `scale * left @ core @ right`; the product is formed (m, n), as one reads it."""
 
-    def __init__(self, linear: nn.Linear, factors: Sequence[nn.Parameter], scale: float) -> None:
+    def __init__(
+        self, linear: nn.Linear, factors: Sequence[nn.Parameter], scale: float, dropout: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.linear, self.scale = linear, scale
+        self.linear, self.scale, self.dropout = linear, scale, dropout or nn.Identity()
         self.left, self.core, self.right = factors
 
     def forward(self, x: Tensor) -> Tensor:
         change_mn = self.scale * (self.left @ self.core @ self.right)
-        y: Tensor = functional.linear(x, self.linear.weight + change_mn, self.linear.bias)
+        y: Tensor = self.linear(x) + functional.linear(self.dropout(x), change_mn)
         return y
 
 
-def _cored(model: nn.Module, layer: Layer, begun: Tensors, scale: float) -> dict[str, nn.Parameter]:
+def _cored(
+    model: nn.Module, layer: Layer, begun: Tensors, start: Start, whose: tuple[int, int]
+) -> dict[str, nn.Parameter]:
     """Puts the client's three factors around a layer, as parameters."""
     linear = _linear(model, layer, begun[f"{layer.name}/weight"], None)
     names = [f"{layer.name}/{role}" for role in ("left", "core", "right")]
     factors = [nn.Parameter(begun[n].to(linear.weight.device, copy=True), requires_grad=False) for n in names]
-    model.set_submodule(layer.name, _Cored(linear, factors, scale))
+    dropout = _dropout(layer, start, whose)
+    model.set_submodule(layer.name, _Cored(linear, factors, start.scale_of(layer.name), dropout))
     return dict(zip(names, factors, strict=True))
 
 
-def _lora(model: nn.Module, shape: ModelShape, start: Start) -> dict[str, nn.Parameter]:
+def _dropout(layer: Layer, start: Start, whose: tuple[int, int]) -> GivenDropout | None:
+    seed, client = whose
+    return GivenDropout(seed, client, layer.name, start.dropout) if start.dropout else None
+
+
+def _lora(model: nn.Module, shape: ModelShape, start: Start, whose: tuple[int, int]) -> dict[str, nn.Parameter]:
     """Injects peft's LoRA with the client's factors; every target has its own rank r and alpha = scale * r."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    ranks = {re.escape(layer.name): start.tensors[f"{layer.name}/left"].shape[1] for layer in shape.targets}
+    own = {layer.name: start.tensors[f"{layer.name}/left"].shape[1] for layer in shape.targets}
     first = model.get_submodule(shape.targets[0].name)
     config = LoraConfig(
         target_modules=[f"0.{layer.name}" for layer in shape.targets],
-        rank_pattern=ranks,
-        alpha_pattern={name: start.scale * rank for name, rank in ranks.items()},
-        lora_dropout=0.0,
+        rank_pattern={re.escape(name): rank for name, rank in own.items()},
+        alpha_pattern={re.escape(name): start.scale_of(name) * rank for name, rank in own.items()},
+        lora_dropout=start.dropout,
         fan_in_fan_out=not isinstance(first, nn.Linear),
     )
     # Within another module: where peft sees a model's configuration it takes shared experts for parts of the experts.
@@ -147,6 +158,9 @@ def _lora(model: nn.Module, shape: ModelShape, start: Start) -> dict[str, nn.Par
         for role, part in (("left", adapted.lora_B["default"]), ("right", adapted.lora_A["default"])):
             part.weight.data.copy_(start.tensors[f"{layer.name}/{role}"])
             parameters[f"{layer.name}/{role}"] = part.weight
+        if (dropout := _dropout(layer, start, whose)) is not None:
+            # peft's own draws from torch's generator, in the order of the forward pass: other numbers in every pack.
+            adapted.lora_dropout["default"] = dropout
     return parameters
 
 

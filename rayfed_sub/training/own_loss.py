@@ -34,6 +34,11 @@ class OwnPass:
     size: int = 1
 
     @property
+    def where(self) -> Tensor:
+        """A single row, (1, 3)."""
+        return torch.zeros(1, 3, dtype=torch.int64, device=self.device)
+
+    @property
     def tokens(self) -> tuple[int, int]:
         return self.batch.rows, self.batch.rows
 

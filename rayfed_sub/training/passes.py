@@ -34,6 +34,8 @@ class Pass:
     client over the step's batches; client: its client's place in the step.
     shifted: a label is predicted at the token before it.
     parts: each client's tokens in a flat pass, its rows else; size: all of those, with what only fills the pass up.
+    where: of each row of the pass, a token in a flat pass, (size, 3) int64: its client's place in the step, its row in
+    the client's batch, its place in that row (of a whole row 0); anything for what only fills the pass up.
     flat: where the rows lie in a flat pass.  tokens: the real ones, and all that linear layers see.
     """
 
@@ -44,6 +46,7 @@ class Pass:
     parts: tuple[int, ...]
     size: int
     tokens: tuple[int, int]
+    where: Tensor
     shifted: bool = False
     flat: FlatRows | None = None
 
@@ -54,7 +57,8 @@ class Pass:
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
         labels, row, client = (x.to(device, non_blocking=True) for x in (self.labels, self.row, self.client))
         flat = None if self.flat is None else self.flat.to(device)
-        return replace(self, inputs=inputs, labels=labels, row=row, client=client, flat=flat)
+        where = self.where.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, labels=labels, row=row, client=client, where=where, flat=flat)
 
     def labelled(self) -> Tensor:
         """The places (L,) of labels."""
@@ -116,21 +120,23 @@ def _flat(texts: Sequence[_Texts], rule: PassRule, pad: int) -> Pass:
     part_G = [-(-own // rule.granule) * rule.granule for own in own_G]
     S, begins = sum(part_G), list[Numbers]()
     ids_S, labels_S = np.full(S, pad, np.int64), np.full(S, IGNORED, np.int64)
-    place_S, row_S = np.zeros(S, np.int64), np.zeros(S, np.int64)
+    place_S, row_S, own_S = np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, np.int64)
     begin = number = 0
     for text, own, part in zip(texts, own_G, part_G, strict=True):
         B, T = text.ids.shape
         here = slice(begin, begin + own)
         ids_S[here], labels_S[here] = text.ids[text.real], text.labels[text.real]
         place_S[here] = np.broadcast_to(np.arange(T), (B, T))[text.real]
-        row_S[here] = np.repeat(np.arange(number, number + B), text.lengths)
+        own_S[here] = np.repeat(np.arange(B), text.lengths)
+        row_S[here] = number + own_S[here]
         begins.append(begin + np.cumsum(text.lengths) - text.lengths)
         begin, number = begin + part, number + B
     client_S = np.repeat(np.arange(len(texts)), part_G)
     inputs = {"input_ids": ids_S[None], "position_ids": place_S[None], "attention_mask": np.ones((1, S), np.int64)}
     lengths = np.concatenate([text.lengths for text in texts])
     flat = flat_rows(np.concatenate(begins).tolist(), lengths.tolist(), S, rule)
-    return _pass(inputs, labels_S, row_S, client_S, part_G, S, (sum(own_G), S), shifted=True, flat=flat)
+    where = np.stack([client_S, own_S, place_S], axis=1)
+    return _pass(inputs, labels_S, row_S, client_S, part_G, S, (sum(own_G), S), where, shifted=True, flat=flat)
 
 
 def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> Pass:
@@ -154,11 +160,12 @@ def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> 
     # Tokens of a causal model look to the left, where nothing is filled up.
     inputs = {"input_ids": ids_RL} if shifted else {"input_ids": ids_RL, "attention_mask": mask_RL}
     row_R, client_R = (np.array([one[i] for one in found] + [0] * (R - len(found))) for i in (2, 0))
+    where = np.array([(g, b, 0) for g, b, _ in found] + [(0, 0, 0)] * (R - len(found)))
     if shifted:
         labels, row_R, client_R = labels.reshape(-1), np.repeat(row_R, length), np.repeat(client_R, length)
     part_G = np.bincount([g for g, _, _ in found], minlength=len(texts)).tolist()
     tokens = (int(mask_RL[: len(found)].sum()), R * length)
-    return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, shifted=shifted)
+    return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, shifted=shifted)
 
 
 def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:
@@ -172,7 +179,9 @@ def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:
         filled["labels"][real:] = IGNORED
     labels = filled.pop("labels")
     client_R = torch.tensor([g for g, part in enumerate(part_G) for _ in range(part)] + [0] * more)
-    return Pass(filled, labels, torch.arange(len(labels)), client_R, tuple(part_G), real + more, (real, real + more))
+    own = [(g, b, 0) for g, part in enumerate(part_G) for b in range(part)] + [(0, 0, 0)] * more
+    counts = (tuple(part_G), real + more, (real, real + more))
+    return Pass(filled, labels, torch.arange(len(labels)), client_R, *counts, torch.tensor(own))
 
 
 def _pass(
@@ -183,10 +192,12 @@ def _pass(
     part_G: Sequence[int],
     size: int,
     tokens: tuple[int, int],
+    where: Numbers,
     *,
     shifted: bool,
     flat: FlatRows | None = None,
 ) -> Pass:
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     at = [torch.from_numpy(array) for array in (labels, row, client)]
-    return Pass(tensors, at[0], at[1], at[2], tuple(part_G), size, tokens, shifted, flat)
+    places = torch.from_numpy(where)
+    return Pass(tensors, at[0], at[1], at[2], tuple(part_G), size, tokens, places, shifted, flat)

@@ -24,6 +24,7 @@ from rayfed_sub.data.batching import Batch
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.weights import answered
 from rayfed_sub.training.client_errors import drawn, not_finite
+from rayfed_sub.training.dropout import GivenDropout
 from rayfed_sub.training.executor import ClientWork, LocalRule
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
 from rayfed_sub.training.own_loss import trained_loss
@@ -69,6 +70,7 @@ def _client(
             failure = batch
             break
         model.zero_grad()
+        _begin_dropout(model, batch, work.taken + t)
         loss, count = _loss(model, batch)
         losses.append(loss.item())
         labels += count
@@ -126,6 +128,13 @@ def _due(start: Start, step: int) -> bool:
     """Whether this step has a new basis."""
     period = 0 if start.subspace is None else start.subspace.refresh_every
     return bool(period) and step % period == 0
+
+
+def _begin_dropout(model: nn.Module, batch: Batch, step: int) -> None:
+    """step: local steps of the client's life before this one."""
+    for part in model.modules():
+        if isinstance(part, GivenDropout):
+            part.begin(step, 1 if isinstance(batch, OwnBatch) else len(batch["labels"]))
 
 
 def _count(moving: Sequence[Moving], step: int) -> None:

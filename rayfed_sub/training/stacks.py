@@ -21,7 +21,8 @@ from rayfed_sub.training.client_errors import not_finite
 
 @dataclass
 class Trainee:
-    """A client in training.  losses: of its steps so far, nats; memory: its hook's, of its own."""
+    """A client in training.  losses: of its steps so far, nats; memory: its hook's, of its own; taken: local steps of
+    its life before this round."""
 
     client: int
     start: Start
@@ -34,6 +35,7 @@ class Trainee:
     losses: list[float] = field(default_factory=list)
     failure: str | None = None
     memory: Tensors = field(default_factory=dict)
+    taken: int = 0
 
 
 @dataclass
@@ -48,10 +50,10 @@ class Stack:
     anchors: dict[str, Tensor]  # the trained tensors as the round began; empty without FedProx
 
 
-def trainee_of(client: int, start: Start, batches: Batches, device: torch.device) -> Trainee:
+def trainee_of(client: int, start: Start, batches: Batches, device: torch.device, taken: int) -> Trainee:
     """A client before its first step."""
     memory = {name: tensor.to(device) for name, tensor in start.memory.items()}
-    return Trainee(client, start, batches, start.step, memory=memory)
+    return Trainee(client, start, batches, start.step, memory=memory, taken=taken)
 
 
 def stacks_of(

@@ -19,7 +19,7 @@ Case = Mapping[str, str]
 FACTORS = {
     "method": (
         "{name: fedftg, rank: 4, refresh_every: 6}",
-        "{name: hetlora, rank: 4, client_ranks: [2, 3, 4]}",
+        "{name: hetlora, rank: 4, client_ranks: [2, 3, 4], dropout: 0.2}",
         "{name: flora, rank: 4}",
         "{name: fedsa-lora, rank: 4}",
         "{name: fedavg}",

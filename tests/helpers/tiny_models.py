@@ -440,7 +440,8 @@ def change(tiny: Tiny, start: Start, result: LocalResult, weights: Tensors | Non
             left, right = result.blocks[layer.name]
             changes[layer.name] = result.base_scale * W_mn + left @ right - W_mn
         elif f"{layer.name}/left" in start.tensors:  # with or without a core
-            changes[layer.name] = start.scale * (product(layer, result.tensors) - product(layer, start.tensors))
+            moved = product(layer, result.tensors) - product(layer, start.tensors)
+            changes[layer.name] = start.scale_of(layer.name) * moved
         else:
             changes[layer.name] = result.tensors[f"{layer.name}/weight"] - W_mn
     return changes

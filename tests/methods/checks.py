@@ -81,13 +81,14 @@ def check_upload_represents_the_change(method: Method, tiny: Tiny) -> None:
                     assert torch.equal(update.tensors[weight], result.tensors[weight])
                     continue
                 blocks = result.blocks.get(layer.name)
-                trained = start.scale * _product(result.tensors, names) if blocks is None else blocks[0] @ blocks[1]
+                scale = start.scale_of(layer.name)
+                trained = scale * _product(result.tensors, names) if blocks is None else blocks[0] @ blocks[1]
                 sent = (
                     update.tensors[weight]
                     if weight in update.tensors
                     else _product({**start.tensors, **update.tensors}, names)
                 )
-                gap = min(distance(sent, trained), distance(start.scale * sent, trained))
+                gap = min(distance(sent, trained), distance(scale * sent, trained))
                 assert gap < 1e-5, f"round {n}: the upload of {layer.name} differs from the client's training"
 
 

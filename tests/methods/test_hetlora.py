@@ -131,7 +131,7 @@ def test_penalty_is_trained_and_both_executors_agree() -> None:
         for m, trainer in ((method, run_pack), (free, run_pack), (method, run_reference))
     )
     for k, rank in enumerate((2, 4)):
-        ends = [float(tail(walked_.results[k].tensors, tiny.shape, rank // 2)) for walked_ in (done, loose)]
+        ends = [float(tail(method, walked_.results[k].tensors, tiny.shape, rank // 2)) for walked_ in (done, loose)]
         assert ends[0] < 0.9 * ends[1]
         assert int(done.states[k].tensors["rank"]) == rank // 2
         for name in done.starts[k].trained:

@@ -133,7 +133,7 @@ def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: st
 
     def product(tensors: Tensors) -> Tensor:
         left, right = tensors[f"{layer}/left"], tensors[f"{layer}/right"]
-        return Block(left, right, start.scale, tensors.get(f"{layer}/core")).dense()
+        return Block(left, right, start.scale_of(layer), tensors.get(f"{layer}/core")).dense()
 
     return product(result.tensors) - product(start.tensors)
 
