@@ -172,18 +172,19 @@ class Ours:
 
     def refresh(self, x_GNn: Tensor, d_GNm: Tensor) -> None:
         """The first step of a period."""
-        G = self.case.clients
-        refresh = Refresh(self.subspaces, [True] * G, [(0, g, self.steps) for g in range(G)], self.tensors)
+        G, name = self.case.clients, self.layer.name
+        draws = [(0, g, self.steps) for g in range(G)]
+        refresh = Refresh(self.subspaces, {name: [True] * G}, {name: draws}, self.tensors)
         gradients = {self.trained: self.gradient(x_GNn, d_GNm, refresh)}
         if self.steps:
             Closed().close(self.tensors["up/left"], self.tensors["up/right"], self.scale_G, [True] * G)
-        renew(self.layer, refresh, self.tensors, gradients, self.moments, [self.steps] * G, self.rule)
+        renew(self.layer, refresh, self.tensors, gradients, self.moments, [True] * G, [self.steps] * G, self.rule)
         self._adam(gradients[self.trained])
 
     def _adam(self, gradient: Tensor) -> None:
         moments = {role: [named[self.trained]] for role, named in self.moments.items()}
         taken_G = [self.steps] * self.case.clients
-        optimizers.step(self.rule, LR, [self.tensors[self.trained]], [gradient], moments, taken_G)
+        optimizers.step(self.rule, LR, [self.tensors[self.trained]], [gradient], moments, [taken_G])
         self.steps += 1
 
     def merge(self) -> None:

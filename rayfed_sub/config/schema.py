@@ -52,8 +52,9 @@ class Model(Record):
     targets: str = Field(
         default="lower-mlp",
         description="Trained layers: `lower-mlp`, in every block the projection to its MLP's inner size that is no "
-        "gate; `attention`, the projections into and out of what mixes tokens; `all-linear`, all but the output layer; "
-        "`peft`, peft's defaults for the type; or a regular expression over modules' names.",
+        "gate, of each expert in mixtures; `attention`, the projections into and out of what mixes tokens; "
+        "`all-linear`, all but the output layer and routers; `peft`, peft's defaults for the type; or a regular "
+        "expression over names of modules and of experts' parameters (mlp.experts.gate_up_proj).",
     )
     start_from: str | None = Field(
         default=None,

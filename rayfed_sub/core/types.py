@@ -32,12 +32,17 @@ HOOK = "hook/"
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer whose weight is (m, n) = (out, in)."""
+    """A linear layer whose weight is (m, n) = (out, in).
+
+    expert: the matrix of one expert, named `<parameter>.<number>`, which sees only the tokens that are sent to it.  It
+    takes a step where a client's loss depends on one of these, and has its own count of steps.
+    """
 
     name: str
     m: int
     n: int
     bias: bool = False
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class ModelShape:
 
     targets: tuple[Layer, ...]
     head: tuple[Layer, ...] = ()
+
+    @property
+    def experts(self) -> tuple[Layer, ...]:
+        """Targets that are matrices of experts."""
+        return tuple(layer for layer in self.targets if layer.expert)
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -134,9 +144,9 @@ class Start:
 
     tensors: every local tensor by name (both factors of a block, dense weights, the head); trained: those the
     optimiser steps; scale multiplies every block, or what `scales` has for its layer (never with a subspace);
-    moments: `<name>/m1`, `<name>/m2` (absent = zeros); step: optimiser steps already taken with these moments;
-    subspace: set for GaLore (the fixed factor may be all zeros at step 0, whose refresh fills it; a zero row moves
-    nothing until the next refresh).
+    moments: `<name>/m1`, `<name>/m2` (absent = zeros); step: optimiser steps already taken with these moments, those of
+    an expert's matrix among the moments as `<layer>/step` (absent = 0); subspace: set for GaLore (the fixed factor may
+    be all zeros at step 0, whose refresh fills it; a zero row moves nothing until the next refresh).
     dropout: share of the numbers in a block's input that training drops (`training/dropout.py`).
     decays_base: weight decay shrinks the whole weight, as GaLore's does, and not only what is trained.
     penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
@@ -168,7 +178,8 @@ class LocalResult:
 
     tensors, moments, step: as in `Start`, after the round.  blocks: per target layer the whole change of the
     round as (left (m, R), right (R, n)), scale folded into left, closed and open periods alike; empty for
-    methods without a subspace.  base_scale: the factor c that weight decay left on the weight the round began with.
+    methods without a subspace.  base_scale: the factor c that weight decay left on the weight the round began with;
+    base_scales: of experts' matrices by layer, where it is their own.
     periods: projector periods touched, at least 1.  trained: as in `Start`.  memory: a hook's, after the last step.
     """
 
@@ -183,6 +194,7 @@ class LocalResult:
     failure: str | None = None
     trained: tuple[str, ...] = ()
     memory: Tensors = field(default_factory=dict)
+    base_scales: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from rayfed_sub.core.errors import UserError, unknown_word
 from rayfed_sub.core.types import Change, ModelShape, ServerState
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.diagnostics.server_change import change_rank
-from rayfed_sub.export.peft_adapter import Factors, Settings, taken_for_experts, write_adapter
+from rayfed_sub.export.peft_adapter import Factors, Settings, stacked, taken_for_experts, write_adapter
 from rayfed_sub.methods import build, check_named
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture
+from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, skeleton
 from rayfed_sub.models.architecture import architecture as architecture_of
+from rayfed_sub.models.experts import experts_of
 from rayfed_sub.models.hub import RANDOM, locate
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.start import StartFrom, applied, changed_weights, fitted, merged
@@ -102,29 +103,37 @@ def export_peft(
 ) -> Export:
     """Writes a LoRA adapter that peft's PeftModel.from_pretrained loads: the change of every target, and the head.
 
-    Low-rank terms are written as they are, several of a layer side by side, their scale and core in B.  The change of a
-    dense weight is written at its numerical rank.  What the run began from is part of the adapter: its factors stand
-    beside the trained ones, those of layers that were no targets too, so that base and adapter together are the trained
-    model.  The base, a causal language model, is loaded by its name where that is a folder or hub id; any other, which
-    transformers could not load by a name, is written to `to`/base in its own dtype.  Tokenizer, chat template and
-    generation configuration of the training are written beside the adapter, also where the base has others.
+    Low-rank terms are written as they are, several of a layer side by side, their scale and core in B; those of experts
+    as `target_parameters`.  The change of a dense weight is written at its numerical rank.  What the run began from is
+    part of the adapter: its factors stand beside the trained ones, those of layers that were no targets too, so that
+    base and adapter together are the trained model.  The base, a causal language model, is loaded by its name where
+    that is a folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its
+    own dtype.  Tokenizer, chat template and generation configuration of the training are written beside the adapter,
+    also where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are, or where peft would take targets for something else.
     """
     trained = _read(run_dir, to, client, method, checkpoint, "peft")
     factors, ranks = _factors(trained)
     job, architecture = trained.job, trained.job.architecture
-    if taken := taken_for_experts(factors, architecture.hf_config.model_type):
+    module = skeleton(architecture)
+    names = {name for one in experts_of(module).values() for matrix in one.matrices for name in matrix.names}
+    experts, linear = stacked(module, factors), {n: f for n, f in factors.items() if n not in names}
+    if experts is None:
+        allowed = "hf, for peft has no adapter for each of the experts of such models"
+        raise UserError("--format", "peft", allowed, "use --format hf")
+    if taken := taken_for_experts(linear, architecture.hf_config.model_type):
         allowed = f"hf, for peft takes {taken} of such models for a part of their experts"
         raise UserError("--format", "peft", allowed, "use --format hf")
     generation = generation_config(job.config.model, architecture, job.processor)
     name = loadable(job.config.model.path, architecture.kind)
     if name is None:
         write_folder(architecture, trained.tensors, {}, to / "base", job.processor, generation=generation)
-    base, turned = name or str((to / "base").resolve()), bool(architecture.transposed)
+    base, turned = name or str((to / "base").resolve()), bool(architecture.transposed - names)
     asked = job.config.method
     settings = Settings(bool(asked.get("use_rslora", False)), float(asked.get("dropout", 0.0)))
-    write_adapter(to, factors, trained.head, kind=architecture.kind, base=base, transposed=turned, settings=settings)
+    kind = architecture.kind
+    write_adapter(to, linear, trained.head, experts, kind=kind, base=base, transposed=turned, settings=settings)
     write_codec(job.processor, to)
     if generation is not None:
         generation.save_pretrained(to)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed_sub.core.types import Tensors
+from rayfed_sub.models.experts import experts_of
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Per layer left (m, r) and right (r, n), whose product is the layer's change; every layer has a rank r >= 1 of its
@@ -29,10 +32,50 @@ class Settings:
     dropout: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """The factors of all experts of a parameter, as peft's `target_parameters` has them: A (E * r, i), one expert after
+    the other, and B (o, r * E), component by component.  key: the name of peft's module around the parameter."""
+
+    key: str
+    rank: int
+    A: Tensor
+    B: Tensor
+
+
+def stacked(module: nn.Module, factors: Factors) -> dict[str, Stacked] | None:
+    """The factors of experts' matrices by parameter, up to the largest rank filled up with zeros; experts without any
+    have zeros.  module: the model, which may lie on the meta device.  None where peft's adapter of a parameter would
+    not be one of each expert: of DBRX, whose experts' matrices lie one below the other.
+    """
+    found, around = dict[str, Stacked](), Counter[str]()
+    for one in experts_of(module).values():
+        for matrix in reversed(one.matrices):  # the last parameter of a module has the outermost wrapper
+            own = {number: factors[name] for number, name in enumerate(matrix.names) if name in factors}
+            if not own:
+                continue
+            stored, path = module.get_parameter(matrix.parameter), matrix.parameter.rpartition(".")[0]
+            if stored.ndim != 3:
+                return None
+            rank = max(right.shape[0] for _, right in own.values())
+            # peft asks a class whether it stores (n, m); where none says so, what peft takes for B is A transposed.
+            turned = matrix.transposed and not getattr(module.get_submodule(path), "is_transposed", False)
+            out, into = (matrix.n, matrix.m) if turned else (matrix.m, matrix.n)
+            A_Eri, B_Eor = torch.zeros(len(stored), rank, into), torch.zeros(len(stored), out, rank)
+            for number, (left, right) in own.items():
+                B_or, A_ri = (right.T, left.T) if turned else (left, right)
+                A_Eri[number, : len(A_ri)], B_Eor[number, :, : B_or.shape[1]] = A_ri, B_or
+            wrapped = ".".join([path, *["base_layer"] * around[path]])
+            found[matrix.parameter] = Stacked(wrapped, rank, A_Eri.flatten(0, 1), B_Eor.permute(1, 2, 0).flatten(1))
+            around[path] += 1
+    return found
+
+
 def write_adapter(
     folder: Path,
     factors: Factors,
     head: Tensors,
+    experts: Mapping[str, Stacked],
     *,
     kind: str,
     base: str,
@@ -41,15 +84,17 @@ def write_adapter(
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, float32, for the model that `base` names.
 
-    head: `<layer>/weight` (m, n) and `<layer>/bias` (m,), which take the place of the base's own.  kind: the
-    architecture's.  transposed: the layers are transformers' Conv1D.  alpha is the rank in every layer, or with
-    use_rslora its root: B is `left`, A is `right`, and peft multiplies their product by one.
+    factors: of linear layers; experts: of parameters.  head: `<layer>/weight` (m, n) and `<layer>/bias` (m,), which
+    take the place of the base's own.  kind: the architecture's.  transposed: the layers are transformers'
+    Conv1D.  alpha is the rank in every layer, or with use_rslora its root: B is `left`, A is `right`, and peft
+    multiplies their product by one.
     """
     # peft imports bitsandbytes where it is there, which complains about parts for 4-bit weights.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig
 
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
+    ranks |= {name: own.rank for name, own in experts.items()}
     usual = max(ranks.values(), key=list(ranks.values()).count)
     others = {f"^{name.replace('.', '[.]')}": rank for name, rank in ranks.items() if rank != usual}
     alphas = {rank: math.sqrt(rank) if settings.use_rslora else rank for rank in ranks.values()}
@@ -64,6 +109,7 @@ def write_adapter(
         rank_pattern=others,
         alpha_pattern={pattern: alphas[rank] for pattern, rank in others.items()},
         target_modules=list(factors),
+        target_parameters=list(experts) or None,
         fan_in_fan_out=transposed,
         # Top-level modules, which a classifier's layers may lie in: peft itself adds `classifier` and `score`.
         modules_to_save=sorted({name.split(".")[0] for name in (key.rpartition("/")[0] for key in head)}) or None,
@@ -74,6 +120,8 @@ def write_adapter(
     tensors = {key.replace("/", "."): tensor for key, tensor in head.items()}
     for name, (left, right) in factors.items():
         tensors |= {f"{name}.lora_B.weight": left, f"{name}.lora_A.weight": right}
+    for own in experts.values():
+        tensors |= {f"{own.key}.lora_B.weight": own.B, f"{own.key}.lora_A.weight": own.A}
     stored = {f"base_model.model.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

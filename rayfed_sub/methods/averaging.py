@@ -49,6 +49,7 @@ SharedMemory = Annotated[
 STACKED = 128
 """Summed rank from which factors are multiplied and added to a dense sum at once, or before, where they take half of
 that sum's memory."""
+_SCALE = "base_scale"
 RANKS = "history/ranks"
 """Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
 
@@ -80,10 +81,33 @@ def moments_to_keep(memory: str, result: LocalResult) -> dict[str, Tensor]:
 
 
 def moments_to_send(memory: str, result: LocalResult) -> dict[str, Tensor]:
-    """Adam's moments and step count for the server, where they are averaged."""
+    """Adam's moments and step counts for the server, where they are averaged."""
     if memory != "average":
         return {}
     return {**result.moments, "step": torch.tensor(float(result.step), dtype=torch.float64)}
+
+
+def scales_to_send(result: LocalResult) -> dict[str, Tensor]:
+    """What weight decay left of the weights that a client began with, float64, where it left less than all:
+    `base_scale`, and `<layer>/base_scale` of experts' matrices, which have their own."""
+    own = {f"{name}/{_SCALE}": scale for name, scale in result.base_scales.items()}
+    return {name: _scale(scale) for name, scale in {_SCALE: result.base_scale, **own}.items() if scale != 1.0}
+
+
+def sent_scales(sent: Tensors, shape: ModelShape) -> dict[str, Tensor]:
+    """The scales of `scales_to_send` by name, 1 where none was sent."""
+    names = (_SCALE, *(f"{layer.name}/{_SCALE}" for layer in shape.experts))
+    return {name: sent.get(name, _scale(1.0)) for name in names}
+
+
+def take_scales(tensors: dict[str, Tensor], shape: ModelShape) -> dict[str, float]:
+    """Takes the scales away from the tensors; by target layer."""
+    found = {name: float(tensors.pop(name, 1.0)) for name in sent_scales({}, shape)}
+    return {layer.name: found[f"{layer.name}/{_SCALE}" if layer.expert else _SCALE] for layer in shape.targets}
+
+
+def _scale(scale: float) -> Tensor:
+    return torch.tensor(scale, dtype=torch.float64)
 
 
 def moments_to_start(memory: str, received: Broadcast, state: ClientState | None) -> tuple[dict[str, Tensor], int]:
@@ -97,7 +121,12 @@ def moments_to_start(memory: str, received: Broadcast, state: ClientState | None
 
 
 def _moments(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.endswith(("/m1", "/m2"))}
+    return {name: tensor for name, tensor in tensors.items() if is_moment(name)}
+
+
+def is_moment(name: str) -> bool:
+    """True for the names of moments, and of the counts of experts' steps that stand among them."""
+    return name.endswith(("/m1", "/m2", "/step"))
 
 
 def tensor_names(shape: ModelShape, *roles: str) -> tuple[str, ...]:

@@ -98,9 +98,7 @@ class FedFTG:
         tensors = averaging.head(shape, result.tensors)
         for layer in shape.targets:
             tensors |= averaging.compact(layer, *result.blocks[layer.name])
-        if result.base_scale != 1.0:
-            tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
-        return Update(result.client, weight, tensors, result.metrics)
+        return Update(result.client, weight, tensors | averaging.scales_to_send(result), result.metrics)
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         if self.optimizer_state == "reset":
@@ -111,16 +109,16 @@ class FedFTG:
     accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
-        kept = update.tensors.get("base_scale", torch.tensor(1.0, dtype=torch.float64))
-        added = averaging.add(total, {**averaging.head(shape, update.tensors), "base_scale": kept}, update.weight)
+        kept = averaging.sent_scales(update.tensors, shape)
+        added = averaging.add(total, averaging.head(shape, update.tensors) | kept, update.weight)
         return averaging.add_changes(added, update, shape)
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         changed = averaging.mean(total)
-        kept = float(changed.pop("base_scale", 1.0))
+        kept = averaging.take_scales(changed, shape)
         for layer in shape.targets if changed else ():
             name = f"{layer.name}/weight"
-            changed[name].add_(kept * server.tensors[name])
+            changed[name].add_(kept[layer.name] * server.tensors[name])
         return server.advance({**changed, **averaging.longer_history(server, total, shape)})
 
     model = averaging.dense_model

@@ -155,7 +155,9 @@ def _matched(patterns: Mapping[str, N], layer: str, usual: N) -> N:
 
 @lru_cache(maxsize=8192)
 def _key(patterns: tuple[str, ...], layer: str) -> str | None:
-    return pattern_key(patterns, layer)
+    """The pattern for a layer; that for an expert's matrix names the parameter that holds those of all experts."""
+    found, (parameter, _, number) = pattern_key(patterns, layer), layer.rpartition(".")
+    return pattern_key(patterns, parameter) if found is None and number.isdigit() else found
 
 
 def start(
@@ -191,8 +193,12 @@ class _Ranks(_LoRA, Protocol):
 
 
 def check_rank(method: _LoRA, shape: ModelShape) -> None:
-    """UserError where a rank exceeds its target matrix, and for a pattern that no target matches."""
+    """UserError where a rank exceeds its target matrix, for a pattern that no target matches, and for dropout where
+    experts are targets."""
     check_fits(method.rank, shape)
+    if shape.experts and (rate := getattr(method, "dropout", 0.0)):
+        allowed = "0 where experts are targets, for whose adapters peft has no dropout"
+        raise UserError("method.dropout", rate, allowed, "remove it, or set model.targets=attention")
     names = [layer.name for layer in shape.targets]
     for field in ("rank_pattern", "alpha_pattern"):
         for key, value in _patterns(method, field).items():
@@ -200,14 +206,14 @@ def check_rank(method: _LoRA, shape: ModelShape) -> None:
     for layer in shape.targets:
         rank, most = layer_rank(method, layer.name), min(layer.m, layer.n)
         if rank > most:
-            whose = pattern_key(_patterns(method, "rank_pattern"), layer.name)
+            whose = _key(tuple(_patterns(method, "rank_pattern")), layer.name)
             allowed = f"ranks of 1 to {most} for {layer.name}, which is {layer.m} x {layer.n}"
             raise UserError(f"method.rank_pattern.{whose}", rank, allowed, "lower it")
 
 
 def _check_pattern(field: str, key: str, value: float, names: Sequence[str]) -> None:
     try:
-        found = any(pattern_key([key], name) for name in names)
+        found = any(_key((key,), name) for name in names)
     except re.error as error:
         raise UserError(field, key, f"regular expressions over layers' names: {error}", "mend it") from None
     if not found:

@@ -98,16 +98,13 @@ class SharedGaLore:
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in result.trained}
         tensors |= averaging.moments_to_send(self.optimizer_state, result)
-        if result.base_scale != 1.0:
-            tensors["base_scale"] = torch.tensor(result.base_scale, dtype=torch.float64)
-        return Update(result.client, weight, tensors, result.metrics)
+        return Update(result.client, weight, tensors | averaging.scales_to_send(result), result.metrics)
 
     client_state = averaging.client_state
     accumulator = averaging.accumulator
 
     def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
-        whole = {"base_scale": torch.tensor(1.0, dtype=torch.float64), **update.tensors}
-        return averaging.add(total, whole, update.weight)
+        return averaging.add(total, {**averaging.sent_scales({}, shape), **update.tensors}, update.weight)
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         changed = averaging.mean(total)
@@ -115,14 +112,14 @@ class SharedGaLore:
             return server.advance({})
         now, soon = (t // self.refresh_every for t in (server.round, server.round + 1))
         seed = int(server.tensors[_SEED])
-        kept = float(changed.pop("base_scale"))
+        kept = averaging.take_scales(changed, shape)
         for layer in shape.targets:
             name, moving = f"{layer.name}/weight", sides(layer)[1]
             L, Q = changed.pop(moving), basis(seed, now, layer, self.rank)
             change = L @ Q if moving.endswith("/left") else Q.T @ L
-            changed[name] = kept * server.tensors[name] + self.scale * change
+            changed[name] = kept[layer.name] * server.tensors[name] + self.scale * change
         if self.optimizer_state == "average":
-            moments = {n: t for n, t in changed.items() if n.endswith(("/m1", "/m2"))}
+            moments = {n: t for n, t in changed.items() if averaging.is_moment(n)}
             moments, step = moved(self, moments, round(float(changed["step"])), seed, shape, now, soon)
             changed |= {**moments, "step": torch.tensor(float(step), dtype=torch.float64)}
         return server.advance(changed)

@@ -14,6 +14,7 @@ from torch import nn
 from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Layer, ModelShape
+from rayfed_sub.models.experts import Matrix
 from rayfed_sub.models.flat_rows import is_flat
 from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
 from rayfed_sub.models.logits import LogitRule, logit_rule
@@ -45,7 +46,7 @@ class Architecture:
     kind: causal-lm, text-classification or image-classification, or own: with a loss of the caller's own.
     shape: the target layers in the model's order, and the classification head.
     tied: names of parameters that are another parameter (alias -> the name that stays).
-    transposed: target layers whose stored weight is (n, m), transformers' Conv1D of GPT-2.
+    transposed: target layers whose stored weight is (n, m): transformers' Conv1D of GPT-2, experts of some types.
     logits: how a causal model's logits follow from its output layer; None where they are the model's own affair.
     positions: the longest row in tokens, where the model has a table of positions.
     causal: keys of the model's own configuration that were false and are true here, or its tokens would see later ones.
@@ -68,7 +69,7 @@ class Architecture:
     @property
     def any_pack(self) -> bool:
         """True where a client's result has the same bits in any pack: for types for which the tests show it."""
-        if self.module is not None:
+        if self.module is not None or self.shape.experts:  # an expert has the bits of all its tokens together
             return False
         if self.kind == "causal-lm":
             return is_flat(self.hf_config) and self.hf_config.model_type in SAME_IN_ANY_PACK
@@ -118,7 +119,7 @@ def architecture(
             tuple(layer_of(name, layer) for name, layer in head.items()),
         ),
         dict(tied(module)),
-        frozenset(name for name, layer in targets.items() if not isinstance(layer, nn.Linear)),
+        frozenset(name for name, layer in targets.items() if stored_transposed(layer)),
         rule,
         None if kind == "image-classification" else position_limit(module, hf_config),
         tuple(causal),
@@ -257,8 +258,15 @@ def _head(module: Any) -> dict[str, nn.Module]:
     return usual or {name: child for name, child in linears.items() if name.split(".")[0] != module.base_model_prefix}
 
 
-def layer_of(name: str, module: nn.Module) -> Layer:
-    """The record of a linear layer."""
+def stored_transposed(part: nn.Module | Matrix) -> bool:
+    """True where a target's weight is stored as (n, m)."""
+    return part.transposed if isinstance(part, Matrix) else not isinstance(part, nn.Linear)
+
+
+def layer_of(name: str, module: nn.Module | Matrix) -> Layer:
+    """The record of a linear layer, or of an expert's matrix."""
+    if isinstance(module, Matrix):
+        return Layer(name, module.m, module.n, module.bias, expert=True)
     return Layer(name, *layer_size(module), getattr(module, "bias", None) is not None)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayfed_sub.models.experts import Experts
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.logits import Affirming
 
@@ -69,15 +70,18 @@ class Dataflow:
     failed: str | None = None
 
 
-def dataflow(module: nn.Module, linears: Mapping[str, nn.Module], kind: str) -> Dataflow:
-    """The dataflow of a transformers model on the meta device, as training runs it; linears: by name.  What the model
-    has elsewhere goes there: some make parameters on a device of their own choice."""
+def dataflow(
+    module: nn.Module, linears: Mapping[str, nn.Module], experts: Mapping[str, Experts], kind: str
+) -> Dataflow:
+    """The dataflow of a transformers model on the meta device, as training runs it; linears: by name; experts: by
+    their module's name, which is found among `reached` too.  What the model has elsewhere goes there: some make
+    parameters on a device of their own choice."""
     failed = ""
     module.to("meta")
     for tokens in _TOKENS:
         try:
             with quiet():
-                return _followed(module, linears, _inputs(module, kind, tokens))
+                return _followed(module, linears, experts, _inputs(module, kind, tokens))
         except Exception as error:  # a model may fail on numbers that it cannot see
             failed = failed or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return Dataflow(failed=failed)
@@ -115,13 +119,16 @@ def _marked(x: Any, sign: tuple[str, str]) -> Any:
     return _Mark.apply(x, sign)  # type: ignore[no-untyped-call]
 
 
-def _followed(module: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> Dataflow:
+def _followed(
+    module: Any, linears: Mapping[str, nn.Module], experts: Mapping[str, Experts], inputs: Mapping[str, Any]
+) -> Dataflow:
     strange: set[str] = set()  # layers that do not see row after row
     if hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("batched_mm")  # the one that need not know which expert takes a token
     widths: dict[str, int] = {}
     embedding = module.get_input_embeddings() if "input_ids" in inputs else None
-    with _marks(module, embedding, linears, strange, widths), torch.enable_grad(), Affirming():  # type: ignore[no-untyped-call]
+    marks = _marks(module, embedding, linears, experts, strange, widths)
+    with marks, torch.enable_grad(), Affirming():  # type: ignore[no-untyped-call]
         logits = module(**inputs).logits
     graph = _Graph(logits.grad_fn)
     ends = {sign: [node for node in graph.signed if node.sign == sign] for sign in {n.sign for n in graph.signed}}
@@ -133,7 +140,7 @@ def _followed(module: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str
             links[name] = tuple(link for node in begins for link in graph.links(node))
         if begins and name not in strange and all(node in after for node in begins):
             by_row.add(name)
-    reached = frozenset(name for (place, name) in ends if place == "out")
+    reached = frozenset(name for (place, name) in ends if place in ("out", "mixed"))
     return Dataflow(links, reached, frozenset(by_row), widths)
 
 
@@ -142,12 +149,13 @@ def _marks(
     module: nn.Module,
     embedding: nn.Module | None,
     linears: Mapping[str, nn.Module],
+    experts: Mapping[str, Experts],
     strange: set[str],
     widths: dict[str, int],
 ) -> Iterator[None]:
     """Within it a pass leaves marks in the graph: at the inputs and outputs of linear layers, at the inputs of blocks,
-    and behind the embedding of tokens.  It adds to `strange` and `widths`."""
-    handles = []
+    behind experts, and behind the embedding of tokens.  It adds to `strange` and `widths`."""
+    handles, standing = [], list[nn.Module]()
 
     def before(name: str) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -175,6 +183,12 @@ def _marks(
         for name, layer in linears.items():
             handles.append(layer.register_forward_pre_hook(before(name)))
             handles.append(layer.register_forward_hook(after(("out", name))))
+        for name, one in experts.items():
+            part = module.get_submodule(name)
+            handles.append(part.register_forward_hook(after(("mixed", name))))
+            if one.form != "interface":  # such classes look for an expert's tokens, which cannot be seen
+                part.forward = lambda x, *_: x * 1
+                standing.append(part)
         for name, outer in module.named_modules():
             for number, part in outer.named_children() if isinstance(outer, nn.ModuleList) else ():
                 hook = given(f"{name}.{number}" if name else number)
@@ -185,6 +199,8 @@ def _marks(
     finally:
         for handle in handles:
             handle.remove()
+        for part in standing:
+            del part.forward
 
 
 class _Graph:
@@ -223,7 +239,7 @@ class _Graph:
         readers: dict[Any, list[Any]] = {begin: []}
         while waiting:
             node = waiting.pop()
-            if node is not begin and _sign(node) is not None:
+            if node is not begin and _sign(node) is not None and node.sign[0] != "mixed":
                 sources += [node] if node.sign[0] in ("out", "block") else []
                 continue
             for read in self._read[node]:

@@ -22,6 +22,7 @@ from rayfed_sub.core.patterns import pattern_key
 from rayfed_sub.core.types import Block, Change, ModelShape, Tensors
 from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id
 from rayfed_sub.models.architecture import Architecture, layer_of, skeleton
+from rayfed_sub.models.experts import experts_of, matrices_in
 from rayfed_sub.models.hub import quiet
 
 FIELD = "model.start_from"
@@ -195,9 +196,11 @@ def fitted(start: StartFrom, architecture: Architecture, classes: Sequence[str])
     from transformers.pytorch_utils import Conv1D
 
     module = skeleton(architecture)
-    parts = dict(module.named_modules(remove_duplicate=False))
+    parts, experts = dict(module.named_modules(remove_duplicate=False)), _expert_places(module)
     for name, changes in start.changes.items():
         here, size = parts.get(name), _size(changes[0])
+        if name in experts and (experts[name].m, experts[name].n) == size:
+            continue
         if name not in parts or f"{name}.weight" in {*architecture.tied, *architecture.tied.values()}:
             what = "shares its weight with another layer" if name in parts else "is not in it"
             allowed = f"one for this model; {name} {what}"
@@ -231,28 +234,66 @@ def merged(tensors: Tensors, start: StartFrom | None, architecture: Architecture
     Raises UserError for a start that was made of another model, as far as it shows."""
     if start is None:
         return tensors
-    found, turned = dict(tensors), _turned(start, architecture)
+    found, module = dict(tensors), skeleton(architecture)
+    experts, turned = _expert_places(module), _turned(start, module)
     for name, copy in start.copied.items():
         if name not in tensors or not torch.equal(copy.to(tensors[name].dtype), tensors[name]):
             allowed = f"an adapter of this model; the {name} beside its factors is another one"
             raise UserError(FIELD, start.place, allowed, "set model.path to the model that it was trained on")
+    for name in {experts[name].parameter for name in start.changes if name in experts}:
+        found[name] = tensors[name].float().clone()
     for name, W_mn in changed_weights(start, tensors, architecture).items():
         after_mn = applied(start.changes[name], W_mn)
-        found[f"{name}.weight"] = (after_mn.T if name in turned else after_mn).contiguous()
+        stored = after_mn.T if name in turned else after_mn
+        if name in experts:
+            experts[name].inside(found).copy_(stored)
+        else:
+            found[f"{name}.weight"] = stored.contiguous()
     return {**found, **{name.replace("/", "."): tensor for name, tensor in start.head.items()}}
 
 
 def changed_weights(start: StartFrom, tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
     """The weights (m, n) of the layers that the start changes, as they are in the model's tensors; views."""
-    turned = _turned(start, architecture)
-    stored = {name: tensors[f"{name}.weight"] for name in start.changes}
+    module = skeleton(architecture)
+    experts, turned = _expert_places(module), _turned(start, module)
+    stored = {
+        name: experts[name].inside(tensors) if name in experts else tensors[f"{name}.weight"] for name in start.changes
+    }
     return {name: weight.T if name in turned else weight for name, weight in stored.items()}
 
 
-def _turned(start: StartFrom, architecture: Architecture) -> set[str]:
+@dataclass(frozen=True)
+class _Place:
+    """Where an expert's matrix (m, n) lies."""
+
+    parameter: str
+    number: int
+    m: int
+    n: int
+    transposed: bool
+
+    def inside(self, tensors: Tensors) -> Tensor:
+        """The matrix as it is stored, a view."""
+        return matrices_in(tensors[self.parameter], self.n if self.transposed else self.m)[self.number]
+
+
+def _expert_places(module: nn.Module) -> dict[str, _Place]:
+    return {
+        name: _Place(matrix.parameter, number, matrix.m, matrix.n, matrix.transposed)
+        for experts in experts_of(module).values()
+        for matrix in experts.matrices
+        for number, name in enumerate(matrix.names)
+    }
+
+
+def _turned(start: StartFrom, module: nn.Module) -> set[str]:
     """The layers whose stored weight is (n, m)."""
-    module = skeleton(architecture)
-    return {name for name in start.changes if not isinstance(module.get_submodule(name), nn.Linear)}
+    experts = _expert_places(module)
+    return {
+        name
+        for name in start.changes
+        if (experts[name].transposed if name in experts else not isinstance(module.get_submodule(name), nn.Linear))
+    }
 
 
 def applied(changes: Sequence[Change], W_mn: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.models.dataflow import Dataflow, Link, dataflow
+from rayfed_sub.models.experts import Experts, Matrix, experts_of
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,8 @@ NAMED = ("lower-mlp", "all-linear", "attention", "peft")
 """Values of model.targets that are no regular expression."""
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 """A layer's block: its name up to the first number."""
+_ROUTERS = ("router", "gate", "gating", "wg", "classifier")
+"""Names, beside experts or within them, of what sends tokens to them."""
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -31,46 +34,91 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D))
 
 
-def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> dict[str, nn.Module]:
-    """The trained layers of a transformers model on the meta device, by name, in the model's order.
+def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> dict[str, nn.Module | Matrix]:
+    """The trained layers of a transformers model on the meta device, by name, in the model's order; of experts one for
+    each matrix of each expert.
 
-    targets: `lower-mlp`, `all-linear`, `attention`, `peft` or a regular expression over modules' names.  head: layers
-    of a classification, which are trained whatever the targets.  What is asked for and cannot be trained is named in a
-    warning.  Raises UserError on model.targets where no layer is left, or the expression is none.
+    targets: `lower-mlp`, `all-linear`, `attention`, `peft` or a regular expression over names of modules and of
+    experts' parameters.  head: layers of a classification, which are trained whatever the targets.  What is asked for
+    and cannot be trained is named in a warning.  Raises UserError on model.targets where no layer is left, or the
+    expression is none.
     """
     pattern = _pattern(targets, module.config.model_type)
-    linears = dict(linear_layers(module))
-    flow = dataflow(module, linears, kind)
+    linears, places = dict(linear_layers(module)), experts_of(module)
+    flow = dataflow(module, linears, places, kind)
+    experts = {name: one for name, one in places.items() if flow.failed is not None or name in flow.reached}
     output = module.get_output_embeddings()
     # The output layer is as large as the vocabulary.
     outside = {name: "the output layer" for name, layer in linears.items() if layer is output}
     outside |= dict.fromkeys(head, "the head")
+    outside |= dict.fromkeys(_routers(linears, places), "a router")
     unfit = _unfit(linears, flow) | outside
+    matrices = _matrices(targets, pattern, experts)
     if pattern is not None:
         asked = [name for name in linears if pattern.search(name)]
     elif targets == "all-linear":
         asked = [name for name in linears if name not in outside]
     elif flow.failed is None:
         by_place = _mixers(linears, flow) if targets == "attention" else _mlps(linears, flow)
-        if targets == "lower-mlp" and not by_place and not _experts(module):
+        if targets == "lower-mlp" and not by_place and not matrices and not _stacked(module, experts):
             by_place = _inner(linears, flow)
         asked = [name for name in linears if name in by_place]
+    elif matrices:
+        asked = []
     else:
         allowed = "a regular expression, for this model's layers are not found without its weights"
         raise UserError("model.targets", targets, allowed, f"{flow.failed}; linear layers: {some(linears)}")
     left_out = {name: unfit[name] for name in asked if name in unfit}
     if pattern is not None:
-        left_out |= {name: "not linear" for name in _others(module, linears) if pattern.search(name)}
-    found = {name: linears[name] for name in asked if name not in unfit}
+        others = (name for name in _others(module, linears) if name not in experts)
+        left_out |= {name: "not linear" for name in others if pattern.search(name)}
+    fit = {name: linears[name] for name in asked if name not in unfit}
+    found = _in_order(module, fit, matrices)
     if not found:
         raise _nothing(targets, module, [name for name in linears if name not in unfit], left_out, pattern)
     if targets in ("lower-mlp", "all-linear"):
-        left_out |= dict.fromkeys(_experts(module), "several matrices in one parameter, as experts are")
+        left_out |= dict.fromkeys(_stacked(module, experts), "several matrices in one parameter")
     if left_out:
         log.warning("model.targets: %s leaves out %s", targets, _with_reasons(left_out))
     if flow.failed is not None:
         log.warning("model.targets: layers without a gradient are not found without weights (%s)", flow.failed)
     return found
+
+
+def _matrices(
+    targets: str, pattern: re.Pattern[str] | None, experts: Mapping[str, Experts]
+) -> dict[str, dict[str, Matrix]]:
+    """By place the matrices of experts that are asked for, by the layers' names."""
+    found: dict[str, dict[str, Matrix]] = {}
+    for place, one in experts.items():
+        for matrix in one.matrices:
+            if pattern is not None:
+                whole = pattern.search(matrix.parameter) is not None
+                names = [name for name in matrix.names if whole or pattern.search(name)]
+            else:
+                asked = targets == "all-linear" or (targets == "lower-mlp" and matrix.up)
+                names = list(matrix.names) if asked else []
+            if names:
+                found.setdefault(place, {}).update(dict.fromkeys(names, matrix))
+    return found
+
+
+def _in_order(
+    module: nn.Module, linears: Mapping[str, nn.Module], matrices: Mapping[str, Mapping[str, Matrix]]
+) -> dict[str, nn.Module | Matrix]:
+    """Linear layers and experts' matrices in the model's order."""
+    found: dict[str, nn.Module | Matrix] = {}
+    for name, _ in module.named_modules():
+        if name in linears:
+            found[name] = linears[name]
+        found.update(matrices.get(name, {}))
+    return found
+
+
+def _routers(linears: Mapping[str, nn.Module], experts: Iterable[str]) -> list[str]:
+    """Layers that send tokens to experts."""
+    around = {f"{place}.{own}" for name in experts for place in (name, _parent(name)) for own in _ROUTERS}
+    return [name for name in linears if name in around or not around.isdisjoint(_around(name))]
 
 
 def own_targets(targets: str, module: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -125,9 +173,9 @@ def _nothing(
         allowed = f"{ways} or a regular expression that matches linear layers besides the head"
         found = f"it matches only {only}" if matched else "it matches no module"
         return UserError("model.targets", targets, allowed, f"{found}; {layers}")
-    if targets == "lower-mlp" and not left_out and (experts := _experts(module)):
-        allowed = "another choice: this model's MLPs are experts, one parameter each, which are not trained"
-        return UserError("model.targets", targets, allowed, f"e.g. model.targets=attention leaves {some(experts, 2)}")
+    if targets == "lower-mlp" and not left_out and (stacked := _stacked(module, {})):
+        allowed = "another choice: this model's MLPs lie in parameters of a form that is not known, and are not trained"
+        return UserError("model.targets", targets, allowed, f"e.g. model.targets=attention leaves {some(stacked, 2)}")
     found = f"it finds only {_with_reasons(left_out)}" if left_out else "it finds none"
     allowed = f"one of {ways} that finds linear layers in the blocks of type {module.config.model_type}, or a regular"
     return UserError("model.targets", targets, f"{allowed} expression", f"{found}; {layers}")
@@ -266,11 +314,12 @@ def layer_size(layer: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
 
 
-def _experts(module: nn.Module) -> list[str]:
-    """Parameters that hold several matrices each."""
+def _stacked(module: nn.Module, experts: Mapping[str, Experts]) -> list[str]:
+    """Parameters that hold several matrices each, but for those of these experts."""
+    known = {matrix.parameter for one in experts.values() for matrix in one.matrices}
     found = []
     for name, part in module.named_modules():
         if _BLOCK.match(f"{name}.") and not isinstance(part, nn.modules.conv._ConvNd):
             own = part.named_parameters(name, recurse=False)
-            found += [full for full, x in own if x.ndim == 3 and min(x.shape) > 1]
+            found += [full for full, x in own if x.ndim == 3 and min(x.shape) > 1 and full not in known]
     return found

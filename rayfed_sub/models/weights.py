@@ -19,6 +19,7 @@ from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, build, reason, skeleton
+from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.tokenizers import HubTokenizer
@@ -108,11 +109,11 @@ def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tenso
     """Tensors that methods start from: `<layer>/weight` (m, n) of targets and head, `<layer>/bias` (m,) of the head;
     float32. transposed: the architecture's.
 
-    A float32 nn.Linear weight is the given tensor itself; the others are copies.
+    A float32 nn.Linear weight is the given tensor itself, an expert's a view; the others are copies.
     """
     weights = {}
     for layer in shape.targets:
-        weight = tensors[f"{layer.name}.weight"]
+        weight = matrix_of(tensors, layer, transposed=layer.name in transposed)
         if layer.name in transposed:
             weight = weight.T.contiguous()
         weights[f"{layer.name}/weight"] = weight.float()
@@ -136,12 +137,18 @@ def write_folder(
     dtype of all weights in the files: None keeps the backbone's, to which float32 targets are then rounded.
     generation: the generation configuration to write in place of the one that follows from the model's own.
     """
-    stored = dict(tensors)
+    stored, experts = dict(tensors), {layer.name: layer for layer in architecture.shape.experts}
+    written = {name.rpartition("/")[0] for name in targets}
+    for parameter in {place(layer)[0] for name, layer in experts.items() if name in written}:  # matrix by matrix
+        stored[parameter] = tensors[parameter].to(dtype or tensors[parameter].dtype, copy=True)
     for name, tensor in targets.items():
         layer, _, role = name.rpartition("/")
         plain = f"{layer}.{role}"
         turned = tensor.T if role == "weight" and layer in architecture.transposed else tensor
-        stored[plain] = turned.to(dtype or tensors[plain].dtype).contiguous()
+        if layer in experts:
+            matrix_of(stored, experts[layer], transposed=layer in architecture.transposed).copy_(turned)
+        else:
+            stored[plain] = turned.to(dtype or tensors[plain].dtype).contiguous()
     module: Any = assemble(architecture, stored)
     if dtype is not None:
         module = module.to(dtype)

@@ -18,9 +18,10 @@ from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.weights import assemble
-from rayfed_sub.training.layers import Bound, PackLinear, Terms, bound, install, runs
+from rayfed_sub.training.layers import Bound, PackLinear, Terms, bound, runs
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.own_loss import OwnCodeError, own_scores
+from rayfed_sub.training.pack_experts import install
 from rayfed_sub.training.passes import passes
 
 log = logging.getLogger(__name__)

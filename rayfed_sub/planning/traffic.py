@@ -134,10 +134,10 @@ def first_start(method: Method, shape: ModelShape, config: Config, client: int) 
 def _alike(targets: Iterable[Layer], method: Method) -> list[list[Layer]]:
     """The targets of each shape, and of each rank that the method's pattern gives, in the order of their first ones."""
     own: Any = unhooked(method)
-    kinds: dict[tuple[int, int, bool, int], list[Layer]] = defaultdict(list)
+    kinds: dict[tuple[int, int, bool, bool, int], list[Layer]] = defaultdict(list)
     for layer in targets:
         rank = lora.layer_rank(own, layer.name) if getattr(own, "rank_pattern", None) else 0
-        kinds[layer.m, layer.n, layer.bias, rank].append(layer)
+        kinds[layer.m, layer.n, layer.bias, layer.expert, rank].append(layer)
     return list(kinds.values())
 
 
@@ -228,18 +228,21 @@ def _result(start: Start, client: int, steps: int, shape: ModelShape, config: Co
         tensors[name] = 2 * tensors[name] + 0.01 * torch.from_numpy(noise)
     roles = optimizers.moment_roles(config.optimizer)
     moved = {f"{name}/{role}": torch.zeros_like(start.tensors[name]) for name in start.trained for role in roles}
+    counts = {f"{layer.name}/step": torch.tensor(float(steps), dtype=torch.float64) for layer in shape.experts}
     closings = closed_blocks(start, steps)
+    scale = optimizers.decay(config.optimizer, config.optimizer.lr) ** steps if start.decays_base else 1.0
     return LocalResult(
         client=client,
         tensors=tensors,
-        moments={**start.moments, **moved},
+        moments={**start.moments, **moved, **counts},
         step=start.step + steps,
         blocks={} if start.subspace is None else _blocks(start, tensors, shape, closings),
-        base_scale=optimizers.decay(config.optimizer, config.optimizer.lr) ** steps if start.decays_base else 1.0,
+        base_scale=scale,
         periods=closings + 1,
         metrics={"loss": 0.0, "loss_last": 0.0, "labels": 1.0, "steps": float(steps), "periods": closings + 1.0},
         trained=start.trained,
         memory=start.memory,
+        base_scales={layer.name: scale for layer in shape.experts if start.decays_base},
     )
 
 

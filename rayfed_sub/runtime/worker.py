@@ -44,8 +44,9 @@ from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels,
 from rayfed_sub.training.client_errors import failed, not_finite
 from rayfed_sub.training.executor import ClientWork, LocalRule, PackResult, train_pack
 from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, predictions
-from rayfed_sub.training.layers import based_on, install
+from rayfed_sub.training.layers import based_on
 from rayfed_sub.training.own_loss import BatchScores, OwnCodeError, own_scores
+from rayfed_sub.training.pack_experts import install
 
 _RESIDENT_BYTES = 256 * 2**20  # client states that a worker keeps; older ones are read from the object store again
 _FETCH_SECONDS = 120

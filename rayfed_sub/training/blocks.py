@@ -71,7 +71,7 @@ class Closed:
         self.left_GmR = torch.stack([padded(left, (m, max(self.used_G))) for left in lefts])
         self.right_GRn = torch.stack([padded(right, (max(self.used_G), n)) for right in rights])
 
-    def decay(self, factor: float) -> None:
+    def decay(self, factor: float | Tensor) -> None:
         """Weight decay shrinks closed blocks like everything else that makes up the weight."""
         if self.left_GmR is not None:
             self.left_GmR = self.left_GmR * factor

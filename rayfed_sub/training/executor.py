@@ -24,12 +24,13 @@ from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.client_errors import drawn
 from rayfed_sub.training.dropout import Dropout, dropouts
+from rayfed_sub.training.expert_steps import ROLES, period, sent, since, step_experts
 from rayfed_sub.training.galore import Refresh, renew
 from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Terms, bound, runs
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
 from rayfed_sub.training.passes import AnyPass, passes
-from rayfed_sub.training.stacks import Stack, Trainee, stacks_of, trainee_of, without_finished
+from rayfed_sub.training.stacks import Clock, Stack, stacks_of, trainee_of, without_finished
 
 GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
 """(layer, clients) -> backward hooks."""
@@ -71,15 +72,18 @@ class PackResult:
 @dataclass
 class _Step:
     """A stack's part in a step: trained leaves, scales, and the refresh if any client's own step count asks for one;
-    own_scales: of layers that have their own; captures: by layer; gradients: summed over the passes."""
+    own_scales: of layers that have their own; captures: by layer; gradients: summed over the passes; expert_scales,
+    sent: by expert's matrix, the clients' base scales, and whose losses depend on it."""
 
     leaves: dict[str, Tensor]
     scale_G: Tensor
     own_scales: dict[str, Tensor]
     base_scale_G: Tensor | None
+    expert_scales: dict[str, Tensor | None]
     refresh: Refresh | None
     captures: dict[str, Captures]
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    sent: dict[str, list[bool]] = field(default_factory=dict)
 
 
 def train_pack(
@@ -100,7 +104,7 @@ def train_pack(
     unharmed, and comes back with `failure` set; what it holds besides that and its metrics means nothing.
     """
     device = next(iter(layers.values())).weight.device
-    trainees = [trainee_of(work.client, work.start, work.batches, device, work.taken) for work in works]
+    trainees = [trainee_of(work.client, work.start, work.batches, shape, device, work.taken) for work in works]
     stacks = stacks_of(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
     results: dict[int, LocalResult] = {}
     tokens = computed = 0
@@ -164,6 +168,7 @@ def _step(
         if not math.isfinite(loss):
             trainee.failure = trainee.failure or f"non-finite loss at local step {len(trainee.losses) - 1}"
     for stack, step in zip(stacks, steps, strict=True):
+        step.sent = sent(shape, stack, step.gradients, step.refresh)
         _penalise(stack, step)
         _move(stack, step, shape, rule)
 
@@ -175,17 +180,25 @@ def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hook
         name: torch.tensor([trainee.start.scale_of(name) for trainee in stack.trainees], device=device)
         for name in stack.trainees[0].start.scales
     }
-    base_scales = [trainee.base_scale for trainee in stack.trainees]
-    base_scale_G = torch.tensor(base_scales, device=device) if any(c != 1.0 for c in base_scales) else None
+    base_scale_G = _base_scales([trainee.clock for trainee in stack.trainees], device)
+    expert_scales = {
+        layer.name: _base_scales([trainee.clock_of(layer) for trainee in stack.trainees], device)
+        for layer in shape.experts
+    }
     leaves = {name: stack.tensors[name].detach().requires_grad_() for name in stack.trainees[0].start.trained}
-    refresh, clients = _refresh(stack, seed), [trainee.client for trainee in stack.trainees]
+    refresh, clients = _refresh(stack, shape, seed), [trainee.client for trainee in stack.trainees]
     captures = {}
     for layer in shape.targets:
-        hooks = [] if refresh is None else [refresh.capture(layer)]
+        hooks = [] if refresh is None or layer.name not in refresh.due else [refresh.capture(layer)]
         hooks += [] if gradient_hooks is None else gradient_hooks(layer.name, clients)
         if hooks:
             captures[layer.name] = Captures(hooks, turns)
-    return _Step(leaves, scale_G, own_scales, base_scale_G, refresh, captures)
+    return _Step(leaves, scale_G, own_scales, base_scale_G, expert_scales, refresh, captures)
+
+
+def _base_scales(clocks: Sequence[Clock], device: torch.device) -> Tensor | None:
+    scales = [clock.base_scale for clock in clocks]
+    return torch.tensor(scales, device=device) if any(c != 1.0 for c in scales) else None
 
 
 def _terms(
@@ -211,7 +224,7 @@ def _terms(
                     core_Grr=tensors.get(f"{layer.name}/core"),
                     scale_G=step.own_scales.get(layer.name, step.scale_G),
                     closed=closed,
-                    base_scale_G=step.base_scale_G,
+                    base_scale_G=step.expert_scales.get(layer.name, step.base_scale_G),
                     captures=step.captures.get(layer.name),
                 )
             )
@@ -256,31 +269,29 @@ def _move(stack: Stack, step: _Step, shape: ModelShape, rule: LocalRule) -> None
         for name in factors:  # R = G Q^T = (1 / scale) dLoss/dL: GaLore's projected gradient
             grads[name] = grads[name] / scale_G[:, None, None]
     if step.refresh is not None:
-        _new_period(stack, shape, step.refresh, grads, scale_G, optimizer)
+        _new_period(stack, shape, step, optimizer)
     if rule.proximal:
         pull(rule.proximal, shape, first, stack.tensors, stack.anchors, stack.closed, grads, scale_G)
     if optimizer.clip_norm is not None:
         optimizers.clip(list(grads.values()), optimizer.clip_norm)
     if first.correct is not None:
         _correct(stack, grads, lr)
-    step_G = [trainee.step for trainee in trainees]
-    since_G = step_G
-    if first.subspace is not None and first.subspace.moments == "reset":  # bias correction starts anew with the moments
-        since_G = [trainee.step % (_period(trainee) or trainee.step + 1) for trainee in trainees]
-    others = [name for name in first.trained if name not in factors]
-    for names, taken_G in ((factors, since_G), (others, step_G)):
+    clocks = [trainee.clock for trainee in trainees]
+    own = {f"{layer.name}/{role}" for layer in shape.experts for role in ROLES}
+    shared, others = [name for name in factors if name not in own], [name for name in first.trained if name not in own]
+    others = [name for name in others if name not in shared]
+    for names, taken_G in ((shared, since(trainees, clocks)), (others, [clock.step for clock in clocks])):
         moments = {role: [tensors[name] for name in names] for role, tensors in stack.moments.items()}
         params = [stack.tensors[name] for name in names]
-        optimizers.step(optimizer, lr, params, [grads[name] for name in names], moments, taken_G)
-    if first.decays_base and optimizer.weight_decay:
-        for closed in stack.closed.values():
-            closed.decay(optimizers.decay(optimizer, lr))
-    for trainee in trainees:
-        trainee.step += 1
-        trainee.periods += not trainee.touched
-        trainee.touched = True
-        if first.decays_base:
-            trainee.base_scale *= optimizers.decay(optimizer, lr)
+        optimizers.step(optimizer, lr, params, [grads[name] for name in names], moments, [taken_G] * len(names))
+    decay = optimizers.decay(optimizer, lr) if first.decays_base else 1.0
+    step_experts(stack, shape, grads, step.sent, optimizer, lr, decay)
+    if decay != 1.0:
+        for layer in shape.targets:
+            if not layer.expert:
+                stack.closed[layer.name].decay(decay)
+    for clock in clocks:
+        clock.advance(decay)
 
 
 def _correct(stack: Stack, grads: dict[str, Tensor], lr: float) -> None:
@@ -300,35 +311,41 @@ def _correct(stack: Stack, grads: dict[str, Tensor], lr: float) -> None:
         grads[name] = torch.stack([given[name] for given in found])
 
 
-def _period(trainee: Trainee) -> int:
-    return 0 if trainee.start.subspace is None else trainee.start.subspace.refresh_every
-
-
-def _refresh(stack: Stack, seed: int) -> Refresh | None:
-    """The refresh of this step, if any client's own step count asks for one."""
+def _refresh(stack: Stack, shape: ModelShape, seed: int) -> Refresh | None:
+    """The refresh of this step, if any client's own step count, or one of its experts', asks for one."""
     subspaces = [trainee.start.subspace for trainee in stack.trainees if trainee.start.subspace is not None]
-    due_G = [bool(_period(t)) and t.step % _period(t) == 0 for t in stack.trainees]
-    if not any(due_G):
-        return None
-    return Refresh(subspaces, due_G, [(seed, t.client, t.step) for t in stack.trainees], stack.tensors)
-
-
-def _new_period(
-    stack: Stack,
-    shape: ModelShape,
-    refresh: Refresh,
-    grads: dict[str, Tensor],
-    scale_G: Tensor,
-    optimizer: Optimizer,
-) -> None:
-    """Closes the due clients' open blocks (if they were stepped in this round) and opens new ones."""
-    closing_G = [due and trainee.touched for due, trainee in zip(refresh.due_G, stack.trainees, strict=True)]
-    step_G = [trainee.step for trainee in stack.trainees]
+    due: dict[str, list[bool]] = {}
+    draws: dict[str, list[tuple[int, ...]]] = {}
     for layer in shape.targets:
+        step_G = [trainee.clock_of(layer).step for trainee in stack.trainees]
+        due_G = [bool(every) and t % every == 0 for t, every in zip(step_G, map(period, stack.trainees), strict=True)]
+        if any(due_G):
+            due[layer.name] = due_G
+            draws[layer.name] = [(seed, x.client, t) for x, t in zip(stack.trainees, step_G, strict=True)]
+    return Refresh(subspaces, due, draws, stack.tensors) if due else None
+
+
+def _new_period(stack: Stack, shape: ModelShape, step: _Step, optimizer: Optimizer) -> None:
+    """Closes the due clients' open blocks (if they were stepped in this round) and opens new ones; of experts only
+    where a client's loss depends on them."""
+    refresh = step.refresh
+    assert refresh is not None
+    renewed: dict[int, Clock] = {}
+    for layer in shape.targets:
+        due_G, sent_G = refresh.due.get(layer.name), step.sent.get(layer.name)
+        if due_G is not None and sent_G is not None:
+            due_G = [due and sent for due, sent in zip(due_G, sent_G, strict=True)]
+        if due_G is None or not any(due_G):
+            continue
+        clocks = [trainee.clock_of(layer) for trainee in stack.trainees]
+        closing_G = [due and clock.touched for due, clock in zip(due_G, clocks, strict=True)]
         if any(closing_G):
             left, right = stack.tensors[f"{layer.name}/left"], stack.tensors[f"{layer.name}/right"]
-            stack.closed[layer.name].close(left, right, scale_G, closing_G)
-        renew(layer, refresh, stack.tensors, grads, stack.moments, step_G, optimizer)
+            stack.closed[layer.name].close(left, right, step.scale_G, closing_G)
+        step_G = [clock.step for clock in clocks]
+        renew(layer, refresh, stack.tensors, step.gradients, stack.moments, due_G, step_G, optimizer)
+        renewed |= {id(clock): clock for clock, due in zip(clocks, due_G, strict=True) if due}
+    for clock in renewed.values():
+        clock.touched = False
     for g, trainee in enumerate(stack.trainees):
-        trainee.touched = trainee.touched and not refresh.due_G[g]
         trainee.failure = trainee.failure or refresh.failures.get(g)

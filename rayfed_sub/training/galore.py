@@ -30,13 +30,15 @@ from rayfed_sub.training.projectors import bases, extremes
 class Refresh:
     """A refresh: the due clients, and the results of the backward pass for them.
 
-    rows: per layer the new bases (G, r, k), zero for clients that are not due.  gradients: per layer the projected
-    gradient in the new basis, shaped like the trained factor.  failures: client position -> cause.
+    due: per layer that has any, whether each client is due; draws: per layer and client (seed, client, step), which
+    names the random projectors' streams.  rows: per layer the new bases (G, r, k), zero for clients that are not due.
+    gradients: per layer the projected gradient in the new basis, shaped like the trained factor.  failures: client
+    position -> cause.
     """
 
     subspaces: Sequence[Subspace]
-    due_G: Sequence[bool]
-    draws: Sequence[tuple[int, ...]]  # per client (seed, client, step): names the random projectors' streams
+    due: Mapping[str, Sequence[bool]]
+    draws: Mapping[str, Sequence[tuple[int, ...]]]
     tensors: Tensors
     rows: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -53,7 +55,7 @@ class Refresh:
             for first, x_gNn, d_gNm in parts:
                 ends_22gN = torch.stack([extremes(x) for x in (x_gNn, d_gNm)])
                 sound_g: list[bool] = ends_22gN.isfinite().all(dim=3).all(dim=1).all(dim=0).tolist()
-                due_g = self.due_G[first : first + len(sound_g)]
+                due_g = self.due[layer.name][first : first + len(sound_g)]
                 for g, (due, sound) in enumerate(zip(due_g, sound_g, strict=True), start=first):
                     if due and not sound:
                         self.failures.setdefault(g, f"non-finite gradient in {layer.name}")
@@ -65,7 +67,7 @@ class Refresh:
                 at = [first + g for g in renewed]
 
                 def draw(position: int, at: Sequence[int] = at) -> Generator:
-                    seed, *names = self.draws[at[position]]
+                    seed, *names = self.draws[layer.name][at[position]]
                     return stream(seed, "projector", layer.name, *names)
 
                 kind = self.subspaces[0].projector
@@ -88,16 +90,18 @@ def renew(
     tensors: dict[str, Tensor],
     gradients: dict[str, Tensor],
     moments: Mapping[str, dict[str, Tensor]],
+    due_G: Sequence[bool],
     step_G: Sequence[int],
     optimizer: Optimizer,
 ) -> None:
-    """Opens the new period of the due clients: basis replaced, trained factor zeroed, gradient and moments moved.
+    """Opens the layer's new period of the due clients: basis replaced, trained factor zeroed, gradient and moments
+    moved.
 
     A layer that saw no gradient at all (no label in any client's batch) gets a basis of zeros and stays put.
     """
     fixed, trained = sides(layer)
     device = tensors[fixed].device
-    due_G = torch.tensor(list(refresh.due_G), device=device)[:, None, None]
+    due_G11 = torch.tensor(list(due_G), device=device)[:, None, None]
     old_Grk = as_rows(layer, tensors[fixed])
     new_Grk = refresh.rows.get(layer.name, torch.zeros_like(old_Grk))
     zero = torch.zeros_like(tensors[trained])
@@ -105,11 +109,11 @@ def renew(
     if rule != "keep":
         turn_Grr = multiplied(new_Grk, old_Grk.transpose(1, 2))
         for role, moved in moved_moments(layer, rule, turn_Grr, moments, trained, step_G, optimizer).items():
-            moments[role][trained] = torch.where(due_G, moved, moments[role][trained])
+            moments[role][trained] = torch.where(due_G11, moved, moments[role][trained])
     new_fixed = new_Grk if fixed.endswith("/right") else new_Grk.transpose(1, 2)
-    tensors[fixed] = torch.where(due_G, new_fixed, tensors[fixed])
-    tensors[trained] = torch.where(due_G, zero, tensors[trained])
-    gradients[trained] = torch.where(due_G, refresh.gradients.get(layer.name, zero), gradients[trained])
+    tensors[fixed] = torch.where(due_G11, new_fixed, tensors[fixed])
+    tensors[trained] = torch.where(due_G11, zero, tensors[trained])
+    gradients[trained] = torch.where(due_G11, refresh.gradients.get(layer.name, zero), gradients[trained])
 
 
 def moved_moments(

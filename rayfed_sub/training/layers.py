@@ -202,17 +202,26 @@ class PackLinear(nn.Module):
         S, stacks = len(x_Sn), self.bound.stacks
         if stacks[0].rows is None and S % _TILE:
             x_Sn = functional.pad(x_Sn, (0, 0, 0, -S % _TILE))
-        found = tuple(_tokens(terms.rows, len(x_Sn), self.bound.rows) for terms in stacks)
-        leaves = [leaf for terms in stacks for leaf in terms.leaves()]
         dropout = self.bound.dropout
         kept = None if dropout is None else (dropout.kept(x_Sn), dropout.factor)
-        given = (x_Sn, self.weight, self.bias, stacks, found, kept)
-        y_Sm: Tensor = _Sum.apply(*given, *leaves)  # type: ignore[no-untyped-call]
+        y_Sm = self.summed(x_Sn, tuple(token_runs(terms.rows, len(x_Sn), self.bound.rows) for terms in stacks), kept)
         y_Sm = y_Sm[:S] if len(y_Sm) > S else y_Sm
         return y_Sm.to(x.dtype).reshape(*x.shape[:-1], -1)
 
+    def summed(
+        self, x_Sn: Tensor, found: tuple[tuple[Run, ...], ...], kept: tuple[Tensor, float] | None = None
+    ) -> Tensor:
+        """The outputs (S, m), in the inputs' type, of tokens that lie in these runs of every stack that is bound; kept:
+        as in `_Sum`."""
+        assert self.bound is not None
+        stacks = self.bound.stacks
+        leaves = [leaf for terms in stacks for leaf in terms.leaves()]
+        given = (x_Sn.float(), self.weight, self.bias, stacks, found, kept)
+        y_Sm: Tensor = _Sum.apply(*given, *leaves)  # type: ignore[no-untyped-call]
+        return y_Sm.to(x_Sn.dtype)
 
-def _tokens(rows: tuple[Run, ...] | None, tokens: int, all_rows: int) -> tuple[Run, ...]:
+
+def token_runs(rows: tuple[Run, ...] | None, tokens: int, all_rows: int) -> tuple[Run, ...]:
     """The runs of rows as runs of tokens."""
     return (Run(0, 1, 0, tokens),) if rows is None else tuple(run.scaled(tokens, all_rows) for run in rows)
 
@@ -347,13 +356,13 @@ def _empty(leaf: Tensor, found: Sequence[Run]) -> Tensor:
 
 
 def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
-    """Replaces the target and head layers of `module` by PackLinear over the same weights (no copy); by layer name.
-    All other plain linear layers are frozen.
+    """Replaces the target and head layers of `module`, but for experts', by PackLinear over the same weights (no copy);
+    by layer name.  All other plain linear layers are frozen.
 
     GPT-2's Conv1D stores (n, m); its transposed view serves as (m, n).
     """
     layers = {}
-    for layer in (*shape.targets, *shape.head):
+    for layer in (layer for layer in (*shape.targets, *shape.head) if not layer.expert):
         parent_name, _, child = layer.name.rpartition(".")
         parent = module.get_submodule(parent_name)
         old = parent.get_submodule(child)

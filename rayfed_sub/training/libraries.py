@@ -20,7 +20,9 @@ from rayfed_sub.core.lowrank import sides, signed
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, ModelShape, Start, Tensors
 from rayfed_sub.training.dropout import GivenDropout
+from rayfed_sub.training.expert_libraries import expert_parameters
 from rayfed_sub.training.projectors import basis
+from rayfed_sub.training.stacks import expert_step
 
 _SINGULAR_CUT = 1e-7  # singular values below this share of the largest are float32 rounding: rank(G) < r
 _STATE = {"adamw": {"m1": "exp_avg", "m2": "exp_avg_sq"}, "sgd": {"m1": "momentum_buffer"}}
@@ -28,7 +30,8 @@ _STATE = {"adamw": {"m1": "exp_avg", "m2": "exp_avg_sq"}, "sgd": {"m1": "momentu
 
 @dataclass
 class Moving:
-    """A trained tensor: its name, the parameter that autograd differentiates, and the one the optimiser steps.
+    """A trained tensor: its name, the parameter that autograd differentiates, and the one the optimiser steps; taken:
+    steps before the round.
 
     They are the same, except for GaLore under SGD: galore_torch has no such optimiser, so torch's SGD steps a zero
     matrix of the projected shape, which is then projected back onto the weight.
@@ -37,7 +40,13 @@ class Moving:
     name: str
     parameter: nn.Parameter
     stepped: nn.Parameter
+    taken: int
     projector: Any = None  # galore_torch.galore_projector.GaLoreProjector
+
+    @property
+    def layer(self) -> str:
+        """The layer's name."""
+        return self.name.rpartition("/")[0]
 
 
 def moving_tensors(
@@ -51,7 +60,8 @@ def moving_tensors(
     """Puts the client's tensors into `model` and returns those that are trained, in the Start's order."""
     parameters: dict[str, Any] = {}
     layers: dict[str, Layer] = {}
-    for layer in shape.targets:
+    linear_shape = ModelShape(tuple(layer for layer in shape.targets if not layer.expert), shape.head)
+    for layer in linear_shape.targets:
         weight, left, core = (f"{layer.name}/{role}" for role in ("weight", "left", "core"))
         if core in begun:
             parameters |= _cored(model, layer, begun, start, names)
@@ -62,23 +72,27 @@ def moving_tensors(
         linear = _linear(model, layer, begun[weight], None)
         trained = weight if start.subspace is None else sides(layer)[1]
         parameters[trained], layers[trained] = linear.weight, layer
+    parameters |= expert_parameters(model, shape, begun, start)
+    layers |= {sides(layer)[1]: layer for layer in shape.experts}
     for layer in shape.head:
         weight, bias = f"{layer.name}/weight", f"{layer.name}/bias"
         linear = _linear(model, layer, begun[weight], begun.get(bias))
         parameters[weight], parameters[bias] = linear.weight, linear.bias
     has = {name.rpartition("/")[2] for name in start.tensors}
     if start.subspace is None and "left" in has and "core" not in has:
-        parameters |= _lora(model, shape, start, names)
-    moving = []
+        parameters |= _lora(model, linear_shape, start, names) if linear_shape.targets else {}
+    moving, experts = [], {layer.name: layer for layer in shape.experts}
     for name in start.trained:
         parameter = stepped = parameters[name]
         parameter.requires_grad_(True)
-        projector = None
+        projector, taken = None, start.step
+        if name.rpartition("/")[0] in experts:
+            taken = expert_step(start, experts[name.rpartition("/")[0]])
         if start.subspace is not None and name in layers:
-            projector = _projector(layers[name], start, names, parameter.device)
+            projector = _projector(layers[name], start, taken, names, parameter.device)
             if optimizer.name == "sgd":
                 stepped = nn.Parameter(torch.zeros_like(start.tensors[name], device=parameter.device))
-        moving.append(Moving(name, parameter, stepped, projector))
+        moving.append(Moving(name, parameter, stepped, taken, projector))
     return moving
 
 
@@ -164,7 +178,7 @@ def _lora(model: nn.Module, shape: ModelShape, start: Start, whose: tuple[int, i
     return parameters
 
 
-def _projector(layer: Layer, start: Start, names: tuple[int, int], device: torch.device) -> Any:
+def _projector(layer: Layer, start: Start, taken: int, names: tuple[int, int], device: torch.device) -> Any:
     """A galore_torch projector that goes on from the client's basis; other kinds than `svd` bring their own rule."""
     from galore_torch.galore_projector import GaLoreProjector
 
@@ -173,7 +187,7 @@ def _projector(layer: Layer, start: Start, names: tuple[int, int], device: torch
     # galore_torch knows no "never": it then renews at every step, and gets the same basis each time.
     projector = GaLoreProjector(subspace.rank, update_proj_gap=subspace.refresh_every or 1, scale=start.scale)
     projector.ortho_matrix = start.tensors[sides(layer)[0]].to(device)
-    projector.taken = start.step  # the client's optimiser steps, kept up to date by `_step`
+    projector.taken = taken  # optimiser steps, kept up to date by the executor
 
     def orthogonal(G_mn: Tensor, rank: int, type: str) -> Tensor:
         kept: Tensor = projector.ortho_matrix
@@ -219,11 +233,11 @@ def stepper_of(moving: Sequence[Moving], start: Start, optimizer: Optimizer, lr:
             moment = start.moments.get(f"{x.name}/{role}", torch.zeros_like(start.tensors[x.name]))
             state[key] = moment.to(x.parameter.device, copy=True)
         if optimizer.name == "adamw":
-            state["step"] = start.step
+            state["step"] = x.taken
             if x.projector is not None:
                 state["projector"] = x.projector
                 if start.subspace is not None and start.subspace.moments == "reset" and start.subspace.refresh_every:
-                    state["step"] = start.step % start.subspace.refresh_every
+                    state["step"] = x.taken % start.subspace.refresh_every
     return stepper
 
 

@@ -38,14 +38,15 @@ def step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     moments: dict[str, list[Tensor]],
-    step_G: Sequence[int],
+    steps: Sequence[Sequence[int]],
 ) -> None:
     """Optimiser step in place on params and moments, all (G, ...) float32.
 
-    step_G: steps that each client had taken before this one.  moments: role -> one tensor per parameter.
+    steps: per parameter the steps that each client had taken before this one.  moments: role -> one tensor per
+    parameter.
 
     >>> p, m1, m2 = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
-    >>> step(Optimizer(eps=1e-12), 0.1, [p], [torch.full((1, 1), 5.0)], {"m1": [m1], "m2": [m2]}, [0])
+    >>> step(Optimizer(eps=1e-12), 0.1, [p], [torch.full((1, 1), 5.0)], {"m1": [m1], "m2": [m2]}, [[0]])
     >>> p  # Adam's first step has length lr
     tensor([[-0.1000]])
     """
@@ -60,10 +61,14 @@ def step(
         denominators = torch._foreach_sqrt(moments["m2"])
         torch._foreach_add_(denominators, optimizer.eps)
         directions = torch._foreach_div(moments["m1"], denominators)
-        length_G = torch.tensor(
-            [lr * (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)) for t in step_G], device=params[0].device
+        lengths = {
+            step_G: torch.tensor([lr * (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)) for t in step_G])
+            for step_G in map(tuple, steps)
+        }
+        length_G = {step_G: length.to(params[0].device) for step_G, length in lengths.items()}
+        torch._foreach_mul_(
+            directions, [_spread(length_G[tuple(own)], d) for own, d in zip(steps, directions, strict=True)]
         )
-        torch._foreach_mul_(directions, [_spread(length_G, d) for d in directions])
         torch._foreach_sub_(params, directions)
     elif optimizer.momentum:
         torch._foreach_mul_(moments["m1"], optimizer.momentum)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from rayfed_sub.training.dropout import GivenDropout
 from rayfed_sub.training.executor import ClientWork, LocalRule
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
 from rayfed_sub.training.own_loss import trained_loss
+from rayfed_sub.training.stacks import Clock, expert_step
 
 
 def train_reference(
@@ -62,72 +63,103 @@ def _client(
     moving = moving_tensors(model, shape, begun, start, (rule.seed, client), optimizer)
     stepper = stepper_of(moving, start, optimizer, lr)
     losses: list[float] = []
-    labels, periods, step, base_scale = 0, 0, start.step, 1.0
+    labels, clock = 0, Clock(start.step)
+    clocks = dict.fromkeys((x.layer for x in moving), clock)
+    clocks |= {layer.name: Clock(expert_step(start, layer)) for layer in shape.experts}
     failure, memory = None, start.memory
     for t in range(len(batches)):
         batch = drawn(batches, t)
         if isinstance(batch, str):
             failure = batch
             break
-        model.zero_grad()
+        for x in moving:  # which need not be parameters of the model
+            x.parameter.grad = None
         _begin_dropout(model, batch, work.taken + t)
         loss, count = _loss(model, batch)
         losses.append(loss.item())
         labels += count
-        if start.penalty is not None:
-            loss = loss + start.penalty({**start.tensors, **{x.name: x.parameter for x in moving}})
         loss.backward()
+        still = _still(moving, shape)
+        if start.penalty is not None:
+            start.penalty({**start.tensors, **{x.name: x.parameter for x in moving}}).backward()
         failure = _not_finite(t, losses[-1], moving)
         if failure:
             break
-        due = _due(start, step)
-        _count(moving, step)
-        _clip(moving, optimizer.clip_norm, step)
-        memory = _correct(start, memory, moving, begun, base_scale, t, lr)
-        _step(stepper, moving, start, optimizer, lr, step, due)
-        periods += due or t == 0
-        step += 1
-        base_scale *= 1 - lr * optimizer.weight_decay if start.decays_base else 1.0
+        _count(moving, clocks)
+        _clip(moving, optimizer.clip_norm, clocks)
+        memory = _correct(start, memory, moving, begun, clocks, t, lr)
+        _step(stepper, [x for x in moving if x.layer not in still], start, optimizer, lr, clocks)
+        _advance(clock, clocks, still, start, 1 - lr * optimizer.weight_decay if start.decays_base else 1.0)
+    periods = max(1, *(own.periods for own in (clock, *clocks.values())))
     metrics = {
         "loss": sum(losses) / max(1, len(losses)),
         "loss_last": losses[-1] if losses else 0.0,
         "labels": float(labels),
         "steps": float(len(losses)),
-        "periods": float(max(1, periods)),
+        "periods": float(periods),
     }
     failure = failure or not_finite({x.name: x.parameter for x in moving})
     if failure:
         return LocalResult(
-            client, start.tensors, start.moments, step, {}, base_scale, 1, metrics, failure, start.trained, memory
+            client,
+            start.tensors,
+            start.moments,
+            clock.step,
+            {},
+            clock.base_scale,
+            1,
+            metrics,
+            failure,
+            start.trained,
+            memory,
         )
     tensors = {name: tensor.cpu().clone() for name, tensor in start.tensors.items()}
-    moments, blocks = {}, {}
+    moments = {}
     for x in moving:
         for role, key in roles(optimizer).items():
             moments[f"{x.name}/{role}"] = stepper.state[x.stepped][key].detach().cpu().clone()
         tensors[x.name] = x.parameter.detach().cpu().clone()
-    for layer in shape.targets if start.subspace is not None else ():
-        fixed, trained = sides(layer)
-        assert start.subspace is not None
-        x = next(x for x in moving if x.name == trained)
-        tensors[fixed] = x.projector.ortho_matrix.cpu().contiguous().clone()
-        change_mn = tensors[trained] - base_scale * begun[f"{layer.name}/weight"].cpu()
-        U_mq, S_q, V_qn = torch.linalg.svd(change_mn.double(), full_matrices=False)
-        R = min(len(S_q), max(1, periods) * start.subspace.rank)  # a period adds r; beyond that is rounding
-        blocks[layer.name] = ((U_mq * S_q)[:, :R].float(), V_qn[:R].float())
-        renewed, at_rest = start.subspace.refresh_every > 0, torch.zeros_like(start.tensors[trained])
-        tensors[trained] = at_rest if renewed else _factor(x, begun, base_scale).cpu()
+    blocks = _blocks(shape, start, moving, begun, clocks, tensors)
     moments = {**start.moments, **moments}  # of a factor at rest they stay as they were
-    periods = max(1, periods)
+    scales = {layer.name: clocks[layer.name].base_scale for layer in shape.experts if start.decays_base}
+    for layer in shape.experts:
+        moments[f"{layer.name}/step"] = torch.tensor(float(clocks[layer.name].step), dtype=torch.float64)
+    step, scale = clock.step, clock.base_scale
     return LocalResult(
-        client, tensors, moments, step, blocks, base_scale, periods, metrics, None, start.trained, memory
+        client, tensors, moments, step, blocks, scale, periods, metrics, None, start.trained, memory, scales
     )
 
 
-def _due(start: Start, step: int) -> bool:
+def _blocks(
+    shape: ModelShape,
+    start: Start,
+    moving: Sequence[Moving],
+    begun: Tensors,
+    clocks: Mapping[str, Clock],
+    tensors: dict[str, Tensor],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """GaLore's blocks by layer; bases and trained factors as they come back are put into `tensors`."""
+    blocks: dict[str, tuple[Tensor, Tensor]] = {}
+    if start.subspace is None:
+        return blocks
+    for layer in shape.targets:
+        fixed, trained = sides(layer)
+        x = next(x for x in moving if x.name == trained)
+        tensors[fixed] = x.projector.ortho_matrix.cpu().contiguous().clone()
+        own = clocks[layer.name]
+        change_mn = tensors[trained] - own.base_scale * begun[f"{layer.name}/weight"].cpu()
+        U_mq, S_q, V_qn = torch.linalg.svd(change_mn.double(), full_matrices=False)
+        R = min(len(S_q), max(1, own.periods) * start.subspace.rank)  # a period adds r; beyond that is rounding
+        blocks[layer.name] = ((U_mq * S_q)[:, :R].float(), V_qn[:R].float())
+        renewed, at_rest = start.subspace.refresh_every > 0, torch.zeros_like(start.tensors[trained])
+        tensors[trained] = at_rest if renewed else _factor(x, begun, own.base_scale).cpu()
+    return blocks
+
+
+def _due(start: Start, clock: Clock) -> bool:
     """Whether this step has a new basis."""
     period = 0 if start.subspace is None else start.subspace.refresh_every
-    return bool(period) and step % period == 0
+    return bool(period) and clock.step % period == 0
 
 
 def _begin_dropout(model: nn.Module, batch: Batch, step: int) -> None:
@@ -137,11 +169,25 @@ def _begin_dropout(model: nn.Module, batch: Batch, step: int) -> None:
             part.begin(step, 1 if isinstance(batch, OwnBatch) else len(batch["labels"]))
 
 
-def _count(moving: Sequence[Moving], step: int) -> None:
+def _advance(clock: Clock, clocks: Mapping[str, Clock], still: Collection[str], start: Start, decay: float) -> None:
+    """Counts a step of the client's clock and of its experts' that took one."""
+    stepped = {id(clock): clock, **{id(own): own for name, own in clocks.items() if name not in still}}
+    for own in stepped.values():
+        own.touched = own.touched and not _due(start, own)
+        own.advance(decay)
+
+
+def _count(moving: Sequence[Moving], clocks: Mapping[str, Clock]) -> None:
     """Gives the projectors, whose draws depend on it, the number of steps taken."""
     for x in moving:
         if x.projector is not None:
-            x.projector.taken = step
+            x.projector.taken = clocks[x.layer].step
+
+
+def _still(moving: Sequence[Moving], shape: ModelShape) -> set[str]:
+    """Experts' matrices without a gradient, which take no step."""
+    sent = {x.layer for x in moving if x.parameter.grad is not None and x.parameter.grad.any()}
+    return {layer.name for layer in shape.experts} - sent
 
 
 def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -178,20 +224,21 @@ def _step(
     start: Start,
     optimizer: Optimizer,
     lr: float,
-    step: int,
-    due: bool,
+    clocks: Mapping[str, Clock],
 ) -> None:
-    """Optimiser step: moments moved into the new basis, the library's step, SGD's decay."""
+    """Optimiser step of these tensors: moments moved into the new basis, the library's step, SGD's decay."""
+    _only(stepper, moving)
     projected = [x for x in moving if x.projector is not None]
-    if due and start.subspace is not None and start.subspace.moments != "keep":
-        for x in projected:
+    if start.subspace is not None and start.subspace.moments != "keep":
+        for x in (x for x in projected if _due(start, clocks[x.layer])):
+            step = clocks[x.layer].step
             ahead = copy.copy(x.projector)
             ahead.project(x.parameter.grad, step)
             right, old, new = x.name.endswith("/left"), x.projector.ortho_matrix, ahead.ortho_matrix
             C_rr = new @ old.T if right else new.T @ old
             _move_moments(stepper.state[x.stepped], C_rr, right, start.subspace.moments, optimizer, step)
     for x in projected if optimizer.name == "sgd" else ():
-        x.stepped.grad = x.projector.project(x.parameter.grad, step)
+        x.stepped.grad = x.projector.project(x.parameter.grad, clocks[x.layer].step)
     stepper.step()
     if optimizer.name == "sgd":
         for x in projected:
@@ -201,14 +248,29 @@ def _step(
             x.parameter.mul_(1 - lr * optimizer.weight_decay)
 
 
+def _only(stepper: torch.optim.Optimizer, moving: Sequence[Moving]) -> None:
+    """Takes the gradients of all other tensors away, which libraries then leave alone."""
+    kept = {id(x.stepped) for x in moving}
+    for group in stepper.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in kept:
+                parameter.grad = None
+
+
 def _correct(
-    start: Start, memory: Tensors, moving: Sequence[Moving], begun: Tensors, base_scale: float, number: int, lr: float
+    start: Start,
+    memory: Tensors,
+    moving: Sequence[Moving],
+    begun: Tensors,
+    clocks: Mapping[str, Clock],
+    number: int,
+    lr: float,
 ) -> Tensors:
     """Replaces the gradients by those of the client's hook, if it has one; returns the hook's memory.  Within a
     subspace the hook's change of the projected gradient is projected back."""
     if start.correct is None:
         return memory
-    now = {x.name: _factor(x, begun, base_scale) for x in moving}
+    now = {x.name: _factor(x, begun, clocks[x.layer].base_scale) for x in moving}
     own = {x.name: _projected(x, number) for x in moving}
     given, memory = start.correct(memory, LocalStep(now, {n: g.clone() for n, g in own.items()}, number, lr))
     for x in moving:
@@ -241,13 +303,13 @@ def _coefficients(x: Moving, matrix_mn: Tensor, step: int) -> Tensor:
     return found
 
 
-def _clip(moving: Sequence[Moving], norm: float | None, step: int) -> None:
+def _clip(moving: Sequence[Moving], norm: float | None, clocks: Mapping[str, Clock]) -> None:
     """Scales all gradients so that their joint norm, GaLore's measured in its subspace, is at most `norm`, if set."""
     if norm is None:
         return
     squares = 0.0
     for x in moving:
-        squares += float(_projected(x, step).square().sum())
+        squares += float(_projected(x, clocks[x.layer].step).square().sum())
     for x in moving:
         assert x.parameter.grad is not None
         x.parameter.grad.mul_(min(1.0, norm / (math.sqrt(squares) + 1e-6)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.types import LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.data.batching import Batches
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.blocks import Closed
@@ -20,22 +20,41 @@ from rayfed_sub.training.client_errors import not_finite
 
 
 @dataclass
+class Clock:
+    """Optimiser steps that layers have taken.  touched: whether the open block has been stepped in this round."""
+
+    step: int
+    touched: bool = False
+    periods: int = 0
+    base_scale: float = 1.0
+
+    def advance(self, decay: float) -> None:
+        """Counts a step that shrinks the weight by `decay`."""
+        self.step += 1
+        self.periods += not self.touched
+        self.touched = True
+        self.base_scale *= decay
+
+
+@dataclass
 class Trainee:
-    """A client in training.  losses: of its steps so far, nats; memory: its hook's, of its own; taken: local steps of
-    its life before this round."""
+    """A client in training.  clock: of all its layers but experts' matrices, which have one each, by name; losses: of
+    its steps so far, nats; memory: its hook's, of its own; taken: local steps of its life before this round."""
 
     client: int
     start: Start
     batches: Batches
-    step: int
-    touched: bool = False  # whether the open block has been stepped in this round
-    periods: int = 0
-    base_scale: float = 1.0
+    clock: Clock
+    experts: dict[str, Clock]
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
     failure: str | None = None
     memory: Tensors = field(default_factory=dict)
     taken: int = 0
+
+    def clock_of(self, layer: Layer) -> Clock:
+        """The clock of a target layer."""
+        return self.experts[layer.name] if layer.expert else self.clock
 
 
 @dataclass
@@ -50,10 +69,19 @@ class Stack:
     anchors: dict[str, Tensor]  # the trained tensors as the round began; empty without FedProx
 
 
-def trainee_of(client: int, start: Start, batches: Batches, device: torch.device, taken: int) -> Trainee:
+def trainee_of(
+    client: int, start: Start, batches: Batches, shape: ModelShape, device: torch.device, taken: int
+) -> Trainee:
     """A client before its first step."""
     memory = {name: tensor.to(device) for name, tensor in start.memory.items()}
-    return Trainee(client, start, batches, start.step, memory=memory, taken=taken)
+    experts = {layer.name: Clock(expert_step(start, layer)) for layer in shape.experts}
+    return Trainee(client, start, batches, Clock(start.step), experts, memory=memory, taken=taken)
+
+
+def expert_step(start: Start, layer: Layer) -> int:
+    """Steps that an expert's matrix has taken; a mean over clients counts the nearest number."""
+    taken = start.moments.get(f"{layer.name}/step")
+    return 0 if taken is None else round(float(taken))
 
 
 def stacks_of(
@@ -112,11 +140,14 @@ def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
     """Client g's round, on the CPU."""
     trainee = stack.trainees[g]
     start, losses = trainee.start, trainee.losses
+    periods = max(1, trainee.clock.periods, *(clock.periods for clock in trainee.experts.values()))
     tensors = {name: tensor[g].cpu().clone() for name, tensor in stack.tensors.items()}
     moved = {
         f"{name}/{role}": at[name][g].cpu().clone() for role, at in stack.moments.items() for name in start.trained
     }
     moments = {**start.moments, **moved}  # of a factor at rest they stay as they were
+    for name, clock in trainee.experts.items():
+        moments[f"{name}/step"] = torch.tensor(float(clock.step), dtype=torch.float64)
     blocks = {}
     if start.subspace is not None:
         for layer in shape.targets:
@@ -131,18 +162,19 @@ def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
         "loss_last": losses[-1] if losses else 0.0,
         "labels": float(trainee.tokens),
         "steps": float(len(losses)),
-        "periods": float(max(1, trainee.periods)),
+        "periods": float(periods),
     }
     return LocalResult(
         client=trainee.client,
         tensors=tensors,
         moments=moments,
-        step=trainee.step,
+        step=trainee.clock.step,
         blocks=blocks,
-        base_scale=trainee.base_scale,
-        periods=max(1, trainee.periods),
+        base_scale=trainee.clock.base_scale,
+        periods=periods,
         metrics=metrics,
         failure=trainee.failure or not_finite(tensors),
         trained=start.trained,
         memory={name: tensor.cpu() for name, tensor in trainee.memory.items()},
+        base_scales={name: clock.base_scale for name, clock in trainee.experts.items() if start.decays_base},
     )

@@ -46,8 +46,8 @@ from rayfed_sub.storage.run_folder import create
 from rayfed_sub.storage.state_store import StateStore
 from rayfed_sub.telemetry.events import Summary
 from rayfed_sub.training.inference import global_model
-from rayfed_sub.training.layers import install
 from rayfed_sub.training.losses import predicted
+from rayfed_sub.training.pack_experts import install
 
 ROOT = Path(__file__).parents[2]
 PERSONAL = [name for name in METHODS if build({"name": name}).personal]
@@ -70,7 +70,17 @@ BERT = {
     **{"max_position_embeddings": 64, "initializer_range": 0.1},
 }
 DISTILBERT = {"type": "distilbert", "dim": 32, "hidden_dim": 96, "n_layers": 2, "n_heads": 2, "initializer_range": 0.1}
+MIXTRAL, GPT_OSS = (
+    {
+        **{"type": kind, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+        **{"initializer_range": 0.1, "max_position_embeddings": 64},
+    }
+    for kind in ("mixtral", "gpt_oss")
+)
 TARGETS = {
+    "mixtral": r"mlp\.experts\.|o_proj$",
+    "gpt_oss": r"experts\.gate_up_proj$",
     "llama": r"(up_proj|down_proj)$",
     "gpt2": r"(c_fc|mlp\.c_proj)$",
     "bert": r"(intermediate|\d\.output)\.dense$",
@@ -311,6 +321,22 @@ def test_gpt2_export_stores_weights_transposed(method: str, table: Path, tmp_pat
     agree(run, tmp_path)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is True
+
+
+@pytest.mark.parametrize(
+    ("method", "random"),
+    [("fedit", MIXTRAL), ("fedftg", MIXTRAL), ("fedit", GPT_OSS)],
+    ids=["lora", "dense", "gpt_oss"],
+)
+def test_experts_are_written_as_target_parameters(
+    method: str, random: Mapping[str, Any], table: Path, tmp_path: Path
+) -> None:
+    agree(trained(tmp_path / "run", configured(table, method, random)), tmp_path)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    keys = ["gate_up_proj", "down_proj"][: 2 if random is MIXTRAL else 1]
+    assert sorted(config["target_parameters"]) == sorted(
+        f"model.layers.{block}.mlp.experts.{key}" for block in range(2) for key in keys
+    )
 
 
 @pytest.mark.parametrize(("random", "heads"), [(BERT, 1), (DISTILBERT, 2)], ids=["bert", "distilbert"])

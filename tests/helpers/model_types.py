@@ -28,6 +28,7 @@ from rayfed_sub.config.schema import Model, Optimizer
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Start, Subspace
 from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, architecture
+from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.image_processors import load_image_processor
 from rayfed_sub.models.targets import some
@@ -221,7 +222,8 @@ def _checks(name: str, kind: str, blocks: int) -> Iterator[Verdict]:
     tensors = load_weights(model, bones, seed=0)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     assert numbers <= LARGEST, f"{numbers:,} parameters in the smallest form that was found"
-    yield (verdict := replace(verdict, built=True, targets=some(layer.name for layer in bones.shape.targets)))
+    names = (place(layer)[0] if layer.expert else layer.name for layer in bones.shape.targets)
+    yield (verdict := replace(verdict, built=True, targets=some(names)))
     if kind == "causal-lm":
         yield (verdict := replace(verdict, causal="made so" if bones.causal else "yes"))
     tiny = Tiny(assemble(bones, tensors), bones.shape, _draw(kind, model))
@@ -277,12 +279,16 @@ def _loss(tiny: Tiny) -> float:
 
 
 def _gradient(tiny: Tiny) -> str:
-    """Whether both factors of every target move in one step."""
+    """Whether both factors of every target move in one step; of experts those that are sent a token, of each parameter
+    one at least."""
     start = lora_start(tiny, 2)
     (result,) = run_pack(tiny, [start], [draw_batches(tiny, 1, 1)], Optimizer(name="sgd"), lr=1.0)
     assert result.failure is None, result.failure
     still = [name for name in start.trained if torch.equal(result.tensors[name], start.tensors[name])]
     layers = dict.fromkeys(name.rpartition("/")[0] for name in still)
+    steps = {layer.name: place(layer)[0] for layer in tiny.shape.experts if result.moments[f"{layer.name}/step"]}
+    idle = {layer.name for layer in tiny.shape.experts if place(layer)[0] in steps.values()} - steps.keys()
+    layers = {name: None for name in layers if name not in idle}
     return f"no, {some(layers)}" if layers else "yes"
 
 
@@ -314,8 +320,14 @@ def _export(tiny: Tiny, bones: Architecture, tensors: Mapping[str, Tensor]) -> f
     """The relative difference of logits of the written folder from those of the trained weights."""
     weights = target_weights(bones.shape, bones.transposed, tensors)
     changed = {name: tensor * 1.1 + 0.01 for name, tensor in weights.items()}
-    named = {name: t.T if name.rpartition("/")[0] in bones.transposed else t for name, t in changed.items()}
-    trained = assemble(bones, {**tensors, **{n.replace("/", "."): t.contiguous() for n, t in named.items()}})
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    for layer in bones.shape.targets:
+        turned = layer.name in bones.transposed
+        W_mn = changed[f"{layer.name}/weight"]
+        matrix_of(copies, layer, transposed=turned).copy_(W_mn.T if turned else W_mn)
+    for name in bones.shape.head_names:
+        copies[name.replace("/", ".")].copy_(changed[name])
+    trained = assemble(bones, copies)
     (batch,) = draw_batches(tiny, 6, 1, rows=1, tokens=16)
     batch.pop("labels")
     how = {"use_cache": False} if bones.kind == "causal-lm" else {}

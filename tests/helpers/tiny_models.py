@@ -34,9 +34,11 @@ from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Subspace, Tensors
 from rayfed_sub.data.objects import OwnBatch
+from rayfed_sub.models.experts import experts_of, matrix_of
 from rayfed_sub.models.logits import logit_rule
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
-from rayfed_sub.training.layers import PackLinear, based_on, install
+from rayfed_sub.training.layers import PackLinear, based_on
+from rayfed_sub.training.pack_experts import install
 from rayfed_sub.training.reference import train_reference
 
 torch.set_num_threads(1)  # matrices of 16 x 24: a second thread only waits (ten times slower on a busy machine)
@@ -68,8 +70,15 @@ class Tiny:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The pretrained `<layer>/weight` (m, n), and the head's biases, float32."""
-        tensors = {}
-        for layer in (*self.shape.targets, *self.shape.head):
+        tensors, stored = {}, dict(self.model.named_parameters())
+        matrices = {
+            name: matrix for one in experts_of(self.model).values() for matrix in one.matrices for name in matrix.names
+        }
+        for layer in self.shape.experts:
+            turned = matrices[layer.name].transposed
+            weight = matrix_of(stored, layer, transposed=turned).detach()
+            tensors[f"{layer.name}/weight"] = weight.T if turned else weight
+        for layer in (layer for layer in (*self.shape.targets, *self.shape.head) if not layer.expert):
             module = self.model.get_submodule(layer.name)
             stored = module.weight.detach()
             tensors[f"{layer.name}/weight"] = stored if isinstance(module, nn.Linear) else stored.T
@@ -151,6 +160,32 @@ def bent(name: str) -> Tiny:
     }
     config = AutoConfig.for_model(name, **{**sizes, **bends[name]})
     targets = {"xlstm": r"proj_up$", "nanochat": r"fc1$"}.get(name, r"up_proj$")
+    return _tiny(AutoModelForCausalLM.from_config, config, targets, "", draw_tokens)
+
+
+@cache
+def mixture(name: str = "mixtral", targets: str = r"experts\.|o_proj$") -> Tiny:
+    """Four experts, of which a token takes two: gate and projection are 48 x 16, the projection back is 16 x 24.
+    `gpt_oss` stores them transposed, gate and projection in turns, with biases."""
+    config = AutoConfig.for_model(
+        name,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     return _tiny(AutoModelForCausalLM.from_config, config, targets, "", draw_tokens)
 
 
@@ -250,7 +285,17 @@ def _tiny(
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zero at first: a lost bias must show
                 parameter.normal_(std=0.1)
-    chosen = [_layer(name, module) for name, module in model.named_modules() if re.search(targets, name)]
+    chosen = [
+        _layer(name, module)
+        for name, module in model.named_modules()
+        if re.search(targets, name) and getattr(module, "weight", None) is not None
+    ]
+    for matrix in (matrix for one in experts_of(model).values() for matrix in one.matrices):
+        chosen += [
+            Layer(name, matrix.m, matrix.n, matrix.bias, expert=True)
+            for name in matrix.names
+            if re.search(targets, name)
+        ]
     heads = (_layer(head, model.get_submodule(head)),) if head else ()
     SHARED.append(Tiny(model, ModelShape(tuple(chosen), heads), draw, checksum(model)))
     return SHARED[-1]
@@ -438,7 +483,8 @@ def change(tiny: Tiny, start: Start, result: LocalResult, weights: Tensors | Non
         W_mn = begun[f"{layer.name}/weight"]
         if start.subspace is not None:
             left, right = result.blocks[layer.name]
-            changes[layer.name] = result.base_scale * W_mn + left @ right - W_mn
+            kept = result.base_scales.get(layer.name, result.base_scale)
+            changes[layer.name] = kept * W_mn + left @ right - W_mn
         elif f"{layer.name}/left" in start.tensors:  # with or without a core
             moved = product(layer, result.tensors) - product(layer, start.tensors)
             changes[layer.name] = start.scale_of(layer.name) * moved

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.models.architecture import architecture, build
+from rayfed_sub.models.experts import place
 from rayfed_sub.models.targets import find_targets, linear_layers, multiplies
 from tests.helpers.model_types import CLASSES, built, sizes, types_of
 
@@ -76,7 +77,8 @@ def test_targets_of_the_first_types_stay(name: str, kind: str, pattern: str, tmp
 def kinds_of(name: str, kind: str = "causal-lm", **fields: Any) -> list[str]:
     """The targets of a tiny model, one for each place in a block."""
     _, bones = built(name, kind, **fields)
-    places = (re.sub(r"^.*?\.\d+\.", "", layer.name) for layer in bones.shape.targets)
+    names = (place(layer)[0] if layer.expert else layer.name for layer in bones.shape.targets)
+    places = (re.sub(r"^.*?\.\d+\.", "", name) for name in names)
     return list(dict.fromkeys(places))
 
 
@@ -85,14 +87,30 @@ def kinds_of(name: str, kind: str = "causal-lm", **fields: Any) -> list[str]:
     [
         ("bitnet", ["mlp.up_proj"]),  # a norm stands between the product with the gate and the projection back
         ("ctrl", ["ffn.0"]),
-        ("deepseek_v3", ["mlp.up_proj", "mlp.shared_experts.up_proj"]),  # low-rank attention looks like an MLP
-        ("deepseek_v4", ["mlp.shared_experts.up_proj"]),  # gate and projection are limited, which is no activation
+        # Low-rank attention looks like an MLP.
+        ("deepseek_v3", ["mlp.up_proj", "mlp.experts.gate_up_proj", "mlp.shared_experts.up_proj"]),
+        # Gate and projection are limited, which is no activation.
+        ("deepseek_v4", ["mlp.experts.gate_up_proj", "mlp.shared_experts.up_proj"]),
         ("gemma4_text", ["mlp.up_proj"]),  # there is a gate for what each block is given beside its tokens
         ("lfm2", ["feed_forward.w3"]),
         ("mamba", ["mixer.in_proj"]),
-        pytest.param("granitemoehybrid", ["shared_mlp.input_linear"], marks=pytest.mark.slow),
+        ("gpt_oss", ["mlp.experts.gate_up_proj"]),
+        pytest.param("dbrx", ["ffn.experts.mlp.v1"], marks=pytest.mark.slow),  # gate and projection apart
+        pytest.param(
+            "granitemoehybrid",
+            ["block_sparse_moe.experts.gate_up_proj", "shared_mlp.input_linear"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("jetmoe", ["mlp.input_linear.weight"], marks=pytest.mark.slow),
+        pytest.param(
+            "llama4",
+            ["feed_forward.experts.gate_up_proj", "feed_forward.shared_expert.up_proj"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("rwkv", ["feed_forward.key"], marks=pytest.mark.slow),
-        pytest.param("axk2", ["mlp.up_proj", "mlp.shared_experts.up_proj"], marks=pytest.mark.slow),  # gated norms
+        pytest.param(  # gated norms
+            "axk2", ["mlp.up_proj", "mlp.experts.gate_up_proj", "mlp.shared_experts.up_proj"], marks=pytest.mark.slow
+        ),
         pytest.param("hrm_text", ["mlp.up_proj"], marks=pytest.mark.slow),  # blocks that are used more than once
         pytest.param("xlstm", ["ffn.proj_up"], marks=pytest.mark.slow),
     ],
@@ -144,6 +162,8 @@ def test_gate_is_known_by_its_activation(sigmoid: bool) -> None:
         ("llama", "peft", ["q_proj", "v_proj"]),
         ("llama", "all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
         ("llama", r"\.1\.mlp\.(up|down)_proj$", ["up_proj", "down_proj"]),
+        ("mixtral", "all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        ("mixtral", r"\.1\.mlp\.experts\.down_proj$", ["down_proj"]),
     ],
 )
 def test_targets_can_be_chosen(name: str, targets: str, expected: list[str]) -> None:
@@ -170,12 +190,21 @@ def test_what_a_pattern_matches_in_vain_is_named(caplog: pytest.LogCaptureFixtur
     assert line.endswith("(not linear)")
 
 
-def test_experts_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    assert kinds_of("qwen2_moe") == ["mlp.shared_expert.up_proj"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "model.targets: lower-mlp leaves out model.layers.0.mlp.experts.gate_up_proj, "
-        "model.layers.0.mlp.experts.down_proj (several matrices in one parameter, as experts are)"
-    ]
+def test_experts_are_targets_one_by_one() -> None:
+    _, bones = built("qwen2_moe", "causal-lm", blocks=1)
+    names = [layer.name.removeprefix("model.layers.0.mlp.") for layer in bones.shape.targets]
+    assert names == [*(f"experts.gate_up_proj.{number}" for number in range(4)), "shared_expert.up_proj"]
+    _, bones = built("qwen2_moe", "causal-lm", blocks=1, targets=r"down_proj\.[02]$")
+    names = [layer.name.removeprefix("model.layers.0.mlp.") for layer in bones.shape.targets]
+    assert names == ["experts.down_proj.0", "experts.down_proj.2"]
+
+
+def test_matrices_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """JetMoE's attention has experts too, which are not trained."""
+    assert kinds_of("jetmoe") == ["mlp.input_linear.weight"]
+    line = caplog.records[0].getMessage()
+    assert "leaves out model.layers.0.self_attention.experts.input_linear.weight, " in line
+    assert line.endswith("(several matrices in one parameter)")
 
 
 # User errors
@@ -189,7 +218,6 @@ def test_experts_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
         ("llama", "layernorm", "got .*matches only model.layers.0.input_layernorm, .*not linear"),
         ("llama", "lm_head", "got .*matches only lm_head .the output layer"),
         ("bart", "encoder_attn.k", "got .*matches only model.decoder.layers.0.encoder_attn.k_proj .not called"),
-        ("mixtral", "lower-mlp", "got .*MLPs are experts.*model.targets=attention leaves model.layers.0.mlp.experts"),
         ("opt", "act", "got .*matches only model.decoder.layers.0.activation_fn; linear layers: "),
         (
             "zamba",
