@@ -23,6 +23,9 @@ NAMED = ("lower-mlp", "all-linear", "attention", "peft")
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 """A layer's block: its name up to the first number."""
 
+_TO_OTHERS = re.compile(r"encoder_?attn|enc_?dec_?att|cross_?att", re.IGNORECASE)
+"""Names of a decoder's attention to what another part has read."""
+
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All linear layers by name, GPT-2's Conv1D among them, in the model's order."""
@@ -68,6 +71,10 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
         left_out |= dict.fromkeys(_experts(module), "several matrices in one parameter, as experts are")
     if left_out:
         log.warning("model.targets: %s leaves out %s", targets, _with_reasons(left_out))
+    if kind == "causal-lm" and flow.failed is None:
+        idle = [name for name in linears if name not in flow.reached and _TO_OTHERS.search(name)]
+        if idle:
+            log.warning("model.path: attention to an encoder, or images, that are not there stays out: %s", some(idle, 4))
     if flow.failed is not None:
         log.warning("model.targets: layers without a gradient are not found without weights (%s)", flow.failed)
     return found

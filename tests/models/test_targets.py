@@ -161,7 +161,7 @@ def test_output_layer_is_no_target(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_what_a_pattern_matches_in_vain_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """A decoder cut from an encoder-decoder has attention to an encoder that is not there."""
-    assert kinds_of("bart", targets=r"layers\.\d+\.(self|encoder)_attn") == [
+    assert kinds_of("trocr", targets=r"layers\.\d+\.(self|encoder)_attn") == [
         *("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj")
     ]
     (line,) = (record.getMessage() for record in caplog.records)
@@ -188,7 +188,7 @@ def test_experts_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
         ("llama", "fc9", "got 'fc9'; .*matches no module; linear layers: model.layers.0.self_attn.q_proj"),
         ("llama", "layernorm", "got .*matches only model.layers.0.input_layernorm, .*not linear"),
         ("llama", "lm_head", "got .*matches only lm_head .the output layer"),
-        ("bart", "encoder_attn.k", "got .*matches only model.decoder.layers.0.encoder_attn.k_proj .not called"),
+        ("trocr", "encoder_attn.k", "got .*matches only model.decoder.layers.0.encoder_attn.k_proj .not called"),
         ("mixtral", "lower-mlp", "got .*MLPs are experts.*model.targets=attention leaves model.layers.0.mlp.experts"),
         ("opt", "act", "got .*matches only model.decoder.layers.0.activation_fn; linear layers: "),
         (
