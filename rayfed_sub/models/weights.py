@@ -208,7 +208,8 @@ def _random(architecture: Architecture) -> tuple[nn.Module, set[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = build(architecture.hf_config, architecture.kind, device="cpu")
-    return module, {name for name, parameter in module.named_parameters() if parameter.ndim > 1}
+    computed = set(getattr(module, "_keys_to_ignore_on_save", None) or ())  # Marian's positions, which no file holds
+    return module, {name for name, x in module.named_parameters() if x.ndim > 1 and name not in computed}
 
 
 def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, set[str]]:
@@ -269,6 +270,8 @@ def check_causal(model: Model, module: Any, vocabulary: int | None = None) -> No
         value = module.config.model_type if model.path == RANDOM else model.path
         field = "model.random.type" if model.path == RANDOM else "model.path"
         allowed = "a causal language model; this one's tokens see later tokens, so it would read its own answers"
+        if "decoder_input_ids" in inputs:
+            raise UserError(field, value, allowed.replace("language model", "decoder"), "take another model")
         raise UserError(field, value, allowed, "take a decoder, or give the task a label to classify")
 
 

@@ -87,11 +87,13 @@ _GROUPED = {"n_group": 2, "topk_group": 1}
 _LOW_RANK = {"num_key_value_heads": 2, "head_dim": 8, **_GROUPED}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _STAGES = {"patch_size": 4, "window_size": 2}
+_MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LOW_RANK),
     **dict.fromkeys(("longcat_flash", "minicpm3", "mistral4", "youtu"), _LOW_RANK),
     **dict.fromkeys(("bailing_hybrid", "beam"), _GROUPED),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"), _MROPE),
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
     **dict.fromkeys(("convnext", "convnextv2", "swin", "swinv2", "donut-swin"), _STAGES),
     "mobilevitv2": {"image_size": 64, "patch_size": 2},
@@ -103,7 +105,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"num_key_value_heads": 2},
-    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
