@@ -38,6 +38,7 @@ from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.kept_models import kept
 from rayfed_sub.storage.run_folder import class_names, finished, make
 
+_CAUSAL_AUTO = "AutoModelForCausalLM"
 BEST, LAST = "best", "last"
 CHECKPOINTS = (LAST, BEST)
 """Checkpoints that can be exported."""
@@ -183,7 +184,9 @@ def evaluation_command(job: Setup, model: Mapping[str, str]) -> str | None:
 
     None where it cannot load the model: it takes causal language models with a tokenizer, and reads no argument with a
     comma or an equals sign in it.  model: the arguments that name it."""
-    if job.architecture.kind != "causal-lm" or not isinstance(job.processor, HubTokenizer):
+    architecture = job.architecture
+    causal = architecture.kind == "causal-lm" and auto_class(architecture.hf_config, "causal-lm") == _CAUSAL_AUTO
+    if not causal or not isinstance(job.processor, HubTokenizer):
         return None
     if any("," in value or "=" in value for value in model.values()):
         return None

@@ -122,7 +122,7 @@ def _followed(module: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str
     if hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("batched_mm")  # the one that need not know which expert takes a token
     widths: dict[str, int] = {}
-    with _marks(module, _embeddings(module, inputs), linears, strange, widths), torch.enable_grad(), Affirming(yes=yes):  # type: ignore[no-untyped-call]
+    with _marks(module, _embeddings(module, inputs), linears, strange, widths), torch.enable_grad(), Affirming(yes=yes):
         logits = module(**inputs).logits
     graph = _Graph(logits.grad_fn)
     ends = {sign: [node for node in graph.signed if node.sign == sign] for sign in {n.sign for n in graph.signed}}

@@ -159,7 +159,7 @@ def _logits_of(model: nn.Module, head: nn.Module, z_TV: Tensor) -> Tensor | None
 @torch.no_grad()
 def _run(model: Any) -> Tensor:
     ids_1T = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device)[None]
-    with Affirming():  # type: ignore[no-untyped-call]
+    with Affirming():
         answer = {"decoder_input_ids": ids_1T} if text_to_text(model.config) else {}
         logits: Tensor = model(
             input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), **answer, use_cache=False
@@ -173,7 +173,7 @@ class Affirming(TorchDispatchMode):
     whether any token attends to all, for instance."""
 
     def __init__(self, *, yes: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.yes = yes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -72,9 +72,10 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
     if left_out:
         log.warning("model.targets: %s leaves out %s", targets, _with_reasons(left_out))
     if kind == "causal-lm" and flow.failed is None:
-        idle = [name for name in linears if name not in flow.reached and _TO_OTHERS.search(name)]
+        idle = [name for name in linears if name not in flow.reached | left_out.keys() and _TO_OTHERS.search(name)]
         if idle:
-            log.warning("model.path: attention to an encoder, or images, that are not there stays out: %s", some(idle, 4))
+            what = "a decoder's attention to an encoder or to images, of which there is none here, stays untrained"
+            log.warning("model.path: %s: %s", what, some(idle, 1))
     if flow.failed is not None:
         log.warning("model.targets: layers without a gradient are not found without weights (%s)", flow.failed)
     return found

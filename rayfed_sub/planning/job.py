@@ -126,7 +126,11 @@ def load_inputs(config: Config, given: Given = NOTHING) -> JobInputs:
         shape, weights = own_architecture(own, config.model, "own")
         return JobInputs(shape, as_they_are, read(as_they_are, **how), weights)
     kind = model_kind(config, None if own is None else getattr(own.module, "config", None))
-    processor = processor_of(config, kind) if own is None else _checked_for(config, kind, own_processor(own, kind))
+    if own is None:
+        processor = processor_of(config, kind)
+    else:
+        processor = own_processor(own, kind)
+        _check_sides_of(config, kind, processor)
     dataset = read(processor, **how)
     known = (kind, dataset.class_names, processor.vocabulary, processor.pad)
     if own is None:
@@ -195,13 +199,15 @@ def processor_of(config: Config, kind: str) -> HubTokenizer | ByteTokenizer | Hu
         raise not_given("model.path")
     if kind == "image-classification":
         return load_image_processor(config.model, config.task.image_size)
-    return _checked_for(config, kind, load_tokenizer(config.model, apart=kind == KIND))
+    processor = load_tokenizer(config.model, apart=kind == KIND)
+    _check_sides_of(config, kind, processor)
+    return processor
 
 
-def _checked_for(config: Config, kind: str, processor: Any) -> Any:
-    """The processor.  Raises UserError where an encoder-decoder is to learn what is no source and answer."""
+def _check_sides_of(config: Config, kind: str, processor: HubTokenizer | ByteTokenizer) -> None:
+    """UserError where an encoder-decoder is to learn what is no source and answer."""
     if kind != KIND:
-        return processor
+        return
     task, what = filled(config.task), "with an encoder-decoder, which reads one text and writes another"
     if task.text is not None:
         allowed = f"nothing {what}"
@@ -211,7 +217,6 @@ def _checked_for(config: Config, kind: str, processor: Any) -> Any:
     if task.messages is not None and not (isinstance(processor, HubTokenizer) and processor.chat):
         allowed = "nothing with an encoder-decoder that has no chat template"
         raise UserError("task.messages", task.messages, allowed, "set task.prompt and task.answer, or take a decoder")
-    return processor
 
 
 def _check_server(config: Config, method: Method) -> None:

@@ -119,10 +119,8 @@ def _output_layer(model: nn.Module) -> tuple[nn.Linear | FrozenLinear, Tensor | 
     rule, head = getattr(model, "logit_rule", None), getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(rule, LogitRule) or not isinstance(head, nn.Linear | FrozenLinear):
         return None
-    bias_V, more_V = head.bias, added_bias(model)
-    if more_V is not None:
-        bias_V = more_V if bias_V is None else bias_V + more_V
-    return head, bias_V, rule
+    biases = [bias_V for bias_V in (head.bias, added_bias(model)) if bias_V is not None]
+    return head, biases[0] + biases[1] if len(biases) == 2 else next(iter(biases), None), rule
 
 
 def _chunk(vocabulary: int) -> int:

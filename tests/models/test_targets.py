@@ -170,6 +170,13 @@ def test_what_a_pattern_matches_in_vain_is_named(caplog: pytest.LogCaptureFixtur
     assert line.endswith("(not linear)")
 
 
+def test_decoder_without_its_encoder_is_not_trained_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    assert kinds_of("trocr") == ["fc1"]
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("model.path: a decoder's attention to an encoder or to images")
+    assert line.endswith("stays untrained: model.decoder.layers.0.encoder_attn.k_proj, ...")
+
+
 def test_experts_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
     assert kinds_of("qwen2_moe") == ["mlp.shared_expert.up_proj"]
     assert [record.getMessage() for record in caplog.records] == [

@@ -28,6 +28,9 @@ from tests.helpers.tiny_models import (
     worst,
 )
 
+END = 63
+"""The token that ends answers."""
+
 
 @cache
 def tiny(name: str) -> Tiny:
@@ -94,22 +97,23 @@ def test_reference_has_the_same_change(name: str) -> None:
 def test_answers_are_the_model_s_own_and_those_of_each_prompt_alone(name: str) -> None:
     model = tiny(name).model
     prompts = [[5, 6, 7], [8] * 20, [9, 10]]
-    found = answers(model, prompts, pad=PAD, ends=[2], limit=5)
+    found = answers(model, prompts, pad=PAD, ends=[END], limit=5)
     for prompt, answer in zip(prompts, found, strict=True):
-        assert answers(model, [prompt], pad=PAD, ends=[2], limit=5) == [answer]
+        assert answers(model, [prompt], pad=PAD, ends=[END], limit=5) == [answer]
         said = model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             max_new_tokens=5,
             do_sample=False,
-            eos_token_id=2,
+            eos_token_id=END,
         )[0, 1:].tolist()
         assert answer == said[: len(answer)]
-        assert said[len(answer) : len(answer) + 1] in ([], [2])
+        assert said[len(answer) : len(answer) + 1] in ([], [END])
     assert any(found)
 
 
 def test_types_with_ways_of_their_own() -> None:
-    """Windows over a global memory, a table of positions with a bias of logits, and experts beside MLPs."""
-    for name in ("longt5", "marian", "switch_transformers"):
-        assert judged(name, "seq2seq-lm", blocks=2).works, name
+    """Windows over a global memory, and positions that are computed beside a bias of logits."""
+    for name in ("longt5", "marian"):
+        verdict = judged(name, "seq2seq-lm", blocks=2)
+        assert verdict.works, verdict
