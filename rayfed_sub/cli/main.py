@@ -225,9 +225,9 @@ def data(
         check_path(out)
     checked = load_config(config, overrides or [])
     from rayfed_sub.data.partition_stats import as_dict, read_partition_stats
-    from rayfed_sub.planning.job import kind_of, processor_of
+    from rayfed_sub.planning.job import model_kind, processor_of
 
-    held = read_partition_stats(checked, processor_of(checked, kind_of(checked)))
+    held = read_partition_stats(checked, processor_of(checked, model_kind(checked)))
     if out is not None:
         draw(held, out)
     if as_json:

@@ -43,8 +43,10 @@ class Model(Record):
     path: str = Field(
         default="smollm2-135m",
         description="Hub id, local folder, `package:NAME/FILE.gguf`, a preset of `rayfed-sub list models`, or "
-        "`random`, which builds the architecture of model.random with seeded weights. In a run's folder `given` stands "
-        "for the object of `run(model=...)`.",
+        "`random`, which builds the architecture of model.random with seeded weights. Its type decides how a text task "
+        "is learned: an encoder-decoder (T5, BART) reads the prompt and writes the answer; of a model that sees or "
+        "hears as well the language model is trained, and the export is whole. In a run's folder `given` stands for "
+        "the object of `run(model=...)`.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Type of the frozen backbone; everything that is trained is float32."
@@ -109,7 +111,8 @@ class Task(Record):
     messages: str | None = Field(
         default=None,
         description="Column with a chat: a list of {role, content} or of {from, value}, or the JSON text of one. "
-        "Learned is what the assistant says, in all turns.",
+        "Learned is what the assistant says, in all turns; by an encoder-decoder, which needs a chat template for "
+        "it, in the last.",
     )
     image_size: Count | None = Field(
         default=None, description="Side of the square image in pixels; null stands for the model's own."
@@ -118,13 +121,13 @@ class Task(Record):
         default=None,
         description="Column with plain text, for next-token training on all of it: each row's text between the "
         "tokenizer's first and last token, in chunks of max_length tokens, in which every token but the first is a "
-        "label once.",
+        "label once. Not for encoder-decoders.",
     )
     max_length: int = Field(
         default=128,
         ge=8,
-        description="Tokens of a row at most. Longer rows are cut in the columns' texts, then in the answer; longer "
-        "chats after an earlier answer.",
+        description="Tokens of a row at most, prompt and answer together. Longer rows are cut in the columns' texts, "
+        "then in the answer; longer chats after an earlier answer.",
     )
     max_rows: Count | None = Field(
         default=None,
@@ -148,7 +151,8 @@ class Task(Record):
     )
     mask_prompt: bool = Field(
         default=True,
-        description="true: the loss is over the answer alone, of a chat over all of the assistant's turns.",
+        description="true: the loss is over the answer alone, of a chat over all of the assistant's turns. Always so "
+        "with encoder-decoders.",
     )
 
 

@@ -100,13 +100,22 @@ def _bucket(seed: int, epoch: int, pool: int) -> Ints:
     return stream(seed, "buckets", epoch, pool).permutation(POOL)
 
 
-def collate(rows: AnyRows, indices: Ints, *, mask_prompt: bool, pad: int, draw: tuple[int | str, ...] = (0,)) -> Batch:
+def collate(
+    rows: AnyRows,
+    indices: Ints,
+    *,
+    mask_prompt: bool,
+    pad: int,
+    draw: tuple[int | str, ...] = (0,),
+    apart: bool = False,
+) -> Batch:
     """The rows at `indices` as one batch, padded on the right to its longest row.
 
     Language modelling: input_ids and labels int64 (B, T).  labels[b, t] is the token at t itself (the loss
     shifts), or -100 on padding and, with mask_prompt, on the prompt, of chats on all that the assistant does not say.
     Classification (rows with classes): labels int64 (B,).
     Both: attention_mask int64 (B, T), 0 on padding.
+    Encoder-decoders (apart): input_ids and attention_mask are the prompts alone, labels the answers, -100 on padding.
     Images: pixel_values float32 (B, 3, side, side), labels int64 (B,).
     Rows of the caller's own: whatever the caller's function makes of them, which may raise anything.  draw: seed and
     purpose of what it draws.
@@ -119,6 +128,8 @@ def collate(rows: AnyRows, indices: Ints, *, mask_prompt: bool, pad: int, draw: 
             "pixel_values": torch.from_numpy(rows.inputs(indices)),
             "labels": torch.from_numpy(rows.classes[indices]),
         }
+    if apart:
+        return _apart(rows, indices, pad)
     lengths = rows.lengths[indices]
     places = np.arange(int(lengths.max()))[None, :]
     filled = places < lengths[:, None]
@@ -134,6 +145,18 @@ def collate(rows: AnyRows, indices: Ints, *, mask_prompt: bool, pad: int, draw: 
         elif mask_prompt:
             learned = filled & (places >= rows.prompts[indices][:, None])
         labels = np.where(learned, input_ids, IGNORED)
+    batch = {"input_ids": input_ids, "attention_mask": filled.astype(np.int64), "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _apart(rows: Rows, indices: Ints, pad: int) -> Batch:
+    prompts = rows.prompts[indices]
+    answers = rows.lengths[indices] - prompts
+    filled, labelled = (np.arange(int(sizes.max()))[None, :] < sizes[:, None] for sizes in (prompts, answers))
+    input_ids, labels = np.full(filled.shape, pad, np.int64), np.full(labelled.shape, IGNORED, np.int64)
+    every = [np.split(rows.row(int(index)), [prompt]) for index, prompt in zip(indices, prompts, strict=True)]
+    input_ids[filled] = np.concatenate([prompt for prompt, _ in every])
+    labels[labelled] = np.concatenate([answer for _, answer in every])
     batch = {"input_ids": input_ids, "attention_mask": filled.astype(np.int64), "labels": labels}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -156,6 +179,7 @@ class ClientBatches:
     mask_prompt: bool
     pad: int
     batching: Batching
+    apart: bool = False
     _orders: dict[int, Ints] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -169,7 +193,7 @@ class ClientBatches:
         step = self.cursor + index
         chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, step, lengths, self._order)
         draw = (self.seed, self.client, step)
-        return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad, draw=draw)
+        return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad, draw=draw, apart=self.apart)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(self.steps))

@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """The tokens at which generation stops, eos among them."""
 
     @property
+    def tail(self) -> int:
+        """Tokens behind an answer's eos, which a cut answer keeps: mBART's language, with which its decoder begins."""
+
+    @property
     def identity(self) -> str:
         """A text of all that tokens follow from, equal for tokenizers that read every text alike."""
 

@@ -240,7 +240,8 @@ def _rows(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _D
     # An answer's share of the row: all of it, or half of the row.
     shares = [min(len(answer), max_length - max_length // 2) for answer in answers]
     prompts = _fitted(processor.prompts, pairs, [max_length - share for share in shares])
-    return [_answered(prompt, answer, max_length) for prompt, answer in zip(prompts, answers, strict=True)]
+    tail = processor.tail
+    return [_answered(prompt, answer, max_length, tail) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _classified(text: _Fitted) -> _Row | _Dropped | None:
@@ -250,13 +251,15 @@ def _classified(text: _Fitted) -> _Row | _Dropped | None:
     return _Row(text.tokens, used, text.cut, False) if text.fits else _Dropped(used)
 
 
-def _answered(prompt: _Fitted, answer: list[int], max_length: int) -> _Row | _Dropped | None:
+def _answered(prompt: _Fitted, answer: list[int], max_length: int, tail: int) -> _Row | _Dropped | None:
     if not answer:
         return None
     used = len(prompt.tokens)
     if not prompt.fits:
         return _Dropped(used + min(used, len(answer)))  # half of 2 * used is the prompt's, where the answer is longer
     begun = answer[: max_length - used]
+    if tail and len(begun) < len(answer):
+        begun[-tail:] = answer[-tail:]
     return _Row([*prompt.tokens, *begun], used, prompt.cut, len(begun) < len(answer))
 
 

@@ -19,20 +19,29 @@ from rayfed_sub.diagnostics.server_change import change_rank
 from rayfed_sub.export.peft_adapter import Factors, Settings, stacked, taken_for_experts, write_adapter
 from rayfed_sub.methods import build, check_named
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, skeleton
+from rayfed_sub.models.architecture import Architecture, auto_class, skeleton
 from rayfed_sub.models.architecture import architecture as architecture_of
 from rayfed_sub.models.experts import experts_of
 from rayfed_sub.models.hub import RANDOM, locate
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.start import StartFrom, applied, changed_weights, fitted, merged
+from rayfed_sub.models.text_to_text import LANGUAGE
 from rayfed_sub.models.tokenizers import HubTokenizer
-from rayfed_sub.models.weights import generation_config, load_weights, target_weights, write_codec, write_folder
-from rayfed_sub.planning.job import kind_of, prepare, processor_of
+from rayfed_sub.models.weights import (
+    generation_config,
+    load_weights,
+    target_weights,
+    write_codec,
+    write_companions,
+    write_folder,
+)
+from rayfed_sub.planning.job import model_kind, prepare, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import kept
 from rayfed_sub.storage.run_folder import check_start, class_names, finished, make
 
+_CAUSAL_AUTO = "AutoModelForCausalLM"
 BEST, LAST = "best", "last"
 CHECKPOINTS = (LAST, BEST)
 """Checkpoints that can be exported."""
@@ -92,7 +101,8 @@ def export_hf(
         generation_config(job.config.model, architecture, job.processor),
     )
     write_folder(architecture, trained.begun, everything, to, job.processor, torch.float32, generation)
-    auto = AUTO_CLASSES[architecture.kind]
+    write_companions(job.config.model, architecture, to)
+    auto = auto_class(architecture.hf_config, architecture.kind)
     loading = f'from transformers import {auto}; model = {auto}.from_pretrained(".")  # in the exported folder'
     _write_readme(to, job, loading, {"pretrained": "."})
     return Export(loading)
@@ -135,6 +145,7 @@ def export_peft(
     kind = architecture.kind
     write_adapter(to, linear, trained.head, experts, kind=kind, base=base, transposed=turned, settings=settings)
     write_codec(job.processor, to)
+    write_companions(job.config.model, architecture, to)
     if generation is not None:
         generation.save_pretrained(to)
     loading = _loading_peft(job, name)
@@ -151,8 +162,8 @@ def _loading_peft(job: Setup, name: str | None) -> str:
     The base gets the values that the run began with, in the run's dtype, and computes in float32, as an exported whole
     model does.
     """
-    auto, dtype = AUTO_CLASSES[job.architecture.kind], job.config.model.dtype
-    generation = name is not None and job.architecture.kind == "causal-lm"
+    auto, dtype = auto_class(job.architecture.hf_config, job.architecture.kind), job.config.model.dtype
+    generation = name is not None and job.architecture.kind in LANGUAGE
     imports = f"{auto}, GenerationConfig" if generation else auto
     ends = ', generation_config=GenerationConfig.from_pretrained(".")' if generation else ""
     if name is not None:
@@ -172,7 +183,7 @@ def _write_readme(to: Path, job: Setup, loading: str, model: Mapping[str, str]) 
     inputs = "\n".join(_inputs(job))
     text = f"# {config.name}\n\n{about}\n\nLoad it, in this folder:\n\n```python\n{loading}\n```\n"
     text += f"\nMake its inputs as in training:\n\n```python\n{inputs}\n```\n"
-    if job.architecture.kind == "causal-lm":
+    if job.architecture.kind in LANGUAGE:
         ends = ", ".join(map(str, job.processor.ends))
         text += f"\nAnswers end with token {job.processor.eos}; generation stops at {ends}.\n"
     if (command := evaluation_command(job, model)) is not None:
@@ -192,7 +203,9 @@ def evaluation_command(job: Setup, model: Mapping[str, str]) -> str | None:
 
     None where it cannot load the model: it takes causal language models with a tokenizer, and reads no argument with a
     comma or an equals sign in it.  model: the arguments that name it."""
-    if job.architecture.kind != "causal-lm" or not isinstance(job.processor, HubTokenizer):
+    architecture = job.architecture
+    causal = architecture.kind == "causal-lm" and auto_class(architecture.hf_config, "causal-lm") == _CAUSAL_AUTO
+    if not causal or not isinstance(job.processor, HubTokenizer):
         return None
     if any("," in value or "=" in value for value in model.values()):
         return None
@@ -203,7 +216,7 @@ def evaluation_command(job: Setup, model: Mapping[str, str]) -> str | None:
 
 def _inputs(job: Setup) -> list[str]:
     """Python that makes `ids` of `text`, or `inputs` of `image`, as the run's processor does."""
-    processor, answers = job.processor, job.architecture.kind == "causal-lm"
+    processor, answers = job.processor, job.architecture.kind in LANGUAGE
     if isinstance(processor, HubImageProcessor):
         make = 'from transformers import AutoImageProcessor; processor = AutoImageProcessor.from_pretrained(".")'
         return [make, 'inputs = processor(image, return_tensors="pt")']
@@ -215,7 +228,8 @@ def _inputs(job: Setup) -> list[str]:
     if answers and processor.chat:
         chat = '[{"role": "user", "content": text}], add_generation_prompt=True'
         return [make, f'ids = tokenizer.apply_chat_template({chat})["input_ids"]']
-    return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if answers else 'ids = tokenizer(text)["input_ids"]']
+    line = answers and processor.writer is None
+    return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if line else 'ids = tokenizer(text)["input_ids"]']
 
 
 def export_state(
@@ -290,7 +304,7 @@ def _setup(run_dir: Path, config: Config) -> Setup:
     if config.task.name != GIVEN:
         job = prepare(config, start=start)
         return Setup(job.config, job.method, job.architecture, job.processor, job.start)
-    kind = kind_of(config)
+    kind = model_kind(config)
     processor = processor_of(config, kind)
     known = (kind, class_names(run_dir), processor.vocabulary, processor.pad)
     bones = architecture_of(config.model, *known)
@@ -388,7 +402,7 @@ def loadable(path: str, kind: str) -> str | None:
     ('openai-community/gpt2', None, None)
     """
     # A classifier's head, and often its pooler, are in no file but ours: they were drawn.
-    if path == RANDOM or kind != "causal-lm":
+    if path == RANDOM or kind not in LANGUAGE:
         return None
     source = locate(path)
     if source.gguf is not None:

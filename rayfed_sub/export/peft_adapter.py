@@ -21,7 +21,11 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Per layer left (m, r) and right (r, n), whose product is the layer's change; every layer has a rank r >= 1 of its
 own."""
 
-_TASKS = {"causal-lm": "CAUSAL_LM", "text-classification": "SEQ_CLS"}  # peft has no name for other kinds
+_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "text-classification": "SEQ_CLS",
+}  # peft has no name for other kinds
 
 
 @dataclass(frozen=True)

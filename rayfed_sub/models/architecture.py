@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -16,16 +17,18 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.models.experts import Matrix
 from rayfed_sub.models.flat_rows import is_flat
-from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
+from rayfed_sub.models.hub import RANDOM, Source, locate, quiet, reading
 from rayfed_sub.models.logits import LogitRule, logit_rule
 from rayfed_sub.models.own_model import Loss, Measure
 from rayfed_sub.models.positions import position_limit
 from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, SAME_IN_ANY_PACK
 from rayfed_sub.models.targets import find_targets, layer_size, linear_layers
+from rayfed_sub.models.text_to_text import KIND, LANGUAGE, check_start, text_to_text
 from rayfed_sub.models.tokenizers import ByteTokenizer
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
@@ -43,12 +46,13 @@ class Architecture:
 
     hf_config: the transformers configuration, number of classes and dtype included, never a quantisation; None where
     there is a module.
-    kind: causal-lm, text-classification or image-classification, or own: with a loss of the caller's own.
+    kind: causal-lm, seq2seq-lm, text-classification or image-classification, or own: with a loss of the caller's own.
     shape: the target layers in the model's order, and the classification head.
     tied: names of parameters that are another parameter (alias -> the name that stays).
     transposed: target layers whose stored weight is (n, m): transformers' Conv1D of GPT-2, experts of some types.
     logits: how a causal model's logits follow from its output layer; None where they are the model's own affair.
-    positions: the longest row in tokens, where the model has a table of positions.
+    positions: the longest row in tokens, where the model has a table of positions; of an encoder-decoder the longest
+    answer, and `sources` the longest source.
     causal: keys of the model's own configuration that were false and are true here, or its tokens would see later ones.
     module: a module of the caller's own that transformers does not build, on the meta device; loss, measure: the
     caller's own, see `OwnModel`.
@@ -65,11 +69,14 @@ class Architecture:
     module: nn.Module | None = None
     loss: Loss | None = None
     measure: Measure | None = None
+    sources: int | None = None
 
     @property
     def any_pack(self) -> bool:
         """True where a client's result has the same bits in any pack: for types for which the tests show it."""
         if self.module is not None or self.shape.experts:  # an expert has the bits of all its tokens together
+            return False
+        if self.kind == KIND:
             return False
         if self.kind == "causal-lm":
             return is_flat(self.hf_config) and self.hf_config.model_type in SAME_IN_ANY_PACK
@@ -84,32 +91,43 @@ def architecture(
     pad: int | None = None,
     given: Any = None,
 ) -> Architecture:
-    """The architecture of `model` as a `causal-lm`, `text-classification` or `image-classification` model.
+    """The architecture of `model` as a `causal-lm`, `text-classification` or `image-classification` model; the first
+    becomes `seq2seq-lm` where the model is an encoder-decoder.
 
     Reads the model's configuration only; given: a transformers configuration in its place.  class_names: of a
     classification, in order.  vocabulary: tokens the processor can give; the model must have as many.  pad: the
     processor's padding token, which decoders that classify need.
     Raises UserError on model.path, model.targets, model.random or one of its keys, task.label.
     """
-    if kind != "causal-lm" and len(class_names) < 2:
+    classifies = kind not in LANGUAGE
+    if classifies and len(class_names) < 2:
         raise UserError("task.label", len(class_names), "at least 2 classes", "choose a column with more values")
     hf_config = copy.deepcopy(given) if given is not None else bare_config(model, kind, vocabulary)
     hf_config.dtype = getattr(torch, model.dtype)
+    if not classifies and text_to_text(hf_config):
+        kind = KIND
+        source = locate(model.path) if given is None and model.path != RANDOM else None
+        if source is not None and source.gguf is not None:
+            allowed = "a folder or hub id for an encoder-decoder, of which GGUF files say too little"
+            raise UserError("model.path", model.path, allowed, "take the original model")
+        _begin_answers(source, hf_config, pad)
     _check_vocabulary(model, kind, hf_config, vocabulary)
     causal = [key for key in _CAUSAL if kind == "causal-lm" and getattr(hf_config, key, None) is False]
     for key in causal:  # BERT and its variants are encoders by default
         setattr(hf_config, key, True)
-    if kind != "causal-lm":
+    if classifies:
         hf_config.id2label = dict(enumerate(class_names))  # their number follows
         hf_config.label2id = {name: number for number, name in enumerate(class_names)}
         hf_config.problem_type = "single_label_classification"
     if kind == "text-classification":
         hf_config.pad_token_id = _pad(hf_config) if pad is None else pad
     module = _checked_build(model, hf_config, kind)
-    head = _head(module) if kind != "causal-lm" else {}
-    if kind != "causal-lm" and not head:
+    if kind == KIND:
+        check_start(*_named(model, hf_config), module)
+    head = _head(module) if classifies else {}
+    if classifies and not head:
         raise UserError("model.path", model.path, f"a model whose head for {kind} is linear", "take another model")
-    rule = logit_rule(module) if kind == "causal-lm" else None
+    rule = None if classifies else logit_rule(module)
     targets = find_targets(model.targets, module, kind, head)
     return Architecture(
         hf_config,
@@ -121,8 +139,11 @@ def architecture(
         dict(tied(module)),
         frozenset(name for name, layer in targets.items() if stored_transposed(layer)),
         rule,
-        None if kind == "image-classification" else position_limit(module, hf_config),
+        None
+        if kind == "image-classification"
+        else position_limit(module, hf_config, "decoder" if kind == KIND else ""),
         tuple(causal),
+        sources=position_limit(module, hf_config, "encoder") if kind == KIND else None,
     )
 
 
@@ -132,6 +153,43 @@ def bare_config(model: Model, kind: str, vocabulary: int | None = None) -> Any:
     Raises UserError on model.path, model.random or one of its keys.
     """
     return _random_config(model, kind, vocabulary) if model.path == RANDOM else _read_config(model)
+
+
+def kind_of_model(model: Model, kind: str, given: Any = None) -> str:
+    """The kind that `architecture` makes of the model: `seq2seq-lm` in place of `causal-lm` for an encoder-decoder.
+
+    given: its configuration, where it is there.  A GGUF file's takes long to read, and is no encoder-decoder's.
+    Raises UserError as `bare_config`."""
+    if kind != "causal-lm" or (given is None and model.path != RANDOM and locate(model.path).gguf is not None):
+        return kind
+    return KIND if text_to_text(bare_config(model, kind) if given is None else given) else kind
+
+
+def auto_class(hf_config: Any, kind: str) -> str:
+    """The name of transformers' class that builds and loads a model of this configuration and kind.
+
+    A language model that sees, or hears, as well is built whole: its towers lie idle, and the export has them."""
+    import transformers
+
+    usual = AUTO_CLASSES[kind]
+    if kind != "causal-lm" or getattr(hf_config, "is_encoder_decoder", False):
+        return usual
+    alone = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
+    for name, mapping in (
+        ("AutoModelForImageTextToText", transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        ("AutoModelForMultimodalLM", transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING),
+    ):
+        whole = mapping.get(type(hf_config), None)
+        if whole is not None:
+            return usual if whole is alone else name
+    return usual
+
+
+def sees_or_hears(hf_config: Any) -> bool:
+    """True for a model that reads images or sound beside text."""
+    from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    return type(hf_config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 def build(hf_config: Any, kind: str, device: str = "meta") -> nn.Module:
@@ -144,7 +202,7 @@ def build(hf_config: Any, kind: str, device: str = "meta") -> nn.Module:
 
     hf_config = copy.deepcopy(hf_config)  # building writes into it
     with torch.device(device), quiet():
-        module: nn.Module = getattr(transformers, AUTO_CLASSES[kind]).from_config(hf_config)
+        module: nn.Module = getattr(transformers, auto_class(hf_config, kind)).from_config(hf_config)
     return module.eval()
 
 
@@ -218,13 +276,39 @@ def _random_config(model: Model, kind: str, vocabulary: int | None) -> Any:
         raise UserError("model.random", dict(model.random), "numbers that fit together", reason(error)) from error
 
 
+def _begin_answers(source: Source | None, hf_config: Any, pad: int | None) -> None:
+    """Sets the tokens with which answers begin and are filled up where the configuration has none: what stands in
+    generation_config.json, and for models without a source, as in T5, the padding token."""
+    if getattr(hf_config, "pad_token_id", None) is None:
+        hf_config.pad_token_id = pad
+    known = getattr(hf_config, "decoder_start_token_id", None)
+    size = getattr(hf_config.get_text_config(decoder=True), "vocab_size", None)
+    # A random model's default may be a token of the vocabulary that the type has by default.
+    if known is None or (source is None and size is not None and known >= size):
+        start = hf_config.pad_token_id if source is None else _stored_start(source)
+        if start is not None:
+            hf_config.decoder_start_token_id = start
+
+
+def _stored_start(source: Source) -> int | None:
+    from transformers import GenerationConfig
+
+    with reading(source), suppress(OSError):  # not every model has one
+        start: int | None = GenerationConfig.from_pretrained(source.name).decoder_start_token_id
+        return start
+    return None
+
+
+def _named(model: Model, hf_config: Any) -> tuple[str, str]:
+    """The key that says which model it is, and its value."""
+    return ("model.random.type", hf_config.model_type) if model.path == RANDOM else ("model.path", model.path)
+
+
 def _check_vocabulary(model: Model, kind: str, hf_config: Any, vocabulary: int | None) -> None:
     try:
-        size = getattr(hf_config.get_text_config(), "vocab_size", None)
+        size = getattr(hf_config.get_text_config(decoder=True if kind == KIND else None), "vocab_size", None)
     except ValueError as error:  # several language models in one
-        field, value = (
-            ("model.random.type", hf_config.model_type) if model.path == RANDOM else ("model.path", model.path)
-        )
+        field, value = _named(model, hf_config)
         raise UserError(field, value, "a model with one language model in it", reason(error)) from error
     if vocabulary is None or size is None or kind == "image-classification" or size >= vocabulary:
         return

@@ -20,6 +20,14 @@ _EMPTY_SYSTEM = (
 """Before a template: an empty system message where the conversation has none.  The line's end is trimmed, as
 transformers sets `trim_blocks`, and keeps what `lstrip_blocks` does to the template's first line."""
 
+_PARTS = (
+    "{% set parted = namespace(messages=[]) %}{% for message in messages %}{% if message['content'] is string %}"
+    "{% set parted.messages = parted.messages + [dict(message, content=[{'type': 'text', 'text': message['content']}])]"
+    " %}{% else %}{% set parted.messages = parted.messages + [message] %}{% endif %}{% endfor %}"
+    "{% set messages = parted.messages %}\n"
+)
+"""Before a template: each text as a list with one part, as templates want it whose messages may have images."""
+
 _DATE = datetime(2024, 7, 26)
 """Today, for templates that print it: rows must not depend on the day on which a run starts.  Llama 3's templates
 print this date where no clock is given."""
@@ -45,11 +53,14 @@ def set_default_template(tokenizer: Any, template: str) -> None:
 
 
 def trained_template(tokenizer: Any, template: str) -> str:
-    """`template` with a fixed date, and with an empty system message as the default where that is shorter.
+    """`template` with a fixed date, and with an empty system message as the default where that is shorter; one that
+    leaves out texts, because it looks for parts of messages, reads both.
 
     An edit that would change how any conversation is rendered, other than by the date and by the default system text,
     is left out, so the result always renders what the run trains on.
     """
+    if _silent(tokenizer, template) and not _silent(tokenizer, _PARTS + template):
+        template = _PARTS + template
     dated = _dated(template)
     fixed = dated if _same(tokenizer, dated, template) else template
     silent = _EMPTY_SYSTEM + fixed
@@ -76,6 +87,11 @@ def rendered(tokenizer: Any, template: str, chat: Chat, prompt: bool = True) -> 
     except Exception:  # a template is a stranger's program, and fails in every way that Jinja has
         return None
     return text
+
+
+def _silent(tokenizer: Any, template: str) -> bool:
+    """True where the template refuses a user's text, or leaves it out."""
+    return _USER["content"] not in (rendered(tokenizer, template, [_USER]) or "")
 
 
 def _dated(template: str) -> str:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from rayfed_sub.models.experts import Experts
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.logits import Affirming
+from rayfed_sub.models.text_to_text import KIND, LANGUAGE
 
 _ROWS = 3
 """Rows of the pass: a layer whose input does not begin with a multiple of so many does not see row after row."""
@@ -78,10 +80,10 @@ def dataflow(
     parameters on a device of their own choice."""
     failed = ""
     module.to("meta")
-    for tokens in _TOKENS:
+    for tokens, yes in product(_TOKENS, (True, False)):
         try:
             with quiet():
-                return _followed(module, linears, experts, _inputs(module, kind, tokens))
+                return _followed(module, linears, experts, _inputs(module, kind, tokens), yes=yes)
         except Exception as error:  # a model may fail on numbers that it cannot see
             failed = failed or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return Dataflow(failed=failed)
@@ -90,8 +92,8 @@ def dataflow(
 def _inputs(module: Any, kind: str, tokens: int) -> dict[str, Any]:
     if kind != "image-classification":
         ids_RT = torch.arange(3, 3 + tokens, device="meta").repeat(_ROWS, 1)
-        more = {"use_cache": False} if kind == "causal-lm" else {"attention_mask": torch.ones_like(ids_RT)}
-        return {"input_ids": ids_RT, **more}
+        more = {"use_cache": False} if kind in LANGUAGE else {"attention_mask": torch.ones_like(ids_RT)}
+        return {"input_ids": ids_RT, **({"decoder_input_ids": ids_RT} if kind == KIND else {}), **more}
     config = getattr(module.config, "vision_config", module.config)
     size = getattr(config, "image_size", None) or _SIDE
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -120,15 +122,19 @@ def _marked(x: Any, sign: tuple[str, str]) -> Any:
 
 
 def _followed(
-    module: Any, linears: Mapping[str, nn.Module], experts: Mapping[str, Experts], inputs: Mapping[str, Any]
+    module: Any,
+    linears: Mapping[str, nn.Module],
+    experts: Mapping[str, Experts],
+    inputs: Mapping[str, Any],
+    *,
+    yes: bool,
 ) -> Dataflow:
     strange: set[str] = set()  # layers that do not see row after row
     if hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("batched_mm")  # the one that need not know which expert takes a token
     widths: dict[str, int] = {}
-    embedding = module.get_input_embeddings() if "input_ids" in inputs else None
-    marks = _marks(module, embedding, linears, experts, strange, widths)
-    with marks, torch.enable_grad(), Affirming():  # type: ignore[no-untyped-call]
+    marks = _marks(module, _embeddings(module, inputs), linears, experts, strange, widths)
+    with marks, torch.enable_grad(), Affirming(yes=yes):
         logits = module(**inputs).logits
     graph = _Graph(logits.grad_fn)
     ends = {sign: [node for node in graph.signed if node.sign == sign] for sign in {n.sign for n in graph.signed}}
@@ -144,10 +150,27 @@ def _followed(
     return Dataflow(links, reached, frozenset(by_row), widths)
 
 
+def _embeddings(module: Any, inputs: Mapping[str, Any]) -> list[nn.Module]:
+    """The modules that look tokens up: of an encoder-decoder those of both sides, which may share a weight."""
+    if "input_ids" not in inputs:
+        return []
+    first = module.get_input_embeddings()
+    if "decoder_input_ids" not in inputs:
+        return [first]
+    sides = [_embedding(part) for part in (module.get_encoder(), module.get_decoder())]
+    return [first, *(one for one in dict.fromkeys(sides) if one is not first)]
+
+
+def _embedding(side: Any) -> nn.Module:
+    """The embedding of an encoder's or a decoder's tokens; FSMT's sides have no method that gives it."""
+    found: nn.Module = side.embed_tokens if hasattr(side, "embed_tokens") else side.get_input_embeddings()
+    return found
+
+
 @contextmanager
 def _marks(
     module: nn.Module,
-    embedding: nn.Module | None,
+    embeddings: Sequence[nn.Module],
     linears: Mapping[str, nn.Module],
     experts: Mapping[str, Experts],
     strange: set[str],
@@ -193,7 +216,7 @@ def _marks(
             for number, part in outer.named_children() if isinstance(outer, nn.ModuleList) else ():
                 hook = given(f"{name}.{number}" if name else number)
                 handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
-        if embedding is not None:
+        for embedding in embeddings:
             handles.append(embedding.register_forward_hook(after(("tokens", ""))))
         yield
     finally:

@@ -49,13 +49,17 @@ class PassRule:
 
     flat: as one flat row; else rows are grouped by canonical length.  granule: a client's tokens are filled up to a
     multiple of it.  rows: rows are filled up to a multiple of this where layers see one vector of each (pooled heads,
-    images, a generated token).  longest: the most positions that the model has; None without limit.
+    images, a generated token).  longest: the most positions that the model has; None without limit.  apart: rows are a
+    source, which the encoder reads, and an answer, grouped by the canonical lengths of both; sources: as longest, of
+    sources.
     """
 
     flat: bool = False
     granule: int = _ALIGNED
     rows: int = 1
     longest: int | None = None
+    apart: bool = False
+    sources: int | None = None
 
     def canonical(self, tokens: int) -> int:
         """The length at which attention sees a row of so many tokens: in eight steps from each power of two to the
@@ -70,6 +74,10 @@ class PassRule:
         rounded = -(-tokens // step) * step
         return rounded if self.longest is None else max(tokens, min(rounded, self.longest))
 
+    def of_sources(self) -> PassRule:
+        """The rule for sources alone."""
+        return replace(self, longest=self.sources)
+
 
 def pass_rule(model: nn.Module) -> PassRule:
     """The rule of a transformers model, on any device; worked out once and kept with it."""
@@ -80,9 +88,11 @@ def pass_rule(model: nn.Module) -> PassRule:
     config, heads = getattr(model, "config", None), getattr(model, "get_output_embeddings", lambda: None)()
     part = _VECTOR // gcd(_VECTOR, *_inner_sizes(model))
     known = hasattr(config, "get_text_config")  # a module of the caller's own may call anything its config
-    longest = position_limit(model, config) if known else None
+    apart = bool(vars(model).get("text_to_text"))
+    longest = position_limit(model, config, "decoder" if apart else "") if known else None
+    sources = position_limit(model, config, "encoder") if apart else None
     flat = heads is not None and is_flat(config) and not vars(model).get("as_it_is", False)
-    rule = PassRule(flat, max(_ALIGNED, part), part, longest)
+    rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources)
     owner._pass_rule = rule
     return rule
 

@@ -84,6 +84,16 @@ def reading(source: Source) -> Iterator[None]:
         yield
 
 
+def stored_file(source: Source, name: str) -> Path | None:
+    """The file of this name beside the model; None where there is none, or it cannot be reached."""
+    from transformers.utils import cached_file
+
+    with reading(source):
+        kinds = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+        found = cached_file(source.name, name, **kinds)
+    return None if found is None else Path(found)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Mutes transformers' messages below errors and its progress bars; puts both back as they were.

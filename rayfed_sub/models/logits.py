@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayfed_sub.core.rng import stream
+from rayfed_sub.models.text_to_text import text_to_text
 
+_BIAS = "final_logits_bias"
 _TOKENS = 3
 _SCALES = (1.0, 30.0, 1000.0)  # a cap hardly shows in the small logits of a fresh model
 _TOLERANCE = 1e-5
@@ -67,7 +69,28 @@ def logit_rule(model: nn.Module) -> LogitRule | None:
         return None
     # What follows the output layer asks nothing of the blocks, which take nearly all of the time, and mixtures of
     # experts ask where their tokens go, which no meta tensor knows: the blocks are passed over where the model allows.
-    return _found(model, head, skipped=True) or _found(model, head, skipped=False)
+    with _without_bias(model):
+        rule = _found(model, head, skipped=True) or _found(model, head, skipped=False)
+    return rule if added_bias(model) is None or rule == LogitRule() else None
+
+
+def added_bias(model: nn.Module) -> Tensor | None:
+    """What the model adds to the result of its output layer, (V,): BART and its kin have it as a buffer."""
+    found = getattr(model, _BIAS, None)
+    return found[0] if isinstance(found, Tensor) else None
+
+
+@contextmanager
+def _without_bias(model: nn.Module) -> Iterator[None]:
+    """The model with zeros in place of the bias, which on the meta device nobody could look through."""
+    kept = model._buffers.get(_BIAS)
+    if kept is not None:
+        model._buffers[_BIAS] = torch.zeros(kept.shape)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            model._buffers[_BIAS] = kept
 
 
 def _found(model: nn.Module, head: Any, *, skipped: bool) -> LogitRule | None:
@@ -136,18 +159,26 @@ def _logits_of(model: nn.Module, head: nn.Module, z_TV: Tensor) -> Tensor | None
 @torch.no_grad()
 def _run(model: Any) -> Tensor:
     ids_1T = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device)[None]
-    with Affirming():  # type: ignore[no-untyped-call]
-        logits: Tensor = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits
+    with Affirming():
+        answer = {"decoder_input_ids": ids_1T} if text_to_text(model.config) else {}
+        logits: Tensor = model(
+            input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), **answer, use_cache=False
+        ).logits
     return logits
 
 
 class Affirming(TorchDispatchMode):
     """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance; and
-    none where it asks for the places of values: no token goes to an expert."""
+    none where it asks for the places of values: no token goes to an expert.  yes: False answers false instead of true:
+    whether any token attends to all, for instance."""
+
+    def __init__(self, *, yes: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.yes = yes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return True if args[0].dtype == torch.bool else 1
+            return self.yes if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
             return torch.empty(0, args[0].ndim, dtype=torch.int64, device="meta")
         return func(*args, **(kwargs or {}))

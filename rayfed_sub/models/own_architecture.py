@@ -17,6 +17,7 @@ from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.architecture import Architecture, architecture, layer_of, reason, skeleton, tied
 from rayfed_sub.models.own_model import OwnModel
 from rayfed_sub.models.targets import own_targets
+from rayfed_sub.models.text_to_text import KIND, LANGUAGE
 from rayfed_sub.models.tokenizers import HubTokenizer, end_tokens, hub_codec
 from rayfed_sub.models.weights import all_tensors, assemble, check_causal
 
@@ -39,7 +40,7 @@ def own_processor(own: OwnModel, kind: str) -> HubTokenizer:
         allowed = "a task of texts with tokenizer, or loss and batch, which read images of any form"
         raise UserError("model", "OwnModel(tokenizer=...)", allowed, "give a loss, or name the model in model.path")
     try:
-        return hub_codec(copy.deepcopy(own.tokenizer), end_tokens(own.module))
+        return hub_codec(copy.deepcopy(own.tokenizer), end_tokens(own.module), apart=kind == KIND)
     except Exception as error:  # anybody's object raises anything
         allowed = "a tokenizer of transformers with a token that ends an answer"
         raise UserError("model", _name(own.tokenizer), allowed, reason(error)) from error
@@ -85,7 +86,7 @@ def own_architecture(
         found = _as_transformers_builds(module, model, kind, class_names, vocabulary, pad)
     if found is None:
         found = _as_it_is(own, model, kind, aliases)
-    if kind == "causal-lm":
+    if kind in LANGUAGE:
         assert vocabulary is not None
         try:
             check_causal(model, assemble(found, tensors), vocabulary)
@@ -117,6 +118,9 @@ def _as_transformers_builds(
 def _as_it_is(own: OwnModel, model: Model, kind: str, aliases: Mapping[str, str]) -> Architecture:
     from transformers.pytorch_utils import Conv1D
 
+    if kind == KIND:
+        allowed = "an encoder-decoder as its configuration builds it, without a head or loss of its own"
+        raise UserError("model", _name(own.module), allowed, "give loss and batch for a module of your own")
     module, head = own.module, (own.head,) if isinstance(own.head, str) else tuple(own.head)
     # A subclass of linear layers may do more than multiply, or have its weight read past it, as attention's output has.
     linears = {name: child for name, child in module.named_modules() if name and type(child) in (nn.Linear, Conv1D)}

@@ -28,6 +28,7 @@ MODELS = {
     "tinyllama": ModelPreset("TinyLlama/TinyLlama_v1.1", "causal-lm", "hub, 1.1 B, used by the FedFTG paper"),
     "gemma-2b": ModelPreset("google/gemma-2b", "causal-lm", "hub, gated, used by the FedFTG paper"),
     "gpt2": ModelPreset("openai-community/gpt2", "causal-lm", "hub, 124 M"),
+    "flan-t5-small": ModelPreset("google/flan-t5-small", "seq2seq-lm", "hub, 77 M, encoder and decoder"),
     "bert-base": ModelPreset("google-bert/bert-base-uncased", "text-classification", "hub, 110 M"),
     "vit-base": ModelPreset("google/vit-base-patch16-224-in21k", "image-classification", "hub, 86 M"),
     "dinov2-small": ModelPreset("facebook/dinov2-small", "image-classification", "hub, 22 M"),

@@ -26,6 +26,9 @@ _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 _ROUTERS = ("router", "gate", "gating", "wg", "classifier")
 """Names, beside experts or within them, of what sends tokens to them."""
 
+_TO_OTHERS = re.compile(r"encoder_?attn|enc_?dec_?att|cross_?att", re.IGNORECASE)
+"""Names of a decoder's attention to what another part has read."""
+
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All linear layers by name, GPT-2's Conv1D among them, in the model's order."""
@@ -80,6 +83,11 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
         left_out |= dict.fromkeys(_stacked(module, experts), "several matrices in one parameter")
     if left_out:
         log.warning("model.targets: %s leaves out %s", targets, _with_reasons(left_out))
+    if kind == "causal-lm" and flow.failed is None:
+        idle = [name for name in linears if name not in flow.reached | left_out.keys() and _TO_OTHERS.search(name)]
+        if idle:
+            what = "a decoder's attention to an encoder or to images, of which there is none here, stays untrained"
+            log.warning("model.path: %s: %s", what, some(idle, 1))
     if flow.failed is not None:
         log.warning("model.targets: layers without a gradient are not found without weights (%s)", flow.failed)
     return found

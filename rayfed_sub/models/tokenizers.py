@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.chats import Turn
 from rayfed_sub.models.chat_masks import chat_tokens
 from rayfed_sub.models.chat_templates import default_template, rendered, set_default_template, trained_template
-from rayfed_sub.models.hub import RANDOM, Source, locate, reading
+from rayfed_sub.models.hub import RANDOM, Source, locate, reading, stored_file
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class ByteTokenizer:
     def ends(self) -> tuple[int, ...]:
         """The tokens at which generation stops."""
         return (self.eos,)
+
+    @property
+    def tail(self) -> int:
+        return 0
 
     @property
     def identity(self) -> str:
@@ -83,6 +89,8 @@ class HubTokenizer:
 
     With a chat template a prompt is a user's message up to where the assistant speaks, and eos is the token
     that ends the assistant's turn.  Without one a prompt is the text and a newline, and eos the tokenizer's.
+    writer: of an encoder-decoder the tokenizer of answers, which may mark another language; without a chat template
+    its prompts, and answers, are the text between the tokens that the tokenizer puts around it.
     chat: True with a chat template; the tokenizer holds the one that the run trains with, to be saved as it is.
     ends: the tokens at which generation stops, eos first, then those with which the pretrained model ends.
     """
@@ -93,14 +101,18 @@ class HubTokenizer:
     vocabulary: int
     chat: bool
     ends: tuple[int, ...]
+    writer: Any = None
+
+    @property
+    def tail(self) -> int:
+        return self.answer("?")[::-1].index(self.eos)
 
     @property
     def identity(self) -> str:
-        fast = self.tokenizer.is_fast
-        coded = self.tokenizer.backend_tokenizer.to_str() if fast else sorted(self.tokenizer.get_vocab().items())
         named = sorted((key, str(token)) for key, token in self.tokenizer.special_tokens_map.items())
         kind, template = type(self.tokenizer).__name__, default_template(self.tokenizer)
-        return repr((kind, coded, named, template, self.eos, self.chat))
+        own = (kind, _coded(self.tokenizer), named, template, self.eos, self.chat)
+        return repr(own if self.writer is None else (*own, _coded(self.writer), self.writer("?")["input_ids"]))
 
     def prompt(self, text: str) -> list[int]:
         return self.prompts([text])[0]
@@ -117,7 +129,7 @@ class HubTokenizer:
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.chat:
-            return self._tokens([f"{text}\n" for text in texts], special=True)
+            return self._tokens(texts if self.writer is not None else [f"{text}\n" for text in texts], special=True)
         rendered = [
             self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
@@ -127,7 +139,11 @@ class HubTokenizer:
         return self._tokens(rendered, special=False)  # the template has written them
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[*tokens, self.eos] for tokens in self._tokens(texts, special=False)]
+        if self.writer is None or self.chat:
+            return [[*tokens, self.eos] for tokens in self._tokens(texts, special=False)]
+        written = _encoded(self.writer, texts, special=True)
+        # mBART's language follows its eos.
+        return [tokens if self.eos in tokens[-2:] else [*tokens, self.eos] for tokens in written]
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokens(texts, special=True)
@@ -158,14 +174,23 @@ class HubTokenizer:
         return [[*before, *own, *after] if own else [] for own in self._tokens(texts, special=False)]
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        if self.tokenizer.is_fast:  # without the lists of each token's type, mask and place
-            backend = self.tokenizer.backend_tokenizer
-            return [made.ids for made in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
-        # verbose=False: cutting rows to length is the data layer's work, so no word about long ones.
-        encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False, return_attention_mask=False)
-        return [list(tokens) for tokens in encoded["input_ids"]]
+        return _encoded(self.tokenizer, texts, special)
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    if tokenizer.is_fast:  # without the lists of each token's type, mask and place
+        backend = tokenizer.backend_tokenizer
+        return [made.ids for made in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+    # verbose=False: cutting rows to length is the data layer's work, so no word about long ones.
+    encoded = tokenizer(list(texts), add_special_tokens=special, verbose=False, return_attention_mask=False)
+    return [list(tokens) for tokens in encoded["input_ids"]]
+
+
+def _coded(tokenizer: Any) -> Any:
+    """All that a tokenizer makes tokens by."""
+    return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
 
 
 def _in_turns(
@@ -193,13 +218,13 @@ def _in_turns(
     return tokens, learned
 
 
-def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubTokenizer:
+def hub_codec(tokenizer: Any, ends: Sequence[int] = (), *, apart: bool = False) -> HubTokenizer:
     """The processor of a transformers tokenizer, whose default chat template becomes the one that the run trains with.
 
     Some templates put in a system text of their own, SmolLM2's is 22 tokens in every row.  Where that is
     shorter an empty system message is made the template's default (6 tokens for SmolLM2: rows of short documentation
     are 38 tokens long on average instead of 54, and their loss before any training is 4.04 instead of 4.13).
-    ends: the tokens with which the pretrained model ends, besides the tokenizer's own.
+    ends: the tokens with which the pretrained model ends, besides the tokenizer's own.  apart: for an encoder-decoder.
     Raises ValueError where the tokenizer has no token that could end an answer, or its template renders no user's
     message.
     """
@@ -222,11 +247,22 @@ def hub_codec(tokenizer: Any, ends: Sequence[int] = ()) -> HubTokenizer:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     every = tuple(dict.fromkeys(token for token in (eos, eos_token, *ends) if token is not None))
-    return HubTokenizer(tokenizer, pad, eos, len(tokenizer), template is not None, every)
+    writer = _writer(tokenizer) if apart else None
+    return HubTokenizer(tokenizer, pad, eos, len(tokenizer), template is not None, every, writer)
 
 
-def load_tokenizer(model: Model) -> HubTokenizer | ByteTokenizer:
-    """The processor of `model.path`: bytes for `random`, the tokenizer that comes with the model otherwise.
+def _writer(tokenizer: Any) -> Any:
+    """A copy of the tokenizer for the texts that a model writes; one that switched to and fro would be wrong where
+    several threads ask."""
+    writer = copy.deepcopy(tokenizer)
+    if hasattr(writer, "_switch_to_target_mode"):  # all that transformers has, besides its call with `text_target`
+        writer._switch_to_target_mode()
+    return writer
+
+
+def load_tokenizer(model: Model, *, apart: bool = False) -> HubTokenizer | ByteTokenizer:
+    """The processor of `model.path`: bytes for `random`, the tokenizer that comes with the model otherwise.  apart: for
+    an encoder-decoder.
 
     Raises UserError on model.path where there is no tokenizer or it cannot be read.
     """
@@ -235,7 +271,7 @@ def load_tokenizer(model: Model) -> HubTokenizer | ByteTokenizer:
     source = locate(model.path)
     try:
         with reading(source):
-            return hub_codec(_tokenizer(source), _ends(source))
+            return hub_codec(_tokenizer(source), _ends(source), apart=apart)
     except Exception as error:  # a stranger's file may cause any error in the libraries
         if _reads_images(source):
             allowed = "a model with a tokenizer; this one reads images"
@@ -254,7 +290,13 @@ def _tokenizer(source: Source) -> Any:
     if source.gguf is not None:
         # AutoTokenizer would first build the model's configuration, ten times the work of the tokenizer.
         return PreTrainedTokenizerFast.from_pretrained(source.name, gguf_file=source.gguf)
-    return AutoTokenizer.from_pretrained(source.name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=False)
+    if getattr(tokenizer, "chat_template", None) is None and "processor_class" in tokenizer.init_kwargs:
+        # Where a processor's chat template was before tokenizers had it too.
+        stored = stored_file(source, "chat_template.json")
+        if stored is not None:
+            tokenizer.chat_template = json.loads(stored.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
 
 
 def _reads_images(source: Source) -> bool:
@@ -276,7 +318,7 @@ def _ends(source: Source) -> list[int]:
 
     if source.gguf is not None:
         return []
-    named = [AutoConfig.from_pretrained(source.name, trust_remote_code=False).get_text_config()]
+    named = [AutoConfig.from_pretrained(source.name, trust_remote_code=False).get_text_config(decoder=True)]
     with suppress(OSError):  # not every model has a generation_config.json
         named.append(GenerationConfig.from_pretrained(source.name))
     return _eos_of(named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,12 +19,14 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
 from rayfed_sub.data.processors import Processor
-from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, build, reason, skeleton
+from rayfed_sub.models.architecture import Architecture, auto_class, build, reason, sees_or_hears, skeleton
 from rayfed_sub.models.experts import matrix_of, place
-from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
+from rayfed_sub.models.hub import RANDOM, locate, quiet, reading, stored_file
 from rayfed_sub.models.image_processors import HubImageProcessor
+from rayfed_sub.models.text_to_text import KIND, LANGUAGE, text_to_text
 from rayfed_sub.models.tokenizers import HubTokenizer
 
+_COMPANIONS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _SEEN = 8  # tokens of the rows for the test of causality
 _LEAK = 3e-4  # allowed change of earlier logits, as a share of the changed tokens' own
 
@@ -38,7 +41,7 @@ def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[st
     model whose tokens see later ones.
     """
     loaded, drawn = _random(architecture) if model.path == RANDOM else _pretrained(model, architecture)
-    if architecture.kind == "causal-lm":
+    if architecture.kind in LANGUAGE:
         check_causal(model, loaded)
     tensors = dict(_collected(loaded, model, architecture))
     std = float(getattr(architecture.hf_config, "initializer_range", None) or 0.02)
@@ -71,13 +74,15 @@ def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
 
 def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
     """The module with the architecture's `logit_rule`, `own_loss` and `own_measure`, which losses go by; as_it_is: True
-    for a module that transformers does not build, whatever it looks like."""
+    for a module that transformers does not build, whatever it looks like; text_to_text: True for one whose encoder
+    reads the source and whose decoder writes the answer."""
     # Past nn.Module, which would take a loss that is a module for a part of this one.
     vars(module).update(
         logit_rule=architecture.logits,
         own_loss=architecture.loss,
         own_measure=architecture.measure,
         as_it_is=architecture.module is not None,
+        text_to_text=architecture.kind == KIND,
     )
     return module
 
@@ -160,6 +165,17 @@ def write_folder(
     write_codec(processor, folder)
 
 
+def write_companions(model: Model, architecture: Architecture, folder: str | Path) -> None:
+    """Copies the files by which the pretrained model's processor reads images and sound, where it has any."""
+    if not sees_or_hears(architecture.hf_config) or model.path == RANDOM:
+        return
+    source = locate(model.path)
+    for name in _COMPANIONS:
+        found = stored_file(source, name)
+        if found is not None and not (Path(folder) / name).exists():
+            shutil.copyfile(found, Path(folder) / name)
+
+
 def write_codec(processor: Processor | None, folder: str | Path) -> None:
     """Writes the tokenizer, with the chat template that the run trained with, or the image processor; bytes need
     neither."""
@@ -178,7 +194,7 @@ def generation_config(model: Model, architecture: Architecture, processor: Proce
     """
     from transformers import GenerationConfig
 
-    if architecture.kind != "causal-lm":
+    if architecture.kind not in LANGUAGE:
         return None
     found = GenerationConfig.from_model_config(architecture.hf_config)
     if model.path != RANDOM and (source := locate(model.path)).gguf is None:
@@ -188,6 +204,8 @@ def generation_config(model: Model, architecture: Architecture, processor: Proce
             stored.validate(strict=True)
             found = stored
     found.eos_token_id, found.pad_token_id = list(processor.ends), processor.pad
+    if architecture.kind == KIND and found.decoder_start_token_id is None:
+        found.decoder_start_token_id = getattr(architecture.hf_config, "decoder_start_token_id", None)
     return found
 
 
@@ -197,7 +215,8 @@ def _random(architecture: Architecture) -> tuple[nn.Module, set[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = build(architecture.hf_config, architecture.kind, device="cpu")
-    return module, {name for name, parameter in module.named_parameters() if parameter.ndim > 1}
+    computed = set(getattr(module, "_keys_to_ignore_on_save", None) or ())  # Marian's positions, which no file holds
+    return module, {name for name, x in module.named_parameters() if x.ndim > 1 and name not in computed}
 
 
 def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, set[str]]:
@@ -206,7 +225,7 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
     source = locate(model.path)
     try:
         with reading(source):
-            module, info = getattr(transformers, AUTO_CLASSES[architecture.kind]).from_pretrained(
+            module, info = getattr(transformers, auto_class(architecture.hf_config, architecture.kind)).from_pretrained(
                 source.name,
                 config=copy.deepcopy(architecture.hf_config),  # or transformers reads a GGUF file once more for it
                 gguf_file=source.gguf,
@@ -224,7 +243,7 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
     lacking -= architecture.tied.keys()
     head = {name.replace("/", ".") for name in architecture.shape.head_names}
     # Encoders trained without classification often lack the pooler that their classifiers read.
-    foreign = sorted(name for name in lacking - head if architecture.kind == "causal-lm" or ".pooler." not in name)
+    foreign = sorted(name for name in lacking - head if not head or ".pooler." not in name)
     if foreign:
         some = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
         raise UserError(
@@ -238,8 +257,8 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
 
 @torch.no_grad()
 def check_causal(model: Model, module: Any, vocabulary: int | None = None) -> None:
-    """UserError where logits change with later tokens: two rows that differ in their last two tokens are compared.
-    vocabulary: number of tokens; None: of the model's embeddings.
+    """UserError where logits change with later tokens: two rows that differ in their last two tokens are compared, of
+    an encoder-decoder two answers.  vocabulary: number of tokens; None: of the model's embeddings.
 
     Where attention is causal, equal tokens have equal logits to the bit; mixtures of experts may round otherwise.  An
     encoder's differ by 3e-3 of what the changed tokens' own do at least, in fresh tiny models of all types.
@@ -247,14 +266,19 @@ def check_causal(model: Model, module: Any, vocabulary: int | None = None) -> No
     vocabulary = vocabulary or module.get_input_embeddings().weight.shape[0]
     ids_2T = torch.arange(3, 3 + _SEEN).remainder(vocabulary).repeat(2, 1)
     ids_2T[1, -2:] = ids_2T[1, :2]
+    inputs = {"input_ids": ids_2T, "attention_mask": torch.ones_like(ids_2T)}
+    if text_to_text(getattr(module, "config", None)):
+        inputs |= {"input_ids": ids_2T[:1].repeat(2, 1), "decoder_input_ids": ids_2T}
     with quiet():
-        answer = answered(module, {"input_ids": ids_2T, "attention_mask": torch.ones_like(ids_2T)}, causal=True)
+        answer = answered(module, inputs, causal=True)
     logits_2TV: Tensor = answer.logits.float()
     apart_T = (logits_2TV[0] - logits_2TV[1]).abs().amax(dim=-1)
     if apart_T[:-2].max() > _LEAK * apart_T[-2:].max():
         value = module.config.model_type if model.path == RANDOM else model.path
         field = "model.random.type" if model.path == RANDOM else "model.path"
         allowed = "a causal language model; this one's tokens see later tokens, so it would read its own answers"
+        if "decoder_input_ids" in inputs:
+            raise UserError(field, value, allowed.replace("language model", "decoder"), "take another model")
         raise UserError(field, value, allowed, "take a decoder, or give the task a label to classify")
 
 

@@ -27,10 +27,11 @@ from rayfed_sub.methods.hooked import hook_of, hooked, unhooked
 from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.own_failures import named, reported
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.architecture import Architecture, architecture
+from rayfed_sub.models.architecture import Architecture, architecture, kind_of_model
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
 from rayfed_sub.models.own_architecture import OwnWeights, own_architecture, own_processor
 from rayfed_sub.models.start import StartFrom, fitted
+from rayfed_sub.models.text_to_text import KIND
 from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer
 from rayfed_sub.planning.call import NOTHING, Given, code_digests
 from rayfed_sub.planning.first_step import check_first_step
@@ -129,8 +130,12 @@ def load_inputs(config: Config, given: Given = NOTHING, start: StartFrom | None 
         as_they_are = AsTheyAre(own.batch or torch.utils.data.default_collate)
         shape, weights = own_architecture(own, config.model, "own")
         return JobInputs(shape, as_they_are, read(as_they_are, **how), weights)
-    kind = kind_of(config)
-    processor = processor_of(config, kind) if own is None else own_processor(own, kind)
+    kind = model_kind(config, None if own is None else getattr(own.module, "config", None))
+    if own is None:
+        processor = processor_of(config, kind)
+    else:
+        processor = own_processor(own, kind)
+        _check_sides_of(config, kind, processor)
     dataset = read(processor, **how)
     known = (kind, dataset.class_names, processor.vocabulary, processor.pad)
     if own is None:
@@ -186,13 +191,40 @@ def kind_of(config: Config) -> str:
     return "text-classification" if task.image is None else "image-classification"
 
 
+def model_kind(config: Config, given: Any = None) -> str:
+    """Kind of the run's model: `kind_of` its task, or seq2seq-lm where the model is an encoder-decoder.  given: the
+    configuration of a module that a Python call hands over.  Raises UserError as `kind_of`, or for a model whose
+    configuration cannot be read."""
+    kind = kind_of(config)
+    if config.model.path == GIVEN and given is None:
+        return kind
+    return kind_of_model(config.model, kind, given)
+
+
 def processor_of(config: Config, kind: str) -> HubTokenizer | ByteTokenizer | HubImageProcessor:
     """Tokenizer or image processor for a model of this kind.  Raises UserError for a model that cannot read them."""
     if config.model.path == GIVEN:
         raise not_given("model.path")
     if kind == "image-classification":
         return load_image_processor(config.model, config.task.image_size)
-    return load_tokenizer(config.model)
+    processor = load_tokenizer(config.model, apart=kind == KIND)
+    _check_sides_of(config, kind, processor)
+    return processor
+
+
+def _check_sides_of(config: Config, kind: str, processor: HubTokenizer | ByteTokenizer) -> None:
+    """UserError where an encoder-decoder is to learn what is no source and answer."""
+    if kind != KIND:
+        return
+    task, what = filled(config.task), "with an encoder-decoder, which reads one text and writes another"
+    if task.text is not None:
+        allowed = f"nothing {what}"
+        raise UserError("task.text", task.text, allowed, "set task.prompt and task.answer, or take a decoder")
+    if not task.mask_prompt:
+        raise UserError("task.mask_prompt", False, f"true {what}", "remove it")
+    if task.messages is not None and not (isinstance(processor, HubTokenizer) and processor.chat):
+        allowed = "nothing with an encoder-decoder that has no chat template"
+        raise UserError("task.messages", task.messages, allowed, "set task.prompt and task.answer, or take a decoder")
 
 
 def _check_server(config: Config, method: Method) -> None:
@@ -235,8 +267,27 @@ def _check_privacy(config: Config, method: Method) -> None:
         raise UserError("method.optimizer_state", "average", allowed, "set method.optimizer_state=keep")
 
 
+def _check_sides(config: Config, base: JobInputs) -> None:
+    """As `_check_positions` for an encoder-decoder, whose sides have positions of their own."""
+    limits = {"source": base.architecture.sources, "answer": base.architecture.positions}
+    rows = [one for one in (base.dataset.train, base.dataset.held_out) if isinstance(one, Rows)]
+    for side, limit in limits.items():
+        sizes = [one.prompts if side == "source" else one.lengths - one.prompts for one in rows]
+        longest = max((int(size.max(initial=0)) for size in sizes), default=0)
+        if limit is not None and longest > limit:
+            allowed = f"a length with which no {side} has more than {limit} tokens, {config.model.path}'s positions"
+            advice = f"the longest has {longest}; set task.max_length={limit}"
+            raise UserError("task.max_length", config.task.max_length, allowed, advice)
+    limit, evaluation = base.architecture.positions, config.evaluation
+    if limit is not None and evaluation.generate_rows and evaluation.max_new_tokens > limit:
+        allowed = f"at most {limit}: {config.model.path} has positions for answers of so many tokens"
+        raise UserError("evaluation.max_new_tokens", evaluation.max_new_tokens, allowed, f"set {limit} or less")
+
+
 def _check_positions(config: Config, base: JobInputs) -> None:
     """UserError where a row, or a judged prompt with its answer, is longer than the model's table of positions."""
+    if base.architecture.kind == KIND:
+        return _check_sides(config, base)
     limit, held_out = base.architecture.positions, base.dataset.held_out
     if limit is None or not isinstance(held_out, Rows) or not isinstance(base.dataset.train, Rows):
         return

@@ -25,6 +25,7 @@ from rayfed_sub.data.images import Images
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.models.architecture import Architecture, build
 from rayfed_sub.models.flat_rows import pass_rule
+from rayfed_sub.models.text_to_text import KIND
 from rayfed_sub.models.weights import all_tensors, ruled
 from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
 from rayfed_sub.planning.heap import PRODUCT_KERNELS, Heap
@@ -52,8 +53,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The longest rows of a data set, in tokens: a row, its labels, and a held-out question.  side: of its images, in
-    pixels, where it has any."""
+    """The longest rows of a data set, in tokens: a row, its labels, and a question.  side: of its images, in pixels,
+    where it has any."""
 
     tokens: int
     labels: int
@@ -106,7 +107,7 @@ def worker(
     bases = {t.name: kinds[f"{t.name}/weight"] for t in shape.targets} if base else {}
     seen = Allocations([*known, *heads.values()])
     with _meta_model(config), seen:
-        results = _train(config, model, layers, shape, start, steps, size, pack, bases)
+        results = _train(config, architecture, model, layers, start, steps, size, pack, bases)
         _evaluate(config, architecture, model, layers, bases, heads, size)
     del results
     rest = pack * (held + _closed_beyond(config, shape, start, steps))
@@ -117,22 +118,29 @@ def activations(config: Config, architecture: Architecture, size: Lengths, pack:
     """Bytes that no pass of a pack exceeds besides its clients' own tensors, found at a tenth of the cost of `worker`:
     four times all that one forward pass ever allocates, and a chunk of logits."""
     model, _ = _built(architecture)
-    batch = _batch(architecture.shape, max(pack * config.federation.batch_size, config.evaluation.batch_size), size)
-    batch.pop("labels")
+    batch = _batch(architecture, max(pack * config.federation.batch_size, config.evaluation.batch_size), size)
+    labels = batch.pop("labels")
+    if architecture.kind == KIND:
+        batch["decoder_input_ids"] = labels
     seen = Allocations(x for _, x in all_tensors(model))
     with torch.no_grad(), FusedAttention(), seen:
         getattr(model, "base_model", model)(**batch)
     # SigLIP has a vocabulary though its classifier, as any other, has none.
-    vocabulary = 0 if architecture.shape.head else getattr(architecture.hf_config.get_text_config(), "vocab_size", 0)
+    vocabulary = 0 if architecture.shape.head else _vocabulary(architecture)
     dense = sum(4 * layer.m * layer.n for layer in architecture.shape.targets)
     return 4 * (sum(made for _, made in seen.events if made > 0) + 128 * 4 * vocabulary) + dense
 
 
+def _vocabulary(architecture: Architecture) -> int:
+    text = architecture.hf_config.get_text_config(decoder=True if architecture.kind == KIND else None)
+    return int(getattr(text, "vocab_size", None) or 0)
+
+
 def _train(
     config: Config,
+    architecture: Architecture,
     model: nn.Module,
     layers: Mapping[str, PackLinear],
-    shape: ModelShape,
     start: Start,
     steps: int,
     size: Lengths,
@@ -143,11 +151,11 @@ def _train(
     closings = min(closed_blocks(start, steps), _PERIODS)
     if closings and start.subspace is not None:
         start = replace(start, subspace=replace(start.subspace, refresh_every=1))
-    batch = _batch(shape, config.federation.batch_size, size)
+    batch = _batch(architecture, config.federation.batch_size, size)
     works = [ClientWork(client, start, [batch] * (closings + 1)) for client in range(pack)]
     rule = LocalRule(config.optimizer, lr=1.0, seed=0, pad=0, proximal=config.federation.proximal)
     with based_on(layers, bases):
-        return train_pack(model, layers, shape, works, rule)
+        return train_pack(model, layers, architecture.shape, works, rule)
 
 
 def _evaluate(
@@ -163,22 +171,28 @@ def _evaluate(
     evaluation = config.evaluation
     changes = {name: Change(dense=weight) for name, weight in bases.items()}
     with global_model(layers, architecture.shape, changes, heads):
-        predicted(model, _batch(architecture.shape, evaluation.batch_size, size))
+        predicted(model, _batch(architecture, evaluation.batch_size, size))
         if evaluation.generate_rows:
             rule, rows = pass_rule(model), min(evaluation.batch_size, evaluation.generate_rows)
-            width = rule.canonical(size.prompt) + evaluation.max_new_tokens
-            ids = torch.zeros(-(-rows // rule.rows) * rule.rows, width, dtype=torch.int64)
+            rows, new = -(-rows // rule.rows) * rule.rows, evaluation.max_new_tokens
+            width = rule.of_sources().canonical(size.prompt) if rule.apart else rule.canonical(size.prompt) + new
+            ids = torch.zeros(rows, width, dtype=torch.int64)
+            written = {"decoder_input_ids": torch.zeros(rows, new, dtype=torch.int64)} if rule.apart else {}
             with torch.inference_mode():
-                model.base_model(input_ids=ids, use_cache=True)
+                model.base_model(input_ids=ids, **written, use_cache=True)
 
 
-def _batch(shape: ModelShape, rows: int, size: Lengths) -> dict[str, Tensor]:
+def _batch(architecture: Architecture, rows: int, size: Lengths) -> dict[str, Tensor]:
     """Rows as long as the longest, with as many labels as any has; or images."""
     if size.side:
         pixels = torch.zeros(rows, 3, size.side, size.side)
         return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.int64)}
+    if architecture.kind == KIND:
+        ids = torch.zeros(rows, size.prompt, dtype=torch.int64)
+        labels = torch.zeros(rows, size.labels, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids + 1, "labels": labels}
     ids = torch.zeros(rows, size.tokens, dtype=torch.int64)
-    if shape.head:
+    if architecture.shape.head:
         return {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.zeros(rows, dtype=torch.int64)}
     labels = torch.full_like(ids, IGNORED)
     labels[:, -size.labels :] = 0

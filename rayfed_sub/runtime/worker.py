@@ -35,6 +35,7 @@ from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics, gradien
 from rayfed_sub.diagnostics.gradients import GradientWatch
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
+from rayfed_sub.models.text_to_text import KIND
 from rayfed_sub.models.weights import assemble, target_weights
 from rayfed_sub.planning.sampling import PackWork
 from rayfed_sub.privacy.mechanism import clipped
@@ -218,7 +219,8 @@ class Worker:
         indices, task = np.asarray(rows, dtype=np.int64), self._spec.config.task
         draw, pad = (task.seed, "held-out", rows[0]), self._spec.processor.pad
         try:
-            return collate(self._dataset.held_out, indices, mask_prompt=task.mask_prompt, pad=pad, draw=draw)
+            how: dict[str, Any] = {"mask_prompt": task.mask_prompt, "pad": pad, "draw": draw}
+            return collate(self._dataset.held_out, indices, **how, apart=self._spec.architecture.kind == KIND)
         except Exception as error:
             if not isinstance(self._dataset.held_out, Objects):
                 raise
@@ -312,6 +314,7 @@ class Worker:
             config.task.mask_prompt,
             self._spec.processor.pad,
             federation.batching,
+            self._spec.architecture.kind == KIND,
         )
 
     def _state(self, client: int, stored: Any) -> ClientState | None:

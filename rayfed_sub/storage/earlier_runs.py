@@ -13,7 +13,7 @@ from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.architecture import architecture
 from rayfed_sub.models.hub import RANDOM
 from rayfed_sub.models.start import FIELD, StartFrom, is_adapter, read_adapter
-from rayfed_sub.planning.job import kind_of, processor_of
+from rayfed_sub.planning.job import model_kind, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import local_copy
 from rayfed_sub.storage.run_folder import class_names, start_digest
@@ -58,7 +58,7 @@ def _of_run(place: str, folder: Path, config: Config) -> StartFrom:
     if (known := start_digest(folder)) is not None and (earlier is None or earlier.info.digest != known):
         allowed = f"a run whose own start is as it was; {then.model.start_from} is another one now"
         raise UserError(FIELD, place, allowed, "restore that")
-    kind, classes = kind_of(then), class_names(folder)
+    kind, classes = model_kind(then), class_names(folder)
     processor = processor_of(then, kind)
     shape = architecture(then.model, kind, classes, processor.vocabulary, processor.pad).shape
     server = ServerState(found.round, found.server)

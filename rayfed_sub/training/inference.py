@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rayfed_sub.core.types import Change, ModelShape, Tensors
 from rayfed_sub.models.flat_rows import pass_rule
+from rayfed_sub.models.text_to_text import start_token
 from rayfed_sub.training.blocks import Closed
 from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound
 from rayfed_sub.training.losses import predicted
@@ -93,7 +94,9 @@ def answers(
     """Greedy answers, at most `limit` tokens each, cut before the first of `ends`.  Prompts of equal canonical length
     are answered together, so that an answer does not depend on the others."""
     rule = pass_rule(model)
-    if rule.longest is not None:
+    if rule.apart:
+        rule = rule.of_sources()
+    elif rule.longest is not None:
         rule = replace(rule, longest=rule.longest - limit)
     by_width: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -101,16 +104,22 @@ def answers(
     found: dict[int, list[int]] = {}
     for width, numbers in by_width.items():
         more = [prompts[numbers[-1]]] * (-len(numbers) % rule.rows)
-        given = _padded_left([prompts[number] for number in numbers] + more, width, pad)
+        given = _padded([prompts[number] for number in numbers] + more, width, pad, left=not rule.apart)
         said = _generated(model, given, pad=pad, ends=ends, limit=limit)
         found |= dict(zip(numbers, said[: len(numbers)], strict=True))
     return [found[number] for number in range(len(prompts))]
 
 
-def _padded_left(prompts: Sequence[Sequence[int]], width: int, pad: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts filled up on the left, and their attention masks."""
-    tokens = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    return tokens, [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+def _padded(
+    prompts: Sequence[Sequence[int]], width: int, pad: int, *, left: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts filled up, and their attention masks: on the left where answers follow them in the same row."""
+
+    def filled(own: Sequence[int], with_: int) -> list[int]:
+        more = [with_] * (width - len(own))
+        return [*more, *own] if left else [*own, *more]
+
+    return [filled(prompt, pad) for prompt in prompts], [filled([1] * len(prompt), 0) for prompt in prompts]
 
 
 def _generated(
@@ -119,6 +128,9 @@ def _generated(
     """What the model says after each row, up to the first of `ends`."""
     device = next(iter(model.parameters())).device
     ids_BT, mask_BT = (torch.tensor(rows, device=device) for rows in given)
+    apart = pass_rule(model).apart
+    # Of an encoder-decoder's configuration some have beams and a shortest answer.
+    begun = {"decoder_start_token_id": start_token(model), "num_beams": 1, "min_length": 0} if apart else {}
     out_BT = model.generate(
         input_ids=ids_BT,
         attention_mask=mask_BT,
@@ -126,6 +138,7 @@ def _generated(
         max_new_tokens=limit,
         eos_token_id=list(ends),
         pad_token_id=pad,
+        **begun,
     )
-    width = ids_BT.shape[1]
+    width = 1 if apart else ids_BT.shape[1]  # an encoder-decoder's answer begins with its start
     return [list(takewhile(lambda token: token not in ends, row)) for row in out_BT[:, width:].tolist()]

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from rayfed_sub.models.flat_rows import attending, pass_rule
 from rayfed_sub.models.frozen_linear import FrozenLinear, product
-from rayfed_sub.models.logits import LogitRule, hidden_states
+from rayfed_sub.models.logits import LogitRule, added_bias, hidden_states
+from rayfed_sub.models.text_to_text import decoder_inputs
 from rayfed_sub.models.weights import answered
 from rayfed_sub.training.own_loss import OwnPass, trained_loss
 from rayfed_sub.training.passes import AnyPass, Pass, labelled_passes
@@ -35,13 +36,13 @@ def client_losses(model: nn.Module, one: AnyPass, count_G: Tensor) -> Tensor:
     if isinstance(one, OwnPass):
         return trained_loss(model, one.batch)[None]
     at_L = one.labelled()
-    label_L, output = one.labels[at_L], _output_layer(model) if one.shifted else None
+    label_L, output = one.labels[at_L], _output_layer(model) if one.of_tokens else None
     if output is None:
         loss_L = functional.cross_entropy(_logits_at(model, one, at_L), label_L, reduction="none")
     else:
-        head, rule = output
+        head, bias_V, rule = output
         hidden_Lh = _hidden(model, head, one, at_L)
-        loss_L = _HeadLoss.apply(hidden_Lh, head.weight, head.bias, label_L, rule)  # type: ignore[no-untyped-call]
+        loss_L = _HeadLoss.apply(hidden_Lh, head.weight, bias_V, label_L, rule)  # type: ignore[no-untyped-call]
     total_G = loss_L.new_zeros(len(one.parts)).index_add(0, one.client[at_L], loss_L)
     return total_G / count_G.clamp_min(1)
 
@@ -71,17 +72,17 @@ def predicted(model: nn.Module, batch: Mapping[str, Tensor], pad: int = 0) -> Pr
 def _predicted(model: nn.Module, one: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, row, label and likeliest label (L,) of a pass."""
     at_L = one.labelled()
-    label_L, output = one.labels[at_L], _output_layer(model) if one.shifted else None
+    label_L, output = one.labels[at_L], _output_layer(model) if one.of_tokens else None
     losses, best = [], []
     if output is None:
         logits_LV = _logits_at(model, one, at_L)
         chunk = _chunk(logits_LV.shape[1])
         chunks = iter(logits_LV.split(chunk))
     else:
-        head, rule = output
+        head, bias_V, rule = output
         chunk = _chunk(len(head.weight))
         hidden_Lh = _hidden(model, head, one, at_L)
-        chunks = (_logits(hidden_ch, head.weight, head.bias, rule) for hidden_ch in hidden_Lh.split(chunk))
+        chunks = (_logits(hidden_ch, head.weight, bias_V, rule) for hidden_ch in hidden_Lh.split(chunk))
     for logits_cV, label_c in zip(chunks, label_L.split(chunk), strict=True):
         losses.append(functional.cross_entropy(logits_cV, label_c, reduction="none"))
         best.append(logits_cV.argmax(dim=-1))
@@ -92,8 +93,10 @@ def _run(model: Any, one: Pass) -> Any:
     """The model's answer.  Pixels take its own type: not every architecture sees to that itself."""
     dtype = getattr(model, "dtype", torch.float32)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in one.inputs.items()}
+    if one.answers is not None:
+        inputs["decoder_input_ids"] = decoder_inputs(model, one.answers)
     with nullcontext() if one.flat is None else attending(model, one.flat):
-        return answered(model, inputs, causal=one.shifted)
+        return answered(model, inputs, causal=one.of_tokens)
 
 
 def _logits_at(model: nn.Module, one: Pass, at_L: Tensor) -> Tensor:
@@ -107,14 +110,17 @@ def _hidden(model: nn.Module, head: nn.Module, one: Pass, at_L: Tensor) -> Tenso
     with hidden_states(head) as seen:
         _run(model, one)
     (hidden_RTh,) = seen
-    return hidden_RTh.flatten(0, -2)[at_L - 1]
+    return hidden_RTh.flatten(0, -2)[at_L - 1 if one.shifted else at_L]
 
 
-def _output_layer(model: nn.Module) -> tuple[nn.Linear | FrozenLinear, LogitRule] | None:
-    """The output layer and the rule by which logits follow from it; None where there is none and the model must give
-    its own logits."""
+def _output_layer(model: nn.Module) -> tuple[nn.Linear | FrozenLinear, Tensor | None, LogitRule] | None:
+    """The output layer, its bias with what the model adds to it, and the rule by which logits follow from them; None
+    where there is none and the model must give its own logits."""
     rule, head = getattr(model, "logit_rule", None), getattr(model, "get_output_embeddings", lambda: None)()
-    return (head, rule) if isinstance(rule, LogitRule) and isinstance(head, nn.Linear | FrozenLinear) else None
+    if not isinstance(rule, LogitRule) or not isinstance(head, nn.Linear | FrozenLinear):
+        return None
+    biases = [bias_V for bias_V in (head.bias, added_bias(model)) if bias_V is not None]
+    return head, biases[0] + biases[1] if len(biases) == 2 else next(iter(biases), None), rule
 
 
 def _chunk(vocabulary: int) -> int:

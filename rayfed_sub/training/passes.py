@@ -32,7 +32,8 @@ class Pass:
     inputs: the model's.  labels: of a language model one for each token, (S,), -100 where there is none and at a row's
     first token, which nothing predicts; else of each row, (R,).  row: the number of each label's row, counted client by
     client over the step's batches; client: its client's place in the step.
-    shifted: a label is predicted at the token before it.
+    shifted: a label is predicted at the token before it.  answers: of an encoder-decoder the labels as (R, T), from
+    which the decoder's inputs follow; a label is predicted at its own place.
     parts: each client's tokens in a flat pass, its rows else; size: all of those, with what only fills the pass up.
     where: of each row of the pass, a token in a flat pass, (size, 3) int64: its client's place in the step, its row in
     the client's batch, its place in that row (of a whole row 0); anything for what only fills the pass up.
@@ -49,6 +50,12 @@ class Pass:
     where: Tensor
     shifted: bool = False
     flat: FlatRows | None = None
+    answers: Tensor | None = None
+
+    @property
+    def of_tokens(self) -> bool:
+        """True where labels are tokens of a language model."""
+        return self.shifted or self.answers is not None
 
     def to(self, device: torch.device) -> Pass:
         """The pass on a device."""
@@ -58,7 +65,9 @@ class Pass:
         labels, row, client = (x.to(device, non_blocking=True) for x in (self.labels, self.row, self.client))
         flat = None if self.flat is None else self.flat.to(device)
         where = self.where.to(device, non_blocking=True)
-        return replace(self, inputs=inputs, labels=labels, row=row, client=client, where=where, flat=flat)
+        answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
+        moved = replace(self, inputs=inputs, labels=labels, row=row, client=client, where=where)
+        return replace(moved, flat=flat, answers=answers)
 
     def labelled(self) -> Tensor:
         """The places (L,) of labels."""
@@ -88,6 +97,8 @@ def labelled_passes(batches: Sequence[Labelled], rule: PassRule, pad: int) -> li
     """The passes of batches with labels."""
     if "input_ids" not in batches[0]:
         return [_images(batches, rule)]
+    if rule.apart:
+        return _apart(batches, rule, pad)
     texts = [_texts(batch) for batch in batches]
     if rule.flat and batches[0]["labels"].dim() == 2:
         return [_flat(texts, rule, pad)]
@@ -166,6 +177,49 @@ def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> 
     part_G = np.bincount([g for g, _, _ in found], minlength=len(texts)).tolist()
     tokens = (int(mask_RL[: len(found)].sum()), R * length)
     return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, shifted=shifted)
+
+
+def _apart(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:
+    """Sources and answers, rows of equal canonical lengths of both in a pass."""
+    found: dict[tuple[int, int], list[_Pair]] = {}
+    number = 0
+    for g, batch in enumerate(batches):
+        ids, mask, labels = (batch[name].numpy() for name in ("input_ids", "attention_mask", "labels"))
+        for b in range(len(ids)):
+            pair = _Pair(g, b, number + b, ids[b, mask[b] != 0], labels[b, labels[b] != IGNORED])
+            sizes = rule.of_sources().canonical(len(pair.source)), rule.canonical(len(pair.answer))
+            found.setdefault(sizes, []).append(pair)
+        number += len(ids)
+    return [_pairs(found[sizes], *sizes, len(batches), pad) for sizes in sorted(found)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A row: its client's place, its own in the client's batch, its number, its tokens in the encoder, and those to be
+    written."""
+
+    client: int
+    own: int
+    number: int
+    source: Numbers
+    answer: Numbers
+
+
+def _pairs(pairs: Sequence[_Pair], sources: int, answers: int, clients: int, pad: int) -> Pass:
+    R = len(pairs)
+    ids_RS, mask_RS = np.full((R, sources), pad, np.int64), np.zeros((R, sources), np.int64)
+    labels_RT = np.full((R, answers), IGNORED, np.int64)
+    for r, pair in enumerate(pairs):
+        ids_RS[r, : len(pair.source)], mask_RS[r, : len(pair.source)] = pair.source, 1
+        labels_RT[r, : len(pair.answer)] = pair.answer
+    row_R, client_R = np.array([pair.number for pair in pairs]), np.array([pair.client for pair in pairs])
+    part_G = np.bincount(client_R, minlength=clients).tolist()
+    tokens = int(mask_RS.sum() + (labels_RT != IGNORED).sum()), R * (sources + answers)
+    inputs = {"input_ids": ids_RS, "attention_mask": mask_RS}
+    row, client = np.repeat(row_R, answers), np.repeat(client_R, answers)
+    where = np.array([(pair.client, pair.own, 0) for pair in pairs])
+    made = _pass(inputs, labels_RT.reshape(-1), row, client, part_G, R, tokens, where, shifted=False)
+    return replace(made, answers=torch.from_numpy(labels_RT))
 
 
 def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:

@@ -22,6 +22,7 @@ from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start, Tensors
 from rayfed_sub.data.batching import Batch
 from rayfed_sub.data.objects import OwnBatch
+from rayfed_sub.models.text_to_text import decoder_inputs
 from rayfed_sub.models.weights import answered
 from rayfed_sub.training.client_errors import drawn, not_finite
 from rayfed_sub.training.dropout import GivenDropout
@@ -198,8 +199,13 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         return trained_loss(model, batch.to(device)), batch.rows
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")
+    writes = labels.dim() == 2 and vars(model).get("text_to_text", False)
+    if writes:
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     logits = answered(model, inputs, causal=labels.dim() == 2).logits.float()
-    if labels.dim() == 2:  # a token is predicted from those before it
+    if writes:
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+    elif labels.dim() == 2:  # a token is predicted from those before it
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     count = int((labels != -100).sum())
     return functional.cross_entropy(logits, labels) if count else 0.0 * logits.sum(), count

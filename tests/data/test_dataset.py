@@ -33,6 +33,7 @@ class ByteTokenizer:
 
     pad: int = PAD
     eos: int = EOS
+    tail: int = 0
 
     def prompt(self, text: str) -> list[int]:
         return [*text.encode(), ASK]

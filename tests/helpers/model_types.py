@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import math
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from torch.nn import functional
 from rayfed_sub.config.schema import Model, Optimizer
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Start, Subspace
-from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, architecture
+from rayfed_sub.models.architecture import Architecture, architecture, auto_class, sees_or_hears
 from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.image_processors import load_image_processor
@@ -40,6 +41,7 @@ from tests.helpers.tiny_models import (
     Tiny,
     change,
     draw_batches,
+    draw_pairs,
     draw_sentences,
     draw_tokens,
     galore_start,
@@ -53,9 +55,13 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ROWS, PAGE = EXPERIMENTS / "results" / "models.csv", EXPERIMENTS / "MODELS.md"
 MAPPINGS = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "seq2seq-lm": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
 }
+SPEAKING = ("seq2seq-lm", "image-text-to-text", "causal-lm")
+"""Kinds that write text: one kind of task, whose model's configuration says the rest."""
 CLASSES = ("few", "many", "some")
 LARGEST = 60_000_000
 """Parameters of a model that counts as tiny, at most."""
@@ -82,11 +88,13 @@ _GROUPED = {"n_group": 2, "topk_group": 1}
 _LOW_RANK = {"num_key_value_heads": 2, "head_dim": 8, **_GROUPED}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _STAGES = {"patch_size": 4, "window_size": 2}
+_MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LOW_RANK),
     **dict.fromkeys(("longcat_flash", "minicpm3", "mistral4", "youtu"), _LOW_RANK),
     **dict.fromkeys(("bailing_hybrid", "beam"), _GROUPED),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"), _MROPE),
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
     **dict.fromkeys(("convnext", "convnextv2", "swin", "swinv2", "donut-swin"), _STAGES),
     "mobilevitv2": {"image_size": 64, "patch_size": 2},
@@ -98,13 +106,16 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"num_key_value_heads": 2},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
     "granitemoeshared": {"shared_intermediate_size": 16},
+    "led": {"attention_window": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
+    "switch_transformers": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 10, "n_mamba_heads": 2},
     "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "chunk_size": 16},
@@ -144,9 +155,16 @@ class Verdict:
 
 
 def types_of(kind: str) -> list[str]:
-    """The model types that transformers has for a kind, by name."""
-    known = getattr(transformers, MAPPINGS[kind])
-    return sorted({config.model_type for config in known if config.model_type})
+    """The model types that transformers has for a kind, by name; one that writes text stands in one list alone, which
+    says what a run makes of it."""
+    found = _known(kind)
+    if kind in SPEAKING:
+        found -= set().union(*(_known(other) for other in SPEAKING[: SPEAKING.index(kind)]))
+    return sorted(found)
+
+
+def _known(kind: str) -> set[str]:
+    return {config.model_type for config in getattr(transformers, MAPPINGS[kind]) if config.model_type}
 
 
 def sizes(name: str, left_out: Sequence[str] = (), blocks: int = 4) -> dict[str, Any]:
@@ -183,7 +201,8 @@ def built(name: str, kind: str, blocks: int = 4, **fields: Any) -> tuple[Model, 
     for left_out in LEAVE_OUT:
         model = Model(path="random", random=sizes(name, left_out, blocks), **fields)
         try:
-            bones = architecture(model, kind, () if kind == "causal-lm" else CLASSES, _vocabulary(kind), PAD)
+            classes = ("causal-lm", ()) if kind in SPEAKING else (kind, CLASSES)
+            bones = architecture(model, *classes, _vocabulary(kind), PAD)
         except UserError as error:
             if error.field == "model.targets" and "without its weights" not in str(error):
                 raise
@@ -224,9 +243,9 @@ def _checks(name: str, kind: str, blocks: int) -> Iterator[Verdict]:
     assert numbers <= LARGEST, f"{numbers:,} parameters in the smallest form that was found"
     names = (place(layer)[0] if layer.expert else layer.name for layer in bones.shape.targets)
     yield (verdict := replace(verdict, built=True, targets=some(names)))
-    if kind == "causal-lm":
+    if kind in SPEAKING:
         yield (verdict := replace(verdict, causal="made so" if bones.causal else "yes"))
-    tiny = Tiny(assemble(bones, tensors), bones.shape, _draw(kind, model))
+    tiny = Tiny(assemble(bones, tensors), bones.shape, _draw(bones.kind, model))
     yield (verdict := replace(verdict, loss=_word(_loss(tiny), 1e-5)))
     yield (verdict := replace(verdict, gradient=_gradient(tiny)))
     yield (verdict := replace(verdict, pack=_pack(tiny)))
@@ -245,6 +264,8 @@ def _word(found: float, allowed: float) -> str:
 def _draw(kind: str, model: Model) -> Any:
     if kind == "causal-lm":
         return draw_tokens
+    if kind == "seq2seq-lm":
+        return draw_pairs
     if kind == "text-classification":
         return draw_sentences
     side = load_image_processor(model).side
@@ -261,16 +282,20 @@ def _loss(tiny: Tiny) -> float:
     (batch,) = draw_batches(tiny, 0, 1, tokens=20)
     ours = predicted(tiny.packed[0], batch, PAD)
     how = {} if tiny.shape.head else {"use_cache": False}
-    apart = 0.0
+    writes, apart = vars(tiny.model)["text_to_text"], 0.0
     for row in range(len(batch["labels"])):
         alone = {key: tensor[row : row + 1] for key, tensor in batch.items()}
         labels = alone.pop("labels")
         if "attention_mask" in alone:
             real = int(alone["attention_mask"].sum())
             alone = {key: tensor[:, :real] for key, tensor in alone.items()}
+        if writes:
+            alone["labels"] = labels = labels[:, labels[0] != -100]
         with torch.no_grad():
             logits: Tensor = tiny.model(**alone, **how).logits.float()
-        if labels.dim() == 2:
+        if writes:
+            logits, labels = logits[0], labels[0]
+        elif labels.dim() == 2:
             logits, labels = logits[0, :-1], labels[0, 1 : logits.shape[1]]
         theirs = functional.cross_entropy(logits, labels, reduction="sum")
         mine = ours.loss_L[ours.row_L == row].sum()
@@ -329,13 +354,18 @@ def _export(tiny: Tiny, bones: Architecture, tensors: Mapping[str, Tensor]) -> f
         copies[name.replace("/", ".")].copy_(changed[name])
     trained = assemble(bones, copies)
     (batch,) = draw_batches(tiny, 6, 1, rows=1, tokens=16)
-    batch.pop("labels")
-    how = {"use_cache": False} if bones.kind == "causal-lm" else {}
+    labels = batch.pop("labels")
+    how = {"use_cache": False} if bones.kind in SPEAKING else {}
+    if bones.kind == "seq2seq-lm":
+        batch["decoder_input_ids"] = labels
     with TemporaryDirectory() as folder, torch.no_grad():
         write_folder(bones, tensors, changed, folder)
-        loaded = getattr(transformers, AUTO_CLASSES[bones.kind]).from_pretrained(folder).eval()
+        loaded = getattr(transformers, auto_class(bones.hf_config, bones.kind)).from_pretrained(folder).eval()
         theirs, ours = loaded(**batch, **how).logits, trained(**batch, **how).logits
-    if bones.kind == "causal-lm":  # of some types (Youtu) transformers loads no embedding of the padding token
+    ours_, theirs_ = trained.state_dict(), loaded.state_dict()
+    if sees_or_hears(bones.hf_config) and any(not torch.equal(x, theirs_[name]) for name, x in ours_.items()):
+        return math.inf
+    if bones.kind in SPEAKING:  # of some types (Youtu) transformers loads no embedding of the padding token
         theirs, ours = theirs[..., PAD + 1 :], ours[..., PAD + 1 :]
     return float((ours - theirs).abs().max() / ours.abs().max())
 
@@ -378,7 +408,13 @@ COLUMNS = {
     "export": "export",
     "reason": "why not",
 }
-TITLES = {"causal-lm": "Language models", "text-classification": "Texts", "image-classification": "Images"}
+TITLES = {
+    "causal-lm": "Language models",
+    "seq2seq-lm": "Encoder-decoders",
+    "image-text-to-text": "Texts beside images",
+    "text-classification": "Texts",
+    "image-classification": "Images",
+}
 HEAD = """# Types of models
 
 What works with the defaults, type by type of `config.model_type`, on a tiny random model of each (transformers
@@ -410,7 +446,7 @@ def page(found: Sequence[Verdict]) -> str:
         own = [verdict for verdict in found if verdict.kind == kind]
         built_, works = (sum(getattr(verdict, key) for verdict in own) for key in ("built", "works"))
         counts.append(f"| {title.lower()} | {len(own)} | {built_} | {works} |")
-        columns = [text for key, text in COLUMNS.items() if key != "causal" or kind == "causal-lm"]
+        columns = [text for key, text in COLUMNS.items() if key != "causal" or kind in SPEAKING]
         tables.append("\n".join([f"## {title}", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]))
         tables[-1] += "".join(f"\n{_row(verdict)}" for verdict in own)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "peft": peft.__version__}
@@ -419,7 +455,7 @@ def page(found: Sequence[Verdict]) -> str:
 
 
 def _row(verdict: Verdict) -> str:
-    cells = [getattr(verdict, key) for key in COLUMNS if key != "causal" or verdict.kind == "causal-lm"]
+    cells = [getattr(verdict, key) for key in COLUMNS if key != "causal" or verdict.kind in SPEAKING]
     cells[0], cells[1] = f"`{cells[0]}`", f"`{cells[1]}`" if cells[1] else ""
     return f"| {' | '.join(cell.replace('|', '/').replace('<', '(').replace('>', ')') for cell in cells)} |"
 

@@ -325,6 +325,15 @@ def draw_tokens(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Ba
     return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": targets}
 
 
+def draw_pairs(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
+    """Sources as in `draw_tokens`, and answers of an encoder-decoder; row b's has b tokens more than `labels`."""
+    batch = draw_tokens(rng, rows, tokens, 0)
+    answers = torch.full((rows, labels + rows - 1), -100)
+    for b in range(rows):
+        answers[b, : labels + b] = torch.randint(1, VOCABULARY, (labels + b,), generator=rng)
+    return {**batch, "labels": answers}
+
+
 def draw_sentences(rng: torch.Generator, rows: int, tokens: int, labels: int) -> Batch:
     batch = draw_tokens(rng, rows, tokens, 0)
     batch["labels"] = _classes(rng, rows, labels)

@@ -15,7 +15,6 @@ CASES = [(name, kind) for kind in MAPPINGS for name in types_of(kind)]
 @pytest.mark.parametrize(
     ("name", "feature"),
     [
-        ("bart", "a decoder cut from an encoder-decoder"),
         ("bloom", "biases of attention by distance, an activation with a backward pass of its own"),
         ("cohere2", "windows in some blocks, attention and MLP side by side"),
         ("deepseek_v3", "low-rank attention, experts beside shared ones"),
@@ -35,8 +34,11 @@ def test_all_of_it_works(name: str, feature: str) -> None:
     assert all(vars(verdict)[key] for key in ("targets", "causal", "loss", "gradient", "pack", "fedftg", "export"))
 
 
-def test_encoder_decoders_are_refused() -> None:
-    assert "t5 is not one" in judged("t5", "causal-lm").reason
+@pytest.mark.parametrize(("name", "kind"), [("t5", "seq2seq-lm"), ("qwen2_5_vl", "image-text-to-text")])
+def test_models_of_more_than_one_part_work(name: str, kind: str) -> None:
+    verdict = judged(name, kind, blocks=2)
+    assert verdict.works, verdict
+    assert name not in types_of("causal-lm")
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ def test_output_layer_is_no_target(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_what_a_pattern_matches_in_vain_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """A decoder cut from an encoder-decoder has attention to an encoder that is not there."""
-    assert kinds_of("bart", targets=r"layers\.\d+\.(self|encoder)_attn") == [
+    assert kinds_of("trocr", targets=r"layers\.\d+\.(self|encoder)_attn") == [
         *("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj")
     ]
     (line,) = (record.getMessage() for record in caplog.records)
@@ -207,6 +207,13 @@ def test_matrices_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
     assert line.endswith("(several matrices in one parameter)")
 
 
+def test_decoder_without_its_encoder_is_not_trained_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    assert kinds_of("trocr") == ["fc1"]
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("model.path: a decoder's attention to an encoder or to images")
+    assert line.endswith("stays untrained: model.decoder.layers.0.encoder_attn.k_proj, ...")
+
+
 # User errors
 
 
@@ -217,7 +224,7 @@ def test_matrices_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
         ("llama", "fc9", "got 'fc9'; .*matches no module; linear layers: model.layers.0.self_attn.q_proj"),
         ("llama", "layernorm", "got .*matches only model.layers.0.input_layernorm, .*not linear"),
         ("llama", "lm_head", "got .*matches only lm_head .the output layer"),
-        ("bart", "encoder_attn.k", "got .*matches only model.decoder.layers.0.encoder_attn.k_proj .not called"),
+        ("trocr", "encoder_attn.k", "got .*matches only model.decoder.layers.0.encoder_attn.k_proj .not called"),
         ("opt", "act", "got .*matches only model.decoder.layers.0.activation_fn; linear layers: "),
         (
             "zamba",
