@@ -92,7 +92,12 @@ def dropped(starts: list[Start]) -> list[Start]:
 
 
 @pytest.mark.parametrize(
-    ("make", "kind"), [(llama, "lora"), (llama, "core"), (gpt2, "lora"), (bert, "lora"), (vit, "lora")]
+    ("make", "kind"),
+    [
+        (llama, "core"),
+        (bert, "lora"),
+        *(pytest.param(make, "lora", marks=pytest.mark.slow) for make in (llama, gpt2, vit)),
+    ],
 )
 def test_client_has_the_same_bits_in_any_pack(make: Callable[[], Tiny], kind: str) -> None:
     tiny, start = make(), {"lora": lora_start, "core": core_start}[kind]
