@@ -29,6 +29,11 @@ AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
+_MAPPINGS = {
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+}
 _HEADS = ("classifier", "score", "pre_classifier", "pooler")
 """Top-level modules that classification adds to an encoder; an encoder's own pooler lies inside the encoder."""
 _CAUSAL = ("is_decoder", "causal")
@@ -153,6 +158,16 @@ def skeleton(architecture: Architecture) -> nn.Module:
     if architecture.module is not None:
         return copy.deepcopy(architecture.module)
     return build(architecture.hf_config, architecture.kind)
+
+
+def loading_class(architecture: Architecture) -> str:
+    """The class of transformers whose from_pretrained loads a written folder: the kind's automatic one, or the model's
+    own where that does not know the configuration of a language model cut from a larger one (Emu3, Mllama)."""
+    import transformers
+
+    mapping = getattr(transformers, _MAPPINGS[architecture.kind])
+    module: Any = skeleton(architecture)
+    return AUTO_CLASSES[architecture.kind] if type(module.config) in mapping else type(module).__name__
 
 
 def reason(error: Exception) -> str:
