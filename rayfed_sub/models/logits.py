@@ -143,7 +143,7 @@ def _run(model: Any) -> Tensor:
 
 class Affirming(TorchDispatchMode):
     """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance; none
-    where it asks for the places of values: no token goes to an expert; and takes a mask of rows for one of all."""
+    where it asks for the places of values: no token goes to an expert; and takes a mask for one of all places."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -151,13 +151,15 @@ class Affirming(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
             return torch.empty(0, args[0].ndim, dtype=torch.int64, device="meta")
         if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) and args[0].is_meta:
-            args = (args[0], [_all_rows(index) for index in args[1]], *args[2:])
+            args = (args[0], [x for index in args[1] for x in _everywhere(index)], *args[2:])
         return func(*args, **(kwargs or {}))
 
 
-def _all_rows(index: Tensor | None) -> Tensor | None:
-    masks = index is not None and index.dtype == torch.bool and index.ndim == 1
-    return torch.arange(len(index), device="meta") if index is not None and masks else index
+def _everywhere(index: Tensor | None) -> list[Tensor | None]:
+    """All places in the place of a mask, (n,) along each of its dimensions."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [torch.empty(index.numel(), dtype=torch.int64, device="meta") for _ in index.shape]
 
 
 def _fitted(given: Sequence[Tensor], seen: Sequence[Tensor]) -> LogitRule | None:

@@ -107,6 +107,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
     "granitemoeshared": {"shared_intermediate_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+    "kimi_linear": {"linear_num_heads": 2, "linear_head_dim": 8},
     "longcat_flash": {**_LOW_RANK, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
