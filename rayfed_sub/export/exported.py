@@ -16,10 +16,10 @@ from rayfed_sub.core.errors import UserError, unknown_word
 from rayfed_sub.core.types import Change, ModelShape, ServerState
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.diagnostics.server_change import change_rank
-from rayfed_sub.export.peft_adapter import Factors, Settings, stacked, taken_for_experts, write_adapter
+from rayfed_sub.export.peft_adapter import Factors, Settings, Stacked, stacked, taken_for_experts, write_adapter
 from rayfed_sub.methods import build, check_named
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.models.architecture import Architecture, auto_class, skeleton
+from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, loading_class, skeleton
 from rayfed_sub.models.architecture import architecture as architecture_of
 from rayfed_sub.models.experts import experts_of
 from rayfed_sub.models.hub import RANDOM, locate
@@ -41,7 +41,6 @@ from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import kept
 from rayfed_sub.storage.run_folder import check_start, class_names, finished, make
 
-_CAUSAL_AUTO = "AutoModelForCausalLM"
 BEST, LAST = "best", "last"
 CHECKPOINTS = (LAST, BEST)
 """Checkpoints that can be exported."""
@@ -102,7 +101,7 @@ def export_hf(
     )
     write_folder(architecture, trained.begun, everything, to, job.processor, torch.float32, generation)
     write_companions(job.config.model, architecture, to)
-    auto = auto_class(architecture.hf_config, architecture.kind)
+    auto = loading_class(architecture)
     loading = f'from transformers import {auto}; model = {auto}.from_pretrained(".")  # in the exported folder'
     _write_readme(to, job, loading, {"pretrained": "."})
     return Export(loading)
@@ -121,7 +120,7 @@ def export_peft(
     own dtype.  Tokenizer, chat template and generation configuration of the training are written beside the adapter,
     also where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
-    would be no smaller than they are, or where peft would take targets for something else.
+    would be no smaller than they are, or where peft has no adapter for the model's experts.
     """
     trained = _read(run_dir, to, client, method, checkpoint, "peft")
     factors, ranks = _factors(trained)
@@ -132,9 +131,9 @@ def export_peft(
     if experts is None:
         allowed = "hf, for peft has no adapter for each of the experts of such models"
         raise UserError("--format", "peft", allowed, "use --format hf")
-    if taken := taken_for_experts(linear, architecture.hf_config.model_type):
-        allowed = f"hf, for peft takes {taken} of such models for a part of their experts"
-        raise UserError("--format", "peft", allowed, "use --format hf")
+    for taken in taken_for_experts(linear, architecture.hf_config.model_type):
+        left, right = linear.pop(taken)
+        experts[f"{taken}.weight"] = Stacked(taken, len(right), right, left)
     generation = generation_config(job.config.model, architecture, job.processor)
     name = loadable(job.config.model.path, architecture.kind)
     if name is None:
@@ -162,7 +161,7 @@ def _loading_peft(job: Setup, name: str | None) -> str:
     The base gets the values that the run began with, in the run's dtype, and computes in float32, as an exported whole
     model does.
     """
-    auto, dtype = auto_class(job.architecture.hf_config, job.architecture.kind), job.config.model.dtype
+    auto, dtype = loading_class(job.architecture), job.config.model.dtype
     generation = name is not None and job.architecture.kind in LANGUAGE
     imports = f"{auto}, GenerationConfig" if generation else auto
     ends = ', generation_config=GenerationConfig.from_pretrained(".")' if generation else ""
@@ -203,9 +202,9 @@ def evaluation_command(job: Setup, model: Mapping[str, str]) -> str | None:
 
     None where it cannot load the model: it takes causal language models with a tokenizer, and reads no argument with a
     comma or an equals sign in it.  model: the arguments that name it."""
-    architecture = job.architecture
-    causal = architecture.kind == "causal-lm" and auto_class(architecture.hf_config, "causal-lm") == _CAUSAL_AUTO
-    if not causal or not isinstance(job.processor, HubTokenizer):
+    if job.architecture.kind != "causal-lm" or not isinstance(job.processor, HubTokenizer):
+        return None
+    if loading_class(job.architecture) != AUTO_CLASSES["causal-lm"]:
         return None
     if any("," in value or "=" in value for value in model.values()):
         return None

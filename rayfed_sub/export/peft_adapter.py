@@ -38,8 +38,8 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """The factors of all experts of a parameter, as peft's `target_parameters` has them: A (E * r, i), one expert after
-    the other, and B (o, r * E), component by component.  key: the name of peft's module around the parameter."""
+    """The factors of a parameter, as peft's `target_parameters` has them: A (E * r, i), one expert after the other, and
+    B (o, r * E), component by component; one of a matrix.  key: the name of peft's module around the parameter."""
 
     key: str
     rank: int
@@ -130,24 +130,27 @@ def write_adapter(
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def taken_for_experts(names: Iterable[str], model_type: str) -> str | None:
-    """The first of these layers that peft takes for a part of the experts, in models of some types, when it loads an
-    adapter; None where it takes each for itself.
+def taken_for_experts(names: Iterable[str], model_type: str) -> list[str]:
+    """Those of these layers that peft takes for parts of experts, in models of some types, when it loads an adapter
+    with them among its modules; as parameters, `<name>.weight`, it takes them for themselves.
 
     >>> taken_for_experts(["model.layers.1.mlp.shared_experts.up_proj"], "deepseek_v3")
-    'model.layers.1.mlp.shared_experts.up_proj'
+    ['model.layers.1.mlp.shared_experts.up_proj']
     >>> taken_for_experts(["model.layers.1.mlp.up_proj"], "llama")
+    []
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))  # all of a model that is looked at
+    found = []
     for name in names:
         config = LoraConfig(target_modules=[name])
         try:
             convert_peft_config_for_transformers(config, model, None)
         except ValueError:  # a part without its neighbour
-            return name
+            found.append(name)
+            continue
         if set(config.target_modules or ()) != {name}:
-            return name
-    return None
+            found.append(name)
+    return found

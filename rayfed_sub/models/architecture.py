@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -211,6 +211,16 @@ def skeleton(architecture: Architecture) -> nn.Module:
     if architecture.module is not None:
         return copy.deepcopy(architecture.module)
     return build(architecture.hf_config, architecture.kind)
+
+
+def loading_class(architecture: Architecture) -> str:
+    """The class of transformers whose from_pretrained loads a written folder: the automatic one that builds the model,
+    or the model's own where that does not know the configuration of a language model cut from a larger one (Emu3,
+    Mllama)."""
+    import transformers
+
+    usual, module = auto_class(architecture.hf_config, architecture.kind), cast(Any, skeleton(architecture))
+    return usual if type(module.config) in getattr(transformers, usual)._model_mapping else type(module).__name__
 
 
 def reason(error: Exception) -> str:

@@ -168,9 +168,9 @@ def _run(model: Any) -> Tensor:
 
 
 class Affirming(TorchDispatchMode):
-    """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance; and
-    none where it asks for the places of values: no token goes to an expert.  yes: False answers false instead of true:
-    whether any token attends to all, for instance."""
+    """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance; none
+    where it asks for the places of values: no token goes to an expert; and takes a mask for one of all places.  yes:
+    False answers false instead of true: whether any token attends to all, for instance."""
 
     def __init__(self, *, yes: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -181,7 +181,16 @@ class Affirming(TorchDispatchMode):
             return self.yes if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
             return torch.empty(0, args[0].ndim, dtype=torch.int64, device="meta")
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) and args[0].is_meta:
+            args = (args[0], [x for index in args[1] for x in _everywhere(index)], *args[2:])
         return func(*args, **(kwargs or {}))
+
+
+def _everywhere(index: Tensor | None) -> list[Tensor | None]:
+    """All places in the place of a mask, (n,) along each of its dimensions."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [torch.empty(index.numel(), dtype=torch.int64, device="meta") for _ in index.shape]
 
 
 def _fitted(given: Sequence[Tensor], seen: Sequence[Tensor]) -> LogitRule | None:

@@ -63,10 +63,11 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
         asked = [name for name in linears if name not in outside]
     elif flow.failed is None:
         by_place = _mixers(linears, flow) if targets == "attention" else _mlps(linears, flow)
-        if targets == "lower-mlp" and not by_place and not matrices and not _stacked(module, experts):
-            by_place = _inner(linears, flow)
+        lacking = targets == "lower-mlp" and by_place <= unfit.keys() and not matrices
+        if lacking and (by_place or not _stacked(module, experts)):
+            by_place |= _inner(linears, flow)  # no MLP, or one for several blocks
         asked = [name for name in linears if name in by_place]
-    elif matrices:
+    elif matrices and "meta tensor" in flow.failed:  # JetMoE's attention asks how many tokens an expert is sent
         asked = []
     else:
         allowed = "a regular expression, for this model's layers are not found without its weights"

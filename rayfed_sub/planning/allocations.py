@@ -65,6 +65,10 @@ class Allocations(TorchDispatchMode):
             if meta and given[0].numel() <= _SMALL:
                 return torch.zeros(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype)
             kwargs = {**kwargs, "device": _META}
+        if meta and func is _aten.split_with_sizes.default:  # the first of some experts takes all tokens
+            first, *others = args[1]
+            along = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+            args = (args[0], [first + args[0].shape[along] - sum(args[1]), *others], *args[2:])
         if meta and func is _aten.index.Tensor:
             args = (args[0], [_everything(index) for index in args[1]])
         if meta and not all(tensor.is_meta for tensor in given):

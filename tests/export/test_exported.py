@@ -78,7 +78,15 @@ MIXTRAL, GPT_OSS = (
     }
     for kind in ("mixtral", "gpt_oss")
 )
+DEEPSEEK = {
+    **{"type": "deepseek_v3", "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16},
+    **{"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"n_group": 2, "topk_group": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16},
+    **{"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8},
+    **{"initializer_range": 0.1, "max_position_embeddings": 64},
+}
 TARGETS = {
+    "deepseek_v3": "lower-mlp",
     "mixtral": r"mlp\.experts\.|o_proj$",
     "gpt_oss": r"experts\.gate_up_proj$",
     "llama": r"(up_proj|down_proj)$",
@@ -323,20 +331,30 @@ def test_gpt2_export_stores_weights_transposed(method: str, table: Path, tmp_pat
     assert config["fan_in_fan_out"] is True
 
 
+BOTH = [f"{block}.mlp.experts.{key}" for block in range(2) for key in ("down_proj", "gate_up_proj")]
+
+
 @pytest.mark.parametrize(
-    ("method", "random"),
-    [("fedit", MIXTRAL), ("fedftg", MIXTRAL), ("fedit", GPT_OSS)],
-    ids=["lora", "dense", "gpt_oss"],
+    ("method", "random", "keys"),
+    [
+        ("fedit", MIXTRAL, BOTH),
+        ("fedftg", MIXTRAL, BOTH),
+        ("fedit", GPT_OSS, ["0.mlp.experts.gate_up_proj", "1.mlp.experts.gate_up_proj"]),
+        # Modules of these names peft takes for parts of the experts.
+        (
+            "fedit",
+            DEEPSEEK,
+            ["0.mlp.up_proj.weight", "1.mlp.experts.gate_up_proj", "1.mlp.shared_experts.up_proj.weight"],
+        ),
+    ],
+    ids=["lora", "dense", "transposed", "shared"],
 )
 def test_experts_are_written_as_target_parameters(
-    method: str, random: Mapping[str, Any], table: Path, tmp_path: Path
+    method: str, random: Mapping[str, Any], keys: list[str], table: Path, tmp_path: Path
 ) -> None:
     agree(trained(tmp_path / "run", configured(table, method, random)), tmp_path)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    keys = ["gate_up_proj", "down_proj"][: 2 if random is MIXTRAL else 1]
-    assert sorted(config["target_parameters"]) == sorted(
-        f"model.layers.{block}.mlp.experts.{key}" for block in range(2) for key in keys
-    )
+    assert sorted(config["target_parameters"]) == [f"model.layers.{key}" for key in keys]
 
 
 @pytest.mark.parametrize(("random", "heads"), [(BERT, 1), (DISTILBERT, 2)], ids=["bert", "distilbert"])

@@ -28,7 +28,7 @@ from torch.nn import functional
 from rayfed_sub.config.schema import Model, Optimizer
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Start, Subspace
-from rayfed_sub.models.architecture import Architecture, architecture, auto_class, sees_or_hears
+from rayfed_sub.models.architecture import Architecture, architecture, loading_class, sees_or_hears
 from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.image_processors import load_image_processor
@@ -89,10 +89,12 @@ _LOW_RANK = {"num_key_value_heads": 2, "head_dim": 8, **_GROUPED}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _STAGES = {"patch_size": 4, "window_size": 2}
 _MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}}
+_SMALL = {"initializer_range": 0.05}
+"""Weights with which gradients are far enough from zero: close to it, Adam's steps are rounding."""
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LOW_RANK),
-    **dict.fromkeys(("longcat_flash", "minicpm3", "mistral4", "youtu"), _LOW_RANK),
+    **dict.fromkeys(("minicpm3", "mistral4", "youtu"), _LOW_RANK),
     **dict.fromkeys(("bailing_hybrid", "beam"), _GROUPED),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"), _MROPE),
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
@@ -101,7 +103,7 @@ OWN: dict[str, dict[str, Any]] = {
     "codegen": {"n_head": 4, "num_attention_heads": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
-        "attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 1},
+        "attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 1, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
@@ -109,16 +111,20 @@ OWN: dict[str, dict[str, Any]] = {
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text", "olmo_hybrid", "qwen3_5_moe_text"), _SMALL),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), _SMALL),
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
     "granitemoeshared": {"shared_intermediate_size": 16},
     "led": {"attention_window": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+    "kimi_linear": {"linear_num_heads": 2, "linear_head_dim": 8},
+    "longcat_flash": {**_LOW_RANK, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
     "switch_transformers": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 10, "n_mamba_heads": 2},
-    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "chunk_size": 16},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Sizes of single types."""
@@ -360,7 +366,7 @@ def _export(tiny: Tiny, bones: Architecture, tensors: Mapping[str, Tensor]) -> f
         batch["decoder_input_ids"] = labels
     with TemporaryDirectory() as folder, torch.no_grad():
         write_folder(bones, tensors, changed, folder)
-        loaded = getattr(transformers, auto_class(bones.hf_config, bones.kind)).from_pretrained(folder).eval()
+        loaded = getattr(transformers, loading_class(bones)).from_pretrained(folder).eval()
         theirs, ours = loaded(**batch, **how).logits, trained(**batch, **how).logits
     ours_, theirs_ = trained.state_dict(), loaded.state_dict()
     if sees_or_hears(bones.hf_config) and any(not torch.equal(x, theirs_[name]) for name, x in ours_.items()):
