@@ -28,7 +28,7 @@ from rayfed_sub.models.weights import generation_config, load_weights, target_we
 from rayfed_sub.planning.job import kind_of, prepare, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.kept_models import kept
-from rayfed_sub.storage.run_folder import class_names, finished, make
+from rayfed_sub.storage.run_folder import class_names, finished, make, problem_of
 
 BEST, LAST = "best", "last"
 CHECKPOINTS = (LAST, BEST)
@@ -191,11 +191,19 @@ def _inputs(job: Setup) -> list[str]:
     if not isinstance(processor, HubTokenizer):
         shown = 'f"Q: {text}\\nA: "' if answers else "text"
         end = "" if answers else f", {processor.eos}"
+        if len(job.config.task.prompts) > 1:
+            made = "[byte + 3 for byte in {}.encode()]"
+            first, second = made.format("first"), made.format("second")
+            types = "types = [0] * (len(ids) - len(second.encode()) - 1) + [1] * (len(second.encode()) + 1)"
+            return [f"ids = [1, *{first}, {processor.eos}, *{second}, {processor.eos}]", types]
         return [f'ids = [1, *(byte + 3 for byte in {shown}.encode("utf-8", "replace")){end}]']
     make = 'from transformers import AutoTokenizer; tokenizer = AutoTokenizer.from_pretrained(".")'
     if answers and processor.chat:
         chat = '[{"role": "user", "content": text}], add_generation_prompt=True'
         return [make, f'ids = tokenizer.apply_chat_template({chat})["input_ids"]']
+    if len(job.config.task.prompts) > 1:
+        how = f'truncation="longest_first", max_length={job.config.task.max_length}'
+        return [make, f"inputs = tokenizer(first, second, {how})"]
     return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if answers else 'ids = tokenizer(text)["input_ids"]']
 
 
@@ -271,7 +279,8 @@ def _setup(run_dir: Path, config: Config) -> Setup:
     kind = kind_of(config)
     processor = processor_of(config, kind)
     known = (kind, class_names(run_dir), processor.vocabulary, processor.pad)
-    return Setup(config, build(config.method), architecture_of(config.model, *known), processor)
+    bones = architecture_of(config.model, *known, problem=problem_of(run_dir))
+    return Setup(config, build(config.method), bones, processor)
 
 
 def _changes(

@@ -9,6 +9,7 @@ Legend: R rows, T tokens.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ _ROWS = 3
 """Rows of the pass: a layer whose input does not begin with a multiple of so many does not see row after row."""
 _TOKENS = (7, 64)
 """Tokens of a row: the first number that the model takes, no multiple of _ROWS."""
+_SMALL = 500_000_000
+"""Parameters of a model that may be made with weights for its pass, at most."""
 _SIDE = 224
 """Side of an image in pixels where the configuration has none."""
 
@@ -80,12 +83,27 @@ def dataflow(module: nn.Module, linears: Mapping[str, nn.Module], kind: str) -> 
                 return _followed(module, linears, _inputs(module, kind, tokens))
         except Exception as error:  # a model may fail on numbers that it cannot see
             failed = failed or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if kind == "text-classification" and sum(x.numel() for x in module.parameters()) <= _SMALL:
+        try:
+            return _with_numbers(module, linears, kind)
+        except Exception:  # the first failure says more
+            pass
     return Dataflow(failed=failed)
 
 
-def _inputs(module: Any, kind: str, tokens: int) -> dict[str, Any]:
+def _with_numbers(module: Any, linears: Mapping[str, nn.Module], kind: str) -> Dataflow:
+    """The dataflow of a model with random weights, for one that asks for numbers on its way (Longformer's places of
+    global attention)."""
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        real = type(module)(copy.deepcopy(module.config)).eval()
+        own = {name: part for name, part in real.named_modules() if name in linears}
+        return _followed(real, own, _inputs(real, kind, _TOKENS[0], "cpu"))
+
+
+def _inputs(module: Any, kind: str, tokens: int, device: str = "meta") -> dict[str, Any]:
     if kind != "image-classification":
-        ids_RT = torch.arange(3, 3 + tokens, device="meta").repeat(_ROWS, 1)
+        ids_RT = torch.arange(3, 3 + tokens, device=device).repeat(_ROWS, 1)
         more = {"use_cache": False} if kind == "causal-lm" else {"attention_mask": torch.ones_like(ids_RT)}
         return {"input_ids": ids_RT, **more}
     config = getattr(module.config, "vision_config", module.config)
@@ -120,8 +138,8 @@ def _followed(module: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str
     if hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("batched_mm")  # the one that need not know which expert takes a token
     widths: dict[str, int] = {}
-    embedding = module.get_input_embeddings() if "input_ids" in inputs else None
-    with _marks(module, embedding, linears, strange, widths), torch.enable_grad(), Affirming():  # type: ignore[no-untyped-call]
+    embeddings = _embeddings(module) if "input_ids" in inputs else []
+    with _marks(module, embeddings, linears, strange, widths), torch.enable_grad(), Affirming():  # type: ignore[no-untyped-call]
         logits = module(**inputs).logits
     graph = _Graph(logits.grad_fn)
     ends = {sign: [node for node in graph.signed if node.sign == sign] for sign in {n.sign for n in graph.signed}}
@@ -137,10 +155,24 @@ def _followed(module: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str
     return Dataflow(links, reached, frozenset(by_row), widths)
 
 
+def _embeddings(module: Any) -> list[nn.Module]:
+    """The embeddings of tokens: the model's own; of encoder-decoders, which may have one for each half, all of its
+    size; and all embeddings where the model does not say which (CANINE hashes characters)."""
+    every = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    try:
+        own = module.get_input_embeddings()
+    except NotImplementedError:
+        return every
+    if not isinstance(own, nn.Module):
+        return every
+    halves = getattr(module.config, "is_encoder_decoder", False) and isinstance(own, nn.Embedding)
+    return [part for part in every if part.weight.shape == own.weight.shape] if halves else [own]
+
+
 @contextmanager
 def _marks(
     module: nn.Module,
-    embedding: nn.Module | None,
+    embeddings: Sequence[nn.Module],
     linears: Mapping[str, nn.Module],
     strange: set[str],
     widths: dict[str, int],
@@ -179,7 +211,7 @@ def _marks(
             for number, part in outer.named_children() if isinstance(outer, nn.ModuleList) else ():
                 hook = given(f"{name}.{number}" if name else number)
                 handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
-        if embedding is not None:
+        for embedding in embeddings:
             handles.append(embedding.register_forward_hook(after(("tokens", ""))))
         yield
     finally:

@@ -141,15 +141,30 @@ def _run(model: Any) -> Tensor:
     return logits
 
 
+def _picked(x: Tensor, indices: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """Places in place of a mask over rows, which is true for all, or over rows and tokens, for one token of each row;
+    None for any other index."""
+    mask = indices[0] if len(indices) else None
+    if not x.is_meta or mask is None or mask.dtype != torch.bool or mask.ndim > 2 or x.ndim != 3:
+        return None
+    rows = torch.empty(x.shape[0], dtype=torch.int64, device="meta")
+    return [rows] * mask.ndim + list(indices[1:])
+
+
 class Affirming(TorchDispatchMode):
-    """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance; and
-    none where it asks for the places of values: no token goes to an expert."""
+    """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance; none
+    where it asks for the places of values: no token goes to an expert; and all rows, or one token of each, where it
+    picks some by a mask, as encoder-decoders that classify pick the last token."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
             return torch.empty(0, args[0].ndim, dtype=torch.int64, device="meta")
+        if func is torch.ops.aten.unique_consecutive.default and args[0].is_meta:
+            return tuple(torch.empty(1, dtype=args[0].dtype, device="meta") for _ in range(3))
+        if func is torch.ops.aten.index.Tensor and (places := _picked(*args[:2])) is not None:
+            args = (args[0], places)
         return func(*args, **(kwargs or {}))
 
 

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 NAMED = ("lower-mlp", "all-linear", "attention", "peft")
 """Values of model.targets that are no regular expression."""
+_NOT_BY_ROW = "not seen row by row"
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 """A layer's block: its name up to the first number."""
 
@@ -54,6 +55,8 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
         by_place = _mixers(linears, flow) if targets == "attention" else _mlps(linears, flow)
         if targets == "lower-mlp" and not by_place and not _experts(module):
             by_place = _inner(linears, flow)
+        if targets == "lower-mlp" and kind != "causal-lm" and (by_place or not _experts(module)):
+            by_place = _others_for(by_place, linears, flow, unfit)
         asked = [name for name in linears if name in by_place]
     else:
         allowed = "a regular expression, for this model's layers are not found without its weights"
@@ -62,6 +65,12 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
     if pattern is not None:
         left_out |= {name: "not linear" for name in _others(module, linears) if pattern.search(name)}
     found = {name: linears[name] for name in asked if name not in unfit}
+    if not found and kind != "causal-lm":
+        # One client at a time can be trained whatever a layer sees: all of it is the client's.
+        alone = [name for name in asked if unfit[name] == _NOT_BY_ROW]
+        found = {name: linears[name] for name in alone}
+        left_out = {name: why for name, why in left_out.items() if name not in found}
+        vars(module)["one_at_a_time"] = bool(found)
     if not found:
         raise _nothing(targets, module, [name for name in linears if name not in unfit], left_out, pattern)
     if targets in ("lower-mlp", "all-linear"):
@@ -70,6 +79,27 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
         log.warning("model.targets: %s leaves out %s", targets, _with_reasons(left_out))
     if flow.failed is not None:
         log.warning("model.targets: layers without a gradient are not found without weights (%s)", flow.failed)
+    return found
+
+
+def _others_for(
+    found: set[str], linears: Mapping[str, nn.Module], flow: Dataflow, unfit: Mapping[str, str]
+) -> set[str]:
+    """The layers of `lower-mlp`, or what stands for them where a classifier's blocks have no such layer that can be
+    trained (their MLPs are convolutions, say): the projections into a state space, those of attention, or all."""
+    usable = {name for name in linears if unfit.get(name) in (None, _NOT_BY_ROW)}
+    if found & usable:
+        return found
+    blocks = {name for name in usable if _BLOCK.match(name)}
+    choices = {
+        "the projections into the blocks' inner size": _inner(linears, flow),
+        "the layers of attention": _mixers(linears, flow),
+        "all linear layers of the blocks": blocks,
+    }
+    for what, other in choices.items():
+        if other & usable:
+            log.warning("model.targets: the blocks' MLPs have no linear layer to train; trained are %s", what)
+            return other & usable
     return found
 
 
@@ -162,7 +192,7 @@ def _unfit(linears: Mapping[str, nn.Module], flow: Dataflow) -> dict[str, str]:
     uses = Counter(id(layer.weight) for layer in linears.values())
     found |= {name: "a weight of several layers" for name, layer in linears.items() if uses[id(layer.weight)] > 1}
     if flow.failed is None:
-        found |= {name: "not seen row by row" for name in linears if name not in flow.by_row}
+        found |= {name: _NOT_BY_ROW for name in linears if name not in flow.by_row}
         found |= {name: "not called, or without a gradient" for name in linears if name not in flow.reached}
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,13 +71,15 @@ def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
 
 def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
     """The module with the architecture's `logit_rule`, `own_loss` and `own_measure`, which losses go by; as_it_is: True
-    for a module that transformers does not build, whatever it looks like."""
+    for a module that transformers does not build, whatever it looks like; one_at_a_time: as the architecture's
+    `alone`."""
     # Past nn.Module, which would take a loss that is a module for a part of this one.
     vars(module).update(
         logit_rule=architecture.logits,
         own_loss=architecture.loss,
         own_measure=architecture.measure,
         as_it_is=architecture.module is not None,
+        one_at_a_time=architecture.alone,
     )
     return module
 
@@ -96,12 +99,20 @@ def through_modules() -> Iterator[None]:
 def answered(module: Any, inputs: Mapping[str, Tensor], *, causal: bool) -> Any:
     """A module's answer, whose `logits` are its logits; causal: of a language model, whose tokens look to the left, so
     that a module of the caller's own needs no mask."""
+    if "token_type_ids" in inputs and not _tells_apart(module):
+        inputs = {name: x for name, x in inputs.items() if name != "token_type_ids"}
     if hasattr(module, "get_output_embeddings"):
         return module(**inputs, **({"use_cache": False} if causal else {}))
     given = {name: x for name, x in inputs.items() if name != "attention_mask" or not causal}
     with through_modules():
         answer = module(**given)
     return SimpleNamespace(logits=answer) if isinstance(answer, Tensor) else answer
+
+
+def _tells_apart(module: Any) -> bool:
+    """True where the model takes the types of a pair's tokens, and has more than one."""
+    types = getattr(getattr(module, "config", None), "type_vocab_size", 2)
+    return "token_type_ids" in signature(module.forward).parameters and types != 1
 
 
 def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tensors) -> dict[str, Tensor]:

@@ -160,6 +160,9 @@ def _run(
         if job.architecture.module is not None:
             whose = f"{type(job.architecture.module).__qualname__} is the caller's own"
             notify(Notice(f"{whose}: clients train one at a time, and memory is not planned"))
+        elif job.architecture.alone:
+            what = f"layers of {job.architecture.hf_config.model_type} see something else than row after row"
+            notify(Notice(f"{what}: clients train one at a time"))
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # a plan does not know the memory of a cluster's nodes
             plan.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config, same) if old is not None else create(new(place, config.name), job.config)
@@ -415,7 +418,7 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         scores, answers = ask("evaluated")
         about: dict[str, Any] = {"rows": rows, "data": data, "backbone": backbone}
         code, classes = dict(job.code), list(job.dataset.class_names)
-        beginning = Beginning(scores, **now, **about, code=code, classes=classes)
+        beginning = Beginning(scores, **now, **about, code=code, classes=classes, problem=job.dataset.kind)
         folder.begin(beginning, answers)
         return beginning
     if before is not None and before.backbone != backbone:
@@ -483,6 +486,6 @@ def _summary(
         split=next((score.split for score in first.scores), None),
         stopped=stopped,
         best=best,
-        one_at_a_time=job.architecture.module is not None,
+        one_at_a_time=job.architecture.one_at_a_time,
         folder=folder.place.display_name(),
     )

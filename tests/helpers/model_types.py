@@ -27,7 +27,7 @@ from torch.nn import functional
 from rayfed_sub.config.schema import Model, Optimizer
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Start, Subspace
-from rayfed_sub.models.architecture import AUTO_CLASSES, Architecture, architecture
+from rayfed_sub.models.architecture import AUTO_CLASSES, MAPPINGS, Architecture, architecture
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.image_processors import load_image_processor
 from rayfed_sub.models.targets import some
@@ -50,12 +50,9 @@ from tests.helpers.tiny_models import (
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ROWS, PAGE = EXPERIMENTS / "results" / "models.csv", EXPERIMENTS / "MODELS.md"
-MAPPINGS = {
-    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-}
 CLASSES = ("few", "many", "some")
+END = 1
+"""The token that ends a text, as of all configurations here."""
 LARGEST = 60_000_000
 """Parameters of a model that counts as tiny, at most."""
 SIZES: dict[str, Any] = {
@@ -87,7 +84,13 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("longcat_flash", "minicpm3", "mistral4", "youtu"), _LOW_RANK),
     **dict.fromkeys(("bailing_hybrid", "beam"), _GROUPED),
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
-    **dict.fromkeys(("convnext", "convnextv2", "swin", "swinv2", "donut-swin"), _STAGES),
+    **dict.fromkeys(("convnext", "convnextv2"), _STAGES),
+    **{name: {**_STAGES, "embed_dim": 24} for name in ("swin", "swinv2", "donut-swin")},
+    "efficientnet": {"hidden_dim": 1280},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "input_size": 32, "patch_size": 8},
+    "lilt": {"hidden_size": 48},
+    "luke": {"entity_vocab_size": 64, "entity_emb_size": 16},
+    "longformer": {"attention_window": 8, "max_position_embeddings": 130},
     "mobilevitv2": {"image_size": 64, "patch_size": 2},
     "codegen": {"n_head": 4, "num_attention_heads": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -227,7 +230,7 @@ def _checks(name: str, kind: str, blocks: int) -> Iterator[Verdict]:
     tiny = Tiny(assemble(bones, tensors), bones.shape, _draw(kind, model))
     yield (verdict := replace(verdict, loss=_word(_loss(tiny), 1e-5)))
     yield (verdict := replace(verdict, gradient=_gradient(tiny)))
-    yield (verdict := replace(verdict, pack=_pack(tiny)))
+    yield (verdict := replace(verdict, pack="one at a time" if bones.alone else _pack(tiny)))
     for method, start in (("fedftg", galore_start(tiny, Subspace(2, 2))), ("fedit", lora_start(tiny, 2))):
         yield (verdict := replace(verdict, **{method: _word(_reference(tiny, start), 1e-4)}))
     yield (verdict := replace(verdict, export=_word(_export(tiny, bones, tensors), 1e-5)))
@@ -244,7 +247,7 @@ def _draw(kind: str, model: Model) -> Any:
     if kind == "causal-lm":
         return draw_tokens
     if kind == "text-classification":
-        return draw_sentences
+        return _draw_ended
     side = load_image_processor(model).side
 
     def draw(rng: torch.Generator, rows: int, tokens: int, labels: int) -> dict[str, Tensor]:
@@ -252,6 +255,15 @@ def _draw(kind: str, model: Model) -> Any:
         return {"pixel_values": pixels, "labels": torch.randint(len(CLASSES), (rows,), generator=rng)}
 
     return draw
+
+
+def _draw_ended(rng: torch.Generator, rows: int, tokens: int, labels: int) -> dict[str, Tensor]:
+    """Sentences that end with the tokenizer's end, and have no other: encoder-decoders that classify look at it."""
+    batch = draw_sentences(rng, rows, tokens, labels)
+    ids, lengths = batch["input_ids"], batch["attention_mask"].sum(dim=1)
+    ids[ids == END] = END + 1
+    ids[torch.arange(rows), lengths - 1] = END
+    return batch
 
 
 def _loss(tiny: Tiny) -> float:
@@ -378,7 +390,8 @@ another size may differ where its configuration switches on other parts.
 - causal: no token sees later ones; "made so" where a key of the configuration had to be set, which a run does itself.
 - loss: equal to the cross-entropy of the model's own logits for each row alone, to 1e-5.
 - gradient: every target moves in one step.
-- pack of three: clients trained together as each alone, "same bits", or to 1e-5 ("yes"). What a run relies on is the
+- pack of three: clients trained together as each alone, "same bits", or to 1e-5 ("yes"); "one at a time" where layers
+  see something else than row after row, so that packs have one client. What a run relies on is the
   shorter list that more tests hold (`SAME_IN_ANY_PACK` and `CLASSIFIERS_IN_ANY_PACK` in `models/presets.py`).
 - FedFTG, FedIT: change of all targets equal to that of galore-torch and peft, to 1e-4.
 - export: the written folder, loaded by transformers, has the logits of the trained weights, to 1e-5.
