@@ -15,7 +15,18 @@ from rich.text import Text
 from rayfed_sub.cli.data_view import cut
 from rayfed_sub.config.schema import StepRange
 from rayfed_sub.core.schemas import AnswerRow
-from rayfed_sub.core.text import UNREAD, best_in_words, is_named, published_name, score, shown, start_in_words
+from rayfed_sub.core.text import (
+    SCORES_OF,
+    UNDEFINED,
+    UNREAD,
+    best_in_words,
+    is_named,
+    problem_of,
+    published_name,
+    score,
+    shown,
+    start_in_words,
+)
 from rayfed_sub.data.dataset import changed_images, too_long
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.remote import inside
@@ -26,7 +37,7 @@ _ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
 
 _SCORES = (
     *("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"),
-    *("accuracy", "macro_f1"),
+    *("accuracy", "macro_f1", "matthews", "micro_f1", "subset_accuracy", "pearson", "spearman", "mean_absolute_error"),
 )
 """Most scores of the final table; summary.json has all."""
 
@@ -109,11 +120,11 @@ class Display:
             f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
             f"{cohort} of {federation.clients} clients each; into {record.folder}"
         )
-        known = {"macro_f1": "macro F1", "accuracy": "accuracy"}
-        self._score = next((name for name in known if name in record.metrics), "token_accuracy")
-        title, self._speed = known.get(self._score, "accuracy"), "tokens/s"
-        if "token_accuracy" not in record.metrics:
-            self._speed = "rows/s"
+        titles = {"classification": "macro F1", "multi-label": "micro F1", "regression": "Pearson"}
+        headlines = {"classification": "macro_f1", "multi-label": "micro_f1", "regression": "pearson"}
+        problem = problem_of(record.metrics)
+        self._score, title = headlines.get(problem, "token_accuracy"), titles.get(problem, "accuracy")
+        self._speed = "tokens/s" if "token_accuracy" in record.metrics else "rows/s"
         self._print(_ROUND.format("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left"), "dim")
         if not record.round:
             self._print(_ROUND.format("before", "", *self._judged(record.metrics), *[""] * 5).rstrip())
@@ -172,7 +183,8 @@ class Display:
     def _judged(self, metrics: Mapping[str, float]) -> tuple[str, str]:
         """Held-out loss and headline score; empty where there was no evaluation."""
         loss, score = metrics.get("held_out_loss"), metrics.get(self._score)
-        return "" if loss is None else f"{loss:.3f}", "" if score is None else f"{score:.3f}"
+        missing = "-" if metrics and self._score in UNDEFINED else ""
+        return "" if loss is None else f"{loss:.3f}", missing if score is None else f"{score:.3f}"
 
     def _print(self, line: str, style: str = "") -> None:
         # Text, not str: a folder's name may hold [brackets] that Rich would take for markup.
@@ -207,13 +219,16 @@ class Display:
 
 def _scores(metrics: Mapping[str, float]) -> Iterable[tuple[str, str]]:
     """The final table's lines of scores."""
-    names = (*_SCORES, *filter(is_named, metrics))
-    both = {name: (metrics[f"{name}_before"], metrics[name]) for name in names if f"{name}_before" in metrics}
+    names, problem = (*_SCORES, *filter(is_named, metrics)), problem_of(metrics)
+    own = SCORES_OF[problem] if problem != "causal-lm" else ()
+    both = {name: (metrics.get(f"{name}_before"), metrics.get(name)) for name in names}
+    both = {name: found for name, found in both.items() if None not in found or name in own}
     for name in shown(both):
         if published_name(name) not in both:
             yield score(published_name(name)), UNREAD
-        before, after = both[name]
-        yield score(name), f"{before:.4f} -> {after:.4f}"
+        words = ["-" if value is None else f"{value:.4f}" for value in both[name]]
+        why = f" ({UNDEFINED[name]})" if "-" in words and name in UNDEFINED else ""
+        yield score(name, problem), f"{' -> '.join(words)}{why}"
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:

@@ -27,6 +27,9 @@ _BYTES = {
 Bytes = Annotated[ByteSize, WithJsonSchema(_BYTES)]
 
 
+Problem = Literal["classification", "regression", "multi-label"]
+"""What a label is: one class of several, a number, or any of several labels at once."""
+
 GIVEN = "given"
 """Name of rows (task.name) and of a model (model.path) that a Python call hands over: no file can."""
 
@@ -73,8 +76,8 @@ class Model(Record):
 
 class Task(Record):
     """The rows: source, prompt, answer or label, and splits. A table row becomes a prompt by `prompt` and either an
-    `answer` column (language modelling) or a `label` column (classification); or its `image` column goes with a
-    `label`; or it is a chat, its column `messages`, or plain text, its column `text`."""
+    `answer` column (language modelling) or a `label` column (classification, regression); or its `image` column goes
+    with a `label`; or it is a chat, its column `messages`, or plain text, its column `text`."""
 
     name: Literal["python-docs", "medquad", "dolly-15k", "brain-tumor", "table", "given"] = Field(
         default="python-docs",
@@ -104,9 +107,24 @@ class Task(Record):
     split_column: str | None = Field(
         default=None, description="Column whose values are the names of the splits, in place of folders and files."
     )
-    prompt: str | None = Field(default=None, description="Format string over the columns, e.g. '{title}: {question}'.")
+    prompt: str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)] | None = Field(
+        default=None,
+        description="Format string over the columns, e.g. '{title}: {question}'. With a label also two of them, e.g. "
+        "['{premise}', '{hypothesis}']: a pair of texts in the tokenizer's own pair encoding, of which the longer text "
+        "loses tokens first.",
+    )
     answer: str | None = Field(default=None, description="Column with the text to learn.")
-    label: str | None = Field(default=None, description="Column with the class.")
+    label: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+        default=None,
+        description="Column with the class, with a number, or with a list of labels (their names, their numbers, or 0 "
+        "and 1 for each); or a list of columns that hold 0 or 1, one for each label.",
+    )
+    problem: Problem | None = Field(
+        default=None,
+        description="classification: one class a row. regression: a number, squared error, one output. multi-label: "
+        "any of several labels a row, binary cross-entropy. null: regression where all labels are numbers and some "
+        "have a fraction, multi-label where they are lists or several columns, else classification.",
+    )
     image: str | None = Field(default=None, description="Column with the image.")
     messages: str | None = Field(
         default=None,
@@ -155,6 +173,21 @@ class Task(Record):
         "with encoder-decoders.",
     )
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns of the label."""
+        return () if self.label is None else (self.label,) if isinstance(self.label, str) else self.label
+
+    @property
+    def label_name(self) -> str | None:
+        """The column of the label, or all of them, as one name."""
+        return ", ".join(self.labels) or None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The templates: one, or those of a pair."""
+        return () if self.prompt is None else (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
 
 PartitionKind = Literal[
     "column", "files", "rows", "flwr", "dirichlet", "shards", "power-law", "iid", "resample", "pool"
@@ -179,7 +212,9 @@ class Partition(Record):
         "of its own from all of them, so clients overlap and may outnumber the rows. pool: one client holds all.",
     )
     column: str | None = Field(
-        default=None, description="Column that deals out the rows; null stands for the task's own."
+        default=None,
+        description="Column that deals out the rows; null stands for the task's own. Labels that are numbers deal "
+        "them out by ten quantile bins, several labels a row by the rarest of each row.",
     )
     file: str | None = Field(
         default=None,
@@ -436,7 +471,22 @@ class Resources(Record):
 class EarlyStopping(Record):
     """The best round, and the end of a run that no longer gains, by a score of the validation rows."""
 
-    metric: Literal["held_out_loss", "perplexity", "token_accuracy", "accuracy", "macro_f1"] | None = Field(
+    metric: (
+        Literal[
+            "held_out_loss",
+            "perplexity",
+            "token_accuracy",
+            "accuracy",
+            "macro_f1",
+            "matthews",
+            "pearson",
+            "spearman",
+            "mean_absolute_error",
+            "micro_f1",
+            "subset_accuracy",
+        ]
+        | None
+    ) = Field(
         default=None,
         description="Score with which the best round's checkpoint is kept besides the last one's; null: none is. It "
         "needs evaluation.split=validation.",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SCORES = {
-    "held_out_loss": "held-out loss (nats/label)",
+    "held_out_loss": "held-out loss",
     "perplexity": "perplexity",
     "token_accuracy": "accuracy of the next token",
     "rouge_l": "ROUGE-L of greedy answers",
@@ -22,14 +22,51 @@ SCORES = {
     "teacher_forced_bleu_4_unicode": "BLEU-4 of likeliest tokens, words of any script",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "subset_accuracy": "accuracy, all labels of a row",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "mean_absolute_error": "mean absolute error",
 }
 """The scores of `evaluation/scores.py`, but for classes' own, in the order in which people ask for them."""
 UNREAD = "none: its published tokenizer does not read the script"
 """Text for a missing published score whose counterpart over any script exists (`evaluation/generation.py`)."""
-LOWER = ("held_out_loss", "perplexity")
+UNDEFINED = dict.fromkeys(
+    ("matthews", "pearson", "spearman"), "undefined: all predictions, or all labels, are the same"
+) | dict.fromkeys(("macro_f1", "micro_f1"), "undefined: no row has a label, and none is predicted")
+"""Why a score is missing that the problem has."""
+LOWER = ("held_out_loss", "perplexity", "mean_absolute_error")
 """Scores of which less is better."""
+SCORES_OF: Mapping[str, tuple[str, ...]] = {
+    "causal-lm": ("held_out_loss", "token_accuracy", "perplexity"),
+    "classification": ("held_out_loss", "accuracy", "macro_f1", "matthews"),
+    "regression": ("held_out_loss", "pearson", "spearman", "mean_absolute_error"),
+    "multi-label": ("held_out_loss", "micro_f1", "macro_f1", "subset_accuracy"),
+}
+"""The scores after every evaluation by the kind of labels, the one for the terminal second."""
 _MOST = 6
 """Runs that a figure's label names."""
+
+
+def problem_of(metrics: Iterable[str]) -> str:
+    """The kind of labels that scores are of.
+
+    >>> problem_of(["held_out_loss", "mean_absolute_error"]), problem_of(["held_out_loss", "token_accuracy"])
+    ('regression', 'causal-lm')
+    """
+    known = set(metrics)
+    marks = {"mean_absolute_error": "regression", "subset_accuracy": "multi-label", "accuracy": "classification"}
+    return next((problem for mark, problem in marks.items() if mark in known), "causal-lm")
+
+
+def unit(problem: str) -> str:
+    """The unit of the loss.
+
+    >>> unit("regression"), unit("classification")
+    ('squared error', 'nats/label')
+    """
+    return "squared error" if problem == "regression" else "nats/label"
 
 
 def number(value: float | None) -> str:
@@ -91,13 +128,15 @@ def count(noun: str, number: int) -> str:
     return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
-def score(metric: str) -> str:
-    """A score's name in words.
+def score(metric: str, problem: str = "causal-lm") -> str:
+    """A score's name in words; problem: that the loss is of, see `SCORES_OF`.
 
     >>> score("macro_f1"), score("f1/glioma"), score("my_score"), score("rouge/rouge2"), score("meteor/meteor")
     ('macro F1', 'F1 of glioma', 'my score', 'rouge rouge2', 'meteor')
     """
     kind, _, name = metric.partition("/")
+    if metric == "held_out_loss":
+        return f"held-out loss ({unit(problem)})"
     if is_named(metric):
         return kind if kind == name else f"{kind} {name}"
     return SCORES.get(metric, f"F1 of {name}" if kind == "f1" else metric.replace("_", " "))

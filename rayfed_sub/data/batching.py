@@ -19,7 +19,7 @@ from rayfed_sub.data.objects import Objects, OwnBatch
 from rayfed_sub.data.rows import Ints, Rows
 
 IGNORED = -100
-"""The label that no loss counts, as in torch and Hugging Face."""
+"""The label that no loss counts, as in torch and Hugging Face; among labels of floats it is NaN."""
 POOL = 8
 """Bucketed batches among which rows are sorted by length: in a larger pool they are more alike, and less random."""
 
@@ -113,10 +113,11 @@ def collate(
 
     Language modelling: input_ids and labels int64 (B, T).  labels[b, t] is the token at t itself (the loss
     shifts), or -100 on padding and, with mask_prompt, on the prompt, of chats on all that the assistant does not say.
-    Classification (rows with classes): labels int64 (B,).
-    Both: attention_mask int64 (B, T), 0 on padding.
+    Classification (rows with classes): labels int64 (B,); regression float32 (B, 1); several labels float32 (B, C), 0
+    or 1 each.
+    All: attention_mask int64 (B, T), 0 on padding; of pairs, where the model tells texts apart, token_type_ids (B, T).
     Encoder-decoders (apart): input_ids and attention_mask are the prompts alone, labels the answers, -100 on padding.
-    Images: pixel_values float32 (B, 3, side, side), labels int64 (B,).
+    Images: pixel_values float32 (B, 3, side, side), labels likewise.
     Rows of the caller's own: whatever the caller's function makes of them, which may raise anything.  draw: seed and
     purpose of what it draws.
     """
@@ -146,6 +147,9 @@ def collate(
             learned = filled & (places >= rows.prompts[indices][:, None])
         labels = np.where(learned, input_ids, IGNORED)
     batch = {"input_ids": input_ids, "attention_mask": filled.astype(np.int64), "labels": labels}
+    if len(rows.types):
+        batch["token_type_ids"] = np.zeros(filled.shape, np.int64)
+        batch["token_type_ids"][filled] = np.concatenate([rows.types_of(int(index)) for index in indices])
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

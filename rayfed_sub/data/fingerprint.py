@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +65,9 @@ def hashes(rows: AnyRows) -> NDArray[np.uint8]:
     classes = rows.classes if len(rows.classes) else np.zeros(len(rows), np.int64)
 
     def content(row: int) -> bytes:
-        numbers = np.asarray([rows.prompts[row], classes[row]], np.int64)
-        return rows.row(row).tobytes() + numbers.tobytes() + _mask(rows, row)
+        at = slice(row, row + 1)
+        parts: tuple[NDArray[Any], ...] = (rows.row(row), rows.prompts[at].astype(np.int64), classes[at])
+        return b"".join(part.tobytes() for part in parts) + _mask(rows, row)
 
     return _of_each(rows, content)
 
@@ -78,6 +80,8 @@ def inputs(rows: AnyRows) -> NDArray[np.uint8]:
     if isinstance(rows, Images):
         return _together(_short(pixels.tobytes()) for pixels in rows.pixels)
     prompts = rows.prompts
+    if len(rows.types):
+        return _of_each(rows, lambda row: rows.row(row).tobytes() + rows.types_of(row).tobytes())
     return _of_each(rows, lambda row: rows.row(row)[: prompts[row]].tobytes())
 
 
@@ -101,14 +105,16 @@ def _of_each(rows: Rows, content: Callable[[int], bytes]) -> NDArray[np.uint8]:
 
 
 def _mask(rows: Rows, row: int) -> bytes:
-    """Which tokens of a chat are learned; nothing for other rows, whose prompt says it."""
-    return rows.answered(row).tobytes() if len(rows.learned) else b""
+    """Which tokens of a chat are learned, and of which text a pair's are; nothing for other rows, whose prompt says
+    it."""
+    types = rows.types_of(row).tobytes() if len(rows.types) else b""
+    return types + (rows.answered(row).tobytes() if len(rows.learned) else b"")
 
 
 def _of_images(images: Images) -> Iterator[bytes]:
     return (
-        _short(pixels.tobytes() + np.asarray([*pixels.shape, number], np.int64).tobytes())
-        for pixels, number in zip(images.pixels, images.classes.tolist(), strict=True)
+        _short(pixels.tobytes() + np.asarray(pixels.shape, np.int64).tobytes() + label.tobytes())
+        for pixels, label in zip(images.pixels, images.classes, strict=True)
     )
 
 

@@ -15,7 +15,7 @@ from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.images import encoded
 from rayfed_sub.data.objects import pickled
 from rayfed_sub.data.pairs import Pairs
-from rayfed_sub.data.readers import NoTextError, Part, Wanted, as_text, no_text
+from rayfed_sub.data.readers import NoTextError, Part, Wanted, no_text
 from rayfed_sub.data.sources import Source, Split, read_source
 from rayfed_sub.data.tables import Table
 
@@ -212,7 +212,7 @@ def _cell(part: GivenPart, number: int, name: str, value: Any, wanted: Wanted) -
     where = f"row {number} of {part.place}"
     if name in wanted.texts:
         try:
-            return as_text(value)
+            return wanted.text(name, value)
         except NoTextError as error:
             raise no_text(wanted.texts[name], name, where, str(error)) from None
     if wanted.cells[name] == "task.image":

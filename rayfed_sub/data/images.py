@@ -23,20 +23,24 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Rows of square images with a class each.
+    """Rows of square images with a label each.
 
-    pixels uint8 (rows, channels, side, side), one channel where all images are gray, else 3; classes int64 (rows,);
+    pixels uint8 (rows, channels, side, side), one channel where all images are gray, else 3; classes: as of `Rows`;
     mean, std float32 (3,): of the model's inputs, for values from 0 to 1.
     """
 
     pixels: Pixels
-    classes: Ints
+    classes: NDArray[Any]
     mean: Floats
     std: Floats
 
     @classmethod
     def of(
-        cls, pixels: Sequence[Pixels], classes: Sequence[int], mean: Sequence[float], std: Sequence[float]
+        cls,
+        pixels: Sequence[Pixels],
+        classes: Sequence[int] | NDArray[Any],
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> Images:
         """Rows from lists, one entry a row, uint8 (1 or 3, side, side): all gray, or all RGB.
 
@@ -46,7 +50,8 @@ class Images:
         """
         channels = max((len(one) for one in pixels), default=1)
         stacked = np.stack([np.broadcast_to(one, (channels, *one.shape[1:])) for one in pixels])
-        return cls(stacked, np.asarray(classes, np.int64), np.asarray(mean, np.float32), np.asarray(std, np.float32))
+        own = classes if isinstance(classes, np.ndarray) else np.asarray(classes, np.int64)
+        return cls(stacked, own, np.asarray(mean, np.float32), np.asarray(std, np.float32))
 
     def __len__(self) -> int:
         return len(self.classes)

@@ -37,13 +37,13 @@ from rayfed_sub.data.tokenization import Cuts
 
 log = logging.getLogger(__name__)
 
-_FORM = 1  # of what lies in a folder; a change of reading, order or tokenization is one, too
+_FORM = 2  # of what lies in a folder; a change of reading, order or tokenization is one, too
 _LARGE = 2**25  # bytes of files from which on their rows are kept
 _AT_ONCE = 2**22  # rows or tokens written at a time
 _META, _NEW = "rows.json", "new-"
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "pyarrow", "flwr-datasets", "numpy")
 _MONTH = 30 * 24 * 3600
-_ROWS = ("tokens", "begins", "lengths", "prompts", "classes", "learned")
+_ROWS = ("tokens", "begins", "lengths", "prompts", "classes", "learned", "types")
 _ARRAYS = ("hashes", "sizes", "questions", "inputs")
 _LABELS = ("keys", "splits")
 _PLAIN = ("kind", "plain", "digest", "class_names", "client_names", "read", "wanted", "chosen", "transparent", "deep")

@@ -6,17 +6,20 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfed_sub.config.schema import Problem
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.chats import Chat
 from rayfed_sub.data.columns import Labels, coded_texts, numbers_of, taken
 from rayfed_sub.data.rows import Ints
 
-Kind = Literal["causal-lm", "classification", "own"]
+Kind = Literal["causal-lm", "classification", "regression", "multi-label", "own"]
+LABELLED = get_args(Problem)
+"""Kinds whose rows have labels in place of answers."""
 OVER_WHITE, SCALED = "over white", "scaled"
 Span = tuple[int, int]
 """Begin and end of a part of a text, in characters."""
@@ -51,12 +54,13 @@ class Spans(Sequence[tuple[Span, ...]]):
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Rows as text, by columns.  answers: texts to learn, or names of classes; keys: the value by which a row
+    """Rows as text, by columns.  answers: texts to learn, or labels (`labels.py`); keys: the value by which a row
     may be dealt out (such as its module), "" where the task has none; class_names is empty for
-    language modelling, else in the order of the class numbers.
+    language modelling and regression, else in the order of the class numbers.
     images: of an image classification each row's image as in its file; questions are then digests of their pixels.
     spans: of each question the parts that are the user's text, in order; the rest is a template's own and is never cut.
     Empty: questions are the user's as a whole.
+    paired: True for pairs of texts: spans are the first text and the second.
     chats: of a task of chats each row's; its question is then the history of its last answer, its answer that one.
     plain: True for plain text, which has neither: questions are the texts, answers are empty.
     splits: of each row the official split that it is in, train, validation or test; empty where all are in train.
@@ -76,6 +80,7 @@ class Pairs:
     splits: Sequence[str] = ()
     changes: tuple[str, ...] = ()
     objects: tuple[bytes, ...] = ()
+    paired: bool = False
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -95,8 +100,11 @@ class Pairs:
         questions, answers, keys = (taken(column, indices) for column in columns)
         images, spans, chats = (taken(column, indices) for column in more)
         splits, changes, objects = (taken(column, indices) for column in last)
-        names, plain = self.class_names, self.plain
-        return Pairs(self.kind, questions, answers, keys, names, images, spans, chats, plain, splits, changes, objects)
+        names, plain, paired = self.class_names, self.plain, self.paired
+        return Pairs(
+            *(self.kind, questions, answers, keys, names, images, spans, chats),
+            *(plain, splits, changes, objects, paired),
+        )
 
     @property
     def trained(self) -> NDArray[np.bool_]:
@@ -172,13 +180,13 @@ def _firsts(pairs: Pairs, found: Digests, order: Ints) -> Ints:
     rows = order[trained]
     answers = numbers_of(found[1])[rows]
     said = numbers_of(found[0])[rows]
-    if pairs.kind != "classification":
+    if pairs.kind not in LABELLED:
         said = said * len(pairs) + answers
     _, first, group = np.unique(said, return_index=True, return_inverse=True)
     if len(first) < len(trained):
         contradicting = int((answers != answers[first][group]).sum())
         words = "history and answer" if len(pairs.chats) else "prompt and answer"
-        what = "pixels" if pairs.images else "text" if pairs.kind == "classification" else words
+        what = "pixels" if pairs.images else "text" if pairs.kind in LABELLED else words
         other = f" ({contradicting:,} of them with another label)" if contradicting else ""
         counts = f"{len(trained) - len(first):,} of {len(trained):,} rows"
         log.warning("%s have the %s of a row before them; dropped%s", counts, what, other)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, RowCounts, load_dataset
+from rayfed_sub.data.labels import NOBODY, bins
 from rayfed_sub.data.objects import Objects
 from rayfed_sub.data.partitions import key_column
 from rayfed_sub.data.processors import Processor
@@ -32,10 +33,10 @@ SHOWN = 20
 class PartitionStats:
     """name: of the run; kind and column: of the partition, column None without one.
 
-    counted: what `values` are; value_column: the column that they stand in, None where rows have neither a label nor a
-    key; then there is one value, "all".  values: largest first; rows_C; tokens_C: the median of a client's rows, None
-    for images; judged_C: held-out (or validation) rows that are like the client's, by its keys; distance_C and skew: of
-    the values, see `skew`.
+    counted: what `values` are: classes, of a regression quantile bins, or keys; value_column: the column that they
+    stand in, None where rows have neither a label nor a key; then there is one value, "all".  values: largest first;
+    rows_C; tokens_C: the median of a client's rows, None for images; judged_C: held-out (or validation) rows that are
+    like the client's, by its keys; distance_C and skew: of the values, see `skew`.
     holders, held, counts: client, value and rows of every pair that has any, by client.
     split: the name of the judged split.  notes: messages logged while the rows were read.
     """
@@ -118,19 +119,20 @@ def read_partition_stats(config: Config, processor: Processor) -> PartitionStats
 
 def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> PartitionStats:
     """The statistics of the data set that `config` asks for."""
-    column, label = key_column(config.task, config.federation), filled(config.task).label
+    column, label = key_column(config.task, config.federation), filled(config.task).label_name
+    rows_C = np.diff(dataset.client_offsets)
+    holder = np.repeat(np.arange(len(rows_C)), rows_C)
     if label is None:
-        numbers, names = dataset.train_keys.astype(np.int64), dataset.key_names
+        numbers, names = dataset.train_keys.astype(np.int64)[dataset.client_rows], dataset.key_names
     else:
         assert not isinstance(dataset.train, Objects), "rows of the caller's own have no label that we know"
-        numbers, names = dataset.train.classes, dataset.class_names
+        holder, numbers, names = _labels(dataset, holder, dataset.train.classes)
     sizes = np.bincount(numbers, minlength=len(names))
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]
     rank = np.zeros(len(sizes), np.int64)
     rank[order] = np.arange(len(order))
-    rows_C = np.diff(dataset.client_offsets)
-    holder, held = np.repeat(np.arange(len(rows_C)), rows_C), rank[numbers[dataset.client_rows]]
+    held = rank[numbers]
     cells, counts = np.unique(holder * len(order) + held, return_counts=True)
     return PartitionStats(
         name=config.name,
@@ -153,6 +155,23 @@ def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Par
         notes=tuple(notes),
         split=dataset.split,
     )
+
+
+def _labels(dataset: Dataset, holder: Ints, labels: NDArray[Any]) -> tuple[Ints, Ints, tuple[str, ...]]:
+    """The client and the class of everything that is counted, and the classes' names.  Numbers count as the quantile
+    bin that they are in; of several labels a row each counts, and "none" where it has none.
+
+    holder (rows,): the client of each of `dataset.client_rows`; labels: of all training rows, as of `Rows`.
+    """
+    own = labels[dataset.client_rows]
+    if dataset.kind == "regression":
+        names, numbers = np.unique(bins(own[:, 0].tolist(), labels[:, 0].tolist()), return_inverse=True)
+        return holder, numbers.astype(np.int64), tuple(names.tolist())
+    if dataset.kind == "multi-label":
+        bare = np.concatenate([own, ~own.any(axis=1, keepdims=True)], axis=1)
+        rows, numbers = np.nonzero(bare)
+        return holder[rows], numbers, (*dataset.class_names, NOBODY)
+    return holder, own, dataset.class_names
 
 
 def as_dict(stats: PartitionStats) -> dict[str, Any]:

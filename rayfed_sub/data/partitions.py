@@ -50,7 +50,7 @@ def key_column(task: Task, federation: Federation) -> str | None:
         allowed = f"a column of the table with partition.kind={kind}"
         advice = "name one, or set federation.partition.kind=iid"
         raise UserError("federation.partition.column", column, allowed, advice)
-    return column or task.label
+    return column or task.label_name
 
 
 def largest_keys(

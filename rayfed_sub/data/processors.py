@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from rayfed_sub.data.chats import Turn
 from rayfed_sub.data.images import Pixels
 from rayfed_sub.data.objects import AsTheyAre
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """A pair of texts as tokens.  types: each token's text, empty where the model does not tell them apart; cut:
+    whether it was longer; fits: False where max_length leaves no room for both texts."""
+
+    tokens: list[int]
+    types: list[int]
+    cut: bool = False
+    fits: bool = True
 
 
 @runtime_checkable
@@ -42,6 +54,10 @@ class Tokenizer(Protocol):
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Plain text for classification, with the special tokens the model was trained with."""
+
+    def pairs(self, max_length: int) -> Callable[[Sequence[tuple[str, str]]], list[PairTokens]]:
+        """The function that makes pairs of texts tokens, at most `max_length`: the tokenizer's own pair encoding and
+        truncation, which takes tokens of the longer text first."""
 
     def chats(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
         """Each chat in the model's chat template where it has one: its tokens, and for each of them whether it is

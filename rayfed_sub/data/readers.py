@@ -44,6 +44,10 @@ class Wanted:
         """All of them, with their fields."""
         return {**self.texts, **self.cells}
 
+    def text(self, name: str, value: object) -> str:
+        """A cell of one of `texts` as text.  Raises NoTextError."""
+        return as_label(value) if self.texts[name] == "task.label" else as_text(value)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -106,6 +110,26 @@ def as_text(value: object) -> str:
         raise NoTextError(f"the number {value}, which is not whole")
     raise NoTextError(_KINDS.get(type(value), f"a {type(value).__name__}"))
 
+
+def as_label(value: object) -> str:
+    """A cell of the label's column as text: as `as_text`, but numbers with a fraction, and lists of texts and numbers,
+    are JSON after `MARK`, so that they differ from texts that look alike.
+
+    Raises NoTextError.
+
+    >>> as_label(" 3 "), as_label(3.0), as_label(None), as_label(0.25), as_label([1.0, "b"])
+    ('3', '3', '', '\\x000.25', '\\x00["1", "b"]')
+    """
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value != int(value):
+        return f"{MARK}{float(value)!r}"
+    if isinstance(value, list | tuple | set | frozenset) or getattr(value, "ndim", 0) == 1:
+        items: Iterable[Any] = sorted(value, key=str) if isinstance(value, set | frozenset) else value  # type: ignore[assignment]
+        return MARK + json.dumps([as_text(one.item() if hasattr(one, "item") else one) for one in items])
+    return as_text(value)
+
+
+MARK = "\0"
+"""Before the JSON of a label that is no text."""
 
 _KINDS: Mapping[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
 
@@ -353,7 +377,7 @@ def _cell(file: Path, where: str, name: str, value: object, wanted: Wanted) -> s
     if name in wanted.cells:
         return None if value is None else json.dumps(value, ensure_ascii=False)
     try:
-        return as_text(value)
+        return wanted.text(name, value)
     except NoTextError as error:
         raise no_text(wanted.texts[name], name, f"{where} of {file.name}", str(error)) from None
 

@@ -23,24 +23,28 @@ class Rows:
 
     tokens int32 (total,), of all rows and maybe of others; begins int64 and lengths int32 (rows,), where each row
     begins among them, and its number of tokens; prompts int32 (rows,), how many of a row's first tokens are its prompt,
-    of a chat the history of its last answer; classes int64 (rows,), or empty for language modelling; learned bool
-    (total,), of chats the tokens that the assistant says, or empty: what follows the prompt is learned.
+    of a chat the history of its last answer; classes int64 (rows,) numbers of classes, or float32 (rows, labels) as
+    `labels.targets` has them, or empty for language modelling; learned bool (total,), of chats the tokens that the
+    assistant says, or empty: what follows the prompt is learned; types int8 (total,), of pairs of texts for models that
+    tell them apart each token's text, or empty.
     """
 
     tokens: NDArray[np.int32]
     begins: Ints
     lengths: NDArray[np.int32]
     prompts: NDArray[np.int32]
-    classes: Ints
+    classes: NDArray[Any]
     learned: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+    types: NDArray[np.int8] = field(default_factory=lambda: np.empty(0, np.int8))
 
     @classmethod
     def of(
         cls,
         tokens: Sequence[Sequence[int]],
         prompts: Sequence[int],
-        classes: Sequence[int] = (),
+        classes: Sequence[int] | NDArray[Any] = (),
         learned: Sequence[Sequence[bool]] = (),
+        types: Sequence[Sequence[int]] = (),
     ) -> Rows:
         """Rows from lists, one entry a row.
 
@@ -52,7 +56,9 @@ class Rows:
         ends = np.cumsum(lengths, dtype=np.int64)
         flat = np.fromiter(chain.from_iterable(tokens), np.int32, int(ends[-1]) if len(ends) else 0)
         mask = np.fromiter(chain.from_iterable(learned), bool)
-        return cls(flat, ends - lengths, lengths, np.asarray(prompts, np.int32), np.asarray(classes, np.int64), mask)
+        own = classes if isinstance(classes, np.ndarray) else np.asarray(classes, np.int64)
+        kinds = np.fromiter(chain.from_iterable(types), np.int8)
+        return cls(flat, ends - lengths, lengths, np.asarray(prompts, np.int32), own, mask, kinds)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -73,6 +79,7 @@ class Rows:
         begins = ends - self.lengths
         tokens = np.empty(int(self.lengths.sum()), np.int32)
         learned = np.empty(len(tokens) if len(self.learned) else 0, bool)
+        types = np.empty(len(tokens) if len(self.types) else 0, np.int8)
         for low in range(0, len(self), _AT_ONCE):
             rows = slice(low, low + _AT_ONCE)
             own = slice(begins[low], ends[rows][-1])
@@ -80,7 +87,9 @@ class Rows:
             tokens[own] = self.tokens[places]
             if len(learned):
                 learned[own] = self.learned[places]
-        return replace(self, tokens=tokens, begins=begins, learned=learned)
+            if len(types):
+                types[own] = self.types[places]
+        return replace(self, tokens=tokens, begins=begins, learned=learned, types=types)
 
     @cached_property
     def labels(self) -> Ints:
@@ -95,6 +104,10 @@ class Rows:
         """The tokens of one row, a view."""
         return self.tokens[self.begins[index] : self.begins[index] + self.lengths[index]]
 
+    def types_of(self, index: int) -> NDArray[np.int8]:
+        """Which of a pair's texts each token of one row is of, a view."""
+        return self.types[self.begins[index] : self.begins[index] + self.lengths[index]]
+
     def answered(self, index: int) -> NDArray[np.bool_]:
         """The tokens of one row that are learned where prompts carry no loss, bool (tokens,)."""
         if len(self.learned):
@@ -106,7 +119,7 @@ class Rows:
         """The rows at `indices`, in that order; their tokens are not copied."""
         classes = self.classes[indices] if len(self.classes) else self.classes
         places = (self.begins[indices], self.lengths[indices], self.prompts[indices])
-        return Rows(self.tokens, *places, classes, self.learned)
+        return Rows(self.tokens, *places, classes, self.learned, self.types)
 
 
 @dataclass(frozen=True)

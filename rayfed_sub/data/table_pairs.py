@@ -6,6 +6,7 @@ import logging
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
 from string import Formatter
 from typing import Any
@@ -19,10 +20,11 @@ from rayfed_sub.data.chats import Chats, read_chats
 from rayfed_sub.data.client_keys import clients_of, partitioned_by
 from rayfed_sub.data.columns import Labels, TextWriter, taken
 from rayfed_sub.data.images import as_png, digest, encoded, opened
+from rayfed_sub.data.labels import LabelColumn, read_labels
 from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Pairs, Span, Spans
 from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.sources import SPLITS
-from rayfed_sub.data.tables import Table, class_names, classes, load_table, renamed, splits_of
+from rayfed_sub.data.tables import Table, classes, load_table, renamed, splits_of
 from rayfed_sub.data.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,12 @@ _Text = tuple[str, str, Sequence[Span]]
 """Question, answer, and of each column of the template its text's place in the question."""
 
 _ANYBODY = "\0"  # the key of rows that nothing deals out
+
+_PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence")),
+    *(("sentence_a", "sentence_b"), ("text1", "text2"), ("query", "passage")),
+)
+"""Names that columns of pairs of texts usually have."""
 
 _NAMED = 3  # broken images named in a warning
 
@@ -58,26 +66,29 @@ def table_pairs(
     >>> list(pairs.questions), list(pairs.answers), list(pairs.keys)
     (['A: one?'], ['1'], ['A'])
     """
-    _check_columns(task, sources=given is None)
+    read = partial(_read, task, federation, given)
+    _check_columns(task, sources=given is None, read=read)
     column = None if federation is not None and federation.partition.kind in BY_SOURCE else key
     dealt_by = partitioned_by(federation.partition) if federation else None
-    pieces = _pieces(task.prompt) if task.prompt else []
+    templates = [_pieces(template) for template in task.prompts]
+    pieces = [piece for template in templates for piece in template]
     known = TASKS.get(task.name)
     wanted, renames = _wanted(task, pieces, column, dealt_by)
-    by_client = federation is not None and federation.partition.kind == "files"
-    read = load_table(task, wanted, by_client) if given is None else given(wanted)
-    table = renamed(read, renames)
+    whole = read(wanted)
+    table = renamed(whole, renames)
     if known:
-        names = [name for _, name in pieces] + [task.image, task.answer, task.label, key if key == known.key else None]
+        own = [task.image, task.answer, *task.labels, key if key == known.key else None]
+        names = [*(name for _, name in pieces), *own]
         needed = tuple(dict.fromkeys(name for name in names if name is not None))
         if not set(needed) <= set(table.names):
             having = f"a table with the columns {', '.join(needed)}, as {task.name} has them"
-            allowed = f"{having}; it has {', '.join(read.names) or 'none'}"
+            allowed = f"{having}; it has {', '.join(whole.names) or 'none'}"
             raise UserError("task.path", task.path, allowed, "give another file, or set task.name=table")
 
     pictures = _images(table, task.image) if task.image is not None else _Pictures([], [], [])
-    labels = _labels(table, task) if task.label is not None else None
-    keys, splits = _owners(table, task, key, federation)
+    found = read_labels(table, task, known.class_names if known else ()) if task.labels else None
+    labels = None if found is None else found.labels
+    keys, splits = _owners(table, task, key, federation, found)
     tidy = bool(known and known.tidy)
     if task.image is not None:
         texts: Iterator[_Text] = ((question, "", ()) for question in pictures.digests)
@@ -87,7 +98,7 @@ def table_pairs(
     elif task.text is not None:
         texts = ((text, "", ()) for text in table.texts("task.text", task.text))
     else:
-        texts = _asked(table, task, pieces, tidy)
+        texts = _asked(table, task, templates[0], tidy) if len(templates) == 1 else _pairs(table, task, templates)
     # Rows that nobody trains on need no key: they are nobody's.
     owned = ~keys.are("") | ~splits.are("train")
     answered = ~labels.are("") if labels is not None else np.full(len(table), task.text is not None)
@@ -106,26 +117,29 @@ def table_pairs(
     files = table.of_parts(lambda part: part.place).take(kept)
     parts = np.frombuffer(spans, np.int32) if spans else np.empty(0, np.int32)
     return Pairs(
-        "causal-lm" if labels is None else "classification",
+        "causal-lm" if found is None else found.problem,
         asked,
         said if labels is None else labels.take(kept),
         keys.take(kept).compact().renamed_one(_ANYBODY, ""),
-        () if labels is None else class_names(labels.used),
+        () if found is None else found.names,
         taken(pictures.files, kept),
         Spans(parts.reshape(len(kept), -1, 2)) if len(parts) else (),
         Chats(asked, said, files, table.numbers()[kept]) if task.messages is not None else (),
         task.text is not None,
         splits if {"validation", "test"} & set(splits.names) else (),
         taken(pictures.changes, kept) if any(pictures.changes) else (),
+        paired=len(templates) > 1,
     )
 
 
-def _labels(table: Table, task: Task) -> Labels:
-    known = TASKS.get(task.name)
-    return _named(classes(table.texts("task.label", str(task.label))), known.class_names if known else ())
+def _read(task: Task, federation: Federation | None, given: Callable[[Wanted], Table] | None, wanted: Wanted) -> Table:
+    by_client = federation is not None and federation.partition.kind == "files"
+    return load_table(task, wanted, by_client) if given is None else given(wanted)
 
 
-def _owners(table: Table, task: Task, key: str | None, federation: Federation | None) -> tuple[Labels, Labels]:
+def _owners(
+    table: Table, task: Task, key: str | None, federation: Federation | None, labels: LabelColumn | None
+) -> tuple[Labels, Labels]:
     """Each row's key, "" where it has none, and its split; _ANYBODY where the task has no keys."""
     splits = splits_of(table, task)
     if federation is not None and federation.partition.kind in BY_SOURCE:
@@ -133,19 +147,21 @@ def _owners(table: Table, task: Task, key: str | None, federation: Federation | 
         return Labels.of(keys), Labels.of(own)
     if key is None:
         return Labels.runs([_ANYBODY], [len(table)]), splits
-    keys = classes(table.texts("federation.partition.column", key, optional=key != task.label))
-    known = TASKS.get(task.name)
-    return _named(keys, known.class_names if known and key == task.label else ()), splits
+    if labels is not None and key == task.label_name:
+        return labels.groups(splits.are("train")), splits
+    return classes(table.texts("federation.partition.column", key, optional=True)), splits
 
 
 def _wanted(
     task: Task, pieces: Sequence[tuple[str, str | None]], key: str | None, dealt_by: str | None
 ) -> tuple[Wanted, dict[str, str]]:
     """The columns to read, under their names in the source too, and the renames that give them ours."""
+    own = (task.answer, task.label_name, *task.labels)
     texts = {
         **{name: "task.prompt" for _, name in pieces if name is not None},
-        **{str(getattr(task, role)): f"task.{role}" for role in ("answer", "label") if getattr(task, role) is not None},
-        **({key: "federation.partition.column"} if key and key not in (task.answer, task.label) else {}),
+        **({task.answer: "task.answer"} if task.answer is not None else {}),
+        **dict.fromkeys(task.labels, "task.label"),
+        **({key: "federation.partition.column"} if key and key not in own else {}),
         **({dealt_by: "federation.partition.args.partition_by"} if dealt_by else {}),
         **({task.split_column: "task.split_column"} if task.split_column else {}),
     }
@@ -184,8 +200,9 @@ def _check_splits(task: Task, splits: Labels, full: NDArray[np.bool_]) -> None:
             raise UserError(f"task.{split}", getattr(task, split), allowed, f"name another one, or set task.{split}=[]")
 
 
-def _check_columns(task: Task, *, sources: bool) -> None:
-    """UserError where the task names no columns for a row's input and output; sources: whether it must name those."""
+def _check_columns(task: Task, *, sources: bool, read: Callable[[Wanted], Table]) -> None:
+    """UserError where the task names no columns for a row's input and output; sources: whether it must name those;
+    read: the table, whose columns the advice may name."""
     if sources and not task.path and not task.train:
         raise UserError("task.path", task.path, "a file or hub id with task.name=table", "set task.path=FILE.parquet")
     for field in ("messages", "text"):
@@ -194,7 +211,7 @@ def _check_columns(task: Task, *, sources: bool) -> None:
             return
     if task.image is not None:
         if task.label is None:
-            raise UserError("task.label", task.label, "the column of classes where task.image is set", "set task.label")
+            raise UserError("task.label", task.label, "the column of labels where task.image is set", "set task.label")
         for name in ("prompt", "answer"):
             if (value := getattr(task, name)) is not None:
                 allowed = "nothing where task.image is set, which goes with task.label"
@@ -206,12 +223,20 @@ def _check_columns(task: Task, *, sources: bool) -> None:
     if task.answer is not None and task.label is not None:
         allowed = "nothing where task.label is set: an answer is for language modelling, a label for classification"
         raise UserError("task.answer", task.answer, allowed, "remove one of them")
-    if not task.prompt:
+    if not task.prompt and task.answer is not None:
         raise UserError("task.prompt", task.prompt, "a template such as '{question}'", "set task.prompt")
-    wanted = task.answer or task.label
-    if any(name == wanted for _, name in _pieces(task.prompt)):
-        allowed = f"a template without {{{wanted}}}, which is what the model is to say"
-        raise UserError("task.prompt", task.prompt, allowed, "leave that column out")
+    if not task.prompt:
+        names = read(Wanted(dict.fromkeys(task.labels, "task.label"), {})).names
+        raise UserError("task.prompt", task.prompt, "a template such as '{question}', or a pair of them", _usual(names))
+    if task.answer is not None and len(task.prompts) > 1:
+        allowed = "one template where task.answer is set: pairs of texts are classified"
+        raise UserError("task.prompt", list(task.prompts), allowed, "write both columns into one template")
+    said = {*task.labels, task.answer}
+    for template in task.prompts:
+        for _, column in _pieces(template):
+            if column is not None and column in said:
+                allowed = f"a template without {{{column}}}, which is what the model is to say"
+                raise UserError("task.prompt", template, allowed, "leave that column out")
 
 
 def _alone(task: Task, field: str) -> None:
@@ -312,7 +337,26 @@ def _asked(table: Table, task: Task, pieces: Sequence[tuple[str, str | None]], t
         yield text.rstrip(), " ".join(answer.split()) if tidy else answer, places
 
 
-def _named(labels: Labels, names: Sequence[str]) -> Labels:
-    """Labels that are numbers of `names` as these names, where all are."""
-    numbers = all(label.isdecimal() and int(label) < len(names) for label in labels.used if label)
-    return labels.renamed([names[int(name)] if name else "" for name in labels.names]) if numbers and names else labels
+def _usual(names: Sequence[str]) -> str:
+    """Advice for a classification without a prompt, by the usual names of columns.
+
+    >>> _usual(["idx", "premise", "hypothesis", "label"]), _usual(["id", "body"])
+    ('set task.prompt=["{premise}","{hypothesis}"]', 'set task.prompt; the columns are id, body')
+    """
+    pair = next((pair for pair in _PAIRS if set(pair) <= set(names)), None)
+    if pair is not None:
+        return 'set task.prompt=["{{{}}}","{{{}}}"]'.format(*pair)
+    single = next((name for name in ("sentence", "text") if name in names), None)
+    return f"set task.prompt={{{single}}}" if single else f"set task.prompt; the columns are {', '.join(names)}"
+
+
+def _pairs(table: Table, task: Task, templates: Sequence[Sequence[tuple[str, str | None]]]) -> Iterator[_Text]:
+    """The two templates filled in for every row, one below the other, and where each stands in the question; a row
+    without one of them has no question."""
+    both = zip(*(_asked(table, task, pieces, tidy=False) for pieces in templates), strict=True)
+    for (first, _, _), (second, _, _) in both:
+        begin = len(first) + 1
+        if first and second:
+            yield f"{first}\n{second}", "", ((0, len(first)), (begin, begin + len(second)))
+        else:
+            yield "", "", ()

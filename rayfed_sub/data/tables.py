@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.columns import Labels
-from rayfed_sub.data.readers import NoTextError, Part, Place, Wanted, as_text, no_text
+from rayfed_sub.data.readers import NoTextError, Part, Place, Wanted, as_label, as_text, no_text
 from rayfed_sub.data.sources import SPLITS, names_of, read_source, sources_of
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,12 @@ class Table:
         """
         self._check(field, name, optional)
         return chain.from_iterable(_part_texts(part, field, name) for part in self.parts)
+
+    def labels(self, field: str, name: str) -> Iterator[str]:
+        """The cells of column `name` as labels (`as_label`), "" where they are missing.  Raises UserError as
+        `texts`."""
+        self._check(field, name)
+        return chain.from_iterable(_part_texts(part, field, name, as_label) for part in self.parts)
 
     def column(self, field: str, name: str) -> Iterator[Any]:
         """The cells of column `name` as they are, None where they are missing.  Raises UserError as `texts`."""
@@ -181,7 +187,7 @@ def _cells(part: Part, name: str) -> Iterator[Any]:
             yield json.loads(cell) if part.as_json and cell is not None else cell
 
 
-def _part_texts(part: Part, field: str, name: str) -> Iterator[str]:
+def _part_texts(part: Part, field: str, name: str, form: Callable[[object], str] = as_text) -> Iterator[str]:
     import datasets
 
     if name not in part.data.column_names:
@@ -189,26 +195,33 @@ def _part_texts(part: Part, field: str, name: str) -> Iterator[str]:
         return
     feature = part.data.features[name]
     labels = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    inner = getattr(feature, "feature", None) if form is as_label else None
+    inside = inner.names if isinstance(inner, datasets.ClassLabel) else None
     row = 0
     for chunk in part.data.data.column(name).chunks:
-        _check_kind(chunk, row, part, field, name)
+        _check_kind(chunk, row, part, field, name, lists=form is as_label)
         for cell in chunk.to_pylist():
             row += 1
             try:
-                yield as_text(cell) if labels is None else _label(cell, labels)
+                if labels is not None:
+                    yield _label(cell, labels)
+                else:
+                    yield form(cell if inside is None or cell is None else [_label(one, inside) for one in cell])
             except NoTextError as error:
                 raise no_text(field, name, Place(part.place, row), str(error)) from None
 
 
-def _check_kind(chunk: Any, before: int, part: Part, field: str, name: str) -> None:
-    """UserError for a column of another type than text and numbers, without a look into its cells."""
+def _check_kind(chunk: Any, before: int, part: Part, field: str, name: str, *, lists: bool = False) -> None:
+    """UserError for a column of another type than text and numbers, or `lists`, without a look into its cells."""
     from pyarrow import types
 
     simple = (
         *(types.is_string, types.is_large_string, types.is_null, types.is_boolean),
         *(types.is_integer, types.is_floating, types.is_decimal),
     )
-    if not any(test(chunk.type) for test in simple) and chunk.null_count < len(chunk):
+    several = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    fits = any(test(chunk.type) for test in (*simple, *(several if lists else ())))
+    if not fits and chunk.null_count < len(chunk):
         row = before + chunk.is_valid().to_pylist().index(True) + 1
         raise no_text(field, name, Place(part.place, row), f"a cell of type {chunk.type}")
 

@@ -17,17 +17,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.chats import Chat, ChatError, Turn
 from rayfed_sub.data.columns import ArrayWriter
 from rayfed_sub.data.images import Images
+from rayfed_sub.data.labels import targets
 from rayfed_sub.data.objects import AsTheyAre, Objects
-from rayfed_sub.data.pairs import Pairs, Span
-from rayfed_sub.data.processors import ImageProcessor, Processor, Tokenizer
+from rayfed_sub.data.pairs import LABELLED, Pairs, Span
+from rayfed_sub.data.processors import ImageProcessor, PairTokens, Processor, Tokenizer
 from rayfed_sub.data.rows import Ints, Rows
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ _AT_ONCE = 256  # rows in a tokenizer's hands: their lists of integers take ten 
 _SAID = 1.0  # seconds between two words on progress
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
+EncodePairs = Callable[[Sequence[tuple[str, str]]], list[PairTokens]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Cuts:
 @dataclass(frozen=True)
 class _Row:
     """A row's tokens, of which the first `prompt` are its prompt, and whether text, answer and turns were cut.
-    learned: of a chat, for each token whether it is learned."""
+    learned: of a chat, for each token whether it is learned; types: of a pair, each token's text."""
 
     tokens: list[int]
     prompt: int
@@ -70,6 +74,7 @@ class _Row:
     answer_cut: bool
     turns_cut: bool = False
     learned: Sequence[bool] = ()
+    types: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,10 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[AnyR
 
     Language modelling: prompt then answer, at most `max_length` tokens.  In longer rows the answer keeps all of
     itself, or at least half of `max_length`, and then loses its end and with it the end token: a cut answer must not
-    teach the model to stop there.  The prompt is cut in the user's text (`shortened`).  Classification: the text is
-    cut in the same way, special tokens stay.  Rows without room for a character of the user's text, and rows without a
-    token to learn from, are dropped.  Each is counted in a warning.  Images become pixels.
+    teach the model to stop there.  The prompt is cut in the user's text (`shortened`).  Rows with a label: the
+    text is cut in the same way, special tokens stay; a pair as its tokenizer does it (`Tokenizer.pairs`).  Rows without
+    room for a character of the user's text, and rows without a token to learn from, are dropped.  Each is counted in a
+    warning.  Images become pixels.
 
     Chats: rendered as a whole; a longer one ends with the latest answer that fits.  Where none does, its first answer
     and the user's text before it are cut as an answer and its prompt are.  Raises UserError (task.messages) for a chat
@@ -112,7 +118,8 @@ def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[AnyR
         pixels = [processor.pixels(content) for content in pairs.images]
         return Images.of(pixels, _classes(pairs), processor.mean, processor.std), np.arange(len(pairs)), Cuts()
     rows, kept, cuts, silent = _Parts(), [np.empty(0, np.int64)], list[Cuts](), 0
-    for part in _side_by_side(partial(_made, processor=processor, max_length=max_length), pairs):
+    encode = processor.pairs(max_length) if pairs.paired else None
+    for part in _side_by_side(partial(_made, processor=processor, max_length=max_length, paired=encode), pairs):
         rows.add(part.rows)
         kept.append(part.kept)
         cuts.append(part.cuts)
@@ -130,19 +137,23 @@ class _Parts:
 
     def __init__(self) -> None:
         self._tokens, self._learned = ArrayWriter(np.int32), ArrayWriter(np.bool_)
+        self._types = ArrayWriter(np.int8)
         self._rest = [Rows.of([], [])]
 
     def add(self, part: Rows) -> None:
         self._tokens.add(part.tokens)
         self._learned.add(part.learned)
-        self._rest.append(replace(part, tokens=part.tokens[:0], learned=part.learned[:0]))
+        self._types.add(part.types)
+        self._rest.append(replace(part, tokens=part.tokens[:0], learned=part.learned[:0], types=part.types[:0]))
 
     def done(self) -> Rows:
-        lengths, prompts, classes = (
-            np.concatenate([getattr(part, name) for part in self._rest]) for name in ("lengths", "prompts", "classes")
+        lengths, prompts = (
+            np.concatenate([getattr(part, name) for part in self._rest]) for name in ("lengths", "prompts")
         )
+        # Those of no row have another shape than numbers and lists of labels.
+        classes = np.concatenate([part.classes for part in self._rest if len(part.classes)] or [np.empty(0, np.int64)])
         begins = np.cumsum(lengths, dtype=np.int64) - lengths
-        return Rows(self._tokens.done(), begins, lengths, prompts, classes, self._learned.done())
+        return Rows(self._tokens.done(), begins, lengths, prompts, classes, self._learned.done(), self._types.done())
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +166,11 @@ class _Made:
     silent: int
 
 
-def _made(pairs: Pairs, begin: int, *, processor: Tokenizer, max_length: int) -> _Made:
+def _made(pairs: Pairs, begin: int, *, processor: Tokenizer, max_length: int, paired: EncodePairs | None) -> _Made:
     """The rows of these pairs, the first of which has the index `begin`."""
     if pairs.plain:
         return _chunks(pairs, begin, processor, max_length)
-    made = _rows(pairs, processor, max_length)
+    made = _rows(pairs, processor, max_length) if paired is None else _paired(pairs, paired)
     kept = np.flatnonzero([isinstance(row, _Row) for row in made])
     rows = [row for row in made if isinstance(row, _Row)]
     least = [row.least for row in made if isinstance(row, _Dropped)]
@@ -172,8 +183,9 @@ def _made(pairs: Pairs, begin: int, *, processor: Tokenizer, max_length: int) ->
         least=min(least, default=0),
     )
     learned = [row.learned for row in rows] if len(pairs.chats) else []
-    classes = [number for number, row in zip(_classes(pairs), made, strict=False) if isinstance(row, _Row)]
-    tokens = Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes, learned)
+    classes = _classes(pairs)[kept] if pairs.kind in LABELLED else np.empty(0, np.int64)
+    types = [row.types for row in rows]
+    tokens = Rows.of([row.tokens for row in rows], [row.prompt for row in rows], classes, learned, types)
     return _Made(tokens, kept + begin, cuts, made.count(None))
 
 
@@ -233,7 +245,7 @@ def _rows(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _D
     """A row for each pair; None for one without a token to learn from."""
     if len(pairs.chats):
         return _chats(pairs, processor, max_length)
-    if pairs.kind == "classification":
+    if pairs.kind in LABELLED:
         texts = _fitted(processor.texts, pairs, [max_length] * len(pairs))
         return [_classified(text) for text in texts]
     answers = _begun(processor.answers, list(pairs.answers), max_length)
@@ -249,6 +261,20 @@ def _classified(text: _Fitted) -> _Row | _Dropped | None:
         return None
     used = len(text.tokens)
     return _Row(text.tokens, used, text.cut, False) if text.fits else _Dropped(used)
+
+
+def _paired(pairs: Pairs, encode: EncodePairs) -> list[_Row | _Dropped | None]:
+    """A row for each pair of texts; least of a dropped one is the length of the whole."""
+    texts = [
+        (question[:end], question[begin:])
+        for question, ((_, end), (begin, _)) in zip(pairs.questions, pairs.spans, strict=True)
+    ]
+    return [
+        _Row(made.tokens, len(made.tokens), made.cut, False, types=made.types)
+        if made.fits
+        else _Dropped(len(made.tokens))
+        for made in encode(texts)
+    ]
 
 
 def _answered(prompt: _Fitted, answer: list[int], max_length: int, tail: int) -> _Row | _Dropped | None:
@@ -427,7 +453,6 @@ def _begun(encode: Encode, texts: Sequence[str], max_length: int) -> list[list[i
     return made
 
 
-def _classes(pairs: Pairs) -> list[int]:
-    """The number of each pair's class; none for language modelling."""
-    number = {name: index for index, name in enumerate(pairs.class_names)}
-    return [number[answer] for answer in pairs.answers] if number else []
+def _classes(pairs: Pairs) -> NDArray[Any]:
+    """What each row's loss is computed from (`labels.targets`)."""
+    return targets(pairs.kind, pairs.answers, pairs.class_names)

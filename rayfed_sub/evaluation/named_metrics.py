@@ -1,7 +1,7 @@
 """Additional metrics named in the configuration by hub id or local path, loaded by `evaluate`.
 
-Their inputs are texts (greedy answers and references) or class numbers (predicted and true), their results numbers by
-name.
+Their inputs are texts (greedy answers and references), class numbers (predicted and true), numbers of a regression, or
+lists of 0 and 1 for each of several labels; their results numbers by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rayfed_sub.core.errors import UserError
 
 FIELD = "evaluation.metrics"
 Compute = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
-"""Function from predictions and references, texts or class numbers, to scores by name."""
+"""Function from predictions and references, texts, class numbers, numbers or lists of these, to scores by name."""
 
 
 def load_metrics(names: Sequence[str], sample: Sequence[Any]) -> dict[str, Compute]:
@@ -38,9 +38,14 @@ def load_metrics(names: Sequence[str], sample: Sequence[Any]) -> dict[str, Compu
     return found
 
 
-def metrics_of(config: Config, class_names: Sequence[str]) -> dict[str, Compute]:
-    """The metrics of a configuration.  Raises UserError as `load_metrics`, and where the run generates no answers."""
+def metrics_of(config: Config, class_names: Sequence[str], kind: str = "") -> dict[str, Compute]:
+    """The metrics of a configuration.  kind: of the data set.  Raises UserError as `load_metrics`, and where the run
+    generates no answers."""
     asked = config.evaluation.metrics
+    if asked and kind == "regression":
+        return load_metrics(asked, [0.5, 1.0, 2.5])
+    if asked and kind == "multi-label":
+        return load_metrics(asked, [[int(at == one) for at in range(len(class_names))] for one in (0, 1)])
     if asked and not class_names and not config.evaluation.generate_rows:
         allowed = "none where nothing is answered and nothing classified"
         raise UserError(FIELD, list(asked), allowed, "set evaluation.generate_rows, e.g. 32")
@@ -65,7 +70,8 @@ def _metric(name: str, short: str) -> Compute:
 
 
 def _tried(name: str, compute: Compute, sample: Sequence[Any]) -> None:
-    kind = "texts" if isinstance(sample[0], str) else "class numbers"
+    kinds = {str: "texts", int: "class numbers", float: "numbers", list: "lists of 0 and 1 for each label"}
+    kind = kinds[type(sample[0])]
     allowed = f"metrics that compute numbers from predictions and references alone, here {kind}"
     advice = "name another, or a file of your own around it"
     try:

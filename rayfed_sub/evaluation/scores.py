@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from rayfed_sub.core.schemas import Score
-from rayfed_sub.evaluation.classification import class_scores, confusion
+from rayfed_sub.evaluation.classification import class_scores, confusion, label_set_scores, number_scores
 from rayfed_sub.evaluation.generation import TEXT_SCORES, words
 from rayfed_sub.evaluation.language import perplexity, token_accuracy
 from rayfed_sub.evaluation.named_metrics import Compute, named_scores
@@ -36,10 +36,10 @@ def token_scores(rows: Rows[Prediction]) -> Iterator[Score]:
 def label_scores(
     rows: Rows[Prediction], names: Sequence[str], metrics: Mapping[str, Compute] | None = None
 ) -> Iterator[Score]:
-    """Loss, accuracy and F1 of a classifier, the confusion matrix of all rows, and the configuration's metrics;
-    names: of the classes."""
+    """Loss, accuracy, F1 and Matthews' correlation of a classifier, the confusion matrix of all rows, and the
+    configuration's metrics; names: of the classes."""
     for client, group in _groups(rows).items():
-        labels, predicted = [row.labels[0] for row in group], [row.predicted[0] for row in group]
+        labels, predicted = [int(row.labels[0]) for row in group], [int(row.predicted[0]) for row in group]
         yield Score(client, "held_out_loss", math.fsum(row.loss for row in group) / len(group), len(group))
         for metric, value in class_scores(labels, predicted, names).items():
             yield Score(client, metric, value, len(group))
@@ -50,6 +50,29 @@ def label_scores(
                 for other, count in zip(names, counts, strict=True):
                     if count:
                         yield Score(None, f"confusion/{name}/{other}", float(count), len(group))
+
+
+def number_and_set_scores(
+    rows: Rows[Prediction], names: Sequence[str], metrics: Mapping[str, Compute] | None = None
+) -> Iterator[Score]:
+    """Loss, scores and the configuration's metrics of a regression, or of several labels a row, which have names."""
+    for client, group in _groups(rows).items():
+        yield Score(client, "held_out_loss", math.fsum(row.loss for row in group) / len(group), len(group))
+        if names:
+            labels, predicted = ([list(map(int, one)) for one in column] for column in _columns(group))
+            found = label_set_scores(labels, predicted, names)
+            found |= named_scores(metrics or {}, predicted, labels)
+        else:
+            numbers, said = ([one[0] for one in column] for column in _columns(group))
+            found = number_scores(numbers, said)
+            found |= named_scores(metrics or {}, said, numbers)
+        for metric, value in found.items():
+            yield Score(client, metric, value, len(group))
+
+
+def _columns(group: Sequence[Prediction]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """Labels and predictions."""
+    return [row.labels for row in group], [row.predicted for row in group]
 
 
 def text_scores(rows: Rows[Generation], metrics: Mapping[str, Compute] | None = None) -> Iterator[Score]:

@@ -39,7 +39,7 @@ from rayfed_sub.planning.job import model_kind, prepare, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import kept
-from rayfed_sub.storage.run_folder import check_start, class_names, finished, make
+from rayfed_sub.storage.run_folder import check_start, class_names, finished, make, problem_of
 
 BEST, LAST = "best", "last"
 CHECKPOINTS = (LAST, BEST)
@@ -222,11 +222,19 @@ def _inputs(job: Setup) -> list[str]:
     if not isinstance(processor, HubTokenizer):
         shown = 'f"Q: {text}\\nA: "' if answers else "text"
         end = "" if answers else f", {processor.eos}"
+        if len(job.config.task.prompts) > 1:
+            made = "[byte + 3 for byte in {}.encode()]"
+            first, second = made.format("first"), made.format("second")
+            types = "types = [0] * (len(ids) - len(second.encode()) - 1) + [1] * (len(second.encode()) + 1)"
+            return [f"ids = [1, *{first}, {processor.eos}, *{second}, {processor.eos}]", types]
         return [f'ids = [1, *(byte + 3 for byte in {shown}.encode("utf-8", "replace")){end}]']
     make = 'from transformers import AutoTokenizer; tokenizer = AutoTokenizer.from_pretrained(".")'
     if answers and processor.chat:
         chat = '[{"role": "user", "content": text}], add_generation_prompt=True'
         return [make, f'ids = tokenizer.apply_chat_template({chat})["input_ids"]']
+    if len(job.config.task.prompts) > 1:
+        how = f'truncation="longest_first", max_length={job.config.task.max_length}'
+        return [make, f"inputs = tokenizer(first, second, {how})"]
     line = answers and processor.writer is None
     return [make, 'ids = tokenizer(text + "\\n")["input_ids"]' if line else 'ids = tokenizer(text)["input_ids"]']
 
@@ -306,7 +314,7 @@ def _setup(run_dir: Path, config: Config) -> Setup:
     kind = model_kind(config)
     processor = processor_of(config, kind)
     known = (kind, class_names(run_dir), processor.vocabulary, processor.pad)
-    bones = architecture_of(config.model, *known)
+    bones = architecture_of(config.model, *known, problem=problem_of(run_dir))
     start = None if start is None else fitted(start, bones, known[1])
     return Setup(config, build(config.method), bones, processor, start)
 

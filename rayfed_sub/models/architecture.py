@@ -32,6 +32,12 @@ AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
+PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multi-label": "multi_label_classification",
+}
+"""transformers' names of problems."""
 _HEADS = ("classifier", "score", "pre_classifier", "pooler")
 """Top-level modules that classification adds to an encoder; an encoder's own pooler lies inside the encoder."""
 _CAUSAL = ("is_decoder", "causal")
@@ -54,6 +60,7 @@ class Architecture:
     positions: the longest row in tokens, where the model has a table of positions; of an encoder-decoder the longest
     answer, and `sources` the longest source.
     causal: keys of the model's own configuration that were false and are true here, or its tokens would see later ones.
+    alone: True where target layers see something else than row after row, so that clients train one at a time.
     module: a module of the caller's own that transformers does not build, on the meta device; loss, measure: the
     caller's own, see `OwnModel`.
     """
@@ -66,15 +73,21 @@ class Architecture:
     logits: LogitRule | None = None
     positions: int | None = None
     causal: tuple[str, ...] = ()
+    alone: bool = False
     module: nn.Module | None = None
     loss: Loss | None = None
     measure: Measure | None = None
     sources: int | None = None
 
     @property
+    def one_at_a_time(self) -> bool:
+        """True where packs have one client: nothing says how the model treats the rows of several."""
+        return self.alone or self.module is not None
+
+    @property
     def any_pack(self) -> bool:
         """True where a client's result has the same bits in any pack: for types for which the tests show it."""
-        if self.module is not None or self.shape.experts:  # an expert has the bits of all its tokens together
+        if self.one_at_a_time or self.shape.experts:  # an expert has the bits of all its tokens together
             return False
         if self.kind == KIND:
             return False
@@ -90,18 +103,20 @@ def architecture(
     vocabulary: int | None = None,
     pad: int | None = None,
     given: Any = None,
+    problem: str = "classification",
 ) -> Architecture:
     """The architecture of `model` as a `causal-lm`, `text-classification` or `image-classification` model; the first
     becomes `seq2seq-lm` where the model is an encoder-decoder.
 
     Reads the model's configuration only; given: a transformers configuration in its place.  class_names: of a
-    classification, in order.  vocabulary: tokens the processor can give; the model must have as many.  pad: the
-    processor's padding token, which decoders that classify need.
+    classification, in order; problem: what its labels are, `config.schema.Problem`.  vocabulary: tokens the processor
+    can give; the model must have as many.  pad: the processor's padding token, which decoders that classify need.
     Raises UserError on model.path, model.targets, model.random or one of its keys, task.label.
     """
     classifies = kind not in LANGUAGE
-    if classifies and len(class_names) < 2:
-        raise UserError("task.label", len(class_names), "at least 2 classes", "choose a column with more values")
+    if classifies and problem != "regression" and len(class_names) < 2:
+        what = "labels" if problem == "multi-label" else "classes"
+        raise UserError("task.label", len(class_names), f"at least 2 {what}", "choose a column with more values")
     hf_config = copy.deepcopy(given) if given is not None else bare_config(model, kind, vocabulary)
     hf_config.dtype = getattr(torch, model.dtype)
     if not classifies and text_to_text(hf_config):
@@ -116,9 +131,10 @@ def architecture(
     for key in causal:  # BERT and its variants are encoders by default
         setattr(hf_config, key, True)
     if classifies:
-        hf_config.id2label = dict(enumerate(class_names))  # their number follows
-        hf_config.label2id = {name: number for number, name in enumerate(class_names)}
-        hf_config.problem_type = "single_label_classification"
+        names = tuple(class_names) if problem != "regression" else ("LABEL_0",)  # transformers' name of one output
+        hf_config.id2label = dict(enumerate(names))  # their number follows
+        hf_config.label2id = {name: number for number, name in enumerate(names)}
+        hf_config.problem_type = PROBLEM_TYPES[problem]
     if kind == "text-classification":
         hf_config.pad_token_id = _pad(hf_config) if pad is None else pad
     module = _checked_build(model, hf_config, kind)
@@ -143,6 +159,7 @@ def architecture(
         if kind == "image-classification"
         else position_limit(module, hf_config, "decoder" if kind == KIND else ""),
         tuple(causal),
+        vars(module).get("one_at_a_time", False),
         sources=position_limit(module, hf_config, "encoder") if kind == KIND else None,
     )
 
@@ -201,9 +218,23 @@ def build(hf_config: Any, kind: str, device: str = "meta") -> nn.Module:
     import transformers
 
     hf_config = copy.deepcopy(hf_config)  # building writes into it
+    if kind not in LANGUAGE:
+        _for_rows(hf_config, kind)
     with torch.device(device), quiet():
         module: nn.Module = getattr(transformers, auto_class(hf_config, kind)).from_config(hf_config)
     return module.eval()
+
+
+def _for_rows(hf_config: Any, kind: str) -> None:
+    """Completes the configuration of a model that answers whole rows."""
+    import transformers
+
+    hf_config.use_cache = False  # no token follows
+    if getattr(hf_config, "is_encoder_decoder", False) and getattr(hf_config, "decoder_start_token_id", None) is None:
+        hf_config.decoder_start_token_id = hf_config.pad_token_id  # as T5's checkpoints have it
+    known = getattr(transformers, AUTO_CLASSES[kind])._model_mapping.get(type(hf_config), None)
+    if isinstance(known, tuple) and not hf_config.architectures:
+        hf_config.architectures = [known[0].__name__]  # of several classes transformers takes the one that is named
 
 
 def skeleton(architecture: Architecture) -> nn.Module:
@@ -346,10 +377,13 @@ def _checked_build(model: Model, hf_config: Any, kind: str) -> nn.Module:
 
 
 def _head(module: Any) -> dict[str, nn.Module]:
-    """The linear layers of a classification: those of the usual names, or else all that lie outside the base model."""
+    """The linear layers of a classification: those of the usual names, or else all that lie outside the base model, or
+    else the last one that gives as many numbers as there are labels (Perceiver's decoder lies inside)."""
     linears = dict(linear_layers(module))
     usual = {name: child for name, child in linears.items() if name.split(".")[0] in _HEADS}
-    return usual or {name: child for name, child in linears.items() if name.split(".")[0] != module.base_model_prefix}
+    outside = {name: child for name, child in linears.items() if name.split(".")[0] != module.base_model_prefix}
+    fitting = {name: child for name, child in linears.items() if layer_size(child)[0] == module.config.num_labels}
+    return usual or outside or dict(list(fitting.items())[-1:])
 
 
 def stored_transposed(part: nn.Module | Matrix) -> bool:

@@ -9,6 +9,7 @@ Legend: R rows, T tokens.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ _ROWS = 3
 """Rows of the pass: a layer whose input does not begin with a multiple of so many does not see row after row."""
 _TOKENS = (7, 64)
 """Tokens of a row: the first number that the model takes, no multiple of _ROWS."""
+_SMALL = 500_000_000
+"""Parameters of a model that may be made with weights for its pass, at most."""
 _SIDE = 224
 """Side of an image in pixels where the configuration has none."""
 
@@ -86,12 +89,27 @@ def dataflow(
                 return _followed(module, linears, experts, _inputs(module, kind, tokens), yes=yes)
         except Exception as error:  # a model may fail on numbers that it cannot see
             failed = failed or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if kind == "text-classification" and sum(x.numel() for x in module.parameters()) <= _SMALL:
+        try:
+            return _with_numbers(module, linears, experts, kind)
+        except Exception:  # the first failure says more
+            pass
     return Dataflow(failed=failed)
 
 
-def _inputs(module: Any, kind: str, tokens: int) -> dict[str, Any]:
+def _with_numbers(module: Any, linears: Mapping[str, nn.Module], experts: Mapping[str, Experts], kind: str) -> Dataflow:
+    """The dataflow of a model with random weights, for one that asks for numbers on its way (Longformer's places of
+    global attention)."""
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        real = type(module)(copy.deepcopy(module.config)).eval()
+        own = {name: part for name, part in real.named_modules() if name in linears}
+        return _followed(real, own, experts, _inputs(real, kind, _TOKENS[0], "cpu"), yes=True)
+
+
+def _inputs(module: Any, kind: str, tokens: int, device: str = "meta") -> dict[str, Any]:
     if kind != "image-classification":
-        ids_RT = torch.arange(3, 3 + tokens, device="meta").repeat(_ROWS, 1)
+        ids_RT = torch.arange(3, 3 + tokens, device=device).repeat(_ROWS, 1)
         more = {"use_cache": False} if kind in LANGUAGE else {"attention_mask": torch.ones_like(ids_RT)}
         return {"input_ids": ids_RT, **({"decoder_input_ids": ids_RT} if kind == KIND else {}), **more}
     config = getattr(module.config, "vision_config", module.config)
@@ -151,14 +169,23 @@ def _followed(
 
 
 def _embeddings(module: Any, inputs: Mapping[str, Any]) -> list[nn.Module]:
-    """The modules that look tokens up: of an encoder-decoder those of both sides, which may share a weight."""
+    """The embeddings of tokens: the model's own; of encoder-decoders, which may have one for each half, both halves',
+    or where they classify all of its size; and all embeddings where the model does not say which (CANINE hashes
+    characters)."""
     if "input_ids" not in inputs:
         return []
-    first = module.get_input_embeddings()
-    if "decoder_input_ids" not in inputs:
-        return [first]
-    sides = [_embedding(part) for part in (module.get_encoder(), module.get_decoder())]
-    return [first, *(one for one in dict.fromkeys(sides) if one is not first)]
+    every: list[nn.Module] = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    try:
+        own = module.get_input_embeddings()
+    except NotImplementedError:
+        return every
+    if not isinstance(own, nn.Module):
+        return every
+    if "decoder_input_ids" in inputs:
+        halves = [_embedding(part) for part in (module.get_encoder(), module.get_decoder())]
+        return [own, *(one for one in dict.fromkeys(halves) if one is not own)]
+    several = getattr(module.config, "is_encoder_decoder", False) and isinstance(own, nn.Embedding)
+    return [part for part in every if part.weight.shape == own.weight.shape] if several else [own]
 
 
 def _embedding(side: Any) -> nn.Module:

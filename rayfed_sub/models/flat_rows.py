@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rayfed_sub.models.positions import position_limit
-from rayfed_sub.models.presets import FLAT
+from rayfed_sub.models.presets import FLAT, UNFILLED
 
 _VECTOR = 32
 """Numbers that torch's kernels take at a time.  Of a tensor's last ones, if fewer are left, SiLU, GELU and sigmoid are
@@ -51,7 +51,8 @@ class PassRule:
     multiple of it.  rows: rows are filled up to a multiple of this where layers see one vector of each (pooled heads,
     images, a generated token).  longest: the most positions that the model has; None without limit.  apart: rows are a
     source, which the encoder reads, and an answer, grouped by the canonical lengths of both; sources: as longest, of
-    sources.
+    sources.  exact: rows are not filled up, for what fills them up would change them.  twins: rows that fill a pass up
+    are those of others, for the model wants an end in each.  alone: a pass has one client, whose are all tokens.
     """
 
     flat: bool = False
@@ -60,6 +61,9 @@ class PassRule:
     longest: int | None = None
     apart: bool = False
     sources: int | None = None
+    exact: bool = False
+    twins: bool = False
+    alone: bool = False
 
     def canonical(self, tokens: int) -> int:
         """The length at which attention sees a row of so many tokens: in eight steps from each power of two to the
@@ -70,6 +74,8 @@ class PassRule:
         >>> PassRule(longest=100).canonical(99)
         100
         """
+        if self.exact:
+            return tokens
         step = max(_SHORTEST, self.granule, 1 << max(0, tokens.bit_length() - 4))
         rounded = -(-tokens // step) * step
         return rounded if self.longest is None else max(tokens, min(rounded, self.longest))
@@ -92,7 +98,11 @@ def pass_rule(model: nn.Module) -> PassRule:
     longest = position_limit(model, config, "decoder" if apart else "") if known else None
     sources = position_limit(model, config, "encoder") if apart else None
     flat = heads is not None and is_flat(config) and not vars(model).get("as_it_is", False)
-    rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources)
+    classifies = known and heads is None
+    exact = classifies and getattr(config, "model_type", "") in UNFILLED
+    twins = classifies and bool(getattr(config, "is_encoder_decoder", False))
+    alone = bool(vars(model).get("one_at_a_time", False))
+    rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources, exact, twins, alone)
     owner._pass_rule = rule
     return rule
 

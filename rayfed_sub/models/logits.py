@@ -167,10 +167,21 @@ def _run(model: Any) -> Tensor:
     return logits
 
 
+def _picked(x: Tensor, indices: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """Places in place of a mask over rows, which is true for all, or over rows and tokens, for one token of each row;
+    None for any other index."""
+    mask = indices[0] if len(indices) else None
+    if not x.is_meta or mask is None or mask.dtype != torch.bool or mask.ndim > 2 or x.ndim != 3:
+        return None
+    rows = torch.empty(x.shape[0], dtype=torch.int64, device="meta")
+    return [rows] * mask.ndim + list(indices[1:])
+
+
 class Affirming(TorchDispatchMode):
     """Answers true, or 1, where a model asks a meta tensor for a value: whether all tokens count, for instance; none
-    where it asks for the places of values: no token goes to an expert; and takes a mask for one of all places.  yes:
-    False answers false instead of true: whether any token attends to all, for instance."""
+    where it asks for the places of values: no token goes to an expert; takes a mask for one of all places, or, where it
+    picks rows or tokens by it, of all rows, or of one token of each, as encoder-decoders that classify pick the last.
+    yes: False answers false instead of true: whether any token attends to all, for instance."""
 
     def __init__(self, *, yes: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -181,7 +192,11 @@ class Affirming(TorchDispatchMode):
             return self.yes if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
             return torch.empty(0, args[0].ndim, dtype=torch.int64, device="meta")
-        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) and args[0].is_meta:
+        if func is torch.ops.aten.unique_consecutive.default and args[0].is_meta:
+            return tuple(torch.empty(1, dtype=args[0].dtype, device="meta") for _ in range(3))
+        if func is torch.ops.aten.index.Tensor and (places := _picked(*args[:2])) is not None:
+            args = (args[0], places)
+        elif func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) and args[0].is_meta:
             args = (args[0], [x for index in args[1] for x in _everywhere(index)], *args[2:])
         return func(*args, **(kwargs or {}))
 

@@ -71,6 +71,7 @@ def own_architecture(
     class_names: Sequence[str] = (),
     vocabulary: int | None = None,
     pad: int | None = None,
+    problem: str = "classification",
 ) -> tuple[Architecture, OwnWeights]:
     """The architecture of the caller's module, and its weights.
 
@@ -83,7 +84,7 @@ def own_architecture(
     tensors = {name: tensor.detach() for name, tensor in all_tensors(module) if name not in aliases}
     found = None
     if own.loss is None and not own.head and hasattr(module, "get_output_embeddings"):
-        found = _as_transformers_builds(module, model, kind, class_names, vocabulary, pad)
+        found = _as_transformers_builds(module, model, kind, class_names, vocabulary, pad, problem)
     if found is None:
         found = _as_it_is(own, model, kind, aliases)
     if kind in LANGUAGE:
@@ -99,10 +100,16 @@ def own_architecture(
 
 
 def _as_transformers_builds(
-    module: Any, model: Model, kind: str, class_names: Sequence[str], vocabulary: int | None, pad: int | None
+    module: Any,
+    model: Model,
+    kind: str,
+    class_names: Sequence[str],
+    vocabulary: int | None,
+    pad: int | None,
+    problem: str,
 ) -> Architecture | None:
     """The architecture of the module's own configuration; None where that builds another module."""
-    found = architecture(model, kind, class_names, vocabulary, pad, given=module.config)
+    found = architecture(model, kind, class_names, vocabulary, pad, given=module.config, problem=problem)
     built = skeleton(found)
     if type(built) is not type(module):
         return None

@@ -62,6 +62,15 @@ CLASSIFIERS_IN_ANY_PACK = frozenset(
 )
 """The same of models that classify texts or images."""
 
+UNFILLED = frozenset(
+    (
+        *("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "squeezebert", "t5gemma", "t5gemma2"),
+        *("xlnet", "yoso"),
+    )
+)
+"""Types of models that classify texts and whose answer changes with what fills a row up, whatever the attention mask
+says (convolutions, Fourier transforms, pooling, the token at the end): their rows go through at their own lengths."""
+
 FLAT = SAME_IN_ANY_PACK | frozenset(
     (
         *("afmoe", "aria_text", "axk2", "cohere2_moe", "deepseek_v2", "ernie4_5_moe"),

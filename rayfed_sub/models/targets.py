@@ -16,11 +16,13 @@ from torch.nn import functional
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.models.dataflow import Dataflow, Link, dataflow
 from rayfed_sub.models.experts import Experts, Matrix, experts_of
+from rayfed_sub.models.text_to_text import LANGUAGE
 
 log = logging.getLogger(__name__)
 
 NAMED = ("lower-mlp", "all-linear", "attention", "peft")
 """Values of model.targets that are no regular expression."""
+_NOT_BY_ROW = "not seen row by row"
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 """A layer's block: its name up to the first number."""
 _ROUTERS = ("router", "gate", "gating", "wg", "classifier")
@@ -63,9 +65,11 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
         asked = [name for name in linears if name not in outside]
     elif flow.failed is None:
         by_place = _mixers(linears, flow) if targets == "attention" else _mlps(linears, flow)
-        lacking = targets == "lower-mlp" and by_place <= unfit.keys() and not matrices
-        if lacking and (by_place or not _stacked(module, experts)):
+        lacking = targets == "lower-mlp" and not matrices and (by_place or not _stacked(module, experts))
+        if lacking and by_place <= unfit.keys():
             by_place |= _inner(linears, flow)  # no MLP, or one for several blocks
+        if lacking and kind not in LANGUAGE:
+            by_place = _others_for(by_place, linears, flow, unfit)
         asked = [name for name in linears if name in by_place]
     elif matrices and "meta tensor" in flow.failed:  # JetMoE's attention asks how many tokens an expert is sent
         asked = []
@@ -78,6 +82,11 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
         left_out |= {name: "not linear" for name in others if pattern.search(name)}
     fit = {name: linears[name] for name in asked if name not in unfit}
     found = _in_order(module, fit, matrices)
+    if not found and kind not in LANGUAGE:
+        # One client at a time can be trained whatever a layer sees: all of it is the client's.
+        found = {name: linears[name] for name in asked if unfit[name] == _NOT_BY_ROW}
+        left_out = {name: why for name, why in left_out.items() if name not in found}
+        vars(module)["one_at_a_time"] = bool(found)
     if not found:
         raise _nothing(targets, module, [name for name in linears if name not in unfit], left_out, pattern)
     if targets in ("lower-mlp", "all-linear"):
@@ -128,6 +137,27 @@ def _routers(linears: Mapping[str, nn.Module], experts: Iterable[str]) -> list[s
     """Layers that send tokens to experts."""
     around = {f"{place}.{own}" for name in experts for place in (name, _parent(name)) for own in _ROUTERS}
     return [name for name in linears if name in around or not around.isdisjoint(_around(name))]
+
+
+def _others_for(
+    found: set[str], linears: Mapping[str, nn.Module], flow: Dataflow, unfit: Mapping[str, str]
+) -> set[str]:
+    """The layers of `lower-mlp`, or what stands for them where a classifier's blocks have no such layer that can be
+    trained (their MLPs are convolutions, say): the projections into a state space, those of attention, or all."""
+    usable = {name for name in linears if unfit.get(name) in (None, _NOT_BY_ROW)}
+    if found & usable:
+        return found
+    blocks = {name for name in usable if _BLOCK.match(name)}
+    choices = {
+        "the projections into the blocks' inner size": _inner(linears, flow),
+        "the layers of attention": _mixers(linears, flow),
+        "all linear layers of the blocks": blocks,
+    }
+    for what, other in choices.items():
+        if other & usable:
+            log.warning("model.targets: the blocks' MLPs have no linear layer to train; trained are %s", what)
+            return other & usable
+    return found
 
 
 def own_targets(targets: str, module: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -219,7 +249,7 @@ def _unfit(linears: Mapping[str, nn.Module], flow: Dataflow) -> dict[str, str]:
     uses = Counter(id(layer.weight) for layer in linears.values())
     found |= {name: "a weight of several layers" for name, layer in linears.items() if uses[id(layer.weight)] > 1}
     if flow.failed is None:
-        found |= {name: "not seen row by row" for name in linears if name not in flow.by_row}
+        found |= {name: _NOT_BY_ROW for name in linears if name not in flow.by_row}
         found |= {name: "not called, or without a gradient" for name in linears if name not in flow.reached}
     return found
 

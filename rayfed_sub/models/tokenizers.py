@@ -12,6 +12,7 @@ from typing import Any
 from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.chats import Turn
+from rayfed_sub.data.processors import PairTokens
 from rayfed_sub.models.chat_masks import chat_tokens
 from rayfed_sub.models.chat_templates import default_template, rendered, set_default_template, trained_template
 from rayfed_sub.models.hub import RANDOM, Source, locate, reading, stored_file
@@ -66,6 +67,25 @@ class ByteTokenizer:
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.text(text) for text in texts]
+
+    def pairs(self, max_length: int) -> Callable[[Sequence[tuple[str, str]]], list[PairTokens]]:
+        """bos, the first text, eos, the second, eos."""
+
+        def encode(pairs: Sequence[tuple[str, str]]) -> list[PairTokens]:
+            return [self._pair(self._tokens(first), self._tokens(second), max_length - 3) for first, second in pairs]
+
+        return encode
+
+    def _pair(self, first: list[int], second: list[int], room: int) -> PairTokens:
+        """room: tokens of both texts together; the longer text is cut to what the other leaves, both to a half."""
+        small, large = sorted((len(first), len(second)))
+        large = min(large, max(small, room - small))
+        if small + large > room:
+            small, large = room // 2, room - room // 2
+        own, other = (large, small) if len(first) > len(second) else (small, large)
+        tokens = [self.bos, *first[: max(own, 0)], self.eos, *second[: max(other, 0)], self.eos]
+        types = [0] * (max(own, 0) + 2) + [1] * (max(other, 0) + 1)
+        return PairTokens(tokens, types, own < len(first) or other < len(second), fits=min(own, other) > 0)
 
     def chats(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
         """A chat of one question has the tokens of a prompt and its answer."""
@@ -148,6 +168,25 @@ class HubTokenizer:
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokens(texts, special=True)
 
+    def pairs(self, max_length: int) -> Callable[[Sequence[tuple[str, str]]], list[PairTokens]]:
+        """The tokenizer's own pairs, with the types of tokens that its models are given."""
+        typed = "token_type_ids" in self.tokenizer.model_input_names
+        plain = _Pairs(self.tokenizer, None)
+        shorter = _Pairs(self.tokenizer, max_length)
+
+        def encode(pairs: Sequence[tuple[str, str]]) -> list[PairTokens]:
+            whole = plain.encoded(pairs)
+            long = [row for row, (tokens, _) in enumerate(whole) if len(tokens) > max_length]
+            cut = dict(zip(long, shorter.encoded([pairs[row] for row in long]), strict=True))
+            made = (cut.get(row, one) for row, one in enumerate(whole))
+            fits = max_length >= self.tokenizer.num_special_tokens_to_add(pair=True) + 2
+            return [
+                PairTokens(tokens, types if typed else [], row in cut, fits or row not in cut)
+                for row, (tokens, types) in enumerate(made)
+            ]
+
+        return encode
+
     def chats(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
         """Chats in the chat template; without one the texts of system and user, each with a newline, and the answers,
         each with eos.  A chat of one question has the tokens of a prompt and its answer."""
@@ -191,6 +230,30 @@ def _encoded(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[i
 def _coded(tokenizer: Any) -> Any:
     """All that a tokenizer makes tokens by."""
     return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+
+
+class _Pairs:
+    """A tokenizer's pairs of texts, at most `most` tokens, longest text first; None: whole."""
+
+    def __init__(self, tokenizer: Any, most: int | None) -> None:
+        self._tokenizer, self._most, self._backend = tokenizer, most, None
+        if tokenizer.is_fast:
+            # A copy of its own: truncation is a state of the tokenizer, which other threads use meanwhile.
+            self._backend = tokenizer.backend_tokenizer
+            if most is not None:
+                self._backend = type(self._backend).from_str(self._backend.to_str())
+                self._backend.enable_truncation(most, strategy="longest_first", direction=tokenizer.truncation_side)
+
+    def encoded(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Tokens and their types."""
+        if not pairs:
+            return []
+        if self._backend is not None:
+            return [(made.ids, made.type_ids) for made in self._backend.encode_batch_fast([*pairs])]
+        how: dict[str, Any] = {"truncation": "longest_first", "max_length": self._most} if self._most else {}
+        firsts, seconds = (list(texts) for texts in zip(*pairs, strict=True))
+        made = self._tokenizer(firsts, seconds, return_token_type_ids=True, verbose=False, **how)
+        return [(list(ids), list(types)) for ids, types in zip(made["input_ids"], made["token_type_ids"], strict=True)]
 
 
 def _in_turns(

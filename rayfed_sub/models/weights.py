@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +76,7 @@ def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
 def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
     """The module with the architecture's `logit_rule`, `own_loss` and `own_measure`, which losses go by; as_it_is: True
     for a module that transformers does not build, whatever it looks like; text_to_text: True for one whose encoder
-    reads the source and whose decoder writes the answer."""
+    reads the source and whose decoder writes the answer; one_at_a_time: as the architecture's `alone`."""
     # Past nn.Module, which would take a loss that is a module for a part of this one.
     vars(module).update(
         logit_rule=architecture.logits,
@@ -83,6 +84,7 @@ def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
         own_measure=architecture.measure,
         as_it_is=architecture.module is not None,
         text_to_text=architecture.kind == KIND,
+        one_at_a_time=architecture.alone,
     )
     return module
 
@@ -102,12 +104,20 @@ def through_modules() -> Iterator[None]:
 def answered(module: Any, inputs: Mapping[str, Tensor], *, causal: bool) -> Any:
     """A module's answer, whose `logits` are its logits; causal: of a language model, whose tokens look to the left, so
     that a module of the caller's own needs no mask."""
+    if "token_type_ids" in inputs and not _tells_apart(module):
+        inputs = {name: x for name, x in inputs.items() if name != "token_type_ids"}
     if hasattr(module, "get_output_embeddings"):
         return module(**inputs, **({"use_cache": False} if causal else {}))
     given = {name: x for name, x in inputs.items() if name != "attention_mask" or not causal}
     with through_modules():
         answer = module(**given)
     return SimpleNamespace(logits=answer) if isinstance(answer, Tensor) else answer
+
+
+def _tells_apart(module: Any) -> bool:
+    """True where the model takes the types of a pair's tokens, and has more than one."""
+    types = getattr(getattr(module, "config", None), "type_vocab_size", 2)
+    return "token_type_ids" in signature(module.forward).parameters and types != 1
 
 
 def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tensors) -> dict[str, Tensor]:

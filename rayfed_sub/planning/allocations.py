@@ -58,6 +58,8 @@ class Allocations(TorchDispatchMode):
             return True if given[0].dtype == torch.bool else 1
         if meta and func is _aten.nonzero.default:  # every place: an expert may be given all tokens
             return torch.zeros(given[0].numel(), given[0].ndim, dtype=torch.int64, device=_META)
+        if meta and func is _aten.unique_consecutive.default:  # as many ends in each row
+            return tuple(torch.zeros(1, dtype=torch.int64, device=_META) for _ in range(3))
         target = kwargs.get("device") if func is _aten._to_copy.default else None
         if target is not None and torch.device(target).type != given[0].device.type:
             if not meta and not given[0].is_floating_point():

@@ -16,6 +16,7 @@ import torch
 from rayfed_sub.config.checks import check_rules, check_training, not_given
 from rayfed_sub.config.schema import GIVEN, Config, Evaluation, Resources
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.text import SCORES_OF
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.objects import AsTheyAre
 from rayfed_sub.data.processors import Processor
@@ -40,7 +41,12 @@ from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.planning.sampling import judged_rows, local_steps
 from rayfed_sub.privacy.accountant import NOISES, noise_of
 
-_OF_CLASSES, _OF_TOKENS = ("accuracy", "macro_f1"), ("token_accuracy", "perplexity")
+_IN_WORDS = {
+    "causal-lm": "language modelling",
+    "classification": "a classification",
+    "regression": "a regression",
+    "multi-label": "several labels a row",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,11 +144,12 @@ def load_inputs(config: Config, given: Given = NOTHING, start: StartFrom | None 
         _check_sides_of(config, kind, processor)
     dataset = read(processor, **how)
     known = (kind, dataset.class_names, processor.vocabulary, processor.pad)
+    problem = dataset.kind
     if own is None:
-        shape = architecture(config.model, *known)
+        shape = architecture(config.model, *known, problem=problem)
         start = None if start is None else fitted(start, shape, dataset.class_names)
         return JobInputs(shape, processor, dataset, start=start)
-    shape, weights = own_architecture(own, config.model, *known)
+    shape, weights = own_architecture(own, config.model, *known, problem=problem)
     if shape.module is not None and (rows := config.evaluation.generate_rows):
         allowed = "0 with a module of the caller's own, which cannot generate"
         raise UserError("evaluation.generate_rows", rows, allowed, "remove it, or give a transformers model")
@@ -166,12 +173,13 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
 
 
 def _packs(config: Config, architecture: Architecture) -> Resources:
-    """The resources; packs have one client where nothing says how a module of the caller's own treats several."""
+    """The resources; packs have one client where nothing says how the model treats several."""
     resources = config.resources
-    if architecture.module is None:
+    if not architecture.one_at_a_time:
         return resources
     if resources.pack_size not in ("auto", 1):
-        allowed = "auto or 1 with a module of the caller's own, whose clients train one at a time"
+        whose = "a module of the caller's own" if architecture.module is not None else architecture.hf_config.model_type
+        allowed = f"auto or 1 with {whose}, whose clients train one at a time"
         raise UserError("resources.pack_size", resources.pack_size, allowed, "remove it")
     return resources.model_copy(update={"pack_size": 1})
 
@@ -307,14 +315,14 @@ def _check_positions(config: Config, base: JobInputs) -> None:
 
 def _check_metrics(config: Config, base: JobInputs) -> Evaluation:
     """The section with paths of metrics that hold in every process.  Raises UserError for one that cannot be loaded."""
-    metrics_of(config, base.dataset.class_names)
-    watched, classes = config.early_stopping.metric, bool(base.dataset.class_names)
+    kind = base.dataset.kind
+    metrics_of(config, base.dataset.class_names, kind)
+    watched = config.early_stopping.metric
     if watched not in (None, "held_out_loss") and base.architecture.loss is not None:
         allowed = "held_out_loss, the score of a model with a loss of the caller's own"
         raise UserError("early_stopping.metric", watched, allowed, "set early_stopping.metric=held_out_loss")
-    if watched not in (None, "held_out_loss") and classes != (watched in _OF_CLASSES):
-        known = ", ".join(["held_out_loss", *(_OF_CLASSES if classes else _OF_TOKENS)])
-        allowed = f"a score of {'a classification' if classes else 'language modelling'}: {known}"
+    if watched is not None and base.architecture.loss is None and watched not in SCORES_OF[kind]:
+        allowed = f"a score of {_IN_WORDS[kind]}: {', '.join(SCORES_OF[kind])}"
         raise UserError("early_stopping.metric", watched, allowed, "set one of these")
     names = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in config.evaluation.metrics)
     return config.evaluation.model_copy(update={"metrics": names})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from rayfed_sub.core.text import LOWER, SCORES, count, evenly, number, rounded, score, shown
-from rayfed_sub.reports.curves import ROUNDS, Axis, Curve, legend, overlay
+from rayfed_sub.core.text import LOWER, SCORES, count, evenly, number, rounded, score, shown, unit
+from rayfed_sub.reports.curves import ROUNDS, Axis, Curve, legend, overlay, problem
 from rayfed_sub.reports.layer_metrics import DETAILED
 from rayfed_sub.reports.page import Cell, Details, Figure, Section, Table, Text, cell
 from rayfed_sub.reports.run_reader import Run, Runs
@@ -19,7 +19,7 @@ def clients(runs: Runs) -> Section | None:
     shown = [name for name, run in runs.items() if len(run.clients)][:DETAILED]
     if not shown:
         return None
-    unequal = [figure for metric in ("held_out_loss", "accuracy") for figure in _unequal(runs, metric)]
+    unequal = [figure for metric in ("held_out_loss", "accuracy", "micro_f1") for figure in _unequal(runs, metric)]
     details = [
         Details(
             count("client", runs[name].clients["client"].nunique())
@@ -50,7 +50,8 @@ def table(run: Run) -> Table:
     caption = (
         "Each client that was sampled. weight: what it counted for when it last took part, its rows or 1. Losses: "
     )
-    caption += "means over its local steps, in nats per label. "
+    per_label = "squared errors" if run.problem == "regression" else "in nats per label"
+    caption += f"means over its local steps, {per_label}. "
     if "cosine" in columns:
         caption += "cosine, distance: of its change to the cohort's mean change, over the layers and rounds looked at. "
     if {*SCORES} & {*columns}:
@@ -96,7 +97,8 @@ def _unequal(runs: Runs, metric: str) -> list[Figure]:
             kept = evenly(range(len(values)), _SHARES)
             x, y = [100 * place / (len(values) - 1) for place in kept], [values[place] for place in kept]
             curves.append(Curve(at, name, x, y, f"best {number(y[0])}, worst {number(y[-1])}"))
-    title = f"{score(metric)[0].upper()}{score(metric)[1:]} of clients, best to worst"
+    words = score(metric, problem(runs))
+    title = f"{words[0].upper()}{words[1:]} of clients, best to worst"
     axis = Axis("share of clients (%)", {"nticks": 6})
     caption = "At the last evaluation, over held-out rows like each client's own: the flatter, the more alike."
     return [overlay(title, axis, curves, caption)] if curves else []
@@ -113,7 +115,7 @@ def _spread(run: Run) -> list[Figure]:
     caption = f"Median {number(middle.iloc[0])} in the first round, {number(middle.iloc[-1])} in the last; from "
     caption += f"{number(low.iloc[-1])} to {number(high.iloc[-1])} there"
     figure = overlay(
-        "Training loss of clients (nats/label)",
+        f"Training loss of clients ({unit(run.problem)})",
         ROUNDS,
         [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], caption)],
         "Median over the round's clients that were not skipped; the band holds the middle four fifths of them.",

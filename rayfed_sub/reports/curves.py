@@ -8,11 +8,27 @@ from typing import Any
 
 import pandas as pd
 
-from rayfed_sub.core.text import LOWER, SCORES, count, evenly, is_named, listed, number, rounded, score, shown
+from rayfed_sub.core.text import (
+    LOWER,
+    SCORES,
+    UNDEFINED,
+    count,
+    evenly,
+    is_named,
+    listed,
+    number,
+    rounded,
+    score,
+    shown,
+    unit,
+)
 from rayfed_sub.reports.page import Cell, Details, Figure, Legend, Section, Table, cell, line_style, plain
 from rayfed_sub.reports.run_reader import Run, Runs
 
-AGAINST_BYTES = ("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "accuracy", "macro_f1")
+AGAINST_BYTES = (
+    *("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "accuracy", "macro_f1", "matthews"),
+    *("micro_f1", "subset_accuracy", "pearson", "spearman", "mean_absolute_error"),
+)
 """Scores that are also drawn against the bytes sent."""
 
 
@@ -83,7 +99,9 @@ def _scores(runs: Runs, metric: str) -> list[Figure]:
     caption = "Over all held-out rows."
     if metric in SCORES:
         caption = f"Over all held-out rows; {'lower' if metric in LOWER else 'higher'} is better."
-    return [overlay(_title(metric), ROUNDS, curves, caption)] if curves else []
+    if metric in UNDEFINED and any(len(overall(run, metric)) < run.evaluations for run in runs.values()):
+        caption += f" Missing where it is {UNDEFINED[metric]}."
+    return [overlay(_title(metric, runs), ROUNDS, curves, caption)] if curves else []
 
 
 def _training_loss(runs: Runs) -> list[Figure]:
@@ -94,7 +112,7 @@ def _training_loss(runs: Runs) -> list[Figure]:
             x, y = (rows["round"] + 1).tolist(), rows["loss"].tolist()
             curves.append(Curve(at, name, x, y, f"{number(y[0])} in the first round, {number(y[-1])} in the last"))
     caption = "Mean over the clients' local steps of a round, each on its own rows."
-    return [overlay("Training loss (nats/label)", ROUNDS, curves, caption)] if curves else []
+    return [overlay(f"Training loss ({unit(problem(runs))})", ROUNDS, curves, caption)] if curves else []
 
 
 def _against_bytes(runs: Runs, metric: str) -> list[Figure]:
@@ -112,7 +130,7 @@ def _against_bytes(runs: Runs, metric: str) -> list[Figure]:
     if layout.get("type") == "log":  # on which the state before training, at 0 bytes, has no place
         curves = [replace(curve, x=curve.x[not curve.x[0] :], y=curve.y[not curve.x[0] :]) for curve in curves]
     caption = "Wire bytes of all clients, up and down together, from the first round to that evaluation."
-    return [overlay(_title(metric), Axis("MB sent up and down", layout), curves, caption)]
+    return [overlay(_title(metric, runs), Axis("MB sent up and down", layout), curves, caption)]
 
 
 def sent(run: Run) -> pd.Series[float]:
@@ -134,8 +152,13 @@ def _classes(runs: Runs) -> list[Details]:
     return [Details("F1 of each class", [table])] if rows else []
 
 
-def _title(metric: str) -> str:
-    text = score(metric)
+def problem(runs: Runs) -> str:
+    """The kind of labels of all runs; of different ones that of the first."""
+    return next((run.problem for run in runs.values()), "causal-lm")
+
+
+def _title(metric: str, runs: Runs) -> str:
+    text = score(metric, problem(runs))
     return text[0].upper() + text[1:]
 
 

@@ -55,7 +55,7 @@ def _facts(run: Run) -> dict[str, str]:
         if published_name(metric) not in scores:
             found[score(published_name(metric))] = UNREAD
         values = overall(run, metric)
-        found[score(metric)] = change(metric, values.tolist(), values.index.tolist())
+        found[score(metric, run.problem)] = change(metric, values.tolist(), values.index.tolist())
     if best := run.summary.get("best"):
         found["best round"] = f"{best_in_words(best)}; its checkpoint is kept"
     if config.model.dtype != "float32":

@@ -14,7 +14,7 @@ import pandas as pd
 from rayfed_sub.config.loading import stored_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.text import first_distinct
+from rayfed_sub.core.text import first_distinct, problem_of
 
 _COLUMNS = {
     "rounds": (
@@ -102,6 +102,16 @@ class Run:
         rows = rows[rows["rounds"] == rows["rounds"].max()].astype({"client": "int64", "value": "float64"})
         table: pd.DataFrame = rows.pivot_table(index="client", columns="metric", values="value")
         return table
+
+    @property
+    def problem(self) -> str:
+        """The kind of labels that the run learns, of `text.SCORES_OF`."""
+        return problem_of(self.scores["metric"].dropna().astype("str").unique())
+
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations."""
+        return len(self.overall["held_out_loss"])
 
     @property
     def done(self) -> int:

@@ -96,7 +96,7 @@ class Coordinator:
         arrays: Packed = object_store.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
         self._backbone = unpacked(arrays)
-        self._metrics = metrics_of(config, self._dataset.class_names)
+        self._metrics = metrics_of(config, self._dataset.class_names, self._dataset.kind)
         self._answers: list[Answer] = []
         self._sent: tuple[int, Any, int] | None = None  # round, handle, checksum of the broadcast
 

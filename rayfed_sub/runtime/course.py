@@ -6,6 +6,7 @@ again, after any death, is followed by what the log says, and nobody is asked a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rayfed_sub.config.schema import Config
@@ -73,7 +74,9 @@ class Course:
         metric = self._config.early_stopping.metric
         if metric is None:
             return {}
-        return {finished: scores[metric] for finished, scores in self._scores.items() if finished and metric in scores}
+        # A score that is not defined for the rows, as correlations of one prediction for all, is no gain.
+        watched = {finished: scores.get(metric, math.nan) for finished, scores in self._scores.items() if finished}
+        return {finished: score for finished, score in watched.items() if self._scores[finished]}
 
     def _stalled(self) -> str | None:
         """Why early stopping ends the run; None where it goes on."""

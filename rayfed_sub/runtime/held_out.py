@@ -15,7 +15,7 @@ from rayfed_sub.core.schemas import AnswerRow, Score
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.objects import Objects
 from rayfed_sub.evaluation.named_metrics import Compute
-from rayfed_sub.evaluation.scores import batch_scores, label_scores, text_scores, token_scores
+from rayfed_sub.evaluation.scores import batch_scores, label_scores, number_and_set_scores, text_scores, token_scores
 from rayfed_sub.planning.sampling import judged_rows
 from rayfed_sub.runtime.scheduler import WorkItem
 from rayfed_sub.runtime.workers import Workers
@@ -46,7 +46,10 @@ def scores(
     done = _each(workers, shards, model, lambda worker: worker.evaluate, "held-out rows")
     rows = [(int(dataset.held_out_clients[row]), prediction) for row, prediction in _by_row(shards, done)]
     names = dataset.class_names
-    found = label_scores(rows, names, metrics) if names else token_scores(rows)
+    if dataset.kind in ("regression", "multi-label"):
+        found = number_and_set_scores(rows, names, metrics)
+    else:
+        found = label_scores(rows, names, metrics) if names else token_scores(rows)
     return [replace(score, split=dataset.split) for score in found]
 
 

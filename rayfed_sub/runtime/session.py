@@ -27,6 +27,7 @@ from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import adopted, strangers
 from rayfed_sub.methods.downloads import dense_downloads
+from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.own_architecture import without_data
 from rayfed_sub.models.start import merged
 from rayfed_sub.models.weights import load_weights
@@ -161,9 +162,8 @@ def _run(
                 notify(Notice(f"{old.display_name()} is finished already"))
                 finish(old, notify)
                 return replace(summary, folder=old.display_name())
-        if job.architecture.module is not None:
-            whose = f"{type(job.architecture.module).__qualname__} is the caller's own"
-            notify(Notice(f"{whose}: clients train one at a time, and memory is not planned"))
+        if job.architecture.one_at_a_time:
+            notify(_one_at_a_time(job.architecture))
         if not ray.is_initialized() or len(ray.nodes()) == 1:  # a plan does not know the memory of a cluster's nodes
             plan.check(job, (old or place or Place(Path())).path)
         folder = reopen(old, job.config, same) if old is not None else create(new(place, config.name), job.config)
@@ -185,6 +185,15 @@ def _run(
                 summary = carry_out(job, shared, folder, notify, began, plans, callbacks)
         finish(folder.place, notify)
     return summary
+
+
+def _one_at_a_time(architecture: Architecture) -> Notice:
+    """Says why packs have one client."""
+    if architecture.module is not None:
+        whose = f"{type(architecture.module).__qualname__} is the caller's own"
+        return Notice(f"{whose}: clients train one at a time, and memory is not planned")
+    what = f"layers of {architecture.hf_config.model_type} see something else than row after row"
+    return Notice(f"{what}: clients train one at a time")
 
 
 def _unchanged(value: Any) -> Any:
@@ -421,7 +430,8 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         about: dict[str, Any] = {"rows": rows, "data": data, "backbone": backbone}
         code, classes = dict(job.code), list(job.dataset.class_names)
         start = None if job.start is None else job.start.info.digest
-        beginning = Beginning(scores, **now, **about, code=code, classes=classes, start=start)
+        problem = job.dataset.kind
+        beginning = Beginning(scores, **now, **about, code=code, classes=classes, problem=problem, start=start)
         folder.begin(beginning, answers)
         return beginning
     if before is not None and before.backbone != backbone:
@@ -490,7 +500,7 @@ def _summary(
         split=next((score.split for score in first.scores), None),
         stopped=stopped,
         best=best,
-        one_at_a_time=job.architecture.module is not None,
+        one_at_a_time=job.architecture.one_at_a_time,
         start_from=None if start is None else asdict(start),
         folder=folder.place.display_name(),
     )

@@ -16,7 +16,7 @@ from rayfed_sub.models.start import FIELD, StartFrom, is_adapter, read_adapter
 from rayfed_sub.planning.job import model_kind, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import local_copy
-from rayfed_sub.storage.run_folder import class_names, start_digest
+from rayfed_sub.storage.run_folder import class_names, problem_of, start_digest
 
 
 def read_start(config: Config) -> StartFrom | None:
@@ -60,7 +60,8 @@ def _of_run(place: str, folder: Path, config: Config) -> StartFrom:
         raise UserError(FIELD, place, allowed, "restore that")
     kind, classes = model_kind(then), class_names(folder)
     processor = processor_of(then, kind)
-    shape = architecture(then.model, kind, classes, processor.vocabulary, processor.pad).shape
+    labels = (kind, classes, processor.vocabulary, processor.pad)
+    shape = architecture(then.model, *labels, problem=problem_of(folder)).shape
     server = ServerState(found.round, found.server)
     changes = dict(earlier.changes) if earlier is not None else {}
     for layer, change in method.model(server, shape).items():

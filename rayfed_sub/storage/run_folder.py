@@ -321,6 +321,12 @@ def class_names(path: Path) -> tuple[str, ...]:
     return () if first is None else tuple(first.get("classes", ()))
 
 
+def problem_of(path: Path) -> str:
+    """The kind of labels with which the run in the folder began."""
+    first = _started(_entries(path))
+    return "classification" if first is None else first.get("problem") or "classification"
+
+
 def summary_of(path: Path, config: Config, any_pack: bool = False) -> Summary | None:
     """The summary of a run; None where it is not finished, or has fewer rounds than `config`.  Raises UserError as
     `reopen`."""

@@ -19,17 +19,18 @@ from rayfed_sub.config.loading import as_override, check_kind, flat, load_config
 from rayfed_sub.config.schema import Config, Count, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
+from rayfed_sub.core.text import LOWER, SCORES_OF
 from rayfed_sub.methods import GROUPS, adopted, build, build_hook, fields_of
 
-_CLASSES = ("accuracy", "macro_f1")
+_LABELS = tuple(dict.fromkeys(name for kind, own in SCORES_OF.items() if kind != "causal-lm" for name in own))
 _TEXTS = (
     *("rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"),
     *("teacher_forced_rouge_l", "teacher_forced_rouge_l_unicode"),
     *("teacher_forced_bleu_4", "teacher_forced_bleu_4_unicode"),
 )
 METRICS = {
-    **{"held_out_loss": "min", "perplexity": "min", "token_accuracy": "max"},
-    **dict.fromkeys((*_CLASSES, *_TEXTS), "max"),
+    name: "min" if name in LOWER else "max"
+    for name in ("held_out_loss", "perplexity", "token_accuracy", *_LABELS, *_TEXTS)
 }
 """Metrics for comparing trials, each with its better direction."""
 
@@ -84,6 +85,12 @@ class Search(Record):
         "token_accuracy",
         "accuracy",
         "macro_f1",
+        "matthews",
+        "pearson",
+        "spearman",
+        "mean_absolute_error",
+        "micro_f1",
+        "subset_accuracy",
         "rouge_l",
         "rouge_l_unicode",
         "bleu_4",
@@ -332,12 +339,14 @@ def _check_metric(metric: str, config: Config) -> None:
     """UserError for a metric that the trial will not compute."""
     from rayfed_sub.data.tasks import filled
 
-    classes = filled(config.task).label is not None
-    if classes and metric not in (*_CLASSES, "held_out_loss"):
-        raise UserError(
-            "sweep.metric", metric, "held_out_loss, accuracy or macro_f1 for classes", "change sweep.metric"
-        )
-    if not classes and metric in _CLASSES:
+    task = filled(config.task)
+    if task.labels and task.problem is None and metric not in _LABELS:
+        allowed = f"a score of labels: {', '.join(_LABELS)}"
+        raise UserError("sweep.metric", metric, allowed, "change sweep.metric")
+    if task.problem is not None and metric not in SCORES_OF[task.problem]:
+        allowed = f"a score with task.problem={task.problem}: {', '.join(SCORES_OF[task.problem])}"
+        raise UserError("sweep.metric", metric, allowed, "change sweep.metric")
+    if not task.labels and metric in _LABELS and metric != "held_out_loss":
         raise UserError("sweep.metric", metric, "a metric of texts, for this task has no classes", "e.g. held_out_loss")
     if metric in _TEXTS and not config.evaluation.generate_rows:
         raise UserError("sweep.metric", metric, "a metric that is measured", "set evaluation.generate_rows, e.g. 32")

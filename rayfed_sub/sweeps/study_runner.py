@@ -211,8 +211,8 @@ def _curve(folder: Path, keys: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         sent.append(sent[-1] + row["uplink_bytes"] + row["downlink_bytes"])
     scores: dict[int, dict[str, float]] = {}
     for score in pq.read_table(folder / "scores.parquet").to_pylist():
-        if score["client"] is None and score["metric"] in ("held_out_loss", "macro_f1"):
+        if score["client"] is None and score["metric"] in ("held_out_loss", "macro_f1", "micro_f1", "pearson"):
             scores.setdefault(score["rounds"], {})[score["metric"]] = score["value"]
     for done, found in sorted(scores.items()):
-        known = {name: found.get(name) for name in ("held_out_loss", "macro_f1")}
+        known = {"held_out_loss": None, "macro_f1": None, **found}
         yield {**keys, "rounds": done, "bytes": sent[done], **known}

@@ -17,7 +17,10 @@ from rayfed_sub.storage import atomic_files
 from rayfed_sub.sweeps.results import SENT
 from rayfed_sub.sweeps.study import Study, StudyTrial, Tune
 
-SCORES = ("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "teacher_forced_rouge_l", "accuracy", "macro_f1")
+SCORES = (
+    *("held_out_loss", "token_accuracy", "rouge_l", "bleu_4", "teacher_forced_rouge_l", "accuracy", "macro_f1"),
+    *("matthews", "micro_f1", "subset_accuracy", "pearson", "spearman", "mean_absolute_error"),
+)
 ENDS = ("rounds", *SENT, "change_rank", "weights_sha256")
 """Columns from the run's summary besides its scores."""
 COLUMNS = (
@@ -78,7 +81,8 @@ def write_rows(study: Study, found: StudyRows) -> None:
     for file, rows in zip(csv_files(study), (found.rows, found.curves), strict=True):
         if rows:
             content = io.StringIO()
-            writer = csv.DictWriter(content, list(rows[0]), lineterminator="\n")
+            columns = dict.fromkeys(name for row in rows for name in row)  # older rows have fewer
+            writer = csv.DictWriter(content, list(columns), lineterminator="\n")
             writer.writeheader()
             writer.writerows(sorted(rows, key=_order))
             atomic_files.write(file, content.getvalue().encode())
@@ -99,7 +103,7 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
     """
     counted = [row for row in rows if row["tuning"] == "False"]
     whole = [row for row in counted if not row["failure"]]
-    shown = [name for name in SCORES if any(row[name] for row in whole)]
+    shown = [name for name in SCORES if any(row.get(name) for row in whole)]
     sent = [sum(float(row[name]) for name in SENT) for row in _of(whole, study.equal_bytes)]
     limit = statistics.fmean(sent) if sent else None
     columns = ["variant", *([study.tune.key] if study.tune else []), *(name.replace("_", " ") for name in shown)]
@@ -113,7 +117,7 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
             lines.append("| " + " | ".join([variant, *[why] * (len(columns) - 2), runs]) + " |")
             continue
         cells = [variant, *([edged(study.tune, finished[0]["value"])] if study.tune else [])]
-        cells += [_spread([float(row[name]) for row in finished if row[name]]) for name in shown]
+        cells += [_spread([float(row[name]) for row in finished if row.get(name)]) for name in shown]
         if limit:
             curve = [point for point in _of(curves, variant) if point["tuning"] == "False"]
             ends = [[point for point in curve if point["seed"] == row["seed"]] for row in finished]
@@ -128,7 +132,7 @@ def paired(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) 
     """Differences of `one`'s score less `other`'s, by common seed, and the ratio of their means over these seeds.
     Raises UserError where they have no seed in common."""
     ours, theirs = (
-        {row["seed"]: float(row[score]) for row in _of(rows, variant) if row["tuning"] == "False" and row[score]}
+        {row["seed"]: float(row[score]) for row in _of(rows, variant) if row["tuning"] == "False" and row.get(score)}
         for variant in (one, other)
     )
     seeds = sorted(ours.keys() & theirs.keys(), key=int)
@@ -141,7 +145,7 @@ def paired(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) 
 def differences(study: Study, rows: Sequence[Mapping[str, str]], one: str) -> list[str]:
     """Markdown table of `paired` differences, seed by seed, of one variant to each other variant with finished runs."""
     whole = [row for row in rows if row["tuning"] == "False" and not row["failure"]]
-    shown = [name for name in SCORES if any(row[name] for row in _of(whole, one))]
+    shown = [name for name in SCORES if any(row.get(name) for row in _of(whole, one))]
     lines = [
         "| " + " | ".join([f"{one} less", *(name.replace("_", " ") for name in shown)]) + " |",
         "|" + " --- |" * (len(shown) + 1),

@@ -29,7 +29,7 @@ class Beginning:
     """Start of a run, for resuming: the initial model's scores, and the conditions besides the configuration that
     determine the bits.  rows: the task's `RowCounts`; data: its `Fingerprint`; backbone: checksum of the frozen weights
     in hex; code: digests of the caller's own code, by its name in the call of `run`; classes: names of the classes;
-    start: digest of what model.start_from names."""
+    problem: the kind of labels, "" of runs of older versions; start: digest of what model.start_from names."""
 
     scores: tuple[Score, ...]
     versions: dict[str, str]
@@ -40,6 +40,7 @@ class Beginning:
     code: dict[str, str] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     start: str | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class Summary:
     from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's); rows:
     the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version); stopped:
     why the run ended before its last round; best: `round`, finished ones, and `value` of early_stopping's `metric`
-    (None: no best checkpoint is kept); one_at_a_time: the model is a module of the caller's own, whose clients train in
-    packs of one; start_from: the `StartInfo` of what model.start_from names."""
+    (None: no best checkpoint is kept); one_at_a_time: packs had one client, for nothing says how the model treats the
+    rows of several; start_from: the `StartInfo` of what model.start_from names."""
 
     name: str
     method: str

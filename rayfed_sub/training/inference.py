@@ -51,12 +51,13 @@ def _terms(change: Change, device: torch.device) -> Terms | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction for a held-out row: its summed loss (nats), and by label the likeliest token or class and the true
-    one; tokens are predicted given the true ones before them."""
+    """Prediction for a held-out row: its summed loss, and by label the likeliest token or class and the true one;
+    tokens are predicted given the true ones before them.  Of a regression the predicted number and the true one; of
+    several labels 0 or 1 for each."""
 
     loss: float
-    predicted: tuple[int, ...]
-    labels: tuple[int, ...]
+    predicted: tuple[float, ...]
+    labels: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def predictions(model: nn.Module, batch: Mapping[str, Tensor], pad: int) -> list
     rows = len(batch["labels"])
     loss_R = seen.loss_L.new_zeros(rows).index_add(0, seen.row_L, seen.loss_L)
     counts = torch.bincount(seen.row_L, minlength=rows).tolist()
+    if seen.label_L.dim() == 2:  # numbers, one list a row
+        both = zip(loss_R.tolist(), seen.best_L.tolist(), seen.label_L.tolist(), strict=True)
+        return [Prediction(loss, tuple(best), tuple(label)) for loss, best, label in both]
     best, labels = (map(tuple, _split(column.tolist(), counts)) for column in (seen.best_L, seen.label_L))
     return [Prediction(*row) for row in zip(loss_R.tolist(), best, labels, strict=True)]
 

@@ -38,7 +38,7 @@ def client_losses(model: nn.Module, one: AnyPass, count_G: Tensor) -> Tensor:
     at_L = one.labelled()
     label_L, output = one.labels[at_L], _output_layer(model) if one.of_tokens else None
     if output is None:
-        loss_L = functional.cross_entropy(_logits_at(model, one, at_L), label_L, reduction="none")
+        loss_L = row_losses(_logits_at(model, one, at_L), label_L)
     else:
         head, bias_V, rule = output
         hidden_Lh = _hidden(model, head, one, at_L)
@@ -47,10 +47,27 @@ def client_losses(model: nn.Module, one: AnyPass, count_G: Tensor) -> Tensor:
     return total_G / count_G.clamp_min(1)
 
 
+def row_losses(logits_LC: Tensor, label_L: Tensor) -> Tensor:
+    """The loss of each label (L,): cross-entropy of classes (L,) int64; of float32 labels (L, 1) the squared error, of
+    (L, C) of 0 and 1 the mean binary cross-entropy over the labels, as transformers has them."""
+    if not label_L.is_floating_point():
+        return functional.cross_entropy(logits_LC, label_L, reduction="none")
+    if label_L.shape[1] == 1:
+        return (logits_LC - label_L).square()[:, 0]
+    return functional.binary_cross_entropy_with_logits(logits_LC, label_L, reduction="none").mean(dim=1)
+
+
+def _likeliest(logits_LC: Tensor, label_L: Tensor) -> Tensor:
+    """The likeliest label by the logits, in the form of the labels; of a number the logit itself."""
+    if not label_L.is_floating_point():
+        return logits_LC.argmax(dim=-1)
+    return logits_LC if label_L.shape[1] == 1 else (logits_LC > 0).float()
+
+
 @dataclass(frozen=True)
 class Predicted:
-    """Predictions of a model at every label of a batch: loss (nats) float32, row, the label itself and the likeliest
-    one, int64, all (L,), row by row."""
+    """Predictions of a model at every label of a batch, row by row: loss float32 and row (L,), the label itself and the
+    likeliest one, int64 (L,), or float32 (L, C) where labels are numbers."""
 
     loss_L: Tensor
     row_L: Tensor
@@ -84,8 +101,8 @@ def _predicted(model: nn.Module, one: Pass) -> tuple[Tensor, Tensor, Tensor, Ten
         hidden_Lh = _hidden(model, head, one, at_L)
         chunks = (_logits(hidden_ch, head.weight, bias_V, rule) for hidden_ch in hidden_Lh.split(chunk))
     for logits_cV, label_c in zip(chunks, label_L.split(chunk), strict=True):
-        losses.append(functional.cross_entropy(logits_cV, label_c, reduction="none"))
-        best.append(logits_cV.argmax(dim=-1))
+        losses.append(row_losses(logits_cV, label_c))
+        best.append(_likeliest(logits_cV, label_c))
     return torch.cat(losses), one.row[at_L], label_L, torch.cat(best)
 
 

@@ -30,7 +30,8 @@ class Pass:
     """One forward pass.
 
     inputs: the model's.  labels: of a language model one for each token, (S,), -100 where there is none and at a row's
-    first token, which nothing predicts; else of each row, (R,).  row: the number of each label's row, counted client by
+    first token, which nothing predicts; else of each row, (R,) classes, or (R, C) numbers (`collate`), NaN where there
+    is none.  row: the number of each label's row, counted client by
     client over the step's batches; client: its client's place in the step.
     shifted: a label is predicted at the token before it.  answers: of an encoder-decoder the labels as (R, T), from
     which the decoder's inputs follow; a label is predicted at its own place.
@@ -71,7 +72,8 @@ class Pass:
 
     def labelled(self) -> Tensor:
         """The places (L,) of labels."""
-        return (self.labels != IGNORED).nonzero()[:, 0]
+        there = ~self.labels[:, 0].isnan() if self.labels.is_floating_point() else self.labels != IGNORED
+        return there.nonzero()[:, 0]
 
     def counts(self) -> Tensor:
         """Labels of each client, (G,) int64."""
@@ -95,34 +97,49 @@ def passes(batches: Sequence[Batch], rule: PassRule, pad: int) -> Sequence[AnyPa
 
 def labelled_passes(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:
     """The passes of batches with labels."""
+    found = _labelled(batches, rule, pad)
+    # All tokens of a pass are the client's, whatever the layers see of its rows.
+    return [replace(one, parts=(1,), size=1) for one in found] if rule.alone and len(batches) == 1 else found
+
+
+def _labelled(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:
     if "input_ids" not in batches[0]:
         return [_images(batches, rule)]
     if rule.apart:
         return _apart(batches, rule, pad)
     texts = [_texts(batch) for batch in batches]
-    if rule.flat and batches[0]["labels"].dim() == 2:
+    if rule.flat and of_tokens(batches[0]["labels"]):
         return [_flat(texts, rule, pad)]
     lengths = {rule.canonical(int(length)) for text in texts for length in text.lengths}
     return [_grouped(texts, rule, pad, length) for length in sorted(lengths)]
 
 
+def of_tokens(labels: Tensor) -> bool:
+    """True for labels of tokens (B, T), which are whole numbers, as those of rows (B, C) are not."""
+    return labels.dim() == 2 and not labels.is_floating_point()
+
+
 @dataclass(frozen=True, eq=False)
 class _Texts:
-    """A client's rows, (B, T) each: tokens, whether a token is real, labels (B, T) or (B,); lengths (B,)."""
+    """A client's rows, (B, T) each: tokens, whether a token is real, labels (B, T), or (B,) or (B, C) of rows; lengths
+    (B,); types (B, T), of which text of a pair a token is, or None.  shifted: labels are of tokens."""
 
     ids: Numbers
     real: Numbers
     labels: Numbers
     lengths: Numbers
+    types: Numbers | None
+    shifted: bool
 
 
 def _texts(batch: Labelled) -> _Texts:
-    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    ids, labels, shifted = batch["input_ids"].numpy(), batch["labels"].numpy(), of_tokens(batch["labels"])
     real = batch["attention_mask"].numpy() != 0 if "attention_mask" in batch else np.ones(ids.shape, bool)
-    if labels.ndim == 2:
+    if shifted:
         labels = labels.copy()
         labels[:, 0] = IGNORED
-    return _Texts(ids, real, labels, real.sum(axis=1))
+    types = batch["token_type_ids"].numpy() if "token_type_ids" in batch else None
+    return _Texts(ids, real, labels, real.sum(axis=1), types, shifted)
 
 
 def _flat(texts: Sequence[_Texts], rule: PassRule, pad: int) -> Pass:
@@ -152,7 +169,7 @@ def _flat(texts: Sequence[_Texts], rule: PassRule, pad: int) -> Pass:
 
 def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> Pass:
     """The rows of one canonical length.  More rows fill the pass up where layers see one vector of each."""
-    shifted = texts[0].labels.ndim == 2
+    shifted = texts[0].shifted
     found, first = list[tuple[int, int, int]](), 0  # client, row of the client, number
     for g, text in enumerate(texts):
         found += [(g, b, first + b) for b, own in enumerate(text.lengths) if rule.canonical(int(own)) == length]
@@ -160,16 +177,24 @@ def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> 
     R = len(found) if shifted else -(-len(found) // rule.rows) * rule.rows
     ids_RL, mask_RL = np.full((R, length), pad, np.int64), np.zeros((R, length), np.int64)
     labels = np.full((R, length) if shifted else R, IGNORED, np.int64)
+    if texts[0].labels.dtype.kind == "f":
+        labels = np.full((R, texts[0].labels.shape[1]), np.nan, np.float32)
+    types_RL = None if texts[0].types is None else np.zeros((R, length), np.int64)
     for r, (g, b, _) in enumerate(found):
         text, own = texts[g], slice(int(texts[g].lengths[b]))
         ids_RL[r, own], mask_RL[r, own] = text.ids[b, own], 1
+        if types_RL is not None and text.types is not None:
+            types_RL[r, own] = text.types[b, own]
         if shifted:
             labels[r, own] = text.labels[b, own]
         else:
             labels[r] = text.labels[b]
     mask_RL[len(found) :, 0] = 1  # attention over nothing is NaN
+    if rule.twins:
+        ids_RL[len(found) :], mask_RL[len(found) :] = ids_RL[0], mask_RL[0]
     # Tokens of a causal model look to the left, where nothing is filled up.
     inputs = {"input_ids": ids_RL} if shifted else {"input_ids": ids_RL, "attention_mask": mask_RL}
+    inputs |= {} if types_RL is None else {"token_type_ids": types_RL}
     row_R, client_R = (np.array([one[i] for one in found] + [0] * (R - len(found))) for i in (2, 0))
     where = np.array([(g, b, 0) for g, b, _ in found] + [(0, 0, 0)] * (R - len(found)))
     if shifted:
@@ -230,7 +255,7 @@ def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:
     filled = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     if more:
         filled = {name: torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for name, x in filled.items()}
-        filled["labels"][real:] = IGNORED
+        filled["labels"][real:] = torch.nan if filled["labels"].is_floating_point() else IGNORED
     labels = filled.pop("labels")
     client_R = torch.tensor([g for g, part in enumerate(part_G) for _ in range(part)] + [0] * more)
     own = [(g, b, 0) for g, part in enumerate(part_G) for b in range(part)] + [(0, 0, 0)] * more

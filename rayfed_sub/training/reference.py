@@ -22,6 +22,7 @@ from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start, Tensors
 from rayfed_sub.data.batching import Batch
 from rayfed_sub.data.objects import OwnBatch
+from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.text_to_text import decoder_inputs
 from rayfed_sub.models.weights import answered
 from rayfed_sub.training.client_errors import drawn, not_finite
@@ -29,6 +30,7 @@ from rayfed_sub.training.dropout import GivenDropout
 from rayfed_sub.training.executor import ClientWork, LocalRule
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
 from rayfed_sub.training.own_loss import trained_loss
+from rayfed_sub.training.passes import of_tokens
 from rayfed_sub.training.stacks import Clock, expert_step
 
 
@@ -192,21 +194,40 @@ def _still(moving: Sequence[Moving], shape: ModelShape) -> set[str]:
 
 
 def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """The mean cross-entropy over labelled tokens (or rows), and how many there are; without labels 0.  Of the caller's
-    own loss the mean over the batch's rows."""
+    """The mean cross-entropy over labelled tokens (or rows), and how many there are; without labels 0.  Of numbers the
+    mean squared error, of several labels a row binary cross-entropy.  Of the caller's own loss the mean over the
+    batch's rows."""
     device = next(model.parameters()).device
     if isinstance(batch, OwnBatch):
         return trained_loss(model, batch.to(device)), batch.rows
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")
-    writes = labels.dim() == 2 and vars(model).get("text_to_text", False)
+    if not of_tokens(labels):
+        return _of_rows(model, inputs, labels)
+    writes = vars(model).get("text_to_text", False)
     if writes:
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
-    logits = answered(model, inputs, causal=labels.dim() == 2).logits.float()
+    logits = answered(model, inputs, causal=True).logits.float()
     if writes:
         logits, labels = logits.flatten(0, 1), labels.flatten()
-    elif labels.dim() == 2:  # a token is predicted from those before it
+    else:  # a token is predicted from those before it
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    count = int((labels != -100).sum())
+    return functional.cross_entropy(logits, labels) if count else 0.0 * logits.sum(), count
+
+
+def _of_rows(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
+    """`_loss` of labels of whole rows; rows that nothing may fill up go through the model one by one."""
+    if pass_rule(model).exact and len(labels) > 1:
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        alone = [{name: x[row : row + 1, :length] for name, x in inputs.items()} for row, length in enumerate(lengths)]
+        logits = torch.cat([answered(model, one, causal=False).logits.float() for one in alone])
+    else:
+        logits = answered(model, inputs, causal=False).logits.float()
+    if labels.is_floating_point():
+        several = labels.shape[1] > 1
+        found = functional.binary_cross_entropy_with_logits if several else functional.mse_loss
+        return found(logits, labels), len(labels)
     count = int((labels != -100).sum())
     return functional.cross_entropy(logits, labels) if count else 0.0 * logits.sum(), count
 

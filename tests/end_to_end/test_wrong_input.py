@@ -49,6 +49,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "by": ["x"] * 12 + ["y"] * 8,
         "n": [i % 2 for i in numbers],
         "same": ["s"] * 20,
+        "n2": [i % 3 // 2 for i in numbers],
+        "x": [i / 4 for i in numbers],
     }
     pd.DataFrame(columns).to_parquet(folder / "rows.parquet")
     pd.DataFrame({name: [] for name in columns}).to_parquet(folder / "empty.parquet")
@@ -58,6 +60,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "nothing.csv": "",
         "rows.doc": "q a by",
         "one_record.json": '{"q": 1}',
+        "mixed.jsonl": '{"premise": "a", "hypothesis": "b", "x": 0.5}\n'
+        '{"premise": "c", "hypothesis": "d", "x": "high"}\n',
         "broken.jsonl": '{"q": 1}\n{"q": \n',
         "broken-41.jsonl": '{"q": "a", "a": "b", "by": "x"}\n' * 39 + '\n{"q": "a" "a": "b"}\n',
         "list-3.jsonl": '{"q": 1}\n\n[1, 2]\n',
@@ -391,7 +395,68 @@ TABLES = {
         "task.answer=null task.label=n evaluation.split=validation task.validation_share=0.2 "
         "early_stopping.metric=perplexity",
         "early_stopping.metric: got 'perplexity'",
-        "a score of a classification: held_out_loss, accuracy, macro_f1; set one of these",
+        "a score of a classification: held_out_loss, accuracy, macro_f1, matthews; set one of these",
+    ),
+    "early stopping of numbers by classes": (
+        "task.answer=null task.label=x evaluation.split=validation task.validation_share=0.2 "
+        "early_stopping.metric=accuracy",
+        "early_stopping.metric: got 'accuracy'",
+        "a score of a regression: held_out_loss, pearson, spearman, mean_absolute_error; set one of these",
+    ),
+    "fractions as classes": (
+        "task.answer=null task.label=x task.problem=classification",
+        "task.label: got 'x'; allowed: a column of text, whole numbers, true or false with task.problem=classification",
+        "row 2 of rows.parquet holds the number 0.25; correct it, or set task.problem=regression",
+    ),
+    "words as numbers": (
+        "task.answer=null task.label=by task.problem=regression",
+        "task.label: got 'by'; allowed: a column of finite numbers with task.problem=regression",
+        "row 1 of rows.parquet holds 'x'; correct it, or set task.problem=classification",
+    ),
+    "words as lists of labels": (
+        "task.answer=null task.label=by task.problem=multi-label",
+        "task.label: got 'by'; allowed: a column of lists of labels",
+        "holds 'x'; correct it, or set task.problem=classification",
+    ),
+    "labels in columns that are not 0 and 1": (
+        "task.answer=null task.label=[n,by]",
+        "task.label: got 'by'; allowed: columns of 0 and 1, or true and false, one for each label",
+        "row 1 of rows.parquet holds 'x'",
+    ),
+    "labels in columns that are not there": (
+        "task.answer=null task.label=[n,toxic]",
+        "task.label: got 'toxic'",
+        "a column of the table: q, a, by, n",
+    ),
+    "columns of labels as classes": (
+        "task.answer=null task.label=[n,n2] task.problem=classification",
+        "task.problem: got 'classification'",
+        "multi-label where task.label has several columns",
+    ),
+    "numbers beside words": (
+        "task.path=mixed.jsonl task.answer=null task.label=x",
+        "task.label: got 'x'; allowed: one kind of labels",
+        "row 1 of mixed.jsonl holds the number 0.5, row 2 of mixed.jsonl 'high'; correct the column",
+    ),
+    "pair with one column": (
+        'task.answer=null task.label=n task.prompt=["{q}"]',
+        "task.prompt: got ['{q}']",
+        "text, or a list of 2, each text, or null; change task.prompt",
+    ),
+    "pair with an answer": (
+        'task.prompt=["{q}","{by}"]',
+        "task.prompt: got ['{q}', '{by}']",
+        "one template where task.answer is set: pairs of texts are classified",
+    ),
+    "pair that names its label": (
+        'task.answer=null task.label=n task.prompt=["{q}","{n}"]',
+        "task.prompt: got '{n}'",
+        "a template without {n}",
+    ),
+    "classification without a prompt": (
+        "task.path=mixed.jsonl task.answer=null task.label=x task.prompt=null",
+        "task.prompt: got None",
+        'or a pair of them; set task.prompt=["{premise}","{hypothesis}"]',
     ),
     "answers to classify": (
         "task.answer=null task.label=n evaluation.generate_rows=4",

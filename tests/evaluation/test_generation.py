@@ -217,13 +217,15 @@ def test_class_scores_by_hand() -> None:
         {
             "accuracy": 4 / 6,
             "macro_f1": (first + second + 0 + 0) / 4,  # over 0, 1, 2 and 3; "never" has no rows and no predictions
+            "matthews": (4 * 6 - (3 * 2 + 2 * 3)) / 22,  # 36 - (9 + 4 + 1) = 36 - (4 + 9 + 1) = 22
             "f1/glioma": first,
             "f1/none": second,
             "f1/pituitary": 0.0,
             "f1/other": 0.0,
         }
     )
-    assert list(scores) == ["accuracy", "macro_f1", *(f"f1/{name}" for name in NAMES[:4])]  # "never" has 0 / 0
+    each = [f"f1/{name}" for name in NAMES[:4]]  # "never" has 0 / 0
+    assert list(scores) == ["accuracy", "macro_f1", "matthews", *each]
     assert all(type(score) is float for score in scores.values())  # summary.json can store them
 
 

@@ -7,7 +7,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from rayfed_sub.core.schemas import ClientRow, Score
-from rayfed_sub.evaluation.scores import label_scores, overall, text_scores, token_scores
+from rayfed_sub.evaluation.scores import label_scores, number_and_set_scores, overall, text_scores, token_scores
 from rayfed_sub.runtime.round_metrics import RoundMetrics
 from rayfed_sub.training.inference import Generation, Prediction
 
@@ -33,6 +33,56 @@ def test_tokens_by_hand() -> None:
     assert {score.client: score.count for score in scores} == {None: 5, 0: 1, 1: 4}  # labels
 
 
+def test_numbers_by_hand() -> None:
+    """Labels 1, 2, 3, 6 against 1, 4, 4, 7: means 3 and 4, so Pearson is 15 / sqrt(14 * 18); ranks 1, 2, 3, 4 against
+    1, 2.5, 2.5, 4: Spearman is 4.5 / sqrt(5 * 4.5)."""
+    said = [(1.0, 1.0), (4.0, 2.0), (4.0, 3.0), (7.0, 6.0)]
+    rows = [(0, Prediction((p - t) ** 2, (p,), (t,))) for p, t in said]
+    rows += [(1, Prediction(9.0, (4.0,), (1.0,))), (1, Prediction(1.0, (4.0,), (5.0,)))]
+    scores = list(number_and_set_scores(rows, ()))
+    assert values(scores, 0) == pytest.approx(
+        {
+            **{"held_out_loss": 6 / 4, "mean_absolute_error": 4 / 4},
+            **{"pearson": 15 / math.sqrt(14 * 18), "spearman": 4.5 / math.sqrt(5 * 4.5)},
+        }
+    )
+    assert values(scores, 1) == {"held_out_loss": 5, "mean_absolute_error": 2}  # one prediction for all: no correlation
+
+
+def test_several_labels_by_hand() -> None:
+    """a: 1 of 2 found and nothing wrong, F1 2/3; b: one right, one wrong, F1 2/3; c stands nowhere; together 2 right, 1
+    wrong, 1 missed: 4 / 6."""
+    rows = [
+        (0, Prediction(0.5, (1, 1, 0), (1, 0, 0))),
+        (0, Prediction(0.25, (0, 1, 0), (1, 1, 0))),
+        (1, Prediction(0.75, (0, 0, 0), (0, 0, 0))),
+    ]
+    scores = list(number_and_set_scores(rows, ["a", "b", "c"]))
+    two_thirds = pytest.approx(2 / 3)
+    assert values(scores, None) == {
+        **{"held_out_loss": 0.5, "subset_accuracy": pytest.approx(1 / 3), "micro_f1": two_thirds},
+        **{"macro_f1": two_thirds, "f1/a": two_thirds, "f1/b": two_thirds},
+    }
+    assert values(scores, 1) == {"held_out_loss": 0.75, "subset_accuracy": 1}
+
+
+@pytest.mark.parametrize(
+    ("labels", "predicted", "matthews"),
+    [
+        ([0, 0, 1, 1], [0, 1, 1, 1], 1 / math.sqrt(3)),  # (2 * 1 - 1 * 0) / sqrt(3 * 2 * 1 * 2)
+        ([0, 1], [1, 0], -1.0),
+        ([0, 1], [1, 1], None),
+        ([1, 1], [0, 1], None),
+    ],
+)
+def test_matthews_correlation_is_missing_where_it_is_not_defined(
+    labels: list[int], predicted: list[int], matthews: float | None
+) -> None:
+    rows = [(0, Prediction(0.0, (p,), (t,))) for p, t in zip(predicted, labels, strict=True)]
+    found = values(list(label_scores(rows, ["no", "yes"])), None).get("matthews")
+    assert found == (matthews if matthews is None else pytest.approx(matthews))
+
+
 def test_rows_without_a_label_have_no_scores() -> None:
     scores = list(token_scores([(0, Prediction(2.0, (1, 2), (1, 3))), (4, Prediction(0.0, (), ()))]))
     assert {score.client for score in scores} == {None, 0}
@@ -49,6 +99,7 @@ def test_classes_by_hand() -> None:
             "held_out_loss": 1,
             "accuracy": 2 / 3,
             "macro_f1": two_thirds,
+            "matthews": 1 / 2,  # (tp tn - fp fn) / sqrt(2 * 1 * 2 * 1)
             "f1/a": two_thirds,
             "f1/b": two_thirds,
         }

@@ -63,6 +63,8 @@ MAPPINGS = {
 SPEAKING = ("seq2seq-lm", "image-text-to-text", "causal-lm")
 """Kinds that write text: one kind of task, whose model's configuration says the rest."""
 CLASSES = ("few", "many", "some")
+END = 1
+"""The token that ends a text, as of all configurations here."""
 LARGEST = 60_000_000
 """Parameters of a model that counts as tiny, at most."""
 SIZES: dict[str, Any] = {
@@ -98,7 +100,13 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bailing_hybrid", "beam"), _GROUPED),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"), _MROPE),
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
-    **dict.fromkeys(("convnext", "convnextv2", "swin", "swinv2", "donut-swin"), _STAGES),
+    **dict.fromkeys(("convnext", "convnextv2"), _STAGES),
+    **{name: {**_STAGES, "embed_dim": 24} for name in ("swin", "swinv2", "donut-swin")},
+    "efficientnet": {"hidden_dim": 1280},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "input_size": 32, "patch_size": 8},
+    "lilt": {"hidden_size": 48},
+    "luke": {"entity_vocab_size": 64, "entity_emb_size": 16},
+    "longformer": {"attention_window": 8, "max_position_embeddings": 130},
     "mobilevitv2": {"image_size": 64, "patch_size": 2},
     "codegen": {"n_head": 4, "num_attention_heads": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -254,7 +262,7 @@ def _checks(name: str, kind: str, blocks: int) -> Iterator[Verdict]:
     tiny = Tiny(assemble(bones, tensors), bones.shape, _draw(bones.kind, model))
     yield (verdict := replace(verdict, loss=_word(_loss(tiny), 1e-5)))
     yield (verdict := replace(verdict, gradient=_gradient(tiny)))
-    yield (verdict := replace(verdict, pack=_pack(tiny)))
+    yield (verdict := replace(verdict, pack="one at a time" if bones.alone else _pack(tiny)))
     for method, start in (("fedftg", galore_start(tiny, Subspace(2, 2))), ("fedit", lora_start(tiny, 2))):
         yield (verdict := replace(verdict, **{method: _word(_reference(tiny, start), 1e-4)}))
     yield (verdict := replace(verdict, export=_word(_export(tiny, bones, tensors), 1e-5)))
@@ -273,7 +281,7 @@ def _draw(kind: str, model: Model) -> Any:
     if kind == "seq2seq-lm":
         return draw_pairs
     if kind == "text-classification":
-        return draw_sentences
+        return _draw_ended
     side = load_image_processor(model).side
 
     def draw(rng: torch.Generator, rows: int, tokens: int, labels: int) -> dict[str, Tensor]:
@@ -281,6 +289,15 @@ def _draw(kind: str, model: Model) -> Any:
         return {"pixel_values": pixels, "labels": torch.randint(len(CLASSES), (rows,), generator=rng)}
 
     return draw
+
+
+def _draw_ended(rng: torch.Generator, rows: int, tokens: int, labels: int) -> dict[str, Tensor]:
+    """Sentences that end with the tokenizer's end, and have no other: encoder-decoders that classify look at it."""
+    batch = draw_sentences(rng, rows, tokens, labels)
+    ids, lengths = batch["input_ids"], batch["attention_mask"].sum(dim=1)
+    ids[ids == END] = END + 1
+    ids[torch.arange(rows), lengths - 1] = END
+    return batch
 
 
 def _loss(tiny: Tiny) -> float:
@@ -432,7 +449,8 @@ another size may differ where its configuration switches on other parts.
 - causal: no token sees later ones; "made so" where a key of the configuration had to be set, which a run does itself.
 - loss: equal to the cross-entropy of the model's own logits for each row alone, to 1e-5.
 - gradient: every target moves in one step.
-- pack of three: clients trained together as each alone, "same bits", or to 1e-5 ("yes"). What a run relies on is the
+- pack of three: clients trained together as each alone, "same bits", or to 1e-5 ("yes"); "one at a time" where layers
+  see something else than row after row, so that packs have one client. What a run relies on is the
   shorter list that more tests hold (`SAME_IN_ANY_PACK` and `CLASSIFIERS_IN_ANY_PACK` in `models/presets.py`).
 - FedFTG, FedIT: change of all targets equal to that of galore-torch and peft, to 1e-4.
 - export: the written folder, loaded by transformers, has the logits of the trained weights, to 1e-5.

@@ -74,6 +74,35 @@ def test_bytes_decode() -> None:
     assert processor.decode([300, 68]) == "A"  # a token that only the model has
 
 
+@pytest.mark.parametrize("most", [6, 7, 8, 9, 20])
+def test_pairs_are_the_tokenizer_s_own(most: int) -> None:
+    """<bos> first <eos> second <eos> with types 0 and 1, cut as transformers' `longest_first` does it, to the token."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizer()
+    made.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", pair="<bos> $A <eos> $B:1 <eos>:1", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    pairs = [("why so be it", "polite"), ("why", "so be it polite"), ("so be it polite", "why so be it"), ("so", "be")]
+    processor = hub_codec(made)
+    found = processor.pairs(most)(pairs)
+    for (first, second), ours in zip(pairs, found, strict=True):
+        theirs = made(first, second, truncation="longest_first", max_length=most, return_token_type_ids=True)
+        assert (ours.tokens, ours.types) == (theirs["input_ids"], theirs["token_type_ids"])
+        assert ours.cut == (len(first.split()) + len(second.split()) + 3 > most)
+        assert ours.fits
+    in_bytes = ByteTokenizer().pairs(most)([("x" * len(a.split()), "y" * len(b.split())) for a, b in pairs])
+    assert [one.types for one in in_bytes] == [one.types for one in found]
+    assert not any(one.fits for one in processor.pairs(4)(pairs[:1]))
+
+
+def test_pairs_have_types_only_where_the_tokenizer_s_models_read_them() -> None:
+    made = tokenizer()
+    made.model_input_names = ["input_ids", "attention_mask"]
+    assert hub_codec(made).pairs(20)([("why", "so")])[0].types == []
+
+
 def test_no_template() -> None:
     processor = hub_codec(tokenizer())
     assert not processor.chat

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.logits import LogitRule, logit_rule
-from rayfed_sub.training.losses import _HeadLoss, client_losses
+from rayfed_sub.training.losses import _HeadLoss, client_losses, predicted
 from rayfed_sub.training.passes import passes
-from tests.helpers.tiny_models import PAD, bent, draw_batches, llama
+from tests.helpers.tiny_models import CLASSES, PAD, Tiny, bent, bert, draw_batches, llama, vit
 
 
 def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -122,3 +122,31 @@ def test_losses_match_the_model_s_own(name: str) -> None:
     ours, theirs = (torch.autograd.grad(one, moving)[0] for one in (loss, expected))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.dist(ours, theirs) < 1e-5 * theirs.norm()
+
+
+def numbers(tiny: Tiny, problem: str, rows: int) -> dict[str, Tensor]:
+    """A batch whose labels are numbers, or 0 and 1 for each of CLASSES labels."""
+    (batch,) = draw_batches(tiny, 3, 1, rows=rows)
+    rng = torch.Generator().manual_seed(4)
+    labels = torch.randn(rows, 1, generator=rng)
+    several = torch.randint(2, (rows, CLASSES), generator=rng).float()
+    return {**batch, "labels": labels if problem == "regression" else several}
+
+
+@pytest.mark.parametrize("make", [bert, vit])
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_loss_of_numbers_and_of_several_labels_is_transformers_own(make: Callable[[], Tiny], problem: str) -> None:
+    """Over rows of several lengths, one pass each, with rows that only fill the passes up."""
+    model: Any = copy.deepcopy(make().model)
+    if problem == "regression":
+        model.classifier = nn.Linear(16, 1)
+    model.config.problem_type, model.num_labels = problem, 1 if problem == "regression" else CLASSES
+    model.config.num_labels = model.num_labels
+    batch = numbers(make(), problem, rows=5)
+    theirs = model(**{**batch, "labels": batch["labels"].squeeze(1) if problem == "regression" else batch["labels"]})
+    assert mean_loss(model, batch).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    seen = predicted(model, batch, PAD)
+    assert torch.equal(seen.label_L, batch["labels"])
+    said = theirs.logits if problem == "regression" else (theirs.logits > 0).float()
+    torch.testing.assert_close(seen.best_L, said.detach(), rtol=1e-5, atol=1e-6)
+    assert seen.loss_L.mean().item() == pytest.approx(theirs.loss.item(), rel=1e-5)

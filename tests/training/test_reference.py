@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -349,3 +350,29 @@ def test_lora_start_is_not_zero():
     tiny = llama()
     start = lora_start(tiny, 2)
     assert all(product(layer, start.tensors).norm() > 0.1 for layer in tiny.shape.targets)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("start", [galore_start, lora_start], ids=["galore", "lora"])
+def test_numbers_and_several_labels_as_labels(several: bool, start: Any) -> None:
+    """Squared errors of the one output, and binary cross-entropies of three, in packs and in the libraries."""
+    tiny = bert()
+    begun = start(tiny, Subspace(2, 3)) if start is galore_start else start(tiny, 2)
+    if not several:  # the head's first output alone
+        own = {name: tensor[:1] if name.startswith("classifier/") else tensor for name, tensor in begun.tensors.items()}
+        begun = replace(begun, tensors=own)
+        head = tuple(replace(layer, m=1) for layer in tiny.shape.head)
+        model: Any = copy.deepcopy(tiny.model)
+        model.classifier.weight = torch.nn.Parameter(model.classifier.weight[:1].clone())
+        model.classifier.bias = torch.nn.Parameter(model.classifier.bias[:1].clone())
+        tiny = replace(tiny, model=model, shape=replace(tiny.shape, head=head))
+    rng = torch.Generator().manual_seed(8)
+    batches = draw_batches(tiny, 5, STEPS)
+    for batch in batches:
+        rows = len(batch["labels"])
+        batch["labels"] = torch.rand(rows, 3, generator=rng).round() if several else torch.randn(rows, 1, generator=rng)
+    optimizer, lr = OPTIMIZERS["adamw"]
+    (ours,) = run_pack(tiny, [begun], [batches], optimizer, lr=lr)
+    (theirs,) = run_reference(tiny, [begun], [batches], optimizer, lr=lr)
+    assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-5)
+    assert worst(change(tiny, begun, ours), change(tiny, begun, theirs)) < 1e-3
