@@ -37,6 +37,7 @@ from tests.helpers.tiny_models import (
     draw_batches,
     gpt2,
     llama,
+    mixture,
     own,
     run_pack,
     run_reference,
@@ -254,7 +255,7 @@ def test_exact_methods_average_the_changes_and_the_others_are_marked(name: str, 
 
 
 @every_method
-@pytest.mark.parametrize("tiny", [llama, gpt2, bert, vit])
+@pytest.mark.parametrize("tiny", [llama, gpt2, bert, vit, pytest.param(mixture, marks=pytest.mark.slow)])
 def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
     """Compare the change of the global model.  eps = 1e-4: with a smaller one Adam amplifies the rounding of entries
     whose gradient is nearly zero, in both executors, and the comparison would measure that."""

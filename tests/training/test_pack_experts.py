@@ -11,11 +11,13 @@ from torch import Tensor
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import Subspace
+from rayfed_sub.methods import build
 from rayfed_sub.models.experts import experts_of
 from tests.helpers.tiny_models import (
     PAD,
     Batch,
     change,
+    distance,
     draw_batches,
     galore_start,
     lora_start,
@@ -26,6 +28,7 @@ from tests.helpers.tiny_models import (
     start_of,
     worst,
 )
+from tests.methods.test_protocol import effective, walk
 
 ADAM = Optimizer(weight_decay=0.1, clip_norm=1.0)
 
@@ -104,6 +107,23 @@ def test_experts_take_dense_weights_and_momentum() -> None:
     (ours,) = run_pack(tiny, [start], [batches], optimizer, lr=0.1)
     (theirs,) = run_reference(tiny, [start], [batches], optimizer, lr=0.1)
     assert worst(change(tiny, start, ours), change(tiny, start, theirs)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["fedftg", "shared-galore"])
+def test_server_keeps_each_experts_own_decay(name: str) -> None:
+    """Two clients, of which one sends its token to two of the four experts: the mean of what each has left."""
+    tiny, method = mixture(), build({"name": name, "rank": 2})
+    server = method.init_server(tiny.weights, tiny.shape, seed=0)
+    data = [[one_token(5)], draw_batches(tiny, 3, 2)]
+    done = walk(method, tiny, server, data, weights=[1, 2], optimizer=ADAM)
+    before, after = effective(method, tiny, server), effective(method, tiny, done.server)
+    changes = [change(tiny, start, result) for start, result in zip(done.starts, done.results, strict=True)]
+    assert len({*done.results[0].base_scales.values()}) == 2
+    for layer in tiny.shape.targets:
+        mean = (changes[0][layer.name] + 2 * changes[1][layer.name]) / 3
+        assert distance(after[layer.name] - before[layer.name], mean) < 1e-5
+    sent = {name for name in done.updates[0].tensors if name.endswith("/base_scale")}
+    assert sent == {f"{name}/base_scale" for name, scale in done.results[0].base_scales.items() if scale != 1.0}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
