@@ -195,6 +195,8 @@ def auto_class(hf_config: Any, kind: str) -> str:
     for name, mapping in (
         ("AutoModelForImageTextToText", transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
         ("AutoModelForMultimodalLM", transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING),
+        # Some that hear stand there alone.
+        ("AutoModelForSeq2SeqLM", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     ):
         whole = mapping.get(type(hf_config), None)
         if whole is not None:
@@ -204,8 +206,10 @@ def auto_class(hf_config: Any, kind: str) -> str:
 
 def sees_or_hears(hf_config: Any) -> bool:
     """True for a model that reads images or sound beside text."""
-    from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING
+    from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
+    if type(hf_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return not text_to_text(hf_config)
     return type(hf_config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 

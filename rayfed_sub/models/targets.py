@@ -94,13 +94,17 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
     if left_out:
         log.warning("model.targets: %s leaves out %s", targets, _with_reasons(left_out))
     if kind == "causal-lm" and flow.failed is None:
-        idle = [name for name in linears if name not in flow.reached | left_out.keys() and _TO_OTHERS.search(name)]
-        if idle:
-            what = "a decoder's attention to an encoder or to images, of which there is none here, stays untrained"
-            log.warning("model.path: %s: %s", what, some(idle, 1))
+        _warn_of_idle([name for name in linears if name not in flow.reached | left_out.keys()])
     if flow.failed is not None:
         log.warning("model.targets: layers without a gradient are not found without weights (%s)", flow.failed)
     return found
+
+
+def _warn_of_idle(unreached: Iterable[str]) -> None:
+    """Says which layers without a gradient wait for what another part has read."""
+    if idle := [name for name in unreached if _TO_OTHERS.search(name)]:
+        what = "a decoder's attention to an encoder or to images, of which there is none here, stays untrained"
+        log.warning("model.path: %s: %s", what, some(idle, 1))
 
 
 def _matrices(

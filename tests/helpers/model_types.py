@@ -90,15 +90,31 @@ _GROUPED = {"n_group": 2, "topk_group": 1}
 _LOW_RANK = {"num_key_value_heads": 2, "head_dim": 8, **_GROUPED}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _STAGES = {"patch_size": 4, "window_size": 2}
-_MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}}
 _SMALL = {"initializer_range": 0.05}
 """Weights with which gradients are far enough from zero: close to it, Adam's steps are rounding."""
+
+
+def _in_text(**numbers: Any) -> dict[str, Any]:
+    return {"text_config": numbers}
+
+
+def _mrope(*sections: int) -> dict[str, Any]:
+    """Rotary positions of text, height and width, in so many frequencies each."""
+    return _in_text(rope_parameters={"rope_type": "default", "mrope_section": list(sections)})
+
+
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LOW_RANK),
-    **dict.fromkeys(("minicpm3", "mistral4", "youtu"), _LOW_RANK),
+    **dict.fromkeys(("minicpm3", "youtu"), _LOW_RANK),
+    "mistral4": {**_LOW_RANK, "head_dim": 16},
     **dict.fromkeys(("bailing_hybrid", "beam"), _GROUPED),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"), _MROPE),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _mrope(2, 3, 3)),
+    **dict.fromkeys(("glm4v", "glm46v", "glmga"), _mrope(2, 3, 3)),
+    **dict.fromkeys(("glm4v_moe", "glm_ocr"), _mrope(1, 1, 2)),
+    **dict.fromkeys(("dots3_note", "glm5_next"), _in_text(num_key_value_heads=2)),
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "kimi_k25": _in_text(**_LOW_RANK),
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
     **dict.fromkeys(("convnext", "convnextv2"), _STAGES),
     **{name: {**_STAGES, "embed_dim": 24} for name in ("swin", "swinv2", "donut-swin")},
@@ -108,6 +124,13 @@ OWN: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 64, "entity_emb_size": 16},
     "longformer": {"attention_window": 8, "max_position_embeddings": 130},
     "mobilevitv2": {"image_size": 64, "patch_size": 2},
+    "cohere_compass": _in_text(rope_parameters={"full_attention": _ROPE, "sliding_attention": _ROPE}),
+    "granite_docling": {"vision_config": {"out_hidden_size": 32}},
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 2]}},
+    "muse_spark": {"audio_config": {"out_hidden_size": 32}},
+    "nemo_speechlm": {"head_config": {"audio_hidden_size": 32}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "codegen": {"n_head": 4, "num_attention_heads": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
