@@ -93,9 +93,9 @@ def start_in_words(start: Mapping[str, Any]) -> str:
     """The entry `start_from` of a summary.
 
     >>> start_in_words({"place": "me/adapter", "what": "an adapter of peft's", "wire_bytes": 2_000_000})
-    "me/adapter, an adapter of peft's of 2 MB"
+    "me/adapter, an adapter of peft's (2 MB)"
     """
-    return f"{start['place']}, {start['what']} of {megabytes(start['wire_bytes'])}"
+    return f"{start['place']}, {start['what']} ({megabytes(start['wire_bytes'])})"
 
 
 def megabytes(count: float) -> str:

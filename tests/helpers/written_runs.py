@@ -282,4 +282,5 @@ def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed
         "stopped": None,
         "best": None,
         "one_at_a_time": False,
+        "start_from": None,
     }
