@@ -172,7 +172,23 @@ def write_folder(
         module.generation_config = generation
     with quiet():
         module.save_pretrained(folder)
+        if sees_or_hears(architecture.hf_config) and _unread(architecture, folder):
+            # transformers turns the names of some types (ShieldGemma 2) into others than it reads.
+            for written in Path(folder).glob("*.safetensors*"):
+                written.unlink()
+            module.save_pretrained(folder, save_original_format=False)
+            unread = _unread(architecture, folder)
+            assert not unread, f"transformers does not read what it writes: {unread[:3]}"
     write_codec(processor, folder)
+
+
+def _unread(architecture: Architecture, folder: str | Path) -> list[str]:
+    """Weights that transformers does not find in the folder's files; they are not read for it."""
+    import transformers
+
+    auto: Any = getattr(transformers, auto_class(architecture.hf_config, architecture.kind))
+    _, found = auto.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    return sorted(set(found["missing_keys"]) - architecture.tied.keys())
 
 
 def write_companions(model: Model, architecture: Architecture, folder: str | Path) -> None:

@@ -18,11 +18,10 @@ from torch import Tensor
 from rayfed_sub import load_config, run
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.types import ServerState
 from rayfed_sub.export.exported import export_hf, export_peft
 from rayfed_sub.models.weights import assemble, load_weights
 from rayfed_sub.planning.job import prepare
-from rayfed_sub.storage import checkpoints
+from tests.export.test_exported import job_of, stored, trained
 from tests.helpers.model_types import built
 from tests.helpers.tiny_models import VOCABULARY
 from tests.helpers.word_tokenizers import numbers
@@ -68,17 +67,13 @@ def configured(model: Path, method: str, **task: Any) -> Config:
     )
 
 
-def trained(folder: Path) -> tuple[Any, dict[str, Tensor], frozenset[str]]:
+def after(folder: Path) -> tuple[Any, dict[str, Tensor], frozenset[str]]:
     """The trained model by our own means, the checkpoint's tensors, and the names of the trained ones."""
-    job = prepare(load_config(folder / "config.yaml"))
-    found = checkpoints.read(folder)
-    assert found is not None
+    job, (server, _) = job_of(folder), stored(folder)
     tensors = load_weights(job.config.model, job.architecture, job.config.seed)
-    changes = job.method.model(ServerState(found.round, found.server), job.architecture.shape)
-    after = dict(tensors)
-    for layer, change in changes.items():
-        after[f"{layer}.weight"] = change.apply(tensors[f"{layer}.weight"])
-    return assemble(job.architecture, after), tensors, frozenset(f"{layer}.weight" for layer in changes)
+    changes = job.method.model(server, job.architecture.shape)
+    changed = {f"{layer}.weight": change.apply(tensors[f"{layer}.weight"]) for layer, change in changes.items()}
+    return assemble(job.architecture, {**tensors, **changed}), tensors, frozenset(changed)
 
 
 @torch.inference_mode()
@@ -90,7 +85,7 @@ def logits(model: Any) -> Tensor:
 
 def check_exports(folder: Path, checkpoint: Path, auto: Any, to: Path) -> None:
     """Both formats have our logits; the whole model has every other weight as it was."""
-    ours, tensors, changed = trained(folder)
+    ours, tensors, changed = after(folder)
     export_hf(folder, to / "hf")
     whole = auto.from_pretrained(to / "hf")
     assert float((logits(ours) - logits(auto.from_pretrained(checkpoint))).abs().max()) > 1e-3
@@ -98,11 +93,10 @@ def check_exports(folder: Path, checkpoint: Path, auto: Any, to: Path) -> None:
     for name, tensor in whole.state_dict().items():
         if name in tensors and name not in changed:
             assert torch.equal(tensor, tensors[name]), name
-    before, after = (load_file(place / "model.safetensors") for place in (checkpoint, to / "hf"))
-    assert before.keys() == after.keys()
-    for part in ("config.json", "hf/config.json"):
-        written = json.loads(((checkpoint if part == "config.json" else to) / part).read_text())
-        assert written["architectures"] == [type(whole).__name__]
+    given, written = (load_file(place / "model.safetensors") for place in (checkpoint, to / "hf"))
+    assert given.keys() == written.keys()
+    for place in (checkpoint, to / "hf"):
+        assert json.loads((place / "config.json").read_text())["architectures"] == [type(whole).__name__]
     from peft import PeftModel
 
     export_peft(folder, to / "peft")
@@ -114,9 +108,8 @@ def check_exports(folder: Path, checkpoint: Path, auto: Any, to: Path) -> None:
 
 def test_model_that_sees_is_trained_on_text_and_exported_whole(tmp_path: Path) -> None:
     checkpoint = folder_of("image-text-to-text", "qwen2_5_vl", tmp_path / "model")
-    summary = run(configured(checkpoint, "fedit"), tmp_path / "run")
-    assert summary.rounds == 1
-    job = prepare(load_config(tmp_path / "run" / "config.yaml"))
+    trained(tmp_path / "run", configured(checkpoint, "fedit"))
+    job = job_of(tmp_path / "run")
     # The text is in the row although the template looks for parts.
     assert job.processor.prompt("20 30") == [9, 20, 30, 10, 11]
     assert all("language_model" in layer.name for layer in job.architecture.shape.targets)
@@ -144,20 +137,15 @@ def test_encoder_decoder_is_trained_from_text_to_text(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 
 
-@pytest.mark.parametrize(
-    ("task", "field", "text"),
-    [
+def test_what_an_encoder_decoder_cannot_learn_is_refused(tmp_path: Path) -> None:
+    checkpoint = folder_of("seq2seq-lm", "t5", tmp_path / "model")
+    for task, field, text in (
         ({"text": "q"}, "task.text", "an encoder-decoder, which reads one text and writes another"),
         ({"prompt": "{q}", "answer": "a", "mask_prompt": False}, "task.mask_prompt", "true with an encoder-decoder"),
         ({"messages": "q"}, "task.messages", "an encoder-decoder that has no chat template"),
-    ],
-)
-def test_what_an_encoder_decoder_cannot_learn_is_refused(
-    task: dict[str, Any], field: str, text: str, tmp_path: Path
-) -> None:
-    checkpoint = folder_of("seq2seq-lm", "t5", tmp_path / "model")
-    config = configured(checkpoint, "fedit", **task)
-    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate_rows": 0})})
-    with pytest.raises(UserError, match=text) as refused:
-        prepare(config)
-    assert refused.value.field == field
+    ):
+        config = configured(checkpoint, "fedit", **task)
+        config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate_rows": 0})})
+        with pytest.raises(UserError, match=text) as refused:
+            prepare(config)
+        assert refused.value.field == field

@@ -476,7 +476,11 @@ another size may differ where its configuration switches on other parts.
   see something else than row after row, so that packs have one client. What a run relies on is the
   shorter list that more tests hold (`SAME_IN_ANY_PACK` and `CLASSIFIERS_IN_ANY_PACK` in `models/presets.py`).
 - FedFTG, FedIT: change of all targets equal to that of galore-torch and peft, to 1e-4.
-- export: the written folder, loaded by transformers, has the logits of the trained weights, to 1e-5.
+- export: the written folder, loaded by transformers, has the logits of the trained weights, to 1e-5; of models that
+  see or hear every other weight is as it was, to the bit.
+
+A type that writes text stands in one list. Encoder-decoders read a source and write an answer; models that see or hear
+get text alone, and some of these have a list of encoder-decoders in transformers although they are none.
 
 | | types | built with at most {largest} M parameters | all of it works |
 | --- | --- | --- | --- |
