@@ -60,7 +60,8 @@ def _multiplied(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
     rows = x.shape[:-1].numel()
     if 0 < rows < _FEW:
         filled = functional.pad(x.reshape(rows, -1), (0, 0, 0, _FEW - rows))
-        return _multiplied(filled, weight_mn, bias_m)[:rows].reshape(*x.shape[:-1], -1)
+        # A copy, for a view of what autograd's function returns may not be changed in place, as Longformer does.
+        return _multiplied(filled, weight_mn, bias_m)[:rows].reshape(*x.shape[:-1], -1).clone()
     weight_mn, bias_m = weight_mn.to(x.dtype), None if bias_m is None else bias_m.to(x.dtype)
     if not _for_onednn(x, weight_mn):
         return functional.linear(x, weight_mn, bias_m)

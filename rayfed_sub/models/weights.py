@@ -86,7 +86,16 @@ def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
         text_to_text=architecture.kind == KIND,
         one_at_a_time=architecture.alone,
     )
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.register_forward_pre_hook(_as_rows)
     return module
+
+
+def _as_rows(part: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs with each image's numbers together: of tokens that are viewed as an image, batch normalization in eval
+    mode has wrong gradients for all images but the first (torch 2.13 on a processor)."""
+    return tuple(x.contiguous() for x in args)
 
 
 @contextmanager

@@ -90,6 +90,8 @@ _GROUPED = {"n_group": 2, "topk_group": 1}
 _LOW_RANK = {"num_key_value_heads": 2, "head_dim": 8, **_GROUPED}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _STAGES = {"patch_size": 4, "window_size": 2}
+_FOUR = {"depths": [1, 1, 1, 1], "initializer_range": 0.05, "layer_scale_init_value": 0.1}
+_PYRAMID = {"hidden_sizes": [32, 32, 64, 64], "num_attention_heads": [1, 1, 2, 2]}
 _SMALL = {"initializer_range": 0.05}
 """Weights with which gradients are far enough from zero: close to it, Adam's steps are rounding."""
 
@@ -116,9 +118,13 @@ OWN: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "kimi_k25": _in_text(**_LOW_RANK),
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
-    **dict.fromkeys(("convnext", "convnextv2"), _STAGES),
-    **{name: {**_STAGES, "embed_dim": 24} for name in ("swin", "swinv2", "donut-swin")},
-    "efficientnet": {"hidden_dim": 1280},
+    **{name: {**_STAGES, **_FOUR, "hidden_sizes": [16, 32, 32, 48]} for name in ("convnext", "convnextv2")},
+    **{name: {**_STAGES, **_FOUR, "embed_dim": 24, "image_size": 64} for name in ("swin", "swinv2", "donut-swin")},
+    **{name: {**_FOUR, **_PYRAMID} for name in ("pvt", "pvt_v2", "segformer")},
+    "cvt": {"embed_dim": [16, 32, 48], "depth": [1, 2, 3], "num_heads": [1, 2, 3]},
+    "efficientnet": {"hidden_dim": 2560},
+    "focalnet": _FOUR,
+    "levit": {"image_size": 64, "patch_size": 16, "depths": [1, 1, 1], "initializer_range": 0.02},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "input_size": 32, "patch_size": 8},
     "lilt": {"hidden_size": 48},
     "luke": {"entity_vocab_size": 64, "entity_emb_size": 16},
@@ -151,11 +157,15 @@ OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": {"linear_num_heads": 2, "linear_head_dim": 8},
     "longcat_flash": {**_LOW_RANK, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
+    "perceiver": {
+        **{"d_latents": 32, "d_model": 32, "num_latents": 8, "num_self_attends_per_block": 2},
+        **{"num_self_attention_heads": 2, "num_cross_attention_heads": 2},
+    },
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
     "switch_transformers": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 10, "n_mamba_heads": 2},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "chunk_size": 16},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "n_mamba_heads": 4, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Sizes of single types."""

@@ -242,10 +242,21 @@ def test_target_errors(name: str, targets: str, expected: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_layers_that_see_tokens_before_rows_are_refused() -> None:
+def test_layers_that_see_tokens_before_rows_train_one_client_at_a_time() -> None:
     """XLNet's see the first token of all rows first, so that a client's would be taken for its neighbour's."""
+    _, bones = built("xlnet", "text-classification", targets="layer_1$")
+    assert bones.alone
+    assert bones.one_at_a_time
+    assert not bones.any_pack
     with pytest.raises(UserError, match=r"not seen row by row"):
-        built("xlnet", "text-classification", targets="layer_1$")
+        built("xlnet", "causal-lm", targets="layer_1$")
+
+
+def test_other_layers_stand_in_where_mlps_have_none_to_train(caplog: pytest.LogCaptureFixture) -> None:
+    """Zamba's MLP is one for all blocks: trained are the projections into its state spaces."""
+    _, bones = built("zamba", "text-classification")
+    assert {layer.name.rpartition(".")[2] for layer in bones.shape.targets} == {"in_proj"}
+    assert "the blocks' MLPs have no linear layer to train; trained are the projections into" in caplog.text
 
 
 class Doubled(nn.Linear):
