@@ -183,8 +183,8 @@ def write_folder(
         module.save_pretrained(folder)
         if sees_or_hears(architecture.hf_config) and _unread(architecture, folder):
             # transformers turns the names of some types (ShieldGemma 2) into others than it reads.
-            for written in Path(folder).glob("*.safetensors*"):
-                written.unlink()
+            for file in Path(folder).glob("*.safetensors*"):
+                file.unlink()
             module.save_pretrained(folder, save_original_format=False)
             unread = _unread(architecture, folder)
             assert not unread, f"transformers does not read what it writes: {unread[:3]}"
