@@ -44,12 +44,13 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 @dataclass(frozen=True)
 class StartInfo:
     """What the run's records say of the start.  wire_bytes: what a client receives before its first round; digest: of
-    its tensors."""
+    its tensors; numbers: of the weights that it changes, which are float32 then."""
 
     place: str
     what: str
     wire_bytes: int
     digest: str
+    numbers: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,7 @@ class StartFrom:
     @property
     def info(self) -> StartInfo:
         sha, size = hashlib.sha256(), sum(4 * tensor.numel() for tensor in self.head.values())
+        numbers = sum(math.prod(_size(changes[0])) for changes in self.changes.values())
         for name in sorted(self.changes):
             for change in self.changes[name]:
                 sha.update(f"{name}:{change.base_scale}".encode())
@@ -76,7 +78,7 @@ class StartFrom:
         for name in sorted(self.head):
             sha.update(name.encode())
             _add(sha, self.head[name])
-        return StartInfo(self.place, self.what, size, sha.hexdigest())
+        return StartInfo(self.place, self.what, size, sha.hexdigest(), numbers)
 
 
 def _tensors(change: Change) -> list[Tensor]:

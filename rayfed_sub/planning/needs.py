@@ -135,6 +135,11 @@ class Need:
         return CUDA + self.backbone + self.traffic.broadcast + round(HOLES * tensors)
 
 
+def _widened(parts: Parts) -> int:
+    """Bytes that weights take more because a start has made them float32."""
+    return 0 if parts.start is None or parts.config.model.dtype == "float32" else 2 * parts.start.numbers
+
+
 def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
     """The needs of a run, from so many rounds with at most so many clients in each."""
     found = parts.first(rounds, most).traffic()
@@ -149,7 +154,7 @@ def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
         steps=max(map(parts.steps, clients), default=1),
         cohort=max([1, *map(len, parts.cohorts)]),
         trained=parts.trained,
-        backbone=backbone_bytes(parts.architecture),
+        backbone=backbone_bytes(parts.architecture) + _widened(parts),
         data=parts.dataset.nbytes,
     )
 

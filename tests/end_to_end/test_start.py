@@ -239,6 +239,9 @@ def test_resuming_needs_the_same_tensors(start: Path, runs: Runs, table: Path) -
 def test_plan_names_the_start(start: Path, table: Path) -> None:
     planned = plan_of(job_of(configured(table, start)))
     assert any(str(start) in note and "to every client before its first round" in note for note in planned.notes)
+    # Two of q_proj (32 x 32) and up_proj (96 x 32), and lm_head (259 x 32), two bytes more a number over bfloat16.
+    narrow = [plan_of(job_of(configured(table, at, "model.dtype=bfloat16"))).backbone for at in (start, None)]
+    assert narrow[0] - narrow[1] == 2 * (2 * (32 + 96) * 32 + 259 * 32)
 
 
 @pytest.mark.slow
