@@ -47,7 +47,7 @@ def quadratic(
                     at = LocalStep({"up/weight": y[0].clone()}, {"up/weight": gradient}, t, lr)
                     given, memory = start.correct(memory, at)
                     gradient = given["up/weight"]
-                optimizers.step(optimizer, lr, [y], [gradient[None]], moments, [start.step + t])
+                optimizers.step(optimizer, lr, [y], [gradient[None]], moments, [[start.step + t]])
             metrics, end = {"steps": float(steps[k])}, start.step + steps[k]
             kept = {f"up/weight/{role}": x[0] for role, (x,) in moments.items()}
             result = LocalResult(

@@ -98,7 +98,7 @@ def test_fednova_s_normaliser_matches_the_path_of_training(momentum: float, mu: 
     optimizer, lr = Optimizer(name="sgd", momentum=momentum), 0.1
     w, buffer = torch.zeros(1, 1), torch.zeros(1, 1)
     for t in range(4):
-        step(optimizer, lr, [w], [torch.ones(1, 1) + mu * w], {"m1": [buffer]}, [t])
+        step(optimizer, lr, [w], [torch.ones(1, 1) + mu * w], {"m1": [buffer]}, [[t]])
     assert nova_length(optimizer, lr, mu, 4) == pytest.approx(-float(w) / lr, rel=1e-6)
 
 

@@ -20,7 +20,7 @@ from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer
-from rayfed_sub.models.architecture import AUTO_CLASSES, architecture, build
+from rayfed_sub.models.architecture import AUTO_CLASSES, architecture, build, loading_class
 from rayfed_sub.models.hub import Source, locate
 from rayfed_sub.models.presets import MODELS
 from rayfed_sub.models.tokenizers import load_tokenizer
@@ -273,6 +273,25 @@ def test_target_weights_are_canonical() -> None:
         "classifier/weight",
         "classifier/bias",
     ]
+
+
+@pytest.mark.parametrize(("name", "turned"), [("mixtral", False), ("gpt_oss", True)])
+def test_experts_matrices_lie_in_one_parameter(name: str, turned: bool) -> None:
+    model, bones = built(name, "causal-lm", blocks=1)
+    tensors = load_weights(model, bones, seed=0)
+    layer = bones.shape.targets[3]
+    assert (layer.name, layer.m, layer.n) == ("model.layers.0.mlp.experts.gate_up_proj.3", 96, 32)
+    stored = tensors["model.layers.0.mlp.experts.gate_up_proj"][3]
+    weight = target_weights(bones.shape, bones.transposed, tensors)[f"{layer.name}/weight"]
+    assert torch.equal(weight, stored.T if turned else stored)
+    assert (weight.data_ptr() == stored.data_ptr()) == (not turned)  # a transposed one is a copy
+    assert not bones.any_pack
+
+
+@pytest.mark.parametrize(("name", "expected"), [("emu3", "Emu3ForCausalLM"), ("llama", "AutoModelForCausalLM")])
+def test_text_part_of_a_larger_model_is_loaded_by_its_own_class(name: str, expected: str) -> None:
+    _, bones = built(name, "causal-lm", blocks=1)
+    assert loading_class(bones) == expected
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

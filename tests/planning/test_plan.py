@@ -209,6 +209,7 @@ def test_experts_are_planned_in_float32() -> None:
         (d_Sk,) = torch.autograd.grad(y_Sn, x_Sk, torch.empty_like(y_Sn))
         assert d_Sk.shape == (6, 8)
         assert torch.empty(3, 2, device="meta").nonzero().shape == (6, 2)
+        assert [len(part) for part in x_Sk.split([0, 0, 0])] == [6, 0, 0]  # nobody knows how many each expert takes
 
 
 def test_plan_by_hand() -> None:
