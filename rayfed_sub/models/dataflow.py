@@ -158,7 +158,7 @@ def _followed(module: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str
 def _embeddings(module: Any) -> list[nn.Module]:
     """The embeddings of tokens: the model's own; of encoder-decoders, which may have one for each half, all of its
     size; and all embeddings where the model does not say which (CANINE hashes characters)."""
-    every = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    every: list[nn.Module] = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     try:
         own = module.get_input_embeddings()
     except NotImplementedError:

@@ -67,8 +67,8 @@ class Allocations(TorchDispatchMode):
             if meta and given[0].numel() <= _SMALL:
                 return torch.zeros(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype)
             kwargs = {**kwargs, "device": _META}
-        if meta and func is _aten.index.Tensor:
-            args = (args[0], [_everything(index) for index in args[1]])
+        if meta and func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
+            args = (args[0], [place for index in args[1] for place in _everything(index)], *args[2:])
         if meta and not all(tensor.is_meta for tensor in given):
             args, kwargs = tree_map(_without_data, (args, kwargs))
         grouped = meta and func is _aten._grouped_mm.default
@@ -130,8 +130,11 @@ def _grouped_product(one: Tensor, other: Tensor, offs_E: Tensor) -> Tensor:
     return one.new_empty(shape if other.ndim == 3 else (len(offs_E), *shape))
 
 
-def _everything(index: Tensor | None) -> Tensor | None:
-    return torch.arange(len(index)) if index is not None and index.is_meta and index.dtype == torch.bool else index
+def _everything(index: Tensor | None) -> list[Tensor | None]:
+    """All places of a mask, one index for each of its dimensions; any other index as it is."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [torch.arange(index.numel())] * index.ndim
 
 
 def _without_data(x: Any) -> Any:
