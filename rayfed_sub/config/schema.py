@@ -55,7 +55,8 @@ class Model(Record):
     targets: str = Field(
         default="lower-mlp",
         description="Trained layers: `lower-mlp`, in every block the projection to its MLP's inner size that is no "
-        "gate; `attention`, the projections into and out of what mixes tokens; `all-linear`, all but the output layer; "
+        "gate, in classifiers without one the projections into state spaces or of attention, else all in the blocks; "
+        "`attention`, the projections into and out of what mixes tokens; `all-linear`, all but the output layer; "
         "`peft`, peft's defaults for the type; or a regular expression over modules' names.",
     )
     random: dict[str, Any] = Field(

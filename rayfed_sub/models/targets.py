@@ -148,6 +148,9 @@ def _nothing(
     targets: str, module: Any, fit: list[str], left_out: Mapping[str, str], pattern: re.Pattern[str] | None
 ) -> UserError:
     """The error where no layer is left to train."""
+    if not fit and not left_out and pattern is None and not _experts(module):
+        allowed = f"a model with linear layers besides its head; {module.config.model_type} has convolutions, or others"
+        return UserError("model.targets", targets, allowed, "take a transformer, or a model of your own with a loss")
     ways, layers = "lower-mlp, all-linear, attention, peft", f"linear layers: {some(fit) or 'none'}"
     if pattern is not None:
         matched = [name for name, _ in module.named_modules() if name and pattern.search(name)]

@@ -54,8 +54,8 @@ def test_all_of_it_works_with_classified_texts(name: str, feature: str) -> None:
 
 
 def test_batch_normalization_of_tokens_as_an_image_has_each_row_s_own_gradient() -> None:
-    """torch's own gradient, in eval mode, is another one than that of its rows alone where tokens (B, T, C) are viewed
-    as an image (B, C, h, w); a model that is put together here has the rows'."""
+    """torch's own gradient, in eval mode, is a wrong one for a single row whose tokens (1, T, C) are viewed as an image
+    (1, C, h, w); a model that is put together here has the same for a row alone and beside others."""
     _, bones = built("cvt", "image-classification")
     norm = next(part for part in ruled(skeleton(bones), bones).modules() if isinstance(part, nn.BatchNorm2d))
     norm = norm.to_empty(device="cpu").eval()
