@@ -47,6 +47,10 @@ def title(stats: PartitionStats) -> str:
 
 def counted(stats: PartitionStats) -> str:
     """The name of the counted values: the label's classes, or the partition's keys."""
+    if stats.problem == "regression":
+        return f"Classes: quantile bins of the label, column {stats.value_column}."
+    if stats.problem == "multi-label":
+        return f"Classes: the labels, {stats.value_column}; a row counts once for each that it has."
     if stats.counted == "classes":
         return f"Classes: the values of the label, column {stats.value_column}."
     each = " Each client has one of them, so their sizes alone give the skew." if stats.kind == "column" else ""

@@ -57,7 +57,8 @@ class Model(Record):
     targets: str = Field(
         default="lower-mlp",
         description="Trained layers: `lower-mlp`, in every block the projection to its MLP's inner size that is no "
-        "gate, of each expert in mixtures; `attention`, the projections into and out of what mixes tokens; "
+        "gate, of each expert in mixtures, in classifiers without one the projections into state spaces or of "
+        "attention, else all in the blocks; `attention`, the projections into and out of what mixes tokens; "
         "`all-linear`, all but the output layer and routers; `peft`, peft's defaults for the type; or a regular "
         "expression over names of modules and of experts' parameters (mlp.experts.gate_up_proj).",
     )

@@ -38,7 +38,8 @@ class PartitionStats:
     rows_C; tokens_C: the median of a client's rows, None for images; judged_C: held-out (or validation) rows that are
     like the client's, by its keys; distance_C and skew: of the values, see `skew`.
     holders, held, counts: client, value and rows of every pair that has any, by client.
-    split: the name of the judged split.  notes: messages logged while the rows were read.
+    split: the name of the judged split.  notes: messages logged while the rows were read.  problem: the kind of the
+    data set.
     """
 
     name: str
@@ -60,6 +61,7 @@ class PartitionStats:
     row_counts: RowCounts
     notes: tuple[str, ...]
     split: str
+    problem: str = "classification"
 
     def counts_of(self, client: int) -> dict[str, int]:
         """The client's rows of each value that it has, largest first."""
@@ -154,6 +156,7 @@ def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Par
         row_counts=dataset.row_counts,
         notes=tuple(notes),
         split=dataset.split,
+        problem=dataset.kind,
     )
 
 

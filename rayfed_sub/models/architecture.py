@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -140,6 +141,8 @@ def architecture(
     module = _checked_build(model, hf_config, kind)
     if kind == KIND:
         check_start(*_named(model, hf_config), module)
+    if kind == "image-classification":
+        _check_pixels(model, module)
     head = _head(module) if classifies else {}
     if classifies and not head:
         raise UserError("model.path", model.path, f"a model whose head for {kind} is linear", "take another model")
@@ -378,6 +381,17 @@ def _checked_build(model: Model, hf_config: Any, kind: str) -> nn.Module:
             allowed = f"an architecture that transformers has for {kind}; {hf_config.model_type} is not one"
             raise UserError(field, value, allowed, "take another model or task") from error
         raise UserError(field, value, f"a model that can be built for {kind}", reason(error)) from error
+
+
+def _check_pixels(model: Model, module: Any) -> None:
+    """UserError for a model that classifies images in another form than squares of pixels."""
+    names = signature(module.forward).parameters
+    other = "tokens of colours (input_ids)" if "pixel_values" not in names else "patches with their places"
+    if "pixel_values" in names and "spatial_shapes" not in names:
+        return
+    field = "model.random.type" if model.path == RANDOM else "model.path"
+    value = module.config.model_type if model.path == RANDOM else model.path
+    raise UserError(field, value, f"a model that reads squares of pixels; this one reads {other}", "take another model")
 
 
 def _head(module: Any) -> dict[str, nn.Module]:

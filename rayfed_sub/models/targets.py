@@ -66,10 +66,10 @@ def find_targets(targets: str, module: Any, kind: str, head: Iterable[str]) -> d
     elif flow.failed is None:
         by_place = _mixers(linears, flow) if targets == "attention" else _mlps(linears, flow)
         lacking = targets == "lower-mlp" and not matrices and (by_place or not _stacked(module, experts))
-        if lacking and by_place <= unfit.keys():
-            by_place |= _inner(linears, flow)  # no MLP, or one for several blocks
         if lacking and kind not in LANGUAGE:
             by_place = _others_for(by_place, linears, flow, unfit)
+        elif lacking and by_place <= unfit.keys():
+            by_place |= _inner(linears, flow)  # no MLP, or one for several blocks
         asked = [name for name in linears if name in by_place]
     elif matrices and "meta tensor" in flow.failed:  # JetMoE's attention asks how many tokens an expert is sent
         asked = []
@@ -209,6 +209,9 @@ def _nothing(
     targets: str, module: Any, fit: list[str], left_out: Mapping[str, str], pattern: re.Pattern[str] | None
 ) -> UserError:
     """The error where no layer is left to train."""
+    if not fit and not left_out and pattern is None and not _stacked(module, {}):
+        allowed = f"a model with linear layers besides its head; {module.config.model_type} has convolutions, or others"
+        return UserError("model.targets", targets, allowed, "take a transformer, or a model of your own with a loss")
     ways, layers = "lower-mlp, all-linear, attention, peft", f"linear layers: {some(fit) or 'none'}"
     if pattern is not None:
         matched = [name for name, _ in module.named_modules() if name and pattern.search(name)]

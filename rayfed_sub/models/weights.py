@@ -93,8 +93,8 @@ def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
 
 
 def _as_rows(part: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The inputs with each image's numbers together: of tokens that are viewed as an image, batch normalization in eval
-    mode has wrong gradients for all images but the first (torch 2.13 on a processor)."""
+    """The inputs with each channel's numbers together: where tokens (1, T, C) of a single row are viewed as an image,
+    batch normalization in eval mode gives wrong gradients (torch 2.13 on a processor)."""
     return tuple(x.contiguous() for x in args)
 
 

@@ -71,8 +71,8 @@ class Allocations(TorchDispatchMode):
             first, *others = args[1]
             along = args[2] if len(args) > 2 else kwargs.get("dim", 0)
             args = (args[0], [first + args[0].shape[along] - sum(args[1]), *others], *args[2:])
-        if meta and func is _aten.index.Tensor:
-            args = (args[0], [_everything(index) for index in args[1]])
+        if meta and func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
+            args = (args[0], [place for index in args[1] for place in _everything(index)], *args[2:])
         if meta and not all(tensor.is_meta for tensor in given):
             args, kwargs = tree_map(_without_data, (args, kwargs))
         grouped = meta and func is _aten._grouped_mm.default
@@ -134,8 +134,11 @@ def _grouped_product(one: Tensor, other: Tensor, offs_E: Tensor) -> Tensor:
     return one.new_empty(shape if other.ndim == 3 else (len(offs_E), *shape))
 
 
-def _everything(index: Tensor | None) -> Tensor | None:
-    return torch.arange(len(index)) if index is not None and index.is_meta and index.dtype == torch.bool else index
+def _everything(index: Tensor | None) -> list[Tensor | None]:
+    """All places of a mask, one index for each of its dimensions; any other index as it is."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [torch.arange(index.numel())] * index.ndim
 
 
 def _without_data(x: Any) -> Any:

@@ -189,6 +189,8 @@ def kind_of(config: Config) -> str:
     task, generate = filled(config.task), config.evaluation.generate_rows
     if task.image is None and task.image_size is not None:
         raise UserError("task.image_size", task.image_size, "nothing where the task has no images", "remove it")
+    if task.problem is not None and not task.labels:
+        raise UserError("task.problem", task.problem, "nothing where the task has no label", "remove it")
     if task.text is not None and generate:
         allowed = "0 for plain text, which asks nothing"
         raise UserError("evaluation.generate_rows", generate, allowed, "remove it")

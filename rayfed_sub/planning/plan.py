@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,8 @@ from rayfed_sub.planning.sampling import cohort, local_steps
 from rayfed_sub.planning.traffic import FEW, ClientTraffic, MethodBytes, Parts, Traffic, by_method, by_rank
 from rayfed_sub.planning.worker_memory import Lengths, Memory
 from rayfed_sub.privacy.accountant import account
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,14 @@ def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
     if job.architecture.module is not None:
         return
     machine = here(job, folder)
-    check_fits(job_parts(job), machine if on is None else machine_named(on, machine))
+    try:
+        check_fits(job_parts(job), machine if on is None else machine_named(on, machine))
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # a model that asks its tensors for numbers, as Longformer does
+        cause = " ".join(str(error).split())[:100]
+        log.warning("whether the run fits into memory is not known before it trains: %s", cause)
 
 
 def memory(job: Job) -> int | None:

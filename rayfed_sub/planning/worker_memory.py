@@ -124,7 +124,9 @@ def activations(config: Config, architecture: Architecture, size: Lengths, pack:
         batch["decoder_input_ids"] = labels
     seen = Allocations(x for _, x in all_tensors(model))
     with torch.no_grad(), FusedAttention(), seen:
-        getattr(model, "base_model", model)(**batch)
+        # A decoder's tokens are the whole model's affair.
+        both = getattr(architecture.hf_config, "is_encoder_decoder", False)
+        (model if both else getattr(model, "base_model", model))(**batch)
     # SigLIP has a vocabulary though its classifier, as any other, has none.
     vocabulary = 0 if architecture.shape.head else _vocabulary(architecture)
     dense = sum(4 * layer.m * layer.n for layer in architecture.shape.targets)

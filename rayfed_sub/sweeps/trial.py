@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from ray import tune
 
+from rayfed_sub.core.text import SCORES_OF, UNDEFINED, problem_of
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.runtime.session import carry_out
 from rayfed_sub.storage.remote import inside, open_place
@@ -60,10 +62,16 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
 
 
 def _progress(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    return {"rounds": round, "of_rounds": rounds, "finished": False, **metrics}
+    return {"rounds": round, "of_rounds": rounds, "finished": False, **_whole(metrics)}
+
+
+def _whole(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The scores with NaN for those that are not defined, which Tune's searchers and schedulers look for."""
+    missing = [name for name in SCORES_OF[problem_of(metrics)] if name in UNDEFINED and name not in metrics]
+    return {**dict.fromkeys(missing, math.nan), **metrics}
 
 
 def _end(summary: Summary) -> dict[str, Any]:
     reported = asdict(summary)
     sent = {name: reported[name] for name in (*SENT, "weights_sha256")}
-    return {"rounds": summary.rounds, "of_rounds": summary.rounds, "finished": True, **summary.metrics, **sent}
+    return {"rounds": summary.rounds, "of_rounds": summary.rounds, "finished": True, **_whole(summary.metrics), **sent}

@@ -433,6 +433,11 @@ TABLES = {
         "task.problem: got 'classification'",
         "multi-label where task.label has several columns",
     ),
+    "problem of answers": (
+        "task.problem=regression",
+        "task.problem: got 'regression'; allowed: nothing where the task has no label",
+        "remove it",
+    ),
     "numbers beside words": (
         "task.path=mixed.jsonl task.answer=null task.label=x",
         "task.label: got 'x'; allowed: one kind of labels",

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from tests.helpers.model_types import MAPPINGS, PAGE, Verdict, judged, page, stored, types_of
+from rayfed_sub.models.architecture import skeleton
+from rayfed_sub.models.weights import ruled
+from tests.helpers.model_types import MAPPINGS, PAGE, Verdict, built, judged, page, stored, types_of
 
 STORED = {(verdict.type, verdict.kind): verdict for verdict in stored()}
 CASES = [(name, kind) for kind in MAPPINGS for name in types_of(kind)]
@@ -39,6 +43,42 @@ def test_models_of_more_than_one_part_work(name: str, kind: str) -> None:
     verdict = judged(name, kind, blocks=2)
     assert verdict.works, verdict
     assert name not in types_of("causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        ("bart", "an encoder-decoder that looks for the end in each row"),
+        ("convbert", "convolutions past the attention mask"),
+        ("xlnet", "tokens before rows, a last token at the row's end"),
+    ],
+)
+def test_all_of_it_works_with_classified_texts(name: str, feature: str) -> None:
+    verdict = judged(name, "text-classification", blocks=2)
+    assert verdict.works, (feature, verdict.reason)
+    assert (verdict.pack == "one at a time") == (name == "xlnet")
+
+
+def test_batch_normalization_of_tokens_as_an_image_has_each_row_s_own_gradient() -> None:
+    """torch's own gradient, in eval mode, is a wrong one for a single row whose tokens (1, T, C) are viewed as an image
+    (1, C, h, w); a model that is put together here has the same for a row alone and beside others."""
+    _, bones = built("cvt", "image-classification")
+    norm = next(part for part in ruled(skeleton(bones), bones).modules() if isinstance(part, nn.BatchNorm2d))
+    norm = norm.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for name, tensor in norm.state_dict().items():
+            tensor.fill_(1) if name != "running_mean" else tensor.fill_(0)
+    C = norm.num_features
+    x_BTC, weight_Chw = torch.randn(3, 16, C, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 16 * C)
+
+    def gradient(x_BTC: Tensor) -> Tensor:
+        x_BTC = x_BTC.clone().requires_grad_()
+        y_BChw = norm(x_BTC.permute(0, 2, 1).view(-1, C, 4, 4))
+        (y_BChw * weight_Chw.view(C, 4, 4)).sum().backward()
+        assert x_BTC.grad is not None
+        return x_BTC.grad
+
+    torch.testing.assert_close(gradient(x_BTC), torch.cat([gradient(row[None]) for row in x_BTC]))
 
 
 @pytest.mark.slow
