@@ -307,7 +307,7 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None, check
 def _setup(run_dir: Path, config: Config) -> Setup:
     """Of rows that a Python call handed over nobody knows more than the names of their classes."""
     start = read_start(config)
-    check_start(run_dir, start)
+    check_start(run_dir, None if start is None else start.info)
     if config.task.name != GIVEN:
         job = prepare(config, start=start)
         return Setup(job.config, job.method, job.architecture, job.processor, job.start)

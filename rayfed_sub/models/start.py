@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ class StartFrom:
     classes: tuple[str, ...] | None = None
     copied: Tensors = field(default_factory=dict)
 
-    @property
+    @cached_property
     def info(self) -> StartInfo:
+        """See `StartInfo`; worked out once."""
         sha, size = hashlib.sha256(), sum(4 * tensor.numel() for tensor in self.head.values())
         numbers = sum(math.prod(_size(changes[0])) for changes in self.changes.values())
         for name in sorted(self.changes):

@@ -31,7 +31,7 @@ from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, architecture, kind_of_model
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
 from rayfed_sub.models.own_architecture import OwnWeights, own_architecture, own_processor
-from rayfed_sub.models.start import StartFrom, fitted
+from rayfed_sub.models.start import StartFrom, StartInfo, fitted
 from rayfed_sub.models.text_to_text import KIND
 from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer
 from rayfed_sub.planning.call import NOTHING, Given, code_digests
@@ -53,7 +53,8 @@ _IN_WORDS = {
 class Job:
     """A checked run.  config is resolved: every default filled in, rounds counted.  noise: under privacy, as set or as
     found for privacy.epsilon, which stays in config as it was asked for.  weights: of a model that the caller handed
-    over; code: digests of the caller's own code, by its name in the call; start: of model.start_from."""
+    over; code: digests of the caller's own code, by its name in the call; start: what model.start_from names, None
+    once its weights are loaded (`loaded`); begun: what the records say of it."""
 
     config: Config
     method: Method
@@ -64,6 +65,12 @@ class Job:
     weights: OwnWeights | None = None
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
     start: StartFrom | None = None
+    begun: StartInfo | None = None
+
+    @property
+    def loaded(self) -> Job:
+        """The job without the start's tensors."""
+        return dataclasses.replace(self, start=None)
 
     @property
     def any_pack(self) -> bool:
@@ -73,13 +80,14 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class JobInputs:
-    """Inputs of a job: the model without its weights, and the task's rows; weights, start: as in `Job`."""
+    """Inputs of a job: the model without its weights, and the task's rows; weights, start, begun: as in `Job`."""
 
     architecture: Architecture
     processor: Processor
     dataset: Dataset
     weights: OwnWeights | None = None
     start: StartFrom | None = None
+    begun: StartInfo | None = None
 
 
 def prepare(config: Config, given: Given = NOTHING, start: StartFrom | None = None) -> Job:
@@ -148,7 +156,7 @@ def load_inputs(config: Config, given: Given = NOTHING, start: StartFrom | None 
     if own is None:
         shape = architecture(config.model, *known, problem=problem)
         start = None if start is None else fitted(start, shape, dataset.class_names)
-        return JobInputs(shape, processor, dataset, start=start)
+        return JobInputs(shape, processor, dataset, start=start, begun=None if start is None else start.info)
     shape, weights = own_architecture(own, config.model, *known, problem=problem)
     if shape.module is not None and (rows := config.evaluation.generate_rows):
         allowed = "0 with a module of the caller's own, which cannot generate"
@@ -169,7 +177,7 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     resolved = config.model_copy(update={**parts, "resources": _packs(config, base.architecture)})
     noise = noise_of(resolved)
     inputs = (base.architecture, base.processor, base.dataset)
-    return Job(resolved, method, *inputs, noise, base.weights, start=base.start)
+    return Job(resolved, method, *inputs, noise, base.weights, start=base.start, begun=base.begun)
 
 
 def _packs(config: Config, architecture: Architecture) -> Resources:

@@ -214,5 +214,4 @@ def job_parts(job: Job) -> Parts:
     config = job.config
     cohorts = [cohort(config, n) for n in range(config.federation.rounds or 0)]
     steps = partial(local_steps, config)
-    start = None if job.start is None else job.start.info
-    return Parts(config, job.method, job.architecture, job.dataset, cohorts, steps, job.noise, start)
+    return Parts(config, job.method, job.architecture, job.dataset, cohorts, steps, job.noise, job.begun)

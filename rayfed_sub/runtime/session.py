@@ -157,7 +157,7 @@ def _run(
             summary = summary_of(old.path, job.config, same)
             check_data(old.path, job.dataset.fingerprint)
             check_code(old.path, job.code)
-            check_start(old.path, job.start)
+            check_start(old.path, job.begun)
             if summary is not None:
                 notify(Notice(f"{old.display_name()} is finished already"))
                 finish(old, notify)
@@ -176,7 +176,8 @@ def _run(
         folder.place.push()
         notify(Stage("starting Ray, loading weights" if config.resources.workers else "loading weights"))
         with _resume_hint(folder, job.config, notify, given), ThreadPoolExecutor(1) as pool:
-            loading, planned = [pool.submit(load_backbone, job)], _planned(pool, job)
+            loading, job = [pool.submit(load_backbone, job)], job.loaded
+            planned = _planned(pool, job)
             with ray_session() if config.resources.workers else nullcontext():
                 put, put_data = (ray.put, put_rows) if config.resources.workers else (_unchanged, _unchanged)
                 # No name here may hold the weights for the whole run.
@@ -429,7 +430,7 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         scores, answers = ask("evaluated")
         about: dict[str, Any] = {"rows": rows, "data": data, "backbone": backbone}
         code, classes = dict(job.code), list(job.dataset.class_names)
-        start = None if job.start is None else job.start.info.digest
+        start = None if job.begun is None else job.begun.digest
         problem = job.dataset.kind
         beginning = Beginning(scores, **now, **about, code=code, classes=classes, problem=problem, start=start)
         folder.begin(beginning, answers)
@@ -472,7 +473,7 @@ def _summary(
     best: dict[str, Any] | None,
 ) -> Summary:
     rows, config = folder.rounds.to_pylist(), job.config
-    before, start = overall(first.scores), None if job.start is None else job.start.info
+    before, start = overall(first.scores), job.begun
     clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
     return Summary(
         name=config.name,

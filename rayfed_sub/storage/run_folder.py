@@ -31,7 +31,7 @@ from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLay
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import with_defaults
-from rayfed_sub.models.start import StartFrom
+from rayfed_sub.models.start import StartInfo
 from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.longer_runs import ROUNDS, check_longer, is_longer, lengthened
 from rayfed_sub.storage.remote import Place
@@ -300,10 +300,10 @@ def check_code(path: Path, now: Mapping[str, str]) -> None:
             raise UserError(name, "another one" if name in now else None, allowed, advice)
 
 
-def check_start(path: Path, now: StartFrom | None) -> None:
+def check_start(path: Path, now: StartInfo | None) -> None:
     """UserError where the run in the folder began from another adapter or run of the same name.  Passes for a run whose
     initial model was not evaluated yet."""
-    if now is not None and (known := start_digest(path)) is not None and known != now.info.digest:
+    if now is not None and (known := start_digest(path)) is not None and known != now.digest:
         allowed = f"the one from which the run in {path} began; its tensors are others now"
         raise UserError("model.start_from", now.place, allowed, "restore it, or begin anew in another folder")
 

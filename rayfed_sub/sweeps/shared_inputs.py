@@ -21,7 +21,7 @@ from rayfed_sub.storage.earlier_runs import read_start
 @dataclass(frozen=True)
 class InputRefs:
     """References to a job's inputs in the object store, owned by the sweep's process.  model: (architecture,
-    processor, start)."""
+    processor, what is known of the start)."""
 
     model: Any
     dataset: Any
@@ -41,8 +41,8 @@ class SharedInputs:
             job = job_on(load_inputs(config, start=read_start(config)), config)
             dataset = put_rows(job.dataset)
         else:
-            architecture, processor, start = ray.get(refs.model)
-            job = job_on(JobInputs(architecture, processor, ray.get(refs.dataset), start=start), config)
+            architecture, processor, begun = ray.get(refs.model)
+            job = job_on(JobInputs(architecture, processor, ray.get(refs.dataset), begun=begun), config)
             dataset = refs.dataset
         weights = self.weights.get(weights_key(config))
         return job, Shared(ray.put(spec_of(job)), ray.put(load_backbone(job)) if weights is None else weights, dataset)
@@ -62,7 +62,7 @@ def shared(found: Mapping[str, tuple[Config, JobInputs]]) -> SharedInputs:
     """Puts the inputs and their weights into the object store of the current Ray session."""
     inputs, weights = {}, {}
     for key, (config, base) in found.items():
-        inputs[key] = InputRefs(ray.put((base.architecture, base.processor, base.start)), put_rows(base.dataset))
+        inputs[key] = InputRefs(ray.put((base.architecture, base.processor, base.begun)), put_rows(base.dataset))
         if (weight_key := weights_key(config)) not in weights:
             weights[weight_key] = ray.put(load_backbone(job_on(base, config)))
     return SharedInputs(inputs, weights)

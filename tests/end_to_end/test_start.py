@@ -263,8 +263,8 @@ def test_head_of_other_classes_is_drawn_anew(table: Path, tmp_path: Path) -> Non
     adapter(configured(table, None, random=BERT), tmp_path / "two", **MODELS["bert"][1])
     three = configured(table, tmp_path / "two", "task.label=three", random=BERT)
     job = job_of(three)
-    assert job.start is not None
-    assert job.start.info.what == "an adapter of peft's, without its head, which is for other classes"
+    assert job.begun is not None
+    assert job.begun.what == "an adapter of peft's, without its head, which is for other classes"
     assert begun(three).classifier.weight.shape == (3, 32)
 
 
