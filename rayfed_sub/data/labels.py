@@ -111,7 +111,7 @@ def bins(values: Sequence[float], counted: Sequence[float]) -> list[str]:
     """The quantile bin of each value as text; counted: the values of which the quantiles are taken.
 
     >>> bins([0.0, 1.0, 2.0], [0.0, 0.0, 1.0, 2.0])[::2]
-    ['0 to 0.3', '1.7 to 2']
+    ['0 to 0.2', '1.7 to 2']
     """
     edges = np.unique(np.quantile(counted, np.linspace(0, 1, BINS + 1)))
     if len(edges) == 1:
