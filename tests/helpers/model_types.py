@@ -148,7 +148,7 @@ OWN: dict[str, dict[str, Any]] = {
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    **dict.fromkeys(("gemma4_text", "gemma4_unified_text", "olmo_hybrid", "qwen3_5_moe_text"), _SMALL),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text"), _SMALL),
     **dict.fromkeys(("gemma4", "gemma4_unified"), _SMALL),
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
     "granitemoeshared": {"shared_intermediate_size": 16},
@@ -475,13 +475,14 @@ HEAD = """# Types of models
 
 What works with the defaults, type by type of `config.model_type`, on a tiny random model of each (transformers
 {transformers}, torch {torch}, peft {peft}, one thread of a CPU, float32). `make models` makes this file; a model of
-another size may differ where its configuration switches on other parts.
+another size may differ where its configuration switches on other parts. The models' numbers, among them how large
+initial weights are, were chosen so that gradients lie clear of rounding, which Adam makes steps of.
 
 - targets: what `model.targets=lower-mlp`, the default, trains, a name for each place in a block. Where it finds none,
   `attention`, `all-linear` or a regular expression may.
 - causal: no token sees later ones; "made so" where a key of the configuration had to be set, which a run does itself.
 - loss: equal to the cross-entropy of the model's own logits for each row alone, to 1e-5.
-- gradient: every target moves in one step.
+- gradient: every target moves in one step; of experts those that are sent a token.
 - pack of three: clients trained together as each alone, "same bits", or to 1e-5 ("yes"); "one at a time" where layers
   see something else than row after row, so that packs have one client. What a run relies on is the
   shorter list that more tests hold (`SAME_IN_ANY_PACK` and `CLASSIFIERS_IN_ANY_PACK` in `models/presets.py`).
