@@ -57,7 +57,7 @@ def measured(method_name: str, clients: int) -> dict[str, float]:
     ranks = {layer.name: clients * RANK for layer in shape.targets}
     old, new = method.model(server, shape), method.model(after, shape)
     if hasattr(server_change, "server_changes"):
-        server_change.server_changes(old, new, lambda name: weights[f"{name}/weight"], ranks, dense=True)
+        server_change.server_changes(old, new, lambda name: weights[f"{name}/weight"], ranks, dense=True, sums=True)
     else:  # before 2026-11-30: one layer after the other
         for name, rank in ranks.items():
             server_change.server_change(old[name], new[name], weights[f"{name}/weight"], rank, dense=True)

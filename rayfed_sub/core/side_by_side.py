@@ -10,21 +10,27 @@ from typing import TypeVar
 import torch
 
 MOST = 8
-"""Threads at most, each of which takes memory for its layer."""
+"""Threads at most."""
+MEMORY = 2**30
+"""Bytes that items may take at once beyond the largest one's."""
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+def side_by_side(function: Callable[[T], R], items: Iterable[T], each: int = 0) -> list[R]:
     """The function's results in the order of the items, on as many threads as this process may use processors, `MOST`
-    at most; each with the torch threads of the calling one.  Raises the first error of the items' order.
+    at most, and as items of `each` bytes fit into `MEMORY`; each with the torch threads of the calling one.  Raises the
+    first error of the items' order.
 
     >>> side_by_side(abs, [-2, 3])
     [2, 3]
     """
-    waiting = list(items)
+    waiting, fit = list(items), max(1, MEMORY // each) if each else MOST
     cores = min(
-        MOST, len(waiting), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        MOST,
+        fit,
+        len(waiting),
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
     if cores < 2:
         return [function(item) for item in waiting]

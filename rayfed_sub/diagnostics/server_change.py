@@ -60,41 +60,44 @@ def server_changes(
     ranks: Mapping[str, int | None],
     *,
     dense: bool,
+    sums: bool = False,
+    each: int = 0,
 ) -> dict[str, ServerChange]:
     """The changes of the layers in `ranks` (layer -> `expected`), side by side; see `server_change`.
 
-    pretrained: a layer's pretrained weight (m, n) float32."""
+    pretrained: a layer's pretrained weight (m, n) float32.  each: bytes that a layer takes meanwhile, at most."""
 
     def of(name: str) -> ServerChange | None:
-        return server_change(before[name], after[name], pretrained(name), ranks[name], dense=dense)
+        return server_change(before[name], after[name], pretrained(name), ranks[name], dense=dense, sums=sums)
 
-    found = zip(ranks, side_by_side(of, ranks), strict=True)
+    found = zip(ranks, side_by_side(of, ranks, each), strict=True)
     return {name: change for name, change in found if change is not None}
 
 
 def server_change(
-    before: Change, after: Change, W_mn: Tensor, expected: int | None, *, dense: bool
+    before: Change, after: Change, W_mn: Tensor, expected: int | None, *, dense: bool, sums: bool = False
 ) -> ServerChange | None:
     """The layer's change from before a round to after it, both relative to the pretrained weight W (m, n).
 
     expected: summed rank of the round's updates, an upper bound if they were sent as factors and the change is their
-    mean.  Returns None for a dense change without an expected rank, which takes seconds for a large layer, unless
-    `dense` is set.
+    mean; sums: as in `change_rank`.  Returns None for a dense change without an expected rank, which takes seconds for
+    a large layer, unless `dense` is set.
     """
     if after.dense is not None and expected is None and not dense:
         return None
     after_mn = after.apply(W_mn)
     far = torch.dist(after_mn, W_mn) / W_mn.norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return ServerChange(moved_rank(before, after, W_mn, after_mn, expected), float(far))
+    return ServerChange(moved_rank(before, after, W_mn, after_mn, expected, sums=sums), float(far))
 
 
-def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None) -> int:
+def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None, *, sums: bool = False) -> int:
     """Rank of after - before, both (m, n) float32.
 
-    expected: likely upper bound of the rank, such as the summed rank of the updates.  Then a part of the matrix may do,
-    since its singular values are no larger than the matrix's: where that part has the expected rank and no more, so has
-    the matrix.  Else a sketch replaces the Gram matrix of the short side, which is used after all where the rank
-    exceeds the expected one (weight decay, momentum, noise).
+    expected: likely upper bound of the rank, such as the summed rank of the updates.  A sketch then replaces the Gram
+    matrix of the short side, which is used after all where the rank exceeds the expected one (weight decay, momentum,
+    noise).  sums: the change is a sum of products of that rank, and its rounding, so that nothing can exceed it; then a
+    part of the matrix may do, whose singular values are no larger than the matrix's: where it has the expected rank, so
+    has the matrix.
 
     >>> W = torch.zeros(4, 3)
     >>> change_rank(W, W + torch.ones(4, 1) @ torch.ones(1, 3))
@@ -102,7 +105,7 @@ def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None
     """
     (m, n), noise = after_mn.shape, _noise(after_mn)
     part = 0 if not expected else int(_PART * expected) + _SPARE
-    if expected and 2 * part <= min(m, n) + part // 2:
+    if expected and sums and 2 * part <= min(m, n) + part // 2:
         rows, columns = (torch.arange(part) * size // part for size in (m, n))
         part_kk = (matrix[rows[:, None], columns].double() for matrix in (after_mn, before_mn))
         if _above(next(part_kk).sub_(next(part_kk)), noise) == expected:
@@ -126,16 +129,18 @@ def _above(matrix_mn: Tensor, noise: float) -> int:
     return int((factor_kk.diagonal()[single_k] > 0).sum()) + int((~single_k).sum()) // 2
 
 
-def moved_rank(before: Change, after: Change, W_mn: Tensor, after_mn: Tensor, expected: int | None = None) -> int:
+def moved_rank(
+    before: Change, after: Change, W_mn: Tensor, after_mn: Tensor, expected: int | None = None, *, sums: bool = False
+) -> int:
     """Rank of the difference of two changes of the pretrained weight W; after_mn: `after.apply(W)`, all (m, n) float32.
 
     Computed from the factors alone where both are blocks over equal multiples of W; otherwise see `change_rank`.
-    expected: of the updates alone; replaced blocks are added to it here.
+    expected: of the updates alone; replaced blocks are added to it here.  sums: as in `change_rank`.
     """
     if expected is not None:
         expected += sum(block.right.shape[0] for block in before.blocks)
     if before.dense is not None or after.dense is not None or before.base_scale != after.base_scale:
-        return change_rank(before.apply(W_mn), after_mn, expected)
+        return change_rank(before.apply(W_mn), after_mn, expected, sums=sums)
     blocks = [*((block, 1.0) for block in after.blocks), *((block, -1.0) for block in before.blocks)]
     if not blocks:
         return 0

@@ -30,6 +30,7 @@ from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics
 from rayfed_sub.diagnostics.server_change import ServerChange, add_ranks, server_changes
 from rayfed_sub.evaluation.named_metrics import MetricError, metrics_of
 from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.methods import METHODS
 from rayfed_sub.methods.downloads import downloaded
 from rayfed_sub.methods.hooked import unhooked
 from rayfed_sub.methods.own_failures import named
@@ -56,6 +57,7 @@ from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, give_back
 from rayfed_sub.training.client_errors import client_failed, not_finite
 
 _CLAIM_SECONDS = 60.0
+_WORKING = 28  # bytes for each number of a weight whose change is looked at: three in float32, two in float64
 
 
 @dataclass(frozen=True)
@@ -379,13 +381,19 @@ class Coordinator:
         """The server's changes of the layers in `ranks` (layer -> summed rank of the round's updates); dense changes of
         unknown rank only in rounds that are evaluated."""
         old, new = (self._method.model(server, self._shape) for server in (before, self._store.current.server))
-        known = dict.fromkeys(ranks) if mixes(self._config.server, self._config.privacy) else ranks
+        config = self._config
+        mixed = mixes(config.server, config.privacy)
+        known = dict.fromkeys(ranks) if mixed else ranks
         layers = {layer.name: layer for layer in self._shape.targets if layer.name in ranks}
+        # Of methods of this package the server's change is then the sum of what was sent.
+        sums = not (mixed or config.optimizer.weight_decay or config.hook) and config.method["name"] in METHODS
 
         def pretrained(name: str) -> torch.Tensor:
             return self._pretrained(ModelShape((layers[name],)))[f"{name}/weight"]
 
-        return server_changes(old, new, pretrained, {name: known[name] for name in layers}, dense=evaluated)
+        asked = {name: known[name] for name in layers}
+        each = max((_WORKING * layer.m * layer.n for layer in layers.values()), default=0)
+        return server_changes(old, new, pretrained, asked, dense=evaluated, sums=sums, each=each)
 
     def _verify(self) -> None:
         """Checks that shared memory is unchanged.  (A worker's `Guard` finds writes by torch, and names the tensor.)"""
