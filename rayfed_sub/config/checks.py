@@ -256,7 +256,9 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
     if isinstance(tree, str) and (key := _key_of(tree, path, place, schema)):
         advice = f"set {path}.{key}={tree}"
-    if (
+    if fault["loc"][-1:] == ("[key]",):  # of a mapping; YAML takes 5 and yes for no text
+        advice = f"put the key in quotes: {path}='{{\"{fault['input']}\": ...}}'"
+    elif (
         fault["type"] == "string_type" and tree is not None and not isinstance(tree, list | tuple)
     ):  # YAML takes 5, yes and {column} for no text
         advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"

@@ -90,6 +90,9 @@ def in_words(place: Place, schema: Place) -> str:
     if "items" in place:
         length = f" of {place['maxItems']}" if "maxItems" in place else ""
         return f"a list{length}, each {in_words(resolved(place['items'], schema), schema)}"
+    values = place.get("additionalProperties")
+    if isinstance(values, Mapping) and "properties" not in (value := resolved(values, schema)):
+        return f"texts as keys, each with {in_words(value, schema)}"
     if "pattern" in place:
         return f"text that matches {place['pattern']}"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

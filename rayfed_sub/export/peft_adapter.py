@@ -30,7 +30,8 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of peft's that change no logits here, but say how the factors were trained."""
+    """Settings of peft's that change no logits here, but say how the factors were trained; where experts are written,
+    peft's dropout is 0."""
 
     use_rslora: bool = False
     dropout: float = 0.0
@@ -108,7 +109,7 @@ def write_adapter(
         inference_mode=True,
         r=usual,
         lora_alpha=alphas[usual],
-        lora_dropout=settings.dropout,
+        lora_dropout=0.0 if experts else settings.dropout,  # peft loads no adapter of a parameter with dropout
         use_rslora=settings.use_rslora,
         rank_pattern=others,
         alpha_pattern={pattern: alphas[rank] for pattern, rank in others.items()},

@@ -83,6 +83,7 @@ class HetLoRA:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         rank = lora.rank_of(self, client.id) if state is None else int(state.tensors["rank"])
         cut = lora.cut(self, broadcast.tensors, shape, rank)
+        rank = lora.client_rank(self, cut, shape)
         tensors = {**self._rescaled(cut, shape, rank), **averaging.head(shape, broadcast.tensors)}
         trained = averaging.tensor_names(shape, "left", "right")
         kept = self._kept(rank)
@@ -136,7 +137,7 @@ class HetLoRA:
         return {**tensors, **scaled}
 
     def _pruned(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> int:
-        """The client's rank after the round."""
+        """The client's rank after the round, of those with the same components the least: any below has fewer."""
         rank = lora.client_rank(self, result.tensors, shape)
         kept = self._kept(rank)
         before = float(tail(self, lora.cut(self, broadcast.tensors, shape, rank), shape, kept))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Protocol, TypeVar
@@ -132,13 +133,13 @@ def rescaling(method: _LoRA, layer: str, rank: int) -> float:
 
 
 def client_rank(method: _LoRA, tensors: Tensors, shape: ModelShape) -> int:
-    """The rank of the client that has these factors; the largest, where several ranks have them."""
+    """The rank of the client that has these factors; the least, where several ranks have them."""
     first = shape.targets[0]
     if not _patterns(method, "rank_pattern"):
         return tensors[f"{first.name}/left"].shape[1]
     has = [tensors[f"{layer.name}/left"].shape[1] for layer in shape.targets]
-    ranks = range(method.rank, 0, -1)
-    return next(r for r in ranks if has == [layer_rank(method, layer.name, r) for layer in shape.targets])
+    ranks = range(1, method.rank + 1)
+    return ranks[bisect_left(ranks, has, key=lambda r: [layer_rank(method, layer.name, r) for layer in shape.targets])]
 
 
 N = TypeVar("N", int, float)

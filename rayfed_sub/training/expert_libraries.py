@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import Layer, ModelShape, Start, Tensors
@@ -86,7 +87,7 @@ def _in_model(
             names = [name for role in ("left", "core", "right") if (name := f"{layer.name}/{role}") in start.tensors]
             factors = [_parameter(start.tensors[name], stored.device) for name in names]
             found |= dict(zip(names, factors, strict=True))
-            made[place(layer)[1]] = partial(_low_rank, W_mn, factors, start.scale)
+            made[place(layer)[1]] = partial(_low_rank, W_mn, factors, start.scale_of(layer.name))
         else:
             trained = f"{layer.name}/weight" if start.subspace is None else sides(layer)[1]
             found[trained] = _parameter(W_mn, stored.device)
@@ -115,25 +116,27 @@ def _low_rank(W_mn: Tensor, factors: Sequence[Tensor], scale: float) -> Tensor:
 def _in_peft(
     model: nn.Module, owner: nn.Module, matrix: Matrix, own: Sequence[Layer], start: Start, found: Parameters
 ) -> Callable[[], None]:
-    """Wraps the stored parameter by peft; a function that puts the experts' factors side by side in peft's own."""
+    """Wraps the stored parameter by peft; a function that puts the experts' factors side by side in peft's own.
+
+    peft has one rank and one scale for all experts of a parameter: the largest rank, up to which the others' factors
+    are filled up with zeros, and 1, with every expert's own scale in its B.
+    """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import ParamWrapper
 
     key = matrix.parameter.rpartition(".")[2]
-    (rank,) = {start.tensors[f"{layer.name}/left"].shape[1] for layer in own}
-    config = LoraConfig(
-        target_modules=[], target_parameters=[f"0.{matrix.parameter}"], r=rank, lora_alpha=start.scale * rank
-    )
+    rank = max(start.tensors[f"{layer.name}/left"].shape[1] for layer in own)
+    config = LoraConfig(target_modules=[], target_parameters=[f"0.{matrix.parameter}"], r=rank, lora_alpha=rank)
     inject_adapter_in_model(config, nn.Sequential(model))
     model.eval().requires_grad_(False)
     wrappers = (part for part in model.modules() if isinstance(part, ParamWrapper))
     (wrapper,) = (part for part in wrappers if part.get_base_layer() is owner and part.parameter_name == key)
     device = wrapper.get_param().device
-    factors: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    factors: dict[int, tuple[float, nn.Parameter, nn.Parameter]] = {}
     for layer in own:
         names = [f"{layer.name}/{role}" for role in ("left", "right")]
         left, right = (_parameter(start.tensors[name], device) for name in names)
-        factors[place(layer)[1]] = left, right
+        factors[place(layer)[1]] = start.scale_of(layer.name), left, right
         found |= dict(zip(names, (left, right), strict=True))
     linears = [wrapper.lora_A["default"], wrapper.lora_B["default"]]
     shapes = [linear._parameters.pop("weight").shape for linear in linears]
@@ -144,8 +147,9 @@ def _in_peft(
         A_Eri = torch.zeros(len(wrapper.get_param()), rank, shapes[0][1], device=device)
         B_Eor = torch.zeros(len(wrapper.get_param()), shapes[1][0], rank, device=device)
         A, B = list(A_Eri), list(B_Eor)
-        for number, (left, right) in factors.items():
-            A[number], B[number] = (left.T, right.T) if turned else (right, left)
+        for number, (scale, left, right) in factors.items():
+            A_ri, B_or = (left.T, right.T) if turned else (right, left)
+            A[number], B[number] = pad(A_ri, (0, 0, 0, rank - len(A_ri))), pad(scale * B_or, (0, rank - B_or.shape[1]))
         linears[0].weight = torch.cat(A)
         linears[1].weight = torch.stack(B, dim=2).flatten(1)
 

@@ -91,6 +91,27 @@ def test_client_prunes_a_tail_that_shrank() -> None:
     assert third.server.tensors["up/right"].tolist() == [[0.5, 0.0], [0.0, 0.0]]
 
 
+def test_clients_prune_where_a_pattern_gives_several_ranks_the_same_components() -> None:
+    """Rank 8 has 4 components: 7 and 6 have 3, and 5 and 4 have 2, so that below 3 components comes 2."""
+    shape = ModelShape((Layer("a.up", m=16, n=16),))
+    fields = {"name": "hetlora", "rank": 8, "client_ranks": [7, 6], "rank_pattern": {"up": 4}}
+    method, right = build(fields), torch.eye(3, 16)
+    server = method.init_server({"a.up/weight": torch.zeros(16, 16)}, shape, seed=0)
+    end = {"a.up/left": 2 * torch.eye(16, 3), "a.up/right": right}
+    first = walked(method, shape, server, {0: end, 1: end}, {0: 1.0, 1: 1.0})
+    ranks = [int(state.tensors["rank"]) for state in first.states.values()]
+    assert all(rank <= given for rank, given in zip(ranks, (7, 6), strict=True))
+    less = {"a.up/left": torch.eye(16, 3), "a.up/right": right}
+    second = walked(method, shape, first.server, {0: less, 1: less}, {0: 1.0, 1: 1.0}, first.states)
+    for client in (0, 1):
+        assert second.starts[client].penalty is not None
+        assert second.starts[client].penalty(second.starts[client].tensors) > 0
+        assert second.updates[client].tensors["a.up/left"].shape == (16, 2)
+        assert int(second.states[client].tensors["rank"]) < ranks[client]
+    one_more = walked(method, shape, second.server, {0: {}, 1: {}}, {0: 1.0, 1: 1.0}, second.states)
+    assert one_more.starts[0].tensors["a.up/left"].shape == (16, 2)
+
+
 def test_gamma_of_one_never_prunes() -> None:
     method = build({"name": "hetlora", "rank": 2, "gamma": 1.0})
     right = [[1.0, 0.0], [0.0, 1.0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,29 @@ def test_experts_are_as_the_libraries_have_them(name: str, kind: str) -> None:
         assert ours.base_scales == pytest.approx(theirs.base_scales)
         assert len(set(steps_of(ours, names))) > 1  # some were skipped
         start = next_start(start, ours, tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mixtral", {"name": "fedit", "alpha_pattern": {"experts.down_proj": 64.0}}),
+        ("mixtral", {"name": "fedit", "rank_pattern": {"experts.gate_up_proj": 4}, "use_rslora": True}),
+        ("mixtral", {"name": "fed-sb", "alpha_pattern": {"down_proj": 400.0}}),
+        ("gpt_oss", {"name": "fedit", "rank_pattern": {"gate_up_proj.1": 3}, "alpha_pattern": {"down_proj.2": 64.0}}),
+    ],
+)
+def test_experts_with_ranks_and_scales_of_their_own(name: str, fields: dict[str, Any]) -> None:
+    tiny, method = mixture(name), build({"rank": 2, **fields})
+    method.check(tiny.shape)
+    server = method.init_server(tiny.weights, tiny.shape, seed=0)
+    data, optimizer = [draw_batches(tiny, 3, 3, rows=2)], Optimizer(eps=1e-4)
+    ours, theirs = (
+        walk(method, tiny, server, data, weights=[1], optimizer=optimizer, trainer=trainer)
+        for trainer in (run_pack, run_reference)
+    )
+    start, found = ours.starts[0], [change(tiny, done.starts[0], done.results[0]) for done in (ours, theirs)]
+    assert worst(*found) < 1e-4
+    assert len({start.scale_of(layer.name) for layer in tiny.shape.targets}) > 1
 
 
 @pytest.mark.parametrize("moments", ["rotate", "reset"])
