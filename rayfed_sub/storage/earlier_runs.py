@@ -12,7 +12,7 @@ from rayfed_sub.core.types import ServerState
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.architecture import architecture
 from rayfed_sub.models.hub import RANDOM
-from rayfed_sub.models.start import FIELD, StartFrom, is_adapter, read_adapter
+from rayfed_sub.models.start import FIELD, StartFrom, fitted, is_adapter, read_adapter
 from rayfed_sub.planning.job import model_kind, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import local_copy
@@ -55,13 +55,14 @@ def _of_run(place: str, folder: Path, config: Config) -> StartFrom:
         allowed = f"a run with one model for all; {name} has one for each client"
         raise UserError(FIELD, place, allowed, "export a client's adapter, and start from that")
     earlier = read_start(then)
-    if (known := start_digest(folder)) is not None and (earlier is None or earlier.info.digest != known):
-        allowed = f"a run whose own start is as it was; {then.model.start_from} is another one now"
-        raise UserError(FIELD, place, allowed, "restore that")
     kind, classes = model_kind(then), class_names(folder)
     processor = processor_of(then, kind)
     labels = (kind, classes, processor.vocabulary, processor.pad)
-    shape = architecture(then.model, *labels, problem=problem_of(folder)).shape
+    bones = architecture(then.model, *labels, problem=problem_of(folder))
+    shape, earlier = bones.shape, None if earlier is None else fitted(earlier, bones, classes)
+    if (known := start_digest(folder)) is not None and (earlier is None or earlier.info.digest != known):
+        allowed = f"a run whose own start is as it was; {then.model.start_from} is another one now"
+        raise UserError(FIELD, place, allowed, "restore that")
     server = ServerState(found.round, found.server)
     changes = dict(earlier.changes) if earlier is not None else {}
     for layer, change in method.model(server, shape).items():

@@ -268,6 +268,17 @@ def test_head_of_other_classes_is_drawn_anew(table: Path, tmp_path: Path) -> Non
     assert begun(three).classifier.weight.shape == (3, 32)
 
 
+def test_run_without_its_start_s_head_is_exported_and_gone_on_from(table: Path, tmp_path: Path) -> None:
+    run(configured(table, None, random=BERT), tmp_path / "two")
+    three = ("task.label=three", "federation.local_steps=1")
+    run(configured(table, tmp_path / "two", *three, random=BERT), tmp_path / "three")
+    export_hf(tmp_path / "three", tmp_path / "hf")
+    found = job_of(configured(table, tmp_path / "three", *three, random=BERT))
+    assert found.start is not None
+    assert found.start.head.keys() == {"classifier/weight", "classifier/bias"}
+    assert {len(changes) for changes in found.start.changes.values()} == {2}
+
+
 @pytest.mark.slow
 def test_classifier_of_a_start_is_exported(table: Path, tmp_path: Path) -> None:
     adapter(configured(table, None, random=BERT), tmp_path / "two", **MODELS["bert"][1])
