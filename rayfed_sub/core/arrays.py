@@ -96,3 +96,9 @@ def checksum(arrays: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) -> int:
         body = len(flat) // 8 * 8
         total += int(flat[:body].view(np.uint64).sum(dtype=np.uint64)) + int(flat[body:].sum(dtype=np.uint64))
     return total % 2**64
+
+
+def matrices_checksum(arrays: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) -> str:
+    """`checksum` in hex, without vectors: rotary frequencies are computed, and may differ in a bit between versions of
+    torch."""
+    return f"{checksum({name: array for name, array in arrays.items() if array[1].ndim > 1}):016x}"

@@ -31,6 +31,7 @@ from rayfed_sub.models.weights import (
     generation_config,
     load_weights,
     target_weights,
+    with_targets,
     write_codec,
     write_companions,
     write_folder,
@@ -255,11 +256,9 @@ def export_state(
     model = kept(run_dir)
     server, changes = _changes(run_dir, build(config.method), model.shape, client, checkpoint)
     weights = target_weights(model.shape, model.transposed, model.tensors)
-    state = dict(model.tensors)
-    for layer in model.shape.targets:
-        W_mn = changes[layer.name].apply(weights[f"{layer.name}/weight"])
-        state[f"{layer.name}.weight"] = (W_mn.T if layer.name in model.transposed else W_mn).contiguous()
-    state |= {name.replace("/", "."): server.tensors[name].contiguous() for name in model.shape.head_names}
+    trained = {f"{t.name}/weight": changes[t.name].apply(weights[f"{t.name}/weight"]) for t in model.shape.targets}
+    trained |= {name: server.tensors[name] for name in model.shape.head_names}
+    state = with_targets(model.shape, model.transposed, model.tensors, trained, torch.float32)
     state |= {alias: state[name].clone() for alias, name in model.tied.items()}
     save_file(state, to / "model.safetensors")
     load = 'module.load_state_dict(load_file("model.safetensors"))'
@@ -307,15 +306,16 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None, check
 def _setup(run_dir: Path, config: Config) -> Setup:
     """Of rows that a Python call handed over nobody knows more than the names of their classes."""
     start = read_start(config)
-    check_start(run_dir, None if start is None else start.info)
     if config.task.name != GIVEN:
         job = prepare(config, start=start)
+        check_start(run_dir, job.begun)
         return Setup(job.config, job.method, job.architecture, job.processor, job.start)
     kind = model_kind(config)
     processor = processor_of(config, kind)
     known = (kind, class_names(run_dir), processor.vocabulary, processor.pad)
     bones = architecture_of(config.model, *known, problem=problem_of(run_dir))
     start = None if start is None else fitted(start, bones, known[1])
+    check_start(run_dir, None if start is None else start.info)
     return Setup(config, build(config.method), bones, processor, start)
 
 

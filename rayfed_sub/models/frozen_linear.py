@@ -26,7 +26,8 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 def product(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None = None) -> Tensor:
     """x W^T + bias, (..., n) -> (..., m), in x's dtype, with a gradient for x alone: W and bias are frozen, and must
-    not ask for one.  A weight of another dtype is cast for the moment, forward and back, and the copy is not kept.
+    not ask for one.  A weight of another dtype is cast for the moment, forward and back, and the copy is not kept.  Of
+    a float32 weight, which a start's changes made so, no digit is lost: its product is float32's, rounded once.
 
     oneDNN's kernel for float32 on a processor, torch's for all else, also where W lies with gaps: with those oneDNN
     takes a thousand times as long.  On a processor without instructions for bfloat16 such products are float32's,
@@ -55,7 +56,7 @@ class _Product(torch.autograd.Function):
 
 
 def _multiplied(x: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
-    if _emulated(x):
+    if _emulated(x) or (weight_mn.dtype == torch.float32 and x.dtype != torch.float32):
         return _multiplied(x.float(), weight_mn, bias_m).to(x.dtype)
     rows = x.shape[:-1].numel()
     if 0 < rows < _FEW:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayfed_sub.core.arrays import matrices_checksum, packed
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.patterns import pattern_key
 from rayfed_sub.core.types import Block, Change, ModelShape, Tensors
@@ -45,7 +47,7 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 @dataclass(frozen=True)
 class StartInfo:
     """What the run's records say of the start.  wire_bytes: what a client receives before its first round; digest: of
-    its tensors; numbers: of the weights that it changes, which are float32 then."""
+    its tensors; numbers: of the parameters that it changes, which are float32 then."""
 
     place: str
     what: str
@@ -55,10 +57,20 @@ class StartInfo:
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """With what an earlier run began: its own start, and the checksum of all matrices with it, as its log has it."""
+
+    backbone: str
+    start: StartFrom | None
+
+
+@dataclass(frozen=True, eq=False)
 class StartFrom:
     """place: `model.start_from`.  what: in words.  changes: by layer, relative to the pretrained weight (m, n) and to
     those before; head: `<layer>/weight` and `<layer>/bias`, of a classification into `classes` (None: not known).
-    copied: tensors of the pretrained model, by dotted name, that peft stores beside an adapter of its output layer."""
+    copied: tensors of the pretrained model, by dotted name, that peft stores beside an adapter of its output layer.
+    numbers: of the parameters that are float32 with the changes, once the start is `fitted` to a model.  origin: of a
+    run's changes, the weights to which they belong."""
 
     place: str
     what: str
@@ -66,12 +78,13 @@ class StartFrom:
     head: Tensors = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     copied: Tensors = field(default_factory=dict)
+    numbers: int = 0
+    origin: Origin | None = None
 
     @cached_property
     def info(self) -> StartInfo:
         """See `StartInfo`; worked out once."""
         sha, size = hashlib.sha256(), sum(4 * tensor.numel() for tensor in self.head.values())
-        numbers = sum(math.prod(_size(changes[0])) for changes in self.changes.values())
         for name in sorted(self.changes):
             for change in self.changes[name]:
                 sha.update(f"{name}:{change.base_scale}".encode())
@@ -80,7 +93,7 @@ class StartFrom:
         for name in sorted(self.head):
             sha.update(name.encode())
             _add(sha, self.head[name])
-        return StartInfo(self.place, self.what, size, sha.hexdigest(), numbers)
+        return StartInfo(self.place, self.what, size, sha.hexdigest(), self.numbers)
 
 
 def _tensors(change: Change) -> list[Tensor]:
@@ -123,10 +136,12 @@ def read_adapter(place: str) -> StartFrom:
     with quiet():
         config, tensors = _files(place)
     _check_config(place, config)
-    alphas = config.get("alpha_pattern") or {}
+    alphas = _alphas(place, config)
     sides: dict[str, dict[str, Tensor]] = {}
     head, copied = {}, {}
     for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise _damaged(place, f"{key} holds numbers that are not finite")
         name, _, role = key.removeprefix("base_model.model.").rpartition(".")
         layer, dot, side = name.rpartition(".")
         if dot and role == "weight" and side in ("lora_A", "lora_B"):
@@ -139,9 +154,12 @@ def read_adapter(place: str) -> StartFrom:
             head[f"{name}/{role}"] = tensor.float()
     changes = {}
     for layer, pair in sides.items():
-        if len(pair) < 2 or pair["lora_B"].ndim != 2:
+        if len(pair) < 2 or any(side.ndim != 2 for side in pair.values()):
             raise _unmerged(place, f"{layer}.{next(iter(pair))}")
         rank, own = len(pair["lora_A"]), pattern_key(alphas, layer)
+        if pair["lora_B"].shape[1] != rank or not rank:
+            sizes = " and ".join(f"{side} {' x '.join(map(str, x.shape))}" for side, x in sorted(pair.items()))
+            raise _damaged(place, f"{layer} has {sizes}")
         alpha = config.get("lora_alpha", 8) if own is None else alphas[own]
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         changes[layer] = (Change(blocks=(Block(pair["lora_B"], pair["lora_A"], scale),)),)
@@ -186,6 +204,26 @@ def _check_config(place: str, config: Mapping[str, Any]) -> None:
         raise _unmerged(place, f"{others[0]}={config[others[0]]}")
 
 
+def _alphas(place: str, config: Mapping[str, Any]) -> Mapping[str, float]:
+    """alpha_pattern.  Raises UserError where it or lora_alpha is damaged."""
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, Mapping):
+        raise _damaged(place, f"alpha_pattern is {alphas}")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **alphas}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise _damaged(place, f"{name} is {alpha!r}")
+        try:
+            pattern_key([name], "")
+        except re.error as error:
+            raise _damaged(place, f"alpha_pattern's {name} is no regular expression: {error}") from None
+    return alphas
+
+
+def _damaged(place: str, what: str) -> UserError:
+    allowed = f"a whole adapter; in this one {what}"
+    return UserError(FIELD, place, allowed, "write it again")
+
+
 def _unmerged(place: str, what: str) -> UserError:
     allowed = f"an adapter that can be merged exactly, LoRA's factors of linear layers; this one has {what}"
     return UserError(FIELD, place, allowed, "merge it with peft, and set model.path to the merged model")
@@ -219,11 +257,16 @@ def fitted(start: StartFrom, architecture: Architecture, classes: Sequence[str])
             raise _unmerged(start.place, f"{strange.replace('/', '.')} in modules_to_save")
         if start.head and not sizes:
             raise _unmerged(start.place, f"{next(iter(start.head)).replace('/', '.')} in modules_to_save")
+    changed = {f"{name}.weight": math.prod(_size(start.changes[name][0])) for name in start.changes.keys() - experts}
+    for parameter in {experts[name].parameter for name in start.changes if name in experts}:  # of all experts
+        changed[parameter] = module.get_parameter(parameter).numel()
+    start = replace(start, numbers=sum(changed.values()))
     same = {name: tuple(x.shape) for name, x in start.head.items()} == sizes
-    if start.head and not (same and start.classes in (None, tuple(classes))):
-        what = f"{start.what}, without its head, which is for other classes"
-        return replace(start, head={}, what=what if sizes else start.what)
-    return start
+    if same and start.classes in (None, tuple(classes)):
+        return start
+    # A head of other classes was another one before training too.
+    what = f"{start.what}, without its head, which is for other classes"
+    return replace(start, head={}, what=what if sizes and start.head else start.what, origin=None)
 
 
 def _head_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -238,6 +281,11 @@ def merged(tensors: Tensors, start: StartFrom | None, architecture: Architecture
     Raises UserError for a start that was made of another model, as far as it shows."""
     if start is None:
         return tensors
+    if (origin := start.origin) is not None:
+        known = matrices_checksum(packed(merged(tensors, origin.start, architecture)))
+        if known != origin.backbone:
+            allowed = "a run of the same model; the weights of model.path are others than those with which it began"
+            raise UserError(FIELD, start.place, allowed, "set model.path to the model that it trained")
     found, module = dict(tensors), skeleton(architecture)
     experts, turned = _expert_places(module), _turned(start, module)
     for name, copy in start.copied.items():

@@ -146,6 +146,31 @@ def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tenso
     return weights
 
 
+def with_targets(
+    shape: ModelShape,
+    transposed: frozenset[str],
+    tensors: Tensors,
+    targets: Tensors,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The model's tensors with `targets`, canonical `<layer>/weight` and `<layer>/bias`, in place of its own.
+
+    dtype of what takes them, a parameter of several experts as a whole: None keeps each tensor's own."""
+    stored, experts = dict(tensors), {layer.name: layer for layer in shape.experts}
+    written = {name.rpartition("/")[0] for name in targets}
+    for parameter in {place(layer)[0] for name, layer in experts.items() if name in written}:  # matrix by matrix
+        stored[parameter] = tensors[parameter].to(dtype or tensors[parameter].dtype, copy=True)
+    for name, tensor in targets.items():
+        layer, _, role = name.rpartition("/")
+        plain = f"{layer}.{role}"
+        turned = tensor.T if role == "weight" and layer in transposed else tensor
+        if layer in experts:
+            matrix_of(stored, experts[layer], transposed=layer in transposed).copy_(turned)
+        else:
+            stored[plain] = turned.to(dtype or tensors[plain].dtype).contiguous()
+    return stored
+
+
 def write_folder(
     architecture: Architecture,
     tensors: Tensors,
@@ -161,18 +186,7 @@ def write_folder(
     dtype of all weights in the files: None keeps the backbone's, to which float32 targets are then rounded.
     generation: the generation configuration to write in place of the one that follows from the model's own.
     """
-    stored, experts = dict(tensors), {layer.name: layer for layer in architecture.shape.experts}
-    written = {name.rpartition("/")[0] for name in targets}
-    for parameter in {place(layer)[0] for name, layer in experts.items() if name in written}:  # matrix by matrix
-        stored[parameter] = tensors[parameter].to(dtype or tensors[parameter].dtype, copy=True)
-    for name, tensor in targets.items():
-        layer, _, role = name.rpartition("/")
-        plain = f"{layer}.{role}"
-        turned = tensor.T if role == "weight" and layer in architecture.transposed else tensor
-        if layer in experts:
-            matrix_of(stored, experts[layer], transposed=layer in architecture.transposed).copy_(turned)
-        else:
-            stored[plain] = turned.to(dtype or tensors[plain].dtype).contiguous()
+    stored = with_targets(architecture.shape, architecture.transposed, tensors, targets, dtype)
     module: Any = assemble(architecture, stored)
     if dtype is not None:
         module = module.to(dtype)

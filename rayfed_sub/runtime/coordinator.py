@@ -20,7 +20,7 @@ import ray
 import torch
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.arrays import Packed, checksum, packed, unpacked
+from rayfed_sub.core.arrays import Packed, checksum, matrices_checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
 from rayfed_sub.core.types import Accumulator, Broadcast, Change, Client, ModelShape, ServerState, Tensors, Update
@@ -249,9 +249,8 @@ class Coordinator:
         return spent(self._config, self._noise, self._store.current.server.round)
 
     def backbone_sum(self) -> str:
-        """Checksum of the loaded weights, in hex, without vectors: rotary frequencies are computed, and may differ in a
-        bit between versions of torch."""
-        return f"{checksum({name: array for name, array in self._backbone_arrays.items() if array[1].ndim > 1}):016x}"
+        """Checksum of the loaded weights' matrices."""
+        return matrices_checksum(self._backbone_arrays)
 
     def weights_sha256(self) -> str:
         """SHA-256 of everything learned: effective target weights, server tensors, states of personal clients, and what

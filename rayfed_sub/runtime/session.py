@@ -306,6 +306,7 @@ def load_backbone(job: Job) -> Packed:
     """The weights with which the run begins, as arrays for the object store."""
     if job.weights is not None:
         return packed(job.weights.tensors)
+    assert (job.start is None) == (job.begun is None), "a job whose weights are loaded already"
     weights = load_weights(job.config.model, job.architecture, job.config.seed)
     return packed(merged(weights, job.start, job.architecture))
 

@@ -12,11 +12,12 @@ from rayfed_sub.core.types import ServerState
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.architecture import architecture
 from rayfed_sub.models.hub import RANDOM
-from rayfed_sub.models.start import FIELD, StartFrom, is_adapter, read_adapter
+from rayfed_sub.models.start import FIELD, Origin, StartFrom, fitted, is_adapter, read_adapter
+from rayfed_sub.models.text_to_text import LANGUAGE
 from rayfed_sub.planning.job import model_kind, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import local_copy
-from rayfed_sub.storage.run_folder import class_names, problem_of, start_digest
+from rayfed_sub.storage.run_folder import backbone_sum, class_names, problem_of, start_digest
 
 
 def read_start(config: Config) -> StartFrom | None:
@@ -50,21 +51,30 @@ def _of_run(place: str, folder: Path, config: Config) -> StartFrom:
         allowed = f"a run of the same model; this one trained {then.model.path}"
         allowed += f" drawn by seed {then.seed}" if same else ""
         raise UserError(FIELD, place, allowed, "set model.path to the model that it trained")
+    kind = model_kind(then)
+    if kind not in LANGUAGE and then.seed != config.seed:
+        allowed = f"a run of the same seed, by which parts of a classifier are drawn; this one has seed {then.seed}"
+        raise UserError(FIELD, place, allowed, f"set seed={then.seed}")
     method = build(then.method)
     if method.personal:
         allowed = f"a run with one model for all; {name} has one for each client"
-        raise UserError(FIELD, place, allowed, "export a client's adapter, and start from that")
+        advice = "export a client's model whole (--format hf), and set model.path to that"
+        raise UserError(FIELD, place, allowed, advice)
     earlier = read_start(then)
+    classes = class_names(folder)
+    processor = processor_of(then, kind)
+    labels = (kind, classes, processor.vocabulary, processor.pad)
+    bones = architecture(then.model, *labels, problem=problem_of(folder))
+    shape, earlier = bones.shape, None if earlier is None else fitted(earlier, bones, classes)
     if (known := start_digest(folder)) is not None and (earlier is None or earlier.info.digest != known):
         allowed = f"a run whose own start is as it was; {then.model.start_from} is another one now"
         raise UserError(FIELD, place, allowed, "restore that")
-    kind, classes = model_kind(then), class_names(folder)
-    processor = processor_of(then, kind)
-    labels = (kind, classes, processor.vocabulary, processor.pad)
-    shape = architecture(then.model, *labels, problem=problem_of(folder)).shape
     server = ServerState(found.round, found.server)
     changes = dict(earlier.changes) if earlier is not None else {}
     for layer, change in method.model(server, shape).items():
         changes[layer] = (*changes.get(layer, ()), change)
     head = {name: server.tensors[name] for name in shape.head_names}
-    return StartFrom(place, f"a run of {then.method_in_words}, {count('round', found.round)}", changes, head, classes)
+    what, known = f"a run of {then.method_in_words}, {count('round', found.round)}", backbone_sum(folder)
+    # The sum is of numbers of the earlier run's type.
+    origin = None if known is None or then.model.dtype != here.dtype else Origin(known, earlier)
+    return StartFrom(place, what, changes, head, classes, origin=origin)

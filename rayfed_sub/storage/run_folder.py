@@ -315,6 +315,12 @@ def start_digest(path: Path) -> str | None:
     return digest
 
 
+def backbone_sum(path: Path) -> str | None:
+    """Checksum of the matrices with which the run in the folder began; None where it is not known."""
+    first = _started(_entries(path))
+    return None if first is None else first.get("backbone") or None
+
+
 def class_names(path: Path) -> tuple[str, ...]:
     """Names of the classes with which the run in the folder began, in order; empty for language models."""
     first = _started(_entries(path))

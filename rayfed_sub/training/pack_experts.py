@@ -26,11 +26,14 @@ from rayfed_sub.training.layers import Bound, PackLinear, Run, Terms, runs, toke
 
 def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
     """Replaces the target and head layers of `module` by PackLinear over the same weights (no copy), and experts that
-    are targets by `PackExperts`; by layer name.  All other plain linear layers are frozen."""
+    are targets by `PackExperts`, also those whose matrices alone are float32, since a start changed them; by layer
+    name.  All other plain linear layers are frozen."""
     found = layers.install(module, shape)
     targets = {layer.name for layer in shape.experts}
-    for experts in experts_of(module).values() if targets else ():
-        if not any(name in targets for matrix in experts.matrices for name in matrix.names):
+    narrow = any(parameter.dtype != torch.float32 for parameter in module.parameters())
+    for experts in experts_of(module).values():
+        wide = narrow and any(module.get_parameter(m.parameter).dtype == torch.float32 for m in experts.matrices)
+        if not wide and not any(name in targets for matrix in experts.matrices for name in matrix.names):
             continue
         packed = PackExperts(module.get_submodule(experts.module), experts)
         parent, _, child = experts.module.rpartition(".")

@@ -401,6 +401,24 @@ def test_transformers_model_trains_as_its_folder_does(tmp_path: Path) -> None:
     assert not here.one_at_a_time
 
 
+def test_state_dict_of_a_mixture_holds_its_trained_experts(tmp_path: Path) -> None:
+    """In the parameter where the module has them, all in one."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    from rayfed_sub.export.exported import export_state
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    mixture = MixtralConfig(vocab_size=len(words()), num_key_value_heads=1, num_local_experts=3, **sizes)
+    module = AutoModelForCausalLM.from_config(mixture)
+    run(load_config(TEXTS), tmp_path / "run", data=QUESTIONS, model=OwnModel(module, tokenizer=words()))
+    export_state(tmp_path / "run", tmp_path / "state")
+    state, before = load_file(tmp_path / "state" / "model.safetensors"), module.state_dict()
+    changed = {name for name in before if not torch.equal(state[name], before[name])}
+    assert changed == {"model.layers.0.mlp.experts.gate_up_proj"}
+    module.load_state_dict(state)  # without a key too many
+
+
 def test_export_of_given_rows_with_a_named_model(tmp_path: Path, cli: Any) -> None:
     """Nobody has the rows any more; the model and its method have names."""
     labels = {

@@ -27,6 +27,7 @@ from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.plan import job_parts, plan_of
 from rayfed_sub.runtime.session import load_backbone
 from rayfed_sub.storage.earlier_runs import read_start
+from tests.helpers.word_tokenizers import numbers
 
 SIZES = {
     **{"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -268,6 +269,17 @@ def test_head_of_other_classes_is_drawn_anew(table: Path, tmp_path: Path) -> Non
     assert begun(three).classifier.weight.shape == (3, 32)
 
 
+def test_run_without_its_start_s_head_is_exported_and_gone_on_from(table: Path, tmp_path: Path) -> None:
+    run(configured(table, None, random=BERT), tmp_path / "two")
+    three = ("task.label=three", "federation.local_steps=1")
+    run(configured(table, tmp_path / "two", *three, random=BERT), tmp_path / "three")
+    export_hf(tmp_path / "three", tmp_path / "hf")
+    found = job_of(configured(table, tmp_path / "three", *three, random=BERT))
+    assert found.start is not None
+    assert found.start.head.keys() == {"classifier/weight", "classifier/bias"}
+    assert {len(changes) for changes in found.start.changes.values()} == {2}
+
+
 @pytest.mark.slow
 def test_classifier_of_a_start_is_exported(table: Path, tmp_path: Path) -> None:
     adapter(configured(table, None, random=BERT), tmp_path / "two", **MODELS["bert"][1])
@@ -324,6 +336,41 @@ def test_tensors_that_do_not_fit_are_named(name: str, said: str, start: Path, ta
     refused(configured(table, tmp_path / "adapter"), said)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"lora_alpha": None}, "a whole adapter; in this one lora_alpha is None"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ({"alpha_pattern": {"up_proj": None}}, "up_proj is None"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]"),
+        ({"alpha_pattern": {".*": 2, "(": 3}}, r"alpha_pattern's \( is no regular expression: missing \)"),
+    ],
+)
+def test_damaged_scales_are_named(fields: dict[str, Any], said: str, start: Path, table: Path, tmp_path: Path) -> None:
+    shutil.copytree(start, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    refused(configured(table, tmp_path / "adapter"), said)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda A_rn: A_rn[:1], r"up_proj has lora_A 1 x 32 and lora_B 96 x 3; write it again"),
+        (lambda A_rn: A_rn.flatten(), r"an adapter that can be merged exactly.*this one has model\S*up_proj\.lora_A"),
+        (lambda A_rn: A_rn / 0, r"up_proj\.lora_A\.weight holds numbers that are not finite"),
+    ],
+)
+def test_damaged_factors_are_named(
+    damage: Callable[[Tensor], Tensor], said: str, start: Path, table: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(start, tmp_path / "adapter")
+    file, name = tmp_path / "adapter" / "adapter_model.safetensors", "model.layers.0.mlp.up_proj.lora_A.weight"
+    tensors = load_file(file)
+    save_file({**tensors, f"base_model.model.{name}": damage(tensors[f"base_model.model.{name}"]).contiguous()}, file)
+    refused(configured(table, tmp_path / "adapter"), said)
+
+
 def test_places_and_runs_that_do_not_fit_are_refused(runs: Runs, table: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(configured(table, tmp_path / "empty"), "the folder of a finished run")
@@ -340,7 +387,36 @@ def test_places_and_runs_that_do_not_fit_are_refused(runs: Runs, table: Path, tm
     shutil.copytree(first, personal)
     file = personal / "config.yaml"
     file.write_text(file.read_text().replace("name: fedit", "name: fedsa-lora"))
-    refused(configured(table, personal), "one model for all; fedsa-lora has one for each client")
+    refused(configured(table, personal), "one model for all; fedsa-lora has one for each client; export .* whole")
+
+
+def test_run_of_other_weights_under_the_same_name_is_refused(runs: Runs, table: Path, tmp_path: Path) -> None:
+    """Before anything trains, and in one line."""
+    first = runs(None, "method={name: fedit, rank: 2}", "federation.rounds=2")
+    other = tmp_path / "other"
+    shutil.copytree(first, other)
+    log = other / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line | ({"backbone": "0" * 16} if "backbone" in line else {}) for line in lines]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"model\.start_from: got .*of the same model; the weights of model\.path"):
+        load_backbone(job_of(configured(table, other)))
+    load_backbone(job_of(configured(table, first)))
+    load_backbone(job_of(configured(table, other, "model.dtype=bfloat16")))  # nothing is known of these
+
+
+def test_classifier_s_run_needs_the_seed_that_drew_its_pooler(table: Path, tmp_path: Path) -> None:
+    plain(configured(table, None, random=BERT)).bert.save_pretrained(tmp_path / "encoder")
+    numbers().save_pretrained(tmp_path / "encoder")
+
+    def over(start: Path | None, *overrides: str) -> Config:
+        config = configured(table, start, "federation.local_steps=1", *overrides, random=BERT)
+        model = config.model.model_copy(update={"path": str(tmp_path / "encoder"), "random": {}})
+        return config.model_copy(update={"model": model})
+
+    run(over(None), tmp_path / "two")
+    refused(over(tmp_path / "two", "seed=1"), "a run of the same seed.*this one has seed 0; set seed=0")
+    load_backbone(job_of(over(tmp_path / "two")))
 
 
 def refused(config: Config, said: str) -> None:

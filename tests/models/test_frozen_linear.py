@@ -118,6 +118,17 @@ def test_bfloat16_is_rounded_once_with_and_without_instructions_for_it(
     assert torch.equal(dx, weight.bfloat16().float().sum(dim=0).expand(2, 5, 8).bfloat16())
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_float32_weight_keeps_its_digits_under_bfloat16_inputs(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_linear, "_EMULATES", emulated)
+    x, weight = whole(2, 5, 8), 1 + whole(6, 8) / 1024  # bfloat16 would round most of these to 1
+    narrow = x.bfloat16().requires_grad_()
+    y = product(narrow, weight)
+    assert torch.equal(y, (x @ weight.T).bfloat16())
+    (dx,) = torch.autograd.grad(y.float().sum(), narrow)
+    assert torch.equal(dx, weight.sum(dim=0).expand(2, 5, 8).bfloat16())
+
+
 KERNELS_OF_MANY_SHAPES = """
 import torch
 from rayfed_sub.telemetry.process_memory import few_kernels

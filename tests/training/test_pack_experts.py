@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
-from rayfed_sub.core.types import Subspace
+from rayfed_sub.core.types import ModelShape, Subspace
 from rayfed_sub.methods import build
 from rayfed_sub.models.experts import experts_of
+from rayfed_sub.training.pack_experts import PackExperts, install
 from tests.helpers.tiny_models import (
     PAD,
     Batch,
@@ -178,3 +180,21 @@ def test_untrained_experts_give_the_models_own_logits(name: str) -> None:
         ours, theirs = (model(input_ids=ids).logits for model in (tiny.packed[0], tiny.model))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert PAD in ids
+
+
+def test_experts_that_a_start_made_float32_keep_their_digits_without_being_targets() -> None:
+    """Rounded to bfloat16 all numbers of a row were equal, and its sums with changing signs zero.  Without a float32
+    parameter the class of transformers stays."""
+    tiny = mixture("mixtral")
+    place = next(iter(experts_of(tiny.model)))
+    module = copy.deepcopy(tiny.model).bfloat16()
+    install(module, ModelShape(()))
+    assert not isinstance(module.get_submodule(place), PackExperts)
+    exact: Any = copy.deepcopy(tiny.model.get_submodule(place))
+    exact.gate_up_proj.data = 1 + torch.arange(16).expand_as(exact.gate_up_proj) / 2**14
+    module.get_submodule(place).gate_up_proj = nn.Parameter(exact.gate_up_proj.detach(), requires_grad=False)
+    install(module, ModelShape(()))
+    x, routes = torch.tensor([[1.0, -1.0] * 8] * 3), (torch.zeros(3, 1).long(), torch.ones(3, 1))
+    y, wide = module.get_submodule(place)(x.bfloat16(), *routes), exact(x, *routes)
+    assert y.dtype == torch.bfloat16
+    assert 0 < float((y.float() - wide).norm()) < 1e-2 * float(wide.norm())
