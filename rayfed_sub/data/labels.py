@@ -114,10 +114,13 @@ def bins(values: Sequence[float], counted: Sequence[float]) -> list[str]:
     ['0 to 0.2', '1.7 to 2']
     """
     edges = np.unique(np.quantile(counted, np.linspace(0, 1, BINS + 1)))
+    # Years and time stamps differ behind the fourth digit; 17 tell all floats apart.
+    written = ([f"{edge:.{digits}g}" for edge in edges] for digits in range(4, 18))
+    names = next(names for names in written if len(set(names)) == len(edges))
     if len(edges) == 1:
-        return [f"{edges[0]:.4g}"] * len(values)
+        return names * len(values)
     at = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    return [f"{edges[i]:.4g} to {edges[i + 1]:.4g}" for i in at]
+    return [f"{names[i]} to {names[i + 1]}" for i in at]
 
 
 def _groups(found: LabelColumn, used: dict[str, int]) -> Iterator[str]:

@@ -117,6 +117,13 @@ def test_numbers_deal_out_rows_by_quantile_bins() -> None:
     assert found[99] == "89.1 to 99"
     assert len(set(found)) == 10
     assert bins([1.0, 1.0], [1.0, 1.0]) == ["1", "1"]
+    years = [2000 + value / 100 for value in values]
+    assert bins(years, years)[::99] == ["2000 to 2000.1", "2000.9 to 2001"]
+    for begin in (1.7e9, 1e-3, -5e15):  # what differs in the last of all digits
+        near = [begin]
+        while len(near) < 100:
+            near.append(float(np.nextafter(near[-1], np.inf)))
+        assert len(set(bins(near, near))) == 10
 
 
 def test_several_labels_deal_out_rows_by_the_rarest(tmp_path: Path) -> None:
