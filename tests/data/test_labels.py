@@ -19,7 +19,7 @@ from rayfed_sub.data.batching import collate
 from rayfed_sub.data.dataset import load_dataset
 from rayfed_sub.data.given import given_rows, given_table
 from rayfed_sub.data.labels import NOBODY, bins
-from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.pairs import Pairs, canonical
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.models.tokenizers import ByteTokenizer
@@ -169,6 +169,12 @@ def test_pair_without_one_of_its_texts_is_dropped(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", [0, 1, 0], u=["b", "", None])
     pairs = read(path, prompt=["{t}", "{u}"])
     assert (list(pairs.questions), pairs.paired) == (["a0\nb"], True)
+
+
+def test_pairs_of_the_same_characters_are_two_where_the_texts_differ(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", [0, 1, 0], u=["b\nc", "c", "b\nc"], v=["a", "a\nb", "a"])
+    pairs = canonical(read(path, prompt=["{v}", "{u}"]))
+    assert sorted(span[0][1] for span in pairs.spans) == [1, 3]
 
 
 @pytest.mark.parametrize(("first", "second", "kept"), [(9, 2, (5, 2)), (2, 9, (2, 5)), (9, 9, (3, 4)), (3, 4, (3, 4))])
