@@ -208,10 +208,10 @@ def _listed(text: str) -> Any:
         return None
     try:
         found = json.loads(bare)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             found = ast.literal_eval(bare)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as it documents them
             return None
     try:
         return [as_text(one) for one in found]

@@ -86,6 +86,11 @@ def test_lists_are_several_labels_a_row(suffix: str, labels: Any, names: list[st
     assert list(map(json.loads, pairs.answers)) == [[one], [], both, [one]]
 
 
+@pytest.mark.parametrize("text", ["[{{}}]", "[{[1]: 2}]", "[" * 20_000 + "]" * 20_000], ids=["set", "key", "deep"])
+def test_text_in_brackets_that_is_no_list_is_a_class(text: str, tmp_path: Path) -> None:
+    assert read(written(tmp_path / "rows.csv", [text, "b"])).class_names == (text, "b")
+
+
 def test_class_labels_inside_lists_have_their_names() -> None:
     types = datasets.Features(
         {"t": datasets.Value("string"), "y": datasets.List(datasets.ClassLabel(names=["calm", "joy", "anger"]))}
