@@ -149,11 +149,11 @@ def _of_columns(table: Table, task: Task) -> LabelColumn:
         raise UserError("task.problem", task.problem, allowed, "remove it, or name one column in task.label")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(_FIELD, list(names), f"each column once; {twice[0]} stands there twice", "leave it out")
-    columns = [classes(table.texts(_FIELD, name)) for name in names]
+    columns = [classes(table.labels(_FIELD, name)) for name in names]
     for name, column in zip(names, columns, strict=True):
         if strange := [cell for cell in column.used if cell and cell.lower() not in _TRUTHS]:
             place = next(place for place, cell in zip(table.places(), column, strict=True) if cell == strange[0])
-            allowed = f"columns of 0 and 1, or true and false, one for each label; {place} holds {strange[0]!r}"
+            allowed = f"columns of 0 and 1, or true and false, one for each label; {place} holds {_shown(strange[0])}"
             raise UserError(_FIELD, name, allowed, "correct it, or leave the column out")
     rows = zip(*([None if not cell else _TRUTHS[cell.lower()] for cell in column] for column in columns), strict=True)
     said = ("" if None in row else _told(names, row) for row in rows)

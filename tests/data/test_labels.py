@@ -108,6 +108,18 @@ def test_columns_of_0_and_1_are_labels_in_their_own_order(tmp_path: Path) -> Non
     assert list(pairs.answers) == ['["z", "m"]', "[]", '["z", "m", "y"]']  # the last row lacks one
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_cell_that_is_neither_0_nor_1_is_shown_as_it_is(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"each label; row 2 of rows\S+ holds the number 0\.5; correct it"):
+        read(written(tmp_path / f"rows{suffix}", [0, 0.5], z=[0, 1]), label=["z", "y"])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_numbers_may_be_larger_than_whole_numbers_of_floats(suffix: str, tmp_path: Path) -> None:
+    pairs = read(written(tmp_path / f"rows{suffix}", [1e20, 0.5, -(2.0**54)]))
+    assert list(pairs.answers) == ["1e+20", "0.5", "-1.8014398509481984e+16"]
+
+
 def test_rows_without_a_label_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pairs = read(written(tmp_path / "rows.jsonl", [0.5, None, 1.5]))
     assert list(pairs.answers) == ["0.5", "1.5"]
@@ -192,7 +204,7 @@ def test_pair_loses_tokens_of_the_longer_text(first: int, second: int, kept: tup
 
 
 def test_label_that_no_number_can_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds the number inf, which is not whole"):
+    with pytest.raises(UserError, match=r"text, finite numbers, .* or lists .* the number inf, which is not finite"):
         read(written(tmp_path / "rows.parquet", [0.5, float("inf")]))
     with pytest.raises(UserError, match="holds 'nan'; correct it"):
         read(written(tmp_path / "rows.csv", ["0.5", "'nan'".strip("'"), "x"]), problem="regression")
