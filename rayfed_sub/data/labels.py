@@ -23,7 +23,7 @@ from rayfed_sub.config.schema import Problem, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.readers import MARK, NoTextError, as_text
-from rayfed_sub.data.tables import Table, class_names, classes
+from rayfed_sub.data.tables import Table, class_names, classes, of_named_classes
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,9 @@ def _listed(text: str) -> Any:
 
 
 def _detected(table: Table, column: str, forms: dict[str, str]) -> Problem:
-    """The problem that the cells leave no doubt about."""
+    """The problem that the cells leave no doubt about.  Names of classes may look like anything."""
+    if of_named_classes(table, column):
+        return "classification"
     found = set(forms.values())
     if found == {"list"}:
         return "multi-label"

@@ -101,6 +101,15 @@ def test_class_labels_inside_lists_have_their_names() -> None:
     assert list(pairs.answers) == ['["joy"]', '["anger", "calm"]']
 
 
+@pytest.mark.parametrize("names", [["0.5", "1.5"], ["[1]", "[2]"]], ids=["numbers", "lists"])
+def test_class_labels_are_classes_whatever_their_names_look_like(names: list[str], tmp_path: Path) -> None:
+    types = datasets.Features({"t": datasets.Value("string"), "y": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict({"t": ["a", "b"], "y": [1, 0]}, features=types)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    pairs = read(str(tmp_path / "rows.parquet"))
+    assert (pairs.kind, pairs.class_names, list(pairs.answers)) == ("classification", tuple(names), names[::-1])
+
+
 def test_columns_of_0_and_1_are_labels_in_their_own_order(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", [0, 0, 1, 1], z=[True, False, True, True], m=[1, 0, 1, None])
     pairs = read(path, label=["z", "m", "y"])
