@@ -124,7 +124,8 @@ class Task(Record):
         default=None,
         description="classification: one class a row. regression: a number, squared error, one output. multi-label: "
         "any of several labels a row, binary cross-entropy. null: regression where all labels are numbers and some "
-        "have a fraction, multi-label where they are lists or several columns, else classification.",
+        "have a fraction, multi-label where they are lists or several columns, else classification, as for any "
+        "column of datasets.ClassLabel.",
     )
     image: str | None = Field(default=None, description="Column with the image.")
     messages: str | None = Field(

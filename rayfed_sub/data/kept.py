@@ -104,6 +104,8 @@ def _key(files: list[tuple[Path, str]], task: Task, federation: Federation, proc
         "tokenizer": processor.identity,
         "versions": [sys.version, *map(version, _LIBRARIES)],
     }
+    if len(task.prompts) > 1:
+        follows["pairs"] = processor.pair_identity
     return hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:32]
 
 

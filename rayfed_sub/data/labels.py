@@ -23,7 +23,7 @@ from rayfed_sub.config.schema import Problem, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.readers import MARK, NoTextError, as_text
-from rayfed_sub.data.tables import Table, class_names, classes
+from rayfed_sub.data.tables import Table, class_names, classes, of_named_classes
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +114,13 @@ def bins(values: Sequence[float], counted: Sequence[float]) -> list[str]:
     ['0 to 0.2', '1.7 to 2']
     """
     edges = np.unique(np.quantile(counted, np.linspace(0, 1, BINS + 1)))
+    # Years and time stamps differ behind the fourth digit; 17 tell all floats apart.
+    written = ([f"{edge:.{digits}g}" for edge in edges] for digits in range(4, 18))
+    names = next(names for names in written if len(set(names)) == len(edges))
     if len(edges) == 1:
-        return [f"{edges[0]:.4g}"] * len(values)
+        return names * len(values)
     at = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    return [f"{edges[i]:.4g} to {edges[i + 1]:.4g}" for i in at]
+    return [f"{names[i]} to {names[i + 1]}" for i in at]
 
 
 def _groups(found: LabelColumn, used: dict[str, int]) -> Iterator[str]:
@@ -146,11 +149,11 @@ def _of_columns(table: Table, task: Task) -> LabelColumn:
         raise UserError("task.problem", task.problem, allowed, "remove it, or name one column in task.label")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(_FIELD, list(names), f"each column once; {twice[0]} stands there twice", "leave it out")
-    columns = [classes(table.texts(_FIELD, name)) for name in names]
+    columns = [classes(table.labels(_FIELD, name)) for name in names]
     for name, column in zip(names, columns, strict=True):
         if strange := [cell for cell in column.used if cell and cell.lower() not in _TRUTHS]:
             place = next(place for place, cell in zip(table.places(), column, strict=True) if cell == strange[0])
-            allowed = f"columns of 0 and 1, or true and false, one for each label; {place} holds {strange[0]!r}"
+            allowed = f"columns of 0 and 1, or true and false, one for each label; {place} holds {_shown(strange[0])}"
             raise UserError(_FIELD, name, allowed, "correct it, or leave the column out")
     rows = zip(*([None if not cell else _TRUTHS[cell.lower()] for cell in column] for column in columns), strict=True)
     said = ("" if None in row else _told(names, row) for row in rows)
@@ -205,10 +208,10 @@ def _listed(text: str) -> Any:
         return None
     try:
         found = json.loads(bare)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             found = ast.literal_eval(bare)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as it documents them
             return None
     try:
         return [as_text(one) for one in found]
@@ -217,7 +220,9 @@ def _listed(text: str) -> Any:
 
 
 def _detected(table: Table, column: str, forms: dict[str, str]) -> Problem:
-    """The problem that the cells leave no doubt about."""
+    """The problem that the cells leave no doubt about.  Names of classes may look like anything."""
+    if of_named_classes(table, column):
+        return "classification"
     found = set(forms.values())
     if found == {"list"}:
         return "multi-label"

@@ -160,7 +160,10 @@ Digests = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
 def _digested(pairs: Pairs) -> Digests:
-    return digests(pairs.questions), digests(pairs.answers)
+    asked: Iterable[str] = pairs.questions
+    if pairs.paired:  # the same characters may be two other texts, which a line ends in another place
+        asked = (f"{spans[0][1]} {question}" for question, spans in zip(pairs.questions, pairs.spans, strict=True))
+    return digests(asked), digests(pairs.answers)
 
 
 def _order(pairs: Pairs, found: Digests) -> Ints:

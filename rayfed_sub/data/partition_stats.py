@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, RowCounts, load_dataset
 from rayfed_sub.data.labels import NOBODY, bins
 from rayfed_sub.data.objects import Objects
@@ -104,12 +103,9 @@ def read_partition_stats(config: Config, processor: Processor) -> PartitionStats
     log = logging.getLogger("rayfed_sub.data")
     log.addHandler(heard)
     before, log.propagate = log.propagate, False
+    unheard = heard.buffer  # where no tables follow the messages may name the cause
     try:
         dataset = load_dataset(config.task, config.federation, processor, config.seed, config.evaluation.split)
-    except UserError:
-        unheard = heard.buffer  # no tables follow, and the messages may name the cause
-        raise
-    else:
         unheard = []
     finally:
         log.propagate = before

@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
     def identity(self) -> str:
         """A text of all that tokens follow from, equal for tokenizers that read every text alike."""
 
+    @property
+    def pair_identity(self) -> str:
+        """What the tokens of pairs follow from besides `identity`."""
+
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """The questions, in the model's chat template where it has one, ready for the answers to follow."""
 

@@ -107,20 +107,25 @@ def as_text(value: object) -> str:
             return ""
         if -_WHOLE <= value <= _WHOLE and value == int(value):
             return str(int(value))
-        raise NoTextError(f"the number {value}, which is not whole")
+        raise NoTextError(f"the number {value}, which is not {'whole' if math.isfinite(value) else 'finite'}")
     raise NoTextError(_KINDS.get(type(value), f"a {type(value).__name__}"))
 
 
 def as_label(value: object) -> str:
-    """A cell of the label's column as text: as `as_text`, but numbers with a fraction, and lists of texts and numbers,
-    are JSON after `MARK`, so that they differ from texts that look alike.
+    """A cell of the label's column as text: as `as_text`, but numbers with a fraction, floats so large that they have
+    no digit of one any more, and lists of texts and numbers, are JSON after `MARK`, so that they differ from texts that
+    look alike.
 
     Raises NoTextError.
 
     >>> as_label(" 3 "), as_label(3.0), as_label(None), as_label(0.25), as_label([1.0, "b"])
     ('3', '3', '', '\\x000.25', '\\x00["1", "b"]')
     """
-    if isinstance(value, float | Decimal) and math.isfinite(value) and value != int(value):
+    if (
+        isinstance(value, float | Decimal)
+        and math.isfinite(value)
+        and (value != int(value) or not -_WHOLE <= value <= _WHOLE)
+    ):
         return f"{MARK}{float(value)!r}"
     if isinstance(value, list | tuple | set | frozenset) or getattr(value, "ndim", 0) == 1:
         items: Iterable[Any] = sorted(value, key=str) if isinstance(value, set | frozenset) else value  # type: ignore[assignment]
@@ -136,7 +141,10 @@ _KINDS: Mapping[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
 
 def no_text(field: str, name: str, place: str | Place, what: str) -> UserError:
     """Error for a cell that is no text; place: its file and row."""
-    allowed = f"a column of text, whole numbers, true or false; {place} holds {what}"
+    kinds = "text, whole numbers, true or false"
+    if field == "task.label":
+        kinds = "text, finite numbers, true or false, or lists of text and whole numbers"
+    allowed = f"a column of {kinds}; {place} holds {what}"
     return UserError(field, name, allowed, "name another column, or write its values as text")
 
 

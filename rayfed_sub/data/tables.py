@@ -144,13 +144,18 @@ def classes(texts: Iterable[str]) -> Labels:
     return labels
 
 
+def of_named_classes(table: Table, name: str) -> bool:
+    """True where the column is a `ClassLabel` in every part."""
+    import datasets
+
+    return all(isinstance(part.data.features.get(name), datasets.ClassLabel) for part in table.parts)
+
+
 def whole_numbers(table: Table, field: str, name: str) -> Sequence[str | int]:
     """A column as `datasets` would have it: the numbers of a `ClassLabel`, whole numbers where all cells are such, else
     texts.  Raises UserError as `Table.texts`."""
-    import datasets
-
     texts = list(table.texts(field, name))
-    if all(isinstance(part.data.features.get(name), datasets.ClassLabel) for part in table.parts):
+    if of_named_classes(table, name):
         return list(table.column(field, name))
     return (
         [int(text) for text in texts] if all(_NUMBER.fullmatch(text) and "." not in text for text in texts) else texts

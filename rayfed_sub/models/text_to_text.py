@@ -5,6 +5,7 @@ Legend: R rows, T tokens of an answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def check_start(field: str, value: str, model: Any) -> None:
         raise UserError(field, value, allowed, "set it in the model's config.json")
 
 
-def start_token(model: Any) -> int:
-    """The token with which a generated answer begins."""
-    known = getattr(model.config, "decoder_start_token_id", None)
-    return int(decoder_inputs(model, torch.tensor([[0, 0]]))[0, 0]) if known is None else int(known)
+def start_token(model: Any, answer: Sequence[int]) -> int:
+    """The token with which a generated answer begins: what the decoder begins with as it learns.  mBART's is the last
+    one of an answer, its language, whatever the configuration says.  model: on any device; answer: any one, as the
+    tokenizer makes it."""
+    return int(decoder_inputs(model, torch.tensor([list(answer)]))[0, 0])

@@ -45,6 +45,10 @@ class ByteTokenizer:
     def identity(self) -> str:
         return repr(self)
 
+    @property
+    def pair_identity(self) -> str:
+        return ""
+
     def prompt(self, text: str) -> list[int]:
         return [self.bos, *self._tokens(f"Q: {text}\nA: ")]
 
@@ -134,6 +138,14 @@ class HubTokenizer:
         own = (kind, _coded(self.tokenizer), named, template, self.eos, self.chat)
         return repr(own if self.writer is None else (*own, _coded(self.writer), self.writer("?")["input_ids"]))
 
+    @property
+    def pair_identity(self) -> str:
+        return repr((self.tokenizer.truncation_side, self._typed))
+
+    @property
+    def _typed(self) -> bool:
+        return "token_type_ids" in self.tokenizer.model_input_names
+
     def prompt(self, text: str) -> list[int]:
         return self.prompts([text])[0]
 
@@ -170,7 +182,7 @@ class HubTokenizer:
 
     def pairs(self, max_length: int) -> Callable[[Sequence[tuple[str, str]]], list[PairTokens]]:
         """The tokenizer's own pairs, with the types of tokens that its models are given."""
-        typed = "token_type_ids" in self.tokenizer.model_input_names
+        typed = self._typed
         plain = _Pairs(self.tokenizer, None)
         shorter = _Pairs(self.tokenizer, max_length)
 

@@ -19,12 +19,12 @@ from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
-from rayfed_sub.data.processors import Processor
+from rayfed_sub.data.processors import Processor, Tokenizer
 from rayfed_sub.models.architecture import Architecture, auto_class, build, reason, sees_or_hears, skeleton
 from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.hub import RANDOM, locate, quiet, reading, stored_file
 from rayfed_sub.models.image_processors import HubImageProcessor
-from rayfed_sub.models.text_to_text import KIND, LANGUAGE, text_to_text
+from rayfed_sub.models.text_to_text import KIND, LANGUAGE, start_token, text_to_text
 from rayfed_sub.models.tokenizers import HubTokenizer
 
 _COMPANIONS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -239,7 +239,8 @@ def generation_config(model: Model, architecture: Architecture, processor: Proce
     """transformers' generation configuration of a trained language model; None for other kinds.
 
     The pretrained model's own where it has one that can be saved, else what follows from its configuration.  Either
-    way generation stops at every token of `processor.ends`: what answers were trained to end with and the model's own.
+    way generation stops at every token of `processor.ends`: what answers were trained to end with and the model's own,
+    and an encoder-decoder's answers begin with what they were trained to begin with.
     """
     from transformers import GenerationConfig
 
@@ -253,8 +254,9 @@ def generation_config(model: Model, architecture: Architecture, processor: Proce
             stored.validate(strict=True)
             found = stored
     found.eos_token_id, found.pad_token_id = list(processor.ends), processor.pad
-    if architecture.kind == KIND and found.decoder_start_token_id is None:
-        found.decoder_start_token_id = getattr(architecture.hf_config, "decoder_start_token_id", None)
+    if architecture.kind == KIND:
+        assert isinstance(processor, Tokenizer), "a model that writes has a tokenizer"
+        found.decoder_start_token_id = start_token(skeleton(architecture), processor.answers(["?"])[0])
     return found
 
 

@@ -35,7 +35,7 @@ from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics, gradien
 from rayfed_sub.diagnostics.gradients import GradientWatch
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
-from rayfed_sub.models.text_to_text import KIND
+from rayfed_sub.models.text_to_text import KIND, start_token
 from rayfed_sub.models.weights import assemble, target_weights
 from rayfed_sub.planning.sampling import PackWork
 from rayfed_sub.privacy.mechanism import clipped
@@ -208,7 +208,10 @@ class Worker:
         limit, batch = self._spec.config.evaluation.max_new_tokens, self._held_out(rows)
         assert not isinstance(batch, OwnBatch)
         with self._judged(broadcast, client, state):
-            tokens = answers(self._model, prompts, pad=processor.pad, ends=processor.ends, limit=limit)
+            how: dict[str, Any] = {"pad": processor.pad, "ends": processor.ends, "limit": limit}
+            if self._spec.architecture.kind == KIND:
+                how["start"] = start_token(self._model, processor.answers(["?"])[0])
+            tokens = answers(self._model, prompts, **how)
             forced = predictions(self._model, batch, processor.pad)
         give_back()
         said, labels = [row.predicted for row in forced], [row.labels for row in forced]

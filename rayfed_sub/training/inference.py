@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rayfed_sub.core.types import Change, ModelShape, Tensors
 from rayfed_sub.models.flat_rows import pass_rule
-from rayfed_sub.models.text_to_text import start_token
 from rayfed_sub.training.blocks import Closed
 from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound
 from rayfed_sub.training.losses import predicted
@@ -93,10 +92,17 @@ def _split(flat: list[int], counts: Sequence[int]) -> list[list[int]]:
 
 @torch.inference_mode()
 def answers(
-    model: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], limit: int
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    ends: Sequence[int],
+    limit: int,
+    start: int | None = None,
 ) -> list[list[int]]:
     """Greedy answers, at most `limit` tokens each, cut before the first of `ends`.  Prompts of equal canonical length
-    are answered together, so that an answer does not depend on the others."""
+    are answered together, so that an answer does not depend on the others.  start: of an encoder-decoder the token with
+    which an answer begins (`start_token`)."""
     rule = pass_rule(model)
     if rule.apart:
         rule = rule.of_sources()
@@ -109,7 +115,7 @@ def answers(
     for width, numbers in by_width.items():
         more = [prompts[numbers[-1]]] * (-len(numbers) % rule.rows)
         given = _padded([prompts[number] for number in numbers] + more, width, pad, left=not rule.apart)
-        said = _generated(model, given, pad=pad, ends=ends, limit=limit)
+        said = _generated(model, given, pad=pad, ends=ends, limit=limit, start=start)
         found |= dict(zip(numbers, said[: len(numbers)], strict=True))
     return [found[number] for number in range(len(prompts))]
 
@@ -127,14 +133,21 @@ def _padded(
 
 
 def _generated(
-    model: Any, given: tuple[list[list[int]], list[list[int]]], *, pad: int, ends: Sequence[int], limit: int
+    model: Any,
+    given: tuple[list[list[int]], list[list[int]]],
+    *,
+    pad: int,
+    ends: Sequence[int],
+    limit: int,
+    start: int | None,
 ) -> list[list[int]]:
     """What the model says after each row, up to the first of `ends`."""
     device = next(iter(model.parameters())).device
     ids_BT, mask_BT = (torch.tensor(rows, device=device) for rows in given)
     apart = pass_rule(model).apart
+    assert (start is not None) == apart, "an encoder-decoder's answers begin with a token, others' with none"
     # Of an encoder-decoder's configuration some have beams and a shortest answer.
-    begun = {"decoder_start_token_id": start_token(model), "num_beams": 1, "min_length": 0} if apart else {}
+    begun = {"decoder_start_token_id": start, "num_beams": 1, "min_length": 0} if apart else {}
     out_BT = model.generate(
         input_ids=ids_BT,
         attention_mask=mask_BT,

@@ -23,9 +23,11 @@ from rayfed_sub.data import columns, kept
 from rayfed_sub.data.columns import ArrayWriter, Labels, Texts, TextWriter, numbers_of
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.rows import Rows
-from rayfed_sub.models.tokenizers import ByteTokenizer
+from rayfed_sub.models.tokenizers import ByteTokenizer, hub_codec
+from tests.helpers.word_tokenizers import numbers
 
 SHARED = Federation.model_validate({"clients": 3, "partition": {"kind": "column", "column": "who"}})
+IID = Federation.model_validate({"clients": 2, "partition": {"kind": "iid"}})
 
 
 @pytest.fixture
@@ -64,6 +66,20 @@ def same(one: Dataset, other: Dataset) -> bool:
         for name in ("client_rows", "client_offsets", "held_out_clients", "train_keys")
     )
     return tokens and numbers and (one.fingerprint, one.row_counts) == (other.fingerprint, other.row_counts)
+
+
+def test_kept_pairs_follow_the_side_that_is_cut_and_the_types_that_the_model_reads(cache: Path, tmp_path: Path) -> None:
+    path, sided, typed = written(tmp_path / "rows.jsonl"), numbers(), numbers()
+    sided.truncation_side = "left"
+    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    plain = numbers()
+    plain.model_input_names = ["input_ids", "attention_mask"]
+    for prompt, folders in (("{q}", 1), (["{q}", "{a}"], 3)):
+        task = Task.model_validate({"name": "table", "path": path, "prompt": prompt, "label": "who", "max_length": 8})
+        before = set(cache.glob("*"))
+        for tokenizer in (plain, sided, typed):
+            load_dataset(task, IID, hub_codec(tokenizer), 0)
+        assert len(set(cache.glob("*")) - before) == folders
 
 
 def test_second_start_has_the_rows_and_the_warnings_of_the_first(

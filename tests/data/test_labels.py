@@ -19,7 +19,7 @@ from rayfed_sub.data.batching import collate
 from rayfed_sub.data.dataset import load_dataset
 from rayfed_sub.data.given import given_rows, given_table
 from rayfed_sub.data.labels import NOBODY, bins
-from rayfed_sub.data.pairs import Pairs
+from rayfed_sub.data.pairs import Pairs, canonical
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.models.tokenizers import ByteTokenizer
@@ -86,6 +86,11 @@ def test_lists_are_several_labels_a_row(suffix: str, labels: Any, names: list[st
     assert list(map(json.loads, pairs.answers)) == [[one], [], both, [one]]
 
 
+@pytest.mark.parametrize("text", ["[{{}}]", "[{[1]: 2}]", "[" * 20_000 + "]" * 20_000], ids=["set", "key", "deep"])
+def test_text_in_brackets_that_is_no_list_is_a_class(text: str, tmp_path: Path) -> None:
+    assert read(written(tmp_path / "rows.csv", [text, "b"])).class_names == (text, "b")
+
+
 def test_class_labels_inside_lists_have_their_names() -> None:
     types = datasets.Features(
         {"t": datasets.Value("string"), "y": datasets.List(datasets.ClassLabel(names=["calm", "joy", "anger"]))}
@@ -96,11 +101,32 @@ def test_class_labels_inside_lists_have_their_names() -> None:
     assert list(pairs.answers) == ['["joy"]', '["anger", "calm"]']
 
 
+@pytest.mark.parametrize("names", [["0.5", "1.5"], ["[1]", "[2]"]], ids=["numbers", "lists"])
+def test_class_labels_are_classes_whatever_their_names_look_like(names: list[str], tmp_path: Path) -> None:
+    types = datasets.Features({"t": datasets.Value("string"), "y": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict({"t": ["a", "b"], "y": [1, 0]}, features=types)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    pairs = read(str(tmp_path / "rows.parquet"))
+    assert (pairs.kind, pairs.class_names, list(pairs.answers)) == ("classification", tuple(names), names[::-1])
+
+
 def test_columns_of_0_and_1_are_labels_in_their_own_order(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", [0, 0, 1, 1], z=[True, False, True, True], m=[1, 0, 1, None])
     pairs = read(path, label=["z", "m", "y"])
     assert (pairs.kind, pairs.class_names) == ("multi-label", ("z", "m", "y"))
     assert list(pairs.answers) == ['["z", "m"]', "[]", '["z", "m", "y"]']  # the last row lacks one
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_cell_that_is_neither_0_nor_1_is_shown_as_it_is(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"each label; row 2 of rows\S+ holds the number 0\.5; correct it"):
+        read(written(tmp_path / f"rows{suffix}", [0, 0.5], z=[0, 1]), label=["z", "y"])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_numbers_may_be_larger_than_whole_numbers_of_floats(suffix: str, tmp_path: Path) -> None:
+    pairs = read(written(tmp_path / f"rows{suffix}", [1e20, 0.5, -(2.0**54)]))
+    assert list(pairs.answers) == ["1e+20", "0.5", "-1.8014398509481984e+16"]
 
 
 def test_rows_without_a_label_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,6 +143,13 @@ def test_numbers_deal_out_rows_by_quantile_bins() -> None:
     assert found[99] == "89.1 to 99"
     assert len(set(found)) == 10
     assert bins([1.0, 1.0], [1.0, 1.0]) == ["1", "1"]
+    years = [2000 + value / 100 for value in values]
+    assert bins(years, years)[::99] == ["2000 to 2000.1", "2000.9 to 2001"]
+    for begin in (1.7e9, 1e-3, -5e15):  # what differs in the last of all digits
+        near = [begin]
+        while len(near) < 100:
+            near.append(float(np.nextafter(near[-1], np.inf)))
+        assert len(set(bins(near, near))) == 10
 
 
 def test_several_labels_deal_out_rows_by_the_rarest(tmp_path: Path) -> None:
@@ -164,6 +197,12 @@ def test_pair_without_one_of_its_texts_is_dropped(tmp_path: Path) -> None:
     assert (list(pairs.questions), pairs.paired) == (["a0\nb"], True)
 
 
+def test_pairs_of_the_same_characters_are_two_where_the_texts_differ(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", [0, 1, 0], u=["b\nc", "c", "b\nc"], v=["a", "a\nb", "a"])
+    pairs = canonical(read(path, prompt=["{v}", "{u}"]))
+    assert sorted(span[0][1] for span in pairs.spans) == [1, 3]
+
+
 @pytest.mark.parametrize(("first", "second", "kept"), [(9, 2, (5, 2)), (2, 9, (2, 5)), (9, 9, (3, 4)), (3, 4, (3, 4))])
 def test_pair_loses_tokens_of_the_longer_text(first: int, second: int, kept: tuple[int, int]) -> None:
     """Of 10 tokens three are the tokenizer's own, as transformers' `longest_first`: the shorter text stays whole while
@@ -174,7 +213,7 @@ def test_pair_loses_tokens_of_the_longer_text(first: int, second: int, kept: tup
 
 
 def test_label_that_no_number_can_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds the number inf, which is not whole"):
+    with pytest.raises(UserError, match=r"text, finite numbers, .* or lists .* the number inf, which is not finite"):
         read(written(tmp_path / "rows.parquet", [0.5, float("inf")]))
     with pytest.raises(UserError, match="holds 'nan'; correct it"):
         read(written(tmp_path / "rows.csv", ["0.5", "'nan'".strip("'"), "x"]), problem="regression")

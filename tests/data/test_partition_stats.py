@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from rayfed_sub.cli.partition_picture import check_path, draw
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data import partition_stats
 from rayfed_sub.data.dataset import build_dataset
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.data.partition_stats import PartitionStats, as_dict, distances, skew, stats_of
@@ -349,3 +351,16 @@ def test_cut_and_dropped_rows_are_counted_in_tables_and_before_an_error(
     assert code == 2
     assert caplog.records[0].getMessage() == warning  # which goes to stderr
     assert err.startswith("rayfed-sub: federation.clients: got 99")
+
+
+def test_what_was_said_is_shown_whatever_ends_the_reading(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ends(*given: Any) -> Any:
+        logging.getLogger("rayfed_sub.data").warning("the cause")
+        raise OSError("gone")
+
+    monkeypatch.setattr(partition_stats, "load_dataset", ends)
+    with pytest.raises(OSError, match="gone"):
+        partition_stats.read_partition_stats(load_config(TINY, []), ByteTokenizer())
+    assert "the cause" in caplog.text

@@ -21,6 +21,8 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.export.exported import export_hf, export_peft
 from rayfed_sub.models.weights import assemble, load_weights
 from rayfed_sub.planning.job import prepare
+from rayfed_sub.runtime import worker
+from rayfed_sub.training.inference import answers
 from tests.export.test_exported import job_of, stored, trained
 from tests.helpers.model_types import built
 from tests.helpers.tiny_models import VOCABULARY
@@ -135,6 +137,26 @@ def test_encoder_decoder_is_trained_from_text_to_text(tmp_path: Path) -> None:
     assert generation.decoder_start_token_id == 0
     assert 'tokenizer(text)["input_ids"]' in (tmp_path / "hf" / "README.md").read_text()
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_language_with_which_answers_begin_is_the_tokenizer_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mBART learns to begin with an answer's last token, its language, whatever its configuration names."""
+    checkpoint = folder_of("seq2seq-lm", "mbart", tmp_path / "model")
+    numbers(end="</s> 63", size=VOCABULARY).save_pretrained(checkpoint)
+    for file in ("config.json", "generation_config.json"):
+        content = json.loads((checkpoint / file).read_text()) | {"decoder_start_token_id": 5}
+        (checkpoint / file).write_text(json.dumps(content), encoding="utf-8")
+    begun = []
+
+    def noted(*given: Any, **how: Any) -> Any:
+        begun.append(how["start"])
+        return answers(*given, **how)
+
+    monkeypatch.setattr(worker, "answers", noted)
+    run(configured(checkpoint, "fedit"), tmp_path / "run")
+    assert set(begun) == {63}
+    export_hf(tmp_path / "run", tmp_path / "hf")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "hf").decoder_start_token_id == 63
 
 
 def test_what_an_encoder_decoder_cannot_learn_is_refused(tmp_path: Path) -> None:

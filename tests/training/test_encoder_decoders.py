@@ -10,6 +10,7 @@ import torch
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Subspace
 from rayfed_sub.models.flat_rows import pass_rule
+from rayfed_sub.models.text_to_text import start_token
 from rayfed_sub.models.weights import assemble, load_weights
 from rayfed_sub.training.inference import answers
 from rayfed_sub.training.losses import predicted
@@ -95,9 +96,10 @@ def test_reference_has_the_same_change() -> None:
 def test_answers_are_the_model_s_own_and_those_of_each_prompt_alone(name: str) -> None:
     model = tiny(name).model
     prompts = [[5, 6, 7], [8] * 20, [9, 10]]
-    found = answers(model, prompts, pad=PAD, ends=[END], limit=5)
+    start = start_token(model, [END])
+    found = answers(model, prompts, pad=PAD, ends=[END], limit=5, start=start)
     for prompt, answer in zip(prompts, found, strict=True):
-        assert answers(model, [prompt], pad=PAD, ends=[END], limit=5) == [answer]
+        assert answers(model, [prompt], pad=PAD, ends=[END], limit=5, start=start) == [answer]
         said = model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
