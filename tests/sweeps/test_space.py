@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
 from rayfed_sub import UserError, load_config
+from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.machines import Machine, Node
 from rayfed_sub.sweeps import capacity
@@ -212,6 +214,28 @@ def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch)
     for bytes_free, most in ((once + 3 * one, 3), (once + 3 * one - 1, 2), (once, 1)):
         monkeypatch.setattr(capacity, "here", lambda job, free=bytes_free: Machine("here", free, 64, 10**12))
         assert capacity.at_once([job], [Node(64)], most=100) == most
+
+
+def test_model_without_a_plan_runs_one_trial_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Longformer asks its tensors for numbers; a plan of it alone ends in one line, and a check warns."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"a": f"text {n}", "y": "pq"[n % 2]}) + "\n" for n in range(12)))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    keys = {
+        "task": {"name": "table", "path": str(file), "prompt": "{a}", "label": "y"},
+        "model": {"path": "random", "random": {"type": "longformer", "attention_window": 4, **sizes}},
+        "federation": {"clients": 2, "rounds": 1, "partition": {"kind": "iid"}},
+        "resources": {"workers": 0},
+    }
+    job = prepare(load_config(keys))
+    assert capacity.at_once([job], [Node(64)], most=100) == 1
+    assert "trials run one at a time, for their memory is not known before they train" in caplog.text
+    with pytest.raises(
+        UserError, match=r"^model.path: got 'random'; allowed: a model whose memory follows from shapes"
+    ):
+        plan.plan_of(job)
+    plan.check(job)
+    assert "whether the run fits into memory is not known" in caplog.text
 
 
 # Shared inputs
