@@ -169,6 +169,7 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     that do not fit them."""
     method = check_settings(config, given)
     method.check(base.architecture.shape)
+    _check_dropout(method, base.architecture)
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
@@ -178,6 +179,15 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     noise = noise_of(resolved)
     inputs = (base.architecture, base.processor, base.dataset)
     return Job(resolved, method, *inputs, noise, base.weights, start=base.start, begun=base.begun)
+
+
+def _check_dropout(method: Method, architecture: Architecture) -> None:
+    """UserError where a layer's tokens do not lie row after row: dropout's words are those of rows and their tokens."""
+    rate = getattr(unhooked(method), "dropout", 0.0)
+    if rate and architecture.alone:
+        whose = architecture.hf_config.model_type if architecture.hf_config is not None else "this module"
+        allowed = f"0 with {whose}, whose layers see something else than row after row"
+        raise UserError("method.dropout", rate, allowed, "remove it")
 
 
 def _packs(config: Config, architecture: Architecture) -> Resources:
