@@ -45,6 +45,13 @@ SCORES_OF: Mapping[str, tuple[str, ...]] = {
     "multi-label": ("held_out_loss", "micro_f1", "macro_f1", "subset_accuracy"),
 }
 """The scores after every evaluation by the kind of labels, the one for the terminal second."""
+KINDS = {
+    "causal-lm": "language modelling",
+    "classification": "a classification",
+    "regression": "a regression",
+    "multi-label": "several labels a row",
+}
+"""The kinds of labels in words."""
 _MOST = 6
 """Runs that a figure's label names."""
 

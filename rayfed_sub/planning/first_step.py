@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
+from rayfed_sub.core.text import KINDS
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.data.batching import Batch, collate
 from rayfed_sub.data.dataset import Dataset
@@ -73,10 +74,10 @@ def _check_outputs(model: nn.Module, one: AnyPass, dataset: Dataset) -> None:
     if isinstance(one, OwnPass) or one.of_tokens:
         return
     shape = tuple(forwarded(model, one).logits.shape)
-    wanted = (one.size, 1 if dataset.kind == "regression" else len(dataset.class_names))
+    wanted = (len(one.labels), 1 if dataset.kind == "regression" else len(dataset.class_names))
     if shape != wanted:
-        what = {"regression": "a regression", "multi-label": "several labels a row"}.get(dataset.kind, "classes")
-        allowed = f"a module with logits of shape (rows, {wanted[1]}) for {what}, here {wanted}; it returns {shape}"
+        form = f"a module with logits of shape (rows, {wanted[1]}) for {KINDS[dataset.kind]}"
+        allowed = f"{form}, here {wanted}; it returns {shape}"
         advice = f"give its last layer {wanted[1]} output{'s' if wanted[1] > 1 else ''}, and squeeze nothing"
         raise UserError("model", type(model).__qualname__, allowed, advice)
 

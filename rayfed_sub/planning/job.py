@@ -16,7 +16,7 @@ import torch
 from rayfed_sub.config.checks import check_rules, check_training, not_given
 from rayfed_sub.config.schema import GIVEN, Config, Evaluation, Resources
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.text import SCORES_OF
+from rayfed_sub.core.text import KINDS, SCORES_OF
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.objects import AsTheyAre
 from rayfed_sub.data.processors import Processor
@@ -40,13 +40,6 @@ from rayfed_sub.planning.machines import Node, most_workers
 from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.planning.sampling import judged_rows, local_steps
 from rayfed_sub.privacy.accountant import NOISES, noise_of
-
-_IN_WORDS = {
-    "causal-lm": "language modelling",
-    "classification": "a classification",
-    "regression": "a regression",
-    "multi-label": "several labels a row",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,7 +335,7 @@ def _check_metrics(config: Config, base: JobInputs) -> Evaluation:
         allowed = "held_out_loss, the score of a model with a loss of the caller's own"
         raise UserError("early_stopping.metric", watched, allowed, "set early_stopping.metric=held_out_loss")
     if watched is not None and base.architecture.loss is None and watched not in SCORES_OF[kind]:
-        allowed = f"a score of {_IN_WORDS[kind]}: {', '.join(SCORES_OF[kind])}"
+        allowed = f"a score of {KINDS[kind]}: {', '.join(SCORES_OF[kind])}"
         raise UserError("early_stopping.metric", watched, allowed, "set one of these")
     names = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in config.evaluation.metrics)
     return config.evaluation.model_copy(update={"metrics": names})

@@ -55,7 +55,7 @@ def test_module_with_an_output_for_each_label_is_taken(labels: list[Any], output
     [
         (NUMBERS, Reader(2), r"\(rows, 1\) for a regression.*returns \(\d+, 2\); give its last layer 1 output, "),
         (NUMBERS, Reader(1, squeezed=True), r"\(rows, 1\) for a regression.*returns \(\d+,\); "),
-        (NAMES, Reader(3), r"\(rows, 2\) for classes.*returns \(\d+, 3\); "),
+        (NAMES, Reader(3), r"\(rows, 2\) for a classification.*returns \(\d+, 3\); "),
         (SETS, Reader(2), r"\(rows, 3\) for several labels a row.*returns \(\d+, 2\); "),
     ],
 )

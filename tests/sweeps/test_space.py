@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.machines import Machine, Node
 from rayfed_sub.sweeps import capacity
+from rayfed_sub.sweeps.runner import checked
 from rayfed_sub.sweeps.shared_inputs import input_key, weights_key
 from rayfed_sub.sweeps.space import Axis, Search, Sweep, largest, load_sweep
 
@@ -187,6 +189,37 @@ def test_every_name_and_every_resource_counts_separately() -> None:
         for workers in (1, 2)
     ]
     assert largest(points) == [point for point in points if point["method.rank"] == 8]
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric", "allowed"),
+    [
+        (["p", "q"], "pearson", "a score of a classification: held_out_loss, accuracy, macro_f1, matthews"),
+        ([0.25, 1.5], "accuracy", "a score of a regression: held_out_loss, pearson, spearman, mean_absolute_error"),
+        ([0.25, 1.5], "pearson", None),
+    ],
+)
+def test_metric_is_one_of_the_rows_labels(
+    labels: list[str] | list[float], metric: str, allowed: str | None, tmp_path: Path
+) -> None:
+    """Which the rows alone say where task.problem is not set; nothing trains before."""
+    rows = [{"a": f"text {n}", "y": labels[n % 2]} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    keys = {
+        "task": {"name": "table", "path": str(tmp_path / "rows.jsonl"), "prompt": "{a}", "label": "y"},
+        "model": {"path": "random", "random": {"type": "bert", **sizes}},
+        "federation": {"clients": 2, "rounds": 1, "partition": {"kind": "iid"}},
+        "resources": {"workers": 0},
+        "sweep": {"metric": metric, "space": {"optimizer.lr": {"grid": [0.1, 0.2]}}},
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(keys))  # JSON is YAML
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    if allowed is None:
+        checked(sweep, tmp_path, lambda record: None)
+        return
+    with pytest.raises(UserError, match=re.escape(f"sweep.metric: got '{metric}'; allowed: {allowed}; change")):
+        checked(sweep, tmp_path, lambda record: None)
 
 
 @pytest.mark.parametrize(
