@@ -168,8 +168,8 @@ def plan(
     if left_out:
         typer.echo(f"rayfed-sub: {left_out}", err=True)
     job = prepare(checked, start=read_start(checked))
-    check(job, on=on)
     planned = plan_of(job, on)
+    check(job, on=on)
     if probe:
         from rayfed_sub.runtime import probe as timing
 

@@ -80,6 +80,7 @@ class Display:
         self._bytes: dict[int, int] = {}  # by round: one may be run twice
         self._began = 0.0
         self._score = self._speed = ""  # headline score, and unit of the speed
+        self._problem: str | None = None  # of the run that has started
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -120,10 +121,10 @@ class Display:
             f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
             f"{cohort} of {federation.clients} clients each; into {record.folder}"
         )
-        titles = {"classification": "macro F1", "multi-label": "micro F1", "regression": "Pearson"}
-        headlines = {"classification": "macro_f1", "multi-label": "micro_f1", "regression": "pearson"}
-        problem = problem_of(record.metrics)
-        self._score, title = headlines.get(problem, "token_accuracy"), titles.get(problem, "accuracy")
+        titles = {"macro_f1": "macro F1", "micro_f1": "micro F1", "pearson": "Pearson"}
+        self._problem = record.problem
+        self._score = _headline(record.problem, record.metrics)
+        title = titles.get(self._score, "accuracy")
         self._speed = "tokens/s" if "token_accuracy" in record.metrics else "rows/s"
         self._print(_ROUND.format("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left"), "dim")
         if not record.round:
@@ -183,7 +184,7 @@ class Display:
     def _judged(self, metrics: Mapping[str, float]) -> tuple[str, str]:
         """Held-out loss and headline score; empty where there was no evaluation."""
         loss, score = metrics.get("held_out_loss"), metrics.get(self._score)
-        missing = "-" if metrics and self._score in UNDEFINED else ""
+        missing = "-" if metrics and self._score in UNDEFINED and self._problem != "own" else ""
         return "" if loss is None else f"{loss:.3f}", missing if score is None else f"{score:.3f}"
 
     def _print(self, line: str, style: str = "") -> None:
@@ -194,7 +195,7 @@ class Display:
         """The final table of a run."""
         metrics, sitting = summary.metrics, "since it went on" if summary.resumed else "in all"
         rows = [
-            *_scores(metrics),
+            *_scores(metrics, self._problem or problem_of(metrics)),
             *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
             *([("scores are on", summary.split)] if summary.split else []),
             *([("rows in two official splits", f"{shared:,}")] if (shared := summary.rows.get("shared")) else []),
@@ -217,10 +218,18 @@ class Display:
         print_table((f"{summary.name}: {summary.method}", _rounds(summary.rounds)), rows, self._console)
 
 
-def _scores(metrics: Mapping[str, float]) -> Iterable[tuple[str, str]]:
-    """The final table's lines of scores."""
-    names, problem = (*_SCORES, *filter(is_named, metrics)), problem_of(metrics)
-    own = SCORES_OF[problem] if problem != "causal-lm" else ()
+def _headline(problem: str, metrics: Mapping[str, float]) -> str:
+    """The score of a round's line; of a caller's own measures the one that is named like a classifier's."""
+    known = {"classification": "macro_f1", "multi-label": "micro_f1", "regression": "pearson"}
+    if problem == "own":
+        return next((name for name in ("macro_f1", "accuracy") if name in metrics), "token_accuracy")
+    return known.get(problem, "token_accuracy")
+
+
+def _scores(metrics: Mapping[str, float], problem: str) -> Iterable[tuple[str, str]]:
+    """The final table's lines of scores; problem: the kind of labels."""
+    names = (*_SCORES, *filter(is_named, metrics))
+    own = SCORES_OF[problem] if problem not in ("causal-lm", "own") else ()
     both = {name: (metrics.get(f"{name}_before"), metrics.get(name)) for name in names}
     both = {name: found for name, found in both.items() if None not in found or name in own}
     for name in shown(both):

@@ -45,19 +45,33 @@ SCORES_OF: Mapping[str, tuple[str, ...]] = {
     "multi-label": ("held_out_loss", "micro_f1", "macro_f1", "subset_accuracy"),
 }
 """The scores after every evaluation by the kind of labels, the one for the terminal second."""
+KINDS = {
+    "causal-lm": "language modelling",
+    "classification": "a classification",
+    "regression": "a regression",
+    "multi-label": "several labels a row",
+}
+"""The kinds of labels in words."""
 _MOST = 6
 """Runs that a figure's label names."""
 
 
 def problem_of(metrics: Iterable[str]) -> str:
-    """The kind of labels that scores are of.
+    """The kind of labels that scores are of, where only they are known; a measure of the caller's own may be named like
+    one of them.
 
     >>> problem_of(["held_out_loss", "mean_absolute_error"]), problem_of(["held_out_loss", "token_accuracy"])
     ('regression', 'causal-lm')
+    >>> problem_of(["held_out_loss", "accuracy", "macro_f1"]), problem_of(["held_out_loss", "accuracy"])
+    ('classification', 'causal-lm')
     """
     known = set(metrics)
-    marks = {"mean_absolute_error": "regression", "subset_accuracy": "multi-label", "accuracy": "classification"}
-    return next((problem for mark, problem in marks.items() if mark in known), "causal-lm")
+    marks = {
+        "regression": {"held_out_loss", "mean_absolute_error"},
+        "multi-label": {"held_out_loss", "subset_accuracy"},
+        "classification": {"held_out_loss", "accuracy", "macro_f1"},
+    }
+    return next((problem for problem, mark in marks.items() if mark <= known), "causal-lm")
 
 
 def unit(problem: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
+from rayfed_sub.core.text import KINDS
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.data.batching import Batch, collate
 from rayfed_sub.data.dataset import Dataset
@@ -19,10 +20,10 @@ from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.weights import assemble
 from rayfed_sub.training.layers import Bound, PackLinear, Terms, bound, runs
-from rayfed_sub.training.losses import client_losses
-from rayfed_sub.training.own_loss import OwnCodeError, own_scores
+from rayfed_sub.training.losses import client_losses, forwarded
+from rayfed_sub.training.own_loss import OwnCodeError, OwnPass, own_scores
 from rayfed_sub.training.pack_experts import install
-from rayfed_sub.training.passes import passes
+from rayfed_sub.training.passes import AnyPass, passes
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def check_first_step(
     config: Config, architecture: Architecture, tensors: Mapping[str, Tensor], dataset: Dataset, pad: int
 ) -> None:
     """UserError (batch, loss, measure, model, model.targets) where the caller's functions fail on the first client's
-    first rows, the loss is no scalar with a gradient, or depends on no trained layer.  A warning names layers that this
+    first rows, logits have another shape than labels of rows, the loss is no scalar with a gradient, or depends on no
+    trained layer.  A warning names layers that this
     batch does not reach."""
     client = dataset.client_names[0]
     rows = dataset.rows_of(0)[: config.federation.batch_size]
@@ -43,6 +45,7 @@ def check_first_step(
         allowed = f"a function that makes a batch of a list of rows; with {len(rows)} of client {client} it raises"
         raise UserError("batch", "OwnModel.batch", allowed, _line(error)) from error
     try:
+        _check_outputs(model, passes([batch], pass_rule(model), pad)[0], dataset)
         reached = _reached(model, layers, architecture.shape, batch, pad)
         if isinstance(batch, OwnBatch):
             own_scores(model, batch)
@@ -62,6 +65,21 @@ def check_first_step(
         raise UserError("model.targets", config.model.targets, allowed, "name layers whose forward is called")
     if missed:
         log.warning("the loss of a first batch does not depend on %s", ", ".join(missed[:8]))
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, one: AnyPass, dataset: Dataset) -> None:
+    """UserError where the module has not one output for each class, or label, or for a regression's number: a loss
+    would spread the labels over outputs of another shape."""
+    if isinstance(one, OwnPass) or one.of_tokens:
+        return
+    shape = tuple(forwarded(model, one).logits.shape)
+    wanted = (len(one.labels), 1 if dataset.kind == "regression" else len(dataset.class_names))
+    if shape != wanted:
+        form = f"a module with logits of shape (rows, {wanted[1]}) for {KINDS[dataset.kind]}"
+        allowed = f"{form}, here {wanted}; it returns {shape}"
+        advice = f"give its last layer {wanted[1]} output{'s' if wanted[1] > 1 else ''}, and squeeze nothing"
+        raise UserError("model", type(model).__qualname__, allowed, advice)
 
 
 def _reached(model: nn.Module, layers: Mapping[str, PackLinear], shape: ModelShape, batch: Batch, pad: int) -> set[str]:

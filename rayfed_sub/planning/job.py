@@ -16,7 +16,7 @@ import torch
 from rayfed_sub.config.checks import check_rules, check_training, not_given
 from rayfed_sub.config.schema import GIVEN, Config, Evaluation, Resources
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.text import SCORES_OF
+from rayfed_sub.core.text import KINDS, SCORES_OF
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.objects import AsTheyAre
 from rayfed_sub.data.processors import Processor
@@ -40,13 +40,6 @@ from rayfed_sub.planning.machines import Node, most_workers
 from rayfed_sub.planning.packs import any_pack
 from rayfed_sub.planning.sampling import judged_rows, local_steps
 from rayfed_sub.privacy.accountant import NOISES, noise_of
-
-_IN_WORDS = {
-    "causal-lm": "language modelling",
-    "classification": "a classification",
-    "regression": "a regression",
-    "multi-label": "several labels a row",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +162,7 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     that do not fit them."""
     method = check_settings(config, given)
     method.check(base.architecture.shape)
+    _check_dropout(method, base.architecture)
     _check_positions(config, base)
     evaluation = _check_metrics(config, base)
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
@@ -178,6 +172,15 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     noise = noise_of(resolved)
     inputs = (base.architecture, base.processor, base.dataset)
     return Job(resolved, method, *inputs, noise, base.weights, start=base.start, begun=base.begun)
+
+
+def _check_dropout(method: Method, architecture: Architecture) -> None:
+    """UserError where a layer's tokens do not lie row after row: dropout's words are those of rows and their tokens."""
+    rate = getattr(unhooked(method), "dropout", 0.0)
+    if rate and architecture.alone:
+        whose = architecture.hf_config.model_type if architecture.hf_config is not None else "this module"
+        allowed = f"0 with {whose}, whose layers see something else than row after row"
+        raise UserError("method.dropout", rate, allowed, "remove it")
 
 
 def _packs(config: Config, architecture: Architecture) -> Resources:
@@ -332,7 +335,7 @@ def _check_metrics(config: Config, base: JobInputs) -> Evaluation:
         allowed = "held_out_loss, the score of a model with a loss of the caller's own"
         raise UserError("early_stopping.metric", watched, allowed, "set early_stopping.metric=held_out_loss")
     if watched is not None and base.architecture.loss is None and watched not in SCORES_OF[kind]:
-        allowed = f"a score of {_IN_WORDS[kind]}: {', '.join(SCORES_OF[kind])}"
+        allowed = f"a score of {KINDS[kind]}: {', '.join(SCORES_OF[kind])}"
         raise UserError("early_stopping.metric", watched, allowed, "set one of these")
     names = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in config.evaluation.metrics)
     return config.evaluation.model_copy(update={"metrics": names})

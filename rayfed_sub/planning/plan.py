@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.text import megabytes
 from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy
 from rayfed_sub.planning.job import Job
@@ -163,13 +165,36 @@ def _notes(parts: Parts, found: Traffic) -> Iterable[str]:
         yield "resources.executor=reference: each worker holds a float32 copy of the model besides."
 
 
+class UnplannedError(Exception):
+    """The model's memory is not known before it trains; the text is the cause."""
+
+
+@contextmanager
+def walking() -> Iterator[None]:
+    """Around a walk of the model: UnplannedError where it asks its tensors for numbers, as Longformer does: a plan's
+    have none."""
+    try:
+        yield
+    except RunError:  # a method's failure is none of the model
+        raise
+    except (NotImplementedError, RuntimeError) as error:
+        raise UnplannedError(" ".join(str(error).split())[:100]) from error
+
+
 def plan_of(job: Job, on: str | None = None, folder: Path = Path()) -> Plan:
     """The plan of a job on this machine, or with the GPU `on` (see `machine_named`).
 
-    Raises UserError for a GPU that it does not know; the plan shows what does not fit, and `check` refuses it.
+    Raises UserError for a GPU that it does not know, and for a model that cannot be planned; the plan shows what does
+    not fit, and `check` refuses it.
     """
     machine = here(job, folder)
-    return plan(job_parts(job), machine if on is None else machine_named(on, machine))
+    there = machine if on is None else machine_named(on, machine)
+    try:
+        with walking():
+            return plan(job_parts(job), there)
+    except UnplannedError as error:
+        allowed = f"a model whose memory follows from shapes alone; this one says: {error}"
+        raise UserError("model.path", job.config.model.path, allowed, "run it without a plan") from error
 
 
 def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
@@ -178,14 +203,12 @@ def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
     if job.architecture.module is not None:
         return
     machine = here(job, folder)
+    there = machine if on is None else machine_named(on, machine)
     try:
-        check_fits(job_parts(job), machine if on is None else machine_named(on, machine))
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # a model that asks its tensors for numbers, as Longformer does
-        cause = " ".join(str(error).split())[:100]
-        log.warning("whether the run fits into memory is not known before it trains: %s", cause)
+        with walking():
+            check_fits(job_parts(job), there)
+    except UnplannedError as error:
+        log.warning("whether the run fits into memory is not known before it trains: %s", error)
 
 
 def memory(job: Job) -> int | None:

@@ -364,7 +364,7 @@ def _rounds(
     done = ask("start")
     first = _beginning(done, folder, job, ask, notify)
     targets = sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
-    notify(Started(config, folder.place.display_name(), overall(first.scores), targets, done))
+    notify(Started(config, folder.place.display_name(), overall(first.scores), targets, done, job.dataset.kind))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     records: Iterator[PackDone | RoundDone] = iter(())
     watch, live, course = Watch(folder, config), Live(folder, config), Course(folder, config, callbacks)

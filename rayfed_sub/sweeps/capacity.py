@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,15 +11,17 @@ from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, Node, most_workers
 from rayfed_sub.planning.needs import DRIVER, RAY, Need, need
 from rayfed_sub.planning.packs import most_clients
-from rayfed_sub.planning.plan import here, job_parts
+from rayfed_sub.planning.plan import UnplannedError, here, job_parts, walking
 from rayfed_sub.planning.traffic import FEW
+
+log = logging.getLogger(__name__)
 
 
 def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int) -> int:
     """Number of concurrent trials, at least 1 and at most `most`, if all were the most demanding of `jobs`.
 
     The memory of a cluster's other nodes is not known: there only CPUs and GPUs for workers count; on this node the
-    trials' processes count too.
+    trials' processes count too.  A model that cannot be planned has one trial at a time.
     """
     return max(1, min(most, *(_places(job, there) for job in jobs), *(_memory(job, there) for job in jobs)))
 
@@ -38,6 +41,16 @@ def _places(job: Job, there: Sequence[Node]) -> int:
 
 
 def _memory(job: Job, there: Sequence[Node]) -> int:
+    try:
+        with walking():
+            return _trials(job, there)
+    except UnplannedError as error:
+        log.warning("trials run one at a time, for their memory is not known before they train: %s", error)
+        return 1
+
+
+def _trials(job: Job, there: Sequence[Node]) -> int:
+    """Trials like this one whose processes this machine's memory holds."""
     needed, machine = need(job_parts(job), rounds=2, most=FEW), here(job)
     once = needed.backbone + needed.data + DRIVER + RAY
     pack = most_clients(job.config, needed.cohort, free=job.any_pack)

@@ -27,7 +27,7 @@ from rayfed_sub.sweeps.capacity import at_once, check_disk
 from rayfed_sub.sweeps.outcome import SweepResult, outcome
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher
 from rayfed_sub.sweeps.shared_inputs import all_inputs, input_key, shared
-from rayfed_sub.sweeps.space import Sweep, Trials, largest
+from rayfed_sub.sweeps.space import Sweep, Trials, check_metric_of, largest
 from rayfed_sub.sweeps.tuner import TRIALS, check_unused, loggers, searcher, tuned
 from rayfed_sub.telemetry.events import Notice, Stage
 
@@ -131,6 +131,7 @@ def checked(sweep: Trials, folder: Path, notify: Listener) -> tuple[Mapping[str,
         with_callbacks(config, ())  # those that the configuration names can be imported
     notify(Stage("reading tasks and models"))
     inputs = all_inputs(configs)
+    check_metric_of(sweep.search.metric, (base.dataset.kind for _, base in inputs.values()))
     for config in configs:
         job_on(inputs[input_key(config)][1], config)
     jobs = [job_on(inputs[input_key(config)][1], config) for config in map(sweep.config, largest(points))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from operator import le
@@ -19,7 +19,7 @@ from rayfed_sub.config.loading import as_override, check_kind, flat, load_config
 from rayfed_sub.config.schema import Config, Count, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
-from rayfed_sub.core.text import LOWER, SCORES_OF
+from rayfed_sub.core.text import KINDS, LOWER, SCORES_OF
 from rayfed_sub.methods import GROUPS, adopted, build, build_hook, fields_of
 
 _LABELS = tuple(dict.fromkeys(name for kind, own in SCORES_OF.items() if kind != "causal-lm" for name in own))
@@ -333,6 +333,16 @@ def _check_search(search: Search) -> None:
         if value != default and search.metric in _TEXTS:
             allowed = f"{default} with metric={search.metric}, known at a trial's end"
             raise UserError(f"sweep.{field}", value, allowed, "use held_out_loss")
+
+
+def check_metric_of(metric: str, kinds: Iterable[str]) -> None:
+    """UserError for a metric that data sets with these kinds of labels do not have: a column of numbers may be classes
+    or a regression, which its rows say."""
+    for kind in kinds:
+        known = (*SCORES_OF[kind], *(_TEXTS if kind == "causal-lm" else ()))
+        if metric not in known:
+            allowed = f"a score of {KINDS[kind]}: {', '.join(SCORES_OF[kind])}"
+            raise UserError("sweep.metric", metric, allowed, "change sweep.metric")
 
 
 def _check_metric(metric: str, config: Config) -> None:

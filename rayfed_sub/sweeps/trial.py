@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import tune
 
-from rayfed_sub.core.text import SCORES_OF, UNDEFINED, problem_of
+from rayfed_sub.core.text import SCORES_OF, UNDEFINED
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.runtime.session import carry_out
 from rayfed_sub.storage.remote import inside, open_place
@@ -41,14 +41,14 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
     values = values_of(given)
     out = inside(trials, sweep.folder(Path(tune.get_context().get_trial_dir()).name, values))
     job, shared = inputs.job(sweep.config(values))
-    rounds, same = job.config.federation.rounds or 0, job.any_pack
+    rounds, same, kind = job.config.federation.rounds or 0, job.any_pack, job.dataset.kind
 
     def notify(record: object) -> None:
         """The last round is reported with the summary."""
         if isinstance(record, Started) and not record.round:
-            tune.report(_progress(0, rounds, record.metrics))
+            tune.report(_progress(0, rounds, record.metrics, kind))
         if isinstance(record, RoundDone) and record.scores and record.row.round + 1 != rounds:
-            tune.report(_progress(record.row.round + 1, rounds, overall(record.scores)))
+            tune.report(_progress(record.row.round + 1, rounds, overall(record.scores), kind))
 
     with open_place(out, notify, resume=True) as place:
         done = None
@@ -56,22 +56,28 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
             done = summary_of(place.path, job.config, same)
             check_data(place.path, job.dataset.fingerprint)
         if done is not None:
-            tune.report(_end(done))
+            tune.report(_end(done, kind))
         else:
-            tune.report(_end(carry_out(job, shared, opened(place, job.config, same), notify, began)))
+            tune.report(_end(carry_out(job, shared, opened(place, job.config, same), notify, began), kind))
 
 
-def _progress(round: int, rounds: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    return {"rounds": round, "of_rounds": rounds, "finished": False, **_whole(metrics)}
+def _progress(round: int, rounds: int, metrics: Mapping[str, float], kind: str) -> dict[str, Any]:
+    return {"rounds": round, "of_rounds": rounds, "finished": False, **_whole(metrics, kind)}
 
 
-def _whole(metrics: Mapping[str, float]) -> dict[str, float]:
+def _whole(metrics: Mapping[str, float], kind: str) -> dict[str, float]:
     """The scores with NaN for those that are not defined, which Tune's searchers and schedulers look for."""
-    missing = [name for name in SCORES_OF[problem_of(metrics)] if name in UNDEFINED and name not in metrics]
+    missing = [name for name in SCORES_OF[kind] if name in UNDEFINED and name not in metrics]
     return {**dict.fromkeys(missing, math.nan), **metrics}
 
 
-def _end(summary: Summary) -> dict[str, Any]:
+def _end(summary: Summary, kind: str) -> dict[str, Any]:
     reported = asdict(summary)
     sent = {name: reported[name] for name in (*SENT, "weights_sha256")}
-    return {"rounds": summary.rounds, "of_rounds": summary.rounds, "finished": True, **_whole(summary.metrics), **sent}
+    return {
+        "rounds": summary.rounds,
+        "of_rounds": summary.rounds,
+        "finished": True,
+        **_whole(summary.metrics, kind),
+        **sent,
+    }

@@ -46,13 +46,14 @@ class Beginning:
 @dataclass(frozen=True)
 class Started:
     """Training begins, or goes on, with round `round`; the initial model has been evaluated.  folder: as shown to
-    people."""
+    people; problem: the kind of labels, "own" with a loss of the caller's own."""
 
     config: Config
     folder: str
     metrics: Mapping[str, float]
     target_bytes: int
     round: int = 0
+    problem: str = "causal-lm"
 
 
 @dataclass(frozen=True)

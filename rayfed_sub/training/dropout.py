@@ -122,17 +122,18 @@ def _int32(x: Tensor) -> Tensor:
 
 class GivenDropout(nn.Module):
     """In the place of a library's dropout: it drops what the pack executor drops, not what torch's generator says.
-    `begin` a local step before its forward pass."""
+    `begin` each forward pass of a local step."""
 
     def __init__(self, seed: int, client: int, layer: str, rate: float) -> None:
         super().__init__()
         self.seed, self.client, self.layer, self.rate = seed, client, layer, rate
 
-    def begin(self, step: int, rows: int) -> None:
-        """step: local steps of the client's life before this one; rows: of its batch, as the layers see them."""
-        where = torch.stack([torch.zeros(rows), torch.arange(rows), torch.zeros(rows)], dim=1).long()
+    def begin(self, step: int, rows: Sequence[int]) -> None:
+        """step: local steps of the client's life before this one; rows: those of its batch that the pass has, as the
+        layers see them."""
+        where = torch.tensor([(0, row, 0) for row in rows])
         words = TokenWords(where, torch.tensor([_key(self.seed, self.client, step)]))
-        self.now = Dropout(self.seed, self.layer, self.rate, words, rows)
+        self.now = Dropout(self.seed, self.layer, self.rate, words, len(rows))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.now.kept(x.reshape(-1, x.shape[-1])).reshape(x.shape) * self.now.factor

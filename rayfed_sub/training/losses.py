@@ -106,8 +106,8 @@ def _predicted(model: nn.Module, one: Pass) -> tuple[Tensor, Tensor, Tensor, Ten
     return torch.cat(losses), one.row[at_L], label_L, torch.cat(best)
 
 
-def _run(model: Any, one: Pass) -> Any:
-    """The model's answer.  Pixels take its own type: not every architecture sees to that itself."""
+def forwarded(model: Any, one: Pass) -> Any:
+    """The model's answer to a pass.  Pixels take its own type: not every architecture sees to that itself."""
     dtype = getattr(model, "dtype", torch.float32)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in one.inputs.items()}
     if one.answers is not None:
@@ -118,14 +118,14 @@ def _run(model: Any, one: Pass) -> Any:
 
 def _logits_at(model: nn.Module, one: Pass, at_L: Tensor) -> Tensor:
     """The model's own logits (L, V) or (L, C), float32, for the labels at these places."""
-    logits: Tensor = _run(model, one).logits
+    logits: Tensor = forwarded(model, one).logits
     return logits.flatten(0, -2)[at_L - 1 if one.shifted else at_L].float()
 
 
 def _hidden(model: nn.Module, head: nn.Module, one: Pass, at_L: Tensor) -> Tensor:
     """The output layer's input (L, h) at the tokens before these."""
     with hidden_states(head) as seen:
-        _run(model, one)
+        forwarded(model, one)
     (hidden_RTh,) = seen
     return hidden_RTh.flatten(0, -2)[at_L - 1 if one.shifted else at_L]
 

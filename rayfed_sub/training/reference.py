@@ -77,8 +77,7 @@ def _client(
             break
         for x in moving:  # which need not be parameters of the model
             x.parameter.grad = None
-        _begin_dropout(model, batch, work.taken + t)
-        loss, count = _loss(model, batch)
+        loss, count = _loss(model, batch, work.taken + t)
         losses.append(loss.item())
         labels += count
         loss.backward()
@@ -165,11 +164,11 @@ def _due(start: Start, clock: Clock) -> bool:
     return bool(period) and clock.step % period == 0
 
 
-def _begin_dropout(model: nn.Module, batch: Batch, step: int) -> None:
-    """step: local steps of the client's life before this one."""
+def _begin_dropout(model: nn.Module, step: int, rows: Sequence[int]) -> None:
+    """Before a forward pass of these rows of the batch; step: local steps of the client's life before this one."""
     for part in model.modules():
         if isinstance(part, GivenDropout):
-            part.begin(step, 1 if isinstance(batch, OwnBatch) else len(batch["labels"]))
+            part.begin(step, rows)
 
 
 def _advance(clock: Clock, clocks: Mapping[str, Clock], still: Collection[str], start: Start, decay: float) -> None:
@@ -193,17 +192,18 @@ def _still(moving: Sequence[Moving], shape: ModelShape) -> set[str]:
     return {layer.name for layer in shape.experts} - sent
 
 
-def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+def _loss(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, int]:
     """The mean cross-entropy over labelled tokens (or rows), and how many there are; without labels 0.  Of numbers the
     mean squared error, of several labels a row binary cross-entropy.  Of the caller's own loss the mean over the
-    batch's rows."""
+    batch's rows.  step: as in `_begin_dropout`."""
+    _begin_dropout(model, step, range(1 if isinstance(batch, OwnBatch) else len(batch["labels"])))
     device = next(model.parameters()).device
     if isinstance(batch, OwnBatch):
         return trained_loss(model, batch.to(device)), batch.rows
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")
     if not of_tokens(labels):
-        return _of_rows(model, inputs, labels)
+        return _of_rows(model, inputs, labels, step)
     writes = vars(model).get("text_to_text", False)
     if writes:
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
@@ -216,18 +216,22 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return functional.cross_entropy(logits, labels) if count else 0.0 * logits.sum(), count
 
 
-def _of_rows(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
+def _of_rows(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, step: int) -> tuple[Tensor, int]:
     """`_loss` of labels of whole rows; rows that nothing may fill up go through the model one by one."""
     if pass_rule(model).exact and len(labels) > 1:
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        alone = [{name: x[row : row + 1, :length] for name, x in inputs.items()} for row, length in enumerate(lengths)]
-        logits = torch.cat([answered(model, one, causal=False).logits.float() for one in alone])
+        found = []
+        for row, length in enumerate(lengths):
+            _begin_dropout(model, step, [row])
+            one = {name: x[row : row + 1, :length] for name, x in inputs.items()}
+            found.append(answered(model, one, causal=False).logits.float())
+        logits = torch.cat(found)
     else:
         logits = answered(model, inputs, causal=False).logits.float()
     if labels.is_floating_point():
         several = labels.shape[1] > 1
-        found = functional.binary_cross_entropy_with_logits if several else functional.mse_loss
-        return found(logits, labels), len(labels)
+        function = functional.binary_cross_entropy_with_logits if several else functional.mse_loss
+        return function(logits, labels), len(labels)
     count = int((labels != -100).sum())
     return functional.cross_entropy(logits, labels) if count else 0.0 * logits.sum(), count
 

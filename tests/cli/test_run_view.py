@@ -189,9 +189,33 @@ def test_rounds_stay_above_the_live_line_in_a_terminal_too(clock: Clock) -> None
 def test_classifier_shows_macro_f1_and_row_counts() -> None:
     pipe, text = console(terminal=False)
     with Display(pipe) as shown:
-        shown.show(Started(CONFIG, "runs/look", {"held_out_loss": 1.4, "accuracy": 0.5, "macro_f1": 0.3}, 10**6))
+        shown.show(
+            Started(
+                CONFIG,
+                "runs/look",
+                {"held_out_loss": 1.4, "accuracy": 0.5, "macro_f1": 0.3},
+                10**6,
+                0,
+                "classification",
+            )
+        )
     title, before = text.getvalue().splitlines()[-2:]
     assert (title.split()[3:6], before.split()) == (["macro", "F1", "rows/s"], ["before", "1.400", "0.300"])
+
+
+@pytest.mark.parametrize(("measure", "shown"), [("accuracy", "0.500"), ("mean_absolute_error", "")])
+def test_measure_of_the_caller_s_own_makes_no_run_of_labels(measure: str, shown: str) -> None:
+    """Its names may be those of a task's scores, of which others are then not missing."""
+    pipe, text = console(terminal=False)
+    metrics = {"held_out_loss": 1.4, measure: 0.5}
+    with Display(pipe) as display:
+        display.show(Started(CONFIG, "runs/look", metrics, 10**6, 0, "own"))
+    title, before = text.getvalue().splitlines()[-2:]
+    assert (title.split()[3], before.split()) == ("accuracy", ["before", "1.400", *shown.split()])
+    both = {f"{name}{end}": value for name, value in metrics.items() for end in ("_before", "")}
+    display.table(Summary(**{**vars(SUMMARY), "metrics": both}))
+    assert "undefined" not in text.getvalue()
+    assert "0.5000 -> 0.5000" in text.getvalue()
 
 
 def test_the_final_table(clock: Clock) -> None:

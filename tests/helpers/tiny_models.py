@@ -20,6 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    ConvBertConfig,
+    ConvBertForSequenceClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
     GPT2Config,
@@ -200,6 +202,14 @@ def bert(targets: str = r"(intermediate\.dense|\d\.output\.dense)$") -> Tiny:
     """Sequence classification: 24 x 16, 16 x 24, and a trained head 3 x 16 with bias."""
     config = BertConfig(**_ENCODER)
     return _tiny(BertForSequenceClassification, config, targets, "classifier", draw_sentences)
+
+
+@cache
+def convbert() -> Tiny:
+    """Sequence classification whose rows nothing may fill up; layers as BERT's."""
+    config = ConvBertConfig(**_ENCODER, embedding_size=16)
+    targets = r"(intermediate\.dense|\d\.output\.dense)$"
+    return _tiny(ConvBertForSequenceClassification, config, targets, "classifier.out_proj", draw_sentences)
 
 
 @cache

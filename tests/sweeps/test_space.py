@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from rayfed_sub import UserError, load_config
+from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.machines import Machine, Node
 from rayfed_sub.sweeps import capacity
+from rayfed_sub.sweeps.runner import checked
 from rayfed_sub.sweeps.shared_inputs import input_key, weights_key
 from rayfed_sub.sweeps.space import Axis, Search, Sweep, largest, load_sweep
 
@@ -188,6 +192,37 @@ def test_every_name_and_every_resource_counts_separately() -> None:
 
 
 @pytest.mark.parametrize(
+    ("labels", "metric", "allowed"),
+    [
+        (["p", "q"], "pearson", "a score of a classification: held_out_loss, accuracy, macro_f1, matthews"),
+        ([0.25, 1.5], "accuracy", "a score of a regression: held_out_loss, pearson, spearman, mean_absolute_error"),
+        ([0.25, 1.5], "pearson", None),
+    ],
+)
+def test_metric_is_one_of_the_rows_labels(
+    labels: list[str] | list[float], metric: str, allowed: str | None, tmp_path: Path
+) -> None:
+    """Which the rows alone say where task.problem is not set; nothing trains before."""
+    rows = [{"a": f"text {n}", "y": labels[n % 2]} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    keys = {
+        "task": {"name": "table", "path": str(tmp_path / "rows.jsonl"), "prompt": "{a}", "label": "y"},
+        "model": {"path": "random", "random": {"type": "bert", **sizes}},
+        "federation": {"clients": 2, "rounds": 1, "partition": {"kind": "iid"}},
+        "resources": {"workers": 0},
+        "sweep": {"metric": metric, "space": {"optimizer.lr": {"grid": [0.1, 0.2]}}},
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(keys))  # JSON is YAML
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    if allowed is None:
+        checked(sweep, tmp_path, lambda record: None)
+        return
+    with pytest.raises(UserError, match=re.escape(f"sweep.metric: got '{metric}'; allowed: {allowed}; change")):
+        checked(sweep, tmp_path, lambda record: None)
+
+
+@pytest.mark.parametrize(
     ("there", "asked", "most"),
     [
         ([Node(8)], "resources.workers=2", 4),  # 8 / 2
@@ -212,6 +247,28 @@ def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch)
     for bytes_free, most in ((once + 3 * one, 3), (once + 3 * one - 1, 2), (once, 1)):
         monkeypatch.setattr(capacity, "here", lambda job, free=bytes_free: Machine("here", free, 64, 10**12))
         assert capacity.at_once([job], [Node(64)], most=100) == most
+
+
+def test_model_without_a_plan_runs_one_trial_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Longformer asks its tensors for numbers; a plan of it alone ends in one line, and a check warns."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"a": f"text {n}", "y": "pq"[n % 2]}) + "\n" for n in range(12)))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    keys = {
+        "task": {"name": "table", "path": str(file), "prompt": "{a}", "label": "y"},
+        "model": {"path": "random", "random": {"type": "longformer", "attention_window": 4, **sizes}},
+        "federation": {"clients": 2, "rounds": 1, "partition": {"kind": "iid"}},
+        "resources": {"workers": 0},
+    }
+    job = prepare(load_config(keys))
+    assert capacity.at_once([job], [Node(64)], most=100) == 1
+    assert "trials run one at a time, for their memory is not known before they train" in caplog.text
+    with pytest.raises(
+        UserError, match=r"^model.path: got 'random'; allowed: a model whose memory follows from shapes"
+    ):
+        plan.plan_of(job)
+    plan.check(job)
+    assert "whether the run fits into memory is not known" in caplog.text
 
 
 # Shared inputs

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from rayfed_sub import UserError, load_config
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import ModelShape, Start
+from rayfed_sub.planning.job import prepare
 from rayfed_sub.training.dropout import Dropout, TokenWords, column_words, dropouts, kept
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from tests.helpers.tiny_models import (
@@ -18,6 +22,7 @@ from tests.helpers.tiny_models import (
     Tiny,
     albert,
     bert,
+    convbert,
     core_start,
     draw_batches,
     gpt2,
@@ -107,14 +112,40 @@ def test_client_has_the_same_bits_in_any_pack(make: Callable[[], Tiny], kind: st
 
 @pytest.mark.parametrize(
     ("make", "kind"),
-    [(llama, "lora"), (llama, "core"), (gpt2, "lora"), (bert, "lora"), (albert, "lora"), (vit, "lora"), (own, "lora")],
+    [
+        (llama, "lora"),
+        (llama, "core"),
+        (gpt2, "lora"),
+        (bert, "lora"),
+        (albert, "lora"),
+        (convbert, "lora"),
+        (vit, "lora"),
+        (own, "lora"),
+    ],
 )
 def test_pack_matches_peft_with_the_same_masks(make: Callable[[], Tiny], kind: str) -> None:
-    """albert uses a layer twice, each time with other masks; rows of texts have unequal lengths.  eps: see
-    tests/methods/test_protocol.py."""
+    """albert uses a layer twice, each time with other masks; convbert's rows go through one by one in the reference;
+    rows of texts have unequal lengths.  eps: see tests/methods/test_protocol.py."""
     tiny = make()
     start = {"lora": lora_start, "core": core_start}[kind](tiny, 3)
     compare(tiny, replace(start, dropout=RATE), Optimizer(eps=1e-4), 1e-2)
+
+
+def test_dropout_is_refused_where_layers_do_not_see_row_after_row(tmp_path: Path) -> None:
+    """XLNet's have tokens before rows: a token would have the word of another row's."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"a": f"text {n}", "y": "pq"[n % 2]}) + "\n" for n in range(12)))
+    random = {"type": "xlnet", "d_model": 16, "n_head": 2, "n_layer": 1, "d_inner": 24}
+    keys = {
+        "task": {"name": "table", "path": str(file), "prompt": "{a}", "label": "y"},
+        "model": {"path": "random", "random": random, "targets": "layer_1$"},
+        "federation": {"clients": 2, "rounds": 1, "partition": {"kind": "iid"}},
+        "method": {"name": "fedit", "rank": 2},
+        "resources": {"workers": 0},
+    }
+    assert prepare(load_config(keys)).architecture.alone
+    with pytest.raises(UserError, match=r"^method\.dropout: got 0\.2; allowed: 0 with xlnet, whose layers see "):
+        prepare(load_config(keys, ["method.dropout=0.2"]))
 
 
 def test_without_a_rate_nothing_changes_and_with_one_the_step_counts() -> None:
