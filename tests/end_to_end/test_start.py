@@ -21,7 +21,9 @@ from rayfed_sub import load_config, run
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import unpacked
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Block, Change
 from rayfed_sub.export.exported import export_hf, export_peft
+from rayfed_sub.models.start import StartFrom, fitted
 from rayfed_sub.models.weights import assemble, load_weights
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.plan import job_parts, plan_of
@@ -403,6 +405,14 @@ def test_run_of_other_weights_under_the_same_name_is_refused(runs: Runs, table: 
         load_backbone(job_of(configured(table, other)))
     load_backbone(job_of(configured(table, first)))
     load_backbone(job_of(configured(table, other, "model.dtype=bfloat16")))  # nothing is known of these
+
+
+def test_parameter_of_all_experts_is_planned_in_float32_where_one_is_changed(table: Path) -> None:
+    mixtral = {"type": "mixtral", "num_key_value_heads": 1, "num_local_experts": 3, **SIZES}
+    bones = prepare(configured(table, None, random=mixtral)).architecture
+    first = Change(blocks=(Block(torch.ones(2 * 96, 1), torch.ones(1, 32), 1.0),))
+    start = StartFrom("x", "x", {"model.layers.0.mlp.experts.gate_up_proj.0": (first,)})
+    assert fitted(start, bones, ()).info.numbers == 3 * 2 * 96 * 32
 
 
 def test_classifier_s_run_needs_the_seed_that_drew_its_pooler(table: Path, tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ def test_experts_that_a_start_made_float32_keep_their_digits_without_being_targe
     exact.gate_up_proj.data = 1 + torch.arange(16).expand_as(exact.gate_up_proj) / 2**14
     module.get_submodule(place).gate_up_proj = nn.Parameter(exact.gate_up_proj.detach(), requires_grad=False)
     install(module, ModelShape(()))
+    assert isinstance(module.get_submodule(place), PackExperts)
     x, routes = torch.tensor([[1.0, -1.0] * 8] * 3), (torch.zeros(3, 1).long(), torch.ones(3, 1))
     y, wide = module.get_submodule(place)(x.bfloat16(), *routes), exact(x, *routes)
     assert y.dtype == torch.bfloat16
