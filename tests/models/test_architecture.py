@@ -288,8 +288,11 @@ def test_experts_matrices_lie_in_one_parameter(name: str, turned: bool) -> None:
     assert not bones.any_pack
 
 
-@pytest.mark.parametrize(("name", "expected"), [("emu3", "Emu3ForCausalLM"), ("llama", "AutoModelForCausalLM")])
-def test_text_part_of_a_larger_model_is_loaded_by_its_own_class(name: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"), [("qwen2_5_vl", "AutoModelForImageTextToText"), ("llama", "AutoModelForCausalLM")]
+)
+def test_class_that_loads_a_written_folder(name: str, expected: str) -> None:
+    """A model that sees is built and loaded whole."""
     _, bones = built(name, "causal-lm", blocks=1)
     assert loading_class(bones) == expected
 
