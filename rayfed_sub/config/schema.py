@@ -470,25 +470,26 @@ class Resources(Record):
         return max(1, int(self.cpus_per_worker))
 
 
+EachRound = Literal[
+    "held_out_loss",
+    "perplexity",
+    "token_accuracy",
+    "accuracy",
+    "macro_f1",
+    "matthews",
+    "pearson",
+    "spearman",
+    "mean_absolute_error",
+    "micro_f1",
+    "subset_accuracy",
+]
+"""Scores that every evaluation has, of tasks of one kind or another."""
+
+
 class EarlyStopping(Record):
     """The best round, and the end of a run that no longer gains, by a score of the validation rows."""
 
-    metric: (
-        Literal[
-            "held_out_loss",
-            "perplexity",
-            "token_accuracy",
-            "accuracy",
-            "macro_f1",
-            "matthews",
-            "pearson",
-            "spearman",
-            "mean_absolute_error",
-            "micro_f1",
-            "subset_accuracy",
-        ]
-        | None
-    ) = Field(
+    metric: EachRound | None = Field(
         default=None,
         description="Score with which the best round's checkpoint is kept besides the last one's; null: none is. It "
         "needs evaluation.split=validation.",

@@ -12,7 +12,7 @@ import torch
 MOST = 8
 """Threads at most."""
 MEMORY = 2**30
-"""Bytes that items may take at once beyond the largest one's."""
+"""Bytes that several items may take at once."""
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from rayfed_sub.config.checks import check
 from rayfed_sub.config.loading import as_override, check_kind, flat, load_config, overridden, read_yaml
-from rayfed_sub.config.schema import Config, Count, Record
+from rayfed_sub.config.schema import Config, Count, EachRound, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.text import KINDS, LOWER, SCORES_OF
@@ -80,17 +80,7 @@ class Search(Record):
         "or between their logarithms)."
     )
     metric: Literal[
-        "held_out_loss",
-        "perplexity",
-        "token_accuracy",
-        "accuracy",
-        "macro_f1",
-        "matthews",
-        "pearson",
-        "spearman",
-        "mean_absolute_error",
-        "micro_f1",
-        "subset_accuracy",
+        EachRound,
         "rouge_l",
         "rouge_l_unicode",
         "bleu_4",
