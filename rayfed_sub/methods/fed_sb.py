@@ -64,7 +64,7 @@ class FedSB:
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         tensors = averaging.head(shape, weights)
         for layer in shape.targets:
-            rank = lora.layer_rank(self, layer.name)
+            rank = lora.layer_rank(self, layer)
             left, right = outer_factors(weights[f"{layer.name}/weight"], rank)
             core = torch.zeros(rank, rank)
             tensors |= {f"{layer.name}/left": left, f"{layer.name}/core": core, f"{layer.name}/right": right}
@@ -94,7 +94,7 @@ class FedSB:
         changes = {}
         for layer in shape.targets:
             left, core, right = (server.tensors[f"{layer.name}/{role}"] for role in ("left", "core", "right"))
-            changes[layer.name] = Change(blocks=(Block(left, right, lora.layer_scale(self, layer.name), core),))
+            changes[layer.name] = Change(blocks=(Block(left, right, lora.layer_scale(self, layer), core),))
         return changes
 
     personal_model = averaging.no_personal_model

@@ -66,10 +66,10 @@ class FedExLoRA:
         return averaging.add_changes(averaging.add(total, update.tensors, update.weight), update, shape)
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
-        changed, ranks = averaging.mean(total), [lora.layer_rank(self, layer.name) for layer in shape.targets]
+        changed, ranks = averaging.mean(total), [lora.layer_rank(self, layer) for layer in shape.targets]
         for layer in shape.targets if changed else ():
             name, product = f"{layer.name}/weight", changed[f"{layer.name}/left"] @ changed[f"{layer.name}/right"]
-            changed[name].sub_(product).mul_(lora.layer_scale(self, layer.name)).add_(server.tensors[name])
+            changed[name].sub_(product).mul_(lora.layer_scale(self, layer)).add_(server.tensors[name])
         return server.advance({**changed, **averaging.longer_history(server, total, shape, less=ranks)})
 
     def model(self, server: ServerState, shape: ModelShape) -> dict[str, Change]:

@@ -67,7 +67,7 @@ class FedSALoRA:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "right")}
         for layer in shape.targets:
-            name, rank = f"{layer.name}/left", lora.layer_rank(self, layer.name)
+            name, rank = f"{layer.name}/left", lora.layer_rank(self, layer)
             tensors[name] = torch.zeros(layer.m, rank) if state is None else state.tensors[name]
         moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
         return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"), moments, step)
@@ -94,5 +94,5 @@ class FedSALoRA:
         for layer in shape.targets:
             right = server.tensors[f"{layer.name}/right"]
             left = state.tensors[f"{layer.name}/left"].to(right)
-            changes[layer.name] = Change(blocks=(Block(left, right, lora.layer_scale(self, layer.name)),))
+            changes[layer.name] = Change(blocks=(Block(left, right, lora.layer_scale(self, layer)),))
         return changes

@@ -69,7 +69,7 @@ class FlexLoRA:
         rank = lora.rank_of(self, client.id)
         tensors = lora.cut(self, broadcast.tensors, shape, rank) | averaging.head(shape, broadcast.tensors)
         for layer in shape.targets:  # the server's B is for s = alpha / r
-            name, shrunk = f"{layer.name}/left", lora.rescaling(self, layer.name, rank)
+            name, shrunk = f"{layer.name}/left", lora.rescaling(self, layer, rank)
             tensors[name] = shrunk * tensors[name]
         return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"), rank=rank)
 
@@ -77,7 +77,7 @@ class FlexLoRA:
         sent = averaging.head(shape, result.tensors)
         for layer in shape.targets:
             left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
-            sent |= averaging.compact(layer, lora.sent_scale(self, layer.name, left.shape[1]) * left, right)
+            sent |= averaging.compact(layer, lora.sent_scale(self, layer, left.shape[1]) * left, right)
         return Update(result.client, weight, sent, result.metrics)
 
     client_state = averaging.no_client_state
@@ -96,7 +96,7 @@ class FlexLoRA:
             return server.advance({})
         changed = {name: total.tensors[name] / total.weight for name in shape.head_names}
         for layer in shape.targets:
-            rank, alpha = lora.layer_rank(self, layer.name), lora.layer_alpha(self, layer.name)
+            rank, alpha = lora.layer_rank(self, layer), lora.layer_alpha(self, layer)
             left, right = truncated(*_factors(_of(layer, total.tensors), layer), rank)
             left = pad(left / (total.weight * alpha / lora.divisor(self, rank)), (0, rank - len(right)))
             spare = server.tensors[f"{layer.name}/right"][len(right) :]

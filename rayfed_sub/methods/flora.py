@@ -64,7 +64,7 @@ class FLoRA:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         rank, tensors = lora.rank_of(self, client.id), averaging.head(shape, broadcast.tensors)
         for layer in shape.targets:
-            own = lora.layer_rank(self, layer.name, rank)
+            own = lora.layer_rank(self, layer, rank)
             tensors[f"{layer.name}/left"] = torch.zeros(layer.m, own)
             tensors[f"{layer.name}/right"] = lora.lora_right(layer, own, client.seed, broadcast.round, client.id)
         return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"), rank=rank)
@@ -73,7 +73,7 @@ class FLoRA:
         sent = averaging.head(shape, result.tensors)
         for layer in shape.targets:
             left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
-            sent |= averaging.compact(layer, lora.sent_scale(self, layer.name, left.shape[1]) * left, right)
+            sent |= averaging.compact(layer, lora.sent_scale(self, layer, left.shape[1]) * left, right)
         return Update(result.client, weight, sent, result.metrics)
 
     client_state = averaging.no_client_state

@@ -132,7 +132,7 @@ class HetLoRA:
         """The server's factors as those of a client of rank `rank`, whose scale may be its own; back: the other way."""
         if not self.use_rslora:
             return tensors
-        by = {f"{t.name}/left": lora.rescaling(self, t.name, rank) for t in shape.targets}
+        by = {f"{t.name}/left": lora.rescaling(self, t, rank) for t in shape.targets}
         scaled = {name: tensors[name] * (1 / factor if back else factor) for name, factor in by.items()}
         return {**tensors, **scaled}
 
@@ -151,7 +151,7 @@ def tail(method: HetLoRA, tensors: Tensors, shape: ModelShape, kept: int) -> Ten
     norms = []
     for layer in shape.targets:
         left_mr, right_rn = tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"]
-        begin = lora.layer_rank(method, layer.name, kept)
+        begin = lora.layer_rank(method, layer, kept)
         norms.append(torch.linalg.vector_norm(left_mr[:, begin:]) * torch.linalg.vector_norm(right_rn[begin:]))
     return torch.stack(norms).sum()[None]
 

@@ -97,7 +97,7 @@ class _LoRA(Protocol):
     def alpha(self) -> float: ...
 
 
-def layer_rank(method: _LoRA, layer: str, rank: int | None = None) -> int:
+def layer_rank(method: _LoRA, layer: Layer, rank: int | None = None) -> int:
     """The rank at a layer, of a client of rank `rank` (None: of the largest).  Where the pattern gives a layer another
     rank than the method's, a client of a lower rank has as much less there, and one at least."""
     whole: int = _matched(_patterns(method, "rank_pattern"), layer, method.rank)
@@ -111,23 +111,23 @@ def divisor(method: _LoRA, rank: int) -> float:
     return math.sqrt(rank) if getattr(method, "use_rslora", False) else rank
 
 
-def layer_alpha(method: _LoRA, layer: str) -> float:
+def layer_alpha(method: _LoRA, layer: Layer) -> float:
     """The alpha of a layer."""
     alpha: float = _matched(_patterns(method, "alpha_pattern"), layer, method.alpha)
     return alpha
 
 
-def layer_scale(method: _LoRA, layer: str, rank: int | None = None) -> float:
+def layer_scale(method: _LoRA, layer: Layer, rank: int | None = None) -> float:
     """The scale of a layer's product, of a client as in `layer_rank`."""
     return layer_alpha(method, layer) / divisor(method, layer_rank(method, layer, rank))
 
 
-def sent_scale(method: _LoRA, layer: str, rank: int) -> float:
+def sent_scale(method: _LoRA, layer: Layer, rank: int) -> float:
     """The scale of factors of so many components at a layer."""
     return layer_alpha(method, layer) / divisor(method, rank)
 
 
-def rescaling(method: _LoRA, layer: str, rank: int) -> float:
+def rescaling(method: _LoRA, layer: Layer, rank: int) -> float:
     """What B is multiplied by on its way from the server, with its scale, to a client of rank `rank` with its own."""
     return divisor(method, layer_rank(method, layer, rank)) / divisor(method, layer_rank(method, layer))
 
@@ -139,7 +139,7 @@ def client_rank(method: _LoRA, tensors: Tensors, shape: ModelShape) -> int:
         return tensors[f"{first.name}/left"].shape[1]
     has = [tensors[f"{layer.name}/left"].shape[1] for layer in shape.targets]
     ranks = range(1, method.rank + 1)
-    return ranks[bisect_left(ranks, has, key=lambda r: [layer_rank(method, layer.name, r) for layer in shape.targets])]
+    return ranks[bisect_left(ranks, has, key=lambda r: [layer_rank(method, layer, r) for layer in shape.targets])]
 
 
 N = TypeVar("N", int, float)
@@ -149,16 +149,16 @@ def _patterns(method: _LoRA, field: str) -> Mapping[str, Any]:
     return getattr(method, field, None) or {}
 
 
-def _matched(patterns: Mapping[str, N], layer: str, usual: N) -> N:
+def _matched(patterns: Mapping[str, N], layer: Layer, usual: N) -> N:
     key = _key(tuple(patterns), layer)
     return usual if key is None else patterns[key]
 
 
 @lru_cache(maxsize=8192)
-def _key(patterns: tuple[str, ...], layer: str) -> str | None:
+def _key(patterns: tuple[str, ...], layer: Layer) -> str | None:
     """The pattern for a layer; that for an expert's matrix names the parameter that holds those of all experts."""
-    found, (parameter, _, number) = pattern_key(patterns, layer), layer.rpartition(".")
-    return pattern_key(patterns, parameter) if found is None and number.isdigit() else found
+    found = pattern_key(patterns, layer.name)
+    return pattern_key(patterns, layer.name.rpartition(".")[0]) if found is None and layer.expert else found
 
 
 def start(
@@ -181,7 +181,7 @@ def start(
         {} if moments is None else moments,
         step,
         penalty=penalty,
-        scales={layer.name: layer_scale(method, layer.name, rank) for layer in shape.targets} if own else {},
+        scales={layer.name: layer_scale(method, layer, rank) for layer in shape.targets} if own else {},
         dropout=getattr(method, "dropout", 0.0),
     )
 
@@ -200,25 +200,24 @@ def check_rank(method: _LoRA, shape: ModelShape) -> None:
     if shape.experts and (rate := getattr(method, "dropout", 0.0)):
         allowed = "0 where experts are targets, for whose adapters peft has no dropout"
         raise UserError("method.dropout", rate, allowed, "remove it, or set model.targets=attention")
-    names = [layer.name for layer in shape.targets]
     for field in ("rank_pattern", "alpha_pattern"):
         for key, value in _patterns(method, field).items():
-            _check_pattern(f"method.{field}", key, value, names)
+            _check_pattern(f"method.{field}", key, value, shape.targets)
     for layer in shape.targets:
-        rank, most = layer_rank(method, layer.name), min(layer.m, layer.n)
+        rank, most = layer_rank(method, layer), min(layer.m, layer.n)
         if rank > most:
-            whose = _key(tuple(_patterns(method, "rank_pattern")), layer.name)
+            whose = _key(tuple(_patterns(method, "rank_pattern")), layer)
             allowed = f"ranks of 1 to {most} for {layer.name}, which is {layer.m} x {layer.n}"
             raise UserError(f"method.rank_pattern.{whose}", rank, allowed, "lower it")
 
 
-def _check_pattern(field: str, key: str, value: float, names: Sequence[str]) -> None:
+def _check_pattern(field: str, key: str, value: float, targets: Sequence[Layer]) -> None:
     try:
-        found = any(_key((key,), name) for name in names)
+        found = any(_key((key,), layer) for layer in targets)
     except re.error as error:
         raise UserError(field, key, f"regular expressions over layers' names: {error}", "mend it") from None
     if not found:
-        shown = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+        shown = ", ".join(layer.name for layer in targets[:2]) + (", ..." if len(targets) > 2 else "")
         allowed = f"patterns that match the end of a target's name, from its beginning or after a dot: {shown}"
         raise UserError(field, key, allowed, "mend it or remove it")
 
@@ -241,7 +240,7 @@ def cut(method: _LoRA, tensors: Tensors, shape: ModelShape, rank: int) -> dict[s
     right (r, n), views."""
     factors = {}
     for layer in shape.targets:
-        own = layer_rank(method, layer.name, rank)
+        own = layer_rank(method, layer, rank)
         factors[f"{layer.name}/left"] = tensors[f"{layer.name}/left"][:, :own]
         factors[f"{layer.name}/right"] = tensors[f"{layer.name}/right"][:own]
     return factors
@@ -251,7 +250,7 @@ def init_factors(method: _LoRA, weights: Tensors, shape: ModelShape, seed: int) 
     """LoRA before round 0: left (B) zero, right (A) drawn, and the head."""
     tensors = head(shape, weights)
     for layer in shape.targets:
-        rank = layer_rank(method, layer.name)
+        rank = layer_rank(method, layer)
         tensors[f"{layer.name}/left"] = torch.zeros(layer.m, rank)
         tensors[f"{layer.name}/right"] = lora_right(layer, rank, seed)
     return ServerState(0, tensors)
@@ -262,7 +261,7 @@ def lora_model(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[st
     changes = {}
     for layer in shape.targets:
         left, right = (server.tensors[f"{layer.name}/{role}"] for role in ("left", "right"))
-        changes[layer.name] = Change(blocks=(Block(left, right, layer_scale(method, layer.name)),))
+        changes[layer.name] = Change(blocks=(Block(left, right, layer_scale(method, layer)),))
     return changes
 
 
@@ -302,6 +301,6 @@ def padded_factors(method: _LoRA, tensors: Tensors, shape: ModelShape) -> dict[s
     """Every target's factors with zeros appended up to the largest rank there."""
     factors: dict[str, Tensor] = {}
     for layer in shape.targets:
-        rank, left, right = layer_rank(method, layer.name), f"{layer.name}/left", f"{layer.name}/right"
+        rank, left, right = layer_rank(method, layer), f"{layer.name}/left", f"{layer.name}/right"
         factors |= {left: padded(tensors[left], (layer.m, rank)), right: padded(tensors[right], (rank, layer.n))}
     return factors

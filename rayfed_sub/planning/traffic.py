@@ -136,7 +136,7 @@ def _alike(targets: Iterable[Layer], method: Method) -> list[list[Layer]]:
     own: Any = unhooked(method)
     kinds: dict[tuple[int, int, bool, bool, int], list[Layer]] = defaultdict(list)
     for layer in targets:
-        rank = lora.layer_rank(own, layer.name) if getattr(own, "rank_pattern", None) else 0
+        rank = lora.layer_rank(own, layer) if getattr(own, "rank_pattern", None) else 0
         kinds[layer.m, layer.n, layer.bias, layer.expert, rank].append(layer)
     return list(kinds.values())
 

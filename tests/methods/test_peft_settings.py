@@ -53,6 +53,15 @@ def test_patterns_match_as_in_peft(patterns: list[str]) -> None:
         assert pattern_key(patterns, name) == (theirs if theirs in patterns else None)
 
 
+def test_pattern_of_a_parent_is_for_experts_alone() -> None:
+    """As in peft, layers of an nn.Sequential have numbers at the end of their names, and are not their parent."""
+    method = build({"name": "fedit", "rank": 2, "rank_pattern": {"mlp": 3}})
+    found = {expert: layer_rank(method, Layer("a.mlp.0", 8, 8, expert=expert)) for expert in (False, True)}
+    assert found == {False: 2, True: 3}
+    with pytest.raises(UserError, match=r"method\.rank_pattern: got 'mlp'; allowed: patterns that match the end"):
+        method.check(ModelShape((Layer("a.mlp.0", 8, 8),)))
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_ranks_and_scales_are_peft_s(use_rslora: bool) -> None:
     import copy
@@ -132,9 +141,10 @@ def alpha_in(layer: str) -> float:
 def test_client_of_a_lower_rank_has_as_much_less_in_every_layer() -> None:
     """Rank 8 has 16 and 2 where the patterns say so: a client of rank 4 has 8 and 1 there, of rank 1 has 2 and 1."""
     method = build({"name": "flora", "rank": 8, "client_ranks": [8, 4, 1], "rank_pattern": {"up": 16, "down": 2}})
-    found = [[layer_rank(method, name, rank) for name in ("a.up", "a.down", "a.o")] for rank in (8, 4, 1)]
+    layers = [Layer(name, 32, 32) for name in ("a.up", "a.down", "a.o")]
+    found = [[layer_rank(method, layer, rank) for layer in layers] for rank in (8, 4, 1)]
     assert found == [[16, 2, 8], [8, 1, 4], [2, 1, 1]]
-    assert layer_scale(method, "a.up", 4) == 16.0 / 8
+    assert layer_scale(method, layers[0], 4) == 16.0 / 8
 
 
 def test_hetlora_s_clients_have_their_own_scale_under_rslora() -> None:
