@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Config
@@ -66,14 +66,16 @@ def run(
     is refused, as is the command line, which cannot have them.  Raises UserError, naming the argument, for objects that
     do not fit; RunError, naming client, round and stage, where the caller's code fails later.
     """
-    from rayfed_sub.planning.call import given  # heavy: torch and Ray
-    from rayfed_sub.reports.report import report_run
-    from rayfed_sub.runtime import session
+    from rayfed_sub.runtime.fork_server import fork_server
 
-    objects = given(data, validation, test, model, method, hooks or None)
-    return session.run(
-        config, out, listener, given=objects, callbacks=callbacks, resume=resume, address=address, finish=report_run
-    )
+    with fork_server(config.resources.forked, address) as forks:  # it imports beside this process, which begins here
+        from rayfed_sub.planning.call import given  # heavy: torch and Ray
+        from rayfed_sub.reports.report import report_run
+        from rayfed_sub.runtime import session
+
+        handed = given(data, validation, test, model, method, hooks or None)
+        how: dict[str, Any] = {"callbacks": callbacks, "resume": resume, "address": address, "forks": forks}
+        return session.run(config, out, listener, given=handed, finish=report_run, **how)
 
 
 def sweep(

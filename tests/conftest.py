@@ -58,17 +58,21 @@ def ray_session() -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=1,
-        include_dashboard=False,
-        object_store_memory=1_000_000_000,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
-    ray.shutdown()
+    from rayfed_sub.runtime.fork_server import fork_server
+
+    with fork_server(wanted=True) as forks:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=1,
+            include_dashboard=False,
+            object_store_memory=1_000_000_000,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env={} if forks is None else {"py_executable": forks},
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ Each default and each meaning lives here and nowhere else (a method's own fields
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -458,6 +459,12 @@ class Resources(Record):
     def first_pack(self) -> int:
         """Clients of a pack at most when a run begins."""
         return 4 if self.pack_size == "auto" else self.pack_size
+
+    @property
+    def forked(self) -> bool:
+        """Whether the processes of a Ray of the run's own are forks of one that has imported the libraries: on Linux
+        alone, as elsewhere libraries do not stand it, and without GPUs, whose libraries do not once they are used."""
+        return bool(self.workers) and not self.gpus_per_worker and sys.platform == "linux"
 
     @property
     def trainers(self) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +162,28 @@ def _found(address: str) -> str:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """The current Ray session, or a local one for this run alone (never somebody's cluster by accident)."""
+def ray_session_aside(forks: str | None = None) -> Iterator[Callable[[], None]]:
+    """As `ray_session`, which comes up in a thread; yields the function that waits for it.  Leaving waits for it too,
+    and takes it down."""
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        # A pool's exit waits for its thread, so that a session that has come up is taken down after it.
+        yield pool.submit(stack.enter_context, ray_session(forks)).result
+
+
+@contextmanager
+def ray_session(forks: str | None = None) -> Iterator[None]:
+    """The current Ray session, or a local one for this run alone (never somebody's cluster by accident).
+
+    forks: the command by which its worker processes start, of `fork_server`; None: as Ray starts them."""
     if ray.is_initialized():
         yield
         return
     _set_up()
     # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
-    cpus = os.cpu_count()
+    cpus, started = os.cpu_count(), {} if forks is None else {"py_executable": forks}
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     with _our_signals():
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(address="local", num_cpus=cpus, runtime_env=started, **quiet)
     _OWN.append(True)
     try:
         _tighten_token()
@@ -194,11 +206,19 @@ def _set_up() -> None:
 
 @contextmanager
 def _our_signals() -> Iterator[None]:
-    """Keeps this process's SIGTERM handler: Ray's would end the process without a checkpoint."""
-    ours = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, ours)
+    """Keeps this process's SIGTERM handler: Ray's would end the process without a checkpoint, and could be set by the
+    main thread alone."""
+    from ray._private import utils
+
+    theirs, log = utils.set_sigterm_handler, logging.getLogger("ray")
+    utils.set_sigterm_handler = lambda handler: None
+    level = log.level
+    log.setLevel(logging.ERROR)  # in another thread Ray warns of it
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = theirs
+        log.setLevel(level)
 
 
 def _announce() -> None:

@@ -42,6 +42,7 @@ from rayfed_sub.planning import packs, sampling
 from rayfed_sub.privacy import mechanism
 from rayfed_sub.privacy.accountant import spent
 from rayfed_sub.runtime import held_out, object_store
+from rayfed_sub.runtime.fork_server import server_of_this_process
 from rayfed_sub.runtime.held_out import JudgedModel
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.pack_queue import PackQueue
@@ -89,7 +90,8 @@ class Coordinator:
         noise: float | None,
         start: StartInfo | None = None,
     ) -> None:
-        self._memory = PeakMemory()
+        server = server_of_this_process()  # holds what its forks share, and is counted with them
+        self._memory = [PeakMemory(), *([] if server is None else [PeakMemory(process=server)])]
         self._claim: IO[bytes] | None = None
         self._config, self._method, self._shape, self._transposed = config, method, shape, transposed
         self._folder, self._noise, self._any_pack, self._start = folder, noise, any_pack, start
@@ -269,19 +271,21 @@ class Coordinator:
 
     def memory(self) -> list[Sample]:
         """Memory of this process and of the workers that answer in time."""
-        return [self._memory.sample(), *self._workers.memory(30)]
+        return [*(memory.sample() for memory in self._memory), *self._workers.memory(30)]
 
     def close(self) -> None:
         """Releases the folder's lock and ends threads, which else outlive the run where this is no separate process."""
         if self._claim is not None:
             self._claim.close()
-        self._memory.close()
+        for memory in self._memory:
+            memory.close()
         self._workers.close()
 
     def _memory_now(self) -> int | None:
         """Bytes of this process and its workers, as last sampled; None where a worker does not answer."""
         samples = self._workers.memory(1)
-        last = {sample.process: sample.last for sample in [self._memory.sample(), *samples]}
+        own = [memory.sample() for memory in self._memory]
+        last = {sample.process: sample.last for sample in [*own, *samples]}
         return sum(last.values()) if len(samples) == self._workers.count else None
 
     @property

@@ -1,4 +1,4 @@
-"""A run from configuration to summary: checks, then Ray, then the rounds of the coordinator.
+"""A run from configuration to summary: checks, while Ray comes up aside, then the rounds of the coordinator.
 
 A run goes on from its folder, whatever ended it: a new coordinator, in this process or a later one, loads the newest
 checkpoint, and the tables are cut to the rounds that it holds.
@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,10 @@ from rayfed_sub.models.start import merged
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.call import NOTHING, Given, named
-from rayfed_sub.planning.job import Job, check_resources, prepare
+from rayfed_sub.planning.job import Job, check_resources, check_settings, prepare
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.callbacks import with_callbacks
-from rayfed_sub.runtime.cluster import joined, nodes, put_rows, ray_session
+from rayfed_sub.runtime.cluster import joined, nodes, put_rows, ray_session_aside
 from rayfed_sub.runtime.course import Course
 from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
 from rayfed_sub.runtime.live import Live
@@ -95,6 +95,7 @@ def run(
     address: str | None = None,
     finish: Finisher = no_finisher,
     callbacks: Sequence[Callback] = (),
+    forks: str | None = None,
 ) -> Summary:
     """Runs a federated job and returns its summary; the run folder is `out` (default: runs/<name>, or the next free).
 
@@ -108,7 +109,8 @@ def run(
     finish: called with the folder of a finished run before the folder is complete, e.g. to write a report into it.
     callbacks: asked between rounds, besides those that the configuration names; they may stop the run or change its
     learning rate.
-    Raises UserError before anything starts where the configuration does not fit, RunError where the run cannot go on.
+    forks: the command by which worker processes of a local Ray start, of `fork_server`; None: as Ray starts them.
+    Raises UserError before any training where the configuration does not fit, RunError where the run cannot go on.
     An interruption (Ctrl-C) leaves a checkpoint.
     """
     notify = listener or (lambda record: None)
@@ -120,9 +122,9 @@ def run(
     elif left_out:
         notify(Notice(left_out))
     if out is None:
-        return _run(config, None, notify, given, resume, address, finish, asked)
+        return _run(config, None, notify, given, resume, address, finish, asked, forks)
     with open_place(out, notify, resume=resume) as place:
-        return _run(config, place, notify, given, resume, address, finish, asked)
+        return _run(config, place, notify, given, resume, address, finish, asked, forks)
 
 
 def _run(
@@ -134,6 +136,7 @@ def _run(
     address: str | None,
     finish: Finisher,
     callbacks: Mapping[str, Callback],
+    forks: str | None,
 ) -> Summary:
     began = time.perf_counter()
     old = to_resume(place, config.name) if resume else None
@@ -145,28 +148,32 @@ def _run(
         check_free(place.path)
     if address is not None and not config.resources.workers:
         raise UserError("--address", address, "nothing with resources.workers=0, which needs no Ray", "leave one out")
-    with joined(address) if config.resources.workers else nullcontext():
-        check_resources(config, nodes())
-        notify(Stage("reading task and model"))
+    with joined(address) if config.resources.workers else nullcontext(), ExitStack() as stack:
+        there = nodes()
+        check_resources(config, there)
+        check_settings(config, given)
+        # A plan does not know the memory of a cluster's nodes.
+        here = not ray.is_initialized() or len(there) == 1
+        if config.resources.workers:
+            notify(Stage("starting Ray, reading task and model"))
+            wait_for_ray = stack.enter_context(ray_session_aside(forks))
+        else:
+            notify(Stage("reading task and model"))
         job = prepare(config, given, read_start(config))
         give_back()  # what texts and tokenizers took
-        same = job.any_pack
         if job.config.resources.workers:
             check_sent(given)
-        if old is not None:
-            summary = summary_of(old.path, job.config, same)
-            check_data(old.path, job.dataset.fingerprint)
-            check_code(old.path, job.code)
-            check_start(old.path, job.begun)
-            if summary is not None:
-                notify(Notice(f"{old.display_name()} is finished already"))
-                finish(old, notify)
-                return replace(summary, folder=old.display_name())
+        if old is not None and (summary := _goes_on(old.path, job)) is not None:
+            notify(Notice(f"{old.display_name()} is finished already"))
+            finish(old, notify)
+            return replace(summary, folder=old.display_name())
         if job.architecture.one_at_a_time:
             notify(_one_at_a_time(job.architecture))
-        if not ray.is_initialized() or len(ray.nodes()) == 1:  # a plan does not know the memory of a cluster's nodes
+        if here:
             plan.check(job, (old or place or Place(Path())).path)
-        folder = reopen(old, job.config, same) if old is not None else create(new(place, config.name), job.config)
+        folder = (
+            reopen(old, job.config, job.any_pack) if old is not None else create(new(place, config.name), job.config)
+        )
         checkpoints.make(folder.path)
         checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
         if (weights := job.weights) is not None:
@@ -174,17 +181,27 @@ def _run(
             state = {name: weights.tensors[name] for name in weights.state}
             keep(folder.path, KeptModel(shape, known.transposed, known.tied, state))
         folder.place.push()
-        notify(Stage("starting Ray, loading weights" if config.resources.workers else "loading weights"))
+        notify(Stage("loading weights"))
         with _resume_hint(folder, job.config, notify, given), ThreadPoolExecutor(1) as pool:
             loading, job = [pool.submit(load_backbone, job)], job.loaded
             planned = _planned(pool, job)
-            with ray_session() if config.resources.workers else nullcontext():
-                put, put_data = (ray.put, put_rows) if config.resources.workers else (_unchanged, _unchanged)
-                # No name here may hold the weights for the whole run.
-                shared = Shared(put(spec_of(job)), put(loading.pop().result()), put_data(job.dataset))
-                plans = partial(_planned_bytes, planned, notify)
-                summary = carry_out(job, shared, folder, notify, began, plans, callbacks)
+            if job.config.resources.workers:
+                wait_for_ray()
+            put, put_data = (ray.put, put_rows) if config.resources.workers else (_unchanged, _unchanged)
+            # No name here may hold the weights for the whole run.
+            shared = Shared(put(spec_of(job)), put(loading.pop().result()), put_data(job.dataset))
+            plans = partial(_planned_bytes, planned, notify)
+            summary = carry_out(job, shared, folder, notify, began, plans, callbacks)
         finish(folder.place, notify)
+    return summary
+
+
+def _goes_on(folder: Path, job: Job) -> Summary | None:
+    """Checks that the job is that of the folder's run; returns its summary where it is finished."""
+    summary = summary_of(folder, job.config, job.any_pack)
+    check_data(folder, job.dataset.fingerprint)
+    check_code(folder, job.code)
+    check_start(folder, job.begun)
     return summary
 
 

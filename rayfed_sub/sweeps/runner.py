@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import strangers
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, JobInputs, check_resources, job_on
+from rayfed_sub.planning.machines import Node
 from rayfed_sub.runtime.callbacks import with_callbacks
-from rayfed_sub.runtime.cluster import HEAD, joined, nodes, ray_session
+from rayfed_sub.runtime.cluster import HEAD, joined, nodes, ray_session_aside
+from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import SWEEP, Place, inside, open_place
 from rayfed_sub.storage.run_folder import FREE, check_free, check_same, check_same_data, new, to_resume
@@ -79,22 +81,24 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
         check_unused(place)
     search = sweep.search
     callbacks, finder = [Watcher(search.metric, notify), *loggers(sweep)], searcher(search)
-    with joined(address):
-        folder = (old or place or Place(Path())).path
-        inputs, jobs = checked(sweep, folder, notify)
-        check_disk(jobs, sweep.count, folder)
-        side_by_side = at_once(jobs, nodes(), min(sweep.count, search.concurrent or sweep.count))
-        data = [base.dataset.fingerprint for _, base in inputs.values()]
-        if old is not None and (old.path / _DATA).exists():  # else each resumed trial checks its own
-            then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
-            for before, now in zip(then, data, strict=True):
-                check_same_data(before, now, old.display_name())
-        here = old or new(place, sweep.name)
-        atomic_files.write(here.path / _DATA, json.dumps([asdict(now) for now in data]).encode())
-        atomic_files.write(here.path / _FILE, yaml_text(_tree(sweep)).encode())
-        here.push()
-        notify(Stage("starting Ray, loading weights"))
-        with ray_session():
+    forked = all(sweep.config(point).resources.forked for point in sweep.points())
+    with joined(address), fork_server(forked, address) as forks:
+        there, folder = nodes(), (old or place or Place(Path())).path
+        with ray_session_aside(forks) as wait_for_ray:
+            inputs, jobs = checked(sweep, there, folder, notify)
+            check_disk(jobs, sweep.count, folder)
+            side_by_side = at_once(jobs, there, min(sweep.count, search.concurrent or sweep.count))
+            data = [base.dataset.fingerprint for _, base in inputs.values()]
+            if old is not None and (old.path / _DATA).exists():  # else each resumed trial checks its own
+                then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
+                for before, now in zip(then, data, strict=True):
+                    check_same_data(before, now, old.display_name())
+            here = old or new(place, sweep.name)
+            atomic_files.write(here.path / _DATA, json.dumps([asdict(now) for now in data]).encode())
+            atomic_files.write(here.path / _FILE, yaml_text(_tree(sweep)).encode())
+            here.push()
+            notify(Stage("loading weights"))
+            wait_for_ray()
             check_head()
             shared_inputs = shared(inputs)
             del inputs  # the object store has them now
@@ -121,15 +125,17 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
             return outcome(sweep, grid, here)
 
 
-def checked(sweep: Trials, folder: Path, notify: Listener) -> tuple[Mapping[str, tuple[Config, JobInputs]], list[Job]]:
+def checked(
+    sweep: Trials, there: Sequence[Node], folder: Path, notify: Listener
+) -> tuple[Mapping[str, tuple[Config, JobInputs]], list[Job]]:
     """Checks all trials; returns their inputs and the most demanding jobs.  Raises UserError for a trial that cannot
-    work.  folder: on the disk of the run folders."""
-    there, points = nodes(), sweep.points()
+    work.  there: the nodes; folder: on the disk of the run folders."""
+    points = sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
         check_resources(config, there)
         with_callbacks(config, ())  # those that the configuration names can be imported
-    notify(Stage("reading tasks and models"))
+    notify(Stage("starting Ray, reading tasks and models"))
     inputs = all_inputs(configs)
     check_metric_of(sweep.search.metric, (base.dataset.kind for _, base in inputs.values()))
     for config in configs:

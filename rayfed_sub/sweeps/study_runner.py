@@ -20,6 +20,7 @@ from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.planning.job import JobInputs, job_on
 from rayfed_sub.reports.report import report_run
 from rayfed_sub.runtime.cluster import joined, nodes, ray_session
+from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import check_data, make, summary_of
 from rayfed_sub.sweeps.capacity import at_once
@@ -101,12 +102,13 @@ def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> No
 
     Raises RunError, after all trials have ended, where a trial failed for another reason than divergence.
     """
-    inputs, largest_jobs = checked(part, folder, notify)
+    there = nodes()
+    inputs, largest_jobs = checked(part, there, folder, notify)
     missing = missing_trials(part, folder, inputs, results)
     if not missing:
         return
     rest = Part(part.name, part.tree, tuple(missing), part.concurrent)
-    side_by_side = at_once(largest_jobs, nodes(), min(rest.count, part.concurrent))
+    side_by_side = at_once(largest_jobs, there, min(rest.count, part.concurrent))
 
     def take(record: Notice | TrialNow) -> None:
         notify(record)
@@ -115,7 +117,12 @@ def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> No
             results.take(trial, missing[trial], summary_of(folder / trial.folder, missing[trial]))
             report_run(Place(folder / trial.folder), notify)
 
-    with ray_session(), TemporaryDirectory(prefix="rayfed-sub-study-") as tune_state:
+    forked = all(job.config.resources.forked for job in largest_jobs)
+    with (
+        fork_server(forked) as forks,
+        ray_session(forks),
+        TemporaryDirectory(prefix="rayfed-sub-study-") as tune_state,
+    ):
         check_head()
         shared_inputs, search, run_folders = shared(inputs), rest.search, str(folder.absolute())
         del inputs, largest_jobs  # the object store has them now

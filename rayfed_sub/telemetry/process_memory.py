@@ -45,14 +45,14 @@ def peak_of(samples: Iterable[Sample]) -> int:
 
 
 class PeakMemory:
-    """Samples this process's PSS in a daemon thread until `close`, or until nobody holds it any more; `last` is the
-    newest value, `peak` the largest seen, in bytes: a lower bound, since a peak may fall between two samples and a
-    restarted process begins anew.  A sample takes some 10 ms of a large process, so nobody who asks waits for one, and
-    they come at least `seconds` apart, and further, up to ten, where they would take more than half a percent of the
-    time."""
+    """Samples the PSS of this process, or of the one of this number, in a daemon thread until `close`, or until nobody
+    holds it any more; `last` is the newest value, `peak` the largest seen, in bytes: a lower bound, since a peak may
+    fall between two samples and a restarted process begins anew.  A sample takes some 10 ms of a large process, so
+    nobody who asks waits for one, and they come at least `seconds` apart, and further, up to ten, where they would take
+    more than half a percent of the time."""
 
-    def __init__(self, seconds: float = 1.0) -> None:
-        self._samples = _Samples()
+    def __init__(self, seconds: float = 1.0, process: int | None = None) -> None:
+        self._samples = _Samples(process)
         pause, self._over = self._samples.take(seconds), threading.Event()
         watching = (self._samples, self._over, seconds, pause)  # not this object, which the thread would keep alive
         self._thread = threading.Thread(target=_watch, args=watching, daemon=True, name="peak-memory")
@@ -78,14 +78,17 @@ class PeakMemory:
 
 
 class _Samples:
-    def __init__(self) -> None:
-        self.process = psutil.Process()
+    def __init__(self, process: int | None) -> None:
+        self.process = psutil.Process(process)
         self.last = self.peak = 0
 
     def take(self, seconds: float) -> float:
         """Takes a sample; returns the seconds until the next, `seconds` at least."""
         began = time.thread_time()
-        memory = self.process.memory_full_info()
+        try:
+            memory = self.process.memory_full_info()
+        except psutil.NoSuchProcess:  # another one, which has ended
+            return _LONGEST
         self.last = getattr(memory, "pss", memory.uss)
         self.peak = max(self.peak, self.last)
         return min(max(seconds, (time.thread_time() - began) / _SHARE), _LONGEST)

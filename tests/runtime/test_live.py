@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -169,6 +170,7 @@ def gauges(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
     """Values set so far of the gauge of this name with the tags of the tests' runs and these."""
     FakeGauge.values = {}
     monkeypatch.setattr(live, "Gauge", FakeGauge)
+    monkeypatch.setattr(live, "ray", SimpleNamespace(is_initialized=lambda: True))
     monkeypatch.setattr(live, "_SECONDS", 0.01)
 
     def values_of(name: str, folder: Path, **tags: str) -> list[float]:

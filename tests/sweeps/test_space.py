@@ -13,6 +13,7 @@ from rayfed_sub import UserError, load_config
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.machines import Machine, Node
+from rayfed_sub.runtime.cluster import nodes
 from rayfed_sub.sweeps import capacity
 from rayfed_sub.sweeps.runner import checked
 from rayfed_sub.sweeps.shared_inputs import input_key, weights_key
@@ -216,10 +217,10 @@ def test_metric_is_one_of_the_rows_labels(
     (tmp_path / "sweep.yaml").write_text(json.dumps(keys))  # JSON is YAML
     sweep = load_sweep(tmp_path / "sweep.yaml")
     if allowed is None:
-        checked(sweep, tmp_path, lambda record: None)
+        checked(sweep, nodes(), tmp_path, lambda record: None)
         return
     with pytest.raises(UserError, match=re.escape(f"sweep.metric: got '{metric}'; allowed: {allowed}; change")):
-        checked(sweep, tmp_path, lambda record: None)
+        checked(sweep, nodes(), tmp_path, lambda record: None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""Ray's worker processes as forks of one process, which has imported the libraries.
+
+A worker process of its own imports for five seconds of CPU and holds some 350 MB of what it has imported.  A fork is
+there in the time that Ray itself takes, and shares that memory with all others.  Ray starts worker processes by the
+command that a runtime environment names (`py_executable`): ours runs this file as a script, which hands command line,
+environment and standard streams over to the server and ends.
+
+The server imports no Ray, which reads the environment while it is imported, and starts no thread.  It ends with the
+process that started it.  Only the standard library is imported here: the server begins before anything else does.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+FORKED = "RAYFED_SUB_FORK_SERVER"
+"""Environment variable of a forked process: its server's number."""
+
+_MODULES = (
+    *("transformers.modeling_utils", "rayfed_sub.training.executor", "rayfed_sub.training.inference"),
+    *("rayfed_sub.training.pack_experts", "rayfed_sub.models.weights", "rayfed_sub.methods", "rayfed_sub.data.dataset"),
+    *("rayfed_sub.diagnostics.cohort", "rayfed_sub.evaluation.scores", "rayfed_sub.storage.state_store"),
+    *("rayfed_sub.planning.packs", "rayfed_sub.privacy.mechanism", "rayfed_sub.telemetry.environment"),
+)
+"""What workers and coordinators import, but Ray and what imports it."""
+
+_DONE = b"."
+_LONGEST = 100  # bytes of a socket's path, of which Linux takes 107
+
+
+@contextmanager
+def fork_server(wanted: bool, address: str | None = None) -> Iterator[str | None]:
+    """Yields the command by which a Ray that this process starts, in `ray_session`, forks its worker processes.
+
+    wanted: `Resources.forked`.  None, and no server, where that is false, and where the run joins a Ray, by its address
+    or because this process has one.  Forked processes outlive the server: they end as all of Ray's do."""
+    if not wanted or _joins(address):
+        yield None
+        return
+    with TemporaryDirectory(prefix="rayfed-sub-", dir=_short()) as folder:
+        path = str(Path(folder) / "fork")  # only this user can open the folder
+        with socket.socket(socket.AF_UNIX) as listener:  # the server's alone: who asks in vain is to notice it
+            listener.bind(path)
+            listener.listen(128)
+            server = subprocess.Popen(
+                [sys.executable, __file__, "serve", str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # a worker that fails at an import says so itself
+                pass_fds=[listener.fileno()],
+                start_new_session=True,  # Ctrl-C is for the process that asks
+                # As Ray sets it for its processes; threads are set where work begins.
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        assert server.stdin is not None
+        try:
+            server.stdin.write(json.dumps(sys.path).encode() + b"\n")
+            server.stdin.flush()
+            yield shlex.join([sys.executable, "-I", "-S", __file__, "ask", path])
+        finally:
+            server.kill()
+            server.communicate()
+
+
+def server_of_this_process() -> int | None:
+    """Number of the process that this one was forked from; None where it was not."""
+    number = os.environ.get(FORKED)
+    return None if number is None else int(number)
+
+
+def _joins(address: str | None) -> bool:
+    """True where the run has its Ray already, as `cluster.joined` has it."""
+    if (address or os.environ.get("RAY_ADDRESS")) not in (None, "", "local"):
+        return True
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def _short() -> str | None:
+    """A folder whose name leaves room for a socket's; None: the usual one for temporary files."""
+    from tempfile import gettempdir
+
+    return None if len(gettempdir()) + len("/rayfed-sub-12345678/fork") <= _LONGEST else "/tmp"
+
+
+def _serve(listener: socket.socket) -> None:
+    """Imports, then forks a process for each request, until the process that started this one ends."""
+    sys.path[:] = json.loads(sys.stdin.buffer.readline())
+    for name in _MODULES:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the collector would write into memory that is shared
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        asking, _ = listener.accept()
+        with asking:
+            request, streams = _request(asking)
+            if request is not None:
+                if not os.fork():
+                    listener.close()
+                    break
+                asking.send(_DONE)
+        for stream in streams:
+            os.close(stream)
+    _become(request, streams)
+
+
+def _request(asking: socket.socket) -> tuple[dict[str, object] | None, list[int]]:
+    """What is asked for, and three standard streams; None where who asked has been killed meanwhile."""
+    _, streams, _, _ = socket.recv_fds(asking, 1, 3)
+    with asking.makefile("rb") as file:
+        text = file.read()
+    try:
+        return json.loads(text), list(streams)
+    except ValueError:
+        return None, list(streams)
+
+
+def _become(request: dict[str, object], streams: list[int]) -> None:
+    """Runs the asked command line in this process."""
+    import numpy as np
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()  # Ray kills a worker with its process group
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    np.random.seed()  # or all forks would draw the same numbers
+    environment, words = request["environment"], request["words"]
+    assert isinstance(environment, dict)
+    assert isinstance(words, list)
+    os.chdir(str(request["folder"]))
+    server = os.getppid()
+    os.environ.clear()
+    os.environ.update({**environment, FORKED: str(server)})
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _ask(path: str, words: list[str]) -> None:
+    """Asks the server for a process that runs these words; without a server it runs them here, imports and all."""
+    request = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        socket.send_fds(server, [b"."], [0, 1, 2])
+        server.sendall(json.dumps(request).encode())
+        server.shutdown(socket.SHUT_WR)
+        if server.recv(1) == _DONE:
+            return
+    os.execv(sys.executable, [sys.executable, *words])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        _serve(socket.socket(fileno=int(sys.argv[2])))
+    else:
+        _ask(sys.argv[2], sys.argv[3:])
