@@ -7,8 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def available_first(
 
 
 _TCP_SECONDS = 5.0
+_TOGETHER = 0.3  # seconds within which Ray asks for all processes of tasks that begin together
 
 _GCS_SECONDS = 20.0  # most of them for the import of ray
 
@@ -162,12 +164,37 @@ def _found(address: str) -> str:
 
 
 @contextmanager
-def ray_session_aside(forks: str | None = None) -> Iterator[Callable[[], None]]:
-    """As `ray_session`, which comes up in a thread; yields the function that waits for it.  Leaving waits for it too,
-    and takes it down."""
-    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
-        # A pool's exit waits for its thread, so that a session that has come up is taken down after it.
-        yield pool.submit(stack.enter_context, ray_session(forks)).result
+def ray_session_aside(forks: str | None = None, processes: int = 0) -> Iterator[Callable[[], None]]:
+    """As `ray_session`, which comes up in a thread, with so many worker processes ahead; yields the function that waits
+    for it.  Leaving waits for it too, and takes it down."""
+    # Ray's processes end with the thread that has started them: the pool is left last.
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+
+        def come_up() -> None:
+            own = not ray.is_initialized()
+            stack.enter_context(ray_session(forks))
+            if own:
+                _start(processes)
+
+        coming = pool.submit(come_up)
+        try:
+            yield coming.result
+        finally:
+            wait([coming])
+
+
+def _start(processes: int) -> None:
+    """Lets Ray start so many worker processes, which wait for actors, side by side; returns at once."""
+    ready = ray.remote(num_cpus=0, max_retries=0)(_ready)
+    for _ in range(processes):
+        ready.remote()
+
+
+def _ready() -> None:
+    """Imports what actors need, and waits for the others, or one process would do."""
+    import rayfed_sub.runtime.coordinator  # noqa: F401
+
+    time.sleep(_TOGETHER)
 
 
 @contextmanager
@@ -179,6 +206,9 @@ def ray_session(forks: str | None = None) -> Iterator[None]:
         yield
         return
     _set_up()
+    if forks is not None:  # what Ray starts ahead of any actor is not forked
+        os.environ.setdefault("RAY_enable_worker_prestart", "0")
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
     cpus, started = os.cpu_count(), {} if forks is None else {"py_executable": forks}
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}

@@ -156,7 +156,7 @@ def _run(
         here = not ray.is_initialized() or len(there) == 1
         if config.resources.workers:
             notify(Stage("starting Ray, reading task and model"))
-            wait_for_ray = stack.enter_context(ray_session_aside(forks))
+            wait_for_ray = stack.enter_context(ray_session_aside(forks, 1 + config.resources.workers))
         else:
             notify(Stage("reading task and model"))
         job = prepare(config, given, read_start(config))
