@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -357,8 +359,14 @@ def list_(
 
 
 def main() -> None:
-    """Exit codes: 0 done; 1 the run could not go on; 2 something for the person to mend; 130 interrupted."""
-    sys.exit(_code())
+    """Ends the process.  Exit codes: 0 done; 1 the run could not go on; 2 something for the person to mend; 130
+    interrupted."""
+    code = _code()
+    atexit._run_exitfuncs()
+    with suppress(BrokenPipeError):  # `| head` has seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # at an interpreter's usual end it takes the imported libraries apart, for more than a second
 
 
 def _code() -> int:

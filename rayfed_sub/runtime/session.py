@@ -171,16 +171,7 @@ def _run(
             notify(_one_at_a_time(job.architecture))
         if here:
             plan.check(job, (old or place or Place(Path())).path)
-        folder = (
-            reopen(old, job.config, job.any_pack) if old is not None else create(new(place, config.name), job.config)
-        )
-        checkpoints.make(folder.path)
-        checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
-        if (weights := job.weights) is not None:
-            shape, known = job.architecture.shape, job.architecture
-            state = {name: weights.tensors[name] for name in weights.state}
-            keep(folder.path, KeptModel(shape, known.transposed, known.tied, state))
-        folder.place.push()
+        folder = _folder(old, place, job)
         notify(Stage("loading weights"))
         with _resume_hint(folder, job.config, notify, given), ThreadPoolExecutor(1) as pool:
             loading, job = [pool.submit(load_backbone, job)], job.loaded
@@ -192,7 +183,10 @@ def _run(
             shared = Shared(put(spec_of(job)), put(loading.pop().result()), put_data(job.dataset))
             plans = partial(_planned_bytes, planned, notify)
             summary = carry_out(job, shared, folder, notify, began, plans, callbacks)
-        finish(folder.place, notify)
+        with ThreadPoolExecutor(1) as pool:
+            finished = pool.submit(finish, folder.place, notify)
+            stack.close()  # a Ray of the run's own goes down meanwhile
+        finished.result()
     return summary
 
 
@@ -203,6 +197,20 @@ def _goes_on(folder: Path, job: Job) -> Summary | None:
     check_code(folder, job.code)
     check_start(folder, job.begun)
     return summary
+
+
+def _folder(old: Place | None, place: Place | None, job: Job) -> RunFolder:
+    """The folder of the run that goes on in `old`, or a new one."""
+    config = job.config
+    folder = reopen(old, config, job.any_pack) if old is not None else create(new(place, config.name), config)
+    checkpoints.make(folder.path)
+    checkpoints.read(folder.path)  # fail early on a corrupt checkpoint
+    if (weights := job.weights) is not None:
+        shape, known = job.architecture.shape, job.architecture
+        state = {name: weights.tensors[name] for name in weights.state}
+        keep(folder.path, KeptModel(shape, known.transposed, known.tied, state))
+    folder.place.push()
+    return folder
 
 
 def _one_at_a_time(architecture: Architecture) -> Notice:
