@@ -117,13 +117,18 @@ def measured(one: Contestant, work: Path, out: Path, look_every: float, workers:
 def _watch(pid: int, peak: list[int], over: threading.Event, every: float) -> None:
     """Notes the peak; reading the memory of twenty processes takes half a second of a core."""
     while not over.wait(every):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(pid)
-            total = 0
-            for process in [root, *root.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
-                    total += process.memory_full_info().pss
-            peak[0] = max(peak[0], total)
+        peak[0] = max(peak[0], total_memory(pid))
+
+
+def total_memory(pid: int) -> int:
+    """Proportional set sizes of a process and all its descendants, bytes; 0 where it has ended."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                total += process.memory_full_info().pss
+    return total
 
 
 def machine() -> Mapping[str, str | int]:

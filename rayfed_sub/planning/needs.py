@@ -21,6 +21,9 @@ BARE_WORKER = 320_000_000
 BARE_COORDINATOR = 330_000_000  # as a worker: Ray's processes import the same before their actor starts
 DRIVER = 350_000_000
 RAY = 330_000_000  # its own processes on a node
+# Of a Ray of the run's own, where they are forks of one that holds the imported libraries (`Resources.forked`).
+FORKED = 80_000_000
+FORK_SERVER = 380_000_000  # with all that they share
 CUDA = 600_000_000  # a process's context on a GPU, and torch's kernels there
 HOLES = 1.15  # the allocator's, where it is not modelled: on GPUs and in the coordinator
 
@@ -109,8 +112,13 @@ class Need:
 
     @property
     def bare(self) -> tuple[int, int, int]:
-        """Bytes of Ray's own processes, of the bare coordinator and of a bare worker; 0 in a run of one process."""
-        return (RAY, BARE_COORDINATOR, BARE_WORKER) if self.config.resources.workers else (0, 0, 0)
+        """Bytes of Ray's own processes and what others share, of the bare coordinator and of a bare worker; 0 in a run
+        of one process."""
+        if not self.config.resources.workers:
+            return 0, 0, 0
+        if self.config.resources.forked:
+            return RAY + FORK_SERVER, FORKED, FORKED
+        return RAY, BARE_COORDINATOR, BARE_WORKER
 
     def least(self, workers: int, tensors: int) -> int:
         """Bytes of a node without which the run cannot go: no holes, and nothing that could lie on disk."""

@@ -221,13 +221,12 @@ def table(root: Path) -> Iterator[tuple[str, int, str, str]]:
 
 def main() -> None:
     """Print the table and run the soak; exit code 1 if hashes differ."""
-    import ray
-
     from rayfed_sub.cli.run_view import print_table
+    from rayfed_sub.runtime.cluster import ray_session
+    from rayfed_sub.runtime.fork_server import fork_server
     from tests.helpers.packings import table as packed_cases
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    with TemporaryDirectory() as folder:
+    with fork_server(wanted=True) as forks, ray_session(forks), TemporaryDirectory() as folder:
         root, rows = Path(folder), []
         for row in table(root):
             rows.append(row)
@@ -238,7 +237,6 @@ def main() -> None:
             print(*case.values(), "the same hash" if equal else "ANOTHER HASH", flush=True)
         calm, _ = soak(200, 0, root / "calm")
         fierce, fire = soak(200, PAUSE, root / "fierce")
-    ray.shutdown()
     print_table(("disturbance", "workers", "weights_sha256", "took"), rows)
     hashes = {row[2] for row in rows}
     print(f"{len(rows)} runs, {len(hashes)} hash{'es' if len(hashes) > 1 else ''}")

@@ -23,6 +23,7 @@ import ray
 from rayfed_sub import load_config
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.runtime.cluster import ray_session
+from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.session import carry_out, load_backbone, spec_of
 from rayfed_sub.storage.remote import Place
@@ -128,7 +129,7 @@ def main(folder: Path, count: int, overrides: list[str]) -> None:
     job = prepare(load_config(QUICKSTART, [*SMALL, *overrides]))
     # Ray frees objects a second late, and the next broadcast would take new pages.
     os.environ.setdefault("RAY_free_objects_batch_size", "1")
-    with ray_session():
+    with fork_server(wanted=job.config.resources.forked) as forks, ray_session(forks):
         shared = Shared(ray.put(spec_of(job)), ray.put(load_backbone(job)), ray.put(job.dataset))
         print(json.dumps(asdict(side_by_side(job, shared, folder, count))))
 

@@ -1,0 +1,110 @@
+"""How long a person waits, and what memory a small run takes: several states of this project in turns.
+
+`python -m experiments.benchmarks.start [CONFIG] [--before TREE] [--turns N]` prints, for this checkout and another one,
+the seconds from the command to its first round and from its last round to the prompt, and the largest sum of the
+proportional memory of all its processes, Ray's included.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import psutil
+import typer
+
+from experiments.benchmarks.harness import ROOT, machine, total_memory
+
+_COMMAND = """
+try:
+    from rayfed_sub.cli.main import main
+except ModuleNotFoundError:  # before the command line became a folder
+    from rayfed_sub.cli import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Waited:
+    """Seconds to the first round and from the last one to the end; bytes of all processes at most."""
+
+    first: float
+    end: float
+    peak: int
+
+
+def waited(tree: Path, config: str, every: float) -> Waited:
+    """One run of the configuration by the state in `tree`; memory is looked at `every` so many seconds, 0: not at all.
+
+    Raises RuntimeError where it fails.
+    """
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", _COMMAND, "run", config, "--out", str(Path(folder) / "run")]
+        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1"}
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        peak, over = [0], threading.Event()
+        looking = threading.Thread(target=_look, args=(process.pid, peak, over, every), daemon=True)
+        looking.start()
+        first = last = 0.0
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "local steps" in line and not first:
+                first = time.monotonic()
+            if line.split()[:1] and "/" in line.split()[0] and line.split()[0].replace("/", "").isdigit():
+                last = time.monotonic()
+        code, end = process.wait(), time.monotonic()
+        over.set()
+        looking.join()
+        if code or not first or not last:
+            raise RuntimeError(f"{tree} ended with {code}\n{''.join(lines[-20:])}")
+        return Waited(first - began, end - last, peak[0])
+
+
+def _look(pid: int, peak: list[int], over: threading.Event, every: float) -> None:
+    while every and not over.wait(every):
+        peak[0] = max(peak[0], total_memory(pid))
+
+
+def main(
+    config: Annotated[str, typer.Argument(help="relative to each state")] = "experiments/tiny.yaml",
+    before: Annotated[Path | None, typer.Option(help="a checkout of an earlier state")] = None,
+    turns: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Print both states' medians, and the ratio."""
+    trees = {"now": ROOT, **({} if before is None else {"before": before.absolute()})}
+    found: dict[str, list[Waited]] = {name: [] for name in trees}
+    peaks: dict[str, int] = {}
+    for _ in range(turns):
+        for name, tree in trees.items():
+            found[name].append(waited(tree, config, 0.0))
+            one = found[name][-1]
+            print(f"{name}: {one.first:.2f} s to the first round, {one.end:.2f} s after the last", flush=True)
+    for name, tree in trees.items():  # looking takes time of its own
+        peaks[name] = waited(tree, config, 0.5).peak
+    firsts = {name: statistics.median(one.first for one in ones) for name, ones in found.items()}
+    ends = {name: statistics.median(one.end for one in ones) for name, ones in found.items()}
+    about = machine()
+    print(f"{about['date']}, {about['commit']}, {about['cores']} cores, {psutil.virtual_memory().total / 1e9:.0f} GB")
+    for title, values, unit in (("to the first round", firsts, "s"), ("after the last", ends, "s")):
+        shown = ", ".join(f"{name} {value:.2f} {unit}" for name, value in values.items())
+        ratio = f": {values['now'] / values['before']:.2f}x" if before is not None else ""
+        print(f"{title}: {shown}{ratio}")
+    shown = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in peaks.items())
+    print(f"peak memory, Ray included: {shown}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
