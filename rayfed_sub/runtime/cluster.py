@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
@@ -20,6 +21,7 @@ import yaml
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.planning.machines import Node
+from rayfed_sub.runtime.fork_server import MODULES
 
 HEAD = "node:__internal_head__"
 _OWN: list[bool] = []  # of a session that this process has started for itself
@@ -192,8 +194,8 @@ def _start(processes: int) -> None:
 
 def _ready() -> None:
     """Imports what actors need, and waits for the others, or one process would do."""
-    import rayfed_sub.runtime.coordinator  # noqa: F401
-
+    for name in (*MODULES, "rayfed_sub.runtime.coordinator"):
+        importlib.import_module(name)
     time.sleep(_TOGETHER)
 
 
@@ -206,9 +208,6 @@ def ray_session(forks: str | None = None) -> Iterator[None]:
         yield
         return
     _set_up()
-    if forks is not None:  # what Ray starts ahead of any actor is not forked
-        os.environ.setdefault("RAY_enable_worker_prestart", "0")
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
     cpus, started = os.cpu_count(), {} if forks is None else {"py_executable": forks}
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
@@ -230,8 +229,9 @@ def _set_up() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray frees in batches, up to a second late: meanwhile each new broadcast takes new pages, which stay taken.
     os.environ.setdefault("RAY_free_objects_batch_size", "1")
-    # Processes that wait for actors import these while the weights load here.
-    os.environ.setdefault("RAY_preload_python_modules", "rayfed_sub.runtime.coordinator,transformers.modeling_utils")
+    # Ray would start processes of its own accord, which are no forks and wait in vain; `_start` does.
+    os.environ.setdefault("RAY_enable_worker_prestart", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 
 @contextmanager

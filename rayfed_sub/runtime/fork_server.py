@@ -22,7 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 FORKED = "RAYFED_SUB_FORK_SERVER"
 """Environment variable of a forked process: its server's number."""
 
-_MODULES = (
+MODULES = (
     *("transformers.modeling_utils", "rayfed_sub.training.executor", "rayfed_sub.training.inference"),
     *("rayfed_sub.training.pack_experts", "rayfed_sub.models.weights", "rayfed_sub.methods", "rayfed_sub.data.dataset"),
     *("rayfed_sub.diagnostics.cohort", "rayfed_sub.evaluation.scores", "rayfed_sub.storage.state_store"),
@@ -43,11 +43,12 @@ _LONGEST = 100  # bytes of a socket's path, of which Linux takes 107
 
 
 @contextmanager
-def fork_server(wanted: bool, address: str | None = None) -> Iterator[str | None]:
+def fork_server(wanted: bool, address: str | None = None, modules: Sequence[str] = MODULES) -> Iterator[str | None]:
     """Yields the command by which a Ray that this process starts, in `ray_session`, forks its worker processes.
 
-    wanted: `Resources.forked`.  None, and no server, where that is false, and where the run joins a Ray, by its address
-    or because this process has one.  Forked processes outlive the server: they end as all of Ray's do."""
+    wanted: `Resources.forked`.  modules: what the server imports.  None, and no server, where `wanted` is false, and
+    where the run joins a Ray, by its address or because this process has one.  Forked processes outlive the server:
+    they end as all of Ray's do."""
     if not wanted or _joins(address):
         yield None
         return
@@ -68,7 +69,7 @@ def fork_server(wanted: bool, address: str | None = None) -> Iterator[str | None
             )
         assert server.stdin is not None
         try:
-            server.stdin.write(json.dumps(sys.path).encode() + b"\n")
+            server.stdin.write(json.dumps([sys.path, modules]).encode() + b"\n")
             server.stdin.flush()
             yield shlex.join([sys.executable, "-I", "-S", __file__, "ask", path])
         finally:
@@ -98,8 +99,8 @@ def _short() -> str | None:
 
 def _serve(listener: socket.socket) -> None:
     """Imports, then forks a process for each request, until the process that started this one ends."""
-    sys.path[:] = json.loads(sys.stdin.buffer.readline())
-    for name in _MODULES:
+    sys.path[:], modules = json.loads(sys.stdin.buffer.readline())
+    for name in modules:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector would write into memory that is shared
