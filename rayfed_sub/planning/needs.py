@@ -112,25 +112,27 @@ class Need:
 
     @property
     def bare(self) -> tuple[int, int, int]:
-        """Bytes of Ray's own processes and what others share, of the bare coordinator and of a bare worker; 0 in a run
-        of one process."""
-        if not self.config.resources.workers:
-            return 0, 0, 0
-        if self.config.resources.forked:
-            return RAY + FORK_SERVER, FORKED, FORKED
-        return RAY, BARE_COORDINATOR, BARE_WORKER
+        """Bytes of Ray's own processes, of the bare coordinator and of a bare worker; 0 in a run of one process."""
+        resources = self.config.resources
+        bare = (FORKED, FORKED) if resources.forked else (BARE_COORDINATOR, BARE_WORKER)
+        return (RAY, *bare) if resources.workers else (0, 0, 0)
+
+    @property
+    def libraries(self) -> int:
+        """Bytes of imported libraries that forked processes share."""
+        return FORK_SERVER if self.config.resources.forked else 0
 
     def least(self, workers: int, tensors: int) -> int:
         """Bytes of a node without which the run cannot go: no holes, and nothing that could lie on disk."""
         _, coordinator, worker = self.bare
-        shared = self.backbone + self.data + self.traffic.broadcast
+        shared = self.backbone + self.data + self.traffic.broadcast + self.libraries
         return shared + DRIVER + coordinator + self.coordinator + workers * (worker + tensors)
 
     def fixed(self, workers: int, pack: int) -> int:
         """Bytes of a node besides its workers, holes included."""
         ray, bare, _ = self.bare
         coordinator = bare + self.coordinator + round((HOLES - 1) * self.traffic.coordinator)
-        return self.store(workers, pack) + DRIVER + ray + coordinator
+        return self.store(workers, pack) + DRIVER + ray + self.libraries + coordinator
 
     def node(self, pack: int, worker: int) -> int:
         """Bytes of a node that holds all processes of the run, with packs of this size; worker: bytes of each worker

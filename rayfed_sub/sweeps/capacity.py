@@ -9,7 +9,7 @@ from pathlib import Path
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, Node, most_workers
-from rayfed_sub.planning.needs import DRIVER, Need, need
+from rayfed_sub.planning.needs import DRIVER, RAY, Need, need
 from rayfed_sub.planning.packs import most_clients
 from rayfed_sub.planning.plan import UnplannedError, here, job_parts, walking
 from rayfed_sub.planning.traffic import FEW
@@ -52,7 +52,7 @@ def _memory(job: Job, there: Sequence[Node]) -> int:
 def _trials(job: Job, there: Sequence[Node]) -> int:
     """Trials like this one whose processes this machine's memory holds."""
     needed, machine = need(job_parts(job), rounds=2, most=FEW), here(job)
-    once = needed.backbone + needed.data + DRIVER + needed.bare[0]
+    once = needed.backbone + needed.data + needed.libraries + DRIVER + RAY
     pack = most_clients(job.config, needed.cohort, free=job.any_pack)
     return int((machine.memory - once) // trial_bytes(needed, machine, pack, workers_here=len(there) == 1))
 
@@ -61,7 +61,8 @@ def trial_bytes(needed: Need, machine: Machine, pack: int, workers_here: bool) -
     """Bytes of another trial on this machine: its process, its coordinator, and where they are here its workers, with
     packs of this size."""
     resources = needed.config.resources
-    processes = needed.fixed(resources.trainers, pack) - needed.backbone - needed.data - needed.bare[0]
+    once = needed.backbone + needed.data + needed.libraries + needed.bare[0]
+    processes = needed.fixed(resources.trainers, pack) - once
     if not workers_here:
         return processes
     process = 0 if machine.gpu is not None else needed.worker(pack).process

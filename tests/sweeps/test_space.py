@@ -244,7 +244,7 @@ def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch)
     needed = capacity.need(capacity.job_parts(job), rounds=2, most=capacity.FEW)
     here = Machine("here", 0, 64, 10**12)
     one = capacity.trial_bytes(needed, here, 4, workers_here=True)
-    once = needed.backbone + needed.data + capacity.DRIVER + needed.bare[0]
+    once = needed.backbone + needed.data + needed.libraries + capacity.DRIVER + capacity.RAY
     for bytes_free, most in ((once + 3 * one, 3), (once + 3 * one - 1, 2), (once, 1)):
         monkeypatch.setattr(capacity, "here", lambda job, free=bytes_free: Machine("here", free, 64, 10**12))
         assert capacity.at_once([job], [Node(64)], most=100) == most
