@@ -15,7 +15,7 @@ from rayfed_sub.config.loading import stored_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.text import first_distinct, problem_of
-from rayfed_sub.storage.tables import place
+from rayfed_sub.storage.table_parts import place
 
 _COLUMNS = {
     "rounds": (

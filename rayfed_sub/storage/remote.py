@@ -28,7 +28,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from rayfed_sub.core.errors import RunError, UserError, redacted
-from rayfed_sub.storage.tables import KINDS, PARTS
+from rayfed_sub.storage.table_parts import KINDS, PARTS
 
 _MANIFESTS = ("checkpoints/manifest-*.json", "checkpoints/best-*.json")
 _NEEDED = (

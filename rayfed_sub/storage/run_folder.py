@@ -2,8 +2,8 @@
 
 The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, with diagnostics layers.parquet and
 client_layers.parquet, and where questions are answered answers.parquet; while the run goes on they are folders of parts
-under the same names (`tables.py`).  A model that a Python call handed over is kept in model.json and model.safetensors
-(`kept_models.py`).  The report is made from all of them after the last round.
+under the same names (`table_parts.py`).  A model that a Python call handed over is kept in model.json and
+model.safetensors (`kept_models.py`).  The report is made from all of them after the last round.
 
 Every file appears whole or not at all; summary.json is written last, so a folder with it holds a finished run.  The
 tables have every round of the newest checkpoint; later rounds are cut off when the run is resumed.
@@ -32,7 +32,7 @@ from rayfed_sub.models.start import StartInfo
 from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.longer_runs import ROUNDS, check_longer, is_longer, lengthened
 from rayfed_sub.storage.remote import Place
-from rayfed_sub.storage.tables import KINDS, Table, table
+from rayfed_sub.storage.table_parts import KINDS, Table, table
 from rayfed_sub.telemetry.events import Beginning, Decided, RoundDone, Summary
 
 FREE = (
@@ -83,7 +83,7 @@ class RunFolder:
         finished = self.rounds.num_rows
         row = RoundRow(**self.rounds.slice(finished - 1).to_pylist()[0])
         row = replace(row, held_out_loss=overall(scores).get("held_out_loss"), epsilon=epsilon)
-        new = {"rounds": [row], "scores": _scored(finished, scores), "answers": answers}
+        new: dict[str, Sequence[Any]] = {"rounds": [row], "scores": _scored(finished, scores), "answers": answers}
         for name, rows in new.items():
             self._tables[name].replace(finished, rows)
         self.rounds = pa.concat_tables([self.rounds.slice(0, finished - 1), table(RoundRow, [row])])

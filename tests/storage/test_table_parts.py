@@ -17,8 +17,8 @@ from pyarrow import parquet
 
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.schemas import ClientRow, ScoreRow
-from rayfed_sub.storage import atomic_files, tables
-from rayfed_sub.storage.tables import Table, place, schema, table
+from rayfed_sub.storage import atomic_files, table_parts
+from rayfed_sub.storage.table_parts import Table, place, schema, table
 
 ROUNDS = 7
 
@@ -30,7 +30,7 @@ class Crash(BaseException):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part with two rounds' clients is full, one with a round's is not; most of the bytes are the footer's."""
-    monkeypatch.setattr(tables, "FULL", (size(client_rows(ROUNDS)) + size(ROWS["clients"](2))) // 2)
+    monkeypatch.setattr(table_parts, "FULL", (size(client_rows(ROUNDS)) + size(ROWS["clients"](2))) // 2)
 
 
 def client_rows(n: int) -> list[ClientRow]:
@@ -74,7 +74,7 @@ def check(folder: Path, rounds: int) -> None:
     for name, rows in ROWS.items():
         at = place(folder, name)
         assert at is not None
-        expected = table(tables.KINDS[name], rows(rounds))
+        expected = table(table_parts.KINDS[name], rows(rounds))
         assert parquet.read_table(at).equals(expected)
         pd.testing.assert_frame_equal(pd.read_parquet(at), expected.to_pandas())
 
@@ -128,7 +128,7 @@ def changes(patch: pytest.MonkeyPatch, fatal: int, full: bool = False) -> Iterat
         dies()
         real_rmtree(path)
 
-    patch.setattr(tables.shutil, "rmtree", cut_rmtree)
+    patch.setattr(table_parts.shutil, "rmtree", cut_rmtree)
     yield counted
 
 
@@ -144,7 +144,9 @@ def test_crash_anywhere_loses_no_row_of_a_round_that_counts(
         folder = tmp_path / str(fatal)
         folder.mkdir()
         for name, rows in ROWS.items() if begun else ():  # one round more than the checkpoint has
-            parquet.write_table(table(tables.KINDS[name], rows(min(begun + 1, ROUNDS))), folder / f"{name}.parquet")
+            parquet.write_table(
+                table(table_parts.KINDS[name], rows(min(begun + 1, ROUNDS))), folder / f"{name}.parquet"
+            )
             (folder / "manifest").write_text(str(begun))
         for number in (fatal, fatal // 2):
             with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Crash):
@@ -155,7 +157,7 @@ def test_crash_anywhere_loses_no_row_of_a_round_that_counts(
             for name, rows in ROWS.items():
                 at = place(folder, name)
                 found = parquet.read_table(at) if done and at is not None else pa.table({})
-                expected = table(tables.KINDS[name], rows(done))
+                expected = table(table_parts.KINDS[name], rows(done))
                 assert found.slice(0, expected.num_rows).equals(expected) or not done
                 assert found.num_rows - expected.num_rows in (0, 12, 3) or not done  # of one round more, at most
         walk(folder, reached(folder))
@@ -200,7 +202,7 @@ def test_last_round_is_replaced_in_a_full_part(tmp_path: Path) -> None:
     for n in range(2):
         clients.add(n, client_rows(n))
     clients.write()
-    assert (tmp_path / "clients.parquet" / "part-000000.parquet").stat().st_size >= tables.FULL
+    assert (tmp_path / "clients.parquet" / "part-000000.parquet").stat().st_size >= table_parts.FULL
     clients.replace(2, client_rows(1)[:1])
     clients.add(2, client_rows(2))
     clients.write()
@@ -210,7 +212,7 @@ def test_last_round_is_replaced_in_a_full_part(tmp_path: Path) -> None:
 
 def test_checkpoint_writes_no_more_after_many_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of 16 kB and a round's rows, however many rounds there were; and so few rows are in memory."""
-    monkeypatch.setattr(tables, "FULL", 2**14)
+    monkeypatch.setattr(table_parts, "FULL", 2**14)
     monkeypatch.setattr(atomic_files.os, "fsync", lambda handle: None)
     written: list[int] = []
     write = atomic_files.write
