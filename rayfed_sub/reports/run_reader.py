@@ -15,6 +15,7 @@ from rayfed_sub.config.loading import stored_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.text import first_distinct, problem_of
+from rayfed_sub.storage.table_parts import place
 
 _COLUMNS = {
     "rounds": (
@@ -136,7 +137,7 @@ def read_run(folder: Path, display_name: str | None = None) -> Run:
         config = stored_config(folder)
         log = _log(folder / "log.jsonl")
         summary = _summary(folder / "summary.json")
-        tables = {name: _table(folder / f"{name}.parquet", columns) for name, columns in _COLUMNS.items()}
+        tables = {name: _table(place(folder, name), columns) for name, columns in _COLUMNS.items()}
     except (ValueError, OSError) as error:  # UserError is a ValueError; so are pyarrow's and json's
         raise UserError("RUN", str(folder), "a run folder that this version can read", str(error)) from None
     first = next((entry for entry in log if entry["event"] == "started"), {})
@@ -177,8 +178,8 @@ def _summary(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    return (pd.read_parquet(path) if path.is_file() else pd.DataFrame()).reindex(columns=list(columns))
+def _table(path: Path | None, columns: Sequence[str]) -> pd.DataFrame:
+    return (pd.DataFrame() if path is None else pd.read_parquet(path)).reindex(columns=list(columns))
 
 
 def _framed(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

@@ -103,6 +103,7 @@ class Coordinator:
         self._metrics = metrics_of(config, self._dataset.class_names, self._dataset.kind)
         self._answers: list[Answer] = []
         self._sent: tuple[int, Any, int] | None = None  # round, handle, checksum of the broadcast
+        self._pinned: tuple[int, Any, int] | None = None  # the same, in whose memory the pinned round's tensors lie
 
     def _initial(self) -> ServerState:
         return self._method.init_server(self._pretrained(self._shape), self._shape, self._config.seed)
@@ -137,19 +138,31 @@ class Coordinator:
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def halt(self) -> int:
-        """Lets no further round finish; returns the number of finished rounds."""
-        return self._store.halt()
+        """Lets no further round finish, and pins the last finished one; returns the number of finished rounds."""
+        finished, sent = self._store.halt(), self._sent
+        self._pinned = sent if sent is not None and sent[0] == finished else None
+        return finished
+
+    def pin(self) -> None:
+        """Makes the last finished round the one that `checkpoint` writes; called between rounds.
+
+        Shares the next round's broadcast first, so that the server is not in memory a second time for the checkpoint.
+        """
+        self._broadcast()
+        self._store.pin()
+        self._pinned = self._sent
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def checkpoint(self) -> None:
-        """Writes a checkpoint of the last finished round.  Raises RunError where the disk is full, and where somebody
-        wrote into the broadcast, whose memory holds the server's tensors."""
-        self._verify_broadcast()
+        """Writes a checkpoint of the pinned round, while the next one may run.  Raises RunError where the disk is full,
+        and where somebody wrote into the broadcast, whose memory holds the server's tensors."""
+        self._verify_broadcast(self._pinned)
+        self._pinned = None  # its memory stays until the store has written what lies in it
         self._store.checkpoint()
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]
     def keep_best(self) -> None:
-        """Keeps the checkpoint of the last finished round as the best one."""
+        """Keeps the newest checkpoint as the best one."""
         self._store.keep_best()
 
     def run_round(self, n: int, lr_factor: float) -> Iterator[PackDone | RoundDone]:
@@ -403,10 +416,9 @@ class Coordinator:
         if checksum(self._backbone_arrays) != self._backbone_sum:
             at = self._store.current.server.round
             raise RunError("shared memory", "the backbone's bytes changed", round=at, resume=None)
-        self._verify_broadcast()
+        self._verify_broadcast(self._sent)
 
-    def _verify_broadcast(self) -> None:
-        sent = self._sent
+    def _verify_broadcast(self, sent: tuple[int, Any, int] | None) -> None:
         if sent is not None and checksum(packed(object_store.get(sent[1]).tensors)) != sent[2]:
             at = self._store.current.server.round
             raise RunError("shared memory", "the broadcast's bytes changed", round=at, resume=None)

@@ -393,7 +393,7 @@ def _rounds(
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     records: Iterator[PackDone | RoundDone] = iter(())
     watch, live, course = Watch(folder, config), Live(folder, config), Course(folder, config, callbacks)
-    stopped, factor = None, 1.0
+    stopped, factor, due = None, 1.0, False
     try:
         if done and course.best == done:  # the last session may have ended before it kept it
             ask("keep_best")
@@ -406,9 +406,13 @@ def _rounds(
                 notify(Notice(f"from round {n + 1} on: the learning rate times {decided.lr_factor:g}"))
             factor = decided.lr_factor
             records = coordinator.round(n, factor)
-            follow(records)
-            if n + 1 == rounds or (every and (n + 1) % every == 0) or course.best == n + 1:
+            if due:  # while that round begins
                 _keep(folder, ask, course)
+            follow(records)
+            if due := n + 1 == rounds or bool(every and (n + 1) % every == 0) or course.best == n + 1:
+                ask("pin")
+        if due:
+            _keep(folder, ask, course)
         if stopped is not None:
             notify(Notice(f"stopped after round {folder.rounds.num_rows} of {rounds}: {stopped}"))
             _complete(folder, ask, course)
@@ -425,7 +429,7 @@ def _rounds(
 
 
 def _keep(folder: RunFolder, ask: Callable[[str], Any], course: Course) -> None:
-    """Writes tables and a checkpoint of the last finished round, which may be the best one."""
+    """Writes tables and a checkpoint of the last finished round, which is pinned and may be the best one."""
     folder.write_tables()
     ask("checkpoint")
     if course.best == folder.rounds.num_rows:
@@ -438,6 +442,7 @@ def _complete(folder: RunFolder, ask: Callable[[str], Any], course: Course) -> N
     scores, answers = ask("evaluated")
     folder.complete(scores, answers, ask("epsilon"))
     course.judged(folder.rounds.num_rows, scores)
+    ask("pin")
     _keep(folder, ask, course)
 
 

@@ -30,7 +30,7 @@ def write(path: Path, *parts: bytes | memoryview) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def append(path: Path, line: str) -> None:
@@ -68,7 +68,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise RunError("writing files", f"{path}: {error.strerror or error}") from None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Syncs the folder, without which a rename may be lost with the power."""
     handle = os.open(folder, os.O_RDONLY)
     try:

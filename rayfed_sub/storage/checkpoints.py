@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO
@@ -64,9 +64,10 @@ def claim(folder: Path, seconds: float) -> IO[bytes]:
     return atomic_files.claim(root(folder) / ".lock", seconds)
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> None:
+def write(folder: Path, checkpoint: Checkpoint, check: Callable[[], None] = lambda: None) -> None:
     """Writes server and manifest, after the states' files, and deletes all checkpoints but the newest `KEPT`.
 
+    check: called before the manifest, may raise where the server's tensors were changed meanwhile.
     Raises RunError where the disk is full; the earlier checkpoints then stay valid.
     """
     parts = safetensors_parts(checkpoint.server)
@@ -74,6 +75,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)
+    check()
     manifest = {
         "round": checkpoint.round,
         "server": [sum(map(len, parts)), crc],

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from safetensors.torch import load, save
@@ -37,13 +38,14 @@ class StateFile:
 
 class ClientStates:
     """Client states by key.  put, get: into memory and out of it (see `runtime/object_store.py`); budget: bytes of
-    tensors in memory."""
+    tensors in memory.  `save` may run beside the other methods, as long as nobody drops what it saves."""
 
     def __init__(self, folder: Path, budget: int, put: Callable[[Any], Any], get: Callable[[Any], Any]) -> None:
         self._folder, self._budget, self._put, self._get = folder, budget, put, get
         self._held: OrderedDict[Key, tuple[Any, int]] = OrderedDict()  # -> reference, bytes; longest unused first
         self._total = 0
         self._files: dict[Key, StateFile] = {}
+        self._writing = Lock()
 
     @property
     def held_bytes(self) -> int:
@@ -67,9 +69,15 @@ class ClientStates:
             return self._held[key][0]
         return self._hold(key, read(self._folder, key, self._files[key]))
 
-    def save(self, keys: Iterable[Key]) -> dict[Key, StateFile]:
-        """Writes the states that have no file yet; returns the manifest entries of all."""
-        return {key: self._files.get(key) or self._write(key) for key in keys}
+    def unsaved(self, keys: Iterable[Key]) -> dict[Key, Any]:
+        """Handles of those states that have no file yet."""
+        return {key: self._held[key][0] for key in keys if key not in self._files}
+
+    def save(self, keys: Iterable[Key], unsaved: Mapping[Key, Any]) -> dict[Key, StateFile]:
+        """Writes the `unsaved` ones of these states; returns the manifest entries of all."""
+        for key, reference in unsaved.items():
+            self._write(key, reference)
+        return {key: self._files[key] for key in keys}
 
     def recall(self, state_files: Mapping[Key, StateFile]) -> None:
         """Registers states that a checkpoint left on disk."""
@@ -92,8 +100,7 @@ class ClientStates:
         self._free(key)
         while self._held and self._total + size > self._budget:
             oldest = next(iter(self._held))
-            if oldest not in self._files:
-                self._write(oldest)
+            self._write(oldest, self._held[oldest][0])
             self._free(oldest)
         reference = self._put(state)
         self._held[key] = (reference, size)
@@ -104,12 +111,15 @@ class ClientStates:
         if key in self._held:
             self._total -= self._held.pop(key)[1]
 
-    def _write(self, key: Key) -> StateFile:
-        state: ClientState = self._get(self._held[key][0])
-        content = save(dict(state.tensors))
-        atomic_files.write(path(self._folder, key), content)
-        self._files[key] = StateFile(state.cursor, state.step, len(content), zlib.crc32(content))
-        return self._files[key]
+    def _write(self, key: Key, reference: Any) -> None:
+        """Writes a state that has no file yet."""
+        with self._writing:
+            if key in self._files:
+                return
+            state: ClientState = self._get(reference)
+            content = save(dict(state.tensors))
+            atomic_files.write(path(self._folder, key), content)
+            self._files[key] = StateFile(state.cursor, state.step, len(content), zlib.crc32(content))
 
 
 def path(folder: Path, key: Key) -> Path:

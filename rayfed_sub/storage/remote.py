@@ -28,10 +28,13 @@ import pyarrow as pa
 from pyarrow import fs
 
 from rayfed_sub.core.errors import RunError, UserError, redacted
+from rayfed_sub.storage.table_parts import KINDS, PARTS
 
 _MANIFESTS = ("checkpoints/manifest-*.json", "checkpoints/best-*.json")
 _NEEDED = (
-    *("checkpoints/clients/[0-9]*.safetensors", "checkpoints/server-*.safetensors", "log.jsonl", "*.parquet"),
+    *("checkpoints/clients/[0-9]*.safetensors", "checkpoints/server-*.safetensors", "log.jsonl"),
+    *(f"{name}.parquet" for name in KINDS),
+    *(f"{name}.parquet/{PARTS}" for name in KINDS),
     *("model.json", "model.safetensors"),
     *("report.html", "tensorboard/*"),  # for people, but complete where summary.json is there
 )
@@ -51,6 +54,7 @@ _SETTINGS = {
 
 Sign = tuple[int, int, int]
 """Version of a file's content: inode, bytes, nanoseconds; `atomic_files.write` makes a new inode."""
+_GONE: Sign = (0, 0, 0)
 
 
 def uri_of(place: str | Path | None) -> str | None:
@@ -91,9 +95,11 @@ class Mirror:
     def names(self) -> list[str]:
         """Names of the run's files in the store, relative to the folder."""
         patterns = [f"{self.root}/{pattern}" for group in self._order for pattern in group]
-        folders = sorted({pattern.rpartition("/")[0] for pattern in patterns})
-        listings = [self.filesystem.get_file_info(fs.FileSelector(at, allow_not_found=True)) for at in folders]
-        paths = [info.path.removeprefix(f"{self.root}/") for listing in listings for info in listing if info.is_file]
+        found: list[fs.FileInfo] = []
+        for at in sorted({pattern.rpartition("/")[0] for pattern in patterns}):  # each after the one that it is in
+            if at == self.root or any(info.path == at and info.type == fs.FileType.Directory for info in found):
+                found += self.filesystem.get_file_info(fs.FileSelector(at, allow_not_found=True))
+        paths = [info.path.removeprefix(f"{self.root}/") for info in found if info.is_file]
         return [path for path in paths if any(_fits(path, pattern) for patterns in self._order for pattern in patterns)]
 
     def try_out(self) -> None:
@@ -104,14 +110,21 @@ class Mirror:
         self.filesystem.delete_file(path)
 
     def pull(self, folder: Path) -> None:
-        """Fetches the run into a folder, which is created."""
+        """Fetches the run into a folder, which is created.
+
+        A table of which the store has one file and parts too, since an upload was cut off, is in that file: it is sent
+        before its parts are deleted, and deleted before later parts are sent.
+        """
 
         def fetch(name: str) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             self._copy(self.filesystem, f"{self.root}/{name}", fs.LocalFileSystem(), str(folder / name))
             self._known[name] = _sign(folder / name)
 
-        _each(fetch, self.names())
+        names = set(self.names())
+        doubled = {name for name in names if name.rpartition("/")[0] in names}
+        _each(fetch, names - doubled)
+        self._known |= dict.fromkeys(doubled, _GONE)  # the next `push` deletes them
 
     def fetch(self, into: Path) -> Path:
         """Fetches the run, or the file that the URI names, into an existing folder; returns its path."""
@@ -246,7 +259,8 @@ def local_copy(place: str | Path, field: str) -> Iterator[Path]:
 
 
 def _found(folder: Path, patterns: Iterable[str]) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern))
+    found = (path for pattern in patterns for path in folder.glob(pattern))
+    return sorted(str(path.relative_to(folder)) for path in found if path.is_file())
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -1,9 +1,9 @@
 """The run folder: config.yaml, log.jsonl, tables, checkpoints/, report.html, summary.json.
 
 The tables are rounds.parquet, clients.parquet, packs.parquet, scores.parquet, with diagnostics layers.parquet and
-client_layers.parquet, and where questions are answered answers.parquet.  A model that a Python call handed over is kept
-in model.json and model.safetensors (`kept_models.py`).  The report is made from all of them after the
-last round.
+client_layers.parquet, and where questions are answered answers.parquet; while the run goes on they are folders of parts
+under the same names (`table_parts.py`).  A model that a Python call handed over is kept in model.json and
+model.safetensors (`kept_models.py`).  The report is made from all of them after the last round.
 
 Every file appears whole or not at all; summary.json is written last, so a folder with it holds a finished run.  The
 tables have every round of the newest checkpoint; later rounds are cut off when the run is resumed.
@@ -11,23 +11,20 @@ tables have every round of the newest checkpoint; later rounds are cut off when 
 
 from __future__ import annotations
 
-import io
 import json
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import parquet
+from pyarrow import compute
 
 from rayfed_sub.config.checks import not_given
 from rayfed_sub.config.loading import flat, stored_config, yaml_text
 from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score, ScoreRow
+from rayfed_sub.core.schemas import AnswerRow, ClientLayer, CohortLayer, RoundRow, Score, ScoreRow
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import with_defaults
@@ -35,6 +32,7 @@ from rayfed_sub.models.start import StartInfo
 from rayfed_sub.storage import atomic_files, checkpoints
 from rayfed_sub.storage.longer_runs import ROUNDS, check_longer, is_longer, lengthened
 from rayfed_sub.storage.remote import Place
+from rayfed_sub.storage.table_parts import KINDS, Table, table
 from rayfed_sub.telemetry.events import Beginning, Decided, RoundDone, Summary
 
 FREE = (
@@ -49,36 +47,35 @@ PACKING = ("resources.pack_size", "evaluation.batch_size")
 
 _DECIDED = "decided"  # the log's entry of what holds from a round on
 
-_OTHERS = {"clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer}
-"""Tables with rows per round, by name, besides rounds.parquet."""
-
 
 class RunFolder:
     """A run's existing folder, owned by the process that started the run."""
 
     def __init__(self, place: Place) -> None:
         self.place, self.path = place, place.path
-        self.rounds = _empty(RoundRow)
-        self._scores, self._answers = _empty(ScoreRow), _empty(AnswerRow)
-        self._others = {name: _empty(kind) for name, kind in _OTHERS.items()}
+        self.rounds = table(RoundRow, [])
+        self._tables = {name: Table(self.path, name) for name in KINDS}
 
     def begin(self, beginning: Beginning, answers: Sequence[AnswerRow] = ()) -> None:
         """Writes the initial model's answers, then the first line of the log; keeps its scores."""
-        self._scores, self._answers = _scored(0, beginning.scores), _table(AnswerRow, answers)
-        self._write_answers()
+        first = {"scores": _scored(0, beginning.scores), "answers": answers}
+        for name, one in self._tables.items():
+            if name != "answers" or answers:
+                one.begin(first.get(name, ()))
+        if answers:
+            self._tables["answers"].write()
         atomic_files.write(self.path / "log.jsonl", _line("started", asdict(beginning)).encode() + b"\n")
 
     def add(self, done: RoundDone) -> None:
         """Adds a finished round: to the log at once, to the tables with the next `write_tables`."""
         atomic_files.append(self.path / "log.jsonl", _line("round", asdict(done.row)))
-        rounds = pa.concat_tables([self.rounds, _table(RoundRow, [done.row])])
-        added = {"clients": done.client_rows, "packs": done.packs}
-        added |= {"layers": done.layers, "client_layers": done.client_layers}
-        for name, kind in _OTHERS.items():
-            self._others[name] = pa.concat_tables([self._others[name], _table(kind, added[name])])
-        self._scores = pa.concat_tables([self._scores, _scored(done.row.round + 1, done.scores)])
-        self._answers = pa.concat_tables([self._answers, _table(AnswerRow, done.answers)])
-        self.rounds = rounds  # last: it decides whether the round counts
+        n = done.row.round
+        added = {"rounds": [done.row], "clients": done.client_rows, "packs": done.packs, "answers": done.answers}
+        added |= {"layers": done.layers, "client_layers": done.client_layers, "scores": _scored(n + 1, done.scores)}
+        for name, rows in added.items():
+            self._tables[name].add(n, rows)
+        # Last: it decides whether the round counts.
+        self.rounds = pa.concat_tables([self.rounds, table(RoundRow, [done.row])])
 
     def complete(self, scores: Sequence[Score], answers: Sequence[AnswerRow], epsilon: float | None) -> None:
         """Adds to the last round what a run's last round has: scores, answers, the privacy spent; in place of what it
@@ -86,11 +83,10 @@ class RunFolder:
         finished = self.rounds.num_rows
         row = RoundRow(**self.rounds.slice(finished - 1).to_pylist()[0])
         row = replace(row, held_out_loss=overall(scores).get("held_out_loss"), epsilon=epsilon)
-        self.rounds = pa.concat_tables([self.rounds.slice(0, finished - 1), _table(RoundRow, [row])])
-        kept = self._scores.filter(pa.compute.less(self._scores["rounds"], finished))
-        self._scores = pa.concat_tables([kept, _scored(finished, scores)])
-        others = self._answers.filter(pa.compute.less(self._answers["rounds"], finished))
-        self._answers = pa.concat_tables([others, _table(AnswerRow, answers)])
+        new: dict[str, Sequence[Any]] = {"rounds": [row], "scores": _scored(finished, scores), "answers": answers}
+        for name, rows in new.items():
+            self._tables[name].replace(finished, rows)
+        self.rounds = pa.concat_tables([self.rounds.slice(0, finished - 1), table(RoundRow, [row])])
 
     def record(self, decided: Decided) -> None:
         """Writes to the log what holds after so many rounds, before it takes effect."""
@@ -106,47 +102,50 @@ class RunFolder:
 
         Raises UserError where they lack an earlier round.
         """
-        self.rounds, beginning = _before(round, self._read("rounds", RoundRow)), self.beginning()
+        beginning = self.beginning()
+        converted = beginning is not None and self._tables["rounds"].cut(round)
+        self.rounds = self._all("rounds")
         if self.rounds.num_rows != round or beginning is None:
             allowed = f"a run folder with {round} rounds in rounds.parquet, as its checkpoint has, and its log"
             raise UserError("--resume", str(self.path), allowed, "begin anew in another folder")
-        self._others = {name: _before(round, self._read(name, kind)) for name, kind in _OTHERS.items()}
-        scores = self._read("scores", ScoreRow)
         entries = [entry for entry in _entries(self.path) if entry["event"] != "round" or entry["round"] < round]
         atomic_files.write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
         atomic_files.append(self.path / "log.jsonl", _line("resumed", {"round": round}))
-        later = pa.compute.and_(pa.compute.greater(scores["rounds"], 0), pa.compute.less_equal(scores["rounds"], round))
-        self._scores = pa.concat_tables([_scored(0, beginning.scores), scores.filter(later)])
-        answers = self._read("answers", AnswerRow)
-        self._answers = answers.filter(pa.compute.less_equal(answers["rounds"], round))
+        cut = [one.cut(round) for name, one in self._tables.items() if name != "rounds"]
+        self._tables["scores"].lead(_scored(0, beginning.scores))
+        if converted or any(cut):
+            self.place.push()  # before later parts: in the store a table's one file counts, where it has both
         return beginning
 
     def scores(self, rounds: int) -> list[Score]:
         """The scores after `rounds` finished rounds."""
-        rows = self._scores.filter(pa.compute.equal(self._scores["rounds"], rounds)).drop_columns(["rounds"])
-        return [Score(**row) for row in rows.to_pylist()]
+        found = self._all("scores", lambda rows: rows.filter(compute.equal(rows["rounds"], rounds)))
+        return [Score(**row) for row in found.drop_columns(["rounds"]).to_pylist()]
 
     def overall_scores(self) -> dict[int, dict[str, float]]:
         """The scores over all held-out rows, by finished rounds."""
-        return {rounds: overall(self.scores(rounds)) for rounds in sorted(set(self._scores["rounds"].to_pylist()))}
+        found: dict[int, list[Score]] = {}
+        for row in self._all("scores", lambda rows: rows.filter(rows["client"].is_null())).to_pylist():
+            found.setdefault(row.pop("rounds"), []).append(Score(**row))
+        return {rounds: overall(scores) for rounds, scores in found.items()}
 
     def answers(self) -> list[AnswerRow]:
         """The answers of the initial model, then those of the trained one; none where nothing is answered."""
-        return [AnswerRow(**row) for row in self._answers.to_pylist()]
+        return [AnswerRow(**row) for row in self._all("answers").to_pylist()]
 
     def clients(self) -> int:
         """Clients that took part in any round."""
-        return len(set(self._others["clients"]["client"].to_pylist()))
+        return len({client for rows in self._tables["clients"].rows() for client in rows["client"].to_pylist()})
 
     def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
         """Diagnostics of the newest diagnosed rounds, at most so many, in order."""
-        newest = sorted(set(self._others["layers"]["round"].to_pylist()))[-most:]
+        layers, client_layers = (self._tables[name].newest(most) for name in ("layers", "client_layers"))
         return [
             (
-                tuple(CohortLayer(**row) for row in _in_round(n, self._others["layers"]).to_pylist()),
-                tuple(ClientLayer(**row) for row in _in_round(n, self._others["client_layers"]).to_pylist()),
+                tuple(CohortLayer(**row) for row in _in_round(n, layers).to_pylist()),
+                tuple(ClientLayer(**row) for row in _in_round(n, client_layers).to_pylist()),
             )
-            for n in newest
+            for n in sorted(set(layers["round"].to_pylist()))[-most:]
         ]
 
     def resumed(self) -> tuple[int, ...]:
@@ -166,28 +165,21 @@ class RunFolder:
         return Beginning(**{**known, "scores": tuple(Score(**score) for score in first["scores"])})
 
     def write_tables(self) -> None:
-        """All tables with all rows so far."""
-        for name, table in {"rounds": self.rounds, "scores": self._scores, **self._others}.items():
-            self._write(name, table)
-        self._write_answers()
+        """Writes all rows that the tables on the disk lack."""
+        for name, one in self._tables.items():
+            if name != "answers" or one.has_any:
+                one.write()
 
     def write_summary(self, summary: Summary) -> None:
-        """summary.json, the last file of a run."""
+        """summary.json, the last file of a run, after the parts of its tables have become one file each."""
+        for one in self._tables.values():
+            one.merge()
         content = {key: value for key, value in asdict(summary).items() if key != "folder"}
         atomic_files.write(self.path / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
 
-    def _write(self, name: str, table: pa.Table) -> None:
-        content = io.BytesIO()
-        parquet.write_table(table, content)
-        atomic_files.write(self.path / f"{name}.parquet", content.getvalue())
-
-    def _write_answers(self) -> None:
-        if self._answers.num_rows:
-            self._write("answers", self._answers)
-
-    def _read(self, name: str, kind: type) -> pa.Table:
-        file = self.path / f"{name}.parquet"
-        return parquet.read_table(file, schema=_schema(kind)) if file.exists() else _empty(kind)
+    def _all(self, name: str, of: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> pa.Table:
+        """The rows of a table that `of` takes from each of its parts, in order."""
+        return pa.concat_tables([of(rows) for rows in self._tables[name].rows()][::-1])
 
 
 def create(place: Place, config: Config) -> RunFolder:
@@ -437,29 +429,9 @@ def _line(event: str, entry: Mapping[str, Any]) -> str:
     return json.dumps({"event": event, **entry})
 
 
-def _schema(kind: type) -> pa.Schema:
-    """Columns of a record: numbers and texts, nullable where the record's type has `| None`."""
-    arrow = {int: pa.int64(), float: pa.float64(), str: pa.string(), tuple[float, ...]: pa.list_(pa.float64())}
-    hints = typing.get_type_hints(kind)
-    plain = {name: hint.__args__[0] if isinstance(hint, types.UnionType) else hint for name, hint in hints.items()}
-    return pa.schema([(field.name, arrow[plain[field.name]]) for field in fields(kind)])
+def _scored(rounds: int, scores: Sequence[Score]) -> list[ScoreRow]:
+    return [ScoreRow(rounds, **asdict(score)) for score in scores]
 
 
-def _table(kind: type, rows: Sequence[Any]) -> pa.Table:
-    return pa.Table.from_pylist([asdict(row) for row in rows], schema=_schema(kind))
-
-
-def _scored(rounds: int, scores: Sequence[Score]) -> pa.Table:
-    return _table(ScoreRow, [ScoreRow(rounds, **asdict(score)) for score in scores])
-
-
-def _empty(kind: type) -> pa.Table:
-    return _table(kind, [])
-
-
-def _in_round(round: int, table: pa.Table) -> pa.Table:
-    return table.filter(pa.compute.equal(table["round"], round))
-
-
-def _before(round: int, table: pa.Table) -> pa.Table:
-    return table.filter(pa.compute.less(table["round"], round))
+def _in_round(round: int, rows: pa.Table) -> pa.Table:
+    return rows.filter(compute.equal(rows["round"], round))

@@ -1,7 +1,7 @@
 """State store: the last finished round as a whole, in memory and on disk.
 
 New client states are added beside the old ones; `commit` replaces the whole round at once.  So a failed round leaves
-nothing behind, and a checkpoint may be written at any moment.
+nothing behind, and a checkpoint of a pinned round may be written while the next one runs and is committed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rayfed_sub.core.arrays import settled
+from torch import Tensor
+
+from rayfed_sub.core.arrays import Guard, settled
 from rayfed_sub.core.types import ClientState, ServerState, Tensors
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.checkpoints import Checkpoint
@@ -36,9 +38,23 @@ class RoundState:
         """Keys of the clients' states."""
         return frozenset(self.states.items())
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The server's tensors and its optimiser's, as a checkpoint names them."""
+        return {**self.server.tensors, **{f"{_RULE}{name}": tensor for name, tensor in self.memory.items()}}
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """A round of which a checkpoint is to be written.  unsaved: handles of its states without a file."""
+
+    state: RoundState
+    unsaved: Mapping[Key, Any]
+    guard: Guard
+
 
 class StateStore:
-    """State of a run: `current` after the last finished round.  Thread-safe.
+    """State of a run: `current` after the last finished round.  Thread-safe; one checkpoint is written at a time.
 
     Starts from the folder's newest checkpoint, or from `begin()`, the server before round 0.  budget, put, get: see
     `ClientStates`.  Raises UserError where the newest checkpoint is torn.
@@ -64,6 +80,7 @@ class StateStore:
             self._named.extend([frozenset(checkpoints.older(folder)), frozenset(found.state_files)])
             self._states.recall(found.state_files)
             self.current = _round_state(found)
+        self._pinned: _Pinned | None = None
         self._best = frozenset(checkpoints.best_states(folder))  # states of the best checkpoint
         checkpoints.sweep(folder, set().union(*self._named, self._best))
 
@@ -82,14 +99,15 @@ class StateStore:
         """Makes the round the current one; does nothing and returns False after `halt`.
 
         trained: keys of the added states that belong to the round.  The states that they replace are dropped, except
-        for the files that a checkpoint names.
+        for the files that a checkpoint names, or will name.
         """
         with self._lock:
             if self._halted:
                 return False
             whole = ServerState(server.round, settled(server.tensors))
             new = RoundState(whole, settled(memory), {**self.current.states, **dict(trained)})
-            left, named = self.current.keys - new.keys, frozenset().union(*self._named)
+            pinned = frozenset() if self._pinned is None else self._pinned.state.keys
+            left, named = self.current.keys - new.keys, pinned.union(*self._named)
             self.current = new
             self._states.release(left & named)
             self._states.drop(left - named)
@@ -103,38 +121,61 @@ class StateStore:
             self.current = replace(self.current, server=whole)
 
     def halt(self) -> int:
-        """Refuses every later commit; returns the number of committed rounds."""
+        """Refuses every later commit, and pins the last one; returns the number of committed rounds."""
         with self._lock:
             self._halted = True
+            self._pin()
             return self.current.server.round
 
-    def checkpoint(self) -> None:
-        """Writes a checkpoint of the current round: only files that the last one lacks.
+    def pin(self) -> None:
+        """Makes the current round the one of which the next checkpoint is, whatever is committed before that."""
+        with self._lock:
+            self._pin()
 
-        Raises RunError where the disk is full; the earlier checkpoints then stay valid.
+    def checkpoint(self) -> None:
+        """Writes a checkpoint of the pinned round: only files that the last one lacks.  Rounds may be committed
+        meanwhile.
+
+        Raises RunError where the disk is full, and where the server's tensors were written in place; the earlier
+        checkpoints then stay valid.
         """
         with self._lock:
-            current, keys = self.current, self.current.keys
-            if checkpoints.newest(self._folder) == current.server.round:
-                return
-            rule = {f"{_RULE}{name}": tensor for name, tensor in current.memory.items()}
-            server = settled({**current.server.tensors, **rule})
-            state_files = self._states.save(keys)
-            checkpoints.write(self._folder, Checkpoint(current.server.round, server, state_files))
-            leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
-            self._named.append(keys)
-            self._states.drop(leaving.difference(self._best, *self._named))
+            pinned = self._pinned
+            assert pinned is not None, "a checkpoint of no round"
+        try:
+            if checkpoints.newest(self._folder) != pinned.state.server.round:
+                self._write(pinned)
+        finally:
+            with self._lock:
+                self._pinned = None
 
     def keep_best(self) -> None:
-        """Keeps the newest checkpoint, that of the current round, as the best one, and frees an earlier best.
+        """Keeps the newest checkpoint as the best one, and frees an earlier best.
 
         Raises RunError where the disk is full; an earlier best checkpoint then stays valid.
         """
         with self._lock:
-            if checkpoints.best(self._folder) == self.current.server.round:
+            newest = checkpoints.newest(self._folder)
+            assert newest is not None, "no checkpoint to keep"
+            if checkpoints.best(self._folder) == newest:
                 return
-            checkpoints.keep_best(self._folder, self.current.server.round)
-            leaving, self._best = self._best, self.current.keys
+            checkpoints.keep_best(self._folder, newest)
+            leaving, self._best = self._best, self._named[-1]
+            self._states.drop(leaving.difference(self._best, *self._named))
+
+    def _pin(self) -> None:
+        current = self.current
+        self._pinned = _Pinned(current, self._states.unsaved(current.keys), Guard(current.tensors.items()))
+
+    def _write(self, pinned: _Pinned) -> None:
+        keys = pinned.state.keys
+        state_files = self._states.save(keys, pinned.unsaved)
+        whole = Checkpoint(pinned.state.server.round, settled(pinned.state.tensors), state_files)
+        checkpoints.write(self._folder, whole, pinned.guard.check)
+        with self._lock:
+            leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
+            self._named.append(keys)
+            # What the current round has of the states that leave, the pinned one has too.
             self._states.drop(leaving.difference(self._best, *self._named))
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pandas as pd
 import pytest
 
 from rayfed_sub import run
-from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.schemas import RoundRow
+from rayfed_sub.runtime import session
+from rayfed_sub.runtime.links import CoordinatorLink
 from rayfed_sub.runtime.session import leave
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import create
@@ -142,6 +145,45 @@ def test_round_without_its_rows_does_not_count(tmp_path: Path) -> None:
     leave(folder, ask, lambda: folder.add(RoundDone(row, ())))  # it had only not been read
     assert asked == ["halt", "halt", "checkpoint"]
     assert pd.read_parquet(tmp_path / "rounds.parquet")["round"].tolist() == [0]
+
+
+class Watched:
+    """A coordinator's link that notes the order of rounds and calls; fails: the first checkpoint finds no space."""
+
+    def __init__(self, link: CoordinatorLink, calls: list[str | int], fails: bool) -> None:
+        self._link, self._calls, self._fails = link, calls, fails
+
+    def ask(self, name: str) -> Any:
+        self._calls.append(name)
+        if self._fails and name == "checkpoint" and self._calls.count(name) == 1:
+            raise RunError("writing files", "No space left on device")
+        return self._link.ask(name)
+
+    def round(self, n: int, lr_factor: float) -> Iterator[PackDone | RoundDone]:
+        self._calls.append(n)
+        return self._link.round(n, lr_factor)
+
+    def close(self) -> None:
+        self._link.close()
+
+
+def test_round_begins_before_the_checkpoint_of_the_last_one_is_written(
+    undisturbed_job: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where that cannot be written, the run ends with its line, and with a checkpoint once there is space again."""
+    calls, fails, coordinator_of = list[str | int](), True, session.coordinator_of
+    monkeypatch.setattr(session, "coordinator_of", lambda *parts: Watched(coordinator_of(*parts), calls, fails))
+    config, folder = chaos.job(0, "checkpoint.every=2"), tmp_path / "run"
+    with pytest.raises(RunError, match=r"^writing files: No space left on device; go on with: rayfed-sub run"):
+        run(config, folder)
+    watched = [call for call in calls if call in (*range(4), "pin", "checkpoint", "halt")]
+    assert watched == [0, 1, "pin", 2, "checkpoint", "halt", "checkpoint"]
+    calls.clear()
+    fails = False
+    summary = run(config, folder, resume=True)
+    assert [call for call in calls if call in (*range(4), "pin", "checkpoint")] == [2, 3, "pin", "checkpoint"]
+    same(summary, undisturbed_job)
+    assert summary.resumed == (2,)
 
 
 @pytest.mark.slow

@@ -132,6 +132,7 @@ def write_run(folder: Path, config: Config, server: ServerState, states: Mapping
     written = create(Place(folder), config)
     store = StateStore(folder, 10**9, lambda: server, lambda state: [state], lambda box: box[0])
     store.commit(server, {}, [store.add(client, state) for client, state in states.items()])
+    store.pin()
     store.checkpoint()
     written.write_summary(
         Summary(config.name, str(config.method["name"]), 2, "0" * 64, 1, 1, 1, 1.0, 1.0, 1.0, 1, {}, {}, {})

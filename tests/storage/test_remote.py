@@ -4,23 +4,27 @@ The store is a local folder behind a handler that counts, and fails on request; 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow.fs import FSSpecHandler, PyFileSystem
+from pyarrow.fs import FileInfo, FileSelector, FSSpecHandler, PyFileSystem
 
 from rayfed_sub import run
 from rayfed_sub.config.loading import load_config, stored_config
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.storage import atomic_files, checkpoints, remote
+from rayfed_sub.storage import atomic_files, checkpoints, remote, table_parts
 from rayfed_sub.storage.remote import Mirror, Place, local_copy, open_place
-from rayfed_sub.storage.run_folder import create, finished, reopen
+from rayfed_sub.storage.run_folder import create, finished, reopen, summary_of
 from rayfed_sub.telemetry.events import Notice, PackDone, Stage, Started, Summary
 from tests.helpers import chaos
+from tests.storage.test_run_folder import BEGINNING, done, summary
 from tests.storage.test_state_store import check, check_best, state_store, walk
 
 COHORTS = [[0, 1, 2], [1], [0, 3], [1], [2]]
@@ -28,7 +32,10 @@ TABLES = ("log.jsonl", "rounds.parquet")
 
 
 class Store(FSSpecHandler):  # type: ignore[misc]
-    """Records what is sent and deleted; refuses everything after the first `left` of these."""
+    """Records what is sent and deleted; refuses everything after the first `left` of these.
+
+    In an object store a name may be that of an object and begin those of others; here the others lie in a folder of
+    another name."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(LocalFileSystem(auto_mkdir=True))  # an object store needs no folders
@@ -39,17 +46,38 @@ class Store(FSSpecHandler):  # type: ignore[misc]
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
         self._step("+", path)
-        return super().open_output_stream(path, metadata)
+        return super().open_output_stream(_on_disk(path), metadata)
+
+    def open_input_stream(self, path: str) -> Any:
+        return super().open_input_stream(_on_disk(path))
+
+    def open_input_file(self, path: str) -> Any:
+        return super().open_input_file(_on_disk(path))
 
     def delete_file(self, path: str) -> None:
         self._step("-", path)
-        super().delete_file(path)
+        super().delete_file(_on_disk(path))
+
+    def get_file_info(self, paths: list[str]) -> list[FileInfo]:
+        return [_in_store(info) for info in super().get_file_info(list(map(_on_disk, paths)))]
+
+    def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
+        at = FileSelector(_on_disk(f"{selector.base_dir}/").rstrip("/"), allow_not_found=selector.allow_not_found)
+        return [_in_store(info) for info in super().get_file_info_selector(at)]
 
     def _step(self, sign: str, path: str) -> None:
         if not self.left:
             raise OSError("the line is dead")
         self.left -= 1
         self.done.append(sign + path.removeprefix(f"{self.root}/"))
+
+
+def _on_disk(path: str) -> str:
+    return path.replace(".parquet/", ".parquet.under/")
+
+
+def _in_store(info: FileInfo) -> FileInfo:
+    return FileInfo(info.path.replace(".parquet.under", ".parquet"), info.type, size=info.size)
 
 
 @pytest.fixture
@@ -149,6 +177,74 @@ def test_run_is_lengthened_wherever_that_was_cut(tmp_path: Path) -> None:
         assert (checkpoints.newest(again), stored_config(again)) == (1, longer)
         assert not (again / "summary.json").exists()
     assert steps == 3
+
+
+def use(folder: Path, copy: Mirror, rounds: int, dies: int | None = None) -> None:
+    """A run of so many rounds from where it is, a checkpoint and a full part of each table in every round.  dies: the
+    process ends after the checkpoint of so many rounds."""
+    settings, at = load_config({"name": "kept", "federation": {"rounds": rounds}}, []), Place(folder, copy)
+    checkpoints.make(folder)
+    if not (folder / "config.yaml").exists():
+        run_folder = create(at, settings)
+    elif summary_of(folder, settings) is None:
+        run_folder = reopen(at, settings)
+    else:
+        return
+    at.push()
+    begun = checkpoints.newest(folder) or 0
+    if run_folder.begun():
+        run_folder.go_on(begun)
+    else:
+        run_folder.begin(BEGINNING)
+    for n in range(begun, rounds):
+        run_folder.add(done(n, 2.0, n, n + 1))
+        run_folder.write_tables()
+        checkpoints.write(folder, checkpoints.Checkpoint(n + 1, {}, {}))
+        at.push()
+        if n + 1 == dies:
+            return
+    run_folder.write_summary(summary(folder))
+    at.push()
+
+
+def test_tables_are_whole_after_an_upload_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds in parts, merged, made parts again for a third one, and merged: in the store a table is a file or
+    parts, or for a while both.  Another machine finds all rows of the rounds that count."""
+    monkeypatch.setattr(atomic_files.os, "fsync", lambda handle: None)
+    monkeypatch.setattr(table_parts, "FULL", 1)
+    expected = [(n, client) for n in range(3) for client in (n, n + 1)]
+    use(tmp_path / "begun", Store(tmp_path / "base").mirror(), 2, dies=2)
+    assert "clients.parquet/part-000001.parquet" in Store(tmp_path / "base").mirror().names()
+    steps, whole, doubled = 0, False, set[str]()
+    while not whole:
+        shutil.copytree(tmp_path / "base", tmp_path / f"store-{steps}")
+        store, first = Store(tmp_path / f"store-{steps}"), tmp_path / f"first-{steps}"
+        mirror = store.mirror()
+        mirror.pull(first)
+        store.left = steps
+        with suppress(RunError):
+            use(first, mirror, 2)
+            use(first, mirror, 3)
+            whole = True
+        store.left = 10**6
+
+        there, folder = store.mirror(), tmp_path / f"second-{steps}"
+        names = set(there.names())
+        doubled |= {name for name in names if name.rpartition("/")[0] in names}
+        there.pull(folder)
+        reached = checkpoints.newest(folder) or 0
+        if reached:
+            found = pd.read_parquet(folder / "clients.parquet")
+            rows = list(zip(found["round"], found["client"], strict=True))
+            assert rows == expected[: max(len(rows), 2 * reached)]
+        use(folder, there, 3)
+        assert local(store.root) == local(folder) - {"checkpoints/.lock"}
+        assert not [name for name in local(store.root) if "/part-" in name]
+        found = pd.read_parquet(folder / "clients.parquet")
+        assert list(zip(found["round"], found["client"], strict=True)) == expected
+        assert pd.read_parquet(folder / "scores.parquet")["rounds"].tolist() == [0, 1, 1, 2, 2, 3, 3]
+        steps += 5  # files are sent and deleted side by side, in any order
+    assert {name.rpartition("/")[2] for name in doubled} >= {"part-000000.parquet", "part-000001.parquet"}
 
 
 def test_requests_of_a_checkpoint(store: Store, tmp_path: Path) -> None:

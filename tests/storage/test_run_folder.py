@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,12 +133,16 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "rounds.parquet", "summary.json"])
+PART = "rounds.parquet/part-000000.parquet"
+
+
+@pytest.mark.parametrize("file", ["config.yaml", PART, "summary.json"])
 def test_interrupted_write_keeps_the_old_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = create(Place(tmp_path), CONFIG)
     folder.add(done(0, 3.0, 1))
     folder.write_tables()
-    folder.write_summary(summary(tmp_path))
+    if file != PART:
+        folder.write_summary(summary(tmp_path))
     before = (tmp_path / file).read_bytes()
 
     def cut_off(source: Path, target: Path) -> None:
@@ -147,13 +152,13 @@ def test_interrupted_write_keeps_the_old_file(file: str, tmp_path: Path, monkeyp
     folder.add(done(1, 2.0))
     writes = {
         "config.yaml": lambda: create(Place(tmp_path), load_config({"name": "another"})),
-        "rounds.parquet": folder.write_tables,
+        PART: folder.write_tables,
         "summary.json": lambda: folder.write_summary(Summary(**{**vars(summary(tmp_path)), "rounds": 9})),
     }
     with pytest.raises(RunError, match=rf"writing files: .*{file}: No space left on device"):
         writes[file]()
     assert (tmp_path / file).read_bytes() == before
-    assert not list(tmp_path.glob(".*"))  # the unfinished file takes no space either
+    assert not list(tmp_path.rglob(".*"))  # the unfinished file takes no space either
 
 
 def test_run_with_a_summary_is_finished(tmp_path: Path) -> None:
@@ -199,6 +204,44 @@ def test_resumed_run_is_cut_to_the_rounds_that_count(tmp_path: Path) -> None:
         *(("started", None), ("round", 0), ("resumed", 1), ("round", 1), ("round", 2))
     ]
     assert again.resumed() == (1,)
+
+
+def test_table_of_the_user_s_own_stays_where_nothing_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "answers.parquet").write_bytes(b"mine")
+    folder = create(Place(tmp_path), CONFIG)
+    folder.begin(BEGINNING)
+    folder.add(done(0, 2.0, 1))
+    folder.write_tables()
+    folder.write_summary(summary(tmp_path))
+    assert (tmp_path / "answers.parquet").read_bytes() == b"mine"
+
+
+def test_rounds_of_an_older_version_s_tables_go_on_in_parts(tmp_path: Path) -> None:
+    """Its tables are one file each; with them the run folder tells what it told while the rounds ran."""
+    rounds = [done(n, 2.0, n, 5) for n in range(3)]
+    first = create(Place(tmp_path), CONFIG)
+    first.begin(BEGINNING)
+    for one in rounds:
+        first.add(one)
+    first.write_tables()
+    for at in tmp_path.glob("*.parquet"):
+        table = parquet.read_table(at)
+        shutil.rmtree(at)
+        parquet.write_table(table, at)
+
+    again = reopen(Place(tmp_path), CONFIG)
+    assert again.go_on(2) == BEGINNING
+    assert (tmp_path / "rounds.parquet").is_dir()
+    again.add(rounds[2])
+    again.write_tables()
+    assert round_rows(tmp_path) == [one.row for one in rounds]
+    for folder in (first, again):
+        assert folder.scores(3) == list(rounds[2].scores)
+        assert folder.overall_scores() == {n: {"held_out_loss": 2.0 if n else 4.0} for n in range(4)}
+        assert folder.clients() == 4
+    again.write_summary(summary(tmp_path))
+    assert again.clients() == 4
+    assert round_rows(tmp_path) == [one.row for one in rounds]
 
 
 def test_incomplete_first_line_is_written_anew(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer, current_thread, main_thread
 from typing import Any
 
 import pytest
@@ -62,9 +63,23 @@ def bits(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], by
     return {name: (dtype, array.shape, array.tobytes()) for name, (dtype, array) in sorted(packed(tensors).items())}
 
 
-def walk(store: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1, bests: Collection[int] = ()) -> None:
+def walk(
+    store: StateStore,
+    cohorts: Sequence[Sequence[int]],
+    every: int = 1,
+    bests: Collection[int] = (),
+    *,
+    late: bool = False,
+) -> None:
     """Train the cohorts from the store's current round; a checkpoint every so many rounds, and after the rounds in
-    `bests`, each better than those before it."""
+    `bests`, each better than those before it.  late: it is written when the next round has been committed."""
+    due = 0
+
+    def keep() -> None:
+        store.checkpoint()
+        if due in bests:
+            store.keep_best()
+
     if store.current.server.round in bests:  # the last process may have ended before it kept it
         store.keep_best()
     for n in range(store.current.server.round, len(cohorts)):
@@ -72,10 +87,16 @@ def walk(store: StateStore, cohorts: Sequence[Sequence[int]], every: int = 1, be
             store.add(client, state(client, n + 1))
         trained = [(client, n + 1) for client in cohorts[n]]
         store.commit(server(n + 1), {"layer/weight/v": torch.full((2,), n + 1.0)}, trained)
-        if (n + 1) % every == 0 or n + 1 in bests:
-            store.checkpoint()
-        if n + 1 in bests:
-            store.keep_best()
+        if due:
+            keep()
+        due = n + 1 if (n + 1) % every == 0 or n + 1 in bests else 0
+        if due:
+            store.pin()
+        if due and not late:
+            keep()
+            due = 0
+    if due:
+        keep()
 
 
 def check(store: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> None:
@@ -115,17 +136,24 @@ cohorts_of_rounds = st.lists(st.lists(st.integers(0, 5), unique=True, max_size=4
 
 
 @settings(deadline=None, max_examples=60)
-@given(cohorts=cohorts_of_rounds, every=st.integers(1, 3), budget=st.sampled_from([0, 402, 1000, 10**6]))
-def test_any_order_and_any_budget_lead_to_the_same_state(cohorts: list[list[int]], every: int, budget: int) -> None:
+@given(
+    cohorts=cohorts_of_rounds,
+    every=st.integers(1, 3),
+    budget=st.sampled_from([0, 402, 1000, 10**6]),
+    late=st.booleans(),
+)
+def test_any_order_and_any_budget_lead_to_the_same_state(
+    cohorts: list[list[int]], every: int, budget: int, late: bool
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = state_store(Path(folder), budget)
-        walk(store, cohorts, every)
+        walk(store, cohorts, every, late=late)
         check(store, cohorts, len(cohorts))
         assert store.stored(99) is None
         # The files on disk lead to the newest checkpoint's state, and on to the same end.
         again = state_store(Path(folder), budget)
         check(again, cohorts, len(cohorts) // every * every)
-        walk(again, cohorts, every)
+        walk(again, cohorts, every, late=late)
         check(again, cohorts, len(cohorts))
 
 
@@ -138,6 +166,7 @@ def test_write_interrupted_anywhere_leaves_a_complete_checkpoint(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         fatal = data.draw(st.integers(0, 30), label="the change that is cut")
         full = data.draw(st.booleans(), label="full disk, not SIGKILL")
+        late = data.draw(st.booleans(), label="checkpoints are written while the next round is committed")
         bests = data.draw(st.sets(st.integers(1, len(cohorts))), label="rounds that are better than all before")
         changes = 0
 
@@ -163,13 +192,13 @@ def test_write_interrupted_anywhere_leaves_a_complete_checkpoint(
         patch.setattr(atomic_files, "write", torn_write)
         patch.setattr(Path, "unlink", torn_unlink)
         with contextlib.suppress(Crash, RunError):
-            walk(state_store(Path(folder), budget), cohorts, bests=bests)
+            walk(state_store(Path(folder), budget), cohorts, bests=bests, late=late)
         patch.undo()
 
         newest = checkpoints.newest(Path(folder)) or 0
         again = state_store(Path(folder), budget)
         check(again, cohorts, newest)
-        walk(again, cohorts, bests=bests)
+        walk(again, cohorts, bests=bests, late=late)
         check(again, cohorts, len(cohorts))
         check_best(Path(folder), cohorts, max(bests, default=None))
         # No partial file is left, and no state that neither of the two checkpoints nor the best one names.
@@ -189,6 +218,7 @@ def test_only_changed_states_are_written(tmp_path: Path, monkeypatch: pytest.Mon
     )
     walk(store, [[0, 1, 2], [1]])
     assert written == ["000001-000002.safetensors", "server-000002.safetensors", "manifest-000002.json"]
+    store.pin()
     store.checkpoint()  # nothing new
     assert len(written) == 3
 
@@ -277,8 +307,93 @@ def test_full_disk_is_reported_and_loses_nothing(tmp_path: Path, monkeypatch: py
         with pytest.raises(RunError, match=r"writing files: .*000000-000002.safetensors: No space left on device"):
             walk(store, [[0], [0]])
     check(state_store(tmp_path), [[0]], 1)
+    store.pin()
     store.checkpoint()  # there is space again
     check(state_store(tmp_path), [[0], [0]], 2)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk hangs with the first state's file; meanwhile a round is committed that replaces all states, which lie in
+    memory for one state only, so that others go to disk beside."""
+    hangs, goes_on = Event(), Event()
+    write = atomic_files.write
+
+    def slow_write(target: Path, *parts: bytes | memoryview) -> None:
+        if current_thread() is not main_thread():
+            hangs.set()
+            assert goes_on.wait(20)
+        write(target, *parts)
+
+    store = state_store(tmp_path, budget=10**6)
+    for client in range(3):
+        store.add(client, state(client, 1))
+    store.commit(server(1), {"layer/weight/v": torch.full((2,), 1.0)}, [(client, 1) for client in range(3)])
+    store.pin()
+    monkeypatch.setattr(atomic_files, "write", slow_write)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(store.checkpoint)
+        assert hangs.wait(20)
+        try:
+            for client in range(3):
+                store.stored(client)
+                store.add(client, state(client, 2))
+            store.commit(server(2), {"layer/weight/v": torch.full((2,), 2.0)}, [(client, 2) for client in range(3)])
+            assert checkpoints.newest(tmp_path) is None
+        finally:
+            goes_on.set()
+        writing.result()
+    check(store, [[0, 1, 2], [0, 1, 2]], 2)
+    check(state_store(tmp_path), [[0, 1, 2]], 1)
+
+
+def test_state_is_written_once_by_a_checkpoint_and_by_a_full_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for one state: while the checkpoint writes the first one, the second one comes, and the first has to go."""
+    hangs, goes_on, written = Event(), Event(), list[str]()
+    write = atomic_files.write
+
+    def slow_write(target: Path, *parts: bytes | memoryview) -> None:
+        hangs.set()
+        assert goes_on.wait(20)
+        written.append(target.name)
+        write(target, *parts)
+
+    states = ClientStates(tmp_path, 402, lambda value: [value], lambda box: box[0])
+    key = states.add(0, state(0, 1))
+    monkeypatch.setattr(atomic_files, "write", slow_write)
+    with ThreadPoolExecutor(2) as pool:
+        saved = pool.submit(states.save, [key], states.unsaved([key]))
+        assert hangs.wait(20)
+        added = pool.submit(states.add, 1, state(1, 1))
+        Timer(0.1, goes_on.set).start()
+        added.result()
+        assert saved.result()[key].size == path(tmp_path, key).stat().st_size
+    assert written == ["000000-000001.safetensors"]
+    assert bits(states.reference(key)[0].tensors) == bits(state(0, 1).tensors)
+
+
+def test_server_that_a_method_changes_in_place_is_in_no_checkpoint(tmp_path: Path) -> None:
+    store = state_store(tmp_path)
+    walk(store, [[0]])
+    store.commit(server(2), {}, [])
+    store.pin()
+    store.current.server.tensors["layer/weight"].add_(1)
+    with pytest.raises(RunError, match="tensor layer/weight was written in place"):
+        store.checkpoint()
+    assert checkpoints.newest(tmp_path) == 1
+
+
+def test_halted_run_s_checkpoint_is_of_the_last_round(tmp_path: Path) -> None:
+    """An interruption between the pin and its checkpoint, during which another round was committed."""
+    store = state_store(tmp_path)
+    walk(store, [[0]])
+    store.pin()
+    key = store.add(1, state(1, 2))
+    store.commit(server(2), {"layer/weight/v": torch.full((2,), 2.0)}, [key])
+    assert store.halt() == 2
+    store.checkpoint()
+    check(state_store(tmp_path), [[0], [1]], 2)
 
 
 def test_no_round_counts_after_a_halt(tmp_path: Path) -> None:
