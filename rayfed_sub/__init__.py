@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rayfed_sub.data.given import RowSource
     from rayfed_sub.methods.hooks import LocalHook
     from rayfed_sub.methods.protocol import Method
-    from rayfed_sub.runtime.session import Listener
+    from rayfed_sub.runtime.rounds import Listener
     from rayfed_sub.sweeps.outcome import SweepResult
     from rayfed_sub.telemetry.events import Callback, Summary
 

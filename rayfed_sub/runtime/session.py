@@ -1,32 +1,25 @@
-"""A run from configuration to summary: checks, while Ray comes up aside, then the rounds of the coordinator.
-
-A run goes on from its folder, whatever ended it: a new coordinator, in this process or a later one, loads the newest
-checkpoint, and the tables are cut to the rounds that it holds.
-"""
+"""A run from configuration to summary: checks, while Ray comes up aside, then the rounds of the coordinator."""
 
 from __future__ import annotations
 
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
 
 from rayfed_sub.config.loading import as_override
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import adopted, strangers
-from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.own_architecture import without_data
 from rayfed_sub.models.start import merged
@@ -34,13 +27,10 @@ from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.call import NOTHING, Given, named
 from rayfed_sub.planning.job import Job, check_resources, check_settings, prepare
-from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.cluster import joined, nodes, put_rows, ray_session_aside
-from rayfed_sub.runtime.course import Course
-from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
-from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
+from rayfed_sub.runtime.rounds import Listener, carry_out
 from rayfed_sub.runtime.worker import Spec
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.earlier_runs import read_start
@@ -59,24 +49,14 @@ from rayfed_sub.storage.run_folder import (
     summary_of,
     to_resume,
 )
-from rayfed_sub.telemetry.alert_log import Watch
 from rayfed_sub.telemetry.events import (
-    Answered,
-    Beginning,
     Callback,
     Notice,
-    PackDone,
-    RoundDone,
     Stage,
-    Started,
     Summary,
 )
-from rayfed_sub.telemetry.process_memory import PeakMemory, give_back, peak_of
+from rayfed_sub.telemetry.process_memory import give_back
 
-_LIVES = 5  # coordinators that may die one after another without a new checkpoint
-
-Listener = Callable[[Stage | Notice | Started | PackDone | RoundDone | Answered], None]
-"""Receives the run's records as they come."""
 Finisher = Callable[[Place, Listener], None]
 """Adds files to the folder of a finished run, such as its report."""
 
@@ -241,30 +221,6 @@ def _planned_bytes(planned: Callable[[], int | None], notify: Listener) -> int |
         return None
 
 
-def carry_out(
-    job: Job,
-    shared: Shared,
-    folder: RunFolder,
-    notify: Listener,
-    began: float,
-    planned: Callable[[], int | None] = lambda: None,
-    callbacks: Mapping[str, Callback] | None = None,
-) -> Summary:
-    """Runs the job in its folder from the newest checkpoint on, in the current Ray session; writes and returns the
-    summary.
-
-    began: `time.perf_counter()` at the start.  planned: bytes of memory.  callbacks: by name; None: those that the
-    configuration names.  Raises RunError where the run cannot go on.
-    """
-    callbacks = with_callbacks(job.config, ())[1] if callbacks is None else callbacks
-    with closing(PeakMemory()) as memory:
-        summary = _with_restarts(job, folder, shared, notify, memory, callbacks)
-        wall = time.perf_counter() - began
-        whole = replace(summary, wall_seconds=wall, planned_memory_bytes=planned())
-        folder.write_summary(whole)
-    return whole
-
-
 @contextmanager
 def _resume_hint(folder: RunFolder, config: Config, notify: Listener, given: Given = NOTHING) -> Iterator[None]:
     """Adds how to go on to the error or interruption that ended the run, where resuming can help."""
@@ -334,205 +290,3 @@ def load_backbone(job: Job) -> Packed:
     assert (job.start is None) == (job.begun is None), "a job whose weights are loaded already"
     weights = load_weights(job.config.model, job.architecture, job.config.seed)
     return packed(merged(weights, job.start, job.architecture))
-
-
-def _with_restarts(
-    job: Job,
-    folder: RunFolder,
-    shared: Shared,
-    notify: Listener,
-    memory: PeakMemory,
-    callbacks: Mapping[str, Callback],
-) -> Summary:
-    """Runs the rounds; after a coordinator's death under another one, from the newest checkpoint on."""
-    lives, reached = _LIVES, checkpoints.newest(folder.path)
-    while True:
-        coordinator = coordinator_of(job, folder.path, shared)
-        try:
-            return _rounds(job, folder, coordinator, notify, memory, callbacks)
-        except RayActorError as error:
-            if error.actor_init_failed:
-                raise
-            cause = str(error).strip().splitlines()[-1].strip()
-            before, reached = reached, checkpoints.newest(folder.path)
-            lives = lives - 1 if reached == before else _LIVES - 1
-            if not lives:
-                raise RunError("coordinator", f"died {_LIVES} times without a checkpoint in between: {cause}") from None
-            notify(Notice(f"the coordinator died; another goes on from the last checkpoint ({cause})"))
-        finally:
-            coordinator.close()
-
-
-def _rounds(
-    job: Job,
-    folder: RunFolder,
-    coordinator: CoordinatorLink,
-    notify: Listener,
-    memory: PeakMemory,
-    callbacks: Mapping[str, Callback],
-) -> Summary:
-    """Runs the remaining rounds and writes tables and checkpoints; returns the summary without its wall time.
-    memory: of this process.  Raises RayActorError where the coordinator dies."""
-    config, ask = job.config, coordinator.ask
-
-    def follow(records: Iterable[PackDone | RoundDone]) -> None:
-        """Reads a round's records to the end; writes and reports them."""
-        for record in records:
-            if isinstance(record, RoundDone):
-                folder.add(record)
-                live.add(record)
-                course.add(record)
-            notify(record)
-            for alert in watch.add(record) if isinstance(record, RoundDone) else ():
-                notify(Notice(alert.text))
-
-    done = ask("start")
-    first = _beginning(done, folder, job, ask, notify)
-    targets = sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
-    notify(Started(config, folder.place.display_name(), overall(first.scores), targets, done, job.dataset.kind))
-    rounds, every = config.federation.rounds or 0, config.checkpoint.every
-    records: Iterator[PackDone | RoundDone] = iter(())
-    watch, live, course = Watch(folder, config), Live(folder, config), Course(folder, config, callbacks)
-    stopped, factor, due = None, 1.0, False
-    try:
-        if done and course.best == done:  # the last session may have ended before it kept it
-            ask("keep_best")
-        for n in range(done, rounds):
-            decided = course.decide(n)
-            if decided.stop is not None:
-                stopped = decided.stop
-                break
-            if decided.lr_factor != factor:
-                notify(Notice(f"from round {n + 1} on: the learning rate times {decided.lr_factor:g}"))
-            factor = decided.lr_factor
-            records = coordinator.round(n, factor)
-            if due:  # while that round begins
-                _keep(folder, ask, course)
-            follow(records)
-            if due := n + 1 == rounds or bool(every and (n + 1) % every == 0) or course.best == n + 1:
-                ask("pin")
-        if due:
-            _keep(folder, ask, course)
-        if stopped is not None:
-            notify(Notice(f"stopped after round {folder.rounds.num_rows} of {rounds}: {stopped}"))
-            _complete(folder, ask, course)
-        if answers := folder.answers():
-            notify(Answered(tuple(answers)))
-        return _summary(job, folder, first, ask, targets, memory, stopped, course.best_score())
-    except (KeyboardInterrupt, RunError):
-        notify(Stage("stopping: a checkpoint first"))
-        with suppress(RunError, RayError):  # a full disk stays full: the first error counts
-            leave(folder, ask, lambda: follow(records))
-        raise
-    finally:
-        live.close()
-
-
-def _keep(folder: RunFolder, ask: Callable[[str], Any], course: Course) -> None:
-    """Writes tables and a checkpoint of the last finished round, which is pinned and may be the best one."""
-    folder.write_tables()
-    ask("checkpoint")
-    if course.best == folder.rounds.num_rows:
-        ask("keep_best")
-    folder.place.push()
-
-
-def _complete(folder: RunFolder, ask: Callable[[str], Any], course: Course) -> None:
-    """Gives the last finished round, after which the run stops, what a last round has."""
-    scores, answers = ask("evaluated")
-    folder.complete(scores, answers, ask("epsilon"))
-    course.judged(folder.rounds.num_rows, scores)
-    ask("pin")
-    _keep(folder, ask, course)
-
-
-def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any], notify: Listener) -> Beginning:
-    """The run's beginning: of a new run, or of the resumed one, whose tables are then cut to its `done` rounds.
-
-    Raises UserError where the resumed run began with other weights."""
-    config, backbone = job.config, ask("backbone_sum")
-    versions, environment = ask("workers_environment")
-    noise = {} if job.noise is None else {"noise": job.noise}  # other versions of the accountant may find another one
-    now: dict[str, Any] = {"versions": versions, "environment": {**environment, **noise}}
-    before = folder.beginning()
-    if before is None and not done:
-        notify(Stage("evaluating the initial model"))
-        rows, data = asdict(job.dataset.row_counts), asdict(job.dataset.fingerprint)
-        scores, answers = ask("evaluated")
-        about: dict[str, Any] = {"rows": rows, "data": data, "backbone": backbone}
-        code, classes = dict(job.code), list(job.dataset.class_names)
-        start = None if job.begun is None else job.begun.digest
-        problem = job.dataset.kind
-        beginning = Beginning(scores, **now, **about, code=code, classes=classes, problem=problem, start=start)
-        folder.begin(beginning, answers)
-        return beginning
-    if before is not None and before.backbone != backbone:
-        allowed = f"the weights with which the run in {folder.place.display_name()} began; these are others"
-        raise UserError("model.path", config.model.path, allowed, "restore them, or begin anew in another folder")
-    beginning = folder.go_on(done)
-    notify(Notice(f"going on after round {done} of {config.federation.rounds}"))
-    then = {**beginning.versions, **beginning.environment}
-    after = {**now["versions"], **now["environment"]}
-    other = [f"{name} {then.get(name)} then, {after[name]} now" for name in after if then.get(name) != after[name]]
-    if other:
-        notify(Notice(f"the bits may differ from an undisturbed run's: {'; '.join(other)}"))
-    return beginning
-
-
-def leave(folder: RunFolder, ask: Callable[[str], Any], follow: Callable[[], None]) -> None:
-    """Stops the coordinator and writes tables and checkpoint of the last finished round.  follow: reads the rest of a
-    round's records.
-
-    Nothing is written for a finished round whose rows are lost: the earlier checkpoint stays the newest.
-    """
-    finished = ask("halt")
-    if folder.rounds.num_rows < finished:  # a round ended unread
-        follow()
-    if folder.rounds.num_rows == finished:
-        folder.write_tables()
-        ask("checkpoint")
-
-
-def _summary(
-    job: Job,
-    folder: RunFolder,
-    first: Beginning,
-    ask: Callable[[str], Any],
-    targets: int,
-    memory: PeakMemory,
-    stopped: str | None,
-    best: dict[str, Any] | None,
-) -> Summary:
-    rows, config = folder.rounds.to_pylist(), job.config
-    before, start = overall(first.scores), job.begun
-    clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
-    return Summary(
-        name=config.name,
-        method=str(config.method["name"]),
-        rounds=len(rows),
-        weights_sha256=ask("weights_sha256"),
-        uplink_bytes=sum(row["uplink_bytes"] for row in rows),
-        downlink_bytes=sum(row["downlink_bytes"] for row in rows),
-        dense_bytes=sum(clients) * targets,
-        dense_downlink_bytes=dense_downloads(clients, failed, targets, private=config.privacy.clip is not None)
-        + (0 if start is None else start.wire_bytes * folder.clients()),
-        change_rank=rows[-1]["change_rank"],
-        wall_seconds=0.0,
-        train_seconds=sum(row["train_seconds"] for row in rows),
-        peak_memory_bytes=peak_of([memory.sample(), *ask("memory")]),
-        metrics={f"{name}_before": value for name, value in before.items()} | overall(folder.scores(len(rows))),
-        versions=first.versions,
-        environment=first.environment,
-        # The moment of a stop follows from what the rounds released, so all that were planned count.
-        privacy=account(config, job.noise, len(rows) if stopped is None else config.federation.rounds or 0),
-        resumed=folder.resumed(),
-        precision=config.model.dtype,
-        logits=None if job.architecture.logits is None else str(job.architecture.logits),
-        rows=first.rows,
-        split=next((score.split for score in first.scores), None),
-        stopped=stopped,
-        best=best,
-        one_at_a_time=job.architecture.one_at_a_time,
-        start_from=None if start is None else asdict(start),
-        folder=folder.place.display_name(),
-    )

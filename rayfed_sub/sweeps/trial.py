@@ -14,7 +14,7 @@ from ray import tune
 
 from rayfed_sub.core.text import SCORES_OF, UNDEFINED
 from rayfed_sub.evaluation.scores import overall
-from rayfed_sub.runtime.session import carry_out
+from rayfed_sub.runtime.rounds import carry_out
 from rayfed_sub.storage.remote import inside, open_place
 from rayfed_sub.storage.run_folder import check_data, opened, summary_of
 from rayfed_sub.sweeps.results import SENT

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,9 @@ from rayfed_sub.data.images import Images
 from rayfed_sub.data.splits import Splits
 from rayfed_sub.models.tokenizers import ByteTokenizer
 from rayfed_sub.planning.job import prepare
-from rayfed_sub.runtime import session
+from rayfed_sub.runtime import rounds, session
 from rayfed_sub.storage.remote import Place
-from rayfed_sub.storage.run_folder import check_data, create
+from rayfed_sub.storage.run_folder import check_data, create, reopen
 from rayfed_sub.sweeps.runner import run_sweep
 from rayfed_sub.sweeps.space import load_sweep
 from rayfed_sub.telemetry.events import Beginning
@@ -146,14 +147,18 @@ def refusal(config: Config, folder: Path) -> UserError:
 
 
 def test_run_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never() -> None:
-        raise AssertionError("Ray was started")
+    @contextmanager
+    def never(forks: str | None, processes: int) -> Iterator[Callable[[], None]]:
+        def needed() -> None:
+            raise AssertionError("Ray was needed")
 
-    monkeypatch.setattr(session, "ray_session", never)
+        yield needed
+
+    monkeypatch.setattr(session, "ray_session_aside", never)
     path, folder = written(tmp_path / "rows.jsonl", ROWS), tmp_path / "run"
     kept = config(path)
     begun(folder, kept)
-    with pytest.raises(AssertionError, match="Ray was started"):  # the same rows are not refused
+    with pytest.raises(AssertionError, match="Ray was needed"):  # the same rows are not refused
         run(kept, folder, resume=True)
     log = (folder / "log.jsonl").read_bytes()
 
@@ -198,18 +203,18 @@ def test_run_does_not_resume_with_other_weights(tmp_path: Path) -> None:
     kept = config(written(tmp_path / "rows.jsonl", ROWS))
     begun(tmp_path / "run", kept)
     job, records = prepare(kept), list[object]()
-    folder = session.reopen(Place(tmp_path / "run"), job.config)
+    folder = reopen(Place(tmp_path / "run"), job.config)
     asked: dict[str, Any] = {"backbone_sum": "8", "workers_environment": ({}, {})}
     before = (tmp_path / "run" / "log.jsonl").read_bytes()
     with pytest.raises(UserError) as caught:
-        session._beginning(0, folder, job, asked.__getitem__, records.append)
+        rounds._beginning(0, folder, job, asked.__getitem__, records.append)
     assert str(caught.value) == (
         f"model.path: got 'random'; allowed: the weights with which the run in {tmp_path / 'run'} began; these are "
         "others; restore them, or begin anew in another folder"
     )
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
     asked["backbone_sum"] = "7"
-    assert session._beginning(0, folder, job, asked.__getitem__, records.append).backbone == "7"
+    assert rounds._beginning(0, folder, job, asked.__getitem__, records.append).backbone == "7"
 
 
 def test_checksum_of_the_weights_excludes_computed_tensors() -> None:
@@ -235,10 +240,14 @@ def test_sweep_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pyte
     class StartError(Exception):
         pass
 
-    def starts() -> None:
-        raise StartError
+    @contextmanager
+    def starts(forks: str | None, processes: int) -> Iterator[Callable[[], None]]:
+        def needed() -> None:
+            raise StartError
 
-    monkeypatch.setattr("rayfed_sub.sweeps.runner.ray_session", starts)
+        yield needed
+
+    monkeypatch.setattr("rayfed_sub.sweeps.runner.ray_session_aside", starts)
     with pytest.raises(StartError):
         run_sweep(load_sweep(file), folder)
     with pytest.raises(StartError):

@@ -16,9 +16,9 @@ import pytest
 from rayfed_sub import run
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.schemas import RoundRow
-from rayfed_sub.runtime import session
+from rayfed_sub.runtime import rounds
 from rayfed_sub.runtime.links import CoordinatorLink
-from rayfed_sub.runtime.session import leave
+from rayfed_sub.runtime.rounds import leave
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import create
 from rayfed_sub.telemetry.events import Notice, PackDone, RoundDone, Summary
@@ -171,8 +171,8 @@ def test_round_begins_before_the_checkpoint_of_the_last_one_is_written(
     undisturbed_job: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And where that cannot be written, the run ends with its line, and with a checkpoint once there is space again."""
-    calls, fails, coordinator_of = list[str | int](), True, session.coordinator_of
-    monkeypatch.setattr(session, "coordinator_of", lambda *parts: Watched(coordinator_of(*parts), calls, fails))
+    calls, fails, coordinator_of = list[str | int](), True, rounds.coordinator_of
+    monkeypatch.setattr(rounds, "coordinator_of", lambda *parts: Watched(coordinator_of(*parts), calls, fails))
     config, folder = chaos.job(0, "checkpoint.every=2"), tmp_path / "run"
     with pytest.raises(RunError, match=r"^writing files: No space left on device; go on with: rayfed-sub run"):
         run(config, folder)

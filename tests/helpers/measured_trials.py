@@ -25,7 +25,8 @@ from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.runtime.cluster import ray_session
 from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.runtime.object_store import Shared
-from rayfed_sub.runtime.session import carry_out, load_backbone, spec_of
+from rayfed_sub.runtime.rounds import carry_out
+from rayfed_sub.runtime.session import load_backbone, spec_of
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import create, new
 

@@ -38,7 +38,9 @@ def test_run_costs_two_copies_of_the_target_weights(tmp_path: Path) -> None:
     # 30 layers, query and output 576 x 576, key and value 192 x 576, 4 bytes a number
     targets = 30 * 4 * (2 * 576 * 576 + 2 * 192 * 576)
     assert targets == sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
-    alone = planned.node(2, planned.worker(2).process) - planned.backbone - planned.data - DRIVER - RAY - planned.libraries
+    alone = (
+        planned.node(2, planned.worker(2).process) - planned.backbone - planned.data - DRIVER - RAY - planned.libraries
+    )
     two = measured(tmp_path, 2)
     print(f"a run of two: {two['both'] / 2 / MB:.0f} MB, planned {alone / MB:.0f} MB")
     assert two["both"] <= 2 * alone
