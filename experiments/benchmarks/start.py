@@ -24,11 +24,12 @@ import typer
 from experiments.benchmarks.harness import ROOT, machine, total_memory
 
 _COMMAND = """
+import importlib
 try:
-    from rayfed_sub.cli.main import main
+    line = importlib.import_module("rayfed_sub.cli.main")
 except ModuleNotFoundError:  # before the command line became a folder
-    from rayfed_sub.cli import main
-main()
+    line = importlib.import_module("rayfed_sub.cli")
+getattr(line, "command", line.main)()
 """
 
 

@@ -359,14 +359,18 @@ def list_(
 
 
 def main() -> None:
-    """Ends the process.  Exit codes: 0 done; 1 the run could not go on; 2 something for the person to mend; 130
-    interrupted."""
+    """Exit codes: 0 done; 1 the run could not go on; 2 something for the person to mend; 130 interrupted."""
+    sys.exit(_code())
+
+
+def command() -> None:
+    """`main` in a process of its own, which ends here."""
     code = _code()
     atexit._run_exitfuncs()
     with suppress(BrokenPipeError):  # `| head` has seen enough
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)  # at an interpreter's usual end it takes the imported libraries apart, for more than a second
+    os._exit(code)  # the interpreter would take the imported libraries apart, for more than a second
 
 
 def _code() -> int:
@@ -394,4 +398,4 @@ def _code() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command()
