@@ -8,6 +8,7 @@ Shape legend (used in every file):
 Tensor names are `<module>/<role>`, where module is the layer's dotted name in the model and role is one of
     weight  dense matrix (m, n)          bias   dense vector (m,)
     left    factor (m, r)                right  factor (r, n)            core  factor (r, r)
+    heads   scales (h,) of the cores of h heads: `core` is then (h, r, r), one on the diagonal for every r components
 A low-rank change of a layer is `scale * left @ core @ right` (core: identity when absent).  LoRA's B is
 `left`, its A is `right`; GaLore's basis is the one of the two that is not trained.  A hook's tensors stand beside a
 method's as `hook/<name>` (`methods/hooked.py`).

@@ -108,9 +108,10 @@ def test_every_method_with_all_settings(name: str) -> None:
         for client, start in enumerate(second.starts):
             rank = rank_in(layer.name, method, client)
             assert start.dropout == 0.2
-            assert start.tensors[f"{layer.name}/left"].shape[1] == rank
+            heads = getattr(method, "heads", 1)
+            assert start.tensors[f"{layer.name}/left"].shape[1] == heads * rank
             assert start.scale_of(layer.name) == pytest.approx(alpha_in(layer.name) / math.sqrt(rank))
-            wires[client] += upload_numbers(method.wire, 1, r=rank, m=layer.m, n=layer.n)
+            wires[client] += upload_numbers(method.wire, 1, r=rank, m=layer.m, n=layer.n, h=heads)
         if method.exact:
             changes = [local_change(tiny, first.server, second, client, layer.name) for client in (0, 1)]
             mean = changes[0] / 3 + changes[1] * 2 / 3

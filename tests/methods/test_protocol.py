@@ -15,6 +15,7 @@ from torch import Tensor
 from rayfed_sub.config.schema import Config, Optimizer
 from rayfed_sub.core.arrays import packed, unpacked
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.lowrank import inner_core
 from rayfed_sub.core.types import (
     Block,
     Client,
@@ -134,7 +135,7 @@ def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: st
 
     def product(tensors: Tensors) -> Tensor:
         left, right = tensors[f"{layer}/left"], tensors[f"{layer}/right"]
-        return Block(left, right, start.scale_of(layer), tensors.get(f"{layer}/core")).dense()
+        return Block(left, right, start.scale_of(layer), inner_core(tensors, layer)).dense()
 
     return product(result.tensors) - product(start.tensors)
 
@@ -329,6 +330,7 @@ def test_upload_bytes_match_the_formulas() -> None:
     formulas = {"fedftg": RANK * both, "fedavg": dense, "fedit": RANK * both, "ffa-lora": RANK * rows}
     formulas |= {"rolora": RANK * rows, "fedsa-lora": RANK * columns, "fedsvd": RANK * rows, "lora-fair": RANK * both}
     formulas |= {"fed-sb": RANK**2 * len(tiny.shape.targets), "shared-galore": RANK * longer}
+    formulas |= {"ravan": 4 * formulas["fed-sb"]}  # heads
     downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
     formulas |= dict.fromkeys(("flexlora", "flora", "hetlora", "fedex-lora"), RANK * both)  # one client: no residual
     for name, numbers in formulas.items():
@@ -354,6 +356,7 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
     "fedsvd": lambda m, n: RANK * (m + n),  # the server has factorised: A is another one
     "lora-fair": lambda m, n: RANK * (m + n),
     "fed-sb": lambda m, n: RANK**2,  # the outer factors follow from the pretrained weight
+    "ravan": lambda m, n: 4 * RANK**2,  # the outer factors are drawn from the seed
     "shared-galore": lambda m, n: RANK * max(m, n),  # the basis is drawn from the seed
 }
 
