@@ -151,6 +151,8 @@ class Start:
     dropout: share of the numbers in a block's input that training drops (`training/dropout.py`).
     decays_base: weight decay shrinks the whole weight, as GaLore's does, and not only what is trained.
     penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
+    frozen: blocks `<layer>/left` (m, R) and `<layer>/right` (R, n), the scale in left, with which the client trains as
+    if their product were in the weight, and which nobody trains; never with a subspace.
     correct: a hook's change of every step's gradients; memory: the tensors with which it begins, named
     `<trained tensor>/<kind>`.
     """
@@ -167,6 +169,7 @@ class Start:
     memory: Tensors = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     dropout: float = 0.0
+    frozen: Tensors = field(default_factory=dict)
 
     def scale_of(self, layer: str) -> float:
         """The scale of the layer's block."""

@@ -24,6 +24,8 @@ METHODS = {
     "flexlora": "rayfed_sub.methods.flexlora:FlexLoRA",
     "flora": "rayfed_sub.methods.flora:FLoRA",
     "hetlora": "rayfed_sub.methods.hetlora:HetLoRA",
+    "fslora": "rayfed_sub.methods.fslora:FSLoRA",
+    "fed-plora": "rayfed_sub.methods.fed_plora:FedPLoRA",
     "fedex-lora": "rayfed_sub.methods.fedex_lora:FedExLoRA",
     "rolora": "rayfed_sub.methods.rolora:RoLoRA",
     "fedsa-lora": "rayfed_sub.methods.fedsa_lora:FedSALoRA",

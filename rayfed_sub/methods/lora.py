@@ -186,7 +186,7 @@ def start(
     )
 
 
-class _Ranks(_LoRA, Protocol):
+class Ranks(_LoRA, Protocol):
     """A method with a largest rank and, where client_ranks is set, a rank for each client."""
 
     @property
@@ -222,7 +222,7 @@ def _check_pattern(field: str, key: str, value: float, targets: Sequence[Layer])
         raise UserError(field, key, allowed, "mend it or remove it")
 
 
-def check_ranks(method: _Ranks, shape: ModelShape) -> None:
+def check_ranks(method: Ranks, shape: ModelShape) -> None:
     """UserError as `check_rank`, and where a client's rank exceeds `rank`."""
     check_rank(method, shape)
     if max(method.client_ranks or (1,)) > method.rank:
@@ -230,7 +230,7 @@ def check_ranks(method: _Ranks, shape: ModelShape) -> None:
         raise UserError("method.client_ranks", method.client_ranks, allowed, "raise method.rank or lower them")
 
 
-def rank_of(method: _Ranks, client: int) -> int:
+def rank_of(method: Ranks, client: int) -> int:
     """The rank of a client: entry `client` of client_ranks, modulo its length, or the rank of all."""
     return method.client_ranks[client % len(method.client_ranks)] if method.client_ranks else method.rank
 

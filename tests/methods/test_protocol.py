@@ -332,7 +332,8 @@ def test_upload_bytes_match_the_formulas() -> None:
     formulas |= {"fed-sb": RANK**2 * len(tiny.shape.targets), "shared-galore": RANK * longer}
     formulas |= {"ravan": 4 * formulas["fed-sb"]}  # heads
     downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
-    formulas |= dict.fromkeys(("flexlora", "flora", "hetlora", "fedex-lora"), RANK * both)  # one client: no residual
+    alike = ("flexlora", "flora", "hetlora", "fslora", "fed-plora", "fedex-lora")
+    formulas |= dict.fromkeys(alike, RANK * both)  # one client: no residual
     for name, numbers in formulas.items():
         method = made(name)
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -350,6 +351,8 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
     "flexlora": lambda m, n: RANK * (m + n),
     "flora": lambda m, n: RANK * (m + n),
     "hetlora": lambda m, n: RANK * (m + n),
+    "fslora": lambda m, n: RANK * (m + n),
+    "fed-plora": lambda m, n: RANK * (m + n),
     "fedex-lora": lambda m, n: RANK * (m + n),  # one client: no residual
     "rolora": lambda m, n: RANK * m,  # round 0 trains B
     "fedsa-lora": lambda m, n: RANK * n,
