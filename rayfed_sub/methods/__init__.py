@@ -29,6 +29,7 @@ METHODS = {
     "fedex-lora": "rayfed_sub.methods.fedex_lora:FedExLoRA",
     "rolora": "rayfed_sub.methods.rolora:RoLoRA",
     "fedsa-lora": "rayfed_sub.methods.fedsa_lora:FedSALoRA",
+    "fedalt": "rayfed_sub.methods.fedalt:FedALT",
     "fedsvd": "rayfed_sub.methods.fedsvd:FedSVD",
     "lora-fair": "rayfed_sub.methods.lora_fair:LoRAFAIR",
     "fed-sb": "rayfed_sub.methods.fed_sb:FedSB",

@@ -107,8 +107,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fields: object) -> Config:
-    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them."""
-    ranks = {"rank": 2, "client_ranks": [2, 1]}
+    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them, and
+    unequal shares of a client's own adapter and of the others', with which two clients differ."""
+    ranks = {"rank": 2, "client_ranks": [2, 1], "share": 0.9}
     known = {field.name for field in dataclasses.fields(build({"name": method}))}  # type: ignore[arg-type]
     own = {key: value for key, value in ranks.items() if key in known}
     classifies = random["type"] in ("bert", "distilbert")

@@ -136,9 +136,9 @@ def rank_in(layer: str, method: Method, client: int) -> int:
 
 def scale_in(layer: str, method: Method, client: int) -> float:
     """alpha / sqrt(r) of the client's own rank; where it has components of the server's factors, of the server's rank,
-    and with a sketch r / r_k of that."""
+    and with a sketch r / r_k of that; a half where a frozen adapter has the other."""
     own, whole = rank_in(layer, method, client), rank_in(layer, method, 1)
-    scales = {"fslora": whole**0.5 / own, "fed-plora": whole**-0.5}
+    scales = {"fslora": whole**0.5 / own, "fed-plora": whole**-0.5, "fedalt": 0.5 * own**-0.5}
     return alpha_in(layer) * scales.get(method.name, own**-0.5)
 
 
