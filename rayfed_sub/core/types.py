@@ -153,8 +153,8 @@ class Start:
     penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
     frozen: blocks `<layer>/left` (m, R) and `<layer>/right` (R, n), the scale in left, with which the client trains as
     if their product were in the weight, and which nobody trains; never with a subspace.
-    correct: a hook's change of every step's gradients; memory: the tensors with which it begins, named
-    `<trained tensor>/<kind>`.
+    correct: a change of every step's gradients, a hook's or, where hooks are refused, the method's own; memory: the
+    tensors with which it begins, named `<trained tensor>/<kind>`.
     """
 
     tensors: Tensors

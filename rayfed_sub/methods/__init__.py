@@ -33,6 +33,7 @@ METHODS = {
     "fedsvd": "rayfed_sub.methods.fedsvd:FedSVD",
     "lora-fair": "rayfed_sub.methods.lora_fair:LoRAFAIR",
     "fed-sb": "rayfed_sub.methods.fed_sb:FedSB",
+    "fed-sb-gradient": "rayfed_sub.methods.fed_sb_gradient:FedSBGradient",
     "ravan": "rayfed_sub.methods.ravan:Ravan",
     "shared-galore": "rayfed_sub.methods.shared_galore:SharedGaLore",
 }

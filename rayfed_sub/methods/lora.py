@@ -265,15 +265,15 @@ def lora_model(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[st
     return changes
 
 
-class _BothFactors(_LoRA, Protocol):
-    """A method whose clients train both of LoRA's factors."""
+class Trains(_LoRA, Protocol):
+    """A method with LoRA's fields and an optimizer's state."""
 
     @property
     def optimizer_state(self) -> str: ...
 
 
 def start_client(
-    method: _BothFactors, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape
+    method: Trains, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape
 ) -> Start:
     """Both factors and the head, all trained, from the broadcast; Adam's moments by `optimizer_state`."""
     names = tensor_names(shape, "left", "right")
@@ -281,7 +281,7 @@ def start_client(
     return start(method, shape, {name: broadcast.tensors[name] for name in names}, names, moments, step)
 
 
-def upload(method: _BothFactors, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+def upload(method: Trains, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
     """Both factors and the head, and Adam's moments where the server averages them."""
     tensors = {name: result.tensors[name] for name in tensor_names(shape, "left", "right")}
     tensors |= moments_to_send(method.optimizer_state, result)

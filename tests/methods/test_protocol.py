@@ -332,8 +332,9 @@ def test_upload_bytes_match_the_formulas() -> None:
     formulas = {"fedftg": RANK * both, "fedavg": dense, "fedit": RANK * both, "ffa-lora": RANK * rows}
     formulas |= {"rolora": RANK * rows, "fedsa-lora": RANK * columns, "fedsvd": RANK * rows, "lora-fair": RANK * both}
     formulas |= {"fed-sb": RANK**2 * len(tiny.shape.targets), "shared-galore": RANK * longer}
-    formulas |= {"ravan": 4 * formulas["fed-sb"]}  # heads
+    formulas |= {"ravan": 4 * formulas["fed-sb"], "fed-sb-gradient": dense}  # four heads; round 0
     downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
+    downward |= {"fed-sb-gradient": RANK * both + formulas["fed-sb"]}  # the factors that it brought
     alike = ("flexlora", "flora", "hetlora", "fslora", "fed-plora", "fedex-lora", "fedalt")
     formulas |= dict.fromkeys(alike, RANK * both)  # one client: no residual
     for name, numbers in formulas.items():
@@ -362,6 +363,7 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
     "fedsvd": lambda m, n: RANK * (m + n),  # the server has factorised: A is another one
     "lora-fair": lambda m, n: RANK * (m + n),
     "fed-sb": lambda m, n: RANK**2,  # the outer factors follow from the pretrained weight
+    "fed-sb-gradient": lambda m, n: RANK * (m + n + RANK),  # the gradient's factors, and the core
     "ravan": lambda m, n: 4 * RANK**2,  # the outer factors are drawn from the seed
     "shared-galore": lambda m, n: RANK * max(m, n),  # the basis is drawn from the seed
 }
@@ -502,6 +504,8 @@ def test_reset_clears_the_optimizer_state_and_keep_keeps_it(name: str) -> None:
             name, optimizer_state=rule, **({"period": 2} if name == "fedsvd" else {})
         )  # no factorisation in between
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
+        if name == "fed-sb-gradient":  # whose round 0 trains nothing
+            server = begun(method, tiny)
         done = walk(method, tiny, server, clients_data(tiny, 1), weights=[1])
         start = method.start_client(method.broadcast(done.server), done.states[0], Client(0, 0), tiny.shape)
         assert start.step == step
