@@ -35,6 +35,7 @@ METHODS = {
     "fed-sb": "rayfed_sub.methods.fed_sb:FedSB",
     "fed-sb-gradient": "rayfed_sub.methods.fed_sb_gradient:FedSBGradient",
     "ravan": "rayfed_sub.methods.ravan:Ravan",
+    "fedkrso": "rayfed_sub.methods.fedkrso:FedKRSO",
     "shared-galore": "rayfed_sub.methods.shared_galore:SharedGaLore",
 }
 

@@ -5,7 +5,7 @@ Rounds are executed by hand on a small Llama with targets taller and wider than 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -92,6 +92,8 @@ def walk(
     for pack in packs or [clients]:
         chosen, batches = [starts[k] for k in pack], [data[k] for k in pack]
         results += trainer(tiny, chosen, batches, optimizer, lr=lr, weights=base, clients=list(pack))  # type: ignore[operator]
+    if ids:
+        results = [replace(result, client=k) for result, k in zip(results, ids, strict=True)]
     updates = [method.upload(broadcast, result, weight, shape) for result, weight in zip(results, weights, strict=True)]
     kept = [
         ClientState(
@@ -332,6 +334,7 @@ def test_upload_bytes_match_the_formulas() -> None:
     formulas = {"fedftg": RANK * both, "fedavg": dense, "fedit": RANK * both, "ffa-lora": RANK * rows}
     formulas |= {"rolora": RANK * rows, "fedsa-lora": RANK * columns, "fedsvd": RANK * rows, "lora-fair": RANK * both}
     formulas |= {"fed-sb": RANK**2 * len(tiny.shape.targets), "shared-galore": RANK * longer}
+    formulas |= {"fedkrso": RANK * rows}
     formulas |= {"ravan": 4 * formulas["fed-sb"], "fed-sb-gradient": dense}  # four heads; round 0
     downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
     downward |= {"fed-sb-gradient": RANK * both + formulas["fed-sb"]}  # the factors that it brought
@@ -365,7 +368,8 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
     "fed-sb": lambda m, n: RANK**2,  # the outer factors follow from the pretrained weight
     "fed-sb-gradient": lambda m, n: RANK * (m + n + RANK),  # the gradient's factors, and the core
     "ravan": lambda m, n: 4 * RANK**2,  # the outer factors are drawn from the seed
-    "shared-galore": lambda m, n: RANK * max(m, n),  # the basis is drawn from the seed
+    "fedkrso": lambda m, n: RANK * m,  # the projections are drawn from the seed
+    "shared-galore": lambda m, n: RANK * max(m, n),  # so is the basis
 }
 
 
