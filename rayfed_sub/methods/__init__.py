@@ -36,6 +36,7 @@ METHODS = {
     "fed-sb-gradient": "rayfed_sub.methods.fed_sb_gradient:FedSBGradient",
     "ravan": "rayfed_sub.methods.ravan:Ravan",
     "fedkrso": "rayfed_sub.methods.fedkrso:FedKRSO",
+    "fedsub": "rayfed_sub.methods.fedsub:FedSub",
     "shared-galore": "rayfed_sub.methods.shared_galore:SharedGaLore",
 }
 

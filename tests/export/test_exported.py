@@ -59,6 +59,7 @@ RANKS = {
     "shared-galore": 2,  # one basis for both, renewed after 200 steps
     "flora": 6,  # fresh factors every round, of rank 2 and 1
     "fedkrso": 8,  # the four clients of two rounds have drawn four subspaces
+    "fedsub": 4,  # one basis for both, another in every round
     "fedex-lora": 6,  # every round's residual of rank (2 - 1) * 2, and the averaged factors
 }
 LLAMA = {

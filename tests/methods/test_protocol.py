@@ -334,7 +334,7 @@ def test_upload_bytes_match_the_formulas() -> None:
     formulas = {"fedftg": RANK * both, "fedavg": dense, "fedit": RANK * both, "ffa-lora": RANK * rows}
     formulas |= {"rolora": RANK * rows, "fedsa-lora": RANK * columns, "fedsvd": RANK * rows, "lora-fair": RANK * both}
     formulas |= {"fed-sb": RANK**2 * len(tiny.shape.targets), "shared-galore": RANK * longer}
-    formulas |= {"fedkrso": RANK * rows}
+    formulas |= {"fedkrso": RANK * rows, "fedsub": 2 * RANK * rows}
     formulas |= {"ravan": 4 * formulas["fed-sb"], "fed-sb-gradient": dense}  # four heads; round 0
     downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
     downward |= {"fed-sb-gradient": RANK * both + formulas["fed-sb"]}  # the factors that it brought
@@ -369,6 +369,7 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
     "fed-sb-gradient": lambda m, n: RANK * (m + n + RANK),  # the gradient's factors, and the core
     "ravan": lambda m, n: 4 * RANK**2,  # the outer factors are drawn from the seed
     "fedkrso": lambda m, n: RANK * m,  # the projections are drawn from the seed
+    "fedsub": lambda m, n: 2 * RANK * m,  # so is the basis
     "shared-galore": lambda m, n: RANK * max(m, n),  # so is the basis
 }
 
@@ -392,7 +393,9 @@ def test_tensors_that_follow_from_pretrained_weights_and_seed_are_not_downloaded
     head = sum(tiny.weights[key].numel() for key in tiny.shape.head_names)
     dense = mixed and any(f"{t.name}/weight" in method.broadcast(server).tensors for t in tiny.shape.targets)
     formula = (lambda m, n: m * n) if dense else FIRST[name]
-    more = sum(RANK * (t.m + t.n) for t in tiny.shape.targets) if dense and name == "fedex-lora" else 0
+    beside = {"fedex-lora": [RANK * (t.m + t.n) for t in tiny.shape.targets]}  # in a complete broadcast
+    beside |= {"fedsub": [2, *(RANK * t.m for t in tiny.shape.targets)]}
+    more = sum(beside.get(name, [])) if dense else 0
     numbers = head + more + sum(formula(t.m, t.n) for t in tiny.shape.targets)
     assert downloaded(method, after, tiny.shape, new, -1, learned=True, mixed=mixed) == 4 * numbers
 

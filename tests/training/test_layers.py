@@ -25,7 +25,10 @@ from tests.helpers.tiny_models import Tiny, draw_batches, installed, llama
 from tests.methods.test_protocol import walk
 
 CLIENTS, STEPS = 3, 6
-RATES = {"fedavg": 2e-4, "fedftg": 2e-3, "shared-galore": 3e-3, "fed-sb": 3e-2, "ravan": 2e-3, "fedkrso": 3e-4}
+RATES = {
+    **{"fedavg": 2e-4, "fedftg": 2e-3, "shared-galore": 3e-3, "fedsub": 3e-3, "fedkrso": 3e-4},
+    **{"fed-sb": 3e-2, "ravan": 2e-3},
+}
 """Learning rates that move a method's weights by 2e-4 to 2e-3 on average, where neighbours lie 1e-3 to 4e-3 apart."""
 
 
