@@ -52,7 +52,10 @@ from rayfed_sub.training.pack_experts import install
 ROOT = Path(__file__).parents[2]
 PERSONAL = [name for name in METHODS if build({"name": name}).personal]
 # Federated AdamW moves every direction of a dense weight; there is no adapter for it.
-ADAPTED = [name for name in METHODS if name != "fedavg"]
+ALIKE = ("fslora", "fed-plora", "fed-sb-gradient", "fedkrso", "fedsub")  # models as other methods': factors, a core, W
+ADAPTED = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in METHODS if name != "fedavg"
+]
 # The rank of two rounds' changes of dense weights, with two clients of rank 2.
 RANKS = {
     "fedftg": 4,  # each client's basis stays, as it is renewed only after 200 steps

@@ -201,7 +201,8 @@ def test_identical_clients_match_one_client(name: str) -> None:
 @every_method
 def test_learning_rate_zero_is_a_fixed_point(name: str) -> None:
     method, tiny = made(name), llama()
-    first = walk(method, tiny, begun(method, tiny), clients_data(tiny, 3, seed=50), weights=[1, 2, 3])
+    one_step = [batches[:1] for batches in clients_data(tiny, 3, seed=50)]
+    first = walk(method, tiny, begun(method, tiny), one_step, weights=[1, 2, 3])
     given = {"weights": [1, 2, 3], "states": first.states}  # a new client's own factors would count in the others' mean
     after = walk(method, tiny, first.server, clients_data(tiny, 3), lr=0.0, **given).server
     before, now = effective(method, tiny, first.server), effective(method, tiny, after)
@@ -259,8 +260,16 @@ def test_exact_methods_average_the_changes_and_the_others_are_marked(name: str, 
         assert (gap < 1e-5) if method.exact else (gap > 1e-3)
 
 
-@every_method
-@pytest.mark.parametrize("tiny", [llama, gpt2, bert, vit, pytest.param(mixture, marks=pytest.mark.slow)])
+ALIKE = ("fslora", "fed-sb-gradient", "fedkrso", "fedsub")
+"""Methods whose clients train what those of others train: both factors, a core, one factor."""
+EACH_ON_ITS_MODELS = [
+    pytest.param(name, tiny, marks=pytest.mark.slow if tiny is mixture or (name in ALIKE and tiny is not llama) else ())
+    for name in METHODS
+    for tiny in (llama, gpt2, bert, vit, mixture)
+]
+
+
+@pytest.mark.parametrize(("name", "tiny"), EACH_ON_ITS_MODELS)
 def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
     """Compare the change of the global model.  eps = 1e-4: with a smaller one Adam amplifies the rounding of entries
     whose gradient is nearly zero, in both executors, and the comparison would measure that."""

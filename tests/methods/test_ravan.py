@@ -49,7 +49,7 @@ def test_outer_factors_are_orthonormal_over_as_many_heads_as_fit() -> None:
     assert not torch.allclose(rows[:, :7], bases(0, "B", layer, rank=3, heads=3, size=7))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("rank", [1, 5])
 def test_scales_train_alike_in_any_pack_and_in_the_reference(rank: int) -> None:
     """A core that is zero gives its scale no gradient: the second round's do."""
     tiny, method = llama(), build({"name": "ravan", "rank": rank, "heads": 3})
@@ -58,9 +58,9 @@ def test_scales_train_alike_in_any_pack_and_in_the_reference(rank: int) -> None:
     cores = {n: 0.1 * torch.randn(t.shape, generator=rng) for n, t in server.tensors.items() if n.endswith("/core")}
     server = server.advance(cores)
     start = method.start_client(method.broadcast(server), None, Client(0, 0), tiny.shape)
-    data = clients_data(tiny, 3)
+    data = [batches[:2] for batches in clients_data(tiny, 2)]
     optimizer = OPTIMIZER.model_copy(update={"eps": 1e-4})
-    together = run_pack(tiny, [start] * 3, data, optimizer, lr=0.01)
+    together = run_pack(tiny, [start] * 2, data, optimizer, lr=0.01)
     for k, other in enumerate(together):
         (alone,) = run_pack(tiny, [start], [data[k]], optimizer, lr=0.01, clients=[k])
         assert all(torch.equal(alone.tensors[name], other.tensors[name]) for name in start.trained)
