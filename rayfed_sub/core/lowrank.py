@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rayfed_sub.core.rng import stream
-from rayfed_sub.core.types import Layer
+from rayfed_sub.core.types import Layer, Tensors
 
 
 def truncated(left_mR: Tensor, right_Rn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +74,30 @@ def orthonormal_rows(draw: Generator, rank: int, size: int) -> Tensor:
     """
     Q_kr: Tensor = torch.linalg.qr(torch.from_numpy(draw.standard_normal((size, rank)))).Q
     return Q_kr.T.float().contiguous()
+
+
+def block_diagonal(core_hrr: Tensor, scale_h: Tensor) -> Tensor:
+    """Cores (..., h, r, r), each times its scale (..., h), on the diagonal of one matrix (..., h r, h r).
+
+    A gradient has the same bits for one client as beside others.
+
+    >>> block_diagonal(torch.tensor([[[2.0]], [[3.0]]]), torch.tensor([1.0, 10.0]))
+    tensor([[ 2.,  0.],
+            [ 0., 30.]])
+    """
+    h, r, _ = core_hrr.shape[-3:]
+    flat = (scale_h[..., None] * core_hrr.flatten(-2)).flatten(-2)
+    at = torch.arange(h * r).view(h, r)
+    index = (at[:, :, None] * (h * r) + at[:, None, :]).flatten().to(flat.device)
+    whole = flat.new_zeros((*flat.shape[:-1], (h * r) ** 2)).index_copy(-1, index, flat)
+    return whole.view(*flat.shape[:-1], h * r, h * r)
+
+
+def inner_core(tensors: Tensors, layer: str) -> Tensor | None:
+    """The matrix between a layer's two factors, (..., r, r): its core, or with `<layer>/heads` (..., h) the cores
+    (..., h, r, r) of several heads, each times its scale, on the diagonal; None where the factors meet."""
+    core, heads = tensors.get(f"{layer}/core"), tensors.get(f"{layer}/heads")
+    return core if core is None or heads is None else block_diagonal(core, heads)
 
 
 def sides(layer: Layer) -> tuple[str, str]:

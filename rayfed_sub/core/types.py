@@ -8,6 +8,7 @@ Shape legend (used in every file):
 Tensor names are `<module>/<role>`, where module is the layer's dotted name in the model and role is one of
     weight  dense matrix (m, n)          bias   dense vector (m,)
     left    factor (m, r)                right  factor (r, n)            core  factor (r, r)
+    heads   scales (h,) of the cores of h heads: `core` is then (h, r, r), one on the diagonal for every r components
 A low-rank change of a layer is `scale * left @ core @ right` (core: identity when absent).  LoRA's B is
 `left`, its A is `right`; GaLore's basis is the one of the two that is not trained.  A hook's tensors stand beside a
 method's as `hook/<name>` (`methods/hooked.py`).
@@ -150,8 +151,10 @@ class Start:
     dropout: share of the numbers in a block's input that training drops (`training/dropout.py`).
     decays_base: weight decay shrinks the whole weight, as GaLore's does, and not only what is trained.
     penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
-    correct: a hook's change of every step's gradients; memory: the tensors with which it begins, named
-    `<trained tensor>/<kind>`.
+    frozen: blocks `<layer>/left` (m, R) and `<layer>/right` (R, n), the scale in left, with which the client trains as
+    if their product were in the weight, and which nobody trains; never with a subspace.
+    correct: a change of every step's gradients, a hook's or, where hooks are refused, the method's own; memory: the
+    tensors with which it begins, named `<trained tensor>/<kind>`.
     """
 
     tensors: Tensors
@@ -166,6 +169,7 @@ class Start:
     memory: Tensors = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     dropout: float = 0.0
+    frozen: Tensors = field(default_factory=dict)
 
     def scale_of(self, layer: str) -> float:
         """The scale of the layer's block."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.core.arrays import as_arrays
-from rayfed_sub.core.lowrank import EPS, sides
+from rayfed_sub.core.lowrank import EPS, inner_core, sides
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, LocalResult, Start, Tensors
 
@@ -75,7 +75,7 @@ def client_change(
         return ClientChange("galore", tensors, norm, _turned(layer, start, result), energy, gradient_rank)
     if left in start.tensors:
         scale = start.scale_of(layer.name)
-        l0, l1 = (_left(tensors, left, core) for tensors in (start.tensors, result.tensors))
+        l0, l1 = (_left(tensors, layer.name) for tensors in (start.tensors, result.tensors))
         r0, r1 = (tensors[right].double() for tensors in (start.tensors, result.tensors))
         tensors = {"left": scale * (l1 - l0), "right": r1}
         if l0.any():
@@ -101,9 +101,11 @@ def rows(layer: Layer, client_change: ClientChange) -> Tensor:
     return scale * sampled
 
 
-def _left(tensors: Tensors, left: str, core: str) -> Tensor:
-    left_mr = tensors[left].double()
-    return left_mr @ tensors[core].double() if core in tensors else left_mr
+def _left(tensors: Tensors, layer: str) -> Tensor:
+    names = (f"{layer}/{role}" for role in ("left", "core", "heads"))
+    own = {name: tensors[name].double() for name in names if name in tensors}
+    left_mr, core_rr = own[f"{layer}/left"], inner_core(own, layer)
+    return left_mr if core_rr is None else left_mr @ core_rr
 
 
 def _norm(tensors: Tensors) -> float:

@@ -4,7 +4,7 @@ Rule: dW = s U_r C V_r^T with U_r, V_r the top singular vectors of the pretraine
 zero, and C' = sum_k p_k C_k.  Exact, for the outer factors are one and the same.  Every client derives them from the
 backbone that it holds (float64, signed by a fixed reference vector): they never travel.  That makes it a variant: the
 paper takes factors and core from the first step's full gradient (LoRA-SB's initialisation), which needs a pass over
-data before round 0; results of this one do not transfer to the paper's.
+data before round 0 (`fed_sb_gradient.py`); results of this one do not transfer to the paper's.
 The basis never changes, so kept or averaged Adam moments stay meaningful.
 Wire, numbers per layer: r^2 up, r^2 down.
 """
@@ -75,10 +75,7 @@ class FedSB:
         return wire_bytes(sent)
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        names = averaging.tensor_names(shape, "left", "core", "right")
-        tensors = {name: broadcast.tensors[name] for name in names}
-        moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
-        return lora.start(self, shape, tensors, averaging.tensor_names(shape, "core"), moments, step)
+        return start_client(self, broadcast, state, shape)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = {name: result.tensors[name] for name in averaging.tensor_names(shape, "core")}
@@ -91,14 +88,27 @@ class FedSB:
     aggregate = averaging.aggregate
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
-        changes = {}
-        for layer in shape.targets:
-            left, core, right = (server.tensors[f"{layer.name}/{role}"] for role in ("left", "core", "right"))
-            changes[layer.name] = Change(blocks=(Block(left, right, lora.layer_scale(self, layer), core),))
-        return changes
+        return core_model(self, server, shape)
 
     personal_model = averaging.no_personal_model
     shared_basis = averaging.one_basis
+
+
+def start_client(method: lora.Trains, received: Broadcast, state: ClientState | None, shape: ModelShape) -> Start:
+    """The core and the head, trained, from the broadcast between its two factors; Adam's moments by
+    `optimizer_state`."""
+    tensors = {name: received.tensors[name] for name in averaging.tensor_names(shape, "left", "core", "right")}
+    moments, step = averaging.moments_to_start(method.optimizer_state, received, state)
+    return lora.start(method, shape, tensors, averaging.tensor_names(shape, "core"), moments, step)
+
+
+def core_model(method: lora.Trains, server: ServerState, shape: ModelShape) -> dict[str, Change]:
+    """The global model of a method whose server holds a core between two factors per target."""
+    changes = {}
+    for layer in shape.targets:
+        left, core, right = (server.tensors[f"{layer.name}/{role}"] for role in ("left", "core", "right"))
+        changes[layer.name] = Change(blocks=(Block(left, right, lora.layer_scale(method, layer), core),))
+    return changes
 
 
 def outer_factors(W_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:

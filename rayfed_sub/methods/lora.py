@@ -186,7 +186,7 @@ def start(
     )
 
 
-class _Ranks(_LoRA, Protocol):
+class Ranks(_LoRA, Protocol):
     """A method with a largest rank and, where client_ranks is set, a rank for each client."""
 
     @property
@@ -222,7 +222,7 @@ def _check_pattern(field: str, key: str, value: float, targets: Sequence[Layer])
         raise UserError(field, key, allowed, "mend it or remove it")
 
 
-def check_ranks(method: _Ranks, shape: ModelShape) -> None:
+def check_ranks(method: Ranks, shape: ModelShape) -> None:
     """UserError as `check_rank`, and where a client's rank exceeds `rank`."""
     check_rank(method, shape)
     if max(method.client_ranks or (1,)) > method.rank:
@@ -230,7 +230,7 @@ def check_ranks(method: _Ranks, shape: ModelShape) -> None:
         raise UserError("method.client_ranks", method.client_ranks, allowed, "raise method.rank or lower them")
 
 
-def rank_of(method: _Ranks, client: int) -> int:
+def rank_of(method: Ranks, client: int) -> int:
     """The rank of a client: entry `client` of client_ranks, modulo its length, or the rank of all."""
     return method.client_ranks[client % len(method.client_ranks)] if method.client_ranks else method.rank
 
@@ -265,15 +265,15 @@ def lora_model(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[st
     return changes
 
 
-class _BothFactors(_LoRA, Protocol):
-    """A method whose clients train both of LoRA's factors."""
+class Trains(_LoRA, Protocol):
+    """A method with LoRA's fields and an optimizer's state."""
 
     @property
     def optimizer_state(self) -> str: ...
 
 
 def start_client(
-    method: _BothFactors, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape
+    method: Trains, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape
 ) -> Start:
     """Both factors and the head, all trained, from the broadcast; Adam's moments by `optimizer_state`."""
     names = tensor_names(shape, "left", "right")
@@ -281,7 +281,7 @@ def start_client(
     return start(method, shape, {name: broadcast.tensors[name] for name in names}, names, moments, step)
 
 
-def upload(method: _BothFactors, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
+def upload(method: Trains, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
     """Both factors and the head, and Adam's moments where the server averages them."""
     tensors = {name: result.tensors[name] for name in tensor_names(shape, "left", "right")}
     tensors |= moments_to_send(method.optimizer_state, result)

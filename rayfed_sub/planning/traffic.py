@@ -123,12 +123,12 @@ def first_start(method: Method, shape: ModelShape, config: Config, client: int) 
         layer_name, _, rest = name.partition("/")
         return [f"{layer.name}/{rest}" for layer in kinds[layer_name]] if layer_name in kinds else [name]
 
-    tensors, memory = (
+    tensors, memory, frozen = (
         {name: tensor.to("meta") for old, tensor in given.items() for name in everywhere(old)}
-        for given in (start.tensors, start.memory)
+        for given in (start.tensors, start.memory, start.frozen)
     )
     trained = tuple(name for old in start.trained for name in everywhere(old))
-    return replace(start, tensors=tensors, trained=trained, moments={}, memory=memory)
+    return replace(start, tensors=tensors, trained=trained, moments={}, memory=memory, frozen=frozen)
 
 
 def _alike(targets: Iterable[Layer], method: Method) -> list[list[Layer]]:
@@ -175,7 +175,8 @@ def _walk(
                 total = method.accumulate(total, update, shape)
             given = [broadcast.tensors, *([state.tensors] if state else [])]
             ended = [result.tensors, result.moments, *_sides(result)]
-            held = _own([start.tensors, start.memory], given) + _own([update.tensors, kept], [*given, *ended])
+            begin = [start.tensors, start.memory, start.frozen]
+            held = _own(begin, given) + _own([update.tensors, kept], [*given, *ended])
             figures = (
                 update.wire_bytes,
                 down,
@@ -213,10 +214,10 @@ def _weights(shape: ModelShape) -> dict[str, Tensor]:
 
 
 def _resident(start: Start, config: Config) -> int:
-    """Tensors, moments, gradients, FedProx's anchors and a hook's memory of one client in a pack."""
+    """Tensors, frozen blocks, moments, gradients, FedProx's anchors and a hook's memory of one client in a pack."""
     trained = wire_bytes({name: start.tensors[name] for name in start.trained})
     copies = len(optimizers.moment_roles(config.optimizer)) + 1 + (config.federation.proximal > 0)
-    return wire_bytes(start.tensors) + copies * trained + wire_bytes(start.memory)
+    return wire_bytes({**start.tensors, **start.memory}) + wire_bytes(start.frozen) + copies * trained
 
 
 def _result(start: Start, client: int, steps: int, shape: ModelShape, config: Config) -> LocalResult:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayfed_sub.core.lowrank import padded
+from rayfed_sub.core.types import Layer, Tensors
 
 
 def multiplied(a_Gij: Tensor, b_Gjk: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ def add_product(y_Gik: Tensor, a_Gij: Tensor, b_Gjk: Tensor) -> None:
 
 @dataclass
 class Closed:
-    """The closed blocks of one layer: each client's own from column 0 on, then zeros up to the longest.
+    """The closed blocks of one layer, GaLore's or those frozen from the start: each client's own from column 0 on, then
+    zeros up to the longest.
 
     A client whose summed rank would exceed min(m, n) gets one block of that rank, which holds its dense product.
     What a client holds never depends on its neighbours.
@@ -51,6 +53,19 @@ class Closed:
     left_GmR: Tensor | None = None
     right_GRn: Tensor | None = None
     used_G: list[int] = field(default_factory=list)  # each client's summed rank
+
+    @classmethod
+    def begun(cls, layer: Layer, frozen: Sequence[Tensors], device: torch.device) -> Closed:
+        """The clients' `Start.frozen` at the layer, as blocks that were closed before the round."""
+        left, right = f"{layer.name}/left", f"{layer.name}/right"
+        used = [own[left].shape[1] if left in own else 0 for own in frozen]
+        if not any(used):
+            return cls()
+        nothing = {left: torch.zeros(layer.m, 0), right: torch.zeros(0, layer.n)}
+        pairs = [{**nothing, **own} for own in frozen]
+        lefts = torch.stack([padded(own[left].float(), (layer.m, max(used))) for own in pairs])
+        rights = torch.stack([padded(own[right].float(), (max(used), layer.n)) for own in pairs])
+        return cls(lefts.to(device), rights.to(device), used)
 
     def close(self, left_Gmr: Tensor, right_Grn: Tensor, scale_G: Tensor, closing_G: Sequence[bool]) -> None:
         """Appends `scale * left @ right` for the clients that close their open block."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.lowrank import inner_core
 from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start
 from rayfed_sub.data.batching import Batch, Batches
 from rayfed_sub.models.flat_rows import pass_rule
@@ -221,7 +222,7 @@ def _terms(
                     weight_Gmn=tensors.get(f"{layer.name}/weight"),
                     left_Gmr=tensors.get(f"{layer.name}/left"),
                     right_Grn=tensors.get(f"{layer.name}/right"),
-                    core_Grr=tensors.get(f"{layer.name}/core"),
+                    core_Grr=inner_core(tensors, layer.name),
                     scale_G=step.own_scales.get(layer.name, step.scale_G),
                     closed=closed,
                     base_scale_G=step.expert_scales.get(layer.name, step.base_scale_G),

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.lowrank import inner_core, sides
 from rayfed_sub.core.types import Layer, ModelShape, Start, Tensors
 from rayfed_sub.models.experts import Matrix, experts_of, matrices_in, place
 
 Parameters = dict[str, nn.Parameter]
+FACTORS = ("left", "core", "heads", "right")
+"""Roles of the tensors that make up a layer's low-rank change."""
 
 
 def expert_parameters(model: nn.Module, shape: ModelShape, begun: Tensors, start: Start) -> Parameters:
@@ -84,10 +86,10 @@ def _in_model(
     for layer in own:
         W_mn = begun[f"{layer.name}/weight"].to(stored.device)
         if low_rank:
-            names = [name for role in ("left", "core", "right") if (name := f"{layer.name}/{role}") in start.tensors]
-            factors = [_parameter(start.tensors[name], stored.device) for name in names]
-            found |= dict(zip(names, factors, strict=True))
-            made[place(layer)[1]] = partial(_low_rank, W_mn, factors, start.scale_of(layer.name))
+            names = [name for role in FACTORS if (name := f"{layer.name}/{role}") in start.tensors]
+            factors = {name: _parameter(start.tensors[name], stored.device) for name in names}
+            found |= factors
+            made[place(layer)[1]] = partial(_with_change, W_mn, factors, start.scale_of(layer.name))
         else:
             trained = f"{layer.name}/weight" if start.subspace is None else sides(layer)[1]
             found[trained] = _parameter(W_mn, stored.device)
@@ -106,11 +108,15 @@ def _itself(weight_mn: Tensor) -> Tensor:
     return weight_mn
 
 
-def _low_rank(W_mn: Tensor, factors: Sequence[Tensor], scale: float) -> Tensor:
-    change = factors[0]
-    for factor in factors[1:]:
-        change = change @ factor
-    return W_mn + scale * change
+def _with_change(W_mn: Tensor, factors: Tensors, scale: float) -> Tensor:
+    return W_mn + low_rank(factors, scale)
+
+
+def low_rank(factors: Tensors, scale: float) -> Tensor:
+    """A layer's `scale * left @ core @ right`, multiplied out as one reads it; factors: of one layer, by name."""
+    layer = next(iter(factors)).rpartition("/")[0]
+    left_mr, core_rr, right_rn = factors[f"{layer}/left"], inner_core(factors, layer), factors[f"{layer}/right"]
+    return scale * (left_mr @ right_rn if core_rr is None else left_mr @ core_rr @ right_rn)
 
 
 def _in_peft(

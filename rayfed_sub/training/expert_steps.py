@@ -17,7 +17,7 @@ from rayfed_sub.training import optimizers
 from rayfed_sub.training.galore import Refresh
 from rayfed_sub.training.stacks import Clock, Stack, Trainee
 
-ROLES = ("weight", "left", "right", "core")
+ROLES = ("weight", "left", "right", "core", "heads")
 """Tensors of a target that may be trained."""
 
 

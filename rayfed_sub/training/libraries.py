@@ -1,5 +1,6 @@
 """A client inside the real libraries: `peft` holds LoRA's factors, `galore_torch` projects and steps, torch does SGD.
-An inner factor (`core`), which neither library knows, is plain autograd: left, core and right multiplied out.
+An inner factor (`core`, of one head or several), which neither library knows, is plain autograd: left, core and right
+multiplied out.
 
 Legend: m, n layer sizes, r rank, k = size of the projected side (n on the right, m on the left), l = the other side.
 """
@@ -7,7 +8,7 @@ Legend: m, n layer sizes, r rank, k = size of the projected side (n on the right
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from rayfed_sub.core.lowrank import sides, signed
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, ModelShape, Start, Tensors
 from rayfed_sub.training.dropout import GivenDropout
-from rayfed_sub.training.expert_libraries import expert_parameters
+from rayfed_sub.training.expert_libraries import FACTORS, expert_parameters, low_rank
 from rayfed_sub.training.projectors import basis
 from rayfed_sub.training.stacks import expert_step
 
@@ -121,14 +122,14 @@ class _Cored(nn.Module):
     """A linear layer plus `scale * left @ core @ right`; the product is formed (m, n), as one reads it."""
 
     def __init__(
-        self, linear: nn.Linear, factors: Sequence[nn.Parameter], scale: float, dropout: nn.Module | None
+        self, linear: nn.Linear, factors: Mapping[str, nn.Parameter], scale: float, dropout: nn.Module | None
     ) -> None:
         super().__init__()
         self.linear, self.scale, self.dropout = linear, scale, dropout or nn.Identity()
-        self.left, self.core, self.right = factors
+        self.factors = factors  # by name
 
     def forward(self, x: Tensor) -> Tensor:
-        change_mn = self.scale * (self.left @ self.core @ self.right)
+        change_mn = low_rank(self.factors, self.scale)
         y: Tensor = self.linear(x) + functional.linear(self.dropout(x), change_mn)
         return y
 
@@ -138,11 +139,12 @@ def _cored(
 ) -> dict[str, nn.Parameter]:
     """Puts the client's three factors around a layer, as parameters."""
     linear = _linear(model, layer, begun[f"{layer.name}/weight"], None)
-    names = [f"{layer.name}/{role}" for role in ("left", "core", "right")]
-    factors = [nn.Parameter(begun[n].to(linear.weight.device, copy=True), requires_grad=False) for n in names]
+    names = [name for role in FACTORS if (name := f"{layer.name}/{role}") in begun]
+    device = linear.weight.device
+    factors = {n: nn.Parameter(begun[n].to(device, copy=True), requires_grad=False) for n in names}
     dropout = _dropout(layer, start, whose)
     model.set_submodule(layer.name, _Cored(linear, factors, start.scale_of(layer.name), dropout))
-    return dict(zip(names, factors, strict=True))
+    return factors
 
 
 def _dropout(layer: Layer, start: Start, whose: tuple[int, int]) -> GivenDropout | None:

@@ -62,7 +62,7 @@ def _client(
 ) -> LocalResult:
     client, start, batches, optimizer, lr = work.client, work.start, work.batches, rule.optimizer, rule.lr
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
-    begun = {**weights, **start.tensors}
+    begun = {**_with_frozen(weights, start.frozen), **start.tensors}
     moving = moving_tensors(model, shape, begun, start, (rule.seed, client), optimizer)
     stepper = stepper_of(moving, start, optimizer, lr)
     losses: list[float] = []
@@ -130,6 +130,13 @@ def _client(
     return LocalResult(
         client, tensors, moments, step, blocks, scale, periods, metrics, None, start.trained, memory, scales
     )
+
+
+def _with_frozen(weights: Tensors, frozen: Tensors) -> dict[str, Tensor]:
+    """The round's weights plus the client's frozen blocks, multiplied out."""
+    layers = [name.removesuffix("/left") for name in frozen if name.endswith("/left")]
+    added = {name: weights[f"{name}/weight"] + frozen[f"{name}/left"] @ frozen[f"{name}/right"] for name in layers}
+    return {**weights, **{f"{name}/weight": weight for name, weight in added.items()}}
 
 
 def _blocks(

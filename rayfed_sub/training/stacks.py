@@ -111,7 +111,7 @@ def _stack(
         }
         for role in optimizers.moment_roles(optimizer)
     }
-    closed = {layer.name: Closed() for layer in shape.targets}
+    closed = {layer.name: Closed.begun(layer, [start.frozen for start in starts], device) for layer in shape.targets}
     anchors = {name: tensors[name].clone() for name in starts[0].trained} if anchored else {}
     return Stack(trainees, tensors, moments, closed, anchors)
 

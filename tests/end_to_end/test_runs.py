@@ -220,8 +220,9 @@ def test_every_method_runs_by_name_and_counts_its_bytes(name: str, tmp_path: Pat
     """With only the name replaced: two rounds, 8 clients, two layers of 96 x 32, rank 4; `undisturbed` is fedftg."""
     config = small(f"method.name={name}")
     summary = run(config, tmp_path / "run")
-    wire = build(config.method).wire
-    numbers = sum(upload_numbers(wire, round, m=96, n=32, r=4, k=1) for round in range(2))
+    method = build(config.method)
+    sizes = {"m": 96, "n": 32, "r": 4, "k": 1, "h": getattr(method, "heads", 1)}
+    numbers = sum(upload_numbers(method.wire, round, **sizes) for round in range(2))
     assert summary.uplink_bytes == 8 * 2 * 4 * numbers  # clients x layers x bytes
     assert summary.metrics["held_out_loss"] < summary.metrics["held_out_loss_before"]
 

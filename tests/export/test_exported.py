@@ -52,12 +52,17 @@ from rayfed_sub.training.pack_experts import install
 ROOT = Path(__file__).parents[2]
 PERSONAL = [name for name in METHODS if build({"name": name}).personal]
 # Federated AdamW moves every direction of a dense weight; there is no adapter for it.
-ADAPTED = [name for name in METHODS if name != "fedavg"]
+ALIKE = ("fslora", "fed-plora", "fed-sb-gradient", "fedkrso", "fedsub")  # models as other methods': factors, a core, W
+ADAPTED = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in METHODS if name != "fedavg"
+]
 # The rank of two rounds' changes of dense weights, with two clients of rank 2.
 RANKS = {
     "fedftg": 4,  # each client's basis stays, as it is renewed only after 200 steps
     "shared-galore": 2,  # one basis for both, renewed after 200 steps
     "flora": 6,  # fresh factors every round, of rank 2 and 1
+    "fedkrso": 8,  # the four clients of two rounds have drawn four subspaces
+    "fedsub": 4,  # one basis for both, another in every round
     "fedex-lora": 6,  # every round's residual of rank (2 - 1) * 2, and the averaged factors
 }
 LLAMA = {
@@ -107,8 +112,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fields: object) -> Config:
-    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them."""
-    ranks = {"rank": 2, "client_ranks": [2, 1]}
+    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them, and
+    unequal shares of a client's own adapter and of the others', with which two clients differ."""
+    ranks = {"rank": 2, "client_ranks": [2, 1], "share": 0.9}
     known = {field.name for field in dataclasses.fields(build({"name": method}))}  # type: ignore[arg-type]
     own = {key: value for key, value in ranks.items() if key in known}
     classifies = random["type"] in ("bert", "distilbert")

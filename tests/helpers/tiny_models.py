@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.lowrank import inner_core, sides
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Subspace, Tensors
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.experts import experts_of, matrix_of
@@ -513,7 +513,7 @@ def change(tiny: Tiny, start: Start, result: LocalResult, weights: Tensors | Non
 
 
 def product(layer: Layer, tensors: Tensors) -> Tensor:
-    left, core, right = (tensors.get(f"{layer.name}/{role}") for role in ("left", "core", "right"))
+    left, right, core = tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"], inner_core(tensors, layer.name)
     return left @ right if core is None else left @ core @ right
 
 

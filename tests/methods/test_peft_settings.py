@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ SHAPE = ModelShape((Layer("a.up", 6, 5), Layer("a.down", 5, 6)))
 
 
 def test_lora_methods_have_the_settings_and_the_others_refuse_them() -> None:
-    assert set(METHODS) - set(LORA) == {"fedftg", "fedavg", "shared-galore"}
+    assert set(METHODS) - set(LORA) == {"fedftg", "fedavg", "fedkrso", "fedsub", "shared-galore"}
     for name in set(METHODS) - set(LORA):
         for key, value in {"dropout": 0.1, "use_rslora": True, **PATTERNS}.items():
             with pytest.raises(UserError, match=f"method.{key}.*fedit, ffa-lora") as refusal:
@@ -108,9 +107,10 @@ def test_every_method_with_all_settings(name: str) -> None:
         for client, start in enumerate(second.starts):
             rank = rank_in(layer.name, method, client)
             assert start.dropout == 0.2
-            assert start.tensors[f"{layer.name}/left"].shape[1] == rank
-            assert start.scale_of(layer.name) == pytest.approx(alpha_in(layer.name) / math.sqrt(rank))
-            wires[client] += upload_numbers(method.wire, 1, r=rank, m=layer.m, n=layer.n)
+            heads = getattr(method, "heads", 1)
+            assert start.tensors[f"{layer.name}/left"].shape[1] == heads * rank
+            assert start.scale_of(layer.name) == pytest.approx(scale_in(layer.name, method, client))
+            wires[client] += upload_numbers(method.wire, 1, r=rank, m=layer.m, n=layer.n, h=heads)
         if method.exact:
             changes = [local_change(tiny, first.server, second, client, layer.name) for client in (0, 1)]
             mean = changes[0] / 3 + changes[1] * 2 / 3
@@ -132,6 +132,14 @@ def rank_in(layer: str, method: Method, client: int) -> int:
     whole = 3 if ".1.mlp." in layer else 1 if layer.endswith("up_proj") else 4
     own = (2, 4)[client] if hasattr(method, "client_ranks") else 4
     return max(1, whole * own // 4)
+
+
+def scale_in(layer: str, method: Method, client: int) -> float:
+    """alpha / sqrt(r) of the client's own rank; where it has components of the server's factors, of the server's rank,
+    and with a sketch r / r_k of that; a half where a frozen adapter has the other."""
+    own, whole = rank_in(layer, method, client), rank_in(layer, method, 1)
+    scales = {"fslora": whole**0.5 / own, "fed-plora": whole**-0.5, "fedalt": 0.5 * own**-0.5}
+    return alpha_in(layer) * scales.get(method.name, own**-0.5)
 
 
 def alpha_in(layer: str) -> float:

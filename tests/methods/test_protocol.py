@@ -5,7 +5,7 @@ Rounds are executed by hand on a small Llama with targets taller and wider than 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 from rayfed_sub.config.schema import Config, Optimizer
 from rayfed_sub.core.arrays import packed, unpacked
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.lowrank import inner_core
 from rayfed_sub.core.types import (
     Block,
     Client,
@@ -91,6 +92,8 @@ def walk(
     for pack in packs or [clients]:
         chosen, batches = [starts[k] for k in pack], [data[k] for k in pack]
         results += trainer(tiny, chosen, batches, optimizer, lr=lr, weights=base, clients=list(pack))  # type: ignore[operator]
+    if ids:
+        results = [replace(result, client=k) for result, k in zip(results, ids, strict=True)]
     updates = [method.upload(broadcast, result, weight, shape) for result, weight in zip(results, weights, strict=True)]
     kept = [
         ClientState(
@@ -116,10 +119,11 @@ def effective(method: Method, tiny: Tiny, server: ServerState) -> dict[str, Tens
 
 
 def somebody(tiny: Tiny) -> ClientState:
-    """The state of a client that does not take part in the round: a B that is not zero."""
+    """The state of a client that does not take part in the round: factors that are not zero."""
     rng = torch.Generator().manual_seed(7)
     left = {f"{t.name}/left": 0.1 * torch.randn(t.m, RANK, generator=rng) for t in tiny.shape.targets}
-    return ClientState(1, STEPS, STEPS, left)
+    right = {f"{t.name}/right": 0.1 * torch.randn(RANK, t.n, generator=rng) for t in tiny.shape.targets}
+    return ClientState(1, STEPS, STEPS, {**left, **right, "client": torch.tensor(99)})
 
 
 def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: str) -> Tensor:
@@ -134,7 +138,7 @@ def local_change(tiny: Tiny, server: ServerState, done: Round, k: int, layer: st
 
     def product(tensors: Tensors) -> Tensor:
         left, right = tensors[f"{layer}/left"], tensors[f"{layer}/right"]
-        return Block(left, right, start.scale_of(layer), tensors.get(f"{layer}/core")).dense()
+        return Block(left, right, start.scale_of(layer), inner_core(tensors, layer)).dense()
 
     return product(result.tensors) - product(start.tensors)
 
@@ -197,9 +201,11 @@ def test_identical_clients_match_one_client(name: str) -> None:
 @every_method
 def test_learning_rate_zero_is_a_fixed_point(name: str) -> None:
     method, tiny = made(name), llama()
-    server = begun(method, tiny)
-    after = walk(method, tiny, server, clients_data(tiny, 3), weights=[1, 2, 3], lr=0.0).server
-    before, now = effective(method, tiny, server), effective(method, tiny, after)
+    one_step = [batches[:1] for batches in clients_data(tiny, 3, seed=50)]
+    first = walk(method, tiny, begun(method, tiny), one_step, weights=[1, 2, 3])
+    given = {"weights": [1, 2, 3], "states": first.states}  # a new client's own factors would count in the others' mean
+    after = walk(method, tiny, first.server, clients_data(tiny, 3), lr=0.0, **given).server
+    before, now = effective(method, tiny, first.server), effective(method, tiny, after)
     for layer in before:
         assert torch.allclose(before[layer], now[layer], atol=1e-6)
 
@@ -254,8 +260,16 @@ def test_exact_methods_average_the_changes_and_the_others_are_marked(name: str, 
         assert (gap < 1e-5) if method.exact else (gap > 1e-3)
 
 
-@every_method
-@pytest.mark.parametrize("tiny", [llama, gpt2, bert, vit, pytest.param(mixture, marks=pytest.mark.slow)])
+ALIKE = ("fslora", "fed-sb-gradient", "fedkrso", "fedsub")
+"""Methods whose clients train what those of others train: both factors, a core, one factor."""
+EACH_ON_ITS_MODELS = [
+    pytest.param(name, tiny, marks=pytest.mark.slow if tiny is mixture or (name in ALIKE and tiny is not llama) else ())
+    for name in METHODS
+    for tiny in (llama, gpt2, bert, vit, mixture)
+]
+
+
+@pytest.mark.parametrize(("name", "tiny"), EACH_ON_ITS_MODELS)
 def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
     """Compare the change of the global model.  eps = 1e-4: with a smaller one Adam amplifies the rounding of entries
     whose gradient is nearly zero, in both executors, and the comparison would measure that."""
@@ -329,8 +343,12 @@ def test_upload_bytes_match_the_formulas() -> None:
     formulas = {"fedftg": RANK * both, "fedavg": dense, "fedit": RANK * both, "ffa-lora": RANK * rows}
     formulas |= {"rolora": RANK * rows, "fedsa-lora": RANK * columns, "fedsvd": RANK * rows, "lora-fair": RANK * both}
     formulas |= {"fed-sb": RANK**2 * len(tiny.shape.targets), "shared-galore": RANK * longer}
+    formulas |= {"fedkrso": RANK * rows, "fedsub": 2 * RANK * rows}
+    formulas |= {"ravan": 4 * formulas["fed-sb"], "fed-sb-gradient": dense}  # four heads; round 0
     downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
-    formulas |= dict.fromkeys(("flexlora", "flora", "hetlora", "fedex-lora"), RANK * both)  # one client: no residual
+    downward |= {"fed-sb-gradient": RANK * both + formulas["fed-sb"]}  # the factors that it brought
+    alike = ("flexlora", "flora", "hetlora", "fslora", "fed-plora", "fedex-lora", "fedalt")
+    formulas |= dict.fromkeys(alike, RANK * both)  # one client: no residual
     for name, numbers in formulas.items():
         method = made(name)
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -348,13 +366,20 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
     "flexlora": lambda m, n: RANK * (m + n),
     "flora": lambda m, n: RANK * (m + n),
     "hetlora": lambda m, n: RANK * (m + n),
+    "fslora": lambda m, n: RANK * (m + n),
+    "fed-plora": lambda m, n: RANK * (m + n),
     "fedex-lora": lambda m, n: RANK * (m + n),  # one client: no residual
     "rolora": lambda m, n: RANK * m,  # round 0 trains B
     "fedsa-lora": lambda m, n: RANK * n,
+    "fedalt": lambda m, n: RANK * (m + n),
     "fedsvd": lambda m, n: RANK * (m + n),  # the server has factorised: A is another one
     "lora-fair": lambda m, n: RANK * (m + n),
     "fed-sb": lambda m, n: RANK**2,  # the outer factors follow from the pretrained weight
-    "shared-galore": lambda m, n: RANK * max(m, n),  # the basis is drawn from the seed
+    "fed-sb-gradient": lambda m, n: RANK * (m + n + RANK),  # the gradient's factors, and the core
+    "ravan": lambda m, n: 4 * RANK**2,  # the outer factors are drawn from the seed
+    "fedkrso": lambda m, n: RANK * m,  # the projections are drawn from the seed
+    "fedsub": lambda m, n: 2 * RANK * m,  # so is the basis
+    "shared-galore": lambda m, n: RANK * max(m, n),  # so is the basis
 }
 
 
@@ -377,7 +402,9 @@ def test_tensors_that_follow_from_pretrained_weights_and_seed_are_not_downloaded
     head = sum(tiny.weights[key].numel() for key in tiny.shape.head_names)
     dense = mixed and any(f"{t.name}/weight" in method.broadcast(server).tensors for t in tiny.shape.targets)
     formula = (lambda m, n: m * n) if dense else FIRST[name]
-    more = sum(RANK * (t.m + t.n) for t in tiny.shape.targets) if dense and name == "fedex-lora" else 0
+    beside = {"fedex-lora": [RANK * (t.m + t.n) for t in tiny.shape.targets]}  # in a complete broadcast
+    beside |= {"fedsub": [2, *(RANK * t.m for t in tiny.shape.targets)]}
+    more = sum(beside.get(name, [])) if dense else 0
     numbers = head + more + sum(formula(t.m, t.n) for t in tiny.shape.targets)
     assert downloaded(method, after, tiny.shape, new, -1, learned=True, mixed=mixed) == 4 * numbers
 
@@ -493,6 +520,8 @@ def test_reset_clears_the_optimizer_state_and_keep_keeps_it(name: str) -> None:
             name, optimizer_state=rule, **({"period": 2} if name == "fedsvd" else {})
         )  # no factorisation in between
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
+        if name == "fed-sb-gradient":  # whose round 0 trains nothing
+            server = begun(method, tiny)
         done = walk(method, tiny, server, clients_data(tiny, 1), weights=[1])
         start = method.start_client(method.broadcast(done.server), done.states[0], Client(0, 0), tiny.shape)
         assert start.step == step

@@ -25,7 +25,10 @@ from tests.helpers.tiny_models import Tiny, draw_batches, installed, llama
 from tests.methods.test_protocol import walk
 
 CLIENTS, STEPS = 3, 6
-RATES = {"fedavg": 2e-4, "fedftg": 2e-3, "shared-galore": 3e-3, "fed-sb": 3e-2}
+RATES = {
+    **{"fedavg": 2e-4, "fedftg": 2e-3, "shared-galore": 3e-3, "fedsub": 3e-3, "fedkrso": 3e-4},
+    **{"fed-sb": 3e-2, "ravan": 2e-3},
+}
 """Learning rates that move a method's weights by 2e-4 to 2e-3 on average, where neighbours lie 1e-3 to 4e-3 apart."""
 
 
@@ -73,7 +76,8 @@ EACH = [pytest.param(name, marks=() if name in KINDS_OF_TRAINING else pytest.mar
 @pytest.mark.parametrize("name", EACH)
 def test_small_change_lowers_the_loss_as_in_float32(name: str) -> None:
     """The same change over both backbones, and one that was trained over the bfloat16 one."""
-    method = build({"name": name, **({} if name == "fedavg" else {"rank": 2})})
+    own = {"fedavg": {}, "fed-sb-gradient": {"rank": 2, "start_lr": 5e-4}}
+    method = build({"name": name, **own.get(name, {"rank": 2})})
     wide, narrow = on_the_grid()
     change = trained(method, wide)
     gain, kept, again = (
