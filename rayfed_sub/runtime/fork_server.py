@@ -39,6 +39,7 @@ MODULES = (
 """What workers and coordinators import, but Ray and what imports it."""
 
 _DONE = b"."
+_FIRST_TO_GO = "1000"
 _LONGEST = 100  # bytes of a socket's path, of which Linux takes 107
 
 
@@ -139,6 +140,8 @@ def _become(request: dict[str, object], streams: list[int]) -> None:
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()  # Ray kills a worker with its process group
+    # What Ray does for the process that it has started itself: where memory ends, workers are to go before Ray.
+    Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     np.random.seed()  # or all forks would draw the same numbers

@@ -27,6 +27,7 @@ print(json.dumps({
     "words": sys.argv[1:], "folder": os.getcwd(), "told": os.environ.get("TOLD"), "parent": os.getppid(),
     "server": os.environ.get("RAYFED_SUB_FORK_SERVER"), "there": "colorsys" in sys.modules, "name": __name__,
     "drawn": np.random.random(), "group": os.getpgid(0) == os.getpid(),
+    "goes": open("/proc/self/oom_score_adj").read().strip(),
 }))
 """
 """What a forked process is and has."""
@@ -72,6 +73,7 @@ def test_fork_has_what_is_imported_and_what_it_is_given(command: str, script: Pa
     assert one["there"]
     assert one["server"] == str(one["parent"])
     assert one["group"]  # Ray kills a worker with its process group
+    assert one["goes"] == "1000"  # before Ray, where memory ends
     assert one["drawn"] != other["drawn"]
 
 
