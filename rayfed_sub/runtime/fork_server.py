@@ -70,7 +70,7 @@ def fork_server(wanted: bool, address: str | None = None, modules: Sequence[str]
             )
         assert server.stdin is not None
         try:
-            server.stdin.write(json.dumps([sys.path, modules]).encode() + b"\n")
+            server.stdin.write(json.dumps([[str(place) for place in sys.path], modules]).encode() + b"\n")
             server.stdin.flush()
             yield shlex.join([sys.executable, "-I", "-S", __file__, "ask", path])
         finally:
@@ -80,8 +80,8 @@ def fork_server(wanted: bool, address: str | None = None, modules: Sequence[str]
 
 def server_of_this_process() -> int | None:
     """Number of the process that this one was forked from; None where it was not."""
-    number = os.environ.get(FORKED)
-    return None if number is None else int(number)
+    parent = os.getppid()
+    return parent if os.environ.get(FORKED) == str(parent) else None  # a fork's own children have the variable too
 
 
 def _joins(address: str | None) -> bool:
