@@ -58,6 +58,8 @@ RANKS = {
     "fedftg": 4,  # each client's basis stays, as it is renewed only after 200 steps
     "shared-galore": 2,  # one basis for both, renewed after 200 steps
     "flora": 6,  # fresh factors every round, of rank 2 and 1
+    "fedmomentum": 6,  # as fedex-lora
+    "frlora": 6,  # two averages of rank 2, and the first factors that they took the place of
     "fedex-lora": 6,  # every round's residual of rank (2 - 1) * 2, and the averaged factors
 }
 LLAMA = {
@@ -107,8 +109,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fields: object) -> Config:
-    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them."""
-    ranks = {"rank": 2, "client_ranks": [2, 1]}
+    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them, and no
+    component left out."""
+    ranks = {"rank": 2, "client_ranks": [2, 1], "energy": 1.0}
     known = {field.name for field in dataclasses.fields(build({"name": method}))}  # type: ignore[arg-type]
     own = {key: value for key, value in ranks.items() if key in known}
     classifies = random["type"] in ("bert", "distilbert")

@@ -60,8 +60,12 @@ class Round:
     states: list[ClientState]
 
 
+# Where what is kept follows from the data: all of it, so that bytes follow from ranks; or less than all.
+KEPT = {"florist": {"threshold": 1.0}, "fedmomentum": {"energy": 0.9}}
+
+
 def made(name: str, **fields: object) -> Method:
-    own = {} if name == "fedavg" else {"rank": RANK}
+    own = {} if name == "fedavg" else {"rank": RANK, **KEPT.get(name, {})}
     return build({"name": name, **own, **fields})
 
 
@@ -198,6 +202,8 @@ def test_identical_clients_match_one_client(name: str) -> None:
 def test_learning_rate_zero_is_a_fixed_point(name: str) -> None:
     method, tiny = made(name), llama()
     server = begun(method, tiny)
+    if name == "florist":  # one such round takes what the server has beyond the clients' ranks
+        server = walk(method, tiny, server, clients_data(tiny, 1), weights=[1], lr=0.0).server
     after = walk(method, tiny, server, clients_data(tiny, 3), weights=[1, 2, 3], lr=0.0).server
     before, now = effective(method, tiny, server), effective(method, tiny, after)
     for layer in before:
@@ -331,6 +337,7 @@ def test_upload_bytes_match_the_formulas() -> None:
     formulas |= {"fed-sb": RANK**2 * len(tiny.shape.targets), "shared-galore": RANK * longer}
     downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
     formulas |= dict.fromkeys(("flexlora", "flora", "hetlora", "fedex-lora"), RANK * both)  # one client: no residual
+    formulas |= dict.fromkeys(("fedrot-lora", "florist", "raflora", "fedmomentum", "frlora", "flora-na"), RANK * both)
     for name, numbers in formulas.items():
         method = made(name)
         server = method.init_server(tiny.weights, tiny.shape, seed=0)
@@ -344,6 +351,12 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
     "fedftg": lambda m, n: RANK * (m + n),
     "fedavg": lambda m, n: m * n,
     "fedit": lambda m, n: RANK * (m + n),
+    "fedrot-lora": lambda m, n: RANK * (m + n),
+    "florist": lambda m, n: RANK * (m + n),  # one client: the pair has its rank
+    "raflora": lambda m, n: RANK * (m + n),
+    "fedmomentum": lambda m, n: RANK * (m + n),  # one client: no residual
+    "frlora": lambda m, n: RANK * (m + n),  # its averages; the first factors follow from the pretrained weight
+    "flora-na": lambda m, n: RANK * (m + n),
     "ffa-lora": lambda m, n: RANK * m,  # A still follows from the seed
     "flexlora": lambda m, n: RANK * (m + n),
     "flora": lambda m, n: RANK * (m + n),
@@ -377,7 +390,8 @@ def test_tensors_that_follow_from_pretrained_weights_and_seed_are_not_downloaded
     head = sum(tiny.weights[key].numel() for key in tiny.shape.head_names)
     dense = mixed and any(f"{t.name}/weight" in method.broadcast(server).tensors for t in tiny.shape.targets)
     formula = (lambda m, n: m * n) if dense else FIRST[name]
-    more = sum(RANK * (t.m + t.n) for t in tiny.shape.targets) if dense and name == "fedex-lora" else 0
+    over = ("fedex-lora", "fedmomentum", "frlora")  # factors over the dense weight
+    more = sum(RANK * (t.m + t.n) for t in tiny.shape.targets) if dense and name in over else 0
     numbers = head + more + sum(formula(t.m, t.n) for t in tiny.shape.targets)
     assert downloaded(method, after, tiny.shape, new, -1, learned=True, mixed=mixed) == 4 * numbers
 
