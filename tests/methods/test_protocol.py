@@ -260,8 +260,23 @@ def test_exact_methods_average_the_changes_and_the_others_are_marked(name: str, 
         assert (gap < 1e-5) if method.exact else (gap > 1e-3)
 
 
-@every_method
-@pytest.mark.parametrize("tiny", [llama, gpt2, bert, vit, pytest.param(mixture, marks=pytest.mark.slow)])
+KINDS_OF_TRAINING = ("fedftg", "fedavg", "fedit", "ffa-lora", "fed-sb", "shared-galore", "fedex-lora", "hetlora")
+"""GaLore, dense, both of LoRA's factors, one of them, a core between them, GaLore in a fixed basis, factors over a weight
+of the server's, a penalty; other methods train in one of these ways, and on every kind of model in slow tests."""
+
+
+def quick(name: str, *models: object) -> list[object]:
+    """A method with every model, slow where neither the way it trains nor the model is the first of its kind."""
+    first = name in KINDS_OF_TRAINING
+    return [
+        pytest.param(name, tiny, marks=() if tiny is llama or (first and tiny is not mixture) else pytest.mark.slow)
+        for tiny in models
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tiny"), [x for name in METHODS for x in quick(name, llama, gpt2, bert, vit, mixture)]
+)
 def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
     """Compare the change of the global model.  eps = 1e-4: with a smaller one Adam amplifies the rounding of entries
     whose gradient is nearly zero, in both executors, and the comparison would measure that."""
@@ -281,10 +296,10 @@ def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
         assert distance(ours[layer] - before[layer], theirs[layer] - before[layer]) < 1e-4
 
 
-@every_method
-def test_modules_of_the_caller_s_own_train_as_in_the_reference(name: str) -> None:
+@pytest.mark.parametrize(("name", "tiny"), [x for name in METHODS for x in quick(name, own)])
+def test_modules_of_the_caller_s_own_train_as_in_the_reference(name: str, tiny: object) -> None:
     """A loss of the caller's own, one client at a time; torch's Transformer layers call their linear layers."""
-    model, method = own(), made(name)
+    model, method = tiny(), made(name)  # type: ignore[operator]
     how = {"weights": [1, 2], "packs": [[0], [1]], "optimizer": OPTIMIZER.model_copy(update={"eps": 1e-4})}
     server, data = method.init_server(model.weights, model.shape, seed=0), clients_data(model, 2)
     server = walk(method, model, server, clients_data(model, 2, seed=90), **how).server  # type: ignore[arg-type]
