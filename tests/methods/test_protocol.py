@@ -261,8 +261,8 @@ def test_exact_methods_average_the_changes_and_the_others_are_marked(name: str, 
 
 
 KINDS_OF_TRAINING = ("fedftg", "fedavg", "fedit", "ffa-lora", "fed-sb", "shared-galore", "fedex-lora", "hetlora")
-"""GaLore, dense, both of LoRA's factors, one of them, a core between them, GaLore in a fixed basis, factors over a weight
-of the server's, a penalty; other methods train in one of these ways, and on every kind of model in slow tests."""
+"""GaLore, dense, both of LoRA's factors, one of them, a core between them, GaLore in a fixed basis, factors over a
+weight of the server's, a penalty; others train in one of these ways, and on all kinds of models in slow tests."""
 
 
 def quick(name: str, *models: object) -> list[object]:
