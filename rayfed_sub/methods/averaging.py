@@ -220,6 +220,15 @@ def download_all(method: object, server: ServerState, shape: ModelShape, client:
     return wire_bytes(server.tensors)
 
 
+def download_factors_and_missed(
+    method: object, server: ServerState, shape: ModelShape, client: Client, since: int
+) -> int:
+    """Bytes of the factors and the head, and of the blocks that were added to the weights since round `since`."""
+    known = {RANKS, *(f"{layer.name}/weight" for layer in shape.targets)}
+    factors = {name: tensor for name, tensor in server.tensors.items() if name not in known}
+    return missed_bytes(server, shape, since) + wire_bytes(factors)
+
+
 def client_state(method: _Remembers, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
     """Adam's moments, where the client keeps them."""
     return moments_to_keep(method.optimizer_state, result)

@@ -14,13 +14,10 @@ from typing import ClassVar
 
 from rayfed_sub.core.types import (
     Accumulator,
-    Change,
-    Client,
     ModelShape,
     ServerState,
     Tensors,
     Update,
-    wire_bytes,
 )
 from rayfed_sub.methods import averaging, lora
 
@@ -51,11 +48,7 @@ class FedExLoRA:
         factors = lora.init_factors(self, weights, shape, seed).tensors
         return ServerState(0, {**weights, **factors, **averaging.no_history(shape)})
 
-    def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        known = {averaging.RANKS, *(f"{layer.name}/weight" for layer in shape.targets)}
-        factors = {name: tensor for name, tensor in server.tensors.items() if name not in known}
-        return averaging.missed_bytes(server, shape, since) + wire_bytes(factors)
-
+    download_bytes = averaging.download_factors_and_missed
     start_client = lora.start_client
     upload = lora.upload
     client_state = averaging.client_state
@@ -72,8 +65,5 @@ class FedExLoRA:
             changed[name].sub_(product).mul_(lora.layer_scale(self, layer)).add_(server.tensors[name])
         return server.advance({**changed, **averaging.longer_history(server, total, shape, less=ranks)})
 
-    def model(self, server: ServerState, shape: ModelShape) -> dict[str, Change]:
-        adapted, based = lora.lora_model(self, server, shape), averaging.dense_model(self, server, shape)
-        return {name: Change(dense=based[name].dense, blocks=adapted[name].blocks) for name in adapted}
-
+    model = lora.model_over_weight
     personal_model = averaging.no_personal_model

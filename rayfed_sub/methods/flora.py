@@ -21,7 +21,6 @@ from rayfed_sub.core.types import (
     Broadcast,
     Client,
     ClientState,
-    LocalResult,
     ModelShape,
     ServerState,
     Start,
@@ -69,13 +68,7 @@ class FLoRA:
             tensors[f"{layer.name}/right"] = lora.lora_right(layer, own, client.seed, broadcast.round, client.id)
         return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"), rank=rank)
 
-    def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        sent = averaging.head(shape, result.tensors)
-        for layer in shape.targets:
-            left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
-            sent |= averaging.compact(layer, lora.sent_scale(self, layer, left.shape[1]) * left, right)
-        return Update(result.client, weight, sent, result.metrics)
-
+    upload = lora.upload_products
     client_state = averaging.no_client_state
     accumulator = averaging.accumulator
 

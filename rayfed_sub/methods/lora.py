@@ -35,8 +35,18 @@ from rayfed_sub.core.types import (
     Start,
     Tensors,
     Update,
+    wire_bytes,
 )
-from rayfed_sub.methods.averaging import Positive, Rank, head, moments_to_send, moments_to_start, tensor_names
+from rayfed_sub.methods.averaging import (
+    Positive,
+    Rank,
+    compact,
+    dense_model,
+    head,
+    moments_to_send,
+    moments_to_start,
+    tensor_names,
+)
 
 FactorRank = Annotated[Rank, Field(description="Rank r of the factors.")]
 LargestRank = Annotated[Rank, Field(description="Largest rank r of a client.")]
@@ -246,6 +256,25 @@ def cut(method: _LoRA, tensors: Tensors, shape: ModelShape, rank: int) -> dict[s
     return factors
 
 
+def download_cut(method: Ranks, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
+    """Bytes of the components that a client of its rank receives, and of the head."""
+    factors = cut(method, server.tensors, shape, rank_of(method, client.id))
+    return wire_bytes({**factors, **head(shape, server.tensors)})
+
+
+def start_cut(
+    method: Ranks, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape
+) -> Start:
+    """Both factors and the head, all trained, without moments: the first components, as many as the client's rank; B is
+    rescaled, for the server's has the scale of the largest rank."""
+    rank = rank_of(method, client.id)
+    tensors = cut(method, broadcast.tensors, shape, rank) | head(shape, broadcast.tensors)
+    for layer in shape.targets:
+        name, shrunk = f"{layer.name}/left", rescaling(method, layer, rank)
+        tensors[name] = shrunk * tensors[name]
+    return start(method, shape, tensors, tensor_names(shape, "left", "right"), rank=rank)
+
+
 def init_factors(method: _LoRA, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
     """LoRA before round 0: left (B) zero, right (A) drawn, and the head."""
     tensors = head(shape, weights)
@@ -263,6 +292,12 @@ def lora_model(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[st
         left, right = (server.tensors[f"{layer.name}/{role}"] for role in ("left", "right"))
         changes[layer.name] = Change(blocks=(Block(left, right, layer_scale(method, layer)),))
     return changes
+
+
+def model_over_weight(method: _LoRA, server: ServerState, shape: ModelShape) -> dict[str, Change]:
+    """The global model of a method whose server holds a dense weight too, under the factors."""
+    adapted, based = lora_model(method, server, shape), dense_model(method, server, shape)
+    return {name: Change(dense=based[name].dense, blocks=adapted[name].blocks) for name in adapted}
 
 
 class Trains(_LoRA, Protocol):
@@ -286,6 +321,17 @@ def upload(method: Trains, broadcast: Broadcast, result: LocalResult, weight: fl
     tensors = {name: result.tensors[name] for name in tensor_names(shape, "left", "right")}
     tensors |= moments_to_send(method.optimizer_state, result)
     return Update(result.client, weight, tensors, result.metrics)
+
+
+def upload_products(
+    method: _LoRA, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape
+) -> Update:
+    """Every target's change s B A, in its smaller form (see `averaging.compact`), and the head."""
+    sent = head(shape, result.tensors)
+    for layer in shape.targets:
+        left, right = result.tensors[f"{layer.name}/left"], result.tensors[f"{layer.name}/right"]
+        sent |= compact(layer, sent_scale(method, layer, left.shape[1]) * left, right)
+    return Update(result.client, weight, sent, result.metrics)
 
 
 def change_norm(tensors: Tensors, shape: ModelShape) -> float:

@@ -22,11 +22,9 @@ from rayfed_sub.core.types import (
     Accumulator,
     ModelShape,
     ServerState,
-    Update,
 )
-from rayfed_sub.methods import averaging, lora
+from rayfed_sub.methods import averaging, factor_stacks, lora
 
-_SENT = "sent:"  # in the fold: one client's own factors
 _STEPS = 200  # L-BFGS iterations at most; tens suffice
 _ZERO = 1e-12  # a norm below this share of its factors' norms is rounding
 
@@ -62,25 +60,13 @@ class LoRAFAIR:
     upload = lora.upload
     client_state = averaging.client_state
     accumulator = averaging.accumulator
-
-    def accumulate(self, total: Accumulator, update: Update, shape: ModelShape) -> Accumulator:
-        # Beside the sums, every client's factors: w_k B_k and A_k, under its number in the fold.
-        added, k = averaging.add(total, update.tensors, update.weight), int(total.counts.get("updates", 0))
-        sent: dict[str, Tensor] = {}
-        for layer in shape.targets:
-            left, right = f"{layer.name}/left", f"{layer.name}/right"
-            sent[f"{_SENT}{k}/{left}"] = update.weight * update.tensors[left]
-            sent[f"{_SENT}{k}/{right}"] = update.tensors[right]
-        return Accumulator(added.weight, {**added.tensors, **sent}, {"updates": k + 1})
+    accumulate = factor_stacks.accumulate_apart
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
-        sums = {name: x for name, x in total.tensors.items() if not name.startswith(_SENT)}
-        means = averaging.mean(Accumulator(total.weight, sums))
+        means = averaging.mean(factor_stacks.sums(total))
         for layer in shape.targets if means else ():
             left, right = f"{layer.name}/left", f"{layer.name}/right"
-            updates = range(int(total.counts["updates"]))
-            L_mR = torch.cat([total.tensors[f"{_SENT}{k}/{left}"] for k in updates], dim=1) / total.weight
-            R_Rn = torch.cat([total.tensors[f"{_SENT}{k}/{right}"] for k in updates])
+            L_mR, R_Rn, _ = factor_stacks.sent(total, layer)
             means[left] = corrected(means[left], means[right], L_mR, R_Rn, self.penalty)
         return server.advance(means)
 

@@ -50,6 +50,8 @@ class Method(Protocol):
     """Differences from the paper, in words for the table of methods; empty: none."""
 
     # Optional: `alerts: ClassVar[frozenset[str]]`, rules of `diagnostics/alerts.py` (BY_METHOD) that hold for it.
+    # Optional: `at_most() -> Method`, for methods whose server keeps as much as the data asks for: the same one with
+    # fields under which it keeps most, which plans walk.
     # Optional: `shared_basis(round: int) -> int`, for methods whose clients all train the same tensors in one basis.
     # Rounds of equal numbers have the same one, so that tensors like those that are trained can be compared and added,
     # over clients and over these rounds.  Without it hooks (`hooks.py`) are refused.

@@ -2,8 +2,8 @@
 
 The small model has one layer of each shape (m, n), real size, random weights, and the head; nothing is trained, clients
 come back with tensors of the right shapes.  All bytes are affine in the number of layers of a shape, so one more walk
-per shape, with a second layer of it, gives those of the whole model.  Where bytes follow from data (HetLoRA's clients
-prune themselves), walked clients never do: the figures are then upper bounds.
+per shape, with a second layer of it, gives those of the whole model.  Where bytes follow from data, the figures are
+upper bounds: walked clients never prune themselves (HetLoRA), and methods walk as they say in `at_most`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def traffic(
 ) -> Traffic:
     """The bytes of the rounds whose clients are `cohorts`; steps: a client's local steps; start: bytes of
     model.start_from."""
+    method = getattr(method, "at_most", lambda: method)()
     kinds = _alike(shape.targets, method)
     firsts = [layers[0] for layers in kinds]
     one = _walk(method, ModelShape(tuple(firsts), shape.head), config, cohorts, steps, start)
@@ -221,12 +222,12 @@ def _resident(start: Start, config: Config) -> int:
 
 
 def _result(start: Start, client: int, steps: int, shape: ModelShape, config: Config) -> LocalResult:
-    """The record of a round in which nothing was learned.  Trained tensors come back doubled, and no zero stays zero:
-    no client finds a reason to prune itself."""
+    """The record of a round in which nothing was learned.  Trained tensors come back doubled, no zero stays zero, and
+    no two clients agree: none finds a reason to prune itself, and a cohort's product has the rank of its factors."""
     tensors = dict(start.tensors)
     for name in start.trained:
-        noise = stream(0, "plan", "trained", name).standard_normal(tuple(tensors[name].shape), "float32")
-        tensors[name] = 2 * tensors[name] + 0.01 * torch.from_numpy(noise)
+        noise = stream(0, "plan", "trained", name, client).standard_normal(tuple(tensors[name].shape), "float32")
+        tensors[name] = 2 * tensors[name] + torch.from_numpy(noise)
     roles = optimizers.moment_roles(config.optimizer)
     moved = {f"{name}/{role}": torch.zeros_like(start.tensors[name]) for name in start.trained for role in roles}
     counts = {f"{layer.name}/step": torch.tensor(float(steps), dtype=torch.float64) for layer in shape.experts}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def ray_session(forks: str | None = None) -> Iterator[None]:
     # In a container Ray may count fewer CPUs than `check_resources` did, and workers would wait for the rest for ever.
     cpus, started = os.cpu_count(), {} if forks is None else {"py_executable": forks}
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    with _our_signals():
+    with _our_signals(), _few_processes():
         ray.init(address="local", num_cpus=cpus, runtime_env=started, **quiet)
     _OWN.append(True)
     try:
@@ -249,6 +250,22 @@ def _our_signals() -> Iterator[None]:
     finally:
         utils.set_sigterm_handler = theirs
         log.setLevel(level)
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """Leaves out three of Ray's processes, each a Python of 60 MB and a second of CPU, for which nothing here asks: one
+    that sends logs to the driver, one that adds nodes to a cluster, and the dashboard's server, which Ray starts without
+    a dashboard too.  `ray.init` has no argument for any of them."""
+    from ray._private import node, parameter
+
+    records, server = parameter.RayParams, node.Node.start_api_server
+    parameter.RayParams = partial(records, no_monitor=True, include_log_monitor=False)
+    node.Node.start_api_server = lambda self, **asked: None
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.start_api_server = records, server
 
 
 def _announce() -> None:

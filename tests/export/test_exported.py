@@ -63,6 +63,8 @@ RANKS = {
     "flora": 6,  # fresh factors every round, of rank 2 and 1
     "fedkrso": 8,  # the four clients of two rounds have drawn four subspaces
     "fedsub": 4,  # one basis for both, another in every round
+    "fedmomentum": 6,  # as fedex-lora
+    "frlora": 6,  # two averages of rank 2, and the first factors that they took the place of
     "fedex-lora": 6,  # every round's residual of rank (2 - 1) * 2, and the averaged factors
 }
 LLAMA = {
@@ -112,9 +114,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fields: object) -> Config:
-    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them, and
-    unequal shares of a client's own adapter and of the others', with which two clients differ."""
-    ranks = {"rank": 2, "client_ranks": [2, 1], "share": 0.9}
+    """Two clients, two rounds of two steps, rank 2 if the method has one, client ranks 2 and 1 if it has them, no
+    component left out, and unequal shares of a client's own adapter and of the others', with which two clients
+    differ."""
+    ranks = {"rank": 2, "client_ranks": [2, 1], "share": 0.9, "energy": 1.0}
     known = {field.name for field in dataclasses.fields(build({"name": method}))}  # type: ignore[arg-type]
     own = {key: value for key, value in ranks.items() if key in known}
     classifies = random["type"] in ("bert", "distilbert")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from rayfed_sub.core.types import Broadcast, Client, LocalResult, Start, Tensors, Update
 from rayfed_sub.methods.protocol import Method
@@ -50,12 +51,16 @@ def rounds_of(method: Method, tiny: Tiny, clients: int = 2) -> tuple[Round, ...]
     return tuple(walked)
 
 
-def check_server_names(method: Method, tiny: Tiny) -> None:
+def check_server_names(method: Method, tiny: Tiny, *, fixed: bool = True) -> None:
     """Check that the server's tensors have the same names and shapes after every round, except its history, which
-    grows."""
+    grows, and, where `fixed` is not set, the rank of the factors, which the server chooses."""
 
     def shapes(tensors: Tensors) -> dict[str, tuple[int, ...] | None]:
-        return {name: None if name.startswith("history/") else tuple(x.shape) for name, x in tensors.items()}
+        return {name: None if name.startswith("history/") else shape_of(name, x) for name, x in tensors.items()}
+
+    def shape_of(name: str, tensor: Tensor) -> tuple[int, ...]:
+        size = tuple(tensor.shape)
+        return size if fixed else size[:1] if name.endswith("/left") else size[1:] if name.endswith("/right") else size
 
     first = shapes(method.init_server(tiny.weights, tiny.shape, seed=0).tensors)
     for n, done in enumerate(rounds_of(method, tiny)):

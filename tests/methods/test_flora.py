@@ -75,7 +75,7 @@ def test_unequal_ranks_average_exactly() -> None:
         assert distance(after[t.name] - tiny.weights[f"{t.name}/weight"], mean) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora"])
+@pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "florist", "raflora"])
 def test_ranks_of_clients_are_checked(name: str) -> None:
     shape = ModelShape((Layer("up", m=4, n=3),))
     build({"name": name, "rank": 3, "client_ranks": [1, 3]}).check(shape)

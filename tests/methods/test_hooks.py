@@ -259,8 +259,8 @@ REFUSED = {
     "hook.name: got None; allowed: scaffold, or package.module:Class; pick one of them": "'hook={alpha: 0.1}'",
     "hook: got 'scaffold'; allowed: keys with values; set hook.name=scaffold": "hook=scaffold",
     "hook.name: got 'nowhere:Hook'; allowed: an importable class, or one of scaffold": "hook.name=nowhere:Hook",
-    "hook.name: got 'tests.helpers.fedrot:FedRotLoRA'; allowed: a dataclass with a hook's functions; it has no begin": (
-        "hook.name=tests.helpers.fedrot:FedRotLoRA"
+    "hook.name: got 'rayfed_sub.methods.fedit:FedIT'; allowed: a dataclass with a hook's functions; it has no begin": (
+        "hook.name=rayfed_sub.methods.fedit:FedIT"
     ),
     "hook.name: got 'shlex:shlex'; allowed: a dataclass with a hook's functions; see": "hook.name=shlex:shlex",
     "hook.name: got [1]; allowed: scaffold, or package.module:Class; pick one of them": "hook.name=[1]",

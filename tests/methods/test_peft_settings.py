@@ -100,7 +100,7 @@ def test_every_method_with_all_settings(name: str) -> None:
     second = walk(method, tiny, first.server, clients_data(tiny, 2, seed=5), **given)
     theirs = walk(method, tiny, first.server, clients_data(tiny, 2, seed=5), **given, trainer=run_reference)
     sizes = [{n: t.shape for n, t in at.tensors.items() if "history" not in n} for at in (first.server, second.server)]
-    assert sizes[0] == sizes[1]
+    assert sizes[0] == sizes[1] or name == "florist"  # whose server chooses the rank
     before, after, other = (weights_of(method, tiny, done) for done in (first, second, theirs))
     wires = [0, 0]
     for layer in tiny.shape.targets:
@@ -116,7 +116,13 @@ def test_every_method_with_all_settings(name: str) -> None:
             mean = changes[0] / 3 + changes[1] * 2 / 3
             assert distance(after[layer.name] - before[layer.name], mean) < 1e-4
         assert distance(after[layer.name] - before[layer.name], other[layer.name] - before[layer.name]) < 1e-4
-    if name not in ("hetlora", "flora", "flexlora"):  # those may prune themselves, or send the product
+    if name not in (
+        "hetlora",
+        "flora",
+        "flexlora",
+        "florist",
+        "fedmomentum",
+    ):  # those may prune themselves, or send the product
         assert [update.wire_bytes for update in second.updates] == [4 * numbers for numbers in wires]
 
 

@@ -61,8 +61,12 @@ class Round:
     states: list[ClientState]
 
 
+# Where what is kept follows from the data: all of it, so that bytes follow from ranks; or less than all.
+KEPT = {"florist": {"threshold": 1.0}, "fedmomentum": {"energy": 0.9}}
+
+
 def made(name: str, **fields: object) -> Method:
-    own = {} if name == "fedavg" else {"rank": RANK}
+    own = {} if name == "fedavg" else {"rank": RANK, **KEPT.get(name, {})}
     return build({"name": name, **own, **fields})
 
 
@@ -203,9 +207,12 @@ def test_learning_rate_zero_is_a_fixed_point(name: str) -> None:
     method, tiny = made(name), llama()
     one_step = [batches[:1] for batches in clients_data(tiny, 3, seed=50)]
     first = walk(method, tiny, begun(method, tiny), one_step, weights=[1, 2, 3])
+    server = first.server
+    if name == "florist":  # one such round takes what the server has beyond the clients' ranks
+        server = walk(method, tiny, server, clients_data(tiny, 1), weights=[1], lr=0.0).server
     given = {"weights": [1, 2, 3], "states": first.states}  # a new client's own factors would count in the others' mean
-    after = walk(method, tiny, first.server, clients_data(tiny, 3), lr=0.0, **given).server
-    before, now = effective(method, tiny, first.server), effective(method, tiny, after)
+    after = walk(method, tiny, server, clients_data(tiny, 3), lr=0.0, **given).server
+    before, now = effective(method, tiny, server), effective(method, tiny, after)
     for layer in before:
         assert torch.allclose(before[layer], now[layer], atol=1e-6)
 
@@ -260,16 +267,23 @@ def test_exact_methods_average_the_changes_and_the_others_are_marked(name: str, 
         assert (gap < 1e-5) if method.exact else (gap > 1e-3)
 
 
-ALIKE = ("fslora", "fed-sb-gradient", "fedkrso", "fedsub")
-"""Methods whose clients train what those of others train: both factors, a core, one factor."""
-EACH_ON_ITS_MODELS = [
-    pytest.param(name, tiny, marks=pytest.mark.slow if tiny is mixture or (name in ALIKE and tiny is not llama) else ())
-    for name in METHODS
-    for tiny in (llama, gpt2, bert, vit, mixture)
-]
+KINDS_OF_TRAINING = ("fedftg", "fedavg", "fedit", "ffa-lora", "fed-sb", "shared-galore", "fedex-lora", "hetlora")
+"""GaLore, dense, both of LoRA's factors, one of them, a core between them, GaLore in a fixed basis, factors over a
+weight of the server's, a penalty; others train in one of these ways, and on all kinds of models in slow tests."""
 
 
-@pytest.mark.parametrize(("name", "tiny"), EACH_ON_ITS_MODELS)
+def quick(name: str, *models: object) -> list[object]:
+    """A method with every model, slow where neither the way it trains nor the model is the first of its kind."""
+    first = name in KINDS_OF_TRAINING
+    return [
+        pytest.param(name, tiny, marks=() if tiny is llama or (first and tiny is not mixture) else pytest.mark.slow)
+        for tiny in models
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tiny"), [x for name in METHODS for x in quick(name, llama, gpt2, bert, vit, mixture)]
+)
 def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
     """Compare the change of the global model.  eps = 1e-4: with a smaller one Adam amplifies the rounding of entries
     whose gradient is nearly zero, in both executors, and the comparison would measure that."""
@@ -289,10 +303,10 @@ def test_packs_and_the_reference_agree(name: str, tiny: object) -> None:
         assert distance(ours[layer] - before[layer], theirs[layer] - before[layer]) < 1e-4
 
 
-@every_method
-def test_modules_of_the_caller_s_own_train_as_in_the_reference(name: str) -> None:
+@pytest.mark.parametrize(("name", "tiny"), [x for name in METHODS for x in quick(name, own)])
+def test_modules_of_the_caller_s_own_train_as_in_the_reference(name: str, tiny: object) -> None:
     """A loss of the caller's own, one client at a time; torch's Transformer layers call their linear layers."""
-    model, method = own(), made(name)
+    model, method = tiny(), made(name)  # type: ignore[operator]
     how = {"weights": [1, 2], "packs": [[0], [1]], "optimizer": OPTIMIZER.model_copy(update={"eps": 1e-4})}
     server, data = method.init_server(model.weights, model.shape, seed=0), clients_data(model, 2)
     server = walk(method, model, server, clients_data(model, 2, seed=90), **how).server  # type: ignore[arg-type]
@@ -348,6 +362,7 @@ def test_upload_bytes_match_the_formulas() -> None:
     downward = {"fedsvd": RANK * both}  # the round ended with a factorisation
     downward |= {"fed-sb-gradient": RANK * both + formulas["fed-sb"]}  # the factors that it brought
     alike = ("flexlora", "flora", "hetlora", "fslora", "fed-plora", "fedex-lora", "fedalt")
+    alike += ("fedrot-lora", "florist", "raflora", "fedmomentum", "frlora", "flora-na")
     formulas |= dict.fromkeys(alike, RANK * both)  # one client: no residual
     for name, numbers in formulas.items():
         method = made(name)
@@ -362,6 +377,12 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
     "fedftg": lambda m, n: RANK * (m + n),
     "fedavg": lambda m, n: m * n,
     "fedit": lambda m, n: RANK * (m + n),
+    "fedrot-lora": lambda m, n: RANK * (m + n),
+    "florist": lambda m, n: RANK * (m + n),  # one client: the pair has its rank
+    "raflora": lambda m, n: RANK * (m + n),
+    "fedmomentum": lambda m, n: RANK * (m + n),  # one client: no residual
+    "frlora": lambda m, n: RANK * (m + n),  # its averages; the first factors follow from the pretrained weight
+    "flora-na": lambda m, n: RANK * (m + n),
     "ffa-lora": lambda m, n: RANK * m,  # A still follows from the seed
     "flexlora": lambda m, n: RANK * (m + n),
     "flora": lambda m, n: RANK * (m + n),
@@ -402,7 +423,8 @@ def test_tensors_that_follow_from_pretrained_weights_and_seed_are_not_downloaded
     head = sum(tiny.weights[key].numel() for key in tiny.shape.head_names)
     dense = mixed and any(f"{t.name}/weight" in method.broadcast(server).tensors for t in tiny.shape.targets)
     formula = (lambda m, n: m * n) if dense else FIRST[name]
-    beside = {"fedex-lora": [RANK * (t.m + t.n) for t in tiny.shape.targets]}  # in a complete broadcast
+    over = ("fedex-lora", "fedmomentum", "frlora")  # factors over the dense weight
+    beside = {name: [RANK * (t.m + t.n) for t in tiny.shape.targets] for name in over}  # in a complete broadcast
     beside |= {"fedsub": [2, *(RANK * t.m for t in tiny.shape.targets)]}
     more = sum(beside.get(name, [])) if dense else 0
     numbers = head + more + sum(formula(t.m, t.n) for t in tiny.shape.targets)

@@ -22,7 +22,7 @@ from rayfed_sub.training.inference import global_model
 from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound, runs
 from rayfed_sub.training.losses import predicted
 from tests.helpers.tiny_models import Tiny, draw_batches, installed, llama
-from tests.methods.test_protocol import walk
+from tests.methods.test_protocol import KINDS_OF_TRAINING, walk
 
 CLIENTS, STEPS = 3, 6
 RATES = {
@@ -68,8 +68,6 @@ def loss(tiny: Tiny, changes: dict[str, Change]) -> float:
     return float(torch.cat(losses).double().mean())
 
 
-KINDS_OF_TRAINING = ("fedftg", "fedavg", "fedit", "ffa-lora", "fed-sb", "shared-galore")
-"""GaLore, dense, both of LoRA's factors, one of them, a core between them, GaLore in a fixed basis."""
 EACH = [pytest.param(name, marks=() if name in KINDS_OF_TRAINING else pytest.mark.slow) for name in METHODS]
 
 
