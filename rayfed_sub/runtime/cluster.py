@@ -255,8 +255,8 @@ def _our_signals() -> Iterator[None]:
 @contextmanager
 def _few_processes() -> Iterator[None]:
     """Leaves out three of Ray's processes, each a Python of 60 MB and a second of CPU, for which nothing here asks: one
-    that sends logs to the driver, one that adds nodes to a cluster, and the dashboard's server, which Ray starts without
-    a dashboard too.  `ray.init` has no argument for any of them."""
+    that sends logs to the driver, one that adds nodes to a cluster, and the dashboard's server, which Ray starts even
+    without a dashboard.  `ray.init` has no argument for any of them."""
     from ray._private import node, parameter
 
     records, server = parameter.RayParams, node.Node.start_api_server
