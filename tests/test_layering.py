@@ -33,6 +33,8 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 HOMES = {
     "ray": ("runtime", "sweeps"),
     "tensorboardX": ("telemetry",),
+    "mlflow": ("telemetry", "sweeps"),
+    "wandb": ("telemetry", "sweeps"),
     "galore_torch": ("training",),
     "peft": ("models", "training", "export"),
     "dp_accounting": ("privacy",),
@@ -63,11 +65,13 @@ SLOW = (
     "dp_accounting",
     "evaluate",
     "matplotlib",
+    "mlflow",
     "plotly",
     "rouge_score",
     "sacrebleu",
     "sklearn",
     "tensorboardX",
+    "wandb",
 )
 
 

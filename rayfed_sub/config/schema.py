@@ -553,6 +553,12 @@ class Config(Record):
         description="Functions (package.module:name) that are asked between rounds, and may stop the run or change its "
         "learning rate.",
     )
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        default=(),
+        description="Trackers of the run besides TensorBoard: Weights & Biases, MLflow. They must be installed, and "
+        "are set up by their own environment variables, such as WANDB_PROJECT and MLFLOW_TRACKING_URI. Trials of a "
+        "sweep have sweep.loggers instead.",
+    )
 
     @property
     def programs(self) -> dict[str, tuple[str, ...]]:

@@ -1,9 +1,10 @@
-"""Live metrics of a run: TensorBoard scalars in the run folder, and with Ray gauges on its Prometheus endpoints."""
+"""Live metrics of a run: TensorBoard scalars in the run folder, with Ray gauges on its Prometheus endpoints, and the
+trackers that the configuration names."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ray
 from pyarrow import compute
@@ -14,22 +15,23 @@ from rayfed_sub.storage.run_folder import RunFolder
 from rayfed_sub.telemetry.events import RoundDone
 from rayfed_sub.telemetry.metrics import FIGURES, SCORES, SUMMED, judged, scalars
 from rayfed_sub.telemetry.tensorboard import Events
+from rayfed_sub.telemetry.trackers import Tracker
 
 
 class Live:
     """Publishes the rounds after those in the folder's tables.
 
-    Close it before Ray is shut down.  Raises RunError where the disk is full.
+    Close it before Ray is shut down; the trackers stay open.  Raises RunError where the disk is full.
     """
 
-    def __init__(self, folder: RunFolder, config: Config) -> None:
+    def __init__(self, folder: RunFolder, config: Config, trackers: Sequence[Tracker] = ()) -> None:
         done = folder.rounds.num_rows
         sums = {tag: compute.sum(folder.rounds[column]).as_py() for tag, column in SUMMED.items()}
         self._sums = {tag: float(total or 0) for tag, total in sums.items()}  # None: no rows
         start = {"round/finished": float(done), **self._sums, **judged(folder.scores(done))}
-        self._events = Events(folder.path / "tensorboard", done + 1 if done else 0)
+        self._events, self._trackers = Events(folder.path / "tensorboard", done + 1 if done else 0), trackers
         if not done:
-            self._events.add(0, start)
+            self._log(0, start)
         tags = {"run": config.name, "method": str(config.method["name"]), "folder": folder.place.display_name()}
         self._gauges = Gauges(tags) if ray.is_initialized() else None
         if self._gauges is not None:
@@ -41,7 +43,12 @@ class Live:
         self._sums = {tag: values[tag] for tag in SUMMED}
         if self._gauges is not None:
             self._gauges.show(values)
-        self._events.add(done.row.round + 1, values)
+        self._log(done.row.round + 1, values)
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self._events.add(step, values)
+        for tracker in self._trackers:
+            tracker.add(step, values)
 
     def close(self) -> None:
         """Ends the thread of the gauges."""

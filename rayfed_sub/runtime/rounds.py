@@ -7,8 +7,8 @@ checkpoint, and the tables are cut to the rounds that it holds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from rayfed_sub.telemetry.events import (
     Summary,
 )
 from rayfed_sub.telemetry.process_memory import PeakMemory, peak_of
+from rayfed_sub.telemetry.trackers import Tracker, trackers_of
 
 _LIVES = 5  # coordinators that may die one after another without a new checkpoint
 
@@ -64,11 +65,14 @@ def carry_out(
     configuration names.  Raises RunError where the run cannot go on.
     """
     callbacks = with_callbacks(job.config, ())[1] if callbacks is None else callbacks
-    with closing(PeakMemory()) as memory:
-        summary = _with_restarts(job, folder, shared, notify, memory, callbacks)
+    with closing(PeakMemory()) as memory, ExitStack() as stack:
+        trackers = [stack.enter_context(closing(one)) for one in trackers_of(folder.path, job.config, notify)]
+        summary = _with_restarts(job, folder, shared, notify, memory, callbacks, trackers)
         wall = time.perf_counter() - began
         whole = replace(summary, wall_seconds=wall, planned_memory_bytes=planned())
         folder.write_summary(whole)
+        for tracker in trackers:
+            tracker.finish(whole)
     return whole
 
 
@@ -79,13 +83,14 @@ def _with_restarts(
     notify: Listener,
     memory: PeakMemory,
     callbacks: Mapping[str, Callback],
+    trackers: Sequence[Tracker],
 ) -> Summary:
     """Runs the rounds; after a coordinator's death under another one, from the newest checkpoint on."""
     lives, reached = _LIVES, checkpoints.newest(folder.path)
     while True:
         coordinator = coordinator_of(job, folder.path, shared)
         try:
-            return _rounds(job, folder, coordinator, notify, memory, callbacks)
+            return _rounds(job, folder, coordinator, notify, memory, callbacks, trackers)
         except RayActorError as error:
             if error.actor_init_failed:
                 raise
@@ -106,6 +111,7 @@ def _rounds(
     notify: Listener,
     memory: PeakMemory,
     callbacks: Mapping[str, Callback],
+    trackers: Sequence[Tracker],
 ) -> Summary:
     """Runs the remaining rounds and writes tables and checkpoints; returns the summary without its wall time.
     memory: of this process.  Raises RayActorError where the coordinator dies."""
@@ -128,7 +134,7 @@ def _rounds(
     notify(Started(config, folder.place.display_name(), overall(first.scores), targets, done, job.dataset.kind))
     rounds, every = config.federation.rounds or 0, config.checkpoint.every
     records: Iterator[PackDone | RoundDone] = iter(())
-    watch, live, course = Watch(folder, config), Live(folder, config), Course(folder, config, callbacks)
+    watch, live, course = Watch(folder, config), Live(folder, config, trackers), Course(folder, config, callbacks)
     stopped, factor, due = None, 1.0, False
     try:
         if done and course.best == done:  # the last session may have ended before it kept it

@@ -56,6 +56,7 @@ from rayfed_sub.telemetry.events import (
     Summary,
 )
 from rayfed_sub.telemetry.process_memory import give_back
+from rayfed_sub.telemetry.trackers import check_trackers
 
 Finisher = Callable[[Place, Listener], None]
 """Adds files to the folder of a finished run, such as its report."""
@@ -132,6 +133,7 @@ def _run(
         there = nodes()
         check_resources(config, there)
         check_settings(config, given)
+        check_trackers(config)
         # A plan does not know the memory of a cluster's nodes.
         here = not ray.is_initialized() or len(there) == 1
         if config.resources.workers:

@@ -36,7 +36,7 @@ _NEEDED = (
     *(f"{name}.parquet" for name in KINDS),
     *(f"{name}.parquet/{PARTS}" for name in KINDS),
     *("model.json", "model.safetensors"),
-    *("report.html", "tensorboard/*"),  # for people, but complete where summary.json is there
+    *("report.html", "tensorboard/*", "tracker-*.json"),  # for people, but complete where summary.json is there
 )
 
 Order = tuple[tuple[str, ...], ...]

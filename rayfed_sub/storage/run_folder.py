@@ -37,7 +37,7 @@ from rayfed_sub.telemetry.events import Beginning, Decided, RoundDone, Summary
 
 FREE = (
     *("resources.workers", "resources.state_memory", "resources.deadline"),
-    *("checkpoint.every", "federation.on_client_failure"),
+    *("checkpoint.every", "federation.on_client_failure", "trackers"),
     *("diagnostics.every", "diagnostics.clients", "diagnostics.layers", "diagnostics.gradient_layers"),
 )
 """Settings that may differ when a run is resumed: they do not change the weights."""

@@ -134,6 +134,11 @@ def checked(
     points = sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
+        if config.trackers:
+            allowed = "none in a sweep or study, whose trials are many runs"
+            raise UserError(
+                "trackers", list(config.trackers), allowed, "set trackers=[], and sweep.loggers for a sweep"
+            )
         check_resources(config, there)
         with_callbacks(config, ())  # those that the configuration names can be imported
     notify(Stage("starting Ray, reading tasks and models"))
