@@ -109,7 +109,7 @@ class Tracker:
     def _fail(self, cause: str) -> None:
         if not self._failed:
             self._failed = True
-            self._news.put(f"{self._label}: {cause}; the run goes on, and what is missing there is in its folder")
+            self._news.put(f"{self._label}: {cause}; the run goes on without it, and its folder has what is missing there")
 
     def _work(self) -> None:
         waiting: deque[_Point | _End] = deque()
@@ -216,6 +216,7 @@ def _open_wandb(folder: Path, config: Config) -> Tracked:
             disable_code=True,
             x_disable_meta=True,  # the command line
             x_save_requirements=False,
+            init_timeout=_SECONDS,
             finish_timeout=_SECONDS,
         ),
     )

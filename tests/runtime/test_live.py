@@ -1,4 +1,4 @@
-"""Live figures of a run: one mapping to numbers, TensorBoard's files, gauges on Ray's endpoint."""
+"""Live figures of a run: one mapping to numbers, TensorBoard's files, trackers, gauges on Ray's endpoint."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ import pandas as pd
 import pytest
 
 from rayfed_sub.config.loading import load_config
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, RoundRow, Score
 from rayfed_sub.runtime import live
 from rayfed_sub.runtime.live import Live
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import RunFolder, create, reopen
+from rayfed_sub.telemetry import trackers
 from rayfed_sub.telemetry.events import Beginning, RoundDone
 from rayfed_sub.telemetry.metrics import FIGURES, SUMMED, scalars
 from rayfed_sub.telemetry.tensorboard import Events
+from rayfed_sub.telemetry.trackers import Tracked
 
 CONFIG = load_config({"name": "kept", "federation": {"rounds": 9}})
 NOTHING = dict.fromkeys(SUMMED, 0.0)
@@ -226,6 +229,35 @@ def test_full_disk_ends_the_run_and_names_the_file(path: Path, gauges: Callable[
     (path / "tensorboard").write_text("in the way")
     with pytest.raises(RunError, match=r"^writing files: .*tensorboard: File exists$"):
         Live(reopen(Place(path), CONFIG), CONFIG)
+
+
+# ---- trackers
+
+
+def test_trackers_get_what_tensorboard_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayfed_sub import run
+    from rayfed_sub.runtime import session
+    from tests.end_to_end.test_runs import small
+
+    logged: list[tuple[int, Mapping[str, float]]] = []
+    ends: list[Any] = []
+
+    def opens(folder: Path, config: Config) -> Tracked:
+        assert config.method["rank"] == 4
+        return Tracked("here", -1, lambda step, values: logged.append((step, values)), ends.append)
+
+    # Not as a module: accelerate would take one of that name for the real one.
+    monkeypatch.setattr(session, "check_trackers", lambda config: None)
+    monkeypatch.setattr(trackers, "_open_mlflow", opens)
+    few = small("federation.rounds=1", "federation.clients=2", "trackers=[mlflow]", "task.max_rows=60")
+    summary = run(few, tmp_path / "run", lambda record: None)
+    assert [step for step, _ in logged] == [0, 1]
+    for tag in {**logged[0][1], **logged[1][1]}:
+        shown = points_of(tmp_path / "run" / "tensorboard", tag)
+        assert shown == [(step, pytest.approx(values[tag], rel=1e-6)) for step, values in logged if tag in values]
+    (told,) = ends
+    assert told["weights_sha256"] == summary.weights_sha256
+    assert told["wall_seconds"] == summary.wall_seconds > 0
 
 
 # ---- gauges
