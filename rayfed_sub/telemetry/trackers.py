@@ -109,7 +109,8 @@ class Tracker:
     def _fail(self, cause: str) -> None:
         if not self._failed:
             self._failed = True
-            self._news.put(f"{self._label}: {cause}; the run goes on without it, and its folder has what is missing there")
+            rest = "the run goes on without it, and its folder has what is missing there"
+            self._news.put(f"{self._label}: {cause}; {rest}")
 
     def _work(self) -> None:
         waiting: deque[_Point | _End] = deque()

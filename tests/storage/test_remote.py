@@ -292,10 +292,12 @@ def test_foreign_files_are_not_sent(store: Store, tmp_path: Path) -> None:
     (store.root / "checkpoints").mkdir(parents=True)
     for name in ("notes.txt", "checkpoints/notes.txt"):
         (store.root / name).write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tracker-mlflow.json").write_text("{}")  # the run's own: it is
     work(tmp_path / "run", store.mirror(), rounds=2)
     copy = store.mirror()
     copy.pull(tmp_path / "again")
-    assert local(tmp_path / "again") == local(tmp_path / "run")
+    assert local(tmp_path / "again") == local(tmp_path / "run") > {"tracker-mlflow.json"}
     atomic_files.write(tmp_path / "again" / ".log.jsonl", b"half")  # and an unfinished write is not sent
     work(tmp_path / "again", copy, rounds=4)
     assert {"notes.txt", "checkpoints/notes.txt"} == local(store.root) - local(tmp_path / "again")

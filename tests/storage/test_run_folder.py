@@ -264,7 +264,7 @@ def test_tables_without_a_finished_round_are_refused(tmp_path: Path) -> None:
 def test_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
     create(Place(tmp_path), CONFIG)
     free = ["resources.workers=7", "resources.state_memory=3MB", "resources.deadline=5", "checkpoint.every=4"]
-    free += ["resources.pack_size=4"]  # what auto stands for here
+    free += ["trackers=[wandb]", "resources.pack_size=4"]  # what auto stands for here
     settings = {"name": "kept", "federation": {"rounds": 2}}
     assert reopen(Place(tmp_path), load_config(settings, free)).path == tmp_path
     for override, message in {

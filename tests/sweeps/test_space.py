@@ -223,6 +223,16 @@ def test_metric_is_one_of_the_rows_labels(
         checked(sweep, nodes(), tmp_path, lambda record: None)
 
 
+@pytest.mark.parametrize("key", ["trackers=[wandb]", "sweep.space.trackers={grid: [[mlflow], []]}"])
+def test_trials_have_no_trackers(tmp_path: Path, key: str) -> None:
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"sweep": {"space": {"optimizer.lr": {"grid": [0.1, 0.2]}}}}))
+    sweep = load_sweep(tmp_path / "sweep.yaml", [key])
+    with pytest.raises(
+        UserError, match=r"^trackers: got \['\w+'\]; allowed: none in a sweep or study, .*; set trackers="
+    ):
+        checked(sweep, nodes(), tmp_path, lambda record: None)
+
+
 @pytest.mark.parametrize(
     ("there", "asked", "most"),
     [
