@@ -53,13 +53,15 @@ def config(*overrides: str) -> Config:
 @dataclass
 class Board:
     """What was sent to both libraries, in order.  online: steps that W&B's server has; offline, key: of this machine;
-    down: what MLflow's server raises at present."""
+    down: what MLflow's server raises at present; lost: its next answer
+    is, after it has stored what came."""
 
     calls: list[tuple[str, Any]] = field(default_factory=list)
     online: dict[str, int] = field(default_factory=dict)
     mode: str = "online"
     key: bool = True
     down: Exception | None = None
+    lost: bool = False
     runs: dict[str, SimpleNamespace] = field(default_factory=dict)
     experiments: dict[str, str] = field(default_factory=dict)
     history: dict[str, list[tuple[str, int, float]]] = field(default_factory=dict)
@@ -179,6 +181,9 @@ def fake_mlflow(board: Board) -> ModuleType:
                 if data.params.setdefault(param.key, param.value) != param.value:
                     raise MlflowException("Changing param values is not allowed")
             data.tags.update({tag.key: tag.value for tag in tags})
+            if board.lost:
+                board.lost = False
+                raise ConnectionError("no answer")
 
     def record(*names: str) -> Callable[..., Any]:
         return lambda *values: SimpleNamespace(**dict(zip(names, values, strict=True)))
@@ -294,6 +299,17 @@ def test_environment_names_project_and_experiment(
     given.settings.project = "another"
     session(tmp_path, config(), [1])
     assert board.of("wandb.init")[1]["project"] == "mine"  # where the run is
+
+
+def test_values_whose_receipt_is_lost_are_not_sent_again(board: Board, tmp_path: Path) -> None:
+    (tracker,) = trackers_of(tmp_path, config("trackers=[mlflow]"), lambda notice: None)
+    wait_for(lambda: bool(board.runs) and bool(board.runs["run-0"].data.params))
+    board.lost = True
+    tracker.add(0, {"round/finished": 0.0})
+    wait_for(lambda: not board.lost)
+    tracker.add(1, {"round/finished": 1.0})
+    tracker.finish(SUMMARY)
+    assert [step for name, step, _ in board.history["run-0"] if name == "round/finished"] == [0, 1]
 
 
 def wait_for(met: Callable[[], bool], seconds: float = 10.0) -> None:
