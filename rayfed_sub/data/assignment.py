@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rayfed_sub.data.rows import Ints, RowNumbers
 
-_AT_ONCE = 2**18  # rows, or names, that a pass over all clients has in memory
+_AT_ONCE = 2**16  # rows that a pass over all clients has in hand: what fits into a cache
+_TAIL = 5  # digits of a client's number that are written once for all clients
+_ALIKE = 10**_TAIL
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,24 +122,14 @@ class NumberedClients(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def coded(self) -> Iterator[bytes]:
-        """For digests: the names, each with the number of its bytes before it, as `coded_names`."""
-        digits = 1
-        while (first := 10 ** (digits - 1) if digits > 1 else 0) < self.clients:
-            for begin in range(first, min(self.clients, 10**digits), _AT_ONCE):
-                yield _coded_numbers(np.arange(begin, min(begin + _AT_ONCE, self.clients, 10**digits)), digits)
-            digits += 1
-
-
-def _coded_numbers(numbers: Ints, digits: int) -> bytes:
-    """`coded_names` of clients whose numbers have so many digits."""
-    head = np.frombuffer(next(coded_names(["client " + "0" * digits]))[:-digits], np.uint8)
-    coded = np.empty((len(numbers), len(head) + digits), np.uint8)
-    coded[:, : len(head)] = head
-    left: NDArray[np.integer] = numbers.astype(np.uint32) if digits < 10 else numbers
-    for place in range(coded.shape[1] - 1, len(head) - 1, -1):
-        left, digit = left // 10, left % 10
-        coded[:, place] = digit + ord("0")
-    return coded.tobytes()
+        """For digests: the names, as `coded_names`."""
+        yield from coded_names(self[:_ALIKE])
+        tails = np.frombuffer("".join(f"{number:0{_TAIL}}" for number in range(_ALIKE)).encode(), np.uint8)
+        for begin in range(_ALIKE, self.clients, _ALIKE):
+            first = next(coded_names([self[begin]]))
+            coded = np.empty((_ALIKE, len(first)), np.uint8)
+            coded[:, :-_TAIL], coded[:, -_TAIL:] = list(first[:-_TAIL]), tails.reshape(_ALIKE, _TAIL)
+            yield coded[: self.clients - begin].tobytes()
 
 
 def coded_names(names: Sequence[str]) -> Iterator[bytes]:
