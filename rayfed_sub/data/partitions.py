@@ -121,11 +121,12 @@ def _resampled(rows: int, clients: int, each: int, seed: int) -> Assignment:
         raise UserError(field, each, allowed, "lower it or use more rows")
     draws, dtype, last_t = stream(seed, "partition"), row_dtype(rows), range(rows - each, rows)
     drawn_ct = np.empty((clients, each), dtype)
-    for t, last in enumerate(last_t):
-        drawn_ct[:, t] = draws.integers(0, last, clients, dtype, endpoint=True)
     some = max(_AT_ONCE // each, 2**10)
-    for begin in range(0, clients, some):
-        own_ct = drawn_ct[begin : begin + some]
+    blocks = [drawn_ct[begin : begin + some] for begin in range(0, clients, some)]
+    for t, last in enumerate(last_t):
+        for own_ct in blocks:
+            own_ct[:, t] = draws.integers(0, last, len(own_ct), dtype, endpoint=True)
+    for own_ct in blocks:
         own_tc = own_ct.T.copy()
         for t, last in enumerate(last_t):
             own_tc[t][(own_tc[:t] == own_tc[t]).any(axis=0)] = last
