@@ -63,7 +63,7 @@ def dealt(problem: Problem, clients: int, alpha: float, seed: int) -> list[Ints]
     partition = Partition(kind="dirichlet", column="label", alpha=alpha)
     federation = Federation(clients=clients, partition=partition, rounds=1)
     names = [str(k) for k in range(clients)]
-    return partitioned([str(y) for y in problem.y_R], names, federation, seed)
+    return [rows.astype(np.int64) for rows in partitioned([str(y) for y in problem.y_R], names, federation, seed)]
 
 
 def rounds(

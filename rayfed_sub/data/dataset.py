@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 from rayfed_sub.config.checks import no_validation, not_given
 from rayfed_sub.config.schema import GIVEN, Federation, Task
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.assignment import Assignment, NumberedClients, row_dtype
 from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint
 from rayfed_sub.data.given import GivenRows, check_left, given_table, own_pairs
 from rayfed_sub.data.kept import kept
 from rayfed_sub.data.objects import AsTheyAre
 from rayfed_sub.data.pairs import Kind, Pairs, canonical, distinct, ordered
-from rayfed_sub.data.partitions import key_column, offsets_of, partitioned
+from rayfed_sub.data.partitions import key_column, partitioned
 from rayfed_sub.data.prepared import Prepared, prepared
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
-from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.data.rows import Ints, RowNumbers, Rows
 from rayfed_sub.data.sources import listed
 from rayfed_sub.data.splits import Judged, Splits, judged_clients, numbered, split_rows
 from rayfed_sub.data.table_pairs import table_pairs
@@ -89,27 +90,27 @@ class Dataset:
     class_names: in the order of the class numbers, empty for language modelling; client_names: the value of the
     partition's column, or "client 3"; held_out_clients int64: the client whose data a held-out row resembles
     (`judged_clients`); train_keys int32: key_names[train_keys[i]] is the value of the partition's column in training
-    row i, "" without one; client_rows int64: indices into train, all clients one after the other; client_offsets int64
-    (clients + 1,).
+    row i, "" without one; client_rows, client_offsets: indices into train, as `Assignment` has them.
     """
 
     kind: Kind
     train: AnyRows
     held_out: AnyRows
     class_names: tuple[str, ...]
-    client_names: tuple[str, ...]
+    client_names: Sequence[str]
     held_out_clients: Ints
     train_keys: NDArray[np.int32]
     key_names: tuple[str, ...]
-    client_rows: Ints
+    client_rows: RowNumbers
     client_offsets: Ints
     row_counts: RowCounts
     fingerprint: Fingerprint
     split: str
 
     def rows_of(self, client: int) -> Ints:
-        """The client's indices into train, int64, sorted, a view."""
-        return self.client_rows[self.client_offsets[client] : self.client_offsets[client + 1]]
+        """The client's indices into train, int64, sorted."""
+        begin, end = self.client_offsets[client : client + 2]
+        return self.client_rows[begin:end].astype(np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +186,7 @@ def build_dataset(
 def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, judged: Judged = "held-out") -> Dataset:
     """The data set of prepared rows: their splits, and the clients' shares."""
     rows, sizes, cuts = found.rows, found.sizes, found.cuts
-    names = found.client_names or tuple(f"client {client}" for client in range(federation.clients))
+    names = found.client_names or NumberedClients(federation.clients)
     split = split_rows([found.questions, found.inputs], found.keys, task, found.splits)
     chosen = split.held_out if judged == "held-out" else split.validation
     if not len(chosen):
@@ -195,7 +196,7 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
     judged_by = judged_clients(keys[chosen], keys[split.train], key_names, dealt, seed)
     # From here on in rows of tokens.
     trained, every = _Places(sizes[split.train]), _Places(sizes)
-    parts = [trained.of(part) for part in dealt]
+    dealt = trained.of_each(dealt)
     judged_by, keys = np.repeat(judged_by, sizes[chosen]), np.repeat(keys, sizes)
     chosen = every.of(chosen)
     splits = Splits(
@@ -213,8 +214,8 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
         held_out_clients=judged_by,
         train_keys=keys[splits.train],
         key_names=key_names,
-        client_rows=np.concatenate(parts),
-        client_offsets=offsets_of(parts),
+        client_rows=dealt.rows,
+        client_offsets=dealt.offsets,
         row_counts=RowCounts(
             read=found.read,
             strange=found.read - found.wanted,
@@ -234,7 +235,7 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
             transparent=found.transparent,
             deep=found.deep,
         ),
-        fingerprint=fingerprint(found.digest, found.hashes, splits, names, parts, judged_by),
+        fingerprint=fingerprint(found.digest, found.hashes, splits, names, dealt, judged_by),
         split=_split_name(task, judged, found.splits.names),
     )
 
@@ -248,7 +249,7 @@ class _Places:
 
     def __init__(self, sizes: Ints) -> None:
         """sizes: rows of tokens of each row of the table."""
-        self._sizes, self._begins = sizes, np.cumsum(sizes) - sizes
+        self._sizes, self._begins = sizes, _begins(sizes)
         self._one_each = bool((sizes == 1).all())
 
     def of(self, units: Ints) -> Ints:
@@ -256,8 +257,26 @@ class _Places:
         if self._one_each:
             return units
         own, begins = self._sizes[units], self._begins[units]
-        rows: Ints = np.arange(own.sum()) + np.repeat(begins - (np.cumsum(own) - own), own)
+        rows: Ints = np.arange(own.sum()) + np.repeat(begins - _begins(own), own)
         return rows
+
+    def of_each(self, units: Assignment) -> Assignment:
+        """The rows of tokens of each client's rows of the table."""
+        if self._one_each:
+            return units
+        counts = [np.add.reduceat(self._sizes[block.rows], _begins(block.sizes)) for block in units.blocks()]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        rows, end = np.empty(offsets[-1], row_dtype(int(self._sizes.sum()))), 0
+        for block in units.blocks():
+            own = self.of(block.rows.astype(np.int64))
+            rows[end : end + len(own)] = own
+            end += len(own)
+        return Assignment(rows, offsets)
+
+
+def _begins(sizes: Ints) -> Ints:
+    begins: Ints = np.cumsum(sizes) - sizes
+    return begins
 
 
 def _split_name(task: Task, judged: Judged, official: Sequence[str]) -> str:

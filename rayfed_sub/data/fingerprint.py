@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfed_sub.data.assignment import Assignment, coded_names
 from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.columns import forget
 from rayfed_sub.data.images import Images
@@ -37,22 +39,22 @@ def fingerprint(
     hashes: NDArray[np.uint8],
     splits: Splits,
     client_names: Sequence[str],
-    parts: Sequence[Ints],
+    dealt: Assignment,
     judged_clients: Ints,
 ) -> Fingerprint:
     """The fingerprint of all rows, of which `splits` holds the numbers.  rows: their digest (`of_rows`); hashes: each
-    row's; parts: the clients' numbers of training rows."""
+    row's; dealt: the clients' numbers of training rows."""
     return Fingerprint(
         count=len(hashes),
         rows=rows,
-        splits=_sum([hashes[part].tobytes() for part in (splits.train, splits.validation, splits.held_out)]),
-        owners=_sum([*_encoded(client_names), *(part.tobytes() for part in parts), judged_clients.tobytes()]),
+        splits=_sum(_led(hashes[part].tobytes() for part in (splits.train, splits.validation, splits.held_out))),
+        owners=_sum(chain(coded_names(client_names), dealt.coded(), _led([judged_clients.tobytes()]))),
     )
 
 
 def of_rows(rows: AnyRows, hashes: NDArray[np.uint8], class_names: Sequence[str]) -> str:
     """The digest of the rows in any order and of their classes' names, in hex.  hashes: of each row."""
-    return _sum([*_encoded(class_names), *_settings(rows), _sorted(hashes)])
+    return _sum(chain(coded_names(class_names), _led([*_settings(rows), _sorted(hashes)])))
 
 
 def hashes(rows: AnyRows) -> NDArray[np.uint8]:
@@ -123,18 +125,19 @@ def _settings(rows: AnyRows) -> list[bytes]:
     return [rows.mean.tobytes(), rows.std.tobytes()] if isinstance(rows, Images) else []
 
 
-def _encoded(names: Sequence[str]) -> list[bytes]:
-    return [name.encode("utf-8", errors="surrogatepass") for name in names]  # JSON can bring in lone surrogates
-
-
 def _short(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _sum(parts: Sequence[bytes]) -> str:
-    """Each part with its length before it, so that no two sequences of parts read the same."""
-    digest = hashlib.sha256()
+def _led(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Each part after its length, so that no two sequences of parts read the same."""
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
+        yield len(part).to_bytes(8, "little")
+        yield part
+
+
+def _sum(led: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in led:
         digest.update(part)
     return digest.hexdigest()

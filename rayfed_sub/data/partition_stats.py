@@ -47,7 +47,7 @@ class PartitionStats:
     counted: Literal["classes", "keys"]
     value_column: str | None
     judged: str
-    clients: tuple[str, ...]
+    clients: Sequence[str]
     values: tuple[str, ...]
     rows_C: Ints
     tokens_C: NDArray[np.float64] | None

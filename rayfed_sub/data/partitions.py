@@ -16,6 +16,7 @@ from rayfed_sub.config.schema import BY_CLIENT, BY_SOURCE, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data import python_docs
+from rayfed_sub.data.assignment import Assignment, row_dtype
 from rayfed_sub.data.client_keys import topped_up
 from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.readers import CLIENT
@@ -23,6 +24,8 @@ from rayfed_sub.data.rows import Ints
 from rayfed_sub.data.tasks import TASKS
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 2**18  # drawn rows that are looked through at a time
 
 DIRICHLET_DRAWS = 10
 """Dirichlet shares are drawn again, this many times at most, while they leave a client without rows."""
@@ -71,8 +74,8 @@ def largest_keys(
     return tuple(sorted(counts, key=lambda key: (-counts[key], key))[:most])
 
 
-def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federation, seed: int) -> list[Ints]:
-    """Each client's row numbers, sorted.  keys: the training rows'; names: the clients' (kind=column: keys).
+def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federation, seed: int) -> Assignment:
+    """Each client's row numbers.  keys: the training rows'; names: the clients' (kind=column: keys).
 
     Disjoint, except with `resample`, and complete.  `iid`, `dirichlet`, `shards` and `power-law` are flwr-datasets'
     partitioners over the shuffled rows; `column` and `pool` need one line of numpy each, and not the seconds of
@@ -102,25 +105,34 @@ def partitioned(keys: Sequence[str], names: Sequence[str], federation: Federatio
         parts = _sized(power_law_sizes(len(keys), clients, federation.partition.exponent), seed)
     else:
         parts = dirichlet(keys, clients, federation.partition.alpha, seed)
-    for name, part in zip(names, parts, strict=True):
-        if not len(part):
-            allowed = f"at least one row for every client ({name} has none)"
-            raise UserError("federation.clients", clients, allowed, "lower federation.clients or use more rows")
-    return parts
+    dealt = Assignment.of(parts)
+    if len(empty := np.flatnonzero(dealt.sizes == 0)):
+        allowed = f"at least one row for every client ({names[int(empty[0])]} has none)"
+        raise UserError("federation.clients", clients, allowed, "lower federation.clients or use more rows")
+    return dealt
 
 
-def _resampled(rows: int, clients: int, each: int, seed: int) -> list[Ints]:
+def _resampled(rows: int, clients: int, each: int, seed: int) -> Assignment:
     """`each` different rows for every client, every subset equally likely: Floyd's algorithm (Bentley and Floyd, CACM
-    30(9), 1987), all clients at a time.  Draw t comes from the first rows - each + t + 1 rows; one that the client has
-    already gives way to the last of them, which it cannot have."""
+    30(9), 1987).  Draw t, of all clients at a time, comes from the first rows - each + t + 1 rows; one that the client
+    has already gives way to the last of them, which it cannot have."""
     if each > rows:
         field, allowed = "federation.partition.rows_per_client", f"1 to {rows}, the number of training rows"
         raise UserError(field, each, allowed, "lower it or use more rows")
-    last_k = np.arange(rows - each, rows)[:, None]
-    drawn_kc = stream(seed, "partition").integers(0, last_k, (each, clients), endpoint=True)
-    for drawn_c, last, before_kc in ((drawn_kc[t], last_k[t], drawn_kc[:t]) for t in range(each)):
-        drawn_c[(before_kc == drawn_c).any(axis=0)] = last
-    return list(np.sort(drawn_kc.T, axis=1))
+    draws, dtype, last_t = stream(seed, "partition"), row_dtype(rows), range(rows - each, rows)
+    drawn_ct = np.empty((clients, each), dtype)
+    some = max(_AT_ONCE // each, 2**10)
+    blocks = [drawn_ct[begin : begin + some] for begin in range(0, clients, some)]
+    for t, last in enumerate(last_t):
+        for own_ct in blocks:
+            own_ct[:, t] = draws.integers(0, last, len(own_ct), dtype, endpoint=True)
+    for own_ct in blocks:
+        own_tc = own_ct.T.copy()
+        for t, last in enumerate(last_t):
+            own_tc[t][(own_tc[:t] == own_tc[t]).any(axis=0)] = last
+        own_ct[:] = own_tc.T
+        own_ct.sort(axis=1)
+    return Assignment(drawn_ct.reshape(-1), np.arange(clients + 1, dtype=np.int64) * each)
 
 
 def _iid(rows: int, clients: int, seed: int) -> list[Ints]:
@@ -219,8 +231,3 @@ def _dealt(partitioner: Any, order: Ints, keys: Sequence[str | int] | None) -> l
     partitioner.dataset = datasets.Dataset.from_dict({"row": order, **({"key": keys} if keys else {})})
     parts = [partitioner.load_partition(client) for client in range(partitioner.num_partitions)]
     return [np.sort(np.asarray(part["row"][:], dtype=np.int64)) for part in parts]
-
-
-def offsets_of(parts: Sequence[Ints]) -> Ints:
-    """Offsets of the parts once they are joined, int64 (parts + 1,)."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum([len(part) for part in parts], dtype=np.int64)])

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+RowNumbers = NDArray[np.int32 | np.int64]
 
 _AT_ONCE = 10_000  # rows that are copied at a time
 

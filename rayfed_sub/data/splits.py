@@ -7,7 +7,7 @@ Everything is an array of row numbers: no row is copied, and each draw has a str
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,13 +17,19 @@ from numpy.typing import NDArray
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
+from rayfed_sub.data.assignment import Assignment, row_dtype
 from rayfed_sub.data.columns import Labels, numbers_of
 from rayfed_sub.data.pairs import digests
-from rayfed_sub.data.rows import Ints
+from rayfed_sub.data.rows import Ints, RowNumbers
 
 log = logging.getLogger(__name__)
 
 Judged = Literal["held-out", "validation"]
+
+Weights = tuple[Ints, Ints, Ints]
+"""Group, client and weight, or what was made of it: arrays of equal length."""
+_NONE: Weights = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
+_AT_ONCE = 2**16  # entries that wait to be ranked
 
 _DISTINGUISH = "or let task.prompt, and task.max_length or task.image_size, make rows differ"
 
@@ -164,35 +170,114 @@ def judged_clients(
     judged_keys: NDArray[np.int32],
     train_keys: NDArray[np.int32],
     key_names: Sequence[str],
-    parts: Sequence[Ints],
+    dealt: Assignment,
     seed: int,
 ) -> Ints:
     """For each judged row the client whose data it resembles, int64 (judged rows,).
 
     The rows of each key are dealt out in proportion to the clients' shares of that key's training rows, by largest
     remainders, equals to the lower client; in which order is the seed's.  A key without training rows counts as all
-    keys together.  judged_keys, train_keys: numbers into key_names; parts: the clients' training rows.
+    keys together.  judged_keys, train_keys: numbers into key_names; dealt: the clients' training rows.
 
     >>> keys = np.array([0, 0, 0, 0, 1, 1], np.int32)
-    >>> parts = [np.array([0, 1, 2]), np.array([3, 4, 5])]
-    >>> judged_clients(np.array([1, 1, 0], np.int32), keys, ("x", "y"), parts, seed=0).tolist()
+    >>> dealt = Assignment.of([np.array([0, 1, 2]), np.array([3, 4, 5])])
+    >>> judged_clients(np.array([1, 1, 0], np.int32), keys, ("x", "y"), dealt, seed=0).tolist()
     [1, 1, 0]
     """
-    sizes = np.asarray([len(part) for part in parts], np.int64)
-    holders = np.repeat(np.arange(len(parts)), sizes)
-    # Pairs of key and client as one number each: a table of all of them would be large with many keys.
-    held, counts = np.unique(train_keys[np.concatenate(parts)] * np.int64(len(parts)) + holders, return_counts=True)
+    rows_K = np.bincount(judged_keys, minlength=len(key_names))
+    held_K = np.zeros(len(key_names), np.int64)
+    for block in dealt.blocks():
+        held_K += np.bincount(train_keys[block.rows], minlength=len(key_names))
+    own = apportioned(np.where(held_K > 0, rows_K, 0), held_K, _holdings(dealt, train_keys, len(key_names)))
+    # Keys without training rows and with equally many judged ones are dealt out alike.
+    bare, alike_K = np.unique(np.where(held_K > 0, 0, rows_K), return_inverse=True)
+    every = apportioned(bare, np.full(len(bare), len(dealt.rows)), _sizes(dealt, np.flatnonzero(bare)))
     owners = np.empty(len(judged_keys), np.int64)
     for key, rows in enumerate(_by_number(judged_keys, len(key_names))):
         if not len(rows):
             continue
-        low, high = np.searchsorted(held, [key * len(parts), (key + 1) * len(parts)])
-        clients, weights = held[low:high] - key * len(parts), counts[low:high]
-        if low == high:
-            clients, weights = np.arange(len(parts)), sizes
-        dealt = np.repeat(clients, _apportioned(len(rows), weights))
-        owners[stream(seed, "judged rows", key_names[key]).permutation(rows)] = dealt
+        clients = own[key] if held_K[key] else every[alike_K[key]]
+        owners[stream(seed, "judged rows", key_names[key]).permutation(rows)] = clients
     return owners
+
+
+def _holdings(dealt: Assignment, train_keys: NDArray[np.int32], keys: int) -> Iterator[Weights]:
+    """Rows of each key that each client has, where it has any."""
+    for block in dealt.blocks():
+        # Pairs of client and key as one number each: a table of all of them would be large with many keys.
+        clients = len(block.sizes)
+        firsts = np.arange(0, clients * keys, keys, dtype=row_dtype(clients * keys))
+        pairs: RowNumbers = np.repeat(firsts, block.sizes)
+        pairs += train_keys[block.rows]
+        pairs.sort()
+        begins = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
+        held: Ints = pairs[begins].astype(np.int64)
+        clients_P = held // keys
+        yield held - clients_P * keys, block.first + clients_P, np.diff(begins, append=len(pairs))
+
+
+def _sizes(dealt: Assignment, groups: Ints) -> Iterator[Weights]:
+    """All rows of each client, for each of the groups."""
+    for block in dealt.blocks() if len(groups) else ():
+        clients = np.arange(block.first, block.first + len(block.sizes))
+        for group in groups:
+            yield np.full(len(clients), group), clients, block.sizes
+
+
+def apportioned(rows_G: Ints, total_G: Ints, weights: Iterable[Weights]) -> list[Ints]:
+    """Each group's rows dealt out in proportion to whole weights, exactly: largest remainders, equals to the lower
+    client.  For each group the clients of its rows, ascending.
+
+    weights: group, client and weight, some at a time; of each group the clients ascend.  total_G: the sums of the
+    groups' weights.  Memory: in proportion to the rows that are dealt out, whatever the number of clients.
+
+    >>> weights = [(np.array([0, 0, 0]), np.array([4, 5, 7]), np.array([2, 1, 1]))]
+    >>> [part.tolist() for part in apportioned(np.array([5]), np.array([4]), weights)]  # 2.5, 1.25 and 1.25
+    [[4, 4, 4, 5, 7]]
+    """
+    # No group needs more remainders than it has rows; below the last of so many, none of a later client counts.
+    beaten_G = np.where(rows_G > 0, np.int64(-1), np.iinfo(np.int64).max)
+    best, found, waiting = _NONE, [_NONE], 0
+    wholes = [_NONE]
+    for groups, clients, weight in weights:
+        product = rows_G[groups] * weight
+        kept = np.flatnonzero(product > beaten_G[groups])
+        own = groups[kept]
+        shares, remainders = np.divmod(product[kept], total_G[own])
+        whole = shares > 0
+        wholes.append((own[whole], clients[kept][whole], shares[whole]))
+        found.append((own, clients[kept], remainders))
+        waiting += len(kept)
+        if waiting > max(_AT_ONCE, len(best[0])):
+            best, found, waiting = _largest([best, *found], rows_G), [], 0
+            last = np.flatnonzero(_ranks(best[0]) == rows_G[best[0]] - 1)
+            beaten_G[best[0][last]] = best[2][last]
+    groups, clients, shares = _joined(wholes)
+    missing_G = rows_G.copy()
+    np.subtract.at(missing_G, groups, shares)
+    more_groups, more_clients, _ = _largest([best, *found], missing_G)
+    groups_R = np.concatenate([np.repeat(groups, shares), more_groups])
+    clients_R = np.concatenate([np.repeat(clients, shares), more_clients])
+    return np.split(clients_R[np.lexsort((clients_R, groups_R))], np.cumsum(rows_G)[:-1])
+
+
+def _largest(parts: Sequence[Weights], most_G: Ints) -> Weights:
+    """Of each group the largest remainders, as many as it may have, the first of equals the lower client."""
+    groups, clients, remainders = _joined(parts)
+    order = np.lexsort((clients, -remainders, groups))
+    groups, clients, remainders = groups[order], clients[order], remainders[order]
+    kept = _ranks(groups) < most_G[groups]
+    return groups[kept], clients[kept], remainders[kept]
+
+
+def _ranks(groups: Ints) -> Ints:
+    """The place of each entry among those of its group, which lie side by side."""
+    return np.arange(len(groups)) - np.searchsorted(groups, groups)
+
+
+def _joined(parts: Sequence[Weights]) -> Weights:
+    groups, clients, figures = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return groups, clients, figures
 
 
 def numbered(keys: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int32]]:
@@ -204,13 +289,6 @@ def numbered(keys: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int32]]:
     """
     labels = Labels.of(keys).compact()
     return labels.names, labels.numbers
-
-
-def _apportioned(rows: int, weights: Ints) -> Ints:
-    """`rows` in proportion to whole weights, exactly: largest remainders, equals to the lower index."""
-    shares, remainders = np.divmod(rows * weights, weights.sum())
-    shares[np.argsort(-remainders, kind="stable")[: rows - int(shares.sum())]] += 1
-    return shares
 
 
 def _by_number(numbers: NDArray[np.int32], count: int, among: NDArray[np.bool_] | None = None) -> list[Ints]:

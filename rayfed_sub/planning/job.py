@@ -38,7 +38,7 @@ from rayfed_sub.planning.call import NOTHING, Given, code_digests
 from rayfed_sub.planning.first_step import check_first_step
 from rayfed_sub.planning.machines import Node, most_workers
 from rayfed_sub.planning.packs import any_pack
-from rayfed_sub.planning.sampling import judged_rows, local_steps
+from rayfed_sub.planning.sampling import every_local_steps, judged_rows
 from rayfed_sub.privacy.accountant import NOISES, noise_of
 
 
@@ -347,11 +347,10 @@ def _rounds(config: Config, dataset: Dataset) -> int:
     if federation.epochs is None:
         assert federation.rounds is not None, "the configuration says one of rounds and epochs"
         return federation.rounds
-    rows: list[int] = np.diff(dataset.client_offsets).tolist()
-    batches = [min(federation.batch_size, count) for count in rows]
-    a_round_of_all = sum(local_steps(config, client) * size for client, size in enumerate(batches))
+    rows_C = np.diff(dataset.client_offsets)
+    a_round_of_all = int((every_local_steps(config) * np.minimum(rows_C, federation.batch_size)).sum())
     present = federation.cohort * federation.availability  # clients, on average
-    needed = federation.epochs * sum(rows) * federation.clients / (a_round_of_all * present)
+    needed = federation.epochs * int(rows_C.sum()) * federation.clients / (a_round_of_all * present)
     return math.ceil(needed - 1e-9)  # rounding must not add a round
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayfed_sub.config.schema import Config, StepRange
 from rayfed_sub.core.rng import stream
@@ -75,6 +76,14 @@ def local_steps(config: Config, client: int) -> int:
     if isinstance(steps, StepRange):
         return int(stream(config.seed, "local steps", client).integers(steps.low, steps.high, endpoint=True))
     return steps[client % len(steps)]
+
+
+def every_local_steps(config: Config) -> NDArray[np.int64]:
+    """`local_steps` of all clients, int64 (clients,)."""
+    steps, clients = config.federation.local_steps, config.federation.clients
+    if isinstance(steps, StepRange):  # a stream each
+        return np.fromiter((local_steps(config, client) for client in range(clients)), np.int64, clients)
+    return np.resize(np.asarray(steps, np.int64), clients)
 
 
 def local_length(config: Config, n: int, client: int, lr_factor: float = 1.0) -> float:

@@ -29,7 +29,7 @@ from rayfed_sub.planning.call import NOTHING, Given, named
 from rayfed_sub.planning.job import Job, check_resources, check_settings, prepare
 from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.cluster import joined, nodes, put_rows, ray_session_aside
-from rayfed_sub.runtime.object_store import Shared
+from rayfed_sub.runtime.object_store import Shared, get
 from rayfed_sub.runtime.rounds import Listener, carry_out
 from rayfed_sub.runtime.worker import Spec
 from rayfed_sub.storage import checkpoints
@@ -163,6 +163,7 @@ def _run(
             put, put_data = (ray.put, put_rows) if config.resources.workers else (_unchanged, _unchanged)
             # No name here may hold the weights for the whole run.
             shared = Shared(put(spec_of(job)), put(loading.pop().result()), put_data(job.dataset))
+            job = replace(job, dataset=get(shared.dataset))  # in memory once
             plans = partial(_planned_bytes, planned, notify)
             summary = carry_out(job, shared, folder, notify, began, plans, callbacks)
         with ThreadPoolExecutor(1) as pool:

@@ -13,6 +13,7 @@ import pytest
 
 from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.assignment import Assignment
 from rayfed_sub.data.batching import IGNORED, collate
 from rayfed_sub.data.chats import Chat, ChatError, Turn, read_chats
 from rayfed_sub.data.dataset import load_dataset, load_pairs, too_long
@@ -129,7 +130,7 @@ def test_mask_is_part_of_a_chat_s_digest() -> None:
     other = replace(rows, learned=last)
     parts = Splits(*(np.arange(2) for _ in range(4)))
     one, two = (
-        fingerprint(of_rows(made, hashes(made), ()), hashes(made), parts, (), [], np.arange(0))
+        fingerprint(of_rows(made, hashes(made), ()), hashes(made), parts, (), Assignment.of([]), np.arange(0))
         for made in (rows, other)
     )
     assert one.rows != two.rows

@@ -17,6 +17,7 @@ from rayfed_sub import run
 from rayfed_sub.config.loading import load_config, yaml_text
 from rayfed_sub.config.schema import Config, Federation, Task
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.assignment import Assignment
 from rayfed_sub.data.dataset import Dataset, load_dataset
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint, hashes, of_rows
 from rayfed_sub.data.images import Images
@@ -117,9 +118,8 @@ def test_images_differ_by_pixels_labels_and_processor() -> None:
         pixels: Any = pixels, classes: Any = (0, 1, 0, 1), mean: float = 0.5, names: Any = ("x", "y")
     ) -> Fingerprint:
         images = Images.of(list(pixels), classes, [mean] * 3, [0.5] * 3)
-        return fingerprint(
-            of_rows(images, hashes(images), names), hashes(images), splits, ("k",), [np.array([0, 1])], np.array([0])
-        )
+        dealt = Assignment.of([np.array([0, 1])])
+        return fingerprint(of_rows(images, hashes(images), names), hashes(images), splits, ("k",), dealt, np.array([0]))
 
     other = pixels.copy()
     other[2, 0, 0, 0] += 1

@@ -8,6 +8,7 @@ import pytest
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.assignment import Assignment
 from rayfed_sub.data.splits import Splits, drawn_rows, judged_clients, questions_asked, split_rows
 
 # --- held-out rows
@@ -164,8 +165,8 @@ def test_questions_with_equal_tokens_are_in_one_split() -> None:
 
 def owners(judged: list[int], train: list[int], parts: list[list[int]], seed: int = 0) -> list[int]:
     names = tuple(f"key {i}" for i in range(max(judged + train) + 1))
-    arrays = [np.asarray(part, np.int64) for part in parts]
-    return judged_clients(np.asarray(judged, np.int32), np.asarray(train, np.int32), names, arrays, seed).tolist()
+    dealt = Assignment.of([np.asarray(part, np.int64) for part in parts])
+    return judged_clients(np.asarray(judged, np.int32), np.asarray(train, np.int32), names, dealt, seed).tolist()
 
 
 def test_key_of_one_client_goes_to_that_client() -> None:

@@ -9,7 +9,7 @@ import pytest
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.planning.sampling import cohort, learning_rate, local_steps
+from rayfed_sub.planning.sampling import cohort, every_local_steps, learning_rate, local_steps
 
 
 def config(**federation: object) -> Config:
@@ -37,6 +37,10 @@ def test_local_steps_by_number_list_and_range() -> None:
     drawn = [local_steps(config(local_steps={"low": 2, "high": 4}), k) for k in range(50)]
     assert set(drawn) == {2, 3, 4}
     assert drawn == [local_steps(config(local_steps={"low": 2, "high": 4}), k) for k in range(50)]
+    for steps in (3, [1, 5, 2], {"low": 2, "high": 4}):
+        of_all = config(local_steps=steps)
+        each = [local_steps(of_all, k) for k in range(of_all.federation.clients)]
+        assert every_local_steps(of_all).tolist() == each
 
 
 def test_reversed_range_is_refused() -> None:
