@@ -102,7 +102,8 @@ def test_method_group_lists_every_field_of_every_method() -> None:
     entries = {}
     for begin, end in zip(begins, ends, strict=True):
         name, _, default = lines[begin].strip().partition("=")
-        for method in lines[end - 1].strip().removeprefix("methods: ").split(", "):
+        whose = " ".join(line.strip() for line in lines[begin:end]).rpartition("methods: ")[2]
+        for method in whose.split(", "):
             entries[method, name.removeprefix("method.")] = default
     for method in METHODS:
         for field, value in vars(class_of(method)()).items():
