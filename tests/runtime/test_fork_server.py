@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def command() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_joins", lambda address: False)  # the tests' own Ray may be up
-        with fork_server(wanted=True, modules=("colorsys",)) as found:
-            assert found is not None
-            yield found
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_joins", lambda address: False)  # the tests' own Ray may be up
+            found = stack.enter_context(fork_server(wanted=True, modules=("colorsys",)))
+        assert found is not None
+        yield found
 
 
 def told(command: Sequence[str], script: Path, *words: str) -> dict[str, Any]:
