@@ -7,7 +7,7 @@ partition's column.  Legend: C clients, S classes or keys that are shown, G grou
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from logging.handlers import BufferingHandler
 from typing import Any, Literal
@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfed_sub.config.schema import Config
+from rayfed_sub.data.assignment import Assignment
 from rayfed_sub.data.dataset import Dataset, RowCounts, load_dataset
 from rayfed_sub.data.labels import NOBODY, bins
 from rayfed_sub.data.objects import Objects
 from rayfed_sub.data.partitions import key_column
 from rayfed_sub.data.processors import Processor
-from rayfed_sub.data.rows import Ints, Rows
+from rayfed_sub.data.rows import Ints, RowNumbers, Rows
 from rayfed_sub.data.tasks import filled
 
 SHOWN = 20
@@ -36,7 +37,7 @@ class PartitionStats:
     stand in, None where rows have neither a label nor a key; then there is one value, "all".  values: largest first;
     rows_C; tokens_C: the median of a client's rows, None for images; judged_C: held-out (or validation) rows that are
     like the client's, by its keys; distance_C and skew: of the values, see `skew`.
-    holders, held, counts: client, value and rows of every pair that has any, by client.
+    dealt: the clients' rows; values_R: the numbers of each training row's values.
     split: the name of the judged split.  notes: messages logged while the rows were read.  problem: the kind of the
     data set.
     """
@@ -54,9 +55,8 @@ class PartitionStats:
     judged_C: Ints
     distance_C: NDArray[np.float64]
     skew: float
-    holders: Ints
-    held: Ints
-    counts: Ints
+    dealt: Assignment
+    values_R: Assignment
     row_counts: RowCounts
     notes: tuple[str, ...]
     split: str
@@ -64,8 +64,8 @@ class PartitionStats:
 
     def counts_of(self, client: int) -> dict[str, int]:
         """The client's rows of each value that it has, largest first."""
-        low, high = np.searchsorted(self.holders, [client, client + 1])
-        held, counts = self.held[low:high], self.counts[low:high]
+        _, numbers = _values(self.values_R, self.dealt[client])
+        held, counts = np.unique(numbers, return_counts=True)
         return {self.values[held[i]]: int(counts[i]) for i in np.argsort(-counts, kind="stable")}
 
     def shown(self) -> tuple[str, ...]:
@@ -74,10 +74,13 @@ class PartitionStats:
 
     def table(self, groups: Sequence[Ints]) -> Ints:
         """Rows of each shown value in each group of clients, int64 (G, S)."""
-        shown = len(self.shown())
-        counts_CS = np.zeros((len(self.clients), shown), np.int64)
-        np.add.at(counts_CS, (self.holders, np.minimum(self.held, shown - 1)), self.counts)
-        return np.stack([counts_CS[group].sum(axis=0) for group in groups])
+        shown, group_C = len(self.shown()), np.empty(len(self.clients), np.int64)
+        for number, group in enumerate(groups):
+            group_C[group] = number
+        table = np.zeros(len(groups) * shown, np.int64)
+        for clients, numbers in _by_client(self.dealt, self.values_R):
+            table += np.bincount(group_C[clients] * shown + np.minimum(numbers, shown - 1), minlength=len(table))
+        return table.reshape(len(groups), shown)
 
     def distances(self, groups: Sequence[Ints]) -> list[float]:
         """The mean distance of each group's clients, weighted by their rows."""
@@ -118,20 +121,23 @@ def read_partition_stats(config: Config, processor: Processor) -> PartitionStats
 def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> PartitionStats:
     """The statistics of the data set that `config` asks for."""
     column, label = key_column(config.task, config.federation), filled(config.task).label_name
-    rows_C = np.diff(dataset.client_offsets)
-    holder = np.repeat(np.arange(len(rows_C)), rows_C)
+    dealt = Assignment(dataset.client_rows, dataset.client_offsets)
     if label is None:
-        numbers, names = dataset.train_keys.astype(np.int64)[dataset.client_rows], dataset.key_names
+        found, names = _one_each(dataset.train_keys), dataset.key_names
     else:
         assert not isinstance(dataset.train, Objects), "rows of the caller's own have no label that we know"
-        holder, numbers, names = _labels(dataset, holder, dataset.train.classes)
-    sizes = np.bincount(numbers, minlength=len(names))
+        found, names = _labels(dataset, dataset.train.classes)
+    sizes = np.zeros(len(names), np.int64)
+    for _, numbers in _by_client(dealt, found):
+        sizes += np.bincount(numbers, minlength=len(names))
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]
     rank = np.zeros(len(sizes), np.int64)
     rank[order] = np.arange(len(order))
-    held = rank[numbers]
-    cells, counts = np.unique(holder * len(order) + held, return_counts=True)
+    values_R = Assignment(rank[found.rows], found.offsets)
+    g = sizes[order] / sizes.sum()
+    own = [_distances(clients, numbers, g) for clients, numbers in _by_client(dealt, values_R)]
+    distance_C, counted_C = (np.concatenate(parts) for parts in zip(*own, strict=True))
     return PartitionStats(
         name=config.name,
         kind=config.federation.partition.kind,
@@ -141,14 +147,13 @@ def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Par
         judged=config.evaluation.split,
         clients=dataset.client_names,
         values=tuple(names[number] or "all" for number in order),
-        rows_C=rows_C,
-        tokens_C=_medians(dataset, dataset.train) if isinstance(dataset.train, Rows) else None,
-        judged_C=np.bincount(dataset.held_out_clients, minlength=len(rows_C)),
-        distance_C=distances(holder, held),
-        skew=skew(holder, held),
-        holders=cells // len(order),
-        held=cells % len(order),
-        counts=counts,
+        rows_C=dealt.sizes,
+        tokens_C=_medians(dealt, dataset.train.lengths) if isinstance(dataset.train, Rows) else None,
+        judged_C=np.bincount(dataset.held_out_clients, minlength=len(dealt)),
+        distance_C=distance_C,
+        skew=float(np.average(distance_C, weights=counted_C)),
+        dealt=dealt,
+        values_R=values_R,
         row_counts=dataset.row_counts,
         notes=tuple(notes),
         split=dataset.split,
@@ -156,21 +161,45 @@ def stats_of(config: Config, dataset: Dataset, notes: Sequence[str] = ()) -> Par
     )
 
 
-def _labels(dataset: Dataset, holder: Ints, labels: NDArray[Any]) -> tuple[Ints, Ints, tuple[str, ...]]:
-    """The client and the class of everything that is counted, and the classes' names.  Numbers count as the quantile
-    bin that they are in; of several labels a row each counts, and "none" where it has none.
+def _labels(dataset: Dataset, labels: NDArray[Any]) -> tuple[Assignment, tuple[str, ...]]:
+    """The classes of each training row, and their names.  Numbers count as the quantile bin that they are in; of
+    several labels a row each counts, and "none" where it has none.
 
-    holder (rows,): the client of each of `dataset.client_rows`; labels: of all training rows, as of `Rows`.
+    labels: of all training rows, as of `Rows`.
     """
-    own = labels[dataset.client_rows]
     if dataset.kind == "regression":
-        names, numbers = np.unique(bins(own[:, 0].tolist(), labels[:, 0].tolist()), return_inverse=True)
-        return holder, numbers.astype(np.int64), tuple(names.tolist())
+        listed = labels[:, 0].tolist()
+        names, numbers = np.unique(bins(listed, listed), return_inverse=True)
+        return _one_each(numbers), tuple(names.tolist())
     if dataset.kind == "multi-label":
-        bare = np.concatenate([own, ~own.any(axis=1, keepdims=True)], axis=1)
-        rows, numbers = np.nonzero(bare)
-        return holder[rows], numbers, (*dataset.class_names, NOBODY)
-    return holder, own, dataset.class_names
+        bare = np.concatenate([labels, ~labels.any(axis=1, keepdims=True)], axis=1)
+        return Assignment(np.nonzero(bare)[1], _offsets(np.count_nonzero(bare, axis=1))), (*dataset.class_names, NOBODY)
+    return _one_each(labels), dataset.class_names
+
+
+def _one_each(numbers: NDArray[Any]) -> Assignment:
+    return Assignment(numbers, np.arange(len(numbers) + 1))
+
+
+def _offsets(sizes: Ints) -> Ints:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def _by_client(dealt: Assignment, values_R: Assignment) -> Iterator[tuple[Ints, Ints]]:
+    """The client and the value of everything that is counted, some clients at a time, in order."""
+    for block in dealt.blocks():
+        places, numbers = _values(values_R, block.rows)
+        yield np.repeat(np.arange(block.first, block.first + len(block.sizes)), block.sizes)[places], numbers
+
+
+def _values(values_R: Assignment, rows: RowNumbers) -> tuple[Ints, Ints]:
+    """All values of `rows`: the place among these of the row that has it, and its number."""
+    begins = values_R.offsets[rows]
+    sizes = values_R.offsets[rows + 1] - begins
+    places = np.repeat(np.arange(len(rows)), sizes)
+    before = _offsets(sizes)[:-1]
+    numbers: Ints = values_R.rows[np.arange(len(places)) + (begins - before)[places]].astype(np.int64)
+    return places, numbers
 
 
 def as_dict(stats: PartitionStats) -> dict[str, Any]:
@@ -210,10 +239,15 @@ def as_dict(stats: PartitionStats) -> dict[str, Any]:
     }
 
 
-def _medians(dataset: Dataset, rows: Rows) -> NDArray[np.float64]:
-    lengths = rows.lengths
-    clients = range(len(dataset.client_names))
-    return np.asarray([np.median(lengths[dataset.rows_of(client)]) for client in clients])
+def _medians(dealt: Assignment, lengths: NDArray[np.int32]) -> NDArray[np.float64]:
+    """The median of each client's rows' lengths."""
+    found = []
+    for block in dealt.blocks():
+        holders, own = np.repeat(np.arange(len(block.sizes)), block.sizes), lengths[block.rows]
+        own_R = own[np.lexsort((own, holders))].astype(np.float64)
+        begins = _offsets(block.sizes)[:-1]
+        found.append((own_R[begins + (block.sizes - 1) // 2] + own_R[begins + block.sizes // 2]) / 2)
+    return np.concatenate(found)
 
 
 def distances(clients: Ints, classes: Ints) -> NDArray[np.float64]:
@@ -225,14 +259,18 @@ def distances(clients: Ints, classes: Ints) -> NDArray[np.float64]:
     >>> distances(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])).tolist()  # g = 3/4, 1/4
     [0.25, 0.25]
     """
-    width = np.int64(classes.max() + 1)
-    cells, counts = np.unique(clients * width + classes, return_counts=True)
-    client, held = np.divmod(cells, width)
-    rows = np.bincount(client, weights=counts)
-    g = np.bincount(held, weights=counts) / len(clients)
+    return _distances(clients, classes, np.bincount(classes) / len(classes))[0]
+
+
+def _distances(clients: Ints, classes: Ints, g: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`distances` of clients next to each other, from the shares g of the classes in all rows, and the number of each
+    client's entries, float64."""
+    cells, counts = np.unique((clients - clients.min()) * len(g) + classes, return_counts=True)
+    client, held = np.divmod(cells, len(g))
+    rows = np.bincount(client, weights=counts).astype(np.float64, copy=False)
     # A class that a client lacks adds its g; so all of them would add 1, from which those that it has are taken back.
     differences = np.abs(counts / rows[client] - g[held]) - g[held]
-    return (1 + np.bincount(client, weights=differences)) / 2
+    return (1 + np.bincount(client, weights=differences)) / 2, rows
 
 
 def skew(clients: Ints, classes: Ints) -> float:
