@@ -1,8 +1,8 @@
 """How long a person waits, and what memory a small run takes: several states of this project in turns.
 
-`python -m experiments.benchmarks.start [CONFIG] [--before TREE] [--turns N]` prints, for this checkout and another one,
-the seconds from the command to its first round and from its last round to the prompt, and the largest sum of the
-proportional memory of all its processes, Ray's included.
+`python -m experiments.benchmarks.start [CONFIG] [KEY=VALUE ...] [--before TREE] [--turns N]` prints, for this checkout
+and another one, the seconds from the command to its first round and from its last round to the prompt, and the largest
+sum of the proportional memory of all its processes, Ray's included.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,13 +43,14 @@ class Waited:
     peak: int
 
 
-def waited(tree: Path, config: str, every: float) -> Waited:
-    """One run of the configuration by the state in `tree`; memory is looked at `every` so many seconds, 0: not at all.
+def waited(tree: Path, words: Sequence[str], every: float) -> Waited:
+    """One run by the state in `tree`; words: configuration and overrides; memory is looked at `every` so many seconds, 0:
+    not at all.
 
     Raises RuntimeError where it fails.
     """
     with TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", _COMMAND, "run", config, "--out", str(Path(folder) / "run")]
+        command = [sys.executable, "-c", _COMMAND, "run", *words, "--out", str(Path(folder) / "run")]
         environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1"}
         began = time.monotonic()
         process = subprocess.Popen(
@@ -81,20 +83,22 @@ def _look(pid: int, peak: list[int], over: threading.Event, every: float) -> Non
 
 def main(
     config: Annotated[str, typer.Argument(help="relative to each state")] = "experiments/tiny.yaml",
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     before: Annotated[Path | None, typer.Option(help="a checkout of an earlier state")] = None,
     turns: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
     """Print both states' medians, and the ratio."""
     trees = {"now": ROOT, **({} if before is None else {"before": before.absolute()})}
+    words = [config, *(overrides or [])]
     found: dict[str, list[Waited]] = {name: [] for name in trees}
     peaks: dict[str, int] = {}
     for _ in range(turns):
         for name, tree in trees.items():
-            found[name].append(waited(tree, config, 0.0))
+            found[name].append(waited(tree, words, 0.0))
             one = found[name][-1]
             print(f"{name}: {one.first:.2f} s to the first round, {one.end:.2f} s after the last", flush=True)
     for name, tree in trees.items():  # looking takes time of its own
-        peaks[name] = waited(tree, config, 0.5).peak
+        peaks[name] = waited(tree, words, 0.5).peak
     firsts = {name: statistics.median(one.first for one in ones) for name, ones in found.items()}
     ends = {name: statistics.median(one.end for one in ones) for name, ones in found.items()}
     about = machine()

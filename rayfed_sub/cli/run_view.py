@@ -119,7 +119,7 @@ class Display:
         cohort = federation.cohort
         self._print(
             f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
-            f"{cohort} of {federation.clients} clients each; into {record.folder}"
+            f"{cohort:,} of {federation.clients:,} clients each; into {record.folder}"
         )
         titles = {"macro_f1": "macro F1", "micro_f1": "micro F1", "pearson": "Pearson"}
         self._problem = record.problem
