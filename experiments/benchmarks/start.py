@@ -44,8 +44,8 @@ class Waited:
 
 
 def waited(tree: Path, words: Sequence[str], every: float) -> Waited:
-    """One run by the state in `tree`; words: configuration and overrides; memory is looked at `every` so many seconds, 0:
-    not at all.
+    """One run by the state in `tree`; words: configuration and overrides; memory is looked at `every`
+    so many seconds, 0: not at all.
 
     Raises RuntimeError where it fails.
     """

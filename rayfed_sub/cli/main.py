@@ -367,9 +367,9 @@ def command() -> None:
     """`main` in a process of its own, which ends here."""
     code = _code()
     atexit._run_exitfuncs()
-    with suppress(BrokenPipeError):  # `| head` has seen enough
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed from the beginning
+        with suppress(OSError, ValueError):  # `| head` has seen enough, or somebody has closed it
+            stream.flush()
     os._exit(code)  # the interpreter would take the imported libraries apart, for more than a second
 
 

@@ -526,7 +526,9 @@ class Config(Record):
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$",
         description="Name of the run, and of its folder runs/NAME.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of clients' rows, batches, initial factors and cohorts.")
+    seed: int = Field(
+        default=0, ge=0, le=2**63 - 1, description="Seed of clients' rows, batches, initial factors and cohorts."
+    )
     model: Model = Model()
     task: Task = Task()
     federation: Federation = Federation()

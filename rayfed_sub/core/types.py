@@ -153,6 +153,8 @@ class Start:
     penalty: a term of the client's own local loss, from its own tensors (by name, as in `tensors`) to a scalar.
     frozen: blocks `<layer>/left` (m, R) and `<layer>/right` (R, n), the scale in left, with which the client trains as
     if their product were in the weight, and which nobody trains; never with a subspace.
+    aligned: False where component i of the factors is another one at each client, or is turned before it is averaged,
+    so that factors averaged one by one say nothing of the method.
     correct: a change of every step's gradients, a hook's or, where hooks are refused, the method's own; memory: the
     tensors with which it begins, named `<trained tensor>/<kind>`.
     """
@@ -170,6 +172,7 @@ class Start:
     scales: Mapping[str, float] = field(default_factory=dict)
     dropout: float = 0.0
     frozen: Tensors = field(default_factory=dict)
+    aligned: bool = True
 
     def scale_of(self, layer: str) -> float:
         """The scale of the layer's block."""

@@ -77,11 +77,14 @@ def client_change(
         scale = start.scale_of(layer.name)
         l0, l1 = (_left(tensors, layer.name) for tensors in (start.tensors, result.tensors))
         r0, r1 = (tensors[right].double() for tensors in (start.tensors, result.tensors))
+        if r0.shape[0] > WIDEST:
+            tensors, norm = _sample(layer, scale * (l1 @ r1), scale * (l0 @ r0))
+            return ClientChange("dense", tensors, norm, None, energy, gradient_rank)
         tensors = {"left": scale * (l1 - l0), "right": r1}
         if l0.any():
             tensors |= {"before": scale * l0} | ({} if torch.equal(r0, r1) else {"shift": r1 - r0})
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        kind: Literal["lora", "core"] = "core" if core in start.tensors else "lora"
+        kind: Literal["lora", "core"] = "lora" if start.aligned and core not in start.tensors else "core"
         return ClientChange(kind, tensors, _norm(tensors), _turned(layer, start, result), energy, gradient_rank)
     if weight in start.tensors:
         tensors, norm = _sample(layer, result.tensors[weight], start.tensors[weight])

@@ -12,7 +12,7 @@ from typing import TypeVar
 from rayfed_sub.config.schema import Diagnostics
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer
 from rayfed_sub.core.types import LocalResult, ModelShape, Start
-from rayfed_sub.diagnostics.client_change import ClientChange, client_change
+from rayfed_sub.diagnostics.client_change import WIDEST, ClientChange, client_change
 from rayfed_sub.diagnostics.cohort import diagnose
 from rayfed_sub.diagnostics.gradients import GradientWatch
 from rayfed_sub.diagnostics.server_change import ServerChange
@@ -69,10 +69,8 @@ def gradient_watch(asked: Diagnostics, shape: ModelShape, starts: Mapping[int, S
     """Gradient watch of a pack's examined clients, with their starts."""
     layers = frozenset(layer.name for layer in spaced(spaced(shape.targets, asked.layers), asked.gradient_layers))
     left = f"{shape.targets[0].name}/left"
-    ranks = {
-        client: start.tensors[left].shape[1] if left in start.tensors else _DENSE_RANK
-        for client, start in starts.items()
-    }
+    columns = {client: start.tensors[left].shape[1] if left in start.tensors else 0 for client, start in starts.items()}
+    ranks = {client: rank if 0 < rank <= WIDEST else _DENSE_RANK for client, rank in columns.items()}
     return GradientWatch(ranks, layers)
 
 

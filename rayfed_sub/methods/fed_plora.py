@@ -65,7 +65,7 @@ class FedPLoRA:
             folded[f"{layer.name}/left"] = lora.layer_scale(self, layer) * folded[f"{layer.name}/left"]
         tensors = {**own, **averaging.head(shape, broadcast.tensors)}
         start = lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"))
-        return replace(start, frozen=folded)
+        return replace(start, frozen=folded, aligned=False)
 
     upload = components.upload
 

@@ -8,7 +8,8 @@ C_k.  Exact in these rounds.  Read in the public code of Fed-SB, which takes the
 once; here each client's part of it travels.
 eta = `start_lr` is there the first learning rate of a warm-up.  Round 0 costs what dense FedAvg does, in bytes, memory
 and time.  Privacy and server optimisers are refused: G_k would be released without noise.  A round 0 that nobody ends
-is repeated.
+is repeated.  G_k are gradients as optimizer.clip_norm leaves them.  A layer, or an expert, whose gradient is zero in
+round 0 has no factors, and never moves.
 Wire, numbers per layer: m n up in round 0, then r^2; down r (m + n + r) to a client that has not yet got the factors,
 then r^2.
 """
@@ -53,7 +54,9 @@ class FedSBGradient:
     supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "m n first, then r^2 / r (m + n + r) first, then r^2"
-    departs: ClassVar[str] = "each client sends its part of the gradient, in round 0"
+    departs: ClassVar[str] = (
+        "each client sends its part of the gradient in round 0, which moves the model and is no mean of changes"
+    )
 
     rank: Annotated[averaging.Rank, Field(description="Side r of the trained core.")] = 8
     alpha: lora.Alpha = 16.0

@@ -43,7 +43,9 @@ class FedMomentum:
     supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n) + min(m n, residuals missed)"
-    departs: ClassVar[str] = "an exact SVD in place of a randomised one of full width"
+    departs: ClassVar[str] = (
+        "an exact SVD in place of a randomised one of full width; the factors keep rank r whatever the energy"
+    )
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
@@ -53,7 +55,12 @@ class FedMomentum:
     alpha_pattern: lora.AlphaPattern = None
     energy: Annotated[
         float,
-        Field(gt=0, le=1, description="Share of the mean change's squared norm that factors and weight keep; 1: all."),
+        Field(
+            gt=0,
+            le=1,
+            description="Share of the mean change's squared norm up to which the weight takes what rank r leaves over; "
+            "1: all.",
+        ),
     ] = 0.9999
 
     check = lora.check_rank

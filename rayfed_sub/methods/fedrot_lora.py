@@ -33,7 +33,6 @@ class FedRotLoRA:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n)"
     departs: ClassVar[str] = ""
-    alerts: ClassVar[frozenset[str]] = frozenset({"cross term"})
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
@@ -51,7 +50,8 @@ class FedRotLoRA:
     init_server = lora.init_factors
     broadcast = averaging.broadcast
     download_bytes = averaging.download_all
-    start_client = lora.start_client
+
+    start_client = lora.start_unaligned
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         tensors = averaging.head(shape, result.tensors)

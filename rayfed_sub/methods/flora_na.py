@@ -81,10 +81,18 @@ def fitted(L_mR: Tensor, R_Rn: Tensor, p_K: Tensor) -> tuple[Tensor, Tensor]:
     x, y = torch.ones(K, dtype=torch.float64), p_K.double()
     for _ in range(_STEPS):
         cross = torch.einsum("v,wjvi->wji", y, right)  # A_w A'^T
-        dx = _step(torch.einsum("uivj,w,wji->uv", left, y, cross), torch.einsum("uiwj,wji->u", left, cross), x)
+        dx = _step(
+            torch.einsum("uivj,ji->uv", left, torch.einsum("w,wji->ji", y, cross)),
+            torch.einsum("uiwj,wji->u", left, cross),
+            x,
+        )
         x = x + dx
         cross = torch.einsum("v,viwj->iwj", x, left)  # B'^T L_w
-        dy = _step(torch.einsum("uivj,w,iwj->uv", right, x, cross), torch.einsum("iwj,wjui->u", cross, right), y)
+        dy = _step(
+            torch.einsum("uivj,ij->uv", right, torch.einsum("w,iwj->ij", x, cross)),
+            torch.einsum("iwj,wjui->u", cross, right),
+            y,
+        )
         y = y + dy
         if dx.abs().max() < _CUT and dy.abs().max() < _CUT:
             break

@@ -37,8 +37,7 @@ class FRLoRA:
     supports_server_optimizer: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / min(m n, averages missed)"
-    departs: ClassVar[str] = ""
-    alerts: ClassVar[frozenset[str]] = frozenset({"cross term"})
+    departs: ClassVar[str] = "p_k in the means (uniform: as published)"
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0
@@ -50,6 +49,8 @@ class FRLoRA:
 
     check = lora.check_rank
     broadcast = averaging.broadcast
+
+    start_client = lora.start_unaligned
 
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         tensors = {**averaging.head(shape, weights), **averaging.no_history(shape)}
@@ -65,7 +66,6 @@ class FRLoRA:
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         return averaging.missed_bytes(server, shape, since) + wire_bytes(averaging.head(shape, server.tensors))
 
-    start_client = lora.start_client
     upload = lora.upload
     client_state = averaging.client_state
     accumulator = averaging.accumulator

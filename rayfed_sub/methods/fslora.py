@@ -68,7 +68,7 @@ class FSLoRA:
             scales[layer.name] = lora.layer_scale(self, layer) * sketch
         tensors = {**own, **averaging.head(shape, broadcast.tensors)}
         start = lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"))
-        return replace(start, scales=scales)
+        return replace(start, scales=scales, aligned=False)
 
     upload = components.upload
 

@@ -66,6 +66,11 @@ class Hooked:
     def check(self, shape: ModelShape) -> None:
         self.method.check(shape)
 
+    def at_most(self) -> Hooked:
+        """With the method whose bytes are the most that this one's can be (`Method.at_most`)."""
+        largest = getattr(self.method, "at_most", None)
+        return self if largest is None else replace(self, method=largest())
+
     def init_server(self, weights: Tensors, shape: ModelShape, seed: int) -> ServerState:
         server = self.method.init_server(weights, shape, seed)
         return _with(server, self._begun(server, shape))

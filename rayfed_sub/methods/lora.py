@@ -11,6 +11,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -314,6 +315,13 @@ def start_client(
     names = tensor_names(shape, "left", "right")
     moments, step = moments_to_start(method.optimizer_state, broadcast, state)
     return start(method, shape, {name: broadcast.tensors[name] for name in names}, names, moments, step)
+
+
+def start_unaligned(
+    method: Trains, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape
+) -> Start:
+    """As `start_client`, where the factors are not what the server averages one by one."""
+    return replace(start_client(method, broadcast, state, client, shape), aligned=False)
 
 
 def upload(method: Trains, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from rayfed_sub.core.errors import RunError, UserError
@@ -97,6 +97,14 @@ class Reported:
     def check(self, shape: ModelShape) -> None:
         with self._named("check"):
             self.method.check(shape)
+
+    def at_most(self) -> Reported:
+        """The method whose bytes are the most that this one's can be (`Method.at_most`)."""
+        largest = getattr(self.method, "at_most", None)
+        if largest is None:
+            return self
+        with self._named("at_most"):
+            return replace(self, method=largest())
 
     def shared_basis(self, round: int) -> int:
         with self._named("shared_basis", round):

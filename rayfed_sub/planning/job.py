@@ -98,6 +98,7 @@ def check_settings(config: Config, given: Given = NOTHING) -> Method:
     """The configuration's method with its hook, or what is given in place of either.  Raises UserError for settings
     that contradict each other for any rows and model."""
     check_rules(config)
+    filled(config.task)
     method = given.method or build(config.method)
     _check_server(config, method)
     _check_privacy(config, method)

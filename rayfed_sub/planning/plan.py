@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -197,12 +197,14 @@ def plan_of(job: Job, on: str | None = None, folder: Path = Path()) -> Plan:
         raise UserError("model.path", job.config.model.path, allowed, "run it without a plan") from error
 
 
-def check(job: Job, folder: Path = Path(), on: str | None = None) -> None:
-    """UserError where the job cannot fit this machine; folder: where the run's files will lie, or a parent of it.
+def check(job: Job, folder: Path = Path(), on: str | None = None, free: int | None = None) -> None:
+    """UserError where the job cannot fit this machine; folder: where the run's files will lie, or a parent of it; free:
+    bytes of memory that it had before processes of the run came up.
     What a module of the caller's own takes is not known before it trains."""
     if job.architecture.module is not None:
         return
     machine = here(job, folder)
+    machine = machine if free is None else replace(machine, memory=free)
     there = machine if on is None else machine_named(on, machine)
     try:
         with walking():

@@ -237,18 +237,21 @@ def _set_up() -> None:
 
 @contextmanager
 def _our_signals() -> Iterator[None]:
-    """Keeps this process's SIGTERM handler: Ray's would end the process without a checkpoint, and could be set by the
-    main thread alone."""
-    from ray._private import utils
+    """Keeps this process's SIGTERM handler.  Ray's in Python would end the process without a checkpoint, and could be
+    set by the main thread alone; the one of its core would end it three seconds later, in the middle of one."""
+    from ray._private import ray_constants, utils
 
     theirs, log = utils.set_sigterm_handler, logging.getLogger("ray")
     utils.set_sigterm_handler = lambda handler: None
+    disabled = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     level = log.level
     log.setLevel(logging.ERROR)  # in another thread Ray warns of it
     try:
         yield
     finally:
         utils.set_sigterm_handler = theirs
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = disabled
         log.setLevel(level)
 
 

@@ -111,37 +111,36 @@ def _serve(listener: socket.socket) -> None:
         if sys.stdin in ready:
             return
         asking, _ = listener.accept()
-        with asking:
-            request, streams = _request(asking)
-            if request is not None:
-                if not os.fork():
-                    listener.close()
-                    break
-                asking.send(_DONE)
+        request, streams = _request(asking)
+        if request is not None and not os.fork():
+            listener.close()
+            _become(request, streams, asking)
+            return
+        asking.close()
         for stream in streams:
             os.close(stream)
-    _become(request, streams)
 
 
 def _request(asking: socket.socket) -> tuple[dict[str, object] | None, list[int]]:
     """What is asked for, and three standard streams; None where who asked has been killed meanwhile."""
-    _, streams, _, _ = socket.recv_fds(asking, 1, 3)
-    with asking.makefile("rb") as file:
-        text = file.read()
+    streams: list[int] = []
     try:
-        return json.loads(text), list(streams)
-    except ValueError:
+        _, streams, _, _ = socket.recv_fds(asking, 1, 3)
+        with asking.makefile("rb") as file:
+            return json.loads(file.read()), list(streams)
+    except (OSError, ValueError):
         return None, list(streams)
 
 
-def _become(request: dict[str, object], streams: list[int]) -> None:
-    """Runs the asked command line in this process."""
+def _become(request: dict[str, object], streams: list[int], asking: socket.socket) -> None:
+    """Runs the asked command line in this process.  Until it says that it is there, whoever asks can go without it."""
     import numpy as np
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()  # Ray kills a worker with its process group
-    # What Ray does for the process that it has started itself: where memory ends, workers are to go before Ray.
-    Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
+    with suppress(OSError):  # where /proc cannot be written Ray does without as well
+        # What Ray does for the process that it has started itself: where memory ends, workers are to go before Ray.
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     np.random.seed()  # or all forks would draw the same numbers
@@ -153,6 +152,8 @@ def _become(request: dict[str, object], streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update({**environment, FORKED: str(server)})
     sys.argv = words
+    asking.send(_DONE)  # fails where nobody waits any more
+    asking.close()
     runpy.run_path(words[0], run_name="__main__")
 
 

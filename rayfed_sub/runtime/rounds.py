@@ -14,6 +14,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods.downloads import dense_downloads
@@ -132,7 +133,7 @@ def _rounds(
     first = _beginning(done, folder, job, ask, notify)
     targets = sum(4 * layer.m * layer.n for layer in job.architecture.shape.targets)
     notify(Started(config, folder.place.display_name(), overall(first.scores), targets, done, job.dataset.kind))
-    rounds, every = config.federation.rounds or 0, config.checkpoint.every
+    rounds = config.federation.rounds or 0
     records: Iterator[PackDone | RoundDone] = iter(())
     watch, live, course = Watch(folder, config), Live(folder, config, trackers), Course(folder, config, callbacks)
     stopped, factor, due = None, 1.0, False
@@ -151,8 +152,7 @@ def _rounds(
             if due:  # while that round begins
                 _keep(folder, ask, course)
             follow(records)
-            if due := n + 1 == rounds or bool(every and (n + 1) % every == 0) or course.best == n + 1:
-                ask("pin")
+            due = _pinned(n, config, folder, ask, course)
         if due:
             _keep(folder, ask, course)
         if stopped is not None:
@@ -168,6 +168,18 @@ def _rounds(
         raise
     finally:
         live.close()
+
+
+def _pinned(n: int, config: Config, folder: RunFolder, ask: Callable[[str], Any], course: Course) -> bool:
+    """Pins round n where a checkpoint of it is due; True where that is still to be written, beside the next round.  The
+    best round so far is kept at once: an interruption in the next one would leave a checkpoint of that alone."""
+    every, best = config.checkpoint.every, course.best == n + 1
+    due = n + 1 == config.federation.rounds or bool(every and (n + 1) % every == 0)
+    if due or best:
+        ask("pin")
+    if best:
+        _keep(folder, ask, course)
+    return due and not best
 
 
 def _keep(folder: RunFolder, ask: Callable[[str], Any], course: Course) -> None:

@@ -27,6 +27,7 @@ from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.call import NOTHING, Given, named
 from rayfed_sub.planning.job import Job, check_resources, check_settings, prepare
+from rayfed_sub.planning.machines import free_memory
 from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.cluster import joined, nodes, put_rows, ray_session_aside
 from rayfed_sub.runtime.object_store import Shared, get
@@ -136,6 +137,7 @@ def _run(
         check_trackers(config)
         # A plan does not know the memory of a cluster's nodes.
         here = not ray.is_initialized() or len(there) == 1
+        free = free_memory()  # before Ray comes up
         if config.resources.workers:
             notify(Stage("starting Ray, reading task and model"))
             wait_for_ray = stack.enter_context(ray_session_aside(forks, 1 + config.resources.workers))
@@ -152,7 +154,7 @@ def _run(
         if job.architecture.one_at_a_time:
             notify(_one_at_a_time(job.architecture))
         if here:
-            plan.check(job, (old or place or Place(Path())).path)
+            plan.check(job, (old or place or Place(Path())).path, free=free)
         folder = _folder(old, place, job)
         notify(Stage("loading weights"))
         with _resume_hint(folder, job.config, notify, given), ThreadPoolExecutor(1) as pool:
@@ -167,9 +169,9 @@ def _run(
             plans = partial(_planned_bytes, planned, notify)
             summary = carry_out(job, shared, folder, notify, began, plans, callbacks)
         with ThreadPoolExecutor(1) as pool:
-            finished = pool.submit(finish, folder.place, notify)
-            stack.close()  # a Ray of the run's own goes down meanwhile
-        finished.result()
+            down = pool.submit(stack.close)  # a Ray of the run's own goes down meanwhile
+            finish(folder.place, notify)
+        down.result()
     return summary
 
 

@@ -17,13 +17,14 @@ from rayfed_sub.planning.traffic import FEW
 log = logging.getLogger(__name__)
 
 
-def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int) -> int:
+def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int, free: int | None = None) -> int:
     """Number of concurrent trials, at least 1 and at most `most`, if all were the most demanding of `jobs`.
 
     The memory of a cluster's other nodes is not known: there only CPUs and GPUs for workers count; on this node the
-    trials' processes count too.  A model that cannot be planned has one trial at a time.
+    trials' processes count too.  free: bytes of its memory, as in `plan.check`.  A model that cannot be planned has one
+    trial at a time.
     """
-    return max(1, min(most, *(_places(job, there) for job in jobs), *(_memory(job, there) for job in jobs)))
+    return max(1, min(most, *(_places(job, there) for job in jobs), *(_memory(job, there, free) for job in jobs)))
 
 
 def check_disk(jobs: Sequence[Job], count: int, folder: Path) -> None:
@@ -40,21 +41,22 @@ def _places(job: Job, there: Sequence[Node]) -> int:
     return most_workers(there, resources.cpus_per_worker, resources.gpus_per_worker) // resources.trainers
 
 
-def _memory(job: Job, there: Sequence[Node]) -> int:
+def _memory(job: Job, there: Sequence[Node], free: int | None) -> int:
     try:
         with walking():
-            return _trials(job, there)
+            return _trials(job, there, free)
     except UnplannedError as error:
         log.warning("trials run one at a time, for their memory is not known before they train: %s", error)
         return 1
 
 
-def _trials(job: Job, there: Sequence[Node]) -> int:
+def _trials(job: Job, there: Sequence[Node], free: int | None) -> int:
     """Trials like this one whose processes this machine's memory holds."""
     needed, machine = need(job_parts(job), rounds=2, most=FEW), here(job)
     once = needed.backbone + needed.data + needed.libraries + DRIVER + RAY
     pack = most_clients(job.config, needed.cohort, free=job.any_pack)
-    return int((machine.memory - once) // trial_bytes(needed, machine, pack, workers_here=len(there) == 1))
+    memory = machine.memory if free is None else free
+    return int((memory - once) // trial_bytes(needed, machine, pack, workers_here=len(there) == 1))
 
 
 def trial_bytes(needed: Need, machine: Machine, pack: int, workers_here: bool) -> int:

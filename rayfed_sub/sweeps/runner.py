@@ -18,7 +18,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import strangers
 from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, JobInputs, check_resources, job_on
-from rayfed_sub.planning.machines import Node
+from rayfed_sub.planning.machines import Node, free_memory
 from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.cluster import HEAD, joined, nodes, ray_session_aside
 from rayfed_sub.runtime.fork_server import fork_server
@@ -84,11 +84,11 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
     resources = [sweep.config(point).resources for point in sweep.points()]
     forked, workers = all(one.forked for one in resources), max(one.workers for one in resources)
     with joined(address), fork_server(forked, address) as forks:
-        there, folder = nodes(), (old or place or Place(Path())).path
+        there, folder, free = nodes(), (old or place or Place(Path())).path, free_memory()
         with ray_session_aside(forks, 2 + workers) as wait_for_ray:
-            inputs, jobs = checked(sweep, there, folder, notify)
+            inputs, jobs = checked(sweep, there, folder, notify, free)
             check_disk(jobs, sweep.count, folder)
-            side_by_side = at_once(jobs, there, min(sweep.count, search.concurrent or sweep.count))
+            side_by_side = at_once(jobs, there, min(sweep.count, search.concurrent or sweep.count), free)
             data = [base.dataset.fingerprint for _, base in inputs.values()]
             if old is not None and (old.path / _DATA).exists():  # else each resumed trial checks its own
                 then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
@@ -127,10 +127,10 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
 
 
 def checked(
-    sweep: Trials, there: Sequence[Node], folder: Path, notify: Listener
+    sweep: Trials, there: Sequence[Node], folder: Path, notify: Listener, free: int | None = None
 ) -> tuple[Mapping[str, tuple[Config, JobInputs]], list[Job]]:
     """Checks all trials; returns their inputs and the most demanding jobs.  Raises UserError for a trial that cannot
-    work.  there: the nodes; folder: on the disk of the run folders."""
+    work.  there: the nodes; folder: on the disk of the run folders; free: as in `plan.check`."""
     points = sweep.points()
     configs = [sweep.config(point) for point in points]
     for config in configs:
@@ -141,7 +141,7 @@ def checked(
             )
         check_resources(config, there)
         with_callbacks(config, ())  # those that the configuration names can be imported
-    notify(Stage("starting Ray, reading tasks and models"))
+    notify(Stage("reading tasks and models"))
     inputs = all_inputs(configs)
     check_metric_of(sweep.search.metric, (base.dataset.kind for _, base in inputs.values()))
     for config in configs:
@@ -149,7 +149,7 @@ def checked(
     jobs = [job_on(inputs[input_key(config)][1], config) for config in map(sweep.config, largest(points))]
     if len(there) == 1:  # a plan does not know the memory of a cluster's nodes
         for job in jobs:
-            plan.check(job, folder)
+            plan.check(job, folder, free=free)
     return inputs, jobs
 
 

@@ -152,11 +152,11 @@ def check_trackers(config: Config) -> None:
         oldest = _OLDEST[name]
         wanted = f"{name}>={'.'.join(map(str, oldest))}"
         try:
-            library = importlib.import_module(name)
-        except ImportError:
+            version = str(importlib.import_module(name).__version__)
+        except (ImportError, AttributeError):  # a folder of that name, as W&B leaves one, is a module without a version
             raise UserError("trackers", name, "trackers that are installed", f"pip install '{wanted}'") from None
-        if tuple(map(int, library.__version__.split(".")[:2])) < oldest:
-            allowed = f"{wanted}; installed is {library.__version__}"
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < oldest:
+            allowed = f"{wanted}; installed is {version}"
             raise UserError("trackers", name, allowed, f"pip install '{wanted}'")
         {"wandb": _check_wandb, "mlflow": _check_mlflow}[name]()
 

@@ -7,6 +7,7 @@ import torch
 
 from rayfed_sub.core.types import Client, Layer, ModelShape
 from rayfed_sub.methods import build
+from rayfed_sub.methods.own_failures import Reported
 from tests.helpers.by_hand import changed, factors, walked
 
 SHAPE = ModelShape((Layer("up", m=9, n=8),))
@@ -44,6 +45,7 @@ def test_one_round_by_hand(threshold: float, rank: int) -> None:
     torch.testing.assert_close(given[1], diagonal(3))
     assert again[0].tensors["up/left"].shape == (9, 2)  # filled with zeros where the pair has rank 1
     assert method.at_most().threshold == 1.0
+    assert Reported(method).at_most().method == method.at_most()  # a method of the caller's own is planned alike
 
 
 def test_round_without_a_change_leaves_the_pair() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rayfed_sub import UserError, load_config
 from rayfed_sub.core.types import Client, Layer, ModelShape
 from rayfed_sub.methods import build
 from rayfed_sub.methods.components import chosen
@@ -62,3 +63,11 @@ def test_sketch_is_right_in_the_mean() -> None:
     whole = method.model(server, SHAPE)["up"].apply(START["up/weight"])
     assert whole == pytest.approx(2.0 / 2**0.5 * FACTORS["up/left"] @ FACTORS["up/right"])
     assert torch.allclose(mean, whole, rtol=0.2)
+
+
+def test_largest_seed_fits_the_server_s_tensor() -> None:
+    largest = load_config({"name": "a", "seed": 2**63 - 1}).seed
+    server = build({"name": "fslora", "rank": 2}).init_server(START, SHAPE, largest)
+    assert int(server.tensors["seed"]) == largest
+    with pytest.raises(UserError, match="seed: got 9223372036854775808"):
+        load_config({"name": "a", "seed": 2**63})

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,15 +91,29 @@ def test_without_a_server_the_command_runs_what_it_is_given(script: Path) -> Non
 
 def test_who_asks_and_is_killed_costs_nobody_else_anything(command: str, script: Path) -> None:
     path = shlex.split(command)[-1]
-    import socket
-
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(path)  # and says nothing
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(path)
         socket.send_fds(asking, [b"."], [1])
         asking.sendall(b'{"words": ["half')
+    request = {"words": [str(script)], "folder": "/", "environment": {}}
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(path)
+        socket.send_fds(asking, [b"."], [os.open(os.devnull, os.O_RDWR)] * 3)
+        asking.sendall(json.dumps(request).encode())  # and does not wait for an answer
     assert told(shlex.split(command), script)["there"]
+
+
+def test_process_that_cannot_begin_is_not_said_to_be_there(command: str) -> None:
+    """So that whoever asks runs the words itself."""
+    request = {"words": ["nothing.py"], "folder": "/nowhere", "environment": {}}
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(shlex.split(command)[-1])
+        socket.send_fds(asking, [b"."], [os.open(os.devnull, os.O_RDWR)] * 3)
+        asking.sendall(json.dumps(request).encode())
+        asking.shutdown(socket.SHUT_WR)
+        assert asking.recv(1) == b""
 
 
 def test_server_is_only_where_a_run_starts_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
