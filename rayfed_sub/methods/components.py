@@ -21,6 +21,7 @@ from rayfed_sub.core.types import (
     LocalResult,
     ModelShape,
     ServerState,
+    Start,
     Tensors,
     Update,
 )
@@ -49,7 +50,7 @@ def chosen(seed: int, round: int, client: int, layer: Layer, count: int, of: int
     return torch.from_numpy(draw).sort().values
 
 
-def trained_part(
+def _parted(
     method: lora.Ranks, received: Broadcast, client: Client, shape: ModelShape
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The client's components of every target's factors by name, and the others."""
@@ -63,6 +64,16 @@ def trained_part(
         for part, at in ((own, index.to(device)), (others, rest.to(device))):
             part[left], part[right] = received.tensors[left][:, at], received.tensors[right][at]
     return own, others
+
+
+def start(
+    method: lora.Ranks, received: Broadcast, client: Client, shape: ModelShape
+) -> tuple[Start, dict[str, Tensor]]:
+    """The start of a client that trains its components and the head, without moments, and the other components."""
+    own, others = _parted(method, received, client, shape)
+    tensors = {**own, **averaging.head(shape, received.tensors)}
+    begun = lora.start(method, shape, tensors, averaging.tensor_names(shape, "left", "right"))
+    return replace(begun, aligned=False), others
 
 
 def upload(method: object, received: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:

@@ -60,12 +60,10 @@ class FedPLoRA:
         return wire_bytes(self.broadcast(server).tensors)
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        own, folded = components.trained_part(self, broadcast, client, shape)
+        start, folded = components.start(self, broadcast, client, shape)
         for layer in shape.targets:
             folded[f"{layer.name}/left"] = lora.layer_scale(self, layer) * folded[f"{layer.name}/left"]
-        tensors = {**own, **averaging.head(shape, broadcast.tensors)}
-        start = lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"))
-        return replace(start, frozen=folded, aligned=False)
+        return replace(start, frozen=folded)
 
     upload = components.upload
 

@@ -61,14 +61,12 @@ class FSLoRA:
         return wire_bytes({**part, **averaging.head(shape, server.tensors)})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
-        own, _ = components.trained_part(self, broadcast, client, shape)
+        start, _ = components.start(self, broadcast, client, shape)
         scales = {}
         for layer in shape.targets:
-            sketch = lora.layer_rank(self, layer) / len(own[f"{layer.name}/right"])
+            sketch = lora.layer_rank(self, layer) / len(start.tensors[f"{layer.name}/right"])
             scales[layer.name] = lora.layer_scale(self, layer) * sketch
-        tensors = {**own, **averaging.head(shape, broadcast.tensors)}
-        start = lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"))
-        return replace(start, scales=scales, aligned=False)
+        return replace(start, scales=scales)
 
     upload = components.upload
 

@@ -26,9 +26,7 @@ from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
 from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.storage import checkpoints
-from rayfed_sub.storage.run_folder import (
-    RunFolder,
-)
+from rayfed_sub.storage.run_folder import RunFolder
 from rayfed_sub.telemetry.alert_log import Watch
 from rayfed_sub.telemetry.events import (
     Answered,

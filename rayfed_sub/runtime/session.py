@@ -50,12 +50,7 @@ from rayfed_sub.storage.run_folder import (
     summary_of,
     to_resume,
 )
-from rayfed_sub.telemetry.events import (
-    Callback,
-    Notice,
-    Stage,
-    Summary,
-)
+from rayfed_sub.telemetry.events import Callback, Notice, Stage, Summary
 from rayfed_sub.telemetry.process_memory import give_back
 from rayfed_sub.telemetry.trackers import check_trackers
 
