@@ -57,7 +57,7 @@ def signed(new_rk: Tensor, old_rk: Tensor | None) -> Tensor:
     >>> signed(torch.tensor([[-1.0, 0.0]]), torch.tensor([[0.6, 0.8]]))
     tensor([[1., -0.]])
     """
-    agree_r = new_rk @ _reference(new_rk.shape[-1]).to(new_rk)
+    agree_r = new_rk @ _reference(new_rk.shape[-1]).to(new_rk, non_blocking=True)
     if old_rk is not None:
         old_agree_r = (new_rk * old_rk).sum(dim=-1)
         agree_r = torch.where(old_agree_r != 0, old_agree_r, agree_r)
@@ -87,8 +87,8 @@ def block_diagonal(core_hrr: Tensor, scale_h: Tensor) -> Tensor:
     """
     h, r, _ = core_hrr.shape[-3:]
     flat = (scale_h[..., None] * core_hrr.flatten(-2)).flatten(-2)
-    at = torch.arange(h * r).view(h, r)
-    index = (at[:, :, None] * (h * r) + at[:, None, :]).flatten().to(flat.device)
+    at = torch.arange(h * r, device=flat.device).view(h, r)
+    index = (at[:, :, None] * (h * r) + at[:, None, :]).flatten()
     whole = flat.new_zeros((*flat.shape[:-1], (h * r) ** 2)).index_copy(-1, index, flat)
     return whole.view(*flat.shape[:-1], h * r, h * r)
 

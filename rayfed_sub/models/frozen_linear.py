@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from rayfed_sub.core.devices import kind_of
+
 _EMULATES = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 _FEW = 8
 """Fewer rows are filled up to so many: one row takes another path in oneDNN, up to five in torch's own products, with
@@ -77,8 +79,8 @@ def _for_onednn(x: Tensor, weight_mn: Tensor) -> bool:
 
 
 def _emulated(x: Tensor) -> bool:
-    """True where products of x's type are emulated; a meta tensor stands for one of this processor, in a plan."""
-    return _EMULATES and x.dtype == torch.bfloat16 and x.device.type in ("cpu", "meta")
+    """True where products of x's type are emulated, as they are on this processor."""
+    return _EMULATES and x.dtype == torch.bfloat16 and kind_of(x.device) == "cpu"
 
 
 class FrozenLinear(nn.Module):

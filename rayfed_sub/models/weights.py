@@ -67,7 +67,8 @@ def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
     for alias, name in architecture.tied.items():
         owner, leaf = _owner(module, alias)
         owner.register_parameter(leaf, module.get_parameter(name))
-    empty = [name for name, tensor in all_tensors(module) if tensor.is_meta]
+    given = {*tensors, *architecture.tied}  # which may be without data themselves
+    empty = [name for name, tensor in all_tensors(module) if tensor.is_meta and name not in given]
     if empty:
         raise ValueError(f"no tensor for {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}")
     return ruled(module, architecture).requires_grad_(False).eval()

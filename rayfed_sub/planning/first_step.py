@@ -74,7 +74,7 @@ def _check_outputs(model: nn.Module, one: AnyPass, dataset: Dataset) -> None:
     if isinstance(one, OwnPass) or one.of_tokens:
         return
     shape = tuple(forwarded(model, one).logits.shape)
-    wanted = (len(one.labels), 1 if dataset.kind == "regression" else len(dataset.class_names))
+    wanted = (len(one.where), 1 if dataset.kind == "regression" else len(dataset.class_names))
     if shape != wanted:
         form = f"a module with logits of shape (rows, {wanted[1]}) for {KINDS[dataset.kind]}"
         allowed = f"{form}, here {wanted}; it returns {shape}"
@@ -96,7 +96,7 @@ def _reached(model: nn.Module, layers: Mapping[str, PackLinear], shape: ModelSha
         }
         terms |= {layer.name: Terms(own, weight_Gmn=leaves[layer.name]) for layer in shape.head}
         with bound(layers, {name: Bound(turn.size, (one,)) for name, one in terms.items()}):
-            loss = client_losses(model, turn, turn.counts()).sum()
+            loss = client_losses(model, turn, torch.tensor(turn.counts)).sum()
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         reached |= {name for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
     return reached

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.config.schema import Config
+from rayfed_sub.core.devices import meta_as
 from rayfed_sub.core.types import Change, ModelShape, Start
 from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.data.dataset import Dataset
@@ -239,6 +240,7 @@ def _built(architecture: Architecture) -> tuple[nn.Module, dict[str, PackLinear]
 
 @contextmanager
 def _meta_model(config: Config) -> Iterator[None]:
-    plain = config.resources.deterministic and config.resources.gpus_per_worker
-    with nullcontext() if plain else FusedAttention():
+    resources = config.resources
+    plain = resources.deterministic and resources.gpus_per_worker
+    with meta_as("cuda" if resources.gpus_per_worker else "cpu"), nullcontext() if plain else FusedAttention():
         yield

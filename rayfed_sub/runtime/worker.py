@@ -236,7 +236,7 @@ class Worker:
             return broadcast
         if self._broadcast is None or self._broadcast.round != broadcast.round:
             self._broadcast = None  # free the last one first
-            tensors = {name: tensor.to(self._device) for name, tensor in broadcast.tensors.items()}
+            tensors = {name: tensor.to(self._device, non_blocking=True) for name, tensor in broadcast.tensors.items()}
             self._broadcast = Broadcast(broadcast.round, tensors)
         return self._broadcast
 

@@ -62,10 +62,13 @@ class Closed:
         if not any(used):
             return cls()
         nothing = {left: torch.zeros(layer.m, 0), right: torch.zeros(0, layer.n)}
-        pairs = [{**nothing, **own} for own in frozen]
-        lefts = torch.stack([padded(own[left].float(), (layer.m, max(used))) for own in pairs])
-        rights = torch.stack([padded(own[right].float(), (max(used), layer.n)) for own in pairs])
-        return cls(lefts.to(device), rights.to(device), used)
+        here = [
+            {name: x.to(device, torch.float32, non_blocking=True) for name, x in {**nothing, **own}.items()}
+            for own in frozen
+        ]
+        lefts = torch.stack([padded(own[left], (layer.m, max(used))) for own in here])
+        rights = torch.stack([padded(own[right], (max(used), layer.n)) for own in here])
+        return cls(lefts, rights, used)
 
     def close(self, left_Gmr: Tensor, right_Grn: Tensor, scale_G: Tensor, closing_G: Sequence[bool]) -> None:
         """Appends `scale * left @ right` for the clients that close their open block."""
@@ -91,11 +94,11 @@ class Closed:
         if self.left_GmR is not None:
             self.left_GmR = self.left_GmR * factor
 
-    def select(self, kept: Tensor) -> None:
-        """Keeps the clients at the given positions."""
-        if self.left_GmR is not None and self.right_GRn is not None:
-            self.left_GmR, self.right_GRn = self.left_GmR[kept], self.right_GRn[kept]
-            self.used_G = [self.used_G[g] for g in kept.tolist()]
+    def some(self, kept: Sequence[int], index: Tensor) -> Closed:
+        """The clients at the positions `kept`; index: the same, on the blocks' device."""
+        if self.left_GmR is None or self.right_GRn is None:
+            return Closed()
+        return Closed(self.left_GmR[index], self.right_GRn[index], [self.used_G[g] for g in kept])
 
     def of(self, g: int) -> tuple[Tensor, Tensor]:
         """Client g's own closed blocks side by side, left (m, R) and right (R, n); only after the first `close`."""

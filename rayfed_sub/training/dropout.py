@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rayfed_sub.core.devices import onto
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape
 
@@ -65,9 +66,10 @@ class Dropout:
     def kept(self, x_Sn: Tensor) -> Tensor:
         """Which numbers of the next use's input are kept, (S, n) bool."""
         S, n = x_Sn.shape
-        word_S, word_n = self.words.of(S // self.rows), column_words(self.seed, self.layer, self.uses, n)
+        word_S = self.words.of(S // self.rows)
+        word_n = _on_device(self.seed, self.layer, self.uses, n, x_Sn.device)
         self.uses += 1
-        return kept(word_S, word_n.to(x_Sn.device), self.rate)
+        return kept(word_S, word_n, self.rate)
 
 
 def dropouts(
@@ -77,7 +79,7 @@ def dropouts(
     (counted over its life) of each."""
     if not rate:
         return {}
-    words = TokenWords(where, torch.tensor([_key(seed, *client) for client in clients]).to(where.device))
+    words = TokenWords(where, onto([_key(seed, *client) for client in clients], where.device))
     return {layer.name: Dropout(seed, layer.name, rate, words, len(where)) for layer in shape.targets}
 
 
@@ -96,6 +98,11 @@ def column_words(seed: int, layer: str, use: int, n: int) -> Tensor:
     """The words (n,) int32 of a layer's columns in one of its uses within a forward pass."""
     words = stream(seed, "dropout columns", layer, use).integers(-(2**31), 2**31, n, dtype=np.int32)
     return torch.from_numpy(words)
+
+
+@lru_cache(maxsize=1024)
+def _on_device(seed: int, layer: str, use: int, n: int, device: torch.device) -> Tensor:
+    return column_words(seed, layer, use, n).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=1024)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.devices import free_to_read, onto
 from rayfed_sub.core.lowrank import inner_core
 from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start
 from rayfed_sub.data.batching import Batch, Batches
@@ -31,7 +32,7 @@ from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Ter
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
 from rayfed_sub.training.passes import AnyPass, passes
-from rayfed_sub.training.stacks import Clock, Stack, stacks_of, trainee_of, without_finished
+from rayfed_sub.training.stacks import Clock, Stack, Trainee, results_of, stacks_of, trainee_of, without_finished
 
 GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
 """(layer, clients) -> backward hooks."""
@@ -107,21 +108,61 @@ def train_pack(
     device = next(iter(layers.values())).weight.device
     trainees = [trainee_of(work.client, work.start, work.batches, shape, device, work.taken) for work in works]
     stacks = stacks_of(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
-    results: dict[int, LocalResult] = {}
+    ended, unread = list[Stack](), list[_Told]()
     tokens = computed = 0
     for t in range(max(len(work.batches) for work in works)):
         batches = _draw(stacks, t)
-        stacks = [left for stack in stacks if (left := without_finished(stack, t, shape, results)).trainees]
+        parted = [without_finished(stack, t) for stack in stacks]
+        stacks = [left for left, _ in parted if left.trainees]
+        ended += [gone for _, gone in parted if gone is not None]
         if not stacks:  # all have failed
             break
         own = [batches[trainee.client] for stack in stacks for trainee in stack.trainees]
         turns = [one.to(device) for one in passes(own, pass_rule(model), rule.pad)]
-        _step(model, layers, shape, stacks, turns, rule, gradient_hooks if t == 0 else None)
+        unread.append(_step(model, layers, shape, stacks, turns, rule, gradient_hooks if t == 0 else None))
+        if free_to_read(device):  # else a client that fails is trained to the end of the round
+            _read(unread)
         tokens += sum(one.tokens[0] for one in turns)
         computed += sum(one.tokens[1] for one in turns)
-    for stack in stacks:
-        without_finished(stack, None, shape, results)
+    _read(unread)
+    results = {one.client: one for stack in (*ended, *stacks) for one in results_of(stack, shape)}
     return PackResult([results[work.client] for work in works], tokens, computed)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a step's device knows of its clients: their losses, and of layers with a refresh whose gradients are finite;
+    count_G: their labels."""
+
+    trainees: Sequence[Trainee]
+    count_G: Sequence[int]
+    loss_G: Tensor
+    sound: Sequence[tuple[str, Sequence[Trainee], Tensor]]
+
+
+def _read(told: list[_Told]) -> None:
+    """Reads these steps, all at once, and notes clients' losses and the first that went wrong; empties the list."""
+    if not told:
+        return
+    parts = [part for one in told for part in (one.loss_G, *(sound_g.float() for _, _, sound_g in one.sound))]
+    numbers = iter(torch.cat(parts).tolist())
+    failed = set[int]()
+    for one in told:
+        for trainee, count in zip(one.trainees, one.count_G, strict=True):
+            loss = next(numbers)
+            if trainee.client in failed:  # at an earlier step
+                continue
+            trainee.tokens += count
+            trainee.losses.append(loss)
+            if not math.isfinite(loss):
+                trainee.failure = f"non-finite loss at local step {len(trainee.losses) - 1}"
+                failed.add(trainee.client)
+        for layer, trainees, sound_g in one.sound:
+            for trainee, sound in zip(trainees, [next(numbers) for _ in range(len(sound_g))], strict=True):
+                if not sound and trainee.client not in failed:
+                    trainee.failure = f"non-finite gradient in {layer}"
+                    failed.add(trainee.client)
+    told.clear()
 
 
 def _draw(stacks: Sequence[Stack], t: int) -> dict[int, Batch]:
@@ -145,13 +186,16 @@ def _step(
     turns: Sequence[AnyPass],
     rule: LocalRule,
     gradient_hooks: GradientHooks | None,
-) -> None:
+) -> _Told:
     """Runs a step's forward and backward passes, then an optimiser step of every client."""
     steps = [_begun(stack, shape, rule.seed, len(turns), gradient_hooks) for stack in stacks]
-    count_G = torch.stack([one.counts() for one in turns]).sum(0)
-    loss_G = torch.zeros(len(count_G), device=count_G.device)
+    device, labels = (
+        next(iter(stacks[0].tensors.values())).device,
+        [sum(own) for own in zip(*(x.counts for x in turns), strict=True)],
+    )
+    count_G, loss_G = onto(labels, device), torch.zeros(len(labels), device=device)
     trainees = [trainee for stack in stacks for trainee in stack.trainees]
-    clients, rate = [(one.client, one.taken + len(one.losses)) for one in trainees], trainees[0].start.dropout
+    clients, rate = [(one.client, one.taken + one.steps) for one in trainees], trainees[0].start.dropout
     for turn in turns:
         dropped = dropouts(shape, turn.where, clients, rule.seed, rate)
         with bound(layers, _terms(shape, stacks, steps, turn, dropped)):
@@ -163,22 +207,26 @@ def _step(
     for step in steps:
         for capture in step.captures.values():
             capture.finish()
-    for trainee, loss, count in zip(trainees, loss_G.tolist(), count_G.tolist(), strict=True):
-        trainee.tokens += count
-        trainee.losses.append(loss)
-        if not math.isfinite(loss):
-            trainee.failure = trainee.failure or f"non-finite loss at local step {len(trainee.losses) - 1}"
     for stack, step in zip(stacks, steps, strict=True):
         step.sent = sent(shape, stack, step.gradients, step.refresh)
         _penalise(stack, step)
         _move(stack, step, shape, rule)
+    for trainee in trainees:
+        trainee.steps += 1
+    sound = [
+        (layer, [stack.trainees[g] for g in at], sound_g)
+        for stack, step in zip(stacks, steps, strict=True)
+        if step.refresh is not None
+        for layer, at, sound_g in step.refresh.sound
+    ]
+    return _Told(trainees, labels, loss_G, sound)
 
 
 def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hooks: GradientHooks | None) -> _Step:
     device = next(iter(stack.tensors.values())).device
-    scale_G = torch.tensor([trainee.start.scale for trainee in stack.trainees], device=device)
+    scale_G = onto([trainee.start.scale for trainee in stack.trainees], device)
     own_scales = {
-        name: torch.tensor([trainee.start.scale_of(name) for trainee in stack.trainees], device=device)
+        name: onto([trainee.start.scale_of(name) for trainee in stack.trainees], device)
         for name in stack.trainees[0].start.scales
     }
     base_scale_G = _base_scales([trainee.clock for trainee in stack.trainees], device)
@@ -199,7 +247,7 @@ def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hook
 
 def _base_scales(clocks: Sequence[Clock], device: torch.device) -> Tensor | None:
     scales = [clock.base_scale for clock in clocks]
-    return torch.tensor(scales, device=device) if any(c != 1.0 for c in scales) else None
+    return onto(scales, device) if any(c != 1.0 for c in scales) else None
 
 
 def _terms(
@@ -300,7 +348,7 @@ def _correct(stack: Stack, grads: dict[str, Tensor], lr: float) -> None:
     memory as if it were alone, so that its bits depend on no other."""
     found = []
     for g, trainee in enumerate(stack.trainees):
-        start, number = trainee.start, len(trainee.losses) - 1
+        start, number = trainee.start, trainee.steps
         own, now = (
             {name: given[name][g].clone(memory_format=torch.contiguous_format) for name in start.trained}
             for given in (grads, stack.tensors)
@@ -348,5 +396,3 @@ def _new_period(stack: Stack, shape: ModelShape, step: _Step, optimizer: Optimiz
         renewed |= {id(clock): clock for clock, due in zip(clocks, due_G, strict=True) if due}
     for clock in renewed.values():
         clock.touched = False
-    for g, trainee in enumerate(stack.trainees):
-        trainee.failure = trainee.failure or refresh.failures.get(g)

@@ -18,6 +18,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.devices import free_to_read, onto
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, Subspace, Tensors
@@ -32,8 +33,8 @@ class Refresh:
 
     due: per layer that has any, whether each client is due; draws: per layer and client (seed, client, step), which
     names the random projectors' streams.  rows: per layer the new bases (G, r, k), zero for clients that are not due.
-    gradients: per layer the projected gradient in the new basis, shaped like the trained factor.  failures: client
-    position -> cause.
+    gradients: per layer the projected gradient in the new basis, shaped like the trained factor.  sound: per layer, as
+    they come, positions of due clients, and whether the gradient of each is finite.
     """
 
     subspaces: Sequence[Subspace]
@@ -42,7 +43,7 @@ class Refresh:
     tensors: Tensors
     rows: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
+    sound: list[tuple[str, Sequence[int], Tensor]] = field(default_factory=list)
 
     def capture(self, layer: Layer) -> Capture:
         """The layer's backward hook."""
@@ -52,31 +53,36 @@ class Refresh:
 
         def hook(parts: Sequence[Part]) -> None:
             rows_Grk, gradient = torch.zeros_like(old_Grk), torch.zeros_like(self.tensors[trained])
-            for first, x_gNn, d_gNm in parts:
-                ends_22gN = torch.stack([extremes(x) for x in (x_gNn, d_gNm)])
-                sound_g: list[bool] = ends_22gN.isfinite().all(dim=3).all(dim=1).all(dim=0).tolist()
-                due_g = self.due[layer.name][first : first + len(sound_g)]
-                for g, (due, sound) in enumerate(zip(due_g, sound_g, strict=True), start=first):
-                    if due and not sound:
-                        self.failures.setdefault(g, f"non-finite gradient in {layer.name}")
-                renewed = [g for g, (due, sound) in enumerate(zip(due_g, sound_g, strict=True)) if due and sound]
+            for first, *pair in parts:
+                due_g = self.due[layer.name][first : first + len(pair[0])]
+                renewed, device = [g for g, due in enumerate(due_g) if due], pair[0].device
                 if not renewed:
                     continue
-                some = slice(None) if len(renewed) == len(due_g) else renewed  # a slice copies nothing
-                near_gNk, far_gNl = (x.float()[some] for x in ((x_gNn, d_gNm) if right else (d_gNm, x_gNn)))
                 at = [first + g for g in renewed]
+                index = None if len(renewed) == len(due_g) else onto(renewed, device)
+                x_gNn, d_gNm = self._sound(layer, at, *(x if index is None else x[index] for x in pair))
+                near_gNk, far_gNl = (x_gNn, d_gNm) if right else (d_gNm, x_gNn)
 
                 def draw(position: int, at: Sequence[int] = at) -> Generator:
                     seed, *names = self.draws[layer.name][at[position]]
                     return stream(seed, "projector", layer.name, *names)
 
-                kind = self.subspaces[0].projector
-                rows_grk = bases(kind, near_gNk, far_gNl, old_Grk[at], draw, swapped=not right)
+                kind, place_g = self.subspaces[0].projector, onto(at, device)
+                rows_grk = bases(kind, near_gNk, far_gNl, old_Grk[place_g], draw, swapped=not right)
                 R_glr = multiplied(far_gNl.mT, multiplied(near_gNk, rows_grk.mT))
-                rows_Grk[at], gradient[at] = rows_grk, R_glr if right else R_glr.mT
+                rows_Grk[place_g], gradient[place_g] = rows_grk, R_glr if right else R_glr.mT
             self.rows[layer.name], self.gradients[layer.name] = rows_Grk, gradient
 
         return hook
+
+    def _sound(self, layer: Layer, at: Sequence[int], x_gNn: Tensor, d_gNm: Tensor) -> tuple[Tensor, Tensor]:
+        """x and d in float32, zeros for clients with a number that is not finite: their factorisation might raise."""
+        ends_22gN = torch.stack([extremes(x) for x in (x_gNn, d_gNm)])
+        sound_g = ends_22gN.isfinite().all(dim=3).all(dim=1).all(dim=0)
+        self.sound.append((layer.name, at, sound_g))
+        if not (free_to_read(x_gNn.device) and sound_g.all()):
+            x_gNn, d_gNm = (torch.where(sound_g[:, None, None], x, 0.0) for x in (x_gNn, d_gNm))
+        return x_gNn.float(), d_gNm.float()
 
 
 def as_rows(layer: Layer, fixed: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ def renew(
     """
     fixed, trained = sides(layer)
     device = tensors[fixed].device
-    due_G11 = torch.tensor(list(due_G), device=device)[:, None, None]
+    due_G11 = onto(list(due_G), device)[:, None, None]
     old_Grk = as_rows(layer, tensors[fixed])
     new_Grk = refresh.rows.get(layer.name, torch.zeros_like(old_Grk))
     zero = torch.zeros_like(tensors[trained])
@@ -137,7 +143,7 @@ def moved_moments(
     if "m2" in moments:
         b1, b2 = optimizer.betas
         t_G = torch.tensor(step_G, dtype=torch.float64).clamp_min(1)  # before the first step all moments are zero
-        seen1_G, seen2_G = ((1 - b**t_G).to(turn_Grr)[:, None, None] for b in (b1, b2))
+        seen1_G, seen2_G = ((1 - b**t_G).to(turn_Grr, non_blocking=True)[:, None, None] for b in (b1, b2))
         mean, square = moments["m1"][trained] / seen1_G, moments["m2"][trained] / seen2_G
         moved["m2"] = (
             seen2_G * (turned(turn_Grr.square(), square - mean.square()) + turned(turn_Grr, mean).square()).abs()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rayfed_sub.core.devices import fetched
 from rayfed_sub.models.flat_rows import attending, pass_rule
 from rayfed_sub.models.frozen_linear import FrozenLinear, product
 from rayfed_sub.models.logits import LogitRule, added_bias, hidden_states
@@ -31,19 +32,19 @@ def client_losses(model: nn.Module, one: AnyPass, count_G: Tensor) -> Tensor:
     """Each client's summed loss in this pass over the number of its labels in the step, (G,) float32, with gradient:
     summed over the step's passes it is the mean over its labels.
 
-    count_G: int64; a client without any label has loss 0.  A loss of the caller's own is its batch's mean already.
+    count_G: int64, on the model's device; a client without any label has loss 0.  A loss of the caller's own is its
+    batch's mean already.
     """
     if isinstance(one, OwnPass):
         return trained_loss(model, one.batch)[None]
-    at_L = one.labelled()
-    label_L, output = one.labels[at_L], _output_layer(model) if one.of_tokens else None
+    output = _output_layer(model) if one.of_tokens else None
     if output is None:
-        loss_L = row_losses(_logits_at(model, one, at_L), label_L)
+        loss_L = row_losses(_logits_at(model, one), one.labels)
     else:
         head, bias_V, rule = output
-        hidden_Lh = _hidden(model, head, one, at_L)
-        loss_L = _HeadLoss.apply(hidden_Lh, head.weight, bias_V, label_L, rule)  # type: ignore[no-untyped-call]
-    total_G = loss_L.new_zeros(len(one.parts)).index_add(0, one.client[at_L], loss_L)
+        hidden_Lh = _hidden(model, head, one)
+        loss_L = _HeadLoss.apply(hidden_Lh, head.weight, bias_V, one.labels, rule)  # type: ignore[no-untyped-call]
+    total_G = loss_L.new_zeros(len(one.parts)).index_add(0, one.clients, loss_L)
     return total_G / count_G.clamp_min(1)
 
 
@@ -66,8 +67,8 @@ def _likeliest(logits_LC: Tensor, label_L: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predictions of a model at every label of a batch, row by row: loss float32 and row (L,), the label itself and the
-    likeliest one, int64 (L,), or float32 (L, C) where labels are numbers."""
+    """Predictions of a model at every label of a batch, row by row, on the CPU: loss float32 and row (L,), the label
+    itself and the likeliest one, int64 (L,), or float32 (L, C) where labels are numbers."""
 
     loss_L: Tensor
     row_L: Tensor
@@ -79,31 +80,33 @@ class Predicted:
 def predicted(model: nn.Module, batch: Mapping[str, Tensor], pad: int = 0) -> Predicted:
     """Predictions for the labels of the batch, as for `client_losses`; in language modelling for each token given the
     true ones before it (teacher forcing).  A row's are the same in any batch."""
-    device = next(model.parameters()).device
-    found = [_predicted(model, one.to(device)) for one in labelled_passes([batch], pass_rule(model), pad)]
-    loss_L, row_L, label_L, best_L = (torch.cat(parts) for parts in zip(*found, strict=True))
+    device, turns = next(model.parameters()).device, labelled_passes([batch], pass_rule(model), pad)
+    found = [_predicted(model, one.to(device)) for one in turns]
+    both = fetched(
+        {name: torch.cat(parts) for name, parts in zip(("loss", "best"), zip(*found, strict=True), strict=True)}
+    )
+    row_L, label_L = torch.cat([one.rows for one in turns]), torch.cat([one.labels for one in turns])
     order_L = row_L.argsort(stable=True)
-    return Predicted(loss_L[order_L], row_L[order_L], label_L[order_L], best_L[order_L])
+    return Predicted(both["loss"][order_L], row_L[order_L], label_L[order_L], both["best"][order_L])
 
 
-def _predicted(model: nn.Module, one: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, row, label and likeliest label (L,) of a pass."""
-    at_L = one.labelled()
-    label_L, output = one.labels[at_L], _output_layer(model) if one.of_tokens else None
+def _predicted(model: nn.Module, one: Pass) -> tuple[Tensor, Tensor]:
+    """Loss and likeliest label (L,) of a pass."""
+    output = _output_layer(model) if one.of_tokens else None
     losses, best = [], []
     if output is None:
-        logits_LV = _logits_at(model, one, at_L)
+        logits_LV = _logits_at(model, one)
         chunk = _chunk(logits_LV.shape[1])
         chunks = iter(logits_LV.split(chunk))
     else:
         head, bias_V, rule = output
         chunk = _chunk(len(head.weight))
-        hidden_Lh = _hidden(model, head, one, at_L)
+        hidden_Lh = _hidden(model, head, one)
         chunks = (_logits(hidden_ch, head.weight, bias_V, rule) for hidden_ch in hidden_Lh.split(chunk))
-    for logits_cV, label_c in zip(chunks, label_L.split(chunk), strict=True):
+    for logits_cV, label_c in zip(chunks, one.labels.split(chunk), strict=True):
         losses.append(row_losses(logits_cV, label_c))
         best.append(_likeliest(logits_cV, label_c))
-    return torch.cat(losses), one.row[at_L], label_L, torch.cat(best)
+    return torch.cat(losses), torch.cat(best)
 
 
 def forwarded(model: Any, one: Pass) -> Any:
@@ -116,18 +119,18 @@ def forwarded(model: Any, one: Pass) -> Any:
         return answered(model, inputs, causal=one.of_tokens)
 
 
-def _logits_at(model: nn.Module, one: Pass, at_L: Tensor) -> Tensor:
-    """The model's own logits (L, V) or (L, C), float32, for the labels at these places."""
+def _logits_at(model: nn.Module, one: Pass) -> Tensor:
+    """The model's own logits (L, V) or (L, C), float32, for the labels."""
     logits: Tensor = forwarded(model, one).logits
-    return logits.flatten(0, -2)[at_L - 1 if one.shifted else at_L].float()
+    return logits.flatten(0, -2)[one.places].float()
 
 
-def _hidden(model: nn.Module, head: nn.Module, one: Pass, at_L: Tensor) -> Tensor:
-    """The output layer's input (L, h) at the tokens before these."""
+def _hidden(model: nn.Module, head: nn.Module, one: Pass) -> Tensor:
+    """The output layer's input (L, h) where the labels are predicted."""
     with hidden_states(head) as seen:
         forwarded(model, one)
     (hidden_RTh,) = seen
-    return hidden_RTh.flatten(0, -2)[at_L - 1 if one.shifted else at_L]
+    return hidden_RTh.flatten(0, -2)[one.places]
 
 
 def _output_layer(model: nn.Module) -> tuple[nn.Linear | FrozenLinear, Tensor | None, LogitRule] | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.devices import onto
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import ModelShape, Start, Tensors
 from rayfed_sub.training.blocks import Closed, multiplied
@@ -61,11 +62,10 @@ def step(
         denominators = torch._foreach_sqrt(moments["m2"])
         torch._foreach_add_(denominators, optimizer.eps)
         directions = torch._foreach_div(moments["m1"], denominators)
-        lengths = {
-            step_G: torch.tensor([lr * (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)) for t in step_G])
-            for step_G in map(tuple, steps)
+        length_G = {
+            step_G: onto([lr * (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)) for t in step_G], params[0].device)
+            for step_G in set(map(tuple, steps))
         }
-        length_G = {step_G: length.to(params[0].device) for step_G, length in lengths.items()}
         torch._foreach_mul_(
             directions, [_spread(length_G[tuple(own)], d) for own, d in zip(steps, directions, strict=True)]
         )

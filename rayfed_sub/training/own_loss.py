@@ -46,9 +46,10 @@ class OwnPass:
         """The pass on a device."""
         return OwnPass(self.batch.to(device), device)
 
-    def counts(self) -> Tensor:
-        """Rows of the client, (1,) int64."""
-        return torch.tensor([self.batch.rows], device=self.device)
+    @property
+    def counts(self) -> tuple[int]:
+        """Rows of the client."""
+        return (self.batch.rows,)
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ Numbers = np.ndarray[Any, Any]
 class Pass:
     """One forward pass.
 
-    inputs: the model's.  labels: of a language model one for each token, (S,), -100 where there is none and at a row's
-    first token, which nothing predicts; else of each row, (R,) classes, or (R, C) numbers (`collate`), NaN where there
-    is none.  row: the number of each label's row, counted client by
-    client over the step's batches; client: its client's place in the step.
-    shifted: a label is predicted at the token before it.  answers: of an encoder-decoder the labels as (R, T), from
-    which the decoder's inputs follow; a label is predicted at its own place.
+    inputs: the model's.  labels: those that there are, (L,) tokens or classes, or (L, C) numbers; places: (L,), where
+    in the model's flattened output each is predicted, in language modelling at the token before it (of an
+    encoder-decoder at its own place); rows: the number of each label's row, counted client by client over the step's
+    batches; clients: its client's place in the step.  counts: labels of each client.
+    of_tokens: True where labels are tokens of a language model.  answers: of an encoder-decoder the labels as (R, T),
+    -100 where there is none, from which the decoder's inputs follow.
     parts: each client's tokens in a flat pass, its rows else; size: all of those, with what only fills the pass up.
     where: of each row of the pass, a token in a flat pass, (size, 3) int64: its client's place in the step, its row in
     the client's batch, its place in that row (of a whole row 0); anything for what only fills the pass up.
@@ -43,41 +43,28 @@ class Pass:
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    row: Tensor
-    client: Tensor
+    places: Tensor
+    rows: Tensor
+    clients: Tensor
+    counts: tuple[int, ...]
     parts: tuple[int, ...]
     size: int
     tokens: tuple[int, int]
     where: Tensor
-    shifted: bool = False
+    of_tokens: bool = False
     flat: FlatRows | None = None
     answers: Tensor | None = None
 
-    @property
-    def of_tokens(self) -> bool:
-        """True where labels are tokens of a language model."""
-        return self.shifted or self.answers is not None
-
     def to(self, device: torch.device) -> Pass:
-        """The pass on a device."""
+        """The pass on a device; the rows of its labels stay, for the model does not read them."""
         if device.type == self.labels.device.type:
             return self
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        labels, row, client = (x.to(device, non_blocking=True) for x in (self.labels, self.row, self.client))
+        names = ("labels", "places", "clients", "where")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         flat = None if self.flat is None else self.flat.to(device)
-        where = self.where.to(device, non_blocking=True)
         answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
-        moved = replace(self, inputs=inputs, labels=labels, row=row, client=client, where=where)
-        return replace(moved, flat=flat, answers=answers)
-
-    def labelled(self) -> Tensor:
-        """The places (L,) of labels."""
-        there = ~self.labels[:, 0].isnan() if self.labels.is_floating_point() else self.labels != IGNORED
-        return there.nonzero()[:, 0]
-
-    def counts(self) -> Tensor:
-        """Labels of each client, (G,) int64."""
-        return torch.bincount(self.client[self.labelled()], minlength=len(self.parts))
+        return replace(self, **moved, inputs=inputs, flat=flat, answers=answers)
 
 
 AnyPass = Pass | OwnPass
@@ -164,7 +151,8 @@ def _flat(texts: Sequence[_Texts], rule: PassRule, pad: int) -> Pass:
     lengths = np.concatenate([text.lengths for text in texts])
     flat = flat_rows(np.concatenate(begins).tolist(), lengths.tolist(), S, rule)
     where = np.stack([client_S, own_S, place_S], axis=1)
-    return _pass(inputs, labels_S, row_S, client_S, part_G, S, (sum(own_G), S), where, shifted=True, flat=flat)
+    tokens = (sum(own_G), S)
+    return _pass(inputs, labels_S, row_S, client_S, part_G, S, tokens, where, of_tokens=True, shifted=True, flat=flat)
 
 
 def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> Pass:
@@ -201,7 +189,7 @@ def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> 
         labels, row_R, client_R = labels.reshape(-1), np.repeat(row_R, length), np.repeat(client_R, length)
     part_G = np.bincount([g for g, _, _ in found], minlength=len(texts)).tolist()
     tokens = (int(mask_RL[: len(found)].sum()), R * length)
-    return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, shifted=shifted)
+    return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, of_tokens=shifted, shifted=shifted)
 
 
 def _apart(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:
@@ -243,7 +231,7 @@ def _pairs(pairs: Sequence[_Pair], sources: int, answers: int, clients: int, pad
     inputs = {"input_ids": ids_RS, "attention_mask": mask_RS}
     row, client = np.repeat(row_R, answers), np.repeat(client_R, answers)
     where = np.array([(pair.client, pair.own, 0) for pair in pairs])
-    made = _pass(inputs, labels_RT.reshape(-1), row, client, part_G, R, tokens, where, shifted=False)
+    made = _pass(inputs, labels_RT.reshape(-1), row, client, part_G, R, tokens, where, of_tokens=True)
     return replace(made, answers=torch.from_numpy(labels_RT))
 
 
@@ -253,18 +241,17 @@ def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:
     real = sum(part_G)
     more = -real % rule.rows
     filled = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    labels = filled.pop("labels").numpy()
     if more:
         filled = {name: torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for name, x in filled.items()}
-        filled["labels"][real:] = torch.nan if filled["labels"].is_floating_point() else IGNORED
-    labels = filled.pop("labels")
-    client_R = torch.tensor([g for g, part in enumerate(part_G) for _ in range(part)] + [0] * more)
+    client_R = np.repeat(np.arange(len(part_G)), part_G)
     own = [(g, b, 0) for g, part in enumerate(part_G) for b in range(part)] + [(0, 0, 0)] * more
-    counts = (tuple(part_G), real + more, (real, real + more))
-    return Pass(filled, labels, torch.arange(len(labels)), client_R, *counts, torch.tensor(own))
+    sizes = (part_G, real + more, (real, real + more))
+    return _pass(filled, labels, np.arange(real), client_R, *sizes, np.array(own))
 
 
 def _pass(
-    inputs: Mapping[str, Numbers],
+    inputs: Mapping[str, Numbers | Tensor],
     labels: Numbers,
     row: Numbers,
     client: Numbers,
@@ -273,10 +260,17 @@ def _pass(
     tokens: tuple[int, int],
     where: Numbers,
     *,
-    shifted: bool,
+    of_tokens: bool = False,
+    shifted: bool = False,
     flat: FlatRows | None = None,
 ) -> Pass:
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    at = [torch.from_numpy(array) for array in (labels, row, client)]
-    places = torch.from_numpy(where)
-    return Pass(tensors, at[0], at[1], at[2], tuple(part_G), size, tokens, places, shifted, flat)
+    """A pass; labels: one for each token, -100 where there is none and, of shifted ones, at a row's first token, which
+    nothing predicts; or for each row, of several numbers NaN where there are none; row, client: of each.  Where labels
+    are is worked out here, as whoever asks a GPU for it waits."""
+    there = ~np.isnan(labels[:, 0]) if labels.dtype.kind == "f" else labels != IGNORED
+    (at_L,) = there.nonzero()
+    counts = np.bincount(client[at_L], minlength=len(part_G)).tolist()
+    label, place, rows, clients = (torch.from_numpy(x) for x in (labels[at_L], at_L - shifted, row[at_L], client[at_L]))
+    tensors = {name: x if isinstance(x, Tensor) else torch.from_numpy(x) for name, x in inputs.items()}
+    at, sizes = torch.from_numpy(where), (tuple(part_G), size, tokens)
+    return Pass(tensors, label, place, rows, clients, tuple(counts), *sizes, at, of_tokens, flat)

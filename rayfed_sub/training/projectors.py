@@ -18,6 +18,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn import functional
 
+from rayfed_sub.core.devices import free_to_read, kind_of, onto
 from rayfed_sub.core.lowrank import signed
 
 _GRAM_CUT = 1e-13  # eigenvalues of d d^T below this share of the largest are rounding (float64 Gram of float32 data)
@@ -26,6 +27,10 @@ _TOGETHER = 2**22  # numbers of x and d that are factorised at once: their float
 _OVERSAMPLE = 4  # extra directions of the randomised range finder
 _POWER_STEPS = 2  # its subspace iterations
 _EVEN = 8  # numbers of float64 in 64 bytes
+_MORE = 8  # directions besides the rank that float32's subspace iteration carries along
+_SMALLEST, _RESIDUAL = 1e-3, 5e-5  # of float32's answers that are taken, see `single`
+_TINY = torch.finfo(torch.float32).tiny
+_QUICK_IN_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilities
 
 
 def bases(
@@ -51,6 +56,9 @@ def bases(
     rank = rows_Grn.shape[1]
     # Padding and masked tokens send no gradient; on the left side x is what the gradient flows through.
     used_GN = (extremes(x_GNn) != 0).any(dim=0) & (extremes(d_GNm) != 0).any(dim=0)
+    if not free_to_read(x_GNn.device):
+        rows_Grn = _unasked(kind, x_GNn, d_GNm, used_GN, old_Grn, draw, swapped)
+        return rows_Grn if kind == "svd" else signed(rows_Grn, old_Grn)
     if kind != "exact":
         for g in range(len(rows_Grn)):
             if used_GN[g].any() or kind == "random":
@@ -58,8 +66,80 @@ def bases(
                 rows_Grn[g] = _one(kind, x_Nn, d_Nm, rank, old_Grn[g], draw(g), swapped)
         return rows_Grn if kind == "svd" else signed(rows_Grn, old_Grn)
     for alike, count, x_gNn, d_gNm in _alike(used_GN, x_GNn, d_GNm):
-        rows_Grn[alike] = _exact(x_gNn, d_gNm, count, rank)
+        unused_gN = (torch.arange(x_gNn.shape[1], device=x_gNn.device) >= count).expand(len(alike), -1)
+        rows_Grn[alike] = _exact(x_gNn, d_gNm, unused_gN, rank)
     return signed(rows_Grn, old_Grn)
+
+
+def _unasked(
+    kind: str,
+    x_GNn: Tensor,
+    d_GNm: Tensor,
+    used_GN: Tensor,
+    old_Grn: Tensor,
+    draw: Callable[[int], Generator],
+    swapped: bool,
+) -> Tensor:
+    """The bases, unsigned, on a device that is asked for nothing but what a factorisation asks itself: no token is left
+    out, for their numbers would have to be known."""
+    (G, rank), (N, n), m = old_Grn.shape[:2], x_GNn.shape[1:], d_GNm.shape[2]
+    if kind == "exact":
+        together = max(1, _TOGETHER // (N * (n + m)))
+        some = [slice(first, first + together) for first in range(0, G, together)]
+        return torch.cat([_on_this_device(x_GNn[g], d_GNm[g], ~used_GN[g], rank) for g in some])
+    rows_Grn = torch.stack([_one(kind, x_GNn[g], d_GNm[g], rank, old_Grn[g], draw(g), swapped) for g in range(G)])
+    return rows_Grn if kind == "random" else rows_Grn * used_GN.any(dim=1)[:, None, None]
+
+
+def eigen_dtype(device: torch.device) -> torch.dtype:
+    """The type of `exact`'s eigenproblems.  float64 on processors and on GPUs that are quick in it (P100, V100, A100,
+    H100, B200: a half of float32's speed; others have a thirty-second or a sixty-fourth)."""
+    if device.type == "cuda":
+        return torch.float64 if torch.cuda.get_device_capability(device) in _QUICK_IN_DOUBLE else torch.float32
+    return torch.float32 if kind_of(device) == "cuda" else torch.float64
+
+
+def _on_this_device(x_gNn: Tensor, d_gNm: Tensor, unused_gN: Tensor, rank: int) -> Tensor:
+    """`_exact` in the device's type; in float64 where float32 does not do."""
+    if eigen_dtype(x_gNn.device) == torch.float64:
+        return _exact(x_gNn.double(), d_gNm.double(), unused_gN, rank)
+    rows_grn, close_g = single(x_gNn, d_gNm, rank)
+    others = [g for g, close in enumerate(close_g.tolist()) if not close]
+    if others:
+        index = onto(others, x_gNn.device)
+        rows_grn[index] = _exact(x_gNn[index].double(), d_gNm[index].double(), unused_gN[index], rank)
+    return rows_grn
+
+
+def single(x_gNn: Tensor, d_gNm: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Top right singular vectors (g, rank, n) of each d^T x in float32, and whether they are close to the exact ones:
+    the last singular value is above `_SMALLEST` of the first, and no vector's residual, |A^T A v - s^2 v| / s^2, is
+    larger than `_RESIDUAL`.
+
+    With d^T = Q R the rows of A = R x have the same right singular vectors (where d has fewer columns than rows, of
+    d^T x itself).  The eigenvectors of A's scaled Gram are right but for directions whose share of the largest singular
+    value is below a root of float32's precision; two steps of subspace iteration by QR, which squares nothing, mend
+    those.
+    """
+    (N, n), m = x_gNn.shape[1:], d_gNm.shape[2]
+    x_gNn, d_gNm = (t / t.abs().amax(dim=(1, 2), keepdim=True).clamp_min(_TINY) for t in (x_gNn.float(), d_gNm.float()))
+    A_gan = torch.linalg.qr(d_gNm.mT, mode="r").R @ x_gNn if m > N else d_gNm.mT @ x_gNn
+    a = A_gan.shape[1]
+    size = min(rank + _MORE, a, n)
+    if a < n:
+        V_gnq = A_gan.mT @ torch.linalg.eigh(_scaled(A_gan @ A_gan.mT)).eigenvectors[:, :, -size:].flip(2)
+    else:
+        V_gnq = torch.linalg.eigh(_scaled(A_gan.mT @ A_gan)).eigenvectors[:, :, -size:].flip(2)
+    V_gnq = torch.linalg.qr(V_gnq).Q
+    for _ in range(_POWER_STEPS):
+        V_gnq = torch.linalg.qr(A_gan.mT @ torch.linalg.qr(A_gan @ V_gnq).Q).Q
+    s_gq, W_gqq = torch.linalg.svd(torch.linalg.qr(A_gan @ V_gnq, mode="r").R)[1:]
+    rows_gqn, s_gq = (W_gqq @ V_gnq.mT)[:, :rank], s_gq[:, :rank]
+    square_gq = s_gq.square()[:, :, None]
+    apart_gq = ((rows_gqn @ A_gan.mT) @ A_gan - square_gq * rows_gqn).norm(dim=2) / square_gq[:, :, 0].clamp_min(_TINY)
+    full = rows_gqn.shape[1] == rank
+    close_g = (s_gq[:, -1] > _SMALLEST * s_gq[:, 0]) & (apart_gq.amax(dim=1) < _RESIDUAL) & full
+    return functional.pad(_orthonormal(rows_gqn), (0, 0, 0, rank - rows_gqn.shape[1])), close_g
 
 
 def extremes(x_GNn: Tensor) -> Tensor:
@@ -111,7 +191,7 @@ def _one(kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: 
     """A client's basis (rank, n), unsigned, by a rule that takes clients one at a time."""
     n = x_Nn.shape[1]
     if kind == "random":
-        new_rn = _orthonormal(torch.from_numpy(rng.standard_normal((rank, n))).to(x_Nn.device))
+        new_rn = _orthonormal(torch.from_numpy(rng.standard_normal((rank, n))).to(x_Nn.device, non_blocking=True))
     elif kind == "svd":
         G_mn = d_Nm.float().T @ x_Nn.float()
         if swapped:
@@ -119,19 +199,19 @@ def _one(kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: 
         else:
             new_rn = torch.linalg.svd(G_mn, full_matrices=False).Vh[:rank]
     elif kind == "randomized":
-        new_rn = _randomized(x_Nn, d_Nm, rank, old_rn if old_rn.any() else None, rng)
+        new_rn = _randomized(x_Nn, d_Nm, rank, old_rn, rng)
     else:
         raise AssertionError(f"unknown projector {kind}")
     return functional.pad(new_rn.float(), (0, 0, 0, rank - len(new_rn)))
 
 
-def _exact(x_GNn: Tensor, d_GNm: Tensor, used: int, rank: int) -> Tensor:
+def _exact(x_GNn: Tensor, d_GNm: Tensor, unused_GN: Tensor, rank: int) -> Tensor:
     """Top right singular vectors (G, rank, n) of each d^T x, zero beyond its rank, from token Grams: with
     d d^T = C C^T, (C^T x)(C^T x)^T = M is (N, N), and M's eigenvectors E with eigenvalues w give V = w^-1/2 E^T C^T x.
-    float64, because the Grams square the condition.  Of the N tokens the first `used` are real."""
+    float64, because the Grams square the condition.  unused_GN: tokens that are zeros."""
     (N, n), m = x_GNn.shape[1:], d_GNm.shape[2]
     if min(m, n) > N:
-        C_GNN = _roots(d_GNm @ d_GNm.mT, used)
+        C_GNN = _roots(d_GNm @ d_GNm.mT, unused_GN)
         w_GN, E_GNN = torch.linalg.eigh(_scaled(C_GNN.mT @ (x_GNn @ x_GNn.mT) @ C_GNN))
         energy_Gq, E_GNq = w_GN.flip(1)[:, :rank], E_GNN.flip(2)[:, :, :rank]
         rows_Gqn = (C_GNN @ E_GNq).mT @ x_GNn
@@ -151,11 +231,11 @@ def _exact(x_GNn: Tensor, d_GNm: Tensor, used: int, rank: int) -> Tensor:
     return functional.pad(rows_Gqn.float(), (0, 0, 0, rank - rows_Gqn.shape[1]))
 
 
-def _roots(gram_GNN: Tensor, used: int) -> Tensor:
-    """C (G, N, N) with C C^T = each Gram, up to a positive factor; ones on the diagonal beyond the used tokens, or the
-    Gram would not be definite."""
+def _roots(gram_GNN: Tensor, unused_GN: Tensor) -> Tensor:
+    """C (G, N, N) with C C^T = each Gram, up to a positive factor; ones on the diagonal at unused tokens, or the Gram
+    would not be definite."""
     scaled_GNN = _scaled(gram_GNN)
-    scaled_GNN.diagonal(dim1=1, dim2=2)[:, used:] = 1.0
+    scaled_GNN.diagonal(dim1=1, dim2=2).masked_fill_(unused_GN, 1.0)
     C_GNN, failed_G = torch.linalg.cholesky_ex(scaled_GNN)
     if failed_G.any():  # linearly dependent output gradients: the positive part is all there is
         s_gN, U_gNN = torch.linalg.eigh(scaled_GNN[failed_G > 0])
@@ -165,15 +245,15 @@ def _roots(gram_GNN: Tensor, used: int) -> Tensor:
     return roots
 
 
-def _randomized(x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor | None, rng: Generator) -> Tensor:
-    """Randomised subspace iteration (Halko, Martinsson, Tropp 2011), started from the old basis where there is one.
+def _randomized(x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: Generator) -> Tensor:
+    """Randomised subspace iteration (Halko, Martinsson, Tropp 2011), started from the old basis, zeros without one.
     G v = d^T (x v) and G^T u = x^T (d u), so G is never formed."""
-    x_Nn, d_Nm = x_Nn.double(), d_Nm.double()  # directions of like size are as unsure as the rounding
+    dtype = eigen_dtype(x_Nn.device)
+    x_Nn, d_Nm = x_Nn.to(dtype), d_Nm.to(dtype)  # directions of like size are as unsure as the rounding
     n, size = x_Nn.shape[1], min(rank + _OVERSAMPLE, *x_Nn.shape, d_Nm.shape[1])
-    start_sn = torch.from_numpy(rng.standard_normal((size, n))).to(x_Nn)
-    if old_rn is not None:
-        warm = min(rank, size)
-        start_sn[:warm] += n**0.5 * old_rn[:warm].to(start_sn)  # a random row has length sqrt(n)
+    start_sn = torch.from_numpy(rng.standard_normal((size, n))).to(x_Nn, non_blocking=True)
+    warm = min(rank, size)
+    start_sn[:warm] += n**0.5 * old_rn[:warm].to(start_sn)  # a random row has length sqrt(n)
     V_ns = start_sn.T
     for _ in range(_POWER_STEPS):
         U_ms = torch.linalg.qr(d_Nm.T @ (x_Nn @ V_ns)).Q
@@ -181,7 +261,11 @@ def _randomized(x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor | None, rn
     GV_ms = d_Nm.T @ (x_Nn @ V_ns)
     s_s, W_ss = torch.linalg.svd(GV_ms, full_matrices=False)[1:]
     rows_sn = W_ss @ V_ns.T
-    return _orthonormal(rows_sn[:rank][s_s[:rank] > 1e-7 * s_s[0]])
+    kept_r = s_s[:rank] > 1e-7 * s_s[0]
+    if free_to_read(kept_r.device):
+        return _orthonormal(rows_sn[:rank][kept_r])
+    rows: Tensor = _orthonormal(rows_sn[:rank]) * kept_r[:, None]
+    return rows
 
 
 def _orthonormal(rows_qn: Tensor) -> Tensor:

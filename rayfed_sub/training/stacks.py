@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.config.schema import Optimizer
+from rayfed_sub.core.devices import fetched, onto
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Tensors
 from rayfed_sub.data.batching import Batches
 from rayfed_sub.training import optimizers
@@ -38,14 +39,16 @@ class Clock:
 
 @dataclass
 class Trainee:
-    """A client in training.  clock: of all its layers but experts' matrices, which have one each, by name; losses: of
-    its steps so far, nats; memory: its hook's, of its own; taken: local steps of its life before this round."""
+    """A client in training.  clock: of all its layers but experts' matrices, which have one each, by name; steps: local
+    steps so far; losses: of those that have been read from the device, nats; tokens: labels of these; memory: its
+    hook's, of its own; taken: local steps of its life before this round."""
 
     client: int
     start: Start
     batches: Batches
     clock: Clock
     experts: dict[str, Clock]
+    steps: int = 0
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
     failure: str | None = None
@@ -73,7 +76,7 @@ def trainee_of(
     client: int, start: Start, batches: Batches, shape: ModelShape, device: torch.device, taken: int
 ) -> Trainee:
     """A client before its first step."""
-    memory = {name: tensor.to(device) for name, tensor in start.memory.items()}
+    memory = {name: tensor.to(device, non_blocking=True) for name, tensor in start.memory.items()}
     experts = {layer.name: Clock(expert_step(start, layer)) for layer in shape.experts}
     return Trainee(client, start, batches, Clock(start.step), experts, memory=memory, taken=taken)
 
@@ -97,16 +100,23 @@ def stacks_of(
 def _stack(
     trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
 ) -> Stack:
-    """The clients' tensors side by side, in fresh memory: equal packs, equal bits."""
+    """The clients' tensors side by side, in fresh memory: equal packs, equal bits.  Those of clients that come back lie
+    on the CPU, others where the broadcast lies."""
     starts = [trainee.start for trainee in trainees]
 
-    def stacked(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([tensor.float() for tensor in tensors]).to(device)
+    def stacked(tensors: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
+        return torch.stack(
+            [
+                torch.zeros(shape, device=device) if x is None else x.to(device, torch.float32, non_blocking=True)
+                for x in tensors
+            ]
+        )
 
-    tensors = {name: stacked([start.tensors[name] for start in starts]) for name in starts[0].tensors}
+    shapes = {name: tensor.shape for name, tensor in starts[0].tensors.items()}
+    tensors = {name: stacked([start.tensors[name] for start in starts], own) for name, own in shapes.items()}
     moments = {
         role: {
-            name: stacked([s.moments.get(f"{name}/{role}", torch.zeros_like(s.tensors[name])) for s in starts])
+            name: stacked([start.moments.get(f"{name}/{role}") for start in starts], shapes[name])
             for name in starts[0].trained
         }
         for role in optimizers.moment_roles(optimizer)
@@ -116,35 +126,65 @@ def _stack(
     return Stack(trainees, tensors, moments, closed, anchors)
 
 
-def without_finished(stack: Stack, t: int | None, shape: ModelShape, results: dict[int, LocalResult]) -> Stack:
-    """The stack without the clients that failed or have no batch number t; their results are noted.  t = None: all are
-    done."""
-    kept = [g for g, x in enumerate(stack.trainees) if t is not None and t < len(x.batches) and x.failure is None]
+def without_finished(stack: Stack, t: int) -> tuple[Stack, Stack | None]:
+    """The stack without the clients that failed or have no batch number t, and these clients; None without any."""
+    kept = [g for g, x in enumerate(stack.trainees) if t < len(x.batches) and x.failure is None]
     if len(kept) == len(stack.trainees):
-        return stack
-    for g in set(range(len(stack.trainees))) - set(kept):
-        results[stack.trainees[g].client] = _result(stack, g, shape)
-    index = torch.tensor(kept, dtype=torch.long, device=next(iter(stack.tensors.values())).device)
-    for closed in stack.closed.values():
-        closed.select(index)
+        return stack, None
+    if not kept:
+        return Stack([], {}, {}, {}, {}), stack
+    others = sorted(set(range(len(stack.trainees))) - set(kept))
+    return _some(stack, kept), _some(stack, others)
+
+
+def _some(stack: Stack, kept: Sequence[int]) -> Stack:
+    """The clients at these positions."""
+    index = onto(kept, next(iter(stack.tensors.values())).device, torch.long)
     return Stack(
         [stack.trainees[g] for g in kept],
         {name: tensor[index] for name, tensor in stack.tensors.items()},
         {role: {name: tensor[index] for name, tensor in tensors.items()} for role, tensors in stack.moments.items()},
-        stack.closed,
+        {name: closed.some(kept, index) for name, closed in stack.closed.items()},
         {name: tensor[index] for name, tensor in stack.anchors.items()},
     )
 
 
+def results_of(stack: Stack, shape: ModelShape) -> list[LocalResult]:
+    """The clients' rounds, on the CPU."""
+    sides = {"left": "left_GmR", "right": "right_GRn"}
+    closed = {
+        f"closed/{layer}/{side}": tensor
+        for layer, blocks in stack.closed.items()
+        for side, field in sides.items()
+        if (tensor := getattr(blocks, field)) is not None
+    }
+    moments = {f"moment/{role}/{name}": x for role, at in stack.moments.items() for name, x in at.items()}
+    memory = {f"memory/{g}/{name}": x for g, one in enumerate(stack.trainees) for name, x in one.memory.items()}
+    given = {f"tensor/{name}": x for name, x in stack.tensors.items()} | moments | closed | memory
+    here = fetched(given)
+    blocks = {
+        layer: Closed(here.get(f"closed/{layer}/left"), here.get(f"closed/{layer}/right"), own.used_G)
+        for layer, own in stack.closed.items()
+    }
+    at_home = Stack(
+        stack.trainees,
+        {name: here[f"tensor/{name}"] for name in stack.tensors},
+        {role: {name: here[f"moment/{role}/{name}"] for name in at} for role, at in stack.moments.items()},
+        blocks,
+        {},
+    )
+    for g, one in enumerate(stack.trainees):
+        one.memory = {name: here[f"memory/{g}/{name}"] for name in one.memory}
+    return [_result(at_home, g, shape) for g in range(len(stack.trainees))]
+
+
 def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
-    """Client g's round, on the CPU."""
+    """Client g's round, of a stack on the CPU."""
     trainee = stack.trainees[g]
     start, losses = trainee.start, trainee.losses
     periods = max(1, trainee.clock.periods, *(clock.periods for clock in trainee.experts.values()))
-    tensors = {name: tensor[g].cpu().clone() for name, tensor in stack.tensors.items()}
-    moved = {
-        f"{name}/{role}": at[name][g].cpu().clone() for role, at in stack.moments.items() for name in start.trained
-    }
+    tensors = {name: tensor[g].clone() for name, tensor in stack.tensors.items()}
+    moved = {f"{name}/{role}": at[name][g].clone() for role, at in stack.moments.items() for name in start.trained}
     moments = {**start.moments, **moved}  # of a factor at rest they stay as they were
     for name, clock in trainee.experts.items():
         moments[f"{name}/step"] = torch.tensor(float(clock.step), dtype=torch.float64)
@@ -154,7 +194,7 @@ def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
             left, right = start.scale * tensors[f"{layer.name}/left"], tensors[f"{layer.name}/right"]
             closed = stack.closed[layer.name]
             if closed.left_GmR is not None:
-                closed_left, closed_right = (x.cpu() for x in closed.of(g))
+                closed_left, closed_right = closed.of(g)
                 left, right = torch.cat([closed_left, left], dim=1), torch.cat([closed_right, right])
             blocks[layer.name] = (left, right)
     metrics = {
@@ -175,6 +215,6 @@ def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
         metrics=metrics,
         failure=trainee.failure or not_finite(tensors),
         trained=start.trained,
-        memory={name: tensor.cpu() for name, tensor in trainee.memory.items()},
+        memory=trainee.memory,
         base_scales={name: clock.base_scale for name, clock in trainee.experts.items() if start.decays_base},
     )

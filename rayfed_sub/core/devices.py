@@ -1,0 +1,56 @@
+"""Numbers on their way to a device and back, without waiting for it.
+
+A GPU runs behind the processor that gives it work.  Whoever asks it for a number, or copies to it in the blocking way,
+waits until all work before is done; so nothing in a local step does, and what is learned is read once, at the end.
+
+A plan runs the same code on torch's `meta` device, which has no data and stands for the device of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_META: ContextVar[str] = ContextVar("what the meta device stands for", default="cpu")
+
+
+@contextmanager
+def meta_as(kind: str) -> Iterator[None]:
+    """Within it the meta device stands for `cpu` or `cuda`."""
+    token = _META.set(kind)
+    try:
+        yield
+    finally:
+        _META.reset(token)
+
+
+def kind_of(device: torch.device) -> str:
+    """The device's type; of `meta` that for which it stands."""
+    return _META.get() if device.type == "meta" else device.type
+
+
+def free_to_read(device: torch.device) -> bool:
+    """Whether numbers on the device may be asked for at any time."""
+    return kind_of(device) == "cpu"
+
+
+def onto(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor on the device.
+
+    >>> onto([1.0, 2.0], torch.device("cpu"))
+    tensor([1., 2.])
+    """
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def fetched(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, with one wait for all of them; those that lie there already are themselves."""
+    found = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
+    return found
