@@ -203,6 +203,12 @@ def _check_reference(config: Config) -> None:
     if resources.gpus_per_worker:
         advice = "the reference executor runs on CPUs"
         raise UserError("resources.executor", "reference", "pack where gpus_per_worker > 0", advice)
+    if resources.micro_batch is not None:
+        allowed = "null with resources.executor=reference, which takes whole batches"
+        raise UserError("resources.micro_batch", resources.micro_batch, allowed, "remove it")
+    if resources.activation_checkpointing == "blocks":
+        allowed = "none or auto with resources.executor=reference, which keeps activations"
+        raise UserError("resources.activation_checkpointing", "blocks", allowed, "remove it")
 
 
 def _check_nova(config: Config) -> None:

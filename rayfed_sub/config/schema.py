@@ -439,6 +439,18 @@ class Resources(Record):
         "larger and smaller ones as it goes on and keeps the quickest that memory has room for; always 4 where bits "
         "depend on packs.",
     )
+    micro_batch: Count | None = Field(
+        default=None,
+        description="Rows of a client that go through the model at a time, at most; null: all of a local step. The "
+        "gradient is that of the whole batch, to rounding, for less memory; a refresh sees all rows, and keeps the "
+        "target layers' inputs and gradients of all of them until the last.",
+    )
+    activation_checkpointing: Literal["none", "blocks", "auto"] = Field(
+        default="auto",
+        description="Whether a model's blocks keep their activations for the way back (none), or their inputs alone "
+        "and are computed twice (blocks): a third more time, a fraction of the memory, the same bits. auto: blocks on "
+        "GPUs where the first pack would not fit otherwise, or that this machine does not have; else none.",
+    )
     executor: Literal["pack", "reference"] = Field(
         default="pack",
         description="pack, or reference: one client at a time with peft and galore-torch; slow, the tests' oracle.",

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -189,10 +190,25 @@ def attending(model: nn.Module, rows: FlatRows) -> Iterator[None]:
     """Within it the model's attention sees each of the rows alone.  The model takes `input_ids`, `position_ids` (from 0
     in each row) and `attention_mask` (all ones), each (1, S)."""
     _register()
-    configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    plain: str = configs[id(model.config)]._attn_implementation or "eager"
-    token = _PASS.set(_Pass(rows, plain))
+    plain: str = _configs(model)[id(model.config)]._attn_implementation or "eager"
+    with _entered(model, _Pass(rows, plain)):
+        yield
+
+
+def same_rows(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """What brings the forward pass of now back, for a part of the model that is computed once more."""
+    current = _PASS.get()
+    return nullcontext if current is None else partial(_entered, model, current)
+
+
+def _configs(model: nn.Module) -> dict[int, Any]:
+    return {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+
+
+@contextmanager
+def _entered(model: nn.Module, current: _Pass) -> Iterator[None]:
+    before = [(config, config._attn_implementation) for config in _configs(model).values()]
+    token = _PASS.set(current)
     try:
         for config, _ in before:
             config._attn_implementation = _NAME

@@ -29,6 +29,16 @@ def roomy(needed: Need) -> Need:
     return replace(needed, cohort=max(PACKS))
 
 
+def settled(needed: Need, machine: Machine) -> Need:
+    """The need with what resources.activation_checkpointing=auto comes to on the machine."""
+    resources = needed.config.resources
+    if machine.gpu is None or resources.activation_checkpointing != "auto":
+        return needed
+    pack = min(resources.first_pack, needed.cohort)
+    fit = needed.on_gpu(needed.worker(pack).tensors) <= _share(needed, machine.gpu)
+    return needed if fit else replace(needed, recompute=True)
+
+
 def fits(needed: Need, one: Memory, four: Memory, machine: Machine) -> Iterable[Fit]:
     """For each pack size the workers that fit, at most as many as there are CPUs for.
 
@@ -70,7 +80,7 @@ def check_fits(parts: Parts, machine: Machine) -> None:
     A run that could fit is never refused: needs are lower bounds here, while the advice leaves room for the heap's
     holes.
     """
-    needed = need(parts, rounds=2, most=FEW)
+    needed = settled(need(parts, rounds=2, most=FEW), machine)
     _check_disk(needed, machine)
     resources = parts.config.resources
     workers, pack = resources.trainers, min(resources.first_pack, needed.cohort)

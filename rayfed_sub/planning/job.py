@@ -165,6 +165,7 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     method.check(base.architecture.shape)
     _check_dropout(method, base.architecture)
     _check_positions(config, base)
+    _check_passes(config, base.architecture)
     evaluation = _check_metrics(config, base)
     federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
     classes = fields_of(config, unhooked(method), hook_of(method))
@@ -182,6 +183,20 @@ def _check_dropout(method: Method, architecture: Architecture) -> None:
         whose = architecture.hf_config.model_type if architecture.hf_config is not None else "this module"
         allowed = f"0 with {whose}, whose layers see something else than row after row"
         raise UserError("method.dropout", rate, allowed, "remove it")
+
+
+def _check_passes(config: Config, architecture: Architecture) -> None:
+    """UserError for a batch that only the caller's code can part, and for blocks to be computed twice where there are
+    none."""
+    resources = config.resources
+    if resources.micro_batch is not None and architecture.loss is not None:
+        allowed = "null with a loss of the caller's own, whose batches nobody else can part"
+        advice = "remove it, or lower federation.batch_size"
+        raise UserError("resources.micro_batch", resources.micro_batch, allowed, advice)
+    listed = any(part.isdigit() for layer in architecture.shape.targets for part in layer.name.split("."))
+    if resources.activation_checkpointing == "blocks" and not listed:
+        allowed = "none or auto where no target lies in a list of blocks (a ModuleList or Sequential)"
+        raise UserError("resources.activation_checkpointing", "blocks", allowed, "remove it")
 
 
 def _packs(config: Config, architecture: Architecture) -> Resources:

@@ -46,6 +46,7 @@ class Need:
     trained: int
     backbone: int
     data: int
+    recompute: bool = False  # whether blocks keep no activations
 
     def most(self, figure: Callable[[ClientTraffic], int]) -> int:
         """The largest figure of a walked client."""
@@ -108,7 +109,7 @@ class Need:
         start = first_start(self.method, self.architecture.shape, self.config, self.widest)
         held = self.most(lambda client: client.held)
         rest = (self.size, pack, held, self.traffic.dense)
-        return worker(self.config, self.architecture, start, self.steps, *rest)
+        return worker(self.config, self.architecture, start, self.steps, *rest, recompute=self.recompute)
 
     @property
     def bare(self) -> tuple[int, int, int]:
@@ -166,6 +167,7 @@ def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
         trained=parts.trained,
         backbone=backbone_bytes(parts.architecture) + _widened(parts),
         data=parts.dataset.nbytes,
+        recompute=parts.config.resources.activation_checkpointing == "blocks",
     )
 
 

@@ -16,10 +16,10 @@ import torch
 
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.text import megabytes
-from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy
+from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy, settled
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, free_memory, machine_named
-from rayfed_sub.planning.needs import need
+from rayfed_sub.planning.needs import Need, need
 from rayfed_sub.planning.packs import most_clients
 from rayfed_sub.planning.sampling import cohort, local_steps
 from rayfed_sub.planning.traffic import FEW, ClientTraffic, MethodBytes, Parts, Traffic, by_method, by_rank
@@ -81,7 +81,7 @@ class Plan:
 
 def plan(parts: Parts, machine: Machine) -> Plan:
     """The whole plan, also of a run that does not fit."""
-    needed, resources = need(parts), parts.config.resources
+    needed, resources = settled(need(parts), machine), parts.config.resources
     pack = resources.first_pack
     found, wide = needed.traffic, roomy(needed)
     one, four = wide.worker(1), wide.worker(4)
@@ -109,7 +109,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         fits=tuple(fits(wide, one, four, machine)),
         methods=tuple(by_method(parts)),
         ranks=tuple(by_rank(parts, needed.widest)),
-        notes=tuple(_notes(parts, found)),
+        notes=(*_notes(parts, found), *_checkpointing(needed)),
         privacy=account(parts.config, parts.noise, parts.config.federation.rounds or 0),
     )
 
@@ -163,6 +163,26 @@ def _notes(parts: Parts, found: Traffic) -> Iterable[str]:
         yield f"The figures of {config.method['name']} hold the hook's tensors; those of other methods are without it."
     if config.resources.executor == "reference":
         yield "resources.executor=reference: each worker holds a float32 copy of the model besides."
+
+
+def _checkpointing(needed: Need) -> Iterable[str]:
+    if needed.recompute and needed.config.resources.activation_checkpointing == "auto":
+        yield "Blocks are computed twice (activation checkpointing), for the first pack would not fit otherwise."
+
+
+def recomputes(job: Job) -> bool:
+    """Whether the run's workers compute blocks twice, on a GPU such as this machine's."""
+    asked = job.config.resources.activation_checkpointing
+    if asked != "auto" or not job.config.resources.gpus_per_worker or job.architecture.module is not None:
+        return asked == "blocks"
+    machine = here(job)
+    if machine.gpu is None:  # the workers' machines are others, of which nothing is known
+        return True
+    try:
+        with walking():
+            return settled(need(job_parts(job), rounds=2, most=FEW), machine).recompute
+    except UnplannedError:
+        return False
 
 
 class UnplannedError(Exception):

@@ -93,12 +93,14 @@ def worker(
     pack: int,
     held: int,
     base: bool,
+    *,
+    recompute: bool = False,
 ) -> Memory:
     """A worker that trains packs of `pack` clients and evaluates.
 
     start: a client's, on the meta device, the one with the most tensors; steps: its local steps.  held: bytes that each
     client keeps besides what training makes (see `ClientTraffic`).  base: whether the round's broadcast holds dense
-    weights of the targets, which take the backbone's place.
+    weights of the targets, which take the backbone's place.  recompute: whether blocks keep no activations.
     """
     model, layers = _built(architecture)
     shape = architecture.shape
@@ -108,7 +110,7 @@ def worker(
     bases = {t.name: kinds[f"{t.name}/weight"] for t in shape.targets} if base else {}
     seen = Allocations([*known, *heads.values()])
     with _meta_model(config), seen:
-        results = _train(config, architecture, model, layers, start, steps, size, pack, bases)
+        results = _train(config, architecture, model, layers, start, steps, size, pack, bases, recompute=recompute)
         _evaluate(config, architecture, model, layers, bases, heads, size)
     del results
     rest = pack * (held + _closed_beyond(config, shape, start, steps))
@@ -149,14 +151,20 @@ def _train(
     size: Lengths,
     pack: int,
     bases: Mapping[str, Tensor],
+    *,
+    recompute: bool,
 ) -> Any:
     """Runs a local step with GaLore's refresh, and further ones until the round's blocks are closed."""
     closings = min(closed_blocks(start, steps), _PERIODS)
     if closings and start.subspace is not None:
         start = replace(start, subspace=replace(start.subspace, refresh_every=1))
-    batch = _batch(architecture, config.federation.batch_size, size)
+    rows, part = config.federation.batch_size, config.resources.micro_batch
+    if part is not None and not closings:  # more parts than two take no more memory, but for a refresh
+        rows = min(rows, 2 * part)
+    batch = _batch(architecture, rows, size)
     works = [ClientWork(client, start, [batch] * (closings + 1)) for client in range(pack)]
-    rule = LocalRule(config.optimizer, lr=1.0, seed=0, pad=0, proximal=config.federation.proximal)
+    how = (config.federation.proximal, config.resources.micro_batch, recompute)
+    rule = LocalRule(config.optimizer, 1.0, 0, 0, *how)
     with based_on(layers, bases):
         return train_pack(model, layers, architecture.shape, works, rule)
 

@@ -14,6 +14,7 @@ from rayfed_sub.models.start import merged
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.fit import PACKS
 from rayfed_sub.planning.job import Job
+from rayfed_sub.planning.plan import recomputes
 from rayfed_sub.planning.sampling import PackWork, local_steps
 from rayfed_sub.runtime.worker import Spec, Worker, broadcast_of
 
@@ -56,7 +57,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     cohort, workers = config.federation.cohort, config.resources.trainers
     backbone = merged(load_weights(config.model, job.architecture, config.seed), job.start, job.architecture)
     broadcast = _broadcast(job, backbone)
-    spec = Spec(config, job.method, job.architecture, job.processor)
+    spec = Spec(config, job.method, job.architecture, job.processor, recomputes(job))
     worker = Worker(spec, packed(backbone), job.dataset, config.resources.gpus_per_worker)
 
     def timed(size: int) -> PackSpeed:

@@ -59,7 +59,7 @@ Answer = tuple[dict[str, str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Spec:
-    """Specification of a worker besides the shared memory; small and picklable.
+    """Specification of a worker besides the shared memory; small and picklable.  recompute: see `LocalRule`.
 
     Reading it imports transformers: the coordinator only passes it on.
     """
@@ -68,6 +68,7 @@ class Spec:
     method: Method
     architecture: Architecture
     processor: Processor
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,8 @@ class Worker:
 
     def _train(self, received: Broadcast, works: Sequence[ClientWork], lr: float, watch: GradientWatch) -> PackResult:
         config, shape = self._spec.config, self._spec.architecture.shape
-        rule = LocalRule(config.optimizer, lr, config.seed, self._spec.processor.pad, config.federation.proximal)
+        how = (config.federation.proximal, config.resources.micro_batch, self._spec.recompute)
+        rule = LocalRule(config.optimizer, lr, config.seed, self._spec.processor.pad, *how)
         bases = {
             layer.name: received.tensors[f"{layer.name}/weight"]
             for layer in shape.targets

@@ -36,7 +36,7 @@ from rayfed_sub.storage.table_parts import KINDS, Table, table
 from rayfed_sub.telemetry.events import Beginning, Decided, RoundDone, Summary
 
 FREE = (
-    *("resources.workers", "resources.state_memory", "resources.deadline"),
+    *("resources.workers", "resources.state_memory", "resources.deadline", "resources.activation_checkpointing"),
     *("checkpoint.every", "federation.on_client_failure", "trackers"),
     *("diagnostics.every", "diagnostics.clients", "diagnostics.layers", "diagnostics.gradient_layers"),
 )

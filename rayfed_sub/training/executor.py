@@ -32,6 +32,7 @@ from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Ter
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
 from rayfed_sub.training.passes import AnyPass, passes
+from rayfed_sub.training.recompute import recomputed
 from rayfed_sub.training.stacks import Clock, Stack, Trainee, results_of, stacks_of, trainee_of, without_finished
 
 GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
@@ -52,13 +53,16 @@ class ClientWork:
 @dataclass(frozen=True)
 class LocalRule:
     """The rule of a round's local training, for all clients alike.  lr: the round's learning rate; seed: the run's;
-    pad: the token that fills rows up; proximal: FedProx's mu (see `optimizers.pull`)."""
+    pad: the token that fills rows up; proximal: FedProx's mu (see `optimizers.pull`); micro_batch: rows of a client
+    that go through the model at a time, all where it is None; recompute: whether blocks keep no activations."""
 
     optimizer: Optimizer
     lr: float
     seed: int
     pad: int
     proximal: float = 0.0
+    micro_batch: int | None = None
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,9 @@ def train_pack(
         if not stacks:  # all have failed
             break
         own = [batches[trainee.client] for stack in stacks for trainee in stack.trainees]
-        turns = [one.to(device) for one in passes(own, pass_rule(model), rule.pad)]
-        unread.append(_step(model, layers, shape, stacks, turns, rule, gradient_hooks if t == 0 else None))
+        turns = [one.to(device) for one in passes(own, pass_rule(model), rule.pad, rule.micro_batch)]
+        with recomputed(model, shape, on=rule.recompute):
+            unread.append(_step(model, layers, shape, stacks, turns, rule, gradient_hooks if t == 0 else None))
         if free_to_read(device):  # else a client that fails is trained to the end of the round
             _read(unread)
         tokens += sum(one.tokens[0] for one in turns)

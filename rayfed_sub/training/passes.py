@@ -66,20 +66,31 @@ class Pass:
         answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
         return replace(self, **moved, inputs=inputs, flat=flat, answers=answers)
 
+    def from_row(self, first: int) -> Pass:
+        """The pass of rows that stand so many further back in their clients' batches; `rows` stays."""
+        return replace(self, where=self.where + torch.tensor([0, first, 0])) if first else self
+
 
 AnyPass = Pass | OwnPass
 
 
-def passes(batches: Sequence[Batch], rule: PassRule, pad: int) -> Sequence[AnyPass]:
+def passes(batches: Sequence[Batch], rule: PassRule, pad: int, micro_batch: int | None = None) -> Sequence[AnyPass]:
     """The passes of a step, in the order in which their gradients are added.
 
     batches: one for each client, as `Batches` gives them; a text ends where its attention mask does.  pad: the token
-    that fills up.  Batches of the caller's own come one at a time.
+    that fills up.  micro_batch: rows of a client in a pass at most.  Batches of the caller's own come one at a time,
+    and whole.
     """
     if isinstance(batches[0], OwnBatch):
         assert len(batches) == 1, "the rows of several clients' own batches are not known"
         return [OwnPass(batches[0])]
-    return labelled_passes([batch for batch in batches if not isinstance(batch, OwnBatch)], rule, pad)
+    labelled = [batch for batch in batches if not isinstance(batch, OwnBatch)]
+    rows = max(len(batch["labels"]) for batch in labelled)
+    found = list[Pass]()
+    for first in range(0, rows, micro_batch or rows):
+        some = [{name: x[first : first + (micro_batch or rows)] for name, x in batch.items()} for batch in labelled]
+        found += [one.from_row(first) for one in labelled_passes(some, rule, pad)]
+    return found
 
 
 def labelled_passes(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:

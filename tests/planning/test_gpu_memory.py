@@ -1,0 +1,96 @@
+"""What a GPU's memory has room for: activation checkpointing and micro-batches in the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from rayfed_sub import load_config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.planning.fit import check_fits, settled
+from rayfed_sub.planning.job import Job, prepare
+from rayfed_sub.planning.machines import Machine
+from rayfed_sub.planning.needs import CUDA, Need, need
+from rayfed_sub.planning.plan import job_parts
+from rayfed_sub.planning.worker_memory import Lengths
+from tests.end_to_end.test_runs import small
+
+ON_GPU = ["resources.workers=1", "resources.gpus_per_worker=1", "task.max_rows=40", "federation.partition.kind=iid"]
+WIDE = ["federation.batch_size=32", "model.random.num_hidden_layers=4", "evaluation.generate_rows=0"]
+
+
+def job(*overrides: str) -> Job:
+    return prepare(small(*ON_GPU, *WIDE, "evaluation.batch_size=1", *overrides))
+
+
+def card(gpu: float) -> Machine:
+    return Machine("card", 10**12, 8, 10**12, round(gpu))
+
+
+def needed(one: Job) -> Need:
+    return need(job_parts(one), rounds=1, most=2)
+
+
+def test_auto_keeps_activations_where_they_fit() -> None:
+    """A card between the two needs computes blocks twice, a larger one does not, a smaller one refuses the run."""
+    auto, never = job(), job("resources.activation_checkpointing=none")
+    plain = needed(auto)
+    pack = plain.config.resources.first_pack
+    kept, twice = (replace(plain, recompute=on).worker(pack).tensors for on in (False, True))
+    assert twice < 0.6 * kept
+    more, less = (plain.on_gpu(tensors) for tensors in (kept, twice))
+    assert [settled(plain, card(gpu)).recompute for gpu in (1.01 * more, 1.01 * less)] == [False, True]
+    assert not settled(needed(never), card(less)).recompute
+    check_fits(job_parts(auto), card(1.01 * less))
+    with pytest.raises(UserError, match="this run needs"):
+        check_fits(job_parts(auto), card(CUDA / 2))
+
+
+def test_micro_batches_take_less() -> None:
+    whole, parts = (needed(job(f"resources.micro_batch={rows}")).worker(1).tensors for rows in ("null", 2))
+    assert parts < 0.3 * whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["resources.micro_batch=0"], "resources.micro_batch: got 0"),
+        (["resources.executor=reference", "resources.micro_batch=2"], "resources.micro_batch: got 2"),
+        (
+            ["resources.executor=reference", "resources.activation_checkpointing=blocks"],
+            "resources.activation_checkpointing: got 'blocks'",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(overrides: Sequence[str], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        prepare(small("task.max_rows=40", "federation.partition.kind=iid", *overrides))
+
+
+@pytest.mark.slow
+def test_flowertune_is_planned_for_its_cards() -> None:
+    """Mistral-7B's shapes, rank 32 on q and v, 16 rows of 512 tokens, one client at a time: activations alone are more
+    than a 24 GB or a 48 GB card has beside 14 GB of weights; with blocks that are computed twice, or with four rows at
+    a time, they fit, and auto finds that out."""
+    config = load_config(
+        {
+            "model": {
+                "path": "random",
+                "dtype": "bfloat16",
+                "targets": "(q_proj|v_proj)$",
+                "random": {"type": "mistral", "num_key_value_heads": 8},
+            },
+            "task": {"name": "python-docs", "max_length": 512, "max_rows": 100},
+            "federation": {"clients": 20, "sampled": 2, "rounds": 1, "batch_size": 16, "partition": {"kind": "iid"}},
+            "method": {"name": "fedit", "rank": 32},
+            "evaluation": {"generate_rows": 0},
+            "resources": {"workers": 1, "gpus_per_worker": 1, "pack_size": 1},
+        }
+    )
+    whole = replace(needed(prepare(config)), size=Lengths(512, 512, 256))
+    found = {gpu: settled(whole, card(gpu * 2**30)) for gpu in (23, 47, 79)}
+    assert {gpu: one.recompute for gpu, one in found.items()} == {23: True, 47: True, 79: False}
+    for gpu, one in found.items():
+        assert one.on_gpu(one.worker(1).tensors) < gpu * 2**30
