@@ -113,8 +113,8 @@ def _on_this_device(x_gNn: Tensor, d_gNm: Tensor, unused_gN: Tensor, rank: int) 
 
 def single(x_gNn: Tensor, d_gNm: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Top right singular vectors (g, rank, n) of each d^T x in float32, and whether they are close to the exact ones:
-    the last singular value is above `_SMALLEST` of the first, and no vector's residual, |A^T A v - s^2 v| / s^2, is
-    larger than `_RESIDUAL`.
+    the last singular value is above `_SMALLEST` of the first, and of no vector's A^T A v a share of more than
+    `_RESIDUAL` lies beside the directions that were looked at.
 
     With d^T = Q R the rows of A = R x have the same right singular vectors (where d has fewer columns than rows, of
     d^T x itself).  The eigenvectors of A's scaled Gram are right but for directions whose share of the largest singular
@@ -135,8 +135,9 @@ def single(x_gNn: Tensor, d_gNm: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         V_gnq = torch.linalg.qr(A_gan.mT @ torch.linalg.qr(A_gan @ V_gnq).Q).Q
     s_gq, W_gqq = torch.linalg.svd(torch.linalg.qr(A_gan @ V_gnq, mode="r").R)[1:]
     rows_gqn, s_gq = (W_gqq @ V_gnq.mT)[:, :rank], s_gq[:, :rank]
-    square_gq = s_gq.square()[:, :, None]
-    apart_gq = ((rows_gqn @ A_gan.mT) @ A_gan - square_gq * rows_gqn).norm(dim=2) / square_gq[:, :, 0].clamp_min(_TINY)
+    left_gqn = (rows_gqn @ A_gan.mT) @ A_gan
+    left_gqn = left_gqn - (left_gqn @ V_gnq) @ V_gnq.mT  # beside the directions that the small problem has seen
+    apart_gq = left_gqn.norm(dim=2) / s_gq.square().clamp_min(_TINY)
     full = rows_gqn.shape[1] == rank
     close_g = (s_gq[:, -1] > _SMALLEST * s_gq[:, 0]) & (apart_gq.amax(dim=1) < _RESIDUAL) & full
     return functional.pad(_orthonormal(rows_gqn), (0, 0, 0, rank - rows_gqn.shape[1])), close_g

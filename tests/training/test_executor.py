@@ -11,6 +11,7 @@ import torch
 
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Subspace
+from rayfed_sub.training import executor, projectors
 from rayfed_sub.training.executor import LocalRule, train_pack
 from tests.helpers.tiny_models import (
     bert,
@@ -243,3 +244,36 @@ def test_shared_backbone_is_never_written(kind):
 
 def test_distance_detects_a_small_change():
     assert distance(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-3])) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["galore", "lora"])
+def test_losses_read_at_the_end_tell_the_same(kind, monkeypatch):
+    """A device that is not asked in between: a client with a NaN at step 1 is trained to the end, and forgotten."""
+    tiny = vit()
+    batches = [draw_batches(tiny, seed, 4) for seed in range(3)]
+    batches[1][1]["pixel_values"][0, 0, 0, 0] = float("nan")
+    batches[2] = torn(batches[2], 3)
+    given = [start_of(kind, tiny)] * 3
+    soon = run_pack(tiny, given, batches, Optimizer(clip_norm=0.5), lr=LR)
+    monkeypatch.setattr(executor, "free_to_read", lambda device: False)
+    late = run_pack(tiny, given, batches, Optimizer(clip_norm=0.5), lr=LR)
+    assert [one.failure for one in late] == [one.failure for one in soon]
+    assert late[1].failure == "non-finite loss at local step 1"
+    for one, other in zip(soon, late, strict=True):
+        ours, theirs = ([x.metrics[name] for name in ("loss", "labels", "steps")] for x in (one, other))
+        assert ours[1:] == theirs[1:]
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-6, nan_ok=True)
+    assert worst(change(tiny, given[0], soon[0]), change(tiny, given[0], late[0])) < 1e-6
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_galore_in_float32_s_bases_is_galore(make, monkeypatch):
+    """Three steps with two refreshes in bases as a GPU finds them change the weights by the same, to 1e-4."""
+    tiny = make()
+    batches, given = [draw_batches(tiny, seed, 3, rows=4) for seed in range(2)], [start_of("galore", tiny)] * 2
+    exact = run_pack(tiny, given, batches, Optimizer(), lr=LR)
+    monkeypatch.setattr(projectors, "free_to_read", lambda device: False)
+    monkeypatch.setattr(projectors, "eigen_dtype", lambda device: torch.float32)
+    close = run_pack(tiny, given, batches, Optimizer(), lr=LR)
+    for ours, theirs in zip(close, exact, strict=True):
+        assert worst(change(tiny, given[0], ours), change(tiny, given[0], theirs)) < 1e-4

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rayfed_sub.core.lowrank import signed
 from rayfed_sub.core.rng import stream
 from rayfed_sub.planning.allocations import Allocations
-from rayfed_sub.training.projectors import bases, basis
+from rayfed_sub.training import projectors
+from rayfed_sub.training.projectors import bases, basis, single
 
 RANK = 4
 # N < min(m, n) takes the token Grams, N >= min(m, n) the Gram of the gradient's short side; on the left m < n.
@@ -266,3 +267,67 @@ def test_clients_share_factorisations_as_far_as_memory_allows(monkeypatch: pytes
     for g in range(5):
         alone = basis("exact", x_GNn[g], d_GNm[g], 3, None, stream(0))
         torch.testing.assert_close(together[g], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [0.3, 0.03, 0.003])
+@pytest.mark.parametrize(("m", "n", "N"), [(96, 64, 40), (64, 96, 40), (96, 64, 128), (64, 96, 128)])
+def test_float32_s_eigenproblem_is_close_to_the_exact_one(m, n, N, last):
+    """Singular values that fall from 1 to `last` at the eighth, and on from there: float32, as GPUs have it, spans the
+    same space to 1e-4, in which R = G Q^T does the same."""
+    x, d = spectrum(m, n, N, last)
+    rows_1rn, close = single(x[None], d[None], 8)
+    assert close.all()
+    exact_rn = basis("exact", x, d, 8, None, stream(0))
+    signs = (rows_1rn[0] * exact_rn).sum(1).sign()[:, None]
+    assert torch.allclose(signs * rows_1rn[0], exact_rn, atol=1e-4)
+    G = d.double().T @ x.double()
+    ours, theirs = (G @ rows.double().T @ rows.double() for rows in (rows_1rn[0], exact_rn))
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_float32_refuses_what_it_cannot_tell_apart():
+    """A last singular value of 1e-4 of the first, fewer directions than the rank, and a gradient of zero."""
+    for x, d in (spectrum(96, 64, 40, 1e-4), spectrum(96, 64, 5, 0.1), (torch.randn(40, 64), torch.zeros(40, 96))):
+        assert not single(x[None], d[None], 8)[1].any()
+
+
+@pytest.mark.parametrize("kind", ["exact", "svd", "randomized", "random"])
+def test_device_that_is_not_asked_has_the_same_bases(kind, monkeypatch):
+    """On a processor: no token left out, float32 where it does, float64 for a client where it does not."""
+    pairs = [spectrum(96, 64, 40, 0.1, seed=1), spectrum(96, 64, 40, 1e-5, seed=2), factors(96, 64, 40)]
+    x, d = (torch.stack(side) for side in zip(*pairs, strict=True))
+    d[2, 30:] = 0
+    old = torch.zeros(3, RANK, 64)
+    soon = bases(kind, x, d, old, lambda g: stream(g, "test"))
+    monkeypatch.setattr(projectors, "free_to_read", lambda device: False)
+    monkeypatch.setattr(projectors, "eigen_dtype", lambda device: torch.float32)
+    late = bases(kind, x, d, old, lambda g: stream(g, "test"))
+    assert torch.allclose(soon.abs(), late.abs(), atol=1e-4 if kind != "randomized" else 1e-2)
+
+
+def spectrum(
+    m: int, n: int, N: int, last: float, seed: int = 0, tail: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, n) and d (N, m) whose gradient's singular values fall evenly, on a scale of logarithms, to `last` at the
+    eighth, and go on falling, by the factor `tail` from one to the next if it is given."""
+    rng = np.random.default_rng(seed)
+    k = min(m, n, N)
+    values = last ** (np.minimum(np.arange(k), k if tail is None else 7) / 7)
+    if tail is not None:
+        values = values * tail ** np.maximum(0, np.arange(k) - 7)
+    values = torch.from_numpy(values).clamp_min(1e-12)
+    mix_NN = torch.linalg.qr(torch.from_numpy(rng.standard_normal((N, N)))).Q[:, :k]
+    left_mk = torch.linalg.qr(torch.from_numpy(rng.standard_normal((m, k)))).Q
+    right_nk = torch.linalg.qr(torch.from_numpy(rng.standard_normal((n, k)))).Q
+    return (mix_NN @ right_nk.T).float(), (mix_NN @ (values[:, None] * left_mk.T)).float()
+
+
+@pytest.mark.parametrize("ratio", [0.99, 0.9, 0.5])
+def test_float32_knows_when_directions_beyond_the_last_are_as_strong(ratio):
+    """Eight singular values fall to 0.002, others follow closely: what is taken is right."""
+    for seed in range(6):
+        x, d = spectrum(96, 64, 40, 0.002, seed, tail=ratio)
+        rows_1rn, close = single(x[None], d[None], 8)
+        exact_rn = basis("exact", x, d, 8, None, stream(0))
+        apart = (rows_1rn[0].abs() - exact_rn.abs()).abs().max()
+        assert apart < 1e-4 or not close.any()
