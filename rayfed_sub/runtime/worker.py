@@ -48,6 +48,7 @@ from rayfed_sub.training.inference import Generation, Prediction, answers, globa
 from rayfed_sub.training.layers import based_on
 from rayfed_sub.training.own_loss import BatchScores, OwnCodeError, own_scores
 from rayfed_sub.training.pack_experts import install
+from rayfed_sub.training.projectors import eigen_dtype
 
 _RESIDENT_BYTES = 256 * 2**20  # client states that a worker keeps; older ones are read from the object store again
 _FETCH_SECONDS = 120
@@ -114,7 +115,8 @@ class Worker:
 
     def ready(self) -> Answer:
         """This worker's versions and machine, once the backbone is mapped."""
-        return versions(), machine(self._device.type == "cuda")
+        on_gpu = self._device.type == "cuda"
+        return versions(), machine(on_gpu) | ({"eigenproblems": str(eigen_dtype(self._device))} if on_gpu else {})
 
     def memory(self) -> Sample:
         """Proportional set size, bytes: as last sampled, and the largest seen so far."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayfed_sub.core.devices import free_to_read
 from rayfed_sub.core.types import Change, ModelShape, Tensors
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.training.blocks import Closed
 from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound
 from rayfed_sub.training.losses import predicted
+
+_ASK_EVERY = 16
+"""Tokens of an answer between two questions to a device whether all rows have ended."""
 
 
 @contextmanager
@@ -155,7 +159,36 @@ def _generated(
         max_new_tokens=limit,
         eos_token_id=list(ends),
         pad_token_id=pad,
+        custom_generate=None if free_to_read(device) else _greedy,
         **begun,
     )
     width = 1 if apart else ids_BT.shape[1]  # an encoder-decoder's answer begins with its start
     return [list(takewhile(lambda token: token not in ends, row)) for row in out_BT[:, width:].tolist()]
+
+
+def _greedy(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Callable[[Tensor, Tensor], Tensor],
+    stopping_criteria: Callable[[Tensor, Any], Tensor],
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **given: Any,
+) -> Tensor:
+    """transformers' greedy loop, which asks the device once in `_ASK_EVERY` tokens whether all rows have ended, not
+    after each; what a row says after its end is cut by the caller."""
+    done_B, first = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device), input_ids.shape[1]
+    for length in range(first, generation_config.max_length):
+        begins = length == first
+        how = {"next_sequence_length": None if begins else 1, "is_first_iteration": begins}
+        outputs = model(**model.prepare_inputs_for_generation(input_ids, **how, **given), return_dict=True)
+        given = model._update_model_kwargs_for_generation(
+            outputs, given, is_encoder_decoder=model.config.is_encoder_decoder
+        )
+        scores_BV = logits_processor(input_ids, outputs.logits[:, -1].float())
+        input_ids = torch.cat([input_ids, scores_BV.argmax(dim=-1)[:, None]], dim=1)
+        done_B = done_B | stopping_criteria(input_ids, None)
+        if (length - first) % _ASK_EVERY == _ASK_EVERY - 1 and done_B.all():
+            break
+    return input_ids

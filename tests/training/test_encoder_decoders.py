@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rayfed_sub.core.types import Subspace
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.text_to_text import start_token
 from rayfed_sub.models.weights import assemble, load_weights
+from rayfed_sub.training import inference
 from rayfed_sub.training.inference import answers
 from rayfed_sub.training.losses import predicted
 from rayfed_sub.training.passes import passes
@@ -92,7 +94,7 @@ def test_reference_has_the_same_change() -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_answers_are_the_model_s_own_and_those_of_each_prompt_alone(name: str) -> None:
+def test_answers_are_the_model_s_own_and_those_of_each_prompt_alone(name: str, monkeypatch: Any) -> None:
     model = tiny(name).model
     prompts = [[5, 6, 7], [8] * 20, [9, 10]]
     start = start_token(model, [END])
@@ -109,6 +111,8 @@ def test_answers_are_the_model_s_own_and_those_of_each_prompt_alone(name: str) -
         assert answer == said[: len(answer)]
         assert said[len(answer) : len(answer) + 1] in ([], [END])
     assert any(found)
+    monkeypatch.setattr(inference, "free_to_read", lambda device: False)  # as on a GPU
+    assert answers(model, prompts, pad=PAD, ends=[END], limit=5, start=start) == found
 
 
 @pytest.mark.parametrize("name", ["longt5", "marian"])

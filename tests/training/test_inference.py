@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,11 +12,26 @@ import torch
 from torch.nn import functional
 
 from rayfed_sub.config.loading import load_config
+from rayfed_sub.core.devices import meta_as
 from rayfed_sub.core.types import Block, Change
 from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.runtime.held_out import JudgedModel, _shards
+from rayfed_sub.training import inference
 from rayfed_sub.training.inference import answers, global_model, predictions
-from tests.helpers.tiny_models import PAD, Tiny, bent, bert, dinov2, draw_batches, gpt2, installed, llama, lora_start
+from tests.helpers.second_device import SecondDevice
+from tests.helpers.tiny_models import (
+    PAD,
+    VOCABULARY,
+    Tiny,
+    bent,
+    bert,
+    dinov2,
+    draw_batches,
+    gpt2,
+    installed,
+    llama,
+    lora_start,
+)
 
 LANGUAGE: list[Callable[[], Tiny]] = [llama, gpt2, *(lambda name=name: bent(name) for name in ("gemma2", "cohere"))]
 
@@ -60,6 +76,29 @@ def test_answers_are_the_likeliest_tokens_in_any_batch(model: Callable[[], Tiny]
     assert answers(net, prompts[:1], pad=PAD, ends=[eos, wanted[0][1]], limit=6) == [
         wanted[0][: wanted[0].index(wanted[0][1])]
     ]
+
+
+@pytest.mark.parametrize("model", [llama, gpt2], ids=["llama", "gpt2"])
+def test_device_that_is_not_asked_answers_the_same(model: Callable[[], Tiny], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of twenty tokens, of which some end early: the rows are asked for once, after sixteen, and once more."""
+    net = model().model
+    prompts = [[5, 9, 33], [7], [60, 61, 62, 63, 2, 3, 4]]
+    (long,) = answers(net, prompts[:1], pad=PAD, ends=[VOCABULARY - 1], limit=20)
+    for ends in ([long[5]], [long[0], long[1]], list(range(VOCABULARY))):
+        soon = answers(net, prompts, pad=PAD, ends=ends, limit=20)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(inference, "free_to_read", lambda device: False)
+            assert answers(net, prompts, pad=PAD, ends=ends, limit=20) == soon
+
+
+def test_answer_asks_the_device_once_in_sixteen_tokens() -> None:
+    """What generation asks before its first token is transformers' own."""
+    net = copy.deepcopy(llama().model).to("meta")
+    with meta_as("cuda"), SecondDevice() as mode:
+        answers(net, [[5, 9, 33]] * 2, pad=PAD, ends=[3], limit=40)
+    ours = {where: times for where, times in mode.seen.reads.items() if where.startswith("training/inference.py")}
+    # The loop ends at its first question, whose answer is yes; tokens are read at the end.
+    assert sorted(ours.values()) == [1, 1]
 
 
 @pytest.mark.parametrize("model", [bert, dinov2], ids=["bert", "dinov2"])
