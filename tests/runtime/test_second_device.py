@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +127,23 @@ def test_round_of_every_method_mixes_no_devices(name: str) -> None:
 def test_refresh_asks_no_more_than_its_factorisation(projector: str) -> None:
     training, _ = walked(job_of("fedftg", projector=projector))
     assert sum(training.reads.values()) == 1
+    assert asked(training.sends) == {}
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    "fields",
+    [{"name": "fedftg", "refresh_every": 1, "moments": "rotate"}, {"name": "fedit", "dropout": 0.1}],
+    ids=lambda fields: fields["name"],
+)
+def test_step_s_additions_ask_nothing(fields: dict[str, Any]) -> None:
+    """Closed blocks that decay, moments that turn, a clipped norm, FedProx's pull, dropout."""
+    job = prepared()
+    federation = job.config.federation.model_copy(update={"proximal": 0.1})
+    optimizer = job.config.optimizer.model_copy(update={"clip_norm": 1.0, "weight_decay": 0.1})
+    config = job.config.model_copy(update={"federation": federation, "optimizer": optimizer})
+    training, _ = walked(replace(job, config=config, method=build(fields)))
+    assert sum(asked(training.reads, "projectors.py").values()) == 1
     assert asked(training.sends) == {}
 
 
