@@ -45,6 +45,7 @@ PACKING = ("resources.pack_size", "evaluation.batch_size")
 """Settings that may differ too where the bits are the same in any pack (`planning/packs.py`)."""
 
 
+_OPTIONAL = ("answers", "timeline")  # tables that are there only where they have rows
 _DECIDED = "decided"  # the log's entry of what holds from a round on
 
 
@@ -60,7 +61,7 @@ class RunFolder:
         """Writes the initial model's answers, then the first line of the log; keeps its scores."""
         first = {"scores": _scored(0, beginning.scores), "answers": answers}
         for name, one in self._tables.items():
-            if name != "answers" or answers:
+            if name not in _OPTIONAL or first.get(name):
                 one.begin(first.get(name, ()))
         if answers:
             self._tables["answers"].write()
@@ -71,6 +72,7 @@ class RunFolder:
         atomic_files.append(self.path / "log.jsonl", _line("round", asdict(done.row)))
         n = done.row.round
         added = {"rounds": [done.row], "clients": done.client_rows, "packs": done.packs, "answers": done.answers}
+        added["timeline"] = done.timeline
         added |= {"layers": done.layers, "client_layers": done.client_layers, "scores": _scored(n + 1, done.scores)}
         for name, rows in added.items():
             self._tables[name].add(n, rows)
@@ -167,7 +169,7 @@ class RunFolder:
     def write_tables(self) -> None:
         """Writes all rows that the tables on the disk lack."""
         for name, one in self._tables.items():
-            if name != "answers" or one.has_any:
+            if name not in _OPTIONAL or one.has_any:
                 one.write()
 
     def write_summary(self, summary: Summary) -> None:

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
+from rayfed_sub.core.schemas import (
+    AnswerRow,
+    ClientLayer,
+    ClientRow,
+    CohortLayer,
+    PackRow,
+    RoundRow,
+    Score,
+    TimelineRow,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,8 @@ class PackDone:
 @dataclass(frozen=True)
 class RoundDone:
     """A round has finished; all of it goes to the run folder.  scores: empty where no evaluation was due; layers,
-    client_layers: empty without diagnostics in the round; answers: of the last round, of the trained model."""
+    client_layers: empty without diagnostics in the round; answers: of the last round, of the trained model; timeline:
+    empty without devices."""
 
     row: RoundRow
     client_rows: tuple[ClientRow, ...]
@@ -81,6 +91,7 @@ class RoundDone:
     layers: tuple[CohortLayer, ...] = ()
     client_layers: tuple[ClientLayer, ...] = ()
     answers: tuple[AnswerRow, ...] = ()
+    timeline: tuple[TimelineRow, ...] = ()
 
 
 @dataclass(frozen=True)
