@@ -61,7 +61,7 @@ def round_work(config: Config, dataset: Dataset, client: int) -> tuple[int, floa
     """A client's work in a round for the virtual clock: its local steps, and the tokens of their rows on average (of
     images, their number)."""
     steps = local_steps(config, client)
-    return steps, steps * _step_tokens(config, dataset, client)
+    return steps, steps * step_tokens(config, dataset, client)
 
 
 def semi_synchronous_steps(config: Config, dataset: Dataset, fleet: Fleet | None) -> dict[str, tuple[int, ...]]:
@@ -71,12 +71,13 @@ def semi_synchronous_steps(config: Config, dataset: Dataset, fleet: Fleet | None
     if federation.local_seconds is None or fleet is None:
         return {}
     seconds = (
-        fleet.compute_seconds(client, 1, _step_tokens(config, dataset, client)) for client in range(federation.clients)
+        fleet.compute_seconds(client, 1, step_tokens(config, dataset, client)) for client in range(federation.clients)
     )
     return {"local_steps": tuple(max(1, int(federation.local_seconds / each + 1e-9)) for each in seconds)}
 
 
-def _step_tokens(config: Config, dataset: Dataset, client: int) -> float:
+def step_tokens(config: Config, dataset: Dataset, client: int) -> float:
+    """Tokens of the rows of a client's local step on average (of images, their number)."""
     return min(config.federation.batch_size, len(dataset.rows_of(client))) * tokens(dataset, client)
 
 

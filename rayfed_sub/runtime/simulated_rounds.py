@@ -16,6 +16,7 @@ import numpy as np
 
 from rayfed_sub.clock.fleet import DAY, Bools, Fleet, Floats
 from rayfed_sub.clock.staleness import discount, step_factor
+from rayfed_sub.clock.timeline_rows import ClientRound, Work, timeline_row, waited
 from rayfed_sub.clock.virtual_clock import Clock, Flight, Untrained, closed, departure, in_order, next_end
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import settled
@@ -97,15 +98,18 @@ class SimulatedRounds:
 
     def told(self, n: int, clock: Clock, rows: Sequence[ClientRow]) -> tuple[Clock, tuple[TimelineRow, ...]]:
         """The clock after a synchronous round that waited for all of its clients, and its timeline."""
-        flights = [
-            self._landed(
-                self._departure(row.client, n, clock.now, math.inf, row.downlink_bytes), row.uplink_bytes, row.failure
+        clients = [
+            ClientRound(
+                client=row.client,
+                downlink_bytes=row.downlink_bytes,
+                uplink_bytes=row.uplink_bytes,
+                failed=row.failure is not None,
+                work=self._work(row.client),
             )
             for row in rows
         ]
-        end = closed(clock.now, flights, len(flights), None)
-        outcomes = [*((flight, "counted") for flight in end.counted), *end.dropped]
-        return Clock(end.now), self._rows(n, outcomes, end.now)
+        end, timeline = waited(self._fleet, n, clock.now, clients)
+        return Clock(end), timeline
 
     def collected(
         self, n: int, clock: Clock, train: Train, downloads: Downloads
@@ -219,8 +223,7 @@ class SimulatedRounds:
             step.landings[k] = Landing(replace(update, tensors=settled(update.tensors)), kept)
 
     def _departure(self, client: int, version: int, now: float, until: float, size: int) -> Flight:
-        work = packs.round_work(self._config, self._dataset, client)
-        return departure(self._fleet, client, version, now, until, size, work)
+        return departure(self._fleet, client, version, now, until, size, self._work(client))
 
     def _landed(self, flight: Flight, size: int, failure: str | None) -> Flight:
         """The flight of a client that has trained."""
@@ -251,32 +254,13 @@ class SimulatedRounds:
         self, n: int, outcomes: Sequence[tuple[Flight, str]], now: float, *, waits: bool = True
     ) -> tuple[TimelineRow, ...]:
         """The timeline of round n, which ends at `now`; waits: its clients wait for that."""
-        found = []
-        for flight, outcome in outcomes:
-            ended = now if outcome in ("late", "stale") else flight.end
-            spent = min(max(ended - flight.began - flight.download, 0.0), flight.compute)
-            steps, tokens = packs.round_work(self._config, self._dataset, flight.client)
-            row = TimelineRow(
-                round=n,
-                client=flight.client,
-                device=self._fleet.name_of(flight.client),
-                version=flight.version,
-                began=flight.began,
-                download_seconds=flight.download,
-                compute_seconds=flight.compute,
-                upload_seconds=flight.upload or 0.0,
-                ended=ended,
-                round_ended=now,
-                idle_seconds=now - ended if waits else 0.0,
-                outcome=outcome,
-                downlink_bytes=flight.received(ended),
-                uplink_bytes=flight.sent(ended),
-                steps=float(steps),
-                tokens=tokens,
-                joules=self._fleet.joules(flight.client, spent),
-            )
-            found.append(row)
-        return tuple(found)
+        return tuple(
+            timeline_row(self._fleet, n, flight, outcome, now, self._work(flight.client), waits=waits)
+            for flight, outcome in outcomes
+        )
+
+    def _work(self, client: int) -> Work:
+        return packs.round_work(self._config, self._dataset, client)
 
 
 def _without(available: Bools, taken: Sequence[int]) -> Bools:

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute
 
+from rayfed_sub.clock.accounts import account
 from rayfed_sub.config.checks import not_given
 from rayfed_sub.config.loading import flat, stored_config, yaml_text
 from rayfed_sub.config.schema import GIVEN, Config
@@ -138,6 +139,11 @@ class RunFolder:
     def clients(self) -> int:
         """Clients that took part in any round."""
         return len({client for rows in self._tables["clients"].rows() for client in rows["client"].to_pylist()})
+
+    def simulated(self) -> dict[str, Any] | None:
+        """The account of the timeline; None for a run without devices."""
+        rows = self._all("timeline")
+        return account(rows.to_pandas()) if rows.num_rows else None
 
     def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
         """Diagnostics of the newest diagnosed rounds, at most so many, in order."""

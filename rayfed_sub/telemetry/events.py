@@ -150,7 +150,8 @@ class Summary:
     the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version); stopped:
     why the run ended before its last round; best: `round`, finished ones, and `value` of early_stopping's `metric`
     (None: no best checkpoint is kept); one_at_a_time: packs had one client, for nothing says how the model treats the
-    rows of several; start_from: the `StartInfo` of what model.start_from names."""
+    rows of several; start_from: the `StartInfo` of what model.start_from names;
+    simulated: what the run takes with its devices (`clock/accounts.py`; None: it has none)."""
 
     name: str
     method: str
@@ -178,4 +179,5 @@ class Summary:
     best: dict[str, Any] | None = None
     one_at_a_time: bool = False
     start_from: dict[str, Any] | None = None
+    simulated: dict[str, Any] | None = None
     folder: str = field(default="", compare=False)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from rayfed_sub import load_config, run
+from rayfed_sub.cli.main import app
+from rayfed_sub.clock.accounts import account
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.reports.page import Table
+from rayfed_sub.reports.retiming import retimed
+from rayfed_sub.reports.run_reader import read_run
+from rayfed_sub.reports.simulated_time import simulated_time
 from rayfed_sub.telemetry.events import PackDone, Summary
 from tests.helpers import chaos
 
@@ -57,6 +65,48 @@ def test_clock_changes_neither_bits_nor_tables_of_a_synchronous_run(plain: Summa
     slow = timeline[timeline["device"] == "slow"].iloc[0]
     assert slow["compute_seconds"] == 2.0 * 4
     assert slow["upload_seconds"] == pytest.approx(8 * slow["uplink_bytes"] / 1e6)
+
+
+def test_finished_run_is_told_again_for_other_devices(plain: Summary, tmp_path: Path, capsys: Any) -> None:
+    """With the devices of a run that had them it gives that run's own timeline."""
+    clocked = run(job(devices=TWO), tmp_path / "run")
+    told = retimed(read_run(Path(plain.folder)), job(devices=TWO).devices)
+    pd.testing.assert_frame_equal(told, pd.read_parquet(f"{clocked.folder}/timeline.parquet"))
+    assert clocked.simulated == account(told)
+    file = tmp_path / "devices.yaml"
+    file.write_text("devices: {classes: {fast: {seconds_per_step: 0.5}}}")
+    asked = ["retime", plain.folder, "--devices", str(file), "--json"]
+    again = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert again["seconds"] == 3 * 4 * 0.5
+    assert [(one["rounds"], one["seconds"]) for one in again["evaluations"]] == [(0, 0.0), (3, 6.0)]
+    shown = CliRunner().invoke(app, [*asked[:-1], "--target", "held_out_loss=0.1"]).stdout
+    assert "not reached" in shown
+
+
+def test_only_runs_that_waited_for_everybody_are_told_again(buffered: Summary, plain: Summary) -> None:
+    with pytest.raises(UserError, match=r"RUN: got .*; allowed: a synchronous run that waited for all of its clients"):
+        retimed(read_run(Path(buffered.folder)), job(devices=TWO).devices)
+    hours = job(devices={"one": {"seconds_per_step": 1.0, "hours": [[8, 18]]}}).devices
+    with pytest.raises(UserError, match="--devices: got 'hours'; allowed: devices without hours"):
+        retimed(read_run(Path(plain.folder)), hours)
+    with pytest.raises(UserError, match=r"--devices: got \{\}; allowed: a file with devices.classes"):
+        retimed(read_run(Path(plain.folder)), job().devices)
+
+
+def test_report_tells_the_simulated_time(buffered: Summary, plain: Summary) -> None:
+    with_devices, without = read_run(Path(buffered.folder)), read_run(Path(plain.folder))
+    assert simulated_time({"plain": without}) is None
+    section = simulated_time({"plain": without, "buffered": with_devices})
+    assert section is not None
+    page = json.dumps([str(part) for part in section.parts])
+    assert "simulated hours" in page
+    (classes,) = [part for part in section.parts if isinstance(part, Table) and part.columns[1] == "devices"]
+    assert {(row[0], row[1]) for row in classes.rows} == {("buffered", "slow"), ("buffered", "fast")}
+    assert buffered.simulated is not None
+    whole = buffered.simulated["classes"]
+    assert sum(of_class["counted"] for of_class in whole.values()) == 6 * 2
+    assert sum(of_class["participation"] for of_class in whole.values()) == pytest.approx(1.0)
+    assert whole["slow"]["staleness"] > whole["fast"]["staleness"]
 
 
 def test_fedbuff_of_a_whole_cohort_of_equal_devices_has_the_bits_of_sync(plain: Summary, tmp_path: Path) -> None:
