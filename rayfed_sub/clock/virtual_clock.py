@@ -97,15 +97,13 @@ class Untrained:
     clients: tuple[int, ...]
 
 
-def next_end(flights: Sequence[Flight], other: float = math.inf) -> Flight | Untrained | None:
+def next_end(first: Flight | None, waiting: Sequence[Flight], other: float = math.inf) -> Flight | Untrained | None:
     """The flight that ends next, or those that must train before that is known; None where none ends by `other`, a
-    moment at which something else happens."""
-    known = in_order(flight for flight in flights if flight.known)
-    end = min(known[0].end if known else math.inf, other)
-    waiting = [flight for flight in flights if not flight.known]
+    moment at which something else happens.  first: the next to end of those whose end is known; waiting: the others."""
+    end = min(math.inf if first is None else first.end, other)
     if any(flight.end <= end for flight in waiting):
         return Untrained(tuple(flight.client for flight in waiting))
-    return known[0] if known and known[0].end <= other else None
+    return first if first is not None and first.end <= other else None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -50,28 +51,49 @@ class Gathered:
 
 
 class _Step:
-    """An asynchronous server between two versions.  flights, landings: clients under way, and the results of those that
+    """An asynchronous server between two versions.
+
+    flights: of the clients under way; waiting: those of them whose end is not known; landings: results of those that
     have trained; buffer, failed: flights that have ended, with an update and without; outcomes: of all that have ended;
     starts: draws of clients so far; started_at: moment of the last one."""
 
     def __init__(self, state: RoundState) -> None:
         clock = state.clock or Clock()
         self.began = self.now = clock.now
-        self.flights = {flight.client: flight for flight in clock.flights}
+        self.flights: dict[int, Flight] = {}
+        self.waiting: dict[int, Flight] = {}
+        self._ends: list[tuple[float, int]] = []
         self.landings = dict(state.landings)
         self.buffer: list[Flight] = []
         self.failed: list[Flight] = []
         self.outcomes: list[tuple[Flight, str]] = []
         self.starts, self.started_at = 0, -1.0
+        for flight in clock.flights:
+            self.take(flight)
 
     @property
     def taken(self) -> list[int]:
         """Clients that cannot begin: under way, or with a result of this step."""
         return [*self.flights, *(flight.client for flight in (*self.buffer, *self.failed))]
 
+    def take(self, flight: Flight) -> None:
+        """A client begins, or has trained."""
+        self.flights[flight.client] = flight
+        self.waiting.pop(flight.client, None)
+        if flight.known:
+            heappush(self._ends, (flight.end, flight.client))
+        else:
+            self.waiting[flight.client] = flight
+
+    def next(self, other: float) -> Flight | Untrained | None:
+        """As `next_end`."""
+        first = self.flights[self._ends[0][1]] if self._ends else None
+        return next_end(first, list(self.waiting.values()), other)
+
     def end(self, flight: Flight) -> None:
-        """A client under way has ended, which moves the clock."""
+        """The first client under way has ended, which moves the clock."""
         self.now = flight.end
+        heappop(self._ends)
         del self.flights[flight.client]
         self.outcomes.append((flight, flight.outcome))
         if flight.outcome == "counted":
@@ -143,13 +165,13 @@ class SimulatedRounds:
         wanted = self._config.federation.asynchronous.buffer or 1
         step = _Step(state)
         while len(step.buffer) < wanted:
-            event = next_end(list(step.flights.values()), step.now)
+            event = step.next(step.now)
             if event is None and step.started_at != step.now:
                 self._begin(n, step, downloads)
                 continue
             if event is None:
                 opens = self._opens(step)
-                event = next_end(list(step.flights.values()), opens)
+                event = step.next(opens)
                 if event is None and opens == math.inf:
                     raise RunError("simulated time", "no client is left that could become available", round=n)
                 step.now = opens if event is None else step.now
@@ -161,7 +183,7 @@ class SimulatedRounds:
                 cause = f"{len(step.buffer)} of {wanted} updates in {_DRY_DAYS} simulated days"
                 raise RunError("simulated time", f"{cause}; devices are too slow for their hours", round=n)
         # The next version of the server takes the place of the one that these begin from.
-        yield from self._train([k for k, flight in step.flights.items() if not flight.known], train, step)
+        yield from self._train(list(step.waiting), train, step)
         return self._stepped(n, state.server.tensors, step)
 
     def _begin(self, n: int, step: _Step, downloads: Downloads) -> None:
@@ -174,7 +196,8 @@ class SimulatedRounds:
         begun = sampling.drawn(self._config, n, idle, places, step.starts)
         step.starts += 1
         down = downloads(begun)
-        step.flights |= {k: self._departure(k, n, step.now, float(until[k]), down[k]) for k in begun}
+        for k in begun:
+            step.take(self._departure(k, n, step.now, float(until[k]), down[k]))
 
     def _opens(self, step: _Step) -> float:
         """The next moment at which a client becomes available for a place that is free; infinite for none."""
@@ -217,7 +240,7 @@ class SimulatedRounds:
             return
         results = yield from train(clients)
         for k, (update, state) in results.items():
-            step.flights[k] = self._landed(step.flights[k], update.wire_bytes, update.failure)
+            step.take(self._landed(step.flights[k], update.wire_bytes, update.failure))
             # In the layout in which a checkpoint gives them back.
             kept = None if state is None else replace(state, tensors=settled(state.tensors))
             step.landings[k] = Landing(replace(update, tensors=settled(update.tensors)), kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rayfed_sub.clock.virtual_clock import Flight, Untrained, closed, next_end
+from rayfed_sub.clock.virtual_clock import Flight, Untrained, closed, in_order, next_end
 
 
 def flight(client: int, seconds: float, upload: float | None = 0.0, until: float = math.inf) -> Flight:
@@ -13,15 +13,15 @@ def flight(client: int, seconds: float, upload: float | None = 0.0, until: float
 
 def test_nothing_is_decided_while_a_client_without_an_end_could_be_next() -> None:
     known, waiting = flight(1, 5.0), flight(0, 6.0, None)
-    assert next_end([known, waiting]) == known
-    assert next_end([known, flight(0, 5.0, None), flight(2, 9.0, None)]) == Untrained((0, 2))  # all that wait train
-    assert next_end([known, waiting], other=4.0) is None
-    assert next_end([waiting], other=5.0) is None
-    assert next_end([]) is None
+    assert next_end(known, [waiting]) == known
+    assert next_end(known, [flight(0, 5.0, None), flight(2, 9.0, None)]) == Untrained((0, 2))  # all that wait train
+    assert next_end(known, [waiting], other=4.0) is None
+    assert next_end(None, [waiting], other=5.0) is None
+    assert next_end(None, []) is None
 
 
 def test_ties_go_by_client_number() -> None:
-    assert next_end([flight(3, 5.0), flight(2, 5.0), flight(9, 5.0)]) == flight(2, 5.0)
+    assert [f.client for f in in_order([flight(3, 5.0), flight(2, 5.0), flight(9, 4.0)])] == [9, 2, 3]
 
 
 def test_client_whose_hours_end_before_its_last_step_need_not_train() -> None:
