@@ -20,6 +20,7 @@ from rayfed_sub.core.rng import stream
 DAY = 86400.0
 """Seconds of a simulated day, which begins with the run."""
 _HOUR = 3600.0
+_SHORT = 1e-6  # seconds by which a sum of floats may fall short of a window's begin
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -40,17 +41,22 @@ class Windows:
     def until(self, now: float) -> Floats:
         """Simulated second up to which each client is available, (clients,): infinite for those that always are,
         negative for those that are not at `now`."""
-        ends = np.where(self.limited, -1.0, math.inf)
-        since = (now - self.begin) % DAY
-        inside = since < self.end - self.begin
+        ends, since = np.where(self.limited, -1.0, math.inf), self._since(now)
+        inside = np.flatnonzero(since < self.end - self.begin)
         ends[self.client[inside]] = now + (self.end - self.begin - since)[inside]
         return ends
 
     def next(self, now: float, among: Bools) -> float:
         """The first second after `now` at which another client of `among` becomes available; infinite for none."""
-        waits = (self.begin - now) % DAY
-        waits = np.where(waits == 0, DAY, waits)[among[self.client]]
+        waits = (DAY - self._since(now))[among[self.client]]
         return now + float(waits.min()) if len(waits) else math.inf
+
+    def _since(self, now: float) -> Floats:
+        """Seconds since the last begin of each window, (W,), less than a day."""
+        since = now % DAY - self.begin
+        since[since < 0] += DAY
+        since[since > DAY - _SHORT] = 0.0
+        return since
 
 
 @dataclass(frozen=True, eq=False)

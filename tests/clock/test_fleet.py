@@ -92,6 +92,16 @@ def test_hours_begin_with_their_first_second_and_end_before_their_last() -> None
     assert windows.next(3600.0, np.array([True])) == 3600.0 + DAY
 
 
+def test_wait_moves_the_clock_although_sums_of_floats_fall_short() -> None:
+    """Otherwise an event loop would wait for the same moment again and again."""
+    windows = windows_of({0: [(1, 2)]}, 1)
+    for short in (math.nextafter(3600.0, 0.0), 3600.0, 3600.0 - 2e-6):
+        opens = windows.next(short, np.array([True]))
+        assert opens > short
+        assert windows.until(opens)[0] > opens
+    assert windows.until(math.nextafter(3600.0, 0.0))[0] == pytest.approx(7200.0)
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
