@@ -15,6 +15,8 @@ from rayfed_sub.cli.main import app
 from rayfed_sub.clock.accounts import account
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.planning.job import prepare
+from rayfed_sub.planning.plan import plan_of
 from rayfed_sub.reports.page import Table
 from rayfed_sub.reports.retiming import retimed
 from rayfed_sub.reports.run_reader import read_run
@@ -107,6 +109,16 @@ def test_report_tells_the_simulated_time(buffered: Summary, plain: Summary) -> N
     assert sum(of_class["counted"] for of_class in whole.values()) == 6 * 2
     assert sum(of_class["participation"] for of_class in whole.values()) == pytest.approx(1.0)
     assert whole["slow"]["staleness"] > whole["fast"]["staleness"]
+
+
+def test_plan_names_devices_that_are_too_small_and_what_waits() -> None:
+    small = {"phone": {"seconds_per_step": 1.0, "memory": "100kB"}, "board": {"seconds_per_step": 1.0, "memory": "4GB"}}
+    notes = plan_of(prepare(job(*ASYNC, devices=small))).notes
+    (too_small,) = [note for note in notes if "cannot hold" in note]
+    assert too_small.startswith("4 of 8 clients (phone, 0.1 MB) cannot hold the model and one client's training")
+    (waiting,) = [note for note in notes if "under way" in note]
+    assert waiting.startswith("Up to 5 clients are under way")
+    assert not any("devices" in note or "under way" in note for note in plan_of(prepare(job())).notes)
 
 
 def test_fedbuff_of_a_whole_cohort_of_equal_devices_has_the_bits_of_sync(plain: Summary, tmp_path: Path) -> None:
