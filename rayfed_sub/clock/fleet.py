@@ -17,6 +17,7 @@ from rayfed_sub.config.schema import Config, Device
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 
+TRACE = "devices.trace"
 DAY = 86400.0
 """Seconds of a simulated day, which begins with the run."""
 _HOUR = 3600.0
@@ -153,7 +154,7 @@ def _traced(
     needed = ("client", "device", *(("from", "to") if timed else ()))
     if missing := [name for name in needed if name not in columns]:
         allowed = f"a CSV file with the columns {', '.join(needed)}; it lacks {', '.join(missing)}"
-        raise UserError("devices.trace", path, allowed, "add the column")
+        raise UserError(TRACE, path, allowed, "add the column")
     for row in reader:
         where = f"line {reader.line_num}"
         client, kind = _client(path, where, row["client"], clients, numbers), kinds.get(row["device"])
@@ -161,21 +162,21 @@ def _traced(
             continue
         if kind is None:
             allowed = f"a class of devices.classes ({', '.join(names)}) in {where}; there is {row['device']!r}"
-            raise UserError("devices.trace", path, allowed, "mend the line, or add the class")
+            raise UserError(TRACE, path, allowed, "mend the line, or add the class")
         if classes[client] not in (-1, kind):
             allowed = f"one device for each client; {where} has another one for client {row['client']}"
-            raise UserError("devices.trace", path, allowed, "mend the line")
+            raise UserError(TRACE, path, allowed, "mend the line")
         classes[client] = kind
         if timed:
             begin, end = (_hour(path, where, row[name]) for name in ("from", "to"))
             if begin == end:
-                raise UserError("devices.trace", path, f"from and to that differ in {where}", "mend the line")
+                raise UserError(TRACE, path, f"from and to that differ in {where}", "mend the line")
             hours[client].append((begin, end))
     gaps = np.flatnonzero(classes < 0)
     if len(gaps):
         shown = ", ".join(map(str, gaps[:3].tolist())) + (", ..." if len(gaps) > 3 else "")
         allowed = f"a line for each of the {clients} clients; {len(gaps)} have none: {shown}"
-        raise UserError("devices.trace", path, allowed, "add their lines")
+        raise UserError(TRACE, path, allowed, "add their lines")
     return classes, dict(hours) if timed else None
 
 
@@ -184,7 +185,7 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError("devices.trace", path, f"a CSV file: {cause}", "check the path") from None
+        raise UserError(TRACE, path, f"a CSV file: {cause}", "check the path") from None
 
 
 def _client(path: str, where: str, text: str | None, clients: int, numbers: Mapping[str, int]) -> int | None:
@@ -194,7 +195,7 @@ def _client(path: str, where: str, text: str | None, clients: int, numbers: Mapp
         return named
     if text is None or not text.strip().isdigit():
         allowed = f"the number or the name of a client in {where}; there is {text!r}"
-        raise UserError("devices.trace", path, allowed, "mend the line")
+        raise UserError(TRACE, path, allowed, "mend the line")
     return int(text) if int(text) < clients else None
 
 
@@ -205,7 +206,7 @@ def _hour(path: str, where: str, text: str | None) -> float:
         hour = math.nan
     if not 0 <= hour <= 24:
         allowed = f"hours from 0 to 24 in {where}; there is {text!r}"
-        raise UserError("devices.trace", path, allowed, "mend the line")
+        raise UserError(TRACE, path, allowed, "mend the line")
     return hour
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayfed_sub.clock.fleet import Fleet, fleet_of
+from rayfed_sub.clock.fleet import TRACE, Fleet, fleet_of
 from rayfed_sub.config.checks import check_rules, check_training, not_given
 from rayfed_sub.config.schema import GIVEN, Config, Evaluation, Resources
 from rayfed_sub.core.errors import UserError
@@ -48,8 +49,9 @@ from rayfed_sub.privacy.accountant import NOISES, noise_of
 class Job:
     """A checked run.  config is resolved: every default filled in, rounds counted.  noise: under privacy, as set or as
     found for privacy.epsilon, which stays in config as it was asked for.  weights: of a model that the caller handed
-    over; code: digests of the caller's own code, by its name in the call; start: what model.start_from names, None
-    once its weights are loaded (`loaded`); begun: what the records say of it; fleet: the clients' devices, if any."""
+    over; code: digests of the caller's own code, by its name in the call, and of a trace of devices; start: what
+    model.start_from names, None once its weights are loaded (`loaded`); begun: what the records say of it; fleet: the
+    clients' devices, if any."""
 
     config: Config
     method: Method
@@ -94,7 +96,9 @@ def prepare(config: Config, given: Given = NOTHING, start: StartFrom | None = No
     job = job_on(load_inputs(config, given, start), config, given)
     if job.weights is not None and job.architecture.module is not None:
         check_first_step(job.config, job.architecture, job.weights.tensors, job.dataset, job.processor.pad)
-    return replace(job, code=code_digests(given))
+    trace = job.config.devices.trace
+    files = {} if trace is None else {TRACE: hashlib.sha256(Path(trace).read_bytes()).hexdigest()}
+    return replace(job, code={**code_digests(given), **files})
 
 
 def check_settings(config: Config, given: Given = NOTHING) -> Method:

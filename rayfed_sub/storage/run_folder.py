@@ -21,6 +21,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from rayfed_sub.clock.accounts import account
+from rayfed_sub.clock.fleet import TRACE
 from rayfed_sub.config.checks import not_given
 from rayfed_sub.config.loading import flat, stored_config, yaml_text
 from rayfed_sub.config.schema import GIVEN, Config
@@ -297,6 +298,9 @@ def check_code(path: Path, now: Mapping[str, str]) -> None:
         if then.get(name) != now.get(name):
             allowed = f"the {name} with which the run in {path} began; now there is other code, or other settings"
             advice = "give that to run(..., resume=True) in Python, or begin anew in another folder"
+            if name == TRACE:
+                allowed = f"the file with which the run in {path} began; its lines are others now"
+                advice = "restore it, or begin anew in another folder"
             raise UserError(name, "another one" if name in now else None, allowed, advice)
 
 

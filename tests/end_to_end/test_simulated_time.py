@@ -198,6 +198,18 @@ def test_longer_run_goes_on_with_the_clock(buffered: Summary, tmp_path: Path) ->
     same(run(job(*ASYNC, devices=TWO), tmp_path / "run", resume=True), buffered)
 
 
+def test_run_does_not_go_on_with_another_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,device\n" + "".join(f"{client},slow\n" for client in range(8)))
+    config = job(f"devices.trace={trace}", "federation.rounds=1", devices=TWO)
+    done = run(config, tmp_path / "run")
+    assert set((done.simulated or {})["classes"]) == {"slow"}
+    assert run(config, tmp_path / "run", resume=True) == done
+    trace.write_text(trace.read_text().replace("7,slow", "7,fast"))
+    with pytest.raises(UserError, match=r"devices.trace: got 'another one'; allowed: the file with which the run in"):
+        run(config, tmp_path / "run", resume=True)
+
+
 def test_load_config_names_a_bad_profile(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"devices.classes.slow.up_mbit: got 0; allowed: a number > 0, or null"):
         load_config({"devices": {"classes": {"slow": {"seconds_per_step": 1.0, "up_mbit": 0}}}})
