@@ -16,7 +16,7 @@ PACKAGE = Path(rayfed_sub.__file__).parent
 LAYERS = (
     ("core",),
     ("config",),
-    ("data", "models"),
+    ("data", "models", "clock"),
     ("methods", "privacy"),
     ("training",),
     ("evaluation", "diagnostics"),

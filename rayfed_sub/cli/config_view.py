@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rayfed_sub.config.checks import RENAMED
 from rayfed_sub.config.keys import Group, Key, fields, groups
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import Config, Device
 from rayfed_sub.core.errors import UserError
 
 
@@ -59,11 +59,12 @@ def _named(key: str, known: Sequence[Group]) -> list[tuple[Group | None, Sequenc
 
 
 def _of_trials() -> list[Group]:
-    """The section of a sweep, and the keys of a study's file."""
+    """The keys of a class of devices, the section of a sweep, and the keys of a study's file."""
     from rayfed_sub.sweeps.space import Search
     from rayfed_sub.sweeps.study import Tune, Written
 
-    return [*groups(Search, "sweep"), *groups(Written, "study"), *groups(Tune, "study.tune")]
+    device = groups(Device, "devices.classes.NAME")
+    return [*device, *groups(Search, "sweep"), *groups(Written, "study"), *groups(Tune, "study.tune")]
 
 
 def _entries(group: Group) -> list[Entry]:

@@ -269,6 +269,39 @@ def report(
 
 
 @app.command()
+def retime(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="a finished synchronous run, or s3://bucket/path")],
+    devices: Annotated[
+        Path, typer.Option("--devices", metavar="FILE.yaml", help="a section `devices`, see rayfed-sub config devices")
+    ],
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="SCORE=VALUE", help="what it costs to reach, e.g. held_out_loss=2")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Tell a finished run again for other devices and links: nothing is trained."""
+    from dataclasses import replace
+
+    from rayfed_sub.cli.retime_view import show, target_of
+    from rayfed_sub.reports.retiming import devices_in, retimed
+    from rayfed_sub.reports.run_reader import read_run
+    from rayfed_sub.reports.simulated_time import told
+    from rayfed_sub.storage.remote import local_copy
+    from rayfed_sub.storage.run_folder import finished
+
+    asked = devices_in(devices)
+    with local_copy(run_dir, "RUN") as folder:
+        finished(folder)
+        run = read_run(folder, redacted(run_dir))
+    wanted = None if target is None else target_of(run, target)
+    again = replace(run, timeline=retimed(run, asked))
+    if as_json:
+        typer.echo(json.dumps(told(again), indent=2))
+    else:
+        show(again, told(again), wanted)
+
+
+@app.command()
 def export(
     run_dir: Annotated[str, typer.Argument(help="the folder of a finished run, or s3://bucket/path")],
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],

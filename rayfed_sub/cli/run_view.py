@@ -32,6 +32,8 @@ from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.storage.remote import inside
 from rayfed_sub.telemetry.events import Answered, Notice, PackDone, RoundDone, Stage, Started, Summary
 
+_LISTED = 8
+"""Most numbers of local steps that are listed."""
 _ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
 """Widths of a round's columns, 78 characters in all."""
 
@@ -210,6 +212,7 @@ class Display:
             ("rank of the last change", _rank(summary.change_rank)),
             ("seconds", f"{summary.wall_seconds:.1f} {sitting}, {summary.train_seconds:.1f} training"),
             *([("privacy", _privacy(summary.privacy))] if summary.privacy else []),
+            *([("simulated time", _simulated(summary.simulated))] if summary.simulated else []),
             ("peak memory, all processes", size(summary.peak_memory_bytes)),
             ("weights_sha256", summary.weights_sha256),
             ("run folder", summary.folder),
@@ -290,6 +293,13 @@ def _privacy(spent: Mapping[str, Any]) -> str:
     )
 
 
+def _simulated(found: Mapping[str, Any]) -> str:
+    """The account of the virtual clock as text."""
+    energy = "" if found["joules"] is None else f", {found['joules'] / 1000:.3g} kJ"
+    wasted = f"{size(found['wasted_bytes'])} wasted"
+    return f"{clock(found['seconds'])}, clients idle for {found['idle_share']:.0%}, {wasted}{energy}"
+
+
 def _rank(rank: float | None) -> str:
     return "not looked at" if rank is None else f"{rank:g} (median over target layers)"
 
@@ -312,4 +322,6 @@ def _rounds(count: int) -> str:
 def _steps(steps: object) -> str:
     if isinstance(steps, StepRange):
         return f"{steps.low} to {steps.high}"
+    if isinstance(steps, tuple) and len(steps) > _LISTED:  # of clients of unequal speed
+        return f"{min(steps)} to {max(steps)}"
     return ", ".join(map(str, steps)) if isinstance(steps, tuple) else str(steps)

@@ -14,7 +14,17 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayfed_sub.config.keys import in_words, resolved, schema_of
-from rayfed_sub.config.schema import BY_CLIENT, BY_SOURCE, GIVEN, Config, Federation, Privacy, StepRange
+from rayfed_sub.config.schema import (
+    BY_CLIENT,
+    BY_SOURCE,
+    GIVEN,
+    Asynchronous,
+    Config,
+    Devices,
+    Federation,
+    Privacy,
+    StepRange,
+)
 from rayfed_sub.core.errors import UserError
 
 R = TypeVar("R")
@@ -79,6 +89,8 @@ def check_rules(config: Config) -> None:
     _check_rounds(config.federation)
     _check_budget(config.privacy)
     _check_stopping(config)
+    _check_devices(config.devices)
+    _check_mode(config)
 
 
 def check_training(config: Config) -> None:
@@ -182,6 +194,89 @@ def _check_stopping(config: Config) -> None:
         raise UserError(f"{prefix}.min_gain", stopping.min_gain, allowed, f"e.g. {prefix}.patience=3")
 
 
+def _check_devices(devices: Devices) -> None:
+    for name, device in devices.classes.items():
+        prefix = f"devices.classes.{name}"
+        if (device.seconds_per_step is None) == (device.tokens_per_second is None):
+            allowed = "one of seconds_per_step and tokens_per_second, not both"
+            advice = f"set one of them, e.g. {prefix}.seconds_per_step=1.0"
+            raise UserError(f"{prefix}.seconds_per_step", device.seconds_per_step, allowed, advice)
+        for begin, end in device.hours:
+            if begin == end:
+                allowed = "pairs of hours that differ; none at all for a device that is always available"
+                raise UserError(f"{prefix}.hours", [list(pair) for pair in device.hours], allowed, "remove the pair")
+    if unknown := [name for name in devices.shares if name not in devices.classes]:
+        allowed = f"shares of devices.classes: {', '.join(devices.classes) or 'none'}"
+        raise UserError(f"devices.shares.{unknown[0]}", devices.shares[unknown[0]], allowed, "add the class")
+    if devices.trace is not None and devices.shares:
+        allowed = "nothing with devices.trace, which names each client's device"
+        raise UserError("devices.shares", dict(devices.shares), allowed, "remove one of them")
+    for field, value in (("trace", devices.trace), ("spread", devices.spread or None)):
+        if value is not None and not devices.classes:
+            allowed = "nothing without devices.classes, which it is about"
+            raise UserError(f"devices.{field}", value, allowed, "add the classes")
+
+
+def _check_mode(config: Config) -> None:
+    """Settings of the simulated time and of the way in which rounds end."""
+    federation, rule = config.federation, config.federation.asynchronous
+    mode, timed = federation.mode, bool(config.devices.classes)
+    clocked = {
+        "mode": (mode, mode != "sync"),
+        "round_deadline": (federation.round_deadline, federation.round_deadline is not None),
+        "over_selection": (federation.over_selection, federation.over_selection != 1.0),
+    }
+    for field, (value, used) in clocked.items():
+        if used and not timed:
+            allowed = "nothing else than the default without devices.classes, which give the time"
+            raise UserError(f"federation.{field}", value, allowed, "add devices.classes")
+        if used and field != "mode" and mode == "async":
+            allowed = "nothing with federation.mode=async, which has no rounds to wait for"
+            raise UserError(f"federation.{field}", value, allowed, "remove it")
+    if (mode == "semi-sync") != (federation.local_seconds is not None):
+        needed = "a number of seconds with" if mode == "semi-sync" else "nothing without"
+        allowed = f"{needed} federation.mode=semi-sync"
+        advice = "set or remove federation.local_seconds"
+        raise UserError("federation.local_seconds", federation.local_seconds, allowed, advice)
+    if mode != "async":
+        for name, known in Asynchronous.model_fields.items():
+            if (value := getattr(rule, name)) != known.default:
+                allowed = "nothing without federation.mode=async"
+                raise UserError(f"federation.asynchronous.{name}", value, allowed, "set the mode, or remove it")
+        return
+    _check_asynchronous(config)
+
+
+def _check_asynchronous(config: Config) -> None:
+    federation, rule, prefix = config.federation, config.federation.asynchronous, "federation.asynchronous"
+    if rule.rule == "fedasync" and rule.buffer not in (None, 1):
+        allowed = "null with rule=fedasync, which takes every update as it comes"
+        raise UserError(f"{prefix}.buffer", rule.buffer, allowed, "remove it, or set rule=fedbuff")
+    if rule.rule == "fedbuff":
+        most = federation.clients
+        if rule.buffer is None or rule.buffer > most:
+            allowed = f"1 to federation.clients={most} with rule=fedbuff"
+            raise UserError(f"{prefix}.buffer", rule.buffer, allowed, f"e.g. {prefix}.buffer={max(1, most // 2)}")
+        if rule.mixing != Asynchronous.model_fields["mixing"].default:
+            allowed = "nothing with rule=fedbuff, whose step server.lr scales"
+            raise UserError(f"{prefix}.mixing", rule.mixing, allowed, "remove it, or set rule=fedasync")
+    if federation.availability != 1.0:
+        allowed = "1.0 with federation.mode=async; a device's hours say when it is available"
+        raise UserError("federation.availability", federation.availability, allowed, "remove it")
+    if federation.normalise_steps:
+        allowed = "false with federation.mode=async: FedNova's rule is for the cohort of a round"
+        raise UserError("federation.normalise_steps", True, allowed, "remove it")
+    if federation.epochs is not None:
+        allowed = "null with federation.mode=async, whose rounds are steps of the server"
+        raise UserError("federation.epochs", federation.epochs, allowed, "set federation.rounds instead")
+    if config.privacy.clip is not None:
+        allowed = "nothing with federation.mode=async: the accountant assumes rounds of Poisson-sampled clients"
+        raise UserError("privacy.clip", config.privacy.clip, allowed, "remove one of them")
+    if config.hook:
+        allowed = "nothing with federation.mode=async: a hook's tensors are those of a round"
+        raise UserError("hook.name", config.hook.get("name"), allowed, "remove one of them")
+
+
 def _check_budget(privacy: Privacy) -> None:
     if privacy.clip is None and (privacy.noise, privacy.epsilon) != (None, None):
         allowed = "a number > 0 where privacy.noise or privacy.epsilon is set"
@@ -230,14 +325,16 @@ def _check_nova(config: Config) -> None:
 
 def _check_privacy(config: Config) -> None:
     """The accountant's assumptions: see `privacy/mechanism.py`."""
-    assumed = {
+    assumed: dict[str, tuple[Any, str]] = {
+        "round_deadline": (None, "who is counted must not depend on updates"),
+        "over_selection": (1.0, "who is counted must not depend on updates"),
         "client_weighting": ("uniform", "every client counts the same"),
         "availability": (1.0, "every client is drawn by itself, whatever the others do"),
         "normalise_steps": (False, "the denominator is fixed"),
     }
     for field, (value, why) in assumed.items() if config.privacy.clip is not None else ():
         if getattr(config.federation, field) != value:
-            shown = str(value).lower()
+            shown = "null" if value is None else str(value).lower()
             key, allowed = f"federation.{field}", f"{shown} with privacy.clip: {why}"
             raise UserError(key, getattr(config.federation, field), allowed, f"set {key}={shown}")
 
@@ -245,13 +342,15 @@ def _check_privacy(config: Config) -> None:
 def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, prefix: str) -> UserError:
     """A pydantic error as one line; schema: the JSON schema for `tree`."""
     place, path = resolved(schema, schema), prefix
-    for part in fault["loc"]:
+    of_key = fault["loc"][-1:] == ("[key]",)  # of a mapping
+    for part in fault["loc"][:-2] if of_key else fault["loc"]:
         path = f"{path}.{part}" if path else str(part)
-        if fault["type"] in ("extra_forbidden", "invalid_key") and part not in place["properties"]:
+        if fault["type"] in ("extra_forbidden", "invalid_key") and part not in place.get("properties", {part: 0}):
             return unknown_key(path, fault["input"], list(place["properties"]))
-        place = resolved(place["properties"][part], schema)
+        place = resolved(place["properties"][part] if "properties" in place else _values(place), schema)
         tree = tree.get(part) if isinstance(tree, Mapping) else tree
-        if "properties" not in place:  # a fault inside a list is reported with the list
+        inner = resolved(_values(place), schema)
+        if "properties" not in place and "properties" not in inner:  # a fault in a list is reported with the list
             break
     words = in_words(place, schema)
     if fault["type"] == "finite_number":
@@ -262,13 +361,19 @@ def _user_error(fault: ErrorDetails, schema: Mapping[str, Any], tree: object, pr
     advice = f"e.g. {path}={place['default']}" if place.get("default") not in (None, {}) else f"change {path}"
     if isinstance(tree, str) and (key := _key_of(tree, path, place, schema)):
         advice = f"set {path}.{key}={tree}"
-    if fault["loc"][-1:] == ("[key]",):  # of a mapping; YAML takes 5 and yes for no text
+    if of_key:  # YAML takes 5 and yes for no text
         advice = f"put the key in quotes: {path}='{{\"{fault['input']}\": ...}}'"
     elif (
         fault["type"] == "string_type" and tree is not None and not isinstance(tree, list | tuple)
     ):  # YAML takes 5, yes and {column} for no text
         advice = f"put it in quotes, and on the command line those in quotes: {path}='\"...\"'"
     return UserError(path, tree, words, advice)
+
+
+def _values(place: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of the values of a mapping with any keys; empty for anything else."""
+    values = place.get("additionalProperties")
+    return values if isinstance(values, Mapping) else {}
 
 
 def _key_of(word: str, path: str, place: Mapping[str, Any], schema: Mapping[str, Any]) -> str | None:

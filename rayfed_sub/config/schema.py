@@ -6,6 +6,7 @@ Each default and each meaning lives here and nowhere else (a method's own fields
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -255,8 +256,54 @@ class StepRange(Record):
     high: Count = Field(description="Optimizer steps of the fastest client.")
 
 
+class Asynchronous(Record):
+    """Rules of federation.mode=async, where federation.sampled is the number of clients in flight, a round is one
+    step of the server, and a client that has finished is replaced at once. A client's staleness is the number of steps
+    that the server has taken since it began."""
+
+    rule: Literal["fedbuff", "fedasync"] = Field(
+        default="fedbuff",
+        description="fedbuff (arXiv 2106.06639): the server takes a step with the mean change of `buffer` clients. "
+        "fedasync (arXiv 1903.03934): it moves by `mixing` towards every client's model as it comes; for methods that "
+        "send values, not changes.",
+    )
+    buffer: Count | None = Field(default=None, description="FedBuff's K, which rule=fedbuff needs.")
+    mixing: Annotated[float, Field(gt=0, le=1)] = Field(default=0.6, description="FedAsync's alpha.")
+    exponent: float = Field(
+        default=0.5,
+        ge=0,
+        description="a of the discount (1 + staleness) ** -a on a client's change, of FedAsync on mixing; 0.5 is "
+        "FedBuff's.",
+    )
+    max_staleness: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        default=None, description="A client that is staler is called off, its bytes are wasted; null: no limit."
+    )
+
+
 class Federation(Record):
     """The clients, their rounds, and the work of a round."""
+
+    mode: Literal["sync", "semi-sync", "async"] = Field(
+        default="sync",
+        description="sync: a round waits for its clients. semi-sync: they all train for local_seconds of simulated "
+        "time, fast devices more steps than slow ones. async: see `asynchronous`. All but sync need devices.classes.",
+    )
+    round_deadline: Positive | None = Field(
+        default=None,
+        description="Simulated seconds after which a round counts the updates that have come; the others are wasted. "
+        "null: none. It needs devices.classes.",
+    )
+    over_selection: Annotated[float, Field(ge=1)] = Field(
+        default=1.0,
+        description="Sampled clients times this are drawn for a round, which ends with the first `sampled` updates; "
+        "the others are wasted. It needs devices.classes.",
+    )
+    local_seconds: Positive | None = Field(
+        default=None,
+        description="Simulated seconds that every client trains in a round of mode=semi-sync, in place of local_steps; "
+        "at least one step.",
+    )
+    asynchronous: Asynchronous = Asynchronous()
 
     clients: Count = Field(default=8, description="Clients in all.")
     sampled: Count | None = Field(default=None, description="Clients sampled per round; null stands for all.")
@@ -301,8 +348,13 @@ class Federation(Record):
 
     @property
     def cohort(self) -> int:
-        """Clients drawn for a round; their mean number under Poisson sampling."""
+        """Clients of a round, or in flight with mode=async; their mean number under Poisson sampling."""
         return self.sampled or self.clients
+
+    @property
+    def drawn(self) -> int:
+        """Clients drawn for a round, those included that over_selection adds."""
+        return min(self.clients, math.ceil(self.cohort * self.over_selection - 1e-9))  # rounding adds no client
 
     @model_validator(mode="before")
     @classmethod
@@ -373,6 +425,64 @@ class Privacy(Record):
     )
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-5, description="Chance with which the guarantee of epsilon may fail."
+    )
+
+
+class Device(Record):
+    """A class of devices. Set seconds_per_step or tokens_per_second, not both."""
+
+    preset: Literal["jetson-tx2", "jetson-xavier-nx", "a100", "h100"] | None = Field(
+        default=None,
+        description="Published device whose memory and power stand where they are not set here "
+        "(clock/device_presets.py has them, and their source); null: none. Speeds depend on the model: measure them.",
+    )
+    seconds_per_step: Positive | None = Field(default=None, description="Simulated seconds of a local step.")
+    tokens_per_second: Positive | None = Field(
+        default=None,
+        description="Tokens of its rows (images: their number) that a client trains on in a simulated second.",
+    )
+    up_mbit: Positive | None = Field(
+        default=None, description="Uplink in Mbit/s (10**6 bits); null: uploads take no time but latency."
+    )
+    down_mbit: Positive | None = Field(
+        default=None, description="Downlink in Mbit/s; null: downloads take no time but latency."
+    )
+    latency: float = Field(default=0.0, ge=0, description="Simulated seconds before a download and before an upload.")
+    memory: Bytes | None = Field(
+        default=None, description="Memory for training, by which the plan judges; null: not known."
+    )
+    power: Positive | None = Field(default=None, description="Watts while it trains; null: not known.")
+    hours: tuple[tuple[Annotated[float, Field(ge=0, le=24)], Annotated[float, Field(ge=0, le=24)]], ...] = Field(
+        default=(),
+        description="Hours of the simulated day, which begins at 0, in which it is available: [[22, 6]] is at night. "
+        "Work that they cut off is wasted. Empty: always.",
+    )
+
+
+class Devices(Record):
+    """Devices of the clients, and with them a virtual clock: what a run would take in hours, bytes and energy. Training
+    itself does not change with federation.mode=sync, unless federation.round_deadline, federation.over_selection or
+    hours are set."""
+
+    classes: dict[str, Device] = Field(
+        default={}, description="Classes of devices by name; empty: no clock. Each class has the keys of a device."
+    )
+    shares: dict[str, Positive] = Field(
+        default={},
+        description="Parts of the clients that have a device of each class, in any unit; clients are dealt out at "
+        "random. Empty: equal parts.",
+    )
+    trace: str | None = Field(
+        default=None,
+        description="CSV file with the columns client (number, or name of the client, such as the value of the "
+        "partition's column) and device (a class), in place of shares. With the columns from and to, hours of the day, "
+        "a client has a line for each time that it is available, in place of its class's hours.",
+    )
+    spread: float = Field(
+        default=0.0,
+        ge=0,
+        description="Clients of a class differ in speed by a log-normal factor with this standard deviation of its "
+        "logarithm; 0: they are alike.",
     )
 
 
@@ -544,6 +654,7 @@ class Config(Record):
     model: Model = Model()
     task: Task = Task()
     federation: Federation = Federation()
+    devices: Devices = Devices()
     method: dict[str, Any] = Field(
         default={"name": "fedftg"},
         description="The federated method: its name (`rayfed-sub list methods`, or package.module:Class) and its own "

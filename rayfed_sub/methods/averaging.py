@@ -7,7 +7,7 @@ in its class body, as in `accumulate = averaging.accumulate`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal, Protocol
 
@@ -242,6 +242,20 @@ def no_client_state(method: object, broadcast: Broadcast, result: LocalResult, s
 def one_basis(method: object, round: int) -> int:
     """For methods whose clients all train in one basis, the same in every round."""
     return 0
+
+
+def head_values(method: object, shape: ModelShape) -> tuple[str, ...]:
+    """Of an update that holds changes of the targets: the head, which travels as it is."""
+    return shape.head_names
+
+
+def target_values(*roles: str) -> Callable[[object, ModelShape], tuple[str, ...]]:
+    """Of an update that holds the targets' tensors of these roles as they are, and the head."""
+
+    def sent_values(method: object, shape: ModelShape) -> tuple[str, ...]:
+        return tensor_names(shape, *roles)
+
+    return sent_values
 
 
 def accumulator(method: object, server: ServerState, shape: ModelShape) -> Accumulator:

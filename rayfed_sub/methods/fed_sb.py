@@ -92,6 +92,7 @@ class FedSB:
 
     personal_model = averaging.no_personal_model
     shared_basis = averaging.one_basis
+    sent_values = averaging.target_values("core")
 
 
 def start_client(method: lora.Trains, received: Broadcast, state: ClientState | None, shape: ModelShape) -> Start:

@@ -61,3 +61,4 @@ class FedAvg:
     model = averaging.dense_model
     personal_model = averaging.no_personal_model
     shared_basis = averaging.one_basis
+    sent_values = averaging.target_values("weight")

@@ -123,3 +123,4 @@ class FedFTG:
 
     model = averaging.dense_model
     personal_model = averaging.no_personal_model
+    sent_values = averaging.head_values

@@ -46,3 +46,4 @@ class FedIT:
     model = lora.lora_model
     personal_model = averaging.no_personal_model
     shared_basis = averaging.one_basis
+    sent_values = averaging.target_values("left", "right")

@@ -83,6 +83,7 @@ class FedSALoRA:
     accumulator = averaging.accumulator
     accumulate = averaging.accumulate
     aggregate = averaging.aggregate
+    sent_values = averaging.target_values("right")
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         return self.personal_model(server, None, shape)

@@ -67,3 +67,4 @@ class FFALoRA:
     model = lora.lora_model
     personal_model = averaging.no_personal_model
     shared_basis = averaging.one_basis
+    sent_values = averaging.target_values("left")

@@ -85,3 +85,4 @@ class FLoRA:
 
     model = averaging.dense_model
     personal_model = averaging.no_personal_model
+    sent_values = averaging.head_values

@@ -56,6 +56,11 @@ class Method(Protocol):
     # Rounds of equal numbers have the same one, so that tensors like those that are trained can be compared and added,
     # over clients and over these rounds.  Without it hooks (`hooks.py`) are refused.
 
+    # Optional: `sent_values(shape: ModelShape) -> tuple[str, ...]`, for methods whose updates are of use to a server
+    # that has moved on since the client began.  Names of the tensors in an update that are new values of the server's
+    # tensors of the same names; all others are parts of a change that is added to whatever the server has become, or
+    # moments.  Without it federation.mode=async is refused.
+
     def check(self, shape: ModelShape) -> None:
         """Raises UserError where the hyperparameters do not fit the model (a rank above the matrix)."""
 

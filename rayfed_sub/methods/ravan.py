@@ -105,6 +105,7 @@ class Ravan:
         return changes
 
     personal_model = averaging.no_personal_model
+    sent_values = averaging.target_values("core")
 
 
 def bases(seed: int, which: str, layer: Layer, rank: int, heads: int, size: int) -> Tensor:

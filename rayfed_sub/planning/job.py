@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayfed_sub.clock.fleet import TRACE, Fleet, fleet_of
 from rayfed_sub.config.checks import check_rules, check_training, not_given
 from rayfed_sub.config.schema import GIVEN, Config, Evaluation, Resources
 from rayfed_sub.core.errors import UserError
@@ -28,6 +30,7 @@ from rayfed_sub.methods.hooked import hook_of, hooked, unhooked
 from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.own_failures import named, reported
 from rayfed_sub.methods.protocol import Method
+from rayfed_sub.methods.stale_updates import check_asynchronous
 from rayfed_sub.models.architecture import Architecture, architecture, kind_of_model
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
 from rayfed_sub.models.own_architecture import OwnWeights, own_architecture, own_processor
@@ -37,7 +40,7 @@ from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, load_token
 from rayfed_sub.planning.call import NOTHING, Given, code_digests
 from rayfed_sub.planning.first_step import check_first_step
 from rayfed_sub.planning.machines import Node, most_workers
-from rayfed_sub.planning.packs import any_pack
+from rayfed_sub.planning.packs import any_pack, semi_synchronous_steps
 from rayfed_sub.planning.sampling import every_local_steps, judged_rows
 from rayfed_sub.privacy.accountant import NOISES, noise_of
 
@@ -46,8 +49,9 @@ from rayfed_sub.privacy.accountant import NOISES, noise_of
 class Job:
     """A checked run.  config is resolved: every default filled in, rounds counted.  noise: under privacy, as set or as
     found for privacy.epsilon, which stays in config as it was asked for.  weights: of a model that the caller handed
-    over; code: digests of the caller's own code, by its name in the call; start: what model.start_from names, None
-    once its weights are loaded (`loaded`); begun: what the records say of it."""
+    over; code: digests of the caller's own code, by its name in the call, and of a trace of devices; start: what
+    model.start_from names, None once its weights are loaded (`loaded`); begun: what the records say of it; fleet: the
+    clients' devices, if any."""
 
     config: Config
     method: Method
@@ -59,6 +63,7 @@ class Job:
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
     start: StartFrom | None = None
     begun: StartInfo | None = None
+    fleet: Fleet | None = None
 
     @property
     def loaded(self) -> Job:
@@ -91,7 +96,9 @@ def prepare(config: Config, given: Given = NOTHING, start: StartFrom | None = No
     job = job_on(load_inputs(config, given, start), config, given)
     if job.weights is not None and job.architecture.module is not None:
         check_first_step(job.config, job.architecture, job.weights.tensors, job.dataset, job.processor.pad)
-    return replace(job, code=code_digests(given))
+    trace = job.config.devices.trace
+    files = {} if trace is None else {TRACE: hashlib.sha256(Path(trace).read_bytes()).hexdigest()}
+    return replace(job, code={**code_digests(given), **files})
 
 
 def check_settings(config: Config, given: Given = NOTHING) -> Method:
@@ -167,13 +174,29 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     _check_positions(config, base)
     _check_passes(config, base.architecture)
     evaluation = _check_metrics(config, base)
-    federation = config.federation.model_copy(update={"rounds": _rounds(config, base.dataset), "epochs": None})
+    check_asynchronous(config, method, base.architecture.shape)
+    fleet = _fleet(config, base.dataset)
+    steps = semi_synchronous_steps(config, base.dataset, fleet)
+    stepped = config.model_copy(update={"federation": config.federation.model_copy(update=steps)})
+    federation = stepped.federation.model_copy(update={"rounds": _rounds(stepped, base.dataset), "epochs": None})
     classes = fields_of(config, unhooked(method), hook_of(method))
-    parts = {**classes, "federation": federation, "evaluation": evaluation}
+    devices = config.devices
+    if devices.trace is not None:  # a path that holds in every process
+        devices = devices.model_copy(update={"trace": str(Path(devices.trace).resolve())})
+    parts = {**classes, "federation": federation, "evaluation": evaluation, "devices": devices}
     resolved = config.model_copy(update={**parts, "resources": _packs(config, base.architecture)})
     noise = noise_of(resolved)
     inputs = (base.architecture, base.processor, base.dataset)
-    return Job(resolved, method, *inputs, noise, base.weights, start=base.start, begun=base.begun)
+    return Job(resolved, method, *inputs, noise, base.weights, start=base.start, begun=base.begun, fleet=fleet)
+
+
+def _fleet(config: Config, dataset: Dataset) -> Fleet | None:
+    """The clients' devices.  Raises UserError for a trace that does not fit, and for hours under privacy."""
+    fleet = fleet_of(config, dataset.client_names)
+    if fleet is not None and fleet.windows.limited.any() and config.privacy.clip is not None:
+        allowed = "nothing with hours of devices: the accountant assumes that every client is drawn by itself"
+        raise UserError("privacy.clip", config.privacy.clip, allowed, "remove the hours, or privacy")
+    return fleet
 
 
 def _check_dropout(method: Method, architecture: Architecture) -> None:

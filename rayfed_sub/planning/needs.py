@@ -56,7 +56,7 @@ class Need:
     def coordinator(self) -> int:
         """Bytes of the coordinator above its bare process: torch's kernels, at first pretrained weights, where those
         are not shared, later sums and diagnosed tensors."""
-        later = self.traffic.coordinator + self.looked
+        later = self.traffic.coordinator + self.looked + self.waiting
         return KERNELS + max(_pretrained(self.architecture, self.config), later)
 
     @property
@@ -70,6 +70,17 @@ class Need:
         return 2 * sent * min(asked.clients, self.cohort) * min(asked.layers, len(layers)) // len(layers)
 
     @property
+    def waiting(self) -> int:
+        """Bytes of results that wait at the coordinator: of clients under way in an asynchronous run, whichever version
+        of the server they began from, or of a round that may drop some of its clients."""
+        federation, devices = self.config.federation, self.config.devices
+        timed = federation.round_deadline is not None or federation.over_selection > 1.0
+        hours = devices.trace is not None or any(device.hours for device in devices.classes.values())
+        if not (timed or hours or federation.mode == "async"):
+            return 0
+        return self.cohort * self.most(lambda client: client.up + client.state)
+
+    @property
     def states(self) -> int:
         """Bytes of the stored states of all clients that train."""
         return self.trained * self.most(lambda client: client.state)
@@ -79,7 +90,8 @@ class Need:
         """Bytes of a run folder at most: two checkpoints with their states, a third server while it is written, and
         where a best checkpoint is kept that one, with another while it is replaced."""
         best = 0 if self.config.early_stopping.metric is None else 1
-        return (2 + best) * self.states + (3 + best) * self.traffic.server[-1]
+        under_way = self.waiting if self.config.federation.mode == "async" else 0
+        return (2 + best) * self.states + (3 + best) * (self.traffic.server[-1] + under_way)
 
     def store(self, workers: int, pack: int) -> int:
         """Bytes in the object store: backbone, data, two broadcasts, states, and two packs a worker on their way."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from math import ceil
 
+from rayfed_sub.clock.fleet import Fleet
 from rayfed_sub.config.schema import Config
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.rows import Rows
@@ -54,6 +55,30 @@ def tokens(dataset: Dataset, client: int) -> float:
     if not isinstance(dataset.train, Rows):
         return 1.0
     return float(dataset.train.lengths[dataset.rows_of(client)].mean())
+
+
+def round_work(config: Config, dataset: Dataset, client: int) -> tuple[int, float]:
+    """A client's work in a round for the virtual clock: its local steps, and the tokens of their rows on average (of
+    images, their number)."""
+    steps = local_steps(config, client)
+    return steps, steps * step_tokens(config, dataset, client)
+
+
+def semi_synchronous_steps(config: Config, dataset: Dataset, fleet: Fleet | None) -> dict[str, tuple[int, ...]]:
+    """federation.local_steps of federation.mode=semi-sync: as many steps as each client takes in local_seconds, one at
+    least.  Empty in other modes."""
+    federation = config.federation
+    if federation.local_seconds is None or fleet is None:
+        return {}
+    seconds = (
+        fleet.compute_seconds(client, 1, step_tokens(config, dataset, client)) for client in range(federation.clients)
+    )
+    return {"local_steps": tuple(max(1, int(federation.local_seconds / each + 1e-9)) for each in seconds)}
+
+
+def step_tokens(config: Config, dataset: Dataset, client: int) -> float:
+    """Tokens of the rows of a client's local step on average (of images, their number)."""
+    return min(config.federation.batch_size, len(dataset.rows_of(client))) * tokens(dataset, client)
 
 
 def fixed_cuts(clients: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 
+from rayfed_sub.clock.device_presets import memory_of
+from rayfed_sub.clock.fleet import fleet_of
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.text import megabytes
 from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy, settled
@@ -109,7 +111,11 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         fits=tuple(fits(wide, one, four, machine)),
         methods=tuple(by_method(parts)),
         ranks=tuple(by_rank(parts, needed.widest)),
-        notes=(*_notes(parts, found), *_checkpointing(needed)),
+        notes=(
+            *_notes(parts, found),
+            *_checkpointing(needed),
+            *_device_notes(parts, needed, one.tensors),
+        ),
         privacy=account(parts.config, parts.noise, parts.config.federation.rounds or 0),
     )
 
@@ -183,6 +189,25 @@ def recomputes(job: Job) -> bool:
             return settled(need(job_parts(job), rounds=2, most=FEW), machine).recompute
     except UnplannedError:
         return False
+
+
+def _device_notes(parts: Parts, needed: Need, tensors: int) -> Iterable[str]:
+    """Notes of a run with devices.  tensors: bytes of one client's training, besides the backbone."""
+    fleet, federation = fleet_of(parts.config, parts.dataset.client_names), parts.config.federation
+    if fleet is None:
+        return
+    least = needed.backbone + tensors
+    for kind, (name, device) in enumerate(zip(fleet.names, fleet.devices, strict=True)):
+        memory, clients = memory_of(device), int((fleet.classes == kind).sum())
+        if clients and memory is not None and memory < least:
+            held = f"the model and one client's training, which take {megabytes(least)}"
+            who = f"{clients} of {federation.clients} clients ({name}, {megabytes(memory)})"
+            yield f"{who} cannot hold {held} at least."
+    if federation.mode == "async":
+        yield (
+            f"Up to {needed.cohort} clients are under way, of as many versions of the server at most; one version is "
+            f"in memory at a time, and results that wait for their moment take up to {megabytes(needed.waiting)}."
+        )
 
 
 class UnplannedError(Exception):

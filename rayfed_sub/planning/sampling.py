@@ -22,13 +22,20 @@ def cohort(config: Config, n: int) -> list[int]:
     It may be empty when federation.availability is small, and under Poisson sampling.
     """
     federation = config.federation
-    size = federation.cohort
     if config.privacy.clip is not None:
         chances = stream(config.seed, "cohort", n).random(federation.clients)
-        return np.flatnonzero(chances < size / federation.clients).tolist()
-    drawn = stream(config.seed, "cohort", n).choice(federation.clients, size, replace=False)
-    present = stream(config.seed, "availability", n).random(size) < federation.availability
-    return sorted(drawn[present].tolist())
+        return np.flatnonzero(chances < federation.cohort / federation.clients).tolist()
+    return drawn(config, n, np.arange(federation.clients), federation.drawn)
+
+
+def drawn(config: Config, n: int, among: NDArray[np.int64], size: int, start: int = 0) -> list[int]:
+    """At most `size` clients of `among` for round n, sorted, drawn as `cohort` draws them; start: number of the draw
+    within the round, as asynchronous rounds have several."""
+    size = min(size, len(among))
+    again = (start,) if start else ()
+    chosen = stream(config.seed, "cohort", n, *again).choice(len(among), size, replace=False)
+    present = stream(config.seed, "availability", n, *again).random(size) < config.federation.availability
+    return sorted(among[chosen[present]].tolist())
 
 
 @dataclass(frozen=True)

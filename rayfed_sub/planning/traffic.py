@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import Config, Server
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (
     Client,
@@ -151,7 +151,9 @@ def _walk(
     begun: int,
 ) -> _Figures:
     """All figures of the small model by name."""
-    rule, mixed = config.server, mixes(config.server, config.privacy)
+    # The plan's tables have methods that no server optimizer fits: some change the shapes of the server's tensors.
+    rule = config.server if getattr(unhooked(method), "supports_server_optimizer", True) else Server()
+    mixed = mixes(rule, config.privacy)
     weights = _weights(shape)
     server = method.init_server(weights, shape, config.seed)
     memory: dict[str, Tensor] = {}

@@ -117,6 +117,8 @@ def _steps(run: Run) -> str:
     steps = run.config.federation.model_dump(mode="json")["local_steps"]
     if isinstance(steps, dict):
         return f"{steps['low']} to {steps['high']}"
+    if run.config.federation.local_seconds is not None:
+        return f"{min(steps)} to {max(steps)}, by speed"
     return ", ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
 
 

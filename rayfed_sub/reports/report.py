@@ -16,6 +16,7 @@ from rayfed_sub.reports.layer_metrics import layers
 from rayfed_sub.reports.overview import differences, environment, results
 from rayfed_sub.reports.page import Section, page
 from rayfed_sub.reports.run_reader import Run, Runs, named, read_run
+from rayfed_sub.reports.simulated_time import simulated_time
 from rayfed_sub.reports.timeline import memory, timeline
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.telemetry.events import Notice
@@ -61,6 +62,7 @@ def sections(runs: Runs) -> list[Section]:
         differences(runs),
         quality(runs),
         traffic(runs),
+        simulated_time(runs),
         answers(runs),
         layers(runs),
         clients(runs),

@@ -36,6 +36,11 @@ _COLUMNS = {
         *("round", "client", "layer", "norm", "rank", "stable_rank", "effective_rank", "cosine", "distance"),
         *("turned", "gradient_energy", "gradient_rank", "spectrum"),
     ),
+    "timeline": (
+        *("round", "client", "device", "version", "began", "download_seconds", "compute_seconds", "upload_seconds"),
+        *("ended", "round_ended", "idle_seconds", "outcome", "downlink_bytes", "uplink_bytes", "steps", "tokens"),
+        "joules",
+    ),
     "packs": (
         "round",
         "pack",
@@ -72,6 +77,7 @@ class Run:
     layers: pd.DataFrame
     client_layers: pd.DataFrame
     packs: pd.DataFrame
+    timeline: pd.DataFrame
     versions: Mapping[str, Any]
     environment: Mapping[str, Any]
     resumed: tuple[int, ...]

@@ -19,23 +19,33 @@ from typing import IO, Any, cast
 import ray
 import torch
 
+from rayfed_sub.clock.fleet import Fleet
+from rayfed_sub.clock.virtual_clock import Clock
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, checksum, matrices_checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
-from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
-from rayfed_sub.core.types import Accumulator, Broadcast, Change, Client, ModelShape, ServerState, Tensors, Update
+from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, RoundRow, Score
+from rayfed_sub.core.types import (
+    Accumulator,
+    Broadcast,
+    Change,
+    Client,
+    ClientState,
+    ModelShape,
+    ServerState,
+    Tensors,
+    Update,
+)
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.diagnostics import client_diagnostics
-from rayfed_sub.diagnostics.client_diagnostics import ClientDiagnostics
-from rayfed_sub.diagnostics.server_change import ServerChange, add_ranks, server_changes
+from rayfed_sub.diagnostics.server_change import ServerChange, server_changes
 from rayfed_sub.evaluation.named_metrics import MetricError, metrics_of
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import METHODS
 from rayfed_sub.methods.downloads import downloaded
-from rayfed_sub.methods.hooked import unhooked
-from rayfed_sub.methods.own_failures import named
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import Noise, advance, mixes
+from rayfed_sub.methods.stale_updates import sent_values
 from rayfed_sub.models.start import StartInfo
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.planning import packs, sampling
@@ -46,11 +56,13 @@ from rayfed_sub.runtime.fork_server import server_of_this_process
 from rayfed_sub.runtime.held_out import JudgedModel
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.pack_queue import PackQueue
-from rayfed_sub.runtime.round_metrics import RoundMetrics, client_row, pack_row
+from rayfed_sub.runtime.round_metrics import RoundMetrics, client_row
+from rayfed_sub.runtime.round_sum import RoundSum
+from rayfed_sub.runtime.scheduler import Done
+from rayfed_sub.runtime.simulated_rounds import Result, SimulatedRounds
 from rayfed_sub.runtime.worker import Answer, PackOutcome, broadcast_of
 from rayfed_sub.runtime.workers import workers_of
 from rayfed_sub.storage import checkpoints
-from rayfed_sub.storage.client_states import Key
 from rayfed_sub.storage.state_store import StateStore
 from rayfed_sub.telemetry.environment import environment, merged
 from rayfed_sub.telemetry.events import PackDone, RoundDone
@@ -63,13 +75,12 @@ _WORKING = 28  # bytes for each number of a weight whose change is looked at: th
 
 @dataclass(frozen=True)
 class _Trained:
-    """Results of a round's training besides the state store.  changes: the server's change of each diagnosed target
-    layer; empty in a round without diagnostics."""
+    """Results of a round's training besides the state store.  sums: emptied; changes: the server's change of each
+    diagnosed target layer; empty in a round without diagnostics."""
 
-    metrics: RoundMetrics
     seconds: float
+    sums: RoundSum
     changes: dict[str, ServerChange]
-    packs: list[PackRow]
     layers: tuple[CohortLayer, ...]
     client_layers: tuple[ClientLayer, ...]
 
@@ -89,6 +100,7 @@ class Coordinator:
         folder: Path,
         noise: float | None,
         start: StartInfo | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
         server = server_of_this_process()  # holds what its forks share, and is counted with them
         self._memory = [PeakMemory(), *([] if server is None else [PeakMemory(process=server)])]
@@ -97,6 +109,8 @@ class Coordinator:
         self._folder, self._noise, self._any_pack, self._start = folder, noise, any_pack, start
         self._workers = workers_of(config.resources, shared)
         self._dataset: Dataset = object_store.get(shared.dataset)
+        values = sent_values(method, shape) if config.federation.mode == "async" else ()
+        self._simulated = None if fleet is None else SimulatedRounds(config, self._dataset, fleet, values)
         arrays: Packed = object_store.get(shared.backbone)
         self._backbone_sum, self._backbone_arrays = checksum(arrays), arrays
         self._backbone = unpacked(arrays)
@@ -172,75 +186,112 @@ class Coordinator:
         assert n == finished, f"round {n} asked of a server that has finished {finished}"
         began = time.perf_counter()
         config = self._config
-        cohort = packs.ordered(config, self._dataset, sampling.cohort(config, n))
-        down = self._download_bytes(cohort)
         due = (n + 1) % config.evaluation.every == 0 or n + 1 == config.federation.rounds
-        trained = yield from self._trained(n, cohort, down, began, lr_factor, due)
+        trained = yield from self._trained(n, began, lr_factor, due)
         if trained is None:
             return  # the run is being interrupted
-        metrics, ranks = trained.metrics, [change.rank for change in trained.changes.values()]
+        sums, metrics = trained.sums, trained.sums.metrics
+        (up, down), ranks = sums.bytes, [change.rank for change in trained.changes.values()]
         scores, answers = self._evaluated(ends=n + 1 == config.federation.rounds) if due else ((), ())
         row = RoundRow(
             round=n,
-            clients=len(cohort),
+            clients=sums.clients,
             failed=metrics.failed,
             loss=metrics.loss,
             held_out_loss=overall(scores).get("held_out_loss"),
-            uplink_bytes=metrics.uplink_bytes,
-            downlink_bytes=sum(down.values()),
+            uplink_bytes=up,
+            downlink_bytes=down,
             labels=metrics.labels,
             change_rank=statistics.median(ranks) if ranks else None,
             epsilon=spent(config, self._noise, n + 1) if due else None,  # takes most of a second
             train_seconds=trained.seconds,
-            retries=sum(pack.attempts - 1 for pack in trained.packs),
+            retries=sum(pack.attempts - 1 for pack in sums.packs),
             memory_bytes=self._memory_now(),
             seconds=time.perf_counter() - began,
         )
         if due:  # the workers have used shared memory again
             self._verify()
         layers = (trained.layers, trained.client_layers)
-        yield RoundDone(row, tuple(metrics.rows), scores, tuple(trained.packs), *layers, answers)
+        yield RoundDone(row, tuple(metrics.rows), scores, tuple(sums.packs), *layers, answers, sums.timeline)
 
-    def _trained(
-        self, n: int, cohort: list[int], down: Mapping[int, int], began: float, lr_factor: float, due: bool
-    ) -> Generator[PackDone, None, _Trained | None]:
+    def _trained(self, n: int, began: float, lr_factor: float, due: bool) -> Generator[PackDone, None, _Trained | None]:
         """The round up to its commit; None where the run is being interrupted.  due: True where an evaluation follows.
 
         A separate function, so that the sum and the old server are freed before the next broadcast."""
         config, method, shape = self._config, self._method, self._shape
-        broadcast = self._broadcast()
         current = self._store.current
-        total, trained, metrics = self._zero(), list[Key](), RoundMetrics(n, len(cohort), began)
-        ranks: dict[str, int | None] = dict.fromkeys(self._change_layers(n), 0)
-        pack_rows, watched_rounds = list[PackRow](), list[ClientDiagnostics]()
-        items = self._packs.items(n, cohort, broadcast, lr_factor)
-        for done in self._workers.in_order(items, f"round {n}, local training"):
-            self._packs.done(n, done)
-            outcome: PackOutcome = done.result
-            pack_rows.append(pack_row(n, done))
-            watched_rounds += map(client_diagnostics.kept, outcome.diagnostics)
-            for client, update, state in zip(done.units, outcome.updates, outcome.states, strict=True):
-                if update.failure is not None or state is None:
-                    metrics.add(self._skipped(n, update, down[client]))
-                    continue
-                with named("method", unhooked(method), "accumulate", n, client):
-                    total = method.accumulate(total, update, shape)
-                ranks = add_ranks(ranks, update.tensors)
-                metrics.add(client_row(n, update, down[client]))
-                trained.append(self._store.add(client, state))
-            yield metrics.progress()
+        sums = yield from self._gathered(n, began, lr_factor)
         self._verify()
 
-        before, after = current.server, method.aggregate(current.server, total, shape)
-        factor, noise = self._rule(n, metrics.rows, total.weight, lr_factor)
-        after, memory = advance(config.server, before, after, current.memory, factor, noise)
+        before, after = current.server, method.aggregate(current.server, sums.total, shape)
+        factor, noise = self._rule(n, sums.metrics.rows, sums.total.weight, lr_factor)
+        after, memory = advance(config.server, before, after, current.memory, factor * sums.factor, noise)
         _check_finite(after, n)
-        if not self._store.commit(after, memory, trained):
+        if not self._store.commit(after, memory, sums.trained, sums.clock, sums.landings):
             return None
         seconds = time.perf_counter() - began
-        changes = self._server_changes(before, ranks, due)
-        layer_rows = client_diagnostics.rows(n, shape, watched_rounds, changes)
-        return _Trained(metrics, seconds, changes, pack_rows, *layer_rows)
+        changes = self._server_changes(before, sums.ranks, due)
+        layer_rows = client_diagnostics.rows(n, shape, sums.watched, changes)
+        sums.empty()
+        return _Trained(seconds, sums, changes, *layer_rows)
+
+    def _gathered(self, n: int, began: float, lr_factor: float) -> Generator[PackDone, None, RoundSum]:
+        """The sum of the round's updates and all that goes with it."""
+        config, simulated, current = self._config, self._simulated, self._store.current
+        mode, broadcast = config.federation.mode, self._broadcast()
+        apart = simulated is not None and (mode == "async" or simulated.drops)
+        cohort = [] if apart else packs.ordered(config, self._dataset, sampling.cohort(config, n))
+        expected = (config.federation.asynchronous.buffer or 1) if mode == "async" else config.federation.cohort
+        metrics = RoundMetrics(n, expected if apart else len(cohort), began)
+        ranks: dict[str, int | None] = dict.fromkeys(self._change_layers(n), 0)
+        sums = RoundSum(n, metrics, self._zero(), ranks, config.diagnostics.clients)
+        if simulated is None or not apart:
+            down = self._download_bytes(cohort)
+            for done in self._packed(n, cohort, broadcast, lr_factor):
+                sums.pack(done)
+                for client, update, state in zip(done.units, done.result.updates, done.result.states, strict=True):
+                    self._add(n, sums, update, state, down[client])
+                yield metrics.progress()
+            if simulated is not None:
+                sums.clock, sums.timeline = simulated.told(n, current.clock or Clock(), metrics.rows)
+            return sums
+
+        def train(clients: Sequence[int]) -> Generator[PackDone, None, dict[int, Result]]:
+            """The clients' results; in the cohort's order, so that packs follow from simulated time alone."""
+            found = dict[int, Result]()
+            for done in self._packed(n, packs.ordered(config, self._dataset, clients), broadcast, lr_factor):
+                sums.pack(done)
+                outcome: PackOutcome = done.result
+                results = zip(outcome.updates, outcome.states, strict=True)
+                found |= dict(zip(done.units, results, strict=True))
+                yield metrics.progress()
+            return found
+
+        if mode == "async":
+            gathered = yield from simulated.buffered(n, current, train, self._download_bytes)
+        else:
+            gathered = yield from simulated.collected(n, current.clock or Clock(), train, self._download_bytes)
+        for update, state, down_bytes in gathered.results:
+            self._add(n, sums, update, state, down_bytes)
+        yield metrics.progress()
+        sums.clock, sums.timeline = gathered.clock, gathered.timeline
+        sums.factor, sums.landings = gathered.factor, gathered.landings
+        return sums
+
+    def _packed(self, n: int, clients: Sequence[int], broadcast: Any, lr_factor: float) -> Iterator[Done]:
+        """The packs of these clients, which stand in the cohort's order, as they are done."""
+        items = self._packs.items(n, clients, broadcast, lr_factor)
+        for done in self._workers.in_order(items, f"round {n}, local training"):
+            self._packs.done(n, done)
+            yield done
+
+    def _add(self, n: int, sums: RoundSum, update: Update, state: ClientState | None, down: int) -> None:
+        """Adds a client's result to the sum, or its failure to the rows."""
+        if update.failure is not None or state is None:
+            sums.skip(self._skipped(n, update, down))
+            return
+        sums.add(self._method, self._shape, update, down)
+        sums.trained.append(self._store.add(update.client, state))
 
     def evaluated(self) -> tuple[tuple[Score, ...], tuple[AnswerRow, ...]]:
         """Scores, answers and their scores of the current model: the initial one, or that of a run that ends here."""

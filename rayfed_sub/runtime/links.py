@@ -38,7 +38,7 @@ class CoordinatorLink(Protocol):
 def coordinator_of(job: Job, folder: Path, shared: Shared) -> CoordinatorLink:
     """The coordinator of a run in the folder."""
     server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
-    parts = (*server, job.any_pack, shared, folder.absolute(), job.noise, job.begun)
+    parts = (*server, job.any_pack, shared, folder.absolute(), job.noise, job.begun, job.fleet)
     return ActorLink(parts) if job.config.resources.workers else LocalLink(parts)
 
 

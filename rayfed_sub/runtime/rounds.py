@@ -286,5 +286,6 @@ def _summary(
         best=best,
         one_at_a_time=job.architecture.one_at_a_time,
         start_from=None if start is None else asdict(start),
+        simulated=folder.simulated(),
         folder=folder.place.display_name(),
     )

@@ -1,7 +1,8 @@
 """Checkpoints: the server's tensors and the clients' states as safetensors, and a manifest that is written last.
 
-    checkpoints/manifest-000003.json               round, files with their lengths and sums
-                server-000003.safetensors          the server's tensors, and its optimiser's as `server/...`
+    checkpoints/manifest-000003.json               round, files with their lengths and sums; the clock, with devices
+                server-000003.safetensors          the server's tensors, and its optimiser's as `server/...`; those of
+                                                   clients under way as `flight/...`
                 clients/000012-000003.safetensors  client 12's state for round 3, see storage/client_states.py
                 best-000002.json                   the manifest of the best round's checkpoint, where one is kept
 
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from safetensors.torch import load
@@ -35,11 +36,13 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Finished rounds, the server's tensors, and the state files of clients that have trained, by key."""
+    """Finished rounds, the server's tensors, and the state files of clients that have trained, by key; clock: of a run
+    with devices, see `landings.py`."""
 
     round: int
     server: Tensors
     state_files: Mapping[Key, StateFile]
+    clock: dict[str, Any] | None = None
 
 
 def root(folder: Path) -> Path:
@@ -80,6 +83,7 @@ def write(folder: Path, checkpoint: Checkpoint, check: Callable[[], None] = lamb
         "round": checkpoint.round,
         "server": [sum(map(len, parts)), crc],
         "clients": [[*key, *astuple(entry)] for key, entry in sorted(checkpoint.state_files.items())],
+        **({} if checkpoint.clock is None else {"clock": checkpoint.clock}),
     }
     atomic_files.write(_manifest(folder, checkpoint.round), json.dumps(manifest).encode())
     for old in _manifests(folder)[:-KEPT]:
@@ -199,7 +203,7 @@ def _read(folder: Path, manifest: Path) -> Checkpoint:
         file = client_states.path(clients(folder), key)
         if not file.exists() or file.stat().st_size != entry.size:
             raise _torn(folder, manifest, f"{file.name} is cut or gone")
-    return Checkpoint(tree["round"], settled(load(content)), state_files)
+    return Checkpoint(tree["round"], settled(load(content)), state_files, tree.get("clock"))
 
 
 def _torn(folder: Path, manifest: Path, why: str) -> UserError:

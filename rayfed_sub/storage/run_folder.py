@@ -20,6 +20,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute
 
+from rayfed_sub.clock.accounts import account
+from rayfed_sub.clock.fleet import TRACE
 from rayfed_sub.config.checks import not_given
 from rayfed_sub.config.loading import flat, stored_config, yaml_text
 from rayfed_sub.config.schema import GIVEN, Config
@@ -45,6 +47,7 @@ PACKING = ("resources.pack_size", "evaluation.batch_size")
 """Settings that may differ too where the bits are the same in any pack (`planning/packs.py`)."""
 
 
+_OPTIONAL = ("answers", "timeline")  # tables that are there only where they have rows
 _DECIDED = "decided"  # the log's entry of what holds from a round on
 
 
@@ -60,7 +63,7 @@ class RunFolder:
         """Writes the initial model's answers, then the first line of the log; keeps its scores."""
         first = {"scores": _scored(0, beginning.scores), "answers": answers}
         for name, one in self._tables.items():
-            if name != "answers" or answers:
+            if name not in _OPTIONAL or first.get(name):
                 one.begin(first.get(name, ()))
         if answers:
             self._tables["answers"].write()
@@ -71,6 +74,7 @@ class RunFolder:
         atomic_files.append(self.path / "log.jsonl", _line("round", asdict(done.row)))
         n = done.row.round
         added = {"rounds": [done.row], "clients": done.client_rows, "packs": done.packs, "answers": done.answers}
+        added["timeline"] = done.timeline
         added |= {"layers": done.layers, "client_layers": done.client_layers, "scores": _scored(n + 1, done.scores)}
         for name, rows in added.items():
             self._tables[name].add(n, rows)
@@ -137,6 +141,11 @@ class RunFolder:
         """Clients that took part in any round."""
         return len({client for rows in self._tables["clients"].rows() for client in rows["client"].to_pylist()})
 
+    def simulated(self) -> dict[str, Any] | None:
+        """The account of the timeline; None for a run without devices."""
+        rows = self._all("timeline")
+        return account(rows.to_pandas()) if rows.num_rows else None
+
     def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
         """Diagnostics of the newest diagnosed rounds, at most so many, in order."""
         layers, client_layers = (self._tables[name].newest(most) for name in ("layers", "client_layers"))
@@ -167,7 +176,7 @@ class RunFolder:
     def write_tables(self) -> None:
         """Writes all rows that the tables on the disk lack."""
         for name, one in self._tables.items():
-            if name != "answers" or one.has_any:
+            if name not in _OPTIONAL or one.has_any:
                 one.write()
 
     def write_summary(self, summary: Summary) -> None:
@@ -289,6 +298,9 @@ def check_code(path: Path, now: Mapping[str, str]) -> None:
         if then.get(name) != now.get(name):
             allowed = f"the {name} with which the run in {path} began; now there is other code, or other settings"
             advice = "give that to run(..., resume=True) in Python, or begin anew in another folder"
+            if name == TRACE:
+                allowed = f"the file with which the run in {path} began; its lines are others now"
+                advice = "restore it, or begin anew in another folder"
             raise UserError(name, "another one" if name in now else None, allowed, advice)
 
 

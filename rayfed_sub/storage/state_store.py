@@ -15,11 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
+from rayfed_sub.clock.virtual_clock import Clock
 from rayfed_sub.core.arrays import Guard, settled
 from rayfed_sub.core.types import ClientState, ServerState, Tensors
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.checkpoints import Checkpoint
 from rayfed_sub.storage.client_states import ClientStates, Key
+from rayfed_sub.storage.landings import Landing, clock_entry, landed, landing_tensors
 
 _RULE = "server/"  # prefix of the server optimiser's tensors in a checkpoint
 
@@ -27,11 +29,14 @@ _RULE = "server/"  # prefix of the server optimiser's tensors in a checkpoint
 @dataclass(frozen=True)
 class RoundState:
     """State after a finished round, replaced as one.  memory: the server optimiser's tensors; states: client -> round
-    for which its stored state is, for clients that have trained."""
+    for which its stored state is, for clients that have trained; clock: of a run with devices; landings: client -> the
+    result of its flight, for clients under way."""
 
     server: ServerState
     memory: Tensors = field(default_factory=dict)
     states: Mapping[int, int] = field(default_factory=dict)
+    clock: Clock | None = None
+    landings: Mapping[int, Landing] = field(default_factory=dict)
 
     @property
     def keys(self) -> frozenset[Key]:
@@ -40,8 +45,9 @@ class RoundState:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The server's tensors and its optimiser's, as a checkpoint names them."""
-        return {**self.server.tensors, **{f"{_RULE}{name}": tensor for name, tensor in self.memory.items()}}
+        """The server's tensors, its optimiser's, and those of clients under way, as a checkpoint names them."""
+        memory = {f"{_RULE}{name}": tensor for name, tensor in self.memory.items()}
+        return {**self.server.tensors, **memory, **landing_tensors(self.landings)}
 
 
 @dataclass(frozen=True)
@@ -95,17 +101,25 @@ class StateStore:
             round = self.current.states.get(client)
             return None if round is None else ((client, round), self._states.reference((client, round)))
 
-    def commit(self, server: ServerState, memory: Tensors, trained: Iterable[Key]) -> bool:
+    def commit(
+        self,
+        server: ServerState,
+        memory: Tensors,
+        trained: Iterable[Key],
+        clock: Clock | None = None,
+        landings: Mapping[int, Landing] | None = None,
+    ) -> bool:
         """Makes the round the current one; does nothing and returns False after `halt`.
 
-        trained: keys of the added states that belong to the round.  The states that they replace are dropped, except
-        for the files that a checkpoint names, or will name.
+        clock, landings: as in `RoundState`.  trained: keys of the added states that belong to the round.  The states
+        that they replace are dropped, except for the files that a checkpoint names, or will name.
         """
         with self._lock:
             if self._halted:
                 return False
             whole = ServerState(server.round, settled(server.tensors))
-            new = RoundState(whole, settled(memory), {**self.current.states, **dict(trained)})
+            states = {**self.current.states, **dict(trained)}
+            new = RoundState(whole, settled(memory), states, clock, landings or {})
             pinned = frozenset() if self._pinned is None else self._pinned.state.keys
             left, named = self.current.keys - new.keys, pinned.union(*self._named)
             self.current = new
@@ -170,7 +184,8 @@ class StateStore:
     def _write(self, pinned: _Pinned) -> None:
         keys = pinned.state.keys
         state_files = self._states.save(keys, pinned.unsaved)
-        whole = Checkpoint(pinned.state.server.round, settled(pinned.state.tensors), state_files)
+        clock = clock_entry(pinned.state.clock, pinned.state.landings)
+        whole = Checkpoint(pinned.state.server.round, settled(pinned.state.tensors), state_files, clock)
         checkpoints.write(self._folder, whole, pinned.guard.check)
         with self._lock:
             leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
@@ -180,7 +195,7 @@ class StateStore:
 
 
 def _round_state(found: Checkpoint) -> RoundState:
-    tensors = found.server
+    tensors, clock, landings = landed(found.server, found.clock)
     memory = {name.removeprefix(_RULE): tensor for name, tensor in tensors.items() if name.startswith(_RULE)}
     server = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RULE)}
-    return RoundState(ServerState(found.round, server), memory, dict(found.state_files.keys()))
+    return RoundState(ServerState(found.round, server), memory, dict(found.state_files.keys()), clock, landings)

@@ -27,12 +27,21 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute, parquet
 
-from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, ScoreRow
+from rayfed_sub.core.schemas import (
+    AnswerRow,
+    ClientLayer,
+    ClientRow,
+    CohortLayer,
+    PackRow,
+    RoundRow,
+    ScoreRow,
+    TimelineRow,
+)
 from rayfed_sub.storage import atomic_files
 
 KINDS = {
     **{"rounds": RoundRow, "clients": ClientRow, "packs": PackRow, "layers": CohortLayer, "client_layers": ClientLayer},
-    **{"scores": ScoreRow, "answers": AnswerRow},
+    **{"scores": ScoreRow, "answers": AnswerRow, "timeline": TimelineRow},
 }
 """The rows of each table, by its name."""
 FULL = 2**17

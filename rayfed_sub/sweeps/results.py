@@ -20,6 +20,9 @@ from rayfed_sub.storage import atomic_files
 SENT = ("uplink_bytes", "downlink_bytes")
 """Columns of the total traffic, named as in a run's summary."""
 
+CLOCKED = ("simulated_hours", "wasted_bytes", "idle_share", "joules")
+"""Columns of trials with devices, from the account of their virtual clock."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -38,15 +41,17 @@ class Ended:
 
 def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
     """A row per trial, in order: trial, the space's keys, status, rounds, metrics, uplink_bytes,
-    downlink_bytes, weights_sha256, failure, folder.  Lists and mappings are written as JSON."""
+    downlink_bytes, with devices those of `CLOCKED`, weights_sha256, failure, folder.  Lists and mappings are written as
+    JSON."""
     rows = []
+    clocked = [name for name in CLOCKED if any(trial.reported.get(name) is not None for trial in ended)]
     for trial in sorted(ended, key=lambda trial: trial.number):
         reported = trial.reported
         values = {key: value if _plain(value) else json.dumps(value) for key, value in trial.values.items()}
         row = {"trial": trial.number, **values, "status": trial.status, "rounds": reported.get("rounds", 0)}
-        row |= {name: reported.get(name) for name in (*metrics, *SENT, "weights_sha256")}
+        row |= {name: reported.get(name) for name in (*metrics, *SENT, *clocked, "weights_sha256")}
         rows.append({**row, "failure": trial.failure, "folder": f"trials/{trial.number:05d}"})
-    whole = dict.fromkeys(SENT, "Int64") | dict.fromkeys(metrics, "float64")
+    whole = dict.fromkeys(SENT, "Int64") | dict.fromkeys((*metrics, *clocked), "float64")
     return pd.DataFrame(rows).astype({**whole, "weights_sha256": "string", "failure": "string"})
 
 

@@ -74,6 +74,10 @@ def _whole(metrics: Mapping[str, float], kind: str) -> dict[str, float]:
 def _end(summary: Summary, kind: str) -> dict[str, Any]:
     reported = asdict(summary)
     sent = {name: reported[name] for name in (*SENT, "weights_sha256")}
+    clock = summary.simulated
+    if clock is not None:  # columns of `results.CLOCKED`
+        sent |= {"simulated_hours": clock["seconds"] / 3600, "wasted_bytes": clock["wasted_bytes"]}
+        sent |= {"idle_share": clock["idle_share"], "joules": clock["joules"]}
     return {
         "rounds": summary.rounds,
         "of_rounds": summary.rounds,

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, Score
+from rayfed_sub.core.schemas import (
+    AnswerRow,
+    ClientLayer,
+    ClientRow,
+    CohortLayer,
+    PackRow,
+    RoundRow,
+    Score,
+    TimelineRow,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,8 @@ class PackDone:
 @dataclass(frozen=True)
 class RoundDone:
     """A round has finished; all of it goes to the run folder.  scores: empty where no evaluation was due; layers,
-    client_layers: empty without diagnostics in the round; answers: of the last round, of the trained model."""
+    client_layers: empty without diagnostics in the round; answers: of the last round, of the trained model; timeline:
+    empty without devices."""
 
     row: RoundRow
     client_rows: tuple[ClientRow, ...]
@@ -81,6 +91,7 @@ class RoundDone:
     layers: tuple[CohortLayer, ...] = ()
     client_layers: tuple[ClientLayer, ...] = ()
     answers: tuple[AnswerRow, ...] = ()
+    timeline: tuple[TimelineRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,8 @@ class Summary:
     the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version); stopped:
     why the run ended before its last round; best: `round`, finished ones, and `value` of early_stopping's `metric`
     (None: no best checkpoint is kept); one_at_a_time: packs had one client, for nothing says how the model treats the
-    rows of several; start_from: the `StartInfo` of what model.start_from names."""
+    rows of several; start_from: the `StartInfo` of what model.start_from names;
+    simulated: what the run takes with its devices (`clock/accounts.py`; None: it has none)."""
 
     name: str
     method: str
@@ -167,4 +179,5 @@ class Summary:
     best: dict[str, Any] | None = None
     one_at_a_time: bool = False
     start_from: dict[str, Any] | None = None
+    simulated: dict[str, Any] | None = None
     folder: str = field(default="", compare=False)

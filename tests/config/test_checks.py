@@ -7,7 +7,10 @@ import pytest
 from rayfed_sub.config.checks import check_rules, check_training
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import (
+    Asynchronous,
     Config,
+    Device,
+    Devices,
     EarlyStopping,
     Evaluation,
     Federation,
@@ -22,10 +25,58 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning import job
 
 PRIVATE = Privacy(clip=1.0, noise=1.0)
+DEVICES = Devices(classes={"a": Device(seconds_per_step=1.0)})
+BUFFERED = Federation(mode="async", asynchronous=Asynchronous(buffer=2))
 NOVA = Federation(normalise_steps=True)
 JUDGED = Config(task=Task(validation_share=0.1), evaluation=Evaluation(split="validation"))
 
 RULES = {
+    "devices.classes.a.seconds_per_step: got None; allowed: one of seconds_per_step and tokens_per_second, not both; "
+    "set one of them, e.g. devices.classes.a.seconds_per_step=1.0": Config(devices=Devices(classes={"a": Device()})),
+    "devices.classes.a.hours: got [[3.0, 3.0]]; allowed: pairs of hours that differ; none at all for a device that is "
+    "always available; remove the pair": Config(
+        devices=Devices(classes={"a": Device(seconds_per_step=1.0, hours=((3.0, 3.0),))})
+    ),
+    "devices.shares.b: got 1.0; allowed: shares of devices.classes: a; add the class": Config(
+        devices=Devices(classes=DEVICES.classes, shares={"b": 1.0})
+    ),
+    "devices.shares: got {'a': 1.0}; allowed: nothing with devices.trace, which names each client's device; remove one "
+    "of them": Config(devices=Devices(classes=DEVICES.classes, shares={"a": 1.0}, trace="t.csv")),
+    "devices.spread: got 0.5; allowed: nothing without devices.classes, which it is about; add the classes": Config(
+        devices=Devices(spread=0.5)
+    ),
+    "federation.mode: got 'async'; allowed: nothing else than the default without devices.classes, which give the "
+    "time; add devices.classes": Config(federation=BUFFERED),
+    "federation.round_deadline: got 5.0; allowed: nothing with federation.mode=async, which has no rounds to wait for; "
+    "remove it": Config(devices=DEVICES, federation=BUFFERED.model_copy(update={"round_deadline": 5.0})),
+    "federation.local_seconds: got None; allowed: a number of seconds with federation.mode=semi-sync; set or remove "
+    "federation.local_seconds": Config(devices=DEVICES, federation=Federation(mode="semi-sync")),
+    "federation.asynchronous.buffer: got 2; allowed: nothing without federation.mode=async; set the mode, or remove "
+    "it": Config(federation=Federation(asynchronous=Asynchronous(buffer=2))),
+    "federation.asynchronous.buffer: got 9; allowed: 1 to federation.clients=8 with rule=fedbuff; "
+    "e.g. federation.asynchronous.buffer=4": Config(
+        devices=DEVICES, federation=Federation(mode="async", asynchronous=Asynchronous(buffer=9))
+    ),
+    "federation.asynchronous.buffer: got 2; allowed: null with rule=fedasync, which takes every update as it comes; "
+    "remove it, or set rule=fedbuff": Config(
+        devices=DEVICES, federation=Federation(mode="async", asynchronous=Asynchronous(rule="fedasync", buffer=2))
+    ),
+    "federation.asynchronous.mixing: got 0.5; allowed: nothing with rule=fedbuff, whose step server.lr scales; remove "
+    "it, or set rule=fedasync": Config(
+        devices=DEVICES, federation=Federation(mode="async", asynchronous=Asynchronous(buffer=2, mixing=0.5))
+    ),
+    "federation.availability: got 0.5; allowed: 1.0 with federation.mode=async; a device's hours say when it is "
+    "available; remove it": Config(devices=DEVICES, federation=BUFFERED.model_copy(update={"availability": 0.5})),
+    "federation.normalise_steps: got True; allowed: false with federation.mode=async: FedNova's rule is for the cohort "
+    "of a round; remove it": Config(devices=DEVICES, federation=BUFFERED.model_copy(update={"normalise_steps": True})),
+    "federation.epochs: got 1.0; allowed: null with federation.mode=async, whose rounds are steps of the server; set "
+    "federation.rounds instead": Config(
+        devices=DEVICES, federation=BUFFERED.model_copy(update={"epochs": 1.0, "rounds": None})
+    ),
+    "privacy.clip: got 1.0; allowed: nothing with federation.mode=async: the accountant assumes rounds of "
+    "Poisson-sampled clients; remove one of them": Config(devices=DEVICES, federation=BUFFERED, privacy=PRIVATE),
+    "hook.name: got 'scaffold'; allowed: nothing with federation.mode=async: a hook's tensors are those of a round; "
+    "remove one of them": Config(devices=DEVICES, federation=BUFFERED, hook={"name": "scaffold"}),
     "method.name: got 'centralized'; allowed: a method; all rows at one client are a matter of the partition; set "
     "method.name=fedftg federation.clients=1 federation.sampled=null federation.partition.kind=pool "
     "federation.partition.largest=8": Config(method={"name": "centralized"}),

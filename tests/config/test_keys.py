@@ -15,13 +15,15 @@ from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Bytes, Config
 from rayfed_sub.methods import METHODS, class_of
 
+WHOLE = ("model.random", "federation.partition.args", "devices.classes", "devices.shares")
+
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a dumped configuration; fields of a method, a random model or a partitioner count as values."""
+    """Dotted keys of a dumped configuration; fields of a method, and those in `WHOLE`, count as values."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        whole = not isinstance(value, dict) or key in ("model.random", "federation.partition.args")
+        whole = not isinstance(value, dict) or key in WHOLE
         found |= {key: value} if whole else leaves(value, f"{key}.")
     return found
 

@@ -283,4 +283,5 @@ def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed
         "best": None,
         "one_at_a_time": False,
         "start_from": None,
+        "simulated": None,
     }

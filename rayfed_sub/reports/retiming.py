@@ -1,0 +1,79 @@
+"""A finished synchronous run told again for other devices: the same training, another clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pandas as pd
+
+from rayfed_sub.clock.fleet import fleet_of
+from rayfed_sub.clock.timeline_rows import ClientRound, waited
+from rayfed_sub.config.checks import check, check_rules
+from rayfed_sub.config.loading import read_yaml
+from rayfed_sub.config.schema import Config, Devices
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.schemas import TimelineRow
+from rayfed_sub.planning.job import load_inputs
+from rayfed_sub.planning.packs import step_tokens
+from rayfed_sub.reports.run_reader import Run
+
+
+def devices_in(path: Path) -> Devices:
+    """The section `devices` of a YAML file, or the file itself where it is nothing else.  Raises UserError."""
+    tree = read_yaml(path)
+    return check(Devices, tree.get("devices", tree), "devices")
+
+
+def retimed(run: Run, devices: Devices) -> pd.DataFrame:
+    """The timeline that the run would have with these devices, from the bytes and steps of its clients.  Nothing is
+    trained; the task's rows are read where a device's speed is by token, or a trace may name clients.
+
+    Raises UserError where training itself would have been another: a run that is not synchronous or dropped clients,
+    and devices with hours; and where the devices do not fit the run.
+    """
+    config = _checked(run, devices)
+    by_token = any(device.tokens_per_second is not None for device in devices.classes.values())
+    names, tokens = _of_rows(config) if by_token or devices.trace is not None else ((), _unknown)
+    fleet = fleet_of(config, names)
+    assert fleet is not None, "checked: there are classes"
+    if fleet.windows.limited.any():
+        allowed = "devices without hours: which clients train would depend on the time of the day"
+        raise UserError("--devices", devices.trace or "hours", allowed, "run it with these devices instead")
+    rows, now = list[TimelineRow](), 0.0
+    for n, of_round in run.clients.groupby("round", sort=True):
+        clients = []
+        for row in of_round.to_dict("records"):
+            client, steps = int(row["client"]), float(row["steps"])
+            sizes = (int(row["downlink_bytes"]), int(row["uplink_bytes"]))
+            work = (steps, steps * tokens(client))
+            clients.append(ClientRound(client, *sizes, isinstance(row["failure"], str), work))
+        now, more = waited(fleet, int(str(n)), now, clients)
+        rows += more
+    return pd.DataFrame([asdict(row) for row in rows], columns=[field.name for field in fields(TimelineRow)])
+
+
+def _checked(run: Run, devices: Devices) -> Config:
+    """The run's configuration with these devices."""
+    federation, outcomes = run.config.federation, set(run.timeline["outcome"].unique())
+    timed = federation.round_deadline is not None or federation.over_selection != 1.0
+    if federation.mode != "sync" or timed or outcomes - {"counted", "failed"}:
+        allowed = "a synchronous run that waited for all of its clients: the training of others depends on the clock"
+        raise UserError("RUN", str(run.folder), allowed, "run it again with these devices")
+    if not devices.classes:
+        raise UserError("--devices", {}, "a file with devices.classes", "see rayfed-sub config devices")
+    config = run.config.model_copy(update={"devices": devices})
+    check_rules(config)
+    return config
+
+
+def _of_rows(config: Config) -> tuple[Sequence[str], Callable[[int], float]]:
+    """The clients' names, and the tokens of a local step by client."""
+    model = config.model.model_copy(update={"start_from": None})
+    dataset = load_inputs(config.model_copy(update={"model": model})).dataset
+    return dataset.client_names, lambda client: step_tokens(config, dataset, client)
+
+
+def _unknown(client: int) -> float:
+    return 0.0

@@ -1,0 +1,215 @@
+"""Runs with devices: the clock changes no bits of a synchronous run, and asynchronous ones have one hash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from rayfed_sub import load_config, run
+from rayfed_sub.cli.main import app
+from rayfed_sub.clock.accounts import account
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.planning.job import prepare
+from rayfed_sub.planning.plan import plan_of
+from rayfed_sub.reports.page import Table
+from rayfed_sub.reports.retiming import retimed
+from rayfed_sub.reports.run_reader import read_run
+from rayfed_sub.reports.simulated_time import simulated_time
+from rayfed_sub.telemetry.events import PackDone, Summary
+from tests.helpers import chaos
+
+TWO = {
+    "slow": {"seconds_per_step": 2.0, "up_mbit": 1, "down_mbit": 4, "power": 5},
+    "fast": {"tokens_per_second": 500.0, "up_mbit": 10, "down_mbit": 40, "latency": 0.1},
+}
+ALIKE = {"one": {"seconds_per_step": 2.0, "up_mbit": 1.0}}
+ASYNC = ["federation.mode=async", "federation.asynchronous.buffer=2", "federation.sampled=5", "federation.rounds=6"]
+
+
+def job(*overrides: str, devices: dict[str, Any] | None = None, workers: int = 0) -> Config:
+    quiet = ["diagnostics.every=0", "evaluation.every=6", "federation.sampled=5", "federation.rounds=3"]
+    classes = [] if devices is None else [f"devices.classes={devices}"]
+    return chaos.job(workers, *quiet, *classes, *overrides)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return run(job(), tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.fixture(scope="module")
+def buffered(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return run(job(*ASYNC, devices=TWO), tmp_path_factory.mktemp("buffered") / "run")
+
+
+def same(summary: Summary, undisturbed: Summary) -> None:
+    assert summary.weights_sha256 == undisturbed.weights_sha256
+    assert summary.metrics == undisturbed.metrics
+    for table in ("clients", "timeline"):
+        ours, theirs = (pd.read_parquet(f"{run.folder}/{table}.parquet") for run in (summary, undisturbed))
+        pd.testing.assert_frame_equal(ours, theirs)
+
+
+def test_clock_changes_neither_bits_nor_tables_of_a_synchronous_run(plain: Summary, tmp_path: Path) -> None:
+    clocked = run(job(devices=TWO), tmp_path / "run")
+    assert clocked.weights_sha256 == plain.weights_sha256
+    ours, theirs = (pd.read_parquet(f"{one.folder}/clients.parquet") for one in (clocked, plain))
+    pd.testing.assert_frame_equal(ours, theirs)
+    assert not Path(plain.folder, "timeline.parquet").exists()
+    timeline = pd.read_parquet(f"{clocked.folder}/timeline.parquet")
+    assert timeline["uplink_bytes"].sum() == plain.uplink_bytes
+    slow = timeline[timeline["device"] == "slow"].iloc[0]
+    assert slow["compute_seconds"] == 2.0 * 4
+    assert slow["upload_seconds"] == pytest.approx(8 * slow["uplink_bytes"] / 1e6)
+
+
+def test_finished_run_is_told_again_for_other_devices(plain: Summary, tmp_path: Path, capsys: Any) -> None:
+    """With the devices of a run that had them it gives that run's own timeline."""
+    clocked = run(job(devices=TWO), tmp_path / "run")
+    told = retimed(read_run(Path(plain.folder)), job(devices=TWO).devices)
+    pd.testing.assert_frame_equal(told, pd.read_parquet(f"{clocked.folder}/timeline.parquet"))
+    assert clocked.simulated == account(told)
+    file = tmp_path / "devices.yaml"
+    file.write_text("devices: {classes: {fast: {seconds_per_step: 0.5}}}")
+    asked = ["retime", plain.folder, "--devices", str(file), "--json"]
+    again = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert again["seconds"] == 3 * 4 * 0.5
+    assert [(one["rounds"], one["seconds"]) for one in again["evaluations"]] == [(0, 0.0), (3, 6.0)]
+    shown = CliRunner().invoke(app, [*asked[:-1], "--target", "held_out_loss=0.1"]).stdout
+    assert "not reached" in shown
+
+
+def test_only_runs_that_waited_for_everybody_are_told_again(buffered: Summary, plain: Summary) -> None:
+    with pytest.raises(UserError, match=r"RUN: got .*; allowed: a synchronous run that waited for all of its clients"):
+        retimed(read_run(Path(buffered.folder)), job(devices=TWO).devices)
+    hours = job(devices={"one": {"seconds_per_step": 1.0, "hours": [[8, 18]]}}).devices
+    with pytest.raises(UserError, match="--devices: got 'hours'; allowed: devices without hours"):
+        retimed(read_run(Path(plain.folder)), hours)
+    with pytest.raises(UserError, match=r"--devices: got \{\}; allowed: a file with devices.classes"):
+        retimed(read_run(Path(plain.folder)), job().devices)
+
+
+def test_report_tells_the_simulated_time(buffered: Summary, plain: Summary) -> None:
+    with_devices, without = read_run(Path(buffered.folder)), read_run(Path(plain.folder))
+    assert simulated_time({"plain": without}) is None
+    section = simulated_time({"plain": without, "buffered": with_devices})
+    assert section is not None
+    page = json.dumps([str(part) for part in section.parts])
+    assert "simulated hours" in page
+    (classes,) = [part for part in section.parts if isinstance(part, Table) and part.columns[1] == "devices"]
+    assert {(row[0], row[1]) for row in classes.rows} == {("buffered", "slow"), ("buffered", "fast")}
+    assert buffered.simulated is not None
+    whole = buffered.simulated["classes"]
+    assert sum(of_class["counted"] for of_class in whole.values()) == 6 * 2
+    assert sum(of_class["participation"] for of_class in whole.values()) == pytest.approx(1.0)
+    assert whole["slow"]["staleness"] > whole["fast"]["staleness"]
+
+
+def test_plan_names_devices_that_are_too_small_and_what_waits() -> None:
+    small = {"phone": {"seconds_per_step": 1.0, "memory": "100kB"}, "board": {"seconds_per_step": 1.0, "memory": "4GB"}}
+    notes = plan_of(prepare(job(*ASYNC, devices=small))).notes
+    (too_small,) = [note for note in notes if "cannot hold" in note]
+    assert too_small.startswith("4 of 8 clients (phone, 0.1 MB) cannot hold the model and one client's training")
+    (waiting,) = [note for note in notes if "under way" in note]
+    assert waiting.startswith("Up to 5 clients are under way")
+    assert not any("devices" in note or "under way" in note for note in plan_of(prepare(job())).notes)
+
+
+def test_fedbuff_of_a_whole_cohort_of_equal_devices_has_the_bits_of_sync(plain: Summary, tmp_path: Path) -> None:
+    """In spite of the server's momentum, whose memory the steps go through."""
+    asked = ["federation.mode=async", "federation.asynchronous.buffer=5"]
+    summary = run(job(*asked, "resources.pack_size=3", devices=ALIKE), tmp_path / "run")
+    assert summary.weights_sha256 == plain.weights_sha256
+    assert summary.metrics == plain.metrics
+
+
+def test_asynchronous_run_goes_on_to_the_same_bits(buffered: Summary, tmp_path: Path) -> None:
+    """Interrupted in the fourth step, with clients of several versions under way; then with packs of another size."""
+    assert pd.read_parquet(f"{buffered.folder}/timeline.parquet").eval("round - version").max() > 1
+
+    def interrupt(record: Any) -> None:
+        if isinstance(record, PackDone) and record.round == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job(*ASYNC, devices=TWO), tmp_path / "run", interrupt)
+    again = run(job(*ASYNC, "resources.pack_size=1", devices=TWO), tmp_path / "run", resume=True)
+    same(again, buffered)
+    assert again.resumed in ((3,), (4,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("killed", [None, "ray::Worker", "ray::Coordinator"])
+def test_asynchronous_runs_have_one_hash(
+    workers: int, killed: str | None, ray_session: None, buffered: Summary, tmp_path: Path
+) -> None:
+    due = [killed] if killed else []
+
+    def listener(record: Any) -> None:
+        if isinstance(record, PackDone) and record.round == 2 and due:
+            chaos.kill_one(due.pop())
+
+    same(run(job(*ASYNC, devices=TWO, workers=workers), tmp_path / "run", listener), buffered)
+    assert not due
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (
+            ["method={name: flexlora}", "server.optimizer=plain"],
+            "federation.mode: got 'async'; allowed: sync or semi-sync with method.name=flexlora, whose updates are in",
+        ),
+        (
+            ["method={name: shared-galore}"],
+            "whose updates are in a basis of their round; or choose one of fedftg, fedavg",
+        ),
+        (
+            ["federation.asynchronous={rule: fedasync}"],
+            "federation.asynchronous.rule: got 'fedasync'; allowed: fedbuff with method.name=fedftg, whose clients "
+            "send changes, not models to mix; set rule=fedbuff, buffer=1 and server.lr in place of mixing",
+        ),
+    ],
+)
+def test_methods_that_cannot_be_asynchronous_get_one_line(overrides: list[str], fault: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        run(job(*ASYNC, *overrides, devices=TWO), tmp_path / "run")
+    assert fault in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_privacy_does_not_go_with_hours_of_devices(tmp_path: Path) -> None:
+    hours = {"one": {"seconds_per_step": 1.0, "hours": [[8, 18]]}}
+    private = ["privacy.clip=1", "privacy.noise=1", "federation.client_weighting=uniform"]
+    with pytest.raises(UserError, match=r"privacy.clip: got 1.0; allowed: nothing with hours of devices"):
+        run(job(*private, devices=hours), tmp_path / "run")
+
+
+def test_longer_run_goes_on_with_the_clock(buffered: Summary, tmp_path: Path) -> None:
+    shorter = [word.replace("rounds=6", "rounds=4") for word in ASYNC]
+    run(job(*shorter, devices=TWO), tmp_path / "run")
+    same(run(job(*ASYNC, devices=TWO), tmp_path / "run", resume=True), buffered)
+
+
+def test_run_does_not_go_on_with_another_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,device\n" + "".join(f"{client},slow\n" for client in range(8)))
+    config = job(f"devices.trace={trace}", "federation.rounds=1", devices=TWO)
+    done = run(config, tmp_path / "run")
+    assert set((done.simulated or {})["classes"]) == {"slow"}
+    assert run(config, tmp_path / "run", resume=True) == done
+    trace.write_text(trace.read_text().replace("7,slow", "7,fast"))
+    with pytest.raises(UserError, match=r"devices.trace: got 'another one'; allowed: the file with which the run in"):
+        run(config, tmp_path / "run", resume=True)
+
+
+def test_load_config_names_a_bad_profile(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"devices.classes.slow.up_mbit: got 0; allowed: a number > 0, or null"):
+        load_config({"devices": {"classes": {"slow": {"seconds_per_step": 1.0, "up_mbit": 0}}}})

@@ -1,0 +1,229 @@
+"""Timelines of every mode against the test's own arithmetic: three clients, a slow device and two fast ones.
+
+A round of the slow client takes 2.5 s down, 6 s of training, 2.5 s up; of a fast one 0.2 s, 2 s and 0.1 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rayfed_sub.clock.fleet import fleet_of
+from rayfed_sub.clock.virtual_clock import Clock
+from rayfed_sub.config.loading import load_config
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import RunError
+from rayfed_sub.core.schemas import ClientRow, TimelineRow
+from rayfed_sub.core.types import ClientState, ServerState, Update
+from rayfed_sub.planning.packs import semi_synchronous_steps
+from rayfed_sub.runtime.simulated_rounds import Gathered, Result, SimulatedRounds
+from rayfed_sub.storage.state_store import RoundState
+
+UP, DOWN = 100_000, 200_000
+CLASSES = {
+    "slow": {"seconds_per_step": 3.0, "down_mbit": 0.8, "up_mbit": 0.4, "latency": 0.5, "power": 5.0},
+    "fast": {"seconds_per_step": 1.0, "down_mbit": 8.0, "up_mbit": 8.0},
+}
+ROWS: Any = SimpleNamespace(train=None, rows_of=lambda client: np.arange(8))  # images, so to speak
+
+
+class Rounds:
+    """The rounds of three clients without a model; `trained` has the calls to train."""
+
+    def __init__(
+        self, folder: Path, federation: Mapping[str, Any], failing: Sequence[int] = (), hours: str = ""
+    ) -> None:
+        trace = folder / "trace.csv"
+        trace.write_text(hours or "client,device\n0,slow\n1,fast\n2,fast\n")
+        keys = {"clients": 3, "local_steps": 2, "batch_size": 4, "on_client_failure": "skip", **federation}
+        devices = {"classes": CLASSES, "trace": str(trace)}
+        self.config: Config = load_config({"federation": keys, "devices": devices})
+        self.fleet = fleet_of(self.config)
+        assert self.fleet is not None
+        steps = semi_synchronous_steps(self.config, ROWS, self.fleet)
+        self.config = self.config.model_copy(update={"federation": self.config.federation.model_copy(update=steps)})
+        self.rounds = SimulatedRounds(self.config, ROWS, self.fleet, ("x",))
+        self.state, self.failing = RoundState(ServerState(0, {"x": torch.zeros(UP // 4)}), clock=Clock()), failing
+        self.trained: list[list[int]] = []
+
+    def train(self, clients: Sequence[int]) -> Generator[Any, None, dict[int, Result]]:
+        self.trained.append(list(clients))
+        yield None
+        n = self.state.server.round
+        return {k: self._result(k, n) for k in clients}
+
+    def _result(self, client: int, n: int) -> Result:
+        if client in self.failing:
+            return Update(client, 0.0, {}, {}, "NaN"), None
+        update = Update(client, 1.0, {"x": self.state.server.tensors["x"] + client + 1})
+        return update, ClientState(n + 1, 2, 2, {})
+
+    def step(self) -> Gathered:
+        """The next round; the server moves to the factor times the weighted mean, as `aggregate` and `advance` do."""
+        n, server = self.state.server.round, self.state.server.tensors["x"]
+        asked = (self.train, lambda clients: dict.fromkeys(clients, DOWN))
+        if self.config.federation.mode == "async":
+            going = self.rounds.buffered(n, self.state, *asked)
+        else:
+            going = self.rounds.collected(n, self.state.clock or Clock(), *asked)
+        gathered = ended(going)
+        good = [update for update, _, _ in gathered.results if update.failure is None]
+        weight = sum(update.weight for update in good)
+        mean = sum(update.weight * update.tensors["x"] for update in good) / weight if weight else server
+        after = ServerState(n + 1, {"x": server + gathered.factor * (mean - server)})
+        self.state = RoundState(after, clock=gathered.clock, landings=gathered.landings)
+        return gathered
+
+
+def ended(going: Generator[Any, None, Gathered]) -> Gathered:
+    while True:
+        try:
+            next(going)
+        except StopIteration as stop:
+            found: Gathered = stop.value
+            return found
+
+
+def told(rows: Sequence[TimelineRow]) -> list[tuple[int, int, float, float, str]]:
+    return [(row.client, row.version, round(row.began, 6), round(row.ended, 6), row.outcome) for row in rows]
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Callable[..., Rounds]:
+    return lambda federation, *rest, **more: Rounds(tmp_path, federation, *rest, **more)
+
+
+def client_row(client: int, n: int, failure: str | None = None) -> ClientRow:
+    return ClientRow(n, client, 1.0, 0 if failure else UP, DOWN, failure=failure)
+
+
+def test_sync_waits_for_the_slowest(rounds: Callable[..., Rounds]) -> None:
+    three = rounds({})
+    assert not three.rounds.drops
+    clock, rows = three.rounds.told(4, Clock(100.0), [client_row(k, 4) for k in (0, 1, 2)])
+    assert clock.now == pytest.approx(100 + 2.5 + 6 + 2.5)
+    assert told(rows) == [
+        (1, 4, 100.0, 102.3, "counted"),
+        (2, 4, 100.0, 102.3, "counted"),
+        (0, 4, 100.0, 111.0, "counted"),
+    ]
+    assert [row.idle_seconds for row in rows] == pytest.approx([8.7, 8.7, 0.0])
+    assert [row.joules for row in rows] == [None, None, 5.0 * 6.0]
+    assert [(row.steps, row.tokens, row.device) for row in rows[1:]] == [(2, 8, "fast"), (2, 8, "slow")]
+
+
+def test_sync_waits_for_failed_clients_up_to_their_last_step(rounds: Callable[..., Rounds]) -> None:
+    clock, rows = rounds({}).rounds.told(0, Clock(), [client_row(0, 0, "NaN"), client_row(1, 0)])
+    assert clock.now == pytest.approx(2.5 + 6)
+    assert [(row.client, row.outcome, row.uplink_bytes) for row in rows] == [(1, "counted", UP), (0, "failed", 0)]
+
+
+def test_over_selection_ends_with_the_first_updates(rounds: Callable[..., Rounds]) -> None:
+    three = rounds({"sampled": 2, "over_selection": 1.5})
+    first = three.step()
+    assert told(first.timeline) == [(1, 0, 0, 2.3, "counted"), (2, 0, 0, 2.3, "counted"), (0, 0, 0, 2.3, "late")]
+    late = first.timeline[2]
+    assert (late.downlink_bytes, late.uplink_bytes, late.joules) == (
+        round(DOWN * 1.8 / 2.0 * 0 + DOWN * 2.3 / 2.5),
+        0,
+        0,
+    )
+    assert [update.client for update, _, _ in first.results] == [1, 2]
+    assert three.state.clock == Clock(first.timeline[0].ended)
+    assert told(three.step().timeline)[0] == (1, 1, 2.3, 4.6, "counted")
+
+
+def test_deadline_drops_who_cannot_make_it_without_training_them(rounds: Callable[..., Rounds]) -> None:
+    three = rounds({"round_deadline": 8.0})
+    assert told(three.step().timeline) == [(1, 0, 0, 2.3, "counted"), (2, 0, 0, 2.3, "counted"), (0, 0, 0, 8, "late")]
+    assert three.trained == [[1, 2]]
+    three = rounds({"round_deadline": 10.0})  # in its upload
+    row = three.step().timeline[2]
+    assert three.trained == [[0, 1, 2]]
+    assert (row.outcome, row.uplink_bytes) == ("late", round(UP * 1.5 / 2.5))
+    assert row.joules == 5.0 * 6.0
+
+
+def test_deadline_before_everybody_leaves_the_server_as_it_is(rounds: Callable[..., Rounds]) -> None:
+    three = rounds({"round_deadline": 1.0})
+    assert three.step().results == ()
+    assert three.state.clock == Clock(1.0)
+
+
+def test_semi_sync_trains_for_one_time(rounds: Callable[..., Rounds]) -> None:
+    three = rounds({"mode": "semi-sync", "local_seconds": 7.0})
+    assert three.config.federation.local_steps == (2, 7, 7)
+    clock, rows = three.rounds.told(0, Clock(), [client_row(k, 0) for k in (0, 1, 2)])
+    assert told(rows) == [(1, 0, 0, 7.3, "counted"), (2, 0, 0, 7.3, "counted"), (0, 0, 0, 11, "counted")]
+    assert clock.now == pytest.approx(11)
+    assert rounds({"mode": "semi-sync", "local_seconds": 0.1}).config.federation.local_steps == (1, 1, 1)
+
+
+def test_fedbuff(rounds: Callable[..., Rounds]) -> None:
+    """The fast clients fill the buffer four times before the slow one is back; its update is worth 1 / sqrt(1 + 4)."""
+    three = rounds({"mode": "async", "asynchronous": {"buffer": 2}})
+    found = [three.step() for _ in range(6)]
+    assert [told(one.timeline) for one in found] == [
+        [(1, 0, 0, 2.3, "counted"), (2, 0, 0, 2.3, "counted")],
+        [(1, 1, 2.3, 4.6, "counted"), (2, 1, 2.3, 4.6, "counted")],
+        [(1, 2, 4.6, 6.9, "counted"), (2, 2, 4.6, 6.9, "counted")],
+        [(1, 3, 6.9, 9.2, "counted"), (2, 3, 6.9, 9.2, "counted")],
+        [(0, 0, 0, 11.0, "counted"), (1, 4, 9.2, 11.5, "counted")],
+        [(2, 4, 9.2, 11.5, "counted"), (1, 5, 11.5, 13.8, "counted")],
+    ]
+    assert {row.idle_seconds for one in found for row in one.timeline} == {0.0}
+    # Changes are client + 1.  Four steps of (2 + 3) / 2, then of 1 / sqrt(5) and 2 over 2, then of 3 / sqrt(2) and 2.
+    way = [2.5, 5.0, 7.5, 10.0, 10 + (1 / 5**0.5 + 2) / 2, 10 + (1 / 5**0.5 + 2) / 2 + (3 / 2**0.5 + 2) / 2]
+    assert float(three.state.server.tensors["x"][0]) == pytest.approx(way[-1], rel=1e-6)
+    assert three.trained[0] == [0, 1, 2]
+
+
+def test_fedasync_mixes_every_model_as_it_comes(rounds: Callable[..., Rounds]) -> None:
+    three = rounds({"mode": "async", "asynchronous": {"rule": "fedasync", "mixing": 0.5, "exponent": 1.0}})
+    assert told(three.step().timeline) == [(1, 0, 0, 2.3, "counted")]
+    assert told(three.step().timeline) == [(2, 0, 0, 2.3, "counted")]
+    # x_1 = 0.5 * 2; then the model 3 at staleness 1: x_2 = x_1 + 0.5 / 2 * (3 - x_1).
+    assert float(three.state.server.tensors["x"][0]) == pytest.approx(1.0 + 0.25 * (3.0 - 1.0))
+
+
+def test_client_that_is_too_stale_is_called_off(rounds: Callable[..., Rounds]) -> None:
+    three = rounds({"mode": "async", "asynchronous": {"buffer": 2, "max_staleness": 2}})
+    assert told([three.step() for _ in range(3)][-1].timeline)[-1] == (0, 0, 0, 6.9, "stale")
+    assert {flight.client for flight in (three.state.clock or Clock()).flights} == set()
+    assert told(three.step().timeline) == [(1, 3, 6.9, 9.2, "counted"), (2, 3, 6.9, 9.2, "counted")]
+
+
+def test_failed_client_frees_its_place_and_fills_no_buffer(rounds: Callable[..., Rounds]) -> None:
+    three = rounds({"mode": "async", "asynchronous": {"buffer": 2}}, failing=[2])
+    first = three.step()
+    assert told(first.timeline) == [(2, 0, 0, 2.2, "failed"), (1, 0, 0, 2.3, "counted"), (0, 0, 0, 11, "counted")]
+    assert [(update.client, update.failure) for update, _, _ in first.results] == [(0, None), (1, None), (2, "NaN")]
+
+
+def test_hours_cut_off_work_and_nobody_waits_for_who_is_away(rounds: Callable[..., Rounds]) -> None:
+    """The slow client leaves after 3.6 s, in its training; the others come at 1 o'clock."""
+    hours = "client,device,from,to\n0,slow,0,0.001\n1,fast,1,2\n2,fast,1,3\n"
+    three = rounds({"mode": "async", "asynchronous": {"buffer": 2}}, hours=hours)
+    assert told(three.step().timeline) == [
+        (0, 0, 0, 3.6, "offline"),
+        (1, 0, 3600, 3602.3, "counted"),
+        (2, 0, 3600, 3602.3, "counted"),
+    ]
+    assert three.trained == [[1, 2]]
+    again = rounds({}, hours=hours)
+    assert again.rounds.drops
+    first = again.step()
+    assert (told(first.timeline), first.results) == ([(0, 0, 0, 3.6, "offline")], ())
+    assert [row.began for row in again.step().timeline] == pytest.approx([3600.0, 3600.0])
+
+
+def test_run_without_an_end_of_its_round_stops(rounds: Callable[..., Rounds]) -> None:
+    hours = "client,device,from,to\n0,slow,0,0.001\n1,slow,0,0.001\n2,slow,0,0.001\n"
+    with pytest.raises(RunError, match="0 of 1 updates in 30 simulated days; devices are too slow for their hours"):
+        rounds({"mode": "async", "asynchronous": {"buffer": 1}}, hours=hours).step()
