@@ -127,7 +127,7 @@ SINGLE = {
     "misspelt key": ("federation.round=3", "federation.round: got 3", "did you mean rounds?"),
     "misspelt key, deeper": ("federation.partition.kinds=iid", "federation.partition.kinds:", "did you mean kind?"),
     "unknown method": ("method.name=fedfgt", "method.name: got 'fedfgt'", "fedftg, fedkrso, fedsub, shared-galore"),
-    "method without a name": ("method={}", "method.name: got None", "fedftg, fedavg"),
+    "method without a name": ("method={}", "method.name: got None", "fedftg, fedkrso"),
     "method that is no method": ("method.name=json:JSONDecoder", "method.name: got 'json:JSONDecoder'", "method"),
     "method that is nowhere": ("method.name=nowhere:Nothing", "method.name: got 'nowhere:Nothing'", "importable"),
     "method as a word": ("method=fedsvd", "method: got 'fedsvd'", "keys with values; set method.name=fedsvd"),
