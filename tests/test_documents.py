@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rayfed_sub"
 DOCUMENTS = (
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
-    *sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.glob("*/README.md")),
+    *sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.glob("*/*.md")),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "experiments").rglob("*.md")),
 )
 # Files that the documents name and that a run or the reader creates.
@@ -166,12 +166,20 @@ def test_prose_names_existing_make_targets(document: str) -> None:
 # --- tables and code
 
 
-def test_table_of_methods_is_generated() -> None:
-    begin, end = "<!-- methods: begin (rayfed-sub list methods --markdown) -->\n", "\n<!-- methods: end -->"
-    assert text_of("README.md").partition(begin)[2].partition(end)[0] == markdown(*LISTINGS["methods"]())
-    _, rows = LISTINGS["methods"]()
-    assert len(rows) == len(METHODS)
-    variants = {str(row[0]): str(row[-1]) for row in rows if row[-1] != "yes"}
+@pytest.mark.parametrize(
+    ("document", "what"), [("README.md", "methods"), ("rayfed_sub/methods/CHOOSING.md", "choices")]
+)
+def test_tables_of_methods_are_generated(document: str, what: str) -> None:
+    begin, end = f"<!-- {what}: begin (rayfed-sub list {what} --markdown) -->\n", f"\n<!-- {what}: end -->"
+    columns, rows = LISTINGS[what]()
+    assert text_of(document).partition(begin)[2].partition(end)[0] == markdown(columns, rows)
+    assert [row[0] for row in rows] == list(METHODS)
+
+
+def test_variants_say_that_they_are_variants() -> None:
+    columns, rows = LISTINGS["methods"]()
+    at = columns.index("as published")
+    variants = {str(row[0]): str(row[at]) for row in rows if row[at] != "yes"}
     assert set(variants) >= {"fed-sb", "hetlora", "lora-fair", "flexlora", "shared-galore", "fedavg"}
     assert variants["fed-sb"].startswith("a variant")
 

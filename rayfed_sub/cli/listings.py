@@ -8,14 +8,27 @@ from typing import Any
 Listing = tuple[tuple[str, ...], list[tuple[object, ...]]]
 
 
+FAMILY = "family"
+"""The column by which rows are grouped, in text."""
+
+
 def methods() -> Listing:
     """Columns: name, paper, trained tensors, exact or not, wire cost (numbers per layer, client and round, up / down),
-    departures from the paper."""
-    from rayfed_sub.methods import METHODS, build
+    departures from the paper, and FAMILY: what is trained and what is averaged."""
+    from rayfed_sub.methods import FAMILIES, build
 
-    built = [build({"name": name}) for name in METHODS]
-    columns = ("name", "paper", "trained", "exact", "wire", "as published")
-    return columns, [(m.name, m.paper, m.trained, m.exact, m.wire, m.departs or "yes") for m in built]
+    columns = ("name", "paper", "trained", "exact", "wire", "as published", FAMILY)
+    built = [(family, build({"name": name})) for family, names in FAMILIES.items() for name in names]
+    return columns, [(m.name, m.paper, m.trained, m.exact, m.wire, m.departs or "yes", of) for of, m in built]
+
+
+def choices() -> Listing:
+    """What helps to choose a method, from its own code: see `choosing.py`."""
+    from rayfed_sub.cli.choosing import COLUMNS, facts
+    from rayfed_sub.methods import FAMILIES
+
+    rows = [(*row, family) for family, names in FAMILIES.items() for row in facts(tuple(names))]
+    return (*COLUMNS, FAMILY), rows
 
 
 def hooks() -> Listing:
@@ -57,8 +70,37 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     | `fedftg` | yes |
     """
     truth = {True: "yes", False: "no"}
-    body = [[f"`{name}`", *(truth[x] if isinstance(x, bool) else x for x in rest)] for name, *rest in rows]
+    columns, rows = grouped(columns, rows)
+    body = [
+        [f"`{name}`", *(truth[x] if isinstance(x, bool) else x for x in rest)]
+        if any(x != "" for x in rest)
+        # a row of a name alone is a heading
+        else [f"**{name}**", *rest]
+        for name, *rest in rows
+    ]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [columns, ["---"] * len(columns), *body])
 
 
-LISTINGS: dict[str, Callable[[], Listing]] = {"methods": methods, "hooks": hooks, "tasks": tasks, "models": models}
+def grouped(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Listing:
+    """The listing without its column FAMILY, if it has one, and with a row of a family's name alone before its first.
+
+    >>> grouped(("name", "exact", "family"), [("fedftg", True, "subspaces"), ("fedkrso", True, "subspaces")])
+    (('name', 'exact'), [('subspaces', ''), ('fedftg', True), ('fedkrso', True)])
+    """
+    if FAMILY not in columns:
+        return tuple(columns), [tuple(row) for row in rows]
+    at, found = list(columns).index(FAMILY), list[tuple[object, ...]]()
+    for i, row in enumerate(rows):
+        if i == 0 or rows[i - 1][at] != row[at]:
+            found.append((row[at], *[""] * (len(columns) - 2)))
+        found.append((*row[:at], *row[at + 1 :]))
+    return (*columns[:at], *columns[at + 1 :]), found
+
+
+LISTINGS: dict[str, Callable[[], Listing]] = {
+    "methods": methods,
+    "choices": choices,
+    "hooks": hooks,
+    "tasks": tasks,
+    "models": models,
+}

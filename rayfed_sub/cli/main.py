@@ -371,12 +371,12 @@ def config_(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="methods|tasks|models")],
+    what: Annotated[str, typer.Argument(metavar="methods|choices|hooks|tasks|models")],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="as a table for a document")] = False,
 ) -> None:
-    """List the methods, tasks or model presets."""
-    from rayfed_sub.cli.listings import LISTINGS, markdown
+    """List the methods, facts to choose one by, hooks, tasks or model presets."""
+    from rayfed_sub.cli.listings import LISTINGS, grouped, markdown
 
     if what not in LISTINGS:
         raise unknown_word("WHAT", what, list(LISTINGS))
@@ -388,7 +388,7 @@ def list_(
     else:
         from rayfed_sub.cli.run_view import print_table
 
-        print_table(columns, rows)
+        print_table(*grouped(columns, rows))
 
 
 def main() -> None:

@@ -70,7 +70,8 @@ def _overview(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "object store", size(plan.store)
     yield "all of it on one node", f"{size(plan.node)} of {size(machine.memory)} free"
     if plan.privacy is not None:
-        yield "privacy, after all rounds", f"epsilon {plan.privacy['epsilon']:.3g} ({plan.privacy['accountant']})"
+        whose = "training rows" if plan.privacy["unit"] == "example" else "clients"
+        yield f"privacy of {whose}, all rounds", f"epsilon {plan.privacy['epsilon']:.3g} ({plan.privacy['accountant']})"
         yield "  at delta, with noise", f"{plan.privacy['delta']:g}, {plan.privacy['noise']:g}"
         yield "  by RDP, the cross-check", f"epsilon {plan.privacy['epsilon_rdp']:.3g}"
     yield "run folder, at most", f"{size(plan.disk)} of {size(machine.disk)} free"

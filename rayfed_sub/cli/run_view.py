@@ -285,11 +285,16 @@ def _privacy(spent: Mapping[str, Any]) -> str:
 
     >>> account = {"epsilon": 4.784, "delta": 1e-3, "accountant": "PLD", "epsilon_rdp": 5.655, "noise": 1.0}
     >>> _privacy(account)
-    "epsilon 4.78 at delta 0.001 by PLD (5.66 by RDP), noise 1, for the server's tensors"
+    "epsilon 4.78 at delta 0.001 by PLD (5.66 by RDP), noise 1, of clients, for the server's tensors"
+    >>> _privacy({**account, "unit": "example"})
+    'epsilon 4.78 at delta 0.001 by PLD (5.66 by RDP), noise 1, of training rows, for all uploads'
     """
+    covered = (
+        "training rows, for all uploads" if spent.get("unit") == "example" else "clients, for the server's tensors"
+    )
     return (
         f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} by {spent['accountant']} "
-        f"({spent['epsilon_rdp']:.3g} by RDP), noise {spent['noise']:g}, for the server's tensors"
+        f"({spent['epsilon_rdp']:.3g} by RDP), noise {spent['noise']:g}, of {covered}"
     )
 
 

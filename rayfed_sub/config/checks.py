@@ -278,6 +278,9 @@ def _check_asynchronous(config: Config) -> None:
 
 
 def _check_budget(privacy: Privacy) -> None:
+    if privacy.clip is None and privacy.unit != "client":
+        allowed = "a number > 0 with privacy.unit=example"
+        raise UserError("privacy.clip", None, allowed, "e.g. privacy.clip=1.0")
     if privacy.clip is None and (privacy.noise, privacy.epsilon) != (None, None):
         allowed = "a number > 0 where privacy.noise or privacy.epsilon is set"
         raise UserError("privacy.clip", None, allowed, "e.g. privacy.clip=1.0")
@@ -295,6 +298,9 @@ def _check_reference(config: Config) -> None:
         return
     if proximal:
         raise UserError("federation.proximal", proximal, "0 with resources.executor=reference", "remove it")
+    if config.privacy.of_examples:
+        allowed = "pack with privacy.unit=example, for the reference's libraries give no gradients of single rows"
+        raise UserError("resources.executor", "reference", allowed, "remove it")
     if resources.gpus_per_worker:
         advice = "the reference executor runs on CPUs"
         raise UserError("resources.executor", "reference", "pack where gpus_per_worker > 0", advice)
@@ -324,15 +330,20 @@ def _check_nova(config: Config) -> None:
 
 
 def _check_privacy(config: Config) -> None:
-    """The accountant's assumptions: see `privacy/mechanism.py`."""
-    assumed: dict[str, tuple[Any, str]] = {
-        "round_deadline": (None, "who is counted must not depend on updates"),
-        "over_selection": (1.0, "who is counted must not depend on updates"),
-        "client_weighting": ("uniform", "every client counts the same"),
-        "availability": (1.0, "every client is drawn by itself, whatever the others do"),
-        "normalise_steps": (False, "the denominator is fixed"),
-    }
-    for field, (value, why) in assumed.items() if config.privacy.clip is not None else ():
+    """The accountant's assumptions: see `privacy/mechanism.py` and `privacy/examples.py`."""
+    assumed: dict[str, tuple[Any, str]] = {}
+    if config.privacy.of_clients:
+        assumed = {
+            "client_weighting": ("uniform", "every client counts the same"),
+            "availability": (1.0, "every client is drawn by itself, whatever the others do"),
+            "normalise_steps": (False, "the denominator is fixed"),
+        }
+    if config.privacy.of_examples:
+        assumed = {"batching": ("shuffled", "every row is drawn by itself, whatever its length")}
+    if config.privacy.clip is not None:
+        why = "who is counted must not depend on updates"
+        assumed |= {"round_deadline": (None, why), "over_selection": (1.0, why)}
+    for field, (value, why) in assumed.items():
         if getattr(config.federation, field) != value:
             shown = "null" if value is None else str(value).lower()
             key, allowed = f"federation.{field}", f"{shown} with privacy.clip: {why}"

@@ -410,12 +410,20 @@ class Server(Record):
 
 
 class Privacy(Record):
-    """Central differential privacy (DP-FedAvg, arXiv 1710.06963), on where clip is set: every client's change is scaled
-    down to L2 norm clip, Gaussian noise of standard deviation noise * clip goes onto the sum, clients are drawn by
-    Poisson sampling, and the mean has the expected cohort as its denominator. The noise comes from the run's seed, so
-    that runs repeat: a deployment would draw it from a secret source."""
+    """Differential privacy, on where clip is set. unit=client: central (DP-FedAvg, arXiv 1710.06963); every client's
+    change is scaled down to L2 norm clip, Gaussian noise of standard deviation noise * clip goes onto the sum, clients
+    are drawn by Poisson sampling, and the mean has the expected cohort as its denominator. unit=example: DP-SGD (arXiv
+    1607.00133) at every client; in each local step its rows are drawn by Poisson sampling, every row's gradient is
+    scaled down to norm clip, noise goes onto their sum, and the expected batch is the denominator. The noise comes from
+    the run's seed, so that runs repeat: a deployment would draw it from a secret source."""
 
-    clip: Positive | None = Field(default=None, description="L2 norm of a client's change at most; null: no privacy.")
+    unit: Literal["client", "example"] = Field(
+        default="client",
+        description="What is protected: that a client takes part at all, with all its rows, or each training row.",
+    )
+    clip: Positive | None = Field(
+        default=None, description="L2 norm at most of a client's change, or of a row's gradient; null: no privacy."
+    )
     noise: Positive | None = Field(
         default=None,
         description="Standard deviation of the noise in multiples of clip. Set noise or epsilon, not both.",
@@ -426,6 +434,16 @@ class Privacy(Record):
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-5, description="Chance with which the guarantee of epsilon may fail."
     )
+
+    @property
+    def of_clients(self) -> bool:
+        """Whether clients' changes are clipped, and the server's sum gets noise."""
+        return self.clip is not None and self.unit == "client"
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether rows' gradients are clipped, and every local step gets noise."""
+        return self.clip is not None and self.unit == "example"
 
 
 class Device(Record):

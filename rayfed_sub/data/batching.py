@@ -89,6 +89,16 @@ def batch_rows(
     return pooled[rank * size : (rank + 1) * size]
 
 
+def poisson_rows(seed: int, client: int, rows: Ints, batch_size: int, step: int) -> Ints:
+    """The rows of the client's local step number `step` of its life, each drawn by itself with chance batch_size /
+    len(rows), 1 at most: none, or all of them, may come.
+
+    >>> poisson_rows(0, 7, np.arange(4), 4, 0).tolist()
+    [0, 1, 2, 3]
+    """
+    return rows[stream(seed, "example batches", client, step).random(len(rows)) < batch_size / len(rows)]
+
+
 def epoch_order(seed: int, client: int, rows: Ints, epoch: int) -> Ints:
     """The client's permutation of `rows` in one of its epochs, counted from 0."""
     return stream(seed, "batches", client, epoch).permutation(rows)
@@ -170,7 +180,7 @@ class ClientBatches:
     """`steps` batches of a client, the first being number `cursor` of its life; made when asked for.
 
     indices int64: the client's rows among `rows`.  batching: see `config.Federation`; images, which are of one size,
-    have no buckets.
+    have no buckets.  poisson: rows are drawn one by one (`poisson_rows`) in place of epochs; a batch may have none.
     """
 
     rows: AnyRows
@@ -184,6 +194,7 @@ class ClientBatches:
     pad: int
     batching: Batching
     apart: bool = False
+    poisson: bool = False
     _orders: dict[int, Ints] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -193,14 +204,30 @@ class ClientBatches:
         """Batch `index`, 0 <= index < steps, as `collate` gives it.  Raises IndexError outside."""
         if not 0 <= index < self.steps:
             raise IndexError(index)
+        if self.poisson:
+            return self._drawn(self.cursor + index)
         lengths = self.rows.lengths if self.batching == "bucketed" and isinstance(self.rows, Rows) else None
         step = self.cursor + index
         chosen = batch_rows(self.seed, self.client, self.indices, self.batch_size, step, lengths, self._order)
-        draw = (self.seed, self.client, step)
-        return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad, draw=draw, apart=self.apart)
+        return self._collated(chosen, step)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(self.steps))
+
+    @property
+    def expected(self) -> int:
+        """Rows of a batch; drawn one by one, on average."""
+        return min(self.batch_size, len(self.indices))
+
+    def _drawn(self, step: int) -> Batch:
+        chosen = poisson_rows(self.seed, self.client, self.indices, self.batch_size, step)
+        batch = self._collated(chosen if len(chosen) else self.indices[:1], step)
+        assert not isinstance(batch, OwnBatch)
+        return {name: tensor[: len(chosen)] for name, tensor in batch.items()}
+
+    def _collated(self, chosen: Ints, step: int) -> Batch:
+        draw = (self.seed, self.client, step)
+        return collate(self.rows, chosen, mask_prompt=self.mask_prompt, pad=self.pad, draw=draw, apart=self.apart)
 
     def _order(self, epoch: int) -> Ints:
         """`epoch_order`, drawn once for all steps that lie in it: of a million rows it takes 20 ms."""

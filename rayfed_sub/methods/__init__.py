@@ -16,35 +16,52 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.protocol import Method
 
-METHODS = {
-    "fedftg": "rayfed_sub.methods.fedftg:FedFTG",
-    "fedavg": "rayfed_sub.methods.fedavg:FedAvg",
-    "fedit": "rayfed_sub.methods.fedit:FedIT",
-    "ffa-lora": "rayfed_sub.methods.ffa_lora:FFALoRA",
-    "flexlora": "rayfed_sub.methods.flexlora:FlexLoRA",
-    "florist": "rayfed_sub.methods.florist:FLoRIST",
-    "raflora": "rayfed_sub.methods.raflora:RaFLoRA",
-    "flora": "rayfed_sub.methods.flora:FLoRA",
-    "hetlora": "rayfed_sub.methods.hetlora:HetLoRA",
-    "fslora": "rayfed_sub.methods.fslora:FSLoRA",
-    "fed-plora": "rayfed_sub.methods.fed_plora:FedPLoRA",
-    "fedex-lora": "rayfed_sub.methods.fedex_lora:FedExLoRA",
-    "fedmomentum": "rayfed_sub.methods.fedmomentum:FedMomentum",
-    "frlora": "rayfed_sub.methods.frlora:FRLoRA",
-    "rolora": "rayfed_sub.methods.rolora:RoLoRA",
-    "fedsa-lora": "rayfed_sub.methods.fedsa_lora:FedSALoRA",
-    "fedalt": "rayfed_sub.methods.fedalt:FedALT",
-    "fedsvd": "rayfed_sub.methods.fedsvd:FedSVD",
-    "fedrot-lora": "rayfed_sub.methods.fedrot_lora:FedRotLoRA",
-    "lora-fair": "rayfed_sub.methods.lora_fair:LoRAFAIR",
-    "flora-na": "rayfed_sub.methods.flora_na:FLoRANA",
-    "fed-sb": "rayfed_sub.methods.fed_sb:FedSB",
-    "fed-sb-gradient": "rayfed_sub.methods.fed_sb_gradient:FedSBGradient",
-    "ravan": "rayfed_sub.methods.ravan:Ravan",
-    "fedkrso": "rayfed_sub.methods.fedkrso:FedKRSO",
-    "fedsub": "rayfed_sub.methods.fedsub:FedSub",
-    "shared-galore": "rayfed_sub.methods.shared_galore:SharedGaLore",
+FAMILIES = {
+    "coefficients in gradient or random subspaces; averaged: the changes": {
+        "fedftg": "rayfed_sub.methods.fedftg:FedFTG",
+        "fedkrso": "rayfed_sub.methods.fedkrso:FedKRSO",
+        "fedsub": "rayfed_sub.methods.fedsub:FedSub",
+        "shared-galore": "rayfed_sub.methods.shared_galore:SharedGaLore",
+    },
+    "dense weights; averaged: these": {
+        "fedavg": "rayfed_sub.methods.fedavg:FedAvg",
+    },
+    "LoRA's A and B; averaged: each factor by itself": {
+        "fedit": "rayfed_sub.methods.fedit:FedIT",
+        "hetlora": "rayfed_sub.methods.hetlora:HetLoRA",
+        "fslora": "rayfed_sub.methods.fslora:FSLoRA",
+        "fed-plora": "rayfed_sub.methods.fed_plora:FedPLoRA",
+        "fedrot-lora": "rayfed_sub.methods.fedrot_lora:FedRotLoRA",
+        "lora-fair": "rayfed_sub.methods.lora_fair:LoRAFAIR",
+        "flora-na": "rayfed_sub.methods.flora_na:FLoRANA",
+        "frlora": "rayfed_sub.methods.frlora:FRLoRA",
+    },
+    "LoRA's A and B; averaged: their products": {
+        "flexlora": "rayfed_sub.methods.flexlora:FlexLoRA",
+        "florist": "rayfed_sub.methods.florist:FLoRIST",
+        "raflora": "rayfed_sub.methods.raflora:RaFLoRA",
+        "flora": "rayfed_sub.methods.flora:FLoRA",
+        "fedex-lora": "rayfed_sub.methods.fedex_lora:FedExLoRA",
+        "fedmomentum": "rayfed_sub.methods.fedmomentum:FedMomentum",
+    },
+    "one of LoRA's factors at a time; averaged: this one": {
+        "ffa-lora": "rayfed_sub.methods.ffa_lora:FFALoRA",
+        "rolora": "rayfed_sub.methods.rolora:RoLoRA",
+        "fedsvd": "rayfed_sub.methods.fedsvd:FedSVD",
+    },
+    "a small core between factors at rest; averaged: the core": {
+        "fed-sb": "rayfed_sub.methods.fed_sb:FedSB",
+        "fed-sb-gradient": "rayfed_sub.methods.fed_sb_gradient:FedSBGradient",
+        "ravan": "rayfed_sub.methods.ravan:Ravan",
+    },
+    "models of each client's own; averaged: one factor, or both, over which clients train their own": {
+        "fedsa-lora": "rayfed_sub.methods.fedsa_lora:FedSALoRA",
+        "fedalt": "rayfed_sub.methods.fedalt:FedALT",
+    },
 }
+"""The methods by what clients train and what is averaged, in the order of tables."""
+
+METHODS = {name: place for family in FAMILIES.values() for name, place in family.items()}
 
 
 HOOKS = {"scaffold": "rayfed_sub.methods.scaffold:Scaffold"}

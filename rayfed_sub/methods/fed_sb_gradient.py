@@ -7,9 +7,10 @@ core s^-1 S, so that round 1 starts from W + U S V^T.  From then on clients trai
 C_k.  Exact in these rounds.  Read in the public code of Fed-SB, which takes the gradient over rows of all clients at
 once; here each client's part of it travels.
 eta = `start_lr` is there the first learning rate of a warm-up.  Round 0 costs what dense FedAvg does, in bytes, memory
-and time.  Privacy and server optimisers are refused: G_k would be released without noise.  A round 0 that nobody ends
-is repeated.  G_k are gradients as optimizer.clip_norm leaves them.  A layer, or an expert, whose gradient is zero in
-round 0 has no factors, and never moves.
+and time.  Privacy of clients and server optimisers are refused: G_k would be released without noise (with that of
+single rows G_k is a mean of gradients that have it).  A round 0 that nobody ends is repeated.  G_k are gradients as
+optimizer.clip_norm leaves them.  A layer, or an expert, whose gradient is zero in round 0 has no factors, and never
+moves.
 Wire, numbers per layer: m n up in round 0, then r^2; down r (m + n + r) to a client that has not yet got the factors,
 then r^2.
 """

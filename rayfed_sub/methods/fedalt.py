@@ -39,7 +39,15 @@ from rayfed_sub.core.types import (
 )
 from rayfed_sub.methods import averaging, lora
 
-_COHORT = "history/cohort"  # server tensor (clients of the last round, 2) float64: a client's number and its p_k
+_COHORT = "history/cohort"
+"""Server tensor (clients of the last round, 2) float64: a client's number and its p_k.
+
+Other tensors of the past stay at the server.  This one is in the broadcast because the mean of the others is made where
+the client's start is, from the broadcast and the client's own state: its own part is (B_k, A_k), which its state has,
+at weight p_k over the sum of the cohort's p, which only the server knows once the round is over.  (The state's round
+would tell whether it took part, not with which share; and a client whose upload was lost did not.)  A deployment's
+server subtracts the client's part itself and sends the difference, two factors: `download_bytes` counts these, and no
+client learns who else took part."""
 _NUMBER = "client"  # in a client's state: its number
 
 

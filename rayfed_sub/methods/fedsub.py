@@ -11,7 +11,7 @@ plain SGD at one rate, equally many steps and all clients in every round that is
 y_i) and the duals' mean is zero.  With AdamW, of which the paper says nothing, duals stay gradients.  A client that
 missed rounds takes its c_i from the basis of its last one; a new one has y_i = 0.  Moments begin every round anew.
 An expert without a token takes no step, so there c_i, a mean over all of the client's steps, is only near the rule.
-Duals would be released without noise: privacy and server optimisers are refused.
+Duals would be released without noise: privacy of clients and server optimisers are refused.
 Wire, numbers per layer: 2 r m up (B_i, and c_i, which at the paper's conditions follows from it); down r m per period
 missed, no more than m n, and r m for c.
 """

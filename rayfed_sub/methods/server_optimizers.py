@@ -100,7 +100,7 @@ def nova_factor(weights: Sequence[float], steps: Sequence[float]) -> float:
 
 def mixes(rule: Server, privacy: Privacy) -> bool:
     """True where a round moves the server by anything but the mean of its updates."""
-    return rule.optimizer != "plain" or privacy.clip is not None
+    return rule.optimizer != "plain" or privacy.of_clients
 
 
 def mixed_bytes(sent: Tensors, shape: ModelShape, counted: int) -> int:

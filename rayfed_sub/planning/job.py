@@ -20,7 +20,7 @@ from rayfed_sub.config.schema import GIVEN, Config, Evaluation, Resources
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.text import KINDS, SCORES_OF
 from rayfed_sub.data.dataset import Dataset, load_dataset
-from rayfed_sub.data.objects import AsTheyAre
+from rayfed_sub.data.objects import AsTheyAre, Objects
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.data.tasks import filled
@@ -41,7 +41,8 @@ from rayfed_sub.planning.call import NOTHING, Given, code_digests
 from rayfed_sub.planning.first_step import check_first_step
 from rayfed_sub.planning.machines import Node, most_workers
 from rayfed_sub.planning.packs import any_pack, semi_synchronous_steps
-from rayfed_sub.planning.sampling import every_local_steps, judged_rows
+from rayfed_sub.planning.sampling import draws, every_local_steps, judged_rows
+from rayfed_sub.planning.traffic import first_start
 from rayfed_sub.privacy.accountant import NOISES, noise_of
 
 
@@ -124,8 +125,8 @@ def with_hook(config: Config, method: Method, hook: LocalHook | None) -> Method:
         fitting = ", ".join(known for known in METHODS if hasattr(class_of(known), "shared_basis"))
         allowed = f"nothing with method.name={config.method['name']}, whose clients do not all train in one basis"
         raise UserError("hook.name", name, allowed, f"remove it or choose one of {fitting}")
-    if config.privacy.clip is not None:
-        allowed = "nothing with privacy.clip: a hook's tensors would be released without noise"
+    if config.privacy.of_clients:
+        allowed = "nothing with privacy.clip and unit=client: a hook's tensors would be released without noise"
         raise UserError("hook.name", name, allowed, "remove one of them")
     if federation.normalise_steps:
         allowed = f"false with hook.name={name}: FedNova's rule is for plain gradients"
@@ -171,6 +172,7 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     method = check_settings(config, given)
     method.check(base.architecture.shape)
     _check_dropout(method, base.architecture)
+    _check_examples(config, method, base)
     _check_positions(config, base)
     _check_passes(config, base.architecture)
     evaluation = _check_metrics(config, base)
@@ -185,7 +187,7 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
         devices = devices.model_copy(update={"trace": str(Path(devices.trace).resolve())})
     parts = {**classes, "federation": federation, "evaluation": evaluation, "devices": devices}
     resolved = config.model_copy(update={**parts, "resources": _packs(config, base.architecture)})
-    noise = noise_of(resolved)
+    noise = noise_of(resolved, partial(draws, resolved, base.dataset, federation.rounds or 0))
     inputs = (base.architecture, base.processor, base.dataset)
     return Job(resolved, method, *inputs, noise, base.weights, start=base.start, begun=base.begun, fleet=fleet)
 
@@ -319,12 +321,33 @@ def _check_privacy(config: Config, method: Method) -> None:
     if noise is not None and not NOISES[0] <= noise <= NOISES[1]:
         allowed = f"{NOISES[0]:g} to {NOISES[1]:g}, what the accountant can judge"
         raise UserError("privacy.noise", noise, allowed, "e.g. privacy.noise=1.0")
+    if config.privacy.of_examples:  # the method gets gradients with noise: whatever it makes of them is covered
+        return
     if not method.supports_server_optimizer:
         allowed = f"nothing with method.name={name}, whose server does not move with the mean of clipped changes"
-        raise UserError("privacy.clip", clip, allowed, "remove it or choose another method")
+        raise UserError("privacy.clip", clip, allowed, "remove it or choose another method; unit=example fits more")
     if getattr(method, "optimizer_state", None) == "average":
-        allowed = "keep or reset with privacy.clip: moments would be released without noise"
+        allowed = "keep or reset with privacy.clip and unit=client: moments would be released without noise"
         raise UserError("method.optimizer_state", "average", allowed, "set method.optimizer_state=keep")
+
+
+def _check_examples(config: Config, method: Method, base: JobInputs) -> None:
+    """UserError where anything but noised gradients would reach what a client sends: see `privacy/examples.py`."""
+    if not config.privacy.of_examples:
+        return
+    shape, name = base.architecture.shape, config.method["name"]
+    cause = None
+    if base.architecture.module is not None or isinstance(base.dataset.train, Objects):
+        cause = "a model or rows of the caller's own, whose loss is a batch's and not a row's"
+    elif shape.experts:
+        cause = "experts among the targets, which take a step where the data ask for it"
+    else:
+        subspace = first_start(method, shape, config, 0).subspace
+        if subspace is not None and subspace.refresh_every:
+            cause = f"method.name={name}, whose bases come from a client's gradients before noise"
+    if cause is not None:
+        allowed = f"client with {cause}"
+        raise UserError("privacy.unit", "example", allowed, "set privacy.unit=client or train something else")
 
 
 def _check_sides(config: Config, base: JobInputs) -> None:

@@ -23,7 +23,7 @@ from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, free_memory, machine_named
 from rayfed_sub.planning.needs import Need, need
 from rayfed_sub.planning.packs import most_clients
-from rayfed_sub.planning.sampling import cohort, local_steps
+from rayfed_sub.planning.sampling import cohort, draws, local_steps
 from rayfed_sub.planning.traffic import FEW, ClientTraffic, MethodBytes, Parts, Traffic, by_method, by_rank
 from rayfed_sub.planning.worker_memory import Lengths, Memory
 from rayfed_sub.privacy.accountant import account
@@ -84,7 +84,7 @@ class Plan:
 def plan(parts: Parts, machine: Machine) -> Plan:
     """The whole plan, also of a run that does not fit."""
     needed, resources = settled(need(parts), machine), parts.config.resources
-    pack = resources.first_pack
+    pack, rounds = resources.first_pack, parts.config.federation.rounds or 0
     found, wide = needed.traffic, roomy(needed)
     one, four = wide.worker(1), wide.worker(4)
     worker = {1: one, 4: four}.get(min(pack, needed.cohort)) or needed.worker(pack)
@@ -116,7 +116,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
             *_checkpointing(needed),
             *_device_notes(parts, needed, one.tensors),
         ),
-        privacy=account(parts.config, parts.noise, parts.config.federation.rounds or 0),
+        privacy=account(parts.config, parts.noise, partial(draws, parts.config, parts.dataset, rounds)),
     )
 
 

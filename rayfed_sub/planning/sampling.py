@@ -13,16 +13,17 @@ from rayfed_sub.config.schema import Config, StepRange
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods.server_optimizers import nova_factor, nova_length
+from rayfed_sub.privacy.accountant import Draws
 
 
 def cohort(config: Config, n: int) -> list[int]:
-    """The clients of round n, sorted: sampled without replacement, less those that are not available.  With privacy
-    every client is drawn by itself (Poisson sampling), so that federation.sampled is the mean size.
+    """The clients of round n, sorted: sampled without replacement, less those that are not available.  With privacy of
+    clients every one is drawn by itself (Poisson sampling), so that federation.sampled is the mean size.
 
     It may be empty when federation.availability is small, and under Poisson sampling.
     """
     federation = config.federation
-    if config.privacy.clip is not None:
+    if config.privacy.of_clients:
         chances = stream(config.seed, "cohort", n).random(federation.clients)
         return np.flatnonzero(chances < federation.cohort / federation.clients).tolist()
     return drawn(config, n, np.arange(federation.clients), federation.drawn)
@@ -105,6 +106,30 @@ def nova_factor_of(config: Config, n: int, trained: Sequence[tuple[int, float]],
     lengths = [local_length(config, n, client, lr_factor) for client, _ in trained]
     weights = [weight * length for (_, weight), length in zip(trained, lengths, strict=True)]
     return nova_factor(weights, lengths) if trained else 1.0
+
+
+def draws(config: Config, dataset: Dataset, rounds: int) -> Draws:
+    """What the first `rounds` rounds release, for the accountant; () before the first.
+
+    Of clients: each round takes every client with one chance.  Of examples: each local step of a client takes every row
+    of it with chance batch_size / rows, so a client's row has met as many mechanisms as its client took steps; clients
+    with fewer steps and a smaller chance than another's are left out.  A client counts as having taken its steps in
+    every round that it was drawn for, whether or not it failed.
+    """
+    federation = config.federation
+    if not config.privacy.of_examples:
+        return ((federation.cohort / federation.clients, rounds),) if rounds else ()
+    steps = np.zeros(federation.clients, np.int64)
+    for n in range(rounds):
+        steps[cohort(config, n)] += 1
+    steps *= every_local_steps(config)
+    chances = np.minimum(1.0, federation.batch_size / np.diff(dataset.client_offsets))[steps > 0]
+    most, worst = 0, list[tuple[float, int]]()
+    for chance, times in sorted({*zip(chances.tolist(), steps[steps > 0].tolist(), strict=True)}, reverse=True):
+        if times > most:
+            worst.append((chance, times))
+            most = times
+    return tuple(worst)
 
 
 def learning_rate(config: Config, n: int, factor: float = 1.0) -> float:

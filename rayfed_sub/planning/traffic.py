@@ -164,7 +164,7 @@ def _walk(
         broadcast, total = method.broadcast(server), method.accumulator(server, shape)
         found["broadcast", n] = wire_bytes(broadcast.tensors)
         fresh = {}
-        learned = n > 0 and (config.privacy.clip is not None or bool(states))
+        learned = n > 0 and (config.privacy.of_clients or bool(states))
         for k in cohort:
             who, state = Client(k, config.seed), states.get(k)
             since = -1 if state is None else state.round - 1

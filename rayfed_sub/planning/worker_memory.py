@@ -9,6 +9,7 @@ fall into.  On a processor the heap's holes come on top
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from rayfed_sub.models.weights import all_tensors, ruled
 from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
 from rayfed_sub.planning.heap import PRODUCT_KERNELS, Heap
 from rayfed_sub.planning.traffic import closed_blocks
+from rayfed_sub.privacy.examples import row_privacy
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.inference import global_model
 from rayfed_sub.training.layers import PackLinear, based_on
@@ -121,7 +123,7 @@ def activations(config: Config, architecture: Architecture, size: Lengths, pack:
     """Bytes that no pass of a pack exceeds besides its clients' own tensors, found at a tenth of the cost of `worker`:
     four times all that one forward pass ever allocates, and a chunk of logits."""
     model, _ = _built(architecture)
-    batch = _batch(architecture, max(pack * config.federation.batch_size, config.evaluation.batch_size), size)
+    batch = _batch(architecture, max(pack * _rows(config), config.evaluation.batch_size), size)
     labels = batch.pop("labels")
     if architecture.kind == KIND:
         batch["decoder_input_ids"] = labels
@@ -158,15 +160,21 @@ def _train(
     closings = min(closed_blocks(start, steps), _PERIODS)
     if closings and start.subspace is not None:
         start = replace(start, subspace=replace(start.subspace, refresh_every=1))
-    rows, part = config.federation.batch_size, config.resources.micro_batch
+    rows, part = _rows(config), config.resources.micro_batch
     if part is not None and not closings:  # more parts than two take no more memory, but for a refresh
         rows = min(rows, 2 * part)
     batch = _batch(architecture, rows, size)
     works = [ClientWork(client, start, [batch] * (closings + 1)) for client in range(pack)]
     how = (config.federation.proximal, config.resources.micro_batch, recompute)
-    rule = LocalRule(config.optimizer, 1.0, 0, 0, *how)
+    rule = LocalRule(config.optimizer, 1.0, 0, 0, *how, privacy=row_privacy(config.privacy, noise=1.0))
     with based_on(layers, bases):
         return train_pack(model, layers, architecture.shape, works, rule)
+
+
+def _rows(config: Config) -> int:
+    """Rows of a client's batch; of those that are drawn one by one four deviations more than on average."""
+    rows = config.federation.batch_size
+    return rows + math.ceil(4 * rows**0.5) if config.privacy.of_examples else rows
 
 
 def _evaluate(

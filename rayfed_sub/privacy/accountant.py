@@ -1,7 +1,10 @@
 """Privacy spent by a run under differential privacy: (epsilon, delta) by dp-accounting.
 
 The mechanism is `rayfed_sub/privacy/mechanism.py`: every round the Gaussian mechanism, noise times the sensitivity, on
-a Poisson sample of the clients; the accountants' neighbours differ by one client more or less.
+a Poisson sample of the clients; the accountants' neighbours differ by one client more or less.  With
+privacy.unit=example it is `rayfed_sub/privacy/examples.py`: every local step the Gaussian mechanism on a Poisson sample
+of the client's rows; the neighbours differ by one training row more or less at one client.  A row meets no other
+client's mechanism, so epsilon is the largest of all clients'.
 
 Two accountants give upper bounds, and the smaller one counts.  PLD composes privacy loss distributions on a grid, never
 below the true ones (Connect the Dots: Doroshenko et al., arXiv 2207.04380), and is as tight as its grid is fine.  RDP,
@@ -14,12 +17,16 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
+
+Draws = tuple[tuple[float, int], ...]
+"""Pairs of a chance to be drawn and a number of Gaussian mechanisms on such samples, one for each group of clients, or
+rows, that may have spent most; () where nothing was released."""
 
 NOISES = (1e-6, 1e6)
 """The noises that RDP can judge: beyond, its sums over- and underflow, and it may say 0 where nothing is private."""
@@ -29,33 +36,36 @@ _FINE, _A_ROUND, _POINTS = 3e3, 100.0, 5e5  # of the grid: see `_grid`
 _TAIL = 1e-15  # mass that PLD lets go of, on delta's side
 
 
-def noise_of(config: Config) -> float | None:
-    """The noise as a multiple of the clipping norm: as set, or found for privacy.epsilon over all rounds; None without
-    privacy.  Raises UserError where no noise keeps the budget."""
-    privacy, federation = config.privacy, config.federation
+def noise_of(config: Config, draws: Callable[[], Draws]) -> float | None:
+    """The noise as a multiple of the clipping norm: as set, or found for privacy.epsilon over the `draws` of all
+    rounds; None without privacy.  Raises UserError where no noise keeps the budget."""
+    privacy = config.privacy
     if privacy.epsilon is None:
         return privacy.noise
-    assert federation.rounds is not None, "rounds are counted by now"
-    return noise_for(privacy.epsilon, privacy.delta, federation.cohort / federation.clients, federation.rounds)
+    found = NOISES[0]
+    asked = draws()
+    while asked:
+        bounds = {own: renyi_epsilons(max(found, 1.0), *own, (privacy.delta,))[0] for own in asked}
+        q, times = max(asked, key=lambda own: (bounds[own], own))
+        found = max(found, noise_for(privacy.epsilon, privacy.delta, q, times))
+        others = (own for own in asked if own != (q, times))
+        asked = tuple(own for own in others if epsilon(found, *own, privacy.delta) > privacy.epsilon)
+    return found
 
 
-def spent(config: Config, noise: float | None, rounds: int) -> float | None:
-    """epsilon of the first `rounds` rounds at privacy.delta; None without privacy."""
+def spent(config: Config, noise: float | None, draws: Callable[[], Draws]) -> float | None:
+    """epsilon of the `draws` of the finished rounds at privacy.delta; None without privacy."""
+    return None if noise is None else _largest(noise, draws(), config.privacy.delta)[0]
+
+
+def account(config: Config, noise: float | None, draws: Callable[[], Draws]) -> dict[str, Any] | None:
+    """Epsilon and delta of the `draws`, the accountant of that bound (PLD, or RDP where its own is smaller), RDP's
+    epsilon as the cross-check, the noise, the epsilon that was asked for (None where the noise was set), and what is
+    protected; None without privacy."""
     if noise is None:
         return None
-    federation = config.federation
-    return epsilon(noise, federation.cohort / federation.clients, rounds, config.privacy.delta)
-
-
-def account(config: Config, noise: float | None, rounds: int) -> dict[str, Any] | None:
-    """Epsilon and delta of so many rounds, the accountant of that bound (PLD, or RDP where its own is smaller), RDP's
-    epsilon as the cross-check, the noise, and the epsilon that was asked for (None where the noise was set); None
-    without privacy."""
-    if noise is None:
-        return None
-    federation, privacy = config.federation, config.privacy
-    asked = (noise, federation.cohort / federation.clients, rounds)
-    smallest, (by_renyi,) = epsilon(*asked, privacy.delta), renyi_epsilons(*asked, (privacy.delta,))
+    privacy = config.privacy
+    smallest, by_renyi = _largest(noise, draws(), privacy.delta)
     return {
         "epsilon": smallest,
         "delta": privacy.delta,
@@ -63,7 +73,20 @@ def account(config: Config, noise: float | None, rounds: int) -> dict[str, Any] 
         "epsilon_rdp": by_renyi,
         "noise": noise,
         "epsilon_asked": privacy.epsilon,
+        "unit": privacy.unit,
     }
+
+
+def _largest(noise: float, draws: Draws, delta: float) -> tuple[float, float]:
+    """The largest epsilon of all draws, and RDP's largest.  PLD, the slower one, is asked in the order of RDP's bounds,
+    which are no smaller, and only while one of these exceeds what has been found."""
+    found, by_renyi = 0.0, 0.0
+    bounds = [(renyi_epsilons(noise, q, times, (delta,))[0], q, times) for q, times in draws]
+    for bound, q, times in sorted(bounds, reverse=True):
+        by_renyi = max(by_renyi, bound)
+        if bound > found:
+            found = max(found, epsilon(noise, q, times, delta))
+    return found, by_renyi
 
 
 @functools.lru_cache(maxsize=256)

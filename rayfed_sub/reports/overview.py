@@ -79,7 +79,8 @@ def _facts(run: Run) -> dict[str, str]:
     if run.rounds["epsilon"].notna().any():
         whole = run.summary.get("privacy")
         epsilon = run.rounds["epsilon"].max() if whole is None else whole["epsilon"]
-        found["privacy"] = f"epsilon {epsilon:.3g} at delta {config.privacy.delta:g}"
+        whose = "training rows" if config.privacy.of_examples else "clients"
+        found["privacy"] = f"of {whose}: epsilon {epsilon:.3g} at delta {config.privacy.delta:g}"
         if whole is not None:
             by = f"by {whole['accountant']} ({whole['epsilon_rdp']:.3g} by RDP)"
             found["privacy"] += f", {by}, noise {whole['noise']:g}"

@@ -203,7 +203,7 @@ class Coordinator:
             downlink_bytes=down,
             labels=metrics.labels,
             change_rank=statistics.median(ranks) if ranks else None,
-            epsilon=spent(config, self._noise, n + 1) if due else None,  # takes most of a second
+            epsilon=self._spent(n + 1) if due else None,  # takes most of a second
             train_seconds=trained.seconds,
             retries=sum(pack.attempts - 1 for pack in sums.packs),
             memory_bytes=self._memory_now(),
@@ -312,7 +312,7 @@ class Coordinator:
 
     def epsilon(self) -> float | None:
         """Privacy spent by the finished rounds; None without privacy."""
-        return spent(self._config, self._noise, self._store.current.server.round)
+        return self._spent(self._store.current.server.round)
 
     def backbone_sum(self) -> str:
         """Checksum of the loaded weights' matrices."""
@@ -352,12 +352,16 @@ class Coordinator:
         last = {sample.process: sample.last for sample in [*own, *samples]}
         return sum(last.values()) if len(samples) == self._workers.count else None
 
+    def _spent(self, rounds: int) -> float | None:
+        return spent(self._config, self._noise, partial(sampling.draws, self._config, self._dataset, rounds))
+
     @property
     def _private(self) -> bool:
-        return self._config.privacy.clip is not None
+        return self._config.privacy.of_clients
 
     def _zero(self) -> Accumulator:
-        """The empty sum; under privacy with an update without change, so that an empty cohort releases noise too."""
+        """The empty sum; under privacy of clients with an update without change, so that an empty cohort releases noise
+        too."""
         method, shape, server = self._method, self._shape, self._store.current.server
         total = method.accumulator(server, shape)
         if not self._private:
@@ -367,9 +371,9 @@ class Coordinator:
     def _rule(self, n: int, rows: Sequence[ClientRow], weight: float, lr_factor: float) -> tuple[float, Noise | None]:
         """Factor and noise, the arguments of `advance` besides the server's optimizer.
 
-        weight: total weight of the sum.  Under privacy the denominator is fixed: the expected cohort."""
+        weight: total weight of the sum.  Under privacy of clients the denominator is fixed: the expected cohort."""
         federation, private = self._config.federation, self._config.privacy
-        if private.clip is not None and self._noise is not None:
+        if private.of_clients and private.clip is not None and self._noise is not None:
             deviation = self._noise * private.clip / federation.cohort
             return weight / federation.cohort, partial(mechanism.noise, self._config.seed, n, deviation)
         if not federation.normalise_steps:
@@ -422,8 +426,8 @@ class Coordinator:
         return down
 
     def _learned(self) -> bool:
-        """True where a round has changed the server: a round in which a client trained; under privacy any round,
-        because of its noise."""
+        """True where a round has changed the server: a round in which a client trained; under privacy of clients any
+        round, because of its noise."""
         current = self._store.current
         return current.server.round > 0 and (self._private or bool(current.states))
 

@@ -57,7 +57,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     cohort, workers = config.federation.cohort, config.resources.trainers
     backbone = merged(load_weights(config.model, job.architecture, config.seed), job.start, job.architecture)
     broadcast = _broadcast(job, backbone)
-    spec = Spec(config, job.method, job.architecture, job.processor, recomputes(job))
+    spec = Spec(config, job.method, job.architecture, job.processor, job.noise, recomputes(job))
     worker = Worker(spec, packed(backbone), job.dataset, config.resources.gpus_per_worker)
 
     def timed(size: int) -> PackSpeed:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
@@ -19,6 +20,7 @@ from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.planning.job import Job
+from rayfed_sub.planning.sampling import draws
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.course import Course
@@ -257,6 +259,7 @@ def _summary(
 ) -> Summary:
     rows, config = folder.rounds.to_pylist(), job.config
     before, start = overall(first.scores), job.begun
+    counted = len(rows) if stopped is None else config.federation.rounds or 0
     clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
     return Summary(
         name=config.name,
@@ -266,7 +269,7 @@ def _summary(
         uplink_bytes=sum(row["uplink_bytes"] for row in rows),
         downlink_bytes=sum(row["downlink_bytes"] for row in rows),
         dense_bytes=sum(clients) * targets,
-        dense_downlink_bytes=dense_downloads(clients, failed, targets, private=config.privacy.clip is not None)
+        dense_downlink_bytes=dense_downloads(clients, failed, targets, private=config.privacy.of_clients)
         + (0 if start is None else start.wire_bytes * folder.clients()),
         change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,
@@ -276,7 +279,7 @@ def _summary(
         versions=first.versions,
         environment=first.environment,
         # The moment of a stop follows from what the rounds released, so all that were planned count.
-        privacy=account(config, job.noise, len(rows) if stopped is None else config.federation.rounds or 0),
+        privacy=account(config, job.noise, partial(draws, config, job.dataset, counted)),
         resumed=folder.resumed(),
         precision=config.model.dtype,
         logits=None if job.architecture.logits is None else str(job.architecture.logits),

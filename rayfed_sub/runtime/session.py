@@ -280,7 +280,7 @@ def check_sent(given: Given) -> None:
 
 def spec_of(job: Job) -> Spec:
     """Specification of the job's workers."""
-    return Spec(job.config, job.method, job.architecture, job.processor, plan.recomputes(job))
+    return Spec(job.config, job.method, job.architecture, job.processor, job.noise, plan.recomputes(job))
 
 
 def load_backbone(job: Job) -> Packed:

@@ -38,6 +38,7 @@ from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.text_to_text import KIND, start_token
 from rayfed_sub.models.weights import assemble, target_weights
 from rayfed_sub.planning.sampling import PackWork
+from rayfed_sub.privacy.examples import row_privacy
 from rayfed_sub.privacy.mechanism import clipped
 from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
@@ -60,7 +61,8 @@ Answer = tuple[dict[str, str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Spec:
-    """Specification of a worker besides the shared memory; small and picklable.  recompute: see `LocalRule`.
+    """Specification of a worker besides the shared memory; small and picklable.  noise: as in `Job`; recompute: see
+    `LocalRule`.
 
     Reading it imports transformers: the coordinator only passes it on.
     """
@@ -69,6 +71,7 @@ class Spec:
     method: Method
     architecture: Architecture
     processor: Processor
+    noise: float | None = None
     recompute: bool = False
 
 
@@ -90,7 +93,7 @@ class PackOutcome:
 def broadcast_of(config: Config, method: Method, server: ServerState) -> Broadcast:
     """Server tensors for workers: the method's broadcast; under privacy all server tensors, which `aggregate` reads
     when a worker clips."""
-    all_tensors = server.tensors if config.privacy.clip is not None else {}
+    all_tensors = server.tensors if config.privacy.of_clients else {}
     return Broadcast(server.round, {**all_tensors, **method.broadcast(server).tensors})
 
 
@@ -140,8 +143,9 @@ class Worker:
             ClientWork(
                 client,
                 method.start_client(received, state, Client(client, self._spec.config.seed), shape),
-                self._batches(client, state.cursor if state else 0, steps),
+                batches := self._batches(client, state.cursor if state else 0, steps),
                 state.cursor if state else 0,
+                batches.expected,
             )
             for client, state, steps in zip(clients, before, work.steps, strict=True)
         ]
@@ -261,7 +265,8 @@ class Worker:
     def _train(self, received: Broadcast, works: Sequence[ClientWork], lr: float, watch: GradientWatch) -> PackResult:
         config, shape = self._spec.config, self._spec.architecture.shape
         how = (config.federation.proximal, config.resources.micro_batch, self._spec.recompute)
-        rule = LocalRule(config.optimizer, lr, config.seed, self._spec.processor.pad, *how)
+        rows = row_privacy(config.privacy, self._spec.noise)
+        rule = LocalRule(config.optimizer, lr, config.seed, self._spec.processor.pad, *how, privacy=rows)
         bases = {
             layer.name: received.tensors[f"{layer.name}/weight"]
             for layer in shape.targets
@@ -292,7 +297,7 @@ class Worker:
     ) -> tuple[Update, ClientState] | str:
         """A client's update and next state, or the cause of its failure; the broadcast's tensors are in host memory."""
         round = broadcast.round
-        method, shape, clip = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy.clip
+        method, shape, private = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy
         if result.failure is not None:
             return result.failure
         update = method.upload(broadcast, result, weight, shape)
@@ -301,8 +306,8 @@ class Worker:
         failure = not_finite(update.tensors) or not_finite(new.tensors)
         if failure is not None:
             return failure
-        if clip is not None:
-            update = clipped(method, ServerState(round, broadcast.tensors), update, shape, clip)
+        if private.of_clients and private.clip is not None:
+            update = clipped(method, ServerState(round, broadcast.tensors), update, shape, private.clip)
             if not math.isfinite(update.weight):
                 return "the norm of its change is not finite"
         return update, new
@@ -322,6 +327,7 @@ class Worker:
             self._spec.processor.pad,
             federation.batching,
             self._spec.architecture.kind == KIND,
+            config.privacy.of_examples,
         )
 
     def _state(self, client: int, stored: Any) -> ClientState | None:

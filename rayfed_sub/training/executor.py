@@ -23,6 +23,7 @@ from rayfed_sub.core.lowrank import inner_core
 from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start
 from rayfed_sub.data.batching import Batch, Batches
 from rayfed_sub.models.flat_rows import pass_rule
+from rayfed_sub.privacy.examples import RowPrivacy
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.client_errors import drawn
 from rayfed_sub.training.dropout import Dropout, dropouts
@@ -32,6 +33,7 @@ from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Ter
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
 from rayfed_sub.training.passes import AnyPass, passes
+from rayfed_sub.training.private_rows import add_clipped, row_turns
 from rayfed_sub.training.recompute import recomputed
 from rayfed_sub.training.stacks import Clock, Stack, Trainee, results_of, stacks_of, trainee_of, without_finished
 
@@ -42,19 +44,21 @@ GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
 @dataclass(frozen=True)
 class ClientWork:
     """A client's local training: its start, and a batch for each of its optimiser steps; taken: local steps of its life
-    before these."""
+    before these.  expected: rows of a batch on average, where they are drawn one by one (`LocalRule.privacy`)."""
 
     client: int
     start: Start
     batches: Batches
     taken: int = 0
+    expected: int = 1
 
 
 @dataclass(frozen=True)
 class LocalRule:
     """The rule of a round's local training, for all clients alike.  lr: the round's learning rate; seed: the run's;
     pad: the token that fills rows up; proximal: FedProx's mu (see `optimizers.pull`); micro_batch: rows of a client
-    that go through the model at a time, all where it is None; recompute: whether blocks keep no activations."""
+    that go through the model at a time, all where it is None; recompute: whether blocks keep no activations; privacy:
+    of the clients' single rows, for starts without a refresh and models without experts among their targets."""
 
     optimizer: Optimizer
     lr: float
@@ -63,6 +67,7 @@ class LocalRule:
     proximal: float = 0.0
     micro_batch: int | None = None
     recompute: bool = False
+    privacy: RowPrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,12 @@ def train_pack(
         ended += [gone for _, gone in parted if gone is not None]
         if not stacks:  # all have failed
             break
+        if rule.privacy is not None:
+            expected = {work.client: work.expected for work in works}
+            with recomputed(model, shape, on=rule.recompute):
+                seen = _private_step(model, layers, shape, stacks, batches, rule, rule.privacy, expected)
+            tokens, computed = tokens + seen[0], computed + seen[1]
+            continue
         own = [batches[trainee.client] for stack in stacks for trainee in stack.trainees]
         turns = [one.to(device) for one in passes(own, pass_rule(model), rule.pad, rule.micro_batch)]
         with recomputed(model, shape, on=rule.recompute):
@@ -194,21 +205,9 @@ def _step(
 ) -> _Told:
     """Runs a step's forward and backward passes, then an optimiser step of every client."""
     steps = [_begun(stack, shape, rule.seed, len(turns), gradient_hooks) for stack in stacks]
-    device, labels = (
-        next(iter(stacks[0].tensors.values())).device,
-        [sum(own) for own in zip(*(x.counts for x in turns), strict=True)],
-    )
-    count_G, loss_G = onto(labels, device), torch.zeros(len(labels), device=device)
     trainees = [trainee for stack in stacks for trainee in stack.trainees]
-    clients, rate = [(one.client, one.taken + one.steps) for one in trainees], trainees[0].start.dropout
-    for turn in turns:
-        dropped = dropouts(shape, turn.where, clients, rule.seed, rate)
-        with bound(layers, _terms(shape, stacks, steps, turn, dropped)):
-            losses = client_losses(model, turn, count_G)
-            _differentiate(losses.sum(), steps)
-        loss_G += losses.detach()
-        for capture in (capture for step in steps for capture in step.captures.values()):
-            capture.passes -= 1
+    clients = [(one.client, one.taken + one.steps) for one in trainees]
+    loss_G, labels = _passed(model, layers, shape, stacks, steps, turns, rule.seed, clients)
     for step in steps:
         for capture in step.captures.values():
             capture.finish()
@@ -225,6 +224,90 @@ def _step(
         for layer, at, sound_g in step.refresh.sound
     ]
     return _Told(trainees, labels, loss_G, sound)
+
+
+def _private_step(
+    model: nn.Module,
+    layers: Mapping[str, PackLinear],
+    shape: ModelShape,
+    stacks: Sequence[Stack],
+    batches: Mapping[int, Batch],
+    rule: LocalRule,
+    privacy: RowPrivacy,
+    expected: Mapping[int, int],
+) -> tuple[int, int]:
+    """As `_step` by the rule of `privacy/examples.py`; returns the tokens of the rows, and those that were computed.
+    expected: by client."""
+    steps = [_begun(stack, shape, rule.seed, 0, None) for stack in stacks]
+    assert not shape.experts, "an expert takes a step where the data ask for it"
+    assert all(step.refresh is None for step in steps), "a basis would be computed from gradients without noise"
+    trainees = [trainee for stack in stacks for trainee in stack.trainees]
+    clients = [(one.client, one.taken + one.steps) for one in trainees]
+    device = next(iter(layers.values())).weight.device
+    sums = [{name: torch.zeros_like(leaf) for name, leaf in step.leaves.items()} for step in steps]
+    tokens = computed = 0
+    losses: list[list[float]] = [[] for _ in trainees]
+    labels = [0 for _ in trainees]
+    for rows in row_turns(stacks, batches, pass_rule(model)):
+        turns = [one.to(device) for one in rows.passes(pass_rule(model), rule.pad)]
+        own = [_begun(stack, shape, rule.seed, len(turns), None) for stack in rows.stacks]
+        of_R = [clients[place] for place, _ in rows.words]
+        loss_R, label_R = _passed(model, layers, shape, rows.stacks, own, turns, rule.seed, of_R)
+        for (place, _), loss, count in zip(rows.words, loss_R.tolist(), label_R, strict=True):
+            losses[place].append(loss)
+            labels[place] += count
+        for step, (i, place_R) in zip(own, rows.of_G, strict=True):
+            add_clipped(sums[i], step.gradients, place_R, privacy.clip)
+        tokens += sum(one.tokens[0] for one in turns)
+        computed += sum(one.tokens[1] for one in turns)
+    _count(trainees, [sum(own) / max(1, len(own)) for own in losses], labels)
+    number = iter(clients)
+    for stack, step, total in zip(stacks, steps, sums, strict=True):
+        for g, trainee in enumerate(stack.trainees):
+            mine = {name: tensor[g] for name, tensor in total.items()}
+            for name, noise in privacy.drawn(rule.seed, *next(number), mine).items():
+                mine[name].add_(noise).div_(expected[trainee.client])
+        step.gradients = total
+        _penalise(stack, step)
+        _move(stack, step, shape, rule)
+    return tokens, computed
+
+
+def _count(trainees: Sequence[Trainee], losses: Sequence[float], labels: Sequence[int]) -> None:
+    """Notes the losses and labels of the clients' step."""
+    for trainee, loss, count in zip(trainees, losses, labels, strict=True):
+        trainee.steps += 1
+        trainee.tokens += count
+        trainee.losses.append(loss)
+        if not math.isfinite(loss):
+            trainee.failure = trainee.failure or f"non-finite loss at local step {len(trainee.losses) - 1}"
+
+
+def _passed(
+    model: nn.Module,
+    layers: Mapping[str, PackLinear],
+    shape: ModelShape,
+    stacks: Sequence[Stack],
+    steps: Sequence[_Step],
+    turns: Sequence[AnyPass],
+    seed: int,
+    clients: Sequence[tuple[int, int]],
+) -> tuple[Tensor, list[int]]:
+    """The step's passes, whose gradients are added to those of `steps`; loss (G,) and labels of the stacks' clients.
+    clients: number and local step of each."""
+    device = next(iter(stacks[0].tensors.values())).device
+    labels = [sum(own) for own in zip(*(one.counts for one in turns), strict=True)]
+    count_G, loss_G = onto(labels, device), torch.zeros(len(labels), device=device)
+    rate = stacks[0].trainees[0].start.dropout
+    for turn in turns:
+        dropped = dropouts(shape, turn.where, clients, seed, rate)
+        with bound(layers, _terms(shape, stacks, steps, turn, dropped)):
+            losses = client_losses(model, turn, count_G)
+            _differentiate(losses.sum(), steps)
+        loss_G += losses.detach()
+        for capture in (capture for step in steps for capture in step.captures.values()):
+            capture.passes -= 1
+    return loss_G, labels
 
 
 def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hooks: GradientHooks | None) -> _Step:

@@ -322,6 +322,7 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         "exact": True,
         "wire": "m n / m n",
         "as published": "local AdamW in place of SGD: what FedFTG's release runs",
+        "family": "dense weights; averaged: these",
     }
 
 

@@ -38,6 +38,7 @@ from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Subspac
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.experts import experts_of, matrix_of
 from rayfed_sub.models.logits import logit_rule
+from rayfed_sub.privacy.examples import RowPrivacy
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.layers import PackLinear, based_on
 from rayfed_sub.training.pack_experts import install
@@ -442,16 +443,20 @@ def run_pack(
     lr: float,
     weights: Tensors | None = None,
     clients: Sequence[int] | None = None,
+    privacy: RowPrivacy | None = None,
+    expected: int = 1,
 ) -> list[LocalResult]:
-    """`train_pack` on a model whose targets hold `weights` (None: the pretrained ones)."""
+    """`train_pack` on a model whose targets hold `weights` (None: the pretrained ones); expected: as in `ClientWork`,
+    of all clients."""
     model, layers = tiny.packed
-    given = {
+    held = {
         name.removesuffix("/weight"): tensor for name, tensor in (weights or {}).items() if name.endswith("/weight")
     }
-    bases = {name: tensor for name, tensor in given.items() if name in layers}
+    bases = {name: tensor for name, tensor in held.items() if name in layers}
     with based_on(layers, bases):
-        rule = LocalRule(optimizer, lr, 0, PAD)
-        return train_pack(model, layers, tiny.shape, works(starts, batches, clients), rule).results
+        rule = LocalRule(optimizer, lr, 0, PAD, privacy=privacy)
+        given = [replace(work, expected=expected) for work in works(starts, batches, clients)]
+        return train_pack(model, layers, tiny.shape, given, rule).results
 
 
 def run_reference(

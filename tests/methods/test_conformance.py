@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rayfed_sub.methods import METHODS, build
+from rayfed_sub.core.types import Client
+from rayfed_sub.methods import FAMILIES, METHODS, build
 from rayfed_sub.methods.protocol import Method
 from tests.helpers.tiny_models import bert, llama
 from tests.methods.checks import (
@@ -68,3 +69,30 @@ def test_uploaded_reference_is_caught() -> None:
         check_upload_bytes(wrong("UploadsTheReference"), llama(), RANK)
     with pytest.raises(AssertionError, match="server's tensors changed"):
         check_server_names(wrong("UploadsTheReference"), llama())
+
+
+TRAINED = {
+    "coefficients in": {"left", "right"},  # on the longer side, or the left one
+    "dense weights": {"weight"},
+    "LoRA's A and B": {"left", "right"},
+    "one of LoRA's factors": {"left"},
+    "a small core": {"core", "heads"},
+    "models of each client's own": {"left", "right"},
+}
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in FAMILIES.items() for name in names])
+def test_family_says_what_is_trained(family: str, name: str) -> None:
+    """In round 0, but for Fed-SB's with the gradient's start, which then trains nothing; families of subspaces and of
+    dense weights have the server's weights dense."""
+    method, tiny = case(name), llama()
+    server = method.init_server(tiny.weights, tiny.shape, seed=0)
+    start = method.start_client(method.broadcast(server), None, Client(0, 0), tiny.shape)
+    roles = {trained.rpartition("/")[2] for trained in start.trained}
+    (allowed,) = (allowed for words, allowed in TRAINED.items() if family.startswith(words))
+    if name != "fed-sb-gradient":
+        assert roles <= allowed
+        assert family.startswith("LoRA's A and B") <= (roles == {"left", "right"})
+    assert method.personal == family.startswith("models of each client's own")
+    target = f"{tiny.shape.targets[0].name}/weight"
+    assert not family.startswith(("coefficients in", "dense weights")) or target in server.tensors

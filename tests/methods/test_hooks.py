@@ -242,12 +242,12 @@ def refused(*overrides: str) -> str:
 def test_methods_whose_clients_do_not_share_a_basis_are_refused(method: str) -> None:
     assert refused(f"method.name={method}") == (
         f"hook.name: got 'scaffold'; allowed: nothing with method.name={method}, whose clients do not all train in one "
-        "basis; remove it or choose one of fedavg, fedit, ffa-lora, fed-sb, shared-galore"
+        "basis; remove it or choose one of shared-galore, fedavg, fedit, ffa-lora, fed-sb"
     )
 
 
 REFUSED = {
-    "hook.name: got 'scaffold'; allowed: nothing with privacy.clip: a hook's tensors would be released without noise": (
+    "hook.name: got 'scaffold'; allowed: nothing with privacy.clip and unit=client: a hook's tensors would be": (
         "'privacy={clip: 1, noise: 1}' federation.client_weighting=uniform"
     ),
     "federation.normalise_steps: got True; allowed: false with hook.name=scaffold: FedNova's rule is for plain": (

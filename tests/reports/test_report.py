@@ -196,7 +196,7 @@ def test_privacy_budget_and_accountant_are_shown(tmp_path: Path) -> None:
     (facts,) = report(run)["Result"]
     assert isinstance(facts, Facts)
     most = f"{len(run.rounds) / 2:.3g}"
-    assert facts.pairs["privacy"] == f"epsilon {most} at delta 1e-05, by PLD (3 by RDP), noise 1.25"
+    assert facts.pairs["privacy"] == f"of clients: epsilon {most} at delta 1e-05, by PLD (3 by RDP), noise 1.25"
 
 
 def test_each_of_several_runs_has_a_row(tmp_path: Path) -> None:
