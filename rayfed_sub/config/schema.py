@@ -283,28 +283,6 @@ class Asynchronous(Record):
 class Federation(Record):
     """The clients, their rounds, and the work of a round."""
 
-    mode: Literal["sync", "semi-sync", "async"] = Field(
-        default="sync",
-        description="sync: a round waits for its clients. semi-sync: they all train for local_seconds of simulated "
-        "time, fast devices more steps than slow ones. async: see `asynchronous`. All but sync need devices.classes.",
-    )
-    round_deadline: Positive | None = Field(
-        default=None,
-        description="Simulated seconds after which a round counts the updates that have come; the others are wasted. "
-        "null: none. It needs devices.classes.",
-    )
-    over_selection: Annotated[float, Field(ge=1)] = Field(
-        default=1.0,
-        description="Sampled clients times this are drawn for a round, which ends with the first `sampled` updates; "
-        "the others are wasted. It needs devices.classes.",
-    )
-    local_seconds: Positive | None = Field(
-        default=None,
-        description="Simulated seconds that every client trains in a round of mode=semi-sync, in place of local_steps; "
-        "at least one step.",
-    )
-    asynchronous: Asynchronous = Asynchronous()
-
     clients: Count = Field(default=8, description="Clients in all.")
     sampled: Count | None = Field(default=None, description="Clients sampled per round; null stands for all.")
     rounds: Count | None = Field(
@@ -345,6 +323,27 @@ class Federation(Record):
         description="A client that fails twice in a round (a loss that is not finite, data that cannot be read) stops "
         "the run, or is skipped for the round at weight 0.",
     )
+    mode: Literal["sync", "semi-sync", "async"] = Field(
+        default="sync",
+        description="sync: a round waits for its clients. semi-sync: they all train for local_seconds of simulated "
+        "time, fast devices more steps than slow ones. async: see `asynchronous`. All but sync need devices.classes.",
+    )
+    round_deadline: Positive | None = Field(
+        default=None,
+        description="Simulated seconds after which a round counts the updates that have come; the others are wasted. "
+        "null: none. It needs devices.classes.",
+    )
+    over_selection: Annotated[float, Field(ge=1)] = Field(
+        default=1.0,
+        description="Sampled clients times this are drawn for a round, which ends with the first `sampled` updates; "
+        "the others are wasted. It needs devices.classes.",
+    )
+    local_seconds: Positive | None = Field(
+        default=None,
+        description="Simulated seconds that every client trains in a round of mode=semi-sync, in place of local_steps; "
+        "at least one step.",
+    )
+    asynchronous: Asynchronous = Asynchronous()
 
     @property
     def cohort(self) -> int:

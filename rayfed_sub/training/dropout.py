@@ -67,7 +67,7 @@ class Dropout:
         """Which numbers of the next use's input are kept, (S, n) bool."""
         S, n = x_Sn.shape
         word_S = self.words.of(S // self.rows)
-        word_n = _on_device(self.seed, self.layer, self.uses, n, x_Sn.device)
+        word_n = column_words(self.seed, self.layer, self.uses, n).to(x_Sn.device, non_blocking=True)
         self.uses += 1
         return kept(word_S, word_n, self.rate)
 
@@ -98,11 +98,6 @@ def column_words(seed: int, layer: str, use: int, n: int) -> Tensor:
     """The words (n,) int32 of a layer's columns in one of its uses within a forward pass."""
     words = stream(seed, "dropout columns", layer, use).integers(-(2**31), 2**31, n, dtype=np.int32)
     return torch.from_numpy(words)
-
-
-@lru_cache(maxsize=1024)
-def _on_device(seed: int, layer: str, use: int, n: int, device: torch.device) -> Tensor:
-    return column_words(seed, layer, use, n).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=1024)

@@ -557,10 +557,10 @@ COMMANDS = {
     "no config": ("run", "Missing argument 'CONFIG.yaml'", "see rayfed-sub --help"),
     "unknown option": (f"run {TINY} --colour", "No such option: --colour", "see rayfed-sub --help"),
     "unknown command": ("ruin", "No such command 'ruin'", "see rayfed-sub --help"),
-    "unknown list": ("list foo", "WHAT: got 'foo'; allowed: methods, hooks, tasks or models", "models\n"),
+    "unknown list": ("list foo", "WHAT: got 'foo'; allowed: methods, choices, hooks, tasks or models", "models\n"),
     "misspelt list": (
         "list tsaks",
-        "WHAT: got 'tsaks'; allowed: methods, hooks, tasks or models",
+        "WHAT: got 'tsaks'; allowed: methods, choices, hooks, tasks or models",
         "; did you mean tasks?",
     ),
     **{

@@ -28,7 +28,7 @@ def test_lora_methods_have_the_settings_and_the_others_refuse_them() -> None:
     assert set(METHODS) - set(LORA) == {"fedftg", "fedavg", "fedkrso", "fedsub", "shared-galore"}
     for name in set(METHODS) - set(LORA):
         for key, value in {"dropout": 0.1, "use_rslora": True, **PATTERNS}.items():
-            with pytest.raises(UserError, match=f"method.{key}.*fedit, ffa-lora") as refusal:
+            with pytest.raises(UserError, match=f"method.{key}.*fedit, .*ffa-lora") as refusal:
                 build({"name": name, key: value})
             assert "\n" not in str(refusal.value)
 
