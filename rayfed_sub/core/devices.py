@@ -1,7 +1,8 @@
 """Numbers on their way to a device and back, without waiting for it.
 
 A GPU runs behind the processor that gives it work.  Whoever asks it for a number, or copies to it in the blocking way,
-waits until all work before is done; so nothing in a local step does, and what is learned is read once, at the end.
+waits until all work before is done; so nothing in a local step does, but for privacy of single rows and experts as
+targets, and what is learned is read once, at the end.
 
 A plan runs the same code on torch's `meta` device, which has no data and stands for the device of the run.
 """

@@ -44,7 +44,7 @@ class RowPrivacy:
         found = {}
         for name, tensor in like.items():
             draw = stream(seed, "example privacy", client, step, name).standard_normal(tuple(tensor.shape), np.float32)
-            found[name] = (self.noise * self.clip * torch.from_numpy(draw)).to(tensor.device)
+            found[name] = (self.noise * self.clip * torch.from_numpy(draw)).to(tensor.device, non_blocking=True)
         return found
 
 

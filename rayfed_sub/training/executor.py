@@ -248,7 +248,7 @@ def _private_step(
     tokens = computed = 0
     losses: list[list[float]] = [[] for _ in trainees]
     labels = [0 for _ in trainees]
-    for rows in row_turns(stacks, batches, pass_rule(model)):
+    for rows in row_turns(stacks, batches, pass_rule(model), rule.micro_batch):
         turns = [one.to(device) for one in rows.passes(pass_rule(model), rule.pad)]
         own = [_begun(stack, shape, rule.seed, len(turns), None) for stack in rows.stacks]
         of_R = [clients[place] for place, _ in rows.words]
@@ -260,7 +260,6 @@ def _private_step(
             add_clipped(sums[i], step.gradients, place_R, privacy.clip)
         tokens += sum(one.tokens[0] for one in turns)
         computed += sum(one.tokens[1] for one in turns)
-    _count(trainees, [sum(own) / max(1, len(own)) for own in losses], labels)
     number = iter(clients)
     for stack, step, total in zip(stacks, steps, sums, strict=True):
         for g, trainee in enumerate(stack.trainees):
@@ -270,17 +269,20 @@ def _private_step(
         step.gradients = total
         _penalise(stack, step)
         _move(stack, step, shape, rule)
+    _count(trainees, [sum(own) / len(own) if own else None for own in losses], labels)
     return tokens, computed
 
 
-def _count(trainees: Sequence[Trainee], losses: Sequence[float], labels: Sequence[int]) -> None:
-    """Notes the losses and labels of the clients' step."""
+def _count(trainees: Sequence[Trainee], losses: Sequence[float | None], labels: Sequence[int]) -> None:
+    """Notes a step of the clients, with their losses and labels; None: no row was drawn for it."""
     for trainee, loss, count in zip(trainees, losses, labels, strict=True):
         trainee.steps += 1
         trainee.tokens += count
+        if loss is None:
+            continue
         trainee.losses.append(loss)
         if not math.isfinite(loss):
-            trainee.failure = trainee.failure or f"non-finite loss at local step {len(trainee.losses) - 1}"
+            trainee.failure = trainee.failure or f"non-finite loss at local step {trainee.steps - 1}"
 
 
 def _passed(

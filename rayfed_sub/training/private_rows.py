@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rayfed_sub.core.devices import onto
 from rayfed_sub.data.batching import Batch
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.flat_rows import PassRule
@@ -54,10 +55,13 @@ class RowTurn:
         return found
 
 
-def row_turns(stacks: Sequence[Stack], batches: Mapping[int, Batch], rule: PassRule) -> Iterator[RowTurn]:
-    """The rows of a step, few of each client at a time; a client without rows has no part in it."""
+def row_turns(
+    stacks: Sequence[Stack], batches: Mapping[int, Batch], rule: PassRule, micro_batch: int | None
+) -> Iterator[RowTurn]:
+    """The rows of a step, few of each client at a time, `micro_batch` at most; a client without rows has no part in
+    it."""
     own = [[rows_of(batches[trainee.client]) for trainee in stack.trainees] for stack in stacks]
-    few = [1 if rule.alone else _at_a_time(stack) for stack in stacks]
+    few = [1 if rule.alone else min(_at_a_time(stack), micro_batch or _NUMBERS) for stack in stacks]
     first = [0]
     for stack in stacks:
         first.append(first[-1] + len(stack.trainees))
@@ -98,7 +102,7 @@ def _at_a_time(stack: Stack) -> int:
 
 def _repeated(stack: Stack, place_R: list[int]) -> Stack:
     """A stack of rows: the tensors of their clients, once for each row."""
-    index = torch.tensor(place_R, device=next(iter(stack.tensors.values())).device)
+    index = onto(place_R, next(iter(stack.tensors.values())).device)
     closed = {}
     for name, one in stack.closed.items():
         closed[name] = Closed()

@@ -201,7 +201,7 @@ def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
         "loss": sum(losses) / max(1, len(losses)),
         "loss_last": losses[-1] if losses else 0.0,
         "labels": float(trainee.tokens),
-        "steps": float(len(losses)),
+        "steps": float(trainee.steps),
         "periods": float(periods),
     }
     return LocalResult(

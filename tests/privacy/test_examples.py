@@ -17,7 +17,7 @@ from torch import Tensor
 from rayfed_sub import load_config, run
 from rayfed_sub.config.schema import Config, Optimizer
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.types import Start
+from rayfed_sub.core.types import LocalStep, Start, Tensors
 from rayfed_sub.data.batching import Batch, ClientBatches, poisson_rows
 from rayfed_sub.methods import METHODS
 from rayfed_sub.planning.job import Job, prepare
@@ -112,6 +112,25 @@ def test_bits_are_the_same_in_any_pack_and_for_any_number_of_rows_at_a_time(
 
 
 # --- every method: nothing but clipped rows and noise reaches what a client sends
+
+
+def test_a_hook_s_steps_and_the_loss_are_those_of_steps_with_rows() -> None:
+    """Number 0 is a round's first step, and a step without rows has no loss that would count as 0."""
+    tiny, seen = llama(), list[int]()
+
+    def correct(memory: Tensors, step: LocalStep) -> tuple[Tensors, Tensors]:
+        seen.append(step.number)
+        return step.gradients, memory
+
+    start = replace(start_of("lora", tiny), correct=correct)
+    (batch,) = draw_batches(tiny, 0, 1, rows=3)
+    none = {name: x[:0] for name, x in batch.items()}
+    (result,) = run_pack(
+        tiny, [start], [[batch, none]], SGD, lr=0.0, clients=[0], privacy=RowPrivacy(1.0, 1.0), expected=3
+    )
+    assert seen == [0, 1]
+    assert result.metrics["steps"] == 2.0
+    assert result.metrics["loss_last"] == result.metrics["loss"] > 1.0
 
 
 def refreshed(name: str, tiny: Tiny) -> bool:
