@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ TRACE = "devices.trace"
 DAY = 86400.0
 """Seconds of a simulated day, which begins with the run."""
 _HOUR = 3600.0
+_DIGITS = 20  # of a client's number, at most
 _SHORT = 1e-6  # seconds by which a sum of floats may fall short of a window's begin
 
 Ints = NDArray[np.int64]
@@ -155,7 +156,7 @@ def _traced(
     if missing := [name for name in needed if name not in columns]:
         allowed = f"a CSV file with the columns {', '.join(needed)}; it lacks {', '.join(missing)}"
         raise UserError(TRACE, path, allowed, "add the column")
-    for row in reader:
+    for row in _rows(path, reader):
         where = f"line {reader.line_num}"
         client, kind = _client(path, where, row["client"], clients, numbers), kinds.get(row["device"])
         if client is None:
@@ -169,7 +170,7 @@ def _traced(
         classes[client] = kind
         if timed:
             begin, end = (_hour(path, where, row[name]) for name in ("from", "to"))
-            if begin == end:
+            if begin % 24 == end % 24 and (begin, end) != (0, 24):
                 raise UserError(TRACE, path, f"from and to that differ in {where}", "mend the line")
             hours[client].append((begin, end))
     gaps = np.flatnonzero(classes < 0)
@@ -188,12 +189,19 @@ def _lines(path: str) -> list[str]:
         raise UserError(TRACE, path, f"a CSV file: {cause}", "check the path") from None
 
 
+def _rows(path: str, reader: csv.DictReader[str]) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(TRACE, path, f"a CSV file: line {reader.line_num}: {error}", "mend the line") from None
+
+
 def _client(path: str, where: str, text: str | None, clients: int, numbers: Mapping[str, int]) -> int | None:
     """A client by its name or its number; None for one beyond the run's clients, as a trace may hold more."""
     named = None if text is None else numbers.get(text)
     if named is not None:
         return named
-    if text is None or not text.strip().isdigit():
+    if text is None or not (text.strip().isascii() and text.strip().isdigit() and len(text) < _DIGITS):
         allowed = f"the number or the name of a client in {where}; there is {text!r}"
         raise UserError(TRACE, path, allowed, "mend the line")
     return int(text) if int(text) < clients else None

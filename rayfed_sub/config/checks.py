@@ -202,7 +202,7 @@ def _check_devices(devices: Devices) -> None:
             advice = f"set one of them, e.g. {prefix}.seconds_per_step=1.0"
             raise UserError(f"{prefix}.seconds_per_step", device.seconds_per_step, allowed, advice)
         for begin, end in device.hours:
-            if begin == end:
+            if begin % 24 == end % 24 and (begin, end) != (0, 24):
                 allowed = "pairs of hours that differ; none at all for a device that is always available"
                 raise UserError(f"{prefix}.hours", [list(pair) for pair in device.hours], allowed, "remove the pair")
     if unknown := [name for name in devices.shares if name not in devices.classes]:

@@ -40,6 +40,7 @@ from rayfed_sub.planning.job import model_kind, prepare, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import kept
+from rayfed_sub.storage.landings import landed
 from rayfed_sub.storage.run_folder import check_start, class_names, finished, make, problem_of
 
 BEST, LAST = "best", "last"
@@ -326,7 +327,7 @@ def _changes(
     found = checkpoints.read(run_dir, best=checkpoint == BEST)
     if found is None:
         raise UserError("RUN", str(run_dir), "a run folder with a checkpoint", "check the path")
-    server = ServerState(found.round, found.server)
+    server = ServerState(found.round, landed(found.server, None)[0])  # without what clients under way will bring
     if not method.personal:
         if client is not None:
             raise UserError("--client", client, f"nothing, for {method.name} has one model for all", "leave it out")

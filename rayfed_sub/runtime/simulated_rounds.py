@@ -172,6 +172,8 @@ class SimulatedRounds:
             if event is None:
                 opens = self._opens(step)
                 event = step.next(opens)
+                if event is None and opens == math.inf and step.failed and step.buffer:
+                    break  # clients that failed leave the buffer short: nobody else is there to fill it
                 if event is None and opens == math.inf:
                     raise RunError("simulated time", "no client is left that could become available", round=n)
                 step.now = opens if event is None else step.now
@@ -212,7 +214,8 @@ class SimulatedRounds:
         for flight in in_order(step.flights.values()):
             if rule.max_staleness is not None and n + 1 - flight.version > rule.max_staleness:
                 dropped.append((flight, "stale"))
-        flying = {k: flight for k, flight in step.flights.items() if flight not in dict(dropped)}
+        gone = {flight.client for flight, _ in dropped}
+        flying = {k: flight for k, flight in step.flights.items() if k not in gone}
         taken = {flight.client: flight for flight in (*step.buffer, *step.failed)}
         order = packs.ordered(self._config, self._dataset, list(taken))
         results = [(self._counted(n, taken[k], step.landings[k], server), step.landings[k].state) for k in order]

@@ -16,6 +16,7 @@ from rayfed_sub.models.start import FIELD, Origin, StartFrom, fitted, is_adapter
 from rayfed_sub.models.text_to_text import LANGUAGE
 from rayfed_sub.planning.job import model_kind, processor_of
 from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.landings import landed
 from rayfed_sub.storage.remote import local_copy
 from rayfed_sub.storage.run_folder import backbone_sum, class_names, problem_of, start_digest
 
@@ -69,7 +70,7 @@ def _of_run(place: str, folder: Path, config: Config) -> StartFrom:
     if (known := start_digest(folder)) is not None and (earlier is None or earlier.info.digest != known):
         allowed = f"a run whose own start is as it was; {then.model.start_from} is another one now"
         raise UserError(FIELD, place, allowed, "restore that")
-    server = ServerState(found.round, found.server)
+    server = ServerState(found.round, landed(found.server, None)[0])  # without what clients under way will bring
     changes = dict(earlier.changes) if earlier is not None else {}
     for layer, change in method.model(server, shape).items():
         changes[layer] = (*changes.get(layer, ()), change)
