@@ -279,6 +279,7 @@ def _count(trainees: Sequence[Trainee], losses: Sequence[float | None], labels: 
         trainee.steps += 1
         trainee.tokens += count
         if loss is None:
+            trainee.empty += 1
             continue
         trainee.losses.append(loss)
         if not math.isfinite(loss):

@@ -40,7 +40,7 @@ class Clock:
 @dataclass
 class Trainee:
     """A client in training.  clock: of all its layers but experts' matrices, which have one each, by name; steps: local
-    steps so far; losses: of those that have been read from the device, nats; tokens: labels of these; memory: its
+    steps so far; losses: of those that have been read from the device, nats; empty: steps without a row; tokens: labels of these; memory: its
     hook's, of its own; taken: local steps of its life before this round."""
 
     client: int
@@ -49,6 +49,7 @@ class Trainee:
     clock: Clock
     experts: dict[str, Clock]
     steps: int = 0
+    empty: int = 0
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
     failure: str | None = None
@@ -201,7 +202,7 @@ def _result(stack: Stack, g: int, shape: ModelShape) -> LocalResult:
         "loss": sum(losses) / max(1, len(losses)),
         "loss_last": losses[-1] if losses else 0.0,
         "labels": float(trainee.tokens),
-        "steps": float(trainee.steps),
+        "steps": float(len(losses) + trainee.empty),
         "periods": float(periods),
     }
     return LocalResult(
