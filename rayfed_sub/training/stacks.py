@@ -40,8 +40,8 @@ class Clock:
 @dataclass
 class Trainee:
     """A client in training.  clock: of all its layers but experts' matrices, which have one each, by name; steps: local
-    steps so far; losses: of those that have been read from the device, nats; empty: steps without a row; tokens: labels of these; memory: its
-    hook's, of its own; taken: local steps of its life before this round."""
+    steps so far, empty: those without a row; losses: of steps that have been read from the device, nats; tokens: labels
+    of these; memory: its hook's, of its own; taken: local steps of its life before this round."""
 
     client: int
     start: Start
