@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from numpy.random import Generator
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -57,7 +59,7 @@ def signed(new_rk: Tensor, old_rk: Tensor | None) -> Tensor:
     >>> signed(torch.tensor([[-1.0, 0.0]]), torch.tensor([[0.6, 0.8]]))
     tensor([[1., -0.]])
     """
-    agree_r = new_rk @ _reference(new_rk.shape[-1]).to(new_rk, non_blocking=True)
+    agree_r = new_rk @ torch.from_numpy(_reference(new_rk.shape[-1])).to(new_rk, non_blocking=True)
     if old_rk is not None:
         old_agree_r = (new_rk * old_rk).sum(dim=-1)
         agree_r = torch.where(old_agree_r != 0, old_agree_r, agree_r)
@@ -137,9 +139,9 @@ def root(gram_RR: Tensor) -> Tensor:
 
 
 @cache
-def _reference(k: int) -> Tensor:
-    """The vector (k,) float64 that a sign without a past goes by."""
-    return torch.from_numpy(stream(0, "sign reference").standard_normal(k))
+def _reference(k: int) -> NDArray[np.float64]:
+    """The vector (k,) that a sign without a past goes by; no tensor, which the first plan of a process would count."""
+    return stream(0, "sign reference").standard_normal(k)
 
 
 EPS = torch.finfo(torch.float32).eps

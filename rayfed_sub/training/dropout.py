@@ -19,6 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayfed_sub.core.devices import onto
@@ -93,11 +94,15 @@ def kept(word_S: Tensor, word_n: Tensor, rate: float) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@lru_cache(maxsize=1024)
 def column_words(seed: int, layer: str, use: int, n: int) -> Tensor:
     """The words (n,) int32 of a layer's columns in one of its uses within a forward pass."""
-    words = stream(seed, "dropout columns", layer, use).integers(-(2**31), 2**31, n, dtype=np.int32)
-    return torch.from_numpy(words)
+    return torch.from_numpy(_columns(seed, layer, use, n))
+
+
+@lru_cache(maxsize=1024)
+def _columns(seed: int, layer: str, use: int, n: int) -> NDArray[np.int32]:
+    """As `column_words`; kept as no tensor, which the first plan of a process would count."""
+    return stream(seed, "dropout columns", layer, use).integers(-(2**31), 2**31, n, dtype=np.int32)
 
 
 @lru_cache(maxsize=1024)

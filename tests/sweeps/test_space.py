@@ -251,7 +251,6 @@ def test_trials_side_by_side_follow_from_resources(there: list[Node], asked: str
 
 def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     job = prepare(load_config(TINY, ["resources.workers=1", "task.max_rows=120"]))
-    capacity.at_once([job], [Node(64)], most=1)  # the first walk of a process counts some megabytes more than others
     needed = capacity.need(capacity.job_parts(job), rounds=2, most=capacity.FEW)
     here = Machine("here", 0, 64, 10**12)
     one = capacity.trial_bytes(needed, here, 4, workers_here=True)
