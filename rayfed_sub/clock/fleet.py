@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfed_sub.clock.device_presets import power_of
+from rayfed_sub.config.checks import no_time
 from rayfed_sub.config.schema import Config, Device
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
@@ -170,7 +171,7 @@ def _traced(
         classes[client] = kind
         if timed:
             begin, end = (_hour(path, where, row[name]) for name in ("from", "to"))
-            if begin % 24 == end % 24 and (begin, end) != (0, 24):
+            if no_time(begin, end):
                 raise UserError(TRACE, path, f"from and to that differ in {where}", "mend the line")
             hours[client].append((begin, end))
     gaps = np.flatnonzero(classes < 0)

@@ -194,6 +194,15 @@ def _check_stopping(config: Config) -> None:
         raise UserError(f"{prefix}.min_gain", stopping.min_gain, allowed, f"e.g. {prefix}.patience=3")
 
 
+def no_time(begin: float, end: float) -> bool:
+    """Whether a window of the day from hour to hour has no length: 0 and 24 are one moment.
+
+    >>> no_time(24, 0), no_time(0, 24)
+    (True, False)
+    """
+    return begin % 24 == end % 24 and (begin, end) != (0, 24)
+
+
 def _check_devices(devices: Devices) -> None:
     for name, device in devices.classes.items():
         prefix = f"devices.classes.{name}"
@@ -202,7 +211,7 @@ def _check_devices(devices: Devices) -> None:
             advice = f"set one of them, e.g. {prefix}.seconds_per_step=1.0"
             raise UserError(f"{prefix}.seconds_per_step", device.seconds_per_step, allowed, advice)
         for begin, end in device.hours:
-            if begin % 24 == end % 24 and (begin, end) != (0, 24):
+            if no_time(begin, end):
                 allowed = "pairs of hours that differ; none at all for a device that is always available"
                 raise UserError(f"{prefix}.hours", [list(pair) for pair in device.hours], allowed, "remove the pair")
     if unknown := [name for name in devices.shares if name not in devices.classes]:
