@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,8 @@ from rayfed_sub.cli.trust import check_classes, check_named, check_programs
 from rayfed_sub.config.edits import check_editable, edited
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.errors import RunError, UserError, redacted, unknown_word
+from rayfed_sub.runtime.fork_server import joins
+from rayfed_sub.runtime.front import drive, front_of_this_process
 
 app = typer.Typer(
     name="rayfed-sub",
@@ -44,6 +48,7 @@ Address = Annotated[
 
 @app.command()
 def run(
+    context: typer.Context,
     config: Anywhere,
     overrides: Overrides = None,
     out: Out = None,
@@ -57,6 +62,11 @@ def run(
         checked = load_config(path, overrides or [])
     check_classes(config, checked, overrides or [])
     check_programs(config, checked.programs, overrides or [])
+    elsewhere: Callable[[], int | None] | None = context.obj
+    if elsewhere is not None and checked.resources.forked and not joins(address):
+        code = elsewhere()
+        if code is not None:
+            raise _Ended(code)
     from rayfed_sub.cli.run_view import Display
 
     with Display() as display:
@@ -391,28 +401,42 @@ def list_(
         print_table(*grouped(columns, rows))
 
 
+class _Ended(Exception):  # noqa: N818
+    """Another process has run the command, to this exit code, and has said what is to be said."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def main() -> None:
     """Exit codes: 0 done; 1 the run could not go on; 2 something for the person to mend; 130 interrupted."""
     sys.exit(_code())
 
 
 def command() -> None:
-    """`main` in a process of its own, which ends here."""
-    code = _code()
+    """`main` in a process of its own, which ends here; a run may have two of them (`runtime/front.py`)."""
+    front = front_of_this_process()
+    code = _code(partial(drive, __file__, sys.argv) if front is None else None)
     atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed from the beginning
         with suppress(OSError, ValueError):  # `| head` has seen enough, or somebody has closed it
             stream.flush()
+    if front is not None:
+        front.ended(code)
     os._exit(code)  # the interpreter would take the imported libraries apart, for more than a second
 
 
-def _code() -> int:
+def _code(elsewhere: Callable[[], int | None] | None = None) -> int:
+    """elsewhere: runs the command line in another process, where it can, and returns its exit code."""
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
     )  # transformers reads GGUF files under a bar, which makes 30 lines in ours
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a machine that is taken away asks like Ctrl-C
     try:
-        code: int | None = app(standalone_mode=False)  # a number where it ends early: 0 after --help, 130 with Ctrl-C
+        code: int | None = app(
+            standalone_mode=False, obj=elsewhere
+        )  # a number where it ends early: 0 after --help, 130 with Ctrl-C
     except UserError as error:
         print(f"rayfed-sub: {error}", file=sys.stderr)
         return 2
@@ -425,6 +449,8 @@ def _code() -> int:
     except RunError as error:
         print(f"rayfed-sub: {error}", file=sys.stderr)
         return 1
+    except _Ended as ended:
+        return ended.code
     if code == 130:
         print("rayfed-sub: interrupted", file=sys.stderr)
     return code or 0

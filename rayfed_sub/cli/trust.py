@@ -21,9 +21,9 @@ _BEGUN = b'{"event": "started"'
 def check_named(file: str, group: str, name: object, overrides: list[str]) -> None:
     """UserError where a file from somebody else names a class that the command line does not name.  group: what names
     it, `method` or `hook`."""
-    from rayfed_sub import methods
-
     if _from_others(file):
+        from rayfed_sub import methods
+
         given, add = _values(overrides, group, f"{group}.name"), f"{group}.name={name}"
         methods.check_named(group, name, given, file, f"{add}, or give a file of your own in place of {file}")
 

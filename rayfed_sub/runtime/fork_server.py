@@ -22,13 +22,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 FORKED = "RAYFED_SUB_FORK_SERVER"
 """Environment variable of a forked process: its server's number."""
+GIVEN = "RAYFED_SUB_GIVEN"
+"""Environment variable of a forked process that was given a descriptor besides its streams: its number."""
 
 MODULES = (
     *("transformers.modeling_utils", "rayfed_sub.training.executor", "rayfed_sub.training.inference"),
@@ -40,6 +42,7 @@ MODULES = (
 
 _DONE = b"."
 _FIRST_TO_GO = "1000"
+_STREAMS = 4  # descriptors of a request at most
 _LONGEST = 100  # bytes of a socket's path, of which Linux takes 107
 
 
@@ -49,9 +52,14 @@ def fork_server(wanted: bool, address: str | None = None, modules: Sequence[str]
 
     wanted: `Resources.forked`.  modules: what the server imports.  None, and no server, where `wanted` is false, and
     where the run joins a Ray, by its address or because this process has one.  Forked processes outlive the server:
-    they end as all of Ray's do."""
-    if not wanted or _joins(address):
+    they end as all of Ray's do.  In a driver the server is its front's."""
+    from rayfed_sub.runtime.front import front_of_this_process
+
+    if not wanted or joins(address):
         yield None
+        return
+    if (front := front_of_this_process()) is not None:
+        yield front.forks
         return
     with TemporaryDirectory(prefix="rayfed-sub-", dir=_short()) as folder:
         path = str(Path(folder) / "fork")  # only this user can open the folder
@@ -84,7 +92,7 @@ def server_of_this_process() -> int | None:
     return parent if os.environ.get(FORKED) == str(parent) else None  # a fork's own children have the variable too
 
 
-def _joins(address: str | None) -> bool:
+def joins(address: str | None) -> bool:
     """True where the run has its Ray already, as `cluster.joined` has it."""
     if (address or os.environ.get("RAY_ADDRESS")) not in (None, "", "local"):
         return True
@@ -96,6 +104,16 @@ def _short() -> str | None:
     from tempfile import gettempdir
 
     return None if len(gettempdir()) + len("/rayfed-sub-12345678/fork") <= _LONGEST else "/tmp"
+
+
+def fork(command: str, script: str, words: Sequence[str], more: Mapping[str, str], given: int) -> None:
+    """Asks for a fork that runs the script under these words, the program's name first; returns at once, while the
+    server may still be importing.
+
+    command: of `fork_server`.  more: environment variables besides this process's.  given: a descriptor for it."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(shlex.split(command)[-1])
+        _send(server, script, words, {**os.environ, **more}, [0, 1, 2, given])
 
 
 def _serve(listener: socket.socket) -> None:
@@ -125,7 +143,7 @@ def _request(asking: socket.socket) -> tuple[dict[str, object] | None, list[int]
     """What is asked for, and three standard streams; None where who asked has been killed meanwhile."""
     streams: list[int] = []
     try:
-        _, streams, _, _ = socket.recv_fds(asking, 1, 3)
+        _, streams, _, _ = socket.recv_fds(asking, 1, _STREAMS)
         with asking.makefile("rb") as file:
             return json.loads(file.read()), list(streams)
     except (OSError, ValueError):
@@ -138,10 +156,12 @@ def _become(request: dict[str, object], streams: list[int], asking: socket.socke
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()  # Ray kills a worker with its process group
-    with suppress(OSError):  # where /proc cannot be written Ray does without as well
-        # What Ray does for the process that it has started itself: where memory ends, workers are to go before Ray.
-        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
-    for number, stream in enumerate(streams):
+    given = {GIVEN: str(streams[3])} if len(streams) > 3 else {}
+    if not given:
+        with suppress(OSError):  # where /proc cannot be written Ray does without as well
+            # What Ray does for the process that it has started itself: where memory ends, workers are to go before Ray.
+            Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
+    for number, stream in enumerate(streams[:3]):
         os.dup2(stream, number)
     np.random.seed()  # or all forks would draw the same numbers
     environment, words = request["environment"], request["words"]
@@ -150,21 +170,29 @@ def _become(request: dict[str, object], streams: list[int], asking: socket.socke
     os.chdir(str(request["folder"]))
     server = os.getppid()
     os.environ.clear()
-    os.environ.update({**environment, FORKED: str(server)})
+    os.environ.update({**environment, **given, FORKED: str(server)})
     sys.argv = words
-    asking.send(_DONE)  # fails where nobody waits any more
+    with suppress(OSError) if given else nullcontext():  # fails where nobody waits any more
+        asking.send(_DONE)
     asking.close()
-    runpy.run_path(words[0], run_name="__main__")
+    runpy.run_path(str(request["script"]), run_name="__main__")
+
+
+def _send(
+    server: socket.socket, script: str, words: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]
+) -> None:
+    """Sends a request."""
+    request = {"script": script, "words": [*words], "folder": os.getcwd(), "environment": {**environment}}
+    socket.send_fds(server, [b"."], streams)
+    server.sendall(json.dumps(request).encode())
+    server.shutdown(socket.SHUT_WR)
 
 
 def _ask(path: str, words: list[str]) -> None:
     """Asks the server for a process that runs these words; without a server it runs them here, imports and all."""
-    request = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}
     with suppress(OSError), socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
-        socket.send_fds(server, [b"."], [0, 1, 2])
-        server.sendall(json.dumps(request).encode())
-        server.shutdown(socket.SHUT_WR)
+        _send(server, words[0], words, os.environ, [0, 1, 2])
         if server.recv(1) == _DONE:
             return
     os.execv(sys.executable, [sys.executable, *words])

@@ -24,6 +24,7 @@ from rayfed_sub.planning.sampling import draws
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.course import Course
+from rayfed_sub.runtime.front import front_of_this_process
 from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
 from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
@@ -66,7 +67,10 @@ def carry_out(
     configuration names.  Raises RunError where the run cannot go on.
     """
     callbacks = with_callbacks(job.config, ())[1] if callbacks is None else callbacks
-    with closing(PeakMemory()) as memory, ExitStack() as stack:
+    front = front_of_this_process()
+    with ExitStack() as stack:
+        processes = (None, *([] if front is None else [front.process]))
+        memory = [stack.enter_context(closing(PeakMemory(process=process))) for process in processes]
         trackers = [stack.enter_context(closing(one)) for one in trackers_of(folder.path, job.config, notify)]
         summary = _with_restarts(job, folder, shared, notify, memory, callbacks, trackers)
         wall = time.perf_counter() - began
@@ -82,7 +86,7 @@ def _with_restarts(
     folder: RunFolder,
     shared: Shared,
     notify: Listener,
-    memory: PeakMemory,
+    memory: Sequence[PeakMemory],
     callbacks: Mapping[str, Callback],
     trackers: Sequence[Tracker],
 ) -> Summary:
@@ -110,12 +114,12 @@ def _rounds(
     folder: RunFolder,
     coordinator: CoordinatorLink,
     notify: Listener,
-    memory: PeakMemory,
+    memory: Sequence[PeakMemory],
     callbacks: Mapping[str, Callback],
     trackers: Sequence[Tracker],
 ) -> Summary:
     """Runs the remaining rounds and writes tables and checkpoints; returns the summary without its wall time.
-    memory: of this process.  Raises RayActorError where the coordinator dies."""
+    memory: of this process, and of its front.  Raises RayActorError where the coordinator dies."""
     config, ask = job.config, coordinator.ask
 
     def follow(records: Iterable[PackDone | RoundDone]) -> None:
@@ -253,7 +257,7 @@ def _summary(
     first: Beginning,
     ask: Callable[[str], Any],
     targets: int,
-    memory: PeakMemory,
+    memory: Sequence[PeakMemory],
     stopped: str | None,
     best: dict[str, Any] | None,
 ) -> Summary:
@@ -274,7 +278,7 @@ def _summary(
         change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,
         train_seconds=sum(row["train_seconds"] for row in rows),
-        peak_memory_bytes=peak_of([memory.sample(), *ask("memory")]),
+        peak_memory_bytes=peak_of([*(one.sample() for one in memory), *ask("memory")]),
         metrics={f"{name}_before": value for name, value in before.items()} | overall(folder.scores(len(rows))),
         versions=first.versions,
         environment=first.environment,

@@ -29,7 +29,8 @@ from rayfed_sub.planning.call import NOTHING, Given, named
 from rayfed_sub.planning.job import Job, check_resources, check_settings, prepare
 from rayfed_sub.planning.machines import free_memory
 from rayfed_sub.runtime.callbacks import with_callbacks
-from rayfed_sub.runtime.cluster import joined, nodes, put_rows, ray_session_aside
+from rayfed_sub.runtime.cluster import joined, nodes, put_rows
+from rayfed_sub.runtime.local_ray import ray_session_aside
 from rayfed_sub.runtime.object_store import Shared, get
 from rayfed_sub.runtime.rounds import Listener, carry_out
 from rayfed_sub.runtime.worker import Spec

@@ -20,8 +20,9 @@ from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import Job, JobInputs, check_resources, job_on
 from rayfed_sub.planning.machines import Node, free_memory
 from rayfed_sub.runtime.callbacks import with_callbacks
-from rayfed_sub.runtime.cluster import HEAD, joined, nodes, ray_session_aside
+from rayfed_sub.runtime.cluster import HEAD, joined, nodes
 from rayfed_sub.runtime.fork_server import fork_server
+from rayfed_sub.runtime.local_ray import ray_session_aside
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import SWEEP, Place, inside, open_place
 from rayfed_sub.storage.run_folder import FREE, check_free, check_same, check_same_data, new, to_resume

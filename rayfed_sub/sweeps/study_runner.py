@@ -19,8 +19,9 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.planning.job import JobInputs, job_on
 from rayfed_sub.reports.report import report_run
-from rayfed_sub.runtime.cluster import joined, nodes, ray_session
+from rayfed_sub.runtime.cluster import joined, nodes
 from rayfed_sub.runtime.fork_server import fork_server
+from rayfed_sub.runtime.local_ray import ray_session
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import check_data, make, summary_of
 from rayfed_sub.sweeps.capacity import at_once

@@ -165,7 +165,7 @@ def test_every_node_requires_the_token(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*LAUNCHED, KUBERAY])
 def test_every_node_frees_objects_at_once(name: str) -> None:
-    """As in a local run (runtime/cluster.py), for any number of nodes: head and workers."""
+    """as in a local run (runtime/local_ray.py), for any number of nodes: head and workers."""
     config = read(name)
     if name == KUBERAY:
         groups = [config["spec"]["headGroupSpec"], *config["spec"]["workerGroupSpecs"]]

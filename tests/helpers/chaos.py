@@ -222,8 +222,8 @@ def table(root: Path) -> Iterator[tuple[str, int, str, str]]:
 def main() -> None:
     """Print the table and run the soak; exit code 1 if hashes differ."""
     from rayfed_sub.cli.run_view import print_table
-    from rayfed_sub.runtime.cluster import ray_session
     from rayfed_sub.runtime.fork_server import fork_server
+    from rayfed_sub.runtime.local_ray import ray_session
     from tests.helpers.packings import table as packed_cases
 
     with fork_server(wanted=True) as forks, ray_session(forks), TemporaryDirectory() as folder:

@@ -22,8 +22,8 @@ import ray
 
 from rayfed_sub import load_config
 from rayfed_sub.planning.job import Job, prepare
-from rayfed_sub.runtime.cluster import ray_session
 from rayfed_sub.runtime.fork_server import fork_server
+from rayfed_sub.runtime.local_ray import ray_session
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.rounds import carry_out
 from rayfed_sub.runtime.session import load_backbone, spec_of

@@ -39,7 +39,7 @@ print(json.dumps({
 def command() -> Iterator[str]:
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_joins", lambda address: False)  # the tests' own Ray may be up
+            patch.setattr(module, "joins", lambda address: False)  # the tests' own Ray may be up
             found = stack.enter_context(fork_server(wanted=True, modules=("colorsys",)))
         assert found is not None
         yield found
@@ -97,7 +97,7 @@ def test_who_asks_and_is_killed_costs_nobody_else_anything(command: str, script:
         asking.connect(path)
         socket.send_fds(asking, [b"."], [1])
         asking.sendall(b'{"words": ["half')
-    request = {"words": [str(script)], "folder": "/", "environment": {}}
+    request = {"script": str(script), "words": [str(script)], "folder": "/", "environment": {}}
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(path)
         socket.send_fds(asking, [b"."], [os.open(os.devnull, os.O_RDWR)] * 3)
@@ -107,7 +107,7 @@ def test_who_asks_and_is_killed_costs_nobody_else_anything(command: str, script:
 
 def test_process_that_cannot_begin_is_not_said_to_be_there(command: str) -> None:
     """So that whoever asks runs the words itself."""
-    request = {"words": ["nothing.py"], "folder": "/nowhere", "environment": {}}
+    request = {"script": "nothing.py", "words": ["nothing.py"], "folder": "/nowhere", "environment": {}}
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(shlex.split(command)[-1])
         socket.send_fds(asking, [b"."], [os.open(os.devnull, os.O_RDWR)] * 3)

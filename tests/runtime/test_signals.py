@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import os, signal, time
-from rayfed_sub.runtime.cluster import ray_session
+from rayfed_sub.runtime.local_ray import ray_session
 
 def stops(number, frame):
     time.sleep(5)  # as long as a checkpoint may take
