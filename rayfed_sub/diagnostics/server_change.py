@@ -22,6 +22,8 @@ from rayfed_sub.core.types import Change, Tensors
 _SPARE = 16  # columns of a sketch beyond the expected rank
 _WORTH = 4  # a sketch is used where it is at least so many times smaller than the matrix
 _PART = 1.5  # rows and columns of a part, in multiples of the expected rank
+_BANDS = 4  # of a triangle, which takes 10 of 16 blocks' products
+_ROWS = 128  # of a chunk
 
 
 def add_ranks(so_far: Mapping[str, int | None], update: Tensors) -> dict[str, int | None]:
@@ -86,7 +88,7 @@ def server_change(
     if after.dense is not None and expected is None and not dense:
         return None
     after_mn = after.apply(W_mn)
-    far = torch.dist(after_mn, W_mn) / W_mn.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    far = _distance(after_mn, W_mn) / W_mn.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ServerChange(moved_rank(before, after, W_mn, after_mn, expected, sums=sums), float(far))
 
 
@@ -107,8 +109,8 @@ def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None
     part = 0 if not expected else int(_PART * expected) + _SPARE
     if expected and sums and 2 * part <= min(m, n) + part // 2:
         rows, columns = (torch.arange(part) * size // part for size in (m, n))
-        part_kk = (matrix[rows[:, None], columns].double() for matrix in (after_mn, before_mn))
-        if _above(next(part_kk).sub_(next(part_kk)), noise) == expected:
+        after_kk, before_kk = (matrix[rows].index_select(1, columns) for matrix in (after_mn, before_mn))
+        if _above(after_kk.double().sub_(before_kk), noise) == expected:
             return expected
     change_mn = after_mn.double().sub_(before_mn)
     if expected is not None and (expected + _SPARE) * _WORTH <= min(m, n):
@@ -121,12 +123,29 @@ def change_rank(before_mn: Tensor, after_mn: Tensor, expected: int | None = None
 def _above(matrix_mn: Tensor, noise: float) -> int:
     """How many singular values exceed `noise`, by Sylvester's law of inertia: as many as L D L^T = M^T M - noise^2 has
     positive eigenvalues in D.  It takes a sixth of the time of the eigenvalues."""
-    m, n = matrix_mn.shape
-    gram_kk = matrix_mn.T @ matrix_mn if n <= m else matrix_mn @ matrix_mn.T
+    gram_kk = _lower_gram(matrix_mn)
     gram_kk.diagonal().sub_(noise**2)
     factor_kk, pivot_k = torch.linalg.ldl_factor(gram_kk)
     single_k = pivot_k > 0  # a block of two, with an eigenvalue of either sign, has negative pivots
     return int((factor_kk.diagonal()[single_k] > 0).sum()) + int((~single_k).sum()) // 2
+
+
+def _lower_gram(matrix_mn: Tensor) -> Tensor:
+    """Lower triangle, in bands, of the Gram matrix of the short side, (k, k); the factorisation reads no more."""
+    m, n = matrix_mn.shape
+    tall = matrix_mn if n <= m else matrix_mn.T
+    gram_kk = tall.new_zeros(k := tall.shape[1], k)
+    for begin in range(0, k, band := -(-k // _BANDS)):
+        end = min(begin + band, k)
+        gram_kk[begin:end, :end] = tall[:, begin:end].T @ tall[:, :end]
+    return gram_kk
+
+
+def _distance(one_mn: Tensor, other_mn: Tensor) -> Tensor:
+    """Frobenius norm of the difference, in chunks that stay in the cache: `torch.dist` makes the whole difference."""
+    chunks = zip(one_mn.split(_ROWS), other_mn.split(_ROWS), strict=True)
+    norms = torch.stack([(one - other).norm() for one, other in chunks])
+    return norms.square().sum().sqrt()
 
 
 def moved_rank(

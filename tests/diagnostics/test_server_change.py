@@ -92,11 +92,11 @@ def test_a_part_that_lacks_a_direction_is_not_believed(whole: list[tuple[int, ..
 
 @pytest.mark.parametrize("rank", [0, 1, 7, 30])
 def test_inertia_counts_singular_values(rank: int) -> None:
-    """Against LAPACK's singular values, thresholds between them."""
-    left, right = product(40, 30, [2.0**-i for i in range(rank)]) if rank else product(40, 30, [0.0])
+    """Against LAPACK's singular values, thresholds between them, whose squares float64 tells apart."""
+    left, right = product(40, 30, [1.5**-i for i in range(rank)]) if rank else product(40, 30, [0.0])
     matrix = left.double() @ right.double()
     for kept in range(rank + 1):
-        cut = 2.0**-kept * 1.5
+        cut = 1.5**-kept * 1.2
         assert module._above(matrix, cut) == int((torch.linalg.svdvals(matrix) > cut).sum()) == kept
 
 
