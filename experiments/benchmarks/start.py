@@ -3,17 +3,22 @@
 `python -m experiments.benchmarks.start [CONFIG] [KEY=VALUE ...] [--before TREE] [--turns N]` prints, for this checkout
 and another one, the seconds from the command to its first round and from its last round to the prompt, and the largest
 sum of the proportional memory of all its processes, Ray's included.
+
+`--rows N`: of a configuration for text, with a file of N rows of random words, some 258 bytes each, from 200 sources,
+which are the clients, of whom 8 take part in a round.  The first start, with an empty cache, stands apart.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +39,9 @@ getattr(line, "command", line.main)()
 """
 
 
+_SOURCES = 200
+
+
 @dataclass(frozen=True)
 class Waited:
     """Seconds to the first round and from the last one to the end; bytes of all processes at most."""
@@ -43,15 +51,15 @@ class Waited:
     peak: int
 
 
-def waited(tree: Path, words: Sequence[str], every: float) -> Waited:
+def waited(tree: Path, words: Sequence[str], every: float, more: Mapping[str, str]) -> Waited:
     """One run by the state in `tree`; words: configuration and overrides; memory is looked at `every`
-    so many seconds, 0: not at all.
+    so many seconds, 0: not at all; more: environment variables.
 
     Raises RuntimeError where it fails.
     """
     with TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _COMMAND, "run", *words, "--out", str(Path(folder) / "run")]
-        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1", **more}
         began = time.monotonic()
         process = subprocess.Popen(
             command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -81,31 +89,60 @@ def _look(pid: int, peak: list[int], over: threading.Event, every: float) -> Non
         peak[0] = max(peak[0], total_memory(pid))
 
 
+def write_rows(count: int, path: Path) -> list[str]:
+    """Writes a file of so many questions and answers; returns the overrides that read it."""
+    draw = random.Random(0)
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    weights = range(len(letters), 0, -1)
+    known = ["".join(draw.choices(letters, weights, k=draw.randint(2, 9))) for _ in range(5000)]
+    with path.open("w") as file:
+        for _ in range(count):
+            question, answer = (" ".join(draw.choices(known, k=draw.randint(5, most))) for most in (25, 30))
+            source = f"s{draw.randrange(_SOURCES)}"
+            file.write(json.dumps({"question": f"{question}?", "answer": answer, "source": source}) + "\n")
+    task = f"{{name: table, path: {path}, prompt: '{{question}}', answer: answer, max_length: 128}}"
+    partition = "{kind: column, column: source}"
+    held = [f"federation.clients={_SOURCES}", "federation.sampled=8", f"federation.partition={partition}"]
+    return [f"task={task}", *held]
+
+
 def main(
     config: Annotated[str, typer.Argument(help="relative to each state")] = "experiments/tiny.yaml",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     before: Annotated[Path | None, typer.Option(help="a checkout of an earlier state")] = None,
     turns: Annotated[int, typer.Option(min=1)] = 3,
+    rows: Annotated[int, typer.Option(help="of a large file; 0: those of CONFIG", min=0)] = 0,
 ) -> None:
     """Print both states' medians, and the ratio."""
-    trees = {"now": ROOT, **({} if before is None else {"before": before.absolute()})}
-    words = [config, *(overrides or [])]
+    with TemporaryDirectory() as folder:
+        trees = {"now": ROOT, **({} if before is None else {"before": before.absolute()})}
+        words, more = [config, *(overrides or [])], dict[str, str]()
+        if rows:
+            words += write_rows(rows, Path(folder) / "rows.jsonl")
+            more = {"RAYFED_SUB_CACHE": str(Path(folder) / "cache")}
+            for name, tree in trees.items():
+                one = waited(tree, words, 1.0, more)
+                print(f"{name}, first start: {one.first:.2f} s, peak {one.peak / 1e9:.2f} GB", flush=True)
+        _turns(trees, words, turns, more)
+
+
+def _turns(trees: Mapping[str, Path], words: Sequence[str], turns: int, more: Mapping[str, str]) -> None:
     found: dict[str, list[Waited]] = {name: [] for name in trees}
     peaks: dict[str, int] = {}
     for _ in range(turns):
         for name, tree in trees.items():
-            found[name].append(waited(tree, words, 0.0))
+            found[name].append(waited(tree, words, 0.0, more))
             one = found[name][-1]
             print(f"{name}: {one.first:.2f} s to the first round, {one.end:.2f} s after the last", flush=True)
     for name, tree in trees.items():  # looking takes time of its own
-        peaks[name] = waited(tree, words, 0.5).peak
+        peaks[name] = waited(tree, words, 0.5, more).peak
     firsts = {name: statistics.median(one.first for one in ones) for name, ones in found.items()}
     ends = {name: statistics.median(one.end for one in ones) for name, ones in found.items()}
     about = machine()
     print(f"{about['date']}, {about['commit']}, {about['cores']} cores, {psutil.virtual_memory().total / 1e9:.0f} GB")
     for title, values, unit in (("to the first round", firsts, "s"), ("after the last", ends, "s")):
         shown = ", ".join(f"{name} {value:.2f} {unit}" for name, value in values.items())
-        ratio = f": {values['now'] / values['before']:.2f}x" if before is not None else ""
+        ratio = f": {values['now'] / values['before']:.2f}x" if "before" in trees else ""
         print(f"{title}: {shown}{ratio}")
     shown = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in peaks.items())
     print(f"peak memory, Ray included: {shown}")
