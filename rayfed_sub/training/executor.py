@@ -298,7 +298,7 @@ def _passed(
 ) -> tuple[Tensor, list[int]]:
     """The step's passes, whose gradients are added to those of `steps`; loss (G,) and labels of the stacks' clients.
     clients: number and local step of each."""
-    device = next(iter(stacks[0].tensors.values())).device
+    device = stacks[0].device
     labels = [sum(own) for own in zip(*(one.counts for one in turns), strict=True)]
     count_G, loss_G = onto(labels, device), torch.zeros(len(labels), device=device)
     rate = stacks[0].trainees[0].start.dropout
@@ -314,7 +314,7 @@ def _passed(
 
 
 def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hooks: GradientHooks | None) -> _Step:
-    device = next(iter(stack.tensors.values())).device
+    device = stack.device
     scale_G = onto([trainee.start.scale for trainee in stack.trainees], device)
     own_scales = {
         name: onto([trainee.start.scale_of(name) for trainee in stack.trainees], device)

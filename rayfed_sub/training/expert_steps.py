@@ -30,7 +30,7 @@ def sent(
     and that in the new one counts.
     """
     found: list[Tensor] = []
-    zeros_G = torch.zeros(len(stack.trainees), dtype=torch.bool, device=next(iter(stack.tensors.values())).device)
+    zeros_G = torch.zeros(len(stack.trainees), dtype=torch.bool, device=stack.device)
     for layer in shape.experts:
         own = [gradients[name] for role in ROLES if (name := f"{layer.name}/{role}") in gradients]
         sent_G = torch.stack([_any(x) for x in own]).any(0) if own else zeros_G
