@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.devices import free_to_read, onto
 from rayfed_sub.core.lowrank import inner_core
-from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start
+from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, OptimizerRule, Start
 from rayfed_sub.data.batching import Batch, Batches
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.privacy.examples import RowPrivacy
@@ -60,7 +59,7 @@ class LocalRule:
     that go through the model at a time, all where it is None; recompute: whether blocks keep no activations; privacy:
     of the clients' single rows, for starts without a refresh and models without experts among their targets."""
 
-    optimizer: Optimizer
+    optimizer: OptimizerRule
     lr: float
     seed: int
     pad: int
@@ -465,7 +464,7 @@ def _refresh(stack: Stack, shape: ModelShape, seed: int) -> Refresh | None:
     return Refresh(subspaces, due, draws, stack.tensors) if due else None
 
 
-def _new_period(stack: Stack, shape: ModelShape, step: _Step, optimizer: Optimizer) -> None:
+def _new_period(stack: Stack, shape: ModelShape, step: _Step, optimizer: OptimizerRule) -> None:
     """Closes the due clients' open blocks (if they were stepped in this round) and opens new ones; of experts only
     where a client's loss depends on them."""
     refresh = step.refresh

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.types import ModelShape
+from rayfed_sub.core.types import ModelShape, OptimizerRule
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.galore import Refresh
 from rayfed_sub.training.stacks import Clock, Stack, Trainee
@@ -66,7 +65,7 @@ def step_experts(
     shape: ModelShape,
     gradients: Mapping[str, Tensor],
     sent: Mapping[str, Sequence[bool]],
-    optimizer: Optimizer,
+    optimizer: OptimizerRule,
     lr: float,
     decay: float,
 ) -> None:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.devices import fetched, onto
-from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.core.types import Layer, LocalResult, ModelShape, OptimizerRule, Start, Tensors
 from rayfed_sub.data.batching import Batches
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.blocks import Closed
@@ -90,7 +89,7 @@ def expert_step(start: Start, layer: Layer) -> int:
 
 
 def stacks_of(
-    trainees: Sequence[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
+    trainees: Sequence[Trainee], shape: ModelShape, optimizer: OptimizerRule, device: torch.device, *, anchored: bool
 ) -> list[Stack]:
     """The clients in stacks of equal shapes, in the order of each stack's first."""
     alike: dict[tuple[tuple[int, ...], ...], list[Trainee]] = {}
@@ -100,7 +99,7 @@ def stacks_of(
 
 
 def _stack(
-    trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
+    trainees: list[Trainee], shape: ModelShape, optimizer: OptimizerRule, device: torch.device, *, anchored: bool
 ) -> Stack:
     """The clients' tensors side by side, in fresh memory: equal packs, equal bits.  Those of clients that come back lie
     on the CPU, others where the broadcast lies."""
