@@ -38,7 +38,8 @@ for name in METHODS:
     server = method.init_server(weights, shape, 0)
     start = method.start_client(Broadcast(0, method.broadcast(server).tensors), None, Client(0, 0), shape)
     if name in ("fedftg", "fedit"):
-        (result,) = train_pack(model, layers, shape, [ClientWork(0, start, [{"input_ids": ids, "labels": ids}])], rule).results
+        work = ClientWork(0, start, [{"input_ids": ids, "labels": ids}])
+        (result,) = train_pack(model, layers, shape, [work], rule).results
         assert result.failure is None and result.metrics["loss"] > 0, result
 print(*(name for name in sys.argv[1:] if find_spec(name)), "trained")
 """
