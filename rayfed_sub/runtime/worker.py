@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Guard, Packed, unpacked
+from rayfed_sub.core.devices import deterministic
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.types import (
     Broadcast,
@@ -357,15 +357,12 @@ def _failed(result: LocalResult, failure: str) -> Update:
     return Update(result.client, 0.0, {}, finite, failure)
 
 
-def _device(gpu_share: float, deterministic: bool) -> torch.device:
+def _device(gpu_share: float, steady: bool) -> torch.device:
     """This worker's device; limits a GPU's memory to the worker's share, which Ray does not enforce."""
     if not gpu_share:
         return torch.device("cpu")
-    if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+    if steady:
+        deterministic()
     if gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_share)
     return torch.device("cuda")
