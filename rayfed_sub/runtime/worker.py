@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from rayfed_sub.privacy.examples import row_privacy
 from rayfed_sub.privacy.mechanism import clipped
 from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
-from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels, give_back, keep_freed
+from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels, give_back, gpu_peak, keep_freed
 from rayfed_sub.training.client_errors import failed, not_finite
 from rayfed_sub.training.executor import ClientWork, LocalRule, PackResult, train_pack
 from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, predictions
@@ -122,8 +122,8 @@ class Worker:
         return versions(), machine(on_gpu) | ({"eigenproblems": str(eigen_dtype(self._device))} if on_gpu else {})
 
     def memory(self) -> Sample:
-        """Proportional set size, bytes: as last sampled, and the largest seen so far."""
-        return self._memory.sample()
+        """Proportional set size, bytes: as last sampled, and the largest seen so far; on a GPU its peak there too."""
+        return replace(self._memory.sample(), gpu=gpu_peak(self._device))
 
     def close(self) -> None:
         """Ends the thread that samples memory."""
