@@ -9,6 +9,7 @@ A plan runs the same code on torch's `meta` device, which has no data and stands
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,6 +39,16 @@ def kind_of(device: torch.device) -> str:
 def free_to_read(device: torch.device) -> bool:
     """Whether numbers on the device may be asked for at any time."""
     return kind_of(device) == "cpu"
+
+
+def deterministic() -> None:
+    """Makes this process take algorithms that give the same bits each time, for good; before its first work on a GPU.
+    Attention is then products and a softmax: none of the fused ones adds up gradients in a fixed order on all GPUs."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def onto(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
