@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rayfed_sub.clock.timeline_rows import UNFINISHED
+
 if TYPE_CHECKING:  # runs without devices need none
     import pandas as pd
 
@@ -67,9 +69,11 @@ def _bytes(rows: pd.DataFrame) -> int:
 
 
 def costs(timeline: pd.DataFrame) -> list[Cost]:
-    """The cost up to the end of each round that has clients, in order."""
+    """The cost up to the end of each round that has clients, in order; the last one's with what clients had sent that
+    were under way when the run ended."""
     found, sent, joules = [], 0, 0.0
-    for n, rows in timeline.groupby("round", sort=True):
+    last = timeline.loc[timeline["outcome"] != UNFINISHED, "round"].max()
+    for n, rows in timeline.groupby(timeline["round"].clip(upper=last), sort=True):
         sent, joules = sent + _bytes(rows), joules + float(rows["joules"].fillna(0.0).sum())
         known = joules if timeline["joules"].notna().any() else None
         found.append(Cost(int(str(n)) + 1, float(rows["round_ended"].max()), sent, known))

@@ -62,6 +62,10 @@ class Flight:
         share = (min(now, self.until) - self.computed) / self.upload
         return round(self.uplink_bytes * min(max(share, 0.0), 1.0))
 
+    def downloaded(self, now: float) -> bool:
+        """Whether all of its download had come by `now`."""
+        return min(now, self.until) >= self.began + self.download
+
     def received(self, now: float) -> int:
         """Bytes of its download that had come by `now`."""
         if not self.download or now >= self.began + self.download:

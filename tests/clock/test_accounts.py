@@ -17,7 +17,7 @@ def row(round: int, client: int, device: str, began: float, ended: float, **more
     end = 10.0 * (round + 1)
     times = {"download_seconds": 0.0, "compute_seconds": 1.0, "upload_seconds": 0.0, "ended": ended}
     rest = {"round_ended": end, "idle_seconds": end - ended, "steps": 1.0, "tokens": 1.0}
-    return TimelineRow(round=round, client=client, device=device, began=began, **times, **rest, **known)
+    return TimelineRow(round=round, client=client, device=device, began=began, **{**times, **rest, **known})
 
 
 TIMELINE = pd.DataFrame(
@@ -41,6 +41,16 @@ def test_account_by_hand() -> None:
     assert (slow["clients"], slow["rounds"], slow["counted"], slow["participation"]) == (1, 2, 1, 1 / 3)
     assert (fast["participation"], fast["staleness"], fast["idle_share"], fast["joules"]) == (2 / 3, 0.5, 12 / 20, None)
     assert (slow["wasted_bytes"], fast["wasted_bytes"]) == (25, 0)
+
+
+def test_clients_under_way_at_the_end_count_in_the_last_round() -> None:
+    left = row(
+        2, 2, "slow", 15.0, 20.0, version=1, outcome="unfinished", joules=5.0, round_ended=20.0, idle_seconds=0.0
+    )
+    whole = pd.concat([TIMELINE, pd.DataFrame([asdict(left)])])
+    assert costs(whole) == [Cost(1, 10.0, 60, 50.0), Cost(2, 20.0, 145, 85.0)]
+    found = account(whole)
+    assert (found["seconds"], found["wasted_bytes"], found["wasted_seconds"]) == (20.0, 25 + 30, 10.0 + 5.0)
 
 
 def test_account_of_nothing() -> None:

@@ -192,6 +192,37 @@ def test_privacy_does_not_go_with_hours_of_devices(tmp_path: Path) -> None:
         run(job(*private, devices=hours), tmp_path / "run")
 
 
+def test_clients_under_way_at_the_end_are_in_the_totals(buffered: Summary) -> None:
+    timeline, rounds = (pd.read_parquet(f"{buffered.folder}/{name}.parquet") for name in ("timeline", "rounds"))
+    left = timeline[timeline["outcome"] == "unfinished"]
+    assert set(left["round"]) == {6}
+    assert 0 < len(left) <= 5
+    for way, total in {"uplink_bytes": buffered.uplink_bytes, "downlink_bytes": buffered.downlink_bytes}.items():
+        assert total == timeline[way].sum() == rounds[way].sum() + left[way].sum()
+        assert total == read_run(Path(buffered.folder)).sent(way)
+    assert buffered.simulated is not None
+    dropped = timeline[timeline["outcome"] != "counted"]
+    assert buffered.simulated["wasted_bytes"] == dropped["uplink_bytes"].sum() + dropped["downlink_bytes"].sum() > 0
+
+
+def test_dropped_client_downloads_what_it_has_missed(tmp_path: Path) -> None:
+    """Each round adds three blocks of rank 1 to a layer; who came too late for a round holds its broadcast."""
+    drop = ["federation.sampled=3", "federation.over_selection=2", "federation.rounds=4", "server.optimizer=plain"]
+    summary = run(job(*drop, "method.rank=1", "method.refresh_every=100", devices=TWO), tmp_path / "run")
+    timeline = pd.read_parquet(f"{summary.folder}/timeline.parquet")
+    assert (timeline["began"] + timeline["download_seconds"] <= timeline["ended"]).all()
+    holds, dropped, charged, again = dict[int, int](), set[int](), dict[int, set[int]](), 0
+    for _, rows in timeline.groupby("round"):
+        for row in rows.itertuples():
+            charged.setdefault(row.round - holds.get(row.client, 0), set()).add(row.downlink_bytes)
+            again += row.client in dropped
+        holds |= dict.fromkeys(rows["client"], rows["round"].iloc[0])
+        dropped = set(rows.loc[rows["outcome"] == "late", "client"])
+    (block,) = charged[1]
+    assert charged == {missed: {missed * block} for missed in charged}
+    assert again
+
+
 def test_longer_run_goes_on_with_the_clock(buffered: Summary, tmp_path: Path) -> None:
     shorter = [word.replace("rounds=6", "rounds=4") for word in ASYNC]
     run(job(*shorter, devices=TWO), tmp_path / "run")

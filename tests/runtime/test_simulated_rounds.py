@@ -139,6 +139,28 @@ def test_over_selection_ends_with_the_first_updates(rounds: Callable[..., Rounds
     assert told(three.step().timeline)[0] == (1, 1, 2.3, 4.6, "counted")
 
 
+def test_dropped_client_holds_a_download_that_was_there(rounds: Callable[..., Rounds]) -> None:
+    """The slow client's takes 2.5 s: it has come by the deadline of the second run, not by that of the first."""
+    assert rounds({"round_deadline": 2.4}).step().received == {}
+    assert rounds({"round_deadline": 2.6}).step().received == {0: 0}
+    stale = rounds({"mode": "async", "asynchronous": {"buffer": 2, "max_staleness": 2}})
+    assert [stale.step().received for _ in range(3)] == [{}, {}, {0: 0}]
+
+
+def test_clients_under_way_at_the_end_have_rows_of_their_own(rounds: Callable[..., Rounds]) -> None:
+    """After 2.3 s the slow client, which began at 0, has computed nothing and got 1.8 of the 2 s of its download."""
+    three = rounds({"mode": "async", "asynchronous": {"buffer": 2}})
+    three.step()
+    assert three.state.clock is not None
+    (left,) = three.rounds.under_way(1, three.state.clock)
+    assert told([left]) == [(0, 0, 0, 2.3, "unfinished")]
+    assert (left.round, left.uplink_bytes, left.joules, left.idle_seconds) == (1, 0, 0.0, 0.0)
+    assert left.downlink_bytes == round(DOWN * 2.3 / 2.5)
+    three.step()
+    (left,) = three.rounds.under_way(2, three.state.clock)
+    assert (left.downlink_bytes, left.joules) == (DOWN, pytest.approx(5.0 * (4.6 - 2.5)))
+
+
 def test_deadline_drops_who_cannot_make_it_without_training_them(rounds: Callable[..., Rounds]) -> None:
     three = rounds({"round_deadline": 8.0})
     assert told(three.step().timeline) == [(1, 0, 0, 2.3, "counted"), (2, 0, 0, 2.3, "counted"), (0, 0, 0, 8, "late")]
