@@ -17,6 +17,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import TimelineRow
 from rayfed_sub.planning.job import load_inputs
 from rayfed_sub.planning.packs import step_tokens
+from rayfed_sub.planning.sampling import local_steps
 from rayfed_sub.reports.run_reader import Run
 
 
@@ -45,8 +46,8 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
     for n, of_round in run.clients.groupby("round", sort=True):
         clients = []
         for row in of_round.to_dict("records"):
-            client, steps = int(row["client"]), float(row["steps"])
-            sizes = (int(row["downlink_bytes"]), int(row["uplink_bytes"]))
+            client, sizes = int(row["client"]), (int(row["downlink_bytes"]), int(row["uplink_bytes"]))
+            steps = local_steps(config, client)  # of a client that failed too, as the clock counts them
             work = (steps, steps * tokens(client))
             clients.append(ClientRound(client, *sizes, isinstance(row["failure"], str), work))
         now, more = waited(fleet, int(str(n)), now, clients)

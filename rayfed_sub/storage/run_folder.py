@@ -228,6 +228,8 @@ def _check_config(path: Path, config: Config, any_pack: bool) -> Config:
         free = (*free, PACKING[0])
     if is_longer(config, old):
         free = (*free, ROUNDS)
+    if old.devices.trace is not None and config.devices.trace is not None:
+        free = (*free, TRACE)  # `check_code` compares the lines, wherever the file lies
     then, now = (one.model_copy(update={"method": with_defaults(one.method)}) for one in (old, config))
     check_same(then.model_dump(mode="json"), now.model_dump(mode="json"), free, f"the run in {path}")
     if is_longer(config, old):

@@ -22,7 +22,7 @@ from rayfed_sub.reports.report import report_run
 from rayfed_sub.runtime.cluster import joined, nodes, ray_session
 from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.storage.remote import Place
-from rayfed_sub.storage.run_folder import check_data, make, summary_of
+from rayfed_sub.storage.run_folder import check_code, check_data, make, summary_of
 from rayfed_sub.sweeps.capacity import at_once
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher, failure_of
 from rayfed_sub.sweeps.runner import Listener, check_head, checked
@@ -159,6 +159,7 @@ def missing_trials(
         if (run_folder / "config.yaml").exists():
             summary = summary_of(run_folder, job.config)
             check_data(run_folder, job.dataset.fingerprint)
+            check_code(run_folder, job.code)
         if summary is None:
             missing[trial] = job.config
         else:

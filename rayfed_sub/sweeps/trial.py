@@ -16,7 +16,7 @@ from rayfed_sub.core.text import SCORES_OF, UNDEFINED
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.runtime.rounds import carry_out
 from rayfed_sub.storage.remote import inside, open_place
-from rayfed_sub.storage.run_folder import check_data, opened, summary_of
+from rayfed_sub.storage.run_folder import check_code, check_data, opened, summary_of
 from rayfed_sub.sweeps.results import SENT
 from rayfed_sub.sweeps.shared_inputs import SharedInputs
 from rayfed_sub.sweeps.space import Trials
@@ -55,6 +55,7 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
         if (place.path / "config.yaml").exists():
             done = summary_of(place.path, job.config, same)
             check_data(place.path, job.dataset.fingerprint)
+            check_code(place.path, job.code)
         if done is not None:
             tune.report(_end(done, kind))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from rayfed_sub.cli.main import app
 from rayfed_sub.clock.accounts import account
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Broadcast, Client, ClientState, ModelShape, Start
+from rayfed_sub.methods.fedavg import FedAvg
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.plan import plan_of
 from rayfed_sub.reports.page import Table
@@ -83,6 +86,34 @@ def test_finished_run_is_told_again_for_other_devices(plain: Summary, tmp_path: 
     assert [(one["rounds"], one["seconds"]) for one in again["evaluations"]] == [(0, 0.0), (3, 6.0)]
     shown = CliRunner().invoke(app, [*asked[:-1], "--target", "held_out_loss=0.1"]).stdout
     assert "not reached" in shown
+
+
+@dataclass(frozen=True)
+class Failing(FedAvg):
+    """FedAvg whose client 1 has weights that are no numbers."""
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        start = super().start_client(broadcast, state, client, shape)
+        spoiled = {name: tensor * float("nan") for name, tensor in start.tensors.items()}
+        return replace(start, tensors=spoiled) if client.id == 1 else start
+
+
+def test_run_with_failures_and_a_break_is_told_again(tmp_path: Path) -> None:
+    """A client that fails at its first step is waited for up to its last one, in both."""
+
+    def interrupt(record: Any) -> None:
+        if isinstance(record, PackDone) and record.round == 2:
+            raise KeyboardInterrupt
+
+    config, failing = job("federation.on_client_failure=skip", devices=TWO), Failing()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", interrupt, method=failing)
+    summary = run(config, tmp_path / "run", resume=True, method=failing)
+    found = read_run(Path(summary.folder))
+    told = retimed(found, config.devices)
+    assert summary.resumed
+    assert {"failed", "counted"} == set(told["outcome"])
+    pd.testing.assert_frame_equal(told, found.timeline)
 
 
 def test_only_runs_that_waited_for_everybody_are_told_again(buffered: Summary, plain: Summary) -> None:
@@ -188,8 +219,13 @@ def test_methods_that_cannot_be_asynchronous_get_one_line(overrides: list[str], 
 def test_privacy_does_not_go_with_hours_of_devices(tmp_path: Path) -> None:
     hours = {"one": {"seconds_per_step": 1.0, "hours": [[8, 18]]}}
     private = ["privacy.clip=1", "privacy.noise=1", "federation.client_weighting=uniform"]
-    with pytest.raises(UserError, match=r"privacy.clip: got 1.0; allowed: nothing with hours of devices"):
+    with pytest.raises(UserError, match=r"privacy.clip: got 1.0; allowed: nothing with hours of devices: .* every cl"):
         run(job(*private, devices=hours), tmp_path / "run")
+    with pytest.raises(UserError, match=r"nothing with hours of devices: the accountant counts each client's steps"):
+        run(
+            job(*private, "privacy.unit=example", "method={name: fedit}", devices=hours),
+            tmp_path / "run",
+        )
 
 
 def test_clients_under_way_at_the_end_are_in_the_totals(buffered: Summary) -> None:
@@ -236,7 +272,12 @@ def test_run_does_not_go_on_with_another_trace(tmp_path: Path) -> None:
     done = run(config, tmp_path / "run")
     assert set((done.simulated or {})["classes"]) == {"slow"}
     assert run(config, tmp_path / "run", resume=True) == done
-    trace.write_text(trace.read_text().replace("7,slow", "7,fast"))
+    moved = trace.rename(tmp_path / "moved.csv")
+    config, old = config.model_copy(update={"devices": config.devices.model_copy(update={"trace": str(moved)})}), config
+    assert run(config, tmp_path / "run", resume=True) == done
+    with pytest.raises(UserError, match=r"devices.trace: got '.*trace.csv'; allowed: a CSV file: No such file"):
+        run(old, tmp_path / "run", resume=True)
+    moved.write_text(moved.read_text().replace("7,slow", "7,fast"))
     with pytest.raises(UserError, match=r"devices.trace: got 'another one'; allowed: the file with which the run in"):
         run(config, tmp_path / "run", resume=True)
 
