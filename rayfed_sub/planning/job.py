@@ -193,11 +193,12 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
 
 
 def _fleet(config: Config, dataset: Dataset) -> Fleet | None:
-    """The clients' devices.  Raises UserError for a trace that does not fit, and for hours under privacy."""
+    """The clients' devices.  Raises UserError for a trace that does not fit, and for hours or drop-out under
+    privacy."""
     fleet = fleet_of(config, dataset.client_names)
-    if fleet is not None and fleet.windows.limited.any() and config.privacy.clip is not None:
-        allowed = f"nothing with hours of devices: {clock_reason(config.privacy)}"
-        raise UserError("privacy.clip", config.privacy.clip, allowed, "remove the hours, or privacy")
+    if fleet is not None and fleet.leaves and config.privacy.clip is not None:
+        allowed = f"nothing with hours or dropout of devices: {clock_reason(config.privacy)}"
+        raise UserError("privacy.clip", config.privacy.clip, allowed, "remove these, or privacy")
     return fleet
 
 

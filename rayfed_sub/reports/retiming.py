@@ -32,16 +32,18 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
     trained; the task's rows are read where a device's speed is by token, or a trace may name clients.
 
     Raises UserError where training itself would have been another: a run that is not synchronous or dropped clients,
-    and devices with hours; and where the devices do not fit the run.
+    and devices with hours or drop-out; and where the devices do not fit the run.
     """
     config = _checked(run, devices)
     by_token = any(device.tokens_per_second is not None for device in devices.classes.values())
     names, tokens = _of_rows(config) if by_token or devices.trace is not None else ((), _unknown)
     fleet = fleet_of(config, names)
     assert fleet is not None, "checked: there are classes"
-    if fleet.windows.limited.any():
-        allowed = "devices without hours: which clients train would depend on the time of the day"
-        raise UserError("--devices", devices.trace or "hours", allowed, "run it with these devices instead")
+    if fleet.leaves:
+        allowed = "devices without hours and dropout, by which other clients would train"
+        hours = fleet.windows.limited.any()
+        what = (devices.trace or "hours") if hours else "dropout"
+        raise UserError("--devices", what, allowed, "run it with these devices instead")
     rows, now = list[TimelineRow](), 0.0
     for n, of_round in run.clients.groupby("round", sort=True):
         clients = []

@@ -117,7 +117,7 @@ class SimulatedRounds:
         """Whether a synchronous round may end without some of its clients; if not it depends on no clock."""
         federation = self._config.federation
         timed = federation.round_deadline is not None or federation.over_selection > 1.0
-        return timed or bool(self._fleet.windows.limited.any())
+        return timed or self._fleet.leaves
 
     def told(self, n: int, clock: Clock, rows: Sequence[ClientRow]) -> tuple[Clock, tuple[TimelineRow, ...]]:
         """The clock after a synchronous round that waited for all of its clients, and its timeline."""
@@ -201,10 +201,10 @@ class SimulatedRounds:
         if not places or not len(idle):
             return
         begun = sampling.drawn(self._config, n, idle, places, step.starts)
-        step.starts += 1
         down = downloads(begun)
         for k in begun:
-            step.take(self._departure(k, n, step.now, float(until[k]), down[k]))
+            step.take(self._departure(k, n, step.now, float(until[k]), down[k], step.starts))
+        step.starts += 1
 
     def _opens(self, step: _Step) -> float:
         """The next moment at which a client becomes available for a place that is free; infinite for none."""
@@ -255,8 +255,8 @@ class SimulatedRounds:
             kept = None if state is None else replace(state, tensors=settled(state.tensors))
             step.landings[k] = Landing(replace(update, tensors=settled(update.tensors)), kept)
 
-    def _departure(self, client: int, version: int, now: float, until: float, size: int) -> Flight:
-        return departure(self._fleet, client, version, now, until, size, self._work(client))
+    def _departure(self, client: int, version: int, now: float, until: float, size: int, start: int = 0) -> Flight:
+        return departure(self._fleet, client, version, now, until, size, self._work(client), start)
 
     def _landed(self, flight: Flight, size: int, failure: str | None) -> Flight:
         """The flight of a client that has trained."""

@@ -120,8 +120,11 @@ def test_only_runs_that_waited_for_everybody_are_told_again(buffered: Summary, p
     with pytest.raises(UserError, match=r"RUN: got .*; allowed: a synchronous run that waited for all of its clients"):
         retimed(read_run(Path(buffered.folder)), job(devices=TWO).devices)
     hours = job(devices={"one": {"seconds_per_step": 1.0, "hours": [[8, 18]]}}).devices
-    with pytest.raises(UserError, match="--devices: got 'hours'; allowed: devices without hours"):
+    with pytest.raises(UserError, match="--devices: got 'hours'; allowed: devices without hours and dropout"):
         retimed(read_run(Path(plain.folder)), hours)
+    leaving = job(devices={"one": {"seconds_per_step": 1.0, "dropout": 0.1}}).devices
+    with pytest.raises(UserError, match="--devices: got 'dropout'; allowed: devices without hours and dropout"):
+        retimed(read_run(Path(plain.folder)), leaving)
     with pytest.raises(UserError, match=r"--devices: got \{\}; allowed: a file with devices.classes"):
         retimed(read_run(Path(plain.folder)), job().devices)
 
@@ -219,9 +222,9 @@ def test_methods_that_cannot_be_asynchronous_get_one_line(overrides: list[str], 
 def test_privacy_does_not_go_with_hours_of_devices(tmp_path: Path) -> None:
     hours = {"one": {"seconds_per_step": 1.0, "hours": [[8, 18]]}}
     private = ["privacy.clip=1", "privacy.noise=1", "federation.client_weighting=uniform"]
-    with pytest.raises(UserError, match=r"privacy.clip: got 1.0; allowed: nothing with hours of devices: .* every cl"):
+    with pytest.raises(UserError, match=r"privacy.clip: got 1.0; allowed: nothing with hours or dropout of .* every"):
         run(job(*private, devices=hours), tmp_path / "run")
-    with pytest.raises(UserError, match=r"nothing with hours of devices: the accountant counts each client's steps"):
+    with pytest.raises(UserError, match=r"nothing with hours or dropout of devices: the accountant counts each"):
         run(
             job(*private, "privacy.unit=example", "method={name: fedit}", devices=hours),
             tmp_path / "run",

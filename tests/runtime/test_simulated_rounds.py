@@ -5,6 +5,7 @@ A round of the slow client takes 2.5 s down, 6 s of training, 2.5 s up; of a fas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayfed_sub.clock.fleet import fleet_of
+from rayfed_sub.clock.fleet import Fleet, fleet_of
 from rayfed_sub.clock.virtual_clock import Clock
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Config
@@ -243,6 +244,30 @@ def test_hours_cut_off_work_and_nobody_waits_for_who_is_away(rounds: Callable[..
     first = again.step()
     assert (told(first.timeline), first.results) == ([(0, 0, 0, 3.6, "offline")], ())
     assert [row.began for row in again.step().timeline] == pytest.approx([3600.0, 3600.0])
+
+
+def test_client_that_drops_out_is_not_trained_and_nobody_waits_for_it(
+    rounds: Callable[..., Rounds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow client breaks off after half of its 2.5 s of download and 6 s of training; its place is free again."""
+    monkeypatch.setattr(Fleet, "stays", lambda fleet, client, n, start=0: math.inf if client or n else 0.5)
+    monkeypatch.setattr(Fleet, "leaves", True)
+    three = rounds({})
+    assert three.rounds.drops
+    first = three.step()
+    assert told(first.timeline) == [
+        (1, 0, 0, 2.3, "counted"),
+        (2, 0, 0, 2.3, "counted"),
+        (0, 0, 0, 4.25, "offline"),
+    ]
+    assert (first.clock.now, three.trained, first.received) == (4.25, [[1, 2]], {0: 0})
+    assert (first.timeline[2].joules, first.timeline[2].uplink_bytes) == (5.0 * 1.75, 0)
+    again = rounds({"mode": "async", "asynchronous": {"buffer": 2}})
+    assert told([again.step() for _ in range(3)][1].timeline) == [
+        (0, 0, 0, 4.25, "offline"),
+        (1, 1, 2.3, 4.6, "counted"),
+        (2, 1, 2.3, 4.6, "counted"),
+    ]
 
 
 def test_run_without_an_end_of_its_round_stops(rounds: Callable[..., Rounds]) -> None:
