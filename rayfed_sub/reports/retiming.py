@@ -59,16 +59,25 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
 
 def _checked(run: Run, devices: Devices) -> Config:
     """The run's configuration with these devices."""
-    federation, outcomes = run.config.federation, set(run.timeline["outcome"].unique())
-    timed = federation.round_deadline is not None or federation.over_selection != 1.0
-    if federation.mode != "sync" or timed or outcomes - {"counted", "failed"}:
+    if not waits_for_all(run.config) or set(run.timeline["outcome"].unique()) - {"counted", "failed"}:
         allowed = "a synchronous run that waited for all of its clients: the training of others depends on the clock"
         raise UserError("RUN", str(run.folder), allowed, "run it again with these devices")
+    return with_devices(run.config, devices)
+
+
+def waits_for_all(config: Config) -> bool:
+    """Whether a round of this configuration waits for all of its clients, as far as that does not depend on devices."""
+    federation = config.federation
+    return federation.mode == "sync" and federation.round_deadline is None and federation.over_selection == 1.0
+
+
+def with_devices(config: Config, devices: Devices) -> Config:
+    """The configuration with these devices.  Raises UserError where they have no classes, and where they do not fit."""
     if not devices.classes:
         raise UserError("--devices", {}, "a file with devices.classes", "see rayfed-sub config devices")
-    config = run.config.model_copy(update={"devices": devices})
-    check_rules(config)
-    return config
+    found = config.model_copy(update={"devices": devices})
+    check_rules(found)
+    return found
 
 
 def _of_rows(config: Config) -> tuple[Sequence[str], Callable[[int], float]]:

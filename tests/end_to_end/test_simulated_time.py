@@ -180,18 +180,27 @@ def test_asynchronous_run_goes_on_to_the_same_bits(buffered: Summary, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("killed", [None, "ray::Worker", "ray::Coordinator"])
+@pytest.mark.parametrize("disturbed", ["quiet", "ray::Worker", "ray::Coordinator", "interrupted"])
 def test_asynchronous_runs_have_one_hash(
-    workers: int, killed: str | None, ray_session: None, buffered: Summary, tmp_path: Path
+    workers: int, disturbed: str, ray_session: None, buffered: Summary, tmp_path: Path
 ) -> None:
-    due = [killed] if killed else []
+    """A process of that name is killed in the third step, or the command is interrupted there and goes on."""
+    config, due = job(*ASYNC, devices=TWO, workers=workers), [] if disturbed == "quiet" else [disturbed]
 
     def listener(record: Any) -> None:
         if isinstance(record, PackDone) and record.round == 2 and due:
-            chaos.kill_one(due.pop())
+            kind = due.pop()
+            if kind == "interrupted":
+                raise KeyboardInterrupt
+            chaos.kill_one(kind)
 
-    same(run(job(*ASYNC, devices=TWO, workers=workers), tmp_path / "run", listener), buffered)
+    if disturbed == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "run", listener)
+    summary = run(config, tmp_path / "run", listener, resume=disturbed == "interrupted")
+    same(summary, buffered)
     assert not due
+    assert bool(summary.resumed) == (disturbed in ("ray::Coordinator", "interrupted"))
 
 
 @pytest.mark.parametrize(
