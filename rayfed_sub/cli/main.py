@@ -125,10 +125,11 @@ def study(
 
     checked = load_study(file)
     if show or against is not None:
-        from rayfed_sub.sweeps.study_tables import csv_files, differences, read_rows, study_table
+        from rayfed_sub.sweeps.study_clocks import tables
+        from rayfed_sub.sweeps.study_tables import csv_files, differences, read_rows
 
         if against is None:
-            lines = study_table(checked)
+            lines = tables(checked)
         else:
             check_variant(checked, "--against", against)
             lines = differences(checked, read_rows(csv_files(checked)[0]), against)

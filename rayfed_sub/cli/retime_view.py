@@ -39,7 +39,10 @@ def _shares(found: Mapping[str, Any]) -> tuple[str, str, str]:
 def target_of(run: Run, text: str) -> tuple[str, float]:
     """A target given as score=value.  Raises UserError for a score that the run has not, and for no number."""
     metric, _, value = text.partition("=")
-    known = [name for name in run.overall if name in SCORES]
+    known = [name for name, values in run.overall.items() if name in SCORES and len(values)]
+    if not known:
+        allowed = f"nothing with {run.folder}, which has no scores"
+        raise UserError("--target", text, allowed, "leave it out, or take a run that was evaluated")
     try:
         number = float(value)
     except ValueError:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rayfed_sub.clock.timeline_rows import UNFINISHED
+
 if TYPE_CHECKING:  # runs without devices need none
     import pandas as pd
 
@@ -25,6 +27,7 @@ def account(timeline: pd.DataFrame) -> dict[str, Any]:
     """Totals of a timeline (`TimelineRow`s) for summary.json, and the same of each class under `classes`.
 
     seconds: end of the last round.  idle_share: of the time from a client's start to the end of a synchronous round.
+    counted_share: of the rounds that clients began and that have ended, those whose update counted.
     wasted_bytes, wasted_share, wasted_seconds: bytes, their share of all, and seconds of clients whose updates did not
     count.  joules: None where no power is known.  Of a class also: clients that took part, their rounds, those that
     counted, the share of all counted updates that is theirs (participation), and the mean staleness of these.
@@ -52,8 +55,9 @@ def _totals(rows: pd.DataFrame) -> dict[str, Any]:
     wasted, busy = rows[rows["outcome"] != "counted"], rows["ended"] - rows["began"]
     sent, idle = _bytes(rows), float(rows["idle_seconds"].sum())
     whole = float(busy.sum()) + idle
-    joules = rows["joules"].dropna()
+    joules, ended = rows["joules"].dropna(), rows[rows["outcome"] != UNFINISHED]
     return {
+        "counted_share": float((ended["outcome"] == "counted").mean()) if len(ended) else 0.0,
         "idle_share": idle / whole if whole else 0.0,
         "wasted_bytes": _bytes(wasted),
         "wasted_share": _bytes(wasted) / sent if sent else 0.0,
@@ -67,9 +71,11 @@ def _bytes(rows: pd.DataFrame) -> int:
 
 
 def costs(timeline: pd.DataFrame) -> list[Cost]:
-    """The cost up to the end of each round that has clients, in order."""
+    """The cost up to the end of each round that has clients, in order; the last one's with what clients had sent that
+    were under way when the run ended."""
     found, sent, joules = [], 0, 0.0
-    for n, rows in timeline.groupby("round", sort=True):
+    last = timeline.loc[timeline["outcome"] != UNFINISHED, "round"].max()
+    for n, rows in timeline.groupby(timeline["round"].clip(upper=last), sort=True):
         sent, joules = sent + _bytes(rows), joules + float(rows["joules"].fillna(0.0).sum())
         known = joules if timeline["joules"].notna().any() else None
         found.append(Cost(int(str(n)) + 1, float(rows["round_ended"].max()), sent, known))
@@ -78,7 +84,8 @@ def costs(timeline: pd.DataFrame) -> list[Cost]:
 
 def cost_at(found: Sequence[Cost], rounds: int) -> Cost:
     """The cost of so many finished rounds."""
-    return max((cost for cost in found if cost.rounds <= rounds), key=lambda c: c.rounds, default=Cost(0, 0.0, 0, None))
+    nothing = Cost(0, 0.0, 0, 0.0 if found and found[0].joules is not None else None)
+    return max((cost for cost in found if cost.rounds <= rounds), key=lambda cost: cost.rounds, default=nothing)
 
 
 def cost_to(found: Sequence[Cost], scores: pd.Series[float], target: float, *, lower: bool) -> Cost | None:

@@ -65,13 +65,28 @@ class Windows:
 @dataclass(frozen=True, eq=False)
 class Fleet:
     """names: of the classes; devices: their profiles; classes int64 (clients,): the class of each client; slowness
-    float64 (clients,): factor on the seconds that it computes."""
+    float64 (clients,): factor on the seconds that it computes; seed: of its drop-outs."""
 
     names: tuple[str, ...]
     devices: tuple[Device, ...]
     classes: Ints
     slowness: Floats
     windows: Windows
+    seed: int = 0
+
+    @property
+    def leaves(self) -> bool:
+        """Whether clients may leave a round, by their hours or by drop-out."""
+        return bool(self.windows.limited.any()) or any(device.dropout for device in self.devices)
+
+    def stays(self, client: int, n: int, start: int = 0) -> float:
+        """Share of its download and training after which the client breaks off what it begins with draw `start` of
+        round n; infinite for one that does not."""
+        chance = self.device_of(client).dropout
+        if not chance:
+            return math.inf
+        draw = float(stream(self.seed, "client dropout", n, client, start).random())
+        return draw / chance if draw < chance else math.inf
 
     def name_of(self, client: int) -> str:
         """Name of the client's class."""
@@ -128,7 +143,7 @@ def fleet_of(config: Config, client_names: Sequence[str] = ()) -> Fleet | None:
     slowness = np.exp(settings.spread * draws) if settings.spread else np.ones(clients)
     if hours is None:
         hours = {client: list(devices[kind].hours) for client, kind in enumerate(classes) if devices[kind].hours}
-    return Fleet(names, devices, classes, slowness, windows_of(hours, clients))
+    return Fleet(names, devices, classes, slowness, windows_of(hours, clients), config.seed)
 
 
 def _shared_out(config: Config, names: Sequence[str]) -> Ints:

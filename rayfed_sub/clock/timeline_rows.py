@@ -12,6 +12,8 @@ from rayfed_sub.core.schemas import TimelineRow
 
 Work = tuple[float, float]
 """Local steps, and the tokens of their rows."""
+UNFINISHED = "unfinished"
+"""Outcome of a client that is under way when an asynchronous run ends."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def timeline_row(
     fleet: Fleet, n: int, flight: Flight, outcome: str, now: float, work: Work, *, waits: bool = True
 ) -> TimelineRow:
     """The row of a flight whose outcome is known, in round n, which ends at `now`; waits: the client waits for that."""
-    ended = now if outcome in ("late", "stale") else flight.end
+    ended = now if outcome in ("late", "stale", UNFINISHED) else flight.end
     spent = min(max(ended - flight.began - flight.download, 0.0), flight.compute)
     steps, tokens = work
     return TimelineRow(

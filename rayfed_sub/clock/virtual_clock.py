@@ -19,8 +19,8 @@ class Flight:
     """A client under way; times in simulated seconds since the run's begin, spans in seconds.
 
     version: finished rounds of the server that it began from; began: start of its download; until: end of its
-    availability, which cuts it off; uplink_bytes, upload: None until it has trained; failed: its training did, so it
-    sends nothing."""
+    availability, or its drop-out, which cuts it off; uplink_bytes, upload: None until it has trained; failed: its
+    training did, so it sends nothing."""
 
     client: int
     version: int
@@ -62,6 +62,10 @@ class Flight:
         share = (min(now, self.until) - self.computed) / self.upload
         return round(self.uplink_bytes * min(max(share, 0.0), 1.0))
 
+    def downloaded(self, now: float) -> bool:
+        """Whether all of its download had come by `now`."""
+        return min(now, self.until) >= self.began + self.download
+
     def received(self, now: float) -> int:
         """Bytes of its download that had come by `now`."""
         if not self.download or now >= self.began + self.download:
@@ -70,11 +74,13 @@ class Flight:
 
 
 def departure(
-    fleet: Fleet, client: int, version: int, now: float, until: float, size: int, work: tuple[float, float]
+    fleet: Fleet, client: int, version: int, now: float, until: float, size: int, work: tuple[float, float], start: int
 ) -> Flight:
-    """The client's flight from `now` on; size: bytes of its download; work: local steps and tokens."""
+    """The client's flight from `now` on; size: bytes of its download; work: local steps and tokens; start: number of
+    the draw within the round."""
     download, compute = fleet.download_seconds(client, size), fleet.compute_seconds(client, *work)
-    return Flight(client, version, now, download, compute, until, size)
+    leaving = now + fleet.stays(client, version, start) * (download + compute)
+    return Flight(client, version, now, download, compute, min(until, leaving), size)
 
 
 def in_order(flights: Iterable[Flight]) -> list[Flight]:

@@ -279,11 +279,18 @@ def _check_asynchronous(config: Config) -> None:
         allowed = "null with federation.mode=async, whose rounds are steps of the server"
         raise UserError("federation.epochs", federation.epochs, allowed, "set federation.rounds instead")
     if config.privacy.clip is not None:
-        allowed = "nothing with federation.mode=async: the accountant assumes rounds of Poisson-sampled clients"
+        allowed = f"nothing with federation.mode=async: {clock_reason(config.privacy)}"
         raise UserError("privacy.clip", config.privacy.clip, allowed, "remove one of them")
     if config.hook:
         allowed = "nothing with federation.mode=async: a hook's tensors are those of a round"
         raise UserError("hook.name", config.hook.get("name"), allowed, "remove one of them")
+
+
+def clock_reason(privacy: Privacy) -> str:
+    """Why clients whom the clock chooses do not fit the accountant."""
+    if privacy.of_examples:
+        return "the accountant counts each client's steps in cohorts that are drawn whatever the time"
+    return "the accountant assumes that every client is drawn by itself, with the same chance in every round"
 
 
 def _check_budget(privacy: Privacy) -> None:
@@ -350,7 +357,11 @@ def _check_privacy(config: Config) -> None:
     if config.privacy.of_examples:
         assumed = {"batching": ("shuffled", "every row is drawn by itself, whatever its length")}
     if config.privacy.clip is not None:
-        why = "who is counted must not depend on updates"
+        why = (
+            "the steps of a client that is dropped draw the same noise again in its next round"
+            if config.privacy.of_examples
+            else "who is counted must not depend on updates"
+        )
         assumed |= {"round_deadline": (None, why), "over_selection": (1.0, why)}
     for field, (value, why) in assumed.items():
         if getattr(config.federation, field) != value:

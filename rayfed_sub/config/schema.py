@@ -474,12 +474,17 @@ class Device(Record):
         description="Hours of the simulated day, which begins at 0, in which it is available: [[22, 6]] is at night. "
         "Work that they cut off is wasted. Empty: always.",
     )
+    dropout: Share = Field(
+        default=0.0,
+        description="Chance that a client breaks off a round that it has begun, at a random moment of its download and "
+        "training, which are wasted.",
+    )
 
 
 class Devices(Record):
     """Devices of the clients, and with them a virtual clock: what a run would take in hours, bytes and energy. Training
-    itself does not change with federation.mode=sync, unless federation.round_deadline, federation.over_selection or
-    hours are set."""
+    itself does not change with federation.mode=sync, unless federation.round_deadline, federation.over_selection,
+    hours or dropout are set."""
 
     classes: dict[str, Device] = Field(
         default={}, description="Classes of devices by name; empty: no clock. Each class has the keys of a device."

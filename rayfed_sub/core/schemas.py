@@ -72,13 +72,14 @@ class ClientRow:
 @dataclass(frozen=True)
 class TimelineRow:
     """A client's round in simulated seconds since the run's begin, in runs with devices.  round: in which its update
-    counted, or in which it was dropped; version: finished rounds of the server that it began from, so that its
-    staleness is the difference; device: its class.  began: start of its download; download_seconds, compute_seconds,
-    upload_seconds: what these take; ended: arrival of its update, or the moment at which it was given up; round_ended:
-    end of the round; idle_seconds: from its end to that of a synchronous round.  outcome: `counted`, `late` (after the
-    deadline, or not among the first), `stale` (beyond max_staleness), `offline` (its hours ended) or `failed`.  Bytes:
-    that had crossed by then.  steps, tokens: local steps and the tokens of their rows on average (of images, their
-    number); joules: of its training, None where the power is not known."""
+    counted, or in which it was dropped; of clients under way when an asynchronous run ends the number of its rounds;
+    version: finished rounds of the server that it began from, so that its staleness is the difference; device: its
+    class.  began: start of its download; download_seconds, compute_seconds, upload_seconds: what these take; ended:
+    arrival of its update, or the moment at which it was given up; round_ended: end of the round; idle_seconds: from its
+    end to that of a synchronous round.  outcome: `counted`, `late` (after the deadline, or not among the first),
+    `stale` (beyond max_staleness), `offline` (its hours ended, or it broke off), `failed` or `unfinished` (when the run
+    ended).  Bytes: that had crossed by then.  steps, tokens: local steps and the tokens of their rows on average (of
+    images, their number); joules: of its training, None where the power is not known."""
 
     round: int
     client: int

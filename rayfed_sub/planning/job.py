@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rayfed_sub.clock.fleet import TRACE, Fleet, fleet_of
-from rayfed_sub.config.checks import check_rules, check_training, not_given
+from rayfed_sub.config.checks import check_rules, check_training, clock_reason, not_given
 from rayfed_sub.config.schema import GIVEN, Config, Evaluation, Resources
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.text import KINDS, SCORES_OF
@@ -97,9 +97,7 @@ def prepare(config: Config, given: Given = NOTHING, start: StartFrom | None = No
     job = job_on(load_inputs(config, given, start), config, given)
     if job.weights is not None and job.architecture.module is not None:
         check_first_step(job.config, job.architecture, job.weights.tensors, job.dataset, job.processor.pad)
-    trace = job.config.devices.trace
-    files = {} if trace is None else {TRACE: hashlib.sha256(Path(trace).read_bytes()).hexdigest()}
-    return replace(job, code={**code_digests(given), **files})
+    return replace(job, code={**code_digests(given), **job.code})
 
 
 def check_settings(config: Config, given: Given = NOTHING) -> Method:
@@ -189,15 +187,18 @@ def job_on(base: JobInputs, config: Config, given: Given = NOTHING) -> Job:
     resolved = config.model_copy(update={**parts, "resources": _packs(config, base.architecture)})
     noise = noise_of(resolved, partial(draws, resolved, base.dataset, federation.rounds or 0))
     inputs = (base.architecture, base.processor, base.dataset)
-    return Job(resolved, method, *inputs, noise, base.weights, start=base.start, begun=base.begun, fleet=fleet)
+    code = {} if devices.trace is None else {TRACE: hashlib.sha256(Path(devices.trace).read_bytes()).hexdigest()}
+    start, begun = base.start, base.begun
+    return Job(resolved, method, *inputs, noise, base.weights, code=code, start=start, begun=begun, fleet=fleet)
 
 
 def _fleet(config: Config, dataset: Dataset) -> Fleet | None:
-    """The clients' devices.  Raises UserError for a trace that does not fit, and for hours under privacy."""
+    """The clients' devices.  Raises UserError for a trace that does not fit, and for hours or drop-out under
+    privacy."""
     fleet = fleet_of(config, dataset.client_names)
-    if fleet is not None and fleet.windows.limited.any() and config.privacy.clip is not None:
-        allowed = "nothing with hours of devices: the accountant assumes that every client is drawn by itself"
-        raise UserError("privacy.clip", config.privacy.clip, allowed, "remove the hours, or privacy")
+    if fleet is not None and fleet.leaves and config.privacy.clip is not None:
+        allowed = f"nothing with hours or dropout of devices: {clock_reason(config.privacy)}"
+        raise UserError("privacy.clip", config.privacy.clip, allowed, "remove these, or privacy")
     return fleet
 
 

@@ -75,8 +75,8 @@ class Need:
         of the server they began from, or of a round that may drop some of its clients."""
         federation, devices = self.config.federation, self.config.devices
         timed = federation.round_deadline is not None or federation.over_selection > 1.0
-        hours = devices.trace is not None or any(device.hours for device in devices.classes.values())
-        if not (timed or hours or federation.mode == "async"):
+        leaving = devices.trace is not None or any(one.hours or one.dropout for one in devices.classes.values())
+        if not (timed or leaving or federation.mode == "async"):
             return 0
         return self.cohort * self.most(lambda client: client.up + client.state)
 

@@ -125,7 +125,7 @@ def _steps(run: Run) -> str:
 
 def _bytes(run: Run, direction: str) -> str:
     yardstick = {"uplink_bytes": "dense_bytes", "downlink_bytes": "dense_downlink_bytes"}[direction]
-    total, dense = int(run.rounds[direction].sum()), run.summary.get(yardstick)
+    total, dense = run.sent(direction), run.summary.get(yardstick)
     if not dense or not total:
         return megabytes(total)
     share = f"{dense / total:.1f} times less than" if total < dense else f"{total / dense:.1f} times"
@@ -155,7 +155,7 @@ def _table(runs: Runs) -> Table:
             [
                 *(name, run.method, cell(rank if isinstance(rank, int) else None)),
                 *(cell(found.iloc[-1] if len(found) else None) for found in values),
-                *(cell(run.rounds[way].sum() / 1e6) for way in ("uplink_bytes", "downlink_bytes")),
+                *(cell(run.sent(way) / 1e6) for way in ("uplink_bytes", "downlink_bytes")),
                 *(cell(run.rounds["seconds"].sum()), "finished" if run.summary else "not finished", cell(run.done)),
                 *(cell(federation.clients), cell(federation.cohort), _steps(run), cell(run.config.seed)),
                 *(cell(run.rows.get(name)) for name in ("cut", "dropped")),

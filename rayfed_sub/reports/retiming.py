@@ -17,6 +17,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import TimelineRow
 from rayfed_sub.planning.job import load_inputs
 from rayfed_sub.planning.packs import step_tokens
+from rayfed_sub.planning.sampling import local_steps
 from rayfed_sub.reports.run_reader import Run
 
 
@@ -31,22 +32,24 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
     trained; the task's rows are read where a device's speed is by token, or a trace may name clients.
 
     Raises UserError where training itself would have been another: a run that is not synchronous or dropped clients,
-    and devices with hours; and where the devices do not fit the run.
+    and devices with hours or drop-out; and where the devices do not fit the run.
     """
     config = _checked(run, devices)
     by_token = any(device.tokens_per_second is not None for device in devices.classes.values())
     names, tokens = _of_rows(config) if by_token or devices.trace is not None else ((), _unknown)
     fleet = fleet_of(config, names)
     assert fleet is not None, "checked: there are classes"
-    if fleet.windows.limited.any():
-        allowed = "devices without hours: which clients train would depend on the time of the day"
-        raise UserError("--devices", devices.trace or "hours", allowed, "run it with these devices instead")
+    if fleet.leaves:
+        allowed = "devices without hours and dropout, by which other clients would train"
+        hours = fleet.windows.limited.any()
+        what = (devices.trace or "hours") if hours else "dropout"
+        raise UserError("--devices", what, allowed, "run it with these devices instead")
     rows, now = list[TimelineRow](), 0.0
     for n, of_round in run.clients.groupby("round", sort=True):
         clients = []
         for row in of_round.to_dict("records"):
-            client, steps = int(row["client"]), float(row["steps"])
-            sizes = (int(row["downlink_bytes"]), int(row["uplink_bytes"]))
+            client, sizes = int(row["client"]), (int(row["downlink_bytes"]), int(row["uplink_bytes"]))
+            steps = local_steps(config, client)  # of a client that failed too, as the clock counts them
             work = (steps, steps * tokens(client))
             clients.append(ClientRound(client, *sizes, isinstance(row["failure"], str), work))
         now, more = waited(fleet, int(str(n)), now, clients)
@@ -56,16 +59,25 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
 
 def _checked(run: Run, devices: Devices) -> Config:
     """The run's configuration with these devices."""
-    federation, outcomes = run.config.federation, set(run.timeline["outcome"].unique())
-    timed = federation.round_deadline is not None or federation.over_selection != 1.0
-    if federation.mode != "sync" or timed or outcomes - {"counted", "failed"}:
+    if not waits_for_all(run.config) or set(run.timeline["outcome"].unique()) - {"counted", "failed"}:
         allowed = "a synchronous run that waited for all of its clients: the training of others depends on the clock"
         raise UserError("RUN", str(run.folder), allowed, "run it again with these devices")
+    return with_devices(run.config, devices)
+
+
+def waits_for_all(config: Config) -> bool:
+    """Whether a round of this configuration waits for all of its clients, as far as that does not depend on devices."""
+    federation = config.federation
+    return federation.mode == "sync" and federation.round_deadline is None and federation.over_selection == 1.0
+
+
+def with_devices(config: Config, devices: Devices) -> Config:
+    """The configuration with these devices.  Raises UserError where they have no classes, and where they do not fit."""
     if not devices.classes:
         raise UserError("--devices", {}, "a file with devices.classes", "see rayfed-sub config devices")
-    config = run.config.model_copy(update={"devices": devices})
-    check_rules(config)
-    return config
+    found = config.model_copy(update={"devices": devices})
+    check_rules(found)
+    return found
 
 
 def _of_rows(config: Config) -> tuple[Sequence[str], Callable[[int], float]]:

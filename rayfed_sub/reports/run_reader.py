@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from rayfed_sub.clock.timeline_rows import UNFINISHED
 from rayfed_sub.config.loading import stored_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
@@ -114,6 +115,11 @@ class Run:
     def problem(self) -> str:
         """The kind of labels that the run learns, of `text.SCORES_OF`."""
         return problem_of(self.scores["metric"].dropna().astype("str").unique())
+
+    def sent(self, direction: str) -> int:
+        """Bytes of a direction (`uplink_bytes`, `downlink_bytes`), of clients under way at the run's end too."""
+        left = self.timeline["outcome"] == UNFINISHED
+        return int(self.rounds[direction].sum() + self.timeline.loc[left, direction].sum())
 
     @property
     def evaluations(self) -> int:

@@ -24,7 +24,7 @@ from rayfed_sub.clock.virtual_clock import Clock
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, checksum, matrices_checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
-from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, RoundRow, Score
+from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, RoundRow, Score, TimelineRow
 from rayfed_sub.core.types import (
     Accumulator,
     Broadcast,
@@ -227,7 +227,7 @@ class Coordinator:
         factor, noise = self._rule(n, sums.metrics.rows, sums.total.weight, lr_factor)
         after, memory = advance(config.server, before, after, current.memory, factor * sums.factor, noise)
         _check_finite(after, n)
-        if not self._store.commit(after, memory, sums.trained, sums.clock, sums.landings):
+        if not self._store.commit(after, memory, sums.trained, sums.clock, sums.landings, sums.received):
             return None
         seconds = time.perf_counter() - began
         changes = self._server_changes(before, sums.ranks, due)
@@ -276,6 +276,7 @@ class Coordinator:
         yield metrics.progress()
         sums.clock, sums.timeline = gathered.clock, gathered.timeline
         sums.factor, sums.landings = gathered.factor, gathered.landings
+        sums.received |= gathered.received
         return sums
 
     def _packed(self, n: int, clients: Sequence[int], broadcast: Any, lr_factor: float) -> Iterator[Done]:
@@ -309,6 +310,13 @@ class Coordinator:
         except MetricError as error:
             raise RunError("evaluation", str(error), round=round) from None
         return (*scores, *more), tuple(answers)
+
+    def under_way(self) -> tuple[TimelineRow, ...]:
+        """Rows of the clients that are under way if the run ends here."""
+        current, simulated = self._store.current, self._simulated
+        if simulated is None or current.clock is None:
+            return ()
+        return simulated.under_way(current.server.round, current.clock)
 
     def epsilon(self) -> float | None:
         """Privacy spent by the finished rounds; None without privacy."""
@@ -414,12 +422,12 @@ class Coordinator:
 
     def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
         """Wire bytes to every client of the cohort; they depend on the round in which it last took part."""
-        states, server = self._store.current.states, self._store.current.server
+        current, server = self._store.current, self._store.current.server
         mixed = mixes(self._config.server, self._config.privacy)
         begun, down = 0 if self._start is None else self._start.wire_bytes, {}
         for client in cohort:
             who = Client(client, self._config.seed)
-            since = states.get(client, 0) - 1  # a state is for the round after the one that made it
+            since = current.synchronised(client)
             down[client] = downloaded(
                 self._method, server, self._shape, who, since, learned=self._learned(), mixed=mixed, start=begun
             )

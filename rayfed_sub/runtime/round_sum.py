@@ -23,7 +23,7 @@ from rayfed_sub.storage.landings import Landing
 class RoundSum:
     """The gathering of round n.  ranks: layer -> summed rank of the updates, of the diagnosed layers.
 
-    factor: on the server's step; clock, landings: after the round, see `RoundState`."""
+    factor: on the server's step; clock, landings: after the round, received: in it, see `RoundState`."""
 
     def __init__(
         self, n: int, metrics: RoundMetrics, total: Accumulator, ranks: dict[str, int | None], watched: int
@@ -37,6 +37,7 @@ class RoundSum:
         self.factor = 1.0
         self.clock: Clock | None = None
         self.landings: Mapping[int, Landing] = {}
+        self.received: dict[int, int] = {}
 
     def pack(self, done: Done) -> None:
         """Takes the row and the diagnostics of a finished pack; of an asynchronous round, which trains several times,
@@ -53,8 +54,9 @@ class RoundSum:
         self.metrics.add(client_row(self._n, update, down))
 
     def skip(self, row: ClientRow) -> None:
-        """Takes the row of a failed client."""
+        """Takes the row of a failed client, which holds what it began with."""
         self.metrics.add(row)
+        self.received[row.client] = self._n
 
     def empty(self) -> None:
         """Frees the sum and the diagnostics, once the round is committed."""

@@ -263,8 +263,9 @@ def _summary(
     stopped: str | None,
     best: dict[str, Any] | None,
 ) -> Summary:
-    rows, config = folder.rounds.to_pylist(), job.config
+    rows, config, left = folder.rounds.to_pylist(), job.config, ask("under_way")
     samples = [*(one.sample() for one in memory), *ask("memory")]
+    folder.end(left)
     before, start = overall(first.scores), job.begun
     counted = len(rows) if stopped is None else config.federation.rounds or 0
     clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
@@ -273,10 +274,12 @@ def _summary(
         method=str(config.method["name"]),
         rounds=len(rows),
         weights_sha256=ask("weights_sha256"),
-        uplink_bytes=sum(row["uplink_bytes"] for row in rows),
-        downlink_bytes=sum(row["downlink_bytes"] for row in rows),
-        dense_bytes=sum(clients) * targets,
-        dense_downlink_bytes=dense_downloads(clients, failed, targets, private=config.privacy.of_clients)
+        uplink_bytes=sum(row["uplink_bytes"] for row in rows) + sum(row.uplink_bytes for row in left),
+        downlink_bytes=sum(row["downlink_bytes"] for row in rows) + sum(row.downlink_bytes for row in left),
+        dense_bytes=(sum(clients) + len(left)) * targets,
+        dense_downlink_bytes=dense_downloads(
+            [*clients, len(left)], [*failed, 0], targets, private=config.privacy.of_clients
+        )
         + (0 if start is None else start.wire_bytes * folder.clients()),
         change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,

@@ -17,7 +17,7 @@ import numpy as np
 
 from rayfed_sub.clock.fleet import DAY, Bools, Fleet, Floats
 from rayfed_sub.clock.staleness import discount, step_factor
-from rayfed_sub.clock.timeline_rows import ClientRound, Work, timeline_row, waited
+from rayfed_sub.clock.timeline_rows import UNFINISHED, ClientRound, Work, timeline_row, waited
 from rayfed_sub.clock.virtual_clock import Clock, Flight, Untrained, closed, departure, in_order, next_end
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import settled
@@ -41,11 +41,12 @@ Downloads = Callable[[Sequence[int]], Mapping[int, int]]
 @dataclass(frozen=True)
 class Gathered:
     """Results of a round.  results: in the order in which they are added, with the bytes of the client's download,
-    failed clients among them; factor: on the server's step; clock, landings: see `RoundState`."""
+    failed clients among them; factor: on the server's step; clock, landings, received: see `RoundState`."""
 
     results: tuple[tuple[Update, ClientState | None, int], ...]
     clock: Clock
     timeline: tuple[TimelineRow, ...]
+    received: Mapping[int, int]
     factor: float = 1.0
     landings: Mapping[int, Landing] = field(default_factory=dict)
 
@@ -116,7 +117,7 @@ class SimulatedRounds:
         """Whether a synchronous round may end without some of its clients; if not it depends on no clock."""
         federation = self._config.federation
         timed = federation.round_deadline is not None or federation.over_selection > 1.0
-        return timed or bool(self._fleet.windows.limited.any())
+        return timed or self._fleet.leaves
 
     def told(self, n: int, clock: Clock, rows: Sequence[ClientRow]) -> tuple[Clock, tuple[TimelineRow, ...]]:
         """The clock after a synchronous round that waited for all of its clients, and its timeline."""
@@ -152,7 +153,7 @@ class SimulatedRounds:
         outcomes = [*((flight, "counted") for flight in end.counted), *end.dropped]
         kept = {flight.client for flight, outcome in outcomes if outcome in ("counted", "failed")}
         added = tuple((*results[k], down[k]) for k in clients if k in kept)
-        return Gathered(added, Clock(end.now), self._rows(n, outcomes, end.now))
+        return Gathered(added, Clock(end.now), self._rows(n, outcomes, end.now), _received(outcomes, end.now))
 
     def buffered(
         self, n: int, state: RoundState, train: Train, downloads: Downloads
@@ -188,6 +189,10 @@ class SimulatedRounds:
         yield from self._train(list(step.waiting), train, step)
         return self._stepped(n, state.server.tensors, step)
 
+    def under_way(self, rounds: int, clock: Clock) -> tuple[TimelineRow, ...]:
+        """Rows of the clients that are under way when a run of so many rounds ends."""
+        return self._rows(rounds, [(flight, UNFINISHED) for flight in clock.flights], clock.now, waits=False)
+
     def _begin(self, n: int, step: _Step, downloads: Downloads) -> None:
         """Lets clients begin from version n, now, as many as there are places and clients available."""
         step.started_at, until = step.now, self._fleet.windows.until(step.now)
@@ -196,10 +201,10 @@ class SimulatedRounds:
         if not places or not len(idle):
             return
         begun = sampling.drawn(self._config, n, idle, places, step.starts)
-        step.starts += 1
         down = downloads(begun)
         for k in begun:
-            step.take(self._departure(k, n, step.now, float(until[k]), down[k]))
+            step.take(self._departure(k, n, step.now, float(until[k]), down[k], step.starts))
+        step.starts += 1
 
     def _opens(self, step: _Step) -> float:
         """The next moment at which a client becomes available for a place that is free; infinite for none."""
@@ -220,10 +225,12 @@ class SimulatedRounds:
         order = packs.ordered(self._config, self._dataset, list(taken))
         results = [(self._counted(n, taken[k], step.landings[k], server), step.landings[k].state) for k in order]
         weights = [step.landings[flight.client].update.weight for flight in step.buffer]
+        outcomes = [*step.outcomes, *dropped]
         return Gathered(
             results=tuple((*result, taken[k].downlink_bytes) for k, result in zip(order, results, strict=True)),
             clock=Clock(step.now, tuple(flying.values())),
-            timeline=self._rows(n, [*step.outcomes, *dropped], step.now, waits=False),
+            timeline=self._rows(n, outcomes, step.now, waits=False),
+            received=_received(outcomes, step.now),
             factor=step_factor(rule, weights, [n - flight.version for flight in step.buffer]),
             landings={k: self._relative(step.landings[k], server) for k in flying if k in step.landings},
         )
@@ -248,8 +255,8 @@ class SimulatedRounds:
             kept = None if state is None else replace(state, tensors=settled(state.tensors))
             step.landings[k] = Landing(replace(update, tensors=settled(update.tensors)), kept)
 
-    def _departure(self, client: int, version: int, now: float, until: float, size: int) -> Flight:
-        return departure(self._fleet, client, version, now, until, size, self._work(client))
+    def _departure(self, client: int, version: int, now: float, until: float, size: int, start: int = 0) -> Flight:
+        return departure(self._fleet, client, version, now, until, size, self._work(client), start)
 
     def _landed(self, flight: Flight, size: int, failure: str | None) -> Flight:
         """The flight of a client that has trained."""
@@ -287,6 +294,11 @@ class SimulatedRounds:
 
     def _work(self, client: int) -> Work:
         return packs.round_work(self._config, self._dataset, client)
+
+
+def _received(outcomes: Sequence[tuple[Flight, str]], now: float) -> dict[int, int]:
+    """Versions of the server that clients hold whose updates did not count by `now`."""
+    return {f.client: f.version for f, outcome in outcomes if outcome != "counted" and f.downloaded(now)}
 
 
 def _without(available: Bools, taken: Sequence[int]) -> Bools:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,12 +37,13 @@ _KINDS = {
 @dataclass(frozen=True)
 class Checkpoint:
     """Finished rounds, the server's tensors, and the state files of clients that have trained, by key; clock: of a run
-    with devices, see `landings.py`."""
+    with devices, see `landings.py`; received: see `state_store.RoundState`."""
 
     round: int
     server: Tensors
     state_files: Mapping[Key, StateFile]
     clock: dict[str, Any] | None = None
+    received: Mapping[int, int] = field(default_factory=dict)
 
 
 def root(folder: Path) -> Path:
@@ -84,6 +85,7 @@ def write(folder: Path, checkpoint: Checkpoint, check: Callable[[], None] = lamb
         "server": [sum(map(len, parts)), crc],
         "clients": [[*key, *astuple(entry)] for key, entry in sorted(checkpoint.state_files.items())],
         **({} if checkpoint.clock is None else {"clock": checkpoint.clock}),
+        "received": [list(entry) for entry in sorted(checkpoint.received.items())],
     }
     atomic_files.write(_manifest(folder, checkpoint.round), json.dumps(manifest).encode())
     for old in _manifests(folder)[:-KEPT]:
@@ -193,6 +195,7 @@ def _read(folder: Path, manifest: Path) -> Checkpoint:
     try:
         tree = json.loads(manifest.read_bytes())
         state_files = {(client, round): StateFile(*entry) for client, round, *entry in tree["clients"]}
+        received = dict(tree.get("received", ()))  # an older version writes none
         server, expected = _server(folder, tree["round"]), tree["server"]
         content = server.read_bytes()
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -203,7 +206,7 @@ def _read(folder: Path, manifest: Path) -> Checkpoint:
         file = client_states.path(clients(folder), key)
         if not file.exists() or file.stat().st_size != entry.size:
             raise _torn(folder, manifest, f"{file.name} is cut or gone")
-    return Checkpoint(tree["round"], settled(load(content)), state_files, tree.get("clock"))
+    return Checkpoint(tree["round"], settled(load(content)), state_files, tree.get("clock"), received)
 
 
 def _torn(folder: Path, manifest: Path, why: str) -> UserError:

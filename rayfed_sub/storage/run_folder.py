@@ -26,7 +26,7 @@ from rayfed_sub.config.checks import not_given
 from rayfed_sub.config.loading import flat, stored_config, yaml_text
 from rayfed_sub.config.schema import GIVEN, Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.schemas import AnswerRow, ClientLayer, CohortLayer, RoundRow, Score, ScoreRow
+from rayfed_sub.core.schemas import AnswerRow, ClientLayer, CohortLayer, RoundRow, Score, ScoreRow, TimelineRow
 from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import with_defaults
@@ -80,6 +80,12 @@ class RunFolder:
             self._tables[name].add(n, rows)
         # Last: it decides whether the round counts.
         self.rounds = pa.concat_tables([self.rounds, table(RoundRow, [done.row])])
+
+    def end(self, under_way: Sequence[TimelineRow]) -> None:
+        """Writes the rows of clients that are under way when the run ends; cut off where it goes on."""
+        if under_way:
+            self._tables["timeline"].add(self.rounds.num_rows, under_way)
+            self._tables["timeline"].write()
 
     def complete(self, scores: Sequence[Score], answers: Sequence[AnswerRow], epsilon: float | None) -> None:
         """Adds to the last round what a run's last round has: scores, answers, the privacy spent; in place of what it
@@ -222,6 +228,8 @@ def _check_config(path: Path, config: Config, any_pack: bool) -> Config:
         free = (*free, PACKING[0])
     if is_longer(config, old):
         free = (*free, ROUNDS)
+    if old.devices.trace is not None and config.devices.trace is not None:
+        free = (*free, TRACE)  # `check_code` compares the lines, wherever the file lies
     then, now = (one.model_copy(update={"method": with_defaults(one.method)}) for one in (old, config))
     check_same(then.model_dump(mode="json"), now.model_dump(mode="json"), free, f"the run in {path}")
     if is_longer(config, old):

@@ -30,13 +30,20 @@ _RULE = "server/"  # prefix of the server optimiser's tensors in a checkpoint
 class RoundState:
     """State after a finished round, replaced as one.  memory: the server optimiser's tensors; states: client -> round
     for which its stored state is, for clients that have trained; clock: of a run with devices; landings: client -> the
-    result of its flight, for clients under way."""
+    result of its flight, for clients under way; received: client -> the finished rounds of the last broadcast that it
+    got, for clients that have got one since the round of their state, but not trained to an end."""
 
     server: ServerState
     memory: Tensors = field(default_factory=dict)
     states: Mapping[int, int] = field(default_factory=dict)
     clock: Clock | None = None
     landings: Mapping[int, Landing] = field(default_factory=dict)
+    received: Mapping[int, int] = field(default_factory=dict)
+
+    def synchronised(self, client: int) -> int:
+        """The last round whose broadcast the client holds; -1: none."""
+        trained = self.states.get(client, 0) - 1  # a state is for the round after the one that made it
+        return max(trained, self.received.get(client, -1))
 
     @property
     def keys(self) -> frozenset[Key]:
@@ -108,18 +115,22 @@ class StateStore:
         trained: Iterable[Key],
         clock: Clock | None = None,
         landings: Mapping[int, Landing] | None = None,
+        received: Mapping[int, int] | None = None,
     ) -> bool:
         """Makes the round the current one; does nothing and returns False after `halt`.
 
-        clock, landings: as in `RoundState`.  trained: keys of the added states that belong to the round.  The states
-        that they replace are dropped, except for the files that a checkpoint names, or will name.
+        clock, landings: as in `RoundState`.  received: of the round alone, by clients that did not train to an end.
+        trained: keys of the added states that belong to the round.  The states that they replace are dropped, except
+        for the files that a checkpoint names, or will name.
         """
         with self._lock:
             if self._halted:
                 return False
             whole = ServerState(server.round, settled(server.tensors))
             states = {**self.current.states, **dict(trained)}
-            new = RoundState(whole, settled(memory), states, clock, landings or {})
+            held = {**self.current.received, **(received or {})}
+            held = {client: round for client, round in held.items() if round >= states.get(client, 0)}
+            new = RoundState(whole, settled(memory), states, clock, landings or {}, held)
             pinned = frozenset() if self._pinned is None else self._pinned.state.keys
             left, named = self.current.keys - new.keys, pinned.union(*self._named)
             self.current = new
@@ -185,7 +196,8 @@ class StateStore:
         keys = pinned.state.keys
         state_files = self._states.save(keys, pinned.unsaved)
         clock = clock_entry(pinned.state.clock, pinned.state.landings)
-        whole = Checkpoint(pinned.state.server.round, settled(pinned.state.tensors), state_files, clock)
+        server, received = settled(pinned.state.tensors), pinned.state.received
+        whole = Checkpoint(pinned.state.server.round, server, state_files, clock, received)
         checkpoints.write(self._folder, whole, pinned.guard.check)
         with self._lock:
             leaving = self._named[0] if len(self._named) == checkpoints.KEPT else frozenset()
@@ -198,4 +210,5 @@ def _round_state(found: Checkpoint) -> RoundState:
     tensors, clock, landings = landed(found.server, found.clock)
     memory = {name.removeprefix(_RULE): tensor for name, tensor in tensors.items() if name.startswith(_RULE)}
     server = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RULE)}
-    return RoundState(ServerState(found.round, server), memory, dict(found.state_files.keys()), clock, landings)
+    states = dict(found.state_files.keys())
+    return RoundState(ServerState(found.round, server), memory, states, clock, landings, found.received)

@@ -13,7 +13,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.sweeps.progress import failure_of
-from rayfed_sub.sweeps.results import Ended, best, table, write
+from rayfed_sub.sweeps.results import Ended, best, curves, table, write
 from rayfed_sub.sweeps.space import METRICS, Sweep
 from rayfed_sub.sweeps.sweep_report import write_report
 from rayfed_sub.sweeps.trial import values_of
@@ -37,8 +37,10 @@ def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
         Ended(int(Path(one.path).name), values_of(one.config), one.metrics or {}, failure_of(one.error)) for one in grid
     ]
     known = [name for name in METRICS if any(name in trial.reported for trial in ended)]
-    frame = table(ended, [column for name in known for column in (f"{name}_before", name)])
+    scores = [column for name in known for column in (f"{name}_before", name)]
+    frame, along = table(ended, [*scores, *(["sent_bytes"] if search.metric == "sent_bytes" else [])]), curves(ended)
     write(frame, folder / "trials.parquet")
+    write(along, folder / "curves.parquet")
     values = {trial.number: trial.values for trial in ended}
     number = best(frame, search.metric, search.mode)
     found = None
@@ -48,5 +50,6 @@ def outcome(sweep: Sweep, grid: ResultGrid, place: Place) -> SweepResult:
         atomic_files.write(folder / "best.yaml", (text + yaml_text(config.model_dump(mode="json"))).encode())
         found = (number, config)
     settings = search.model_dump(mode="json", exclude_none=True)
-    write_report(frame, list(search.space), search.metric, search.mode, sweep.name, folder / "report.html", settings)
+    keys, page = list(search.space), folder / "report.html"
+    write_report(frame, keys, search.metric, search.mode, sweep.name, page, settings, along)
     return SweepResult(frame, found, grid, place.display_name())

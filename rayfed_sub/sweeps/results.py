@@ -20,8 +20,13 @@ from rayfed_sub.storage import atomic_files
 SENT = ("uplink_bytes", "downlink_bytes")
 """Columns of the total traffic, named as in a run's summary."""
 
-CLOCKED = ("simulated_hours", "wasted_bytes", "idle_share", "joules")
+CLOCKED = ("simulated_hours", "joules", "wasted_bytes", "wasted_share", "idle_share", "counted_share")
 """Columns of trials with devices, from the account of their virtual clock."""
+
+CURVE = "curve"
+"""The key of a trial's curve in its last report: JSON, the cells of `CURVE_COLUMNS` at every evaluation."""
+
+CURVE_COLUMNS = ("rounds", "score", "bytes", "seconds", "joules")
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,21 @@ def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({**whole, "weights_sha256": "string", "failure": "string"})
 
 
+def curves(ended: Sequence[Ended]) -> pd.DataFrame:
+    """A row per finished trial and evaluation: trial and `CURVE_COLUMNS`; without devices those of the clock are
+    missing."""
+    rows = [
+        (trial.number, *point)
+        for trial in sorted(ended, key=lambda trial: trial.number)
+        if trial.status == "finished"
+        for point in json.loads(trial.reported.get(CURVE, "[]"))
+    ]
+    numbers = dict.fromkeys(("score", "seconds", "joules"), "float64")
+    return pd.DataFrame(rows, columns=["trial", *CURVE_COLUMNS]).astype(numbers)
+
+
 def write(frame: pd.DataFrame, path: Path) -> None:
-    """trials.parquet.  Raises RunError where the disk is full."""
+    """A table as Parquet.  Raises RunError where the disk is full."""
     content = io.BytesIO()
     frame.to_parquet(content, index=False)
     atomic_files.write(path, content.getvalue())
@@ -153,8 +171,8 @@ FEW = 12
 
 @dataclass(frozen=True)
 class Trial:
-    """A row of the table for the figures.  metric: NaN where it cannot be compared; sent: bytes up and down, None for a
-    stopped trial."""
+    """A row of the table for the figures.  metric: NaN where it cannot be compared; sent: bytes up and down, hours:
+    simulated, joules: all None for a stopped trial, and the last two where they are not known."""
 
     number: int
     values: Mapping[str, Any]
@@ -165,6 +183,8 @@ class Trial:
     sent: int | None
     failure: str
     folder: str
+    hours: float | None = None
+    joules: float | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +263,8 @@ def _trial(row: Mapping[Any, Any], values: Mapping[str, Any], metric: str, value
         sent=int(known["uplink_bytes"] + known["downlink_bytes"]) if "uplink_bytes" in known else None,
         failure=str(known.get("failure", "")),
         folder=str(known.get("folder", "")),
+        hours=known.get("simulated_hours"),
+        joules=known.get("joules"),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, cast
 import numpy as np
 from pydantic import Field
 
+from rayfed_sub.clock.device_presets import power_of
 from rayfed_sub.config.checks import check
 from rayfed_sub.config.loading import as_override, check_kind, flat, load_config, overridden, read_yaml
 from rayfed_sub.config.schema import Config, Count, EachRound, Record
@@ -32,7 +33,10 @@ METRICS = {
     name: "min" if name in LOWER else "max"
     for name in ("held_out_loss", "perplexity", "token_accuracy", *_LABELS, *_TEXTS)
 }
-"""Metrics for comparing trials, each with its better direction."""
+"""Scores for comparing trials, each with its better direction."""
+COSTS = ("simulated_hours", "sent_bytes", "joules")
+"""What trials may be compared by in place of a score, less being better: the clock's hours and energy need devices."""
+_AT_THE_END = (*_TEXTS, *COSTS)
 
 _SECTION = "sweep."
 
@@ -89,7 +93,14 @@ class Search(Record):
         "teacher_forced_rouge_l_unicode",
         "teacher_forced_bleu_4",
         "teacher_forced_bleu_4_unicode",
-    ] = Field(default="held_out_loss", description="Score that compares the trials.")
+        "simulated_hours",
+        "sent_bytes",
+        "joules",
+    ] = Field(
+        default="held_out_loss",
+        description="Score that compares the trials, or what they cost in all: simulated_hours and joules by the clock "
+        "of their devices, sent_bytes up and down.",
+    )
     trials: Count = Field(default=1, description="Draws for each point of the grid.")
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Seed of the draws.")
     scheduler: Literal["none", "asha", "median"] = Field(
@@ -116,7 +127,12 @@ class Search(Record):
     @property
     def mode(self) -> str:
         """min or max: the better direction of the metric."""
-        return METRICS[self.metric]
+        return METRICS.get(self.metric, "min")
+
+    @property
+    def score(self) -> str:
+        """The metric, or the held-out loss where that is a cost."""
+        return "held_out_loss" if self.metric in COSTS else self.metric
 
 
 class Trials(Protocol):
@@ -320,7 +336,7 @@ def _check_search(search: Search) -> None:
         raise UserError("sweep.searcher", "optuna", allowed, "write choice: in place of grid:")
     for field in ("scheduler", "searcher"):
         value, default = getattr(search, field), Search.model_fields[field].default
-        if value != default and search.metric in _TEXTS:
+        if value != default and search.metric in _AT_THE_END:
             allowed = f"{default} with metric={search.metric}, known at a trial's end"
             raise UserError(f"sweep.{field}", value, allowed, "use held_out_loss")
 
@@ -329,7 +345,7 @@ def check_metric_of(metric: str, kinds: Iterable[str]) -> None:
     """UserError for a metric that data sets with these kinds of labels do not have: a column of numbers may be classes
     or a regression, which its rows say."""
     for kind in kinds:
-        known = (*SCORES_OF[kind], *(_TEXTS if kind == "causal-lm" else ()))
+        known = (*SCORES_OF[kind], *(_TEXTS if kind == "causal-lm" else ()), *COSTS)
         if metric not in known:
             allowed = f"a score of {KINDS[kind]}: {', '.join(SCORES_OF[kind])}"
             raise UserError("sweep.metric", metric, allowed, "change sweep.metric")
@@ -337,6 +353,9 @@ def check_metric_of(metric: str, kinds: Iterable[str]) -> None:
 
 def _check_metric(metric: str, config: Config) -> None:
     """UserError for a metric that the trial will not compute."""
+    if metric in COSTS:
+        _check_cost(metric, config)
+        return
     from rayfed_sub.data.tasks import filled
 
     task = filled(config.task)
@@ -350,3 +369,13 @@ def _check_metric(metric: str, config: Config) -> None:
         raise UserError("sweep.metric", metric, "a metric of texts, for this task has no classes", "e.g. held_out_loss")
     if metric in _TEXTS and not config.evaluation.generate_rows:
         raise UserError("sweep.metric", metric, "a metric that is measured", "set evaluation.generate_rows, e.g. 32")
+
+
+def _check_cost(metric: str, config: Config) -> None:
+    classes = config.devices.classes
+    if metric != "sent_bytes" and not classes:
+        allowed = "a metric of trials without devices, such as sent_bytes"
+        raise UserError("sweep.metric", metric, allowed, "add devices.classes")
+    if metric == "joules" and any(power_of(device) is None for device in classes.values()):
+        allowed = "a metric of devices whose power is known"
+        raise UserError("sweep.metric", metric, allowed, "set the power of each of devices.classes")

@@ -11,9 +11,10 @@ from pydantic import Field
 
 from rayfed_sub.config.checks import check
 from rayfed_sub.config.loading import check_kind, load_config, read_yaml
-from rayfed_sub.config.schema import Config, Record
+from rayfed_sub.config.schema import Config, Devices, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import build, build_hook
+from rayfed_sub.reports.retiming import waits_for_all, with_devices
 from rayfed_sub.sweeps.space import Axis, Search
 
 
@@ -42,6 +43,17 @@ class Written(Record):
     tune: Tune | None = Field(default=None, description="A key whose value each variant chooses first.")
     equal_bytes: str | None = Field(
         default=None, description="Variant whose traffic is the budget of the column of equal bytes."
+    )
+    mixes: dict[str, Devices] = Field(
+        default={},
+        description="Mixes of devices by name, each a section `devices`: every counted run, which has none of its own, "
+        "is told again for each of them, for a table of hours.",
+    )
+    target: float | None = Field(
+        default=None, description="Held-out loss: the table of hours has what it takes to reach it."
+    )
+    equal_hours: str | None = Field(
+        default=None, description="Variant whose simulated time is the budget of a column of the table of hours."
     )
     results: Path = Field(default=Path(), description="Folder of the CSV files; by default that of the study's file.")
 
@@ -135,8 +147,9 @@ def load_study(path: Path) -> Study:
     if isinstance(tree.get("tune"), Mapping):
         check(Tune, tree["tune"], "study.tune")  # first, so that the error names its key
     study = check(Study, {**tree, **places}, "study")
-    if study.equal_bytes is not None:
-        check_variant(study, "study.equal_bytes", study.equal_bytes)
+    for budget in ("equal_bytes", "equal_hours"):
+        if (variant := getattr(study, budget)) is not None:
+            check_variant(study, f"study.{budget}", variant)
     for name in study.variants:
         if "/" in name or name in ("", ".", ".."):
             raise UserError("study.variants", name, "names that may be a folder's", "rename it")
@@ -182,3 +195,22 @@ def check_trials(study: Study, more: Sequence[str]) -> None:
             config = load_config(base, trial.overrides)
             build(config.method)
             build_hook(config.hook)
+            if study.mixes and not trial.tuning:
+                _check_mixes(study, trial, config)
+
+
+def _check_mixes(study: Study, trial: StudyTrial, config: Config) -> None:
+    """UserError where a run could not be told again for each of the study's mixes."""
+    if config.devices.classes or not waits_for_all(config):
+        allowed = f"nothing with {trial.variant}, whose training depends on devices of its own"
+        raise UserError("study.mixes", list(study.mixes), allowed, "remove its devices, or the mixes")
+    for name, devices in study.mixes.items():
+        try:
+            with_devices(config, devices)
+        except UserError as error:
+            field = f"study.mixes.{name}{error.field.removeprefix('--').removeprefix('devices')}"
+            raise UserError(field, error.value, error.allowed, error.advice) from None
+        for kind, device in devices.classes.items():
+            if device.hours or device.dropout:
+                allowed = "devices without hours and dropout, by which other clients would train"
+                raise UserError(f"study.mixes.{name}.classes.{kind}", "hours or dropout", allowed, "remove them")

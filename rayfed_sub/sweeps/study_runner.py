@@ -12,8 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from rayfed_sub.config.loading import load_config, read_yaml
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
@@ -23,12 +21,14 @@ from rayfed_sub.runtime.cluster import joined, nodes
 from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.runtime.local_ray import ray_session
 from rayfed_sub.storage.remote import Place
-from rayfed_sub.storage.run_folder import check_data, make, summary_of
+from rayfed_sub.storage.run_folder import check_code, check_data, make, summary_of
 from rayfed_sub.sweeps.capacity import at_once
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher, failure_of
+from rayfed_sub.sweeps.results import CLOCKED
 from rayfed_sub.sweeps.runner import Listener, check_head, checked
 from rayfed_sub.sweeps.shared_inputs import input_key, shared
 from rayfed_sub.sweeps.study import Part, Study, StudyTrial, check_trials, counted_trials, tuning_trials
+from rayfed_sub.sweeps.study_clocks import tables, write_clocks
 from rayfed_sub.sweeps.study_tables import (
     COLUMNS,
     ENDS,
@@ -36,10 +36,10 @@ from rayfed_sub.sweeps.study_tables import (
     csv_files,
     earlier,
     edged,
-    study_table,
     write_rows,
 )
 from rayfed_sub.sweeps.trial import values_of
+from rayfed_sub.sweeps.trial_curves import curve
 from rayfed_sub.sweeps.tuner import loggers, tuned
 from rayfed_sub.telemetry.events import Notice, Summary
 
@@ -95,7 +95,9 @@ def run_study(
         counted = [t for name in study.variants for t in counted_trials(study, name, overrides, chosen.get(name))]
         results.keep(counted, False)
         run_part(Part(study.name, tree, tuple(counted), jobs), folder, notify, results)
-    return study_table(study)
+    if study.mixes:
+        write_clocks(study, counted, folder)
+    return tables(study)
 
 
 def run_part(part: Part, folder: Path, notify: Listener, results: Results) -> None:
@@ -160,6 +162,7 @@ def missing_trials(
         if (run_folder / "config.yaml").exists():
             summary = summary_of(run_folder, job.config)
             check_data(run_folder, job.dataset.fingerprint)
+            check_code(run_folder, job.code)
         if summary is None:
             missing[trial] = job.config
         else:
@@ -181,7 +184,11 @@ def rows_of(
     if summary is None:
         return row, []
     scores = {name: summary.metrics.get(name) for name in (*SCORES, *(f"{name}_before" for name in SCORES))}
-    return {**row, **scores, **{name: getattr(summary, name) for name in ENDS}}, list(_curve(folder, keys))
+    clock = summary.simulated
+    clocked = {} if clock is None else {"simulated_hours": clock["seconds"] / 3600}
+    clocked |= {} if clock is None else {name: clock[name] for name in CLOCKED if name in clock}
+    ends = {name: getattr(summary, name) for name in ENDS}
+    return {**row, **scores, **ends, **clocked}, list(_curve(folder, keys))
 
 
 def best_value(rows: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> Any:
@@ -214,13 +221,9 @@ def check_model(study: Study, rows: Sequence[Mapping[str, Any]], more: Sequence[
 
 def _curve(folder: Path, keys: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Scores over all held-out rows against the bytes sent so far, both ways, for every evaluated state."""
-    sent = [0]
-    for row in pq.read_table(folder / "rounds.parquet").to_pylist():
-        sent.append(sent[-1] + row["uplink_bytes"] + row["downlink_bytes"])
-    scores: dict[int, dict[str, float]] = {}
-    for score in pq.read_table(folder / "scores.parquet").to_pylist():
-        if score["client"] is None and score["metric"] in ("held_out_loss", "macro_f1", "micro_f1", "pearson"):
-            scores.setdefault(score["rounds"], {})[score["metric"]] = score["value"]
-    for done, found in sorted(scores.items()):
+    shown = ("held_out_loss", "macro_f1", "micro_f1", "pearson")
+    for at in curve(folder):
+        found = {name: at.scores[name] for name in shown if name in at.scores}
         known = {"held_out_loss": None, "macro_f1": None, **found}
-        yield {**keys, "rounds": done, "bytes": sent[done], **known}
+        clocked = {} if at.seconds is None else {"seconds": at.seconds, "joules": at.joules}
+        yield {**keys, "rounds": at.rounds, "bytes": at.bytes, **known, **clocked}

@@ -117,13 +117,13 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
             lines.append("| " + " | ".join([variant, *[why] * (len(columns) - 2), runs]) + " |")
             continue
         cells = [variant, *([edged(study.tune, finished[0]["value"])] if study.tune else [])]
-        cells += [_spread([float(row[name]) for row in finished if row.get(name)]) for name in shown]
+        cells += [mean_and_deviation([float(row[name]) for row in finished if row.get(name)]) for name in shown]
         if limit:
             curve = [point for point in _of(curves, variant) if point["tuning"] == "False"]
             ends = [[point for point in curve if point["seed"] == row["seed"]] for row in finished]
             losses = [_loss_at(end, limit) for end in ends]
-            cells.append("-" if None in losses else _spread([loss for loss in losses if loss is not None]))
-        cells += [_megabytes(statistics.fmean(float(row[name]) for row in finished)) for name in SENT]
+            cells.append("-" if None in losses else mean_and_deviation([loss for loss in losses if loss is not None]))
+        cells += [megabytes(statistics.fmean(float(row[name]) for row in finished)) for name in SENT]
         lines.append("| " + " | ".join([*cells, runs]) + " |")
     return lines
 
@@ -178,25 +178,31 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _loss_at(curve: Sequence[Mapping[str, str]], sent: float) -> float | None:
-    """Interpolated loss after so many bytes.  None before the first evaluated round: the loss falls steeply at first,
-    and interpolation from the untrained model would be far too high."""
-    untrained, *points = sorted((float(point["bytes"]), float(point["held_out_loss"])) for point in curve)
+    """Interpolated loss after so many bytes."""
+    return interpolated([(float(point["bytes"]), float(point["held_out_loss"])) for point in curve], sent)
+
+
+def interpolated(curve: Sequence[tuple[float, float]], spent: float) -> float | None:
+    """Loss after so much of something, from a curve (spent, loss).  None before the first evaluated round: the loss
+    falls steeply at first, and interpolation from the untrained model would be far too high."""
+    untrained, *points = sorted(curve)
     assert untrained[0] == 0
     done, losses = zip(*points, strict=True)
-    return None if sent < done[0] else float(np.interp(sent, np.array(done), np.array(losses)))
+    return None if spent < done[0] else float(np.interp(spent, np.array(done), np.array(losses)))
 
 
-def _spread(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean ± standard deviation with three decimals; empty for no values."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{deviation}"
 
 
-def _megabytes(count: float) -> str:
+def megabytes(count: float) -> str:
     """Megabytes with three significant digits.
 
-    >>> _megabytes(3.4739e6), _megabytes(2.1234e9)
+    >>> megabytes(3.4739e6), megabytes(2.1234e9)
     ('3.47', '2,120')
     """
     rounded = float(f"{count / 1e6:.3g}")

@@ -1,9 +1,10 @@
-"""The figures of a sweep's report: heat maps, one key at a time, all keys at once, quality against traffic."""
+"""The figures of a sweep's report: heat maps, one key at a time, all keys at once, quality against what it costs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rayfed_sub.core import text
@@ -91,41 +92,91 @@ def points(table: SweepTable, key: str) -> Figure:
     )
 
 
-def traffic(table: SweepTable, sent: Sequence[tuple[Trial, int]]) -> Figure:
-    """Scatter plot of the metric over the bytes sent, with the Pareto front; sent: trials with their bytes."""
-    front: list[tuple[Trial, int]] = []
+@dataclass(frozen=True)
+class Spending:
+    """Something that trials spend: how to say it, and how much of it a trial took, None where that is not known."""
+
+    axis: str
+    words: str
+    less: str
+    caption: str
+    unit: float
+    text: Callable[[float], str]
+    of: Callable[[Trial], float | None]
+
+
+SPENDING = (
+    Spending(
+        axis="sent up and down (MB)",
+        words="the bytes sent",
+        less="with fewer bytes",
+        caption="What all clients sent and were sent over the whole run",
+        unit=1e6,
+        text=text.megabytes,
+        of=lambda trial: trial.sent,
+    ),
+    Spending(
+        axis="simulated hours",
+        words="simulated hours",
+        less="in fewer hours",
+        caption="Hours of the whole run by the virtual clock of its devices",
+        unit=1.0,
+        text=lambda hours: f"{text.number(hours)} h",
+        of=lambda trial: trial.hours,
+    ),
+    Spending(
+        axis="energy (kJ)",
+        words="energy",
+        less="with less energy",
+        caption="Energy of training over the whole run, of devices whose power is known",
+        unit=1e3,
+        text=lambda joules: f"{text.number(joules / 1e3)} kJ",
+        of=lambda trial: trial.joules,
+    ),
+)
+
+
+def spends(table: SweepTable, spending: Spending) -> bool:
+    """Whether any trial that can be compared is known to have spent some of it."""
+    return any(spending.of(trial) for trial in table.judged)
+
+
+def against(table: SweepTable, spending: Spending) -> Figure:
+    """Scatter plot of the metric over what trials spent, with the Pareto front."""
+    spent = [(trial, amount) for trial in table.judged if (amount := spending.of(trial)) is not None]
+    front: list[tuple[Trial, float]] = []
     sign = {"min": 1, "max": -1}[table.mode]
-    for trial, count in sorted(sent, key=lambda pair: (pair[1], sign * pair[0].metric)):
+    for trial, amount in sorted(spent, key=lambda pair: (pair[1], sign * pair[0].metric)):
         if not front or sign * trial.metric < sign * front[-1][0].metric:
-            front.append((trial, count))
-    counts = [count for _, count in sent]
+            front.append((trial, amount))
+    amounts = [amount for _, amount in spent]
     summary = "; ".join(
-        f"trial {trial.number}, {text.megabytes(count)}: {score(trial.metric)}" for trial, count in front
+        f"trial {trial.number}, {spending.text(amount)}: {score(trial.metric)}" for trial, amount in front
     )
     return Figure(
-        label=f"{table.metric} of every trial over the bytes sent. "
-        f"No trial does better with fewer bytes than {summary}.",
-        caption="What all clients sent and were sent over the whole run. The line joins the trials that no other "
-        f"beats with as few bytes; their numbers stand beside them.{_legend(table)}",
+        label=f"{table.metric} of every trial over {spending.words}. "
+        f"No trial does better {spending.less} than {summary}.",
+        caption=f"{spending.caption}. The line joins the trials that no other beats with as little; "
+        f"their numbers stand beside them.{_legend(table)}",
         data=[
             {
                 "type": "scatter",
                 "mode": "lines+text",
-                "x": [count / 1e6 for _, count in front],
+                "x": [amount / spending.unit for _, amount in front],
                 "y": [table.drawn(trial) for trial, _ in front],
                 "text": [f"{trial.number}" for trial, _ in front],
                 "textposition": "bottom left" if table.mode == "min" else "top left",
                 "line": {"color": "--mark", "shape": "hv"},
                 "hoverinfo": "skip",
             },
-            _marks(table, [trial for trial, _ in sent], [count / 1e6 for count in counts]),
+            _marks(table, [trial for trial, _ in spent], [amount / spending.unit for amount in amounts]),
         ],
         layout={
             "height": 400,
             "showlegend": False,
             "xaxis": {
-                "title": {"text": "sent up and down (MB)"},
-                "type": "log" if 0 < 10 * min(counts) <= max(counts) else "linear",
+                "title": {"text": spending.axis},
+                "type": "log" if 0 < 10 * min(amounts) <= max(amounts) else "linear",
                 "tickformat": ",~r",
                 "nticks": 6,
             },

@@ -1,4 +1,5 @@
-"""A sweep as one HTML file: the best trial, heat maps, parallel coordinates, quality against traffic, all trials."""
+"""A sweep as one HTML file: the best trial, heat maps, parallel coordinates, quality against bytes and simulated
+hours, what quality costs, all trials."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from rayfed_sub.core import text
 from rayfed_sub.reports.page import Cell, Facts, Section, Table, Text, page
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.sweeps.results import FEW, SweepTable, Trial, best_first, format_value, gather, score
-from rayfed_sub.sweeps.sweep_figures import heat_map, parallel, points, traffic
+from rayfed_sub.sweeps.space import COSTS
+from rayfed_sub.sweeps.sweep_figures import SPENDING, against, heat_map, parallel, points, spends
+from rayfed_sub.sweeps.trial_costs import costs_section
 
 
 def write_report(
@@ -26,17 +29,24 @@ def write_report(
     title: str,
     path: Path,
     settings: Mapping[str, Any],
+    curves: pd.DataFrame | None = None,
 ) -> None:
     """Writes the page about `frame`, a sweep's trials.parquet, to `path`, some 5 MB, nearly all of it plotly.js.
 
     keys: the columns of the space.  mode: "min" or "max".  settings: settings of the sweep, shown as they are; its
-    `space`, if it has one, maps each key to where its values come from, e.g. {"loguniform": [low, high]}.
+    `space`, if it has one, maps each key to where its values come from, e.g. {"loguniform": [low, high]}.  curves: of
+    the finished trials, see `results.curves`.
     """
-    atomic_files.write(path, page(title, sections(frame, keys, metric, mode, settings)).encode())
+    atomic_files.write(path, page(title, sections(frame, keys, metric, mode, settings, curves)).encode())
 
 
 def sections(
-    frame: pd.DataFrame, keys: Sequence[str], metric: str, mode: str, settings: Mapping[str, Any]
+    frame: pd.DataFrame,
+    keys: Sequence[str],
+    metric: str,
+    mode: str,
+    settings: Mapping[str, Any],
+    curves: pd.DataFrame | None = None,
 ) -> list[Section]:
     """Sections of the report, arguments as `write_report`."""
     space: Mapping[str, Any] = settings.get("space", {})
@@ -54,9 +64,13 @@ def sections(
             found.append(Section("One key at a time", [points(table, key) for key in alone]))
         if len(keys) > 1 and len(table.judged) > 1:
             found.append(Section("All keys at once", [parallel(table)]))
-        sent = [(trial, trial.sent) for trial in table.judged if trial.sent is not None]
-        if any(count for _, count in sent):
-            found.append(Section("Quality against traffic", [traffic(table, sent)]))
+        spent = [] if metric in COSTS else [spending for spending in SPENDING if spends(table, spending)]
+        figures = [against(table, spending) for spending in spent]
+        if figures:
+            found.append(Section("Quality against cost", figures))
+    about = None if curves is None else costs_section(table, frame, curves)
+    if about is not None:
+        found.append(about)
     failed = [trial for trial in table.ranked if trial.status == "failed"]
     if failed:
         found.append(Section("Failures", [_failures(table, failed)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -16,10 +17,11 @@ from rayfed_sub.core.text import SCORES_OF, UNDEFINED
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.runtime.rounds import carry_out
 from rayfed_sub.storage.remote import inside, open_place
-from rayfed_sub.storage.run_folder import check_data, opened, summary_of
-from rayfed_sub.sweeps.results import SENT
+from rayfed_sub.storage.run_folder import check_code, check_data, opened, summary_of
+from rayfed_sub.sweeps.results import CLOCKED, CURVE, SENT
 from rayfed_sub.sweeps.shared_inputs import SharedInputs
 from rayfed_sub.sweeps.space import Trials
+from rayfed_sub.sweeps.trial_curves import curve
 from rayfed_sub.telemetry.events import RoundDone, Started, Summary
 
 NUMBER = "number"
@@ -55,10 +57,9 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
         if (place.path / "config.yaml").exists():
             done = summary_of(place.path, job.config, same)
             check_data(place.path, job.dataset.fingerprint)
-        if done is not None:
-            tune.report(_end(done, kind))
-        else:
-            tune.report(_end(carry_out(job, shared, opened(place, job.config, same), notify, began), kind))
+            check_code(place.path, job.code)
+        summary = done or carry_out(job, shared, opened(place, job.config, same), notify, began)
+        tune.report(_end(summary, kind, place.path, sweep.search.score))
 
 
 def _progress(round: int, rounds: int, metrics: Mapping[str, float], kind: str) -> dict[str, Any]:
@@ -71,13 +72,16 @@ def _whole(metrics: Mapping[str, float], kind: str) -> dict[str, float]:
     return {**dict.fromkeys(missing, math.nan), **metrics}
 
 
-def _end(summary: Summary, kind: str) -> dict[str, Any]:
+def _end(summary: Summary, kind: str, folder: Path, score: str) -> dict[str, Any]:
+    """The last report; score: of the curve."""
     reported = asdict(summary)
-    sent = {name: reported[name] for name in (*SENT, "weights_sha256")}
+    points = [(p.rounds, p.scores.get(score), p.bytes, p.seconds, p.joules) for p in curve(folder)]
+    sent = {CURVE: json.dumps(points), "sent_bytes": summary.uplink_bytes + summary.downlink_bytes}
+    sent |= {name: reported[name] for name in (*SENT, "weights_sha256")}
     clock = summary.simulated
-    if clock is not None:  # columns of `results.CLOCKED`
-        sent |= {"simulated_hours": clock["seconds"] / 3600, "wasted_bytes": clock["wasted_bytes"]}
-        sent |= {"idle_share": clock["idle_share"], "joules": clock["joules"]}
+    if clock is not None:
+        hours = clock["seconds"] / 3600
+        sent |= {name: hours if name == "simulated_hours" else clock[name] for name in CLOCKED}
     return {
         "rounds": summary.rounds,
         "of_rounds": summary.rounds,

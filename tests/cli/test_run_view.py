@@ -8,16 +8,22 @@ import subprocess
 import sys
 import time
 from io import StringIO
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from rich.text import Text
 
 from rayfed_sub.cli import main, run_view
+from rayfed_sub.cli.retime_view import target_of
 from rayfed_sub.cli.run_view import Display, print_table
 from rayfed_sub.config.loading import load_config
+from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import RoundRow, Score
+from rayfed_sub.reports.run_reader import Run
 from rayfed_sub.telemetry.events import PackDone, RoundDone, Stage, Started, Summary
 
 CONFIG = load_config(
@@ -371,3 +377,14 @@ def test_table_counts_cut_and_dropped_rows() -> None:
     pipe, text = console(terminal=False)
     Display(pipe).table(Summary(**{**vars(SUMMARY), "rows": {**counts, "dropped": 0, "cut": 0}}))
     assert "task.max_length" not in text.getvalue()
+
+
+def test_target_names_a_score_that_the_run_has() -> None:
+    of = {"held_out_loss": pd.Series([3.0], index=[1]), "rouge_l": pd.Series([], dtype="float64")}
+    assert target_of(cast(Run, SimpleNamespace(overall=of)), "held_out_loss=2") == ("held_out_loss", 2.0)
+    for text in ("rouge_l=0.5", "held_out_loss", "held_out_loss=inf"):
+        fault = f"--target: got '{text}'; allowed: a score of the run and its value: held_out_loss;"
+        with pytest.raises(UserError, match=fault):
+            target_of(cast(Run, SimpleNamespace(overall=of)), text)
+    with pytest.raises(UserError, match="--target: got 'x=1'; allowed: nothing with runs/a, which has no scores"):
+        target_of(cast(Run, SimpleNamespace(overall={"rouge_l": of["rouge_l"]}, folder=Path("runs/a"))), "x=1")

@@ -134,3 +134,17 @@ def test_own_figures_stand_before_those_of_a_preset() -> None:
     own = Device.model_validate({"preset": "jetson-tx2", "memory": "4GB", "power": 7.5})
     assert (memory_of(own), power_of(own)) == (4 * 10**9, 7.5)
     assert (memory_of(Device()), power_of(Device())) == (None, None)
+
+
+def test_clients_drop_out_with_the_chance_of_their_class_at_any_moment() -> None:
+    fleet = dealt(configured(2, classes={"a": {"seconds_per_step": 1.0, "dropout": 0.2}}))
+    assert fleet.leaves
+    assert not dealt(configured()).leaves
+    shares = [fleet.stays(1, n) for n in range(1000)]
+    left = [share for share in shares if share < math.inf]
+    assert 160 <= len(left) <= 240  # 200 expected, deviation 13
+    assert all(0 <= share < 1 for share in left)
+    assert 0.45 < sum(left) / len(left) < 0.55
+    assert shares[:100] == [fleet.stays(1, n) for n in range(100)]
+    assert shares[:100] != [fleet.stays(1, n, start=1) for n in range(100)]
+    assert shares[:100] != [fleet.stays(0, n) for n in range(100)]

@@ -73,8 +73,14 @@ RULES = {
     "federation.rounds instead": Config(
         devices=DEVICES, federation=BUFFERED.model_copy(update={"epochs": 1.0, "rounds": None})
     ),
-    "privacy.clip: got 1.0; allowed: nothing with federation.mode=async: the accountant assumes rounds of "
-    "Poisson-sampled clients; remove one of them": Config(devices=DEVICES, federation=BUFFERED, privacy=PRIVATE),
+    "privacy.clip: got 1.0; allowed: nothing with federation.mode=async: the accountant assumes that every client is "
+    "drawn by itself, with the same chance in every round; remove one of them": Config(
+        devices=DEVICES, federation=BUFFERED, privacy=PRIVATE
+    ),
+    "privacy.clip: got 1.0; allowed: nothing with federation.mode=async: the accountant counts each client's steps in "
+    "cohorts that are drawn whatever the time; remove one of them": Config(
+        devices=DEVICES, federation=BUFFERED, privacy=PRIVATE.model_copy(update={"unit": "example"})
+    ),
     "hook.name: got 'scaffold'; allowed: nothing with federation.mode=async: a hook's tensors are those of a round; "
     "remove one of them": Config(devices=DEVICES, federation=BUFFERED, hook={"name": "scaffold"}),
     "method.name: got 'centralized'; allowed: a method; all rows at one client are a matter of the partition; set "
@@ -145,6 +151,12 @@ TRAINING = {
     "federation.availability: got 0.5; allowed: 1.0 with privacy.clip: every client is drawn by itself, whatever the "
     "others do; set federation.availability=1.0": Config(
         privacy=PRIVATE, federation=Federation(client_weighting="uniform", availability=0.5)
+    ),
+    "federation.round_deadline: got 5.0; allowed: null with privacy.clip: the steps of a client that is dropped draw "
+    "the same noise again in its next round; set federation.round_deadline=null": Config(
+        devices=DEVICES,
+        federation=Federation(round_deadline=5.0),
+        privacy=PRIVATE.model_copy(update={"unit": "example"}),
     ),
     "federation.normalise_steps: got True; allowed: false with privacy.clip: the denominator is fixed; "
     "set federation.normalise_steps=false": Config(

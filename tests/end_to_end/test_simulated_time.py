@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from rayfed_sub.cli.main import app
 from rayfed_sub.clock.accounts import account
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import Broadcast, Client, ClientState, ModelShape, Start
+from rayfed_sub.methods.fedavg import FedAvg
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.plan import plan_of
 from rayfed_sub.reports.page import Table
@@ -85,12 +88,43 @@ def test_finished_run_is_told_again_for_other_devices(plain: Summary, tmp_path: 
     assert "not reached" in shown
 
 
+@dataclass(frozen=True)
+class Failing(FedAvg):
+    """FedAvg whose client 1 has weights that are no numbers."""
+
+    def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
+        start = super().start_client(broadcast, state, client, shape)
+        spoiled = {name: tensor * float("nan") for name, tensor in start.tensors.items()}
+        return replace(start, tensors=spoiled) if client.id == 1 else start
+
+
+def test_run_with_failures_and_a_break_is_told_again(tmp_path: Path) -> None:
+    """A client that fails at its first step is waited for up to its last one, in both."""
+
+    def interrupt(record: Any) -> None:
+        if isinstance(record, PackDone) and record.round == 2:
+            raise KeyboardInterrupt
+
+    config, failing = job("federation.on_client_failure=skip", devices=TWO), Failing()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", interrupt, method=failing)
+    summary = run(config, tmp_path / "run", resume=True, method=failing)
+    found = read_run(Path(summary.folder))
+    told = retimed(found, config.devices)
+    assert summary.resumed
+    assert {"failed", "counted"} == set(told["outcome"])
+    pd.testing.assert_frame_equal(told, found.timeline)
+
+
 def test_only_runs_that_waited_for_everybody_are_told_again(buffered: Summary, plain: Summary) -> None:
     with pytest.raises(UserError, match=r"RUN: got .*; allowed: a synchronous run that waited for all of its clients"):
         retimed(read_run(Path(buffered.folder)), job(devices=TWO).devices)
     hours = job(devices={"one": {"seconds_per_step": 1.0, "hours": [[8, 18]]}}).devices
-    with pytest.raises(UserError, match="--devices: got 'hours'; allowed: devices without hours"):
+    with pytest.raises(UserError, match="--devices: got 'hours'; allowed: devices without hours and dropout"):
         retimed(read_run(Path(plain.folder)), hours)
+    leaving = job(devices={"one": {"seconds_per_step": 1.0, "dropout": 0.1}}).devices
+    with pytest.raises(UserError, match="--devices: got 'dropout'; allowed: devices without hours and dropout"):
+        retimed(read_run(Path(plain.folder)), leaving)
     with pytest.raises(UserError, match=r"--devices: got \{\}; allowed: a file with devices.classes"):
         retimed(read_run(Path(plain.folder)), job().devices)
 
@@ -146,18 +180,27 @@ def test_asynchronous_run_goes_on_to_the_same_bits(buffered: Summary, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("killed", [None, "ray::Worker", "ray::Coordinator"])
+@pytest.mark.parametrize("disturbed", ["quiet", "ray::Worker", "ray::Coordinator", "interrupted"])
 def test_asynchronous_runs_have_one_hash(
-    workers: int, killed: str | None, ray_session: None, buffered: Summary, tmp_path: Path
+    workers: int, disturbed: str, ray_session: None, buffered: Summary, tmp_path: Path
 ) -> None:
-    due = [killed] if killed else []
+    """A process of that name is killed in the third step, or the command is interrupted there and goes on."""
+    config, due = job(*ASYNC, devices=TWO, workers=workers), [] if disturbed == "quiet" else [disturbed]
 
     def listener(record: Any) -> None:
         if isinstance(record, PackDone) and record.round == 2 and due:
-            chaos.kill_one(due.pop())
+            kind = due.pop()
+            if kind == "interrupted":
+                raise KeyboardInterrupt
+            chaos.kill_one(kind)
 
-    same(run(job(*ASYNC, devices=TWO, workers=workers), tmp_path / "run", listener), buffered)
+    if disturbed == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "run", listener)
+    summary = run(config, tmp_path / "run", listener, resume=disturbed == "interrupted")
+    same(summary, buffered)
     assert not due
+    assert bool(summary.resumed) == (disturbed in ("ray::Coordinator", "interrupted"))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +231,44 @@ def test_methods_that_cannot_be_asynchronous_get_one_line(overrides: list[str], 
 def test_privacy_does_not_go_with_hours_of_devices(tmp_path: Path) -> None:
     hours = {"one": {"seconds_per_step": 1.0, "hours": [[8, 18]]}}
     private = ["privacy.clip=1", "privacy.noise=1", "federation.client_weighting=uniform"]
-    with pytest.raises(UserError, match=r"privacy.clip: got 1.0; allowed: nothing with hours of devices"):
+    with pytest.raises(UserError, match=r"privacy.clip: got 1.0; allowed: nothing with hours or dropout of .* every"):
         run(job(*private, devices=hours), tmp_path / "run")
+    with pytest.raises(UserError, match=r"nothing with hours or dropout of devices: the accountant counts each"):
+        run(
+            job(*private, "privacy.unit=example", "method={name: fedit}", devices=hours),
+            tmp_path / "run",
+        )
+
+
+def test_clients_under_way_at_the_end_are_in_the_totals(buffered: Summary) -> None:
+    timeline, rounds = (pd.read_parquet(f"{buffered.folder}/{name}.parquet") for name in ("timeline", "rounds"))
+    left = timeline[timeline["outcome"] == "unfinished"]
+    assert set(left["round"]) == {6}
+    assert 0 < len(left) <= 5
+    for way, total in {"uplink_bytes": buffered.uplink_bytes, "downlink_bytes": buffered.downlink_bytes}.items():
+        assert total == timeline[way].sum() == rounds[way].sum() + left[way].sum()
+        assert total == read_run(Path(buffered.folder)).sent(way)
+    assert buffered.simulated is not None
+    dropped = timeline[timeline["outcome"] != "counted"]
+    assert buffered.simulated["wasted_bytes"] == dropped["uplink_bytes"].sum() + dropped["downlink_bytes"].sum() > 0
+
+
+def test_dropped_client_downloads_what_it_has_missed(tmp_path: Path) -> None:
+    """Each round adds three blocks of rank 1 to a layer; who came too late for a round holds its broadcast."""
+    drop = ["federation.sampled=3", "federation.over_selection=2", "federation.rounds=4", "server.optimizer=plain"]
+    summary = run(job(*drop, "method.rank=1", "method.refresh_every=100", devices=TWO), tmp_path / "run")
+    timeline = pd.read_parquet(f"{summary.folder}/timeline.parquet")
+    assert (timeline["began"] + timeline["download_seconds"] <= timeline["ended"]).all()
+    holds, dropped, charged, again = dict[int, int](), set[int](), dict[int, set[int]](), 0
+    for _, rows in timeline.groupby("round"):
+        for row in rows.itertuples():
+            charged.setdefault(row.round - holds.get(row.client, 0), set()).add(row.downlink_bytes)
+            again += row.client in dropped
+        holds |= dict.fromkeys(rows["client"], rows["round"].iloc[0])
+        dropped = set(rows.loc[rows["outcome"] == "late", "client"])
+    (block,) = charged[1]
+    assert charged == {missed: {missed * block} for missed in charged}
+    assert again
 
 
 def test_longer_run_goes_on_with_the_clock(buffered: Summary, tmp_path: Path) -> None:
@@ -205,7 +284,12 @@ def test_run_does_not_go_on_with_another_trace(tmp_path: Path) -> None:
     done = run(config, tmp_path / "run")
     assert set((done.simulated or {})["classes"]) == {"slow"}
     assert run(config, tmp_path / "run", resume=True) == done
-    trace.write_text(trace.read_text().replace("7,slow", "7,fast"))
+    moved = trace.rename(tmp_path / "moved.csv")
+    config, old = config.model_copy(update={"devices": config.devices.model_copy(update={"trace": str(moved)})}), config
+    assert run(config, tmp_path / "run", resume=True) == done
+    with pytest.raises(UserError, match=r"devices.trace: got '.*trace.csv'; allowed: a CSV file: No such file"):
+        run(old, tmp_path / "run", resume=True)
+    moved.write_text(moved.read_text().replace("7,slow", "7,fast"))
     with pytest.raises(UserError, match=r"devices.trace: got 'another one'; allowed: the file with which the run in"):
         run(config, tmp_path / "run", resume=True)
 

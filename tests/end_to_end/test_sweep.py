@@ -35,7 +35,8 @@ def test_trials_match_the_runs_of_their_configurations(
 ) -> None:
     records: list[Any] = []
     text = "optimizer.lr: {grid: [0.003, 1e39]}"  # 1e39 is infinite in float32
-    checked = load_sweep(GRID, space(text, f"sweep.retries={retries}", f"resources.workers={workers}"))
+    phone = "devices.classes.phone={seconds_per_step: 1800, power: 2}"
+    checked = load_sweep(GRID, space(text, phone, f"sweep.retries={retries}", f"resources.workers={workers}"))
     result = run_sweep(checked, tmp_path / "sweep", records.append)
 
     frame = result.frame
@@ -48,6 +49,16 @@ def test_trials_match_the_runs_of_their_configurations(
     assert frame["held_out_loss"][0] == alone.metrics["held_out_loss"]
     assert frame["uplink_bytes"][0] == alone.uplink_bytes
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "sweep" / "trials.parquet"), frame)
+
+    along = pd.read_parquet(tmp_path / "sweep" / "curves.parquet")  # two rounds of a step, two clients
+    assert along[["trial", "rounds", "seconds", "joules"]].to_numpy().tolist() == [
+        [0, 0, 0, 0],
+        [0, 1, 1800, 2 * 2 * 1800],
+        [0, 2, 3600, 2 * 2 * 3600],
+    ]
+    assert along["score"].tolist()[0::2] == [frame["held_out_loss_before"][0], frame["held_out_loss"][0]]
+    assert along["bytes"].iloc[-1] == alone.uplink_bytes + alone.downlink_bytes
+    assert (frame["simulated_hours"][0], frame["counted_share"][0]) == (1.0, 1.0)
 
     assert result.best is not None
     number, config = result.best
@@ -66,13 +77,13 @@ def test_trials_match_the_runs_of_their_configurations(
 
     # Resumed: finished trials are reported and kept.
     again: list[Any] = []
-    once = load_sweep(GRID, space(text, "sweep.retries=0", f"resources.workers={workers}"))
+    once = load_sweep(GRID, space(text, phone, "sweep.retries=0", f"resources.workers={workers}"))
     resumed = run_sweep(once, tmp_path / "sweep", again.append, resume=True)
     pd.testing.assert_frame_equal(resumed.frame, result.frame)
     assert {r.number for r in again if isinstance(r, TrialNow) and r.status == "finished"} == {0}
     with pytest.raises(UserError, match=r"optimizer\.eps: got 0\.1; allowed: None, with which the sweep in"):
         run_sweep(
-            load_sweep(GRID, space(text, "optimizer.eps=0.1", f"resources.workers={workers}")),
+            load_sweep(GRID, space(text, phone, "optimizer.eps=0.1", f"resources.workers={workers}")),
             tmp_path / "sweep",
             resume=True,
         )

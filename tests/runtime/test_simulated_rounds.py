@@ -5,6 +5,7 @@ A round of the slow client takes 2.5 s down, 6 s of training, 2.5 s up; of a fas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayfed_sub.clock.fleet import fleet_of
+from rayfed_sub.clock.fleet import Fleet, fleet_of
 from rayfed_sub.clock.virtual_clock import Clock
 from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Config
@@ -139,6 +140,28 @@ def test_over_selection_ends_with_the_first_updates(rounds: Callable[..., Rounds
     assert told(three.step().timeline)[0] == (1, 1, 2.3, 4.6, "counted")
 
 
+def test_dropped_client_holds_a_download_that_was_there(rounds: Callable[..., Rounds]) -> None:
+    """The slow client's takes 2.5 s: it has come by the deadline of the second run, not by that of the first."""
+    assert rounds({"round_deadline": 2.4}).step().received == {}
+    assert rounds({"round_deadline": 2.6}).step().received == {0: 0}
+    stale = rounds({"mode": "async", "asynchronous": {"buffer": 2, "max_staleness": 2}})
+    assert [stale.step().received for _ in range(3)] == [{}, {}, {0: 0}]
+
+
+def test_clients_under_way_at_the_end_have_rows_of_their_own(rounds: Callable[..., Rounds]) -> None:
+    """After 2.3 s the slow client, which began at 0, has computed nothing and got 1.8 of the 2 s of its download."""
+    three = rounds({"mode": "async", "asynchronous": {"buffer": 2}})
+    three.step()
+    assert three.state.clock is not None
+    (left,) = three.rounds.under_way(1, three.state.clock)
+    assert told([left]) == [(0, 0, 0, 2.3, "unfinished")]
+    assert (left.round, left.uplink_bytes, left.joules, left.idle_seconds) == (1, 0, 0.0, 0.0)
+    assert left.downlink_bytes == round(DOWN * 2.3 / 2.5)
+    three.step()
+    (left,) = three.rounds.under_way(2, three.state.clock)
+    assert (left.downlink_bytes, left.joules) == (DOWN, pytest.approx(5.0 * (4.6 - 2.5)))
+
+
 def test_deadline_drops_who_cannot_make_it_without_training_them(rounds: Callable[..., Rounds]) -> None:
     three = rounds({"round_deadline": 8.0})
     assert told(three.step().timeline) == [(1, 0, 0, 2.3, "counted"), (2, 0, 0, 2.3, "counted"), (0, 0, 0, 8, "late")]
@@ -221,6 +244,30 @@ def test_hours_cut_off_work_and_nobody_waits_for_who_is_away(rounds: Callable[..
     first = again.step()
     assert (told(first.timeline), first.results) == ([(0, 0, 0, 3.6, "offline")], ())
     assert [row.began for row in again.step().timeline] == pytest.approx([3600.0, 3600.0])
+
+
+def test_client_that_drops_out_is_not_trained_and_nobody_waits_for_it(
+    rounds: Callable[..., Rounds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow client breaks off after half of its 2.5 s of download and 6 s of training; its place is free again."""
+    monkeypatch.setattr(Fleet, "stays", lambda fleet, client, n, start=0: math.inf if client or n else 0.5)
+    monkeypatch.setattr(Fleet, "leaves", True)
+    three = rounds({})
+    assert three.rounds.drops
+    first = three.step()
+    assert told(first.timeline) == [
+        (1, 0, 0, 2.3, "counted"),
+        (2, 0, 0, 2.3, "counted"),
+        (0, 0, 0, 4.25, "offline"),
+    ]
+    assert (first.clock.now, three.trained, first.received) == (4.25, [[1, 2]], {0: 0})
+    assert (first.timeline[2].joules, first.timeline[2].uplink_bytes) == (5.0 * 1.75, 0)
+    again = rounds({"mode": "async", "asynchronous": {"buffer": 2}})
+    assert told([again.step() for _ in range(3)][1].timeline) == [
+        (0, 0, 0, 4.25, "offline"),
+        (1, 1, 2.3, 4.6, "counted"),
+        (2, 1, 2.3, 4.6, "counted"),
+    ]
 
 
 def test_run_without_an_end_of_its_round_stops(rounds: Callable[..., Rounds]) -> None:

@@ -115,6 +115,18 @@ def check(store: StateStore, cohorts: Sequence[Sequence[int]], rounds: int) -> N
         assert bits(found.tensors) == bits(expected.tensors)
 
 
+def test_broadcasts_that_clients_got_are_kept_until_they_have_trained(tmp_path: Path) -> None:
+    """Client 2 was called off twice; client 1 trained in the round after it was."""
+    store = state_store(tmp_path)
+    store.commit(server(1), {}, [store.add(0, state(0, 1))], received={1: 0, 2: 0})
+    store.commit(server(2), {}, [store.add(1, state(1, 2))], received={2: 1})
+    store.pin()
+    store.checkpoint()
+    for found in (store, state_store(tmp_path)):
+        assert [found.current.synchronised(client) for client in range(4)] == [0, 1, 1, -1]
+        assert found.current.received == {2: 1}
+
+
 def check_best(folder: Path, cohorts: Sequence[Sequence[int]], rounds: int | None) -> None:
     """Check that the best checkpoint is that of `rounds` rounds, whole, and that no other is there."""
     found = checkpoints.read(folder, best=True)

@@ -134,6 +134,7 @@ def test_invalid_space_is_refused(text: str, field: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("override", "field"),
     [
+        ("sweep.metric=simulated_hours", "sweep.metric"),  # no devices
         ("sweep.metric=loss", "sweep.metric"),
         ("sweep.metric=macro_f1", "sweep.metric"),  # no classes
         ("sweep.metric=rouge_l", "sweep.metric"),  # no answers

@@ -11,9 +11,9 @@ import pytest
 from rayfed_sub import UserError, load_config, run
 from rayfed_sub.config.loading import read_yaml
 from rayfed_sub.methods import build
-from rayfed_sub.sweeps import study_runner, study_tables
+from rayfed_sub.sweeps import study_clocks, study_runner, study_tables
 from rayfed_sub.sweeps.progress import Begun, TrialNow
-from rayfed_sub.sweeps.study import Study, StudyTrial, counted_trials, load_study, tuning_trials
+from rayfed_sub.sweeps.study import Study, StudyTrial, check_trials, counted_trials, load_study, tuning_trials
 
 ROOT = Path(__file__).parents[2]
 DIFFERENCES = ", ".join([r"[+-]\d\.\d{3}"] * 3)
@@ -61,7 +61,7 @@ def test_every_run_of_a_study_has_a_configuration(file: Path) -> None:
 def test_readme_tables_match_the_raw_rows(file: Path) -> None:
     readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     assert f"rayfed-sub study experiments/studies/{file.name}" in readme
-    assert "\n".join(study_tables.study_table(load_study(file))) in readme
+    assert "\n".join(study_clocks.tables(load_study(file))) in readme
 
 
 def test_figures_of_the_conclusions_match_the_raw_rows() -> None:
@@ -268,3 +268,65 @@ def test_table_has_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path: Pa
     assert second == "| b | 3 (edge) | 3.000 | 4.333 | 2 | 2 | 1 of 2 |"  # 2 MB: a third of the way from 5 to 3
     assert third == "| c | diverged | diverged | diverged | diverged | diverged | 0 of 2 |"
     assert fourth == "| d | not run | not run | not run | not run | not run | 0 of 2 |"
+
+
+# --- simulated time
+
+MIXES = (
+    "variants: {a: [], b: [method.name=fedavg]}\ntarget: 2.4\nequal_hours: a\n"
+    "mixes:\n  alike: {classes: {one: {seconds_per_step: 1}}}\n  phones: {classes: {one: {seconds_per_step: 4}}}\n"
+)
+
+
+def test_table_of_hours_by_hand(tmp_path: Path) -> None:
+    """Two seeds of a, one of b: a takes 2 h and reaches 2.4 in one of them; b's loss after a's 2 h lies between its
+    evaluations after 1 h (3.0) and 4 h (1.5)."""
+    read = load_study(written(tmp_path, f"{BASE.replace('[0]', '[0, 1]')}{MIXES}"))
+
+    def rows(variant: str, seed: int, *points: tuple[float, float, float]) -> list[dict[str, str]]:
+        keys = {"mix": "phones", "variant": variant, "seed": f"{seed}", "joules": "", "idle_share": "0.25"}
+        return [
+            {**keys, "rounds": f"{n}", "held_out_loss": f"{loss}", "bytes": f"{1e6 * mb}", "seconds": f"{3600 * hours}"}
+            for n, (hours, loss, mb) in enumerate(points)
+        ]
+
+    points = rows("a", 0, (0, 4.0, 0), (1, 2.5, 1), (2, 2.4, 2)) + rows("a", 1, (0, 4.0, 0), (1, 2.9, 1), (2, 2.6, 2))
+    points += rows("b", 0, (0, 4.0, 0), (1, 3.0, 8), (4, 1.5, 32))
+    head, _, first, second = study_clocks.markdown(read, points)
+    assert head == "| devices | variant | hours | loss in the hours of a | hours to 2.4 | MB to 2.4 | idle | runs |"
+    assert first == "| phones | a | 2 ± 0 | 2.500 ± 0.141 | 2 (1 of 2) | 2 | 25% | 2 of 2 |"
+    assert second == "| phones | b | 4 | 2.500 | 4 | 32 | 25% | 1 of 2 |"
+
+
+def test_finished_runs_are_told_again_for_every_mix(tmp_path: Path) -> None:
+    text = f"{BASE}{SMALL}{MIXES}"
+    read = load_study(written(tmp_path, text))
+    (trial, *_) = counted_trials(read, "a", [], None)
+    run(load_config(read_yaml(read.base), trial.overrides), tmp_path / "runs" / trial.folder)
+    study_clocks.write_clocks(read, counted_trials(read, "a", [], None), tmp_path / "runs")
+    rows = study_tables.read_rows(study_clocks.clocks_file(read))
+    assert [(row["mix"], row["rounds"], float(row["seconds"])) for row in rows] == [
+        ("alike", "0", 0.0),
+        ("alike", "1", 1.0),
+        ("phones", "0", 0.0),
+        ("phones", "1", 4.0),
+    ]
+    assert len(study_clocks.clock_table(read)) == 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mixes: {x: {}}", r"study.mixes.x: got \{\}; allowed: a file with devices.classes"),
+        ("mixes: {x: {classes: {a: {}}}}", r"study.mixes.x.classes.a.seconds_per_step: got None; allowed: one of"),
+        ("mixes: {x: {classes: {a: {seconds_per_step: 1, dropout: 0.1}}}}", "study.mixes.x.classes.a: got 'hours or"),
+        (
+            "mixes: {x: {classes: {a: {seconds_per_step: 1}}}}\nset: ['devices.classes={a: {seconds_per_step: 1}}']",
+            r"study.mixes: got \['x'\]; allowed: nothing with v, whose training depends on devices of its own",
+        ),
+        ("equal_hours: w", "study.equal_hours: got 'w'; allowed: a variant of s: v"),
+    ],
+)
+def test_error_in_mixes_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_trials(load_study(written(tmp_path, f"{BASE}variants: {{v: []}}\n{text}\n")), [])

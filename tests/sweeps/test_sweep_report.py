@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from rayfed_sub.reports.page import Cell, Facts, Figure, Section, Table, Text, page
-from rayfed_sub.sweeps.results import best, best_first
+from rayfed_sub.sweeps.results import CLOCKED, best, best_first
 from rayfed_sub.sweeps.sweep_report import sections, write_report
 from tests.helpers.browser import CHROMIUM, Outline, browse
 
@@ -180,10 +180,10 @@ def test_traffic_line_joins_the_pareto_front() -> None:
             for at, (up, loss) in enumerate(sent)
         )
     )
-    (figure,) = report(frame, (RANK,))["Quality against traffic"]
+    (figure,) = report(frame, (RANK,))["Quality against cost"]
     assert figure.data[0]["text"] == ["1", "3"]
     frame["status"] = ["finished", "stopped", "finished", "finished", "finished"]
-    (figure,) = report(frame, (RANK,))["Quality against traffic"]
+    (figure,) = report(frame, (RANK,))["Quality against cost"]
     assert figure.data[0]["text"] == ["1", "3"], "a stopped trial has sent what it has sent"
     assert "Hollow" in figure.caption
 
@@ -194,7 +194,7 @@ def test_traffic_line_joins_the_pareto_front() -> None:
 def test_stopped_trial_with_unknown_bytes_is_not_on_the_front() -> None:
     stopped = {RANK: 2, "held_out_loss": 1.0, "status": "stopped", "uplink_bytes": None, "downlink_bytes": None}
     found = report(trials({RANK: 4, "held_out_loss": 2.0}, stopped), (RANK,))
-    (figure,) = found["Quality against traffic"]
+    (figure,) = found["Quality against cost"]
     assert figure.label.endswith("than trial 0, 3 MB: 2.0000.")
     assert [len(trace["x"]) for trace in figure.data] == [1, 1]  # the line, the marks
 
@@ -225,7 +225,7 @@ def test_all_trials_failed(loss: dict[str, float]) -> None:
 
 def test_one_trial() -> None:
     found = report(trials({RANK: 2, LR: 0.1, "held_out_loss": 2.0}), (RANK, LR))
-    assert list(found) == ["Result", "What was swept", "Quality against traffic", "Trials"]
+    assert list(found) == ["Result", "What was swept", "Quality against cost", "Trials"]
     assert "next" not in facts(found)
 
 
@@ -364,3 +364,68 @@ def test_sweep_report_in_a_browser(tmp_path: Path) -> None:
     assert {plot["paper"] for plot in light["plots"]} == {"#ffffff"}
     assert {plot["paper"] for plot in looks["dark"]["plots"]} == {"#14171a"}
     assert (light["page"], looks["dark"]["page"]) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")
+
+
+# --- what quality costs
+
+CURVES = pd.DataFrame(
+    [
+        # trial, rounds, score, bytes, seconds, joules: 0 is quick, 1 is thrifty, 2 is worse than 0 in everything
+        (0, 0, 4.0, 0, 0.0, 0.0),
+        (0, 2, 2.5, 4e6, 3600.0, 1e3),
+        (0, 4, 2.0, 8e6, 7200.0, 2e3),
+        (1, 0, 4.0, 0, 0.0, 0.0),
+        (1, 2, 3.0, 1e6, 7200.0, 3e3),
+        (1, 4, 2.2, 2e6, 14400.0, 6e3),
+        (2, 0, 4.0, 0, 0.0, 0.0),
+        (2, 2, 3.5, 4e6, 7200.0, 2e3),
+        (2, 4, 2.4, 8e6, 14400.0, 4e3),
+    ],
+    columns=["trial", "rounds", "score", "bytes", "seconds", "joules"],
+)
+DROPOUT = "devices.classes.phone.dropout"
+
+
+def clocked() -> pd.DataFrame:
+    shares = {"wasted_bytes": 1e6, "wasted_share": 0.1, "idle_share": 0.5, "counted_share": 0.9}
+    names = (RANK, DROPOUT, "held_out_loss", "simulated_hours", "joules")
+    rows = [(4, 0.0, 2.0, 2.0, 2e3), (2, 0.0, 2.2, 4.0, 6e3), (4, 0.2, 2.4, 4.0, 4e3)]
+    return trials(*(dict(zip(names, row, strict=True)) | shares for row in rows))
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [[one if isinstance(one, str) else one.text for one in row[2:]] for row in table.rows]
+
+
+def test_costs_of_quality_by_hand() -> None:
+    """The thriftiest takes 2 h, 2 MB and 2 kJ.  All gain at least 1.6 from 4.0, nine tenths of it is 2.56."""
+    found = {s.title: s.parts for s in sections(clocked(), [RANK, DROPOUT], "held_out_loss", "min", {}, CURVES)}
+    assert len(found["Quality against cost"]) == 3
+    front, budget, target, robust = (part for part in found["Quality and cost"] if isinstance(part, Table))
+    assert [row[0] for row in front.rows] == [Cell("0", 0), Cell("1", 1)]
+    assert texts(front)[0] == ["2.0000", "2", "8", "2"]
+    assert budget.columns[2:] == ["1 simulated hours", "2 simulated hours", "1 MB", "2 MB", "1 kJ", "2 kJ"]
+    assert texts(budget) == [
+        ["2.5000", "2.0000", "4.0000", "4.0000", "2.5000", "2.0000"],
+        ["4.0000", "3.0000", "3.0000", "2.2000", "4.0000", "4.0000"],
+        ["4.0000", "3.5000", "4.0000", "4.0000", "4.0000", "3.5000"],
+    ]
+    assert "2.5600 or better" in target.caption
+    assert texts(target) == [["2", "1", "4", "1"], ["4", "4", "2", "6"], ["4", "4", "8", "4"]]
+    assert texts(robust) == [["90", "1", "10", "50", change] for change in ("+0.0000", "+0.0000", "+0.4000")]
+
+
+def test_trials_without_devices_have_no_hours() -> None:
+    curves = CURVES.assign(seconds=math.nan, joules=math.nan)
+    frame = clocked().drop(columns=[*CLOCKED, DROPOUT])
+    found = {s.title: s.parts for s in sections(frame, [RANK], "held_out_loss", "min", {}, curves)}
+    tables = [part for part in found["Quality and cost"] if isinstance(part, Table)]
+    assert [table.columns[2:] for table in tables] == [["held_out_loss", "MB"], ["1 MB", "2 MB"], ["round", "MB"]]
+    assert [row[0] for row in tables[0].rows] == [Cell("0", 0), Cell("1", 1)]
+
+
+def test_trials_compared_by_cost_are_judged_by_loss() -> None:
+    found = {s.title: s.parts for s in sections(clocked(), [RANK], "simulated_hours", "min", {}, CURVES)}
+    assert "Quality against cost" not in found
+    assert facts(found)["best trial"] == "0"
+    assert "Pareto front of held_out_loss" in next(p for p in found["Quality and cost"] if isinstance(p, Table)).caption

@@ -1,0 +1,195 @@
+"""What a sweep's trials reach and what they cost, by the clock of their devices where they have one: the Pareto front
+of score, hours and bytes, and the three questions of EdgeFlowerTune (arXiv 2605.08636): quality under a budget, cost to
+a target, robustness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from rayfed_sub.reports.page import Cell, Section, Table, cell
+from rayfed_sub.sweeps.results import CLOCKED, SweepTable
+from rayfed_sub.sweeps.results import score as shown
+from rayfed_sub.sweeps.space import COSTS, METRICS
+
+_TARGET = 0.9
+"""Of the gain that every trial reaches: the target of the table of costs."""
+_LEAVING = ("federation.availability", ".dropout")
+"""Ends of keys that say how many clients take part, or stay."""
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Something that trials spend.  column: of a curve; unit: of the tables, that many of the column's."""
+
+    column: str
+    name: str
+    unit: float
+
+
+_RESOURCES = (
+    Resource("seconds", "simulated hours", 3600.0),
+    Resource("bytes", "MB", 1e6),
+    Resource("joules", "kJ", 1e3),
+)
+
+
+def front(points: Sequence[Sequence[float]]) -> list[int]:
+    """The places of points that no other dominates: none is as low in every coordinate and lower in one.
+
+    >>> front([(2.0, 5.0), (1.0, 9.0), (2.0, 6.0), (3.0, 1.0)])
+    [0, 1, 3]
+    """
+
+    def dominated(point: Sequence[float]) -> bool:
+        return any(o != point and all(a <= b for a, b in zip(o, point, strict=True)) for o in map(tuple, points))
+
+    return [at for at, point in enumerate(points) if not dominated(tuple(point))]
+
+
+def costs_section(table: SweepTable, frame: pd.DataFrame, curves: pd.DataFrame) -> Section | None:
+    """The tables about what finished trials reach and cost; None where there is none.  curves: see
+    `results.curves`."""
+    name = "held_out_loss" if table.metric in COSTS else table.metric
+    sign = 1.0 if METRICS[name] == "min" else -1.0
+    known = curves[curves["score"].notna()]
+    of_trial = {int(str(trial)): points.sort_values("rounds") for trial, points in known.groupby("trial")}
+    if not of_trial:
+        return None
+    spent = [one for one in _RESOURCES if known[one.column].notna().all()]
+    points = {trial.number: table.point_text(trial) for trial in table.ranked}
+    order = [trial.number for trial in table.ranked if trial.number in of_trial]
+    tables = [
+        _front(order, of_trial, points, spent, name, sign),
+        _under_budgets(order, of_trial, points, spent, name, sign),
+        _to_target(order, of_trial, points, spent, name, sign),
+        _robustness(table, frame, order, of_trial, points, name),
+    ]
+    return Section("Quality and cost", [found for found in tables if found is not None])
+
+
+Curves = Mapping[int, pd.DataFrame]
+
+
+def _front(
+    order: Sequence[int],
+    curves: Curves,
+    points: Mapping[int, str],
+    spent: Sequence[Resource],
+    name: str,
+    sign: float,
+) -> Table:
+    judged = [one for one in spent if one.column != "joules"]
+    ends = {trial: curves[trial].iloc[-1] for trial in order}
+    at = front([[sign * float(ends[k]["score"]), *(float(ends[k][one.column]) for one in judged)] for k in order])
+    rows = [[*_named(k, points), *_state(ends[k], spent)] for k in (order[place] for place in at)]
+    words = " and ".join(one.name for one in judged)
+    caption = f"Pareto front of {name} and {words}: no other trial is as good in all of them and better in one."
+    return Table(caption, ["trial", "values", name, *(one.name for one in spent)], rows)
+
+
+def _named(trial: int, points: Mapping[int, str]) -> list[Cell | str]:
+    return [Cell(f"{trial}", trial), points[trial]]
+
+
+def _state(row: pd.Series[Any], spent: Sequence[Resource]) -> list[Cell]:
+    value = float(row["score"])
+    return [Cell(shown(value), value), *(cell(float(row[one.column]) / one.unit) for one in spent)]
+
+
+def _under_budgets(
+    order: Sequence[int],
+    curves: Curves,
+    points: Mapping[int, str],
+    spent: Sequence[Resource],
+    name: str,
+    sign: float,
+) -> Table | None:
+    """Scores of all trials after half and all of what the thriftiest of them spends."""
+    budgets = [
+        (one, part * min(float(curves[k][one.column].iloc[-1]) for k in order)) for one in spent for part in (0.5, 1.0)
+    ]
+    budgets = [(one, most) for one, most in budgets if most > 0]
+    if not budgets:
+        return None
+    rows: list[list[Cell | str]] = []
+    for trial in order:
+        within = [curves[trial].loc[curves[trial][one.column] <= most, "score"] for one, most in budgets]
+        best = [sign * float((sign * found).min()) if len(found) else None for found in within]
+        rows.append([*_named(trial, points), *(Cell("-", None) if b is None else Cell(shown(b), b) for b in best)])
+    heads = [f"{cell(most / one.unit).text} {one.name}" for one, most in budgets]
+    caption = f"Quality under a budget: the best {name} at an evaluation within half and all of what the thriftiest "
+    return Table(f"{caption}trial takes.", ["trial", "values", *heads], rows)
+
+
+def _to_target(
+    order: Sequence[int],
+    curves: Curves,
+    points: Mapping[int, str],
+    spent: Sequence[Resource],
+    name: str,
+    sign: float,
+) -> Table | None:
+    """Costs up to the score that is nine tenths of the way from the worst beginning to the worst best score."""
+    gaining = {k: sign * curves[k]["score"] for k in order if len(curves[k]) > 1}
+    if not gaining:
+        return None
+    begin = max(float(found.iloc[0]) for found in gaining.values())
+    end = max(float(found.min()) for found in gaining.values())
+    target = begin + _TARGET * (end - begin)
+    rows: list[list[Cell | str]] = []
+    for trial, found in gaining.items():
+        reached = curves[trial][found <= target].iloc[:1]
+        state = [cell(None)] * (1 + len(spent))
+        if len(reached):
+            first = reached.iloc[0]
+            state = [cell(float(first["rounds"])), *(cell(float(first[one.column]) / one.unit) for one in spent)]
+        rows.append([*_named(trial, points), *state])
+    caption = f"Cost to a target: up to the first evaluation with a {name} of {shown(sign * target)} or better, nine "
+    caption += "tenths of the gain that every trial reaches."
+    return Table(caption, ["trial", "values", "round", *(one.name for one in spent)], rows)
+
+
+def _robustness(
+    table: SweepTable,
+    frame: pd.DataFrame,
+    order: Sequence[int],
+    curves: Curves,
+    points: Mapping[int, str],
+    name: str,
+) -> Table | None:
+    """What was lost on the way; where the sweep varies how many clients stay, also what that does to the score."""
+    clocked = all(column in frame for column in CLOCKED)
+    leaving = [key for key in table.heads if key.endswith(_LEAVING)]
+    if not clocked and not leaving:
+        return None
+    of_frame: dict[int, dict[Any, Any]] = {int(row["trial"]): dict(row) for row in frame.to_dict("records")}
+    values = {trial.number: trial.values for trial in table.ranked}
+
+    def calm(trial: int) -> tuple[Any, ...]:
+        """Low for the most clients: availability is a share that stays, drop-out one that leaves."""
+        signs = [-1.0 if key == "federation.availability" else 1.0 for key in leaving]
+        return tuple(s * float(values[trial][key]) for s, key in zip(signs, leaving, strict=True))
+
+    rows: list[list[Cell | str]] = []
+    for trial in order:
+        row, cells = of_frame[trial], list[Cell]()
+        if clocked:
+            shares = [100 * float(row[column]) for column in ("counted_share", "wasted_share", "idle_share")]
+            cells += [cell(shares[0]), cell(float(row["wasted_bytes"]) / 1e6), *map(cell, shares[1:])]
+        if leaving:
+            others = values[trial].keys() - leaving
+            alike = [k for k in order if all(values[k][key] == values[trial][key] for key in others)]
+            own, base = (float(curves[k]["score"].iloc[-1]) for k in (trial, min(alike, key=calm)))
+            cells.append(Cell(f"{own - base:+.4f}", own - base) if math.isfinite(own - base) else cell(None))
+        rows.append([*_named(trial, points), *cells])
+    heads = ["rounds that counted (%)", "wasted (MB)", "wasted bytes (%)", "idle (%)"] if clocked else []
+    caption = "Robustness: of the rounds that clients began those that counted, and what was of no use"
+    if leaving:
+        heads.append(f"{name} against all that stay")
+        caption += f"; {name} less that of the trial with the same other values where most clients stay"
+    return Table(f"{caption}.", ["trial", "values", *heads], rows)
