@@ -1,0 +1,239 @@
+"""What crosses from the server to a node: the tensors that its client lacks, in their smallest lossless form.
+
+A node keeps the server's tensors as its client last read them (a version, named by its round).  Of every tensor of the
+broadcast that has changed since, it gets the new value; or, for the layers of a method that says `layerwise`, what the
+rounds since then have added: the cohort's updates, or their sums, whichever is smaller, which the node adds by the
+method's own `accumulate` and `aggregate`, in the server's order, to the server's bits.  Before version 0 lie the
+pretrained weights and the seed, which every node holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+
+from rayfed_sub.config.schema import Server
+from rayfed_sub.core.arrays import settled
+from rayfed_sub.core.types import Accumulator, Client, Layer, ModelShape, ServerState, Tensors, Update, wire_bytes
+from rayfed_sub.methods import averaging
+from rayfed_sub.methods.hooked import unhooked
+from rayfed_sub.methods.protocol import Method
+from rayfed_sub.methods.server_optimizers import advance
+
+_EMPTY = Accumulator(0.0, {})
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round as a node repeats it.  updates: in the order of the sum, with the tensors of the layers that are
+    repeated from them; total: the sum before `aggregate`, of the others; factor: see `advance`."""
+
+    number: int
+    updates: tuple[Update, ...] = ()
+    total: Accumulator = _EMPTY
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Download:
+    """What a client receives before round `round`, having version `since` (-1: none).  tensors: new values by name;
+    rounds: to repeat for the layers `summed` (from updates) and `added` (from sums)."""
+
+    round: int
+    since: int
+    tensors: Tensors
+    rounds: tuple[Round, ...] = ()
+    summed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class History:
+    """The server's memory of earlier rounds.  changed: by name the round at whose start the tensor first had its value,
+    0 where it follows from pretrained weights and seed; rounds: those that can be repeated, the oldest first."""
+
+    changed: Mapping[str, int] = field(default_factory=dict)
+    rounds: tuple[Round, ...] = ()
+
+
+def begun(initial: ServerState, server: ServerState) -> History:
+    """The history of a server that goes on from a checkpoint; initial: what every node makes itself."""
+    same = {name for name, tensor in server.tensors.items() if _equal(initial.tensors.get(name), tensor)}
+    return History({name: 0 if name in same else server.round for name in server.tensors})
+
+
+def continued(
+    history: History,
+    method: Method,
+    shape: ModelShape,
+    before: ServerState,
+    after: ServerState,
+    done: Round | None,
+) -> History:
+    """The history with a round more.  done: of `repeatable`, None where a node cannot repeat it."""
+    same = {name for name, tensor in after.tensors.items() if _equal(before.tensors.get(name), tensor)}
+    changed = {name: history.changed.get(name, 0) if name in same else after.round for name in after.tensors}
+    if done is None:
+        return History(changed)
+    sent = method.broadcast(after).tensors
+    kept, room = list[Round](), {layer.name: wire_bytes(_of(layer, sent)) for layer in shape.targets}
+    for one in (done, *reversed(history.rounds)):  # the newest first
+        fits = set()
+        for layer in shape.targets:
+            room[layer.name] -= wire_bytes(_of(layer, one.total.tensors)) + sum(
+                wire_bytes(_of(layer, update.tensors)) for update in one.updates
+            )
+            if room[layer.name] > 0:  # else the layer's own tensors are no larger
+                fits.add(layer.name)
+        if not fits:
+            break
+        kept.append(_of_layers(one, fits, fits, shape))
+    return History(changed, tuple(reversed(kept)))
+
+
+def repeatable(
+    method: Method, shape: ModelShape, number: int, updates: Sequence[Update], total: Accumulator, factor: float
+) -> Round | None:
+    """The round with each layer in the smaller of its forms, what its clients sent or their sum `total`, before that is
+    used up; None for methods that are not `layerwise`."""
+    if not getattr(method, "layerwise", False):
+        return None
+    summed, added = set[str](), set[str]()
+    for layer in shape.targets:
+        of_updates = sum(wire_bytes(_of(layer, update.tensors)) for update in updates)
+        of_total = wire_bytes(_of(layer, total.tensors))
+        waits = any(_owner(name) == layer.name for name in total.waiting)
+        (added if of_total and not waits and of_total < of_updates else summed).add(layer.name)
+    one = _of_layers(Round(number, tuple(updates), total, factor), summed, added, shape)
+    return replace(one, total=_copied(one.total))
+
+
+def download(
+    method: Method, shape: ModelShape, server: ServerState, history: History, client: Client, since: int
+) -> Download:
+    """What brings the client from version `since` to the server's present one."""
+    first = max(since, 0)
+    sent = received(method, method.broadcast(server).tensors, shape, client)
+    lacking = {name: tensor for name, tensor in sent.items() if history.changed.get(name, server.round) > first}
+    missed = [one for one in history.rounds if one.number >= first]
+    summed, added = list[str](), list[str]()
+    if len(missed) == server.round - first:
+        for layer in shape.targets:
+            values = _of(layer, lacking)
+            for found, parts in (
+                (summed, [[update.tensors for update in one.updates] for one in missed]),
+                (added, [[one.total.tensors] for one in missed]),
+            ):
+                of_rounds = [[_of(layer, tensors) for tensors in part] for part in parts]
+                whole = all(any(part) or not one.updates for one, part in zip(missed, of_rounds, strict=True))
+                if values and whole and sum(wire_bytes(x) for part in of_rounds for x in part) < wire_bytes(values):
+                    found.append(layer.name)
+                    lacking = {name: tensor for name, tensor in lacking.items() if name not in values}
+    rounds = tuple(_of_layers(one, set(summed), set(added), shape) for one in missed) if summed or added else ()
+    return Download(server.round, since, lacking, rounds, tuple(summed), tuple(added))
+
+
+def received(method: Method, tensors: Tensors, shape: ModelShape, client: Client) -> Tensors:
+    """What the client reads of the broadcast's tensors."""
+    part = getattr(unhooked(method), "received", None)
+    if part is None:
+        return tensors
+    return {**_without(tensors, _layers(shape)), **cast(Any, part)(tensors, shape, client)}
+
+
+def applied(method: Method, shape: ModelShape, rule: Server, version: ServerState, got: Download) -> ServerState:
+    """The client's version of the server at the start of round got.round."""
+    tensors = dict(version.tensors)
+    for names, from_sums in ((got.summed, False), (got.added, True)):
+        part = ModelShape(tuple(layer for layer in shape.targets if layer.name in names))
+        if names:
+            tensors |= _repeated(method, shape, part, rule, version, got.rounds, from_sums=from_sums)
+    return ServerState(got.round, settled({**tensors, **got.tensors}))
+
+
+def _repeated(
+    method: Method,
+    shape: ModelShape,
+    part: ModelShape,
+    rule: Server,
+    version: ServerState,
+    rounds: Sequence[Round],
+    *,
+    from_sums: bool,
+) -> dict[str, torch.Tensor]:
+    """The tensors of the layers of `part` after the rounds."""
+    mine = {layer.name for layer in part.targets}
+    own = _without(version.tensors, _layers(shape) - mine)
+    if averaging.RANKS in version.tensors:
+        own |= averaging.no_history(part)
+    server = ServerState(rounds[0].number, own)
+    for one in rounds:
+        total = _copied(one.total) if from_sums else method.accumulator(server, part)
+        for update in () if from_sums else one.updates:
+            total = method.accumulate(total, update, part)
+        after = method.aggregate(server, total, part)
+        after, _ = advance(rule, server, after, {}, one.factor)
+        server = ServerState(after.round, settled(after.tensors))
+    return {name: tensor for name, tensor in server.tensors.items() if _owner(name) in mine}
+
+
+def _copied(total: Accumulator) -> Accumulator:
+    """The sum in memory of its own, for `aggregate` uses it up."""
+    return replace(total, tensors={name: tensor.clone() for name, tensor in total.tensors.items()})
+
+
+def _of_layers(one: Round, summed: set[str], added: set[str], shape: ModelShape) -> Round:
+    """The round with the tensors of these layers alone, and those that belong to no layer; no head, which travels as it
+    is."""
+
+    def kept(tensors: Tensors, names: set[str]) -> dict[str, torch.Tensor]:
+        return _without(tensors, _layers(shape) - names) if names else {}
+
+    updates = tuple(replace(update, tensors=kept(update.tensors, summed)) for update in one.updates)
+    return replace(one, updates=updates, total=replace(one.total, tensors=kept(one.total.tensors, added), waiting={}))
+
+
+def _of(layer: Layer, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors of a layer."""
+    return {name: tensor for name, tensor in tensors.items() if _owner(name) == layer.name}
+
+
+def _layers(shape: ModelShape) -> set[str]:
+    """The names of all layers, the head's too."""
+    return {layer.name for layer in (*shape.targets, *shape.head)}
+
+
+def _without(tensors: Tensors, layers: set[str]) -> dict[str, torch.Tensor]:
+    """The tensors of no layer of these."""
+    return {name: tensor for name, tensor in tensors.items() if _owner(name) not in layers}
+
+
+def _owner(name: str) -> str:
+    """The layer whose tensor this is, if it is one's.
+
+    >>> _owner("layers.0.up/left/m1"), _owner("base_scale")
+    ('layers.0.up', 'base_scale')
+    """
+    return name.partition("/")[0]
+
+
+def _equal(old: torch.Tensor | None, new: torch.Tensor) -> bool:
+    """Whether the bits are the same."""
+    if old is None or old is new:
+        return old is new
+    return old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
+
+
+def wire(got: Download) -> int:
+    """Bytes of the tensors as sent."""
+    return sum(wire_bytes(tensors) for tensors in _all(got))
+
+
+def _all(got: Download) -> Iterable[Tensors]:
+    yield got.tensors
+    for one in got.rounds:
+        yield one.total.tensors
+        yield from (update.tensors for update in one.updates)
