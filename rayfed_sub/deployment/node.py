@@ -16,8 +16,8 @@ from torch import Tensor
 from rayfed_sub.core.arrays import settled
 from rayfed_sub.core.types import Broadcast, Client, ClientState, ServerState, Tensors, Update
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.deployment import downloads
-from rayfed_sub.deployment.downloads import Download
+from rayfed_sub.deployment import deltas
+from rayfed_sub.deployment.deltas import Download
 from rayfed_sub.deployment.server import Reply
 from rayfed_sub.deployment.setup import Setup, initial, pretrained
 from rayfed_sub.models.text_to_text import KIND
@@ -66,7 +66,7 @@ def train(
         if found is None:
             return Reply(Update(client, 0.0, {}, {}, "its node holds no version to go on from"), place, holds=False)
         version = found
-    server = downloads.applied(method, shape, config.server, version.server, got)
+    server = deltas.applied(method, shape, config.server, version.server, got)
     torch.set_num_threads(config.resources.threads)
     work = sampling.pack_work(config, dataset, n, [client])
     (steps,), (weight,), state = work.steps, work.weights, version.state

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from rayfed_sub.core.arrays import settled
 from rayfed_sub.core.types import Accumulator, Tensors, Update
-from rayfed_sub.deployment.downloads import Download, Round
+from rayfed_sub.deployment.deltas import Download, Round
 from rayfed_sub.deployment.server import Reply
 
 _ARRAYS, _ABOUT, _METRICS = "arrays", "about", "metrics"

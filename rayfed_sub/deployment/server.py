@@ -12,8 +12,8 @@ from torch import Tensor
 from rayfed_sub.core.arrays import settled
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.types import Client, ServerState, Tensors, Update
-from rayfed_sub.deployment import downloads
-from rayfed_sub.deployment.downloads import Download, History
+from rayfed_sub.deployment import deltas
+from rayfed_sub.deployment.deltas import Download, History
 from rayfed_sub.deployment.setup import Setup, initial
 from rayfed_sub.methods.downloads import downloaded
 from rayfed_sub.methods.server_optimizers import advance, mixes
@@ -59,7 +59,7 @@ def begin(
     server, and the server optimizer's memory."""
     first = initial(setup, weights)
     server, memory = (first, {}) if checkpoint is None else checkpoint
-    return Federation(setup, ServerState(server.round, settled(server.tensors)), downloads.begun(first, server), memory)
+    return Federation(setup, ServerState(server.round, settled(server.tensors)), deltas.begun(first, server), memory)
 
 
 def cohort(federation: Federation) -> list[int]:
@@ -71,7 +71,7 @@ def download(federation: Federation, client: int, *, anew: bool = False) -> Down
     """What the client receives before the coming round; anew: its node holds no version."""
     setup, since = federation.setup, -1 if anew else federation.since.get(client, -1)
     who = Client(client, setup.config.seed)
-    return downloads.download(setup.method, setup.shape, federation.server, federation.history, who, since)
+    return deltas.download(setup.method, setup.shape, federation.server, federation.history, who, since)
 
 
 def counted_bytes(federation: Federation, client: int, *, anew: bool = False) -> int:
@@ -105,12 +105,12 @@ def finish(federation: Federation, replies: Sequence[Reply]) -> Federation:
     trained = [(update.client, update.weight) for update in counted]
     factor = sampling.nova_factor_of(config, n, trained) if config.federation.normalise_steps else 1.0
     mixed = mixes(config.server, config.privacy)
-    done = None if mixed else downloads.repeatable(method, shape, n, counted, total, factor)
+    done = None if mixed else deltas.repeatable(method, shape, n, counted, total, factor)
     after, memory = advance(config.server, before, method.aggregate(before, total, shape), federation.memory, factor)
     after = ServerState(after.round, settled(after.tensors))
     if (failure := not_finite(after.tensors)) is not None:
         raise RunError("aggregation", f"{failure}; lower optimizer.lr and begin anew", round=n, resume=None)
-    history = downloads.continued(federation.history, method, shape, before, after, done)
+    history = deltas.continued(federation.history, method, shape, before, after, done)
     since = {**federation.since, **dict.fromkeys((update.client for update in counted), n)}
     return replace(federation, server=after, memory=memory, history=history, since=since)
 
