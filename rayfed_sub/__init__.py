@@ -7,24 +7,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfed_sub.config.loading import load_config
-from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.models.own_model import OwnModel
-from rayfed_sub.telemetry.events import Decision, Progress
 
 if TYPE_CHECKING:
+    from rayfed_sub.config.loading import load_config
+    from rayfed_sub.config.schema import Config
     from rayfed_sub.data.given import RowSource
     from rayfed_sub.methods.hooks import LocalHook
     from rayfed_sub.methods.protocol import Method
     from rayfed_sub.runtime.rounds import Listener
     from rayfed_sub.sweeps.outcome import SweepResult
-    from rayfed_sub.telemetry.events import Callback, Summary
+    from rayfed_sub.telemetry.events import Callback, Decision, Progress, Summary
 
 __all__ = ["Config", "Decision", "OwnModel", "Progress", "RunError", "UserError", "load_config", "run", "sweep"]
+
+_LATER = {
+    "Config": "rayfed_sub.config.schema",
+    "load_config": "rayfed_sub.config.loading",
+    "Decision": "rayfed_sub.telemetry.events",
+    "Progress": "rayfed_sub.telemetry.events",
+}
+"""Names that are imported when somebody asks for one: local training works without a configuration's libraries."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_LATER[name]), name)
+    return value
 
 
 def run(

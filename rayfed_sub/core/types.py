@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -118,6 +118,24 @@ class Subspace:
     refresh_every: int
     projector: str = "exact"
     moments: str = "keep"
+
+
+class OptimizerRule(Protocol):
+    """Settings of the clients' optimizer that a local step reads; `optimizer` of a configuration has these, and what
+    each means."""
+
+    @property
+    def name(self) -> Literal["adamw", "sgd"]: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def clip_norm(self) -> float | None: ...
 
 
 @dataclass(frozen=True)

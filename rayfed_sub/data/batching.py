@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayfed_sub.config.schema import Batching
 from rayfed_sub.core.rng import stream
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.objects import Objects, OwnBatch
 from rayfed_sub.data.rows import Ints, Rows
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Batching
 
 IGNORED = -100
 """The label that no loss counts, as in torch and Hugging Face; among labels of floats it is NaN."""

@@ -13,9 +13,9 @@ from rayfed_sub.core.digests import digest
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.images import encoded
-from rayfed_sub.data.objects import pickled
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.data.readers import NoTextError, Part, Wanted, no_text
+from rayfed_sub.data.row_pickles import pickled
 from rayfed_sub.data.sources import Source, Split, read_source
 from rayfed_sub.data.tables import Table
 

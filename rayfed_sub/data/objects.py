@@ -3,19 +3,15 @@ processes share, and read again for each batch."""
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from rayfed_sub.core.arrays import Packed, packed, unpacked
 from rayfed_sub.core.rng import seeded
 from rayfed_sub.data.rows import Ints
 
@@ -96,27 +92,6 @@ class Objects:
 
     def _pickle(self, index: int) -> NDArray[np.uint8]:
         return self.content[self.offsets[index] : self.offsets[index + 1]]
-
-
-def pickled(row: Any) -> bytes:
-    """A row's pickle; functions and classes of a script or notebook go into it by value.  Raises whatever pickling
-    raises."""
-    file = io.BytesIO()
-    _Pickler(file).dump(row)
-    return file.getvalue()
-
-
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    """Pickles tensors as arrays: torch takes the whole memory that a view is a part of, and milliseconds."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is Tensor and obj.layout == torch.strided and not obj.is_quantized:
-            return _tensor, (packed({"": obj}),)
-        return super().reducer_override(obj)
-
-
-def _tensor(arrays: Packed) -> Tensor:
-    return unpacked(arrays)[""]
 
 
 def _moved(content: Any, device: torch.device) -> Any:

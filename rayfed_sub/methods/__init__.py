@@ -7,14 +7,14 @@ import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from rayfed_sub.config.checks import RENAMED, check, renamed_key, unknown_key
-from rayfed_sub.config.loading import INHERITED
-from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.methods.protocol import Method
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Config
 
 FAMILIES = {
     "coefficients in gradient or random subspaces; averaged: the changes": {
@@ -137,6 +137,8 @@ def shared_fields(fields: Mapping[str, Any], name: object) -> tuple[dict[str, An
     >>> shared_fields({"rank": 4, "scale": 1.0}, "fedit")
     ({'rank': 4}, ('scale',))
     """
+    from rayfed_sub.config.checks import RENAMED, renamed_key
+
     keys = _field_names(class_of(name))
     others = tuple(key for key in fields if key not in keys)
     for key in others:
@@ -148,6 +150,8 @@ def shared_fields(fields: Mapping[str, Any], name: object) -> tuple[dict[str, An
 def adopted(config: Config) -> tuple[Config, str]:
     """The configuration with fields that were written for another method as far as this one has them, and a line that
     names the others; empty where there are none.  Raises UserError as `shared_fields`."""
+    from rayfed_sub.config.loading import INHERITED
+
     method = config.method
     if INHERITED not in method:
         return config, ""
@@ -158,6 +162,8 @@ def adopted(config: Config) -> tuple[Config, str]:
 
 def _adopted(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A configuration's `method` without the fields that it cannot take over, and the names of these."""
+    from rayfed_sub.config.loading import INHERITED
+
     inherited = {key: value for key, value in fields.items() if key in fields.get(INHERITED, ())}
     _, others = shared_fields(inherited, fields.get("name"))
     return {key: value for key, value in fields.items() if key not in (INHERITED, *others)}, others
@@ -209,6 +215,8 @@ def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _built(fields: Mapping[str, Any], group: str) -> object:
+    from rayfed_sub.config.checks import check, unknown_key
+
     cls = class_of(fields.get("name"), group)
     keys = _field_names(cls)
     values = {key: value for key, value in fields.items() if key != "name"}

@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.side_by_side import side_by_side
 from rayfed_sub.core.types import (
     Accumulator,

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.types import (
     Accumulator,
     Broadcast,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import (
     Accumulator,

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Self
 
 import torch
-from pydantic import Field
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.types import (
     Accumulator,
     Broadcast,

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.types import Broadcast, Layer, LocalResult, ModelShape, Update
 from rayfed_sub.methods import averaging, lora
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.types import (
     Block,
     Broadcast,

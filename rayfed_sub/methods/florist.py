@@ -17,8 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
-
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.lowrank import padded
 from rayfed_sub.core.types import (
     Accumulator,

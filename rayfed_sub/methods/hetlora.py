@@ -20,9 +20,9 @@ from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.types import (
     Accumulator,
     Broadcast,

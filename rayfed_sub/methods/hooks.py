@@ -21,10 +21,12 @@ Names: tensors that belong to a trained tensor are called `<trained tensor>/<kin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from rayfed_sub.config.schema import Config
 from rayfed_sub.core.types import LocalStep, Tensors
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Config
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from functools import lru_cache
 from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.lowrank import padded
 from rayfed_sub.core.patterns import pattern_key
 from rayfed_sub.core.rng import stream

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.lowrank import inner_core, orthonormal_rows
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (

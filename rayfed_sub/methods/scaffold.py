@@ -19,15 +19,17 @@ Wire, numbers beside the method's own: as many as its trained tensors have, up a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import LocalStep, Tensors
 from rayfed_sub.methods.hooks import CohortMean
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Config
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ round: those with `supports_server_optimizer` set.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Optimizer, Privacy, Server
 from rayfed_sub.core.types import HOOK, ModelShape, ServerState, Tensors, wire_bytes
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Optimizer, Privacy, Server
 
 Noise = Callable[[str, Sequence[int]], Tensor]
 """Function from a tensor's name and shape to the noise to add to its change."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from rayfed_sub.core.fields import Field
 from rayfed_sub.core.lowrank import orthonormal_rows, sides
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import (

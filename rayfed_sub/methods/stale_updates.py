@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.methods import METHODS, class_of
 from rayfed_sub.methods.hooked import unhooked
 from rayfed_sub.methods.protocol import Method
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Config
 
 
 def sent_values(method: Method, shape: ModelShape) -> tuple[str, ...]:

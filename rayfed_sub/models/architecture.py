@@ -8,12 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.models.experts import Matrix
@@ -26,6 +25,9 @@ from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, SAME_IN_ANY_PACK
 from rayfed_sub.models.targets import find_targets, layer_size, linear_layers
 from rayfed_sub.models.text_to_text import KIND, LANGUAGE, check_start, text_to_text
 from rayfed_sub.models.tokenizers import ByteTokenizer
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Model
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",

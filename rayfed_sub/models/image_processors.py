@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.images import Pixels, decoded
 from rayfed_sub.models.architecture import bare_config, reason
 from rayfed_sub.models.hub import RANDOM, locate, reading
 from rayfed_sub.models.presets import ANY_PATCHES
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Model
 
 PROCESSOR = "preprocessor_config.json"
 _PLAIN = (0.5, 0.5, 0.5)  # default mean and standard deviation: values from -1 to 1

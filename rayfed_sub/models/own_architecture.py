@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.architecture import Architecture, architecture, layer_of, reason, skeleton, tied
@@ -20,6 +19,9 @@ from rayfed_sub.models.targets import own_targets
 from rayfed_sub.models.text_to_text import KIND, LANGUAGE
 from rayfed_sub.models.tokenizers import HubTokenizer, end_tokens, hub_codec
 from rayfed_sub.models.weights import all_tensors, assemble, check_causal
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Model
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

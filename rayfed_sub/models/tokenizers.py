@@ -7,15 +7,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.chats import Turn
 from rayfed_sub.data.processors import PairTokens
 from rayfed_sub.models.chat_masks import chat_tokens
 from rayfed_sub.models.chat_templates import default_template, rendered, set_default_template, trained_template
 from rayfed_sub.models.hub import RANDOM, Source, locate, reading, stored_file
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Model
 
 
 @dataclass(frozen=True)

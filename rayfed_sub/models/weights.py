@@ -9,13 +9,12 @@ from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
@@ -26,6 +25,9 @@ from rayfed_sub.models.hub import RANDOM, locate, quiet, reading, stored_file
 from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.text_to_text import KIND, LANGUAGE, start_token, text_to_text
 from rayfed_sub.models.tokenizers import HubTokenizer
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Model
 
 _COMPANIONS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _SEEN = 8  # tokens of the rows for the test of causality

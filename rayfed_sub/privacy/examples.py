@@ -20,13 +20,16 @@ arithmetic float32's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Privacy
 from rayfed_sub.core.rng import stream
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Privacy
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.devices import free_to_read, onto
 from rayfed_sub.core.lowrank import inner_core
-from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start
+from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, OptimizerRule, Start
 from rayfed_sub.data.batching import Batch, Batches
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.privacy.examples import RowPrivacy
@@ -60,7 +59,7 @@ class LocalRule:
     that go through the model at a time, all where it is None; recompute: whether blocks keep no activations; privacy:
     of the clients' single rows, for starts without a refresh and models without experts among their targets."""
 
-    optimizer: Optimizer
+    optimizer: OptimizerRule
     lr: float
     seed: int
     pad: int
@@ -298,7 +297,7 @@ def _passed(
 ) -> tuple[Tensor, list[int]]:
     """The step's passes, whose gradients are added to those of `steps`; loss (G,) and labels of the stacks' clients.
     clients: number and local step of each."""
-    device = next(iter(stacks[0].tensors.values())).device
+    device = stacks[0].device
     labels = [sum(own) for own in zip(*(one.counts for one in turns), strict=True)]
     count_G, loss_G = onto(labels, device), torch.zeros(len(labels), device=device)
     rate = stacks[0].trainees[0].start.dropout
@@ -314,7 +313,7 @@ def _passed(
 
 
 def _begun(stack: Stack, shape: ModelShape, seed: int, turns: int, gradient_hooks: GradientHooks | None) -> _Step:
-    device = next(iter(stack.tensors.values())).device
+    device = stack.device
     scale_G = onto([trainee.start.scale for trainee in stack.trainees], device)
     own_scales = {
         name: onto([trainee.start.scale_of(name) for trainee in stack.trainees], device)
@@ -465,7 +464,7 @@ def _refresh(stack: Stack, shape: ModelShape, seed: int) -> Refresh | None:
     return Refresh(subspaces, due, draws, stack.tensors) if due else None
 
 
-def _new_period(stack: Stack, shape: ModelShape, step: _Step, optimizer: Optimizer) -> None:
+def _new_period(stack: Stack, shape: ModelShape, step: _Step, optimizer: OptimizerRule) -> None:
     """Closes the due clients' open blocks (if they were stepped in this round) and opens new ones; of experts only
     where a client's loss depends on them."""
     refresh = step.refresh

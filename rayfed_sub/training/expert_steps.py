@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.types import ModelShape
+from rayfed_sub.core.types import ModelShape, OptimizerRule
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.galore import Refresh
 from rayfed_sub.training.stacks import Clock, Stack, Trainee
@@ -30,7 +29,7 @@ def sent(
     and that in the new one counts.
     """
     found: list[Tensor] = []
-    zeros_G = torch.zeros(len(stack.trainees), dtype=torch.bool, device=next(iter(stack.tensors.values())).device)
+    zeros_G = torch.zeros(len(stack.trainees), dtype=torch.bool, device=stack.device)
     for layer in shape.experts:
         own = [gradients[name] for role in ROLES if (name := f"{layer.name}/{role}") in gradients]
         sent_G = torch.stack([_any(x) for x in own]).any(0) if own else zeros_G
@@ -66,7 +65,7 @@ def step_experts(
     shape: ModelShape,
     gradients: Mapping[str, Tensor],
     sent: Mapping[str, Sequence[bool]],
-    optimizer: Optimizer,
+    optimizer: OptimizerRule,
     lr: float,
     decay: float,
 ) -> None:

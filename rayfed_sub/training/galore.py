@@ -17,11 +17,10 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.devices import free_to_read, onto
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.rng import stream
-from rayfed_sub.core.types import Layer, Subspace, Tensors
+from rayfed_sub.core.types import Layer, OptimizerRule, Subspace, Tensors
 from rayfed_sub.training.blocks import multiplied
 from rayfed_sub.training.layers import Capture, Part
 from rayfed_sub.training.projectors import bases, extremes
@@ -98,7 +97,7 @@ def renew(
     moments: Mapping[str, dict[str, Tensor]],
     due_G: Sequence[bool],
     step_G: Sequence[int],
-    optimizer: Optimizer,
+    optimizer: OptimizerRule,
 ) -> None:
     """Opens the layer's new period of the due clients: basis replaced, trained factor zeroed, gradient and moments
     moved.
@@ -129,7 +128,7 @@ def moved_moments(
     moments: Mapping[str, Mapping[str, Tensor]],
     trained: str,
     step_G: Sequence[int],
-    optimizer: Optimizer,
+    optimizer: OptimizerRule,
 ) -> dict[str, Tensor]:
     """Adam's moments in the new basis, C = Q_new Q_old^T: `reset` gives zeros, `rotate` is LDAdam's rule (arXiv
     2410.16103): m <- C m and v <- (1 - b2^t) |C^2 (v' - m'^2) + (C m')^2| with v', m' bias-corrected."""

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides, signed
 from rayfed_sub.core.rng import stream
-from rayfed_sub.core.types import Layer, ModelShape, Start, Tensors
+from rayfed_sub.core.types import Layer, ModelShape, OptimizerRule, Start, Tensors
 from rayfed_sub.training.dropout import GivenDropout
 from rayfed_sub.training.expert_libraries import FACTORS, expert_parameters, low_rank
 from rayfed_sub.training.projectors import basis
@@ -56,7 +55,7 @@ def moving_tensors(
     begun: Tensors,
     start: Start,
     names: tuple[int, int],
-    optimizer: Optimizer,
+    optimizer: OptimizerRule,
 ) -> list[Moving]:
     """Puts the client's tensors into `model` and returns those that are trained, in the Start's order."""
     parameters: dict[str, Any] = {}
@@ -212,7 +211,7 @@ def _projector(layer: Layer, start: Start, taken: int, names: tuple[int, int], d
     return projector
 
 
-def stepper_of(moving: Sequence[Moving], start: Start, optimizer: Optimizer, lr: float) -> torch.optim.Optimizer:
+def stepper_of(moving: Sequence[Moving], start: Start, optimizer: OptimizerRule, lr: float) -> torch.optim.Optimizer:
     """The library's optimiser with the client's moments and step count put back."""
     from galore_torch import GaLoreAdamW
 
@@ -243,6 +242,6 @@ def stepper_of(moving: Sequence[Moving], start: Start, optimizer: Optimizer, lr:
     return stepper
 
 
-def roles(optimizer: Optimizer) -> dict[str, str]:
+def roles(optimizer: OptimizerRule) -> dict[str, str]:
     """Moment role -> the key under which the library's optimiser keeps it."""
     return _STATE[optimizer.name] if optimizer.name == "adamw" or optimizer.momentum else {}

@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.devices import onto
 from rayfed_sub.core.lowrank import sides
-from rayfed_sub.core.types import ModelShape, Start, Tensors
+from rayfed_sub.core.types import ModelShape, OptimizerRule, Start, Tensors
 from rayfed_sub.training.blocks import Closed, multiplied
 
 
-def moment_roles(optimizer: Optimizer) -> tuple[str, ...]:
+def moment_roles(optimizer: OptimizerRule) -> tuple[str, ...]:
     """Running averages of the optimizer per trained tensor: m1 (first moment), m2 (second moment)."""
     if optimizer.name == "adamw":
         return ("m1", "m2")
@@ -34,7 +33,7 @@ def clip(grads: Sequence[Tensor], norm: float) -> None:
 
 
 def step(
-    optimizer: Optimizer,
+    optimizer: OptimizerRule,
     lr: float,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -46,6 +45,7 @@ def step(
     steps: per parameter the steps that each client had taken before this one.  moments: role -> one tensor per
     parameter.
 
+    >>> from rayfed_sub.config.schema import Optimizer
     >>> p, m1, m2 = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
     >>> step(Optimizer(eps=1e-12), 0.1, [p], [torch.full((1, 1), 5.0)], {"m1": [m1], "m2": [m2]}, [[0]])
     >>> p  # Adam's first step has length lr
@@ -80,7 +80,7 @@ def step(
         torch._foreach_mul_(params, decay(optimizer, lr))
 
 
-def decay(optimizer: Optimizer, lr: float) -> float:
+def decay(optimizer: OptimizerRule, lr: float) -> float:
     """Factor of one step's weight decay on a weight."""
     return 1 - lr * optimizer.weight_decay
 

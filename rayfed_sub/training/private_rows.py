@@ -102,11 +102,11 @@ def _at_a_time(stack: Stack) -> int:
 
 def _repeated(stack: Stack, place_R: list[int]) -> Stack:
     """A stack of rows: the tensors of their clients, once for each row."""
-    index = onto(place_R, next(iter(stack.tensors.values())).device)
+    index = onto(place_R, stack.device)
     closed = {}
     for name, one in stack.closed.items():
         closed[name] = Closed()
         if one.left_GmR is not None and one.right_GRn is not None:
             closed[name] = Closed(one.left_GmR[index], one.right_GRn[index], [one.used_G[g] for g in place_R])
     tensors = {name: tensor[index] for name, tensor in stack.tensors.items()}
-    return Stack([stack.trainees[g] for g in place_R], tensors, {}, closed, {})
+    return Stack(stack.device, [stack.trainees[g] for g in place_R], tensors, {}, closed, {})

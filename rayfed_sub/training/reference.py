@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
-from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, Start, Tensors
+from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, OptimizerRule, Start, Tensors
 from rayfed_sub.data.batching import Batch
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.flat_rows import pass_rule
@@ -260,7 +259,7 @@ def _step(
     stepper: torch.optim.Optimizer,
     moving: Sequence[Moving],
     start: Start,
-    optimizer: Optimizer,
+    optimizer: OptimizerRule,
     lr: float,
     clocks: Mapping[str, Clock],
 ) -> None:
@@ -353,7 +352,9 @@ def _clip(moving: Sequence[Moving], norm: float | None, clocks: Mapping[str, Clo
         x.parameter.grad.mul_(min(1.0, norm / (math.sqrt(squares) + 1e-6)))
 
 
-def _move_moments(state: dict[str, Any], C_rr: Tensor, right: bool, rule: str, optimizer: Optimizer, step: int) -> None:
+def _move_moments(
+    state: dict[str, Any], C_rr: Tensor, right: bool, rule: str, optimizer: OptimizerRule, step: int
+) -> None:
     """`reset`: zeros, and Adam's bias correction begins anew.  `rotate`: LDAdam's rule (arXiv 2410.16103) for
     coordinates along the last axis, C = Q_new Q_old^T, bias-corrected by the steps that the moments have seen."""
     keys = roles(optimizer)

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.devices import fetched, onto
-from rayfed_sub.core.types import Layer, LocalResult, ModelShape, Start, Tensors
+from rayfed_sub.core.types import Layer, LocalResult, ModelShape, OptimizerRule, Start, Tensors
 from rayfed_sub.data.batching import Batches
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.blocks import Closed
@@ -63,9 +62,10 @@ class Trainee:
 
 @dataclass
 class Stack:
-    """Clients still training whose tensors have equal shapes, and these (G, ...): private copies that change in
-    place."""
+    """Clients still training whose tensors have equal shapes, and these (G, ...): private copies on the device that
+    change in place.  A client may have none: then it computes its losses."""
 
+    device: torch.device
     trainees: list[Trainee]
     tensors: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
@@ -89,7 +89,7 @@ def expert_step(start: Start, layer: Layer) -> int:
 
 
 def stacks_of(
-    trainees: Sequence[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
+    trainees: Sequence[Trainee], shape: ModelShape, optimizer: OptimizerRule, device: torch.device, *, anchored: bool
 ) -> list[Stack]:
     """The clients in stacks of equal shapes, in the order of each stack's first."""
     alike: dict[tuple[tuple[int, ...], ...], list[Trainee]] = {}
@@ -99,7 +99,7 @@ def stacks_of(
 
 
 def _stack(
-    trainees: list[Trainee], shape: ModelShape, optimizer: Optimizer, device: torch.device, *, anchored: bool
+    trainees: list[Trainee], shape: ModelShape, optimizer: OptimizerRule, device: torch.device, *, anchored: bool
 ) -> Stack:
     """The clients' tensors side by side, in fresh memory: equal packs, equal bits.  Those of clients that come back lie
     on the CPU, others where the broadcast lies."""
@@ -124,7 +124,7 @@ def _stack(
     }
     closed = {layer.name: Closed.begun(layer, [start.frozen for start in starts], device) for layer in shape.targets}
     anchors = {name: tensors[name].clone() for name in starts[0].trained} if anchored else {}
-    return Stack(trainees, tensors, moments, closed, anchors)
+    return Stack(device, trainees, tensors, moments, closed, anchors)
 
 
 def without_finished(stack: Stack, t: int) -> tuple[Stack, Stack | None]:
@@ -133,15 +133,16 @@ def without_finished(stack: Stack, t: int) -> tuple[Stack, Stack | None]:
     if len(kept) == len(stack.trainees):
         return stack, None
     if not kept:
-        return Stack([], {}, {}, {}, {}), stack
+        return Stack(stack.device, [], {}, {}, {}, {}), stack
     others = sorted(set(range(len(stack.trainees))) - set(kept))
     return _some(stack, kept), _some(stack, others)
 
 
 def _some(stack: Stack, kept: Sequence[int]) -> Stack:
     """The clients at these positions."""
-    index = onto(kept, next(iter(stack.tensors.values())).device, torch.long)
+    index = onto(kept, stack.device, torch.long)
     return Stack(
+        stack.device,
         [stack.trainees[g] for g in kept],
         {name: tensor[index] for name, tensor in stack.tensors.items()},
         {role: {name: tensor[index] for name, tensor in tensors.items()} for role, tensors in stack.moments.items()},
@@ -168,6 +169,7 @@ def results_of(stack: Stack, shape: ModelShape) -> list[LocalResult]:
         for layer, own in stack.closed.items()
     }
     at_home = Stack(
+        torch.device("cpu"),
         stack.trainees,
         {name: here[f"tensor/{name}"] for name in stack.tensors},
         {role: {name: here[f"moment/{role}/{name}"] for name in at} for role, at in stack.moments.items()},

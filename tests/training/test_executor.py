@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rayfed_sub.config.schema import Optimizer
-from rayfed_sub.core.types import Subspace
+from rayfed_sub.core.types import Start, Subspace
 from rayfed_sub.training import executor, projectors
 from rayfed_sub.training.executor import LocalRule, train_pack
 from tests.helpers.tiny_models import (
@@ -45,6 +45,18 @@ def test_equal_packs_give_equal_bits_in_the_given_order():
     for a, b in zip(once, again, strict=True):
         assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
         assert all(torch.equal(a.blocks[layer][i], b.blocks[layer][i]) for layer in a.blocks for i in (0, 1))
+
+
+def test_clients_without_a_trained_tensor_give_their_losses():
+    """A method that trains nothing: the model is at rest, and one whose steps end earlier leaves the pack."""
+    tiny = llama()
+    batches = [draw_batches(tiny, seed, steps) for seed, steps in ((0, 2), (1, 1))]
+    idle = run_pack(tiny, [Start({}, ())] * 2, batches, Optimizer(), lr=LR)
+    untouched = run_pack(tiny, [lora_start(tiny, 2, scale=0.0)] * 2, batches, Optimizer(), lr=0.0)
+    assert [result.metrics["steps"] for result in idle] == [2, 1]
+    for ours, theirs in zip(idle, untouched, strict=True):
+        assert ours.failure is None
+        assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["galore", "lora", "dense"])
