@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from rayfed_sub.deployment import server
 from rayfed_sub.deployment.server import Federation
 from rayfed_sub.deployment.setup import Setup, run_config, set_up
 from rayfed_sub.models.weights import generation_config, write_folder
+
+_MONTH = 30 * 24 * 3600  # seconds
 
 Scalar = bool | int | float | str
 
@@ -40,32 +42,32 @@ def setup_of(values: Mapping[str, Scalar]) -> Setup:
     return set_up(config, json.loads(str(values["classes"])), str(values["problem"]))
 
 
-@dataclass(frozen=True)
-class NodeFolders:
-    """Where a node keeps what outlives a message.  weights: of the pretrained weights, for all runs that begin with
-    them; versions: of this run's client; start: folder of a simulation's checkpoint, None without one."""
+def node_folder(node_config: Mapping[str, Scalar], run_id: int) -> Path:
+    """Where the node's client keeps what outlives a message of this run: pretrained weights, and its versions.
 
-    weights: Path
-    versions: Path
-    start: Path | None
+    It lies below the node's `cache`, by default the user's folder for caches.  Runs that nobody has touched for a month
+    are deleted there when another one begins."""
+    given = node_config.get("cache")
+    root = cache_root() / "flower" if given is None else Path(str(given)).expanduser()
+    folder = root / f"run-{run_id}" / f"client-{int(node_config['partition-id'])}"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for old in root.glob("run-*/client-*"):
+            if time.time() - old.stat().st_mtime > _MONTH:
+                shutil.rmtree(old, ignore_errors=True)
+    return folder
 
-    @classmethod
-    def of(cls, node_config: Mapping[str, Scalar], run_id: int, setup: Setup) -> NodeFolders:
-        """The folders below the node's `cache`, by default the user's folder for caches."""
-        given = node_config.get("cache")
-        root = cache_root() / "flower" if given is None else Path(str(given)).expanduser()
-        model, start = setup.config.model.model_dump_json(), node_config.get("checkpoint")
-        key = hashlib.sha256(f"{model} {setup.config.seed} {setup.classes}".encode()).hexdigest()[:16]
-        versions = root / f"run-{run_id}" / f"client-{int(node_config['partition-id'])}"
-        return cls(root / f"weights-{key}", versions, None if start is None else Path(str(start)).expanduser())
 
-    def checkpoint(self, client: int) -> ClientState | None:
-        """The state with which the client goes on from the simulation; None where it begins anew."""
-        file = None if self.start is None else client_file(self.start, client)
-        if file is None or not file.exists():
-            return None
-        about = _about(file)
-        return ClientState(int(about["round"]), int(about["cursor"]), int(about["step"]), load_file(file))
+def checkpoint_state(node_config: Mapping[str, Scalar], client: int) -> ClientState | None:
+    """The state with which the client goes on from a simulation, from the node's `checkpoint`, the file of one client
+    or the folder of all; None where it begins anew."""
+    given = node_config.get("checkpoint")
+    place = Path("" if given is None else str(given)).expanduser()
+    file = client_file(place, client) if place.is_dir() else place
+    if given is None or not file.exists():
+        return None
+    about = _about(file)
+    return ClientState(int(about["round"]), int(about["cursor"]), int(about["step"]), load_file(file))
 
 
 def write_checkpoint(

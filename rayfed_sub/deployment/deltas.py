@@ -9,6 +9,7 @@ pretrained weights and the seed, which every node holds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -17,7 +18,7 @@ import torch
 
 from rayfed_sub.config.schema import Server
 from rayfed_sub.core.arrays import settled
-from rayfed_sub.core.types import Accumulator, Client, Layer, ModelShape, ServerState, Tensors, Update, wire_bytes
+from rayfed_sub.core.types import Accumulator, Client, ModelShape, ServerState, Tensors, Update, wire_bytes
 from rayfed_sub.methods import averaging
 from rayfed_sub.methods.hooked import unhooked
 from rayfed_sub.methods.protocol import Method
@@ -28,11 +29,12 @@ _EMPTY = Accumulator(0.0, {})
 
 @dataclass(frozen=True)
 class Round:
-    """A finished round as a node repeats it.  updates: in the order of the sum, with the tensors of the layers that are
-    repeated from them; total: the sum before `aggregate`, of the others; factor: see `advance`."""
+    """A finished round as a node repeats it.  added: layers that are repeated from their sum `total`, as it was before
+    `aggregate`; updates: in the order of the sum, with the tensors of the other layers; factor: see `advance`."""
 
     number: int
     updates: tuple[Update, ...] = ()
+    added: tuple[str, ...] = ()
     total: Accumulator = _EMPTY
     factor: float = 1.0
 
@@ -40,14 +42,13 @@ class Round:
 @dataclass(frozen=True)
 class Download:
     """What a client receives before round `round`, having version `since` (-1: none).  tensors: new values by name;
-    rounds: to repeat for the layers `summed` (from updates) and `added` (from sums)."""
+    rounds: to repeat for the layers `repeated`."""
 
     round: int
     since: int
     tensors: Tensors
     rounds: tuple[Round, ...] = ()
-    summed: tuple[str, ...] = ()
-    added: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,14 @@ def continued(
     changed = {name: history.changed.get(name, 0) if name in same else after.round for name in after.tensors}
     if done is None:
         return History(changed)
-    sent = method.broadcast(after).tensors
-    kept, room = list[Round](), {layer.name: wire_bytes(_of(layer, sent)) for layer in shape.targets}
+    kept, room = list[Round](), _sizes(method.broadcast(after).tensors)
     for one in (done, *reversed(history.rounds)):  # the newest first
-        fits = set()
-        for layer in shape.targets:
-            room[layer.name] -= wire_bytes(_of(layer, one.total.tensors)) + sum(
-                wire_bytes(_of(layer, update.tensors)) for update in one.updates
-            )
-            if room[layer.name] > 0:  # else the layer's own tensors are no larger
-                fits.add(layer.name)
+        taken = _sizes(one.total.tensors, *(update.tensors for update in one.updates))
+        room = {layer: size - taken[layer] for layer, size in room.items()}
+        fits = {layer for layer, size in room.items() if size > 0}  # else the layer's own tensors are no larger
         if not fits:
             break
-        kept.append(_of_layers(one, fits, fits, shape))
+        kept.append(_of_layers(one, fits, shape))
     return History(changed, tuple(reversed(kept)))
 
 
@@ -101,13 +97,11 @@ def repeatable(
     used up; None for methods that are not `layerwise`."""
     if not getattr(method, "layerwise", False):
         return None
-    summed, added = set[str](), set[str]()
-    for layer in shape.targets:
-        of_updates = sum(wire_bytes(_of(layer, update.tensors)) for update in updates)
-        of_total = wire_bytes(_of(layer, total.tensors))
-        waits = any(_owner(name) == layer.name for name in total.waiting)
-        (added if of_total and not waits and of_total < of_updates else summed).add(layer.name)
-    one = _of_layers(Round(number, tuple(updates), total, factor), summed, added, shape)
+    of_updates, of_total = _sizes(*(update.tensors for update in updates)), _sizes(total.tensors)
+    waiting = {_owner(name) for name in total.waiting}
+    smaller = {layer for layer, size in of_total.items() if size < of_updates[layer]} - waiting
+    added = [layer.name for layer in shape.targets if layer.name in smaller]
+    one = _of_layers(Round(number, tuple(updates), tuple(added), total, factor), _layers(shape), shape)
     return replace(one, total=_copied(one.total))
 
 
@@ -119,21 +113,16 @@ def download(
     sent = received(method, method.broadcast(server).tensors, shape, client)
     lacking = {name: tensor for name, tensor in sent.items() if history.changed.get(name, server.round) > first}
     missed = [one for one in history.rounds if one.number >= first]
-    summed, added = list[str](), list[str]()
+    values, repeated = _sizes(lacking), list[str]()
     if len(missed) == server.round - first:
-        for layer in shape.targets:
-            values = _of(layer, lacking)
-            for found, parts in (
-                (summed, [[update.tensors for update in one.updates] for one in missed]),
-                (added, [[one.total.tensors] for one in missed]),
-            ):
-                of_rounds = [[_of(layer, tensors) for tensors in part] for part in parts]
-                whole = all(any(part) or not one.updates for one, part in zip(missed, of_rounds, strict=True))
-                if values and whole and sum(wire_bytes(x) for part in of_rounds for x in part) < wire_bytes(values):
-                    found.append(layer.name)
-                    lacking = {name: tensor for name, tensor in lacking.items() if name not in values}
-    rounds = tuple(_of_layers(one, set(summed), set(added), shape) for one in missed) if summed or added else ()
-    return Download(server.round, since, lacking, rounds, tuple(summed), tuple(added))
+        parts = [_sizes(one.total.tensors, *(update.tensors for update in one.updates)) for one in missed]
+        for layer in (target.name for target in shape.targets if target.name in values):
+            whole = all(layer in part or not one.updates for one, part in zip(missed, parts, strict=True))
+            if whole and sum(part[layer] for part in parts) < values[layer]:
+                repeated.append(layer)
+        lacking = _without(lacking, set(repeated))
+    rounds = tuple(_of_layers(one, set(repeated), shape) for one in missed) if repeated else ()
+    return Download(server.round, since, lacking, rounds, tuple(repeated))
 
 
 def received(method: Method, tensors: Tensors, shape: ModelShape, client: Client) -> Tensors:
@@ -146,38 +135,33 @@ def received(method: Method, tensors: Tensors, shape: ModelShape, client: Client
 
 def applied(method: Method, shape: ModelShape, rule: Server, version: ServerState, got: Download) -> ServerState:
     """The client's version of the server at the start of round got.round."""
-    tensors = dict(version.tensors)
-    for names, from_sums in ((got.summed, False), (got.added, True)):
-        part = ModelShape(tuple(layer for layer in shape.targets if layer.name in names))
-        if names:
-            tensors |= _repeated(method, shape, part, rule, version, got.rounds, from_sums=from_sums)
-    return ServerState(got.round, settled({**tensors, **got.tensors}))
+    again = _repeated(method, shape, rule, version, got) if got.repeated else {}
+    return ServerState(got.round, settled({**version.tensors, **again, **got.tensors}))
 
 
 def _repeated(
-    method: Method,
-    shape: ModelShape,
-    part: ModelShape,
-    rule: Server,
-    version: ServerState,
-    rounds: Sequence[Round],
-    *,
-    from_sums: bool,
+    method: Method, shape: ModelShape, rule: Server, version: ServerState, got: Download
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the layers of `part` after the rounds."""
-    mine = {layer.name for layer in part.targets}
-    own = _without(version.tensors, _layers(shape) - mine)
-    if averaging.RANKS in version.tensors:
-        own |= averaging.no_history(part)
-    server = ServerState(rounds[0].number, own)
-    for one in rounds:
-        total = _copied(one.total) if from_sums else method.accumulator(server, part)
-        for update in () if from_sums else one.updates:
-            total = method.accumulate(total, update, part)
-        after = method.aggregate(server, total, part)
-        after, _ = advance(rule, server, after, {}, one.factor)
-        server = ServerState(after.round, settled(after.tensors))
-    return {name: tensor for name, tensor in server.tensors.items() if _owner(name) in mine}
+    """The tensors of the layers got.repeated after the rounds."""
+    layers = set(got.repeated)
+    tensors = _without(version.tensors, _layers(shape) - layers)
+    for one in got.rounds:
+        after = dict(tensors)
+        for names in (layers & set(one.added), layers - set(one.added)):
+            if not names:
+                continue
+            part = ModelShape(tuple(layer for layer in shape.targets if layer.name in names))
+            own = _without(tensors, layers - names)
+            before = ServerState(one.number, own | (averaging.no_history(part) if averaging.RANKS in own else {}))
+            total = _copied(one.total)
+            if not names <= set(one.added):
+                total = method.accumulator(before, part)
+                for update in one.updates:
+                    total = method.accumulate(total, update, part)
+            moved, _ = advance(rule, before, method.aggregate(before, total, part), {}, one.factor)
+            after |= {name: tensor for name, tensor in moved.tensors.items() if _owner(name) in names}
+        tensors = settled(after)
+    return {name: tensor for name, tensor in tensors.items() if _owner(name) in layers}
 
 
 def _copied(total: Accumulator) -> Accumulator:
@@ -185,20 +169,27 @@ def _copied(total: Accumulator) -> Accumulator:
     return replace(total, tensors={name: tensor.clone() for name, tensor in total.tensors.items()})
 
 
-def _of_layers(one: Round, summed: set[str], added: set[str], shape: ModelShape) -> Round:
+def _of_layers(one: Round, names: set[str], shape: ModelShape) -> Round:
     """The round with the tensors of these layers alone, and those that belong to no layer; no head, which travels as it
     is."""
 
-    def kept(tensors: Tensors, names: set[str]) -> dict[str, torch.Tensor]:
-        return _without(tensors, _layers(shape) - names) if names else {}
+    def kept(tensors: Tensors, layers: set[str]) -> dict[str, torch.Tensor]:
+        return _without(tensors, _layers(shape) - layers) if layers else {}
 
-    updates = tuple(replace(update, tensors=kept(update.tensors, summed)) for update in one.updates)
-    return replace(one, updates=updates, total=replace(one.total, tensors=kept(one.total.tensors, added), waiting={}))
+    added = {layer for layer in one.added if layer in names}
+    targets = {layer.name for layer in shape.targets}
+    updates = tuple(replace(update, tensors=kept(update.tensors, names & targets - added)) for update in one.updates)
+    total = replace(one.total, tensors=kept(one.total.tensors, added), waiting={})
+    return replace(one, updates=updates, added=tuple(sorted(added)), total=total)
 
 
-def _of(layer: Layer, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors of a layer."""
-    return {name: tensor for name, tensor in tensors.items() if _owner(name) == layer.name}
+def _sizes(*parts: Tensors) -> Counter[str]:
+    """Bytes of each layer's tensors in all parts; 0 for layers that are in none."""
+    sizes = Counter[str]()
+    for tensors in parts:
+        for name, tensor in tensors.items():
+            sizes[_owner(name)] += tensor.numel() * tensor.element_size()
+    return sizes
 
 
 def _layers(shape: ModelShape) -> set[str]:

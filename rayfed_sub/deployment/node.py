@@ -115,7 +115,6 @@ def _keep(folder: Path, n: int, version: Version, before: int) -> None:
     about = {"round": state.round, "cursor": state.cursor, "step": state.step}
     tensors = _named(_SERVER, version.server.tensors) | _named(_STATE, state.tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors writes no tensor over another one's memory
     atomic_files.write(_file(folder, n), save(tensors, {"state": json.dumps(about)}))
     for file in folder.glob("version-*.safetensors"):
         if file not in (_file(folder, n), _file(folder, before)):

@@ -31,8 +31,9 @@ def download_record(got: Download) -> RecordDict:
             arrays |= _under(f"rounds/{i}/updates/{k}", update.tensors)
         sent = [[update.client, update.weight] for update in one.updates]
         total = [one.total.weight, dict(one.total.counts)]
-        rounds.append({"number": one.number, "factor": one.factor, "updates": sent, "total": total})
-    about = {"round": got.round, "since": got.since, "summed": got.summed, "added": got.added, "rounds": rounds}
+        how = {"number": one.number, "factor": one.factor, "added": one.added}
+        rounds.append({**how, "updates": sent, "total": total})
+    about = {"round": got.round, "since": got.since, "repeated": got.repeated, "rounds": rounds}
     return RecordDict({_ARRAYS: ArrayRecord(arrays), _ABOUT: ConfigRecord({"json": json.dumps(about)})})
 
 
@@ -47,9 +48,9 @@ def download_of(record: RecordDict) -> Download:
         )
         weight, counts = one["total"]
         total = Accumulator(weight, _part(tensors, f"rounds/{i}/total"), counts)
-        rounds.append(Round(one["number"], updates, total, one["factor"]))
-    names = (tuple(about["summed"]), tuple(about["added"]))
-    return Download(about["round"], about["since"], _part(tensors, "tensors"), tuple(rounds), *names)
+        rounds.append(Round(one["number"], updates, tuple(one["added"]), total, one["factor"]))
+    repeated = tuple(about["repeated"])
+    return Download(about["round"], about["since"], _part(tensors, "tensors"), tuple(rounds), repeated)
 
 
 def reply_record(reply: Reply) -> RecordDict:

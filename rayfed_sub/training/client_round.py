@@ -3,15 +3,19 @@ steps, and what becomes of the result."""
 
 from __future__ import annotations
 
-from rayfed_sub.config.schema import Config
+from typing import TYPE_CHECKING
+
 from rayfed_sub.core.types import Broadcast, ClientState, LocalResult, ModelShape, Update
 from rayfed_sub.data.batching import ClientBatches
-from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.privacy.examples import row_privacy
 from rayfed_sub.training.client_errors import not_finite
 from rayfed_sub.training.executor import LocalRule
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Config
+    from rayfed_sub.data.dataset import Dataset
 
 
 def batches(

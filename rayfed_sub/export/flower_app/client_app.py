@@ -19,17 +19,17 @@ def train(msg: Message, context: Context) -> Message:
     """Train the model on the rows of this node's client."""
     # Imported here: a query is answered without torch
     from rayfed_sub.deployment import node
-    from rayfed_sub.deployment.app import NodeFolders, setup_of
+    from rayfed_sub.deployment.app import checkpoint_state, node_folder, setup_of
     from rayfed_sub.deployment.records import download_of, reply_record
     from rayfed_sub.deployment.setup import rows_of
 
     # Read run config and node config
     setup = setup_of(context.run_config)
     client = int(context.node_config["partition-id"])
-    folders = NodeFolders.of(context.node_config, context.run_id, setup)
+    folder = node_folder(context.node_config, context.run_id)
 
     # Load the pretrained model and this client's rows
-    weights = node.kept_weights(setup, folders.weights)
+    weights = node.kept_weights(setup, folder)
     dataset = rows_of(setup, client, context.node_config.get("rows"))
 
     # Train, and keep the client's state in this node's folder
@@ -37,10 +37,10 @@ def train(msg: Message, context: Context) -> Message:
         setup,
         weights,
         dataset,
-        folders.versions,
+        folder,
         client,
         download_of(msg.content),
-        checkpoint=folders.checkpoint(client),
+        checkpoint=checkpoint_state(context.node_config, client),
         device=str(context.node_config.get("device", "cpu")),
     )
     return Message(content=reply_record(reply), reply_to=msg)
