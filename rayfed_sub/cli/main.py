@@ -314,15 +314,20 @@ def retime(
 
 @app.command()
 def export(
-    run_dir: Annotated[str, typer.Argument(help="the folder of a finished run, or s3://bucket/path")],
+    run_dir: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="the folder of a finished run, or s3://bucket/path; for flower also a YAML file"
+        ),
+    ],
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],
     format: Annotated[
         str | None,
         typer.Option(
             "--format",
-            metavar="hf|peft|state-dict",
+            metavar="hf|peft|state-dict|flower",
             help="hf: a transformers model folder (default); peft: a LoRA adapter, which is much smaller; state-dict: "
-            "of a model that a Python call handed over",
+            "of a model that a Python call handed over; flower: a Flower app that trains on real machines",
         ),
     ] = None,
     client: Annotated[
@@ -333,25 +338,37 @@ def export(
         typer.Option("--method", help="the run's method where it is your own: package.module:Class"),
     ] = None,
     checkpoint: Annotated[
-        str,
-        typer.Option("--checkpoint", metavar="last|best", help="the last round's, or the best (early_stopping.metric)"),
-    ] = "last",
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="last|best",
+            help="the last round's (default), or the best (early_stopping.metric); a Flower app goes on from it, and "
+            "begins anew without",
+        ),
+    ] = None,
 ) -> None:
-    """Write the trained model so that transformers, peft or its own module loads it.
+    """Write the trained model so that transformers, peft or its own module loads it, or a run as a Flower app.
 
     Prints the line of Python that loads it, to be run in its folder wherever
     that lies; README.md there has it too, with how to make a prompt. Where
     transformers could not load an adapter's base by a name (random, GGUF, with
     a classification head), it is written beside the adapter, to the folder base.
+    Of a Flower app it prints the command that starts it.
     """
-    from rayfed_sub.export.exported import export_hf, export_peft, export_state, usual_format
+    from rayfed_sub.export.exported import LAST, export_hf, export_peft, export_state, usual_format
+    from rayfed_sub.export.flower import export_flower
     from rayfed_sub.storage.remote import local_copy
 
     formats = {"hf": export_hf, "peft": export_peft, "state-dict": export_state}
-    if format is not None and format not in formats:
-        raise unknown_word("--format", format, list(formats))
+    if format is not None and format not in (*formats, "flower"):
+        raise unknown_word("--format", format, [*formats, "flower"])
+    if format == "flower" and client is not None:
+        raise UserError("--client", client, "nothing with --format flower, whose nodes are the clients", "leave it out")
     with local_copy(run_dir, "RUN") as folder:
-        written = formats[format or usual_format(folder)](folder, to, client, method, checkpoint)
+        if format == "flower":
+            written = export_flower(folder, to, method, checkpoint)
+        else:
+            written = formats[format or usual_format(folder)](folder, to, client, method, checkpoint or LAST)
     if written.warning is not None:
         typer.echo(f"rayfed-sub: {written.warning}", err=True)
     typer.echo(written.loading)

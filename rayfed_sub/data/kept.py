@@ -54,7 +54,7 @@ def kept(task: Task, federation: Federation, processor: Processor, make: Callabl
     found = _sources(task, federation) if isinstance(processor, Tokenizer) else None
     if found is None or not isinstance(processor, Tokenizer):
         return make()
-    folder = _root() / _key(found, task, federation, processor)
+    folder = cache_root() / _key(found, task, federation, processor)
     if (before := _read(folder)) is not None:
         rows, notes = before
         for note in notes:
@@ -114,7 +114,8 @@ def _content(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _root() -> Path:
+def cache_root() -> Path:
+    """The folder below which prepared rows lie, and what else may be made again."""
     given = os.environ.get("RAYFED_SUB_CACHE")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayfed_sub"
     return Path(given).expanduser() if given else cache

@@ -32,6 +32,7 @@ class FedExLoRA:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / r (m + n) + min(m n, residuals missed)"
     departs: ClassVar[str] = ""
+    layerwise: ClassVar[bool] = True
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0

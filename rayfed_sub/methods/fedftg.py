@@ -43,6 +43,7 @@ class FedFTG:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "k r (m + n) / min(m n, blocks missed)"
     departs: ClassVar[str] = ""
+    layerwise: ClassVar[bool] = True
     alerts: ClassVar[frozenset[str]] = frozenset({"full rank", "gradients"})
 
     rank: averaging.SubspaceRank = 8

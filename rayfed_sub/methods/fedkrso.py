@@ -50,6 +50,7 @@ class FedKRSO:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r m / min(m n, r m per subspace missed)"
     departs: ClassVar[str] = "a client stays in its subspace for the whole round"
+    layerwise: ClassVar[bool] = True
     alerts: ClassVar[frozenset[str]] = frozenset({"full rank"})
 
     rank: averaging.SubspaceRank = 8

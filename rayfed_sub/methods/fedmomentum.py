@@ -46,6 +46,7 @@ class FedMomentum:
     departs: ClassVar[str] = (
         "an exact SVD in place of a randomised one of full width; the factors keep rank r whatever the energy"
     )
+    layerwise: ClassVar[bool] = True
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0

@@ -59,6 +59,7 @@ class FedSub:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "2 r m / min(m n, r m per period missed) + r m"
     departs: ClassVar[str] = "duals from mean gradients, which travel; the same with plain SGD and all clients"
+    layerwise: ClassVar[bool] = True
     alerts: ClassVar[frozenset[str]] = frozenset({"full rank"})
 
     rank: averaging.SubspaceRank = 8

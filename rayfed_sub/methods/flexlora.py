@@ -50,6 +50,7 @@ class FlexLoRA:
     init_server = lora.init_factors
     broadcast = averaging.broadcast
     download_bytes = lora.download_cut
+    received = lora.received_cut
     start_client = lora.start_cut
     upload = lora.upload_products
     client_state = averaging.no_client_state

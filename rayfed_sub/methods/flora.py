@@ -41,6 +41,7 @@ class FLoRA:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / min(m n, stacks missed)"
     departs: ClassVar[str] = ""
+    layerwise: ClassVar[bool] = True
     alerts: ClassVar[frozenset[str]] = frozenset({"full rank"})
 
     rank: lora.LargestRank = 8

@@ -38,6 +38,7 @@ class FRLoRA:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r (m + n) / min(m n, averages missed)"
     departs: ClassVar[str] = "p_k in the means (uniform: as published)"
+    layerwise: ClassVar[bool] = True
 
     rank: lora.FactorRank = 8
     alpha: lora.Alpha = 16.0

@@ -257,10 +257,14 @@ def cut(method: _LoRA, tensors: Tensors, shape: ModelShape, rank: int) -> dict[s
     return factors
 
 
+def received_cut(method: Ranks, tensors: Tensors, shape: ModelShape, client: Client) -> dict[str, Tensor]:
+    """The components that a client of its rank reads of the server's factors, and the head."""
+    return cut(method, tensors, shape, rank_of(method, client.id)) | head(shape, tensors)
+
+
 def download_cut(method: Ranks, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-    """Bytes of the components that a client of its rank receives, and of the head."""
-    factors = cut(method, server.tensors, shape, rank_of(method, client.id))
-    return wire_bytes({**factors, **head(shape, server.tensors)})
+    """Bytes of what `received_cut` gives the client."""
+    return wire_bytes(received_cut(method, server.tensors, shape, client))
 
 
 def start_cut(
@@ -269,7 +273,7 @@ def start_cut(
     """Both factors and the head, all trained, without moments: the first components, as many as the client's rank; B is
     rescaled, for the server's has the scale of the largest rank."""
     rank = rank_of(method, client.id)
-    tensors = cut(method, broadcast.tensors, shape, rank) | head(shape, broadcast.tensors)
+    tensors = received_cut(method, broadcast.tensors, shape, client)
     for layer in shape.targets:
         name, shrunk = f"{layer.name}/left", rescaling(method, layer, rank)
         tensors[name] = shrunk * tensors[name]

@@ -61,6 +61,11 @@ class Method(Protocol):
     # tensors of the same names; all others are parts of a change that is added to whatever the server has become, or
     # moments.  Without it federation.mode=async is refused.
 
+    # Optional, of use to a deployment alone: `layerwise: ClassVar[bool]`, True where `aggregate` computes each layer
+    # from that layer's tensors alone, so that a node may repeat it for some layers with the cohort's updates, where
+    # these are smaller than the dense weight.  `received(tensors, shape, client) -> Tensors`: what this client reads of
+    # the broadcast's tensors, where that is less than all; `start_client` then takes a broadcast that holds no more.
+
     def check(self, shape: ModelShape) -> None:
         """Raises UserError where the hyperparameters do not fit the model (a rank above the matrix)."""
 

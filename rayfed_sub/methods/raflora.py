@@ -48,6 +48,7 @@ class RaFLoRA:
     init_server = lora.init_factors
     broadcast = averaging.broadcast
     download_bytes = lora.download_cut
+    received = lora.received_cut
     start_client = lora.start_cut
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:

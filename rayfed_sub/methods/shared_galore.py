@@ -52,6 +52,7 @@ class SharedGaLore:
     personal: ClassVar[bool] = False
     wire: ClassVar[str] = "r max(m, n) / min(m n, r max(m, n) per period missed)"
     departs: ClassVar[str] = "a simplification of FedGaLore: one random basis for all, whole moments synchronised"
+    layerwise: ClassVar[bool] = True
 
     rank: averaging.SubspaceRank = 8
     scale: averaging.Scale = 1.0

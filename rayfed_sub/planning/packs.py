@@ -39,10 +39,12 @@ def ordered(config: Config, dataset: Dataset, cohort: Sequence[int]) -> list[int
     """The cohort in the order in which updates are added: clients of like work side by side, the most work first, by
     their local steps, the length of their rows (in powers of two) and their number."""
 
-    def place(client: int) -> tuple[int, int, int]:
-        return -local_steps(config, client), -int(tokens(dataset, client)).bit_length(), client
+    return sorted(cohort, key=lambda client: (*place(config, dataset, client), client))
 
-    return sorted(cohort, key=place)
+
+def place(config: Config, dataset: Dataset, client: int) -> tuple[int, int]:
+    """A client's place in the order of `ordered`, before its number."""
+    return -local_steps(config, client), -int(tokens(dataset, client)).bit_length()
 
 
 def work(config: Config, dataset: Dataset, client: int) -> float:

@@ -38,13 +38,13 @@ from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.text_to_text import KIND, start_token
 from rayfed_sub.models.weights import assemble, target_weights
 from rayfed_sub.planning.sampling import PackWork
-from rayfed_sub.privacy.examples import row_privacy
 from rayfed_sub.privacy.mechanism import clipped
 from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
 from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels, give_back, gpu_peak, keep_freed
-from rayfed_sub.training.client_errors import failed, not_finite
-from rayfed_sub.training.executor import ClientWork, LocalRule, PackResult, train_pack
+from rayfed_sub.training import client_round
+from rayfed_sub.training.client_errors import failed
+from rayfed_sub.training.executor import ClientWork, PackResult, train_pack
 from rayfed_sub.training.inference import Generation, Prediction, answers, global_model, predictions
 from rayfed_sub.training.layers import based_on
 from rayfed_sub.training.own_loss import BatchScores, OwnCodeError, own_scores
@@ -264,9 +264,8 @@ class Worker:
 
     def _train(self, received: Broadcast, works: Sequence[ClientWork], lr: float, watch: GradientWatch) -> PackResult:
         config, shape = self._spec.config, self._spec.architecture.shape
-        how = (config.federation.proximal, config.resources.micro_batch, self._spec.recompute)
-        rows = row_privacy(config.privacy, self._spec.noise)
-        rule = LocalRule(config.optimizer, lr, config.seed, self._spec.processor.pad, *how, privacy=rows)
+        pad, noise = self._spec.processor.pad, self._spec.noise
+        rule = client_round.local_rule(config, lr, pad=pad, recompute=self._spec.recompute, noise=noise)
         bases = {
             layer.name: received.tensors[f"{layer.name}/weight"]
             for layer in shape.targets
@@ -296,39 +295,22 @@ class Worker:
         self, broadcast: Broadcast, result: LocalResult, state: ClientState | None, weight: float
     ) -> tuple[Update, ClientState] | str:
         """A client's update and next state, or the cause of its failure; the broadcast's tensors are in host memory."""
-        round = broadcast.round
         method, shape, private = self._spec.method, self._spec.architecture.shape, self._spec.config.privacy
-        if result.failure is not None:
-            return result.failure
-        update = method.upload(broadcast, result, weight, shape)
-        cursor = (state.cursor if state else 0) + int(result.metrics["steps"])
-        new = ClientState(round + 1, cursor, result.step, method.client_state(broadcast, result, shape))
-        failure = not_finite(update.tensors) or not_finite(new.tensors)
-        if failure is not None:
-            return failure
+        found = client_round.ended(method, broadcast, result, state, weight, shape)
+        if isinstance(found, str):
+            return found
+        update, new = found
         if private.of_clients and private.clip is not None:
-            update = clipped(method, ServerState(round, broadcast.tensors), update, shape, private.clip)
+            update = clipped(method, ServerState(broadcast.round, broadcast.tensors), update, shape, private.clip)
             if not math.isfinite(update.weight):
                 return "the norm of its change is not finite"
         return update, new
 
     def _batches(self, client: int, cursor: int, steps: int) -> ClientBatches:
-        config, dataset = self._spec.config, self._dataset
-        federation = config.federation
-        return ClientBatches(
-            dataset.train,
-            dataset.rows_of(client),
-            config.seed,
-            client,
-            federation.batch_size,
-            cursor,
-            steps,
-            config.task.mask_prompt,
-            self._spec.processor.pad,
-            federation.batching,
-            self._spec.architecture.kind == KIND,
-            config.privacy.of_examples,
-        )
+        spec, dataset = self._spec, self._dataset
+        rows, apart = dataset.rows_of(client), spec.architecture.kind == KIND
+        whose = (client, cursor, steps)
+        return client_round.batches(spec.config, dataset, rows, *whose, pad=spec.processor.pad, apart=apart)
 
     def _state(self, client: int, stored: Any) -> ClientState | None:
         """The client's state: resident where this worker trained the client last, else from the object store."""

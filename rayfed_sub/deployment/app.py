@@ -1,0 +1,127 @@
+"""What a Flower app reads of its run's and its node's configuration, and what it writes at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.types import ClientState, ServerState
+from rayfed_sub.data.kept import cache_root
+from rayfed_sub.deployment import server
+from rayfed_sub.deployment.server import Federation
+from rayfed_sub.deployment.setup import Setup, run_config, set_up
+from rayfed_sub.models.weights import generation_config, write_folder
+
+_MONTH = 30 * 24 * 3600  # seconds
+
+Scalar = bool | int | float | str
+
+APP_KEYS: Mapping[str, Scalar] = {
+    "round-timeout": 3600.0,
+    "node-timeout": 600.0,
+    "output-dir": "outputs",
+    "checkpoint": "",
+    "classes": "[]",
+    "problem": "classification",
+}
+"""Keys of a Flower app's run configuration that are no keys of a rayfed_sub configuration, with their defaults."""
+
+
+def setup_of(values: Mapping[str, Scalar]) -> Setup:
+    """The setup of a run configuration.  Raises UserError where it does not fit."""
+    config = run_config({key: value for key, value in values.items() if key not in APP_KEYS})
+    return set_up(config, json.loads(str(values["classes"])), str(values["problem"]))
+
+
+def node_folder(node_config: Mapping[str, Scalar], run_id: int) -> Path:
+    """Where the node's client keeps what outlives a message of this run: pretrained weights, and its versions.
+
+    It lies below the node's `cache`, by default the user's folder for caches.  Runs that nobody has touched for a month
+    are deleted there when another one begins."""
+    given = node_config.get("cache")
+    root = cache_root() / "flower" if given is None else Path(str(given)).expanduser()
+    folder = root / f"run-{run_id}" / f"client-{int(node_config['partition-id'])}"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for old in root.glob("run-*/client-*"):
+            if time.time() - old.stat().st_mtime > _MONTH:
+                shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def checkpoint_state(node_config: Mapping[str, Scalar], client: int) -> ClientState | None:
+    """The state with which the client goes on from a simulation, from the node's `checkpoint`, the file of one client
+    or the folder of all; None where it begins anew."""
+    given = node_config.get("checkpoint")
+    place = Path("" if given is None else str(given)).expanduser()
+    file = client_file(place, client) if place.is_dir() else place
+    if given is None or not file.exists():
+        return None
+    about = _about(file)
+    return ClientState(int(about["round"]), int(about["cursor"]), int(about["step"]), load_file(file))
+
+
+def write_checkpoint(
+    folder: Path, round: int, tensors: Mapping[str, Tensor], states: Mapping[int, ClientState]
+) -> None:
+    """Writes the server after so many rounds, and a file for each client that has trained."""
+    (folder / "clients").mkdir(parents=True)
+    save_file(dict(tensors), _server_file(folder), {"round": str(round)})
+    for client, state in states.items():
+        about = {"round": str(state.round), "cursor": str(state.cursor), "step": str(state.step)}
+        save_file(dict(state.tensors), client_file(folder, client), about)
+
+
+def read_checkpoint(folder: str) -> tuple[ServerState, dict[str, Tensor]] | None:
+    """The server of a checkpoint, and its optimizer's tensors; None for an empty name.  Raises UserError where there is
+    none."""
+    if not folder:
+        return None
+    file = _server_file(Path(folder).expanduser())
+    if not file.exists():
+        raise UserError("checkpoint", folder, "a folder that `rayfed-sub export --checkpoint` has written", "check it")
+    tensors, memory = load_file(file), dict[str, Tensor]()
+    for name in [name for name in tensors if name.startswith(MEMORY)]:
+        memory[name.removeprefix(MEMORY)] = tensors.pop(name)
+    return ServerState(int(_about(file)["round"]), tensors), memory
+
+
+MEMORY = "server/"
+"""Prefix of the server optimizer's tensors in a checkpoint."""
+
+
+def _server_file(folder: Path) -> Path:
+    return folder / "server.safetensors"
+
+
+def client_file(folder: Path, client: int) -> Path:
+    """The file of a client's state in a checkpoint's folder; a node needs no more than its own client's."""
+    return folder / "clients" / f"{client}.safetensors"
+
+
+def _about(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata())
+
+
+def write_model(federation: Federation, weights: Mapping[str, Tensor], folder: Path) -> str:
+    """Writes the server's tensors to server.safetensors and, where all clients have one model, that as a folder that
+    transformers loads, float32; returns `weights_sha256`.  weights: see `pretrained`."""
+    setup, tensors = federation.setup, federation.server.tensors
+    save_file(
+        {name: x.contiguous() for name, x in tensors.items()}, _server_file(folder), {"round": str(federation.round)}
+    )
+    if not setup.method.personal:
+        trained = server.model_weights(federation, weights) | {name: tensors[name] for name in setup.shape.head_names}
+        generation = generation_config(setup.config.model, setup.architecture, setup.processor)
+        write_folder(setup.architecture, weights, trained, folder / "model", setup.processor, torch.float32, generation)
+    return server.weights_sha256(federation, weights)

@@ -1,0 +1,149 @@
+"""A client's half of a federation: one client of one node, which keeps its version of the server and its client's state
+in files between rounds, for every message is worked in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rayfed_sub.core.arrays import settled
+from rayfed_sub.core.types import Broadcast, Client, ClientState, ServerState, Tensors, Update
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.deployment import deltas
+from rayfed_sub.deployment.deltas import Download
+from rayfed_sub.deployment.server import Reply
+from rayfed_sub.deployment.setup import Setup, initial, pretrained
+from rayfed_sub.models.text_to_text import KIND
+from rayfed_sub.models.weights import assemble
+from rayfed_sub.planning import packs, sampling
+from rayfed_sub.storage import atomic_files
+from rayfed_sub.training import client_round
+from rayfed_sub.training.client_errors import failed
+from rayfed_sub.training.executor import ClientWork, train_pack
+from rayfed_sub.training.layers import based_on
+from rayfed_sub.training.pack_experts import install
+
+_SERVER, _STATE = "server/", "state/"  # prefixes in a version's file
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """What a node keeps of a round that its client has trained in: the server as it read it, and the client's state."""
+
+    server: ServerState
+    state: ClientState | None = None
+
+
+def train(
+    setup: Setup,
+    weights: Mapping[str, Tensor],
+    dataset: Dataset,
+    folder: Path,
+    client: int,
+    got: Download,
+    checkpoint: ClientState | None = None,
+    device: str = "cpu",
+) -> Reply:
+    """The client's round: brings its version up to date, trains, keeps the new version, and answers.
+
+    weights: see `pretrained`; dataset: see `setup.rows_of`; folder: of this client's versions in this run; checkpoint:
+    the state with which the client goes on from a simulation, where it has no version.  The version before is kept
+    beside the new one until the server has confirmed that, by building on it.
+    """
+    config, method, shape, n = setup.config, setup.method, setup.shape, got.round
+    place = packs.place(config, dataset, client)
+    if got.since < 0:
+        version = Version(initial(setup, weights), checkpoint)
+    else:
+        found = _read(folder, got.since)
+        if found is None:
+            return Reply(Update(client, 0.0, {}, {}, "its node holds no version to go on from"), place, holds=False)
+        version = found
+    server = deltas.applied(method, shape, config.server, version.server, got)
+    torch.set_num_threads(config.resources.threads)
+    work = sampling.pack_work(config, dataset, n, [client])
+    (steps,), (weight,), state = work.steps, work.weights, version.state
+    received, cursor = method.broadcast(server), 0 if state is None else state.cursor
+    pad, apart = setup.processor.pad, setup.architecture.kind == KIND
+    here = Broadcast(received.round, {name: x.to(device) for name, x in received.tensors.items()})
+    start = method.start_client(here, state, Client(client, config.seed), shape)
+    rows = dataset.rows_of(client)
+    batches = client_round.batches(config, dataset, rows, client, cursor, steps, pad=pad, apart=apart)
+    model = assemble(setup.architecture, {name: tensor.to(device) for name, tensor in weights.items()})
+    layers = install(model, shape)
+    held = {layer.name: here.tensors.get(f"{layer.name}/weight") for layer in shape.targets}
+    recompute = config.resources.activation_checkpointing == "blocks"
+    rule = client_round.local_rule(config, work.lr, pad=pad, recompute=recompute)
+    with based_on(layers, {name: base for name, base in held.items() if base is not None}):
+        one = ClientWork(client, start, batches, cursor, batches.expected)
+        (result,) = train_pack(model, layers, shape, [one], rule).results
+    ended = client_round.ended(method, received, result, state, weight, shape)
+    if isinstance(ended, str):
+        return Reply(Update(client, 0.0, {}, _finite(failed(client, start, ended).metrics), ended), place)
+    update, new = ended
+    _keep(folder, n, Version(server, new), got.since)
+    return Reply(update, place)
+
+
+def kept_weights(setup: Setup, folder: Path) -> dict[str, Tensor]:
+    """The pretrained weights from the node's file of them, which is written the first time: later processes map it."""
+    file = folder / "weights.safetensors"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_files.write(file, save({name: x.contiguous() for name, x in pretrained(setup).items()}))
+    held: dict[str, Tensor] = load_file(file)
+    return held
+
+
+def stored_state(folder: Path, round: int) -> ClientState | None:
+    """The client's state after its round `round`; None where the node holds none."""
+    found = _read(folder, round)
+    return None if found is None else found.state
+
+
+def _keep(folder: Path, n: int, version: Version, before: int) -> None:
+    """Writes version n, and deletes all others but the one that it was built on."""
+    state = version.state
+    assert state is not None
+    about = {"round": state.round, "cursor": state.cursor, "step": state.step}
+    tensors = _named(_SERVER, version.server.tensors) | _named(_STATE, state.tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_files.write(_file(folder, n), save(tensors, {"state": json.dumps(about)}))
+    for file in folder.glob("version-*.safetensors"):
+        if file not in (_file(folder, n), _file(folder, before)):
+            file.unlink()
+
+
+def _read(folder: Path, n: int) -> Version | None:
+    """Version n, None where the node has none."""
+    file = _file(folder, n)
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["state"])
+    tensors = settled(load_file(file))
+    server, state = (_unnamed(prefix, tensors) for prefix in (_SERVER, _STATE))
+    return Version(ServerState(n, server), ClientState(about["round"], about["cursor"], about["step"], state))
+
+
+def _file(folder: Path, n: int) -> Path:
+    return folder / f"version-{n:06d}.safetensors"
+
+
+def _named(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _unnamed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name == "steps"}

@@ -1,0 +1,159 @@
+"""A Flower strategy whose rounds are those of a method of rayfed_sub.
+
+Clients are numbers, the `partition-id` of their nodes: sampling, batches and the order of every sum follow from them,
+so neither the order in which nodes connect nor that in which they answer changes the result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from rayfed_sub.core.types import Update
+from rayfed_sub.deployment import server
+from rayfed_sub.deployment.records import download_record, payload_bytes, reply_of, tensor_bytes
+from rayfed_sub.deployment.server import Federation, Reply
+
+PARTITION = "partition-id"
+"""Key of a node's configuration with the number of its client."""
+_LOOK = 1.0  # seconds between two looks for nodes
+_ANSWER = 60.0  # seconds for a node to say which client it is
+
+
+class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have no types here
+    """Sends every client of a round's cohort what it lacks, and adds up what comes back.
+
+    federation: where the run stands; its property `federation` has the present one.  wait: seconds to wait for nodes of
+    the cohort's clients before a round; answer: seconds that a round's answers may take.  A client without a node, or
+    without an answer in time, has failed, as one whose training fails: federation.on_client_failure decides.
+    log_file: gets a line of JSON for every client and round, with its bytes as counted and as sent; None: no file.
+    """
+
+    def __init__(self, federation: Federation, *, wait: float, answer: float, log_file: Path | None = None) -> None:
+        self.federation = federation
+        self._wait, self._answer, self._log_file = wait, answer, log_file
+        self._clients: dict[int, int] = {}  # node -> its client, of nodes that have said so
+        self._sent: dict[int, dict[str, Any]] = {}  # client -> what the log says of its message
+        self._grid: Grid | None = None
+        self._nodes: dict[int, int] = {}  # client -> node, of the round
+
+    def summary(self) -> None:
+        """Logs the run in a line."""
+        config = self.federation.setup.config
+        of = f"{config.federation.cohort} of {config.federation.clients} clients a round"
+        log(INFO, "\t└──> %s, %s, %s rounds", config.method["name"], of, config.federation.rounds)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A message for each client of the cohort that has a node."""
+        cohort = server.cohort(self.federation)
+        self._grid, self._sent = grid, {client: {} for client in cohort}
+        self._nodes = self._connected(grid, cohort)
+        log(INFO, "configure_train: clients %s", ", ".join(map(str, self._nodes)) or "none")
+        return list(self._messages(self._nodes))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Finishes the round.  Raises RunError where a client has failed and that is not to be skipped."""
+        found = self._replies(replies)
+        without = [client for client, reply in found.items() if not reply.holds]
+        if without and self._grid is not None:  # the node is a new one, or has lost its files: all of it again
+            log(WARNING, "clients %s hold no version: they receive all", ", ".join(map(str, without)))
+            messages = self._messages({client: self._nodes[client] for client in without}, anew=True)
+            found |= self._replies(self._grid.send_and_receive(list(messages), timeout=self._answer))
+        for client in self._sent:
+            cause = "no answer in time" if client in self._nodes else f"no node with {PARTITION}={client}"
+            found.setdefault(client, Reply(Update(client, 0.0, {}, {}, cause)))
+        rows = [self._row(client, reply) for client, reply in sorted(found.items())]
+        self._write(rows)
+        for row in rows:
+            if row["failure"] is not None:
+                log(WARNING, "client %s failed: %s", row["client"], row["failure"])
+        self.federation = server.finish(self.federation, list(found.values()))
+        return None, MetricRecord(_summed(rows))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """None: evaluation would send the model to clients that do not train."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """None, see `configure_evaluate`."""
+        return None
+
+    def _connected(self, grid: Grid, cohort: Sequence[int]) -> dict[int, int]:
+        """The nodes of these clients, by client, of those that come within the time to wait."""
+        began = time.monotonic()
+        while True:
+            online = list(grid.get_node_ids())
+            new = [node for node in online if node not in self._clients]
+            asked = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
+            for reply in grid.send_and_receive(asked, timeout=_ANSWER) if asked else ():
+                if reply.has_content():
+                    self._clients[reply.metadata.src_node_id] = int(reply.content["node"][PARTITION])
+            # Of two nodes of one client the later one counts: the other may be gone without having said so.
+            nodes = {client: node for node, client in self._clients.items() if node in online}
+            found = {client: nodes[client] for client in cohort if client in nodes}
+            if len(found) == len(cohort) or time.monotonic() - began > self._wait:
+                return found
+            time.sleep(_LOOK)
+
+    def _messages(self, nodes: Mapping[int, int], *, anew: bool = False) -> Iterator[Message]:
+        for client, node in nodes.items():
+            content = download_record(server.download(self.federation, client, anew=anew))
+            counted = server.counted_bytes(self.federation, client, anew=anew)
+            down = {
+                "down_bytes": tensor_bytes(content),
+                "down_counted": counted,
+                "down_payload": payload_bytes(content),
+            }
+            self._sent[client] = {name: value + self._sent[client].get(name, 0) for name, value in down.items()}
+            group = str(self.federation.round)
+            yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
+
+    def _replies(self, messages: Iterable[Message]) -> dict[int, Reply]:
+        """The answers by client; an error of Flower's is its client's failure."""
+        found, clients = dict[int, Reply](), {node: client for client, node in self._nodes.items()}
+        for message in messages:
+            client = clients[message.metadata.src_node_id]
+            if message.has_error():
+                cause = f"{message.error.reason or 'error'} (Flower's error {message.error.code})"
+                found[client] = Reply(Update(client, 0.0, {}, {}, cause))
+                continue
+            reply = reply_of(message.content)
+            up = {"up_bytes": tensor_bytes(message.content), "up_payload": payload_bytes(message.content)}
+            self._sent[client] |= up
+            found[client] = reply
+        return found
+
+    def _row(self, client: int, reply: Reply) -> dict[str, Any]:
+        update = server.checked(reply.update)
+        about = {"round": self.federation.round, "client": client, "failure": update.failure, "weight": update.weight}
+        up = {} if update.failure is not None else {"up_counted": update.wire_bytes}
+        return {**about, **self._sent[client], **up, "loss": update.metrics.get("loss")}
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._log_file is not None:
+            with self._log_file.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """A round's sums for Flower's log: mean training loss, failed clients, bytes of tensors."""
+    losses = [row["loss"] for row in rows if row["failure"] is None and row["loss"] is not None]
+    loss = {"train-loss": sum(losses) / len(losses)} if losses else {}
+    failed = sum(row["failure"] is not None for row in rows)
+    up, down = (sum(row.get(f"{way}_bytes", 0) for row in rows) for way in ("up", "down"))
+    return {**loss, "failed": failed, "uplink-bytes": up, "downlink-bytes": down}

@@ -1,0 +1,326 @@
+"""A run as a Flower app: its own code, readable and pinned, that `flwr run` starts without Ray and without an
+installation of this package, whose own dependencies (typer, Ray's protobuf) Flower's exclude.
+
+The app holds the rooms that a client's and the server's half need, file by file as they are here, the caller's own
+modules, Flower's two entry points, and the configuration as the app's own.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+import rayfed_sub
+from rayfed_sub.config.loading import Loader, load_config, stored_config
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.deployment.app import APP_KEYS, write_checkpoint
+from rayfed_sub.deployment.setup import check_deployable, run_config
+from rayfed_sub.export.exported import BEST, Export
+from rayfed_sub.methods import GROUPS, check_named, strangers
+from rayfed_sub.models.presets import MODELS
+from rayfed_sub.planning.job import prepare
+from rayfed_sub.storage import checkpoints
+from rayfed_sub.storage.run_folder import class_names, make, problem_of
+
+ROOMS = (
+    *("core", "config", "data", "models", "clock", "methods", "privacy", "training", "evaluation", "diagnostics"),
+    *("planning", "deployment"),
+)
+"""Rooms that an app has whole."""
+FILES = ("storage/__init__.py", "storage/atomic_files.py")
+"""Files of other rooms that an app has."""
+FLWR = "1.42"
+_APP = "flower_app"  # the app's own package
+_SOURCE = Path(rayfed_sub.__file__).parent
+_ALWAYS = ("torch", "transformers", "safetensors", "numpy", "pydantic", "pyyaml", "cloudpickle", "regex", "psutil")
+_TABLES = ("datasets", "pyarrow", "pandas", "flwr-datasets")
+_LISTED = ("federation", "optimizer", "server", "method", "hook")  # groups whose keys all stand in the app
+_LEFT_OUT = ("evaluation", "diagnostics", "checkpoint", "early_stopping", "callbacks", "trackers", "privacy", "devices")
+_KEPT = {"evaluation": ("split",), "resources": ("cpus_per_worker", "micro_batch", "activation_checkpointing")}
+_LENGTH = 32  # characters of an app's name that Flower takes
+
+
+def export_flower(source: Path, to: Path, method: str | None = None, checkpoint: str | None = None) -> Export:
+    """Writes the Flower app of a configuration, a file, or of the run in a folder, finished or not.
+
+    method: the method's class where only a run's folder names it, as package.module:Class.  checkpoint: last or best:
+    the app goes on from that one; None: it begins anew.
+    Raises UserError where `to` is not empty, and for what no app can carry: one line that names the setting.
+    """
+    config, classes, problem = _read(source, method)
+    check_deployable(config)
+    own = strangers(config)
+    modules = [file for key, name in own.items() for file in _own_files(key, name)]
+    found = None if checkpoint is None else _checkpoint(source, checkpoint)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
+    make(to, "--to")
+    values = {**_values(config), **APP_KEYS, "classes": json.dumps(classes), "problem": problem}
+    if found is not None:
+        values["checkpoint"] = str((to / "checkpoint").resolve())
+    carried = run_config({key: value for key, value in values.items() if key not in APP_KEYS})
+    for group in ("seed", "model", "task", "federation", "method", "hook", "optimizer", "server"):
+        assert getattr(carried, group) == getattr(config, group), f"the app's {group} is another one"
+    _copy(to)
+    for file, place in modules:
+        (to / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, to / place)
+    if found is not None:
+        tensors = {name: x for name, x in found.server.items() if not name.startswith("flight/")}
+        states = {client: checkpoints.stored_state(source, found, client) for client, _ in found.state_files}
+        write_checkpoint(to / "checkpoint", found.round, tensors, states)
+    needed = [*_requirements(config), *_distributions(own.values())]
+    (to / "pyproject.toml").write_text(_pyproject(config, values, needed), encoding="utf-8")
+    (to / "README.md").write_text(_readme(config, found), encoding="utf-8")
+    shutil.copyfile(_license(), to / "LICENSE")
+    return Export(f"flwr run {to} NAME --stream  # README.md in the app says how to begin")
+
+
+def _read(source: Path, method: str | None) -> tuple[Config, tuple[str, ...], str]:
+    """The resolved configuration, and the names and kind of its classes."""
+    if source.is_dir():
+        if not (source / "config.yaml").is_file():
+            raise UserError(
+                "RUN", str(source), "a run's folder (it has a config.yaml), or a YAML file", "check the path"
+            )
+        config = stored_config(source)
+        for group in GROUPS:
+            name = getattr(config, group).get("name")
+            if name is not None:
+                check_named(group, name, [method or ""], str(source), f"--method {name}")
+        return config, class_names(source), problem_of(source)
+    job = prepare(_deployable(load_config(source)))
+    labels = job.dataset.kind not in ("causal-lm", "own")
+    return job.config, job.dataset.class_names, job.dataset.kind if labels else "classification"
+
+
+def _deployable(config: Config) -> Config:
+    check_deployable(config)  # before rows are read
+    return config
+
+
+def _checkpoint(source: Path, which: str) -> checkpoints.Checkpoint:
+    found = checkpoints.read(source, best=which == BEST) if source.is_dir() else None
+    if found is None:
+        allowed = f"a run's folder that holds a checkpoint of that kind, with --checkpoint {which}"
+        raise UserError("RUN", str(source), allowed, "leave --checkpoint out: the app then begins anew")
+    return found
+
+
+def _values(config: Config) -> dict[str, bool | int | float | str]:
+    """The configuration as flat keys: those of `_LISTED` all, of the others what is not the default."""
+    found: dict[str, bool | int | float | str] = {"name": _text(config.name), "seed": config.seed}
+    for key, value in _leaves(config, Config(), ""):
+        group, _, rest = key.partition(".")
+        kept = rest.partition(".")[0] in _KEPT.get(group, ()) if group in (*_LEFT_OUT, "resources") else rest
+        if kept:
+            found[key] = value if isinstance(value, bool | int | float) else _text(value)
+    return found
+
+
+def _leaves(record: BaseModel, default: BaseModel, parent: str) -> Iterator[tuple[str, Any]]:
+    for name in type(record).model_fields:
+        key, value, usual = f"{parent}{name}", getattr(record, name), getattr(default, name)
+        listed = key.partition(".")[0] in _LISTED and not key.startswith("federation.partition")
+        if isinstance(value, BaseModel) and isinstance(usual, BaseModel) and type(value) is type(usual):
+            yield from _leaves(value, usual, f"{key}.")
+        elif not parent and isinstance(value, dict):
+            yield from ((f"{key}.{inner}", one) for inner, one in value.items() if one is not None)
+        elif value is not None and (value != usual or (listed and _plain(key))):
+            yield key, value
+
+
+def _plain(key: str) -> bool:
+    """Whether a key at its default may be of use to somebody who changes it, where rounds are synchronous."""
+    timed = ("mode", "round_deadline", "over_selection", "local_seconds", "asynchronous", "epochs")
+    return not any(key.startswith(f"federation.{name}") for name in timed)
+
+
+def _text(value: Any) -> str:
+    """A value as text that is read back as it on a command line.
+
+    >>> _text("medquad"), _text("1e5"), _text((2, 4))
+    ('medquad', '"1e5"', '[2, 4]')
+    """
+    if isinstance(value, str):
+        return value if _loads(value) == value else json.dumps(value)
+    return json.dumps(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+
+
+def _loads(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError:
+        return None
+
+
+def _copy(to: Path) -> None:
+    """The rooms, and Flower's entry points."""
+    files = [*FILES, *(f"{room}/{file.name}" for room in ROOMS for file in sorted((_SOURCE / room).glob("*.py")))]
+    for name in files:
+        place = to / "rayfed_sub" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_SOURCE / name, place)
+    about = f'"""The parts of rayfed_sub {_version()} that this app runs, as they are there."""\n'
+    (to / "rayfed_sub" / "__init__.py").write_text(about, encoding="utf-8")
+    (to / _APP).mkdir()
+    for file in sorted((_SOURCE / "export" / _APP).glob("*.py")):
+        shutil.copyfile(file, to / _APP / file.name)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("rayfed_sub")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "(development)"
+
+
+def _license() -> Path:
+    """The package's licence: beside a source tree, or among an installed package's metadata."""
+    beside = _SOURCE.parent / "LICENSE"
+    return beside if beside.exists() else Path(str(distribution("rayfed_sub").locate_file("LICENSE")))
+
+
+def _own_files(field: str, name: str) -> list[tuple[Path, Path]]:
+    """The files of the caller's module that a class name names, and of those that it imports from beside it: (where
+    they are, where in the app).  None for an installed distribution's.  Raises UserError where there are none."""
+    module = name.partition(":")[0]
+    spec = None if module == "__main__" else importlib.util.find_spec(module)
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        allowed = "a class of a module in a file, which the app takes along"
+        raise UserError(field, name, allowed, "put the class in a module of its own")
+    file = Path(spec.origin)
+    root = file.parents[module.count(".") + (file.name == "__init__.py")]
+    if _installed(file):
+        return []
+    top = module.partition(".")[0]
+    if top in ("rayfed_sub", _APP):
+        raise UserError(field, name, f"a module of another name than {top}, which is the app's own", "rename it")
+    waiting, files = [top], dict[Path, Path]()
+    while waiting:
+        name = waiting.pop()
+        package, single = root / name, root / f"{name}.py"
+        found = sorted(package.rglob("*.py")) if package.is_dir() else [single] if single.is_file() else []
+        for one in found:
+            place = one.relative_to(root)
+            if one in files:
+                continue
+            if one.name.startswith("test_") or one.name.endswith("_test.py"):
+                continue  # Flower leaves such files out
+            files[one] = place
+            waiting += [top for top in _imports(one) if (root / top).is_dir() or (root / f"{top}.py").is_file()]
+    return list(files.items())
+
+
+def _imports(file: Path) -> set[str]:
+    """The top names of the modules that a file imports, but for this package's."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names - {"rayfed_sub"} - set(sys.stdlib_module_names)
+
+
+def _installed(file: Path) -> bool:
+    """Whether the file belongs to an installed distribution."""
+    places = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    return any(file.resolve().is_relative_to(place) for place in places)
+
+
+def _distributions(names: Iterator[str] | Sequence[str] | Any) -> list[str]:
+    """Requirements of the installed distributions that the caller's classes come from."""
+    tops = {name.partition(":")[0].partition(".")[0] for name in names}
+    known = packages_distributions()
+    return [_pinned(one) for top in sorted(tops) for one in known.get(top, ())]
+
+
+def _requirements(config: Config) -> list[str]:
+    """The app's dependencies, pinned to the versions with which it was written."""
+    task, path = config.task, MODELS[config.model.path].path if config.model.path in MODELS else config.model.path
+    names = list(_ALWAYS)
+    names += _TABLES if task.name != "python-docs" or config.federation.partition.kind not in ("column",) else ()
+    names += ("pillow",) if task.image is not None or task.name == "brain-tumor" else ()
+    names += ("gguf",) if path.endswith(".gguf") else ()
+    names += (path.removeprefix("package:").partition("/")[0],) if path.startswith("package:") else ()
+    return [f"flwr>={FLWR}.0,<{FLWR.partition('.')[0]}.{int(FLWR.partition('.')[2]) + 1}", *map(_pinned, names)]
+
+
+def _pinned(name: str) -> str:
+    """The installed version; a local part, such as torch's +cpu, is left to the node."""
+    return f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
+
+
+def _pyproject(config: Config, values: Mapping[str, bool | int | float | str], needed: Sequence[str]) -> str:
+    """pyproject.toml as Flower's own apps have it."""
+    name = _app_name(config.name)
+    listed = "".join(f"    {json.dumps(one)},\n" for one in needed)
+    about = f"{config.method['name']} on {config.model.path}, federated by Flower; written by rayfed_sub."
+    return f"""[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "{name}"
+version = "1.0.0"
+description = {json.dumps(about)}
+license = {{ file = "LICENSE" }}
+requires-python = ">=3.11"
+dependencies = [
+{listed}]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "rayfed-sub"
+fab-format-version = 1
+flwr-version-target = "{FLWR}.0"
+
+[tool.flwr.app.components]
+serverapp = "{_APP}.server_app:app"
+clientapp = "{_APP}.client_app:app"
+
+{_tables(values)}"""
+
+
+def _tables(values: Mapping[str, bool | int | float | str]) -> str:
+    """[tool.flwr.app.config] with a table for each group of keys."""
+    groups: dict[str, list[str]] = {"": []}
+    for key, value in values.items():
+        group, _, leaf = key.rpartition(".")
+        shown = json.dumps(value) if isinstance(value, str | bool) else repr(value)
+        groups.setdefault(group, []).append(f"{leaf} = {shown}")
+    tables = []
+    for group, lines in groups.items():
+        tables.append(f"[tool.flwr.app.config{'.' if group else ''}{group}]\n" + "\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def _app_name(name: str) -> str:
+    """A name that Flower takes: letters, digits and hyphens, beginning with a letter.
+
+    >>> _app_name("tiny run_2"), _app_name("7b")
+    ('tiny-run-2', 'app-7b')
+    """
+    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")
+    return (plain if plain[:1].isalpha() else f"app-{plain}")[:_LENGTH].rstrip("-")
+
+
+def _readme(config: Config, found: checkpoints.Checkpoint | None) -> str:
+    return ""

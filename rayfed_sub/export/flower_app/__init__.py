@@ -1,0 +1,1 @@
+"""A Flower app written by rayfed_sub."""

@@ -1,0 +1,51 @@
+"""The ServerApp: the method's half at the server."""
+
+import json
+from logging import INFO
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+
+from rayfed_sub.deployment import server
+from rayfed_sub.deployment.app import read_checkpoint, setup_of, write_model
+from rayfed_sub.deployment.setup import pretrained
+from rayfed_sub.deployment.strategy import MethodStrategy
+
+# Create ServerApp
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Main entry point for the ServerApp."""
+    # Read run config
+    setup = setup_of(context.run_config)
+    output = Path(str(context.run_config["output-dir"])) / str(context.run_id)
+    output.mkdir(parents=True, exist_ok=True)
+
+    # Load the pretrained model, and the simulation's checkpoint to go on from, if there is one
+    weights = pretrained(setup)
+    checkpoint = read_checkpoint(str(context.run_config["checkpoint"]))
+    federation = server.begin(setup, weights, checkpoint)
+
+    # Initialize the strategy and run it
+    strategy = MethodStrategy(
+        federation,
+        wait=float(context.run_config["node-timeout"]),
+        answer=float(context.run_config["round-timeout"]),
+        log_file=output / "clients.jsonl",
+    )
+    rounds = setup.config.federation.rounds or 0
+    strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord(),  # the strategy holds the server's tensors, and sends each client what it lacks
+        num_rounds=rounds - federation.round,
+        timeout=float(context.run_config["round-timeout"]),
+    )
+
+    # Save the server's tensors and the trained model
+    digest = write_model(strategy.federation, weights, output)
+    (output / "summary.json").write_text(json.dumps({"rounds": rounds, "weights_sha256": digest}) + "\n")
+    log(INFO, "rounds %s, weights_sha256 %s, written to %s", rounds, digest, output.resolve())
