@@ -41,7 +41,7 @@ HOMES = {
     "peft": ("models", "training", "export"),
     "dp_accounting": ("privacy",),
     "absl": ("privacy",),
-    "bitsandbytes": ("training",),
+    "bitsandbytes": ("models",),
     "transformers": ("models",),
     "PIL": ("data", "models"),
     "flwr": ("deployment", "export"),

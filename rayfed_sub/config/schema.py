@@ -56,6 +56,13 @@ class Model(Record):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Type of the frozen backbone; everything that is trained is float32."
     )
+    quantize: Literal["none", "int8", "nf4", "stored"] = Field(
+        default="none",
+        description="Frozen weights of fewer bits, packed in shared memory and dequantised layer by layer: `int8`, a "
+        "byte a number in linear layers and the tokens' embedding, or `nf4`, bitsandbytes' half byte in linear layers "
+        "but the output layer, both rounded when the model is loaded; `stored`, as a checkpoint of bitsandbytes (int8, "
+        "nf4, fp4) or a GGUF file (Q4_0, Q4_1, Q8_0) has them. `none`: weights of model.dtype, whatever the file has.",
+    )
     targets: str = Field(
         default="lower-mlp",
         description="Trained layers: `lower-mlp`, in every block the projection to its MLP's inner size that is no "

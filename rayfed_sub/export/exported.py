@@ -28,6 +28,7 @@ from rayfed_sub.models.start import StartFrom, applied, changed_weights, fitted,
 from rayfed_sub.models.text_to_text import LANGUAGE
 from rayfed_sub.models.tokenizers import HubTokenizer
 from rayfed_sub.models.weights import (
+    dense,
     generation_config,
     load_weights,
     target_weights,
@@ -71,9 +72,9 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """A finished run's result.  tensors: the pretrained model by dotted name; begun: the same with what the run began
-    from; weights: of that `<target>/weight` (m, n); changes: per target, relative to those; head: `<layer>/weight` and
-    `<layer>/bias` as trained."""
+    """A finished run's result.  tensors: the pretrained model by dotted name, what was quantised as float32; begun: the
+    same with what the run began from; weights: of that `<target>/weight` (m, n); changes: per target, relative to
+    those; head: `<layer>/weight` and `<layer>/bias` as trained."""
 
     job: Setup
     tensors: Mapping[str, Tensor]
@@ -119,8 +120,8 @@ def export_peft(
     part of the adapter: its factors stand beside the trained ones, those of layers that were no targets too, so that
     base and adapter together are the trained model.  The base, a causal language model, is loaded by its name where
     that is a folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its
-    own dtype.  Tokenizer, chat template and generation configuration of the training are written beside the adapter,
-    also where the base has others.
+    own dtype, and one that was quantised in the run as float32.  Tokenizer, chat template and generation configuration
+    of the training are written beside the adapter, also where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are, or where peft has no adapter for the model's experts.
     """
@@ -137,9 +138,10 @@ def export_peft(
         left, right = linear.pop(taken)
         experts[f"{taken}.weight"] = Stacked(taken, len(right), right, left)
     generation = generation_config(job.config.model, architecture, job.processor)
-    name = loadable(job.config.model.path, architecture.kind)
+    name = None if architecture.quantised else loadable(job.config.model.path, architecture.kind)
     if name is None:
-        write_folder(architecture, trained.tensors, {}, to / "base", job.processor, generation=generation)
+        wide = torch.float32 if architecture.quantised else None
+        write_folder(architecture, trained.tensors, {}, to / "base", job.processor, wide, generation)
     base, turned = name or str((to / "base").resolve()), bool(architecture.transposed - names)
     asked = job.config.method
     settings = Settings(bool(asked.get("use_rslora", False)), float(asked.get("dropout", 0.0)))
@@ -163,7 +165,8 @@ def _loading_peft(job: Setup, name: str | None) -> str:
     The base gets the values that the run began with, in the run's dtype, and computes in float32, as an exported whole
     model does.
     """
-    auto, dtype = loading_class(job.architecture), job.config.model.dtype
+    auto = loading_class(job.architecture)
+    dtype = "float32" if job.architecture.quantised else job.config.model.dtype
     generation = name is not None and job.architecture.kind in LANGUAGE
     imports = f"{auto}, GenerationConfig" if generation else auto
     ends = ', generation_config=GenerationConfig.from_pretrained(".")' if generation else ""
@@ -299,7 +302,8 @@ def _read(run_dir: Path, to: Path, client: int | None, method: str | None, check
     shape = job.architecture.shape
     server, changes = _changes(run_dir, job.method, shape, client, checkpoint)
     tensors = load_weights(config.model, job.architecture, config.seed)
-    begun = merged(tensors, job.start, job.architecture)
+    begun = dense(job.architecture, merged(tensors, job.start, job.architecture))
+    tensors = dense(job.architecture, tensors)
     weights = target_weights(shape, job.architecture.transposed, begun)
     return _Trained(job, tensors, begun, weights, changes, {name: server.tensors[name] for name in shape.head_names})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +22,7 @@ from rayfed_sub.models.logits import LogitRule, logit_rule
 from rayfed_sub.models.own_model import Loss, Measure
 from rayfed_sub.models.positions import position_limit
 from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, SAME_IN_ANY_PACK
+from rayfed_sub.models.quantisation import checked_config, quantised_forms
 from rayfed_sub.models.targets import find_targets, layer_size, linear_layers
 from rayfed_sub.models.text_to_text import KIND, LANGUAGE, check_start, text_to_text
 from rayfed_sub.models.tokenizers import ByteTokenizer
@@ -66,6 +67,7 @@ class Architecture:
     alone: True where target layers see something else than row after row, so that clients train one at a time.
     module: a module of the caller's own that transformers does not build, on the meta device; loss, measure: the
     caller's own, see `OwnModel`.
+    quantised: parameters that lie in memory quantised, and in which form (`models/quantised.py`).
     """
 
     hf_config: Any
@@ -81,6 +83,7 @@ class Architecture:
     loss: Loss | None = None
     measure: Measure | None = None
     sources: int | None = None
+    quantised: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def one_at_a_time(self) -> bool:
@@ -150,13 +153,14 @@ def architecture(
         raise UserError("model.path", model.path, f"a model whose head for {kind} is linear", "take another model")
     rule = None if classifies else logit_rule(module)
     targets = find_targets(model.targets, module, kind, head)
+    shape = ModelShape(
+        tuple(layer_of(name, layer) for name, layer in targets.items()),
+        tuple(layer_of(name, layer) for name, layer in head.items()),
+    )
     return Architecture(
         hf_config,
         kind,
-        ModelShape(
-            tuple(layer_of(name, layer) for name, layer in targets.items()),
-            tuple(layer_of(name, layer) for name, layer in head.items()),
-        ),
+        shape,
         dict(tied(module)),
         frozenset(name for name, layer in targets.items() if stored_transposed(layer)),
         rule,
@@ -166,6 +170,7 @@ def architecture(
         tuple(causal),
         vars(module).get("one_at_a_time", False),
         sources=position_limit(module, hf_config, "encoder") if kind == KIND else None,
+        quantised={} if given is not None else quantised_forms(model, module, shape),
     )
 
 
@@ -283,8 +288,9 @@ def _read_config(model: Model) -> Any:
             "a model that transformers can load, from here or from the hub",
             reason(error),
         ) from error
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise UserError("model.path", model.path, "unquantised weights or a GGUF file", "take the original model")
+    if (stored := getattr(hf_config, "quantization_config", None)) is not None:
+        checked_config(model, stored)
+        del hf_config.quantization_config
     return hf_config
 
 

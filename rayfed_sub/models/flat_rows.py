@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rayfed_sub.models.frozen_linear import FrozenEmbedding
 from rayfed_sub.models.positions import position_limit
 from rayfed_sub.models.presets import FLAT, UNFILLED
+from rayfed_sub.models.quantised import Quantised
 
 _VECTOR = 32
 """Numbers that torch's kernels take at a time.  Of a tensor's last ones, if fewer are left, SiLU, GELU and sigmoid are
@@ -113,7 +115,8 @@ def _inner_sizes(model: nn.Module) -> list[int]:
     sizes = []
     for part in model.modules():
         weight = getattr(part, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(part, nn.Embedding):
+        looks_up = isinstance(part, nn.Embedding | FrozenEmbedding)
+        if isinstance(weight, Tensor | Quantised) and weight.ndim == 2 and not looks_up:
             turned = type(part).__name__ == "Conv1D" or getattr(part, "transposed", False)
             sizes.append(weight.shape[0 if turned else 1])
     return sizes

@@ -27,6 +27,7 @@ from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id
 from rayfed_sub.models.architecture import Architecture, layer_of, skeleton
 from rayfed_sub.models.experts import experts_of, matrices_in
 from rayfed_sub.models.hub import quiet
+from rayfed_sub.models.quantised import nbytes, quantised_in, without
 
 FIELD = "model.start_from"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,13 +48,14 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 @dataclass(frozen=True)
 class StartInfo:
     """What the run's records say of the start.  wire_bytes: what a client receives before its first round; digest: of
-    its tensors; numbers: of the parameters that it changes, which are float32 then."""
+    its tensors; numbers: of the parameters that it changes, which are float32 then; replaced: their bytes before."""
 
     place: str
     what: str
     wire_bytes: int
     digest: str
     numbers: int
+    replaced: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,8 @@ class StartFrom:
     """place: `model.start_from`.  what: in words.  changes: by layer, relative to the pretrained weight (m, n) and to
     those before; head: `<layer>/weight` and `<layer>/bias`, of a classification into `classes` (None: not known).
     copied: tensors of the pretrained model, by dotted name, that peft stores beside an adapter of its output layer.
-    numbers: of the parameters that are float32 with the changes, once the start is `fitted` to a model.  origin: of a
+    numbers: of the parameters that are float32 with the changes, once the start is `fitted` to a model, and `replaced`
+    their bytes before.  origin: of a
     run's changes, the weights to which they belong."""
 
     place: str
@@ -79,6 +82,7 @@ class StartFrom:
     classes: tuple[str, ...] | None = None
     copied: Tensors = field(default_factory=dict)
     numbers: int = 0
+    replaced: int = 0
     origin: Origin | None = None
 
     @cached_property
@@ -93,7 +97,7 @@ class StartFrom:
         for name in sorted(self.head):
             sha.update(name.encode())
             _add(sha, self.head[name])
-        return StartInfo(self.place, self.what, size, sha.hexdigest(), self.numbers)
+        return StartInfo(self.place, self.what, size, sha.hexdigest(), self.numbers, self.replaced)
 
 
 def _tensors(change: Change) -> list[Tensor]:
@@ -260,7 +264,14 @@ def fitted(start: StartFrom, architecture: Architecture, classes: Sequence[str])
     changed = {f"{name}.weight": math.prod(_size(start.changes[name][0])) for name in start.changes.keys() - experts}
     for parameter in {experts[name].parameter for name in start.changes if name in experts}:  # of all experts
         changed[parameter] = module.get_parameter(parameter).numel()
-    start = replace(start, numbers=sum(changed.values()))
+    wide = architecture.hf_config.dtype.itemsize
+    before = {
+        name: nbytes(form, *_size(start.changes[name.removesuffix(".weight")][0]))
+        for name, form in architecture.quantised.items()
+        if name in changed
+    }
+    replaced = sum(before.get(name, wide * count) for name, count in changed.items())
+    start = replace(start, numbers=sum(changed.values()), replaced=replaced)
     same = {name: tuple(x.shape) for name, x in start.head.items()} == sizes
     if same and start.classes in (None, tuple(classes)):
         return start
@@ -296,6 +307,7 @@ def merged(tensors: Tensors, start: StartFrom | None, architecture: Architecture
         found[name] = tensors[name].float().clone()
     for name, W_mn in changed_weights(start, tensors, architecture).items():
         after_mn = applied(start.changes[name], W_mn)
+        found = without(found, f"{name}.weight")  # as it was quantised
         stored = after_mn.T if name in turned else after_mn
         if name in experts:
             experts[name].inside(found).copy_(stored)
@@ -305,13 +317,18 @@ def merged(tensors: Tensors, start: StartFrom | None, architecture: Architecture
 
 
 def changed_weights(start: StartFrom, tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
-    """The weights (m, n) of the layers that the start changes, as they are in the model's tensors; views."""
+    """The weights (m, n) of the layers that the start changes, as they are in the model's tensors, views; dense ones of
+    those that are quantised."""
     module = skeleton(architecture)
     experts, turned = _expert_places(module), _turned(start, module)
-    stored = {
-        name: experts[name].inside(tensors) if name in experts else tensors[f"{name}.weight"] for name in start.changes
-    }
-    return {name: weight.T if name in turned else weight for name, weight in stored.items()}
+    packed, weights = quantised_in(tensors), {}
+    for name in start.changes:
+        if (own := packed.get(f"{name}.weight")) is not None:
+            weights[name] = own.dense()
+            continue
+        stored = experts[name].inside(tensors) if name in experts else tensors[f"{name}.weight"]
+        weights[name] = stored.T if name in turned else stored
+    return weights
 
 
 @dataclass(frozen=True)

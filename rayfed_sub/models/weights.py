@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,18 @@ from rayfed_sub.core.types import ModelShape, Tensors
 from rayfed_sub.data.processors import Processor, Tokenizer
 from rayfed_sub.models.architecture import Architecture, auto_class, build, reason, sees_or_hears, skeleton
 from rayfed_sub.models.experts import matrix_of, place
+from rayfed_sub.models.frozen_linear import quantise
 from rayfed_sub.models.hub import RANDOM, locate, quiet, reading, stored_file
 from rayfed_sub.models.image_processors import HubImageProcessor
+from rayfed_sub.models.quantisation import (
+    FIELD,
+    bitsandbytes_config,
+    gguf_weights,
+    loading_config,
+    of_bitsandbytes,
+    turned,
+)
+from rayfed_sub.models.quantised import Quantised, empty, parts_of, quantised, quantised_in
 from rayfed_sub.models.text_to_text import KIND, LANGUAGE, start_token, text_to_text
 from rayfed_sub.models.tokenizers import HubTokenizer
 
@@ -35,15 +46,17 @@ _LEAK = 3e-4  # allowed change of earlier logits, as a share of the changed toke
 
 
 def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[str, Tensor]:
-    """Every tensor of the model by its dotted name, contiguous, on the CPU.
+    """Every tensor of the model by its dotted name, contiguous, on the CPU; a quantised parameter by its parts
+    (`models/quantised.py`).
 
-    Parameters in model.dtype, tied ones once; buffers, those that files leave out included, in their own
+    Other parameters in model.dtype, tied ones once; buffers, those that files leave out included, in their own
     dtype.  What no file holds is drawn: matrices, embeddings and a new classification head N(0, std) with the
     configuration's initializer_range as std (0.02 without one) from stream(seed, "weights", name), new biases 0.
     Raises UserError on model.path for a checkpoint that cannot be read or lacks weights, and for a causal language
     model whose tokens see later ones.
     """
     loaded, drawn = _random(architecture) if model.path == RANDOM else _pretrained(model, architecture)
+    loaded = _without_bitsandbytes(loaded, model, architecture)
     if architecture.kind in LANGUAGE:
         check_causal(model, loaded)
     tensors = dict(_collected(loaded, model, architecture))
@@ -52,7 +65,8 @@ def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[st
         values = _normal(seed, name, tuple(tensors[name].shape), std) if tensors[name].ndim > 1 else None
         old = tensors[name]
         tensors[name] = torch.zeros_like(old) if values is None else values.to(old.dtype)
-    return tensors
+    del loaded  # what is quantised now is freed matrix by matrix
+    return _quantised(tensors, model, architecture)
 
 
 def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
@@ -60,20 +74,43 @@ def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
 
     Eval mode, no gradients, tied weights tied.  Raises ValueError where a tensor is missing, or of another shape.
     """
-    module = skeleton(architecture)
+    module, packed = skeleton(architecture), {}
+    if any("/" in name for name in tensors):
+        packed = quantised_in(tensors, architecture.hf_config.dtype)
+        quantise(module, packed, architecture.tied)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
+        if "/" in name:
+            continue
         if name in parameters and parameters[name].shape != tensor.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but {tuple(parameters[name].shape)} is needed")
         _place(module, name, tensor)
-    for alias, name in architecture.tied.items():
-        owner, leaf = _owner(module, alias)
-        owner.register_parameter(leaf, module.get_parameter(name))
+    tie(module, {alias: name for alias, name in architecture.tied.items() if name not in packed})
     given = {*tensors, *architecture.tied}  # which may be without data themselves
-    empty = [name for name, tensor in all_tensors(module) if tensor.is_meta and name not in given]
+    found = ((name, name.partition("/")[0]) for name, tensor in all_tensors(module) if tensor.is_meta)
+    empty = [name for name, parameter in found if name not in given and parameter not in architecture.tied]
     if empty:
         raise ValueError(f"no tensor for {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}")
     return ruled(module, architecture).requires_grad_(False).eval()
+
+
+def without_data(module: nn.Module, architecture: Architecture) -> nn.Module:
+    """The architecture's module on the meta device, tied, with quantised weights where it has some."""
+    other, packed = turned(module, architecture.shape) if architecture.quantised else set(), {}
+    for name, form in architecture.quantised.items():
+        stored = module.get_parameter(name).shape
+        m, n = reversed(stored) if name in other else stored
+        packed[name] = replace(empty(form, m, n), dtype=architecture.hf_config.dtype)
+    quantise(module, packed, architecture.tied)
+    tie(module, {alias: name for alias, name in architecture.tied.items() if name not in packed})
+    return module
+
+
+def tie(module: nn.Module, tied: Mapping[str, str]) -> None:
+    """Gives the parameter of a name to each of its aliases (alias -> name)."""
+    for alias, name in tied.items():
+        owner, leaf = _owner(module, alias)
+        owner.register_parameter(leaf, module.get_parameter(name))
 
 
 def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
@@ -138,8 +175,11 @@ def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tenso
 
     A float32 nn.Linear weight is the given tensor itself, an expert's a view; the others are copies.
     """
-    weights = {}
+    weights, packed = {}, quantised_in(tensors)
     for layer in shape.targets:
+        if (own := packed.get(f"{layer.name}.weight")) is not None:
+            weights[f"{layer.name}/weight"] = own.dense()
+            continue
         weight = matrix_of(tensors, layer, transposed=layer.name in transposed)
         if layer.name in transposed:
             weight = weight.T.contiguous()
@@ -147,6 +187,18 @@ def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tenso
     for name in shape.head_names:
         weights[name] = tensors[name.replace("/", ".")].float()
     return weights
+
+
+def dense(architecture: Architecture, tensors: Tensors, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The model's tensors with each quantised parameter as one tensor of this type."""
+    packed = quantised_in(tensors)
+    if not packed:
+        return dict(tensors)
+    stored = {name: tensor for name, tensor in tensors.items() if "/" not in name}
+    other = turned(skeleton(architecture), architecture.shape)
+    for name, weight in packed.items():
+        stored[name] = weight.dense(dtype).T.contiguous() if name in other else weight.dense(dtype)
+    return stored
 
 
 def with_targets(
@@ -276,18 +328,22 @@ def _random(architecture: Architecture) -> tuple[nn.Module, set[str]]:
 def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, set[str]]:
     import transformers
 
-    source = locate(model.path)
+    source, hf_config, how = locate(model.path), copy.deepcopy(architecture.hf_config), {}
+    if (stored := bitsandbytes_config(model)) is not None:
+        hf_config.quantization_config = loading_config(stored, skeleton(architecture), architecture.shape)
+        how = {"device_map": {"": "cpu"}}  # or transformers takes a GPU where there is one
     try:
         with reading(source):
             module, info = getattr(transformers, auto_class(architecture.hf_config, architecture.kind)).from_pretrained(
                 source.name,
-                config=copy.deepcopy(architecture.hf_config),  # or transformers reads a GGUF file once more for it
+                config=hf_config,  # or transformers reads a GGUF file once more for it
                 gguf_file=source.gguf,
                 dtype=getattr(torch, model.dtype),
                 output_loading_info=True,
                 # A head for another number of classes is drawn anew; every other mismatch is refused below.
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
+                **how,
             )
     except Exception as error:  # a stranger's file may cause any error in the libraries
         raise UserError(
@@ -307,6 +363,51 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
             f"it lacks {some}",
         )
     return module, lacking
+
+
+def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Architecture) -> nn.Module:
+    """The module with frozen layers of ours, or plain ones, in the places of bitsandbytes'."""
+    if model.path == RANDOM or bitsandbytes_config(model) is None:
+        return module
+    bones, dtype, packed = skeleton(architecture), getattr(torch, model.dtype), {}
+    try:
+        for name, layer, weight in of_bitsandbytes(module):
+            parent, _, child = name.rpartition(".")
+            new: Any = bones.get_submodule(name)
+            if layer.bias is not None:
+                new.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+            module.get_submodule(parent).register_module(child, new)
+            if f"{name}.weight" in architecture.quantised and isinstance(weight, Quantised):
+                packed[f"{name}.weight"] = weight
+                continue
+            whole_mn = weight.dense(dtype) if isinstance(weight, Quantised) else weight.to(dtype)
+            whole = whole_mn if isinstance(new, nn.Linear) else whole_mn.T.contiguous()
+            new.weight = nn.Parameter(whole, requires_grad=False)
+    except ValueError as error:
+        allowed = "a checkpoint of bitsandbytes with all that its layers need"
+        raise UserError("model.path", model.path, allowed, str(error)) from error
+    quantise(module, packed, {})
+    return module
+
+
+def _quantised(tensors: dict[str, Tensor], model: Model, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors with the parts of those that are to be quantised, or are so in a GGUF file, in their places."""
+    todo = {name: form for name, form in architecture.quantised.items() if name in tensors}
+    if not todo:
+        return tensors
+    module = skeleton(architecture)
+    other, stored = turned(module, architecture.shape), dict[str, Quantised]()
+    if model.quantize == "stored":
+        stored = dict(gguf_weights(model, module, todo))
+    for name, form in todo.items():
+        tensor = tensors.pop(name)
+        weight_mn = tensor.T if name in other else tensor
+        own = stored.get(name) or quantised(weight_mn, form)
+        if name in stored and not torch.equal(own.dense(tensor.dtype), weight_mn):
+            allowed = f"none, int8 or nf4 with {model.path}, whose {name} is another one once it is read"
+            raise UserError(FIELD, model.quantize, allowed, "set model.quantize=none")
+        tensors |= parts_of(name, own)
+    return tensors
 
 
 @torch.no_grad()
@@ -350,13 +451,17 @@ def _collected(module: nn.Module, model: Model, architecture: Architecture) -> I
 
 
 def all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and plain tensor attributes by dotted name; a shared one under each of its names."""
+    """Parameters, buffers and plain tensor attributes by dotted name, a quantised weight's by its parts'; a shared one
+    under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
     for path, child in module.named_modules():
         for key, value in vars(child).items():
+            name = f"{path}.{key}" if path else key
             if isinstance(value, Tensor):
-                yield f"{path}.{key}" if path else key, value
+                yield name, value
+            elif isinstance(value, Quantised):
+                yield from parts_of(name, value).items()
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

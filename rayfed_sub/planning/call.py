@@ -83,6 +83,11 @@ def named(config: Config, objects: Given) -> Config:
     if objects.model is not None:
         if objects.model.loss is not None:
             _check_own(config, objects)
+        if config.model.quantize != "none":
+            allowed = "none with a model that the call hands over"
+            raise UserError(
+                "model.quantize", config.model.quantize, allowed, "remove it, or name the model in model.path"
+            )
         dtype = own_dtype(objects.model)
         tree["model"] = config.model.model_copy(update={"path": GIVEN, "dtype": dtype, "random": {}})
     if objects.method is not None:

@@ -86,7 +86,7 @@ def _reached(model: nn.Module, layers: Mapping[str, PackLinear], shape: ModelSha
     """The trained layers that have a gradient from the batch: targets with a term of rank 1 that is zero, heads with
     weights of their own."""
     leaves = {layer.name: torch.zeros(1, layer.m, 1, requires_grad=True) for layer in shape.targets}
-    leaves |= {layer.name: layers[layer.name].weight.float()[None].clone().requires_grad_() for layer in shape.head}
+    leaves |= {layer.name: _own(layers[layer.name])[None].clone().requires_grad_() for layer in shape.head}
     reached: set[str] = set()
     for turn in passes([batch], pass_rule(model), pad):
         own = runs(turn.parts)
@@ -100,6 +100,11 @@ def _reached(model: nn.Module, layers: Mapping[str, PackLinear], shape: ModelSha
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         reached |= {name for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
     return reached
+
+
+def _own(layer: PackLinear) -> Tensor:
+    assert isinstance(layer.weight, Tensor), "a caller's own module is not quantised"
+    return layer.weight.float()
 
 
 def _random(name: str, n: int) -> Tensor:

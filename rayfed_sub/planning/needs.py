@@ -164,7 +164,7 @@ class Need:
 
 def _widened(parts: Parts) -> int:
     """Bytes that weights take more because a start has made them float32."""
-    return 0 if parts.start is None or parts.config.model.dtype == "float32" else 2 * parts.start.numbers
+    return 0 if parts.start is None else 4 * parts.start.numbers - parts.start.replaced
 
 
 def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
@@ -203,7 +203,9 @@ def between(pack: int, low: tuple[int, Memory], high: tuple[int, Memory]) -> Mem
 
 def _pretrained(architecture: Architecture, config: Config) -> int:
     """Bytes of the pretrained weights from which the coordinator makes the first server, which is sent, and lies in
-    shared memory, from then on; float32 weights are shared memory themselves."""
+    shared memory, from then on; float32 weights that are not quantised are shared memory themselves."""
     shape, exact = architecture.shape, config.model.dtype == "float32"
-    copied = [layer for layer in shape.targets if not exact or layer.name in architecture.transposed]
+    shared = [*shape.targets] if exact else []
+    shared = [layer for layer in shared if f"{layer.name}.weight" not in architecture.quantised]
+    copied = [layer for layer in shape.targets if layer not in shared or layer.name in architecture.transposed]
     return sum(4 * layer.m * layer.n for layer in (*copied, *(() if exact else shape.head)))

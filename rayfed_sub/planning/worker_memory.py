@@ -28,7 +28,7 @@ from rayfed_sub.data.rows import Rows
 from rayfed_sub.models.architecture import Architecture, build
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.text_to_text import KIND
-from rayfed_sub.models.weights import all_tensors, ruled
+from rayfed_sub.models.weights import all_tensors, ruled, without_data
 from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
 from rayfed_sub.planning.heap import PRODUCT_KERNELS, Heap
 from rayfed_sub.planning.traffic import closed_blocks
@@ -83,7 +83,7 @@ def lengths(dataset: Dataset, config: Config) -> Lengths:
 def backbone_bytes(architecture: Architecture) -> int:
     """Bytes of all frozen weights and buffers, as `load_weights` gives them."""
     sizes = {name: x.numel() * x.element_size() for name, x in all_tensors(_built(architecture)[0])}
-    return sum(size for name, size in sizes.items() if name not in architecture.tied)
+    return sum(size for name, size in sizes.items() if name.partition("/")[0] not in architecture.tied)
 
 
 def worker(
@@ -248,9 +248,7 @@ def _heap_peak(events: Sequence[Event]) -> int:
 def _built(architecture: Architecture) -> tuple[nn.Module, dict[str, PackLinear]]:
     """The model on the meta device as a worker has it: tied, frozen, its targets ready for packs."""
     model = ruled(build(architecture.hf_config, architecture.kind), architecture).requires_grad_(False)
-    for alias, name in architecture.tied.items():
-        path, _, leaf = alias.rpartition(".")
-        model.get_submodule(path).register_parameter(leaf, model.get_parameter(name))
+    model = without_data(model, architecture)
     return model, install(model, architecture.shape)
 
 

@@ -36,7 +36,7 @@ from rayfed_sub.diagnostics.gradients import GradientWatch
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.text_to_text import KIND, start_token
-from rayfed_sub.models.weights import assemble, target_weights
+from rayfed_sub.models.weights import assemble, dense, target_weights
 from rayfed_sub.planning.sampling import PackWork
 from rayfed_sub.privacy.mechanism import clipped
 from rayfed_sub.runtime import object_store
@@ -111,7 +111,9 @@ class Worker:
         self._model = assemble(spec.architecture, self._tensors)
         self._layers = install(self._model, spec.architecture.shape)
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-        self._guard = Guard([*held.items(), *((name, layer.weight) for name, layer in self._layers.items())])
+        held |= {name: tensor for name, tensor in self._tensors.items() if "/" in name}  # of quantised weights
+        plain = ((name, layer.weight) for name, layer in self._layers.items() if isinstance(layer.weight, torch.Tensor))
+        self._guard = Guard([*held.items(), *plain])
         self._broadcast: Broadcast | None = None  # a GPU's copy
         self._resident: OrderedDict[int, ClientState] = OrderedDict()
         self._resident_bytes = 0
@@ -276,7 +278,7 @@ class Worker:
 
             weights = target_weights(shape, self._spec.architecture.transposed, self._tensors)
             weights |= {f"{name}/weight": weight for name, weight in bases.items()}
-            plain = assemble(self._spec.architecture, self._tensors)
+            plain = assemble(self._spec.architecture, dense(self._spec.architecture, self._tensors))
             return PackResult(train_reference(plain, shape, weights, works, rule))
         with based_on(self._layers, bases):
             return train_pack(self._model, self._layers, shape, works, rule, watch.hooks)

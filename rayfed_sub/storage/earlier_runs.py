@@ -76,6 +76,7 @@ def _of_run(place: str, folder: Path, config: Config) -> StartFrom:
         changes[layer] = (*changes.get(layer, ()), change)
     head = {name: server.tensors[name] for name in shape.head_names}
     what, known = f"a run of {then.method_in_words}, {count('round', found.round)}", backbone_sum(folder)
-    # The sum is of numbers of the earlier run's type.
-    origin = None if known is None or then.model.dtype != here.dtype else Origin(known, earlier)
+    # The sum is of bytes of the earlier run's type.
+    alike = (then.model.dtype, then.model.quantize) == (here.dtype, here.quantize)
+    origin = Origin(known, earlier) if known is not None and alike else None
     return StartFrom(place, what, changes, head, classes, origin=origin)

@@ -4,8 +4,8 @@ The layer computes in float32 whatever the backbone's type.  Pretrained bfloat16
 small change added to one of them, or to an output of that type, would be rounded away.  The input is cast up, the base
 product and all terms are added in float32, and the sum is rounded once, to the input's type.
 
-The shared weight is multiplied with the tokens of the whole pack, the clients' own factors each with its own tokens;
-neighbours of equal shape share those calls.  The (m, n) products of factors are never formed.
+The shared weight, which may be quantised, is multiplied with the tokens of the whole pack, the clients' own factors
+each with its own tokens; neighbours of equal shape share those calls.  The (m, n) products of factors are never formed.
 
 Legend: G clients of a stack, g of them side by side, S tokens of a pass, N tokens of a client, m outputs, n inputs,
 r rank.
@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.frozen_linear import freeze, product
+from rayfed_sub.models.quantised import Quantised
 from rayfed_sub.training.blocks import Closed, add_product, multiplied
 from rayfed_sub.training.dropout import Dropout
 
@@ -188,10 +189,11 @@ class PackLinear(nn.Module):
     Input (..., n), its tokens client by client; output (..., m) in the input's dtype, rounded once from float32.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor | Quantised, bias: Tensor | None) -> None:
         super().__init__()
         # Plain attributes, not parameters: the tensors are shared memory and nothing may collect them for training.
-        self.weight, self.bias = weight, bias
+        self.weight: Tensor | Quantised = weight
+        self.bias = bias
         self.out_features, self.in_features = weight.shape  # as nn.Linear has them: a module may ask
         self.bound: Bound | None = None
 
@@ -238,7 +240,7 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_Sn: Tensor,
-        weight_mn: Tensor,
+        weight_mn: Tensor | Quantised,
         bias_m: Tensor | None,
         stacks: tuple[Terms, ...],
         found: tuple[tuple[Run, ...], ...],
@@ -367,9 +369,11 @@ def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:
         parent = module.get_submodule(parent_name)
         old = parent.get_submodule(child)
         stored, bias = old.weight, old.bias
-        assert isinstance(stored, Tensor)
+        assert isinstance(stored, Tensor | Quantised)
         assert bias is None or isinstance(bias, Tensor)
-        weight = stored.detach() if isinstance(old, nn.Linear) else stored.detach().T
+        if isinstance(stored, Tensor):
+            stored = stored.detach() if isinstance(old, nn.Linear) else stored.detach().T
+        weight = stored
         assert weight.shape == (layer.m, layer.n), layer
         layers[layer.name] = PackLinear(weight, None if bias is None else bias.detach())
         parent.register_module(child, layers[layer.name])
@@ -398,6 +402,7 @@ def based_on(
 
     The weights stay the given tensors: on a processor they are read where they lie in shared memory.
     """
+    frozen: dict[str, tuple[Tensor | Quantised, Tensor | None]]
     frozen = {name: (layers[name].weight, layers[name].bias) for name in weights}
     try:
         for name, weight in weights.items():
@@ -406,5 +411,5 @@ def based_on(
             layers[name].bias = bias.to(frozen[name][0].device)
         yield
     finally:
-        for name, (weight, old_bias) in frozen.items():
-            layers[name].weight, layers[name].bias = weight, old_bias
+        for name, before in frozen.items():
+            layers[name].weight, layers[name].bias = before

@@ -20,6 +20,7 @@ from rayfed_sub.core.devices import fetched
 from rayfed_sub.models.flat_rows import attending, pass_rule
 from rayfed_sub.models.frozen_linear import FrozenLinear, product
 from rayfed_sub.models.logits import LogitRule, added_bias, hidden_states
+from rayfed_sub.models.quantised import Quantised
 from rayfed_sub.models.text_to_text import decoder_inputs
 from rayfed_sub.models.weights import answered
 from rayfed_sub.training.own_loss import OwnPass, trained_loss
@@ -102,7 +103,8 @@ def _predicted(model: nn.Module, one: Pass) -> tuple[Tensor, Tensor]:
         head, bias_V, rule = output
         chunk = _chunk(len(head.weight))
         hidden_Lh = _hidden(model, head, one)
-        chunks = (_logits(hidden_ch, head.weight, bias_V, rule) for hidden_ch in hidden_Lh.split(chunk))
+        head_Vh = _dense(head.weight, hidden_Lh)
+        chunks = (_logits(hidden_ch, head_Vh, bias_V, rule) for hidden_ch in hidden_Lh.split(chunk))
     for logits_cV, label_c in zip(chunks, one.labels.split(chunk), strict=True):
         losses.append(row_losses(logits_cV, label_c))
         best.append(_likeliest(logits_cV, label_c))
@@ -152,6 +154,11 @@ def _chunk(vocabulary: int) -> int:
     return max(_TOKENS, _LOGITS // vocabulary)
 
 
+def _dense(head_Vh: Tensor | Quantised, hidden_Lh: Tensor) -> Tensor:
+    """The output layer's weight, dequantised once for all chunks."""
+    return head_Vh.dense(hidden_Lh.dtype) if isinstance(head_Vh, Quantised) else head_Vh
+
+
 def _logits(hidden_ch: Tensor, head_Vh: Tensor, bias_V: Tensor | None, rule: LogitRule) -> Tensor:
     return rule.logits(product(hidden_ch, head_Vh, bias_V).float())
 
@@ -161,8 +168,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_Lh: Tensor, head_Vh: Tensor, bias_V: Tensor | None, label_L: Tensor, rule: LogitRule
+        ctx: Any,
+        hidden_Lh: Tensor,
+        weight_Vh: Tensor | Quantised,
+        bias_V: Tensor | None,
+        label_L: Tensor,
+        rule: LogitRule,
     ) -> Tensor:
+        head_Vh = _dense(weight_Vh, hidden_Lh)
         grads, losses = [], []
         chunk = _chunk(len(head_Vh))
         for hidden_ch, label_c in zip(hidden_Lh.split(chunk), label_L.split(chunk), strict=True):

@@ -114,7 +114,14 @@ def test_download_is_limited_to_the_dense_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["model.dtype=bfloat16"], ["model.random={type: gpt2, n_embd: 32, n_layer: 2, n_head: 2}"]]
+    "overrides",
+    [
+        [],
+        ["model.dtype=bfloat16"],
+        ["model.random={type: gpt2, n_embd: 32, n_layer: 2, n_head: 2}"],
+        ["model.random={type: gpt2, n_embd: 32, n_layer: 2, n_head: 2}", "model.quantize=int8"],
+        ["model.quantize=nf4", "model.dtype=bfloat16"],
+    ],
 )
 def test_backbone_bytes_match_the_loaded_backbone(overrides: list[str]) -> None:
     job = prepare(load_config(TINY, overrides))
