@@ -24,7 +24,8 @@ def write_gguf(path: Path, tensors: Mapping[str, torch.Tensor], kind: str = "F32
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(259)
-    tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())]
+    # transformers adds the first where there is none, and wants what merges make among the tokens.
+    tokens = ["<|endoftext|>", "<s>", "</s>", *sorted(ByteLevel.alphabet())[:-1], "ab"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * 256)
