@@ -83,6 +83,17 @@ class Model(Record):
         "configuration, e.g. {type: llama, hidden_size: 128}.",
     )
 
+    @property
+    def precision(self) -> str:
+        """The type of the model that is evaluated, in words.
+
+        >>> Model(quantize="nf4").precision, Model(dtype="bfloat16", quantize="stored").precision
+        ('nf4-quantised float32', 'quantised bfloat16')
+        """
+        if self.quantize == "none":
+            return self.dtype
+        return f"{'' if self.quantize == 'stored' else f'{self.quantize}-'}quantised {self.dtype}"
+
 
 class Task(Record):
     """The rows: source, prompt, answer or label, and splits. A table row becomes a prompt by `prompt` and either an

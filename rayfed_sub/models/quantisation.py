@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -78,8 +79,7 @@ def _places(module: Any, shape: ModelShape) -> dict[str, _Place]:
     from transformers.pytorch_utils import Conv1D
 
     parts = dict(module.named_modules(remove_duplicate=False))
-    embedding = getattr(module.get_input_embeddings(), "weight", None)
-    output = getattr(module.get_output_embeddings(), "weight", None)
+    embedding, output = _weight(module.get_input_embeddings), _weight(module.get_output_embeddings)
     heads = {f"{layer.name}.weight" for layer in shape.head}
     owners: dict[int, list[tuple[str, Any]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -99,6 +99,13 @@ def _places(module: Any, shape: ModelShape) -> dict[str, _Place]:
         m, n = reversed(weight.shape) if turned else weight.shape
         found[first] = _Place(m, n, turned, nn.Embedding not in kinds, weight is output)
     return found
+
+
+def _weight(part: Callable[[], Any]) -> Any:
+    """The weight of the part; None where the model has no such part."""
+    with suppress(NotImplementedError, AttributeError):  # which some types raise
+        return getattr(part(), "weight", None)
+    return None
 
 
 def turned(module: Any, shape: ModelShape) -> set[str]:
@@ -293,14 +300,18 @@ def gguf_weights(model: Model, module: Any, forms: Mapping[str, str]) -> Iterato
         if name is None or name not in forms:
             continue
         n, m = (int(size) for size in tensor.shape)
-        # Rotary positions want the rows of queries and keys in another order: what transformers does to a weight, done
-        # to the numbers of its rows, says which.
-        numbers = np.broadcast_to(np.arange(m)[:, None], (m, n))
-        rest: dict[str, Any] = {"tensor_key_mapping": names, "parsed_parameters": {"tensors": {}}}
-        moved = rule.process(weights=numbers, name=tensor.name, **rest).weights
-        row_m = moved[:, 0] if moved.shape == (m, n) and (moved[:, 0] == moved[:, -1]).all() else moved[0]
-        yield name, _of_blocks(forms[name], torch.from_numpy(np.ascontiguousarray(tensor.data[row_m])))
+        data = tensor.data[row_order(rule, tensor.name, m, n)]
+        yield name, _of_blocks(forms[name], torch.from_numpy(np.ascontiguousarray(data)))
     _reader.cache_clear()
+
+
+def row_order(rule: Any, name: str, m: int, n: int) -> np.ndarray[Any, Any]:
+    """Which row of a file's tensor (m, n) each output is: rotary positions want those of queries and keys in another
+    order.  What transformers does to a weight, done to the numbers of its rows, says which; it may turn them too."""
+    numbers = np.broadcast_to(np.arange(m)[:, None], (m, n))
+    rest: dict[str, Any] = {"tensor_key_mapping": {}, "parsed_parameters": {"tensors": {}}}
+    moved: np.ndarray[Any, Any] = rule.process(weights=numbers, name=name, **rest).weights
+    return moved[:, 0] if moved.shape == (m, n) and (moved[:, 0] == moved[:, -1]).all() else moved[0]
 
 
 def _of_blocks(form: str, data: Tensor) -> Quantised:

@@ -124,6 +124,9 @@ FORMS = {
     "q8_0": Form(_gguf_sizes(1, "scales"), _q8_0, 1, GGUF_BLOCK),
 }
 
+FOUR_BITS = frozenset(form for form in FORMS if form.startswith(("nf4", "fp4")))
+"""The forms that bitsandbytes dequantises."""
+
 
 def bitsandbytes() -> Any:
     """bitsandbytes' operators; importing it takes seconds."""

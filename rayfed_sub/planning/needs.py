@@ -13,6 +13,7 @@ from functools import cached_property
 from rayfed_sub.config.schema import Config
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
+from rayfed_sub.models.quantised import FOUR_BITS
 from rayfed_sub.planning.traffic import ClientTraffic, Parts, Traffic, first_start
 from rayfed_sub.planning.worker_memory import KERNELS, Lengths, Memory, backbone_bytes, lengths, worker
 
@@ -24,6 +25,7 @@ RAY = 330_000_000  # its own processes on a node
 # Of a Ray of the run's own, where they are forks of one that holds the imported libraries (`Resources.forked`).
 FORKED = 80_000_000
 FORK_SERVER = 380_000_000  # with all that they share
+BITSANDBYTES = 45_000_000  # imported by each process that dequantises its types
 CUDA = 600_000_000  # a process's context on a GPU, and torch's kernels there
 HOLES = 1.15  # the allocator's, where it is not modelled: on GPUs and in the coordinator
 
@@ -127,8 +129,9 @@ class Need:
     def bare(self) -> tuple[int, int, int]:
         """Bytes of Ray's own processes, of the bare coordinator and of a bare worker; 0 in a run of one process."""
         resources = self.config.resources
-        bare = (FORKED, FORKED) if resources.forked else (BARE_COORDINATOR, BARE_WORKER)
-        return (RAY, *bare) if resources.workers else (0, 0, 0)
+        coordinator, worker = (FORKED, FORKED) if resources.forked else (BARE_COORDINATOR, BARE_WORKER)
+        own = BITSANDBYTES if FOUR_BITS.intersection(self.architecture.quantised.values()) else 0
+        return (RAY, coordinator + own, worker + own) if resources.workers else (0, 0, 0)
 
     @property
     def libraries(self) -> int:

@@ -58,11 +58,11 @@ def _facts(run: Run) -> dict[str, str]:
         found[score(metric, run.problem)] = change(metric, values.tolist(), values.index.tolist())
     if best := run.summary.get("best"):
         found["best round"] = f"{best_in_words(best)}; its checkpoint is kept"
-    if config.model.dtype != "float32":
-        found["scores are of"] = f"the {config.model.dtype} model"
+    if config.model.precision != "float32":
+        found["scores are of"] = f"the {config.model.precision} model"
     found |= {
         "method": _method(run),
-        "model": f"{_CALL if config.model.path == GIVEN else config.model.path}, {config.model.dtype}",
+        "model": f"{_CALL if config.model.path == GIVEN else config.model.path}, {config.model.precision}",
         **({"begins from": start_in_words(start)} if (start := run.summary.get("start_from")) else {}),
         "task": _CALL if config.task.name == GIVEN else config.task.name,
         **_rows(run),

@@ -291,7 +291,7 @@ def _summary(
         # The moment of a stop follows from what the rounds released, so all that were planned count.
         privacy=account(config, job.noise, partial(draws, config, job.dataset, counted)),
         resumed=folder.resumed(),
-        precision=config.model.dtype,
+        precision=config.model.precision,
         logits=None if job.architecture.logits is None else str(job.architecture.logits),
         rows=first.rows,
         split=next((score.split for score in first.scores), None),

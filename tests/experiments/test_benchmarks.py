@@ -13,12 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks import gpu, growth, race
+from experiments.benchmarks import gpu, growth, quantised, race
 from experiments.benchmarks.cases import GROWTH, LEAST, LOADS, LOW_RANK, RACED, TRAIN, Case
 from experiments.benchmarks.marks import case_of
 from experiments.benchmarks.work import write_run
 from rayfed_sub import load_config
+from rayfed_sub.config.schema import Model
 from rayfed_sub.methods import build
+from rayfed_sub.models.architecture import architecture
+from rayfed_sub.models.weights import load_weights, write_folder
+from tests.helpers.word_tokenizers import numbers
+from tests.models.test_quantised import LLAMA
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +70,17 @@ def test_both_sides_end_with_the_same_weights_and_the_engine_is_measured(tmp_pat
     assert idle["clients"] * idle["stored"] >= 16 * 16 * 4
     assert idle["start"] + idle["steady"] < passed
     assert record["cores"] == os.cpu_count()
+
+
+@pytest.mark.slow
+def test_quantised_weights_are_compared_with_bitsandbytes(tmp_path: Path) -> None:
+    bones = architecture(Model(path="random", random=LLAMA), "causal-lm", vocabulary=259)
+    write_folder(bones, load_weights(Model(path="random", random=LLAMA), bones, seed=0), {}, tmp_path)
+    numbers().save_pretrained(tmp_path)
+    plain, int8, nf4 = quantised.rows_of(("none", "int8", "nf4"), str(tmp_path), rows=4, turns=1)
+    assert nf4.exact
+    assert nf4.bytes < int8.bytes < plain.bytes
+    assert abs(int8.loss - plain.loss) < abs(nf4.loss - plain.loss) < 0.5
 
 
 @pytest.mark.slow

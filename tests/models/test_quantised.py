@@ -19,7 +19,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import wire_bytes
 from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.frozen_linear import FrozenLinear, product
-from rayfed_sub.models.quantisation import _of_blocks
+from rayfed_sub.models.quantisation import _of_blocks, row_order
 from rayfed_sub.models.quantised import BLOCK, FORMS, Quantised, empty, nbytes, parts_of, quantised, quantised_in
 from rayfed_sub.models.weights import assemble, dense, load_weights, target_weights, with_targets, write_folder
 from rayfed_sub.planning.allocations import Allocations
@@ -259,6 +259,17 @@ def test_gguf_file_is_read_as_it_is(kind: str, tmp_path: Path, caplog: pytest.Lo
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
     assert wire_bytes(tensors) == backbone_bytes(known["stored"]) < wire_bytes(plain) / 2
     assert not caplog.records
+
+
+def test_order_of_rows_is_that_of_transformers() -> None:
+    """Of 2 heads of 4 rows each: llama.cpp interleaves the halves that rotary positions pair.  GPT-2's are turned."""
+    from transformers.modeling_gguf_pytorch_utils import GPT2TensorProcessor, LlamaTensorProcessor
+
+    rule = LlamaTensorProcessor({"num_attention_heads": 2, "num_key_value_heads": 2})
+    assert row_order(rule, "blk.0.attn_q.weight", 8, 3).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert row_order(rule, "blk.0.ffn_up.weight", 8, 3).tolist() == list(range(8))
+    for n in (3, 8):
+        assert row_order(GPT2TensorProcessor({}), "blk.0.ffn_up.weight", 8, n).tolist() == list(range(8))
 
 
 def test_other_types_of_gguf_are_dequantised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
