@@ -51,13 +51,35 @@ def deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor where the device can read it by itself, if that is a GPU: memory that is not pinned is copied aside
+    first, behind all work that was given to the GPU before."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without a wait; one that lies there already is itself."""
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
 def onto(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of the host as a tensor on the device.
 
     >>> onto([1.0, 2.0], torch.device("cpu"))
     tensor([1., 2.])
     """
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return sent(torch.tensor(values, dtype=dtype), device)
+
+
+def stacked(tensors: Sequence[Tensor | None], shape: Sequence[int], device: torch.device) -> Tensor:
+    """The tensors (G, ...) side by side on the device, float32, in fresh memory; None stands for zeros of that shape.
+    Those of the host cross over together."""
+    if all(x is None for x in tensors):
+        return torch.zeros(len(tensors), *shape, device=device)
+    home = torch.device("cpu")
+    if device != home and all(x is None or x.device == home for x in tensors):
+        return sent(stacked(tensors, shape, home), device)
+    return torch.stack([torch.zeros(*shape, device=device) if x is None else sent(x.float(), device) for x in tensors])
 
 
 def fetched(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Guard, Packed, unpacked
-from rayfed_sub.core.devices import deterministic
+from rayfed_sub.core.devices import deterministic, sent
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.types import (
     Broadcast,
@@ -245,7 +245,7 @@ class Worker:
             return broadcast
         if self._broadcast is None or self._broadcast.round != broadcast.round:
             self._broadcast = None  # free the last one first
-            tensors = {name: tensor.to(self._device, non_blocking=True) for name, tensor in broadcast.tensors.items()}
+            tensors = {name: sent(tensor, self._device) for name, tensor in broadcast.tensors.items()}
             self._broadcast = Broadcast(broadcast.round, tensors)
         return self._broadcast
 

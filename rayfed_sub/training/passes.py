@@ -8,14 +8,16 @@ Legend: G clients, B rows of a client, R of a pass, T tokens of a row, L a canon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rayfed_sub.core.devices import pinned, sent
 from rayfed_sub.data.batching import IGNORED, Batch
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.flat_rows import FlatRows, PassRule, flat_rows
@@ -59,12 +61,24 @@ class Pass:
         """The pass on a device; the rows of its labels stay, for the model does not read them."""
         if device.type == self.labels.device.type:
             return self
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        names = ("labels", "places", "clients", "where")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        flat = None if self.flat is None else self.flat.to(device)
-        answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
-        return replace(self, **moved, inputs=inputs, flat=flat, answers=answers)
+        return self._each(partial(sent, device=device))
+
+    def pinned(self, device: torch.device) -> Pass:
+        """The pass where the device reads it by itself, before it is sent there."""
+        return self if device.type == "cpu" else self._each(partial(pinned, device=device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Pass:
+        """The pass with all of its tensors changed that go to the device."""
+        return replace(
+            self,
+            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
+            labels=change(self.labels),
+            places=change(self.places),
+            clients=change(self.clients),
+            where=change(self.where),
+            flat=None if self.flat is None else self.flat.each(change),
+            answers=None if self.answers is None else change(self.answers),
+        )
 
     def from_row(self, first: int) -> Pass:
         """The pass of rows that stand so many further back in their clients' batches; `rows` stays."""

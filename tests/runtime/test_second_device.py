@@ -110,7 +110,8 @@ STARTING = ("fedalt.py", "fedsub.py", "components.py", "fed_sb_gradient.py")
 @pytest.mark.parametrize("name", list(METHODS))
 def test_round_of_every_method_mixes_no_devices(name: str) -> None:
     """Two steps of returning clients and new ones: the device is asked once for the losses of the round, and once a
-    layer by an eigenproblem; of an evaluation nothing but the predictions comes back."""
+    layer by an eigenproblem; of an evaluation nothing but the predictions comes back.  Deterministic mode has an
+    algorithm for all of it."""
     training, judging = walked(job_of(name))
     by_training = {where: n for where, n in asked(training.reads).items() if where.startswith("training/")}
     eigenproblems = len(prepared().architecture.shape.targets) if name == "fedftg" else 0
@@ -120,6 +121,7 @@ def test_round_of_every_method_mixes_no_devices(name: str) -> None:
     assert asked(training.sends, *STARTING) == {}
     assert asked(judging.reads, *STARTING) == {}
     assert judging.fetched == 2  # losses and predictions
+    assert training.unsteady == judging.unsteady == {}
 
 
 @pytest.mark.usefixtures("elsewhere")
