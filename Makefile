@@ -21,7 +21,7 @@ check: lint ## lint and unit tests without Ray, for daily work
 test: lint $(MODEL) ## lint, then doctests and all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" --doctest-modules rayfed_sub tests
 
-test-slow: $(INSTALLED) $(MODEL) .venv-lm-eval/.installed ## the slow tests alone
+test-slow: $(INSTALLED) $(MODEL) .venv-lm-eval/.installed .venv-flower-app/.installed ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(INSTALLED) ## fifteen equal hashes, thirty ways of packing, 200 rounds under fire
@@ -43,7 +43,7 @@ docs-check: $(INSTALLED) ## whether README and the other documents still say wha
 	$(BIN)/python -m pytest tests/test_documents.py
 
 clean: ## remove .venv and caches; runs/ and exports/ stay
-	rm -rf .venv .venv-flower .venv-pfl .venv-lm-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rayfed_sub.egg-info
+	rm -rf .venv .venv-flower .venv-pfl .venv-lm-eval .venv-flower-app .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist rayfed_sub.egg-info
 	find rayfed_sub tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints name torch's exact version: left open, pip would take whatever build is newest.
@@ -51,6 +51,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; the first time this takes some minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# An exported Flower app and its dependencies, in which a slow test runs such apps.
+.venv-flower-app/.installed: $(INSTALLED)
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(BIN)/rayfed-sub export experiments/tiny.yaml --format flower --to $(@D)/app
+	$(@D)/bin/python -m pip install --quiet $(@D)/app
 	touch $@
 
 # The others of the race, each in an environment of its own: Flower asks for another Ray.

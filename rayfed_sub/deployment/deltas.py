@@ -79,7 +79,7 @@ def continued(
     changed = {name: history.changed.get(name, 0) if name in same else after.round for name in after.tensors}
     if done is None:
         return History(changed)
-    kept, room = list[Round](), _sizes(method.broadcast(after).tensors)
+    kept, room = list[Round](), dict(_sizes(method.broadcast(after).tensors))
     for one in (done, *reversed(history.rounds)):  # the newest first
         taken = _sizes(one.total.tensors, *(update.tensors for update in one.updates))
         room = {layer: size - taken[layer] for layer, size in room.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,8 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
         for client, node in nodes.items():
             content = download_record(server.download(self.federation, client, anew=anew))
             counted = server.counted_bytes(self.federation, client, anew=anew)
-            down = {
-                "down_bytes": tensor_bytes(content),
-                "down_counted": counted,
-                "down_payload": payload_bytes(content),
-            }
-            self._sent[client] = {name: value + self._sent[client].get(name, 0) for name, value in down.items()}
+            down, before = {"down_counted": counted, **_sizes("down", content)}, self._sent[client]
+            self._sent[client] = {name: value + before.get(name, 0) for name, value in down.items()}
             group = str(self.federation.round)
             yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
 
@@ -133,9 +130,8 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
                 found[client] = Reply(Update(client, 0.0, {}, {}, cause))
                 continue
             reply = reply_of(message.content)
-            up = {"up_bytes": tensor_bytes(message.content), "up_payload": payload_bytes(message.content)}
-            self._sent[client] |= up
-            found[client] = reply
+            self._sent[client] |= _sizes("up", message.content)
+            found[client] = replace(reply, update=replace(reply.update, client=client))  # whatever the node says
         return found
 
     def _row(self, client: int, reply: Reply) -> dict[str, Any]:
@@ -148,6 +144,12 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
         if self._log_file is not None:
             with self._log_file.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _sizes(way: str, content: RecordDict) -> dict[str, int]:
+    """What a message's content takes: number of its arrays, bytes of their tensors, and bytes with all framing."""
+    arrays, tensors = len(content["arrays"]), tensor_bytes(content)
+    return {f"{way}_arrays": arrays, f"{way}_bytes": tensors, f"{way}_payload": payload_bytes(content)}
 
 
 def _summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

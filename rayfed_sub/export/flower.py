@@ -49,6 +49,7 @@ _SOURCE = Path(rayfed_sub.__file__).parent
 _ALWAYS = ("torch", "transformers", "safetensors", "numpy", "pydantic", "pyyaml", "cloudpickle", "regex", "psutil")
 _TABLES = ("datasets", "pyarrow", "pandas", "flwr-datasets")
 _LISTED = ("federation", "optimizer", "server", "method", "hook")  # groups whose keys all stand in the app
+_SHOWN = ("model.path", "model.targets", "task.name", "task.max_length")  # in the app, whatever they are
 _LEFT_OUT = ("evaluation", "diagnostics", "checkpoint", "early_stopping", "callbacks", "trackers", "privacy", "devices")
 _KEPT = {"evaluation": ("split",), "resources": ("cpus_per_worker", "micro_batch", "activation_checkpointing")}
 _LENGTH = 32  # characters of an app's name that Flower takes
@@ -139,8 +140,8 @@ def _leaves(record: BaseModel, default: BaseModel, parent: str) -> Iterator[tupl
         if isinstance(value, BaseModel) and isinstance(usual, BaseModel) and type(value) is type(usual):
             yield from _leaves(value, usual, f"{key}.")
         elif not parent and isinstance(value, dict):
-            yield from ((f"{key}.{inner}", one) for inner, one in value.items() if one is not None)
-        elif value is not None and (value != usual or (listed and _plain(key))):
+            yield from ((f"{key}.{inner}", one) for inner, one in value.items())
+        elif value != usual or key in _SHOWN or (listed and _plain(key)):
             yield key, value
 
 
@@ -153,8 +154,8 @@ def _plain(key: str) -> bool:
 def _text(value: Any) -> str:
     """A value as text that is read back as it on a command line.
 
-    >>> _text("medquad"), _text("1e5"), _text((2, 4))
-    ('medquad', '"1e5"', '[2, 4]')
+    >>> _text("medquad"), _text("1e5"), _text((2, 4)), _text(None)
+    ('medquad', '"1e5"', '[2, 4]', 'null')
     """
     if isinstance(value, str):
         return value if _loads(value) == value else json.dumps(value)
@@ -323,4 +324,19 @@ def _app_name(name: str) -> str:
 
 
 def _readme(config: Config, found: checkpoints.Checkpoint | None) -> str:
-    return ""
+    """README.md of the app."""
+    method, clients = config.method["name"], config.federation.clients
+    start = "" if found is None else _GOING_ON.format(round=found.round)
+    template = (_SOURCE / "export" / _APP / "README.md").read_text(encoding="utf-8")
+    values = {"name": config.name, "method": method, "model": config.model.path, "clients": clients, "start": start}
+    values |= {"last": clients - 1, "cohort": config.federation.cohort, "rounds": config.federation.rounds}
+    return template.format(**values)
+
+
+_GOING_ON = """
+## Going on from a simulation
+
+`checkpoint/` holds the server after {round} rounds of a simulation, and each client's state. The ServerApp reads the
+folder that `checkpoint` in pyproject.toml names, which is no part of what `flwr run` sends: copy it to the SuperLink's
+machine, and each client's file to its node, and name it in that node's `--node-config "checkpoint=..."`.
+"""

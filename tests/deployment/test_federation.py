@@ -1,0 +1,231 @@
+"""Both halves of a federation without messages: the simulation's bits and bytes, and what failures leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from rayfed_sub import load_config, run
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.core.types import Update
+from rayfed_sub.data.dataset import Dataset
+from rayfed_sub.deployment import app, deltas, node, server
+from rayfed_sub.deployment.server import Federation, Reply
+from rayfed_sub.deployment.setup import Setup, pretrained, rows_of, run_config, set_up
+from rayfed_sub.storage import checkpoints
+
+ROUNDS = 3
+CONFIG = {
+    "name": "small",
+    "model": {
+        "path": "random",
+        "random": {
+            **{"type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128},
+        },
+    },
+    "task": {"name": "python-docs", "max_length": 96, "max_rows": 60},
+    "federation": {"clients": 3, "sampled": 2, "rounds": ROUNDS, "local_steps": 2, "batch_size": 2},
+    "method": {"name": "fedftg", "rank": 2},
+    "optimizer": {"lr": 0.003},
+    "evaluation": {"eval_rows": 4},
+    "diagnostics": {"every": 0},
+    "resources": {"workers": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A simulation."""
+    path = tmp_path_factory.mktemp("simulation") / "run"
+    run(load_config(CONFIG), out=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def setup(folder: Path) -> Setup:
+    return set_up(load_config(folder / "config.yaml"))
+
+
+@pytest.fixture(scope="module")
+def weights(setup: Setup) -> dict[str, torch.Tensor]:
+    return pretrained(setup)
+
+
+@pytest.fixture(scope="module")
+def dataset(setup: Setup) -> Dataset:
+    return rows_of(setup, 0)
+
+
+class Nodes:
+    """Nodes of one machine."""
+
+    def __init__(self, federation: Federation, weights: dict[str, torch.Tensor], dataset: Dataset, root: Path) -> None:
+        self.federation, self._weights, self._dataset, self.root = federation, weights, dataset, root
+
+    def train(self, client: int, *, anew: bool = False, start: Path | None = None) -> Reply:
+        got = server.download(self.federation, client, anew=anew)
+        given = {} if start is None else {"checkpoint": str(start)}
+        return node.train(
+            self.federation.setup,
+            self._weights,
+            self._dataset,
+            self.root / str(client),
+            client,
+            got,
+            checkpoint=app.checkpoint_state(given, client),
+        )
+
+    def round(self, start: Path | None = None) -> Sequence[Reply]:
+        replies = [self.train(client, start=start) for client in server.cohort(self.federation)]
+        self.federation = server.finish(self.federation, replies[::-1])
+        return replies
+
+
+def summary(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def test_the_same_bits_and_bytes_as_the_simulation(
+    folder: Path, setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path
+) -> None:
+    nodes = Nodes(server.begin(setup, weights), weights, dataset, tmp_path)
+    rows = pd.read_parquet(folder / "clients.parquet").set_index(["round", "client"])
+    while nodes.federation.round < ROUNDS:
+        n, cohort = nodes.federation.round, server.cohort(nodes.federation)
+        down = [server.download(nodes.federation, client) for client in cohort]
+        counted = [server.counted_bytes(nodes.federation, client) for client in cohort]
+        replies = nodes.round()
+        assert [deltas.wire(got) for got in down] == counted == [rows.downlink_bytes[n, k] for k in cohort]
+        assert [one.update.wire_bytes for one in replies] == [rows.uplink_bytes[n, k] for k in cohort]
+    assert server.weights_sha256(nodes.federation, weights) == summary(folder)["weights_sha256"]
+
+
+def test_goes_on_from_a_simulation_s_checkpoint(
+    folder: Path, setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path
+) -> None:
+    """The simulation's checkpoint before the last round, and one round of the federation, are the whole simulation."""
+    earlier, start = tmp_path / "run", tmp_path / "checkpoint"
+    shutil.copytree(folder, earlier)
+    checkpoints.go_back(earlier)
+    found = checkpoints.read(earlier)
+    assert found is not None
+    states = {client: checkpoints.stored_state(earlier, found, client) for client, _ in found.state_files}
+    app.write_checkpoint(start, found.round, found.server, states)
+    nodes = Nodes(server.begin(setup, weights, app.read_checkpoint(str(start))), weights, dataset, tmp_path)
+    assert nodes.federation.round == ROUNDS - 1
+    nodes.round(start)
+    assert server.weights_sha256(nodes.federation, weights) == summary(folder)["weights_sha256"]
+
+
+def test_a_node_without_files_says_so_and_receives_all(
+    setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path
+) -> None:
+    nodes = Nodes(server.begin(setup, weights), weights, dataset, tmp_path)
+    nodes.round()
+    client = next(iter(nodes.federation.since))
+    shutil.rmtree(tmp_path / str(client))
+    assert not nodes.train(client).holds
+    reply = nodes.train(client, anew=True)
+    assert reply.holds
+    assert reply.update.failure is None
+
+
+def test_an_answer_that_never_came_leaves_no_trace(
+    setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path
+) -> None:
+    """A client trains twice in a row for the same round: the second time as if the first answer had not been sent."""
+    nodes = Nodes(server.begin(setup, weights), weights, dataset, tmp_path)
+    nodes.round()
+    client = next(iter(nodes.federation.since))
+    first, second = nodes.train(client), nodes.train(client)
+    assert first.update.tensors.keys() == second.update.tensors.keys()
+    assert all(torch.equal(x, second.update.tensors[name]) for name, x in first.update.tensors.items())
+
+
+@pytest.mark.parametrize("rule", ["stop", "skip"])
+def test_an_update_that_is_not_finite_is_a_failed_client(
+    rule: str, setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path
+) -> None:
+    config = setup.config
+    federation = config.federation.model_copy(update={"on_client_failure": rule})
+    changed = replace(setup, config=config.model_copy(update={"federation": federation}))
+    nodes = Nodes(server.begin(changed, weights), weights, dataset, tmp_path)
+    good, bad = map(nodes.train, server.cohort(nodes.federation))
+    name, tensor = next(iter(bad.update.tensors.items()))
+    update = replace(bad.update, tensors={**bad.update.tensors, name: tensor * float("nan")})
+    replies = [good, replace(bad, update=update)]
+    if rule == "stop":
+        with pytest.raises(RunError, match=f"round 0, client {update.client}.*non-finite values in {name}"):
+            server.finish(nodes.federation, replies)
+        return
+    after = server.finish(nodes.federation, replies)
+    alone = server.finish(nodes.federation, [good])
+    assert server.weights_sha256(after, weights) == server.weights_sha256(alone, weights)
+    assert set(after.since) == {good.update.client}
+
+
+def test_a_node_s_own_rows_are_its_client_s(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("q,a\n" + "".join(f"what {i},{i * i}\n" for i in range(30)))
+    task = setup.config.task.model_copy(update={"name": "table", "path": "none.csv", "prompt": "{q}", "answer": "a"})
+    own = replace(setup, config=setup.config.model_copy(update={"task": task}))
+    dataset = rows_of(own, 2, tmp_path / "mine.csv")
+    assert len(dataset.rows_of(2)) == dataset.row_counts.train > 0
+    assert len(dataset.rows_of(0)) == len(dataset.rows_of(1)) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"privacy": {"clip": 1.0, "noise": 1.0}},
+        {"devices": {"classes": {"a": {"seconds_per_step": 1.0}}}},
+        {"model": {"path": "random", "start_from": "somewhere"}},
+        {"early_stopping": {"metric": "held_out_loss"}, "evaluation": {"split": "validation"}},
+        {"resources": {"executor": "reference"}},
+        {"callbacks": ["package.module:function"]},
+        {"task": {"name": "given"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_real_machines_cannot_have_is_refused(change: dict[str, dict[str, object]]) -> None:
+    field = next(iter(change))
+    with pytest.raises(UserError) as error:
+        set_up(Config(**{**CONFIG, "method": {"name": "fedit"}, **change}))
+    assert error.value.field.startswith(field)
+    assert "real machines" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_flat_keys_are_a_configuration() -> None:
+    found = run_config(
+        {"name": "x", "optimizer.lr": 1e-05, "method.name": "fedit", "federation.normalise_steps": False}
+    )
+    assert (found.optimizer.lr, found.method, found.federation.normalise_steps) == (1e-05, {"name": "fedit"}, False)
+
+
+def test_updates_are_added_by_work_and_number(setup: Setup, weights: dict[str, torch.Tensor]) -> None:
+    """1e8 - 1e8 + 1 is 1 in float32, 1 + 1e8 - 1e8 is 0: the order of the sum shows."""
+    federation = server.begin(setup, weights)
+    layer = setup.shape.targets[0]
+
+    def reply(client: int, place: tuple[int, int], value: float) -> Reply:
+        tensors = {}
+        for target in setup.shape.targets:
+            tensors[f"{target.name}/weight"] = torch.full((target.m, target.n), value)
+        return Reply(Update(client, 1.0, tensors), place)
+
+    replies = [reply(0, (-2, -1), 1e8), reply(1, (-2, -1), -1e8), reply(2, (-1, -9), 1.0)]
+    sums = [server.finish(federation, order).server for order in (replies, replies[::-1])]
+    name = f"{layer.name}/weight"
+    before = federation.server.tensors[name]
+    assert torch.equal(sums[0].tensors[name], sums[1].tensors[name])
+    assert torch.allclose(sums[0].tensors[name], before + 1 / 3)

@@ -1,0 +1,164 @@
+"""A run as a Flower app: its files, its configuration, and what no app can carry."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfed_sub.cli import main
+from rayfed_sub.config.loading import load_config, yaml_text
+from rayfed_sub.config.schema import Config
+from rayfed_sub.core.errors import UserError
+from rayfed_sub.deployment.app import APP_KEYS
+from rayfed_sub.deployment.setup import run_config
+from rayfed_sub.export.flower import export_flower
+from rayfed_sub.planning.job import prepare
+from rayfed_sub.storage.remote import Place
+from rayfed_sub.storage.run_folder import create
+from tests.deployment.test_federation import CONFIG
+
+OWN = """
+from dataclasses import dataclass
+from beside import RANK
+from rayfed_sub.methods.fedit import FedIT
+
+@dataclass(frozen=True)
+class Mine(FedIT):
+    rank: int = RANK
+"""
+
+
+def written(folder: Path, tree: Mapping[str, Any] = CONFIG) -> Path:
+    """A configuration's file."""
+    path = folder / "config_here.yaml"
+    path.write_text(yaml_text(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flower")
+    tree = {**CONFIG, "name": "a.run_2", "hook": {"name": "scaffold"}, "method": {"name": "ffa-lora", "rank": 2}}
+    export_flower(written(folder, tree), folder / "app")
+    return folder / "app"
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def flat(tree: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
+    """As Flower flattens a run configuration."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{parent}{key}.") if isinstance(value, dict) else {f"{parent}{key}": value}
+    return found
+
+
+def test_every_module_of_the_package_that_the_app_imports_is_in_it(app: Path) -> None:
+    place = Path(sys.modules["rayfed_sub"].__file__ or "").parent.parent
+    missing = set()
+    for file in app.rglob("*.py"):
+        for name in imports(file):
+            path = Path(*name.split("."))
+            for one in (path.with_suffix(".py"), path / "__init__.py"):
+                if name.startswith("rayfed_sub.") and (place / one).is_file() and not (app / one).is_file():
+                    missing.add(str(one))
+    assert missing == set()
+    assert {"ray", "typer"}.isdisjoint(name.partition(".")[0] for file in app.rglob("*.py") for name in imports(file))
+
+
+def test_the_configuration_is_the_app_s_own(app: Path) -> None:
+    project = tomllib.loads((app / "pyproject.toml").read_text())
+    flower = project["tool"]["flwr"]["app"]
+    values = flat(flower["config"])
+    assert all(isinstance(value, bool | int | float | str) for value in values.values())
+    found = run_config({key: value for key, value in values.items() if key not in APP_KEYS})
+    tree = {**CONFIG, "name": "a.run_2", "hook": {"name": "scaffold"}, "method": {"name": "ffa-lora", "rank": 2}}
+    wanted = prepare(load_config(tree)).config
+    for group in ("name", "seed", "model", "task", "federation", "method", "hook", "optimizer", "server"):
+        assert getattr(found, group) == getattr(wanted, group), group
+    assert project["project"]["name"] == "a-run-2"
+    assert flower["components"] == {part: f"flower_app.{part[:6]}_app:app" for part in ("serverapp", "clientapp")}
+    needed = dict(one.split("==") for one in project["project"]["dependencies"] if "==" in one)
+    assert {"torch", "transformers"} <= needed.keys()
+    assert {"ray", "typer", "protobuf", "packaging", "peft", "datasets"}.isdisjoint(needed)
+    assert (app / "LICENSE").is_file()
+    assert "2 of 3 clients train in each of 3 rounds" in (app / "README.md").read_text()
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a method of the caller's own, and what it imports."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "my_methods.py").write_text(OWN)
+    (tmp_path / "code" / "beside.py").write_text("RANK = 2\n")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    yield tmp_path
+    for name in ("my_methods", "beside"):
+        sys.modules.pop(name, None)
+
+
+def test_a_method_of_the_caller_s_own_comes_along(own: Path) -> None:
+    export_flower(written(own, {**CONFIG, "method": {"name": "my_methods:Mine"}}), own / "app")
+    assert (own / "app" / "my_methods.py").read_text() == OWN
+    assert (own / "app" / "beside.py").is_file()
+
+
+def test_a_method_that_only_a_folder_names_is_not_imported(own: Path) -> None:
+    run = own / "run"
+    run.mkdir()
+    create(Place(run), Config(**{**CONFIG, "method": {"name": "my_methods:Mine"}}))
+    with pytest.raises(UserError, match="--method my_methods:Mine"):
+        export_flower(run, own / "app")
+    export_flower(run, own / "app", method="my_methods:Mine")
+    assert (own / "app" / "my_methods.py").is_file()
+
+
+def test_a_run_that_is_not_finished_is_an_app_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    create(Place(run), prepare(load_config(CONFIG)).config)
+    words = ["export", str(run), "--format", "flower", "--to", str(tmp_path / "app")]
+    monkeypatch.setattr(sys, "argv", ["rayfed-sub", *words])
+    with pytest.raises(SystemExit, match="0"):
+        main.main()
+    assert capsys.readouterr().out.startswith(f"flwr run {tmp_path / 'app'}")
+    with pytest.raises(UserError, match="--checkpoint last"):
+        export_flower(run, tmp_path / "other", checkpoint="last")
+
+
+@pytest.mark.parametrize("wrong", ["privacy", "full", "missing", "main"])
+def test_one_line_says_what_is_wrong(wrong: str, tmp_path: Path) -> None:
+    source, to = written(tmp_path), tmp_path / "app"
+    if wrong == "privacy":
+        source = written(tmp_path, {**CONFIG, "privacy": {"clip": 1.0, "noise": 1.0}})
+    elif wrong == "full":
+        to.mkdir()
+        shutil.copy(source, to)
+    elif wrong == "missing":
+        source = tmp_path / "none"
+    else:
+        run = tmp_path / "run"
+        run.mkdir()
+        create(Place(run), Config(**{**CONFIG, "method": {"name": "__main__:Mine"}}))
+        source = run
+    with pytest.raises(UserError) as error:
+        export_flower(source, to, method="__main__:Mine" if wrong == "main" else None)
+    fields = {"privacy": "privacy.clip", "full": "--to", "missing": "CONFIG", "main": "method.name"}
+    assert error.value.field == fields[wrong]
+    assert len(str(error.value).splitlines()) == 1
