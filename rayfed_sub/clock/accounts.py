@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rayfed_sub.clock.timeline_rows import UNFINISHED
 
@@ -32,54 +35,77 @@ def account(timeline: pd.DataFrame) -> dict[str, Any]:
     count.  joules: None where no power is known.  Of a class also: clients that took part, their rounds, those that
     counted, the share of all counted updates that is theirs (participation), and the mean staleness of these.
     """
-    by_class = {str(name): _of_class(rows, timeline) for name, rows in timeline.groupby("device", sort=True)}
-    seconds = float(timeline["round_ended"].max()) if len(timeline) else 0.0
-    return {"seconds": seconds, **_totals(timeline), "classes": by_class}
+    rows = _columns(timeline)
+    names = sorted(set(rows["device"].tolist()))
+    everybody = np.ones(len(timeline), np.bool_)
+    seconds = float(rows["round_ended"].max()) if len(timeline) else 0.0
+    by_class = {str(name): _of_class(rows, rows["device"] == name) for name in names}
+    return {"seconds": seconds, **_totals(rows, everybody), "classes": by_class}
 
 
-def _of_class(rows: pd.DataFrame, timeline: pd.DataFrame) -> dict[str, Any]:
-    counted = rows[rows["outcome"] == "counted"]
-    of_all = int((timeline["outcome"] == "counted").sum())
-    stale = (counted["round"] - counted["version"]).mean()
+_Columns = Mapping[str, NDArray[Any]]
+
+
+def _columns(timeline: pd.DataFrame) -> _Columns:
+    """The timeline's columns as arrays: an account by pandas would take longer than a small run's clock."""
+    return {str(name): timeline[name].to_numpy() for name in timeline.columns}
+
+
+def _of_class(rows: _Columns, own: NDArray[np.bool_]) -> dict[str, Any]:
+    counts = rows["outcome"] == "counted"
+    counted, of_all = counts & own, int(counts.sum())
+    updates = int(counted.sum())
     return {
-        "clients": int(rows["client"].nunique()),
-        "rounds": len(rows),
-        "counted": len(counted),
-        "participation": len(counted) / of_all if of_all else 0.0,
-        "staleness": float(stale) if len(counted) else 0.0,
-        **_totals(rows),
+        "clients": len(set(rows["client"][own].tolist())),
+        "rounds": int(own.sum()),
+        "counted": updates,
+        "participation": updates / of_all if of_all else 0.0,
+        "staleness": float((rows["round"] - rows["version"])[counted].mean()) if updates else 0.0,
+        **_totals(rows, own),
     }
 
 
-def _totals(rows: pd.DataFrame) -> dict[str, Any]:
-    wasted, busy = rows[rows["outcome"] != "counted"], rows["ended"] - rows["began"]
-    sent, idle = _bytes(rows), float(rows["idle_seconds"].sum())
-    whole = float(busy.sum()) + idle
-    joules, ended = rows["joules"].dropna(), rows[rows["outcome"] != UNFINISHED]
+def _totals(rows: _Columns, own: NDArray[np.bool_]) -> dict[str, Any]:
+    outcome, busy = rows["outcome"][own], (rows["ended"] - rows["began"])[own]
+    wasted, ended = outcome != "counted", outcome != UNFINISHED
+    sent, idle = _bytes(rows)[own], float(rows["idle_seconds"][own].sum())
+    whole, lost = float(busy.sum()) + idle, int(sent[wasted].sum())
+    joules = _joules(rows)[own]
     return {
-        "counted_share": float((ended["outcome"] == "counted").mean()) if len(ended) else 0.0,
+        "counted_share": float(np.mean(outcome[ended] == "counted")) if ended.any() else 0.0,
         "idle_share": idle / whole if whole else 0.0,
-        "wasted_bytes": _bytes(wasted),
-        "wasted_share": _bytes(wasted) / sent if sent else 0.0,
-        "wasted_seconds": float((wasted["ended"] - wasted["began"]).sum()),
-        "joules": float(joules.sum()) if len(joules) else None,
+        "wasted_bytes": lost,
+        "wasted_share": lost / int(sent.sum()) if sent.any() else 0.0,
+        "wasted_seconds": float(busy[wasted].sum()),
+        "joules": None if np.isnan(joules).all() else float(np.nansum(joules)),
     }
 
 
-def _bytes(rows: pd.DataFrame) -> int:
-    return int(rows["uplink_bytes"].sum() + rows["downlink_bytes"].sum())
+def _bytes(rows: _Columns) -> NDArray[np.int64]:
+    return (rows["uplink_bytes"] + rows["downlink_bytes"]).astype(np.int64)
+
+
+def _joules(rows: _Columns) -> NDArray[np.float64]:
+    """NaN where the power is not known, of no device too."""
+    return rows["joules"].astype(np.float64)
 
 
 def costs(timeline: pd.DataFrame) -> list[Cost]:
     """The cost up to the end of each round that has clients, in order; the last one's with what clients had sent that
     were under way when the run ended."""
-    found, sent, joules = [], 0, 0.0
-    last = timeline.loc[timeline["outcome"] != UNFINISHED, "round"].max()
-    for n, rows in timeline.groupby(timeline["round"].clip(upper=last), sort=True):
-        sent, joules = sent + _bytes(rows), joules + float(rows["joules"].fillna(0.0).sum())
-        known = joules if timeline["joules"].notna().any() else None
-        found.append(Cost(int(str(n)) + 1, float(rows["round_ended"].max()), sent, known))
-    return found
+    rows = _columns(timeline)
+    finished = rows["round"][rows["outcome"] != UNFINISHED]
+    if not len(finished):
+        return []
+    at = np.minimum(rows["round"], finished.max()).astype(np.int64)
+    joules = _joules(rows)
+    sent = np.bincount(at, _bytes(rows))  # sums of whole numbers below 2**53
+    energy, ends = np.bincount(at, np.nan_to_num(joules)), np.zeros(len(sent))
+    np.maximum.at(ends, at, rows["round_ended"])
+    sent, energy = np.cumsum(sent), np.cumsum(energy)
+    unknown = bool(np.isnan(joules).all())
+    rounds = sorted(set(at.tolist()))
+    return [Cost(n + 1, float(ends[n]), int(sent[n]), None if unknown else float(energy[n])) for n in rounds]
 
 
 def cost_at(found: Sequence[Cost], rounds: int) -> Cost:

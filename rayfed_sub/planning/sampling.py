@@ -32,11 +32,12 @@ def cohort(config: Config, n: int) -> list[int]:
 def drawn(config: Config, n: int, among: NDArray[np.int64], size: int, start: int = 0) -> list[int]:
     """At most `size` clients of `among` for round n, sorted, drawn as `cohort` draws them; start: number of the draw
     within the round, as asynchronous rounds have several."""
-    size = min(size, len(among))
+    size, availability = min(size, len(among)), config.federation.availability
     again = (start,) if start else ()
     chosen = stream(config.seed, "cohort", n, *again).choice(len(among), size, replace=False)
-    present = stream(config.seed, "availability", n, *again).random(size) < config.federation.availability
-    return sorted(among[chosen[present]].tolist())
+    if availability < 1.0:
+        chosen = chosen[stream(config.seed, "availability", n, *again).random(size) < availability]
+    return sorted(among[chosen].tolist())
 
 
 @dataclass(frozen=True)

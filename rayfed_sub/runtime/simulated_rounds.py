@@ -56,7 +56,8 @@ class _Step:
 
     flights: of the clients under way; waiting: those of them whose end is not known; landings: results of those that
     have trained; buffer, failed: flights that have ended, with an update and without; outcomes: of all that have ended;
-    starts: draws of clients so far; started_at: moment of the last one."""
+    kept: clients that trained in an earlier step; starts: draws of clients so far; started_at: moment of the last
+    one."""
 
     def __init__(self, state: RoundState) -> None:
         clock = state.clock or Clock()
@@ -64,7 +65,7 @@ class _Step:
         self.flights: dict[int, Flight] = {}
         self.waiting: dict[int, Flight] = {}
         self._ends: list[tuple[float, int]] = []
-        self.landings = dict(state.landings)
+        self.landings, self.kept = dict(state.landings), frozenset(state.landings)
         self.buffer: list[Flight] = []
         self.failed: list[Flight] = []
         self.outcomes: list[tuple[Flight, str]] = []
@@ -111,6 +112,7 @@ class SimulatedRounds:
 
     def __init__(self, config: Config, dataset: Dataset, fleet: Fleet, values: Sequence[str] = ()) -> None:
         self._config, self._dataset, self._fleet, self._values = config, dataset, fleet, values
+        self._works = dict[int, Work]()
 
     @property
     def drops(self) -> bool:
@@ -232,7 +234,11 @@ class SimulatedRounds:
             timeline=self._rows(n, outcomes, step.now, waits=False),
             received=_received(outcomes, step.now),
             factor=step_factor(rule, weights, [n - flight.version for flight in step.buffer]),
-            landings={k: self._relative(step.landings[k], server) for k in flying if k in step.landings},
+            landings={
+                k: step.landings[k] if k in step.kept else _settled(self._relative(step.landings[k], server))
+                for k in flying
+                if k in step.landings
+            },
         )
 
     def _opened(self, now: float) -> tuple[float, Floats]:
@@ -251,9 +257,7 @@ class SimulatedRounds:
         results = yield from train(clients)
         for k, (update, state) in results.items():
             step.take(self._landed(step.flights[k], update.wire_bytes, update.failure))
-            # In the layout in which a checkpoint gives them back.
-            kept = None if state is None else replace(state, tensors=settled(state.tensors))
-            step.landings[k] = Landing(replace(update, tensors=settled(update.tensors)), kept)
+            step.landings[k] = Landing(update, state)
 
     def _departure(self, client: int, version: int, now: float, until: float, size: int, start: int = 0) -> Flight:
         return departure(self._fleet, client, version, now, until, size, self._work(client), start)
@@ -293,7 +297,16 @@ class SimulatedRounds:
         )
 
     def _work(self, client: int) -> Work:
-        return packs.round_work(self._config, self._dataset, client)
+        if client not in self._works:
+            self._works[client] = packs.round_work(self._config, self._dataset, client)
+        return self._works[client]
+
+
+def _settled(landing: Landing) -> Landing:
+    """The landing in the layout in which a checkpoint gives it back."""
+    update, state = landing.update, landing.state
+    kept = None if state is None else replace(state, tensors=settled(state.tensors))
+    return replace(landing, update=replace(update, tensors=settled(update.tensors)), state=kept)
 
 
 def _received(outcomes: Sequence[tuple[Flight, str]], now: float) -> dict[int, int]:

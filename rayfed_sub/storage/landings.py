@@ -5,7 +5,7 @@ manifest's `clock`."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +40,8 @@ def clock_entry(clock: Clock | None, landings: Mapping[int, Landing]) -> dict[st
     """The manifest's entry: plain values, from which `landed` makes the same records again."""
     if clock is None:
         return None
-    entries = [{"flight": asdict(flight), "result": _result(landings.get(flight.client))} for flight in clock.flights]
+    flights = [(dict(vars(flight)), landings.get(flight.client)) for flight in clock.flights]  # asdict copies values
+    entries = [{"flight": flight, "result": _result(landing)} for flight, landing in flights]
     return {"now": clock.now, "flights": entries}
 
 
