@@ -36,7 +36,7 @@ def sources(name: str) -> Iterator[str]:
 
 def test_notebooks_are_numbered() -> None:
     assert [name[:3] for name in NAMES] == [f"{number:02}-" for number in range(1, len(NAMES) + 1)]
-    assert len(NAMES) == 6
+    assert len(NAMES) == 7
 
 
 @every_notebook
@@ -80,6 +80,7 @@ def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for folder in ("notebooks", "experiments", "tests"):  # one notebook runs the conformance suite
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("FLOWER_APP_ENV", str(ROOT / ".venv-flower-app"))  # else the notebook installs one
     before, copy = sorted(FOLDER.rglob("*")), tmp_path / "notebooks"
     notebook = nbformat.read(copy / name, as_version=4)
     resources = {"metadata": {"path": str(copy)}}
