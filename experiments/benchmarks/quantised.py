@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,11 +22,13 @@ import torch
 from experiments.benchmarks.harness import ROOT, machine
 from rayfed_sub.cli.run_view import print_table, size
 from rayfed_sub.config.loading import load_config
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.types import Tensors, wire_bytes
+from rayfed_sub.models.architecture import architecture
 from rayfed_sub.models.quantised import BLOCK, Quantised, quantised_in
 from rayfed_sub.models.weights import load_weights, target_weights
-from rayfed_sub.planning.job import prepare
+from rayfed_sub.planning.job import JobInputs, job_on, load_inputs
 from rayfed_sub.planning.sampling import pack_work
 from rayfed_sub.runtime.worker import Spec, Worker, broadcast_of
 
@@ -35,6 +37,7 @@ PACK = 4
 _SETTINGS = (
     "method={name: fedit, rank: 8}",
     "resources.workers=0",
+    "federation.local_steps=2",
     "evaluation.generate_rows=0",
     "diagnostics.every=0",
 )
@@ -55,10 +58,9 @@ class Row:
 class Way:
     """One way: a worker over its backbone, with the pack's broadcast."""
 
-    def __init__(self, name: str, model: str, rows: int) -> None:
-        dtype, quantize = ("float32", "none") if name == "float32" else ("bfloat16", name)
-        asked = (f"model.path={model}", f"model.dtype={dtype}", f"model.quantize={quantize}")
-        job = prepare(load_config(ROOT / "experiments" / "quickstart.yaml", [*asked, *_SETTINGS]))
+    def __init__(self, inputs: JobInputs, config: Config, rows: int) -> None:
+        known = ("causal-lm", (), inputs.processor.vocabulary, inputs.processor.pad)
+        job = job_on(replace(inputs, architecture=architecture(config.model, *known)), config)
         config, bones = job.config, job.architecture
         self.tensors = load_weights(config.model, bones, config.seed)
         weights = target_weights(bones.shape, bones.transposed, self.tensors)
@@ -77,6 +79,12 @@ class Way:
         self.steps.append(outcome.seconds[1] / max(self.work.steps))
 
 
+def _config(name: str, model: str) -> Config:
+    dtype, quantize = ("float32", "none") if name == "float32" else ("bfloat16", name)
+    asked = (f"model.path={model}", f"model.dtype={dtype}", f"model.quantize={quantize}")
+    return load_config(ROOT / "experiments" / "quickstart.yaml", [*asked, *_SETTINGS])
+
+
 def exact(weights: Mapping[str, Quantised], plain: Tensors) -> bool:
     """Whether nf4's dense weights have the bits of what bitsandbytes makes of the plain bfloat16 ones."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -90,7 +98,9 @@ def exact(weights: Mapping[str, Quantised], plain: Tensors) -> bool:
 
 def rows_of(names: Sequence[str], model: str, rows: int, turns: int) -> list[Row]:
     """The rows of these ways; of models that store their layers as (n, m) nf4 is not compared."""
-    ways = {name: Way(name, model, rows) for name in names}
+    configs = {name: _config(name, model) for name in names}
+    inputs = load_inputs(configs[names[0]])
+    ways = {name: Way(inputs, config, rows) for name, config in configs.items()}
     for _ in range(turns + 1):  # the first makes kernels
         for way in ways.values():
             way.step()

@@ -56,7 +56,6 @@ def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[st
     model whose tokens see later ones.
     """
     loaded, drawn = _random(architecture) if model.path == RANDOM else _pretrained(model, architecture)
-    loaded = _without_bitsandbytes(loaded, model, architecture)
     if architecture.kind in LANGUAGE:
         check_causal(model, loaded)
     tensors = dict(_collected(loaded, model, architecture))
@@ -362,13 +361,11 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
             f"a checkpoint for {architecture.kind} with all its weights",
             f"it lacks {some}",
         )
-    return module, lacking
+    return module if stored is None else _without_bitsandbytes(module, model, architecture), lacking
 
 
 def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Architecture) -> nn.Module:
     """The module with frozen layers of ours, or plain ones, in the places of bitsandbytes'."""
-    if model.path == RANDOM or bitsandbytes_config(model) is None:
-        return module
     bones, dtype, packed = skeleton(architecture), getattr(torch, model.dtype), {}
     try:
         for name, layer, weight in of_bitsandbytes(module):
@@ -402,7 +399,7 @@ def _quantised(tensors: dict[str, Tensor], model: Model, architecture: Architect
     for name, form in todo.items():
         tensor = tensors.pop(name)
         weight_mn = tensor.T if name in other else tensor
-        own = stored.get(name) or quantised(weight_mn, form)
+        own = stored[name] if name in stored else quantised(weight_mn, form)
         if name in stored and not torch.equal(own.dense(tensor.dtype), weight_mn):
             allowed = f"none, int8 or nf4 with {model.path}, whose {name} is another one once it is read"
             raise UserError(FIELD, model.quantize, allowed, "set model.quantize=none")

@@ -29,14 +29,14 @@ __all__ = ["table"]  # a fixture
 SETTINGS = ("federation.clients=6", "federation.rounds=2", "method.name=fedit", "method.rank=2")
 FEDFTG = ("method={name: fedftg, rank: 2, refresh_every: 3}",)
 WAYS = ("none", "int8")
-KINDS = {"int8": (), "nf4": FEDFTG}
+KINDS = {"nf4": (), "int8": FEDFTG}
 
 
 def config_of(table: Path, *overrides: str, start: Path | None = None) -> Any:
     return configured(table, start, *SETTINGS, *overrides)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def quantised(request: pytest.FixtureRequest, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The kind, its settings, and a run in packs of one."""
     kind: str = request.param

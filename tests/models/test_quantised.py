@@ -201,7 +201,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("form", KINDS)
+QUICK = ("int8", "nf4-double")
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=() if form in QUICK else pytest.mark.slow) for form in KINDS]
+)
 def test_checkpoint_of_bitsandbytes_is_read_as_it_is(form: str, tmp_path: Path) -> None:
     theirs = checkpoint(tmp_path, **KINDS[form]).dequantize(torch.float32)
     whole = {name: parameter.detach().float() for name, parameter in theirs.named_parameters()}
@@ -243,7 +248,7 @@ def test_damaged_quantisation_is_refused(tmp_path: Path) -> None:
 # GGUF
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Q4_0", "Q8_0"))])
 def test_gguf_file_is_read_as_it_is(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Queries and keys, whose rows lie in another order there, too; down projections, of 48 inputs, are float32."""
     model, bones = built()
