@@ -145,8 +145,8 @@ def installed(architecture: Architecture, model: nn.Module) -> Engine:
 
 
 def quantised(architecture: Architecture, device: torch.device, form: str) -> Engine:
-    """The engine over the same weights, but for embeddings rounded to `int8` or `nf4`.  ImportError where this build, or
-    the machine, lacks what that takes."""
+    """The engine over the same weights, all but embeddings rounded to `int8` or `nf4`.  ImportError where this build,
+    or the machine, lacks what that takes."""
     forms: Any = import_module("rayfed_sub.models.quantised")
     layers: Any = import_module("rayfed_sub.models.frozen_linear")
     model: Any = plain_model(architecture, device)
