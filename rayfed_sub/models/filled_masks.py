@@ -21,7 +21,11 @@ _FILLED: ContextVar[bool] = ContextVar("whether rows are filled up", default=Tru
 @contextmanager
 def told(model: nn.Module, *, filled: bool) -> Iterator[None]:
     """Within it a forward pass of the model over rows with an `attention_mask` (R, L) does not ask whether that has
-    zeros, but computes what it would have; filled: whether it has some."""
+    zeros, but computes what it would have; filled: whether it has some.  A type whose attention does not go through
+    transformers' interface still asks, as Falcon does: it looks at the name of what computes its attention."""
+    if not getattr(model, "_supports_attention_backend", False):
+        yield
+        return
     _register()
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values()
     asking: list[Any] = [own for own in configs if getattr(own, "_attn_implementation", None) == _ASKING]
