@@ -57,6 +57,7 @@ from experiments.benchmarks.gpu_work import (
     AdamW,
     Batch,
     Engine,
+    OneByOne,
     backbone_bytes,
     batches,
     begun,
@@ -86,6 +87,7 @@ ROOT = Path(__file__).parents[2]
 EQUAL, PLAN = 1e-3, 0.15
 """The largest difference of a change in float32, and of the allocated memory from the plan's; shares."""
 STEPS = 4
+_PEFT, _GALORE = "peft, one by one", "galore_torch, one by one"
 Row = dict[str, Any]
 
 
@@ -332,44 +334,56 @@ def speed(own: Section) -> None:
 
 
 def _speed_of(own: Section, shape: str, sizes: Mapping[str, Any], ends: float) -> None:
+    """One client at a time with peft, packs, and last what may take long, one client at a time with galore_torch."""
     architecture = llama(sizes, torch.bfloat16)
-    vocabulary, tokens = sizes["vocab_size"], own.size.tokens
-    alone: dict[tuple[str, int], float] = {}
-    for library, against, make in (("peft", "fedit", with_peft), ("galore_torch", "fedftg", with_galore)):
-        trains = f"{library}, one by one"
-        try:
-            others = make(architecture, own.device)
-        except ImportError as error:
-            own.add(partial(dict, {"not here": str(error)}), shape=shape, trains=trains)
-            continue
-        except Exception as error:
-            own.add(partial(_raised, error), shape=shape, trains=trains)
-            continue
-        for rows in own.size.rows:
-            mine = batches(vocabulary, 0, STEPS, rows, tokens)
-            row = own.add(
-                partial(_timed, partial(others.train, mine), 1, own.device, ends),
-                **{"shape": shape, "trains": trains, "rows": rows, "clients": 1},
-            )
-            if "clients a second" in row:
-                alone[against, rows] = row["clients a second"]
-        del others
-        _empty(own.device)
+    for i, rows in enumerate(own.size.rows):
+        share = (ends - time.perf_counter()) / (len(own.size.rows) - i)
+        until, first = time.perf_counter() + share, len(own.rows)
+        named = {"shape": shape, "rows": rows}
+        mine = batches(sizes["vocab_size"], 0, STEPS, rows, own.size.tokens)
+        peft = own.add(partial(_alone, with_peft, architecture, own.device, mine, until), **named, trains=_PEFT)
+        _packs_of(own, architecture, rows, named, until - share / 4)
+        galore = own.add(partial(_alone, with_galore, architecture, own.device, mine, until), **named, trains=_GALORE)
+        for row in own.rows[first:]:
+            against = {"a pack, fedit": peft, "a pack, fedftg": galore}.get(row["trains"], {})
+            if "clients a second" in row and "clients a second" in against:
+                row["times one by one"] = row["clients a second"] / against["clients a second"]
+        own.save()
+
+
+def _packs_of(own: Section, architecture: Architecture, rows: int, named: Mapping[str, Any], ends: float) -> None:
     one = engine(architecture, own.device)
-    for rows in own.size.rows:
-        for pack in own.size.packs:
-            for name in ("fedit", "fedftg"):
-                if time.perf_counter() > ends:
-                    return
-                method = method_named(name)
-                given = {k: batches(vocabulary, k, STEPS, rows, tokens) for k in range(pack)}
-                row = own.add(
-                    partial(_packed, one, method, given, ends),
-                    **{"shape": shape, "trains": f"a pack, {name}", "rows": rows, "clients": pack},
-                )
-                if (name, rows) in alone and "clients a second" in row:
-                    row["times one by one"] = row["clients a second"] / alone[name, rows]
-                _empty(own.device)
+    vocabulary = architecture.hf_config.vocab_size
+    for pack in own.size.packs:
+        given = {k: batches(vocabulary, k, STEPS, rows, own.size.tokens) for k in range(pack)}
+        for name in ("fedit", "fedftg"):
+            if time.perf_counter() > ends:
+                return
+            work = partial(_packed, one, method_named(name), given, ends)
+            own.add(work, **named, trains=f"a pack, {name}", clients=pack)
+            _empty(own.device)
+
+
+def _alone(
+    make: Callable[[Architecture, torch.device], OneByOne],
+    architecture: Architecture,
+    device: torch.device,
+    given: Sequence[Batch],
+    ends: float,
+) -> Row:
+    """A client's round by a library; of factorisations that would not end in time one, and what follows from it."""
+    try:
+        others = make(architecture, device)
+    except ImportError as error:
+        return {"not here": str(error)}
+    if make is with_galore:
+        layers = len(architecture.shape.targets)
+        weight = others.begun[0].float()
+        _seconds(partial(torch.linalg.svd, weight[:64, :64]), device)
+        factorised = layers * _seconds(partial(torch.linalg.svd, weight, full_matrices=False), device)
+        if factorised > ends - time.perf_counter():
+            return {"clients": 1, "not here": f"{layers} factorisations take {factorised:.0f} s"}
+    return {"clients": 1, **_timed(partial(others.train, given), 1, device, ends)}
 
 
 def _raised(error: Exception) -> Row:
