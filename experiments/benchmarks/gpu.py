@@ -25,7 +25,7 @@ speed    clients a second: packs of 1 to 64, each client a round of four steps o
          `fedftg`).  Backbones are bfloat16, random, and have the sizes of the models that they are called after.
          Medians; what a pack allocates at most beside it.
 memory   the largest allocation of a pack's round, beside the plan's; within 15 %.
-quant    quantised backbones against bfloat16.
+quant    packs over int8 and nf4 backbones against bfloat16: bytes, clients a second, loss.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ from experiments.benchmarks.gpu_work import (
     AdamW,
     Batch,
     Engine,
+    OneByOne,
+    backbone_bytes,
     batches,
     begun,
     changes,
@@ -66,6 +68,7 @@ from experiments.benchmarks.gpu_work import (
     moved,
     plain_model,
     planned,
+    quantised,
     rule_of,
     trained,
     wheels_of,
@@ -77,12 +80,14 @@ from rayfed_sub.core.devices import deterministic
 from rayfed_sub.core.types import Broadcast, ClientState
 from rayfed_sub.methods import METHODS, class_of
 from rayfed_sub.methods.protocol import Method
+from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.training.executor import ClientWork
 
 ROOT = Path(__file__).parents[2]
 EQUAL, PLAN = 1e-3, 0.15
 """The largest difference of a change in float32, and of the allocated memory from the plan's; shares."""
 STEPS = 4
+_PEFT, _GALORE = "peft, one by one", "galore_torch, one by one"
 Row = dict[str, Any]
 
 
@@ -329,44 +334,56 @@ def speed(own: Section) -> None:
 
 
 def _speed_of(own: Section, shape: str, sizes: Mapping[str, Any], ends: float) -> None:
+    """One client at a time with peft, packs, and last what may take long, one client at a time with galore_torch."""
     architecture = llama(sizes, torch.bfloat16)
-    vocabulary, tokens = sizes["vocab_size"], own.size.tokens
-    alone: dict[tuple[str, int], float] = {}
-    for library, against, make in (("peft", "fedit", with_peft), ("galore_torch", "fedftg", with_galore)):
-        trains = f"{library}, one by one"
-        try:
-            others = make(architecture, own.device)
-        except ImportError as error:
-            own.add(partial(dict, {"not here": str(error)}), shape=shape, trains=trains)
-            continue
-        except Exception as error:
-            own.add(partial(_raised, error), shape=shape, trains=trains)
-            continue
-        for rows in own.size.rows:
-            mine = batches(vocabulary, 0, STEPS, rows, tokens)
-            row = own.add(
-                partial(_timed, partial(others.train, mine), 1, own.device, ends),
-                **{"shape": shape, "trains": trains, "rows": rows, "clients": 1},
-            )
-            if "clients a second" in row:
-                alone[against, rows] = row["clients a second"]
-        del others
-        _empty(own.device)
+    for i, rows in enumerate(own.size.rows):
+        share = (ends - time.perf_counter()) / (len(own.size.rows) - i)
+        until, first = time.perf_counter() + share, len(own.rows)
+        named = {"shape": shape, "rows": rows}
+        mine = batches(sizes["vocab_size"], 0, STEPS, rows, own.size.tokens)
+        peft = own.add(partial(_alone, with_peft, architecture, own.device, mine, until), **named, trains=_PEFT)
+        _packs_of(own, architecture, rows, named, until - share / 4)
+        galore = own.add(partial(_alone, with_galore, architecture, own.device, mine, until), **named, trains=_GALORE)
+        for row in own.rows[first:]:
+            against = {"a pack, fedit": peft, "a pack, fedftg": galore}.get(row["trains"], {})
+            if "clients a second" in row and "clients a second" in against:
+                row["times one by one"] = row["clients a second"] / against["clients a second"]
+        own.save()
+
+
+def _packs_of(own: Section, architecture: Architecture, rows: int, named: Mapping[str, Any], ends: float) -> None:
     one = engine(architecture, own.device)
-    for rows in own.size.rows:
-        for pack in own.size.packs:
-            for name in ("fedit", "fedftg"):
-                if time.perf_counter() > ends:
-                    return
-                method = method_named(name)
-                given = {k: batches(vocabulary, k, STEPS, rows, tokens) for k in range(pack)}
-                row = own.add(
-                    partial(_packed, one, method, given, ends),
-                    **{"shape": shape, "trains": f"a pack, {name}", "rows": rows, "clients": pack},
-                )
-                if (name, rows) in alone and "clients a second" in row:
-                    row["times one by one"] = row["clients a second"] / alone[name, rows]
-                _empty(own.device)
+    vocabulary = architecture.hf_config.vocab_size
+    for pack in own.size.packs:
+        given = {k: batches(vocabulary, k, STEPS, rows, own.size.tokens) for k in range(pack)}
+        for name in ("fedit", "fedftg"):
+            if time.perf_counter() > ends:
+                return
+            work = partial(_packed, one, method_named(name), given, ends)
+            own.add(work, **named, trains=f"a pack, {name}", clients=pack)
+            _empty(own.device)
+
+
+def _alone(
+    make: Callable[[Architecture, torch.device], OneByOne],
+    architecture: Architecture,
+    device: torch.device,
+    given: Sequence[Batch],
+    ends: float,
+) -> Row:
+    """A client's round by a library; of factorisations that would not end in time one, and what follows from it."""
+    try:
+        others = make(architecture, device)
+    except ImportError as error:
+        return {"not here": str(error)}
+    if make is with_galore:
+        layers = len(architecture.shape.targets)
+        weight = others.begun[0].float()
+        _seconds(partial(torch.linalg.svd, weight[:64, :64]), device)
+        factorised = layers * _seconds(partial(torch.linalg.svd, weight, full_matrices=False), device)
+        if factorised > ends - time.perf_counter():
+            return {"clients": 1, "not here": f"{layers} factorisations take {factorised:.0f} s"}
+    return {"clients": 1, **_timed(partial(others.train, given), 1, device, ends)}
 
 
 def _raised(error: Exception) -> Row:
@@ -460,18 +477,55 @@ def _longest(batch: Batch) -> Batch:
 
 
 def quant(own: Section) -> None:
-    """Quantised backbones against bfloat16."""
-    for kind in ("int8", "nf4"):
-        own.add(partial(dict, {"not here": "not in this build"}), backbone=kind)
+    """A round of `fedit` over quantised backbones, against the same round over bfloat16: bytes of the backbone, clients
+    a second, and the clients' mean loss."""
+    left = len(own.size.shapes)
+    for shape, sizes in own.size.shapes.items():
+        architecture, ends = llama(sizes, torch.bfloat16), time.perf_counter() + own.left / left
+        rows, pack = own.size.rows[0], min(own.size.packs[:2])
+        given = {k: batches(sizes["vocab_size"], k, STEPS, rows, own.size.tokens) for k in range(pack)}
+        plain: Row | None = None
+        for form in ("bfloat16", "int8", "nf4"):
+            if own.left < 0:
+                return
+            row = own.add(
+                partial(_quantised, architecture, own.device, form, given, ends, plain),
+                **{"shape": shape, "backbone": form, "clients": pack, "rows": rows},
+            )
+            plain = row if form == "bfloat16" and "bytes" in row else plain
+            _empty(own.device)
+        left -= 1
+
+
+def _quantised(
+    architecture: Architecture,
+    device: torch.device,
+    form: str,
+    given: Mapping[int, Sequence[Batch]],
+    ends: float,
+    plain: Row | None,
+) -> Row:
+    try:
+        one = engine(architecture, device) if form == "bfloat16" else quantised(architecture, device, form)
+    except ModuleNotFoundError as error:
+        return {"not here": "not in this build" if "rayfed_sub" in str(error.name) else f"no {error.name}"}
+    method = method_named("fedit")
+    received = begun(one, method)
+    results = trained(one, received, works_of(one, method, received, given), rule_of()).results
+    loss = statistics.mean(result.metrics["loss"] for result in results)
+    row = {"bytes": backbone_bytes(one), **_packed(one, method, given, ends), "loss": loss}
+    if plain is not None:
+        row |= {f"{name} of bfloat16's": row[name] / plain[name] for name in ("bytes", "clients a second")}
+    return row
 
 
 SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
     "equal": (equal, 0.17),
     "waits": (waits, 0.07),
     "bits": (bits, 0.04),
-    "speed": (speed, 0.57),
-    "memory": (memory, 0.13),
-    "quant": (quant, 0.02),
+    "speed": (speed, 0.52),
+    "memory": (memory, 0.12),
+    "quant": (quant, 0.08),
 }
 """Sections with their shares of the time; what one leaves goes to those after it."""
 

@@ -115,7 +115,14 @@ class Engine:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """`<target>/weight` (m, n) float32, on the device."""
-        return {f"{name}/weight": layer.weight.float() for name, layer in self.layers.items()}
+        weights: dict[str, Any] = {name: layer.weight for name, layer in self.layers.items()}
+        return {f"{name}/weight": _dense(weight) for name, weight in weights.items()}
+
+
+def _dense(weight: Any) -> Tensor:
+    """A weight, which may be quantised, as float32."""
+    dense: Tensor = weight.float() if isinstance(weight, Tensor) else weight.dense(torch.float32)
+    return dense
 
 
 def engine(architecture: Architecture, device: torch.device) -> Engine:
@@ -135,6 +142,34 @@ def installed(architecture: Architecture, model: nn.Module) -> Engine:
     """The engine over a plain model, whose target layers it replaces."""
     ruled(model, architecture)
     return Engine(architecture, model, install(model, architecture.shape))
+
+
+def quantised(architecture: Architecture, device: torch.device, form: str) -> Engine:
+    """The engine over the same weights, all but embeddings rounded to `int8` or `nf4`.  ImportError where this build,
+    or the machine, lacks what that takes."""
+    forms: Any = import_module("rayfed_sub.models.quantised")
+    layers: Any = import_module("rayfed_sub.models.frozen_linear")
+    model: Any = plain_model(architecture, device)
+    output = model.get_output_embeddings()
+    linears = {name: part for name, part in model.named_modules() if type(part) is nn.Linear and part is not output}
+    weights = {f"{name}.weight": _rounded(forms, part.weight.detach(), form) for name, part in linears.items()}
+    layers.quantise(model, weights, {})
+    return installed(architecture, model)
+
+
+def _rounded(forms: Any, weight_mn: Tensor, form: str) -> Any:
+    """A weight in a form; int8 without bitsandbytes, which dequantises nothing of it."""
+    if form != "int8":
+        return replace(forms.quantised(weight_mn, form), dtype=weight_mn.dtype)
+    scales_m1 = weight_mn.float().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    codes_mn = (weight_mn.float() * (127 / scales_m1)).round().to(torch.int8)
+    return forms.Quantised(form, {"codes": codes_mn, "scales": scales_m1}, weight_mn.dtype)
+
+
+def backbone_bytes(one: Engine) -> int:
+    """Bytes of all frozen tensors, each once."""
+    tensors = {id(tensor): tensor for _, tensor in all_tensors(one.model)}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def moved(own: Architecture, model: nn.Module, device: torch.device) -> Engine:

@@ -20,6 +20,7 @@ from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy, settled
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, free_memory, gpu_here, machine_named
 from rayfed_sub.planning.needs import Need, need
+from rayfed_sub.planning.over_gpus import over_gpus
 from rayfed_sub.planning.packs import most_clients
 from rayfed_sub.planning.sampling import cohort, draws, local_steps
 from rayfed_sub.planning.traffic import FEW, ClientTraffic, MethodBytes, Parts, Traffic, by_method, by_rank
@@ -112,6 +113,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         notes=(
             *_notes(parts, found),
             *_checkpointing(needed),
+            *_over_gpus(needed, one.tensors, machine),
             *_device_notes(parts, needed, one.tensors),
         ),
         privacy=account(parts.config, parts.noise, partial(draws, parts.config, parts.dataset, rounds)),
@@ -172,6 +174,17 @@ def _notes(parts: Parts, found: Traffic) -> Iterable[str]:
 def _checkpointing(needed: Need) -> Iterable[str]:
     if needed.recompute and needed.config.resources.activation_checkpointing == "auto":
         yield "Blocks are computed twice (activation checkpointing), for the first pack would not fit otherwise."
+
+
+def _over_gpus(needed: Need, tensors: int, machine: Machine) -> Iterable[str]:
+    """What a worker of one client would take of several GPUs, where one does not hold it."""
+    if machine.gpu is None or not (parts := over_gpus(needed, tensors, machine.gpu)):
+        return
+    shares = ", ".join(f"blocks {one.first} to {one.last} with {megabytes(one.taken)}" for one in parts)
+    yield (
+        f"A worker of one client takes {megabytes(needed.on_gpu(tensors))}, more than {machine.name} has. Its layers "
+        f"over {len(parts)} of them: {shares}. A run keeps a worker's model on one."
+    )
 
 
 def recomputes(job: Job) -> bool:

@@ -40,7 +40,8 @@ class Pass:
     parts: each client's tokens in a flat pass, its rows else; size: all of those, with what only fills the pass up.
     where: of each row of the pass, a token in a flat pass, (size, 3) int64: its client's place in the step, its row in
     the client's batch, its place in that row (of a whole row 0); anything for what only fills the pass up.
-    flat: where the rows lie in a flat pass.  tokens: the real ones, and all that linear layers see.
+    flat: where the rows lie in a flat pass.  tokens: the real ones, and all that linear layers see.  filled: of rows
+    with an attention mask, whether any of them is filled up.
     """
 
     inputs: dict[str, Tensor]
@@ -56,6 +57,7 @@ class Pass:
     of_tokens: bool = False
     flat: FlatRows | None = None
     answers: Tensor | None = None
+    filled: bool | None = None
 
     def to(self, device: torch.device) -> Pass:
         """The pass on a device; the rows of its labels stay, for the model does not read them."""
@@ -214,7 +216,8 @@ def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> 
         labels, row_R, client_R = labels.reshape(-1), np.repeat(row_R, length), np.repeat(client_R, length)
     part_G = np.bincount([g for g, _, _ in found], minlength=len(texts)).tolist()
     tokens = (int(mask_RL[: len(found)].sum()), R * length)
-    return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, of_tokens=shifted, shifted=shifted)
+    made = _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, of_tokens=shifted, shifted=shifted)
+    return made if shifted else replace(made, filled=not mask_RL.all())
 
 
 def _apart(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:
@@ -257,7 +260,7 @@ def _pairs(pairs: Sequence[_Pair], sources: int, answers: int, clients: int, pad
     row, client = np.repeat(row_R, answers), np.repeat(client_R, answers)
     where = np.array([(pair.client, pair.own, 0) for pair in pairs])
     made = _pass(inputs, labels_RT.reshape(-1), row, client, part_G, R, tokens, where, of_tokens=True)
-    return replace(made, answers=torch.from_numpy(labels_RT))
+    return replace(made, answers=torch.from_numpy(labels_RT), filled=not mask_RS.all())
 
 
 def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:
