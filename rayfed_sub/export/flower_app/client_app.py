@@ -10,6 +10,8 @@ app = ClientApp()
 @app.query()
 def query(msg: Message, context: Context) -> Message:
     """Tell the server which client this node is."""
+    if "partition-id" not in context.node_config:
+        raise ValueError('start the SuperNode with --node-config "partition-id=NUMBER", the number of its client')
     node = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
     return Message(content=RecordDict({"node": node}), reply_to=msg)
 
