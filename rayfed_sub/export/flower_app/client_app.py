@@ -26,7 +26,7 @@ def train(msg: Message, context: Context) -> Message:
     from rayfed_sub.deployment.setup import rows_of
 
     # Read run config and node config
-    setup = setup_of(context.run_config)
+    setup = setup_of(context.run_config, context.node_config)
     client = int(context.node_config["partition-id"])
     folder = node_folder(context.node_config, context.run_id)
 
