@@ -78,8 +78,9 @@ def export_flower(source: Path, to: Path, method: str | None = None, checkpoint:
     if found is not None:
         values["checkpoint"] = str((to / "checkpoint").resolve())
     carried = run_config({key: value for key, value in values.items() if key not in APP_KEYS})
+    found_again, wanted = (one.model_dump(mode="json") for one in (carried, config))
     for group in ("seed", "model", "task", "federation", "method", "hook", "optimizer", "server"):
-        assert getattr(carried, group) == getattr(config, group), f"the app's {group} is another one"
+        assert found_again[group] == wanted[group], f"the app's {group} is another one"
     _copy(to)
     for file, place in modules:
         (to / place).parent.mkdir(parents=True, exist_ok=True)

@@ -139,6 +139,16 @@ def test_a_method_that_only_a_folder_names_is_not_imported(own: Path) -> None:
     assert (own / "app" / "my_methods.py").is_file()
 
 
+def test_ranks_of_clients_are_carried(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = prepare(load_config({**CONFIG, "method": {"name": "flexlora", "rank": 2, "client_ranks": [2, 1]}})).config
+    create(Place(run), config)
+    export_flower(run, tmp_path / "app")
+    flower = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert flower["config"]["method"]["client_ranks"] == "[2, 1]"
+
+
 def test_a_run_that_is_not_finished_is_an_app_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
