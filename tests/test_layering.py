@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -155,6 +156,12 @@ def test_libraries_stay_in_their_rooms() -> None:
 def test_slow_libraries_are_imported_where_they_are_used() -> None:
     early = ((path, name) for path in files() for name in at_import(ast.parse(path.read_text())))
     assert [(path, name) for path, name in early if name.split(".")[0] in SLOW] == []
+
+
+def test_only_workers_ask_torch_for_a_gpu() -> None:
+    """Whoever asks opens a context on it, half a gigabyte; a driver, which computes nothing, has none."""
+    asking = {path.name for path in files() if re.search(r"\bcuda\.(?!device_count\b)\w+\(", path.read_text())}
+    assert asking == {"devices.py", "worker.py", "projectors.py", "environment.py", "process_memory.py", "machines.py"}
 
 
 def test_rules_detect_violations() -> None:

@@ -214,11 +214,17 @@ class Display:
             *([("privacy", _privacy(summary.privacy))] if summary.privacy else []),
             *([("simulated time", _simulated(summary.simulated))] if summary.simulated else []),
             ("peak memory, all processes", size(summary.peak_memory_bytes)),
+            *([("  on a GPU, tensors of a worker", _on_gpu(summary))] if summary.gpu_memory else []),
             ("weights_sha256", summary.weights_sha256),
             ("run folder", summary.folder),
             ("report", inside(summary.folder, "report.html")),
         ]
         print_table((f"{summary.name}: {summary.method}", _rounds(summary.rounds)), rows, self._console)
+
+
+def _on_gpu(summary: Summary) -> str:
+    peak, planned = max(one["allocated"] for one in summary.gpu_memory.values()), summary.planned_gpu_bytes
+    return size(peak) + (f" of {size(planned)} planned" if planned else "")
 
 
 def _headline(problem: str, metrics: Mapping[str, float]) -> str:

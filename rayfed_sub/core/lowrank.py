@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rayfed_sub.core.devices import sent
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, Tensors
 
@@ -59,7 +60,7 @@ def signed(new_rk: Tensor, old_rk: Tensor | None) -> Tensor:
     >>> signed(torch.tensor([[-1.0, 0.0]]), torch.tensor([[0.6, 0.8]]))
     tensor([[1., -0.]])
     """
-    agree_r = new_rk @ torch.from_numpy(_reference(new_rk.shape[-1])).to(new_rk, non_blocking=True)
+    agree_r = new_rk @ sent(torch.from_numpy(_reference(new_rk.shape[-1])).to(new_rk.dtype), new_rk.device)
     if old_rk is not None:
         old_agree_r = (new_rk * old_rk).sum(dim=-1)
         agree_r = torch.where(old_agree_r != 0, old_agree_r, agree_r)

@@ -70,6 +70,11 @@ def mean(total: Accumulator) -> dict[str, Tensor]:
     return {name: tensor.div_(total.weight) for name, tensor in _folded(total, total.waiting).tensors.items()}
 
 
+def device_of(broadcast: Broadcast) -> torch.device:
+    """Where the broadcast lies, a worker's device: zeros that are made there need not be sent."""
+    return next((tensor.device for tensor in broadcast.tensors.values()), torch.device("cpu"))
+
+
 def head(shape: ModelShape, tensors: Tensors) -> dict[str, Tensor]:
     """The dense trained head's tensors; empty for language models."""
     return {name: tensors[name] for name in shape.head_names}

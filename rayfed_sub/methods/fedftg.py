@@ -84,10 +84,11 @@ class FedFTG:
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         kept = state.tensors if state is not None and self.optimizer_state == "keep" else {}
         tensors = averaging.head(shape, broadcast.tensors)
-        trained = list(tensors)
+        trained, device = list(tensors), averaging.device_of(broadcast)
         for layer in shape.targets:
             left, right = f"{layer.name}/left", f"{layer.name}/right"
-            tensors[left], tensors[right] = torch.zeros(layer.m, self.rank), torch.zeros(self.rank, layer.n)
+            tensors[left] = torch.zeros(layer.m, self.rank, device=device)
+            tensors[right] = torch.zeros(self.rank, layer.n, device=device)
             fixed, moving = sides(layer)
             tensors[fixed] = kept.get(fixed, tensors[fixed])
             trained.append(moving)

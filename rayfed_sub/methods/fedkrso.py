@@ -74,9 +74,9 @@ class FedKRSO:
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         j = drawn(client.seed, broadcast.round, client.id, self.subspaces)
-        tensors = averaging.head(shape, broadcast.tensors)
+        tensors, device = averaging.head(shape, broadcast.tensors), averaging.device_of(broadcast)
         for layer in shape.targets:
-            tensors[f"{layer.name}/left"] = torch.zeros(layer.m, self.rank)
+            tensors[f"{layer.name}/left"] = torch.zeros(layer.m, self.rank, device=device)
             tensors[f"{layer.name}/right"] = projection(client.seed, broadcast.round, j, layer, self.rank)
         return Start(tensors, averaging.tensor_names(shape, "left"))
 

@@ -89,11 +89,12 @@ class FedSub:
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors, memory = averaging.head(shape, broadcast.tensors), dict[str, Tensor]()
+        device = averaging.device_of(broadcast)
         for layer in shape.targets:
             left, P_rn = f"{layer.name}/left", self._basis(client.seed, broadcast.round, layer)
-            tensors |= {left: torch.zeros(layer.m, self.rank), f"{layer.name}/right": P_rn}
+            tensors |= {left: torch.zeros(layer.m, self.rank, device=device), f"{layer.name}/right": P_rn}
             memory[f"{left}/dual"] = self._dual(broadcast, state, client.seed, layer)
-            memory[f"{left}/sum"] = torch.zeros(layer.m, self.rank)
+            memory[f"{left}/sum"] = torch.zeros(layer.m, self.rank, device=device)
         return Start(tensors, averaging.tensor_names(shape, "left"), correct=corrected, memory=memory)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:

@@ -63,9 +63,10 @@ class FLoRA:
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         rank, tensors = lora.rank_of(self, client.id), averaging.head(shape, broadcast.tensors)
+        device = averaging.device_of(broadcast)
         for layer in shape.targets:
             own = lora.layer_rank(self, layer, rank)
-            tensors[f"{layer.name}/left"] = torch.zeros(layer.m, own)
+            tensors[f"{layer.name}/left"] = torch.zeros(layer.m, own, device=device)
             tensors[f"{layer.name}/right"] = lora.lora_right(layer, own, client.seed, broadcast.round, client.id)
         return lora.start(self, shape, tensors, averaging.tensor_names(shape, "left", "right"), rank=rank)
 

@@ -84,14 +84,15 @@ class SharedGaLore:
         if self.optimizer_state == "keep" and state is not None:
             kept = (state.round - 1) // self.refresh_every
             moments, step = moved(self, moments, step, client.seed, shape, kept, period)
-        tensors = averaging.head(shape, broadcast.tensors)
+        tensors, device = averaging.head(shape, broadcast.tensors), averaging.device_of(broadcast)
         trained = list(tensors)
         for layer in shape.targets:
             fixed, moving = sides(layer)
             Q = basis(client.seed, period, layer, self.rank)
             right = fixed.endswith("/right")
             tensors[fixed] = Q if right else Q.T
-            tensors[moving] = torch.zeros(layer.m, self.rank) if right else torch.zeros(self.rank, layer.n)
+            size = (layer.m, self.rank) if right else (self.rank, layer.n)
+            tensors[moving] = torch.zeros(size, device=device)
             trained.append(moving)
         never = Subspace(self.rank, refresh_every=0)
         return Start(tensors, tuple(trained), self.scale, moments, step, never, decays_base=True)

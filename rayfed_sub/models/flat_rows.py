@@ -140,9 +140,11 @@ class FlatRows:
     strange_S: Tensor
     as_they_lie: bool = False
 
-    def to(self, device: torch.device) -> FlatRows:
-        names = ("source_P", "filled_P", "place_S", "strange_S")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+    def each(self, change: Callable[[Tensor], Tensor]) -> FlatRows:
+        """The rows with their tensors changed, on their way to a device."""
+        source_P, filled_P = change(self.source_P), change(self.filled_P)
+        place_S, strange_S = change(self.place_S), change(self.strange_S)
+        return replace(self, source_P=source_P, filled_P=filled_P, place_S=place_S, strange_S=strange_S)
 
 
 def flat_rows(begins: Sequence[int], lengths: Sequence[int], size: int, rule: PassRule) -> FlatRows:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -36,6 +39,30 @@ def free_memory() -> int:
         if (root / limit).exists() and (text := (root / limit).read_text().strip()).isdigit():
             free = min(free, int(text) - int((root / used).read_text()))
     return free
+
+
+@cache
+def gpu_here() -> tuple[str, int] | None:
+    """Name and bytes of this machine's GPU, the first where there are several; None without one.
+
+    A child asks: torch opens a context on a GPU that it is asked about, half a gigabyte, and keeps it as long as the
+    process lives, which here computes nothing.
+    """
+    import torch
+
+    if not torch.cuda.device_count():  # which the driver answers without a context
+        return None
+    code = "from torch import cuda; print(cuda.get_device_name(), cuda.mem_get_info()[1], sep=chr(10))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            "resources.gpus_per_worker",
+            "a GPU that torch cannot use",
+            "0, or a GPU whose driver fits torch",
+            (done.stderr.strip().splitlines() or ["it says nothing"])[-1],
+        )
+    name, total = done.stdout.splitlines()
+    return name, int(total)
 
 
 @dataclass(frozen=True)

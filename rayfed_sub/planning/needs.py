@@ -155,7 +155,11 @@ class Need:
 
     def on_gpu(self, tensors: int) -> int:
         """Bytes of a worker on a GPU, where backbone and broadcast are copied to."""
-        return CUDA + self.backbone + self.traffic.broadcast + round(HOLES * tensors)
+        return CUDA + self.allocated(round(HOLES * tensors))
+
+    def allocated(self, tensors: int) -> int:
+        """Bytes of all tensors that a worker has on its GPU."""
+        return self.backbone + self.traffic.broadcast + tensors
 
 
 def _widened(parts: Parts) -> int:

@@ -12,16 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from rayfed_sub.clock.device_presets import memory_of
 from rayfed_sub.clock.fleet import fleet_of
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.text import megabytes
 from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy, settled
 from rayfed_sub.planning.job import Job
-from rayfed_sub.planning.machines import Machine, free_memory, machine_named
+from rayfed_sub.planning.machines import Machine, free_memory, gpu_here, machine_named
 from rayfed_sub.planning.needs import Need, need
+from rayfed_sub.planning.over_gpus import over_gpus
 from rayfed_sub.planning.packs import most_clients
 from rayfed_sub.planning.sampling import cohort, draws, local_steps
 from rayfed_sub.planning.traffic import FEW, ClientTraffic, MethodBytes, Parts, Traffic, by_method, by_rank
@@ -114,6 +113,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
         notes=(
             *_notes(parts, found),
             *_checkpointing(needed),
+            *_over_gpus(needed, one.tensors, machine),
             *_device_notes(parts, needed, one.tensors),
         ),
         privacy=account(parts.config, parts.noise, partial(draws, parts.config, parts.dataset, rounds)),
@@ -174,6 +174,17 @@ def _notes(parts: Parts, found: Traffic) -> Iterable[str]:
 def _checkpointing(needed: Need) -> Iterable[str]:
     if needed.recompute and needed.config.resources.activation_checkpointing == "auto":
         yield "Blocks are computed twice (activation checkpointing), for the first pack would not fit otherwise."
+
+
+def _over_gpus(needed: Need, tensors: int, machine: Machine) -> Iterable[str]:
+    """What a worker of one client would take of several GPUs, where one does not hold it."""
+    if machine.gpu is None or not (parts := over_gpus(needed, tensors, machine.gpu)):
+        return
+    shares = ", ".join(f"blocks {one.first} to {one.last} with {megabytes(one.taken)}" for one in parts)
+    yield (
+        f"A worker of one client takes {megabytes(needed.on_gpu(tensors))}, more than {machine.name} has. Its layers "
+        f"over {len(parts)} of them: {shares}. A run keeps a worker's model on one."
+    )
 
 
 def recomputes(job: Job) -> bool:
@@ -258,24 +269,32 @@ def check(job: Job, folder: Path = Path(), on: str | None = None, free: int | No
         log.warning("whether the run fits into memory is not known before it trains: %s", error)
 
 
-def memory(job: Job) -> int | None:
-    """Bytes that all processes of the run take on one machine with its largest packs; some seconds for a large
-    model.  None with a module of the caller's own."""
+@dataclass(frozen=True)
+class Planned:
+    """Bytes of a run on one machine: of all its processes (None: not planned), and of what a worker allocates on its
+    GPU (None: there is none)."""
+
+    processes: int | None
+    on_gpu: int | None = None
+
+
+def memory(job: Job) -> Planned | None:
+    """Memory of the run on one machine with its largest packs; some seconds for a large model.  None with a module of
+    the caller's own."""
     if job.architecture.module is not None:
         return None
     needed = need(job_parts(job), rounds=2, most=FEW)
     pack = most_clients(job.config, needed.cohort, free=job.any_pack)
-    return needed.node(pack, 0 if job.config.resources.gpus_per_worker else needed.worker(pack).process)
+    if job.config.resources.gpus_per_worker:
+        return Planned(needed.node(pack, 0), needed.allocated(needed.worker(pack).tensors))
+    return Planned(needed.node(pack, needed.worker(pack).process))
 
 
 def here(job: Job, folder: Path = Path()) -> Machine:
     """This machine, with its GPU where the job uses one."""
-    gpu = None
-    if job.config.resources.gpus_per_worker and torch.cuda.is_available():
-        gpu = torch.cuda.mem_get_info()[1]
+    name, gpu = (gpu_here() if job.config.resources.gpus_per_worker else None) or ("this machine", None)
     while not folder.exists():
         folder = folder.parent
-    name = "this machine" if gpu is None else torch.cuda.get_device_name()
     return Machine(name, free_memory(), float(os.cpu_count() or 1), shutil.disk_usage(folder).free, gpu)
 
 

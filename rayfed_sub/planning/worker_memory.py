@@ -82,7 +82,7 @@ def lengths(dataset: Dataset, config: Config) -> Lengths:
 
 def backbone_bytes(architecture: Architecture) -> int:
     """Bytes of all frozen weights and buffers, as `load_weights` gives them."""
-    sizes = {name: x.numel() * x.element_size() for name, x in all_tensors(_built(architecture)[0])}
+    sizes = {name: x.numel() * x.element_size() for name, x in all_tensors(built(architecture)[0])}
     return sum(size for name, size in sizes.items() if name not in architecture.tied)
 
 
@@ -104,7 +104,7 @@ def worker(
     client keeps besides what training makes (see `ClientTraffic`).  base: whether the round's broadcast holds dense
     weights of the targets, which take the backbone's place.  recompute: whether blocks keep no activations.
     """
-    model, layers = _built(architecture)
+    model, layers = built(architecture)
     shape = architecture.shape
     kinds = {f"{t.name}/weight": torch.empty(t.m, t.n, device="meta") for t in shape.targets}
     known = [*(x for _, x in all_tensors(model)), *kinds.values(), *start.tensors.values(), *start.memory.values()]
@@ -122,7 +122,7 @@ def worker(
 def activations(config: Config, architecture: Architecture, size: Lengths, pack: int) -> int:
     """Bytes that no pass of a pack exceeds besides its clients' own tensors, found at a tenth of the cost of `worker`:
     four times all that one forward pass ever allocates, and a chunk of logits."""
-    model, _ = _built(architecture)
+    model, _ = built(architecture)
     batch = _batch(architecture, max(pack * _rows(config), config.evaluation.batch_size), size)
     labels = batch.pop("labels")
     if architecture.kind == KIND:
@@ -245,8 +245,8 @@ def _heap_peak(events: Sequence[Event]) -> int:
     return heap.peak
 
 
-def _built(architecture: Architecture) -> tuple[nn.Module, dict[str, PackLinear]]:
-    """The model on the meta device as a worker has it: tied, frozen, its targets ready for packs."""
+def built(architecture: Architecture) -> tuple[nn.Module, dict[str, PackLinear]]:
+    """The model on the meta device as a worker has it, and its target layers: tied, frozen, ready for packs."""
     model = ruled(build(architecture.hf_config, architecture.kind), architecture).requires_grad_(False)
     for alias, name in architecture.tied.items():
         path, _, leaf = alias.rpartition(".")

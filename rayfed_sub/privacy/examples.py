@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayfed_sub.core.devices import sent
 from rayfed_sub.core.rng import stream
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class RowPrivacy:
         found = {}
         for name, tensor in like.items():
             draw = stream(seed, "example privacy", client, step, name).standard_normal(tuple(tensor.shape), np.float32)
-            found[name] = (self.noise * self.clip * torch.from_numpy(draw)).to(tensor.device, non_blocking=True)
+            found[name] = sent(self.noise * self.clip * torch.from_numpy(draw), tensor.device)
         return found
 
 

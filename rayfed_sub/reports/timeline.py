@@ -173,7 +173,25 @@ def memory(runs: Runs) -> Section | None:
     figures = _over_rounds(runs)
     caption = "All processes of a run together, the highest since it was last begun; planned: by rayfed-sub plan."
     table = Table(caption, ["run", "planned (MB)", "peak (MB)", "peak / planned (%)"], rows)
-    return Section("Memory", [*(legend(runs) if figures else []), *figures, table])
+    return Section("Memory", [*(legend(runs) if figures else []), *figures, table, *_on_gpus(runs)])
+
+
+def _on_gpus(runs: Runs) -> list[Table]:
+    """A row for each worker on a GPU."""
+    rows: list[list[Cell | str]] = []
+    for name, run in runs.items():
+        planned = run.summary.get("planned_gpu_bytes")
+        for worker, peak in sorted((run.summary.get("gpu_memory") or {}).items()):
+            allocated, reserved = peak["allocated"], peak["reserved"]
+            share = cell(100 * allocated / planned if planned else None)
+            megabytes = [cell(planned / 1e6 if planned else None), cell(allocated / 1e6), cell(reserved / 1e6)]
+            rows.append([name, worker, *megabytes, share])
+    caption = (
+        "Workers on GPUs, by node and process: tensors at most, planned and allocated, and the memory that torch kept "
+        "for them; a context of about 600 MB comes on top."
+    )
+    columns = ["run", "worker", "planned (MB)", "allocated (MB)", "reserved (MB)", "allocated / planned (%)"]
+    return [Table(caption, columns, rows)] if rows else []
 
 
 def _peak(run: Run) -> float:

@@ -20,6 +20,7 @@ from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods.downloads import dense_downloads
 from rayfed_sub.planning.job import Job
+from rayfed_sub.planning.plan import Planned
 from rayfed_sub.planning.sampling import draws
 from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.callbacks import with_callbacks
@@ -56,13 +57,13 @@ def carry_out(
     folder: RunFolder,
     notify: Listener,
     began: float,
-    planned: Callable[[], int | None] = lambda: None,
+    planned: Callable[[], Planned | None] = lambda: None,
     callbacks: Mapping[str, Callback] | None = None,
 ) -> Summary:
     """Runs the job in its folder from the newest checkpoint on, in the current Ray session; writes and returns the
     summary.
 
-    began: `time.perf_counter()` at the start.  planned: bytes of memory.  callbacks: by name; None: those that the
+    began: `time.perf_counter()` at the start.  planned: its memory.  callbacks: by name; None: those that the
     configuration names.  Raises RunError where the run cannot go on.
     """
     callbacks = with_callbacks(job.config, ())[1] if callbacks is None else callbacks
@@ -70,7 +71,8 @@ def carry_out(
         trackers = [stack.enter_context(closing(one)) for one in trackers_of(folder.path, job.config, notify)]
         summary = _with_restarts(job, folder, shared, notify, memory, callbacks, trackers)
         wall = time.perf_counter() - began
-        whole = replace(summary, wall_seconds=wall, planned_memory_bytes=planned())
+        plan = planned() or Planned(None)
+        whole = replace(summary, wall_seconds=wall, planned_memory_bytes=plan.processes, planned_gpu_bytes=plan.on_gpu)
         folder.write_summary(whole)
         for tracker in trackers:
             tracker.finish(whole)
@@ -257,7 +259,7 @@ def _summary(
     stopped: str | None,
     best: dict[str, Any] | None,
 ) -> Summary:
-    rows, config = folder.rounds.to_pylist(), job.config
+    rows, config, samples = folder.rounds.to_pylist(), job.config, [memory.sample(), *ask("memory")]
     before, start = overall(first.scores), job.begun
     counted = len(rows) if stopped is None else config.federation.rounds or 0
     clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
@@ -274,7 +276,7 @@ def _summary(
         change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,
         train_seconds=sum(row["train_seconds"] for row in rows),
-        peak_memory_bytes=peak_of([memory.sample(), *ask("memory")]),
+        peak_memory_bytes=peak_of(samples),
         metrics={f"{name}_before": value for name, value in before.items()} | overall(folder.scores(len(rows))),
         versions=first.versions,
         environment=first.environment,
@@ -290,5 +292,6 @@ def _summary(
         one_at_a_time=job.architecture.one_at_a_time,
         start_from=None if start is None else asdict(start),
         simulated=folder.simulated(),
+        gpu_memory={f"{one.process[0]} {one.process[1]}": asdict(one.gpu) for one in samples if one.gpu is not None},
         folder=folder.place.display_name(),
     )

@@ -206,13 +206,13 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _planned(pool: ThreadPoolExecutor, job: Job) -> Callable[[], int | None]:
+def _planned(pool: ThreadPoolExecutor, job: Job) -> Callable[[], plan.Planned | None]:
     """Plans the run's memory, aside while workers train.  A run of one process plans at its end: while transformers
     builds a model, torch's default dtype is the model's for all threads, and a loss made meanwhile would be rounded."""
     return pool.submit(plan.memory, job).result if job.config.resources.workers else partial(plan.memory, job)
 
 
-def _planned_bytes(planned: Callable[[], int | None], notify: Listener) -> int | None:
+def _planned_bytes(planned: Callable[[], plan.Planned | None], notify: Listener) -> plan.Planned | None:
     """Planned bytes; None, with a notice, where no plan can be made, e.g. for a method of the user's own."""
     try:
         return planned()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Guard, Packed, unpacked
+from rayfed_sub.core.devices import deterministic, sent
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.types import (
     Broadcast,
@@ -41,7 +41,7 @@ from rayfed_sub.planning.sampling import PackWork
 from rayfed_sub.privacy.mechanism import clipped
 from rayfed_sub.runtime import object_store
 from rayfed_sub.telemetry.environment import machine, versions
-from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels, give_back, keep_freed
+from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, few_kernels, give_back, gpu_peak, keep_freed
 from rayfed_sub.training import client_round
 from rayfed_sub.training.client_errors import failed
 from rayfed_sub.training.executor import ClientWork, PackResult, train_pack
@@ -122,8 +122,8 @@ class Worker:
         return versions(), machine(on_gpu) | ({"eigenproblems": str(eigen_dtype(self._device))} if on_gpu else {})
 
     def memory(self) -> Sample:
-        """Proportional set size, bytes: as last sampled, and the largest seen so far."""
-        return self._memory.sample()
+        """Proportional set size, bytes: as last sampled, and the largest seen so far; on a GPU its peak there too."""
+        return replace(self._memory.sample(), gpu=gpu_peak(self._device))
 
     def close(self) -> None:
         """Ends the thread that samples memory."""
@@ -243,7 +243,7 @@ class Worker:
             return broadcast
         if self._broadcast is None or self._broadcast.round != broadcast.round:
             self._broadcast = None  # free the last one first
-            tensors = {name: tensor.to(self._device, non_blocking=True) for name, tensor in broadcast.tensors.items()}
+            tensors = {name: sent(tensor, self._device) for name, tensor in broadcast.tensors.items()}
             self._broadcast = Broadcast(broadcast.round, tensors)
         return self._broadcast
 
@@ -339,15 +339,12 @@ def _failed(result: LocalResult, failure: str) -> Update:
     return Update(result.client, 0.0, {}, finite, failure)
 
 
-def _device(gpu_share: float, deterministic: bool) -> torch.device:
+def _device(gpu_share: float, steady: bool) -> torch.device:
     """This worker's device; limits a GPU's memory to the worker's share, which Ray does not enforce."""
     if not gpu_share:
         return torch.device("cpu")
-    if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+    if steady:
+        deterministic()
     if gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_share)
     return torch.device("cuda")

@@ -144,13 +144,15 @@ class Summary:
     traffic of the same clients with dense target weights, by the rule of
     `methods/downloads.py`; privacy: the account, see `accountant.account`; wall_seconds and
     peak_memory_bytes: of the last session; planned_memory_bytes: of `plan`, for all processes of a run on one
-    machine (None: a sweep's trial); resumed: the rounds from which the run was resumed; precision: of the evaluated
-    model, except for its target layers and head, which compute in float32; logits: how they follow
-    from a language model's output layer (`models/logits.py`; None: they are the model's own, or a classifier's); rows:
-    the task's `RowCounts`; split: the name of the split that the scores are on (None: of an older version); stopped:
-    why the run ended before its last round; best: `round`, finished ones, and `value` of early_stopping's `metric`
-    (None: no best checkpoint is kept); one_at_a_time: packs had one client, for nothing says how the model treats the
-    rows of several; start_from: the `StartInfo` of what model.start_from names;
+    machine (None: a sweep's trial); gpu_memory: of each worker on a GPU, by node and process, the bytes that were
+    `allocated` and `reserved` at most in the last session; planned_gpu_bytes: of `plan`, allocated by a worker;
+    resumed: the rounds from which the run was resumed; precision: of the evaluated model, except for its target layers
+    and head, which compute in float32; logits: how they follow from a language model's output layer
+    (`models/logits.py`; None: they are the model's own, or a classifier's); rows: the task's `RowCounts`; split: the
+    name of the split that the scores are on (None: of an older version); stopped: why the run ended before its last
+    round; best: `round`, finished ones, and `value` of early_stopping's `metric` (None: no best checkpoint is kept);
+    one_at_a_time: packs had one client, for nothing says how the model treats the rows of several; start_from: the
+    `StartInfo` of what model.start_from names;
     simulated: what the run takes with its devices (`clock/accounts.py`; None: it has none)."""
 
     name: str
@@ -180,4 +182,6 @@ class Summary:
     one_at_a_time: bool = False
     start_from: dict[str, Any] | None = None
     simulated: dict[str, Any] | None = None
+    gpu_memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    planned_gpu_bytes: int | None = None
     folder: str = field(default="", compare=False)

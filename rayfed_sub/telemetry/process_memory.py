@@ -10,11 +10,15 @@ import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 
 from rayfed_sub.planning.heap import MMAP_BYTES, PRODUCT_KERNELS
 from rayfed_sub.planning.machines import free_memory
+
+if TYPE_CHECKING:
+    import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's options, from glibc's malloc.h
 _SHARE = 0.005  # of the time, that samples may take
@@ -22,14 +26,25 @@ _LONGEST = 10.0  # seconds between two of them
 
 
 @dataclass(frozen=True)
+class GpuPeak:
+    """The most memory of a GPU that one process had, bytes: allocated, of tensors; reserved, what torch keeps for them.
+    The process's context on the GPU comes on top, half a gigabyte."""
+
+    allocated: int
+    reserved: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """Memory of one process, bytes: as last sampled, and the largest seen.  process: its node's name and
-    its number, so that a process asked twice counts once.  free: of its node, for new processes."""
+    its number, so that a process asked twice counts once.  free: of its node, for new processes.  gpu: of a worker on
+    one."""
 
     process: tuple[str, int]
     last: int
     peak: int
     free: int = 0
+    gpu: GpuPeak | None = None
 
 
 def peak_of(samples: Iterable[Sample]) -> int:
@@ -42,6 +57,15 @@ def peak_of(samples: Iterable[Sample]) -> int:
     for sample in samples:
         peaks[sample.process] = max(sample.peak, peaks.get(sample.process, 0))
     return sum(peaks.values())
+
+
+def gpu_peak(device: torch.device) -> GpuPeak | None:
+    """This process's memory on the device so far; None where that is no GPU."""
+    if device.type != "cuda":
+        return None
+    from torch import cuda
+
+    return GpuPeak(cuda.max_memory_allocated(device), cuda.max_memory_reserved(device))
 
 
 class PeakMemory:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rayfed_sub.core.devices import sent
 from rayfed_sub.core.lowrank import padded
 from rayfed_sub.core.types import Layer, Tensors
 
@@ -62,10 +63,7 @@ class Closed:
         if not any(used):
             return cls()
         nothing = {left: torch.zeros(layer.m, 0), right: torch.zeros(0, layer.n)}
-        here = [
-            {name: x.to(device, torch.float32, non_blocking=True) for name, x in {**nothing, **own}.items()}
-            for own in frozen
-        ]
+        here = [{name: sent(x.float(), device) for name, x in {**nothing, **own}.items()} for own in frozen]
         lefts = torch.stack([padded(own[left], (layer.m, max(used))) for own in here])
         rights = torch.stack([padded(own[right], (max(used), layer.n)) for own in here])
         return cls(lefts, rights, used)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rayfed_sub.core.devices import onto
+from rayfed_sub.core.devices import onto, sent
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape
 
@@ -68,7 +68,7 @@ class Dropout:
         """Which numbers of the next use's input are kept, (S, n) bool."""
         S, n = x_Sn.shape
         word_S = self.words.of(S // self.rows)
-        word_n = column_words(self.seed, self.layer, self.uses, n).to(x_Sn.device, non_blocking=True)
+        word_n = sent(column_words(self.seed, self.layer, self.uses, n), x_Sn.device)
         self.uses += 1
         return kept(word_S, word_n, self.rate)
 

@@ -24,6 +24,7 @@ from rayfed_sub.data.batching import Batch, Batches
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.privacy.examples import RowPrivacy
 from rayfed_sub.training import optimizers
+from rayfed_sub.training.ahead import in_turn
 from rayfed_sub.training.client_errors import drawn
 from rayfed_sub.training.dropout import Dropout, dropouts
 from rayfed_sub.training.expert_steps import ROLES, period, sent, since, step_experts
@@ -118,8 +119,11 @@ def train_pack(
     stacks = stacks_of(trainees, shape, rule.optimizer, device, anchored=rule.proximal > 0)
     ended, unread = list[Stack](), list[_Told]()
     tokens = computed = 0
-    for t in range(max(len(work.batches) for work in works)):
-        batches = _draw(stacks, t)
+    steps = max(len(work.batches) for work in works)
+    make, aside = _maker(model, stacks, rule, device), not (free_to_read(device) or rule.privacy or _own(model))
+    for t, (batches, causes, turns) in enumerate(in_turn(make, steps, ahead=aside)):
+        for trainee in (trainee for stack in stacks for trainee in stack.trainees if trainee.client in causes):
+            trainee.failure = causes[trainee.client]
         parted = [without_finished(stack, t) for stack in stacks]
         stacks = [left for left, _ in parted if left.trainees]
         ended += [gone for _, gone in parted if gone is not None]
@@ -131,10 +135,9 @@ def train_pack(
                 seen = _private_step(model, layers, shape, stacks, batches, rule, rule.privacy, expected)
             tokens, computed = tokens + seen[0], computed + seen[1]
             continue
-        own = [batches[trainee.client] for stack in stacks for trainee in stack.trainees]
-        turns = [one.to(device) for one in passes(own, pass_rule(model), rule.pad, rule.micro_batch)]
+        here = [one.to(device) for one in turns]
         with recomputed(model, shape, on=rule.recompute):
-            unread.append(_step(model, layers, shape, stacks, turns, rule, gradient_hooks if t == 0 else None))
+            unread.append(_step(model, layers, shape, stacks, here, rule, gradient_hooks if t == 0 else None))
         if free_to_read(device):  # else a client that fails is trained to the end of the round
             _read(unread)
         tokens += sum(one.tokens[0] for one in turns)
@@ -180,17 +183,36 @@ def _read(told: list[_Told]) -> None:
     told.clear()
 
 
-def _draw(stacks: Sequence[Stack], t: int) -> dict[int, Batch]:
-    """Batch number t of the clients that have one; a client whose data raise has failed."""
-    found = {}
-    for trainee in (trainee for stack in stacks for trainee in stack.trainees):
-        if trainee.failure is None and t < len(trainee.batches):
-            batch = drawn(trainee.batches, t)
-            if isinstance(batch, str):
-                trainee.failure = batch
-            else:
-                found[trainee.client] = batch
-    return found
+Made = tuple[dict[int, Batch], dict[int, str], Sequence[AnyPass]]
+"""Batches of a step by client, why clients have none that should, and the step's passes, on the host."""
+
+
+def _maker(model: nn.Module, stacks: Sequence[Stack], rule: LocalRule, device: torch.device) -> Callable[[int], Made]:
+    """Makes the batches and passes of a step by its number, in order, for the clients that are still in training."""
+    trainees, how = [trainee for stack in stacks for trainee in stack.trainees], pass_rule(model)
+    lost = set[int]()  # before anybody else has heard of it, where steps are made ahead
+
+    def make(t: int) -> Made:
+        found, causes = dict[int, Batch](), dict[int, str]()
+        for trainee in trainees:
+            if trainee.failure is None and trainee.client not in lost and t < len(trainee.batches):
+                batch = drawn(trainee.batches, t)
+                if isinstance(batch, str):
+                    causes[trainee.client] = batch
+                else:
+                    found[trainee.client] = batch
+        lost.update(causes)
+        if rule.privacy is not None or not found:  # private rows make their own passes
+            return found, causes, ()
+        turns = passes(list(found.values()), how, rule.pad, rule.micro_batch)
+        return found, causes, [one.pinned(device) for one in turns]
+
+    return make
+
+
+def _own(model: nn.Module) -> bool:
+    """Whether batch and loss are functions of the caller's, which may draw from the process's generators."""
+    return vars(model).get("own_loss") is not None
 
 
 def _step(

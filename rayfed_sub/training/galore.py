@@ -17,7 +17,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from rayfed_sub.core.devices import free_to_read, onto
+from rayfed_sub.core.devices import free_to_read, onto, sent
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, OptimizerRule, Subspace, Tensors
@@ -142,7 +142,7 @@ def moved_moments(
     if "m2" in moments:
         b1, b2 = optimizer.betas
         t_G = torch.tensor(step_G, dtype=torch.float64).clamp_min(1)  # before the first step all moments are zero
-        seen1_G, seen2_G = ((1 - b**t_G).to(turn_Grr, non_blocking=True)[:, None, None] for b in (b1, b2))
+        seen1_G, seen2_G = (sent((1 - b**t_G).to(turn_Grr.dtype), turn_Grr.device)[:, None, None] for b in (b1, b2))
         mean, square = moments["m1"][trained] / seen1_G, moments["m2"][trained] / seen2_G
         moved["m2"] = (
             seen2_G * (turned(turn_Grr.square(), square - mean.square()) + turned(turn_Grr, mean).square()).abs()

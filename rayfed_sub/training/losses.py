@@ -8,7 +8,7 @@ Legend: G clients, R rows, T tokens, L labels, c a chunk of them, h hidden size,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfed_sub.core.devices import fetched
+from rayfed_sub.core.devices import fetched, free_to_read
+from rayfed_sub.models.filled_masks import told
 from rayfed_sub.models.flat_rows import attending, pass_rule
 from rayfed_sub.models.frozen_linear import FrozenLinear, product
 from rayfed_sub.models.logits import LogitRule, added_bias, hidden_states
@@ -115,7 +116,12 @@ def forwarded(model: Any, one: Pass) -> Any:
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in one.inputs.items()}
     if one.answers is not None:
         inputs["decoder_input_ids"] = decoder_inputs(model, one.answers)
-    with nullcontext() if one.flat is None else attending(model, one.flat):
+    around: AbstractContextManager[None] = nullcontext()
+    if one.flat is not None:
+        around = attending(model, one.flat)
+    elif one.filled is not None and not free_to_read(one.labels.device):
+        around = told(model, filled=one.filled)
+    with around:
         return answered(model, inputs, causal=one.of_tokens)
 
 

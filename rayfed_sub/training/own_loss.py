@@ -42,6 +42,10 @@ class OwnPass:
     def tokens(self) -> tuple[int, int]:
         return self.batch.rows, self.batch.rows
 
+    def pinned(self, device: torch.device) -> OwnPass:
+        """The pass as it is: where its tensors lie is the caller's affair."""
+        return self
+
     def to(self, device: torch.device) -> OwnPass:
         """The pass on a device."""
         return OwnPass(self.batch.to(device), device)

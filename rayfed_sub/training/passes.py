@@ -8,14 +8,16 @@ Legend: G clients, B rows of a client, R of a pass, T tokens of a row, L a canon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rayfed_sub.core.devices import pinned, sent
 from rayfed_sub.data.batching import IGNORED, Batch
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.flat_rows import FlatRows, PassRule, flat_rows
@@ -38,7 +40,8 @@ class Pass:
     parts: each client's tokens in a flat pass, its rows else; size: all of those, with what only fills the pass up.
     where: of each row of the pass, a token in a flat pass, (size, 3) int64: its client's place in the step, its row in
     the client's batch, its place in that row (of a whole row 0); anything for what only fills the pass up.
-    flat: where the rows lie in a flat pass.  tokens: the real ones, and all that linear layers see.
+    flat: where the rows lie in a flat pass.  tokens: the real ones, and all that linear layers see.  filled: of rows
+    with an attention mask, whether any of them is filled up.
     """
 
     inputs: dict[str, Tensor]
@@ -54,17 +57,30 @@ class Pass:
     of_tokens: bool = False
     flat: FlatRows | None = None
     answers: Tensor | None = None
+    filled: bool | None = None
 
     def to(self, device: torch.device) -> Pass:
         """The pass on a device; the rows of its labels stay, for the model does not read them."""
         if device.type == self.labels.device.type:
             return self
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        names = ("labels", "places", "clients", "where")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        flat = None if self.flat is None else self.flat.to(device)
-        answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
-        return replace(self, **moved, inputs=inputs, flat=flat, answers=answers)
+        return self._each(partial(sent, device=device))
+
+    def pinned(self, device: torch.device) -> Pass:
+        """The pass where the device reads it by itself, before it is sent there."""
+        return self if device.type == "cpu" else self._each(partial(pinned, device=device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Pass:
+        """The pass with all of its tensors changed that go to the device."""
+        return replace(
+            self,
+            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
+            labels=change(self.labels),
+            places=change(self.places),
+            clients=change(self.clients),
+            where=change(self.where),
+            flat=None if self.flat is None else self.flat.each(change),
+            answers=None if self.answers is None else change(self.answers),
+        )
 
     def from_row(self, first: int) -> Pass:
         """The pass of rows that stand so many further back in their clients' batches; `rows` stays."""
@@ -200,7 +216,8 @@ def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> 
         labels, row_R, client_R = labels.reshape(-1), np.repeat(row_R, length), np.repeat(client_R, length)
     part_G = np.bincount([g for g, _, _ in found], minlength=len(texts)).tolist()
     tokens = (int(mask_RL[: len(found)].sum()), R * length)
-    return _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, of_tokens=shifted, shifted=shifted)
+    made = _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, of_tokens=shifted, shifted=shifted)
+    return made if shifted else replace(made, filled=not mask_RL.all())
 
 
 def _apart(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:
@@ -243,7 +260,7 @@ def _pairs(pairs: Sequence[_Pair], sources: int, answers: int, clients: int, pad
     row, client = np.repeat(row_R, answers), np.repeat(client_R, answers)
     where = np.array([(pair.client, pair.own, 0) for pair in pairs])
     made = _pass(inputs, labels_RT.reshape(-1), row, client, part_G, R, tokens, where, of_tokens=True)
-    return replace(made, answers=torch.from_numpy(labels_RT))
+    return replace(made, answers=torch.from_numpy(labels_RT), filled=not mask_RS.all())
 
 
 def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:

@@ -18,7 +18,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn import functional
 
-from rayfed_sub.core.devices import free_to_read, kind_of, onto
+from rayfed_sub.core.devices import free_to_read, kind_of, onto, sent
 from rayfed_sub.core.lowrank import signed
 
 _GRAM_CUT = 1e-13  # eigenvalues of d d^T below this share of the largest are rounding (float64 Gram of float32 data)
@@ -192,7 +192,7 @@ def _one(kind: str, x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: 
     """A client's basis (rank, n), unsigned, by a rule that takes clients one at a time."""
     n = x_Nn.shape[1]
     if kind == "random":
-        new_rn = _orthonormal(torch.from_numpy(rng.standard_normal((rank, n))).to(x_Nn.device, non_blocking=True))
+        new_rn = _orthonormal(sent(torch.from_numpy(rng.standard_normal((rank, n))), x_Nn.device))
     elif kind == "svd":
         G_mn = d_Nm.float().T @ x_Nn.float()
         if swapped:
@@ -252,7 +252,7 @@ def _randomized(x_Nn: Tensor, d_Nm: Tensor, rank: int, old_rn: Tensor, rng: Gene
     dtype = eigen_dtype(x_Nn.device)
     x_Nn, d_Nm = x_Nn.to(dtype), d_Nm.to(dtype)  # directions of like size are as unsure as the rounding
     n, size = x_Nn.shape[1], min(rank + _OVERSAMPLE, *x_Nn.shape, d_Nm.shape[1])
-    start_sn = torch.from_numpy(rng.standard_normal((size, n))).to(x_Nn, non_blocking=True)
+    start_sn = sent(torch.from_numpy(rng.standard_normal((size, n))).to(x_Nn.dtype), x_Nn.device)
     warm = min(rank, size)
     start_sn[:warm] += n**0.5 * old_rn[:warm].to(start_sn)  # a random row has length sqrt(n)
     V_ns = start_sn.T

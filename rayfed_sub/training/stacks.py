@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rayfed_sub.core.devices import fetched, onto
+from rayfed_sub.core.devices import fetched, onto, sent, stacked
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, OptimizerRule, Start, Tensors
 from rayfed_sub.data.batching import Batches
 from rayfed_sub.training import optimizers
@@ -77,7 +77,7 @@ def trainee_of(
     client: int, start: Start, batches: Batches, shape: ModelShape, device: torch.device, taken: int
 ) -> Trainee:
     """A client before its first step."""
-    memory = {name: tensor.to(device, non_blocking=True) for name, tensor in start.memory.items()}
+    memory = {name: sent(tensor, device) for name, tensor in start.memory.items()}
     experts = {layer.name: Clock(expert_step(start, layer)) for layer in shape.experts}
     return Trainee(client, start, batches, Clock(start.step), experts, memory=memory, taken=taken)
 
@@ -104,20 +104,11 @@ def _stack(
     """The clients' tensors side by side, in fresh memory: equal packs, equal bits.  Those of clients that come back lie
     on the CPU, others where the broadcast lies."""
     starts = [trainee.start for trainee in trainees]
-
-    def stacked(tensors: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
-        return torch.stack(
-            [
-                torch.zeros(shape, device=device) if x is None else x.to(device, torch.float32, non_blocking=True)
-                for x in tensors
-            ]
-        )
-
     shapes = {name: tensor.shape for name, tensor in starts[0].tensors.items()}
-    tensors = {name: stacked([start.tensors[name] for start in starts], own) for name, own in shapes.items()}
+    tensors = {name: stacked([start.tensors[name] for start in starts], own, device) for name, own in shapes.items()}
     moments = {
         role: {
-            name: stacked([start.moments.get(f"{name}/{role}") for start in starts], shapes[name])
+            name: stacked([start.moments.get(f"{name}/{role}") for start in starts], shapes[name], device)
             for name in starts[0].trained
         }
         for role in optimizers.moment_roles(optimizer)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks import growth, race
+from experiments.benchmarks import gpu, growth, race
 from experiments.benchmarks.cases import GROWTH, LEAST, LOADS, LOW_RANK, RACED, TRAIN, Case
 from experiments.benchmarks.marks import case_of
 from experiments.benchmarks.work import write_run
@@ -76,12 +76,12 @@ def test_galore_step_agrees_with_galore_torch(tmp_path: Path) -> None:
     assert len(out.read_text().splitlines()) > 1
 
 
-@pytest.mark.parametrize("asked", ["race Z", "growth Z", "growth --show --out Z"])
+@pytest.mark.parametrize("asked", ["race Z", "growth Z", "growth --show --out Z", "gpu Z", "gpu --wheels Z"])
 def test_wrong_name_is_refused_in_one_line(
     asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", asked.split())
     with pytest.raises(SystemExit) as ended:
-        {"race": race, "growth": growth}[asked.split(maxsplit=1)[0]].main()
+        {"race": race, "growth": growth, "gpu": gpu}[asked.split(maxsplit=1)[0]].main()
     assert ended.value.code == 2
     assert "Z" in capsys.readouterr().err.splitlines()[-1]

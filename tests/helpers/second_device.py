@@ -23,14 +23,22 @@ _EIGEN = {_aten._linalg_eigh.default, _aten._linalg_svd.default, _aten.linalg_ei
 _ASKING = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
 _SIZED = {_aten.nonzero.default, _aten.masked_select.default, _aten.bincount.default, _aten.repeat_interleave.Tensor}
 """Operations whose result has a size that only the device knows."""
+_UNSTEADY = {
+    *("cumsum", "bincount", "histc", "kthvalue", "median", "put", "put_", "index_reduce", "index_reduce_"),
+    *("scatter_reduce", "scatter_reduce_", "nll_loss2d_forward", "resize_", "grid_sampler_2d_backward"),
+    *("_embedding_bag_backward", "_ctc_loss_backward", "upsample_bilinear2d_backward", "reflection_pad2d_backward"),
+}
+"""Operations that torch's deterministic mode refuses on a GPU, of numbers that are not whole."""
 
 
 @dataclass
 class Seen:
-    """reads: where numbers of the device were asked for; sends: where something was copied to it in the blocking way;
+    """reads: where numbers of the device were asked for; unsteady: where something was computed that deterministic mode
+    refuses; sends: where something was copied to it in the blocking way;
     fetched: tensors that came back without; eigen: factorisations."""
 
     reads: Counter[str] = field(default_factory=Counter)
+    unsteady: Counter[str] = field(default_factory=Counter)
     sends: Counter[str] = field(default_factory=Counter)
     fetched: int = 0
     eigen: int = 0
@@ -64,6 +72,8 @@ class SecondDevice(TorchDispatchMode):
         if not meta:
             return func(*args, **kwargs)
         self.seen.eigen += func in _EIGEN
+        if func.overloadpacket.__name__ in _UNSTEADY and given[0].is_floating_point():
+            self.seen.unsteady[place()] += 1
         masked = func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default) and any(
             x is not None and x.dtype == torch.bool for x in args[1]
         )

@@ -284,4 +284,6 @@ def _summary(config: Config, rounds: pd.DataFrame, scores: pd.DataFrame, resumed
         "one_at_a_time": False,
         "start_from": None,
         "simulated": None,
+        "gpu_memory": {},
+        "planned_gpu_bytes": None,
     }

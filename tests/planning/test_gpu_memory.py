@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rayfed_sub import load_config
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.planning import machines, plan
 from rayfed_sub.planning.fit import check_fits, settled
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.machines import Machine
 from rayfed_sub.planning.needs import CUDA, Need, need
+from rayfed_sub.planning.over_gpus import over_gpus
+from rayfed_sub.planning.packs import most_clients
 from rayfed_sub.planning.plan import job_parts
 from rayfed_sub.planning.worker_memory import Lengths
 from tests.end_to_end.test_runs import small
@@ -67,6 +71,69 @@ def test_micro_batches_take_less() -> None:
 def test_settings_that_do_not_fit_are_refused(overrides: Sequence[str], line: str) -> None:
     with pytest.raises(UserError, match=line):
         prepare(small("task.max_rows=40", "federation.partition.kind=iid", *overrides))
+
+
+def test_model_wider_than_a_gpu_is_planned_over_several() -> None:
+    """Blocks in their order on the fewest cards, embeddings on the first and the output layer on the last; no cut into
+    as many parts loads its fullest card less."""
+    four = prepare(small(*ON_GPU, "evaluation.generate_rows=0", "model.random.num_hidden_layers=4"))
+    whole = needed(four)
+    tensors = whole.worker(1).tensors
+    one = whole.on_gpu(tensors)
+    assert over_gpus(whole, tensors, one) == ()
+    (half, rest) = over_gpus(whole, tensors, CUDA + (one - CUDA) * 7 // 10)
+    assert (half.first, half.last + 1, rest.last) == (1, rest.first, 4)
+    assert half.taken + rest.taken - 2 * CUDA == pytest.approx(one - CUDA, rel=1e-3)
+    fullest = max(half.taken, rest.taken)
+    assert len(over_gpus(whole, tensors, fullest)) == 2
+    assert len(over_gpus(whole, tensors, fullest - 1)) != 2  # three, or none
+    assert over_gpus(whole, tensors, CUDA) == ()
+    (note,) = plan._over_gpus(whole, tensors, card(fullest))
+    assert f"over 2 of them: blocks 1 to {half.last} with" in note
+    assert list(plan._over_gpus(whole, tensors, card(one))) == []
+
+
+def test_plan_asks_a_child_for_the_gpu_and_opens_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that starts a run computes nothing: a context on a GPU would take half a gigabyte of it."""
+
+    def opened(*_: object) -> None:
+        raise AssertionError("a context on the GPU")
+
+    class Answered:
+        returncode, stdout = 0, "Card 9000\n25000000000\n"
+
+    asked = list[Sequence[str]]()
+    monkeypatch.setattr(torch.cuda, "_lazy_init", opened)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machines.subprocess, "run", lambda command, **_: asked.append(command) or Answered())
+    machines.gpu_here.cache_clear()
+    one = prepare(small(*ON_GPU, "evaluation.generate_rows=0", "model.random.num_hidden_layers=1"))
+    try:
+        here = plan.here(one)
+        plan.check(one)
+        found = plan.memory(one)
+    finally:
+        machines.gpu_here.cache_clear()
+    assert (here.name, here.gpu) == ("Card 9000", 25_000_000_000)
+    assert len(asked) == 1
+    assert "mem_get_info" in asked[0][-1]
+    assert not torch.cuda.is_initialized()
+    needs = needed(one)
+    tensors = needs.worker(most_clients(one.config, needs.cohort, free=one.any_pack)).tensors
+    assert found is not None
+    assert found.on_gpu == needs.backbone + needs.traffic.broadcast + tensors
+    assert found.on_gpu < needs.on_gpu(tensors) - CUDA
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answered:
+        returncode, stdout, stderr = 1, "", "Traceback\nRuntimeError: the driver is too old\n"
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machines.subprocess, "run", lambda *_, **__: Answered())
+    machines.gpu_here.cache_clear()
+    with pytest.raises(UserError, match="the driver is too old"):
+        machines.gpu_here()
 
 
 @pytest.mark.slow

@@ -484,6 +484,20 @@ def test_measured_memory_is_shown_beside_the_plan(tmp_path: Path) -> None:
     assert rows.rows == [["run", Cell("900", 900.0), Cell("1,000", 1000.0), Cell("111.1", pytest.approx(1000 / 9))]]
 
 
+def test_workers_on_gpus_are_shown_beside_the_plan(tmp_path: Path) -> None:
+    """A row a worker, of 3,000 MB planned: 2,400 allocated are 80 %."""
+    folder = write_run(tmp_path / "run", rounds=3)
+    summary = json.loads((folder / "summary.json").read_text())
+    workers = {f"node {pid}": {"allocated": 2_400_000_000, "reserved": 2_500_000_000} for pid in (11, 12)}
+    (folder / "summary.json").write_text(
+        json.dumps(summary | {"gpu_memory": workers, "planned_gpu_bytes": 3_000_000_000})
+    )
+    *_, rows = report(read_run(folder))["Memory"]
+    shown = ["3,000", "2,400", "2,500", "80"]
+    assert [row[:2] for row in rows.rows] == [["run", "node 11"], ["run", "node 12"]]
+    assert [cell.text for cell in rows.rows[0][2:]] == shown
+
+
 # --- the file
 
 

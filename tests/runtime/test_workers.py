@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +15,10 @@ import torch
 from rayfed_sub import load_config, run
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Broadcast, ClientState
+from rayfed_sub.runtime import worker as worker_module
 from rayfed_sub.runtime.scheduler import WorkItem
 from rayfed_sub.runtime.workers import LocalWorker
+from rayfed_sub.telemetry.process_memory import GpuPeak
 
 TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
 SMALL = [
@@ -86,3 +90,14 @@ def test_cluster_address_is_refused_for_one_process(tmp_path: Path) -> None:
     asked = load_config(TINY, [*SMALL, "resources.workers=0"])
     with pytest.raises(UserError, match=r"^--address: got 'auto'; allowed: nothing with resources\.workers=0"):
         run(asked, tmp_path / "run", address="auto")
+
+
+def test_summary_has_the_gpu_s_peak_of_every_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peaks = iter(range(10**6, 10**7))
+    monkeypatch.setattr(worker_module, "gpu_peak", lambda device: GpuPeak(next(peaks), 10**8))
+    summary = run(load_config(TINY, [*SMALL, "resources.workers=0"]), tmp_path / "run")
+    (where,) = summary.gpu_memory
+    assert where.endswith(f" {os.getpid()}")
+    assert summary.gpu_memory[where]["reserved"] == 10**8
+    assert 10**6 <= summary.gpu_memory[where]["allocated"] < 10**7
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["gpu_memory"] == summary.gpu_memory

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 
-from rayfed_sub.telemetry.process_memory import PeakMemory
+import pytest
+import torch
+
+from rayfed_sub.telemetry.process_memory import GpuPeak, PeakMemory, gpu_peak
 
 
 def test_sampling_ends_with_its_owner() -> None:
@@ -24,3 +27,10 @@ def test_closed_sampling_has_ended() -> None:
     memory = PeakMemory(seconds=0.01)
     memory.close()
     assert memory.sample().last > 0
+
+
+def test_a_gpu_s_peak_is_what_torch_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    assert gpu_peak(torch.device("cuda")) == GpuPeak(5, 7)
+    assert gpu_peak(torch.device("cpu")) is None
