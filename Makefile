@@ -57,7 +57,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 .venv-flower-app/.installed: $(INSTALLED)
 	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
 	$(BIN)/rayfed-sub export experiments/tiny.yaml --format flower --to $(@D)/app
-	$(@D)/bin/python -m pip install --quiet $(@D)/app
+	$(@D)/bin/python -m pip install --quiet --editable $(@D)/app
 	touch $@
 
 # The others of the race, each in an environment of its own: Flower asks for another Ray.

@@ -36,9 +36,14 @@ APP_KEYS: Mapping[str, Scalar] = {
 """Keys of a Flower app's run configuration that are no keys of a rayfed_sub configuration, with their defaults."""
 
 
-def setup_of(values: Mapping[str, Scalar]) -> Setup:
-    """The setup of a run configuration.  Raises UserError where it does not fit."""
-    config = run_config({key: value for key, value in values.items() if key not in APP_KEYS})
+def setup_of(values: Mapping[str, Scalar], node_config: Mapping[str, Scalar] | None = None) -> Setup:
+    """The setup of a run configuration, and torch's threads as it says, for they may change the bits.
+
+    node_config: its `model` is where a node has the pretrained model, in place of model.path.  Raises UserError where
+    it does not fit."""
+    own = {"model.path": place} if node_config and (place := node_config.get("model")) is not None else {}
+    config = run_config({key: value for key, value in {**values, **own}.items() if key not in APP_KEYS})
+    torch.set_num_threads(config.resources.threads)
     return set_up(config, json.loads(str(values["classes"])), str(values["problem"]))
 
 

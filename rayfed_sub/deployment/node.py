@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -25,7 +24,6 @@ from rayfed_sub.models.weights import assemble
 from rayfed_sub.planning import packs, sampling
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.training import client_round
-from rayfed_sub.training.client_errors import failed
 from rayfed_sub.training.executor import ClientWork, train_pack
 from rayfed_sub.training.layers import based_on
 from rayfed_sub.training.pack_experts import install
@@ -67,7 +65,6 @@ def train(
             return Reply(Update(client, 0.0, {}, {}, "its node holds no version to go on from"), place, holds=False)
         version = found
     server = deltas.applied(method, shape, config.server, version.server, got)
-    torch.set_num_threads(config.resources.threads)
     work = sampling.pack_work(config, dataset, n, [client])
     (steps,), (weight,), state = work.steps, work.weights, version.state
     received, cursor = method.broadcast(server), 0 if state is None else state.cursor
@@ -86,7 +83,7 @@ def train(
         (result,) = train_pack(model, layers, shape, [one], rule).results
     ended = client_round.ended(method, received, result, state, weight, shape)
     if isinstance(ended, str):
-        return Reply(Update(client, 0.0, {}, _finite(failed(client, start, ended).metrics), ended), place)
+        return Reply(Update(client, 0.0, {}, {}, ended), place)
     update, new = ended
     _keep(folder, n, Version(server, new), got.since)
     return Reply(update, place)
@@ -143,7 +140,3 @@ def _named(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
 
 def _unnamed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if name == "steps"}

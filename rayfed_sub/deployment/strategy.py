@@ -96,19 +96,25 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
 
     def _connected(self, grid: Grid, cohort: Sequence[int]) -> dict[int, int]:
         """The nodes of these clients, by client, of those that come within the time to wait."""
-        began = time.monotonic()
+        began, waited, silent = time.monotonic(), False, set[str]()
         while True:
             online = list(grid.get_node_ids())
-            new = [node for node in online if node not in self._clients]
-            asked = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
+            new = [node for node in online if node not in self._clients and str(node) not in silent]
+            asked = [Message(RecordDict(), node, MessageType.QUERY, group_id=str(node)) for node in new]
             for reply in grid.send_and_receive(asked, timeout=_ANSWER) if asked else ():
-                if reply.has_content():
+                if reply.has_error():
+                    silent.add(reply.metadata.group_id)
+                else:
                     self._clients[reply.metadata.src_node_id] = int(reply.content["node"][PARTITION])
             # Of two nodes of one client the later one counts: the other may be gone without having said so.
             nodes = {client: node for node, client in self._clients.items() if node in online}
             found = {client: nodes[client] for client in cohort if client in nodes}
             if len(found) == len(cohort) or time.monotonic() - began > self._wait:
                 return found
+            if not waited:
+                absent = ", ".join(str(client) for client in cohort if client not in found)
+                log(INFO, "waiting for nodes with %s %s", PARTITION, absent)
+            waited = True
             time.sleep(_LOOK)
 
     def _messages(self, nodes: Mapping[int, int], *, anew: bool = False) -> Iterator[Message]:
@@ -117,14 +123,18 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
             counted = server.counted_bytes(self.federation, client, anew=anew)
             down, before = {"down_counted": counted, **_sizes("down", content)}, self._sent[client]
             self._sent[client] = {name: value + before.get(name, 0) for name, value in down.items()}
-            group = str(self.federation.round)
+            group = f"{self.federation.round}/{client}"
             yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
 
     def _replies(self, messages: Iterable[Message]) -> dict[int, Reply]:
         """The answers by client; an error of Flower's is its client's failure."""
-        found, clients = dict[int, Reply](), {node: client for client, node in self._nodes.items()}
+        found = dict[int, Reply]()
         for message in messages:
-            client = clients[message.metadata.src_node_id]
+            # Not the sender: the error of a node that is gone comes from the SuperLink.
+            round, _, number = message.metadata.group_id.partition("/")
+            if round != str(self.federation.round) or int(number) not in self._nodes:
+                continue
+            client = int(number)
             if message.has_error():
                 cause = f"{message.error.reason or 'error'} (Flower's error {message.error.code})"
                 found[client] = Reply(Update(client, 0.0, {}, {}, cause))

@@ -8,10 +8,12 @@ modules, Flower's two entry points, and the configuration as the app's own.
 from __future__ import annotations
 
 import ast
+import glob
 import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import sysconfig
@@ -31,6 +33,7 @@ from rayfed_sub.deployment.app import APP_KEYS, write_checkpoint
 from rayfed_sub.deployment.setup import check_deployable, run_config
 from rayfed_sub.export.exported import BEST, Export
 from rayfed_sub.methods import GROUPS, check_named, strangers
+from rayfed_sub.models.hub import RANDOM
 from rayfed_sub.models.presets import MODELS
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.storage import checkpoints
@@ -63,6 +66,7 @@ def export_flower(source: Path, to: Path, method: str | None = None, checkpoint:
     Raises UserError where `to` is not empty, and for what no app can carry: one line that names the setting.
     """
     config, classes, problem = _read(source, method)
+    config = _absolute(config)
     check_deployable(config)
     own = strangers(config)
     modules = [file for key, name in own.items() for file in _own_files(key, name)]
@@ -74,8 +78,9 @@ def export_flower(source: Path, to: Path, method: str | None = None, checkpoint:
     if found is not None:
         values["checkpoint"] = str((to / "checkpoint").resolve())
     carried = run_config({key: value for key, value in values.items() if key not in APP_KEYS})
+    found_again, wanted = (one.model_dump(mode="json") for one in (carried, config))
     for group in ("seed", "model", "task", "federation", "method", "hook", "optimizer", "server"):
-        assert getattr(carried, group) == getattr(config, group), f"the app's {group} is another one"
+        assert found_again[group] == wanted[group], f"the app's {group} is another one"
     _copy(to)
     for file, place in modules:
         (to / place).parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +112,33 @@ def _read(source: Path, method: str | None) -> tuple[Config, tuple[str, ...], st
     job = prepare(_deployable(load_config(source)))
     labels = job.dataset.kind not in ("causal-lm", "own")
     return job.config, job.dataset.class_names, job.dataset.kind if labels else "classification"
+
+
+def _absolute(config: Config) -> Config:
+    """The configuration with the absolute paths of what lies on this machine: a node works in another folder."""
+
+    def path(name: str) -> str:
+        place = os.path.abspath(os.path.expanduser(name))
+        return place if glob.glob(place) and name not in (RANDOM, *MODELS) else name
+
+    task, model, partition = config.task, config.model, config.federation.partition
+
+    def split(name: str) -> str:
+        names_a_file = task.path is None or os.sep in name or os.path.splitext(name)[1]
+        return path(name) if names_a_file else name  # beside a path a word names a split
+
+    names = {key: getattr(task, key) for key in ("path", "train", "validation", "test")}
+    found = {key: (one, path if key == "path" else split) for key, one in names.items() if one}
+    placed = {key: of(one) if isinstance(one, str) else tuple(map(of, one)) for key, (one, of) in found.items()}
+    file = {} if partition.file is None else {"file": path(partition.file)}
+    federation = config.federation.model_copy(update={"partition": partition.model_copy(update=file)})
+    return config.model_copy(
+        update={
+            "task": task.model_copy(update=placed),
+            "model": model.model_copy(update={"path": path(model.path)}),
+            "federation": federation,
+        }
+    )
 
 
 def _deployable(config: Config) -> Config:

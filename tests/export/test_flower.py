@@ -99,6 +99,18 @@ def test_the_configuration_is_the_app_s_own(app: Path) -> None:
     assert "2 of 3 clients train in each of 3 rounds" in (app / "README.md").read_text()
 
 
+def test_what_lies_here_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("q,a\n")
+    monkeypatch.chdir(tmp_path)
+    task = {"name": "table", "path": ["rows.csv", "user/data-set"], "prompt": "{q}", "answer": "a"}
+    run = tmp_path / "run"
+    run.mkdir()
+    create(Place(run), Config(**{**CONFIG, "task": task}))
+    export_flower(run, tmp_path / "app")
+    flower = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert flower["config"]["task"]["path"] == f'["{tmp_path / "rows.csv"}", "user/data-set"]'
+
+
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a method of the caller's own, and what it imports."""
@@ -125,6 +137,16 @@ def test_a_method_that_only_a_folder_names_is_not_imported(own: Path) -> None:
         export_flower(run, own / "app")
     export_flower(run, own / "app", method="my_methods:Mine")
     assert (own / "app" / "my_methods.py").is_file()
+
+
+def test_ranks_of_clients_are_carried(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = prepare(load_config({**CONFIG, "method": {"name": "flexlora", "rank": 2, "client_ranks": [2, 1]}})).config
+    create(Place(run), config)
+    export_flower(run, tmp_path / "app")
+    flower = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert flower["config"]["method"]["client_ranks"] == "[2, 1]"
 
 
 def test_a_run_that_is_not_finished_is_an_app_too(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -130,9 +131,9 @@ def test_a_killed_node_a_late_client_and_a_nan_are_failed_clients(federation: Fe
     app = app_of(tree, tmp_path)
     script = (app / "flower_app" / "client_app.py").read_text()
     faults = """
-    if client == 1 and msg.metadata.group_id == "1":
+    if msg.metadata.group_id == "1/1":
         __import__("time").sleep(150)
-    if client == 0 and msg.metadata.group_id == "2":
+    if msg.metadata.group_id == "2/0":
         reply = __import__("dataclasses").replace(reply, update=__import__("dataclasses").replace(
             reply.update, tensors={k: v * float("nan") for k, v in reply.update.tensors.items()}))
 """
@@ -141,9 +142,9 @@ def test_a_killed_node_a_late_client_and_a_nan_are_failed_clients(federation: Fe
     )
     with federation.running(app, **{"round-timeout": 100.0, "node-timeout": 30.0}) as process:
         log = federation.output_of(process) / "clients.jsonl"
-        wait_for_rounds(log, 1)
+        wait_for_rounds(process, log, 1)
         federation.kill(2)
-        wait_for_rounds(log, 3)
+        wait_for_rounds(process, log, 3)
         federation.add(2)
         assert process.wait(600) == 0
     rows = {(row["round"], row["client"]): row for row in rows_of(log.parent)}
@@ -156,10 +157,11 @@ def test_a_killed_node_a_late_client_and_a_nan_are_failed_clients(federation: Fe
     assert rows[3, 2]["down_bytes"] == rows[3, 2]["down_counted"] > 0
 
 
-def wait_for_rounds(log: Path, rounds: int, seconds: float = 400) -> None:
+def wait_for_rounds(process: subprocess.Popen[bytes], log: Path, rounds: int, seconds: float = 400) -> None:
     until = time.monotonic() + seconds
     while (
         not log.exists() or max((json.loads(x)["round"] for x in log.read_text().splitlines()), default=-1) < rounds - 1
     ):
+        assert process.poll() is None, "the run has ended"
         assert time.monotonic() < until, "the federation stands still"
         time.sleep(0.5)

@@ -10,6 +10,8 @@ app = ClientApp()
 @app.query()
 def query(msg: Message, context: Context) -> Message:
     """Tell the server which client this node is."""
+    if "partition-id" not in context.node_config:
+        raise ValueError('start the SuperNode with --node-config "partition-id=NUMBER", the number of its client')
     node = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
     return Message(content=RecordDict({"node": node}), reply_to=msg)
 
@@ -24,7 +26,7 @@ def train(msg: Message, context: Context) -> Message:
     from rayfed_sub.deployment.setup import rows_of
 
     # Read run config and node config
-    setup = setup_of(context.run_config)
+    setup = setup_of(context.run_config, context.node_config)
     client = int(context.node_config["partition-id"])
     folder = node_folder(context.node_config, context.run_id)
 
