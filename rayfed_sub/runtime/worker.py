@@ -143,7 +143,7 @@ class Worker:
             ClientWork(
                 client,
                 method.start_client(received, state, Client(client, self._spec.config.seed), shape),
-                batches := self._batches(client, state.cursor if state else 0, steps),
+                batches := self._batches(client, state, steps),
                 state.cursor if state else 0,
                 batches.expected,
             )
@@ -312,9 +312,10 @@ class Worker:
                 return "the norm of its change is not finite"
         return update, new
 
-    def _batches(self, client: int, cursor: int, steps: int) -> ClientBatches:
+    def _batches(self, client: int, state: ClientState | None, steps: int) -> ClientBatches:
         config, dataset = self._spec.config, self._dataset
         federation = config.federation
+        cursor = 0 if state is None or federation.same_batches else state.cursor
         return ClientBatches(
             dataset.train,
             dataset.rows_of(client),
