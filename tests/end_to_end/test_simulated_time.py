@@ -179,6 +179,19 @@ def test_asynchronous_run_goes_on_to_the_same_bits(buffered: Summary, tmp_path: 
 
 
 @pytest.mark.slow
+def test_ten_thousand_clients_with_a_daily_trace(tmp_path: Path) -> None:
+    lines = [f"{k},{'slow' if k % 3 else 'fast'},{k % 24},{(k + 2) % 24}" for k in range(10_000)]
+    trace = tmp_path / "trace.csv"
+    trace.write_text("\n".join(["client,device,from,to", *lines]) + "\n")
+    many = ["federation.clients=10000", "federation.sampled=40", "federation.asynchronous.buffer=20"]
+    dealt = "federation.partition={kind: resample, rows_per_client: 2}"
+    config = job(*ASYNC, *many, dealt, f"devices.trace={trace}", "resources.pack_size=20", devices=TWO)
+    summary = run(config, tmp_path / "run")
+    assert summary.simulated is not None
+    assert sum(of_class["counted"] for of_class in summary.simulated["classes"].values()) == 6 * 20
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 @pytest.mark.parametrize("disturbed", ["quiet", "ray::Worker", "ray::Coordinator", "interrupted"])
 def test_asynchronous_runs_have_one_hash(
