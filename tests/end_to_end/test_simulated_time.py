@@ -20,7 +20,7 @@ from rayfed_sub.core.types import Broadcast, Client, ClientState, ModelShape, St
 from rayfed_sub.methods.fedavg import FedAvg
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.plan import plan_of
-from rayfed_sub.reports.page import Table
+from rayfed_sub.reports.page import Table, cell
 from rayfed_sub.reports.retiming import retimed
 from rayfed_sub.reports.run_reader import read_run
 from rayfed_sub.reports.simulated_time import simulated_time
@@ -138,6 +138,11 @@ def test_report_tells_the_simulated_time(buffered: Summary, plain: Summary) -> N
     assert "simulated hours" in page
     (classes,) = [part for part in section.parts if isinstance(part, Table) and part.columns[1] == "devices"]
     assert {(row[0], row[1]) for row in classes.rows} == {("buffered", "slow"), ("buffered", "fast")}
+    twice = simulated_time({"one": with_devices, "other": with_devices})
+    assert twice is not None
+    (budgets,) = [p for p in twice.parts if isinstance(p, Table) and p.caption.startswith("Quality under a budget")]
+    last = float(with_devices.overall["held_out_loss"].iloc[-1])
+    assert [row[2] for row in budgets.rows] == [cell(last)] * 2
     assert buffered.simulated is not None
     whole = buffered.simulated["classes"]
     assert sum(of_class["counted"] for of_class in whole.values()) == 6 * 2
