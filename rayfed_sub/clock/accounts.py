@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,3 +119,12 @@ def cost_to(found: Sequence[Cost], scores: pd.Series[float], target: float, *, l
     rounds; lower: is better."""
     reached = scores[scores <= target] if lower else scores[scores >= target]
     return cost_at(found, int(reached.index.min())) if len(reached) else None
+
+
+def best_within(
+    found: Sequence[Cost], scores: pd.Series[float], most: float, of: Callable[[Cost], float], *, lower: bool
+) -> float | None:
+    """The best score at an evaluation up to which a cost, `of` it, comes to `most`; None where there is none.  scores,
+    lower: as in `cost_to`."""
+    within = [float(score) for rounds, score in scores.items() if of(cost_at(found, int(str(rounds)))) <= most]
+    return (min if lower else max)(within, default=None)

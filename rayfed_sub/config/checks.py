@@ -173,6 +173,9 @@ def _check_rounds(federation: Federation) -> None:
     if federation.rounds is not None and federation.epochs is not None:
         allowed = "one of rounds and epochs, not both"
         raise UserError("federation.rounds", federation.rounds, allowed, "remove one of them")
+    if federation.epochs is not None and federation.same_batches:
+        allowed = "null with federation.same_batches, by which clients do not go through all of their rows"
+        raise UserError("federation.epochs", federation.epochs, allowed, "set federation.rounds instead")
     if sampled is not None and sampled > clients:
         allowed = f"1 to federation.clients={clients}"
         raise UserError("federation.sampled", sampled, allowed, "lower it or raise federation.clients")
@@ -355,7 +358,10 @@ def _check_privacy(config: Config) -> None:
             "normalise_steps": (False, "the denominator is fixed"),
         }
     if config.privacy.of_examples:
-        assumed = {"batching": ("shuffled", "every row is drawn by itself, whatever its length")}
+        assumed = {
+            "batching": ("shuffled", "every row is drawn by itself, whatever its length"),
+            "same_batches": (False, "every step draws its rows anew"),
+        }
     if config.privacy.clip is not None:
         why = (
             "the steps of a client that is dropped draw the same noise again in its next round"

@@ -322,6 +322,11 @@ class Federation(Record):
         "but the order is tied to lengths.",
     )
     partition: Partition = Partition()
+    same_batches: bool = Field(
+        default=False,
+        description="Every round a client trains on the batches of its first one again, as FlowerTune's clients do, "
+        "instead of going on in its rows.",
+    )
     client_weighting: Literal["samples", "uniform"] = Field(
         default="samples", description="Weight of a client in the average: its training rows, or 1."
     )

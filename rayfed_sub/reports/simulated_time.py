@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayfed_sub.clock.accounts import Cost, account, cost_at, cost_to, costs
+from rayfed_sub.clock.accounts import Cost, account, best_within, cost_at, cost_to, costs
 from rayfed_sub.core.text import LOWER, SCORES, number, score
 from rayfed_sub.reports.curves import AGAINST_BYTES, Axis, Curve, legend, overall, overlay, problem, shown_scores
 from rayfed_sub.reports.page import Cell, Figure, Section, Table, cell
@@ -25,7 +25,8 @@ def simulated_time(runs: Runs) -> Section | None:
     spent = {name: costs(run.timeline) for name, run in timed.items()}
     metrics = [metric for metric in shown_scores(timed) if metric in AGAINST_BYTES]
     figures = [figure for metric in metrics for figure in _against(timed, places, spent, metric)]
-    tables = [_totals(timed), _classes(timed, metrics), *_to_targets(timed, spent, metrics)]
+    asked = (timed, spent, metrics)
+    tables = [_totals(timed), _classes(timed, metrics), *_under_budgets(*asked), *_to_targets(*asked)]
     return Section("Simulated time", [*(legend(runs) if figures else []), *figures, *tables])
 
 
@@ -89,6 +90,30 @@ def _classes(runs: Runs, metrics: Sequence[str]) -> Table:
         "By class of devices; staleness: mean over the updates that counted. Scores: means over the class's clients."
     )
     return Table(caption, [*heads, *(score(metric).partition(" (")[0] for metric in shown)], rows)
+
+
+_BUDGETS: tuple[tuple[str, float, Callable[[Cost], float]], ...] = (
+    ("simulated hours", _HOUR, lambda cost: cost.seconds),
+    ("MB", 1e6, lambda cost: float(cost.bytes)),
+)
+
+
+def _under_budgets(runs: Runs, spent: dict[str, list[Cost]], metrics: Sequence[str]) -> list[Table]:
+    """Scores within half and all of the hours and bytes of the thriftiest run, by the first of the scores."""
+    metric = next((metric for metric in metrics if metric in SCORES), None)
+    values = {} if metric is None else {name: found for name, run in runs.items() if len(found := overall(run, metric))}
+    if metric is None or len(values) < 2:
+        return []
+    heads, columns = list[str](), list[list[Cell]]()
+    for unit, size, of in _BUDGETS:
+        least = min(of(cost_at(spent[name], int(found.index[-1]))) for name, found in values.items())
+        for most in (0.5 * least, least):
+            heads.append(f"{number(most / size)} {unit}")
+            within = (best_within(spent[k], found, most, of, lower=metric in LOWER) for k, found in values.items())
+            columns.append([cell(best) for best in within])
+    rows = [[name, *cells] for name, *cells in zip(values, *columns, strict=True)]
+    caption = f"Quality under a budget: the best {score(metric).partition(' (')[0]} at an evaluation within half and "
+    return [Table(f"{caption}all of the hours and bytes that the thriftiest run takes.", ["run", *heads], rows)]
 
 
 def _to_targets(runs: Runs, spent: dict[str, list[Cost]], metrics: Sequence[str]) -> list[Table]:

@@ -145,7 +145,7 @@ class Worker:
             ClientWork(
                 client,
                 method.start_client(received, state, Client(client, self._spec.config.seed), shape),
-                batches := self._batches(client, state.cursor if state else 0, steps),
+                batches := self._batches(client, state, steps),
                 state.cursor if state else 0,
                 batches.expected,
             )
@@ -308,10 +308,10 @@ class Worker:
                 return "the norm of its change is not finite"
         return update, new
 
-    def _batches(self, client: int, cursor: int, steps: int) -> ClientBatches:
+    def _batches(self, client: int, state: ClientState | None, steps: int) -> ClientBatches:
         spec, dataset = self._spec, self._dataset
         rows, apart = dataset.rows_of(client), spec.architecture.kind == KIND
-        whose = (client, cursor, steps)
+        whose = (client, 0 if state is None else state.cursor, steps)
         return client_round.batches(spec.config, dataset, rows, *whose, pad=spec.processor.pad, apart=apart)
 
     def _state(self, client: int, stored: Any) -> ClientState | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,8 @@ def markdown(study: Study, rows: Rows) -> list[str]:
             if study.target is not None:
                 cells += _to_target(found, study.target)
             if energy:
-                cells.append(f"{statistics.fmean(run[-1][3] for run in found) / 1e3:.3g}")
+                joules = statistics.fmean(run[-1][3] for run in found)
+                cells.append("-" if math.isnan(joules) else f"{joules / 1e3:.3g}")
             idle = [float(row["idle_share"]) for row in rows if (row["mix"], row["variant"]) == (mix, variant)]
             cells += [f"{statistics.fmean(idle):.0%}", f"{len(found)} of {len(study.seeds)}"]
             lines.append("| " + " | ".join(cells) + " |")
@@ -102,10 +104,10 @@ def markdown(study: Study, rows: Rows) -> list[str]:
 
 
 def _runs(rows: Rows) -> dict[str, list[list[tuple[float, float, float, float]]]]:
-    """By variant its runs: seconds, loss, bytes and joules (0 where they are not known) at each evaluation."""
+    """By variant its runs: seconds, loss, bytes and joules (NaN where they are not known) at each evaluation."""
     found: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
     for row in sorted(rows, key=lambda row: int(row["rounds"])):
-        values = [float(row.get(name) or 0) for name in ("seconds", "held_out_loss", "bytes", "joules")]
+        values = [float(row.get(name) or "nan") for name in ("seconds", "held_out_loss", "bytes", "joules")]
         found.setdefault(row["variant"], {}).setdefault(row["seed"], []).append((*values,))  # type: ignore[arg-type]
     return {variant: list(runs.values()) for variant, runs in found.items()}
 

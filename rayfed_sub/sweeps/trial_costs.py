@@ -51,6 +51,19 @@ def front(points: Sequence[Sequence[float]]) -> list[int]:
     return [at for at, point in enumerate(points) if not dominated(tuple(point))]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The finished trials.  order: their numbers, best first; curves, points: of each its curve, and its values as
+    text; spent: resources that are known of all; name: of the score; sign: 1 where less of it is better, else -1."""
+
+    order: Sequence[int]
+    curves: Mapping[int, pd.DataFrame]
+    points: Mapping[int, str]
+    spent: Sequence[Resource]
+    name: str
+    sign: float
+
+
 def costs_section(table: SweepTable, frame: pd.DataFrame, curves: pd.DataFrame) -> Section | None:
     """The tables about what finished trials reach and cost; None where there is none.  curves: see
     `results.curves`."""
@@ -63,33 +76,19 @@ def costs_section(table: SweepTable, frame: pd.DataFrame, curves: pd.DataFrame) 
     spent = [one for one in _RESOURCES if known[one.column].notna().all()]
     points = {trial.number: table.point_text(trial) for trial in table.ranked}
     order = [trial.number for trial in table.ranked if trial.number in of_trial]
-    tables = [
-        _front(order, of_trial, points, spent, name, sign),
-        _under_budgets(order, of_trial, points, spent, name, sign),
-        _to_target(order, of_trial, points, spent, name, sign),
-        _robustness(table, frame, order, of_trial, points, name),
-    ]
+    finished = Finished(order, of_trial, points, spent, name, sign)
+    tables = [_front(finished), _under_budgets(finished), _to_target(finished), _robustness(table, frame, finished)]
     return Section("Quality and cost", [found for found in tables if found is not None])
 
 
-Curves = Mapping[int, pd.DataFrame]
-
-
-def _front(
-    order: Sequence[int],
-    curves: Curves,
-    points: Mapping[int, str],
-    spent: Sequence[Resource],
-    name: str,
-    sign: float,
-) -> Table:
-    judged = [one for one in spent if one.column != "joules"]
-    ends = {trial: curves[trial].iloc[-1] for trial in order}
-    at = front([[sign * float(ends[k]["score"]), *(float(ends[k][one.column]) for one in judged)] for k in order])
-    rows = [[*_named(k, points), *_state(ends[k], spent)] for k in (order[place] for place in at)]
+def _front(f: Finished) -> Table:
+    judged = [one for one in f.spent if one.column != "joules"]
+    ends = {trial: f.curves[trial].iloc[-1] for trial in f.order}
+    at = front([[f.sign * float(ends[k]["score"]), *(float(ends[k][one.column]) for one in judged)] for k in f.order])
+    rows = [[*_named(k, f.points), *_state(ends[k], f.spent)] for k in (f.order[place] for place in at)]
     words = " and ".join(one.name for one in judged)
-    caption = f"Pareto front of {name} and {words}: no other trial is as good in all of them and better in one."
-    return Table(caption, ["trial", "values", name, *(one.name for one in spent)], rows)
+    caption = f"Pareto front of {f.name} and {words}: no other trial is as good in all of them and better in one."
+    return Table(caption, ["trial", "values", f.name, *(one.name for one in f.spent)], rows)
 
 
 def _named(trial: int, points: Mapping[int, str]) -> list[Cell | str]:
@@ -101,41 +100,25 @@ def _state(row: pd.Series[Any], spent: Sequence[Resource]) -> list[Cell]:
     return [Cell(shown(value), value), *(cell(float(row[one.column]) / one.unit) for one in spent)]
 
 
-def _under_budgets(
-    order: Sequence[int],
-    curves: Curves,
-    points: Mapping[int, str],
-    spent: Sequence[Resource],
-    name: str,
-    sign: float,
-) -> Table | None:
+def _under_budgets(f: Finished) -> Table | None:
     """Scores of all trials after half and all of what the thriftiest of them spends."""
-    budgets = [
-        (one, part * min(float(curves[k][one.column].iloc[-1]) for k in order)) for one in spent for part in (0.5, 1.0)
-    ]
-    budgets = [(one, most) for one, most in budgets if most > 0]
+    least = {one: min(float(f.curves[k][one.column].iloc[-1]) for k in f.order) for one in f.spent}
+    budgets = [(one, part * most) for one, most in least.items() if most > 0 for part in (0.5, 1.0)]
     if not budgets:
         return None
     rows: list[list[Cell | str]] = []
-    for trial in order:
-        within = [curves[trial].loc[curves[trial][one.column] <= most, "score"] for one, most in budgets]
-        best = [sign * float((sign * found).min()) if len(found) else None for found in within]
-        rows.append([*_named(trial, points), *(Cell("-", None) if b is None else Cell(shown(b), b) for b in best)])
+    for trial in f.order:
+        within = [f.curves[trial].loc[f.curves[trial][one.column] <= most, "score"] for one, most in budgets]
+        best = [f.sign * float((f.sign * found).min()) if len(found) else None for found in within]
+        rows.append([*_named(trial, f.points), *(Cell("-", None) if b is None else Cell(shown(b), b) for b in best)])
     heads = [f"{cell(most / one.unit).text} {one.name}" for one, most in budgets]
-    caption = f"Quality under a budget: the best {name} at an evaluation within half and all of what the thriftiest "
+    caption = f"Quality under a budget: the best {f.name} at an evaluation within half and all of what the thriftiest "
     return Table(f"{caption}trial takes.", ["trial", "values", *heads], rows)
 
 
-def _to_target(
-    order: Sequence[int],
-    curves: Curves,
-    points: Mapping[int, str],
-    spent: Sequence[Resource],
-    name: str,
-    sign: float,
-) -> Table | None:
+def _to_target(f: Finished) -> Table | None:
     """Costs up to the score that is nine tenths of the way from the worst beginning to the worst best score."""
-    gaining = {k: sign * curves[k]["score"] for k in order if len(curves[k]) > 1}
+    gaining = {k: f.sign * f.curves[k]["score"] for k in f.order if len(f.curves[k]) > 1}
     if not gaining:
         return None
     begin = max(float(found.iloc[0]) for found in gaining.values())
@@ -143,25 +126,18 @@ def _to_target(
     target = begin + _TARGET * (end - begin)
     rows: list[list[Cell | str]] = []
     for trial, found in gaining.items():
-        reached = curves[trial][found <= target].iloc[:1]
-        state = [cell(None)] * (1 + len(spent))
+        reached = f.curves[trial][found <= target].iloc[:1]
+        state = [cell(None)] * (1 + len(f.spent))
         if len(reached):
             first = reached.iloc[0]
-            state = [cell(float(first["rounds"])), *(cell(float(first[one.column]) / one.unit) for one in spent)]
-        rows.append([*_named(trial, points), *state])
-    caption = f"Cost to a target: up to the first evaluation with a {name} of {shown(sign * target)} or better, nine "
-    caption += "tenths of the gain that every trial reaches."
-    return Table(caption, ["trial", "values", "round", *(one.name for one in spent)], rows)
+            state = [cell(float(first["rounds"])), *(cell(float(first[one.column]) / one.unit) for one in f.spent)]
+        rows.append([*_named(trial, f.points), *state])
+    caption = f"Cost to a target: up to the first evaluation with a {f.name} of {shown(f.sign * target)} or better, "
+    caption += "nine tenths of the gain that every trial reaches."
+    return Table(caption, ["trial", "values", "round", *(one.name for one in f.spent)], rows)
 
 
-def _robustness(
-    table: SweepTable,
-    frame: pd.DataFrame,
-    order: Sequence[int],
-    curves: Curves,
-    points: Mapping[int, str],
-    name: str,
-) -> Table | None:
+def _robustness(table: SweepTable, frame: pd.DataFrame, f: Finished) -> Table | None:
     """What was lost on the way; where the sweep varies how many clients stay, also what that does to the score."""
     clocked = all(column in frame for column in CLOCKED)
     leaving = [key for key in table.heads if key.endswith(_LEAVING)]
@@ -176,20 +152,20 @@ def _robustness(
         return tuple(s * float(values[trial][key]) for s, key in zip(signs, leaving, strict=True))
 
     rows: list[list[Cell | str]] = []
-    for trial in order:
+    for trial in f.order:
         row, cells = of_frame[trial], list[Cell]()
         if clocked:
             shares = [100 * float(row[column]) for column in ("counted_share", "wasted_share", "idle_share")]
             cells += [cell(shares[0]), cell(float(row["wasted_bytes"]) / 1e6), *map(cell, shares[1:])]
         if leaving:
             others = values[trial].keys() - leaving
-            alike = [k for k in order if all(values[k][key] == values[trial][key] for key in others)]
-            own, base = (float(curves[k]["score"].iloc[-1]) for k in (trial, min(alike, key=calm)))
+            alike = [k for k in f.order if all(values[k][key] == values[trial][key] for key in others)]
+            own, base = (float(f.curves[k]["score"].iloc[-1]) for k in (trial, min(alike, key=calm)))
             cells.append(Cell(f"{own - base:+.4f}", own - base) if math.isfinite(own - base) else cell(None))
-        rows.append([*_named(trial, points), *cells])
+        rows.append([*_named(trial, f.points), *cells])
     heads = ["rounds that counted (%)", "wasted (MB)", "wasted bytes (%)", "idle (%)"] if clocked else []
     caption = "Robustness: of the rounds that clients began those that counted, and what was of no use"
     if leaving:
-        heads.append(f"{name} against all that stay")
-        caption += f"; {name} less that of the trial with the same other values where most clients stay"
+        heads.append(f"{f.name} against all that stay")
+        caption += f"; {f.name} less that of the trial with the same other values where most clients stay"
     return Table(f"{caption}.", ["trial", "values", *heads], rows)

@@ -30,7 +30,7 @@ def batches(
         config.seed,
         client,
         federation.batch_size,
-        cursor,
+        0 if federation.same_batches else cursor,
         steps,
         task.mask_prompt,
         pad,

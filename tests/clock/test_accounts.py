@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rayfed_sub.clock.accounts import Cost, account, cost_at, cost_to, costs
+from rayfed_sub.clock.accounts import Cost, account, best_within, cost_at, cost_to, costs
 from rayfed_sub.core.schemas import TimelineRow
 
 
@@ -67,3 +67,6 @@ def test_cost_to_a_score_is_that_of_the_first_evaluation_that_reaches_it() -> No
     assert cost_to(spent, losses, 3.0, lower=True) == Cost(0, 0.0, 0, 0.0)
     assert cost_to(spent, pd.Series([0.1, 0.6], index=[1, 2]), 0.5, lower=False) == spent[1]
     assert cost_at(spent, 7) == spent[1]
+    assert best_within(spent, losses, 59, lambda cost: cost.bytes, lower=True) == 3.0
+    assert best_within(spent, losses, 115, lambda cost: cost.bytes, lower=True) == 2.0
+    assert best_within(spent, losses[1:], 5.0, lambda cost: cost.seconds, lower=True) is None

@@ -20,7 +20,7 @@ from rayfed_sub.core.types import Broadcast, Client, ClientState, ModelShape, St
 from rayfed_sub.methods.fedavg import FedAvg
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.plan import plan_of
-from rayfed_sub.reports.page import Table
+from rayfed_sub.reports.page import Table, cell
 from rayfed_sub.reports.retiming import retimed
 from rayfed_sub.reports.run_reader import read_run
 from rayfed_sub.reports.simulated_time import simulated_time
@@ -138,6 +138,11 @@ def test_report_tells_the_simulated_time(buffered: Summary, plain: Summary) -> N
     assert "simulated hours" in page
     (classes,) = [part for part in section.parts if isinstance(part, Table) and part.columns[1] == "devices"]
     assert {(row[0], row[1]) for row in classes.rows} == {("buffered", "slow"), ("buffered", "fast")}
+    twice = simulated_time({"one": with_devices, "other": with_devices})
+    assert twice is not None
+    (budgets,) = [p for p in twice.parts if isinstance(p, Table) and p.caption.startswith("Quality under a budget")]
+    last = float(with_devices.overall["held_out_loss"].iloc[-1])
+    assert [row[2] for row in budgets.rows] == [cell(last)] * 2
     assert buffered.simulated is not None
     whole = buffered.simulated["classes"]
     assert sum(of_class["counted"] for of_class in whole.values()) == 6 * 2
@@ -176,6 +181,19 @@ def test_asynchronous_run_goes_on_to_the_same_bits(buffered: Summary, tmp_path: 
     again = run(job(*ASYNC, "resources.pack_size=1", devices=TWO), tmp_path / "run", resume=True)
     same(again, buffered)
     assert again.resumed in ((3,), (4,))
+
+
+@pytest.mark.slow
+def test_ten_thousand_clients_with_a_daily_trace(tmp_path: Path) -> None:
+    lines = [f"{k},{'slow' if k % 3 else 'fast'},{k % 24},{(k + 2) % 24}" for k in range(10_000)]
+    trace = tmp_path / "trace.csv"
+    trace.write_text("\n".join(["client,device,from,to", *lines]) + "\n")
+    many = ["federation.clients=10000", "federation.sampled=40", "federation.asynchronous.buffer=20"]
+    dealt = "federation.partition={kind: resample, rows_per_client: 2}"
+    config = job(*ASYNC, *many, dealt, f"devices.trace={trace}", "resources.pack_size=20", devices=TWO)
+    summary = run(config, tmp_path / "run")
+    assert summary.simulated is not None
+    assert sum(of_class["counted"] for of_class in summary.simulated["classes"].values()) == 6 * 20
 
 
 @pytest.mark.slow

@@ -270,6 +270,22 @@ def test_client_that_drops_out_is_not_trained_and_nobody_waits_for_it(
     ]
 
 
+def test_ten_thousand_clients_work_within_their_hours(rounds: Callable[..., Rounds]) -> None:
+    """Each is there for two hours of the day, client k from the hour k modulo 24 on."""
+    lines = [f"{k},{'slow' if k % 3 else 'fast'},{k % 24},{(k + 2) % 24}" for k in range(10_000)]
+    many = rounds(
+        {"clients": 10_000, "sampled": 500, "mode": "async", "local_steps": 600, "asynchronous": {"buffer": 250}},
+        hours="\n".join(["client,device,from,to", *lines]) + "\n",
+    )
+    rows = [row for _ in range(12) for row in many.step().timeline]
+    assert rows[-1].round_ended > 3600
+    assert {"counted", "offline"} == {row.outcome for row in rows}
+    for row in rows:
+        opened = 3600 * (row.client % 24)
+        assert (row.began + 1e-6 - opened) % 86400 < (row.ended - 1e-6 - opened) % 86400 < 7200
+    assert len({row.client for row in rows}) > 1_000
+
+
 def test_run_without_an_end_of_its_round_stops(rounds: Callable[..., Rounds]) -> None:
     hours = "client,device,from,to\n0,slow,0,0.001\n1,slow,0,0.001\n2,slow,0,0.001\n"
     with pytest.raises(RunError, match="0 of 1 updates in 30 simulated days; devices are too slow for their hours"):

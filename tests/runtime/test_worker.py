@@ -81,6 +81,18 @@ def test_batches_follow_the_configuration(job: Job, executor: str) -> None:
     assert not same(first, second)
 
 
+def test_client_may_meet_its_first_batches_again(job: Job) -> None:
+    later = ClientState(1, 4, 4, {})
+    for same_batches in (False, True):
+        federation = job.config.federation.model_copy(update={"same_batches": same_batches})
+        worker = Trial(replace(job, config=job.config.model_copy(update={"federation": federation}))).worker
+        first, second = (worker._batches(0, state, 1)[0] for state in (None, later))
+        assert isinstance(first, dict)
+        assert isinstance(second, dict)
+        alike = first["input_ids"].shape == second["input_ids"].shape and same(first, second)
+        assert alike == same_batches
+
+
 @pytest.mark.parametrize("executor", ["pack", "reference"])
 def test_unreadable_rows_are_reported_in_the_client_s_update(job: Job, executor: str) -> None:
     torn = without_rows(job.dataset, 1)

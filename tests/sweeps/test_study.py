@@ -295,6 +295,9 @@ def test_table_of_hours_by_hand(tmp_path: Path) -> None:
     head, _, first, second = study_clocks.markdown(read, points)
     assert head == "| devices | variant | hours | loss in the hours of a | hours to 2.4 | MB to 2.4 | idle | runs |"
     assert first == "| phones | a | 2 ± 0 | 2.500 ± 0.141 | 2 (1 of 2) | 2 | 25% | 2 of 2 |"
+    known = [{**point, "joules": "1500"} if point["variant"] == "a" else point for point in points]
+    energies = [line.split(" | ")[6] for line in study_clocks.markdown(read, known)]
+    assert [energies[0], *energies[2:]] == ["kJ", "1.5", "-"]
     assert second == "| phones | b | 4 | 2.500 | 4 | 32 | 25% | 1 of 2 |"
 
 
