@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -435,7 +436,11 @@ def main() -> None:
 def command() -> None:
     """`main` in a process of its own, which ends here; a run may have two of them (`runtime/front.py`)."""
     front = front_of_this_process()
-    code = _code(partial(drive, __file__, sys.argv) if front is None else None)
+    try:
+        code = _code(partial(drive, __file__, sys.argv) if front is None else None)
+    except BaseException as error:  # as the interpreter would end, so that a front learns of it
+        traceback.print_exc()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
     atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed from the beginning
         with suppress(OSError, ValueError):  # `| head` has seen enough, or somebody has closed it
@@ -452,9 +457,8 @@ def _code(elsewhere: Callable[[], int | None] | None = None) -> int:
     )  # transformers reads GGUF files under a bar, which makes 30 lines in ours
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a machine that is taken away asks like Ctrl-C
     try:
-        code: int | None = app(
-            standalone_mode=False, obj=elsewhere
-        )  # a number where it ends early: 0 after --help, 130 with Ctrl-C
+        # A number where it ends early: 0 after --help, 130 with Ctrl-C.
+        code: int | None = app(standalone_mode=False, obj=elsewhere)
     except UserError as error:
         print(f"rayfed-sub: {error}", file=sys.stderr)
         return 2

@@ -205,6 +205,9 @@ def _check_mixes(study: Study, trial: StudyTrial, config: Config) -> None:
         allowed = f"nothing with {trial.variant}, whose training depends on devices of its own"
         raise UserError("study.mixes", list(study.mixes), allowed, "remove its devices, or the mixes")
     for name, devices in study.mixes.items():
+        if devices.trace is not None:  # whose clients are known once the rows are read
+            allowed = "null, for the devices of a mix are dealt by shares"
+            raise UserError(f"study.mixes.{name}.trace", devices.trace, allowed, "rayfed-sub retime reads traces")
         try:
             with_devices(config, devices)
         except UserError as error:

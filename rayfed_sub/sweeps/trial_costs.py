@@ -18,8 +18,7 @@ from rayfed_sub.sweeps.space import COSTS, METRICS
 
 _TARGET = 0.9
 """Of the gain that every trial reaches: the target of the table of costs."""
-_LEAVING = ("federation.availability", ".dropout")
-"""Ends of keys that say how many clients take part, or stay."""
+_AVAILABILITY = "federation.availability"
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,19 @@ def _to_target(f: Finished) -> Table | None:
     return Table(caption, ["trial", "values", "round", *(one.name for one in f.spent)], rows)
 
 
+def _says_who_stays(key: str) -> bool:
+    """Whether the key says how many clients take part, or stay.
+
+    >>> _says_who_stays("devices.classes.phone.dropout"), _says_who_stays("method.dropout")
+    (True, False)
+    """
+    return key == _AVAILABILITY or (key.startswith("devices.classes.") and key.endswith(".dropout"))
+
+
 def _robustness(table: SweepTable, frame: pd.DataFrame, f: Finished) -> Table | None:
     """What was lost on the way; where the sweep varies how many clients stay, also what that does to the score."""
     clocked = all(column in frame for column in CLOCKED)
-    leaving = [key for key in table.heads if key.endswith(_LEAVING)]
+    leaving = [key for key in table.heads if _says_who_stays(key)]
     if not clocked and not leaving:
         return None
     of_frame: dict[int, dict[Any, Any]] = {int(row["trial"]): dict(row) for row in frame.to_dict("records")}
@@ -148,7 +156,7 @@ def _robustness(table: SweepTable, frame: pd.DataFrame, f: Finished) -> Table | 
 
     def calm(trial: int) -> tuple[Any, ...]:
         """Low for the most clients: availability is a share that stays, drop-out one that leaves."""
-        signs = [-1.0 if key == "federation.availability" else 1.0 for key in leaving]
+        signs = [-1.0 if key == _AVAILABILITY else 1.0 for key in leaving]
         return tuple(s * float(values[trial][key]) for s, key in zip(signs, leaving, strict=True))
 
     rows: list[list[Cell | str]] = []

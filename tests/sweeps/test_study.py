@@ -322,6 +322,10 @@ def test_finished_runs_are_told_again_for_every_mix(tmp_path: Path) -> None:
     [
         ("mixes: {x: {}}", r"study.mixes.x: got \{\}; allowed: a file with devices.classes"),
         ("mixes: {x: {classes: {a: {}}}}", r"study.mixes.x.classes.a.seconds_per_step: got None; allowed: one of"),
+        (
+            "mixes: {x: {classes: {a: {seconds_per_step: 1}}, trace: phones.csv}}",
+            "study.mixes.x.trace: got 'phones.csv'; allowed: null",
+        ),
         ("mixes: {x: {classes: {a: {seconds_per_step: 1, dropout: 0.1}}}}", "study.mixes.x.classes.a: got 'hours or"),
         (
             "mixes: {x: {classes: {a: {seconds_per_step: 1}}}}\nset: ['devices.classes={a: {seconds_per_step: 1}}']",
