@@ -13,17 +13,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.hub import RANDOM, locate, reading
 from rayfed_sub.models.quantised import BLOCK, GGUF_BLOCK, OUTER, Quantised, fits
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Model
 
 log = logging.getLogger(__name__)
 
