@@ -19,7 +19,7 @@ from rayfed_sub.data.kept import cache_root
 from rayfed_sub.deployment import server
 from rayfed_sub.deployment.server import Federation
 from rayfed_sub.deployment.setup import Setup, run_config, set_up
-from rayfed_sub.models.weights import generation_config, write_folder
+from rayfed_sub.models.weights import dense, generation_config, write_folder
 
 _MONTH = 30 * 24 * 3600  # seconds
 
@@ -128,5 +128,6 @@ def write_model(federation: Federation, weights: Mapping[str, Tensor], folder: P
     if not setup.method.personal:
         trained = server.model_weights(federation, weights) | {name: tensors[name] for name in setup.shape.head_names}
         generation = generation_config(setup.config.model, setup.architecture, setup.processor)
-        write_folder(setup.architecture, weights, trained, folder / "model", setup.processor, torch.float32, generation)
+        whole = dense(setup.architecture, weights)
+        write_folder(setup.architecture, whole, trained, folder / "model", setup.processor, torch.float32, generation)
     return server.weights_sha256(federation, weights)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rayfed_sub import load_config, run
 from rayfed_sub.config.schema import Config
@@ -20,6 +21,7 @@ from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.deployment import app, deltas, node, server
 from rayfed_sub.deployment.server import Federation, Reply
 from rayfed_sub.deployment.setup import Setup, pretrained, rows_of, run_config, set_up
+from rayfed_sub.models.weights import target_weights
 from rayfed_sub.storage import checkpoints
 
 ROUNDS = 3
@@ -125,6 +127,19 @@ def test_goes_on_from_a_simulation_s_checkpoint(
     assert nodes.federation.round == ROUNDS - 1
     nodes.round(start)
     assert server.weights_sha256(nodes.federation, weights) == summary(folder)["weights_sha256"]
+
+
+def test_the_model_of_a_quantised_backbone_is_whole(tmp_path: Path) -> None:
+    """With the server's trained weights, and what was quantised in float32."""
+    found = set_up(load_config(CONFIG, ["model.quantize=int8", "method={name: fedit, rank: 2}"]))
+    weights = pretrained(found)
+    app.write_model(server.begin(found, weights), weights, tmp_path)
+    module, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    wanted = target_weights(found.shape, found.architecture.transposed, weights)
+    for layer in found.shape.targets:
+        assert torch.equal(module.get_submodule(layer.name).weight, wanted[f"{layer.name}/weight"])
 
 
 def test_a_node_without_files_says_so_and_receives_all(
