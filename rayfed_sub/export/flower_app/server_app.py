@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         strategy.start(
             grid=grid,
-            initial_arrays=ArrayRecord(),  # the strategy holds the server's tensors, and sends each client what it lacks
+            initial_arrays=ArrayRecord(),  # the strategy holds the tensors, and sends each client what it lacks
             num_rounds=rounds - federation.round,
             timeout=float(context.run_config["round-timeout"]),
         )
