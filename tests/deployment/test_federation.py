@@ -6,7 +6,7 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayfed_sub import export, load_config, run
+from rayfed_sub import deployment, export, load_config, run
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.types import ClientState, ServerState, Update
@@ -198,6 +198,43 @@ def test_a_client_goes_on_from_its_file_or_begins_anew(tmp_path: Path) -> None:
         assert len(str(error.value).splitlines()) == 1
 
 
+def without_flower(monkeypatch: pytest.MonkeyPatch, others: Mapping[str, Mapping[str, Any]]) -> None:
+    """Names that Flower's half imports, for Flower needs an environment of its own."""
+
+    class ServerApp:
+        def main(self) -> Any:
+            return lambda function: function
+
+    names = ("ArrayRecord", "ConfigRecord", "Context", "Message", "MessageType", "MetricRecord", "RecordDict")
+    for name, parts in {
+        **{"flwr": {}, "flwr.common": {}, "flwr.common.logger": {"log": print}, "flwr.app": dict.fromkeys(names, dict)},
+        **{"flwr.serverapp": {"Grid": object, "ServerApp": ServerApp}, "flwr.serverapp.strategy": {"Strategy": object}},
+        **others,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
+
+
+def test_answers_belong_to_the_client_and_round_of_their_message(
+    setup: Setup, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SuperLink, node 1, answers for a node that is gone; an answer of an earlier round is dropped."""
+    names = ("download_record", "payload_bytes", "reply_of", "tensor_bytes")
+    without_flower(monkeypatch, {"rayfed_sub.deployment.records": dict.fromkeys(names)})
+    made = runpy.run_path(str(Path(deployment.__file__).parent / "strategy.py"))["MethodStrategy"]
+    strategy = made(server.begin(setup, weights), wait=0.0, answer=0.0)
+    strategy._nodes, strategy._sent = {0: 40, 2: 42}, {0: {}, 2: {}}
+    error = SimpleNamespace(reason="the node is gone", code=5)
+    messages = [
+        SimpleNamespace(
+            metadata=SimpleNamespace(group_id=group, src_node_id=1), has_error=lambda: True, error=error, content=None
+        )
+        for group in ("0/2", "7/0")
+    ]
+    (found,) = strategy._replies(messages).items()
+    assert found[0] == found[1].update.client == 2
+    assert found[1].update.failure == "the node is gone (Flower's error 5)"
+
+
 def test_finished_rounds_outlive_a_round_that_fails(
     setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,17 +253,7 @@ def test_finished_rounds_outlive_a_round_that_fails(
             self.federation = after
             raise RunError("client", "lost", round=1, resume=None)
 
-    class ServerApp:
-        def main(self) -> Any:
-            return lambda function: function
-
-    for name, parts in {
-        **{"flwr": {}, "flwr.common": {}, "flwr.common.logger": {"log": print}},
-        **{"flwr.app": {"ArrayRecord": dict, "Context": object}},
-        **{"flwr.serverapp": {"Grid": object, "ServerApp": ServerApp}},
-        **{"rayfed_sub.deployment.strategy": {"MethodStrategy": Failing}},
-    }.items():
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
+    without_flower(monkeypatch, {"rayfed_sub.deployment.strategy": {"MethodStrategy": Failing}})
     monkeypatch.setattr(app, "setup_of", lambda values: setup)
     main = runpy.run_path(str(Path(export.__file__).parent / "flower_app" / "server_app.py"))["main"]
     values = {**app.APP_KEYS, "output-dir": str(tmp_path)}
