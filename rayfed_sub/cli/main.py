@@ -369,7 +369,7 @@ def export(
     if format == "flower" and client is not None:
         raise UserError("--client", client, "nothing with --format flower, whose nodes are the clients", "leave it out")
     if format != "flower" and hook is not None:
-        allowed = "nothing but with --format flower: a trained model is read without it"
+        allowed = "nothing without --format flower, for a trained model is read without its hook"
         raise UserError("--hook", hook, allowed, "leave it out")
     with local_copy(run_dir, "RUN") as folder:
         if format == "flower":
