@@ -338,6 +338,10 @@ def export(
         str | None,
         typer.Option("--method", help="the run's method where it is your own: package.module:Class"),
     ] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option("--hook", help="for a Flower app: the run's hook where it is your own: package.module:Class"),
+    ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -365,9 +369,15 @@ def export(
         raise unknown_word("--format", format, [*formats, "flower"])
     if format == "flower" and client is not None:
         raise UserError("--client", client, "nothing with --format flower, whose nodes are the clients", "leave it out")
+    if format != "flower" and hook is not None:
+        allowed = "nothing without --format flower, for a trained model is read without its hook"
+        raise UserError("--hook", hook, allowed, "leave it out")
     with local_copy(run_dir, "RUN") as folder:
         if format == "flower":
-            written = export_flower(folder, to, method, checkpoint)
+            if not folder.is_dir():
+                named = [f"{key}.name={name}" for key, name in (("method", method), ("hook", hook)) if name is not None]
+                check_classes(run_dir, load_config(folder), named, "--{group} {name}")
+            written = export_flower(folder, to, method, checkpoint, hook)
         else:
             written = formats[format or usual_format(folder)](folder, to, client, method, checkpoint or LAST)
     if written.warning is not None:

@@ -18,17 +18,20 @@ _BEGUN = b'{"event": "started"'
 """Start of the log of a run without a finished round."""
 
 
-def check_named(file: str, group: str, name: object, overrides: list[str]) -> None:
+_OVERRIDE = "{group}.name={name}"
+
+
+def check_named(file: str, group: str, name: object, overrides: list[str], word: str = _OVERRIDE) -> None:
     """UserError where a file from somebody else names a class that the command line does not name.  group: what names
-    it, `method` or `hook`."""
+    it, `method` or `hook`; word: what to add to the command."""
     if _from_others(file):
         from rayfed_sub import methods
 
-        given, add = _values(overrides, group, f"{group}.name"), f"{group}.name={name}"
+        given, add = _values(overrides, group, f"{group}.name"), word.format(group=group, name=name)
         methods.check_named(group, name, given, file, f"{add}, or give a file of your own in place of {file}")
 
 
-def check_classes(file: str, config: Config, overrides: list[str]) -> None:
+def check_classes(file: str, config: Config, overrides: list[str], word: str = _OVERRIDE) -> None:
     """`check_named` for a configuration's method and hook.
 
     Raises UserError first for an object of a Python call: to name the call's classes and callbacks would not help.
@@ -36,8 +39,8 @@ def check_classes(file: str, config: Config, overrides: list[str]) -> None:
     for field, name in (("task.name", config.task.name), ("model.path", config.model.path)):
         if name == GIVEN:
             raise not_given(field)
-    check_named(file, "method", config.method.get("name"), overrides)
-    check_named(file, "hook", config.hook.get("name"), overrides)
+    check_named(file, "method", config.method.get("name"), overrides, word)
+    check_named(file, "hook", config.hook.get("name"), overrides, word)
 
 
 def check_programs(file: str, programs: Mapping[str, Sequence[str]], overrides: list[str]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from rayfed_sub.data.kept import cache_root
 from rayfed_sub.deployment import server
 from rayfed_sub.deployment.server import Federation
 from rayfed_sub.deployment.setup import Setup, run_config, set_up
-from rayfed_sub.models.weights import generation_config, write_folder
+from rayfed_sub.models.weights import dense, generation_config, write_folder
 
 _MONTH = 30 * 24 * 3600  # seconds
 
@@ -65,14 +65,24 @@ def node_folder(node_config: Mapping[str, Scalar], run_id: int) -> Path:
 
 def checkpoint_state(node_config: Mapping[str, Scalar], client: int) -> ClientState | None:
     """The state with which the client goes on from a simulation, from the node's `checkpoint`, the file of one client
-    or the folder of all; None where it begins anew."""
+    or the folder of all; None where it begins anew: without that key, and where the folder has no file of this client.
+
+    Raises UserError where there is no such file or folder."""
     given = node_config.get("checkpoint")
-    place = Path("" if given is None else str(given)).expanduser()
-    file = client_file(place, client) if place.is_dir() else place
-    if given is None or not file.exists():
+    if given is None:
         return None
-    about = _about(file)
-    return ClientState(int(about["round"]), int(about["cursor"]), int(about["step"]), load_file(file))
+    place = Path(str(given)).expanduser()
+    file = client_file(place, client)
+    if file.parent.is_dir():
+        if not file.exists():
+            return None  # it had not trained
+    elif place.is_file():
+        file = place
+    else:
+        allowed = "a client's file that `rayfed-sub export --checkpoint` has written, or its folder `checkpoint`"
+        raise UserError("checkpoint", str(given), allowed, "correct it in this node's --node-config")
+    about, tensors = _stored(file, ("round", "cursor", "step"), "a client's file")
+    return ClientState(about["round"], about["cursor"], about["step"], tensors)
 
 
 def write_checkpoint(
@@ -80,10 +90,20 @@ def write_checkpoint(
 ) -> None:
     """Writes the server after so many rounds, and a file for each client that has trained."""
     (folder / "clients").mkdir(parents=True)
-    save_file(dict(tensors), _server_file(folder), {"round": str(round)})
+    _write_server(folder, round, tensors)
     for client, state in states.items():
         about = {"round": str(state.round), "cursor": str(state.cursor), "step": str(state.step)}
         save_file(dict(state.tensors), client_file(folder, client), about)
+
+
+def write_server(federation: Federation, folder: Path) -> None:
+    """Writes the server, and its optimizer's tensors, as `read_checkpoint` reads them."""
+    tensors = {**federation.server.tensors, **{f"{MEMORY}{name}": x for name, x in federation.memory.items()}}
+    _write_server(folder, federation.round, tensors)
+
+
+def _write_server(folder: Path, round: int, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: x.contiguous() for name, x in tensors.items()}, _server_file(folder), {"round": str(round)})
 
 
 def read_checkpoint(folder: str) -> tuple[ServerState, dict[str, Tensor]] | None:
@@ -93,11 +113,13 @@ def read_checkpoint(folder: str) -> tuple[ServerState, dict[str, Tensor]] | None
         return None
     file = _server_file(Path(folder).expanduser())
     if not file.exists():
-        raise UserError("checkpoint", folder, "a folder that `rayfed-sub export --checkpoint` has written", "check it")
-    tensors, memory = load_file(file), dict[str, Tensor]()
-    for name in [name for name in tensors if name.startswith(MEMORY)]:
-        memory[name.removeprefix(MEMORY)] = tensors.pop(name)
-    return ServerState(int(_about(file)["round"]), tensors), memory
+        allowed = (
+            "a folder with a server.safetensors, of `rayfed-sub export --checkpoint` or of an earlier run's results"
+        )
+        raise UserError("checkpoint", folder, allowed, "check it")
+    about, tensors = _stored(file, ("round",), "a server's file")
+    memory = {name.removeprefix(MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(MEMORY)}
+    return ServerState(about["round"], tensors), memory
 
 
 MEMORY = "server/"
@@ -113,20 +135,26 @@ def client_file(folder: Path, client: int) -> Path:
     return folder / "clients" / f"{client}.safetensors"
 
 
-def _about(file: Path) -> dict[str, str]:
-    with safe_open(file, "pt") as opened:
-        return dict(opened.metadata())
+def _stored(file: Path, keys: Sequence[str], what: str) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """The numbers that a file has under these keys, and its tensors.  Raises UserError for another file."""
+    try:
+        with safe_open(file, "pt") as opened:
+            about = {key: int(value) for key, value in (opened.metadata() or {}).items() if key in keys}
+        if len(about) == len(keys):
+            return about, load_file(file)
+        cause = "it is another file"
+    except SafetensorError as error:
+        cause = str(error)
+    raise UserError("checkpoint", str(file), f"{what} of `rayfed-sub export --checkpoint`", cause)
 
 
 def write_model(federation: Federation, weights: Mapping[str, Tensor], folder: Path) -> str:
-    """Writes the server's tensors to server.safetensors and, where all clients have one model, that as a folder that
-    transformers loads, float32; returns `weights_sha256`.  weights: see `pretrained`."""
+    """Writes the model, where all clients have one, as a folder `model` that transformers loads, float32; returns
+    `weights_sha256`.  weights: see `pretrained`."""
     setup, tensors = federation.setup, federation.server.tensors
-    save_file(
-        {name: x.contiguous() for name, x in tensors.items()}, _server_file(folder), {"round": str(federation.round)}
-    )
     if not setup.method.personal:
         trained = server.model_weights(federation, weights) | {name: tensors[name] for name in setup.shape.head_names}
         generation = generation_config(setup.config.model, setup.architecture, setup.processor)
-        write_folder(setup.architecture, weights, trained, folder / "model", setup.processor, torch.float32, generation)
+        whole = dense(setup.architecture, weights)
+        write_folder(setup.architecture, whole, trained, folder / "model", setup.processor, torch.float32, generation)
     return server.weights_sha256(federation, weights)

@@ -106,7 +106,8 @@ def stored_state(folder: Path, round: int) -> ClientState | None:
 
 
 def _keep(folder: Path, n: int, version: Version, before: int) -> None:
-    """Writes version n, and deletes all others but the one that it was built on."""
+    """Writes version n, and deletes the earlier ones but that on which it was built; no later one, which is there where
+    this process ends after the server has gone on without it."""
     state = version.state
     assert state is not None
     about = {"round": state.round, "cursor": state.cursor, "step": state.step}
@@ -114,8 +115,8 @@ def _keep(folder: Path, n: int, version: Version, before: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     atomic_files.write(_file(folder, n), save(tensors, {"state": json.dumps(about)}))
     for file in folder.glob("version-*.safetensors"):
-        if file not in (_file(folder, n), _file(folder, before)):
-            file.unlink()
+        if file < _file(folder, n) and file != _file(folder, before):
+            file.unlink(missing_ok=True)  # two processes may delete it
 
 
 def _read(folder: Path, n: int) -> Version | None:
@@ -131,7 +132,7 @@ def _read(folder: Path, n: int) -> Version | None:
 
 
 def _file(folder: Path, n: int) -> Path:
-    return folder / f"version-{n:06d}.safetensors"
+    return folder / f"version-{n:06d}.safetensors"  # sorted by name they are sorted by number
 
 
 def _named(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

@@ -280,13 +280,20 @@ def _finished(run_dir: Path, to: Path, method: str | None, checkpoint: str) -> C
     if checkpoint == BEST and checkpoints.best(run_dir) is None:
         allowed = f"{LAST}, for this run has kept no best checkpoint (early_stopping.metric)"
         raise UserError("--checkpoint", checkpoint, allowed, "leave it out")
-    name = config.method.get("name")
-    if method is not None and method != name:
-        raise UserError("--method", method, f"{name}, the run's own", "leave it out or name that")
+    name = named_by(config, "method", method)
     check_named("method", name, [method or ""], str(run_dir), f"--method {name}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
     return config
+
+
+def named_by(config: Config, group: str, given: str | None) -> object:
+    """The name of the configuration's method, or hook.  Raises UserError where the caller gives another one."""
+    name: object = getattr(config, group).get("name")
+    if given is not None and given != name:
+        allowed = f"nothing, for the run has no {group}" if name is None else f"{name}, the run's own"
+        raise UserError(f"--{group}", given, allowed, "leave it out" if name is None else "leave it out or name that")
+    return name
 
 
 def _read(run_dir: Path, to: Path, client: int | None, method: str | None, checkpoint: str, form: str) -> _Trained:

@@ -27,14 +27,15 @@ from pydantic import BaseModel
 
 import rayfed_sub
 from rayfed_sub.config.loading import Loader, load_config, stored_config
-from rayfed_sub.config.schema import Config
-from rayfed_sub.core.errors import UserError
+from rayfed_sub.config.schema import Config, Model
+from rayfed_sub.core.errors import UserError, unknown_word
 from rayfed_sub.deployment.app import APP_KEYS, write_checkpoint
 from rayfed_sub.deployment.setup import check_deployable, run_config
-from rayfed_sub.export.exported import BEST, Export
-from rayfed_sub.methods import GROUPS, check_named, strangers
+from rayfed_sub.export.exported import BEST, CHECKPOINTS, Export, named_by
+from rayfed_sub.methods import check_named, strangers
 from rayfed_sub.models.hub import RANDOM
 from rayfed_sub.models.presets import MODELS
+from rayfed_sub.models.quantisation import bitsandbytes_config
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.run_folder import class_names, make, problem_of
@@ -55,17 +56,22 @@ _LISTED = ("federation", "optimizer", "server", "method", "hook")  # groups whos
 _SHOWN = ("model.path", "model.targets", "task.name", "task.max_length")  # in the app, whatever they are
 _LEFT_OUT = ("evaluation", "diagnostics", "checkpoint", "early_stopping", "callbacks", "trackers", "privacy", "devices")
 _KEPT = {"evaluation": ("split",), "resources": ("cpus_per_worker", "micro_batch", "activation_checkpointing")}
+_DROPPED = ("build", "eggs", ".eggs", "lib", "lib64", "parts", ".venv", "env", "venv", "ENV", "env.bak", "venv.bak")
 _LENGTH = 32  # characters of an app's name that Flower takes
 
 
-def export_flower(source: Path, to: Path, method: str | None = None, checkpoint: str | None = None) -> Export:
-    """Writes the Flower app of a configuration, a file, or of the run in a folder, finished or not.
+def export_flower(
+    source: Path, to: Path, method: str | None = None, checkpoint: str | None = None, hook: str | None = None
+) -> Export:
+    """Writes the Flower app of a configuration, a file of the caller's, or of the run in a folder, finished or not.
 
-    method: the method's class where only a run's folder names it, as package.module:Class.  checkpoint: last or best:
-    the app goes on from that one; None: it begins anew.
+    method, hook: their classes where only a run's folder names them, as package.module:Class.  checkpoint: last or
+    best: the app goes on from that one; None: it begins anew.
     Raises UserError where `to` is not empty, and for what no app can carry: one line that names the setting.
     """
-    config, classes, problem = _read(source, method)
+    if checkpoint is not None and checkpoint not in CHECKPOINTS:
+        raise unknown_word("--checkpoint", checkpoint, CHECKPOINTS)
+    config, classes, problem = _read(source, {"method": method, "hook": hook})
     config = _absolute(config)
     check_deployable(config)
     own = strangers(config)
@@ -73,6 +79,7 @@ def export_flower(source: Path, to: Path, method: str | None = None, checkpoint:
     found = None if checkpoint is None else _checkpoint(source, checkpoint)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError("--to", str(to), "a new or empty folder", "choose another folder")
+    needed = [*_requirements(config), *_distributions(own.values())]
     make(to, "--to")
     values = {**_values(config), **APP_KEYS, "classes": json.dumps(classes), "problem": problem}
     if found is not None:
@@ -89,29 +96,35 @@ def export_flower(source: Path, to: Path, method: str | None = None, checkpoint:
         tensors = {name: x for name, x in found.server.items() if not name.startswith("flight/")}
         states = {client: checkpoints.stored_state(source, found, client) for client, _ in found.state_files}
         write_checkpoint(to / "checkpoint", found.round, tensors, states)
-    needed = [*_requirements(config), *_distributions(own.values())]
     (to / "pyproject.toml").write_text(_pyproject(config, values, needed), encoding="utf-8")
     (to / "README.md").write_text(_readme(config, found), encoding="utf-8")
     shutil.copyfile(_license(), to / "LICENSE")
     return Export(f"flwr run {to} NAME --stream  # README.md in the app says how to begin")
 
 
-def _read(source: Path, method: str | None) -> tuple[Config, tuple[str, ...], str]:
-    """The resolved configuration, and the names and kind of its classes."""
+def _read(source: Path, given: Mapping[str, str | None]) -> tuple[Config, tuple[str, ...], str]:
+    """The resolved configuration, and the names and kind of its classes.  given: the caller's class by group."""
     if source.is_dir():
         if not (source / "config.yaml").is_file():
             raise UserError(
                 "RUN", str(source), "a run's folder (it has a config.yaml), or a YAML file", "check the path"
             )
         config = stored_config(source)
-        for group in GROUPS:
-            name = getattr(config, group).get("name")
-            if name is not None:
-                check_named(group, name, [method or ""], str(source), f"--method {name}")
+        for group, word in given.items():
+            name = named_by(config, group, word)
+            check_named(group, name, [word or ""], str(source), f"--{group} {name}")
         return config, class_names(source), problem_of(source)
-    job = prepare(_deployable(load_config(source)))
+    config = _unjudged(load_config(source))
+    for group, word in given.items():
+        named_by(config, group, word)
+    job = prepare(_deployable(config))
     labels = job.dataset.kind not in ("causal-lm", "own")
     return job.config, job.dataset.class_names, job.dataset.kind if labels else "classification"
+
+
+def _unjudged(config: Config) -> Config:
+    """The configuration without metrics, which an app does not compute: their programs are not loaded."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"metrics": ()})})
 
 
 def _absolute(config: Config) -> Config:
@@ -231,11 +244,15 @@ def _license() -> Path:
 def _own_files(field: str, name: str) -> list[tuple[Path, Path]]:
     """The files of the caller's module that a class name names, and of those that it imports from beside it: (where
     they are, where in the app).  None for an installed distribution's.  Raises UserError where there are none."""
-    module = name.partition(":")[0]
-    spec = None if module == "__main__" else importlib.util.find_spec(module)
+    module, own = name.partition(":")[0], "a class of a module in a file, which the app takes along"
+    if module == "__main__":
+        raise UserError(field, name, own, "put the class in a module of its own")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, AttributeError, ValueError) as error:  # a package of it is none, or raises
+        raise UserError(field, name, own, str(error)) from None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        allowed = "a class of a module in a file, which the app takes along"
-        raise UserError(field, name, allowed, "put the class in a module of its own")
+        raise UserError(field, name, own, f"{module} is no file here")
     file = Path(spec.origin)
     root = file.parents[module.count(".") + (file.name == "__init__.py")]
     if _installed(file):
@@ -243,20 +260,36 @@ def _own_files(field: str, name: str) -> list[tuple[Path, Path]]:
     top = module.partition(".")[0]
     if top in ("rayfed_sub", _APP):
         raise UserError(field, name, f"a module of another name than {top}, which is the app's own", "rename it")
+    if _dropped(file.relative_to(root)):
+        raise _left_out(field, name, file.relative_to(root))
     waiting, files = [top], dict[Path, Path]()
     while waiting:
-        name = waiting.pop()
-        package, single = root / name, root / f"{name}.py"
+        top = waiting.pop()
+        package, single = root / top, root / f"{top}.py"
         found = sorted(package.rglob("*.py")) if package.is_dir() else [single] if single.is_file() else []
+        if found and all(_dropped(one.relative_to(root)) for one in found):
+            raise _left_out(field, name, found[0].relative_to(root))
         for one in found:
             place = one.relative_to(root)
-            if one in files:
+            if one in files or _dropped(place):
                 continue
-            if one.name.startswith("test_") or one.name.endswith("_test.py"):
-                continue  # Flower leaves such files out
             files[one] = place
             waiting += [top for top in _imports(one) if (root / top).is_dir() or (root / f"{top}.py").is_file()]
     return list(files.items())
+
+
+def _dropped(place: Path) -> bool:
+    """Whether Flower leaves a Python file at this place of an app out of what it sends.
+
+    >>> _dropped(Path("mine.py")), _dropped(Path("test_mine.py")), _dropped(Path("lib/mine.py"))
+    (False, True, True)
+    """
+    return place.parts[0] in _DROPPED or place.name.startswith("test_") or place.name.endswith("_test.py")
+
+
+def _left_out(field: str, name: str, place: Path) -> UserError:
+    allowed = f"a class whose module, and what that imports, Flower sends to nodes; it leaves out {place}"
+    return UserError(field, name, allowed, "rename it")
 
 
 def _imports(file: Path) -> set[str]:
@@ -290,13 +323,23 @@ def _requirements(config: Config) -> list[str]:
     names += _TABLES if task.name != "python-docs" or config.federation.partition.kind not in ("column",) else ()
     names += ("pillow",) if task.image is not None or task.name == "brain-tumor" else ()
     names += ("gguf",) if path.endswith(".gguf") else ()
+    names += ("bitsandbytes",) if _takes_bitsandbytes(config.model) else ()
     names += (path.removeprefix("package:").partition("/")[0],) if path.startswith("package:") else ()
     return [f"flwr>={FLWR}.0,<{FLWR.partition('.')[0]}.{int(FLWR.partition('.')[2]) + 1}", *map(_pinned, names)]
 
 
+def _takes_bitsandbytes(model: Model) -> bool:
+    """Whether bitsandbytes packs the model's weights, or reads them."""
+    return model.quantize in ("int8", "nf4") or (model.path != RANDOM and bitsandbytes_config(model) is not None)
+
+
 def _pinned(name: str) -> str:
     """The installed version; a local part, such as torch's +cpu, is left to the node."""
-    return f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
+    try:
+        return f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
+    except PackageNotFoundError:
+        allowed = f"flower where {name} is installed, for the app names the version that it was written with"
+        raise UserError("--format", "flower", allowed, f"pip install {name}") from None
 
 
 def _pyproject(config: Config, values: Mapping[str, bool | int | float | str], needed: Sequence[str]) -> str:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from rayfed_sub import load_config, run
+from rayfed_sub import deployment, export, load_config, run
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.core.types import Update
+from rayfed_sub.core.types import ClientState, ServerState, Update
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.deployment import app, deltas, node, server
 from rayfed_sub.deployment.server import Federation, Reply
 from rayfed_sub.deployment.setup import Setup, pretrained, rows_of, run_config, set_up
+from rayfed_sub.models.weights import target_weights
 from rayfed_sub.storage import checkpoints
 
 ROUNDS = 3
@@ -127,6 +133,19 @@ def test_goes_on_from_a_simulation_s_checkpoint(
     assert server.weights_sha256(nodes.federation, weights) == summary(folder)["weights_sha256"]
 
 
+def test_the_model_of_a_quantised_backbone_is_whole(tmp_path: Path) -> None:
+    """With the server's trained weights, and what was quantised in float32."""
+    found = set_up(load_config(CONFIG, ["model.quantize=int8", "method={name: fedit, rank: 2}"]))
+    weights = pretrained(found)
+    app.write_model(server.begin(found, weights), weights, tmp_path)
+    module, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    wanted = target_weights(found.shape, found.architecture.transposed, weights)
+    for layer in found.shape.targets:
+        assert torch.equal(module.get_submodule(layer.name).weight, wanted[f"{layer.name}/weight"])
+
+
 def test_a_node_without_files_says_so_and_receives_all(
     setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -150,6 +169,103 @@ def test_an_answer_that_never_came_leaves_no_trace(
     first, second = nodes.train(client), nodes.train(client)
     assert first.update.tensors.keys() == second.update.tensors.keys()
     assert all(torch.equal(x, second.update.tensors[name]) for name, x in first.update.tensors.items())
+
+
+def test_an_answer_that_nobody_waits_for_leaves_later_versions(tmp_path: Path) -> None:
+    """The process of a round that the server has given up ends after that of a later round."""
+    for n, before in ((0, -1), (2, 0), (1, 0)):
+        version = node.Version(ServerState(n, {"a": torch.zeros(1)}), ClientState(n + 1, n, n, {"b": torch.zeros(1)}))
+        node._keep(tmp_path, n, version, before)
+    assert node.stored_state(tmp_path, 2) is not None
+    assert node.stored_state(tmp_path, 0) is not None  # the server may not have had that of round 2
+
+
+def test_a_client_goes_on_from_its_file_or_begins_anew(tmp_path: Path) -> None:
+    state = ClientState(3, 7, 9, {"b": torch.ones(1)})
+    app.write_checkpoint(tmp_path / "checkpoint", 3, {"a": torch.zeros(1)}, {1: state})
+    folder = tmp_path / "checkpoint"
+    for place in (folder, folder / "clients" / "1.safetensors"):
+        found = app.checkpoint_state({"checkpoint": str(place)}, 1)
+        assert found is not None
+        assert (found.round, found.cursor, found.step, found.tensors["b"].item()) == (3, 7, 9, 1.0)
+    assert app.checkpoint_state({"checkpoint": str(folder)}, 0) is None
+    assert app.checkpoint_state({}, 1) is None
+    (tmp_path / "text.safetensors").write_text("none")
+    for wrong in ("nowhere", "checkpoint/clients", "checkpoint/server.safetensors", "text.safetensors", "."):
+        with pytest.raises(UserError) as error:
+            app.checkpoint_state({"checkpoint": str(tmp_path / wrong)}, 1)
+        assert error.value.field == "checkpoint"
+        assert len(str(error.value).splitlines()) == 1
+
+
+def without_flower(monkeypatch: pytest.MonkeyPatch, others: Mapping[str, Mapping[str, Any]]) -> None:
+    """Names that Flower's half imports, for Flower needs an environment of its own."""
+
+    class ServerApp:
+        def main(self) -> Any:
+            return lambda function: function
+
+    names = ("ArrayRecord", "ConfigRecord", "Context", "Message", "MessageType", "MetricRecord", "RecordDict")
+    for name, parts in {
+        **{"flwr": {}, "flwr.common": {}, "flwr.common.logger": {"log": print}, "flwr.app": dict.fromkeys(names, dict)},
+        **{"flwr.serverapp": {"Grid": object, "ServerApp": ServerApp}, "flwr.serverapp.strategy": {"Strategy": object}},
+        **others,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
+
+
+def test_answers_belong_to_the_client_and_round_of_their_message(
+    setup: Setup, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SuperLink, node 1, answers for a node that is gone; an answer of an earlier round is dropped."""
+    names = ("download_record", "payload_bytes", "reply_of", "tensor_bytes")
+    without_flower(monkeypatch, {"rayfed_sub.deployment.records": dict.fromkeys(names)})
+    made = runpy.run_path(str(Path(deployment.__file__).parent / "strategy.py"))["MethodStrategy"]
+    strategy = made(server.begin(setup, weights), wait=0.0, answer=0.0)
+    strategy._nodes, strategy._sent = {0: 40, 2: 42}, {0: {}, 2: {}}
+    error = SimpleNamespace(reason="the node is gone", code=5)
+    messages = [
+        SimpleNamespace(
+            metadata=SimpleNamespace(group_id=group, src_node_id=1), has_error=lambda: True, error=error, content=None
+        )
+        for group in ("0/2", "7/0")
+    ]
+    (found,) = strategy._replies(messages).items()
+    assert found[0] == found[1].update.client == 2
+    assert found[1].update.failure == "the node is gone (Flower's error 5)"
+
+
+def test_finished_rounds_outlive_a_round_that_fails(
+    setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ServerApp of a run that ends in its second round writes what another one goes on from."""
+    server_rule = setup.config.server.model_copy(update={"optimizer": "momentum"})
+    setup = replace(setup, config=setup.config.model_copy(update={"server": server_rule}))
+    whole = Nodes(server.begin(setup, weights), weights, dataset, tmp_path / "whole")
+    whole.round()
+    after = whole.federation
+
+    class Failing:
+        def __init__(self, federation: Federation, **_: object) -> None:
+            self.federation = federation
+
+        def start(self, **_: object) -> None:
+            self.federation = after
+            raise RunError("client", "lost", round=1, resume=None)
+
+    without_flower(monkeypatch, {"rayfed_sub.deployment.strategy": {"MethodStrategy": Failing}})
+    monkeypatch.setattr(app, "setup_of", lambda values: setup)
+    main = runpy.run_path(str(Path(export.__file__).parent / "flower_app" / "server_app.py"))["main"]
+    values = {**app.APP_KEYS, "output-dir": str(tmp_path)}
+    with pytest.raises(RunError, match="lost"):
+        main(None, SimpleNamespace(run_config=values, run_id=5))
+    found = app.read_checkpoint(str(tmp_path / "5"))
+    assert found is not None
+    assert found[0].round == 1
+    assert after.memory
+    for wanted, tensors in ((after.server.tensors, found[0].tensors), (after.memory, found[1])):
+        assert wanted.keys() == tensors.keys()
+        assert all(torch.equal(x, tensors[name]) for name, x in wanted.items())
 
 
 @pytest.mark.parametrize("rule", ["stop", "skip"])

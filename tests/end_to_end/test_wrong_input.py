@@ -551,7 +551,7 @@ COMMANDS = {
     "export to nowhere": ("export a_run", "Missing option '--to'", "see rayfed-sub --help"),
     "export as something else": (
         "export a_run --to new --format petf",
-        "--format: got 'petf'; allowed: hf, peft or state-dict",
+        "--format: got 'petf'; allowed: hf, peft, state-dict or flower",
         "peft?",
     ),
     "no config": ("run", "Missing argument 'CONFIG.yaml'", "see rayfed-sub --help"),

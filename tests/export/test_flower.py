@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 import sys
 import tomllib
@@ -139,6 +140,81 @@ def test_a_method_that_only_a_folder_names_is_not_imported(own: Path) -> None:
     assert (own / "app" / "my_methods.py").is_file()
 
 
+def test_a_method_and_a_hook_that_only_a_folder_names_are_both_given(own: Path) -> None:
+    (own / "code" / "my_hooks.py").write_text("from rayfed_sub.methods.scaffold import Scaffold as Own\n")
+    run = own / "run"
+    run.mkdir()
+    tree = {**CONFIG, "method": {"name": "my_methods:Mine"}, "hook": {"name": "my_hooks:Own"}}
+    create(Place(run), Config(**tree))
+    with pytest.raises(UserError, match="--hook my_hooks:Own"):
+        export_flower(run, own / "app", method="my_methods:Mine")
+    with pytest.raises(UserError, match="--hook: got 'my_hooks:Other'; allowed: my_hooks:Own"):
+        export_flower(run, own / "app", method="my_methods:Mine", hook="my_hooks:Other")
+    export_flower(run, own / "app", method="my_methods:Mine", hook="my_hooks:Own")
+    assert {"my_methods.py", "my_hooks.py"} <= {file.name for file in (own / "app").iterdir()}
+
+
+@pytest.mark.parametrize("wrong", ["test_mine.py", "lib/mine.py", "package/test_mine.py", "test_beside.py"])
+def test_a_file_that_flower_leaves_out_is_refused(wrong: str, own: Path) -> None:
+    file = own / "code" / wrong
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("RANK = 2\n" if wrong == "test_beside.py" else OWN)
+    name = ".".join(Path(wrong).with_suffix("").parts)
+    if wrong == "test_beside.py":
+        (own / "code" / "mine.py").write_text(OWN.replace("beside", "test_beside"))
+        name = "mine"
+    run = own / "run"
+    run.mkdir()
+    create(Place(run), Config(**{**CONFIG, "method": {"name": f"{name}:Mine"}}))
+    with pytest.raises(UserError, match=f"leaves out {wrong}") as error:
+        export_flower(run, own / "app", method=f"{name}:Mine")
+    assert error.value.field == "method.name"
+    assert not (own / "app").exists()
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_an_app_needs_bitsandbytes_where_that_packs_the_weights(quantize: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    model = {**CONFIG["model"], "quantize": quantize}
+    create(Place(run), Config(**{**CONFIG, "model": model, "method": {"name": "fedit", "rank": 2}}))
+    export_flower(run, tmp_path / "app")
+    needed = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert any(one.startswith("bitsandbytes==") for one in needed) == (quantize != "none")
+
+
+def test_an_app_needs_bitsandbytes_for_its_checkpoints(tmp_path: Path) -> None:
+    tree = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    run = tmp_path / "run"
+    run.mkdir()
+    create(Place(run), Config(**{**CONFIG, "model": {"path": str(tmp_path)}, "method": {"name": "fedit", "rank": 2}}))
+    export_flower(run, tmp_path / "app")
+    needed = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert any(one.startswith("bitsandbytes==") for one in needed)
+
+
+@pytest.mark.parametrize("field", ["method", "hook"])
+def test_a_file_in_somebody_else_s_folder_imports_nothing_that_the_command_does_not_name(
+    field: str, own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own / "code" / "evil.py").write_text("raise SystemExit('imported')\n")
+    (own / "metric.py").write_text("raise SystemExit('loaded')\n")
+    run = own / "run"
+    run.mkdir()
+    tree = {**CONFIG, "evaluation": {"metrics": [str(own / "metric.py")]}, "method": {"name": "fedit", "rank": 2}}
+    create(Place(run), Config(**{**tree, field: {"name": "evil:Mine"}}))
+    (run / "log.jsonl").write_text('{"event": "started"}\n')
+    words = ["export", str(run / "config.yaml"), "--format", "flower", "--to", str(own / "app")]
+    monkeypatch.setattr(sys, "argv", ["rayfed-sub", *words])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert f"--{field} evil:Mine" in capsys.readouterr().err
+    create(Place(run), Config(**tree))
+    with pytest.raises(SystemExit, match="0"):
+        main.main()
+
+
 def test_ranks_of_clients_are_carried(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -164,9 +240,10 @@ def test_a_run_that_is_not_finished_is_an_app_too(
         export_flower(run, tmp_path / "other", checkpoint="last")
 
 
-@pytest.mark.parametrize("wrong", ["privacy", "full", "missing", "main"])
+@pytest.mark.parametrize("wrong", ["privacy", "full", "missing", "main", "nowhere", "checkpoint"])
 def test_one_line_says_what_is_wrong(wrong: str, tmp_path: Path) -> None:
     source, to = written(tmp_path), tmp_path / "app"
+    own = {"main": "__main__:Mine", "nowhere": "no_such_package.mine:Mine"}
     if wrong == "privacy":
         source = written(tmp_path, {**CONFIG, "privacy": {"clip": 1.0, "noise": 1.0}})
     elif wrong == "full":
@@ -174,13 +251,13 @@ def test_one_line_says_what_is_wrong(wrong: str, tmp_path: Path) -> None:
         shutil.copy(source, to)
     elif wrong == "missing":
         source = tmp_path / "none"
-    else:
+    elif wrong in own:
         run = tmp_path / "run"
         run.mkdir()
-        create(Place(run), Config(**{**CONFIG, "method": {"name": "__main__:Mine"}}))
+        create(Place(run), Config(**{**CONFIG, "method": {"name": own[wrong]}}))
         source = run
     with pytest.raises(UserError) as error:
-        export_flower(source, to, method="__main__:Mine" if wrong == "main" else None)
-    fields = {"privacy": "privacy.clip", "full": "--to", "missing": "CONFIG", "main": "method.name"}
-    assert error.value.field == fields[wrong]
+        export_flower(source, to, own.get(wrong), "lost" if wrong == "checkpoint" else None)
+    fields = {"privacy": "privacy.clip", "full": "--to", "missing": "CONFIG", "checkpoint": "--checkpoint"}
+    assert error.value.field == fields.get(wrong, "method.name")
     assert len(str(error.value).splitlines()) == 1

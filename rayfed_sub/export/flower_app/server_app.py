@@ -9,7 +9,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from rayfed_sub.deployment import server
-from rayfed_sub.deployment.app import read_checkpoint, setup_of, write_model
+from rayfed_sub.deployment.app import read_checkpoint, setup_of, write_model, write_server
 from rayfed_sub.deployment.setup import pretrained
 from rayfed_sub.deployment.strategy import MethodStrategy
 
@@ -38,14 +38,18 @@ def main(grid: Grid, context: Context) -> None:
         log_file=output / "clients.jsonl",
     )
     rounds = setup.config.federation.rounds or 0
-    strategy.start(
-        grid=grid,
-        initial_arrays=ArrayRecord(),  # the strategy holds the server's tensors, and sends each client what it lacks
-        num_rounds=rounds - federation.round,
-        timeout=float(context.run_config["round-timeout"]),
-    )
+    try:
+        strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(),  # the strategy holds the tensors, and sends each client what it lacks
+            num_rounds=rounds - federation.round,
+            timeout=float(context.run_config["round-timeout"]),
+        )
+    finally:
+        # Save the server after the rounds that are finished, also where one fails: `checkpoint` takes this folder
+        write_server(strategy.federation, output)
 
-    # Save the server's tensors and the trained model
+    # Save the trained model
     digest = write_model(strategy.federation, weights, output)
     (output / "summary.json").write_text(json.dumps({"rounds": rounds, "weights_sha256": digest}) + "\n")
     log(INFO, "rounds %s, weights_sha256 %s, written to %s", rounds, digest, output.resolve())
