@@ -72,7 +72,7 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """A finished run's result.  tensors: the pretrained model by dotted name, what was quantised as float32; begun: the
+    """A finished run's result.  tensors: the pretrained model by dotted name, what was quantised dense; begun: the
     same with what the run began from; weights: of that `<target>/weight` (m, n); changes: per target, relative to
     those; head: `<layer>/weight` and `<layer>/bias` as trained."""
 
@@ -119,9 +119,9 @@ def export_peft(
     as `target_parameters`.  The change of a dense weight is written at its numerical rank.  What the run began from is
     part of the adapter: its factors stand beside the trained ones, those of layers that were no targets too, so that
     base and adapter together are the trained model.  The base, a causal language model, is loaded by its name where
-    that is a folder or hub id; any other, which transformers could not load by a name, is written to `to`/base in its
-    own dtype, and one that was quantised in the run as float32.  Tokenizer, chat template and generation configuration
-    of the training are written beside the adapter, also where the base has others.
+    that is a folder or hub id; any other, which transformers could not load by a name, and one that was quantised in
+    the run, is written to `to`/base in its own dtype.  Tokenizer, chat template and generation configuration of the
+    training are written beside the adapter, also where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are, or where peft has no adapter for the model's experts.
     """
@@ -140,8 +140,7 @@ def export_peft(
     generation = generation_config(job.config.model, architecture, job.processor)
     name = None if architecture.quantised else loadable(job.config.model.path, architecture.kind)
     if name is None:
-        wide = torch.float32 if architecture.quantised else None
-        write_folder(architecture, trained.tensors, {}, to / "base", job.processor, wide, generation)
+        write_folder(architecture, trained.tensors, {}, to / "base", job.processor, generation=generation)
     base, turned = name or str((to / "base").resolve()), bool(architecture.transposed - names)
     asked = job.config.method
     settings = Settings(bool(asked.get("use_rslora", False)), float(asked.get("dropout", 0.0)))
@@ -165,8 +164,7 @@ def _loading_peft(job: Setup, name: str | None) -> str:
     The base gets the values that the run began with, in the run's dtype, and computes in float32, as an exported whole
     model does.
     """
-    auto = loading_class(job.architecture)
-    dtype = "float32" if job.architecture.quantised else job.config.model.dtype
+    auto, dtype = loading_class(job.architecture), job.config.model.dtype
     generation = name is not None and job.architecture.kind in LANGUAGE
     imports = f"{auto}, GenerationConfig" if generation else auto
     ends = ', generation_config=GenerationConfig.from_pretrained(".")' if generation else ""

@@ -1,8 +1,9 @@
 """Frozen weights of fewer bits: packed bytes that are dequantised when they are used, and by which form.
 
-A quantised parameter is several tensors, its parts, whose names say what they are: `<parameter>/<form>/<part>`.  They
-travel with the model's other tensors and lie in shared memory once per node; the float32 weight of a layer exists while
-the layer is multiplied, forward and back, for all clients of a pack.
+A quantised parameter is several tensors, its parts, whose names say what they are: `<parameter>/<form>/<type>/<part>`,
+where type is that of the model's other weights, to which a dense weight is rounded.  They travel with the model's other
+tensors and lie in shared memory once per node; the dense weight of a layer exists while the layer is multiplied,
+forward and back, for all clients of a pack.
 
 `int8` has a scale for each row, as bitsandbytes' LLM.int8().  `nf4` and `fp4` are bitsandbytes' 4-bit types in blocks
 of 64 numbers, whose scales may be quantised in turn (`-double`); bitsandbytes itself dequantises them.  `q4_0`, `q4_1`
@@ -138,7 +139,8 @@ def bitsandbytes() -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """A frozen weight (m, n) by its parts, in the place of a tensor of the type `dtype`; turned: seen as (n, m).
+    """A frozen weight (m, n) by its parts, in the place of a tensor of the type `dtype`, and with its values; turned:
+    seen as (n, m).
 
     Only what frozen layers ask a weight for is here.  Any function of torch's that gets one gets the dense weight.
     """
@@ -170,8 +172,8 @@ class Quantised:
         return self.shape[0]
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in this type, `dtype` by default: float32's, rounded once.  New memory, of a turned one a view."""
-        weight_mn = FORMS[self.form].dequantised(self.parts).to(dtype or self.dtype)
+        """The weight as a tensor of this type, `dtype` by default.  New memory, of a turned one a view."""
+        weight_mn = FORMS[self.form].dequantised(self.parts).to(self.dtype).to(dtype or self.dtype)
         return weight_mn.mT if self.turned else weight_mn
 
     def rows(self, index: Tensor) -> Tensor:
@@ -191,16 +193,16 @@ class Quantised:
 
 
 def quantised(weight_mn: Tensor, form: str) -> Quantised:
-    """The weight (m, n), rounded to `int8` or `nf4` by bitsandbytes' functions."""
-    ops = bitsandbytes()
+    """The weight (m, n), rounded to `int8` or `nf4` by bitsandbytes' functions, in the place of one of its type."""
+    ops, dtype = bitsandbytes(), weight_mn.dtype
     weight_mn = weight_mn.float().contiguous()
     if form == "int8":
         codes_mn, scales_m, _ = ops.int8_vectorwise_quant.default(weight_mn, 0.0)
         codes_mn[scales_m == 0] = 0  # 0 / 0, whatever that is as an integer
-        return Quantised(form, {"codes": codes_mn, "scales": scales_m[:, None]})
+        return Quantised(form, {"codes": codes_mn, "scales": scales_m[:, None]}, dtype)
     assert form == "nf4", form
     codes, scales_B = ops.quantize_4bit.default(weight_mn, BLOCK, form, torch.uint8)
-    return Quantised(form, {"codes": codes.view(len(weight_mn), -1), "scales": scales_B[:, None]})
+    return Quantised(form, {"codes": codes.view(len(weight_mn), -1), "scales": scales_B[:, None]}, dtype)
 
 
 def fits(form: str, n: int) -> bool:
@@ -210,17 +212,18 @@ def fits(form: str, n: int) -> bool:
 
 def parts_of(name: str, weight: Quantised) -> dict[str, Tensor]:
     """The parts of a parameter by the names with which they travel."""
-    return {f"{name}/{weight.form}/{part}": tensor for part, tensor in weight.parts.items()}
+    kind = str(weight.dtype).removeprefix("torch.")
+    return {f"{name}/{weight.form}/{kind}/{part}": tensor for part, tensor in weight.parts.items()}
 
 
-def quantised_in(tensors: Tensors, dtype: torch.dtype = torch.float32) -> dict[str, Quantised]:
+def quantised_in(tensors: Tensors) -> dict[str, Quantised]:
     """The quantised parameters among a model's tensors, by their dotted names."""
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    found: dict[tuple[str, str, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if "/" in name:
-            parameter, form, part = name.split("/")
-            found.setdefault((parameter, form), {})[part] = tensor
-    return {parameter: Quantised(form, parts, dtype) for (parameter, form), parts in found.items()}
+            parameter, form, kind, part = name.split("/")
+            found.setdefault((parameter, form, kind), {})[part] = tensor
+    return {name: Quantised(form, parts, getattr(torch, kind)) for (name, form, kind), parts in found.items()}
 
 
 def without(tensors: Tensors, parameter: str) -> dict[str, Tensor]:
@@ -228,10 +231,11 @@ def without(tensors: Tensors, parameter: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{parameter}/")}
 
 
-def empty(form: str, m: int, n: int) -> Quantised:
+def empty(form: str, m: int, n: int, dtype: torch.dtype = torch.float32) -> Quantised:
     """A weight (m, n) without data."""
     sizes = FORMS[form].sizes(m, n).items()
-    return Quantised(form, {part: torch.empty(shape, dtype=dtype, device="meta") for part, (shape, dtype) in sizes})
+    parts = {part: torch.empty(shape, dtype=kind, device="meta") for part, (shape, kind) in sizes}
+    return Quantised(form, parts, dtype)
 
 
 def nbytes(form: str, m: int, n: int) -> int:

@@ -73,10 +73,8 @@ def assemble(architecture: Architecture, tensors: Tensors) -> nn.Module:
 
     Eval mode, no gradients, tied weights tied.  Raises ValueError where a tensor is missing, or of another shape.
     """
-    module, packed = skeleton(architecture), {}
-    if any("/" in name for name in tensors):
-        packed = quantised_in(tensors, architecture.hf_config.dtype)
-        quantise(module, packed, architecture.tied)
+    module, packed = skeleton(architecture), quantised_in(tensors)
+    quantise(module, packed, architecture.tied)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
         if "/" in name:
@@ -99,7 +97,7 @@ def without_data(module: nn.Module, architecture: Architecture) -> nn.Module:
     for name, form in architecture.quantised.items():
         stored = module.get_parameter(name).shape
         m, n = reversed(stored) if name in other else stored
-        packed[name] = replace(empty(form, m, n), dtype=architecture.hf_config.dtype)
+        packed[name] = empty(form, m, n, architecture.hf_config.dtype)
     quantise(module, packed, architecture.tied)
     tie(module, {alias: name for alias, name in architecture.tied.items() if name not in packed})
     return module
@@ -177,7 +175,7 @@ def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tenso
     weights, packed = {}, quantised_in(tensors)
     for layer in shape.targets:
         if (own := packed.get(f"{layer.name}.weight")) is not None:
-            weights[f"{layer.name}/weight"] = own.dense()
+            weights[f"{layer.name}/weight"] = own.dense(torch.float32)
             continue
         weight = matrix_of(tensors, layer, transposed=layer.name in transposed)
         if layer.name in transposed:
@@ -188,15 +186,15 @@ def target_weights(shape: ModelShape, transposed: frozenset[str], tensors: Tenso
     return weights
 
 
-def dense(architecture: Architecture, tensors: Tensors, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The model's tensors with each quantised parameter as one tensor of this type."""
+def dense(architecture: Architecture, tensors: Tensors) -> dict[str, Tensor]:
+    """The model's tensors with each quantised parameter as one tensor of the model's type."""
     packed = quantised_in(tensors)
     if not packed:
         return dict(tensors)
     stored = {name: tensor for name, tensor in tensors.items() if "/" not in name}
     other = turned(skeleton(architecture), architecture.shape)
     for name, weight in packed.items():
-        stored[name] = weight.dense(dtype).T.contiguous() if name in other else weight.dense(dtype)
+        stored[name] = weight.dense().T.contiguous() if name in other else weight.dense()
     return stored
 
 
@@ -375,7 +373,7 @@ def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Archite
                 new.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
             module.get_submodule(parent).register_module(child, new)
             if f"{name}.weight" in architecture.quantised and isinstance(weight, Quantised):
-                packed[f"{name}.weight"] = weight
+                packed[f"{name}.weight"] = replace(weight, dtype=dtype)
                 continue
             whole_mn = weight.dense(dtype) if isinstance(weight, Quantised) else weight.to(dtype)
             whole = whole_mn if isinstance(new, nn.Linear) else whole_mn.T.contiguous()
@@ -384,6 +382,9 @@ def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Archite
         allowed = "a checkpoint of bitsandbytes with all that its layers need"
         raise UserError("model.path", model.path, allowed, str(error)) from error
     quantise(module, packed, {})
+    for parameter in module.parameters():
+        if parameter.is_floating_point():  # transformers leaves some in the checkpoint's type
+            parameter.data = parameter.data.to(dtype)
     return module
 
 
@@ -399,8 +400,8 @@ def _quantised(tensors: dict[str, Tensor], model: Model, architecture: Architect
     for name, form in todo.items():
         tensor = tensors.pop(name)
         weight_mn = tensor.T if name in other else tensor
-        own = stored[name] if name in stored else quantised(weight_mn, form)
-        if name in stored and not torch.equal(own.dense(tensor.dtype), weight_mn):
+        own = replace(stored[name], dtype=tensor.dtype) if name in stored else quantised(weight_mn, form)
+        if name in stored and not torch.equal(own.dense(), weight_mn):
             allowed = f"none, int8 or nf4 with {model.path}, whose {name} is another one once it is read"
             raise UserError(FIELD, model.quantize, allowed, "set model.quantize=none")
         tensors |= parts_of(name, own)
