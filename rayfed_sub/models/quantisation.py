@@ -7,23 +7,26 @@ Legend: m outputs, n inputs, b blocks of a row.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed_sub.config.schema import Model
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.hub import RANDOM, locate, reading
 from rayfed_sub.models.quantised import BLOCK, GGUF_BLOCK, OUTER, Quantised, fits
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Model
 
 log = logging.getLogger(__name__)
 
@@ -160,12 +163,14 @@ def checked_config(model: Model, given: Any) -> Any:
     if method != "bitsandbytes":
         allowed = f"unquantised weights, a GGUF file or a checkpoint of bitsandbytes; this one is quantised by {method}"
         raise UserError("model.path", model.path, allowed, "take the original model")
-    kind = tree.get("bnb_4bit_quant_type", "fp4")
+    kind, skipped = tree.get("bnb_4bit_quant_type", "fp4"), tree.get("llm_int8_skip_modules")
     wrong = None
     if bool(eight) == bool(four):
         wrong = f"load_in_8bit={eight} and load_in_4bit={four}, of which one must be true"
     elif four and kind not in ("nf4", "fp4"):
         wrong = f"bnb_4bit_quant_type={kind}, which is neither nf4 nor fp4"
+    elif skipped is not None and not (isinstance(skipped, list) and all(map(_is_pattern, skipped))):
+        wrong = f"llm_int8_skip_modules={skipped}, which is no list of names or regular expressions"
     else:
         try:
             return BitsAndBytesConfig.from_dict(dict(tree))
@@ -175,17 +180,32 @@ def checked_config(model: Model, given: Any) -> Any:
     raise UserError("model.path", model.path, allowed, "save the model again")
 
 
-def loading_config(config: Any, module: Any, shape: ModelShape) -> dict[str, Any]:
-    """The quantization_config with which transformers loads a checkpoint of bitsandbytes: a classification's head,
-    which is no part of it, stays as it is."""
+def _is_pattern(name: Any) -> bool:
+    """True for what transformers can compare names with: a regular expression within another."""
+    with suppress(re.error):
+        return isinstance(name, str) and re.compile(f"(?:{name})") is not None
+    return False
+
+
+def loading_config(config: Any, module: Any, shape: ModelShape, quantised_heads: Collection[str]) -> dict[str, Any]:
+    """The quantization_config with which transformers loads a checkpoint of bitsandbytes: a classification's head stays
+    as it is, but for layers that the file has quantised."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    if shape.head:
+    if plain := [layer.name for layer in shape.head if layer.name not in quantised_heads]:
         skipped = config.llm_int8_skip_modules
-        plain = get_keys_to_not_convert(module) if skipped is None else skipped
-        config.llm_int8_skip_modules = [*plain, *(layer.name for layer in shape.head)]
+        skipped = get_keys_to_not_convert(module) if skipped is None else skipped
+        config.llm_int8_skip_modules = [*skipped, *plain]
     found: dict[str, Any] = config.to_dict()
     return found
+
+
+def quantised_heads(config: Any, shape: ModelShape, info: Mapping[str, Any]) -> set[str]:
+    """The layers of a classification's head that a checkpoint of bitsandbytes has quantised, for as many classes as far
+    as it shows; info: what transformers reports where it loads the checkpoint as if nothing were quantised."""
+    others = {name for name, *_ in info["mismatched_keys"]} if config.load_in_8bit else set()
+    strange = [name.removesuffix(".SCB").partition(".weight.")[0] for name in info["unexpected_keys"]]
+    return {layer.name for layer in shape.head if layer.name in strange and f"{layer.name}.weight" not in others}
 
 
 def _bitsandbytes_forms(model: Model, config: Any, module: Any, places: Mapping[str, _Place]) -> dict[str, str]:
