@@ -25,7 +25,8 @@ speed    clients a second: packs of 1 to 64, each client a round of four steps o
          `fedftg`).  Backbones are bfloat16, random, and have the sizes of the models that they are called after.
          Medians; what a pack allocates at most beside it.
 memory   the largest allocation of a pack's round, beside the plan's; within 15 %.
-quant    packs over int8 and nf4 backbones against bfloat16: bytes, clients a second, loss.
+quant    packs over int8 and nf4 backbones against bfloat16: bytes, clients a second, loss; nf4 asks for bitsandbytes,
+         which has compiled parts and so has to be installed.
 """
 
 from __future__ import annotations
@@ -507,8 +508,8 @@ def _quantised(
 ) -> Row:
     try:
         one = engine(architecture, device) if form == "bfloat16" else quantised(architecture, device, form)
-    except ModuleNotFoundError as error:
-        return {"not here": "not in this build" if "rayfed_sub" in str(error.name) else f"no {error.name}"}
+    except ImportError as error:
+        return {"not here": str(error)}
     method = method_named("fedit")
     received = begun(one, method)
     results = trained(one, received, works_of(one, method, received, given), rule_of()).results

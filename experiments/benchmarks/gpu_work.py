@@ -40,7 +40,10 @@ from rayfed_sub.core.types import (
 )
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture, build, layer_of, tied
+from rayfed_sub.models.frozen_linear import quantise
 from rayfed_sub.models.logits import logit_rule
+from rayfed_sub.models.quantised import Quantised
+from rayfed_sub.models.quantised import quantised as rounded
 from rayfed_sub.models.targets import find_targets
 from rayfed_sub.models.weights import all_tensors, ruled
 from rayfed_sub.planning.allocations import Allocations, FusedAttention
@@ -115,14 +118,12 @@ class Engine:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """`<target>/weight` (m, n) float32, on the device."""
-        weights: dict[str, Any] = {name: layer.weight for name, layer in self.layers.items()}
-        return {f"{name}/weight": _dense(weight) for name, weight in weights.items()}
+        return {f"{name}/weight": _dense(layer.weight) for name, layer in self.layers.items()}
 
 
-def _dense(weight: Any) -> Tensor:
-    """A weight, which may be quantised, as float32."""
-    dense: Tensor = weight.float() if isinstance(weight, Tensor) else weight.dense(torch.float32)
-    return dense
+def _dense(weight: Tensor | Quantised) -> Tensor:
+    """A weight as float32."""
+    return weight.float() if isinstance(weight, Tensor) else weight.dense(torch.float32)
 
 
 def engine(architecture: Architecture, device: torch.device) -> Engine:
@@ -145,25 +146,23 @@ def installed(architecture: Architecture, model: nn.Module) -> Engine:
 
 
 def quantised(architecture: Architecture, device: torch.device, form: str) -> Engine:
-    """The engine over the same weights, all but embeddings rounded to `int8` or `nf4`.  ImportError where this build,
-    or the machine, lacks what that takes."""
-    forms: Any = import_module("rayfed_sub.models.quantised")
-    layers: Any = import_module("rayfed_sub.models.frozen_linear")
+    """The engine over the same weights, all but embeddings rounded to `int8` or `nf4`.  ImportError where bitsandbytes,
+    which knows nf4, is not at hand."""
     model: Any = plain_model(architecture, device)
     output = model.get_output_embeddings()
     linears = {name: part for name, part in model.named_modules() if type(part) is nn.Linear and part is not output}
-    weights = {f"{name}.weight": _rounded(forms, part.weight.detach(), form) for name, part in linears.items()}
-    layers.quantise(model, weights, {})
+    weights = {f"{name}.weight": _rounded(part.weight.detach(), form) for name, part in linears.items()}
+    quantise(model, weights, {})
     return installed(architecture, model)
 
 
-def _rounded(forms: Any, weight_mn: Tensor, form: str) -> Any:
+def _rounded(weight_mn: Tensor, form: str) -> Quantised:
     """A weight in a form; int8 without bitsandbytes, which dequantises nothing of it."""
     if form != "int8":
-        return replace(forms.quantised(weight_mn, form), dtype=weight_mn.dtype)
+        return replace(rounded(weight_mn, form), dtype=weight_mn.dtype)
     scales_m1 = weight_mn.float().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     codes_mn = (weight_mn.float() * (127 / scales_m1)).round().to(torch.int8)
-    return forms.Quantised(form, {"codes": codes_mn, "scales": scales_m1}, weight_mn.dtype)
+    return Quantised(form, {"codes": codes_mn, "scales": scales_m1}, weight_mn.dtype)
 
 
 def backbone_bytes(one: Engine) -> int:

@@ -27,6 +27,7 @@ from rayfed_sub.core.arrays import packed
 from rayfed_sub.core.types import Tensors, wire_bytes
 from rayfed_sub.models.architecture import architecture
 from rayfed_sub.models.quantised import BLOCK, Quantised, quantised_in
+from rayfed_sub.models.tokenizers import HubTokenizer
 from rayfed_sub.models.weights import load_weights, target_weights
 from rayfed_sub.planning.job import JobInputs, job_on, load_inputs
 from rayfed_sub.planning.sampling import pack_work
@@ -59,6 +60,7 @@ class Way:
     """One way: a worker over its backbone, with the pack's broadcast."""
 
     def __init__(self, inputs: JobInputs, config: Config, rows: int) -> None:
+        assert isinstance(inputs.processor, HubTokenizer), "a language model"
         known = ("causal-lm", (), inputs.processor.vocabulary, inputs.processor.pad)
         job = job_on(replace(inputs, architecture=architecture(config.model, *known)), config)
         config, bones = job.config, job.architecture

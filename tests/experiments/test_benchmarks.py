@@ -21,8 +21,8 @@ from rayfed_sub import load_config
 from rayfed_sub.config.schema import Model
 from rayfed_sub.methods import build
 from rayfed_sub.models.architecture import architecture
-from rayfed_sub.models.weights import load_weights, write_folder
-from tests.helpers.word_tokenizers import numbers
+from rayfed_sub.models.quantised import quantised_in
+from rayfed_sub.models.weights import load_weights
 from tests.models.test_quantised import LLAMA
 
 ROOT = Path(__file__).parents[2]
@@ -72,15 +72,15 @@ def test_both_sides_end_with_the_same_weights_and_the_engine_is_measured(tmp_pat
     assert record["cores"] == os.cpu_count()
 
 
-@pytest.mark.slow
-def test_quantised_weights_are_compared_with_bitsandbytes(tmp_path: Path) -> None:
-    bones = architecture(Model(path="random", random=LLAMA), "causal-lm", vocabulary=259)
-    write_folder(bones, load_weights(Model(path="random", random=LLAMA), bones, seed=0), {}, tmp_path)
-    numbers().save_pretrained(tmp_path)
-    plain, int8, nf4 = quantised.rows_of(("none", "int8", "nf4"), str(tmp_path), rows=4, turns=1)
-    assert nf4.exact
-    assert nf4.bytes < int8.bytes < plain.bytes
-    assert abs(int8.loss - plain.loss) < abs(nf4.loss - plain.loss) < 0.5
+def test_quantised_weights_are_compared_with_bitsandbytes() -> None:
+    found = []
+    for quantize in ("none", "nf4"):
+        model = Model(path="random", random=LLAMA, dtype="bfloat16", quantize=quantize)
+        found.append(load_weights(model, architecture(model, "causal-lm"), seed=0))
+    plain, nf4 = found[0], quantised_in(found[1])
+    assert quantised.exact(nf4, plain)
+    name = next(iter(nf4))
+    assert not quantised.exact(nf4, {**plain, name: plain[name] * 1.1})
 
 
 @pytest.mark.slow
