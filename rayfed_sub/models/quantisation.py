@@ -10,7 +10,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.hub import RANDOM, locate, reading
-from rayfed_sub.models.quantised import BLOCK, GGUF_BLOCK, OUTER, Quantised, fits
+from rayfed_sub.models.quantised import BLOCK, GGUF_BLOCK, GGUF_FORMS, OUTER, Quantised, fits
 
 if TYPE_CHECKING:
     from rayfed_sub.config.schema import Model
@@ -114,6 +114,19 @@ def _weight(part: Callable[[], Any]) -> Any:
 def turned(module: Any, shape: ModelShape) -> set[str]:
     """The parameters that may be quantised and are stored as (n, m)."""
     return {name for name, place in _places(module, shape).items() if place.turned}
+
+
+@contextmanager
+def reads_no_weight(quantize: str, hf_config: Any) -> Iterator[None]:
+    """Around what a model of this configuration computes: UserError on model.quantize where its code asks a quantised
+    weight for what only a tensor has."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        if Quantised.__name__ not in str(error):
+            raise
+        allowed = f"none for models of type {hf_config.model_type}, whose code reads weights of linear layers itself"
+        raise UserError(FIELD, quantize, allowed, "set model.quantize=none") from error
 
 
 def _stacked(module: nn.Module) -> str:
@@ -287,7 +300,7 @@ def _names(reader: Any, module: Any) -> tuple[dict[str, str], Any]:
 def _form_of(tensor: Any) -> str | None:
     """The form of a GGUF tensor, None for those that are not read as they come."""
     name = tensor.tensor_type.name.lower()
-    return name if name in ("q4_0", "q4_1", "q8_0") else None
+    return name if name in GGUF_FORMS else None
 
 
 def _gguf_forms(path: Path, module: Any, places: Mapping[str, _Place]) -> dict[str, str]:

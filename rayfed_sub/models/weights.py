@@ -60,12 +60,12 @@ def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[st
     if architecture.kind in LANGUAGE:
         check_causal(model, loaded)
     tensors = dict(_collected(loaded, model, architecture))
+    del loaded  # what is drawn or quantised from here on is freed tensor by tensor
     std = float(getattr(architecture.hf_config, "initializer_range", None) or 0.02)
     for name in sorted(drawn):
         values = _normal(seed, name, tuple(tensors[name].shape), std) if tensors[name].ndim > 1 else None
         old = tensors[name]
         tensors[name] = torch.zeros_like(old) if values is None else values.to(old.dtype)
-    del loaded  # what is quantised now is freed matrix by matrix
     return _quantised(tensors, model, architecture)
 
 
