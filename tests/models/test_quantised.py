@@ -249,8 +249,8 @@ def test_head_that_a_checkpoint_has_quantised_is_read(form: str, tmp_path: Path)
     assert not bias_m.any()
 
 
-def test_head_beside_a_checkpoint_is_drawn(tmp_path: Path) -> None:
-    checkpoint(tmp_path, load_in_8bit=True)
+def test_head_that_a_checkpoint_lacks_is_drawn(tmp_path: Path) -> None:
+    checkpoint(tmp_path, load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
     model = Model(path=str(tmp_path / "stored"), quantize="stored")
     bones = architecture(model, "text-classification", ("a", "b"))
     assert 0.05 < load_weights(model, bones, seed=0)["score.weight"].std() < 0.2
