@@ -61,7 +61,8 @@ class Model(Record):
         description="Frozen weights of fewer bits, packed in shared memory and dequantised layer by layer: `int8`, a "
         "byte a number in linear layers and the tokens' embedding, or `nf4`, bitsandbytes' half byte in linear layers "
         "but the output layer, both rounded when the model is loaded; `stored`, as a checkpoint of bitsandbytes (int8, "
-        "nf4, fp4) or a GGUF file (Q4_0, Q4_1, Q8_0) has them. `none`: weights of model.dtype, whatever the file has.",
+        "nf4, fp4) or a GGUF file (Q4_0, Q4_1, Q8_0) has them. `none`: weights of model.dtype; those that a file has "
+        "quantised are dequantised when it is read, as a classification's head always is.",
     )
     targets: str = Field(
         default="lower-mlp",

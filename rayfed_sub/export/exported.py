@@ -24,6 +24,7 @@ from rayfed_sub.models.architecture import architecture as architecture_of
 from rayfed_sub.models.experts import experts_of
 from rayfed_sub.models.hub import RANDOM, locate
 from rayfed_sub.models.image_processors import HubImageProcessor
+from rayfed_sub.models.quantisation import bitsandbytes_config
 from rayfed_sub.models.start import StartFrom, applied, changed_weights, fitted, merged
 from rayfed_sub.models.text_to_text import LANGUAGE
 from rayfed_sub.models.tokenizers import HubTokenizer
@@ -119,9 +120,9 @@ def export_peft(
     as `target_parameters`.  The change of a dense weight is written at its numerical rank.  What the run began from is
     part of the adapter: its factors stand beside the trained ones, those of layers that were no targets too, so that
     base and adapter together are the trained model.  The base, a causal language model, is loaded by its name where
-    that is a folder or hub id; any other, which transformers could not load by a name, and one that was quantised in
-    the run, is written to `to`/base in its own dtype.  Tokenizer, chat template and generation configuration of the
-    training are written beside the adapter, also where the base has others.
+    that is a folder or hub id; any other, which transformers could not load by a name, and one that is quantised there
+    or in the run, is written to `to`/base in its own dtype.  Tokenizer, chat template and generation configuration of
+    the training are written beside the adapter, also where the base has others.
     Raises UserError as `export_hf`, and on `--format` where dense weights changed by so high a rank that an adapter
     would be no smaller than they are, or where peft has no adapter for the model's experts.
     """
@@ -138,7 +139,9 @@ def export_peft(
         left, right = linear.pop(taken)
         experts[f"{taken}.weight"] = Stacked(taken, len(right), right, left)
     generation = generation_config(job.config.model, architecture, job.processor)
-    name = None if architecture.quantised else loadable(job.config.model.path, architecture.kind)
+    name = loadable(job.config.model.path, architecture.kind)
+    if name is not None and (architecture.quantised or bitsandbytes_config(job.config.model) is not None):
+        name = None  # by its name transformers loads it as it is quantised, which computes otherwise
     if name is None:
         write_folder(architecture, trained.tensors, {}, to / "base", job.processor, generation=generation)
     base, turned = name or str((to / "base").resolve()), bool(architecture.transposed - names)

@@ -7,9 +7,10 @@ Legend: m outputs, n inputs, b blocks of a row.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.hub import RANDOM, locate, reading
-from rayfed_sub.models.quantised import BLOCK, GGUF_BLOCK, OUTER, Quantised, fits
+from rayfed_sub.models.quantised import BLOCK, GGUF_BLOCK, GGUF_FORMS, OUTER, Quantised, fits
 
 if TYPE_CHECKING:
     from rayfed_sub.config.schema import Model
@@ -115,6 +116,19 @@ def turned(module: Any, shape: ModelShape) -> set[str]:
     return {name for name, place in _places(module, shape).items() if place.turned}
 
 
+@contextmanager
+def reads_no_weight(quantize: str, hf_config: Any) -> Iterator[None]:
+    """Around what a model of this configuration computes: UserError on model.quantize where its code asks a quantised
+    weight for what only a tensor has."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        if Quantised.__name__ not in str(error):
+            raise
+        allowed = f"none for models of type {hf_config.model_type}, whose code reads weights of linear layers itself"
+        raise UserError(FIELD, quantize, allowed, "set model.quantize=none") from error
+
+
 def _stacked(module: nn.Module) -> str:
     """A few of the parameters that hold several matrices each."""
     names = [name for name, parameter in module.named_parameters() if parameter.ndim == 3 and min(parameter.shape) > 3]
@@ -162,12 +176,14 @@ def checked_config(model: Model, given: Any) -> Any:
     if method != "bitsandbytes":
         allowed = f"unquantised weights, a GGUF file or a checkpoint of bitsandbytes; this one is quantised by {method}"
         raise UserError("model.path", model.path, allowed, "take the original model")
-    kind = tree.get("bnb_4bit_quant_type", "fp4")
+    kind, skipped = tree.get("bnb_4bit_quant_type", "fp4"), tree.get("llm_int8_skip_modules")
     wrong = None
     if bool(eight) == bool(four):
         wrong = f"load_in_8bit={eight} and load_in_4bit={four}, of which one must be true"
     elif four and kind not in ("nf4", "fp4"):
         wrong = f"bnb_4bit_quant_type={kind}, which is neither nf4 nor fp4"
+    elif skipped is not None and not (isinstance(skipped, list) and all(map(_is_pattern, skipped))):
+        wrong = f"llm_int8_skip_modules={skipped}, which is no list of names or regular expressions"
     else:
         try:
             return BitsAndBytesConfig.from_dict(dict(tree))
@@ -177,17 +193,32 @@ def checked_config(model: Model, given: Any) -> Any:
     raise UserError("model.path", model.path, allowed, "save the model again")
 
 
-def loading_config(config: Any, module: Any, shape: ModelShape) -> dict[str, Any]:
-    """The quantization_config with which transformers loads a checkpoint of bitsandbytes: a classification's head,
-    which is no part of it, stays as it is."""
+def _is_pattern(name: Any) -> bool:
+    """True for what transformers can compare names with: a regular expression within another."""
+    with suppress(re.error):
+        return isinstance(name, str) and re.compile(f"(?:{name})") is not None
+    return False
+
+
+def loading_config(config: Any, module: Any, shape: ModelShape, quantised_heads: Collection[str]) -> dict[str, Any]:
+    """The quantization_config with which transformers loads a checkpoint of bitsandbytes: a classification's head stays
+    as it is, but for layers that the file has quantised."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    if shape.head:
+    if plain := [layer.name for layer in shape.head if layer.name not in quantised_heads]:
         skipped = config.llm_int8_skip_modules
-        plain = get_keys_to_not_convert(module) if skipped is None else skipped
-        config.llm_int8_skip_modules = [*plain, *(layer.name for layer in shape.head)]
+        skipped = get_keys_to_not_convert(module) if skipped is None else skipped
+        config.llm_int8_skip_modules = [*skipped, *plain]
     found: dict[str, Any] = config.to_dict()
     return found
+
+
+def quantised_heads(config: Any, shape: ModelShape, info: Mapping[str, Any]) -> set[str]:
+    """The layers of a classification's head that a checkpoint of bitsandbytes has quantised, for as many classes as far
+    as it shows; info: what transformers reports where it loads the checkpoint as if nothing were quantised."""
+    others = {name for name, *_ in info["mismatched_keys"]} if config.load_in_8bit else set()
+    strange = [name.removesuffix(".SCB").partition(".weight.")[0] for name in info["unexpected_keys"]]
+    return {layer.name for layer in shape.head if layer.name in strange and f"{layer.name}.weight" not in others}
 
 
 def _bitsandbytes_forms(model: Model, config: Any, module: Any, places: Mapping[str, _Place]) -> dict[str, str]:
@@ -269,7 +300,7 @@ def _names(reader: Any, module: Any) -> tuple[dict[str, str], Any]:
 def _form_of(tensor: Any) -> str | None:
     """The form of a GGUF tensor, None for those that are not read as they come."""
     name = tensor.tensor_type.name.lower()
-    return name if name in ("q4_0", "q4_1", "q8_0") else None
+    return name if name in GGUF_FORMS else None
 
 
 def _gguf_forms(path: Path, module: Any, places: Mapping[str, _Place]) -> dict[str, str]:

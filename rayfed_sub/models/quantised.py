@@ -127,6 +127,7 @@ FORMS = {
 
 FOUR_BITS = frozenset(form for form in FORMS if form.startswith(("nf4", "fp4")))
 """The forms that bitsandbytes dequantises."""
+GGUF_FORMS = frozenset(("q4_0", "q4_1", "q8_0"))
 
 
 def bitsandbytes() -> Any:

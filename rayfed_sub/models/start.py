@@ -71,9 +71,8 @@ class StartFrom:
     """place: `model.start_from`.  what: in words.  changes: by layer, relative to the pretrained weight (m, n) and to
     those before; head: `<layer>/weight` and `<layer>/bias`, of a classification into `classes` (None: not known).
     copied: tensors of the pretrained model, by dotted name, that peft stores beside an adapter of its output layer.
-    numbers: of the parameters that are float32 with the changes, once the start is `fitted` to a model, and `replaced`
-    their bytes before.  origin: of a
-    run's changes, the weights to which they belong."""
+    numbers: of the parameters that are float32 with the changes, once the start is `fitted` to a model; replaced: their
+    bytes before.  origin: of a run's changes, the weights to which they belong."""
 
     place: str
     what: str
@@ -299,8 +298,13 @@ def merged(tensors: Tensors, start: StartFrom | None, architecture: Architecture
             raise UserError(FIELD, start.place, allowed, "set model.path to the model that it trained")
     found, module = dict(tensors), skeleton(architecture)
     experts, turned = _expert_places(module), _turned(start, module)
+    rounded = quantised_in(tensors)
     for name, copy in start.copied.items():
-        if name not in tensors or not torch.equal(copy.to(tensors[name].dtype), tensors[name]):
+        if name in rounded:  # its numbers are near the copy's, no more
+            same = copy.shape == (rounded[name].mT if name.removesuffix(".weight") in turned else rounded[name]).shape
+        else:
+            same = name in tensors and torch.equal(copy.to(tensors[name].dtype), tensors[name])
+        if not same:
             allowed = f"an adapter of this model; the {name} beside its factors is another one"
             raise UserError(FIELD, start.place, allowed, "set model.path to the model that it was trained on")
     for name in {experts[name].parameter for name in start.changes if name in experts}:

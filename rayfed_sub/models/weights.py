@@ -31,6 +31,7 @@ from rayfed_sub.models.quantisation import (
     gguf_weights,
     loading_config,
     of_bitsandbytes,
+    quantised_heads,
     turned,
 )
 from rayfed_sub.models.quantised import Quantised, empty, parts_of, quantised, quantised_in
@@ -59,12 +60,12 @@ def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[st
     if architecture.kind in LANGUAGE:
         check_causal(model, loaded)
     tensors = dict(_collected(loaded, model, architecture))
+    del loaded  # what is drawn or quantised from here on is freed tensor by tensor
     std = float(getattr(architecture.hf_config, "initializer_range", None) or 0.02)
     for name in sorted(drawn):
         values = _normal(seed, name, tuple(tensors[name].shape), std) if tensors[name].ndim > 1 else None
         old = tensors[name]
         tensors[name] = torch.zeros_like(old) if values is None else values.to(old.dtype)
-    del loaded  # what is quantised now is freed matrix by matrix
     return _quantised(tensors, model, architecture)
 
 
@@ -326,22 +327,28 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
     import transformers
 
     source, hf_config, how = locate(model.path), copy.deepcopy(architecture.hf_config), {}
-    if (stored := bitsandbytes_config(model)) is not None:
-        hf_config.quantization_config = loading_config(stored, skeleton(architecture), architecture.shape)
-        how = {"device_map": {"": "cpu"}}  # or transformers takes a GPU where there is one
+    auto = getattr(transformers, auto_class(architecture.hf_config, architecture.kind))
+    given = {
+        "gguf_file": source.gguf,
+        "dtype": getattr(torch, model.dtype),
+        "output_loading_info": True,
+        # A head for another number of classes is drawn anew; every other mismatch is refused below.
+        "ignore_mismatched_sizes": True,
+        "trust_remote_code": False,
+    }
+    stored = bitsandbytes_config(model)
     try:
         with reading(source):
-            module, info = getattr(transformers, auto_class(architecture.hf_config, architecture.kind)).from_pretrained(
-                source.name,
-                config=hf_config,  # or transformers reads a GGUF file once more for it
-                gguf_file=source.gguf,
-                dtype=getattr(torch, model.dtype),
-                output_loading_info=True,
-                # A head for another number of classes is drawn anew; every other mismatch is refused below.
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                **how,
-            )
+            if stored is not None:
+                heads = set[str]()
+                if architecture.shape.head:  # which not every file has, and those that have it not all quantised
+                    _, info = auto.from_pretrained(source.name, config=hf_config, device_map="meta", **given)
+                    heads = quantised_heads(stored, architecture.shape, info)
+                skeletal = skeleton(architecture)
+                hf_config.quantization_config = loading_config(stored, skeletal, architecture.shape, heads)
+                how = {"device_map": {"": "cpu"}}  # or transformers takes a GPU where there is one
+            # The configuration, or transformers reads a GGUF file once more for it.
+            module, info = auto.from_pretrained(source.name, config=hf_config, **given, **how)
     except Exception as error:  # a stranger's file may cause any error in the libraries
         raise UserError(
             "model.path", model.path, "a model whose weights transformers can load", reason(error)
@@ -359,12 +366,14 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
             f"a checkpoint for {architecture.kind} with all its weights",
             f"it lacks {some}",
         )
-    return module if stored is None else _without_bitsandbytes(module, model, architecture), lacking
+    return module, lacking if stored is None else lacking | _without_bitsandbytes(module, model, architecture)
 
 
-def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Architecture) -> nn.Module:
-    """The module with frozen layers of ours, or plain ones, in the places of bitsandbytes'."""
-    bones, dtype, packed = skeleton(architecture), getattr(torch, model.dtype), {}
+def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Architecture) -> set[str]:
+    """Puts frozen layers of ours, or plain ones, in the places of bitsandbytes'.  Gives the names of a head's weights
+    for another number of classes, which are zeros now."""
+    bones, dtype, packed, other = skeleton(architecture), getattr(torch, model.dtype), {}, set()
+    heads = {layer.name for layer in architecture.shape.head}
     try:
         for name, layer, weight in of_bitsandbytes(module):
             parent, _, child = name.rpartition(".")
@@ -377,6 +386,11 @@ def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Archite
                 continue
             whole_mn = weight.dense(dtype) if isinstance(weight, Quantised) else weight.to(dtype)
             whole = whole_mn if isinstance(new, nn.Linear) else whole_mn.T.contiguous()
+            if whole.shape != new.weight.shape:
+                if name not in heads:
+                    raise ValueError(f"{name} is {' x '.join(map(str, whole.shape))}")
+                other.add(f"{name}.weight")
+                whole = whole.new_zeros(new.weight.shape)
             new.weight = nn.Parameter(whole, requires_grad=False)
     except ValueError as error:
         allowed = "a checkpoint of bitsandbytes with all that its layers need"
@@ -385,7 +399,7 @@ def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Archite
     for parameter in module.parameters():
         if parameter.is_floating_point():  # transformers leaves some in the checkpoint's type
             parameter.data = parameter.data.to(dtype)
-    return module
+    return other
 
 
 def _quantised(tensors: dict[str, Tensor], model: Model, architecture: Architecture) -> dict[str, Tensor]:

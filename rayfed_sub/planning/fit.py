@@ -86,7 +86,7 @@ def check_fits(parts: Parts, machine: Machine) -> None:
     workers, pack = resources.trainers, min(resources.first_pack, needed.cohort)
     passes = activations(parts.config, parts.architecture, needed.size, pack)
     wide = passes + 8 * pack * needed.most(lambda client: client.resident)
-    if machine.gpu is None and needed.fixed(workers, pack) + workers * (needed.bare[2] + wide) <= machine.memory:
+    if machine.gpu is None and needed.node(pack, wide) <= machine.memory:
         return  # plainly: even several times the activations would
     tensors = needed.worker(pack).tensors
     if machine.gpu is not None:

@@ -42,8 +42,9 @@ def free_memory() -> int:
 
 
 @cache
-def gpu_here() -> tuple[str, int] | None:
-    """Name and bytes of this machine's GPU, the first where there are several; None without one.
+def gpu_here(per_worker: float) -> tuple[str, int] | None:
+    """Name and bytes of this machine's GPU, the first where there are several; None without one.  per_worker: the
+    GPUs that the configuration asks for, which are named where torch cannot use one.
 
     A child asks: torch opens a context on a GPU that it is asked about, half a gigabyte, and keeps it as long as the
     process lives, which here computes nothing.
@@ -57,7 +58,7 @@ def gpu_here() -> tuple[str, int] | None:
     if done.returncode:
         raise UserError(
             "resources.gpus_per_worker",
-            "a GPU that torch cannot use",
+            per_worker,
             "0, or a GPU whose driver fits torch",
             (done.stderr.strip().splitlines() or ["it says nothing"])[-1],
         )

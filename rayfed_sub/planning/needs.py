@@ -13,9 +13,9 @@ from functools import cached_property
 from rayfed_sub.config.schema import Config
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
-from rayfed_sub.models.quantised import FOUR_BITS
+from rayfed_sub.models.quantised import FOUR_BITS, GGUF_FORMS
 from rayfed_sub.planning.traffic import ClientTraffic, Parts, Traffic, first_start
-from rayfed_sub.planning.worker_memory import KERNELS, Lengths, Memory, backbone_bytes, lengths, worker
+from rayfed_sub.planning.worker_memory import KERNELS, Lengths, Memory, backbone_bytes, dense_bytes, lengths, worker
 
 # Private bytes (USS) of the processes of a run before they hold any tensor: Python 3.11, torch 2.13, Ray 2.60 on x86.
 BARE_WORKER = 320_000_000
@@ -133,6 +133,15 @@ class Need:
         own = BITSANDBYTES if FOUR_BITS.intersection(self.architecture.quantised.values()) else 0
         return (RAY, coordinator + own, worker + own) if resources.workers else (0, 0, 0)
 
+    @cached_property
+    def loading(self) -> int:
+        """Bytes of a node while the driver loads a model that is quantised then, or in a GGUF file, from which
+        transformers reads dense weights: it is dense at first.  0 where it never is."""
+        forms = set(self.architecture.quantised.values())
+        if not forms or (self.config.model.quantize == "stored" and not forms & GGUF_FORMS):
+            return 0
+        return self.bare[0] + DRIVER + BITSANDBYTES + dense_bytes(self.architecture)
+
     @property
     def libraries(self) -> int:
         """Bytes of imported libraries that forked processes share."""
@@ -142,7 +151,8 @@ class Need:
         """Bytes of a node without which the run cannot go: no holes, and nothing that could lie on disk."""
         _, coordinator, worker = self.bare
         shared = self.backbone + self.data + self.traffic.broadcast + self.libraries
-        return shared + DRIVER + coordinator + self.coordinator + workers * (worker + tensors)
+        later = shared + DRIVER + coordinator + self.coordinator + workers * (worker + tensors)
+        return max(self.loading, later)
 
     def fixed(self, workers: int, pack: int) -> int:
         """Bytes of a node besides its workers, holes included."""
@@ -154,7 +164,7 @@ class Need:
         """Bytes of a node that holds all processes of the run, with packs of this size; worker: bytes of each worker
         above the bare process."""
         workers = self.config.resources.trainers
-        return self.fixed(workers, pack) + workers * (self.bare[2] + worker)
+        return max(self.loading, self.fixed(workers, pack) + workers * (self.bare[2] + worker))
 
     def on_gpu(self, tensors: int) -> int:
         """Bytes of a worker on a GPU, where backbone and broadcast are copied to."""

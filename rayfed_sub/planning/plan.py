@@ -292,7 +292,8 @@ def memory(job: Job) -> Planned | None:
 
 def here(job: Job, folder: Path = Path()) -> Machine:
     """This machine, with its GPU where the job uses one."""
-    name, gpu = (gpu_here() if job.config.resources.gpus_per_worker else None) or ("this machine", None)
+    per_worker = job.config.resources.gpus_per_worker
+    name, gpu = (gpu_here(per_worker) if per_worker else None) or ("this machine", None)
     while not folder.exists():
         folder = folder.parent
     return Machine(name, free_memory(), float(os.cpu_count() or 1), shutil.disk_usage(folder).free, gpu)

@@ -27,6 +27,7 @@ from rayfed_sub.data.images import Images
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.models.architecture import Architecture, build
 from rayfed_sub.models.flat_rows import pass_rule
+from rayfed_sub.models.quantisation import reads_no_weight
 from rayfed_sub.models.text_to_text import KIND
 from rayfed_sub.models.weights import all_tensors, ruled, without_data
 from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
@@ -86,6 +87,11 @@ def backbone_bytes(architecture: Architecture) -> int:
     return sum(size for name, size in sizes.items() if name.partition("/")[0] not in architecture.tied)
 
 
+def dense_bytes(architecture: Architecture) -> int:
+    """Bytes of the same with nothing quantised."""
+    return backbone_bytes(replace(architecture, quantised={}))
+
+
 def worker(
     config: Config,
     architecture: Architecture,
@@ -111,7 +117,7 @@ def worker(
     heads = {name: start.tensors.get(name, torch.empty(0)) for name in shape.head_names}
     bases = {t.name: kinds[f"{t.name}/weight"] for t in shape.targets} if base else {}
     seen = Allocations([*known, *heads.values()])
-    with _meta_model(config), seen:
+    with _meta_model(config), reads_no_weight(config.model.quantize, architecture.hf_config), seen:
         results = _train(config, architecture, model, layers, start, steps, size, pack, bases, recompute=recompute)
         _evaluate(config, architecture, model, layers, bases, heads, size)
     del results
@@ -128,7 +134,8 @@ def activations(config: Config, architecture: Architecture, size: Lengths, pack:
     if architecture.kind == KIND:
         batch["decoder_input_ids"] = labels
     seen = Allocations(x for _, x in all_tensors(model))
-    with torch.no_grad(), FusedAttention(), seen:
+    reads = reads_no_weight(config.model.quantize, architecture.hf_config)
+    with torch.no_grad(), FusedAttention(), reads, seen:
         # A decoder's tokens are the whole model's affair.
         both = getattr(architecture.hf_config, "is_encoder_decoder", False)
         (model if both else getattr(model, "base_model", model))(**batch)

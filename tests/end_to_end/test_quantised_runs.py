@@ -18,7 +18,8 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import wire_bytes
 from rayfed_sub.export.exported import export_hf, export_peft
 from rayfed_sub.models.weights import assemble, dense
-from rayfed_sub.planning.plan import plan_of
+from rayfed_sub.planning.needs import DRIVER, need
+from rayfed_sub.planning.plan import job_parts, plan_of
 from rayfed_sub.runtime.session import load_backbone
 from rayfed_sub.telemetry.events import Summary
 from tests.end_to_end.test_going_on import dies
@@ -90,6 +91,11 @@ def test_packed_weights_train_as_their_dense_ones(
         ways.append(run(config_of(table, *method, model), tmp_path / way))
     assert ways[0].weights_sha256 == ways[1].weights_sha256
     assert ways[0].metrics == ways[1].metrics
+    export_hf(tmp_path / "none", tmp_path / "hf")
+    export_peft(tmp_path / "none", tmp_path / "peft")  # transformers loads model.path itself as it is quantised
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    torch.testing.assert_close(logits(loaded(tmp_path / "peft").float()), logits(whole), rtol=1e-4, atol=1e-5)
+    assert "from_pretrained('base', dtype=" in (tmp_path / "peft" / "README.md").read_text()
 
 
 def _saved(job: Any, folder: Path) -> None:
@@ -130,19 +136,39 @@ def test_exports_are_the_dense_model_with_its_change(table: Path, tmp_path: Path
 
 
 def test_start_makes_its_layers_dense(table: Path, tmp_path: Path) -> None:
-    """What it changes is float32 from then on; the plan counts that."""
-    fields = {"target_modules": ["q_proj", "up_proj"], "r": 2}
+    """What it changes is float32 from then on; the plan counts that.  peft stores a copy of the output layer."""
+    fields = {"target_modules": ["q_proj", "up_proj", "lm_head"], "r": 2}
     adapter(config_of(table), tmp_path / "adapter", **fields)
     config = config_of(table, "model.quantize=int8", start=tmp_path / "adapter")
     job, plain = job_of(config), job_of(config_of(table, "model.quantize=int8"))
     began, tensors = unpacked(load_backbone(job)), unpacked(load_backbone(plain))
     changed = {name for name in began if name not in tensors}
     parts = [f"model.layers.{block}.{part}" for block in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")]
-    assert changed == {f"{name}.weight" for name in parts}
+    assert changed == {f"{name}.weight" for name in (*parts, "lm_head")}
     (before, after) = (dense(one.architecture, held) for one, held in ((plain, tensors), (job, began)))
     assert all(torch.equal(before[name], after[name]) == (name not in changed) for name in before)
     plans = [plan_of(one) for one in (plain, job)]
     assert [one.backbone for one in plans] == [wire_bytes(tensors), wire_bytes(began)]
+
+
+def test_code_that_reads_weights_itself_is_refused(table: Path, tmp_path: Path) -> None:
+    """As RWKV's, which divides some in place."""
+    sizes = "{type: rwkv, hidden_size: 32, attention_hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2}"
+    config = config_of(table, f"model.random={sizes}", "model.quantize=int8")
+    with pytest.raises(UserError, match=r"^model.quantize: got 'int8'; allowed: none for models of type rwkv, whose"):
+        run(config, tmp_path / "run")
+
+
+def test_plan_counts_the_model_before_it_is_quantised(table: Path) -> None:
+    """40 million parameters, dense while they are loaded."""
+    sizes = "hidden_size: 1024, intermediate_size: 2048, num_hidden_layers: 4, num_attention_heads: 4"
+    llama = f"model.random={{type: llama, {sizes}}}"
+    needs = {
+        way: need(job_parts(job_of(config_of(table, llama, f"model.quantize={way}"))), rounds=1, most=1) for way in WAYS
+    }
+    assert needs["none"].loading == 0
+    assert needs["int8"].loading > DRIVER + needs["none"].backbone > DRIVER + 4 * 40e6
+    assert needs["int8"].least(0, 0) == needs["int8"].loading
 
 
 @pytest.mark.slow

@@ -180,14 +180,15 @@ def test_stored_goes_with_a_file_that_is_quantised() -> None:
 # bitsandbytes' checkpoints
 
 
-def checkpoint(folder: Path, **how: Any) -> Any:
-    """A tiny Llama as transformers and bitsandbytes quantise and save it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def checkpoint(folder: Path, *, classes: tuple[str, ...] = (), dtype: str = "float32", **how: Any) -> Any:
+    """A tiny Llama, or Bert that classifies, as transformers and bitsandbytes quantise and save it in this type."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-    model, bones = built()
-    write_folder(bones, load_weights(model, bones, seed=0), {}, folder / "plain")
-    given = {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": "cpu"}, "dtype": torch.float32}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder / "plain", **given)
+    model, bones = built(BERT if classes else LLAMA, classes)
+    write_folder(bones, load_weights(model, bones, seed=7), {}, folder / "plain")
+    given = {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": "cpu"}, "dtype": dtype}
+    auto: Any = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    loaded = auto.from_pretrained(folder / "plain", **given)
     loaded.save_pretrained(folder / "stored")
     return loaded
 
@@ -208,17 +209,51 @@ QUICK = ("int8", "nf4-double")
     "form", [pytest.param(form, marks=() if form in QUICK else pytest.mark.slow) for form in KINDS]
 )
 def test_checkpoint_of_bitsandbytes_is_read_as_it_is(form: str, tmp_path: Path) -> None:
-    theirs = checkpoint(tmp_path, **KINDS[form]).dequantize(torch.float32)
-    whole = {name: parameter.detach().float() for name, parameter in theirs.named_parameters()}
-    for quantize in ("stored", "none"):
-        model = Model(path=str(tmp_path / "stored"), quantize=quantize)
+    """Whatever the type of its other weights, and of the model."""
+    own = {"int8": "float16", "nf4-double": "bfloat16"}.get(form, "float32")
+    theirs = checkpoint(tmp_path, dtype=own, **KINDS[form]).dequantize(torch.float32)
+    for quantize, dtype in (("stored", "float32"), ("stored", "bfloat16"), ("none", "bfloat16")):
+        kind = getattr(torch, dtype)
+        whole = {name: parameter.detach().to(kind) for name, parameter in theirs.named_parameters()}
+        model = Model(path=str(tmp_path / "stored"), quantize=quantize, dtype=dtype)
         bones = architecture(model, "causal-lm")
         assert set(bones.quantised.values()) == ({form} if quantize == "stored" else set())
         assert len(bones.quantised) == (14 if quantize == "stored" else 0)
         tensors = load_weights(model, bones, seed=0)
         assert backbone_bytes(bones) == wire_bytes(tensors)
         ours = dense(bones, tensors)
-        assert all(torch.equal(ours[name], whole[name]) for name in whole)
+        assert {ours[name].dtype for name in whole} == {kind}
+        stored = getattr(torch, own)  # in which transformers dequantises
+        assert all(torch.equal(ours[name].to(stored), whole[name].to(stored)) for name in whole)
+
+
+@pytest.mark.parametrize("form", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_head_that_a_checkpoint_has_quantised_is_read(form: str, tmp_path: Path) -> None:
+    """transformers quantises Bert's, not Llama's; one for other classes is drawn."""
+    theirs = checkpoint(tmp_path, classes=("a", "b"), **KINDS[form])
+    assert type(theirs.classifier) is not torch.nn.Linear
+    whole = theirs.dequantize(torch.float32).classifier
+    found = {}
+    for quantize, classes in (("stored", "ab"), ("none", "ab"), ("stored", "abc")):
+        model = Model(path=str(tmp_path / "stored"), quantize=quantize)
+        bones = architecture(model, "text-classification", tuple(classes))
+        tensors = load_weights(model, bones, seed=0)
+        assert "classifier.weight" not in bones.quantised
+        found[quantize, classes] = tensors["classifier.weight"], tensors["classifier.bias"]
+    for quantize in ("stored", "none"):
+        assert torch.equal(found[quantize, "ab"][0], whole.weight)
+        assert torch.equal(found[quantize, "ab"][1], whole.bias)
+    drawn_mn, bias_m = found["stored", "abc"]
+    assert drawn_mn.shape == (3, 32)
+    assert 0.05 < drawn_mn.std() < 0.2  # initializer_range is 0.1
+    assert not bias_m.any()
+
+
+def test_head_that_a_checkpoint_lacks_is_drawn(tmp_path: Path) -> None:
+    checkpoint(tmp_path, load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    model = Model(path=str(tmp_path / "stored"), quantize="stored")
+    bones = architecture(model, "text-classification", ("a", "b"))
+    assert 0.05 < load_weights(model, bones, seed=0)["score.weight"].std() < 0.2
 
 
 def test_checkpoint_is_not_rounded_twice(tmp_path: Path) -> None:
@@ -235,7 +270,11 @@ def test_damaged_quantisation_is_refused(tmp_path: Path) -> None:
         ({"quant_method": "gptq"}, "a checkpoint of bitsandbytes; this one is quantised by gptq; take the original"),
         ({"load_in_4bit": False}, "load_in_8bit=False and load_in_4bit=False, of which one must be true"),
         ({"bnb_4bit_quant_type": "nf5"}, "bnb_4bit_quant_type=nf5, which is neither nf4 nor fp4"),
-        ({"llm_int8_skip_modules": 3}, "entries that transformers refuses (TypeError: llm_int8_skip_modules must be"),
+        ({"llm_int8_skip_modules": 3}, "llm_int8_skip_modules=3, which is no list of names or regular expressions"),
+        ({"llm_int8_skip_modules": [3]}, "llm_int8_skip_modules=[3], which is no list"),
+        ({"llm_int8_skip_modules": ["lm_head", "("]}, "llm_int8_skip_modules=['lm_head', '('], which is no list"),
+        ({"llm_int8_skip_modules": ["*x"]}, "llm_int8_skip_modules=['*x'], which is no list"),
+        ({"bnb_4bit_compute_dtype": "xx"}, "entries that transformers refuses (AttributeError: "),
     ):
         file.write_text(json.dumps({**config, "quantization_config": {**config["quantization_config"], **entries}}))
         with pytest.raises(UserError) as caught:

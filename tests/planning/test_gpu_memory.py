@@ -132,8 +132,8 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(machines.subprocess, "run", lambda *_, **__: Answered())
     machines.gpu_here.cache_clear()
-    with pytest.raises(UserError, match="the driver is too old"):
-        machines.gpu_here()
+    with pytest.raises(UserError, match=r"^resources.gpus_per_worker: got 0.5; .* the driver is too old"):
+        machines.gpu_here(0.5)
 
 
 @pytest.mark.slow

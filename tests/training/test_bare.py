@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from rayfed_sub.core.types import Broadcast, Client, ModelShape, Layer
 from rayfed_sub.methods import METHODS, class_of
 from rayfed_sub.models.logits import logit_rule
+from rayfed_sub.models.weights import assemble
 from rayfed_sub.planning.allocations import Allocations
 from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
 from rayfed_sub.training.inference import global_model, predictions
