@@ -77,6 +77,7 @@ def nova_length(optimizer: Optimizer, lr: float, proximal: float, steps: int) ->
     Plain SGD: the steps.  Momentum rho: (steps - rho (1 - rho^steps) / (1 - rho)) / (1 - rho), for a buffer that begins
     the round at zero.  FedProx's mu: (1 - (1 - lr mu)^steps) / (lr mu).
 
+    >>> from rayfed_sub.config.schema import Optimizer
     >>> nova_length(Optimizer(name="sgd"), 0.1, 0.0, 3), nova_length(Optimizer(name="sgd", momentum=0.5), 0.1, 0.0, 3)
     (3.0, 4.25)
     """

@@ -111,6 +111,7 @@ def _saved(job: Any, folder: Path) -> None:
     numbers().save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_reference_trains_on_the_dense_weights(table: Path, tmp_path: Path) -> None:
     found = [
         run(config_of(table, "model.quantize=int8", "federation.rounds=1", *way), tmp_path / str(number))
@@ -135,6 +136,7 @@ def test_exports_are_the_dense_model_with_its_change(table: Path, tmp_path: Path
     torch.testing.assert_close(logits(loaded(tmp_path / "peft")), logits(whole), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_start_makes_its_layers_dense(table: Path, tmp_path: Path) -> None:
     """What it changes is float32 from then on; the plan counts that.  peft stores a copy of the output layer."""
     fields = {"target_modules": ["q_proj", "up_proj", "lm_head"], "r": 2}

@@ -73,6 +73,7 @@ def test_settings_that_do_not_fit_are_refused(overrides: Sequence[str], line: st
         prepare(small("task.max_rows=40", "federation.partition.kind=iid", *overrides))
 
 
+@pytest.mark.slow
 def test_model_wider_than_a_gpu_is_planned_over_several() -> None:
     """Blocks in their order on the fewest cards, embeddings on the first and the output layer on the last; no cut into
     as many parts loads its fullest card less."""
