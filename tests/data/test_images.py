@@ -494,7 +494,7 @@ def runs(pictures: str, ray_session: None, tmp_path_factory: pytest.TempPathFact
     return of
 
 
-@pytest.mark.parametrize("method", ["fedftg", "fedit"])
+@pytest.mark.parametrize("method", [pytest.param("fedftg", marks=pytest.mark.slow), "fedit"])
 def test_run_learns_to_classify_four_kinds_of_images(method: str, runs: Runs) -> None:
     """Starts near ln 4 = 1.39 nats."""
     summary, _ = runs(method)

@@ -121,6 +121,7 @@ def test_early_stop_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytes
     assert f"stopped early: {why}" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_what_callbacks_decided_survives_a_death_before_the_checkpoint(tmp_path: Path) -> None:
     """The process ends after a decision and before its round's checkpoint; whoever is asked later answers otherwise."""
 

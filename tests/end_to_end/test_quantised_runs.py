@@ -71,6 +71,7 @@ def test_workers_have_the_same_bits(
     assert two.weights_sha256 == alone.weights_sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [
@@ -122,6 +123,7 @@ def test_reference_trains_on_the_dense_weights(table: Path, tmp_path: Path) -> N
     assert found[0].metrics["held_out_loss_before"] == found[1].metrics["held_out_loss_before"] != ours
 
 
+@pytest.mark.slow
 def test_exports_are_the_dense_model_with_its_change(table: Path, tmp_path: Path) -> None:
     config = config_of(table, "model.quantize=int8", "federation.rounds=1", "optimizer.lr=0.1")
     run(config, tmp_path / "run")

@@ -87,7 +87,11 @@ def case_of(most: str, workers: str, trouble: str) -> packings.Case:
 
 
 @pytest.mark.parametrize(
-    "case", [case_of("8", "2", "none"), case_of("100", "1", "resumed with another size")], ids=["quiet", "resumed"]
+    "case",
+    [
+        pytest.param(case_of("8", "2", "none"), id="quiet"),
+        pytest.param(case_of("100", "1", "resumed with another size"), id="resumed", marks=pytest.mark.slow),
+    ],
 )
 def test_ways_of_packing_under_ray_give_the_bits_of_a_run_without_it(
     ray_session: None, case: packings.Case, tmp_path: Path

@@ -98,6 +98,7 @@ class Failing(FedAvg):
         return replace(start, tensors=spoiled) if client.id == 1 else start
 
 
+@pytest.mark.slow
 def test_run_with_failures_and_a_break_is_told_again(tmp_path: Path) -> None:
     """A client that fails at its first step is waited for up to its last one, in both."""
 
@@ -150,6 +151,7 @@ def test_report_tells_the_simulated_time(buffered: Summary, plain: Summary) -> N
     assert whole["slow"]["staleness"] > whole["fast"]["staleness"]
 
 
+@pytest.mark.slow
 def test_plan_names_devices_that_are_too_small_and_what_waits() -> None:
     small = {"phone": {"seconds_per_step": 1.0, "memory": "100kB"}, "board": {"seconds_per_step": 1.0, "memory": "4GB"}}
     notes = plan_of(prepare(job(*ASYNC, devices=small))).notes
@@ -289,6 +291,7 @@ def test_dropped_client_downloads_what_it_has_missed(tmp_path: Path) -> None:
     assert again
 
 
+@pytest.mark.slow
 def test_longer_run_goes_on_with_the_clock(buffered: Summary, tmp_path: Path) -> None:
     shorter = [word.replace("rounds=6", "rounds=4") for word in ASYNC]
     run(job(*shorter, devices=TWO), tmp_path / "run")

@@ -670,7 +670,11 @@ def outcome(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     [
         (["run", TINY, "optimizer.lr=-1"], "optimizer.lr: got -1"),
         (["run", TINY, "--colour"], "No such option"),
-        (["run", TINY, "model.path=nobody/nothing"], "model.path: got 'nobody/nothing'"),
+        pytest.param(
+            ["run", TINY, "model.path=nobody/nothing"],
+            "model.path: got 'nobody/nothing'",
+            marks=pytest.mark.slow,  # a Ray comes up beside it
+        ),
     ],
     ids=["wrong value", "wrong option", "hub id without a network"],
 )

@@ -139,6 +139,7 @@ def test_encoder_decoder_is_trained_from_text_to_text(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 
 
+@pytest.mark.slow
 def test_language_with_which_answers_begin_is_the_tokenizer_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """mBART learns to begin with an answer's last token, its language, whatever its configuration names."""
     checkpoint = folder_of("seq2seq-lm", "mbart", tmp_path / "model")

@@ -37,6 +37,7 @@ def needed(one: Job) -> Need:
     return need(job_parts(one), rounds=1, most=2)
 
 
+@pytest.mark.slow
 def test_auto_keeps_activations_where_they_fit() -> None:
     """A card between the two needs computes blocks twice, a larger one does not, a smaller one refuses the run."""
     auto, never = job(), job("resources.activation_checkpointing=none")

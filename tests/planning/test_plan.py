@@ -171,6 +171,7 @@ def test_job_that_fits_no_machine_is_refused() -> None:
     fitting(toy, "resources.workers=0")  # Ray, libraries, coordinator and worker take 0.9 GB before they hold anything
 
 
+@pytest.mark.slow
 def test_too_small_gpu_is_refused() -> None:
     """A context alone takes 600 MB."""
     gpu = machine_named("640MB", Machine("here", PLENTY, 8.0, PLENTY))
@@ -245,6 +246,7 @@ def test_plan_by_hand() -> None:
     assert json.loads(json.dumps(as_dict(planned)))["server"][0] == 2 * 96 * 32 * 4
 
 
+@pytest.mark.slow
 def test_neither_data_nor_plan_imports_ray() -> None:
     """Both in one process of their own, with JSON alone on stdout."""
     code = (
@@ -263,6 +265,7 @@ def test_neither_data_nor_plan_imports_ray() -> None:
     assert json.loads(done.stdout[end:])["method"] == "fedftg"
 
 
+@pytest.mark.slow
 def test_private_run_is_timed_with_its_clipping() -> None:
     """Workers clip with the server's own notes, which `fedftg` needs for its ranks, so they must be sent."""
     private = ["federation.sampled=4", "federation.client_weighting=uniform", "privacy.clip=0.5", "privacy.noise=1"]

@@ -38,7 +38,9 @@ ROUNDS, SAMPLED, RANK = 200, 2, 32
 @pytest.mark.parametrize(
     ("numbers", "layers", "q", "v", "counted", "ours"),
     [
-        pytest.param(MISTRAL_7B, 32, (4096, 4096), (1024, 4096), "40.6", "40.5", id="mistral-7b"),
+        pytest.param(
+            MISTRAL_7B, 32, (4096, 4096), (1024, 4096), "40.6", "40.5", id="mistral-7b", marks=pytest.mark.slow
+        ),
         pytest.param(LLAMA_3B, 28, (3072, 3072), (1024, 3072), "27.3", "27.3", id="llama-3.2-3b"),
     ],
 )

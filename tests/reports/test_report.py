@@ -549,6 +549,7 @@ def test_file_is_complete_or_absent(tmp_path: Path) -> None:
     assert sorted(found.name for found in tmp_path.iterdir()) == ["report.html", "run"]
 
 
+@pytest.mark.slow
 def test_many_runs_stay_small(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / f"{at}", layers=30, rounds=40, seed=at)) for at in range(8)]
     path = tmp_path / "report.html"

@@ -207,6 +207,7 @@ def use(folder: Path, copy: Mirror, rounds: int, dies: int | None = None) -> Non
     at.push()
 
 
+@pytest.mark.slow
 def test_tables_are_whole_after_an_upload_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rounds in parts, merged, made parts again for a third one, and merged: in the store a table is a file or
     parts, or for a while both.  Another machine finds all rows of the rounds that count."""
