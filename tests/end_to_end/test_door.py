@@ -251,6 +251,7 @@ class OwnMethod(FedIT):
     name: ClassVar[str] = "own-method"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_workers_get_objects_of_a_notebook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same weights as without Ray; a method of the caller's own, whose class no worker can import."""

@@ -67,6 +67,7 @@ def test_more_rounds_on_a_finished_run_are_those_of_one_run(tmp_path: Path) -> N
     assert run(longer, folder, resume=True) == more  # finished: nothing happens
 
 
+@pytest.mark.slow
 def test_early_stop_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too high a rate, with which the third round's accuracy is not reached again; its model can be exported."""
     watched = ["early_stopping={metric: token_accuracy, patience: 2}", "federation.rounds=9", "checkpoint.every=2"]

@@ -215,6 +215,7 @@ def test_run_goes_on_from_an_earlier_run_s_final_model(method: str, start: Path,
     assert info["what"] == "a run of fedftg, 2 rounds"
 
 
+@pytest.mark.slow
 def test_export_of_a_run_from_a_run_holds_all_of_it(start: Path, runs: Runs, tmp_path: Path) -> None:
     first = runs(start, "method={name: fedftg, rank: 2}", "federation.rounds=2")
     second = runs(first, "method={name: fedit, rank: 3}")

@@ -86,6 +86,7 @@ def test_run_reports_dropped_fields_to_its_listener_or_as_a_warning(monkeypatch:
     assert caught[0].filename == __file__
 
 
+@pytest.mark.slow
 def test_plan_reports_dropped_fields(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["rayfed-sub", "plan", TINY, "method.name=fedit", "task.max_rows=120", "--json"])
     with pytest.raises(SystemExit) as ended:

@@ -143,6 +143,7 @@ print(sum(int(end, 16) - int(begin, 16) for begin, end in code))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (frozen_linear._ONEDNN and sys.platform == "linux"), reason="reads /proc, of oneDNN's kernels")
 def test_kernels_of_many_shapes_do_not_gather() -> None:
     """300 shapes, each up to 0.65 MB of code: 64 of them take 42 MB at most, all took 196."""

@@ -268,6 +268,7 @@ def test_plan_says_what_will_be_spent() -> None:
 # --- a run, and refusals
 
 
+@pytest.mark.slow
 def test_run_says_what_it_spent_round_by_round(tmp_path: Path) -> None:
     """Clients by rows and not by Poisson sampling, with weights by rows, a server optimizer and a hook."""
     overrides = ["resources.workers=0", "evaluation.eval_rows=8", "federation.rounds=2", "server.optimizer=momentum"]

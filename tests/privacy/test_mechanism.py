@@ -427,6 +427,7 @@ def test_resolved_configuration_has_the_same_meaning_when_loaded_again(job: Job,
     assert again.noise == job.noise
 
 
+@pytest.mark.slow
 def test_plan_shows_the_budget_to_be_spent(job: Job) -> None:
     figures = plan_of(job).privacy
     assert figures is not None
