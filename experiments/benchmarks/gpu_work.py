@@ -45,7 +45,7 @@ from rayfed_sub.models.logits import logit_rule
 from rayfed_sub.models.quantised import Quantised
 from rayfed_sub.models.quantised import quantised as rounded
 from rayfed_sub.models.targets import find_targets
-from rayfed_sub.models.weights import all_tensors, ruled
+from rayfed_sub.models.weights import all_tensors, ruled, tie
 from rayfed_sub.planning.allocations import Allocations, FusedAttention
 from rayfed_sub.training.executor import ClientWork, LocalRule, PackResult, train_pack
 from rayfed_sub.training.layers import PackLinear, based_on
@@ -258,9 +258,7 @@ def planned(architecture: Architecture, method: Method, pack: int, given: Sequen
     """Bytes that a pack's round takes on a GPU besides backbone and broadcast, as a plan counts them: the training
     code itself, walked on tensors without data."""
     module = build(architecture.hf_config, architecture.kind).requires_grad_(False)
-    for alias, name in architecture.tied.items():
-        path, _, leaf = alias.rpartition(".")
-        module.get_submodule(path).register_parameter(leaf, module.get_parameter(name))
+    tie(module, architecture.tied)
     one = installed(architecture, module)
     nothing = {name: x.to("meta") for name, x in _server_tensors(method, one).items()}
     received = Broadcast(0, nothing)

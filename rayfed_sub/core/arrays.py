@@ -102,3 +102,9 @@ def matrices_checksum(arrays: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) ->
     """`checksum` in hex, without vectors: rotary frequencies are computed, and may differ in a bit between versions of
     torch."""
     return f"{checksum({name: array for name, array in arrays.items() if array[1].ndim > 1}):016x}"
+
+
+def add_to_digest(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Adds names and bits of tensors, in their order, to a digest of hashlib's: the form of `weights_sha256`."""
+    for name, tensor in tensors:
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())

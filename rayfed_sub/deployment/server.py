@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from rayfed_sub.core.arrays import settled
+from rayfed_sub.core.arrays import add_to_digest, settled
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.types import Client, ServerState, Tensors, Update
 from rayfed_sub.deployment import deltas
@@ -128,9 +128,6 @@ def weights_sha256(federation: Federation, weights: Mapping[str, Tensor]) -> str
     simulation of the same run."""
     digest = hashlib.sha256()
     trained, tensors = model_weights(federation, weights), federation.server.tensors
-    for layer in federation.setup.shape.targets:
-        weight = trained[f"{layer.name}/weight"]
-        digest.update(layer.name.encode() + weight.contiguous().numpy().tobytes())
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    add_to_digest(digest, ((layer.name, trained[f"{layer.name}/weight"]) for layer in federation.setup.shape.targets))
+    add_to_digest(digest, sorted(tensors.items()))
     return digest.hexdigest()

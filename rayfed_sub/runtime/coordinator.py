@@ -22,7 +22,7 @@ import torch
 from rayfed_sub.clock.fleet import Fleet
 from rayfed_sub.clock.virtual_clock import Clock
 from rayfed_sub.config.schema import Config
-from rayfed_sub.core.arrays import Packed, checksum, matrices_checksum, packed, unpacked
+from rayfed_sub.core.arrays import Packed, add_to_digest, checksum, matrices_checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, RoundRow, Score, TimelineRow
 from rayfed_sub.core.types import (
@@ -331,14 +331,12 @@ class Coordinator:
         the run began from, which may have changed other layers."""
         digest = hashlib.sha256(b"" if self._start is None else self._start.digest.encode())
         current = self._store.current
-        for name, weight in self._effective(current.server):
-            digest.update(name.encode() + weight.contiguous().numpy().tobytes())
-        for name in sorted(current.server.tensors):
-            digest.update(name.encode() + current.server.tensors[name].contiguous().numpy().tobytes())
+        add_to_digest(digest, self._effective(current.server))
+        add_to_digest(digest, sorted(current.server.tensors.items()))
         for client in sorted(current.states) if self._method.personal else ():
             _, reference = cast(Any, self._store.stored(client))
-            for name, tensor in sorted(object_store.get(reference).tensors.items()):
-                digest.update(f"{client}/{name}".encode() + tensor.contiguous().numpy().tobytes())
+            state = sorted(object_store.get(reference).tensors.items())
+            add_to_digest(digest, ((f"{client}/{name}", tensor) for name, tensor in state))
         return digest.hexdigest()
 
     def memory(self) -> list[Sample]:
