@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "benchmarks"
 WORKERS = 2
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+ALONE = {"RAY_ADDRESS": "local"}
+"""Else Flower's Ray looks for the last cluster that was started on this machine, which may have been killed."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def measured(one: Contestant, work: Path, out: Path, look_every: float, workers:
     environment = {
         **os.environ,
         **THREADS,
+        **ALONE,
         "PYTHONPATH": str(one.tree),
     }
     with log.open("w") as file:

@@ -21,7 +21,7 @@ from rayfed_sub.core.types import Change, Tensors
 
 _SPARE = 16  # columns of a sketch beyond the expected rank
 _WORTH = 4  # a sketch is used where it is at least so many times smaller than the matrix
-_PART = 1.5  # rows and columns of a part, in multiples of the expected rank
+_PART = 1.25  # rows and columns of a part, in multiples of the expected rank
 _BANDS = 4  # of a triangle, which takes 10 of 16 blocks' products
 _ROWS = 128  # of a chunk
 
