@@ -47,9 +47,10 @@ from rayfed_sub.models.quantised import quantised as rounded
 from rayfed_sub.models.targets import find_targets
 from rayfed_sub.models.weights import all_tensors, ruled, tie
 from rayfed_sub.planning.allocations import Allocations, FusedAttention
-from rayfed_sub.training.executor import ClientWork, LocalRule, PackResult, train_pack
+from rayfed_sub.training.executor import ClientWork, PackResult, train_pack
 from rayfed_sub.training.layers import PackLinear, based_on
 from rayfed_sub.training.pack_experts import install
+from rayfed_sub.training.pack_step import LocalRule
 
 SEED = 0
 ALPHA = 16.0

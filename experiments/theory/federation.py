@@ -20,8 +20,9 @@ from rayfed_sub.data.partitions import partitioned
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import advance, nova_factor
-from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
+from rayfed_sub.training.executor import ClientWork, train_pack
 from rayfed_sub.training.layers import based_on, install
+from rayfed_sub.training.pack_step import LocalRule
 
 
 @dataclass(frozen=True, eq=False)

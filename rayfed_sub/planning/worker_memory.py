@@ -34,11 +34,12 @@ from rayfed_sub.planning.allocations import Allocations, Event, FusedAttention
 from rayfed_sub.planning.heap import PRODUCT_KERNELS, Heap
 from rayfed_sub.planning.traffic import closed_blocks
 from rayfed_sub.privacy.examples import row_privacy
-from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
+from rayfed_sub.training.executor import ClientWork, train_pack
 from rayfed_sub.training.inference import global_model
 from rayfed_sub.training.layers import PackLinear, based_on
 from rayfed_sub.training.losses import predicted
 from rayfed_sub.training.pack_experts import install
+from rayfed_sub.training.pack_step import LocalRule
 
 KERNELS = 40_000_000
 """Bytes that torch's kernels and their code keep in a process once they have run; measured on x86."""

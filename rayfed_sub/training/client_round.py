@@ -11,7 +11,7 @@ from rayfed_sub.data.rows import Ints
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.privacy.examples import row_privacy
 from rayfed_sub.training.client_errors import not_finite
-from rayfed_sub.training.executor import LocalRule
+from rayfed_sub.training.pack_step import LocalRule
 
 if TYPE_CHECKING:
     from rayfed_sub.config.schema import Config

@@ -14,20 +14,25 @@ Legend: G clients of a stack, R rows of a pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed_sub.core.devices import onto
+from rayfed_sub.core.types import ModelShape
 from rayfed_sub.data.batching import Batch
 from rayfed_sub.data.objects import OwnBatch
-from rayfed_sub.models.flat_rows import PassRule
+from rayfed_sub.models.flat_rows import PassRule, pass_rule
+from rayfed_sub.privacy.examples import RowPrivacy
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.blocks import Closed
+from rayfed_sub.training.layers import PackLinear
+from rayfed_sub.training.pack_step import LocalRule, begun, move, passed, penalise
 from rayfed_sub.training.passes import Labelled, Pass, labelled_passes
-from rayfed_sub.training.stacks import Stack
+from rayfed_sub.training.stacks import Stack, Trainee
 
 _NUMBERS = 2**23
 """Numbers that the copies of one client's tensors may have in a pass, besides one row's: 32 MiB."""
@@ -53,6 +58,66 @@ class RowTurn:
             where[:, 1] = number_R[where[:, 0]]
             found.append(replace(one, where=where))
         return found
+
+
+def private_step(
+    model: nn.Module,
+    layers: Mapping[str, PackLinear],
+    shape: ModelShape,
+    stacks: Sequence[Stack],
+    batches: Mapping[int, Batch],
+    rule: LocalRule,
+    privacy: RowPrivacy,
+    expected: Mapping[int, int],
+) -> tuple[int, int]:
+    """As `step_pack` by the rule of `privacy/examples.py`; returns the tokens of the rows, and those that were computed.
+    expected: by client."""
+    steps = [begun(stack, shape, rule.seed, 0, None) for stack in stacks]
+    assert not shape.experts, "an expert takes a step where the data ask for it"
+    assert all(step.refresh is None for step in steps), "a basis would be computed from gradients without noise"
+    trainees = [trainee for stack in stacks for trainee in stack.trainees]
+    clients = [(one.client, one.taken + one.steps) for one in trainees]
+    device = next(iter(layers.values())).weight.device
+    sums = [{name: torch.zeros_like(leaf) for name, leaf in step.leaves.items()} for step in steps]
+    tokens = computed = 0
+    losses: list[list[float]] = [[] for _ in trainees]
+    labels = [0 for _ in trainees]
+    for rows in row_turns(stacks, batches, pass_rule(model), rule.micro_batch):
+        turns = [one.to(device) for one in rows.passes(pass_rule(model), rule.pad)]
+        own = [begun(stack, shape, rule.seed, len(turns), None) for stack in rows.stacks]
+        of_R = [clients[place] for place, _ in rows.words]
+        loss_R, label_R = passed(model, layers, shape, rows.stacks, own, turns, rule.seed, of_R)
+        for (place, _), loss, count in zip(rows.words, loss_R.tolist(), label_R, strict=True):
+            losses[place].append(loss)
+            labels[place] += count
+        for step, (i, place_R) in zip(own, rows.of_G, strict=True):
+            add_clipped(sums[i], step.gradients, place_R, privacy.clip)
+        tokens += sum(one.tokens[0] for one in turns)
+        computed += sum(one.tokens[1] for one in turns)
+    number = iter(clients)
+    for stack, step, total in zip(stacks, steps, sums, strict=True):
+        for g, trainee in enumerate(stack.trainees):
+            mine = {name: tensor[g] for name, tensor in total.items()}
+            for name, noise in privacy.drawn(rule.seed, *next(number), mine).items():
+                mine[name].add_(noise).div_(expected[trainee.client])
+        step.gradients = total
+        penalise(stack, step)
+        move(stack, step, shape, rule)
+    _count(trainees, [sum(own) / len(own) if own else None for own in losses], labels)
+    return tokens, computed
+
+
+def _count(trainees: Sequence[Trainee], losses: Sequence[float | None], labels: Sequence[int]) -> None:
+    """Notes a step of the clients, with their losses and labels; None: no row was drawn for it."""
+    for trainee, loss, count in zip(trainees, losses, labels, strict=True):
+        trainee.steps += 1
+        trainee.tokens += count
+        if loss is None:
+            trainee.empty += 1
+            continue
+        trainee.losses.append(loss)
+        if not math.isfinite(loss):
+            trainee.failure = trainee.failure or f"non-finite loss at local step {trainee.steps - 1}"
 
 
 def row_turns(

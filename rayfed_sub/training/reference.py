@@ -26,9 +26,10 @@ from rayfed_sub.models.text_to_text import decoder_inputs
 from rayfed_sub.models.weights import answered
 from rayfed_sub.training.client_errors import drawn, not_finite
 from rayfed_sub.training.dropout import GivenDropout
-from rayfed_sub.training.executor import ClientWork, LocalRule
+from rayfed_sub.training.executor import ClientWork
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of
 from rayfed_sub.training.own_loss import trained_loss
+from rayfed_sub.training.pack_step import LocalRule
 from rayfed_sub.training.passes import of_tokens
 from rayfed_sub.training.stacks import Clock, expert_step
 

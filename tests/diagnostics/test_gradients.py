@@ -11,7 +11,8 @@ from torch import Tensor
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Subspace
 from rayfed_sub.diagnostics.gradients import GradientWatch, energy
-from rayfed_sub.training.executor import LocalRule, train_pack
+from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.pack_step import LocalRule
 from tests.helpers.tiny_models import albert, draw_batches, galore_start, installed, works
 
 

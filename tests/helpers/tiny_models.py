@@ -39,9 +39,10 @@ from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.experts import experts_of, matrix_of
 from rayfed_sub.models.logits import logit_rule
 from rayfed_sub.privacy.examples import RowPrivacy
-from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
+from rayfed_sub.training.executor import ClientWork, train_pack
 from rayfed_sub.training.layers import PackLinear, based_on
 from rayfed_sub.training.pack_experts import install
+from rayfed_sub.training.pack_step import LocalRule
 from rayfed_sub.training.reference import train_reference
 
 torch.set_num_threads(1)  # matrices of 16 x 24: a second thread only waits (ten times slower on a busy machine)

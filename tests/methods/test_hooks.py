@@ -19,7 +19,8 @@ from rayfed_sub.methods import HOOKS, METHODS, build_hook
 from rayfed_sub.methods.hooks import LocalHook
 from rayfed_sub.planning.job import check_settings
 from rayfed_sub.planning.traffic import first_start, traffic
-from rayfed_sub.training.executor import LocalRule, train_pack
+from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.pack_step import LocalRule
 from tests.helpers import outside_hooks
 from tests.helpers.outside_hooks import Contrast, FedProx, Muon, SpectralDescent
 from tests.helpers.tiny_models import (

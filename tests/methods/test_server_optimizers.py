@@ -9,8 +9,9 @@ from rayfed_sub.config.schema import Optimizer, Privacy, Server
 from rayfed_sub.core.types import Client, Layer, ModelShape, ServerState, Subspace
 from rayfed_sub.methods import build
 from rayfed_sub.methods.server_optimizers import advance, mixed_bytes, mixes, nova_factor, nova_length
-from rayfed_sub.training.executor import LocalRule, train_pack
+from rayfed_sub.training.executor import train_pack
 from rayfed_sub.training.optimizers import step
+from rayfed_sub.training.pack_step import LocalRule
 from tests.helpers.tiny_models import (
     PAD,
     change,

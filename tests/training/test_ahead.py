@@ -12,8 +12,9 @@ import torch
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.devices import meta_as
 from rayfed_sub.training.ahead import in_turn
-from rayfed_sub.training.executor import LocalRule, PackResult, train_pack
+from rayfed_sub.training.executor import PackResult, train_pack
 from rayfed_sub.training.pack_experts import install
+from rayfed_sub.training.pack_step import LocalRule
 from tests.helpers.second_device import SecondDevice
 from tests.helpers.tiny_models import PAD, Tiny, draw_batches, llama, lora_start, works
 

@@ -21,7 +21,8 @@ from rayfed_sub.methods import METHODS, class_of
 from rayfed_sub.models.logits import logit_rule
 from rayfed_sub.models.weights import assemble
 from rayfed_sub.planning.allocations import Allocations
-from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
+from rayfed_sub.training.executor import ClientWork, train_pack
+from rayfed_sub.training.pack_step import LocalRule
 from rayfed_sub.training.inference import global_model, predictions
 from rayfed_sub.training.pack_experts import install
 from rayfed_sub.training.reference import train_reference

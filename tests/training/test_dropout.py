@@ -16,7 +16,8 @@ from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import ModelShape, Start
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.training.dropout import Dropout, TokenWords, column_words, dropouts, kept
-from rayfed_sub.training.executor import ClientWork, LocalRule, train_pack
+from rayfed_sub.training.executor import ClientWork, train_pack
+from rayfed_sub.training.pack_step import LocalRule
 from tests.helpers.tiny_models import (
     PAD,
     Tiny,

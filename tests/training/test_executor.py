@@ -12,7 +12,8 @@ import torch
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import Start, Subspace
 from rayfed_sub.training import executor, projectors
-from rayfed_sub.training.executor import LocalRule, train_pack
+from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.pack_step import LocalRule
 from tests.helpers.tiny_models import (
     bert,
     change,

@@ -11,7 +11,8 @@ import torch
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.types import LocalResult, Start, Subspace
 from rayfed_sub.planning.allocations import Allocations
-from rayfed_sub.training.executor import LocalRule, train_pack
+from rayfed_sub.training.executor import train_pack
+from rayfed_sub.training.pack_step import LocalRule
 from tests.helpers.tiny_models import (
     PAD,
     Tiny,
