@@ -17,11 +17,14 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ClientState, ServerState
 from rayfed_sub.data.kept import cache_root
 from rayfed_sub.deployment import server
+from rayfed_sub.deployment.node import WEIGHTS
 from rayfed_sub.deployment.server import Federation
 from rayfed_sub.deployment.setup import Setup, run_config, set_up
 from rayfed_sub.models.weights import dense, generation_config, write_folder
+from rayfed_sub.storage import atomic_files
 
-_MONTH = 30 * 24 * 3600  # seconds
+_DAY = 24 * 3600.0  # seconds
+_MONTH = 30 * _DAY
 
 Scalar = bool | int | float | str
 
@@ -48,19 +51,31 @@ def setup_of(values: Mapping[str, Scalar], node_config: Mapping[str, Scalar] | N
 
 
 def node_folder(node_config: Mapping[str, Scalar], run_id: int) -> Path:
-    """Where the node's client keeps what outlives a message of this run: pretrained weights, and its versions.
+    """Where the node's client keeps its versions, which outlive a message of this run; the pretrained weights lie in
+    the folder above, once for all clients of a cache.
 
-    It lies below the node's `cache`, by default the user's folder for caches.  Runs that nobody has touched for a month
-    are deleted there when another one begins."""
+    It lies below the node's `cache`, by default the user's folder for caches.  When a run begins there, weights that
+    nobody has read for a day are deleted, and versions that nobody has touched for a month."""
     given = node_config.get("cache")
     root = cache_root() / "flower" if given is None else Path(str(given)).expanduser()
     folder = root / f"run-{run_id}" / f"client-{int(node_config['partition-id'])}"
     if not folder.exists():
         folder.mkdir(parents=True)
         for old in root.glob("run-*/client-*"):
-            if time.time() - old.stat().st_mtime > _MONTH:
+            if _age(old) > _MONTH:
                 shutil.rmtree(old, ignore_errors=True)
+        for weights in root.glob(f"run-*/{WEIGHTS}"):
+            if _age(weights) > _DAY:
+                weights.unlink(missing_ok=True)
     return folder
+
+
+def _age(path: Path) -> float:
+    """Seconds since the path was touched; 0 where another process has deleted it."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def checkpoint_state(node_config: Mapping[str, Scalar], client: int) -> ClientState | None:
@@ -103,7 +118,8 @@ def write_server(federation: Federation, folder: Path) -> None:
 
 
 def _write_server(folder: Path, round: int, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: x.contiguous() for name, x in tensors.items()}, _server_file(folder), {"round": str(round)})
+    with atomic_files.replacing(_server_file(folder)) as temporary:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, {"round": str(round)})
 
 
 def read_checkpoint(folder: str) -> tuple[ServerState, dict[str, Tensor]] | None:

@@ -28,7 +28,10 @@ from rayfed_sub.training.executor import ClientWork, train_pack
 from rayfed_sub.training.layers import based_on
 from rayfed_sub.training.pack_experts import install
 
+WEIGHTS = "weights.safetensors"
+"""The file of a run's pretrained weights on a node."""
 _SERVER, _STATE = "server/", "state/"  # prefixes in a version's file
+_WRITING = 3600.0  # seconds that another process may take to write the weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +93,14 @@ def train(
 
 
 def kept_weights(setup: Setup, folder: Path) -> dict[str, Tensor]:
-    """The pretrained weights from the node's file of them, which is written the first time: later processes map it."""
-    file = folder / "weights.safetensors"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_files.write(file, save({name: x.contiguous() for name, x in pretrained(setup).items()}))
+    """The pretrained weights from the folder's file of them, which the first process writes: later ones, and those of
+    the node's other clients, map it."""
+    file = folder / WEIGHTS
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_files.claim(folder / ".weights-lock", _WRITING):
+        if not file.exists():
+            atomic_files.write(file, save({name: x.contiguous() for name, x in pretrained(setup).items()}))
+        file.touch()  # or another run may take it for left
     held: dict[str, Tensor] = load_file(file)
     return held
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -26,8 +26,11 @@ from rayfed_sub.deployment.server import Federation, Reply
 
 PARTITION = "partition-id"
 """Key of a node's configuration with the number of its client."""
+CLIENT = "client"
+"""Record of a message with the number of the client that it is for, under `PARTITION`."""
 _LOOK = 1.0  # seconds between two looks for nodes
-_ANSWER = 60.0  # seconds for a node to say which client it is
+_ANSWER = 60.0  # seconds for a new node to say which client it is, before a round begins without it
+_AGAIN = 30.0  # seconds after which a node that answered by an error is asked again
 
 
 class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have no types here
@@ -37,13 +40,25 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
     the cohort's clients before a round; answer: seconds that a round's answers may take.  A client without a node, or
     without an answer in time, has failed, as one whose training fails: federation.on_client_failure decides.
     log_file: gets a line of JSON for every client and round, with its bytes as counted and as sent; None: no file.
+    finished: gets the federation after every round.
     """
 
-    def __init__(self, federation: Federation, *, wait: float, answer: float, log_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        *,
+        wait: float,
+        answer: float,
+        log_file: Path | None = None,
+        finished: Callable[[Federation], None] = lambda federation: None,
+    ) -> None:
         self.federation = federation
-        self._wait, self._answer, self._log_file = wait, answer, log_file
+        self._wait, self._answer, self._log_file, self._finished = wait, answer, log_file, finished
         self._clients: dict[int, int] = {}  # node -> its client, of nodes that have said so
+        self._asked: dict[str, int] = {}  # question -> node, of those that have not answered yet
+        self._later: dict[int, float] = {}  # node -> when it may be asked again
         self._sent: dict[int, dict[str, Any]] = {}  # client -> what the log says of its message
+        self._words: dict[int, Metadata] = {}  # client -> its message's metadata
         self._grid: Grid | None = None
         self._nodes: dict[int, int] = {}  # client -> node, of the round
 
@@ -82,6 +97,7 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
             if row["failure"] is not None:
                 log(WARNING, "client %s failed: %s", row["client"], row["failure"])
         self.federation = server.finish(self.federation, list(found.values()))
+        self._finished(self.federation)
         return None, MetricRecord(_summed(rows))
 
     def configure_evaluate(
@@ -96,26 +112,49 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
 
     def _connected(self, grid: Grid, cohort: Sequence[int]) -> dict[int, int]:
         """The nodes of these clients, by client, of those that come within the time to wait."""
-        began, waited, silent = time.monotonic(), False, set[str]()
+        began, waited, new = time.monotonic(), False, set[int]()
         while True:
             online = list(grid.get_node_ids())
-            new = [node for node in online if node not in self._clients and str(node) not in silent]
-            asked = [Message(RecordDict(), node, MessageType.QUERY, group_id=str(node)) for node in new]
-            for reply in grid.send_and_receive(asked, timeout=_ANSWER) if asked else ():
-                if reply.has_error():
-                    silent.add(reply.metadata.group_id)
-                else:
-                    self._clients[reply.metadata.src_node_id] = int(reply.content["node"][PARTITION])
-            # Of two nodes of one client the later one counts: the other may be gone without having said so.
-            nodes = {client: node for node, client in self._clients.items() if node in online}
+            self._clients = {node: client for node, client in self._clients.items() if node in online}
+            new |= self._ask(grid, online)
+            self._listen(grid)
+            nodes = {client: node for node, client in self._clients.items()}  # of two of one client the later one
             found = {client: nodes[client] for client in cohort if client in nodes}
-            if len(found) == len(cohort) or time.monotonic() - began > self._wait:
+            passed = time.monotonic() - began
+            # A new node may be a client's that was here before: the one that it was may be gone without a word.
+            asking = passed < _ANSWER and not new.isdisjoint(self._asked.values())
+            if passed > self._wait or (len(found) == len(cohort) and not asking):
                 return found
-            if not waited:
+            if not waited and len(found) < len(cohort):
                 absent = ", ".join(str(client) for client in cohort if client not in found)
                 log(INFO, "waiting for nodes with %s %s", PARTITION, absent)
-            waited = True
+                waited = True
             time.sleep(_LOOK)
+
+    def _ask(self, grid: Grid, online: Sequence[int]) -> set[int]:
+        """Asks the nodes that are new which client they are; returns them."""
+        known, now = {*self._clients, *self._asked.values()}, time.monotonic()
+        new = [node for node in online if node not in known and self._later.get(node, now) <= now]
+        ttl = max(self._wait, _ANSWER)
+        questions = [Message(RecordDict(), node, MessageType.QUERY, ttl=ttl) for node in new]
+        if questions:
+            grid.push_messages(questions)
+        self._asked |= {one.metadata.message_id: one.metadata.dst_node_id for one in questions}
+        return set(new)
+
+    def _listen(self, grid: Grid) -> None:
+        """Reads the answers that have come."""
+        for answer in grid.pull_messages(list(self._asked)) if self._asked else ():
+            node = self._asked.pop(answer.metadata.reply_to_message_id)
+            if answer.has_error():
+                log(WARNING, "node %s does not say which client it is: %s", node, _cause(answer))
+                self._later[node] = time.monotonic() + _AGAIN
+                continue
+            client = int(answer.content["node"][PARTITION])
+            if others := [other for other, its in self._clients.items() if its == client]:
+                known = ", ".join(map(str, others))
+                log(WARNING, "node %s has %s=%s, as node %s has: the later one counts", node, PARTITION, client, known)
+            self._clients[node] = client
 
     def _messages(self, nodes: Mapping[int, int], *, anew: bool = False) -> Iterator[Message]:
         for client, node in nodes.items():
@@ -123,21 +162,25 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
             counted = server.counted_bytes(self.federation, client, anew=anew)
             down, before = {"down_counted": counted, **_sizes("down", content)}, self._sent[client]
             self._sent[client] = {name: value + before.get(name, 0) for name, value in down.items()}
-            group = f"{self.federation.round}/{client}"
-            yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
+            content[CLIENT] = ConfigRecord({PARTITION: client})
+            # A node that is late forgets what nobody waits for any more.
+            how = {"ttl": self._answer, "group_id": str(self.federation.round + 1)}
+            message = Message(content, dst_node_id=node, message_type=MessageType.TRAIN, **how)
+            self._words[client] = message.metadata
+            yield message
 
     def _replies(self, messages: Iterable[Message]) -> dict[int, Reply]:
         """The answers by client; an error of Flower's is its client's failure."""
+        # By the message that is answered, not by the sender: the error of a node that is gone comes from the SuperLink.
+        of = {self._words[client].message_id: client for client in self._nodes}
         found = dict[int, Reply]()
         for message in messages:
-            # Not the sender: the error of a node that is gone comes from the SuperLink.
-            round, _, number = message.metadata.group_id.partition("/")
-            if round != str(self.federation.round) or int(number) not in self._nodes:
+            client = of.get(message.metadata.reply_to_message_id, -1)
+            if client < 0:  # to what a round before has asked
                 continue
-            client = int(number)
             if message.has_error():
-                cause = f"{message.error.reason or 'error'} (Flower's error {message.error.code})"
-                found[client] = Reply(Update(client, 0.0, {}, {}, cause))
+                found[client] = Reply(Update(client, 0.0, {}, {}, _cause(message)))
+                self._clients.pop(self._nodes[client], None)  # it is asked again who it is
                 continue
             reply = reply_of(message.content)
             self._sent[client] |= _sizes("up", message.content)
@@ -154,6 +197,10 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
         if self._log_file is not None:
             with self._log_file.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _cause(message: Message) -> str:
+    return f"{message.error.reason or 'error'} (Flower's error {message.error.code})"
 
 
 def _sizes(way: str, content: RecordDict) -> dict[str, int]:

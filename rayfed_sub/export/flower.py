@@ -53,11 +53,14 @@ _SOURCE = Path(rayfed_sub.__file__).parent
 _ALWAYS = ("torch", "transformers", "safetensors", "numpy", "pydantic", "pyyaml", "cloudpickle", "regex", "psutil")
 _TABLES = ("datasets", "pyarrow", "pandas", "flwr-datasets")
 _LISTED = ("federation", "optimizer", "server", "method", "hook")  # groups whose keys all stand in the app
-_SHOWN = ("model.path", "model.targets", "task.name", "task.max_length")  # in the app, whatever they are
+_SHOWN = ("model.path", "model.targets", "task.name", "task.max_length", "resources.cpus_per_worker")
+"""Keys that stand in the app whatever they are."""
 _LEFT_OUT = ("evaluation", "diagnostics", "checkpoint", "early_stopping", "callbacks", "trackers", "privacy", "devices")
 _KEPT = {"evaluation": ("split",), "resources": ("cpus_per_worker", "micro_batch", "activation_checkpointing")}
 _DROPPED = ("build", "eggs", ".eggs", "lib", "lib64", "parts", ".venv", "env", "venv", "ENV", "env.bak", "venv.bak")
 _LENGTH = 32  # characters of an app's name that Flower takes
+_NOT_SENT = ("outputs/", "checkpoint/", "venv/", ".venv/", "__pycache__/")
+"""Folders of an app whose files Flower is not to send to every node."""
 
 
 def export_flower(
@@ -98,6 +101,7 @@ def export_flower(
         write_checkpoint(to / "checkpoint", found.round, tensors, states)
     (to / "pyproject.toml").write_text(_pyproject(config, values, needed), encoding="utf-8")
     (to / "README.md").write_text(_readme(config, found), encoding="utf-8")
+    (to / ".gitignore").write_text("".join(f"{name}\n" for name in _NOT_SENT), encoding="utf-8")
     shutil.copyfile(_license(), to / "LICENSE")
     return Export(f"flwr run {to} NAME --stream  # README.md in the app says how to begin")
 
@@ -413,5 +417,6 @@ _GOING_ON = """
 
 `checkpoint/` holds the server after {round} rounds of a simulation, and each client's state. The ServerApp reads the
 folder that `checkpoint` in pyproject.toml names, which is no part of what `flwr run` sends: copy it to the SuperLink's
-machine, and each client's file to its node, and name it in that node's `--node-config "checkpoint=..."`.
+machine, and each client's file to its node, and name it in that node's configuration, as
+`--node-config "partition-id=0 checkpoint='/data/checkpoint/clients/0.safetensors'"`.
 """

@@ -14,17 +14,23 @@ from rayfed_sub.core.errors import RunError
 
 
 def write(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes the parts to a temporary file beside `path`, syncs it to the disk, then renames it: a reader of `path`
-    sees the old bytes or the new ones.
+    """Writes the parts as `replacing` does."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.writelines(parts)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary file's path beside `path`; what was written there is synced to the disk, then renamed: a
+    reader of `path` sees the old bytes or the new ones.
 
     Raises RunError naming the file where the disk is full or refuses; `path` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}")
     with disk_errors(path):
         try:
-            with temporary.open("wb") as file:
-                file.writelines(parts)
-                file.flush()
+            yield temporary
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError:

@@ -70,8 +70,8 @@ def private_step(
     privacy: RowPrivacy,
     expected: Mapping[int, int],
 ) -> tuple[int, int]:
-    """As `step_pack` by the rule of `privacy/examples.py`; returns the tokens of the rows, and those that were computed.
-    expected: by client."""
+    """As `step_pack` by the rule of `privacy/examples.py`; returns the tokens of the rows, and those that were
+    computed.  expected: by client."""
     steps = [begun(stack, shape, rule.seed, 0, None) for stack in stacks]
     assert not shape.experts, "an expert takes a step where the data ask for it"
     assert all(step.refresh is None for step in steps), "a basis would be computed from gradients without noise"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +162,31 @@ def test_a_node_without_files_says_so_and_receives_all(
     assert reply.update.failure is None
 
 
+def test_pretrained_weights_lie_once_a_run_and_go_when_nobody_reads_them(
+    setup: Setup, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    def folder(run: int, client: int) -> Path:
+        return app.node_folder({"cache": str(tmp_path), "partition-id": client}, run)
+
+    first, second = folder(1, 0), folder(1, 1)
+    assert first.parent == second.parent
+    for one in (first, second):
+        held = node.kept_weights(setup, one.parent)
+        assert all(torch.equal(held[name], tensor) for name, tensor in weights.items())
+    file = first.parent / node.WEIGHTS
+    folder(2, 0)
+    assert file.exists()
+    two_days, two_months = (time.time() - days * 24 * 3600 for days in (2, 60))
+    os.utime(file, (two_days, two_days))
+    folder(3, 0)
+    assert not file.exists()
+    assert first.exists()
+    os.utime(first, (two_months, two_months))
+    folder(4, 0)
+    assert not first.exists()
+    assert second.exists()
+
+
 def test_an_answer_that_never_came_leaves_no_trace(
     setup: Setup, weights: dict[str, torch.Tensor], dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -198,6 +226,26 @@ def test_a_client_goes_on_from_its_file_or_begins_anew(tmp_path: Path) -> None:
         assert len(str(error.value).splitlines()) == 1
 
 
+class Word:
+    """A message of Flower's."""
+
+    numbers = count()
+
+    def __init__(
+        self, content: Any, dst_node_id: int, message_type: str, *, ttl: float, group_id: str = "", reply_to: str = ""
+    ) -> None:
+        self.content, self.error = content, SimpleNamespace(reason=content, code=5)
+        self.metadata = SimpleNamespace(message_id=f"{next(self.numbers)}", dst_node_id=dst_node_id, ttl=ttl)
+        self.metadata.reply_to_message_id, self.metadata.src_node_id = reply_to, dst_node_id
+
+    def has_error(self) -> bool:
+        return isinstance(self.content, str)
+
+
+def answered(to: Any, content: Any) -> Word:
+    return Word(content, to.metadata.dst_node_id, "query", ttl=1.0, reply_to=to.metadata.message_id)
+
+
 def without_flower(monkeypatch: pytest.MonkeyPatch, others: Mapping[str, Mapping[str, Any]]) -> None:
     """Names that Flower's half imports, for Flower needs an environment of its own."""
 
@@ -205,34 +253,103 @@ def without_flower(monkeypatch: pytest.MonkeyPatch, others: Mapping[str, Mapping
         def main(self) -> Any:
             return lambda function: function
 
-    names = ("ArrayRecord", "ConfigRecord", "Context", "Message", "MessageType", "MetricRecord", "RecordDict")
+    names = ("ArrayRecord", "ConfigRecord", "Context", "Metadata", "MetricRecord", "RecordDict")
+    app = {**dict.fromkeys(names, dict), "Message": Word, "MessageType": SimpleNamespace(QUERY="query")}
     for name, parts in {
-        **{"flwr": {}, "flwr.common": {}, "flwr.common.logger": {"log": print}, "flwr.app": dict.fromkeys(names, dict)},
+        **{"flwr": {}, "flwr.common": {}, "flwr.common.logger": {"log": print}, "flwr.app": app},
         **{"flwr.serverapp": {"Grid": object, "ServerApp": ServerApp}, "flwr.serverapp.strategy": {"Strategy": object}},
         **others,
     }.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
 
 
-def test_answers_belong_to_the_client_and_round_of_their_message(
-    setup: Setup, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The SuperLink, node 1, answers for a node that is gone; an answer of an earlier round is dropped."""
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`MethodStrategy`."""
     names = ("download_record", "payload_bytes", "reply_of", "tensor_bytes")
     without_flower(monkeypatch, {"rayfed_sub.deployment.records": dict.fromkeys(names)})
-    made = runpy.run_path(str(Path(deployment.__file__).parent / "strategy.py"))["MethodStrategy"]
+    found = runpy.run_path(str(Path(deployment.__file__).parent / "strategy.py"))["MethodStrategy"]
+    found.__init__.__globals__.update(_LOOK=0.01, _ANSWER=0.2, _AGAIN=0.05)
+    return found
+
+
+def test_answers_belong_to_the_client_and_round_of_their_message(
+    setup: Setup, weights: dict[str, torch.Tensor], made: Any
+) -> None:
+    """The SuperLink, node 1, answers for a node that is gone; an answer to an earlier round's message is dropped."""
     strategy = made(server.begin(setup, weights), wait=0.0, answer=0.0)
-    strategy._nodes, strategy._sent = {0: 40, 2: 42}, {0: {}, 2: {}}
-    error = SimpleNamespace(reason="the node is gone", code=5)
-    messages = [
-        SimpleNamespace(
-            metadata=SimpleNamespace(group_id=group, src_node_id=1), has_error=lambda: True, error=error, content=None
-        )
-        for group in ("0/2", "7/0")
-    ]
+    old, new = (Word({}, node, "train", ttl=1.0) for node in (40, 42))
+    strategy._nodes, strategy._sent, strategy._words = {2: 42}, {2: {}}, {2: new.metadata}
+    messages = [answered(one, "the node is gone") for one in (new, old)]
+    for one in messages:
+        one.metadata.src_node_id = 1
     (found,) = strategy._replies(messages).items()
     assert found[0] == found[1].update.client == 2
     assert found[1].update.failure == "the node is gone (Flower's error 5)"
+
+
+class Grid:
+    """Nodes that are online; says: by node what it answers when it is asked who it is, None for no answer."""
+
+    def __init__(self, **says: Any) -> None:
+        self.says = {int(name[1:]): what for name, what in says.items()}
+        self.asked: list[int] = []
+        self._waiting: dict[str, Word] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.says)
+
+    def push_messages(self, messages: Sequence[Word]) -> list[str]:
+        self.asked += [one.metadata.dst_node_id for one in messages]
+        self._waiting |= {one.metadata.message_id: one for one in messages}
+        return [one.metadata.message_id for one in messages]
+
+    def pull_messages(self, numbers: Sequence[str]) -> list[Word]:
+        ready = [one for one in numbers if self.says.get(self._waiting[one].metadata.dst_node_id) is not None]
+        words = [self._waiting.pop(one) for one in ready]
+        return [answered(one, self._content(self.says[one.metadata.dst_node_id])) for one in words]
+
+    def _content(self, what: Any) -> Any:
+        return what if isinstance(what, str) else {"node": {"partition-id": what}}
+
+
+def test_a_silent_node_costs_no_round_more_than_once(setup: Setup, weights: dict[str, torch.Tensor], made: Any) -> None:
+    """It is asked once; the first round waits for its answer, later ones do not."""
+    strategy, grid = made(server.begin(setup, weights), wait=5.0, answer=9.0), Grid(n40=0, n41=None)
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert strategy._connected(grid, [0]) == {0: 40}
+        seconds.append(time.monotonic() - began)
+    assert grid.asked == [40, 41]
+    assert seconds[0] > 0.2 > max(seconds[1:])
+    grid.says[41] = 1
+    assert strategy._connected(grid, [0, 1]) == {0: 40, 1: 41}
+
+
+def test_a_node_that_cannot_say_who_it_is_is_named_and_asked_again(
+    setup: Setup, weights: dict[str, torch.Tensor], made: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strategy, grid = made(server.begin(setup, weights), wait=0.3, answer=9.0), Grid(n40="no partition-id")
+    assert strategy._connected(grid, [0]) == {}
+    assert len(grid.asked) > 2
+    assert "no partition-id (Flower's error 5)" in capsys.readouterr().out
+    grid.says[40] = 0
+    assert strategy._connected(grid, [0]) == {0: 40}
+
+
+def test_of_two_nodes_of_one_client_the_later_one_counts(
+    setup: Setup, weights: dict[str, torch.Tensor], made: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strategy, grid = made(server.begin(setup, weights), wait=5.0, answer=9.0), Grid(n40=0)
+    assert strategy._connected(grid, [0]) == {0: 40}
+    grid.says[41] = 0
+    assert strategy._connected(grid, [0]) == {0: 41}
+    assert "node 40" in capsys.readouterr().out
+    assert strategy._connected(grid, [0]) == {0: 41}
+    assert grid.asked == [40, 41]
+    del grid.says[41]
+    assert strategy._connected(grid, [0]) == {0: 40}
 
 
 def test_finished_rounds_outlive_a_round_that_fails(
@@ -246,11 +363,12 @@ def test_finished_rounds_outlive_a_round_that_fails(
     after = whole.federation
 
     class Failing:
-        def __init__(self, federation: Federation, **_: object) -> None:
-            self.federation = federation
+        def __init__(self, federation: Federation, finished: Callable[[Federation], None], **_: object) -> None:
+            self.federation, self._finished = federation, finished
 
         def start(self, **_: object) -> None:
             self.federation = after
+            self._finished(after)
             raise RunError("client", "lost", round=1, resume=None)
 
     without_flower(monkeypatch, {"rayfed_sub.deployment.strategy": {"MethodStrategy": Failing}})

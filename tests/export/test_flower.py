@@ -97,6 +97,8 @@ def test_the_configuration_is_the_app_s_own(app: Path) -> None:
     assert {"torch", "transformers"} <= needed.keys()
     assert {"ray", "typer", "protobuf", "packaging", "peft", "datasets"}.isdisjoint(needed)
     assert (app / "LICENSE").is_file()
+    assert "outputs/" in (app / ".gitignore").read_text().split()  # or Flower would send a run's results to all nodes
+    assert values["resources.cpus_per_worker"] == 1.0  # `--run-config` changes keys that stand there alone
     assert "2 of 3 clients train in each of 3 rounds" in (app / "README.md").read_text()
 
 

@@ -131,9 +131,9 @@ def test_a_killed_node_a_late_client_and_a_nan_are_failed_clients(federation: Fe
     app = app_of(tree, tmp_path)
     script = (app / "flower_app" / "client_app.py").read_text()
     faults = """
-    if msg.metadata.group_id == "1/1":
+    if (msg.metadata.group_id, client) == ("2", 1):
         __import__("time").sleep(150)
-    if msg.metadata.group_id == "2/0":
+    if (msg.metadata.group_id, client) == ("3", 0):
         reply = __import__("dataclasses").replace(reply, update=__import__("dataclasses").replace(
             reply.update, tensors={k: v * float("nan") for k, v in reply.update.tensors.items()}))
 """
@@ -153,6 +153,8 @@ def test_a_killed_node_a_late_client_and_a_nan_are_failed_clients(federation: Fe
     assert failed[1, 1] == "no answer in time"
     assert "non-finite" in failed[2, 0]
     assert {key for key in failed if key[1] != 2} == {(1, 1), (2, 0)}
+    server = load_file(log.parent / "server.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in server.values())
     assert rows[3, 2]["failure"] is None  # back with what it had: it receives the rounds since the first
     assert rows[3, 2]["down_bytes"] == rows[3, 2]["down_counted"] > 0
 

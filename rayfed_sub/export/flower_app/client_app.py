@@ -12,7 +12,10 @@ def query(msg: Message, context: Context) -> Message:
     """Tell the server which client this node is."""
     if "partition-id" not in context.node_config:
         raise ValueError('start the SuperNode with --node-config "partition-id=NUMBER", the number of its client')
-    node = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
+    client, clients = int(context.node_config["partition-id"]), int(context.run_config["federation.clients"])
+    if not 0 <= client < clients:
+        raise ValueError(f"this SuperNode has partition-id={client}; a run of {clients} clients has 0 to {clients - 1}")
+    node = ConfigRecord({"partition-id": client})
     return Message(content=RecordDict({"node": node}), reply_to=msg)
 
 
@@ -28,10 +31,12 @@ def train(msg: Message, context: Context) -> Message:
     # Read run config and node config
     setup = setup_of(context.run_config, context.node_config)
     client = int(context.node_config["partition-id"])
+    if client != msg.content["client"]["partition-id"]:
+        raise ValueError(f"this SuperNode has partition-id={client} now, not {msg.content['client']['partition-id']}")
     folder = node_folder(context.node_config, context.run_id)
 
     # Load the pretrained model and this client's rows
-    weights = node.kept_weights(setup, folder)
+    weights = node.kept_weights(setup, folder.parent)
     dataset = rows_of(setup, client, context.node_config.get("rows"))
 
     # Train, and keep the client's state in this node's folder

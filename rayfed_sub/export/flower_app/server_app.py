@@ -1,13 +1,15 @@
 """The ServerApp: the method's half at the server."""
 
 import json
-from logging import INFO
+from functools import partial
+from logging import ERROR, INFO
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from rayfed_sub.core.errors import RunError
 from rayfed_sub.deployment import server
 from rayfed_sub.deployment.app import read_checkpoint, setup_of, write_model, write_server
 from rayfed_sub.deployment.setup import pretrained
@@ -31,23 +33,27 @@ def main(grid: Grid, context: Context) -> None:
     federation = server.begin(setup, weights, checkpoint)
 
     # Initialize the strategy and run it
+    timeout = float(context.run_config["round-timeout"])
     strategy = MethodStrategy(
         federation,
         wait=float(context.run_config["node-timeout"]),
-        answer=float(context.run_config["round-timeout"]),
+        answer=timeout,
         log_file=output / "clients.jsonl",
+        finished=partial(write_server, folder=output),  # after every round: `checkpoint` takes this folder
     )
     rounds = setup.config.federation.rounds or 0
+    write_server(federation, output)
     try:
         strategy.start(
             grid=grid,
             initial_arrays=ArrayRecord(),  # the strategy holds the tensors, and sends each client what it lacks
             num_rounds=rounds - federation.round,
-            timeout=float(context.run_config["round-timeout"]),
+            timeout=timeout,
         )
-    finally:
-        # Save the server after the rounds that are finished, also where one fails: `checkpoint` takes this folder
-        write_server(strategy.federation, output)
+    except RunError:
+        done, again = strategy.federation.round, f"checkpoint='{output.resolve()}'"
+        log(ERROR, 'stopped after %s rounds; go on with: flwr run . NAME --run-config "%s"', done, again)
+        raise
 
     # Save the trained model
     digest = write_model(strategy.federation, weights, output)
