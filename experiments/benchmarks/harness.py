@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from experiments.benchmarks.cases import FLOWER, OURS
+from rayfed_sub.telemetry.environment import commit_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "benchmarks"
@@ -135,20 +136,16 @@ def total_memory(pid: int) -> int:
 
 
 def machine() -> Mapping[str, str | int]:
-    """Date, commit (with a + where files differ from it), processor, cores, memory, GPU, torch's version."""
+    """Date, commit (see `commit_of`), processor, cores, memory, GPU, torch's version."""
     return {
         "date": date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": commit_of(ROOT) or "unknown",
         "processor": _processor(),
         "cores": psutil.cpu_count() or 0,
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
     }
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _processor() -> str:

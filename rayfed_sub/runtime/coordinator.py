@@ -87,7 +87,7 @@ class _Trained:
 
 class Coordinator:
     """Server of a run.  As an actor (`links.py`) it has two threads: one does all the arithmetic, the other, of the
-    concurrency group "aside", answers calls in the middle of a round."""
+    concurrency group "aside", answers calls in the middle of a round.  processes: see `RayWorkers`."""
 
     def __init__(
         self,
@@ -101,13 +101,14 @@ class Coordinator:
         noise: float | None,
         start: StartInfo | None = None,
         fleet: Fleet | None = None,
+        processes: Sequence[Any] | None = None,
     ) -> None:
         server = server_of_this_process()  # holds what its forks share, and is counted with them
         self._memory = [PeakMemory(), *([] if server is None else [PeakMemory(process=server)])]
         self._claim: IO[bytes] | None = None
         self._config, self._method, self._shape, self._transposed = config, method, shape, transposed
         self._folder, self._noise, self._any_pack, self._start = folder, noise, any_pack, start
-        self._workers = workers_of(config.resources, shared)
+        self._workers = workers_of(config.resources, shared, processes)
         self._dataset: Dataset = object_store.get(shared.dataset)
         values = sent_values(method, shape) if config.federation.mode == "async" else ()
         self._simulated = None if fleet is None else SimulatedRounds(config, self._dataset, fleet, values)
@@ -118,6 +119,12 @@ class Coordinator:
         self._answers: list[Answer] = []
         self._sent: tuple[int, Any, int] | None = None  # round, handle, checksum of the broadcast
         self._pinned: tuple[int, Any, int] | None = None  # the same, in whose memory the pinned round's tensors lie
+
+    def take_over(self, *parts: Any) -> None:
+        """Becomes the coordinator of another run, whose parts these are, and whose workers are this one's processes."""
+        processes = self._workers.processes
+        vars(self).clear()  # what the last run held is free before the next one's is loaded
+        self.__init__(*parts, processes=processes)  # type: ignore[misc]
 
     def _initial(self) -> ServerState:
         return self._method.init_server(self._pretrained(self._shape), self._shape, self._config.seed)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from rayfed_sub.config.schema import Resources
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.planning.job import Job
 from rayfed_sub.runtime.coordinator import Coordinator
@@ -31,15 +33,35 @@ class CoordinatorLink(Protocol):
         """The records of round n as they come; lr_factor: on its learning rate.  Reading can go on after an
         interruption, unless that ended the round itself."""
 
+    def release(self) -> None:
+        """Ends the run, which is finished; a crew keeps its processes."""
+
     def close(self) -> None:
-        """Ends the coordinator and its workers."""
+        """Ends the coordinator and its workers, unless they were released."""
 
 
-def coordinator_of(job: Job, folder: Path, shared: Shared) -> CoordinatorLink:
-    """The coordinator of a run in the folder."""
+@dataclass
+class Crew:
+    """Processes that go from run to run: a coordinator's actor, whose children the workers are, and the resources that
+    both have; None where the next run is to start its own."""
+
+    actor: Any = None
+    resources: Resources | None = None
+
+    def taken(self, resources: Resources) -> Any:
+        """The actor for a run of these resources, which is no longer here; None where it would need another one."""
+        actor, fits = self.actor, self.resources == resources
+        self.actor = None
+        if actor is not None and not fits:
+            ray.kill(actor)
+        return actor if fits else None
+
+
+def coordinator_of(job: Job, folder: Path, shared: Shared, crew: Crew | None = None) -> CoordinatorLink:
+    """The coordinator of a run in the folder; crew: whose processes it takes, where they fit, and leaves its own to."""
     server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
     parts = (*server, job.any_pack, shared, folder.absolute(), job.noise, job.begun, job.fleet)
-    return ActorLink(parts) if job.config.resources.workers else LocalLink(parts)
+    return ActorLink(parts, job.config.resources, crew) if job.config.resources.workers else LocalLink(parts)
 
 
 class LocalLink:
@@ -62,6 +84,9 @@ class LocalLink:
     def round(self, n: int, lr_factor: float) -> Iterator[PackDone | RoundDone]:
         return self._coordinator.run_round(n, lr_factor)
 
+    def release(self) -> None:
+        """As in `CoordinatorLink`."""
+
     def close(self) -> None:
         try:
             self._coordinator.close()
@@ -77,7 +102,18 @@ class ActorLink:
     """A coordinator as an actor on this node, where the run folder is.  `ask` and `round` raise RayActorError where it
     is dead, and RunError where it hangs."""
 
-    def __init__(self, parts: tuple[Any, ...]) -> None:
+    def __init__(self, parts: tuple[Any, ...], resources: Resources, crew: Crew | None = None) -> None:
+        self._resources, self._crew, self._released = resources, crew, False
+        self.actor = None if crew is None else crew.taken(resources)
+        if self.actor is not None:
+            try:
+                answer(self.actor, self.actor.take_over.remote(*parts), "start")
+                return
+            except RayActorError:  # it has died since
+                pass
+            except BaseException:
+                ray.kill(self.actor)
+                raise
         actor = ray.remote(num_cpus=0, concurrency_groups={"aside": 1}, scheduling_strategy=_here())(Coordinator)
         self.actor = actor.remote(*parts)
 
@@ -88,8 +124,15 @@ class ActorLink:
     def round(self, n: int, lr_factor: float) -> Iterator[PackDone | RoundDone]:
         return RoundStream(self.actor, n, lr_factor)
 
+    def release(self) -> None:
+        """As in `CoordinatorLink`."""
+        if self._crew is not None:
+            self.ask("close")
+            self._crew.actor, self._crew.resources, self._released = self.actor, self._resources, True
+
     def close(self) -> None:
-        ray.kill(self.actor)  # its workers are its children and go with it
+        if not self._released:
+            ray.kill(self.actor)  # its workers are its children and go with it
 
 
 class RoundStream:

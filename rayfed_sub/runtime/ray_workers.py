@@ -1,10 +1,13 @@
-"""Workers as Ray actors, which restart after a death and share memory through the object store."""
+"""Workers as Ray actors, which restart after a death, share memory through the object store, and may serve several runs
+one after the other: those of a sweep's trials."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
@@ -16,20 +19,77 @@ from rayfed_sub.runtime import object_store
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.scheduler import Done, WorkerPool, WorkItem, in_order
 from rayfed_sub.runtime.worker import Answer, Worker
-from rayfed_sub.telemetry.process_memory import Sample
+from rayfed_sub.telemetry.process_memory import Sample, give_back
 
 _RETRY_SECONDS = 0.2
 _START_SECONDS = 1800.0  # long enough for a cluster to boot and install new machines
 
 
-class RayWorkers:
-    """`Workers` (`runtime/workers.py`) as actors: children of this process, which end with it."""
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a run's workers, which go along with every call; name: of the run, in no other."""
 
-    def __init__(self, resources: Resources, shared: Shared) -> None:
-        actor = ray.remote(Worker).options(**worker_options(resources.cpus_per_worker, resources.gpus_per_worker))
-        parts = (shared.spec, shared.backbone, shared.dataset, resources.gpus_per_worker)
-        self._actors = [actor.remote(*parts) for _ in range(resources.workers)]
-        self._pool = WorkerPool(self._actors, resources.deadline)
+    name: str
+    shared: Shared
+    gpus: float
+
+
+class WorkerProcess:
+    """A worker's process.  For a call of another run than the last one's it makes a worker, so also after a restart, of
+    which nobody need know."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._run = ""
+
+    def call(self, inputs: Inputs, name: str, *given: Any) -> Any:
+        """Calls the method of this name of the run's worker."""
+        if self._worker is None or self._run != inputs.name:
+            if self._worker is not None:
+                self._worker.close()
+                self._worker = None  # frees its model before the next one's is made
+                give_back()
+            given_to_all = (inputs.shared.spec, inputs.shared.backbone, inputs.shared.dataset)
+            spec, backbone, dataset = map(object_store.get, given_to_all)
+            self._worker, self._run = Worker(spec, backbone, dataset, inputs.gpus), inputs.name
+        return getattr(self._worker, name)(*given)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's process for one run: `seat.train.remote(...)` as an actor's."""
+
+    process: Any
+    inputs: Inputs
+
+    def __getattr__(self, name: str) -> _Call:
+        return _Call(self, name)
+
+
+@dataclass(frozen=True)
+class _Call:
+    seat: Seat
+    name: str
+
+    def remote(self, *given: Any) -> ray.ObjectRef:
+        return self.seat.process.call.remote(self.seat.inputs, self.name, *given)
+
+
+class RayWorkers:
+    """`Workers` (`runtime/workers.py`) as actors: children of this process, which end with it.
+
+    processes: of an earlier run with as many workers of the same resources, which serve this one; None: new ones."""
+
+    processes: Sequence[Any]
+
+    def __init__(self, resources: Resources, shared: Shared, processes: Sequence[Any] | None = None) -> None:
+        actor = ray.remote(WorkerProcess).options(
+            **worker_options(resources.cpus_per_worker, resources.gpus_per_worker)
+        )
+        self.processes = list(processes or [actor.remote() for _ in range(resources.workers)])
+        inputs = Inputs(uuid4().hex, shared, resources.gpus_per_worker)
+        self._seats = [Seat(process, inputs) for process in self.processes]
+        self._pool = WorkerPool(self._seats, self.processes, resources.deadline)
         self.count = resources.workers
 
     def ready(self) -> list[Answer]:
@@ -37,18 +97,18 @@ class RayWorkers:
 
         Raises RunError where one cannot start; Ray restarts one that is killed meanwhile."""
         answers: list[Answer] = []
-        asked, until = {worker.ready.remote(): worker for worker in self._actors}, time.monotonic() + _START_SECONDS
+        asked, until = {seat.ready.remote(): seat for seat in self._seats}, time.monotonic() + _START_SECONDS
         while asked:
             done, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
             if not done:
                 late = f"{len(asked)} of {self.count} workers not ready"
                 raise RunError("start", f"{late} in {_START_SECONDS:.0f} s")
-            worker = asked.pop(done[0])
+            seat = asked.pop(done[0])
             try:
                 answers.append(ray.get(done[0]))
             except ActorUnavailableError:
                 time.sleep(_RETRY_SECONDS)
-                asked[worker.ready.remote()] = worker
+                asked[seat.ready.remote()] = seat
             except RayError as error:
                 raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
         return answers
@@ -59,7 +119,7 @@ class RayWorkers:
 
     def memory(self, seconds: float) -> list[Sample]:
         """Memory of the workers that answer within so many seconds."""
-        asked = [worker.memory.remote() for worker in self._actors]
+        asked = [seat.memory.remote() for seat in self._seats]
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
         return [sample for reference in answered if (sample := _answer_of(reference)) is not None]
 

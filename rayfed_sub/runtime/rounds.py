@@ -26,7 +26,7 @@ from rayfed_sub.privacy.accountant import account
 from rayfed_sub.runtime.callbacks import with_callbacks
 from rayfed_sub.runtime.course import Course
 from rayfed_sub.runtime.front import front_of_this_process
-from rayfed_sub.runtime.links import CoordinatorLink, coordinator_of
+from rayfed_sub.runtime.links import CoordinatorLink, Crew, coordinator_of
 from rayfed_sub.runtime.live import Live
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.storage import checkpoints
@@ -60,12 +60,13 @@ def carry_out(
     began: float,
     planned: Callable[[], Planned | None] = lambda: None,
     callbacks: Mapping[str, Callback] | None = None,
+    crew: Crew | None = None,
 ) -> Summary:
     """Runs the job in its folder from the newest checkpoint on, in the current Ray session; writes and returns the
     summary.
 
     began: `time.perf_counter()` at the start.  planned: its memory.  callbacks: by name; None: those that the
-    configuration names.  Raises RunError where the run cannot go on.
+    configuration names.  crew: see `coordinator_of`.  Raises RunError where the run cannot go on.
     """
     callbacks = with_callbacks(job.config, ())[1] if callbacks is None else callbacks
     front = front_of_this_process()
@@ -73,7 +74,7 @@ def carry_out(
         processes = (None, *([] if front is None else [front.process]))
         memory = [stack.enter_context(closing(PeakMemory(process=process))) for process in processes]
         trackers = [stack.enter_context(closing(one)) for one in trackers_of(folder.path, job.config, notify)]
-        summary = _with_restarts(job, folder, shared, notify, memory, callbacks, trackers)
+        summary = _with_restarts(job, folder, shared, notify, memory, callbacks, trackers, crew)
         wall = time.perf_counter() - began
         plan = planned() or Planned(None)
         whole = replace(summary, wall_seconds=wall, planned_memory_bytes=plan.processes, planned_gpu_bytes=plan.on_gpu)
@@ -91,13 +92,16 @@ def _with_restarts(
     memory: Sequence[PeakMemory],
     callbacks: Mapping[str, Callback],
     trackers: Sequence[Tracker],
+    crew: Crew | None,
 ) -> Summary:
     """Runs the rounds; after a coordinator's death under another one, from the newest checkpoint on."""
     lives, reached = _LIVES, checkpoints.newest(folder.path)
     while True:
-        coordinator = coordinator_of(job, folder.path, shared)
+        coordinator = coordinator_of(job, folder.path, shared, crew)
         try:
-            return _rounds(job, folder, coordinator, notify, memory, callbacks, trackers)
+            summary = _rounds(job, folder, coordinator, notify, memory, callbacks, trackers)
+            coordinator.release()
+            return summary
         except RayActorError as error:
             if error.actor_init_failed:
                 raise

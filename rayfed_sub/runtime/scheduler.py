@@ -69,12 +69,13 @@ class WorkerPool:
     """Workers of a run: the number of items in flight of each live one, the restarting ones, the items in flight.
 
     It outlives the stages, so that a worker that died in one stage gets no work in the next before it answers.
+    workers: what takes their calls; processes: the actors themselves, which may be killed.
     deadline: seconds that a worker may take over one item, from the time when it was sent to the idle worker or when
     the worker's last item was done.
     """
 
-    def __init__(self, workers: Sequence[Any], deadline: float) -> None:
-        self.workers, self.deadline = workers, deadline
+    def __init__(self, workers: Sequence[Any], processes: Sequence[Any], deadline: float) -> None:
+        self.workers, self.processes, self.deadline = workers, processes, deadline
         self.load = dict.fromkeys(range(len(workers)), 0)
         self.returning: dict[ray.ObjectRef, int] = {}
         self.in_flight: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> item, worker; oldest first
@@ -249,7 +250,7 @@ def in_order(pool: WorkerPool, items: Iterable[WorkItem], stage: str) -> Iterato
         moved = pool.wait(stage)
         if moved is None:
             for worker in pool.overdue():  # Ray kills a loop in C at once, a stopped process after five seconds
-                ray.kill(pool.workers[worker], no_restart=False)
+                ray.kill(pool.processes[worker], no_restart=False)
                 late = f"past the deadline of {pool.deadline:g} s; raise resources.deadline"
                 work.lost(pool.rest(worker, late), late)
             continue

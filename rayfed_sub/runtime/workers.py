@@ -7,7 +7,7 @@ which a debugger stops in a user's method and a small run starts at once.  Both 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -23,9 +23,11 @@ from rayfed_sub.telemetry.process_memory import Sample
 
 
 class Workers(Protocol):
-    """Workers of a run, and the memory that they share with the coordinator."""
+    """Workers of a run, and the memory that they share with the coordinator.  processes: what a next run may take
+    over."""
 
     count: int
+    processes: Sequence[Any]
 
     def ready(self) -> list[Answer]:
         """Waits until every worker has mapped the backbone; returns their answers."""
@@ -46,10 +48,10 @@ class Workers(Protocol):
         """Ends threads that would outlive the run in this process."""
 
 
-def workers_of(resources: Resources, shared: Shared) -> Workers:
-    """Worker processes, or with `resources.workers=0` a worker in this process."""
+def workers_of(resources: Resources, shared: Shared, processes: Sequence[Any] | None = None) -> Workers:
+    """Worker processes, or with `resources.workers=0` a worker in this process.  processes: see `RayWorkers`."""
     if resources.workers:
-        return RayWorkers(resources, shared)
+        return RayWorkers(resources, shared, processes)
     spec, backbone, dataset = map(object_store.get, (shared.spec, shared.backbone, shared.dataset))
     return LocalWorker(Worker(spec, backbone, dataset, resources.gpus_per_worker))
 
@@ -58,6 +60,7 @@ class LocalWorker:
     """A worker in this process.  As with the scheduler, an item with an unsound result runs once more."""
 
     count = 1
+    processes: Sequence[Any] = ()
 
     def __init__(self, worker: Worker) -> None:
         self._worker, self._remote = worker, _Remote(worker)

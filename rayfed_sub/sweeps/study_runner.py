@@ -33,6 +33,7 @@ from rayfed_sub.sweeps.study_tables import (
     COLUMNS,
     ENDS,
     SCORES,
+    VERSIONS,
     csv_files,
     earlier,
     edged,
@@ -187,7 +188,8 @@ def rows_of(
     clock = summary.simulated
     clocked = {} if clock is None else {"simulated_hours": clock["seconds"] / 3600}
     clocked |= {} if clock is None else {name: clock[name] for name in CLOCKED if name in clock}
-    ends = {name: getattr(summary, name) for name in ENDS}
+    ends: dict[str, Any] = {name: getattr(summary, name) for name in ENDS}
+    ends["versions"] = ", ".join(f"{name} {summary.versions.get(name)}" for name in VERSIONS)
     return {**row, **scores, **ends, **clocked}, list(_curve(folder, keys))
 
 

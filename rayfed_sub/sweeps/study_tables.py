@@ -23,10 +23,12 @@ SCORES = (
 )
 ENDS = ("rounds", *SENT, "change_rank", "weights_sha256")
 """Columns from the run's summary besides its scores."""
+VERSIONS = ("rayfed_sub", "torch", "transformers")
+"""Whose versions are in the column `versions`."""
 COLUMNS = (
     *("variant", "seed", "tuning", "value", "model"),
     *(*SCORES, *(f"{name}_before" for name in SCORES)),
-    *(*ENDS, "failure"),
+    *(*ENDS, "versions", "failure"),
 )
 
 

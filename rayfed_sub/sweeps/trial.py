@@ -15,6 +15,7 @@ from ray import tune
 
 from rayfed_sub.core.text import SCORES_OF, UNDEFINED
 from rayfed_sub.evaluation.scores import overall
+from rayfed_sub.runtime.links import Crew
 from rayfed_sub.runtime.rounds import carry_out
 from rayfed_sub.storage.remote import inside, open_place
 from rayfed_sub.storage.run_folder import check_code, check_data, opened, summary_of
@@ -25,6 +26,8 @@ from rayfed_sub.sweeps.trial_curves import curve
 from rayfed_sub.telemetry.events import RoundDone, Started, Summary
 
 NUMBER = "number"
+_CREW = Crew()
+"""Of this process, which Tune uses for trial after trial."""
 
 
 def values_of(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
             done = summary_of(place.path, job.config, same)
             check_data(place.path, job.dataset.fingerprint)
             check_code(place.path, job.code)
-        summary = done or carry_out(job, shared, opened(place, job.config, same), notify, began)
+        summary = done or carry_out(job, shared, opened(place, job.config, same), notify, began, crew=_CREW)
         tune.report(_end(summary, kind, place.path, sweep.search.score))
 
 

@@ -6,7 +6,10 @@ The process that starts a run may be on a head without a GPU, or with another bu
 from __future__ import annotations
 
 import platform
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,25 @@ _LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that compute."""
-    return {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+    """Versions of Python and of the libraries that compute; of this package with the commit, where it is a checkout."""
+    found = {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+    commit = commit_of(Path(__file__).parents[2])
+    return found if commit is None else {**found, "rayfed_sub": f"{found['rayfed_sub']}+{commit}"}
+
+
+@cache
+def commit_of(folder: Path) -> str | None:
+    """The commit of a checkout, followed by `.changed` where files differ from it; None of another folder, also where
+    one above it is a checkout."""
+    git = shutil.which("git")
+    if git is None or not (folder / ".git").exists():
+        return None
+
+    def said(*words: str) -> str:
+        return subprocess.run([git, *words], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = said("rev-parse", "--short=8", "HEAD")
+    return (commit + (".changed" if said("status", "--porcelain", "-uno") else "")) or None
 
 
 def machine(gpu: bool) -> dict[str, Any]:

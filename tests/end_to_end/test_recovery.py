@@ -163,6 +163,9 @@ class Watched:
         self._calls.append(n)
         return self._link.round(n, lr_factor)
 
+    def release(self) -> None:
+        self._link.release()
+
     def close(self) -> None:
         self._link.close()
 

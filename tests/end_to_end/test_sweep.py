@@ -19,6 +19,7 @@ from rayfed_sub.sweeps.progress import Begun, TrialNow
 from rayfed_sub.sweeps.runner import run_sweep
 from rayfed_sub.sweeps.space import load_sweep
 from rayfed_sub.telemetry.events import Notice
+from tests.helpers import chaos
 
 GRID = Path(__file__).parents[2] / "experiments" / "sweeps" / "tagg-rank-lr.yaml"
 # Two rounds of two clients: nearly all of a trial's time is the start of its processes.
@@ -121,6 +122,36 @@ def test_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(
         *(pd.read_parquet(tmp_path / name / "trials.parquet") for name in ("whole", "killed"))
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("killed", ["", "ray::Worker", "ray::Coordinator"])
+def test_a_crew_goes_from_trial_to_trial(killed: str, ray_session: None, tmp_path: Path) -> None:
+    """Its processes serve four trials of unlike models, with the bits of the runs alone; also where one of them is
+    killed in the second trial: a worker's process comes back as that trial's worker, not as the first one's."""
+    found, due = dict[int, set[int]](), [killed] if killed else []
+
+    def listener(record: object) -> None:
+        if not isinstance(record, TrialNow) or record.status != "running" or not record.round:
+            return
+        if record.number == 1 and due:
+            chaos.kill_one(due.pop())
+            return
+        pids = {process.pid for name in ("ray::Worker", "ray::Coordinator") for process in chaos.actors(name)}
+        found.setdefault(record.number, pids)
+
+    text = "method.name: {grid: [fedftg, fedit]}, optimizer.lr: {grid: [0.003, 0.01]}"
+    checked = load_sweep(GRID, space(text, "sweep.concurrent=1", "federation.rounds=6", "resources.workers=1"))
+    frame = run_sweep(checked, tmp_path / "sweep", listener).frame
+    assert list(frame["status"]) == ["finished"] * 4
+    assert not due
+    if not killed:
+        assert all(pids == found[0] and len(pids) == 2 for pids in found.values())
+    assert {0, 2, 3} <= found.keys()
+    for number, point in enumerate(checked.points()):
+        alone = run(checked.config({**point, "resources.workers": 0}), tmp_path / f"alone-{number}")
+        assert frame["weights_sha256"][number] == alone.weights_sha256
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def pool_of(clock: Clock, *workers: Worker, deadline: float = 10.0) -> WorkerPool:
     for worker in workers:
         worker.clock = clock
-    return WorkerPool(workers, deadline)
+    return WorkerPool(workers, workers, deadline)
 
 
 def items(count: int, **more: Any) -> list[WorkItem]:
@@ -373,7 +373,7 @@ def test_sleeping_ray_worker_is_killed_and_works_again(ray_session: None, tmp_pa
     submit: Callable[[int], Callable[[Any], Any]] = lambda i: lambda worker: worker.work.remote(i)  # noqa: E731
     work = [WorkItem(submit(i), 0, f"item {i}") for i in range(3)]
     try:
-        assert results(WorkerPool(workers, 1.0), work) == [0, 1, 2]
+        assert results(WorkerPool(workers, workers, 1.0), work) == [0, 1, 2]
     finally:
         ray.kill(workers[0])
 
@@ -395,7 +395,8 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, log_to_driver=False)
 make = ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=0)
-pool = WorkerPool([make.remote(), make.remote()], 60.0)
+workers = [make.remote(), make.remote()]
+pool = WorkerPool(workers, workers, 60.0)
 ray.get([worker.ready.remote() for worker in pool.workers], timeout=60)
 work = [WorkItem(lambda worker, i=i: worker.work.remote(i), i % 2, str(i)) for i in range(12)]
 done = []

@@ -15,7 +15,11 @@ import torch
 from rayfed_sub import load_config, run
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Broadcast, ClientState
+from rayfed_sub.runtime import links, ray_workers
 from rayfed_sub.runtime import worker as worker_module
+from rayfed_sub.runtime.links import Crew
+from rayfed_sub.runtime.object_store import Shared
+from rayfed_sub.runtime.ray_workers import Inputs, WorkerProcess
 from rayfed_sub.runtime.scheduler import WorkItem
 from rayfed_sub.runtime.workers import LocalWorker
 from rayfed_sub.telemetry.process_memory import GpuPeak
@@ -25,6 +29,42 @@ SMALL = [
     *("model.random.hidden_size=32", "model.random.intermediate_size=96", "model.random.num_hidden_layers=1"),
     *("federation.rounds=1", "federation.clients=2", "federation.local_steps=1", "evaluation.eval_rows=16"),
 ]
+
+
+def test_a_process_makes_a_worker_for_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the process that comes back after a death, for the call of a run under way."""
+    made, closed = list[str](), list[str]()
+
+    class Noted:
+        def __init__(self, spec: str, backbone: int, dataset: int, gpus: float) -> None:
+            made.append(spec)
+            self.spec, self.given = spec, (backbone, dataset, gpus)
+
+        def train(self, more: int) -> tuple[str, int]:
+            return self.spec, more
+
+        def close(self) -> None:
+            closed.append(self.spec)
+
+    monkeypatch.setattr(ray_workers, "Worker", Noted)
+    first, second = (Inputs(name, Shared(name, 1, 2), 0.5) for name in ("one", "two"))
+    process = WorkerProcess()
+    assert [process.call(first, "train", 3), process.call(first, "train", 4)] == [("one", 3), ("one", 4)]
+    assert process.call(second, "train", 5) == ("two", 5)
+    assert (made, closed) == (["one", "two"], ["one"])
+    assert WorkerProcess().call(second, "train", 6) == ("two", 6)
+
+
+def test_a_crew_serves_runs_of_its_resources(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[str] = []
+    monkeypatch.setattr(links.ray, "kill", killed.append)
+    one, two = (load_config(TINY, [f"resources.workers={workers}"]).resources for workers in (1, 2))
+    crew = Crew("actor", one)
+    assert crew.taken(one) == "actor"
+    assert crew.taken(one) is None
+    crew = Crew("actor", one)
+    assert crew.taken(two) is None
+    assert killed == ["actor"]
 
 
 class Counting:

@@ -174,6 +174,7 @@ def test_study_runs_missing_trials_only(ray_session: None, tmp_path: Path) -> No
     (trial,) = counted_trials(read, "a", [], counted["value"])
     alone = run(load_config(read.base, trial.overrides), tmp_path / "alone")
     assert counted["weights_sha256"] == alone.weights_sha256
+    assert counted["versions"].startswith("rayfed_sub 0.1.0")
     assert float(counted["held_out_loss"]) == alone.metrics["held_out_loss"]
     (end,) = (row for row in points if row["tuning"] == "False" and row["rounds"] == "1")
     assert int(end["bytes"]) == alone.uplink_bytes + alone.downlink_bytes
