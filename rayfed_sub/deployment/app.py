@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rayfed_sub.core.errors import UserError
+from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.types import ClientState, ServerState
 from rayfed_sub.data.kept import cache_root
 from rayfed_sub.deployment import server
@@ -67,6 +67,9 @@ def node_folder(node_config: Mapping[str, Scalar], run_id: int) -> Path:
         for weights in root.glob(f"run-*/{WEIGHTS}"):
             if _age(weights) > _DAY:
                 weights.unlink(missing_ok=True)
+        for run in root.glob("run-*"):
+            if not [*run.glob("client-*")]:
+                shutil.rmtree(run, ignore_errors=True)
     return folder
 
 
@@ -118,8 +121,12 @@ def write_server(federation: Federation, folder: Path) -> None:
 
 
 def _write_server(folder: Path, round: int, tensors: Mapping[str, Tensor]) -> None:
-    with atomic_files.replacing(_server_file(folder)) as temporary:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, {"round": str(round)})
+    file, whole = _server_file(folder), {name: x.contiguous() for name, x in tensors.items()}
+    try:
+        with atomic_files.replacing(file) as temporary:
+            save_file(whole, temporary, {"round": str(round)})
+    except SafetensorError as error:  # a full disk among others
+        raise RunError("writing files", f"{file}: {error}", round=round, resume=None) from None
 
 
 def read_checkpoint(folder: str) -> tuple[ServerState, dict[str, Tensor]] | None:

@@ -31,6 +31,8 @@ CLIENT = "client"
 _LOOK = 1.0  # seconds between two looks for nodes
 _ANSWER = 60.0  # seconds for a new node to say which client it is, before a round begins without it
 _AGAIN = 30.0  # seconds after which a node that answered by an error is asked again
+_AFTER = 60.0  # seconds that a message outlives the round's time for answers, which begins once it has been sent
+_RAISED = 2  # Flower's error of a ClientApp that raised one
 
 
 class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have no types here
@@ -57,6 +59,7 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
         self._clients: dict[int, int] = {}  # node -> its client, of nodes that have said so
         self._asked: dict[str, int] = {}  # question -> node, of those that have not answered yet
         self._later: dict[int, float] = {}  # node -> when it may be asked again
+        self._met: set[int] = set()  # nodes that have been asked before
         self._sent: dict[int, dict[str, Any]] = {}  # client -> what the log says of its message
         self._words: dict[int, Metadata] = {}  # client -> its message's metadata
         self._grid: Grid | None = None
@@ -132,7 +135,7 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
             time.sleep(_LOOK)
 
     def _ask(self, grid: Grid, online: Sequence[int]) -> set[int]:
-        """Asks the nodes that are new which client they are; returns them."""
+        """Asks the nodes whose client is not known which it is; returns those that were never asked before."""
         known, now = {*self._clients, *self._asked.values()}, time.monotonic()
         new = [node for node in online if node not in known and self._later.get(node, now) <= now]
         ttl = max(self._wait, _ANSWER)
@@ -140,7 +143,9 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
         if questions:
             grid.push_messages(questions)
         self._asked |= {one.metadata.message_id: one.metadata.dst_node_id for one in questions}
-        return set(new)
+        never = {*new} - self._met
+        self._met |= never
+        return never
 
     def _listen(self, grid: Grid) -> None:
         """Reads the answers that have come."""
@@ -159,12 +164,12 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
     def _messages(self, nodes: Mapping[int, int], *, anew: bool = False) -> Iterator[Message]:
         for client, node in nodes.items():
             content = download_record(server.download(self.federation, client, anew=anew))
+            content[CLIENT] = ConfigRecord({PARTITION: client})
             counted = server.counted_bytes(self.federation, client, anew=anew)
             down, before = {"down_counted": counted, **_sizes("down", content)}, self._sent[client]
             self._sent[client] = {name: value + before.get(name, 0) for name, value in down.items()}
-            content[CLIENT] = ConfigRecord({PARTITION: client})
             # A node that is late forgets what nobody waits for any more.
-            how = {"ttl": self._answer, "group_id": str(self.federation.round + 1)}
+            how = {"ttl": self._answer + _AFTER, "group_id": str(self.federation.round + 1)}
             message = Message(content, dst_node_id=node, message_type=MessageType.TRAIN, **how)
             self._words[client] = message.metadata
             yield message
@@ -180,7 +185,8 @@ class MethodStrategy(Strategy):  # type: ignore[misc]  # Flower's classes have n
                 continue
             if message.has_error():
                 found[client] = Reply(Update(client, 0.0, {}, {}, _cause(message)))
-                self._clients.pop(self._nodes[client], None)  # it is asked again who it is
+                if message.error.code == _RAISED:  # it may have another number now: it is asked again
+                    self._clients.pop(self._nodes[client], None)
                 continue
             reply = reply_of(message.content)
             self._sent[client] |= _sizes("up", message.content)

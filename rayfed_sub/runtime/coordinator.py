@@ -124,6 +124,7 @@ class Coordinator:
         """Becomes the coordinator of another run, whose parts these are, and whose workers are this one's processes."""
         processes = self._workers.processes
         vars(self).clear()  # what the last run held is free before the next one's is loaded
+        give_back()
         self.__init__(*parts, processes=processes)  # type: ignore[misc]
 
     def _initial(self) -> ServerState:
@@ -349,6 +350,11 @@ class Coordinator:
     def memory(self) -> list[Sample]:
         """Memory of this process and of the workers that answer in time."""
         return [*(memory.sample() for memory in self._memory), *self._workers.memory(30)]
+
+    def leave(self) -> bool:
+        """Closes a finished run; True where its processes may serve another one."""
+        self.close()
+        return self._workers.whole
 
     def close(self) -> None:
         """Releases the folder's lock and ends threads, which else outlive the run where this is no separate process."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -59,9 +60,14 @@ class Crew:
 
 def coordinator_of(job: Job, folder: Path, shared: Shared, crew: Crew | None = None) -> CoordinatorLink:
     """The coordinator of a run in the folder; crew: whose processes it takes, where they fit, and leaves its own to."""
-    server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
-    parts = (*server, job.any_pack, shared, folder.absolute(), job.noise, job.begun, job.fleet)
+    parts = parts_of(job, folder, shared)
     return ActorLink(parts, job.config.resources, crew) if job.config.resources.workers else LocalLink(parts)
+
+
+def parts_of(job: Job, folder: Path, shared: Shared) -> tuple[Any, ...]:
+    """What `Coordinator` is made of."""
+    server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
+    return (*server, job.any_pack, shared, folder.absolute(), job.noise, job.begun, job.fleet)
 
 
 class LocalLink:
@@ -109,8 +115,8 @@ class ActorLink:
             try:
                 answer(self.actor, self.actor.take_over.remote(*parts), "start")
                 return
-            except RayActorError:  # it has died since
-                pass
+            except RayActorError:  # it has died since, or is lost to us
+                ray.kill(self.actor)
             except BaseException:
                 ray.kill(self.actor)
                 raise
@@ -126,9 +132,12 @@ class ActorLink:
 
     def release(self) -> None:
         """As in `CoordinatorLink`."""
-        if self._crew is not None:
-            self.ask("close")
-            self._crew.actor, self._crew.resources, self._released = self.actor, self._resources, True
+        if self._crew is None:
+            return
+        with suppress(RayError, RunError):  # the run is finished, whatever its processes do
+            self._released = self.ask("leave")
+        if self._released:
+            self._crew.actor, self._crew.resources = self.actor, self._resources
 
     def close(self) -> None:
         if not self._released:

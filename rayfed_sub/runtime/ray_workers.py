@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 
 from rayfed_sub.config.schema import Resources
 from rayfed_sub.core.errors import RunError
@@ -19,7 +19,7 @@ from rayfed_sub.runtime import object_store
 from rayfed_sub.runtime.object_store import Shared
 from rayfed_sub.runtime.scheduler import Done, WorkerPool, WorkItem, in_order
 from rayfed_sub.runtime.worker import Answer, Worker
-from rayfed_sub.telemetry.process_memory import Sample, give_back
+from rayfed_sub.telemetry.process_memory import Sample, begin_gpu_anew, give_back
 
 _RETRY_SECONDS = 0.2
 _START_SECONDS = 1800.0  # long enough for a cluster to boot and install new machines
@@ -34,6 +34,14 @@ class Inputs:
     gpus: float
 
 
+class UnusableProcessError(ActorDiedError):  # type: ignore[misc]  # Ray's classes have no types here
+    """A process that cannot make its run's worker is lost for good, as an actor whose constructor fails."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__()
+        self.args, self.error_msg = (cause,), cause
+
+
 class WorkerProcess:
     """A worker's process.  For a call of another run than the last one's it makes a worker, so also after a restart, of
     which nobody need know."""
@@ -43,15 +51,19 @@ class WorkerProcess:
         self._run = ""
 
     def call(self, inputs: Inputs, name: str, *given: Any) -> Any:
-        """Calls the method of this name of the run's worker."""
+        """Calls the method of this name of the run's worker.  Raises UnusableProcessError where that cannot be made."""
         if self._worker is None or self._run != inputs.name:
             if self._worker is not None:
                 self._worker.close()
                 self._worker = None  # frees its model before the next one's is made
                 give_back()
+                begin_gpu_anew()
             given_to_all = (inputs.shared.spec, inputs.shared.backbone, inputs.shared.dataset)
             spec, backbone, dataset = map(object_store.get, given_to_all)
-            self._worker, self._run = Worker(spec, backbone, dataset, inputs.gpus), inputs.name
+            try:
+                self._worker, self._run = Worker(spec, backbone, dataset, inputs.gpus), inputs.name
+            except Exception as error:
+                raise UnusableProcessError(f"{type(error).__name__}: {error}") from error
         return getattr(self._worker, name)(*given)
 
 
@@ -63,6 +75,8 @@ class Seat:
     inputs: Inputs
 
     def __getattr__(self, name: str) -> _Call:
+        if name.startswith("_"):  # what copying and pickling look for
+            raise AttributeError(name)
         return _Call(self, name)
 
 
@@ -110,8 +124,15 @@ class RayWorkers:
                 time.sleep(_RETRY_SECONDS)
                 asked[seat.ready.remote()] = seat
             except RayError as error:
-                raise RunError("start", f"a worker could not start: {str(error).strip().splitlines()[-1]}") from None
+                cause = getattr(error, "cause", None)
+                why = str(cause if isinstance(cause, UnusableProcessError) else error).strip().splitlines()[-1]
+                raise RunError("start", f"a worker could not start: {why}") from None
         return answers
+
+    @property
+    def whole(self) -> bool:
+        """True where no worker is lost for good."""
+        return len(self._pool.load) + len(self._pool.returning) == self.count
 
     def in_order(self, items: Iterable[WorkItem], stage: str) -> Iterator[Done]:
         """As `scheduler.in_order`."""

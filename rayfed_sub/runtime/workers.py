@@ -24,10 +24,13 @@ from rayfed_sub.telemetry.process_memory import Sample
 
 class Workers(Protocol):
     """Workers of a run, and the memory that they share with the coordinator.  processes: what a next run may take
-    over."""
+    over; whole: whether none of them is lost for good."""
 
     count: int
     processes: Sequence[Any]
+
+    @property
+    def whole(self) -> bool: ...
 
     def ready(self) -> list[Answer]:
         """Waits until every worker has mapped the backbone; returns their answers."""
@@ -61,6 +64,7 @@ class LocalWorker:
 
     count = 1
     processes: Sequence[Any] = ()
+    whole = True
 
     def __init__(self, worker: Worker) -> None:
         self._worker, self._remote = worker, _Remote(worker)

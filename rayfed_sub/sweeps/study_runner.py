@@ -189,7 +189,7 @@ def rows_of(
     clocked = {} if clock is None else {"simulated_hours": clock["seconds"] / 3600}
     clocked |= {} if clock is None else {name: clock[name] for name in CLOCKED if name in clock}
     ends: dict[str, Any] = {name: getattr(summary, name) for name in ENDS}
-    ends["versions"] = ", ".join(f"{name} {summary.versions.get(name)}" for name in VERSIONS)
+    ends["versions"] = "; ".join(f"{name} {summary.versions.get(name)}" for name in VERSIONS)
     return {**row, **scores, **ends, **clocked}, list(_curve(folder, keys))
 
 

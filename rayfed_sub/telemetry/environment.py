@@ -5,6 +5,7 @@ The process that starts a run may be on a head without a GPU, or with another bu
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 from rayfed_sub.config.schema import Config
 
+_GIT_SECONDS = 5.0
 _LIBRARIES = ("rayfed_sub", "ray", "torch", "transformers", "numpy", "datasets")
 
 
@@ -34,11 +36,17 @@ def commit_of(folder: Path) -> str | None:
     if git is None or not (folder / ".git").exists():
         return None
 
-    def said(*words: str) -> str:
-        return subprocess.run([git, *words], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
-    commit = said("rev-parse", "--short=8", "HEAD")
-    return (commit + (".changed" if said("status", "--porcelain", "-uno") else "")) or None
+    def said(*words: str) -> str:
+        how: dict[str, Any] = {"cwd": folder, "env": own, "capture_output": True, "text": True, "timeout": _GIT_SECONDS}
+        return str(subprocess.run([git, "--no-optional-locks", *words], check=False, **how).stdout).strip()
+
+    try:
+        commit = said("rev-parse", "--short=8", "HEAD")
+        return (commit + (".changed" if said("status", "--porcelain", "-uno") else "")) or None
+    except subprocess.TimeoutExpired:  # a folder of a slow file system
+        return None
 
 
 def machine(gpu: bool) -> dict[str, Any]:

@@ -68,6 +68,16 @@ def gpu_peak(device: torch.device) -> GpuPeak | None:
     return GpuPeak(cuda.max_memory_allocated(device), cuda.max_memory_reserved(device))
 
 
+def begin_gpu_anew() -> None:
+    """Frees what nothing on the GPU holds, and lets its peaks begin with what is left, where this process has used one:
+    a process that serves another run counts that run's memory alone."""
+    from torch import cuda
+
+    if cuda.is_initialized():
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
+
+
 class PeakMemory:
     """Samples the PSS of this process, or of the one of this number, in a daemon thread until `close`, or until nobody
     holds it any more; `last` is the newest value, `peak` the largest seen, in bytes: a lower bound, since a peak may

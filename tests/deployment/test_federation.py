@@ -234,7 +234,7 @@ class Word:
     def __init__(
         self, content: Any, dst_node_id: int, message_type: str, *, ttl: float, group_id: str = "", reply_to: str = ""
     ) -> None:
-        self.content, self.error = content, SimpleNamespace(reason=content, code=5)
+        self.content, self.error, self.made = content, SimpleNamespace(reason=content, code=5), time.monotonic()
         self.metadata = SimpleNamespace(message_id=f"{next(self.numbers)}", dst_node_id=dst_node_id, ttl=ttl)
         self.metadata.reply_to_message_id, self.metadata.src_node_id = reply_to, dst_node_id
 
@@ -244,6 +244,10 @@ class Word:
 
 def answered(to: Any, content: Any) -> Word:
     return Word(content, to.metadata.dst_node_id, "query", ttl=1.0, reply_to=to.metadata.message_id)
+
+
+def _log(level: int, text: str, *words: object) -> None:
+    print(text % words)
 
 
 def without_flower(monkeypatch: pytest.MonkeyPatch, others: Mapping[str, Mapping[str, Any]]) -> None:
@@ -256,7 +260,7 @@ def without_flower(monkeypatch: pytest.MonkeyPatch, others: Mapping[str, Mapping
     names = ("ArrayRecord", "ConfigRecord", "Context", "Metadata", "MetricRecord", "RecordDict")
     app = {**dict.fromkeys(names, dict), "Message": Word, "MessageType": SimpleNamespace(QUERY="query")}
     for name, parts in {
-        **{"flwr": {}, "flwr.common": {}, "flwr.common.logger": {"log": print}, "flwr.app": app},
+        **{"flwr": {}, "flwr.common": {}, "flwr.common.logger": {"log": _log}, "flwr.app": app},
         **{"flwr.serverapp": {"Grid": object, "ServerApp": ServerApp}, "flwr.serverapp.strategy": {"Strategy": object}},
         **others,
     }.items():
@@ -305,24 +309,33 @@ class Grid:
         return [one.metadata.message_id for one in messages]
 
     def pull_messages(self, numbers: Sequence[str]) -> list[Word]:
-        ready = [one for one in numbers if self.says.get(self._waiting[one].metadata.dst_node_id) is not None]
-        words = [self._waiting.pop(one) for one in ready]
-        return [answered(one, self._content(self.says[one.metadata.dst_node_id])) for one in words]
+        found = []
+        for number in numbers:
+            content = self._content(self._waiting[number])
+            if content is not None:
+                found.append(answered(self._waiting.pop(number), content))
+        return found
 
-    def _content(self, what: Any) -> Any:
+    def _content(self, question: Word) -> Any:
+        what = self.says.get(question.metadata.dst_node_id)
+        if what is None:
+            return "expired" if time.monotonic() - question.made > question.metadata.ttl else None
         return what if isinstance(what, str) else {"node": {"partition-id": what}}
 
 
 def test_a_silent_node_costs_no_round_more_than_once(setup: Setup, weights: dict[str, torch.Tensor], made: Any) -> None:
-    """It is asked once; the first round waits for its answer, later ones do not."""
-    strategy, grid = made(server.begin(setup, weights), wait=5.0, answer=9.0), Grid(n40=0, n41=None)
+    """The first round waits for its answer, later ones do not, also when its question has expired and it is asked
+    again."""
+    strategy, grid = made(server.begin(setup, weights), wait=0.3, answer=9.0), Grid(n40=0, n41=None)
     seconds = []
-    for _ in range(3):
+    for _ in range(6):
         began = time.monotonic()
         assert strategy._connected(grid, [0]) == {0: 40}
         seconds.append(time.monotonic() - began)
-    assert grid.asked == [40, 41]
-    assert seconds[0] > 0.2 > max(seconds[1:])
+        time.sleep(0.15)
+    assert grid.asked[:3] == [40, 41, 41]
+    assert seconds[0] > 0.2
+    assert max(seconds[1:]) < 0.1
     grid.says[41] = 1
     assert strategy._connected(grid, [0, 1]) == {0: 40, 1: 41}
 
@@ -345,7 +358,7 @@ def test_of_two_nodes_of_one_client_the_later_one_counts(
     assert strategy._connected(grid, [0]) == {0: 40}
     grid.says[41] = 0
     assert strategy._connected(grid, [0]) == {0: 41}
-    assert "node 40" in capsys.readouterr().out
+    assert "node 41 has partition-id=0, as node 40 has" in capsys.readouterr().out
     assert strategy._connected(grid, [0]) == {0: 41}
     assert grid.asked == [40, 41]
     del grid.says[41]

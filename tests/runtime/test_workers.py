@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -11,17 +12,22 @@ from typing import Any, cast
 import psutil
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from rayfed_sub import load_config, run
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Broadcast, ClientState
-from rayfed_sub.runtime import links, ray_workers
+from rayfed_sub.planning.job import prepare
+from rayfed_sub.runtime import links, ray_workers, scheduler
 from rayfed_sub.runtime import worker as worker_module
+from rayfed_sub.runtime.coordinator import Coordinator
 from rayfed_sub.runtime.links import Crew
 from rayfed_sub.runtime.object_store import Shared
-from rayfed_sub.runtime.ray_workers import Inputs, WorkerProcess
+from rayfed_sub.runtime.ray_workers import Inputs, UnusableProcessError, WorkerProcess
 from rayfed_sub.runtime.scheduler import WorkItem
+from rayfed_sub.runtime.session import load_backbone, spec_of
 from rayfed_sub.runtime.workers import LocalWorker
+from rayfed_sub.storage import checkpoints
 from rayfed_sub.telemetry.process_memory import GpuPeak
 
 TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
@@ -53,6 +59,46 @@ def test_a_process_makes_a_worker_for_every_run(monkeypatch: pytest.MonkeyPatch)
     assert process.call(second, "train", 5) == ("two", 5)
     assert (made, closed) == (["one", "two"], ["one"])
     assert WorkerProcess().call(second, "train", 6) == ("two", 6)
+
+
+def test_a_process_that_cannot_make_its_worker_is_lost_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray tells whoever waits for the call: the scheduler asks such a process no more."""
+
+    def fails(*parts: object) -> None:
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(ray_workers, "Worker", fails)
+    with pytest.raises(UnusableProcessError, match=r"^ValueError: no such layer$") as caught:
+        WorkerProcess().call(Inputs("one", Shared("one", 1, 2), 0.5), "ready")
+    told = RayTaskError("call", "traceback", pickle.loads(pickle.dumps(caught.value))).as_instanceof_cause()
+    assert isinstance(told, ActorDiedError)
+    assert scheduler._lost(told)  # no error of the work itself, which would be raised
+
+
+def test_a_coordinator_takes_another_run_over(tmp_path: Path) -> None:
+    """With nothing of the first one: the weights of the second one are its own."""
+
+    def parts(lr: float, name: str) -> tuple[Any, ...]:
+        job = prepare(load_config(TINY, [*SMALL, "resources.workers=0", f"optimizer.lr={lr}"]))
+        checkpoints.make(tmp_path / name)
+        return links.parts_of(job, tmp_path / name, Shared(spec_of(job), load_backbone(job), job.dataset))
+
+    def trained(coordinator: Coordinator) -> str:
+        coordinator.start()
+        list(coordinator.run_round(0, 1.0))
+        return coordinator.weights_sha256()
+
+    alone = Coordinator(*parts(0.003, "alone"))
+    moving = Coordinator(*parts(0.1, "first"))
+    try:
+        wanted = trained(alone)
+        assert trained(moving) != wanted
+        assert moving.leave()
+        moving.take_over(*parts(0.003, "second"))
+        assert trained(moving) == wanted
+    finally:
+        alone.close()
+        moving.close()
 
 
 def test_a_crew_serves_runs_of_its_resources(monkeypatch: pytest.MonkeyPatch) -> None:
