@@ -317,6 +317,7 @@ def test_run_does_not_overwrite_another(undisturbed: Summary) -> None:
         run(small(), undisturbed.folder)
 
 
+@pytest.mark.slow
 def test_workers_share_a_gpu_by_fractions(ray_session: None) -> None:
     """Four workers of a quarter GPU are placed at once on the only GPU (a counter here), a fifth waits."""
     import ray

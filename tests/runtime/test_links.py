@@ -31,6 +31,7 @@ class Actor:
             yield n + pack
 
 
+@pytest.mark.slow
 def test_busy_actor_is_waited_for_and_hung_actor_is_not(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
