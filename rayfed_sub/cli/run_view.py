@@ -195,7 +195,9 @@ class Display:
 
     def table(self, summary: Summary) -> None:
         """The final table of a run."""
-        metrics, sitting = summary.metrics, "since it went on" if summary.resumed else "in all"
+        metrics, seconds = summary.metrics, f"{summary.wall_seconds:.1f} in all, {summary.train_seconds:.1f} training"
+        if summary.resumed:
+            seconds = f"{summary.wall_seconds:.1f} since it went on; {summary.train_seconds:.1f} training of all rounds"
         rows = [
             *_scores(metrics, self._problem or problem_of(metrics)),
             *([("scores are of", f"the {summary.precision} model")] if summary.precision != "float32" else []),
@@ -210,7 +212,7 @@ class Display:
             ("sent up, all clients", _against(summary.uplink_bytes, summary.dense_bytes)),
             ("sent down, all clients", _against(summary.downlink_bytes, summary.dense_downlink_bytes)),
             ("rank of the last change", _rank(summary.change_rank)),
-            ("seconds", f"{summary.wall_seconds:.1f} {sitting}, {summary.train_seconds:.1f} training"),
+            ("seconds", seconds),
             *([("privacy", _privacy(summary.privacy))] if summary.privacy else []),
             *([("simulated time", _simulated(summary.simulated))] if summary.simulated else []),
             ("peak memory, all processes", size(summary.peak_memory_bytes)),

@@ -238,6 +238,9 @@ def _check_config(path: Path, config: Config, any_pack: bool) -> Config:
     return old
 
 
+_ROUNDS = "federation.rounds"
+
+
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], where: str) -> None:
     """UserError naming the first key whose value differs, except for the free ones; where: the run or sweep that began
     with `old`, for the message."""
@@ -248,9 +251,12 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[st
             patterns = [key.removeprefix(f"{field}.") for key in then]
             allowed = f"the order of patterns with which {where} began: {', '.join(patterns)}"
             raise UserError(field, asked[0].removeprefix(f"{field}."), allowed, "put them in that order")
-    for key in [*before, *(key for key in now if key not in before)]:
+    keys = [*before, *(key for key in now if key not in before)]
+    for key in sorted(keys, key=_ROUNDS.__eq__):  # rounds last: a run may have become longer than its file
         if key not in free and before.get(key) != now.get(key):
             allowed = f"{before.get(key)!r}, with which {where} began"
+            if key == _ROUNDS:
+                allowed = f"{before.get(key)!r} or more, for {where} has as many"
             raise UserError(key, now.get(key), allowed, "set that, or begin anew in another folder")
 
 

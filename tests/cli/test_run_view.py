@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +244,13 @@ def test_the_final_table(clock: Clock) -> None:
         line = next(line for line in output.splitlines() if row[0] in line)
         cells = [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")]
         assert tuple(cells) == row
+
+
+def test_seconds_of_a_run_that_went_on() -> None:
+    """Those of this sitting, beside the training of all rounds."""
+    pipe, text = console(terminal=False, width=60)
+    Display(pipe).table(replace(SUMMARY, resumed=(2,)))
+    assert "61.0 since it went on; 42.2 training of all rounds" in text.getvalue()
 
 
 def test_scores_of_a_bfloat16_model_are_labelled() -> None:

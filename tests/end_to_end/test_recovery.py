@@ -108,6 +108,11 @@ def test_resume_starts_a_run_that_never_began(undisturbed_job: Summary, tmp_path
 def test_run_does_not_resume_with_other_settings(undisturbed_job: Summary) -> None:
     with pytest.raises(UserError, match=r"method.rank: got 2; allowed: 4, with which the run in .* began"):
         run(chaos.job(0, "method.rank=2"), undisturbed_job.folder, resume=True)
+    # Fewer rounds than the run has, as in the file of a run that was made longer, are not what is named first.
+    with pytest.raises(UserError, match=r"method.rank: got 2; allowed: 4, with which the run in .* began"):
+        run(chaos.job(0, "method.rank=2", "federation.rounds=3"), undisturbed_job.folder, resume=True)
+    with pytest.raises(UserError, match=r"federation.rounds: got 3; allowed: 4 or more, for the run in .* has as many"):
+        run(chaos.job(0, "federation.rounds=3"), undisturbed_job.folder, resume=True)
 
 
 @pytest.mark.slow

@@ -270,7 +270,7 @@ def test_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
     for override, message in {
         "seed=3": f"seed: got 3; allowed: 0, with which the run in {tmp_path} began; set that, or begin anew",
         "optimizer.lr=2": "optimizer.lr: got 2.0; allowed: 0.001, with which",
-        "federation.rounds=1": "federation.rounds: got 1; allowed: 2, with which",
+        "federation.rounds=1": "federation.rounds: got 1; allowed: 2 or more, for the run in",
         "resources.pack_size=9": "resources.pack_size: got 9; allowed: 'auto', with which",
     }.items():
         with pytest.raises(UserError) as caught:
