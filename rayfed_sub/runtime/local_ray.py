@@ -5,10 +5,8 @@ Light: the command line starts it before any library is there (`front.py`).
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -18,11 +16,9 @@ from typing import Any
 
 import ray
 
-from rayfed_sub.runtime.fork_server import MODULES
 from rayfed_sub.runtime.front import front_of_this_process
 
 _OWN: list[bool] = []  # of a session that this process has started for itself, or its front
-_TOGETHER = 0.3  # seconds within which Ray asks for all processes of tasks that begin together
 
 
 def alone() -> bool:
@@ -31,37 +27,16 @@ def alone() -> bool:
 
 
 @contextmanager
-def ray_session_aside(forks: str | None = None, processes: int = 0) -> Iterator[Callable[[], None]]:
-    """As `ray_session`, which comes up in a thread, with so many worker processes ahead; yields the function that waits
-    for it.  Leaving waits for it too, and takes it down."""
+def ray_session_aside(forks: str | None = None) -> Iterator[Callable[[], None]]:
+    """As `ray_session`, which comes up in a thread; yields the function that waits for it.  Leaving waits for it too,
+    and takes it down."""
     # Ray's processes end with the thread that has started them: the pool is left last.
     with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
-
-        def come_up() -> None:
-            own = not ray.is_initialized()
-            stack.enter_context(ray_session(forks))
-            if own:
-                _start(processes)
-
-        coming = pool.submit(come_up)
+        coming = pool.submit(stack.enter_context, ray_session(forks))
         try:
             yield coming.result
         finally:
             wait([coming])
-
-
-def _start(processes: int) -> None:
-    """Lets Ray start so many worker processes, which wait for actors, side by side; returns at once."""
-    ready = ray.remote(num_cpus=0, max_retries=0)(_ready)
-    for _ in range(processes):
-        ready.remote()
-
-
-def _ready() -> None:
-    """Imports what actors need, and waits for the others, or one process would do."""
-    for name in (*MODULES, "rayfed_sub.runtime.coordinator"):
-        importlib.import_module(name)
-    time.sleep(_TOGETHER)
 
 
 @contextmanager
@@ -102,7 +77,7 @@ def set_up() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray frees in batches, up to a second late: meanwhile each new broadcast takes new pages, which stay taken.
     os.environ.setdefault("RAY_free_objects_batch_size", "1")
-    # Ray would start processes of its own accord, which are no forks and wait in vain; `_start` does.
+    # Ray would start processes of its own accord, which are no forks and wait in vain.
     os.environ.setdefault("RAY_enable_worker_prestart", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 

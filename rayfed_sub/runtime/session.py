@@ -136,7 +136,7 @@ def _run(
         free = free_memory()  # before Ray comes up
         if config.resources.workers:
             notify(Stage("starting Ray, reading task and model"))
-            wait_for_ray = stack.enter_context(ray_session_aside(forks, 1 + config.resources.workers))
+            wait_for_ray = stack.enter_context(ray_session_aside(forks))
         else:
             notify(Stage("reading task and model"))
         job = prepare(config, given, read_start(config))

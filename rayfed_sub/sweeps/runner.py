@@ -82,11 +82,10 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
         check_unused(place)
     search = sweep.search
     callbacks, finder = [Watcher(search.metric, notify), *loggers(sweep)], searcher(search)
-    resources = [sweep.config(point).resources for point in sweep.points()]
-    forked, workers = all(one.forked for one in resources), max(one.workers for one in resources)
+    forked = all(sweep.config(point).resources.forked for point in sweep.points())
     with joined(address), fork_server(forked, address) as forks:
         there, folder, free = nodes(), (old or place or Place(Path())).path, free_memory()
-        with ray_session_aside(forks, 2 + workers) as wait_for_ray:
+        with ray_session_aside(forks) as wait_for_ray:
             inputs, jobs = checked(sweep, there, folder, notify, free)
             check_disk(jobs, sweep.count, folder)
             side_by_side = at_once(jobs, there, min(sweep.count, search.concurrent or sweep.count), free)

@@ -148,7 +148,7 @@ def refusal(config: Config, folder: Path) -> UserError:
 
 def test_run_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def never(forks: str | None, processes: int) -> Iterator[Callable[[], None]]:
+    def never(forks: str | None) -> Iterator[Callable[[], None]]:
         def needed() -> None:
             raise AssertionError("Ray was needed")
 
@@ -241,7 +241,7 @@ def test_sweep_does_not_resume_with_other_rows(tmp_path: Path, monkeypatch: pyte
         pass
 
     @contextmanager
-    def starts(forks: str | None, processes: int) -> Iterator[Callable[[], None]]:
+    def starts(forks: str | None) -> Iterator[Callable[[], None]]:
         def needed() -> None:
             raise StartError
 
