@@ -51,8 +51,8 @@ def setup_of(values: Mapping[str, Scalar], node_config: Mapping[str, Scalar] | N
 
 
 def node_folder(node_config: Mapping[str, Scalar], run_id: int) -> Path:
-    """Where the node's client keeps its versions, which outlive a message of this run; the pretrained weights lie in
-    the folder above, once for all clients of a cache.
+    """The folder of the node's client in this run, for its versions, which outlive a message; the folder above has the
+    pretrained weights, once for all clients of a cache.
 
     It lies below the node's `cache`, by default the user's folder for caches.  When a run begins there, weights that
     nobody has read for a day are deleted, and versions that nobody has touched for a month."""
@@ -68,7 +68,7 @@ def node_folder(node_config: Mapping[str, Scalar], run_id: int) -> Path:
             if _age(weights) > _DAY:
                 weights.unlink(missing_ok=True)
         for run in root.glob("run-*"):
-            if not [*run.glob("client-*")]:
+            if _age(run) > _DAY and not any(run.glob("client-*")):  # a younger one may be another run's that begins
                 shutil.rmtree(run, ignore_errors=True)
     return folder
 

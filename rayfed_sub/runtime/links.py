@@ -65,7 +65,7 @@ def coordinator_of(job: Job, folder: Path, shared: Shared, crew: Crew | None = N
 
 
 def parts_of(job: Job, folder: Path, shared: Shared) -> tuple[Any, ...]:
-    """What `Coordinator` is made of."""
+    """The arguments of `Coordinator` for a run in the folder."""
     server = (job.config, job.method, job.architecture.shape, job.architecture.transposed)
     return (*server, job.any_pack, shared, folder.absolute(), job.noise, job.begun, job.fleet)
 
