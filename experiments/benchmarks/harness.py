@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
+from types import MappingProxyType
 
 import numpy as np
 import psutil
@@ -116,6 +118,24 @@ def measured(one: Contestant, work: Path, out: Path, look_every: float, workers:
     taken = {name: tuple(np.diff([reading[name] for reading in readings]).tolist()) for name in readings[0]}
     stored, loopback = taken.get("stored", ()), taken.get("loopback", ())
     return Pass(readings[0]["seconds"] - began, taken["seconds"], stored, loopback, peak[0])
+
+
+_COMMAND = """
+import importlib
+try:
+    line = importlib.import_module("rayfed_sub.cli.main")
+except ModuleNotFoundError:  # before the command line became a folder
+    line = importlib.import_module("rayfed_sub.cli")
+getattr(line, "command", line.main)()
+"""
+
+
+def command_line(tree: Path, words: Sequence[str], more: Mapping[str, str] = MappingProxyType({})) -> Popen[str]:
+    """Starts `rayfed-sub` with these words in a checkout of any state; its output and errors come as one text.  more:
+    environment variables."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1", **more}
+    command = [sys.executable, "-c", _COMMAND, *words]
+    return Popen(command, cwd=tree, env=environment, stdout=PIPE, stderr=STDOUT, text=True)
 
 
 def _watch(pid: int, peak: list[int], over: threading.Event, every: float) -> None:

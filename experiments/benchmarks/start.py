@@ -11,11 +11,8 @@ which are the clients, of whom 8 take part in a round.  The first start, with an
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -27,17 +24,7 @@ from typing import Annotated
 import psutil
 import typer
 
-from experiments.benchmarks.harness import ROOT, machine, total_memory
-
-_COMMAND = """
-import importlib
-try:
-    line = importlib.import_module("rayfed_sub.cli.main")
-except ModuleNotFoundError:  # before the command line became a folder
-    line = importlib.import_module("rayfed_sub.cli")
-getattr(line, "command", line.main)()
-"""
-
+from experiments.benchmarks.harness import ROOT, command_line, machine, total_memory
 
 _SOURCES = 200
 
@@ -58,12 +45,8 @@ def waited(tree: Path, words: Sequence[str], every: float, more: Mapping[str, st
     Raises RuntimeError where it fails.
     """
     with TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", _COMMAND, "run", *words, "--out", str(Path(folder) / "run")]
-        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1", **more}
         began = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = command_line(tree, ["run", *words, "--out", str(Path(folder) / "run")], more)
         assert process.stdout is not None
         peak, over = [0], threading.Event()
         looking = threading.Thread(target=_look, args=(process.pid, peak, over, every), daemon=True)
