@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, ModelShape
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.training.layers import PackLinear, Run
+from rayfed_sub.training.layers import PackLinear
+from rayfed_sub.training.pass_rows import Run
 
 Floats = NDArray[np.float64]
 

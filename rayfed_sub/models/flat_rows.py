@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from rayfed_sub.models.frozen_linear import FrozenEmbedding
 from rayfed_sub.models.positions import position_limit
-from rayfed_sub.models.presets import FLAT, UNFILLED
+from rayfed_sub.models.presets import FLAT, FLAT_CLASSIFIERS, UNFILLED
 from rayfed_sub.models.quantised import Quantised
 
 _VECTOR = 32
@@ -56,6 +56,8 @@ class PassRule:
     source, which the encoder reads, and an answer, grouped by the canonical lengths of both; sources: as longest, of
     sources.  exact: rows are not filled up, for what fills them up would change them.  twins: rows that fill a pass up
     are those of others, for the model wants an end in each.  alone: a pass has one client, whose are all tokens.
+    pooled: of a classifier that reads the first token of each row, the module behind which the others are no longer
+    needed; up to there all rows are one flat row.  first: the position of a row's first token there.
     """
 
     flat: bool = False
@@ -67,6 +69,8 @@ class PassRule:
     exact: bool = False
     twins: bool = False
     alone: bool = False
+    pooled: str = ""
+    first: int = 0
 
     def canonical(self, tokens: int) -> int:
         """The length at which attention sees a row of so many tokens: in eight steps from each power of two to the
@@ -82,6 +86,16 @@ class PassRule:
         step = max(_SHORTEST, self.granule, 1 << max(0, tokens.bit_length() - 4))
         rounded = -(-tokens // step) * step
         return rounded if self.longest is None else max(tokens, min(rounded, self.longest))
+
+    def sees_rows(self, layer: str) -> bool:
+        """Whether a layer of a pooled classifier sees one token of each row.
+
+        >>> rule = PassRule(pooled="bert.encoder")
+        >>> [rule.sees_rows(f"{name}.dense") for name in ("bert.encoder.layer.0.output", "bert.pooler", "classifier")]
+        [False, True, True]
+        """
+        base = self.pooled.partition(".")[0]
+        return not f"{layer}.".startswith(f"{base}.") or f"{layer}.".startswith(f"{base}.pooler.")
 
     def of_sources(self) -> PassRule:
         """The rule for sources alone."""
@@ -105,7 +119,9 @@ def pass_rule(model: nn.Module) -> PassRule:
     exact = classifies and getattr(config, "model_type", "") in UNFILLED
     twins = classifies and bool(getattr(config, "is_encoder_decoder", False))
     alone = bool(vars(model).get("one_at_a_time", False))
-    rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources, exact, twins, alone)
+    pooled = _pooled_at(model) if classifies else ""
+    first = _first_position(model) if pooled else 0
+    rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources, exact, twins, alone, pooled, first)
     owner._pass_rule = rule
     return rule
 
@@ -122,6 +138,24 @@ def _inner_sizes(model: nn.Module) -> list[int]:
     return sizes
 
 
+def _pooled_at(model: Any) -> str:
+    """The name of a text classifier's stack of blocks, if rows may lie side by side up to its end; else empty."""
+    config, base = model.config, getattr(model, "base_model_prefix", "")
+    as_it_is = vars(model).get("as_it_is", False) or getattr(config, "is_decoder", False)
+    if as_it_is or getattr(config, "model_type", "") not in FLAT_CLASSIFIERS:
+        return ""
+    names = (f"{base}.{name}" for name in ("encoder", "transformer"))
+    modules = dict(model.named_modules())
+    return next((name for name in names if name in modules), "")
+
+
+def _first_position(model: nn.Module) -> int:
+    """Models of RoBERTa's kind count positions from the padding token's number on."""
+    tables = (part for name, part in model.named_modules() if name.endswith(".position_embeddings"))
+    padding = next((part.padding_idx for part in tables if isinstance(part, nn.Embedding | FrozenEmbedding)), None)
+    return 0 if padding is None else int(padding) + 1
+
+
 def is_flat(config: Any) -> bool:
     """True where rows of a causal model of this configuration may lie side by side (`presets.FLAT`)."""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -134,7 +168,9 @@ class FlatRows:
     """Places of rows in a flat row.  groups: (rows, canonical length) of each call of attention, in the order of P.
     source_P: the flat token at each of attention's places; filled_P: True at places that only fill a row up, which
     repeat its last token.  place_S: each flat token's place; strange_S: True at tokens that belong to no row: attention
-    gives them zeros.  as_they_lie: attention's places are the flat tokens in their order, so nothing is moved."""
+    gives them zeros.  as_they_lie: attention's places are the flat tokens in their order, so nothing is moved.
+    first_R: the first token of each row of a classification, with rows that fill up; attention looks both ways
+    there."""
 
     groups: tuple[tuple[int, int], ...]
     source_P: Tensor
@@ -142,16 +178,30 @@ class FlatRows:
     place_S: Tensor
     strange_S: Tensor
     as_they_lie: bool = False
+    first_R: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> FlatRows:
         """The rows with their tensors changed, on their way to a device."""
         source_P, filled_P = change(self.source_P), change(self.filled_P)
         place_S, strange_S = change(self.place_S), change(self.strange_S)
-        return replace(self, source_P=source_P, filled_P=filled_P, place_S=place_S, strange_S=strange_S)
+        first_R = None if self.first_R is None else change(self.first_R)
+        return replace(
+            self, source_P=source_P, filled_P=filled_P, place_S=place_S, strange_S=strange_S, first_R=first_R
+        )
+
+    def real(self, length: int) -> Tensor:
+        """Which places of the rows of this canonical length hold a token of theirs, (R, L) bool."""
+        sizes = [R * L for R, L in self.groups]
+        at = [L for _, L in self.groups].index(length)
+        filled_RL: Tensor = self.filled_P.split(sizes)[at].view(-1, length)
+        return ~filled_RL
 
 
-def flat_rows(begins: Sequence[int], lengths: Sequence[int], size: int, rule: PassRule) -> FlatRows:
-    """Rows of these lengths that begin at these tokens of a flat row of `size` tokens.
+def flat_rows(
+    begins: Sequence[int], lengths: Sequence[int], size: int, rule: PassRule, pooled: int | None = None
+) -> FlatRows:
+    """Rows of these lengths that begin at these tokens of a flat row of `size` tokens.  pooled: rows of a
+    classification, with those that fill up.
 
     >>> rows = flat_rows([0, 3], [3, 2], 6, PassRule())
     >>> rows.groups, rows.place_S.tolist(), rows.strange_S.tolist()[4:]
@@ -173,7 +223,8 @@ def flat_rows(begins: Sequence[int], lengths: Sequence[int], size: int, rule: Pa
     strange_S[source_P[real_N]] = False
     as_they_lie = len(source_P) == size and bool((source_P == np.arange(size)).all())
     source, filled_, place, strange = map(torch.from_numpy, (source_P, filled_P, place_S, strange_S))
-    return FlatRows(tuple(groups), source, filled_, place, strange, as_they_lie)
+    first = None if pooled is None else torch.tensor([*begins, *[0] * (pooled - len(begins))])
+    return FlatRows(tuple(groups), source, filled_, place, strange, as_they_lie, first)
 
 
 @dataclass(eq=False)
@@ -193,11 +244,29 @@ _PASS: ContextVar[_Pass | None] = ContextVar("flat rows of the forward pass", de
 @contextmanager
 def attending(model: nn.Module, rows: FlatRows) -> Iterator[None]:
     """Within it the model's attention sees each of the rows alone.  The model takes `input_ids`, `position_ids` (from 0
-    in each row) and `attention_mask` (all ones), each (1, S)."""
+    in each row, or `PassRule.first`) and `attention_mask` (all ones), each (1, S).  A classification's head sees the
+    rows' first tokens, (R, 1, h)."""
     _register()
     plain: str = _configs(model)[id(model.config)]._attn_implementation or "eager"
-    with _entered(model, _Pass(rows, plain)):
+    with _pooled(model, rows.first_R), _entered(model, _Pass(rows, plain)):
         yield
+
+
+@contextmanager
+def _pooled(model: nn.Module, first_R: Tensor | None) -> Iterator[None]:
+    if first_R is None:
+        yield
+        return
+
+    def first_tokens(module: nn.Module, given: Any, output: Any) -> Any:
+        output["last_hidden_state"] = output["last_hidden_state"][0].index_select(0, first_R)[:, None]
+        return output
+
+    handle = model.get_submodule(pass_rule(model).pooled).register_forward_hook(first_tokens)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def same_rows(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
@@ -257,7 +326,7 @@ def _attention(
     outputs = []
     for (R, L), *group in zip(rows.groups, *by_group, strict=True):
         given = [x.unflatten(1, (R, L)).transpose(0, 1) for x in group]
-        mask = None if attention_mask is None else _mask_of(current, int(attention_mask.flatten()[0]), L)
+        mask = None if attention_mask is None else _mask_of(current, int(attention_mask.flatten()[0]), R, L)
         # The keys of several heads that share one are a copy for several rows, and for one row a view of stride 0,
         # whose products have other bits: a row alone goes in twice.
         alone = R == 1 and len(parts[1]) == 1
@@ -280,16 +349,20 @@ def _plain(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
     return function
 
 
-def _mask_of(current: _Pass, number: int, length: int) -> Tensor | None:
-    """The mask that was asked for, at this length, by the model's own mask function; None where attention needs
-    none."""
+def _mask_of(current: _Pass, number: int, R: int, L: int) -> Tensor | None:
+    """The mask that was asked for, for rows of this canonical length, by the model's own mask function; None where
+    attention needs none.  Where attention looks to the left alone, nothing that counts sees what fills rows up."""
     from transformers import AttentionMaskInterface
 
-    if (number, length) not in current.masks:
-        sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0}
-        asked = {**current.asked[number], **sizes, "attention_mask": None}
-        current.masks[number, length] = AttentionMaskInterface._global_mapping[current.plain](**asked)
-    return current.masks[number, length]
+    if (number, L) not in current.masks:
+        sizes = {"batch_size": 1, "q_length": L, "kv_length": L, "q_offset": 0, "kv_offset": 0}
+        seen: dict[str, Any] = {"attention_mask": None}
+        if current.rows.first_R is not None:
+            sizes["batch_size"] = R
+            seen = {"attention_mask": current.rows.real(L), "allow_is_bidirectional_skip": False}
+        asked = {**current.asked[number], **sizes, **seen}
+        current.masks[number, L] = AttentionMaskInterface._global_mapping[current.plain](**asked)
+    return current.masks[number, L]
 
 
 class _Spread(torch.autograd.Function):

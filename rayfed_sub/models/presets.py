@@ -56,8 +56,8 @@ tries each."""
 
 CLASSIFIERS_IN_ANY_PACK = frozenset(
     (
-        *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra"),
-        *("beit", "dinov2", "dinov2_with_registers", "vit"),
+        *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "roberta"),
+        *("xlm-roberta", "beit", "dinov2", "dinov2_with_registers", "vit"),
     )
 )
 """The same of models that classify texts or images."""
@@ -82,6 +82,11 @@ FLAT = SAME_IN_ANY_PACK | frozenset(
 )
 """Types whose rows may lie side by side: their attention goes through transformers' interface and nothing else mixes
 tokens.  Experts see as many tokens at once as a pack sends them, so that a mixture's bits depend on it."""
+
+FLAT_CLASSIFIERS = frozenset(
+    ("albert", "bert", "camembert", "distilbert", "electra", "ernie", "roberta", "xlm-roberta")
+)
+"""The same of models that classify texts: attention goes both ways, and their heads read a row's first token."""
 
 ANY_PATCHES = ("dinov2", "dinov2_with_registers")
 """Model types that fit their position encoding to an image of any number of patches; others read one size."""

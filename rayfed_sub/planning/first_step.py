@@ -19,7 +19,7 @@ from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.weights import assemble
-from rayfed_sub.training.layers import Bound, PackLinear, Terms, bound, runs
+from rayfed_sub.training.layers import Bound, PackLinear, Terms, bound
 from rayfed_sub.training.losses import client_losses, forwarded
 from rayfed_sub.training.own_loss import OwnCodeError, OwnPass, own_scores
 from rayfed_sub.training.pack_experts import install
@@ -74,7 +74,7 @@ def _check_outputs(model: nn.Module, one: AnyPass, dataset: Dataset) -> None:
     if isinstance(one, OwnPass) or one.of_tokens:
         return
     shape = tuple(forwarded(model, one).logits.shape)
-    wanted = (len(one.where), 1 if dataset.kind == "regression" else len(dataset.class_names))
+    wanted = (one.seen.size, 1 if dataset.kind == "regression" else len(dataset.class_names))
     if shape != wanted:
         form = f"a module with logits of shape (rows, {wanted[1]}) for {KINDS[dataset.kind]}"
         allowed = f"{form}, here {wanted}; it returns {shape}"
@@ -89,13 +89,13 @@ def _reached(model: nn.Module, layers: Mapping[str, PackLinear], shape: ModelSha
     leaves |= {layer.name: _own(layers[layer.name])[None].clone().requires_grad_() for layer in shape.head}
     reached: set[str] = set()
     for turn in passes([batch], pass_rule(model), pad):
-        own = runs(turn.parts)
+        own = {name: turn.seen_by(name).runs(slice(0, 1)) for name in leaves}
         terms = {
-            layer.name: Terms(own, left_Gmr=leaves[layer.name], right_Grn=_random(layer.name, layer.n))
+            layer.name: Terms(own[layer.name], left_Gmr=leaves[layer.name], right_Grn=_random(layer.name, layer.n))
             for layer in shape.targets
         }
-        terms |= {layer.name: Terms(own, weight_Gmn=leaves[layer.name]) for layer in shape.head}
-        with bound(layers, {name: Bound(turn.size, (one,)) for name, one in terms.items()}):
+        terms |= {layer.name: Terms(own[layer.name], weight_Gmn=leaves[layer.name]) for layer in shape.head}
+        with bound(layers, {name: Bound(turn.seen_by(name).size, (one,)) for name, one in terms.items()}):
             loss = client_losses(model, turn, torch.tensor(turn.counts)).sum()
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         reached |= {name for name, gradient in zip(leaves, found, strict=True) if gradient is not None}

@@ -13,7 +13,7 @@ Legend: S tokens of a pass, k of each of its rows, G clients, n columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rayfed_sub.core.devices import onto, sent
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape
+from rayfed_sub.training.pass_rows import Seen
 
 _ROW, _ONE, _TWO = 0x9E3779B1, 0x7FEB352D, 0x846CA68B  # odd; the last two mix well (Wellons' lowbias32)
 _BLOCK = 2**16  # numbers whose masks are made at a time: their words stay in a processor's cache
@@ -74,14 +75,18 @@ class Dropout:
 
 
 def dropouts(
-    shape: ModelShape, where: Tensor, clients: Sequence[tuple[int, int]], seed: int, rate: float
+    shape: ModelShape, seen_by: Callable[[str], Seen], clients: Sequence[tuple[int, int]], seed: int, rate: float
 ) -> dict[str, Dropout]:
-    """Every target's dropout in a pass; none at rate 0.  where: as in `TokenWords`; clients: number and local step
-    (counted over its life) of each."""
-    if not rate:
-        return {}
-    words = TokenWords(where, onto([_key(seed, *client) for client in clients], where.device))
-    return {layer.name: Dropout(seed, layer.name, rate, words, len(where)) for layer in shape.targets}
+    """Every target's dropout in a pass; none at rate 0.  seen_by: layer -> the rows that it sees; clients: number and
+    local step (counted over its life) of each."""
+    found = dict[str, Dropout]()
+    words = dict[int, TokenWords]()
+    for layer in shape.targets if rate else ():
+        where = seen_by(layer.name).where
+        if id(where) not in words:
+            words[id(where)] = TokenWords(where, onto([_key(seed, *client) for client in clients], where.device))
+        found[layer.name] = Dropout(seed, layer.name, rate, words[id(where)], len(where))
+    return found
 
 
 def kept(word_S: Tensor, word_n: Tensor, rate: float) -> Tensor:

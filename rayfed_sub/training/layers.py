@@ -28,48 +28,11 @@ from rayfed_sub.models.frozen_linear import freeze, product
 from rayfed_sub.models.quantised import Quantised
 from rayfed_sub.training.blocks import Closed, add_product, multiplied
 from rayfed_sub.training.dropout import Dropout
+from rayfed_sub.training.pass_rows import Run, runs, token_runs
 
 _TILE = 16
 """The one client of an evaluation has as many tokens as a batch happens to have: they are filled up to a multiple of
 this, beyond which products with few ranks have other bits at the end of their tokens."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Neighbours in a stack whose tokens are equally many and follow each other: clients first to last - 1, `count`
-    tokens each, from token `begin` of the pass on."""
-
-    first: int
-    last: int
-    begin: int
-    count: int
-
-    def of(self, x_Sn: Tensor) -> Tensor:
-        """Their tokens, (g, N, n), a view."""
-        clients = self.last - self.first
-        return x_Sn[self.begin : self.begin + clients * self.count].view(clients, self.count, -1)
-
-    def scaled(self, tokens: int, rows: int) -> Run:
-        """The run of tokens where so many rows have so many tokens; a client that has all rows has all of them, also
-        where they are no multiple of the rows."""
-        return Run(self.first, self.last, self.begin * tokens // rows, self.count * tokens // rows)
-
-
-def runs(count_G: Sequence[int], begin: int = 0, kind_G: Sequence[int] | None = None) -> tuple[Run, ...]:
-    """The clients that have tokens, in runs of equal number and equal `kind`, from token `begin` on.
-
-    >>> runs([4, 4, 0, 8])
-    (Run(first=0, last=2, begin=0, count=4), Run(first=3, last=4, begin=8, count=8))
-    """
-    found: list[Run] = []
-    for g, count in enumerate(count_G):
-        alike = kind_G is None or g == 0 or kind_G[g] == kind_G[g - 1]
-        if found and alike and found[-1].last == g and found[-1].count == count:
-            found[-1] = Run(found[-1].first, g + 1, found[-1].begin, count)
-        elif count:
-            found.append(Run(g, g + 1, begin, count))
-        begin += count
-    return tuple(found)
 
 
 Part = tuple[int, Tensor, Tensor]
@@ -221,11 +184,6 @@ class PackLinear(nn.Module):
         given = (x_Sn.float(), self.weight, self.bias, stacks, found, kept)
         y_Sm: Tensor = _Sum.apply(*given, *leaves)  # type: ignore[no-untyped-call]
         return y_Sm.to(x_Sn.dtype)
-
-
-def token_runs(rows: tuple[Run, ...] | None, tokens: int, all_rows: int) -> tuple[Run, ...]:
-    """The runs of rows as runs of tokens."""
-    return (Run(0, 1, 0, tokens),) if rows is None else tuple(run.scaled(tokens, all_rows) for run in rows)
 
 
 _LEAVES = 6

@@ -46,7 +46,7 @@ def client_losses(model: nn.Module, one: AnyPass, count_G: Tensor) -> Tensor:
         head, bias_V, rule = output
         hidden_Lh = _hidden(model, head, one)
         loss_L = _HeadLoss.apply(hidden_Lh, head.weight, bias_V, one.labels, rule)  # type: ignore[no-untyped-call]
-    total_G = loss_L.new_zeros(len(one.parts)).index_add(0, one.clients, loss_L)
+    total_G = loss_L.new_zeros(len(one.seen.parts)).index_add(0, one.clients, loss_L)
     return total_G / count_G.clamp_min(1)
 
 

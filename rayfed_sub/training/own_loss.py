@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from rayfed_sub.core.rng import seeded
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.weights import through_modules
+from rayfed_sub.training.pass_rows import Seen
 
 LOSS = "held_out_loss"
 
@@ -30,13 +32,15 @@ class OwnPass:
 
     batch: OwnBatch
     device: torch.device | str = "cpu"
-    parts: tuple[int, ...] = (1,)
-    size: int = 1
 
-    @property
-    def where(self) -> Tensor:
-        """A single row, (1, 3)."""
-        return torch.zeros(1, 3, dtype=torch.int64, device=self.device)
+    @cached_property
+    def seen(self) -> Seen:
+        """A single row."""
+        return Seen((1,), 1, torch.zeros(1, 3, dtype=torch.int64, device=self.device))
+
+    def seen_by(self, layer: str) -> Seen:
+        """The same for every layer."""
+        return self.seen
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.experts import Experts, Matrix, experts_of, matrices_in
 from rayfed_sub.training import layers
-from rayfed_sub.training.layers import Bound, PackLinear, Run, Terms, runs, token_runs
+from rayfed_sub.training.layers import Bound, PackLinear, Terms
+from rayfed_sub.training.pass_rows import Run, runs, token_runs
 
 
 def install(module: nn.Module, shape: ModelShape) -> dict[str, PackLinear]:

@@ -19,7 +19,7 @@ from rayfed_sub.training import optimizers
 from rayfed_sub.training.dropout import Dropout, dropouts
 from rayfed_sub.training.expert_steps import ROLES, period, sent, since, step_experts
 from rayfed_sub.training.galore import Refresh, renew
-from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Terms, bound, runs
+from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Terms, bound
 from rayfed_sub.training.losses import client_losses
 from rayfed_sub.training.optimizers import pull
 from rayfed_sub.training.passes import AnyPass
@@ -123,7 +123,7 @@ def passed(
     count_G, loss_G = onto(labels, device), torch.zeros(len(labels), device=device)
     rate = stacks[0].trainees[0].start.dropout
     for turn in turns:
-        dropped = dropouts(shape, turn.where, clients, seed, rate)
+        dropped = dropouts(shape, turn.seen_by, clients, seed, rate)
         with bound(layers, _terms(shape, stacks, steps, turn, dropped)):
             losses = client_losses(model, turn, count_G)
             _differentiate(losses.sum(), steps)
@@ -166,19 +166,18 @@ def _terms(
     shape: ModelShape, stacks: Sequence[Stack], steps: Sequence[Step], turn: AnyPass, dropped: Mapping[str, Dropout]
 ) -> dict[str, Bound]:
     """What every layer adds for its clients in one pass; dropped: by layer."""
-    begins, first = [], 0  # each stack's clients and first row in the pass
+    begins, first = [], 0  # each stack's clients, and the first of them
     for stack in stacks:
-        begins.append((slice(first, first + len(stack.trainees)), sum(turn.parts[:first])))
+        begins.append(slice(first, first + len(stack.trainees)))
         first += len(stack.trainees)
     terms: dict[str, list[Terms]] = {layer.name: [] for layer in (*shape.targets, *shape.head)}
-    for stack, step, (clients, begin) in zip(stacks, steps, begins, strict=True):
-        tensors, parts = {**stack.tensors, **step.leaves}, turn.parts[clients]
-        rows = runs(parts, begin)
+    for stack, step, clients in zip(stacks, steps, begins, strict=True):
+        tensors = {**stack.tensors, **step.leaves}
         for layer in shape.targets:
-            closed = stack.closed[layer.name]
+            closed, seen = stack.closed[layer.name], turn.seen_by(layer.name)
             terms[layer.name].append(
                 Terms(
-                    rows=runs(parts, begin, closed.used_G) if closed.used_G else rows,
+                    rows=seen.runs(clients, closed.used_G or None),
                     weight_Gmn=tensors.get(f"{layer.name}/weight"),
                     left_Gmr=tensors.get(f"{layer.name}/left"),
                     right_Grn=tensors.get(f"{layer.name}/right"),
@@ -191,8 +190,9 @@ def _terms(
             )
         for layer in shape.head:
             weight, bias = tensors[f"{layer.name}/weight"], tensors.get(f"{layer.name}/bias")
+            rows = turn.seen_by(layer.name).runs(clients)
             terms[layer.name].append(Terms(rows=rows, weight_Gmn=weight, bias_Gm=bias))
-    return {name: Bound(turn.size, tuple(own), dropped.get(name)) for name, own in terms.items()}
+    return {name: Bound(turn.seen_by(name).size, tuple(own), dropped.get(name)) for name, own in terms.items()}
 
 
 def _differentiate(loss: Tensor, steps: Sequence[Step]) -> None:

@@ -22,6 +22,7 @@ from rayfed_sub.data.batching import IGNORED, Batch
 from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.flat_rows import FlatRows, PassRule, flat_rows
 from rayfed_sub.training.own_loss import OwnPass
+from rayfed_sub.training.pass_rows import Seen
 
 Labelled = Mapping[str, Tensor]
 Numbers = np.ndarray[Any, Any]
@@ -37,9 +38,7 @@ class Pass:
     batches; clients: its client's place in the step.  counts: labels of each client.
     of_tokens: True where labels are tokens of a language model.  answers: of an encoder-decoder the labels as (R, T),
     -100 where there is none, from which the decoder's inputs follow.
-    parts: each client's tokens in a flat pass, its rows else; size: all of those, with what only fills the pass up.
-    where: of each row of the pass, a token in a flat pass, (size, 3) int64: its client's place in the step, its row in
-    the client's batch, its place in that row (of a whole row 0); anything for what only fills the pass up.
+    seen: by the layers; before: by those before the head of a classifier whose rows lie flat until there (`head`).
     flat: where the rows lie in a flat pass.  tokens: the real ones, and all that linear layers see.  filled: of rows
     with an attention mask, whether any of them is filled up.
     """
@@ -50,14 +49,18 @@ class Pass:
     rows: Tensor
     clients: Tensor
     counts: tuple[int, ...]
-    parts: tuple[int, ...]
-    size: int
+    seen: Seen
     tokens: tuple[int, int]
-    where: Tensor
     of_tokens: bool = False
     flat: FlatRows | None = None
     answers: Tensor | None = None
     filled: bool | None = None
+    before: Seen | None = None
+    head: Callable[[str], bool] | None = None
+
+    def seen_by(self, layer: str) -> Seen:
+        """The rows as a layer sees them."""
+        return self.seen if self.before is None or self.head is None or self.head(layer) else self.before
 
     def to(self, device: torch.device) -> Pass:
         """The pass on a device; the rows of its labels stay, for the model does not read them."""
@@ -72,19 +75,26 @@ class Pass:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Pass:
         """The pass with all of its tensors changed that go to the device."""
         return replace(
-            self,
+            self._each_seen(lambda seen: replace(seen, where=change(seen.where))),
             inputs={name: change(tensor) for name, tensor in self.inputs.items()},
             labels=change(self.labels),
             places=change(self.places),
             clients=change(self.clients),
-            where=change(self.where),
             flat=None if self.flat is None else self.flat.each(change),
             answers=None if self.answers is None else change(self.answers),
         )
 
     def from_row(self, first: int) -> Pass:
         """The pass of rows that stand so many further back in their clients' batches; `rows` stays."""
-        return replace(self, where=self.where + torch.tensor([0, first, 0])) if first else self
+        return self.moved(lambda where: where + torch.tensor([0, first, 0])) if first else self
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Pass:
+        """The pass with `where` changed, of all that layers see."""
+        return self._each_seen(lambda seen: replace(seen, where=change(seen.where)))
+
+    def _each_seen(self, change: Callable[[Seen], Seen]) -> Pass:
+        before = None if self.before is None else change(self.before)
+        return replace(self, seen=change(self.seen), before=before)
 
 
 AnyPass = Pass | OwnPass
@@ -113,7 +123,9 @@ def labelled_passes(batches: Sequence[Labelled], rule: PassRule, pad: int) -> li
     """The passes of batches with labels."""
     found = _labelled(batches, rule, pad)
     # All tokens of a pass are the client's, whatever the layers see of its rows.
-    return [replace(one, parts=(1,), size=1) for one in found] if rule.alone and len(batches) == 1 else found
+    if not rule.alone or len(batches) > 1:
+        return found
+    return [replace(one, seen=replace(one.seen, parts=(1,), size=1)) for one in found]
 
 
 def _labelled(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pass]:
@@ -122,8 +134,10 @@ def _labelled(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pas
     if rule.apart:
         return _apart(batches, rule, pad)
     texts = [_texts(batch) for batch in batches]
-    if rule.flat and of_tokens(batches[0]["labels"]):
+    if of_tokens(batches[0]["labels"]) and rule.flat:
         return [_flat(texts, rule, pad)]
+    if rule.pooled:
+        return [_pooled(texts, rule, pad)]
     lengths = {rule.canonical(int(length)) for text in texts for length in text.lengths}
     return [_grouped(texts, rule, pad, length) for length in sorted(lengths)]
 
@@ -156,30 +170,86 @@ def _texts(batch: Labelled) -> _Texts:
     return _Texts(ids, real, labels, real.sum(axis=1), types, shifted)
 
 
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """Texts side by side in a flat row of S tokens, each client's part filled up to a multiple of the granule: tokens
+    of each client, without and with what fills up."""
+
+    texts: Sequence[_Texts]
+    own: tuple[int, ...]
+    parts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """The real ones, and all."""
+        return sum(self.own), sum(self.parts)
+
+    def placed(self, numbers: Sequence[Numbers], empty: int) -> Numbers:
+        """(S,) int64 of every client's numbers, which are (B, T) or broadcast to that."""
+        flat_S = np.full(sum(self.parts), empty, np.int64)
+        begin = 0
+        for text, own, part, own_BT in zip(self.texts, self.own, self.parts, numbers, strict=True):
+            flat_S[begin : begin + own] = np.broadcast_to(own_BT, text.ids.shape)[text.real]
+            begin += part
+        return flat_S
+
+    def inputs(self, place_S: Numbers, pad: int) -> dict[str, Numbers]:
+        """The model's, (1, S); place_S: each token's position."""
+        ids_S = self.placed([text.ids for text in self.texts], pad)
+        return {"input_ids": ids_S[None], "position_ids": place_S[None], "attention_mask": np.ones_like(ids_S)[None]}
+
+    def seen(self, place_S: Numbers) -> Seen:
+        """The tokens as layers see them; place_S: in their rows."""
+        client_S = np.repeat(np.arange(len(self.texts)), self.parts)
+        own_S = self.placed([np.arange(len(text.ids))[:, None] for text in self.texts], 0)
+        where = np.stack([client_S, own_S, place_S], axis=1)
+        return Seen(self.parts, len(where), torch.from_numpy(where))
+
+    def rows(self, rule: PassRule, pooled: int | None = None) -> FlatRows:
+        """Places of the rows; pooled: as for `flat_rows`."""
+        begins, begin = list[int](), 0
+        for text, part in zip(self.texts, self.parts, strict=True):
+            begins += (begin + np.cumsum(text.lengths) - text.lengths).tolist()
+            begin += part
+        lengths = np.concatenate([text.lengths for text in self.texts]).tolist()
+        return flat_rows(begins, lengths, begin, rule, pooled)
+
+
+def _side(texts: Sequence[_Texts], rule: PassRule) -> tuple[_Side, Numbers]:
+    """The texts side by side, and each token's place in its row (S,)."""
+    own = tuple(int(text.lengths.sum()) for text in texts)
+    side = _Side(texts, own, tuple(-(-tokens // rule.granule) * rule.granule for tokens in own))
+    return side, side.placed([np.arange(text.ids.shape[1]) for text in texts], 0)
+
+
 def _flat(texts: Sequence[_Texts], rule: PassRule, pad: int) -> Pass:
-    """All rows as one, each client's part filled up to a multiple of the granule."""
-    own_G = [int(text.lengths.sum()) for text in texts]
-    part_G = [-(-own // rule.granule) * rule.granule for own in own_G]
-    S, begins = sum(part_G), list[Numbers]()
-    ids_S, labels_S = np.full(S, pad, np.int64), np.full(S, IGNORED, np.int64)
-    place_S, row_S, own_S = np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, np.int64)
-    begin = number = 0
-    for text, own, part in zip(texts, own_G, part_G, strict=True):
-        B, T = text.ids.shape
-        here = slice(begin, begin + own)
-        ids_S[here], labels_S[here] = text.ids[text.real], text.labels[text.real]
-        place_S[here] = np.broadcast_to(np.arange(T), (B, T))[text.real]
-        own_S[here] = np.repeat(np.arange(B), text.lengths)
-        row_S[here] = number + own_S[here]
-        begins.append(begin + np.cumsum(text.lengths) - text.lengths)
-        begin, number = begin + part, number + B
-    client_S = np.repeat(np.arange(len(texts)), part_G)
-    inputs = {"input_ids": ids_S[None], "position_ids": place_S[None], "attention_mask": np.ones((1, S), np.int64)}
-    lengths = np.concatenate([text.lengths for text in texts])
-    flat = flat_rows(np.concatenate(begins).tolist(), lengths.tolist(), S, rule)
-    where = np.stack([client_S, own_S, place_S], axis=1)
-    tokens = (sum(own_G), S)
-    return _pass(inputs, labels_S, row_S, client_S, part_G, S, tokens, where, of_tokens=True, shifted=True, flat=flat)
+    """All rows of a language model as one."""
+    side, place_S = _side(texts, rule)
+    seen, first_G = side.seen(place_S), np.cumsum([0, *(len(text.ids) for text in texts[:-1])])
+    row_G = [first + np.arange(len(text.ids))[:, None] for first, text in zip(first_G, texts, strict=True)]
+    row_S = side.placed(row_G, 0)
+    labels_S = side.placed([text.labels for text in texts], IGNORED)
+    client_S = np.repeat(np.arange(len(texts)), side.parts)
+    made = _pass(side.inputs(place_S, pad), labels_S, row_S, client_S, seen, side.tokens, of_tokens=True, shifted=True)
+    return replace(made, flat=side.rows(rule))
+
+
+def _pooled(texts: Sequence[_Texts], rule: PassRule, pad: int) -> Pass:
+    """All rows of a classification, as one until the head sees the first token of each.  More rows fill the pass up
+    there."""
+    side, place_S = _side(texts, rule)
+    inputs = side.inputs(place_S + rule.first, pad)
+    types = [text.types for text in texts if text.types is not None]
+    inputs |= {"token_type_ids": side.placed(types, 0)[None]} if types else {}
+    at = [(g, b, 0) for g, text in enumerate(texts) for b in range(len(text.ids))]
+    more = -len(at) % rule.rows
+    where = np.array(at + [(0, 0, 0)] * more)
+    labels = np.concatenate([text.labels for text in texts])
+    empty = np.full((more, *labels.shape[1:]), np.nan if labels.dtype.kind == "f" else IGNORED, labels.dtype)
+    seen = Seen(tuple(len(text.ids) for text in texts), len(where), torch.from_numpy(where))
+    row_R, all_labels = np.arange(len(where)), np.concatenate([labels, empty])
+    made = _pass(inputs, all_labels, row_R, where[:, 0], seen, side.tokens)
+    return replace(made, flat=side.rows(rule, len(where)), before=side.seen(place_S), head=rule.sees_rows)
 
 
 def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> Pass:
@@ -216,7 +286,8 @@ def _grouped(texts: Sequence[_Texts], rule: PassRule, pad: int, length: int) -> 
         labels, row_R, client_R = labels.reshape(-1), np.repeat(row_R, length), np.repeat(client_R, length)
     part_G = np.bincount([g for g, _, _ in found], minlength=len(texts)).tolist()
     tokens = (int(mask_RL[: len(found)].sum()), R * length)
-    made = _pass(inputs, labels, row_R, client_R, part_G, R, tokens, where, of_tokens=shifted, shifted=shifted)
+    seen = Seen(tuple(part_G), R, torch.from_numpy(where))
+    made = _pass(inputs, labels, row_R, client_R, seen, tokens, of_tokens=shifted, shifted=shifted)
     return made if shifted else replace(made, filled=not mask_RL.all())
 
 
@@ -259,7 +330,8 @@ def _pairs(pairs: Sequence[_Pair], sources: int, answers: int, clients: int, pad
     inputs = {"input_ids": ids_RS, "attention_mask": mask_RS}
     row, client = np.repeat(row_R, answers), np.repeat(client_R, answers)
     where = np.array([(pair.client, pair.own, 0) for pair in pairs])
-    made = _pass(inputs, labels_RT.reshape(-1), row, client, part_G, R, tokens, where, of_tokens=True)
+    seen = Seen(tuple(part_G), R, torch.from_numpy(where))
+    made = _pass(inputs, labels_RT.reshape(-1), row, client, seen, tokens, of_tokens=True)
     return replace(made, answers=torch.from_numpy(labels_RT), filled=not mask_RS.all())
 
 
@@ -274,8 +346,8 @@ def _images(batches: Sequence[Labelled], rule: PassRule) -> Pass:
         filled = {name: torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for name, x in filled.items()}
     client_R = np.repeat(np.arange(len(part_G)), part_G)
     own = [(g, b, 0) for g, part in enumerate(part_G) for b in range(part)] + [(0, 0, 0)] * more
-    sizes = (part_G, real + more, (real, real + more))
-    return _pass(filled, labels, np.arange(real), client_R, *sizes, np.array(own))
+    seen = Seen(tuple(part_G), real + more, torch.from_numpy(np.array(own)))
+    return _pass(filled, labels, np.arange(real), client_R, seen, (real, real + more))
 
 
 def _pass(
@@ -283,22 +355,18 @@ def _pass(
     labels: Numbers,
     row: Numbers,
     client: Numbers,
-    part_G: Sequence[int],
-    size: int,
+    seen: Seen,
     tokens: tuple[int, int],
-    where: Numbers,
     *,
     of_tokens: bool = False,
     shifted: bool = False,
-    flat: FlatRows | None = None,
 ) -> Pass:
     """A pass; labels: one for each token, -100 where there is none and, of shifted ones, at a row's first token, which
     nothing predicts; or for each row, of several numbers NaN where there are none; row, client: of each.  Where labels
     are is worked out here, as whoever asks a GPU for it waits."""
     there = ~np.isnan(labels[:, 0]) if labels.dtype.kind == "f" else labels != IGNORED
     (at_L,) = there.nonzero()
-    counts = np.bincount(client[at_L], minlength=len(part_G)).tolist()
+    counts = np.bincount(client[at_L], minlength=len(seen.parts)).tolist()
     label, place, rows, clients = (torch.from_numpy(x) for x in (labels[at_L], at_L - shifted, row[at_L], client[at_L]))
     tensors = {name: x if isinstance(x, Tensor) else torch.from_numpy(x) for name, x in inputs.items()}
-    at, sizes = torch.from_numpy(where), (tuple(part_G), size, tokens)
-    return Pass(tensors, label, place, rows, clients, tuple(counts), *sizes, at, of_tokens, flat)
+    return Pass(tensors, label, place, rows, clients, tuple(counts), seen, tokens, of_tokens)

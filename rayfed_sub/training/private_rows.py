@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +52,12 @@ class RowTurn:
     def passes(self, rule: PassRule, pad: int) -> list[Pass]:
         """The passes of the rows, whose tokens know the number of their row in the client's batch, as dropout asks."""
         number_R = torch.tensor([number for _, number in self.words])
-        found = []
-        for one in labelled_passes(self.batches, rule, pad):
-            where = one.where.clone()
-            where[:, 1] = number_R[where[:, 0]]
-            found.append(replace(one, where=where))
-        return found
+
+        def numbered(where: Tensor) -> Tensor:
+            client_S, _, place_S = where.unbind(1)
+            return torch.stack([client_S, number_R[client_S], place_S], dim=1)
+
+        return [one.moved(numbered) for one in labelled_passes(self.batches, rule, pad)]
 
 
 def private_step(

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayfed_sub.data.batching import IGNORED
 from rayfed_sub.models.flat_rows import PassRule, attending, is_flat, pass_rule
-from rayfed_sub.models.presets import FLAT, SAME_IN_ANY_PACK
+from rayfed_sub.models.presets import FLAT, FLAT_CLASSIFIERS, SAME_IN_ANY_PACK
+from rayfed_sub.models.weights import answered
+from rayfed_sub.training.losses import forwarded
 from rayfed_sub.training.passes import passes
 
 SIZES: dict[str, Any] = {
@@ -64,7 +67,7 @@ def flat(model: Any, rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     with attending(model, one.flat):
         logits_SV = model(inputs_embeds=embedded, **rest, use_cache=False).logits[0]
-    begins = torch.tensor([0, *one.parts]).cumsum(0).tolist()
+    begins = torch.tensor([0, *one.seen.parts]).cumsum(0).tolist()
     own = [logits_SV[begin : begin + len(row)] for begin, row in zip(begins, rows, strict=False)]
     weight_V = torch.linspace(-1, 1, logits_SV.shape[1])
     (d_1Sh,) = torch.autograd.grad(sum((x * weight_V).square().sum() for x in own), [embedded])
@@ -122,3 +125,56 @@ def test_row_is_as_long_as_the_model_has_positions() -> None:
     assert rule.longest == 128
     assert rule.canonical(127) == 128
     assert pass_rule(tiny("llama")).longest is None
+
+
+def classifier(name: str) -> Any:
+    """A small classifier of the type, for three classes, whose embeddings alone have gradients."""
+    sizes = {**SIZES, "num_labels": 3, "embedding_size": 24, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "is_decoder": False, "pad_token_id": 1, "max_position_embeddings": 64}
+    known = AutoConfig.for_model(name)
+    given = {key: value for key, value in sizes.items() if hasattr(known, key)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name, **given)).eval()
+    model.requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(FLAT_CLASSIFIERS))
+def test_classified_row_is_the_row_alone(name: str) -> None:
+    """Logits and gradients of the flat row, which its head leaves, are those of transformers' model on each row."""
+    model, texts = classifier(name).double(), [row.clamp_min(3) for row in drawn()]
+    rule, pad = pass_rule(model), 1
+    assert rule.pooled
+    batches = [labelled(texts[:4], pad), labelled(texts[4:], pad)]
+    (one,) = passes(batches, rule, pad)
+    assert one.seen.parts == (4, 2)
+    assert one.before is not None
+    assert one.before.size < 1.2 * sum(ROWS)
+    ours = forwarded(model, one).logits[one.places]
+    theirs = torch.cat(
+        [
+            answered(model, {"input_ids": row[None], "token_type_ids": second(row)[None]}, causal=False).logits
+            for row in texts
+        ]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    weight = model.get_input_embeddings().weight
+    (gradient,) = torch.autograd.grad(ours.square().sum(), [weight])
+    (expected,) = torch.autograd.grad(theirs.square().sum(), [weight])
+    assert float((gradient - expected).norm()) < 1e-5 * float(expected.norm())
+    assert model.config._attn_implementation in ("sdpa", "eager")  # as before
+
+
+def labelled(rows: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
+    """Rows of pairs, the second text from the middle on, with a class each."""
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad)
+    real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    types = pad_sequence([second(row) for row in rows], batch_first=True)
+    labels = torch.arange(len(rows)) % 3
+    return {"input_ids": ids, "attention_mask": real, "token_type_ids": types, "labels": labels}
+
+
+def second(row: Tensor) -> Tensor:
+    return (torch.arange(len(row)) >= len(row) // 2).long()

@@ -34,6 +34,7 @@ from tests.helpers.tiny_models import (
     run_pack,
     vit,
 )
+from tests.training.test_reference import compare
 
 LR = 5e-2
 PACKS = [
@@ -194,13 +195,14 @@ SMALL = {
 }
 
 
-def classifier(name: str) -> Tiny:
-    """A small model of the type as a run has it, for three classes of texts or images."""
+def classifier(name: str, targets: str = "lower-mlp", **more: int) -> Tiny:
+    """A small model of the type as a run has it, for three classes of texts or images; more: sizes."""
     texts = name not in ("beit", "vit", *ANY_PATCHES)
     kind = "text-classification" if texts else "image-classification"
     known = bare_config(Model(path="random", random={"type": name}), kind)
-    numbers = {key: value for key, value in SMALL.items() if hasattr(known, key)}
-    built = architecture(Model(path="random", random={"type": name, **numbers}), kind, "abc", VOCABULARY, PAD)
+    numbers = {key: value for key, value in {**SMALL, **more}.items() if hasattr(known, key)}
+    model = Model(path="random", targets=targets, random={"type": name, **numbers})
+    built = architecture(model, kind, "abc", VOCABULARY, PAD)
     weights = load_weights(Model(path="random"), built, seed=0)
     return Tiny(assemble(built, weights), built.shape, draw_sentences if texts else draw_images)
 
@@ -212,3 +214,14 @@ def test_classifier_of_every_listed_type_gives_the_same_bits_in_any_pack(name: s
     tiny = classifier(name)
     given = [lora_start(tiny, rank) for rank in (1, 2, 3, 2, 1, 3, 2, 4)]
     assert not differing(tiny, given, batches(tiny), 0.05)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("bert", "bert.pooler.dense"), ("electra", "electra.embeddings_project")])
+def test_layers_on_both_sides_of_the_pooling_train_as_with_peft(name: str, layer: str) -> None:
+    """Behind it a layer sees one token of each row, before it all of them in one flat row."""
+    tiny = classifier(name, "all-linear", embedding_size=16)
+    assert layer in [target.name for target in tiny.shape.targets]
+    start = replace(lora_start(tiny, 3), dropout=0.2)
+    compare(tiny, start, Optimizer(eps=1e-4), 1e-2)
+    given = [replace(lora_start(tiny, rank), dropout=0.2) for rank in (1, 2, 3, 2, 1, 3, 2, 4)]
+    assert not differing(tiny, given, batches(tiny), None)

@@ -18,6 +18,7 @@ from rayfed_sub.planning.job import prepare
 from rayfed_sub.training.dropout import Dropout, TokenWords, column_words, dropouts, kept
 from rayfed_sub.training.executor import ClientWork, train_pack
 from rayfed_sub.training.pack_step import LocalRule
+from rayfed_sub.training.pass_rows import Seen
 from tests.helpers.tiny_models import (
     PAD,
     Tiny,
@@ -68,7 +69,8 @@ def test_masks_drop_the_share_in_every_row_column_and_pair() -> None:
 
 def test_masks_are_the_same_on_every_machine() -> None:
     """Their bits are part of a run's."""
-    drawn = dropouts(ModelShape(()), torch.zeros(1, 3, dtype=torch.int64), [(3, 11)], 5, RATE)
+    seen = Seen((1,), 1, torch.zeros(1, 3, dtype=torch.int64))
+    drawn = dropouts(ModelShape(()), lambda _: seen, [(3, 11)], 5, RATE)
     assert drawn == {}
     words = TokenWords(torch.tensor([[0, 2, 40]]), torch.tensor([2**32 - 5]))
     found = Dropout(5, "model.layers.0.mlp.up_proj", RATE, words, 1).kept(torch.zeros(64, 48))

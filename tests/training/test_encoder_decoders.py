@@ -55,7 +55,7 @@ def test_passes_group_rows_by_the_lengths_of_both() -> None:
     assert short.inputs["attention_mask"].sum(1).tolist() == [3, 4]
     assert short.answers is not None
     assert short.answers[:, :4].tolist() == [[10, -100, -100, -100], [11, 12, 13, -100]]
-    assert (short.parts, short.size, short.tokens) == ((2,), 2, (3 + 4 + 1 + 3, 2 * 32))
+    assert (short.seen.parts, short.seen.size, short.tokens) == ((2,), 2, (3 + 4 + 1 + 3, 2 * 32))
     assert (short.labels.tolist(), short.rows.tolist()) == ([10, 11, 12, 13], [1, 2, 2, 2])
     assert (long.counts, long.inputs["input_ids"].shape) == ((2,), (1, 32))
 

@@ -19,8 +19,9 @@ from rayfed_sub.methods import METHODS, build
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.training.blocks import Closed
 from rayfed_sub.training.inference import global_model
-from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound, runs
+from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound
 from rayfed_sub.training.losses import predicted
+from rayfed_sub.training.pass_rows import runs
 from tests.helpers.tiny_models import Tiny, draw_batches, installed, llama
 from tests.methods.test_protocol import KINDS_OF_TRAINING, walk
 
