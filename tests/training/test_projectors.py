@@ -219,10 +219,8 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "N", "least", "times"),
-    [(1536, 576, 256, 4.0, 5), pytest.param(5632, 2048, 512, 15.0, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("m", "n", "N", "least", "times"), [(1536, 576, 256, 4.0, 5), (5632, 2048, 512, 15.0, 2)])
 @pytest.mark.usefixtures("one_thread")
 def test_exact_is_faster_than_the_svd_of_the_gradient(m, n, N, least, times):
     """The fastest of several runs each, in turns, on one thread: other work on the machine slows both alike."""
