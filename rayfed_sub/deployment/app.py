@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rayfed_sub.core.errors import RunError, UserError
@@ -111,7 +111,7 @@ def write_checkpoint(
     _write_server(folder, round, tensors)
     for client, state in states.items():
         about = {"round": str(state.round), "cursor": str(state.cursor), "step": str(state.step)}
-        save_file(dict(state.tensors), client_file(folder, client), about)
+        atomic_files.write_tensors(client_file(folder, client), state.tensors, about)
 
 
 def write_server(federation: Federation, folder: Path) -> None:
@@ -121,12 +121,10 @@ def write_server(federation: Federation, folder: Path) -> None:
 
 
 def _write_server(folder: Path, round: int, tensors: Mapping[str, Tensor]) -> None:
-    file, whole = _server_file(folder), {name: x.contiguous() for name, x in tensors.items()}
     try:
-        with atomic_files.replacing(file) as temporary:
-            save_file(whole, temporary, {"round": str(round)})
-    except SafetensorError as error:  # a full disk among others
-        raise RunError("writing files", f"{file}: {error}", round=round, resume=None) from None
+        atomic_files.write_tensors(_server_file(folder), tensors, {"round": str(round)})
+    except RunError as error:
+        raise RunError(error.stage, error.cause, round=round, resume=None) from None
 
 
 def read_checkpoint(folder: str) -> tuple[ServerState, dict[str, Tensor]] | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rayfed_sub.core.arrays import settled
@@ -99,7 +99,7 @@ def kept_weights(setup: Setup, folder: Path) -> dict[str, Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_files.claim(folder / ".weights-lock", _WRITING):
         if not file.exists():
-            atomic_files.write(file, save({name: x.contiguous() for name, x in pretrained(setup).items()}))
+            atomic_files.write_tensors(file, pretrained(setup))
         file.touch()  # or another run may take it for left
     held: dict[str, Tensor] = load_file(file)
     return held
@@ -119,7 +119,7 @@ def _keep(folder: Path, n: int, version: Version, before: int) -> None:
     about = {"round": state.round, "cursor": state.cursor, "step": state.step}
     tensors = _named(_SERVER, version.server.tensors) | _named(_STATE, state.tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_files.write(_file(folder, n), save(tensors, {"state": json.dumps(about)}))
+    atomic_files.write_tensors(_file(folder, n), tensors, {"state": json.dumps(about)})
     for file in folder.glob("version-*.safetensors"):
         if file < _file(folder, n) and file != _file(folder, before):
             file.unlink(missing_ok=True)  # two processes may delete it

@@ -5,18 +5,34 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from rayfed_sub.core.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write(path: Path, *parts: bytes | memoryview) -> None:
     """Writes the parts as `replacing` does."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.writelines(parts)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file as `replacing` does; about: its texts.  Tensors go out one by one from where they lie:
+    `safetensors.torch.save` would hold all of them twice more."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, dict(about or {}))
+        except SafetensorError as error:  # a full disk among others
+            raise OSError(str(error)) from None
 
 
 @contextmanager
