@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayfed_sub.core.errors import RunError, UserError
@@ -111,7 +111,7 @@ def write_checkpoint(
     _write_server(folder, round, tensors)
     for client, state in states.items():
         about = {"round": str(state.round), "cursor": str(state.cursor), "step": str(state.step)}
-        atomic_files.write_tensors(client_file(folder, client), state.tensors, about)
+        save_file(dict(state.tensors), client_file(folder, client), about)
 
 
 def write_server(federation: Federation, folder: Path) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -50,14 +51,15 @@ _CHANGING = ("dynamic", "longrope")
 class PassRule:
     """Rule by which rows go through a model.
 
-    flat: as one flat row; else rows are grouped by canonical length.  granule: a client's tokens are filled up to a
+    flat: those of a language model as one flat row; pooled: those of a classifier that reads the first token of each,
+    and the module behind which the others are no longer needed; up to there all are one flat row.  Else rows are
+    grouped by canonical length.  granule: a client's tokens are filled up to a
     multiple of it.  rows: rows are filled up to a multiple of this where layers see one vector of each (pooled heads,
     images, a generated token).  longest: the most positions that the model has; None without limit.  apart: rows are a
     source, which the encoder reads, and an answer, grouped by the canonical lengths of both; sources: as longest, of
     sources.  exact: rows are not filled up, for what fills them up would change them.  twins: rows that fill a pass up
     are those of others, for the model wants an end in each.  alone: a pass has one client, whose are all tokens.
-    pooled: of a classifier that reads the first token of each row, the module behind which the others are no longer
-    needed; up to there all rows are one flat row.  first: the position of a row's first token there.
+    padding: of models that count positions from their padding token's number on, and leave that token out, its number.
     """
 
     flat: bool = False
@@ -70,7 +72,7 @@ class PassRule:
     twins: bool = False
     alone: bool = False
     pooled: str = ""
-    first: int = 0
+    padding: int | None = None
 
     def canonical(self, tokens: int) -> int:
         """The length at which attention sees a row of so many tokens: in eight steps from each power of two to the
@@ -86,6 +88,18 @@ class PassRule:
         step = max(_SHORTEST, self.granule, 1 << max(0, tokens.bit_length() - 4))
         rounded = -(-tokens // step) * step
         return rounded if self.longest is None else max(tokens, min(rounded, self.longest))
+
+    def positions(self, ids_BT: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The position of each token in its row, as the model would count them.
+
+        >>> PassRule().positions(np.array([[5, 1, 7]])), PassRule(padding=1).positions(np.array([[5, 1, 7]]))
+        (array([[0, 1, 2]]), array([[2, 1, 3]]))
+        """
+        if self.padding is None:
+            return np.broadcast_to(np.arange(ids_BT.shape[1]), ids_BT.shape)
+        counted_BT = ids_BT != self.padding
+        place_BT: NDArray[np.int64] = counted_BT.cumsum(axis=1) * counted_BT + self.padding
+        return place_BT
 
     def sees_rows(self, layer: str) -> bool:
         """Whether a layer of a pooled classifier sees one token of each row.
@@ -120,8 +134,8 @@ def pass_rule(model: nn.Module) -> PassRule:
     twins = classifies and bool(getattr(config, "is_encoder_decoder", False))
     alone = bool(vars(model).get("one_at_a_time", False))
     pooled = _pooled_at(model) if classifies else ""
-    first = _first_position(model) if pooled else 0
-    rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources, exact, twins, alone, pooled, first)
+    padding = _positions_padding(model) if pooled else None
+    rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources, exact, twins, alone, pooled, padding)
     owner._pass_rule = rule
     return rule
 
@@ -141,26 +155,34 @@ def _inner_sizes(model: nn.Module) -> list[int]:
 def _pooled_at(model: Any) -> str:
     """The name of a text classifier's stack of blocks, if rows may lie side by side up to its end; else empty."""
     config, base = model.config, getattr(model, "base_model_prefix", "")
-    as_it_is = vars(model).get("as_it_is", False) or getattr(config, "is_decoder", False)
-    if as_it_is or getattr(config, "model_type", "") not in FLAT_CLASSIFIERS:
+    otherwise = _chunked(config) or getattr(config, "is_decoder", False) or vars(model).get("as_it_is", False)
+    if otherwise or getattr(config, "model_type", "") not in FLAT_CLASSIFIERS:
         return ""
     names = (f"{base}.{name}" for name in ("encoder", "transformer"))
     modules = dict(model.named_modules())
     return next((name for name in names if name in modules), "")
 
 
-def _first_position(model: nn.Module) -> int:
-    """Models of RoBERTa's kind count positions from the padding token's number on."""
+def _positions_padding(model: nn.Module) -> int | None:
+    """The padding token of a table of positions as RoBERTa's kin have it."""
     tables = (part for name, part in model.named_modules() if name.endswith(".position_embeddings"))
-    padding = next((part.padding_idx for part in tables if isinstance(part, nn.Embedding | FrozenEmbedding)), None)
-    return 0 if padding is None else int(padding) + 1
+    return next((part.padding_idx for part in tables if isinstance(part, nn.Embedding | FrozenEmbedding)), None)
 
 
 def is_flat(config: Any) -> bool:
     """True where rows of a causal model of this configuration may lie side by side (`presets.FLAT`)."""
     rope = getattr(config, "rope_parameters", None) or {}
     layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]
-    return config.model_type in FLAT and all(one.get("rope_type") not in _CHANGING for one in layers)
+    return (
+        config.model_type in FLAT
+        and not _chunked(config)
+        and all(one.get("rope_type") not in _CHANGING for one in layers)
+    )
+
+
+def _chunked(config: Any) -> bool:
+    """Whether some layers take a row's tokens in chunks: of a flat row a chunk has tokens of one client or of some."""
+    return bool(getattr(config, "chunk_size_feed_forward", 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +191,9 @@ class FlatRows:
     source_P: the flat token at each of attention's places; filled_P: True at places that only fill a row up, which
     repeat its last token.  place_S: each flat token's place; strange_S: True at tokens that belong to no row: attention
     gives them zeros.  as_they_lie: attention's places are the flat tokens in their order, so nothing is moved.
-    first_R: the first token of each row of a classification, with rows that fill up; attention looks both ways
-    there."""
+    first_R: the first token of each row of a classification, with rows that fill up.  Attention looks both ways there,
+    so rows as long as their canonical length, which need no mask, are groups of their own; filled: of each group,
+    whether its rows are filled up."""
 
     groups: tuple[tuple[int, int], ...]
     source_P: Tensor
@@ -179,6 +202,7 @@ class FlatRows:
     strange_S: Tensor
     as_they_lie: bool = False
     first_R: Tensor | None = None
+    filled: tuple[bool, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> FlatRows:
         """The rows with their tensors changed, on their way to a device."""
@@ -189,12 +213,11 @@ class FlatRows:
             self, source_P=source_P, filled_P=filled_P, place_S=place_S, strange_S=strange_S, first_R=first_R
         )
 
-    def real(self, length: int) -> Tensor:
-        """Which places of the rows of this canonical length hold a token of theirs, (R, L) bool."""
-        sizes = [R * L for R, L in self.groups]
-        at = [L for _, L in self.groups].index(length)
-        filled_RL: Tensor = self.filled_P.split(sizes)[at].view(-1, length)
-        return ~filled_RL
+    def real(self, group: int) -> Tensor:
+        """Which places of a group's rows hold a token of theirs, (R, L) bool."""
+        R, L = self.groups[group]
+        begin = sum(rows * length for rows, length in self.groups[:group])
+        return ~self.filled_P[begin : begin + R * L].view(R, L)
 
 
 def flat_rows(
@@ -209,9 +232,10 @@ def flat_rows(
     """
     begin_R, length_R = np.array(begins), np.array(lengths)
     canonical_R = np.array([rule.canonical(length) for length in lengths])
-    sources, filled, groups = [], [], []
-    for canonical in sorted(set(canonical_R.tolist())):
-        rows = canonical_R == canonical
+    short_R = (length_R < canonical_R) & (pooled is not None)
+    sources, filled, groups, kinds = [], [], [], sorted({*zip(canonical_R.tolist(), short_R.tolist(), strict=True)})
+    for canonical, short in kinds:
+        rows = (canonical_R == canonical) & (short_R == short)
         token_L, last_R1 = np.arange(canonical)[None], length_R[rows, None] - 1
         sources.append((begin_R[rows, None] + np.minimum(token_L, last_R1)).ravel())
         filled.append((token_L > last_R1).ravel())
@@ -224,13 +248,14 @@ def flat_rows(
     as_they_lie = len(source_P) == size and bool((source_P == np.arange(size)).all())
     source, filled_, place, strange = map(torch.from_numpy, (source_P, filled_P, place_S, strange_S))
     first = None if pooled is None else torch.tensor([*begins, *[0] * (pooled - len(begins))])
-    return FlatRows(tuple(groups), source, filled_, place, strange, as_they_lie, first)
+    short_groups = tuple(short for _, short in kinds)
+    return FlatRows(tuple(groups), source, filled_, place, strange, as_they_lie, first, short_groups)
 
 
 @dataclass(eq=False)
 class _Pass:
     """A forward pass: its rows, the implementation that the model has itself, the mask functions' arguments that the
-    model asked masks with, and masks by (number, length)."""
+    model asked masks with, and masks by the number of these and the group's."""
 
     rows: FlatRows
     plain: str
@@ -244,8 +269,8 @@ _PASS: ContextVar[_Pass | None] = ContextVar("flat rows of the forward pass", de
 @contextmanager
 def attending(model: nn.Module, rows: FlatRows) -> Iterator[None]:
     """Within it the model's attention sees each of the rows alone.  The model takes `input_ids`, `position_ids` (from 0
-    in each row, or `PassRule.first`) and `attention_mask` (all ones), each (1, S).  A classification's head sees the
-    rows' first tokens, (R, 1, h)."""
+    in each row, or as `PassRule.positions` has them) and `attention_mask` (all ones), each (1, S).  A classification's
+    head sees the rows' first tokens, (R, 1, h)."""
     _register()
     plain: str = _configs(model)[id(model.config)]._attn_implementation or "eager"
     with _pooled(model, rows.first_R), _entered(model, _Pass(rows, plain)):
@@ -324,9 +349,9 @@ def _attention(
     sizes = [R * L for R, L in rows.groups]
     by_group = [[x] if len(sizes) == 1 else x.split(sizes, dim=1) for x in parts]
     outputs = []
-    for (R, L), *group in zip(rows.groups, *by_group, strict=True):
+    for number, ((R, L), *group) in enumerate(zip(rows.groups, *by_group, strict=True)):
         given = [x.unflatten(1, (R, L)).transpose(0, 1) for x in group]
-        mask = None if attention_mask is None else _mask_of(current, int(attention_mask.flatten()[0]), R, L)
+        mask = None if attention_mask is None else _mask_of(current, int(attention_mask.flatten()[0]), number)
         # The keys of several heads that share one are a copy for several rows, and for one row a view of stride 0,
         # whose products have other bits: a row alone goes in twice.
         alone = R == 1 and len(parts[1]) == 1
@@ -349,20 +374,21 @@ def _plain(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
     return function
 
 
-def _mask_of(current: _Pass, number: int, R: int, L: int) -> Tensor | None:
-    """The mask that was asked for, for rows of this canonical length, by the model's own mask function; None where
-    attention needs none.  Where attention looks to the left alone, nothing that counts sees what fills rows up."""
+def _mask_of(current: _Pass, asked: int, group: int) -> Tensor | None:
+    """The mask that was asked for, for the rows of a group, by the model's own mask function; None where attention
+    needs none.  Where it looks to the left alone, nothing that counts sees what fills rows up."""
     from transformers import AttentionMaskInterface
 
-    if (number, L) not in current.masks:
-        sizes = {"batch_size": 1, "q_length": L, "kv_length": L, "q_offset": 0, "kv_offset": 0}
-        seen: dict[str, Any] = {"attention_mask": None}
-        if current.rows.first_R is not None:
-            sizes["batch_size"] = R
-            seen = {"attention_mask": current.rows.real(L), "allow_is_bidirectional_skip": False}
-        asked = {**current.asked[number], **sizes, **seen}
-        current.masks[number, L] = AttentionMaskInterface._global_mapping[current.plain](**asked)
-    return current.masks[number, L]
+    if (asked, group) not in current.masks:
+        R, L = current.rows.groups[group]
+        both_ways = current.rows.first_R is not None
+        here: dict[str, Any] = {"batch_size": R if both_ways else 1, "attention_mask": None}
+        if both_ways and current.rows.filled[group]:
+            here |= {"attention_mask": current.rows.real(group), "allow_is_bidirectional_skip": False}
+        sizes = {"q_length": L, "kv_length": L, "q_offset": 0, "kv_offset": 0}
+        made = AttentionMaskInterface._global_mapping[current.plain](**{**current.asked[asked], **sizes, **here})
+        current.masks[asked, group] = made
+    return current.masks[asked, group]
 
 
 class _Spread(torch.autograd.Function):

@@ -86,7 +86,8 @@ tokens.  Experts see as many tokens at once as a pack sends them, so that a mixt
 FLAT_CLASSIFIERS = frozenset(
     ("albert", "bert", "camembert", "distilbert", "electra", "ernie", "roberta", "xlm-roberta")
 )
-"""The same of models that classify texts: attention goes both ways, and their heads read a row's first token."""
+"""The same of models that classify texts: attention goes both ways, and their heads read a row's first token.  Not for
+a configuration that takes tokens in chunks (`chunk_size_feed_forward`)."""
 
 ANY_PATCHES = ("dinov2", "dinov2_with_registers")
 """Model types that fit their position encoding to an image of any number of patches; others read one size."""

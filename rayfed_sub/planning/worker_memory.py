@@ -210,7 +210,8 @@ def _evaluate(
 
 
 def _batch(architecture: Architecture, rows: int, size: Lengths) -> dict[str, Tensor]:
-    """Rows as long as the longest, with as many labels as any has; or images."""
+    """Rows as long as the longest, with as many labels as any has; or images.  One text of a classifier is a token
+    shorter: where all are as long as attention sees them, a flat row need not be spread out for it."""
     if size.side:
         pixels = torch.zeros(rows, 3, size.side, size.side)
         return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.int64)}
@@ -220,7 +221,9 @@ def _batch(architecture: Architecture, rows: int, size: Lengths) -> dict[str, Te
         return {"input_ids": ids, "attention_mask": ids + 1, "labels": labels}
     ids = torch.zeros(rows, size.tokens, dtype=torch.int64)
     if architecture.shape.head:
-        return {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.zeros(rows, dtype=torch.int64)}
+        real = ids + 1
+        real[0, 1:][-1:] = 0
+        return {"input_ids": ids, "attention_mask": real, "labels": torch.zeros(rows, dtype=torch.int64)}
     labels = torch.full_like(ids, IGNORED)
     labels[:, -size.labels :] = 0
     return {"input_ids": ids, "labels": labels}

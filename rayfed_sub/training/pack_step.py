@@ -173,11 +173,12 @@ def _terms(
     terms: dict[str, list[Terms]] = {layer.name: [] for layer in (*shape.targets, *shape.head)}
     for stack, step, clients in zip(stacks, steps, begins, strict=True):
         tensors = {**stack.tensors, **step.leaves}
+        rows = {seen: seen.runs(clients) for seen in {turn.seen_by(name) for name in terms}}
         for layer in shape.targets:
             closed, seen = stack.closed[layer.name], turn.seen_by(layer.name)
             terms[layer.name].append(
                 Terms(
-                    rows=seen.runs(clients, closed.used_G or None),
+                    rows=seen.runs(clients, closed.used_G) if closed.used_G else rows[seen],
                     weight_Gmn=tensors.get(f"{layer.name}/weight"),
                     left_Gmr=tensors.get(f"{layer.name}/left"),
                     right_Grn=tensors.get(f"{layer.name}/right"),
@@ -190,8 +191,7 @@ def _terms(
             )
         for layer in shape.head:
             weight, bias = tensors[f"{layer.name}/weight"], tensors.get(f"{layer.name}/bias")
-            rows = turn.seen_by(layer.name).runs(clients)
-            terms[layer.name].append(Terms(rows=rows, weight_Gmn=weight, bias_Gm=bias))
+            terms[layer.name].append(Terms(rows[turn.seen_by(layer.name)], weight_Gmn=weight, bias_Gm=bias))
     return {name: Bound(turn.seen_by(name).size, tuple(own), dropped.get(name)) for name, own in terms.items()}
 
 

@@ -1,4 +1,5 @@
-"""A step's batches as forward passes: one flat row of all tokens, or rows grouped by canonical length.
+"""A step's batches as forward passes: one flat row of all tokens (of a classifier up to its head), or rows grouped by
+canonical length.
 
 What a client computes follows from its own rows, whatever stands beside them: to which length they are filled up, and
 in which order its parts are added.
@@ -134,7 +135,7 @@ def _labelled(batches: Sequence[Labelled], rule: PassRule, pad: int) -> list[Pas
     if rule.apart:
         return _apart(batches, rule, pad)
     texts = [_texts(batch) for batch in batches]
-    if of_tokens(batches[0]["labels"]) and rule.flat:
+    if rule.flat and of_tokens(batches[0]["labels"]):
         return [_flat(texts, rule, pad)]
     if rule.pooled:
         return [_pooled(texts, rule, pad)]
@@ -238,7 +239,7 @@ def _pooled(texts: Sequence[_Texts], rule: PassRule, pad: int) -> Pass:
     """All rows of a classification, as one until the head sees the first token of each.  More rows fill the pass up
     there."""
     side, place_S = _side(texts, rule)
-    inputs = side.inputs(place_S + rule.first, pad)
+    inputs = side.inputs(side.placed([rule.positions(text.ids) for text in texts], 0), pad)
     types = [text.types for text in texts if text.types is not None]
     inputs |= {"token_type_ids": side.placed(types, 0)[None]} if types else {}
     at = [(g, b, 0) for g, text in enumerate(texts) for b in range(len(text.ids))]

@@ -145,8 +145,10 @@ def classifier(name: str) -> Any:
 def test_classified_row_is_the_row_alone(name: str) -> None:
     """Logits and gradients of the flat row, which its head leaves, are those of transformers' model on each row."""
     model, texts = classifier(name).double(), [row.clamp_min(3) for row in drawn()]
+    texts[0][[4, -1]] = 1  # RoBERTa's kin leave the padding token out where they count positions
     rule, pad = pass_rule(model), 1
     assert rule.pooled
+    assert (rule.padding is None) == (name not in ("camembert", "roberta", "xlm-roberta"))
     batches = [labelled(texts[:4], pad), labelled(texts[4:], pad)]
     (one,) = passes(batches, rule, pad)
     assert one.seen.parts == (4, 2)
@@ -178,3 +180,12 @@ def labelled(rows: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
 
 def second(row: Tensor) -> Tensor:
     return (torch.arange(len(row)) >= len(row) // 2).long()
+
+
+def test_model_that_takes_tokens_in_chunks_does_not_lie_flat() -> None:
+    """A chunk of a flat row would hold tokens of one client, or of some."""
+    chunked = classifier("bert")
+    chunked.config.chunk_size_feed_forward = 16
+    assert not pass_rule(chunked).pooled
+    assert is_flat(AutoConfig.for_model("bert"))
+    assert not is_flat(AutoConfig.for_model("bert", chunk_size_feed_forward=16))
