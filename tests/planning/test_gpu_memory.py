@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_plan_asks_a_child_for_the_gpu_and_opens_no_context(monkeypatch: pytest.
     asked = list[Sequence[str]]()
     monkeypatch.setattr(torch.cuda, "_lazy_init", opened)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machines.subprocess, "run", lambda command, **_: asked.append(command) or Answered())
+    run = SimpleNamespace(run=lambda command, **_: asked.append(command) or Answered())
+    monkeypatch.setattr(machines, "subprocess", run)  # the rows may still have to be read by another process
     machines.gpu_here.cache_clear()
     one = prepare(small(*ON_GPU, "evaluation.generate_rows=0", "model.random.num_hidden_layers=1"))
     try:
@@ -132,7 +134,7 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) ->
         returncode, stdout, stderr = 1, "", "Traceback\nRuntimeError: the driver is too old\n"
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(machines.subprocess, "run", lambda *_, **__: Answered())
+    monkeypatch.setattr(machines, "subprocess", SimpleNamespace(run=lambda *_, **__: Answered()))
     machines.gpu_here.cache_clear()
     with pytest.raises(UserError, match=r"^resources.gpus_per_worker: got 0.5; .* the driver is too old"):
         machines.gpu_here(0.5)
