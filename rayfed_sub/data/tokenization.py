@@ -144,7 +144,9 @@ class _Parts:
         self._tokens.add(part.tokens)
         self._learned.add(part.learned)
         self._types.add(part.types)
-        self._rest.append(replace(part, tokens=part.tokens[:0], learned=part.learned[:0], types=part.types[:0]))
+        # An empty slice would hold the part's tokens.
+        none = {name: np.empty(0, getattr(part, name).dtype) for name in ("tokens", "learned", "types")}
+        self._rest.append(replace(part, **none))
 
     def done(self) -> Rows:
         lengths, prompts = (
