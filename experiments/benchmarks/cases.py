@@ -91,8 +91,9 @@ RACED = {
     "B": Case("B", "32 clients, width 128", 32, 6, llama(128, 384, 4, 4, 512), 8, 4, 4, 64, passes=3),
     "C": Case("C", "16 clients, width 288", 16, 6, llama(288, 768, 6, 6, 8192), 4, 5, 2, 64, passes=3),
     "D": Case("D", "8 clients, SmolLM2-135M", 8, 3, None, 2, 2, 2, 128),
-    "few": Case("few", "100 clients of A, for memory", 100, 4, SMALL, 50, steps=2),
-    "many": Case("many", "800 clients of A, for memory", 800, 4, SMALL, 50, steps=2),
+    # A worker's memory has its height after some packs, so that fewer clients would seem to take more each.
+    "few": Case("few", "800 clients of A, for memory", 800, 4, SMALL, 50, steps=2, look_every=0.5),
+    "many": Case("many", "1,600 clients of A, for memory", 1600, 4, SMALL, 50, steps=2, look_every=0.5),
     "smoke": Case("smoke", "4 clients, width 32", 4, 3, llama(32, 96, 2, 2, 300), 2, 2, 2),
 }
 """Training, by all contestants."""
