@@ -20,7 +20,7 @@ from rayfed_sub.models.flat_rows import is_flat
 from rayfed_sub.models.hub import RANDOM, Source, locate, quiet, reading
 from rayfed_sub.models.logits import LogitRule, logit_rule
 from rayfed_sub.models.own_model import Loss, Measure
-from rayfed_sub.models.positions import position_limit
+from rayfed_sub.models.positions import position_limit, positions_padding
 from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, SAME_IN_ANY_PACK
 from rayfed_sub.models.quantisation import checked_config, quantised_forms
 from rayfed_sub.models.targets import find_targets, layer_size, linear_layers
@@ -141,9 +141,14 @@ def architecture(
         hf_config.id2label = dict(enumerate(names))  # their number follows
         hf_config.label2id = {name: number for number, name in enumerate(names)}
         hf_config.problem_type = PROBLEM_TYPES[problem]
+    own = getattr(hf_config, "pad_token_id", None)
     if kind == "text-classification":
         hf_config.pad_token_id = _pad(hf_config) if pad is None else pad
     module = _checked_build(model, hf_config, kind)
+    moved = own not in (None, getattr(hf_config, "pad_token_id", None)) and model.path != RANDOM
+    if moved and positions_padding(module) is not None:
+        hf_config.pad_token_id = own  # a tokenizer without a padding token would move all pretrained positions
+        module = _checked_build(model, hf_config, kind)
     if kind == KIND:
         check_start(*_named(model, hf_config), module)
     if kind == "image-classification":

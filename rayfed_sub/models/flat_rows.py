@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rayfed_sub.models.frozen_linear import FrozenEmbedding
-from rayfed_sub.models.positions import position_limit
+from rayfed_sub.models.positions import position_limit, positions_padding
 from rayfed_sub.models.presets import FLAT, FLAT_CLASSIFIERS, UNFILLED
 from rayfed_sub.models.quantised import Quantised
 
@@ -134,7 +134,7 @@ def pass_rule(model: nn.Module) -> PassRule:
     twins = classifies and bool(getattr(config, "is_encoder_decoder", False))
     alone = bool(vars(model).get("one_at_a_time", False))
     pooled = _pooled_at(model) if classifies else ""
-    padding = _positions_padding(model) if pooled else None
+    padding = positions_padding(model) if pooled else None
     rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources, exact, twins, alone, pooled, padding)
     owner._pass_rule = rule
     return rule
@@ -161,12 +161,6 @@ def _pooled_at(model: Any) -> str:
     names = (f"{base}.{name}" for name in ("encoder", "transformer"))
     modules = dict(model.named_modules())
     return next((name for name in names if name in modules), "")
-
-
-def _positions_padding(model: nn.Module) -> int | None:
-    """The padding token of a table of positions as RoBERTa's kin have it."""
-    tables = (part for name, part in model.named_modules() if name.endswith(".position_embeddings"))
-    return next((part.padding_idx for part in tables if isinstance(part, nn.Embedding | FrozenEmbedding)), None)
 
 
 def is_flat(config: Any) -> bool:

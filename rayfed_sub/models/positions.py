@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rayfed_sub.models.frozen_linear import FrozenLinear
+from rayfed_sub.models.frozen_linear import FrozenEmbedding, FrozenLinear
 
 _NAMED = re.compile(r"posit|pos_e|wpe")
 
@@ -43,3 +43,9 @@ def position_limit(module: nn.Module, hf_config: Any, side: str = "") -> int | N
         if name.endswith("position_ids") and tensor.shape == (1, configured) and looked_up:
             limits.append(configured)
     return min(limits, default=None)
+
+
+def positions_padding(module: nn.Module) -> int | None:
+    """The padding token from whose number on a model of RoBERTa's kind counts positions; None of others."""
+    tables = (part for name, part in module.named_modules() if name.endswith(".position_embeddings"))
+    return next((part.padding_idx for part in tables if isinstance(part, nn.Embedding | FrozenEmbedding)), None)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rayfed_sub.models.architecture import position_limit
+from rayfed_sub.config.schema import Model
+from rayfed_sub.models.architecture import architecture
+from rayfed_sub.models.positions import position_limit
+from rayfed_sub.models.weights import assemble, load_weights
 
 TOKENS = {"vocab_size": 64, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 BLOCK = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -53,3 +57,18 @@ def test_row_of_the_limit_is_read_and_a_longer_one_is_not(
     if longest is not None:
         with pytest.raises((IndexError, RuntimeError)):
             read(longest + 1)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("roberta", 1), ("mpnet", 1), ("bert", 3), ("llama", 3)])
+def test_tokenizer_without_padding_does_not_move_pretrained_positions(name: str, kept: int, tmp_path: Path) -> None:
+    """Such a tokenizer fills rows up with its end, 3.  Models of RoBERTa's kind count from the padding token on."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **TOKENS, **BLOCK, **LONG, num_labels=2)
+    theirs: Any = AutoModelForSequenceClassification.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = Model(path=str(tmp_path))
+    built = architecture(model, "text-classification", "ab", TOKENS["vocab_size"], pad=3)
+    assert built.hf_config.pad_token_id == kept
+    ours: Any = assemble(built, load_weights(model, built, seed=0))
+    ids = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
