@@ -53,13 +53,13 @@ class PassRule:
 
     flat: those of a language model as one flat row; pooled: those of a classifier that reads the first token of each,
     and the module behind which the others are no longer needed; up to there all are one flat row.  Else rows are
-    grouped by canonical length.  granule: a client's tokens are filled up to a
-    multiple of it.  rows: rows are filled up to a multiple of this where layers see one vector of each (pooled heads,
-    images, a generated token).  longest: the most positions that the model has; None without limit.  apart: rows are a
-    source, which the encoder reads, and an answer, grouped by the canonical lengths of both; sources: as longest, of
-    sources.  exact: rows are not filled up, for what fills them up would change them.  twins: rows that fill a pass up
-    are those of others, for the model wants an end in each.  alone: a pass has one client, whose are all tokens.
-    padding: of models that count positions from their padding token's number on, and leave that token out, its number.
+    grouped by canonical length.  granule: a client's tokens are filled up to a multiple of it.  rows: rows are filled
+    up to a multiple of this where layers see one vector of each (pooled heads, images, a generated token).  longest:
+    the most positions that the model has; None without limit.  apart: rows are a source, which the encoder reads, and
+    an answer, grouped by the canonical lengths of both; sources: as longest, of sources.  exact: rows are not filled
+    up, for what fills them up would change them.  twins: rows that fill a pass up are those of others, for the model
+    wants an end in each.  alone: a pass has one client, whose are all tokens.  padding: of models that count positions
+    from their padding token's number on, and leave that token out, its number.
     """
 
     flat: bool = False
@@ -102,7 +102,7 @@ class PassRule:
         return place_BT
 
     def sees_rows(self, layer: str) -> bool:
-        """Whether a layer of a pooled classifier sees one token of each row.
+        """True for a layer of a pooled classifier that takes one token of each row.
 
         >>> rule = PassRule(pooled="bert.encoder")
         >>> [rule.sees_rows(f"{name}.dense") for name in ("bert.encoder.layer.0.output", "bert.pooler", "classifier")]
@@ -135,7 +135,19 @@ def pass_rule(model: nn.Module) -> PassRule:
     alone = bool(vars(model).get("one_at_a_time", False))
     pooled = _pooled_at(model) if classifies else ""
     padding = positions_padding(model) if pooled else None
-    rule = PassRule(flat, max(_ALIGNED, part), part, longest, apart, sources, exact, twins, alone, pooled, padding)
+    rule = PassRule(
+        flat=flat,
+        granule=max(_ALIGNED, part),
+        rows=part,
+        longest=longest,
+        apart=apart,
+        sources=sources,
+        exact=exact,
+        twins=twins,
+        alone=alone,
+        pooled=pooled,
+        padding=padding,
+    )
     owner._pass_rule = rule
     return rule
 
@@ -175,7 +187,7 @@ def is_flat(config: Any) -> bool:
 
 
 def _chunked(config: Any) -> bool:
-    """Whether some layers take a row's tokens in chunks: of a flat row a chunk has tokens of one client or of some."""
+    """True where layers split a row's tokens into chunks.  A chunk of a flat row could mix clients."""
     return bool(getattr(config, "chunk_size_feed_forward", 0))
 
 
@@ -273,6 +285,7 @@ def attending(model: nn.Module, rows: FlatRows) -> Iterator[None]:
 
 @contextmanager
 def _pooled(model: nn.Module, first_R: Tensor | None) -> Iterator[None]:
+    """Makes the module at `PassRule.pooled` return the tokens `first_R` alone, (R, 1, h); None: all tokens."""
     if first_R is None:
         yield
         return
