@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from rayfed_sub.core.types import Tensors
 from rayfed_sub.models.experts import experts_of
+from rayfed_sub.models.quantised import mute_bitsandbytes
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Per layer left (m, r) and right (r, n), whose product is the layer's change; every layer has a rank r >= 1 of its
@@ -94,8 +94,7 @@ def write_adapter(
     Conv1D.  alpha is the rank in every layer, or with use_rslora its root: B is `left`, A is `right`, and peft
     multiplies their product by one.
     """
-    # peft imports bitsandbytes where it is there, which complains about parts for 4-bit weights.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    mute_bitsandbytes()
     from peft import LoraConfig
 
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
@@ -140,6 +139,7 @@ def taken_for_experts(names: Iterable[str], model_type: str) -> list[str]:
     >>> taken_for_experts(["model.layers.1.mlp.up_proj"], "llama")
     []
     """
+    mute_bitsandbytes()
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

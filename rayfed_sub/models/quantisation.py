@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
 from rayfed_sub.models.hub import RANDOM, locate, reading
-from rayfed_sub.models.quantised import BLOCK, GGUF_BLOCK, GGUF_FORMS, OUTER, Quantised, fits
+from rayfed_sub.models.quantised import BLOCK, GGUF_BLOCK, GGUF_FORMS, OUTER, Quantised, fits, mute_bitsandbytes
 
 if TYPE_CHECKING:
     from rayfed_sub.config.schema import Model
@@ -205,6 +205,7 @@ def loading_config(config: Any, module: Any, shape: ModelShape, quantised_heads:
     as it is, but for layers that the file has quantised."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    mute_bitsandbytes()  # transformers imports it where it loads the checkpoint
     if plain := [layer.name for layer in shape.head if layer.name not in quantised_heads]:
         skipped = config.llm_int8_skip_modules
         skipped = get_keys_to_not_convert(module) if skipped is None else skipped

@@ -130,11 +130,16 @@ FOUR_BITS = frozenset(form for form in FORMS if form.startswith(("nf4", "fp4")))
 GGUF_FORMS = frozenset(("q4_0", "q4_1", "q8_0"))
 
 
+def mute_bitsandbytes() -> None:
+    """Mutes what bitsandbytes remarks of kernels that are not installed when it is imported, which peft does too."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def bitsandbytes() -> Any:
     """bitsandbytes' operators; importing it takes seconds."""
+    mute_bitsandbytes()
     import bitsandbytes  # noqa: F401
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return torch.ops.bitsandbytes
 
 

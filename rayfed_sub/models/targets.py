@@ -16,6 +16,7 @@ from torch.nn import functional
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.models.dataflow import Dataflow, Link, dataflow
 from rayfed_sub.models.experts import Experts, Matrix, experts_of
+from rayfed_sub.models.quantised import mute_bitsandbytes
 from rayfed_sub.models.text_to_text import LANGUAGE
 
 log = logging.getLogger(__name__)
@@ -241,6 +242,7 @@ def _pattern(targets: str, model_type: str) -> re.Pattern[str] | None:
 
 def _of_peft(model_type: str) -> str:
     """peft's default layers of LoRA as an expression."""
+    mute_bitsandbytes()
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     if model_type not in KNOWN:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from rayfed_sub.core.lowrank import inner_core, sides
 from rayfed_sub.core.types import Layer, ModelShape, Start, Tensors
 from rayfed_sub.models.experts import Matrix, experts_of, matrices_in, place
+from rayfed_sub.models.quantised import mute_bitsandbytes
 
 Parameters = dict[str, nn.Parameter]
 FACTORS = ("left", "core", "heads", "right")
@@ -127,6 +128,7 @@ def _in_peft(
     peft has one rank and one scale for all experts of a parameter: the largest rank, up to which the others' factors
     are filled up with zeros, and 1, with every expert's own scale in its B.
     """
+    mute_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import ParamWrapper
 

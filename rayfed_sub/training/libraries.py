@@ -19,6 +19,7 @@ from torch.nn import functional
 from rayfed_sub.core.lowrank import sides, signed
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer, ModelShape, OptimizerRule, Start, Tensors
+from rayfed_sub.models.quantised import mute_bitsandbytes
 from rayfed_sub.training.dropout import GivenDropout
 from rayfed_sub.training.expert_libraries import FACTORS, expert_parameters, low_rank
 from rayfed_sub.training.projectors import basis
@@ -153,6 +154,7 @@ def _dropout(layer: Layer, start: Start, whose: tuple[int, int]) -> GivenDropout
 
 def _lora(model: nn.Module, shape: ModelShape, start: Start, whose: tuple[int, int]) -> dict[str, nn.Parameter]:
     """Injects peft's LoRA with the client's factors; every target has its own rank r and alpha = scale * r."""
+    mute_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
 
     own = {layer.name: start.tensors[f"{layer.name}/left"].shape[1] for layer in shape.targets}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,3 +275,10 @@ def test_layers_that_do_more_than_multiply_are_no_targets() -> None:
     assert multiplies(Plain(4, 6))
     assert multiplies(nn.Linear(4, 6, bias=False))
     assert multiplies(Conv1D(6, 4))
+
+
+def test_asking_peft_mutes_what_bitsandbytes_remarks_on_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    remarks = logging.getLogger("bitsandbytes")
+    monkeypatch.setattr(remarks, "level", logging.NOTSET)
+    assert kinds_of("llama", targets="peft")
+    assert not remarks.isEnabledFor(logging.WARNING)
