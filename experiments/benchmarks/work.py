@@ -24,7 +24,8 @@ from experiments.benchmarks.cases import BETAS, EPS, LR, TRAIN, Case
 from rayfed_sub import load_config
 from rayfed_sub.data.batching import IGNORED, ClientBatches
 from rayfed_sub.data.objects import OwnBatch
-from rayfed_sub.models.weights import load_weights, write_folder
+from rayfed_sub.models.model_folder import write_folder
+from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning.job import Job, prepare
 
 _FRAME = len("Q: \nA: ") + 2  # tokens of a byte-coded row besides its texts: the frame, its begin and its end

@@ -20,7 +20,8 @@ from rayfed_sub.deployment import server
 from rayfed_sub.deployment.node import WEIGHTS
 from rayfed_sub.deployment.server import Federation
 from rayfed_sub.deployment.setup import Setup, run_config, set_up
-from rayfed_sub.models.weights import dense, generation_config, write_folder
+from rayfed_sub.models.model_folder import generation_config, write_folder
+from rayfed_sub.models.weights import dense
 from rayfed_sub.storage import atomic_files
 
 _DAY = 24 * 3600.0  # seconds

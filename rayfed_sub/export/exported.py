@@ -24,26 +24,19 @@ from rayfed_sub.models.architecture import architecture as architecture_of
 from rayfed_sub.models.experts import experts_of
 from rayfed_sub.models.hub import RANDOM, locate
 from rayfed_sub.models.image_processors import HubImageProcessor
+from rayfed_sub.models.model_folder import generation_config, write_codec, write_companions, write_folder
 from rayfed_sub.models.quantisation import bitsandbytes_config
 from rayfed_sub.models.start import StartFrom, applied, changed_weights, fitted, merged
 from rayfed_sub.models.text_to_text import LANGUAGE
 from rayfed_sub.models.tokenizers import HubTokenizer
-from rayfed_sub.models.weights import (
-    dense,
-    generation_config,
-    load_weights,
-    target_weights,
-    with_targets,
-    write_codec,
-    write_companions,
-    write_folder,
-)
+from rayfed_sub.models.weights import dense, load_weights, target_weights, with_targets
 from rayfed_sub.planning.job import model_kind, prepare, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import kept
 from rayfed_sub.storage.landings import landed
-from rayfed_sub.storage.run_folder import check_start, class_names, finished, make, problem_of
+from rayfed_sub.storage.run_folder import finished, make
+from rayfed_sub.storage.same_run import check_start, class_names, problem_of
 
 BEST, LAST = "best", "last"
 CHECKPOINTS = (LAST, BEST)

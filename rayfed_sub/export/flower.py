@@ -38,7 +38,8 @@ from rayfed_sub.models.presets import MODELS
 from rayfed_sub.models.quantisation import bitsandbytes_config
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.storage import checkpoints
-from rayfed_sub.storage.run_folder import class_names, make, problem_of
+from rayfed_sub.storage.run_folder import make
+from rayfed_sub.storage.same_run import class_names, problem_of
 
 ROOMS = (
     *("core", "config", "data", "models", "clock", "methods", "privacy", "training", "evaluation", "diagnostics"),

@@ -60,10 +60,12 @@ def _four_bits(kind: str) -> Callable[[Tensors], Tensor]:
             known = (scales_B, parts["outer"].view(-1), parts["table"].view(-1), OUTER, torch.float32)
             scales_B = bitsandbytes().dequantize_blockwise.default(*known) + parts["offset"].view(())
         m, half = codes.shape
-        weight_mn: Tensor = bitsandbytes().dequantize_4bit.default(
-            codes.view(-1, 1), scales_B, BLOCK, kind, (m, 2 * half), torch.float32
+        # As one row: on processors with AVX-512 bitsandbytes 0.50 begins a block with every row of a multiple of 16
+        # numbers, where blocks lie across rows that are no multiple of 64.
+        flat: Tensor = bitsandbytes().dequantize_4bit.default(
+            codes.view(-1, 1), scales_B, BLOCK, kind, (1, 2 * m * half), torch.float32
         )
-        return weight_mn
+        return flat.view(m, 2 * half)
 
     return dequantised
 

@@ -38,19 +38,8 @@ from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import KeptModel, keep
 from rayfed_sub.storage.remote import Place, open_place
-from rayfed_sub.storage.run_folder import (
-    RunFolder,
-    check_code,
-    check_data,
-    check_free,
-    check_given,
-    check_start,
-    create,
-    new,
-    reopen,
-    summary_of,
-    to_resume,
-)
+from rayfed_sub.storage.run_folder import RunFolder, check_free, create, new, reopen, summary_of, to_resume
+from rayfed_sub.storage.same_run import check_code, check_data, check_given, check_start
 from rayfed_sub.telemetry.events import Callback, Notice, Stage, Summary
 from rayfed_sub.telemetry.process_memory import give_back
 from rayfed_sub.telemetry.trackers import check_trackers

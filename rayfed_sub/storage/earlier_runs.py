@@ -18,7 +18,7 @@ from rayfed_sub.planning.job import model_kind, processor_of
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.landings import landed
 from rayfed_sub.storage.remote import local_copy
-from rayfed_sub.storage.run_folder import backbone_sum, class_names, problem_of, start_digest
+from rayfed_sub.storage.same_run import backbone_sum, class_names, problem_of, start_digest
 
 
 def read_start(config: Config) -> StartFrom | None:

@@ -25,7 +25,8 @@ from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.runtime.local_ray import ray_session_aside
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import SWEEP, Place, inside, open_place
-from rayfed_sub.storage.run_folder import FREE, check_free, check_same, check_same_data, new, to_resume
+from rayfed_sub.storage.run_folder import check_free, new, to_resume
+from rayfed_sub.storage.same_run import FREE, check_same, check_same_data
 from rayfed_sub.sweeps.capacity import at_once, check_disk
 from rayfed_sub.sweeps.outcome import SweepResult, outcome
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher

@@ -21,7 +21,8 @@ from rayfed_sub.runtime.cluster import joined, nodes
 from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.runtime.local_ray import ray_session
 from rayfed_sub.storage.remote import Place
-from rayfed_sub.storage.run_folder import check_code, check_data, make, summary_of
+from rayfed_sub.storage.run_folder import make, summary_of
+from rayfed_sub.storage.same_run import check_code, check_data
 from rayfed_sub.sweeps.capacity import at_once
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher, failure_of
 from rayfed_sub.sweeps.results import CLOCKED

@@ -18,7 +18,8 @@ from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.runtime.links import Crew
 from rayfed_sub.runtime.rounds import carry_out
 from rayfed_sub.storage.remote import inside, open_place
-from rayfed_sub.storage.run_folder import check_code, check_data, opened, summary_of
+from rayfed_sub.storage.run_folder import opened, summary_of
+from rayfed_sub.storage.same_run import check_code, check_data
 from rayfed_sub.sweeps.results import CLOCKED, CURVE, SENT
 from rayfed_sub.sweeps.shared_inputs import SharedInputs
 from rayfed_sub.sweeps.space import Trials

@@ -26,7 +26,8 @@ from rayfed_sub.models.tokenizers import ByteTokenizer
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.runtime import rounds, session
 from rayfed_sub.storage.remote import Place
-from rayfed_sub.storage.run_folder import check_data, create, reopen
+from rayfed_sub.storage.run_folder import create, reopen
+from rayfed_sub.storage.same_run import check_data
 from rayfed_sub.sweeps.runner import run_sweep
 from rayfed_sub.sweeps.space import load_sweep
 from rayfed_sub.telemetry.events import Beginning

@@ -32,8 +32,9 @@ from rayfed_sub.models.architecture import Architecture, architecture, loading_c
 from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.image_processors import load_image_processor
+from rayfed_sub.models.model_folder import write_folder
 from rayfed_sub.models.targets import some
-from rayfed_sub.models.weights import assemble, load_weights, target_weights, write_folder
+from rayfed_sub.models.weights import assemble, load_weights, target_weights
 from rayfed_sub.training.losses import predicted
 from tests.helpers.tiny_models import (
     PAD,

@@ -22,9 +22,10 @@ from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer
 from rayfed_sub.models.architecture import AUTO_CLASSES, architecture, build, loading_class
 from rayfed_sub.models.hub import Source, locate
+from rayfed_sub.models.model_folder import write_folder
 from rayfed_sub.models.presets import MODELS
 from rayfed_sub.models.tokenizers import load_tokenizer
-from rayfed_sub.models.weights import assemble, check_causal, load_weights, target_weights, write_folder
+from rayfed_sub.models.weights import assemble, check_causal, load_weights, target_weights
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.model_types import built
 
