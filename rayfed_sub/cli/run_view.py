@@ -137,13 +137,14 @@ class Display:
     def _pack(self, record: PackDone) -> None:
         # In rounds: not every sampled client takes part in each.
         done = record.round + record.clients_done / record.clients
-        left = (time.monotonic() - self._began) / (done - self._first) * (self._rounds - done)
+        here, elapsed = done - self._first, time.monotonic() - self._began
+        left = f"  {clock(elapsed / here * (self._rounds - done))} left" if here else ""
         self._bar.update(
             self._task,
             description=f"round {record.round + 1}/{self._rounds}  clients {record.clients_done}/{record.clients}",
             completed=done,
             note=f"loss {_loss(record.loss)}  {record.labels / record.seconds:,.0f} {self._speed}  "
-            f"up {size(sum(self._bytes.values()) + record.uplink_bytes)}  {clock(left)} left",
+            f"up {size(sum(self._bytes.values()) + record.uplink_bytes)}{left}",
         )
 
     def _round(self, record: RoundDone) -> None:

@@ -9,7 +9,8 @@ round, whatever the method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Iterable
 
 from rayfed_sub.core.types import Client, ModelShape, ServerState, wire_bytes
 from rayfed_sub.methods.protocol import Method
@@ -34,7 +35,7 @@ def downloaded(
     of model.start_from.
     """
     first = start if since < 0 else 0
-    if not learned:
+    if not learned or since == server.round:  # the client holds this very state
         return first
     counted = method.download_bytes(server, shape, client, since)
     return first + (mixed_bytes(method.broadcast(server).tensors, shape, counted) if mixed else counted)
@@ -46,17 +47,25 @@ def first_counted(method: Method, server: ServerState, since: int, down: int, st
     return max(down, start + wire_bytes(method.broadcast(server).tensors)) if since < 0 else down
 
 
-def dense_downloads(clients: Sequence[int], skipped: Sequence[int], dense: int, *, private: bool) -> int:
-    """Download bytes of dense FedAvg's clients in a run by the same rule: `dense` bytes each, in rounds before which
-    the server had moved.  clients, skipped: of each round; private: noise moves the server in a round without clients.
+def dense_traffic(
+    exchanges: Iterable[tuple[int, int, bool]], trained: Collection[int], dense: int, *, private: bool, start: int = 0
+) -> tuple[int, int]:
+    """Bytes up and down of dense FedAvg with the same clients, by the same rule.
 
-    >>> dense_downloads([8, 8, 2], [0, 0, 0], 100, private=False)  # the first eight hold the pretrained weights
-    1000
-    >>> dense_downloads([8, 8, 2], [8, 0, 0], 100, private=False)  # all of them failed: the second eight hold them too
-    200
+    exchanges: client, finished rounds of the server that it began from, and whether it sent an update; trained: rounds
+    in which the server took an update; dense: bytes of what FedAvg trains; private: noise moves the server in every
+    round; start: bytes of model.start_from, which every client downloads once.
+
+    >>> dense_traffic([(0, 0, True), (1, 0, False), (0, 1, True)], {0}, 100, private=False)  # client 1 failed
+    (200, 100)
+    >>> dense_traffic([(0, 0, False), (0, 1, True)], set(), 100, private=False)  # nothing was learned in round 0
+    (100, 0)
     """
-    total, learned = 0, False
-    for count, failed in zip(clients, skipped, strict=True):
-        total += dense * count * learned
-        learned = learned or private or count > failed
-    return total
+    first = 0 if private else min(trained, default=math.inf)
+    sent, held, clients = 0, set[tuple[int, int]](), set[int]()
+    for client, version, sends in exchanges:
+        sent += sends
+        clients.add(client)
+        if version > first:
+            held.add((client, version))  # who begins twice from one version has it already
+    return sent * dense, len(held) * dense + len(clients) * start

@@ -249,12 +249,11 @@ class Coordinator:
         mode, broadcast = config.federation.mode, self._broadcast()
         apart = simulated is not None and (mode == "async" or simulated.drops)
         cohort = [] if apart else packs.ordered(config, self._dataset, sampling.cohort(config, n))
-        expected = (config.federation.asynchronous.buffer or 1) if mode == "async" else config.federation.cohort
-        metrics = RoundMetrics(n, expected if apart else len(cohort), began)
+        metrics = RoundMetrics(n, len(cohort), began)
         ranks: dict[str, int | None] = dict.fromkeys(self._change_layers(n), 0)
         sums = RoundSum(n, metrics, self._zero(), ranks, config.diagnostics.clients)
         if simulated is None or not apart:
-            down = self._download_bytes(cohort)
+            down = self._download_bytes(cohort, {})
             for done in self._packed(n, cohort, broadcast, lr_factor):
                 sums.pack(done)
                 for client, update, state in zip(done.units, done.result.updates, done.result.states, strict=True):
@@ -264,6 +263,9 @@ class Coordinator:
                 sums.clock, sums.timeline = simulated.told(n, current.clock or Clock(), metrics.rows)
             return sums
 
+        expected = (config.federation.asynchronous.buffer or 1) if mode == "async" else config.federation.drawn
+        shown = RoundMetrics(n, expected, began)  # of all that train: the clock says later whose update counts
+
         def train(clients: Sequence[int]) -> Generator[PackDone, None, dict[int, Result]]:
             """The clients' results; in the cohort's order, so that packs follow from simulated time alone."""
             found = dict[int, Result]()
@@ -272,7 +274,9 @@ class Coordinator:
                 outcome: PackOutcome = done.result
                 results = zip(outcome.updates, outcome.states, strict=True)
                 found |= dict(zip(done.units, results, strict=True))
-                yield metrics.progress()
+                for update in outcome.updates:
+                    shown.add(client_row(n, update, 0))
+                yield shown.progress()
             return found
 
         if mode == "async":
@@ -281,7 +285,6 @@ class Coordinator:
             gathered = yield from simulated.collected(n, current.clock or Clock(), train, self._download_bytes)
         for update, state, down_bytes in gathered.results:
             self._add(n, sums, update, state, down_bytes)
-        yield metrics.progress()
         sums.clock, sums.timeline = gathered.clock, gathered.timeline
         sums.factor, sums.landings = gathered.factor, gathered.landings
         sums.received |= gathered.received
@@ -431,14 +434,15 @@ class Coordinator:
         self._store.move({name: stored.tensors[name] for name in unchanged})
         return server.round, handle, checksum(packed(broadcast.tensors))
 
-    def _download_bytes(self, cohort: Sequence[int]) -> dict[int, int]:
-        """Wire bytes to every client of the cohort; they depend on the round in which it last took part."""
+    def _download_bytes(self, cohort: Sequence[int], held: Mapping[int, int]) -> dict[int, int]:
+        """Wire bytes to every client of the cohort; they depend on the round in which it last took part.  held: clients
+        that have got a version of the server since the last round ended."""
         current, server = self._store.current, self._store.current.server
         mixed = mixes(self._config.server, self._config.privacy)
         begun, down = 0 if self._start is None else self._start.wire_bytes, {}
         for client in cohort:
             who = Client(client, self._config.seed)
-            since = current.synchronised(client)
+            since = max(current.synchronised(client), held.get(client, -1))
             down[client] = downloaded(
                 self._method, server, self._shape, who, since, learned=self._learned(), mixed=mixed, start=begun
             )

@@ -71,11 +71,11 @@ class RoundMetrics:
         return self._losses / self._with_loss if self._with_loss else None
 
     def progress(self) -> PackDone:
-        """Progress of the round up to now."""
+        """Progress of the round up to now; of an asynchronous one more clients may train than it waits for."""
         return PackDone(
             round=self._round,
             clients_done=len(self.rows),
-            clients=self._clients,
+            clients=max(self._clients, len(self.rows)),
             loss=self.loss,
             labels=self.labels,
             seconds=time.perf_counter() - self._began,

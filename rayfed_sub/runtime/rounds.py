@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayError
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.evaluation.scores import overall
-from rayfed_sub.methods.downloads import dense_downloads
+from rayfed_sub.methods.downloads import dense_traffic
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.plan import Planned
 from rayfed_sub.planning.sampling import draws
@@ -170,7 +170,7 @@ def _rounds(
             _complete(folder, ask, course)
         if answers := folder.answers():
             notify(Answered(tuple(answers)))
-        return _summary(job, folder, first, ask, targets, memory, stopped, course.best_score())
+        return _summary(job, folder, first, ask, memory, stopped, course.best_score())
     except (KeyboardInterrupt, RunError):
         notify(Stage("stopping: a checkpoint first"))
         with suppress(RunError, RayError):  # a full disk stays full: the first error counts
@@ -262,7 +262,6 @@ def _summary(
     folder: RunFolder,
     first: Beginning,
     ask: Callable[[str], Any],
-    targets: int,
     memory: Sequence[PeakMemory],
     stopped: str | None,
     best: dict[str, Any] | None,
@@ -272,7 +271,16 @@ def _summary(
     folder.end(left)
     before, start = overall(first.scores), job.begun
     counted = len(rows) if stopped is None else config.federation.rounds or 0
-    clients, failed = ([row[name] for row in rows] for name in ("clients", "failed"))
+    shape = job.architecture.shape
+    biases = sum(layer.m for layer in shape.head if layer.bias)
+    dense = 4 * (sum(layer.m * layer.n for layer in (*shape.targets, *shape.head)) + biases)
+    dense_up, dense_down = dense_traffic(
+        folder.exchanges(),
+        folder.trained_rounds(),
+        dense,
+        private=config.privacy.of_clients,
+        start=0 if start is None else start.wire_bytes,
+    )
     return Summary(
         name=config.name,
         method=str(config.method["name"]),
@@ -280,11 +288,8 @@ def _summary(
         weights_sha256=ask("weights_sha256"),
         uplink_bytes=sum(row["uplink_bytes"] for row in rows) + sum(row.uplink_bytes for row in left),
         downlink_bytes=sum(row["downlink_bytes"] for row in rows) + sum(row.downlink_bytes for row in left),
-        dense_bytes=(sum(clients) + len(left)) * targets,
-        dense_downlink_bytes=dense_downloads(
-            [*clients, len(left)], [*failed, 0], targets, private=config.privacy.of_clients
-        )
-        + (0 if start is None else start.wire_bytes * folder.clients()),
+        dense_bytes=dense_up,
+        dense_downlink_bytes=dense_down,
         change_rank=rows[-1]["change_rank"],
         wall_seconds=0.0,
         train_seconds=sum(row["train_seconds"] for row in rows),

@@ -31,11 +31,12 @@ from rayfed_sub.storage.state_store import RoundState
 from rayfed_sub.telemetry.events import PackDone
 
 _DRY_DAYS = 30
-"""Simulated days in a round after which a run ends that gets no update."""
+"""Simulated days after which an asynchronous run ends that gets no update."""
 
 Result = tuple[Update, ClientState | None]
 Train = Callable[[Sequence[int]], Generator[PackDone, None, Mapping[int, Result]]]
-Downloads = Callable[[Sequence[int]], Mapping[int, int]]
+Downloads = Callable[[Sequence[int], Mapping[int, int]], Mapping[int, int]]
+"""Bytes that these clients download; the second: versions of the server that clients got in this very step."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,20 @@ class _Step:
 
     flights: of the clients under way; waiting: those of them whose end is not known; landings: results of those that
     have trained; buffer, failed: flights that have ended, with an update and without; outcomes: of all that have ended;
-    kept: clients that trained in an earlier step; starts: draws of clients so far; started_at: moment of the last
-    one."""
+    held: versions of the server that clients got whose updates do not count; filled_at: moment of the last update;
+    starts: draws of clients so far; started_at: moment of the last one."""
 
     def __init__(self, state: RoundState) -> None:
         clock = state.clock or Clock()
-        self.began = self.now = clock.now
+        self.now = self.filled_at = clock.now
         self.flights: dict[int, Flight] = {}
         self.waiting: dict[int, Flight] = {}
         self._ends: list[tuple[float, int]] = []
-        self.landings, self.kept = dict(state.landings), frozenset(state.landings)
+        self.landings = dict(state.landings)
         self.buffer: list[Flight] = []
         self.failed: list[Flight] = []
         self.outcomes: list[tuple[Flight, str]] = []
+        self.held: dict[int, int] = {}
         self.starts, self.started_at = 0, -1.0
         for flight in clock.flights:
             self.take(flight)
@@ -100,7 +102,11 @@ class _Step:
         self.outcomes.append((flight, flight.outcome))
         if flight.outcome == "counted":
             self.buffer.append(flight)
-        elif flight.outcome == "failed":
+            self.filled_at = self.now
+            return
+        if flight.downloaded(self.now):
+            self.held[flight.client] = flight.version
+        if flight.outcome == "failed":
             self.failed.append(flight)
         else:
             self.landings.pop(flight.client, None)
@@ -144,7 +150,7 @@ class SimulatedRounds:
         now, until = self._opened(clock.now)
         clients = sampling.drawn(self._config, n, np.flatnonzero(until > now), federation.drawn)
         clients = packs.ordered(self._config, self._dataset, clients)
-        down = downloads(clients)
+        down = downloads(clients, {})
         flights = {k: self._departure(k, n, now, float(until[k]), down[k]) for k in clients}
         deadline = federation.round_deadline
         limit = math.inf if deadline is None else now + deadline
@@ -184,9 +190,9 @@ class SimulatedRounds:
                 yield from self._train(event.clients, train, step)
             elif event is not None:
                 step.end(event)
-            if step.now > step.began + _DRY_DAYS * DAY:
-                cause = f"{len(step.buffer)} of {wanted} updates in {_DRY_DAYS} simulated days"
-                raise RunError("simulated time", f"{cause}; devices are too slow for their hours", round=n)
+            if step.now > step.filled_at + _DRY_DAYS * DAY:
+                cause = f"no update in {_DRY_DAYS} simulated days, {len(step.buffer)} of {wanted} before"
+                raise RunError("simulated time", f"{cause}; devices are too slow, or too seldom there", round=n)
         # The next version of the server takes the place of the one that these begin from.
         yield from self._train(list(step.waiting), train, step)
         return self._stepped(n, state.server.tensors, step)
@@ -203,7 +209,7 @@ class SimulatedRounds:
         if not places or not len(idle):
             return
         begun = sampling.drawn(self._config, n, idle, places, step.starts)
-        down = downloads(begun)
+        down = downloads(begun, step.held)
         for k in begun:
             step.take(self._departure(k, n, step.now, float(until[k]), down[k], step.starts))
         step.starts += 1
@@ -232,11 +238,11 @@ class SimulatedRounds:
             results=tuple((*result, taken[k].downlink_bytes) for k, result in zip(order, results, strict=True)),
             clock=Clock(step.now, tuple(flying.values())),
             timeline=self._rows(n, outcomes, step.now, waits=False),
-            received=_received(outcomes, step.now),
+            received={**step.held, **_received(dropped, step.now)},
             factor=step_factor(rule, weights, [n - flight.version for flight in step.buffer]),
             landings={
-                k: step.landings[k] if k in step.kept else _settled(self._relative(step.landings[k], server))
-                for k in flying
+                k: _settled(self._relative(step.landings[k], server)) if flight.version == n else step.landings[k]
+                for k, flight in flying.items()
                 if k in step.landings
             },
         )

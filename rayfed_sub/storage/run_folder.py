@@ -12,7 +12,7 @@ tables have every round of the newest checkpoint; later rounds are cut off when 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,19 @@ class RunFolder:
         """The answers of the initial model, then those of the trained one; none where nothing is answered."""
         return [AnswerRow(**row) for row in self._all("answers").to_pylist()]
 
-    def clients(self) -> int:
-        """Clients that took part in any round."""
-        return len({client for rows in self._tables["clients"].rows() for client in rows["client"].to_pylist()})
+    def exchanges(self) -> Iterator[tuple[int, int, bool]]:
+        """Client, finished rounds of the server that it began from, and whether it sent an update or a part of one, of
+        everybody who began, those included whose update did not count."""
+        timed = any(rows.num_rows for rows in self._tables["timeline"].rows())
+        for rows in self._tables["timeline" if timed else "clients"].rows():
+            sent = compute.greater(rows["uplink_bytes"], 0) if timed else compute.is_null(rows["failure"])
+            begun = rows["version" if timed else "round"]
+            yield from zip(rows["client"].to_pylist(), begun.to_pylist(), sent.to_pylist(), strict=True)
+
+    def trained_rounds(self) -> set[int]:
+        """The rounds in which the server took an update."""
+        taken = (rows.filter(compute.is_null(rows["failure"]))["round"] for rows in self._tables["clients"].rows())
+        return {round for rounds in taken for round in compute.unique(rounds).to_pylist()}
 
     def simulated(self) -> dict[str, Any] | None:
         """The account of the timeline; None for a run without devices."""

@@ -141,7 +141,7 @@ class Decided:
 class Summary:
     """The finished run, as summary.json.  metrics: the scores over all held-out rows, `<metric>_before` training and
     `<metric>` after, which `evaluation/scores.py` defines; dense_bytes, dense_downlink_bytes:
-    traffic of the same clients with dense target weights, by the rule of
+    traffic of the same clients in dense FedAvg, which trains target weights and head, by the rule of
     `methods/downloads.py`; privacy: the account, see `accountant.account`; wall_seconds and
     peak_memory_bytes: of the last session; planned_memory_bytes: of `plan`, for all processes of a run on one
     machine (None: a sweep's trial); gpu_memory: of each worker on a GPU, by node and process, the bytes that were

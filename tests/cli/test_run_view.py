@@ -148,6 +148,17 @@ def test_live_line_stays_one_line(width: int) -> None:
     assert len([line for line in drawn.splitlines() if line.strip()]) == 1
 
 
+def test_no_time_is_left_to_tell_before_a_client_is_done(clock: Clock) -> None:
+    terminal, text = console(terminal=True)
+    with Display(terminal) as shown:
+        shown.show(Started(CONFIG, "runs/look", BEFORE, 10**6))
+        shown.show(PackDone(0, 0, 8, loss=None, labels=0, seconds=1.0, uplink_bytes=0))
+        shown._bar.refresh()
+    line = plain(text.getvalue())
+    assert "clients 0/8" in line
+    assert "left" not in line.rpartition("clients")[2]
+
+
 def test_time_left_of_a_resumed_run_ignores_earlier_rounds(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:

@@ -65,10 +65,14 @@ class Rounds:
         update = Update(client, 1.0, {"x": self.state.server.tensors["x"] + client + 1})
         return update, ClientState(n + 1, 2, 2, {})
 
+    def downloads(self, clients: Sequence[int], held: Mapping[int, int]) -> dict[int, int]:
+        """Nothing where the client has got this very version in this step."""
+        return {k: 0 if held.get(k) == self.state.server.round else DOWN for k in clients}
+
     def step(self) -> Gathered:
         """The next round; the server moves to the factor times the weighted mean, as `aggregate` and `advance` do."""
         n, server = self.state.server.round, self.state.server.tensors["x"]
-        asked = (self.train, lambda clients: dict.fromkeys(clients, DOWN))
+        asked = (self.train, self.downloads)
         if self.config.federation.mode == "async":
             going = self.rounds.buffered(n, self.state, *asked)
         else:
@@ -246,6 +250,42 @@ def test_hours_cut_off_work_and_nobody_waits_for_who_is_away(rounds: Callable[..
     assert [row.began for row in again.step().timeline] == pytest.approx([3600.0, 3600.0])
 
 
+def test_client_that_begins_again_in_one_step(rounds: Callable[..., Rounds]) -> None:
+    """The fast ones leave after 3 s, with version 1 and without their updates, and come back at 20 s.  The slow one
+    leaves after 10 s, in the upload of what it trained from version 0, and trains from version 1 from 12 s on."""
+    second = 1 / 3600
+    windows = {0: ("slow", 10, 12), 1: ("fast", 3, 20), 2: ("fast", 3, 20)}
+    lines = [
+        f"{k},{device},{begin},{end}\n"
+        for k, (device, until, back) in windows.items()
+        for begin, end in ((0, until * second), (back * second, 23))
+    ]
+    three = rounds({"mode": "async", "asynchronous": {"buffer": 2}}, hours="client,device,from,to\n" + "".join(lines))
+    three.step()
+    again = three.step()
+    assert told(again.timeline) == [
+        (1, 1, 2.3, 3.0, "offline"),
+        (2, 1, 2.3, 3.0, "offline"),
+        (0, 0, 0.0, 10.0, "offline"),
+        (1, 1, 20.0, 22.1, "counted"),
+        (2, 1, 20.0, 22.1, "counted"),
+    ]
+    assert [row.downlink_bytes for row in again.timeline] == [DOWN, DOWN, DOWN, 0, 0]
+    assert again.received == {0: 0, 1: 1, 2: 1}
+    # Changes are client + 1: twice (2 + 3) / 2, then the slow one's of version 1, at staleness 1, and 2 over 2.
+    third = three.step()
+    assert [(update.client, float(update.tensors["x"][0])) for update, _, _ in third.results] == [(0, 6.0), (1, 7.0)]
+    assert float(three.state.server.tensors["x"][0]) == pytest.approx(5.0 + (1 / 2**0.5 + 2) / 2, rel=1e-6)
+
+
+def test_step_may_take_longer_than_its_updates_may_be_apart(rounds: Callable[..., Rounds]) -> None:
+    """Forty clients, one after another, 23,040 steps of 3 s each: 0.8 days."""
+    hours = "client,device\n" + "".join(f"{k},slow\n" for k in range(40))
+    buffer = {"mode": "async", "asynchronous": {"buffer": 40}}
+    many = rounds({"clients": 40, "sampled": 1, "local_steps": 23_040, **buffer}, hours=hours)
+    assert many.step().clock.now / 86_400 == pytest.approx(40 * 0.8, rel=1e-3)
+
+
 def test_client_that_drops_out_is_not_trained_and_nobody_waits_for_it(
     rounds: Callable[..., Rounds], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,5 +328,5 @@ def test_ten_thousand_clients_work_within_their_hours(rounds: Callable[..., Roun
 
 def test_run_without_an_end_of_its_round_stops(rounds: Callable[..., Rounds]) -> None:
     hours = "client,device,from,to\n0,slow,0,0.001\n1,slow,0,0.001\n2,slow,0,0.001\n"
-    with pytest.raises(RunError, match="0 of 1 updates in 30 simulated days; devices are too slow for their hours"):
+    with pytest.raises(RunError, match="no update in 30 simulated days, 0 of 1 before; devices are too slow"):
         rounds({"mode": "async", "asynchronous": {"buffer": 1}}, hours=hours).step()

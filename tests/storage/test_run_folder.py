@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ from pyarrow import parquet
 
 from rayfed_sub.config.loading import load_config, stored_config, yaml_text
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.core.schemas import ClientRow, RoundRow, Score
+from rayfed_sub.core.schemas import ClientRow, RoundRow, Score, TimelineRow
 from rayfed_sub.storage import checkpoints
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import (
@@ -204,6 +205,19 @@ def test_resumed_run_is_cut_to_the_rounds_that_count(tmp_path: Path) -> None:
         *(("started", None), ("round", 0), ("resumed", 1), ("round", 1), ("round", 2))
     ]
     assert again.resumed() == (1,)
+
+
+def test_exchanges_are_those_of_the_timeline_where_there_is_one(tmp_path: Path) -> None:
+    folder = create(Place(tmp_path), CONFIG)
+    folder.begin(BEGINNING)
+    failed = replace(client_row(0, 5), uplink_bytes=0, failure="NaN")
+    folder.add(replace(done(0, None, 1), client_rows=(client_row(0, 1), failed)))
+    folder.add(done(1, None))
+    assert (list(folder.exchanges()), folder.trained_rounds()) == ([(1, 0, True), (5, 0, False)], {0})
+    late = TimelineRow(2, 1, "a", 1, 0.0, 1.0, 2.0, 1.0, 4.0, 4.0, 0.0, "late", 200, 40, 4.0, 9.0, None)
+    gone = replace(late, client=3, version=0, outcome="offline", uplink_bytes=0)
+    folder.add(replace(done(2, None, 1), timeline=(late, gone)))
+    assert (list(folder.exchanges()), folder.trained_rounds()) == ([(1, 1, True), (3, 0, False)], {0, 2})
 
 
 def test_table_of_the_user_s_own_stays_where_nothing_is_answered(tmp_path: Path) -> None:
