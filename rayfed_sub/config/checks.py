@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ from rayfed_sub.config.schema import (
     Config,
     Devices,
     Federation,
+    Partition,
     Privacy,
     StepRange,
 )
@@ -40,6 +41,20 @@ RENAMED = {
     "task.split": "task.train",
 }
 """Keys of earlier versions, with the keys that replace them."""
+
+NEEDS = {
+    "federation.partition.alpha": ("kind", ("dirichlet",)),
+    "federation.partition.shards_per_client": ("kind", ("shards",)),
+    "federation.partition.exponent": ("kind", ("power-law",)),
+    "optimizer.betas": ("name", ("adamw",)),
+    "optimizer.eps": ("name", ("adamw",)),
+    "optimizer.momentum": ("name", ("sgd",)),
+    "optimizer.final_lr_ratio": ("schedule", ("linear", "cosine")),
+    "server.momentum": ("optimizer", ("momentum",)),
+    "server.betas": ("optimizer", ("adam",)),
+    "server.tau": ("optimizer", ("adam",)),
+}
+"""Keys that have an effect only with some values of another key of their section."""
 
 
 def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
@@ -83,6 +98,7 @@ def renamed_key(path: str, value: object) -> UserError:
 
 def check_rules(config: Config) -> None:
     """UserError for keys that contradict each other."""
+    _check_effects(config)
     _check_method(config)
     _check_rows(config)
     _check_partition(config.federation)
@@ -91,6 +107,17 @@ def check_rules(config: Config) -> None:
     _check_stopping(config)
     _check_devices(config.devices)
     _check_mode(config)
+
+
+def _check_effects(config: Config) -> None:
+    """UserError for a key that is set and has no effect."""
+    for path, (selector, values) in NEEDS.items():
+        prefix, _, name = path.rpartition(".")
+        section: Any = reduce(getattr, prefix.split("."), config)
+        value, default = getattr(section, name), type(section).model_fields[name].default
+        if value != default and getattr(section, selector) not in values:
+            allowed = f"{default}, for it is of {prefix}.{selector}={' and '.join(values)} alone"
+            raise UserError(path, value, allowed, f"set {prefix}.{selector}={values[0]}, or remove it")
 
 
 def check_training(config: Config) -> None:
@@ -111,6 +138,8 @@ def _check_method(config: Config) -> None:
         keys.append(f"federation.partition.largest={federation.clients}")
     if partition.rows_per_client is not None:
         keys.append("federation.partition.rows_per_client=null")
+    defaults = {name: Partition.model_fields[name].default for name in ("alpha", "shards_per_client", "exponent")}
+    keys += [f"federation.partition.{name}={x}" for name, x in defaults.items() if getattr(partition, name) != x]
     allowed = "a method; all rows at one client are a matter of the partition"
     raise UserError("method.name", "centralized", allowed, f"set {' '.join(keys)}")
 
@@ -245,6 +274,10 @@ def _check_mode(config: Config) -> None:
         if used and field != "mode" and mode == "async":
             allowed = "nothing with federation.mode=async, which has no rounds to wait for"
             raise UserError(f"federation.{field}", value, allowed, "remove it")
+    if clocked["over_selection"][1] and federation.drawn == federation.cohort:
+        allowed = f"what adds a client to the {federation.cohort} of a round, of {federation.clients} in all"
+        advice = "lower federation.sampled or raise federation.over_selection"
+        raise UserError("federation.over_selection", federation.over_selection, allowed, advice)
     if (mode == "semi-sync") != (federation.local_seconds is not None):
         needed = "a number of seconds with" if mode == "semi-sync" else "nothing without"
         allowed = f"{needed} federation.mode=semi-sync"

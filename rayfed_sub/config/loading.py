@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rayfed_sub.config.checks import RENAMED, check, check_rules
+from rayfed_sub.config.checks import NEEDS, RENAMED, check, check_rules
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 
@@ -87,7 +87,7 @@ def stored_config(folder: Path) -> Config:
 
     Keys of older versions get their new names.  A missing key has the behaviour of older versions: without
     `task.seed`, or with null, the run's own seed drew the splits; without `federation.batching`, batches were bucketed.
-    `task.validation` was a share, and `task.split=train` stood there for files too.
+    `task.validation` was a share, and `task.split=train` stood there for files too, as did keys without an effect.
 
     Raises UserError as `load_config`.
     """
@@ -102,8 +102,23 @@ def stored_config(folder: Path) -> Config:
         tree["task"] = {key: value for key, value in task.items() if key != "split"}
     if isinstance(federation, dict):
         tree["federation"] = {"batching": "bucketed", **federation}
-    tree = _renamed(tree)
-    return load_config(tree)
+    return load_config(_effective(_renamed(tree)))
+
+
+def _effective(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without the keys of `NEEDS` that have no effect in it, changed in place.
+
+    >>> _effective({"optimizer": {"name": "adamw", "momentum": 0.9, "lr": 0.1}})
+    {'optimizer': {'name': 'adamw', 'lr': 0.1}}
+    """
+    for path, (selector, values) in NEEDS.items():
+        *sections, name = path.split(".")
+        section: Any = tree
+        for one in sections:
+            section = section.get(one) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.get(selector, values[0]) not in values:
+            section.pop(name, None)
+    return tree
 
 
 def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rayfed_sub.config.schema import (
     Partition,
     Privacy,
     Resources,
+    Server,
     StepRange,
     Task,
 )
@@ -44,6 +45,20 @@ RULES = {
     "of them": Config(devices=Devices(classes=DEVICES.classes, shares={"a": 1.0}, trace="t.csv")),
     "devices.spread: got 0.5; allowed: nothing without devices.classes, which it is about; add the classes": Config(
         devices=Devices(spread=0.5)
+    ),
+    "federation.partition.alpha: got 0.1; allowed: 0.5, for it is of federation.partition.kind=dirichlet alone; set "
+    "federation.partition.kind=dirichlet, or remove it": Config(
+        federation=Federation(partition=Partition(column="label", alpha=0.1))
+    ),
+    "optimizer.momentum: got 0.9; allowed: 0.0, for it is of optimizer.name=sgd alone; set optimizer.name=sgd, or "
+    "remove it": Config(optimizer=Optimizer(momentum=0.9)),
+    "optimizer.final_lr_ratio: got 0.1; allowed: 0.0, for it is of optimizer.schedule=linear and cosine alone; set "
+    "optimizer.schedule=linear, or remove it": Config(optimizer=Optimizer(final_lr_ratio=0.1)),
+    "server.tau: got 0.1; allowed: 0.001, for it is of server.optimizer=adam alone; set server.optimizer=adam, or "
+    "remove it": Config(server=Server(optimizer="momentum", tau=0.1)),
+    "federation.over_selection: got 1.5; allowed: what adds a client to the 8 of a round, of 8 in all; "
+    "lower federation.sampled or raise federation.over_selection": Config(
+        devices=DEVICES, federation=Federation(over_selection=1.5)
     ),
     "federation.mode: got 'async'; allowed: nothing else than the default without devices.classes, which give the "
     "time; add devices.classes": Config(federation=BUFFERED),
