@@ -29,14 +29,20 @@ def devices_in(path: Path) -> Devices:
 
 def retimed(run: Run, devices: Devices) -> pd.DataFrame:
     """The timeline that the run would have with these devices, from the bytes and steps of its clients.  Nothing is
-    trained; the task's rows are read where a device's speed is by token, or a trace may name clients.
+    trained; the task's rows are read where a device's speed is by token, or a trace, its own too, may name clients.
 
-    Raises UserError where training itself would have been another: a run that is not synchronous or dropped clients,
-    and devices with hours or drop-out; and where the devices do not fit the run.
+    Raises UserError where training itself would have been another: a run that is not synchronous or whose clients its
+    clock chose, and devices with hours or drop-out; and where the devices do not fit the run.
     """
-    config = _checked(run, devices)
+    if not waits_for_all(run.config):
+        raise _by_the_clock(run)
+    config = with_devices(run.config, devices)
     by_token = any(device.tokens_per_second is not None for device in devices.classes.values())
-    names, tokens = _of_rows(config) if by_token or devices.trace is not None else ((), _unknown)
+    traced = any(one.trace is not None for one in (devices, run.config.devices))
+    names, tokens = _of_rows(config) if by_token or traced else ((), _unknown)
+    own = fleet_of(run.config, names)
+    if own is not None and own.leaves:  # nobody may have been cut off: each round's clients were those available
+        raise _by_the_clock(run)
     fleet = fleet_of(config, names)
     assert fleet is not None, "checked: there are classes"
     if fleet.leaves:
@@ -57,12 +63,9 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
     return pd.DataFrame([asdict(row) for row in rows], columns=[field.name for field in fields(TimelineRow)])
 
 
-def _checked(run: Run, devices: Devices) -> Config:
-    """The run's configuration with these devices."""
-    if not waits_for_all(run.config) or set(run.timeline["outcome"].unique()) - {"counted", "failed"}:
-        allowed = "a synchronous run that waited for all of its clients: the training of others depends on the clock"
-        raise UserError("RUN", str(run.folder), allowed, "run it again with these devices")
-    return with_devices(run.config, devices)
+def _by_the_clock(run: Run) -> UserError:
+    allowed = "a synchronous run that waited for all of its clients: the training of others depends on the clock"
+    return UserError("RUN", str(run.folder), allowed, "run it again with these devices")
 
 
 def waits_for_all(config: Config) -> bool:
