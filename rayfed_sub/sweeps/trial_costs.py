@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from rayfed_sub.reports.page import Cell, Section, Table, cell
-from rayfed_sub.sweeps.results import CLOCKED, SweepTable
+from rayfed_sub.sweeps.results import SweepTable
 from rayfed_sub.sweeps.results import score as shown
 from rayfed_sub.sweeps.space import COSTS, METRICS
 
@@ -23,7 +23,8 @@ _AVAILABILITY = "federation.availability"
 
 @dataclass(frozen=True)
 class Resource:
-    """Something that trials spend.  column: of a curve; unit: of the tables, that many of the column's."""
+    """Something that trials spend or lose.  column: of a curve, or of the trials; unit: of the tables, that many of the
+    column's."""
 
     column: str
     name: str
@@ -34,6 +35,12 @@ _RESOURCES = (
     Resource("seconds", "simulated hours", 3600.0),
     Resource("bytes", "MB", 1e6),
     Resource("joules", "kJ", 1e3),
+)
+_LOST = (
+    Resource("counted_share", "rounds that counted (%)", 0.01),
+    Resource("wasted_bytes", "wasted (MB)", 1e6),
+    Resource("wasted_share", "wasted bytes (%)", 0.01),
+    Resource("idle_share", "idle (%)", 0.01),
 )
 
 
@@ -147,7 +154,7 @@ def _says_who_stays(key: str) -> bool:
 
 def _robustness(table: SweepTable, frame: pd.DataFrame, f: Finished) -> Table | None:
     """What was lost on the way; where the sweep varies how many clients stay, also what that does to the score."""
-    clocked = all(column in frame for column in CLOCKED)
+    clocked = all(one.column in frame for one in _LOST)
     leaving = [key for key in table.heads if _says_who_stays(key)]
     if not clocked and not leaving:
         return None
@@ -163,17 +170,16 @@ def _robustness(table: SweepTable, frame: pd.DataFrame, f: Finished) -> Table | 
     for trial in f.order:
         row, cells = of_frame[trial], list[Cell]()
         if clocked:
-            shares = [100 * float(row[column]) for column in ("counted_share", "wasted_share", "idle_share")]
-            cells += [cell(shares[0]), cell(float(row["wasted_bytes"]) / 1e6), *map(cell, shares[1:])]
+            cells += [cell(float(row[one.column]) / one.unit) for one in _LOST]
         if leaving:
             others = values[trial].keys() - leaving
             alike = [k for k in f.order if all(values[k][key] == values[trial][key] for key in others)]
             own, base = (float(f.curves[k]["score"].iloc[-1]) for k in (trial, min(alike, key=calm)))
             cells.append(Cell(f"{own - base:+.4f}", own - base) if math.isfinite(own - base) else cell(None))
         rows.append([*_named(trial, f.points), *cells])
-    heads = ["rounds that counted (%)", "wasted (MB)", "wasted bytes (%)", "idle (%)"] if clocked else []
-    caption = "Robustness: of the rounds that clients began those that counted, and what was of no use"
+    heads = [one.name for one in _LOST] if clocked else []
+    words = ["of the rounds that clients began those that counted, and what was of no use"] if clocked else []
     if leaving:
         heads.append(f"{f.name} against all that stay")
-        caption += f"; {f.name} less that of the trial with the same other values where most clients stay"
-    return Table(f"{caption}.", ["trial", "values", *heads], rows)
+        words.append(f"{f.name} less that of the trial with the same other values where most clients stay")
+    return Table(f"Robustness: {'; '.join(words)}.", ["trial", "values", *heads], rows)

@@ -415,6 +415,23 @@ def test_costs_of_quality_by_hand() -> None:
     assert texts(robust) == [["90", "1", "10", "50", change] for change in ("+0.0000", "+0.0000", "+0.4000")]
 
 
+@pytest.mark.parametrize("keys", [[RANK], [RANK, DROPOUT]])
+def test_what_is_lost_is_told_where_no_device_has_a_power(keys: list[str]) -> None:
+    frame, curves = clocked().drop(columns="joules"), CURVES.assign(joules=math.nan)
+    found = {s.title: s.parts for s in sections(frame, keys, "held_out_loss", "min", {}, curves)}
+    *_, robust = (part for part in found["Quality and cost"] if isinstance(part, Table))
+    assert [row[:4] for row in texts(robust)] == [["90", "1", "10", "50"]] * 3
+
+
+def test_robustness_without_devices_is_of_the_score_alone() -> None:
+    frame = clocked().drop(columns=[*CLOCKED, DROPOUT]).assign(**{"federation.availability": [1.0, 1.0, 0.5]})
+    curves, keys = CURVES.assign(seconds=math.nan, joules=math.nan), [RANK, "federation.availability"]
+    found = {s.title: s.parts for s in sections(frame, keys, "held_out_loss", "min", {}, curves)}
+    *_, robust = (part for part in found["Quality and cost"] if isinstance(part, Table))
+    assert robust.caption.startswith("Robustness: held_out_loss less that of the trial with the same other values")
+    assert texts(robust) == [["+0.0000"], ["+0.0000"], ["+0.4000"]]
+
+
 def test_trials_without_devices_have_no_hours() -> None:
     curves = CURVES.assign(seconds=math.nan, joules=math.nan)
     frame = clocked().drop(columns=[*CLOCKED, DROPOUT])
