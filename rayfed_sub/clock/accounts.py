@@ -29,8 +29,8 @@ class Cost:
 def account(timeline: pd.DataFrame) -> dict[str, Any]:
     """Totals of a timeline (`TimelineRow`s) for summary.json, and the same of each class under `classes`.
 
-    seconds: end of the last round.  idle_share: of the time from a client's start to the end of a synchronous round.
-    counted_share: of the rounds that clients began and that have ended, those whose update counted.
+    seconds: end of the last round.  idle_share: of the time from a client's start to the end of a synchronous round, or
+    until it leaves.  counted_share: of the rounds that clients began and that have ended, those whose update counted.
     wasted_bytes, wasted_share, wasted_seconds: bytes, their share of all, and seconds of clients whose updates did not
     count.  joules: None where no power is known.  Of a class also: clients that took part, their rounds, those that
     counted, the share of all counted updates that is theirs (participation), and the mean staleness of these.

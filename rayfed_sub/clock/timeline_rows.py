@@ -52,7 +52,8 @@ def waited(fleet: Fleet, n: int, now: float, clients: Sequence[ClientRound]) -> 
 def timeline_row(
     fleet: Fleet, n: int, flight: Flight, outcome: str, now: float, work: Work, *, waits: bool = True
 ) -> TimelineRow:
-    """The row of a flight whose outcome is known, in round n, which ends at `now`; waits: the client waits for that."""
+    """The row of a flight whose outcome is known, in round n, which ends at `now`; waits: the client waits for that, as
+    long as it is there: one that was cut off does not, nor one whose hours end after its update has come."""
     ended = now if outcome in ("late", "stale", UNFINISHED) else flight.end
     spent = min(max(ended - flight.began - flight.download, 0.0), flight.compute)
     steps, tokens = work
@@ -67,7 +68,7 @@ def timeline_row(
         upload_seconds=flight.upload or 0.0,
         ended=ended,
         round_ended=now,
-        idle_seconds=now - ended if waits else 0.0,
+        idle_seconds=min(now, flight.until) - ended if waits else 0.0,
         outcome=outcome,
         downlink_bytes=flight.received(ended),
         uplink_bytes=flight.sent(ended),

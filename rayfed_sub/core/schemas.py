@@ -76,10 +76,11 @@ class TimelineRow:
     version: finished rounds of the server that it began from, so that its staleness is the difference; device: its
     class.  began: start of its download; download_seconds, compute_seconds, upload_seconds: what these take; ended:
     arrival of its update, or the moment at which it was given up; round_ended: end of the round; idle_seconds: from its
-    end to that of a synchronous round.  outcome: `counted`, `late` (after the deadline, or not among the first),
-    `stale` (beyond max_staleness), `offline` (its hours ended, or it broke off), `failed` or `unfinished` (when the run
-    ended).  Bytes: that had crossed by then.  steps, tokens: local steps and the tokens of their rows on average (of
-    images, their number); joules: of its training, None where the power is not known."""
+    end to that of a synchronous round, while its hours last: 0 for who has left.  outcome: `counted`, `late` (after
+    the deadline, or not among the first), `stale` (beyond max_staleness), `offline` (its hours ended, or it broke off),
+    `failed` or `unfinished` (when the run ended).  Bytes: that had crossed by then.  steps, tokens: local steps and the
+    tokens of their rows on average (of images, their number); joules: of its training, None where the power is not
+    known."""
 
     round: int
     client: int
