@@ -12,20 +12,22 @@ from rayfed_sub.reports.run_reader import Run, Runs
 
 _SHARES = 201
 """Most points of a curve over clients."""
+_DROPPED = ("late", "stale", "offline")
+"""Outcomes of clients that are in no table but the timeline, but for those under way at the run's end."""
 
 
 def clients(runs: Runs) -> Section | None:
     """Scores of clients from best to worst, and for each run their losses over rounds and their table."""
-    shown = [name for name, run in runs.items() if len(run.clients)][:DETAILED]
+    shown = [name for name, run in runs.items() if len(run.clients) or len(run.timeline)][:DETAILED]
     if not shown:
         return None
+    tables = {name: table(runs[name]) for name in shown}
+    counts = {name: count("client", len(found.rows)) for name, found in tables.items()}
     unequal = [figure for metric in ("held_out_loss", "accuracy", "micro_f1") for figure in _unequal(runs, metric)]
     details = [
         Details(
-            count("client", runs[name].clients["client"].nunique())
-            if len(runs) == 1
-            else f"{name}: {count('client', runs[name].clients['client'].nunique())}",
-            [*_spread(runs[name]), table(runs[name])],
+            counts[name] if len(runs) == 1 else f"{name}: {counts[name]}",
+            [*_spread(runs[name]), tables[name]],
             opened=len(runs) == 1,
         )
         for name in shown
@@ -35,11 +37,12 @@ def clients(runs: Runs) -> Section | None:
 
 
 def table(run: Run) -> Table:
-    """A row per client that was sampled at least once."""
+    """A row per client that was sampled at least once, of whose rounds none need have counted."""
     by_client = per_client(run)
     heads = {
-        **{"rounds": "times trained", "skipped": "skipped", "weight": "weight", "steps": "local steps"},
-        **{"up": "up (MB)", "down": "down (MB)", "loss_first": "first loss", "loss_last": "last loss"},
+        **{"rounds": "times counted", "skipped": "skipped", "dropped": "dropped", "weight": "weight"},
+        **{"steps": "local steps", "up": "up (MB)", "down": "down (MB)"},
+        **{"loss_first": "first loss", "loss_last": "last loss"},
         **{"cosine": "cosine to mean", "distance": "distance to mean", "turned": "subspace kept"},
     }
     columns = ["client", *(str(name) for name in by_client if by_client[name].notna().any())]
@@ -47,11 +50,14 @@ def table(run: Run) -> Table:
         [Cell(f"{client}", float(client)), *map(cell, values)]
         for client, *values in by_client[columns[1:]].itertuples(name=None)
     ]
-    caption = (
-        "Each client that was sampled. weight: what it counted for when it last took part, its rows or 1. Losses: "
-    )
+    caption = "Each client that was sampled. weight: what its last update counted for, such as its rows or 1"
+    caption += ", discounted by its staleness. " if run.config.federation.mode == "async" else ". "
+    if "dropped" in columns:
+        caption += "dropped: rounds that it began and whose update did not count, for it came late or not at all. "
+    if len(run.timeline):
+        caption += "up, down: of every round that it began. "
     per_label = "squared errors" if run.problem == "regression" else "in nats per label"
-    caption += f"means over its local steps, {per_label}. "
+    caption += f"local steps: of the rounds that counted. Losses: means over a round's, {per_label}. "
     if "cosine" in columns:
         caption += "cosine, distance: of its change to the cohort's mean change, over the layers and rounds looked at. "
     if {*SCORES} & {*columns}:
@@ -65,21 +71,26 @@ def per_client(run: Run) -> pd.DataFrame:
     skipped = rows["failure"].notna()
     trained = rows[~skipped].sort_values("round", kind="stable").groupby("client")
     every = rows.assign(skipped=skipped.astype("float64")).groupby("client")
+    begun = run.timeline if len(run.timeline) else rows  # the clients' table has no rows of those dropped
+    sent = begun.groupby("client")[["uplink_bytes", "downlink_bytes"]].sum() / 1e6
     found = pd.DataFrame(
         {
-            "rounds": trained.size().astype("float64"),
+            "rounds": trained.size(),
             "skipped": every["skipped"].sum(),
+            "dropped": run.timeline[run.timeline["outcome"].isin(_DROPPED)].groupby("client").size(),
             "weight": trained["weight"].last(),
             "steps": trained["steps"].sum(),
-            "up": every["uplink_bytes"].sum() / 1e6,
-            "down": every["downlink_bytes"].sum() / 1e6,
+            "up": sent["uplink_bytes"],
+            "down": sent["downlink_bytes"],
             "loss_first": trained["loss"].first(),
             "loss_last": trained["loss"].last(),
-        }
-    ).sort_index()
-    found["rounds"] = found["rounds"].fillna(0.0)
-    if not found["skipped"].any():
-        found = found.drop(columns="skipped")
+        },
+        dtype="float64",
+    )
+    found = found.set_index(found.index.astype("int64")).sort_index()  # that of no rows is of another type
+    numbers = ["rounds", "skipped", "dropped", "steps"]
+    found[numbers] = found[numbers].fillna(0.0)
+    found = found.drop(columns=[name for name in ("skipped", "dropped") if not found[name].any()])
     looked = ["cosine", "distance", "turned"]
     seen = run.client_layers[["client", *looked]].astype(dict.fromkeys(looked, "float64"))
     found = found.join(seen.groupby("client")[looked].mean())
@@ -118,7 +129,7 @@ def _spread(run: Run) -> list[Figure]:
         f"Training loss of clients ({unit(run.problem)})",
         ROUNDS,
         [Curve(0, "median", [round + 1 for round in rounds], [middle[round] for round in rounds], caption)],
-        "Median over the round's clients that were not skipped; the band holds the middle four fifths of them.",
+        "Median over the round's clients whose updates counted; the band holds the middle four fifths of them.",
     )
     band = {
         "type": "scatter",

@@ -14,7 +14,8 @@ import pytest
 from rayfed_sub.config.loading import read_yaml, yaml_text
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, ScoreRow
-from rayfed_sub.reports.clients import per_client
+from rayfed_sub.reports.clients import clients, per_client
+from rayfed_sub.reports.clients import table as clients_table
 from rayfed_sub.reports.layer_metrics import QUANTITIES, figures
 from rayfed_sub.reports.page import Cell, Details, Facts, Figure, Legend, Section, Table, Text
 from rayfed_sub.reports.report import sections, write_report
@@ -414,6 +415,31 @@ def test_each_client_has_totals_over_the_run(tmp_path: Path) -> None:
     shown = table(report(run)["Clients"])
     assert texts(shown, "client") == ["0", "1", "2"]
     assert texts(shown, "up (MB)") == ["0.16", "0.16", "0.08"]
+
+
+def test_clients_that_were_dropped_have_rows_and_bytes(tmp_path: Path) -> None:
+    """Client 0 counted once, in 3 of 4 MB; 7 never did; 8 is under way when the run ends."""
+    rows = [(0, "counted", 1e6, 2e6), (0, "late", 0, 1e6), (7, "offline", 0, 5e5), (7, "stale", 1e6, 2e6)]
+    rows += [(8, "unfinished", 0, 1e6)]
+    columns = ["client", "outcome", "uplink_bytes", "downlink_bytes"]
+    asked = ("federation.mode=async", "federation.asynchronous.buffer=1", "devices.classes={a: {seconds_per_step: 1}}")
+    one = read_run(write_run(tmp_path / "run", *asked, clients=9, sampled=1, rounds=1, diagnostics=False))
+    timeline = pd.DataFrame(rows, columns=columns).reindex(columns=list(_COLUMNS["timeline"]))
+    run = dataclasses.replace(one, clients=one.clients.assign(client=0), timeline=timeline)
+    found = per_client(run)
+    assert found.index.tolist() == [0, 7, 8]
+    assert found[["rounds", "dropped", "up", "down"]].to_numpy().tolist() == [
+        [1, 1, 1, 3],
+        [0, 2, 1, 2.5],
+        [0, 0, 0, 1],
+    ]
+    assert found.loc[7, "held_out_loss"] == run.of_clients.loc[7, "held_out_loss"]
+    assert "discounted by its staleness" in clients_table(run).caption
+    everybody = dataclasses.replace(run, clients=run.clients[:0], timeline=timeline[timeline["client"] == 7])
+    assert per_client(everybody)[["rounds", "dropped"]].to_numpy().tolist() == [[0, 2]]
+    section = clients({"run": everybody})
+    assert section is not None
+    assert [part.title for part in section.parts if isinstance(part, Details)] == ["1 client"]
 
 
 def test_spread_of_client_scores(tmp_path: Path) -> None:
