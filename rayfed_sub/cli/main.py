@@ -295,7 +295,7 @@ def retime(
     from dataclasses import replace
 
     from rayfed_sub.cli.retime_view import show, target_of
-    from rayfed_sub.reports.retiming import devices_in, retimed
+    from rayfed_sub.reports.retiming import devices_in, retimed, with_devices
     from rayfed_sub.reports.run_reader import read_run
     from rayfed_sub.reports.simulated_time import told
     from rayfed_sub.storage.remote import local_copy
@@ -306,7 +306,8 @@ def retime(
         finished(folder)
         run = read_run(folder, redacted(run_dir))
     wanted = None if target is None else target_of(run, target)
-    again = replace(run, timeline=retimed(run, asked))
+    timeline = retimed(run, asked)
+    again = replace(run, config=with_devices(run.config, asked), timeline=timeline)
     if as_json:
         typer.echo(json.dumps(told(again), indent=2))
     else:

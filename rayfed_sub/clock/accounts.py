@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,9 @@ class Cost:
     joules: float | None
 
 
-def account(timeline: pd.DataFrame) -> dict[str, Any]:
-    """Totals of a timeline (`TimelineRow`s) for summary.json, and the same of each class under `classes`.
+def account(timeline: pd.DataFrame, classes: Iterable[str] = ()) -> dict[str, Any]:
+    """Totals of a timeline (`TimelineRow`s) for summary.json, and the same of each class under `classes`.  classes: of
+    the clients, also those none of whose clients took part, which the timeline lacks.
 
     seconds: end of the last round.  idle_share: of the time from a client's start to the end of a synchronous round, or
     until it leaves.  counted_share: of the rounds that clients began and that have ended, those whose update counted.
@@ -36,7 +37,7 @@ def account(timeline: pd.DataFrame) -> dict[str, Any]:
     counted, the share of all counted updates that is theirs (participation), and the mean staleness of these.
     """
     rows = _columns(timeline)
-    names = sorted(set(rows["device"].tolist()))
+    names = sorted({*rows["device"].tolist(), *classes})
     everybody = np.ones(len(timeline), np.bool_)
     seconds = float(rows["round_ended"].max()) if len(timeline) else 0.0
     by_class = {str(name): _of_class(rows, rows["device"] == name) for name in names}

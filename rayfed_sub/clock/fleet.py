@@ -79,6 +79,11 @@ class Fleet:
         """Whether clients may leave a round, by their hours or by drop-out."""
         return bool(self.windows.limited.any()) or any(device.dropout for device in self.devices)
 
+    @property
+    def present(self) -> list[str]:
+        """Names of the classes that clients have."""
+        return [self.names[kind] for kind in np.unique(self.classes)]
+
     def stays(self, client: int, n: int, start: int = 0) -> float:
         """Share of its download and training after which the client breaks off what it begins with draw `start` of
         round n; infinite for one that does not."""

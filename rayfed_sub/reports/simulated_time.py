@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rayfed_sub.clock.accounts import Cost, account, best_within, cost_at, cost_to, costs
+from rayfed_sub.clock.fleet import fleet_of
 from rayfed_sub.core.text import LOWER, SCORES, number, score
 from rayfed_sub.reports.curves import AGAINST_BYTES, Axis, Curve, legend, overall, overlay, problem, shown_scores
 from rayfed_sub.reports.page import Cell, Figure, Section, Table, cell
@@ -77,19 +78,30 @@ def _shares(found: dict[str, Any]) -> list[Cell]:
 def _classes(runs: Runs, metrics: Sequence[str]) -> Table:
     """Participation, waiting, waste and the clients' own scores by class."""
     shown = [metric for metric in metrics if any(metric in run.of_clients for run in runs.values())]
+    traced = any(run.config.devices.trace is not None for run in runs.values())
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():
-        device_of = run.timeline.groupby("client")["device"].first()
-        for kind, found in account(run.timeline)["classes"].items():
+        device_of = _devices_of(run)
+        kinds = {*device_of.values(), *(run.summary.get("simulated") or {}).get("classes", ())}
+        for kind, found in account(run.timeline, kinds)["classes"].items():
             own = run.of_clients[run.of_clients.index.map(device_of.get) == kind]
             means = [float(own[metric].mean()) if metric in own and len(own) else None for metric in shown]
-            taken = (found["clients"], found["rounds"], 100 * found["participation"], found["staleness"])
+            stale = found["staleness"] if found["counted"] else None
+            taken = (found["clients"], found["rounds"], 100 * found["participation"], stale)
             rows.append([name, kind, *map(cell, taken), *_shares(found), *map(cell, means)])
     heads = ["run", "devices", "clients", "rounds begun", "of all updates (%)", "staleness", *_SHARES]
-    caption = (
-        "By class of devices; staleness: mean over the updates that counted. Scores: means over the class's clients."
-    )
+    caption = "By class of devices. clients: that took part; staleness: mean over the updates that counted. "
+    whose = "class's clients, of a trace's over those that took part" if traced else "class's clients"
+    caption += f"Scores: means over the {whose}."
     return Table(caption, [*heads, *(score(metric).partition(" (")[0] for metric in shown)], rows)
+
+
+def _devices_of(run: Run) -> Mapping[int, str]:
+    """The class of each client; of a trace, whose file may be gone, those of the clients that began a round."""
+    fleet = fleet_of(run.config) if run.config.devices.trace is None else None
+    if fleet is None:
+        return {int(client): str(device) for client, device in run.timeline[["client", "device"]].to_numpy()}
+    return {client: fleet.name_of(client) for client in range(len(fleet.classes))}
 
 
 _BUDGETS: tuple[tuple[str, float, Callable[[Cost], float]], ...] = (
@@ -158,4 +170,4 @@ def told(run: Run) -> dict[str, Any]:
         evaluations.append(
             {"rounds": int(rounds), "seconds": cost.seconds, "bytes": cost.bytes, "joules": cost.joules, **scores}
         )
-    return {**account(run.timeline), "evaluations": evaluations}
+    return {**account(run.timeline, _devices_of(run).values()), "evaluations": evaluations}

@@ -308,7 +308,7 @@ def _summary(
         best=best,
         one_at_a_time=job.architecture.one_at_a_time,
         start_from=None if start is None else asdict(start),
-        simulated=folder.simulated(),
+        simulated=folder.simulated(() if job.fleet is None else job.fleet.present),
         gpu_memory={f"{one.process[0]} {one.process[1]}": asdict(one.gpu) for one in samples if one.gpu is not None},
         folder=folder.place.display_name(),
     )

@@ -12,7 +12,7 @@ tables have every round of the newest checkpoint; later rounds are cut off when 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -142,10 +142,10 @@ class RunFolder:
         taken = (rows.filter(compute.is_null(rows["failure"]))["round"] for rows in self._tables["clients"].rows())
         return {round for rounds in taken for round in compute.unique(rounds).to_pylist()}
 
-    def simulated(self) -> dict[str, Any] | None:
-        """The account of the timeline; None for a run without devices."""
+    def simulated(self, classes: Iterable[str]) -> dict[str, Any] | None:
+        """The account of the timeline, by these classes of devices; None for a run without devices."""
         rows = self._all("timeline")
-        return account(rows.to_pandas()) if rows.num_rows else None
+        return account(rows.to_pandas(), classes) if rows.num_rows else None
 
     def diagnosed_rounds(self, most: int) -> list[tuple[tuple[CohortLayer, ...], tuple[ClientLayer, ...]]]:
         """Diagnostics of the newest diagnosed rounds, at most so many, in order."""

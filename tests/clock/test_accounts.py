@@ -54,6 +54,15 @@ def test_clients_under_way_at_the_end_count_in_the_last_round() -> None:
     assert found["counted_share"] == 3 / 4
 
 
+def test_class_whose_clients_took_no_part_has_a_row() -> None:
+    found = account(TIMELINE, ["fast", "idle"])
+    assert list(found["classes"]) == ["fast", "idle", "slow"]
+    idle = found["classes"]["idle"]
+    assert {idle[name] for name in ("clients", "rounds", "counted", "participation", "staleness", "idle_share")} == {0}
+    assert idle["joules"] is None
+    assert {**found, "classes": None} == {**account(TIMELINE), "classes": None}
+
+
 def test_account_of_nothing() -> None:
     assert account(TIMELINE[:0])["seconds"] == 0.0
 

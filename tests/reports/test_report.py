@@ -11,15 +11,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from rayfed_sub.clock.fleet import fleet_of
 from rayfed_sub.config.loading import read_yaml, yaml_text
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, ScoreRow
 from rayfed_sub.reports.clients import clients, per_client
 from rayfed_sub.reports.clients import table as clients_table
 from rayfed_sub.reports.layer_metrics import QUANTITIES, figures
-from rayfed_sub.reports.page import Cell, Details, Facts, Figure, Legend, Section, Table, Text
+from rayfed_sub.reports.page import Cell, Details, Facts, Figure, Legend, Section, Table, Text, cell
 from rayfed_sub.reports.report import sections, write_report
 from rayfed_sub.reports.run_reader import _COLUMNS, Run, named, read_run
+from rayfed_sub.reports.simulated_time import simulated_time, told
 from rayfed_sub.reports.timeline import bars, clocked
 from rayfed_sub.telemetry.events import Summary
 from tests.helpers.browser import Outline
@@ -452,6 +454,31 @@ def test_spread_of_client_scores(tmp_path: Path) -> None:
     losses = run.clients[run.clients["round"] == 0]["loss"]
     assert middle["y"][0] == pytest.approx(losses.median(), rel=1e-3)
     assert (band["y"][0], band["y"][-1]) == pytest.approx((losses.quantile(0.9), losses.quantile(0.1)), rel=1e-3)
+
+
+def test_class_that_never_took_part_is_told_with_its_scores(tmp_path: Path) -> None:
+    classes = "devices.classes={fast: {seconds_per_step: 1}, slow: {seconds_per_step: 9, hours: [[12, 13]]}}"
+    one = read_run(write_run(tmp_path / "run", classes, clients=4))
+    fleet = fleet_of(one.config)
+    assert fleet is not None
+    slow = [client for client in range(4) if fleet.name_of(client) == "slow"]
+    row = {"round": 0, "version": 0, "client": ({*range(4)} - {*slow}).pop(), "device": "fast", "outcome": "counted"}
+    numbers = dict.fromkeys(_COLUMNS["timeline"], 1.0)
+    run = dataclasses.replace(one, timeline=pd.DataFrame([{**numbers, **row}]))
+    section = simulated_time({"run": run})
+    assert section is not None
+    (found,) = (part for part in section.parts if isinstance(part, Table) and part.columns[1] == "devices")
+    assert texts(found, "devices") == ["fast", "slow"]
+    assert (texts(found, "clients"), texts(found, "of all updates (%)")) == (["1", "0"], ["100", "0"])
+    assert found.rows[1][found.columns.index("held-out loss")] == cell(run.of_clients.loc[slow, "held_out_loss"].mean())
+    assert told(run)["classes"]["slow"]["participation"] == 0
+    devices = run.config.devices.model_copy(update={"trace": "gone.csv"})
+    summary = {"simulated": {"classes": {"fast": {}, "slow": {}}}}
+    traced = dataclasses.replace(run, config=run.config.model_copy(update={"devices": devices}), summary=summary)
+    section = simulated_time({"run": traced})
+    assert section is not None
+    (found,) = (part for part in section.parts if isinstance(part, Table) and part.columns[1] == "devices")
+    assert (texts(found, "devices"), texts(found, "held-out loss")[1]) == (["fast", "slow"], "-")
 
 
 # --- workers, memory, failures
