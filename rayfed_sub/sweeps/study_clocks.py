@@ -15,7 +15,7 @@ from rayfed_sub.reports.retiming import retimed
 from rayfed_sub.reports.run_reader import read_run
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.sweeps.study import Study, StudyTrial
-from rayfed_sub.sweeps.study_tables import interpolated, mean_and_deviation, megabytes, read_rows, study_table
+from rayfed_sub.sweeps.study_tables import interpolated, mean_and_deviation, megabytes, of_all, read_rows, study_table
 
 COLUMNS = ("mix", "variant", "seed", "rounds", "held_out_loss", "bytes", "seconds", "joules", "idle_share")
 Rows = Sequence[Mapping[str, str]]
@@ -97,8 +97,9 @@ def markdown(study: Study, rows: Rows) -> list[str]:
             if energy:
                 joules = statistics.fmean(run[-1][3] for run in found)
                 cells.append("-" if math.isnan(joules) else f"{joules / 1e3:.3g}")
-            idle = [float(row["idle_share"]) for row in rows if (row["mix"], row["variant"]) == (mix, variant)]
-            cells += [f"{statistics.fmean(idle):.0%}", f"{len(found)} of {len(study.seeds)}"]
+            own = [row for row in rows if (row["mix"], row["variant"]) == (mix, variant)]
+            idle = {row["seed"]: float(row["idle_share"]) for row in own}  # of the whole run, in each of its rows
+            cells += [f"{statistics.fmean(idle.values()):.0%}", f"{len(found)} of {len(study.seeds)}"]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -117,8 +118,8 @@ def _to_target(runs: Sequence[Sequence[tuple[float, float, float, float]]], targ
     known = [point for point in reached if point is not None]
     if not known:
         return ["not reached", "-"]
-    some = "" if len(known) == len(runs) else f" ({len(known)} of {len(runs)})"
-    return [_hours([point[0] for point in known]) + some, megabytes(statistics.fmean(point[2] for point in known))]
+    cells = [_hours([point[0] for point in known]), megabytes(statistics.fmean(point[2] for point in known))]
+    return [f"{one}{of_all(len(known), len(runs))}" for one in cells]
 
 
 def _hours(seconds: Sequence[float]) -> str:

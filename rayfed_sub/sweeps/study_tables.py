@@ -97,7 +97,8 @@ def study_table(study: Study) -> list[str]:
 
 
 def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[Mapping[str, str]]) -> list[str]:
-    """The study's table: mean ± standard deviation over seeds, from the cells of its two CSV files.
+    """The study's table: mean ± standard deviation over seeds, from the cells of its two CSV files.  A score that
+    some seeds have not, for it is not defined there, is the mean of the others and says of how many.
 
     The column of equal bytes is the held-out loss after the total traffic (up and down, all clients) of the variant
     `equal_bytes`, interpolated between evaluated rounds.  For methods that send less it is the last loss; "-" marks a
@@ -119,7 +120,9 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
             lines.append("| " + " | ".join([variant, *[why] * (len(columns) - 2), runs]) + " |")
             continue
         cells = [variant, *([edged(study.tune, finished[0]["value"])] if study.tune else [])]
-        cells += [mean_and_deviation([float(row[name]) for row in finished if row.get(name)]) for name in shown]
+        for name in shown:
+            values = [float(row[name]) for row in finished if row.get(name)]
+            cells.append(f"{mean_and_deviation(values)}{of_all(len(values), len(finished))}")
         if limit:
             curve = [point for point in _of(curves, variant) if point["tuning"] == "False"]
             ends = [[point for point in curve if point["seed"] == row["seed"]] for row in finished]
@@ -199,6 +202,15 @@ def mean_and_deviation(values: Sequence[float]) -> str:
         return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def of_all(known: int, seeds: int) -> str:
+    """Behind a mean that some seeds lack, of how many it is.
+
+    >>> of_all(3, 3), of_all(2, 3), of_all(0, 3)
+    ('', ' (2 of 3)', '')
+    """
+    return f" ({known} of {seeds})" if 0 < known < seeds else ""
 
 
 def megabytes(count: float) -> str:

@@ -271,6 +271,20 @@ def test_table_has_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path: Pa
     assert fourth == "| d | not run | not run | not run | not run | not run | 0 of 2 |"
 
 
+def test_score_that_some_seeds_lack_says_of_how_many_it_is(tmp_path: Path) -> None:
+    read = load_study(written(tmp_path, f"{BASE.replace('[0]', '[0, 1, 2]')}variants: {{a: [], b: []}}\n"))
+    empty = {**dict.fromkeys(study_tables.COLUMNS, ""), "tuning": "False", "uplink_bytes": "0", "downlink_bytes": "0"}
+    scores = [("a", ("0.5", "", "0.7")), ("b", ("", "", ""))]
+    rows = [
+        {**empty, "variant": variant, "seed": f"{seed}", "held_out_loss": "1.0", "matthews": value}
+        for variant, values in scores
+        for seed, value in enumerate(values)
+    ]
+    _, _, a, b = study_tables.markdown(read, rows, [])
+    assert a == "| a | 1.000 ± 0.000 | 0.600 ± 0.141 (2 of 3) | 0 | 0 | 3 of 3 |"  # sqrt(2 * 0.1 ** 2)
+    assert b == "| b | 1.000 ± 0.000 |  | 0 | 0 | 3 of 3 |"
+
+
 # --- simulated time
 
 MIXES = (
@@ -295,7 +309,10 @@ def test_table_of_hours_by_hand(tmp_path: Path) -> None:
     points += rows("b", 0, (0, 4.0, 0), (1, 3.0, 8), (4, 1.5, 32))
     head, _, first, second = study_clocks.markdown(read, points)
     assert head == "| devices | variant | hours | loss in the hours of a | hours to 2.4 | MB to 2.4 | idle | runs |"
-    assert first == "| phones | a | 2 ± 0 | 2.500 ± 0.141 | 2 (1 of 2) | 2 | 25% | 2 of 2 |"
+    assert first == "| phones | a | 2 ± 0 | 2.500 ± 0.141 | 2 (1 of 2) | 2 (1 of 2) | 25% | 2 of 2 |"
+    shorter = [*points[:1], *points[2:]]  # seed 0 was evaluated once less, and counts as much
+    waits = [{**point, "idle_share": "0.75"} if point["seed"] == "0" else point for point in shorter]
+    assert study_clocks.markdown(read, waits)[2].split(" | ")[6] == "50%"
     known = [{**point, "joules": "1500"} if point["variant"] == "a" else point for point in points]
     energies = [line.split(" | ")[6] for line in study_clocks.markdown(read, known)]
     assert [energies[0], *energies[2:]] == ["kJ", "1.5", "-"]
