@@ -187,8 +187,9 @@ def counted_trials(study: Study, variant: str, more: Sequence[str], value: Any) 
 
 
 def check_trials(study: Study, more: Sequence[str]) -> None:
-    """UserError for a run whose configuration is not valid; more: overrides of all runs."""
-    base = read_yaml(study.base)
+    """UserError for a run whose configuration is not valid, and for keys of a table of hours that no run is in; more:
+    overrides of all runs."""
+    base, timed = read_yaml(study.base), set[str]()
     for variant in study.variants:
         value = study.tune.values[0] if study.tune else None
         for trial in (*tuning_trials(study, variant, more), *counted_trials(study, variant, more, value)):
@@ -197,6 +198,13 @@ def check_trials(study: Study, more: Sequence[str]) -> None:
             build_hook(config.hook)
             if study.mixes and not trial.tuning:
                 _check_mixes(study, trial, config)
+            if study.mixes or (config.devices.classes and not trial.tuning):
+                timed.add(variant)
+    advice = "give its runs devices.classes, or the study mixes; or remove it"
+    if study.target is not None and not timed:
+        raise UserError("study.target", study.target, "null in a study without devices, which has no hours", advice)
+    if study.equal_hours is not None and study.equal_hours not in timed:
+        raise UserError("study.equal_hours", study.equal_hours, "a variant with devices, whose hours are known", advice)
 
 
 def _check_mixes(study: Study, trial: StudyTrial, config: Config) -> None:

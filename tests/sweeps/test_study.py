@@ -54,6 +54,7 @@ def test_every_run_of_a_study_has_a_configuration(file: Path) -> None:
             assert config.seed == trial.seed
             assert (config.evaluation.split == "validation") == trial.tuning
             folders.append(trial.folder)
+    check_trials(read, ["task.path=x.parquet"])
     assert len(set(folders)) == len(folders)
 
 
@@ -335,6 +336,13 @@ def test_finished_runs_are_told_again_for_every_mix(tmp_path: Path) -> None:
     assert len(study_clocks.clock_table(read)) == 2 + 2
 
 
+def test_budget_of_hours_needs_devices_of_its_variant(tmp_path: Path) -> None:
+    variants = "{v: [], w: ['devices.classes={a: {seconds_per_step: 1}}']}\ntarget: 2.5\n"
+    check_trials(load_study(written(tmp_path, f"{BASE}variants: {variants}equal_hours: w\n")), [])
+    with pytest.raises(UserError, match=r"study.equal_hours: got 'v'; allowed: a variant with devices"):
+        check_trials(load_study(written(tmp_path, f"{BASE}variants: {variants}equal_hours: v\n")), [])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -350,6 +358,8 @@ def test_finished_runs_are_told_again_for_every_mix(tmp_path: Path) -> None:
             r"study.mixes: got \['x'\]; allowed: nothing with v, whose training depends on devices of its own",
         ),
         ("equal_hours: w", "study.equal_hours: got 'w'; allowed: a variant of s: v"),
+        ("target: 2.5", "study.target: got 2.5; allowed: null in a study without devices, which has no hours; give"),
+        ("equal_hours: v", "study.equal_hours: got 'v'; allowed: a variant with devices, whose hours are known; give"),
     ],
 )
 def test_error_in_mixes_is_one_line(tmp_path: Path, text: str, message: str) -> None:
