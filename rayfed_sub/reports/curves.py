@@ -134,9 +134,10 @@ def _against_bytes(runs: Runs, metric: str) -> list[Figure]:
 
 
 def sent(run: Run) -> pd.Series[float]:
-    """Bytes up and down by number of finished rounds."""
-    total = (run.rounds["uplink_bytes"] + run.rounds["downlink_bytes"]).astype("float64").cumsum()
-    return pd.Series(total.to_numpy(), index=run.rounds["round"].to_numpy("int64") + 1)
+    """Bytes up and down by number of finished rounds, at the end with those of clients under way."""
+    total = (run.rounds["uplink_bytes"] + run.rounds["downlink_bytes"]).astype("float64").cumsum().to_numpy(copy=True)
+    total[-1:] = run.sent("uplink_bytes") + run.sent("downlink_bytes")
+    return pd.Series(total, index=run.rounds["round"].to_numpy("int64") + 1)
 
 
 def _classes(runs: Runs) -> list[Details]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from rayfed_sub.config.loading import flat
-from rayfed_sub.config.schema import GIVEN, Config
+from rayfed_sub.config.schema import GIVEN, Config, Federation
 from rayfed_sub.core.text import (
     UNREAD,
     best_in_words,
@@ -48,7 +48,6 @@ def state(run: Run) -> str:
 
 def _facts(run: Run) -> dict[str, str]:
     config, federation = run.config, run.config.federation
-    cohort = f", {federation.cohort:,} in a round" if federation.cohort != federation.clients else ""
     found = {"state": state(run)}
     scores = all_scores({run.config.name: run})
     for metric in scores:
@@ -66,7 +65,7 @@ def _facts(run: Run) -> dict[str, str]:
         **({"begins from": start_in_words(start)} if (start := run.summary.get("start_from")) else {}),
         "task": _CALL if config.task.name == GIVEN else config.task.name,
         **_rows(run),
-        "clients": f"{federation.clients:,}{cohort}",
+        "clients": f"{federation.clients:,}{_cohort(federation)}",
         **({"packs": "of one client"} if run.summary.get("one_at_a_time") else {}),
         "local steps": _steps(run),
         "partition": _CALL if config.task.name == GIVEN else federation.partition.kind,
@@ -114,6 +113,16 @@ def _method(run: Run) -> str:
     return run.method if rank is None else f"{run.method}, rank {rank}"
 
 
+def _cohort(federation: Federation) -> str:
+    """How many of the clients take part at a time; nothing where all do."""
+    if federation.cohort == federation.clients:
+        return ""
+    if federation.mode == "async":
+        return f", {federation.cohort:,} under way at a time"
+    more = f" of the {federation.drawn:,} that begin it" if federation.drawn > federation.cohort else ""
+    return f", {federation.cohort:,} in a round{more}"
+
+
 def _steps(run: Run) -> str:
     steps = run.config.federation.model_dump(mode="json")["local_steps"]
     if isinstance(steps, dict):
@@ -146,7 +155,7 @@ def _table(runs: Runs) -> Table:
         "state",
         "rounds",
     ]
-    heads += ["clients", "in a round", "local steps", "seed", "rows cut", "rows dropped", "weights"]
+    heads += ["clients", "at a time", "local steps", "seed", "rows cut", "rows dropped", "weights"]
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():
         federation, rank = run.config.federation, run.config.method.get("rank")

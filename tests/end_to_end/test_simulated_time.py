@@ -20,6 +20,7 @@ from rayfed_sub.core.types import Broadcast, Client, ClientState, ModelShape, St
 from rayfed_sub.methods.fedavg import FedAvg
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.plan import plan_of
+from rayfed_sub.reports.clients import per_client
 from rayfed_sub.reports.page import Table, cell
 from rayfed_sub.reports.retiming import retimed
 from rayfed_sub.reports.run_reader import read_run
@@ -268,6 +269,8 @@ def test_clients_under_way_at_the_end_are_in_the_totals(buffered: Summary) -> No
     for way, total in {"uplink_bytes": buffered.uplink_bytes, "downlink_bytes": buffered.downlink_bytes}.items():
         assert total == timeline[way].sum() == rounds[way].sum() + left[way].sum()
         assert total == read_run(Path(buffered.folder)).sent(way)
+    by_client = per_client(read_run(Path(buffered.folder)))
+    assert 1e6 * float(by_client["up"].sum()) == pytest.approx(buffered.uplink_bytes)
     assert buffered.simulated is not None
     dropped = timeline[timeline["outcome"] != "counted"]
     assert buffered.simulated["wasted_bytes"] == dropped["uplink_bytes"].sum() + dropped["downlink_bytes"].sum() > 0

@@ -17,6 +17,7 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import ClientLayer, ClientRow, CohortLayer, PackRow, RoundRow, ScoreRow
 from rayfed_sub.reports.clients import clients, per_client
 from rayfed_sub.reports.clients import table as clients_table
+from rayfed_sub.reports.curves import sent
 from rayfed_sub.reports.layer_metrics import QUANTITIES, figures
 from rayfed_sub.reports.page import Cell, Details, Facts, Figure, Legend, Section, Table, Text, cell
 from rayfed_sub.reports.report import sections, write_report
@@ -253,6 +254,33 @@ def test_scores_over_rounds_and_against_bytes(tmp_path: Path) -> None:
     assert sent.data[0]["x"] == pytest.approx([0, 2 * 0.24 + 0.96, 4 * 0.24 + 3 * 0.96, 5 * 0.24 + 4 * 0.96])
     assert sent.layout["xaxis"].get("type") is None
     assert not any(isinstance(part, Legend) for part in found["Quality over rounds"])
+
+
+def test_bytes_under_way_at_the_end_are_in_the_last_point(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", rounds=2, clients=6))
+    left = {"round": 2, "outcome": "unfinished", "uplink_bytes": 1e6, "downlink_bytes": 5e5}
+    run = dataclasses.replace(run, timeline=pd.DataFrame([left]).reindex(columns=list(_COLUMNS["timeline"])))
+    assert sent(run).tolist() == pytest.approx([0.24e6, 2 * 0.24e6 + 0.96e6 + 1.5e6])
+    assert sent(dataclasses.replace(run, rounds=run.rounds[:0])).empty
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ((), "6"),
+        (("federation.sampled=3",), "6, 3 in a round"),
+        (("federation.sampled=3", "federation.over_selection=1.5"), "6, 3 in a round of the 5 that begin it"),
+        (
+            ("federation.sampled=3", "federation.mode=async", "federation.asynchronous.buffer=2"),
+            "6, 3 under way at a time",
+        ),
+    ],
+)
+def test_clients_at_a_time_are_told_as_the_mode_has_them(asked: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    devices = "devices.classes={a: {seconds_per_step: 1}}"
+    (facts,) = report(read_run(write_run(tmp_path / "run", devices, *asked, diagnostics=False)))["Result"]
+    assert isinstance(facts, Facts)
+    assert facts.pairs["clients"] == words
 
 
 def test_widely_spread_bytes_use_a_logarithmic_axis(tmp_path: Path) -> None:
