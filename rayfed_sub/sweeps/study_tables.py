@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,8 +135,8 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
 
 
 def paired(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) -> tuple[list[float], float]:
-    """Differences of `one`'s score less `other`'s, by common seed, and the ratio of their means over these seeds.
-    Raises UserError where they have no seed in common."""
+    """Differences of `one`'s score less `other`'s, by common seed, and the ratio of their means over these seeds, NaN
+    where that is by 0.  Raises UserError where they have no seed in common."""
     ours, theirs = (
         {row["seed"]: float(row[score]) for row in _of(rows, variant) if row["tuning"] == "False" and row.get(score)}
         for variant in (one, other)
@@ -143,7 +144,8 @@ def paired(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) 
     seeds = sorted(ours.keys() & theirs.keys(), key=int)
     if not seeds:
         raise UserError("--against", one, f"a variant that has a seed with {score} in common with {other}", "run both")
-    ratio = sum(ours[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds)
+    base = sum(theirs[seed] for seed in seeds)
+    ratio = sum(ours[seed] for seed in seeds) / base if base else math.nan
     return [ours[seed] - theirs[seed] for seed in seeds], ratio
 
 
@@ -158,10 +160,17 @@ def differences(study: Study, rows: Sequence[Mapping[str, str]], one: str) -> li
     for other in study.variants:
         if other == one or not _of(whole, other):
             continue
-        found = [paired(whole, one, other, name) for name in shown]
-        cells = [f"{', '.join(f'{difference:+.3f}' for difference in diffs)}; {ratio:.2f}x" for diffs, ratio in found]
-        lines.append("| " + " | ".join([other, *cells]) + " |")
+        lines.append("| " + " | ".join([other, *(_difference(whole, one, other, name) for name in shown)]) + " |")
     return lines
+
+
+def _difference(rows: Sequence[Mapping[str, str]], one: str, other: str, score: str) -> str:
+    """A cell of `differences`; empty for a score that `other` has not."""
+    if not any(row.get(score) for row in _of(rows, other)):
+        return ""
+    diffs, ratio = paired(rows, one, other, score)
+    times = "" if math.isnan(ratio) else f"; {ratio:.2f}x"
+    return f"{', '.join(f'{difference:+.3f}' for difference in diffs)}{times}"
 
 
 def edged(tune: Tune, value: str) -> str:

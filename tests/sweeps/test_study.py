@@ -230,6 +230,17 @@ def test_difference_uses_common_seeds() -> None:
         study_tables.paired(rows, "a", "c", "held_out_loss")
 
 
+def test_differences_of_scores_that_are_0_or_not_there(tmp_path: Path) -> None:
+    """A ratio to 0 is left out, and so is a score that the other variant has not."""
+    read = load_study(written(tmp_path, f"{BASE}variants: {{a: [], b: []}}\n"))
+    empty = {**dict.fromkeys(study_tables.COLUMNS, ""), "tuning": "False", "seed": "0"}
+    rows = [
+        {**empty, "variant": "a", "held_out_loss": "1.0", "matthews": "0.5", "pearson": "0.5"},
+        {**empty, "variant": "b", "held_out_loss": "2.0", "matthews": "0.0"},
+    ]
+    assert study_tables.differences(read, rows, "a")[2:] == ["| b | -1.000; 0.50x | +0.500 |  |"]
+
+
 def test_loss_at_equal_bytes_is_interpolated_between_evaluated_rounds() -> None:
     curve = [{"bytes": str(sent), "held_out_loss": str(loss)} for sent, loss in ((0, 4.0), (100, 3.0), (300, 2.0))]
     assert study_tables._loss_at(curve, 150) == pytest.approx(3.0 - 50 / 200)
