@@ -50,10 +50,13 @@ class Written(Record):
         "is told again for each of them, for a table of hours.",
     )
     target: float | None = Field(
-        default=None, description="Held-out loss: the table of hours has what it takes to reach it."
+        default=None,
+        description="Held-out loss: the table of hours has what it takes to reach it; needs mixes or devices.",
     )
     equal_hours: str | None = Field(
-        default=None, description="Variant whose simulated time is the budget of a column of the table of hours."
+        default=None,
+        description="Variant whose simulated time is the budget of a column of the table of hours; it needs mixes "
+        "or devices.",
     )
     results: Path = Field(default=Path(), description="Folder of the CSV files; by default that of the study's file.")
 
