@@ -37,7 +37,7 @@ from rayfed_sub.data.tokenization import Cuts
 
 log = logging.getLogger(__name__)
 
-_FORM = 2  # of what lies in a folder; a change of reading, order or tokenization is one, too
+_FORM = 3  # of what lies in a folder; a change of reading, order or tokenization is one, too
 _LARGE = 2**25  # bytes of files from which on their rows are kept
 _AT_ONCE = 2**22  # rows or tokens written at a time
 _META, _NEW = "rows.json", "new-"

@@ -34,6 +34,7 @@ NOBODY = "none of the labels"
 
 _FIELD = "task.label"
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_MISSING = {"-1", "-1.0"}
 _TRUTHS = {"0": 0, "1": 1, "false": 0, "true": 1}
 
 Floats = NDArray[np.float32]
@@ -57,12 +58,12 @@ class LabelColumn:
         return self.labels.renamed(list(_groups(self, used)))
 
 
-def read_labels(table: Table, task: Task, known: Sequence[str] = ()) -> LabelColumn:
-    """The labels of the rows, as task.label and task.problem ask for them.
+def read_labels(table: Table, task: Task, splits: Labels, known: Sequence[str] = ()) -> LabelColumn:
+    """The labels of the rows, as task.label and task.problem ask for them.  splits: of each row.
 
     known: names of classes that the column has numbers of.  What the cells say is said in a warning where task.problem
-    is null and they are no classes.  Raises UserError (task.label, task.problem) for cells that do not fit the problem,
-    or not each other.
+    is null and they are no classes.  -1 is no label where it cannot be one (`_labelled`).  Raises UserError
+    (task.label, task.problem) for cells that do not fit the problem, or not each other.
     """
     if len(task.labels) > 1:
         return _of_columns(table, task)
@@ -70,6 +71,8 @@ def read_labels(table: Table, task: Task, known: Sequence[str] = ()) -> LabelCol
     texts = Labels.of(table.labels(_FIELD, column))
     forms = {name: _form(name) for name in texts.used if name}
     problem = task.problem or _detected(table, column, forms)
+    texts = _labelled(texts, splits, problem)
+    forms = {name: forms[name] for name in texts.used if name}
     if problem == "classification":
         _check(table, task, forms, lambda name: not name.startswith(MARK), "text, whole numbers, true or false")
         labels = classes(texts)
@@ -87,6 +90,31 @@ def read_labels(table: Table, task: Task, known: Sequence[str] = ()) -> LabelCol
         what = "numbers with a fraction" if problem == "regression" else f"lists of {len(found.names)} labels"
         log.warning("task.label: %s holds %s: task.problem=%s", column, what, problem)
     return found
+
+
+def untrained(found: LabelColumn, trained: NDArray[np.bool_]) -> list[str]:
+    """The classes, or labels, that none of the rows `trained`, (rows,), has."""
+    used = [name for name in found.labels.take(np.flatnonzero(trained)).used if name]
+    there = {label for name in used for label in (json.loads(name) if found.problem == "multi-label" else [name])}
+    return [name for name in found.names if name not in there]
+
+
+def _labelled(texts: Labels, splits: Labels, problem: Problem) -> Labels:
+    """The labels, "" in place of -1, or of a list of nothing else, where that says that there is none, as in GLUE's
+    test rows: where no training row has it and all other labels are numbers from 0 on; of a regression, whose
+    numbers are any, where official splits have nothing else and no other number is below 0."""
+    parts = {name: _listed(name) or [name.removeprefix(MARK)] for name in texts.used if name}
+    missing = {name for name, own in parts.items() if set(own) <= _MISSING}
+    rest = [one for name in parts.keys() - missing for one in parts[name]]
+    if not missing or any(not _finite(one) or _number(one) < 0 for one in rest):
+        return texts
+    by_split = {split: set(texts.take(np.flatnonzero(splits.are(split))).used) - {""} for split in splits.used}
+    mixed = by_split.get("train", set())
+    if problem == "regression":
+        mixed = mixed.union(*(own for own in by_split.values() if not own <= missing))
+    if missing & mixed:
+        return texts
+    return texts.renamed(["" if name in missing else name for name in texts.names])
 
 
 def targets(problem: str, answers: Sequence[str], names: Sequence[str]) -> NDArray[Any]:

@@ -20,7 +20,7 @@ from rayfed_sub.data.chats import Chats, read_chats
 from rayfed_sub.data.client_keys import clients_of, partitioned_by
 from rayfed_sub.data.columns import Labels, TextWriter, taken
 from rayfed_sub.data.images import as_png, digest, encoded, opened
-from rayfed_sub.data.labels import LabelColumn, read_labels
+from rayfed_sub.data.labels import LabelColumn, read_labels, untrained
 from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Pairs, Span, Spans
 from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.sources import SPLITS
@@ -42,7 +42,7 @@ _PAIRS = (
 )
 """Names that columns of pairs of texts usually have."""
 
-_NAMED = 3  # broken images named in a warning
+_NAMED = 3  # broken images, or labels, named in a warning
 
 
 def table_pairs(
@@ -86,9 +86,10 @@ def table_pairs(
             raise UserError("task.path", task.path, allowed, "give another file, or set task.name=table")
 
     pictures = _images(table, task.image) if task.image is not None else _Pictures([], [], [])
-    found = read_labels(table, task, known.class_names if known else ()) if task.labels else None
+    splits = splits_of(table, task)
+    found = read_labels(table, task, splits, known.class_names if known else ()) if task.labels else None
     labels = None if found is None else found.labels
-    keys, splits = _owners(table, task, key, federation, found)
+    keys, splits = _owners(table, task, key, federation, found, splits)
     tidy = bool(known and known.tidy)
     if task.image is not None:
         texts: Iterator[_Text] = ((question, "", ()) for question in pictures.digests)
@@ -111,7 +112,7 @@ def table_pairs(
             answers.add(answer)
             spans.extend(chain.from_iterable(places))
     _check_full(task, full, broken=pictures.digests.count(""))
-    _check_splits(task, splits, full)
+    _check_splits(task, splits, full, found)
     kept = np.flatnonzero(full & used)
     asked, said, splits = questions.done(), answers.done(), splits.take(kept).compact()
     files = table.of_parts(lambda part: part.place).take(kept)
@@ -138,10 +139,15 @@ def _read(task: Task, federation: Federation | None, given: Callable[[Wanted], T
 
 
 def _owners(
-    table: Table, task: Task, key: str | None, federation: Federation | None, labels: LabelColumn | None
+    table: Table,
+    task: Task,
+    key: str | None,
+    federation: Federation | None,
+    labels: LabelColumn | None,
+    splits: Labels,
 ) -> tuple[Labels, Labels]:
-    """Each row's key, "" where it has none, and its split; _ANYBODY where the task has no keys."""
-    splits = splits_of(table, task)
+    """Each row's key, "" where it has none, and its split, which the partition may change; _ANYBODY where the task has
+    no keys."""
     if federation is not None and federation.partition.kind in BY_SOURCE:
         keys, own = clients_of(table, federation.partition, federation.clients, splits)
         return Labels.of(keys), Labels.of(own)
@@ -191,13 +197,16 @@ def _check_full(task: Task, full: NDArray[np.bool_], broken: int) -> None:
         log.warning("task.path: %s of %s rows have no %s or key; dropped", f"{missing:,}", f"{len(full):,}", what)
 
 
-def _check_splits(task: Task, splits: Labels, full: NDArray[np.bool_]) -> None:
-    """UserError for a split none of whose rows is complete."""
+def _check_splits(task: Task, splits: Labels, full: NDArray[np.bool_], found: LabelColumn | None) -> None:
+    """UserError for a split none of whose rows is complete; a warning of labels that no training row has."""
     used = splits.take(np.flatnonzero(full)).used
     for split in SPLITS:
         if split in splits.used and split not in used:
             allowed = "a split with rows that have all that the task asks for; its rows lack text, label or key"
             raise UserError(f"task.{split}", getattr(task, split), allowed, f"name another one, or set task.{split}=[]")
+    if found is not None and (strange := untrained(found, full & splits.are("train"))):
+        counts = f"{len(strange):,} of {len(found.names):,}"
+        log.warning("task.label: no training row has %s labels: %s", counts, ", ".join(strange[:_NAMED]))
 
 
 def _check_columns(task: Task, *, sources: bool, read: Callable[[Wanted], Table]) -> None:

@@ -223,3 +223,43 @@ def test_quiet_where_the_problem_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         read(written(tmp_path / "rows.jsonl", [0.5, 1.5]), problem="regression")
     assert not caplog.records
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("train", "test", "problem"),
+    [
+        ([0, 1, 1], -1, "classification"),  # GLUE's
+        ([0.5, 5, 2], -1.0, "regression"),  # STS-B's
+        ([[0, 1], [1, 1], [0, 0]], [-1, -1], "multi-label"),
+    ],
+)
+def test_test_rows_of_minus_1_have_no_label(train: Any, test: Any, problem: str, suffix: str, tmp_path: Path) -> None:
+    written(tmp_path / f"train{suffix}", train)
+    written(tmp_path / f"test{suffix}", [test, test])
+    with pytest.raises(UserError, match=r"^task\.test: got None; allowed: a split with rows .*lack text, label or key"):
+        read(str(tmp_path), problem=problem)
+
+
+def test_minus_1_is_a_label_where_training_rows_have_it_or_other_numbers_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mood of -1, 0 or 1; temperatures, of which one test row has -1; and labels down to -2."""
+    for train, test, problem, names in (
+        ([-1, 0, 1], [-1, 1], "classification", ("-1", "0", "1")),
+        ([0.5, 5, 2], [-1, 3], "regression", ()),
+        ([-2, 0, 1], [-1, 1], "classification", ("-2", "-1", "0", "1")),
+    ):
+        written(tmp_path / "train.jsonl", train)
+        written(tmp_path / "test.jsonl", test)
+        pairs = read(str(tmp_path), problem=problem)
+        assert (len(pairs), pairs.class_names) == (5, names)
+    said = [note for note in caplog.messages if "no training row" in note]
+    assert said == ["task.label: no training row has 1 of 4 labels: -1"]
+
+
+def test_labels_that_only_test_rows_have_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path / "train.jsonl", [["joy"], ["fear"]])
+    written(tmp_path / "test.jsonl", [["joy"], ["joy", "rage"]])
+    assert read(str(tmp_path)).class_names == ("fear", "joy", "rage")
+    assert "task.label: no training row has 1 of 3 labels: rage" in caplog.text
