@@ -193,7 +193,7 @@ def _columns(part: GivenPart, wanted: Wanted) -> Part:
     # Without a fingerprint `datasets` would take 10 ms to make one, for each client.
     data = datasets.Dataset(InMemoryTable(table), fingerprint=part.place)
     as_json = "task.image" not in wanted.cells.values()
-    return Part(part.place, tuple(names), data, as_json=as_json, split=part.split, client=part.client)
+    return Part(part.place, tuple(names), len(part.rows), data, as_json=as_json, split=part.split, client=part.client)
 
 
 def _column(cells: Sequence[str | bytes | None]) -> Any:

@@ -66,11 +66,13 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The rows of one file or data set.  place: its name for messages; names: all its columns; data: those that were
-    asked for; as_json: cells other than text are JSON; split, client: of all its rows, by its place."""
+    """The rows of one file or data set.  place: its name for messages; names: all its columns; rows: their
+    number, which `data` without columns does not know; data: the columns that were asked for; as_json: cells other than
+    text are JSON; split, client: of all its rows, by its place."""
 
     place: str
     names: tuple[str, ...]
+    rows: int
     data: datasets.Dataset
     as_json: bool = False
     split: str = "train"
@@ -83,8 +85,8 @@ class NoTextError(ValueError):
 
 Names = tuple[str, ...]
 Batch = Mapping[str, Sequence[str | None]]
-Batches = Generator[Any, None, Names]
-"""Yields batches of columns, returns the names of all columns."""
+Batches = Generator[Any, None, tuple[Names, int]]
+"""Yields batches of columns, returns the names of all columns and the number of rows."""
 
 
 def as_text(value: object) -> str:
@@ -158,7 +160,7 @@ def read_file(file: Path, wanted: Wanted, field: str) -> Part:
     try:
         if not file.stat().st_size:
             raise ValueError("it is empty")
-        names, data = _mapped(*READERS[kind](file, wanted))
+        names, rows, data = _mapped(*READERS[kind](file, wanted))
     except UserError:
         raise
     except (ValueError, OSError, NotImplementedError, RecursionError, csv.Error) as error:  # Arrow's errors are these
@@ -166,12 +168,12 @@ def read_file(file: Path, wanted: Wanted, field: str) -> Part:
         raise UserError(field, str(file), f"a readable {kind} file", cause or type(error).__name__) from None
     if repeated := sorted({name for name in names if name and names.count(name) > 1}):
         raise UserError(field, str(file), "a table with each column once", f"rename one of: {', '.join(repeated)}")
-    return Part(file.name, names, data, as_json=kind != ".parquet")
+    return Part(file.name, names, rows, data, as_json=kind != ".parquet")
 
 
-def _mapped(schema: Any, batches: Batches) -> tuple[Names, datasets.Dataset]:
-    """The batches as a memory-mapped data set, or in memory where it has less than `_SMALL` bytes: each mapping keeps a
-    file open, and there may be a file for each of thousands of clients."""
+def _mapped(schema: Any, batches: Batches) -> tuple[Names, int, datasets.Dataset]:
+    """What the generator returns, and the batches as a memory-mapped data set, or in memory where it has less than
+    `_SMALL` bytes: each mapping keeps a file open, and there may be a file for each of thousands of clients."""
     import datasets
     import pyarrow as pa
     from datasets.table import InMemoryTable, MemoryMappedTable
@@ -179,25 +181,25 @@ def _mapped(schema: Any, batches: Batches) -> tuple[Names, datasets.Dataset]:
     handle, path = tempfile.mkstemp(suffix=".arrow", prefix="rayfed-sub-")
     try:
         with os.fdopen(handle, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-            names = _written(batches, stream.write)
+            names, rows = _written(batches, stream.write)
         if os.path.getsize(path) < _SMALL:
-            rows = InMemoryTable.from_buffer(pa.py_buffer(Path(path).read_bytes()))
+            table = InMemoryTable.from_buffer(pa.py_buffer(Path(path).read_bytes()))
         else:
-            rows = MemoryMappedTable.from_file(path)
+            table = MemoryMappedTable.from_file(path)
         # Without a fingerprint `datasets` would take 10 ms to make one.
-        return names, datasets.Dataset(rows, fingerprint=Path(path).stem)
+        return names, rows, datasets.Dataset(table, fingerprint=Path(path).stem)
     finally:
         os.unlink(path)  # the mapping keeps the bytes
 
 
-def _written(batches: Batches, write: Callable[[Any], None]) -> Names:
-    """Writes every batch; the generator's names."""
+def _written(batches: Batches, write: Callable[[Any], None]) -> tuple[Names, int]:
+    """Writes every batch; what the generator returns."""
     while True:
         try:
             write(next(batches))
         except StopIteration as end:
-            names: Names = end.value
-            return names
+            names, rows = end.value
+            return names, rows
 
 
 def _parquet(file: Path, wanted: Wanted) -> tuple[Any, Batches]:
@@ -218,7 +220,7 @@ def _parquet(file: Path, wanted: Wanted) -> tuple[Any, Batches]:
         if len(set(names)) == len(names):
             for batch in content.iter_batches(batch_size=1000 if wanted.cells else _BATCH, columns=asked):
                 yield pa.record_batch([batch.column(field.name).cast(field.type) for field in plain], schema=schema)
-        return names
+        return names, content.metadata.num_rows
 
     return schema, batches()
 
@@ -367,6 +369,7 @@ def _from_records(file: Path, wanted: Wanted, rows: Rows) -> tuple[Any, Batches]
     def batches() -> Batches:
         names: dict[str, None] = {}
         places: list[str] = []
+        written = 0
         columns: dict[str, list[str | None]] = {name: [] for name in asked}
         for where, row in rows(file, names):
             places.append(where)
@@ -374,9 +377,10 @@ def _from_records(file: Path, wanted: Wanted, rows: Rows) -> tuple[Any, Batches]
                 cells.append(_cell(file, where, name, row.get(name), wanted))
             if len(places) == _BATCH:
                 yield _batch(columns, places, schema)
+                written += len(places)
                 places, columns = [], {name: [] for name in asked}
         yield _batch(columns, places, schema)
-        return tuple(names)
+        return tuple(names), written + len(places)
 
     return schema, batches()
 

@@ -147,14 +147,15 @@ def read_source(source: Source, wanted: Wanted, field: str, split: Split = "trai
         return replace(read_file(source.file, wanted, field), place=source.place, split=split, client=source.client)
     data = source.data
     assert data is not None, "a source is a file or a data set"
-    names = tuple(data.column_names)
+    names, rows = tuple(data.column_names), len(data)
     data = data.select_columns([name for name in names if name in wanted.names])
-    if data._indices is not None:  # chosen, filtered or shuffled rows: tables are read column by column
+    # Of chosen, filtered or shuffled rows: tables are read column by column.
+    if data._indices is not None and data.column_names:
         data = data.flatten_indices()
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):  # its file's bytes will do, nobody needs the pixels yet
             data = data.cast_column(name, datasets.Image(decode=False))
-    return Part(source.place, names, data, split=split, client=source.client)
+    return Part(source.place, names, rows, data, split=split, client=source.client)
 
 
 def split_of(path: Path) -> tuple[Split | None, str]:

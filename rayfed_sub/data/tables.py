@@ -39,19 +39,19 @@ class Table:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.names))
 
     def __len__(self) -> int:
-        return sum(len(part.data) for part in self.parts)
+        return sum(part.rows for part in self.parts)
 
     def places(self) -> Iterator[Place]:
         """Each row's file and its number in it."""
-        return (Place(part.place, row) for part in self.parts for row in range(1, len(part.data) + 1))
+        return (Place(part.place, row) for part in self.parts for row in range(1, part.rows + 1))
 
     def of_parts(self, says: Callable[[Part], str]) -> Labels:
         """What is said of each row's part, such as its file."""
-        return Labels.runs([says(part) for part in self.parts], [len(part.data) for part in self.parts])
+        return Labels.runs([says(part) for part in self.parts], [part.rows for part in self.parts])
 
     def numbers(self) -> NDArray[np.int32]:
         """Each row's number in its file, from 1, (rows,)."""
-        return np.concatenate([np.arange(1, len(part.data) + 1, dtype=np.int32) for part in self.parts])
+        return np.concatenate([np.arange(1, part.rows + 1, dtype=np.int32) for part in self.parts])
 
     def texts(self, field: str, name: str, optional: bool = False) -> Iterator[str]:
         """The cells of column `name` as canonical text (`as_text`), "" where they are missing.
@@ -78,7 +78,7 @@ class Table:
             known = ", ".join(self.names) or "it has none"
             raise UserError(field, name, f"a column of the table: {known}", f"change {field}")
         for part in self.parts:
-            needed = len(part.data) and not (optional and part.split != "train")
+            needed = part.rows and not (optional and part.split != "train")
             if needed and name not in part.names:
                 allowed = f"a column of every file; {part.place} has {', '.join(part.names)}"
                 raise UserError(field, name, allowed, f"rename its columns, or change {field}")
@@ -185,7 +185,7 @@ def _cells(part: Part, name: str) -> Iterator[Any]:
     import json
 
     if name not in part.data.column_names:
-        yield from [None] * len(part.data)
+        yield from [None] * part.rows
         return
     for chunk in part.data.data.column(name).chunks:
         for cell in chunk.to_pylist():
@@ -196,7 +196,7 @@ def _part_texts(part: Part, field: str, name: str, form: Callable[[object], str]
     import datasets
 
     if name not in part.data.column_names:
-        yield from [""] * len(part.data)
+        yield from [""] * part.rows
         return
     feature = part.data.features[name]
     labels = feature.names if isinstance(feature, datasets.ClassLabel) else None

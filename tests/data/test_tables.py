@@ -2,15 +2,19 @@
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas as pd
 import pytest
+from datasets import Dataset
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
+from rayfed_sub.data.given import given_rows, given_table
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.data.table_pairs import table_pairs
 
@@ -19,6 +23,8 @@ RECORDS: list[dict[str, Any]] = [
     {"q": "two?", "about": None, "a": "2", "n": 9},
     {"q": " three?", "about": "B", "a": "  3 ", "n": 10},
 ]
+
+NO_COLUMNS = {"one": [{"q": "one?", "a": "1"}], "two": [{"question": "two?", "answer": "2"}]}
 
 
 def written(folder: Path, suffix: str, records: list[dict[str, Any]] = RECORDS) -> str:
@@ -233,3 +239,20 @@ def test_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = fault(task("nobody/nothing"))
     assert (wrong.field, wrong.value) == ("task.path", "nobody/nothing")
     assert "Couldn't reach nobody/nothing" in str(wrong)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_files_with_none_of_the_columns_are_refused(tmp_path: Path, suffix: str) -> None:
+    """All of their rows count, though none of their columns is read."""
+    for name, records in NO_COLUMNS.items():
+        (tmp_path / name).mkdir()
+        written(tmp_path / name, suffix, records)
+    error = fault(task(str(tmp_path)))
+    assert error.allowed == f"a column of every file; two/rows{suffix} has question, answer"
+
+
+@pytest.mark.parametrize("form", [list, Dataset.from_list, lambda rows: Dataset.from_list(rows * 2).select([1])])
+def test_given_rows_with_none_of_the_columns_are_refused(form: Callable[[Any], Any]) -> None:
+    given = given_rows({name: form(records) for name, records in NO_COLUMNS.items()})
+    with pytest.raises(UserError, match=r"a column of every file; data\['two'\] has question, answer"):
+        table_pairs(Task(name="given", prompt="{q}", answer="a"), None, given=partial(given_table, given))
