@@ -109,7 +109,8 @@ class Task(Record):
     path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None,
         description="Hub id, file (Parquet, JSONL, JSON, CSV, TSV, text), glob, or folder (of such files, of images by "
-        "class, or of `save_to_disk`), in place of the task's own source; or a list of these.",
+        "class, or of `save_to_disk`), in place of the task's own source; or a list of these. The names of a folder's "
+        "files say their splits; files that are named here, or by a glob, are training rows whatever their names.",
     )
     train: Names | None = Field(
         default=None,

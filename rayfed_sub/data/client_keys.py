@@ -21,7 +21,7 @@ import numpy as np
 from rayfed_sub.config.schema import Partition
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.rows import Ints
-from rayfed_sub.data.sources import SPLITS
+from rayfed_sub.data.split_names import SPLITS
 from rayfed_sub.data.tables import Table, whole_numbers
 
 log = logging.getLogger(__name__)

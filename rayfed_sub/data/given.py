@@ -16,7 +16,8 @@ from rayfed_sub.data.images import encoded
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.data.readers import NoTextError, Part, Wanted, no_text
 from rayfed_sub.data.row_pickles import pickled
-from rayfed_sub.data.sources import Source, Split, read_source
+from rayfed_sub.data.sources import Source, read_source
+from rayfed_sub.data.split_names import Split
 from rayfed_sub.data.tables import Table
 
 _ROWS = "a datasets.Dataset, a torch Dataset with a length, or a list of rows"

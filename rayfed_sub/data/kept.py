@@ -31,7 +31,8 @@ from rayfed_sub.data.columns import Labels, forget
 from rayfed_sub.data.prepared import Prepared
 from rayfed_sub.data.processors import Processor, Tokenizer
 from rayfed_sub.data.rows import Rows
-from rayfed_sub.data.sources import SPLITS, listed, sources_of
+from rayfed_sub.data.sources import listed, sources_of
+from rayfed_sub.data.split_names import SPLITS
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.data.tokenization import Cuts
 

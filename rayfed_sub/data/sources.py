@@ -5,34 +5,28 @@ from __future__ import annotations
 import glob
 import logging
 import os
-import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id, plain_files
 from rayfed_sub.data.readers import READERS, Part, Wanted, read_file
+from rayfed_sub.data.split_names import SPLITS, Split, split_of
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-
-_WORDS: Mapping[str, Split] = {  # as `datasets` reads the names of files
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _PLAIN = (*(suffix for suffix in READERS if suffix != ".parquet"), ".md")
 """Suffixes of a hub's data set in whose files `datasets` would guess at types."""
 _IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"))
+
+
+_NAMED = 3  # files named in a warning
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +62,8 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
     if not chosen["train"]:
         allowed = f"names of the training rows, of the splits {', '.join(found) or 'of task.path'} or of files"
         raise UserError("task.train", task.train, allowed, "set task.train")
+    if task.train is None and any(glob.has_magic(place) or _is_file(place) for place in listed(task.path)):
+        _warn_of_names(chosen["train"])
     seen: dict[object, Split] = {}
     for split in SPLITS:
         for source in chosen[split]:
@@ -79,6 +75,24 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
     if idle := [name for name, sources in found.items() if not any(id(source) in used for source in sources)]:
         log.warning("task.path: the splits %s are not used", ", ".join(idle))
     return chosen
+
+
+def _is_file(place: str) -> bool:
+    return os.path.isfile(os.path.expanduser(place))
+
+
+def _warn_of_names(sources: Sequence[Source]) -> None:
+    """Warning of files that are trained on as task.path names them one by one, or by a glob, and whose names say that
+    they are for something else."""
+    files = [source.place for source in sources if source.file is not None]
+    if strange := [place for place in files if split_of(Path(place))[0] not in (None, "train")]:
+        log.warning(
+            "task.path: %s of %s training files have names of another split: %s; name them in task.test or "
+            "task.validation, or give their folder",
+            f"{len(strange):,}",
+            f"{len(files):,}",
+            ", ".join(strange[:_NAMED]),
+        )
 
 
 def names_of(task: Task, split: Split, found: Container[str]) -> list[str]:
@@ -156,23 +170,6 @@ def read_source(source: Source, wanted: Wanted, field: str, split: Split = "trai
         if isinstance(feature, datasets.Image):  # its file's bytes will do, nobody needs the pixels yet
             data = data.cast_column(name, datasets.Image(decode=False))
     return Part(source.place, names, rows, data, split=split, client=source.client)
-
-
-def split_of(path: Path) -> tuple[Split | None, str]:
-    """The split that a relative path's words name, and the client: the first part that is no word of a split.
-
-    >>> split_of(Path("a/train-00000-of-00002.parquet")), split_of(Path("test/b.csv")), split_of(Path("c_dev.csv"))
-    (('train', 'a'), ('test', 'b'), ('validation', 'c'))
-    """
-    found: Split | None = None
-    client = ""
-    for part in (*path.parent.parts, _SHARD.sub("", path.stem)):
-        words = re.split(r"([-_. ])", part)
-        other = [word for word in words if word.lower() not in _WORDS]
-        if len(other) < len(words):
-            found = next(_WORDS[word.lower()] for word in words if word.lower() in _WORDS)
-        client = client or "".join(other).strip("-_. ")
-    return found, client
 
 
 def _file(field: str, file: Path, root: Path, by_client: bool) -> Source:

@@ -23,7 +23,7 @@ from rayfed_sub.data.images import as_png, digest, encoded, opened
 from rayfed_sub.data.labels import LabelColumn, read_labels, untrained
 from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Pairs, Span, Spans
 from rayfed_sub.data.readers import Wanted
-from rayfed_sub.data.sources import SPLITS
+from rayfed_sub.data.split_names import SPLITS
 from rayfed_sub.data.tables import Table, classes, load_table, renamed, splits_of
 from rayfed_sub.data.tasks import TASKS
 

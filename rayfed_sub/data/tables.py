@@ -19,7 +19,8 @@ from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.readers import NoTextError, Part, Place, Wanted, as_label, as_text, no_text
-from rayfed_sub.data.sources import SPLITS, names_of, read_source, sources_of
+from rayfed_sub.data.sources import names_of, read_source, sources_of
+from rayfed_sub.data.split_names import SPLITS
 
 log = logging.getLogger(__name__)
 

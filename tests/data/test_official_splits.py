@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,28 @@ def test_folder_s_own_splits_are_used(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{name}.jsonl") for name in ("train-1", "test")]
     named = built(None, train=f"{tmp_path}/train-*.jsonl", test=files[1], validation_share=0.1)
     assert (sizes(named), named.split) == ((18, 2, 7), "test (test.jsonl)")
+
+
+def test_words_of_splits_may_have_numbers(tmp_path: Path) -> None:
+    """As `datasets` reads the names of files."""
+    names = {"train1": (0, 12), "v2-train2": (12, 20), "val2017": (20, 25), "test1": (30, 33), "wmt14test": (33, 37)}
+    for name, (begin, end) in names.items():
+        written(tmp_path / f"{name}.jsonl", rows(begin, end))
+    assert sizes(built(str(tmp_path))) == (20, 5, 7)
+
+
+@pytest.mark.parametrize("named", ["{0}/test1.jsonl", ["{0}/train.jsonl", "{0}/test1.jsonl"], "{0}/t*.jsonl"])
+def test_files_that_are_trained_on_against_their_names(
+    named: str | list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(tmp_path / "train.jsonl", rows(0, 9))
+    written(tmp_path / "test1.jsonl", rows(9, 20))
+    path = named.format(tmp_path) if isinstance(named, str) else tuple(name.format(tmp_path) for name in named)
+    for fields, said in (({}, True), ({"train": path, "path": None}, False), ({"path": str(tmp_path)}, False)):
+        caplog.clear()
+        built(**{"path": path, **fields})
+        found = re.search(r"1 of \d training files have names of another split: \S*test1\.jsonl; name", caplog.text)
+        assert (found is not None) == said
 
 
 def test_saved_splits_and_columns_of_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

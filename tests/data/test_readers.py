@@ -136,6 +136,11 @@ BAD: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         {},
         "user_data of u must hold lists of equal length",
     ),
+    "splits in one document": (
+        {"r.json": b'{"train": [{"q": "1", "a": "2"}], "test": [{"q": "3", "a": "4"}], "n": []}'},
+        {},
+        "its keys, train, test, n, name splits, not clients; write a file for each split",
+    ),
     "a client's own column": ({"r.json": b'{"u": [{"q": "1", "a": "2", "client": "v"}]}'}, {}, "have a column client"),
 }
 
