@@ -132,9 +132,9 @@ class Task(Record):
     )
     prompt: str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)] | None = Field(
         default=None,
-        description="Format string over the columns, e.g. '{title}: {question}'. With a label also two of them, e.g. "
-        "['{premise}', '{hypothesis}']: a pair of texts in the tokenizer's own pair encoding, of which the longer text "
-        "loses tokens first.",
+        description="Format string over the columns, e.g. '{title}: {question}'; a row whose columns there are all "
+        "empty is dropped. With a label also two of them, e.g. ['{premise}', '{hypothesis}']: a pair of texts in the "
+        "tokenizer's own pair encoding, of which the longer text loses tokens first.",
     )
     answer: str | None = Field(default=None, description="Column with the text to learn.")
     label: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(

@@ -331,7 +331,8 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
 
 def _asked(table: Table, task: Task, pieces: Sequence[tuple[str, str | None]], tidy: bool) -> Iterator[_Text]:
     """The template filled in for every row, stripped, the answer, "" for a classification, and where the columns' texts
-    stand in the question; an empty cell is empty text.  tidy: runs of white space in the cells become one space."""
+    stand in the question; an empty cell is empty text, and a row of no other cells has no question.  tidy: runs of
+    white space in the cells become one space."""
     asked = [table.texts("task.prompt", name) if name else repeat("") for _, name in pieces]
     said = table.texts("task.answer", task.answer) if task.answer else repeat("", len(table))
     for answer, *cells in zip(said, *asked, strict=False):
@@ -342,8 +343,9 @@ def _asked(table: Table, task: Task, pieces: Sequence[tuple[str, str | None]], t
             if name is not None:
                 places.append((len(text), len(text) + len(filled)))
             text += filled
+        filled_any = any(end > begin for begin, end in places)
         # Cells end without a space, so every place of a text stays inside.
-        yield text.rstrip(), " ".join(answer.split()) if tidy else answer, places
+        yield text.rstrip() if filled_any else "", " ".join(answer.split()) if tidy else answer, places
 
 
 def _usual(names: Sequence[str]) -> str:

@@ -90,6 +90,17 @@ def test_rows_without_text_are_dropped_and_counted_once(tmp_path: Path, caplog: 
     ]
 
 
+def test_rows_with_nothing_in_the_template_are_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The template's own words are no question; a column that is empty beside another one is."""
+    records = [{"q": "one?", "c": None, "a": "1"}, {"q": None, "c": " ", "a": "2"}, {"q": None, "c": "So.", "a": "3"}]
+    path = written(tmp_path, ".jsonl", records)
+    pairs = table_pairs(task(path, prompt="Question: {q}\n{c}\nAnswer:"), key=None)
+    assert list(pairs.answers) == ["1", "3"]
+    assert "1 of 3 rows have no prompt, answer or key; dropped" in caplog.text
+    two = table_pairs(task(path, prompt=("First: {q}", "Second: {q}{c}"), answer=None, label="a"), key=None)
+    assert list(two.questions) == ["First: one?\nSecond: one?"]
+
+
 def test_rows_without_a_label_are_counted_in_thousands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = [{"q": "one?", "y": "a"}, *({"q": f"{i}?", "y": None} for i in range(7019))]
     with caplog.at_level(logging.WARNING):
