@@ -114,7 +114,8 @@ class HubTokenizer:
     """A transformers tokenizer.  Build it with `hub_codec`.
 
     With a chat template a prompt is a user's message up to where the assistant speaks, and eos is the token
-    that ends the assistant's turn.  Without one a prompt is the text and a newline, and eos the tokenizer's.
+    that ends the assistant's turn.  Without one a prompt is what the tokenizer puts before a text, the text and a
+    newline, and eos the tokenizer's.
     writer: of an encoder-decoder the tokenizer of answers, which may mark another language; without a chat template
     its prompts, and answers, are the text between the tokens that the tokenizer puts around it.
     chat: True with a chat template; the tokenizer holds the one that the run trains with, to be saved as it is.
@@ -163,7 +164,7 @@ class HubTokenizer:
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.chat:
-            return self._tokens(texts if self.writer is not None else [f"{text}\n" for text in texts], special=True)
+            return self._openings([f"{text}\n" for text in texts]) if self.writer is None else self.texts(texts)
         rendered = [
             self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
@@ -209,7 +210,7 @@ class HubTokenizer:
         forms = {"system": "{}\n", "user": "{}\n", "assistant": ""}
 
         def opening(text: str) -> list[int]:
-            return self._tokens([text], special=True)[0]
+            return self._openings([text])[0]
 
         def more(text: str) -> list[int]:
             return self._tokens([text], special=False)[0]
@@ -219,12 +220,22 @@ class HubTokenizer:
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts between the tokens that the tokenizer puts around a text; where it puts none before or none after it,
         its eos, with which pretraining separates texts."""
+        before, after = self._around()
+        between = self.eos if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        before, after = before or [between], after or [between]
+        return [[*before, *own, *after] if own else [] for own in self._tokens(texts, special=False)]
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer puts before and after a text."""
         bare, around = (self._tokens(["a"], special=special)[0] for special in (False, True))
         begins = [at for at in range(len(around)) if around[at : at + len(bare)] == bare]
         at = begins[0] if bare and begins else len(around)
-        between = self.eos if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
-        before, after = around[:at] or [between], around[at + len(bare) :] or [between]
-        return [[*before, *own, *after] if own else [] for own in self._tokens(texts, special=False)]
+        return around[:at], around[at + len(bare) :]
+
+    def _openings(self, texts: Sequence[str]) -> list[list[int]]:
+        """Texts that go on: with the tokens before a text, without those after it, which would say that it ends."""
+        _, after = self._around()
+        return [tokens[: len(tokens) - len(after)] for tokens in self._tokens(texts, special=True)]
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         return _encoded(self.tokenizer, texts, special)

@@ -112,6 +112,23 @@ def test_no_template() -> None:
     assert hub_codec(tokenizer(pad_token="<pad>")).pad == 0
 
 
+def test_prompt_goes_on_where_the_tokenizer_ends_a_text() -> None:
+    """As with add_eos_token: what stands before a text stays, its end comes after the answer alone."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizer()
+    marks = [(word, WORDS.index(word)) for word in ("<bos>", "<eos>")]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=marks)
+    processor = hub_codec(made)
+    assert [spell(tokens) for tokens in processor.prompts(["why be", ""])] == ["<bos> why be", "<bos>"]
+    assert spell(processor.text("why be")) == "<bos> why be <eos>"
+    ((tokens, _),) = processor.chats([[("user", "why"), ("assistant", "so"), ("user", "be"), ("assistant", "it")]])
+    assert spell(tokens) == "<bos> why so <eos> be it <eos>"
+    assert spell(processor.documents(["why be"])[0]) == "<bos> why be <eos>"
+    translator = hub_codec(made, apart=True)  # an encoder reads whole texts
+    assert spell(translator.prompt("why")) == "<bos> why <eos>"
+
+
 def test_template_and_end_of_turn() -> None:
     processor = hub_codec(tokenizer(TURNS + BEGIN))
     assert spell(processor.prompt("why")) == "<turn> user why <end> <turn> assistant"
