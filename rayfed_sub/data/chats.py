@@ -157,6 +157,10 @@ def _turn(number: int, message: Any) -> Turn:
         raise ValueError(f"message {number} ({said}) has {_named(text)} in place of a text")
     if not text.strip() and role != "system":
         raise ValueError(f"message {number} ({said}) is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # of JSON in a text, whose escapes no reader of files has seen
+        raise ValueError(f"message {number} ({said}) holds half of a surrogate pair, which is no character") from None
     return role, text.strip()
 
 

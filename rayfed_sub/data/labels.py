@@ -242,9 +242,11 @@ def _listed(text: str) -> Any:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as it documents them
             return None
     try:
-        return [as_text(one) for one in found]
-    except NoTextError:
+        texts = [as_text(one) for one in found]
+        "".join(texts).encode()  # halves of surrogate pairs are no text
+    except (NoTextError, UnicodeEncodeError):
         return None
+    return texts
 
 
 def _detected(table: Table, column: str, forms: dict[str, str]) -> Problem:

@@ -72,7 +72,7 @@ class Table:
     def column(self, field: str, name: str) -> Iterator[Any]:
         """The cells of column `name` as they are, None where they are missing.  Raises UserError as `texts`."""
         self._check(field, name)
-        return chain.from_iterable(_cells(part, name) for part in self.parts)
+        return chain.from_iterable(_cells(part, field, name) for part in self.parts)
 
     def _check(self, field: str, name: str, optional: bool = False) -> None:
         if name not in self.names:
@@ -182,14 +182,16 @@ def _renamed(part: Part, renames: Mapping[str, str]) -> Part:
     return replace(part, names=names, data=part.data.rename_columns(inside) if inside else part.data)
 
 
-def _cells(part: Part, name: str) -> Iterator[Any]:
+def _cells(part: Part, field: str, name: str) -> Iterator[Any]:
     import json
 
     if name not in part.data.column_names:
         yield from [None] * part.rows
         return
+    row = 0
     for chunk in part.data.data.column(name).chunks:
-        for cell in chunk.to_pylist():
+        for cell in _of_chunk(chunk, row, part, field, name):
+            row += 1
             yield json.loads(cell) if part.as_json and cell is not None else cell
 
 
@@ -206,7 +208,7 @@ def _part_texts(part: Part, field: str, name: str, form: Callable[[object], str]
     row = 0
     for chunk in part.data.data.column(name).chunks:
         _check_kind(chunk, row, part, field, name, lists=form is as_label)
-        for cell in chunk.to_pylist():
+        for cell in _of_chunk(chunk, row, part, field, name):
             row += 1
             try:
                 if labels is not None:
@@ -215,6 +217,25 @@ def _part_texts(part: Part, field: str, name: str, form: Callable[[object], str]
                     yield form(cell if inside is None or cell is None else [_label(one, inside) for one in cell])
             except NoTextError as error:
                 raise no_text(field, name, Place(part.place, row), str(error)) from None
+
+
+def _of_chunk(chunk: Any, before: int, part: Part, field: str, name: str) -> list[Any]:
+    """The cells of a chunk that begins after row `before`.  UserError for text that is not UTF-8, which Arrow stores
+    unread."""
+    try:
+        cells: list[Any] = chunk.to_pylist()
+        return cells
+    except UnicodeDecodeError:
+        row = before + next(row for row, cell in enumerate(chunk, 1) if not _is_text(cell))
+        raise no_text(field, name, Place(part.place, row), "text that is not UTF-8") from None
+
+
+def _is_text(cell: Any) -> bool:
+    try:
+        cell.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _check_kind(chunk: Any, before: int, part: Part, field: str, name: str, *, lists: bool = False) -> None:

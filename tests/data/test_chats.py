@@ -90,6 +90,7 @@ def test_turns_after_the_last_answer_are_left_out_and_counted(caplog: pytest.Log
         ([{"role": ["user"], "content": "Why?"}], "message 1 has the role ['user']"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 1 (user) has a list in place of a text"),
         ([{"role": "user", "content": {"text": "Why?"}}], "message 1 (user) has a mapping in place of a text"),
+        ('[{"role": "user", "content": "\\ud800"}]', "message 1 (user) holds half of a surrogate pair"),
         ([{"role": "user", "content": 4}], "message 1 (user) has a number in place of a text"),
         ([ONE[0], {"role": "assistant", "content": None}], "message 2 (assistant) has nothing in place of a text"),
         ([ONE[0], {"role": "assistant", "content": " \n"}], "message 2 (assistant) is empty"),

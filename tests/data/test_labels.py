@@ -263,3 +263,9 @@ def test_labels_that_only_test_rows_have_are_named(tmp_path: Path, caplog: pytes
     written(tmp_path / "test.jsonl", [["joy"], ["joy", "rage"]])
     assert read(str(tmp_path)).class_names == ("fear", "joy", "rage")
     assert "task.label: no training row has 1 of 3 labels: rage" in caplog.text
+
+
+@pytest.mark.parametrize("label", [["\ud800"], '["\\ud800"]'], ids=["list", "text"])
+def test_list_with_half_a_surrogate_pair_is_refused(label: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"row 2 of rows\.jsonl holds the list \["):
+        read(written(tmp_path / "rows.jsonl", [["joy"], label]), problem="multi-label")

@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -267,3 +269,16 @@ def test_given_rows_with_none_of_the_columns_are_refused(form: Callable[[Any], A
     given = given_rows({name: form(records) for name, records in NO_COLUMNS.items()})
     with pytest.raises(UserError, match=r"a column of every file; data\['two'\] has question, answer"):
         table_pairs(Task(name="given", prompt="{q}", answer="a"), None, given=partial(given_table, given))
+
+
+@pytest.mark.parametrize("kind", ["answer", "messages"])
+def test_text_of_a_typed_file_that_is_not_utf_8_is_one_line(tmp_path: Path, kind: str) -> None:
+    """Arrow stores what it is given; the third row is latin-1."""
+    cells = pa.array([b"a", None, "\xe4".encode("latin-1")]).view(pa.string())
+    if kind == "messages":
+        cells = pa.ListArray.from_arrays([0, 1, 2, 3], pa.StructArray.from_arrays([cells], ["content"]))
+    pq.write_table(pa.table({"q": ["one?", "two?", "three?"], "a": cells}), tmp_path / "rows.parquet")
+    own = {"prompt": None, "answer": None, "messages": "a"} if kind == "messages" else {}
+    error = fault(task(str(tmp_path), **own))
+    assert error.field == f"task.{'messages' if own else 'answer'}"
+    assert error.allowed.endswith("; row 3 of rows.parquet holds text that is not UTF-8")
