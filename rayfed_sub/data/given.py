@@ -197,17 +197,18 @@ def _columns(part: GivenPart, wanted: Wanted) -> Part:
     return Part(part.place, tuple(names), len(part.rows), data, as_json=as_json, split=part.split, client=part.client)
 
 
-def _column(cells: Sequence[str | bytes | None]) -> Any:
-    """Text, or images' files; among those a text is a broken one."""
+def _column(cells: Sequence[Any]) -> Any:
+    """Text, or images' files, each with what is wrong with it."""
     import pyarrow as pa
 
-    if any(isinstance(cell, bytes) for cell in cells):
-        return pa.array([b"" if isinstance(cell, str) else cell for cell in cells], pa.large_binary())
+    if any(isinstance(cell, Mapping) for cell in cells):
+        return pa.array(cells, pa.struct([("bytes", pa.large_binary()), ("error", pa.large_string())]))
     return pa.array(cells, pa.large_string())
 
 
-def _cell(part: GivenPart, number: int, name: str, value: Any, wanted: Wanted) -> str | bytes | None:
-    """A cell as the readers of files store it: text, the JSON of a chat, or an image's file, b"" for a broken one."""
+def _cell(part: GivenPart, number: int, name: str, value: Any, wanted: Wanted) -> str | dict[str, Any] | None:
+    """A cell as the readers of files store it: text, the JSON of a chat, or an image's file or what is wrong with it
+    (`encoded`)."""
     if getattr(value, "ndim", None) == 0:  # a number of numpy's or torch's
         value = value.item()
     where = f"row {number} of {part.place}"
@@ -218,9 +219,9 @@ def _cell(part: GivenPart, number: int, name: str, value: Any, wanted: Wanted) -
             raise no_text(wanted.texts[name], name, where, str(error)) from None
     if wanted.cells[name] == "task.image":
         try:
-            return value if isinstance(value, str) else encoded(value)
-        except (OSError, ValueError):
-            return b""
+            return {"bytes": encoded(value), "error": None}
+        except (OSError, ValueError) as error:
+            return {"bytes": None, "error": str(error)}
     try:
         return None if value is None else json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:

@@ -78,11 +78,17 @@ class Images:
         return inputs_B3ss
 
 
+_MODES = {**dict.fromkeys(("CMYK", "YCbCr", "LAB", "HSV", "RGBX"), "RGB"), "PA": "RGBA", "RGBa": "RGBA"}
+"""Modes of Pillow's that PNG lacks, and those that hold the same picture."""
+
+
 def encoded(cell: Any) -> bytes:
     """The bytes of an image's file, from a table's cell: bytes, {"bytes", "path"} as `datasets` has it, or (as PNG) a
-    PIL image or an array of one, uint8 (height, width) or (height, width, 3).  b"" for an empty cell.  Raises OSError
-    for a path that cannot be read, ValueError for text and for another array."""
+    PIL image or an array of one, uint8 (height, width) or (height, width, 1, 3 or 4).  b"" for an empty cell.
+    Raises OSError for a path that cannot be read, ValueError for anything else, and for {"error"}, which says why."""
     if isinstance(cell, Mapping):
+        if error := cell.get("error"):
+            raise ValueError(error)
         content, path = cell.get("bytes"), cell.get("path")
         return Path(path).read_bytes() if not content and path else content or b""
     if isinstance(cell, np.ndarray):
@@ -90,12 +96,31 @@ def encoded(cell: Any) -> bytes:
 
         if cell.dtype != np.uint8:
             raise ValueError(f"an array of {cell.dtype}, not of uint8")
-        return as_png(Image.fromarray(cell))
+        if not (cell.ndim == 2 or (cell.ndim == 3 and cell.shape[2] in (1, 3, 4))):
+            raise ValueError(f"an array of the shape {cell.shape}, not (height, width) or (height, width, 3)")
+        return as_png(Image.fromarray(cell[:, :, 0] if cell.shape[2:] == (1,) else cell))
     if hasattr(cell, "save"):
-        return as_png(cell)
+        return _saved(cell)
     if isinstance(cell, str):
         raise ValueError(f"{cell!r} is text, not an image's bytes")
-    return cell if isinstance(cell, bytes) else b""
+    if not isinstance(cell, bytes | None):
+        raise ValueError(f"a {type(cell).__name__}, not an image: give its file's bytes, a PIL image or a numpy array")
+    return cell or b""
+
+
+def _saved(image: Any) -> bytes:
+    """A PIL image as PNG: upright, since a PNG would lose its EXIF tag, and in a mode that PNG has."""
+    from PIL import ImageOps
+
+    try:
+        upright = ImageOps.exif_transpose(image)
+        return as_png(upright.convert(_MODES[upright.mode]) if upright.mode in _MODES else upright)
+    except Exception as error:  # a file that is read only now makes Pillow and its codecs raise nearly anything
+        raise ValueError(_cause(error)) from error
+
+
+def _cause(error: Exception) -> str:
+    return str(error).replace("\n", " ") or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -134,7 +159,7 @@ def opened(content: bytes, white: int = 65535) -> Opened:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except Exception as error:  # a broken file makes Pillow and its codecs raise nearly anything
-        raise ValueError(str(error).replace("\n", " ") or type(error).__name__) from error
+        raise ValueError(_cause(error)) from error
     if image.mode == "RGB":
         red, green, blue = image.split()
         image = red if red.tobytes() == green.tobytes() == blue.tobytes() else image

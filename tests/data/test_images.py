@@ -25,8 +25,10 @@ from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Subspace, wire_bytes
 from rayfed_sub.data.batching import collate
 from rayfed_sub.data.dataset import build_dataset, load_dataset
+from rayfed_sub.data.given import given_rows, given_table
 from rayfed_sub.data.images import Images, decoded, digest, encoded, opened
 from rayfed_sub.data.pairs import Pairs, distinct
+from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.table_pairs import table_pairs
 from rayfed_sub.data.tokenization import Cuts, tokenised
 from rayfed_sub.export.exported import export_hf, export_peft
@@ -160,6 +162,43 @@ def test_photograph_is_rotated_upright() -> None:
     exif = lying.getexif()
     exif[0x0112] = 6  # EXIF: rotate by 90 degrees
     assert decoded(filed(lying, "PNG", exif=exif)).size == (2, 4)
+
+
+def test_image_that_is_handed_over_is_that_of_its_file() -> None:
+    """A PNG would lose the tag that says which side is up, and has no CMYK; a picture of one channel is gray."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for content in (
+        filed(drawn("disc", 0), "JPEG", exif=exif),
+        filed(drawn("disc", 0).convert("CMYK"), "JPEG"),
+        filed(drawn("disc", 0).convert("LAB"), "TIFF"),
+    ):
+        with Image.open(io.BytesIO(content)) as image:
+            assert digest(decoded(encoded(image))) == digest(decoded(content))
+    gray = np.asarray(GRAY)
+    assert encoded(gray[:, :, None]) == encoded(gray) == encoded(GRAY)
+
+
+@pytest.mark.parametrize(
+    ("cell", "cause"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), r"an array of the shape \(3, 8, 8\), not \(height, width\)"),
+        (np.zeros(8, np.uint8), "an array of the shape"),
+        (np.zeros((8, 8), np.float32), "an array of float32, not of uint8"),
+        (torch.zeros(3, 8, 8), "a Tensor, not an image"),
+        ([[0, 255]], "a list, not an image"),
+        (Image.new("F", (2, 2)), "cannot write mode F as PNG"),
+    ],
+)
+def test_what_is_no_image_says_so(cell: Any, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        encoded(cell)
+    given = given_rows({"a": [{"p": GRAY, "y": "b"}, {"p": cell, "y": "b"}, {"p": None, "y": "c"}]})
+    read = given_table(given, Wanted({"y": "task.label"}, {"p": "task.image"}))
+    good, broken, empty = read.column("task.image", "p")
+    assert (encoded(good), encoded(empty)) == (encoded(GRAY), b"")
+    with pytest.raises(ValueError, match=cause):
+        encoded(broken)
 
 
 @pytest.mark.parametrize(
