@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +19,28 @@ from rayfed_sub.models.presets import ANY_PATCHES
 if TYPE_CHECKING:
     from rayfed_sub.config.schema import Model
 
+_Colours = tuple[float, float, float]
 PROCESSOR = "preprocessor_config.json"
 _PLAIN = (0.5, 0.5, 0.5)  # default mean and standard deviation: values from -1 to 1
+_AS_THEY_ARE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+_VALUES = (
+    *("do_normalize", "image_mean", "image_std", "do_rescale", "rescale_factor", "rescale_offset"),
+    "do_flip_channel_order",
+)
+"""Keys of a processor that say which values a model reads."""
 _SIDE = 224  # default size of models that read any size
 
 
 @dataclass(frozen=True)
 class HubImageProcessor:
     """side: pixels of the square that an image becomes; mean, std: of the model's inputs, for values from 0 to 1, red,
-    green, blue.  vocabulary: there is none; pad, eos, ends: nothing is filled up, closed or generated."""
+    green, blue; flipped: the model reads blue, green, red, as they are.  vocabulary: there is none; pad, eos, ends:
+    nothing is filled up, closed or generated."""
 
     side: int
     mean: tuple[float, float, float] = _PLAIN
     std: tuple[float, float, float] = _PLAIN
+    flipped: bool = False
     vocabulary: int | None = None
     pad: int = 0
     eos: int = 0
@@ -42,13 +52,19 @@ class HubImageProcessor:
         from PIL import Image
 
         image = np.asarray(decoded(content).resize((self.side, self.side), Image.Resampling.BICUBIC))
-        return image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
+        if image.ndim == 2:
+            return image[None]
+        return np.ascontiguousarray(image.transpose(2, 0, 1)[:: -1 if self.flipped else 1])
 
     def save(self, folder: str | Path) -> None:
         """Writes the processor with which transformers prepares images as the run did."""
         square = {"height": self.side, "width": self.side}
+        kind: dict[str, object] = {"image_processor_type": "ViTImageProcessor"}
+        if self.flipped:
+            own = {"do_center_crop": False, "do_flip_channel_order": True}
+            kind = {"image_processor_type": "MobileViTImageProcessor", **own}
         processor = {
-            "image_processor_type": "ViTImageProcessor",
+            **kind,
             "do_convert_rgb": True,
             "do_resize": True,
             "size": square,
@@ -81,26 +97,50 @@ def load_image_processor(model: Model, image_size: int | None = None) -> HubImag
         channels = f"a model that reads images of 3 channels; it reads {hf_config.num_channels}"
         raise UserError("model.path", model.path, channels, "take another model")
     processor = {} if model.path == RANDOM else _processor(model)
-    mean, std = (_colours(processor.get(key)) for key in ("image_mean", "image_std"))
-    if processor.get("do_normalize") is False:
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    return HubImageProcessor(_side(image_size, hf_config, processor), mean, std)
+    mean, std = _normalised(said := {**_defaults(processor), **processor})
+    flipped = bool(said.get("do_flip_channel_order"))
+    if said.get("rescale_offset") or (flipped and (mean, std) != _AS_THEY_ARE):
+        allowed = "a model whose images have no rescale_offset, and do_flip_channel_order only without do_normalize"
+        raise UserError("model.path", model.path, allowed, "take another model")
+    return HubImageProcessor(_side(image_size, hf_config, processor), mean, std, flipped)
 
 
 def _processor(model: Model) -> dict[str, Any]:
-    """The model's processor configuration; empty where it has none."""
+    """What the model's processor configuration says; empty where it has none."""
     from transformers.utils import cached_file
 
     source = locate(model.path)
     try:
         with reading(source):
             file = cached_file(source.name, PROCESSOR, _raise_exceptions_for_missing_entries=False)
-        return dict(json.loads(Path(file).read_text(encoding="utf-8"))) if file else {}
+        content = dict(json.loads(Path(file).read_text(encoding="utf-8"))) if file else {}
+        return {key: value for key, value in content.items() if value is not None}
     except Exception as error:  # the hub's errors, and whatever a stranger's file holds
         raise UserError("model.path", model.path, f"a model whose {PROCESSOR} can be read", reason(error)) from error
 
 
-def _colours(given: Any) -> tuple[float, float, float]:
+def _defaults(processor: dict[str, Any]) -> dict[str, Any]:
+    """What transformers takes for keys that the configuration lacks, by the processor's class, where it names one."""
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+
+    old = str(processor.get("feature_extractor_type", "")).replace("FeatureExtractor", "ImageProcessor")
+    name = str(processor.get("image_processor_type", old)).removesuffix("Fast").removesuffix("Pil")
+    found = get_image_processor_class_from_name(f"{name}Pil")  # the form that needs no torchvision
+    return {} if found is None else {key: getattr(found, key, None) for key in _VALUES}
+
+
+def _normalised(said: dict[str, Any]) -> tuple[_Colours, _Colours]:
+    """Mean and standard deviation for values from 0 to 1, whatever range the processor normalises."""
+    mean, std = _AS_THEY_ARE
+    if said.get("do_normalize", True):
+        mean, std = (_colours(said.get(key)) for key in ("image_mean", "image_std"))
+    scale = 255 * (said.get("rescale_factor") or 1 / 255) if said.get("do_rescale", True) else 255
+    if math.isclose(scale, 1, rel_tol=1e-3):  # 1 / 255 as files write it
+        return mean, std
+    return _colours([value / scale for value in mean]), _colours([value / scale for value in std])
+
+
+def _colours(given: Any) -> _Colours:
     if given is None:
         return _PLAIN
     red, green, blue = (float(value) for value in (given if isinstance(given, list) else [given] * 3))

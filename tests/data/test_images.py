@@ -421,6 +421,34 @@ def test_all_forms_of_processor_fields_are_read(
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"feature_extractor_type": "MobileViTFeatureExtractor", "do_flip_channel_order": True},  # as it is published
+        {"image_processor_type": "MobileViTImageProcessor", "do_flip_channel_order": False},
+        {"image_processor_type": "BitImageProcessor", "do_rescale": False},
+        {"image_processor_type": "LevitImageProcessorFast", "rescale_factor": 1 / 127.5},
+        {"image_processor_type": "ViTImageProcessor", "do_normalize": None},
+    ],
+    ids=lambda fields: next(iter(fields.values())),
+)
+def test_values_are_those_that_transformers_gives_the_model(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Of the model's own file, and of the one that is exported."""
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+
+    size = {"do_resize": False, "do_center_crop": False, "size": {"height": 16, "width": 16}}
+    made = load_image_processor(processor(tmp_path, VIT, **fields, **size))
+    image = Image.new("RGB", (16, 16), (250, 100, 5))
+    mine = Images.of([made.pixels(filed(image))], [0], made.mean, made.std).inputs(np.array([0]))
+    made.save(tmp_path)
+    for content in ({**fields, **size}, json.loads((tmp_path / "preprocessor_config.json").read_text())):
+        name = content.get("image_processor_type", "MobileViTImageProcessor").removesuffix("Fast")
+        theirs = get_image_processor_class_from_name(f"{name}Pil")(
+            **{key: value for key, value in content.items() if value is not None}
+        )
+        np.testing.assert_allclose(mine, theirs(image, return_tensors="np")["pixel_values"], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("numbers", "size", "allowed"),
     [
         (DINOV2, 30, "a multiple of 4, the pixels of a patch of this model; set task.image_size=32"),
@@ -433,6 +461,12 @@ def test_unreadable_sizes_are_refused(numbers: dict[str, Any], size: int, allowe
     with pytest.raises(UserError) as caught:
         load_image_processor(random_model(numbers), size)
     assert str(caught.value).startswith(f"task.image_size: got {size}; allowed: {allowed}")
+
+
+@pytest.mark.parametrize("fields", [{"rescale_offset": True}, {"do_flip_channel_order": True, "image_mean": 0.5}])
+def test_values_that_no_mean_gives_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^model\.path: got .*; allowed: a model whose images have no rescale_offset"):
+        load_image_processor(processor(tmp_path, VIT, **fields))
 
 
 def test_broken_processor_and_gray_image_model_are_refused(tmp_path: Path) -> None:
