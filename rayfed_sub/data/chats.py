@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.columns import Labels, Texts
+from rayfed_sub.data.columns import Labels, Texts, numbers_of
 from rayfed_sub.data.readers import Place
 from rayfed_sub.data.rows import Ints
 
@@ -119,6 +120,36 @@ def read_chats(column: str, cells: Iterable[Any], places: Iterable[Place]) -> It
             f"{unanswered:,}",
             f"{count:,}",
         )
+
+
+def beginnings(chats: Iterable[Chat]) -> Ints:
+    """A number for each chat, int64, equal for those alone that begin with the same one of them, but for case and
+    spaces: whoever learns one of these learns answers of the others.  What the assistant says unasked begins nothing.
+
+    >>> ask, say, more = ("user", "Why?"), ("assistant", "So."), ("user", "How?")
+    >>> turns = [(ask, say), (ask, say, more, say), (ask, ("assistant", "No."), more, say)]
+    >>> first, second, third = beginnings(Chat(Place("a.jsonl", 1), own) for own in turns)
+    >>> bool(first == second), bool(second == third)
+    (True, False)
+    """
+    found, counts = bytearray(), list[int]()
+    for chat in chats:
+        said, asked, count = hashlib.blake2b(digest_size=16), False, 0
+        for number, (role, text) in enumerate(chat.turns, 1):
+            words = " ".join(text.casefold().split())
+            said.update(f"{role} {len(words)} {words}".encode())
+            asked = asked or role == "user"
+            if number == len(chat.turns) or (asked and role == "assistant"):
+                found += said.digest()
+                count += 1
+        counts.append(count)
+    numbers = numbers_of(np.frombuffer(found, np.uint8).reshape(-1, 16))
+    ends = np.cumsum(counts, dtype=np.int64)
+    whole = np.zeros(len(numbers), bool)
+    whole[numbers[ends - 1]] = True
+    places = np.flatnonzero(whole[numbers])
+    firsts: Ints = numbers[places[np.searchsorted(places, ends - counts)]]
+    return firsts
 
 
 def _turns(cell: Any) -> list[Turn]:

@@ -187,7 +187,7 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
     """The data set of prepared rows: their splits, and the clients' shares."""
     rows, sizes, cuts = found.rows, found.sizes, found.cuts
     names = found.client_names or NumberedClients(federation.clients)
-    split = split_rows([found.questions, found.inputs], found.keys, task, found.splits)
+    split = split_rows(found.asked, found.keys, task, found.splits)
     chosen = split.held_out if judged == "held-out" else split.validation
     if not len(chosen):
         raise no_validation()

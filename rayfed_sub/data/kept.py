@@ -45,7 +45,7 @@ _META, _NEW = "rows.json", "new-"
 _LIBRARIES = ("transformers", "tokenizers", "datasets", "pyarrow", "flwr-datasets", "numpy")
 _MONTH = 30 * 24 * 3600
 _ROWS = ("tokens", "begins", "lengths", "prompts", "classes", "learned", "types")
-_ARRAYS = ("hashes", "sizes", "questions", "inputs")
+_ARRAYS = ("hashes", "sizes", "questions", "inputs", "begun")
 _LABELS = ("keys", "splits")
 _PLAIN = ("kind", "plain", "digest", "class_names", "client_names", "read", "wanted", "chosen", "transparent", "deep")
 

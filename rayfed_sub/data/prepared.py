@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rayfed_sub.config.schema import BY_CLIENT, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import AnyRows
+from rayfed_sub.data.chats import beginnings
 from rayfed_sub.data.columns import Labels, numbers_of
 from rayfed_sub.data.fingerprint import hashes, inputs, of_rows
 from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Kind, Pairs, capped, digests, of_keys
@@ -27,7 +28,7 @@ class Prepared:
     rows: of all units, one after the other; hashes uint8 (rows, 16), their digests; digest: of all of them; sizes int64
     (units,), rows of each;
     keys, splits: of each unit, splits empty where all are in train; questions, inputs int64 (units,): numbers that are
-    equal for equal questions and inputs alone (`split_rows`).
+    equal for equal questions and inputs alone (`split_rows`); begun: those of `beginnings` for chats, else empty.
     client_names: of the partition's largest keys where those are the clients, else empty.
     read, wanted, chosen: units without repeats, those of them whose key is wanted, and those that task.max_rows left.
     transparent, deep: of those that are read, images that lie over white, and of 16 bits.
@@ -45,6 +46,7 @@ class Prepared:
     client_names: tuple[str, ...]
     questions: Ints
     inputs: Ints
+    begun: Ints
     cuts: Cuts
     read: int
     wanted: int
@@ -54,6 +56,11 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    def asked(self) -> list[Ints]:
+        """The numbers of which no two splits share one."""
+        return [self.questions, self.inputs, *([self.begun] if len(self.begun) else [])]
 
 
 def prepared(pairs: Pairs, task: Task, federation: Federation, processor: Processor) -> Prepared:
@@ -100,6 +107,7 @@ def prepared(pairs: Pairs, task: Task, federation: Federation, processor: Proces
         client_names=names,
         questions=questions_asked(pairs.questions),
         inputs=numbers_of(digests(pairs.questions) if whole else inputs(rows)),
+        begun=beginnings(pairs.chats),
         cuts=cuts,
         read=read,
         wanted=wanted,

@@ -63,7 +63,8 @@ def split_rows(
 
     asked: int64 (rows,), numbers of the rows' questions, equal for equal ones alone, as `questions_asked` gives them,
     and of their inputs, what the model reads of them: two questions may have one input once they are cut to
-    task.max_length, scaled to task.image_size, or tokenised.  One warning gives the number of rows left out for this.
+    task.max_length, scaled to task.image_size, or tokenised; of chats also those of `beginnings`.  One warning gives
+    the number of rows left out for this.
 
     Raises UserError (task.test_share, task.validation_share) where a split that is asked for would be empty.
 

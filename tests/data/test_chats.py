@@ -15,8 +15,8 @@ from rayfed_sub.config.schema import Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.assignment import Assignment
 from rayfed_sub.data.batching import IGNORED, collate
-from rayfed_sub.data.chats import Chat, ChatError, Turn, read_chats
-from rayfed_sub.data.dataset import load_dataset, load_pairs, too_long
+from rayfed_sub.data.chats import Chat, ChatError, Turn, beginnings, read_chats
+from rayfed_sub.data.dataset import build_dataset, load_dataset, load_pairs, too_long
 from rayfed_sub.data.fingerprint import fingerprint, hashes, of_rows
 from rayfed_sub.data.pairs import Pairs
 from rayfed_sub.data.readers import Place
@@ -204,6 +204,26 @@ def test_chats_ask_the_same_where_the_history_of_the_last_answer_is_the_same() -
     other = [*first[:3], {"role": "assistant", "content": "Yes."}]
     questions = [chat.history for chat in read([first, other, ONE]) if chat]
     assert questions[0] == questions[1] != questions[2]
+
+
+def test_chats_that_begin_alike_are_in_one_split() -> None:
+    """Of 12 chats and their 12 longer forms half are held out; what is trained on begins with none of these, nor they
+    with it.  A greeting that nobody asked for keeps nothing apart."""
+    firsts = [f"q{i} a{i}" for i in range(12)]
+    task = Task(name="table", path="-", messages="m", test_share=0.5)
+    data = build_dataset(chats(*firsts, *(f"{first} r{i} b{i}" for i, first in enumerate(firsts))), task, IID, CODEC, 0)
+    assert isinstance(data.train, Rows)
+    assert isinstance(data.held_out, Rows)
+    trained, judged = (
+        {CODEC.decode(rows.row(row).tolist()).split("A: ")[0] for row in range(len(rows))}
+        for rows in (data.train, data.held_out)
+    )
+    assert (len(data.held_out), len(data.train) + data.row_counts.repeated) == (12, 12)
+    assert trained
+    assert not trained & judged
+    greeted = [(("assistant", "hi"),), (("assistant", "hi"), ("user", "q"), ("assistant", "a"))]
+    one, other = beginnings(Chat(Place("c", 1), turns) for turns in greeted)
+    assert one != other
 
 
 def test_repeated_and_empty_chats_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
