@@ -6,13 +6,18 @@ lists of 0 and 1 for each of several labels; their results numbers by name.
 
 from __future__ import annotations
 
+import logging
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import PurePath
 from typing import Any
 
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 FIELD = "evaluation.metrics"
 Compute = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
@@ -83,20 +88,37 @@ def _tried(name: str, compute: Compute, sample: Sequence[Any]) -> None:
 
 
 class MetricError(Exception):
-    """Failure of a named metric on the predictions of a run."""
+    """Failure of a named metric on all predictions of a run."""
 
 
 def named_scores(
-    metrics: Mapping[str, Compute], predictions: Sequence[Any], references: Sequence[Any]
+    metrics: Mapping[str, Compute],
+    predictions: Sequence[Any],
+    references: Sequence[Any],
+    client: int | None = None,
 ) -> dict[str, float]:
-    """The scores of all metrics, by name; none without predictions.  Raises MetricError for one that fails."""
+    """The scores of all metrics, by name; none without predictions.  client: whose rows these are, None: all rows.
+
+    A score that is not defined is left out: NaN, and of a client, whose rows may be too few, whatever a metric fails
+    on, which a warning says once.  Raises MetricError for one that fails on all rows.
+    """
     found: dict[str, float] = {}
     for name, compute in metrics.items() if predictions else ():
         try:
-            found |= compute(predictions, references)
+            scores = compute(predictions, references)
         except Exception as error:
-            raise MetricError(f"metric {name}: {_line(error)}") from error
+            if client is None:
+                raise MetricError(f"metric {name}: {_line(error)}") from error
+            _warn(name, _line(error))
+            continue
+        found |= {score: value for score, value in scores.items() if not math.isnan(value)}
     return found
+
+
+@cache
+def _warn(name: str, cause: str) -> None:
+    """Once in a process: evaluations come again and again."""
+    log.warning("evaluation.metrics: %s gives no score for some clients' rows: %s", name, cause)
 
 
 def _is_number(value: Any) -> bool:

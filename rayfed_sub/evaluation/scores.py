@@ -43,7 +43,7 @@ def label_scores(
         yield Score(client, "held_out_loss", math.fsum(row.loss for row in group) / len(group), len(group))
         for metric, value in class_scores(labels, predicted, names).items():
             yield Score(client, metric, value, len(group))
-        for metric, value in named_scores(metrics or {}, predicted, labels).items():
+        for metric, value in named_scores(metrics or {}, predicted, labels, client).items():
             yield Score(client, metric, value, len(group))
         if client is None:
             for name, counts in zip(names, confusion(labels, predicted, len(names)), strict=True):
@@ -61,11 +61,11 @@ def number_and_set_scores(
         if names:
             labels, predicted = ([list(map(int, one)) for one in column] for column in _columns(group))
             found = label_set_scores(labels, predicted, names)
-            found |= named_scores(metrics or {}, predicted, labels)
+            found |= named_scores(metrics or {}, predicted, labels, client)
         else:
             numbers, said = ([one[0] for one in column] for column in _columns(group))
             found = number_scores(numbers, said)
-            found |= named_scores(metrics or {}, said, numbers)
+            found |= named_scores(metrics or {}, said, numbers, client)
         for metric, value in found.items():
             yield Score(client, metric, value, len(group))
 
@@ -80,7 +80,7 @@ def text_scores(rows: Rows[Generation], metrics: Mapping[str, Compute] | None = 
     the configuration get all greedy answers."""
     for client, group in _groups(rows).items():
         greedy, references = [row.answer for row in group], [row.reference for row in group]
-        for metric, number in named_scores(metrics or {}, greedy, references).items():
+        for metric, number in named_scores(metrics or {}, greedy, references, client).items():
             yield Score(client, metric, number, len(group))
         for prefix, texts in (
             ("", list(zip(greedy, references, strict=True))),

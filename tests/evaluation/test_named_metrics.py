@@ -8,7 +8,7 @@ import pytest
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.evaluation.named_metrics import MetricError, load_metrics, named_scores
-from rayfed_sub.evaluation.scores import label_scores, text_scores
+from rayfed_sub.evaluation.scores import label_scores, number_and_set_scores, text_scores
 from rayfed_sub.training.inference import Generation, Prediction
 
 METRIC = """
@@ -94,3 +94,16 @@ def test_metric_that_fails_later_is_named(tmp_path: Path) -> None:
     assert named_scores(metrics, [], []) == {}
     with pytest.raises(MetricError, match=r"^metric per_word: ZeroDivisionError: division by zero$"):
         named_scores(metrics, ["a"], [" "])
+
+
+def test_score_that_is_not_defined_for_a_client_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Numbers whose differences are none with one row, and a mean of nothing that is NaN."""
+    body = """if len(predictions) < 2:
+            raise ValueError("it takes two rows")
+        return {"range": max(predictions) - min(predictions), "none": float("nan")}"""
+    metrics = load_metrics([written(tmp_path, "span", body, "float32")], [0.5, 1.0])
+    rows = [(client, Prediction(0.0, (said,), (0.0,))) for client, said in ((0, 1.0), (1, 3.0), (1, 2.5), (2, 4.0))]
+    found = [score for score in number_and_set_scores(rows, (), metrics) if "/" in score.metric]
+    assert [(s.client, s.metric, s.value) for s in found] == [(None, "span/range", 3.0), (1, "span/range", 0.5)]
+    said = "evaluation.metrics: span gives no score for some clients' rows: ValueError: it takes two rows"
+    assert caplog.messages == [said]
