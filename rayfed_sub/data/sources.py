@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ _IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", "
 
 
 _NAMED = 3  # files named in a warning
+
+_NO_ROWS = _IMAGES | frozenset(("", ".md", ".rst", ".html", ".pdf", ".py", ".sh", ".ipynb", ".yaml", ".yml", ".toml"))
+"""Suffixes of files that lie beside rows and hold none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,9 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
         for split, sources in sources_at("task.path", place, by_client).items():
             found.setdefault(split, []).extend(sources)
     if task.split_column is not None:
-        return {"train": [source for sources in found.values() for source in sources]}
+        every = [source for sources in found.values() for source in sources]
+        _check_once(task, {"train": every})
+        return {"train": every}
     chosen: dict[Split, list[Source]] = {}
     for split in SPLITS:
         names = names_of(task, split, found)
@@ -64,17 +70,31 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
         raise UserError("task.train", task.train, allowed, "set task.train")
     if task.train is None and any(glob.has_magic(place) or _is_file(place) for place in listed(task.path)):
         _warn_of_names(chosen["train"])
-    seen: dict[object, Split] = {}
-    for split in SPLITS:
-        for source in chosen[split]:
-            other = seen.setdefault(source.file.resolve() if source.file else id(source.data), split)
-            if other != split:
-                allowed = f"other rows than task.{other} has; {source.place} is in both"
-                raise UserError(f"task.{split}", getattr(task, split), allowed, "name another split or file")
+    _check_once(task, chosen)
     used = {id(source) for sources in chosen.values() for source in sources}
     if idle := [name for name, sources in found.items() if not any(id(source) in used for source in sources)]:
         log.warning("task.path: the splits %s are not used", ", ".join(idle))
     return chosen
+
+
+def _check_once(task: Task, chosen: Mapping[Split, Sequence[Source]]) -> None:
+    """UserError for a source that two splits have, or one twice."""
+    seen: dict[object, Split] = {}
+    named: set[object] = set()
+    for split, sources in chosen.items():
+        for source in sources:
+            given = getattr(task, split)
+            other = seen.setdefault(source.file.resolve() if source.file else source.place, split)
+            if other != split:
+                allowed = f"other rows than task.{other} has; {source.place} is in both"
+                raise UserError(f"task.{split}", given, allowed, "name another split or file")
+            # Files of one content may be links to one file, as in the hub's cache.
+            place = os.path.abspath(source.file) if source.file else source.place
+            if place in named:
+                field, value = ("task.path", task.path) if given is None else (f"task.{split}", given)
+                allowed = f"each file once, whose rows would count twice; {source.place} comes again"
+                raise UserError(field, value, allowed, "name it once")
+            named.add(place)
 
 
 def _is_file(place: str) -> bool:
@@ -206,6 +226,10 @@ def _of_folder(field: str, place: str, folder: Path, by_client: bool) -> dict[st
     if not rows:
         allowed = f"a folder with data that can be loaded: files ending in {', '.join(READERS)}, or images"
         raise UserError(field, place, allowed, "check the path")
+    kinds = Counter(file.suffix.lower() for file in files if file.suffix.lower() not in _NO_ROWS)
+    if unread := {kind: count for kind, count in kinds.items() if kind not in READERS}:
+        shown = ", ".join(f"{count:,} of {kind}" for kind, count in sorted(unread.items()))
+        log.warning("%s: files in %s that are not read: %s; those read are %s", field, place, shown, ", ".join(READERS))
     found: dict[str, list[Source]] = {}
     for file in rows:
         split, _ = split_of(file.relative_to(folder))
@@ -214,7 +238,11 @@ def _of_folder(field: str, place: str, folder: Path, by_client: bool) -> dict[st
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in path.parts) or path.stem.lower() in ("readme", "license")
+    return any(part.startswith((".", "__")) for part in path.parts) or path.stem.lower() in (
+        "readme",
+        "license",
+        "dataset_infos",
+    )
 
 
 def _of_images(field: str, place: str, folder: Path, by_client: bool) -> dict[str, list[Source]]:

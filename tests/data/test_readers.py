@@ -219,9 +219,28 @@ def test_large_files_are_memory_mapped_in_batches(tmp_path: Path) -> None:
     assert not list(Path(tempfile.gettempdir()).glob("rayfed-sub-*.arrow"))
 
 
-def test_folder_of_tables_may_hold_a_picture(tmp_path: Path) -> None:
+def test_folder_of_tables_may_hold_a_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "rows.csv").write_text("q,a\n1,2\n", encoding="utf-8")
     (tmp_path / "README.txt").write_text("What is in here", encoding="utf-8")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}', encoding="utf-8")
     (tmp_path / "plot.png").write_bytes(b"")
     iid = Federation.model_validate({"partition": {"kind": "iid"}})
     assert load_pairs(table(str(tmp_path)), iid).answers == ("2",)
+    assert not caplog.messages
+    for name in ("more.jsonl.gz", "b.arrow", "c.ARROW"):
+        (tmp_path / name).write_bytes(b"")
+    assert load_pairs(table(str(tmp_path)), iid).answers == ("2",)
+    (said,) = caplog.messages
+    assert said.startswith(f"task.path: files in {tmp_path} that are not read: 2 of .arrow, 1 of .gz; those read are .")
+
+
+@pytest.mark.parametrize("fields", [{"path": ("{0}/a.csv", "{0}/../{1}/a.csv")}, {"path": ("{0}/*.csv", "{0}/a*")}])
+@pytest.mark.parametrize("more", [{}, {"split_column": "s"}])
+def test_file_that_is_named_twice_is_refused(fields: Any, more: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("q,a,s\n1,2,train\n", encoding="utf-8")
+    (tmp_path / "b.csv").symlink_to("a.csv")  # equal content, as in the hub's cache
+    path = tuple(one.format(tmp_path, tmp_path.name) for one in fields["path"])
+    iid = Federation.model_validate({"partition": {"kind": "iid"}})
+    with pytest.raises(UserError, match=r"^task\.path: got .*each file once, .*a\.csv comes again; name it once"):
+        load_pairs(table(path, **more), iid)
+    assert load_pairs(table(f"{tmp_path}/*.csv", **more), iid).answers == ("2",)
