@@ -103,8 +103,9 @@ def _labelled(texts: Labels, splits: Labels, problem: Problem) -> Labels:
     """The labels, "" in place of -1, or of a list of nothing else, where that says that there is none, as in GLUE's
     test rows: where no training row has it and all other labels are numbers from 0 on; of a regression, whose
     numbers are any, where official splits have nothing else and no other number is below 0."""
-    parts = {name: _listed(name) or [name.removeprefix(MARK)] for name in texts.used if name}
-    missing = {name for name, own in parts.items() if set(own) <= _MISSING}
+    lists = {name: _listed(name) for name in texts.used if name}
+    parts = {name: [name.removeprefix(MARK)] if own is None else own for name, own in lists.items()}
+    missing = {name for name, own in parts.items() if own and set(own) <= _MISSING}
     rest = [one for name in parts.keys() - missing for one in parts[name]]
     if not missing or any(not _finite(one) or _number(one) < 0 for one in rest):
         return texts

@@ -143,7 +143,7 @@ def _normalised(said: dict[str, Any]) -> tuple[_Colours, _Colours]:
 def _colours(given: Any) -> _Colours:
     if given is None:
         return _PLAIN
-    red, green, blue = (float(value) for value in (given if isinstance(given, list) else [given] * 3))
+    red, green, blue = (float(value) for value in (given if isinstance(given, list | tuple) else [given] * 3))
     return red, green, blue
 
 

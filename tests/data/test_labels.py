@@ -232,6 +232,7 @@ def test_quiet_where_the_problem_is_said(tmp_path: Path, caplog: pytest.LogCaptu
         ([0, 1, 1], -1, "classification"),  # GLUE's
         ([0.5, 5, 2], -1.0, "regression"),  # STS-B's
         ([[0, 1], [1, 1], [0, 0]], [-1, -1], "multi-label"),
+        ([[0, 3], [1], []], [-1], "multi-label"),
     ],
 )
 def test_test_rows_of_minus_1_have_no_label(train: Any, test: Any, problem: str, suffix: str, tmp_path: Path) -> None:
