@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _Colours = tuple[float, float, float]
 PROCESSOR = "preprocessor_config.json"
+_WHOLE = "processor_config.json"  # of a model that reads texts too, its part for images under `image_processor`
 _PLAIN = (0.5, 0.5, 0.5)  # default mean and standard deviation: values from -1 to 1
 _AS_THEY_ARE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 _VALUES = (
@@ -97,7 +98,12 @@ def load_image_processor(model: Model, image_size: int | None = None) -> HubImag
         channels = f"a model that reads images of 3 channels; it reads {hf_config.num_channels}"
         raise UserError("model.path", model.path, channels, "take another model")
     processor = {} if model.path == RANDOM else _processor(model)
-    mean, std = _normalised(said := {**_defaults(processor), **processor})
+    said = {**_defaults(processor), **processor}
+    try:
+        mean, std = _normalised(said)
+    except (TypeError, ValueError):
+        allowed = "a model whose image_mean and image_std are numbers, one or three"
+        raise UserError("model.path", model.path, allowed, "take another model") from None
     flipped = bool(said.get("do_flip_channel_order"))
     if said.get("rescale_offset") or (flipped and (mean, std) != _AS_THEY_ARE):
         allowed = "a model whose images have no rescale_offset, and do_flip_channel_order only without do_normalize"
@@ -110,13 +116,18 @@ def _processor(model: Model) -> dict[str, Any]:
     from transformers.utils import cached_file
 
     source = locate(model.path)
-    try:
-        with reading(source):
-            file = cached_file(source.name, PROCESSOR, _raise_exceptions_for_missing_entries=False)
-        content = dict(json.loads(Path(file).read_text(encoding="utf-8"))) if file else {}
-        return {key: value for key, value in content.items() if value is not None}
-    except Exception as error:  # the hub's errors, and whatever a stranger's file holds
-        raise UserError("model.path", model.path, f"a model whose {PROCESSOR} can be read", reason(error)) from error
+    content: dict[str, Any] = {}
+    for name in (_WHOLE, PROCESSOR):  # in transformers' order
+        try:
+            with reading(source):
+                file = cached_file(source.name, name, _raise_exceptions_for_missing_entries=False)
+            found = dict(json.loads(Path(file).read_text(encoding="utf-8"))) if file else {}
+            content = dict(found.get("image_processor") or {} if name == _WHOLE else found)
+        except Exception as error:  # the hub's errors, and whatever a stranger's file holds
+            raise UserError("model.path", model.path, f"a model whose {name} can be read", reason(error)) from error
+        if content:
+            break
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def _defaults(processor: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +154,8 @@ def _normalised(said: dict[str, Any]) -> tuple[_Colours, _Colours]:
 def _colours(given: Any) -> _Colours:
     if given is None:
         return _PLAIN
-    red, green, blue = (float(value) for value in (given if isinstance(given, list | tuple) else [given] * 3))
+    values = given if isinstance(given, list | tuple) else [given]
+    red, green, blue = map(float, values * 3 if len(values) == 1 else values)
     return red, green, blue
 
 

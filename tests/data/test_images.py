@@ -412,12 +412,28 @@ def test_numbers_come_from_the_model_s_processor(tmp_path: Path) -> None:
         (SIGLIP, {}, HubImageProcessor(16)),
         (VIT, {"do_normalize": False}, HubImageProcessor(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))),
         (VIT, {"image_mean": 0.5, "image_std": 1.0}, HubImageProcessor(16, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))),
+        (VIT, {"image_mean": [0.5], "image_std": [1.0]}, HubImageProcessor(16, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))),
     ],
 )
 def test_all_forms_of_processor_fields_are_read(
     numbers: dict[str, Any], fields: dict[str, Any], expected: HubImageProcessor, tmp_path: Path
 ) -> None:
     assert load_image_processor(processor(tmp_path, numbers, **fields)) == expected
+
+
+def test_processor_of_texts_and_images_has_the_images_part(tmp_path: Path) -> None:
+    """As transformers 5 saves CLIP's and SigLIP's; the other file then counts no more."""
+    model = processor(tmp_path, SIGLIP, image_mean=0.1, image_std=0.2)
+    whole = tmp_path / "processor_config.json"
+    whole.write_text(json.dumps({"processor_class": "SiglipProcessor"}))
+    assert load_image_processor(model).mean == (0.1, 0.1, 0.1)
+    whole.write_text(json.dumps({"image_processor": {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.7, 0.8, 0.9]}}))
+    assert load_image_processor(model) == HubImageProcessor(16, (0.4, 0.5, 0.6), (0.7, 0.8, 0.9))
+
+
+def test_means_that_are_no_colours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"image_mean and image_std are numbers, one or three"):
+        load_image_processor(processor(tmp_path, VIT, image_mean=[0.1, 0.2]))
 
 
 @pytest.mark.parametrize(
