@@ -383,6 +383,10 @@ def _check_nova(config: Config) -> None:
 
 def _check_privacy(config: Config) -> None:
     """The accountant's assumptions: see `privacy/mechanism.py` and `privacy/examples.py`."""
+    kind = config.federation.partition.kind
+    if config.privacy.of_examples and kind == "resample":
+        allowed = "a kind that gives each row to one client with privacy.unit=example, whose epsilon is one client's"
+        raise UserError("federation.partition.kind", kind, allowed, "e.g. iid, without rows_per_client")
     assumed: dict[str, tuple[Any, str]] = {}
     if config.privacy.of_clients:
         assumed = {

@@ -443,7 +443,8 @@ class Privacy(Record):
 
     unit: Literal["client", "example"] = Field(
         default="client",
-        description="What is protected: that a client takes part at all, with all its rows, or each training row.",
+        description="What is protected: that a client takes part at all, with all its rows, or each training row; with "
+        "task.text a row is a chunk, not a document.",
     )
     clip: Positive | None = Field(
         default=None, description="L2 norm at most of a client's change, or of a row's gradient; null: no privacy."

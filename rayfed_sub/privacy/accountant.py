@@ -3,8 +3,8 @@
 The mechanism is `rayfed_sub/privacy/mechanism.py`: every round the Gaussian mechanism, noise times the sensitivity, on
 a Poisson sample of the clients; the accountants' neighbours differ by one client more or less.  With
 privacy.unit=example it is `rayfed_sub/privacy/examples.py`: every local step the Gaussian mechanism on a Poisson sample
-of the client's rows; the neighbours differ by one training row more or less at one client.  A row meets no other
-client's mechanism, so epsilon is the largest of all clients'.
+of the client's rows; the neighbours differ by one training row more or less at one client.  Partitions that give a row
+to several clients are refused, so it meets no other client's mechanism, and epsilon is the largest of all clients'.
 
 Two accountants give upper bounds, and the smaller one counts.  PLD composes privacy loss distributions on a grid, never
 below the true ones (Connect the Dots: Doroshenko et al., arXiv 2207.04380), and is as tight as its grid is fine.  RDP,

@@ -7,14 +7,14 @@ g_i the gradient of row i's own loss, which for texts is the mean over its own l
 without rows releases noise all the same.  The optimizer, weight decay, proximal terms, a method's own penalty, hooks
 and uploads work on g alone, so whatever a method makes of it is covered.
 
-Protected is a training row: neighbouring federations differ by one row more or less at one client, which moves a sum by
-C at most.  Covered by (epsilon, delta) is all that clients upload, round by round, against the server too, and all that
-follows from it; steps are counted client by client, since no row meets another client's mechanism, and nothing is
-gained from clients that stay away, which everybody can see.  Numbers of rows are taken to be known: they are in q, in
-the batches' denominators and in p_k.  Not covered are rows that are judged, the choice of classes, of a vocabulary or
-of a partition by data, the failure of a client, records that only a simulation writes (losses, labels per round), nor
-anything against those who know the seed, from which draws and noise come.  The proof is about real numbers, the
-arithmetic float32's.
+Protected is a training row, of plain text one chunk and not the whole text: neighbouring federations differ by one row
+more or less at one client, which moves a sum by C at most.  No row is at two clients.  Covered by (epsilon, delta) is
+all that clients upload, round by round, against the server too, and all that follows from it; steps are counted client
+by client, since no row meets another client's mechanism, and nothing is gained from clients that stay away, which
+everybody can see.  Numbers of rows are taken to be known: they are in q, in the batches' denominators and in p_k.  Not
+covered are rows that are judged, the choice of classes, of a vocabulary or of a partition by data, the failure of a
+client, records that only a simulation writes (losses, labels per round), nor anything against those who know the seed,
+from which draws and noise come.  The proof is about real numbers, the arithmetic float32's.
 """
 
 from __future__ import annotations

@@ -173,6 +173,11 @@ TRAINING = {
         federation=Federation(round_deadline=5.0),
         privacy=PRIVATE.model_copy(update={"unit": "example"}),
     ),
+    "federation.partition.kind: got 'resample'; allowed: a kind that gives each row to one client with "
+    "privacy.unit=example, whose epsilon is one client's; e.g. iid, without rows_per_client": Config(
+        federation=Federation(partition=Partition(kind="resample", rows_per_client=4)),
+        privacy=PRIVATE.model_copy(update={"unit": "example"}),
+    ),
     "federation.normalise_steps: got True; allowed: false with privacy.clip: the denominator is fixed; "
     "set federation.normalise_steps=false": Config(
         privacy=PRIVATE,
