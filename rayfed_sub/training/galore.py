@@ -30,10 +30,10 @@ from rayfed_sub.training.projectors import bases, extremes
 class Refresh:
     """A refresh: the due clients, and the results of the backward pass for them.
 
-    due: per layer that has any, whether each client is due; draws: per layer and client (seed, client, step), which
-    names the random projectors' streams.  rows: per layer the new bases (G, r, k), zero for clients that are not due.
-    gradients: per layer the projected gradient in the new basis, shaped like the trained factor.  sound: per layer, as
-    they come, positions of due clients, and whether the gradient of each is finite.
+    due: per layer that has any, whether each client is due; draws: per layer and client (seed, client, step of its
+    life), which names the random projectors' streams.  rows: per layer the new bases (G, r, k), zero for clients that
+    are not due.  gradients: per layer the projected gradient in the new basis, shaped like the trained factor.  sound:
+    per layer, as they come, positions of due clients, and whether the gradient of each is finite.
     """
 
     subspaces: Sequence[Subspace]

@@ -90,7 +90,7 @@ def moving_tensors(
         if name.rpartition("/")[0] in experts:
             taken = expert_step(start, experts[name.rpartition("/")[0]])
         if start.subspace is not None and name in layers:
-            projector = _projector(layers[name], start, taken, names, parameter.device)
+            projector = _projector(layers[name], start, names, parameter.device)
             if optimizer.name == "sgd":
                 stepped = nn.Parameter(torch.zeros_like(start.tensors[name], device=parameter.device))
         moving.append(Moving(name, parameter, stepped, taken, projector))
@@ -181,7 +181,7 @@ def _lora(model: nn.Module, shape: ModelShape, start: Start, whose: tuple[int, i
     return parameters
 
 
-def _projector(layer: Layer, start: Start, taken: int, names: tuple[int, int], device: torch.device) -> Any:
+def _projector(layer: Layer, start: Start, names: tuple[int, int], device: torch.device) -> Any:
     """A galore_torch projector that goes on from the client's basis; other kinds than `svd` bring their own rule."""
     from galore_torch.galore_projector import GaLoreProjector
 
@@ -190,7 +190,7 @@ def _projector(layer: Layer, start: Start, taken: int, names: tuple[int, int], d
     # galore_torch knows no "never": it then renews at every step, and gets the same basis each time.
     projector = GaLoreProjector(subspace.rank, update_proj_gap=subspace.refresh_every or 1, scale=start.scale)
     projector.ortho_matrix = start.tensors[sides(layer)[0]].to(device)
-    projector.taken = taken  # optimiser steps, kept up to date by the executor
+    projector.taken = 0  # steps of the client's life, kept up to date by the executor
 
     def orthogonal(G_mn: Tensor, rank: int, type: str) -> Tensor:
         kept: Tensor = projector.ortho_matrix

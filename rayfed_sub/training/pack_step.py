@@ -282,7 +282,7 @@ def _refresh(stack: Stack, shape: ModelShape, seed: int) -> Refresh | None:
         due_G = [bool(every) and t % every == 0 for t, every in zip(step_G, map(period, stack.trainees), strict=True)]
         if any(due_G):
             due[layer.name] = due_G
-            draws[layer.name] = [(seed, x.client, t) for x, t in zip(stack.trainees, step_G, strict=True)]
+            draws[layer.name] = [(seed, one.client, one.number_of(layer)) for one in stack.trainees]
     return Refresh(subspaces, due, draws, stack.tensors) if due else None
 
 

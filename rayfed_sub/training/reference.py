@@ -87,7 +87,7 @@ def _client(
         failure = _not_finite(t, losses[-1], moving)
         if failure:
             break
-        _count(moving, clocks)
+        _count(moving, clocks, work.taken - start.step)
         _clip(moving, optimizer.clip_norm, clocks)
         memory = _correct(start, memory, moving, begun, clocks, t, lr)
         _step(stepper, [x for x in moving if x.layer not in still], start, optimizer, lr, clocks)
@@ -186,11 +186,12 @@ def _advance(clock: Clock, clocks: Mapping[str, Clock], still: Collection[str], 
         own.advance(decay)
 
 
-def _count(moving: Sequence[Moving], clocks: Mapping[str, Clock]) -> None:
-    """Gives the projectors, whose draws depend on it, the number of steps taken."""
+def _count(moving: Sequence[Moving], clocks: Mapping[str, Clock], before: int) -> None:
+    """Gives the projectors, whose draws depend on it, the number of steps of the client's life; before: those that its
+    clock no longer counts."""
     for x in moving:
         if x.projector is not None:
-            x.projector.taken = clocks[x.layer].step
+            x.projector.taken = before + clocks[x.layer].step
 
 
 def _still(moving: Sequence[Moving], shape: ModelShape) -> set[str]:

@@ -59,6 +59,10 @@ class Trainee:
         """The clock of a target layer."""
         return self.experts[layer.name] if layer.expert else self.clock
 
+    def number_of(self, layer: Layer) -> int:
+        """The number of a target's next step in the client's life, also where its clock begins every round anew."""
+        return self.taken - self.start.step + self.clock_of(layer).step
+
 
 @dataclass
 class Stack:

@@ -444,11 +444,12 @@ def run_pack(
     lr: float,
     weights: Tensors | None = None,
     clients: Sequence[int] | None = None,
+    taken: int = 0,
     privacy: RowPrivacy | None = None,
     expected: int = 1,
 ) -> list[LocalResult]:
-    """`train_pack` on a model whose targets hold `weights` (None: the pretrained ones); expected: as in `ClientWork`,
-    of all clients."""
+    """`train_pack` on a model whose targets hold `weights` (None: the pretrained ones); taken, expected: as in
+    `ClientWork`, of all clients."""
     model, layers = tiny.packed
     held = {
         name.removesuffix("/weight"): tensor for name, tensor in (weights or {}).items() if name.endswith("/weight")
@@ -456,7 +457,7 @@ def run_pack(
     bases = {name: tensor for name, tensor in held.items() if name in layers}
     with based_on(layers, bases):
         rule = LocalRule(optimizer, lr, 0, PAD, privacy=privacy)
-        given = [replace(work, expected=expected) for work in works(starts, batches, clients)]
+        given = [replace(work, taken=taken, expected=expected) for work in works(starts, batches, clients)]
         return train_pack(model, layers, tiny.shape, given, rule).results
 
 
@@ -469,11 +470,13 @@ def run_reference(
     lr: float,
     weights: Tensors | None = None,
     clients: Sequence[int] | None = None,
+    taken: int = 0,
 ) -> list[LocalResult]:
     """`train_reference` with the same arguments."""
     begun = {**tiny.weights, **(weights or {})}
     rule = LocalRule(optimizer, lr, 0, PAD)
-    return train_reference(tiny.model, tiny.shape, begun, works(starts, batches, clients), rule)
+    given = [replace(work, taken=taken) for work in works(starts, batches, clients)]
+    return train_reference(tiny.model, tiny.shape, begun, given, rule)
 
 
 def works(

@@ -15,6 +15,7 @@ import torch
 
 from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
+from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import LocalResult, Start, Subspace
 from tests.helpers.tiny_models import (
     Tiny,
@@ -171,6 +172,26 @@ def test_random_projectors_draw_by_client_layer_and_step(projector):
     one, other = run_pack(tiny, [start] * 2, batches, Optimizer(), lr=1e-2, clients=[1, 2])
     apart = [distance(one.tensors[fixed], other.tensors[fixed]) for fixed, _ in map(sides, tiny.shape.targets)]
     assert (min(apart) > 0.1) == (projector == "random")
+
+
+@pytest.mark.parametrize("run", [run_pack, run_reference])
+def test_random_bases_are_new_in_every_round_that_begins_anew(run):
+    """Four steps into a client's life: other rows than in its first round where its clock begins anew, and those of
+    step 4 whether or not the clock has gone on."""
+    tiny = gpt2()
+    begun, kept = (galore_start(tiny, Subspace(2, 1, "random"), step=step) for step in (0, 4))
+    (first,), (again,), (on,) = (
+        run(tiny, [start], [draw_batches(tiny, 0, 1)], Optimizer(), lr=1e-2, taken=taken)
+        for start, taken in ((begun, 0), (begun, 4), (kept, 4))
+    )
+    for layer in tiny.shape.targets:
+        fixed = sides(layer)[0]
+        one, other, same = (result.tensors[fixed] for result in (first, again, on))
+        numbers = stream(0, "projector", layer.name, 0, 4).standard_normal((2, min(layer.m, layer.n)))
+        drawn = torch.linalg.qr(torch.from_numpy(numbers).T).Q.T
+        assert distance(one.abs(), other.abs()) > 0.1
+        for rows in (other, same):
+            assert distance((rows if fixed.endswith("/right") else rows.T).abs(), drawn.abs()) < 1e-6
 
 
 def test_reset_restarts_bias_correction():
