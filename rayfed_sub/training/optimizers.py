@@ -6,15 +6,13 @@ comes after the step.  The same rule serves every method, so that comparisons di
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rayfed_sub.core.devices import onto
-from rayfed_sub.core.lowrank import sides
-from rayfed_sub.core.types import ModelShape, OptimizerRule, Start, Tensors
-from rayfed_sub.training.blocks import Closed, multiplied
+from rayfed_sub.core.types import OptimizerRule
 
 
 def moment_roles(optimizer: OptimizerRule) -> tuple[str, ...]:
@@ -87,33 +85,3 @@ def decay(optimizer: OptimizerRule, lr: float) -> float:
 
 def _spread(factor_G: Tensor, like: Tensor) -> Tensor:
     return factor_G.view(-1, *[1] * (like.dim() - 1))
-
-
-def pull(
-    mu: float,
-    shape: ModelShape,
-    start: Start,
-    tensors: Tensors,
-    anchors: Tensors,
-    closed: Mapping[str, Closed],
-    gradients: dict[str, Tensor],
-    scale_G: Tensor,
-) -> None:
-    """Adds the pull to `gradients` in place.  All tensors (G, ...); anchors: the trained tensors as the round began."""
-    projected = {sides(layer)[1]: layer for layer in shape.targets} if start.subspace is not None else {}
-    for name in start.trained:
-        if name not in projected:
-            gradients[name] = gradients[name] + mu * (tensors[name] - anchors[name])
-            continue
-        layer = projected[name]
-        change = scale_G[:, None, None] * tensors[name]  # the open block in its own basis: R = dW Q^T = scale L
-        fixed = tensors[sides(layer)[0]].mT
-        for first, last in closed[layer.name].alike():
-            if (blocks := closed[layer.name].between(first, last)) is None:
-                continue
-            (left, right), some = blocks, slice(first, last)
-            if name.endswith("/left"):
-                change[some] += multiplied(left, multiplied(right, fixed[some]))
-            else:
-                change[some] += multiplied(multiplied(fixed[some], left), right)
-        gradients[name] = gradients[name] + mu * change

@@ -21,8 +21,8 @@ from rayfed_sub.training.expert_steps import ROLES, period, sent, since, step_ex
 from rayfed_sub.training.galore import Refresh, renew
 from rayfed_sub.training.layers import Bound, Capture, Captures, PackLinear, Terms, bound
 from rayfed_sub.training.losses import client_losses
-from rayfed_sub.training.optimizers import pull
 from rayfed_sub.training.passes import AnyPass
+from rayfed_sub.training.proximal import pull
 from rayfed_sub.training.stacks import Clock, Stack, Trainee
 
 GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
@@ -32,7 +32,7 @@ GradientHooks = Callable[[str, Sequence[int]], list[Capture]]
 @dataclass(frozen=True)
 class LocalRule:
     """The rule of a round's local training, for all clients alike.  lr: the round's learning rate; seed: the run's;
-    pad: the token that fills rows up; proximal: FedProx's mu (see `optimizers.pull`); micro_batch: rows of a client
+    pad: the token that fills rows up; proximal: FedProx's mu (see `proximal.py`); micro_batch: rows of a client
     that go through the model at a time, all where it is None; recompute: whether blocks keep no activations; privacy:
     of the clients' single rows, for starts without a refresh and models without experts among their targets."""
 
@@ -94,7 +94,7 @@ def step_pack(
     for stack, step in zip(stacks, steps, strict=True):
         step.sent = sent(shape, stack, step.gradients, step.refresh)
         penalise(stack, step)
-        move(stack, step, shape, rule)
+        move(stack, step, shape, layers, rule)
     for trainee in trainees:
         trainee.steps += 1
     sound = [
@@ -221,7 +221,7 @@ def penalise(stack: Stack, step: Step) -> None:
         step.gradients.setdefault(name, torch.zeros_like(leaf))
 
 
-def move(stack: Stack, step: Step, shape: ModelShape, rule: LocalRule) -> None:
+def move(stack: Stack, step: Step, shape: ModelShape, layers: Mapping[str, PackLinear], rule: LocalRule) -> None:
     """The optimiser step of a stack's clients, and the new periods of those that begin one."""
     optimizer, lr, grads, scale_G = rule.optimizer, rule.lr, step.gradients, step.scale_G
     trainees, first = stack.trainees, stack.trainees[0].start
@@ -232,7 +232,7 @@ def move(stack: Stack, step: Step, shape: ModelShape, rule: LocalRule) -> None:
     if step.refresh is not None:
         _new_period(stack, shape, step, optimizer)
     if rule.proximal:
-        pull(rule.proximal, shape, first, stack.tensors, stack.anchors, stack.closed, grads, scale_G)
+        pull(rule.proximal, shape, layers, stack, grads, scale_G)
     if optimizer.clip_norm is not None:
         optimizers.clip(list(grads.values()), optimizer.clip_norm)
     if first.correct is not None:

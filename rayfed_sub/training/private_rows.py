@@ -102,7 +102,7 @@ def private_step(
                 mine[name].add_(noise).div_(expected[trainee.client])
         step.gradients = total
         penalise(stack, step)
-        move(stack, step, shape, rule)
+        move(stack, step, shape, layers, rule)
     _count(trainees, [sum(own) / len(own) if own else None for own in losses], labels)
     return tokens, computed
 

@@ -113,13 +113,13 @@ def test_changed_dense_weight_is_downloaded_in_full() -> None:
     assert mixes(Server(), Privacy(clip=1.0, noise=1.0))
 
 
-def pulled(kind: str, mu: float, steps: int = 4):
+def pulled(kind: str, mu: float, steps: int = 4, weight_decay: float = 0.0):
     """One client's change with FedProx's mu under SGD."""
     tiny = llama()
     start = galore_start(tiny, Subspace(16, 2), scale=1.0) if kind == "galore" else start_of(kind, tiny)
     model, layers = installed(tiny)
     work = works([start], [draw_batches(tiny, 0, steps, rows=8)])
-    rule = LocalRule(Optimizer(name="sgd"), 0.1, 0, PAD, mu)
+    rule = LocalRule(Optimizer(name="sgd", weight_decay=weight_decay), 0.1, 0, PAD, mu)
     (result,) = train_pack(model, layers, tiny.shape, work, rule).results
     return change(tiny, start, result)
 
@@ -133,10 +133,12 @@ def test_pull_shortens_the_path_and_vanishes_with_mu() -> None:
 
 
 def test_full_rank_galore_has_the_same_pull_as_the_dense_weight() -> None:
-    """With FedProx: r = min(m, n) = 16, SGD, scale 1, a refresh in between: GaLore's change is SGD's."""
-    galore, dense = pulled("galore", 1.0), pulled("dense", 1.0)
-    for layer in galore:
-        assert distance(galore[layer], dense[layer]) < 1e-3
+    """With FedProx: r = min(m, n) = 16, SGD, scale 1, a refresh in between: GaLore's change is SGD's, also where decay
+    shrinks the weight itself."""
+    for decay in (0.0, 0.5):
+        galore, dense = (pulled(kind, 1.0, weight_decay=decay) for kind in ("galore", "dense"))
+        for layer in galore:
+            assert distance(galore[layer], dense[layer]) < 1e-3
 
 
 def test_one_round_of_pull_by_hand() -> None:
