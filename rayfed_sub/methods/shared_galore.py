@@ -110,19 +110,18 @@ class SharedGaLore:
 
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         changed = averaging.mean(total)
-        if not changed:
-            return server.advance({})
         now, soon = (t // self.refresh_every for t in (server.round, server.round + 1))
         seed = int(server.tensors[_SEED])
         kept = averaging.take_scales(changed, shape)
-        for layer in shape.targets:
+        for layer in shape.targets if changed else ():
             name, moving = f"{layer.name}/weight", sides(layer)[1]
             L, Q = changed.pop(moving), basis(seed, now, layer, self.rank)
             change = L @ Q if moving.endswith("/left") else Q.T @ L
             changed[name] = kept[layer.name] * server.tensors[name] + self.scale * change
-        if self.optimizer_state == "average":
-            moments = {n: t for n, t in changed.items() if averaging.is_moment(n)}
-            moments, step = moved(self, moments, round(float(changed["step"])), seed, shape, now, soon)
+        held = changed or server.tensors  # a basis ends in a round without clients too
+        if self.optimizer_state == "average" and "step" in held:
+            moments = {n: t for n, t in held.items() if averaging.is_moment(n)}
+            moments, step = moved(self, moments, round(float(held["step"])), seed, shape, now, soon)
             changed |= {**moments, "step": torch.tensor(float(step), dtype=torch.float64)}
         return server.advance(changed)
 

@@ -156,6 +156,29 @@ def test_moments_when_the_basis_changes(rule: str, state: str) -> None:
         assert method.download_bytes(server, SHAPE, Client(0, 0), since=2) == (3 + 3) * 4 + 2 * (3 + 3) * 4 + 8
 
 
+@pytest.mark.parametrize("rule", ["reset", "rotate", "keep"])
+def test_averaged_moments_change_their_basis_in_a_round_without_clients(rule: str) -> None:
+    """Round 1, the last one of its basis, has nobody: the moments of round 0 go into the new basis all the same, by c
+    and c^2 (rank 1) where they are rotated."""
+    method = made(refresh_every=2, moments=rule, optimizer_state="average")
+    up = torch.tensor([[1.0], [2.0], [3.0]])
+    done = walked(
+        method,
+        SHAPE,
+        begun(method),
+        RETURNED,
+        WEIGHTS,
+        moments={client: {"up/left/m1": up, "up/left/m2": up} for client in WEIGHTS},
+    )
+    empty = method.aggregate(done.server, method.accumulator(done.server, SHAPE), SHAPE)
+    c = float(basis(0, 1, TALL, 1) @ basis(0, 0, TALL, 1).T)
+    factors = {"reset": (0.0, 0.0), "rotate": (c, c**2), "keep": (1.0, 1.0)}[rule]
+    for role, factor in zip(("m1", "m2"), factors, strict=True):
+        torch.testing.assert_close(empty.tensors[f"up/left/{role}"], factor * up)
+    assert int(empty.tensors["step"]) == (0 if rule == "reset" else 1)
+    assert torch.equal(empty.tensors["up/weight"], done.server.tensors["up/weight"])
+
+
 def test_rotated_moments_match_the_gradient() -> None:
     """Rank 2: m1 of a constant gradient G is G Q^T; rotated it is G Q^T C^T = G Q^T Q Q_new^T, the part of it that
     remains."""
