@@ -31,7 +31,13 @@ def check_asynchronous(config: Config, method: Method, shape: ModelShape) -> Non
         allowed = f"sync or semi-sync with method.name={name}, whose updates are in a basis of their round"
         raise UserError("federation.mode", "async", allowed, f"or choose one of {', '.join(fitting)}")
     values = set(sent_values(method, shape)) - set(shape.head_names)
-    if config.federation.asynchronous.rule == "fedasync" and not values:
+    rule = config.federation.asynchronous
+    if rule.rule == "fedasync" and not values:
         allowed = f"fedbuff with method.name={name}, whose clients send changes, not models to mix"
         advice = "set rule=fedbuff, buffer=1 and server.lr in place of mixing"
         raise UserError("federation.asynchronous.rule", "fedasync", allowed, advice)
+    alone = rule.rule == "fedasync" or rule.buffer == 1
+    if alone and getattr(unhooked(method), "optimizer_state", None) == "average":
+        how = "rule=fedasync" if rule.rule == "fedasync" else "buffer=1"
+        allowed = f"keep or reset with federation.asynchronous.{how}, by which one client's would replace the average"
+        raise UserError("method.optimizer_state", "average", allowed, "set method.optimizer_state=keep")
