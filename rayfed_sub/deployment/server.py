@@ -15,8 +15,8 @@ from rayfed_sub.core.types import Client, ServerState, Tensors, Update
 from rayfed_sub.deployment import deltas
 from rayfed_sub.deployment.deltas import Download, History
 from rayfed_sub.deployment.setup import Setup, initial
-from rayfed_sub.methods.downloads import downloaded
-from rayfed_sub.methods.server_optimizers import advance, mixes
+from rayfed_sub.methods.downloads import downloaded, mixes
+from rayfed_sub.methods.server_optimizers import advance
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.planning import sampling
 from rayfed_sub.training.client_errors import client_failed, not_finite
@@ -77,7 +77,8 @@ def download(federation: Federation, client: int, *, anew: bool = False) -> Down
 def counted_bytes(federation: Federation, client: int, *, anew: bool = False) -> int:
     """`download_bytes` of the client, as a simulation counts them."""
     setup, since = federation.setup, -1 if anew else federation.since.get(client, -1)
-    mixed, who = mixes(setup.config.server, setup.config.privacy), Client(client, setup.config.seed)
+    mixed = mixes(setup.method, setup.config.server, setup.config.privacy)
+    who = Client(client, setup.config.seed)
     return downloaded(setup.method, federation.server, setup.shape, who, since, learned=federation.learned, mixed=mixed)
 
 
@@ -104,7 +105,7 @@ def finish(federation: Federation, replies: Sequence[Reply]) -> Federation:
         total = method.accumulate(total, update, shape)
     trained = [(update.client, update.weight) for update in counted]
     factor = sampling.nova_factor_of(config, n, trained) if config.federation.normalise_steps else 1.0
-    mixed = mixes(config.server, config.privacy)
+    mixed = mixes(method, config.server, config.privacy)
     done = None if mixed else deltas.repeatable(method, shape, n, counted, total, factor)
     after, memory = advance(config.server, before, method.aggregate(before, total, shape), federation.memory, factor)
     after = ServerState(after.round, settled(after.tensors))

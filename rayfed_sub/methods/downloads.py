@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
-from rayfed_sub.core.types import Client, ModelShape, ServerState, wire_bytes
+from rayfed_sub.core.types import Client, ModelShape, ServerState, Tensors, wire_bytes
+from rayfed_sub.methods.hooked import hook_of
+from rayfed_sub.methods.hooks import moves_server
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server_optimizers import mixed_bytes
+
+if TYPE_CHECKING:
+    from rayfed_sub.config.schema import Privacy, Server
 
 
 def downloaded(
@@ -31,14 +36,26 @@ def downloaded(
     """Wire bytes to the client before round server.round.
 
     since: as in `Method.download_bytes`.  learned: whether any round has moved the server, so that it is not what
-    `init_server` made of the pretrained weights and the seed.  mixed: see `methods/server_optimizers.py`.  start: bytes
-    of model.start_from.
+    `init_server` made of the pretrained weights and the seed.  mixed: see `mixes`.  start: bytes of model.start_from.
     """
     first = start if since < 0 else 0
     if not learned or since == server.round:  # the client holds this very state
         return first
     counted = method.download_bytes(server, shape, client, since)
     return first + (mixed_bytes(method.broadcast(server).tensors, shape, counted) if mixed else counted)
+
+
+def mixes(method: Method, rule: Server, privacy: Privacy) -> bool:
+    """True where a round moves the server by anything but the mean of its updates: by the server's optimizer, noise, or
+    a hook's part at the server."""
+    return rule.optimizer != "plain" or privacy.of_clients or moves_server(hook_of(method))
+
+
+def mixed_bytes(sent: Tensors, shape: ModelShape, counted: int) -> int:
+    """A client's download where the server mixes (see `mixes`): a dense weight is then no sum of the cohort's
+    blocks any more, and the whole broadcast `sent` travels; without one the method's own count stays."""
+    dense = any(f"{layer.name}/weight" in sent for layer in shape.targets)
+    return wire_bytes(sent) if dense else counted
 
 
 def first_counted(method: Method, server: ServerState, since: int, down: int, start: int = 0) -> int:

@@ -30,7 +30,7 @@ from rayfed_sub.core.types import (
     wire_bytes,
 )
 from rayfed_sub.methods import averaging
-from rayfed_sub.methods.hooks import CohortMean, LocalHook
+from rayfed_sub.methods.hooks import CohortMean, LocalHook, moves_server
 from rayfed_sub.methods.own_failures import AnswerError, Reported, named, shown
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import moved
@@ -137,6 +137,8 @@ class Hooked:
             with self._named("aggregate", before.round):
                 held, learned = map(_tensors, _pair(self.hook.aggregate(held, mean)))
                 _check_shapes(learned, {name: after.tensors[name] for name in names if name in learned})
+                if learned and not moves_server(self.hook):
+                    raise AnswerError(f"it replaces {next(iter(learned))}, but says keeps_mean")
             after = replace(after, tensors={**after.tensors, **learned})
         if self.method.shared_basis(before.round) != self.method.shared_basis(after.round):
             held = self._begun(after, shape)

@@ -55,6 +55,9 @@ class LocalHook(Protocol):
     departs: ClassVar[str]
     """Differences from the paper, in words; empty: none."""
 
+    # Optional: `keeps_mean: ClassVar[bool]`, True where `aggregate` replaces no tensor of `mean.after`, as
+    # `nothing_moved` does.  Else a dense weight is no sum of the cohort's blocks, and clients download it whole.
+
     def check(self, config: Config) -> None:
         """Raises UserError where the run's settings do not fit the hook."""
 
@@ -109,3 +112,8 @@ def nothing_kept(hook: object, memory: Tensors, ended: Tensors, steps: int) -> T
 def nothing_moved(hook: object, server: Tensors, mean: CohortMean) -> tuple[Tensors, Tensors]:
     """For hooks without a part at the server."""
     return server, {}
+
+
+def moves_server(hook: LocalHook | None) -> bool:
+    """Whether the hook's part at the server may replace tensors that the method's `aggregate` has moved."""
+    return hook is not None and not getattr(hook, "keeps_mean", type(hook).aggregate is nothing_moved)

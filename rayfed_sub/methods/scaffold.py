@@ -38,6 +38,7 @@ class Scaffold:
     paper: ClassVar[str] = "arXiv 1910.06378"
     wire: ClassVar[str] = "t / t"
     departs: ClassVar[str] = "with optimizer.name=adamw: the paper's rule is for SGD, AdamW gets corrected gradients"
+    keeps_mean: ClassVar[bool] = True
 
     def check(self, config: Config) -> None:
         mu = config.federation.proximal

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rayfed_sub.core.types import HOOK, ModelShape, ServerState, Tensors, wire_bytes
+from rayfed_sub.core.types import HOOK, ServerState, Tensors
 
 if TYPE_CHECKING:
-    from rayfed_sub.config.schema import Optimizer, Privacy, Server
+    from rayfed_sub.config.schema import Optimizer, Server
 
 Noise = Callable[[str, Sequence[int]], Tensor]
 """Function from a tensor's name and shape to the noise to add to its change."""
@@ -100,15 +100,3 @@ def nova_factor(weights: Sequence[float], steps: Sequence[float]) -> float:
     per_step = sum(w / tau for w, tau in zip(weights, steps, strict=True))
     steps_of_all = sum(w * tau for w, tau in zip(weights, steps, strict=True))
     return per_step * steps_of_all / sum(weights) ** 2
-
-
-def mixes(rule: Server, privacy: Privacy) -> bool:
-    """True where a round moves the server by anything but the mean of its updates."""
-    return rule.optimizer != "plain" or privacy.of_clients
-
-
-def mixed_bytes(sent: Tensors, shape: ModelShape, counted: int) -> int:
-    """A client's download where the server mixes (see `mixes`): a dense weight is then no sum of the cohort's
-    blocks any more, and the whole broadcast `sent` travels; without one the method's own count stays."""
-    dense = any(f"{layer.name}/weight" in sent for layer in shape.targets)
-    return wire_bytes(sent) if dense else counted

@@ -30,11 +30,11 @@ from rayfed_sub.core.types import (
 )
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.methods import METHODS, build, lora, shared_fields
-from rayfed_sub.methods.downloads import downloaded, first_counted
+from rayfed_sub.methods.downloads import downloaded, first_counted, mixes
 from rayfed_sub.methods.hooked import unhooked, with_hook_of
 from rayfed_sub.methods.own_failures import named
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server_optimizers import advance, mixes
+from rayfed_sub.methods.server_optimizers import advance
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.start import StartInfo
 from rayfed_sub.training import optimizers
@@ -153,7 +153,7 @@ def _walk(
     """All figures of the small model by name."""
     # The plan's tables have methods that no server optimizer fits: some change the shapes of the server's tensors.
     rule = config.server if getattr(unhooked(method), "supports_server_optimizer", True) else Server()
-    mixed = mixes(rule, config.privacy)
+    mixed = mixes(method, rule, config.privacy)
     weights = _weights(shape)
     server = method.init_server(weights, shape, config.seed)
     memory: dict[str, Tensor] = {}

@@ -42,9 +42,9 @@ from rayfed_sub.diagnostics.server_change import ServerChange, server_changes
 from rayfed_sub.evaluation.named_metrics import MetricError, metrics_of
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import METHODS
-from rayfed_sub.methods.downloads import downloaded
+from rayfed_sub.methods.downloads import downloaded, mixes
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server_optimizers import Noise, advance, mixes
+from rayfed_sub.methods.server_optimizers import Noise, advance
 from rayfed_sub.methods.stale_updates import sent_values
 from rayfed_sub.models.start import StartInfo
 from rayfed_sub.models.weights import target_weights
@@ -438,7 +438,7 @@ class Coordinator:
         """Wire bytes to every client of the cohort; they depend on the round in which it last took part.  held: clients
         that have got a version of the server since the last round ended."""
         current, server = self._store.current, self._store.current.server
-        mixed = mixes(self._config.server, self._config.privacy)
+        mixed = mixes(self._method, self._config.server, self._config.privacy)
         begun, down = 0 if self._start is None else self._start.wire_bytes, {}
         for client in cohort:
             who = Client(client, self._config.seed)
@@ -476,7 +476,7 @@ class Coordinator:
         unknown rank only in rounds that are evaluated."""
         old, new = (self._method.model(server, self._shape) for server in (before, self._store.current.server))
         config = self._config
-        mixed = mixes(config.server, config.privacy)
+        mixed = mixes(self._method, config.server, config.privacy)
         known = dict.fromkeys(ranks) if mixed else ranks
         layers = {layer.name: layer for layer in self._shape.targets if layer.name in ranks}
         # Of methods of this package the server's change is then the sum of what was sent.

@@ -15,9 +15,9 @@ from rayfed_sub.core.types import Client, ClientState, Layer, ModelShape, Server
 from rayfed_sub.deployment import deltas
 from rayfed_sub.deployment.deltas import Download, History
 from rayfed_sub.methods import METHODS, build
-from rayfed_sub.methods.downloads import downloaded
+from rayfed_sub.methods.downloads import downloaded, mixes
 from rayfed_sub.methods.protocol import Method
-from rayfed_sub.methods.server_optimizers import advance, mixes
+from rayfed_sub.methods.server_optimizers import advance
 from tests.helpers.tiny_models import Tiny, draw_batches, llama, run_pack
 
 RULE = Server()
@@ -48,7 +48,7 @@ class Federation:
     def download(self, client: int) -> tuple[Download, int]:
         """What the client receives, and the bytes that are counted for it."""
         who, since, shape = Client(client, 0), self.since.get(client, -1), self.tiny.shape
-        mixed = mixes(self.rule, Privacy())
+        mixed = mixes(self.method, self.rule, Privacy())
         counted = downloaded(self.method, self.server, shape, who, since, learned=bool(self.since), mixed=mixed)
         return deltas.download(self.method, shape, self.server, self.history, who, since), counted
 
@@ -74,7 +74,7 @@ class Federation:
         total = method.accumulator(self.server, shape)
         for update in updates:
             total = method.accumulate(total, update, shape)
-        done = None if mixes(self.rule, Privacy()) else deltas.repeatable(method, shape, n, updates, total, 1.0)
+        done = None if mixes(method, self.rule, Privacy()) else deltas.repeatable(method, shape, n, updates, total, 1.0)
         before, after = self.server, method.aggregate(self.server, total, shape)
         after, self.memory = advance(self.rule, before, after, self.memory)
         self.server = ServerState(after.round, settled(after.tensors))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ import torch
 from rayfed_sub import load_config
 from rayfed_sub.config.schema import Config, Optimizer
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.core.types import Client, LocalStep, Tensors
-from rayfed_sub.methods import HOOKS, METHODS, build_hook
-from rayfed_sub.methods.hooks import LocalHook
+from rayfed_sub.core.types import Client, Layer, LocalStep, ModelShape, Tensors
+from rayfed_sub.methods import HOOKS, METHODS, build, build_hook
+from rayfed_sub.methods.hooked import hooked
+from rayfed_sub.methods.hooks import CohortMean, LocalHook, moves_server
 from rayfed_sub.planning.job import check_settings
 from rayfed_sub.planning.traffic import first_start, traffic
 from rayfed_sub.training.executor import train_pack
@@ -220,6 +221,30 @@ def test_plan_counts_a_hook_s_tensors(method: str) -> None:
             assert one.resident == other.resident + 2 * t  # FedProx's memory is t
     assert full.broadcast == bare.broadcast + t
     assert [a - b for a, b in zip(full.server, bare.server, strict=True)] == [t, t, t]
+
+
+@dataclass(frozen=True)
+class Halves(FedProx):
+    """Takes half of every step at the server."""
+
+    def aggregate(self, server: Tensors, mean: CohortMean) -> tuple[Tensors, Tensors]:
+        return server, {name: (mean.before[name] + after) / 2 for name, after in mean.after.items()}
+
+
+@dataclass(frozen=True)
+class SaysItDoesNot(Halves):
+    keeps_mean: ClassVar[bool] = True
+
+
+def test_weights_that_a_hook_moves_are_downloaded_whole() -> None:
+    """64 x 48 at rank 2: a period's sum of blocks is 2 * 64 numbers, the weight 64 * 48."""
+    shape, plain = ModelShape((Layer("up", 64, 48),)), build({"name": "shared-galore", "rank": 2})
+    for hook, numbers in ((FedProx(), 2 * 64), (Halves(), 64 * 48)):
+        found = traffic(hooked(plain, hook, 2), shape, Config(), [[0], [1]], lambda client: 1)
+        assert found.rounds[1][1].down == 4 * numbers
+    assert not moves_server(hook_of("scaffold"))
+    with pytest.raises(RunError, match=r"it replaces up/weight, but says keeps_mean"):
+        traffic(hooked(plain, SaysItDoesNot(), 2), shape, Config(), [[0]], lambda client: 1)
 
 
 @pytest.mark.parametrize("method", SHARING)

@@ -8,7 +8,8 @@ import torch
 from rayfed_sub.config.schema import Optimizer, Privacy, Server
 from rayfed_sub.core.types import Client, Layer, ModelShape, ServerState, Subspace
 from rayfed_sub.methods import build
-from rayfed_sub.methods.server_optimizers import advance, mixed_bytes, mixes, nova_factor, nova_length
+from rayfed_sub.methods.downloads import mixed_bytes, mixes
+from rayfed_sub.methods.server_optimizers import advance, nova_factor, nova_length
 from rayfed_sub.training.executor import train_pack
 from rayfed_sub.training.optimizers import step
 from rayfed_sub.training.pack_step import LocalRule
@@ -108,9 +109,10 @@ def test_changed_dense_weight_is_downloaded_in_full() -> None:
     shape = ModelShape((Layer("up", 3, 5),))
     assert mixed_bytes({"up/weight": torch.zeros(3, 5)}, shape, 12) == 3 * 5 * 4
     assert mixed_bytes({"up/left": torch.zeros(3, 1)}, shape, 12) == 12
-    assert not mixes(Server(lr=2.0), Privacy())
-    assert mixes(Server(optimizer="adam"), Privacy())
-    assert mixes(Server(), Privacy(clip=1.0, noise=1.0))
+    method = build({"name": "fedftg"})
+    assert not mixes(method, Server(lr=2.0), Privacy())
+    assert mixes(method, Server(optimizer="adam"), Privacy())
+    assert mixes(method, Server(), Privacy(clip=1.0, noise=1.0))
 
 
 def pulled(kind: str, mu: float, steps: int = 4, weight_decay: float = 0.0):
