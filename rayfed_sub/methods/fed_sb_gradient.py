@@ -99,9 +99,10 @@ class FedSBGradient:
         return fed_sb.start_client(self, broadcast, own, shape)
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
-        sent = averaging.head(shape, result.tensors)
+        begun = int(broadcast.tensors[_BEGUN])
+        sent = averaging.head(shape, result.tensors) if begun else {}
         for layer in shape.targets:
-            if int(broadcast.tensors[_BEGUN]):
+            if begun:
                 sent[f"{layer.name}/core"] = result.tensors[f"{layer.name}/core"]
             else:
                 sent[f"{layer.name}/{_SUM}"] = result.memory[f"{moving(layer)}/{_SUM}"] / result.step

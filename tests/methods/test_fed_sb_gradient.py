@@ -45,6 +45,20 @@ def test_two_clients_by_hand() -> None:
     assert torch.equal(done.server.tensors["up/left"], server.tensors["up/left"])
 
 
+def test_pass_sends_no_head() -> None:
+    """Round 0 trains nothing: a head stays what the seed has made it."""
+    shape = ModelShape(SHAPE.targets, (Layer("score", 2, 2),))
+    method = build({"name": "fed-sb-gradient", "rank": 1})
+    server = method.init_server({"up/weight": torch.ones(2, 3), "score/weight": torch.ones(2, 2)}, shape, seed=0)
+    broadcast = method.broadcast(server)
+    start = method.start_client(broadcast, None, Client(0, 0), shape)
+    result = LocalResult(0, start.tensors, {}, 1, {}, 1.0, 1, {}, trained=start.trained, memory=start.memory)
+    update = method.upload(broadcast, result, 3.0, shape)
+    assert update.wire_bytes == 4 * 2 * 3
+    after = method.aggregate(server, method.accumulate(method.accumulator(server, shape), update, shape), shape)
+    assert torch.equal(after.tensors["score/weight"], torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_pass_sends_the_mean_gradient_and_moves_nothing(make: object) -> None:
     tiny, method = make(), build({"name": "fed-sb-gradient", "rank": 2})  # type: ignore[operator]
