@@ -52,6 +52,8 @@ that sum's memory."""
 _SCALE = "base_scale"
 RANKS = "history/ranks"
 """Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
+IDLE = "history/idle"
+"""Server tensor (i,) int64: rounds without clients, of methods that count by rounds; absent while there are none."""
 
 
 def add(total: Accumulator, tensors: Tensors, weight: float) -> Accumulator:
@@ -213,6 +215,20 @@ def missed_bytes(server: ServerState, shape: ModelShape, since: int) -> int:
     """Bytes of the blocks added since the start of round `since`; never more than the matrix."""
     missed: list[int] = server.tensors[RANKS][max(since, 0) :].sum(0).tolist()
     return 4 * sum(min(t.m * t.n, rank * (t.m + t.n)) for t, rank in zip(shape.targets, missed, strict=True))
+
+
+def with_idle(server: ServerState, changed: Tensors) -> dict[str, Tensor]:
+    """The changed tensors of a round; of one without clients, where there are none, the longer list of such rounds."""
+    if changed:
+        return dict(changed)
+    idle = server.tensors.get(IDLE, torch.zeros(0, dtype=torch.int64))
+    return {IDLE: torch.cat([idle, torch.tensor([server.round])])}
+
+
+def rounds_with_clients(server: ServerState, since: int) -> list[int]:
+    """The rounds since the start of round `since` that are not among those in `IDLE`."""
+    idle = set(server.tensors[IDLE].tolist()) if IDLE in server.tensors else set()
+    return [done for done in range(max(since, 0), server.round) if done not in idle]
 
 
 def broadcast(method: object, server: ServerState) -> Broadcast:

@@ -83,7 +83,9 @@ class FedSub:
         return ServerState(0, {**weights, **duals, _ROUND: torch.tensor(-1), _SEED: torch.tensor(seed)})
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        missed = {done // self.refresh_every for done in range(max(since, 0), server.round)}
+        missed = {done // self.refresh_every for done in averaging.rounds_with_clients(server, since)}
+        if not missed:
+            return 0
         numbers = sum(min(t.m * t.n, len(missed) * self.rank * t.m) + self.rank * t.m for t in shape.targets)
         return 4 * numbers + wire_bytes(averaging.head(shape, server.tensors))
 
@@ -107,7 +109,7 @@ class FedSub:
     def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
         changed, seed = averaging.mean(total), int(server.tensors[_SEED])
         if not changed:
-            return server.advance({})
+            return server.advance(averaging.with_idle(server, {}))
         for layer in shape.targets:
             name, P_rn = f"{layer.name}/weight", self._basis(seed, server.round, layer)
             changed[name] = torch.addmm(server.tensors[name], changed.pop(f"{layer.name}/left"), P_rn)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rayfed_sub.core.types import (
+    Accumulator,
     Broadcast,
     Client,
     ClientState,
@@ -51,8 +52,9 @@ class RoLoRA:
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
         # Before round 0 there is nothing to send: B is zero, and A comes from the run's shared seed.
-        roles = sorted({_role(done) for done in range(max(since, 0), server.round)})
-        return wire_bytes({name: server.tensors[name] for name in averaging.tensor_names(shape, *roles)})
+        roles = sorted({_role(done) for done in averaging.rounds_with_clients(server, since)})
+        names = averaging.tensor_names(shape, *roles) if roles else ()
+        return wire_bytes({name: server.tensors[name] for name in names})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         tensors = {name: broadcast.tensors[name] for name in averaging.tensor_names(shape, "left", "right")}
@@ -67,7 +69,10 @@ class RoLoRA:
 
     accumulator = averaging.accumulator
     accumulate = averaging.accumulate
-    aggregate = averaging.aggregate
+
+    def aggregate(self, server: ServerState, total: Accumulator, shape: ModelShape) -> ServerState:
+        return server.advance(averaging.with_idle(server, averaging.mean(total)))
+
     model = lora.lora_model
     personal_model = averaging.no_personal_model
 

@@ -70,13 +70,17 @@ class SharedGaLore:
         return ServerState(0, {**weights, _SEED: torch.tensor(seed)})
 
     def broadcast(self, server: ServerState) -> Broadcast:
-        return Broadcast(server.round, {n: t for n, t in server.tensors.items() if n != _SEED})
+        sent = averaging.broadcast(self, server).tensors
+        return Broadcast(server.round, {n: t for n, t in sent.items() if n != _SEED})
 
     def download_bytes(self, server: ServerState, shape: ModelShape, client: Client, since: int) -> int:
-        missed = {done // self.refresh_every for done in range(max(since, 0), server.round)}
+        missed = {done // self.refresh_every for done in averaging.rounds_with_clients(server, since)}
+        if not missed:
+            return 0
         numbers = sum(min(t.m * t.n, len(missed) * self.rank * max(t.m, t.n)) for t in shape.targets)
-        counted = {_SEED, *(f"{t.name}/weight" for t in shape.targets)}
-        return 4 * numbers + wire_bytes({n: t for n, t in server.tensors.items() if n not in counted})
+        counted = {f"{t.name}/weight" for t in shape.targets}
+        sent = self.broadcast(server).tensors
+        return 4 * numbers + wire_bytes({n: t for n, t in sent.items() if n not in counted})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
@@ -119,6 +123,7 @@ class SharedGaLore:
             change = L @ Q if moving.endswith("/left") else Q.T @ L
             changed[name] = kept[layer.name] * server.tensors[name] + self.scale * change
         held = changed or server.tensors  # a basis ends in a round without clients too
+        changed = averaging.with_idle(server, changed)
         if self.optimizer_state == "average" and "step" in held:
             moments = {n: t for n, t in held.items() if averaging.is_moment(n)}
             moments, step = moved(self, moments, round(float(held["step"])), seed, shape, now, soon)

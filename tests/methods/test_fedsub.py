@@ -47,8 +47,8 @@ def test_two_clients_by_hand() -> None:
     server = method.aggregate(server, method.accumulator(server, SHAPE), SHAPE)
     moved = method.start_client(method.broadcast(server), states[0], Client(0, 0), SHAPE).memory["up/left/dual"]
     assert torch.equal(moved, torch.tensor([[-1.5], [3.0]]) @ P @ basis("coordinate", 0, 1, UP, 1).T)
-    # Both rounds of the period in one B of r m numbers, and c.
-    assert method.download_bytes(server, SHAPE, Client(0, 0), since=-1) == 4 * (2 + 2)
+    # Round 0 in one B of r m numbers, and c; round 1 had nobody.
+    assert [method.download_bytes(server, SHAPE, Client(0, 0), since) for since in (-1, 0, 1)] == [16, 16, 0]
 
 
 def test_it_is_the_published_rule_with_sgd_and_all_clients() -> None:

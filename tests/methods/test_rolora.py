@@ -42,6 +42,20 @@ def test_two_rounds_by_hand() -> None:
     assert change.tolist() == [[0.5, 1.5, 0.0], [1.5, 4.5, 0.0]]
 
 
+def test_round_without_clients_sends_no_factor() -> None:
+    """Round 0 trains B, round 1 has nobody, round 2 trains B again: A is the seed's all along."""
+    method = build({"name": "rolora", "rank": 1})
+    server = method.init_server({"up/weight": torch.zeros(2, 3)}, SHAPE, seed=0)
+    returned = {0: {"up/left": [[1], [0]]}}
+    for clients, bytes_since in ((returned, {-1: 2 * 4, 0: 2 * 4}), ({}, {-1: 2 * 4, 0: 2 * 4, 1: 0})):
+        server = walked(method, SHAPE, server, clients, WEIGHTS).server
+        for since, sent in bytes_since.items():
+            assert method.download_bytes(server, SHAPE, Client(0, 0), since) == sent
+        assert set(method.broadcast(server).tensors) == {"up/left", "up/right"}
+    server = walked(method, SHAPE, server, returned, WEIGHTS).server
+    assert method.download_bytes(server, SHAPE, Client(0, 0), since=0) == 2 * 4
+
+
 def test_four_rounds_are_exact_and_keep_one_factor_fixed() -> None:
     tiny = llama()
     method = build({"name": "rolora", "rank": 2, "alpha": 6.0})

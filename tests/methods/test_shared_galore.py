@@ -57,6 +57,19 @@ def test_three_rounds_by_hand() -> None:
     assert method.download_bytes(replace(server, round=9), SHAPE, Client(0, 0), since=0) == 2 * 6 * 4  # never more
 
 
+def test_rounds_without_clients_are_not_charged() -> None:
+    """A new basis every round: of five rounds the first and the last had clients, 3 numbers for each of two layers."""
+    method, n = made(refresh_every=1), 3 + 3
+    server = begun(method)
+    for clients in (RETURNED, {}, {}, {}, RETURNED):
+        server = walked(method, SHAPE, server, clients, WEIGHTS).server
+    for since, times in ((-1, 2), (0, 2), (1, 1), (4, 1)):
+        assert method.download_bytes(server, SHAPE, Client(0, 0), since) == 4 * n * times
+    idle = walked(method, SHAPE, server, {}, WEIGHTS).server
+    assert method.download_bytes(idle, SHAPE, Client(0, 0), since=5) == 0
+    assert set(method.broadcast(idle).tensors) == {"up/weight", "down/weight"}
+
+
 def test_bases_are_orthonormal_and_differ_by_layer_period_and_seed() -> None:
     layer = Layer("up", m=8, n=6)
     Q = basis(0, 0, layer, 3)
