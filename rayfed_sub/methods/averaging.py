@@ -7,7 +7,7 @@ in its class body, as in `accumulate = averaging.accumulate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal, Protocol
 
@@ -54,6 +54,8 @@ RANKS = "history/ranks"
 """Server tensor (rounds, targets) int64: summed rank of the blocks that a round added to each target's weight."""
 IDLE = "history/idle"
 """Server tensor (i,) int64: rounds without clients, of methods that count by rounds; absent while there are none."""
+_SHRUNK = "history/shrunk"
+"""Server tensor int64: the last round whose clients sent scales of weight decay; absent while there was none."""
 
 
 def add(total: Accumulator, tensors: Tensors, weight: float) -> Accumulator:
@@ -111,6 +113,20 @@ def take_scales(tensors: dict[str, Tensor], shape: ModelShape) -> dict[str, floa
     """Takes the scales away from the tensors; by target layer."""
     found = {name: float(tensors.pop(name, 1.0)) for name in sent_scales({}, shape)}
     return {layer.name: found[f"{layer.name}/{_SCALE}" if layer.expert else _SCALE] for layer in shape.targets}
+
+
+def shrunk(server: ServerState, kept: Mapping[str, float]) -> dict[str, Tensor]:
+    """The note that the round's scales by layer, `kept`, have left less of weights than all."""
+    return {} if all(scale == 1.0 for scale in kept.values()) else {_SHRUNK: torch.tensor(server.round)}
+
+
+def scale_bytes(server: ServerState, layers: Iterable[Layer], since: int) -> int:
+    """Bytes of the scales, one for all layers but experts' matrices and one for each of these, with which these layers'
+    blocks since the start of round `since` make a weight; 0 where no round has shrunk it."""
+    last = int(server.tensors[_SHRUNK]) if _SHRUNK in server.tensors else -1
+    if last < max(since, 0):
+        return 0
+    return _scale(1.0).nbytes * len({layer.name if layer.expert else None for layer in layers})
 
 
 def _scale(scale: float) -> Tensor:
@@ -212,9 +228,18 @@ def longer_history(
 
 
 def missed_bytes(server: ServerState, shape: ModelShape, since: int) -> int:
-    """Bytes of the blocks added since the start of round `since`; never more than the matrix."""
+    """Bytes of the blocks added since the start of round `since`, and of the scales that go with them; never more than
+    the matrix."""
     missed: list[int] = server.tensors[RANKS][max(since, 0) :].sum(0).tolist()
-    return 4 * sum(min(t.m * t.n, rank * (t.m + t.n)) for t, rank in zip(shape.targets, missed, strict=True))
+    numbers = [rank * (t.m + t.n) for t, rank in zip(shape.targets, missed, strict=True)]
+    return block_bytes(server, numbers, shape, since)
+
+
+def block_bytes(server: ServerState, numbers: Sequence[int], shape: ModelShape, since: int) -> int:
+    """As `missed_bytes`, of blocks of so many numbers for each target."""
+    smaller = [layer for layer, size in zip(shape.targets, numbers, strict=True) if size < layer.m * layer.n]
+    sizes = (min(t.m * t.n, size) for t, size in zip(shape.targets, numbers, strict=True))
+    return 4 * sum(sizes) + scale_bytes(server, smaller, since)
 
 
 def with_idle(server: ServerState, changed: Tensors) -> dict[str, Tensor]:

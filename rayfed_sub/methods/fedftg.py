@@ -121,6 +121,7 @@ class FedFTG:
         for layer in shape.targets if changed else ():
             name = f"{layer.name}/weight"
             changed[name].add_(kept[layer.name] * server.tensors[name])
+        changed |= averaging.shrunk(server, kept)
         return server.advance({**changed, **averaging.longer_history(server, total, shape)})
 
     model = averaging.dense_model

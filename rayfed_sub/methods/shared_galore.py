@@ -77,10 +77,11 @@ class SharedGaLore:
         missed = {done // self.refresh_every for done in averaging.rounds_with_clients(server, since)}
         if not missed:
             return 0
-        numbers = sum(min(t.m * t.n, len(missed) * self.rank * max(t.m, t.n)) for t in shape.targets)
+        numbers = [len(missed) * self.rank * max(t.m, t.n) for t in shape.targets]
         counted = {f"{t.name}/weight" for t in shape.targets}
         sent = self.broadcast(server).tensors
-        return 4 * numbers + wire_bytes({n: t for n, t in sent.items() if n not in counted})
+        blocks = averaging.block_bytes(server, numbers, shape, since)
+        return blocks + wire_bytes({n: t for n, t in sent.items() if n not in counted})
 
     def start_client(self, broadcast: Broadcast, state: ClientState | None, client: Client, shape: ModelShape) -> Start:
         moments, step = averaging.moments_to_start(self.optimizer_state, broadcast, state)
@@ -123,7 +124,7 @@ class SharedGaLore:
             change = L @ Q if moving.endswith("/left") else Q.T @ L
             changed[name] = kept[layer.name] * server.tensors[name] + self.scale * change
         held = changed or server.tensors  # a basis ends in a round without clients too
-        changed = averaging.with_idle(server, changed)
+        changed = averaging.with_idle(server, changed) | averaging.shrunk(server, kept)
         if self.optimizer_state == "average" and "step" in held:
             moments = {n: t for n, t in held.items() if averaging.is_moment(n)}
             moments, step = moved(self, moments, round(float(held["step"])), seed, shape, now, soon)

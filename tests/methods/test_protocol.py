@@ -20,7 +20,9 @@ from rayfed_sub.core.types import (
     Block,
     Client,
     ClientState,
+    Layer,
     LocalResult,
+    ModelShape,
     ServerState,
     Start,
     Tensors,
@@ -455,6 +457,30 @@ def test_fedftg_sends_the_matrix_if_its_blocks_are_larger() -> None:
     for target in tiny.shape.targets:
         W = tiny.weights[f"{target.name}/weight"]
         assert distance(after[target.name] - W, local_change(tiny, server, done, 0, target.name)) < 1e-5
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+def test_what_weight_decay_left_is_downloaded_with_the_blocks(decayed: bool) -> None:
+    """A layer and two experts' matrices of 8 x 8, rank 1: 16 numbers of 64 each, and what is left of the pretrained
+    weight as 8 bytes for the layer and for each expert.  After 4 rounds the matrices are no larger than the blocks."""
+    names = ("up", "e.0", "e.1")
+    shape = ModelShape(tuple(Layer(name, 8, 8, expert=name != "up") for name in names))
+    method = build({"name": "fedftg", "rank": 1})
+    blocks = {f"{name}/left": torch.ones(8, 1) for name in names} | {
+        f"{name}/right": torch.ones(1, 8) for name in names
+    }
+    scales = ("base_scale", "e.0/base_scale", "e.1/base_scale") if decayed else ()
+    sent = blocks | {name: torch.tensor(0.5, dtype=torch.float64) for name in scales}
+    server = method.init_server({f"{name}/weight": torch.ones(8, 8) for name in names}, shape, seed=0)
+    for n in range(4):
+        total = method.accumulate(method.accumulator(server, shape), Update(0, 2.0, sent), shape)
+        server = method.aggregate(server, total, shape)
+        if n < 3:
+            down = method.download_bytes(server, shape, Client(0, 0), since=-1)
+            assert down == 4 * 3 * 16 * (n + 1) + 8 * len(scales)
+    assert method.download_bytes(server, shape, Client(0, 0), since=-1) == 4 * 3 * 64
+    assert method.download_bytes(server, shape, Client(0, 0), since=3) == 4 * 3 * 16 + 8 * len(scales)
+    assert set(method.broadcast(server).tensors) == {f"{name}/weight" for name in names}
 
 
 def test_fedftg_returning_client_downloads_missed_blocks() -> None:
