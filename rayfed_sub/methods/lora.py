@@ -207,17 +207,18 @@ class Ranks(_LoRA, Protocol):
 def check_rank(method: _LoRA, shape: ModelShape) -> None:
     """UserError where a rank exceeds its target matrix, for a pattern that no target matches, and for dropout where
     experts are targets."""
-    check_fits(method.rank, shape)
     if shape.experts and (rate := getattr(method, "dropout", 0.0)):
         allowed = "0 where experts are targets, for whose adapters peft has no dropout"
         raise UserError("method.dropout", rate, allowed, "remove it, or set model.targets=attention")
     for field in ("rank_pattern", "alpha_pattern"):
         for key, value in _patterns(method, field).items():
             _check_pattern(f"method.{field}", key, value, shape.targets)
+    matched = {layer.name: _key(tuple(_patterns(method, "rank_pattern")), layer) for layer in shape.targets}
+    if others := tuple(layer for layer in shape.targets if matched[layer.name] is None):
+        check_fits(method.rank, replace(shape, targets=others))
     for layer in shape.targets:
-        rank, most = layer_rank(method, layer), min(layer.m, layer.n)
+        rank, most, whose = layer_rank(method, layer), min(layer.m, layer.n), matched[layer.name]
         if rank > most:
-            whose = _key(tuple(_patterns(method, "rank_pattern")), layer)
             allowed = f"ranks of 1 to {most} for {layer.name}, which is {layer.m} x {layer.n}"
             raise UserError(f"method.rank_pattern.{whose}", rank, allowed, "lower it")
 

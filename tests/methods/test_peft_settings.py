@@ -176,6 +176,18 @@ def test_hetlora_s_clients_have_their_own_scale_under_rslora() -> None:
     assert torch.equal(change[:, 0], torch.full((3,), 2.0 * 3.0))  # s_k B_k A_k
 
 
+def test_pattern_lowers_the_rank_of_a_narrow_layer() -> None:
+    """64 x 32 and, as a shared expert's gate, 1 x 32: rank 8 fits once the gate has one of its own."""
+    shape = ModelShape((Layer("up", 64, 32), Layer("gate", 1, 32)))
+    method = build({"name": "flora", "rank": 8, "client_ranks": [8, 2], "rank_pattern": {"gate": 1}})
+    method.check(shape)
+    server = method.init_server({"up/weight": torch.zeros(64, 32), "gate/weight": torch.zeros(1, 32)}, shape, 0)
+    start = method.start_client(method.broadcast(server), None, Client(1, 0), shape)
+    assert (start.tensors["up/left"].shape, start.tensors["gate/left"].shape) == ((64, 2), (1, 1))
+    with pytest.raises(UserError, match=r"^method\.rank: got 8; allowed: 1 to 1 \(gate is 1 x 32\)"):
+        build({"name": "fedit", "rank": 8, "rank_pattern": {"up": 4}}).check(shape)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
