@@ -306,7 +306,7 @@ class MethodBytes:
 
 
 def by_method(parts: Parts) -> Iterable[MethodBytes]:
-    """Every method at the run's rank, over its first two rounds."""
+    """Every method at the run's rank, or its own default where the run's method has none, over its first two rounds."""
     two, rank = parts.first(2, FEW), getattr(unhooked(parts.method), "rank", None)
     for name in _names(parts):
         yield _bytes(name, replace(two, method=_method(name, rank, parts)))
@@ -315,11 +315,15 @@ def by_method(parts: Parts) -> Iterable[MethodBytes]:
 def by_rank(parts: Parts, client: int) -> Iterable[MethodBytes]:
     """Every method with every rank that the targets allow, over one round of one client."""
     lone = replace(parts, cohorts=[[client]])
-    most = min(min(layer.m, layer.n) for layer in parts.architecture.shape.targets)
     for name in _names(parts):
         for rank in RANKS:
-            if rank <= most:
+            if rank <= _most(parts):
                 yield replace(_bytes(name, replace(lone, method=_method(name, rank, parts))), rank=rank)
+
+
+def _most(parts: Parts) -> int:
+    """The largest rank that fits all targets."""
+    return min(min(layer.m, layer.n) for layer in parts.architecture.shape.targets)
 
 
 def _names(parts: Parts) -> list[str]:
@@ -328,12 +332,14 @@ def _names(parts: Parts) -> list[str]:
 
 
 def _method(name: str, rank: int | None, parts: Parts) -> Method:
-    """A method at the rank, without the run's hook; the run's own as it is configured, with its hook."""
+    """A method at the rank, its default for None, but at most the one that fits all targets, without the run's hook;
+    the run's own as it is configured, with its hook."""
     if name == parts.name and rank == getattr(unhooked(parts.method), "rank", None):
         return parts.method
     fields: dict[str, Any] = dict(parts.config.method) if name == parts.name else {"name": name}
     if rank is None:
-        return build(fields)
+        rank = getattr(build(fields), "rank", 1)
+    rank = min(rank, _most(parts))
     if max(fields.get("client_ranks") or (0,)) > rank:
         fields["client_ranks"] = None
     kept, _ = shared_fields({"rank": rank}, name)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,9 @@ from torch.nn import functional
 from rayfed_sub import load_config, run
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.core.types import Client, ClientState, wire_bytes
+from rayfed_sub.core.types import Client, ClientState, Layer, ModelShape, wire_bytes
 from rayfed_sub.data.rows import Rows
-from rayfed_sub.methods import METHODS
+from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.weights import load_weights
 from rayfed_sub.planning.allocations import Allocations
 from rayfed_sub.planning.fit import check_fits
@@ -28,7 +29,7 @@ from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.machines import Machine, machine_named
 from rayfed_sub.planning.needs import need
 from rayfed_sub.planning.plan import as_dict, here, job_parts, plan_of
-from rayfed_sub.planning.traffic import traffic
+from rayfed_sub.planning.traffic import Parts, by_method, traffic
 from rayfed_sub.planning.worker_memory import backbone_bytes
 from rayfed_sub.runtime.probe import probe
 from rayfed_sub.storage import checkpoints
@@ -102,6 +103,16 @@ def test_bytes_match_a_run(overrides: list[str], tmp_path: Path) -> None:
         state = checkpoints.stored_state(tmp_path / "run", checkpoint, client)
         assert wire_bytes(state.tensors) == found.rounds[after - 1][client].state
     assert wire_bytes(checkpoint.server) == found.server[-1]
+
+
+@pytest.mark.parametrize("method", [{"name": "fedavg"}, {"name": "fedit", "rank": 8, "rank_pattern": {"gate": 2}}])
+def test_methods_are_planned_at_a_rank_that_fits_the_narrowest_target(method: dict[str, Any]) -> None:
+    """A run of fedavg, which has no rank, and one whose own rank fits by its pattern: the others have 2, not 8."""
+    shape = ModelShape((Layer("up", 16, 8), Layer("gate", 2, 8)))
+    parts = Parts(Config(method=method), build(method), Mock(shape=shape), Mock(), [[0], [0]], lambda client: 1)
+    ranks = {row.method: row.rank for row in by_method(parts)}
+    others = {name: None if name == "fedavg" else 2 for name in METHODS}
+    assert ranks == {**others, method["name"]: method.get("rank")}
 
 
 def test_download_is_limited_to_the_dense_size() -> None:
