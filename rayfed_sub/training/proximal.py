@@ -58,6 +58,8 @@ def _projected(layer: Layer, layers: Mapping[str, PackLinear], stack: Stack, sca
     if any(lost):
         weight = layers[layer.name].weight if right else layers[layer.name].weight.mT
         rows_Grk = stack.tensors[fixed] if right else fixed_G
-        base = torch.stack([product(rows_rk, weight) for rows_rk in rows_Grk])  # one by one: the same bits in any pack
+        # One by one, and on copies that begin in memory as if alone: a client has the same bits in any pack.
+        alone = (rows_rk.clone(memory_format=torch.contiguous_format) for rows_rk in rows_Grk)
+        base = torch.stack([product(rows_rk, weight) for rows_rk in alone])
         way += onto(lost, way.device)[:, None, None] * (base.mT if right else base)
     return way

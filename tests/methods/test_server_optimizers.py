@@ -143,6 +143,17 @@ def test_full_rank_galore_has_the_same_pull_as_the_dense_weight() -> None:
             assert distance(galore[layer], dense[layer]) < 1e-3
 
 
+def test_pull_with_decay_has_the_same_bits_beside_other_clients() -> None:
+    tiny = llama()
+    model, layers = installed(tiny)
+    starts, rule = [galore_start(tiny, Subspace(9, 2))] * 3, LocalRule(Optimizer(weight_decay=0.5), 0.1, 0, PAD, 1.0)
+    work = works(starts, [draw_batches(tiny, k, 3, rows=4) for k in range(3)])
+    packed = train_pack(model, layers, tiny.shape, work, rule).results
+    for k, one in enumerate(work):
+        (alone,) = train_pack(model, layers, tiny.shape, [one], rule).results
+        assert all(torch.equal(tensor, packed[k].tensors[name]) for name, tensor in alone.tensors.items())
+
+
 def test_one_round_of_pull_by_hand() -> None:
     """SGD, lr 1/10, mu 1: the second step's pull is lr mu times the first step: W2 = W1 - lr g2 - lr (W1 - W0)."""
     free, held = pulled("dense", 0.0, steps=1), pulled("dense", 1.0, steps=1)
