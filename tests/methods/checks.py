@@ -68,10 +68,11 @@ def check_server_names(method: Method, tiny: Tiny, *, fixed: bool = True) -> Non
 
 
 def check_upload_bytes(method: Method, tiny: Tiny, rank: int) -> None:
-    """Check that every upload has the bytes of the `wire` formula (and of the head), in even and odd rounds."""
-    head = sum(tiny.weights[name].numel() for name in tiny.shape.head_names)
+    """Check that every upload has the bytes of the `wire` formula (and of the head, where the round trains it), in even
+    and odd rounds."""
     for n, done in enumerate(rounds_of(method, tiny)):
         for result, update in zip(done.results, done.updates, strict=True):
+            head = sum(tiny.weights[name].numel() for name in tiny.shape.head_names if name in result.trained)
             sizes = {"r": rank, "k": result.periods, "h": getattr(method, "heads", 1)}
             numbers = sum(upload_numbers(method.wire, n, m=t.m, n=t.n, **sizes) for t in tiny.shape.targets)
             assert update.wire_bytes == 4 * (head + numbers), f"round {n}: differs from wire={method.wire!r}"
