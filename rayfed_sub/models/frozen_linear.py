@@ -28,6 +28,9 @@ _EMULATES = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 _FEW = 8
 """Fewer rows are filled up to so many: one row takes another path in oneDNN, up to five in torch's own products, with
 other bits."""
+_TILE = 256
+"""Rows at a time of bfloat16's products on processors that have them: there a row's bits depend on the rows beside it,
+but not in a call of always as many."""
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -42,7 +45,7 @@ def product(x: Tensor, weight_mn: Tensor | Quantised, bias_m: Tensor | None = No
     rounded once: emulated, they take 8 (forward) to 35 times as long.
     """
     plain = isinstance(weight_mn, Tensor) and x.dtype == weight_mn.dtype
-    by_torch = plain and not (_for_onednn(x, weight_mn) or _emulated(x))
+    by_torch = plain and not (_for_onednn(x, weight_mn) or _emulated(x) or _tiled(x))
     if x.requires_grad and torch.is_grad_enabled() and not by_torch:
         y: Tensor = _Product.apply(x, weight_mn, bias_m)  # type: ignore[no-untyped-call]
         return y
@@ -69,11 +72,13 @@ def _multiplied(x: Tensor, weight_mn: Tensor | Quantised, bias_m: Tensor | None)
     if _emulated(x) or (weight_mn.dtype == torch.float32 and x.dtype != torch.float32):
         return _multiplied(x.float(), weight_mn, bias_m).to(x.dtype)
     rows = x.shape[:-1].numel()
-    if 0 < rows < _FEW:
+    if 0 < rows < _FEW and not _tiled(x):
         filled = functional.pad(x.reshape(rows, -1), (0, 0, 0, _FEW - rows))
         # A copy, for a view of what autograd's function returns may not be changed in place, as Longformer does.
         return _multiplied(filled, weight_mn, bias_m)[:rows].reshape(*x.shape[:-1], -1).clone()
     weight_mn, bias_m = weight_mn.to(x.dtype), None if bias_m is None else bias_m.to(x.dtype)
+    if _tiled(x):
+        return _in_tiles(x.reshape(rows, -1), weight_mn, bias_m).view(*x.shape[:-1], len(weight_mn))
     if not _for_onednn(x, weight_mn):
         return functional.linear(x, weight_mn, bias_m)
     y_Nm = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight_mn, bias_m, "none", [], "")
@@ -91,6 +96,26 @@ def _for_onednn(x: Tensor, weight_mn: Tensor | Quantised) -> bool:
 def _emulated(x: Tensor) -> bool:
     """True where products of x's type are emulated, as they are on this processor."""
     return _EMULATES and x.dtype == torch.bfloat16 and kind_of(x.device) == "cpu"
+
+
+def _tiled(x: Tensor) -> bool:
+    """True where bfloat16's products are the processor's own, and bits the same in any pack: not with several
+    threads."""
+    own = not _EMULATES and x.dtype == torch.bfloat16 and kind_of(x.device) == "cpu"
+    return own and x.shape[:-1].numel() > 0 and torch.get_num_threads() == 1
+
+
+def _in_tiles(x_Nn: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
+    rows = len(x_Nn)
+    y_Nm = x_Nn.new_empty(-(-rows // _TILE) * _TILE, len(weight_mn))
+    for begin in range(0, rows, _TILE):
+        tile, out = x_Nn[begin : begin + _TILE], y_Nm[begin : begin + _TILE]
+        tile = functional.pad(tile, (0, 0, 0, len(out) - len(tile)))
+        if bias_m is None:
+            torch.mm(tile, weight_mn.mT, out=out)
+        else:
+            torch.addmm(bias_m, tile, weight_mn.mT, out=out)
+    return y_Nm[:rows]
 
 
 class FrozenLinear(nn.Module):

@@ -93,13 +93,16 @@ def test_linear_layers_of_both_kinds_are_replaced_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [16, 172])
-def test_row_has_the_same_bits_beside_any_others(dtype: torch.dtype, n: int) -> None:
+@pytest.mark.parametrize(("m", "n"), [(48, 16), (48, 172), (576, 1536), (1536, 576)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_row_has_the_same_bits_beside_any_others(dtype: torch.dtype, m: int, n: int, turned: bool) -> None:
+    """Beyond 256 rows too, and with a weight that lies as (n, m), as in a backward pass."""
     rng = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(40, n, generator=rng).to(dtype), torch.randn(48, n, generator=rng).to(dtype)
+    x, weight = torch.randn(300, n, generator=rng).to(dtype), torch.randn(m, n, generator=rng).to(dtype)
+    weight = weight.T.contiguous().T if turned else weight
     whole = product(x, weight)
-    for first in range(0, 40, 7):
-        for rows in (1, 2, 3, 5, 8, 13):
+    for first in (0, 7, 21, 35, 250):
+        for rows in (1, 2, 3, 5, 8, 13, 33):
             part = product(x[first : first + rows], weight)
             assert torch.equal(part, whole[first : first + rows])
 
