@@ -78,10 +78,11 @@ def _multiplied(x: Tensor, weight_mn: Tensor | Quantised, bias_m: Tensor | None)
         return _multiplied(filled, weight_mn, bias_m)[:rows].reshape(*x.shape[:-1], -1).clone()
     weight_mn, bias_m = weight_mn.to(x.dtype), None if bias_m is None else bias_m.to(x.dtype)
     if _tiled(x):
-        return _in_tiles(x.reshape(rows, -1), weight_mn, bias_m).view(*x.shape[:-1], len(weight_mn))
-    if not _for_onednn(x, weight_mn):
+        y_Nm = _in_tiles(x.reshape(rows, -1), weight_mn, bias_m)
+    elif _for_onednn(x, weight_mn):
+        y_Nm = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight_mn, bias_m, "none", [], "")
+    else:
         return functional.linear(x, weight_mn, bias_m)
-    y_Nm = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight_mn, bias_m, "none", [], "")
     y: Tensor = torch.ops.aten._unsafe_view(y_Nm, (*x.shape[:-1], len(weight_mn)))  # a plain view may not be added to
     return y
 
@@ -106,16 +107,11 @@ def _tiled(x: Tensor) -> bool:
 
 
 def _in_tiles(x_Nn: Tensor, weight_mn: Tensor, bias_m: Tensor | None) -> Tensor:
-    rows = len(x_Nn)
-    y_Nm = x_Nn.new_empty(-(-rows // _TILE) * _TILE, len(weight_mn))
-    for begin in range(0, rows, _TILE):
-        tile, out = x_Nn[begin : begin + _TILE], y_Nm[begin : begin + _TILE]
-        tile = functional.pad(tile, (0, 0, 0, len(out) - len(tile)))
-        if bias_m is None:
-            torch.mm(tile, weight_mn.mT, out=out)
-        else:
-            torch.addmm(bias_m, tile, weight_mn.mT, out=out)
-    return y_Nm[:rows]
+    y_Nm = x_Nn.new_empty(len(x_Nn), len(weight_mn))
+    for tile, out in zip(x_Nn.split(_TILE), y_Nm.split(_TILE), strict=True):
+        filled = functional.pad(tile, (0, 0, 0, _TILE - len(tile)))
+        out.copy_(functional.linear(filled, weight_mn, bias_m)[: len(tile)])
+    return y_Nm
 
 
 class FrozenLinear(nn.Module):
