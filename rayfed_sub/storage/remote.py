@@ -43,7 +43,7 @@ Order = tuple[tuple[str, ...], ...]
 """Patterns of the files to send, in groups; files that are gone are deleted before the last group is sent.  No other
 object of the store is read or changed.  The first file identifies the folder as a run's or a sweep's."""
 RUN: Order = (("config.yaml",), _NEEDED, _MANIFESTS, ("summary.json",))
-SWEEP: Order = (("sweep.yaml",), ("data.json", "trials.parquet", "best.yaml", "report.html"))
+SWEEP: Order = (("sweep.yaml",), ("data.json", "trials.parquet", "curves.parquet", "best.yaml", "report.html"))
 _REFUSED = (OSError, pa.ArrowException)
 _THREADS = 16  # a small object takes tens of milliseconds, most of them on the way
 _CHUNK = 8 * 2**20  # bytes read in one request

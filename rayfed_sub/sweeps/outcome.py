@@ -1,4 +1,4 @@
-"""Files of a finished sweep: trials.parquet, best.yaml, report.html."""
+"""Files of a finished sweep: trials.parquet, curves.parquet, best.yaml, report.html."""
 
 from __future__ import annotations
 

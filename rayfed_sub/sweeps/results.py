@@ -46,13 +46,14 @@ class Ended:
 
 def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
     """A row per trial, in order: trial, the space's keys, status, rounds, metrics, uplink_bytes,
-    downlink_bytes, with devices those of `CLOCKED`, weights_sha256, failure, folder.  Lists and mappings are written as
-    JSON."""
+    downlink_bytes, with devices those of `CLOCKED`, weights_sha256, failure, folder.  A key's column has one type, see
+    `_column`."""
     rows = []
     clocked = [name for name in CLOCKED if any(trial.reported.get(name) is not None for trial in ended)]
-    for trial in sorted(ended, key=lambda trial: trial.number):
-        reported = trial.reported
-        values = {key: value if _plain(value) else json.dumps(value) for key, value in trial.values.items()}
+    in_order = sorted(ended, key=lambda trial: trial.number)
+    columns = {key: _column([trial.values[key] for trial in in_order]) for key in in_order[0].values}
+    for at, trial in enumerate(in_order):
+        reported, values = trial.reported, {key: column[at] for key, column in columns.items()}
         row = {"trial": trial.number, **values, "status": trial.status, "rounds": reported.get("rounds", 0)}
         row |= {name: reported.get(name) for name in (*metrics, *SENT, *clocked, "weights_sha256")}
         rows.append({**row, "failure": trial.failure, "folder": f"trials/{trial.number:05d}"})
@@ -80,8 +81,18 @@ def write(frame: pd.DataFrame, path: Path) -> None:
     atomic_files.write(path, content.getvalue())
 
 
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+def _column(values: Sequence[Any]) -> list[Any]:
+    """A key's values as they are where all are numbers, all bools or all strings, but for null; else text, JSON where
+    a value is no string: Parquet has one type per column.
+
+    >>> _column([8, 0.5, None]), _column([8, [4, 8], None]), _column([True, "x"])
+    ([8, 0.5, None], ['8', '[4, 8]', None], ['true', 'x'])
+    """
+    known = [value for value in values if value is not None]
+    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in known]
+    if all(numbers) or any(all(isinstance(value, kind) for value in known) for kind in (bool, str)):
+        return list(values)
+    return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
 
 
 _WORD = 24

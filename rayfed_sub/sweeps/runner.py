@@ -53,8 +53,8 @@ def run_sweep(
     resume: bool = False,
     address: str | None = None,
 ) -> SweepResult:
-    """Runs all trials and leaves trials.parquet, best.yaml and report.html in the sweep's folder `out` (default:
-    runs/<name>, or the next free).
+    """Runs all trials and leaves trials.parquet, curves.parquet, best.yaml and report.html in the sweep's folder `out`
+    (default: runs/<name>, or the next free).
 
     resume: go on with the sweep in `out` (default: the newest of this name): trials that are through stay as they are,
     others go on from their last checkpoints, failed ones as well.  address: as in `run`.

@@ -187,7 +187,13 @@ def test_sweep_in_an_object_store(bucket: str, tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     store = boto3.client("s3")
     keys = {entry["Key"] for entry in store.list_objects_v2(Bucket="bucket")["Contents"]}
-    assert {"sweep/sweep.yaml", "sweep/trials.parquet", "sweep/best.yaml", "sweep/report.html"} <= keys
+    assert {
+        "sweep/sweep.yaml",
+        "sweep/trials.parquet",
+        "sweep/curves.parquet",
+        "sweep/best.yaml",
+        "sweep/report.html",
+    } <= keys
     assert {f"sweep/trials/{number:05d}/summary.json" for number in (0, 1)} <= keys
     for name in ("first", "again"):
         store.download_file("bucket", "sweep/trials.parquet", str(tmp_path / name))

@@ -6,16 +6,24 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from pyarrow.fs import LocalFileSystem
+from pyarrow.parquet import read_table
 
 from rayfed_sub.reports.page import Cell, Facts, Figure, Section, Table, Text, page
-from rayfed_sub.sweeps.results import CLOCKED, best, best_first
+from rayfed_sub.storage.remote import SWEEP, Mirror, Place
+from rayfed_sub.sweeps.outcome import outcome
+from rayfed_sub.sweeps.results import CLOCKED, Ended, best, best_first, table, write
+from rayfed_sub.sweeps.space import load_sweep
 from rayfed_sub.sweeps.sweep_report import sections, write_report
+from rayfed_sub.sweeps.trial import NUMBER
 from tests.helpers.browser import CHROMIUM, Outline, browse
 
+GRID = Path(__file__).parents[2] / "experiments" / "sweeps" / "tagg-rank-lr.yaml"
 STEPS, RANK, LR = KEYS = ("federation.local_steps", "method.rank", "optimizer.lr")
 
 
@@ -212,6 +220,43 @@ def test_strings_booleans_and_none_are_values() -> None:
     assert (name["ticktext"], name["values"]) == (["fedftg", "fedit"], [1, 0])  # the best is drawn last
     assert (flag["ticktext"], flag["values"]) == (["False", "True"], [1, 0])
     assert (cap["ticktext"], cap["values"]) == (["-", "1"], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        (("auto", 8), ["auto", "8"]),
+        ((8, [4, 8]), ["8", "[4, 8]"]),
+        ((True, 3), ["true", "3"]),
+        ((None, True, "x"), [None, "true", "x"]),
+        ((True, False), [True, False]),
+        ((8, 0.5), [8.0, 0.5]),
+    ],
+)
+def test_column_of_a_key_has_one_type(given: tuple[Any, ...], stored: list[Any], tmp_path: Path) -> None:
+    """Text where the values are of several; else they stay as they are.  Parquet refuses mixtures."""
+    reported = {"rounds": 4, "finished": True, "held_out_loss": 2.0, "uplink_bytes": 1, "downlink_bytes": 2}
+    frame = table([Ended(at, {"a.key": value}, reported, None) for at, value in enumerate(given)], ["held_out_loss"])
+    write(frame, tmp_path / "trials.parquet")
+    assert read_table(tmp_path / "trials.parquet").column("a.key").to_pylist() == stored
+    assert report(frame, ("a.key",))["Trials"]
+
+
+def test_every_file_of_a_finished_sweep_is_sent(tmp_path: Path) -> None:
+    folder, store = tmp_path / "here", tmp_path / "store"
+    folder.mkdir()
+    store.mkdir()
+    sweep = load_sweep(GRID, ["sweep.space={method.rank: {grid: [2, 4]}}"])
+    reported = {"rounds": 4, "finished": True, "held_out_loss": 2.0, "uplink_bytes": 1, "downlink_bytes": 2}
+    ended = [
+        SimpleNamespace(path=f"tune/{at:05d}", config={"trial": {NUMBER: at, **point}}, metrics=reported, error=None)
+        for at, point in enumerate(sweep.points())
+    ]
+    place = Place(folder, Mirror("s3://bucket/sweep", LocalFileSystem(), str(store), SWEEP))
+    outcome(sweep, ended, place)  # type: ignore[arg-type]  # what it reads of Tune's results
+    place.push()
+    names = {"trials.parquet", "curves.parquet", "best.yaml", "report.html"}
+    assert {path.name for path in store.iterdir()} == {path.name for path in folder.iterdir()} == names
 
 
 @pytest.mark.parametrize("loss", [{}, {"held_out_loss": math.nan}, {"held_out_loss": 1.0}])
