@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from operator import le
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, cast
 
@@ -221,31 +220,51 @@ def _with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
     return load_config(tree, [as_override(key, value) for key, value in values.items()])
 
 
+_RISING = {
+    *("method.rank", "method.dropout", "task.max_length", "optimizer.weight_decay"),
+    *("federation.sampled", "federation.availability", "federation.over_selection", "federation.rounds"),
+    *("federation.local_steps", "federation.local_seconds", "federation.batch_size", "federation.proximal"),
+}
+"""Keys of which a larger number takes as much memory or more."""
+_FREE = {
+    *("seed", "task.seed", "optimizer.lr", "optimizer.final_lr_ratio", "server.lr"),
+    *("method.scale", "method.alpha", "privacy.clip", "privacy.noise", "privacy.epsilon"),
+}
+"""Keys whose numbers take no memory."""
+
+
 def largest(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The most demanding points: the Pareto-largest by integer keys (but those of `resources`), for every combination
-    of the other values except floats.
+    """The most demanding points: the Pareto-largest by numbers, for every combination of the other values and of
+    those of `resources`.  Numbers of `_FREE` do not count; of keys that are not in `_RISING` small ones may take as
+    much as large ones, so that both ends are kept.
 
     >>> largest([{"method.rank": 4, "optimizer.lr": 0.1}, {"method.rank": 8, "optimizer.lr": 0.2}])
     [{'method.rank': 8, 'optimizer.lr': 0.2}]
+    >>> largest([{"method.refresh_every": every} for every in (5, 20, 200)])
+    [{'method.refresh_every': 5}, {'method.refresh_every': 200}]
     """
-    kinds: dict[str, list[tuple[tuple[int, ...], Mapping[str, Any]]]] = {}
+    kinds: dict[str, list[tuple[tuple[float, ...], Mapping[str, Any]]]] = {}
+    ways: dict[str, list[tuple[int, ...]]] = {}
     for point in points:
-        sizes = tuple(value for key, value in point.items() if _is_size(key, value))
-        others = {k: v for k, v in point.items() if not _is_size(k, v) and (k.startswith("resources.") or not _real(v))}
-        kinds.setdefault(json.dumps(others), []).append((sizes, point))
+        sizes = {key: value for key, value in point.items() if _is_number(key, value) and key not in _FREE}
+        kind = json.dumps({key: value for key, value in point.items() if not _is_number(key, value)})
+        kinds.setdefault(kind, []).append((tuple(sizes.values()), point))
+        ways[kind] = list(product(*((1,) if key in _RISING else (1, -1) for key in sizes)))
     found = []
-    for alike in kinds.values():
-        by_size = dict(reversed(alike))
-        found += [by_size[one] for one in by_size if not any(one != o and all(map(le, one, o)) for o in by_size)]
+    for kind, alike in kinds.items():
+        by_size = dict(reversed(alike))  # of points alike the first
+        ahead = {one for way in ways[kind] for one in by_size if not any(_less(one, o, way) for o in by_size)}
+        found += [point for size, point in alike if size in ahead and by_size[size] is point]
     return found
 
 
-def _is_size(key: str, value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and not key.startswith("resources.")
+def _less(one: Sequence[float], other: Sequence[float], way: Sequence[int]) -> bool:
+    """Whether no number of `one` is ahead of the other's, and one behind it; way: 1 or -1, the direction of each."""
+    return one != other and all(sign * a <= sign * b for a, b, sign in zip(one, other, way, strict=True))
 
 
-def _real(value: Any) -> bool:
-    return isinstance(value, float)
+def _is_number(key: str, value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not key.startswith("resources.")
 
 
 def load_sweep(

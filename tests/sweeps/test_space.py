@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,6 +193,33 @@ def test_every_name_and_every_resource_counts_separately() -> None:
         for workers in (1, 2)
     ]
     assert largest(points) == [point for point in points if point["method.rank"] == 8]
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "kept"),
+    [
+        ("federation.availability", [0.1, 1.0], [1.0]),  # 3 or 32 clients of a cohort
+        ("federation.over_selection", [1.0, 1.5], [1.5]),
+        ("federation.local_seconds", [60.0, 5.0], [60.0]),
+        ("federation.proximal", [0.0, 0.1], [0.1]),
+        ("method.refresh_every", [20, 5, 200], [5, 200]),  # 5 closes more blocks
+        ("method.of_somebody", [0.5, 0.1, 0.9], [0.1, 0.9]),
+        ("optimizer.lr", [0.1, 0.3, 0.2], [0.1]),  # whichever: the first
+        ("seed", [1, 2, 0], [1]),
+        ("resources.gpus_per_worker", [0.25, 0.5], [0.25, 0.5]),
+        ("federation.local_steps", [[4, 8], 2, 8], [[4, 8], 8]),  # a list compares with nothing
+    ],
+)
+def test_ends_that_may_take_the_most_are_kept(key: str, values: list[Any], kept: list[Any]) -> None:
+    assert [point[key] for point in largest([{key: value} for value in values])] == kept
+
+
+def test_ends_of_several_keys_are_corners() -> None:
+    """Up by rank alone, and to both sides by the two others: of 27 points 4."""
+    keys = ("method.rank", "method.refresh_every", "method.of_somebody")
+    points = [dict(zip(keys, point, strict=True)) for point in product((2, 4, 8), (5, 20, 200), (0.1, 0.5, 0.9))]
+    corners = [(8, 5, 0.1), (8, 5, 0.9), (8, 200, 0.1), (8, 200, 0.9)]
+    assert [tuple(point.values()) for point in largest(points)] == corners
 
 
 @pytest.mark.parametrize(
