@@ -305,7 +305,7 @@ class Worker:
         if private.of_clients and private.clip is not None:
             update = clipped(method, ServerState(broadcast.round, broadcast.tensors), update, shape, private.clip)
             if not math.isfinite(update.weight):
-                return "the norm of its change is not finite"
+                return "non-finite norm of its change"
         return update, new
 
     def _batches(self, client: int, state: ClientState | None, steps: int) -> ClientBatches:

@@ -6,6 +6,7 @@ Every run has its own folder, so that an interrupted study, or one with more see
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -173,8 +174,14 @@ def missing_trials(
 
 
 def diverged(failure: str) -> bool:
-    """True for the failure of a run whose numbers became infinite or NaN."""
-    return "finite" in failure
+    """True for the failure of a run whose numbers became infinite or NaN, at a client or at the server.
+
+    >>> diverged("round 3, client 1, local training: non-finite loss at local step 2; lower optimizer.lr")
+    True
+    >>> diverged("round 3, callback mine:halve: answered lr_factor=inf, not a finite number >= 0")
+    False
+    """
+    return re.match(r"round \d+, (client \d+, local training|aggregation): non-finite ", failure) is not None
 
 
 def rows_of(

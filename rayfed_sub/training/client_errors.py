@@ -51,7 +51,7 @@ def client_failed(cause: str, n: int, client: int) -> RunError:
     client's data; a learning rate at which losses overflow is everybody's.
     """
     skip = "federation.on_client_failure=skip"
-    if "finite" in cause:
+    if cause.startswith("non-finite"):
         advice = f"lower optimizer.lr and begin anew in another folder; {skip} would leave such clients out"
         return RunError("local training", f"{cause}; {advice}", round=n, client=client, resume=None)
     return RunError("local training", f"{cause}; {skip} would go on without it", round=n, client=client, resume=(skip,))

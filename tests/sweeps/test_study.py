@@ -10,10 +10,12 @@ import pytest
 
 from rayfed_sub import UserError, load_config, run
 from rayfed_sub.config.loading import read_yaml
+from rayfed_sub.core.errors import RunError
 from rayfed_sub.methods import build
 from rayfed_sub.sweeps import study_clocks, study_runner, study_tables
-from rayfed_sub.sweeps.progress import Begun, TrialNow
+from rayfed_sub.sweeps.progress import Begun, TrialNow, failure_of
 from rayfed_sub.sweeps.study import Study, StudyTrial, check_trials, counted_trials, load_study, tuning_trials
+from rayfed_sub.training.client_errors import client_failed
 
 ROOT = Path(__file__).parents[2]
 DIFFERENCES = ", ".join([r"[+-]\d\.\d{3}"] * 3)
@@ -107,6 +109,22 @@ def test_lowest_mean_validation_loss_is_chosen_without_diverged_trials() -> None
     assert study_runner.best_value([row(0.1, float("nan")), row(0.2, 9.0)], (0.1, 0.2)) == 0.2
     with pytest.raises(UserError, match=r"study\.tune\.values: got \[0\.3\]; .* all did with a; add smaller ones"):
         study_runner.best_value([row(0.3, None)], (0.3,))
+
+
+@pytest.mark.parametrize(
+    ("error", "its_own"),
+    [
+        (client_failed("non-finite loss at local step 1", 4, 17), True),
+        (client_failed("non-finite norm of its change", 4, 17), True),
+        (RunError("aggregation", "non-finite values in a/left; lower optimizer.lr", round=4, resume=None), True),
+        (RunError("callback halve", "answered lr_factor=inf, not a finite number >= 0", round=4), False),
+        (client_failed("batch of local step 2: ValueError: not a finite number", 4, 17), False),
+        (RunError("coordinator", "died 5 times: non-finite"), False),
+    ],
+)
+def test_only_numbers_of_training_diverge(error: RunError, its_own: bool) -> None:
+    failure = failure_of(f"Traceback\n  raise error\nrayfed_sub.core.errors.RunError: {error}")
+    assert study_runner.diverged(failure or "") == its_own
 
 
 def test_study_does_not_mix_models() -> None:
