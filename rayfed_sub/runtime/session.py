@@ -39,7 +39,7 @@ from rayfed_sub.storage.earlier_runs import read_start
 from rayfed_sub.storage.kept_models import KeptModel, keep
 from rayfed_sub.storage.remote import Place, open_place
 from rayfed_sub.storage.run_folder import RunFolder, check_free, create, new, reopen, summary_of, to_resume
-from rayfed_sub.storage.same_run import check_code, check_data, check_given, check_start
+from rayfed_sub.storage.same_run import check_given, check_inputs
 from rayfed_sub.telemetry.events import Callback, Notice, Stage, Summary
 from rayfed_sub.telemetry.process_memory import give_back
 from rayfed_sub.telemetry.trackers import check_trackers
@@ -163,9 +163,7 @@ def _run(
 def _goes_on(folder: Path, job: Job) -> Summary | None:
     """Checks that the job is that of the folder's run; returns its summary where it is finished."""
     summary = summary_of(folder, job.config, job.any_pack)
-    check_data(folder, job.dataset.fingerprint)
-    check_code(folder, job.code)
-    check_start(folder, job.begun)
+    check_inputs(folder, job.dataset.fingerprint, job.code, job.begun)
     return summary
 
 

@@ -102,6 +102,13 @@ _CHANGED = {
 """The meaning of each digest that differs, the most specific first."""
 
 
+def check_inputs(path: Path, data: Fingerprint, code: Mapping[str, str], begun: StartInfo | None) -> None:
+    """UserError where the run in the folder began with other data, with other code, or from another start."""
+    check_data(path, data)
+    check_code(path, code)
+    check_start(path, begun)
+
+
 def check_data(path: Path, now: Fingerprint) -> None:
     """UserError where the run in the folder began with other data than `now`, or with unknown data.
 
@@ -155,8 +162,13 @@ def check_code(path: Path, now: Mapping[str, str]) -> None:
 def check_start(path: Path, now: StartInfo | None) -> None:
     """UserError where the run in the folder began from another adapter or run of the same name.  Passes for a run whose
     initial model was not evaluated yet."""
-    if now is not None and (known := start_digest(path)) is not None and known != now.digest:
-        allowed = f"the one from which the run in {path} began; its tensors are others now"
+    check_same_start(start_digest(path), now, f"the run in {path}")
+
+
+def check_same_start(then: str | None, now: StartInfo | None, where: str) -> None:
+    """UserError where what the run or sweep `where` began from has another digest now than `then`, if that is known."""
+    if now is not None and then is not None and then != now.digest:
+        allowed = f"the one from which {where} began; its tensors are others now"
         raise UserError("model.start_from", now.place, allowed, "restore it, or begin anew in another folder")
 
 

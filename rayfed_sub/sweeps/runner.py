@@ -26,7 +26,7 @@ from rayfed_sub.runtime.local_ray import ray_session_aside
 from rayfed_sub.storage import atomic_files
 from rayfed_sub.storage.remote import SWEEP, Place, inside, open_place
 from rayfed_sub.storage.run_folder import check_free, new, to_resume
-from rayfed_sub.storage.same_run import FREE, check_same, check_same_data
+from rayfed_sub.storage.same_run import FREE, check_same, check_same_data, check_same_start
 from rayfed_sub.sweeps.capacity import at_once, check_disk
 from rayfed_sub.sweeps.outcome import SweepResult, outcome
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher
@@ -40,7 +40,8 @@ Listener = Callable[[Stage | Notice | Begun | TrialNow], None]
 
 _FILE = "sweep.yaml"
 _DATA = "data.json"
-"""The fingerprints of the trials' data sets, in the order of the sweep's points."""
+"""The fingerprints of the trials' data sets, each with the digest of what `model.start_from` names, in the order of the
+sweep's points."""
 _FREE = ("sweep.concurrent", "sweep.retries", *FREE)
 """Settings that may differ when a sweep is taken up again."""
 
@@ -90,13 +91,11 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
             inputs, jobs = checked(sweep, there, folder, notify, free)
             check_disk(jobs, sweep.count, folder)
             side_by_side = at_once(jobs, there, min(sweep.count, search.concurrent or sweep.count), free)
-            data = [base.dataset.fingerprint for _, base in inputs.values()]
+            bases = [base for _, base in inputs.values()]
             if old is not None and (old.path / _DATA).exists():  # else each resumed trial checks its own
-                then = json.loads((old.path / _DATA).read_text(encoding="utf-8"))
-                for before, now in zip(then, data, strict=True):
-                    check_same_data(before, now, old.display_name())
+                check_bases(json.loads((old.path / _DATA).read_text(encoding="utf-8")), bases, old.display_name())
             here = old or new(place, sweep.name)
-            atomic_files.write(here.path / _DATA, json.dumps([asdict(now) for now in data]).encode())
+            atomic_files.write(here.path / _DATA, json.dumps(list(map(_digests, bases))).encode())
             atomic_files.write(here.path / _FILE, yaml_text(_tree(sweep)).encode())
             here.push()
             notify(Stage("loading weights"))
@@ -152,6 +151,19 @@ def checked(
         for job in jobs:
             plan.check(job, folder, free=free)
     return inputs, jobs
+
+
+def _digests(base: JobInputs) -> dict[str, Any]:
+    """An entry of data.json."""
+    return {**asdict(base.dataset.fingerprint), "start": None if base.begun is None else base.begun.digest}
+
+
+def check_bases(then: Sequence[Mapping[str, Any]], now: Sequence[JobInputs], where: str) -> None:
+    """UserError where the sweep `where` began with other data, or from another start; then: data.json, which may be of
+    a version without starts."""
+    for before, base in zip(then, now, strict=True):
+        check_same_data(before, base.dataset.fingerprint, where)
+        check_same_start(before.get("start"), base.begun, f"the sweep in {where}")
 
 
 def _tree(sweep: Sweep) -> dict[str, Any]:

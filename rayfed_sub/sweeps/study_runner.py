@@ -23,7 +23,7 @@ from rayfed_sub.runtime.fork_server import fork_server
 from rayfed_sub.runtime.local_ray import ray_session
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import make, summary_of
-from rayfed_sub.storage.same_run import check_code, check_data
+from rayfed_sub.storage.same_run import check_inputs
 from rayfed_sub.sweeps.capacity import at_once
 from rayfed_sub.sweeps.progress import Begun, TrialNow, Watcher, failure_of
 from rayfed_sub.sweeps.results import CLOCKED
@@ -155,7 +155,7 @@ def missing_trials(
 ) -> dict[StudyTrial, Config]:
     """The unfinished trials with their configurations; `results` takes the finished ones.
 
-    Raises UserError where a run folder belongs to another configuration or to other data.
+    Raises UserError where a run folder belongs to another configuration, to other data, code or another start.
     """
     missing = {}
     for trial in part.trials:
@@ -164,8 +164,7 @@ def missing_trials(
         summary = None
         if (run_folder / "config.yaml").exists():
             summary = summary_of(run_folder, job.config)
-            check_data(run_folder, job.dataset.fingerprint)
-            check_code(run_folder, job.code)
+            check_inputs(run_folder, job.dataset.fingerprint, job.code, job.begun)
         if summary is None:
             missing[trial] = job.config
         else:

@@ -19,7 +19,7 @@ from rayfed_sub.runtime.links import Crew
 from rayfed_sub.runtime.rounds import carry_out
 from rayfed_sub.storage.remote import inside, open_place
 from rayfed_sub.storage.run_folder import opened, summary_of
-from rayfed_sub.storage.same_run import check_code, check_data
+from rayfed_sub.storage.same_run import check_inputs
 from rayfed_sub.sweeps.results import CLOCKED, CURVE, SENT
 from rayfed_sub.sweeps.shared_inputs import SharedInputs
 from rayfed_sub.sweeps.space import Trials
@@ -60,8 +60,7 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
         done = None
         if (place.path / "config.yaml").exists():
             done = summary_of(place.path, job.config, same)
-            check_data(place.path, job.dataset.fingerprint)
-            check_code(place.path, job.code)
+            check_inputs(place.path, job.dataset.fingerprint, job.code, job.begun)
         summary = done or carry_out(job, shared, opened(place, job.config, same), notify, began, crew=_CREW)
         tune.report(_end(summary, kind, place.path, sweep.search.score))
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from rayfed_sub import UserError, load_config, run
 from rayfed_sub.config.loading import read_yaml
 from rayfed_sub.core.errors import RunError
+from rayfed_sub.data.fingerprint import Fingerprint
 from rayfed_sub.methods import build
+from rayfed_sub.models.start import StartInfo
 from rayfed_sub.sweeps import study_clocks, study_runner, study_tables
+from rayfed_sub.sweeps import trial as trials
 from rayfed_sub.sweeps.progress import Begun, TrialNow, failure_of
-from rayfed_sub.sweeps.study import Study, StudyTrial, check_trials, counted_trials, load_study, tuning_trials
+from rayfed_sub.sweeps.runner import check_bases
+from rayfed_sub.sweeps.shared_inputs import input_key
+from rayfed_sub.sweeps.study import Part, Study, StudyTrial, check_trials, counted_trials, load_study, tuning_trials
 from rayfed_sub.training.client_errors import client_failed
 
 ROOT = Path(__file__).parents[2]
@@ -217,6 +226,40 @@ def test_one_more_seed_is_one_more_run(ray_session: None, tmp_path: Path) -> Non
     study_runner.run_study(load_study(file), [], tmp_path / "runs", 1, count)
     assert begun == [1, 1]
     assert len(study_tables.read_rows(tmp_path / "out" / "s.csv")) == len(rows) + 1
+
+
+@pytest.mark.parametrize("whose", ["study", "sweep", "data.json"])
+def test_finished_runs_do_not_stand_beside_those_from_another_start(
+    whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter that model.start_from names was trained in place since."""
+    data, digest = Fingerprint(1, "a", "b", "c"), "then"
+    log = {"event": "started", "scores": [], "data": asdict(data), "start": digest}
+    read = load_study(written(tmp_path, f"{BASE}variants: {{a: []}}\n"))
+    (one,) = counted_trials(read, "a", [], None)
+    folder = tmp_path / "runs" / one.folder
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text(json.dumps(log) + "\n")
+    (folder / "config.yaml").write_text("")
+    begun = StartInfo("./adapter", "an adapter", 1, "now", 1)
+    base = SimpleNamespace(dataset=SimpleNamespace(fingerprint=data, kind="causal-lm"), begun=begun)
+    job = SimpleNamespace(**vars(base), config=load_config(read.base), code={}, any_pack=True)
+    for module in (study_runner, trials):
+        monkeypatch.setattr(module, "summary_of", lambda *given: None)
+    monkeypatch.setattr(study_runner, "job_on", lambda *given: job)
+    part = Part("s", read_yaml(read.base), (one,), 1)
+    config = part.config(one.values)
+    shared, results = cast(Any, SimpleNamespace(job=lambda config: (job, None))), cast(Any, None)
+    monkeypatch.setattr(trials.tune, "get_context", lambda: SimpleNamespace(get_trial_dir=lambda: "tune/00000"))
+    own = {input_key(config): (config, cast(Any, base))}
+    again = {
+        "study": partial(study_runner.missing_trials, part, tmp_path / "runs", own, results),
+        "sweep": partial(trials.trial, {"trial": one.values}, part, shared, str(tmp_path / "runs")),
+        "data.json": partial(check_bases, [{**asdict(data), "start": digest}], [cast(Any, base)], "runs/s"),
+    }
+    with pytest.raises(UserError, match=r"model\.start_from: got './adapter'; .* began; its tensors are others now"):
+        again[whose]()
+    check_bases([asdict(data)], [cast(Any, base)], "runs/s")  # of a version that did not write it
 
 
 # --- tables
