@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.planning.job import Job
@@ -13,6 +12,8 @@ from rayfed_sub.planning.needs import DRIVER, RAY, Need, need
 from rayfed_sub.planning.packs import most_clients
 from rayfed_sub.planning.plan import UnplannedError, here, job_parts, walking
 from rayfed_sub.planning.traffic import FEW
+from rayfed_sub.storage.remote import Place
+from rayfed_sub.sweeps.tuner import TRIALS
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +28,19 @@ def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int, free: int | N
     return max(1, min(most, *(_places(job, there) for job in jobs), *(_memory(job, there, free) for job in jobs)))
 
 
-def check_disk(jobs: Sequence[Job], count: int, folder: Path) -> None:
-    """UserError where the run folders of `count` trials do not fit the folder's disk."""
-    there = here(jobs[0], folder).disk
-    taken = count * max(need(job_parts(job), rounds=2, most=FEW).disk for job in jobs)
+def check_disk(jobs: Sequence[Job], count: int, side_by_side: int, place: Place) -> None:
+    """UserError where the run folders to come of a sweep of `count` trials do not fit the disk: those that a resumed
+    one has not begun, and in an object store, whose trials have a temporary folder each, those side by side."""
+    there, one = here(jobs[0], place.path).disk, max(need(job_parts(job), rounds=2, most=FEW).disk for job in jobs)
+    if place.mirror is None:
+        to_come = count - len(list(place.path.glob(f"{TRIALS}/*/config.yaml")))
+        field, advice = "sweep.trials", "make fewer, or choose --out on a larger disk"
+    else:
+        to_come, field, advice = side_by_side, "sweep.concurrent", "set fewer, or TMPDIR on a larger disk"
+    taken = to_come * one
     if taken > there:
-        allowed = f"what fits into {there / 1e9:.1f} GB of disk; {count} run folders may take {taken / 1e9:.1f} GB"
-        raise UserError("sweep.trials", count, allowed, "make fewer, or choose --out on a larger disk")
+        allowed = f"what fits into {there / 1e9:.1f} GB of disk; {to_come} run folders may take {taken / 1e9:.1f} GB"
+        raise UserError(field, to_come, allowed, advice)
 
 
 def _places(job: Job, there: Sequence[Node]) -> int:

@@ -86,11 +86,11 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
     callbacks, finder = [Watcher(search.metric, notify), *loggers(sweep)], searcher(search)
     forked = all(sweep.config(point).resources.forked for point in sweep.points())
     with joined(address), fork_server(forked, address) as forks:
-        there, folder, free = nodes(), (old or place or Place(Path())).path, free_memory()
+        there, runs, free = nodes(), old or place or Place(Path()), free_memory()
         with ray_session_aside(forks) as wait_for_ray:
-            inputs, jobs = checked(sweep, there, folder, notify, free)
-            check_disk(jobs, sweep.count, folder)
+            inputs, jobs = checked(sweep, there, runs.path, notify, free)
             side_by_side = at_once(jobs, there, min(sweep.count, search.concurrent or sweep.count), free)
+            check_disk(jobs, sweep.count, side_by_side, runs)
             bases = [base for _, base in inputs.values()]
             if old is not None and (old.path / _DATA).exists():  # else each resumed trial checks its own
                 check_bases(json.loads((old.path / _DATA).read_text(encoding="utf-8")), bases, old.display_name())

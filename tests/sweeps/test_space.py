@@ -16,6 +16,7 @@ from rayfed_sub.planning import plan
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.planning.machines import Machine, Node
 from rayfed_sub.runtime.cluster import nodes
+from rayfed_sub.storage.remote import Mirror, Place
 from rayfed_sub.sweeps import capacity
 from rayfed_sub.sweeps.runner import checked
 from rayfed_sub.sweeps.shared_inputs import input_key, weights_key
@@ -288,6 +289,23 @@ def test_trials_side_by_side_follow_from_memory(monkeypatch: pytest.MonkeyPatch)
     for bytes_free, most in ((once + 3 * one, 3), (once + 3 * one - 1, 2), (once, 1)):
         monkeypatch.setattr(capacity, "here", lambda job, free=bytes_free: Machine("here", free, 64, 10**12))
         assert capacity.at_once([job], [Node(64)], most=100) == most
+
+
+def test_disk_is_for_the_run_folders_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a resumed sweep lie there; in an object store the trials side by side have a temporary one each."""
+    job = prepare(load_config(TINY, ["task.max_rows=120"]))
+    one = capacity.need(capacity.job_parts(job), rounds=2, most=capacity.FEW).disk
+    monkeypatch.setattr(capacity, "here", lambda job, folder: Machine("here", 0, 64, 2 * one))
+    for number in (0, 1, 2):
+        (tmp_path / "trials" / f"{number:05d}").mkdir(parents=True)
+    here, store = Place(tmp_path), Place(tmp_path, Mirror("s3://bucket/sweep", None, "bucket/sweep"))
+    with pytest.raises(UserError, match=r"^sweep\.trials: got 3; .* 3 run folders may take .*; make fewer, or choose"):
+        capacity.check_disk([job], 3, 3, here)
+    (tmp_path / "trials" / "00000" / "config.yaml").write_text("")
+    capacity.check_disk([job], 3, 3, here)
+    capacity.check_disk([job], 27, 2, store)
+    with pytest.raises(UserError, match=r"^sweep\.concurrent: got 3; .* 3 run folders may .*; set fewer, or TMPDIR"):
+        capacity.check_disk([job], 27, 3, store)
 
 
 def test_model_without_a_plan_runs_one_trial_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
