@@ -141,15 +141,18 @@ def _widest(needed: Need, machine: Machine) -> tuple[int, int]:
     resources = needed.config.resources
     best, pack = (0, 0), resources.first_pack
     while pack:
-        memory = needed.worker(pack)
-        if machine.gpu is not None:
-            fits = needed.on_gpu(memory.tensors) <= _share(needed, machine.gpu)
-            workers = resources.trainers if fits else 0
-        else:
-            workers = most_workers(needed, pack, needed.bare[2] + memory.process, resources.trainers, machine.memory)
+        workers = _workers(needed, machine, pack, resources.trainers)
         best = max(best, (workers, pack), key=lambda found: found[0] * found[1])
         pack //= 2
     return best
+
+
+def _workers(needed: Need, machine: Machine, pack: int, most: int) -> int:
+    """The workers, up to `most`, that fit with packs of this size: on GPUs all or none, as each has its share."""
+    memory = needed.worker(pack)
+    if machine.gpu is None:
+        return most_workers(needed, pack, needed.bare[2] + memory.process, most, machine.memory)
+    return most if needed.on_gpu(memory.tensors) <= _share(needed, machine.gpu) else 0
 
 
 def _batch_size(needed: Need, machine: Machine) -> int:
@@ -158,9 +161,7 @@ def _batch_size(needed: Need, machine: Machine) -> int:
     size = config.federation.batch_size // 2
     while size:
         smaller = config.model_copy(update={"federation": config.federation.model_copy(update={"batch_size": size})})
-        memory = replace(needed, config=smaller).worker(1)
-        taken = needed.on_gpu(memory.tensors) if machine.gpu else needed.fixed(1, 1) + needed.bare[2] + memory.process
-        if taken <= (machine.gpu or machine.memory):
+        if _workers(replace(needed, config=smaller), machine, 1, most=1):
             return size
         size //= 2
     return 0

@@ -11,7 +11,7 @@ import torch
 
 from rayfed_sub import load_config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.planning import machines, plan
+from rayfed_sub.planning import machines, needs, plan
 from rayfed_sub.planning.fit import check_fits, settled
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.machines import Machine
@@ -52,6 +52,17 @@ def test_auto_keeps_activations_where_they_fit() -> None:
     check_fits(job_parts(auto), card(1.01 * less))
     with pytest.raises(UserError, match="this run needs"):
         check_fits(job_parts(auto), card(CUDA / 2))
+
+
+def test_advised_batch_fits_the_worker_s_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a card has room for 8 rows and not for 16, which the whole card would have."""
+    monkeypatch.setattr(needs, "CUDA", 0)  # else the context takes nearly all
+    quarter = ("resources.gpus_per_worker=0.25", "resources.pack_size=1", "resources.activation_checkpointing=none")
+    one, eight, sixteen = (job(*quarter, f"federation.batch_size={rows}") for rows in (32, 8, 16))
+    less, more = (plain.on_gpu(plain.worker(1).tensors) for plain in map(needed, (eight, sixteen)))
+    assert 1.5 * less < more < 4 * less
+    with pytest.raises(UserError, match=r"^federation.batch_size: got 32; .*set federation.batch_size=8 "):
+        check_fits(job_parts(one), card(1.01 * 4 * less))
 
 
 def test_micro_batches_take_less() -> None:
