@@ -19,9 +19,9 @@ from rayfed_sub.telemetry.trackers import Tracker
 
 
 class Live:
-    """Publishes the rounds after those in the folder's tables.
+    """Publishes the rounds after those in the tables of a folder that this run's coordinator has claimed.
 
-    Close it before Ray is shut down; the trackers stay open.  Raises RunError where the disk is full.
+    Begins the trackers.  Close it before Ray is shut down; they stay open.  Raises RunError where the disk is full.
     """
 
     def __init__(self, folder: RunFolder, config: Config, trackers: Sequence[Tracker] = ()) -> None:
@@ -30,6 +30,8 @@ class Live:
         self._sums = {tag: float(total or 0) for tag, total in sums.items()}  # None: no rows
         start = {"round/finished": float(done), **self._sums, **judged(folder.scores(done))}
         self._events, self._trackers = Events(folder.path / "tensorboard", done + 1 if done else 0), trackers
+        for tracker in trackers:
+            tracker.begin()
         if not done:
             self._log(0, start)
         tags = {"run": config.name, "method": str(config.method["name"]), "folder": folder.place.display_name()}

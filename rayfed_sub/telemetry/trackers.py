@@ -77,10 +77,15 @@ class Tracker:
         self._news: SimpleQueue[str] = SimpleQueue()
         self._opened = self._failed = self._over = False
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"tracker {label}")
-        self._thread.start()
+
+    def begin(self) -> None:
+        """Opens the run there, once.  Not before the run folder is this run's: another session's run that goes on in
+        it would be opened, and closed, under it."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Hands over values by name after `step` finished rounds; returns at once."""
+        """Hands over values by name after `step` finished rounds; returns at once.  After `begin`, as `finish`."""
         self._items.put(_Point(step, dict(values)))
         self._tell()
 
@@ -89,8 +94,8 @@ class Tracker:
         self._end(_plain(asdict(summary)))
 
     def close(self) -> None:
-        """Ends the thread; a run without a summary ends as cut off."""
-        if not self._over:
+        """Ends the thread, if it has begun; a run without a summary ends as cut off."""
+        if self._thread.ident is not None and not self._over:
             self._end(None)
 
     def _end(self, summary: Mapping[str, Any] | None) -> None:

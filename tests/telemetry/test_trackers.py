@@ -215,6 +215,9 @@ def session(
     """A session of a run whose value after n rounds is n / 2; returns its notices."""
     notices: list[str] = []
     opened = trackers_of(folder, now, lambda notice: notices.append(notice.text))
+    for tracker in opened:
+        tracker.begin()
+        tracker.begin()  # under another coordinator
     for step in steps:
         for tracker in opened:
             tracker.add(step, {"loss/held_out": step / 2, "round/finished": float(step)})
@@ -301,8 +304,18 @@ def test_environment_names_project_and_experiment(
     assert board.of("wandb.init")[1]["project"] == "mine"  # where the run is
 
 
+def test_session_that_never_had_the_folder_leaves_the_run_of_the_other_one(board: Board, tmp_path: Path) -> None:
+    session(tmp_path, config(), [0, 1], summary=None)
+    board.runs["run-0"].info.status = "RUNNING"  # goes on in another process
+    for tracker in trackers_of(tmp_path, config(), lambda notice: None):
+        tracker.close()
+    assert len(board.of("wandb.init")) == 1
+    assert board.runs["run-0"].info.status == "RUNNING"
+
+
 def test_values_whose_receipt_is_lost_are_not_sent_again(board: Board, tmp_path: Path) -> None:
     (tracker,) = trackers_of(tmp_path, config("trackers=[mlflow]"), lambda notice: None)
+    tracker.begin()
     wait_for(lambda: bool(board.runs) and bool(board.runs["run-0"].data.params))
     board.lost = True
     tracker.add(0, {"round/finished": 0.0})
@@ -325,6 +338,7 @@ def test_server_that_fails_is_told_once_and_gets_everything_later(
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok-123")
     notices: list[Notice] = []
     (tracker,) = trackers_of(tmp_path, config("trackers=[mlflow]"), notices.append)
+    tracker.begin()
     tracker.add(0, {"round/finished": 0.0})
     wait_for(lambda: bool(board.history.get("run-0")))
     board.down = ConnectionError(f"http://user:{SECRET}@mlflow.test refused tok-123")
@@ -351,6 +365,7 @@ def test_server_that_hangs_holds_up_nothing_but_the_end(monkeypatch: pytest.Monk
         raise OSError("gave up")
 
     tracker = Tracker("MLflow", opens, notices.append)
+    tracker.begin()
     began = time.monotonic()
     for step in range(50):
         tracker.add(step, {})
