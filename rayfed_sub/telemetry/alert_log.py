@@ -1,4 +1,5 @@
-"""Alerts during a run: each alert of `diagnostics/alerts.py` is raised once."""
+"""Alerts during a run: each alert of `diagnostics/alerts.py` is raised once, and again where its rounds run
+again."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from rayfed_sub.telemetry.events import RoundDone
 
 
 class Watch:
-    """Raises each alert once; alerts on the rows already in `folder` were raised in an earlier session."""
+    """Raises each alert once; alerts on the rows already in `folder` were raised before.  After a coordinator's death
+    these are those of its checkpoint: an alert on rounds that run again is raised again, as they are told again."""
 
     def __init__(self, folder: RunFolder, config: Config) -> None:
         self._config, self._before = config, overall(folder.scores(0)).get("held_out_loss")

@@ -1,4 +1,4 @@
-"""Alerts are reported while a run goes on, each once, also after a resume."""
+"""Alerts are reported while a run goes on, each once, also after a resume, but for rounds that run again."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def test_rising_loss_is_reported_once(tmp_path: Path) -> None:
     again = reopen(Place(tmp_path), CONFIG)
     again.go_on(4)
     assert Watch(again, CONFIG).add(done(4, 5.0, 1)) == []
+    again.go_on(2)  # the checkpoint of a dead coordinator
+    assert [alert.name for alert in Watch(again, CONFIG).add(done(2, 5.0, 1))] == ["divergence"]
 
 
 def test_healthy_run_reports_nothing(tmp_path: Path) -> None:
