@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rayfed_sub.models.frozen_linear import FrozenEmbedding
-from rayfed_sub.models.positions import position_limit, positions_padding
+from rayfed_sub.models.positions import changing, position_limit, positions_padding, unchanged_positions
 from rayfed_sub.models.presets import FLAT, FLAT_CLASSIFIERS, UNFILLED
 from rayfed_sub.models.quantised import Quantised
 
@@ -43,8 +43,6 @@ _SHORTEST = 16
 """The shortest canonical length."""
 _NAME = "rayfed-flat"
 """The attention implementation that transformers knows the functions here by."""
-_CHANGING = ("dynamic", "longrope")
-"""Rotary positions whose frequencies follow from the longest row of a pass, so from a row's neighbours."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,11 @@ class PassRule:
     grouped by canonical length.  granule: a client's tokens are filled up to a multiple of it.  rows: rows are filled
     up to a multiple of this where layers see one vector of each (pooled heads, images, a generated token).  longest:
     the most positions that the model has; None without limit.  apart: rows are a source, which the encoder reads, and
-    an answer, grouped by the canonical lengths of both; sources: as longest, of sources.  exact: rows are not filled
-    up, for what fills them up would change them.  twins: rows that fill a pass up are those of others, for the model
-    wants an end in each.  alone: a pass has one client, whose are all tokens.  padding: of models that count positions
-    from their padding token's number on, and leave that token out, its number.
+    an answer, grouped by the canonical lengths of both; sources: as longest, of sources.  exact: rows are not filled up
+    to more tokens than this, for what fills them up would change them; None: to any number.  twins: rows that fill a
+    pass up are those of others, for the model wants an end in each.  alone: a pass has one client, whose are all
+    tokens.  padding: of models that count positions from their padding token's number on, and leave that token out, its
+    number.
     """
 
     flat: bool = False
@@ -68,7 +67,7 @@ class PassRule:
     longest: int | None = None
     apart: bool = False
     sources: int | None = None
-    exact: bool = False
+    exact: int | None = None
     twins: bool = False
     alone: bool = False
     pooled: str = ""
@@ -80,13 +79,13 @@ class PassRule:
 
         >>> [PassRule().canonical(tokens) for tokens in (1, 16, 17, 100, 130, 1000)]
         [16, 16, 32, 112, 144, 1024]
-        >>> PassRule(longest=100).canonical(99)
-        100
+        >>> PassRule(longest=100).canonical(99), [PassRule(exact=40).canonical(tokens) for tokens in (30, 33, 50)]
+        (100, [32, 33, 50])
         """
-        if self.exact:
-            return tokens
         step = max(_SHORTEST, self.granule, 1 << max(0, tokens.bit_length() - 4))
         rounded = -(-tokens // step) * step
+        if self.exact is not None and rounded > self.exact:
+            return tokens
         return rounded if self.longest is None else max(tokens, min(rounded, self.longest))
 
     def positions(self, ids_BT: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -130,7 +129,7 @@ def pass_rule(model: nn.Module) -> PassRule:
     sources = position_limit(model, config, "encoder") if apart else None
     flat = heads is not None and is_flat(config) and not vars(model).get("as_it_is", False)
     classifies = known and heads is None
-    exact = classifies and getattr(config, "model_type", "") in UNFILLED
+    unfilled = classifies and getattr(config, "model_type", "") in UNFILLED
     twins = classifies and bool(getattr(config, "is_encoder_decoder", False))
     alone = bool(vars(model).get("one_at_a_time", False))
     pooled = _pooled_at(model) if classifies else ""
@@ -142,7 +141,7 @@ def pass_rule(model: nn.Module) -> PassRule:
         longest=longest,
         apart=apart,
         sources=sources,
-        exact=exact,
+        exact=0 if unfilled else unchanged_positions(model),
         twins=twins,
         alone=alone,
         pooled=pooled,
@@ -177,13 +176,7 @@ def _pooled_at(model: Any) -> str:
 
 def is_flat(config: Any) -> bool:
     """True where rows of a causal model of this configuration may lie side by side (`presets.FLAT`)."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]
-    return (
-        config.model_type in FLAT
-        and not _chunked(config)
-        and all(one.get("rope_type") not in _CHANGING for one in layers)
-    )
+    return config.model_type in FLAT and not _chunked(config) and not changing(config)
 
 
 def _chunked(config: Any) -> bool:

@@ -1,8 +1,9 @@
-"""The longest row that a model's table of positions allows."""
+"""The longest row that a model's positions allow, and rotary positions that follow from a row's length."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,6 +14,9 @@ from rayfed_sub.models.frozen_linear import FrozenEmbedding, FrozenLinear
 _NAMED = re.compile(r"posit|pos_e|wpe")
 
 _SPARE = 2  # rows that some models' tables have beyond the positions of the configuration
+
+_CHANGING = ("dynamic", "longrope")
+"""Types of rotary positions whose frequencies follow from the longest row of a pass."""
 
 
 def position_limit(module: nn.Module, hf_config: Any, side: str = "") -> int | None:
@@ -49,3 +53,43 @@ def positions_padding(module: nn.Module) -> int | None:
     """The padding token from whose number on a model of RoBERTa's kind counts positions; None of others."""
     tables = (part for name, part in module.named_modules() if name.endswith(".position_embeddings"))
     return next((part.padding_idx for part in tables if isinstance(part, nn.Embedding | FrozenEmbedding)), None)
+
+
+def changing(config: Any) -> list[Mapping[str, Any]]:
+    """The rotary positions of a configuration, one or one a kind of layer, whose frequencies follow from the longest
+    row of a pass, so from a row's neighbours and what fills it up."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [one for one in rope.values() if isinstance(one, Mapping)] or [rope]
+    return [one for one in layers if one.get("rope_type") in _CHANGING]
+
+
+def unchanged_positions(module: nn.Module) -> int | None:
+    """The longest row whose rotary frequencies are those of all shorter ones; None where they never change."""
+    return min((limit for part in _rotary(module) for limit in _limits(part)), default=None)
+
+
+def _rotary(module: nn.Module) -> Iterator[Any]:
+    """The modules of rotary positions that change."""
+    for part in module.modules():
+        if hasattr(part, "original_max_seq_len") and changing(getattr(part, "config", None)):
+            yield part
+
+
+def _limits(part: Any) -> Iterator[int]:
+    for one in changing(part.config):
+        yield one["original_max_position_embeddings"] if one["rope_type"] == "longrope" else part.original_max_seq_len
+
+
+def forget_rows(module: nn.Module) -> None:
+    """Lets rotary positions that change begin each pass as the model's first one, in memory of their own: transformers
+    writes into the frequencies (longrope), or keeps those of the longest row so far (dynamic)."""
+    for part in _rotary(module):
+        part.register_forward_pre_hook(_begin)
+
+
+def _begin(part: Any, args: Any) -> None:
+    for name, original in dict(part.named_buffers(recurse=False)).items():
+        if name.endswith("original_inv_freq"):
+            setattr(part, name.replace("original_inv_freq", "inv_freq"), original.clone())
+    for name in [name for name in vars(part) if name.endswith("max_seq_len_cached")]:
+        setattr(part, name, part.original_max_seq_len)

@@ -21,6 +21,7 @@ from rayfed_sub.models.architecture import Architecture, auto_class, build, reas
 from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.frozen_linear import quantise
 from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
+from rayfed_sub.models.positions import forget_rows
 from rayfed_sub.models.quantisation import (
     FIELD,
     bitsandbytes_config,
@@ -121,6 +122,7 @@ def ruled(module: nn.Module, architecture: Architecture) -> nn.Module:
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.register_forward_pre_hook(_as_rows)
+    forget_rows(module)
     return module
 
 

@@ -110,8 +110,9 @@ def answers(
     rule = pass_rule(model)
     if rule.apart:
         rule = rule.of_sources()
-    elif rule.longest is not None:
-        rule = replace(rule, longest=rule.longest - limit)
+    else:
+        longest, exact = (None if most is None else most - limit for most in (rule.longest, rule.exact))
+        rule = replace(rule, longest=longest, exact=exact)
     by_width: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         by_width.setdefault(rule.canonical(len(prompt)), []).append(number)

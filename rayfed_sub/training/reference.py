@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -204,44 +204,51 @@ def _loss(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, int]:
     """The mean cross-entropy over labelled tokens (or rows), and how many there are; without labels 0.  Of numbers the
     mean squared error, of several labels a row binary cross-entropy.  Of the caller's own loss the mean over the
     batch's rows.  step: as in `_begin_dropout`."""
-    _begin_dropout(model, step, range(1 if isinstance(batch, OwnBatch) else len(batch["labels"])))
     device = next(model.parameters()).device
     if isinstance(batch, OwnBatch):
+        _begin_dropout(model, step, range(1))
         return trained_loss(model, batch.to(device)), batch.rows
-    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-    labels = inputs.pop("labels")
-    if not of_tokens(labels):
-        return _of_rows(model, inputs, labels, step)
-    writes = vars(model).get("text_to_text", False)
-    if writes:
-        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
-    logits = answered(model, inputs, causal=True).logits.float()
-    if writes:
-        logits, labels = logits.flatten(0, 1), labels.flatten()
-    else:  # a token is predicted from those before it
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    count = int((labels != -100).sum())
-    return functional.cross_entropy(logits, labels) if count else 0.0 * logits.sum(), count
-
-
-def _of_rows(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, step: int) -> tuple[Tensor, int]:
-    """`_loss` of labels of whole rows; rows that nothing may fill up go through the model one by one."""
-    if pass_rule(model).exact and len(labels) > 1:
-        lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        found = []
-        for row, length in enumerate(lengths):
-            _begin_dropout(model, step, [row])
-            one = {name: x[row : row + 1, :length] for name, x in inputs.items()}
-            found.append(answered(model, one, causal=False).logits.float())
-        logits = torch.cat(found)
-    else:
-        logits = answered(model, inputs, causal=False).logits.float()
+    parts = []
+    for rows, inputs in _turns(model, {name: tensor.to(device) for name, tensor in batch.items()}):
+        _begin_dropout(model, step, rows)
+        parts.append(_logits(model, inputs))
+    logits, labels = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
     if labels.is_floating_point():
         several = labels.shape[1] > 1
         function = functional.binary_cross_entropy_with_logits if several else functional.mse_loss
         return function(logits, labels), len(labels)
     count = int((labels != -100).sum())
     return functional.cross_entropy(logits, labels) if count else 0.0 * logits.sum(), count
+
+
+def _turns(model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
+    """The rows that go through the model together, by their numbers: all, or of a model that sees what fills them up
+    each alone, as long as it is."""
+    rows = range(len(inputs["labels"]))
+    if pass_rule(model).exact is None or len(rows) == 1:
+        yield rows, dict(inputs)
+        return
+    for row, length in zip(rows, inputs["attention_mask"].sum(dim=1).tolist(), strict=True):
+        one = {name: x[row : row + 1] for name, x in inputs.items()}
+        labels = one.pop("labels")
+        one = {name: x[:, :length] for name, x in one.items()}
+        if of_tokens(labels):
+            labels = labels[:, labels[0] != -100] if pass_rule(model).apart else labels[:, :length]
+        yield [row], {**one, "labels": labels}
+
+
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits and labels, of tokens (L, V) and (L,), of rows as they are."""
+    labels = inputs.pop("labels")
+    if not of_tokens(labels):
+        return answered(model, inputs, causal=False).logits.float(), labels
+    writes = pass_rule(model).apart
+    if writes:
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
+    logits = answered(model, inputs, causal=True).logits.float()
+    if writes:
+        return logits.flatten(0, 1), labels.flatten()
+    return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # a token is predicted from those before it
 
 
 def _not_finite(t: int, loss: float, moving: Sequence[Moving]) -> str | None:

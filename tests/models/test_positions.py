@@ -10,9 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayfed_sub.config.schema import Model
-from rayfed_sub.models.architecture import architecture
+from rayfed_sub.core.arrays import Guard
+from rayfed_sub.models.architecture import architecture, build
 from rayfed_sub.models.positions import position_limit
 from rayfed_sub.models.weights import assemble, load_weights
+from rayfed_sub.training.inference import answers
+from rayfed_sub.training.losses import predicted
 
 TOKENS = {"vocab_size": 64, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 BLOCK = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -72,3 +75,52 @@ def test_tokenizer_without_padding_does_not_move_pretrained_positions(name: str,
     ours: Any = assemble(built, load_weights(model, built, seed=0))
     ids = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
+# Types with 32 positions of their own, whose frequencies are others in longer rows.
+TURNING: dict[str, dict[str, Any]] = {
+    "phi3": {
+        "max_position_embeddings": 128,
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {**LONG_ROPE, "original_max_position_embeddings": 32, "rope_theta": 1e4},
+    },
+    "llama": {
+        "max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    },
+}
+
+
+@pytest.mark.parametrize("name", TURNING)
+def test_frequencies_follow_from_a_row_alone(name: str) -> None:
+    """Losses and answers are transformers' own on a fresh model for each row, whatever the model has seen before and
+    whatever stands beside the row, and shared memory is left as it is."""
+    model = Model(path="random", random={"type": name, **TOKENS, **BLOCK, "initializer_range": 0.3, **TURNING[name]})
+    bones = architecture(model, "causal-lm", vocabulary=TOKENS["vocab_size"], pad=1)
+    tensors = load_weights(model, bones, seed=0)
+    shared, ours = Guard(tensors.items()), assemble(bones, tensors)
+    rng = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, 64, (tokens,), generator=rng) for tokens in (20, 30, 40, 60)]
+
+    def fresh() -> Any:
+        with torch.random.fork_rng():
+            theirs: Any = build(bones.hf_config, bones.kind, device="cpu")
+        theirs.load_state_dict(tensors, strict=False)
+        return theirs
+
+    def padded(numbers: list[int]) -> dict[str, torch.Tensor]:
+        ids = torch.nn.utils.rnn.pad_sequence([rows[number] for number in numbers], batch_first=True, padding_value=1)
+        real = torch.arange(ids.shape[1]) < torch.tensor([[len(rows[number])] for number in numbers])
+        return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
+
+    together = predicted(ours, padded([0, 1, 2, 3]), pad=1)
+    for number in (3, 2, 0, 1):
+        alone = predicted(ours, padded([number]), pad=1)
+        assert torch.equal(together.loss_L[together.row_L == number], alone.loss_L)
+        expected = fresh()(input_ids=rows[number][None], labels=rows[number][None]).loss
+        torch.testing.assert_close(alone.loss_L.mean(), expected, rtol=1e-5, atol=1e-5)
+    said = answers(ours, [row[:-8].tolist() for row in rows], pad=1, ends=[3], limit=12)
+    for row, answer in zip(rows, said, strict=True):
+        assert answers(fresh(), [row[:-8].tolist()], pad=1, ends=[3], limit=12) == [answer]
+    shared.check()

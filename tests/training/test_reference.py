@@ -17,6 +17,7 @@ from rayfed_sub.config.schema import Optimizer
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import LocalResult, Start, Subspace
+from rayfed_sub.models.positions import forget_rows
 from tests.helpers.tiny_models import (
     Tiny,
     albert,
@@ -256,6 +257,21 @@ def test_layer_used_twice_in_a_forward_pass(kind):
     tiny = albert()
     start = start_of(kind, tiny) if kind in ("lora", "dense") else galore_start(tiny, Subspace(2, 3, kind))
     compare(tiny, start, *OPTIMIZERS["decay"])
+
+
+def test_positions_whose_frequencies_follow_from_the_row():
+    """Rows of 9, 8 and 7 tokens where frequencies change from the sixth on: each has those of its own length."""
+    config = copy.deepcopy(llama().model.config)
+    config.max_position_embeddings = 5
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = type(llama().model)(config).eval().requires_grad_(False)
+    model.load_state_dict(llama().model.state_dict())
+    forget_rows(model)
+    tiny = replace(llama(), model=model)
+    start, batches = lora_start(tiny, 2), draw_batches(tiny, 5, STEPS)
+    (ours,) = run_pack(tiny, [start], [batches], Optimizer(), lr=1e-2)
+    (theirs,) = run_reference(tiny, [start], [batches], Optimizer(), lr=1e-2)
+    assert_equal(tiny, start, ours, theirs, {})
 
 
 def test_lora_with_another_rank_in_every_layer_over_weights_of_its_own():
