@@ -47,7 +47,8 @@ def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[st
 
     Other parameters in model.dtype, tied ones once; buffers, those that files leave out included, in their own
     dtype.  What no file holds is drawn: matrices, embeddings and a new classification head N(0, std) with the
-    configuration's initializer_range as std (0.02 without one) from stream(seed, "weights", name), new biases 0.
+    configuration's initializer_range as std (0.02 without one) from stream(seed, "weights", name), new biases 0; other
+    vectors begin as transformers has them, norms' weights at 1.
     Raises UserError on model.path for a checkpoint that cannot be read or lacks weights, and for a causal language
     model whose tokens see later ones.
     """
@@ -58,9 +59,11 @@ def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[st
     del loaded  # what is drawn or quantised from here on is freed tensor by tensor
     std = float(getattr(architecture.hf_config, "initializer_range", None) or 0.02)
     for name in sorted(drawn):
-        values = _normal(seed, name, tuple(tensors[name].shape), std) if tensors[name].ndim > 1 else None
         old = tensors[name]
-        tensors[name] = torch.zeros_like(old) if values is None else values.to(old.dtype)
+        if old.ndim > 1:
+            tensors[name] = _normal(seed, name, tuple(old.shape), std).to(old.dtype)
+        elif name.endswith("bias"):
+            tensors[name] = torch.zeros_like(old)
     return _quantised(tensors, model, architecture)
 
 

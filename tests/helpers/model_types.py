@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayfed_sub.config.schema import Model, Optimizer
+from rayfed_sub.core.arrays import Guard
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Start, Subspace
 from rayfed_sub.models.architecture import Architecture, architecture, loading_class, sees_or_hears
@@ -293,10 +294,11 @@ def _checks(name: str, kind: str, blocks: int) -> Iterator[Verdict]:
     yield (verdict := replace(verdict, built=True, targets=some(names)))
     if kind in SPEAKING:
         yield (verdict := replace(verdict, causal="made so" if bones.causal else "yes"))
-    tiny = Tiny(assemble(bones, tensors), bones.shape, _draw(bones.kind, model))
+    tiny, shared = Tiny(assemble(bones, tensors), bones.shape, _draw(bones.kind, model)), Guard(tensors.items())
     yield (verdict := replace(verdict, loss=_word(_loss(tiny), 1e-5)))
     yield (verdict := replace(verdict, gradient=_gradient(tiny)))
     yield (verdict := replace(verdict, pack="one at a time" if bones.alone else _pack(tiny)))
+    shared.check()
     for method, start in (("fedftg", galore_start(tiny, Subspace(2, 2))), ("fedit", lora_start(tiny, 2))):
         yield (verdict := replace(verdict, **{method: _word(_reference(tiny, start), 1e-4)}))
     yield (verdict := replace(verdict, export=_word(_export(tiny, bones, tensors), 1e-5)))

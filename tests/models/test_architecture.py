@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from rayfed_sub.config.schema import Model
+from rayfed_sub.core.arrays import Guard
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import Layer
@@ -252,6 +253,31 @@ def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
     assert torch.equal(drawn["classifier.bias"], torch.zeros(5))
     name = "bert.encoder.layer.1.intermediate.dense.weight"
     assert torch.equal(drawn[name], tensors[name])
+
+
+def test_vectors_that_a_checkpoint_lacks_begin_as_transformers_has_them(tmp_path: Path) -> None:
+    """BEiT's pooler, which its checkpoints of masked images lack, has a norm, whose weight is 1 before training."""
+    sizes = {**SMALL, "num_hidden_layers": 1, "image_size": 32, "patch_size": 16, "vocab_size": 8}
+    transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**sizes)).save_pretrained(tmp_path)
+    model = Model(path=str(tmp_path))
+    tensors = load_weights(model, architecture(model, "image-classification", THREE), seed=0)
+    assert torch.equal(tensors["beit.pooler.layernorm.weight"], torch.ones(32))
+    assert torch.equal(tensors["beit.pooler.layernorm.bias"], torch.zeros(32))
+
+
+def test_rwkv_s_weights_are_those_of_its_file(tmp_path: Path) -> None:
+    """transformers' model halves two weights of each block after the sixth at its first call, in place."""
+    config = transformers.RwkvConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=7)
+    theirs: Any = transformers.RwkvForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, ids = Model(path=str(tmp_path)), torch.arange(3, 20)[None]
+    bones = architecture(model, "causal-lm", vocabulary=64, pad=0)
+    tensors = load_weights(model, bones, seed=0)
+    shared, ours = Guard(tensors.items()), assemble(bones, tensors)
+    name = "rwkv.blocks.6.attention.output.weight"
+    assert torch.equal(tensors[name], dict(theirs.named_parameters())[name])
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    shared.check()
 
 
 def test_target_weights_are_canonical() -> None:
