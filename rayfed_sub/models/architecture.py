@@ -145,13 +145,11 @@ def architecture(
         hf_config.id2label = dict(enumerate(names))  # their number follows
         hf_config.label2id = {name: number for number, name in enumerate(names)}
         hf_config.problem_type = PROBLEM_TYPES[problem]
-    own = getattr(hf_config, "pad_token_id", None)
-    if kind == "text-classification":
-        hf_config.pad_token_id = _pad(hf_config) if pad is None else pad
+    moved = _fill_with(hf_config, _pad(hf_config) if pad is None else pad) if kind == "text-classification" else []
     module = _checked_build(model, hf_config, kind)
-    moved = own not in (None, getattr(hf_config, "pad_token_id", None)) and model.path != RANDOM
-    if moved and positions_padding(module) is not None:
-        hf_config.pad_token_id = own  # a tokenizer without a padding token would move all pretrained positions
+    if moved and model.path != RANDOM and positions_padding(module) is not None:
+        for config, own in moved:  # a tokenizer without a padding token would move all pretrained positions
+            config.pad_token_id = own
         module = _checked_build(model, hf_config, kind)
     if kind == KIND:
         check_start(*_named(model, hf_config), module)
@@ -382,10 +380,21 @@ def _check_vocabulary(model: Model, kind: str, hf_config: Any, vocabulary: int |
     raise UserError("model.path", model.path, f"a model with the tokenizer's {vocabulary} tokens; it has {size}")
 
 
+def _fill_with(hf_config: Any, pad: int | None) -> list[tuple[Any, int]]:
+    """Sets the padding token, of the language model in a larger one too, whose configuration classifiers read.  Gives
+    the configurations that had another, and theirs."""
+    configs = {id(config): config for config in (hf_config, hf_config.get_text_config())}.values()
+    found = [(config, getattr(config, "pad_token_id", None)) for config in configs]
+    for config in configs:
+        config.pad_token_id = pad
+    return [(config, own) for config, own in found if own not in (None, pad)]
+
+
 def _pad(hf_config: Any) -> int | None:
-    if hf_config.pad_token_id is not None:
-        return int(hf_config.pad_token_id)
-    ends = hf_config.eos_token_id
+    text = hf_config.get_text_config()
+    if text.pad_token_id is not None:
+        return int(text.pad_token_id)
+    ends = text.eos_token_id
     return next(iter(ends), None) if isinstance(ends, list) else ends
 
 

@@ -255,6 +255,21 @@ def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
     assert torch.equal(drawn[name], tensors[name])
 
 
+@pytest.mark.parametrize("own", [0, None])
+def test_classified_text_ends_before_the_tokenizer_s_padding_in_a_model_that_sees(own: int | None) -> None:
+    """The language model in it has a padding token of its own, or none; a row is the same alone and filled up."""
+    text = {**SMALL, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "pad_token_id": own}
+    vision = {**SMALL, "image_size": 28, "patch_size": 14}
+    model = random_model({"type": "gemma3", "text_config": text, "vision_config": vision, "mm_tokens_per_image": 4})
+    bones = architecture(model, "text-classification", THREE, 64, pad=7)
+    module: Any = assemble(bones, load_weights(model, bones, seed=0))
+    rows = torch.tensor([[5, 9, 11, 12, 7, 7], [5, 9, 11, 12, 13, 14]])
+    with torch.no_grad():
+        filled = module(input_ids=rows, attention_mask=(rows != 7).long()).logits
+        alone = module(input_ids=rows[:1, :4]).logits
+    torch.testing.assert_close(filled[:1], alone)
+
+
 def test_vectors_that_a_checkpoint_lacks_begin_as_transformers_has_them(tmp_path: Path) -> None:
     """BEiT's pooler, which its checkpoints of masked images lack, has a norm, whose weight is 1 before training."""
     sizes = {**SMALL, "num_hidden_layers": 1, "image_size": 32, "patch_size": 16, "vocab_size": 8}
