@@ -71,6 +71,14 @@ UNFILLED = frozenset(
 """Types of models that classify texts and whose answer changes with what fills a row up, whatever the attention mask
 says (convolutions, Fourier transforms, pooling, the token at the end): their rows go through at their own lengths."""
 
+UNFILLED_PROMPTS = frozenset(("git", "kosmos-2.5", "roformer", "rwkv", "trocr", "whisper"))
+"""Types of language models whose answers change with what fills a prompt up on the left (positions that the attention
+mask does not move, a state that sees all tokens): prompts go through at their own lengths."""
+
+SILENT = frozenset(("xlm",))
+"""Types of language models whose generation in transformers asks the model otherwise than training does: XLM's puts a
+mask token behind the text."""
+
 FLAT = SAME_IN_ANY_PACK | frozenset(
     (
         *("afmoe", "aria_text", "axk2", "cohere2_moe", "deepseek_v2", "ernie4_5_moe"),

@@ -34,6 +34,7 @@ from rayfed_sub.methods.stale_updates import check_asynchronous
 from rayfed_sub.models.architecture import Architecture, architecture, kind_of_model
 from rayfed_sub.models.image_processors import HubImageProcessor, load_image_processor
 from rayfed_sub.models.own_architecture import OwnWeights, own_architecture, own_processor
+from rayfed_sub.models.presets import SILENT
 from rayfed_sub.models.start import StartFrom, StartInfo, fitted
 from rayfed_sub.models.text_to_text import KIND
 from rayfed_sub.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer
@@ -155,6 +156,11 @@ def load_inputs(config: Config, given: Given = NOTHING, start: StartFrom | None 
     problem = dataset.kind
     if own is None:
         shape = architecture(config.model, *known, problem=problem)
+        if (rows := config.evaluation.generate_rows) and shape.hf_config.model_type in SILENT:
+            allowed = (
+                f"0 with {shape.hf_config.model_type}, which transformers lets generate in another way than it learns"
+            )
+            raise UserError("evaluation.generate_rows", rows, allowed, "remove it")
         start = None if start is None else fitted(start, shape, dataset.class_names)
         return JobInputs(shape, processor, dataset, start=start, begun=None if start is None else start.info)
     shape, weights = own_architecture(own, config.model, *known, problem=problem)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from rayfed_sub.core.devices import free_to_read
 from rayfed_sub.core.types import Change, ModelShape, Tensors
 from rayfed_sub.models.flat_rows import pass_rule
+from rayfed_sub.models.positions import positions_padding
+from rayfed_sub.models.presets import UNFILLED_PROMPTS
 from rayfed_sub.training.blocks import Closed
 from rayfed_sub.training.layers import Bound, PackLinear, Terms, based_on, bound
 from rayfed_sub.training.losses import predicted
@@ -112,7 +114,8 @@ def answers(
         rule = rule.of_sources()
     else:
         longest, exact = (None if most is None else most - limit for most in (rule.longest, rule.exact))
-        rule = replace(rule, longest=longest, exact=exact)
+        unfilled = getattr(getattr(model, "config", None), "model_type", "") in UNFILLED_PROMPTS
+        rule = replace(rule, longest=longest, exact=0 if unfilled else exact)
     by_width: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         by_width.setdefault(rule.canonical(len(prompt)), []).append(number)
@@ -152,7 +155,10 @@ def _generated(
     apart = pass_rule(model).apart
     assert (start is not None) == apart, "an encoder-decoder's answers begin with a token, others' with none"
     # Of an encoder-decoder's configuration some have beams and a shortest answer.
-    begun = {"decoder_start_token_id": start, "num_beams": 1, "min_length": 0} if apart else {}
+    begun: dict[str, Any] = {"decoder_start_token_id": start, "num_beams": 1, "min_length": 0} if apart else {}
+    if not apart and (padding := positions_padding(model)) is not None:
+        counted_BT = mask_BT * (ids_BT != padding)  # transformers would count from 0
+        begun = {"position_ids": counted_BT.cumsum(dim=1) * counted_BT + padding}
     out_BT = model.generate(
         input_ids=ids_BT,
         attention_mask=mask_BT,

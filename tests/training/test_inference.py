@@ -15,9 +15,12 @@ from rayfed_sub.config.loading import load_config
 from rayfed_sub.core.devices import meta_as
 from rayfed_sub.core.types import Block, Change
 from rayfed_sub.data.batching import IGNORED
+from rayfed_sub.models.presets import UNFILLED_PROMPTS
+from rayfed_sub.models.weights import assemble, load_weights
 from rayfed_sub.runtime.held_out import JudgedModel, _shards
 from rayfed_sub.training import inference
 from rayfed_sub.training.inference import answers, global_model, predictions
+from tests.helpers.model_types import built
 from tests.helpers.second_device import SecondDevice
 from tests.helpers.tiny_models import (
     PAD,
@@ -89,6 +92,21 @@ def test_device_that_is_not_asked_answers_the_same(model: Callable[[], Tiny], mo
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(inference, "free_to_read", lambda device: False)
             assert answers(net, prompts, pad=PAD, ends=ends, limit=20) == soon
+
+
+@pytest.mark.parametrize("name", ["roberta", *sorted(UNFILLED_PROMPTS)])
+def test_answers_of_models_that_see_what_fills_up_or_begin_behind_their_padding(name: str) -> None:
+    """The reference as above: one prompt at a time, token after token."""
+    model, bones = built(name, "causal-lm", 2)
+    net: Any = assemble(bones, load_weights(model, bones, seed=0))
+    rng, end = torch.Generator().manual_seed(0), VOCABULARY - 1
+    prompts = [torch.randint(3, end, (tokens,), generator=rng).tolist() for tokens in (5, 9, 17)]
+    for prompt, said in zip(prompts, answers(net, prompts, pad=PAD, ends=[end], limit=6), strict=True):
+        row = list(prompt)
+        while len(row) < len(prompt) + 6 and row[-1] != end:
+            with torch.no_grad():
+                row.append(int(net(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+        assert said == [token for token in row[len(prompt) :] if token != end]
 
 
 def test_answer_asks_the_device_once_in_sixteen_tokens() -> None:
