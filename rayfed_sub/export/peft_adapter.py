@@ -115,8 +115,7 @@ def write_adapter(
         target_modules=list(factors),
         target_parameters=list(experts) or None,
         fan_in_fan_out=transposed,
-        # Top-level modules, which a classifier's layers may lie in: peft itself adds `classifier` and `score`.
-        modules_to_save=sorted({name.split(".")[0] for name in (key.rpartition("/")[0] for key in head)}) or None,
+        modules_to_save=_saved(head, [*factors, *experts]) or None,
     )
     config.target_modules = list(factors)  # peft makes a set of them, which is stored in another order every time
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +127,20 @@ def write_adapter(
         tensors |= {f"{own.key}.lora_B.weight": own.B, f"{own.key}.lora_A.weight": own.A}
     stored = {f"base_model.model.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _saved(head: Iterable[str], changed: Iterable[str]) -> list[str]:
+    """The modules that peft is to take whole: top-level ones, which a classifier's layers may lie in, for peft itself
+    adds `classifier` and `score`; a layer itself where changed ones lie there too (Perceiver).
+
+    >>> _saved(["classifier.dense/weight", "classifier.dense/bias"], ["bert.encoder.0"])
+    ['classifier']
+    >>> _saved(["perceiver.final/weight"], ["perceiver.encoder.0"])
+    ['perceiver.final']
+    """
+    tops = {name.partition(".")[0] for name in changed}
+    layers = {name.rpartition("/")[0] for name in head}
+    return sorted({layer if layer.partition(".")[0] in tops else layer.partition(".")[0] for layer in layers})
 
 
 def taken_for_experts(names: Iterable[str], model_type: str) -> list[str]:

@@ -77,6 +77,10 @@ BERT = {
     **{"max_position_embeddings": 64, "initializer_range": 0.1},
 }
 DISTILBERT = {"type": "distilbert", "dim": 32, "hidden_dim": 96, "n_layers": 2, "n_heads": 2, "initializer_range": 0.1}
+PERCEIVER = {
+    **{"type": "perceiver", "d_latents": 32, "d_model": 32, "num_latents": 8, "num_self_attends_per_block": 2},
+    **{"num_self_attention_heads": 2, "num_cross_attention_heads": 2, "initializer_range": 0.3},
+}
 MIXTRAL, GPT_OSS = (
     {
         **{"type": kind, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -100,6 +104,7 @@ TARGETS = {
     "gpt2": r"(c_fc|mlp\.c_proj)$",
     "bert": r"(intermediate|\d\.output)\.dense$",
     "distilbert": r"ffn\.lin[12]$",
+    "perceiver": "lower-mlp",
 }
 
 Export = Callable[..., Any]
@@ -120,7 +125,7 @@ def configured(table: Path, method: str, random: Mapping[str, Any] = LLAMA, **fi
     ranks = {"rank": 2, "client_ranks": [2, 1], "share": 0.9, "energy": 1.0}
     known = {field.name for field in dataclasses.fields(build({"name": method}))}  # type: ignore[arg-type]
     own = {key: value for key, value in ranks.items() if key in known}
-    classifies = random["type"] in ("bert", "distilbert")
+    classifies = random["type"] in ("bert", "distilbert", "perceiver")
     return load_config(
         {
             "model": {"path": "random", "random": dict(random), "targets": TARGETS[random["type"]]},
@@ -367,7 +372,9 @@ def test_experts_are_written_as_target_parameters(
     assert sorted(config["target_parameters"]) == [f"model.layers.{key}" for key in keys]
 
 
-@pytest.mark.parametrize(("random", "heads"), [(BERT, 1), (DISTILBERT, 2)], ids=["bert", "distilbert"])
+@pytest.mark.parametrize(
+    ("random", "heads"), [(BERT, 1), (DISTILBERT, 2), (PERCEIVER, 1)], ids=["bert", "distilbert", "perceiver"]
+)
 def test_classifier_export_includes_its_head(
     random: Mapping[str, Any], heads: int, table: Path, tmp_path: Path
 ) -> None:
