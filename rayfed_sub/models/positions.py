@@ -27,9 +27,13 @@ def position_limit(module: nn.Module, hf_config: Any, side: str = "") -> int | N
     of RoBERTa's kind count positions from the padding token's number on, so that their tables are used up earlier; they
     are known by the table's `padding_idx`.  CANINE's table is hashed; what ends there is the list of positions that is
     looked up, the buffer `position_ids` (1, P).  It counts beside a table only: others keep one and do not read it.
+    MPT makes its biases by distance anew in each pass, for `max_seq_len` tokens and no more.
     """
     text = hf_config.get_text_config(decoder=True if side else None)
-    configured = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if text.model_type == "mpt":
+        return int(text.max_seq_len)
+    keys = ("max_position_embeddings", "n_positions", "max_target_positions")
+    configured = next((found for key in keys if (found := getattr(text, key, None))), None)
     configured = getattr(hf_config, f"max_{side}_position_embeddings", configured)  # LED has one for each side
     if not isinstance(configured, int):
         return None

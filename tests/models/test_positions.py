@@ -37,9 +37,11 @@ MODELS: list[tuple[str, dict[str, Any], int | None]] = [
     ("llama", {**BLOCK, **LONG}, None),
     ("modernbert", {**BLOCK, **LONG}, None),
     ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2}, None),
+    ("mpt", {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 20}, 20),
+    ("whisper", {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "max_target_positions": 20}, 20),
     ("xglm", {"d_model": 16, "ffn_dim": 24, "num_layers": 1, "attention_heads": 2, **LONG}, None),
 ]
-CAUSAL = {"gpt2", "gptj", "opt", "llama", "bloom", "xglm"}
+CAUSAL = {"gpt2", "gptj", "opt", "llama", "bloom", "mpt", "whisper", "xglm"}
 
 
 @pytest.mark.parametrize(("name", "sizes", "longest"), MODELS, ids=[name for name, _, _ in MODELS])
