@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -243,7 +244,20 @@ def build(hf_config: Any, kind: str, device: str = "meta") -> nn.Module:
         _for_rows(hf_config, kind)
     with torch.device(device), quiet():
         module: nn.Module = getattr(transformers, auto_class(hf_config, kind)).from_config(hf_config)
+    for name in kept_exact(module):
+        parameter = module.get_parameter(name)
+        parameter.data = parameter.data.float()
     return module.eval()
+
+
+def kept_exact(module: nn.Module) -> frozenset[str]:
+    """The parameters that transformers loads in float32 whatever the model's type is: routers, their biases."""
+    patterns = getattr(module, "_keep_in_fp32_modules_strict", None)
+    if not patterns:
+        return frozenset()
+    meant = re.compile("|".join(patterns).replace("*", ".*"))  # as transformers looks for them
+    names = (name for name, _ in module.named_parameters(remove_duplicate=False))
+    return frozenset(name for name in names if meant.search(name))
 
 
 def _for_rows(hf_config: Any, kind: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.types import ModelShape, Tensors
-from rayfed_sub.models.architecture import Architecture, auto_class, build, reason, skeleton
+from rayfed_sub.models.architecture import Architecture, auto_class, build, kept_exact, reason, skeleton
 from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.frozen_linear import quantise
 from rayfed_sub.models.hub import RANDOM, locate, quiet, reading
@@ -45,10 +45,10 @@ def load_weights(model: Model, architecture: Architecture, seed: int) -> dict[st
     """Every tensor of the model by its dotted name, contiguous, on the CPU; a quantised parameter by its parts
     (`models/quantised.py`).
 
-    Other parameters in model.dtype, tied ones once; buffers, those that files leave out included, in their own
-    dtype.  What no file holds is drawn: matrices, embeddings and a new classification head N(0, std) with the
-    configuration's initializer_range as std (0.02 without one) from stream(seed, "weights", name), new biases 0; other
-    vectors begin as transformers has them, norms' weights at 1.
+    Other parameters in model.dtype, but for those that transformers keeps in float32; tied ones once; buffers, those
+    that files leave out included, in their own dtype.  What no file holds is drawn: matrices, embeddings and a new
+    classification head N(0, std) with the configuration's initializer_range as std (0.02 without one) from stream(seed,
+    "weights", name), new biases 0; other vectors begin as transformers has them, norms' weights at 1.
     Raises UserError on model.path for a checkpoint that cannot be read or lacks weights, and for a causal language
     model whose tokens see later ones.
     """
@@ -306,9 +306,10 @@ def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Archite
         allowed = "a checkpoint of bitsandbytes with all that its layers need"
         raise UserError("model.path", model.path, allowed, str(error)) from error
     quantise(module, packed, {})
-    for parameter in module.parameters():
+    kept = kept_exact(module)
+    for name, parameter in module.named_parameters():
         if parameter.is_floating_point():  # transformers leaves some in the checkpoint's type
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(torch.float32 if name in kept else dtype)
     return other
 
 
@@ -365,11 +366,11 @@ def _collected(module: nn.Module, model: Model, architecture: Architecture) -> I
         if parameters[alias] is not parameters[name] and not torch.equal(parameters[alias], parameters[name]):
             allowed = "a checkpoint whose tied weights are equal, as its configuration says"
             raise UserError("model.path", model.path, allowed, f"{alias} differs from {name}")
-    dtype = getattr(torch, model.dtype)
+    dtype, kept = getattr(torch, model.dtype), kept_exact(module)
     for name, tensor in all_tensors(module):
         if name not in architecture.tied:
-            cast = tensor.to(dtype) if name in parameters and tensor.is_floating_point() else tensor
-            yield name, cast.detach().contiguous()
+            rounded = name in parameters and name not in kept and tensor.is_floating_point()
+            yield name, (tensor.to(dtype) if rounded else tensor).detach().contiguous()
 
 
 def all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

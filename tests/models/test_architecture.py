@@ -238,6 +238,26 @@ def test_bfloat16_rounds_parameters_and_leaves_buffers() -> None:
     }
 
 
+def test_bfloat16_leaves_what_transformers_keeps_in_float32(tmp_path: Path) -> None:
+    """Ernie's routers, of 1 + 2^-10 here, which bfloat16 has not."""
+    model, bones = built("ernie4_5_moe", "causal-lm", 2, dtype="bfloat16")
+    name = "model.layers.1.mlp.gate.weight"
+    assert load_weights(model, bones, seed=0)[name].dtype == torch.float32
+    theirs: Any = build(bones.hf_config, bones.kind, device="cpu")
+    theirs.get_parameter(name).data.fill_(1 + 2**-10)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_weights(Model(path=str(tmp_path), dtype="bfloat16"), bones, seed=0)
+    assert torch.equal(tensors[name], torch.full_like(tensors[name], 1 + 2**-10))
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_routers_kept_in_float32_meet_the_rest_in_bfloat16() -> None:
+    model, bones = built("inkling2_text", "causal-lm", 2, dtype="bfloat16")
+    ids = torch.arange(3, 12)[None]
+    logits = assemble(bones, load_weights(model, bones, seed=0))(input_ids=ids).logits
+    assert torch.isfinite(logits).all()
+
+
 def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
     model, bones = small("bert")
     tensors = load_weights(model, bones, seed=1)
