@@ -127,9 +127,7 @@ def architecture(
     hf_config = copy.deepcopy(given) if given is not None else bare_config(model, kind, vocabulary)
     hf_config.dtype = getattr(torch, model.dtype)
     if hasattr(hf_config, "rescale_every"):
-        hf_config.rescale_every = (
-            0  # RWKV would halve weights, which are shared, and hidden states after every 6 blocks
-        )
+        hf_config.rescale_every = 0  # RWKV would halve shared weights, and hidden states, after every 6 blocks
     if not classifies and text_to_text(hf_config):
         kind = KIND
         source = locate(model.path) if given is None and model.path != RANDOM else None
