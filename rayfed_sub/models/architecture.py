@@ -47,8 +47,8 @@ _HEADS = ("classifier", "score", "pre_classifier", "pooler")
 """Top-level modules that classification adds to an encoder; an encoder's own pooler lies inside the encoder."""
 _CAUSAL = ("is_decoder", "causal")
 """Keys of a transformers configuration by which an encoder's attention becomes causal."""
-_NOT_NUMBERS = {"architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"}
-"""Entries of a transformers configuration that follow from the rest of ours."""
+_NOT_NUMBERS = {"architectures", "dtype", "id2label", "label2id", "model_type", "problem_type", "rescale_every"}
+"""Entries of a transformers configuration that follow from the rest of ours, or are fixed here."""
 
 
 @dataclass(frozen=True)
