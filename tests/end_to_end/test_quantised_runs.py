@@ -155,14 +155,6 @@ def test_start_makes_its_layers_dense(table: Path, tmp_path: Path) -> None:
     assert [one.backbone for one in plans] == [wire_bytes(tensors), wire_bytes(began)]
 
 
-def test_code_that_reads_weights_itself_is_refused(table: Path, tmp_path: Path) -> None:
-    """As RWKV's, which divides some in place."""
-    sizes = "{type: rwkv, hidden_size: 32, attention_hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2}"
-    config = config_of(table, f"model.random={sizes}", "model.quantize=int8")
-    with pytest.raises(UserError, match=r"^model.quantize: got 'int8'; allowed: none for models of type rwkv, whose"):
-        run(config, tmp_path / "run")
-
-
 def test_plan_counts_the_model_before_it_is_quantised(table: Path) -> None:
     """40 million parameters, dense while they are loaded."""
     sizes = "hidden_size: 1024, intermediate_size: 2048, num_hidden_layers: 4, num_attention_heads: 4"

@@ -73,9 +73,10 @@ def test_both_sides_end_with_the_same_weights_and_the_engine_is_measured(tmp_pat
 
 
 def test_quantised_weights_are_compared_with_bitsandbytes() -> None:
+    whole = {**LLAMA, "hidden_size": 64, "intermediate_size": 128}  # others' rows bitsandbytes gets wrong with AVX-512
     found = []
     for quantize in ("none", "nf4"):
-        model = Model(path="random", random=LLAMA, dtype="bfloat16", quantize=quantize)
+        model = Model(path="random", random=whole, dtype="bfloat16", quantize=quantize)
         found.append(load_weights(model, architecture(model, "causal-lm"), seed=0))
     plain, nf4 = found[0], quantised_in(found[1])
     assert quantised.exact(nf4, plain)

@@ -20,7 +20,7 @@ from rayfed_sub.core.types import wire_bytes
 from rayfed_sub.models.architecture import Architecture, architecture
 from rayfed_sub.models.frozen_linear import FrozenLinear, product
 from rayfed_sub.models.model_folder import write_folder
-from rayfed_sub.models.quantisation import _of_blocks, row_order
+from rayfed_sub.models.quantisation import _of_blocks, reads_no_weight, row_order
 from rayfed_sub.models.quantised import BLOCK, FORMS, Quantised, empty, nbytes, parts_of, quantised, quantised_in
 from rayfed_sub.models.weights import assemble, dense, load_weights, target_weights, with_targets
 from rayfed_sub.planning.allocations import Allocations
@@ -190,6 +190,15 @@ def test_quantised_model_is_its_dense_one(numbers: dict[str, Any], quantize: str
 def test_stored_goes_with_a_file_that_is_quantised() -> None:
     with pytest.raises(UserError, match=r"^model.quantize: got 'stored'; allowed: none, int8 or nf4 where model.path"):
         built(quantize="stored")
+
+
+def test_code_that_reads_weights_itself_is_refused() -> None:
+    """As in `weight.div_(2)` on a layer's own."""
+    _, bones = built(quantize="int8")
+    said = r"^model.quantize: got 'int8'; allowed: none for models of type llama, whose"
+    refused = pytest.raises(UserError, match=said)
+    with refused, reads_no_weight("int8", bones.hf_config):
+        quantised(W, "int8").div_(2)  # type: ignore[attr-defined]
 
 
 # bitsandbytes' checkpoints
