@@ -324,9 +324,9 @@ def _loss(loss: float | None) -> str:
 
 def _against(sent: int, dense: int) -> str:
     if not sent:
-        return f"nothing, against {size(dense)} of dense target weights"
+        return f"nothing, against {size(dense)} of dense FedAvg"
     share = f"{dense / sent:.1f}x less than" if sent < dense else f"{sent / dense:.1f}x"
-    return f"{size(sent)}, {share} {size(dense)} of dense target weights"
+    return f"{size(sent)}, {share} {size(dense)} of dense FedAvg"
 
 
 def _rounds(count: int) -> str:

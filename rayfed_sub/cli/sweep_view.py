@@ -125,7 +125,8 @@ class SweepDisplay:
         if best is None:
             self._print(f"No trial has a {sweep.metric}, so there is no best one.")
         settings = [f"best.yaml (trial {best})"] if best is not None else []
-        self._print(f"{sweep.folder}: {', '.join(['trials.parquet', *settings, 'report.html', 'trials/'])}")
+        files = ["trials.parquet", "curves.parquet", *settings, "report.html", "trials/"]
+        self._print(f"{sweep.folder}: {', '.join(files)}")
 
     def _line(self, trial: TrialNow) -> str:
         """An ended trial as a line of a log."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, reduce
@@ -117,7 +118,8 @@ def _check_effects(config: Config) -> None:
         value, default = getattr(section, name), type(section).model_fields[name].default
         if value != default and getattr(section, selector) not in values:
             allowed = f"{default}, for it is of {prefix}.{selector}={' and '.join(values)} alone"
-            raise UserError(path, value, allowed, f"set {prefix}.{selector}={values[0]}, or remove it")
+            advice = f"set {prefix}.{selector}={values[0]}, or {path}={json.dumps(default)}"
+            raise UserError(path, value, allowed, advice)
 
 
 def check_training(config: Config) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +103,32 @@ def stored_config(folder: Path) -> Config:
         tree["task"] = {key: value for key, value in task.items() if key != "split"}
     if isinstance(federation, dict):
         tree["federation"] = {"batching": "bucketed", **federation}
-    return load_config(_effective(_renamed(tree)))
+    return load_config(effective(_renamed(_selecting(tree))))
 
 
-def _effective(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree without the keys of `NEEDS` that have no effect in it, changed in place.
+def _selecting(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without an over-selection that adds no client, where all are sampled."""
+    federation = tree.get("federation")
+    if not isinstance(federation, dict) or federation.get("sampled") is not None:
+        return tree
+    return {**tree, "federation": {key: value for key, value in federation.items() if key != "over_selection"}}
 
-    >>> _effective({"optimizer": {"name": "adamw", "momentum": 0.9, "lr": 0.1}})
+
+def effective(tree: dict[str, Any], keys: Iterable[str] = tuple(NEEDS)) -> dict[str, Any]:
+    """The tree without those of the keys, by default of `NEEDS`, that have no effect in it, changed in place.
+
+    >>> effective({"optimizer": {"name": "adamw", "momentum": 0.9, "lr": 0.1}})
     {'optimizer': {'name': 'adamw', 'lr': 0.1}}
     """
-    for path, (selector, values) in NEEDS.items():
-        *sections, name = path.split(".")
+    for path in keys:
+        (*sections, name), (selector, values) = path.split("."), NEEDS[path]
         section: Any = tree
         for one in sections:
             section = section.get(one) if isinstance(section, dict) else None
-        if isinstance(section, dict) and section.get(selector, values[0]) not in values:
-            section.pop(name, None)
+        if isinstance(section, dict):
+            chosen = section.get(selector, getattr(reduce(getattr, sections, Config()), selector))
+            if chosen not in values:
+                section.pop(name, None)
     return tree
 
 

@@ -94,6 +94,8 @@ def read_labels(table: Table, task: Task, splits: Labels, known: Sequence[str] =
 
 def untrained(found: LabelColumn, trained: NDArray[np.bool_]) -> list[str]:
     """The classes, or labels, that none of the rows `trained`, (rows,), has."""
+    if not found.names:
+        return []
     used = [name for name in found.labels.take(np.flatnonzero(trained)).used if name]
     there = {label for name in used for label in (json.loads(name) if found.problem == "multi-label" else [name])}
     return [name for name in found.names if name not in there]
@@ -103,6 +105,8 @@ def _labelled(texts: Labels, splits: Labels, problem: Problem) -> Labels:
     """The labels, "" in place of -1, or of a list of nothing else, where that says that there is none, as in GLUE's
     test rows: where no training row has it and all other labels are numbers from 0 on; of a regression, whose
     numbers are any, where official splits have nothing else and no other number is below 0."""
+    if not any("-1" in name for name in texts.used):
+        return texts
     lists = {name: _listed(name) for name in texts.used if name}
     parts = {name: [name.removeprefix(MARK)] if own is None else own for name, own in lists.items()}
     missing = {name for name, own in parts.items() if own and set(own) <= _MISSING}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.data.split_names import named_split
+from rayfed_sub.data.split_names import bare_split
 
 if TYPE_CHECKING:
     import datasets
@@ -328,7 +328,7 @@ def _records_of(content: Any) -> Iterable[tuple[str, Any]]:
         return _of_users(content["user_data"])
     lists = isinstance(content, dict) and content and all(isinstance(rows, list) for rows in content.values())
     if lists and all(isinstance(row, dict) for rows in content.values() for row in rows):
-        splits = set(map(named_split, content))
+        splits = set(map(bare_split, content))
         if splits - {None, "train"} and ("train" in splits or None not in splits):
             raise ValueError(f"its keys, {', '.join(content)}, name splits, not clients; write a file for each split")
         return (

@@ -30,6 +30,15 @@ def named_split(name: str) -> Split | None:
     return _WORDS[word[1].lower()] if word else None
 
 
+def bare_split(name: str) -> Split | None:
+    """The split of a name that is such a word and nothing else.
+
+    >>> bare_split("Test"), bare_split("dev1")  # a device, perhaps
+    ('test', None)
+    """
+    return _WORDS.get(name.lower())
+
+
 def split_of(path: Path) -> tuple[Split | None, str]:
     """The split that a relative path's words name, and the client: the first part that is no word of a split.
 

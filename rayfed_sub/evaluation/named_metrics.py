@@ -10,7 +10,6 @@ import logging
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +17,7 @@ from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 
 log = logging.getLogger(__name__)
+_WARNED: set[str] = set()
 
 FIELD = "evaluation.metrics"
 Compute = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
@@ -115,10 +115,11 @@ def named_scores(
     return found
 
 
-@cache
 def _warn(name: str, cause: str) -> None:
-    """Once in a process: evaluations come again and again."""
-    log.warning("evaluation.metrics: %s gives no score for some clients' rows: %s", name, cause)
+    """Once in a process for a metric: evaluations come again and again."""
+    if name not in _WARNED:
+        _WARNED.add(name)
+        log.warning("evaluation.metrics: %s gives no score for some clients' rows: %s", name, cause)
 
 
 def _is_number(value: Any) -> bool:

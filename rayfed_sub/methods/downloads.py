@@ -79,10 +79,9 @@ def dense_traffic(
     (100, 0)
     """
     first = 0 if private else min(trained, default=math.inf)
-    sent, held, clients = 0, set[tuple[int, int]](), set[int]()
+    sent, downloads, held = 0, 0, dict[int, int]()
     for client, version, sends in exchanges:
         sent += sends
-        clients.add(client)
-        if version > first:
-            held.add((client, version))  # who begins twice from one version has it already
-    return sent * dense, len(held) * dense + len(clients) * start
+        downloads += version > max(first, held.get(client, -1))  # who begins twice from one version has it already
+        held[client] = version
+    return sent * dense, downloads * dense + len(held) * start

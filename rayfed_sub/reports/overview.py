@@ -138,7 +138,7 @@ def _bytes(run: Run, direction: str) -> str:
     if not dense or not total:
         return megabytes(total)
     share = f"{dense / total:.1f} times less than" if total < dense else f"{total / dense:.1f} times"
-    return f"{megabytes(total)}, {share} the {megabytes(dense)} of dense target weights"
+    return f"{megabytes(total)}, {share} the {megabytes(dense)} of dense FedAvg"
 
 
 def _table(runs: Runs) -> Table:

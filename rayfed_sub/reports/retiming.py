@@ -40,8 +40,7 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
     by_token = any(device.tokens_per_second is not None for device in devices.classes.values())
     traced = any(one.trace is not None for one in (devices, run.config.devices))
     names, tokens = _of_rows(config) if by_token or traced else ((), _unknown)
-    own = fleet_of(run.config, names)
-    if own is not None and own.leaves:  # nobody may have been cut off: each round's clients were those available
+    if _left(run, names):
         raise _by_the_clock(run)
     fleet = fleet_of(config, names)
     assert fleet is not None, "checked: there are classes"
@@ -61,6 +60,15 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
         now, more = waited(fleet, int(str(n)), now, clients)
         rows += more
     return pd.DataFrame([asdict(row) for row in rows], columns=[field.name for field in fields(TimelineRow)])
+
+
+def _left(run: Run, names: Sequence[str]) -> bool:
+    """Whether clients of the run could leave; of a trace that is gone, whether any did."""
+    trace = run.config.devices.trace
+    if trace is not None and not Path(trace).is_file():
+        return not set(run.timeline["outcome"]) <= {"counted", "failed"}
+    own = fleet_of(run.config, names)
+    return own is not None and own.leaves  # then each round's clients were those available, though none was cut off
 
 
 def _by_the_clock(run: Run) -> UserError:

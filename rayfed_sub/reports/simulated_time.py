@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rayfed_sub.clock.accounts import Cost, account, best_within, cost_at, cost_to, costs
@@ -81,10 +81,10 @@ def _classes(runs: Runs, metrics: Sequence[str]) -> Table:
     traced = any(run.config.devices.trace is not None for run in runs.values())
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():
-        device_of = _devices_of(run)
-        kinds = {*device_of.values(), *(run.summary.get("simulated") or {}).get("classes", ())}
+        present, device_of = _devices_of(run)
+        kinds = {*present, *(run.summary.get("simulated") or {}).get("classes", ())}
         for kind, found in account(run.timeline, kinds)["classes"].items():
-            own = run.of_clients[run.of_clients.index.map(device_of.get) == kind]
+            own = run.of_clients[run.of_clients.index.map(device_of) == kind]
             means = [float(own[metric].mean()) if metric in own and len(own) else None for metric in shown]
             stale = found["staleness"] if found["counted"] else None
             taken = (found["clients"], found["rounds"], 100 * found["participation"], stale)
@@ -96,12 +96,14 @@ def _classes(runs: Runs, metrics: Sequence[str]) -> Table:
     return Table(caption, [*heads, *(score(metric).partition(" (")[0] for metric in shown)], rows)
 
 
-def _devices_of(run: Run) -> Mapping[int, str]:
-    """The class of each client; of a trace, whose file may be gone, those of the clients that began a round."""
+def _devices_of(run: Run) -> tuple[list[str], Callable[[int], str | None]]:
+    """The classes that clients have, and the class of each; of a trace, whose file may be gone, those of the clients
+    that began a round."""
     fleet = fleet_of(run.config) if run.config.devices.trace is None else None
     if fleet is None:
-        return {int(client): str(device) for client, device in run.timeline[["client", "device"]].to_numpy()}
-    return {client: fleet.name_of(client) for client in range(len(fleet.classes))}
+        known = {int(client): str(device) for client, device in run.timeline[["client", "device"]].to_numpy()}
+        return list(dict.fromkeys(known.values())), known.get
+    return fleet.present, fleet.name_of
 
 
 _BUDGETS: tuple[tuple[str, float, Callable[[Cost], float]], ...] = (
@@ -170,4 +172,4 @@ def told(run: Run) -> dict[str, Any]:
         evaluations.append(
             {"rounds": int(rounds), "seconds": cost.seconds, "bytes": cost.bytes, "joules": cost.joules, **scores}
         )
-    return {**account(run.timeline, _devices_of(run).values()), "evaluations": evaluations}
+    return {**account(run.timeline, _devices_of(run)[0]), "evaluations": evaluations}

@@ -28,19 +28,20 @@ def at_once(jobs: Sequence[Job], there: Sequence[Node], most: int, free: int | N
     return max(1, min(most, *(_places(job, there) for job in jobs), *(_memory(job, there, free) for job in jobs)))
 
 
-def check_disk(jobs: Sequence[Job], count: int, side_by_side: int, place: Place) -> None:
+def check_disk(jobs: Sequence[Job], count: int, side_by_side: int, place: Place, *, resumed: bool) -> None:
     """UserError where the run folders to come of a sweep of `count` trials do not fit the disk: those that a resumed
     one has not begun, and in an object store, whose trials have a temporary folder each, those side by side."""
     there, one = here(jobs[0], place.path).disk, max(need(job_parts(job), rounds=2, most=FEW).disk for job in jobs)
     if place.mirror is None:
-        to_come = count - len(list(place.path.glob(f"{TRIALS}/*/config.yaml")))
-        field, advice = "sweep.trials", "make fewer, or choose --out on a larger disk"
+        to_come = count - (len(list(place.path.glob(f"{TRIALS}/*/config.yaml"))) if resumed else 0)
+        field, asked, advice = "sweep.trials", count, "make fewer, or choose --out on a larger disk"
     else:
-        to_come, field, advice = side_by_side, "sweep.concurrent", "set fewer, or TMPDIR on a larger disk"
+        to_come = asked = side_by_side
+        field, advice = "sweep.concurrent", "set fewer, or TMPDIR on a larger disk"
     taken = to_come * one
     if taken > there:
         allowed = f"what fits into {there / 1e9:.1f} GB of disk; {to_come} run folders may take {taken / 1e9:.1f} GB"
-        raise UserError(field, to_come, allowed, advice)
+        raise UserError(field, asked, allowed, advice)
 
 
 def _places(job: Job, there: Sequence[Node]) -> int:

@@ -90,7 +90,7 @@ def _run(sweep: Sweep, place: Place | None, notify: Listener, resume: bool, addr
         with ray_session_aside(forks) as wait_for_ray:
             inputs, jobs = checked(sweep, there, runs.path, notify, free)
             side_by_side = at_once(jobs, there, min(sweep.count, search.concurrent or sweep.count), free)
-            check_disk(jobs, sweep.count, side_by_side, runs)
+            check_disk(jobs, sweep.count, side_by_side, runs, resumed=old is not None)
             bases = [base for _, base in inputs.values()]
             if old is not None and (old.path / _DATA).exists():  # else each resumed trial checks its own
                 check_bases(json.loads((old.path / _DATA).read_text(encoding="utf-8")), bases, old.display_name())

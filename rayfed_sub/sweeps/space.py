@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from rayfed_sub.clock.device_presets import power_of
-from rayfed_sub.config.checks import check
-from rayfed_sub.config.loading import as_override, check_kind, flat, load_config, overridden, read_yaml
+from rayfed_sub.config.checks import NEEDS, check
+from rayfed_sub.config.loading import as_override, check_kind, effective, flat, load_config, overridden, read_yaml
 from rayfed_sub.config.schema import Config, Count, EachRound, Record
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.rng import stream
@@ -217,17 +217,19 @@ class Sweep:
 
 
 def _with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
-    return load_config(tree, [as_override(key, value) for key, value in values.items()])
+    """A point's configuration; keys that have no effect there, as others of the space have it, are left out."""
+    return load_config(effective(overridden(tree, [as_override(key, value) for key, value in values.items()])))
 
 
 _RISING = {
-    *("method.rank", "method.dropout", "task.max_length", "optimizer.weight_decay"),
+    *("method.rank", "method.dropout", "task.max_length", "optimizer.weight_decay", "optimizer.momentum"),
     *("federation.sampled", "federation.availability", "federation.over_selection", "federation.rounds"),
     *("federation.local_steps", "federation.local_seconds", "federation.batch_size", "federation.proximal"),
 }
 """Keys of which a larger number takes as much memory or more."""
 _FREE = {
-    *("seed", "task.seed", "optimizer.lr", "optimizer.final_lr_ratio", "server.lr"),
+    *("seed", "task.seed", "optimizer.lr", "optimizer.final_lr_ratio", "optimizer.clip_norm", "optimizer.eps"),
+    *("server.lr", "server.tau", "server.momentum", "federation.partition.alpha", "federation.partition.exponent"),
     *("method.scale", "method.alpha", "privacy.clip", "privacy.noise", "privacy.epsilon"),
 }
 """Keys whose numbers take no memory."""
@@ -292,8 +294,10 @@ def load_sweep(
         own = overridden(base, [as_override(*item) for item in flat(own).items()])
     found = overridden({"sweep": tree.get("sweep", {})}, section)
     shared = overridden(own, [override for override in overrides if override not in section])
-    common = load_config(shared)  # errors without any value of the space come first
-    for key, axis in found["sweep"]["space"].items() if isinstance(found["sweep"].get("space"), Mapping) else ():
+    axes = found["sweep"].get("space")
+    axes = axes if isinstance(axes, Mapping) else {}
+    common = load_config(_common(shared, axes))  # errors without any value of the space come first
+    for key, axis in axes.items():
         prefix = f"sweep.space.{key}"
         _check_axis(check(Axis, axis, prefix), prefix)  # one at a time, so that the error names the key
     search = check(Search, found["sweep"], "sweep")
@@ -316,6 +320,12 @@ def load_sweep(
     return sweep
 
 
+def _common(tree: Mapping[str, Any], axes: Iterable[str]) -> dict[str, Any]:
+    """The tree without keys that have an effect only at some points of a space with these keys."""
+    varied = [path for path, (key, _) in NEEDS.items() if {path, f"{path.rpartition('.')[0]}.{key}"} & set(axes)]
+    return effective(overridden(tree, []), varied)
+
+
 def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
     """The axis with its values in the configuration's types.
 
@@ -330,7 +340,8 @@ def _settled(tree: Mapping[str, Any], key: str, axis: Axis) -> Axis:
 
 def _taken(tree: Mapping[str, Any], key: str, value: Any) -> Any:
     """The value in the configuration's type: 3 for 3.0 of an integer key, 1.0 for 1 of a float key."""
-    config = _with_values(tree, {key: value})
+    _with_values(tree, {key: value})
+    config = check(Config, overridden(tree, [as_override(key, value)]))
     found: Any = {**config.model_dump(), **fields_of(config, build(config.method), build_hook(config.hook))}
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None

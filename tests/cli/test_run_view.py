@@ -244,8 +244,8 @@ def test_the_final_table(clock: Clock) -> None:
         ("look: fedftg", "5 rounds"),
         ("held-out loss (nats/label)", "4.0000 -> 3.2500"),
         ("ROUGE-L of greedy answers", "0.1000 -> 0.2340"),
-        ("sent up, all clients", "2.0 MB, 12.5x less than 25.0 MB of dense target weights"),  # 25 / 2
-        ("sent down, all clients", "50.0 MB, 2.5x 20.0 MB of dense target weights"),
+        ("sent up, all clients", "2.0 MB, 12.5x less than 25.0 MB of dense FedAvg"),  # 25 / 2
+        ("sent down, all clients", "50.0 MB, 2.5x 20.0 MB of dense FedAvg"),
         ("rank of the last change", "32 (median over target layers)"),
         ("seconds", "61.0 in all, 42.2 training"),
         ("peak memory, all processes", "1.2 GB"),
@@ -278,7 +278,7 @@ def test_table_shows_the_available_scores() -> None:
     output = text.getvalue()
     assert all(cell in output for cell in ("macro F1", "0.2000 -> 0.7500", "0.2500 -> 0.5000"))
     assert "ROUGE-L" not in output
-    assert "nothing, against 20.0 MB of dense target weights" in output
+    assert "nothing, against 20.0 MB of dense FedAvg" in output
 
 
 def test_table_names_published_scores_that_do_not_apply() -> None:

@@ -195,7 +195,7 @@ def test_the_final_table() -> None:
     assert sum("*" in line for line in lines) == 1
     assert lines[-2:] == [
         "and 4 more in trials.parquet",
-        "runs/[look]: trials.parquet, best.yaml (trial 23), report.html, trials/",
+        "runs/[look]: trials.parquet, curves.parquet, best.yaml (trial 23), report.html, trials/",
     ]
 
 
@@ -206,7 +206,7 @@ def test_the_final_table_of_failures() -> None:
     assert lines[2].split() == ["0", "2", "8", "1e-3", "failed", "0", "-", "3.0", "MB"]
     assert lines[-2:] == [
         "No trial has a held_out_loss, so there is no best one.",
-        "runs/[look]: trials.parquet, report.html, trials/",
+        "runs/[look]: trials.parquet, curves.parquet, report.html, trials/",
     ]
 
 

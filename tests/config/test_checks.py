@@ -47,15 +47,15 @@ RULES = {
         devices=Devices(spread=0.5)
     ),
     "federation.partition.alpha: got 0.1; allowed: 0.5, for it is of federation.partition.kind=dirichlet alone; set "
-    "federation.partition.kind=dirichlet, or remove it": Config(
+    "federation.partition.kind=dirichlet, or federation.partition.alpha=0.5": Config(
         federation=Federation(partition=Partition(column="label", alpha=0.1))
     ),
     "optimizer.momentum: got 0.9; allowed: 0.0, for it is of optimizer.name=sgd alone; set optimizer.name=sgd, or "
-    "remove it": Config(optimizer=Optimizer(momentum=0.9)),
+    "optimizer.momentum=0.0": Config(optimizer=Optimizer(momentum=0.9)),
     "optimizer.final_lr_ratio: got 0.1; allowed: 0.0, for it is of optimizer.schedule=linear and cosine alone; set "
-    "optimizer.schedule=linear, or remove it": Config(optimizer=Optimizer(final_lr_ratio=0.1)),
+    "optimizer.schedule=linear, or optimizer.final_lr_ratio=0.0": Config(optimizer=Optimizer(final_lr_ratio=0.1)),
     "server.tau: got 0.1; allowed: 0.001, for it is of server.optimizer=adam alone; set server.optimizer=adam, or "
-    "remove it": Config(server=Server(optimizer="momentum", tau=0.1)),
+    "server.tau=0.001": Config(server=Server(optimizer="momentum", tau=0.1)),
     "federation.over_selection: got 1.5; allowed: what adds a client to the 8 of a round, of 8 in all; "
     "lower federation.sampled or raise federation.over_selection": Config(
         devices=DEVICES, federation=Federation(over_selection=1.5)

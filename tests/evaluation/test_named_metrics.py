@@ -99,11 +99,11 @@ def test_metric_that_fails_later_is_named(tmp_path: Path) -> None:
 def test_score_that_is_not_defined_for_a_client_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Numbers whose differences are none with one row, and a mean of nothing that is NaN."""
     body = """if len(predictions) < 2:
-            raise ValueError("it takes two rows")
+            raise ValueError(f"it takes two rows, not {predictions}")
         return {"range": max(predictions) - min(predictions), "none": float("nan")}"""
     metrics = load_metrics([written(tmp_path, "span", body, "float32")], [0.5, 1.0])
     rows = [(client, Prediction(0.0, (said,), (0.0,))) for client, said in ((0, 1.0), (1, 3.0), (1, 2.5), (2, 4.0))]
     found = [score for score in number_and_set_scores(rows, (), metrics) if "/" in score.metric]
     assert [(s.client, s.metric, s.value) for s in found] == [(None, "span/range", 3.0), (1, "span/range", 0.5)]
-    said = "evaluation.metrics: span gives no score for some clients' rows: ValueError: it takes two rows"
+    said = "evaluation.metrics: span gives no score for some clients' rows: ValueError: it takes two rows, not [1.0]"
     assert caplog.messages == [said]

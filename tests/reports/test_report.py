@@ -182,7 +182,7 @@ def test_summary_of_one_run(tmp_path: Path) -> None:
     assert facts.pairs["state"] == "finished: 5 rounds, taken up again 1 time"
     # 4 * 0.8**rounds + 1: 5 before, 4 * 0.32768 + 1 after
     assert facts.pairs["held-out loss (nats/label)"] == "5 before training, 2.311 after 5 rounds"
-    assert facts.pairs["sent up"] == "1.2 MB, 16.7 times less than the 20 MB of dense target weights"  # 5 * 6 * 40 kB
+    assert facts.pairs["sent up"] == "1.2 MB, 16.7 times less than the 20 MB of dense FedAvg"  # 5 * 6 * 40 kB
     assert facts.pairs["sent down"].startswith("3.84 MB, 4.2 times less than the 16 MB")  # 4 * 6 * 160 kB
     assert facts.pairs["method"] == "fedit, rank 4"
     assert facts.pairs["weights_sha256"] == "00" * 32

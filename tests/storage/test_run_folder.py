@@ -389,6 +389,13 @@ def test_stored_configuration_of_an_older_version_gets_the_new_names(tmp_path: P
     assert stored_config(tmp_path) == load_config(new, ["federation.batching=bucketed"])
 
 
+def test_stored_over_selection_that_adds_nobody_is_read(tmp_path: Path) -> None:
+    devices = {"classes": {"a": {"seconds_per_step": 1.0}}}
+    old = {"federation": {"clients": 4, "rounds": 2, "sampled": None, "over_selection": 1.5}, "devices": devices}
+    (tmp_path / "config.yaml").write_text(yaml_text(old))
+    assert stored_config(tmp_path).federation.over_selection == 1.0
+
+
 def test_finished_run_returns_its_summary_again(tmp_path: Path) -> None:
     folder = create(Place(tmp_path), CONFIG)
     assert summary_of(tmp_path, CONFIG) is None

@@ -96,6 +96,18 @@ def test_every_point_of_the_grid_has_the_same_number_of_draws() -> None:
     assert len({point["optimizer.lr"] for point in sweep.points()}) == 6
 
 
+def test_points_leave_out_keys_that_have_no_effect_there() -> None:
+    """A base for some of the points; elsewhere such a key is refused."""
+    text = "optimizer.name: {grid: [sgd, adamw]}, federation.partition.alpha: {grid: [0.1, 0.3]}, "
+    text += "federation.partition.kind: {grid: [iid, dirichlet]}"
+    sweep = space(text, "optimizer.momentum=0.9")
+    found = [(config.optimizer, config.federation.partition) for config in map(sweep.config, sweep.points())]
+    assert {(one.name, one.momentum) for one, _ in found} == {("sgd", 0.9), ("adamw", 0.0)}
+    assert {(one.kind, one.alpha) for _, one in found} == {("iid", 0.5), ("dirichlet", 0.1), ("dirichlet", 0.3)}
+    with pytest.raises(UserError, match=r"^server\.momentum: got 0\.5; .* or server\.momentum=0\.9"):
+        space(text, "server.momentum=0.5")
+
+
 def test_checked_points_of_optuna_are_each_value_with_the_ends_of_the_others() -> None:
     text = "optimizer.lr: {loguniform: [1e-3, 1e-1]}, method.rank: {choice: [2, 4, 8]}"
     points = space(text, "sweep.searcher=optuna", "sweep.trials=50").points()
@@ -300,12 +312,14 @@ def test_disk_is_for_the_run_folders_to_come(tmp_path: Path, monkeypatch: pytest
         (tmp_path / "trials" / f"{number:05d}").mkdir(parents=True)
     here, store = Place(tmp_path), Place(tmp_path, Mirror("s3://bucket/sweep", None, "bucket/sweep"))
     with pytest.raises(UserError, match=r"^sweep\.trials: got 3; .* 3 run folders may take .*; make fewer, or choose"):
-        capacity.check_disk([job], 3, 3, here)
+        capacity.check_disk([job], 3, 3, here, resumed=True)
     (tmp_path / "trials" / "00000" / "config.yaml").write_text("")
-    capacity.check_disk([job], 3, 3, here)
-    capacity.check_disk([job], 27, 2, store)
+    capacity.check_disk([job], 3, 3, here, resumed=True)
+    with pytest.raises(UserError, match=r"^sweep\.trials: got 3; "):
+        capacity.check_disk([job], 3, 3, here, resumed=False)
+    capacity.check_disk([job], 27, 2, store, resumed=False)
     with pytest.raises(UserError, match=r"^sweep\.concurrent: got 3; .* 3 run folders may .*; set fewer, or TMPDIR"):
-        capacity.check_disk([job], 27, 3, store)
+        capacity.check_disk([job], 27, 3, store, resumed=False)
 
 
 def test_model_without_a_plan_runs_one_trial_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
