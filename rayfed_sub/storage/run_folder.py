@@ -130,17 +130,15 @@ class RunFolder:
 
     def exchanges(self) -> Iterator[tuple[int, int, bool]]:
         """Client, finished rounds of the server that it began from, and whether it sent an update or a part of one, of
-        everybody who began, those included whose update did not count."""
-        timed = any(rows.num_rows for rows in self._tables["timeline"].rows())
-        for rows in self._tables["timeline" if timed else "clients"].rows():
-            sent = compute.greater(rows["uplink_bytes"], 0) if timed else compute.is_null(rows["failure"])
-            begun = rows["version" if timed else "round"]
-            yield from zip(rows["client"].to_pylist(), begun.to_pylist(), sent.to_pylist(), strict=True)
+        everybody who began, those included whose update did not count; a client's in the order of the rounds."""
+        found = self._all("timeline", _begun)
+        for batch in (found if found.num_rows else self._all("clients", _trained)).to_batches():
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
     def trained_rounds(self) -> set[int]:
         """The rounds in which the server took an update."""
-        taken = (rows.filter(compute.is_null(rows["failure"]))["round"] for rows in self._tables["clients"].rows())
-        return {round for rounds in taken for round in compute.unique(rounds).to_pylist()}
+        taken = self._all("clients", lambda rows: rows.filter(compute.is_null(rows["failure"])).select(["round"]))
+        return set(compute.unique(taken["round"]).to_pylist())
 
     def simulated(self, classes: Iterable[str]) -> dict[str, Any] | None:
         """The account of the timeline, by these classes of devices; None for a run without devices."""
@@ -296,6 +294,17 @@ def finished(path: Path) -> Config:
     if not (path / "summary.json").is_file():
         raise UserError("RUN", str(path), "the folder of a finished run (it has a summary.json)", "check the path")
     return stored_config(path)
+
+
+def _begun(timeline: pa.Table) -> pa.Table:
+    """The exchanges of a timeline, see `RunFolder.exchanges`."""
+    sent = compute.greater(timeline["uplink_bytes"], 0)
+    return timeline.select(["client", "version"]).append_column("sent", sent)
+
+
+def _trained(clients: pa.Table) -> pa.Table:
+    """The exchanges of a table of clients whose rounds waited for everybody."""
+    return clients.select(["client", "round"]).append_column("sent", compute.is_null(clients["failure"]))
 
 
 def _line(event: str, entry: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ from pyarrow import parquet
 from rayfed_sub.config.loading import load_config, stored_config, yaml_text
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.schemas import ClientRow, RoundRow, Score, TimelineRow
-from rayfed_sub.storage import checkpoints
+from rayfed_sub.methods.downloads import dense_traffic
+from rayfed_sub.storage import checkpoints, table_parts
 from rayfed_sub.storage.remote import Place
 from rayfed_sub.storage.run_folder import (
     check_free,
@@ -218,6 +219,19 @@ def test_exchanges_are_those_of_the_timeline_where_there_is_one(tmp_path: Path) 
     gone = replace(late, client=3, version=0, outcome="offline", uplink_bytes=0)
     folder.add(replace(done(2, None, 1), timeline=(late, gone)))
     assert (list(folder.exchanges()), folder.trained_rounds()) == ([(1, 1, True), (3, 0, False)], {0, 2})
+
+
+def test_exchanges_of_many_parts_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As dense FedAvg's downloads are counted, of which each version costs a client once."""
+    monkeypatch.setattr(table_parts, "FULL", 1)
+    folder = create(Place(tmp_path), CONFIG)
+    folder.begin(BEGINNING)
+    for n in range(5):
+        folder.add(done(n, None, 1, 2))
+        folder.write_tables()
+    assert len(list((tmp_path / "clients.parquet").iterdir())) > 1
+    assert list(folder.exchanges()) == [(client, n, True) for n in range(5) for client in (1, 2)]
+    assert dense_traffic(folder.exchanges(), folder.trained_rounds(), 100, private=False) == (1000, 800)
 
 
 def test_table_of_the_user_s_own_stays_where_nothing_is_answered(tmp_path: Path) -> None:
